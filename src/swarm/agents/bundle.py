@@ -1,0 +1,227 @@
+"""An agent's files: named by content, copied to where nobody edits them, taken out of archives that may be hostile."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from swarm.agents.package import MANIFEST, NAME, read_package
+from swarm.errors import Conflict, UsageError
+from swarm.model import Agent
+
+MAX_BUNDLE_BYTES: Final = 256 << 20
+MAX_FILES: Final = 20_000
+_MAX_PATH_BYTES: Final = 1024
+_MAX_HEADER_BYTES: Final = 1 << 20  # what tarfile may read at once: names and extended headers
+_IGNORED: Final = frozenset({"__pycache__", ".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache"})
+
+
+def install(directory: Path, into: Path) -> Agent:
+    """Copy an agent to ``into/<name>-<version>-<digest>``, read-only, and return it with that path. Idempotent.
+
+    Raises UsageError for a bad manifest and for files that can't be packed (links, devices, too much).
+    """
+    package = read_package(directory)
+    if package.needs_layer:
+        raise UsageError(
+            f"{directory / MANIFEST}: requirements and packages need a layer of their own, which this version of Swarm "
+            "can't build yet"
+        )
+    agent = package.agent
+    digest = bundle_digest(directory)
+    target = into / f"{agent.name}-{agent.version}-{digest[:12]}"
+    if not target.exists():
+        into.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=into))
+        try:
+            for path in _files(directory):
+                copy = partial / path.relative_to(directory)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+                copy.chmod(0o555 if os.access(path, os.X_OK) else 0o444)
+            if bundle_digest(partial) != digest:
+                raise Conflict(f"{directory} changed while it was being copied; try again")
+            partial.chmod(0o755)
+            try:
+                partial.rename(target)
+            except OSError:
+                if not target.exists():  # else somebody else was first, with the same content
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return dataclasses.replace(agent, path=target)
+
+
+def bundle_digest(directory: Path) -> str:
+    """SHA-256 over the names, execute bits and contents of an agent's files: the same wherever it lies."""
+    whole = hashlib.sha256()
+    total = 0
+    for count, path in enumerate(_files(directory), 1):
+        total += path.stat().st_size
+        if count > MAX_FILES or total > MAX_BUNDLE_BYTES:
+            raise UsageError(
+                f"{directory} is too much for an agent: at most {MAX_FILES} files and {MAX_BUNDLE_BYTES >> 20} MiB"
+            )
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        name = json.dumps(path.relative_to(directory).as_posix())
+        whole.update(f"{name} {os.access(path, os.X_OK):d} {content}\n".encode())
+    return whole.hexdigest()
+
+
+def builtin() -> list[Path]:
+    """The directories of the agents that ship with Swarm."""
+    root = Path(str(resources.files("swarm"))) / "builtin" / "agents"
+    return sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Every file of an agent, in a fixed order."""
+    for path in sorted(directory.iterdir()):
+        if path.name in _IGNORED or path.name.endswith(".pyc"):
+            continue
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            yield from _files(path)
+        elif stat.S_ISREG(mode):
+            yield path
+        else:
+            raise UsageError(f"{path} is a link or a special file: an agent has plain files and directories only")
+
+
+def templates() -> list[str]:
+    """The languages that `swarm agent init` has a template for."""
+    root = Path(str(resources.files("swarm"))) / "builtin" / "templates"
+    return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
+
+
+def template(language: str, name: str, into: Path) -> Path:
+    """Write a new agent's files into the directory ``into``, which must be empty or new. Returns its manifest."""
+    if language not in templates():
+        raise UsageError(f"there is no template for {language!r}; there are {', '.join(templates())}")
+    if not re.fullmatch(NAME, name):
+        raise UsageError(f"{name!r} can't be the name of an agent: small letters, digits and hyphens, at most 63")
+    if into.exists() and any(into.iterdir()):
+        raise Conflict(f"{into} is not empty: choose another directory")
+    source = Path(str(resources.files("swarm"))) / "builtin" / "templates" / language
+    into.mkdir(parents=True, exist_ok=True)
+    for path in _files(source):
+        copy = into / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o755 if os.access(path, os.X_OK) else 0o644)
+    manifest = into / MANIFEST
+    manifest.write_text(
+        manifest.read_text(encoding="utf-8").replace("name: my-agent", f"name: {name}"), encoding="utf-8"
+    )
+    return manifest
+
+
+# --- archives -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(source: Path) -> Iterator[Path]:
+    """The directory of an agent that is given as a directory or as a .tar.gz; the latter is unpacked for the while."""
+    if source.is_dir():
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="swarm-agent-") as scratch:
+        yield unpack(source, Path(scratch))
+
+
+def unpack(archive: Path, into: Path) -> Path:
+    """Unpack a .tar.gz into an empty directory; returns where `agent.yaml` is, there or in its only directory.
+
+    Raises UsageError for anything but plain files and directories below it: links, devices, absolute names, `..`, the
+    same name twice, sparse files, too many files, too many bytes (as unpacked).
+    """
+    try:
+        with archive.open("rb") as file, gzip.open(file, "rb") as plain:
+            reader = _Bounded(plain)
+            with tarfile.open(fileobj=reader, mode="r:", errorlevel=1) as tar:
+                _unpack(tar, into, archive)
+    except FileNotFoundError:
+        raise UsageError(f"there is no {archive}") from None
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
+        raise UsageError(f"{archive} can't be unpacked: {error}") from None
+    entries = list(into.iterdir())
+    if not (into / MANIFEST).exists() and len(entries) == 1 and entries[0].is_dir():
+        return entries[0]
+    return into
+
+
+def _unpack(tar: tarfile.TarFile, into: Path, archive: Path) -> None:
+    seen: set[PurePosixPath] = set()
+    total = 0
+    for count, member in enumerate(tar, 1):
+        name = PurePosixPath(member.name)
+        if count > MAX_FILES:
+            raise UsageError(f"{archive} holds more than {MAX_FILES} files")
+        bad = name.is_absolute() or ".." in name.parts or "\0" in member.name or "\\" in member.name
+        if bad or len(os.fsencode(member.name)) > _MAX_PATH_BYTES or any(len(os.fsencode(p)) > 255 for p in name.parts):
+            raise UsageError(f"{archive} holds the name {member.name[:200]!r}, which an agent can't have")
+        plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None
+        if not plain and not member.isdir():
+            raise UsageError(f"{archive} holds {member.name[:200]!r}, which is a link or a special file")
+        if name in seen or not name.parts:
+            if member.isdir():
+                continue
+            raise UsageError(f"{archive} holds {member.name[:200]!r} twice")
+        seen.add(name)
+        target = into.joinpath(*name.parts)
+        if member.isdir():
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        total += member.size
+        if total > MAX_BUNDLE_BYTES:
+            raise UsageError(f"{archive} holds more than {MAX_BUNDLE_BYTES >> 20} MiB")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = tar.extractfile(member)
+        assert content is not None
+        with content, target.open("xb") as copy:
+            shutil.copyfileobj(content, copy, 64 << 10)
+        target.chmod(0o755 if member.mode & 0o100 else 0o644)
+
+
+class _Bounded:
+    """A file of which only so much is ever read: a small archive may hold gigabytes of headers."""
+
+    def __init__(self, file: gzip.GzipFile) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header is too large")
+        data = self._file.read(size)
+        self._check()
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET and offset > MAX_BUNDLE_BYTES + MAX_FILES * 2048:
+            raise tarfile.ReadError(f"more than {MAX_BUNDLE_BYTES >> 20} MiB")
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _check(self) -> None:
+        if self._file.tell() > MAX_BUNDLE_BYTES + MAX_FILES * 2048:
+            raise tarfile.ReadError(f"more than {MAX_BUNDLE_BYTES >> 20} MiB")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

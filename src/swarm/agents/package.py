@@ -1,0 +1,227 @@
+"""`agent.yaml`: its fields, their bounds, and the agent that they make."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field, StringConstraints
+
+from swarm import manifest as yaml_manifest
+from swarm.errors import UsageError
+from swarm.model import Agent, FailureReason, Retry
+from swarm.schema import SchemaError, check_schema, expand
+
+MANIFEST: Final = "agent.yaml"
+# An agent that brings no id of its own gets one that follows from its name and version.
+_NAMESPACE: Final = uuid.UUID("6b1f5a0e-6c3b-5d0e-9b1e-2f4f3f1c7a55")
+
+NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+_Name = Annotated[str, StringConstraints(pattern=NAME)]
+_Version = Annotated[str, StringConstraints(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$")]
+_Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+_Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+_Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+_Domain = Annotated[str, StringConstraints(pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$")]
+# Pinned, and nothing that pip would take for an option, a path or an address.
+_Requirement = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
+    ),
+]
+_DebianPackage = Annotated[
+    str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$")
+]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Retry(_Strict):
+    max_attempts: int = Field(default=1, ge=1, le=100)
+    delay_seconds: float = Field(default=1.0, ge=0, le=86_400)
+    factor: float = Field(default=2.0, ge=1, le=100)
+    max_delay_seconds: float = Field(default=300.0, ge=0, le=86_400)
+    on: frozenset[FailureReason] = Retry().on
+
+
+class _Allow(_Strict):
+    allow: tuple[_Domain, ...] = Field(min_length=1)
+
+
+class _Example(_Strict):
+    name: str = Field(default="", max_length=200)
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    outputs: Any = None
+    fails: bool = False
+
+
+class Manifest(_Strict):
+    """`agent.yaml`, field by field: the same names as `swarm.model.Agent`, with their bounds.
+
+    ``inputs`` and ``outputs`` are schemas in the short form or in full; ``inputs_schema`` and ``outputs_schema`` are
+    the same in full, for those who like the long names.
+    """
+
+    id: uuid.UUID | None = None
+    name: _Name
+    version: _Version
+    description: str = Field(default="", max_length=4096)
+    runtime: Literal["python", "exec"] = "python"
+    entry: tuple[_Word, ...] = Field(min_length=1, max_length=256)
+    image: str | None = None
+    inputs: dict[str, Any] | None = None
+    outputs: dict[str, Any] | None = None
+    inputs_schema: dict[str, Any] | None = None
+    outputs_schema: dict[str, Any] | None = None
+    memory_mb: int = Field(default=256, ge=128, le=1 << 20)
+    vcpus: int = Field(default=1, ge=1, le=64)
+    disk_mb: int = Field(default=2048, ge=16, le=1 << 20)
+    disk_mb_per_second: float | None = Field(default=None, gt=0, le=1e6)
+    network_mb_per_second: float | None = Field(default=None, gt=0, le=1e6)
+    timeout_seconds: float = Field(default=600.0, gt=0, le=7 * 86_400)
+    idle_timeout_seconds: float | None = Field(default=None, gt=0)
+    network: Literal["none", "gateway", "open"] | _Allow = "none"
+    secrets: tuple[_Variable, ...] = ()
+    env: dict[_Variable, _Word | Literal[""]] = Field(default_factory=dict)
+    preload: tuple[_Module, ...] = ()
+    requirements: tuple[_Requirement, ...] = Field(default=(), max_length=200)
+    packages: tuple[_DebianPackage, ...] = Field(default=(), max_length=200)
+    retry: _Retry = _Retry()
+    idempotent: bool = False
+    examples: tuple[_Example, ...] = Field(default=(), max_length=100)
+
+    @pydantic.field_validator("inputs", "outputs", "inputs_schema", "outputs_schema")
+    @classmethod
+    def _is_a_schema(cls, schema: dict[str, Any] | None, info: pydantic.ValidationInfo) -> dict[str, Any] | None:
+        if schema is None:
+            return None
+        try:
+            full = schema if str(info.field_name).endswith("_schema") else expand(schema)
+            check_schema(full)
+        except SchemaError as error:
+            where = f" (at {'.'.join(map(str, error.path))})" if error.path else ""
+            raise ValueError(f"{error}{where}") from None
+        return full
+
+    @pydantic.model_validator(mode="after")
+    def _fits_together(self) -> Manifest:
+        if self.preload and self.runtime != "python":
+            raise ValueError("preload is for runtime: python")
+        for name in ("inputs", "outputs"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_schema") is not None:
+                raise ValueError(f"{name} and {name}_schema are the same thing: give one of them")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One run that `swarm agent test` makes. ``outputs`` need only hold what is compared (see `check.differences`)."""
+
+    name: str
+    inputs: Mapping[str, Any]
+    outputs: Any = None
+    fails: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """An agent with what its row does not hold: the layer that it needs, its examples."""
+
+    agent: Agent
+    requirements: tuple[str, ...] = ()  # of PyPI, pinned
+    packages: tuple[str, ...] = ()  # of Debian
+    examples: tuple[Example, ...] = field(default=())
+
+    @property
+    def needs_layer(self) -> bool:
+        return bool(self.requirements or self.packages)
+
+
+def read(directory: Path) -> Agent:
+    """The agent in a directory, as it is there. Raises UsageError that names the file and every bad field."""
+    return read_package(directory).agent
+
+
+def read_package(directory: Path) -> Package:
+    """Raises UsageError that names the file and every bad field, with its line."""
+    file = directory / MANIFEST
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{directory} is no agent: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise UsageError(f"{file} can't be read: {error}") from None
+    document = yaml_manifest.load(text, name=f"{file} can't be read")
+    if not isinstance(document.value, dict):
+        raise UsageError(f"{file}: must be a mapping of fields, such as `name: my-agent`")
+    try:
+        given = Manifest.model_validate(document.value)
+    except pydantic.ValidationError as error:
+        problems = []
+        for one in error.errors():
+            named = ".".join(map(str, one["loc"])) or "agent"
+            message = f"{named}: {one['msg'].removeprefix('Value error, ')}"
+            problems.append(document.problem(one["loc"], message, at_key=one["type"] == "extra_forbidden"))
+        raise yaml_manifest.Invalid(str(file), problems) from None
+    _check_entry(given, directory)
+    return Package(
+        agent=_agent(given, directory),
+        requirements=given.requirements,
+        packages=given.packages,
+        examples=tuple(
+            Example(name=e.name or f"example {i}", inputs=e.inputs, outputs=e.outputs, fails=e.fails)
+            for i, e in enumerate(given.examples, 1)
+        ),
+    )
+
+
+def _check_entry(manifest: Manifest, directory: Path) -> None:
+    first = Path(manifest.entry[0])
+    inside = not first.is_absolute() and ".." not in first.parts
+    if manifest.runtime == "python" and not (inside and first.suffix == ".py" and (directory / first).is_file()):
+        raise UsageError(f"{directory / MANIFEST}: entry: {manifest.entry[0]!r} is not a .py file of this agent")
+    if manifest.runtime == "exec" and not first.is_absolute() and not (inside and (directory / first).is_file()):
+        raise UsageError(
+            f"{directory / MANIFEST}: entry: {manifest.entry[0]!r} is no file of this agent; name a program of the"
+            " guest by its absolute path"
+        )
+
+
+def _agent(manifest: Manifest, path: Path) -> Agent:
+    def schema(value: dict[str, Any] | None) -> str | None:
+        return None if value is None else json.dumps(value, sort_keys=True)
+
+    network = manifest.network
+    return Agent(
+        id=str(manifest.id or uuid.uuid5(_NAMESPACE, f"{manifest.name}@{manifest.version}")),
+        name=manifest.name,
+        version=manifest.version,
+        path=path,
+        entry=manifest.entry,
+        runtime=manifest.runtime,
+        description=manifest.description,
+        image=manifest.image,
+        inputs_schema=schema(manifest.inputs or manifest.inputs_schema),
+        outputs_schema=schema(manifest.outputs or manifest.outputs_schema),
+        memory_mb=manifest.memory_mb,
+        vcpus=manifest.vcpus,
+        disk_mb=manifest.disk_mb,
+        disk_mb_per_second=manifest.disk_mb_per_second,
+        network_mb_per_second=manifest.network_mb_per_second,
+        timeout_seconds=manifest.timeout_seconds,
+        idle_timeout_seconds=manifest.idle_timeout_seconds,
+        network="allow:" + ",".join(network.allow) if isinstance(network, _Allow) else network,
+        secrets=manifest.secrets,
+        env=dict(manifest.env),
+        preload=manifest.preload,
+        retry=Retry(**manifest.retry.model_dump()),
+        idempotent=manifest.idempotent,
+    )

@@ -1,0 +1,198 @@
+"""YAML from people: read as plain JSON values, with the line and column of every one of them.
+
+YAML 1.2's core schema, so that `on`, `yes` and `12:30` are texts (1.1 makes a boolean and a number of them), and no
+tags. Everything that is wrong is a `Problem` with its place; nobody has to mend a file one error at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import yaml
+
+from swarm.errors import UsageError
+
+MAX_BYTES: Final = 1 << 20
+MAX_NODES: Final = 100_000  # aliases counted each time that they are used
+MAX_DEPTH: Final = 64
+
+Path = tuple[str | int, ...]
+
+_INT: Final = re.compile(r"[-+]?[0-9]{1,400}|0o[0-7]{1,400}|0x[0-9a-fA-F]{1,400}")
+_FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_WORDS: Final = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+
+# What PyYAML finds by itself. Of what a plain text is, `_plain` decides.
+_TAGS: Final = frozenset(
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "seq", "map", "timestamp", "merge", "value")
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Problem:
+    """One thing that is wrong in a file; ``line`` and ``column`` count from 1, 0 when it has no place."""
+
+    line: int
+    column: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}, column {self.column}: {self.message}" if self.line else self.message
+
+
+class Invalid(UsageError):
+    """A file from a person is wrong in one or more ways; ``problems`` has all of them, in the file's order."""
+
+    def __init__(self, name: str, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(sorted(set(problems)))
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{name}: {count}", *map(str, self.problems)]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a value stands in the text: ``style`` is YAML's ('' for plain, '\"', \"'\", '|', '>')."""
+
+    line: int
+    column: int
+    style: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    value: Any
+    places: dict[Path, Place]
+    keys: dict[Path, Place]
+    lines: Sequence[str] = field(repr=False)
+
+    def problem(self, path: Sequence[str | int], message: str, *, at_key: bool = False, offset: int = 0) -> Problem:
+        """A problem with the value at ``path``, or with its nearest ancestor that is in the file.
+
+        ``offset`` counts characters into a text; what folded and escaped texts do to it is not undone.
+        """
+        path = tuple(path)
+        marks = self.keys if at_key and path in self.keys else self.places
+        while path and path not in marks:
+            path, offset = path[:-1], 0
+        place = marks.get(path, Place(line=1, column=1))
+        line, column = place.line, place.column
+        if offset and place.style in ("", "'", '"'):
+            column += offset + (1 if place.style else 0)
+        elif offset and place.style == "|":
+            text = self._text(path)
+            row = text[:offset].count("\n")
+            start = text.rfind("\n", 0, offset) + 1
+            line += 1 + row
+            source = self.lines[line - 1] if line <= len(self.lines) else ""
+            # What the block's indentation took away is what the source line has more.
+            column = 1 + max(len(source) - len(text[start:].partition("\n")[0]), 0) + offset - start
+        return Problem(line=line, column=column, message=message)
+
+    def _text(self, path: Path) -> str:
+        value = self.value
+        for part in path:
+            value = value[part]
+        return str(value)
+
+
+def load(text: str | bytes, *, name: str) -> Document:
+    """Parse one YAML document. Raises Invalid, with a place, for what is no YAML, too large, or no JSON value."""
+    if len(text) > MAX_BYTES:
+        raise Invalid(name, [Problem(line=0, column=0, message=f"larger than {MAX_BYTES >> 10} KiB")])
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise Invalid(name, [Problem(line=0, column=0, message=f"not UTF-8: {error.reason}")]) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+        around = str(text).splitlines()[line - 1 : line]
+        hint = _hint(str(error.problem), around[0] if around else "")
+        message = f"not YAML: {error.problem or error.context}{hint}"
+        raise Invalid(name, [Problem(line=line, column=column, message=message)]) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        message = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {error}"
+        raise Invalid(name, [Problem(line=0, column=0, message=message.replace("\n", " "))]) from None
+    reader = _Reader()
+    value = reader.read(root, (), 0) if root is not None else None
+    if reader.problems:
+        raise Invalid(name, reader.problems)
+    return Document(value, reader.places, reader.keys, text.splitlines())
+
+
+def _hint(said: str, line: str) -> str:
+    """What trips people who write expressions in YAML."""
+    if "got '?'" in said:
+        return "; within {} and [] a text with a '?' in it needs quotes"
+    if "mapping values are not allowed" in said and "${" in line:
+        return "; an expression with ': ' in it needs quotes"
+    return ""
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.places: dict[Path, Place] = {}
+        self.keys: dict[Path, Place] = {}
+        self.problems: list[Problem] = []
+        self._nodes = 0
+
+    def read(self, node: yaml.Node, path: Path, depth: int) -> Any:
+        self._nodes += 1
+        if self._nodes > MAX_NODES or depth > MAX_DEPTH:
+            if len(self.problems) < 100:
+                what = f"nested deeper than {MAX_DEPTH}" if depth > MAX_DEPTH else f"more than {MAX_NODES} values"
+                self._bad(node, what)
+            return None
+        if node.tag not in _TAGS:
+            self._bad(node, f"the tag {node.tag!r} has no meaning here")
+        style = (node.style or "") if isinstance(node, yaml.ScalarNode) else ""
+        self.places[path] = _place(node, style)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(child, (*path, i), depth + 1) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return dict(self._pairs(node, path, depth))
+        return node.value if style else self._plain(node)
+
+    def _pairs(self, node: yaml.MappingNode, path: Path, depth: int) -> Iterator[tuple[str, Any]]:
+        seen: set[str] = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._bad(key, "a key must be a text")
+                continue
+            if key.value in seen:
+                self._bad(key, f"the key {key.value!r} is here twice")
+            seen.add(key.value)
+            self.keys[(*path, key.value)] = _place(key)
+            yield key.value, self.read(value, (*path, key.value), depth + 1)
+
+    def _plain(self, node: yaml.Node) -> Any:
+        text: str = node.value
+        if text in _WORDS:
+            return _WORDS[text]
+        if _INT.fullmatch(text):
+            return int(text, 8 if text[:2] == "0o" else 16 if text[:2] == "0x" else 10)
+        if _FLOAT.fullmatch(text):
+            number = float(text)
+            if math.isinf(number):
+                self._bad(node, f"the number {text} is too large")
+            return number
+        return text
+
+    def _bad(self, node: yaml.Node, message: str) -> None:
+        place = _place(node)
+        self.problems.append(Problem(line=place.line, column=place.column, message=message))
+
+
+def _place(node: yaml.Node, style: str = "") -> Place:
+    return Place(line=node.start_mark.line + 1, column=node.start_mark.column + 1, style=style)

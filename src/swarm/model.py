@@ -1,0 +1,249 @@
+"""The nouns: what Swarm talks about, as values. No I/O, no imports from the rest of Swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+# The agent that every install has under the same id (the acceptance page names it).
+ECHO_AGENT_ID: Final = "0d72b1b5-a98e-4356-bf52-f654d0509dc4"
+
+
+class TicketState(StrEnum):
+    DRAFT = "draft"
+    READY = "ready"
+    BLOCKED = "blocked"
+    IN_PROGRESS = "in_progress"
+    WAITING = "waiting"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class StepStatus(StrEnum):
+    PENDING = "pending"
+    READY = "ready"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SKIPPED = "skipped"
+
+
+class RunStatus(StrEnum):
+    RUNNING = "running"
+    WAITING = "waiting"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended; NULL in the database while it runs."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"  # soft stop: the try is not counted
+    LOST = "lost"  # its lease ran out; somebody else has the step
+
+
+class FailureReason(StrEnum):
+    """Why an attempt failed; retry policies name these."""
+
+    INPUT_INVALID = "input_invalid"
+    BOOT_FAILED = "boot_failed"
+    CHANNEL_BROKEN = "channel_broken"
+    AGENT_FAILED = "agent_failed"
+    OUT_OF_MEMORY = "out_of_memory"
+    TIMEOUT = "timeout"
+    NO_OUTPUT = "no_output"
+    OUTPUT_INVALID = "output_invalid"
+    OUTPUT_TOO_LARGE = "output_too_large"
+    VM_DIED = "vm_died"
+    GUEST_PANIC = "guest_panic"
+    HOST_ERROR = "host_error"
+
+
+class ExecutionMode(StrEnum):
+    AGENT = "agent"
+    WORKFLOW = "workflow"
+
+
+TICKET_TRANSITIONS: Final[Mapping[TicketState, frozenset[TicketState]]] = {
+    TicketState.DRAFT: frozenset({TicketState.READY, TicketState.CANCELLED}),
+    TicketState.READY: frozenset(
+        {TicketState.IN_PROGRESS, TicketState.BLOCKED, TicketState.FAILED, TicketState.CANCELLED}
+    ),
+    TicketState.BLOCKED: frozenset({TicketState.READY, TicketState.FAILED, TicketState.CANCELLED}),
+    TicketState.IN_PROGRESS: frozenset(
+        {TicketState.DONE, TicketState.FAILED, TicketState.CANCELLED, TicketState.WAITING}
+    ),
+    TicketState.WAITING: frozenset({TicketState.IN_PROGRESS, TicketState.FAILED, TicketState.CANCELLED}),
+    # By hand only: `swarm ticket retry`.
+    TicketState.DONE: frozenset(),
+    TicketState.FAILED: frozenset({TicketState.READY}),
+    TicketState.CANCELLED: frozenset({TicketState.READY}),
+}
+
+STEP_TRANSITIONS: Final[Mapping[StepStatus, frozenset[StepStatus]]] = {
+    StepStatus.PENDING: frozenset({StepStatus.READY, StepStatus.SKIPPED, StepStatus.CANCELLED}),
+    StepStatus.READY: frozenset({StepStatus.RUNNING, StepStatus.FAILED, StepStatus.CANCELLED}),
+    StepStatus.RUNNING: frozenset({StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED, StepStatus.READY}),
+    StepStatus.COMPLETED: frozenset(),
+    StepStatus.FAILED: frozenset(),
+    StepStatus.CANCELLED: frozenset(),
+    StepStatus.SKIPPED: frozenset(),
+}
+
+TERMINAL_TICKET_STATES: Final = frozenset({TicketState.DONE, TicketState.FAILED, TicketState.CANCELLED})
+TERMINAL_STEP_STATUSES: Final = frozenset(s for s, after in STEP_TRANSITIONS.items() if not after)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """When a failed attempt is followed by another one.
+
+    The wait before attempt ``n + 1`` is ``min(max_delay_seconds, delay_seconds * factor ** (n - 1))``, of which a
+    random share between half and all is taken.
+    """
+
+    max_attempts: int = 1
+    delay_seconds: float = 1.0
+    factor: float = 2.0
+    max_delay_seconds: float = 300.0
+    # Failures that are tried again. VM_DIED ("outcome unknown") is not among them unless the agent is idempotent.
+    on: frozenset[FailureReason] = frozenset(
+        {
+            FailureReason.BOOT_FAILED,
+            FailureReason.CHANNEL_BROKEN,
+            FailureReason.AGENT_FAILED,
+            FailureReason.OUT_OF_MEMORY,
+            FailureReason.TIMEOUT,
+            FailureReason.HOST_ERROR,
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agent:
+    """A packaged program. ``path`` is the directory with its files; ``entry`` is an argv inside that directory.
+
+    ``runtime`` 'python': ``entry[0]`` is a .py file, started by fork of the guest's warm interpreter.
+    ``runtime`` 'exec': ``entry`` is executed (a relative ``entry[0]`` is taken from the agent's directory).
+    """
+
+    id: str
+    name: str
+    version: str
+    path: Path
+    entry: tuple[str, ...]
+    runtime: str = "python"
+    description: str = ""
+    image: str | None = None
+    inputs_schema: str | None = None  # JSON Schema, as text
+    outputs_schema: str | None = None
+    memory_mb: int = 256
+    vcpus: int = 1
+    disk_mb: int = 2048
+    disk_mb_per_second: float | None = None  # 10^6 bytes; None: as much as the host gives
+    network_mb_per_second: float | None = None  # each way
+    timeout_seconds: float = 600.0
+    idle_timeout_seconds: float | None = None
+    network: str = "none"
+    secrets: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    preload: tuple[str, ...] = ()
+    retry: Retry = Retry()
+    idempotent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """A row of ``tickets``. ``inputs`` and ``outputs`` are JSON text as stored; times are ISO-8601 UTC text."""
+
+    id: str
+    title: str
+    state: str
+    project_id: str | None = None
+    description: str | None = None
+    agent_id: str | None = None
+    assignee_id: str | None = None
+    assignee_type: str | None = None
+    execution_mode: str | None = None
+    workflow_id: str | None = None
+    inputs: str | None = None
+    outputs: str | None = None
+    error: str | None = None
+    priority: int = 0
+    timeout_seconds: float | None = None
+    max_attempts: int | None = None
+    budget_usd: float | None = None
+    run_id: str | None = None
+    created_at: str | None = None
+    updated_at: str | None = None
+    started_at: str | None = None
+    completed_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One attempt that a worker has been given: all it needs to run the step, read in the claiming transaction."""
+
+    attempt_id: str
+    attempt_number: int  # 1 for the first try of this step
+    step_execution_id: str
+    step_id: str
+    run_id: str
+    ticket: Ticket
+    agent: Agent
+    inputs: str  # JSON text of the step's inputs, an object
+    timeout_seconds: float
+    queued_ms: float  # from the row's commit (or first sight) to this claim, by the database's clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Succeeded:
+    outputs: str  # JSON text
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """``retry`` is the cause's own view (could another try help?), for logs; the retry policy goes by ``reason``."""
+
+    reason: FailureReason
+    message: str
+    retry: bool = False
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled:
+    message: str = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interrupted:
+    """Stopped by us, not by its own fault: the step goes back and the try is not counted."""
+
+    message: str = "the engine stopped"
+
+
+Outcome = Succeeded | Failed | Cancelled | Interrupted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One line of a ticket's history. ``kind``: transition, output, phase, error, or a later subsystem's own."""
+
+    ticket_id: str
+    kind: str
+    data: Mapping[str, object]
+    step_id: str | None = None
+    attempt_id: str | None = None
+    seq: int = 0  # given by the database
+    at: str = ""  # given by the database

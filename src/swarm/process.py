@@ -1,0 +1,205 @@
+"""The one door through which Swarm starts programs.
+
+Argv lists only, a scrubbed environment, its own stdio for everything (a VMM that inherits a pipe keeps the caller of
+`swarm` hanging), and a death that is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from swarm.errors import CommandFailed, HostError
+
+log = structlog.get_logger(__name__)
+
+# What a child may see of our environment. The last six let package tools reach their registries as the host does.
+_KEPT = (
+    "PATH", "HOME", "LANG", "TZ", "TMPDIR", "TERM",
+    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "SSL_CERT_FILE",
+)  # fmt: skip
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+def which(program: str) -> str | None:
+    """Path of a program, looked for on PATH and in the sbin directories that a user's PATH may lack."""
+    return shutil.which(program) or shutil.which(program, path=_SYSTEM_PATH)
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    env = {k: os.environ[k] for k in _KEPT if k in os.environ}
+    env["PATH"] = f"{env.get('PATH', '')}:{_SYSTEM_PATH}".lstrip(":")
+    env.setdefault("LANG", "C.UTF-8")
+    return env | dict(extra or {})
+
+
+def in_netns(argv: Sequence[str], netns: str | None) -> list[str]:
+    """Argv that runs ``argv`` inside the named network namespace, mounts unchanged (`ip netns exec` remounts /sys)."""
+    return [*(("nsenter", f"--net=/run/netns/{netns}", "--") if netns else ()), *argv]
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    input: bytes | None = None,  # noqa: A002 - the word that subprocess uses
+    timeout_seconds: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    netns: str | None = None,
+    check: bool = True,
+) -> Completed:
+    """Run a program to its end and return what it printed.
+
+    Raises CommandFailed when it ends with a status other than 0 (and ``check``), HostError when it can't be
+    started or takes longer than ``timeout_seconds``; in the latter case, and when cancelled, it is killed first, with
+    all that it started. It has a session of its own: the Ctrl+C that makes us clean up must not end what cleans up.
+    """
+    argv = in_netns(argv, netns)
+    log.debug("run", argv=shlex.join(argv))
+    process = await _start(
+        argv,
+        stdin=asyncio.subprocess.PIPE if input is not None else asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment(env),
+        cwd=cwd,
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            stdout, stderr = await process.communicate(input)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(error, TimeoutError):
+            raise HostError(
+                f"{argv[0]} took longer than {timeout_seconds:g} s and was killed: {shlex.join(argv)}"
+            ) from None
+        raise
+    finally:
+        await kill(process)
+    code = process.returncode or 0
+    if check and code != 0:
+        tail = stderr[-4096:].decode(errors="replace").strip()
+        said = tail or stdout[-1024:].decode(errors="replace").strip() or "it printed nothing"
+        raise CommandFailed(f"{shlex.join(argv)} ended with status {code}: {said}", returncode=code, stderr=tail)
+    return Completed(returncode=code, stdout=stdout, stderr=stderr)
+
+
+async def spawn(
+    argv: Sequence[str],
+    *,
+    output: Path,
+    stdout: int | None = None,
+    netns: str | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    die_with_parent: bool = True,
+) -> asyncio.subprocess.Process:
+    """Start a program that goes on running, in a session of its own; stdout and stderr are appended to ``output``.
+
+    With ``stdout``, that descriptor gets what is printed there instead.
+    With ``die_with_parent`` the kernel kills it when this process dies, however it dies.
+    """
+    argv = in_netns(argv, netns)
+    if die_with_parent:
+        argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
+    log.debug("spawn", argv=shlex.join(argv), output=str(output))
+    with output.open("ab") as out:
+        return await _start(
+            argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out if stdout is None else stdout,
+            stderr=out,
+            env=environment(env),
+            cwd=cwd,
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+        )
+
+
+async def kill(process: asyncio.subprocess.Process, *, grace_seconds: float = 0.0) -> None:
+    """End a process and wait for its death. Idempotent. With a grace, SIGTERM comes first.
+
+    Not by `process.send_signal`: that polls, which may reap a child that just died before asyncio does (status 255).
+    """
+    if process.returncode is not None:
+        return
+    if grace_seconds:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await process.wait()
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        await asyncio.shield(process.wait())
+
+
+async def _start(argv: Sequence[str], **options: object) -> asyncio.subprocess.Process:
+    program = which(argv[0])
+    if program is None:
+        raise HostError(f"the program {argv[0]!r} is not installed; `swarm doctor` says which package has it")
+    try:
+        return await asyncio.create_subprocess_exec(program, *argv[1:], **options)  # type: ignore[arg-type]
+    except OSError as error:
+        raise HostError(f"can't start {program}: {error}") from error
+
+
+# --- processes that are not our children --------------------------------------------------------------------------
+
+
+def start_time(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot (field 22 of proc(5) stat): with the pid, it names a process
+    for ever. None when there is no such process, or it is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+async def kill_stranger(pid: int, started: int, *, timeout_seconds: float = 5.0) -> None:
+    """Kill the process that had this pid and start time, and wait until it is gone. Nothing if it already is.
+
+    A pidfd is opened before the start time is compared, so a recycled pid can't be hit.
+    """
+    try:
+        fd = os.pidfd_open(pid)
+    except (ProcessLookupError, OSError):
+        return
+    try:
+        if start_time(pid) != started:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        gone = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(fd, gone.set)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await gone.wait()
+        except TimeoutError:
+            raise HostError(f"process {pid} did not die within {timeout_seconds:g} s of SIGKILL") from None
+        finally:
+            loop.remove_reader(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,205 @@
+"""JSON Schemas from people, for agents' and workflows' inputs and outputs: the short form, checks that end, comparison.
+
+Schemas are hostile: nothing is fetched (`$ref` within the schema only), patterns run in RE2 (linear time, through CEL's
+`matches`), and every check has a budget of steps, so that no schema of schemas can keep an engine busy. `validator`
+does that part, and is loaded when first needed, for jsonschema takes its time to load.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from swarm.schema.values import Issue, SchemaError
+
+__all__ = [
+    "TYPES",
+    "Issue",
+    "SchemaError",
+    "at",
+    "check_schema",
+    "expand",
+    "issues",
+    "mismatch",
+    "of_value",
+    "parsed",
+    "text",
+    "type_name",
+    "with_defaults",
+]
+
+TYPES: Final = ("string", "integer", "number", "boolean", "object", "array", "null", "any")
+
+
+# --- the short form -------------------------------------------------------------------------------------------------
+
+
+def expand(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON Schema that a short form stands for; a full one (`type: object`, or `properties`, `$ref` …) is itself.
+
+    Short: each key is a name, each value a type (`string`, `integer?` for one that may be left out, `[string]` for a
+    list), or a schema of its own, which may carry `default`. Raises SchemaError.
+    """
+    if given.get("type") == "object" or any(k in given for k in ("$schema", "$ref", "allOf", "anyOf", "oneOf")):
+        return dict(given)
+    if isinstance(given.get("properties"), Mapping):
+        return {"type": "object", **given}
+    properties, required = {}, []
+    for name, one in given.items():
+        schema, optional = _short(one, (name,))
+        properties[name] = schema
+        if not optional and "default" not in schema:
+            required.append(name)
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _short(one: Any, path: tuple[str | int, ...]) -> tuple[dict[str, Any], bool]:
+    if isinstance(one, str):
+        word = one.removesuffix("?")
+        if word not in TYPES:
+            raise SchemaError(f"{one!r} is no type; there are {', '.join(TYPES)}, each also with a '?' behind it", path)
+        return ({} if word == "any" else {"type": word}), one.endswith("?")
+    if isinstance(one, list):
+        if len(one) != 1:
+            raise SchemaError("a list has one type for all its items: [string]", path)
+        return {"type": "array", "items": _short(one[0], (*path, 0))[0]}, False
+    if isinstance(one, Mapping):
+        named = one.get("type")
+        if isinstance(named, str) and named.removesuffix("?") in TYPES:
+            rest = {k: v for k, v in one.items() if k != "type"}
+            return {**_short(named, path)[0], **rest}, named.endswith("?")
+        if any(k in one for k in ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "default")):
+            return dict(one), False
+        return expand(one), False
+    raise SchemaError("a type's name is wanted here, or a schema", path)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_schema(schema: Any) -> None:
+    """Raises SchemaError, with the path, for what is no JSON Schema (2020-12) or is refused."""
+    from swarm.schema import validator
+
+    validator.check_schema(schema)
+
+
+def issues(value: Any, schema: str) -> list[Issue]:
+    """What is wrong with a value by a schema (JSON text), at most `validator.MAX_ISSUES`; nothing when it fits.
+
+    Raises SchemaError when the schema itself can't be used.
+    """
+    from swarm.schema import validator
+
+    return validator.issues(value, schema)
+
+
+def with_defaults(value: Any, schema: Any) -> Any:
+    """The value with the defaults of properties that it lacks, objects within objects too."""
+    if not isinstance(value, Mapping) or not isinstance(schema, Mapping):
+        return value
+    filled = dict(value)
+    for name, inner in (schema.get("properties") or {}).items():
+        if name in filled:
+            filled[name] = with_defaults(filled[name], inner)
+        elif isinstance(inner, Mapping) and "default" in inner:
+            filled[name] = inner["default"]
+    return filled
+
+
+# --- does what comes out fit where it goes in? ------------------------------------------------------------------------
+
+
+def at(schema: Any, path: tuple[str | int, ...]) -> Any:
+    """The schema of what ``path`` leads to; {} (anything) where that can't be told; False where nothing can be."""
+    for part in path:
+        if not isinstance(schema, Mapping):
+            return schema
+        kind = _types(schema)
+        if any(k in schema for k in ("$ref", "allOf", "anyOf", "oneOf", "if", "not", "patternProperties")):
+            return {}
+        if kind and kind <= ({"string", "integer", "number", "boolean", "null"}):
+            return False
+        if isinstance(part, str) and (not kind or "object" in kind):
+            if kind == {"object"} and part not in (schema.get("properties") or {}):
+                rest = schema.get("additionalProperties", True)
+                schema = {} if rest is True else rest
+            else:
+                schema = (schema.get("properties") or {}).get(part, {})
+        elif isinstance(part, int) and (not kind or "array" in kind):
+            schema = {} if "prefixItems" in schema else schema.get("items", {})
+        else:
+            return False if kind else {}
+    return schema
+
+
+def mismatch(given: Any, wanted: Any) -> str:
+    """Why no value of schema ``given`` can ever fit ``wanted``; '' when one may. Only what is certain."""
+    if given is False or wanted is True or not isinstance(given, Mapping) or not isinstance(wanted, Mapping):
+        return ""
+    have, want = _types(given), _types(wanted)
+    if have and want and not any(_fits(one, other) for one in have for other in want):
+        return f"it is {_names(have)}, and {_names(want)} is wanted"
+    for key in ("enum", "const"):
+        allowed = wanted.get("enum") if key == "enum" else [wanted["const"]] if "const" in wanted else None
+        offered = given.get("enum") if "enum" in given else [given["const"]] if "const" in given else None
+        if allowed is not None and offered is not None and not any(value in allowed for value in offered):
+            return f"it is one of {json.dumps(offered)[:80]}, and one of {json.dumps(allowed)[:80]} is wanted"
+    if have == {"object"} == want:
+        for name in wanted.get("required") or ():
+            inner = at(given, (name,))
+            if inner is False:
+                return f"it has no {name!r}, which is wanted"
+            if why := mismatch(inner, (wanted.get("properties") or {}).get(name, {})):
+                return f"at {name!r}: {why}"
+    filled = have == {"array"} == want and given.get("minItems", 0) > 0  # an empty list would fit anything
+    if filled and (why := mismatch(given.get("items", {}), wanted.get("items", {}))):
+        return f"of its items: {why}"
+    return ""
+
+
+def text(schema: Any) -> str:
+    """A schema as `issues` takes it: the same text for the same schema."""
+    return json.dumps(schema, sort_keys=True)
+
+
+def parsed(source: str) -> Any:
+    """A schema as an agent's row holds it; {} for one that is broken."""
+    try:
+        value = json.loads(source)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def of_value(value: Any) -> dict[str, Any]:
+    """The narrow schema of a JSON value that is known."""
+    return {"const": value, "type": type_name(value)}
+
+
+def type_name(value: Any) -> str:
+    for kind, name in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array")):
+        if isinstance(value, kind):
+            return name
+    return "null" if value is None else "object"
+
+
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    kind = schema.get("type")
+    if isinstance(kind, str):
+        return {kind}
+    if isinstance(kind, list):
+        return {one for one in kind if isinstance(one, str)}
+    if isinstance(schema.get("enum"), list):
+        return {type_name(value) for value in schema["enum"]}
+    return {type_name(schema["const"])} if "const" in schema else set()
+
+
+def _fits(one: str, other: str) -> bool:
+    return one == other or {one, other} == {"integer", "number"}
+
+
+def _names(types: set[str]) -> str:
+    article = {"integer": "an integer", "array": "an array", "object": "an object", "null": "null"}
+    return " or ".join(article.get(one, f"a {one}") for one in sorted(types))

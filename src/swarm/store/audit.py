@@ -1,0 +1,145 @@
+"""What `swarm prove` reads: the log in order and the rows that it must agree with, all of one moment.
+
+Statements only; what they mean is swarm.prove's. ``:since`` is ISO-8601 text, '' for everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from swarm.store.database import Tx
+from swarm.store.rows import lenient, milliseconds
+
+LOG: Final = sa.text(
+    "SELECT seq, ticket_id, step_id, attempt_id, at, kind, data FROM events "
+    "WHERE kind IN ('transition', 'refused', 'deleted') AND at >= :since ORDER BY seq"
+)
+TICKETS: Final = sa.text(
+    "SELECT t.id, t.state, t.run_id, r.status AS run_status, "
+    "(SELECT count(*) FROM step_executions s WHERE s.run_id = t.run_id "
+    "AND s.status IN ('pending', 'ready', 'running')) AS live_steps "
+    "FROM tickets t LEFT JOIN workflow_runs r ON r.id = t.run_id AND r.ticket_id = t.id "
+    "WHERE t.updated_at >= :since OR t.state IN ('in_progress', 'waiting')"
+)
+ATTEMPTS: Final = sa.text(
+    "SELECT a.id, a.step_execution_id, a.outcome, a.lease_until, a.ended_at, s.status AS step_status, "
+    "s.attempt_id AS owner, r.ticket_id FROM attempts a LEFT JOIN step_executions s ON s.id = a.step_execution_id "
+    "LEFT JOIN workflow_runs r ON r.id = s.run_id "
+    "WHERE a.outcome IS NULL OR a.ended_at >= :since ORDER BY a.step_execution_id, a.id"
+)
+RUNNING_STEPS: Final = sa.text(
+    "SELECT s.id, s.step_id, s.attempt_id, r.ticket_id, a.outcome, a.id AS attempt FROM step_executions s "
+    "LEFT JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN attempts a ON a.id = s.attempt_id "
+    "WHERE s.status = 'running'"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogEntry:
+    """``of``, ``before``, ``after``: a transition's ('ticket' or 'step'; states)."""
+
+    seq: int
+    ticket_id: str
+    kind: str
+    of: str = ""
+    before: str | None = None
+    after: str = ""
+    step_id: str | None = None
+    attempt_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketFact:
+    id: str
+    state: str
+    run_id: str | None = None
+    run_status: str | None = None
+    live_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFact:
+    """``expired_ms``: for how long its lease has been over, of one without an outcome. ``ended_ms``: since when it has
+    one."""
+
+    id: str
+    step_execution_id: str
+    ticket_id: str | None
+    outcome: str | None
+    step_status: str | None
+    owns_step: bool
+    expired_ms: float = 0.0
+    ended_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFact:
+    """A step that is running. ``attempt_alive``: its attempt is there and has no outcome."""
+
+    step_id: str
+    ticket_id: str | None
+    attempt_alive: bool
+
+
+class Audit:
+    """One moment of the database. Its iterators are for the function that is given it, while it runs."""
+
+    def __init__(self, tx: Tx, since: str) -> None:
+        self._tx = tx
+        self.since = since
+
+    def log(self) -> Iterator[LogEntry]:
+        for row in self._tx.stream(LOG, since=self.since):
+            data: Any = None
+            with contextlib.suppress(TypeError, ValueError):  # of another tool's making: then it is no transition
+                data = json.loads(row.data)
+            if not isinstance(data, dict):
+                data = {}
+            yield LogEntry(
+                seq=row.seq,
+                ticket_id=lenient(row.ticket_id) or "",
+                kind=str(row.kind),
+                of=str(data.get("of", "")),
+                before=data.get("from"),
+                after=str(data.get("to", "")),
+                step_id=row.step_id,
+                attempt_id=row.attempt_id,
+            )
+
+    def tickets(self) -> Iterator[TicketFact]:
+        for row in self._tx.stream(TICKETS, since=self.since):
+            yield TicketFact(
+                id=lenient(row.id) or "",
+                state=lenient(row.state) or "",
+                run_id=row.run_id,
+                run_status=row.run_status,
+                live_steps=row.live_steps,
+            )
+
+    def attempts(self) -> Iterator[AttemptFact]:
+        now = self._tx.now_ms
+        for row in self._tx.stream(ATTEMPTS, since=self.since):
+            yield AttemptFact(
+                id=row.id,
+                step_execution_id=row.step_execution_id,
+                ticket_id=lenient(row.ticket_id),
+                outcome=row.outcome,
+                step_status=row.step_status,
+                owns_step=row.owner == row.id,
+                expired_ms=max(0.0, now - row.lease_until) if row.outcome is None else 0.0,
+                ended_ms=max(0.0, now - (milliseconds(row.ended_at) or now)),
+            )
+
+    def running_steps(self) -> Iterator[StepFact]:
+        for row in self._tx.stream(RUNNING_STEPS):
+            yield StepFact(
+                step_id=row.step_id,
+                ticket_id=lenient(row.ticket_id),
+                attempt_alive=row.attempt is not None and row.outcome is None,
+            )

@@ -1,0 +1,406 @@
+"""Claim: one transaction in which expired leases are swept, ready tickets become runs and steps, bad rows are answered,
+and the first `limit` steps by priority and age become attempts of one worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.errors import StoreError, SwarmError
+from swarm.model import Agent, Claim, StepStatus, TicketState
+from swarm.store import dependencies, intake
+from swarm.store.changes import INSERT_ATTEMPT, Changes
+from swarm.store.database import Row, Tx
+from swarm.store.dialect import Dialect
+from swarm.store.finish import sweep
+from swarm.store.intake import BadRow, Work
+from swarm.store.registry import IDS_OF_NAMES, Agents
+from swarm.store.rows import TICKET_COLUMNS, TICKET_FIELDS, lenient, milliseconds, new_id
+from swarm.store.schema import UNFINISHED, UNKNOWN_STATE
+
+BAD_ROWS: Final = 1000  # answered in one transaction at most; the next goes on
+_AT_ONCE: Final = 100  # rows of upkeep in one transaction
+
+# The live run of a row that another tool made ready again while it ran.
+_READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
+    WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting')) AS live_run"""
+READY_TICKETS: Final = sa.text(
+    f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
+    "ORDER BY t.priority DESC, t.created_at LIMIT :limit"
+)
+READY_TICKET: Final = sa.text(f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.id = :id AND t.state = 'ready'")
+_STEP: Final = f"""
+SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
+       s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
+       s.ticket_created_at,
+       (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries,
+       r.ticket_id, t.id AS ticket, t.run_id AS ticket_run,
+       {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
+FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
+WHERE s.status = 'ready' AND s.available_at IS NULL"""
+READY_STEPS: Final = sa.text(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
+READY_STEP: Final = sa.text(_STEP + " AND r.ticket_id = :id LIMIT :limit")
+RELEASE_DELAYED: Final = sa.text(
+    "UPDATE step_executions SET available_at = NULL "
+    "WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= :now_ms"
+)
+UNKNOWN_STATES: Final = sa.text(f"SELECT id, state FROM tickets WHERE {UNKNOWN_STATE} LIMIT :limit")
+# Set by hand to a state that only Swarm sets: no run stands behind it, so nothing would ever move it.
+STUCK: Final = sa.text(
+    f"SELECT t.id, t.state FROM tickets t WHERE t.{UNFINISHED} AND t.state <> 'blocked' "
+    "AND NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.id = t.run_id AND r.ticket_id = t.id "
+    "AND r.status IN ('running', 'waiting')) LIMIT :limit"
+)
+FAIL_BY_BYTES: Final = sa.text(
+    "UPDATE tickets SET state = 'failed', error = :error, completed_at = :now, updated_at = :now "
+    "WHERE id = :raw OR id = CAST(:raw AS TEXT)"
+)
+INSERT_RUN: Final = sa.text(
+    "INSERT INTO workflow_runs (id, ticket_id, status, started_at) VALUES (:run_id, :ticket_id, 'running', :now)"
+)
+INSERT_STEP: Final = sa.text(
+    "INSERT INTO step_executions (id, run_id, step_id, agent_id, agent_name, agent_version, status, attempt_id, "
+    "inputs, queued_at, started_at, max_attempts, timeout_seconds, priority, ticket_created_at) "
+    "VALUES (:step_execution_id, :run_id, 'main', :agent_id, :agent_name, :agent_version, 'running', :attempt_id, "
+    ":inputs, :queued_at, :now, :max_attempts, :timeout_seconds, :priority, :ticket_created_at)"
+)
+START_STEP: Final = sa.text(
+    "UPDATE step_executions SET status = 'running', attempt_id = :attempt_id, started_at = :now, error = NULL "
+    "WHERE id = :step_execution_id"
+)
+START_TICKET: Final = sa.text(
+    "UPDATE tickets SET state = 'in_progress', run_id = :run_id, started_at = :now, completed_at = NULL, error = NULL, "
+    "outputs = NULL, updated_at = :now WHERE id = :id"
+)
+WORKFLOW_IDS: Final = sa.text("SELECT id FROM workflows WHERE id IN :ids")
+
+
+@cache
+def probe(dialect: Dialect) -> sa.TextClause:
+    """One statement that says the time and which of the rarer duties there are, each by one look into an index."""
+    return sa.text(f"""
+        SELECT now_ms, {dialect.written_by_others} AS others,
+          EXISTS (SELECT 1 FROM attempts WHERE outcome IS NULL AND lease_until <= now_ms) AS expired,
+          EXISTS (SELECT 1 FROM step_executions
+                  WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= now_ms) AS due,
+          EXISTS (SELECT 1 FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS steps,
+          EXISTS (SELECT 1 FROM tickets WHERE {UNKNOWN_STATE}) AS unknown_states,
+          EXISTS (SELECT 1 FROM ticket_dependencies) AS dependencies
+        FROM (SELECT {dialect.now_ms} AS now_ms) AS moment""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimRequest:
+    worker: str
+    limit: int
+    lease_seconds: float
+    ticket_id: str | None = None
+    memory_mb: int | None = None
+    most_memory_mb: int | None = None
+    held: frozenset[str] = frozenset()  # attempts that the worker is executing
+    queue_timeout_seconds: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Claimed:
+    claims: list[Claim] = field(default_factory=list)
+    more: bool = False  # the transaction ended on its bound of bad rows: claim again
+
+
+class Queue:
+    """Claims for one process, on the writing thread. Remembers only what saves work."""
+
+    def __init__(self) -> None:
+        self._agents = Agents()
+        self._upkeep_at = -1  # `written_by_others` at the last upkeep
+        self._upkeep_again = True  # we blocked a ticket since: it may close a circle
+        self._upkeep_ended = 0.0
+        self._upkeep_took = 0.0
+
+    def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
+        return [_Claiming(self, tx, request).run() for request in requests]
+
+    def upkeep_due(self, others: int, *, idle: bool, asked: bool) -> bool:
+        """Duties that look at every unfinished ticket: when there is news and nothing better to do, or now and then.
+
+        They may take a twentieth of the time at most; below 10 ms nobody minds.
+        """
+        if asked:
+            return True
+        if others == self._upkeep_at and not self._upkeep_again:
+            return False
+        since = time.monotonic() - self._upkeep_ended  # paces work; decides nothing
+        return since >= 20 * self._upkeep_took if idle and self._upkeep_took > 0.01 else idle or since >= 1.0
+
+    def upkeep(self, changes: Changes, others: int) -> bool:
+        """True if a ticket became ready."""
+        began = time.monotonic()
+        stuck = changes.tx.all(STUCK, limit=_AT_ONCE)
+        for row in stuck:
+            error = (
+                f"state {intake.shown(row.state)} is set by Swarm only, and no run of this ticket is under way; "
+                "set state to 'ready' to run it"
+            )
+            _fail_row(changes, row, error)
+        started = dependencies.settle_blocked(changes)
+        dependencies.release(changes)
+        self._upkeep_at, self._upkeep_again = others, len(stuck) == _AT_ONCE
+        self._upkeep_ended = time.monotonic()
+        self._upkeep_took = self._upkeep_ended - began
+        return started
+
+
+class _Claiming:
+    """One claim, in one transaction."""
+
+    def __init__(self, queue: Queue, tx: Tx, request: ClaimRequest) -> None:
+        self.queue, self.tx, self.request = queue, tx, request
+        self.changes = Changes(tx)
+        self.result = Claimed()
+        self.bad_rows = 0
+        self.memory_left = request.memory_mb
+        self.full = (
+            False  # the next in turn does not fit; whoever is behind it waits as well, so that it is not starved
+        )
+
+    def run(self) -> Claimed:
+        probed = self.tx.first(probe(self.tx.dialect))
+        assert probed is not None
+        self.tx.now_ms = probed.now_ms
+        self.dependencies = bool(probed.dependencies)
+        self.steps = bool(probed.steps or probed.expired or probed.due)
+        if probed.expired:
+            sweep(self.changes, self.request.held, until_ms=self.tx.now_ms + round(self.request.lease_seconds * 1000))
+        if probed.due:
+            self.tx.run(RELEASE_DELAYED, now_ms=self.tx.now_ms)
+        if probed.unknown_states:
+            for row in self.tx.all(UNKNOWN_STATES, limit=_AT_ONCE):
+                _fail_row(self.changes, row, intake.unknown_state(row.state))
+        upkept = False
+        while (missing := self.request.limit - len(self.result.claims)) > 0:
+            if self.bad_rows >= BAD_ROWS:
+                self.result.more = True
+                break
+            if self._round(missing) and not self.full:
+                continue
+            if self.full:
+                break
+            if self.result.claims and self.request.ticket_id is None:
+                return self._end()  # those first: the claim that finds nothing, and so comes soon, does the upkeep
+            if upkept or not self.queue.upkeep_due(probed.others, idle=True, asked=self.request.ticket_id is not None):
+                break
+            upkept = True
+            if not self.queue.upkeep(self.changes, probed.others):
+                break
+        if not upkept and self.queue.upkeep_due(probed.others, idle=False, asked=False):
+            self.queue.upkeep(self.changes, probed.others)
+        return self._end()
+
+    def _end(self) -> Claimed:
+        dependencies.release(self.changes)
+        return self.result
+
+    def _round(self, missing: int) -> bool:
+        """Look at the next candidates; False when there can be no others behind them."""
+        limit = max(missing, min(self.bad_rows, _AT_ONCE))
+        tickets, steps = self._candidates(limit)
+        rows = sorted([*tickets, *steps], key=_turn) if steps else tickets
+        if not rows:
+            return False
+        waits = dependencies.check(self.tx, [row.id for row in tickets if _clean(row.id)]) if self.dependencies else {}
+        works: list[tuple[Row, Work]] = []
+        for row in rows:
+            try:
+                if "step_execution_id" in row._fields:
+                    if (work := self._step(row)) is not None:
+                        works.append((row, work))
+                elif row.id in waits:
+                    self._wait(row, waits[row.id])
+                else:
+                    self._check_age(row)
+                    works.append((row, intake.read(row)))
+            except BadRow as error:
+                self._refuse(row, error)
+        self._start(works, missing)
+        self.changes.flush()
+        return self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
+
+    def _candidates(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
+        one = self.request.ticket_id
+        if one is not None:
+            steps = self.tx.all(READY_STEP, id=one, limit=limit) if self.steps else []
+            return self.tx.all(READY_TICKET, id=one), steps
+        return self.tx.all(READY_TICKETS, limit=limit), self.tx.all(READY_STEPS, limit=limit) if self.steps else []
+
+    def _check_age(self, row: Row) -> None:
+        limit = self.request.queue_timeout_seconds
+        since = milliseconds(max(str(row.created_at or ""), str(row.updated_at or "")))
+        if limit is not None and since is not None and self.tx.now_ms - since > limit * 1000:
+            raise BadRow(
+                f"it waited for longer than the queue timeout of {limit:g} s; `swarm ticket retry` queues it again"
+            )
+
+    def _step(self, row: Row) -> Work | None:
+        """A ready step of a run under way; None when its ticket was taken away meanwhile, and the step with it."""
+        running = (TicketState.IN_PROGRESS, TicketState.WAITING)
+        if row.ticket is None:
+            self.changes.delete_runs([row.run_id])
+        elif row.state not in running or row.ticket_run != row.run_id:
+            self.changes.cancel_runs([row.run_id], error="the ticket was changed from outside")
+        else:
+            ticket = intake.strict_ticket(row)
+            return Work(ticket=ticket, agent_id=row.step_agent_id or "", inputs=row.step_inputs or "{}")
+        self.bad_rows += 1
+        return None
+
+    def _wait(self, row: Row, error: str | None) -> None:
+        self.bad_rows += 1
+        if error is not None:
+            _fail_row(self.changes, row, error)
+        else:
+            self.changes.set_ticket(row.id, TicketState.READY, TicketState.BLOCKED)
+            self.queue._upkeep_again = True
+
+    def _refuse(self, row: Row, error: BadRow) -> None:
+        self.bad_rows += 1
+        if "step_execution_id" in row._fields:
+            self.changes.cancel_runs([row.run_id], error=str(error))
+        elif row.live_run is not None:
+            self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
+        _fail_row(self.changes, row, str(error))
+
+    def _start(self, works: Sequence[tuple[Row, Work]], missing: int) -> None:
+        agents = self.queue._agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
+        for row, work in works:
+            try:
+                agent = self._agent(work, agents)
+            except BadRow as error:
+                self._refuse(row, error)
+                continue
+            most = self.request.most_memory_mb
+            if most is not None and agent.memory_mb > most:
+                # It would stand at the head of the queue for ever, and everybody behind it.
+                self._refuse(row, BadRow(_too_big(agent, most)))
+                continue
+            self.full = self.full or (self.memory_left is not None and agent.memory_mb > self.memory_left)
+            if missing and not self.full:
+                missing -= 1
+                if self.memory_left is not None:
+                    self.memory_left -= agent.memory_mb
+                self.result.claims.append(self._attempt(row, work, agent))
+
+    def _agent(self, work: Work, agents: Mapping[str, Agent | StoreError]) -> Agent:
+        if not work.agent_id:
+            workflow = work.ticket.workflow_id or ""
+            if not self.tx.all_in(WORKFLOW_IDS, [workflow]):
+                raise BadRow(f"no workflow has the id {intake.shown(workflow)}; look it up in the table workflows")
+            raise BadRow("this version of Swarm can't run workflows yet; set execution_mode to 'agent', and agent_id")
+        agent = agents.get(work.agent_id)
+        if agent is None:
+            names = {row.name: row.id for row in self.tx.all_in(IDS_OF_NAMES, [work.agent_id])}
+            raise intake.unknown_agent(work.agent_id, names)
+        if isinstance(agent, StoreError):
+            raise BadRow(str(agent))
+        return agent
+
+    def _attempt(self, row: Row, work: Work, agent: Agent) -> Claim:
+        add, now, now_ms, ticket = self.changes.add, self.tx.now, self.tx.now_ms, work.ticket
+        attempt_id = new_id(now_ms)
+        if "step_execution_id" in row._fields:
+            run_id, step_execution_id, step_id = row.run_id, row.step_execution_id, row.step_id
+            number, queued_at = row.tries + 1, row.queued_at
+            timeout_seconds = row.step_timeout_seconds or intake.timeout_of(ticket, agent)
+            add(START_STEP, attempt_id=attempt_id, now=now, step_execution_id=step_execution_id)
+        else:
+            if row.live_run is not None:
+                self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
+            run_id, step_execution_id, step_id, number = new_id(now_ms), new_id(now_ms), "main", 1
+            queued_at = max(ticket.created_at or "", ticket.updated_at or "") or now
+            timeout_seconds = intake.timeout_of(ticket, agent)
+            add(INSERT_RUN, run_id=run_id, ticket_id=ticket.id, now=now)
+            add(
+                INSERT_STEP,
+                step_execution_id=step_execution_id,
+                run_id=run_id,
+                agent_id=agent.id,
+                agent_name=agent.name,
+                agent_version=agent.version,
+                attempt_id=attempt_id,
+                inputs=work.inputs,
+                queued_at=queued_at,
+                now=now,
+                max_attempts=intake.max_attempts_of(ticket, agent),
+                timeout_seconds=timeout_seconds,
+                priority=ticket.priority,
+                ticket_created_at=ticket.created_at,
+            )
+            add(START_TICKET, id=ticket.id, run_id=run_id, now=now)
+            self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id)
+        add(
+            INSERT_ATTEMPT,
+            id=attempt_id,
+            step_execution_id=step_execution_id,
+            number=number,
+            worker=self.request.worker,
+            lease_until=now_ms + round(self.request.lease_seconds * 1000),
+            now=now,
+        )
+        self.changes.transition(
+            "step",
+            StepStatus.READY,
+            StepStatus.RUNNING,
+            ticket_id=ticket.id,
+            step_id=step_id,
+            attempt_id=attempt_id,
+            number=number,
+            worker=self.request.worker,
+        )
+        since = milliseconds(queued_at)
+        return Claim(
+            attempt_id=attempt_id,
+            attempt_number=number,
+            step_execution_id=step_execution_id,
+            step_id=step_id,
+            run_id=run_id,
+            ticket=replace(
+                ticket, state=str(TicketState.IN_PROGRESS), run_id=run_id, started_at=now, outputs=None, error=None
+            ),
+            agent=agent,
+            inputs=work.inputs,
+            timeout_seconds=timeout_seconds,
+            queued_ms=float(max(0, now_ms - since)) if since is not None else 0.0,
+        )
+
+
+def _too_big(agent: Agent, most_mb: int) -> str:
+    return (
+        f"agent {agent.name} {agent.version} needs {agent.memory_mb} MB, and all VMs of this host together may take "
+        f"{max(0, most_mb)} MB; lower its memory_mb, or run the ticket on a host with more"
+    )
+
+
+def _turn(row: Row) -> tuple[float, str]:
+    """The order of claims: priority, then age. A priority that is no number is looked at, and refused, first."""
+    priority = row.priority
+    return (-priority if isinstance(priority, int | float) else float("-inf"), str(row.created_at))
+
+
+def _clean(id: object) -> bool:  # noqa: A002
+    return isinstance(id, str) and intake.storable(id)
+
+
+def _fail_row(changes: Changes, row: Row, error: str) -> None:
+    """A ticket that never ran. Its id may be no text at all, so that only its bytes find it."""
+    before = str(lenient(row.state))
+    if _clean(row.id):
+        changes.set_ticket(row.id, before, TicketState.FAILED, error=error)
+        return
+    raw = row.id if isinstance(row.id, bytes) else row.id.encode("utf-8", "surrogateescape")
+    changes.add(FAIL_BY_BYTES, raw=raw, error=error, now=changes.tx.now)
+    changes.transition("ticket", before, TicketState.FAILED, ticket_id=str(lenient(row.id)), error=error)

@@ -1,0 +1,220 @@
+"""Rows to values and back: times, ids, JSON, and text that may be anything because another tool wrote it."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from swarm.model import Event, Ticket
+
+MAX_ERROR_CHARS: Final = 16 * 1024
+
+
+def iso(ms: int) -> str:
+    """ISO-8601 UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def milliseconds(text: object) -> int | None:
+    """The inverse of `iso`, for any ISO-8601 text; UTC when it names no zone. None for what is no time."""
+    if not isinstance(text, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def new_id(now_ms: int) -> str:
+    """A UUIDv7 (RFC 9562): rows made together lie together in their index."""
+    random = int.from_bytes(os.urandom(10))
+    value = (now_ms & 0xFFFFFFFFFFFF) << 80 | random
+    return str(uuid.UUID(int=value & ~(0xF000 << 64 | 0xC000 << 48) | 0x7000 << 64 | 0x8000 << 48))
+
+
+def lenient(value: object) -> str | None:
+    """Whatever a TEXT column holds, as text that can be shown and stored: for display, never for decisions."""
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    text = str(value)
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode(errors="replace")
+
+
+def message(text: str | None) -> str | None:
+    """A text of ours, or of a guest, as every database can store it: no NUL, no lone surrogates, not endless."""
+    if text is None:
+        return None
+    if len(text) > MAX_ERROR_CHARS:
+        text = f"{text[:512]} […] {text[-(MAX_ERROR_CHARS - 520) :]}"
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+def dump(value: object) -> str:
+    """JSON text that every database can store."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"), default=str)
+    return text
+
+
+def storable_json(text: str) -> str:
+    """JSON text unchanged if it can be stored, else the same value in escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(json.loads(text))
+    return text
+
+
+def _whole(value: object) -> int | None:
+    return int(value) if isinstance(value, int | float) and value == value and abs(value) < 2**63 else None
+
+
+def _real(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+_TICKET_READERS: Final[Mapping[str, Any]] = {
+    "priority": lambda value: _whole(value) or 0,
+    "max_attempts": _whole,
+    "timeout_seconds": _real,
+    "budget_usd": _real,
+}
+TICKET_FIELDS: Final = tuple(field.name for field in fields(Ticket))
+TICKET_COLUMNS: Final = ", ".join(f"t.{name}" for name in TICKET_FIELDS)
+
+
+def ticket(row: Any) -> Ticket:
+    """A ticket to show. What is no text, or no number where one belongs, is shown as well as can be."""
+    return Ticket(**{name: _TICKET_READERS.get(name, lenient)(getattr(row, name)) for name in TICKET_FIELDS})
+
+
+def event(row: Any) -> Event:
+    try:
+        data = json.loads(row.data)
+    except ValueError:
+        data = None
+    return Event(
+        ticket_id=lenient(row.ticket_id) or "",
+        kind=row.kind,
+        data=data if isinstance(data, dict) else {"text": lenient(row.data)},
+        step_id=row.step_id,
+        attempt_id=row.attempt_id,
+        seq=row.seq,
+        at=row.at,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """One execution of a ticket."""
+
+    id: str
+    ticket_id: str
+    workflow_id: str | None
+    status: str
+    started_at: str | None
+    completed_at: str | None
+    error: str | None
+    error_step: str | None
+    total_vm_time_ms: float
+    total_api_tokens: int
+    total_cost_usd: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One step of a run. ``retry_count`` counts the tries that failed or were lost and were followed by another."""
+
+    id: str
+    run_id: str
+    step_id: str
+    agent_id: str | None
+    agent_name: str | None
+    agent_version: str | None
+    status: str
+    vm_id: int | None
+    inputs: str | None
+    outputs: str | None
+    queued_at: str | None
+    started_at: str | None
+    completed_at: str | None
+    duration_ms: float | None
+    error: str | None
+    retry_count: int
+    max_attempts: int
+    available_at: int | None  # ms by the database's clock; None: at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRow:
+    """One try of a step. ``outcome`` is None while it runs; ``timings`` is the honest clock, in ms."""
+
+    id: str
+    step_execution_id: str
+    step_id: str
+    number: int
+    worker: str
+    vm_id: int | None
+    outcome: str | None
+    reason: str | None
+    error: str | None
+    exit_code: int | None
+    timings: Mapping[str, float]
+    started_at: str | None
+    ended_at: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRow:
+    id: str
+    host: str
+    pid: int | None
+    started_at: str
+    seen_at: str
+    seen_ms_ago: float  # by the database's clock
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renewal:
+    """``lost``: somebody else has the step, or it has ended. ``cancelled``: its ticket was ended or deleted."""
+
+    lost: frozenset[str]
+    cancelled: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueStatus:
+    """What there is to do now. ``ready``: tickets and steps that a claim would give out at once."""
+
+    ready: int
+    running: int
+    delayed: int  # steps in back-off
+    blocked: int
+    waiting: int
+    oldest_ready_ms: float | None  # age of the oldest ready ticket
+    next_due_ms: float | None  # until the next back-off or lease ends; 0 when one has
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """What a worker with nothing to do waits for. ``next_ms``: until the next back-off or lease ends, which no commit
+    announces; None when there is neither. ``ready``: something could be claimed now."""
+
+    ready: bool
+    next_ms: float | None
+
+
+def row_values(kind: type[Any], row: Any) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in fields(kind)}

@@ -1,0 +1,231 @@
+"""The tables, as they are now. `migrations/` gets a database here; a test compares the two.
+
+Rules: columns that other tools write (tickets, ticket_dependencies) have no foreign key and no CHECK: a bad row must be
+let in, so that it can be answered in its own `error`. What they don't name has a default. Times that people read are
+ISO-8601 UTC text; those that decide (`lease_until`, `available_at`) are ms of the database's clock.
+Every index that the engine works from is partial: it holds live rows only, however many finished ones there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from swarm.model import TicketState
+from swarm.store.dialect import utc_now
+
+metadata: Final = sa.MetaData()
+
+BIG: Final = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by INTEGER only
+
+# Spelled out in the statements as well: SQLite uses a partial index when the query repeats its condition.
+UNKNOWN_STATE: Final = "state NOT IN (" + ", ".join(f"'{s}'" for s in TicketState) + ")"
+UNFINISHED: Final = "state IN ('in_progress', 'waiting', 'blocked')"
+STEP_READY: Final = "status = 'ready' AND available_at IS NULL"
+STEP_DELAYED: Final = "status = 'ready' AND available_at IS NOT NULL"
+ATTEMPT_LIVE: Final = "outcome IS NULL"
+
+
+def _text(name: str, *, null: bool = True, default: str | None = None) -> sa.Column[str]:
+    return sa.Column(name, sa.Text(), nullable=null, server_default=default)
+
+
+def _time(name: str) -> sa.Column[str]:
+    return sa.Column(name, sa.Text(), server_default=utc_now())
+
+
+def _number(name: str, default: int | None = None, *, kind: sa.types.TypeEngine[Any] | None = None) -> sa.Column[Any]:
+    given = None if default is None else sa.text(str(default))
+    return sa.Column(name, kind or sa.Integer(), nullable=default is None, server_default=given)
+
+
+def _index(name: str, *columns: str, where: str) -> sa.Index:
+    return sa.Index(name, *map(sa.text, columns), sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+
+
+tickets = sa.Table(
+    "tickets",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("project_id"),
+    _text("title", null=False, default=""),
+    _text("description"),
+    _text("state", null=False, default="draft"),
+    _text("agent_id"),
+    _text("assignee_id"),
+    _text("assignee_type"),
+    _text("execution_mode", default="agent"),
+    _text("workflow_id"),
+    _text("inputs"),
+    _text("outputs"),
+    _text("error"),
+    _number("priority", 0),
+    _number("timeout_seconds", kind=sa.Float()),
+    _number("max_attempts"),
+    _number("budget_usd", kind=sa.Float()),
+    _text("run_id"),
+    _time("created_at"),
+    _time("updated_at"),
+    _text("started_at"),
+    _text("completed_at"),
+    _index("tickets_ready", "priority DESC", "created_at", where="state = 'ready'"),
+    _index("tickets_unfinished", "state", where=UNFINISHED),
+    _index("tickets_unknown_state", "state", where=UNKNOWN_STATE),
+    sa.Index("tickets_created", "created_at"),
+)
+
+ticket_dependencies = sa.Table(
+    "ticket_dependencies",
+    metadata,
+    sa.Column("ticket_id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("depends_on", sa.Text(), primary_key=True, nullable=False),
+    sa.Index("ticket_dependencies_depends_on", "depends_on"),
+)
+
+agents = sa.Table(
+    "agents",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("name", null=False),
+    _text("version", null=False),
+    _text("description", null=False, default=""),
+    _text("path", null=False),
+    _text("runtime", null=False, default="python"),
+    _text("entry", null=False),  # JSON list: argv inside `path`
+    _text("image"),
+    _text("inputs_schema"),
+    _text("outputs_schema"),
+    _number("memory_mb", 256),
+    _number("vcpus", 1),
+    _number("disk_mb", 2048),
+    _number("disk_mb_per_second", kind=sa.Float()),
+    _number("network_mb_per_second", kind=sa.Float()),
+    _number("timeout_seconds", 600, kind=sa.Float()),
+    _number("idle_timeout_seconds", kind=sa.Float()),
+    _text("network", null=False, default="none"),
+    _text("secrets", null=False, default="[]"),
+    _text("env", null=False, default="{}"),
+    _text("preload", null=False, default="[]"),
+    _text("retry", null=False, default="{}"),  # JSON object: the fields of model.Retry
+    sa.Column("idempotent", sa.Boolean(), nullable=False, server_default=sa.false()),
+    _time("created_at"),
+    _time("updated_at"),
+    sa.UniqueConstraint("name", "version", name="agents_name_version"),
+)
+
+workflows = sa.Table(
+    "workflows",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("name", null=False),
+    _text("version", null=False),
+    _text("description", null=False, default=""),
+    _text("steps", null=False, default="[]"),
+    _text("variables", null=False, default="{}"),
+    sa.Column("enabled", sa.Boolean(), nullable=False, server_default=sa.true()),
+    _time("created_at"),
+    _time("updated_at"),
+    sa.UniqueConstraint("name", "version", name="workflows_name_version"),
+)
+
+workflow_runs = sa.Table(
+    "workflow_runs",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("workflow_id"),
+    _text("workflow_version"),
+    sa.Column("ticket_id", sa.Text(), sa.ForeignKey("tickets.id", ondelete="CASCADE"), nullable=False),
+    _text("status", null=False),
+    _text("trigger_type", null=False, default="ticket"),
+    _text("trigger_data"),
+    _text("started_at"),
+    _text("completed_at"),
+    _text("error"),
+    _text("error_step"),
+    _number("total_vm_time_ms", 0, kind=sa.Float()),
+    _number("total_api_tokens", 0, kind=BIG),
+    _number("total_cost_usd", 0, kind=sa.Float()),
+    sa.Index("workflow_runs_ticket", "ticket_id"),
+)
+
+step_executions = sa.Table(
+    "step_executions",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("run_id", sa.Text(), sa.ForeignKey("workflow_runs.id", ondelete="CASCADE"), nullable=False),
+    _text("step_id", null=False),  # its name in the workflow; 'main' in a plain ticket's run
+    _text("agent_id"),
+    _text("agent_name"),
+    _text("agent_version"),
+    _text("status", null=False),
+    _text("attempt_id"),  # the attempt that owns it: the fence
+    _number("vm_id"),
+    _text("inputs"),
+    _text("outputs"),
+    _text("queued_at"),
+    _text("started_at"),
+    _text("completed_at"),
+    _number("duration_ms", kind=sa.Float()),
+    _number("api_tokens_used", 0, kind=BIG),
+    _text("error"),
+    _number("retry_count", 0),
+    _number("max_attempts", 1),
+    _number("timeout_seconds", kind=sa.Float()),
+    _number("available_at", kind=BIG),  # back-off: not before this (ms); NULL is now
+    _number("priority", 0),  # copied from the ticket, as is ticket_created_at: the order of claims
+    _text("ticket_created_at"),
+    _index("step_executions_ready", "priority DESC", "ticket_created_at", where=STEP_READY),
+    _index("step_executions_delayed", "available_at", where=STEP_DELAYED),
+    sa.Index("step_executions_run", "run_id"),
+)
+
+attempts = sa.Table(
+    "attempts",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("step_execution_id", sa.Text(), sa.ForeignKey("step_executions.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("number", sa.Integer(), nullable=False),  # 1, 2, … within its step, uncounted tries included
+    _text("worker", null=False),
+    _number("vm_id"),
+    sa.Column("lease_until", BIG, nullable=False),
+    _text("outcome"),
+    _text("reason"),
+    _text("error"),
+    _number("exit_code"),
+    _text("timings"),
+    _text("started_at"),
+    _text("ended_at"),
+    _index("attempts_lease", "lease_until", where=ATTEMPT_LIVE),
+    sa.Index("attempts_step", "step_execution_id"),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("seq", BIG, primary_key=True, autoincrement=True),
+    _text("ticket_id", null=False),
+    _text("step_id"),
+    _text("attempt_id"),
+    sa.Column("at", sa.Text(), nullable=False, server_default=utc_now()),
+    _text("kind", null=False),
+    _text("data", null=False, default="{}"),
+    sa.Index("events_ticket", "ticket_id", "seq"),
+    # Where the history of an id that was deleted ends, and that of its namesake begins.
+    _index("events_deleted", "ticket_id", "seq", where="kind = 'deleted'"),
+    sqlite_autoincrement=True,
+)
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("host", null=False),
+    _number("pid"),
+    _time("started_at"),
+    _time("seen_at"),
+    _text("info", null=False, default="{}"),
+)
+
+# One row. The clock that decides leases is the database's plus this; only tests move it.
+clock = sa.Table("clock", metadata, _number("offset_ms", 0, kind=BIG))

@@ -1,0 +1,332 @@
+"""The database as the rest of Swarm sees it: `async def` methods over two threads (docs/adr/0002-store-threads.md)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Final, TypeVar
+
+import sqlalchemy as sa
+
+from swarm.errors import StoreError
+from swarm.model import Agent, Claim, Event, Interrupted, Outcome, Ticket
+from swarm.store import audit, database, events, finish, queue, registry, tickets, workflows
+from swarm.store.database import Database, Tx
+from swarm.store.lanes import Lane, each
+from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
+from swarm.store.wake import Wake
+from swarm.store.workflows import WorkflowRow
+from swarm.workflow.definition import Workflow
+
+T = TypeVar("T")
+
+_SHIFT_CLOCK: Final = sa.text("UPDATE clock SET offset_ms = offset_ms + :ms")
+
+
+def _shift(tx: Tx, ms: int) -> None:
+    tx.run(_SHIFT_CLOCK, ms=ms)
+
+
+# Kinds of request: one object each, since those of one kind share a transaction's statements.
+_SHIFT = each(_shift)
+_TICKET = each(tickets.ticket)
+_TICKETS = each(tickets.tickets)
+_RUNS = each(tickets.runs)
+_STEPS = each(tickets.steps)
+_ATTEMPTS = each(tickets.attempts)
+_DEPENDS_ON = each(tickets.depends_on)
+_CANCEL = each(tickets.cancel)
+_RETRY = each(tickets.retry)
+_QUEUE = each(tickets.queue)
+_DUE = each(tickets.due)
+_EVENTS = each(events.events)
+_PRUNE = each(events.prune)
+_PUT_AGENT = each(registry.put_agent)
+_AGENT = each(registry.agent)
+_AGENTS = each(registry.agents)
+_REMOVE_AGENT = each(registry.remove_agent)
+_PUT_WORKFLOW = each(workflows.put_workflow)
+_WORKFLOW = each(workflows.workflow)
+_WORKFLOWS = each(workflows.workflows)
+_ENABLE = each(workflows.enable)
+_WORKERS = each(registry.workers)
+_FORGET_WORKER = each(registry.forget_worker)
+
+
+class Store:
+    """Every method may raise StoreError: the database is locked, read-only, full, damaged or not migrated.
+
+    A method that has returned has been committed. Safe to use from many tasks of one event loop at once; that is what
+    makes it fast.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._write = Lane(db, write=True)
+        self._read = Lane(db, write=False)
+        self._queue = queue.Queue()
+        self._finisher = finish.Finisher()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, url: str, *, busy_timeout_seconds: float = 30.0) -> AsyncIterator[Store]:
+        """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db.
+
+        Raises StoreError when there is something at that place that is no database, or no directory. A database that
+        does not exist, or is not migrated, can be opened: for `migrate`.
+        """
+        db = Database(url, busy_timeout_seconds=busy_timeout_seconds)
+        db.check_directory()
+        store = cls(db)
+        try:
+            await store.revision()
+            yield store
+        finally:
+            await asyncio.shield(store._close())
+
+    def watching(self) -> AbstractAsyncContextManager[Wake]:
+        """What tells when anybody has committed. Raises StoreError."""
+        if self._db.file is None:
+            raise StoreError(f"nothing is known that watches {self._db.place}")
+        return Wake.watching(self._db.file)
+
+    async def _close(self) -> None:
+        await self._write.close()
+        await self._read.close()
+
+    # --- the schema ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def head() -> str:
+        """The revision that this Swarm needs."""
+        return database.head()
+
+    async def migrate(self) -> None:
+        """Create the database, or bring it to `head()`. Idempotent; safe when several do it at once."""
+        await self._write.call_raw(self._db.migrate)
+
+    async def revision(self) -> str | None:
+        """The revision that the database is at; None for an empty one, or none at all."""
+        return await self._read.call_raw(self._db.revision) if self._db.exists() else None
+
+    async def shift_clock(self, ms: int) -> None:
+        """Move the clock that decides leases and back-offs. For tests."""
+        await self._write.call(_SHIFT, ms)
+
+    # --- tickets ------------------------------------------------------------------------------------------------------
+
+    async def add_ticket(self, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
+        """Raises UsageError for one that could never run, Conflict when its id is taken."""
+        checked = tickets.check(ticket)
+        return await self._write.call(tickets.add, tickets.AddRequest(ticket=checked, depends_on=tuple(depends_on)))
+
+    async def ticket(self, id: str) -> Ticket:  # noqa: A002
+        """Raises NotFound."""
+        return await self._read.call(_TICKET, id)
+
+    async def tickets(
+        self, *, states: Sequence[str] = (), project_id: str | None = None, limit: int = 50
+    ) -> list[Ticket]:
+        """Newest first."""
+        request = tickets.ListRequest(states=tuple(states), project_id=project_id, limit=limit)
+        return await self._read.call(_TICKETS, request)
+
+    async def runs(self, ticket_id: str) -> list[RunRow]:
+        """Oldest first, as are `steps` and `attempts`. Empty for a ticket that never ran."""
+        return await self._read.call(_RUNS, ticket_id)
+
+    async def steps(self, ticket_id: str) -> list[StepRow]:
+        return await self._read.call(_STEPS, ticket_id)
+
+    async def attempts(self, ticket_id: str) -> list[AttemptRow]:
+        return await self._read.call(_ATTEMPTS, ticket_id)
+
+    async def depends_on(self, ticket_id: str) -> list[str]:
+        return await self._read.call(_DEPENDS_ON, ticket_id)
+
+    async def cancel(self, ticket_id: str, by: str) -> None:
+        """A waiting ticket never starts; the worker of a running one hears of it at its next `renew`.
+
+        Raises NotFound, and Conflict when it is done or failed. Cancelled already: nothing.
+        """
+        await self._write.call(_CANCEL, tickets.CancelRequest(ticket_id=ticket_id, by=by))
+
+    async def retry(self, ticket_id: str) -> None:
+        """failed or cancelled → ready, for a new run. Raises NotFound, and Conflict in any other state."""
+        await self._write.call(_RETRY, ticket_id)
+
+    async def queue(self) -> QueueStatus:
+        return await self._read.call(_QUEUE, None)
+
+    async def due(self) -> Due:
+        return await self._read.call(_DUE, None)
+
+    # --- attempts -----------------------------------------------------------------------------------------------------
+
+    async def claim(
+        self,
+        worker: str,
+        *,
+        limit: int = 1,
+        lease_seconds: float,
+        ticket_id: str | None = None,
+        memory_mb: int | None = None,
+        most_memory_mb: int | None = None,
+        held: Collection[str] = (),
+        queue_timeout_seconds: float | None = None,
+    ) -> list[Claim]:
+        """Up to ``limit`` attempts for this worker, each under a lease; none when nothing can run now.
+
+        On the way, expired leases are swept and bad rows are answered in their `error`. With ``ticket_id``, only that
+        ticket's. With ``memory_mb``, only while the agents' memory fits in that; the first that does not fit ends the
+        claim, so that a big one is not overtaken for ever; one that needs more than ``most_memory_mb`` can never run
+        here, and fails. ``held`` are attempts that this worker is executing: should their leases have run out (a clock
+        that jumped), they are extended, not swept. A ticket that has waited
+        for more than ``queue_timeout_seconds`` when its turn comes fails. When the caller is cancelled meanwhile, what
+        was claimed is handed back, uncounted.
+        """
+        request = queue.ClaimRequest(
+            worker=worker,
+            limit=limit,
+            lease_seconds=lease_seconds,
+            ticket_id=ticket_id,
+            memory_mb=memory_mb,
+            most_memory_mb=most_memory_mb,
+            held=frozenset(held),
+            queue_timeout_seconds=queue_timeout_seconds,
+        )
+        while True:
+            future = self._write.submit(self._queue.claim, request)
+            try:
+                claimed: queue.Claimed = await asyncio.shield(future)
+            except asyncio.CancelledError:
+                future.add_done_callback(self._hand_back)
+                raise
+            if claimed.claims or not claimed.more:
+                return claimed.claims
+
+    def _hand_back(self, future: asyncio.Future[Any]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            return
+        for claim in future.result().claims:
+            request = finish.FinishRequest(
+                attempt_id=claim.attempt_id, outcome=Interrupted(message="never begun"), timings={}, vm_time_ms=0.0
+            )
+            if not self._write.closed:
+                self._write.submit(self._finisher.finish, request).add_done_callback(_ignore)
+
+    async def renew(self, attempt_ids: Sequence[str], *, lease_seconds: float) -> Renewal:
+        """Extend leases to ``lease_seconds`` from now. An attempt named in the answer must be stopped at once."""
+        request = finish.RenewRequest(attempt_ids=tuple(attempt_ids), lease_seconds=lease_seconds)
+        return await self._write.call(finish.renew, request)
+
+    async def running(self, attempt_id: str, vm_id: int) -> None:
+        """Record the VM of an attempt. Raises LeaseLost."""
+        await self._write.call(finish.running, finish.RunningRequest(attempt_id=attempt_id, vm_id=vm_id))
+
+    async def finish(
+        self,
+        attempt_id: str,
+        outcome: Outcome,
+        *,
+        timings: Mapping[str, float],
+        vm_time_ms: float,
+        vm_id: int | None = None,
+        events: Sequence[Event] = (),
+    ) -> None:
+        """End an attempt, and with it, or by the retry policy not yet, its step, run and ticket.
+
+        ``events`` are the last of its ticket, written before the transitions.
+
+        Raises LeaseLost, with nothing changed, when it no longer owns its step.
+        """
+        request = finish.FinishRequest(
+            attempt_id=attempt_id,
+            outcome=outcome,
+            timings=timings,
+            vm_time_ms=vm_time_ms,
+            vm_id=vm_id,
+            events=tuple(events),
+        )
+        await self._write.call(self._finisher.finish, request)
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    async def append(self, new: Sequence[Event]) -> None:
+        """``seq`` and ``at`` are given by the database. Events of a ticket that is not there are dropped."""
+        if new:
+            await self._write.call(events.append, tuple(new))
+
+    async def events(self, ticket_id: str | None, after: int = 0, limit: int = 1000) -> list[Event]:
+        """In order, from ``seq`` > ``after``: of one ticket, or with None of all, deleted ones included."""
+        request = events.EventsRequest(ticket_id=ticket_id, after=after, limit=limit)
+        return await self._read.call(_EVENTS, request)
+
+    async def audit(self, judge: Callable[[audit.Audit], T], *, since: str = "") -> T:
+        """What ``judge`` makes of one moment of the database. It runs on the reading thread. ``since``: ISO-8601."""
+
+        def read(tx: Tx, requests: Sequence[None]) -> Sequence[T]:
+            return [judge(audit.Audit(tx, since)) for _ in requests]
+
+        return await self._read.call(read, None)
+
+    async def prune(self, older_than_seconds: float) -> int:
+        """Remove events of that age whose tickets have ended; how many."""
+        removed, after = 0, 0
+        while True:
+            request = events.PruneRequest(older_than_seconds=older_than_seconds, after=after)
+            batch = await self._write.call(_PRUNE, request)
+            removed += batch.removed
+            if batch.after is None:
+                return removed
+            after = batch.after
+
+    # --- agents, workflows, workers -----------------------------------------------------------------------------------
+
+    async def put_agent(self, agent: Agent) -> Agent:
+        """Register. Raises Conflict when that name and version is taken by other content or another id."""
+        return await self._write.call(_PUT_AGENT, agent)
+
+    async def agent(self, ref: str) -> Agent:
+        """By id, name, name@1 or name@1.0.0. Raises NotFound."""
+        return await self._read.call(_AGENT, ref)
+
+    async def agents(self, *, broken: bool = True) -> list[Agent]:
+        """Raises StoreError that names the first row that is broken; ``broken`` False leaves such rows out."""
+        return await self._read.call(_AGENTS, broken)
+
+    async def remove_agent(self, ref: str) -> Agent:
+        """Forget an agent; what it was. Raises NotFound, and Conflict while a ticket that has not ended names it."""
+        return await self._write.call(_REMOVE_AGENT, ref)
+
+    async def put_workflow(self, workflow: Workflow) -> WorkflowRow:
+        """Register. Raises Conflict when that name and version is taken by another definition or another id."""
+        return await self._write.call(_PUT_WORKFLOW, workflow)
+
+    async def workflow(self, ref: str) -> WorkflowRow:
+        """By id, name, name@1 or name@1.0.0. Raises NotFound."""
+        return await self._read.call(_WORKFLOW, ref)
+
+    async def workflows(self) -> list[WorkflowRow]:
+        return await self._read.call(_WORKFLOWS, None)
+
+    async def enable_workflow(self, ref: str, *, enabled: bool) -> WorkflowRow:
+        """Raises NotFound."""
+        return await self._write.call(_ENABLE, workflows.EnableRequest(ref=ref, enabled=enabled))
+
+    async def heartbeat(self, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> None:
+        """Say that a worker lives, and what it does. Shown by status; decides nothing (leases do)."""
+        await self._write.call(registry.heartbeat, registry.Beat(id=worker, host=host, pid=pid, info=info))
+
+    async def workers(self) -> list[WorkerRow]:
+        return await self._read.call(_WORKERS, None)
+
+    async def forget_worker(self, worker: str) -> None:
+        await self._write.call(_FORGET_WORKER, worker)
+
+
+def _ignore(future: asyncio.Future[Any]) -> None:
+    """The lease ends anyway; retrieving the exception keeps asyncio from reporting it."""
+    if not future.cancelled():
+        future.exception()

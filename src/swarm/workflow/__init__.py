@@ -1,0 +1,14 @@
+"""Workflows: read (`parse`), checked (`validate`), frozen (`definition`), decided (`plan`), drawn (`graph`).
+
+All of it is pure: what is decided here is done by the store and the workers.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+
+def builtin() -> list[Path]:
+    """The files of the workflows that ship with Swarm."""
+    return sorted((Path(str(resources.files("swarm"))) / "builtin" / "workflows").glob("*.yaml"))

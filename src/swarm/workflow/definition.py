@@ -1,0 +1,184 @@
+"""A workflow as a value, and the canonical JSON of it that is frozen into every run.
+
+Values with `${…}` in them are kept as their authors wrote them (`Any` below: JSON values); `swarm.cel.template` fills
+them when their step's time has come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from swarm.model import FailureReason, Retry
+
+FORMAT: Final = 1  # of the frozen JSON
+
+Join = str | int  # 'all', 'any', 'first_success', or how many must succeed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForEach:
+    """Fan-out: one step execution for each item. ``items`` is a list, or an expression that comes to one."""
+
+    items: Any
+    max_parallel: int | None = None
+    join: Join = "all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeat:
+    """The step again and again, until ``until`` holds; after ``max_times`` times without, it has failed."""
+
+    until: str
+    max_times: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approval:
+    """A person decides whether the step starts. Without an answer for ``timeout_seconds`` it is rejected."""
+
+    message: str = ""
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One node. Exactly one of ``agent`` (a reference), ``workflow`` (a reference, or a definition) is set; neither in
+    a step that is an approval only."""
+
+    id: str
+    agent: str | None = None
+    workflow: Workflow | str | None = None
+    description: str = ""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    join: Join = "all"
+    when: Any = True  # a boolean, or an expression that comes to one
+    for_each: ForEach | None = None
+    repeat: Repeat | None = None
+    approval: Approval | None = None
+    retry: Retry | None = None  # None: the agent's own
+    timeout_seconds: float | None = None
+    continue_on_error: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """``missed``: what becomes of times that passed while no engine ran: 'skip', 'once' or 'all'."""
+
+    cron: str
+    time_zone: str = "UTC"
+    missed: str = "once"
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """POST with an HMAC-SHA256 of the body under the secret named ``secret``, as hex after `sha256=` in ``header``."""
+
+    secret: str
+    header: str = "X-Swarm-Signature"
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workflow:
+    """``inputs_schema`` is a JSON Schema. ``outputs`` of the whole: None stands for those of the last steps, by id."""
+
+    name: str
+    version: str
+    steps: tuple[Step, ...]
+    id: str | None = None
+    description: str = ""
+    inputs_schema: Mapping[str, Any] | None = None
+    outputs_schema: Mapping[str, Any] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Mapping[str, Any] | None = None
+    on_error: tuple[Step, ...] = ()
+    on_success: tuple[Step, ...] = ()
+    fail_fast: bool = False
+    schedule: tuple[Schedule, ...] = ()
+    webhook: Webhook | None = None
+
+    def all_steps(self) -> Iterator[Step]:
+        yield from self.steps
+        yield from self.on_error
+        yield from self.on_success
+
+    def agents(self) -> Iterator[str]:
+        """The references to agents, those of workflows written within this one too."""
+        for step in self.all_steps():
+            if step.agent is not None:
+                yield step.agent
+            elif isinstance(step.workflow, Workflow):
+                yield from step.workflow.agents()
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+_NESTED: Final = {"for_each": ForEach, "repeat": Repeat, "approval": Approval, "webhook": Webhook}
+
+
+def to_json(workflow: Workflow) -> dict[str, Any]:
+    """The frozen form. Fields at their defaults are left out, so an older file keeps its digest in a newer Swarm."""
+    return {"format": FORMAT, **_plain(workflow)}
+
+
+def from_json(data: Mapping[str, Any]) -> Workflow:
+    """The inverse of `to_json`. Raises ValueError for JSON of another format."""
+    if data.get("format") != FORMAT:
+        raise ValueError(f"a workflow frozen in format {data.get('format')!r}; this version of Swarm reads {FORMAT}")
+    return _workflow(data)
+
+
+def canonical(workflow: Workflow) -> str:
+    """JSON text, the same for the same workflow, always."""
+    return json.dumps(to_json(workflow), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def digest(workflow: Workflow) -> str:
+    return hashlib.sha256(canonical(workflow).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        if isinstance(value, tuple | list):
+            return [_plain(v) for v in value]
+        return sorted(value) if isinstance(value, frozenset) else value
+    plain = {}
+    for f in dataclasses.fields(value):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        inner = getattr(value, f.name)
+        if not (inner == default and type(inner) is type(default)):
+            plain[f.name] = _plain(inner)
+    return plain
+
+
+def _workflow(data: Mapping[str, Any]) -> Workflow:
+    known: dict[str, Any] = {k: v for k, v in data.items() if k != "format"}
+    for name in ("steps", "on_error", "on_success"):
+        known[name] = tuple(map(_step, known.get(name, ())))
+    known["schedule"] = tuple(Schedule(**one) for one in known.get("schedule", ()))
+    if known.get("webhook"):
+        known["webhook"] = Webhook(**known["webhook"])
+    return Workflow(**known)
+
+
+def _step(data: Mapping[str, Any]) -> Step:
+    known: dict[str, Any] = dict(data)
+    for name, kind in _NESTED.items():
+        if known.get(name) is not None:
+            known[name] = kind(**known[name])
+    if isinstance(known.get("workflow"), Mapping):
+        known["workflow"] = _workflow(known["workflow"])
+    if known.get("retry") is not None:
+        retry = dict(known["retry"])
+        if "on" in retry:
+            retry["on"] = frozenset(map(FailureReason, retry["on"]))
+        known["retry"] = Retry(**retry)
+    known["needs"] = tuple(known.get("needs", ()))
+    return Step(**known)

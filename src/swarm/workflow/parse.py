@@ -1,0 +1,390 @@
+"""`workflow.yaml` as people write it: its fields and their bounds, and the way from there to `definition.Workflow`.
+
+`read` finds what is wrong with the shape; `validate.validate` what is wrong with the sense.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import pydantic
+from pydantic import ConfigDict, Field, StringConstraints
+
+from swarm import manifest
+from swarm.manifest import Document, Problem
+from swarm.model import FailureReason, Retry
+from swarm.schema import SchemaError, check_schema, expand
+from swarm.workflow import schedule
+from swarm.workflow.definition import Approval, ForEach, Repeat, Schedule, Step, Webhook, Workflow
+
+FILE: Final = "workflow.yaml"
+MAX_STEPS: Final = 1000
+MAX_DEPTH: Final = 8  # of workflows within workflows
+
+_M = TypeVar("_M", bound=pydantic.BaseModel)
+_Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+_Version = Annotated[str, StringConstraints(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$")]
+_Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
+_Ref = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,80}(@[0-9A-Za-z.+-]{1,60})?$")]
+_Secret = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+_Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$")]
+_Text = Annotated[str, StringConstraints(max_length=4096)]
+_Expression = Annotated[str, StringConstraints(max_length=5000)]
+_Join = Literal["all", "any", "first_success"] | Annotated[int, Field(ge=1, le=MAX_STEPS)]
+_Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
+
+
+_MENDED_ROUNDS: Final = 4
+_STAND_INS: Final[Mapping[str, Any]] = {"version": "0.0.0", "steps": [{"id": "x", "approval": True}], "items": []}
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Retry(_Strict):
+    max_attempts: int = Field(default=1, ge=1, le=100)
+    delay_seconds: float = Field(default=1.0, ge=0, le=86_400)
+    factor: float = Field(default=2.0, ge=1, le=100)
+    max_delay_seconds: float = Field(default=300.0, ge=0, le=86_400)
+    on: list[str] = sorted(Retry().on)
+
+
+class _ForEach(_Strict):
+    items: list[Any] | _Expression
+    max_parallel: int | None = Field(default=None, ge=1, le=10_000)
+    join: _Join = "all"
+
+
+class _Repeat(_Strict):
+    until: _Expression
+    max_times: int = Field(default=3, ge=1, le=100)
+
+
+class _Approval(_Strict):
+    message: _Text = ""
+    timeout_seconds: _Seconds | None = None
+
+
+class _Step(_Strict):
+    id: _Id
+    description: _Text = ""
+    agent: _Ref | None = None
+    workflow: _Ref | dict[str, Any] | None = None
+    inputs: dict[str, Any] = {}
+    needs: list[_Id] | _Id = []
+    join: _Join = "all"
+    when: bool | _Expression = True
+    for_each: _ForEach | list[Any] | _Expression | None = None
+    max_parallel: int | None = Field(default=None, ge=1, le=10_000)
+    repeat: _Repeat | None = None
+    approval: _Approval | str | bool | None = None
+    retry: _Retry | Annotated[int, Field(ge=1, le=100)] | None = None
+    timeout_seconds: _Seconds | None = None
+    continue_on_error: bool = False
+
+
+class _Schedule(_Strict):
+    cron: str
+    time_zone: str = "UTC"
+    missed: Literal["skip", "once", "all"] = "once"
+    inputs: dict[str, Any] = {}
+
+
+class _Webhook(_Strict):
+    secret: _Secret
+    header: _Header = "X-Swarm-Signature"
+    inputs: dict[str, Any] = {}
+
+
+class _Body(_Strict):
+    """What a workflow has within another one, where it needs no name."""
+
+    description: _Text = ""
+    inputs: dict[str, Any] | None = None
+    variables: dict[_Id, Any] = {}
+    steps: list[_Step] = Field(min_length=1, max_length=MAX_STEPS)
+    outputs: dict[str, Any] | None = None
+    outputs_schema: dict[str, Any] | None = None
+    on_error: list[_Step] = Field(default=[], max_length=MAX_STEPS)
+    on_success: list[_Step] = Field(default=[], max_length=MAX_STEPS)
+    fail_fast: bool = False
+
+
+class _File(_Body):
+    id: uuid.UUID | None = Field(default=None, strict=False)
+    name: _Name
+    version: _Version
+    schedule: _Schedule | list[_Schedule] | str | None = None
+    webhook: _Webhook | None = None
+
+
+def read(text: str | bytes, *, name: str = FILE) -> tuple[Workflow, Document]:
+    """The workflow in a file, and where its values stand. Raises manifest.Invalid with every problem of shape."""
+    workflow, document, problems = read_all(text, name=name)
+    if problems or workflow is None:
+        raise manifest.Invalid(name, problems)
+    return workflow, document
+
+
+def read_all(text: str | bytes, *, name: str = FILE) -> tuple[Workflow | None, Document, list[Problem]]:
+    """As `read`, but problems are returned, with what could be made of the rest, so that more can be found in it.
+
+    Raises manifest.Invalid for what is no YAML.
+    """
+    document = manifest.load(text, name=name)
+    builder = _Builder(document)
+    workflow = builder.file(document.value)
+    return workflow, document, builder.problems
+
+
+class _Builder:
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self.problems: list[Problem] = []
+
+    def file(self, value: Any) -> Workflow | None:
+        raw = self._model(_File, value, ())
+        if raw is None:
+            return None
+        given = raw.schedule
+        schedules = given if isinstance(given, list) else [] if given is None else [given]
+        found = []
+        for i, one in enumerate(schedules):
+            path = ("schedule", i) if isinstance(given, list) else ("schedule",)
+            found.append(self._schedule(one, path))
+        webhook = raw.webhook and Webhook(
+            secret=raw.webhook.secret, header=raw.webhook.header, inputs=raw.webhook.inputs
+        )
+        return self._workflow(
+            raw,
+            (),
+            0,
+            id=str(raw.id) if raw.id else None,
+            name=raw.name,
+            version=raw.version,
+            schedule=tuple(found),
+            webhook=webhook,
+        )
+
+    def _workflow(self, raw: _Body, path: manifest.Path, depth: int, **named: Any) -> Workflow:
+        if depth > MAX_DEPTH:
+            self._bad(path, f"workflows within workflows, more than {MAX_DEPTH} deep")
+        return Workflow(
+            description=raw.description,
+            inputs_schema=self._schema(raw.inputs, (*path, "inputs")),
+            outputs_schema=self._schema(raw.outputs_schema, (*path, "outputs_schema")),
+            variables=raw.variables,
+            steps=self._steps(raw.steps, (*path, "steps"), depth),
+            outputs=raw.outputs,
+            on_error=self._steps(raw.on_error, (*path, "on_error"), depth),
+            on_success=self._steps(raw.on_success, (*path, "on_success"), depth),
+            fail_fast=raw.fail_fast,
+            **named,
+        )
+
+    def _steps(self, raw: Sequence[_Step], path: manifest.Path, depth: int) -> tuple[Step, ...]:
+        return tuple(self._step(one, (*path, i), depth) for i, one in enumerate(raw))
+
+    def _step(self, raw: _Step, path: manifest.Path, depth: int) -> Step:
+        workflow: Workflow | str | None = None
+        if isinstance(raw.workflow, dict):
+            body = self._model(_Body, raw.workflow, (*path, "workflow"))
+            if body is not None:
+                workflow = self._workflow(body, (*path, "workflow"), depth + 1, name=raw.id, version="0.0.0")
+        else:
+            workflow = raw.workflow
+        if raw.agent and raw.workflow:
+            self._bad((*path, "workflow"), "a step has an agent or a workflow, not both", at_key=True)
+        if not raw.agent and not raw.workflow and not raw.approval and not self._said(path):
+            self._bad(path, f"the step {raw.id!r} does nothing: give it an agent, a workflow or an approval")
+        if raw.repeat and raw.for_each is not None:
+            self._bad(
+                (*path, "repeat"), "repeat and for_each don't go together: put one in a workflow within", at_key=True
+            )
+        if (raw.repeat or raw.for_each is not None) and not raw.agent and not raw.workflow:
+            self._bad(path, "an approval alone can't be repeated")
+        if raw.max_parallel is not None and (raw.for_each is None or isinstance(raw.for_each, _ForEach)):
+            self._bad(
+                (*path, "max_parallel"), "max_parallel is for a for_each (in it, when that has fields)", at_key=True
+            )
+        return Step(
+            id=raw.id,
+            description=raw.description,
+            agent=raw.agent,
+            workflow=workflow,
+            inputs=raw.inputs,
+            needs=tuple([raw.needs] if isinstance(raw.needs, str) else raw.needs),
+            join=raw.join,
+            when=raw.when,
+            for_each=_for_each(raw),
+            repeat=Repeat(until=raw.repeat.until, max_times=raw.repeat.max_times) if raw.repeat else None,
+            approval=_approval(raw.approval),
+            retry=self._retry(raw.retry, (*path, "retry")),
+            timeout_seconds=raw.timeout_seconds,
+            continue_on_error=raw.continue_on_error,
+        )
+
+    def _retry(self, raw: _Retry | int | None, path: manifest.Path) -> Retry | None:
+        if raw is None or isinstance(raw, int):
+            return None if raw is None else Retry(max_attempts=raw)
+        reasons = set()
+        for i, reason in enumerate(raw.on):
+            try:
+                reasons.add(FailureReason(reason))
+            except ValueError:
+                self._bad((*path, "on", i), f"{reason!r} is no reason; there are {', '.join(FailureReason)}")
+        return Retry(**{**raw.model_dump(exclude={"on"}), "on": frozenset(reasons)})
+
+    def _schedule(self, raw: _Schedule | str, path: manifest.Path) -> Schedule:
+        one = Schedule(cron=raw) if isinstance(raw, str) else Schedule(**raw.model_dump())
+        checks: tuple[tuple[str, Callable[[str], object], str], ...] = (
+            ("cron", schedule.parse, one.cron),
+            ("time_zone", schedule.zone, one.time_zone),
+        )
+        for field, check, value in checks:
+            try:
+                check(value)
+            except ValueError as error:
+                self._bad(path if isinstance(raw, str) else (*path, field), str(error))
+        return one
+
+    def _schema(self, given: Mapping[str, Any] | None, path: manifest.Path) -> dict[str, Any] | None:
+        if given is None:
+            return None
+        try:
+            full = expand(given)
+            check_schema(full)
+        except SchemaError as error:
+            self._bad((*path, *error.path), str(error))
+            return None
+        return full
+
+    def _model(self, model: type[_M], value: Any, path: manifest.Path) -> _M | None:
+        if not isinstance(value, dict):
+            self._bad(path, "must be a mapping of fields, such as `name: my-workflow`")
+            return None
+        said: list[Problem] = []
+        for _ in range(_MENDED_ROUNDS):
+            try:
+                return model.model_validate(value)
+            except pydantic.ValidationError as error:
+                found = complaints(self._document, path, value, error, model)
+                # What is missing in a later round is what an earlier one took away.
+                self.problems += [one for one in found if not said or not one.message.endswith("is missing")]
+                said += found
+                value = _mended(value, error)
+        return None
+
+    def _said(self, path: manifest.Path) -> bool:
+        """Has this place, or one in it, been complained of?"""
+        place = self._document.places.get(path)
+        inside = [self._document.places[p] for p in self._document.places if p[: len(path)] == path]
+        last = max((one.line for one in inside), default=0)
+        return place is not None and any(place.line <= problem.line <= last for problem in self.problems)
+
+    def _bad(self, path: manifest.Path, message: str, *, at_key: bool = False) -> None:
+        self.problems.append(self._document.problem(path, message, at_key=at_key))
+
+
+def _for_each(raw: _Step) -> ForEach | None:
+    if raw.for_each is None:
+        return None
+    if isinstance(raw.for_each, _ForEach):
+        return ForEach(**raw.for_each.model_dump())
+    return ForEach(items=raw.for_each, max_parallel=raw.max_parallel)
+
+
+def _approval(raw: _Approval | str | bool | None) -> Approval | None:
+    if isinstance(raw, _Approval):
+        return Approval(**raw.model_dump())
+    if isinstance(raw, str):
+        return Approval(message=raw)
+    return Approval() if raw else None
+
+
+def _mended(value: dict[str, Any], error: pydantic.ValidationError) -> dict[str, Any]:
+    """A copy without what was complained of, and with something for what was missing."""
+    copied: dict[str, Any] = copy.deepcopy(value)
+    for one in error.errors():
+        path, rest = _place(value, one["loc"])
+        target: Any = copied
+        try:
+            for part in path[:-1]:
+                target = target[part]
+            if one["type"] == "missing" and rest:
+                inner = target[path[-1]] if path else target
+                inner.setdefault(rest[-1], _STAND_INS.get(str(rest[-1]), "x"))
+            elif path and isinstance(target, list):
+                target[int(path[-1])] = {}
+            elif path:
+                target.pop(path[-1], None)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            continue  # went with what it was in
+    return copied
+
+
+# --- pydantic's errors, as sentences with a place --------------------------------------------------------------------
+
+
+def complaints(
+    document: Document,
+    path: manifest.Path,
+    value: Any,
+    error: pydantic.ValidationError,
+    model: type[pydantic.BaseModel],
+) -> list[Problem]:
+    """One problem for each place. Of the branches of a union, only those count that got furthest."""
+    at: dict[manifest.Path, list[tuple[str, str]]] = {}
+    for one in error.errors():
+        inner, rest = _place(value, one["loc"])
+        kind = one["type"]
+        if kind == "missing":
+            message = f"the field {rest[-1]!r} is missing" if rest else "a field is missing"
+        elif kind == "extra_forbidden":
+            near = difflib.get_close_matches(str(inner[-1]), sorted(_fields(model)), n=1)
+            message = f"there is no field {inner[-1]!r} here" + (f"; did you mean {near[0]!r}?" if near else "")
+        else:
+            message = one["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            given = one["input"]
+            if isinstance(given, str | int | float | bool) or given is None:
+                message += f", and is {json.dumps(given, ensure_ascii=False)[:80]}"
+        at.setdefault(inner, []).append((kind, message))
+    problems = []
+    for inner, found in at.items():
+        deeper = any(len(other) > len(inner) and other[: len(inner)] == inner for other in at)
+        if deeper and all(kind.endswith("_type") for kind, _ in found):
+            continue
+        unknown = any(kind == "extra_forbidden" for kind, _ in found)
+        # The same place in several branches of a union: the one that is about the value, not about its type.
+        told = [m for kind, m in found if not kind.endswith("_type")] or [m for _, m in found]
+        problems.append(document.problem((*path, *inner), "; or ".join(dict.fromkeys(told)), at_key=unknown))
+    return problems
+
+
+def _place(value: Any, loc: Sequence[str | int]) -> tuple[manifest.Path, list[str | int]]:
+    """The part of pydantic's path that is in the value: the names of union branches are not."""
+    path: list[str | int] = []
+    rest: list[str | int] = []
+    for part in loc:
+        inside = (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        )
+        if inside and not any(r == part for r in rest):
+            value = value[part]
+            path.append(part)
+        else:
+            rest.append(part)
+    return tuple(path), rest
+
+
+@lru_cache(maxsize=16)
+def _fields(model: type[pydantic.BaseModel]) -> frozenset[str]:
+    inner = (_Step, _Retry, _ForEach, _Repeat, _Approval, _Schedule, _Webhook) if issubclass(model, _Body) else ()
+    return frozenset(name for each in (model, *inner) for name in each.model_fields)

@@ -1,0 +1,260 @@
+"""What comes next in a run. Pure: states in, decisions out; no clock, no I/O, the same answer every time.
+
+`begin` when a run starts (and `resume` after any change from outside, such as a retry from a step), `advance` when
+steps have ended. `advance` looks only at what the ended steps touch, so a step costs the same in a chain of 3 and of
+500.
+
+The rules, which docs/workflows.md tells to people:
+
+- A step starts when its needs satisfy its join. It is skipped, with the reason, when they no longer can and none of
+  them failed on its account, when a need of a join `all` was skipped, failed or was cancelled, or when `when` is false.
+- A failed step fails the run, unless it has continue_on_error, or all that need it can do without it (join any,
+  first_success, N). The steps that don't depend on it go on, unless the workflow says fail_fast.
+- on_error or on_success steps run when all others have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from swarm.cel import template
+from swarm.cel.evaluate import Evaluator
+from swarm.cel.expression import ExpressionError
+from swarm.model import RunStatus, StepStatus
+from swarm.workflow.children import Children
+from swarm.workflow.definition import Step
+from swarm.workflow.desk import LIVE, Tally, was
+from swarm.workflow.state import (
+    ENDED,
+    WAITING,
+    Ask,
+    Cancel,
+    Complete,
+    Decision,
+    End,
+    Facts,
+    Fail,
+    Progress,
+    Skip,
+    StepState,
+)
+from swarm.workflow.structure import PHASES, Graph
+
+
+def begin(graph: Graph, known: Facts, evaluator: Evaluator) -> Decision:
+    """The first decision of a run whose steps are all pending."""
+    return resume(graph, known, {}, evaluator)
+
+
+def advance(
+    graph: Graph,
+    known: Facts,
+    progress: Progress,
+    steps: Mapping[str, StepState],
+    changed: Iterable[str],
+    evaluator: Evaluator,
+) -> Decision:
+    """What follows from the steps whose keys are in ``changed``: they have ended, or have been given a Verdict.
+
+    ``steps`` is asked (by `get`) for those, for what needs them and what these need, and for what their expressions
+    name; it may read rows at that moment. A missing key is a pending step. Each end must be told exactly once.
+    """
+    planner = _Planner(graph, known, progress, steps, evaluator)
+    for key in changed:
+        planner.changed(key)
+    return planner.decision()
+
+
+def resume(graph: Graph, known: Facts, steps: Mapping[str, StepState], evaluator: Evaluator) -> Decision:
+    """Everything anew from the states alone: after steps were reset, or to mend a run. Looks at every step."""
+    planner = _Planner(graph, known, Progress(), steps, evaluator)
+    planner.again()
+    return planner.decision()
+
+
+class _Planner(Children):
+    def decision(self) -> Decision:
+        while self._end is None:
+            if self._ended:
+                self._follow_up(self._ended.popleft())
+            elif self._progress.open == 0 and self._progress.phase != "ended":
+                self._next_phase()
+            else:
+                break
+        return Decision(actions=tuple(self._actions), progress=self._progress, end=self._end)
+
+    def changed(self, key: str) -> None:
+        """A step or child has ended, or a person has answered."""
+        state = self._state(key)
+        parent = _parent(key)
+        if parent is not None:
+            if state.status in ENDED and self._state(parent).status not in ENDED:
+                self._child_ended(self._graph.steps[parent], key, state)
+        elif state.status in ENDED:
+            self._ended.append(key)
+        elif state.status == WAITING and state.verdict is not None:
+            self._answered(self._graph.steps[key], state)
+
+    def again(self) -> None:
+        for phase in PHASES:
+            steps = self._graph.part(phase)
+            if phase != "steps" and phase != self._progress.phase:
+                continue
+            live = [step for step in steps if self._state(step.id).status not in ENDED]
+            self._progress = replace(self._progress, open=len(live))
+            for step in steps:
+                if self._state(step.id).status == StepStatus.FAILED:
+                    self._note_failure(step)
+            for step in live:
+                self._look_again(step)
+            while self._ended:
+                self._follow_up(self._ended.popleft())
+            if self._progress.open or self._end:
+                return
+            self._next_phase(started=False)
+
+    def _look_again(self, step: Step) -> None:
+        state = self._state(step.id)
+        if state.status == StepStatus.PENDING:
+            self._consider(step)
+        elif state.status == WAITING:
+            self._answered(step, state)
+        elif state.status == StepStatus.RUNNING and state.fan is not None:
+            self._recount(step, state.fan)
+
+    # --- after an end ---
+
+    def _follow_up(self, step_id: str) -> None:
+        step = self._graph.steps[step_id]
+        if self._graph.phase[step_id] == self._progress.phase:
+            self._progress = replace(self._progress, open=self._progress.open - 1)
+        if self._state(step_id).status == StepStatus.FAILED:
+            self._note_failure(step)
+        for one in self._graph.dependants[step_id]:
+            if self._state(one).status == StepStatus.PENDING:
+                self._consider(self._graph.steps[one])
+
+    def _note_failure(self, step: Step) -> None:
+        if step.continue_on_error or self._graph.can_do_without(step.id) or self._progress.failed_step is not None:
+            return
+        self._progress = replace(
+            self._progress, failed_step=step.id, error=self._state(step.id).error or f"the step {step.id!r} failed"
+        )
+        if self._graph.workflow.fail_fast and self._progress.phase == "steps":
+            for other in self._graph.part("steps"):
+                status = self._state(other.id).status
+                if status == StepStatus.PENDING:
+                    self._finish(Skip(key=other.id, why=f"not started: the step {step.id!r} failed"))
+                elif status not in ENDED:
+                    self._finish(Cancel(key=other.id, why=f"stopped: the step {step.id!r} failed"))
+
+    def _next_phase(self, *, started: bool = True) -> None:
+        """All steps of a phase have ended: on to the handlers, or to the end."""
+        failed = self._progress.failed_step is not None
+        if self._progress.phase == "steps":
+            handlers, others = ("on_error", "on_success") if failed else ("on_success", "on_error")
+            for step in self._graph.part(others):
+                if self._state(step.id).status not in ENDED:
+                    why = "the run failed" if failed else "the run succeeded"
+                    self._act(Skip(key=step.id, why=why), status=StepStatus.SKIPPED, error=why)
+            if self._graph.part(handlers):
+                self._progress = replace(self._progress, phase=handlers, open=len(self._graph.part(handlers)))
+                if started:
+                    for step in self._graph.part(handlers):
+                        if not step.needs:
+                            self._consider(step)
+                return
+        self._end = self._ending()
+        self._progress = replace(self._progress, phase="ended", error=self._end.error)
+
+    def _ending(self) -> End:
+        progress = self._progress
+        if progress.failed_step is not None:
+            return End(status=RunStatus.FAILED, error=progress.error, error_step=progress.failed_step)
+        wanted = self._graph.workflow.outputs
+        if wanted is None:
+            made = {one: self._state(one).outputs for one in self._graph.leaves}
+            outputs = next(iter(made.values())) if len(made) == 1 else made
+            return End(status=RunStatus.COMPLETED, outputs=outputs)
+        try:
+            outputs = template.fill({"outputs": dict(wanted)}, self._names(), self._evaluator)["outputs"]
+        except ExpressionError as error:
+            return End(status=RunStatus.FAILED, error=f"the outputs of the workflow can't be made: {error}")
+        return End(status=RunStatus.COMPLETED, outputs=outputs)
+
+    # --- before a start ---
+
+    def _consider(self, step: Step) -> None:
+        """A pending step: start it, skip it, fail it, or leave it to wait."""
+        needs = {need: self._state(need) for need in step.needs}
+        if step.join == "all":
+            for need, state in needs.items():
+                if state.status in ENDED and not self._succeeded(need, state):
+                    self._finish(Skip(key=step.id, why=f"it needs {need!r}, which {was(state.status)}"))
+                    return
+        succeeded = sum(self._succeeded(need, state) for need, state in needs.items())
+        live = sum(state.status in LIVE for state in needs.values())
+        failed = [need for need, state in needs.items() if state.status in (StepStatus.FAILED, StepStatus.CANCELLED)]
+        tally = Tally(len(needs), succeeded, len(failed), live)
+        match tally.verdict(step.join):
+            case "met":
+                if step.join == "first_success":
+                    self._end_race(step, needs)
+                self._ready(step)
+            case "lost" if any(needs[need].status == StepStatus.FAILED for need in failed):
+                wanted = step.join if isinstance(step.join, int) else 1
+                reasons = "; ".join(f"{need} {was(needs[need].status)}: {needs[need].error}" for need in failed)
+                self._finish(
+                    Fail(
+                        key=step.id, error=f"{wanted} of {len(needs)} needs had to succeed, {succeeded} did: {reasons}"
+                    )
+                )
+            case "lost":
+                self._finish(Skip(key=step.id, why="too few of its needs ran: " + ", ".join(needs)))
+
+    def _succeeded(self, need: str, state: StepState) -> bool:
+        return state.status == StepStatus.COMPLETED or (
+            state.status == StepStatus.FAILED and self._graph.steps[need].continue_on_error
+        )
+
+    def _end_race(self, step: Step, needs: Mapping[str, StepState]) -> None:
+        winner = next(need for need, state in needs.items() if self._succeeded(need, state))
+        for need, state in needs.items():
+            if state.status in LIVE:
+                self._finish(Cancel(key=need, why=f"{winner!r} was first, and {step.id!r} wants one only"))
+
+    def _ready(self, step: Step) -> None:
+        """Its needs are met: `when`, then the approval, then the work."""
+        try:
+            if step.id not in self._graph.when_per_item and not self._when(step, self._names()):
+                self._finish(Skip(key=step.id, why=f"its `when` is false: {template.shorten(str(step.when))}"))
+                return
+            if step.approval is not None:
+                message = template.written(template.fill(step.approval.message, self._names(), self._evaluator))
+                ask = Ask(key=step.id, message=message, timeout_seconds=step.approval.timeout_seconds)
+                self._act(ask, status=WAITING)
+                return
+            self._work(step)
+        except ExpressionError as error:
+            self._finish(Fail(key=step.id, error=str(error)))
+
+    def _answered(self, step: Step, state: StepState) -> None:
+        verdict = state.verdict
+        if verdict is None:
+            return
+        if not verdict.approved:
+            why = f": {verdict.why}" if verdict.why else ""
+            self._finish(Fail(key=step.id, error=f"rejected by {verdict.by}{why}"))
+        elif step.agent is None and step.workflow is None:
+            outputs = {"approved": True, "by": verdict.by, "why": verdict.why}
+            self._finish(Complete(key=step.id, outputs=outputs))
+        else:
+            try:
+                self._work(step)
+            except ExpressionError as error:
+                self._finish(Fail(key=step.id, error=str(error)))
+
+
+def _parent(key: str) -> str | None:
+    return key[: key.rindex("[")] if key.endswith("]") else None

@@ -1,0 +1,85 @@
+"""A workflow prepared for planning, and what a run starts from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final
+
+from swarm import schema
+from swarm.cel import template
+from swarm.cel.evaluate import Evaluator
+from swarm.cel.expression import ExpressionError
+from swarm.workflow.definition import Step, Workflow
+from swarm.workflow.state import Facts
+
+PHASES: Final = ("steps", "on_error", "on_success")
+
+
+class Graph:
+    """A workflow, prepared for planning. Make it once for each definition and keep it: it never changes."""
+
+    def __init__(self, workflow: Workflow) -> None:
+        self.workflow = workflow
+        self.steps: dict[str, Step] = {step.id: step for step in workflow.all_steps()}
+        self.phase: dict[str, str] = {step.id: part for part in PHASES for step in getattr(workflow, part)}
+        self.dependants: dict[str, list[str]] = {one: [] for one in self.steps}
+        for step in self.steps.values():
+            for need in step.needs:
+                self.dependants[need].append(step.id)
+        self.leaves = [step.id for step in workflow.steps if not self.dependants[step.id]]
+        # A `when` that speaks of the item is asked for each item; else once, before there are any.
+        self.when_per_item = {
+            step.id for step in self.steps.values() if step.for_each and _speaks_of(step.when, {"item", "index"})
+        }
+
+    def part(self, phase: str) -> tuple[Step, ...]:
+        steps: tuple[Step, ...] = getattr(self.workflow, phase)
+        return steps
+
+    def can_do_without(self, step_id: str) -> bool:
+        """Is a failure of the step the business of those that need it, and not the run's?"""
+        dependants = self.dependants[step_id]
+        return bool(dependants) and all(self.steps[one].join != "all" for one in dependants)
+
+    def keys(self) -> tuple[str, ...]:
+        """Every step's id, in the file's order: rows to insert, pending, when a run is made."""
+        return tuple(self.steps)
+
+    def after(self, step_id: str) -> tuple[str, ...]:
+        """The step and all that depends on it, and the on_error and on_success steps: what `retry --from` resets.
+
+        The rows of their children are to be removed. Raises KeyError for an unknown id.
+        """
+        found, queue = {step_id}, deque([step_id])
+        while queue:
+            for one in self.dependants[queue.popleft()]:
+                if one not in found:
+                    found.add(one)
+                    queue.append(one)
+        return tuple(one for one in self.steps if one in found or self.phase[one] != "steps")
+
+
+def facts(
+    workflow: Workflow, *, inputs: Any, trigger: Mapping[str, Any], ticket: Mapping[str, Any], evaluator: Evaluator
+) -> Facts:
+    """What a run's expressions will see: inputs checked and with their defaults, variables filled in.
+
+    Raises ExpressionError with a sentence for the run's `error` when the inputs don't fit or a variable has no value.
+    """
+    if workflow.inputs_schema is not None:
+        inputs = schema.with_defaults(inputs, workflow.inputs_schema)
+        wrong = schema.issues(inputs, schema.text(workflow.inputs_schema))
+        if wrong:
+            raise ExpressionError("the inputs don't fit the workflow: " + "; ".join(map(str, wrong)))
+    names = {"inputs": inputs, "trigger": trigger, "ticket": ticket}
+    variables = template.fill({"variables": dict(workflow.variables)}, names, evaluator)["variables"]
+    return Facts(inputs=inputs, variables=variables, trigger=trigger, ticket=ticket)
+
+
+def _speaks_of(value: Any, roots: set[str]) -> bool:
+    for _, source in template.texts(value):
+        for expression, _ in template.text(source).expressions:
+            if any(reference.root in roots for reference in expression.references):
+                return True
+    return False

@@ -1,0 +1,33 @@
+"""One fixture chooses the database (see databases.py); all tests here run on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from swarm.store.store import Store
+from tests.store.databases import BACKENDS, Backend, Outside
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    return BACKENDS[request.param](tmp_path_factory.mktemp("databases"))
+
+
+@pytest.fixture
+def url(backend: Backend) -> str:
+    return backend.new()
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[Store]:
+    async with Store.open(url) as store:
+        yield store
+
+
+@pytest.fixture
+def outside(backend: Backend, url: str) -> Iterator[Outside]:
+    outside = backend.outside(url)
+    yield outside
+    outside.close()

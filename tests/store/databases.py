@@ -1,0 +1,114 @@
+"""The store suite knows databases by one class only: `Backend`. A second database adds one, and the suite runs on it.
+
+`Outside` is another program at the same database: its driver and plain SQL, no code of Swarm's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from swarm.model import ECHO_AGENT_ID, Agent, Claim, Failed, FailureReason, Retry
+from swarm.store.store import Store
+
+ECHO = Agent(id=ECHO_AGENT_ID, name="echo", version="1.0.0", path=Path("/nowhere/echo"), entry=("main.py",))
+RETRY = Agent(
+    id="retry-agent",
+    name="retry",
+    version="1.0.0",
+    path=Path("/nowhere/retry"),
+    entry=("main.py",),
+    retry=Retry(max_attempts=3, delay_seconds=10, factor=2, max_delay_seconds=15),
+)
+LEASE = 30.0
+
+
+class Outside(Protocol):
+    def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]: ...
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """Where test databases come from."""
+
+    def new(self) -> str:
+        """URL of a fresh database, migrated, with the agents `ECHO` and `RETRY`."""
+
+    def empty(self) -> str:
+        """URL of a database that nobody has migrated."""
+
+    def outside(self, url: str) -> Outside: ...
+
+
+class SqliteOutside:
+    """Like the sqlite3 shell: every statement its own transaction, foreign keys off."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=30)
+        self._connection.text_factory = bytes  # what is there, not what it should be
+
+    def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        rows = self._connection.execute(sql, values).fetchall()
+        return [tuple(v.decode(errors="replace") if isinstance(v, bytes) else v for v in row) for row in rows]
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class SqliteBackend:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._template = directory / "template.db"
+        self._made = 0
+        asyncio.run(self._make_template())
+
+    async def _make_template(self) -> None:
+        async with Store.open(f"sqlite:///{self._template}") as store:
+            await store.migrate()
+            for agent in (ECHO, RETRY):
+                await store.put_agent(agent)
+
+    def _next(self) -> Path:
+        self._made += 1
+        return self._directory / f"{self._made}.db"
+
+    def new(self) -> str:
+        return f"sqlite:///{shutil.copy(self._template, self._next())}"
+
+    def empty(self) -> str:
+        return f"sqlite:///{self._next()}"
+
+    def outside(self, url: str) -> Outside:
+        return SqliteOutside(url)
+
+
+def insert(outside: Outside, id: str, **columns: Any) -> None:  # noqa: A002
+    """A ready ticket for the echo agent, as another tool inserts it; ``columns`` override or add."""
+    values = {"id": id, "title": "a test", "state": "ready", "agent_id": ECHO.id} | columns
+    names = ", ".join(values)
+    outside.execute(f"INSERT INTO tickets ({names}) VALUES ({', '.join(':' + name for name in values)})", values)
+
+
+async def claim_one(store: Store, worker: str = "worker", **options: Any) -> Claim:
+    (claim,) = await store.claim(worker, lease_seconds=LEASE, **options)
+    return claim
+
+
+def failed(reason: FailureReason = FailureReason.AGENT_FAILED, message: str = "it broke") -> Failed:
+    return Failed(reason=reason, message=message)
+
+
+def left_overs(outside: Outside) -> int:
+    """Rows below tickets that have lost what they belong to."""
+    ((count,),) = outside.execute("""
+        SELECT (SELECT count(*) FROM workflow_runs WHERE ticket_id NOT IN (SELECT id FROM tickets))
+             + (SELECT count(*) FROM step_executions WHERE run_id NOT IN (SELECT id FROM workflow_runs))
+             + (SELECT count(*) FROM attempts WHERE step_execution_id NOT IN (SELECT id FROM step_executions))""")
+    return int(count)
+
+
+BACKENDS = {"sqlite": SqliteBackend}

@@ -1,0 +1,85 @@
+"""Another process at the database, for the tests that need a real one: `python -m tests.store.program WHAT URL …`.
+
+It says 'ready' on stdout, waits for a line on stdin, does what it was asked, and prints what came of it as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from swarm.errors import SwarmError
+from swarm.model import Succeeded, Ticket
+from swarm.store.store import Store
+
+
+def gate() -> None:
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+
+
+async def migrate(url: str) -> Any:
+    gate()
+    async with Store.open(url) as store:
+        await store.migrate()
+        return await store.revision()
+
+
+async def work(url: str, name: str) -> Any:
+    """Claim and finish until nothing is left: the ids of the tickets that were done."""
+    done = []
+    async with Store.open(url) as store:
+        gate()
+        while claims := await store.claim(name, limit=3, lease_seconds=60):
+            finishes = (
+                store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=1) for claim in claims
+            )
+            await asyncio.gather(*finishes)
+            done += [claim.ticket.id for claim in claims]
+    return done
+
+
+async def hold_lock(url: str) -> Any:
+    """Hold the write lock from before 'ready' until the line on stdin."""
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    gate()
+    connection.execute("ROLLBACK")
+    connection.close()
+    return None
+
+
+async def fill(url: str, title: str) -> Any:
+    """Add tickets until the disk is full."""
+    gate()
+    async with Store.open(url) as store:
+        await store.migrate()
+        added = 0
+        try:
+            while added < 10_000:
+                await store.add_ticket(Ticket(id=f"t{added}", title="t", description=title * 1000, state="draft"))
+                added += 1
+        except SwarmError as error:
+            return {"added": added, "error": str(error), "there": len(await store.tickets(limit=10_000))}
+    return {"added": added}
+
+
+WHAT: dict[str, Callable[..., Awaitable[Any]]] = {
+    "migrate": migrate,
+    "work": work,
+    "hold-lock": hold_lock,
+    "fill": fill,
+}
+
+
+async def main(what: str, *arguments: str) -> Any:
+    return await WHAT[what](*arguments)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(asyncio.run(main(*sys.argv[1:]))) + "\n")

@@ -1,0 +1,28 @@
+"""Settings that can't be read are the user's affair: a sentence, not a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from swarm import config
+from swarm.errors import UsageError
+from swarm.store.database import Database
+
+
+def test_a_broken_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "swarm.toml"
+    file.write_text("[bad")
+    monkeypatch.setenv("SWARM_CONFIG", str(file))
+    with pytest.raises(UsageError, match=f"can't read the settings in {file}: Expected"):
+        config.load()
+    file.write_text('subnet = "10.0.0.1/16"')
+    with pytest.raises(UsageError, match=r"subnet: .*10\.0\.0\.1/16"):
+        config.load()
+
+
+def test_a_password_in_a_database_url_is_not_shown() -> None:
+    with pytest.raises(UsageError, match="no database 'oracle'") as caught:
+        Database("oracle://user:secret@host/db", busy_timeout_seconds=1)
+    assert "secret" not in str(caught.value)

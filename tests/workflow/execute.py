@@ -1,0 +1,93 @@
+"""Runs a whole workflow with the agents' real programs, as plain processes: what the engine does with VMs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from swarm import agents, versions
+from swarm.agents import check
+from swarm.cel.evaluate import Evaluator
+from swarm.errors import NotFound, StepError
+from swarm.model import Agent, RunStatus, StepStatus
+from swarm.workflow.definition import Workflow
+from swarm.workflow.state import End
+from swarm.workflow.structure import Graph, facts
+from swarm.workflow.validate import Registry
+from tests.workflow.runs import Run
+
+BUILTIN = [agents.read(directory) for directory in agents.builtin()]
+
+
+def agent(reference: str) -> Agent:
+    found = versions.pick(reference, BUILTIN)
+    if found is None:
+        raise NotFound(f"no agent {reference!r}; `swarm agent list` shows those there are")
+    return found
+
+
+def no_workflow(reference: str) -> Workflow:
+    raise NotFound(f"no workflow {reference!r}")
+
+
+REGISTRY = Registry(agent=agent, workflow=no_workflow)
+
+
+def run_agent(found: Agent, inputs: Any, work: Path) -> Any:
+    """Outputs of one run of an agent's program in ``work``. Raises StepError."""
+    inputs = check.inputs(found, inputs)
+    shutil.copytree(found.path, work, copy_function=shutil.copyfile)
+    ticket = {"id": "t-1", "title": "a test", "description": "of a workflow", "project_id": None}
+    given = {"inputs": inputs, "ticket": ticket, "step": {"id": "main", "attempt": 1}}
+    (work / "input.json").write_text(json.dumps(given))
+    entry = [word.replace("/agent/", f"{work}/") for word in found.entry]
+    argv = [sys.executable, "-I", *entry] if found.runtime == "python" else entry
+    done = subprocess.run(argv, cwd=work, capture_output=True, env={"PATH": os.environ["PATH"]}, timeout=60)
+    if done.returncode != 0:
+        raise StepError(f"the agent ended with status {done.returncode}: {done.stderr.decode()[-500:]}")
+    made = json.loads((work / "output.json").read_text())
+    check.outputs(found, made)
+    return made
+
+
+def execute(workflow: Workflow, inputs: Any, work: Path, evaluator: Evaluator) -> End:
+    """Run it, and the workflows within, to the end. Approvals are given."""
+    known = facts(workflow, inputs=inputs, trigger={"type": "test"}, ticket={"id": "t-1"}, evaluator=evaluator)
+    ours = Run(Graph(workflow), known, evaluator)
+    number = 0
+    queue = deque(ours.live())
+    while queue or ours.waiting():
+        for waiting in ours.waiting():
+            before = set(ours.live())
+            ours.answer(waiting, approved=True)
+            queue.extend(sorted(set(ours.live()) - before))
+        if not queue:
+            continue
+        key = queue.popleft()
+        if ours.rows[key].status != StepStatus.READY:
+            continue  # cancelled meanwhile
+        number += 1
+        step = ours.graph.steps[key.partition("[")[0]]
+        given = ours.rows[key].inputs
+        before = set(ours.live())
+        try:
+            if step.agent is not None:
+                made = run_agent(agent(step.agent), given, work / f"{number}-{step.id}")
+            else:
+                assert isinstance(step.workflow, Workflow)
+                end = execute(step.workflow, given, work / f"{number}-{step.id}-run", evaluator)
+                if end.status is not RunStatus.COMPLETED:
+                    raise StepError(str(end.error))
+                made = end.outputs
+            ours.finish(key, made)
+        except StepError as error:
+            ours.finish(key, error=str(error))
+        queue.extend(sorted(set(ours.live()) - before))
+    assert ours.end is not None, ours.rows
+    return ours.end

@@ -1,0 +1,70 @@
+"""Every YAML in the documents is loaded, checked, and run with its agents' real programs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm import agents
+from swarm.agents import check
+from swarm.cel.jail import Jail
+from swarm.model import RunStatus
+from swarm.workflow import validate
+from swarm.workflow.parse import _Step
+from tests.workflow.execute import REGISTRY, execute, run_agent
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall((DOCS / name).read_text(encoding="utf-8")) if kind == language]
+
+
+INPUTS: dict[str, Any] = {
+    "typed": {"name": "Ada", "tags": ["x"]},
+    "nightly": {"branch": "main"},
+}
+OUTPUTS: dict[str, Any] = {
+    "release-notes": {"notes": "changes since v1.0\n"},
+    "typed": {"text": 'Dear Ada, ["x"] at depth 3'},
+    "each": {"sizes": [3, 3, 5]},
+    "again": {"n": 3},
+    "outer": {"all": [10, 20]},
+}
+
+
+@pytest.mark.parametrize("text", blocks("workflows.md", "yaml"), ids=lambda text: text.split()[1])
+def test_workflows(text: str, tmp_path: Path) -> None:
+    workflow = validate.load(text, REGISTRY)
+    with Jail() as jail:
+        end = execute(workflow, INPUTS.get(workflow.name, {}), tmp_path, jail)
+    assert end.status is RunStatus.COMPLETED, end.error
+    if workflow.name in OUTPUTS:
+        assert end.outputs == OUTPUTS[workflow.name]
+
+
+def test_no_field_is_left_out() -> None:
+    text = (DOCS / "workflows.md").read_text(encoding="utf-8")
+    assert not [name for name in _Step.model_fields if f"`{name}`" not in text]
+    text = (DOCS / "agents.md").read_text(encoding="utf-8")
+    hidden = {"image", "description", "inputs_schema", "outputs_schema"}
+    assert not [name for name in agents.Manifest.model_fields if name not in hidden and f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize(("number", "language", "file"), [(0, "python", "main.py"), (1, "sh", "main.sh")])
+def test_agents(number: int, language: str, file: str, tmp_path: Path) -> None:
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent/agent.yaml").write_text(blocks("agents.md", "yaml")[number])
+    (tmp_path / "agent" / file).write_text(blocks("agents.md", language)[0])
+    package = agents.read_package(tmp_path / "agent")
+    assert package.examples
+    for example in package.examples:
+        assert check.differences(example.outputs, run_agent(package.agent, example.inputs, tmp_path / "work")) == []
+
+
+def test_every_yaml_is_one_of_these() -> None:
+    assert len(blocks("agents.md", "yaml")) == 2

@@ -1,0 +1,369 @@
+"""workflow.yaml: every problem at once, each with its place; and the frozen form of a good one."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm import manifest, schema
+from swarm.errors import NotFound
+from swarm.manifest import Invalid
+from swarm.model import Agent, FailureReason, Retry
+from swarm.workflow import definition, graph, parse, schedule, validate
+from swarm.workflow.definition import (
+    Approval,
+    ForEach,
+    Repeat,
+    Schedule,
+    Step,
+    Webhook,
+    Workflow,
+)
+from swarm.workflow.structure import Graph
+from tests.workflow.execute import agent
+
+TYPED = dataclasses.replace(
+    agent("echo"),
+    id="typed",
+    name="typed",
+    inputs_schema=schema.text(schema.expand({"repo": "string", "depth": "integer?"})),
+    outputs_schema=schema.text(schema.expand({"files": ["string"], "count": "integer", "note": "string?"})),
+)
+HEAD = "name: mine\nversion: 1.0.0\n"
+
+
+def find(reference: str) -> Agent:
+    return TYPED if reference.partition("@")[0] == "typed" else agent(reference)
+
+
+def inner(reference: str) -> Workflow:
+    if reference.partition("@")[0] == "inner":
+        return parse.read("name: inner\nversion: 2.0.0\ninputs: {x: string}\nsteps: [{id: a, agent: echo}]\n")[0]
+    if reference == "loop":
+        return parse.read("name: loop\nversion: 2.0.0\nsteps: [{id: a, workflow: loop}]\n")[0]
+    raise NotFound(f"no workflow {reference!r}")
+
+
+REGISTRY = validate.Registry(agent=find, workflow=inner)
+
+
+def problems(text: str) -> list[str]:
+    try:
+        validate.load(text, REGISTRY)
+    except Invalid as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+EVERYTHING = """
+id: 6f1c0a52-3c7a-4f63-8a4e-2f1f9f0e7a11
+name: everything
+version: 1.2.3-rc1
+description: All that a workflow can have.
+inputs: {repo: string, tags: [string], dry: {type: boolean, default: false}}
+variables: {where: "eu/${inputs.repo}", limits: {cpu: 2}}
+schedule: {cron: "0 6 * * mon-fri", time_zone: Europe/Paris, missed: skip, inputs: {repo: main, tags: []}}
+webhook: {secret: HOOK, inputs: {repo: "${trigger.body.repo}", tags: []}}
+fail_fast: true
+steps:
+  - id: list
+    agent: typed@1
+    inputs: {repo: "${inputs.repo}"}
+    retry: {max_attempts: 3, on: [timeout, vm_died]}
+    timeout_seconds: 30
+  - id: each
+    agent: echo
+    needs: [list]
+    for_each: {items: "${steps.list.outputs.files}", max_parallel: 3, join: 2}
+    when: ${item != ""}
+    inputs: {file: "${item}", number: "${index}", where: "${variables.where}"}
+    continue_on_error: true
+  - id: gate
+    needs: list
+    approval: {message: "Publish ${steps.list.outputs.count} files?", timeout_seconds: 3600}
+  - id: again
+    workflow: inner@2
+    needs: [each, gate]
+    join: any
+    inputs: {x: "${steps.gate.outputs.by}"}
+    repeat: {until: "${has(steps.again.outputs.done)}", max_times: 2}
+  - id: within
+    needs: again
+    workflow:
+      inputs: {n: integer}
+      steps: [{id: x, agent: echo, inputs: {n: "${inputs.n}"}, retry: 2}]
+    inputs: {n: 3}
+on_error:
+  - {id: tell, agent: echo, inputs: {text: "${error.step}: ${error.message}"}}
+on_success:
+  - {id: cheer, agent: echo, inputs: {n: "${size(steps.each.outputs)}"}}
+outputs: {files: "${steps.list.outputs.files}"}
+"""
+
+
+def test_everything() -> None:
+    made = validate.load(EVERYTHING, REGISTRY)
+    steps = {step.id: step for step in made.all_steps()}
+    assert steps["list"].agent == "typed@1.0.0", "pinned"
+    assert steps["list"].retry == Retry(max_attempts=3, on=frozenset({FailureReason.TIMEOUT, FailureReason.VM_DIED}))
+    assert steps["each"].for_each == ForEach(items="${steps.list.outputs.files}", max_parallel=3, join=2)
+    assert isinstance(steps["again"].workflow, Workflow) and steps["again"].workflow.steps[0].agent == "echo@1.0.0"
+    assert isinstance(steps["within"].workflow, Workflow) and steps["within"].workflow.steps[0].retry is not None
+    assert definition.from_json(json.loads(definition.canonical(made))) == made
+    for picture in (graph.text(made), graph.mermaid(made), graph.svg(made)):
+        assert all(step.id in picture for step in made.all_steps())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ["line 1, column 1: must be a mapping of fields, such as `name: my-workflow`"]),
+        ("name: [", ["line 1, column 8: not YAML: expected the node content, but found '<stream end>'"]),
+        (HEAD, ["line 1, column 1: the field 'steps' is missing"]),
+        (HEAD + "steps: []\n", ["line 3, column 8: List should have at least 1 item after validation, not 0"]),
+        (HEAD + "name: x\nsteps: [{id: a, agent: echo}]\n", ["line 3, column 1: the key 'name' is here twice"]),
+        (HEAD + "steps: [{id: a, agent: echo, needs: [a]}]\n", ["line 3, column 38: the step 'a' needs itself"]),
+        (HEAD + "steps: [{id: a, agent: nope}]\n",
+         ["line 3, column 24: no agent 'nope'; `swarm agent list` shows those there are"]),
+        (HEAD + "steps: [{id: a, agent: echo}, {id: a, agent: echo}]\n",
+         ["line 3, column 36: the id 'a' is taken by another step"]),
+        (HEAD + "steps: [{id: a, workflow: loop}]\n",
+         ["line 3, column 27: workflows within workflows without end: loop runs loop runs loop runs loop"]),
+        (HEAD + "steps: [{id: a, agent: echo, workflow: inner, inputs: {x: a}}]\n",
+         ["line 3, column 30: a step has an agent or a workflow, not both"]),
+        (HEAD + "steps: [{id: a}]\n",
+         ["line 3, column 9: the step 'a' does nothing: give it an agent, a workflow or an approval"]),
+        (HEAD + "steps: [{id: a, agent: echo, when: no}]\n",
+         ["line 3, column 36: when wants true or false: write it as one ${…}"]),
+        (HEAD + "steps: [{id: a, agent: echo, when: false}]\n",
+         ["line 3, column 36: the step 'a' can't be reached: its `when` is false"]),
+        (HEAD + "steps: [{id: a, agent: echo, retry: {on: [gremlins]}}]\n",
+         [f"line 3, column 43: 'gremlins' is no reason; there are {', '.join(FailureReason)}"]),
+        (HEAD + "steps: [{id: a, agent: echo}]\nschedule: 61 * * * *\n",
+         ["line 4, column 11: '61' is no minute: 0 to 59"]),
+        (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '0 0 30 2 *', time_zone: Mars/North}\n",
+         ["line 4, column 18: '0 0 30 2 *' never comes true: no such day in such a month",
+          "line 4, column 43: 'Mars/North' is no time zone; write one such as Europe/Paris, or UTC"]),
+        (HEAD + "steps: [{id: a, agent: !!python/object:os.system echo}]\n",
+         ["line 3, column 24: the tag 'tag:yaml.org,2002:python/object:os.system' has no meaning here"]),
+        (HEAD + "inputs: {a: strin}\nsteps: [{id: a, agent: echo}]\n",
+         [f"line 3, column 13: 'strin' is no type; there are {', '.join(schema.TYPES)}, each also with a '?' behind"
+          " it"]),
+    ],
+)  # fmt: skip
+def test_one_problem(text: str, said: list[str]) -> None:
+    assert problems(text) == said
+
+
+def test_all_problems_at_once() -> None:
+    found = problems("""\
+name: mine
+version: 1.0.0
+stages: 3
+inputs: {repo: string, n: "integer?"}
+steps:
+  - id: a
+    agent: typed
+    needs: [zz]
+    inputs:
+      repo: ${inputs.n}
+      dept: 1
+  - id: b
+    agnet: echo
+    timeout_seconds: -1
+  - id: c
+    agent: echo
+    needs: d
+    inputs:
+      x: |
+        first
+          then ${steps.a.outputs.files} and ${item}
+  - id: d
+    agent: echo
+    needs: c
+    when: ${inputs.n}
+  - id: e
+    agent: echo
+    needs: a
+    for_each: ${steps.a.outputs.count}
+    inputs: {x: "${steps.a.outputs.fils}", y: "${1 +* 2}", z: "${variables.q}"}
+outputs: {x: "${steps.f.outputs}"}
+""")
+    assert found == [
+        "line 3, column 1: there is no field 'stages' here; did you mean 'steps'?",
+        "line 8, column 13: there is no step 'zz' here; there are a, b, c, d, e",
+        "line 10, column 13: the input 'repo' of typed does not fit: it is an integer, and a string is wanted",
+        "line 11, column 7: typed takes no input 'dept'; it takes depth, repo",
+        "line 13, column 5: there is no field 'agnet' here; did you mean 'agent'?",
+        "line 14, column 22: should be greater than 0, and is -1",
+        "line 17, column 12: a cycle: c needs d needs c",
+        "line 21, column 47: 'item' means nothing outside of a for_each",
+        "line 25, column 11: when wants true or false: it is an integer, and a boolean is wanted",
+        "line 29, column 15: for_each wants a list: it is an integer, and an array is wanted",
+        "line 30, column 20: the outputs of 'a' have no 'fils'; did you mean 'files'?",
+        *[one for one in found if "column 53" in one and "bad expression: Syntax error" in one],
+        "line 30, column 66: variables has no 'q'",
+        "line 31, column 17: there is no step 'f'; there are a, b, c, d, e",
+    ]
+    assert len(found) == 14
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("${steps.b.outputs}", "uses 'b', which has not certainly ended by then: add it to `needs`"),
+        ("${steps.a.output}", "steps.a has outputs, status, error; write steps.a.outputs"),
+        ("${steps}", "write which step is meant"),
+        ("${steps.list.outputs}", 'for an id with a hyphen write steps["list-it"]'),
+        ("${error.step}", "'error' means nothing here"),
+        ("${ticket.titel}", "ticket has no 'titel'; did you mean 'title'?"),
+        ("${secrets.KEY}", "'secrets' is unknown|'secrets.KEY' is unknown"),
+    ],
+)
+def test_names(value: str, said: str) -> None:
+    import re
+
+    text = (
+        HEAD
+        + f"""
+steps:
+  - {{id: a, agent: echo}}
+  - {{id: list-it, agent: echo}}
+  - {{id: b, agent: echo}}
+  - {{id: c, agent: echo, needs: a, inputs: {{x: {json.dumps(value)}}}}}
+"""
+    )
+    (problem,) = problems(text) or ["none"]
+    assert re.search(said.replace("[", "\\["), problem), problem
+
+
+def test_yaml_is_bounded() -> None:
+    laughs = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{c}: &{c} [{', '.join(['*' + p] * 10)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    with pytest.raises(Invalid, match="more than 100000 values"):
+        manifest.load(laughs, name="x")
+    with pytest.raises(Invalid, match="nested"):
+        manifest.load("[" * 5000 + "]" * 5000, name="x")
+    with pytest.raises(Invalid, match="larger than"):
+        manifest.load("a" * (2 << 20), name="x")
+    assert manifest.load("{on: yes, t: 12:30, n: 0x10, f: 1.5, e: ~, d: 2026-01-01}", name="x").value == {
+        "on": "yes", "t": "12:30", "n": 16, "f": 1.5, "e": None, "d": "2026-01-01",
+    }  # fmt: skip
+
+
+# --- frozen -----------------------------------------------------------------------------------------------------------
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["${inputs.a}", "x ${item}"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+objects = st.dictionaries(st.text(max_size=4), values, max_size=2)
+joins: st.SearchStrategy[str | int] = st.sampled_from(["all", "any", "first_success"]) | st.integers(1, 5)
+maybe_seconds = st.none() | st.floats(0.1, 1e6)
+
+
+def steps(depth: int) -> st.SearchStrategy[Step]:
+    flows: st.SearchStrategy[Any] = st.just("other@1") if depth == 0 else workflows(depth - 1) | st.just("other@1")
+    return st.builds(
+        Step,
+        id=st.sampled_from(["a", "b", "c-d"]),
+        agent=st.none() | st.just("echo@1.0.0"),
+        workflow=st.none() | flows,
+        description=st.text(max_size=4),
+        inputs=objects,
+        needs=st.lists(st.sampled_from(["a", "b"]), unique=True).map(tuple),
+        join=joins,
+        when=st.booleans() | st.just("${inputs.x}"),
+        for_each=st.none()
+        | st.builds(
+            ForEach, items=st.lists(values, max_size=2), max_parallel=st.none() | st.integers(1, 9), join=joins
+        ),
+        repeat=st.none() | st.builds(Repeat, until=st.just("${true}"), max_times=st.integers(1, 9)),
+        approval=st.none() | st.builds(Approval, message=st.text(max_size=4), timeout_seconds=maybe_seconds),
+        retry=st.none()
+        | st.builds(
+            Retry, max_attempts=st.integers(1, 5), on=st.frozensets(st.sampled_from(list(FailureReason)), max_size=3)
+        ),
+        timeout_seconds=maybe_seconds,
+        continue_on_error=st.booleans(),
+    )
+
+
+def workflows(depth: int) -> st.SearchStrategy[Workflow]:
+    return st.builds(
+        Workflow,
+        name=st.just("w"),
+        version=st.just("1.0.0"),
+        steps=st.lists(steps(depth), max_size=2).map(tuple),
+        id=st.none() | st.just("an-id"),
+        inputs_schema=st.none() | st.just({"type": "object"}),
+        outputs_schema=st.none() | st.just({"type": "object"}),
+        variables=objects,
+        outputs=st.none() | objects,
+        on_error=st.lists(steps(0), max_size=1).map(tuple),
+        on_success=st.lists(steps(0), max_size=1).map(tuple),
+        fail_fast=st.booleans(),
+        schedule=st.lists(st.builds(Schedule, cron=st.just("@daily"), inputs=objects), max_size=2).map(tuple),
+        webhook=st.none() | st.builds(Webhook, secret=st.just("KEY"), inputs=objects),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(workflows(1))
+def test_frozen_and_back(one: Workflow) -> None:
+    text = definition.canonical(one)
+    back = definition.from_json(json.loads(text))
+    assert back == one and definition.canonical(back) == text and definition.digest(back) == definition.digest(one)
+
+
+def test_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="format 2"):
+        definition.from_json({"format": 2})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.sampled_from(list("abc:-[]{}\n #&*!|>'\"%@`?,0123456789 ${}.")), max_size=120))
+def test_any_text_is_a_workflow_or_invalid(text: str) -> None:
+    for whole in (text, HEAD + text, HEAD + "steps:\n  - id: a\n    agent: echo\n    inputs: {x: " + text + "}\n"):
+        try:
+            Graph(validate.load(whole, REGISTRY))
+        except Invalid as error:
+            assert error.problems
+
+
+# --- cron -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cron", "zone", "after", "then"),
+    [
+        ("0 6 * * mon-fri", "UTC", "2026-01-02T07:00", "2026-01-05T06:00"),
+        ("*/15 * * * *", "UTC", "2026-01-02T07:14:59", "2026-01-02T07:15"),
+        ("0 0 29 2 *", "UTC", "2026-01-01T00:00", "2028-02-29T00:00"),
+        ("0 0 13 * fri", "UTC", "2026-01-03T00:00", "2026-01-09T00:00"),
+        ("30 2 * * *", "Europe/Paris", "2026-03-28T12:00", "2026-03-29T01:30"),
+        ("30 2 * * *", "Europe/Paris", "2026-10-25T00:45", "2026-10-26T01:30"),
+        ("@yearly", "America/New_York", "2026-06-01T00:00", "2027-01-01T05:00"),
+        ("5-10/2,20 0 1 jan *", "UTC", "2026-01-01T00:09", "2026-01-01T00:20"),
+        ("0 12 * * 7", "UTC", "2026-01-02T00:00", "2026-01-04T12:00"),
+    ],
+)
+def test_when_a_schedule_comes_true(cron: str, zone: str, after: str, then: str) -> None:
+    moment = datetime.datetime.fromisoformat(after).replace(tzinfo=datetime.UTC)
+    expected = datetime.datetime.fromisoformat(then).replace(tzinfo=datetime.UTC)
+    assert schedule.next_after(schedule.parse(cron), schedule.zone(zone), moment) == expected
+
+
+@pytest.mark.parametrize("cron", ["", "* * * *", "60 * * * *", "* * 0 * *", "* * * 13 *", "a * * * *", "*/0 * * * *",
+                                  "5-1 * * * *", "* * * * fry", "0 0 31 feb *", "١ * * * *"])  # fmt: skip
+def test_bad_cron(cron: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        schedule.parse(cron)
