@@ -1,0 +1,95 @@
+"""nftables rules, as text for ``nft -f -``: one table on the host, one pair per namespace, all named ``swarm``.
+
+A VM is fenced in twice. Its own namespace drops what the guest begins, and what claims to come from somebody else,
+at the tap; the host drops the same again at the bridge, for the day on which the first fence has a hole. The chain
+``egress`` is where outbound policies go, on both sides; what it does not accept is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from ipaddress import IPv4Address, IPv4Network
+
+from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_MAC, TAP_NAME
+
+TABLE = "swarm"
+_OWNER = "swarm-engine"
+
+
+def for_host(subnet: IPv4Network, bridge: str, gateway_port: int | None) -> str:
+    """The table ``inet swarm``, replaced as a whole in one transaction. Its comment says whose it is and of what text.
+
+    ``input``: a VM may answer the host; it may open nothing on it but the gateway's port. ``forward``: nothing from or
+    to a VM, but answers and what ``egress`` accepts. ``output``: agentd's port is root's alone, since the first
+    connection to a fresh agentd sets its token.
+    """
+    gateway = subnet.network_address + 1
+    body = f"""
+  chain egress {{
+  }}
+  chain input {{
+    type filter hook input priority filter; policy accept;
+    iifname "{bridge}" ct state established,related accept
+    {f'iifname "{bridge}" ip daddr {gateway} tcp dport {gateway_port} accept' if gateway_port else ""}
+    iifname "{bridge}" drop
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy accept;
+    iifname "{bridge}" oifname "{bridge}" drop
+    iifname "{bridge}" ct state established,related accept
+    iifname "{bridge}" jump egress
+    iifname "{bridge}" drop
+    oifname "{bridge}" ct state established,related accept
+    oifname "{bridge}" drop
+  }}
+  chain output {{
+    type filter hook output priority filter; policy accept;
+    oifname "{bridge}" ip daddr {subnet} tcp dport {AGENTD_PORT} meta skuid != 0 reject with tcp reset
+  }}
+"""
+    digest = hashlib.sha256(body.encode()).hexdigest()[:16]
+    head = f'  comment "{_OWNER} {digest}"\n'
+    return f"add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{head}{body}}}\n"
+
+
+def comment_of(rules: str) -> str:
+    return rules.partition('comment "')[2].partition('"')[0]
+
+
+def is_ours(comment: str) -> bool:
+    return comment.startswith(_OWNER + " ")
+
+
+def for_vm(address: IPv4Address, gateway: IPv4Address, gateway_port: int | None, uplink: str) -> str:
+    """Tables of one namespace: ``netdev swarm`` polices the tap, ``ip swarm`` maps addresses 1:1 and filters."""
+    return f"""
+table netdev {TABLE} {{
+  chain tap {{
+    type filter hook ingress device "{TAP_NAME}" priority filter; policy drop;
+    ether saddr {GUEST_MAC} ip saddr {GUEST_ADDRESS} accept
+    ether saddr {GUEST_MAC} arp saddr ether {GUEST_MAC} arp saddr ip {GUEST_ADDRESS} accept
+  }}
+}}
+table ip {TABLE} {{
+  chain prerouting {{
+    type nat hook prerouting priority dstnat; policy accept;
+    iifname "{uplink}" ip daddr {address} dnat to {GUEST_ADDRESS}
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept;
+    oifname "{uplink}" ip saddr {GUEST_ADDRESS} snat to {address}
+  }}
+  chain egress {{
+    {f"ip daddr {gateway} tcp dport {gateway_port} accept" if gateway_port else ""}
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy drop;
+    ct state established,related accept
+    iifname "{uplink}" oifname "{TAP_NAME}" ip daddr {GUEST_ADDRESS} ct status dnat accept
+    iifname "{TAP_NAME}" oifname "{uplink}" jump egress
+  }}
+  chain input {{
+    type filter hook input priority filter; policy drop;
+  }}
+}}
+"""

@@ -1,0 +1,226 @@
+"""Run a command where nothing it does to the network can leave the machine, and say what it left behind.
+
+    tools/sandbox.py CMD [ARG…]      run CMD; exit with its status, or 1 when it ended well but left something
+        --keep NAME,…                before CMD: SWARM_ settings that it sees as they are
+    tools/sandbox.py --leaks         inside a sandbox: print what is there beyond the start, one line each; 1 if any
+
+CMD gets new network and mount namespaces: `lo` is up, there is no route out, and `/run/netns` is private, so `ip netns`
+works in it. Its settings point at a fresh directory on disk, which is removed afterwards. Signals are forwarded.
+
+What CMD leaves is found by descent, not by name: this process is the subreaper of all that CMD starts, so whatever is
+still below it when CMD has ended is a leak, in whichever network namespace it runs. Standard library only.
+"""
+# ruff: noqa: T201 - a command-line tool
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CLONE_NEWNS, CLONE_NEWNET, PR_SET_CHILD_SUBREAPER = 0x00020000, 0x40000000, 36  # linux/sched.h, linux/prctl.h
+SI_KERNEL = 0x80  # siginfo.h: the terminal sent it, to the whole process group
+FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["--leaks"]:
+        return report(leaks(Path(os.environ["SWARM_SANDBOX"])))
+    kept = {"SWARM_REQUIRE", "SWARM_TEST_KERNEL"}
+    if argv[:1] == ["--keep"]:
+        kept.update(argv[1].split(","))
+        argv = argv[2:]
+    if not argv or argv[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    if os.geteuid() != 0:
+        print("sandbox: needs root, to make network namespaces", file=sys.stderr)
+        return 1
+    enter()
+    # Short, because Unix sockets live below it; on a disk, because work disks do.
+    place = Path(tempfile.mkdtemp(prefix="sw", dir=on_disk("/tmp", "/var/tmp")))
+    try:
+        (place / "baseline.json").write_text(json.dumps(inventory(place)))
+        status = run(argv, environment(place, kept))
+        left = settled(place)
+        kill_rest()
+        left_status = report(left)
+        return status or left_status
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def enter() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    for result in (libc.unshare(CLONE_NEWNS | CLONE_NEWNET), libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)):
+        if result != 0:
+            raise OSError(ctypes.get_errno(), "can't make namespaces: " + os.strerror(ctypes.get_errno()))
+    Path("/run/netns").mkdir(exist_ok=True)
+    for command in (
+        ["mount", "--make-rprivate", "/"],
+        ["mount", "-t", "tmpfs", "-o", "mode=755", "swarm-sandbox", "/run/netns"],
+        ["ip", "link", "set", "lo", "up"],
+    ):
+        subprocess.run(command, check=True, env={"PATH": PATH})
+
+
+def on_disk(*candidates: str) -> str:
+    """The first directory that is not in memory, else the first."""
+    mounts = {
+        m.split()[4]: m.partition(" - ")[2].split()[0] for m in Path("/proc/self/mountinfo").read_text().splitlines()
+    }
+    return next((c for c in candidates if mounts.get(c) != "tmpfs"), candidates[0])
+
+
+def environment(place: Path, kept: set[str]) -> dict[str, str]:
+    """Ours without this host's settings for Swarm, but for those to be kept; the rest points into ``place``."""
+    (place / "tmp").mkdir()
+    own = {
+        "SWARM_CONFIG": str(place / "swarm.toml"),  # absent
+        "SWARM_HOME": str(place / "home"),
+        "SWARM_STATE_DIR": str(place / "state"),
+        "TMPDIR": str(place / "tmp"),
+    }
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SWARM_") or k in kept}
+    names = {"SWARM_SANDBOX": str(place), "SWARM_SANDBOX_PID": str(os.getpid())}
+    return env | {k: v for k, v in own.items() if k not in kept or k not in os.environ} | names
+
+
+def run(argv: list[str], env: dict[str, str]) -> int:
+    """Start the command in our process group (the terminal stays its own), forward signals, reap everything."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED | {signal.SIGCHLD})
+    try:
+        child = os.posix_spawnp(argv[0], argv, env, setsigmask=())
+    except OSError as error:
+        print(f"sandbox: can't start {argv[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    while True:
+        info = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD})
+        if info.si_signo != signal.SIGCHLD:
+            if info.si_code != SI_KERNEL:  # else the child has it already
+                os.kill(child, info.si_signo)
+            continue
+        status = reap(child)
+        if status is not None:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def reap(child: int = 0) -> int | None:
+    """Collect every dead child; the wait status of `child` when it is among them."""
+    found = None
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        if pid == child:
+            found = status
+
+
+# --- what is there --------------------------------------------------------------------------------------------------
+
+
+def inventory(place: Path) -> list[str]:
+    """Everything in this sandbox that a test could leave, one line each. Processes apart: see `processes`."""
+    netns = Path("/run/netns")
+    mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    return [
+        *(f"link {name}" for _, name in socket.if_nameindex()),
+        *(f"netns {entry.name}" for entry in netns.iterdir()),
+        *(f"mount {path}" for path in sorted(mounts) if not path.startswith("/run/netns/")),
+        *(f"nft {line}" for line in output("nft", "list", "tables")),
+        *(f"route {line.strip()}" for line in output("ip", "-4", "route", "show", "table", "all")),
+        *(f"file {path}" for path in sorted(place.glob("state/vms/*"))),
+        *(
+            f"loop device {line}"
+            for line in output("losetup", "--noheadings", "--output", "BACK-FILE")
+            if str(place) in line
+        ),
+    ]
+
+
+def processes() -> list[str]:
+    """What lives below the sandbox, without ourselves and those who called us."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it ended meanwhile
+                continue
+            if fields[0] not in "ZX":
+                parents[int(entry.name)] = int(fields[1])
+    top = int(os.environ.get("SWARM_SANDBOX_PID", os.getpid()))
+    own, pid = set(), os.getpid()
+    while pid in parents:
+        own.add(pid)
+        pid = parents[pid]
+    return [
+        f"process {pid} {command(pid)}" for pid in sorted(parents) if pid not in own and descends(pid, top, parents)
+    ]
+
+
+def descends(pid: int, top: int, parents: dict[int, int]) -> bool:
+    while pid in parents:
+        pid = parents[pid]
+        if pid == top:
+            return True
+    return False
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200].strip()
+    except OSError:
+        return ""
+
+
+def output(*argv: str) -> list[str]:
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, env={"PATH": PATH})
+    return [line for line in done.stdout.splitlines() if line.strip()]
+
+
+def leaks(place: Path) -> list[str]:
+    reap()
+    baseline = set(json.loads((place / "baseline.json").read_text()))
+    return [*processes(), *(line for line in inventory(place) if line not in baseline)]
+
+
+def settled(place: Path, *, seconds: float = 1.0) -> list[str]:
+    """What is left once the processes that were just told to end had a moment to do so."""
+    deadline = time.monotonic() + seconds
+    while (left := leaks(place)) and left[0].startswith("process ") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def kill_rest() -> None:
+    for line in processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(line.split()[1]), signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, 0):
+            pass
+
+
+def report(left: list[str]) -> int:
+    for line in left:
+        print(f"left behind: {line}", file=sys.stderr)
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
