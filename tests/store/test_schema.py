@@ -29,7 +29,7 @@ STATEMENTS: dict[str, sa.TextClause] = {
 
 # Whole-table reads that are meant: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
-    r"SCAN (agents|workers|clock|moment|pragma_data_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b|SCAN agents USING"
+    r"SCAN (agents|workflows|workers|clock|moment|pragma_data_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(
     r"SCAN \w+ USING (COVERING )?INDEX "
@@ -55,6 +55,8 @@ def test_no_statement_reads_what_is_finished(name: str, url: str) -> None:
     reads = [line for line in plan if line.startswith("SCAN") and not SMALL.match(line) and not LIVE_ONLY.match(line)]
     if name == "queue.probe":  # is there any row at all?
         reads.remove("SCAN ticket_dependencies USING COVERING INDEX ticket_dependencies_depends_on")
+    if name == "registry._WANTED_BY":  # drafts are in no index; asked when an agent is removed by hand
+        reads.remove("SCAN tickets USING INDEX tickets_created")
     assert reads == [], plan
     assert [line for line in plan if "AUTOMATIC" in line] == [], plan
 

@@ -1,0 +1,362 @@
+"""The client itself: requests out, replies in, nothing trusted. The package's docstring shows its use."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from swarm.channel import frames
+from swarm.channel.dial import LAST_PAUSE, dial
+from swarm.channel.files import File, batches, read_tree
+from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
+from swarm.channel.values import Exit, Hello, Identity, Renewed, exit_of, final, state
+from swarm.errors import AgentFailed, AgentTimeout, ChannelError, OutputInvalid, UsageError
+from swarm.model import FailureReason
+from swarm.vm.driver import Endpoint
+
+PROTOCOL: Final = 1
+MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES
+_GRACE_SECONDS: Final = 15.0  # what agentd may need to kill and bury an agent after its time is up
+_STREAMS: Final = ("stdout", "stderr")
+
+
+class _Refusal(Exception):
+    """An error that agentd answered: its class and words. The connection is still good."""
+
+    def __init__(self, op: str, kind: str, message: str) -> None:
+        super().__init__(f"{op}: {message}")
+        self.kind = kind
+        self.said = message
+
+
+class Channel:
+    """One connection to an agentd. Use `connect`."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes, io_timeout_seconds: float
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._token = token
+        self._io_seconds = io_timeout_seconds
+        # Both are fair, so that replies are awaited in the order in which the requests were sent.
+        self._sending = asyncio.Lock()
+        self._receiving = asyncio.Lock()
+        self._last_id = 0
+        self._unanswered: int | None = None  # the latest request, until it is answered
+        self._broken = ""  # why this connection can't be used any more
+        self.greeting: Hello
+
+    # --- the connection
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(
+        cls,
+        endpoint: Endpoint,
+        *,
+        token: bytes,
+        timeout_seconds: float,
+        io_timeout_seconds: float = 60.0,
+        listening: bool = False,
+    ) -> AsyncIterator[Channel]:
+        """Connect and say hello, again and again until agentd answers; ``greeting`` is what it said.
+
+        ``token``: at least 16 bytes; the first that an agentd ever hears becomes its own. ``io_timeout_seconds``
+        bounds every later exchange except a run. ``listening``: see `dial`. Raises ChannelError when the time is over,
+        or at once when agentd refuses the token.
+        """
+        channel = await cls._reach(endpoint, token, timeout_seconds, io_timeout_seconds, listening)
+        try:
+            yield channel
+        finally:
+            await channel._end()
+
+    @classmethod
+    async def _reach(
+        cls, endpoint: Endpoint, token: bytes, timeout_seconds: float, io_seconds: float, listening: bool
+    ) -> Channel:
+        trouble = ["nothing listens there"]
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while True:
+                    channel = cls(*await dial(endpoint, trouble, listening=listening), token, io_seconds)
+                    try:
+                        channel.greeting = await channel.hello()
+                        return channel
+                    except ChannelError as error:
+                        # A guest restored inside a half-dead connection resets the next one: that is worth a new try.
+                        if not channel._broken:
+                            raise
+                        trouble[0] = str(error)
+                        await asyncio.sleep(LAST_PAUSE)
+                    finally:
+                        if not hasattr(channel, "greeting"):
+                            await channel._end()
+        except TimeoutError:
+            where = str(endpoint.unix or f"{endpoint.host}:{endpoint.port}")
+            message = f"agentd at {where} did not answer in {timeout_seconds:g} s: {trouble[0]}"
+            raise ChannelError(message) from None
+
+    def close(self) -> None:
+        """Drop the connection; agentd then kills the agent that it started on it. Idempotent."""
+        self._broken = self._broken or "it was closed"
+        self._writer.transport.abort()
+
+    async def _end(self) -> None:
+        self.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    @contextlib.asynccontextmanager
+    async def _call(
+        self, op: str, payload: bytes, fields: Mapping[str, object], *, limit_seconds: float | None = None
+    ) -> AsyncIterator[Callable[[], Awaitable[Frame]]]:
+        """Send a request; give a function that returns its replies one by one and raises _Refusal for an error.
+
+        Left by anything but its end or a _Refusal, the connection is closed: where it stands is then unknown.
+        """
+        request_id = 0
+        try:
+            async with self._sending:
+                if self._broken:
+                    raise ChannelError(f"the connection to the guest can't be used any more: {self._broken}")
+                head = {"id": self._last_id + 1, "op": op, "after": self._unanswered, **fields}
+                try:
+                    first = frames.encode(head, payload[:MAX_PAYLOAD_BYTES])
+                except ValueError as error:
+                    raise UsageError(f"{op}: names, arguments and environment are too long: {error}") from None
+                request_id = self._last_id = self._unanswered = self._last_id + 1
+                await self._send(op, first, payload, limit_seconds or self._io_seconds)
+
+            async def reply() -> Frame:
+                frame = await frames.read(self._reader)
+                if frame.head.get("id") != request_id:
+                    raise ChannelError(f"the guest answered something else than {op}")
+                if (error := frame.head.get("error")) is not None:
+                    said = error if isinstance(error, dict) else {}
+                    raise _Refusal(op, printable(said.get("type")), printable(said.get("message"), limit=2000))
+                return frame
+
+            async with self._receiving:
+                try:
+                    async with asyncio.timeout(limit_seconds) as limit:
+                        yield reply
+                except TimeoutError:
+                    if not limit.expired():
+                        raise
+                    raise ChannelError(f"the guest did not answer {op} within {limit_seconds:g} s") from None
+        except _Refusal:
+            raise
+        except BaseException as error:
+            if request_id:
+                self._broken = self._broken or str(error) or type(error).__name__
+                self.close()
+            raise
+        finally:
+            if self._unanswered == request_id:
+                self._unanswered = None
+
+    async def _send(self, op: str, first: bytes, payload: bytes, limit_seconds: float) -> None:
+        try:
+            async with asyncio.timeout(limit_seconds):
+                self._writer.write(first)
+                for at in range(MAX_PAYLOAD_BYTES, len(payload), MAX_PAYLOAD_BYTES):
+                    await self._writer.drain()
+                    chunk = payload[at : at + MAX_PAYLOAD_BYTES]
+                    self._writer.write(frames.encode({"id": self._last_id, "op": "data"}, chunk))
+                await self._writer.drain()
+        except TimeoutError:
+            raise ChannelError(f"the guest did not take {op} within {limit_seconds:g} s") from None
+        except OSError as error:
+            raise ChannelError(f"the connection to the guest broke: {error}") from None
+
+    async def _ask(self, op: str, payload: bytes = b"", **fields: object) -> Frame:
+        """A request with one reply."""
+        # A guest that takes less than 1 MiB/s is as good as dead.
+        limit = self._io_seconds + len(payload) / (1 << 20)
+        try:
+            async with self._call(op, payload, fields, limit_seconds=limit) as reply:
+                return final(await reply())
+        except _Refusal as refusal:
+            raise ChannelError(f"agentd refused {refusal}") from None
+
+    # --- operations
+
+    async def hello(self) -> Hello:
+        """What the guest says of itself now."""
+        reply = await self._ask("hello", token=self._token.hex())
+        if (version := reply.number("protocol")) != PROTOCOL:
+            raise ChannelError(f"agentd speaks protocol {version}, not {PROTOCOL}: build the image again", retry=False)
+        return Hello(
+            **state(reply),
+            mode=reply.text("mode"),
+            python=printable(reply.text("python")),
+            kernel=printable(reply.text("kernel")),
+            preload_failed=reply.mapping("preload_failed"),
+            uptime_ms=reply.number("uptime_ms"),
+        )
+
+    async def renew(self, identity: Identity) -> Renewed:
+        """Give the guest its identity, random seed and the time; later connections need ``identity.token``.
+
+        Raises ChannelError when any part failed: such a guest must be killed, not used.
+        """
+        reply = await self._ask(
+            "renew",
+            generation=identity.generation,
+            seed=identity.seed.hex(),
+            hostname=identity.hostname,
+            machine_id=identity.machine_id,
+            ssh_host_key=identity.ssh_host_key,
+            authorized_keys=identity.authorized_keys,
+            token=identity.token.hex(),
+            work_disk=identity.work_disk,
+            sshd_ready=identity.sshd_ready,
+            wall_ns=time.time_ns(),
+        )
+        renewed = Renewed(**state(reply), done=reply.texts("done"), skipped=reply.texts("skipped"))
+        if renewed.generation != identity.generation:
+            raise ChannelError("the guest reports another generation than it was given")
+        self._token = identity.token
+        return renewed
+
+    async def sshd_ready(self, *, timeout_seconds: float) -> bool:
+        """Wait until the guest's sshd, started ahead by a renewal with ``sshd_ready``, has greeted. False when it did
+        not in that time."""
+        deadline = time.monotonic() + timeout_seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if (await self._ask("sshd_ready", seconds=min(left, 20.0))).head.get("ready") is True:
+                return True
+        return False
+
+    async def put(self, files: Mapping[str, bytes], *, dest: str, owner: str = "agent", mode: int = 0o644) -> None:
+        """Write files below ``dest`` ('/work' or '/agent'), replacing what has their names; directories are made.
+
+        Raises UsageError for a name that is not a plain relative path, ChannelError when the guest could not (full).
+        """
+        await self._put([(name, data, mode) for name, data in files.items()], dest, owner)
+
+    async def put_tree(self, dir: Path, *, dest: str, owner: str = "root") -> int:  # noqa: A002
+        """Copy a directory's files to ``dest``; returns how many. Executable files stay so, nothing else of the mode
+        is kept; __pycache__ is left out. Raises UsageError for a link, a special file, or more than 256 MiB."""
+        files = await asyncio.to_thread(read_tree, dir)
+        await self._put(files, dest, owner)
+        return len(files)
+
+    async def _put(self, files: Sequence[File], dest: str, owner: str) -> None:
+        for batch in batches(files):
+            table = [[name, len(data), mode] for name, data, mode in batch]
+            await self._ask("put", b"".join(data for _, data, _ in batch), dest=dest, owner=owner, files=table)
+
+    async def get(self, path: str, *, limit_bytes: int) -> bytes | None:
+        """A regular file's contents; None when there is no such file.
+
+        Raises OutputInvalid when it is larger than the limit, or is a link, a device or the like.
+        """
+        data = bytearray()
+        limit_seconds = self._io_seconds + limit_bytes / (1 << 20)
+        try:
+            async with self._call(
+                "get", b"", {"path": path, "limit": limit_bytes}, limit_seconds=limit_seconds
+            ) as reply:
+                while not (frame := await reply()).head.get("ok"):
+                    if frame.head.get("stream") != "data" or not frame.payload:
+                        raise ChannelError("the guest sent a frame that has no place in a get")
+                    data += frame.payload
+                    if len(data) > limit_bytes:
+                        raise ChannelError(f"the guest sent more than the {limit_bytes} bytes asked for")
+                found = frame.flag("found")
+                too_large = found and frame.flag("too_large")
+                size = frame.number("size") if found else 0
+                if size != len(data) and not too_large:
+                    raise ChannelError(f"the guest sent {len(data)} bytes of {size}")
+        except _Refusal as refusal:
+            if refusal.kind == "NotRegular":
+                raise OutputInvalid(refusal.said) from None
+            raise ChannelError(f"agentd refused {refusal}") from None
+        if too_large:
+            message = f"{path} has {size} bytes; the limit is {limit_bytes}"
+            raise OutputInvalid(message, reason=FailureReason.OUTPUT_TOO_LARGE)
+        return bytes(data) if found else None
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout_seconds: float,
+        warm: bool = False,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "/work",
+        user: str = "agent",
+        stdin: bytes = b"",
+        idle_timeout_seconds: float | None = None,
+        on_output: Callable[[str, bytes], None] | None = None,
+        max_output_bytes: int = 16 << 20,
+    ) -> Exit:
+        """Run a program to its end; nothing that it started outlives it.
+
+        ``warm``: ``argv[0]`` is a Python file, run in a fork of the guest's interpreter; else it is executed.
+        ``env`` is added to PATH, HOME, USER, LOGNAME, LANG, SWARM_WORK, SWARM_AGENT. ``on_output(stream, data)`` gets
+        'stdout' and 'stderr' as they come, and 'swarm' once, with a note, when more than ``max_output_bytes`` were
+        written (the rest is dropped). ``idle_timeout_seconds`` without output end it, too.
+
+        Raises AgentTimeout, AgentFailed when the program can't be started, ChannelError.
+        """
+        if len(stdin) > MAX_STDIN_BYTES:
+            raise UsageError(f"stdin has {len(stdin)} bytes; the limit is {MAX_STDIN_BYTES}: put a file instead")
+        if not argv or any("\0" in text for text in (*argv, *(env or {}), *(env or {}).values())):
+            raise UsageError("argv is empty, or argv or env has a NUL character in it")
+        emit = on_output or (lambda stream, data: None)
+        order = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "user": user, "warm": warm}
+        limits = {"timeout": timeout_seconds, "idle_timeout": idle_timeout_seconds, "max_output": max_output_bytes}
+        started_at: float | None = None
+        received = 0
+        truncated = False
+        silence = None if idle_timeout_seconds is None else idle_timeout_seconds + _GRACE_SECONDS
+        try:
+            async with self._call("run", stdin, order | limits) as reply:
+                async with asyncio.timeout(timeout_seconds + _GRACE_SECONDS):
+                    while True:
+                        async with asyncio.timeout(silence):
+                            frame = await reply()
+                        head = frame.head
+                        if head.get("ok"):
+                            break
+                        if head.get("stream") in _STREAMS and frame.payload:
+                            received += len(frame.payload)
+                            if received > max_output_bytes:
+                                raise ChannelError(f"the guest sent more than the {max_output_bytes} bytes asked for")
+                            emit(str(head["stream"]), frame.payload)
+                        elif "started_ns" in head and started_at is None:
+                            started_at = time.monotonic()
+                        elif head.get("truncated") is True and not truncated:
+                            truncated = True
+                            silence = None  # from here on the guest alone can tell silence from dropped output
+                            emit("swarm", b"output truncated after %d bytes\n" % max_output_bytes)
+                        else:
+                            raise ChannelError("the guest sent a frame that has no place in a run")
+                timed_out = frame.optional_text("timed_out")
+                ended = None if timed_out else exit_of(frame, started_at)
+        except TimeoutError:
+            raise AgentTimeout(f"its time was up {_GRACE_SECONDS:g} s ago, and the guest did not stop it") from None
+        except _Refusal as refusal:
+            if refusal.kind == "CannotStart":
+                raise AgentFailed(f"{printable(argv[0])} can't be started: {refusal.said}", retry=False) from None
+            raise ChannelError(f"agentd refused {refusal}") from None
+        if timed_out == "idle":
+            raise AgentTimeout(f"it printed nothing for {idle_timeout_seconds or 0:g} s")
+        if ended is None:
+            raise AgentTimeout(f"it ran for longer than {timeout_seconds:g} s")
+        return ended
+
+    async def kill(self) -> bool:
+        """Kill the agent that was started on another connection. (Closing that one does the same.)"""
+        return (await self._ask("kill")).flag("killed")
+
+    async def poweroff(self) -> None:
+        await self._ask("poweroff")

@@ -1,0 +1,65 @@
+"""Reaching a guest that may still be booting."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import Final
+
+from swarm.vm.driver import Endpoint
+
+_TRY_SECONDS: Final = 1.0  # a lost SYN is sent again only after 1 s; by then newer tries are under way
+_FIRST_PAUSE, LAST_PAUSE = 0.005, 0.050
+_PATIENCE: Final = 0.25
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def dial(endpoint: Endpoint, trouble: list[str], *, listening: bool = False) -> Streams:
+    """Connect, for as long as it takes; ``trouble[0]`` says why it has not worked yet.
+
+    ``listening``: agentd is there already, as in a clone, and every superfluous try would cost it time.
+
+    While a guest boots, a SYN may be refused, lost, or kept in the tap until there is a driver. So a new try starts
+    every few milliseconds while the older ones still wait; the first that succeeds wins.
+    """
+    loop = asyncio.get_running_loop()
+    tries: set[asyncio.Task[Streams]] = set()
+    next_try, pause = loop.time(), _PATIENCE if listening else _FIRST_PAUSE
+    won = None
+    try:
+        while True:
+            if loop.time() >= next_try:
+                tries.add(asyncio.create_task(_try(endpoint)))
+                next_try, pause = loop.time() + pause, pause if listening else min(pause * 1.5, LAST_PAUSE)
+            patience = max(0.0, next_try - loop.time())
+            if not tries:
+                await asyncio.sleep(patience)
+                continue
+            done, tries = await asyncio.wait(tries, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if won is None and task.exception() is None:
+                    won = task.result()
+                elif task.exception() is None:
+                    tries.add(task)  # one connection too many: closed below
+                else:
+                    trouble[0] = str(task.exception()) or "no answer yet"
+            if won:
+                return won
+    finally:
+        for task in tries:
+            task.cancel()
+        for result in await asyncio.gather(*tries, return_exceptions=True):
+            if isinstance(result, tuple):
+                result[1].transport.abort()
+
+
+async def _try(endpoint: Endpoint) -> Streams:
+    async with asyncio.timeout(_TRY_SECONDS):
+        if endpoint.unix:
+            return await asyncio.open_unix_connection(endpoint.unix)
+        reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+    # Closed by a reset, so that no connection of ours lingers in a guest that becomes a template.
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return reader, writer

@@ -1,0 +1,104 @@
+"""The channel's wire format, seen from the host: the other end is hostile.
+
+A frame is ``>II`` (length of the header, length of the payload), a JSON object, and raw bytes. Nothing is allocated on
+the word of a guest beyond these limits; agentd.py, which can't import this, repeats them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from swarm.errors import ChannelError
+
+MAX_HEADER_BYTES: Final = 64 << 10
+MAX_PAYLOAD_BYTES: Final = 1 << 20
+_PREFIX: Final = struct.Struct(">II")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One frame from a guest. The accessors raise ChannelError when a field is not what it must be."""
+
+    head: Mapping[str, object]
+    payload: bytes
+
+    def text(self, key: str, *, limit: int = 4096) -> str:
+        value = self.head.get(key)
+        if not isinstance(value, str) or len(value) > limit:
+            raise self._wrong(key, "a text")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.head.get(key)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def number(self, key: str) -> int:
+        """An integer from 0 to 2**63 - 1."""
+        value = self.head.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+            raise self._wrong(key, "a number")
+        return value
+
+    def optional_number(self, key: str) -> int | None:
+        return None if self.head.get(key) is None else self.number(key)
+
+    def optional_text(self, key: str) -> str | None:
+        return None if self.head.get(key) is None else self.text(key)
+
+    def mapping(self, key: str) -> Mapping[str, str]:
+        value = self.head.get(key)
+        if not isinstance(value, dict):
+            raise self._wrong(key, "an object")
+        return {printable(name): printable(text) for name, text in value.items()}
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.head.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(key, "a list of texts")
+        return tuple(value)
+
+    def _wrong(self, key: str, wanted: str) -> ChannelError:
+        return ChannelError(f"the guest's reply has {key}={printable(self.head.get(key))} where {wanted} belongs")
+
+
+def encode(head: Mapping[str, object], payload: bytes = b"") -> bytes:
+    """Raises ValueError when header or payload is larger than the limits."""
+    data = json.dumps(head, separators=(",", ":")).encode()
+    if len(data) > MAX_HEADER_BYTES or len(payload) > MAX_PAYLOAD_BYTES:
+        raise ValueError(
+            f"a frame of {len(data)} + {len(payload)} bytes; the limits are {MAX_HEADER_BYTES} + {MAX_PAYLOAD_BYTES}"
+        )
+    return _PREFIX.pack(len(data), len(payload)) + data + payload
+
+
+async def read(reader: asyncio.StreamReader) -> Frame:
+    """The next frame. Raises ChannelError for anything that is not one; the caller limits the time."""
+    try:
+        header_bytes, payload_bytes = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
+        if not 2 <= header_bytes <= MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
+            raise ChannelError(f"the guest announced a frame of {header_bytes} + {payload_bytes} bytes")
+        head = json.loads(await reader.readexactly(header_bytes))
+        payload = await reader.readexactly(payload_bytes)
+    except asyncio.IncompleteReadError:
+        raise ChannelError("the guest closed the connection") from None
+    except OSError as error:
+        raise ChannelError(f"the connection to the guest broke: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ChannelError(f"the guest sent a header that is not JSON ({type(error).__name__})") from None
+    if not isinstance(head, dict):
+        raise ChannelError("the guest sent a header that is not a JSON object")
+    return Frame(head=head, payload=payload)
+
+
+def printable(value: object, *, limit: int = 300) -> str:
+    """A guest's words, fit for a message: one line, no control characters, not long."""
+    text = value if isinstance(value, str) else repr(value)[: limit + 1]
+    clean = "".join(c if c.isprintable() else " " for c in text[: limit + 1])
+    return clean if len(clean) <= limit else clean[:limit] + "…"

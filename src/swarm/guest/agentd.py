@@ -1,0 +1,1321 @@
+"""agentd: the one Swarm process in a guest. It runs commands and moves files for the host, and nobody else.
+
+Started by init (``python3 -I -S -B agentd.py``) before a template is taken, or on the host by the `process` driver
+(``--unix PATH --root DIR``), where it touches nothing outside DIR: no clock, no host name, no random pool, no sshd.
+
+Two processes. *agentd* owns the connections and the token. The *zygote* is forked from it at start, before any secret
+exists, stays single-threaded, and forks every agent: Python ones run in the fork itself, others are exec'd from it. The
+zygote is a subreaper, so whatever an agent leaves behind, daemons too, is its descendant and dies with the agent.
+
+Wire: ``>II`` lengths, JSON header (<= 64 KiB), payload (<= 1 MiB). A request has ``id`` and ``op``; its replies carry
+that id, the last one ``ok`` or ``error``. Requests may be sent ahead; ``after: id`` skips one whose forerunner failed.
+docs/adr/0004 and 0005 say why. Longer than 400 lines because it must be one file; imports are few because each costs
+tens of milliseconds of boot in an emulated CPU (hence no pathlib, argparse, threading, subprocess, runpy).
+"""
+# ruff: noqa: PTH101, PTH102, PTH103, PTH108, PTH110, PTH120, PTH208, SIM105, RUF012
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import errno
+import fcntl
+import gc
+import io
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+from _operator import _compare_digest  # what hmac.compare_digest is, without the import of OpenSSL
+
+PROTOCOL = 1
+MAX_HEADER = 64 << 10
+MAX_PAYLOAD = 1 << 20
+MAX_PUT = 256 << 20  # bytes of one put request
+MAX_CONNECTIONS = 8
+MAX_SSH = 16
+CHUNK = 64 << 10  # a pipe's capacity
+FIRST_FRAME_SECONDS = 10.0
+IO_SECONDS = 60.0  # the peer may stall this long inside a request
+KILL_SECONDS = 10.0  # from SIGKILL to the end of all descendants
+DRAIN_SECONDS = 2.0  # from the end of all descendants to the end of their pipes
+
+USERS = {"agent": (1000, 1000, "/work"), "root": (0, 0, "/root")}
+RLIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 4096}
+MAX_PROCESSES = 512  # of user agent, threads included
+HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
+SSHD = "/usr/sbin/sshd"
+# What a guest's kernel says on its command line of the CPU, for every program: see tools/firecracker-test-kernel.
+CPU_ENV = {name: os.environ[name] for name in ("GLIBC_TUNABLES", "OPENSSL_ia32cap") if name in os.environ}
+
+PR_SET_CHILD_SUBREAPER = 36
+RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
+MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
+IP_FREEBIND = 15
+
+LIBC = ctypes.CDLL(None, use_errno=True)  # once: opening it again costs milliseconds where the CPU is emulated
+
+Header = dict[str, object]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+class Broken(Exception):
+    """The peer broke the protocol or the connection: nothing can be said to it any more."""
+
+
+class Refused(Exception):
+    """A request that makes no sense; the text goes back to the host."""
+
+
+class NotRegular(Refused):
+    """`get` of a link, device, directory…"""
+
+
+class CannotStart(Refused):
+    """The program could not be started: no such file, not executable, no such directory."""
+
+
+class Skipped(Refused):
+    """A request it depends on failed."""
+
+
+# --- small things ---------------------------------------------------------------------------------------------------
+
+
+def log(text: str) -> None:
+    os.write(2, f"agentd: {text}\n".encode(errors="replace"))
+
+
+def read_file(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def write_file(path: str, data: str, mode: int = 0o644) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        os.fchmod(fd, mode)
+        os.write(fd, data.encode())
+    finally:
+        os.close(fd)
+
+
+def relay(source: socket.socket, target: socket.socket) -> None:
+    """One direction of a connection between two sockets, to its end."""
+    try:
+        while data := source.recv(CHUNK):
+            target.sendall(data)
+    except OSError:
+        pass
+    try:
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+def set_oom_score(pid: int | str, value: int) -> None:
+    with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
+        file.write(str(value))
+
+
+def crng_ready() -> bool:
+    try:
+        return len(os.getrandom(1, os.GRND_NONBLOCK)) == 1
+    except BlockingIOError:
+        return False
+
+
+def oom_kills() -> int:
+    """How often this kernel's OOM killer has killed: /proc/vmstat, counted since boot."""
+    for line in read_file("/proc/vmstat").splitlines():
+        if line.startswith("oom_kill "):
+            return int(line[9:])
+    return 0
+
+
+def libc(name: str, *args: object) -> None:
+    if getattr(LIBC, name)(*args) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+def text(head: Header, key: str) -> str:
+    value = head.get(key)
+    if not isinstance(value, str):
+        raise Refused(f"{key!r} must be text, not {value!r:.80}")
+    return value
+
+
+def number(head: Header, key: str) -> float:
+    value = head.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**63:
+        raise Refused(f"{key!r} must be a number >= 0, not {value!r:.80}")
+    return value
+
+
+def open_parent(root: str, path: str, owner: tuple[int, int] | None = None, create: bool = False) -> tuple[int, str]:
+    """The directory (as an open descriptor) and the name of ``path`` below ``root``, following no symbolic link: the
+    agent owns /work, and root must not be led out of it."""
+    parts = [part for part in path.split("/") if part]
+    if not path.startswith("/") or not parts or ".." in parts or "." in parts or "\0" in path:
+        raise Refused(f"not an absolute, plain path: {path!r:.200}")
+    here = os.open(root or "/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parts[:-1]:
+            if create:
+                make_dir(here, part, owner)
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+            os.close(here)
+            here = below
+    except BaseException:
+        os.close(here)
+        raise
+    return here, parts[-1]
+
+
+def make_dir(parent: int, name: str, owner: tuple[int, int] | None) -> None:
+    try:
+        os.mkdir(name, 0o755, dir_fd=parent)
+    except FileExistsError:
+        return
+    if owner:
+        os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
+
+
+# --- the zygote: forks agents, buries them ----------------------------------------------------------------------------
+
+
+class Job:
+    """What a fresh child has to become: the order, and the socket on which it reports that it started."""
+
+    def __init__(self, order: Header, report: int) -> None:
+        self.order = order
+        self.report = report
+
+
+class Zygote:
+    """The single-threaded parent of all agents. It runs one at a time and never holds a secret."""
+
+    def __init__(self, commands: socket.socket, in_vm: bool) -> None:
+        self.commands = commands
+        self.in_vm = in_vm
+        self.main = 0  # pid of the agent that runs
+        self.parked: tuple[int, socket.socket] | None = None  # a child that waits to become the next agent
+        self.uid: int | None = None
+        self.report = -1
+        self.status: int | None = None
+        self.ended_ns = self.cpu_us = self.max_rss_kb = 0
+        self.wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number_, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+    def serve(self, preload: list[str]) -> Job:
+        """Obey agentd for ever. Returns in a forked child only."""
+        os.setsid()
+        libc("prctl", PR_SET_CHILD_SUBREAPER, *(ctypes.c_ulong(value) for value in (1, 0, 0, 0)))
+        failed = self.preload(preload)
+        OURS.update(sys.modules)
+        gc.collect()
+        gc.freeze()  # the collector of a child must not write into pages that it shares with us
+        self.commands.send(json.dumps({"failed": failed}).encode())
+        if self.in_vm and (job := self.park()) is not None:
+            return job
+        poller = select.poll()
+        poller.register(self.commands, select.POLLIN)
+        poller.register(self.wake, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poller.poll()]
+            if self.commands.fileno() in ready:
+                data, fds, _, _ = socket.recv_fds(self.commands, 1 << 18, 4, socket.MSG_CMSG_CLOEXEC)
+                if not data:  # agentd is gone
+                    self.bury()
+                    os._exit(0)
+                order = json.loads(data)
+                if order["op"] == "run":
+                    if self.main:  # agentd gave it up
+                        self.finish()
+                    job = self.fork(order, fds)
+                    if job is not None:
+                        return job
+                elif order["op"] == "kill" and self.main and self.status is None:
+                    os.kill(self.main, signal.SIGKILL)  # it is our child and not yet waited for: the pid is its own
+                elif order["op"] == "reseed":
+                    # Each child renews its own random state before it becomes an agent; here it would cost every clone.
+                    if self.in_vm and not self.parked and not self.main and (job := self.park()) is not None:
+                        return job
+                    self.commands.send(b"{}")
+            self.reap()
+            if self.main and self.status is not None:
+                self.finish()
+
+    def preload(self, modules: list[str]) -> dict[str, str]:
+        """Import what agents will want; -S left dist-packages out of sys.path, and a Python program expects them."""
+        failed = {}
+        try:
+            import site
+
+            site.main()
+        except Exception as error:
+            failed["site"] = f"{type(error).__name__}: {error}"
+        for name in modules:
+            try:
+                __import__(name)
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+        return failed
+
+    def fork(self, order: Header, fds: list[int]) -> Job | None:
+        self.report = fds[3]
+        self.status, self.ended_ns, self.cpu_us, self.max_rss_kb = None, 0, 0, 0
+        user = order["user"]
+        self.uid = user[0] if isinstance(user, list) else None
+        try:
+            pid = self.wake_parked(order, fds) or os.fork()
+        except OSError as error:
+            pid = -1
+            self.tell({"cannot": f"fork: {error.strerror}"})
+        if pid == 0:
+            self.leave()
+            return Job(order, become(order, fds))
+        self.main = max(pid, 0)
+        for fd in fds[:3]:
+            os.close(fd)
+        return None
+
+    def leave(self) -> None:
+        """In a fresh child."""
+        self.commands.detach()  # else its finalizer would close a descriptor that is the agent's by then
+        signal.set_wakeup_fd(-1)
+
+    def park(self) -> Job | None:
+        """Fork the next agent's process ahead, before the template is taken: in a clone, where no code is translated
+        yet, a fork takes longer than all that an agent like echo does. Returns in that child when its order comes."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid:
+            theirs.close()
+            ours.recv(1)  # it is ready: a template must not be taken before
+            self.parked = pid, ours
+            return None
+        self.leave()
+        ours.close()
+        limber()
+        theirs.send(b".")
+        data, fds, _, _ = socket.recv_fds(theirs, 1 << 18, 4, socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            os._exit(0)
+        theirs.detach()
+        order = json.loads(data)
+        return Job(order, become(order, fds))
+
+    def wake_parked(self, order: Header, fds: list[int]) -> int:
+        """Pid of the child that was forked ahead and is now the agent; 0 when there is none."""
+        if self.parked is None:
+            return 0
+        (pid, sock), self.parked = self.parked, None
+        try:
+            with sock:
+                socket.send_fds(sock, [json.dumps(order).encode()], fds)
+        except OSError:  # it died
+            return 0
+        return pid
+
+    def finish(self) -> None:
+        clean = self.bury()
+        code = os.waitstatus_to_exitcode(self.status) if self.status is not None else -signal.SIGKILL
+        done = {"exit": code, "ended_ns": self.ended_ns, "cpu_us": self.cpu_us}
+        self.tell({**done, "max_rss_kb": self.max_rss_kb, "clean": clean})
+
+    def tell(self, message: Header) -> None:
+        """The last word about an agent. (agentd may be gone: then nobody wants to know.)"""
+        try:
+            os.write(self.report, json.dumps(message).encode())
+        except OSError as error:
+            log(f"zygote: nobody hears about the end of the agent: {error}")
+        os.close(self.report)
+        self.main = 0
+
+    def reap(self) -> bool:
+        """Wait for the dead. True when no child is left."""
+        try:
+            os.read(self.wake, 4096)
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return True
+            if dead is None:
+                return False
+            if dead.si_pid == self.main:  # unburied, its process group is certainly its own
+                try:
+                    os.killpg(self.main, signal.SIGKILL)
+                except ProcessLookupError:  # it died before it had one
+                    pass
+            pid, status, usage = os.wait4(dead.si_pid, 0)
+            self.cpu_us += int((usage.ru_utime + usage.ru_stime) * 1e6)
+            self.max_rss_kb = max(self.max_rss_kb, usage.ru_maxrss)
+            if pid == self.main:
+                self.status, self.ended_ns = status, time.monotonic_ns()
+
+    def bury(self) -> bool:
+        """Kill every descendant and wait for it. As we are the subreaper, "no children" means that none is left."""
+        deadline = time.monotonic() + KILL_SECONDS / 2
+        poller = select.poll()
+        poller.register(self.wake, select.POLLIN)
+        while not self.reap():
+            if time.monotonic() > deadline:
+                return False
+            kill_descendants()
+            if self.in_vm and self.uid:
+                self.kill_all_of(self.uid)
+            poller.poll(20)
+        return True
+
+    def kill_all_of(self, uid: int) -> None:
+        """kill(-1) as that user: one step in the kernel, which no fork bomb outruns."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setuid(uid)
+                os.kill(-1, signal.SIGKILL)
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+
+
+def process(name: str) -> tuple[int, str] | None:
+    """Parent and start time of a living process: fields 4 and 22 of proc(5) stat."""
+    fields = read_file(f"/proc/{name}/stat").rpartition(")")[2].split()
+    return None if len(fields) < 20 or fields[0] in "ZX" else (int(fields[1]), fields[19])
+
+
+def kill_descendants() -> None:
+    """SIGKILL to every living process below this one, as one scan of /proc sees it; the caller repeats it."""
+    found = {name: process(name) for name in os.listdir("/proc") if name.isdigit()}
+    living = {int(name): it for name, it in found.items() if it}
+    me = os.getpid()
+    for pid, (parent, started) in living.items():
+        for _ in living:  # at most as many steps up as there are processes
+            if parent in (0, me):
+                break
+            parent = living.get(parent, (0, ""))[0]
+        if parent != me:
+            continue
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        now = process(str(pid))
+        if now and now[1] == started:  # not a stranger who got the pid meanwhile
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        os.close(fd)
+
+
+def become(order: Header, fds: list[int]) -> int:
+    """In the fresh child: leave everything of the zygote's behind. Returns the descriptor for reports.
+
+    ``order``: argv, env, cwd, user ([uid, gid] or null: stay who you are), warm.
+    """
+    try:
+        os.setsid()
+        for target, fd in enumerate(fds[:3]):
+            os.dup2(fd, target)
+        report = os.dup2(fds[3], 3, inheritable=False)
+        os.closerange(4, 1 << 20)
+        # Whatever we, or who started us, ignore or catch. SIGPIPE and SIGXFSZ a Python program expects as they are.
+        for number_ in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
+            if signal.getsignal(number_) is not signal.SIG_DFL:
+                signal.signal(number_, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # With our capabilities, so that the kernel also takes it for the lowest value the agent may set.
+        set_oom_score("self", 500)
+        for limit, value in RLIMITS.items():
+            hard = resource.getrlimit(limit)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(limit, (value, value))
+        os.umask(0o022)
+        user = order["user"]
+        if isinstance(user, list):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+            if user[0]:
+                resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+            os.setgroups([user[1]])
+            os.setgid(user[1])
+            os.setuid(user[0])
+        os.chdir(str(order["cwd"]))
+        os.environ.clear()
+        env = order["env"]
+        os.environ.update(env if isinstance(env, dict) else {})
+        return report
+    except BaseException as error:
+        cannot_start(3, error)
+
+
+def cannot_start(report: int, error: BaseException) -> NoReturn:
+    name = getattr(error, "filename", None)
+    said = (getattr(error, "strerror", None) or f"{type(error).__name__}: {error}") + (f": {name!r}" if name else "")
+    try:
+        os.write(report, json.dumps({"cannot": said}).encode())
+    finally:
+        os._exit(127)
+
+
+def reseed() -> None:
+    """New random state for the modules that keep some. (random and OpenSSL also see to it at each fork; secrets,
+    uuid4 and os.urandom keep none.) Clones share the zygote's memory, so this must follow the kernel's own reseed."""
+    for name in ("random", "numpy.random"):
+        if name in sys.modules:
+            sys.modules[name].seed()
+    if "ssl" in sys.modules and crng_ready():
+        sys.modules["ssl"].RAND_add(os.urandom(32), 32.0)
+
+
+def standard_stream(fd: int, name: str) -> io.TextIOWrapper:
+    """What Python makes of 0, 1 and 2 under LANG=C.UTF-8, but line-buffered: the host shows output as it comes."""
+    mode = "w" if fd else "r"
+    raw = io.FileIO(fd, mode, closefd=False)
+    raw.name = f"<{name}>"
+    buffer = io.BufferedWriter(raw) if fd else io.BufferedReader(raw)
+    errors = "backslashreplace" if name == "stderr" else "surrogateescape"
+    stream = io.TextIOWrapper(buffer, "utf-8", errors, newline="\n" if fd else None, line_buffering=fd > 0)
+    stream.mode = mode  # type: ignore[misc]
+    return stream
+
+
+def end_quickly() -> None:
+    """End as Python does, in its order, but without taking apart the modules that were there before the agent: that
+    alone writes to hundreds of pages. What the agent's own hold is let go: files are closed, ``__del__`` runs."""
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        threading._shutdown()
+    import atexit
+
+    atexit._run_exitfuncs()
+    for name in [name for name in sys.modules if name not in OURS or name == "__main__"]:
+        del sys.modules[name]
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except Exception:
+            return  # the interpreter meets the same trouble at its own end, and knows how to say it
+    os._exit(0)
+
+
+LIMBER = """
+import json
+def main(values):
+    return json.loads(json.dumps({str(n): [n, None, f"{n}"] for n in values}))
+class Thing:
+    def __init__(self, value):
+        self.value = value
+try:
+    things = [Thing(value) for value in main(range(300)).items()]
+    raise ValueError(len(things))
+except ValueError:
+    pass
+"""
+
+
+def limber() -> None:
+    """Make this process's own copies of the pages that any Python program writes to, while nobody waits."""
+    for _ in range(2):
+        exec(compile(LIMBER, "limber", "exec"), {"__name__": "limber"})
+        for fd, name in enumerate(("stdin", "stdout", "stderr")):
+            standard_stream(fd, name)
+    gc.collect()
+
+
+OURS: set[str] = set()  # modules that agents find in place
+
+
+def run_job(job: Job) -> None:
+    """Be the agent. Returns (then the interpreter ends as after ``python3 file``), raises, or execs."""
+    argv = job.order["argv"]
+    assert isinstance(argv, list)
+
+    def report_start() -> None:
+        os.write(job.report, json.dumps({"started_ns": time.monotonic_ns()}).encode())
+
+    try:
+        if not job.order["warm"]:
+            for number_ in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a program expects them
+                signal.signal(number_, signal.SIG_DFL)
+            report_start()
+            os.execvp(argv[0], argv)
+        with io.open_code(argv[0]) as file:
+            source = file.read()
+    except BaseException as error:
+        cannot_start(job.report, error)
+    reseed()
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        setattr(sys, name, standard_stream(fd, name))
+        setattr(sys, f"__{name}__", getattr(sys, name))
+    sys.argv[:] = argv
+    sys.path.insert(0, os.path.dirname(os.path.realpath(argv[0])))
+    # Not runpy: it costs imports, and takes __main__ away before the agent's threads and exit handlers are through.
+    main = type(sys)("__main__")
+    loader = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", argv[0])
+    main.__dict__.update(
+        __file__=argv[0], __cached__=None, __builtins__=__builtins__, __loader__=loader, __annotations__={}
+    )
+    sys.modules["__main__"] = main
+    try:
+        try:
+            code = compile(source, argv[0], "exec", dont_inherit=True)
+        finally:
+            report_start()
+            os.close(job.report)
+        exec(code, main.__dict__)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        trace, hook = error.__traceback__ and error.__traceback__.tb_next, sys.excepthook
+        # Raised again, so that Python itself ends as it would; only our own frames are cut from what it prints.
+        sys.excepthook = lambda kind, value, _: hook(kind, value.with_traceback(trace), trace)
+        raise
+    del main
+    end_quickly()
+
+
+# --- agentd: connections ----------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """One connection of the host's: frames in, frames out."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.authorised = False
+        self.failed: set[object] = set()  # ids of requests that failed
+
+    def receive(self, first: bool = False) -> tuple[Header, bytes] | None:
+        """The next frame; None when the host closed between two frames."""
+        try:
+            # Between requests the host may be silent as long as it likes; TCP keep-alive notices its death.
+            self.sock.settimeout(FIRST_FRAME_SECONDS if first else None)
+            prefix = self.sock.recv(8)
+            if not prefix:
+                return None
+            self.sock.settimeout(IO_SECONDS)
+            sizes = struct.unpack(">II", prefix + self.exactly(8 - len(prefix)))
+            if not 2 <= sizes[0] <= MAX_HEADER or sizes[1] > MAX_PAYLOAD:
+                raise Broken(f"a frame of {sizes[0]} + {sizes[1]} bytes")
+            head = json.loads(bytes(self.exactly(sizes[0])))
+            payload = bytes(self.exactly(sizes[1]))
+        except (OSError, ValueError, RecursionError) as error:
+            raise Broken(f"{type(error).__name__}: {error}") from None
+        if not isinstance(head, dict) or not isinstance(head.get("id"), int) or not isinstance(head.get("op"), str):
+            raise Broken("a header without id and op")
+        return head, payload
+
+    def exactly(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            got = self.sock.recv_into(view)
+            if not got:
+                raise Broken("closed inside a frame")
+            view = view[got:]
+        return data
+
+    def send(self, head: Header, payload: bytes = b"") -> None:
+        try:
+            self.sock.settimeout(IO_SECONDS)
+            self.sock.sendall(frame(head, payload))
+        except OSError as error:
+            raise Broken(f"{type(error).__name__}: {error}") from None
+
+
+def frame(head: Header, payload: bytes = b"") -> bytes:
+    data = json.dumps(head, separators=(",", ":")).encode()
+    return struct.pack(">II", len(data), len(payload)) + data + payload
+
+
+class Agentd:
+    """State of the daemon, and one method per operation: each takes (connection, header, payload) and returns the
+    fields of its last reply."""
+
+    def __init__(self, zygote: socket.socket, zygote_pid: int, unix: str, root: str) -> None:
+        self.zygote = zygote
+        self.zygote_pid = zygote_pid
+        self.zygote_lock = _thread.allocate_lock()
+        self.unix = unix
+        self.root = root  # "" in a VM
+        self.in_vm = not root
+        self.token: str | None = None
+        self.generation: str | None = None
+        self.preload_failed: object = {}
+        self.connections = 0
+        self.parked = 0  # threads that wait for a connection
+        self.parking = _thread.allocate_lock()
+        self.boot_id = read_file("/proc/sys/kernel/random/boot_id")
+        self.machine_id = read_file("/etc/machine-id")
+        self.ooms = oom_kills()
+        self.crng = self.mounted = False
+        self.busy = _thread.allocate_lock()  # held while an agent runs
+        self.ssh: socket.socket | None = None
+        self.sessions: dict[int, int] = {}  # pidfd -> pid of each sshd
+        self.keep_sshd = False  # one that waits for its connection, with its start behind it
+        self.waiting_sshd: tuple[int, socket.socket] | None = None  # its pidfd, and our end of its connection
+        self.address = ""
+
+    # -- serving
+
+    def serve(self, host: str, port: int) -> None:
+        """Listen and answer until SIGTERM or `poweroff`."""
+        if self.unix:
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(self.unix)
+            os.chmod(self.unix, 0o600)
+        else:
+            listener = self.listen_tcp(host, port)
+            self.address = host
+        listener.listen(128)  # beyond it Linux answers with SYN cookies, which cost a slow guest dearly
+        ready = self.zygote.recv(1 << 18)
+        self.preload_failed = json.loads(ready)["failed"] if ready else {"zygote": "died"}
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        log(f"listening on {self.unix or f'{host}:{port}'}")
+        # Two threads wait before any template is taken, so a clone's first connection starts none.
+        for _ in range(2):
+            self.park(listener)
+        try:
+            while True:
+                signal.pause()
+        finally:
+            if self.unix:
+                os.unlink(self.unix)
+            self.zygote.shutdown(socket.SHUT_RDWR)  # it kills the agent and ends
+            os.waitpid(self.zygote_pid, 0)
+
+    def listen_tcp(self, host: str, port: int) -> socket.socket:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)  # the address may be a moment away
+        # Connections inherit these.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        listener.bind((host, port))
+        return listener
+
+    def park(self, listener: socket.socket) -> None:
+        """Start one more thread that waits for connections, and serves them one after another."""
+        self.parked += 1
+        try:
+            _thread.start_new_thread(self.attend, (listener,))
+        except RuntimeError as error:
+            self.parked -= 1
+            log(f"no thread: {error}")
+
+    def attend(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, peer = listener.accept()
+            except OSError as error:  # out of descriptors, or the peer is gone already
+                log(f"accept: {error}")
+                select.select([], [], [], 0.1)
+                continue
+            # Whoever talks from inside the guest is an agent, not the host.
+            inside = not self.unix and peer[0] in (self.address, "127.0.0.1")
+            if inside or self.connections >= MAX_CONNECTIONS:
+                sock.close()
+                continue
+            with self.parking:
+                self.connections += 1
+                self.parked -= 1
+                if not self.parked:
+                    self.park(listener)
+            self.converse(sock)
+            with self.parking:
+                self.connections -= 1
+                self.parked += 1
+
+    def converse(self, sock: socket.socket) -> None:
+        """Answer one connection's requests, in order, until it closes or breaks the protocol."""
+        connection = Connection(sock)
+        try:
+            while (request := connection.receive(first=not connection.authorised)) is not None:
+                self.answer(connection, *request)
+        except Broken as error:
+            log(f"connection dropped: {error}")
+        except BaseException as error:
+            log(f"connection ended by {type(error).__name__}: {error}")
+        finally:
+            sock.close()
+
+    def answer(self, connection: Connection, head: Header, payload: bytes) -> None:
+        op = text(head, "op")
+        if op == "data":  # the rest of a put that failed
+            return
+        if not connection.authorised and op != "hello":
+            raise Broken(f"{op!r:.40} before hello")
+        try:
+            if head.get("after") in connection.failed:
+                raise Skipped(f"{op}: the request before it failed")
+            handler = self.OPS.get(op)
+            if handler is None:
+                raise Refused(f"no such operation: {op!r:.40}")
+            reply = handler(self, connection, head, payload)
+        except Broken:
+            raise
+        except Exception as error:
+            if len(connection.failed) < 1024:
+                connection.failed.add(head["id"])
+            said = {"type": type(error).__name__, "message": str(error)[:2000]}
+            connection.send({"id": head["id"], "error": said})
+            if not connection.authorised:
+                raise Broken("not authorised") from None
+        else:
+            connection.send({"id": head["id"], "ok": True, **reply})
+
+    # -- operations
+
+    def hello(self, connection: Connection, head: Header, _: bytes) -> Header:
+        """First on every connection. The first one ever sets the token; the host's firewall lets nobody else in."""
+        token = text(head, "token")
+        if self.token is None:
+            if len(token) < 32:
+                raise Refused("a token has at least 32 characters")
+            self.token = token
+        if not _compare_digest(token.encode(), self.token.encode()):
+            raise Refused("wrong token")
+        connection.authorised = True
+        return {
+            "protocol": PROTOCOL,
+            "mode": "vm" if self.in_vm else "process",
+            **self.identity(),
+            "python": sys.version.split()[0],
+            "kernel": os.uname().release,
+            "preload_failed": self.preload_failed,
+            "uptime_ms": time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000,
+        }
+
+    def identity(self) -> Header:
+        self.crng = self.crng or crng_ready()
+        return {
+            "boot_id": self.boot_id,
+            "generation": self.generation,
+            "crng_ready": self.crng,
+            "sshd": self.ssh is not None,
+            "hostname": socket.gethostname(),
+            "machine_id": self.machine_id,
+            "clock_ns": time.time_ns(),
+        }
+
+    def renew(self, _: Connection, head: Header, payload: bytes) -> Header:
+        """Become somebody else: what a clone shares with its siblings is replaced before an agent runs."""
+        generation, token = text(head, "generation"), text(head, "token")
+        if len(token) < 32:
+            raise Refused("a token has at least 32 characters")
+        done: list[str] = []
+        if self.in_vm:
+            self.renew_vm(head, done)
+        else:
+            for name in ("work", "agent"):
+                os.makedirs(f"{self.root}/{name}", exist_ok=True)
+        with self.zygote_lock:
+            self.order({"op": "reseed"})
+            if not self.zygote.recv(64):
+                raise RuntimeError("the zygote is dead")
+        reseed()
+        done.append("interpreter")
+        self.generation, self.token = generation, token
+        everything = ("seed", "clock", "machine_id", "hostname", "work", "ssh", "interpreter")
+        return {**self.identity(), "done": done, "skipped": [name for name in everything if name not in done]}
+
+    def renew_vm(self, head: Header, done: list[str]) -> None:
+        seed = bytes.fromhex(text(head, "seed"))
+        hostname = text(head, "hostname")
+        if seed:
+            pool = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+            fcntl.ioctl(pool, RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
+            fcntl.ioctl(pool, RNDRESEEDCRNG)
+            os.close(pool)
+            done.append("seed")
+        time.clock_settime_ns(time.CLOCK_REALTIME, int(number(head, "wall_ns")))
+        done.append("clock")
+        self.machine_id = text(head, "machine_id")
+        write_file("/etc/machine-id", self.machine_id + "\n", 0o444)
+        done.append("machine_id")
+        socket.sethostname(hostname)
+        write_file("/etc/hostname", hostname + "\n")
+        write_file("/etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {hostname}\n")
+        done.append("hostname")
+        for path in ("/agent", "/work"):
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                pass
+        if head.get("work_disk"):
+            if not self.mounted:
+                flags = ctypes.c_ulong(MS_NODEV | MS_NOSUID | MS_NOATIME)
+                libc("mount", b"/dev/vdb", b"/work", b"ext4", flags, None)
+                self.mounted = True
+            done.append("work")
+        os.chown("/work", *USERS["agent"][:2])
+        if text(head, "ssh_host_key") and os.path.exists(SSHD):
+            self.renew_ssh(head)
+            done.append("ssh")
+
+    def renew_ssh(self, head: Header) -> None:
+        """sshd keeps nothing in a template: keys are read fresh by the `sshd -i` of each connection. With
+        ``sshd_ready`` one is started ahead: where the CPU is emulated, its start takes longer than clients wait."""
+        write_file(HOST_KEY, text(head, "ssh_host_key"), 0o600)
+        for path in ("/root/.ssh", "/run/sshd"):  # the second: sshd's privilege separation directory
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        os.chmod("/run/sshd", 0o755)
+        write_file("/root/.ssh/authorized_keys", text(head, "authorized_keys"), 0o600)
+        if self.ssh is None:
+            listener = self.listen_tcp(self.address, 22)
+            listener.listen(MAX_SSH)
+            self.ssh = listener
+            self.keep_sshd = bool(head.get("sshd_ready"))
+            if self.keep_sshd:
+                self.start_sshd_ahead()
+            _thread.start_new_thread(self.serve_ssh, (listener,))
+
+    def serve_ssh(self, listener: socket.socket) -> None:
+        """Port 22: one `sshd -i` per connection, at most MAX_SSH of them. A waiting one waits in the backlog."""
+        sessions = self.sessions
+        while True:
+            if self.keep_sshd and self.waiting_sshd is None and len(sessions) < MAX_SSH:
+                try:
+                    self.start_sshd_ahead()
+                except OSError as error:  # no more ahead; each connection still gets its own try
+                    log(f"ssh: {error}")
+                    self.keep_sshd = False
+            waiting = [*sessions, *([listener.fileno()] if len(sessions) < MAX_SSH else [])]
+            poller = select.poll()
+            for fd in waiting:
+                poller.register(fd, select.POLLIN)
+            for fd, _ in poller.poll():
+                try:
+                    if fd in sessions:
+                        os.waitpid(sessions.pop(fd), 0)
+                        os.close(fd)
+                        if self.waiting_sshd and self.waiting_sshd[0] == fd:
+                            self.waiting_sshd, self.keep_sshd = None, False  # not again: it would end again
+                        continue
+                    sock, _ = listener.accept()
+                    if self.waiting_sshd:
+                        (_, ours), self.waiting_sshd = self.waiting_sshd, None
+                        for pair in ((sock, ours), (ours, sock)):
+                            _thread.start_new_thread(relay, pair)
+                        continue
+                    with sock:
+                        pid = self.spawn_sshd(sock.fileno())
+                    sessions[os.pidfd_open(pid)] = pid
+                except Exception as error:
+                    log(f"ssh: {type(error).__name__}: {error}")
+
+    def start_sshd_ahead(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            pid = self.spawn_sshd(theirs.fileno(), "-o", "LoginGraceTime=0")  # its clock runs while it waits
+        pidfd = os.pidfd_open(pid)
+        self.sessions[pidfd] = pid
+        self.waiting_sshd = pidfd, ours
+
+    def sshd_ready(self, _: Connection, head: Header, __: bytes) -> Header:
+        """Has the sshd that was started ahead greeted? Waits for it up to ``seconds``."""
+        waiting = self.waiting_sshd
+        if waiting is None:
+            return {"ready": not self.keep_sshd and self.ssh is not None}
+        poller = select.poll()
+        poller.register(waiting[1], select.POLLIN)
+        return {"ready": bool(poller.poll(min(number(head, "seconds"), IO_SECONDS / 2) * 1000))}
+
+    def spawn_sshd(self, fd: int, *options: str) -> int:
+        stdio = [(os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, fd, 1)]
+        env = {**CPU_ENV, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+        argv = [SSHD, "-i", "-e", "-h", HOST_KEY, *options]
+        defaults = [signal.SIGPIPE, signal.SIGXFSZ]
+        pid = os.posix_spawn(SSHD, argv, env, file_actions=stdio, setsid=True, setsigdef=defaults)
+        set_oom_score(pid, 0)  # agentd's own is -1000
+        os.setpriority(os.PRIO_PROCESS, pid, 0)
+        return pid
+
+    def put(self, connection: Connection, head: Header, payload: bytes) -> Header:
+        """Write files below ``dest``: ``files`` is [[relative path, size, mode], …]; a path that ends in '/' is a
+        directory. The contents follow one another in the payload and in `data` frames after it."""
+        dest, files, owner = text(head, "dest"), head.get("files"), self.owner(head)
+        if not isinstance(files, list) or sum(size for _, size, _ in files) > MAX_PUT:
+            raise Refused(f"files must be a list of at most {MAX_PUT >> 20} MiB in all")
+        for path, size, mode in files:
+            parent, name = open_parent(self.root, f"{dest}/{path}", owner, create=True)
+            try:
+                if path.endswith("/"):
+                    make_dir(parent, name, owner)
+                    continue
+                try:
+                    os.unlink(name, dir_fd=parent)  # never write through a link
+                except FileNotFoundError:
+                    pass
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                with open(os.open(name, flags, 0o600, dir_fd=parent), "wb", buffering=0) as file:
+                    while size > 0:
+                        if not payload:
+                            payload = self.more(connection, head)
+                        written = file.write(payload[:size])
+                        payload, size = payload[written:], size - written
+                    os.fchmod(file.fileno(), mode & 0o777)
+                    if owner:
+                        os.fchown(file.fileno(), *owner)
+            finally:
+                os.close(parent)
+        if payload:
+            raise Broken("more data than the files hold")
+        return {"files": len(files)}
+
+    def more(self, connection: Connection, head: Header) -> bytes:
+        received = connection.receive()
+        if received is None or received[0]["op"] != "data" or received[0]["id"] != head["id"] or not received[1]:
+            raise Broken("a put without its data")
+        return received[1]
+
+    def owner(self, head: Header) -> tuple[int, int] | None:
+        """Who gets the files; None on the host, where nobody changes."""
+        name = text(head, "owner")
+        if name not in USERS:
+            raise Refused(f"no such user: {name!r:.40}")
+        return USERS[name][:2] if self.in_vm else None
+
+    def get(self, connection: Connection, head: Header, _: bytes) -> Header:
+        """Send a regular file of at most ``limit`` bytes. ``found`` is false when there is none."""
+        path, limit = text(head, "path"), int(number(head, "limit"))
+        try:
+            parent, name = open_parent(self.root, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return {"found": False}
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            fd = os.open(name, flags, dir_fd=parent)
+        except FileNotFoundError:
+            return {"found": False}
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise NotRegular(f"{path} is a link, a socket or a pipe") from None
+            raise
+        finally:
+            os.close(parent)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            os.close(fd)
+            raise NotRegular(f"{path} is not a regular file with one name")
+        with open(fd, "rb", buffering=0) as file:
+            if status.st_size > limit:
+                return {"found": True, "size": status.st_size, "too_large": True}
+            sent = 0
+            while sent < limit and (data := file.read(min(MAX_PAYLOAD, limit - sent))):
+                connection.send({"id": head["id"], "stream": "data"}, data)
+                sent += len(data)
+        return {"found": True, "size": sent, "too_large": False}
+
+    def run(self, connection: Connection, head: Header, payload: bytes) -> Header:
+        if not self.busy.acquire(blocking=False):
+            raise Refused("an agent is already running here")
+        try:
+            return Run(self, connection, head).run(payload)
+        finally:
+            self.busy.release()
+
+    def kill(self, _: Connection, __: Header, ___: bytes) -> Header:
+        running = self.busy.locked()
+        if running:
+            self.order({"op": "kill"})
+        return {"killed": running}
+
+    def poweroff(self, _: Connection, __: Header, ___: bytes) -> Header:
+        """End agentd; in a VM, init then powers off."""
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    OPS = {
+        "hello": hello,
+        "renew": renew,
+        "sshd_ready": sshd_ready,
+        "put": put,
+        "get": get,
+        "run": run,
+        "kill": kill,
+        "poweroff": poweroff,
+    }  # fmt: skip
+
+    def order(self, order: Header, fds: tuple[int, ...] = ()) -> None:
+        try:
+            socket.send_fds(self.zygote, [json.dumps(order).encode()], fds)
+        except OSError as error:
+            raise RuntimeError(f"the zygote is dead: {error}") from None
+
+    def more_ooms(self) -> bool:
+        """Did the kernel's OOM killer strike since this was last asked? Its own count, not a guess from SIGKILL."""
+        before, self.ooms = self.ooms, oom_kills()
+        return self.ooms > before
+
+    def inside(self, path: str) -> str:
+        """Where the guest's /work and /agent are, when they are below ``root``."""
+        return self.root + path if self.root and path.startswith(("/work", "/agent")) else path
+
+
+class Run:
+    """One agent, from order to burial: streams its output, watches its time, its silence and the host."""
+
+    def __init__(self, agentd: Agentd, connection: Connection, head: Header) -> None:
+        self.agentd = agentd
+        self.connection = connection
+        self.id = head["id"]
+        self.order = self.make_order(head)
+        now = time.monotonic()
+        self.received_ns = time.monotonic_ns()
+        self.timeout = number(head, "timeout")
+        self.idle_timeout = number(head, "idle_timeout") if head.get("idle_timeout") is not None else None
+        self.deadline, self.heard = now + self.timeout, now
+        self.left = int(number(head, "max_output"))
+        self.sizes = {"stdout": 0, "stderr": 0}
+        self.dropped = 0
+        self.timed_out: str | None = None
+        self.killed_at: float | None = None
+        self.started_ns: object = None
+        self.cannot: object = None
+        self.exit: Header | None = None
+        self.unsent = bytearray()
+        self.sent_at = now  # when the host last took something, or nothing was waiting for it
+        self.host_gone = False
+
+    def make_order(self, head: Header) -> Header:
+        argv, env, user = head.get("argv"), head.get("env"), text(head, "user")
+        if not isinstance(argv, list) or not argv or not all(isinstance(a, str) and "\0" not in a for a in argv):
+            raise Refused("argv must be a list of texts without NUL")
+        if not isinstance(env, dict) or not all(isinstance(v, str) and "\0" not in k + v for k, v in env.items()):
+            raise Refused("env must map texts to texts, without NUL")
+        if user not in USERS:
+            raise Refused(f"no such user: {user!r:.40}")
+        inside, (uid, gid, home) = self.agentd.inside, USERS[user]
+        sbin = "/usr/local/sbin:/usr/sbin:/sbin:" if user == "root" else ""
+        base = {
+            **CPU_ENV,
+            "PATH": f"{sbin}/usr/local/bin:/usr/bin:/bin",
+            "HOME": inside(home),
+            "USER": user,
+            "LOGNAME": user,
+            "LANG": "C.UTF-8",
+            "SWARM_WORK": inside("/work"),
+            "SWARM_AGENT": inside("/agent"),
+        }
+        return {
+            "op": "run",
+            "argv": [inside(argv[0]), *argv[1:]],
+            "env": {**base, **env},
+            "cwd": inside(text(head, "cwd")),
+            "user": [uid, gid] if self.agentd.in_vm else None,
+            "warm": bool(head.get("warm")),
+        }
+
+    def run(self, stdin: bytes) -> Header:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        source = os.memfd_create("stdin") if stdin else os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        pipes = {"stdout": os.pipe2(os.O_CLOEXEC), "stderr": os.pipe2(os.O_CLOEXEC)}
+        reading = {pair[0]: name for name, pair in pipes.items()}
+        try:
+            try:
+                for at in range(0, len(stdin), CHUNK):
+                    os.write(source, stdin[at : at + CHUNK])
+                if stdin:
+                    os.lseek(source, 0, os.SEEK_SET)
+                writers = (source, pipes["stdout"][1], pipes["stderr"][1])
+                self.agentd.order(self.order, (*writers, theirs.fileno()))
+            finally:
+                theirs.close()
+                for fd in (source, pipes["stdout"][1], pipes["stderr"][1]):
+                    os.close(fd)
+            self.follow(ours, reading)
+        finally:
+            if self.exit is None:
+                self.agentd.order({"op": "kill"})
+            ours.close()
+            for fd in reading:
+                os.close(fd)
+        assert self.exit is not None
+        code = int(str(self.exit["exit"]))
+        return {
+            "code": code if code >= 0 else None,
+            "signal": -code if code < 0 else None,
+            "cpu_ms": int(str(self.exit["cpu_us"])) // 1000,
+            "max_rss_kb": self.exit["max_rss_kb"],
+            "oom": code != 0 and self.agentd.more_ooms() and not self.killed_at,
+            "timed_out": self.timed_out,
+            "clean": self.exit["clean"],
+            "stdout_bytes": self.sizes["stdout"],
+            "stderr_bytes": self.sizes["stderr"],
+            "dropped_bytes": self.dropped,
+            "received_ns": self.received_ns,
+            "started_ns": self.started_ns,
+            "ended_ns": self.exit["ended_ns"],
+        }
+
+    def follow(self, report: socket.socket, reading: dict[int, str]) -> None:
+        """Pump until the agent is buried and its pipes are empty. Nothing is read while the host is behind: the agent
+        then blocks in its own write."""
+        host = self.connection.sock
+        host.setblocking(False)
+        drain_by = 0.0
+        while True:
+            now = time.monotonic()
+            if self.unsent:
+                self.heard = now  # its silence is not the agent's fault
+                drain_by = now + DRAIN_SECONDS
+                if now > self.sent_at + IO_SECONDS:
+                    self.lose_host()
+            else:
+                self.sent_at = now
+            if self.exit is None:
+                self.check_time(now)
+                drain_by = now + DRAIN_SECONDS
+            elif not self.unsent and (not reading or now > drain_by):
+                break
+            poller = select.poll()
+            if self.exit is None:
+                poller.register(report, select.POLLIN)
+            if not self.host_gone:
+                poller.register(host, select.POLLRDHUP | (select.POLLOUT if self.unsent else 0))
+            for fd in () if self.unsent else reading:
+                poller.register(fd, select.POLLIN)
+            for fd, event in poller.poll(self.patience_ms(now)):
+                if fd == report.fileno():
+                    self.hear(report.recv(4096))
+                elif fd != host.fileno():
+                    self.pump(fd, reading)
+                elif event & ~select.POLLOUT:
+                    self.lose_host()
+                else:
+                    self.flush()
+        if self.host_gone:
+            raise Broken("the host closed the connection during a run")
+        if self.cannot is not None:
+            raise CannotStart(str(self.cannot))
+
+    def patience_ms(self, now: float) -> int:
+        until = [now + 1.0, self.deadline if self.killed_at is None else now + 1.0]
+        if self.idle_timeout is not None:
+            until.append(self.heard + self.idle_timeout)
+        return max(1, int((min(until) - now) * 1000) + 1)
+
+    def check_time(self, now: float) -> None:
+        if self.killed_at is not None:
+            if now > self.killed_at + KILL_SECONDS:
+                raise RuntimeError(f"the agent is not gone {KILL_SECONDS:g} s after SIGKILL")
+        elif now > self.deadline:
+            self.timed_out = "run"
+            self.kill(now)
+        elif self.idle_timeout is not None and now > self.heard + self.idle_timeout:
+            self.timed_out = "idle"
+            self.kill(now)
+
+    def kill(self, now: float) -> None:
+        self.killed_at = now
+        self.agentd.order({"op": "kill"})
+
+    def lose_host(self) -> None:
+        self.host_gone = True
+        self.unsent.clear()
+        if self.killed_at is None:
+            self.kill(time.monotonic())
+
+    def hear(self, data: bytes) -> None:
+        """A word of the child's or the zygote's about the agent."""
+        if not data:
+            if self.cannot is None:
+                raise RuntimeError("the zygote died")
+            self.exit = {}
+            return
+        said = json.loads(data)
+        if "started_ns" in said:
+            self.started_ns = said["started_ns"]
+            self.emit({"id": self.id, "started_ns": self.started_ns})
+        elif "cannot" in said:
+            self.cannot = said["cannot"]
+        else:
+            self.exit = said
+
+    def pump(self, fd: int, reading: dict[int, str]) -> None:
+        data = os.read(fd, CHUNK)
+        if not data:
+            del reading[fd]
+            os.close(fd)
+            return
+        self.heard = time.monotonic()
+        name = reading[fd]
+        self.sizes[name] += len(data)
+        kept, rest = data[: self.left], data[self.left :]
+        self.left -= len(kept)
+        if kept:
+            self.emit({"id": self.id, "stream": name}, kept)
+        if rest and not self.dropped:
+            self.emit({"id": self.id, "truncated": True})
+        self.dropped += len(rest)
+
+    def emit(self, head: Header, payload: bytes = b"") -> None:
+        if not self.host_gone:
+            self.unsent += frame(head, payload)
+            self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self.unsent:
+                del self.unsent[: self.connection.sock.send(self.unsent)]
+                self.sent_at = time.monotonic()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.lose_host()
+
+
+def main(arguments: list[str]) -> int:
+    options = {"--listen": "172.16.0.2:1024", "--unix": "", "--root": "", "--preload": ""}
+    for name, value in zip(arguments[::2], arguments[1::2], strict=True):
+        if name not in options:
+            sys.exit(f"agentd: no such option: {name}; there are {', '.join(options)}")
+        options[name] = value
+    unix, root = options["--unix"], options["--root"]
+    if bool(unix) != bool(root):
+        sys.exit("agentd: --unix and --root go together")
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", os.O_RDWR)
+    if not unix:
+        set_oom_score("self", -1000)
+        os.setpriority(os.PRIO_PROCESS, 0, -20)  # hundreds of busy agents must not keep us from killing them
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        job = Zygote(theirs, in_vm=not unix).serve([name for name in options["--preload"].split(",") if name])
+        run_job(job)
+        return 0
+    theirs.close()
+    host, _, port = options["--listen"].rpartition(":")
+    Agentd(ours, pid, unix, root).serve(host, int(port))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,369 @@
+"""The store of images: one directory per image, named by its digest, never changed once it is there.
+
+::
+
+    <images>/
+      .lock                   flock: one build at a time; its holder owns everything named .building-*
+      .building-…/            an image in the making, swept by the next build when its maker died
+      .verified/<digest>      what was hashed before, and the inodes it was hashed from
+      <sha256>/               manifest.json, vmlinuz, vmlinux, initramfs, root.erofs
+
+A digest is the sha256 over the parts' digests and the boot arguments, so an image with one changed byte is not that
+image any more; every part is hashed before it is booted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from swarm.aio import settle
+from swarm.errors import CommandFailed, HostError, ImageError, NotFound
+from swarm.vm import apt, imagebase, imagebuild
+from swarm.vm.driver import Image
+from swarm.vm.imagebuild import Progress, Recipe
+
+log = structlog.get_logger(__name__)
+
+GUEST: Final = Path(__file__).resolve().parent.parent / "guest"
+_MANIFEST: Final = "manifest.json"
+_BUILDING: Final = ".building-"
+_FORMAT: Final = 1
+# Shares of a build's time, measured (docs/adr/0003-image.md); the progress of each step is its own.
+_BASE_SHARE: Final = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """One image as its manifest tells it; its parts have not been hashed."""
+
+    digest: str
+    recipe: str
+    built_at: str  # ISO-8601 UTC
+    size_bytes: int
+    kernel_version: str
+    boot_args: str
+    packages: Mapping[str, str]  # name -> version
+    dir: Path
+
+
+class Images:
+    """The images in ``dir``. ``cache`` keeps bases between builds; ``guest`` holds our own guest files."""
+
+    def __init__(self, *, dir: Path, cache: Path, guest: Path = GUEST, default: str = "") -> None:  # noqa: A002
+        self._dir = dir
+        self._cache = cache
+        self._guest = guest
+        self._default = default
+
+    async def build(
+        self,
+        *,
+        force: bool = False,
+        kernel: Path | None = None,
+        boot_args: str | None = None,
+        progress: Progress = lambda label, fraction: None,
+    ) -> Image:
+        """The image of the current recipe, built unless it is there. ``force`` fetches all packages anew.
+
+        ``kernel`` (an ELF or a bzImage with its drivers built in) replaces the distribution's; ``boot_args`` are the
+        arguments it needs. ``progress(label, fraction)`` is called as it goes. Raises ImageError, HostError.
+        """
+        recipe = await asyncio.to_thread(imagebuild.recipe, self._guest, kernel=kernel, boot_args=boot_args)
+        if not force and (image := await self._whole(recipe)):
+            return image
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            async with _locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)):
+                if not force and (image := await self._whole(recipe)):
+                    return image  # the build we waited for made it
+                await settle(asyncio.to_thread(_sweep, self._dir))
+                base = await self._base(recipe, force, lambda label, f: progress(label, _BASE_SHARE * f))
+                return await self._assemble(
+                    recipe, base, kernel, lambda label, f: progress(label, _BASE_SHARE + (1 - _BASE_SHARE) * f)
+                )
+        except CommandFailed as error:
+            if not apt.FULL_DISK.search(str(error)):
+                raise
+            raise _full_disk(self._dir) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full_disk(self._dir) from error
+            raise HostError(f"can't build an image: {error.filename or self._dir}: {error.strerror}") from error
+
+    async def find(self, ref: str | None = None) -> Image:
+        """The image whose digest begins with ``ref``, or the newest of the current recipe (or the default that these
+        images were given), with every part verified.
+
+        Raises ImageError when there is none (the message says how to build it) or a part was changed, NotFound or
+        ImageError for a ``ref`` that fits none or several.
+        """
+        ref = ref or self._default or None
+        if ref is None:
+            recipe = await asyncio.to_thread(imagebuild.recipe, self._guest)
+            info = self._current(recipe)
+            if info is None:
+                raise ImageError(
+                    f"there is no guest image for this version of Swarm in {self._dir}: run `swarm image build`"
+                )
+        else:
+            info = self._named(ref)
+        return await asyncio.to_thread(self._verified, info)
+
+    def list(self) -> list[ImageInfo]:
+        """Every image, newest first. Unreadable ones are left out, with a line in the log."""
+        found = []
+        for dir in sorted(self._dir.glob("[0-9a-f]*")) if self._dir.exists() else ():  # noqa: A001
+            try:
+                found.append(_info(dir))
+            except ImageError as error:
+                log.warning("image left out", reason=str(error))
+        return sorted(found, key=lambda info: info.built_at, reverse=True)
+
+    def remove(self, ref: str) -> str:
+        """Remove an image; return its digest. VMs that run from it go on (they have its files open)."""
+        digest = self._named(ref).digest
+        doomed = self._dir / f"{_BUILDING}removed-{digest}"
+        (self._dir / digest).rename(doomed)
+        (self._dir / ".verified" / digest).unlink(missing_ok=True)
+        shutil.rmtree(doomed)
+        return digest
+
+    # --- finding --------------------------------------------------------------------------------------------------
+
+    def _current(self, recipe: Recipe) -> ImageInfo | None:
+        return next((info for info in self.list() if info.recipe == recipe.key), None)
+
+    def _named(self, ref: str) -> ImageInfo:
+        fits = [info for info in self.list() if info.digest.startswith(ref)] if ref else []
+        if not fits:
+            raise NotFound(f"no image {ref!r} in {self._dir}; `swarm image list` shows those there are")
+        if len(fits) > 1:
+            raise ImageError(
+                f"{ref!r} could be any of {', '.join(i.digest[:12] for i in fits)}: give more of the digest"
+            )
+        return fits[0]
+
+    async def _whole(self, recipe: Recipe) -> Image | None:
+        """The current image, or None when there is none or it is damaged (and has to be built again)."""
+        if info := self._current(recipe):
+            try:
+                return await asyncio.to_thread(self._verified, info)
+            except ImageError as error:
+                log.warning("image is built again", reason=str(error))
+        return None
+
+    def _verified(self, info: ImageInfo) -> Image:
+        """Hash what was not hashed before, from the very inodes that are there now. Raises ImageError."""
+        manifest = _manifest(info.dir)
+        stamp = self._dir / ".verified" / info.digest
+        try:
+            known = json.loads(stamp.read_text())
+        except (OSError, ValueError):
+            known = {}
+        seen: dict[str, list[int]] = {}
+        for name, part in manifest["parts"].items():
+            path = info.dir / part["file"]
+            advice = f"image {info.digest[:12]} is damaged: {path}"
+            try:
+                stat = path.stat()
+                seen[name] = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+                if stat.st_size != part["size_bytes"]:
+                    raise ImageError(f"{advice} has {stat.st_size} bytes instead of {part['size_bytes']}; {_REBUILD}")
+                if known.get(name) != seen[name] and imagebuild.file_digest(path) != part["sha256"]:
+                    raise ImageError(f"{advice} is not what was built (its sha256 differs); {_REBUILD}")
+            except OSError as error:
+                raise ImageError(f"{advice}: {error.strerror}; {_REBUILD}") from error
+        if seen != known:
+            # Only a saving: a store that can't be written to is hashed each time.
+            with contextlib.suppress(OSError):
+                stamp.parent.mkdir(exist_ok=True)
+                _replace(stamp, json.dumps(seen).encode())
+        paths = {name: info.dir / part["file"] for name, part in manifest["parts"].items()}
+        return Image(
+            digest=info.digest,
+            dir=info.dir,
+            kernel=paths["kernel"],
+            kernel_elf=paths["vmlinux"],
+            root=paths["root"],
+            initramfs=paths.get("initramfs"),
+            boot_args=info.boot_args,
+        )
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    async def _base(self, recipe: Recipe, force: bool, progress: Progress) -> Path:
+        """The directory of the recipe's base, built when it is not there, torn, or to be fetched anew."""
+        self._cache.mkdir(parents=True, exist_ok=True)
+        final = self._cache / recipe.base_key
+        async with _locked(self._cache / ".lock", lambda: progress("waiting for another build", 0.0)):
+            await settle(asyncio.to_thread(_sweep, self._cache))
+            if not force and await asyncio.to_thread(_base_is_whole, final):
+                imagebuild.check_host(for_base=False, where=self._dir)
+                return final
+            imagebuild.check_host(for_base=True, where=self._cache)
+            async with _staged(self._cache) as stage:
+                await imagebase.build_base(recipe, stage, progress)
+                await settle(asyncio.to_thread(_move_in, stage, final))
+        return final
+
+    async def _assemble(self, recipe: Recipe, base: Path, kernel: Path | None, progress: Progress) -> Image:
+        told = json.loads((base / "base.json").read_text())
+        async with _staged(self._dir) as stage:
+            parts = await imagebuild.assemble(recipe, base, stage, progress)
+            described: dict[str, dict[str, Any]] = {}
+            for name, path in sorted(parts.items()):
+                path.chmod(0o444)  # immutable, and a VMM with a uid of its own may read it by a descriptor
+                described[name] = {
+                    "file": path.name,
+                    "sha256": await asyncio.to_thread(imagebuild.file_digest, path),
+                    "size_bytes": path.stat().st_size,
+                }
+            manifest = {
+                "format": _FORMAT,
+                "recipe": recipe.key,
+                "base": recipe.base_key,
+                "builder_version": imagebuild.BUILDER_VERSION,
+                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "boot_args": recipe.boot_args,
+                "kernel_version": told["kernel_version"] if kernel is None else f"given: {kernel.name}",
+                "packages": told["packages"],
+                "guest": recipe.guest_digests,
+                "parts": described,
+            }
+            digest = _digest(manifest)
+            manifest["digest"] = digest
+            _replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            stage.chmod(0o755)
+            await settle(asyncio.to_thread(_move_in, stage, self._dir / digest))
+        return await asyncio.to_thread(self._verified, _info(self._dir / digest))
+
+
+_REBUILD: Final = "run `swarm image build` to build it again"
+
+
+def _manifest(dir: Path) -> dict[str, Any]:  # noqa: A002
+    """The manifest of the image in ``dir``, whose name must be what the manifest adds up to."""
+    try:
+        manifest = json.loads((dir / _MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise ImageError(f"image {dir} is of another version of Swarm (format {manifest['format']}); {_REBUILD}")
+        parts = [p["file"] for p in manifest["parts"].values()]
+        if _digest(manifest) != dir.name or any(Path(file).name != file for file in parts):
+            raise ImageError(f"image {dir} is damaged: its manifest was changed; {_REBUILD}")
+        return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ImageError(f"image {dir} is damaged: its manifest can't be read ({error!r}); {_REBUILD}") from error
+
+
+def _info(dir: Path) -> ImageInfo:  # noqa: A002
+    manifest = _manifest(dir)
+    return ImageInfo(
+        digest=dir.name,
+        recipe=manifest["recipe"],
+        built_at=manifest["created_at"],
+        size_bytes=sum({p["file"]: p["size_bytes"] for p in manifest["parts"].values()}.values()),
+        kernel_version=manifest["kernel_version"],
+        boot_args=manifest["boot_args"],
+        packages=manifest["packages"],
+        dir=dir,
+    )
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    parts = {name: [part["file"], part["sha256"], part["size_bytes"]] for name, part in manifest["parts"].items()}
+    shaping = {"parts": parts, "boot_args": manifest["boot_args"]}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def _base_is_whole(base: Path) -> bool:
+    try:
+        parts = json.loads((base / "base.json").read_text())["parts"]
+        return all(imagebuild.file_digest(base / name) == sha256 for name, sha256 in parts.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+# --- files that appear whole or not at all ------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _locked(path: Path, waiting: Callable[[], None]) -> AsyncIterator[None]:
+    """Hold the flock on ``path``. It is the kernel's: a holder that dies, however it dies, has let go of it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+                await asyncio.sleep(0.2)  # a blocking flock could not be cancelled
+        yield
+    finally:
+        os.close(fd)
+
+
+def _sweep(dir: Path) -> None:  # noqa: A002
+    """Remove what dead builds left. The caller holds the lock, so no live build owns any of it."""
+    for left in dir.glob(f"{_BUILDING}*"):
+        log.info("removing what an interrupted build left", path=str(left))
+        for _ in range(50):  # a program of that build may be dying just now, and still write
+            shutil.rmtree(left, ignore_errors=True)
+            if not left.exists():
+                break
+            time.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def _staged(dir: Path) -> AsyncIterator[Path]:  # noqa: A002
+    """A directory beside the final one; whatever is in it at the end goes."""
+    stage = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=dir))
+    try:
+        yield stage
+    finally:
+        await settle(asyncio.to_thread(shutil.rmtree, stage, True))
+
+
+def _move_in(stage: Path, final: Path) -> None:
+    """Rename ``stage`` to ``final``, on disk before it has its name; a torn or older ``final`` makes way."""
+    for path in [*stage.rglob("*"), stage]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    if final.exists():
+        final.rename(Path(tempfile.mkdtemp(prefix=_BUILDING, dir=final.parent)) / "old")
+    stage.rename(final)
+    fd = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    _sweep(final.parent)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _full_disk(dir: Path) -> ImageError:  # noqa: A002
+    return ImageError(f"the disk that holds {dir} is full: an image needs 1 GB while it is built")

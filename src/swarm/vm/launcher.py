@@ -1,0 +1,353 @@
+"""From a VmSpec to a machine that is ready for an agent, and back to nothing.
+
+Every step registers its undo before it is taken, and the undo can't be cancelled, so whatever happens at whatever
+moment (failure, Ctrl+C, a dead VMM), nothing of a VM stays. What SIGKILL leaves is found by `swarm.vm.sweep`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from swarm.aio import settle, undoing
+from swarm.channel import Channel, Identity, Renewed
+from swarm.clock import Timeline
+from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, StepError
+from swarm.model import FailureReason
+from swarm.process import start_time
+from swarm.vm import ssh, sweep
+from swarm.vm.choose import Choice
+from swarm.vm.console import last_lines
+from swarm.vm.disk import used_bytes
+from swarm.vm.driver import Slot, Template, Vm, VmSpec
+from swarm.vm.inventory import Inventory, Kind, Place, VmRecord
+from swarm.vm.network import Network
+from swarm.vm.rehearsal import COMMON_MODULES, SEED_BYTES, rehearse
+from swarm.vm.seats import Seat, Seats
+from swarm.vm.template import Templates, shape
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+TOKEN_BYTES = 32
+TOKEN_FILE = "token"
+# How long after a broken channel a dying VMM may take to be seen dead, so that the error names the real cause.
+_LAST_GASP_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """Whom a VM serves, as others on this host see it."""
+
+    ticket_id: str | None = None
+    attempt_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A running VM with its own identity and an open channel."""
+
+    n: int
+    vm: Vm
+    channel: Channel
+    renewed: Renewed
+    seat: Seat
+    identity: Identity = field(repr=False)
+
+    async def unless_it_dies(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``; if the VM ends first, or takes the channel with it, OutcomeUnknown says how."""
+        return await unless_it_dies(self.vm, work)
+
+
+class Source(Protocol):
+    """Where machines may be that were made ahead: the pool, which is above us."""
+
+    async def take(self, template: Template, label: Label, undo: AsyncExitStack) -> Machine | None:
+        """One that answers now, or None. ``undo`` ends it."""
+
+
+class Launcher:
+    """``first_slot`` is where free slots are sought.
+
+    With ``templates``, and a driver that can, machines are clones; else each boots from its image. While a
+    `swarm.vm.pool.Pool` is attached, clones come from there when it has any, and network slots are used again.
+    """
+
+    def __init__(
+        self,
+        *,
+        choice: Choice,
+        network: Network,
+        inventory: Inventory,
+        templates: Templates | None,
+        ssh_dir: ssh.SshDir,
+        first_slot: int,
+        boot_timeout_seconds: float,
+    ) -> None:
+        self.choice = choice
+        self._driver, self._probe = choice.driver, choice.probe
+        self._network = network if choice.driver.networked else None
+        self._inventory = inventory
+        self._templates = templates if choice.probe.snapshots else None
+        self._ssh = ssh_dir
+        self._seats = Seats(inventory=inventory, network=self._network, first=first_slot)
+        self._source: Source | None = None
+        self._boot_timeout_seconds = boot_timeout_seconds
+
+    @asynccontextmanager
+    async def machine(self, spec: VmSpec, label: Label, timeline: Timeline) -> AsyncIterator[Machine]:
+        """A machine for the length of the block. Raises BootFailed, HostError."""
+        template = await self.template(spec)
+        timeline.mark("template")
+        async with undoing() as undo:
+            machine = await self._source.take(template, label, undo) if self._source and template else None
+            if machine is not None:
+                for mark in ("slot", "running", "answered"):
+                    timeline.mark(mark)
+            else:
+                seat = await self._seats.take(undo)
+                machine = await self._launch(spec, template, seat, label, timeline, undo)
+            undo.callback(_report, machine, spec, label)  # before the VM's end
+            yield machine
+
+    def attach(self, source: Source, *, keep_slots: int) -> None:
+        """Take machines from there when it has any, from now on, and keep up to so many free network slots."""
+        self._source, self._seats.keep = source, keep_slots
+
+    async def stock(self, slots: int) -> None:
+        """Make so many free network slots ahead."""
+        await self._seats.stock(slots)
+
+    async def detach(self) -> None:
+        """Make every machine here again, and remove the free slots."""
+        self._source = None
+        await self._seats.close()
+
+    async def prepare(self, template: Template, undo: AsyncExitStack) -> Machine:
+        """A clone for nobody yet; `label` says later whom it serves."""
+        seat = await self._seats.take(undo)
+        return await self._launch(template.spec, template, seat, Label(), Timeline(), undo)
+
+    async def freshen(self, machine: Machine) -> None:
+        """Renew a machine once more: same identity, new randomness, the time of now."""
+        identity = replace(machine.identity, seed=os.urandom(SEED_BYTES))
+        renewed = await machine.unless_it_dies(machine.channel.renew(identity))
+        _check(renewed, identity)
+
+    def label(self, machine: Machine, label: Label) -> None:
+        """Say whom a machine serves now, as others on this host see it."""
+        _record(machine.seat, machine.vm, self._driver.name, label)
+
+    async def template(self, spec: VmSpec) -> Template | None:
+        """The template for this shape, built now if there is none; None when this launcher makes no clones."""
+        if self._templates is None:
+            return None
+        parts = shape(spec, driver=self._driver, probe=self._probe)
+        return await self._templates.get(spec, parts, lambda dir: self._build_template(spec, dir))  # noqa: A006
+
+    async def spawn(self, n: int, spec: VmSpec, *, seeded: bool = True) -> VmRecord:
+        """VM ``n`` by hand: it outlives this process. An older VM ``n`` made by hand is replaced; one that a live
+        process uses is a Conflict. Without ``seeded`` the guest gets no randomness (to test what the doctor finds)."""
+        template = await self.template(spec) if seeded and spec.entropy else None
+        async with undoing() as undo:
+            place = await sweep.take(self._inventory, self._network, n, replace=True)
+            undo.push_async_callback(asyncio.to_thread, place.release)
+            seat = Seat(place=place, slot=await self._slot(place, undo))
+            machine = await self._launch(spec, template, seat, Label(), Timeline(), undo, outlive=True, seeded=seeded)
+            if self._network is not None and seeded:
+                # So that who is told "VM 1 is up" finds its sshd up; without KVM its start takes a second or more.
+                await machine.unless_it_dies(machine.channel.sshd_ready(timeout_seconds=self._boot_timeout_seconds))
+            machine.channel.close()
+            record = await asyncio.to_thread(place.hand_over)
+            undo.pop_all()  # it stays
+        return record
+
+    async def remove(self, n: int) -> None:
+        """Remove VM ``n``, one by hand or a leftover. Raises NotFound, Conflict."""
+        await sweep.remove_vm(self._inventory, self._network, n)
+        if self._network is not None:
+            await asyncio.to_thread(self._ssh.know, self._network.address(n), None)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    async def _launch(
+        self,
+        spec: VmSpec,
+        template: Template | None,
+        seat: Seat,
+        label: Label,
+        timeline: Timeline,
+        undo: AsyncExitStack,
+        *,
+        outlive: bool = False,
+        seeded: bool = True,
+    ) -> Machine:
+        place, slot = seat.place, seat.slot
+        timeline.mark("slot")
+
+        async def start() -> Vm:
+            if template is None:
+                vm = await self._driver.boot(spec, slot, place.dir, outlive=outlive)
+            else:
+                vm = await self._driver.restore(template, slot, place.dir, outlive=outlive)
+            undo.push_async_callback(vm.kill)
+            _record(seat, vm, self._driver.name, label)
+            return vm
+
+        vm = await settle(start())
+        timeline.mark("running")
+        identity, known_key = self._identity(place.n, seeded=seeded, sshd_ready=outlive and seeded)
+        token = template.token if template else identity.token
+        channel = await self._connect(vm, token, undo, listening=template is not None)
+        timeline.mark("answered")
+        renewed = await unless_it_dies(vm, channel.renew(identity))
+        _check(renewed, identity)
+        if outlive:
+            _write_token(place.dir / TOKEN_FILE, identity.token)
+            if slot:
+                await asyncio.to_thread(self._ssh.know, slot.address, known_key)
+        return Machine(n=place.n, vm=vm, channel=channel, renewed=renewed, seat=seat, identity=identity)
+
+    async def _slot(self, place: Place, undo: AsyncExitStack) -> Slot | None:
+        if self._network is None:
+            return None
+        undo.push_async_callback(self._network.destroy, place.n)
+        return await settle(self._network.create(place.n))
+
+    async def _connect(self, vm: Vm, token: bytes, undo: AsyncExitStack, *, listening: bool = False) -> Channel:
+        """agentd's first answer: userspace is up. A VM that ends before is a BootFailed with its last words."""
+
+        async def connect() -> Channel:
+            return await undo.enter_async_context(
+                Channel.connect(
+                    vm.endpoint, token=token, timeout_seconds=self._boot_timeout_seconds, listening=listening
+                )
+            )
+
+        try:
+            return await unless_it_dies(vm, connect())
+        except (OutcomeUnknown, ChannelError) as error:
+            last = last_lines(vm.console, lines=4)
+            seen = f"; its console ends with: {' | '.join(last)}" if last and "console" not in str(error) else ""
+            raise BootFailed(f"the VM did not come up: {error}{seen}") from error
+
+    def _identity(self, n: int, *, seeded: bool = True, sshd_ready: bool = False) -> tuple[Identity, str]:
+        """A fresh identity for VM ``n``, and the public half of its host key."""
+        key = ssh.new_key()
+        identity = Identity(
+            generation=secrets.token_hex(16),
+            seed=os.urandom(SEED_BYTES) if seeded else b"",
+            hostname=f"vm{n}",
+            machine_id=secrets.token_hex(16),
+            ssh_host_key=key.private.decode(),
+            authorized_keys=self._ssh.public_key() + "\n",
+            token=secrets.token_bytes(TOKEN_BYTES),
+            work_disk=True,
+            sshd_ready=sshd_ready,
+        )
+        return identity, key.public
+
+    async def _build_template(self, spec: VmSpec, dir: Path) -> bytes:  # noqa: A002
+        """Boot a VM, warm it up, and freeze it into ``dir``. Returns the token that its clones will know."""
+        token = secrets.token_bytes(TOKEN_BYTES)
+        full = replace(spec, preload=(*COMMON_MODULES, *spec.preload))
+        async with undoing() as undo:
+            seat = await self._seats.take(undo)
+
+            async def start() -> Vm:
+                vm = await self._driver.boot(full, seat.slot, seat.place.dir, for_template=True)
+                undo.push_async_callback(vm.kill)
+                _record(seat, vm, self._driver.name, Label())
+                return vm
+
+            vm = await settle(start())
+            async with AsyncExitStack() as connection:
+                channel = await self._connect(vm, token, connection)
+                keeps_disk = getattr(self._driver, "keeps_disk", False)
+                await unless_it_dies(vm, rehearse(channel, token, work_disk=keeps_disk))
+            # The connection is closed, and with SO_LINGER 0 the guest holds no TCP state of it.
+            await vm.snapshot(dir)
+        return token
+
+
+async def unless_it_dies(vm: Vm, work: Coroutine[Any, Any, T]) -> T:
+    task, death = asyncio.ensure_future(work), asyncio.ensure_future(vm.wait())
+    try:
+        await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done() and isinstance(task.exception(), ChannelError):
+            await asyncio.wait({death}, timeout=_LAST_GASP_SECONDS)
+        if death.done() and not (task.done() and task.exception() is None):
+            raise _death(vm, death.result())
+        return task.result()
+    finally:
+        for each in (task, death):
+            each.cancel()
+        await asyncio.gather(task, death, return_exceptions=True)
+
+
+def _death(vm: Vm, how: str) -> StepError:
+    """Why a VM is gone, from what its console shows."""
+    lines = last_lines(vm.console, lines=200)
+    panic = next((i for i, line in enumerate(lines) if "Kernel panic" in line), None)
+    if panic is not None:
+        said = lines[panic].partition("Kernel panic")
+        return OutcomeUnknown(f"the guest's kernel panicked: {''.join(said[1:])}", reason=FailureReason.GUEST_PANIC)
+    last = " | ".join(lines[-3:]) or "nothing"
+    return OutcomeUnknown(f"the VM died while it was in use: {how}; its console ends with: {last}")
+
+
+def _check(renewed: Renewed, identity: Identity) -> None:
+    """A guest that is not fully itself is not used: two clones might share secrets, or write into the wrong disk."""
+    wrong = [
+        what
+        for what, given, got in (
+            ("generation", identity.generation, renewed.generation),
+            ("host name", identity.hostname, renewed.hostname),
+            ("machine id", identity.machine_id, renewed.machine_id),
+        )
+        if given != got
+        and what.replace(" ", "") not in renewed.skipped
+        and what.replace(" ", "_") not in renewed.skipped
+    ]
+    if identity.seed and not renewed.crng_ready:
+        wrong.append("random pool")
+    if wrong:
+        raise BootFailed(f"the guest did not take its new {', '.join(wrong)}")
+
+
+def _record(seat: Seat, vm: Vm, driver: str, label: Label) -> None:
+    slot = seat.slot
+    seat.place.record(
+        VmRecord(
+            n=seat.place.n,
+            kind=Kind.ATTEMPT,
+            pid=vm.pid,
+            started=start_time(vm.pid) or 0,
+            driver=driver,
+            netns=slot.netns if slot else "",
+            address=str(slot.address) if slot else "",
+            ticket_id=label.ticket_id,
+            attempt_id=label.attempt_id,
+        )
+    )
+
+
+def _report(machine: Machine, spec: VmSpec, label: Label) -> None:
+    """What a VM took, as the host sees it. (The guest's own last writes may not have got that far.)"""
+    used_mb = round(used_bytes(machine.seat.place.dir / "work.ext4") / (1 << 20), 1)
+    log.info("VM ends", vm=machine.n, ticket=label.ticket_id, work_disk_mb=used_mb, of_mb=spec.disk_mb)
+
+
+def _write_token(path: Path, token: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(token)
