@@ -1,0 +1,57 @@
+# Everything a person does here. `make help` lists it; a line's text is the comment behind its target.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-firecracker chaos bench bench-engine check format install uninstall clean
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo:  ## set up, then run one ticket by one agent in one microVM and show where its time went
+	@tools/bootstrap
+	@tools/demo
+
+test:  ## set up, then run all tests in a network namespace of their own (ARGS='-k echo' for a part)
+	@tools/bootstrap dev
+	-@$(BIN)/python tools/fetch-firecracker
+	@$(BIN)/python tools/sandbox.py $(PYTEST) $(ARGS)
+
+bench:  ## measure tickets on this host beside the bare parts, in a network namespace of its own (ARGS='--tickets 1,5')
+	@tools/bootstrap
+	@$(BIN)/python tools/sandbox.py $(BIN)/python tools/bench.py $(ARGS)
+
+bench-engine:  ## measure the engine without VMs: wake-up, no-op tickets per second, growth, idle cost
+	@tools/bootstrap dev
+	@$(BIN)/python -m tests.engine.bench $(ARGS)
+
+chaos:  ## the kill campaign: 300 tickets on plain processes, 20 in real VMs (ARGS='--seed 7' repeats one)
+	@tools/bootstrap dev
+	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.chaos.campaign --tickets 300 $(ARGS)
+	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.chaos.campaign --tickets 20 --driver qemu --max-vms 1 $(ARGS)
+
+test-firecracker:  ## the tests with real Firecracker guests alone (docs/testing.md says what they need)
+	@tools/bootstrap dev
+	-@$(BIN)/python tools/fetch-firecracker
+	@$(BIN)/python tools/sandbox.py $(PYTEST) tests/vm -k firecracker $(ARGS)
+
+check:  ## style, format, types, who imports whom
+	@tools/bootstrap dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(PYTEST) -q tests/test_imports.py
+
+format:  ## put the code into the project's format
+	@tools/bootstrap dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+install:  ## install on this host: commands on PATH, databases, the echo agent, the guest image (needs root)
+	@tools/install
+
+uninstall:  ## remove what `make install` put here; tickets and images stay (PURGE=1 removes them too)
+	@tools/uninstall
+
+clean:  ## remove what was built in this checkout (not the image cache)
+	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,403 @@
+"""Wiring: which concrete parts make up Swarm under given settings. The only place that names them.
+
+Command line, API and benchmarks ask here for a store, an engine, a launcher; nobody else constructs one. Heavy modules
+are imported by the function that needs them, so that `swarm ticket list` doesn't load a VMM driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarm.config import SYSTEM_HOME, Settings
+from swarm.errors import Conflict, HostError, ImageError
+
+if TYPE_CHECKING:
+    from swarm.dispatch import Dispatcher
+    from swarm.engine import Engine
+    from swarm.model import Ticket
+    from swarm.store.rows import AttemptRow
+    from swarm.store.store import Store
+    from swarm.vm.choose import Choice
+    from swarm.vm.driver import Image
+    from swarm.vm.image import Images
+    from swarm.vm.inventory import Inventory, VmRecord
+    from swarm.vm.launcher import Launcher
+    from swarm.vm.network import Network
+    from swarm.vm.pool import Pool
+    from swarm.vm.ssh import SshDir
+    from swarm.vm.sweep import CleanupReport
+    from swarm.vm.template import Templates
+    from swarm.worker import Ended, Worker
+
+Progress = Callable[[str, float], None]  # what is being done, and the share of all that is done (0 to 1)
+
+
+def _silent(_step: str, _share: float) -> None:
+    return None
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def store(settings: Settings) -> AsyncIterator[Store]:
+    from swarm.store.store import Store
+
+    async with Store.open(settings.database, busy_timeout_seconds=settings.busy_timeout_seconds) as opened:
+        yield opened
+
+
+def images(settings: Settings) -> Images:
+    from swarm.vm.image import Images
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm" / "base"
+    return Images(dir=settings.images, cache=cache, default=settings.image)
+
+
+def network(settings: Settings) -> Network:
+    from swarm.vm.network import Network
+
+    return Network(subnet=settings.subnet, bridge=settings.bridge)
+
+
+def inventory(settings: Settings) -> Inventory:
+    from swarm.vm.inventory import Inventory
+
+    return Inventory(state_dir=settings.state_dir)
+
+
+def ssh_dir(settings: Settings) -> SshDir:
+    """Host-wide, as the addresses are."""
+    from swarm.vm.ssh import SshDir
+
+    return SshDir(settings.state_dir / "ssh")
+
+
+async def choice(settings: Settings) -> Choice:
+    """The driver that the settings name, or for `auto` the best one that works on this host. Raises HostError.
+
+    "Works" is found out by booting the image once (some seconds), and remembered until host, VMM or image change.
+    """
+    from swarm.vm.choose import Choice, choose
+    from swarm.vm.driver import Driver
+    from swarm.vm.firecracker import FirecrackerDriver
+    from swarm.vm.process import ProcessDriver
+    from swarm.vm.qemu import QemuDriver
+
+    if settings.driver == "process":
+        process = ProcessDriver()
+        return Choice(driver=process, probe=await process.probe())
+    disks = settings.state_dir / "blank"
+    firecracker = FirecrackerDriver(disk_cache=disks, jailed=settings.jailer)
+    if settings.driver == "firecracker":
+        # Asked for by name: taken at its word, without a probe boot. The first VM shows whether guests run.
+        probe = await firecracker.probe()
+        if not probe.usable:
+            raise HostError(f"Firecracker can't be used: {probe.reason}; or set SWARM_DRIVER to auto or qemu")
+        return Choice(driver=firecracker, probe=probe)
+    candidates: list[Driver] = [QemuDriver(accelerator=name, disk_cache=disks) for name in ("kvm", "tcg")]
+    if settings.driver == "auto":
+        candidates.insert(0, firecracker)
+    return await choose(
+        candidates,
+        await images(settings).find(),
+        state_dir=settings.state_dir,
+        cache=settings.images / ".probes",
+        timeout_seconds=settings.boot_timeout_seconds,
+    )
+
+
+def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Launcher:
+    """What starts VMs with the chosen driver; without ``clones`` each boots from its image."""
+    from swarm.vm.launcher import Launcher
+
+    return Launcher(
+        choice=chosen,
+        network=network(settings),
+        inventory=inventory(settings),
+        templates=templates(settings) if clones else None,
+        ssh_dir=ssh_dir(settings),
+        first_slot=settings.first_engine_slot,
+        boot_timeout_seconds=settings.boot_timeout_seconds,
+    )
+
+
+def templates(settings: Settings) -> Templates:
+    from swarm.vm.template import Templates
+
+    return Templates(dir=settings.templates)
+
+
+async def sweep(settings: Settings) -> None:
+    """Remove what dead owners left of their VMs. There is no daemon for it: each command that starts VMs does it."""
+    from swarm.vm.sweep import sweep
+
+    # Whatever driver we run: what was left may be another's.
+    await sweep(inventory(settings), network(settings) if os.geteuid() == 0 else None)
+
+
+# --- setting up a home ----------------------------------------------------------------------------------------------
+
+
+async def init(settings: Settings, *, image: bool = True, progress: Progress = _silent) -> list[str]:
+    """Make ``settings.home`` ready for tickets; what is there already stays. Returns what was done, a line each.
+
+    Databases created and migrated, the registry's link, the agents and workflows that ship, and (with ``image``) the
+    guest image.
+    """
+    from swarm import packages
+
+    said = []
+    # What tickets say, and what agents answered, is their owner's affair.
+    for directory, mode in ((settings.home, 0o755), (settings.data_dir, 0o700), (settings.agents, 0o755)):
+        _make(directory, mode)
+    async with store(settings) as opened:
+        before, head = await opened.revision(), opened.head()
+        await opened.migrate()
+        said.append(
+            f"database   {settings.database}: "
+            + ("up to date" if before == head else f"migrated from {before}" if before else "created")
+        )
+        if settings.database.startswith("sqlite:"):
+            _link_registry(settings)
+            said.append(f"registry   {settings.registry_link} -> the same database")
+        said += await packages.ship(opened, settings.agents)
+    if settings.home == SYSTEM_HOME and os.geteuid() == 0:
+        said.append(f"ssh        {_write_client_config(settings)}: root reaches VMs by a plain `ssh root@<address>`")
+    if image:
+        found = await ensure_image(settings, progress)
+        said.append(f"image      {found.digest[:12]} in {found.dir}")
+    return said
+
+
+async def ensure_image(settings: Settings, progress: Progress = _silent) -> Image:
+    """The image of the current recipe: found, taken from the cache, or built."""
+    source = images(settings)
+    try:
+        return await source.find()
+    except ImageError:
+        return await source.build(progress=progress)
+
+
+def _make(directory: Path, mode: int = 0o755) -> None:
+    try:
+        directory.mkdir(mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(
+            f"can't make {directory}: {error.strerror}; run as root, or choose a home with --home"
+        ) from None
+
+
+def _link_registry(settings: Settings) -> None:
+    """The second documented path of the database: a symbolic link, so that both are one."""
+    link, target = settings.registry_link, settings.data_dir / "swarm.db"
+    _make(link.parent)
+    if link.is_symlink() and link.readlink() == target:
+        return
+    if link.exists() and not link.is_symlink():
+        raise Conflict(f"{link} is a file of its own, not a link to {target}: move it away, then run this again")
+    partial = link.with_name(f".{link.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target)
+    partial.rename(link)
+
+
+def _write_client_config(settings: Settings) -> Path:
+    from swarm.vm.ssh import CLIENT_CONFIG
+
+    ssh = ssh_dir(settings)
+    ssh.public_key()  # made now, so that the first VM need not
+    _make(CLIENT_CONFIG.parent)
+    CLIENT_CONFIG.write_text(ssh.client_config(settings.subnet))
+    return CLIENT_CONFIG
+
+
+# --- one-off runs ---------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
+    """What runs an agent without a ticket; without ``vm`` as plain processes of this host, which needs no image, no
+    rights, and isolates nothing."""
+    import tempfile
+
+    from swarm.engine import Engine, Limits
+    from swarm.vm.process import NoImages
+
+    limits = Limits(output_json_bytes=settings.max_output_mb << 20)
+    if vm:
+        await sweep(settings)
+        yield Engine(launcher=launcher(settings, await choice(settings)), images=images(settings), limits=limits)
+        return
+
+    with tempfile.TemporaryDirectory(prefix="swarm-") as scratch:
+        own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
+        yield Engine(launcher=launcher(own, await choice(own), clones=False), images=NoImages(), limits=limits)
+
+
+# --- running tickets ------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def worker(settings: Settings, opened: Store, *, warm: int | None = 0) -> AsyncIterator[Worker]:
+    """A worker on this host, with a name that no other process has. Leftovers of dead ones are removed first.
+
+    ``warm``: how many VMs it keeps ready, of each template in use; None follows the demand.
+    """
+    from swarm.engine import Engine, Limits
+    from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
+    from swarm.vm.process import NoImages
+    from swarm.worker import Worker
+
+    await sweep(settings)
+    limits = Limits(output_json_bytes=settings.max_output_mb << 20)
+    vms = launcher(settings, await choice(settings))
+    async with AsyncExitStack() as stack:
+        if warm != 0:
+            await stack.enter_async_context(await _pool(settings, vms, warm))
+        yield Worker(
+            store=opened,
+            engine=Engine(
+                launcher=vms, images=NoImages() if settings.driver == "process" else images(settings), limits=limits
+            ),
+            name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
+            lease_seconds=settings.lease_seconds,
+            queue_timeout_seconds=settings.queue_timeout_seconds,
+        )
+
+
+async def _pool(settings: Settings, vms: Launcher, warm: int | None) -> Pool:
+    """Filled from the start with what was used last; on a fresh host, with what an agent gets who asks for nothing."""
+    from swarm.vm.driver import VmSpec
+    from swarm.vm.pool import Pool
+
+    image = await images(settings).find()
+    used = sorted((t for t in templates(settings).all() if t.image == image.digest), key=lambda t: -t.used_at)
+    specs = [
+        VmSpec(image=image, vcpus=t.vcpus, memory_mb=t.memory_mb, disk_mb=t.disk_mb, preload=t.preload) for t in used
+    ]
+    return Pool(vms, warm=warm, specs=specs[:1] or [VmSpec(image=image)])
+
+
+@asynccontextmanager
+async def dispatcher(
+    settings: Settings,
+    opened: Store,
+    *,
+    max_vms: int,
+    grace_seconds: float,
+    ended: Callable[[Ended], None] = lambda _: None,
+    warm: int | None = 0,
+) -> AsyncIterator[Dispatcher]:
+    """What serves tickets on this host, ready to `run`. ``warm``: see `worker`."""
+    import psutil
+
+    from swarm import process
+    from swarm.dispatch import Dispatcher, Memory
+
+    total_mb = psutil.virtual_memory().total >> 20
+    memory = Memory(
+        total_mb=total_mb,
+        reserve_mb=min(1024, total_mb // 8),
+        available_mb=lambda: psutil.virtual_memory().available >> 20,
+    )
+    async with worker(settings, opened, warm=warm) as ours, opened.watching() as wake:
+        yield Dispatcher(
+            store=opened,
+            worker=ours,
+            wake=wake,
+            max_vms=max_vms,
+            memory=None if settings.driver == "process" else memory,
+            grace_seconds=grace_seconds,
+            info={"driver": settings.driver, "started": process.start_time(os.getpid())},
+            ended=ended,
+        )
+
+
+async def run_ticket(
+    settings: Settings, ticket_id: str, *, timeout_seconds: float | None = None
+) -> tuple[Ticket, list[AttemptRow]]:
+    """Run one ticket to its end in this process. See `swarm.single.run_ticket`."""
+    from swarm import single
+
+    async with store(settings) as opened:
+        single.check(await opened.ticket(ticket_id))  # before anything is made ready for it
+        async with worker(settings, opened) as ours:
+            ticket = await single.run_ticket(opened, ours, ticket_id, timeout_seconds=timeout_seconds)
+        return ticket, await opened.attempts(ticket_id)
+
+
+async def run_ticket_in_background(settings: Settings, ticket_id: str, *, timeout_seconds: float | None = None) -> int:
+    """Start a process that runs the ticket and outlives this one; its pid. Raises NotFound, Conflict."""
+    from swarm import process, single
+
+    async with store(settings) as opened:
+        single.check(await opened.ticket(ticket_id))
+    log = settings.data_dir / "run-ticket.log"
+    argv = [sys.executable, "-m", "swarm.cli.engine", "run-ticket", "--wait", "--json"]
+    if timeout_seconds is not None:
+        argv += ["--timeout", f"{timeout_seconds:g}"]
+    ours = {name: value for name, value in os.environ.items() if name.startswith("SWARM_")}
+    child = await process.spawn(
+        [*argv, "--home", str(settings.home), "--", ticket_id], output=log, env=ours, die_with_parent=False
+    )
+    return child.pid
+
+
+# --- VMs by hand ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spawned:
+    """A VM that runs by itself. ``driver`` says which one runs it, and why that one."""
+
+    record: VmRecord
+    driver: str
+    console: Path
+
+
+async def spawn(settings: Settings, n: int, *, memory_mb: int, vcpus: int, progress: Progress = _silent) -> Spawned:
+    """VM ``n``, which goes on when this process ends."""
+    from swarm.vm.driver import VmSpec
+
+    progress("image", 0.0)
+    spec = VmSpec(image=await images(settings).find(), vcpus=vcpus, memory_mb=memory_mb)
+    await sweep(settings)
+    progress("driver", 0.1)
+    chosen = await choice(settings)
+    progress("booting", 0.3)
+    record = await launcher(settings, chosen, clones=False).spawn(n, spec)
+    return Spawned(record=record, driver=chosen.describe(), console=inventory(settings).dir(n) / "console.log")
+
+
+async def remove(settings: Settings, n: int) -> None:
+    """Remove VM ``n``. Raises NotFound; Conflict when a live engine uses it."""
+    from swarm.vm.sweep import remove_vm
+
+    net = network(settings)
+    await remove_vm(inventory(settings), net, n)
+    await asyncio.to_thread(ssh_dir(settings).know, net.address(n), None)
+
+
+async def cleanup(settings: Settings, *, force: bool = False) -> CleanupReport:
+    from swarm.vm import sweep
+
+    return await sweep.cleanup(inventory(settings), network(settings), force=force)
+
+
+async def install_firecracker(
+    version: str | None, source: Path | None, target: Path, *, progress: Progress = _silent
+) -> list[Path]:
+    """Download (or take from ``source``), check and install Firecracker and its jailer. Returns their paths."""
+    from swarm.vm.firecracker_install import DEFAULT_VERSION, install
+
+    return await install(version=version or DEFAULT_VERSION, source=source, target=target, progress=progress)

@@ -1,0 +1,104 @@
+"""What a benchmark found, as values and as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Final
+
+from swarm.clock import PHASES
+
+Spread = Mapping[str, float]  # p50, p95, p99, all in one unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One of ours beside what the bare part needs. ``ratio`` is ours / baseline; None without a baseline."""
+
+    name: str
+    ours: float
+    baseline: float | None
+    unit: str
+    n: int
+    target: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        return round(self.ours / self.baseline, 3) if self.baseline else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """``tickets`` inserted at once and run in one mode. Milliseconds. ``insert_to_done`` is the host's own clock around
+    the whole; ``phases`` are what the attempts recorded. ``engine_cpu_share``: CPU time of the engine's process for
+    each of its VMMs'."""
+
+    mode: str
+    tickets: int
+    n: int
+    insert_to_done: Spread
+    phases: Mapping[str, Spread]
+    per_second: float
+    engine_cpu_share: float
+    failed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    host: Mapping[str, object]
+    cells: tuple[Cell, ...]
+    figures: tuple[Figure, ...]
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p95, p99 by nearest rank: with few values, p99 is the worst that was seen."""
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    rank = {name: ordered[min(len(ordered) - 1, int(len(ordered) * share))] for name, share in _RANKS}
+    return {name: round(value, 2) for name, value in {**rank, "p50": statistics.median(ordered)}.items()}
+
+
+_RANKS: Final = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, in the order of the phases.
+_COLOURS: Final = (
+    "#999999", "#ccbb44", "#56b4e9", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#f0e442", "#000000",
+)  # fmt: skip
+_WIDTH, _LEFT, _BAR, _GAP, _TOP = 960, 150, 22, 12, 74
+
+
+def plot(report: Report) -> str:
+    """An SVG: one bar for each cell, its phases (medians) stacked."""
+    bars = [(f"{c.mode} x {c.tickets}", {p: c.phases[p]["p50"] for p in PHASES if p in c.phases}) for c in report.cells]
+    longest = max((sum(phases.values()) for _, phases in bars), default=1.0) or 1.0
+    scale = (_WIDTH - _LEFT - 110) / longest
+    height = _TOP + len(bars) * (_BAR + _GAP) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
+        '<text x="12" y="22" font-size="16">Where a ticket\'s time goes: medians, '
+        f"{escape(str(report.host['driver']))}</text>",
+    ]
+    x = 12.0
+    for phase, colour in zip(PHASES, _COLOURS, strict=False):
+        parts.append(f'<rect x="{x:.0f}" y="38" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 16:.0f}" y="49">{escape(phase)}</text>')
+        x += 34 + 7.5 * len(phase)
+    for row, (name, phases) in enumerate(bars):
+        y, x = _TOP + row * (_BAR + _GAP), float(_LEFT)
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 16}" text-anchor="end">{escape(name)}</text>')
+        for phase, colour in zip(PHASES, _COLOURS, strict=False):
+            width = phases.get(phase, 0.0) * scale
+            title = f"<title>{escape(phase)}: {phases.get(phase, 0.0):.1f} ms</title>"
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{colour}">{title}</rect>'
+            )
+            x += width
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{sum(phases.values()):.0f} ms</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,0 +1,348 @@
+"""Running the cells of a benchmark: real tickets in a database of their own, the real engine, real VMs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import resource
+import socket
+import sqlite3
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from swarm import app, process
+from swarm.bench import raw
+from swarm.bench.report import Cell, Figure, Report, percentiles
+from swarm.clock import Timeline
+from swarm.config import Settings, load
+from swarm.dispatch import Dispatcher
+from swarm.engine import Engine, Limits
+from swarm.errors import SwarmError
+from swarm.model import Succeeded
+from swarm.store.store import Store
+from swarm.vm.choose import Choice
+from swarm.vm.driver import Image, VmSpec
+from swarm.vm.launcher import Label, Launcher, Machine
+from swarm.vm.pool import Pool
+from swarm.worker import Ended, Worker
+
+MODES: Final = ("cold", "restored", "pool")
+ECHO: Final = "0d72b1b5-a98e-4356-bf52-f654d0509dc4"
+# One ticket by itself says little: it is run so often.
+SINGLES: Final = 7
+_RAW_TIMES: Final = 5
+_FORKS = b"""import os, time
+took = []
+for _ in range(6):
+    began = time.monotonic()
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    took.append((time.monotonic() - began) * 1000)
+print(took[0])
+"""
+Progress = Callable[[str, float], None]
+
+
+@dataclass(kw_only=True)
+class _Bench:
+    settings: Settings
+    choice: Choice
+    image: Image
+    max_vms: int
+    dir: Path
+    store: Store
+    inserted: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> VmSpec:
+        """What the echo agent's manifest asks for."""
+        return VmSpec(image=self.image)
+
+
+async def bench(
+    settings: Settings,
+    *,
+    tickets: Sequence[int] = (1, 5, 25),
+    modes: Sequence[str] = MODES,
+    max_vms: int | None = None,
+    progress: Progress = lambda _step, _share: None,
+) -> Report:
+    """Run everything. Tickets are put into a database of the benchmark's own, which is removed; images, templates and
+    the network are the host's. Raises HostError when this host can't run VMs."""
+    max_vms = max_vms or max(2, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory(prefix="swarm-bench", dir=_on_disk(settings)) as place:
+        shared = {"images_dir": settings.images, "templates_dir": settings.templates}
+        own = load(**{**settings.model_dump(), **shared, "home": Path(place) / "home", "database_url": ""})
+        await app.init(own, image=False)
+        await app.sweep(own)
+        image, chosen = await app.ensure_image(own), await app.choice(own)
+        async with app.store(own) as store:
+            it = _Bench(settings=own, choice=chosen, image=image, max_vms=max_vms, dir=Path(place), store=store)
+            todo = [(mode, count) for mode in modes for count in tickets if mode != "cold" or count == min(tickets)]
+            cells = []
+            for done, (mode, count) in enumerate(todo):
+                progress(f"{mode} x {count}", done / (len(todo) + 2))
+                cells.append(await _cell(it, mode, count))
+            progress("baselines", len(todo) / (len(todo) + 2))
+            figures = await _figures(it, cells)
+        return Report(host=_host(it), cells=tuple(cells), figures=tuple(figures))
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+async def _cell(it: _Bench, mode: str, count: int) -> Cell:
+    launcher = app.launcher(it.settings, it.choice, clones=mode != "cold")
+    if mode != "cold":
+        await launcher.template(it.spec)  # made once for all tickets ever: not a part of any
+    done: dict[str, tuple[float, Ended]] = {}
+    news = asyncio.Event()
+
+    def ended(end: Ended) -> None:
+        done[end.claim.ticket.id] = (time.perf_counter(), end)
+        news.set()
+
+    async with AsyncExitStack() as stack:
+        pool = None
+        if mode == "pool":
+            warm = min(count, it.max_vms)
+            pool = await stack.enter_async_context(Pool(launcher, warm=warm, specs=[it.spec]))
+        await stack.enter_async_context(_serving(it, launcher, ended))
+        cpu, began = _cpu(), 0.0
+        inserted: dict[str, float] = {}
+        seconds = 0.0
+        for batch in range(SINGLES if count == 1 else 1):
+            if pool:
+                await pool.filled()
+            ids = [f"bench-{mode}-{count}-{batch}-{n}" for n in range(count)]
+            began = time.perf_counter()
+            await asyncio.to_thread(_insert, it.settings.data_dir / "swarm.db", ids)
+            inserted.update(dict.fromkeys(ids, began))
+            while not set(ids) <= done.keys():
+                news.clear()
+                await news.wait()
+            seconds += time.perf_counter() - began
+        used = [after - before for before, after in zip(cpu, _cpu(), strict=True)]
+    ends = [end for _, end in done.values()]
+    phases = {name for end in ends for name in end.timings}
+    return Cell(
+        mode=mode,
+        tickets=count,
+        n=len(ends),
+        insert_to_done=percentiles([(at - inserted[id]) * 1000 for id, (at, _) in done.items()]),  # noqa: A001
+        phases={name: percentiles([end.timings.get(name, 0.0) for end in ends]) for name in phases},
+        per_second=round(len(ends) / seconds, 2),
+        engine_cpu_share=round(used[0] / used[1], 3) if used[1] else 0.0,
+        failed=sum(not isinstance(end.outcome, Succeeded) for end in ends),
+    )
+
+
+@asynccontextmanager
+async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None]) -> AsyncIterator[None]:
+    limits = Limits(output_json_bytes=it.settings.max_output_mb << 20)
+    worker = Worker(
+        store=it.store,
+        engine=Engine(launcher=launcher, images=app.images(it.settings), limits=limits),
+        name=f"{socket.gethostname()}:{os.getpid()}:bench",
+        lease_seconds=it.settings.lease_seconds,
+    )
+    async with it.store.watching() as wake:
+        dispatcher = Dispatcher(
+            store=it.store,
+            worker=worker,
+            wake=wake,
+            max_vms=it.max_vms,
+            memory=None,
+            grace_seconds=60,
+            ended=ended,
+        )
+        serving = asyncio.create_task(dispatcher.run())
+        try:
+            yield
+        finally:
+            dispatcher.stop()
+            await serving
+
+
+def _insert(database: Path, ids: Sequence[str]) -> None:
+    """As any tool would."""
+    statement = (
+        "INSERT INTO tickets"
+        " (id, project_id, title, state, agent_id, assignee_id, assignee_type, execution_mode, inputs)"
+        " VALUES (?, 'bench', 'bench', 'ready', ?, ?, 'agent', 'agent', '{\"n\": 1}')"
+    )
+    connection = sqlite3.connect(database, timeout=30)
+    with connection:
+        connection.executemany(statement, [(id, ECHO, ECHO) for id in ids])  # noqa: A001
+    connection.close()
+
+
+def _cpu() -> tuple[float, float]:
+    """CPU seconds of this process, and of its children that have ended (VMMs and their helpers)."""
+    return tuple(  # type: ignore[return-value]
+        usage.ru_utime + usage.ru_stime
+        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    )
+
+
+# --- beside baselines -------------------------------------------------------------------------------------------------
+
+
+async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
+    launcher = app.launcher(it.settings, it.choice)
+    template = await launcher.template(it.spec)
+    accelerator = it.choice.probe.accelerator
+    single = {cell.mode: cell for cell in cells if cell.tickets == min(c.tickets for c in cells)}
+    found: list[Figure] = []
+
+    def add(name: str, ours: float, baseline: float | None, *, n: int, unit: str = "ms", target: str = "") -> None:
+        rounded = None if baseline is None else round(baseline, 2)
+        found.append(Figure(name=name, ours=round(ours, 2), baseline=rounded, unit=unit, n=n, target=target))
+
+    if it.choice.driver.name == "qemu":
+        colds = [await raw.cold_boot(it.image, _fresh(it), memory_mb=256, accelerator=accelerator) for _ in range(3)]
+        if "cold" in single:
+            phases = single["cold"].phases
+            ours = phases["vmm"]["p50"] + phases["boot"]["p50"]
+            add("cold boot to userspace", ours, statistics.median(colds), n=len(colds))
+    if template is not None and it.choice.driver.name == "qemu":
+        network = app.network(it.settings)
+        await network.ensure_host()
+        bare, vmm_ms, ours_ms, ours_kb, forks = [], [], [], [], []
+        for _ in range(_RAW_TIMES):  # in turns, so that both see the same host
+            slot = await network.create(_SLOT)
+            try:
+                bare.append(await raw.clone(template, slot, _fresh(it), accelerator=accelerator))
+            finally:
+                await network.destroy(_SLOT)
+            timeline = Timeline()
+            async with launcher.machine(it.spec, Label(), timeline) as machine:
+                phases_ms = timeline.phases()
+                vmm_ms.append(phases_ms["vmm"])
+                ours_ms.append(phases_ms["vmm"] + phases_ms["boot"])
+                ours_kb.append(raw.memory_of(machine.vm.pid)[0])
+                forks.append(await _fork(machine))
+        middle = statistics.median
+        add("restore to the VM running", middle(vmm_ms), middle(b.running_ms for b in bare), n=_RAW_TIMES)
+        add(
+            "restore to agentd answering",
+            middle(ours_ms),
+            middle(b.answered_ms for b in bare),
+            n=_RAW_TIMES,
+            target="<= 1.3 x",
+        )
+        add("TCP connect to a fresh clone", middle(b.connect_ms for b in bare), None, n=_RAW_TIMES)
+        add(
+            "agent's start in a fresh clone (bare: a fork)",
+            middle(f[0] for f in forks),
+            middle(f[1] for f in forks),
+            n=_RAW_TIMES,
+        )
+        add(
+            "memory private to a clone",
+            middle(ours_kb) / 1024,
+            middle(b.private_kb for b in bare) / 1024,
+            n=_RAW_TIMES,
+            unit="MB",
+            target="<= 1.1 x",
+        )
+        add(
+            "memory of a bare clone, proportional", middle(b.pss_kb for b in bare) / 1024, None, n=_RAW_TIMES, unit="MB"
+        )
+    took = []
+    network = app.network(it.settings)
+    await network.create(_SLOT)
+    try:
+        for _ in range(_RAW_TIMES):
+            began = time.perf_counter()
+            await network.recycle(_SLOT)
+            took.append((time.perf_counter() - began) * 1000)
+    finally:
+        await network.destroy(_SLOT)
+    add("network slot, used again", statistics.median(took), None, n=len(took), target="<= 5 ms")
+    ssh = await _cold_ssh(it)
+    for mode, target in (("restored", "<= 250 ms"), ("pool", "<= 100 ms")):
+        if mode in single:
+            cell = single[mode]
+            add(
+                f"INSERT to done, {mode} (bare: cold boot + ssh)",
+                cell.insert_to_done["p50"],
+                ssh,
+                n=cell.n,
+                target=target,
+            )
+    return found
+
+
+async def _fork(machine: Machine) -> tuple[float, float]:
+    """Milliseconds in a fresh clone: from an agent's order to its first instruction, and a bare fork by that agent."""
+    said = bytearray()
+    await machine.channel.put({"fork.py": _FORKS}, dest="/agent", owner="root")
+    ended = await machine.channel.run(
+        ["/agent/fork.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data)
+    )
+    return (ended.started_ns - ended.received_ns) / 1e6, float(said)
+
+
+async def _cold_ssh(it: _Bench) -> float | None:
+    """How it would be done without all this: boot a VM, then run one command in it by ssh. Milliseconds."""
+    launcher = app.launcher(it.settings, it.choice, clones=False)
+    key = app.ssh_dir(it.settings).key
+    began = time.perf_counter()
+    try:
+        async with launcher.machine(it.spec, Label(), Timeline()) as machine:
+            options = ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=30")
+            flags = [word for option in options for word in ("-o", option)]
+            await process.run(
+                ["ssh", "-F", "none", "-i", str(key), *flags, f"root@{machine.vm.endpoint.host}", "true"],
+                timeout_seconds=60,
+            )
+            return (time.perf_counter() - began) * 1000
+    except SwarmError:
+        return None
+
+
+_SLOT: Final = 65_432
+
+
+def _fresh(it: _Bench) -> Path:
+    return Path(tempfile.mkdtemp(dir=it.dir))
+
+
+def _on_disk(settings: Settings) -> Path:
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    return settings.state_dir
+
+
+def _host(it: _Bench) -> dict[str, object]:
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
+    return {
+        "driver": it.choice.describe().partition(", because")[0],
+        "kvm": it.choice.probe.accelerator == "kvm",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_mb": psutil.virtual_memory().total >> 20,
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "image": it.image.digest[:12],
+        "max_vms": it.max_vms,
+    }

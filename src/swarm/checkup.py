@@ -1,0 +1,118 @@
+"""`swarm doctor`: which checks there are under given settings, and in which order. The checks are `swarm.doctor`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarm import app
+from swarm.config import Settings
+from swarm.errors import HostError, SwarmError
+
+if TYPE_CHECKING:
+    from swarm.doctor import Check
+    from swarm.doctor.capacity import Capacity
+
+
+async def examine(settings: Settings) -> Sequence[Check]:
+    """Every check of `swarm doctor`, in the order in which they are shown."""
+    from swarm.doctor import home, host, path
+    from swarm.doctor.check import fail, ok
+
+    checks = await host.examine(state_dir=settings.state_dir, images_dir=settings.images)
+    checks.append(
+        await home.attempt("subnet", "set SWARM_SUBNET, or `subnet` in swarm.toml", lambda: _subnet(settings))
+    )
+    checks.append(await home.attempt("image", "swarm image build", lambda: _image(settings)))
+    checks.append(await home.attempt("VM driver", "see the cause", lambda: _driver(settings)))
+    checks += await _database(settings)
+    try:
+        records = app.inventory(settings).records()
+    except HostError as error:
+        return [*checks, fail("VMs", str(error), "run it as root: sudo swarm doctor")]
+    for record in records:
+        if record.owner_alive and not record.pid:
+            checks.append(ok(f"VM {record.n}", f"is being made, or kept ready, by process {record.owner_pid}"))
+            continue
+        if record.alive and not record.netns:
+            checks.append(ok(f"VM {record.n}", f"process {record.pid}, by driver {record.driver}: without a network"))
+            continue
+        place = path.Place(
+            n=record.n,
+            pid=record.pid,
+            netns=record.netns,
+            address=app.network(settings).address(record.n),
+            console=app.inventory(settings).dir(record.n) / "console.log",
+            how_it_ended="" if record.alive else "it ended, or was killed",
+            token=_token(app.inventory(settings).dir(record.n)),
+            by_hand=record.kind == "manual",
+        )
+        checks += await path.examine(place, bridge=settings.bridge, subnet=settings.subnet)
+    return checks
+
+
+async def examine_production(settings: Settings) -> Sequence[Check]:
+    """Every check of `swarm doctor --production`."""
+    from swarm.doctor import production
+    from swarm.vm import firecracker
+
+    try:
+        jailer = await firecracker.version_of(firecracker.JAILER)
+    except HostError:
+        jailer = None
+    return production.examine(jailed=settings.jailer, jailer=jailer)
+
+
+async def capacity(settings: Settings, *, memory_mb: int, disk_mb: int) -> Capacity:
+    """How many VMs of this size fit this host now. Starts one."""
+    from swarm.doctor.capacity import measure
+    from swarm.vm.driver import VmSpec
+
+    await app.sweep(settings)
+    spec = VmSpec(image=await app.images(settings).find(), memory_mb=memory_mb, disk_mb=disk_mb)
+    return await measure(app.launcher(settings, await app.choice(settings)), app.inventory(settings), spec)
+
+
+def _token(directory: Path) -> bytes | None:
+    """What agentd asks for, of a VM made by hand; an engine keeps its VMs' tokens to itself."""
+    from swarm.vm.launcher import TOKEN_FILE
+
+    try:
+        return (directory / TOKEN_FILE).read_bytes()
+    except OSError:
+        return None
+
+
+async def _subnet(settings: Settings) -> str:
+    from swarm.vm import netns
+    from swarm.vm.bridge import Bridge
+
+    bridge = Bridge(subnet=settings.subnet, name=settings.bridge, gateway_port=None)
+    await netns.in_thread(bridge.check_clashes)
+    return f"{settings.subnet} on {settings.bridge} is free for VMs"
+
+
+async def _driver(settings: Settings) -> str:
+    return (await app.choice(settings)).describe()
+
+
+async def _image(settings: Settings) -> str:
+    image = await app.images(settings).find()
+    return f"{image.digest[:12]} in {image.dir}, every part as it was built"
+
+
+async def _database(settings: Settings) -> list[Check]:
+    from swarm.doctor import home
+    from swarm.doctor.check import fail
+    from swarm.store.store import Store
+
+    checks = []
+    try:
+        async with app.store(settings) as opened:
+            checks += await home.database(settings.database, opened, Store.head())
+    except SwarmError as error:
+        checks.append(fail("database", str(error), "swarm init"))
+    if settings.database.startswith("sqlite:"):
+        checks.append(home.registry(settings.registry_link, settings.data_dir / "swarm.db"))
+    return checks

@@ -1,0 +1,1 @@
+"""The commands: swarm, swarm-engine, swarm-spawn-ns, swarm-cleanup."""

@@ -1,0 +1,198 @@
+"""`swarm agent …`: write, test, register and look at agents. docs/agents.md tells how to write one."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.cli.frame import Cli, command, new_app
+from swarm.cli.inputs import read_inputs
+
+if TYPE_CHECKING:
+    from swarm.agents import Package
+
+app = new_app("agent", "Agents: init, test, add, list, show, run, rm.")
+
+_Ref = Annotated[str, typer.Argument(metavar="AGENT", help="Name, name@version or id.", show_default=False)]
+_NO_VM = "run without a VM, as plain processes of this host: no isolation, no limits; --vm runs it as tickets are run"
+
+
+@command(app, "init", examples=["swarm agent init word-count", "swarm agent init shout --lang sh"])
+async def init(
+    cli: Cli,
+    name: Annotated[str, typer.Argument(help="Its name, and that of the new directory.", show_default=False)],
+    lang: Annotated[str, typer.Option("--lang", help="python, sh or node.")] = "python",
+) -> None:
+    """Write a new agent into the directory NAME, ready to be changed and tested."""
+    from swarm import agents
+
+    manifest = agents.template(lang, name, Path(name))
+    cli.out.line(f"{manifest.parent}: change it, then `swarm agent test {name}/` and `swarm agent add {name}/`")
+
+
+@command(app, "add", examples=["swarm agent add word-count/", "swarm agent add word-count.tar.gz"], json=True)
+async def add(
+    cli: Cli,
+    source: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A directory, or a .tar.gz.", show_default=False)],
+) -> None:
+    """Register an agent. The same again is nothing; changed content under a known version is refused."""
+    from swarm import agents, packages
+    from swarm import app as wiring
+
+    with agents.opened(source) as directory:
+        async with wiring.store(cli.settings) as store:
+            agent = await packages.add_agent(store, directory, cli.settings.agents)
+    if cli.out.json:
+        cli.out.dump(agent)
+    else:
+        cli.out.line(f"{agent.name}@{agent.version}, id {agent.id}")
+
+
+@command(app, "list", examples=["swarm agent list", "swarm agent list --json"], json=True)
+async def list_(cli: Cli) -> None:
+    """List the registered agents."""
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        agents = await store.agents()
+    if cli.out.json:
+        cli.out.dump(agents)
+        return
+    rows = [(a.name, a.version, a.id, a.runtime, f"{a.memory_mb} MB", a.network, a.description) for a in agents]
+    columns = ("NAME", "VERSION", "ID", "RUNTIME", "MEMORY", "NETWORK", "DESCRIPTION")
+    cli.out.table(columns, rows, empty="no agents: run `swarm init`")
+
+
+@command(app, "show", examples=["swarm agent show echo", "swarm agent show echo@1.0.0 --json"], json=True)
+async def show(cli: Cli, agent: _Ref) -> None:
+    """Show one agent: its program, its limits, where its files are."""
+    from swarm import app as wiring
+    from swarm.cli.output import plain
+
+    async with wiring.store(cli.settings) as store:
+        found = await store.agent(agent)
+    if cli.out.json:
+        cli.out.dump(found)
+        return
+    cli.out.fields({name: _shown(value) for name, value in plain(found).items() if value not in ([], {}, "")})
+
+
+@command(app, "rm", examples=["swarm agent rm word-count@1.2.0"])
+async def rm(cli: Cli, agent: _Ref) -> None:
+    """Forget an agent and remove its files; refused while an unfinished ticket or a workflow needs it."""
+    from swarm import app as wiring
+    from swarm import packages
+
+    async with wiring.store(cli.settings) as store:
+        gone = await packages.remove_agent(store, agent, cli.settings.agents)
+    cli.out.line(f"removed {gone.name}@{gone.version}")
+
+
+_Source = Annotated[
+    str, typer.Argument(metavar="DIR|AGENT", help="A directory, a .tar.gz, or a registered agent.", show_default=False)
+]
+
+
+@command(app, "test", examples=["swarm agent test word-count/", "swarm agent test shell --vm"], json=True)
+async def test(
+    cli: Cli,
+    source: _Source,
+    vm: Annotated[bool, typer.Option("--vm", help="In VMs, as tickets are run (needs root, and the image).")] = False,
+) -> int:
+    """Run the examples of an agent's manifest and compare what they leave. Exit status 1 if one is not as it says."""
+    from swarm import app as wiring
+    from swarm import trial
+    from swarm.errors import UsageError
+
+    results = []
+    with ExitStack() as stack:
+        package = await _package(cli, source, stack, vm=vm)
+        if not package.examples:
+            raise UsageError(f"the agent {package.agent.name!r} has no `examples` in its agent.yaml: there is no test")
+        async with wiring.trial(cli.settings, vm=vm) as engine:
+            async for example, wrong in trial.examples(engine, package):
+                results.append({"example": example.name, "passed": not wrong, "wrong": wrong})
+                if not cli.out.json:
+                    cli.out.marked("fail" if wrong else "ok  ", "red" if wrong else "green", example.name)
+                    for line in wrong:
+                        cli.out.line(f"      {line}")
+    if cli.out.json:
+        cli.out.dump(results)
+    return 0 if all(result["passed"] for result in results) else 1
+
+
+@command(
+    app,
+    "run",
+    examples=[
+        "swarm agent run echo --input name=Ada",
+        "swarm agent run word-count/ --inputs @inputs.json --no-vm",
+    ],
+)
+async def run(
+    cli: Cli,
+    source: _Source,
+    inputs: Annotated[str | None, typer.Option("--inputs", help="A JSON object, or @FILE (@- is stdin).")] = None,
+    input: Annotated[  # noqa: A002
+        list[str] | None,
+        typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input; VALUE is JSON, else text."),
+    ] = None,
+    vm: Annotated[
+        bool, typer.Option("--vm/--no-vm", help="In a VM, as tickets are run; or as a plain process.")
+    ] = True,
+) -> int:
+    """Run an agent once, without a ticket: what it prints goes to stderr, its outputs, as JSON, to stdout."""
+    from swarm import app as wiring
+    from swarm import trial
+    from swarm.cli.output import clean
+    from swarm.errors import UsageError
+    from swarm.model import Failed, Succeeded
+
+    given = read_inputs(inputs, input or [])
+    with ExitStack() as stack:
+        package = await _package(cli, source, stack, vm=vm)
+        if package.needs_layer and vm:
+            raise UsageError("requirements and packages need a layer, which this version of Swarm can't build yet")
+
+        def printed(_stream: str, data: bytes) -> None:
+            sys.stderr.write(clean(data.decode(errors="replace"), one_line=False))
+            sys.stderr.flush()
+
+        async with wiring.trial(cli.settings, vm=vm) as engine:
+            outcome = await trial.run(engine, package.agent, given, on_output=printed)
+    if isinstance(outcome, Succeeded):
+        import json
+
+        cli.out.dump(json.loads(outcome.outputs))
+        return 0
+    cli.out.error(outcome.message.partition("\nThe last that it printed:")[0])  # that was shown as it came
+    return 2 if isinstance(outcome, Failed) and outcome.reason == "input_invalid" else 1
+
+
+async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Package:
+    """The package in a directory, in an archive (unpacked until ``stack`` ends), or as it was registered."""
+    from dataclasses import replace
+
+    from swarm import agents, trial
+    from swarm import app as wiring
+
+    if "/" in source or Path(source).exists():
+        package = agents.read_package(stack.enter_context(agents.opened(Path(source))))
+    else:
+        async with wiring.store(cli.settings) as store:
+            found = await store.agent(source)
+        package = replace(agents.read_package(found.path), agent=found)
+    if vm:
+        return package
+    cli.out.note(f"note: {_NO_VM}")
+    return replace(package, agent=trial.without_vm(package.agent))
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_shown(each)}" for name, each in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else value

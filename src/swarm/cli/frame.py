@@ -1,0 +1,187 @@
+"""The frame around every command: common options, settings, signals, errors, exit status, output.
+
+A command is ``async def name(cli: Cli, …Typer parameters…) -> int | None``, registered with `command`. What it returns
+is the exit status (None is 0). What it raises becomes one line on stderr:
+
+======================================  ======
+SwarmError                              its ``exit_status`` (1, or 2 for wrong use)
+SIGINT, SIGTERM, SIGHUP                 128 + number, after the command was cancelled and has cleaned up
+a reader that went away (`| head`)      141, silently
+anything else                           1, and a hint to ``--debug``
+======================================  ======
+
+A traceback is printed with ``--debug`` only. Heavy modules are imported inside commands: `swarm --help` must not wait
+for a database library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.cli.output import Out
+
+if TYPE_CHECKING:
+    from swarm.config import Settings
+
+_PANEL = "Common options"
+
+_Home = Annotated[
+    Path | None,
+    typer.Option("--home", help="Where tickets, agents and images live (SWARM_HOME).", rich_help_panel=_PANEL),
+]
+_Debug = Annotated[bool, typer.Option("--debug", help="Log every step, print tracebacks.", rich_help_panel=_PANEL)]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_PANEL)]
+
+
+class Cli:
+    """What a command is given: the settings, and how to print."""
+
+    def __init__(self, *, settings: Settings, out: Out, debug: bool = False) -> None:
+        self.settings = settings
+        self.debug = debug
+        self.out = out
+
+
+Command = Callable[..., Awaitable[int | None]]
+
+
+def new_app(name: str, help: str, *, examples: Sequence[str] = (), many: bool = True) -> typer.Typer:  # noqa: A002
+    """A program or a group of commands. ``many`` False: a program that is itself the one command."""
+    return typer.Typer(
+        name=name,
+        help=help,
+        epilog=_epilog(examples),
+        no_args_is_help=many,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def command(
+    app: typer.Typer, name: str | None = None, *, examples: Sequence[str], json: bool = False
+) -> Callable[[Command], Command]:
+    """Register an async function as a command, with the common options added behind its own."""
+
+    def register(function: Command) -> Command:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        common: dict[str, Any] = {"home": _Home, "debug": _Debug} | ({"as_json": _Json} if json else {})
+        kind = inspect.Parameter.KEYWORD_ONLY
+        extra = [
+            inspect.Parameter(n, kind, default=None if n == "home" else False, annotation=a) for n, a in common.items()
+        ]
+
+        @functools.wraps(function)
+        def run(*, home: Path | None, debug: bool, as_json: bool = False, **values: Any) -> None:
+            sys.exit(perform(function, values, home=home, debug=debug, as_json=as_json))
+
+        run.__signature__ = inspect.Signature([p.replace(kind=kind) for p in own] + extra)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in own} | common
+        del run.__wrapped__  # else Typer reads the signature of what is inside
+        app.command(name, epilog=_epilog(examples))(run)
+        return function
+
+    return register
+
+
+def perform(function: Command, values: dict[str, Any], *, home: Path | None, debug: bool, as_json: bool) -> int:
+    """Run a command to its end; the exit status."""
+    out = Out(json=as_json)
+    try:
+        from swarm import config
+        from swarm.log import configure
+
+        configure(debug=debug)
+        cli = Cli(settings=config.load(home=home and home.absolute()), out=out, debug=debug)
+        status = asyncio.run(_until_signalled(function(cli, **values)))
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:
+        # Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (Exception, KeyboardInterrupt, _Stopped) as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(_only(error), out, debug)
+
+
+def _explain(error: BaseException, out: Out, debug: bool) -> int:
+    """Say in one line what ended the command; the exit status."""
+    from swarm.errors import SwarmError
+
+    match error:
+        case SwarmError():
+            out.error(str(error))
+            return error.exit_status
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+        case _Stopped():
+            out.error("interrupted" if error.number == signal.SIGINT else f"stopped by {error.number.name}")
+            return 128 + error.number
+    out.error(f"unexpected: {type(error).__name__}: {error}" + ("" if debug else " (--debug shows where)"))
+    return 1
+
+
+def _only(error: BaseException) -> BaseException:
+    """What a TaskGroup wraps when one thing went wrong."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+class _Stopped(BaseException):
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+
+async def _until_signalled(work: Awaitable[int | None]) -> int | None:
+    """Await the work; a signal cancels it, and once it has cleaned up, _Stopped is raised."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work)
+    seen: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        seen.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` stays what it is
+            loop.add_signal_handler(number, stop, number)
+    try:
+        result = await task
+    except asyncio.CancelledError:
+        if seen:
+            raise _Stopped(seen[0]) from None
+        raise
+    except BaseException:
+        if seen:  # the work failed while it was being stopped: that it was stopped is the news
+            raise _Stopped(seen[0]) from None
+        raise
+    return result
+
+
+def start(app: typer.Typer, name: str) -> None:
+    """Run a program: the body of every entry point."""
+    with contextlib.suppress(BrokenPipeError):
+        app(prog_name=name)
+
+
+def _epilog(examples: Sequence[str]) -> str | None:
+    if not examples:
+        return None
+    # A paragraph each: Typer joins the lines of one. The backslash keeps Rich from reading `[…]` as markup.
+    return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", r"\[") for line in examples)])

@@ -1,0 +1,70 @@
+"""`swarm image …`: the guest image that VMs boot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.cli import render
+from swarm.cli.frame import Cli, command, new_app
+
+app = new_app("image", "The guest image: build, list, remove.")
+
+
+@command(
+    app,
+    "build",
+    examples=["swarm image build", 'swarm image build --kernel ./vmlinux --boot-args "nomodule"'],
+    json=True,
+)
+async def build(
+    cli: Cli,
+    force: Annotated[bool, typer.Option("--force", help="Build although it is there.")] = False,
+    kernel: Annotated[
+        Path | None,
+        typer.Option("--kernel", help="Boot this kernel instead of the distribution's.", exists=True, dir_okay=False),
+    ] = None,
+    boot_args: Annotated[
+        str | None, typer.Option("--boot-args", help="What that kernel needs on its command line.")
+    ] = None,
+) -> None:
+    """Build the guest image from the distribution's packages, if it is not there already."""
+    from swarm import app as wiring
+
+    images = wiring.images(cli.settings)
+    with cli.out.progress("guest image") as progress:
+        image = await images.build(force=force, kernel=kernel, boot_args=boot_args, progress=progress)
+    if cli.out.json:
+        cli.out.dump(image)
+    else:
+        cli.out.line(f"image {image.digest[:12]} in {image.dir}")
+
+
+@command(app, "list", examples=["swarm image list", "swarm image list --json"], json=True)
+async def list_(cli: Cli) -> None:
+    """List the images."""
+    from swarm import app as wiring
+
+    found = wiring.images(cli.settings).list()
+    if cli.out.json:
+        cli.out.dump(found)
+        return
+    rows = [(i.digest[:12], i.built_at, render.size(i.size_bytes), i.kernel_version) for i in found]
+    cli.out.table(("DIGEST", "BUILT", "SIZE", "KERNEL"), rows, empty="no image: run `swarm image build`")
+
+
+@command(app, "rm", examples=["swarm image rm 4be1b6c3a8d2"])
+async def rm(
+    cli: Cli,
+    digest: Annotated[list[str], typer.Argument(help="Digests, or unique beginnings of them.", show_default=False)],
+) -> None:
+    """Remove images."""
+    from swarm import app as wiring
+
+    images = wiring.images(cli.settings)
+    for prefix in digest:
+        image = await images.find(prefix)
+        images.remove(image.digest)
+        cli.out.line(f"removed {image.digest[:12]}")

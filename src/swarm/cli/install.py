@@ -1,0 +1,51 @@
+"""`swarm install …`: programs that no distribution packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.cli.frame import Cli, command, new_app
+
+app = new_app("install", "Install what no distribution packages.")
+
+
+@app.callback()
+def group() -> None:
+    """Keeps `firecracker` a word of its own: Typer would make a group's only command the group."""
+
+
+@command(
+    app,
+    "firecracker",
+    examples=[
+        "swarm install firecracker",
+        "swarm install firecracker --version 1.12.1 --from ./firecracker-v1.12.1-x86_64.tgz",
+    ],
+    json=True,
+)
+async def firecracker(
+    cli: Cli,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Which release; default: the newest we know.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="An archive that is here already, instead of a download.", dir_okay=False),
+    ] = None,
+    to: Annotated[Path, typer.Option("--to", help="Where the two programs go.", file_okay=False)] = Path(
+        "/usr/local/bin"
+    ),
+) -> None:
+    """Install Firecracker and its jailer: the official release, checked against digests in Swarm's source."""
+    from swarm import app as wiring
+
+    with cli.out.progress("firecracker") as progress:
+        done = await wiring.install_firecracker(version, source, to, progress=progress)
+    if cli.out.json:
+        cli.out.dump(done)
+    else:
+        for path in done:
+            cli.out.line(f"installed {path}")

@@ -1,0 +1,79 @@
+"""`swarm`: everything but running tickets, which is `swarm-engine`'s."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from swarm.cli import agent, bench, image, install, proof, template, ticket, vm, workflow
+from swarm.cli.frame import Cli, command, new_app, start
+
+app = new_app(
+    "swarm",
+    "Swarm runs tickets with agents, each in a throw-away microVM of its own.",
+    examples=[
+        "swarm init",
+        'swarm ticket add "Say hello" --agent echo --input name=world --id hello',
+        "swarm-engine run-ticket hello --wait",
+        "swarm ticket show hello",
+    ],
+)
+for group in (ticket.app, agent.app, workflow.app, image.app, template.app, vm.app, install.app):
+    app.add_typer(group)
+
+
+@command(app, examples=["swarm init", "swarm init --home ~/swarm --no-image"])
+async def init(
+    cli: Cli,
+    image: Annotated[
+        bool, typer.Option("--image/--no-image", help="Build the guest image, if it is not there.")
+    ] = True,
+) -> None:
+    """Make a home ready: database, registry, the agents and workflows that ship, the guest image. Safe to repeat."""
+    from swarm import app as wiring
+
+    with cli.out.progress("guest image") as progress:
+        done = await wiring.init(cli.settings, image=image, progress=progress)
+    for line in done:
+        cli.out.line(line)
+
+
+@command(
+    app,
+    examples=["swarm doctor", "swarm doctor --json", "swarm doctor --production", "swarm doctor --capacity"],
+    json=True,
+)
+async def doctor(
+    cli: Cli,
+    production: Annotated[
+        bool, typer.Option("--production", help="Only: is this host fit to isolate agents from each other?")
+    ] = False,
+    capacity: Annotated[
+        bool, typer.Option("--capacity", help="Only: how many VMs fit this host, and by which limit?")
+    ] = False,
+    memory: Annotated[int, typer.Option("--memory", min=64, metavar="MB", help="For --capacity: each VM's.")] = 256,
+    disk: Annotated[int, typer.Option("--disk", min=8, metavar="MB", help="For --capacity: each work disk's.")] = 2048,
+) -> int:
+    """Check this host, this home and every VM; say for each fault what mends it. Exit status 1 if anything fails."""
+    from swarm import checkup
+    from swarm.cli.doctor import show, show_capacity
+
+    if capacity:
+        show_capacity(cli.out, await checkup.capacity(cli.settings, memory_mb=memory, disk_mb=disk))
+        return 0
+    checks = await (checkup.examine_production(cli.settings) if production else checkup.examine(cli.settings))
+    show(cli.out, checks)
+    return 1 if any(check.status == "fail" for check in checks) else 0
+
+
+proof.register(app)
+bench.register(app)
+
+
+def run() -> None:
+    start(app, "swarm")
+
+
+if __name__ == "__main__":
+    run()

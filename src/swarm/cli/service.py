@@ -1,0 +1,189 @@
+"""Engines as processes of this host: start one in the background, find those of a home, stop them.
+
+An engine says in the table `workers` which process it is: pid and start time, which together name a process for ever.
+One in the background also has a pid file (the same two) and a log file beside the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarm import process
+from swarm.errors import Conflict, HostError, StoreError
+
+if TYPE_CHECKING:
+    from swarm.config import Settings
+    from swarm.store.rows import WorkerRow
+    from swarm.store.store import Store
+
+# An engine that lives says so every 2 s; one that has not for so long is stopped, or its host is gone.
+SILENT_AFTER_SECONDS = 15.0
+_AGAIN_SECONDS = 0.2
+_START_SECONDS = 180.0  # a probe boot of every driver, in the worst case
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A process, named for ever."""
+
+    pid: int
+    started: int  # clock ticks since boot
+
+    @property
+    def alive(self) -> bool:
+        return process.start_time(self.pid) == self.started
+
+
+def pid_file(settings: Settings) -> Path:
+    return settings.data_dir / "engine.pid"
+
+
+def log_file(settings: Settings) -> Path:
+    return settings.data_dir / "engine.log"
+
+
+def in_background(settings: Settings) -> Process | None:
+    """The live engine that the pid file names."""
+    try:
+        value = json.loads(pid_file(settings).read_text())
+        found = Process(pid=int(value["pid"]), started=int(value["started"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if found.alive else None
+
+
+@contextlib.contextmanager
+def pid_written(path: Path | None) -> Iterator[None]:
+    """A pid file for the length of the block, written whole or not at all."""
+    if path is None:
+        yield
+        return
+    ours = {"pid": os.getpid(), "started": process.start_time(os.getpid())}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(ours))
+        partial.replace(path)
+    except OSError as error:
+        raise HostError(f"can't write the pid file {path}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def of_row(row: WorkerRow) -> Process | None:
+    """The process behind a row, if it lives on this host."""
+    started = row.info.get("started")
+    if row.host != socket.gethostname() or not isinstance(started, int) or not row.pid:
+        return None
+    found = Process(pid=row.pid, started=started)
+    return found if found.alive else None
+
+
+async def forget_dead(store: Store) -> None:
+    """Rows of engines of this host that were killed."""
+    for row in await store.workers():
+        if row.host == socket.gethostname() and of_row(row) is None:
+            await store.forget_worker(row.id)
+
+
+async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Process:
+    """Start an engine in the background; it serves when this returns. Raises Conflict when one runs already."""
+    if (running := in_background(settings)) is not None:
+        raise Conflict(f"an engine runs in the background already (pid {running.pid}); `swarm-engine stop` stops it")
+    await store.workers()  # it opens, and is migrated
+    log, pidfile = log_file(settings), pid_file(settings)
+    child = await process.spawn(
+        [sys.executable, "-m", "swarm.cli.engine", "start", "--foreground", "--pid-file", str(pidfile),
+         "--home", str(settings.home), *argv],
+        output=log, env=dict(os.environ), die_with_parent=False,
+    )  # fmt: skip
+    found = Process(pid=child.pid, started=process.start_time(child.pid) or 0)
+    dead = asyncio.create_task(child.wait())
+    try:
+        async with asyncio.timeout(_START_SECONDS), store.watching() as wake:
+            while not any(row.pid == found.pid for row in await store.workers()):
+                news = asyncio.create_task(wake.changed(timeout_seconds=5.0))
+                await asyncio.wait({dead, news}, return_when=asyncio.FIRST_COMPLETED)
+                news.cancel()
+                await asyncio.gather(news, return_exceptions=True)
+                if dead.done():
+                    raise HostError(f"the engine ended at once (status {dead.result()}): {_last_line(log)}")
+    except TimeoutError:
+        raise HostError(
+            f"the engine (pid {found.pid}) is not ready yet after {_START_SECONDS:g} s; see {log}"
+        ) from None
+    finally:
+        dead.cancel()
+    return found
+
+
+async def engines(settings: Settings) -> list[Process]:
+    """Every live engine of this home on this host; if its database can't be read, the one that the pid file names."""
+    from swarm import app as wiring
+
+    found = {ours.pid: ours for ours in [in_background(settings)] if ours is not None}
+    with contextlib.suppress(StoreError):
+        async with wiring.store(settings) as store:
+            for row in await store.workers():
+                if (one := of_row(row)) is not None:
+                    found[one.pid] = one
+    return list(found.values())
+
+
+async def stop(one: Process, *, now: bool, timeout_seconds: float | None) -> bool:
+    """SIGTERM (twice with ``now``), and wait for its end. False when it has not ended in time."""
+    async with _pidfd(one) as fd:
+        if fd is None:
+            return True
+        gone = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(fd, gone.set)
+        waiting = asyncio.ensure_future(gone.wait())
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                # The second not at once: the kernel makes one of two signals that are pending.
+                for pause in (_AGAIN_SECONDS, None) if now else (None,):
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(fd, signal.SIGTERM)
+                    await asyncio.wait({waiting}, timeout=pause)
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(fd)
+            waiting.cancel()
+    return True
+
+
+@asynccontextmanager
+async def _pidfd(one: Process) -> AsyncIterator[int | None]:
+    try:
+        fd = os.pidfd_open(one.pid)
+    except OSError:
+        yield None
+        return
+    try:
+        yield fd if one.alive else None
+    finally:
+        os.close(fd)
+
+
+def _last_line(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else f"it said nothing; see {log}"

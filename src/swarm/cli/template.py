@@ -1,0 +1,102 @@
+"""`swarm template …`: booted, frozen VMs on disk, from which VMs are cloned. The first ticket of its kind makes one."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from swarm.cli import render
+from swarm.cli.frame import Cli, command, new_app
+
+app = new_app("template", "Templates, from which VMs are cloned: list, remove, build ahead.")
+
+
+@command(app, "list", examples=["swarm template list", "swarm template list --json"], json=True)
+async def list_(cli: Cli) -> None:
+    """List the templates, the last used first."""
+    from swarm import app as wiring
+
+    found = sorted(wiring.templates(cli.settings).all(), key=lambda t: -t.used_at)
+    if cli.out.json:
+        cli.out.dump(found)
+        return
+    now = time.time()
+    rows = [
+        (
+            t.key[:12],
+            t.driver,
+            t.image[:12],
+            f"{t.vcpus} x CPU, {t.memory_mb} MB, disk {t.disk_mb} MB",
+            ",".join(t.preload) or None,
+            render.size(t.size_bytes),
+            _ago(now - t.created_at),
+            _ago(now - t.used_at),
+        )
+        for t in found
+    ]
+    columns = ("KEY", "DRIVER", "IMAGE", "SIZE OF VM", "PRELOADED", "ON DISK", "BUILT", "USED")
+    cli.out.table(columns, rows, empty="no template: the first ticket makes one, or `swarm template build`")
+
+
+@command(
+    app, "build", examples=["swarm template build", "swarm template build --memory 512 --preload json,ssl"], json=True
+)
+async def build(
+    cli: Cli,
+    memory: Annotated[int, typer.Option("--memory", min=64, metavar="MB", help="Memory of the VMs.")] = 256,
+    vcpus: Annotated[int, typer.Option("--vcpus", min=1, help="CPUs of the VMs.")] = 1,
+    disk: Annotated[int, typer.Option("--disk", min=8, metavar="MB", help="Size of their work disks.")] = 2048,
+    preload: Annotated[str, typer.Option("--preload", metavar="M,…", help="Python modules to have imported.")] = "",
+) -> int:
+    """Build a template now, if it is not there, so that the first ticket of its kind need not wait."""
+    from swarm import app as wiring
+    from swarm.vm.driver import VmSpec
+
+    await wiring.sweep(cli.settings)
+    launcher = wiring.launcher(cli.settings, await wiring.choice(cli.settings))
+    modules = tuple(word for word in preload.split(",") if word)
+    image = await wiring.ensure_image(cli.settings)
+    spec = VmSpec(image=image, vcpus=vcpus, memory_mb=memory, disk_mb=disk, preload=modules)
+    template = await launcher.template(spec)
+    if template is None:
+        cli.out.line("this host's driver makes no templates: every VM boots from its image")
+        return 1
+    if cli.out.json:
+        cli.out.dump({"key": template.key, "dir": template.dir})
+    else:
+        cli.out.line(f"template {template.key[:12]} in {template.dir}")
+    return 0
+
+
+@command(app, "rm", examples=["swarm template rm 4be1b6c3a8d2", "swarm template rm --unused 7"])
+async def rm(
+    cli: Cli,
+    key: Annotated[
+        list[str] | None, typer.Argument(help="Keys, or unique beginnings of them.", show_default=False)
+    ] = None,
+    unused: Annotated[
+        float | None,
+        typer.Option("--unused", min=0, metavar="DAYS", help="Those that no clone was made from for so long."),
+    ] = None,
+) -> None:
+    """Remove templates. VMs that were cloned from them live on."""
+    from swarm import app as wiring
+    from swarm.errors import UsageError
+
+    if not key and unused is None:
+        raise UsageError("name the templates to remove (`swarm template list`), or say --unused DAYS")
+    templates = wiring.templates(cli.settings)
+    gone = [await templates.remove(prefix) for prefix in key or ()]
+    if unused is not None:
+        gone += await templates.collect(unused_seconds=unused * 86400)
+    for each in gone:
+        cli.out.line(f"removed {each[:12]}")
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "just now"

@@ -1,0 +1,178 @@
+"""`swarm ticket …`: what anyone can also do with an INSERT and a SELECT, with checks and a view of what happened."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+import uuid
+from typing import Annotated
+
+import typer
+
+from swarm.cli import render
+from swarm.cli.frame import Cli, command, new_app
+from swarm.cli.inputs import read_inputs
+from swarm.model import TERMINAL_TICKET_STATES, ExecutionMode, Ticket, TicketState
+
+app = new_app("ticket", "Tickets: add, list, show, read their logs, cancel, retry.")
+
+_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_default=False)]
+
+
+@command(
+    app,
+    "add",
+    examples=[
+        'swarm ticket add "Say hello" --agent echo --input name=world',
+        "swarm ticket add Report --agent echo --inputs @inputs.json --id report-7",
+    ],
+    json=True,
+)
+async def add(
+    cli: Cli,
+    title: Annotated[str, typer.Argument(help="What is to be done, in a few words.", show_default=False)],
+    agent: Annotated[
+        str, typer.Option("--agent", "-a", help="Name, name@version or id of the agent.", show_default=False)
+    ],
+    description: Annotated[str | None, typer.Option("--description", "-d", help="The task at length.")] = None,
+    inputs: Annotated[str | None, typer.Option("--inputs", help="A JSON object, or @FILE (@- is stdin).")] = None,
+    input: Annotated[  # noqa: A002
+        list[str] | None,
+        typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input; VALUE is JSON, else text."),
+    ] = None,
+    id: Annotated[str | None, typer.Option("--id", help="Default: a new UUID.")] = None,  # noqa: A002
+    project: Annotated[str | None, typer.Option("--project", help="Any text to group tickets by.")] = None,
+    priority: Annotated[int, typer.Option("--priority", help="Higher runs sooner.")] = 0,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds the agent may take.", min=0.001)] = None,
+    draft: Annotated[bool, typer.Option("--draft", help="Don't run it yet: state 'draft'.")] = False,
+) -> None:
+    """Add a ticket, and print its id."""
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        found = await store.agent(agent)
+        ticket = await store.add_ticket(
+            Ticket(
+                id=id or str(uuid.uuid4()),
+                title=title,
+                description=description,
+                state=TicketState.DRAFT if draft else TicketState.READY,
+                project_id=project,
+                agent_id=found.id,
+                assignee_id=found.id,
+                assignee_type="agent",
+                execution_mode=ExecutionMode.AGENT,
+                inputs=json.dumps(read_inputs(inputs, input or []), ensure_ascii=False),
+                priority=priority,
+                timeout_seconds=timeout,
+            )
+        )
+    if cli.out.json:
+        cli.out.dump(ticket)
+    else:
+        cli.out.line(ticket.id)
+
+
+@command(
+    app,
+    "list",
+    examples=["swarm ticket list", "swarm ticket list --state failed --limit 5 --json"],
+    json=True,
+)
+async def list_(
+    cli: Cli,
+    state: Annotated[list[TicketState] | None, typer.Option("--state", "-s", help="Only these states.")] = None,
+    project: Annotated[str | None, typer.Option("--project", help="Only this project.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many, newest first.")] = 50,
+) -> None:
+    """List tickets, newest first."""
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        tickets = await store.tickets(states=tuple(state or ()), project_id=project, limit=limit)
+    if cli.out.json:
+        cli.out.dump(tickets)
+        return
+    rows = [(t.id, t.state, t.title, t.created_at, (t.error or "").split("\n")[0]) for t in tickets]
+    cli.out.table(("ID", "STATE", "TITLE", "CREATED", "ERROR"), rows, empty="no tickets")
+
+
+@command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
+async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
+    """Show a ticket: what was asked, what came of it, each attempt and where its time went."""
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        ticket = await store.ticket(id)
+        steps, attempts = await store.steps(id), await store.attempts(id)
+    if cli.out.json:
+        cli.out.dump({"ticket": ticket, "steps": steps, "attempts": attempts})
+        return
+    render.show_ticket(cli.out, ticket)
+    for number, attempt in enumerate(attempts, 1):
+        cli.out.line()
+        vm = "" if attempt.vm_id is None else f", VM {attempt.vm_id}"
+        cli.out.line(f"attempt {number}: {attempt.outcome or 'running'}{vm}, by {attempt.worker}")
+        render.show_timings(cli.out, attempt.timings)
+
+
+@command(
+    app,
+    "logs",
+    examples=["swarm ticket logs test-echo-002", "swarm ticket logs -f test-echo-002", "swarm ticket logs t-1 --json"],
+    json=True,
+)
+async def logs(
+    cli: Cli,
+    id: _Id,  # noqa: A002
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the ticket has ended.")] = False,
+) -> None:
+    """Print what the ticket's agent printed; with --json, every event of the ticket, one a line."""
+    from contextlib import AsyncExitStack
+
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store, AsyncExitStack() as stack:
+        wake = await stack.enter_async_context(store.watching()) if follow else None
+        after = 0
+        while True:
+            ended = (await store.ticket(id)).state in TERMINAL_TICKET_STATES  # asked first: no event comes after it
+            while events := await store.events(id, after=after):
+                after = events[-1].seq
+                for event in events:
+                    if cli.out.json:
+                        cli.out.dump_line(event)
+                    elif event.kind == "output":
+                        cli.out.text(str(event.data.get("text", "")))
+            sys.stdout.flush()
+            if wake is None or ended:
+                return
+            await wake.changed(timeout_seconds=60.0)
+
+
+@command(app, "cancel", examples=["swarm ticket cancel report-7"], json=True)
+async def cancel(cli: Cli, id: _Id) -> None:  # noqa: A002
+    """Cancel a ticket: one that waits never starts; the VM of one that runs is killed within two seconds."""
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        await store.cancel(id, getpass.getuser())
+        _say(cli, await store.ticket(id))
+
+
+@command(app, "retry", examples=["swarm ticket retry report-7"], json=True)
+async def retry(cli: Cli, id: _Id) -> None:  # noqa: A002
+    """Run a failed or cancelled ticket again, from the start; the runs it had stay as history."""
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        await store.retry(id)
+        _say(cli, await store.ticket(id))
+
+
+def _say(cli: Cli, ticket: Ticket) -> None:
+    if cli.out.json:
+        cli.out.dump(ticket)
+    else:
+        cli.out.line(f"ticket {ticket.id} is {ticket.state}")

@@ -1,0 +1,128 @@
+"""`swarm vm …` and `swarm-spawn-ns`: VMs by hand."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.cli.frame import Cli, command, new_app, start
+from swarm.errors import NotFound
+
+if TYPE_CHECKING:
+    from swarm.vm.inventory import VmRecord
+
+MAX_VM = 65533
+
+app = new_app("vm", "Virtual machines: spawn, list, ssh, remove.")
+spawn_ns = new_app("swarm-spawn-ns", "Start VM N in its own network namespace.", many=False)
+
+_N = Annotated[int, typer.Argument(metavar="N", min=1, max=MAX_VM, help="The VM's number.", show_default=False)]
+_Memory = Annotated[int, typer.Option("--memory", min=128, metavar="MB", help="Memory.")]
+_Cpus = Annotated[int, typer.Option("--cpus", min=1, help="Virtual CPUs.")]
+
+
+async def _spawn(cli: Cli, n: int, memory: int, cpus: int) -> None:
+    from swarm import app as wiring
+
+    with cli.out.progress(f"VM {n}") as progress:
+        spawned = await wiring.spawn(cli.settings, n, memory_mb=memory, vcpus=cpus, progress=progress)
+    if cli.out.json:
+        cli.out.dump(spawned)
+        return
+    record = spawned.record
+    cli.out.line(f"VM {n} runs at {record.address}")
+    cli.out.fields(
+        {
+            "  driver": spawned.driver,
+            "  process": f"{record.pid}",
+            "  namespace": record.netns,
+            "  link": f"tap{n}, on {cli.settings.bridge}",
+            "  console": spawned.console,
+            "  log in": f"ssh root@{record.address}   or: swarm vm ssh {n}",
+            "  remove": f"swarm vm rm {n}",
+        }
+    )
+
+
+@command(app, "spawn", examples=["swarm vm spawn 1", "swarm vm spawn 7 --memory 512 --cpus 2"], json=True)
+async def spawn(cli: Cli, n: _N, memory: _Memory = 256, cpus: _Cpus = 1) -> None:
+    """Start VM N, reachable at subnet + N + 1 (10.0.0.2 for VM 1). An older VM N made by hand is replaced."""
+    await _spawn(cli, n, memory, cpus)
+
+
+@command(spawn_ns, examples=["swarm-spawn-ns 1", "ssh root@10.0.0.2", "swarm-cleanup"], json=True)
+async def spawn_ns_(cli: Cli, n: _N, memory: _Memory = 256, cpus: _Cpus = 1) -> None:
+    """Start VM N in its own network namespace, reachable at subnet + N + 1 (10.0.0.2 for VM 1).
+
+    An older VM N made by hand is replaced. Prints how to reach it.
+    """
+    await _spawn(cli, n, memory, cpus)
+
+
+@command(app, "list", examples=["swarm vm list", "swarm vm list --json"], json=True)
+async def list_(cli: Cli) -> None:
+    """List the VMs of this host, those of engines too."""
+    from swarm import app as wiring
+
+    records = wiring.inventory(cli.settings).records()
+    if cli.out.json:
+        cli.out.dump(records)
+        return
+    rows = [(r.n, r.address, r.kind, _state(r), r.driver, r.pid or None, r.ticket_id, r.created_at) for r in records]
+    cli.out.table(("VM", "ADDRESS", "KIND", "STATE", "DRIVER", "PID", "TICKET", "CREATED"), rows, empty="no VMs")
+
+
+@command(app, "ssh", examples=["swarm vm ssh 1", "swarm vm ssh 1 -- uname -a"])
+async def ssh(
+    cli: Cli,
+    n: _N,
+    argv: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]…", help="Run this instead of a shell.")] = None,
+) -> None:
+    """Log in to VM N as root, or run a command there."""
+    from swarm import app as wiring
+    from swarm.process import which
+
+    record = _record(cli, n)
+    program = which("ssh")
+    if program is None:
+        raise NotFound("the program 'ssh' is not installed: apt-get install openssh-client")
+    options = wiring.ssh_dir(cli.settings).options()
+    # ssh hands its words to the guest's shell, so each is quoted once for it.
+    remote = [shlex.join(argv)] if argv else []
+    os.execv(program, ["ssh", "-o", "ConnectTimeout=10", *options, f"root@{record.address}", *remote])
+
+
+@command(app, "rm", examples=["swarm vm rm 1 2"])
+async def rm(
+    cli: Cli,
+    n: Annotated[list[int], typer.Argument(metavar="N…", min=1, max=MAX_VM, help="VM numbers.", show_default=False)],
+) -> None:
+    """Remove VMs that were made by hand."""
+    from swarm import app as wiring
+
+    for number in n:
+        _record(cli, number)
+        await wiring.remove(cli.settings, number)
+        cli.out.line(f"removed VM {number}")
+
+
+def _record(cli: Cli, n: int) -> VmRecord:
+    from swarm import app as wiring
+
+    for record in wiring.inventory(cli.settings).records():
+        if record.n == n:
+            return record
+    raise NotFound(f"there is no VM {n} on this host; `swarm vm list` shows those there are")
+
+
+def _state(record: VmRecord) -> str:
+    if record.alive:
+        return "running" if record.ticket_id or record.kind == "manual" else "ready"
+    return "free" if record.owner_alive and not record.pid else "dead"
+
+
+def run_spawn_ns() -> None:
+    start(spawn_ns, "swarm-spawn-ns")

@@ -1,0 +1,180 @@
+"""`swarm workflow …`: check, draw and register workflows. docs/workflows.md tells how to write one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.cli.frame import Cli, command, new_app
+
+if TYPE_CHECKING:
+    from swarm.store.store import Store
+    from swarm.workflow.definition import Workflow
+
+app = new_app(
+    "workflow", "Workflows: validate, graph, add, list, show, enable, disable. This version can't run them yet."
+)
+
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow.yaml.", show_default=False)]
+_Ref = Annotated[str, typer.Argument(metavar="WORKFLOW", help="Name, name@version or id.", show_default=False)]
+
+
+@command(app, "validate", examples=["swarm workflow validate release.yaml"], json=True)
+async def validate(cli: Cli, file: _File) -> int:
+    """Check a file against the registered agents and workflows; say all that is wrong, with line and column."""
+    from swarm import app as wiring
+    from swarm.manifest import Invalid
+
+    async with wiring.store(cli.settings) as store:
+        try:
+            found = await _from_file(store, file)
+        except Invalid as error:
+            if not cli.out.json:
+                raise
+            cli.out.dump({"valid": False, "problems": error.problems})
+            return error.exit_status
+    if cli.out.json:
+        cli.out.dump({"valid": True, "problems": []})
+    else:
+        cli.out.line(f"{file}: {found.name} {found.version} is sound, {_steps(found)}")
+    return 0
+
+
+@command(
+    app,
+    "graph",
+    examples=[
+        "swarm workflow graph release.yaml",
+        "swarm workflow graph echo-chain --mermaid",
+        "swarm workflow graph fan-out-demo --svg fan-out.svg",
+    ],
+)
+async def graph(
+    cli: Cli,
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|WORKFLOW", help="A file, or a registered workflow.", show_default=False)
+    ],
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture.")] = None,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="Print it in Mermaid's language.")] = False,
+) -> None:
+    """Draw a workflow: a step a line; equal numbers in front may run together."""
+    from swarm import app as wiring
+    from swarm.errors import UsageError
+    from swarm.workflow import graph as draw
+
+    async with wiring.store(cli.settings) as store:
+        if "/" in source or Path(source).is_file():
+            found = await _from_file(store, Path(source))
+        else:
+            found = (await store.workflow(source)).parsed()
+    if svg is not None:
+        try:
+            svg.write_text(draw.svg(found), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--svg {svg}: {error.strerror}") from None
+    if mermaid:
+        cli.out.text(draw.mermaid(found))
+    elif svg is None:
+        cli.out.text(draw.text(found))
+
+
+@command(app, "add", examples=["swarm workflow add release.yaml"], json=True)
+async def add(cli: Cli, file: _File) -> None:
+    """Check a file and register it. The same again is nothing; changed content under a known version is refused."""
+    from swarm import app as wiring
+    from swarm import packages
+
+    async with wiring.store(cli.settings) as store:
+        row = await packages.add_workflow(store, _read(file), name=str(file))
+    if cli.out.json:
+        cli.out.dump(row)
+    else:
+        cli.out.line(f"{row.name}@{row.version}, id {row.id}")
+
+
+@command(app, "list", examples=["swarm workflow list", "swarm workflow list --json"], json=True)
+async def list_(cli: Cli) -> None:
+    """List the registered workflows."""
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        found = await store.workflows()
+    if cli.out.json:
+        cli.out.dump(found)
+        return
+    rows = [(w.name, w.version, w.id, "enabled" if w.enabled else "disabled", w.description) for w in found]
+    cli.out.table(("NAME", "VERSION", "ID", "STATE", "DESCRIPTION"), rows, empty="no workflows: run `swarm init`")
+
+
+@command(app, "show", examples=["swarm workflow show echo-chain", "swarm workflow show echo-chain@1 --json"], json=True)
+async def show(cli: Cli, workflow: _Ref) -> None:
+    """Show one workflow: what it takes, its steps, what starts it; with --json, its whole definition."""
+    from swarm import app as wiring
+    from swarm.cli.output import plain
+    from swarm.workflow import graph as draw
+    from swarm.workflow.definition import to_json
+
+    async with wiring.store(cli.settings) as store:
+        row = await store.workflow(workflow)
+    found = row.parsed()
+    if cli.out.json:
+        cli.out.dump(plain(row) | {"definition": to_json(found)})
+        return
+    properties = (found.inputs_schema or {}).get("properties") or {}
+    required = (found.inputs_schema or {}).get("required") or ()
+    cli.out.fields(
+        {
+            "workflow": f"{row.name}@{row.version}",
+            "id": row.id,
+            "state": "enabled" if row.enabled else "disabled",
+            "description": row.description or None,
+            "inputs": ", ".join(name if name in required else f"{name}?" for name in properties) or None,
+            "outputs": ", ".join(found.outputs or ()) or None,
+            "schedule": ", ".join(f"{one.cron} ({one.time_zone})" for one in found.schedule) or None,
+            "added": row.created_at,
+            "steps": draw.text(found).partition("\n")[2].rstrip(),
+        }
+    )
+
+
+@command(app, "enable", examples=["swarm workflow enable echo-chain"])
+async def enable(cli: Cli, workflow: _Ref) -> None:
+    """Let a workflow start again."""
+    await _enable(cli, workflow, enabled=True)
+
+
+@command(app, "disable", examples=["swarm workflow disable echo-chain"])
+async def disable(cli: Cli, workflow: _Ref) -> None:
+    """Let no new run of a workflow start; it stays registered."""
+    await _enable(cli, workflow, enabled=False)
+
+
+async def _enable(cli: Cli, workflow: str, *, enabled: bool) -> None:
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        row = await store.enable_workflow(workflow, enabled=enabled)
+    cli.out.line(f"{row.name}@{row.version} is {'enabled' if row.enabled else 'disabled'}")
+
+
+async def _from_file(store: Store, file: Path) -> Workflow:
+    from swarm import packages
+    from swarm.workflow import validate
+
+    return validate.checked(_read(file), await packages.registry(store), name=str(file))
+
+
+def _read(file: Path) -> bytes:
+    from swarm.errors import UsageError
+
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{file} can't be read: {error.strerror}") from None
+
+
+def _steps(workflow: Workflow) -> str:
+    count = sum(1 for _ in workflow.all_steps())
+    return "1 step" if count == 1 else f"{count} steps"

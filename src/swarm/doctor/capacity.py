@@ -1,0 +1,125 @@
+"""How many VMs fit this host, and by which limit: `swarm doctor --capacity`.
+
+One clone is started and looked at, since what a VM costs depends on VMM, image and size; the rest is arithmetic. Memory
+and disk are promised to guests, not set aside for them, so there are two answers: how many fit while they do little,
+and how many fit if every one of them takes all that it may.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from swarm.clock import Timeline
+from swarm.vm.bridge import MAX_PORTS
+from swarm.vm.disk import used_bytes
+from swarm.vm.driver import VmSpec
+from swarm.vm.inventory import MAX_SLOT, Inventory
+from swarm.vm.launcher import Label, Launcher
+
+_MB = 1 << 20
+# What stays for everybody else on the host.
+_RESERVE_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one idle clone. ``descriptors`` are the engine's; ``threads`` the VMM's."""
+
+    private_mb: float
+    shared_mb: float
+    disk_mb: float
+    descriptors: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """``idle`` and ``full``: limit → how many VMs it allows, while they do little and when each takes all it may."""
+
+    memory_mb: int
+    disk_mb: int
+    vcpus: int
+    cost: Cost
+    idle: Mapping[str, int]
+    full: Mapping[str, int]
+    cores: int
+
+    @property
+    def fits_idle(self) -> tuple[int, str]:
+        return _least(self.idle)
+
+    @property
+    def fits_full(self) -> tuple[int, str]:
+        return _least(self.full)
+
+
+async def measure(launcher: Launcher, inventory: Inventory, spec: VmSpec) -> Capacity:
+    """Start one VM of this shape, see what it takes, and say how many of them would fit now. Raises HostError."""
+    await launcher.template(spec)
+    before = _descriptors()
+    async with launcher.machine(spec, Label(), Timeline()) as machine:
+        place = inventory.dir(machine.n)
+        rollup = Path(f"/proc/{machine.vm.pid}/smaps_rollup").read_text().splitlines()[1:]
+        fields = {line.split(":")[0]: int(line.split()[1]) for line in rollup}
+        cost = Cost(
+            private_mb=round(fields["Anonymous"] / 1024, 1),
+            shared_mb=round((fields["Rss"] - fields["Anonymous"]) / 1024, 1),
+            disk_mb=round(sum(used_bytes(path) for path in place.iterdir()) / _MB, 1),
+            descriptors=_descriptors() - before,
+            threads=psutil.Process(machine.vm.pid).num_threads(),
+        )
+    return fit(cost, spec, inventory.state_dir)
+
+
+def fit(cost: Cost, spec: VmSpec, state_dir: Path) -> Capacity:
+    """The arithmetic, for this host as it is now."""
+    memory = psutil.virtual_memory()
+    free_mb = (memory.available - memory.total * _RESERVE_SHARE) / _MB
+    disk_mb = shutil.disk_usage(state_dir).free * (1 - _RESERVE_SHARE) / _MB
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    descriptors = hard if hard != resource.RLIM_INFINITY else _number("/proc/sys/fs/nr_open")
+    bridge = {"bridge ports": MAX_PORTS, "slots": MAX_SLOT}
+    common = {
+        **bridge,
+        "open files": max(0, descriptors - 256) // max(1, cost.descriptors),
+        "threads": _number("/proc/sys/kernel/threads-max") // max(1, cost.threads),
+    }
+    # The VMM's own memory comes on top of the guest's.
+    whole_mb = spec.memory_mb + min(cost.private_mb, 64)
+    return Capacity(
+        memory_mb=spec.memory_mb,
+        disk_mb=spec.disk_mb,
+        vcpus=spec.vcpus,
+        cost=cost,
+        idle={
+            "memory": _times(free_mb - spec.memory_mb, cost.private_mb),
+            "disk": _times(disk_mb, cost.disk_mb),
+            **common,
+        },
+        full={"memory": _times(free_mb, whole_mb), "disk": _times(disk_mb, spec.disk_mb), **common},
+        cores=os.cpu_count() or 1,
+    )
+
+
+def _times(have: float, each: float) -> int:
+    return max(0, int(have / max(each, 0.1)))
+
+
+def _least(limits: Mapping[str, int]) -> tuple[int, str]:
+    name = min(limits, key=lambda limit: limits[limit])
+    return limits[name], name
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a Path for each would be the larger part of the work
+
+
+def _number(path: str) -> int:
+    return int(Path(path).read_text())

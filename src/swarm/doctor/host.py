@@ -1,0 +1,166 @@
+"""The machine: rights, programs, KVM, kernel features, disk, memory, forwarding."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.doctor.check import Check, fail, ok, warn
+from swarm.errors import SwarmError
+from swarm.process import run, which
+
+# linux/capability.h. The VMM itself runs with none.
+_CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN", 7: "CAP_SETUID", 5: "CAP_KILL", 0: "CAP_CHOWN"}
+_KVM_GET_API_VERSION = 0xAE00  # linux/kvm.h
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    program: str
+    package: str  # Debian's
+    version: tuple[str, ...]  # argv behind the program
+    for_build_only: bool = False
+
+
+TOOLS: Sequence[Tool] = (
+    Tool(program="qemu-system-x86_64", package="qemu-system-x86", version=("--version",)),
+    Tool(program="nft", package="nftables", version=("--version",)),
+    Tool(program="ip", package="iproute2", version=("-V",)),
+    Tool(program="nsenter", package="util-linux", version=("--version",)),
+    Tool(program="setpriv", package="util-linux", version=("--version",)),
+    Tool(program="mkfs.ext4", package="e2fsprogs", version=("-V",)),
+    Tool(program="ssh", package="openssh-client", version=("-V",)),
+    Tool(program="ping", package="iputils-ping", version=("-V",)),
+    Tool(program="mmdebstrap", package="mmdebstrap", version=("--version",), for_build_only=True),
+    Tool(program="mkfs.erofs", package="erofs-utils", version=("-V",), for_build_only=True),
+)
+
+# Each is tried in a network namespace that is gone a moment later.
+_KERNEL_FEATURES: Sequence[tuple[str, str, tuple[str, ...], str]] = (
+    ("tap", "tun", ("ip", "tuntap", "add", "probe", "mode", "tap"), ""),
+    ("bridge", "bridge", ("ip", "link", "add", "probe", "type", "bridge"), ""),
+    ("veth", "veth", ("ip", "link", "add", "probe", "type", "veth", "peer", "name", "probe2"), ""),
+    (
+        "nftables NAT",
+        "nft_chain_nat nft_nat",
+        ("nft", "-f", "-"),
+        "table ip probe {\n chain c {\n type nat hook prerouting priority dstnat;\n dnat to 192.0.2.1\n }\n}\n",
+    ),
+    (
+        "nftables ingress",
+        "nf_tables",
+        ("nft", "-f", "-"),
+        'table netdev probe {\n chain c {\n type filter hook ingress device "lo" priority filter;\n }\n}\n',
+    ),
+)
+
+
+async def examine(*, state_dir: Path, images_dir: Path) -> list[Check]:
+    tools, features = await asyncio.gather(
+        asyncio.gather(*(_tool(tool) for tool in TOOLS)),
+        asyncio.gather(*(_feature(*feature) for feature in _KERNEL_FEATURES)),
+    )
+    return [_rights(), *tools, _kvm(), *features, _forwarding(), *_disk(state_dir, images_dir), _memory()]
+
+
+def _rights() -> Check:
+    effective = int(re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.M)[1], 16)  # type: ignore[index]
+    missing = [name for bit, name in _CAPABILITIES.items() if not effective >> bit & 1]
+    if missing:
+        return fail(
+            "rights", f"VMs and namespaces can't be made without {', '.join(missing)}", "run it as root: sudo swarm …"
+        )
+    return ok("rights", "root, with every capability that is needed")
+
+
+async def _tool(tool: Tool) -> Check:
+    name, fix = f"program {tool.program}", f"apt-get install --no-install-recommends {tool.package}"
+    if which(tool.program) is None:
+        if tool.for_build_only:
+            return warn(name, "is missing: `swarm image build` needs it, running tickets does not", fix)
+        return fail(name, "is missing", fix)
+    try:
+        done = await run([tool.program, *tool.version], check=False, timeout_seconds=20)
+    except SwarmError as error:
+        return fail(name, f"can't be run: {error}", f"apt-get install --reinstall {tool.package}")
+    said = (done.stdout or done.stderr).decode(errors="replace").strip().split("\n")[0]
+    version = re.search(r"\d+(\.\d+)+\S*|\d{6,}", said)
+    return ok(name, f"{version[0].strip('(),') if version else said} (package {tool.package})")
+
+
+def _kvm() -> Check:
+    slow = "VMs run on QEMU without it (TCG): a cold boot takes seconds, CPU-bound agents run ~10 times slower"
+    if not Path("/dev/kvm").exists():
+        return warn(
+            "KVM",
+            f"there is no /dev/kvm. {slow}",
+            "a host with hardware virtualisation; in a VM: nested virtualisation",
+        )
+    try:
+        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return warn("KVM", f"/dev/kvm can't be opened: {error.strerror}. {slow}", "run as root")
+    try:
+        version = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
+    except OSError as error:
+        return warn("KVM", f"/dev/kvm does not answer: {error.strerror}. {slow}")
+    finally:
+        os.close(fd)
+    cpu = Path("/proc/cpuinfo").read_text()
+    if not re.search(r"\b(vmx|svm)\b", cpu):
+        return warn(
+            "KVM",
+            f"/dev/kvm answers (API {version}), but this CPU shows neither VMX nor SVM: a KVM without hardware, on"
+            f" which stock kernels may not boot. A probe boot decides; where it fails: {slow}",
+        )
+    return ok("KVM", f"/dev/kvm answers (API {version}), with hardware virtualisation; a probe boot has the last word")
+
+
+async def _feature(name: str, modules: str, argv: tuple[str, ...], text: str) -> Check:
+    name = f"kernel: {name}"
+    try:
+        await run(["unshare", "--net", "--", *argv], input=text.encode(), timeout_seconds=20)
+    except SwarmError as error:
+        return fail(name, f"this kernel refused it: {str(error).rpartition(': ')[2]}", f"modprobe -a {modules}")
+    return ok(name, "works")
+
+
+def _forwarding() -> Check:
+    value = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip()
+    if value == "1":
+        return ok("ip_forward", "on")
+    # The host talks to its VMs directly; each namespace forwards for itself (checked per VM).
+    return ok(
+        "ip_forward", "off: VMs are reached all the same; agents with `network: open` or `allow` would need it on"
+    )
+
+
+def _disk(state_dir: Path, images_dir: Path) -> list[Check]:
+    checks = []
+    for name, directory, wanted in (("disk: VMs", state_dir, 4 * _GIB), ("disk: images", images_dir, 2 * _GIB)):
+        there = next(p for p in (directory, *directory.parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        detail = f"{free / _GIB:.1f} GiB free for {directory}"
+        fix = f"free space on the disk of {there}, or put it elsewhere (swarm.toml)"
+        if free < wanted / 8:
+            checks.append(fail(name, detail, fix))
+        elif free < wanted:
+            checks.append(warn(name, f"{detail}; {wanted / _GIB:.0f} GiB are comfortable", fix))
+        else:
+            checks.append(ok(name, detail))
+    return checks
+
+
+def _memory() -> Check:
+    available = int(re.search(r"^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(), re.M)[1]) << 10  # type: ignore[index]
+    detail = f"{available / _GIB:.1f} GiB available; a VM of 256 MB takes 60 to 330 MB"
+    if available < 400 << 20:
+        return fail("memory", detail, "end something, or add memory: not one VM fits")
+    return ok("memory", detail) if available > _GIB else warn("memory", detail)

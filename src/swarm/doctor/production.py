@@ -1,0 +1,207 @@
+"""`swarm doctor --production`: is this host fit to run agents of people who don't trust each other?
+
+The checks of Firecracker's production host set-up document (docs/prod-host-setup.md in its repository), each with why
+it matters and how to mend it. FAIL is what a guest could use to read or disturb another; a warning is what costs speed
+or a second line of defence. All is read from /proc and /sys, below ``root``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from swarm.doctor.check import Check, fail, ok, warn
+
+# What Firecracker's project tests on (docs/kernel-policy.md): 5.10 and newer long-term kernels.
+_MIN_KERNEL = (5, 10)
+_CONTROLLERS = ("cpu", "io", "memory", "pids")
+_LOW_ENTROPY_BITS = 128  # since Linux 5.18 the pool reports 256 once it is seeded, and stays there
+
+
+class _Host:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, path: str) -> str | None:
+        """Content of a small file; None when this kernel has no such thing."""
+        try:
+            return (self.root / path).read_text().strip()
+        except OSError:
+            return None
+
+    def chosen(self, path: str) -> str | None:
+        """The word in brackets: how sysfs shows which of several it is."""
+        found = re.search(r"\[(\S+)\]", self.read(path) or "")
+        return found[1] if found else None
+
+
+def examine(*, jailed: bool, jailer: str | None, root: Path = Path("/")) -> list[Check]:
+    """Every check. ``jailed`` is the setting; ``jailer`` the jailer's version, None when it is not installed."""
+    host = _Host(root)
+    checks: list[Callable[[_Host], Check]] = [
+        _kernel, _kvm, _smt, _ksm, _swap, _huge_pages, _seccomp, lambda _: _jailer(jailed, jailer), _cgroups, _entropy,
+    ]  # fmt: skip
+    return [*(check(host) for check in checks), *_mitigations(host)]
+
+
+def _kernel(host: _Host) -> Check:
+    name, release = "kernel version", host.read("proc/sys/kernel/osrelease") or ""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    if found and (int(found[1]), int(found[2])) >= _MIN_KERNEL:
+        return ok(name, release)
+    wanted = ".".join(map(str, _MIN_KERNEL))
+    return fail(
+        name,
+        f"{release or 'unknown'}: Firecracker is tested on {wanted} and newer; older kernels lack fixes of KVM that"
+        " guests could use",
+        f"install a supported kernel, {wanted} or newer",
+    )
+
+
+def _kvm(host: _Host) -> Check:
+    name = "KVM"
+    if not (host.root / "dev/kvm").exists():
+        return fail(name, "there is no /dev/kvm: Firecracker runs no guest", "a host with hardware virtualisation")
+    if (
+        not re.search(r"^(flags|Features)\s*:.*\b(vmx|svm)\b", host.read("proc/cpuinfo") or "", re.M)
+        and not (host.root / "sys/firmware/devicetree/base").exists()
+    ):
+        return warn(
+            name, "/dev/kvm is there, but the CPU shows neither VMX nor SVM: not a KVM that anybody runs in production"
+        )
+    return ok(name, "with hardware virtualisation")
+
+
+def _smt(host: _Host) -> Check:
+    name, control = "SMT", host.read("sys/devices/system/cpu/smt/control")
+    if control in ("forceoff", "off", "notsupported", "notimplemented") or control is None:
+        return ok(name, f"off ({control or 'this CPU has none'})")
+    if host.read("sys/devices/system/cpu/smt/active") == "0":
+        return ok(name, f"not active ({control})")
+    return fail(
+        name,
+        "is on: two VMs can share a core's caches and buffers, and learn from each other by them",
+        "echo off > /sys/devices/system/cpu/smt/control   (for good: nosmt=force on the host kernel's command line)",
+    )
+
+
+def _ksm(host: _Host) -> Check:
+    name, run = "KSM", host.read("sys/kernel/mm/ksm/run")
+    if run in (None, "0"):
+        return ok(name, "off")
+    return fail(
+        name,
+        "is on: equal pages of different VMs are merged, and write times tell a guest what another holds in memory",
+        "echo 2 > /sys/kernel/mm/ksm/run && echo 0 > /sys/kernel/mm/ksm/run",
+    )
+
+
+def _swap(host: _Host) -> Check:
+    name, lines = "swap", (host.read("proc/swaps") or "").splitlines()[1:]
+    devices = [line.split()[0] for line in lines if line.split()]
+    if not devices:
+        return ok(name, "none")
+    return fail(
+        name,
+        f"{', '.join(devices)}: a guest's memory, secrets included, can be written to disk and stay there",
+        "swapoff -a   (and remove it from /etc/fstab, or encrypt it)",
+    )
+
+
+def _huge_pages(host: _Host) -> Check:
+    name = "huge pages"
+    transparent = host.chosen("sys/kernel/mm/transparent_hugepage/enabled")
+    reserved = host.read("proc/sys/vm/nr_hugepages") or "0"
+    detail = f"transparent: {transparent or 'not supported'}, reserved: {reserved}"
+    if transparent == "always":
+        return warn(
+            name,
+            f"{detail}: the first write into a page of 2 MiB copies all of it, so clones share less and start slower",
+            "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+        )
+    return ok(name, detail)
+
+
+def _seccomp(host: _Host) -> Check:
+    name, actions = "seccomp", host.read("proc/sys/kernel/seccomp/actions_avail")
+    if actions and "trap" in actions.split() and "kill_process" in actions.split():
+        return ok(name, "filters work; Swarm leaves Firecracker's on, always")
+    return fail(
+        name,
+        "this kernel can't filter system calls: a guest that breaks Firecracker can make all of them",
+        "a kernel with CONFIG_SECCOMP_FILTER=y",
+    )
+
+
+def _jailer(jailed: bool, version: str | None) -> Check:
+    name = "jailer"
+    if not jailed:
+        return fail(
+            name,
+            "is switched off: Firecracker runs as root and sees the whole host",
+            "remove `jailer` from swarm.toml and SWARM_JAILER from the environment",
+        )
+    if version is None:
+        return fail(name, "is not installed: Firecracker is not used without it", "swarm install firecracker")
+    return ok(name, f"{version}: each VM in its own chroot, namespaces, cgroup, and as its own uid")
+
+
+def _cgroups(host: _Host) -> Check:
+    name, controllers = "cgroup v2", host.read("sys/fs/cgroup/cgroup.controllers")
+    if controllers is None:
+        return warn(
+            name,
+            "is not mounted at /sys/fs/cgroup: the jailer uses version 1, which can't limit a VM's disk by weight nor"
+            " count its page cache and network buffers together with its memory",
+            "systemd.unified_cgroup_hierarchy=1 on the host kernel's command line",
+        )
+    missing = [c for c in _CONTROLLERS if c not in controllers.split()]
+    if missing:
+        fix = f"echo '{' '.join('+' + c for c in missing)}' > /sys/fs/cgroup/cgroup.subtree_control"
+        return warn(name, f"lacks {', '.join(missing)}: VMs are not limited there", fix)
+    return ok(name, f"limits each VM's {', '.join(_CONTROLLERS)}")
+
+
+def _entropy(host: _Host) -> Check:
+    name, available = "entropy", host.read("proc/sys/kernel/random/entropy_avail")
+    if available is not None and int(available) < _LOW_ENTROPY_BITS:
+        return warn(
+            name,
+            f"{available} bits: guests draw their seeds from this pool, and wait with it",
+            "apt-get install rng-tools5   (or give the host a hardware random number generator)",
+        )
+    source = host.read("sys/class/misc/hw_random/rng_current")
+    hardware = f", fed by {source}" if source and source != "none" else ""
+    return ok(name, f"the pool is full{hardware}; each VM gets 64 fresh bytes and a virtio-rng device")
+
+
+def _mitigations(host: _Host) -> list[Check]:
+    """One check for each hole the kernel knows of and can't say "not affected" or "mitigated"."""
+    place = host.root / "sys/devices/system/cpu/vulnerabilities"
+    checks = []
+    fine = []
+    for file in sorted(place.iterdir()) if place.is_dir() else []:
+        said = (host.read(str(file.relative_to(host.root))) or "").split("\n")[0]
+        if said.startswith(("Not affected", "Mitigation")) and "SMT vulnerable" not in said:
+            fine.append(file.name)
+        elif said.startswith("Unknown") or not said:
+            checks.append(
+                warn(
+                    f"mitigation: {file.name}",
+                    f"{said or 'unknown'}: the host's own hypervisor decides",
+                    "ask its operator",
+                )
+            )
+        else:
+            checks.append(
+                fail(
+                    f"mitigation: {file.name}",
+                    f"{said}: a guest may read memory of the host or of other guests",
+                    "update kernel and CPU microcode, boot without mitigations=off"
+                    + ("; switch SMT off" if "SMT vulnerable" in said else ""),
+                )
+            )
+    if not place.is_dir():
+        return [warn("mitigations", "this kernel does not tell what its CPU is vulnerable to", "a newer kernel")]
+    return [ok("mitigations", f"{len(fine)} holes closed or absent: {', '.join(fine)}"), *checks]

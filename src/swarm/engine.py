@@ -1,0 +1,284 @@
+"""One claim → one Outcome: get a VM, run the agent in it, collect what it left.
+
+Outcomes are returned, faults are raised below, and this is the one place that turns the latter into the former. The
+engine knows nothing of the database and nothing of drivers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import structlog
+
+from swarm.agents import check
+from swarm.channel import Exit
+from swarm.clock import Timeline
+from swarm.errors import (
+    AgentFailed,
+    AgentTimeout,
+    ImageError,
+    LeaseLost,
+    NotFound,
+    OutputInvalid,
+    StepError,
+    SwarmError,
+    UsageError,
+)
+from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Succeeded
+from swarm.vm.console import printable
+from swarm.vm.driver import Image, VmSpec
+from swarm.vm.launcher import Label, Launcher, Machine
+
+log = structlog.get_logger(__name__)
+
+WORK_DIR, AGENT_DIR = "/work", "/agent"
+INPUT_FILE, OUTPUT_FILE = "input.json", "output.json"
+# What an error quotes of the agent's output.
+_QUOTED_LINES, _QUOTED_BYTES = 15, 4096
+# What the next ticket would lack as well.
+_HOST_IS_OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+class Watcher(Protocol):
+    """Whoever wants to know how an attempt is doing while it runs."""
+
+    async def placed(self, vm_id: int) -> None:
+        """The attempt has VM ``vm_id``. May raise LeaseLost, which ends the attempt."""
+
+    def output(self, stream: str, data: bytes) -> None:
+        """The agent printed ``data`` on ``stream`` ('stdout', 'stderr', or 'swarm' for a note). Must not block."""
+
+
+class ImageSource(Protocol):
+    async def find(self, ref: str | None = None) -> Image: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one attempt may cost the host, whatever its agent says."""
+
+    output_json_bytes: int = 16 << 20
+    printed_bytes: int = 64 << 20
+
+
+class Engine:
+    def __init__(self, *, launcher: Launcher, images: ImageSource, limits: Limits) -> None:
+        self._launcher = launcher
+        self._images = images
+        self._limits = limits
+
+    async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
+        """Run one attempt to its end. Returns Succeeded or Failed; LeaseLost, cancellation and a host without
+        descriptors or memory (OSError) pass through. The VM is gone in every case."""
+        tail = _Tail(watcher)
+        try:
+            return Succeeded(outputs=await self._run(claim, watcher, timeline, tail))
+        except StepError as error:
+            if _is_host_out(error):
+                raise
+            message = str(error)
+            if quoted := tail.quoted():
+                message += f"\nThe last that it printed:\n{quoted}"
+            code = error.exit_code if isinstance(error, BadExit) else None
+            return Failed(reason=error.reason, message=message, retry=error.retry, exit_code=code)
+        except LeaseLost:
+            raise
+        except UsageError as error:  # the agent's files, arguments or environment can't be sent
+            return Failed(reason=FailureReason.INPUT_INVALID, message=f"the agent {claim.agent.name!r}: {error}")
+        except (ImageError, NotFound) as error:
+            return Failed(reason=FailureReason.HOST_ERROR, message=str(error))
+        except SwarmError as error:
+            if _is_host_out(error):
+                raise
+            return Failed(reason=FailureReason.HOST_ERROR, message=str(error), retry=True)
+        except Exception as error:
+            if _is_host_out(error):
+                raise
+            # A mistake of ours must leave no ticket without an end, nor stop an engine that others need.
+            message = f"unexpected {type(error).__name__}: {error}"
+            log.error(message, ticket=claim.ticket.id)
+            log.debug("where", exc_info=True)
+            return Failed(reason=FailureReason.HOST_ERROR, message=message, retry=True)
+        finally:
+            timeline.mark("stopped")
+
+    async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _Tail) -> str:
+        agent = claim.agent
+        given = _inputs(claim)  # before a VM is started for them
+        image = await self._images.find(agent.image)
+        spec = VmSpec(
+            image=image,
+            vcpus=agent.vcpus,
+            memory_mb=agent.memory_mb,
+            disk_mb=agent.disk_mb,
+            disk_mb_per_second=agent.disk_mb_per_second,
+            network_mb_per_second=agent.network_mb_per_second,
+            preload=agent.preload if agent.runtime == "python" else (),
+        )
+        label = Label(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
+        async with self._launcher.machine(spec, label, timeline) as machine:
+            await watcher.placed(machine.n)
+            await machine.unless_it_dies(_put(machine, claim, given))
+            timeline.mark("renewed")
+            ended = await machine.unless_it_dies(self._start(claim, machine, tail))
+            timeline.mark("started", int(ended.started_at * 1e9))
+            timeline.mark("ended", int(ended.ended_at * 1e9))
+            judge(ended)
+            outputs = await machine.unless_it_dies(self._collect(machine))
+            _check_outputs(agent, outputs)
+            timeline.mark("collected")
+        return outputs
+
+    async def _start(self, claim: Claim, machine: Machine, tail: _Tail) -> Exit:
+        agent = claim.agent
+        try:
+            return await machine.channel.run(
+                entry(agent),
+                env=agent.env,
+                warm=agent.runtime == "python",
+                timeout_seconds=claim.timeout_seconds,
+                idle_timeout_seconds=agent.idle_timeout_seconds,
+                on_output=tail.add,
+                max_output_bytes=self._limits.printed_bytes,
+            )
+        except AgentTimeout as error:
+            raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}") from error
+
+    async def _collect(self, machine: Machine) -> str:
+        data = await machine.channel.get(f"{WORK_DIR}/{OUTPUT_FILE}", limit_bytes=self._limits.output_json_bytes)
+        if data is None:
+            raise OutputInvalid(
+                f"the agent ended with status 0 but left no {OUTPUT_FILE} in its work directory",
+                reason=FailureReason.NO_OUTPUT,
+            )
+        return canonical_json(data)
+
+
+class BadExit(AgentFailed):
+    """The agent ended with a status other than 0, or by a signal (``exit_code`` None)."""
+
+    def __init__(self, message: str, *, exit_code: int | None, reason: FailureReason) -> None:
+        super().__init__(message, reason=reason)
+        self.exit_code = exit_code
+
+
+def judge(ended: Exit) -> None:
+    """Only an exit status of 0 is success. Raises BadExit."""
+    if ended.oom:
+        raise BadExit(
+            f"the agent ran out of memory: the guest's kernel killed it (peak {ended.max_rss_kb >> 10} MB in one "
+            "process); give the agent more with memory_mb",
+            exit_code=ended.code,
+            reason=FailureReason.OUT_OF_MEMORY,
+        )
+    if ended.signal is not None:
+        raise BadExit(
+            f"the agent was killed by signal {ended.signal}", exit_code=None, reason=FailureReason.AGENT_FAILED
+        )
+    if ended.code != 0:
+        raise BadExit(
+            f"the agent ended with status {ended.code}", exit_code=ended.code, reason=FailureReason.AGENT_FAILED
+        )
+
+
+def entry(agent: Agent) -> list[str]:
+    """Argv in the guest: a relative first word names a file of the agent's."""
+    program, *arguments = agent.entry
+    return [program if program.startswith("/") else f"{AGENT_DIR}/{program}", *arguments]
+
+
+def _inputs(claim: Claim) -> Any:
+    """The step's inputs, with the defaults of its agent's schema. Raises StepError (INPUT_INVALID)."""
+    return check.inputs(claim.agent, json.loads(claim.inputs))
+
+
+def _check_outputs(agent: Agent, outputs: str) -> None:
+    """Raises OutputInvalid when they don't fit the agent's schema."""
+    if agent.outputs_schema is not None:
+        check.outputs(agent, json.loads(outputs))
+
+
+def input_json(claim: Claim, inputs: Any) -> bytes:
+    """What the agent finds as input.json."""
+    ticket = claim.ticket
+    document = {
+        "inputs": inputs,
+        "ticket": {
+            "id": ticket.id,
+            "title": ticket.title,
+            "description": ticket.description,
+            "project_id": ticket.project_id,
+        },
+        "step": {"id": claim.step_id, "attempt": claim.attempt_number},
+    }
+    return json.dumps(document).encode()  # ASCII: every text arrives as it is, a lone surrogate too
+
+
+def canonical_json(data: bytes) -> str:
+    """An agent's output.json as compact JSON text. Raises OutputInvalid."""
+    try:
+        value = json.loads(data.decode(), parse_constant=_no_constant)
+        compact = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        # A lone surrogate ("\\ud800") is JSON, but no text that a database takes: then it stays escaped.
+        return compact if _encodable(compact) else json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except UnicodeDecodeError as error:
+        raise OutputInvalid(f"{OUTPUT_FILE} is not UTF-8: {error}") from None
+    except RecursionError:
+        raise OutputInvalid(f"{OUTPUT_FILE} is nested too deeply") from None
+    except ValueError as error:
+        raise OutputInvalid(f"{OUTPUT_FILE} is not JSON: {error}") from None
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_host_out(error: BaseException | None) -> bool:
+    """Is the host out of descriptors or memory, at the bottom of this?"""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _HOST_IS_OUT_OF:
+            return True
+        error = error.__cause__
+    return False
+
+
+async def _put(machine: Machine, claim: Claim, inputs: Any) -> None:
+    """The agent's files and its input; sent together, one round trip."""
+    await asyncio.gather(
+        machine.channel.put_tree(Path(claim.agent.path), dest=AGENT_DIR, owner="root"),
+        machine.channel.put({INPUT_FILE: input_json(claim, inputs)}, dest=WORK_DIR, owner="agent"),
+    )
+
+
+class _Tail:
+    """Passes output on and remembers its end, for an error message."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._last: deque[bytes] = deque()
+        self._size = 0
+
+    def add(self, stream: str, data: bytes) -> None:
+        self._watcher.output(stream, data)
+        self._last.append(data)
+        self._size += len(data)
+        while self._size - len(self._last[0]) >= _QUOTED_BYTES:
+            self._size -= len(self._last.popleft())
+
+    def quoted(self) -> str:
+        lines = printable(b"".join(self._last)[-_QUOTED_BYTES:]).split("\n")
+        return "\n".join(f"  {line}" for line in [line for line in lines if line.strip()][-_QUOTED_LINES:])

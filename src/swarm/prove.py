@@ -1,0 +1,252 @@
+"""Were the promises kept? Replays the event log against the rows: nothing lost, nothing done twice, nothing leaked.
+
+The log says what happened in which order, the rows say what is. Each offence names its ticket. What other tools may do
+by plain SQL (take a ticket back, end it, delete it) is no offence of Swarm's, and a log whose beginning was pruned, or
+lies before ``since``, accuses nobody by what it no longer tells.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, RunStatus, StepStatus, TicketState
+from swarm.store.audit import AttemptFact, LogEntry, StepFact, TicketFact
+
+# A worker that has lost a lease hears of it within a second, and then kills its VM.
+_KILL_MS = 15_000.0
+# A lease that ended is taken over by the next claim of any engine.
+_TAKEOVER_MS = 60_000.0
+_RUNNING = frozenset({TicketState.IN_PROGRESS, TicketState.WAITING})
+
+
+class Facts(Protocol):
+    """`swarm.store.audit.Audit`, or a history made up by a test."""
+
+    def log(self) -> Iterable[LogEntry]: ...
+    def tickets(self) -> Iterable[TicketFact]: ...
+    def attempts(self) -> Iterable[AttemptFact]: ...
+    def running_steps(self) -> Iterable[StepFact]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmFact:
+    """A VM of this host that serves an attempt."""
+
+    n: int
+    attempt_id: str | None
+    owner_alive: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offence:
+    """A promise broken. ``id``: the ticket's, or 'VM 1001'."""
+
+    id: str
+    what: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """Figures, and what is behind those that must be 0."""
+
+    tickets_seen: int = 0
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    unfinished: int = 0
+    deleted: int = 0
+    attempts: int = 0
+    most_attempts: int = 0  # of one ticket
+    lost_leases: int = 0
+    refused: int = 0  # writes that the fence turned away
+    waiting_for_an_engine: int = 0  # leases that are over, and no engine is there to take the step
+    finished_twice: list[Offence] = field(default_factory=list)
+    lost: list[Offence] = field(default_factory=list)
+    unrecorded: list[Offence] = field(default_factory=list)
+    slots_leaked: list[Offence] = field(default_factory=list)
+
+    @property
+    def offences(self) -> list[Offence]:
+        return [*self.finished_twice, *self.lost, *self.unrecorded, *self.slots_leaked]
+
+    @property
+    def kept(self) -> bool:
+        return not self.offences
+
+
+@dataclass(slots=True)
+class _History:
+    """What the log has told of one ticket so far."""
+
+    open: bool | None = None  # between its start and its end; None: not told
+    state: str = ""  # by the last transition
+    steps: dict[str, str] = field(default_factory=dict)  # step → the attempt that runs it
+    completed: set[str] = field(default_factory=set)  # steps, since the ticket last started
+    deleted: bool = False
+
+
+def judge(facts: Facts, vms: Iterable[VmFact] = (), *, engine_alive: bool = False) -> Report:
+    """Replay and compare."""
+    report = Report()
+    histories = _replay(facts.log(), report)
+    _check_tickets(facts.tickets(), histories, report)
+    ended = _check_attempts(facts.attempts(), report, engine_alive=engine_alive)
+    for step in facts.running_steps():
+        if not step.attempt_alive:
+            report.lost.append(_by(step.ticket_id, f"its step {step.step_id!r} is running, but no attempt runs it"))
+    report.slots_leaked += _leaked(vms, ended)
+    return report
+
+
+def _replay(log: Iterable[LogEntry], report: Report) -> dict[str, _History]:
+    histories: dict[str, _History] = {}
+    begun: Counter[str] = Counter()  # attempts by ticket
+    over: set[str] = set()  # attempts
+    for entry in log:
+        history = histories.setdefault(entry.ticket_id, _History())
+        if entry.kind == "refused":
+            report.refused += 1
+        elif entry.kind == "deleted":
+            report.deleted += 1
+            histories[entry.ticket_id] = _History(deleted=True)
+            begun.pop(entry.ticket_id, None)
+        elif entry.of == "ticket":
+            _ticket_moves(history, entry, report)
+        elif entry.of == "step":
+            begun[entry.ticket_id] += _step_moves(history, entry, over, report)
+    report.attempts = sum(begun.values())
+    report.most_attempts = max(begun.values(), default=0)
+    report.tickets_seen = len(histories)
+    return histories
+
+
+def _ticket_moves(history: _History, entry: LogEntry, report: Report) -> None:
+    history.deleted = False
+    if entry.after in TERMINAL_TICKET_STATES:
+        if entry.before in _RUNNING and history.open is False:
+            report.finished_twice.append(
+                _by(
+                    entry.ticket_id, f"ended as {entry.after} (event {entry.seq}) after it had ended as {history.state}"
+                )
+            )
+        history.open = False
+    elif entry.after == TicketState.IN_PROGRESS and entry.before != TicketState.WAITING:
+        history.open = True
+        history.completed.clear()
+    history.state = entry.after
+
+
+def _step_moves(history: _History, entry: LogEntry, over: set[str], report: Report) -> bool:
+    """True when an attempt begins."""
+    step, attempt = entry.step_id or "", entry.attempt_id or ""
+    if entry.after == StepStatus.RUNNING:
+        if (other := history.steps.get(step)) is not None:
+            report.finished_twice.append(
+                _by(
+                    entry.ticket_id,
+                    f"attempt {attempt} of step {step!r} began while {other} ran it (event {entry.seq})",
+                )
+            )
+        history.steps[step] = attempt
+        return True
+    if attempt and entry.before == StepStatus.RUNNING:
+        if attempt in over:
+            report.finished_twice.append(
+                _by(entry.ticket_id, f"attempt {attempt} of step {step!r} ended twice (event {entry.seq})")
+            )
+        over.add(attempt)
+        if history.steps.get(step) == attempt:
+            del history.steps[step]
+    if entry.after == StepStatus.COMPLETED:
+        if step in history.completed:
+            report.finished_twice.append(_by(entry.ticket_id, f"step {step!r} completed twice (event {entry.seq})"))
+        history.completed.add(step)
+    return False
+
+
+def _check_tickets(tickets: Iterable[TicketFact], histories: dict[str, _History], report: Report) -> None:
+    there: set[str] = set()
+    for ticket in tickets:
+        there.add(ticket.id)
+        if ticket.state == TicketState.DONE:
+            report.done += 1
+        elif ticket.state == TicketState.FAILED:
+            report.failed += 1
+        elif ticket.state == TicketState.CANCELLED:
+            report.cancelled += 1
+        else:
+            report.unfinished += 1
+        history = histories.get(ticket.id, _History())
+        for offences, what in _ticket_offences(ticket, history, report):
+            offences.append(_by(ticket.id, what))
+        if ticket.id not in histories:
+            report.tickets_seen += 1
+    for id_, history in histories.items():
+        # With ``since``, a row that did not change since is not among them, but then neither are its transitions.
+        if id_ not in there and not history.deleted and history.state:
+            report.lost.append(_by(id_, "its row is gone, and nobody deleted it"))
+
+
+def _ticket_offences(ticket: TicketFact, history: _History, report: Report) -> Iterator[tuple[list[Offence], str]]:
+    if ticket.state in _RUNNING:
+        if ticket.run_status not in (RunStatus.RUNNING, RunStatus.WAITING):
+            yield report.lost, f"it is {ticket.state}, but no run of it is under way"
+        elif not ticket.live_steps:
+            yield report.lost, f"it is {ticket.state}, but its run has no step left to run"
+        elif history.open is False and history.state in TERMINAL_TICKET_STATES:
+            yield report.lost, f"it is {ticket.state}, but the log has it {history.state}"
+    elif ticket.state == TicketState.DONE and ticket.run_status is not None:
+        if ticket.run_status in (RunStatus.RUNNING, RunStatus.WAITING):
+            yield report.unrecorded, "it is done, but its run goes on"
+        elif ticket.run_status == RunStatus.COMPLETED and history.open:
+            yield report.unrecorded, "it is done, but the log does not tell of its end"
+
+
+def _check_attempts(attempts: Iterable[AttemptFact], report: Report, *, engine_alive: bool) -> dict[str, float | None]:
+    """Attempts by id: for how many ms each has been over, None for those that run."""
+    ended: dict[str, float | None] = {}
+    succeeded: Counter[str] = Counter()
+    for attempt in attempts:
+        ended[attempt.id] = None if attempt.outcome is None else attempt.ended_ms
+        if attempt.outcome is None:
+            _check_live(attempt, report, engine_alive=engine_alive)
+        elif attempt.outcome == AttemptOutcome.LOST:
+            report.lost_leases += 1
+        elif attempt.outcome == AttemptOutcome.SUCCEEDED:
+            succeeded[attempt.step_execution_id] += 1
+            if succeeded[attempt.step_execution_id] == 2:
+                report.finished_twice.append(_by(attempt.ticket_id, "two attempts of one step succeeded"))
+            if attempt.step_status not in (StepStatus.COMPLETED, None):
+                report.lost.append(
+                    _by(attempt.ticket_id, f"attempt {attempt.id} succeeded, but its step is {attempt.step_status}")
+                )
+    return ended
+
+
+def _check_live(attempt: AttemptFact, report: Report, *, engine_alive: bool) -> None:
+    if attempt.expired_ms <= 0:
+        return  # its worker is told that it lost the step, if it did, when it renews
+    if not engine_alive:
+        report.waiting_for_an_engine += 1
+    elif attempt.expired_ms > _TAKEOVER_MS:
+        report.lost.append(
+            _by(
+                attempt.ticket_id,
+                f"the lease of {attempt.id} ended {attempt.expired_ms / 1000:.0f} s ago, nobody took over",
+            )
+        )
+
+
+def _leaked(vms: Iterable[VmFact], ended: dict[str, float | None]) -> Iterator[Offence]:
+    for vm in vms:
+        if not vm.owner_alive:
+            yield Offence(id=f"VM {vm.n}", what="its owner is dead and nobody removed it (swarm-cleanup does)")
+        elif (over_ms := ended.get(vm.attempt_id or "")) is not None and over_ms > _KILL_MS:
+            yield Offence(id=f"VM {vm.n}", what=f"it runs, but its attempt {vm.attempt_id} has ended")
+
+
+def _by(ticket_id: str | None, what: str) -> Offence:
+    return Offence(id=ticket_id or "?", what=what)

@@ -1,0 +1,34 @@
+"""The kill campaign, short: `make chaos` runs the long one. Its seed is new each time, and printed."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from swarm import app, config
+from swarm.config import Settings
+from swarm.vm.driver import Image
+from tests.chaos.campaign import campaign
+
+SEED = int(os.environ.get("SWARM_CHAOS_SEED", "0")) or random.SystemRandom().randrange(1 << 31)
+
+
+async def run(settings: Settings, home: Path, driver: str, *, tickets: int, max_vms: int) -> None:
+    values = {**settings.model_dump(), "home": home, "driver": driver, "templates_dir": settings.templates}
+    own = config.load(**values)
+    await app.init(own, image=False)
+    report, strikes = await campaign(own, seed=SEED, tickets=tickets, max_vms=max_vms)
+    assert report.attempts >= tickets - report.cancelled - report.deleted
+    assert strikes.total() > 0
+
+
+async def test_whatever_is_killed_nothing_is_lost(settings: Settings, tmp_path: Path) -> None:
+    await run(settings, tmp_path / "h", "process", tickets=60, max_vms=3)
+
+
+@pytest.mark.needs("qemu")
+async def test_nor_in_real_vms(settings: Settings, image: Image, tmp_path: Path) -> None:
+    await run(settings, tmp_path / "h", "qemu", tickets=6, max_vms=1)

@@ -1,0 +1,126 @@
+"""The frame around every command, by a small real program: exit status, signals, pipes, and never a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROGRAM = '''
+import asyncio, sys
+from typing import Annotated
+import typer
+from swarm.cli.frame import Cli, command, new_app, start
+from swarm.errors import Conflict, HostError
+
+app = new_app("demo", "A program.")
+
+@command(app, examples=["demo fail host"], json=True)
+async def fail(cli: Cli, how: Annotated[str, typer.Argument()]) -> int:
+    """Fail."""
+    if how == "host":
+        raise HostError("no tap: install it")
+    if how == "conflict":
+        raise Conflict("it is\\x1b[31m taken")
+    if how == "group":
+        async with asyncio.TaskGroup():
+            raise HostError("from a group")
+    if how == "bug":
+        raise ZeroDivisionError("oops")
+    if how == "status":
+        return 3
+    cli.out.dump({"how": how, "json": cli.out.json})
+    return 0
+
+@command(app, examples=["demo wait"])
+async def wait(cli: Cli) -> None:
+    """Wait for a signal."""
+    try:
+        cli.out.line("waiting")
+        await asyncio.Event().wait()
+    finally:
+        cli.out.line("cleaned up")
+
+@command(app, examples=["demo many"])
+async def many(cli: Cli) -> None:
+    """Print much."""
+    for n in range(100_000):
+        cli.out.line(n)
+
+start(app, "demo")
+'''
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("frame") / "demo.py"
+    path.write_text(PROGRAM)
+    yield path
+
+
+def run(program: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, program, *argv], check=False, capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [
+        ("host", 1, "error: no tap: install it\n"),
+        ("conflict", 2, "error: it is\N{REPLACEMENT CHARACTER}[31m taken\n"),
+        ("group", 1, "error: from a group\n"),
+        ("bug", 1, "error: unexpected: ZeroDivisionError: oops (--debug shows where)\n"),
+        ("status", 3, ""),
+    ],
+)
+def test_errors_are_one_line_and_a_status(program: Path, how: str, status: int, said: str) -> None:
+    done = run(program, "fail", how)
+    assert (done.returncode, done.stderr, done.stdout) == (status, said, "")
+
+
+def test_debug_shows_the_traceback(program: Path) -> None:
+    done = run(program, "fail", "bug", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError: oops" in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["fail"], ["fail", "a", "b"], ["frob"], ["fail", "x", "--nope"], ["wait", "--json"]])
+def test_wrong_use_is_status_2(program: Path, argv: list[str]) -> None:
+    done = run(program, *argv)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Usage: demo" in done.stderr
+
+
+def test_json_and_bad_settings(program: Path) -> None:
+    assert run(program, "fail", "not", "--json").stdout == '{\n  "how": "not",\n  "json": true\n}\n'
+    bad = subprocess.run(
+        [sys.executable, program, "wait"],
+        check=False, capture_output=True, text=True, env=os.environ | {"SWARM_LEASE_SECONDS": "soon"},
+    )  # fmt: skip
+    assert bad.returncode == 2 and "lease_seconds" in bad.stderr and "'soon'" in bad.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cleans_up_and_is_the_status(program: Path, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, program, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(number)
+        assert process.stdout.read() == "cleaned up\n"
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(timeout=20) == 128 + number
+
+
+def test_a_reader_that_goes_away_is_no_error(program: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, program, "many"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=20) == 128 + signal.SIGPIPE

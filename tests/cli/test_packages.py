@@ -1,0 +1,174 @@
+"""`swarm agent …` and `swarm workflow …` as a user types them, against a home of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from swarm import app, config
+from swarm.cli import agent, ticket, workflow
+from swarm.config import Settings
+from swarm.vm.driver import Image
+
+BIN = Path(sys.executable).parent
+DOCS = Path(__file__).parent.parent.parent / "docs"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+GOOD = """name: mine
+version: 1.0.0
+steps:
+  - id: a
+    agent: echo@1
+  - id: b
+    agent: echo
+    needs: a
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("packages")
+    asyncio.run(app.init(config.load(home=home), image=False))
+    return home
+
+
+@pytest.fixture
+def swarm(place: Path, tmp_path: Path) -> Run:
+    def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [BIN / "swarm", *argv], check=False, capture_output=True, text=True, timeout=180, cwd=tmp_path,
+            env=os.environ | {"SWARM_HOME": str(place)} | environment, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def ok(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    for words in said:
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("lang", ["python", "sh"])
+def test_an_agent_from_its_template_to_its_end(swarm: Run, place: Path, tmp_path: Path, lang: str) -> None:
+    name = f"life-{lang}"
+    ok(swarm("agent", "init", name, "--lang", lang))
+    refused(swarm("agent", "init", name), "not empty")
+    tested = swarm("agent", "test", f"{name}/")
+    assert "example 1" in ok(tested) and "without a VM" in tested.stderr
+    added = ok(swarm("agent", "add", f"{name}/"))
+    with tarfile.open(tmp_path / "same.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / name, name)
+    assert ok(swarm("agent", "add", "same.tar.gz")) == added and name in ok(swarm("agent", "show", name))
+    ran = swarm("agent", "run", name, "--no-vm", "--input", "name=Bob")
+    assert json.loads(ok(ran)) == {"greeting": "Hello, Bob!"}
+    program = next((tmp_path / name).glob("main.*"))
+    program.write_text(program.read_text().replace("Hello", "Goodbye"))
+    before = sorted((place / "agents").iterdir())
+    refused(swarm("agent", "add", name), "files differ", "new version")
+    assert sorted((place / "agents").iterdir()) == before, "what was refused leaves no files"
+    failed = swarm("agent", "test", name, "--json")  # the directory of that name, not the registered agent
+    (result,) = json.loads(failed.stdout)
+    assert failed.returncode == 1 and not result["passed"] and "$.greeting" in result["wrong"][0]
+    ok(swarm("ticket", "add", "t", "--agent", name, "--id", f"t-{lang}", "--draft"))
+    refused(swarm("agent", "rm", name), f"t-{lang}")
+    ok(swarm("ticket", "cancel", f"t-{lang}"))
+    ok(swarm("agent", "rm", name))
+    refused(swarm("agent", "show", name))
+    assert not list((place / "agents").glob(f"{name}-*"))
+
+
+def test_what_ships_passes_its_own_examples(swarm: Run) -> None:
+    for name in ("echo", "shell@1"):
+        assert "fail" not in ok(swarm("agent", "test", name)).split()
+
+
+@pytest.mark.needs("qemu")
+def test_an_agent_in_a_vm_without_a_ticket(swarm: Run, settings: Settings, image: Image) -> None:
+    environment = {"SWARM_IMAGES_DIR": str(settings.images), "SWARM_TEMPLATES_DIR": str(settings.templates)}
+    ran = swarm("agent", "run", "shell", "--input", "commands=id -un; echo seen >&2", **environment)
+    assert json.loads(ok(ran))["stdout"] == "agent\n" and "seen\n" in ran.stderr
+    tested = swarm("agent", "test", "echo", "--vm", **environment)
+    assert "example 1" in ok(tested) and "without a VM" not in tested.stderr
+
+
+def test_agents_that_are_wrong(swarm: Run, tmp_path: Path) -> None:
+    ok(swarm("agent", "init", "layered", "--lang", "node"))
+    refused(swarm("agent", "add", "layered/"), "can't build yet")
+    refused(swarm("agent", "init", "other", "--lang", "cobol"), "python")
+    refused(swarm("agent", "init", "../Not_Good"), "name")
+    assert not (tmp_path.parent / "Not_Good").exists()
+    refused(swarm("agent", "add", "nowhere/"), "nowhere")
+    refused(swarm("agent", "test", "http-fetch"), "no `examples`")
+    refused(swarm("agent", "rm", "shell"), "'shell@1'")
+    refused(swarm("agent", "run", "shell", "--no-vm", "--input", "command=ls"), "'commands' is missing")
+    failed = swarm("agent", "run", "shell", "--no-vm", "--input", "commands=exit 3")
+    assert failed.returncode == 1 and "status 3" in failed.stderr and failed.stdout == ""
+
+
+def test_a_workflow_is_checked_drawn_added_and_switched(swarm: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD)
+    assert "2 steps" in ok(swarm("workflow", "validate", "mine.yaml"))
+    assert json.loads(ok(swarm("workflow", "validate", "mine.yaml", "--json")))["valid"] is True
+    for source in ("mine.yaml", "mine"):
+        if source == "mine":
+            added = ok(swarm("workflow", "add", "mine.yaml"))
+            assert ok(swarm("workflow", "add", "mine.yaml")) == added
+        assert "2  b  echo" in ok(swarm("workflow", "graph", source))
+        assert ok(swarm("workflow", "graph", source, "--mermaid")).startswith("flowchart TD")
+        assert ok(swarm("workflow", "graph", source, "--svg", "mine.svg")) == ""
+        assert (tmp_path / "mine.svg").read_text().startswith("<svg")
+    file.write_text(GOOD + "    when: ${1 > 2}\n")
+    refused(swarm("workflow", "add", "mine.yaml"), "another definition")
+    ok(swarm("workflow", "disable", "mine"))
+    (mine,) = (w for w in json.loads(ok(swarm("workflow", "list", "--json"))) if w["name"] == "mine")
+    assert mine["enabled"] is False and "disabled" in ok(swarm("workflow", "show", "mine@1"))
+    ok(swarm("workflow", "enable", "mine"))
+    shown = json.loads(ok(swarm("workflow", "show", "mine", "--json")))
+    assert shown["enabled"] is True and [s["id"] for s in shown["definition"]["steps"]] == ["a", "b"]
+
+
+def test_a_wrong_workflow_is_told_all_at_once(swarm: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(GOOD.replace("echo@1", "nobody").replace("needs: a", "needs: c"))
+    for command in ("validate", "add", "graph"):
+        refused(swarm("workflow", command, "bad.yaml"), "line 5, column 12", "line 8, column 12")
+    told = swarm("workflow", "validate", "bad.yaml", "--json")
+    assert told.returncode == 2 and [p["line"] for p in json.loads(told.stdout)["problems"]] == [5, 8]
+    refused(swarm("workflow", "show", "nobody"), "workflow list")
+    refused(swarm("workflow", "validate", "nowhere.yaml"), "can't be read")
+
+
+def test_those_that_ship_are_there_from_the_start(swarm: Run) -> None:
+    names = {w["name"] for w in json.loads(ok(swarm("workflow", "list", "--json")))}
+    assert names >= {"echo-chain", "fan-out-demo", "fix-until-green"}
+    assert "first" in ok(swarm("workflow", "show", "echo-chain"))
+
+
+@pytest.mark.parametrize("page", ["agents.md", "workflows.md"])
+def test_every_command_in_the_docs_exists_or_is_named_as_missing(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    top = text.partition("\n## ")[0]
+    named = {match.group(1) for match in re.finditer(r"(?:^|`)(swarm [a-z]+ [a-z]+)\b", text, re.MULTILINE)}
+    groups = {"agent": agent.app, "workflow": workflow.app, "ticket": ticket.app}
+    there = {f"swarm {name} {one.name}" for name, app in groups.items() for one in app.registered_commands}
+    missing = named - there
+    assert len(named & there) >= 7
+    today = top[top.index("**Today**") :].partition("\n\n")[0]
+    assert not [one for one in missing if f"`{one}`" not in today]

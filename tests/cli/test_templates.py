@@ -1,0 +1,74 @@
+"""`swarm template …` and `swarm doctor --capacity`, as typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from swarm.config import Settings
+from swarm.doctor.capacity import Cost, fit
+from swarm.vm.driver import Image, VmSpec
+
+pytestmark = pytest.mark.needs("qemu")
+
+
+@pytest.fixture
+def swarm(settings: Settings, image: Image, tmp_path: Path) -> Callable[..., str]:
+    env = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "SWARM_HOME": str(settings.home),
+        "SWARM_IMAGES_DIR": str(settings.images),
+        "SWARM_STATE_DIR": str(settings.state_dir),
+        "SWARM_TEMPLATES_DIR": str(tmp_path / "templates"),
+    }
+
+    def run(*arguments: str, status: int = 0) -> str:
+        argv = [sys.executable, "-m", "swarm.cli.main", *arguments]
+        ended = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, env=env, timeout=120)
+        assert ended.returncode == status, ended.stderr.decode()
+        return (ended.stdout if status == 0 else ended.stderr).decode()
+
+    return run
+
+
+def test_build_list_use_and_remove(swarm: Callable[..., str]) -> None:
+    assert "no template" in swarm("template", "list")
+    size = ("--memory", "160", "--disk", "64")
+    built = json.loads(swarm("template", "build", *size, "--preload", "uuid", "--json"))
+    again = json.loads(swarm("template", "build", *size, "--preload", "uuid", "--json"))
+    assert built == again
+    [listed] = json.loads(swarm("template", "list", "--json"))
+    assert (listed["key"], listed["memory_mb"], listed["disk_mb"]) == (built["key"], 160, 64)
+    assert (listed["preload"], listed["driver"]) == (["uuid"], "qemu")
+    assert built["key"][:12] in swarm("template", "list")
+    assert swarm("template", "rm", "--unused", "1") == "", "it was used just now"
+    assert len(json.loads(swarm("template", "list", "--json"))) == 1
+    assert swarm("template", "rm", built["key"][:6]) == f"removed {built['key'][:12]}\n"
+    assert not Path(built["dir"]).exists()
+    assert "see `swarm template list`" in swarm("template", "rm", "abc", status=2)
+    assert "--unused" in swarm("template", "rm", status=2)
+
+
+def test_capacity_says_how_many_and_why(swarm: Callable[..., str]) -> None:
+    said = json.loads(swarm("doctor", "--capacity", "--memory", "160", "--disk", "64", "--json"))
+    capacity = said["capacity"]
+    assert 10 < capacity["cost"]["private_mb"] < 160
+    assert capacity["idle"]["bridge ports"] == 1023
+    number, limit = said["fits_full"]
+    assert number == capacity["full"][limit] == min(capacity["full"].values())
+    text = swarm("doctor", "--capacity", "--memory", "160", "--disk", "64")
+    assert "fits: " in text
+
+
+def test_the_least_limit_decides(image: Image, tmp_path: Path) -> None:
+    cost = Cost(private_mb=40.0, shared_mb=60.0, disk_mb=0.2, descriptors=10, threads=4)
+    small = fit(cost, VmSpec(image=image, memory_mb=64, disk_mb=16), tmp_path)
+    large = fit(cost, VmSpec(image=image, memory_mb=4096, disk_mb=1 << 30), tmp_path)
+    assert large.fits_full == (0, "disk")
+    assert small.full["memory"] > large.full["memory"]
+    assert small.fits_idle[0] >= small.fits_full[0] > 0

@@ -1,0 +1,108 @@
+"""What all tests share: needs that turn into skips or failures, one home, one image, consoles of VMs that failed.
+
+A test says what it can't do without: ``pytestmark = pytest.mark.needs("netns", "qemu")``, or calls ``need("qemu")``.
+What is missing skips it with the reason; what is named in ``SWARM_REQUIRE`` (comma-separated, as CI has it) fails it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from swarm import config
+from swarm.config import Settings
+from swarm.process import which
+from swarm.vm.console import last_lines
+from swarm.vm.driver import Image
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm" / "images"
+REQUIRED = frozenset(filter(None, os.environ.get("SWARM_REQUIRE", "").split(",")))
+SANDBOX = os.environ.get("SWARM_SANDBOX", "")
+
+
+def lacks(thing: str) -> str:
+    """Why this host can't give a test that thing; '' when it can."""
+    if thing == "root":
+        return "" if os.geteuid() == 0 else "needs root"
+    if thing == "netns":
+        return "" if SANDBOX else "needs a network namespace of its own: run `make test`, or tools/sandbox.py pytest"
+    if thing == "qemu":
+        return lacks("netns") or (
+            "" if which("qemu-system-x86_64") else "needs qemu-system-x86_64: run tools/bootstrap"
+        )
+    if thing == "firecracker":
+        from tests.vm import firecracker_here
+
+        return lacks("netns") or firecracker_here.lacks()
+    raise LookupError(f"no such need: {thing}")
+
+
+def need(*things: str) -> None:
+    for thing in things:
+        if reason := lacks(thing):
+            if thing in REQUIRED:
+                pytest.fail(f"SWARM_REQUIRE names {thing}: {reason}", pytrace=False)
+            pytest.skip(reason)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*things): what the test can't do without: root, netns, qemu, firecracker")
+    if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox
+        config.option.basetemp = Path(SANDBOX) / "t"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name == "test_zz_leaks.py")  # last, wherever the others live
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        need(*mark.args)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and SANDBOX:
+        for console in sorted(Path(SANDBOX).glob("state/vms/*/console.log")):
+            report.sections.append((f"console of VM {console.parent.name}", "\n".join(last_lines(console, lines=60))))
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _host_as_it_was() -> Iterator[None]:
+    """The bridge and the host's rules stay between VMs; the sandbox wants them gone when the last test has ended."""
+    yield
+    if SANDBOX and Path(config.__file__).with_name("app.py").exists():
+        subprocess.run([sys.executable, "-m", "swarm.cli.cleanup"], check=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with its database migrated and the agents that ship registered. No image: see `image`."""
+    from swarm import app
+
+    place = tmp_path_factory.mktemp("home")
+    asyncio.run(app.init(config.load(home=place, images_dir=CACHE), image=False))
+    return place
+
+
+@pytest.fixture(scope="session")
+def settings(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    state = Path(os.environ.get("SWARM_STATE_DIR") or tmp_path_factory.mktemp("state"))
+    return config.load(home=home, state_dir=state, images_dir=CACHE)
+
+
+@pytest.fixture(scope="session")
+def image(settings: Settings) -> Image:
+    """The guest image, from the cache that all checkouts share; built when it isn't there (a minute)."""
+    from swarm import app
+
+    need("qemu")
+    return asyncio.run(app.ensure_image(settings))

@@ -1,0 +1,249 @@
+"""How fast is the engine, and what does it cost? `make bench-engine`, or `python -m tests.engine.bench [NAME …]`.
+
+The engine here is all of Swarm's but the VM: dispatcher, worker, store, and a null agent that succeeds at once. Every
+transition is recorded and durable (WAL, synchronous=NORMAL). Engines, and the programs that insert, are processes of
+their own. Nothing is asserted: figures are for people.
+
+    wake         commit of an outside INSERT → claim committed
+    throughput   no-op tickets per second, 1 and 2 engines, from the first INSERT's begin to the last row done
+    flat         claim and finish with 0, 10⁵ and 10⁶ finished tickets in the file
+    idle         CPU and memory of the real `swarm-engine start` while nothing happens
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from swarm.clock import Timeline
+from swarm.dispatch import Dispatcher
+from swarm.engine import Watcher
+from swarm.model import ECHO_AGENT_ID, Claim, Outcome, Succeeded
+from swarm.store.store import Store
+from swarm.worker import Worker
+from tests.store.bench_queue import ECHO, insert, insert_history, out
+
+LEASE_SECONDS = 30.0
+
+
+class NullAgent:
+    """Succeeds at once; remembers when it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, int] = {}
+
+    async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
+        self.asked[claim.ticket.id] = time.monotonic_ns()
+        await watcher.placed(1000)
+        timeline.mark("slot")
+        timeline.mark("stopped")
+        return Succeeded(outputs="{}")
+
+
+async def serve(file: str, max_vms: int) -> None:
+    """An engine: prints a line when it is ready, and one of JSON when SIGTERM has ended it."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
+    agent = NullAgent()
+    async with Store.open(f"sqlite:///{file}") as store, store.watching() as wake:
+        worker = Worker(store=store, engine=agent, name=f"bench:{os.getpid()}", lease_seconds=LEASE_SECONDS)
+        dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=max_vms, memory=None, grace_seconds=10.0)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, dispatcher.stop)
+        asyncio.get_running_loop().call_later(0.3, out, "ready")
+        await dispatcher.run()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    out(json.dumps({"asked": agent.asked, "cpu": used.ru_utime + used.ru_stime, "rss_mb": used.ru_maxrss >> 10}))
+
+
+@contextlib.contextmanager
+def engines(file: Path, count: int, max_vms: int, results: list[dict[str, object]]) -> Iterator[None]:
+    argv = [sys.executable, "-m", "tests.engine.bench", "--serve", str(file), "--max-vms", str(max_vms)]
+    running = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    try:
+        for one in running:
+            assert one.stdout is not None
+            one.stdout.readline()
+        yield
+    finally:
+        for one in running:
+            one.terminate()
+        for one in running:
+            results.append(json.loads(one.communicate()[0].splitlines()[-1]))
+
+
+async def database(directory: Path, name: str) -> Path:
+    file = directory / f"{name}.db"
+    async with Store.open(f"sqlite:///{file}") as store:
+        await store.migrate()
+        await store.put_agent(ECHO)
+    return file
+
+
+def committed(file: Path, count: int, seed: int) -> dict[str, tuple[int, int]]:
+    """Insert one by one at random moments; when each COMMIT was asked for, and when it returned (an fsync later)."""
+    random.seed(seed)
+    times: dict[str, tuple[int, int]] = {}
+    connection = sqlite3.connect(file, isolation_level=None, timeout=30)
+    for number in range(count):
+        time.sleep(random.uniform(0.015, 0.06))
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(
+            "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 'wake', 'ready', ?)",
+            (f"wake-{number}", ECHO_AGENT_ID),
+        )
+        asked = time.monotonic_ns()
+        connection.execute("COMMIT")
+        times[f"wake-{number}"] = (asked, time.monotonic_ns())
+    connection.close()
+    return times
+
+
+def wait_until_done(file: Path, count: int) -> None:
+    connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
+    while connection.execute("SELECT count(*) FROM tickets WHERE state = 'done'").fetchone()[0] < count:
+        time.sleep(0.02)
+    connection.close()
+
+
+async def wake(directory: Path, count: int) -> None:
+    file = await database(directory, "wake")
+    results: list[dict[str, object]] = []
+    with engines(file, 1, 8, results):
+        times = committed(file, count, 1)
+        wait_until_done(file, count)
+    asked = results[0]["asked"]
+    assert isinstance(asked, dict)
+    for what, number in (("COMMIT returned", 1), ("COMMIT asked   ", 0)):
+        late = sorted((asked[name] - at[number]) / 1e6 for name, at in times.items())
+        p50, p95, p99 = (late[int(len(late) * share)] for share in (0.5, 0.95, 0.99))
+        out(f"wake-up             {what} → claimed: p50 {p50:.2f} ms, p95 {p95:.2f} ms, p99 {p99:.2f} ms")
+
+
+async def throughput(directory: Path, count: int, engines_: int, how: str, max_vms: int) -> None:
+    file = await database(directory, f"throughput-{engines_}-{how}")
+    results: list[dict[str, object]] = []
+    with engines(file, engines_, max_vms, results):
+        began = time.perf_counter()
+        if how == "batch":
+            insert(file, "new", count)
+        else:
+            single(file, count)
+        enqueued = time.perf_counter() - began
+        wait_until_done(file, count)
+        seconds = time.perf_counter() - began
+    cpu = sum(float(str(r["cpu"])) for r in results)
+    out(
+        f"throughput          {engines_} engine{'s' if engines_ > 1 else ' '}, enqueued by {how:6}: "
+        f"{count / seconds:6,.0f}/s ({count} in {seconds:.2f} s; enqueued in {enqueued:.2f} s; "
+        f"{cpu / count * 1e6:.0f} µs CPU a ticket, {results[0]['rss_mb']} MB)"
+    )
+
+
+def single(file: Path, count: int) -> None:
+    connection = sqlite3.connect(file, isolation_level=None, timeout=30)
+    for number in range(count):
+        connection.execute(
+            "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 'null', 'ready', ?)",
+            (f"one-{number}", ECHO_AGENT_ID),
+        )
+    connection.close()
+
+
+async def flat(directory: Path, sizes: list[int], rounds: int) -> None:
+    """In turn on each file, so that a busy moment of the machine hits all of them."""
+    async with contextlib.AsyncExitStack() as stack:
+        stores = []
+        for size in sizes:
+            file = await database(directory, f"flat-{size}")
+            if size:
+                insert_history(file, size)
+            insert(file, "new", rounds + 50)
+            stores.append(await stack.enter_async_context(Store.open(f"sqlite:///{file}")))
+        times: list[tuple[list[float], list[float]]] = [([], []) for _ in sizes]
+        for _ in range(rounds):
+            for store, (claims, finishes) in zip(stores, times, strict=True):
+                began = time.perf_counter()
+                (claim,) = await store.claim("bench", lease_seconds=LEASE_SECONDS)
+                claimed = time.perf_counter()
+                await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=0)
+                claims.append(claimed - began)
+                finishes.append(time.perf_counter() - claimed)
+    first = statistics.median(times[0][0])
+    for size, (claims, finishes) in zip(sizes, times, strict=True):
+        claim_ms, finish_ms = statistics.median(claims) * 1e3, statistics.median(finishes) * 1e3
+        out(f"{size:>9,} finished  claim {claim_ms:.3f} ms (× {claim_ms / first / 1e3:.2f}), finish {finish_ms:.3f} ms")
+
+
+def idle(directory: Path, seconds: float) -> None:
+    home = directory / "home"
+    env = {**os.environ, "SWARM_STATE_DIR": str(directory / "state")}
+    swarm = [sys.executable, "-m", "swarm.cli.main", "init", "--no-image", "--home", str(home)]
+    subprocess.run(swarm, env=env, check=True, stdout=subprocess.DEVNULL)
+    argv = [sys.executable, "-m", "swarm.cli.engine", "start", "--foreground", "--driver=process", "--home", str(home)]
+    running = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        assert running.stderr is not None
+        running.stderr.readline()
+        time.sleep(2)
+        before = _cpu_seconds(running.pid)
+        time.sleep(seconds)
+        share = (_cpu_seconds(running.pid) - before) / seconds
+        memory = next(
+            int(line.split()[1]) >> 10
+            for line in Path(f"/proc/{running.pid}/status").read_text().splitlines()
+            if line.startswith("VmRSS")
+        )
+        out(f"idle engine         {share:.2%} of a core, {memory} MB resident")
+    finally:
+        running.terminate()
+        running.communicate()
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=["wake", "throughput", "flat", "idle"])
+    parser.add_argument("--tickets", type=int, default=5000)
+    parser.add_argument("--finished", type=int, nargs="*", default=[0, 100_000, 1_000_000])
+    parser.add_argument("--max-vms", type=int, default=128)
+    parser.add_argument("--serve", metavar="FILE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        await serve(options.serve, options.max_vms)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        out(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start; SQLite {sqlite3.sqlite_version}")
+        if "wake" in options.names:
+            await wake(directory, 200)
+        if "throughput" in options.names:
+            for count in (1, 2):
+                for how in ("batch", "single"):
+                    await throughput(directory, options.tickets, count, how, options.max_vms)
+        if "flat" in options.names:
+            await flat(directory, options.finished, 400)
+        if "idle" in options.names:
+            idle(directory, 10.0)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,171 @@
+"""A database, a worker on real VMs, and agents written on the spot."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from swarm import app, config
+from swarm.cli.proof import prove
+from swarm.config import Settings
+from swarm.dispatch import Dispatcher
+from swarm.model import TERMINAL_TICKET_STATES, Agent, Ticket
+from swarm.prove import Report
+from swarm.single import run_ticket
+from swarm.store.rows import AttemptRow
+from swarm.store.store import Store
+from swarm.store.wake import Wake
+from swarm.vm.driver import Image
+from swarm.worker import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Everything that a test of the engine holds in its hands."""
+
+    settings: Settings
+    store: Store
+    worker: Worker
+    dir: Path
+
+    @property
+    def database(self) -> Path:
+        return self.settings.data_dir / "swarm.db"
+
+    async def agent(self, code: str, name: str = "agent", **manifest: object) -> Agent:
+        """Register a Python agent with this program."""
+        place = self.dir / name
+        place.mkdir()
+        (place / "main.py").write_text(code)
+        values: dict[str, object] = {"id": name, "name": name, "version": "1.0.0", "path": place, "entry": ("main.py",)}
+        return await self.store.put_agent(Agent(**{**values, **manifest}))  # type: ignore[arg-type]
+
+    def insert(self, id: str, agent_id: str, **columns: object) -> None:  # noqa: A002
+        """As any tool would: plain SQL, another connection."""
+        row = {"id": id, "title": id, "state": "ready", "agent_id": agent_id, **columns}
+        with sqlite3.connect(self.database, timeout=30) as connection:
+            names = ", ".join(row)
+            slots = ", ".join("?" * len(row))
+            connection.execute(f"INSERT INTO tickets ({names}) VALUES ({slots})", tuple(row.values()))
+        connection.close()
+
+    def sql(self, statement: str, *values: object) -> list[tuple[object, ...]]:
+        with sqlite3.connect(self.database, timeout=30) as connection:
+            rows = connection.execute(statement, values).fetchall()
+        connection.close()
+        return rows
+
+    async def run(self, code: str, *, inputs: object = None, **manifest: object) -> Ticket:
+        """Register an agent, insert a ticket for it, run that to its end."""
+        agent = await self.agent(code, "agent", **manifest)
+        self.insert("t", agent.id, inputs=json.dumps(inputs or {}))
+        return await run_ticket(self.store, self.worker, "t")
+
+    async def until(self, holds: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
+        """Return when ``holds``, which is asked again after every commit, and now and then."""
+        async with Wake.watching(self.database) as wake, asyncio.timeout(timeout_seconds):
+            while not await holds():
+                await wake.changed(timeout_seconds=0.2)
+
+    async def until_it_prints(self, id: str = "t") -> None:  # noqa: A002
+        async def printed() -> bool:
+            return any(e.kind == "output" for e in await self.store.events(id))
+
+        await self.until(printed)
+
+    async def attempts(self, id: str = "t") -> list[AttemptRow]:  # noqa: A002
+        return await self.store.attempts(id)
+
+    def live_vms(self) -> list[int]:
+        return [record.n for record in app.inventory(self.settings).records()]
+
+
+@pytest.fixture
+async def bench(settings: Settings, image: Image, tmp_path: Path) -> AsyncIterator[Bench]:
+    """On real VMs (clones of one template)."""
+    own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates})
+    await app.init(own, image=False)
+    async with app.store(own) as store, app.worker(own, store) as worker:
+        yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
+        assert worker.running == {}
+
+
+@pytest.fixture
+async def plain(settings: Settings, tmp_path: Path) -> AsyncIterator[Bench]:
+    """The same on the `process` driver: for volume, and for what no VM is needed for."""
+    own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "driver": "process"})
+    await app.init(own, image=False)
+    async with app.store(own) as store, app.worker(own, store) as worker:
+        yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
+
+
+@asynccontextmanager
+async def engine_process(
+    bench: Bench, *options: str, driver: str = "process", **environment: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`swarm-engine start --foreground` as a process of its own, its log on stderr; killed when the block ends."""
+    argv = ["-m", "swarm.cli.engine", "start", "--foreground", "--max-vms=2", f"--driver={driver}", "--log-format=json"]
+    ours = {"SWARM_STATE_DIR": bench.settings.state_dir, "SWARM_IMAGES_DIR": bench.settings.images}
+    env = os.environ | {name: str(value) for name, value in ours.items()} | environment
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *argv, "--home", str(bench.settings.home), *options,
+        env=env, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def log_until(process: asyncio.subprocess.Process, event: str) -> dict[str, object]:
+    """Read an engine's log up to a line with this event, or with ``error`` in it when the engine ends."""
+    assert process.stderr is not None
+    async with asyncio.timeout(60):
+        while line := await process.stderr.readline():
+            said: dict[str, object] = json.loads(line) if line.startswith(b"{") else {"event": line.decode().strip()}
+            if event in str(said["event"]):
+                return said
+    raise AssertionError(f"the engine ended (status {await process.wait()}) and never said {event!r}")
+
+
+@asynccontextmanager
+async def serving(bench: Bench, **options: object) -> AsyncIterator[Dispatcher]:
+    """An engine in this process for the length of the block; its fault, if it had one, is raised at the end."""
+    given = {"max_vms": 4, "grace_seconds": 0.0, "memory": None, **options}
+    async with bench.store.watching() as wake:
+        dispatcher = Dispatcher(store=bench.store, worker=bench.worker, wake=wake, **given)  # type: ignore[arg-type]
+        task = asyncio.create_task(dispatcher.run())
+        try:
+            yield dispatcher
+        finally:
+            dispatcher.stop()
+            dispatcher.stop()
+            await task
+
+
+async def ended(bench: Bench, *ids: str, timeout_seconds: float = 60) -> list[str]:
+    """The states of these tickets once all of them have ended."""
+
+    async def all_ended() -> bool:
+        return all([(await bench.store.ticket(id_)).state in TERMINAL_TICKET_STATES for id_ in ids])
+
+    await bench.until(all_ended, timeout_seconds=timeout_seconds)
+    return [(await bench.store.ticket(id_)).state for id_ in ids]
+
+
+async def proved(bench: Bench) -> Report:
+    """What `swarm prove` says: nothing broken."""
+    report = await prove(bench.settings)
+    assert report.kept, report.offences
+    return report

@@ -1,0 +1,99 @@
+"""The engine dies at each point between two writes, by name: a restart ends right, whatever was done and not done."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+
+from swarm import app, faults
+from tests.engine.conftest import Bench, ended, engine_process, log_until, proved
+
+# Long enough for events to be flushed and the lease (1.5 s) to be renewed.
+AGENT = "import json, time\nprint('up', flush=True)\ntime.sleep(0.8)\njson.dump({}, open('output.json', 'w'))"
+HOUR_MS = 3_600_000
+
+
+async def restart(bench: Bench, *tickets: str) -> list[str]:
+    """The next engine, once every lease of the dead one is over."""
+    await bench.store.shift_clock(HOUR_MS)
+    async with app.dispatcher(bench.settings, bench.store, max_vms=2, grace_seconds=0) as dispatcher:
+        assert bench.live_vms() == []  # what the dead one left was swept
+        task = asyncio.create_task(dispatcher.run())
+        states = await ended(bench, *tickets)
+        dispatcher.stop()
+        await task
+    return states
+
+
+@pytest.mark.parametrize("point", faults.POINTS)
+async def test_a_restart_ends_right(plain: Bench, point: str) -> None:
+    agent = await plain.agent(AGENT)
+    plain.insert("a", agent.id)
+    plain.insert("b", agent.id)
+    async with engine_process(plain, SWARM_FAULT=point, SWARM_LEASE_SECONDS="1.5") as engine, asyncio.timeout(30):
+        _, said = await engine.communicate()
+        assert engine.returncode == -signal.SIGKILL, said.decode()
+    assert await restart(plain, "a", "b") == ["done", "done"]
+    report = await proved(plain)
+    assert (report.done, report.finished_twice, report.lost) == (2, [], [])
+    # An agent ran a second time only where its end was never written: never after "finished", or before "claimed".
+    for id_ in ("a", "b"):
+        outcomes = [attempt.outcome for attempt in await plain.attempts(id_)]
+        assert outcomes in (["succeeded"], ["lost", "succeeded"]), outcomes
+    assert plain.live_vms() == []
+
+
+@pytest.mark.needs("qemu")
+async def test_vms_of_a_killed_engine_die_with_it_and_are_swept(bench: Bench) -> None:
+    agent = await bench.agent("print('up', flush=True)\nimport time; time.sleep(600)")
+    bench.insert("t", agent.id)
+    async with engine_process(bench, driver="auto", SWARM_TEMPLATES_DIR=str(bench.settings.templates)) as engine:
+        await bench.until_it_prints()
+        (record,) = app.inventory(bench.settings).records()
+        assert record.alive
+        engine.kill()
+        await engine.wait()
+
+        async def dead() -> bool:
+            return not record.alive
+
+        await bench.until(dead)
+    assert [stale.n for stale in app.inventory(bench.settings).stale()] == [record.n]
+    await app.sweep(bench.settings)  # what every command that starts VMs does first
+    assert bench.live_vms() == []
+
+
+async def test_a_stopped_engine_that_comes_back_can_write_nothing(plain: Bench) -> None:
+    """SIGSTOP for longer than its lease, then SIGCONT: it kills its VM itself, and the log tells of the refusal."""
+    agent = await plain.agent(
+        "import json, os, time\nprint('up', flush=True)\n"
+        "first = json.load(open('input.json'))['step']['attempt'] == 1\n"
+        "while first: time.sleep(1)\n"
+        "json.dump({'first': first}, open('output.json', 'w'))"
+    )
+    plain.insert("t", agent.id)
+    async with engine_process(plain) as engine:
+        await plain.until_it_prints()
+        engine.send_signal(signal.SIGSTOP)
+        await plain.store.shift_clock(HOUR_MS)
+        async with app.dispatcher(plain.settings, plain.store, max_vms=1, grace_seconds=0) as dispatcher:
+            task = asyncio.create_task(dispatcher.run())
+            assert await ended(plain, "t") == ["done"]
+            engine.send_signal(signal.SIGCONT)
+            said = await log_until(engine, "lease lost")
+            dispatcher.stop()
+            await task
+        assert said["ticket"] == "t"
+
+        async def gone() -> bool:
+            return not plain.live_vms()
+
+        await plain.until(gone)
+        engine.send_signal(signal.SIGTERM)
+        await log_until(engine, "engine stopped")
+    first, second = await plain.attempts()
+    assert (first.outcome, second.outcome) == ("lost", "succeeded")
+    assert (await plain.store.ticket("t")).outputs == '{"first":false}'
+    await proved(plain)

@@ -1,0 +1,318 @@
+"""The serving loop, in this process and on the `process` driver: what it starts, when, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sqlite3
+import time
+
+import pytest
+
+from swarm import app
+from swarm.dispatch import Dispatcher, Memory
+from swarm.engine import Engine, Limits
+from swarm.errors import ImageError, StoreError
+from swarm.model import Retry
+from swarm.worker import Worker
+from tests.engine.conftest import Bench, ended, serving
+
+OUT = "import json, os, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
+DONE = OUT + "out({})"
+UP = OUT + "print('up', flush=True)\n"
+HANG = UP + "time.sleep(600)"
+
+
+async def test_it_sees_an_outside_insert_by_itself(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    async with serving(plain):
+        plain.insert("t", agent.id)
+        assert await ended(plain, "t") == ["done"]
+    assert plain.live_vms() == []
+    (step,) = await plain.store.steps("t")
+    (attempt,) = await plain.attempts()
+    assert step.vm_id is not None and step.vm_id == attempt.vm_id
+
+
+async def test_never_more_than_max_vms(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    for number in range(6):
+        plain.insert(f"t{number}", agent.id)
+    async with serving(plain, max_vms=2):
+        await ended(plain, *(f"t{number}" for number in range(6)))
+    moments = plain.sql(
+        "SELECT (SELECT count(*) FROM attempts b WHERE b.started_at <= a.started_at AND b.ended_at > a.started_at) "
+        "FROM attempts a"
+    )
+    assert max(int(str(count)) for (count,) in moments) == 2
+
+
+async def test_priority_then_age(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    for second, (id_, priority) in enumerate((("least", -1), ("old", 0), ("new", 0), ("urgent", 5))):
+        plain.insert(id_, agent.id, priority=priority, created_at=f"2026-01-01T00:00:0{second}.000Z")
+    async with serving(plain, max_vms=1):
+        await ended(plain, "old", "new", "urgent", "least")
+    started = plain.sql("SELECT id FROM tickets ORDER BY started_at")
+    assert [id_ for (id_,) in started] == ["urgent", "old", "new", "least"]
+
+
+async def test_a_stuck_vm_holds_only_its_own_slot(plain: Bench) -> None:
+    hang, done = await plain.agent(HANG, "hang"), await plain.agent(DONE, "done")
+    plain.insert("stuck", hang.id, priority=9)
+    for number in range(3):
+        plain.insert(f"t{number}", done.id)
+    async with serving(plain, max_vms=2):
+        assert await ended(plain, "t0", "t1", "t2") == ["done"] * 3
+        assert (await plain.store.ticket("stuck")).state == "in_progress"
+    assert plain.live_vms() == []
+
+
+async def test_a_vm_is_not_started_when_it_would_not_fit(plain: Bench) -> None:
+    free = 100
+    memory = Memory(total_mb=10_000, reserve_mb=0, available_mb=lambda: free)
+    agent = await plain.agent(DONE, memory_mb=256)
+    plain.insert("t", agent.id)
+    async with serving(plain, memory=memory) as dispatcher:
+
+        async def said() -> bool:
+            return "memory: 36 MB are left" in dispatcher.waits_for
+
+        await plain.until(said)
+        assert (await plain.store.ticket("t")).state == "ready"
+        free = 1000
+        assert await ended(plain, "t") == ["done"]
+
+
+async def test_one_that_can_never_fit_fails_and_blocks_nobody(plain: Bench) -> None:
+    memory = Memory(total_mb=1000, reserve_mb=0, available_mb=lambda: 10_000)
+    huge = await plain.agent(DONE, "huge", memory_mb=2000)
+    small = await plain.agent(DONE, "small", memory_mb=256)
+    plain.insert("first", huge.id, priority=9)
+    plain.insert("second", small.id)
+    async with serving(plain, memory=memory):
+        assert await ended(plain, "first", "second") == ["failed", "done"]
+    error = (await plain.store.ticket("first")).error
+    assert error and "needs 2000 MB" in error
+
+
+async def test_memory_is_promised_once(plain: Bench) -> None:
+    memory = Memory(total_mb=700, reserve_mb=0, available_mb=lambda: 10_000)
+    agent = await plain.agent(DONE, memory_mb=256)
+    for number in range(4):
+        plain.insert(f"t{number}", agent.id)
+    async with serving(plain, memory=memory):
+        await ended(plain, "t0", "t1", "t2", "t3")
+    overlaps = plain.sql(
+        "SELECT max((SELECT count(*) FROM attempts b WHERE b.started_at <= a.started_at "
+        "AND b.ended_at > a.started_at)) FROM attempts a"
+    )
+    assert overlaps[0][0] in (1, 2)
+
+
+async def test_a_dependant_starts_when_what_it_needs_is_done(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    plain.sql("INSERT INTO ticket_dependencies VALUES ('second', 'first')")
+    plain.insert("second", agent.id)
+    plain.insert("first", agent.id)
+    async with serving(plain):
+        assert await ended(plain, "first", "second") == ["done", "done"]
+    ((in_order,),) = plain.sql(
+        "SELECT (SELECT completed_at FROM tickets WHERE id = 'first') <= started_at FROM tickets WHERE id = 'second'"
+    )
+    assert in_order
+
+
+async def test_retries_with_back_off_and_counts_them(plain: Bench) -> None:
+    code = OUT + "n = json.load(open('input.json'))['step']['attempt']\nout({'n': n})\nsys.exit(0 if n == 3 else 1)"
+    agent = await plain.agent(code, retry=Retry(max_attempts=3, delay_seconds=0.1))
+    plain.insert("t", agent.id)
+    async with serving(plain):
+        assert await ended(plain, "t") == ["done"]
+    (step,) = await plain.store.steps("t")
+    assert (step.retry_count, (await plain.store.ticket("t")).outputs) == (2, '{"n":3}')
+    assert [a.outcome for a in await plain.attempts()] == ["failed", "failed", "succeeded"]
+
+
+@pytest.mark.parametrize("how", ["command", "update", "delete"])
+async def test_cancel_kills_the_vm_within_two_seconds(plain: Bench, how: str) -> None:
+    agent = await plain.agent(HANG)
+    plain.insert("t", agent.id)
+    async with serving(plain):
+        await plain.until_it_prints()
+        began = time.monotonic()
+        if how == "command":
+            await plain.store.cancel("t", "a test")
+        elif how == "update":
+            plain.sql("UPDATE tickets SET state = 'cancelled' WHERE id = 't'")
+        else:
+            plain.sql("DELETE FROM tickets WHERE id = 't'")
+        while plain.live_vms():
+            async with plain.store.watching() as wake:
+                await wake.changed(timeout_seconds=0.05)
+        assert time.monotonic() - began < 2.5  # 2 s, and the seconds that a busy machine takes
+        plain.insert("next", (await plain.agent(DONE, "done")).id)
+        assert await ended(plain, "next") == ["done"]
+    rows = plain.sql("SELECT count(*) FROM attempts WHERE outcome IS NULL")
+    assert rows == [(0,)]
+    if how == "delete":
+        assert plain.sql("SELECT count(*) FROM step_executions WHERE run_id NOT IN (SELECT id FROM workflow_runs)") == [
+            (0,)
+        ]
+    else:
+        assert (await plain.store.ticket("t")).state == "cancelled"
+
+
+async def test_a_cancelled_ticket_that_waits_never_starts(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    plain.insert("t", agent.id)
+    await plain.store.cancel("t", "a test")
+    plain.insert("u", agent.id)
+    async with serving(plain):
+        await ended(plain, "u")
+    assert await plain.attempts("t") == []
+    await plain.store.retry("t")
+    async with serving(plain):
+        assert await ended(plain, "t") == ["done"]
+
+
+async def test_a_ticket_that_waited_too_long_fails(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    plain.insert("old", agent.id, created_at="2026-01-01T00:00:00Z", updated_at="2026-01-01T00:00:00Z")
+    plain.insert("new", agent.id)
+    own = plain.settings.model_copy(update={"queue_timeout_seconds": 600.0})
+    async with app.dispatcher(own, plain.store, max_vms=1, grace_seconds=0) as dispatcher:
+        task = asyncio.create_task(dispatcher.run())
+        assert await ended(plain, "old", "new") == ["failed", "done"]
+        dispatcher.stop()
+        await task
+    assert "queue timeout of 600 s" in ((await plain.store.ticket("old")).error or "")
+
+
+async def test_a_soft_stop_lets_what_runs_end(plain: Bench) -> None:
+    gate = plain.dir / "gate"
+    os.mkfifo(gate)
+    agent = await plain.agent(UP + f"open({str(gate)!r}).read(); out({{}})")
+    plain.insert("t", agent.id)
+    plain.insert("later", agent.id)
+    async with serving(plain, max_vms=1, grace_seconds=60.0) as dispatcher:
+        await plain.until_it_prints()
+        dispatcher.stop()
+        await asyncio.to_thread(gate.write_text, "go")
+        assert await ended(plain, "t") == ["done"]
+    assert (await plain.store.ticket("later")).state == "ready"  # no new claims
+
+
+async def test_a_stop_without_grace_puts_back_uncounted(plain: Bench) -> None:
+    agent = await plain.agent(HANG)
+    plain.insert("t", agent.id)
+    async with serving(plain, grace_seconds=60.0) as dispatcher:
+        await plain.until_it_prints()
+        dispatcher.stop()
+        dispatcher.stop()
+    assert plain.live_vms() == []
+    (attempt,) = await plain.attempts()
+    (step,) = await plain.store.steps("t")
+    assert (attempt.outcome, step.status, step.retry_count) == ("interrupted", "ready", 0)
+    assert await plain.store.workers() == []
+
+
+async def test_a_clock_that_jumps_ahead_starts_nothing_twice(plain: Bench) -> None:
+    marks = plain.dir / "marks"
+    agent = await plain.agent(UP + f"open({str(marks)!r}, 'a').write('x')\ntime.sleep(2.5)\nout({{}})")
+    plain.insert("t", agent.id)
+    async with serving(plain):
+        await plain.until_it_prints()
+        await plain.store.shift_clock(3_600_000)  # a commit: the loop looks at once, and every lease is over
+        assert await ended(plain, "t") == ["done"]
+    assert len(await plain.attempts()) == 1
+    assert marks.read_text() == "x"
+
+
+async def test_a_clock_that_jumps_back_loses_nothing(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    async with serving(plain):
+        plain.insert("a", agent.id)
+        await plain.store.shift_clock(-3_600_000)
+        plain.insert("b", agent.id)
+        assert await ended(plain, "a", "b") == ["done", "done"]
+
+
+async def test_the_database_replaced_ends_it_with_one_clear_line(plain: Bench) -> None:
+    agent = await plain.agent(HANG)
+    plain.insert("t", agent.id)
+    with pytest.raises(StoreError, match="was moved or replaced"):
+        async with serving(plain) as dispatcher, asyncio.timeout(30):
+            await plain.until_it_prints()
+            new = plain.dir / "new.db"
+            sqlite3.connect(new).close()
+            new.write_bytes(plain.database.read_bytes())
+            new.replace(plain.database)
+            while not dispatcher._fault:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(dispatcher._look.wait(), 0.2)
+    assert plain.live_vms() == []
+
+
+async def test_the_database_locked_by_another_writer(plain: Bench) -> None:
+    """For longer than the busy timeout: outcomes wait, leases hold, and nothing is run twice."""
+    own = plain.settings.model_copy(update={"busy_timeout_seconds": 0.3})
+    agent = await plain.agent(DONE)
+    async with app.store(own) as store, app.worker(own, store) as worker, store.watching() as wake:
+        locked = sqlite3.connect(plain.database, isolation_level=None)
+        dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
+        task = asyncio.create_task(dispatcher.run())
+        plain.insert("t", agent.id)
+        await plain.until(lambda: _runs(plain, "t"))
+        locked.execute("BEGIN IMMEDIATE")
+        await wake.changed(timeout_seconds=2.0)  # nobody can write meanwhile
+        locked.execute("COMMIT")
+        locked.close()
+        assert await ended(plain, "t") == ["done"]
+        dispatcher.stop()
+        await task
+    assert len(await plain.attempts()) == 1
+
+
+async def _runs(bench: Bench, id_: str) -> bool:
+    return (await bench.store.ticket(id_)).state == "in_progress"
+
+
+async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    own = plain.settings.model_copy(update={"images_dir": plain.dir / "none"})
+    vms = app.launcher(own, await app.choice(own))
+    engine = Engine(launcher=vms, images=app.images(own), limits=Limits())
+    async with app.store(own) as store, store.watching() as wake:
+        worker = Worker(store=store, engine=engine, name="here", lease_seconds=30)
+        dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
+        plain.insert("t", agent.id)
+        with pytest.raises(ImageError, match="swarm image build"):
+            await asyncio.wait_for(dispatcher.run(), 30)
+    (step,) = await plain.store.steps("t")
+    assert ((await plain.store.ticket("t")).state, step.status, step.retry_count) == ("in_progress", "ready", 0)
+
+
+async def test_a_killed_vm_is_an_outcome_unknown(plain: Bench) -> None:
+    """Never tried again by itself, unless the agent says that it is idempotent."""
+    retry = Retry(max_attempts=3, delay_seconds=0.1)
+    agent = await plain.agent(HANG, retry=retry)
+    plain.insert("t", agent.id)
+    async with serving(plain):
+        await plain.until_it_prints()
+        (record,) = app.inventory(plain.settings).records()
+        os.kill(record.pid, signal.SIGKILL)
+        assert await ended(plain, "t") == ["failed"]
+    assert len(await plain.attempts()) == 1
+
+
+async def test_an_agent_that_prints_byte_by_byte_costs_few_events(plain: Bench) -> None:
+    agent = await plain.agent("import os\nfor _ in range(5000): os.write(1, b'x')\n" + DONE)
+    plain.insert("t", agent.id)
+    async with serving(plain):
+        assert await ended(plain, "t") == ["done"]
+    printed = [event for event in await plain.store.events("t", limit=10_000) if event.kind == "output"]
+    assert "".join(str(event.data["text"]) for event in printed) == "x" * 5000
+    assert len(printed) < 100

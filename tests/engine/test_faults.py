@@ -1,0 +1,179 @@
+"""What the host may do to an engine: a full disk, a read-only file, no descriptors left. It is survived, or ends the
+engine with one clear line; either way no ticket is lost, and nothing of a VM stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import sqlite3
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from swarm import app, config
+from swarm.config import Settings
+from swarm.errors import HostError, StoreError
+from swarm.model import Ticket
+from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
+
+DONE = "import json; json.dump({}, open('output.json', 'w'))"
+pytestmark = pytest.mark.needs("netns")  # mounts of our own
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, kib: int) -> Iterator[Path]:
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def remount(disk: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
+
+
+@asynccontextmanager
+async def bench_at(settings: Settings, home: Path, tmp_path: Path) -> AsyncIterator[Bench]:
+    own = config.load(
+        **{
+            **settings.model_dump(),
+            "home": home,
+            "driver": "process",
+            "lease_seconds": 3.0,
+            "busy_timeout_seconds": 2.0,
+        }
+    )
+    await app.init(own, image=False)
+    async with app.store(own) as store, app.worker(own, store) as worker:
+        yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
+
+
+def fill(disk: Path) -> Path:
+    """Not a byte is left."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        for size in (65536, 4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"\0" * size):
+                    pass
+    return ballast
+
+
+async def test_a_full_disk_is_waited_for(settings: Settings, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        async with bench_at(settings, disk / "home", tmp_path) as bench:
+            agent = await bench.agent(DONE)
+            async with serving(bench):
+                bench.insert("first", agent.id)
+                assert await ended(bench, "first") == ["done"]
+                bench.insert("second", agent.id, state="draft")
+                ballast = fill(disk)
+                # The log has a few bytes of free pages, perhaps: so a big one, that surely needs new ones.
+                with pytest.raises(sqlite3.OperationalError, match=r"full|I/O"):
+                    bench.sql("UPDATE tickets SET description = hex(zeroblob(400000)) WHERE id = 'second'")
+                ballast.unlink()
+                bench.sql("UPDATE tickets SET state = 'ready' WHERE id = 'second'")
+                fill(disk)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended(bench, "second"), 1.5)
+                ballast.unlink()
+                with contextlib.suppress(StoreError):
+                    assert await ended(bench, "second") == ["done"]
+            await proved(bench)
+
+
+async def test_an_outcome_that_cannot_be_written_ends_the_engine(settings: Settings, tmp_path: Path) -> None:
+    """The disk fills up while an agent runs, and stays full for longer than a lease."""
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        async with bench_at(settings, disk / "home", tmp_path) as bench:
+            gate = tmp_path / "gate"
+            os.mkfifo(gate)
+            big = "import json; json.dump('x' * 200000, open('output.json', 'w'))"
+            agent = await bench.agent(f"print('up', flush=True)\nopen({str(gate)!r}).read()\n{big}")
+            bench.insert("t", agent.id)
+            with pytest.raises(StoreError, match="full"):
+                async with serving(bench) as dispatcher:
+                    await bench.until_it_prints()
+                    ballast = fill(disk)
+                    await asyncio.to_thread(gate.write_text, "go")
+                    while dispatcher._fault is None and bench.worker.running:
+                        with contextlib.suppress(TimeoutError):
+                            await asyncio.wait_for(dispatcher._look.wait(), 0.2)
+                    ballast.unlink()
+            assert bench.live_vms() == []
+            await bench.store.shift_clock(60_000)
+            async with serving(bench):
+                await asyncio.to_thread(gate.write_text, "go")
+                assert await ended(bench, "t") == ["done"]
+            *before, last = [attempt.outcome for attempt in await bench.attempts()]
+            assert last == "succeeded" and before and set(before) <= {"lost", "interrupted"}
+            await proved(bench)
+
+
+async def test_a_read_only_file_system_is_waited_for(settings: Settings, tmp_path: Path) -> None:
+    """As after a disk's fault: nothing can be written until somebody mends it, and then all goes on."""
+    with small_disk(tmp_path / "disk", 16384) as disk:
+        async with bench_at(settings, disk / "home", tmp_path) as bench:
+            agent = await bench.agent(DONE)
+            bench.insert("t", agent.id, state="draft")
+        remount(disk, "ro")
+        own = bench.settings.model_copy(update={"home": disk / "home"})
+        with pytest.raises(StoreError, match=r"read-only|can't open the database"):
+            async with app.store(own) as store:
+                await store.claim("w", lease_seconds=3)
+        remount(disk, "rw")
+        async with app.store(own) as store, app.worker(own, store) as worker:
+            again = Bench(settings=own, store=store, worker=worker, dir=tmp_path)
+            again.sql("UPDATE tickets SET state = 'ready' WHERE id = 't'")
+            async with serving(again):
+                assert await ended(again, "t") == ["done"]
+
+
+async def test_out_of_file_descriptors(plain: Bench) -> None:
+    """One clear line, every VM gone, the tickets go back; with descriptors again, all are done."""
+    agent = await plain.agent(DONE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    with pytest.raises(HostError, match="Too many open files"):
+        async with serving(plain) as dispatcher:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (held + 3, before[1]))
+            try:
+                await plain.store.add_ticket(Ticket(id="t", title="t", state="ready", agent_id=agent.id))
+                async with asyncio.timeout(20):
+                    while dispatcher._fault is None and (await plain.store.ticket("t")).state != "done":
+                        with contextlib.suppress(TimeoutError):
+                            await asyncio.wait_for(dispatcher._look.wait(), 0.2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert plain.live_vms() == []
+    (step,) = await plain.store.steps("t")
+    assert (step.status, step.retry_count) == ("ready", 0)
+    async with serving(plain):
+        assert await ended(plain, "t") == ["done"]
+
+
+async def test_the_database_locked_for_longer_than_it_waits(plain: Bench) -> None:
+    """By a program that forgot its transaction: one warning, and then it goes on by itself."""
+    agent = await plain.agent(DONE)
+    async with engine_process(plain, SWARM_BUSY_TIMEOUT_SECONDS="0.5", SWARM_LEASE_SECONDS="30") as engine:
+        await log_until(engine, "engine serves")
+        locker = sqlite3.connect(plain.database, isolation_level=None)
+        locker.execute("BEGIN IMMEDIATE")
+        locker.execute("INSERT INTO tickets (id, title, state, agent_id) VALUES ('t', 't', 'ready', ?)", (agent.id,))
+        locker.execute("COMMIT")
+        locker.execute("BEGIN IMMEDIATE")  # once more, before the engine has the lock
+        said = await log_until(engine, "can't claim")
+        assert "is locked: another program" in str(said["error"])
+        locker.execute("COMMIT")
+        locker.close()
+        assert await ended(plain, "t") == ["done"]
+        engine.terminate()
+        await log_until(engine, "engine stopped")
+    await proved(plain)

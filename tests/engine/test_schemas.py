@@ -1,0 +1,57 @@
+"""Inputs are checked before a VM is started, outputs before a ticket is done; and what a workflow's ticket is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from swarm.single import run_ticket
+from tests.engine.conftest import Bench
+
+ECHO = "import json\nv = json.load(open('input.json'))['inputs']\njson.dump(v, open('output.json', 'w'))\n"
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "required": ["n"],
+        "properties": {"n": {"type": "integer"}, "m": {"default": 7}, "deep": {"properties": {"a": {"maximum": 1}}}},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [({"n": "1"}, "$.n"), ({}, "'n' is missing"), ({"n": 1, "deep": {"a": 2}}, "$.deep.a")],
+    ids=["type", "missing", "deep"],
+)
+async def test_inputs_that_do_not_fit_start_no_vm(plain: Bench, inputs: object, says: str) -> None:
+    ticket = await plain.run(ECHO, inputs=inputs, inputs_schema=SCHEMA)
+    (attempt,) = await plain.attempts()
+    assert (ticket.state, attempt.reason, attempt.vm_id) == ("failed", "input_invalid", None)
+    assert ticket.error and says in ticket.error and "agent@1.0.0" in ticket.error
+
+
+async def test_the_agent_finds_the_defaults(plain: Bench) -> None:
+    ticket = await plain.run(ECHO, inputs={"n": 1}, inputs_schema=SCHEMA, outputs_schema=SCHEMA)
+    assert (ticket.state, ticket.outputs) == ("done", '{"n":1,"m":7}')
+
+
+@pytest.mark.parametrize("says", ["$.n", "can't be used"])
+async def test_outputs_that_do_not_fit_fail(plain: Bench, says: str) -> None:
+    schema = SCHEMA if says == "$.n" else '{"type": "nonsense"}'
+    ticket = await plain.run(ECHO, inputs={"n": "one"}, outputs_schema=schema)
+    (attempt,) = await plain.attempts()
+    assert (ticket.state, ticket.outputs, attempt.reason) == ("failed", None, "output_invalid")
+    assert ticket.error and says in ticket.error
+    assert plain.live_vms() == []
+
+
+async def test_a_ticket_of_a_workflow_that_ships_says_that_it_cannot_run_yet(plain: Bench) -> None:
+    ((id_,),) = plain.sql("SELECT id FROM workflows LIMIT 1")
+    plain.sql(
+        "INSERT INTO tickets (id, title, state, execution_mode, workflow_id) VALUES ('w', 'W', 'ready', 'workflow', ?)",
+        id_,
+    )
+    ticket = await run_ticket(plain.store, plain.worker, "w")
+    assert ticket.state == "failed"
+    assert ticket.error and "can't run workflows yet" in ticket.error

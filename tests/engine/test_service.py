@@ -1,0 +1,217 @@
+"""Engines as processes: start in the background, status, stop, a live view, two on one file, log lines, logs -f."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swarm.process import start_time
+from tests.engine.conftest import Bench, ended, engine_process, log_until, proved
+
+DONE = "import json; json.dump({}, open('output.json', 'w'))"
+HANG = "import time\nprint('up', flush=True)\ntime.sleep(600)"
+
+
+async def command(bench: Bench, *argv: str, stdin: int = subprocess.DEVNULL) -> tuple[int, str, str]:
+    """A program of Swarm's, at this home, on the process driver: status, stdout, stderr."""
+    env = os.environ | {
+        "SWARM_HOME": str(bench.settings.home),
+        "SWARM_STATE_DIR": str(bench.settings.state_dir),
+        "SWARM_IMAGES_DIR": str(bench.settings.images),
+        "SWARM_DRIVER": "process",
+    }
+    program = Path(sys.executable).parent / argv[0]
+    process = await asyncio.create_subprocess_exec(
+        program, *argv[1:], env=env, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert b"Traceback" not in err
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_start_status_stop(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    status, out, err = await command(plain, "swarm-engine", "start", "--max-vms=3")
+    assert status == 0, err
+    data = plain.settings.data_dir
+    try:
+        pidfile = json.loads((data / "engine.pid").read_text())
+        assert start_time(pidfile["pid"]) == pidfile["started"] and str(pidfile["pid"]) in out
+        plain.insert("t", agent.id)
+        assert await ended(plain, "t") == ["done"]
+        told = json.loads((await command(plain, "swarm-engine", "status", "--json"))[1])
+        (engine,) = told["engines"]
+        assert (engine["pid"], engine["alive"], engine["info"]["max_vms"]) == (pidfile["pid"], True, 3)
+        assert "serving, 0 of 3 VMs" in (await command(plain, "swarm-engine", "status"))[1]
+        status, _, err = await command(plain, "swarm-engine", "start")
+        assert status == 2 and "runs in the background already" in err
+    finally:
+        status, out, _ = await command(plain, "swarm-engine", "stop")
+    assert (status, out) == (0, f"engine {pidfile['pid']} stopped\n")
+    assert not (data / "engine.pid").exists()
+    assert "ticket ended" in (data / "engine.log").read_text()
+    assert await plain.store.workers() == []
+    assert (await command(plain, "swarm-engine", "stop"))[1] == "no engine runs\n"
+
+
+async def test_a_pid_file_of_another_process_means_nothing(plain: Bench) -> None:
+    (plain.settings.data_dir / "engine.pid").write_text(json.dumps({"pid": os.getpid(), "started": 1}))
+    assert (await command(plain, "swarm-engine", "stop"))[1] == "no engine runs\n"
+    (plain.settings.data_dir / "engine.pid").write_text("nonsense")
+    assert (await command(plain, "swarm-engine", "stop"))[1] == "no engine runs\n"
+
+
+async def test_a_start_that_fails_says_why(plain: Bench) -> None:
+    status, _, err = await command(plain, "swarm-engine", "start", "--driver=nonsense")
+    assert status == 2
+    (plain.settings.data_dir / "swarm.db").rename(plain.dir / "away.db")
+    status, _, err = await command(plain, "swarm-engine", "start")
+    assert status == 1 and "swarm init" in err
+    (plain.dir / "away.db").rename(plain.settings.data_dir / "swarm.db")
+
+
+async def test_stop_now_puts_back_what_runs(plain: Bench) -> None:
+    agent = await plain.agent(HANG)
+    plain.insert("t", agent.id)
+    async with engine_process(plain, "--grace=600") as engine:
+        await plain.until_it_prints()
+        status, _, err = await command(plain, "swarm-engine", "stop", "--timeout=0.3")
+        assert status == 1 and "still runs" in err
+        status, out, _ = await command(plain, "swarm-engine", "stop", "--now")
+        assert status == 0, out
+        assert await engine.wait() == 0
+    (step,) = await plain.store.steps("t")
+    assert (step.status, step.retry_count) == ("ready", 0)
+    assert plain.live_vms() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_first_signal_waits_second_does_not(plain: Bench, number: signal.Signals) -> None:
+    agent = await plain.agent(HANG)
+    plain.insert("t", agent.id)
+    async with engine_process(plain, "--grace=600") as engine:
+        await plain.until_it_prints()
+        engine.send_signal(number)
+        assert (await log_until(engine, "stopping"))["running"] == 1
+        engine.send_signal(number)
+        said = await log_until(engine, "put back")
+        assert said["ticket"] == "t"
+        await log_until(engine, "engine stopped")
+        assert await engine.wait() == 0
+    assert plain.live_vms() == []
+
+
+async def test_json_lines_have_the_honest_clock(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    async with engine_process(plain) as engine:
+        assert (await log_until(engine, "engine serves"))["max_vms"] == 2
+        plain.insert("t", agent.id)
+        said = await log_until(engine, "ticket ended")
+        assert {"ticket", "outcome", "queue", "network", "boot", "connect", "agent", "collect", "total"} <= said.keys()
+        engine.terminate()
+        await log_until(engine, "engine stopped")
+
+
+async def test_two_engines_share_one_file(plain: Bench) -> None:
+    agent = await plain.agent("import json, time; time.sleep(0.1); json.dump({}, open('output.json', 'w'))")
+    ids = [f"t{number:02}" for number in range(16)]
+    async with engine_process(plain) as one, engine_process(plain) as two:
+        await log_until(one, "engine serves")
+        await log_until(two, "engine serves")
+        for id_ in ids:
+            plain.insert(id_, agent.id)
+        assert set(await ended(plain, *ids)) == {"done"}
+        assert len(await plain.store.workers()) == 2
+        for engine in (one, two):
+            engine.terminate()
+        await log_until(one, "engine stopped")
+        await log_until(two, "engine stopped")
+    workers = plain.sql("SELECT worker, count(*) FROM attempts GROUP BY worker")
+    assert len(workers) == 2 and sum(int(str(count)) for _, count in workers) == len(ids)
+    assert (await proved(plain)).attempts == len(ids)
+
+
+async def test_logs_follow_a_running_ticket_from_another_process(plain: Bench) -> None:
+    gate = plain.dir / "gate"
+    os.mkfifo(gate)
+    code = f"import json\nprint('first', flush=True)\nopen({str(gate)!r}).read()\nprint('last')\n" + DONE
+    agent = await plain.agent(code)
+    plain.insert("t", agent.id)
+    env = os.environ | {"SWARM_HOME": str(plain.settings.home)}
+    async with engine_process(plain) as engine:
+        following = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "swarm.cli.main", "ticket", "logs", "-f", "t", env=env, stdout=subprocess.PIPE
+        )
+        assert following.stdout is not None
+        async with asyncio.timeout(30):
+            assert await following.stdout.readline() == b"first\n"
+            assert (await plain.store.ticket("t")).state == "in_progress"
+            await asyncio.to_thread(gate.write_text, "go")
+            assert await following.stdout.read() == b"last\n"
+            assert await following.wait() == 0
+        engine.terminate()
+        await log_until(engine, "engine stopped")
+
+
+async def test_cancel_and_retry(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    plain.insert("t", agent.id)
+    assert (await command(plain, "swarm", "ticket", "cancel", "t"))[:2] == (0, "ticket t is cancelled\n")
+    status, _, err = await command(plain, "swarm", "ticket", "cancel", "nothing")
+    assert status == 2 and "no ticket" in err
+    assert (await command(plain, "swarm", "ticket", "retry", "t"))[:2] == (0, "ticket t is ready\n")
+    status, _, err = await command(plain, "swarm", "ticket", "retry", "t")
+    assert status == 2 and "only a failed or cancelled one" in err
+
+
+async def test_prune(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    plain.insert("t", agent.id)
+    async with engine_process(plain) as engine:
+        await ended(plain, "t")
+        engine.terminate()
+        await log_until(engine, "engine stopped")
+    assert (await command(plain, "swarm", "prune", "--older-than", "1h"))[1] == "0 events removed\n"
+    status, out, _ = await command(plain, "swarm", "prune", "--older-than=0s")
+    assert status == 0 and int(out.split()[0]) >= 4
+    assert await plain.store.events("t") == []
+    assert (await command(plain, "swarm", "prune", "--older-than", "soon"))[0] == 2
+    assert (await plain.store.ticket("t")).state == "done"
+
+
+async def test_the_live_view_in_a_terminal(plain: Bench) -> None:
+    agent = await plain.agent(HANG)
+    plain.insert("\x1b[31mred", agent.id)  # a hostile id reaches no terminal
+    ours, theirs = pty.openpty()
+    env = os.environ | {"SWARM_STATE_DIR": str(plain.settings.state_dir), "TERM": "xterm", "COLUMNS": "150"}
+    env["SWARM_IMAGES_DIR"] = str(plain.settings.images)
+    engine = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "swarm.cli.engine", "start", "--foreground", "--max-vms=2", "--driver=process",
+        "--grace=0", "--home", str(plain.settings.home), env=env, stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+
+    def read(until: bytes) -> None:
+        nonlocal seen
+        while until not in seen:
+            seen += os.read(ours, 65536)
+
+    try:
+        await asyncio.wait_for(asyncio.to_thread(read, b"1 of 2 VMs"), 30)
+        await asyncio.wait_for(asyncio.to_thread(read, b"agent "), 30)
+        engine.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(engine.wait(), 30) == 0
+    finally:
+        os.close(ours)
+        if engine.returncode is None:
+            engine.kill()
+    assert b"PHASE" in seen and b"[31mred" in seen and b"\x1b[31mred" not in seen

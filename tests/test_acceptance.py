@@ -1,0 +1,218 @@
+"""The commands that the user wrote down, as typed, on a system install: literal shell text, real paths, real VMs.
+
+`/opt` and ssh's configuration directory are covered by private mounts, so a system install made here is one that
+nothing of the host sees, and that is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from swarm import app
+from swarm.config import Settings
+from swarm.store.wake import Wake
+from swarm.vm.driver import Image
+
+pytestmark = pytest.mark.needs("qemu")
+
+COVERED = ("/opt", "/etc/ssh/ssh_config.d", "/root/.ssh")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shell:
+    """A plain root shell on a host with a system install."""
+
+    env: dict[str, str]
+
+    def __call__(self, script: str, *, status: int = 0, timeout: float = 120) -> str:
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == status, f"{script}\nstatus {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shell(settings: Settings, image: Image) -> Iterator[Shell]:
+    env = {k: v for k, v in os.environ.items() if k not in ("SWARM_HOME", "ECHO_ID")}
+    env |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SWARM_IMAGES_DIR": str(settings.images),
+        "SWARM_TEMPLATES_DIR": str(settings.templates),
+        "ECHO_ID": "0d72b1b5-a98e-4356-bf52-f654d0509dc4",
+    }
+    run = Shell(env=env)
+    mounted = [place for place in COVERED if Path(place).is_dir()]
+    for place in mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    try:
+        run("swarm init")
+        yield run
+    finally:
+        run("swarm-cleanup --force")
+        for place in mounted:
+            subprocess.run(["umount", place], check=True)
+
+
+def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:
+    shell("swarm-cleanup")
+    spawned = shell("swarm-spawn-ns 1")
+    assert "10.0.0.2" in spawned
+    assert "because" in spawned  # which driver runs it, and why not a better one
+    assert shell("pgrep -a firecracker || pgrep -a qemu-system-x86")
+    assert "vm1" in shell("ip netns list")
+    assert "2 received" in shell("ping -c 2 10.0.0.2")
+    ssh = 'ssh -o ConnectTimeout=5 -o StrictHostKeyChecking=no root@10.0.0.2 "echo success"'
+    assert shell(ssh) == "success\n"
+    assert "10.0.0.1/16" in shell("ip addr show br0")
+    assert "altname tap1" in shell("ip link show tap1")
+    assert "sound" in shell("swarm doctor")
+    before = json.loads(shell("swarm vm list --json"))
+    shell("swarm-spawn-ns 1")  # replaces an older VM 1
+    after = json.loads(shell("swarm vm list --json"))
+    assert [vm["n"] for vm in after] == [1]
+    assert before[0]["pid"] != after[0]["pid"]
+    assert shell(ssh) == "success\n"  # though its host key is another one
+    shell("swarm-spawn-ns 300")  # past 253
+    assert shell("ssh -o ConnectTimeout=5 -o StrictHostKeyChecking=no root@10.0.1.45 hostname") == "vm300\n"
+    assert shell(ssh) == "success\n"  # both are up, both are reachable
+    shell("swarm-cleanup")
+    shell("swarm-cleanup")
+    assert shell("ip netns list") == ""
+    shell("ip link show br0", status=1)
+    shell("pgrep -f 'qemu-system-x86_64 .*sandbox.*chardev=qmp'", status=1)
+
+
+def test_2_one_ticket_echo_agent(shell: Shell) -> None:
+    shell(
+        'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, '
+        "agent_id, assignee_id, assignee_type, execution_mode) VALUES ('test-echo-002', 'test-project', 'Echo Test 2', "
+        "'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', 'agent');\""
+    )
+    shell("swarm-engine run-ticket test-echo-002 --wait")
+    for database in ("/opt/swarm-platform/data/swarm.db", "/opt/swarm-registry/registry.db"):
+        state = shell(f"sqlite3 {database} \"SELECT state FROM tickets WHERE id='test-echo-002';\"")
+        assert state == "done\n"
+    outputs = shell(
+        "sqlite3 /opt/swarm-platform/data/swarm.db \"SELECT outputs FROM tickets WHERE id='test-echo-002';\""
+    )
+    assert json.loads(outputs)["title"] == "Echo Test 2"
+    assert (
+        shell("sqlite3 /opt/swarm-registry/registry.db \"SELECT id FROM agents WHERE name = 'echo';\"").strip()
+        == (shell.env["ECHO_ID"])
+    )
+
+
+DATABASE = Path("/opt/swarm-platform/data/swarm.db")
+
+
+@contextmanager
+def terminal_1(shell: Shell, command: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that stays in the foreground until Ctrl+C."""
+    running = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        env=shell.env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def after_each_commit(holds: Callable[[], bool], *, timeout_seconds: float = 90) -> None:
+    """Return when ``holds``, which is asked again after every commit to the database."""
+
+    async def wait() -> None:
+        async with Wake.watching(DATABASE) as wake, asyncio.timeout(timeout_seconds):
+            while not await asyncio.to_thread(holds):
+                await wake.changed(timeout_seconds=0.1)
+
+    asyncio.run(wait())
+
+
+def ctrl_c(running: subprocess.Popen[str]) -> str:
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_4_polling(shell: Shell) -> None:
+    with terminal_1(shell, "swarm-engine start --foreground --max-vms=2") as engine:
+        assert engine.stdout is not None
+        assert "engine serves" in engine.stdout.readline()
+        shell(
+            'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state,'
+            " agent_id, assignee_id, assignee_type, execution_mode) VALUES ('test-poll-001', 'test-project', "
+            "'Echo Test', 'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', 'agent');\""
+        )
+        state = "sqlite3 /opt/swarm-platform/data/swarm.db \"SELECT state FROM tickets WHERE id='test-poll-001';\""
+        after_each_commit(lambda: shell(state) == "done\n")
+        assert "serving" in shell("swarm-engine status")
+        assert "ticket ended" in ctrl_c(engine)
+    assert json.loads(shell("swarm vm list --json")) == []
+    assert "no engine" in shell("swarm-engine status")
+
+
+def test_5_five_at_once(shell: Shell, settings: Settings) -> None:
+    for number in range(1, 6):
+        shell(
+            'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state,'
+            f" agent_id, assignee_id, assignee_type, execution_mode) VALUES ('test-parallel-00{number}', "
+            "'test-project', 'Echo Test', 'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', "
+            "'agent');\""
+        )
+    seen, vms = 0, app.inventory(settings)
+
+    def all_done() -> bool:
+        nonlocal seen
+        seen = max(seen, sum(vm.alive for vm in vms.records()))
+        return shell(count) == "5\n"
+
+    count = (
+        "sqlite3 /opt/swarm-platform/data/swarm.db "
+        "\"SELECT count(*) FROM tickets WHERE id LIKE 'test-parallel-%' AND state = 'done';\""
+    )
+    with terminal_1(shell, "swarm-engine start --foreground --max-vms=5") as engine:
+        after_each_commit(all_done)
+        ctrl_c(engine)
+    # Alive at the same time: the last to start did so before the first ended.
+    overlap = shell(
+        'sqlite3 /opt/swarm-platform/data/swarm.db "SELECT max(a.started_at) < min(a.ended_at), '
+        "count(DISTINCT a.vm_id) "
+        "FROM attempts a JOIN step_executions s ON s.id = a.step_execution_id JOIN workflow_runs r ON r.id = s.run_id "
+        "WHERE r.ticket_id LIKE 'test-parallel-%';\""
+    )
+    assert overlap == "1|5\n"
+    assert seen == 5
+    assert json.loads(shell("swarm vm list --json")) == []
+    shell("swarm prove")
+
+
+def test_clean_up(shell: Shell) -> None:
+    shell("swarm-cleanup")
+    shell("sqlite3 /opt/swarm-platform/data/swarm.db \"DELETE FROM tickets WHERE id LIKE 'test-%';\"")
+    shell("swarm-engine status")
+    shell("swarm-engine run-ticket test-echo-002 --wait", status=2)

@@ -1,0 +1,91 @@
+"""`swarm bench`: its arithmetic, its picture, and one small real run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from swarm import app
+from swarm.bench import Cell, Figure, Report, percentiles
+from swarm.bench.report import plot
+from swarm.config import Settings
+from swarm.vm.driver import Image
+
+
+def test_percentiles_by_nearest_rank() -> None:
+    assert percentiles([]) == {}
+    assert percentiles([3.0]) == {"p50": 3.0, "p95": 3.0, "p99": 3.0}
+    assert percentiles([float(n) for n in range(1, 101)]) == {"p50": 50.5, "p95": 96.0, "p99": 100.0}
+
+
+def test_a_figure_without_a_baseline_has_no_ratio() -> None:
+    assert Figure(name="x", ours=13.0, baseline=10.0, unit="ms", n=1).ratio == 1.3
+    assert Figure(name="x", ours=13.0, baseline=None, unit="ms", n=1).ratio is None
+
+
+def test_the_picture_is_a_picture() -> None:
+    spread = {"p50": 10.0, "p95": 20.0, "p99": 30.0}
+    cells = tuple(
+        Cell(
+            mode=mode,
+            tickets=1,
+            n=1,
+            insert_to_done=spread,
+            phases={"queue": spread, "boot": spread},
+            per_second=1.0,
+            engine_cpu_share=0.1,
+            failed=0,
+        )
+        for mode in ("cold", "<pool>")
+    )
+    root = ET.fromstring(plot(Report(host={"driver": "a & b"}, cells=cells, figures=())))
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "cold x 1" in texts
+    assert "<pool> x 1" in texts
+    assert texts.count("20 ms") == 2
+
+
+@pytest.mark.needs("qemu")
+def test_a_small_run_as_a_user_types_it(settings: Settings, image: Image, tmp_path: Path) -> None:
+    env = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "SWARM_HOME": str(settings.home),
+        "SWARM_IMAGES_DIR": str(settings.images),
+        "SWARM_STATE_DIR": str(settings.state_dir),
+    }
+    before = app.inventory(settings).numbers()
+    picture = tmp_path / "bench.svg"
+    argv = [sys.executable, "-m", "swarm.cli.main", "bench", "--tickets", "2", "--modes", "restored,pool", "--json"]
+    ended = subprocess.run(
+        [*argv, "--plot", str(picture)],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=env,
+        timeout=180,
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    report = json.loads(ended.stdout)
+    assert [(c["mode"], c["tickets"], c["n"], c["failed"]) for c in report["cells"]] == [
+        ("restored", 2, 2, 0),
+        ("pool", 2, 2, 0),
+    ]
+    assert {"boot", "start", "agent", "stop", "total"} <= report["cells"][0]["phases"].keys()
+    figures = {figure["name"]: figure for figure in report["figures"]}
+    assert figures["restore to agentd answering"]["ratio"] > 0
+    assert figures["memory private to a clone"]["unit"] == "MB"
+    assert report["host"]["kvm"] is False or report["host"]["kvm"] is True
+    ET.parse(picture)
+    assert app.inventory(settings).numbers() == before
+
+
+def test_wrong_use_is_said(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "swarm.cli.main", "bench", "--home", str(tmp_path), "--modes", "hot"]
+    ended = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert ended.returncode == 2
+    assert b"cold,restored,pool" in ended.stderr

@@ -1,0 +1,50 @@
+"""Set-up on a host that is not Debian: it says what is missing and stops, having changed nothing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# What a POSIX system has anyway; no apt-get, no qemu, no mmdebstrap.
+BASICS = [
+    "sh", "date", "mktemp", "id", "cut", "sort", "tr", "sha256sum", "cat", "flock", "sed", "tail", "grep", "rm",
+    "dirname", "env",
+]  # fmt: skip
+
+
+def run(path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    sh = shutil.which("sh")
+    assert sh
+    script = str(ROOT / "tools" / "bootstrap")
+    return subprocess.run(
+        [sh, script, *argv],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={"PATH": str(path), "SWARM_VENV": str(path / "venv")},
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+def test_another_distribution_is_told_what_is_missing(tmp_path: Path) -> None:
+    for name in BASICS:
+        found = shutil.which(name)
+        assert found, name
+        (tmp_path / name).symlink_to(found)
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert "qemu-system-x86_64" in done.stderr
+    assert "mmdebstrap" in done.stderr
+    assert "not Debian or Ubuntu" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_wrong_use_is_said(tmp_path: Path) -> None:
+    for name in BASICS:
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    done = run(tmp_path, "everything")
+    assert done.returncode == 2
+    assert "usage" in done.stderr

@@ -1,0 +1,290 @@
+"""Clone safety: eight machines from one template, at once, and nothing equal that must differ."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import pytest
+
+from swarm import app
+from swarm.channel import Channel, Identity
+from swarm.clock import Timeline
+from swarm.config import Settings
+from swarm.errors import BootFailed, ChannelError
+from swarm.vm import launcher as launchers
+from swarm.vm.driver import Image, Template, VmSpec
+from swarm.vm.launcher import Label, Launcher, Machine
+
+pytestmark = pytest.mark.needs("qemu")
+
+CLONES = 8
+# Preloaded, so their state is the template's: what OpenSSL and `random` hold must be renewed all the same.
+PRELOAD = ("random", "secrets", "ssl", "uuid")
+
+PROBE = """
+import json, os, random, secrets, socket, ssl, sys, time, uuid
+def read(path):
+    with open(path) as file:
+        return file.read().strip()
+print(json.dumps({
+    "preloaded": sorted({"random", "secrets", "ssl", "uuid"} - {"json"}),
+    "urandom": os.urandom(32).hex(),
+    "getrandom": os.getrandom(32).hex(),
+    "uuid4": str(uuid.uuid4()),
+    "secrets": secrets.token_hex(16),
+    "random": random.getrandbits(256),
+    "random_state": hash(random.getstate()),
+    "openssl": ssl.RAND_bytes(32).hex(),
+    "kernel_uuid": read("/proc/sys/kernel/random/uuid"),
+    "machine_id": read("/etc/machine-id"),
+    "hostname": socket.gethostname(),
+    "etc_hostname": read("/etc/hostname"),
+    "wall": time.time(),
+    "monotonic": time.monotonic(),
+    "established": [line.split()[1:4] for line in open("/proc/net/tcp").readlines()[1:] if line.split()[3] != "0A"],
+    "files": sorted(os.listdir("/work")),
+}))
+"""
+MUST_DIFFER = (
+    "urandom", "getrandom", "uuid4", "secrets", "random", "random_state", "openssl", "kernel_uuid", "machine_id",
+    "hostname", "etc_hostname",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    machine: Machine
+    said: dict[str, Any]
+    at: float  # when the answer was asked for and had: host's wall clock
+    until: float
+    host_key: str
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def launcher(settings: Settings, image: Image, loop: asyncio.Runner) -> Launcher:
+    return loop.run(_launcher(settings))
+
+
+async def _launcher(settings: Settings) -> Launcher:
+    return app.launcher(settings, await app.choice(settings))
+
+
+@pytest.fixture(scope="module")
+def spec(image: Image) -> VmSpec:
+    return VmSpec(image=image, memory_mb=192, disk_mb=256, preload=PRELOAD)
+
+
+@pytest.fixture(scope="module")
+def template(launcher: Launcher, spec: VmSpec, loop: asyncio.Runner) -> Template:
+    found = loop.run(launcher.template(spec))
+    assert found is not None
+    return found
+
+
+async def probe(machine: Machine) -> dict[str, Any]:
+    said = bytearray()
+    await machine.channel.put({"probe.py": PROBE.encode()}, dest="/agent", owner="root")
+    ended = await machine.channel.run(
+        ["/agent/probe.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data)
+    )
+    assert ended.code == 0, said.decode()
+    return dict(json.loads(said))
+
+
+async def host_key(address: str) -> str:
+    """What the guest's sshd shows who connects."""
+    key = await asyncssh.get_server_host_key(address, config=None)
+    assert key is not None
+    return key.export_public_key().decode()
+
+
+@asynccontextmanager
+async def twins(launcher: Launcher, spec: VmSpec, count: int) -> AsyncIterator[list[Twin]]:
+    async with AsyncExitStack() as stack:
+
+        async def one() -> Twin:
+            machine = await stack.enter_async_context(launcher.machine(spec, Label(), Timeline()))
+            at = time.time()
+            said = await probe(machine)
+            return Twin(machine=machine, said=said, at=at, until=time.time(), host_key="")
+
+        born = await asyncio.gather(*(one() for _ in range(count)))
+        # One after the other: eight key exchanges at once take longer than ssh waits.
+        yield [replace(twin, host_key=await host_key(twin.machine.vm.endpoint.host)) for twin in born]
+
+
+@pytest.fixture(scope="module")
+def eight(launcher: Launcher, spec: VmSpec, template: Template, loop: asyncio.Runner) -> Iterator[list[Twin]]:
+    context = twins(launcher, spec, CLONES)
+    yield loop.run(context.__aenter__())
+    loop.run(context.__aexit__(None, None, None))
+
+
+@pytest.mark.parametrize("what", MUST_DIFFER)
+def test_no_two_clones_share(eight: list[Twin], what: str) -> None:
+    values = [twin.said[what] for twin in eight]
+    assert all(a != b for a, b in itertools.combinations(values, 2)), values
+
+
+def test_generations_and_host_keys_differ_and_are_what_the_host_gave(eight: list[Twin]) -> None:
+    assert len({twin.host_key for twin in eight}) == CLONES
+    assert len({twin.machine.renewed.generation for twin in eight}) == CLONES
+    for twin in eight:
+        identity, renewed = twin.machine.identity, twin.machine.renewed
+        assert (renewed.generation, renewed.machine_id) == (identity.generation, identity.machine_id)
+        assert twin.said["machine_id"] == identity.machine_id
+        assert twin.said["hostname"] == twin.said["etc_hostname"] == identity.hostname == f"vm{twin.machine.n}"
+        given = asyncssh.import_private_key(identity.ssh_host_key).export_public_key().decode()
+        assert twin.host_key.split()[:2] == given.split()[:2]
+        assert set(renewed.done) >= {"seed", "clock", "interpreter"}
+
+
+def test_every_clock_is_right(eight: list[Twin]) -> None:
+    for twin in eight:
+        assert twin.at - 0.1 <= twin.said["wall"] <= twin.until + 0.1
+        assert twin.said["monotonic"] > 0
+
+
+def test_no_connection_of_the_templates_lives_on(eight: list[Twin]) -> None:
+    for twin in eight:
+        [[local, remote, state]] = twin.said["established"]  # the channel's own
+        assert local.endswith(f":{1024:04X}")
+        assert remote.startswith("0100000A"), "the host, not the template's"  # 10.0.0.1, as /proc writes it
+        assert state == "01"
+
+
+def test_a_clone_starts_with_an_empty_disk_of_its_own(eight: list[Twin]) -> None:
+    assert all(twin.said["files"] == ["lost+found"] for twin in eight)
+
+
+def test_hard_writing_clones_change_neither_the_template_nor_each_other(
+    eight: list[Twin], template: Template, loop: asyncio.Runner
+) -> None:
+    files = sorted(path for path in template.dir.iterdir() if path.name not in ("template.json", "verified.json"))
+    assert {path.name for path in files} == {"memory", "state", "work"}
+    before = {path.name: digest(path) for path in files}
+    program = b"""
+import os, sys
+mine = os.uname().nodename.encode() * 1000
+hoard = [bytearray(os.urandom(1 << 20)) for _ in range(24)]
+with open("/work/blob", "wb") as file:
+    for part in hoard:
+        file.write(part)
+    os.fsync(file.fileno())
+with open("/work/mine", "wb") as file:
+    file.write(mine)
+os.sync()
+print(open("/work/mine", "rb").read() == mine)
+"""
+
+    async def write(machine: Machine) -> str:
+        said = bytearray()
+        await machine.channel.put({"write.py": program}, dest="/agent", owner="root")
+        await machine.channel.run(
+            ["/agent/write.py"], warm=True, timeout_seconds=120, on_output=lambda _, data: said.extend(data)
+        )
+        return said.decode()
+
+    async def all_write() -> list[str]:
+        return await asyncio.gather(*(write(twin.machine) for twin in eight))
+
+    assert loop.run(all_write()) == ["True\n"] * CLONES
+    assert {path.name: digest(path) for path in files} == before
+
+
+def test_preloaded_modules_are_there_before_the_agent_asks(eight: list[Twin], loop: asyncio.Runner) -> None:
+    hello = loop.run(eight[0].machine.channel.hello())
+    assert hello.preload_failed == {}
+
+    async def modules() -> str:
+        said = bytearray()
+        channel = eight[0].machine.channel
+        code = b"import sys\nprint([m in sys.modules for m in ('ssl', 'uuid', 'secrets', 'sqlite3')])"
+        await channel.put({"m.py": code}, dest="/agent", owner="root")
+        await channel.run(["/agent/m.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data))
+        return said.decode()
+
+    assert loop.run(modules()) == "[True, True, True, False]\n"
+
+
+async def test_what_cannot_be_preloaded_is_named(settings: Settings, image: Image, tmp_path: Path) -> None:
+    launcher = await _launcher(settings)
+    spec = VmSpec(image=image, memory_mb=192, disk_mb=64, preload=("no_such_module",))
+    async with launcher.machine(spec, Label(), Timeline()) as machine:
+        hello = await machine.channel.hello()
+    assert "No module named 'no_such_module'" in hello.preload_failed["no_such_module"]
+
+
+async def test_a_clone_that_does_not_become_itself_is_killed(settings: Settings, image: Image) -> None:
+    """A host name that the guest can't take: the renewal fails, and the VM is gone before anybody could use it."""
+    before = app.inventory(settings).numbers()
+    launcher = _Misfit(settings, await app.choice(settings))
+    spec = VmSpec(image=image, memory_mb=192, disk_mb=64)
+    with pytest.raises((BootFailed, ChannelError)):
+        async with launcher.machine(spec, Label(), Timeline()):
+            pytest.fail("it must not be used")
+    assert launcher.seen, "a VM was there"
+    assert app.inventory(settings).numbers() == before
+    assert all(not Path(f"/proc/{pid}").exists() for pid in launcher.seen)
+
+
+class _Misfit(Launcher):
+    """Gives each VM an identity that its guest refuses."""
+
+    def __init__(self, settings: Settings, choice: Any) -> None:
+        sound = app.launcher(settings, choice)
+        self.__dict__.update(sound.__dict__)
+        self.seen: list[int] = []
+
+    def _identity(self, n: int, *, seeded: bool = True, sshd_ready: bool = False) -> tuple[Identity, str]:
+        self.seen += [record.pid for record in self._inventory.records() if record.n == n]
+        identity, key = super()._identity(n, seeded=seeded, sshd_ready=sshd_ready)
+        return replace(identity, hostname="x" * 65), key  # longer than Linux takes
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"generation": "other"}, "generation"),
+        ({"hostname": "other"}, "host name"),
+        ({"machine_id": "f" * 32}, "machine id"),
+        ({"crng_ready": False}, "random pool"),
+    ],
+)
+def test_a_guest_that_reports_another_identity_is_refused(
+    eight: list[Twin], fields: dict[str, Any], named: str
+) -> None:
+    machine = eight[0].machine
+    launchers._check(machine.renewed, machine.identity)
+    with pytest.raises(BootFailed, match=named):
+        launchers._check(replace(machine.renewed, **fields), machine.identity)
+
+
+def test_the_templates_token_opens_no_clone(eight: list[Twin], template: Template, loop: asyncio.Runner) -> None:
+    async def try_it() -> None:
+        async with Channel.connect(eight[0].machine.vm.endpoint, token=template.token, timeout_seconds=10):
+            pass
+
+    with pytest.raises(ChannelError, match="wrong token"):
+        loop.run(try_it())
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,109 @@
+"""The user's commands of acceptance 0 and 2, as typed, on real Firecracker guests: jailed, cloned from a template.
+
+On a host with hardware virtualisation this takes seconds. Where the KVM is paging-based, sshd needs several seconds to
+start, so `swarm-spawn-ns` returns when it has; the commands and what they must print are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarm import app
+from swarm.config import Settings
+from swarm.vm import driver
+from tests.test_acceptance import COVERED, Shell
+from tests.vm import firecracker_here
+
+pytestmark = pytest.mark.needs("firecracker")
+
+
+@pytest.fixture(scope="module")
+def shell(settings: Settings) -> Iterator[Shell]:
+    """A root shell on a system install that is set to Firecracker, in mounts of its own over the host's places."""
+    with firecracker_here.on_path():
+        image = asyncio.run(firecracker_here.image(settings))
+        ours = firecracker_here.with_firecracker(settings, image)
+        asyncio.run(_template(ours))
+        env = {k: v for k, v in os.environ.items() if k not in ("SWARM_HOME", "ECHO_ID")}
+        env |= {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "SWARM_DRIVER": "firecracker",
+            "SWARM_IMAGE": image.digest,
+            "SWARM_IMAGES_DIR": str(ours.images),
+            "SWARM_TEMPLATES_DIR": str(ours.templates),
+            "SWARM_BOOT_TIMEOUT_SECONDS": str(ours.boot_timeout_seconds),
+            "ECHO_ID": "0d72b1b5-a98e-4356-bf52-f654d0509dc4",
+        }
+    run = Shell(env=env)
+    with contextlib.ExitStack() as stack:
+        for place in COVERED:
+            if Path(place).is_dir():
+                subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+                stack.callback(subprocess.run, ["umount", place], check=True)
+        stack.callback(run, "swarm-cleanup --force")
+        run("swarm init")
+        yield run
+
+
+async def _template(settings: Settings) -> None:
+    """Made before anything is timed; kept in the cache."""
+    chosen = await app.choice(settings)
+    assert await app.launcher(settings, chosen).template(firecracker_here.spec(await app.images(settings).find()))
+
+
+def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:
+    shell("swarm-cleanup")
+    spawned = shell("swarm-spawn-ns 1", timeout=300)
+    assert "10.0.0.2" in spawned
+    assert "firecracker (Firecracker 1." in spawned
+    process = shell("pgrep -a firecracker")
+    found = re.fullmatch(r"(\d+) /?firecracker --id vm1-[0-9a-f]+ .*\n", process)
+    assert found, process
+    status = Path(f"/proc/{found[1]}/status").read_text()
+    assert re.search(rf"^Uid:(\t{driver.BASE_UID + 1}){{4}}$", status, re.M), "jailed, as another uid"
+    assert re.search(r"^Seccomp:\t2$", status, re.M)
+    assert "vm1" in shell("ip netns list")
+    assert "2 received" in shell("ping -c 2 10.0.0.2")
+    ssh = 'ssh -o ConnectTimeout=5 -o StrictHostKeyChecking=no root@10.0.0.2 "echo success"'
+    assert shell(ssh, timeout=300) == "success\n"
+    assert "10.0.0.1/16" in shell("ip addr show br0")
+    assert "altname tap1" in shell("ip link show tap1")
+    [listed] = json.loads(shell("swarm vm list --json"))
+    assert (listed["n"], listed["pid"]) == (1, int(found[1]))
+    place = Path(shell.env["SWARM_STATE_DIR"]) / "vms" / "1"
+    assert (place / "console.log").exists()
+    assert list(place.glob("jail/firecracker/vm1-*"))
+    shell("swarm-cleanup")
+    shell("swarm-cleanup")
+    assert shell("ip netns list") == ""
+    shell("pgrep -a firecracker", status=1)
+    assert not place.exists()
+    assert not list(Path("/sys/fs/cgroup").glob("**/swarm/vm1-*"))
+
+
+def test_2_one_ticket_echo_agent(shell: Shell) -> None:
+    shell(
+        'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, '
+        "agent_id, assignee_id, assignee_type, execution_mode) VALUES ('test-echo-002', 'test-project', 'Echo Test 2', "
+        "'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', 'agent');\""
+    )
+    shell("swarm-engine run-ticket test-echo-002 --wait", timeout=300)
+    row = shell(
+        "sqlite3 -json /opt/swarm-platform/data/swarm.db "
+        "\"SELECT state, outputs, error FROM tickets WHERE id='test-echo-002';\""
+    )
+    [ticket] = json.loads(row)
+    assert (ticket["state"], ticket["error"]) == ("done", None)
+    assert json.loads(ticket["outputs"])["title"] == "Echo Test 2"
+    shell("pgrep -a firecracker", status=1)
+    assert list((Path(shell.env["SWARM_STATE_DIR"]) / "vms").iterdir()) == []

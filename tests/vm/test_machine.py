@@ -1,0 +1,48 @@
+"""A machine that dies: what is said of it. Real VMs, by the launcher."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarm import app
+from swarm.clock import Timeline
+from swarm.config import Settings
+from swarm.errors import BootFailed, OutcomeUnknown
+from swarm.model import FailureReason
+from swarm.vm.driver import Image, VmSpec
+from swarm.vm.launcher import Label
+
+pytestmark = pytest.mark.needs("qemu")
+
+
+async def test_a_kernel_panic_is_named(settings: Settings, image: Image) -> None:
+    launcher = app.launcher(settings, await app.choice(settings))
+    with pytest.raises(OutcomeUnknown, match="panicked") as caught:
+        async with launcher.machine(VmSpec(image=image), Label(ticket_id="panic"), Timeline()) as machine:
+            panic = machine.channel.run(
+                ["/bin/sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger"],
+                user="root", timeout_seconds=60,
+            )  # fmt: skip
+            await machine.unless_it_dies(panic)
+    assert caught.value.reason is FailureReason.GUEST_PANIC
+    assert "sysrq" in str(caught.value)
+    assert app.inventory(settings).records() == []
+
+
+async def test_a_guest_that_powers_off_is_a_dead_vm(settings: Settings, image: Image) -> None:
+    launcher = app.launcher(settings, await app.choice(settings))
+    with pytest.raises(OutcomeUnknown, match="died while it was in use") as caught:
+        async with launcher.machine(VmSpec(image=image), Label(), Timeline()) as machine:
+            off = machine.channel.run(["/bin/busybox", "reboot", "-f"], user="root", timeout_seconds=60)
+            await machine.unless_it_dies(off)
+    assert caught.value.reason is FailureReason.VM_DIED
+
+
+async def test_a_vm_that_never_answers_is_a_failed_boot(settings: Settings, image: Image) -> None:
+    """Its clock is too short for any guest to come up in; nothing of it stays."""
+    hasty = settings.model_copy(update={"boot_timeout_seconds": 0.001})
+    launcher = app.launcher(hasty, await app.choice(hasty))
+    with pytest.raises(BootFailed, match="did not come up"):
+        async with launcher.machine(VmSpec(image=image, memory_mb=200), Label(), Timeline()):
+            raise AssertionError("it answered")
+    assert app.inventory(settings).records() == []

@@ -1,0 +1,242 @@
+"""The pool: machines made ahead, and what may become of them before anybody takes one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from swarm import app, process
+from swarm.clock import Timeline
+from swarm.config import Settings
+from swarm.vm import pool as pools
+from swarm.vm.driver import Image, VmSpec
+from swarm.vm.launcher import Label, Launcher, Machine
+from swarm.vm.pool import Pool
+from swarm.vm.seats import Seats
+
+pytestmark = pytest.mark.needs("qemu")
+
+
+@pytest.fixture
+def spec(image: Image) -> VmSpec:
+    return VmSpec(image=image, memory_mb=192, disk_mb=64)
+
+
+@pytest.fixture
+async def launcher(settings: Settings, image: Image) -> AsyncIterator[Launcher]:
+    """Whatever a test does with it, no VM, directory, process or network of it stays."""
+    launcher = app.launcher(settings, await app.choice(settings))
+    before = app.inventory(settings).numbers()
+    yield launcher
+    assert app.inventory(settings).numbers() == before
+    assert {n.n for n in await app.network(settings).list()} <= set(before)
+
+
+@asynccontextmanager
+async def machine(launcher: Launcher, spec: VmSpec, timeline: Timeline | None = None) -> AsyncIterator[Machine]:
+    async with launcher.machine(spec, Label(ticket_id="t1", attempt_id="a1"), timeline or Timeline()) as machine:
+        yield machine
+
+
+async def hello_world(machine: Machine) -> str:
+    said = bytearray()
+    await machine.channel.put(
+        {"main.py": b"import os\nprint('hello', sorted(os.listdir('/work')), os.listdir('/agent'))"}, dest="/agent"
+    )
+    ended = await machine.channel.run(
+        ["/agent/main.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data)
+    )
+    assert ended.code == 0
+    return said.decode()
+
+
+async def test_a_ready_machine_is_handed_out_and_replaced(launcher: Launcher, spec: VmSpec, settings: Settings) -> None:
+    inventory = app.inventory(settings)
+    async with Pool(launcher, warm=1, specs=[spec]) as pool:
+        await pool.filled()
+        [waiting] = [r for r in inventory.records() if r.pid]  # the others are free slots
+        assert (waiting.ticket_id, waiting.kind) == (None, "attempt")
+        timeline = Timeline()
+        async with machine(launcher, spec, timeline) as taken:
+            assert taken.n == waiting.n
+            [record] = [r for r in inventory.records() if r.n == taken.n]
+            assert (record.ticket_id, record.attempt_id) == ("t1", "a1")
+            assert "running" in timeline
+            assert await hello_world(taken) == "hello ['lost+found'] ['main.py']\n", "no trace of the practice"
+            await pool.filled()
+            assert len([r for r in inventory.records() if r.pid]) == 2
+        assert (pool.hits, pool.misses) == (1, 0)
+        first = taken.identity
+        async with machine(launcher, spec) as other:
+            assert other.identity.generation != first.generation
+            assert other.vm.pid != taken.vm.pid
+    assert not Path(f"/proc/{taken.vm.pid}").exists()
+
+
+async def test_waiting_machines_yield_to_working_ones(launcher: Launcher, spec: VmSpec) -> None:
+    async with Pool(launcher, warm=1, specs=[spec]) as pool:
+        await pool.filled()
+        [shelf] = pool._shelves.values()
+        waiting = shelf.ready[0].machine.vm.pid
+        assert nice_of(waiting) == {19}
+        async with machine(launcher, spec) as taken:
+            assert taken.vm.pid == waiting
+            assert nice_of(waiting) == {0}
+
+
+def nice_of(pid: int) -> set[int]:
+    return {os.getpriority(os.PRIO_PROCESS, int(t.name)) for t in Path(f"/proc/{pid}/task").iterdir()}
+
+
+async def test_an_empty_pool_keeps_nobody_waiting(launcher: Launcher, spec: VmSpec) -> None:
+    async with Pool(launcher, warm=0) as pool, machine(launcher, spec) as taken:
+        assert "hello" in await hello_world(taken)
+        assert (pool.hits, pool.misses) == (0, 1)
+
+
+async def test_a_dead_machine_is_noticed_and_replaced(launcher: Launcher, spec: VmSpec) -> None:
+    async with Pool(launcher, warm=1, specs=[spec]) as pool:
+        await pool.filled()
+        [shelf] = pool._shelves.values()
+        victim = shelf.ready[0]
+        os.kill(victim.machine.vm.pid, signal.SIGKILL)
+        async with machine(launcher, spec) as taken:
+            assert taken.vm.pid != victim.machine.vm.pid
+            assert "hello" in await hello_world(taken)
+
+
+async def test_a_machine_that_does_not_answer_is_not_handed_out(launcher: Launcher, spec: VmSpec) -> None:
+    async with Pool(launcher, warm=1, specs=[spec]) as pool:
+        await pool.filled()
+        [shelf] = pool._shelves.values()
+        victim = shelf.ready[0].machine.vm.pid
+        os.kill(victim, signal.SIGSTOP)  # the VMM lives, the guest does not answer
+        async with machine(launcher, spec) as taken:
+            assert taken.vm.pid != victim
+            assert "hello" in await hello_world(taken)
+
+
+async def test_an_old_machine_is_not_handed_out(launcher: Launcher, spec: VmSpec) -> None:
+    async with Pool(launcher, warm=1, specs=[spec]) as pool:
+        await pool.filled()
+        [shelf] = pool._shelves.values()
+        shelf.ready[0].born -= pools.MAX_AGE_SECONDS
+        old = shelf.ready[0].machine.vm.pid
+        async with machine(launcher, spec) as taken:
+            assert taken.vm.pid != old
+
+
+async def test_a_pool_that_is_left_while_it_fills_leaves_nothing(launcher: Launcher, spec: VmSpec) -> None:
+    async with Pool(launcher, warm=3, specs=[spec]) as pool:
+        await pool._opening
+        [status] = pool.status()
+        assert status.wanted == 3
+
+
+async def test_slots_are_used_again(launcher: Launcher, spec: VmSpec) -> None:
+    async with Pool(launcher, warm=0, keep_slots=1) as pool:
+        await pool.filled()
+        assert launcher._seats.free == 1, "made ahead"
+        numbers = set()
+        for _ in range(3):
+            async with machine(launcher, spec) as taken:
+                numbers.add(taken.n)
+                assert "hello" in await hello_world(taken), "the network works again"
+        assert len(numbers) == 1
+        assert launcher._seats.free == 1
+
+
+async def test_a_seat_that_was_tampered_with_is_made_anew(settings: Settings) -> None:
+    seats = Seats(inventory=app.inventory(settings), network=app.network(settings), first=41_000)
+    seats.keep = 1
+    async with AsyncExitStack() as undo:
+        seat = await seats.take(undo)
+        await process.run(["ip", "link", "del", f"swarm{seat.place.n}"])
+    assert seats.free == 0
+    assert 41_000 not in app.inventory(settings).numbers()
+    async with AsyncExitStack() as undo:
+        assert (await seats.take(undo)).place.n == 41_000
+    assert seats.free == 1
+    await seats.close()
+    assert 41_000 not in app.inventory(settings).numbers()
+
+
+async def test_auto_follows_the_arrivals(launcher: Launcher, spec: VmSpec) -> None:
+    template = await launcher.template(spec)
+    assert template is not None
+    pool = Pool(launcher, warm=None)
+    shelf = pool._shelf(template)
+    assert pool.wanted(shelf) == 1, "used a moment ago"
+    shelf.make_seconds = 1.0
+    now = asyncio.get_running_loop().time()
+    shelf.arrivals.extend([now] * 90)  # three a second, and one takes a second to make
+    assert pool.wanted(shelf) == 4
+    shelf.arrivals.extend([now] * 900)
+    assert pool.wanted(shelf) == pools.AUTO_MAX
+    shelf.arrivals.clear()
+    shelf.last_asked -= pools.FORGET_SECONDS + 1
+    assert pool.wanted(shelf) == 0
+    shelf.pinned = True
+    assert pool.wanted(shelf) == 1
+
+
+async def test_what_a_killed_owner_had_ready_is_swept(launcher: Launcher, spec: VmSpec, settings: Settings) -> None:
+    code = """
+    import asyncio, sys
+    from swarm import app, config
+    from swarm.vm.driver import VmSpec
+    from swarm.vm.pool import Pool
+    async def main():
+        settings = config.load()
+        launcher = app.launcher(settings, await app.choice(settings))
+        spec = VmSpec(image=await app.images(settings).find(), memory_mb=192, disk_mb=64)
+        async with Pool(launcher, warm=1, specs=[spec]) as pool:
+            await pool.filled()
+            print("full", flush=True)
+            await asyncio.Event().wait()
+    asyncio.run(main())
+    """
+    await launcher.template(spec)
+    own = {f"SWARM_{k.upper()}": str(getattr(settings, k)) for k in ("home", "state_dir", "images_dir")}
+    before = app.inventory(settings).numbers()
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        dedent(code),
+        env={**own, "PATH": os.environ["PATH"]},
+        stdin=subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert owner.stdout
+    async with asyncio.timeout(60):
+        async for line in owner.stdout:
+            if line == b"full\n":
+                break
+    owner.kill()
+    await owner.communicate()
+    [record] = [r for r in app.inventory(settings).records() if r.n not in before and r.pid]
+    await app.sweep(settings)
+    assert app.inventory(settings).numbers() == before
+    assert not Path(f"/proc/{record.pid}").exists()
+
+
+async def test_a_pool_that_is_left_while_its_template_is_built_leaves_nothing(
+    settings: Settings, image: Image, tmp_path: Path
+) -> None:
+    own = settings.model_copy(update={"templates_dir": tmp_path / "templates"})
+    before = app.inventory(own).numbers()
+    async with Pool(
+        app.launcher(own, await app.choice(own)), warm=1, specs=[VmSpec(image=image, memory_mb=160, disk_mb=64)]
+    ):
+        await asyncio.sleep(0)  # it has begun
+    assert app.inventory(own).numbers() == before
+    assert app.templates(own).all() == []

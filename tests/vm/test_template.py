@@ -1,0 +1,363 @@
+"""Templates on disk: what may go wrong while one is built, kept and used."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from swarm import app
+from swarm.aio import undoing
+from swarm.config import Settings
+from swarm.errors import BootFailed, HostError, NotFound
+from swarm.vm.driver import Image, Probe, Template, VmSpec
+from swarm.vm.launcher import Launcher
+from swarm.vm.qemu import MEMORY_FILE, STATE_FILE, QemuDriver
+from swarm.vm.template import MANIFEST, Templates, key_of, shape
+
+TOKEN = b"t" * 32
+
+
+def a_spec(**fields: object) -> VmSpec:
+    nowhere = Path("/nowhere")
+    image = Image(
+        digest="d" * 64,
+        dir=nowhere,
+        kernel=nowhere,
+        kernel_elf=nowhere,
+        root=nowhere,
+        initramfs=None,
+        boot_args="quiet",
+    )
+    return replace(VmSpec(image=image), **fields)  # type: ignore[arg-type]
+
+
+def a_shape(spec: VmSpec, **probe: object) -> dict[str, object]:
+    driver = QemuDriver(accelerator="tcg", disk_cache=Path("/nowhere"))
+    fields: dict[str, object] = {"usable": True, "reason": "", "accelerator": "tcg", "version": "7.2.22", **probe}
+    return shape(spec, driver=driver, probe=Probe(**fields))  # type: ignore[arg-type]
+
+
+class Builder:
+    """Fills a template's directory with two files, and counts how often."""
+
+    def __init__(self) -> None:
+        self.built = 0
+
+    async def __call__(self, dir: Path) -> bytes:  # noqa: A002
+        self.built += 1
+        (dir / "memory").write_bytes(bytes(range(256)) * 1000)
+        (dir / "state").write_bytes(b"state")
+        return TOKEN
+
+
+@pytest.fixture
+def templates(tmp_path: Path) -> Templates:
+    return Templates(dir=tmp_path / "templates")
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vcpus": 2},
+        {"memory_mb": 512},
+        {"disk_mb": 64},
+        {"preload": ("json",)},
+        {"entropy": False},
+        {"image": replace(a_spec().image, digest="e" * 64)},
+        {"image": replace(a_spec().image, boot_args="debug")},
+    ],
+)
+def test_everything_that_shapes_a_vm_is_in_the_key(fields: dict[str, object]) -> None:
+    assert key_of(a_shape(a_spec(**fields))) != key_of(a_shape(a_spec()))
+
+
+@pytest.mark.parametrize("probe", [{"version": "9.0.0"}, {"accelerator": "kvm"}])
+def test_another_vmm_is_another_template(probe: dict[str, object]) -> None:
+    assert key_of(a_shape(a_spec(), **probe)) != key_of(a_shape(a_spec()))
+
+
+def test_what_shapes_no_vm_is_not_in_the_key() -> None:
+    """Limits of disk and network are the host's doing; the order of preloads does not matter."""
+    limited = a_spec(disk_mb_per_second=10.0, network_mb_per_second=1.0, preload=("a", "b"))
+    assert key_of(a_shape(limited)) == key_of(a_shape(a_spec(preload=("b", "a"))))
+
+
+# --- kept and verified ------------------------------------------------------------------------------------------------
+
+
+async def test_it_is_built_once_and_found_after(templates: Templates) -> None:
+    build, parts = Builder(), a_shape(a_spec())
+    first = await templates.get(a_spec(), parts, build)
+    again = await templates.get(a_spec(), parts, build)
+    assert (first, build.built, first.token) == (again, 1, TOKEN)
+    [info] = templates.all()
+    assert (info.key, info.driver, info.memory_mb, info.disk_mb) == (first.key, "qemu", 256, 2048)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(70_000)
+        byte = file.read(1)
+        file.seek(70_000)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def tear_manifest(path: Path) -> None:
+    manifest = path.with_name(MANIFEST)
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+
+
+def other_format(path: Path) -> None:
+    manifest = path.with_name(MANIFEST)
+    data = json.loads(manifest.read_bytes())
+    del data["files"], data["token"]
+    manifest.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, lose, tear_manifest, other_format])
+async def test_what_was_harmed_is_built_again(templates: Templates, harm: object) -> None:
+    build, parts = Builder(), a_shape(a_spec())
+    template = await templates.get(a_spec(), parts, build)
+    harm(template.dir / "memory")  # type: ignore[operator]
+    whole = await templates.get(a_spec(), parts, build)
+    assert build.built == 2
+    assert (whole.dir / "memory").read_bytes() == bytes(range(256)) * 1000
+
+
+async def test_the_wrong_version_is_not_found(templates: Templates) -> None:
+    build = Builder()
+    await templates.get(a_spec(), a_shape(a_spec()), build)
+    await templates.get(a_spec(), a_shape(a_spec(), version="7.2.23"), build)
+    assert build.built == 2
+    assert len(templates.all()) == 2
+
+
+async def test_remove_and_collect(templates: Templates) -> None:
+    for memory_mb in (128, 256):
+        spec = a_spec(memory_mb=memory_mb)
+        await templates.get(spec, a_shape(spec), Builder())
+    old, new = templates.all()
+    os.utime(templates.dir / old.key / "verified.json", (time.time() - 9000,) * 2)
+    assert await templates.collect(unused_seconds=3600) == [old.key]
+    assert await templates.remove(new.key[:8]) == new.key
+    assert templates.all() == []
+    with pytest.raises(NotFound):
+        await templates.remove("abc")
+    assert [p.name for p in templates.dir.iterdir() if not p.name.endswith(".lock")] == []
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "small", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.needs("root", "netns")
+async def test_a_full_disk_while_building_leaves_nothing(small_disk: Path) -> None:
+    templates = Templates(dir=small_disk / "templates")
+    with pytest.raises(HostError, match="no space left"):
+        await templates.get(a_spec(), a_shape(a_spec()), Builder())
+    assert templates.all() == []
+    assert [p for p in templates.dir.iterdir() if p.is_dir()] == []
+
+
+STEPS = ("empty", "half a file", "all files", "manifest")
+# A process of its own, which ends as a power failure would end it, at the step that it is told.
+BUILDER = """
+import asyncio, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_template import a_shape, a_spec
+from swarm.vm import template as module
+
+where, step = Path(sys.argv[1]), sys.argv[2]
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+class Dying(module.Templates):
+    def _stamp(self, place, manifest):
+        if step == "manifest": die()
+        super()._stamp(place, manifest)
+
+async def build(dir):
+    if step == "empty": die()
+    (dir / "memory").write_bytes(bytes(range(256)) * 500)
+    if step == "half a file": die()
+    (dir / "memory").write_bytes(bytes(range(256)) * 1000)
+    (dir / "state").write_bytes(b"state")
+    if step == "all files": die()
+    return b"t" * 32
+
+asyncio.run(Dying(dir=where).get(a_spec(), a_shape(a_spec()), build))
+"""
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_build_that_is_killed_leaves_nothing_that_is_used(templates: Templates, step: str) -> None:
+    argv = [sys.executable, "-c", dedent(BUILDER), str(templates.dir), step, str(Path(__file__).parent)]
+    ended = await asyncio.to_thread(subprocess.run, argv, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL
+    assert templates.all() == []
+    build = Builder()
+    await templates.get(a_spec(), a_shape(a_spec()), build)
+    assert build.built == 1
+    assert [p.name for p in templates.dir.iterdir() if p.name.endswith(".building")] == []
+
+
+TWICE = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_template import a_shape, a_spec
+from swarm.vm.template import Templates
+
+async def build(dir):
+    with open(Path(sys.argv[1]) / "built", "a") as file:
+        file.write("once\\n")
+    (dir / "memory").write_bytes(b"m" * 4_000_000)
+    return b"t" * 32
+
+async def main():
+    await asyncio.gather(*(Templates(dir=Path(sys.argv[1])).get(a_spec(), a_shape(a_spec()), build) for _ in range(3)))
+
+asyncio.run(main())
+"""
+
+
+async def test_two_processes_build_once(templates: Templates) -> None:
+    templates.dir.mkdir(parents=True)
+    argv = [sys.executable, "-c", dedent(TWICE), str(templates.dir), str(Path(__file__).parent)]
+    processes = [await asyncio.create_subprocess_exec(*argv, stdin=subprocess.DEVNULL) for _ in range(2)]
+    assert [await process.wait() for process in processes] == [0, 0]
+    assert (templates.dir / "built").read_text() == "once\n"
+
+
+# --- real ones --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def launcher(settings: Settings, image: Image) -> AsyncIterator[Launcher]:
+    launcher = app.launcher(settings, await app.choice(settings))
+    before = app.inventory(settings).numbers()
+    yield launcher
+    assert app.inventory(settings).numbers() == before
+
+
+@pytest.fixture
+async def real(launcher: Launcher, image: Image) -> Template:
+    template = await launcher.template(VmSpec(image=image, memory_mb=192, disk_mb=64))
+    assert template is not None
+    return template
+
+
+def copy(template: Template, place: Path) -> Template:
+    """The same template, to be harmed."""
+    subprocess.run(["cp", "-a", "--sparse=always", str(template.dir), str(place)], check=True)
+    return replace(template, dir=place)
+
+
+@pytest.mark.needs("qemu")
+async def test_a_torn_state_is_a_boot_failure(launcher: Launcher, real: Template, tmp_path: Path) -> None:
+    torn = copy(real, tmp_path / "torn")
+    os.truncate(torn.dir / STATE_FILE, 20_000)
+    with pytest.raises(BootFailed, match="could not restore the template"):
+        async with undoing() as undo:
+            await launcher.prepare(torn, undo)
+
+
+@pytest.mark.needs("qemu")
+async def test_a_restore_that_hangs_is_given_up(launcher: Launcher, real: Template, tmp_path: Path) -> None:
+    """The state is a pipe into which nobody writes."""
+    stuck = copy(real, tmp_path / "stuck")
+    (stuck.dir / STATE_FILE).unlink()
+    os.mkfifo(stuck.dir / STATE_FILE)
+    writer = os.open(stuck.dir / STATE_FILE, os.O_RDWR)
+    try:
+        with pytest.raises(BootFailed, match="did not run within"):
+            async with undoing() as undo:
+                await launcher.prepare(stuck, undo)
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.needs("qemu")
+async def test_a_vm_that_dies_right_after_its_restore_is_not_waited_for(
+    launcher: Launcher, real: Template, tmp_path: Path
+) -> None:
+    """All its memory is zeros: the guest's CPU shuts down at its first fault, and QEMU ends."""
+    blank = copy(real, tmp_path / "blank")
+    size = (blank.dir / MEMORY_FILE).stat().st_size
+    os.truncate(blank.dir / MEMORY_FILE, 0)
+    os.truncate(blank.dir / MEMORY_FILE, size)
+    async with asyncio.timeout(30):  # not the boot timeout
+        with pytest.raises(BootFailed, match=r"did not come up|died|ended"):
+            async with undoing() as undo:
+                await launcher.prepare(blank, undo)
+
+
+@pytest.mark.needs("qemu")
+async def test_a_killed_build_is_swept_and_done_again(settings: Settings, image: Image, tmp_path: Path) -> None:
+    """SIGKILL to the whole builder while its VM boots: nothing lives on, and the next one builds it."""
+    own = {
+        "SWARM_TEMPLATES_DIR": str(tmp_path / "templates"),
+        "SWARM_STATE_DIR": str(settings.state_dir),
+        "SWARM_IMAGES_DIR": str(settings.images),
+        "SWARM_HOME": str(settings.home),
+        "PATH": os.environ["PATH"],
+    }
+    code = """
+    import asyncio
+    from swarm import app, config
+    from swarm.vm.driver import VmSpec
+    async def main():
+        settings = config.load()
+        launcher = app.launcher(settings, await app.choice(settings))
+        await launcher.template(VmSpec(image=await app.images(settings).find(), memory_mb=192, disk_mb=64))
+    asyncio.run(main())
+    """
+    inventory = app.inventory(settings)
+    before = set(inventory.numbers())
+    builder = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", dedent(code), env=own, stdin=subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+    )
+    assert builder.stdout
+    async with asyncio.timeout(60):
+        async for line in builder.stdout:
+            if b"share=on" in line:  # the log's line that says how QEMU is started
+                break
+    builder.kill()
+    await builder.communicate()
+    [ours] = set(inventory.numbers()) - before
+    async with asyncio.timeout(10):
+        # A child that was just being forked holds its parent's locks until it executes its program.
+        while set(inventory.numbers()) != before:
+            await app.sweep(settings)
+    assert not Path(f"/run/netns/vm{ours}").exists()
+    assert Templates(dir=tmp_path / "templates").all() == []
