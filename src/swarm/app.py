@@ -375,7 +375,7 @@ async def spawn(settings: Settings, n: int, *, memory_mb: int, vcpus: int, progr
     progress("driver", 0.1)
     chosen = await choice(settings)
     progress("booting", 0.3)
-    record = await launcher(settings, chosen, clones=False).spawn(n, spec)
+    record = await launcher(settings, chosen).spawn(n, spec)
     return Spawned(record=record, driver=chosen.describe(), console=inventory(settings).dir(n) / "console.log")
 
 

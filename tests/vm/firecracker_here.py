@@ -18,7 +18,7 @@ from pathlib import Path
 
 from swarm import app, config
 from swarm.config import Settings
-from swarm.vm.driver import Image, VmSpec
+from swarm.vm.driver import Image, Template, VmSpec
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "tools" / "firecracker-test-kernel"
@@ -104,6 +104,15 @@ def with_firecracker(settings: Settings, image: Image) -> Settings:
         image=image.digest,
         boot_timeout_seconds=BOOT_TIMEOUT_SECONDS,
     )
+
+
+async def template(settings: Settings) -> Template:
+    """The template of `with_firecracker`, built if need be; those that no test has used for a day are removed."""
+    chosen = await app.choice(settings)
+    found = await app.launcher(settings, chosen).template(spec(await app.images(settings).find()))
+    assert found
+    await app.templates(settings).collect(unused_seconds=86_400)
+    return found
 
 
 def spec(image: Image) -> VmSpec:

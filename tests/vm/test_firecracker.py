@@ -23,7 +23,6 @@ from swarm.channel import Channel
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError
 from swarm.vm import choose, driver, firecracker, jailer, netns
-from swarm.vm.choose import Choice
 from swarm.vm.driver import Image, Slot, Template, VmSpec
 from swarm.vm.firecracker import FirecrackerDriver, FirecrackerVm
 from swarm.vm.firecracker_api import Refused
@@ -344,9 +343,7 @@ async def test_a_clone_answers(settings: Settings, fc_image: Image) -> None:
     """The template of the cache, whose guest is all there: restored, agentd reached, and how long each step takes."""
     ours = firecracker_here.with_firecracker(settings, fc_image)
     fc = FirecrackerDriver(disk_cache=ours.state_dir / "blank")
-    launcher = app.launcher(ours, Choice(driver=fc, probe=await fc.probe()))
-    template = await launcher.template(firecracker_here.spec(fc_image))
-    assert template
+    template = await firecracker_here.template(ours)
     async with places(settings) as [(place, slot)]:
         vm = await fc.restore(template, slot, place)
         try:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app
 from swarm.config import Settings
 from swarm.vm import driver
 from tests.test_acceptance import COVERED, Shell
@@ -33,7 +32,7 @@ def shell(settings: Settings) -> Iterator[Shell]:
     with firecracker_here.on_path():
         image = asyncio.run(firecracker_here.image(settings))
         ours = firecracker_here.with_firecracker(settings, image)
-        asyncio.run(_template(ours))
+        asyncio.run(firecracker_here.template(ours))  # made before anything is timed; kept in the cache
         env = {k: v for k, v in os.environ.items() if k not in ("SWARM_HOME", "ECHO_ID")}
         env |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -53,12 +52,6 @@ def shell(settings: Settings) -> Iterator[Shell]:
         stack.callback(run, "swarm-cleanup --force")
         run("swarm init")
         yield run
-
-
-async def _template(settings: Settings) -> None:
-    """Made before anything is timed; kept in the cache."""
-    chosen = await app.choice(settings)
-    assert await app.launcher(settings, chosen).template(firecracker_here.spec(await app.images(settings).find()))
 
 
 def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:

@@ -147,17 +147,21 @@ class Launcher:
         """Say whom a machine serves now, as others on this host see it."""
         _record(machine.seat, machine.vm, self._driver.name, label)
 
-    async def template(self, spec: VmSpec) -> Template | None:
-        """The template for this shape, built now if there is none; None when this launcher makes no clones."""
+    async def template(self, spec: VmSpec, *, build: bool = True) -> Template | None:
+        """The template for this shape, built now if there is none; None when this launcher makes no clones, or, without
+        ``build``, when there is none."""
         if self._templates is None:
             return None
         parts = shape(spec, driver=self._driver, probe=self._probe)
+        if not build:
+            return await self._templates.find(spec, parts)
         return await self._templates.get(spec, parts, lambda dir: self._build_template(spec, dir))  # noqa: A006
 
     async def spawn(self, n: int, spec: VmSpec, *, seeded: bool = True) -> VmRecord:
         """VM ``n`` by hand: it outlives this process. An older VM ``n`` made by hand is replaced; one that a live
         process uses is a Conflict. Without ``seeded`` the guest gets no randomness (to test what the doctor finds)."""
-        template = await self.template(spec) if seeded and spec.entropy else None
+        # One VM is no reason to build a template; where there is one, its clone is up sooner.
+        template = await self.template(spec, build=False) if seeded and spec.entropy else None
         async with undoing() as undo:
             place = await sweep.take(self._inventory, self._network, n, replace=True)
             undo.push_async_callback(asyncio.to_thread, place.release)

@@ -80,6 +80,10 @@ class Templates:
     def __init__(self, *, dir: Path) -> None:  # noqa: A002
         self.dir = dir
 
+    async def find(self, spec: VmSpec, parts: Mapping[str, object]) -> Template | None:
+        """The template of this shape if it is there, verified."""
+        return await asyncio.to_thread(self._verified, key_of(parts), spec)
+
     async def get(
         self, spec: VmSpec, parts: Mapping[str, object], build: Callable[[Path], Awaitable[bytes]]
     ) -> Template:
