@@ -882,13 +882,16 @@ class Agentd:
             os.makedirs(path, mode=0o700, exist_ok=True)
         os.chmod("/run/sshd", 0o755)
         write_file("/root/.ssh/authorized_keys", text(head, "authorized_keys"), 0o600)
+        old, self.waiting_sshd = self.waiting_sshd, None
+        if old:
+            old[1].close()  # it has read the keys of whom we were before
+        self.keep_sshd = bool(head.get("sshd_ready"))
+        if self.keep_sshd:
+            self.start_sshd_ahead()
         if self.ssh is None:
             listener = self.listen_tcp(self.address, 22)
             listener.listen(MAX_SSH)
             self.ssh = listener
-            self.keep_sshd = bool(head.get("sshd_ready"))
-            if self.keep_sshd:
-                self.start_sshd_ahead()
             _thread.start_new_thread(self.serve_ssh, (listener,))
 
     def serve_ssh(self, listener: socket.socket) -> None:

@@ -171,8 +171,8 @@ class Launcher:
                 # So that who is told "VM 1 is up" finds its sshd up; without KVM its start takes a second or more.
                 await machine.unless_it_dies(machine.channel.sshd_ready(timeout_seconds=self._boot_timeout_seconds))
             machine.channel.close()
-            record = await asyncio.to_thread(place.hand_over)
-            undo.pop_all()  # it stays
+            record = place.hand_over()
+            undo.pop_all()  # it stays; nothing may come between the two
         return record
 
     async def remove(self, n: int) -> None:
@@ -224,8 +224,14 @@ class Launcher:
     async def _slot(self, place: Place, undo: AsyncExitStack) -> Slot | None:
         if self._network is None:
             return None
-        undo.push_async_callback(self._network.destroy, place.n)
-        return await settle(self._network.create(place.n))
+        network = self._network
+
+        async def create() -> Slot:
+            slot = await network.create(place.n)  # which undoes itself; a Conflict means that the slot is not ours
+            undo.push_async_callback(network.destroy, place.n)
+            return slot
+
+        return await settle(create())
 
     async def _connect(self, vm: Vm, token: bytes, undo: AsyncExitStack, *, listening: bool = False) -> Channel:
         """agentd's first answer: userspace is up. A VM that ends before is a BootFailed with its last words."""

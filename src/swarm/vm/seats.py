@@ -16,12 +16,14 @@ from datetime import UTC, datetime
 import structlog
 
 from swarm.aio import quietly, settle
-from swarm.errors import SwarmError
+from swarm.errors import Conflict, SwarmError
 from swarm.vm.driver import Slot
 from swarm.vm.inventory import Inventory, Place, VmRecord
 from swarm.vm.network import Network
 
 log = structlog.get_logger(__name__)
+
+_TRIES = 64  # numbers that others may have taken in a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +74,23 @@ class Seats:
         await settle(_all(*(self._remove(seat) for seat in seats)))
 
     async def _make(self) -> Seat:
-        place = await asyncio.to_thread(self._inventory.reserve_free, self._first)
-        try:
-            slot = await self._network.create(place.n) if self._network is not None else None
-        except BaseException:
-            await asyncio.to_thread(place.release)
-            raise
-        return Seat(place=place, slot=slot)
+        """The next number may be taken in the kernel by somebody whom our inventory does not know: another install, or
+        a namespace that only has the name. Then the one after it."""
+        first = self._first
+        for _ in range(_TRIES):
+            place = await asyncio.to_thread(self._inventory.reserve_free, first)
+            try:
+                slot = await self._network.create(place.n) if self._network is not None else None
+            except Conflict as conflict:
+                await asyncio.to_thread(place.release)
+                log.warning("a slot is taken by somebody else", n=place.n, reason=str(conflict))
+                first, last = place.n + 1, conflict
+            except BaseException:
+                await asyncio.to_thread(place.release)
+                raise
+            else:
+                return Seat(place=place, slot=slot)
+        raise last
 
     async def _give_back(self, seat: Seat) -> None:
         if len(self._free) < self.keep:
@@ -97,8 +109,10 @@ class Seats:
         try:
             if self._network is not None:
                 await self._network.destroy(seat.place.n)
-        finally:
-            await asyncio.to_thread(seat.place.release)
+        except BaseException:
+            seat.place.let_go()  # its directory stays, and with it a sweep's way to what is left
+            raise
+        await asyncio.to_thread(seat.place.release)
 
 
 def _empty(place: Place) -> None:
