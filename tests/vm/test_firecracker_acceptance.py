@@ -59,29 +59,28 @@ def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:
     spawned = shell("swarm-spawn-ns 1", timeout=300)
     assert "10.0.0.2" in spawned
     assert "firecracker (Firecracker 1." in spawned
-    process = shell("pgrep -a firecracker")
-    found = re.fullmatch(r"(\d+) /?firecracker --id vm1-[0-9a-f]+ .*\n", process)
-    assert found, process
+    # Other sandboxes of this machine may run VMs of their own: processes are not as private as the network is.
+    [found] = re.finditer(r"^(\d+) /?firecracker --id (vm1-[0-9a-f]+) .*$", shell("pgrep -a firecracker"), re.M)
     status = Path(f"/proc/{found[1]}/status").read_text()
     assert re.search(rf"^Uid:(\t{driver.BASE_UID + 1}){{4}}$", status, re.M), "jailed, as another uid"
     assert re.search(r"^Seccomp:\t2$", status, re.M)
     assert "vm1" in shell("ip netns list")
     assert "2 received" in shell("ping -c 2 10.0.0.2")
     ssh = 'ssh -o ConnectTimeout=5 -o StrictHostKeyChecking=no root@10.0.0.2 "echo success"'
-    assert shell(ssh, timeout=300) == "success\n"
+    assert _within_three_tries(shell, ssh) == "success\n"
     assert "10.0.0.1/16" in shell("ip addr show br0")
     assert "altname tap1" in shell("ip link show tap1")
     [listed] = json.loads(shell("swarm vm list --json"))
     assert (listed["n"], listed["pid"]) == (1, int(found[1]))
     place = Path(shell.env["SWARM_STATE_DIR"]) / "vms" / "1"
     assert (place / "console.log").exists()
-    assert list(place.glob("jail/firecracker/vm1-*"))
+    assert (place / "jail" / "firecracker" / found[2]).is_dir()
     shell("swarm-cleanup")
     shell("swarm-cleanup")
     assert shell("ip netns list") == ""
-    shell("pgrep -a firecracker", status=1)
+    shell(f"pgrep -f -- '--id {found[2]}'", status=1)
     assert not place.exists()
-    assert not list(Path("/sys/fs/cgroup").glob("**/swarm/vm1-*"))
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/swarm/{found[2]}"))
 
 
 def test_2_one_ticket_echo_agent(shell: Shell) -> None:
@@ -98,5 +97,17 @@ def test_2_one_ticket_echo_agent(shell: Shell) -> None:
     [ticket] = json.loads(row)
     assert (ticket["state"], ticket["error"]) == ("done", None)
     assert json.loads(ticket["outputs"])["title"] == "Echo Test 2"
-    shell("pgrep -a firecracker", status=1)
     assert list((Path(shell.env["SWARM_STATE_DIR"]) / "vms").iterdir()) == []
+
+
+def _within_three_tries(shell: Shell, ssh: str) -> str:
+    """Where kernel mode is emulated, the banner takes one to four of ssh's five seconds, and more on a busy host. A
+    person would type the command again; so do we, twice. With hardware virtualisation the first try is the only one."""
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", "-c", ssh], env=shell.env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        if done.returncode == 0:
+            return done.stdout
+        assert "banner" in done.stderr, done.stderr
+    return shell(ssh)

@@ -128,6 +128,14 @@ def remove(dir: Path) -> None:  # noqa: A002
     shutil.rmtree(dir / "jail", ignore_errors=True)
 
 
+def remove_parents() -> None:
+    """Remove the control groups that all jails lie in, unless one is still there (`swarm-cleanup`)."""
+    version, root, controllers = _hierarchy()
+    for base in [root] if version == 2 else [root / name for name in controllers]:
+        with contextlib.suppress(OSError):
+            (base / CGROUP_PARENT).rmdir()
+
+
 def holds(dir: Path, pid: int) -> bool:  # noqa: A002
     """Is the root of process ``pid`` a chroot in this VM's directory? True also before the VM has a tap or a record."""
     with contextlib.suppress(OSError):

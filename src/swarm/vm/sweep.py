@@ -136,6 +136,7 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
         except SwarmError as error:
             failed.append(f"{slot.netns}: {error}")
     removed += await asyncio.to_thread(_remove_probes, inventory.state_dir)
+    await asyncio.to_thread(jailer.remove_parents)
     try:
         removed += await network.remove_host()
     except Conflict as conflict:
