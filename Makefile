@@ -1,8 +1,10 @@
 # Everything a person does here. `make help` lists it; a line's text is the comment behind its target.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-firecracker chaos bench bench-engine check format install uninstall clean
+.PHONY: ready help demo test test-firecracker chaos bench bench-engine check format install uninstall clean
 
 BIN := .venv/bin
+# Shared by all checkouts of this machine; named by content.
+IMAGES := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/swarm/images
 PYTEST := $(BIN)/python -m pytest
 
 help:  ## list the targets
@@ -12,27 +14,27 @@ demo:  ## set up, then run one ticket by one agent in one microVM and show where
 	@tools/bootstrap
 	@tools/demo
 
-test:  ## set up, then run all tests in a network namespace of their own (ARGS='-k echo' for a part)
+# What needs a package registry is made before the sandbox closes: packages, the guest image, a Firecracker to test with.
+ready:
 	@tools/bootstrap dev
+	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm image build
 	-@$(BIN)/python tools/fetch-firecracker
+
+test: ready  ## set up, then run all tests in a network namespace of their own (ARGS='-k echo' for a part)
 	@$(BIN)/python tools/sandbox.py $(PYTEST) $(ARGS)
 
-bench:  ## measure tickets on this host beside the bare parts, in a network namespace of its own (ARGS='--tickets 1,5')
-	@tools/bootstrap
+bench: ready  ## measure tickets on this host beside the bare parts, in a network namespace of its own (ARGS='--tickets 1,5')
 	@$(BIN)/python tools/sandbox.py $(BIN)/python tools/bench.py $(ARGS)
 
 bench-engine:  ## measure the engine without VMs: wake-up, no-op tickets per second, growth, idle cost
 	@tools/bootstrap dev
 	@$(BIN)/python -m tests.engine.bench $(ARGS)
 
-chaos:  ## the kill campaign: 300 tickets on plain processes, 20 in real VMs (ARGS='--seed 7' repeats one)
-	@tools/bootstrap dev
+chaos: ready  ## the kill campaign: 300 tickets on plain processes, 20 in real VMs (ARGS='--seed 7' repeats one)
 	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.chaos.campaign --tickets 300 $(ARGS)
 	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.chaos.campaign --tickets 20 --driver qemu --max-vms 1 $(ARGS)
 
-test-firecracker:  ## the tests with real Firecracker guests alone (docs/testing.md says what they need)
-	@tools/bootstrap dev
-	-@$(BIN)/python tools/fetch-firecracker
+test-firecracker: ready  ## the tests with real Firecracker guests alone (docs/testing.md says what they need)
 	@$(BIN)/python tools/sandbox.py $(PYTEST) tests/vm -k firecracker $(ARGS)
 
 check:  ## style, format, types, who imports whom
