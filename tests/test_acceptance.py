@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,20 +185,25 @@ def test_5_five_at_once(shell: Shell, settings: Settings) -> None:
             "'test-project', 'Echo Test', 'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', "
             "'agent');\""
         )
-    seen, vms = 0, app.inventory(settings)
+    vms, counts, over = app.inventory(settings), [0], threading.Event()
 
-    def all_done() -> bool:
-        nonlocal seen
-        seen = max(seen, sum(vm.alive for vm in vms.records()))
-        return shell(count) == "5\n"
+    def count_vms() -> None:
+        while not over.wait(0.002):
+            counts.append(sum(vm.alive for vm in vms.records()))
 
     count = (
         "sqlite3 /opt/swarm-platform/data/swarm.db "
         "\"SELECT count(*) FROM tickets WHERE id LIKE 'test-parallel-%' AND state = 'done';\""
     )
-    with terminal_1(shell, "swarm-engine start --foreground --max-vms=5") as engine:
-        after_each_commit(all_done)
-        ctrl_c(engine)
+    counting = threading.Thread(target=count_vms)
+    counting.start()
+    try:
+        with terminal_1(shell, "swarm-engine start --foreground --max-vms=5") as engine:
+            after_each_commit(lambda: shell(count) == "5\n")
+            ctrl_c(engine)
+    finally:
+        over.set()
+        counting.join()
     # Alive at the same time: the last to start did so before the first ended.
     overlap = shell(
         'sqlite3 /opt/swarm-platform/data/swarm.db "SELECT max(a.started_at) < min(a.ended_at), '
@@ -206,7 +212,7 @@ def test_5_five_at_once(shell: Shell, settings: Settings) -> None:
         "WHERE r.ticket_id LIKE 'test-parallel-%';\""
     )
     assert overlap == "1|5\n"
-    assert seen == 5
+    assert max(counts) == 5
     assert json.loads(shell("swarm vm list --json")) == []
     shell("swarm prove")
 
