@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from swarm import process
+from swarm.config import Settings
 from swarm.errors import Conflict, NotFound
 from swarm.vm import netns, sweep
 from swarm.vm.driver import Slot
@@ -288,20 +289,19 @@ async def test_a_vm_without_a_network_leaves_the_network_alone(inventory: Invent
 
 
 async def test_cleanup_spares_what_an_engine_makes_meanwhile(
-    inventory: Inventory, network: Network, monkeypatch: pytest.MonkeyPatch
+    inventory: Inventory, network: Network, settings: Settings
 ) -> None:
     """An engine takes a slot after the clean-up has looked at all directories, before it looks at the namespaces."""
-    look = network.list
     places = []
 
-    async def and_one_more() -> list[Slot]:
-        places.append(inventory.reserve(1000))
-        await network.create(1000)
-        return await look()
+    class Meanwhile(Network):
+        async def list(self) -> list[Slot]:
+            places.append(inventory.reserve(1000))
+            await network.create(1000)
+            return await super().list()
 
-    monkeypatch.setattr(network, "list", and_one_more)
-    report = await sweep.cleanup(inventory, network)
-    assert [slot.n for slot in await look()] == [1000]
+    report = await sweep.cleanup(inventory, Meanwhile(subnet=settings.subnet, bridge=settings.bridge))
+    assert [slot.n for slot in await network.list()] == [1000]
     assert not report.removed and not report.failed and len(report.kept) == 1
     places[0].release()
 
