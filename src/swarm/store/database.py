@@ -38,8 +38,9 @@ def _alembic(connection: Connection | None = None) -> Config:
     return config
 
 
+@cache
 def head() -> str:
-    """The revision that this Swarm needs."""
+    """The revision that this Swarm needs. Read once: a process out of descriptors can still open a connection."""
     revision = ScriptDirectory.from_config(_alembic()).get_current_head()
     assert revision is not None
     return revision

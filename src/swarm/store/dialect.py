@@ -5,6 +5,7 @@ means. Every other statement of Swarm's is the same SQL for each of them.
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -56,11 +57,30 @@ def _connect_sqlite(connection: sqlite3.Connection, write: bool, busy_timeout_se
     pragmas = [f"busy_timeout = {int(busy_timeout_seconds * 1000)}", "foreign_keys = ON", "cache_size = -16000"]
     if write:
         # NORMAL in WAL mode: a commit survives the death of any process; power failure may take the last ones, whole.
-        pragmas += ["journal_mode = WAL", "synchronous = NORMAL", "journal_size_limit = 67108864"]
+        pragmas += ["synchronous = NORMAL", "journal_size_limit = 67108864"]
     else:
         pragmas += ["query_only = ON"]
     for pragma in pragmas:
         connection.execute(f"PRAGMA {pragma}").fetchall()
+    if write:
+        _to_wal(connection, busy_timeout_seconds)
+
+
+def _to_wal(connection: sqlite3.Connection, timeout_seconds: float) -> None:
+    """WAL mode, which a new database is not in yet.
+
+    Of several connections that turn it on at once, each holds the lock that the others need: SQLite then answers BUSY
+    at once, whatever its timeout is (sqlite3_busy_handler: "might provoke a deadlock"). So we wait for it ourselves.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").fetchall()
+            return
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.002)
 
 
 SQLITE: Final = Dialect(
