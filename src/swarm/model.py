@@ -163,7 +163,11 @@ class Agent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """A row of ``tickets``. ``inputs`` and ``outputs`` are JSON text as stored; times are ISO-8601 UTC text."""
+    """A row of ``tickets``. ``inputs`` and ``outputs`` are JSON text as stored; times are ISO-8601 UTC text.
+
+    ``trigger_type`` says what made it: 'ticket' (an INSERT, `swarm ticket add`), 'manual', 'schedule' or 'webhook', and
+    ``trigger_data`` (JSON text of an object) what came with that. Its runs have both.
+    """
 
     id: str
     title: str
@@ -182,6 +186,8 @@ class Ticket:
     timeout_seconds: float | None = None
     max_attempts: int | None = None
     budget_usd: float | None = None
+    trigger_type: str | None = None
+    trigger_data: str | None = None
     run_id: str | None = None
     created_at: str | None = None
     updated_at: str | None = None

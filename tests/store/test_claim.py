@@ -52,6 +52,16 @@ async def test_way_of_a_ticket(store: Store, outside: Outside) -> None:
     assert await store.claim("worker", lease_seconds=LEASE) == []
 
 
+async def test_a_run_knows_what_made_its_ticket(store: Store, outside: Outside) -> None:
+    insert(outside, "a")
+    insert(outside, "b", trigger_type="webhook", trigger_data='{"body": 1}')
+    insert(outside, "c", trigger_type=None)
+    await store.claim("w", limit=9, lease_seconds=LEASE)
+    runs = [(await store.runs(ticket))[0] for ticket in ("a", "b", "c")]
+    assert [run.trigger_type for run in runs] == ["ticket", "webhook", "ticket"]
+    assert [run.trigger_data for run in runs] == [None, '{"body": 1}', None]
+
+
 async def test_assignee_is_agent_enough(store: Store, outside: Outside) -> None:
     insert(outside, "a", agent_id=None, assignee_id=ECHO.id, assignee_type="agent")
     insert(outside, "b", agent_id="", assignee_id=ECHO.id)

@@ -18,7 +18,12 @@ from swarm.store.rows import TICKET_FIELDS, lenient
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 MAX_ID_BYTES: Final = 512
-MAX_BYTES: Final[Mapping[str, int]] = {"id": MAX_ID_BYTES, "description": 16 * MIB, "inputs": 16 * MIB}
+MAX_BYTES: Final[Mapping[str, int]] = {
+    "id": MAX_ID_BYTES,
+    "description": 16 * MIB,
+    "inputs": 16 * MIB,
+    "trigger_data": 16 * MIB,
+}
 MAX_OTHER_BYTES: Final = 64 * KIB  # title and all the short ones
 MAX_PRIORITY: Final = 2**31 - 1
 MAX_ATTEMPTS: Final = 1000

@@ -62,7 +62,8 @@ FAIL_BY_BYTES: Final = sa.text(
     "WHERE id = :raw OR id = CAST(:raw AS TEXT)"
 )
 INSERT_RUN: Final = sa.text(
-    "INSERT INTO workflow_runs (id, ticket_id, status, started_at) VALUES (:run_id, :ticket_id, 'running', :now)"
+    "INSERT INTO workflow_runs (id, ticket_id, status, trigger_type, trigger_data, started_at) "
+    "VALUES (:run_id, :ticket_id, 'running', :trigger_type, :trigger_data, :now)"
 )
 INSERT_STEP: Final = sa.text(
     "INSERT INTO step_executions (id, run_id, step_id, agent_id, agent_name, agent_version, status, attempt_id, "
@@ -323,7 +324,14 @@ class _Claiming:
             run_id, step_execution_id, step_id, number = new_id(now_ms), new_id(now_ms), "main", 1
             queued_at = max(ticket.created_at or "", ticket.updated_at or "") or now
             timeout_seconds = intake.timeout_of(ticket, agent)
-            add(INSERT_RUN, run_id=run_id, ticket_id=ticket.id, now=now)
+            add(
+                INSERT_RUN,
+                run_id=run_id,
+                ticket_id=ticket.id,
+                trigger_type=ticket.trigger_type or "ticket",
+                trigger_data=ticket.trigger_data,
+                now=now,
+            )
             add(
                 INSERT_STEP,
                 step_execution_id=step_execution_id,

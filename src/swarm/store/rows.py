@@ -123,6 +123,8 @@ class RunRow:
     ticket_id: str
     workflow_id: str | None
     status: str
+    trigger_type: str
+    trigger_data: str | None  # JSON text of an object
     started_at: str | None
     completed_at: str | None
     error: str | None

@@ -64,6 +64,8 @@ tickets = sa.Table(
     _number("timeout_seconds", kind=sa.Float()),
     _number("max_attempts"),
     _number("budget_usd", kind=sa.Float()),
+    _text("trigger_type", default="ticket"),  # what made it: its runs are told
+    _text("trigger_data"),  # JSON object: what came with that
     _text("run_id"),
     _time("created_at"),
     _time("updated_at"),

@@ -21,6 +21,7 @@ from swarm.store.schema import UNFINISHED
 _GIVEN: Final = (
     "id", "project_id", "title", "description", "state", "agent_id", "assignee_id", "assignee_type", "execution_mode",
     "workflow_id", "inputs", "priority", "timeout_seconds", "max_attempts", "budget_usd",
+    "trigger_type", "trigger_data",
 )  # fmt: skip
 _INSERT: Final = sa.text(
     f"INSERT INTO tickets ({', '.join(_GIVEN)}, created_at, updated_at) "
@@ -74,6 +75,7 @@ def add(tx: Tx, requests: Sequence[AddRequest]) -> Sequence[Ticket | SwarmError]
     results: list[Ticket | SwarmError] = []
     for request in requests:
         values = {name: getattr(request.ticket, name) for name in _GIVEN}
+        values["trigger_type"] = request.ticket.trigger_type or "ticket"
         row = tx.first(_INSERT, now=tx.now, **values)
         if row is None:
             results.append(Conflict(f"there is a ticket {intake.shown(request.ticket.id)} already; choose another id"))

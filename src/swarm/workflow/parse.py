@@ -26,6 +26,7 @@ from swarm.workflow.definition import Approval, ForEach, Repeat, Schedule, Step,
 FILE: Final = "workflow.yaml"
 MAX_STEPS: Final = 1000
 MAX_DEPTH: Final = 8  # of workflows within workflows
+MAX_SCHEDULES: Final = 20
 
 _M = TypeVar("_M", bound=pydantic.BaseModel)
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
@@ -121,7 +122,7 @@ class _File(_Body):
     id: uuid.UUID | None = Field(default=None, strict=False)
     name: _Name
     version: _Version
-    schedule: _Schedule | list[_Schedule] | str | None = None
+    schedule: _Schedule | Annotated[list[_Schedule | str], Field(max_length=MAX_SCHEDULES)] | str | None = None
     webhook: _Webhook | None = None
 
 

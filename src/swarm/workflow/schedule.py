@@ -1,88 +1,114 @@
-"""Cron expressions: five fields (minute, hour, day of month, month, day of week), and when they come true next."""
+"""Cron expressions in a time zone: when they come true, and which of the times that have passed are to be run.
+
+The expressions are those of Debian's cron, and so is what happens when clocks change, for cronsim knows both: a fixed
+time that is skipped (30 2 in spring) is taken at the first moment after the gap, one that comes twice is taken once;
+`*/10 * * * *` goes on every ten minutes of real time.
+"""
 
 from __future__ import annotations
 
 import datetime
 import zoneinfo
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-_FIELDS: Final = (("minute", 0, 59), ("hour", 0, 23), ("day of month", 1, 31), ("month", 1, 12), ("day of week", 0, 7))
-_MONTHS: Final = {
-    "jan": 1, "feb": 2, "mar": 3, "apr": 4, "may": 5, "jun": 6,
-    "jul": 7, "aug": 8, "sep": 9, "oct": 10, "nov": 11, "dec": 12,
-}  # fmt: skip
-_DAYS: Final = {name: i for i, name in enumerate(["sun", "mon", "tue", "wed", "thu", "fri", "sat"])}
+from cronsim import CronSim, CronSimError
+
+from swarm.workflow.definition import Schedule
+
+# Of times that passed while no engine ran, `missed: all` runs the newest so many, and no more are counted.
+MAX_CAUGHT_UP: Final = 100
+# Whoever gets to a time within this long was there in time, also after a restart: a cron knows no seconds.
+IN_TIME: Final = datetime.timedelta(seconds=60)
+
 _MACROS: Final = {
     "@hourly": "0 * * * *",
     "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
     "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *",
     "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
 }
-_SEARCHED_DAYS: Final = 366 * 8 + 8  # 29 February can be eight years away (1896-1904, 2096-2104)
+_FIELDS: Final = {
+    "minute": "0 to 59",
+    "hour": "0 to 23",
+    "day-of-month": "1 to 31, within the month, or L for its last",
+    "month": "1 to 12, or jan to dec",
+    "day-of-week": "0 to 7, or sun to sat",
+}
+_ANY_MOMENT: Final = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class Cron:
-    """The values at which each field matches. Days of week count from Sunday, 0."""
+    """An expression that comes true now and then, in a zone. Made by `parse`."""
 
-    minutes: frozenset[int]
-    hours: frozenset[int]
-    days: frozenset[int]
-    months: frozenset[int]
-    weekdays: frozenset[int]
-    either_day: bool  # both day fields are restricted: then one of them is enough, as in every cron
+    fields: str
+    zone: zoneinfo.ZoneInfo
 
-    def matches(self, day: datetime.date) -> bool:
-        by_month, by_week = day.day in self.days, day.isoweekday() % 7 in self.weekdays
-        return day.month in self.months and (by_month or by_week if self.either_day else by_month and by_week)
+    def after(self, moment: datetime.datetime) -> datetime.datetime:
+        """The first time after ``moment`` (aware) at which it comes true, in UTC. Raises ValueError if none does."""
+        return self._next(moment, moment)
+
+    def between(self, first: datetime.datetime, last: datetime.datetime, newest: int) -> list[datetime.datetime]:
+        """The newest times, at most so many, from ``first`` to ``last``, both included; oldest first.
+
+        Takes as long for ten years as for a day: it looks back by ever longer steps until it has enough.
+        """
+        back = datetime.timedelta(hours=1)
+        while True:
+            start = max(first, last - back)
+            found: list[datetime.datetime] = []
+            moment = start - datetime.timedelta(seconds=1)
+            while (moment := self._next(moment, moment)) <= last:
+                if moment >= start:
+                    found.append(moment)
+            if len(found) >= newest or start == first:
+                return found[-newest:]
+            back *= 4
+
+    def _next(self, start: datetime.datetime, after: datetime.datetime) -> datetime.datetime:
+        for local in CronSim(self.fields, start.astimezone(self.zone)):
+            # An hour that comes twice has no second 02:30 for it, so that it may answer with the first one.
+            if (found := local.astimezone(datetime.UTC)) > after:
+                return found
+        raise ValueError(f"{self.fields!r} never comes true")
 
 
-def parse(text: str) -> Cron:
-    """Raises ValueError that names the field."""
-    parts = _MACROS.get(text.strip(), text).split()
-    if len(parts) != 5:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be done about a schedule whose time has come."""
+
+    run: Sequence[datetime.datetime]  # UTC, oldest first
+    dropped: int  # other times that passed, which nobody will run
+    next: datetime.datetime
+
+
+def parse(text: str, time_zone: str = "UTC") -> Cron:
+    """Raises ValueError that says what is wrong."""
+    fields = _MACROS.get(text.strip().lower(), text)
+    if len(fields.split()) != 5:
         raise ValueError(f"{text!r} is no cron expression: five fields are wanted, such as '0 6 * * mon-fri'")
-    values = [_field(part, *bounds) for part, bounds in zip(parts, _FIELDS, strict=True)]
-    weekdays = frozenset(day % 7 for day in values[4])
-    cron = Cron(
-        values[0],
-        values[1],
-        values[2],
-        values[3],
-        weekdays,
-        not parts[2].startswith("*") and not parts[4].startswith("*"),
-    )
-    longest = max({2: 29, 4: 30, 6: 30, 9: 30, 11: 30}.get(month, 31) for month in cron.months)
-    if not cron.either_day and min(cron.days) > longest:
-        raise ValueError(f"{text!r} never comes true: no such day in such a month")
+    where = zone(time_zone)
+    try:
+        CronSim(fields, _ANY_MOMENT)
+        cron = Cron(fields, where)
+        cron.after(_ANY_MOMENT)
+    except CronSimError as error:
+        raise ValueError(_which(fields, str(error))) from None
+    except ValueError:
+        raise ValueError(f"{text!r} never comes true") from None
     return cron
 
 
-def _field(text: str, name: str, low: int, high: int) -> frozenset[int]:
-    found: set[int] = set()
-    for one in text.split(","):
-        span, slash, step_text = one.partition("/")
-        first, dash, last = span.partition("-")
-        try:
-            start, end = (low, high) if span == "*" else (_value(first, name), _value(last if dash else first, name))
-            step = int(step_text) if slash else 1
-        except ValueError:
-            raise ValueError(f"{one!r} is no {name}") from None
-        if slash and not dash and span != "*":
-            end = high
-        if not (low <= start <= end <= high and 1 <= step <= high + 1):
-            raise ValueError(f"{one!r} is no {name}: {low} to {high}")
-        found.update(range(start, end + 1, step))
-    return frozenset(found)
-
-
-def _value(text: str, name: str) -> int:
-    names = _MONTHS if name == "month" else _DAYS if name == "day of week" else {}
-    if not text.isascii() or len(text) > 3:
-        raise ValueError(text)
-    return names[text.lower()] if text.lower() in names else int(text)
+def _which(fields: str, complaint: str) -> str:
+    """`Bad hour`, as a sentence that quotes the field."""
+    for (name, values), given in zip(_FIELDS.items(), fields.split(), strict=True):
+        if complaint.endswith(f" {name}"):
+            return f"{given!r} is no {name.replace('-', ' ')}: {values}"
+    return f"{fields!r} is no cron expression: {complaint}"
 
 
 def zone(name: str) -> zoneinfo.ZoneInfo:
@@ -93,20 +119,17 @@ def zone(name: str) -> zoneinfo.ZoneInfo:
         raise ValueError(f"{name!r} is no time zone; write one such as Europe/Paris, or UTC") from None
 
 
-def next_after(cron: Cron, zone: zoneinfo.ZoneInfo, moment: datetime.datetime) -> datetime.datetime:
-    """The first time after ``moment`` (aware) at which it comes true, in UTC.
+def plan(schedule: Schedule, due: datetime.datetime, now: datetime.datetime) -> Plan:
+    """By the schedule's policy, what to do ``now`` about the time ``due`` (passed, or just now) and those since.
 
-    A local time that the clock skips is taken at the moment after the gap; one that it shows twice counts once.
+    A time that somebody gets to `IN_TIME` is never missed; the policy is for the others. Raises ValueError.
     """
-    moment = moment.astimezone(datetime.UTC)
-    day = moment.astimezone(zone).date()
-    for _ in range(_SEARCHED_DAYS):
-        if cron.matches(day):
-            for hour in sorted(cron.hours):
-                for minute in sorted(cron.minutes):
-                    local = datetime.datetime.combine(day, datetime.time(hour, minute), zone)
-                    when = local.astimezone(datetime.UTC)
-                    if when > moment:
-                        return when
-        day += datetime.timedelta(days=1)
-    raise ValueError("never comes true")
+    cron = parse(schedule.cron, schedule.time_zone)
+    passed = cron.between(due, now, MAX_CAUGHT_UP + 1)
+    if schedule.missed == "all":
+        run = passed[-MAX_CAUGHT_UP:]
+    elif schedule.missed == "once":
+        run = passed[-1:]
+    else:
+        run = [moment for moment in passed[-1:] if now - moment <= IN_TIME]
+    return Plan(run=run, dropped=len(passed) - len(run), next=cron.after(now))

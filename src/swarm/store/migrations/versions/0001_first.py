@@ -74,6 +74,8 @@ def upgrade() -> None:
         _number("timeout_seconds", kind=sa.Float()),
         _number("max_attempts"),
         _number("budget_usd", kind=sa.Float()),
+        _text("trigger_type", default="ticket"),
+        _text("trigger_data"),
         _text("run_id"),
         _time("created_at"),
         _time("updated_at"),
