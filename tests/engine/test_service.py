@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from swarm.model import Retry
 from swarm.process import start_time
-from tests.engine.conftest import Bench, ended, engine_process, log_until, proved
+from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 DONE = "import json; json.dump({}, open('output.json', 'w'))"
 HANG = "import time\nprint('up', flush=True)\ntime.sleep(600)"
@@ -159,6 +160,28 @@ async def test_logs_follow_a_running_ticket_from_another_process(plain: Bench) -
             assert await following.wait() == 0
         engine.terminate()
         await log_until(engine, "engine stopped")
+
+
+async def test_show_says_what_each_attempt_died_of(plain: Bench) -> None:
+    """Once: what the ticket's own error says already is not repeated."""
+    mark = plain.dir / "tried"
+    code = (
+        "import json, os, sys\n"
+        f"mark = {str(mark)!r}\n"
+        "if not os.path.exists(mark):\n    open(mark, 'w').close()\n    sys.exit('the moon was full')\n"
+        "sys.exit('the moon was new')"
+    )
+    agent = await plain.agent(code, retry=Retry(max_attempts=2, delay_seconds=0.01))
+    plain.insert("t", agent.id)
+    async with serving(plain):
+        assert await ended(plain, "t") == ["failed"]
+    status, out, err = await command(plain, "swarm", "ticket", "show", "t")
+    assert status == 0, err
+    before, _, after = out.partition("attempt 1: failed")
+    assert "the moon was new" in before and "the moon was full" not in before
+    first, _, second = after.partition("attempt 2: failed")
+    assert "  error  the agent ended with status 1" in first and "the moon was full" in first
+    assert "error" not in second
 
 
 async def test_cancel_and_retry(plain: Bench) -> None:

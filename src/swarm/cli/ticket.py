@@ -114,6 +114,8 @@ async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
         cli.out.line()
         vm = "" if attempt.vm_id is None else f", VM {attempt.vm_id}"
         cli.out.line(f"attempt {number}: {attempt.outcome or 'running'}{vm}, by {attempt.worker}")
+        if attempt.error and attempt.error != ticket.error:
+            cli.out.fields({"  error": render.shorten(attempt.error)})
         render.show_timings(cli.out, attempt.timings)
 
 
