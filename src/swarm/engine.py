@@ -22,6 +22,7 @@ from swarm.clock import Timeline
 from swarm.errors import (
     AgentFailed,
     AgentTimeout,
+    HostError,
     ImageError,
     LeaseLost,
     NotFound,
@@ -43,6 +44,7 @@ INPUT_FILE, OUTPUT_FILE = "input.json", "output.json"
 _QUOTED_LINES, _QUOTED_BYTES = 15, 4096
 # What the next ticket would lack as well.
 _HOST_IS_OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_NO_THREAD = "can't start new thread"  # what threading says when the kernel has no room for one
 
 
 class Watcher(Protocol):
@@ -74,8 +76,8 @@ class Engine:
         self._limits = limits
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
-        """Run one attempt to its end. Returns Succeeded or Failed; LeaseLost, cancellation and a host without
-        descriptors or memory (OSError) pass through. The VM is gone in every case."""
+        """Run one attempt to its end. Returns Succeeded or Failed; LeaseLost and cancellation pass through; a host
+        without descriptors, memory or threads is an error (HostError, StepError). The VM is gone in every case."""
         tail = _Tail(watcher)
         try:
             return Succeeded(outputs=await self._run(claim, watcher, timeline, tail))
@@ -97,9 +99,15 @@ class Engine:
             if _is_host_out(error):
                 raise
             return Failed(reason=FailureReason.HOST_ERROR, message=str(error), retry=True)
+        except MemoryError:
+            # Of this process, where a limit is set: perhaps by what this one agent left. Counted as a try, then, so
+            # that such a ticket can't end one engine after the other.
+            message = "the engine ran out of memory while it ran this ticket"
+            log.error(message, ticket=claim.ticket.id)
+            return Failed(reason=FailureReason.HOST_ERROR, message=message, retry=True)
         except Exception as error:
             if _is_host_out(error):
-                raise
+                raise HostError(f"this host can't go on running tickets: {error}") from error
             # A mistake of ours must leave no ticket without an end, nor stop an engine that others need.
             message = f"unexpected {type(error).__name__}: {error}"
             log.error(message, ticket=claim.ticket.id)
@@ -248,9 +256,11 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _is_host_out(error: BaseException | None) -> bool:
-    """Is the host out of descriptors or memory, at the bottom of this?"""
+    """Is the host out of descriptors, memory or threads, at the bottom of this?"""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _HOST_IS_OUT_OF:
+            return True
+        if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
             return True
         error = error.__cause__
     return False
@@ -258,9 +268,10 @@ def _is_host_out(error: BaseException | None) -> bool:
 
 async def _put(machine: Machine, claim: Claim, inputs: Any) -> None:
     """The agent's files and its input; sent together, one round trip."""
+    given = {INPUT_FILE: input_json(claim, inputs)}
     await asyncio.gather(
         machine.channel.put_tree(Path(claim.agent.path), dest=AGENT_DIR, owner="root"),
-        machine.channel.put({INPUT_FILE: input_json(claim, inputs)}, dest=WORK_DIR, owner="agent"),
+        machine.channel.put(given, dest=WORK_DIR, owner="agent"),
     )
 
 

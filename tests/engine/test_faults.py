@@ -18,7 +18,7 @@ import pytest
 from swarm import app, config
 from swarm.config import Settings
 from swarm.errors import HostError, StoreError
-from swarm.model import Ticket
+from swarm.model import Retry, Ticket
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 DONE = "import json; json.dump({}, open('output.json', 'w'))"
@@ -157,6 +157,59 @@ async def test_out_of_file_descriptors(plain: Bench) -> None:
     assert (step.status, step.retry_count) == ("ready", 0)
     async with serving(plain):
         assert await ended(plain, "t") == ["done"]
+
+
+def allow_memory(pid: int, headroom_mb: int | None) -> None:
+    """So much more than the process has now; None: whatever it wants."""
+    (line,) = [one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmData")]
+    limit = resource.RLIM_INFINITY if headroom_mb is None else (int(line.split()[1]) << 10) + (headroom_mb << 20)
+    resource.prlimit(pid, resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+
+async def test_an_output_that_does_not_fit_into_memory(plain: Bench) -> None:
+    """It fails its own ticket, after the tries that a fault of the host's gets, and no other."""
+    huge = "open('output.json', 'w').write('[' + '[],' * 5_000_000 + '[]]')"  # 15 MB, and 400 MB once it is parsed
+    glutton = await plain.agent(huge, "glutton", retry=Retry(delay_seconds=0.05))
+    modest = await plain.agent(DONE, "modest")
+    async with engine_process(plain) as engine:
+        await log_until(engine, "engine serves")
+        allow_memory(engine.pid, 128)
+        plain.insert("big", glutton.id)
+        plain.insert("small", modest.id)
+        assert await ended(plain, "big", "small") == ["failed", "done"]
+        assert "the engine ran out of memory" in str((await plain.store.ticket("big")).error)
+        assert [a.outcome for a in await plain.attempts("big")] == ["failed"] * 3
+        engine.terminate()
+        await log_until(engine, "engine stopped")
+    await proved(plain)
+
+
+@pytest.mark.parametrize(("headroom_mb", "row_bytes"), [(0, 1_000_000), (4, 10)], ids=["for rows", "for threads"])
+async def test_out_of_memory(plain: Bench, headroom_mb: int, row_bytes: int) -> None:
+    """Hardly a page more than at its start: the engine waits for memory, or ends with one clear line."""
+    agent = await plain.agent(DONE)
+    ids = [f"t-{n}" for n in range(6)]
+    async with engine_process(plain, SWARM_LEASE_SECONDS="2") as engine:
+        await log_until(engine, "engine serves")
+        allow_memory(engine.pid, headroom_mb)
+        for id_ in ids:
+            plain.insert(id_, agent.id, description="x" * row_bytes)
+        ending = asyncio.create_task(engine.communicate())
+        await asyncio.wait({ending}, timeout=3)
+        if not ending.done():
+            allow_memory(engine.pid, None)
+            await ended(plain, *ids)
+            engine.terminate()
+        said = (await ending)[1].decode().strip()
+    assert "Traceback" not in said
+    if engine.returncode:
+        assert said.splitlines()[-1].startswith("error: ") and ("memory" in said or "thread" in said)
+    async with engine_process(plain, SWARM_LEASE_SECONDS="2") as engine:
+        await log_until(engine, "engine serves")
+        assert await ended(plain, *ids) == ["done"] * len(ids)
+        engine.terminate()
+        await log_until(engine, "engine stopped")
+    await proved(plain)
 
 
 async def test_the_database_locked_for_longer_than_it_waits(plain: Bench) -> None:

@@ -132,6 +132,9 @@ def _explain(error: BaseException, out: Out, debug: bool) -> int:
         case _Stopped():
             out.error("interrupted" if error.number == signal.SIGINT else f"stopped by {error.number.name}")
             return 128 + error.number
+        case MemoryError():
+            out.error("out of memory: give this process more, or let it do less at once")
+            return 1
     out.error(f"unexpected: {type(error).__name__}: {error}" + ("" if debug else " (--debug shows where)"))
     return 1
 

@@ -216,6 +216,8 @@ class Database:
             if known is None:
                 raise
             raise known from error
+        except MemoryError as error:  # Python's, or SQLite's own
+            raise StoreError(f"out of memory in the database {self.place}") from error
 
     def revision(self, connection: Connection) -> str | None:
         """The revision that the database is at; None for an empty one."""

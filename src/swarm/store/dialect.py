@@ -123,7 +123,6 @@ _SQLITE_ERRORS: Final = (
         ("SQLITE_CANTOPEN",),
         "can't open the database {place}; check that its directory exists and that this user may write there",
     ),
-    (("SQLITE_NOMEM",), "out of memory in the database {place}"),
     (("SQLITE_IOERR",), "the disk failed under the database {place} ({error}); see the kernel's log (`dmesg`)"),
 )
 NOT_MIGRATED: Final = "the database {place} has not the tables that this Swarm needs ({why}); run `swarm init`"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -26,6 +27,7 @@ Result = TypeVar("Result")
 # Serves all requests of a kind in one transaction: as many results as requests, a SwarmError in place of a refused one.
 Many = Callable[[Tx, Sequence[Request]], Sequence[Result | SwarmError]]
 
+_MEMORY_PAUSE_SECONDS: Final = 0.1
 GROUP: Final = 256  # requests in one transaction: bounds the time that other processes wait for the write lock
 
 
@@ -102,27 +104,44 @@ class Lane:
         try:
             stop = False
             while not stop:
-                jobs, stop = self._next()
-                asked = [job for job in jobs if not job.future.cancelled()]
-                raw = [job for job in asked if job.many is None]
-                for job in raw:
-                    _deliver([(job, self._raw(job))])
-                if grouped := [job for job in asked if job.many is not None]:
-                    _deliver(list(zip(grouped, self._serve(grouped), strict=True)))
+                jobs: list[_Job] = []
+                try:
+                    stop = self._take(jobs)
+                    self._answer(jobs)
+                except MemoryError:
+                    self._refuse(jobs)
         finally:
             self._drop()
 
-    def _next(self) -> tuple[list[_Job], bool]:
-        jobs: list[_Job] = []
+    def _take(self, jobs: list[_Job]) -> bool:
+        """Fill ``jobs`` with what is asked; True when nothing comes after it."""
         while len(jobs) < GROUP:
             try:
                 job = self._jobs.get(block=not jobs)
             except queue.Empty:
                 break
             if job is None:
-                return jobs, True
+                return True
             jobs.append(job)
-        return jobs, False
+        return False
+
+    def _answer(self, jobs: list[_Job]) -> None:
+        asked = [job for job in jobs if not job.future.cancelled()]
+        for job in asked:
+            if job.many is None:
+                _deliver([(job, self._raw(job))])
+        if grouped := [job for job in asked if job.many is not None]:
+            _deliver(list(zip(grouped, self._serve(grouped), strict=True)))
+
+    def _refuse(self, jobs: list[_Job]) -> None:
+        """Without memory for an answer: whoever has none yet gets an error, since nobody may wait for ever. What was
+        committed stays; asked once more, the fence tells."""
+        while True:
+            try:
+                why = f"out of memory beside the database {self._database.place}"
+                return _deliver([(job, StoreError(why)) for job in jobs])
+            except MemoryError:
+                time.sleep(_MEMORY_PAUSE_SECONDS)
 
     def _serve(self, jobs: list[_Job]) -> list[Any]:
         try:
@@ -196,7 +215,7 @@ def _deliver(answers: list[tuple[_Job, Any]]) -> None:
 
 def _resolve(answers: list[tuple[_Job, Any]]) -> None:
     for job, result in answers:
-        if job.future.cancelled():
+        if job.future.done():
             continue
         if isinstance(result, BaseException):
             job.future.set_exception(result)
