@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"config", "process", "aio", "clock", "log", "faults"},
     {"cel"},
     {"schema"},
-    {"vm.driver", "manifest", "versions"},  # the values and Protocols between the parts
+    {"vm.driver", "manifest", "versions", "ledger"},  # the values and Protocols between the parts
     {"workflow"},  # pure: the store asks it what comes next
     {"store", "vm", "channel", "agents", "gateway"},
     {"vm.rehearsal"},  # what a template's VM does before it is frozen, over the channel

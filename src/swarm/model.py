@@ -66,6 +66,8 @@ class FailureReason(StrEnum):
     VM_DIED = "vm_died"
     GUEST_PANIC = "guest_panic"
     HOST_ERROR = "host_error"
+    NOT_CONFIGURED = "not_configured"  # a key or secret that the agent needs is not on this host
+    OVER_BUDGET = "over_budget"  # never tried again: the next try has the same budget
 
 
 class ExecutionMode(StrEnum):
@@ -159,6 +161,8 @@ class Agent:
     preload: tuple[str, ...] = ()
     retry: Retry = Retry()
     idempotent: bool = False
+    budget_usd: float | None = None  # of one step of a ticket, retries included
+    budget_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +190,7 @@ class Ticket:
     timeout_seconds: float | None = None
     max_attempts: int | None = None
     budget_usd: float | None = None
+    budget_tokens: int | None = None
     trigger_type: str | None = None
     trigger_data: str | None = None
     run_id: str | None = None
@@ -244,7 +249,8 @@ Outcome = Succeeded | Failed | Cancelled | Interrupted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One line of a ticket's history. ``kind``: transition, output, phase, error, or a later subsystem's own."""
+    """One line of a ticket's history. ``kind``: transition, output, model_call, egress, or a later
+    subsystem's own."""
 
     ticket_id: str
     kind: str

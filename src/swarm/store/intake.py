@@ -115,6 +115,7 @@ _NUMBERS: Final[Mapping[str, Any]] = {
     "max_attempts": lambda n, v: _number(n, v, least=1, most=MAX_ATTEMPTS, whole=True),
     "timeout_seconds": lambda n, v: _number(n, v, least=0.001, most=MAX_TIMEOUT_SECONDS, whole=False),
     "budget_usd": lambda n, v: _number(n, v, least=0, most=1e9, whole=False),
+    "budget_tokens": lambda n, v: _number(n, v, least=0, most=10**15, whole=True),
 }
 
 

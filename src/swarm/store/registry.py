@@ -31,6 +31,8 @@ _LIMITS: Final[Mapping[str, tuple[float, float]]] = {
 }
 _LIMITS_OR_NULL: Final[Mapping[str, tuple[float, float]]] = {
     "idle_timeout_seconds": (0.001, MAX_TIMEOUT_SECONDS),
+    "budget_usd": (0.0, 1e9),
+    "budget_tokens": (0, 10**15),
     "disk_mb_per_second": (0.001, 1e9),
     "network_mb_per_second": (0.001, 1e9),
 }

@@ -89,6 +89,7 @@ _TICKET_READERS: Final[Mapping[str, Any]] = {
     "max_attempts": _whole,
     "timeout_seconds": _real,
     "budget_usd": _real,
+    "budget_tokens": _whole,
 }
 TICKET_FIELDS: Final = tuple(field.name for field in fields(Ticket))
 TICKET_COLUMNS: Final = ", ".join(f"t.{name}" for name in TICKET_FIELDS)
@@ -173,6 +174,8 @@ class AttemptRow:
     error: str | None
     exit_code: int | None
     timings: Mapping[str, float]
+    api_tokens_used: int
+    cost_usd: float
     started_at: str | None
     ended_at: str | None
 

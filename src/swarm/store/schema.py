@@ -64,6 +64,7 @@ tickets = sa.Table(
     _number("timeout_seconds", kind=sa.Float()),
     _number("max_attempts"),
     _number("budget_usd", kind=sa.Float()),
+    _number("budget_tokens", kind=BIG),
     _text("trigger_type", default="ticket"),  # what made it: its runs are told
     _text("trigger_data"),  # JSON object: what came with that
     _text("run_id"),
@@ -111,6 +112,8 @@ agents = sa.Table(
     _text("preload", null=False, default="[]"),
     _text("retry", null=False, default="{}"),  # JSON object: the fields of model.Retry
     sa.Column("idempotent", sa.Boolean(), nullable=False, server_default=sa.false()),
+    _number("budget_usd", kind=sa.Float()),
+    _number("budget_tokens", kind=BIG),
     _time("created_at"),
     _time("updated_at"),
     sa.UniqueConstraint("name", "version", name="agents_name_version"),
@@ -125,6 +128,8 @@ workflows = sa.Table(
     _text("description", null=False, default=""),
     _text("steps", null=False, default="[]"),
     _text("variables", null=False, default="{}"),
+    _number("budget_usd", kind=sa.Float()),  # of one run
+    _number("budget_tokens", kind=BIG),
     sa.Column("enabled", sa.Boolean(), nullable=False, server_default=sa.true()),
     _time("created_at"),
     _time("updated_at"),
@@ -196,6 +201,8 @@ attempts = sa.Table(
     _text("error"),
     _number("exit_code"),
     _text("timings"),
+    _number("api_tokens_used", 0, kind=BIG),
+    _number("cost_usd", 0, kind=sa.Float()),
     _text("started_at"),
     _text("ended_at"),
     _index("attempts_lease", "lease_until", where=ATTEMPT_LIVE),
@@ -216,6 +223,36 @@ events = sa.Table(
     # Where the history of an id that was deleted ends, and that of its namesake begins.
     _index("events_deleted", "ticket_id", "seq", where="kind = 'deleted'"),
     sqlite_autoincrement=True,
+)
+
+# One row for each call of a model, and no foreign key: what was spent outlives its ticket (`store/spending.py`).
+model_calls = sa.Table(
+    "model_calls",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _time("at"),
+    _text("ticket_id"),
+    _text("run_id"),
+    _text("step_execution_id"),
+    _text("attempt_id"),
+    _text("agent"),
+    _text("workflow"),
+    _text("upstream"),
+    _text("model"),
+    _number("status"),  # HTTP's; NULL while the call is under way
+    _number("input_tokens", 0, kind=BIG),
+    _number("output_tokens", 0, kind=BIG),
+    _number("cache_read_tokens", 0, kind=BIG),
+    _number("cache_write_tokens", 0, kind=BIG),
+    _number("tokens", 0, kind=BIG),
+    _number("cost_usd", kind=sa.Float()),  # NULL: no price is known
+    _number("reserved_usd", kind=sa.Float()),
+    _number("reserved_tokens", kind=BIG),
+    _number("latency_ms", kind=sa.Float()),
+    _text("note"),
+    sa.Index("model_calls_at", "at"),
+    sa.Index("model_calls_run", "run_id"),
+    sa.Index("model_calls_step", "step_execution_id"),
 )
 
 workers = sa.Table(

@@ -10,8 +10,9 @@ from typing import Any, Final, TypeVar
 import sqlalchemy as sa
 
 from swarm.errors import StoreError
+from swarm.ledger import Bill, Order, Verdict
 from swarm.model import Agent, Claim, Event, Interrupted, Outcome, Ticket
-from swarm.store import audit, database, events, finish, queue, registry, tickets, workflows
+from swarm.store import audit, database, events, finish, queue, registry, spending, tickets, workflows
 from swarm.store.database import Database, Tx
 from swarm.store.lanes import Lane, each
 from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
@@ -42,6 +43,8 @@ _QUEUE = each(tickets.queue)
 _DUE = each(tickets.due)
 _EVENTS = each(events.events)
 _PRUNE = each(events.prune)
+_RESERVE = each(spending.reserve)
+_COSTS = each(spending.costs)
 _PUT_AGENT = each(registry.put_agent)
 _AGENT = each(registry.agent)
 _AGENTS = each(registry.agents)
@@ -281,6 +284,20 @@ class Store:
             if batch.after is None:
                 return removed
             after = batch.after
+
+    # --- model calls (swarm.ledger.Ledger) ----------------------------------------------------------------------------
+
+    async def reserve(self, order: Order) -> Verdict:
+        """Take what a model call may cost out of every budget that it counts against. Raises NotFound."""
+        return await self._write.call(_RESERVE, order)
+
+    async def book(self, bill: Bill) -> None:
+        """Settle a reservation: once, also when it is asked for again."""
+        await self._write.call(spending.book, bill)
+
+    async def costs(self, by: spending.By, *, since: str = "") -> list[spending.Costs]:
+        """Model calls since then (ISO-8601), summed."""
+        return await self._read.call(_COSTS, spending.CostsRequest(by=by, since=since))
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 

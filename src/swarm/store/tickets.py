@@ -20,7 +20,7 @@ from swarm.store.schema import UNFINISHED
 # What a ticket is added with; the rest is Swarm's to write, or has a default.
 _GIVEN: Final = (
     "id", "project_id", "title", "description", "state", "agent_id", "assignee_id", "assignee_type", "execution_mode",
-    "workflow_id", "inputs", "priority", "timeout_seconds", "max_attempts", "budget_usd",
+    "workflow_id", "inputs", "priority", "timeout_seconds", "max_attempts", "budget_usd", "budget_tokens",
     "trigger_type", "trigger_data",
 )  # fmt: skip
 _INSERT: Final = sa.text(

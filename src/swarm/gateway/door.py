@@ -1,0 +1,186 @@
+"""One attempt's way to the services: a listener that only its VM can reach, and a token that only it was given.
+
+The listener is a socket inside the VM's own network namespace, so whoever speaks on it *is* that VM: there is no
+address to spoof, no port that VMs share, and nothing listens on the host. The token is checked all the same, which
+keeps a confused or hostile program of the same VM from using what it was not handed, and is worth nothing at any other
+door. Both end with the attempt. docs/adr/0016-gateway.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from swarm.gateway.upstreams import Upstream
+from swarm.ledger import Account
+
+log = structlog.get_logger(__name__)
+
+Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the ticket
+
+# What one VM may keep open at once; more wait in the kernel's queue, which holds as many again.
+MAX_CONNECTIONS: Final = 128
+_MAX_HEADER_BYTES: Final = 32 * 1024
+_MAX_REFUSALS: Final = 200  # recorded of one attempt: a hostile one must not fill the database
+_CLOSE_SECONDS: Final = 10.0
+
+
+def error(status: int, kind: str, message: str, **headers: str) -> web.Response:
+    """An error in the Messages API's form, which the SDKs of both dialects understand."""
+    body = {"type": "error", "error": {"type": kind, "message": message}}
+    return web.json_response(body, status=status, headers=headers)
+
+
+class Door:
+    """Made by `Gateway.door`, which closes it. ``exceeded`` is done when a budget has ended the attempt's work: its
+    result says which, with the sums."""
+
+    def __init__(
+        self,
+        *,
+        account: Account,
+        services: Mapping[str, tuple[Upstream, str]],
+        listener: socket.socket,
+        url: str,
+        record: Record,
+        forward: Callable[[Door, web.BaseRequest, Upstream, str, str], Any],
+    ) -> None:
+        self.account = account
+        self.token = secrets.token_urlsafe(32)
+        self.exceeded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.held_bytes = 0  # of request bodies, in memory
+        self._services = services  # with their keys
+        self._listener = listener
+        self._url = url
+        self._record = record
+        self._refusals = 0
+        self._forward = forward
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._room = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._server = _Server(self._handle, self._room)
+        self._accepting = asyncio.create_task(self._accept(), name="gateway-door")
+
+    def __repr__(self) -> str:  # no key, no token
+        return f"<Door of attempt {self.account.attempt_id} at {self._url}>"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What the agent's programs need to find the services. The first service has the plain address."""
+        found = {}
+        for number, (name, (upstream, _)) in enumerate(self._services.items()):
+            url = self._url if number == 0 else f"{self._url}/{name}"
+            for variable, text in upstream.env.items():
+                found[variable] = text.replace("{url}", url).replace("{token}", self.token)
+        return found
+
+    def refuse(self, what: str, **details: object) -> None:
+        """Record that something was not let through."""
+        self._refusals += 1
+        if self._refusals <= _MAX_REFUSALS:
+            more = {"more": "further refusals are not recorded"} if self._refusals == _MAX_REFUSALS else {}
+            self._record("egress", {"via": "gateway", "refused": what, **details, **more})
+        log.debug("gateway refused", what=what, attempt=self.account.attempt_id)
+
+    def exceed(self, message: str) -> None:
+        if not self.exceeded.done():
+            self.exceeded.set_result(message)
+
+    async def close(self) -> None:
+        """No more calls; those under way are cut off, and booked. Never raises."""
+        self._accepting.cancel()
+        await asyncio.gather(self._accepting, return_exceptions=True)
+        self._listener.close()
+        for call in self._calls:
+            call.cancel()
+        if self._calls:
+            await asyncio.wait(set(self._calls), timeout=_CLOSE_SECONDS)
+        with contextlib.suppress(Exception):
+            await self._server.shutdown(timeout=0.0)
+        self.exceeded.cancel()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._room.acquire()
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError as problem:  # out of descriptors, or the guest hung up in between
+                self._room.release()
+                log.warning("gateway can't accept", error=str(problem), attempt=self.account.attempt_id)
+                await asyncio.sleep(0.1)
+                continue
+            except BaseException:
+                self._room.release()
+                raise
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                await loop.connect_accepted_socket(self._server, connection)
+            except OSError:
+                connection.close()
+                self._room.release()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        call = asyncio.current_task()
+        assert call is not None
+        self._calls.add(call)
+        try:
+            return await self._let_in(request)
+        finally:
+            self._calls.discard(call)
+
+    async def _let_in(self, request: web.BaseRequest) -> web.StreamResponse:
+        given = request.headers.get("x-api-key") or ""
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        if not given and scheme.lower() == "bearer":
+            given = bearer.strip()
+        path, _, query = request.raw_path.partition("?")
+        shown = {"method": request.method[:16], "path": path[:200]}
+        if not hmac.compare_digest(given.encode(errors="replace"), self.token.encode()):
+            self.refuse("token", **shown)
+            return error(401, "authentication_error", "this token is not the one of this attempt")
+        name, rest = next(iter(self._services)), path
+        head, _, tail = path.removeprefix("/").partition("/")
+        if head in self._services:
+            name, rest = head, f"/{tail}"
+        upstream, key = self._services[name]
+        kind = upstream.route(request.method, rest)
+        if kind is None or not _is_plain_query(query):
+            self.refuse("path", **shown)
+            return error(404, "not_found_error", f"the gateway does not forward {request.method} {path[:200]}")
+        target = f"{rest}?{query}" if query else rest
+        response: web.StreamResponse = await self._forward(self, request, upstream, key, target)
+        return response
+
+
+def _is_plain_query(query: str) -> bool:
+    return len(query) <= 2000 and query.isascii() and query.isprintable() and not set(query) & set(" \"'<>#\\^`{|}")
+
+
+class _Server(web.Server):
+    """aiohttp's server for connections that somebody else has accepted; each that ends makes room for another."""
+
+    def __init__(self, handler: Callable[[web.BaseRequest], Any], room: asyncio.Semaphore) -> None:
+        super().__init__(
+            handler,
+            handler_cancellation=True,  # a guest that hangs up ends its call
+            access_log=None,
+            keepalive_timeout=30.0,
+            max_line_size=8190,
+            max_field_size=_MAX_HEADER_BYTES,
+            auto_decompress=False,
+        )
+        self._room = room
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        self._room.release()

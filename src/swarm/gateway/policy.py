@@ -1,0 +1,63 @@
+"""What an agent's `network` lets it reach: the text of its row, taken apart.
+
+::
+
+    none    gateway    gateway:anthropic,github    allow:example.com,*.example.org    open    gateway;open
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from swarm.errors import UsageError
+
+DEFAULT_UPSTREAM: Final = "anthropic"
+_DOMAIN: Final = re.compile(r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}")
+_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """``upstreams``: services behind the gateway. ``allow``: domains that the proxy connects to ('*.example.org': those
+    below it). ``open``: every public address, by the proxy."""
+
+    upstreams: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    open: bool = False
+
+    @property
+    def proxied(self) -> bool:
+        return self.open or bool(self.allow)
+
+    def allows(self, host: str) -> bool:
+        """May the proxy connect to this name? (Its addresses are another question.)"""
+        name = host.lower().rstrip(".")
+        return self.open or any(
+            name.endswith(domain[1:]) if domain.startswith("*.") else name == domain for domain in self.allow
+        )
+
+
+def parse(text: str) -> Policy:
+    """Raises UsageError: people can write to the table of agents as well."""
+    upstreams: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    is_open = False
+    for part in text.split(";"):
+        word, colon, rest = part.partition(":")
+        names = tuple(rest.split(",")) if colon else ()
+        if word == "none" and not colon and text == "none":
+            continue
+        if word == "gateway" and all(_NAME.fullmatch(name) for name in names):
+            upstreams += names or (DEFAULT_UPSTREAM,)
+        elif word == "allow" and names and all(_DOMAIN.fullmatch(name) for name in names):
+            allow += names
+        elif word == "open" and not colon:
+            is_open = True
+        else:
+            raise UsageError(
+                f"the network policy {text[:200]!r} is unknown: use none, gateway, gateway:NAME,…, allow:DOMAIN,…, "
+                "open, or several with ';' between"
+            )
+    return Policy(upstreams=upstreams, allow=allow, open=is_open)

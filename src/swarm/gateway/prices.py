@@ -1,0 +1,88 @@
+"""What tokens cost: a dated table, `prices.toml`, over which users lay their own."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import pydantic
+from pydantic import Field
+
+from swarm.errors import UsageError
+
+SHIPPED: Final = Path(__file__).with_name("prices.toml")
+_DATED: Final = re.compile(r"(-\d{8}|-latest|\[\w+\])$")
+
+
+class _Rates(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    input: float = Field(ge=0, le=1e6)
+    output: float = Field(ge=0, le=1e6)
+    # What is cached costs what plain input does, unless the table says otherwise.
+    cache_read: float | None = Field(default=None, ge=0, le=1e6)
+    cache_write: float | None = Field(default=None, ge=0, le=1e6)
+    cache_write_1h: float | None = Field(default=None, ge=0, le=1e6)
+
+
+class _Above(_Rates):
+    tokens: int = Field(gt=0)
+
+
+class Price(_Rates):
+    """USD for 10^6 tokens of each kind."""
+
+    above: _Above | None = None
+
+    def usd(self, counts: Mapping[str, int]) -> float:
+        """``counts`` as in `swarm.ledger.Bill`; of ``cache_write``, ``cache_write_1h`` were written for an hour."""
+        read, write = counts.get("cache_read", 0), counts.get("cache_write", 0)
+        hour = min(counts.get("cache_write_1h", 0), write)
+        prompt = counts.get("input", 0) + read + write
+        rates = self.above if self.above is not None and prompt > self.above.tokens else self
+        total = counts.get("input", 0) * rates.input + counts.get("output", 0) * rates.output
+        total += read * (rates.input if rates.cache_read is None else rates.cache_read)
+        per_write = rates.input if rates.cache_write is None else rates.cache_write
+        total += (write - hour) * per_write
+        total += hour * (per_write if rates.cache_write_1h is None else rates.cache_write_1h)
+        return total / 1e6
+
+
+class _Table(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    date: str = ""
+    source: str = ""
+    models: dict[str, Price] = Field(default_factory=dict)
+
+
+class Prices:
+    def __init__(self, models: Mapping[str, Price], *, date: str) -> None:
+        self._models = models
+        self.date = date
+
+    def of(self, model: str) -> Price | None:
+        """By name, or by name without the date at its end."""
+        return self._models.get(model) or self._models.get(_DATED.sub("", model))
+
+
+def load(own: Path | None) -> Prices:
+    """Raises UsageError that names the file and the field."""
+    table = _table(SHIPPED)
+    if own is None:
+        return Prices(table.models, date=table.date)
+    given = _table(own)
+    return Prices({**table.models, **given.models}, date=given.date or table.date)
+
+
+def _table(file: Path) -> _Table:
+    try:
+        return _Table.model_validate(tomllib.loads(file.read_text()))
+    except pydantic.ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UsageError(f"the price list {file}: {wrong}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the price list {file} can't be read: {error}") from None

@@ -1,0 +1,138 @@
+"""The table of services that the gateway forwards to, and where their keys are. `upstreams.toml` has the fields."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Awaitable, Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import pydantic
+from pydantic import Field, StringConstraints
+
+from swarm.errors import UsageError
+
+SHIPPED: Final = Path(__file__).with_name("upstreams.toml")
+_MAX_KEY_BYTES: Final = 16 * 1024
+
+_Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+_Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")]
+_Route = Annotated[str, StringConstraints(pattern=r"^(GET|POST|PUT|PATCH|DELETE) /[A-Za-z0-9/._~*-]*$")]
+Kind = Literal["model", "input", "output", "cache_read", "cache_write", "cache_write_1h"]
+
+
+class Upstream(pydantic.BaseModel):
+    """One service. Field by field as in the table."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    name: _Name
+    base_url: str = Field(pattern=r"^https?://[^\s?#]+$")
+    base_url_env: str = ""
+    key: _Name
+    header: dict[_Header, str] = Field(min_length=1)
+    env: dict[str, str] = Field(default_factory=dict)
+    metered: tuple[_Route, ...] = ()
+    paths: tuple[_Route, ...] = ()
+    body_mb: float = Field(default=32, gt=0, le=1024)
+    idle_seconds: float = Field(default=600, gt=0, le=86_400)
+    output_limit: tuple[str, ...] = ()
+    output_default: int = Field(default=8192, gt=0)
+    text: tuple[str, ...] = ()
+    cache_in_input: bool = False
+    stream_body: dict[str, Any] = Field(default_factory=dict)
+    usage: dict[Kind, tuple[str, ...]] = Field(default_factory=dict)
+
+    @property
+    def key_env(self) -> str:
+        return self.key.upper().replace("-", "_")
+
+    def route(self, method: str, path: str) -> Literal["metered", "plain"] | None:
+        """What a call of this path is; None when it can't be reached. ``path`` as it came: nothing in it is decoded,
+        and whatever could be read in two ways is no path."""
+        if not re.fullmatch(r"(/[A-Za-z0-9._~:@-]+)+", path) or re.search(r"/\.{1,2}(/|$)", path):
+            return None
+        call = f"{method} {path}"
+        # A star is one part of a path.
+        for routes, kind in ((self.metered, "metered"), (self.paths, "plain")):
+            for route in routes:
+                if fnmatchcase(call, route) and call.count("/") == route.count("/"):
+                    return kind  # type: ignore[return-value]
+        return None
+
+
+def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream]:
+    """The table that ships, with a file of the user's over it. Raises UsageError that names the file and the field."""
+    table = tomllib.loads(SHIPPED.read_text())
+    if own is not None:
+        try:
+            given = tomllib.loads(own.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the table of upstreams {own} can't be read: {error}") from None
+        for name, fields in given.items():
+            if not isinstance(fields, dict):
+                raise UsageError(f"the table of upstreams {own}: {name} must be a table: [{name}]")
+            table[name] = {**table.get(name, {}), **fields}
+    found = {}
+    for name, fields in table.items():
+        try:
+            upstream = Upstream.model_validate({**fields, "name": name})
+            override = environment.get(upstream.base_url_env, "") if upstream.base_url_env else ""
+            if override:
+                upstream = Upstream.model_validate({**fields, "name": name, "base_url": override.rstrip("/")})
+        except pydantic.ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}" for e in error.errors())
+            raise UsageError(f"the table of upstreams {own or SHIPPED}: [{name}]: {wrong}") from None
+        found[name] = upstream
+    return found
+
+
+SecretOf = Callable[[str], Awaitable[str | None]]
+
+
+class Keys:
+    """Where a service's key is found: read anew for each attempt, and held nowhere but in memory."""
+
+    def __init__(self, *, environment: Mapping[str, str] | None = None, secret: SecretOf | None = None) -> None:
+        self._environment = os.environ if environment is None else environment
+        self._secret = secret
+
+    async def find(self, upstream: Upstream) -> str | None:
+        """The key, or None. Raises UsageError for a file that can't be read, or holds no key."""
+        if key := self._environment.get(upstream.key_env, "").strip():
+            return _checked(key, upstream.key_env)
+        if file := self._environment.get(f"{upstream.key_env}_FILE", ""):
+            return _read(Path(file), f"{upstream.key_env}_FILE")
+        if credentials := self._environment.get("CREDENTIALS_DIRECTORY", ""):
+            credential = Path(credentials) / upstream.key
+            if credential.is_file():
+                return _read(credential, "the systemd credential")
+        if self._secret is not None and (kept := await self._secret(upstream.key)):
+            return _checked(kept.strip(), f"the secret {upstream.key}")
+        return None
+
+    @staticmethod
+    def how_to_set(upstream: Upstream) -> str:
+        return (
+            f"set {upstream.key_env} in the environment of the engine, or run `swarm secret set {upstream.key}` "
+            "(the VM never gets it: the gateway adds it)"
+        )
+
+
+def _read(file: Path, where: str) -> str:
+    try:
+        if file.stat().st_size > _MAX_KEY_BYTES:
+            raise UsageError(f"{where}: {file} is too large for a key")
+        return _checked(file.read_text().strip(), f"{where}: {file}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where}: {file} can't be read: {error}") from None
+
+
+def _checked(key: str, where: str) -> str:
+    """A key goes into a header: one line of printable ASCII. The message never shows it."""
+    if not key or not key.isascii() or not key.isprintable():
+        raise UsageError(f"{where} does not hold a key: it must be one line of printable characters")
+    return key

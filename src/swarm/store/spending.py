@@ -1,0 +1,254 @@
+"""The books of model calls: reserved before, booked after, summed where people look. See `swarm.ledger`.
+
+Money that was spent was spent: booking is not fenced, and a call stays in the books when its ticket is deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import sqlalchemy as sa
+
+from swarm.errors import NotFound
+from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Verdict
+from swarm.store.changes import INSERT_EVENT
+from swarm.store.database import Row, Tx
+from swarm.store.rows import dump, message
+
+# Calls of one scope: what was spent, and what calls under way hold. A reservation of an attempt that has ended, or is
+# gone, will never be booked by anybody: it counts as spent.
+_SUMS: Final = """
+SELECT
+  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN c.cost_usd WHEN a.outcome IS NULL AND a.id IS NOT NULL THEN 0
+    ELSE c.reserved_usd END), 0) AS spent_usd,
+  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN c.tokens WHEN a.outcome IS NULL AND a.id IS NOT NULL THEN 0
+    ELSE c.reserved_tokens END), 0) AS spent_tokens,
+  COALESCE(SUM(CASE WHEN c.status IS NULL AND a.id IS NOT NULL AND a.outcome IS NULL THEN c.reserved_usd END), 0)
+    AS held_usd,
+  COALESCE(SUM(CASE WHEN c.status IS NULL AND a.id IS NOT NULL AND a.outcome IS NULL THEN c.reserved_tokens END), 0)
+    AS held_tokens
+FROM model_calls c LEFT JOIN attempts a ON a.id = c.attempt_id AND c.status IS NULL
+"""
+# By run, not by ticket: an id that is used again after its ticket was deleted starts with nothing spent.
+_OF_TICKET: Final = sa.text(_SUMS + "WHERE c.run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)")
+_OF_RUN: Final = sa.text(_SUMS + "WHERE c.run_id = :run_id")
+_OF_STEP: Final = sa.text(_SUMS + "WHERE c.step_execution_id = :step_execution_id")
+_OF_DAY: Final = sa.text(_SUMS + "WHERE c.at >= :day")
+_LIMITS: Final = sa.text(
+    "SELECT t.id, t.budget_usd, t.budget_tokens, a.budget_usd AS agent_usd, a.budget_tokens AS agent_tokens, "
+    "w.budget_usd AS workflow_usd, w.budget_tokens AS workflow_tokens, w.name AS workflow "
+    "FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id LEFT JOIN workflows w ON w.id = r.workflow_id "
+    "LEFT JOIN agents a ON a.id = :agent_id WHERE r.id = :run_id"
+)
+_RESERVE: Final = sa.text(
+    "INSERT INTO model_calls (id, at, ticket_id, run_id, step_execution_id, attempt_id, agent, workflow, upstream, "
+    "model, reserved_usd, reserved_tokens) VALUES (:id, :now, :ticket_id, :run_id, :step_execution_id, :attempt_id, "
+    ":agent, :workflow, :upstream, :model, :usd, :tokens)"
+)
+_BOOK: Final = sa.text(
+    "UPDATE model_calls SET model = :model, status = :status, input_tokens = :input, output_tokens = :output, "
+    "cache_read_tokens = :cache_read, cache_write_tokens = :cache_write, tokens = :tokens, cost_usd = :cost_usd, "
+    "latency_ms = :latency_ms, note = :note WHERE id = :id AND status IS NULL RETURNING id"
+)
+_ADD_TO_ATTEMPT: Final = sa.text(
+    "UPDATE attempts SET api_tokens_used = api_tokens_used + :tokens, cost_usd = cost_usd + :usd WHERE id = :id"
+)
+_ADD_TO_STEP: Final = sa.text("UPDATE step_executions SET api_tokens_used = api_tokens_used + :tokens WHERE id = :id")
+_ADD_TO_RUN: Final = sa.text(
+    "UPDATE workflow_runs SET total_api_tokens = total_api_tokens + :tokens, total_cost_usd = total_cost_usd + :usd "
+    "WHERE id = :id"
+)
+_TICKET: Final = sa.text("SELECT id FROM tickets WHERE id = :id")
+
+By = Literal["ticket", "agent", "workflow", "model", "day"]
+_GROUPS: Final[dict[By, str]] = {
+    "ticket": "c.ticket_id",
+    "agent": "c.agent",
+    "workflow": "COALESCE(c.workflow, '(none)')",
+    "model": "c.model",
+    "day": "substr(c.at, 1, 10)",
+}
+_COSTS: Final = """
+SELECT {group} AS name, count(*) AS calls, COALESCE(SUM(c.input_tokens), 0) AS input_tokens,
+  COALESCE(SUM(c.output_tokens), 0) AS output_tokens, COALESCE(SUM(c.cache_read_tokens), 0) AS cache_read_tokens,
+  COALESCE(SUM(c.cache_write_tokens), 0) AS cache_write_tokens, COALESCE(SUM(c.cost_usd), 0) AS cost_usd,
+  SUM(CASE WHEN c.status IS NOT NULL AND c.cost_usd IS NULL AND c.tokens > 0 THEN 1 ELSE 0 END) AS unpriced_calls,
+  SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS open_calls
+FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC, name
+"""
+
+
+def reserve(tx: Tx, order: Order) -> Verdict:
+    """Room in every budget that this call counts against, taken in the same transaction that looked for it.
+
+    Budgets are read now: one that was raised meanwhile holds at once. Raises NotFound when the ticket is gone.
+    """
+    account = order.account
+    row = tx.first(_LIMITS, run_id=account.run_id, agent_id=account.agent_id)
+    if row is None:
+        raise NotFound(f"the ticket {account.ticket_id} was deleted; its agent may not call a model any more")
+    scopes: list[tuple[str, Limit, sa.TextClause, dict[str, Any]]] = [
+        ("the ticket's budget", _limit(row.budget_usd, row.budget_tokens), _OF_TICKET, {"ticket_id": row.id}),
+        (
+            f"the budget of agent {account.agent_name} for a step",
+            _limit(row.agent_usd, row.agent_tokens),
+            _OF_STEP,
+            {"step_execution_id": account.step_execution_id},
+        ),
+        (
+            f"the budget of workflow {row.workflow} for a run",
+            _limit(row.workflow_usd, row.workflow_tokens),
+            _OF_RUN,
+            {"run_id": account.run_id},
+        ),
+        ("this installation's budget for today (UTC)", order.day, _OF_DAY, {"day": tx.now[:10]}),
+    ]
+    usd, tokens, busy = order.most.usd, order.most.tokens, ""
+    for name, limit, statement, values in scopes:
+        if limit.usd is None and limit.tokens is None:
+            continue
+        [sums] = tx.all(statement, **values)
+        refusal = _refusal(name, limit, sums, order)
+        if refusal:
+            return Refused(message=refusal)
+        if limit.usd is not None and usd is not None:
+            usd = min(usd, limit.usd - sums.spent_usd - sums.held_usd)
+            busy = busy or (f"calls under way hold what is left of {name}" if usd < (order.least.usd or 0) else "")
+        if limit.tokens is not None:
+            tokens = min(tokens, limit.tokens - sums.spent_tokens - sums.held_tokens)
+            busy = busy or (f"calls under way hold what is left of {name}" if tokens < order.least.tokens else "")
+    if busy:
+        return Busy(message=busy)
+    tx.run(
+        _RESERVE,
+        id=order.id,
+        now=tx.now,
+        ticket_id=account.ticket_id,
+        run_id=account.run_id,
+        step_execution_id=account.step_execution_id,
+        attempt_id=account.attempt_id,
+        agent=account.agent_name,
+        workflow=row.workflow,
+        upstream=order.upstream,
+        model=message(order.model),
+        usd=usd,
+        tokens=tokens,
+    )
+    return Granted(usd=usd, tokens=tokens)
+
+
+def _limit(usd: object, tokens: object) -> Limit:
+    """A budget of a row that anybody may have written; what is no number is no money."""
+    return Limit(
+        usd=None if usd is None else float(usd) if isinstance(usd, int | float) else 0.0,
+        tokens=None if tokens is None else int(tokens) if isinstance(tokens, int | float) else 0,
+    )
+
+
+def _refusal(name: str, limit: Limit, sums: Row, order: Order) -> str:
+    """Why the call can't be made even when all calls under way have ended, with the sums; '' when it can."""
+    if limit.usd is not None:
+        if order.least.usd is None:
+            return (
+                f"the price of model {order.model!r} is not known, so {name} ({_usd(limit.usd)}) can't be held: "
+                "add the model to the price list (docs/claude.md), or give the budget in tokens"
+            )
+        if sums.spent_usd + order.least.usd > limit.usd:
+            return (
+                f"over budget: {name} is {_usd(limit.usd)}, {_usd(sums.spent_usd)} of it is spent, and the next call "
+                f"of {order.model} needs at least {_usd(order.least.usd)}"
+            )
+    if limit.tokens is not None and sums.spent_tokens + order.least.tokens > limit.tokens:
+        return (
+            f"over budget: {name} is {limit.tokens:,} tokens, {sums.spent_tokens:,} of them are spent, and the next "
+            f"call of {order.model} needs at least {order.least.tokens:,}"
+        )
+    return ""
+
+
+def _usd(amount: float) -> str:
+    return f"${amount:.4f}".rstrip("0").rstrip(".") if amount >= 0.0001 or amount == 0 else f"${amount:.2g}"
+
+
+def book(tx: Tx, bills: Sequence[Bill]) -> Sequence[None]:
+    """Each once, however often it is asked for."""
+    for bill in bills:
+        counts = {kind: bill.counts.get(kind, 0) for kind in ("input", "output", "cache_read", "cache_write")}
+        booked = tx.first(
+            _BOOK,
+            id=bill.id,
+            model=message(bill.model),
+            status=bill.status,
+            tokens=bill.tokens,
+            cost_usd=bill.cost_usd,
+            latency_ms=round(bill.latency_ms, 3),
+            note=message(bill.note) or None,
+            **counts,
+        )
+        if booked is None:
+            continue
+        account, usd = bill.account, bill.cost_usd or 0.0
+        if bill.tokens:
+            tx.run(_ADD_TO_ATTEMPT, id=account.attempt_id, tokens=bill.tokens, usd=usd)
+            tx.run(_ADD_TO_STEP, id=account.step_execution_id, tokens=bill.tokens)
+            tx.run(_ADD_TO_RUN, id=account.run_id, tokens=bill.tokens, usd=usd)
+        if tx.first(_TICKET, id=account.ticket_id) is not None:
+            tx.run(INSERT_EVENT, **_event(tx, bill, counts))
+    return [None] * len(bills)
+
+
+def _event(tx: Tx, bill: Bill, counts: dict[str, int]) -> dict[str, Any]:
+    data: dict[str, object] = {
+        "call": bill.id,
+        "upstream": bill.upstream,
+        "model": bill.model,
+        "status": bill.status,
+        **{f"{kind}_tokens": count for kind, count in counts.items()},
+        "cost_usd": bill.cost_usd,
+        "latency_ms": round(bill.latency_ms, 3),
+        "first_byte_ms": None if bill.first_byte_ms is None else round(bill.first_byte_ms, 3),
+        "streamed": bill.streamed,
+    }
+    if bill.estimated:
+        data["estimated"] = True
+    if bill.note:
+        data["note"] = bill.note
+    return {
+        "ticket_id": bill.account.ticket_id,
+        "step_id": bill.account.step_id,
+        "attempt_id": bill.account.attempt_id,
+        "at": tx.now,
+        "kind": "model_call",
+        "data": dump(data),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostsRequest:
+    by: By
+    since: str  # ISO-8601 text; '' for everything
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Calls of one ticket, agent, workflow, model or day. ``cost_usd`` lacks the ``unpriced_calls``, whose model has no
+    price, and the ``open_calls``: under way, or cut off by the death of their engine."""
+
+    name: str
+    calls: int
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+    cost_usd: float
+    unpriced_calls: int
+    open_calls: int
+
+
+def costs(tx: Tx, request: CostsRequest) -> list[Costs]:
+    """Dearest first; days in their order."""
+    rows = tx.all(sa.text(_COSTS.format(group=_GROUPS[request.by])), since=request.since)
+    found = [Costs(**row._asdict()) for row in rows]
+    return sorted(found, key=lambda c: c.name) if request.by == "day" else found

@@ -1,0 +1,133 @@
+"""The gateway before a real server of the Messages API, its books in a real database, and no VM."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sqlite3
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import pytest
+
+from swarm.gateway import prices, upstreams
+from swarm.gateway.door import Door
+from swarm.gateway.forward import Gateway
+from swarm.gateway.policy import Policy
+from swarm.gateway.upstreams import Keys
+from swarm.ledger import Account, Limit
+from swarm.model import Agent, Claim, Ticket
+from swarm.store.store import Store
+from tests.gateway.messages_api import MessagesApi
+
+KEY = "sk-ant-the-real-key-0123456789"
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[MessagesApi]:
+    async with MessagesApi(key=KEY).serving() as serving:
+        yield serving
+
+
+@dataclass
+class Office:
+    """A gateway with its books. ``events``: what doors recorded."""
+
+    store: Store
+    database: Path
+    api: MessagesApi
+    gateway: Gateway
+    dir: Path
+    events: list[tuple[str, Mapping[str, object]]] = field(default_factory=list)
+
+    async def claim(self, ticket_id: str = "t", *, agent: Mapping[str, Any] | None = None, **ticket: Any) -> Claim:
+        """A ticket, claimed, so that a call of it has somewhere to be booked."""
+        place = self.dir / "agent"
+        place.mkdir(exist_ok=True)
+        values = {"id": "a", "name": "a", "version": "1.0.0", "path": place, "entry": ("main.py",), **(agent or {})}
+        made = await self.store.put_agent(Agent(**values))
+        await self.store.add_ticket(Ticket(id=ticket_id, title="t", state="ready", agent_id=made.id, **ticket))
+        [claim] = await self.store.claim("worker", lease_seconds=600, ticket_id=ticket_id)
+        return claim
+
+    @asynccontextmanager
+    async def door(self, claim: Claim, policy: Policy | None = None) -> AsyncIterator[Door]:
+        services = await self.gateway.services(policy or Policy(upstreams=("anthropic",)))
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setblocking(False)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with self.gateway.door(
+            account_of(claim), services, listener=listener, url=url, record=lambda *event: self.events.append(event)
+        ) as door:
+            yield door
+
+    def sql(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        connection = sqlite3.connect(self.database, timeout=30)
+        with connection:
+            rows = connection.execute(statement, values).fetchall()
+        connection.close()
+        return rows
+
+    async def booked(self, count: int, *, seconds: float = 20) -> list[tuple[Any, ...]]:
+        """Once so many calls are settled: status, tokens, cost, note, oldest first. (Bills come after answers.)"""
+        async with asyncio.timeout(seconds):
+            while True:
+                rows = self.sql(
+                    "SELECT status, tokens, cost_usd, note FROM model_calls WHERE status IS NOT NULL ORDER BY at"
+                )
+                if len(rows) >= count:
+                    return rows
+                await asyncio.sleep(0.01)
+
+
+def account_of(claim: Claim) -> Account:
+    return Account(
+        ticket_id=claim.ticket.id,
+        run_id=claim.run_id,
+        step_execution_id=claim.step_execution_id,
+        step_id=claim.step_id,
+        attempt_id=claim.attempt_id,
+        agent_id=claim.agent.id,
+        agent_name=claim.agent.name,
+    )
+
+
+@asynccontextmanager
+async def an_office(api: MessagesApi, dir: Path, *, day: Limit | None = None) -> AsyncIterator[Office]:  # noqa: A002
+    environment = {"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": KEY}
+    environment |= {"OPENAI_BASE_URL_HOST": api.url, "OPENAI_API_KEY": KEY}
+    database = dir / "swarm.db"
+    async with Store.open(f"sqlite:///{database}") as store:
+        await store.migrate()
+        async with Gateway(
+            upstreams=upstreams.load(None, environment),
+            prices=prices.load(None),
+            keys=Keys(environment=environment),
+            ledger=store,
+            day=day or Limit(),
+        ) as gateway:
+            yield Office(store=store, database=database, api=api, gateway=gateway, dir=dir)
+
+
+@pytest.fixture
+async def office(api: MessagesApi, tmp_path: Path) -> AsyncIterator[Office]:
+    async with an_office(api, tmp_path) as made:
+        yield made
+
+
+@asynccontextmanager
+async def client_of(door: Door, *, retries: int = 0, **options: Any) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    """The official SDK, with what the VM would have in its environment."""
+    env = door.env
+    async with anthropic.AsyncAnthropic(
+        base_url=env["ANTHROPIC_BASE_URL"], api_key=env["ANTHROPIC_API_KEY"], max_retries=retries, **options
+    ) as client:
+        yield client
+
+
+def ask(text: str = "Write a haiku", *, model: str = "claude-haiku-4-5", max_tokens: int = 200) -> dict[str, Any]:
+    return {"model": model, "max_tokens": max_tokens, "messages": [{"role": "user", "content": text}]}

@@ -1,0 +1,222 @@
+"""A server that speaks the Messages API: what the gateway forwards to in tests and benchmarks. Real HTTP, no model.
+
+What it answers is chosen by words in the last message, ``scenario=NAME`` and ``KEY=NUMBER``:
+
+    haiku (default)   a haiku, or ``words=N`` words, ``delay=SECONDS`` between chunks
+    tool              asks for the first tool of the request, until a tool_result is among the messages
+    429 529 500       an error with its headers; ``times=N``: so often, then a haiku
+    cut               a stream that breaks off in its middle
+    silent            never answers
+    malformed         200, and a body that is no JSON
+    long              says that its output is ``output=N`` tokens, whatever it sent
+
+``python -m tests.gateway.messages_api --key KEY --port-file FILE`` serves on loopback until killed. ``GET /_seen`` says
+what came: for tests in other processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+HAIKU = "Clocks drift far apart\nOne node waits, another writes\nThe log heals them all"
+RATE_LIMITS = {
+    "anthropic-ratelimit-requests-limit": "50",
+    "anthropic-ratelimit-requests-remaining": "49",
+    "anthropic-ratelimit-tokens-remaining": "19000",
+}
+
+
+@dataclass
+class MessagesApi:
+    """``seen``: path, headers and parsed body of every request. ``url`` is set while it serves."""
+
+    key: str
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
+    _times: Counter[str] = field(default_factory=Counter)
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[MessagesApi]:
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_get("/_seen", self._tell)
+        app.router.add_route("*", "/{path:.*}", self._serve)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            port = runner.addresses[0][1]
+            self.url = f"http://127.0.0.1:{port}"
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        return web.json_response(self.seen)
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        try:
+            asked = json.loads(body) if body else {}
+        except ValueError:
+            asked = None
+        self.seen.append(
+            {"method": request.method, "path": request.path_qs, "headers": dict(request.headers), "body": asked}
+        )
+        del self.seen[:-5000]
+        if (
+            request.headers.get("x-api-key") != self.key
+            and request.headers.get("authorization") != f"Bearer {self.key}"
+        ):
+            return _error(401, "authentication_error", "invalid x-api-key")
+        if request.path == "/v1/messages/count_tokens":
+            return web.json_response({"input_tokens": len(body) // 4})
+        if request.path.startswith("/v1/models"):
+            return web.json_response({"data": [{"id": "claude-haiku-4-5", "type": "model"}], "has_more": False})
+        if request.path == "/v1/chat/completions":
+            return await self._chat(request, asked or {})
+        if request.path != "/v1/messages" or not isinstance(asked, dict):
+            return _error(404, "not_found_error", f"no such path: {request.path}")
+        return await self._message(request, asked)
+
+    async def _message(self, request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        text = _last_text(asked)
+        words = dict(re.findall(r"(\w+)=([\w.]+)", text))
+        scenario = words.get("scenario", "haiku")
+        if scenario in ("429", "529", "500"):
+            self._times[text] += 1
+            if self._times[text] <= int(words.get("times", "1000000")):
+                return _refusal(scenario)
+        if scenario == "silent":
+            await asyncio.sleep(3600)
+        if scenario == "malformed":
+            return web.Response(body=b'{"type": "message", "content": [', content_type="application/json")
+        blocks, stop = self._answer(asked, words, scenario)
+        said = sum(len(json.dumps(b)) for b in blocks) // 4
+        usage = {
+            "input_tokens": max(1, len(json.dumps(asked.get("messages", []))) // 4),
+            "output_tokens": int(words.get("output", min(said, asked.get("max_tokens", said)))),
+            "cache_creation_input_tokens": int(words.get("written", 0)),
+            "cache_read_input_tokens": int(words.get("read", 0)),
+        }
+        message = {
+            "id": "msg_test", "type": "message", "role": "assistant", "model": asked.get("model"), "content": blocks,
+            "stop_reason": stop, "stop_sequence": None, "usage": usage,
+        }  # fmt: skip
+        if asked.get("stream") is True:
+            return await self._stream(request, message, words, scenario)
+        await asyncio.sleep(float(words.get("delay", 0)))
+        return web.json_response(message, headers={**RATE_LIMITS, "request-id": "req_test"})
+
+    def _answer(self, asked: dict[str, Any], words: dict[str, str], scenario: str) -> tuple[list[dict[str, Any]], str]:
+        answered = '"tool_result"' in json.dumps(asked.get("messages"))
+        if scenario == "tool" and asked.get("tools") and not answered:
+            name = asked["tools"][0]["name"]
+            given = json.loads(_last_text(asked).partition("input=")[2] or "{}")
+            return [{"type": "tool_use", "id": "toolu_test", "name": name, "input": given}], "tool_use"
+        count = int(words.get("words", 0))
+        return [{"type": "text", "text": "word " * count if count else HAIKU}], "end_turn"
+
+    async def _stream(
+        self, request: web.Request, message: dict[str, Any], words: dict[str, str], scenario: str
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(
+            headers={**RATE_LIMITS, "request-id": "req_test", "content-type": "text/event-stream"}
+        )
+        await response.prepare(request)
+
+        async def send(kind: str, **fields: Any) -> None:
+            await response.write(f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode())
+
+        usage = message["usage"]
+        begun = {**message, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
+        await send("message_start", message=begun)
+        await send("ping")
+        for index, block in enumerate(message["content"]):
+            if block["type"] == "tool_use":
+                await send("content_block_start", index=index, content_block={**block, "input": {}})
+                pieces = [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+            else:
+                await send("content_block_start", index=index, content_block={"type": "text", "text": ""})
+                pieces = [{"type": "text_delta", "text": word} for word in re.findall(r"\S+\s*", block["text"])]
+            for number, piece in enumerate(pieces):
+                await send("content_block_delta", index=index, delta=piece)
+                if scenario == "cut" and number == len(pieces) // 2:
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
+                if delay := float(words.get("delay", 0)):
+                    await asyncio.sleep(delay)
+            await send("content_block_stop", index=index)
+        delta = {"stop_reason": message["stop_reason"], "stop_sequence": None}
+        await send("message_delta", delta=delta, usage={"output_tokens": usage["output_tokens"]})
+        await send("message_stop")
+        return response
+
+    async def _chat(self, request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        """The other dialect."""
+        usage = {"prompt_tokens": 20, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 5}}
+        if asked.get("stream") is not True:
+            choice = {"index": 0, "message": {"role": "assistant", "content": HAIKU}, "finish_reason": "stop"}
+            return web.json_response({"id": "c", "model": asked["model"], "choices": [choice], "usage": usage})
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for word in HAIKU.split():
+            chunk = {"model": asked["model"], "choices": [{"index": 0, "delta": {"content": word}}]}
+            await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            await response.write(
+                f"data: {json.dumps({'model': asked['model'], 'choices': [], 'usage': usage})}\n\n".encode()
+            )
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+def _last_text(asked: dict[str, Any]) -> str:
+    for message in asked.get("messages", []):  # the first of them: a conversation keeps its scenario
+        content = message.get("content", "")
+        return (
+            content if isinstance(content, str) else " ".join(b.get("text", "") for b in content if isinstance(b, dict))
+        )
+    return ""
+
+
+def _refusal(scenario: str) -> web.Response:
+    if scenario == "429":
+        limits = {**RATE_LIMITS, "retry-after": "1", "anthropic-ratelimit-requests-remaining": "0"}
+        return _error(429, "rate_limit_error", "slow down", **limits)
+    if scenario == "529":
+        return _error(529, "overloaded_error", "Overloaded")
+    return _error(500, "api_error", "Internal server error")
+
+
+def _error(status: int, kind: str, message: str, **headers: str) -> web.Response:
+    body = {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_test"}
+    return web.json_response(body, status=status, headers={"request-id": "req_test", **headers})
+
+
+async def _main(key: str, port_file: Path) -> None:
+    async with MessagesApi(key=key).serving() as api:
+        partial = port_file.with_name(f".{port_file.name}")
+        partial.write_text(api.url)
+        partial.rename(port_file)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--key", required=True)
+    parser.add_argument("--port-file", type=Path, required=True)
+    given = parser.parse_args()
+    asyncio.run(_main(given.key, given.port_file))
