@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"vm.launcher"},  # the way of a VM: network, driver and channel meet here
     {"vm.pool"},
     {"engine"},
-    {"worker"},
+    {"worker", "triggers"},
     {"single", "dispatch", "prove", "packages", "trial"},
     {"doctor"},
     {"app"},

@@ -302,7 +302,9 @@ async def dispatcher(
     import psutil
 
     from swarm import process
+    from swarm.cel.jail import Jail
     from swarm.dispatch import Dispatcher, Memory
+    from swarm.triggers import Scheduler
 
     total_mb = psutil.virtual_memory().total >> 20
     memory = Memory(
@@ -310,17 +312,19 @@ async def dispatcher(
         reserve_mb=min(1024, total_mb // 8),
         available_mb=lambda: psutil.virtual_memory().available >> 20,
     )
-    async with worker(settings, opened, warm=warm) as ours, opened.watching() as wake:
-        yield Dispatcher(
-            store=opened,
-            worker=ours,
-            wake=wake,
-            max_vms=max_vms,
-            memory=None if settings.driver == "process" else memory,
-            grace_seconds=grace_seconds,
-            info={"driver": settings.driver, "started": process.start_time(os.getpid())},
-            ended=ended,
-        )
+    with Jail() as jail:  # its process starts when an expression needs it
+        async with worker(settings, opened, warm=warm) as ours, opened.watching() as wake:
+            yield Dispatcher(
+                store=opened,
+                worker=ours,
+                wake=wake,
+                max_vms=max_vms,
+                memory=None if settings.driver == "process" else memory,
+                grace_seconds=grace_seconds,
+                scheduler=Scheduler(store=opened, evaluator=jail),
+                info={"driver": settings.driver, "started": process.start_time(os.getpid())},
+                ended=ended,
+            )
 
 
 async def run_ticket(

@@ -23,6 +23,7 @@ from swarm.errors import StoreError
 from swarm.model import Claim, Interrupted
 from swarm.store.rows import Due
 from swarm.store.store import Store
+from swarm.triggers import Scheduler
 from swarm.worker import Attempt, Ended, Worker
 
 log = structlog.get_logger(__name__)
@@ -82,6 +83,7 @@ class Dispatcher:
         max_vms: int,
         memory: Memory | None,
         grace_seconds: float,
+        scheduler: Scheduler | None = None,
         info: Mapping[str, object] | None = None,
         ended: Callable[[Ended], None] = lambda _: None,
     ) -> None:
@@ -91,6 +93,7 @@ class Dispatcher:
         self.max_vms = max_vms
         self._memory = memory
         self._grace_seconds = grace_seconds
+        self._scheduler = scheduler
         self._info = dict(info or {})
         self._ended = ended
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,6 +133,7 @@ class Dispatcher:
         loops = [self._beating(), self._listening()]
         async with self._worker.supervised():
             tasks = [asyncio.create_task(self._guarded(loop)) for loop in loops]
+            timetable = asyncio.create_task(self._guarded(self._scheduler.run())) if self._scheduler else None
             try:
                 wait = await self._fill()
                 log.info("engine serves", pid=os.getpid(), max_vms=self.max_vms, **self._info)
@@ -138,6 +142,9 @@ class Dispatcher:
                     self._look.clear()
                     wait = await self._fill()
             finally:
+                if timetable is not None:  # what comes due from now on is another engine's, or waits for the next one
+                    timetable.cancel()
+                    tasks.append(timetable)
                 await settle(self._drain())
                 for task in tasks:
                     task.cancel()
@@ -242,6 +249,8 @@ class Dispatcher:
             if await self._wake.changed(timeout_seconds=LOOK_SECONDS):
                 self._news = True
                 self._look.set()
+                if self._scheduler is not None:
+                    self._scheduler.look()
 
     # --- ending -----------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ engine with it and then shows that a restart ends right. `reach` costs a compari
 
 A point is named by what has just been done: ``claimed``, ``placed`` (a VM is there, its number not yet written),
 ``flushed``, ``renewed``, ``executed`` (the VM is gone, its outcome not yet written), ``finished``; and by the store:
-``claim:uncommitted``, ``claim:committed``, and so on for finish, running, renew, append. ``@3`` behind it: the third
-time.
+``claim:uncommitted``, ``claim:committed``, and so on for finish, running, renew, append; ``fire`` where a schedule's
+tickets are made. ``@3`` behind it: the third time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ POINTS = (
     "claimed", "placed", "flushed", "renewed", "executed", "finished",
     *(f"{write}:{state}" for write in _WRITES for state in ("uncommitted", "committed")),
 )  # fmt: skip
+OF_SCHEDULES = ("fire:uncommitted", "fire:committed")
 
 armed: str | None = None
 _left = 0
@@ -28,8 +29,8 @@ def arm(spec: str) -> None:
     """Die at a point: ``name`` or ``name@count``. Raises ValueError for a name that nobody reaches."""
     global armed, _left
     name, _, count = spec.partition("@")
-    if name not in POINTS:
-        raise ValueError(f"no crash point {name!r}; there are {', '.join(POINTS)}")
+    if name not in (*POINTS, *OF_SCHEDULES):
+        raise ValueError(f"no crash point {name!r}; there are {', '.join((*POINTS, *OF_SCHEDULES))}")
     armed, _left = name, int(count or 1)
 
 

@@ -12,9 +12,13 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from swarm import faults
+from swarm.cel.evaluate import Local
 from swarm.errors import SwarmError
+from swarm.log import configure
 from swarm.model import Succeeded, Ticket
 from swarm.store.store import Store
+from swarm.triggers import Scheduler
 
 
 def gate() -> None:
@@ -69,11 +73,25 @@ async def fill(url: str, title: str) -> Any:
     return {"added": added}
 
 
+async def fire(url: str, rounds: str, point: str = "") -> Any:
+    """Run the schedules that are due, so often; die at a crash point."""
+    configure()
+    if point:
+        faults.arm(point)
+    async with Store.open(url) as store:
+        gate()
+        scheduler = Scheduler(store=store, evaluator=Local())
+        for _ in range(int(rounds)):
+            await scheduler.fire()
+        return None
+
+
 WHAT: dict[str, Callable[..., Awaitable[Any]]] = {
     "migrate": migrate,
     "work": work,
     "hold-lock": hold_lock,
     "fill": fill,
+    "fire": fire,
 }
 
 

@@ -10,11 +10,13 @@ import typer
 from swarm.cli.frame import Cli, command, new_app
 
 if TYPE_CHECKING:
+    from swarm.store.schedules import ScheduleRow
     from swarm.store.store import Store
-    from swarm.workflow.definition import Workflow
+    from swarm.workflow.definition import Schedule, Workflow
 
 app = new_app(
-    "workflow", "Workflows: validate, graph, add, list, show, enable, disable. This version can't run them yet."
+    "workflow",
+    "Workflows: validate, graph, add, list, show, schedules, enable, disable. This version can't run them yet.",
 )
 
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow.yaml.", show_default=False)]
@@ -117,11 +119,12 @@ async def show(cli: Cli, workflow: _Ref) -> None:
     from swarm.workflow.definition import to_json
 
     async with wiring.store(cli.settings) as store:
-        row = await store.workflow(workflow)
+        row, schedules = await store.workflow(workflow), await store.schedules()
     found = row.parsed()
     if cli.out.json:
         cli.out.dump(plain(row) | {"definition": to_json(found)})
         return
+    waits = {one.number: one for one in schedules if one.workflow_id == row.id}
     properties = (found.inputs_schema or {}).get("properties") or {}
     required = (found.inputs_schema or {}).get("required") or ()
     cli.out.fields(
@@ -132,11 +135,39 @@ async def show(cli: Cli, workflow: _Ref) -> None:
             "description": row.description or None,
             "inputs": ", ".join(name if name in required else f"{name}?" for name in properties) or None,
             "outputs": ", ".join(found.outputs or ()) or None,
-            "schedule": ", ".join(f"{one.cron} ({one.time_zone})" for one in found.schedule) or None,
+            "schedule": "\n".join(_timetable(one, waits.get(n)) for n, one in enumerate(found.schedule)) or None,
             "added": row.created_at,
             "steps": draw.text(found).partition("\n")[2].rstrip(),
         }
     )
+
+
+def _timetable(one: Schedule, row: ScheduleRow | None) -> str:
+    """Without a row it belongs to a version that a newer one has replaced."""
+    said = f"{one.cron} ({one.time_zone})"
+    return f"{said}, next {row.next_at}" if row is not None and row.next_at else said
+
+
+@command(app, "schedules", examples=["swarm workflow schedules", "swarm workflow schedules --json"], json=True)
+async def schedules(cli: Cli) -> None:
+    """List what is started by time: when next, when last and as which ticket, and how many times were missed.
+
+    Of each workflow, the newest version counts, and only while it is enabled.
+    """
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        found = await store.schedules()
+    if cli.out.json:
+        cli.out.dump(found)
+        return
+    rows = [
+        (one.workflow, one.cron, one.time_zone, one.next_at or one.error or "disabled", one.last_at,
+         one.last_ticket_id, one.times_missed or None)
+        for one in found
+    ]  # fmt: skip
+    columns = ("WORKFLOW", "CRON", "ZONE", "NEXT", "LAST", "TICKET", "MISSED")
+    cli.out.table(columns, rows, empty="no workflow has a schedule")
 
 
 @command(app, "enable", examples=["swarm workflow enable echo-chain"])

@@ -44,6 +44,7 @@ def each(function: Callable[[Tx, Request], Result]) -> Many[Request, Result]:
                 results.append(error)
         return results
 
+    many.__name__ = function.__name__  # crash points are named by it
     return many
 
 

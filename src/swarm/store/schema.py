@@ -136,6 +136,23 @@ workflows = sa.Table(
     sa.UniqueConstraint("name", "version", name="workflows_name_version"),
 )
 
+schedules = sa.Table(
+    "schedules",
+    metadata,
+    sa.Column("workflow", sa.Text(), primary_key=True, nullable=False),  # its name; '' is a mark: see schedules.py
+    sa.Column("number", sa.Integer(), primary_key=True, nullable=False),  # its place in the file
+    _text("workflow_id", null=False),
+    _text("cron", null=False, default=""),
+    _text("time_zone", null=False, default="UTC"),
+    _text("missed", null=False, default="once"),
+    _number("next_at", kind=BIG),  # ms; NULL: not, as long as the workflow is disabled
+    _number("reckoned_at", 0, kind=BIG),  # when next_at was reckoned
+    _text("last_at"),
+    _text("last_ticket_id"),
+    _number("times_missed", 0),
+    _text("error"),
+)
+
 workflow_runs = sa.Table(
     "workflow_runs",
     metadata,

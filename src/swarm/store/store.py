@@ -12,10 +12,11 @@ import sqlalchemy as sa
 from swarm.errors import StoreError
 from swarm.ledger import Bill, Order, Verdict
 from swarm.model import Agent, Claim, Event, Interrupted, Outcome, Ticket
-from swarm.store import audit, database, events, finish, queue, registry, spending, tickets, workflows
+from swarm.store import audit, database, events, finish, queue, registry, schedules, spending, tickets, workflows
 from swarm.store.database import Database, Tx
 from swarm.store.lanes import Lane, each
 from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
+from swarm.store.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.wake import Wake
 from swarm.store.workflows import WorkflowRow
 from swarm.workflow.definition import Workflow
@@ -53,6 +54,10 @@ _PUT_WORKFLOW = each(workflows.put_workflow)
 _WORKFLOW = each(workflows.workflow)
 _WORKFLOWS = each(workflows.workflows)
 _ENABLE = each(workflows.enable)
+_DUE_SCHEDULES = each(schedules.due)
+_SETTLE_SCHEDULES = each(schedules.settle_all)
+_FIRE_SCHEDULE = each(schedules.fire)
+_SCHEDULES = each(schedules.schedules)
 _WORKERS = each(registry.workers)
 _FORGET_WORKER = each(registry.forget_worker)
 
@@ -331,6 +336,22 @@ class Store:
     async def enable_workflow(self, ref: str, *, enabled: bool) -> WorkflowRow:
         """Raises NotFound."""
         return await self._write.call(_ENABLE, workflows.EnableRequest(ref=ref, enabled=enabled))
+
+    async def schedules(self) -> list[ScheduleRow]:
+        """Of the newest version of each workflow."""
+        return await self._read.call(_SCHEDULES, None)
+
+    async def due_schedules(self) -> DueSchedules:
+        """Those whose time has come, and until the next one's does. Their rows follow the workflows first."""
+        found = await self._read.call(_DUE_SCHEDULES, None)
+        if found.stale:
+            await self._write.call(_SETTLE_SCHEDULES, None)
+            found = await self._read.call(_DUE_SCHEDULES, None)
+        return found
+
+    async def fire_schedule(self, request: FireRequest) -> bool:
+        """Make its tickets, and move it on. False, and nothing done, when somebody else did, or it has changed."""
+        return await self._write.call(_FIRE_SCHEDULE, request)
 
     async def heartbeat(self, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> None:
         """Say that a worker lives, and what it does. Shown by status; decides nothing (leases do)."""

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from swarm import versions
 from swarm.errors import Conflict, NotFound, StoreError
+from swarm.store import schedules
 from swarm.store.database import Row, Tx
 from swarm.store.rows import dump
 from swarm.workflow import definition
@@ -94,10 +95,13 @@ def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
         "steps": text,
         "variables": dump(dict(new.variables)),
     }
-    if tx.first(_BY_ID, ref=id_) is None:
+    present = tx.first(_BY_ID, ref=id_)
+    if present is None:
         tx.run(_INSERT, **values)
     else:
         tx.run(_UPDATE, now=tx.now, **values)
+        schedules.settle(tx, present.name)
+    schedules.settle(tx, new.name)
     return workflow(tx, id_)
 
 
@@ -116,6 +120,7 @@ def workflows(tx: Tx, request: None) -> list[WorkflowRow]:
 def enable(tx: Tx, request: EnableRequest) -> WorkflowRow:
     found = workflow(tx, request.ref)
     tx.run(_ENABLE, id=found.id, enabled=request.enabled, now=tx.now)
+    schedules.settle(tx, found.name)
     return workflow(tx, found.id)
 
 

@@ -34,6 +34,19 @@ _SQLITE_TRIGGERS = (
     CREATE TRIGGER tickets_touched AFTER UPDATE OF state ON tickets WHEN NEW.updated_at IS OLD.updated_at BEGIN
       UPDATE tickets SET updated_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now') WHERE id = NEW.id;
     END""",
+    *(
+        # Whoever changes workflows, their schedules are looked at again (store/schedules.py).
+        f"""
+    CREATE TRIGGER workflows_{kind} AFTER {change} ON workflows BEGIN
+      INSERT INTO schedules (workflow, number, workflow_id, next_at) VALUES ('', 0, '', 0)
+      ON CONFLICT (workflow, number) DO NOTHING;
+    END"""
+        for kind, change in (
+            ("added", "INSERT"),
+            ("changed", "UPDATE OF name, version, steps, enabled"),
+            ("removed", "DELETE"),
+        )
+    ),
 )
 
 
@@ -138,6 +151,21 @@ def upgrade() -> None:
         _time("created_at"),
         _time("updated_at"),
         sa.UniqueConstraint("name", "version", name="workflows_name_version"),
+    )
+    op.create_table(
+        "schedules",
+        sa.Column("workflow", sa.Text(), primary_key=True, nullable=False),
+        sa.Column("number", sa.Integer(), primary_key=True, nullable=False),
+        _text("workflow_id", null=False),
+        _text("cron", null=False, default=""),
+        _text("time_zone", null=False, default="UTC"),
+        _text("missed", null=False, default="once"),
+        _number("next_at", kind=_BIG),
+        _number("reckoned_at", 0, kind=_BIG),
+        _text("last_at"),
+        _text("last_ticket_id"),
+        _number("times_missed", 0),
+        _text("error"),
     )
     op.create_table(
         "workflow_runs",

@@ -1,0 +1,60 @@
+"""Engines keep time: two on one file make one ticket, one without a free VM makes it as well."""
+
+from __future__ import annotations
+
+import asyncio
+
+from swarm.cel.evaluate import Local
+from swarm.model import Ticket
+from swarm.triggers import Scheduler
+from swarm.workflow.definition import Schedule, Step, Workflow
+from tests.engine.conftest import Bench, engine_process, log_until, serving
+
+YEARLY = Workflow(
+    name="yearly", version="1.0.0", steps=(Step(id="a", agent="echo@1"),), schedule=(Schedule(cron="@yearly"),)
+)
+
+
+async def nearly(bench: Bench) -> None:
+    """Set the database's clock to shortly before the schedule is due."""
+    bench.sql("UPDATE clock SET offset_ms = CAST(ROUND((julianday('2030-12-31T23:59:58.500') - julianday('now')) "
+              "* 86400000.0) AS INTEGER)")  # fmt: skip
+    await bench.store.put_workflow(YEARLY)
+
+
+async def made(bench: Bench) -> list[Ticket]:
+    return await bench.store.tickets(limit=100)
+
+
+async def test_two_engines_keep_one_time(plain: Bench) -> None:
+    async with engine_process(plain) as one, engine_process(plain) as two:
+        await log_until(one, "engine serves")
+        await log_until(two, "engine serves")
+        await nearly(plain)
+
+        async def there() -> bool:
+            return bool(await made(plain))
+
+        await plain.until(there)
+        for engine in (one, two):  # both have looked by now, for they were woken by that commit
+            engine.terminate()
+            await log_until(engine, "engine stopped")
+    (ticket,) = await made(plain)
+    assert ticket.trigger_type == "schedule" and ticket.title == "yearly, 2031-01-01 00:00 UTC"
+    (row,) = await plain.store.schedules()
+    assert (row.next_at, row.last_ticket_id) == ("2032-01-01T00:00:00.000Z", ticket.id)
+
+
+async def test_an_engine_that_is_full_keeps_time(plain: Bench) -> None:
+    agent = await plain.agent("import time\nprint('up', flush=True)\ntime.sleep(600)")
+    plain.insert("t", agent.id)
+    scheduler = Scheduler(store=plain.store, evaluator=Local())
+    async with serving(plain, max_vms=1, scheduler=scheduler), asyncio.timeout(60):
+        await plain.until_it_prints()
+        await nearly(plain)
+
+        async def there() -> bool:
+            return len(await made(plain)) == 2
+
+        await plain.until(there)
+        assert {ticket.state for ticket in await made(plain)} == {"in_progress", "ready"}
