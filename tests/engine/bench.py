@@ -8,6 +8,7 @@ their own. Nothing is asserted: figures are for people.
     throughput   no-op tickets per second, 1 and 2 engines, from the first INSERT's begin to the last row done
     flat         claim and finish with 0, 10⁵ and 10⁶ finished tickets in the file
     idle         CPU and memory of the real `swarm-engine start` while nothing happens
+    locked       share of INSERTs by a `sqlite3` shell, which does not wait, that meet the engine's write lock
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -25,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +217,51 @@ def idle(directory: Path, seconds: float) -> None:
         running.communicate()
 
 
+async def locked(directory: Path, shells: int) -> None:
+    for per_second in (0, 20, 100, None):
+        name = "as many as it can" if per_second is None else f"{per_second} a second"
+        file = await database(directory, f"locked-{per_second}")
+        if per_second is None:
+            insert(file, "new", 60_000)
+        with engines(file, 1, 64, []), _paced(file, per_second or 0):
+            refused = sum(not _typed(file, f"shell-{number}") for number in range(shells))
+        out(f"locked              {name + ' no-op tickets:':35} {refused / shells:6.1%} of {shells} INSERTs refused")
+
+
+def _typed(file: Path, id_: str) -> bool:
+    statement = f"INSERT INTO tickets (id, title, state) VALUES ('{id_}', 'typed', 'draft')"
+    return (
+        subprocess.run(["sqlite3", file, statement], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE).returncode == 0
+    )
+
+
+@contextlib.contextmanager
+def _paced(file: Path, per_second: int) -> Iterator[None]:
+    """Somebody else's tickets, for the length of the block."""
+    over = threading.Event()
+
+    def insert_paced() -> None:
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=30)) as connection:
+            connection.execute("PRAGMA synchronous = OFF")  # its own locks are not what is asked for
+            for number in itertools.count():
+                if over.wait(1 / per_second):
+                    return
+                connection.execute(
+                    "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 'paced', 'ready', ?)",
+                    (f"paced-{number}", ECHO_AGENT_ID),
+                )
+
+    thread = threading.Thread(target=insert_paced)
+    if per_second:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if per_second:
+            thread.join()
+
+
 def _cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -221,7 +269,7 @@ def _cpu_seconds(pid: int) -> float:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["wake", "throughput", "flat", "idle"])
+    parser.add_argument("names", nargs="*", default=["wake", "throughput", "flat", "idle", "locked"])
     parser.add_argument("--tickets", type=int, default=5000)
     parser.add_argument("--finished", type=int, nargs="*", default=[0, 100_000, 1_000_000])
     parser.add_argument("--max-vms", type=int, default=128)
@@ -243,6 +291,8 @@ async def main() -> None:
             await flat(directory, options.finished, 400)
         if "idle" in options.names:
             idle(directory, 10.0)
+        if "locked" in options.names:
+            await locked(directory, 1000)
 
 
 if __name__ == "__main__":
