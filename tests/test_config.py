@@ -22,7 +22,26 @@ def test_a_broken_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         config.load()
 
 
+def test_a_misspelt_setting_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "swarm.toml"
+    monkeypatch.setenv("SWARM_CONFIG", str(file))
+    file.write_text('lease_secs = 5\ndriver = "qemu"')
+    with pytest.raises(UsageError, match=f"{file}: there is no setting 'lease_secs'; did you mean 'lease_seconds'"):
+        config.load()
+    file.write_text("[xyzzy]\na = 1")
+    with pytest.raises(UsageError, match="there is no setting 'xyzzy'; there are: boot_timeout_seconds, "):
+        config.load()
+    file.write_text("lease_seconds = 5")
+    assert config.load().lease_seconds == 5
+    file.write_bytes(b'home = "\xff"')
+    with pytest.raises(UsageError, match="can't read the settings in"):
+        config.load()
+
+
 def test_a_password_in_a_database_url_is_not_shown() -> None:
     with pytest.raises(UsageError, match="no database 'oracle'") as caught:
         Database("oracle://user:secret@host/db", busy_timeout_seconds=1)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(UsageError, match="bad database URL") as caught:
+        Database("postgresql//user:secret@host/db", busy_timeout_seconds=1)
     assert "secret" not in str(caught.value)

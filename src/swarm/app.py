@@ -164,7 +164,7 @@ async def init(settings: Settings, *, image: bool = True, progress: Progress = _
         before, head = await opened.revision(), opened.head()
         await opened.migrate()
         said.append(
-            f"database   {settings.database}: "
+            f"database   {opened.url}: "
             + ("up to date" if before == head else f"migrated from {before}" if before else "created")
         )
         if settings.database.startswith("sqlite:"):

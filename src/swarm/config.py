@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 from ipaddress import IPv4Network
@@ -91,6 +92,18 @@ class Settings(BaseSettings):
         return self.home / "agents"
 
 
+def _check_names(file: Path) -> None:
+    """A setting that nobody reads would be a promise that nobody keeps."""
+    try:
+        names = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        return
+    for name in names.keys() - Settings.model_fields.keys():
+        near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(Settings.model_fields))}"
+        raise UsageError(f"{file}: there is no setting {name!r}{hint}")
+
+
 def config_file() -> Path:
     return Path(os.environ.get("SWARM_CONFIG", CONFIG_FILE))
 
@@ -98,10 +111,11 @@ def config_file() -> Path:
 def load(**flags: object) -> Settings:
     """Read the settings; flags that are None were not given. Raises UsageError naming each bad value."""
     try:
+        _check_names(config_file())
         return Settings(**{k: v for k, v in flags.items() if v is not None})  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise UsageError("bad settings: " + "; ".join(lines)) from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # TOML's own errors, and bytes that are not UTF-8
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"can't read the settings in {config_file()}: {why}; mend it, or set SWARM_CONFIG") from None

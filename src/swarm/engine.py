@@ -77,7 +77,8 @@ class Engine:
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
         """Run one attempt to its end. Returns Succeeded or Failed; LeaseLost and cancellation pass through; a host
-        without descriptors, memory or threads is an error (HostError, StepError). The VM is gone in every case."""
+        without descriptors, memory or threads is an error (HostError, StepError), and so is one without the image that
+        agents get who ask for none (ImageError, NotFound). The VM is gone in every case."""
         tail = _Tail(watcher)
         try:
             return Succeeded(outputs=await self._run(claim, watcher, timeline, tail))
@@ -94,6 +95,8 @@ class Engine:
         except UsageError as error:  # the agent's files, arguments or environment can't be sent
             return Failed(reason=FailureReason.INPUT_INVALID, message=f"the agent {claim.agent.name!r}: {error}")
         except (ImageError, NotFound) as error:
+            if claim.agent.image is None:  # the one that every ticket here would miss
+                raise
             return Failed(reason=FailureReason.HOST_ERROR, message=str(error))
         except SwarmError as error:
             if _is_host_out(error):

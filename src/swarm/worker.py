@@ -21,8 +21,8 @@ from swarm import faults
 from swarm.aio import settle
 from swarm.clock import Timeline
 from swarm.engine import Watcher
-from swarm.errors import HostError, ImageError, LeaseLost, StoreError
-from swarm.model import Cancelled, Claim, Event, Failed, FailureReason, Interrupted, Outcome
+from swarm.errors import HostError, LeaseLost, StoreError
+from swarm.model import Cancelled, Claim, Event, Interrupted, Outcome
 from swarm.store.store import Store
 
 log = structlog.get_logger(__name__)
@@ -215,8 +215,6 @@ class Worker:
         faults.reach("executed")
         if attempt.ended:
             return attempt.verdict
-        if isinstance(outcome, Failed) and _is_ours(outcome, claim):
-            raise ImageError(outcome.message)
         return outcome
 
     async def _finish(self, attempt: Attempt, outcome: Outcome) -> Outcome | None:
@@ -337,12 +335,6 @@ class Worker:
 
 def _has_news(attempt: Attempt) -> bool:
     return attempt.executing and attempt.vm_id is not None and not attempt.vm_recorded
-
-
-def _is_ours(failed: Failed, claim: Claim) -> bool:
-    """No image that this engine works with: the next ticket would fail by it as well. (One that an agent asks for by
-    name is that agent's affair.)"""
-    return failed.reason is FailureReason.HOST_ERROR and not failed.retry and claim.agent.image is None
 
 
 def _refused(claim: Claim, outcome: Outcome, why: str) -> Event:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from swarm.cli import service
 from swarm.model import Retry
 from swarm.process import start_time
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
@@ -160,6 +161,17 @@ async def test_logs_follow_a_running_ticket_from_another_process(plain: Bench) -
             assert await following.wait() == 0
         engine.terminate()
         await log_until(engine, "engine stopped")
+
+
+def test_a_pid_file_of_another_engine_stays(tmp_path: Path) -> None:
+    file = tmp_path / "engine.pid"
+    with service.pid_written(file):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+        file.write_text('{"pid": 1, "started": 1}')
+    assert json.loads(file.read_text())["pid"] == 1
+    with service.pid_written(file):
+        pass
+    assert not file.exists()
 
 
 async def test_show_says_what_each_attempt_died_of(plain: Bench) -> None:

@@ -76,6 +76,40 @@ async def test_a_commit_between_two_calls_is_not_missed(file: Path) -> None:
     connection.close()
 
 
+DEAF = """
+import asyncio, sqlite3, sys
+from pathlib import Path
+from swarm.store.wake import Wake
+
+Path("/proc/sys/user/max_inotify_instances").write_text("0")  # of our own user namespace
+
+async def main():
+    other = sqlite3.connect(sys.argv[1], isolation_level=None)
+    async with Wake.watching(Path(sys.argv[1])) as wake:
+        await wake.changed(timeout_seconds=0)
+        for number in range(10):
+            waiting = asyncio.create_task(wake.changed(timeout_seconds=20))
+            await asyncio.sleep(0)
+            other.execute("INSERT INTO tickets (id, title, state) VALUES (?, 'wake', 'draft')", (str(number),))
+            began = asyncio.get_running_loop().time()
+            assert await waiting
+            print(asyncio.get_running_loop().time() - began)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.needs("root")
+async def test_without_inotify_it_looks_often_and_says_so(file: Path) -> None:
+    argv = ["unshare", "--user", "--map-root-user", sys.executable, "-c", DEAF, str(file)]
+    done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("no inotify, so the database is looked at every 50 ms") == 1
+    late = [float(line) for line in done.stdout.splitlines() if line[:1].isdigit() and "[" not in line]
+    assert len(late) == 10
+    assert statistics.median(late) < 0.5, "a look each second would be the fallback for file systems without events"
+
+
 @pytest.mark.parametrize("how", ["replaced", "removed"])
 async def test_another_file_in_its_place(file: Path, how: str) -> None:
     async with Wake.watching(file) as wake:

@@ -79,7 +79,9 @@ def pid_written(path: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_text()) == ours:  # another engine may have written its own since
+                path.unlink()
 
 
 def of_row(row: WorkerRow) -> Process | None:

@@ -28,6 +28,8 @@ from swarm.store.rows import iso
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _IN_CHUNK: Final = 512  # values in one IN (…): far below every database's limit
 
+_PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in what is no URL, but was meant to be one
+
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
 
 
@@ -150,7 +152,7 @@ class Database:
             parsed = make_url(url)
         except sa.exc.ArgumentError:
             raise UsageError(
-                f"bad database URL {url!r}; it looks like sqlite:////opt/swarm-platform/data/swarm.db"
+                f"bad database URL {_PASSWORD.sub('***', url)!r}; it looks like sqlite:////opt/swarm-platform/data/swarm.db"
             ) from None
         name = parsed.get_backend_name()
         if name not in DIALECTS:

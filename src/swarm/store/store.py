@@ -99,6 +99,11 @@ class Store:
             raise StoreError(f"nothing is known that watches {self._db.place}")
         return Wake.watching(self._db.file)
 
+    @property
+    def url(self) -> str:
+        """Where the database is, without its password."""
+        return self._db.url.render_as_string(hide_password=True)
+
     async def _close(self) -> None:
         await self._write.close()
         await self._read.close()

@@ -2,7 +2,8 @@
 
 inotify says that the file or its write-ahead log was written; ``PRAGMA data_version`` says whether a commit became
 visible (the log is written before the shared index, so the first look may be too early). No interval decides how soon
-a commit is seen. On file systems without inotify events (NFS) the look repeats every ``FALLBACK_SECONDS``.
+a commit is seen. On file systems without inotify events (NFS) the look repeats every ``FALLBACK_SECONDS``; where the
+kernel gives us no inotify at all (its limits are reached), every ``DEAF_SECONDS``, with a line in the log.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import structlog
 from asyncinotify import Inotify, Mask
 
 from swarm.errors import StoreError
+
+log = structlog.get_logger(__name__)
 
 # Looks after a write event until the commit shows: it takes 20 µs, or with synchronous=FULL (what the sqlite3 shell
 # does) an fsync between the two. A look costs 10 µs, a timer of the event loop takes 1 to 2 ms: so the first looks come
 # without one, each after one turn of the loop.
 _LOOKS_SECONDS = (*[0.0] * 30, *[0.001] * 20, *[0.005] * 6)
 FALLBACK_SECONDS = 1.0
+DEAF_SECONDS = 0.05
 _MASK = Mask.MODIFY | Mask.CREATE | Mask.MOVED_TO | Mask.DELETE
 
 
@@ -34,6 +39,7 @@ class Wake:
         self._inode = self._file.stat().st_ino
         self._written = asyncio.Event()
         self._heard = False
+        self._look_seconds = FALLBACK_SECONDS
         self._version = 0
         self._connection = sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, isolation_level=None, timeout=0)
         self._version = self._data_version()
@@ -73,7 +79,7 @@ class Wake:
             if left <= 0:
                 return False
             try:
-                async with asyncio.timeout(min(left, FALLBACK_SECONDS)):
+                async with asyncio.timeout(min(left, self._look_seconds)):
                     await self._written.wait()
                 self._heard = True
             except TimeoutError:
@@ -106,8 +112,17 @@ class Wake:
             )
 
     async def _listen(self) -> None:
-        with Inotify() as inotify:
-            inotify.add_watch(self._file.parent, _MASK)
-            async for event in inotify:
-                if event.name is not None and event.name.name in self._names:
-                    self._written.set()
+        try:
+            with Inotify() as inotify:
+                inotify.add_watch(self._file.parent, _MASK)
+                async for event in inotify:
+                    if event.name is not None and event.name.name in self._names:
+                        self._written.set()
+        except OSError as error:
+            self._look_seconds = DEAF_SECONDS
+            self._written.set()
+            log.warning(
+                f"no inotify, so the database is looked at every {DEAF_SECONDS * 1e3:g} ms; raise "
+                "fs.inotify.max_user_instances (or max_user_watches) and start again",
+                error=error.strerror,
+            )

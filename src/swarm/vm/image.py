@@ -87,6 +87,7 @@ class Images:
         recipe = await asyncio.to_thread(imagebuild.recipe, self._guest, kernel=kernel, boot_args=boot_args)
         if not force and (image := await self._whole(recipe)):
             return image
+        imagebuild.require_root()
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
             async with _locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)):

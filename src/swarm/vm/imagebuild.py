@@ -124,10 +124,13 @@ def recipe(guest: Path, *, kernel: Path | None = None, boot_args: str | None = N
     )
 
 
+def require_root() -> None:
+    if os.geteuid() != 0:
+        raise HostError("building an image needs root, for the owners of its files: run this as root")
+
+
 def check_host(*, for_base: bool, where: Path) -> None:
     """Raises HostError or ImageError when a build can't succeed here, before anything is done."""
-    if os.geteuid() != 0:
-        raise HostError("building an image needs root (it makes a root file system with its owners)")
     tools = _TOOLS if for_base else {t: _TOOLS[t] for t in ("mkfs.erofs", "tar", "setpriv")}
     missing = [package for tool, package in tools.items() if process.which(tool) is None]
     if missing:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import structlog
 
+from swarm.aio import settle
 from swarm.errors import HostError, ImageError, NotFound
 from swarm.vm.driver import Driver, Probe, Template, VmSpec, host_tsc_khz
 
@@ -97,13 +98,13 @@ class Templates:
                 return found
             began = time.monotonic()
             place = self.dir / f".{key}.building"
-            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)  # of a builder that died
+            await _remove(place)  # of a builder that died
             place.mkdir(mode=0o700)
             try:
                 token = await build(place)
-                await asyncio.to_thread(self._seal, place, key, parts, token)
+                await settle(asyncio.to_thread(self._seal, place, key, parts, token))
                 final = self.dir / key
-                await asyncio.to_thread(shutil.rmtree, final, ignore_errors=True)  # failed its verification
+                await _remove(final)  # failed its verification
                 place.rename(final)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
@@ -112,7 +113,7 @@ class Templates:
                     f"no space left on the disk that holds {self.dir}: the template was not built"
                 ) from None
             finally:
-                await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+                await _remove(place)
             for old in await self.collect(unused_seconds=UNUSED_SECONDS):
                 log.info("template removed: nobody used it for long", key=old[:12])
             log.info("template built", key=key[:12], seconds=round(time.monotonic() - began, 2))
@@ -148,7 +149,7 @@ class Templates:
         if len(matches) != 1:
             raise NotFound(f"{len(matches) or 'no'} templates begin with {key!r}; see `swarm template list`")
         async with self._locked(matches[0]):
-            await asyncio.to_thread(shutil.rmtree, self.dir / matches[0], ignore_errors=True)
+            await _remove(self.dir / matches[0])
         return matches[0]
 
     async def collect(self, *, unused_seconds: float) -> list[str]:
@@ -217,6 +218,12 @@ class Templates:
             yield
         finally:
             os.close(fd)
+
+
+async def _remove(place: Path) -> None:
+    """While the lock is held: a thread that goes on removing after its caller was cancelled would take away what the
+    next builder has made there."""
+    await settle(asyncio.to_thread(shutil.rmtree, place, ignore_errors=True))
 
 
 def _identity(place: Path, manifest: Mapping[str, object]) -> dict[str, object]:
