@@ -303,7 +303,7 @@ async def dispatcher(
 
     from swarm import process
     from swarm.cel.jail import Jail
-    from swarm.dispatch import Dispatcher, Memory
+    from swarm.dispatch import Disk, Dispatcher, Memory
     from swarm.triggers import Scheduler
 
     total_mb = psutil.virtual_memory().total >> 20
@@ -320,6 +320,7 @@ async def dispatcher(
                 wake=wake,
                 max_vms=max_vms,
                 memory=None if settings.driver == "process" else memory,
+                disk=Disk(place=settings.state_dir),
                 grace_seconds=grace_seconds,
                 scheduler=Scheduler(store=opened, evaluator=jail),
                 info={"driver": settings.driver, "started": process.start_time(os.getpid())},

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
@@ -33,9 +34,11 @@ HEARTBEAT_SECONDS = 2.0
 LOOK_SECONDS = 30.0
 # After somebody's commit that made nothing ready, a claim looks all the same what it did, this long after the last.
 UPKEEP_SECONDS = 1.0
-# Memory that other programs free is announced by nobody.
-_MEMORY_LOOK_SECONDS = 1.0
+# Memory and disk that others free are announced by nobody.
+_ROOM_LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 0.5
+# Of the file system with the VMs' files, or a twentieth of it.
+_DISK_RESERVE_MB, _INODES_RESERVE = 512, 200
 _RATE_SECONDS = 60.0
 
 
@@ -71,6 +74,27 @@ class Memory:
         return sum(a.claim.agent.memory_mb for a in running.values() if "answered" not in a.timeline)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """Where the files of VMs lie. Work disks are sparse: they may grow to far more than is free, so some of it stays
+    for those that run. (One that fills the rest up all the same fails by its own agent's writes.)"""
+
+    place: Path
+
+    def lacks(self) -> str:
+        """Why no VM may be started now; '' when there is room."""
+        try:
+            info = os.statvfs(self.place)
+        except OSError:  # what makes the VM's directory will say it better
+            return ""
+        free_mb, total_mb = (blocks * info.f_frsize >> 20 for blocks in (info.f_bavail, info.f_blocks))
+        if free_mb < (reserve_mb := min(_DISK_RESERVE_MB, total_mb // 20)):
+            return f"disk: {free_mb} MB are free in {self.place}, of which {reserve_mb} MB are kept"
+        if info.f_files and info.f_favail < _INODES_RESERVE:
+            return f"disk: {info.f_favail} inodes are free in {self.place}, of which {_INODES_RESERVE} are kept"
+        return ""
+
+
 class Dispatcher:
     """Serves tickets with one Worker until told to stop. ``ended`` is called after each attempt."""
 
@@ -83,6 +107,7 @@ class Dispatcher:
         max_vms: int,
         memory: Memory | None,
         grace_seconds: float,
+        disk: Disk | None = None,
         scheduler: Scheduler | None = None,
         info: Mapping[str, object] | None = None,
         ended: Callable[[Ended], None] = lambda _: None,
@@ -92,6 +117,7 @@ class Dispatcher:
         self._wake = wake
         self.max_vms = max_vms
         self._memory = memory
+        self._disk = disk
         self._grace_seconds = grace_seconds
         self._scheduler = scheduler
         self._info = dict(info or {})
@@ -181,6 +207,9 @@ class Dispatcher:
                     self.waits_for = ""
                     return self._until(due)
                 memory_mb = self._memory.left_mb(self.running) if self._memory else None
+                lacks = self._disk.lacks() if self._disk else ""
+                if lacks:
+                    memory_mb = -1  # not even the smallest; what else a claim does is still done
                 self._news, self._claimed_at = False, time.monotonic()
                 most = self._memory.most_mb if self._memory else None
                 limit = free if self._memory is None else 1  # what a VM takes beside its memory is known to us alone
@@ -191,15 +220,22 @@ class Dispatcher:
                 await asyncio.sleep(0)  # they are `running` from their first step on, which counts for memory
                 if not claims:
                     due = await self._store.due()
-                    if due.ready and memory_mb is not None:
+                    if due.ready and lacks:
+                        self._wait_for_disk(lacks)
+                    elif due.ready and memory_mb is not None:
                         self.waits_for = f"memory: {max(0, memory_mb)} MB are left for VMs"
-                    return min(self._until(due), _MEMORY_LOOK_SECONDS) if due.ready else self._until(due)
+                    return min(self._until(due), _ROOM_LOOK_SECONDS) if due.ready else self._until(due)
         except StoreError as error:
             self._more = False
             self._complain(error)
             return _RETRY_SECONDS
         self.waits_for = f"a VM: all {self.max_vms} are in use"
         return None
+
+    def _wait_for_disk(self, lacks: str) -> None:
+        if not self.waits_for.startswith("disk"):
+            log.warning("no VM is started", waits_for=lacks)
+        self.waits_for = lacks
 
     def _upkeep_seconds(self) -> float:
         """Until a claim is due for what only claims see: bad rows, tickets that wait for each other."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import resource
 import sqlite3
 import subprocess
@@ -157,6 +158,31 @@ async def test_out_of_file_descriptors(plain: Bench) -> None:
     assert (step.status, step.retry_count) == ("ready", 0)
     async with serving(plain):
         assert await ended(plain, "t") == ["done"]
+
+
+async def test_no_vm_is_started_on_a_disk_that_is_nearly_full(settings: Settings, tmp_path: Path) -> None:
+    """The one with the VMs' files: the ticket waits, status says why, and it starts when there is room."""
+    with small_disk(tmp_path / "vms", 65536) as disk:
+        ours = settings.model_copy(update={"state_dir": disk})
+        async with bench_at(ours, tmp_path / "home", tmp_path) as bench:
+            agent = await bench.agent(DONE)
+            ballast = disk / "ballast"
+            ballast.write_bytes(b"\0" * (62 << 20))
+            async with engine_process(bench) as engine:
+                await log_until(engine, "engine serves")
+                bench.insert("t", agent.id)
+                said = await log_until(engine, "no VM is started")
+                assert re.match(rf"disk: [012] MB are free in {disk}, of which 3 MB are kept", str(said["waits_for"]))
+                await bench.until(lambda: _told(bench, "disk: "))
+                assert [await bench.store.attempts("t"), bench.live_vms()] == [[], []]
+                ballast.unlink()
+                assert await ended(bench, "t") == ["done"]
+                engine.terminate()
+                await log_until(engine, "engine stopped")
+
+
+async def _told(bench: Bench, why: str) -> bool:
+    return any(str(row.info.get("waits_for")).startswith(why) for row in await bench.store.workers())
 
 
 def allow_memory(pid: int, headroom_mb: int | None) -> None:
