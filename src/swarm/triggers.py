@@ -17,7 +17,7 @@ from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import ExpressionError
 from swarm.errors import StoreError
 from swarm.model import ExecutionMode, Ticket, TicketState
-from swarm.store.rows import iso, new_id
+from swarm.store.rows import dump, iso, new_id
 from swarm.store.schedules import DueSchedule, FireRequest, moment, ms
 from swarm.store.store import Store
 from swarm.workflow import definition, schedule
@@ -62,9 +62,9 @@ def ticket(
         state=TicketState.READY,
         execution_mode=ExecutionMode.WORKFLOW,
         workflow_id=workflow_id,
-        inputs=json.dumps(inputs, ensure_ascii=False),
+        inputs=dump(inputs),
         trigger_type=trigger["type"],
-        trigger_data=json.dumps(data, ensure_ascii=False),
+        trigger_data=dump(data),
     )
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import resource
-import signal
-from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli import render
-from swarm.cli.frame import Cli, command, new_app, start
+from swarm.cli.frame import Cli, command, new_app, start, stopped_by_signals
 
 if TYPE_CHECKING:
     from swarm.config import Settings
@@ -132,28 +129,13 @@ async def _serve(
         ) as dispatcher,
     ):
         await service.forget_dead(store)
-        with _stopped_by_signals(dispatcher.stop):
+        with stopped_by_signals(dispatcher.stop):
             if lively:
                 async with view.showing(dispatcher, store):
                     await dispatcher.run()
             else:
                 await dispatcher.run()
         log.info("engine stopped")
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Each signal calls ``stop``. Once the block has ended, one more changes nothing: the process is ending anyway."""
-    loop = asyncio.get_running_loop()
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    for number in numbers:
-        loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
 
 
 def _raise_limits() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from swarm.cli import agent, bench, image, install, proof, template, ticket, vm, workflow
+from swarm.cli import agent, bench, image, install, proof, serve, template, ticket, vm, workflow
 from swarm.cli.frame import Cli, command, new_app, start
 
 app = new_app(
@@ -69,6 +69,7 @@ async def doctor(
 
 proof.register(app)
 bench.register(app)
+serve.register(app)
 
 
 def run() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = new_app(
     "workflow",
-    "Workflows: validate, graph, add, list, show, schedules, enable, disable. This version can't run them yet.",
+    "Workflows: validate, graph, add, list, show, what starts them, enable, disable. This version can't run them yet.",
 )
 
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow.yaml.", show_default=False)]
@@ -136,6 +136,7 @@ async def show(cli: Cli, workflow: _Ref) -> None:
             "inputs": ", ".join(name if name in required else f"{name}?" for name in properties) or None,
             "outputs": ", ".join(found.outputs or ()) or None,
             "schedule": "\n".join(_timetable(one, waits.get(n)) for n, one in enumerate(found.schedule)) or None,
+            "webhook": found.webhook and f"POST /hooks/{row.name}, signed with {found.webhook.secret}",
             "added": row.created_at,
             "steps": draw.text(found).partition("\n")[2].rstrip(),
         }
@@ -168,6 +169,36 @@ async def schedules(cli: Cli) -> None:
     ]  # fmt: skip
     columns = ("WORKFLOW", "CRON", "ZONE", "NEXT", "LAST", "TICKET", "MISSED")
     cli.out.table(columns, rows, empty="no workflow has a schedule")
+
+
+@command(
+    app,
+    "webhook",
+    examples=["swarm workflow webhook nightly", "swarm workflow webhook nightly --new"],
+    json=True,
+)
+async def webhook(
+    cli: Cli,
+    workflow: _Ref,
+    new: Annotated[bool, typer.Option("--new", help="Another secret; the one before is worth nothing then.")] = False,
+) -> None:
+    """Make the secret that senders of this workflow's webhook sign with, and show it, this once."""
+    from swarm import app as wiring
+    from swarm.errors import UsageError
+
+    async with wiring.store(cli.settings) as store:
+        row = await store.workflow(workflow)
+    hook = row.parsed().webhook
+    if hook is None:
+        raise UsageError(f"the workflow {row.name}@{row.version} has no `webhook:` in its file")
+    secret = wiring.hook_secrets(cli.settings).make(hook.secret, replace=new)
+    if cli.out.json:
+        cli.out.dump({"path": f"/hooks/{row.name}", "name": hook.secret, "secret": secret, "header": hook.header})
+        return
+    cli.out.fields({"path": f"POST /hooks/{row.name}", "name": hook.secret, "secret": secret, "header": hook.header})
+    cli.out.note(
+        "This is the only time that the secret is shown. `swarm serve` takes requests that are signed with it."
+    )
 
 
 @command(app, "enable", examples=["swarm workflow enable echo-chain"])

@@ -153,6 +153,18 @@ schedules = sa.Table(
     _text("error"),
 )
 
+# Requests that made a ticket, so that the same one makes no second: by what was signed, and by the sender's own key.
+webhook_calls = sa.Table(
+    "webhook_calls",
+    metadata,
+    sa.Column("workflow", sa.Text(), primary_key=True, nullable=False),  # its name
+    sa.Column("key", sa.Text(), primary_key=True, nullable=False),
+    _text("digest", null=False),  # SHA-256 of the body
+    _text("ticket_id", null=False),
+    sa.Column("at", BIG, nullable=False),  # ms
+    sa.Index("webhook_calls_at", "at"),
+)
+
 workflow_runs = sa.Table(
     "workflow_runs",
     metadata,

@@ -12,12 +12,25 @@ import sqlalchemy as sa
 from swarm.errors import StoreError
 from swarm.ledger import Bill, Order, Verdict
 from swarm.model import Agent, Claim, Event, Interrupted, Outcome, Ticket
-from swarm.store import audit, database, events, finish, queue, registry, schedules, spending, tickets, workflows
+from swarm.store import (
+    audit,
+    database,
+    events,
+    finish,
+    queue,
+    registry,
+    schedules,
+    spending,
+    tickets,
+    webhooks,
+    workflows,
+)
 from swarm.store.database import Database, Tx
 from swarm.store.lanes import Lane, each
 from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
 from swarm.store.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.wake import Wake
+from swarm.store.webhooks import Answer, Call
 from swarm.store.workflows import WorkflowRow
 from swarm.workflow.definition import Workflow
 
@@ -58,6 +71,7 @@ _DUE_SCHEDULES = each(schedules.due)
 _SETTLE_SCHEDULES = each(schedules.settle_all)
 _FIRE_SCHEDULE = each(schedules.fire)
 _SCHEDULES = each(schedules.schedules)
+_CALL_WEBHOOK = each(webhooks.call)
 _WORKERS = each(registry.workers)
 _FORGET_WORKER = each(registry.forget_worker)
 
@@ -357,6 +371,11 @@ class Store:
     async def fire_schedule(self, request: FireRequest) -> bool:
         """Make its tickets, and move it on. False, and nothing done, when somebody else did, or it has changed."""
         return await self._write.call(_FIRE_SCHEDULE, request)
+
+    async def call_webhook(self, call: Call) -> Answer:
+        """Make the ticket of a request, or name the one that it made before. Raises Conflict for a key that came with
+        another body."""
+        return await self._write.call(_CALL_WEBHOOK, call)
 
     async def heartbeat(self, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> None:
         """Say that a worker lives, and what it does. Shown by status; decides nothing (leases do)."""

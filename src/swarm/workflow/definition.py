@@ -78,10 +78,16 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Webhook:
-    """POST with an HMAC-SHA256 of the body under the secret named ``secret``, as hex after `sha256=` in ``header``."""
+    """POST with an HMAC-SHA256 under the secret named ``secret``, as hex after `sha256=` in ``header``.
+
+    Signed are the seconds since 1970 (as in the header X-Swarm-Timestamp), a dot and the body; without ``timestamp``
+    the body alone. ``idempotency`` names the header that tells a sender's second try from a new event.
+    """
 
     secret: str
     header: str = "X-Swarm-Signature"
+    timestamp: bool = True
+    idempotency: str = "Idempotency-Key"
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -101,6 +101,8 @@ class _Schedule(_Strict):
 class _Webhook(_Strict):
     secret: _Secret
     header: _Header = "X-Swarm-Signature"
+    timestamp: bool = True
+    idempotency: _Header = "Idempotency-Key"
     inputs: dict[str, Any] = {}
 
 
@@ -160,9 +162,7 @@ class _Builder:
         for i, one in enumerate(schedules):
             path = ("schedule", i) if isinstance(given, list) else ("schedule",)
             found.append(self._schedule(one, path))
-        webhook = raw.webhook and Webhook(
-            secret=raw.webhook.secret, header=raw.webhook.header, inputs=raw.webhook.inputs
-        )
+        webhook = raw.webhook and Webhook(**raw.webhook.model_dump())
         return self._workflow(
             raw,
             (),

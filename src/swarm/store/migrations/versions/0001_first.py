@@ -168,6 +168,15 @@ def upgrade() -> None:
         _text("error"),
     )
     op.create_table(
+        "webhook_calls",
+        sa.Column("workflow", sa.Text(), primary_key=True, nullable=False),
+        sa.Column("key", sa.Text(), primary_key=True, nullable=False),
+        _text("digest", null=False),
+        _text("ticket_id", null=False),
+        sa.Column("at", _BIG, nullable=False),
+        sa.Index("webhook_calls_at", "at"),
+    )
+    op.create_table(
         "workflow_runs",
         sa.Column("id", sa.Text(), primary_key=True, nullable=False),
         _text("workflow_id"),

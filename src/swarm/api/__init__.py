@@ -1,0 +1,1 @@
+"""Swarm over HTTP. For now, one thing: `POST /hooks/NAME`, which starts a workflow."""
