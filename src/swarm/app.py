@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.config import SYSTEM_HOME, Settings
-from swarm.errors import Conflict, HostError, ImageError
+from swarm.errors import Conflict, HostError, ImageError, SwarmError
 
 if TYPE_CHECKING:
     from asyncio import Task
@@ -26,16 +26,18 @@ if TYPE_CHECKING:
     from swarm.api.secrets import HookSecrets
     from swarm.dispatch import Dispatcher
     from swarm.engine import Engine
-    from swarm.model import Ticket
+    from swarm.model import Agent, Ticket
     from swarm.store.rows import AttemptRow
     from swarm.store.store import Store
     from swarm.vm.choose import Choice
-    from swarm.vm.driver import Image
+    from swarm.vm.driver import Image, Layer
     from swarm.vm.image import Images
     from swarm.vm.inventory import Inventory, VmRecord
     from swarm.vm.launcher import Launcher
+    from swarm.vm.layer import HostLayers, LayerInfo, Layers
     from swarm.vm.network import Network
     from swarm.vm.pool import Pool
+    from swarm.vm.process import NoImages
     from swarm.vm.ssh import SshDir
     from swarm.vm.sweep import CleanupReport
     from swarm.vm.template import Templates
@@ -65,8 +67,29 @@ async def store(settings: Settings) -> AsyncIterator[Store]:
 def images(settings: Settings) -> Images:
     from swarm.vm.image import Images
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm" / "base"
-    return Images(dir=settings.images, cache=cache, default=settings.image)
+    return Images(dir=settings.images, cache=_cache() / "base", default=settings.image)
+
+
+def _image_source(settings: Settings) -> Images | NoImages:
+    from swarm.vm.process import NoImages
+
+    return NoImages() if settings.driver == "process" else images(settings)
+
+
+def layers(settings: Settings) -> Layers | HostLayers:
+    from swarm.vm.layer import HostLayers
+
+    return HostLayers(dir=_cache() / "modules") if settings.driver == "process" else guest_layers(settings)
+
+
+def guest_layers(settings: Settings) -> Layers:
+    from swarm.vm.layer import Layers
+
+    return Layers(dir=settings.layers)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm"
 
 
 def network(settings: Settings) -> Network:
@@ -137,6 +160,18 @@ def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Laun
     )
 
 
+def engine(settings: Settings, vms: Launcher) -> Engine:
+    """What runs one attempt in a VM of that launcher's."""
+    from swarm.engine import Engine, Limits
+
+    return Engine(
+        launcher=vms,
+        images=_image_source(settings),
+        layers=layers(settings),
+        limits=Limits(output_json_bytes=settings.max_output_mb << 20),
+    )
+
+
 def templates(settings: Settings) -> Templates:
     from swarm.vm.template import Templates
 
@@ -182,6 +217,8 @@ async def init(settings: Settings, *, image: bool = True, progress: Progress = _
     if image:
         found = await ensure_image(settings, progress)
         said.append(f"image      {found.digest[:12]} in {found.dir}")
+        async with store(settings) as opened:
+            said += await _ship_layers(opened, settings, progress)
     return said
 
 
@@ -192,6 +229,41 @@ async def ensure_image(settings: Settings, progress: Progress = _silent) -> Imag
         return await source.find()
     except ImageError:
         return await source.build(progress=progress)
+
+
+async def build_layer(
+    settings: Settings, agent: Agent, *, force: bool = False, progress: Progress = _silent
+) -> Layer | None:
+    """What the agent's manifest asks for, built unless it is there; None when it asks for nothing."""
+    if not agent.needs_layer:
+        return None
+    image = await _image_source(settings).find(agent.image)
+    return await layers(settings).build(agent, image, force=force, progress=progress)
+
+
+async def layers_in_use(settings: Settings, opened: Store) -> list[tuple[LayerInfo, list[str]]]:
+    """Every layer, with the registered agents that need it upon the images of today."""
+    there = guest_layers(settings)
+    users: dict[str, list[str]] = {}
+    for agent in await opened.agents(broken=False):
+        if agent.needs_layer:
+            key = there.key(agent, await images(settings).find(agent.image))
+            users.setdefault(key, []).append(f"{agent.name}@{agent.version}")
+    return [(info, users.get(info.key, [])) for info in there.list()]
+
+
+async def _ship_layers(opened: Store, settings: Settings, progress: Progress) -> list[str]:
+    """The layers of the agents that ship; without a network the rest of an installation is as good."""
+    from swarm import agents
+
+    said = []
+    for shipped in map(agents.read, agents.builtin()):
+        try:
+            if await build_layer(settings, await opened.agent(shipped.id), progress=progress):
+                said.append(f"layer      of {shipped.name} {shipped.version}")
+        except SwarmError as error:
+            said.append(f"layer      of {shipped.name} is not built, so it can't run yet: {error}")
+    return said
 
 
 def _make(directory: Path, mode: int = 0o755) -> None:
@@ -236,18 +308,14 @@ async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
     rights, and isolates nothing."""
     import tempfile
 
-    from swarm.engine import Engine, Limits
-    from swarm.vm.process import NoImages
-
-    limits = Limits(output_json_bytes=settings.max_output_mb << 20)
     if vm:
         await sweep(settings)
-        yield Engine(launcher=launcher(settings, await choice(settings)), images=images(settings), limits=limits)
+        yield engine(settings, launcher(settings, await choice(settings)))
         return
 
     with tempfile.TemporaryDirectory(prefix="swarm-") as scratch:
         own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
-        yield Engine(launcher=launcher(own, await choice(own), clones=False), images=NoImages(), limits=limits)
+        yield engine(own, launcher(own, await choice(own), clones=False))
 
 
 # --- running tickets ------------------------------------------------------------------------------------------------
@@ -259,22 +327,17 @@ async def worker(settings: Settings, opened: Store, *, warm: int | None = 0) -> 
 
     ``warm``: how many VMs it keeps ready, of each template in use; None follows the demand.
     """
-    from swarm.engine import Engine, Limits
     from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
-    from swarm.vm.process import NoImages
     from swarm.worker import Worker
 
     await sweep(settings)
-    limits = Limits(output_json_bytes=settings.max_output_mb << 20)
     vms = launcher(settings, await choice(settings))
     async with AsyncExitStack() as stack:
         if warm != 0:
             await stack.enter_async_context(await _pool(settings, vms, warm))
         yield Worker(
             store=opened,
-            engine=Engine(
-                launcher=vms, images=NoImages() if settings.driver == "process" else images(settings), limits=limits
-            ),
+            engine=engine(settings, vms),
             name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
             lease_seconds=settings.lease_seconds,
             queue_timeout_seconds=settings.queue_timeout_seconds,
@@ -288,8 +351,18 @@ async def _pool(settings: Settings, vms: Launcher, warm: int | None) -> Pool:
 
     image = await images(settings).find()
     used = sorted((t for t in templates(settings).all() if t.image == image.digest), key=lambda t: -t.used_at)
+    there = guest_layers(settings)
     specs = [
-        VmSpec(image=image, vcpus=t.vcpus, memory_mb=t.memory_mb, disk_mb=t.disk_mb, preload=t.preload) for t in used
+        VmSpec(
+            image=image,
+            layer=there.named(t.layer) if t.layer else None,
+            vcpus=t.vcpus,
+            memory_mb=t.memory_mb,
+            disk_mb=t.disk_mb,
+            preload=t.preload,
+        )
+        for t in used
+        if not t.layer or there.named(t.layer)
     ]
     return Pool(vms, warm=warm, specs=specs[:1] or [VmSpec(image=image)])
 

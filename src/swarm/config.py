@@ -88,6 +88,11 @@ class Settings(BaseSettings):
         return self.templates_dir or self.home / "templates"
 
     @property
+    def layers(self) -> Path:
+        """Of agents, upon those images."""
+        return self.images / "layers"
+
+    @property
     def agents(self) -> Path:
         return self.home / "agents"
 

@@ -33,7 +33,7 @@ from swarm.errors import (
 )
 from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Succeeded
 from swarm.vm.console import printable
-from swarm.vm.driver import Image, VmSpec
+from swarm.vm.driver import Image, Layer, VmSpec
 from swarm.vm.launcher import Label, Launcher, Machine
 
 log = structlog.get_logger(__name__)
@@ -61,6 +61,11 @@ class ImageSource(Protocol):
     async def find(self, ref: str | None = None) -> Image: ...
 
 
+class LayerSource(Protocol):
+    async def find(self, agent: Agent, image: Image) -> Layer | None:
+        """Raises LayerMissing: nothing is built while a ticket waits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one attempt may cost the host, whatever its agent says."""
@@ -70,9 +75,10 @@ class Limits:
 
 
 class Engine:
-    def __init__(self, *, launcher: Launcher, images: ImageSource, limits: Limits) -> None:
+    def __init__(self, *, launcher: Launcher, images: ImageSource, layers: LayerSource, limits: Limits) -> None:
         self._launcher = launcher
         self._images = images
+        self._layers = layers
         self._limits = limits
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
@@ -125,6 +131,7 @@ class Engine:
         image = await self._images.find(agent.image)
         spec = VmSpec(
             image=image,
+            layer=await self._layers.find(agent, image),
             vcpus=agent.vcpus,
             memory_mb=agent.memory_mb,
             disk_mb=agent.disk_mb,

@@ -16,6 +16,7 @@
         ├── ChannelError       the guest broke the protocol or the connection
         ├── AgentFailed        exit status, signal, out of memory
         ├── AgentTimeout       ran, or was silent, for too long
+        ├── LayerMissing       what the agent's manifest asks for was not built
         ├── OutputInvalid      no output.json, not JSON, too large
         └── OutcomeUnknown     the VM died and nobody knows how far the agent got
 
@@ -96,6 +97,10 @@ class BootFailed(StepError):
 class ChannelError(StepError):
     reason = FailureReason.CHANNEL_BROKEN
     retry = True
+
+
+class LayerMissing(StepError):
+    reason = FailureReason.LAYER_MISSING
 
 
 class AgentFailed(StepError):

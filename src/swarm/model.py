@@ -11,6 +11,10 @@ from typing import Final
 # The agent that every install has under the same id (the acceptance page names it).
 ECHO_AGENT_ID: Final = "0d72b1b5-a98e-4356-bf52-f654d0509dc4"
 
+# What an agent may ask for: pinned, and nothing that pip or apt would take for an option, a path or an address.
+REQUIREMENT: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
+DEBIAN_PACKAGE: Final = r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$"
+
 
 class TicketState(StrEnum):
     DRAFT = "draft"
@@ -65,6 +69,7 @@ class FailureReason(StrEnum):
     OUTPUT_TOO_LARGE = "output_too_large"
     VM_DIED = "vm_died"
     GUEST_PANIC = "guest_panic"
+    LAYER_MISSING = "layer_missing"
     HOST_ERROR = "host_error"
     NOT_CONFIGURED = "not_configured"  # a key or secret that the agent needs is not on this host
     OVER_BUDGET = "over_budget"  # never tried again: the next try has the same budget
@@ -159,10 +164,16 @@ class Agent:
     secrets: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
+    requirements: tuple[str, ...] = ()  # of PyPI and of Debian: a layer that is built before the agent can run
+    packages: tuple[str, ...] = ()
     retry: Retry = Retry()
     idempotent: bool = False
     budget_usd: float | None = None  # of one step of a ticket, retries included
     budget_tokens: int | None = None
+
+    @property
+    def needs_layer(self) -> bool:
+        return bool(self.requirements or self.packages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,13 +45,11 @@ examples:
   - {name: short, inputs: {prompt: hi}, outputs: {text: HI}}
   - {inputs: {prompt: ""}, fails: true}
 """))  # fmt: skip
-    assert package.requirements == ("requests==2.32.3", "uvicorn[standard]==0.30.1") and package.needs_layer
-    assert package.packages == ("git", "nodejs=18.19.0+dfsg-6")
+    assert package.agent.requirements == ("requests==2.32.3", "uvicorn[standard]==0.30.1") and package.agent.needs_layer
+    assert package.agent.packages == ("git", "nodejs=18.19.0+dfsg-6")
     assert [e.name for e in package.examples] == ["short", "example 2"] and package.examples[1].fails
     assert package.agent.retry.on == {FailureReason.TIMEOUT}
     assert parsed(str(package.agent.inputs_schema))["required"] == ["prompt"]
-    with pytest.raises(UsageError, match="layer"):
-        agents.install(tmp_path, tmp_path / "store")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from swarm.agents.package import MANIFEST, NAME, read_package
+from swarm.agents.package import MANIFEST, NAME, read
 from swarm.errors import Conflict, UsageError
 from swarm.model import Agent
 
@@ -35,13 +35,7 @@ def install(directory: Path, into: Path) -> Agent:
 
     Raises UsageError for a bad manifest and for files that can't be packed (links, devices, too much).
     """
-    package = read_package(directory)
-    if package.needs_layer:
-        raise UsageError(
-            f"{directory / MANIFEST}: requirements and packages need a layer of their own, which this version of Swarm "
-            "can't build yet"
-        )
-    agent = package.agent
+    agent = read(directory)
     digest = bundle_digest(directory)
     target = into / f"{agent.name}-{agent.version}-{digest[:12]}"
     if not target.exists():

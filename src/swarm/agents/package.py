@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from swarm import manifest as yaml_manifest
 from swarm.errors import UsageError
-from swarm.model import Agent, FailureReason, Retry
+from swarm.model import DEBIAN_PACKAGE, REQUIREMENT, Agent, FailureReason, Retry
 from swarm.schema import SchemaError, check_schema, expand
 
 MANIFEST: Final = "agent.yaml"
@@ -28,16 +28,8 @@ _Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=
 _Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 _Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 _Domain = Annotated[str, StringConstraints(pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$")]
-# Pinned, and nothing that pip would take for an option, a path or an address.
-_Requirement = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
-    ),
-]
-_DebianPackage = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$")
-]
+_Requirement = Annotated[str, StringConstraints(pattern=REQUIREMENT)]
+_DebianPackage = Annotated[str, StringConstraints(pattern=DEBIAN_PACKAGE)]
 
 
 class _Strict(pydantic.BaseModel):
@@ -133,16 +125,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """An agent with what its row does not hold: the layer that it needs, its examples."""
+    """An agent with what its row does not hold: its examples."""
 
     agent: Agent
-    requirements: tuple[str, ...] = ()  # of PyPI, pinned
-    packages: tuple[str, ...] = ()  # of Debian
-    examples: tuple[Example, ...] = field(default=())
-
-    @property
-    def needs_layer(self) -> bool:
-        return bool(self.requirements or self.packages)
+    examples: tuple[Example, ...] = ()
 
 
 def read(directory: Path) -> Agent:
@@ -174,8 +160,6 @@ def read_package(directory: Path) -> Package:
     _check_entry(given, directory)
     return Package(
         agent=_agent(given, directory),
-        requirements=given.requirements,
-        packages=given.packages,
         examples=tuple(
             Example(name=e.name or f"example {i}", inputs=e.inputs, outputs=e.outputs, fails=e.fails)
             for i, e in enumerate(given.examples, 1)
@@ -222,6 +206,8 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         secrets=manifest.secrets,
         env=dict(manifest.env),
         preload=manifest.preload,
+        requirements=manifest.requirements,
+        packages=manifest.packages,
         retry=Retry(**manifest.retry.model_dump()),
         idempotent=manifest.idempotent,
     )

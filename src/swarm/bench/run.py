@@ -25,7 +25,6 @@ from swarm.bench.report import Cell, Figure, Report, percentiles
 from swarm.clock import Timeline
 from swarm.config import Settings, load
 from swarm.dispatch import Dispatcher
-from swarm.engine import Engine, Limits
 from swarm.errors import SwarmError
 from swarm.model import Succeeded
 from swarm.store.store import Store
@@ -150,10 +149,9 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
 
 @asynccontextmanager
 async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None]) -> AsyncIterator[None]:
-    limits = Limits(output_json_bytes=it.settings.max_output_mb << 20)
     worker = Worker(
         store=it.store,
-        engine=Engine(launcher=launcher, images=app.images(it.settings), limits=limits),
+        engine=app.engine(it.settings, launcher),
         name=f"{socket.gethostname()}:{os.getpid()}:bench",
         lease_seconds=it.settings.lease_seconds,
     )

@@ -14,8 +14,10 @@ from swarm.cli.inputs import read_inputs
 
 if TYPE_CHECKING:
     from swarm.agents import Package
+    from swarm.model import Agent
+    from swarm.vm.driver import Layer
 
-app = new_app("agent", "Agents: init, test, add, list, show, run, rm.")
+app = new_app("agent", "Agents: init, test, add, build, list, show, run, rm.")
 
 _Ref = Annotated[str, typer.Argument(metavar="AGENT", help="Name, name@version or id.", show_default=False)]
 _NO_VM = "run without a VM, as plain processes of this host: no isolation, no limits; --vm runs it as tickets are run"
@@ -39,11 +41,15 @@ async def add(
     cli: Cli,
     source: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A directory, or a .tar.gz.", show_default=False)],
 ) -> None:
-    """Register an agent. The same again is nothing; changed content under a known version is refused."""
+    """Register an agent, and build the layer that its requirements and packages need.
+
+    The same again is nothing; changed content under a known version is refused.
+    """
     from swarm import agents, packages
     from swarm import app as wiring
 
     with agents.opened(source) as directory:
+        await _build(cli, agents.read(directory))  # first: an agent that can't run is not registered
         async with wiring.store(cli.settings) as store:
             agent = await packages.add_agent(store, directory, cli.settings.agents)
     if cli.out.json:
@@ -92,6 +98,79 @@ async def rm(cli: Cli, agent: _Ref) -> None:
     cli.out.line(f"removed {gone.name}@{gone.version}")
 
 
+@command(app, "build", examples=["swarm agent build", "swarm agent build claude"])
+async def build(
+    cli: Cli,
+    agent: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="AGENT|DIR", help="Registered agents or directories; none: all registered."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch anew what is there already.")] = False,
+) -> int:
+    """Build the layers that agents' requirements and packages need. Needs root, and the network; running needs none."""
+    from swarm import agents
+    from swarm import app as wiring
+    from swarm.errors import SwarmError
+
+    found = [agents.read(Path(one)) for one in agent or [] if _is_path(one)]
+    if names := [one for one in agent or [] if not _is_path(one)]:
+        async with wiring.store(cli.settings) as store:
+            found += [await store.agent(name) for name in names]
+    if not agent:
+        async with wiring.store(cli.settings) as store:
+            found = [one for one in await store.agents(broken=False) if one.needs_layer]
+    status = 0
+    for one in found:
+        try:
+            layer = await _build(cli, one, force=force)
+        except SwarmError as error:
+            if len(found) == 1:
+                raise
+            cli.out.error(f"{one.name}@{one.version}: {error}")
+            status = 1
+            continue
+        cli.out.line(f"{one.name}@{one.version}: " + (f"layer {layer.digest[:12]}" if layer else "needs no layer"))
+    if not found:
+        cli.out.note("no registered agent needs a layer")
+    return status
+
+
+@command(app, "layers", examples=["swarm agent layers", "swarm agent layers --rm-unused"], json=True)
+async def layers(
+    cli: Cli,
+    rm_unused: Annotated[
+        bool, typer.Option("--rm-unused", help="Remove those that no registered agent needs on today's image.")
+    ] = False,
+) -> None:
+    """List the layers that were built, what is in them, and who needs them."""
+    from dataclasses import asdict
+
+    from swarm import app as wiring
+    from swarm.cli import render
+
+    async with wiring.store(cli.settings) as store:
+        found = await wiring.layers_in_use(cli.settings, store)
+    gone = [info for info, users in found if not users] if rm_unused else []
+    for info in gone:
+        wiring.guest_layers(cli.settings).remove(info.key)
+        cli.out.note(f"removed {info.key[:12]}")
+    found = [(info, users) for info, users in found if info not in gone]
+    if cli.out.json:
+        cli.out.dump([{**asdict(info), "agents": users} for info, users in found])
+        return
+    rows = [
+        (
+            i.key[:12],
+            i.built_at,
+            render.size(i.size_bytes),
+            " ".join(users) or "-",
+            " ".join(i.requirements + i.packages),
+        )
+        for i, users in found
+    ]
+    cli.out.table(("LAYER", "BUILT", "SIZE", "AGENTS", "OF"), rows, empty="no layers")
+
+
 _Source = Annotated[
     str, typer.Argument(metavar="DIR|AGENT", help="A directory, a .tar.gz, or a registered agent.", show_default=False)
 ]
@@ -113,6 +192,7 @@ async def test(
         package = await _package(cli, source, stack, vm=vm)
         if not package.examples:
             raise UsageError(f"the agent {package.agent.name!r} has no `examples` in its agent.yaml: there is no test")
+        await _build(cli, package.agent, vm=vm)
         async with wiring.trial(cli.settings, vm=vm) as engine:
             async for example, wrong in trial.examples(engine, package):
                 results.append({"example": example.name, "passed": not wrong, "wrong": wrong})
@@ -149,14 +229,12 @@ async def run(
     from swarm import app as wiring
     from swarm import trial
     from swarm.cli.output import clean
-    from swarm.errors import UsageError
     from swarm.model import Failed, Succeeded
 
     given = read_inputs(inputs, input or [])
     with ExitStack() as stack:
         package = await _package(cli, source, stack, vm=vm)
-        if package.needs_layer and vm:
-            raise UsageError("requirements and packages need a layer, which this version of Swarm can't build yet")
+        await _build(cli, package.agent, vm=vm)
 
         def printed(_stream: str, data: bytes) -> None:
             sys.stderr.write(clean(data.decode(errors="replace"), one_line=False))
@@ -180,7 +258,7 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
     from swarm import agents, trial
     from swarm import app as wiring
 
-    if "/" in source or Path(source).exists():
+    if _is_path(source):
         package = agents.read_package(stack.enter_context(agents.opened(Path(source))))
     else:
         async with wiring.store(cli.settings) as store:
@@ -190,6 +268,21 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
         return package
     cli.out.note(f"note: {_NO_VM}")
     return replace(package, agent=trial.without_vm(package.agent))
+
+
+def _is_path(source: str) -> bool:
+    return "/" in source or Path(source).exists()
+
+
+async def _build(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False) -> Layer | None:
+    """The agent's layer, with a bar while it is built."""
+    from swarm import app as wiring
+
+    if not agent.needs_layer:
+        return None
+    settings = cli.settings if vm else cli.settings.model_copy(update={"driver": "process"})
+    with cli.out.progress(f"layer of {agent.name}") as progress:
+        return await wiring.build_layer(settings, agent, force=force, progress=progress)
 
 
 def _shown(value: object) -> object:

@@ -51,8 +51,11 @@ RLIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 4096}
 MAX_PROCESSES = 512  # of user agent, threads included
 HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
 SSHD = "/usr/sbin/sshd"
-# What a guest's kernel says on its command line of the CPU, for every program: see tools/firecracker-test-kernel.
-CPU_ENV = {name: os.environ[name] for name in ("GLIBC_TUNABLES", "OPENSSL_ia32cap") if name in os.environ}
+# What a guest's kernel says on its command line of the CPU, for every program: see tools/firecracker-test-kernel. And
+# where an agent's layer is, when this is the host.
+PASSED_ENV = {
+    name: os.environ[name] for name in ("GLIBC_TUNABLES", "OPENSSL_ia32cap", "PYTHONPATH") if name in os.environ
+}
 
 PR_SET_CHILD_SUBREAPER = 36
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
@@ -568,7 +571,8 @@ def run_job(job: Job) -> None:
         setattr(sys, name, standard_stream(fd, name))
         setattr(sys, f"__{name}__", getattr(sys, name))
     sys.argv[:] = argv
-    sys.path.insert(0, os.path.dirname(os.path.realpath(argv[0])))
+    wanted = [name for name in os.environ.get("PYTHONPATH", "").split(":") if name]
+    sys.path[:0] = [os.path.dirname(os.path.realpath(argv[0])), *wanted]
     # Not runpy: it costs imports, and takes __main__ away before the agent's threads and exit handlers are through.
     main = type(sys)("__main__")
     loader = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", argv[0])
@@ -947,7 +951,7 @@ class Agentd:
 
     def spawn_sshd(self, fd: int, *options: str) -> int:
         stdio = [(os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, fd, 1)]
-        env = {**CPU_ENV, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+        env = {**PASSED_ENV, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         argv = [SSHD, "-i", "-e", "-h", HOST_KEY, *options]
         defaults = [signal.SIGPIPE, signal.SIGXFSZ]
         pid = os.posix_spawn(SSHD, argv, env, file_actions=stdio, setsid=True, setsigdef=defaults)
@@ -1113,7 +1117,7 @@ class Run:
         inside, (uid, gid, home) = self.agentd.inside, USERS[user]
         sbin = "/usr/local/sbin:/usr/sbin:/sbin:" if user == "root" else ""
         base = {
-            **CPU_ENV,
+            **PASSED_ENV,
             "PATH": f"{sbin}/usr/local/bin:/usr/bin:/bin",
             "HOME": inside(home),
             "USER": user,

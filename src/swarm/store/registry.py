@@ -20,7 +20,8 @@ from swarm.store.rows import WorkerRow, dump, milliseconds
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
 _COLUMNS: Final = ", ".join(AGENT_FIELDS)
-_JSON: Final = frozenset({"entry", "secrets", "env", "preload", "retry"})
+_LISTS: Final = ("entry", "secrets", "preload", "requirements", "packages")
+_JSON: Final = frozenset({*_LISTS, "env", "retry"})
 
 # Least and most; whole numbers where these are. What a policy multiplies must not overflow when an attempt ends.
 _LIMITS: Final[Mapping[str, tuple[float, float]]] = {
@@ -96,7 +97,7 @@ def parse(row: Row) -> Agent:
         retry = dict(values["retry"])
         if "on" in retry:
             retry["on"] = frozenset(FailureReason(reason) for reason in retry["on"])
-        for name in ("entry", "secrets", "preload"):
+        for name in _LISTS:
             if not isinstance(values[name], list) or not all(isinstance(item, str) for item in values[name]):
                 raise ValueError(f"{name} must be a JSON list of texts")
             values[name] = tuple(values[name])

@@ -110,6 +110,8 @@ agents = sa.Table(
     _text("secrets", null=False, default="[]"),
     _text("env", null=False, default="{}"),
     _text("preload", null=False, default="[]"),
+    _text("requirements", null=False, default="[]"),
+    _text("packages", null=False, default="[]"),
     _text("retry", null=False, default="{}"),  # JSON object: the fields of model.Retry
     sa.Column("idempotent", sa.Boolean(), nullable=False, server_default=sa.false()),
     _number("budget_usd", kind=sa.Float()),

@@ -94,9 +94,16 @@ async def host_options() -> list[str]:
 
 
 class PrivateApt:
-    """apt with its state in ``dir`` and only ``sources``; nothing is installed."""
+    """apt with its state in ``dir`` and only ``sources``. ``status``: dpkg's list of what is installed, where it is."""
 
-    def __init__(self, dir: Path, *, sources: Sequence[Source], options: Sequence[str]) -> None:  # noqa: A002
+    def __init__(
+        self,
+        dir: Path,  # noqa: A002
+        *,
+        sources: Sequence[Source],
+        options: Sequence[str],
+        status: Path = Path("/dev/null"),
+    ) -> None:
         self._dir = dir
         self._env = {"APT_CONFIG": str(dir / "apt.conf")}
         for part in ("lists/partial", "archives/partial"):
@@ -105,8 +112,9 @@ class PrivateApt:
         settings = {
             "Dir::State": dir,
             "Dir::State::lists": dir / "lists",
-            "Dir::State::status": "/dev/null",
+            "Dir::State::status": status,
             "Dir::Cache": dir,
+            "Dir::Log": dir,
             "Dir::Etc::sourcelist": dir / "swarm.sources",
             "Dir::Etc::sourceparts": "/dev/null",
             # Not the host's own configuration: it may run programs after an update.
@@ -136,23 +144,35 @@ class PrivateApt:
         await self._run(["apt-get", "--quiet", "download", package])
         return next(self._dir.glob(f"{package}_*.deb"))
 
+    async def install(self, arguments: Sequence[str], *, within: Sequence[str] = ()) -> None:
+        """`apt-get` with these arguments; ``within``: the program that starts it."""
+        await self._run([*within, "apt-get", *arguments])
+
     async def _run(self, argv: Sequence[str]) -> str:
+        env = {**self._env, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8", "TMPDIR": "/tmp"}
         try:
-            done = await process.run(argv, env=self._env, cwd=self._dir, timeout_seconds=600)
+            done = await process.run(
+                ["setpriv", "--pdeathsig", "KILL", "--", *argv], env=env, cwd=self._dir, timeout_seconds=1200
+            )
         except CommandFailed as error:
             raise explain(error, where=self._dir) from error
         return done.stdout.decode(errors="replace")
+
+
+def installed(status: str) -> dict[str, str]:
+    """Package -> version, of dpkg's status file."""
+    return dict(re.findall(r"^Package: (\S+)$.*?^Version: (\S+)$", status, re.MULTILINE | re.DOTALL))
 
 
 def explain(error: CommandFailed, *, where: Path) -> ImageError:
     """What the failure of a package tool means to the user."""
     said = f"{error.stderr}\n{error}"
     if FULL_DISK.search(said):
-        return ImageError(f"the disk that holds {where} is full: an image needs about 1 GB while it is built")
+        return ImageError(f"the disk that holds {where} is full: building needs about 1 GB")
     if found := _NO_NETWORK.search(said):
         return ImageError(
             f"can't reach the package registry that apt is configured for ({found[0]}): check the network and "
-            "`apt-get update`, then run `swarm image build` again"
+            "`apt-get update`, then build again"
         )
     lines = [line for line in said.splitlines() if line.startswith("E: ")] or said.strip().splitlines()[-3:]
     return ImageError(f"can't fetch or install the guest's packages: {' '.join(lines)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -14,6 +15,8 @@ GUEST_MAC = "06:00:ac:10:00:02"
 TAP_NAME = "tap0"
 TAP_MAC = "06:00:ac:10:00:01"
 AGENTD_PORT = 1024
+# The third disk, after the root and the work disk.
+LAYER_DEVICE = "vdc"
 # VM n's VMM runs as uid and gid BASE_UID + n: no account, no overlap with the ranges that adduser and systemd hand out.
 BASE_UID = 1_700_000_000
 
@@ -24,7 +27,8 @@ class Image:
 
     ``kernel`` is a bzImage (QEMU boots it), ``kernel_elf`` the uncompressed ELF inside it (Firecracker boots that).
     ``boot_args`` are those that the kernel itself needs; a driver adds its console and devices. ``initramfs`` is None
-    for a kernel that has everything built in and mounts ``root`` itself.
+    for a kernel that has everything built in and mounts ``root`` itself. ``base`` and ``packages`` (name -> version)
+    tell the Debian that ``root`` is made of: what a layer is built upon.
     """
 
     digest: str
@@ -34,16 +38,31 @@ class Image:
     root: Path
     initramfs: Path | None
     boot_args: str
+    base: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What an agent's `requirements` and `packages` add to an image's root, read-only; ``digest`` is its content's.
+
+    ``path`` is an erofs file, laid over the root by the guest's init; for the `process` driver a directory of Python
+    modules.
+    """
+
+    digest: str
+    path: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmSpec:
-    """The hardware of a VM. Raw disks only: the image's root (read-only, shared) and one sparse work disk."""
+    """The hardware of a VM. Raw disks only: the image's root and a layer (read-only, shared), one sparse work disk."""
 
     image: Image
     vcpus: int = 1
     memory_mb: int = 256
     disk_mb: int = 2048
+    layer: Layer | None = None
     preload: tuple[str, ...] = ()  # Python modules that the guest's warm interpreter imports at boot
     entropy: bool = True  # a virtio-rng device; False only to provoke what `swarm doctor` must find
     # What the work disk and the network card (each way) may carry, 10^6 bytes a second; None is as much as they can.
@@ -145,7 +164,9 @@ class Driver(Protocol):
 
 def kernel_command_line(spec: VmSpec, *extra: str) -> str:
     preload = [f"swarm.preload={','.join(spec.preload)}"] if spec.preload else []
-    return " ".join((spec.image.boot_args, *extra, *preload)).strip()
+    # Without a dot, so that the kernel hands it to init in its environment: there is no /proc to read it from yet.
+    layer = [f"swarm_layer={LAYER_DEVICE}"] if spec.layer else []
+    return " ".join((spec.image.boot_args, *extra, *layer, *preload)).strip()
 
 
 def host_tsc_khz() -> int:

@@ -41,7 +41,9 @@ log = structlog.get_logger(__name__)
 PROGRAM, JAILER = "firecracker", "jailer"
 MIN_VERSION = (1, 12)
 MEMORY_FILE, STATE_FILE, LOG_FILE = "memory", "state", "firecracker.log"
-KERNEL, INITRAMFS, ROOT, WORK, SOCKET = "vmlinux", "initramfs", "root.erofs", "work.ext4", "api.sock"
+KERNEL, INITRAMFS, ROOT, WORK, LAYER, SOCKET = (
+    "vmlinux", "initramfs", "root.erofs", "work.ext4", "layer.erofs", "api.sock",
+)  # fmt: skip
 NET_ID = "eth0"
 # How a guest ends its VM (Firecracker's only reset is the keyboard controller's), and what it need not look for.
 _BOOT_ARGS = ("console=ttyS0", "reboot=k", "pci=off", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd")
@@ -164,6 +166,8 @@ class FirecrackerDriver:
                 Bound(WORK, work, writable=True),
                 Bound(LOG_FILE, log_file, writable=True),
             ]
+            if spec.layer:
+                own.append(Bound(LAYER, spec.layer.path))
             space = await jail.furnish([*files, *own])
             arguments = ["--api-sock", SOCKET, "--log-path", LOG_FILE, "--level", "Warn"]
             child = await process.spawn(
@@ -209,6 +213,9 @@ def configuration(spec: VmSpec, *, networked: bool) -> list[tuple[str, dict[str,
         ("/drives/root", {"drive_id": "root", "path_on_host": ROOT, "is_root_device": False, "is_read_only": True}),
         ("/drives/work", {"drive_id": "work", "path_on_host": WORK, "is_root_device": False, "is_read_only": False}),
     ]
+    if spec.layer:
+        drive = {"drive_id": "layer", "path_on_host": LAYER, "is_root_device": False, "is_read_only": True}
+        requests.append(("/drives/layer", drive))
     if networked:
         card = {"iface_id": NET_ID, "guest_mac": driver.GUEST_MAC, "host_dev_name": driver.TAP_NAME}
         requests.append((f"/network-interfaces/{NET_ID}", card))

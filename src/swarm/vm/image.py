@@ -15,16 +15,11 @@ image any more; every part is hashed before it is booted.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +29,7 @@ import structlog
 
 from swarm.aio import settle
 from swarm.errors import CommandFailed, HostError, ImageError, NotFound
-from swarm.vm import apt, imagebase, imagebuild
+from swarm.vm import apt, imagebase, imagebuild, staging
 from swarm.vm.driver import Image
 from swarm.vm.imagebuild import Progress, Recipe
 
@@ -42,7 +37,6 @@ log = structlog.get_logger(__name__)
 
 GUEST: Final = Path(__file__).resolve().parent.parent / "guest"
 _MANIFEST: Final = "manifest.json"
-_BUILDING: Final = ".building-"
 _FORMAT: Final = 1
 # Shares of a build's time, measured (docs/adr/0003-image.md); the progress of each step is its own.
 _BASE_SHARE: Final = 0.9
@@ -90,10 +84,10 @@ class Images:
         imagebuild.require_root()
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
-            async with _locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)):
+            async with staging.locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)):
                 if not force and (image := await self._whole(recipe)):
                     return image  # the build we waited for made it
-                await settle(asyncio.to_thread(_sweep, self._dir))
+                await settle(asyncio.to_thread(staging.sweep, self._dir))
                 base = await self._base(recipe, force, lambda label, f: progress(label, _BASE_SHARE * f))
                 return await self._assemble(
                     recipe, base, kernel, lambda label, f: progress(label, _BASE_SHARE + (1 - _BASE_SHARE) * f)
@@ -139,7 +133,7 @@ class Images:
     def remove(self, ref: str) -> str:
         """Remove an image; return its digest. VMs that run from it go on (they have its files open)."""
         digest = self._named(ref).digest
-        doomed = self._dir / f"{_BUILDING}removed-{digest}"
+        doomed = self._dir / f"{staging.BUILDING}removed-{digest}"
         (self._dir / digest).rename(doomed)
         (self._dir / ".verified" / digest).unlink(missing_ok=True)
         shutil.rmtree(doomed)
@@ -172,30 +166,13 @@ class Images:
     def _verified(self, info: ImageInfo) -> Image:
         """Hash what was not hashed before, from the very inodes that are there now. Raises ImageError."""
         manifest = _manifest(info.dir)
-        stamp = self._dir / ".verified" / info.digest
-        try:
-            known = json.loads(stamp.read_text())
-        except (OSError, ValueError):
-            known = {}
-        seen: dict[str, list[int]] = {}
-        for name, part in manifest["parts"].items():
-            path = info.dir / part["file"]
-            advice = f"image {info.digest[:12]} is damaged: {path}"
-            try:
-                stat = path.stat()
-                seen[name] = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-                if stat.st_size != part["size_bytes"]:
-                    raise ImageError(f"{advice} has {stat.st_size} bytes instead of {part['size_bytes']}; {_REBUILD}")
-                if known.get(name) != seen[name] and imagebuild.file_digest(path) != part["sha256"]:
-                    raise ImageError(f"{advice} is not what was built (its sha256 differs); {_REBUILD}")
-            except OSError as error:
-                raise ImageError(f"{advice}: {error.strerror}; {_REBUILD}") from error
-        if seen != known:
-            # Only a saving: a store that can't be written to is hashed each time.
-            with contextlib.suppress(OSError):
-                stamp.parent.mkdir(exist_ok=True)
-                _replace(stamp, json.dumps(seen).encode())
         paths = {name: info.dir / part["file"] for name, part in manifest["parts"].items()}
+        parts = [
+            staging.Part(path=paths[name], size_bytes=part["size_bytes"], sha256=part["sha256"])
+            for name, part in manifest["parts"].items()
+        ]
+        if wrong := staging.damage(parts, self._dir / ".verified" / info.digest):
+            raise ImageError(f"image {info.digest[:12]} is damaged: {wrong}; {_REBUILD}")
         return Image(
             digest=info.digest,
             dir=info.dir,
@@ -204,6 +181,8 @@ class Images:
             root=paths["root"],
             initramfs=paths.get("initramfs"),
             boot_args=info.boot_args,
+            base=manifest["base"],
+            packages=info.packages,
         )
 
     # --- building -------------------------------------------------------------------------------------------------
@@ -212,27 +191,27 @@ class Images:
         """The directory of the recipe's base, built when it is not there, torn, or to be fetched anew."""
         self._cache.mkdir(parents=True, exist_ok=True)
         final = self._cache / recipe.base_key
-        async with _locked(self._cache / ".lock", lambda: progress("waiting for another build", 0.0)):
-            await settle(asyncio.to_thread(_sweep, self._cache))
+        async with staging.locked(self._cache / ".lock", lambda: progress("waiting for another build", 0.0)):
+            await settle(asyncio.to_thread(staging.sweep, self._cache))
             if not force and await asyncio.to_thread(_base_is_whole, final):
                 imagebuild.check_host(for_base=False, where=self._dir)
                 return final
             imagebuild.check_host(for_base=True, where=self._cache)
-            async with _staged(self._cache) as stage:
+            async with staging.staged(self._cache) as stage:
                 await imagebase.build_base(recipe, stage, progress)
-                await settle(asyncio.to_thread(_move_in, stage, final))
+                await settle(asyncio.to_thread(staging.move_in, stage, final))
         return final
 
     async def _assemble(self, recipe: Recipe, base: Path, kernel: Path | None, progress: Progress) -> Image:
         told = json.loads((base / "base.json").read_text())
-        async with _staged(self._dir) as stage:
+        async with staging.staged(self._dir) as stage:
             parts = await imagebuild.assemble(recipe, base, stage, progress)
             described: dict[str, dict[str, Any]] = {}
             for name, path in sorted(parts.items()):
                 path.chmod(0o444)  # immutable, and a VMM with a uid of its own may read it by a descriptor
                 described[name] = {
                     "file": path.name,
-                    "sha256": await asyncio.to_thread(imagebuild.file_digest, path),
+                    "sha256": await asyncio.to_thread(staging.file_digest, path),
                     "size_bytes": path.stat().st_size,
                 }
             manifest = {
@@ -249,9 +228,9 @@ class Images:
             }
             digest = _digest(manifest)
             manifest["digest"] = digest
-            _replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            staging.replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
             stage.chmod(0o755)
-            await settle(asyncio.to_thread(_move_in, stage, self._dir / digest))
+            await settle(asyncio.to_thread(staging.move_in, stage, self._dir / digest))
         return await asyncio.to_thread(self._verified, _info(self._dir / digest))
 
 
@@ -295,75 +274,9 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _base_is_whole(base: Path) -> bool:
     try:
         parts = json.loads((base / "base.json").read_text())["parts"]
-        return all(imagebuild.file_digest(base / name) == sha256 for name, sha256 in parts.items())
+        return all(staging.file_digest(base / name) == sha256 for name, sha256 in parts.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-# --- files that appear whole or not at all ------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def _locked(path: Path, waiting: Callable[[], None]) -> AsyncIterator[None]:
-    """Hold the flock on ``path``. It is the kernel's: a holder that dies, however it dies, has let go of it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waiting()
-                await asyncio.sleep(0.2)  # a blocking flock could not be cancelled
-        yield
-    finally:
-        os.close(fd)
-
-
-def _sweep(dir: Path) -> None:  # noqa: A002
-    """Remove what dead builds left. The caller holds the lock, so no live build owns any of it."""
-    for left in dir.glob(f"{_BUILDING}*"):
-        log.info("removing what an interrupted build left", path=str(left))
-        for _ in range(50):  # a program of that build may be dying just now, and still write
-            shutil.rmtree(left, ignore_errors=True)
-            if not left.exists():
-                break
-            time.sleep(0.02)
-
-
-@contextlib.asynccontextmanager
-async def _staged(dir: Path) -> AsyncIterator[Path]:  # noqa: A002
-    """A directory beside the final one; whatever is in it at the end goes."""
-    stage = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=dir))
-    try:
-        yield stage
-    finally:
-        await settle(asyncio.to_thread(shutil.rmtree, stage, True))
-
-
-def _move_in(stage: Path, final: Path) -> None:
-    """Rename ``stage`` to ``final``, on disk before it has its name; a torn or older ``final`` makes way."""
-    for path in [*stage.rglob("*"), stage]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    if final.exists():
-        final.rename(Path(tempfile.mkdtemp(prefix=_BUILDING, dir=final.parent)) / "old")
-    stage.rename(final)
-    fd = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    _sweep(final.parent)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _full_disk(dir: Path) -> ImageError:  # noqa: A002

@@ -20,10 +20,11 @@ from swarm import process
 from swarm.aio import settle
 from swarm.errors import CommandFailed, ImageError
 from swarm.vm import apt, kernel
-from swarm.vm.imagebuild import EPOCH, Progress, Recipe, file_digest, in_root, remove, tool, walk
+from swarm.vm.imagebuild import EPOCH, Progress, Recipe, in_root, remove, tool, walk
+from swarm.vm.staging import file_digest
 
 _USRMERGE_HOOK: Final = Path("/usr/share/mmdebstrap/hooks/merged-usr")
-_UNWANTED_PATHS: Final = ("man", "doc", "info", "locale", "lintian", "bug", "bash-completion", "zsh")  # in /usr/share
+UNWANTED_PATHS: Final = ("man", "doc", "info", "locale", "lintian", "bug", "bash-completion", "zsh")  # in /usr/share
 _PACKAGES_INSTALLED: Final = 110  # in the root, roughly: only the progress bar looks at it
 # What agents may count on; a base without one of these is not used.
 _STDLIB: Final = (
@@ -72,7 +73,7 @@ async def _base_root(
             # Without the essential set's apt, and with /usr already merged: usrmerge would bring all of Perl.
             "--variant=essential", f"--hook-dir={_USRMERGE_HOOK}",
             f"--include={','.join(base['packages'])}",
-            *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _UNWANTED_PATHS),
+            *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED_PATHS),
             "--dpkgopt=force-unsafe-io", "--aptopt=Acquire::Languages \"none\"",
             *(f"--aptopt={line}" for line in options),
             base["release"], str(root), str(scratch / "host.sources"),
@@ -95,7 +96,7 @@ async def _base_root(
             f"mmdebstrap ended with status {child.returncode}", returncode=child.returncode, stderr=text
         )
         raise apt.explain(failed, where=scratch)
-    packages = _installed(root)
+    packages = apt.installed((root / "var/lib/dpkg/status").read_text())
     progress("cleaning", 0.9)
     await settle(asyncio.to_thread(_clean, root))
     # Debian compiles no more of the standard library than the interpreter itself needs; a guest's root is read-only and
@@ -156,11 +157,6 @@ def _share_installed(log: Path) -> float:
     packages = sum(told) if len(told) > 1 else max(_PACKAGES_INSTALLED, sum(told))
     steps = len(re.findall(r"^(?:Get:\d+ .* \[|Unpacking |Setting up )", text, re.MULTILINE))
     return min(1.0, steps / (3 * packages))
-
-
-def _installed(root: Path) -> dict[str, str]:
-    status = (root / "var/lib/dpkg/status").read_text()
-    return dict(re.findall(r"^Package: (\S+)$.*?^Version: (\S+)$", status, re.MULTILINE | re.DOTALL))
 
 
 def _clean(root: Path) -> None:

@@ -185,8 +185,8 @@ async def tool(*argv: str) -> None:
     """Run a program of a build, which dies with the build: or it would write on into what the next one sweeps."""
     await process.run(
         ["setpriv", "--pdeathsig", "KILL", "--", *argv],
-        timeout_seconds=300,
-        env={"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
+        timeout_seconds=600,
+        env={"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "HOME": "/root", "TMPDIR": "/tmp"},
     )
 
 
@@ -274,11 +274,6 @@ def initramfs(init: bytes, busybox: bytes, modules: Mapping[str, bytes]) -> byte
 
 
 # --- small things -------------------------------------------------------------------------------------------------
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(value: object) -> str:

@@ -121,7 +121,7 @@ class ProcessDriver:
         outlive: bool = False,
         for_template: bool = False,
     ) -> ProcessVm:
-        """Start agentd in ``dir``. Of ``spec`` nothing applies: memory, CPUs and disk are the host's."""
+        """Start agentd in ``dir``. Of ``spec`` only the layer applies: memory, CPUs and disk are the host's."""
         if len(os.fsencode(_socket(dir))) > _MAX_SOCKET_PATH:
             raise BootFailed(
                 f"{_socket(dir)} is too long for a Unix socket ({_MAX_SOCKET_PATH} bytes): set a shorter state_dir",
@@ -129,7 +129,9 @@ class ProcessDriver:
             )
         _root(dir).mkdir(parents=True, exist_ok=True)
         try:
-            child = await process.spawn(_argv(dir), output=dir / "console.log", die_with_parent=not outlive)
+            # agentd passes it on to agents.
+            env = {"PYTHONPATH": str(spec.layer.path)} if spec.layer else {}
+            child = await process.spawn(_argv(dir), output=dir / "console.log", env=env, die_with_parent=not outlive)
         except HostError as error:
             raise BootFailed(f"agentd can't be started: {error}") from error
         started = process.start_time(child.pid)

@@ -165,6 +165,13 @@ class QemuDriver:
             await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
         else:
             await copy_work_disk(disk, work)
+        layer: tuple[str, ...] = ()
+        if spec.layer:
+            layer = (
+                "-blockdev", f"driver=raw,node-name=layer,read-only=on,file.driver=file,file.locking=off,"
+                             f"file.filename={launch.file_set(spec.layer.path, os.O_RDONLY)}",
+                "-device", "virtio-blk-device,drive=layer",
+            )  # fmt: skip
         network: tuple[str, ...] = ()
         if launch.slot:
             network = (
@@ -178,6 +185,7 @@ class QemuDriver:
             "-blockdev", f"driver=raw,node-name=work,file.driver=file,file.locking=off,discard=unmap,"
                          f"file.filename={launch.file_set(work, os.O_RDWR)}",
             "-device", "virtio-blk-device,drive=work",
+            *layer,
             *network,
             *(("-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng")
               if spec.entropy else ()),

@@ -48,6 +48,7 @@ class TemplateInfo:
     vcpus: int
     disk_mb: int
     preload: tuple[str, ...]
+    layer: str
     size_bytes: int
     created_at: float
     used_at: float
@@ -70,6 +71,7 @@ def shape(spec: VmSpec, *, driver: Driver, probe: Probe) -> dict[str, object]:
         # A KVM guest has seen the host's CPU; an emulated one only the speed of its counter.
         "cpu": _host_cpu() if probe.accelerator == "kvm" else f"{host_tsc_khz()} kHz",
         "preload": sorted(spec.preload),
+        "layer": spec.layer.digest if spec.layer else "",
     }
 
 
@@ -134,6 +136,7 @@ class Templates:
                         vcpus=parts["vcpus"],
                         disk_mb=parts["disk_mb"],
                         preload=tuple(parts["preload"]),
+                        layer=parts.get("layer", ""),
                         size_bytes=sum(f.stat().st_blocks * 512 for f in files),
                         created_at=data["created_at"],
                         used_at=(manifest.parent / _STAMP).stat().st_mtime,
