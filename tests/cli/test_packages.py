@@ -110,7 +110,9 @@ def test_an_agent_in_a_vm_without_a_ticket(swarm: Run, settings: Settings, image
 
 def test_agents_that_are_wrong(swarm: Run, tmp_path: Path) -> None:
     ok(swarm("agent", "init", "layered", "--lang", "node"))
-    refused(swarm("agent", "add", "layered/"), "can't build yet")
+    lacking = swarm("agent", "add", "layered/")  # this home has no guest image to build its layer upon
+    assert lacking.returncode == 1 and "swarm image build" in lacking.stderr
+    refused(swarm("agent", "show", "layered"), "no agent")
     refused(swarm("agent", "init", "other", "--lang", "cobol"), "python")
     refused(swarm("agent", "init", "../Not_Good"), "name")
     assert not (tmp_path.parent / "Not_Good").exists()

@@ -62,7 +62,7 @@ class Layers:
     """The layers in ``dir``. ``sources``: where apt's configuration says what Debian packages come from."""
 
     def __init__(self, *, dir: Path, sources: Path = Path("/etc/apt")) -> None:  # noqa: A002
-        self._dir = dir
+        self.dir = dir
         self._sources = sources
 
     async def find(self, agent: Agent, image: Image) -> Layer | None:
@@ -91,13 +91,13 @@ class Layers:
         key = _key(shape)
         if not force and (layer := await self._whole(key)):
             return layer
-        layerbuild.check_host(_made(self._dir))
+        layerbuild.check_host(_made(self.dir))
         try:
-            async with staging.locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)):
+            async with staging.locked(self.dir / ".lock", lambda: progress("waiting for another build", 0.0)):
                 if not force and (layer := await self._whole(key)):
                     return layer
-                await settle(asyncio.to_thread(staging.sweep, self._dir))
-                async with staging.staged(self._dir) as stage:
+                await settle(asyncio.to_thread(staging.sweep, self.dir))
+                async with staging.staged(self.dir) as stage:
                     installed = await layerbuild.build(
                         sorted(set(agent.requirements)),
                         sorted(set(agent.packages)),
@@ -109,12 +109,12 @@ class Layers:
                     await settle(asyncio.to_thread(self._move_in, stage, key, shape, installed))
                 return await asyncio.to_thread(self._verified, key)
         except OSError as error:
-            raise _unwritable(error, self._dir) from error
+            raise _unwritable(error, self.dir) from error
 
     def list(self) -> list[LayerInfo]:
         """Every layer, newest first."""
         found = []
-        for file in self._dir.glob(f"*/{_MANIFEST}"):
+        for file in self.dir.glob(f"*/{_MANIFEST}"):
             try:
                 told = json.loads(file.read_text())
                 found.append(
@@ -139,7 +139,7 @@ class Layers:
     def named(self, digest: str) -> Layer | None:
         """The layer with that content, for what is made again from a list (templates)."""
         return next(
-            (Layer(digest=i.digest, path=self._dir / i.key / _FILE) for i in self.list() if i.digest == digest), None
+            (Layer(digest=i.digest, path=self.dir / i.key / _FILE) for i in self.list() if i.digest == digest), None
         )
 
     def remove(self, key: str) -> str:
@@ -147,9 +147,9 @@ class Layers:
         fits = [info.key for info in self.list() if key and info.key.startswith(key)]
         if len(fits) != 1:
             raise NotFound(f"{len(fits) or 'no'} layers begin with {key!r}; `swarm agent layers` shows those there are")
-        doomed = self._dir / f"{staging.BUILDING}removed-{fits[0]}"
-        (self._dir / fits[0]).rename(doomed)
-        (self._dir / ".verified" / fits[0]).unlink(missing_ok=True)
+        doomed = self.dir / f"{staging.BUILDING}removed-{fits[0]}"
+        (self.dir / fits[0]).rename(doomed)
+        (self.dir / ".verified" / fits[0]).unlink(missing_ok=True)
         shutil.rmtree(doomed)
         return fits[0]
 
@@ -166,14 +166,14 @@ class Layers:
 
     def _verified(self, key: str) -> Layer:
         """Raises FileNotFoundError, or ImageError when it is not what was built."""
-        place = self._dir / key
+        place = self.dir / key
         text = (place / _MANIFEST).read_text()
         try:
             told = json.loads(text)
             part = staging.Part(path=place / _FILE, size_bytes=told["size_bytes"], sha256=told["sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise ImageError(f"{place / _MANIFEST} can't be read ({error!r})") from error
-        if wrong := staging.damage([part], self._dir / ".verified" / key):
+        if wrong := staging.damage([part], self.dir / ".verified" / key):
             raise ImageError(wrong)
         return Layer(digest=part.sha256, path=part.path)
 
@@ -189,7 +189,7 @@ class Layers:
         }
         staging.replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
         stage.chmod(0o755)
-        staging.move_in(stage, self._dir / key)
+        staging.move_in(stage, self.dir / key)
 
 
 class HostLayers:
@@ -199,15 +199,15 @@ class HostLayers:
     """
 
     def __init__(self, *, dir: Path) -> None:  # noqa: A002
-        self._dir = dir
+        self.dir = dir
 
     async def find(self, agent: Agent, image: Image) -> Layer | None:
         if not agent.requirements:
             return None
         key = _key(_host_shape(agent))
-        if not (self._dir / key).is_dir():
+        if not (self.dir / key).is_dir():
             raise LayerMissing(_missing(agent, "is not built for this host's Python"))
-        return Layer(digest=key, path=self._dir / key)
+        return Layer(digest=key, path=self.dir / key)
 
     async def build(
         self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = lambda label, fraction: None
@@ -215,14 +215,14 @@ class HostLayers:
         if not agent.requirements:
             return None
         pip.check(agent.requirements)
-        final = self._dir / _key(_host_shape(agent))
+        final = self.dir / _key(_host_shape(agent))
         if final.is_dir() and not force:
             return Layer(digest=final.name, path=final)
-        _made(self._dir)
+        _made(self.dir)
         try:
             async with (
-                staging.locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)),
-                staging.staged(self._dir) as stage,
+                staging.locked(self.dir / ".lock", lambda: progress("waiting for another build", 0.0)),
+                staging.staged(self.dir) as stage,
             ):
                 progress("installing requirements", 0.1)
                 python = f"Python {platform.python_version()} on this host"
@@ -234,7 +234,7 @@ class HostLayers:
                 )  # fmt: skip
                 await settle(asyncio.to_thread(staging.move_in, stage / "new", final))
         except OSError as error:
-            raise _unwritable(error, self._dir) from error
+            raise _unwritable(error, self.dir) from error
         return Layer(digest=final.name, path=final)
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Final
@@ -126,8 +126,13 @@ async def _install_packages(packages: Sequence[str], root: Path, image: Image, e
         (root / place).mkdir(parents=True, exist_ok=True)
     release = _release(root)
     dir = root / _SCRATCH / "apt"  # noqa: A001 - in the root, since dpkg opens the archives from in there
+    # An archive on a local disk would be installed from where it lies, which the chroot can't see.
+    found = [
+        replace(one, uris=tuple(re.sub("^file:", "copy:", uri) for uri in one.uris))
+        for one in apt.host_sources(release, etc=etc)
+    ]
     client = apt.PrivateApt(
-        dir, sources=apt.host_sources(release, etc=etc), options=await apt.host_options(),
+        dir, sources=found, options=await apt.host_options(),
         status=root / "var/lib/dpkg/status",
     )  # fmt: skip
     await client.update()
@@ -177,7 +182,7 @@ async def _fetch(requirements: Sequence[str], root: Path, stage: Path) -> None:
 
 async def _install_wheels(requirements: Sequence[str], root: Path) -> None:
     """By the guest's own Python, in its own root: paths and scripts come out right, and a hostile wheel stays in it."""
-    await asyncio.to_thread(shutil.copytree, pip.location(), root / _SCRATCH / "pip")
+    await settle(asyncio.to_thread(shutil.copytree, pip.location(), root / _SCRATCH / "pip"))
     await _in(
         root, "/usr/bin/python3", "-I", f"/{_SCRATCH}/pip", "--isolated", "install", "--no-index",
         f"--find-links=/{_SCRATCH}/wheels", "--no-compile", "--ignore-installed", "--break-system-packages",

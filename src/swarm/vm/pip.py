@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from swarm import process
-from swarm.errors import CommandFailed, HostError, ImageError, UsageError
+from swarm.errors import HostError, ImageError, UsageError
 from swarm.model import REQUIREMENT
 from swarm.vm.apt import FULL_DISK
 
 TIMEOUT_SECONDS: Final = 1200.0
-OPTIONS: Final = ("--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet")
+OPTIONS: Final = ("--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off")
 # What would tell pip what to install, and where: that is ours to say. From where is the host's.
 _NOT_PASSED: Final = frozenset(
     f"PIP_{name}"
@@ -31,7 +31,7 @@ _NOT_PASSED: Final = frozenset(
 _NO_NETWORK: Final = re.compile(
     r"Temporary failure in name resolution|Name or service not known|Failed to establish a new connection"
     r"|Network is unreachable|Connection refused|Connection timed out|Connection reset|Read timed out|No route to host"
-    r"|Cannot connect to proxy|connection broken"
+    r"|Cannot connect to proxy|connection broken|problem confirming the ssl certificate"
 )
 _NOT_FOUND: Final = re.compile(r"requirement (\S+?) \((?:from .*?)?from versions: (.*)\)|distribution found for (\S+)")
 
@@ -63,14 +63,15 @@ async def run(argv: Sequence[str], *, where: Path, python: str) -> None:
 
     ``python`` names in them what the wheels are for; ``where`` is what a full disk holds.
     """
-    try:
-        await process.run(
-            ["setpriv", "--pdeathsig", "KILL", "--", *argv],
-            env=environment() | {"LC_ALL": "C.UTF-8", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-            timeout_seconds=TIMEOUT_SECONDS,
-        )
-    except CommandFailed as error:
-        raise _explained(f"{error.stderr}\n{error}", where, python) from error
+    done = await process.run(
+        ["setpriv", "--pdeathsig", "KILL", "--", *argv],
+        env=environment() | {"LC_ALL": "C.UTF-8", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout_seconds=TIMEOUT_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        # Why an index could not be asked is told as news; that nothing was found then, as the error.
+        raise _explained((done.stdout[-8192:] + done.stderr[-8192:]).decode(errors="replace"), where, python)
 
 
 def _explained(said: str, where: Path, python: str) -> Exception:

@@ -93,11 +93,15 @@ def sweep(dir: Path) -> None:  # noqa: A002
     """Remove what dead builds left. The caller holds the lock, so no live build owns any of it."""
     for left in dir.glob(f"{BUILDING}*"):
         log.info("removing what an interrupted build left", path=str(left))
-        for _ in range(50):  # a program of that build may be dying just now, and still write
-            shutil.rmtree(left, ignore_errors=True)
-            if not left.exists():
-                break
-            time.sleep(0.02)
+        _remove(left)
+
+
+def _remove(stage: Path) -> None:
+    for _ in range(50):  # a program of that build may be dying just now, and still write
+        shutil.rmtree(stage, ignore_errors=True)
+        if not stage.exists():
+            break
+        time.sleep(0.02)
 
 
 @contextlib.asynccontextmanager
@@ -107,7 +111,7 @@ async def staged(dir: Path) -> AsyncIterator[Path]:  # noqa: A002
     try:
         yield stage
     finally:
-        await settle(asyncio.to_thread(shutil.rmtree, stage, True))
+        await settle(asyncio.to_thread(_remove, stage))
 
 
 def move_in(stage: Path, final: Path) -> None:
