@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from swarm.cel.jail import Jail
 from swarm.model import RunStatus
 from swarm.workflow import validate
 from swarm.workflow.parse import _Step
+from tests.vm.packages_here import wheel, wheels_from
 from tests.workflow.execute import REGISTRY, execute, run_agent
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -66,5 +70,20 @@ def test_agents(number: int, language: str, file: str, tmp_path: Path) -> None:
         assert check.differences(example.outputs, run_agent(package.agent, example.inputs, tmp_path / "work")) == []
 
 
+def test_an_agent_with_requirements(tmp_path: Path) -> None:
+    """By a package of that name of our own: tests reach no registry."""
+    place = tmp_path / "table"
+    place.mkdir()
+    (place / "agent.yaml").write_text(blocks("agents.md", "yaml")[2])
+    (place / "main.py").write_text(blocks("agents.md", "python")[1])
+    code = "def tabulate(rows, tablefmt):\n    return '\\n'.join(f'{a:3}  {b}' for a, b in rows)\n"
+    wheel(tmp_path / "wheels", "tabulate", "0.9.0", files={"tabulate.py": code})
+    with wheels_from(tmp_path / "wheels"):
+        argv = [str(Path(sys.executable).with_name("swarm")), "agent", "test", "table/"]
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert done.returncode == 0 and "example 1" in done.stdout, done.stdout + done.stderr
+
+
 def test_every_yaml_is_one_of_these() -> None:
-    assert len(blocks("agents.md", "yaml")) == 2
+    assert len(blocks("agents.md", "yaml")) == 3
