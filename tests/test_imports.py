@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "swarm"
 LAYERS: list[set[str]] = [
     {"model"},
     {"errors"},
-    {"config", "process", "aio", "clock", "log", "faults"},
+    {"config", "process", "aio", "clock", "log", "faults", "redact"},
     {"cel"},
     {"schema"},
     {"vm.driver", "manifest", "versions", "ledger"},  # the values and Protocols between the parts
@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"vm.rehearsal"},  # what a template's VM does before it is frozen, over the channel
     {"vm.launcher"},  # the way of a VM: network, driver and channel meet here
     {"vm.pool"},
+    {"outside"},  # what an attempt may reach beyond its VM
     {"engine"},
     {"worker", "triggers"},
     {"api", "single", "dispatch", "prove", "packages", "trial"},

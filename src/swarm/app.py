@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from swarm.api.secrets import HookSecrets
     from swarm.dispatch import Dispatcher
     from swarm.engine import Engine
+    from swarm.gateway.forward import Gateway
     from swarm.model import Agent, Ticket
+    from swarm.outside import Outside
     from swarm.store.rows import AttemptRow
     from swarm.store.store import Store
     from swarm.vm.choose import Choice
@@ -160,7 +162,7 @@ def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Laun
     )
 
 
-def engine(settings: Settings, vms: Launcher) -> Engine:
+def engine(settings: Settings, vms: Launcher, reachable: Outside) -> Engine:
     """What runs one attempt in a VM of that launcher's."""
     from swarm.engine import Engine, Limits
 
@@ -169,6 +171,7 @@ def engine(settings: Settings, vms: Launcher) -> Engine:
         images=_image_source(settings),
         layers=layers(settings),
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
+        outside=reachable,
     )
 
 
@@ -176,6 +179,33 @@ def templates(settings: Settings) -> Templates:
     from swarm.vm.template import Templates
 
     return Templates(dir=settings.templates)
+
+
+@asynccontextmanager
+async def outside(settings: Settings, opened: Store | None) -> AsyncIterator[Outside]:
+    """What attempts may reach beyond their VMs. Without a store, as in a trial, calls are not booked."""
+    from swarm.ledger import Limit, Unbooked
+    from swarm.outside import Outside
+
+    def gateway() -> Gateway:
+        from swarm.gateway import prices, upstreams
+        from swarm.gateway.forward import Gateway
+
+        return Gateway(
+            upstreams=upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ),
+            prices=prices.load(_table(settings.prices, settings.home / "prices.toml")),
+            keys=upstreams.Keys(),
+            ledger=Unbooked() if opened is None else opened,
+            day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
+        )
+
+    async with Outside(gateway=gateway) as made:
+        yield made
+
+
+def _table(named: Path | None, usual: Path) -> Path | None:
+    """A file of the user's: the one that is named, which must be there, or the usual one if it is."""
+    return named or (usual if usual.exists() else None)
 
 
 async def sweep(settings: Settings) -> None:
@@ -310,12 +340,14 @@ async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
 
     if vm:
         await sweep(settings)
-        yield engine(settings, launcher(settings, await choice(settings)))
+        async with outside(settings, None) as reachable:
+            yield engine(settings, launcher(settings, await choice(settings)), reachable)
         return
 
     with tempfile.TemporaryDirectory(prefix="swarm-") as scratch:
         own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
-        yield engine(own, launcher(own, await choice(own), clones=False))
+        async with outside(settings, None) as reachable:
+            yield engine(own, launcher(own, await choice(own), clones=False), reachable)
 
 
 # --- running tickets ------------------------------------------------------------------------------------------------
@@ -333,11 +365,12 @@ async def worker(settings: Settings, opened: Store, *, warm: int | None = 0) -> 
     await sweep(settings)
     vms = launcher(settings, await choice(settings))
     async with AsyncExitStack() as stack:
+        reachable = await stack.enter_async_context(outside(settings, opened))
         if warm != 0:
             await stack.enter_async_context(await _pool(settings, vms, warm))
         yield Worker(
             store=opened,
-            engine=engine(settings, vms),
+            engine=engine(settings, vms, reachable),
             name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
             lease_seconds=settings.lease_seconds,
             queue_timeout_seconds=settings.queue_timeout_seconds,

@@ -88,7 +88,7 @@ async def _subnet(settings: Settings) -> str:
     from swarm.vm import netns
     from swarm.vm.bridge import Bridge
 
-    bridge = Bridge(subnet=settings.subnet, name=settings.bridge, gateway_port=None)
+    bridge = Bridge(subnet=settings.subnet, name=settings.bridge)
     await netns.in_thread(bridge.check_clashes)
     return f"{settings.subnet} on {settings.bridge} is free for VMs"
 

@@ -47,6 +47,13 @@ class Settings(BaseSettings):
     # `swarm-spawn-ns N` takes the slot it is told; the engine takes slots from here up, so they never meet.
     first_engine_slot: int = 1000
 
+    # What all model calls of a day (UTC) may cost together, over all tickets. Not set: as much as they like.
+    budget_usd_per_day: float | None = None
+    budget_tokens_per_day: int | None = None
+    # Tables over those that ship (docs/claude.md): services behind the gateway, prices. Default: in the home, if there.
+    upstreams: Path | None = None
+    prices: Path | None = None
+
     lease_seconds: float = 30.0
     # A ticket that waited longer when its turn comes fails, instead of being run too late. Not set: it waits for ever.
     queue_timeout_seconds: float | None = None

@@ -10,6 +10,7 @@ import asyncio
 import errno
 import json
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -27,11 +28,14 @@ from swarm.errors import (
     LeaseLost,
     NotFound,
     OutputInvalid,
+    OverBudget,
     StepError,
     SwarmError,
     UsageError,
 )
 from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Succeeded
+from swarm.outside import Outside, Reach
+from swarm.redact import Redactor, Stream
 from swarm.vm.console import printable
 from swarm.vm.driver import Image, Layer, VmSpec
 from swarm.vm.launcher import Label, Launcher, Machine
@@ -40,6 +44,8 @@ log = structlog.get_logger(__name__)
 
 WORK_DIR, AGENT_DIR = "/work", "/agent"
 INPUT_FILE, OUTPUT_FILE = "input.json", "output.json"
+# How long an agent may go on after a budget has refused it a call.
+_OVER_BUDGET_SECONDS = 5.0
 # What an error quotes of the agent's output.
 _QUOTED_LINES, _QUOTED_BYTES = 15, 4096
 # What the next ticket would lack as well.
@@ -52,6 +58,9 @@ class Watcher(Protocol):
 
     async def placed(self, vm_id: int) -> None:
         """The attempt has VM ``vm_id``. May raise LeaseLost, which ends the attempt."""
+
+    def record(self, kind: str, data: Mapping[str, object]) -> None:
+        """Something happened that belongs into the ticket's history. Must not block."""
 
     def output(self, stream: str, data: bytes) -> None:
         """The agent printed ``data`` on ``stream`` ('stdout', 'stderr', or 'swarm' for a note). Must not block."""
@@ -75,10 +84,13 @@ class Limits:
 
 
 class Engine:
-    def __init__(self, *, launcher: Launcher, images: ImageSource, layers: LayerSource, limits: Limits) -> None:
+    def __init__(
+        self, *, launcher: Launcher, images: ImageSource, layers: LayerSource, limits: Limits, outside: Outside
+    ) -> None:
         self._launcher = launcher
         self._images = images
         self._layers = layers
+        self._outside = outside
         self._limits = limits
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
@@ -128,6 +140,7 @@ class Engine:
     async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _Tail) -> str:
         agent = claim.agent
         given = _inputs(claim)  # before a VM is started for them
+        permit = await self._outside.permit(claim)
         image = await self._images.find(agent.image)
         spec = VmSpec(
             image=image,
@@ -140,25 +153,59 @@ class Engine:
             preload=agent.preload if agent.runtime == "python" else (),
         )
         label = Label(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
-        async with self._launcher.machine(spec, label, timeline) as machine:
-            await watcher.placed(machine.n)
-            await machine.unless_it_dies(_put(machine, claim, given))
-            timeline.mark("renewed")
-            ended = await machine.unless_it_dies(self._start(claim, machine, tail))
-            timeline.mark("started", int(ended.started_at * 1e9))
-            timeline.mark("ended", int(ended.ended_at * 1e9))
-            judge(ended)
-            outputs = await machine.unless_it_dies(self._collect(machine))
-            _check_outputs(agent, outputs)
-            timeline.mark("collected")
-        return outputs
+        async with (
+            self._outside.reach(permit, watcher.record) as reach,
+            self._launcher.machine(spec, label, timeline) as machine,
+        ):
+            try:
+                await watcher.placed(machine.n)
+                await reach.open(lambda port: self._launcher.listen(machine, port))
+                tail.redact(reach.redactor)
+                await machine.unless_it_dies(_put(machine, claim, given))
+                timeline.mark("renewed")
+                ended = await machine.unless_it_dies(self._within_budget(claim, machine, tail, reach))
+                timeline.mark("started", int(ended.started_at * 1e9))
+                timeline.mark("ended", int(ended.ended_at * 1e9))
+                judge(ended)
+                outputs = await machine.unless_it_dies(self._collect(machine))
+                _check_outputs(agent, outputs)
+                timeline.mark("collected")
+            except StepError:
+                if (sums := reach.over_budget) is not None:  # whatever became of the agent, that is why
+                    raise OverBudget(sums) from None
+                raise
+            finally:
+                reach.shut()
+        if (sums := reach.over_budget) is not None:
+            raise OverBudget(sums)
+        return _redacted(outputs, reach.redactor)
 
-    async def _start(self, claim: Claim, machine: Machine, tail: _Tail) -> Exit:
+    async def _within_budget(self, claim: Claim, machine: Machine, tail: _Tail, reach: Reach) -> Exit:
+        """An agent whose call a budget refused is told so, and gets a moment to end by itself."""
+
+        async def told() -> None:
+            await reach.exceeded()
+            await asyncio.sleep(_OVER_BUDGET_SECONDS)
+
+        agent = asyncio.ensure_future(self._start(claim, machine, tail, reach.env))
+        over = asyncio.ensure_future(told())
+        try:
+            await asyncio.wait({agent, over}, return_when=asyncio.FIRST_COMPLETED)
+            if not agent.done():
+                raise OverBudget(reach.over_budget or "over budget")
+            return agent.result()
+        finally:
+            for each in (agent, over):
+                each.cancel()
+            await asyncio.gather(agent, over, return_exceptions=True)
+            tail.end()
+
+    async def _start(self, claim: Claim, machine: Machine, tail: _Tail, env: Mapping[str, str]) -> Exit:
         agent = claim.agent
         try:
             return await machine.channel.run(
                 entry(agent),
-                env=agent.env,
+                env={**agent.env, **env},
                 warm=agent.runtime == "python",
                 timeout_seconds=claim.timeout_seconds,
                 idle_timeout_seconds=agent.idle_timeout_seconds,
@@ -214,6 +261,15 @@ def entry(agent: Agent) -> list[str]:
 def _inputs(claim: Claim) -> Any:
     """The step's inputs, with the defaults of its agent's schema. Raises StepError (INPUT_INVALID)."""
     return check.inputs(claim.agent, json.loads(claim.inputs))
+
+
+def _redacted(outputs: str, redactor: Redactor) -> str:
+    """JSON text without the secrets that its agent was given."""
+    if not redactor:
+        return outputs
+    value = json.loads(outputs)
+    clean = redactor.value(value)
+    return outputs if clean == value else canonical_json(json.dumps(clean).encode())
 
 
 def _check_outputs(agent: Agent, outputs: str) -> None:
@@ -292,8 +348,27 @@ class _Tail:
         self._watcher = watcher
         self._last: deque[bytes] = deque()
         self._size = 0
+        self._redactor = Redactor({})
+        self._streams: dict[str, Stream] = {}
+
+    def redact(self, redactor: Redactor) -> None:
+        self._redactor = redactor
 
     def add(self, stream: str, data: bytes) -> None:
+        if self._redactor:
+            if stream not in self._streams:
+                self._streams[stream] = self._redactor.stream()
+            data = self._streams[stream].feed(data)
+        if data:
+            self._pass_on(stream, data)
+
+    def end(self) -> None:
+        """The agent has ended: what was held back was no secret."""
+        for stream, held in self._streams.items():
+            if rest := held.end():
+                self._pass_on(stream, rest)
+
+    def _pass_on(self, stream: str, data: bytes) -> None:
         self._watcher.output(stream, data)
         self._last.append(data)
         self._size += len(data)

@@ -18,6 +18,8 @@
         ├── AgentTimeout       ran, or was silent, for too long
         ├── LayerMissing       what the agent's manifest asks for was not built
         ├── OutputInvalid      no output.json, not JSON, too large
+        ├── NotConfigured      a key or secret that the agent needs is not on this host
+        ├── OverBudget         its model calls came to the end of a budget
         └── OutcomeUnknown     the VM died and nobody knows how far the agent got
 
 A message says what happened, to what, and what to do about it. The CLI prints the message alone;
@@ -115,6 +117,14 @@ class AgentTimeout(StepError):
 
 class OutputInvalid(StepError):
     reason = FailureReason.OUTPUT_INVALID
+
+
+class NotConfigured(StepError):
+    reason = FailureReason.NOT_CONFIGURED
+
+
+class OverBudget(StepError):
+    reason = FailureReason.OVER_BUDGET
 
 
 class OutcomeUnknown(StepError):

@@ -75,5 +75,8 @@ class _Watcher:
     async def placed(self, vm_id: int) -> None:
         pass
 
+    def record(self, kind: str, data: Mapping[str, object]) -> None:
+        pass
+
     def output(self, stream: str, data: bytes) -> None:
         self._on_output(stream, data)

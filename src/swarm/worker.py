@@ -359,6 +359,12 @@ class _Watcher:
         faults.reach("placed")
         self._worker.placed(self._attempt, vm_id)
 
+    def record(self, kind: str, data: Mapping[str, object]) -> None:
+        claim = self._attempt.claim
+        self._worker.emit(
+            Event(ticket_id=claim.ticket.id, step_id=claim.step_id, attempt_id=claim.attempt_id, kind=kind, data=data)
+        )
+
     def output(self, stream: str, data: bytes) -> None:
         if stream not in self._decoders:
             self._decoders[stream] = codecs.getincrementaldecoder("utf-8")(errors="replace")

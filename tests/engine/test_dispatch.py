@@ -284,8 +284,8 @@ async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
     agent = await plain.agent(DONE)
     own = plain.settings.model_copy(update={"images_dir": plain.dir / "none"})
     vms = app.launcher(own, await app.choice(own))
-    engine = Engine(launcher=vms, images=app.images(own), layers=app.layers(own), limits=Limits())
-    async with app.store(own) as store, store.watching() as wake:
+    async with app.store(own) as store, app.outside(own, store) as outside, store.watching() as wake:
+        engine = Engine(launcher=vms, images=app.images(own), layers=app.layers(own), limits=Limits(), outside=outside)
         worker = Worker(store=store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
         plain.insert("t", agent.id)

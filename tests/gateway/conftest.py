@@ -58,12 +58,14 @@ class Office:
     async def door(self, claim: Claim, policy: Policy | None = None) -> AsyncIterator[Door]:
         services = await self.gateway.services(policy or Policy(upstreams=("anthropic",)))
         listener = socket.create_server(("127.0.0.1", 0))
-        listener.setblocking(False)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        async with self.gateway.door(
+        door = self.gateway.door(
             account_of(claim), services, listener=listener, url=url, record=lambda *event: self.events.append(event)
-        ) as door:
+        )
+        try:
             yield door
+        finally:
+            await door.close()
 
     def sql(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self.database, timeout=30)
@@ -103,14 +105,15 @@ async def an_office(api: MessagesApi, dir: Path, *, day: Limit | None = None) ->
     database = dir / "swarm.db"
     async with Store.open(f"sqlite:///{database}") as store:
         await store.migrate()
-        async with Gateway(
+        gateway = Gateway(
             upstreams=upstreams.load(None, environment),
             prices=prices.load(None),
             keys=Keys(environment=environment),
             ledger=store,
             day=day or Limit(),
-        ) as gateway:
-            yield Office(store=store, database=database, api=api, gateway=gateway, dir=dir)
+        )
+        yield Office(store=store, database=database, api=api, gateway=gateway, dir=dir)
+        await gateway.close()
 
 
 @pytest.fixture

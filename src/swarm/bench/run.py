@@ -149,13 +149,13 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
 
 @asynccontextmanager
 async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None]) -> AsyncIterator[None]:
-    worker = Worker(
-        store=it.store,
-        engine=app.engine(it.settings, launcher),
-        name=f"{socket.gethostname()}:{os.getpid()}:bench",
-        lease_seconds=it.settings.lease_seconds,
-    )
-    async with it.store.watching() as wake:
+    async with app.outside(it.settings, it.store) as outside, it.store.watching() as wake:
+        worker = Worker(
+            store=it.store,
+            engine=app.engine(it.settings, launcher, outside),
+            name=f"{socket.gethostname()}:{os.getpid()}:bench",
+            lease_seconds=it.settings.lease_seconds,
+        )
         dispatcher = Dispatcher(
             store=it.store,
             worker=worker,

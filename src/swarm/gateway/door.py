@@ -32,6 +32,7 @@ MAX_CONNECTIONS: Final = 128
 _MAX_HEADER_BYTES: Final = 32 * 1024
 _MAX_REFUSALS: Final = 200  # recorded of one attempt: a hostile one must not fill the database
 _CLOSE_SECONDS: Final = 10.0
+_IDLE_SECONDS: Final = 0.02  # what is left of a connection when its calls have ended (0 would be for ever)
 
 
 def error(status: int, kind: str, message: str, **headers: str) -> web.Response:
@@ -65,9 +66,12 @@ class Door:
         self._refusals = 0
         self._forward = forward
         self._calls: set[asyncio.Task[Any]] = set()
-        self._room = asyncio.Semaphore(MAX_CONNECTIONS)
-        self._server = _Server(self._handle, self._room)
-        self._accepting = asyncio.create_task(self._accept(), name="gateway-door")
+        self._server = _Server(self._handle, self._left)
+        self._room = MAX_CONNECTIONS
+        self._loop = asyncio.get_running_loop()
+        self._shut = False
+        listener.setblocking(False)
+        self._listen()
 
     def __repr__(self) -> str:  # no key, no token
         return f"<Door of attempt {self.account.attempt_id} at {self._url}>"
@@ -94,40 +98,62 @@ class Door:
         if not self.exceeded.done():
             self.exceeded.set_result(message)
 
+    def shut(self) -> None:
+        """From here on nobody gets in, and calls under way are being cut off. Idempotent; waits for nothing."""
+        if not self._shut:
+            self._shut = True
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            for call in self._calls:
+                call.cancel()
+
     async def close(self) -> None:
-        """No more calls; those under way are cut off, and booked. Never raises."""
-        self._accepting.cancel()
-        await asyncio.gather(self._accepting, return_exceptions=True)
-        self._listener.close()
-        for call in self._calls:
-            call.cancel()
+        """Shut, and wait until what was cut off has been booked. Never raises."""
+        self.shut()
         if self._calls:
             await asyncio.wait(set(self._calls), timeout=_CLOSE_SECONDS)
         with contextlib.suppress(Exception):
-            await self._server.shutdown(timeout=0.0)
+            await self._server.shutdown(timeout=_IDLE_SECONDS)
         self.exceeded.cancel()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._room.acquire()
-            try:
-                connection, _ = await loop.sock_accept(self._listener)
-            except OSError as problem:  # out of descriptors, or the guest hung up in between
-                self._room.release()
-                log.warning("gateway can't accept", error=str(problem), attempt=self.account.attempt_id)
-                await asyncio.sleep(0.1)
-                continue
-            except BaseException:
-                self._room.release()
-                raise
+    def _listen(self) -> None:
+        if not self._shut and self._room:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        """Somebody knocks. Not by `loop.sock_accept`: a listener that it waits for can't be closed at once."""
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as problem:  # out of descriptors: others may let go of some
+            log.warning("gateway can't accept", error=str(problem), attempt=self.account.attempt_id)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(0.1, self._listen)
+            return
+        self._room -= 1
+        if not self._room:
+            self._loop.remove_reader(self._listener)
+        connection.setblocking(False)
+        task = self._loop.create_task(self._welcome(connection))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _welcome(self, connection: socket.socket) -> None:
+        try:
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            try:
-                await loop.connect_accepted_socket(self._server, connection)
-            except OSError:
-                connection.close()
-                self._room.release()
+            await self._loop.connect_accepted_socket(self._server, connection)
+        except BaseException as problem:
+            connection.close()
+            self._left()
+            if not isinstance(problem, OSError):
+                raise
+
+    def _left(self) -> None:
+        self._room += 1
+        if self._room == 1:
+            self._listen()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         call = asyncio.current_task()
@@ -169,7 +195,7 @@ def _is_plain_query(query: str) -> bool:
 class _Server(web.Server):
     """aiohttp's server for connections that somebody else has accepted; each that ends makes room for another."""
 
-    def __init__(self, handler: Callable[[web.BaseRequest], Any], room: asyncio.Semaphore) -> None:
+    def __init__(self, handler: Callable[[web.BaseRequest], Any], left: Callable[[], None]) -> None:
         super().__init__(
             handler,
             handler_cancellation=True,  # a guest that hangs up ends its call
@@ -179,8 +205,8 @@ class _Server(web.Server):
             max_field_size=_MAX_HEADER_BYTES,
             auto_decompress=False,
         )
-        self._room = room
+        self._left = left
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
-        self._room.release()
+        self._left()

@@ -7,17 +7,12 @@ sends is bounded and checked; what the service answers comes through as it is, e
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import socket
 import time
-import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from types import TracebackType
+from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import aiohttp
 import structlog
@@ -26,40 +21,26 @@ from aiohttp import web
 
 from swarm.aio import settle
 from swarm.errors import NotFound, StoreError, UsageError
+from swarm.gateway import wire
+from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
 from swarm.gateway.door import Door, Record, error
 from swarm.gateway.policy import Policy
-from swarm.gateway.prices import Price, Prices
+from swarm.gateway.prices import Prices
 from swarm.gateway.upstreams import Keys, Upstream
-from swarm.gateway.usage import Meter, first, input_tokens, text_tokens, total
-from swarm.ledger import Account, Bill, Busy, Granted, Ledger, Limit, Order, Refused, Spend
+from swarm.gateway.usage import first, input_tokens
+from swarm.ledger import Account, Busy, Granted, Ledger, Limit, Order, Refused, Spend
 
 log = structlog.get_logger(__name__)
 
-# RFC 9110 7.6.1, and what is between us and either side only.
-_HOP_BY_HOP: Final = frozenset(
-    {
-        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-        "transfer-encoding", "upgrade",
-    }
-)  # fmt: skip
-# The key is ours to add, the length ours to count; and an answer that is compressed could not be read.
-_NOT_FORWARDED: Final = _HOP_BY_HOP | {
-    "host", "content-length", "content-encoding", "accept-encoding", "authorization", "x-api-key", "cookie", "expect",
-    "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip",
-}  # fmt: skip
-_NOT_RETURNED: Final = _HOP_BY_HOP | {"content-encoding", "set-cookie", "alt-svc"}
-# Of an answer that streams, so much must be affordable for it to be begun.
-_LEAST_OUTPUT_TOKENS: Final = 64
 _CONNECT_SECONDS: Final = 10.0
 _BODY_SECONDS: Final = 120.0  # in which a guest must have sent its request
 # How long a call waits for others to let go of what they hold of a budget.
 _BUSY_SECONDS: Final = 60.0
 _LOOK_AGAIN_SECONDS: Final = 0.25
-_BOOK_TRIES, _BOOK_AGAIN_SECONDS = 20, 0.5
 
 
 class Gateway:
-    """``async with`` it; `door` is an attempt's way in. ``day``: what all calls of a day may cost together."""
+    """`door` is an attempt's way in. ``day``: what all calls of a day may cost together. `close` it when doors are."""
 
     def __init__(
         self, *, upstreams: Mapping[str, Upstream], prices: Prices, keys: Keys, ledger: Ledger, day: Limit
@@ -72,12 +53,7 @@ class Gateway:
         self._session: aiohttp.ClientSession | None = None
         self._settled = asyncio.Event()  # a call has let go of what it held
 
-    async def __aenter__(self) -> Gateway:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
@@ -95,8 +71,7 @@ class Gateway:
             found[name] = (upstream, key)
         return found
 
-    @asynccontextmanager
-    async def door(
+    def door(
         self,
         account: Account,
         services: Mapping[str, tuple[Upstream, str]],
@@ -104,16 +79,12 @@ class Gateway:
         listener: socket.socket,
         url: str,
         record: Record,
-    ) -> AsyncIterator[Door]:
-        """An attempt's way to these services, for the length of the block. ``listener`` listens where only its VM can
-        connect, and is closed here; ``url`` is how the VM sees it."""
-        door = Door(
+    ) -> Door:
+        """An attempt's way to these services, open from now on: the caller closes it. ``listener`` listens where only
+        its VM can connect, and is the door's from here on; ``url`` is how the VM sees it."""
+        return Door(
             account=account, services=services, listener=listener, url=url, record=record, forward=self._forward
         )
-        try:
-            yield door
-        finally:
-            await settle(door.close())
 
     # --- one call -----------------------------------------------------------------------------------------------------
 
@@ -142,7 +113,7 @@ class Gateway:
         self, door: Door, request: web.BaseRequest, upstream: Upstream, key: str, target: str, body: bytes
     ) -> web.StreamResponse:
         """A call that costs nothing."""
-        call = _Call(None, self._ledger, door, upstream)
+        call = Call(None, self._ledger, upstream)
         return await self._pass_on(call, door, request, upstream, key, target, body)
 
     async def _metered(
@@ -172,7 +143,7 @@ class Gateway:
             return error(402, "billing_error", granted.message, **{"x-should-retry": "false"})
         if isinstance(granted, Busy):
             return error(429, "rate_limit_error", granted.message, **{"retry-after": "5"})
-        call = _Call(order, self._ledger, door, upstream, granted=granted, price=self._prices.of(order.model))
+        call = Call(order, self._ledger, upstream, granted=granted, price=self._prices.of(order.model))
         try:
             return await self._pass_on(call, door, request, upstream, key, target, body)
         finally:
@@ -193,7 +164,7 @@ class Gateway:
 
         most = spend(longest)
         # What streams can be cut when its money is at an end; what doesn't is paid for in full once it has left.
-        least = spend(min(longest, _LEAST_OUTPUT_TOKENS)) if streams else most
+        least = spend(min(longest, LEAST_OUTPUT_TOKENS)) if streams else most
         return Order(
             id=uuid.uuid4().hex,
             account=door.account,
@@ -219,7 +190,7 @@ class Gateway:
 
     async def _pass_on(
         self,
-        call: _Call,
+        call: Call,
         door: Door,
         request: web.BaseRequest,
         upstream: Upstream,
@@ -227,7 +198,7 @@ class Gateway:
         target: str,
         body: bytes,
     ) -> web.StreamResponse:
-        headers = _forwarded(request, upstream, key)
+        headers = wire.forwarded(request, upstream, key)
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=_CONNECT_SECONDS, connect=_CONNECT_SECONDS, sock_read=upstream.idle_seconds
         )
@@ -241,10 +212,10 @@ class Gateway:
                 data=body or None,
                 allow_redirects=False,  # a key goes to the service that it is for, and nowhere else
                 timeout=timeout,
-                proxy=_proxy_of(upstream.base_url),
+                proxy=wire.proxy_of(upstream.base_url),
             ) as answer:
                 call.answered(answer)
-                response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_returned(answer))
+                response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=wire.returned(answer))
                 if answer.content_length is not None and "content-encoding" not in answer.headers:
                     response.content_length = answer.content_length
                 await response.prepare(request)
@@ -253,7 +224,7 @@ class Gateway:
                         await response.write(out)
                     if (cut := call.over()) is not None:
                         door.exceed(cut)
-                        await response.write(_event("billing_error", cut))
+                        await response.write(wire.event("billing_error", cut))
                         break
                 else:
                     if rest := call.end():
@@ -267,8 +238,8 @@ class Gateway:
             if response is None:
                 return error(504 if late else 502, "timeout_error" if late else "api_error", f"gateway: {call.note}")
             if call.sse and late:
-                await response.write(_event("api_error", f"gateway: {call.note}"))
-            return await _ended(response, request)
+                await response.write(wire.event("api_error", f"gateway: {call.note}"))
+            return await wire.broken_off(response, request)
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -278,112 +249,6 @@ class Gateway:
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), skip_auto_headers=("User-Agent",)
             )
         return self._session
-
-
-class _Call:
-    """One call that was let through: what is known of it, up to its bill. Without an order it costs nothing."""
-
-    def __init__(
-        self,
-        order: Order | None,
-        ledger: Ledger,
-        door: Door,
-        upstream: Upstream,
-        *,
-        granted: Granted | None = None,
-        price: Price | None = None,
-    ) -> None:
-        self._order = order
-        self._ledger = ledger
-        self._door = door
-        self._upstream = upstream
-        self._granted = granted
-        self._price = price
-        self._began = time.monotonic()
-        self._first_byte_ms: float | None = None
-        self._status = 0
-        self._meter: Meter | None = None
-        self._bytes = 0
-        self._whole = False
-        self.sse = False
-        self.note = ""
-
-    def answered(self, answer: aiohttp.ClientResponse) -> None:
-        self._status = answer.status
-        self.sse = answer.content_type == "text/event-stream"
-        if self._order is not None and answer.status < 300:
-            guessed = self._order.least.tokens - _LEAST_OUTPUT_TOKENS if self.sse else self._order.least.tokens
-            self._meter = Meter(self._upstream, model=self._order.model, sse=self.sse, guessed_input=max(0, guessed))
-
-    def feed(self, chunk: bytes) -> bytes:
-        if self._first_byte_ms is None:
-            self._first_byte_ms = (time.monotonic() - self._began) * 1000
-        self._bytes += len(chunk)
-        return self._meter.feed(chunk) if self._meter is not None else chunk
-
-    def over(self) -> str | None:
-        """Why a stream must be cut now; None while it has money."""
-        if not self.sse or self._meter is None or self._granted is None:
-            return None
-        counts = self._meter.counts_so_far()
-        usd = self._price.usd(counts) if self._price is not None else None
-        too_dear = usd is not None and self._granted.usd is not None and usd > self._granted.usd
-        too_long = self._granted.tokens is not None and total(counts) > self._granted.tokens
-        if not too_dear and not too_long:
-            return None
-        spent = f"${usd:.6f}" if too_dear else f"{total(counts):,} tokens"
-        left = f"${self._granted.usd:.6f}" if too_dear else f"{self._granted.tokens:,} tokens"
-        self.note = f"cut by the budget: the answer has cost about {spent}, of {left} that were left"
-        return f"over budget: an answer of {self._meter.model} was cut when it had cost about {spent}, of {left} left"
-
-    def end(self) -> bytes:
-        self._whole = True
-        return self._meter.end() if self._meter is not None else b""
-
-    async def book(self, prices: Prices) -> None:
-        assert self._order is not None
-        order, meter = self._order, self._meter
-        estimated = False
-        counts: dict[str, int] = {}
-        if meter is not None:
-            estimated = not (self._whole and meter.told)
-            counts = meter.counts(whole=not estimated)
-            if self._whole and not meter.told:
-                self.note = self.note or "the answer did not say what it used"
-                counts |= {"input": meter.guessed_input, "output": text_tokens(self._bytes)}
-        model = meter.model if meter is not None else order.model
-        price = prices.of(model) or self._price
-        cost = price.usd(counts) if price is not None else None if total(counts) else 0.0
-        if cost is None:
-            self.note = self.note or f"no price for {model} in the list of {prices.date}"
-        counts.pop("cache_write_1h", None)
-        bill = Bill(
-            id=order.id,
-            account=order.account,
-            upstream=order.upstream,
-            model=model,
-            status=self._status,
-            counts=counts,
-            cost_usd=cost,
-            latency_ms=(time.monotonic() - self._began) * 1000,
-            first_byte_ms=self._first_byte_ms,
-            streamed=self.sse,
-            estimated=estimated,
-            note=self.note,
-        )
-        for tried in range(1, _BOOK_TRIES + 1):
-            try:
-                await self._ledger.book(bill)
-                return
-            except StoreError as problem:
-                if tried == _BOOK_TRIES:
-                    # The reservation stays, and counts in full.
-                    log.error("a model call could not be booked", call=bill.id, tokens=bill.tokens, error=str(problem))
-                    return
-                await asyncio.sleep(_BOOK_AGAIN_SECONDS)
-
-
-# --- small parts ------------------------------------------------------------------------------------------------------
 
 
 class _TooLarge(Exception):
@@ -406,56 +271,9 @@ async def _read(door: Door, request: web.BaseRequest, limit: int) -> bytes:
                 door.held_bytes += len(chunk)
                 if len(body) > limit:
                     raise _TooLarge
-                if door.held_bytes > 2 * limit:
+                if door.held_bytes > 4 * limit:
                     raise _Crowded
     except BaseException:
         door.held_bytes -= len(body)
         raise
     return bytes(body)
-
-
-def _forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> dict[str, str]:
-    named = {name.strip().lower() for name in request.headers.get("connection", "").split(",")}
-    ours = {name.lower() for name in upstream.header}
-    headers = {
-        name: value
-        for name, value in request.headers.items()
-        if name.lower() not in _NOT_FORWARDED and name.lower() not in named and name.lower() not in ours
-    }
-    headers |= {name: text.replace("{key}", key) for name, text in upstream.header.items()}
-    return headers | {"Accept-Encoding": "identity"}
-
-
-def _returned(answer: aiohttp.ClientResponse) -> dict[str, str]:
-    named = {name.strip().lower() for name in answer.headers.get("connection", "").split(",")}
-    return {
-        name: value
-        for name, value in answer.headers.items()
-        if name.lower() not in _NOT_RETURNED and name.lower() not in named and name.lower() != "content-length"
-    }
-
-
-def _event(kind: str, message: str) -> bytes:
-    """An error within a stream, as the Messages API sends them."""
-    body = {"type": "error", "error": {"type": kind, "message": message}}
-    return f"event: error\ndata: {json.dumps(body)}\n\n".encode()
-
-
-async def _ended(response: web.StreamResponse, request: web.BaseRequest) -> web.StreamResponse:
-    """An answer that breaks off must be seen to: its connection ends without the last chunk."""
-    if request.transport is not None:
-        request.transport.close()
-    return response
-
-
-def _proxy_of(base_url: str) -> str | None:
-    """The host's own proxy for this address, if the host's environment names one."""
-    parts = urlsplit(base_url)
-    host = parts.hostname or ""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if local or urllib.request.proxy_bypass(host):
-        return None
-    return urllib.request.getproxies_environment().get(parts.scheme)

@@ -153,6 +153,8 @@ def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None
     retry = agent.retry if agent else Retry()
     idempotent = agent.idempotent if agent else False
     tries = row.retry_count + 1
+    if outcome.reason is FailureReason.OVER_BUDGET:
+        return None  # the next try has the same budget
     wanted = idempotent if outcome.reason is FailureReason.VM_DIED else outcome.reason in retry.on
     # A fault of this host's says as little about the agent as a lost lease does.
     least = LOST_TRIES if outcome.reason is FailureReason.HOST_ERROR and outcome.retry else 1

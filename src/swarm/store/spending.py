@@ -169,7 +169,7 @@ def _refusal(name: str, limit: Limit, sums: Row, order: Order) -> str:
 
 
 def _usd(amount: float) -> str:
-    return f"${amount:.4f}".rstrip("0").rstrip(".") if amount >= 0.0001 or amount == 0 else f"${amount:.2g}"
+    return f"${amount:.6f}".rstrip("0").rstrip(".") if amount >= 0.000001 or amount == 0 else f"${amount:.2g}"
 
 
 def book(tx: Tx, bills: Sequence[Bill]) -> Sequence[None]:

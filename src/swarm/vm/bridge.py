@@ -37,7 +37,7 @@ _TABLES = (253, 254, 255)  # default, main, local: what a packet without policy 
 class Bridge:
     """Name, subnet and rules of the bridge; `ensure` makes it so."""
 
-    def __init__(self, *, subnet: IPv4Network, name: str, gateway_port: int | None) -> None:
+    def __init__(self, *, subnet: IPv4Network, name: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", name):
             raise UsageError(f"{name!r} can't be the name of a bridge: 1 to 15 letters, digits, '_', '.', '-'")
         if subnet.prefixlen > 29:
@@ -46,7 +46,7 @@ class Bridge:
         self.name = name
         self.gateway = subnet.network_address + 1
         self._alias = f"{netns.MARK} {subnet}"
-        self._rules = rules.for_host(subnet, name, gateway_port)
+        self._rules = rules.for_host(subnet, name)
 
     async def ensure(self) -> None:
         """Make bridge, blackhole route and rules, unless they are there (a few look-ups, ~2 ms).

@@ -17,6 +17,9 @@ TAP_MAC = "06:00:ac:10:00:01"
 AGENTD_PORT = 1024
 # The third disk, after the root and the work disk.
 LAYER_DEVICE = "vdc"
+# At the guest's own gateway address, and only while its attempt runs: services by name, and the way to allowed domains.
+GATEWAY_PORT = 8080
+PROXY_PORT = 3128
 # VM n's VMM runs as uid and gid BASE_UID + n: no account, no overlap with the ranges that adduser and systemd hand out.
 BASE_UID = 1_700_000_000
 

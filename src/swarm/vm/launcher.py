@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from swarm.vm import ssh, sweep
 from swarm.vm.choose import Choice
 from swarm.vm.console import last_lines
 from swarm.vm.disk import used_bytes
-from swarm.vm.driver import Slot, Template, Vm, VmSpec
+from swarm.vm.driver import GUEST_GATEWAY, Slot, Template, Vm, VmSpec
 from swarm.vm.inventory import Inventory, Kind, Place, VmRecord
 from swarm.vm.network import Network
 from swarm.vm.rehearsal import COMMON_MODULES, SEED_BYTES, rehearse
@@ -142,6 +143,15 @@ class Launcher:
         identity = replace(machine.identity, seed=os.urandom(SEED_BYTES))
         renewed = await machine.unless_it_dies(machine.channel.renew(identity))
         _check(renewed, identity)
+
+    async def listen(self, machine: Machine, port: int) -> tuple[socket.socket, str]:
+        """A socket that listens where this machine alone can connect, and its address as the machine sees it.
+
+        A machine without a network of its own shares the host's: then any port of loopback."""
+        if self._network is None or machine.seat.slot is None:
+            listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+            return listener, f"127.0.0.1:{listener.getsockname()[1]}"
+        return await self._network.listen(machine.seat.slot, port), f"{GUEST_GATEWAY}:{port}"
 
     def label(self, machine: Machine, label: Label) -> None:
         """Say whom a machine serves now, as others on this host see it."""

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -45,17 +46,13 @@ _NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE
 
 
 class Network:
-    """The host's part (bridge, route, rules) and the slots on it. Needs root and `nft`.
+    """The host's part (bridge, route, rules) and the slots on it. Needs root and `nft`."""
 
-    ``gateway_port``: the one TCP port of the bridge's address that VMs may open; all processes must say the same.
-    """
-
-    def __init__(self, *, subnet: IPv4Network, bridge: str, gateway_port: int | None = None) -> None:
+    def __init__(self, *, subnet: IPv4Network, bridge: str) -> None:
         self.subnet = subnet
         self.bridge = bridge
         self.gateway = subnet.network_address + 1
-        self._bridge = Bridge(subnet=subnet, name=bridge, gateway_port=gateway_port)
-        self._gateway_port = gateway_port
+        self._bridge = Bridge(subnet=subnet, name=bridge)
 
     def address(self, n: int) -> IPv4Address:
         """Where VM n answers. Raises UsageError when the subnet has no such place."""
@@ -94,7 +91,7 @@ class Network:
             else:
                 raise HostError(f"{self.bridge} is removed as often as it is made: is swarm-cleanup running elsewhere?")
             links = time.perf_counter()
-            text = rules.for_vm(slot.address, self.gateway, self._gateway_port, UPLINK)
+            text = rules.for_vm(slot.address, UPLINK)
             await process.run(["nft", "-f", "-"], input=text.encode(), netns=slot.netns)
         except BaseException:
             if made.is_set():
@@ -122,6 +119,20 @@ class Network:
         slot = self.slot(n)
         await netns.in_thread(lambda: self._renew(slot))
         return slot
+
+    async def listen(self, slot: Slot, port: int) -> socket.socket:
+        """A TCP socket that listens inside the slot, at the guest's own gateway: nobody but its VM can connect.
+
+        It stays there, whichever thread uses it. ~1 ms. Raises NotFound when the slot is gone, HostError.
+        """
+
+        def make() -> socket.socket:
+            if not netns.enter_ours(slot.netns):
+                raise NotFound(f"there is no slot {slot.n} to listen in")
+            with explained(f"can't listen on port {port} for VM {slot.n}"):
+                return socket.create_server((str(GUEST_GATEWAY), port), backlog=128)
+
+        return await netns.in_thread(make)
 
     async def list(self) -> list[Slot]:
         """Swarm's slots on this host, also those that were made half, by n."""

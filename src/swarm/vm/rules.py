@@ -1,8 +1,9 @@
 """nftables rules, as text for ``nft -f -``: one table on the host, one pair per namespace, all named ``swarm``.
 
 A VM is fenced in twice. Its own namespace drops what the guest begins, and what claims to come from somebody else,
-at the tap; the host drops the same again at the bridge, for the day on which the first fence has a hole. The chain
-``egress`` is where outbound policies go, on both sides; what it does not accept is dropped.
+at the tap; the host drops the same again at the bridge, for the day on which the first fence has a hole. All that a
+guest may open are two ports of its namespace's own end of the tap, where something listens only while its attempt runs
+and its agent's policy says so (gateway, proxy): what leaves the host is opened there, by the engine.
 """
 
 from __future__ import annotations
@@ -10,34 +11,36 @@ from __future__ import annotations
 import hashlib
 from ipaddress import IPv4Address, IPv4Network
 
-from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_MAC, TAP_NAME
+from swarm.vm.driver import (
+    AGENTD_PORT,
+    GATEWAY_PORT,
+    GUEST_ADDRESS,
+    GUEST_GATEWAY,
+    GUEST_MAC,
+    PROXY_PORT,
+    TAP_NAME,
+)
 
 TABLE = "swarm"
 _OWNER = "swarm-engine"
 
 
-def for_host(subnet: IPv4Network, bridge: str, gateway_port: int | None) -> str:
+def for_host(subnet: IPv4Network, bridge: str) -> str:
     """The table ``inet swarm``, replaced as a whole in one transaction. Its comment says whose it is and of what text.
 
-    ``input``: a VM may answer the host; it may open nothing on it but the gateway's port. ``forward``: nothing from or
-    to a VM, but answers and what ``egress`` accepts. ``output``: agentd's port is root's alone, since the first
-    connection to a fresh agentd sets its token.
+    ``input``: a VM may answer the host, and open nothing on it. ``forward``: nothing from or to a VM. ``output``:
+    agentd's port is root's alone, since the first connection to a fresh agentd sets its token.
     """
-    gateway = subnet.network_address + 1
     body = f"""
-  chain egress {{
-  }}
   chain input {{
     type filter hook input priority filter; policy accept;
     iifname "{bridge}" ct state established,related accept
-    {f'iifname "{bridge}" ip daddr {gateway} tcp dport {gateway_port} accept' if gateway_port else ""}
     iifname "{bridge}" drop
   }}
   chain forward {{
     type filter hook forward priority filter; policy accept;
     iifname "{bridge}" oifname "{bridge}" drop
     iifname "{bridge}" ct state established,related accept
-    iifname "{bridge}" jump egress
     iifname "{bridge}" drop
     oifname "{bridge}" ct state established,related accept
     oifname "{bridge}" drop
@@ -60,7 +63,7 @@ def is_ours(comment: str) -> bool:
     return comment.startswith(_OWNER + " ")
 
 
-def for_vm(address: IPv4Address, gateway: IPv4Address, gateway_port: int | None, uplink: str) -> str:
+def for_vm(address: IPv4Address, uplink: str) -> str:
     """Tables of one namespace: ``netdev swarm`` polices the tap, ``ip swarm`` maps addresses 1:1 and filters."""
     return f"""
 table netdev {TABLE} {{
@@ -79,17 +82,14 @@ table ip {TABLE} {{
     type nat hook postrouting priority srcnat; policy accept;
     oifname "{uplink}" ip saddr {GUEST_ADDRESS} snat to {address}
   }}
-  chain egress {{
-    {f"ip daddr {gateway} tcp dport {gateway_port} accept" if gateway_port else ""}
-  }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
     ct state established,related accept
     iifname "{uplink}" oifname "{TAP_NAME}" ip daddr {GUEST_ADDRESS} ct status dnat accept
-    iifname "{TAP_NAME}" oifname "{uplink}" jump egress
   }}
   chain input {{
     type filter hook input priority filter; policy drop;
+    iifname "{TAP_NAME}" ip daddr {GUEST_GATEWAY} tcp dport {{ {GATEWAY_PORT}, {PROXY_PORT} }} accept
   }}
 }}
 """

@@ -1,0 +1,123 @@
+"""One call that was let through: what is known of it, when it must be cut, and its bill."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+import aiohttp
+import structlog
+
+from swarm.errors import StoreError
+from swarm.gateway.prices import Price, Prices
+from swarm.gateway.upstreams import Upstream
+from swarm.gateway.usage import Meter, text_tokens, total
+from swarm.ledger import Bill, Granted, Ledger, Order
+
+log = structlog.get_logger(__name__)
+
+# Of an answer that streams, so much must be affordable for it to be begun.
+LEAST_OUTPUT_TOKENS: Final = 64
+_BOOK_TRIES, _BOOK_AGAIN_SECONDS = 20, 0.5
+
+
+class Call:
+    """Without an order it costs nothing."""
+
+    def __init__(
+        self,
+        order: Order | None,
+        ledger: Ledger,
+        upstream: Upstream,
+        *,
+        granted: Granted | None = None,
+        price: Price | None = None,
+    ) -> None:
+        self._order = order
+        self._ledger = ledger
+        self._upstream = upstream
+        self._granted = granted
+        self._price = price
+        self._began = time.monotonic()
+        self._first_byte_ms: float | None = None
+        self._status = 0
+        self._meter: Meter | None = None
+        self._bytes = 0
+        self._whole = False
+        self.sse = False
+        self.note = ""
+
+    def answered(self, answer: aiohttp.ClientResponse) -> None:
+        self._status = answer.status
+        self.sse = answer.content_type == "text/event-stream"
+        if self._order is not None and answer.status < 300:
+            guessed = self._order.least.tokens - LEAST_OUTPUT_TOKENS if self.sse else self._order.least.tokens
+            self._meter = Meter(self._upstream, model=self._order.model, sse=self.sse, guessed_input=max(0, guessed))
+
+    def feed(self, chunk: bytes) -> bytes:
+        if self._first_byte_ms is None:
+            self._first_byte_ms = (time.monotonic() - self._began) * 1000
+        self._bytes += len(chunk)
+        return self._meter.feed(chunk) if self._meter is not None else chunk
+
+    def over(self) -> str | None:
+        """Why a stream must be cut now; None while it has money."""
+        if not self.sse or self._meter is None or self._granted is None:
+            return None
+        counts = self._meter.counts_so_far()
+        usd = self._price.usd(counts) if self._price is not None else None
+        too_dear = usd is not None and self._granted.usd is not None and usd > self._granted.usd
+        too_long = self._granted.tokens is not None and total(counts) > self._granted.tokens
+        if not too_dear and not too_long:
+            return None
+        spent = f"${usd:.6f}" if too_dear else f"{total(counts):,} tokens"
+        left = f"${self._granted.usd:.6f}" if too_dear else f"{self._granted.tokens:,} tokens"
+        self.note = f"cut by the budget: the answer has cost about {spent}, of {left} that were left"
+        return f"over budget: an answer of {self._meter.model} was cut when it had cost about {spent}, of {left} left"
+
+    def end(self) -> bytes:
+        self._whole = True
+        return self._meter.end() if self._meter is not None else b""
+
+    async def book(self, prices: Prices) -> None:
+        assert self._order is not None
+        order, meter = self._order, self._meter
+        estimated = False
+        counts: dict[str, int] = {}
+        if meter is not None:
+            estimated = not (self._whole and meter.told)
+            counts = meter.counts(whole=not estimated)
+            if self._whole and not meter.told:
+                self.note = self.note or "the answer did not say what it used"
+                counts |= {"input": meter.guessed_input, "output": text_tokens(self._bytes)}
+        model = meter.model if meter is not None else order.model
+        price = prices.of(model) or self._price
+        cost = price.usd(counts) if price is not None else None if total(counts) else 0.0
+        if cost is None:
+            self.note = self.note or f"no price for {model} in the list of {prices.date}"
+        counts.pop("cache_write_1h", None)
+        bill = Bill(
+            id=order.id,
+            account=order.account,
+            upstream=order.upstream,
+            model=model,
+            status=self._status,
+            counts=counts,
+            cost_usd=cost,
+            latency_ms=(time.monotonic() - self._began) * 1000,
+            first_byte_ms=self._first_byte_ms,
+            streamed=self.sse,
+            estimated=estimated,
+            note=self.note,
+        )
+        for tried in range(1, _BOOK_TRIES + 1):
+            try:
+                await self._ledger.book(bill)
+                return
+            except StoreError as problem:
+                if tried == _BOOK_TRIES:
+                    # The reservation stays, and counts in full.
+                    log.error("a model call could not be booked", call=bill.id, tokens=bill.tokens, error=str(problem))
+                    return
+                await asyncio.sleep(_BOOK_AGAIN_SECONDS)

@@ -1,0 +1,122 @@
+"""Tickets whose agents call a model, end to end but for the VM: engine, worker, store, gateway, server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from swarm import app, config
+from swarm.config import Settings
+from swarm.model import FailureReason, Retry
+from swarm.single import run_ticket
+from tests.engine.conftest import Bench, proved
+from tests.gateway.conftest import KEY
+from tests.gateway.messages_api import HAIKU, MessagesApi
+
+# What an agent does, without an SDK. `call` answers with the text, or the error's message.
+PRELUDE = """
+import json, os, time, urllib.error, urllib.request
+
+def call(prompt, **more):
+    body = {"model": "claude-haiku-4-5", "max_tokens": 100, "messages": [{"role": "user", "content": prompt}], **more}
+    headers = {"x-api-key": os.environ["ANTHROPIC_API_KEY"], "content-type": "application/json"}
+    url = os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages"
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)["content"][0]["text"]
+    except urllib.error.HTTPError as error:
+        return json.load(error)["error"]["message"]
+
+def done(value):
+    json.dump(value, open("output.json", "w"))
+"""
+
+
+@pytest.fixture
+async def gated(
+    settings: Settings, api: MessagesApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Bench]:
+    """Agents as plain processes, on a host that has a key."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
+    own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "driver": "process"})
+    await app.init(own, image=False)
+    async with app.store(own) as store, app.worker(own, store) as worker:
+        yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
+
+
+async def test_an_answer_and_its_bill(gated: Bench) -> None:
+    ticket = await gated.run(PRELUDE + "done({'text': call('Write a haiku')})", network="gateway")
+    assert (ticket.state, json.loads(ticket.outputs or "")) == ("done", {"text": HAIKU})
+    [attempt] = await gated.attempts()
+    [run] = await gated.store.runs("t")
+    assert attempt.api_tokens_used == run.total_api_tokens > 0
+    assert attempt.cost_usd == run.total_cost_usd > 0
+    [event] = [e for e in await gated.store.events("t") if e.kind == "model_call"]
+    assert event.attempt_id == attempt.id
+    await proved(gated)
+
+
+async def test_an_agent_without_the_policy_is_told_nothing(gated: Bench) -> None:
+    ticket = await gated.run("import json, os; json.dump(sorted(os.environ), open('output.json', 'w'))")
+    assert "ANTHROPIC_BASE_URL" not in json.loads(ticket.outputs or "")
+
+
+async def test_no_key_is_said_before_a_vm_is_started(gated: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    ticket = await gated.run("", network="gateway", retry=Retry(max_attempts=5))
+    assert ticket.state == "failed"
+    assert ticket.error == (
+        "the agent 'agent' can't run here: there is no key for anthropic on this host: set ANTHROPIC_API_KEY in the "
+        "environment of the engine, or run `swarm secret set anthropic_api_key` (the VM never gets it: the "
+        "gateway adds it)"
+    )
+    [attempt] = await gated.attempts()
+    assert (attempt.vm_id, attempt.reason) == (None, "not_configured")
+
+
+async def test_over_budget_fails_the_ticket_with_the_sums_and_is_not_tried_again(gated: Bench) -> None:
+    """Also when the agent takes no notice and says that it is done."""
+    code = PRELUDE + "said = ''\nwhile 'over budget' not in said: said = call('words=100')\nprint(said)\ndone({})"
+    agent = await gated.agent(
+        code, network="gateway", retry=Retry(max_attempts=5, delay_seconds=0.01, on=frozenset(FailureReason))
+    )
+    gated.insert("t", agent.id, budget_usd=0.002)
+    ticket = await run_ticket(gated.store, gated.worker, "t")
+    assert ticket.state == "failed"
+    assert ticket.error is not None
+    assert ticket.error.startswith("over budget: the ticket's budget is $0.002, $0.00")
+    [attempt] = await gated.attempts()
+    assert attempt.reason == "over_budget"
+    assert 0.001 < attempt.cost_usd < 0.002
+    refused = [e.data for e in await gated.store.events("t") if e.kind == "egress"]
+    assert [data["refused"] for data in refused] == ["budget"]
+
+
+async def test_an_agent_that_goes_on_over_budget_is_ended(gated: Bench) -> None:
+    code = PRELUDE + "call('Write')\nprint('and on', flush=True)\ntime.sleep(1000)"
+    agent = await gated.agent(code, network="gateway")
+    gated.insert("t", agent.id, budget_usd=0.00001)
+    ticket = await run_ticket(gated.store, gated.worker, "t", timeout_seconds=60)
+    assert (ticket.state, (ticket.error or "")[:11]) == ("failed", "over budget")
+    assert (ticket.error or "").endswith("  and on")
+
+
+async def test_what_an_agent_prints_of_its_token_is_not_kept(gated: Bench) -> None:
+    code = PRELUDE + "t = os.environ['ANTHROPIC_API_KEY']\nprint(t[:9], end='', flush=True)\ntime.sleep(0.2)\n"
+    code += "print(t[9:])\nprint('again ' + t)\ndone({t: ['x' + t]})"
+    ticket = await gated.run(code, network="gateway")
+    mark = "[the gateway's token]"
+    assert json.loads(ticket.outputs or "") == {mark: ["x" + mark]}
+    printed = "".join(str(e.data["text"]) for e in await gated.store.events("t") if e.kind == "output")
+    assert printed == f"{mark}\nagain {mark}\n"
+
+
+async def test_a_policy_that_nobody_knows(gated: Bench) -> None:
+    ticket = await gated.run("", network="everything")
+    assert ticket.state == "failed"
+    assert "the network policy 'everything' is unknown: use none, gateway" in (ticket.error or "")
