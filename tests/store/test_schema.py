@@ -57,6 +57,8 @@ def test_no_statement_reads_what_is_finished(name: str, url: str) -> None:
         reads.remove("SCAN ticket_dependencies USING COVERING INDEX ticket_dependencies_depends_on")
     if name == "registry._WANTED_BY":  # drafts are in no index; asked when an agent is removed by hand
         reads.remove("SCAN tickets USING INDEX tickets_created")
+    if name in ("artifacts._LARGEST", "artifacts._UNUSED", "artifacts._USES_WITHOUT_TICKET"):  # by hand, and by prune
+        reads = [line for line in reads if line not in ("SCAN a", "SCAN artifacts", "SCAN artifact_uses")]
     assert reads == [], plan
     assert [line for line in plan if "AUTOMATIC" in line] == [], plan
 

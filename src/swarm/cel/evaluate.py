@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 from cel_expr_python import cel  # type: ignore[import-untyped]
 
+from swarm.cel import stored
 from swarm.cel.expression import Expression, ExpressionError, Reference, program
 
 MAX_RESULT_BYTES: Final = 1 << 20  # JSON, of one expression
@@ -62,6 +63,7 @@ def select(names: Mapping[str, Any], reference: Reference) -> Any:
 
 
 def _pick(value: Any, part: str | int) -> Any:
+    value = stored.opened(value)
     if isinstance(value, Mapping):
         return value.get(part, _MISSING) if isinstance(part, str) else _MISSING
     if isinstance(value, list) and isinstance(part, int):
@@ -79,8 +81,11 @@ def referred(names: Mapping[str, Any], references: tuple[Reference, ...]) -> dic
 
 
 def _cut(value: Any, paths: list[tuple[str | int, ...]]) -> Any:
-    if not isinstance(value, Mapping) or any(not path or not isinstance(path[0], str) for path in paths):
-        return value
+    looks_inside = all(path and isinstance(path[0], str) for path in paths)
+    if looks_inside:
+        value = stored.opened(value)
+    if not isinstance(value, Mapping) or not looks_inside:
+        return stored.whole(value, limit_bytes=MAX_DATA_BYTES) if stored.has_any(value) else value
     kept: dict[str, Any] = {}
     for key in {path[0] for path in paths}:
         inner = value.get(str(key), _MISSING)

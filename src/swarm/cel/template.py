@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from swarm.cel import stored
 from swarm.cel.evaluate import MAX_RESULT_BYTES, Evaluator
 from swarm.cel.expression import Expression, ExpressionError, parse
 
@@ -149,11 +150,15 @@ def _fill_text(cut: Text, names: Mapping[str, Any], evaluator: Evaluator) -> Any
         return evaluator.evaluate(cut.only, names)
     pieces, length = [], 0
     for part in cut.parts:
-        pieces.append(part if isinstance(part, str) else written(evaluator.evaluate(part[0], names)))
+        pieces.append(part if isinstance(part, str) else written(_whole(evaluator.evaluate(part[0], names))))
         length += len(pieces[-1])
         if length > MAX_RESULT_BYTES:
             raise ExpressionError(f"the text becomes larger than {MAX_RESULT_BYTES >> 20} MiB")
     return "".join(pieces)
+
+
+def _whole(value: Any) -> Any:
+    return stored.whole(value, limit_bytes=MAX_RESULT_BYTES) if stored.has_any(value) else value
 
 
 def written(value: Any) -> str:

@@ -218,6 +218,24 @@ step_executions = sa.Table(
     sa.Index("step_executions_run", "run_id"),
 )
 
+# Large values that steps left, as JSON text, by the SHA-256 of it. Rows refer to them: see artifacts.py.
+artifacts = sa.Table(
+    "artifacts",
+    metadata,
+    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("bytes", sa.Integer(), nullable=False),
+    _time("created_at"),
+    _text("data", null=False),  # last: SQLite reads past what is not asked for only when something stands behind it
+)
+
+artifact_uses = sa.Table(
+    "artifact_uses",
+    metadata,
+    sa.Column("ticket_id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    sa.Index("artifact_uses_digest", "digest"),
+)
+
 attempts = sa.Table(
     "attempts",
     metadata,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from swarm.cel import template
+from swarm.cel import stored, template
 from swarm.cel.expression import ExpressionError
 from swarm.model import StepStatus
 from swarm.workflow.definition import Step, Workflow
@@ -60,6 +60,7 @@ class Children(Desk):
         assert step.for_each is not None
         names = self._names()
         items = template.fill({"for_each": step.for_each.items}, names, self._evaluator)["for_each"]
+        items = stored.opened(items)
         if not isinstance(items, list):
             raise ExpressionError(f"for_each wants a list, and was given {kind(items)}")
         if len(items) > MAX_ITEMS:

@@ -28,6 +28,9 @@ _SQLITE_TRIGGERS = (
       DELETE FROM step_executions WHERE run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = OLD.id);
       DELETE FROM workflow_runs WHERE ticket_id = OLD.id;
       DELETE FROM ticket_dependencies WHERE ticket_id = OLD.id;
+      DELETE FROM artifacts WHERE digest IN (SELECT digest FROM artifact_uses WHERE ticket_id = OLD.id)
+        AND NOT EXISTS (SELECT 1 FROM artifact_uses u WHERE u.digest = artifacts.digest AND u.ticket_id <> OLD.id);
+      DELETE FROM artifact_uses WHERE ticket_id = OLD.id;
       INSERT INTO events (ticket_id, kind) VALUES (OLD.id, 'deleted');
     END""",
     """
@@ -229,6 +232,19 @@ def upgrade() -> None:
         ),
         _index("step_executions_delayed", "available_at", where="status = 'ready' AND available_at IS NOT NULL"),
         sa.Index("step_executions_run", "run_id"),
+    )
+    op.create_table(
+        "artifacts",
+        sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+        sa.Column("bytes", sa.Integer(), nullable=False),
+        _time("created_at"),
+        _text("data", null=False),
+    )
+    op.create_table(
+        "artifact_uses",
+        sa.Column("ticket_id", sa.Text(), primary_key=True, nullable=False),
+        sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+        sa.Index("artifact_uses_digest", "digest"),
     )
     op.create_table(
         "attempts",
