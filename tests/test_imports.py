@@ -26,10 +26,10 @@ LAYERS: list[set[str]] = [
     {"outside"},  # what an attempt may reach beyond its VM
     {"engine"},
     {"worker", "triggers"},
-    {"api", "single", "dispatch", "prove", "packages", "trial"},
+    {"api", "single", "dispatch", "prove", "packages", "layers", "trial"},
     {"doctor"},
     {"app"},
-    {"checkup"},
+    {"checkup", "byhand"},
     {"bench"},
     {"cli"},
 ]

@@ -6,19 +6,17 @@ are imported by the function that needs them, so that `swarm ticket list` doesn'
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.config import SYSTEM_HOME, Settings
-from swarm.errors import Conflict, HostError, ImageError, SwarmError
+from swarm.errors import Conflict, HostError, ImageError
 
 if TYPE_CHECKING:
     from asyncio import Task
@@ -27,21 +25,20 @@ if TYPE_CHECKING:
     from swarm.dispatch import Dispatcher
     from swarm.engine import Engine
     from swarm.gateway.forward import Gateway
-    from swarm.model import Agent, Ticket
+    from swarm.model import Ticket
     from swarm.outside import Outside
     from swarm.store.rows import AttemptRow
     from swarm.store.store import Store
     from swarm.vm.choose import Choice
-    from swarm.vm.driver import Image, Layer
+    from swarm.vm.driver import Image
     from swarm.vm.image import Images
-    from swarm.vm.inventory import Inventory, VmRecord
+    from swarm.vm.inventory import Inventory
     from swarm.vm.launcher import Launcher
-    from swarm.vm.layer import HostLayers, LayerInfo, Layers
+    from swarm.vm.layer import HostLayers, Layers
     from swarm.vm.network import Network
     from swarm.vm.pool import Pool
     from swarm.vm.process import NoImages
     from swarm.vm.ssh import SshDir
-    from swarm.vm.sweep import CleanupReport
     from swarm.vm.template import Templates
     from swarm.worker import Ended, Worker
 
@@ -51,7 +48,7 @@ _HTTP_BUSY_SECONDS = 5.0
 Progress = Callable[[str, float], None]  # what is being done, and the share of all that is done (0 to 1)
 
 
-def _silent(_step: str, _share: float) -> None:
+def silent(_step: str, _share: float) -> None:
     return None
 
 
@@ -72,7 +69,8 @@ def images(settings: Settings) -> Images:
     return Images(dir=settings.images, cache=_cache() / "base", default=settings.image)
 
 
-def _image_source(settings: Settings) -> Images | NoImages:
+def image_source(settings: Settings) -> Images | NoImages:
+    """Where an engine under these settings gets its images: a plain process needs none."""
     from swarm.vm.process import NoImages
 
     return NoImages() if settings.driver == "process" else images(settings)
@@ -168,7 +166,7 @@ def engine(settings: Settings, vms: Launcher, reachable: Outside) -> Engine:
 
     return Engine(
         launcher=vms,
-        images=_image_source(settings),
+        images=image_source(settings),
         layers=layers(settings),
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
         outside=reachable,
@@ -219,13 +217,14 @@ async def sweep(settings: Settings) -> None:
 # --- setting up a home ----------------------------------------------------------------------------------------------
 
 
-async def init(settings: Settings, *, image: bool = True, progress: Progress = _silent) -> list[str]:
+async def init(settings: Settings, *, image: bool = True, progress: Progress = silent) -> list[str]:
     """Make ``settings.home`` ready for tickets; what is there already stays. Returns what was done, a line each.
 
     Databases created and migrated, the registry's link, the agents and workflows that ship, and (with ``image``) the
     guest image.
     """
     from swarm import packages
+    from swarm.layers import shipped
 
     said = []
     # What tickets say, and what agents answered, is their owner's affair.
@@ -248,52 +247,17 @@ async def init(settings: Settings, *, image: bool = True, progress: Progress = _
         found = await ensure_image(settings, progress)
         said.append(f"image      {found.digest[:12]} in {found.dir}")
         async with store(settings) as opened:
-            said += await _ship_layers(opened, settings, progress)
+            said += await shipped(opened, image_source(settings), layers(settings), progress)
     return said
 
 
-async def ensure_image(settings: Settings, progress: Progress = _silent) -> Image:
+async def ensure_image(settings: Settings, progress: Progress = silent) -> Image:
     """The image of the current recipe: found, taken from the cache, or built."""
     source = images(settings)
     try:
         return await source.find()
     except ImageError:
         return await source.build(progress=progress)
-
-
-async def build_layer(
-    settings: Settings, agent: Agent, *, force: bool = False, progress: Progress = _silent
-) -> Layer | None:
-    """What the agent's manifest asks for, built unless it is there; None when it asks for nothing."""
-    if not agent.needs_layer:
-        return None
-    image = await _image_source(settings).find(agent.image)
-    return await layers(settings).build(agent, image, force=force, progress=progress)
-
-
-async def layers_in_use(settings: Settings, opened: Store) -> list[tuple[LayerInfo, list[str]]]:
-    """Every layer, with the registered agents that need it upon the images of today."""
-    there = guest_layers(settings)
-    users: dict[str, list[str]] = {}
-    for agent in await opened.agents(broken=False):
-        if agent.needs_layer:
-            key = there.key(agent, await images(settings).find(agent.image))
-            users.setdefault(key, []).append(f"{agent.name}@{agent.version}")
-    return [(info, users.get(info.key, [])) for info in there.list()]
-
-
-async def _ship_layers(opened: Store, settings: Settings, progress: Progress) -> list[str]:
-    """The layers of the agents that ship; without a network the rest of an installation is as good."""
-    from swarm import agents
-
-    said = []
-    for shipped in map(agents.read, agents.builtin()):
-        try:
-            if await build_layer(settings, await opened.agent(shipped.id), progress=progress):
-                said.append(f"layer      of {shipped.name} {shipped.version}")
-        except SwarmError as error:
-            said.append(f"layer      of {shipped.name} is not built, so it can't run yet: {error}")
-    return said
 
 
 def _make(directory: Path, mode: int = 0o755) -> None:
@@ -495,53 +459,3 @@ async def run_ticket_in_background(settings: Settings, ticket_id: str, *, timeou
         [*argv, "--home", str(settings.home), "--", ticket_id], output=log, env=ours, die_with_parent=False
     )
     return child.pid
-
-
-# --- VMs by hand ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spawned:
-    """A VM that runs by itself. ``driver`` says which one runs it, and why that one."""
-
-    record: VmRecord
-    driver: str
-    console: Path
-
-
-async def spawn(settings: Settings, n: int, *, memory_mb: int, vcpus: int, progress: Progress = _silent) -> Spawned:
-    """VM ``n``, which goes on when this process ends."""
-    from swarm.vm.driver import VmSpec
-
-    progress("image", 0.0)
-    spec = VmSpec(image=await images(settings).find(), vcpus=vcpus, memory_mb=memory_mb)
-    await sweep(settings)
-    progress("driver", 0.1)
-    chosen = await choice(settings)
-    progress("booting", 0.3)
-    record = await launcher(settings, chosen).spawn(n, spec)
-    return Spawned(record=record, driver=chosen.describe(), console=inventory(settings).dir(n) / "console.log")
-
-
-async def remove(settings: Settings, n: int) -> None:
-    """Remove VM ``n``. Raises NotFound; Conflict when a live engine uses it."""
-    from swarm.vm.sweep import remove_vm
-
-    net = network(settings)
-    await remove_vm(inventory(settings), net, n)
-    await asyncio.to_thread(ssh_dir(settings).know, net.address(n), None)
-
-
-async def cleanup(settings: Settings, *, force: bool = False) -> CleanupReport:
-    from swarm.vm import sweep
-
-    return await sweep.cleanup(inventory(settings), network(settings), force=force)
-
-
-async def install_firecracker(
-    version: str | None, source: Path | None, target: Path, *, progress: Progress = _silent
-) -> list[Path]:
-    """Download (or take from ``source``), check and install Firecracker and its jailer. Returns their paths."""
-    from swarm.vm.firecracker_install import DEFAULT_VERSION, install
-
-    return await install(version=version or DEFAULT_VERSION, source=source, target=target, progress=progress)

@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from swarm import app, config
+from swarm import app, byhand, config
 from swarm.cli.proof import prove
 from swarm.config import Settings
 from swarm.model import TERMINAL_TICKET_STATES, Agent, FailureReason, Retry
@@ -282,7 +282,7 @@ async def main() -> None:
         try:
             await campaign(settings, seed=options.seed, tickets=options.tickets, max_vms=options.max_vms)
         finally:
-            await app.cleanup(settings, force=True)
+            await byhand.cleanup(settings, force=True)
 
 
 if __name__ == "__main__":

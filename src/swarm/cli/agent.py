@@ -136,7 +136,7 @@ async def build(
 
 
 @command(app, "layers", examples=["swarm agent layers", "swarm agent layers --rm-unused"], json=True)
-async def layers(
+async def layers_(
     cli: Cli,
     rm_unused: Annotated[
         bool, typer.Option("--rm-unused", help="Remove those that no registered agent needs on today's image.")
@@ -146,13 +146,15 @@ async def layers(
     from dataclasses import asdict
 
     from swarm import app as wiring
+    from swarm import layers
     from swarm.cli import render
 
+    there = wiring.guest_layers(cli.settings)
     async with wiring.store(cli.settings) as store:
-        found = await wiring.layers_in_use(cli.settings, store)
+        found = await layers.in_use(store, wiring.images(cli.settings), there)
     gone = [info for info, users in found if not users] if rm_unused else []
     for info in gone:
-        wiring.guest_layers(cli.settings).remove(info.key)
+        there.remove(info.key)
         cli.out.note(f"removed {info.key[:12]}")
     found = [(info, users) for info, users in found if info not in gone]
     if cli.out.json:
@@ -277,12 +279,14 @@ def _is_path(source: str) -> bool:
 async def _build(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False) -> Layer | None:
     """The agent's layer, with a bar while it is built."""
     from swarm import app as wiring
+    from swarm import layers
 
     if not agent.needs_layer:
         return None
     settings = cli.settings if vm else cli.settings.model_copy(update={"driver": "process"})
     with cli.out.progress(f"layer of {agent.name}") as progress:
-        return await wiring.build_layer(settings, agent, force=force, progress=progress)
+        source = wiring.image_source(settings)
+        return await layers.build(agent, source, wiring.layers(settings), force=force, progress=progress)
 
 
 def _shown(value: object) -> object:

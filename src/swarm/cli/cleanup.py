@@ -32,9 +32,9 @@ async def cleanup(
     VMs that a live engine is using right now stay, and so does the bridge they hang on, unless --force is given.
     Safe to run twice, and on a clean host. Tickets, agents and images are not touched.
     """
-    from swarm import app as wiring
+    from swarm import byhand
 
-    swept = await wiring.cleanup(cli.settings, force=force)
+    swept = await byhand.cleanup(cli.settings, force=force)
     status = 1 if swept.failed else 0
     if cli.out.json:
         cli.out.dump(swept)

@@ -25,10 +25,10 @@ _Cpus = Annotated[int, typer.Option("--cpus", min=1, help="Virtual CPUs.")]
 
 
 async def _spawn(cli: Cli, n: int, memory: int, cpus: int) -> None:
-    from swarm import app as wiring
+    from swarm import byhand
 
     with cli.out.progress(f"VM {n}") as progress:
-        spawned = await wiring.spawn(cli.settings, n, memory_mb=memory, vcpus=cpus, progress=progress)
+        spawned = await byhand.spawn(cli.settings, n, memory_mb=memory, vcpus=cpus, progress=progress)
     if cli.out.json:
         cli.out.dump(spawned)
         return
@@ -101,11 +101,11 @@ async def rm(
     n: Annotated[list[int], typer.Argument(metavar="N…", min=1, max=MAX_VM, help="VM numbers.", show_default=False)],
 ) -> None:
     """Remove VMs that were made by hand."""
-    from swarm import app as wiring
+    from swarm import byhand
 
     for number in n:
         _record(cli, number)
-        await wiring.remove(cli.settings, number)
+        await byhand.remove(cli.settings, number)
         cli.out.line(f"removed VM {number}")
 
 

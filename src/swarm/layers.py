@@ -1,0 +1,43 @@
+"""The layers of registered agents: what is built for them, and who needs what is there."""
+
+from __future__ import annotations
+
+from swarm import agents
+from swarm.engine import ImageSource
+from swarm.errors import SwarmError
+from swarm.model import Agent
+from swarm.store.store import Store
+from swarm.vm.driver import Layer
+from swarm.vm.imagebuild import Progress
+from swarm.vm.layer import HostLayers, LayerInfo, Layers
+
+
+async def build(
+    agent: Agent, images: ImageSource, layers: Layers | HostLayers, *, progress: Progress, force: bool = False
+) -> Layer | None:
+    """What the agent's manifest asks for, built unless it is there; None when it asks for nothing."""
+    if not agent.needs_layer:
+        return None
+    return await layers.build(agent, await images.find(agent.image), force=force, progress=progress)
+
+
+async def shipped(store: Store, images: ImageSource, layers: Layers | HostLayers, progress: Progress) -> list[str]:
+    """Build those of the agents that ship; a line for each. The rest of an installation is as good without."""
+    said = []
+    for one in map(agents.read, agents.builtin()):
+        try:
+            if await build(await store.agent(one.id), images, layers, progress=progress):
+                said.append(f"layer      of {one.name} {one.version}")
+        except SwarmError as error:
+            said.append(f"layer      of {one.name} is not built, so that agent can't run yet: {error}")
+    return said
+
+
+async def in_use(store: Store, images: ImageSource, layers: Layers) -> list[tuple[LayerInfo, list[str]]]:
+    """Every layer, with the registered agents that need it upon the images of today."""
+    users: dict[str, list[str]] = {}
+    for agent in await store.agents(broken=False):
+        if agent.needs_layer:
+            key = layers.key(agent, await images.find(agent.image))
+            users.setdefault(key, []).append(f"{agent.name}@{agent.version}")
+    return [(info, users.get(info.key, [])) for info in layers.list()]
