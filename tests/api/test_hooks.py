@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -335,3 +336,19 @@ async def test_the_command_says_what_is_wrong(tmp_path: Path, server: Server) ->
     refused(await server.post(), 401, "under this hook's secret")  # the old one is worth nothing
     headers = server.signed(BODY, key=made["secret"].encode())
     assert (await server.client.post("/hooks/nightly", content=BODY, headers=headers)).status_code == 202
+
+
+async def test_the_command_lines_in_the_docs(server: Server) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "workflows.md").read_text(encoding="utf-8")
+    (lines,) = (
+        block for block in re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "curl" in block
+    )
+    lines = lines.replace("http://127.0.0.1:8420/hooks/on-push", f"{server.client.base_url}/hooks/nightly")
+    process = await asyncio.create_subprocess_exec(
+        "bash", "-euc", lines, env=os.environ | {"SECRET": server.keys["KEY"].decode()},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, err
+    (ticket,) = await server.tickets()
+    assert json.loads(out)["ticket_id"] == ticket.id

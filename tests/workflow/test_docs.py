@@ -31,6 +31,8 @@ def blocks(name: str, language: str) -> list[str]:
 INPUTS: dict[str, Any] = {
     "typed": {"name": "Ada", "tags": ["x"]},
     "nightly": {"branch": "main"},
+    "on-push": {"branch": "main"},
+    "on-github-push": {"event": "push", "ref": "refs/heads/main"},
 }
 OUTPUTS: dict[str, Any] = {
     "release-notes": {"notes": "changes since v1.0\n"},
