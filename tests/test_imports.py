@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"worker", "triggers"},
     {"api", "single", "dispatch", "prove", "packages", "layers", "trial"},
     {"doctor"},
-    {"app"},
+    {"app", "web"},
     {"checkup", "byhand"},
     {"bench"},
     {"cli"},

@@ -19,9 +19,6 @@ from swarm.config import SYSTEM_HOME, Settings
 from swarm.errors import Conflict, HostError, ImageError
 
 if TYPE_CHECKING:
-    from asyncio import Task
-
-    from swarm.api.secrets import HookSecrets
     from swarm.dispatch import Dispatcher
     from swarm.engine import Engine
     from swarm.gateway.forward import Gateway
@@ -41,9 +38,6 @@ if TYPE_CHECKING:
     from swarm.vm.ssh import SshDir
     from swarm.vm.template import Templates
     from swarm.worker import Ended, Worker
-
-# How long whoever sent a request waits for a locked database.
-_HTTP_BUSY_SECONDS = 5.0
 
 Progress = Callable[[str, float], None]  # what is being done, and the share of all that is done (0 to 1)
 
@@ -402,33 +396,6 @@ async def dispatcher(
                 info={"driver": settings.driver, "started": process.start_time(os.getpid())},
                 ended=ended,
             )
-
-
-@asynccontextmanager
-async def served(settings: Settings, *, host: str, port: int, remote: bool) -> AsyncIterator[tuple[str, Task[None]]]:
-    """The HTTP server, while the block lasts: its URL, and the task that ends if it does.
-
-    Raises UsageError for an address that others can reach, unless ``remote``; HostError, StoreError.
-    """
-    from swarm.api import server
-    from swarm.api.hooks import Hooks
-    from swarm.cel.jail import Jail
-    from swarm.store.store import Store
-
-    server.check_host(host, remote=remote)
-    patience = min(settings.busy_timeout_seconds, _HTTP_BUSY_SECONDS)
-    with Jail() as jail:
-        async with Store.open(settings.database, busy_timeout_seconds=patience) as opened:
-            await opened.workflows()  # what is wrong with the database is said now, not to the first sender
-            hooks = Hooks(store=opened, secrets=hook_secrets(settings), evaluator=jail)
-            async with server.serving(hooks.app(), host=host, port=port) as serving:
-                yield serving
-
-
-def hook_secrets(settings: Settings) -> HookSecrets:
-    from swarm.api.secrets import HookSecrets
-
-    return HookSecrets(settings.data_dir / "webhooks")
 
 
 async def run_ticket(

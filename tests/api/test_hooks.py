@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
-from swarm import app, config
+from swarm import app, config, web
 from swarm.api import hooks
 from swarm.config import Settings
 from swarm.errors import HostError, UsageError
@@ -76,7 +76,7 @@ class Server:
 @asynccontextmanager
 async def served(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     async with (
-        app.served(settings, host="127.0.0.1", port=0, remote=False) as (url, _),
+        web.served(settings, host="127.0.0.1", port=0, remote=False) as (url, _),
         httpx.AsyncClient(base_url=url, timeout=30) as client,
     ):
         yield client
@@ -90,7 +90,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
         await store.migrate()
         for flow in (FLOW, FORGE):
             await store.put_workflow(flow)
-        secrets = app.hook_secrets(settings)
+        secrets = web.hook_secrets(settings)
         keys = {name: secrets.make(name, replace=False).encode() for name in ("KEY", "FORGE")}
         async with served(settings) as client:
             yield Server(settings=settings, store=store, client=client, keys=keys)
@@ -255,7 +255,7 @@ async def test_a_database_that_is_locked(server: Server) -> None:
 async def test_secrets(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     file = server.settings.data_dir / "webhooks" / "KEY"
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    secrets = app.hook_secrets(server.settings)
+    secrets = web.hook_secrets(server.settings)
     assert secrets.get("KEY") == server.keys["KEY"] and secrets.get("OTHER") is None
     file.chmod(0o640)
     refused(await server.post(), 500, "its owner must")
@@ -275,11 +275,11 @@ async def test_secrets(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_addresses(server: Server) -> None:
     for host in ("0.0.0.0", "::", "192.0.2.7", "example.org"):
         with pytest.raises(UsageError, match="--allow-remote"):
-            async with app.served(server.settings, host=host, port=0, remote=False):
+            async with web.served(server.settings, host=host, port=0, remote=False):
                 raise AssertionError
     port = int(str(server.client.base_url).rsplit(":", 1)[1].strip("/"))
     with pytest.raises(HostError, match="in use"):
-        async with app.served(server.settings, host="127.0.0.1", port=port, remote=False):
+        async with web.served(server.settings, host="127.0.0.1", port=port, remote=False):
             raise AssertionError
 
 

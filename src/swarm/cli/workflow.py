@@ -184,6 +184,7 @@ async def webhook(
 ) -> None:
     """Make the secret that senders of this workflow's webhook sign with, and show it, this once."""
     from swarm import app as wiring
+    from swarm import web
     from swarm.errors import UsageError
 
     async with wiring.store(cli.settings) as store:
@@ -191,7 +192,7 @@ async def webhook(
     hook = row.parsed().webhook
     if hook is None:
         raise UsageError(f"the workflow {row.name}@{row.version} has no `webhook:` in its file")
-    secret = wiring.hook_secrets(cli.settings).make(hook.secret, replace=new)
+    secret = web.hook_secrets(cli.settings).make(hook.secret, replace=new)
     if cli.out.json:
         cli.out.dump({"path": f"/hooks/{row.name}", "name": hook.secret, "secret": secret, "header": hook.header})
         return
