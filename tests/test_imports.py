@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"outside"},  # what an attempt may reach beyond its VM
     {"engine"},
     {"worker", "triggers"},
-    {"api", "single", "dispatch", "prove", "packages", "layers", "trial"},
+    {"vault", "api", "single", "dispatch", "prove", "packages", "layers", "trial"},
     {"doctor"},
     {"app", "web"},
     {"checkup", "byhand"},

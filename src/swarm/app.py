@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from swarm.outside import Outside
     from swarm.store.rows import AttemptRow
     from swarm.store.store import Store
+    from swarm.vault import Vault
     from swarm.vm.choose import Choice
     from swarm.vm.driver import Image
     from swarm.vm.image import Images
@@ -186,13 +187,19 @@ async def outside(settings: Settings, opened: Store | None) -> AsyncIterator[Out
         return Gateway(
             upstreams=upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ),
             prices=prices.load(_table(settings.prices, settings.home / "prices.toml")),
-            keys=upstreams.Keys(),
+            keys=upstreams.Keys(secret=None if opened is None else vault(settings, opened).get),
             ledger=Unbooked() if opened is None else opened,
             day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
         )
 
-    async with Outside(gateway=gateway) as made:
+    async with Outside(gateway=gateway, secrets=None if opened is None else vault(settings, opened)) as made:
         yield made
+
+
+def vault(settings: Settings, opened: Store) -> Vault:
+    from swarm.vault import Vault
+
+    return Vault(opened, key_file=settings.data_dir / "secret.key")
 
 
 def _table(named: Path | None, usual: Path) -> Path | None:
@@ -421,7 +428,11 @@ async def run_ticket_in_background(settings: Settings, ticket_id: str, *, timeou
     argv = [sys.executable, "-m", "swarm.cli.engine", "run-ticket", "--wait", "--json"]
     if timeout_seconds is not None:
         argv += ["--timeout", f"{timeout_seconds:g}"]
-    ours = {name: value for name, value in os.environ.items() if name.startswith("SWARM_")}
+    from swarm.gateway import upstreams
+
+    # The keys of the gateway's services too: it is that process which has the gateway.
+    table = upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
+    ours = {n: v for n, v in os.environ.items() if n.startswith("SWARM_") or n in upstreams.variables(table)}
     child = await process.spawn(
         [*argv, "--home", str(settings.home), "--", ticket_id], output=log, env=ours, die_with_parent=False
     )

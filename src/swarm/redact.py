@@ -46,11 +46,13 @@ class Redactor:
 
     def held(self, data: bytes) -> int:
         """How many bytes at the end may be the beginning of a secret."""
+        longest = 0
         for value, _ in self._bytes:
-            for length in range(min(len(value) - 1, len(data)), 0, -1):
+            for length in range(min(len(value) - 1, len(data)), longest, -1):
                 if data.endswith(value[:length]):
-                    return length
-        return 0
+                    longest = length
+                    break
+        return longest
 
 
 class Stream:

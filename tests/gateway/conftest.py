@@ -22,6 +22,7 @@ from swarm.gateway.upstreams import Keys
 from swarm.ledger import Account, Limit
 from swarm.model import Agent, Claim, Ticket
 from swarm.store.store import Store
+from tests.engine.conftest import plain as plain  # the fixture: agents as plain processes
 from tests.gateway.messages_api import MessagesApi
 
 KEY = "sk-ant-the-real-key-0123456789"

@@ -29,7 +29,8 @@ STATEMENTS: dict[str, sa.TextClause] = {
 
 # Whole-table reads that are meant: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
-    r"SCAN (agents|workflows|schedules|s|workers|clock|moment|pragma_data_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
+    r"SCAN (agents|secrets|workflows|schedules|s|workers|clock|moment|pragma_data_version|"
+    r"CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(
     r"SCAN \w+ USING (COVERING )?INDEX "

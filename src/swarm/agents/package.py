@@ -28,6 +28,7 @@ _Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=
 _Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 _Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 _Domain = Annotated[str, StringConstraints(pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$")]
+_Service = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 _Requirement = Annotated[str, StringConstraints(pattern=REQUIREMENT)]
 _DebianPackage = Annotated[str, StringConstraints(pattern=DEBIAN_PACKAGE)]
 
@@ -44,8 +45,22 @@ class _Retry(_Strict):
     on: frozenset[FailureReason] = Retry().on
 
 
-class _Allow(_Strict):
-    allow: tuple[_Domain, ...] = Field(min_length=1)
+class _Network(_Strict):
+    """Several ways at once. ``gateway: true`` is the model API; a list names services of the gateway's table."""
+
+    gateway: bool | Annotated[tuple[_Service, ...], Field(min_length=1)] = False
+    allow: tuple[_Domain, ...] = ()
+    open: bool = False
+
+    def __str__(self) -> str:
+        parts = []
+        if isinstance(self.gateway, tuple):
+            parts.append("gateway:" + ",".join(self.gateway))
+        elif self.gateway:
+            parts.append("gateway")
+        if self.allow:
+            parts.append("allow:" + ",".join(self.allow))
+        return ";".join([*parts, *(["open"] if self.open else [])]) or "none"
 
 
 class _Example(_Strict):
@@ -80,7 +95,7 @@ class Manifest(_Strict):
     network_mb_per_second: float | None = Field(default=None, gt=0, le=1e6)
     timeout_seconds: float = Field(default=600.0, gt=0, le=7 * 86_400)
     idle_timeout_seconds: float | None = Field(default=None, gt=0)
-    network: Literal["none", "gateway", "open"] | _Allow = "none"
+    network: Literal["none", "gateway", "open"] | _Network = "none"
     secrets: tuple[_Variable, ...] = ()
     env: dict[_Variable, _Word | Literal[""]] = Field(default_factory=dict)
     preload: tuple[_Module, ...] = ()
@@ -88,6 +103,8 @@ class Manifest(_Strict):
     packages: tuple[_DebianPackage, ...] = Field(default=(), max_length=200)
     retry: _Retry = _Retry()
     idempotent: bool = False
+    budget_usd: float | None = Field(default=None, ge=0, le=1e9)
+    budget_tokens: int | None = Field(default=None, ge=0, le=10**15)
     examples: tuple[_Example, ...] = Field(default=(), max_length=100)
 
     @pydantic.field_validator("inputs", "outputs", "inputs_schema", "outputs_schema")
@@ -183,7 +200,6 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
     def schema(value: dict[str, Any] | None) -> str | None:
         return None if value is None else json.dumps(value, sort_keys=True)
 
-    network = manifest.network
     return Agent(
         id=str(manifest.id or uuid.uuid5(_NAMESPACE, f"{manifest.name}@{manifest.version}")),
         name=manifest.name,
@@ -202,7 +218,7 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         network_mb_per_second=manifest.network_mb_per_second,
         timeout_seconds=manifest.timeout_seconds,
         idle_timeout_seconds=manifest.idle_timeout_seconds,
-        network="allow:" + ",".join(network.allow) if isinstance(network, _Allow) else network,
+        network=str(manifest.network),
         secrets=manifest.secrets,
         env=dict(manifest.env),
         preload=manifest.preload,
@@ -210,4 +226,6 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         packages=manifest.packages,
         retry=Retry(**manifest.retry.model_dump()),
         idempotent=manifest.idempotent,
+        budget_usd=manifest.budget_usd,
+        budget_tokens=manifest.budget_tokens,
     )

@@ -45,6 +45,10 @@ async def add(
     project: Annotated[str | None, typer.Option("--project", help="Any text to group tickets by.")] = None,
     priority: Annotated[int, typer.Option("--priority", help="Higher runs sooner.")] = 0,
     timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds the agent may take.", min=0.001)] = None,
+    budget_usd: Annotated[
+        float | None, typer.Option("--budget-usd", help="What its model calls may cost, retries included.", min=0)
+    ] = None,
+    budget_tokens: Annotated[int | None, typer.Option("--budget-tokens", help="The same in tokens.", min=0)] = None,
     draft: Annotated[bool, typer.Option("--draft", help="Don't run it yet: state 'draft'.")] = False,
 ) -> None:
     """Add a ticket, and print its id."""
@@ -66,6 +70,8 @@ async def add(
                 inputs=json.dumps(read_inputs(inputs, input or []), ensure_ascii=False),
                 priority=priority,
                 timeout_seconds=timeout,
+                budget_usd=budget_usd,
+                budget_tokens=budget_tokens,
             )
         )
     if cli.out.json:

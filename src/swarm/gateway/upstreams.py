@@ -90,6 +90,14 @@ def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream
     return found
 
 
+def variables(table: Mapping[str, Upstream]) -> frozenset[str]:
+    """What of the host's environment keys and addresses come from."""
+    names = {"CREDENTIALS_DIRECTORY"}
+    for upstream in table.values():
+        names |= {upstream.base_url_env, upstream.key_env, f"{upstream.key_env}_FILE"}
+    return frozenset(names - {""})
+
+
 SecretOf = Callable[[str], Awaitable[str | None]]
 
 

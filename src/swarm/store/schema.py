@@ -304,6 +304,17 @@ model_calls = sa.Table(
     sa.Index("model_calls_step", "step_execution_id"),
 )
 
+# Values are sealed (`swarm.vault`): nothing in here can be read without the key file.
+secrets = sa.Table(
+    "secrets",
+    metadata,
+    sa.Column("name", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("scope", sa.Text(), primary_key=True, nullable=False),  # 'all', 'agent:NAME', 'workflow:NAME'
+    _text("sealed", null=False),
+    _time("created_at"),
+    _time("updated_at"),
+)
+
 workers = sa.Table(
     "workers",
     metadata,

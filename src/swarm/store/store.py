@@ -20,6 +20,7 @@ from swarm.store import (
     queue,
     registry,
     schedules,
+    sealed,
     spending,
     tickets,
     webhooks,
@@ -59,6 +60,10 @@ _EVENTS = each(events.events)
 _PRUNE = each(events.prune)
 _RESERVE = each(spending.reserve)
 _COSTS = each(spending.costs)
+_PUT_SECRET = each(sealed.put)
+_SECRETS = each(sealed.listed)
+_SEALED = each(sealed.of_names)
+_REMOVE_SECRET = each(sealed.remove)
 _PUT_AGENT = each(registry.put_agent)
 _AGENT = each(registry.agent)
 _AGENTS = each(registry.agents)
@@ -322,6 +327,22 @@ class Store:
     async def costs(self, by: spending.By, *, since: str = "") -> list[spending.Costs]:
         """Model calls since then (ISO-8601), summed."""
         return await self._read.call(_COSTS, spending.CostsRequest(by=by, since=since))
+
+    # --- secrets, sealed (swarm.vault) --------------------------------------------------------------------------------
+
+    async def put_secret(self, secret: sealed.Sealed) -> None:
+        await self._write.call(_PUT_SECRET, secret)
+
+    async def secrets(self) -> list[sealed.SecretRow]:
+        return await self._read.call(_SECRETS, None)
+
+    async def sealed_secrets(self, names: Sequence[str]) -> list[sealed.Sealed]:
+        """Secrets of these names, whatever their scopes."""
+        return await self._read.call(_SEALED, tuple(names))
+
+    async def remove_secret(self, name: str, scope: str) -> None:
+        """Raises NotFound."""
+        await self._write.call(_REMOVE_SECRET, sealed.RemoveRequest(name=name, scope=scope))
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 

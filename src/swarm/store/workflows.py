@@ -25,12 +25,12 @@ _BY_ID: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows WHERE id = :ref")
 _BY_NAME: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows WHERE name = :ref")
 _ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows ORDER BY name, version")
 _INSERT: Final = sa.text(
-    "INSERT INTO workflows (id, name, version, description, steps, variables) "
-    "VALUES (:id, :name, :version, :description, :steps, :variables)"
+    "INSERT INTO workflows (id, name, version, description, steps, variables, budget_usd, budget_tokens) "
+    "VALUES (:id, :name, :version, :description, :steps, :variables, :budget_usd, :budget_tokens)"
 )
 _UPDATE: Final = sa.text(
     "UPDATE workflows SET name = :name, version = :version, description = :description, steps = :steps, "
-    "variables = :variables, updated_at = :now WHERE id = :id"
+    "variables = :variables, budget_usd = :budget_usd, budget_tokens = :budget_tokens, updated_at = :now WHERE id = :id"
 )
 _ENABLE: Final = sa.text("UPDATE workflows SET enabled = :enabled, updated_at = :now WHERE id = :id")
 
@@ -94,6 +94,8 @@ def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
         "description": new.description,
         "steps": text,
         "variables": dump(dict(new.variables)),
+        "budget_usd": new.budget_usd,
+        "budget_tokens": new.budget_tokens,
     }
     present = tx.first(_BY_ID, ref=id_)
     if present is None:

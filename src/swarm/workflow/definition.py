@@ -107,6 +107,8 @@ class Workflow:
     on_error: tuple[Step, ...] = ()
     on_success: tuple[Step, ...] = ()
     fail_fast: bool = False
+    budget_usd: float | None = None  # what the model calls of one run may cost together
+    budget_tokens: int | None = None
     schedule: tuple[Schedule, ...] = ()
     webhook: Webhook | None = None
 

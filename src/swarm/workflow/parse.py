@@ -124,6 +124,8 @@ class _File(_Body):
     id: uuid.UUID | None = Field(default=None, strict=False)
     name: _Name
     version: _Version
+    budget_usd: float | None = Field(default=None, ge=0, le=1e9)
+    budget_tokens: int | None = Field(default=None, ge=0, le=10**15)
     schedule: _Schedule | Annotated[list[_Schedule | str], Field(max_length=MAX_SCHEDULES)] | str | None = None
     webhook: _Webhook | None = None
 
@@ -170,6 +172,8 @@ class _Builder:
             id=str(raw.id) if raw.id else None,
             name=raw.name,
             version=raw.version,
+            budget_usd=raw.budget_usd,
+            budget_tokens=raw.budget_tokens,
             schedule=tuple(found),
             webhook=webhook,
         )

@@ -309,6 +309,14 @@ def upgrade() -> None:
         sa.Index("model_calls_step", "step_execution_id"),
     )
     op.create_table(
+        "secrets",
+        sa.Column("name", sa.Text(), primary_key=True, nullable=False),
+        sa.Column("scope", sa.Text(), primary_key=True, nullable=False),
+        _text("sealed", null=False),
+        _time("created_at"),
+        _time("updated_at"),
+    )
+    op.create_table(
         "workers",
         sa.Column("id", sa.Text(), primary_key=True, nullable=False),
         _text("host", null=False),
