@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 # What a POSIX system has anyway; no apt-get, no qemu, no mmdebstrap.
@@ -48,3 +52,26 @@ def test_wrong_use_is_said(tmp_path: Path) -> None:
     done = run(tmp_path, "everything")
     assert done.returncode == 2
     assert "usage" in done.stderr
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("words", [["venv/bin/swarm-engine", "start"], ["-m", "swarm.cli.engine", "start"]])
+def test_an_installation_under_a_running_engine_is_not_replaced(tmp_path: Path, words: list[str]) -> None:
+    """By its command line it is one; what it does is no matter here."""
+    python = tmp_path / "venv/bin/python"
+    for program in (python.with_name("swarm-engine"), tmp_path / "swarm/cli/engine.py"):
+        program.parent.mkdir(parents=True)
+        program.write_text("input()")
+    python.symlink_to(sys.executable)
+    env = os.environ | {"SWARM_PREFIX": str(tmp_path), "SWARM_BIN": str(tmp_path / "bin")}
+    engine = subprocess.Popen(
+        [python, *(word.replace("venv/", f"{tmp_path}/venv/") for word in words)], stdin=subprocess.PIPE, cwd=tmp_path
+    )
+    try:
+        done = subprocess.run([ROOT / "tools" / "install"], env=env, capture_output=True, text=True, timeout=60)
+        assert engine.poll() is None
+    finally:
+        engine.communicate(b"\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"an engine runs from {tmp_path}/venv (pid {engine.pid}): `swarm-engine stop`")
+    assert not (tmp_path / "bin").exists()

@@ -6,6 +6,7 @@ are imported by the function that needs them, so that `swarm ticket list` doesn'
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.config import SYSTEM_HOME, Settings
-from swarm.errors import Conflict, HostError, ImageError
+from swarm.errors import Conflict, HostError, ImageError, NotFound
 
 if TYPE_CHECKING:
     from swarm.dispatch import Dispatcher
@@ -168,6 +169,11 @@ def engine(settings: Settings, vms: Launcher, reachable: Outside) -> Engine:
     )
 
 
+def images_of_templates(settings: Settings) -> set[str]:
+    """Digests of the images that templates were made from, and that their clones read."""
+    return {template.image for template in templates(settings).all()}
+
+
 def templates(settings: Settings) -> Templates:
     from swarm.vm.template import Templates
 
@@ -258,7 +264,7 @@ async def ensure_image(settings: Settings, progress: Progress = silent) -> Image
     try:
         return await source.find()
     except ImageError:
-        return await source.build(progress=progress)
+        return await source.build(keep=images_of_templates(settings), progress=progress)
 
 
 def _make(directory: Path, mode: int = 0o755) -> None:
@@ -329,7 +335,10 @@ async def worker(settings: Settings, opened: Store, *, warm: int | None = 0) -> 
 
     await sweep(settings)
     vms = launcher(settings, await choice(settings))
+    source = image_source(settings)
     async with AsyncExitStack() as stack:
+        with contextlib.suppress(ImageError, NotFound):  # the first ticket says so
+            stack.enter_context(source.used(await source.find()))
         reachable = await stack.enter_async_context(outside(settings, opened))
         if warm != 0:
             await stack.enter_async_context(await _pool(settings, vms, warm))

@@ -20,6 +20,7 @@ import pytest
 from swarm import app
 from swarm.aio import undoing
 from swarm.channel import Channel
+from swarm.clock import Timeline
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError
 from swarm.vm import choose, driver, firecracker, jailer, netns
@@ -27,6 +28,7 @@ from swarm.vm.driver import Image, Slot, Template, VmSpec
 from swarm.vm.firecracker import FirecrackerDriver, FirecrackerVm
 from swarm.vm.firecracker_api import Refused
 from swarm.vm.jailer import Bound
+from swarm.vm.launcher import Label, Machine
 from swarm.vm.qemu import QemuDriver
 from tests.vm import firecracker_here
 from tests.vm.test_drivers import death_of, inside
@@ -352,6 +354,51 @@ async def test_a_clone_answers(settings: Settings, fc_image: Image) -> None:
                 assert (await channel.hello()).boot_id
         finally:
             await vm.kill()
+
+
+async def test_the_limits_hold(settings: Settings, fc_image: Image) -> None:
+    """What a guest writes and what it is sent, with and without limits: the same clones, in the same run."""
+    ours = firecracker_here.with_firecracker(settings, fc_image)
+    await firecracker_here.template(ours)
+    launcher = app.launcher(ours, await app.choice(ours))
+    free = firecracker_here.spec(fc_image)
+    limited = dataclasses.replace(free, disk_mb_per_second=2.0, network_mb_per_second=1.0)
+    rates = []
+    for spec in (free, limited):
+        async with launcher.machine(spec, Label(), Timeline()) as machine:
+            rates.append((await disk_rate(machine, megabytes=8), await network_rate(machine, megabytes=4)))
+    (free_disk, free_network), (disk, network) = rates
+    print(
+        f"MB/s: disk {free_disk:.1f} without a limit, {disk:.2f} with 2; network {free_network:.1f}, {network:.2f} with 1"
+    )
+    # A second's worth goes through at once, so the mean of so little is above the limit: 8 MB take 3 s, 4 MB 3 s.
+    assert disk < 2.8 < free_disk
+    assert network < 1.4 < free_network
+
+
+async def disk_rate(machine: Machine, *, megabytes: int) -> float:
+    """MB/s, as the guest's own clock has it."""
+    code = (
+        "import mmap, os, time\n"
+        "page = mmap.mmap(-1, 1000 * 4096)\n"
+        "fd = os.open('/work/big', os.O_WRONLY | os.O_CREAT | os.O_DIRECT)\n"
+        "began = time.monotonic()\n"
+        f"for _ in range({megabytes}): os.write(fd, memoryview(page)[:245 * 4096])\n"
+        "os.fsync(fd)\n"
+        "print(time.monotonic() - began)"
+    )
+    said: list[bytes] = []
+    ended = await machine.channel.run(
+        ["/usr/bin/python3", "-S", "-c", code], timeout_seconds=120, on_output=lambda _, data: said.append(data)
+    )
+    assert ended.code == 0, said
+    return megabytes * 245 * 4096 / 1e6 / float(b"".join(said))
+
+
+async def network_rate(machine: Machine, *, megabytes: int) -> float:
+    began = time.monotonic()
+    await machine.channel.put({"big": os.urandom(megabytes * 1_000_000)}, dest="/work", owner="agent")
+    return megabytes / (time.monotonic() - began)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import signal
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,18 @@ async def test_same_inputs_same_digest_and_two_at_once_build_once(
     cache = tmp_path / "cache"  # the base's files on other inodes
     shutil.copytree(base_cache(settings), cache)
     images = Images(dir=tmp_path / "images", cache=cache, guest=guest)
+    old_base = cache / "0123abcd"
+    old_base.mkdir()
+    (old_base / "base.json").write_text("{}")
+    aged(old_base / "base.json")
+    shutil.copytree(image.dir, images._dir / image.digest, copy_function=os.link)
+    aged(images._dir / image.digest)
     steps: list[str] = []
     one, two = await asyncio.gather(*(images.build(progress=lambda label, _: steps.append(label)) for _ in "ab"))
     assert one == two and one.digest == other.digest
     assert steps.count("unpacking the base") == 1 and "waiting for another build" in steps
+    assert [info.digest for info in images.list()] == [one.digest], "an old image went when the new one was there"
+    assert not old_base.exists()
     manifests = [json.loads((i.dir / "manifest.json").read_text()) for i in (other, one)]
     assert manifests[0]["parts"] == manifests[1]["parts"]
     assert set(manifests[0]["parts"]) == {"kernel", "vmlinux", "initramfs", "root"}
@@ -121,6 +130,29 @@ async def test_no_image_says_how_to_get_one(tmp_path: Path) -> None:
         await empty.find("abc")
     with pytest.raises(NotFound):
         empty.remove("abc")
+
+
+def aged(path: Path) -> None:
+    then = time.time() - 1.5 * image_module.UNUSED_SECONDS
+    os.utime(path, (then, then))
+
+
+async def test_only_what_nobody_uses_gets_old(store: Images, image: Image, tmp_path: Path) -> None:
+    place = tmp_path / "images" / image.digest
+    assert store.collect(()) == (), "just made"
+    aged(place)
+    assert store.collect({image.digest}) == (), "a template's"
+    assert Images(dir=store._dir, cache=tmp_path, default=image.digest[:12]).collect(()) == (), "the settings' own"
+    found = await store.find()
+    assert store.collect(()) == (), "just asked for"
+    aged(store._dir / ".verified" / image.digest)
+    with store.used(found):
+        assert Images(dir=store._dir, cache=tmp_path).collect(()) == (), "in use by a live process"
+    assert await store.find() == found
+    assert store.collect(()) == (), "asked for again, with nothing to hash"
+    aged(store._dir / ".verified" / image.digest)
+    assert store.collect(()) == (image.digest,)
+    assert store.list() == []
 
 
 async def test_remove(store: Images, image: Image, tmp_path: Path) -> None:

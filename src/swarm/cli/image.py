@@ -34,8 +34,9 @@ async def build(
     from swarm import app as wiring
 
     images = wiring.images(cli.settings)
+    keep = wiring.images_of_templates(cli.settings)
     with cli.out.progress("guest image") as progress:
-        image = await images.build(force=force, kernel=kernel, boot_args=boot_args, progress=progress)
+        image = await images.build(force=force, kernel=kernel, boot_args=boot_args, keep=keep, progress=progress)
     if cli.out.json:
         cli.out.dump(image)
     else:

@@ -15,11 +15,15 @@ image any more; every part is hashed before it is booted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +42,8 @@ log = structlog.get_logger(__name__)
 GUEST: Final = Path(__file__).resolve().parent.parent / "guest"
 _MANIFEST: Final = "manifest.json"
 _FORMAT: Final = 1
+# Whenever an image is built, those that nobody used for so long go: an update leaves the old ones behind.
+UNUSED_SECONDS: Final = 14 * 86400.0
 # Shares of a build's time, measured (docs/adr/0003-image.md); the progress of each step is its own.
 _BASE_SHARE: Final = 0.9
 
@@ -71,9 +77,12 @@ class Images:
         force: bool = False,
         kernel: Path | None = None,
         boot_args: str | None = None,
+        keep: Collection[str] = (),
         progress: Progress = lambda label, fraction: None,
     ) -> Image:
         """The image of the current recipe, built unless it is there. ``force`` fetches all packages anew.
+
+        After a build, images and bases that nobody used for long go; not those in ``keep`` (digests).
 
         ``kernel`` (an ELF or a bzImage with its drivers built in) replaces the distribution's; ``boot_args`` are the
         arguments it needs. ``progress(label, fraction)`` is called as it goes. Raises ImageError, HostError.
@@ -89,9 +98,11 @@ class Images:
                     return image  # the build we waited for made it
                 await settle(asyncio.to_thread(staging.sweep, self._dir))
                 base = await self._base(recipe, force, lambda label, f: progress(label, _BASE_SHARE * f))
-                return await self._assemble(
+                image = await self._assemble(
                     recipe, base, kernel, lambda label, f: progress(label, _BASE_SHARE + (1 - _BASE_SHARE) * f)
                 )
+                await settle(asyncio.to_thread(self.collect, {image.digest, *keep}))
+                return image
         except CommandFailed as error:
             if not apt.FULL_DISK.search(str(error)):
                 raise
@@ -138,6 +149,20 @@ class Images:
         (self._dir / ".verified" / digest).unlink(missing_ok=True)
         shutil.rmtree(doomed)
         return digest
+
+    def used(self, image: Image) -> AbstractContextManager[None]:
+        """For the length of the block, in every process, no build takes this image for old."""
+        return staging.used(image.dir)
+
+    def collect(self, keep: Collection[str], *, unused_seconds: float = UNUSED_SECONDS) -> tuple[str, ...]:
+        """Remove the images that nobody asked for in so long, and that no live process has `used`; their digests."""
+        old = []
+        for info in self.list():
+            wanted = info.digest in keep or (self._default and info.digest.startswith(self._default))
+            if not wanted and staging.unused(info.dir, self._dir / ".verified" / info.digest, seconds=unused_seconds):
+                log.info("image removed: nobody used it for long", image=info.digest[:12], built=info.built_at)
+                old.append(self.remove(info.digest))
+        return tuple(old)
 
     # --- finding --------------------------------------------------------------------------------------------------
 
@@ -193,6 +218,9 @@ class Images:
         final = self._cache / recipe.base_key
         async with staging.locked(self._cache / ".lock", lambda: progress("waiting for another build", 0.0)):
             await settle(asyncio.to_thread(staging.sweep, self._cache))
+            with contextlib.suppress(OSError):
+                os.utime(final / "base.json")
+            await settle(asyncio.to_thread(_collect_bases, self._cache, recipe.base_key))
             if not force and await asyncio.to_thread(_base_is_whole, final):
                 imagebuild.check_host(for_base=False, where=self._dir)
                 return final
@@ -269,6 +297,14 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     parts = {name: [part["file"], part["sha256"], part["size_bytes"]] for name, part in manifest["parts"].items()}
     shaping = {"parts": parts, "boot_args": manifest["boot_args"]}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def _collect_bases(cache: Path, current: str) -> None:
+    """Remove bases that no build used for long. The caller holds the lock of the cache."""
+    for told in cache.glob("[0-9a-f]*/base.json"):
+        if told.parent.name != current and time.time() - told.stat().st_mtime > UNUSED_SECONDS:
+            log.info("base removed: no build used it for long", base=told.parent.name[:12])
+            shutil.rmtree(told.parent, ignore_errors=True)
 
 
 def _base_is_whole(base: Path) -> bool:

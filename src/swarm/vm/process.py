@@ -35,6 +35,9 @@ class NoImages:
         none = Path(os.devnull)
         return Image(digest="", dir=none, kernel=none, kernel_elf=none, root=none, initramfs=None, boot_args="")
 
+    def used(self, image: Image) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 class ProcessVm:
     """An agentd and its descendants. Known by pid and start time, so that it need not be our child."""

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -59,12 +59,40 @@ def damage(parts: Sequence[Part], stamp: Path) -> str:
                 return f"{part.path} is not what was built (its sha256 differs)"
         except OSError as error:
             return f"{part.path}: {error.strerror}"
-    if seen != known:
-        # Only a saving: a store that can't be written to is hashed each time.
-        with contextlib.suppress(OSError):
+    # Only a saving: a store that can't be written to is hashed each time.
+    with contextlib.suppress(OSError):
+        if seen == known:
+            os.utime(stamp)  # when it was last used: see `unused`
+        else:
             stamp.parent.mkdir(exist_ok=True)
             replace(stamp, json.dumps(seen).encode())
     return ""
+
+
+@contextlib.contextmanager
+def used(dir: Path) -> Iterator[None]:  # noqa: A002
+    """For the length of the block, in every process, what is in ``dir`` is not `unused`."""
+    fd = os.open(dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def unused(dir: Path, stamp: Path, *, seconds: float) -> bool:  # noqa: A002
+    """Was it made, and last looked at by `damage`, longer ago than that, and does no live process have it `used`?"""
+    last = max((path.stat().st_mtime for path in (dir, stamp) if path.exists()), default=0.0)
+    if time.time() - last < seconds:
+        return False
+    fd = os.open(dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def file_digest(path: Path) -> str:
