@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shlex
 import shutil
@@ -177,29 +178,55 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-async def kill_stranger(pid: int, started: int, *, timeout_seconds: float = 5.0) -> None:
-    """Kill the process that had this pid and start time, and wait until it is gone. Nothing if it already is.
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            return None
+        raise HostError(f"can't watch process {pid}: {error.strerror}") from error
+
+
+def signal_stranger(pid: int, started: int, number: signal.Signals) -> bool:
+    """Send a signal to the process that had this pid and start time; False when it is gone.
 
     A pidfd is opened before the start time is compared, so a recycled pid can't be hit.
     """
-    try:
-        fd = os.pidfd_open(pid)
-    except (ProcessLookupError, OSError):
-        return
+    fd = _pidfd(pid)
+    if fd is None:
+        return False
     try:
         if start_time(pid) != started:
-            return
+            return False
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-        gone = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(fd, gone.set)
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await gone.wait()
-        except TimeoutError:
-            raise HostError(f"process {pid} did not die within {timeout_seconds:g} s of SIGKILL") from None
-        finally:
-            loop.remove_reader(fd)
+            signal.pidfd_send_signal(fd, number)
+        return True
     finally:
         os.close(fd)
+
+
+async def gone(pid: int, started: int, *, timeout_seconds: float | None = None) -> bool:
+    """Wait until the process with this pid and start time is dead; False when it lives past the timeout."""
+    fd = _pidfd(pid)
+    if fd is None:
+        return True
+    loop = asyncio.get_running_loop()
+    dead = asyncio.Event()
+    loop.add_reader(fd, dead.set)
+    try:
+        if start_time(pid) != started:
+            return True
+        async with asyncio.timeout(timeout_seconds):
+            await dead.wait()
+        return True
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
+async def kill_stranger(pid: int, started: int, *, timeout_seconds: float = 5.0) -> None:
+    """Kill the process that had this pid and start time, and wait until it is gone. Nothing if it already is."""
+    if signal_stranger(pid, started, signal.SIGKILL) and not await gone(pid, started, timeout_seconds=timeout_seconds):
+        raise HostError(f"process {pid} did not die within {timeout_seconds:g} s of SIGKILL")

@@ -13,8 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,39 +145,14 @@ async def engines(settings: Settings) -> list[Process]:
 
 async def stop(one: Process, *, now: bool, timeout_seconds: float | None) -> bool:
     """SIGTERM (twice with ``now``), and wait for its end. False when it has not ended in time."""
-    async with _pidfd(one) as fd:
-        if fd is None:
-            return True
-        gone = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(fd, gone.set)
-        waiting = asyncio.ensure_future(gone.wait())
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                # The second not at once: the kernel makes one of two signals that are pending.
-                for pause in (_AGAIN_SECONDS, None) if now else (None,):
-                    with contextlib.suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(fd, signal.SIGTERM)
-                    await asyncio.wait({waiting}, timeout=pause)
-        except TimeoutError:
-            return False
-        finally:
-            loop.remove_reader(fd)
-            waiting.cancel()
-    return True
-
-
-@asynccontextmanager
-async def _pidfd(one: Process) -> AsyncIterator[int | None]:
-    try:
-        fd = os.pidfd_open(one.pid)
-    except OSError:
-        yield None
-        return
-    try:
-        yield fd if one.alive else None
-    finally:
-        os.close(fd)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_seconds):
+            # The second not at once: the kernel makes one of two signals that are pending.
+            for pause in (_AGAIN_SECONDS, None) if now else (None,):
+                process.signal_stranger(one.pid, one.started, signal.SIGTERM)
+                if await process.gone(one.pid, one.started, timeout_seconds=pause):
+                    return True
+    return False
 
 
 def _last_line(log: Path) -> str:

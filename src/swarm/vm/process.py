@@ -65,7 +65,7 @@ class ProcessVm:
 
     async def wait(self) -> str:
         if self._child is None:
-            await _gone(self.pid, self._started)
+            await process.gone(self.pid, self._started)
             return f"agentd (pid {self.pid}) ended"
         code = await self._child.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
@@ -86,19 +86,13 @@ class ProcessVm:
     async def _kill(self) -> None:
         """SIGTERM makes agentd kill its agent and all that this one started. Should agentd be dead or deaf, its zygote
         does the same; it is found by agentd's command line, which a fork keeps."""
-        if process.start_time(self.pid) == self._started:
-            fd = os.pidfd_open(self.pid)
-            try:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(fd, signal.SIGTERM)
-                await _gone(self.pid, self._started, timeout_seconds=_GRACE_SECONDS)
-            finally:
-                os.close(fd)
+        if process.signal_stranger(self.pid, self._started, signal.SIGTERM):
+            await process.gone(self.pid, self._started, timeout_seconds=_GRACE_SECONDS)
             await process.kill_stranger(self.pid, self._started)
         if self._child:
             await self._child.wait()
         for pid, started in (await asyncio.to_thread(_family, self._dir)).items():
-            await _gone(pid, started, timeout_seconds=_GRACE_SECONDS)
+            await process.gone(pid, started, timeout_seconds=_GRACE_SECONDS)
             await process.kill_stranger(pid, started)
         _socket(self._dir).unlink(missing_ok=True)
         await asyncio.to_thread(shutil.rmtree, _root(self._dir), ignore_errors=True)
@@ -180,25 +174,3 @@ def _family(dir: Path) -> dict[int, int]:  # noqa: A002
             if started is not None:
                 found[int(entry.name)] = started
     return found
-
-
-async def _gone(pid: int, started: int, *, timeout_seconds: float | None = None) -> bool:
-    """Wait until the process with this pid and start time is dead; False when it lives past the timeout."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    loop = asyncio.get_running_loop()
-    dead = asyncio.Event()
-    loop.add_reader(fd, dead.set)
-    try:
-        if process.start_time(pid) != started:
-            return True
-        async with asyncio.timeout(timeout_seconds):
-            await dead.wait()
-        return True
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import struct
@@ -10,8 +9,8 @@ import threading
 
 from swarm.errors import HostError
 from swarm.vm.driver import TAP_NAME
+from swarm.vm.netns import enter
 
-_CLONE_NEWNET = 0x40000000
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
@@ -26,12 +25,7 @@ def open_tap(netns: str, name: str = TAP_NAME) -> int:
 
     def attach() -> None:
         try:
-            space = os.open(f"/run/netns/{netns}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if _libc().setns(space, _CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            finally:
-                os.close(space)
+            enter(netns)
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
             try:
                 flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
@@ -49,7 +43,3 @@ def open_tap(netns: str, name: str = TAP_NAME) -> int:
     if failure:
         raise HostError(f"can't open {name} in namespace {netns}: {failure[0]}") from failure[0]
     return result[0]
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
