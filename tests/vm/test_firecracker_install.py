@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import io
 import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,62 @@ async def test_one_changed_byte(tmp_path: Path, real: dict[str, bytes]) -> None:
     with pytest.raises(HostError, match=r"jailer in .* is not what was released: sha256"):
         await install(version=VERSION, machine=MACHINE, source=source, target=tmp_path / "bin")
     assert not (tmp_path / "bin").exists(), "not one of the two is written"
+
+
+@contextlib.asynccontextmanager
+async def releases(answer: bytes, asked: list[str]) -> AsyncIterator[str]:
+    """A server that answers so to the first line of every request; its address."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        asked.append(head.split(b"\r\n")[0].decode())
+        writer.write(answer)
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1")
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/download"
+
+
+def answer(body: bytes, *, status: str = "200 OK", length: int | None = None) -> bytes:
+    size = len(body) if length is None else length
+    return f"HTTP/1.1 {status}\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n".encode() + body
+
+
+@pytest.mark.needs("firecracker")
+async def test_a_download(tmp_path: Path, real: dict[str, bytes]) -> None:
+    asked: list[str] = []
+    said: list[tuple[str, float]] = []
+    data = archive(tmp_path / "fc.tgz", release(real)).read_bytes()
+    async with releases(answer(data), asked) as address:
+        paths = await install(
+            version=VERSION, machine=MACHINE, target=tmp_path / "bin", releases=address,
+            progress=lambda step, share: said.append((step, share)),
+        )  # fmt: skip
+    assert asked == [f"GET /download/v{VERSION}/firecracker-v{VERSION}-{MACHINE}.tgz HTTP/1.1"]
+    assert [path.read_bytes() for path in paths] == [real["firecracker"], real["jailer"]]
+    shares = [share for step, share in said if step == "downloading"]
+    assert shares == sorted(shares) and len(shares) > 10 and shares[-1] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (answer(b"", status="404 Not Found"), r"firecracker-v1\.12\.1-x86_64\.tgz can't be had: HTTP 404"),
+        (answer(b"x" * 1000, length=5000), r"can't be reached .*: fetch it on another machine.* --from FILE"),
+        (answer(b"<html>hello</html>"), r"firecracker-v1\.12\.1-x86_64\.tgz is not a whole archive"),
+        (b"", r"can't be reached .*--from FILE"),
+        (answer(b"", status="302 Found\r\nLocation: http://127.0.0.1:1/else"), r"can't be reached .*--from FILE"),
+    ],
+    ids=["absent", "torn", "a page", "nothing", "moved to nowhere"],
+)
+async def test_a_download_that_fails(tmp_path: Path, sent: bytes, message: str) -> None:
+    async with releases(sent, []) as address:
+        with pytest.raises(HostError, match=message):
+            await install(version=VERSION, machine=MACHINE, target=tmp_path / "bin", releases=address)
+    assert not (tmp_path / "bin").exists()
 
 
 async def test_an_archive_known_by_its_own_digest(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from swarm.errors import HostError, NotFound, UsageError
 from swarm.vm.firecracker import JAILER, PROGRAM
 
 DEFAULT_VERSION: Final = "1.15.1"
-_URL: Final = "https://github.com/firecracker-microvm/firecracker/releases/download/v{version}/{archive}"
+_RELEASES: Final = "https://github.com/firecracker-microvm/firecracker/releases/download"
 _MAX_ARCHIVE_BYTES: Final = 64 << 20
 _MAX_PROGRAM_BYTES: Final = 64 << 20
 _TIMEOUT_SECONDS: Final = 60.0
@@ -61,9 +61,11 @@ async def install(
     source: Path | None = None,
     target: Path,
     machine: str | None = None,
+    releases: str = _RELEASES,
     progress: Progress = lambda step, share: None,
 ) -> list[Path]:
-    """Put firecracker and jailer of ``version`` into ``target``; the paths. ``source`` is an archive already here.
+    """Put firecracker and jailer of ``version`` into ``target``; the paths. ``source`` is an archive already here, else
+    it is ``<releases>/v<version>/<archive>``.
 
     Nothing is written unless every digest is right. Raises UsageError for a version or architecture that is not in the
     list, NotFound when ``source`` is not there, HostError when the download fails or a digest differs.
@@ -78,7 +80,7 @@ async def install(
         data = await asyncio.to_thread(_read, source)
     else:
         progress(f"downloading {archive}", 0.0)
-        data = await _download(_URL.format(version=version, archive=archive), progress)
+        data = await _download(f"{releases}/v{version}/{archive}", progress)
     progress("checking", 0.9)
     programs = await asyncio.to_thread(verified, data, release, version, machine, str(source or archive))
     try:
