@@ -91,7 +91,7 @@ def _cache() -> Path:
 def network(settings: Settings) -> Network:
     from swarm.vm.network import Network
 
-    return Network(subnet=settings.subnet, bridge=settings.bridge)
+    return Network(subnet=settings.subnet, bridge=settings.bridge, owner=str(settings.state_dir.absolute()))
 
 
 def inventory(settings: Settings) -> Inventory:

@@ -237,6 +237,27 @@ async def test_cleanup_finds_vms_whose_directory_is_gone(inventory: Inventory, n
     assert report.removed[0].startswith("namespace vm1, which had no directory in ")
 
 
+async def test_another_installs_vms_are_kept_while_they_are_used(inventory: Inventory, tmp_path: Path) -> None:
+    """The namespace says which state directory it belongs to; the locks in there say if somebody uses it."""
+    theirs = Inventory(state_dir=tmp_path / "theirs")
+    elsewhere = Network(subnet=IPv4Network("10.0.0.0/16"), bridge="br0", owner=str(theirs.state_dir))
+    ours = Network(subnet=IPv4Network("10.0.0.0/16"), bridge="br0", owner=str(inventory.state_dir))
+    used, forgotten = theirs.reserve(7), theirs.reserve(8)
+    for place in (used, forgotten):
+        await elsewhere.create(place.n)
+    forgotten.let_go()
+    report = await sweep.cleanup(inventory, ours)
+    assert report.removed == (f"VM 8 of {theirs.state_dir}",)
+    assert report.kept[0].startswith(f"VM 7 of {theirs.state_dir}: ") and "in use" in report.kept[0]
+    assert report.failed == ()
+    assert ([slot.n for slot in await ours.list()], theirs.numbers(), inventory.numbers()) == ([7], [7], [])
+    report = await sweep.cleanup(inventory, ours, force=True)
+    assert f"VM 7 of {theirs.state_dir}" in report.removed
+    assert (await ours.list(), theirs.numbers()) == ([], [])
+    used.release()  # finds that it is not theirs any more
+    assert (await sweep.cleanup(inventory, ours)).removed == ()
+
+
 async def test_a_foreign_namespace_with_the_name_of_a_slot_stays(inventory: Inventory, network: Network) -> None:
     """Our engine died between reserving slot 99 and noticing that somebody else's vm99 is there."""
     await ip("netns", "add", "vm99")

@@ -40,6 +40,7 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _MS_BIND, _MS_REC, _MS_SHARED, _MNT_DETACH = 0x1000, 0x4000, 0x100000, 2  # linux/mount.h
 _TUNSETIFF, _TUNSETPERSIST, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x400454CB, 0x0002, 0x1000  # linux/if_tun.h
 _SIOCGSKNS, _SYS_PIDFD_GETFD = 0x894C, 438  # linux/sockios.h; one number on every architecture
+_ALIAS_BYTES = 255  # IFALIASZ in linux/if.h, less the zero at its end
 _LOOPBACK = 1  # index of lo in every namespace
 
 
@@ -102,10 +103,10 @@ async def locked(*, exclusive: bool, timeout_seconds: float = 30.0) -> AsyncIter
         os.close(fd)
 
 
-def create(name: str) -> None:
+def create(name: str, owner: str = "") -> None:
     """Move this thread into a new namespace, mark it as ours, and pin it under ``name``.
 
-    Raises FileExistsError when the name is taken.
+    ``owner`` is remembered in the mark, for `owner_of`. Raises FileExistsError when the name is taken.
     """
     _share_run_directory()
     path = RUN / name
@@ -113,7 +114,7 @@ def create(name: str) -> None:
     try:
         _call(_libc().unshare(_CLONE_NEWNET), "unshare")
         with netlink() as here:
-            here.link("set", index=_LOOPBACK, ifalias=MARK)
+            here.link("set", index=_LOOPBACK, ifalias=f"{MARK} {owner}"[:_ALIAS_BYTES].strip())
         _call(_libc().mount(b"/proc/thread-self/ns/net", bytes(path), b"none", _MS_BIND, None), f"mount {path}")
     except BaseException:
         path.unlink(missing_ok=True)
@@ -137,8 +138,22 @@ def enter_ours(name: str) -> bool:
         enter(name)
     except FileNotFoundError:
         return False
+    return _mark_here() is not None
+
+
+def owner_of(name: str) -> str:
+    """What the mark of our namespace says of its owner; '' when it says nothing. Moves this thread."""
+    with contextlib.suppress(FileNotFoundError):
+        enter(name)
+        return _mark_here() or ""
+    return ""
+
+
+def _mark_here() -> str | None:
+    """The owner that this thread's namespace is marked with; None when it has no mark."""
     with netlink() as here:
-        return bool(here.link("get", index=_LOOPBACK)[0].get_attr("IFLA_IFALIAS") == MARK)
+        mark, _, owner = (here.link("get", index=_LOOPBACK)[0].get_attr("IFLA_IFALIAS") or "").partition(" ")
+    return owner if mark == MARK else None
 
 
 def remove(name: str) -> None:

@@ -46,13 +46,17 @@ _NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE
 
 
 class Network:
-    """The host's part (bridge, route, rules) and the slots on it. Needs root and `nft`."""
+    """The host's part (bridge, route, rules) and the slots on it. Needs root and `nft`.
 
-    def __init__(self, *, subnet: IPv4Network, bridge: str) -> None:
+    ``owner`` stands in the kernel beside each slot: the state directory whose locks say who uses it.
+    """
+
+    def __init__(self, *, subnet: IPv4Network, bridge: str, owner: str = "") -> None:
         self.subnet = subnet
         self.bridge = bridge
         self.gateway = subnet.network_address + 1
         self._bridge = Bridge(subnet=subnet, name=bridge)
+        self._owner = owner
 
     def address(self, n: int) -> IPv4Address:
         """Where VM n answers. Raises UsageError when the subnet has no such place."""
@@ -134,6 +138,10 @@ class Network:
 
         return await netns.in_thread(make)
 
+    async def owner(self, n: int) -> str:
+        """Whose slot n is: see ``owner`` above; '' when that is not known."""
+        return await netns.in_thread(lambda: netns.owner_of(netns_of(n)))
+
     async def list(self) -> list[Slot]:
         """Swarm's slots on this host, also those that were made half, by n."""
 
@@ -159,7 +167,7 @@ class Network:
             if bridge is None:
                 return False
             try:
-                netns.create(slot.netns)
+                netns.create(slot.netns, self._owner)
             except FileExistsError:
                 raise Conflict(
                     f"the network namespace {slot.netns} exists already: if it is not yours (`swarm vm list`), "

@@ -125,14 +125,29 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
             removed.append(_describe(n, record))
         except SwarmError as error:
             failed.append(f"VM {n}: {error}")
-    # Namespaces with our mark of which no directory is left (it was deleted by hand, or lies in another state_dir).
-    # Each is reserved first: a live engine may have made it since we looked above.
+    # Namespaces with our mark of which no directory is left here: it was deleted by hand, or lies in another install's
+    # state directory, whose locks then say if it is in use. Each is reserved first: a live engine may have made it since
+    # we looked above.
     for slot in await network.list():
+        owner = Path(await network.owner(slot.n) or inventory.state_dir)
+        theirs = owner.is_dir() and not (inventory.state_dir.is_dir() and owner.samefile(inventory.state_dir))
+        there = Inventory(state_dir=owner) if theirs else inventory
         try:
-            await _clear_and_release(await _reserve(inventory, slot.n, replace=True), network)
-            removed.append(f"namespace {slot.netns}, which had no directory in {inventory.state_dir}")
-        except Conflict:
-            continue
+            try:
+                place = await _reserve(there, slot.n, replace=True)
+            except Conflict as conflict:
+                if not theirs:
+                    continue
+                if not force:
+                    kept.append(f"VM {slot.n} of {owner}: {conflict}")
+                    continue
+                place = await asyncio.to_thread(there.evict, slot.n)
+            await _clear_and_release(place, network)
+            removed.append(
+                f"VM {slot.n} of {owner}"
+                if theirs
+                else f"namespace {slot.netns}, which had no directory in {inventory.state_dir}"
+            )
         except SwarmError as error:
             failed.append(f"{slot.netns}: {error}")
     removed += await asyncio.to_thread(_remove_probes, inventory.state_dir)
