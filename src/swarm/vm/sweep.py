@@ -126,7 +126,7 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
         except SwarmError as error:
             failed.append(f"VM {n}: {error}")
     # Namespaces with our mark of which no directory is left here: it was deleted by hand, or lies in another install's
-    # state directory, whose locks then say if it is in use. Each is reserved first: a live engine may have made it since
+    # state directory, whose locks then say if it is in use. Each is reserved first: an engine may have made it since
     # we looked above.
     for slot in await network.list():
         owner = Path(await network.owner(slot.n) or inventory.state_dir)
