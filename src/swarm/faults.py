@@ -5,8 +5,9 @@ engine with it and then shows that a restart ends right. `reach` costs a compari
 
 A point is named by what has just been done: ``claimed``, ``placed`` (a VM is there, its number not yet written),
 ``flushed``, ``renewed``, ``executed`` (the VM is gone, its outcome not yet written), ``finished``; and by the store:
-``claim:uncommitted``, ``claim:committed``, and so on for finish, running, renew, append; ``fire`` where a schedule's
-tickets are made. ``@3`` behind it: the third time.
+``claim:uncommitted``, ``claim:committed``, and so on for finish, running, renew, append; ``decided`` and ``apply:…``
+where a workflow's decision was too dear for a transaction; ``fire:…`` where a schedule's tickets are made. ``@3`` behind
+it: the third time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ POINTS = (
 )  # fmt: skip
 OF_SCHEDULES = ("fire:uncommitted", "fire:committed")
 
+# On the way of a workflow whose decisions are made outside of a transaction.
+OF_WORKFLOWS = ("decided", "apply:uncommitted", "apply:committed")
+
 armed: str | None = None
 _left = 0
 
@@ -29,8 +33,9 @@ def arm(spec: str) -> None:
     """Die at a point: ``name`` or ``name@count``. Raises ValueError for a name that nobody reaches."""
     global armed, _left
     name, _, count = spec.partition("@")
-    if name not in (*POINTS, *OF_SCHEDULES):
-        raise ValueError(f"no crash point {name!r}; there are {', '.join((*POINTS, *OF_SCHEDULES))}")
+    known = (*POINTS, *OF_SCHEDULES, *OF_WORKFLOWS)
+    if name not in known:
+        raise ValueError(f"no crash point {name!r}; there are {', '.join(known)}")
     armed, _left = name, int(count or 1)
 
 

@@ -29,6 +29,7 @@ class TicketState(StrEnum):
 
 class StepStatus(StrEnum):
     PENDING = "pending"
+    WAITING = "waiting"  # for a person's word
     READY = "ready"
     RUNNING = "running"
     COMPLETED = "completed"
@@ -97,7 +98,19 @@ TICKET_TRANSITIONS: Final[Mapping[TicketState, frozenset[TicketState]]] = {
 }
 
 STEP_TRANSITIONS: Final[Mapping[StepStatus, frozenset[StepStatus]]] = {
-    StepStatus.PENDING: frozenset({StepStatus.READY, StepStatus.SKIPPED, StepStatus.CANCELLED}),
+    StepStatus.PENDING: frozenset(
+        {
+            StepStatus.READY,
+            StepStatus.WAITING,
+            StepStatus.RUNNING,
+            StepStatus.FAILED,
+            StepStatus.SKIPPED,
+            StepStatus.CANCELLED,
+        }
+    ),
+    StepStatus.WAITING: frozenset(
+        {StepStatus.READY, StepStatus.RUNNING, StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED}
+    ),
     StepStatus.READY: frozenset({StepStatus.RUNNING, StepStatus.FAILED, StepStatus.CANCELLED}),
     StepStatus.RUNNING: frozenset({StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED, StepStatus.READY}),
     StepStatus.COMPLETED: frozenset(),
@@ -202,8 +215,8 @@ class Ticket:
     max_attempts: int | None = None
     budget_usd: float | None = None
     budget_tokens: int | None = None
-    trigger_type: str | None = None
-    trigger_data: str | None = None
+    trigger_type: str | None = None  # what asked for it: None stands for 'ticket'
+    trigger_data: str | None = None  # and what came with that: JSON text of an object
     run_id: str | None = None
     created_at: str | None = None
     updated_at: str | None = None

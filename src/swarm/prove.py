@@ -29,6 +29,7 @@ class Facts(Protocol):
     def tickets(self) -> Iterable[TicketFact]: ...
     def attempts(self) -> Iterable[AttemptFact]: ...
     def running_steps(self) -> Iterable[StepFact]: ...
+    def stalled(self) -> Iterable[str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,8 @@ def judge(facts: Facts, vms: Iterable[VmFact] = (), *, engine_alive: bool = Fals
     for step in facts.running_steps():
         if not step.attempt_alive:
             report.lost.append(_by(step.ticket_id, f"its step {step.step_id!r} is running, but no attempt runs it"))
+    for ticket_id in facts.stalled():
+        report.lost.append(_by(ticket_id, "its workflow is under way, but nothing carries it on"))
     report.slots_leaked += _leaked(vms, ended)
     return report
 
@@ -143,6 +146,8 @@ def _step_moves(history: _History, entry: LogEntry, over: set[str], report: Repo
     """True when an attempt begins."""
     step, attempt = entry.step_id or "", entry.attempt_id or ""
     if entry.after == StepStatus.RUNNING:
+        if not attempt:
+            return False  # its work is done by other steps
         if (other := history.steps.get(step)) is not None:
             report.finished_twice.append(
                 _by(

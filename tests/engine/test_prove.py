@@ -26,6 +26,7 @@ class History:
     ticket: TicketFact | None = field(default_factory=lambda: TicketFact(id="t", state="done", run_status="completed"))
     tries: list[AttemptFact] = field(default_factory=list)
     steps: list[StepFact] = field(default_factory=list)
+    stuck: list[str] = field(default_factory=list)
 
     def log(self) -> list[LogEntry]:
         return [
@@ -41,6 +42,9 @@ class History:
 
     def attempts(self) -> list[AttemptFact]:
         return self.tries
+
+    def stalled(self) -> list[str]:
+        return self.stuck
 
     def running_steps(self) -> list[StepFact]:
         return self.steps
@@ -98,6 +102,7 @@ def lost(moves: list[tuple[str, str, str, str]], **values: object) -> History:
         (lost(START, live_steps=0), "lost", "no step left"),
         (lost([*START, *END]), "lost", "the log has it done"),
         (History([*START, *END], steps=[ORPHAN]), "lost", "no attempt runs it"),
+        (History(START, stuck=["t"], ticket=LIVE), "lost", "nothing carries it on"),
         (History([*START, *END], tries=[attempt(step_status="ready")]), "lost", "succeeded, but its step is ready"),
         (History(START, tries=[attempt(outcome=None, expired_ms=90_000.0)], ticket=LIVE), "lost", "nobody took over"),
         (History(START), "unrecorded", "the log does not tell of its end"),

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from swarm.single import run_ticket
 from tests.engine.conftest import Bench
 
 ECHO = "import json\nv = json.load(open('input.json'))['inputs']\njson.dump(v, open('output.json', 'w'))\n"
@@ -44,14 +43,3 @@ async def test_outputs_that_do_not_fit_fail(plain: Bench, says: str) -> None:
     assert (ticket.state, ticket.outputs, attempt.reason) == ("failed", None, "output_invalid")
     assert ticket.error and says in ticket.error
     assert plain.live_vms() == []
-
-
-async def test_a_ticket_of_a_workflow_that_ships_says_that_it_cannot_run_yet(plain: Bench) -> None:
-    ((id_,),) = plain.sql("SELECT id FROM workflows LIMIT 1")
-    plain.sql(
-        "INSERT INTO tickets (id, title, state, execution_mode, workflow_id) VALUES ('w', 'W', 'ready', 'workflow', ?)",
-        id_,
-    )
-    ticket = await run_ticket(plain.store, plain.worker, "w")
-    assert ticket.state == "failed"
-    assert ticket.error and "can't run workflows yet" in ticket.error

@@ -101,11 +101,13 @@ async def test_text_that_is_not_utf8(store: Store, outside: Outside, column: str
     assert ("UTF-8" in error) == (column != "state"), error
 
 
-async def test_workflow_that_exists_is_refused_until_there_is_an_engine(store: Store, outside: Outside) -> None:
+async def test_broken_workflow_row(store: Store, outside: Outside) -> None:
     outside.execute("INSERT INTO workflows (id, name, version) VALUES ('w', 'w', '1')")
     insert(outside, "t", execution_mode="workflow", workflow_id="w")
     assert await store.claim("w", lease_seconds=LEASE) == []
-    assert "can't run workflows yet" in answer(outside)[1]
+    await store.decided()
+    state, error = answer(outside)
+    assert state == "failed" and "broken row" in error
 
 
 async def test_broken_agent_row(store: Store, outside: Outside) -> None:

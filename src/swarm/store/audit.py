@@ -23,7 +23,7 @@ LOG: Final = sa.text(
 TICKETS: Final = sa.text(
     "SELECT t.id, t.state, t.run_id, r.status AS run_status, "
     "(SELECT count(*) FROM step_executions s WHERE s.run_id = t.run_id "
-    "AND s.status IN ('pending', 'ready', 'running')) AS live_steps "
+    "AND s.status IN ('pending', 'waiting', 'ready', 'running')) + (r.untold IS NOT NULL) AS live_steps "
     "FROM tickets t LEFT JOIN workflow_runs r ON r.id = t.run_id AND r.ticket_id = t.id "
     "WHERE t.updated_at >= :since OR t.state IN ('in_progress', 'waiting')"
 )
@@ -34,9 +34,18 @@ ATTEMPTS: Final = sa.text(
     "WHERE a.outcome IS NULL OR a.ended_at >= :since ORDER BY a.step_execution_id, a.id"
 )
 RUNNING_STEPS: Final = sa.text(
-    "SELECT s.id, s.step_id, s.attempt_id, r.ticket_id, a.outcome, a.id AS attempt FROM step_executions s "
+    "SELECT s.id, s.step_id, s.attempt_id, r.ticket_id, a.outcome, a.id AS attempt, s.attempt_id IS NULL AND "
+    "(s.fan IS NOT NULL OR EXISTS (SELECT 1 FROM workflow_runs w WHERE w.parent_step_id = s.id "
+    "AND w.status IN ('running', 'waiting'))) AS has_others FROM step_executions s "
     "LEFT JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN attempts a ON a.id = s.attempt_id "
     "WHERE s.status = 'running'"
+)
+# Nothing would ever carry these on: no decision is due, and no step is at work, nor waits for a worker or a person.
+STALLED: Final = sa.text(
+    "SELECT r.ticket_id, r.path FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id "
+    "AND t.run_id = COALESCE(r.root_run_id, r.id) AND t.state IN ('in_progress', 'waiting') "
+    "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND r.untold IS NULL AND NOT EXISTS "
+    "(SELECT 1 FROM step_executions s WHERE s.run_id = r.id AND s.status IN ('waiting', 'ready', 'running'))"
 )
 
 
@@ -80,7 +89,7 @@ class AttemptFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFact:
-    """A step that is running. ``attempt_alive``: its attempt is there and has no outcome."""
+    """A step that is running. ``attempt_alive``: its attempt is there without outcome, or other steps do its work."""
 
     step_id: str
     ticket_id: str | None
@@ -141,5 +150,10 @@ class Audit:
             yield StepFact(
                 step_id=row.step_id,
                 ticket_id=lenient(row.ticket_id),
-                attempt_alive=row.attempt is not None and row.outcome is None,
+                attempt_alive=bool(row.has_others) or (row.attempt is not None and row.outcome is None),
             )
+
+    def stalled(self) -> Iterator[str]:
+        """Tickets with a run of a workflow that is under way, and that nothing carries on."""
+        for row in self._tx.stream(STALLED):
+            yield lenient(row.ticket_id) or ""

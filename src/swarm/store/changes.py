@@ -16,8 +16,9 @@ from swarm.store.rows import dump, lenient, message, milliseconds
 # Left joins: other tools may have taken any of these rows away.
 _FENCE = """
 SELECT a.id, a.step_execution_id, a.number, a.worker, a.outcome, a.started_at,
-       s.run_id, s.step_id, s.agent_id, s.status, s.attempt_id, s.retry_count, s.max_attempts,
-       r.ticket_id, t.id AS ticket, t.state, t.run_id AS ticket_run
+       s.run_id, s.step_id, s.agent_id, s.status, s.attempt_id, s.retry_count, s.max_attempts, s.retry AS step_retry,
+       r.ticket_id, r.path, r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
+       t.id AS ticket, t.state, t.run_id AS ticket_run
 FROM attempts a
 LEFT JOIN step_executions s ON s.id = a.step_execution_id
 LEFT JOIN workflow_runs r ON r.id = s.run_id
@@ -60,7 +61,7 @@ _SET_TICKET: Final = sa.text(
 _LIVE_STEPS: Final = sa.text(
     "SELECT s.id, s.run_id, s.step_id, s.status, s.attempt_id, s.started_at, r.ticket_id "
     "FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
-    "WHERE s.run_id IN :ids AND s.status IN ('pending', 'ready', 'running')"
+    "WHERE s.run_id IN :ids AND s.status IN ('pending', 'waiting', 'ready', 'running')"
 )
 _CANCEL_ATTEMPTS: Final = sa.text(
     "UPDATE attempts SET outcome = 'cancelled', error = :error, ended_at = :now "
@@ -68,11 +69,14 @@ _CANCEL_ATTEMPTS: Final = sa.text(
 )
 _CANCEL_STEPS: Final = sa.text(
     "UPDATE step_executions SET status = 'cancelled', error = :error, completed_at = :now, available_at = NULL "
-    "WHERE run_id = :run_id AND status IN ('pending', 'ready', 'running')"
+    "WHERE run_id = :run_id AND status IN ('pending', 'waiting', 'ready', 'running')"
 )
 _CANCEL_RUN: Final = sa.text(
-    "UPDATE workflow_runs SET status = 'cancelled', error = :error, completed_at = :now "
+    "UPDATE workflow_runs SET status = 'cancelled', error = :error, completed_at = :now, untold = NULL, due_at = NULL "
     "WHERE id = :run_id AND status IN ('running', 'waiting')"
+)
+_RUNS_WITHIN: Final = sa.text(
+    "SELECT r.id FROM step_executions s JOIN workflow_runs r ON r.parent_step_id = s.id WHERE s.run_id IN :ids"
 )
 _DELETE_ATTEMPTS: Final = sa.text(
     "DELETE FROM attempts WHERE step_execution_id IN (SELECT id FROM step_executions WHERE run_id = :run_id)"
@@ -95,7 +99,7 @@ def owns(row: Row) -> bool:
         and row.status == StepStatus.RUNNING
         and row.attempt_id == row.id
         and row.state in _RUNNING
-        and row.ticket_run == row.run_id
+        and row.ticket_run == row.root_run
     )
 
 
@@ -105,6 +109,8 @@ class Changes:
     def __init__(self, tx: Tx) -> None:
         self.tx = tx
         self.ended: dict[str, TicketState] = {}  # tickets that this transaction ended: others may wait for them
+        # Runs of workflows for which a decision is due, and the steps that ended or were answered: `executor.settle`.
+        self.news: dict[str, list[str]] = {}
         self._rows: dict[sa.TextClause, list[Mapping[str, Any]]] = {}
 
     def add(self, statement: sa.TextClause, **values: Any) -> None:
@@ -242,15 +248,7 @@ class Changes:
         vm_time_ms: float = 0.0,
         vm_id: int | None = None,
     ) -> None:
-        """The step of a plain ticket ends, and with it its run and its ticket.
-
-        (In a workflow's run, dependants would become ready here; that engine is not built yet.)
-        """
-        run_status, state = {
-            StepStatus.COMPLETED: (RunStatus.COMPLETED, TicketState.DONE),
-            StepStatus.FAILED: (RunStatus.FAILED, TicketState.FAILED),
-            StepStatus.CANCELLED: (RunStatus.CANCELLED, TicketState.CANCELLED),
-        }[status]
+        """The step ends. In a plain ticket its run and its ticket do as well; in a workflow's run that is news."""
         error, now = message(error), self.tx.now
         started, ended = milliseconds(row.started_at), self.tx.now_ms
         self.add(
@@ -263,16 +261,6 @@ class Changes:
             duration_ms=max(0, ended - started) if started is not None else None,
             vm_id=vm_id,
         )
-        error_step = row.step_id if status is StepStatus.FAILED else None
-        self.add(
-            _END_RUN,
-            id=row.run_id,
-            status=str(run_status),
-            error=error,
-            error_step=error_step,
-            now=now,
-            vm_time_ms=vm_time_ms,
-        )
         self.transition(
             "step",
             before,
@@ -283,12 +271,33 @@ class Changes:
             why=why,
             error=error,
         )
+        if row.definition is not None:
+            self.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
+            if vm_time_ms:
+                self.add(_ADD_VM_TIME, id=row.run_id, vm_time_ms=vm_time_ms)
+            return
+        run_status, state = {
+            StepStatus.COMPLETED: (RunStatus.COMPLETED, TicketState.DONE),
+            StepStatus.FAILED: (RunStatus.FAILED, TicketState.FAILED),
+            StepStatus.CANCELLED: (RunStatus.CANCELLED, TicketState.CANCELLED),
+        }[status]
+        self.add(
+            _END_RUN,
+            id=row.run_id,
+            status=str(run_status),
+            error=error,
+            error_step=row.step_id if status is StepStatus.FAILED else None,
+            now=now,
+            vm_time_ms=vm_time_ms,
+        )
         self.set_ticket(row.ticket_id, lenient(row.state), state, error=error, outputs=outputs)
 
     def cancel_runs(self, run_ids: Iterable[str], *, error: str) -> None:
-        """All that is live in these runs ends as cancelled; their tickets are not touched."""
+        """All that is live in these runs, and in runs within them, ends as cancelled; their tickets are not touched."""
         self.flush()
-        ids = list(dict.fromkeys(run_ids))
+        ids = self._with_those_within(run_ids)
+        for run in ids:
+            self.news.pop(run, None)
         for step in self.tx.all_in(_LIVE_STEPS, ids):
             self.transition(
                 "step",
@@ -306,16 +315,24 @@ class Changes:
     def delete_runs(self, run_ids: Iterable[str]) -> None:
         """Runs whose ticket is gone."""
         self.flush()
-        ids = list(dict.fromkeys(run_ids))
+        ids = self._with_those_within(run_ids)
         for statement in (_DELETE_ATTEMPTS, _DELETE_STEPS, _DELETE_RUN):
             self.tx.many(statement, [{"run_id": run} for run in ids])
+
+    def _with_those_within(self, run_ids: Iterable[str]) -> list[str]:
+        found = dict.fromkeys(run_ids)
+        level = list(found)
+        while level:
+            level = [row.id for row in self.tx.all_in(_RUNS_WITHIN, level) if row.id not in found]
+            found |= dict.fromkeys(level)
+        return list(found)
 
     def settle_disowned(self, rows: Sequence[Row]) -> None:
         """Live attempts (rows of the fence) or ready steps whose ticket another tool ended, took back or deleted."""
         known = [row for row in rows if row.run_id is not None and row.ticket is not None]
-        taken_back = [row for row in known if not (row.state in _RUNNING and row.ticket_run == row.run_id)]
+        taken_back = [row for row in known if not (row.state in _RUNNING and row.ticket_run == row.root_run)]
         if taken_back:
-            self.cancel_runs([row.run_id for row in taken_back], error="the ticket was changed from outside")
+            self.cancel_runs([row.root_run for row in taken_back], error="the ticket was changed from outside")
             for row in taken_back:
                 self.add(_CLOSE_TICKET, id=row.ticket, now=self.tx.now)
             self.flush()

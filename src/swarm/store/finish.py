@@ -5,6 +5,7 @@ Every write names its attempt and passes the fence (`changes.owns`) in the trans
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from swarm.model import (
 from swarm.store import dependencies
 from swarm.store.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, owns
 from swarm.store.database import Row, Tx
+from swarm.store.executor import WorkflowExecutor
 from swarm.store.registry import Agents
 from swarm.store.rows import Renewal, storable_json
 
@@ -79,8 +81,9 @@ def _lost(attempt_id: str, row: Row | None) -> LeaseLost:
 class Finisher:
     """The writing thread's finish. Holds the parsed agents, whose retry policies it follows."""
 
-    def __init__(self) -> None:
+    def __init__(self, executor: WorkflowExecutor) -> None:
         self._agents = Agents()
+        self._executor = executor
 
     def finish(self, tx: Tx, requests: Sequence[FinishRequest]) -> Sequence[SwarmError | None]:
         rows = {row.id: row for row in tx.all_in(FENCE_BY_ID, {r.attempt_id for r in requests})}
@@ -101,6 +104,8 @@ class Finisher:
             _finish(changes, row, request, agents.get(row.agent_id))
             results.append(None)
         changes.flush()
+        if changes.news:
+            self._executor.settle(changes)
         dependencies.release(changes)
         return results
 
@@ -147,10 +152,14 @@ def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | S
 def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None:
     """Back-off before the next try, or None for no next try.
 
-    The agent's policy decides by reason. When the VM died, nobody knows how far the agent got: only an agent that
-    says it is idempotent is tried again, whatever its policy lists.
+    The policy of the step in its workflow, else the agent's, decides by reason. When the VM died, nobody knows how far
+    the agent got: only an agent that says it is idempotent is tried again, whatever its policy lists.
     """
-    retry = agent.retry if agent else Retry()
+    if row.step_retry is not None:
+        known = json.loads(row.step_retry)
+        retry = Retry(**{**known, "on": frozenset(map(FailureReason, known["on"]))})
+    else:
+        retry = agent.retry if agent else Retry()
     idempotent = agent.idempotent if agent else False
     tries = row.retry_count + 1
     if outcome.reason is FailureReason.OVER_BUDGET:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -56,6 +56,7 @@ def read(row: Any) -> Work:
     if mode == ExecutionMode.WORKFLOW:
         if not ticket.workflow_id:
             raise BadRow("execution_mode is 'workflow' but workflow_id is empty; set it to the id of a workflow")
+        _read_object("trigger_data", ticket.trigger_data)
         return Work(ticket=ticket, agent_id="", inputs=inputs)
     return Work(ticket=ticket, agent_id=_agent_id(ticket), inputs=inputs)
 
@@ -139,17 +140,21 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_inputs(text: str | None) -> str:
+    return _read_object("inputs", text)
+
+
+def _read_object(name: str, text: str | None) -> str:
     if text is None or not text.strip():
         return "{}"
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
-        raise BadRow("inputs is nested too deeply; flatten it") from None
+        raise BadRow(f"{name} is nested too deeply; flatten it") from None
     except ValueError as error:
-        raise BadRow(f"inputs is not valid JSON: {error}; it must be a JSON object, for example {{}}") from None
+        raise BadRow(f"{name} is not valid JSON: {error}; it must be a JSON object, for example {{}}") from None
     if not isinstance(value, dict):
         kind = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
-        raise BadRow(f'inputs is JSON, but {kind}; it must be an object, for example {{"value": …}}')
+        raise BadRow(f'{name} is JSON, but {kind}; it must be an object, for example {{"value": …}}')
     return text
 
 
@@ -157,6 +162,19 @@ def unknown_agent(agent_id: str, agents: Mapping[str, str]) -> BadRow:
     """``agents``: name → id of those whose name is like it."""
     hint = f"; did you mean {agents[agent_id]!r} (its name is {agent_id!r})?" if agent_id in agents else ""
     return BadRow(f"no agent has the id {shown(agent_id)}{hint or '; `swarm agent list` shows those there are'}")
+
+
+def unknown_workflow(workflow_id: str, ids: Sequence[str]) -> BadRow:
+    """``ids``: of workflows that are called so."""
+    hint = f"; did you mean {ids[-1]!r} (its name is {workflow_id!r})?" if ids else ""
+    listed = "; look it up in the table workflows, or by `swarm workflow list`"
+    return BadRow(f"no workflow has the id {shown(workflow_id)}{hint or listed}")
+
+
+def disabled_workflow(name: str, version: str) -> BadRow:
+    return BadRow(
+        f"the workflow {name}@{version} is disabled; `swarm workflow enable {name}@{version}` lets it start again"
+    )
 
 
 def unknown_state(value: object) -> str:

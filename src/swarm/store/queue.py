@@ -18,18 +18,19 @@ from swarm.store import dependencies, intake
 from swarm.store.changes import INSERT_ATTEMPT, Changes
 from swarm.store.database import Row, Tx
 from swarm.store.dialect import Dialect
+from swarm.store.executor import DISOWNED, WorkflowExecutor
 from swarm.store.finish import sweep
 from swarm.store.intake import BadRow, Work
 from swarm.store.registry import IDS_OF_NAMES, Agents
 from swarm.store.rows import TICKET_COLUMNS, TICKET_FIELDS, lenient, milliseconds, new_id
-from swarm.store.schema import UNFINISHED, UNKNOWN_STATE
+from swarm.store.schema import RUN_DUE, STEP_WAITING, UNFINISHED, UNKNOWN_STATE
 
 BAD_ROWS: Final = 1000  # answered in one transaction at most; the next goes on
 _AT_ONCE: Final = 100  # rows of upkeep in one transaction
 
 # The live run of a row that another tool made ready again while it ran.
 _READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
-    WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting')) AS live_run"""
+    WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
 READY_TICKETS: Final = sa.text(
     f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
     "ORDER BY t.priority DESC, t.created_at LIMIT :limit"
@@ -38,7 +39,7 @@ READY_TICKET: Final = sa.text(f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.i
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
        s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
-       s.ticket_created_at,
+       s.ticket_created_at, r.path, r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
        (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries,
        r.ticket_id, t.id AS ticket, t.run_id AS ticket_run,
        {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
@@ -79,7 +80,12 @@ START_TICKET: Final = sa.text(
     "UPDATE tickets SET state = 'in_progress', run_id = :run_id, started_at = :now, completed_at = NULL, error = NULL, "
     "outputs = NULL, updated_at = :now WHERE id = :id"
 )
-WORKFLOW_IDS: Final = sa.text("SELECT id FROM workflows WHERE id IN :ids")
+WORKFLOWS: Final = sa.text("SELECT id, name, version, enabled FROM workflows WHERE id IN :ids")
+WORKFLOWS_NAMED: Final = sa.text("SELECT id, name FROM workflows WHERE name = :name ORDER BY version")
+FAIL_STEP: Final = sa.text(
+    "UPDATE step_executions SET status = 'failed', error = :error, completed_at = :now, available_at = NULL "
+    "WHERE id = :id"
+)
 
 
 @cache
@@ -91,6 +97,8 @@ def probe(dialect: Dialect) -> sa.TextClause:
           EXISTS (SELECT 1 FROM step_executions
                   WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= now_ms) AS due,
           EXISTS (SELECT 1 FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS steps,
+          EXISTS (SELECT 1 FROM workflow_runs WHERE {RUN_DUE} AND due_at <= now_ms)
+          OR EXISTS (SELECT 1 FROM step_executions WHERE {STEP_WAITING} AND available_at <= now_ms) AS runs,
           EXISTS (SELECT 1 FROM tickets WHERE {UNKNOWN_STATE}) AS unknown_states,
           EXISTS (SELECT 1 FROM ticket_dependencies) AS dependencies
         FROM (SELECT {dialect.now_ms} AS now_ms) AS moment""")
@@ -112,12 +120,14 @@ class ClaimRequest:
 class Claimed:
     claims: list[Claim] = field(default_factory=list)
     more: bool = False  # the transaction ended on its bound of bad rows: claim again
+    undecided: list[str] = field(default_factory=list)  # runs for which a decision is to be made outside
 
 
 class Queue:
     """Claims for one process, on the writing thread. Remembers only what saves work."""
 
-    def __init__(self) -> None:
+    def __init__(self, executor: WorkflowExecutor) -> None:
+        self.executor = executor
         self._agents = Agents()
         self._upkeep_at = -1  # `written_by_others` at the last upkeep
         self._upkeep_again = True  # we blocked a ticket since: it may close a circle
@@ -149,6 +159,8 @@ class Queue:
                 "set state to 'ready' to run it"
             )
             _fail_row(changes, row, error)
+        if disowned := [row.id for row in changes.tx.all(DISOWNED, limit=_AT_ONCE)]:
+            changes.cancel_runs(disowned, error="the ticket was changed from outside")
         started = dependencies.settle_blocked(changes)
         dependencies.release(changes)
         self._upkeep_at, self._upkeep_again = others, len(stuck) == _AT_ONCE
@@ -166,6 +178,7 @@ class _Claiming:
         self.result = Claimed()
         self.bad_rows = 0
         self.memory_left = request.memory_mb
+        self.put_off = 0  # workflows that begin as soon as their first decision is made, outside
         self.full = (
             False  # the next in turn does not fit; whoever is behind it waits as well, so that it is not starved
         )
@@ -180,11 +193,14 @@ class _Claiming:
             sweep(self.changes, self.request.held, until_ms=self.tx.now_ms + round(self.request.lease_seconds * 1000))
         if probed.due:
             self.tx.run(RELEASE_DELAYED, now_ms=self.tx.now_ms)
+        if probed.runs:
+            self.result.undecided += self.queue.executor.look(self.changes)
+        self._settle()
         if probed.unknown_states:
             for row in self.tx.all(UNKNOWN_STATES, limit=_AT_ONCE):
                 _fail_row(self.changes, row, intake.unknown_state(row.state))
         upkept = False
-        while (missing := self.request.limit - len(self.result.claims)) > 0:
+        while (missing := self.request.limit - len(self.result.claims) - self.put_off) > 0:
             if self.bad_rows >= BAD_ROWS:
                 self.result.more = True
                 break
@@ -202,6 +218,14 @@ class _Claiming:
         if not upkept and self.queue.upkeep_due(probed.others, idle=False, asked=False):
             self.queue.upkeep(self.changes, probed.others)
         return self._end()
+
+    def _settle(self) -> None:
+        """Carry on the workflows for which there is news: that may make steps ready."""
+        if self.changes.news:
+            self.steps = True
+            put_off = self.queue.executor.settle(self.changes, take_up=True)
+            self.put_off += len(put_off)
+            self.result.undecided += put_off
 
     def _end(self) -> Claimed:
         dependencies.release(self.changes)
@@ -230,7 +254,9 @@ class _Claiming:
                 self._refuse(row, error)
         self._start(works, missing)
         self.changes.flush()
-        return self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
+        news = bool(self.changes.news)
+        self._settle()
+        return news or self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
 
     def _candidates(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
         one = self.request.ticket_id
@@ -252,8 +278,8 @@ class _Claiming:
         running = (TicketState.IN_PROGRESS, TicketState.WAITING)
         if row.ticket is None:
             self.changes.delete_runs([row.run_id])
-        elif row.state not in running or row.ticket_run != row.run_id:
-            self.changes.cancel_runs([row.run_id], error="the ticket was changed from outside")
+        elif row.state not in running or row.ticket_run != row.root_run:
+            self.changes.cancel_runs([row.root_run], error="the ticket was changed from outside")
         else:
             ticket = intake.strict_ticket(row)
             return Work(ticket=ticket, agent_id=row.step_agent_id or "", inputs=row.step_inputs or "{}")
@@ -270,16 +296,30 @@ class _Claiming:
 
     def _refuse(self, row: Row, error: BadRow) -> None:
         self.bad_rows += 1
+        if "step_execution_id" in row._fields and row.definition is not None:
+            self._fail_step(row, str(error))
+            return
         if "step_execution_id" in row._fields:
             self.changes.cancel_runs([row.run_id], error=str(error))
         elif row.live_run is not None:
             self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
         _fail_row(self.changes, row, str(error))
 
+    def _fail_step(self, row: Row, error: str) -> None:
+        """A step of a workflow that can't be started: its run decides what follows."""
+        self.changes.add(FAIL_STEP, id=row.step_execution_id, error=error, now=self.tx.now)
+        self.changes.transition(
+            "step", StepStatus.READY, StepStatus.FAILED, ticket_id=row.ticket_id, step_id=row.step_id, error=error
+        )
+        self.changes.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
+
     def _start(self, works: Sequence[tuple[Row, Work]], missing: int) -> None:
         agents = self.queue._agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
         for row, work in works:
             try:
+                if not work.agent_id and "step_execution_id" not in row._fields:
+                    missing -= self._begin(row, work) if missing and not self.full else 0
+                    continue
                 agent = self._agent(work, agents)
             except BadRow as error:
                 self._refuse(row, error)
@@ -296,12 +336,25 @@ class _Claiming:
                     self.memory_left -= agent.memory_mb
                 self.result.claims.append(self._attempt(row, work, agent))
 
+    def _begin(self, row: Row, work: Work) -> int:
+        """The run of a workflow; its first steps are claimed in the next round, when it is their turn."""
+        wanted, ticket = work.ticket.workflow_id or "", work.ticket
+        found = next(iter(self.tx.all_in(WORKFLOWS, [wanted])), None)
+        if found is None:
+            raise intake.unknown_workflow(wanted, [r.id for r in self.tx.all(WORKFLOWS_NAMED, name=wanted)])
+        if not found.enabled:
+            raise intake.disabled_workflow(found.name, found.version)
+        self._end_former(row)
+        run_id = self.queue.executor.begin(self.changes, ticket, workflow_version=found.version)
+        self.changes.add(START_TICKET, id=ticket.id, run_id=run_id, now=self.tx.now)
+        self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id)
+        return 1
+
+    def _end_former(self, row: Row) -> None:
+        if row.live_run is not None:
+            self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
+
     def _agent(self, work: Work, agents: Mapping[str, Agent | StoreError]) -> Agent:
-        if not work.agent_id:
-            workflow = work.ticket.workflow_id or ""
-            if not self.tx.all_in(WORKFLOW_IDS, [workflow]):
-                raise BadRow(f"no workflow has the id {intake.shown(workflow)}; look it up in the table workflows")
-            raise BadRow("this version of Swarm can't run workflows yet; set execution_mode to 'agent', and agent_id")
         agent = agents.get(work.agent_id)
         if agent is None:
             names = {row.name: row.id for row in self.tx.all_in(IDS_OF_NAMES, [work.agent_id])}
@@ -319,8 +372,7 @@ class _Claiming:
             timeout_seconds = row.step_timeout_seconds or intake.timeout_of(ticket, agent)
             add(START_STEP, attempt_id=attempt_id, now=now, step_execution_id=step_execution_id)
         else:
-            if row.live_run is not None:
-                self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
+            self._end_former(row)
             run_id, step_execution_id, step_id, number = new_id(now_ms), new_id(now_ms), "main", 1
             queued_at = max(ticket.created_at or "", ticket.updated_at or "") or now
             timeout_seconds = intake.timeout_of(ticket, agent)

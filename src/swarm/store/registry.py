@@ -45,6 +45,7 @@ _RETRY_LIMITS: Final[Mapping[str, tuple[float, float]]] = {
 }
 
 BY_IDS: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE id IN :ids")
+_BY_VERSION: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE name = :name AND version = :version")
 _BY_ID: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE id = :ref")
 _BY_NAME: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE name = :ref")
 _ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM agents ORDER BY name, version")
@@ -55,6 +56,11 @@ _UPDATE: Final = sa.text(
     "WHERE id = :id"
 )
 _DELETE: Final = sa.text("DELETE FROM agents WHERE id = :id")
+# Live runs of workflows have pinned it: their steps name it only when they start.
+_WANTED_BY_RUN: Final = sa.text(
+    "SELECT DISTINCT r.ticket_id AS id FROM workflow_runs r JOIN definitions d ON d.digest = r.definition "
+    "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND instr(d.definition, :pinned) > 0 LIMIT 3"
+)
 _ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
 _WANTED_BY: Final = sa.text(
     f"SELECT id FROM tickets WHERE agent_id = :id AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
@@ -75,17 +81,23 @@ class Agents:
 
     def load(self, tx: Tx, ids: Iterable[str]) -> dict[str, Agent | StoreError]:
         """Those of the ids that exist; a StoreError in place of one whose row is broken."""
-        found: dict[str, Agent | StoreError] = {}
-        for row in tx.all_in(BY_IDS, ids):
-            known = self._parsed.get(row.id)
-            if known is None or known[0] != row:
-                try:
-                    known = (row, parse(row))
-                except StoreError as error:
-                    known = (row, error)
-                self._parsed[row.id] = known
-            found[row.id] = known[1]
-        return found
+        return {row.id: self._parse(row) for row in tx.all_in(BY_IDS, ids)}
+
+    def named(self, tx: Tx, pinned: str) -> Agent | StoreError | None:
+        """By ``name@version``, both in full."""
+        name, _, version = pinned.partition("@")
+        row = tx.first(_BY_VERSION, name=name, version=version)
+        return self._parse(row) if row is not None else None
+
+    def _parse(self, row: Row) -> Agent | StoreError:
+        known = self._parsed.get(row.id)
+        if known is None or known[0] != row:
+            try:
+                known = (row, parse(row))
+            except StoreError as error:
+                known = (row, error)
+            self._parsed[row.id] = known
+        return known[1]
 
 
 def parse(row: Row) -> Agent:
@@ -175,7 +187,9 @@ def _digest(agent: Agent) -> str:
 def remove_agent(tx: Tx, ref: str) -> Agent:
     """Forget one; it is returned. Raises NotFound, and Conflict while a ticket that has not ended names it."""
     gone = agent(tx, ref)
-    if tickets := [row.id for row in tx.all(_WANTED_BY, id=gone.id)]:
+    pinned = f'"agent":"{gone.name}@{gone.version}"'
+    wanting = [*tx.all(_WANTED_BY, id=gone.id), *tx.all(_WANTED_BY_RUN, pinned=pinned)]
+    if tickets := [row.id for row in wanting]:
         raise Conflict(
             f"the agent {gone.name}@{gone.version} is wanted by tickets that have not ended ({', '.join(tickets)}): "
             "wait for them, or cancel them with `swarm ticket cancel`"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -36,6 +37,12 @@ def new_id(now_ms: int) -> str:
     random = int.from_bytes(os.urandom(10))
     value = (now_ms & 0xFFFFFFFFFFFF) << 80 | random
     return str(uuid.UUID(int=value & ~(0xF000 << 64 | 0xC000 << 48) | 0x7000 << 64 | 0x8000 << 48))
+
+
+def ids_in_order(now_ms: int) -> Iterator[str]:
+    """Such ids without end, each greater than the one before it: rows that are listed in the order of their making."""
+    first = uuid.UUID(new_id(now_ms)).int
+    return (str(uuid.UUID(int=first + number)) for number in itertools.count())
 
 
 def lenient(value: object) -> str | None:
@@ -123,6 +130,9 @@ class RunRow:
     id: str
     ticket_id: str
     workflow_id: str | None
+    workflow_version: str | None
+    path: str  # '' of the ticket's own; 'fix[0]/' of the one that is its step fix[0]
+    trigger_type: str
     status: str
     trigger_type: str
     trigger_data: str | None  # JSON text of an object
@@ -157,6 +167,8 @@ class StepRow:
     retry_count: int
     max_attempts: int
     available_at: int | None  # ms by the database's clock; None: at once
+    question: str | None  # of an approval
+    verdict: str | None  # and its answer, JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

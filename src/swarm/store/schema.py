@@ -24,6 +24,9 @@ UNKNOWN_STATE: Final = "state NOT IN (" + ", ".join(f"'{s}'" for s in TicketStat
 UNFINISHED: Final = "state IN ('in_progress', 'waiting', 'blocked')"
 STEP_READY: Final = "status = 'ready' AND available_at IS NULL"
 STEP_DELAYED: Final = "status = 'ready' AND available_at IS NOT NULL"
+STEP_WAITING: Final = "status = 'waiting' AND available_at IS NOT NULL"
+RUN_DUE: Final = "due_at IS NOT NULL"
+WORKFLOW_LIVE: Final = "progress IS NOT NULL AND status IN ('running', 'waiting')"
 ATTEMPT_LIVE: Final = "outcome IS NULL"
 
 
@@ -167,6 +170,15 @@ webhook_calls = sa.Table(
     sa.Index("webhook_calls_at", "at"),
 )
 
+# Workflows as runs froze them, by the SHA-256 of their text: many runs of one share it, and it never changes.
+definitions = sa.Table(
+    "definitions",
+    metadata,
+    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    _text("definition", null=False),
+    _time("created_at"),
+)
+
 workflow_runs = sa.Table(
     "workflow_runs",
     metadata,
@@ -184,7 +196,21 @@ workflow_runs = sa.Table(
     _number("total_vm_time_ms", 0, kind=sa.Float()),
     _number("total_api_tokens", 0, kind=BIG),
     _number("total_cost_usd", 0, kind=sa.Float()),
+    # From here on, of workflows only. A run within a run belongs to the same ticket.
+    _text("parent_step_id"),  # the step execution that it is
+    _text("root_run_id"),  # the ticket's own run; NULL in that one
+    _text("path", null=False, default=""),  # stands before its steps' names: 'fix[0]/'
+    _text("definition"),  # a digest of `definitions`; NULL before the first decision, and in a plain ticket's run
+    _text("facts"),  # what its expressions see besides steps; NULL before the first decision
+    _text("progress"),  # the planner's
+    _text("untold"),  # JSON list of steps whose end, or verdict, the planner has not been told
+    _number("revision", 0),  # decisions made: one that was made of an older state is dropped
+    _number("due_at", kind=BIG),  # when a claim must look at it (ms): a decision is to be made, or its time is over
+    _number("deadline_at", kind=BIG),
     sa.Index("workflow_runs_ticket", "ticket_id"),
+    _index("workflow_runs_due", "due_at", where=RUN_DUE),
+    _index("workflow_runs_live", "ticket_id", where=WORKFLOW_LIVE),
+    _index("workflow_runs_parent", "parent_step_id", where="parent_step_id IS NOT NULL"),
 )
 
 step_executions = sa.Table(
@@ -192,7 +218,8 @@ step_executions = sa.Table(
     metadata,
     sa.Column("id", sa.Text(), primary_key=True, nullable=False),
     sa.Column("run_id", sa.Text(), sa.ForeignKey("workflow_runs.id", ondelete="CASCADE"), nullable=False),
-    _text("step_id", null=False),  # its name in the workflow; 'main' in a plain ticket's run
+    # Its name, below its run's path: 'build', 'build[3]', 'fix[0]/patch'; 'main' in a plain ticket's run.
+    _text("step_id", null=False),
     _text("agent_id"),
     _text("agent_name"),
     _text("agent_version"),
@@ -206,16 +233,22 @@ step_executions = sa.Table(
     _text("completed_at"),
     _number("duration_ms", kind=sa.Float()),
     _number("api_tokens_used", 0, kind=BIG),
-    _text("error"),
+    _text("error"),  # why it failed, was skipped or was cancelled
     _number("retry_count", 0),
     _number("max_attempts", 1),
     _number("timeout_seconds", kind=sa.Float()),
-    _number("available_at", kind=BIG),  # back-off: not before this (ms); NULL is now
+    # Of a ready one, back-off: not before this (ms), NULL is now. Of a waiting one: when it is rejected by itself.
+    _number("available_at", kind=BIG),
     _number("priority", 0),  # copied from the ticket, as is ticket_created_at: the order of claims
     _text("ticket_created_at"),
+    _text("retry"),  # JSON object: the step's own model.Retry; NULL: its agent's
+    _text("question"),  # of an approval
+    _text("verdict"),  # the answer
+    _text("fan"),  # how far a step with children is: the planner's
     _index("step_executions_ready", "priority DESC", "ticket_created_at", where=STEP_READY),
     _index("step_executions_delayed", "available_at", where=STEP_DELAYED),
-    sa.Index("step_executions_run", "run_id"),
+    _index("step_executions_waiting", "available_at", where=STEP_WAITING),
+    sa.Index("step_executions_run", "run_id", "step_id", unique=True),
 )
 
 # Large values that steps left, as JSON text, by the SHA-256 of it. Rows refer to them: see artifacts.py.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
+import structlog
 
-from swarm.errors import StoreError
+from swarm import faults
+from swarm.errors import StoreError, SwarmError
 from swarm.ledger import Bill, Order, Verdict
 from swarm.model import Agent, Claim, Event, Interrupted, Outcome, Ticket
 from swarm.store import (
+    again,
+    approvals,
     audit,
     database,
     events,
@@ -27,13 +32,17 @@ from swarm.store import (
     workflows,
 )
 from swarm.store.database import Database, Tx
+from swarm.store.executor import WorkflowExecutor
 from swarm.store.lanes import Lane, each
 from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
+from swarm.store.runs import Decided
 from swarm.store.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.wake import Wake
 from swarm.store.webhooks import Answer, Call
 from swarm.store.workflows import WorkflowRow
 from swarm.workflow.definition import Workflow
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -54,6 +63,7 @@ _ATTEMPTS = each(tickets.attempts)
 _DEPENDS_ON = each(tickets.depends_on)
 _CANCEL = each(tickets.cancel)
 _RETRY = each(tickets.retry)
+_RETRY_FROM = each(again.retry_from)
 _QUEUE = each(tickets.queue)
 _DUE = each(tickets.due)
 _EVENTS = each(events.events)
@@ -92,8 +102,12 @@ class Store:
         self._db = db
         self._write = Lane(db, write=True)
         self._read = Lane(db, write=False)
-        self._queue = queue.Queue()
-        self._finisher = finish.Finisher()
+        self._executor = WorkflowExecutor()
+        self._queue = queue.Queue(self._executor)
+        self._finisher = finish.Finisher(self._executor)
+        self._answer = each(partial(approvals.give, self._executor))
+        self._decide: Lane | None = None  # at first need
+        self._deciding: dict[str, asyncio.Task[None]] = {}  # by run
 
     @classmethod
     @asynccontextmanager
@@ -124,6 +138,12 @@ class Store:
         return self._db.url.render_as_string(hide_password=True)
 
     async def _close(self) -> None:
+        for task in self._deciding.values():
+            task.cancel()  # the run's row says that a decision is due
+        await asyncio.gather(*self._deciding.values(), return_exceptions=True)
+        if self._decide is not None:
+            await self._decide.close()
+        await asyncio.to_thread(self._executor.close)
         await self._write.close()
         await self._read.close()
 
@@ -149,7 +169,11 @@ class Store:
     # --- tickets ------------------------------------------------------------------------------------------------------
 
     async def add_ticket(self, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
-        """Raises UsageError for one that could never run, Conflict when its id is taken."""
+        """Raises UsageError for one that could never run, Conflict when its id is taken.
+
+        A workflow is begun this way too, whatever triggers it: ``trigger_type`` and ``trigger_data`` (JSON) of the
+        ticket go into its run, and its expressions find them as `trigger`.
+        """
         checked = tickets.check(ticket)
         return await self._write.call(tickets.add, tickets.AddRequest(ticket=checked, depends_on=tuple(depends_on)))
 
@@ -184,9 +208,24 @@ class Store:
         """
         await self._write.call(_CANCEL, tickets.CancelRequest(ticket_id=ticket_id, by=by))
 
-    async def retry(self, ticket_id: str) -> None:
-        """failed or cancelled → ready, for a new run. Raises NotFound, and Conflict in any other state."""
-        await self._write.call(_RETRY, ticket_id)
+    async def retry(self, ticket_id: str, *, step: str | None = None) -> None:
+        """failed or cancelled → ready, for a new run. Raises NotFound, and Conflict in any other state.
+
+        With ``step``, a step of its workflow, the new run keeps what the last one completed, but for that step and
+        what depends on it; it is the same frozen workflow. Raises UsageError for a step that there is not.
+        """
+        if step is None:
+            await self._write.call(_RETRY, ticket_id)
+        else:
+            await self._write.call(_RETRY_FROM, again.RetryRequest(ticket_id=ticket_id, step=step))
+
+    async def answer(self, ticket_id: str, *, approved: bool, by: str, why: str = "", step: str | None = None) -> str:
+        """Approve or reject the step that waits for it (``step``, where several do); which one that was.
+
+        Raises NotFound, and Conflict when none waits, or when it is not clear which is meant.
+        """
+        request = approvals.AnswerRequest(ticket_id=ticket_id, step=step, approved=approved, by=by, why=why)
+        return await self._write.call(self._answer, request)
 
     async def queue(self) -> QueueStatus:
         return await self._read.call(_QUEUE, None)
@@ -235,8 +274,39 @@ class Store:
             except asyncio.CancelledError:
                 future.add_done_callback(self._hand_back)
                 raise
+            self._decide_soon(claimed.undecided)
             if claimed.claims or not claimed.more:
                 return claimed.claims
+
+    def _decide_soon(self, runs: Iterable[str]) -> None:
+        """Decisions that are too dear for a transaction: made meanwhile; their commits tell whoever waits for work."""
+        for run in runs:
+            if run not in self._deciding and not self._write.closed:
+                task = self._deciding[run] = asyncio.create_task(self._decide_outside(run))
+                task.add_done_callback(lambda _, run=run: self._deciding.pop(run, None))  # type: ignore[misc]
+
+    async def _decide_outside(self, run: str) -> None:
+        self._decide = self._decide or Lane(self._db, write=False)
+
+        def decide(connection: sa.Connection) -> Decided | None:
+            with self._db.transaction(connection) as tx:
+                return self._executor.decide(tx, run)
+
+        try:
+            again = True
+            while again:
+                decided = await self._decide.call_raw(decide)
+                faults.reach("decided")
+                again = decided is not None and await self._write.call(self._executor.apply, decided)
+        except SwarmError as error:
+            log.warning("can't carry a workflow on yet", run=run, error=str(error))
+        except Exception:  # a mistake of ours, in one run: it is tried again, and others go on
+            log.exception("a decision failed", run=run)
+
+    async def decided(self) -> None:
+        """Wait for the decisions that this store has taken up."""
+        while self._deciding:
+            await asyncio.wait(set(self._deciding.values()))
 
     def _hand_back(self, future: asyncio.Future[Any]) -> None:
         if future.cancelled() or future.exception() is not None:

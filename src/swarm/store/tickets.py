@@ -53,6 +53,9 @@ QUEUE: Final = sa.text(f"""
       (SELECT min(available_at) FROM step_executions WHERE status = 'ready' AND available_at IS NOT NULL) AS next_step,
       (SELECT count(*) FROM attempts WHERE outcome IS NULL) AS running,
       (SELECT min(lease_until) FROM attempts WHERE outcome IS NULL) AS next_lease,
+      (SELECT min(due_at) FROM workflow_runs WHERE due_at IS NOT NULL) AS next_run,
+      (SELECT min(available_at) FROM step_executions WHERE status = 'waiting' AND available_at IS NOT NULL)
+      AS next_answer,
       (SELECT count(*) FROM tickets WHERE state = 'blocked' AND {UNFINISHED}) AS blocked,
       (SELECT count(*) FROM tickets WHERE state = 'waiting' AND {UNFINISHED}) AS waiting
 """)
@@ -60,6 +63,8 @@ QUEUE: Final = sa.text(f"""
 NEXT_DUE: Final = sa.text("""
     SELECT (SELECT min(available_at) FROM step_executions WHERE status = 'ready' AND available_at IS NOT NULL) AS step,
       (SELECT min(lease_until) FROM attempts WHERE outcome IS NULL) AS lease,
+      (SELECT min(due_at) FROM workflow_runs WHERE due_at IS NOT NULL) AS run,
+      (SELECT min(available_at) FROM step_executions WHERE status = 'waiting' AND available_at IS NOT NULL) AS answer,
       EXISTS (SELECT 1 FROM tickets WHERE state = 'ready')
       OR EXISTS (SELECT 1 FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS ready
 """)
@@ -165,6 +170,11 @@ def cancel(tx: Tx, request: CancelRequest) -> None:
 
 def retry(tx: Tx, id: str) -> None:  # noqa: A002
     """Once more, in a new run; the old ones stay as history. Raises Conflict unless it failed or was cancelled."""
+    take_back(tx, id)[1].flush()
+
+
+def take_back(tx: Tx, id: str) -> tuple[Ticket, Changes]:  # noqa: A002
+    """Make a failed or cancelled ticket ready: the ticket as it was, and the change, to be flushed."""
     found = ticket(tx, id)
     if found.state not in (TicketState.FAILED, TicketState.CANCELLED):
         raise Conflict(f"the ticket {intake.shown(id)} is {found.state}; only a failed or cancelled one is tried again")
@@ -173,14 +183,14 @@ def retry(tx: Tx, id: str) -> None:  # noqa: A002
         changes.cancel_runs(live, error="the ticket was changed from outside")
     changes.add(_AGAIN, id=id, now=tx.now)
     changes.transition("ticket", found.state, TicketState.READY, ticket_id=id, why="by hand")
-    changes.flush()
+    return found, changes
 
 
 def queue(tx: Tx, request: None) -> QueueStatus:
     row = tx.first(QUEUE)
     assert row is not None
     oldest = [ms for ms in (milliseconds(row.oldest_ticket), milliseconds(row.oldest_step)) if ms is not None]
-    due = [ms for ms in (row.next_step, row.next_lease) if ms is not None]
+    due = [ms for ms in (row.next_step, row.next_lease, row.next_run, row.next_answer) if ms is not None]
     return QueueStatus(
         ready=row.ready_tickets + row.ready_steps,
         running=row.running,
@@ -195,5 +205,5 @@ def queue(tx: Tx, request: None) -> QueueStatus:
 def due(tx: Tx, request: None) -> Due:
     row = tx.first(NEXT_DUE)
     assert row is not None
-    times = [ms for ms in (row.step, row.lease) if ms is not None]
+    times = [ms for ms in (row.step, row.lease, row.run, row.answer) if ms is not None]
     return Due(ready=bool(row.ready), next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)

@@ -9,8 +9,7 @@ from typing import Any, Final
 from swarm.model import RunStatus, StepStatus
 from swarm.workflow.definition import Step, Workflow
 
-# A step that waits for a person. (To become StepStatus.WAITING.)
-WAITING: Final = "waiting"
+WAITING: Final = StepStatus.WAITING
 ENDED: Final[frozenset[str]] = frozenset(
     {StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED, StepStatus.SKIPPED}
 )
@@ -52,7 +51,7 @@ class Fan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepState:
-    """One row of ``step_executions``, as far as the planner looks. ``status`` is a StepStatus, or `WAITING`."""
+    """One row of ``step_executions``, as far as the planner looks. ``status`` is a StepStatus."""
 
     status: str = StepStatus.PENDING
     inputs: Any = None

@@ -17,6 +17,7 @@ depends_on = None
 
 _BIG = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _UNKNOWN_STATE = "state NOT IN ('draft', 'ready', 'blocked', 'in_progress', 'waiting', 'done', 'failed', 'cancelled')"
+_WORKFLOW_LIVE = "progress IS NOT NULL AND status IN ('running', 'waiting')"
 
 # What foreign keys can't do in SQLite, where most tools (the sqlite3 shell is one) leave them switched off: a DELETE
 # takes the ticket's runs with it, whatever program does it. And `updated_at` is true after an UPDATE by hand.
@@ -182,6 +183,12 @@ def upgrade() -> None:
         sa.Index("webhook_calls_at", "at"),
     )
     op.create_table(
+        "definitions",
+        sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+        _text("definition", null=False),
+        _time("created_at"),
+    )
+    op.create_table(
         "workflow_runs",
         sa.Column("id", sa.Text(), primary_key=True, nullable=False),
         _text("workflow_id"),
@@ -197,7 +204,20 @@ def upgrade() -> None:
         _number("total_vm_time_ms", 0, kind=sa.Float()),
         _number("total_api_tokens", 0, kind=_BIG),
         _number("total_cost_usd", 0, kind=sa.Float()),
+        _text("parent_step_id"),
+        _text("root_run_id"),
+        _text("path", null=False, default=""),
+        _text("definition"),
+        _text("facts"),
+        _text("progress"),
+        _text("untold"),
+        _number("revision", 0),
+        _number("due_at", kind=_BIG),
+        _number("deadline_at", kind=_BIG),
         sa.Index("workflow_runs_ticket", "ticket_id"),
+        _index("workflow_runs_due", "due_at", where="due_at IS NOT NULL"),
+        _index("workflow_runs_live", "ticket_id", where=_WORKFLOW_LIVE),
+        _index("workflow_runs_parent", "parent_step_id", where="parent_step_id IS NOT NULL"),
     )
     op.create_table(
         "step_executions",
@@ -224,6 +244,10 @@ def upgrade() -> None:
         _number("available_at", kind=_BIG),
         _number("priority", 0),
         _text("ticket_created_at"),
+        _text("retry"),
+        _text("question"),
+        _text("verdict"),
+        _text("fan"),
         _index(
             "step_executions_ready",
             "priority DESC",
@@ -231,7 +255,8 @@ def upgrade() -> None:
             where="status = 'ready' AND available_at IS NULL",
         ),
         _index("step_executions_delayed", "available_at", where="status = 'ready' AND available_at IS NOT NULL"),
-        sa.Index("step_executions_run", "run_id"),
+        _index("step_executions_waiting", "available_at", where="status = 'waiting' AND available_at IS NOT NULL"),
+        sa.Index("step_executions_run", "run_id", "step_id", unique=True),
     )
     op.create_table(
         "artifacts",

@@ -1,0 +1,98 @@
+"""`retry --from`: a new run of the same frozen workflow that starts with what the last one has to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.errors import Conflict, UsageError
+from swarm.model import StepStatus, TicketState
+from swarm.store import tickets
+from swarm.store.changes import Changes
+from swarm.store.database import Row, Tx
+from swarm.store.intake import shown
+from swarm.store.queue import START_TICKET
+from swarm.store.rows import ids_in_order, new_id
+from swarm.workflow import definition
+from swarm.workflow.structure import Graph
+
+_LAST_RUN: Final = sa.text(
+    "SELECT r.id, d.definition FROM workflow_runs r JOIN definitions d ON d.digest = r.definition "
+    "WHERE r.id = :id AND r.facts IS NOT NULL"
+)
+_STEPS: Final = sa.text("SELECT id, step_id, status FROM step_executions WHERE run_id = :run_id ORDER BY id")
+_COPY_RUN: Final = sa.text(
+    "INSERT INTO workflow_runs (id, workflow_id, workflow_version, ticket_id, status, trigger_type, trigger_data, "
+    "started_at, definition, facts, untold, due_at, deadline_at) "
+    "SELECT :id, workflow_id, workflow_version, ticket_id, 'running', trigger_type, trigger_data, :now, definition, "
+    "facts, '[]', :due_at, :deadline_at FROM workflow_runs WHERE id = :former"
+)
+_COLUMNS: Final = (
+    "step_id, agent_id, agent_name, agent_version, status, vm_id, inputs, outputs, queued_at, started_at, "
+    "completed_at, duration_ms, error, retry_count, max_attempts, timeout_seconds, priority, ticket_created_at, "
+    "retry, question, verdict, fan"
+)
+_COPY_STEP: Final = sa.text(
+    f"INSERT INTO step_executions (id, run_id, {_COLUMNS}) SELECT :id, :run_id, {_COLUMNS} FROM step_executions "
+    "WHERE id = :former"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryRequest:
+    ticket_id: str
+    step: str
+
+
+def retry_from(tx: Tx, request: RetryRequest) -> None:
+    """See `Store.retry`."""
+    ticket, changes = tickets.take_back(tx, request.ticket_id)
+    last = tx.first(_LAST_RUN, id=ticket.run_id) if ticket.run_id is not None else None
+    if last is None:
+        raise Conflict(f"the ticket {shown(ticket.id)} has no run of a workflow to go on from; retry it without --from")
+    graph = Graph(definition.from_json(json.loads(last.definition)))
+    if request.step not in graph.steps:
+        raise UsageError(
+            f"the workflow has no step {shown(request.step)} of its own; there are {', '.join(graph.steps)}"
+        )
+    rows = tx.all(_STEPS, run_id=last.id)
+    again = _again(graph, request.step, {row.step_id: row.status for row in rows})
+    run_id = new_id(tx.now_ms)
+    seconds = ticket.timeout_seconds
+    changes.add(
+        _COPY_RUN,
+        id=run_id,
+        former=last.id,
+        now=tx.now,
+        due_at=tx.now_ms,
+        deadline_at=tx.now_ms + round(seconds * 1000) if seconds else None,
+    )
+    _copy(changes, run_id, [row for row in rows if row.step_id.partition("[")[0] not in again])
+    changes.add(START_TICKET, id=ticket.id, run_id=run_id, now=tx.now)
+    changes.transition(
+        "ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id, why=f"from {request.step}"
+    )
+    changes.flush()
+
+
+def _again(graph: Graph, step: str, statuses: Mapping[str, str]) -> set[str]:
+    """The step and what depends on it; what was cut off or is what the run failed by, and what depends on that; and
+    what was skipped, which is asked again."""
+    again = set(graph.after(step))
+    for key, one in graph.steps.items():
+        status = statuses.get(key)
+        counted = status == StepStatus.FAILED and not one.continue_on_error and not graph.can_do_without(key)
+        if counted or status in (None, StepStatus.CANCELLED):
+            again |= set(graph.after(key))
+        elif status != StepStatus.COMPLETED and status != StepStatus.FAILED:
+            again.add(key)
+    return again
+
+
+def _copy(changes: Changes, run_id: str, rows: Iterable[Row]) -> None:
+    for row, id_ in zip(rows, ids_in_order(changes.tx.now_ms), strict=False):
+        changes.add(_COPY_STEP, id=id_, run_id=run_id, former=row.id)
