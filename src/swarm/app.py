@@ -20,7 +20,7 @@ from swarm.config import SYSTEM_HOME, Settings
 from swarm.errors import Conflict, HostError, ImageError, NotFound
 
 if TYPE_CHECKING:
-    from swarm.dispatch import Dispatcher
+    from swarm.dispatch import Dispatcher, Memory
     from swarm.engine import Engine
     from swarm.gateway.forward import Gateway
     from swarm.model import Ticket
@@ -385,37 +385,45 @@ async def dispatcher(
     warm: int | None = 0,
 ) -> AsyncIterator[Dispatcher]:
     """What serves tickets on this host, ready to `run`. ``warm``: see `worker`."""
-    import psutil
-
     from swarm import process
-    from swarm.cel.jail import Jail
-    from swarm.dispatch import Disk, Dispatcher, Memory
+    from swarm.dispatch import Disk, Dispatcher
     from swarm.triggers import Scheduler
 
+    async with worker(settings, opened, warm=warm) as ours, opened.watching() as wake:
+        yield Dispatcher(
+            store=opened,
+            worker=ours,
+            wake=wake,
+            max_vms=max_vms,
+            memory=None if settings.driver == "process" else _memory(),
+            disk=Disk(place=settings.state_dir),
+            grace_seconds=grace_seconds,
+            scheduler=Scheduler(store=opened, evaluator=opened.jail),
+            info={"driver": settings.driver, "started": process.start_time(os.getpid())},
+            ended=ended,
+        )
+
+
+def _memory() -> Memory:
+    """What VMs may take of this host."""
+    import psutil
+
+    from swarm.dispatch import Memory
+
     total_mb = psutil.virtual_memory().total >> 20
-    memory = Memory(
+    return Memory(
         total_mb=total_mb,
         reserve_mb=min(1024, total_mb // 8),
         available_mb=lambda: psutil.virtual_memory().available >> 20,
     )
-    with Jail() as jail:  # its process starts when an expression needs it
-        async with worker(settings, opened, warm=warm) as ours, opened.watching() as wake:
-            yield Dispatcher(
-                store=opened,
-                worker=ours,
-                wake=wake,
-                max_vms=max_vms,
-                memory=None if settings.driver == "process" else memory,
-                disk=Disk(place=settings.state_dir),
-                grace_seconds=grace_seconds,
-                scheduler=Scheduler(store=opened, evaluator=jail),
-                info={"driver": settings.driver, "started": process.start_time(os.getpid())},
-                ended=ended,
-            )
 
 
 async def run_ticket(
-    settings: Settings, ticket_id: str, *, timeout_seconds: float | None = None
+    settings: Settings,
+    ticket_id: str,
+    *,
+    timeout_seconds: float | None = None,
+    waits: Callable[[Ticket], None] = lambda _: None,
 ) -> tuple[Ticket, list[AttemptRow]]:
     """Run one ticket to its end in this process. See `swarm.single.run_ticket`."""
     from swarm import single
@@ -423,7 +431,15 @@ async def run_ticket(
     async with store(settings) as opened:
         single.check(await opened.ticket(ticket_id))  # before anything is made ready for it
         async with worker(settings, opened) as ours:
-            ticket = await single.run_ticket(opened, ours, ticket_id, timeout_seconds=timeout_seconds)
+            ticket = await single.run_ticket(
+                opened,
+                ours,
+                ticket_id,
+                timeout_seconds=timeout_seconds,
+                max_vms=2 * (os.cpu_count() or 1),
+                left_mb=None if settings.driver == "process" else _memory().left_mb,
+                waits=waits,
+            )
         return ticket, await opened.attempts(ticket_id)
 
 

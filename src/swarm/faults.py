@@ -6,8 +6,8 @@ engine with it and then shows that a restart ends right. `reach` costs a compari
 A point is named by what has just been done: ``claimed``, ``placed`` (a VM is there, its number not yet written),
 ``flushed``, ``renewed``, ``executed`` (the VM is gone, its outcome not yet written), ``finished``; and by the store:
 ``claim:uncommitted``, ``claim:committed``, and so on for finish, running, renew, append; ``decided`` and ``apply:…``
-where a workflow's decision was too dear for a transaction; ``fire:…`` where a schedule's tickets are made. ``@3`` behind
-it: the third time.
+where a workflow's decision was too dear for a transaction; ``fire:…`` where a schedule's tickets are made. ``@3``
+behind it: the third time.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ SMALL = re.compile(
 )
 LIVE_ONLY = re.compile(
     r"SCAN \w+ USING (COVERING )?INDEX "
-    r"(tickets_(ready|unfinished|unknown_state)|step_executions_(ready|delayed)|attempts_lease)\b"
+    r"(tickets_(ready|unfinished|unknown_state)|step_executions_(ready|delayed|waiting)|attempts_lease"
+    r"|workflow_runs_(due|live))\b"
 )
 
 

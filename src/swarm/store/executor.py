@@ -75,10 +75,10 @@ class WorkflowExecutor:
     def __init__(self) -> None:
         self.definitions = Definitions()
         self._agents = Agents()
-        self._jail = Jail()
+        self.jail = Jail()
 
     def close(self) -> None:
-        self._jail.close()
+        self.jail.close()
 
     # --- on the writing thread ----------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class WorkflowExecutor:
         run = runs.load(tx, run_id)
         if run is None or not run.alive or run.untold is None:
             return None
-        return runs.decide(tx, run, self.definitions, self._jail.allowance(), lane=False)
+        return runs.decide(tx, run, self.definitions, self.jail.allowance(), lane=False)
 
 
 def answer(changes: Changes, row: Row, verdict: Verdict) -> None:

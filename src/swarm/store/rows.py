@@ -132,7 +132,6 @@ class RunRow:
     workflow_id: str | None
     workflow_version: str | None
     path: str  # '' of the ticket's own; 'fix[0]/' of the one that is its step fix[0]
-    trigger_type: str
     status: str
     trigger_type: str
     trigger_data: str | None  # JSON text of an object

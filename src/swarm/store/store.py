@@ -12,6 +12,7 @@ import sqlalchemy as sa
 import structlog
 
 from swarm import faults
+from swarm.cel.jail import Jail
 from swarm.errors import StoreError, SwarmError
 from swarm.ledger import Bill, Order, Verdict
 from swarm.model import Agent, Claim, Event, Interrupted, Outcome, Ticket
@@ -136,6 +137,11 @@ class Store:
     def url(self) -> str:
         """Where the database is, without its password."""
         return self._db.url.render_as_string(hide_password=True)
+
+    @property
+    def jail(self) -> Jail:
+        """Where expressions run that could cost much: one for each store, which ends it. Starts at first need."""
+        return self._executor.jail
 
     async def _close(self) -> None:
         for task in self._deciding.values():
@@ -303,10 +309,12 @@ class Store:
         except Exception:  # a mistake of ours, in one run: it is tried again, and others go on
             log.exception("a decision failed", run=run)
 
-    async def decided(self) -> None:
-        """Wait for the decisions that this store has taken up."""
+    async def decided(self) -> bool:
+        """Wait for the decisions that this store has taken up; False when there are none."""
+        any_ = bool(self._deciding)
         while self._deciding:
             await asyncio.wait(set(self._deciding.values()))
+        return any_
 
     def _hand_back(self, future: asyncio.Future[Any]) -> None:
         if future.cancelled() or future.exception() is not None:
