@@ -217,6 +217,40 @@ def test_5_five_at_once(shell: Shell, settings: Settings) -> None:
     shell("swarm prove")
 
 
+def test_6_workflow(shell: Shell) -> None:
+    shell("""
+        WORKFLOW_ID=$(sqlite3 /opt/swarm-registry/registry.db "SELECT id FROM workflows LIMIT 1;")
+        sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, execution_mode, workflow_id) VALUES ('test-workflow-001', 'test-project', 'Workflow Test', 'Test workflow execution', 'ready', 'workflow', '$WORKFLOW_ID');"
+        swarm-engine run-ticket test-workflow-001 --wait
+    """)  # noqa: E501 - as typed
+    ticket = shell(
+        "sqlite3 /opt/swarm-platform/data/swarm.db "
+        "\"SELECT state, outputs, error FROM tickets WHERE id = 'test-workflow-001';\""
+    )
+    state, outputs, error = ticket.rstrip("\n").split("|")
+    assert (state, error) == ("done", "")
+    assert json.loads(outputs)
+    run = shell(
+        'sqlite3 /opt/swarm-registry/registry.db "SELECT * FROM workflow_runs ORDER BY started_at DESC LIMIT 1;"'
+    )
+    assert "|test-workflow-001|completed|ticket|" in run
+    steps = shell(
+        'sqlite3 /opt/swarm-registry/registry.db "SELECT * FROM step_executions ORDER BY started_at DESC LIMIT 5;"'
+    ).splitlines()
+    run_id = run.partition("|")[0]
+    ours = [line.split("|") for line in steps if f"|{run_id}|" in line]
+    assert len(ours) >= 2
+    assert {columns[6] for columns in ours} == {"completed"}
+    # Each in a microVM of its own.
+    vms = shell(
+        'sqlite3 /opt/swarm-registry/registry.db "SELECT count(*), count(DISTINCT a.id), min(a.vm_id) > 0 FROM attempts'
+        f" a JOIN step_executions s ON s.id = a.step_execution_id WHERE s.run_id = '{run_id}';\""
+    )
+    assert vms == f"{len(ours)}|{len(ours)}|1\n"
+    assert json.loads(shell("swarm vm list --json")) == []
+    shell("swarm prove")
+
+
 def test_clean_up(shell: Shell) -> None:
     shell("swarm-cleanup")
     shell("sqlite3 /opt/swarm-platform/data/swarm.db \"DELETE FROM tickets WHERE id LIKE 'test-%';\"")

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from swarm import agents
 from swarm.model import Claim, Failed, FailureReason, Outcome, Succeeded
+from swarm.store.rows import StepRow
 from swarm.store.store import Store
 from swarm.workflow import validate
-from swarm.workflow.definition import Workflow
-from tests.store.databases import LEASE
-from tests.workflow.execute import REGISTRY
+from swarm.workflow.validate import Registry
+from tests.store.databases import ECHO, LEASE, Outside, insert
 
 Behaviour = Callable[[Claim], Outcome]
-NUMBERS = itertools.count(1)
-
-
-def done(value: Any = None) -> Succeeded:
-    import json
-
-    return Succeeded(outputs=json.dumps({} if value is None else value))
-
-
-def broken(message: str = "it broke") -> Failed:
-    return Failed(reason=FailureReason.AGENT_FAILED, message=message)
 
 
 def well(claim: Claim) -> Outcome:
@@ -32,33 +23,81 @@ def well(claim: Claim) -> Outcome:
     return Succeeded(outputs=claim.inputs)
 
 
-def fails(*names: str) -> Behaviour:
-    """These steps fail, the others succeed."""
-    return lambda claim: broken(f"{claim.step_id} broke") if claim.step_id in names else well(claim)
+def gives(**values: Any) -> Behaviour:
+    """The outputs of steps by their names (without '[…]'), an exception for one that fails; the others do well."""
+
+    def behave(claim: Claim) -> Outcome:
+        name = claim.step_id.rpartition("/")[2].partition("[")[0]
+        if name not in values:
+            return well(claim)
+        if isinstance(values[name], Exception):
+            return Failed(reason=FailureReason.AGENT_FAILED, message=str(values[name]))
+        return Succeeded(outputs=json.dumps(values[name]))
+
+    return behave
 
 
-async def register(store: Store, text: str) -> str:
-    """A workflow by its YAML; its id."""
-    workflow: Workflow = validate.checked(text, REGISTRY)
-    return (await store.put_workflow(workflow)).id
+async def register(store: Store, text: str, *, name: str = "flow") -> str:
+    """Steps in YAML as a workflow; its id. The agents are those of `databases`, and what ships."""
+    known = [ECHO, *(await store.agents()), *(agents.read(directory) for directory in agents.builtin())]
+    rows = await store.workflows()
+
+    def workflow(reference: str) -> Any:
+        return next(row for row in rows if row.name == reference.partition("@")[0]).parsed()
+
+    def agent(reference: str) -> Any:
+        found = next(one for one in known if one.name == reference.partition("@")[0])
+        return replace(found, inputs_schema=None, outputs_schema=None)
+
+    checked = validate.checked(f"name: {name}\nversion: 1.0.0\n{text}", Registry(agent=agent, workflow=workflow))
+    return (await store.put_workflow(checked)).id
 
 
-async def run(store: Store, behave: Behaviour = well, *, limit: int = 4, history: list[str] | None = None) -> list[str]:
+async def ticket(store: Store, outside: Outside, text: str, *, id: str = "t", **columns: Any) -> None:  # noqa: A002
+    """A ready ticket of a workflow that is registered for it."""
+    workflow = await register(store, text, name=f"of-{id}")
+    insert(outside, id, agent_id=None, execution_mode="workflow", workflow_id=workflow, **columns)
+
+
+async def claims(store: Store, limit: int = 4) -> list[Claim]:
+    """What a worker is given, once nothing is left to be decided."""
+    found = await store.claim("test", limit=limit, lease_seconds=LEASE)
+    while not found and await store.decided():
+        found = await store.claim("test", limit=limit, lease_seconds=LEASE)
+    return found
+
+
+async def finish(store: Store, claim: Claim, behave: Behaviour = well) -> None:
+    await store.finish(claim.attempt_id, behave(claim), timings={}, vm_time_ms=1.0)
+
+
+async def run(store: Store, behave: Behaviour = well, *, limit: int = 4) -> list[str]:
     """Claim and answer until nothing is to be done. The steps in the order of their starts."""
-    started = history if history is not None else []
-    while True:
-        claims = await store.claim("test", limit=limit, lease_seconds=LEASE)
-        if not claims:
-            await store.decided()
-            claims = await store.claim("test", limit=limit, lease_seconds=LEASE)
-            if not claims:
-                return started
-        for claim in claims:
-            started.append(claim.step_id)
-        for claim in claims:
-            await store.finish(claim.attempt_id, behave(claim), timings={}, vm_time_ms=1.0)
+    started: list[str] = []
+    while found := await claims(store, limit):
+        started += [claim.step_id for claim in found]
+        for claim in found:
+            await finish(store, claim, behave)
+    return started
 
 
-async def statuses(store: Store, ticket: str = "t") -> Mapping[str, str]:
-    """Of the newest run's steps, those of runs within it too."""
-    return {step.step_id: step.status for step in await store.steps(ticket)}
+async def rows(store: Store, id: str = "t") -> dict[str, StepRow]:  # noqa: A002
+    """The steps of the ticket's own run, and of those within it."""
+    own = (await store.ticket(id)).run_id
+    runs = await store.runs(id)
+    last = [run.id for run in runs[next(i for i, run in enumerate(runs) if run.id == own) :]]
+    return {step.step_id: step for step in await store.steps(id) if step.run_id in last}
+
+
+async def statuses(store: Store, id: str = "t") -> dict[str, str]:  # noqa: A002
+    return {name: row.status for name, row in (await rows(store, id)).items()}
+
+
+async def state(store: Store, id: str = "t") -> tuple[str, Any]:  # noqa: A002
+    """Of a ticket: its state, and its outputs or its error."""
+    found = await store.ticket(id)
+    return found.state, json.loads(found.outputs) if found.outputs else found.error
+
+
+def names(found: Sequence[Claim]) -> list[str]:
+    return sorted(claim.step_id for claim in found)

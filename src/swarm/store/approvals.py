@@ -34,21 +34,25 @@ class AnswerRequest:
     why: str = ""
 
 
-def give(executor: WorkflowExecutor, tx: Tx, request: AnswerRequest) -> str:
-    """The step that was answered. Raises NotFound, and Conflict when none waits, or several do and none is named."""
-    ticket = tickets.ticket(tx, request.ticket_id)
-    waiting = {row.step_id: row for row in tx.all(WAITING_STEPS, id=ticket.id)}
-    named = ", ".join(waiting)
-    if not waiting:
-        raise Conflict(f"the ticket {shown(ticket.id)} is {ticket.state}; no step of it waits for an answer")
-    if request.step is None and len(waiting) > 1:
-        raise Conflict(f"several steps of the ticket {shown(ticket.id)} wait: {named}; name one with --step")
-    step = request.step or next(iter(waiting))
-    if step not in waiting:
-        raise Conflict(f"the step {shown(step)} of the ticket {shown(ticket.id)} does not wait; these do: {named}")
-    by, why = message(request.by) or "", message(request.why) or ""
-    changes = Changes(tx)
-    answer(changes, waiting[step], Verdict(approved=request.approved, by=by, why=why))
-    executor.settle(changes)
-    dependencies.release(changes)
-    return str(lenient(step))
+class Approvals:
+    def __init__(self, executor: WorkflowExecutor) -> None:
+        self._executor = executor
+
+    def answer(self, tx: Tx, request: AnswerRequest) -> str:
+        """The step that was answered. Raises NotFound, and Conflict when it is not clear which is meant."""
+        ticket = tickets.ticket(tx, request.ticket_id)
+        waiting = {row.step_id: row for row in tx.all(WAITING_STEPS, id=ticket.id)}
+        named = ", ".join(waiting)
+        if not waiting:
+            raise Conflict(f"the ticket {shown(ticket.id)} is {ticket.state}; no step of it waits for an answer")
+        if request.step is None and len(waiting) > 1:
+            raise Conflict(f"several steps of the ticket {shown(ticket.id)} wait: {named}; name one with --step")
+        step = request.step or next(iter(waiting))
+        if step not in waiting:
+            raise Conflict(f"the step {shown(step)} of the ticket {shown(ticket.id)} does not wait; these do: {named}")
+        by, why = message(request.by) or "", message(request.why) or ""
+        changes = Changes(tx)
+        answer(changes, waiting[step], Verdict(approved=request.approved, by=by, why=why))
+        self._executor.settle(changes)
+        dependencies.release(changes)
+        return str(lenient(step))

@@ -4,7 +4,6 @@ and the first `limit` steps by priority and age become attempts of one worker.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,15 +17,15 @@ from swarm.store import dependencies, intake
 from swarm.store.changes import INSERT_ATTEMPT, Changes
 from swarm.store.database import Row, Tx
 from swarm.store.dialect import Dialect
-from swarm.store.executor import DISOWNED, WorkflowExecutor
+from swarm.store.executor import WorkflowExecutor
 from swarm.store.finish import sweep
 from swarm.store.intake import BadRow, Work
 from swarm.store.registry import IDS_OF_NAMES, Agents
-from swarm.store.rows import TICKET_COLUMNS, TICKET_FIELDS, lenient, milliseconds, new_id
-from swarm.store.schema import RUN_DUE, STEP_WAITING, UNFINISHED, UNKNOWN_STATE
+from swarm.store.rows import TICKET_COLUMNS, TICKET_FIELDS, milliseconds, new_id
+from swarm.store.schema import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
+from swarm.store.upkeep import AT_ONCE, Upkeep, fail_row, has_clean_id
 
 BAD_ROWS: Final = 1000  # answered in one transaction at most; the next goes on
-_AT_ONCE: Final = 100  # rows of upkeep in one transaction
 
 # The live run of a row that another tool made ready again while it ran.
 _READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
@@ -52,16 +51,6 @@ RELEASE_DELAYED: Final = sa.text(
     "WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= :now_ms"
 )
 UNKNOWN_STATES: Final = sa.text(f"SELECT id, state FROM tickets WHERE {UNKNOWN_STATE} LIMIT :limit")
-# Set by hand to a state that only Swarm sets: no run stands behind it, so nothing would ever move it.
-STUCK: Final = sa.text(
-    f"SELECT t.id, t.state FROM tickets t WHERE t.{UNFINISHED} AND t.state <> 'blocked' "
-    "AND NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.id = t.run_id AND r.ticket_id = t.id "
-    "AND r.status IN ('running', 'waiting')) LIMIT :limit"
-)
-FAIL_BY_BYTES: Final = sa.text(
-    "UPDATE tickets SET state = 'failed', error = :error, completed_at = :now, updated_at = :now "
-    "WHERE id = :raw OR id = CAST(:raw AS TEXT)"
-)
 INSERT_RUN: Final = sa.text(
     "INSERT INTO workflow_runs (id, ticket_id, status, trigger_type, trigger_data, started_at) "
     "VALUES (:run_id, :ticket_id, 'running', :trigger_type, :trigger_data, :now)"
@@ -129,44 +118,10 @@ class Queue:
     def __init__(self, executor: WorkflowExecutor) -> None:
         self.executor = executor
         self._agents = Agents()
-        self._upkeep_at = -1  # `written_by_others` at the last upkeep
-        self._upkeep_again = True  # we blocked a ticket since: it may close a circle
-        self._upkeep_ended = 0.0
-        self._upkeep_took = 0.0
+        self.upkeep = Upkeep()
 
     def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
         return [_Claiming(self, tx, request).run() for request in requests]
-
-    def upkeep_due(self, others: int, *, idle: bool, asked: bool) -> bool:
-        """Duties that look at every unfinished ticket: when there is news and nothing better to do, or now and then.
-
-        They may take a twentieth of the time at most; below 10 ms nobody minds.
-        """
-        if asked:
-            return True
-        if others == self._upkeep_at and not self._upkeep_again:
-            return False
-        since = time.monotonic() - self._upkeep_ended  # paces work; decides nothing
-        return since >= 20 * self._upkeep_took if idle and self._upkeep_took > 0.01 else idle or since >= 1.0
-
-    def upkeep(self, changes: Changes, others: int) -> bool:
-        """True if a ticket became ready."""
-        began = time.monotonic()
-        stuck = changes.tx.all(STUCK, limit=_AT_ONCE)
-        for row in stuck:
-            error = (
-                f"state {intake.shown(row.state)} is set by Swarm only, and no run of this ticket is under way; "
-                "set state to 'ready' to run it"
-            )
-            _fail_row(changes, row, error)
-        if disowned := [row.id for row in changes.tx.all(DISOWNED, limit=_AT_ONCE)]:
-            changes.cancel_runs(disowned, error="the ticket was changed from outside")
-        started = dependencies.settle_blocked(changes)
-        dependencies.release(changes)
-        self._upkeep_at, self._upkeep_again = others, len(stuck) == _AT_ONCE
-        self._upkeep_ended = time.monotonic()
-        self._upkeep_took = self._upkeep_ended - began
-        return started
 
 
 class _Claiming:
@@ -197,8 +152,8 @@ class _Claiming:
             self.result.undecided += self.queue.executor.look(self.changes)
         self._settle()
         if probed.unknown_states:
-            for row in self.tx.all(UNKNOWN_STATES, limit=_AT_ONCE):
-                _fail_row(self.changes, row, intake.unknown_state(row.state))
+            for row in self.tx.all(UNKNOWN_STATES, limit=AT_ONCE):
+                fail_row(self.changes, row, intake.unknown_state(row.state))
         upkept = False
         while (missing := self.request.limit - len(self.result.claims) - self.put_off) > 0:
             if self.bad_rows >= BAD_ROWS:
@@ -210,13 +165,13 @@ class _Claiming:
                 break
             if self.result.claims and self.request.ticket_id is None:
                 return self._end()  # those first: the claim that finds nothing, and so comes soon, does the upkeep
-            if upkept or not self.queue.upkeep_due(probed.others, idle=True, asked=self.request.ticket_id is not None):
+            if upkept or not self.queue.upkeep.due(probed.others, idle=True, asked=self.request.ticket_id is not None):
                 break
             upkept = True
-            if not self.queue.upkeep(self.changes, probed.others):
+            if not self.queue.upkeep.run(self.changes, probed.others):
                 break
-        if not upkept and self.queue.upkeep_due(probed.others, idle=False, asked=False):
-            self.queue.upkeep(self.changes, probed.others)
+        if not upkept and self.queue.upkeep.due(probed.others, idle=False, asked=False):
+            self.queue.upkeep.run(self.changes, probed.others)
         return self._end()
 
     def _settle(self) -> None:
@@ -233,12 +188,16 @@ class _Claiming:
 
     def _round(self, missing: int) -> bool:
         """Look at the next candidates; False when there can be no others behind them."""
-        limit = max(missing, min(self.bad_rows, _AT_ONCE))
+        limit = max(missing, min(self.bad_rows, AT_ONCE))
         tickets, steps = self._candidates(limit)
         rows = sorted([*tickets, *steps], key=_turn) if steps else tickets
         if not rows:
             return False
-        waits = dependencies.check(self.tx, [row.id for row in tickets if _clean(row.id)]) if self.dependencies else {}
+        waits = (
+            dependencies.check(self.tx, [row.id for row in tickets if has_clean_id(row.id)])
+            if self.dependencies
+            else {}
+        )
         works: list[tuple[Row, Work]] = []
         for row in rows:
             try:
@@ -289,10 +248,10 @@ class _Claiming:
     def _wait(self, row: Row, error: str | None) -> None:
         self.bad_rows += 1
         if error is not None:
-            _fail_row(self.changes, row, error)
+            fail_row(self.changes, row, error)
         else:
             self.changes.set_ticket(row.id, TicketState.READY, TicketState.BLOCKED)
-            self.queue._upkeep_again = True
+            self.queue.upkeep.again = True
 
     def _refuse(self, row: Row, error: BadRow) -> None:
         self.bad_rows += 1
@@ -303,7 +262,7 @@ class _Claiming:
             self.changes.cancel_runs([row.run_id], error=str(error))
         elif row.live_run is not None:
             self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
-        _fail_row(self.changes, row, str(error))
+        fail_row(self.changes, row, str(error))
 
     def _fail_step(self, row: Row, error: str) -> None:
         """A step of a workflow that can't be started: its run decides what follows."""
@@ -449,18 +408,3 @@ def _turn(row: Row) -> tuple[float, str]:
     """The order of claims: priority, then age. A priority that is no number is looked at, and refused, first."""
     priority = row.priority
     return (-priority if isinstance(priority, int | float) else float("-inf"), str(row.created_at))
-
-
-def _clean(id: object) -> bool:  # noqa: A002
-    return isinstance(id, str) and intake.storable(id)
-
-
-def _fail_row(changes: Changes, row: Row, error: str) -> None:
-    """A ticket that never ran. Its id may be no text at all, so that only its bytes find it."""
-    before = str(lenient(row.state))
-    if _clean(row.id):
-        changes.set_ticket(row.id, before, TicketState.FAILED, error=error)
-        return
-    raw = row.id if isinstance(row.id, bytes) else row.id.encode("utf-8", "surrogateescape")
-    changes.add(FAIL_BY_BYTES, raw=raw, error=error, now=changes.tx.now)
-    changes.transition("ticket", before, TicketState.FAILED, ticket_id=str(lenient(row.id)), error=error)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 import structlog
 
-from swarm import faults
 from swarm.cel.jail import Jail
-from swarm.errors import StoreError, SwarmError
+from swarm.errors import StoreError
 from swarm.ledger import Bill, Order, Verdict
 from swarm.model import Agent, Claim, Event, Interrupted, Outcome, Ticket
 from swarm.store import (
@@ -35,8 +33,8 @@ from swarm.store import (
 from swarm.store.database import Database, Tx
 from swarm.store.executor import WorkflowExecutor
 from swarm.store.lanes import Lane, each
+from swarm.store.outside import Outside
 from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
-from swarm.store.runs import Decided
 from swarm.store.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.wake import Wake
 from swarm.store.webhooks import Answer, Call
@@ -106,9 +104,8 @@ class Store:
         self._executor = WorkflowExecutor()
         self._queue = queue.Queue(self._executor)
         self._finisher = finish.Finisher(self._executor)
-        self._answer = each(partial(approvals.give, self._executor))
-        self._decide: Lane | None = None  # at first need
-        self._deciding: dict[str, asyncio.Task[None]] = {}  # by run
+        self._outside = Outside(db, self._executor, self._write)
+        self._answer = each(approvals.Approvals(self._executor).answer)
 
     @classmethod
     @asynccontextmanager
@@ -144,12 +141,7 @@ class Store:
         return self._executor.jail
 
     async def _close(self) -> None:
-        for task in self._deciding.values():
-            task.cancel()  # the run's row says that a decision is due
-        await asyncio.gather(*self._deciding.values(), return_exceptions=True)
-        if self._decide is not None:
-            await self._decide.close()
-        await asyncio.to_thread(self._executor.close)
+        await self._outside.close()
         await self._write.close()
         await self._read.close()
 
@@ -280,41 +272,13 @@ class Store:
             except asyncio.CancelledError:
                 future.add_done_callback(self._hand_back)
                 raise
-            self._decide_soon(claimed.undecided)
+            self._outside.take_up(claimed.undecided)
             if claimed.claims or not claimed.more:
                 return claimed.claims
 
-    def _decide_soon(self, runs: Iterable[str]) -> None:
-        """Decisions that are too dear for a transaction: made meanwhile; their commits tell whoever waits for work."""
-        for run in runs:
-            if run not in self._deciding and not self._write.closed:
-                task = self._deciding[run] = asyncio.create_task(self._decide_outside(run))
-                task.add_done_callback(lambda _, run=run: self._deciding.pop(run, None))  # type: ignore[misc]
-
-    async def _decide_outside(self, run: str) -> None:
-        self._decide = self._decide or Lane(self._db, write=False)
-
-        def decide(connection: sa.Connection) -> Decided | None:
-            with self._db.transaction(connection) as tx:
-                return self._executor.decide(tx, run)
-
-        try:
-            again = True
-            while again:
-                decided = await self._decide.call_raw(decide)
-                faults.reach("decided")
-                again = decided is not None and await self._write.call(self._executor.apply, decided)
-        except SwarmError as error:
-            log.warning("can't carry a workflow on yet", run=run, error=str(error))
-        except Exception:  # a mistake of ours, in one run: it is tried again, and others go on
-            log.exception("a decision failed", run=run)
-
     async def decided(self) -> bool:
-        """Wait for the decisions that this store has taken up; False when there are none."""
-        any_ = bool(self._deciding)
-        while self._deciding:
-            await asyncio.wait(set(self._deciding.values()))
-        return any_
+        """Wait for the decisions of workflows that this store has taken up; False when there are none."""
+        return await self._outside.decided()
 
     def _hand_back(self, future: asyncio.Future[Any]) -> None:
         if future.cancelled() or future.exception() is not None:
