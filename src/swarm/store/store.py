@@ -31,9 +31,9 @@ from swarm.store import (
     workflows,
 )
 from swarm.store.database import Database, Tx
+from swarm.store.decider import Decider
 from swarm.store.executor import WorkflowExecutor
 from swarm.store.lanes import Lane, each
-from swarm.store.outside import Outside
 from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
 from swarm.store.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.wake import Wake
@@ -104,7 +104,7 @@ class Store:
         self._executor = WorkflowExecutor()
         self._queue = queue.Queue(self._executor)
         self._finisher = finish.Finisher(self._executor)
-        self._outside = Outside(db, self._executor, self._write)
+        self._decider = Decider(db, self._executor, self._write)
         self._answer = each(approvals.Approvals(self._executor).answer)
 
     @classmethod
@@ -141,7 +141,7 @@ class Store:
         return self._executor.jail
 
     async def _close(self) -> None:
-        await self._outside.close()
+        await self._decider.close()
         await self._write.close()
         await self._read.close()
 
@@ -272,13 +272,13 @@ class Store:
             except asyncio.CancelledError:
                 future.add_done_callback(self._hand_back)
                 raise
-            self._outside.take_up(claimed.undecided)
+            self._decider.take_up(claimed.undecided)
             if claimed.claims or not claimed.more:
                 return claimed.claims
 
     async def decided(self) -> bool:
         """Wait for the decisions of workflows that this store has taken up; False when there are none."""
-        return await self._outside.decided()
+        return await self._decider.decided()
 
     def _hand_back(self, future: asyncio.Future[Any]) -> None:
         if future.cancelled() or future.exception() is not None:

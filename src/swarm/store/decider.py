@@ -18,7 +18,7 @@ from swarm.store.runs import Decided
 log = structlog.get_logger(__name__)
 
 
-class Outside:
+class Decider:
     """``write``: the lane that decisions are written down on. The thread starts at first need."""
 
     def __init__(self, db: Database, executor: WorkflowExecutor, write: Lane) -> None:
