@@ -17,6 +17,7 @@ tens of milliseconds of boot in an emulated CPU (hence no pathlib, argparse, thr
 from __future__ import annotations
 
 import _thread
+import atexit
 import ctypes
 import errno
 import fcntl
@@ -38,6 +39,7 @@ PROTOCOL = 1
 MAX_HEADER = 64 << 10
 MAX_PAYLOAD = 1 << 20
 MAX_PUT = 256 << 20  # bytes of one put request
+MAX_ORDER = 4 * MAX_HEADER  # an order is a request's header in ASCII, which may take three times the space
 MAX_CONNECTIONS = 8
 MAX_SSH = 16
 CHUNK = 64 << 10  # a pipe's capacity
@@ -63,6 +65,7 @@ MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
 IP_FREEBIND = 15
 
 LIBC = ctypes.CDLL(None, use_errno=True)  # once: opening it again costs milliseconds where the CPU is emulated
+COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 
 Header = dict[str, object]
 TYPE_CHECKING = False
@@ -106,10 +109,14 @@ def read_file(path: str) -> str:
 
 
 def write_file(path: str, data: str, mode: int = 0o644) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    """Replace a small file's contents. One that does not shrink is written over: to truncate it would give its page
+    back and take a new one, by a good deal of kernel code that a clone has not translated yet."""
+    content = data.encode()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
     try:
-        os.fchmod(fd, mode)
-        os.write(fd, data.encode())
+        if os.lseek(fd, 0, os.SEEK_END) > len(content):
+            os.ftruncate(fd, len(content))
+        os.pwrite(fd, content, 0)
     finally:
         os.close(fd)
 
@@ -128,8 +135,11 @@ def relay(source: socket.socket, target: socket.socket) -> None:
 
 
 def set_oom_score(pid: int | str, value: int) -> None:
-    with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
-        file.write(str(value))
+    fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, str(value).encode())
+    finally:
+        os.close(fd)
 
 
 def crng_ready() -> bool:
@@ -187,6 +197,16 @@ def open_parent(root: str, path: str, owner: tuple[int, int] | None = None, crea
     return here, parts[-1]
 
 
+def create(parent: int, name: str) -> int:
+    """A new file in place of whatever has this name: nothing is ever written through a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, 0o600, dir_fd=parent)
+    except FileExistsError:
+        os.unlink(name, dir_fd=parent)
+        return os.open(name, flags, 0o600, dir_fd=parent)
+
+
 def make_dir(parent: int, name: str, owner: tuple[int, int] | None) -> None:
     try:
         os.mkdir(name, 0o755, dir_fd=parent)
@@ -200,7 +220,7 @@ def make_dir(parent: int, name: str, owner: tuple[int, int] | None) -> None:
 
 
 class Job:
-    """What a fresh child has to become: the order, and the socket on which it reports that it started."""
+    """What a fresh child has to be: the order, and the descriptor on which it reports that it started."""
 
     def __init__(self, order: Header, report: int) -> None:
         self.order = order
@@ -213,8 +233,7 @@ class Zygote:
     def __init__(self, commands: socket.socket, in_vm: bool) -> None:
         self.commands = commands
         self.in_vm = in_vm
-        self.main = 0  # pid of the agent that runs
-        self.parked: tuple[int, socket.socket] | None = None  # a child that waits to become the next agent
+        self.main = 0  # pid of the agent that runs, or waits for its order
         self.uid: int | None = None
         self.report = -1
         self.status: int | None = None
@@ -234,20 +253,19 @@ class Zygote:
         gc.collect()
         gc.freeze()  # the collector of a child must not write into pages that it shares with us
         self.commands.send(json.dumps({"failed": failed}).encode())
-        if self.in_vm and (job := self.park()) is not None:
-            return job
         poller = select.poll()
         poller.register(self.commands, select.POLLIN)
         poller.register(self.wake, select.POLLIN)
         while True:
             ready = [fd for fd, _ in poller.poll()]
             if self.commands.fileno() in ready:
-                data, fds, _, _ = socket.recv_fds(self.commands, 1 << 18, 4, socket.MSG_CMSG_CLOEXEC)
+                data, fds, _, _ = socket.recv_fds(self.commands, MAX_ORDER, 4, socket.MSG_CMSG_CLOEXEC)
                 if not data:  # agentd is gone
                     self.bury()
                     os._exit(0)
                 order = json.loads(data)
-                if order["op"] == "run":
+                del data  # else each child would have to unmap it
+                if order["op"] in ("run", "park"):
                     if self.main:  # agentd gave it up
                         self.finish()
                     job = self.fork(order, fds)
@@ -255,11 +273,6 @@ class Zygote:
                         return job
                 elif order["op"] == "kill" and self.main and self.status is None:
                     os.kill(self.main, signal.SIGKILL)  # it is our child and not yet waited for: the pid is its own
-                elif order["op"] == "reseed":
-                    # Each child renews its own random state before it becomes an agent; here it would cost every clone.
-                    if self.in_vm and not self.parked and not self.main and (job := self.park()) is not None:
-                        return job
-                    self.commands.send(b"{}")
             self.reap()
             if self.main and self.status is not None:
                 self.finish()
@@ -286,55 +299,19 @@ class Zygote:
         user = order["user"]
         self.uid = user[0] if isinstance(user, list) else None
         try:
-            pid = self.wake_parked(order, fds) or os.fork()
+            pid = os.fork()
         except OSError as error:
             pid = -1
             self.tell({"cannot": f"fork: {error.strerror}"})
         if pid == 0:
-            self.leave()
-            return Job(order, become(order, fds))
+            self.commands.detach()  # else its finalizer would close a descriptor that is the agent's by then
+            signal.set_wakeup_fd(-1)
+            report = become(order, fds)
+            return Job(order, report) if order["op"] == "run" else wait_for_order(report)
         self.main = max(pid, 0)
         for fd in fds[:3]:
             os.close(fd)
         return None
-
-    def leave(self) -> None:
-        """In a fresh child."""
-        self.commands.detach()  # else its finalizer would close a descriptor that is the agent's by then
-        signal.set_wakeup_fd(-1)
-
-    def park(self) -> Job | None:
-        """Fork the next agent's process ahead, before the template is taken: in a clone, where no code is translated
-        yet, a fork takes longer than all that an agent like echo does. Returns in that child when its order comes."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
-        if pid:
-            theirs.close()
-            ours.recv(1)  # it is ready: a template must not be taken before
-            self.parked = pid, ours
-            return None
-        self.leave()
-        ours.close()
-        limber()
-        theirs.send(b".")
-        data, fds, _, _ = socket.recv_fds(theirs, 1 << 18, 4, socket.MSG_CMSG_CLOEXEC)
-        if not data:
-            os._exit(0)
-        theirs.detach()
-        order = json.loads(data)
-        return Job(order, become(order, fds))
-
-    def wake_parked(self, order: Header, fds: list[int]) -> int:
-        """Pid of the child that was forked ahead and is now the agent; 0 when there is none."""
-        if self.parked is None:
-            return 0
-        (pid, sock), self.parked = self.parked, None
-        try:
-            with sock:
-                socket.send_fds(sock, [json.dumps(order).encode()], fds)
-        except OSError:  # it died
-            return 0
-        return pid
 
     def finish(self) -> None:
         clean = self.bury()
@@ -346,6 +323,8 @@ class Zygote:
         """The last word about an agent. (agentd may be gone: then nobody wants to know.)"""
         try:
             os.write(self.report, json.dumps(message).encode())
+        except BrokenPipeError:  # one that agentd gave up, or never used
+            pass
         except OSError as error:
             log(f"zygote: nobody hears about the end of the agent: {error}")
         os.close(self.report)
@@ -432,7 +411,7 @@ def kill_descendants() -> None:
 def become(order: Header, fds: list[int]) -> int:
     """In the fresh child: leave everything of the zygote's behind. Returns the descriptor for reports.
 
-    ``order``: argv, env, cwd, user ([uid, gid] or null: stay who you are), warm.
+    ``order``: env, user ([uid, gid] or null: stay who you are); the rest is for `run_job`.
     """
     try:
         os.setsid()
@@ -460,13 +439,39 @@ def become(order: Header, fds: list[int]) -> int:
             os.setgroups([user[1]])
             os.setgid(user[1])
             os.setuid(user[0])
-        os.chdir(str(order["cwd"]))
         os.environ.clear()
-        env = order["env"]
-        os.environ.update(env if isinstance(env, dict) else {})
+        set_environment(order)
+        for fd, name in enumerate(("stdin", "stdout", "stderr")):
+            setattr(sys, name, standard_stream(fd, name))
+            setattr(sys, f"__{name}__", getattr(sys, name))
         return report
     except BaseException as error:
         cannot_start(3, error)
+
+
+def set_environment(order: Header) -> None:
+    env = order["env"]
+    assert isinstance(env, dict)
+    for name, value in env.items():
+        os.environ[name] = value
+
+
+def wait_for_order(report: int) -> Job:
+    """The next agent's process, forked ahead, before a template is taken: all that can be done without knowing the
+    agent is done here, and a clone need not translate it. It holds no secret, and the random state that it shares with
+    its siblings is renewed when its order has come."""
+    limber()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=report)
+    buffer = bytearray(MAX_ORDER)
+    sock.send(json.dumps({"ready": True, "cpu_us": time.process_time_ns() // 1000}).encode())
+    size = sock.recv_into(buffer)
+    if not size:  # nobody needs us
+        os._exit(0)
+    sock.detach()
+    KEPT.append(buffer)
+    order = json.loads(buffer[:size].decode())
+    set_environment(order)
+    return Job(order, report)
 
 
 def cannot_start(report: int, error: BaseException) -> NoReturn:
@@ -506,8 +511,6 @@ def end_quickly() -> None:
     threading = sys.modules.get("threading")
     if threading is not None:
         threading._shutdown()
-    import atexit
-
     atexit._run_exitfuncs()
     for name in [name for name in sys.modules if name not in OURS or name == "__main__"]:
         del sys.modules[name]
@@ -540,12 +543,12 @@ def limber() -> None:
     """Make this process's own copies of the pages that any Python program writes to, while nobody waits."""
     for _ in range(2):
         exec(compile(LIMBER, "limber", "exec"), {"__name__": "limber"})
-        for fd, name in enumerate(("stdin", "stdout", "stderr")):
-            standard_stream(fd, name)
     gc.collect()
+    gc.freeze()
 
 
 OURS: set[str] = set()  # modules that agents find in place
+KEPT: list[bytearray] = []  # to give a large block back costs more than it is worth
 
 
 def run_job(job: Job) -> None:
@@ -557,6 +560,7 @@ def run_job(job: Job) -> None:
         os.write(job.report, json.dumps({"started_ns": time.monotonic_ns()}).encode())
 
     try:
+        os.chdir(str(job.order["cwd"]))
         if not job.order["warm"]:
             for number_ in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a program expects them
                 signal.signal(number_, signal.SIG_DFL)
@@ -567,9 +571,6 @@ def run_job(job: Job) -> None:
     except BaseException as error:
         cannot_start(job.report, error)
     reseed()
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        setattr(sys, name, standard_stream(fd, name))
-        setattr(sys, f"__{name}__", getattr(sys, name))
     sys.argv[:] = argv
     wanted = [name for name in os.environ.get("PYTHONPATH", "").split(":") if name]
     sys.path[:0] = [os.path.dirname(os.path.realpath(argv[0])), *wanted]
@@ -648,7 +649,7 @@ class Connection:
 
 
 def frame(head: Header, payload: bytes = b"") -> bytes:
-    data = json.dumps(head, separators=(",", ":")).encode()
+    data = COMPACT(head).encode()
     return struct.pack(">II", len(data), len(payload)) + data + payload
 
 
@@ -659,21 +660,24 @@ class Agentd:
     def __init__(self, zygote: socket.socket, zygote_pid: int, unix: str, root: str) -> None:
         self.zygote = zygote
         self.zygote_pid = zygote_pid
-        self.zygote_lock = _thread.allocate_lock()
         self.unix = unix
         self.root = root  # "" in a VM
         self.in_vm = not root
         self.token: str | None = None
         self.generation: str | None = None
         self.preload_failed: object = {}
+        self.next: Lines | None = None  # of the process that waits to become the next agent
         self.connections = 0
         self.parked = 0  # threads that wait for a connection
         self.parking = _thread.allocate_lock()
         self.boot_id = read_file("/proc/sys/kernel/random/boot_id")
         self.machine_id = read_file("/etc/machine-id")
         self.ooms = oom_kills()
-        self.crng = self.mounted = False
-        self.busy = _thread.allocate_lock()  # held while an agent runs
+        self.python, self.kernel = sys.version.split()[0], os.uname().release
+        self.crng = self.placed = self.mounted = False
+        self.busy = _thread.allocate_lock()  # held while an agent runs, or the next one's process is made
+        self.has_sshd = os.path.exists(SSHD)
+        self.ssh_files: tuple[tuple[str, str], ...] = ()  # what sshd must find, not yet written
         self.ssh: socket.socket | None = None
         self.sessions: dict[int, int] = {}  # pidfd -> pid of each sshd
         self.keep_sshd = False  # one that waits for its connection, with its start behind it
@@ -737,7 +741,7 @@ class Agentd:
                 select.select([], [], [], 0.1)
                 continue
             # Whoever talks from inside the guest is an agent, not the host.
-            inside = not self.unix and peer[0] in (self.address, "127.0.0.1")
+            inside = not self.unix and (peer[0] == self.address or peer[0].startswith("127."))
             if inside or self.connections >= MAX_CONNECTIONS:
                 sock.close()
                 continue
@@ -805,8 +809,8 @@ class Agentd:
             "protocol": PROTOCOL,
             "mode": "vm" if self.in_vm else "process",
             **self.identity(),
-            "python": sys.version.split()[0],
-            "kernel": os.uname().release,
+            "python": self.python,
+            "kernel": self.kernel,
             "preload_failed": self.preload_failed,
             "uptime_ms": time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000,
         }
@@ -834,11 +838,10 @@ class Agentd:
         else:
             for name in ("work", "agent"):
                 os.makedirs(f"{self.root}/{name}", exist_ok=True)
-        with self.zygote_lock:
-            self.order({"op": "reseed"})
-            if not self.zygote.recv(64):
-                raise RuntimeError("the zygote is dead")
+        # Whatever becomes an agent renews its own random state first; the zygote draws none.
         reseed()
+        if self.in_vm:
+            self.make_next()
         done.append("interpreter")
         self.generation, self.token = generation, token
         everything = ("seed", "clock", "machine_id", "hostname", "work", "ssh", "interpreter")
@@ -862,30 +865,33 @@ class Agentd:
         write_file("/etc/hostname", hostname + "\n")
         write_file("/etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {hostname}\n")
         done.append("hostname")
-        for path in ("/agent", "/work"):
-            try:
-                os.mkdir(path)
-            except FileExistsError:
-                pass
+        if not self.placed:
+            for path in ("/agent", "/work"):
+                try:
+                    os.mkdir(path)
+                except FileExistsError:
+                    pass
+            os.chown("/work", *USERS["agent"][:2])
+            self.placed = True
         if head.get("work_disk"):
             if not self.mounted:
                 flags = ctypes.c_ulong(MS_NODEV | MS_NOSUID | MS_NOATIME)
                 libc("mount", b"/dev/vdb", b"/work", b"ext4", flags, None)
+                os.chown("/work", *USERS["agent"][:2])
                 self.mounted = True
             done.append("work")
-        os.chown("/work", *USERS["agent"][:2])
-        if text(head, "ssh_host_key") and os.path.exists(SSHD):
+        if text(head, "ssh_host_key") and self.has_sshd:
             self.renew_ssh(head)
             done.append("ssh")
 
     def renew_ssh(self, head: Header) -> None:
-        """sshd keeps nothing in a template: keys are read fresh by the `sshd -i` of each connection. With
-        ``sshd_ready`` one is started ahead: where the CPU is emulated, its start takes longer than clients wait."""
-        write_file(HOST_KEY, text(head, "ssh_host_key"), 0o600)
-        for path in ("/root/.ssh", "/run/sshd"):  # the second: sshd's privilege separation directory
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod("/run/sshd", 0o755)
-        write_file("/root/.ssh/authorized_keys", text(head, "authorized_keys"), 0o600)
+        """sshd keeps nothing in a template: keys are written when the first one starts, and read fresh by the
+        `sshd -i` of each connection. With ``sshd_ready`` one is started ahead: where the CPU is emulated, its start
+        takes longer than clients wait."""
+        self.ssh_files = (
+            (HOST_KEY, text(head, "ssh_host_key")),
+            ("/root/.ssh/authorized_keys", text(head, "authorized_keys")),
+        )
         old, self.waiting_sshd = self.waiting_sshd, None
         if old:
             old[1].close()  # it has read the keys of whom we were before
@@ -950,6 +956,12 @@ class Agentd:
         return {"ready": bool(poller.poll(min(number(head, "seconds"), IO_SECONDS / 2) * 1000))}
 
     def spawn_sshd(self, fd: int, *options: str) -> int:
+        files, self.ssh_files = self.ssh_files, ()
+        for path, mode in (("/root/.ssh", 0o700), ("/run/sshd", 0o755)) if files else ():
+            os.makedirs(path, exist_ok=True)
+            os.chmod(path, mode)  # the second: sshd's privilege separation directory
+        for path, data in files:
+            write_file(path, data, 0o600)
         stdio = [(os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, fd, 1)]
         env = {**PASSED_ENV, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         argv = [SSHD, "-i", "-e", "-h", HOST_KEY, *options]
@@ -971,20 +983,18 @@ class Agentd:
                 if path.endswith("/"):
                     make_dir(parent, name, owner)
                     continue
+                fd = create(parent, name)
                 try:
-                    os.unlink(name, dir_fd=parent)  # never write through a link
-                except FileNotFoundError:
-                    pass
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                with open(os.open(name, flags, 0o600, dir_fd=parent), "wb", buffering=0) as file:
                     while size > 0:
                         if not payload:
                             payload = self.more(connection, head)
-                        written = file.write(payload[:size])
+                        written = os.write(fd, payload[:size])
                         payload, size = payload[written:], size - written
-                    os.fchmod(file.fileno(), mode & 0o777)
-                    if owner:
-                        os.fchown(file.fileno(), *owner)
+                    os.fchmod(fd, mode & 0o777)
+                    if owner and owner != (0, 0):  # who we are ourselves
+                        os.fchown(fd, *owner)
+                finally:
+                    os.close(fd)
             finally:
                 os.close(parent)
         if payload:
@@ -1071,6 +1081,41 @@ class Agentd:
         except OSError as error:
             raise RuntimeError(f"the zygote is dead: {error}") from None
 
+    def make_next(self) -> None:
+        """Have the next agent's process forked ahead, unless one waits already (a template's clones find it so)."""
+        if self.next is not None or not self.busy.acquire(blocking=False):
+            return
+        try:
+            lines = Lines()
+            try:
+                order: Header = {"op": "park", "user": list(USERS["agent"][:2]), "env": self.environment("agent")}
+                lines.hand_over(self, order)
+                lines.report.settimeout(IO_SECONDS)
+                said = json.loads(lines.report.recv(4096) or b"{}")
+                if not said.get("ready"):
+                    raise RuntimeError(f"the next agent's process was not made: {said.get('cannot') or 'it died'}")
+                lines.report.settimeout(None)
+                lines.cpu_us = said["cpu_us"]
+            except BaseException:
+                lines.close()
+                raise
+            self.next = lines
+        finally:
+            self.busy.release()
+
+    def environment(self, user: str) -> dict[str, str]:
+        sbin = "/usr/local/sbin:/usr/sbin:/sbin:" if user == "root" else ""
+        return {
+            **PASSED_ENV,
+            "PATH": f"{sbin}/usr/local/bin:/usr/bin:/bin",
+            "HOME": self.inside(USERS[user][2]),
+            "USER": user,
+            "LOGNAME": user,
+            "LANG": "C.UTF-8",
+            "SWARM_WORK": self.inside("/work"),
+            "SWARM_AGENT": self.inside("/agent"),
+        }
+
     def more_ooms(self) -> bool:
         """Did the kernel's OOM killer strike since this was last asked? Its own count, not a guess from SIGKILL."""
         before, self.ooms = self.ooms, oom_kills()
@@ -1079,6 +1124,51 @@ class Agentd:
     def inside(self, path: str) -> str:
         """Where the guest's /work and /agent are, when they are below ``root``."""
         return self.root + path if self.root and path.startswith(("/work", "/agent")) else path
+
+
+class Lines:
+    """Our ends of what connects us with one agent's process: the socket of its reports (and, for one that waits, of
+    its order), and the pipes that it prints into."""
+
+    def __init__(self) -> None:
+        self.report, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pipes = {"stdout": os.pipe2(os.O_CLOEXEC), "stderr": os.pipe2(os.O_CLOEXEC)}
+        self.writers = [pair[1] for pair in pipes.values()]
+        self.reading = {pair[0]: name for name, pair in pipes.items()}
+        self.cpu_us = 0  # what the process had used before it got its order
+
+    def hand_over(self, agentd: Agentd, order: Header, stdin: bytes = b"") -> None:
+        """Give the other ends to the zygote, for the process that it will fork."""
+        source = os.memfd_create("stdin") if stdin else os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for at in range(0, len(stdin), CHUNK):
+                os.write(source, stdin[at : at + CHUNK])
+            if stdin:
+                os.lseek(source, 0, os.SEEK_SET)
+            agentd.order(order, (source, *self.writers, self.theirs.fileno()))
+        finally:
+            os.close(source)
+            self.close_theirs()
+
+    def tell(self, order: Header) -> bool:
+        """Give the process that waits its order. False when it is dead."""
+        try:
+            self.report.send(json.dumps(order).encode())
+        except OSError:
+            return False
+        return True
+
+    def close_theirs(self) -> None:
+        self.theirs.close()
+        while self.writers:
+            os.close(self.writers.pop())
+
+    def close(self) -> None:
+        self.close_theirs()
+        self.report.close()
+        for fd in self.reading:
+            os.close(fd)
+        self.reading.clear()
 
 
 class Run:
@@ -1114,57 +1204,31 @@ class Run:
             raise Refused("env must map texts to texts, without NUL")
         if user not in USERS:
             raise Refused(f"no such user: {user!r:.40}")
-        inside, (uid, gid, home) = self.agentd.inside, USERS[user]
-        sbin = "/usr/local/sbin:/usr/sbin:/sbin:" if user == "root" else ""
-        base = {
-            **PASSED_ENV,
-            "PATH": f"{sbin}/usr/local/bin:/usr/bin:/bin",
-            "HOME": inside(home),
-            "USER": user,
-            "LOGNAME": user,
-            "LANG": "C.UTF-8",
-            "SWARM_WORK": inside("/work"),
-            "SWARM_AGENT": inside("/agent"),
-        }
+        inside, (uid, gid, _) = self.agentd.inside, USERS[user]
+        self.user = user
         return {
             "op": "run",
             "argv": [inside(argv[0]), *argv[1:]],
-            "env": {**base, **env},
+            "env": env,  # and, unless it has it already, the environment of the user
             "cwd": inside(text(head, "cwd")),
             "user": [uid, gid] if self.agentd.in_vm else None,
             "warm": bool(head.get("warm")),
         }
 
     def run(self, stdin: bytes) -> Header:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        source = os.memfd_create("stdin") if stdin else os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        pipes = {"stdout": os.pipe2(os.O_CLOEXEC), "stderr": os.pipe2(os.O_CLOEXEC)}
-        reading = {pair[0]: name for name, pair in pipes.items()}
+        lines = self.start(stdin)
         try:
-            try:
-                for at in range(0, len(stdin), CHUNK):
-                    os.write(source, stdin[at : at + CHUNK])
-                if stdin:
-                    os.lseek(source, 0, os.SEEK_SET)
-                writers = (source, pipes["stdout"][1], pipes["stderr"][1])
-                self.agentd.order(self.order, (*writers, theirs.fileno()))
-            finally:
-                theirs.close()
-                for fd in (source, pipes["stdout"][1], pipes["stderr"][1]):
-                    os.close(fd)
-            self.follow(ours, reading)
+            self.follow(lines.report, lines.reading)
         finally:
             if self.exit is None:
                 self.agentd.order({"op": "kill"})
-            ours.close()
-            for fd in reading:
-                os.close(fd)
+            lines.close()
         assert self.exit is not None
         code = int(str(self.exit["exit"]))
         return {
             "code": code if code >= 0 else None,
             "signal": -code if code < 0 else None,
-            "cpu_ms": int(str(self.exit["cpu_us"])) // 1000,
+            "cpu_ms": max(0, int(str(self.exit["cpu_us"])) - lines.cpu_us) // 1000,
             "max_rss_kb": self.exit["max_rss_kb"],
             "oom": code != 0 and self.agentd.more_ooms() and not self.killed_at,
             "timed_out": self.timed_out,
@@ -1176,6 +1240,23 @@ class Run:
             "started_ns": self.started_ns,
             "ended_ns": self.exit["ended_ns"],
         }
+
+    def start(self, stdin: bytes) -> Lines:
+        """Order the agent: from the process that waits, if that will do, else from a new one."""
+        lines, self.agentd.next = self.agentd.next, None
+        if lines is not None:
+            if self.user == "agent" and not stdin and lines.tell(self.order):
+                return lines
+            lines.close()
+        lines = Lines()
+        try:
+            env = self.order["env"]
+            assert isinstance(env, dict)
+            lines.hand_over(self.agentd, {**self.order, "env": {**self.agentd.environment(self.user), **env}}, stdin)
+        except BaseException:
+            lines.close()
+            raise
+        return lines
 
     def follow(self, report: socket.socket, reading: dict[int, str]) -> None:
         """Pump until the agent is buried and its pipes are empty. Nothing is read while the host is behind: the agent
