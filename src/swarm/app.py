@@ -325,10 +325,13 @@ async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
 
 
 @asynccontextmanager
-async def worker(settings: Settings, opened: Store, *, warm: int | None = 0) -> AsyncIterator[Worker]:
+async def worker(
+    settings: Settings, opened: Store, *, warm: int | None = 0, keep_slots: int = 1, slots_ahead: int = 0
+) -> AsyncIterator[Worker]:
     """A worker on this host, with a name that no other process has. Leftovers of dead ones are removed first.
 
-    ``warm``: how many VMs it keeps ready, of each template in use; None follows the demand.
+    ``warm``: how many VMs it keeps ready, of each template in use; None follows the demand. ``keep_slots``: how many
+    free network slots it keeps; ``slots_ahead`` of them it makes at its start.
     """
     from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
     from swarm.worker import Worker
@@ -340,6 +343,7 @@ async def worker(settings: Settings, opened: Store, *, warm: int | None = 0) -> 
         with contextlib.suppress(ImageError, NotFound):  # the first ticket says so
             stack.enter_context(source.used(await source.find()))
         reachable = await stack.enter_async_context(outside(settings, opened))
+        await stack.enter_async_context(vms.keeping(keep_slots, ahead=slots_ahead))
         if warm != 0:
             await stack.enter_async_context(await _pool(settings, vms, warm))
         yield Worker(
@@ -389,7 +393,8 @@ async def dispatcher(
     from swarm.dispatch import Disk, Dispatcher
     from swarm.triggers import Scheduler
 
-    async with worker(settings, opened, warm=warm) as ours, opened.watching() as wake:
+    slots = {"keep_slots": max_vms, "slots_ahead": min(2, max_vms)}
+    async with worker(settings, opened, warm=warm, **slots) as ours, opened.watching() as wake:
         yield Dispatcher(
             store=opened,
             worker=ours,

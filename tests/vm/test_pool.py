@@ -143,16 +143,19 @@ async def test_a_pool_that_is_left_while_it_fills_leaves_nothing(launcher: Launc
 
 
 async def test_slots_are_used_again(launcher: Launcher, spec: VmSpec) -> None:
-    async with Pool(launcher, warm=0, keep_slots=1) as pool:
-        await pool.filled()
-        assert launcher._seats.free == 1, "made ahead"
+    async with launcher.keeping(1, ahead=1):
+        [making] = [task for task in asyncio.all_tasks() if task.get_name() == "slots-ahead"]
+        await making
+        assert launcher._seats.free == 1
         numbers = set()
         for _ in range(3):
             async with machine(launcher, spec) as taken:
                 numbers.add(taken.n)
                 assert "hello" in await hello_world(taken), "the network works again"
         assert len(numbers) == 1
+        await launcher._seats.settled()
         assert launcher._seats.free == 1
+    assert launcher._seats.free == 0
 
 
 async def test_a_seat_that_was_tampered_with_is_made_anew(settings: Settings) -> None:
@@ -161,10 +164,12 @@ async def test_a_seat_that_was_tampered_with_is_made_anew(settings: Settings) ->
     async with AsyncExitStack() as undo:
         seat = await seats.take(undo)
         await process.run(["ip", "link", "del", f"swarm{seat.place.n}"])
+    await seats.settled()
     assert seats.free == 0
     assert 41_000 not in app.inventory(settings).numbers()
     async with AsyncExitStack() as undo:
         assert (await seats.take(undo)).place.n == 41_000
+    await seats.settled()
     assert seats.free == 1
     await seats.close()
     assert 41_000 not in app.inventory(settings).numbers()

@@ -38,6 +38,7 @@ async def test_a_free_seat_is_used_again_and_removed_at_the_end(settings: Settin
             seat = await seats.take(undo)
             (seat.place.dir / "left").write_text("by the last VM")
             numbers.append(seat.place.n)
+        await seats.settled()
         assert seats.free == 1
         assert [entry.name for entry in seat.place.dir.iterdir()] == ["vm.json"]
     assert numbers == [FIRST] * 3

@@ -112,7 +112,7 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
         done[end.claim.ticket.id] = (time.perf_counter(), end)
         news.set()
 
-    async with AsyncExitStack() as stack:
+    async with launcher.keeping(it.max_vms, ahead=min(2, it.max_vms)), AsyncExitStack() as stack:
         pool = None
         if mode == "pool":
             warm = min(count, it.max_vms)

@@ -21,7 +21,7 @@ import structlog
 from swarm.aio import settle, undoing
 from swarm.channel import Channel, Identity, Renewed
 from swarm.clock import Timeline
-from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, StepError
+from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, StepError, SwarmError
 from swarm.model import FailureReason
 from swarm.process import start_time
 from swarm.vm import ssh, sweep
@@ -80,7 +80,7 @@ class Launcher:
     """``first_slot`` is where free slots are sought.
 
     With ``templates``, and a driver that can, machines are clones; else each boots from its image. While a
-    `swarm.vm.pool.Pool` is attached, clones come from there when it has any, and network slots are used again.
+    `swarm.vm.pool.Pool` is attached, clones come from there when it has any.
     """
 
     def __init__(
@@ -120,18 +120,31 @@ class Launcher:
             undo.callback(_report, machine, spec, label)  # before the VM's end
             yield machine
 
-    def attach(self, source: Source, *, keep_slots: int) -> None:
-        """Take machines from there when it has any, from now on, and keep up to so many free network slots."""
-        self._source, self._seats.keep = source, keep_slots
+    @asynccontextmanager
+    async def keeping(self, slots: int, *, ahead: int = 0) -> AsyncIterator[None]:
+        """While the block lasts, up to so many free network slots are kept for the next machines, and used again;
+        ``ahead`` of them are made now, while nobody waits."""
+        self._seats.keep += slots
+        making = asyncio.create_task(self._stock(ahead), name="slots-ahead")
+        try:
+            yield
+        finally:
+            making.cancel()
+            await settle(_closed(making, self._seats))
 
-    async def stock(self, slots: int) -> None:
-        """Make so many free network slots ahead."""
-        await self._seats.stock(slots)
+    async def _stock(self, slots: int) -> None:
+        try:
+            await self._seats.stock(slots)
+        except SwarmError as error:
+            log.warning("no network slot could be made ahead", error=str(error))
 
-    async def detach(self) -> None:
-        """Make every machine here again, and remove the free slots."""
+    def attach(self, source: Source) -> None:
+        """Take machines from there when it has any, from now on."""
+        self._source = source
+
+    def detach(self) -> None:
+        """Make every machine here again."""
         self._source = None
-        await self._seats.close()
 
     async def prepare(self, template: Template, undo: AsyncExitStack) -> Machine:
         """A clone for nobody yet; `label` says later whom it serves."""
@@ -312,6 +325,11 @@ async def unless_it_dies(vm: Vm, work: Coroutine[Any, Any, T]) -> T:
         for each in (task, death):
             each.cancel()
         await asyncio.gather(task, death, return_exceptions=True)
+
+
+async def _closed(making: asyncio.Task[None], seats: Seats) -> None:
+    await asyncio.gather(making, return_exceptions=True)
+    await seats.close()
 
 
 def _death(vm: Vm, how: str) -> StepError:

@@ -41,7 +41,6 @@ ANSWER_SECONDS: Final = 2.0
 WINDOW_SECONDS: Final = 30.0
 FORGET_SECONDS: Final = 600.0
 AUTO_MAX: Final = 8
-SLOTS_AHEAD: Final = 2
 _BACK_OFF_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = 5.0
 _LOWEST: Final = 19
@@ -88,8 +87,8 @@ class Pool:
     """``async with Pool(launcher, warm=2):`` while the block lasts, `Launcher.machine` takes from here.
 
     ``warm``: how many machines are kept ready of each template in use, or None to follow the demand; from the start,
-    of those of ``specs``. ``keep_slots``: how many free network slots are kept as well. ``hits`` and ``misses`` count
-    what was asked for. One pool at a time; leave it when every machine was given back: it ends those on the shelf.
+    of those of ``specs``. ``hits`` and ``misses`` count what was asked for. One pool at a time; leave it when every
+    machine was given back: it ends those on the shelf.
     """
 
     def __init__(
@@ -98,13 +97,11 @@ class Pool:
         *,
         warm: int | None,
         specs: Sequence[VmSpec] = (),
-        keep_slots: int = 8,
         makers: int = 2,
     ) -> None:
         self._launcher = launcher
         self._warm = warm
         self._specs = specs
-        self._keep_slots = keep_slots
         self._makers = makers
         self._shelves: dict[str, Shelf] = {}
         self._news = asyncio.Event()
@@ -116,18 +113,14 @@ class Pool:
         self._opening = asyncio.create_task(self._open(), name="pool-open")
         self._tasks = [asyncio.create_task(self._filling(), name=f"pool-{i}") for i in range(self._makers)]
         self._tasks.append(self._opening)
-        self._launcher.attach(self, keep_slots=self._keep_slots)
+        self._launcher.attach(self)
         return self
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         await settle(self._drain())
 
     async def _open(self) -> None:
-        """Slots, and templates, which may have to be built first: nobody waits for that."""
-        try:
-            await self._launcher.stock(min(SLOTS_AHEAD, self._keep_slots))
-        except SwarmError as error:
-            log.warning("no network slot could be made ahead", error=str(error))
+        """Templates may have to be built first: nobody waits for that."""
         for spec in self._specs:
             try:
                 template = await self._launcher.template(spec)
@@ -265,7 +258,7 @@ class Pool:
         ended = await asyncio.gather(*self._tasks, return_exceptions=True)
         await _close([ready for shelf in self._shelves.values() for ready in shelf.ready])
         self._shelves.clear()
-        await quietly(self._launcher.detach())
+        self._launcher.detach()
         for error in ended:
             if isinstance(error, Exception):  # our own mistake: not to be lost
                 raise error

@@ -3,6 +3,9 @@
 Making a slot's network takes 20 ms and removing it 30, nearly all of it in the kernel; making it as good as new takes
 4. So whoever runs many VMs keeps some. Number, directory, lock and namespace go together and stay together: at every
 moment a directory with a record of its owner points at whatever there is, and a sweep finds it.
+
+Who gives a seat back does not wait until it is as good as new (his VM is dead, and somebody waits for his result); who
+needs one does.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ class Seats:
         self._network = network
         self._first = first
         self._free: list[Seat] = []
+        self._renewing: set[asyncio.Task[None]] = set()
         self.keep = 0
 
     @property
@@ -53,6 +57,8 @@ class Seats:
         death. Raises Conflict, HostError."""
 
         async def take() -> Seat:
+            while not self._free and self._renewing:
+                await asyncio.wait(self._renewing, return_when=asyncio.FIRST_COMPLETED)
             seat = self._free.pop() if self._free else await self._make()
             undo.push_async_callback(self._give_back, seat)
             return seat
@@ -68,10 +74,16 @@ class Seats:
         self._free.append(await self._make())
 
     async def close(self) -> None:
-        """Remove the free ones."""
+        """Remove the free ones, and from now on each that is given back."""
         self.keep = 0
+        await settle(self.settled())
         seats, self._free = self._free, []
         await settle(_all(*(self._remove(seat) for seat in seats)))
+
+    async def settled(self) -> None:
+        """Return when none is being made as good as new."""
+        while self._renewing:
+            await asyncio.wait(self._renewing)
 
     async def _make(self) -> Seat:
         """The next number may be taken in the kernel by somebody whom our inventory does not know: another install, or
@@ -93,17 +105,23 @@ class Seats:
         raise last
 
     async def _give_back(self, seat: Seat) -> None:
-        if len(self._free) < self.keep:
-            try:
-                await asyncio.to_thread(_empty, seat.place)
-                if self._network is not None:
-                    await self._network.recycle(seat.place.n)
-            except (SwarmError, OSError) as error:
-                log.warning("a slot is made anew", n=seat.place.n, reason=str(error))
-            else:
-                self._free.append(seat)
-                return
-        await self._remove(seat)
+        if len(self._free) + len(self._renewing) >= self.keep:
+            await self._remove(seat)
+            return
+        task = asyncio.create_task(self._renew(seat), name=f"renew-slot-{seat.place.n}")
+        self._renewing.add(task)
+        task.add_done_callback(self._renewing.discard)
+
+    async def _renew(self, seat: Seat) -> None:
+        try:
+            await asyncio.to_thread(_empty, seat.place)
+            if self._network is not None:
+                await self._network.recycle(seat.place.n)
+        except (SwarmError, OSError) as error:
+            log.warning("a slot is made anew", n=seat.place.n, reason=str(error))
+            await quietly(self._remove(seat))
+        else:
+            self._free.append(seat)
 
     async def _remove(self, seat: Seat) -> None:
         try:
