@@ -114,7 +114,7 @@ print(resource.getrlimit(resource.RLIMIT_NPROC), open("/proc/self/oom_score_adj"
 print([line.split()[3] for line in open("/proc/mounts") if " /work " in line])
 for act in (
     lambda: open("/agent/x", "w"),
-    lambda: open("/etc/ssh/ssh_host_ed25519_key"),
+    lambda: open("/etc/shadow"),
     lambda: open("/root/.ssh/authorized_keys"),
     lambda: open("/proc/self/oom_score_adj", "w").write("-1000"),
     lambda: os.kill(os.getppid(), 9),
