@@ -340,7 +340,7 @@ async def console_of(image: Image, *args: str, acpi: str = "on") -> list[str]:
 def assert_looked_round(console: list[str]) -> None:
     told = dict(line.split("=", 1) for line in console if "=" in line and " " not in line)
     assert told["root"] == "overlay"
-    assert told["mounts"].split(",") == ["/", "/proc", "/sys", "/dev", "/run", "/tmp", "/dev/pts", "/dev/shm"]
+    assert told["mounts"].split(",") == ["/", "/proc", "/sys", "/dev", "/run", "/tmp", "/agent", "/dev/pts", "/dev/shm"]
     assert told["links"] == "/proc/self/fd,fd/0,fd/1,fd/2"
     assert (told["hostname"], told["sshd"], told["parent"], told["work"]) == ("swarm", "True", "1", "1000")
     assert told["end"] == "of-list"
