@@ -1,0 +1,76 @@
+"""The claude agent: one call of the Messages API with Anthropic's own SDK. See agent.yaml for its inputs and outputs.
+
+Where the API is, and a token for it, comes from the environment (ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY): that is the
+gateway on the host, which holds the real key and counts what is used. The SDK waits and tries again by itself when the
+API is busy. Exit status: 2 a request that makes no sense, 3 refused by the API or the gateway, 4 no (whole) answer.
+"""
+
+# ruff: noqa: T201
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import anthropic
+
+
+def main() -> None:
+    given = json.loads(Path("input.json").read_text(encoding="utf-8"))
+    inputs = given["inputs"]
+    messages = inputs.get("messages")
+    if messages is None:
+        prompt = inputs.get("prompt", given["ticket"].get("description")) or ""
+        if not prompt.strip():
+            fail(2, "nothing to ask: give inputs.prompt or inputs.messages, or the ticket a description")
+        messages = [{"role": "user", "content": prompt}]
+    request: dict[str, Any] = {
+        "model": inputs.get("model", "claude-sonnet-5-5"),
+        "max_tokens": inputs.get("max_tokens", 4096),
+        "messages": messages,
+    }
+    if "system" in inputs:
+        request["system"] = inputs["system"]
+    if "temperature" in inputs:  # newer models take none, so the SDK has no parameter for it any more
+        request["extra_body"] = {"temperature": inputs["temperature"]}
+    message = ask(request)
+    text = "".join(block.text for block in message.content if block.type == "text")
+    made = {
+        "text": text,
+        "model": message.model,
+        "stop_reason": message.stop_reason or "",
+        "usage": message.usage.model_dump(mode="json", exclude_none=True),
+    }
+    Path("output.json").write_text(json.dumps(made), encoding="utf-8")
+
+
+def ask(request: dict[str, Any]) -> Any:
+    """The whole answer, which is printed while it comes."""
+    address = os.environ.get("ANTHROPIC_BASE_URL", "")
+    if not address or not os.environ.get("ANTHROPIC_API_KEY"):
+        fail(2, "there is no way to the model: ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY are not set by a gateway")
+    try:
+        # The gateway speaks plain HTTP on the VM's own link; reading certificates would take a second without KVM.
+        http = anthropic.DefaultHttpxClient(verify=address.startswith("https:"))
+        client = anthropic.Anthropic(max_retries=4, http_client=http)
+        with client.messages.stream(**request) as stream:
+            for piece in stream.text_stream:
+                print(piece, end="", flush=True)
+            print(flush=True)
+            return stream.get_final_message()
+    except anthropic.APIStatusError as error:
+        fail(3, f"{error.status_code} {error.type or ''}: {error.api_message or error.message}")
+    except anthropic.APIConnectionError as error:
+        fail(4, f"the API can't be reached: {error.__cause__ or error}")
+    except Exception as error:  # whatever a torn answer breaks, in the SDK and below it
+        fail(4, f"the answer is not whole: {type(error).__name__}: {error}")
+
+
+def fail(status: int, why: str) -> NoReturn:
+    print(f"claude: {why}"[:2000], file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
