@@ -18,6 +18,7 @@ demo:  ## set up, then run one ticket by one agent in one microVM and show where
 ready:
 	@tools/bootstrap dev
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm image build
+	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/claude
 	-@$(BIN)/python tools/fetch-firecracker
 
 test: ready  ## set up, then run all tests in a network namespace of their own (ARGS='-k echo' for a part)

@@ -4,6 +4,7 @@ What it answers is chosen by words in the last message, ``scenario=NAME`` and ``
 
     haiku (default)   a haiku, or ``words=N`` words, ``delay=SECONDS`` between chunks
     tool              asks for the first tool of the request, until a tool_result is among the messages
+    script            the tool calls of ``script=JSON``, a list for each turn ([{name, input}, …]), then a haiku
     429 529 500       an error with its headers; ``times=N``: so often, then a haiku
     cut               a stream that breaks off in its middle
     silent            never answers
@@ -125,6 +126,12 @@ class MessagesApi:
             name = asked["tools"][0]["name"]
             given = json.loads(_last_text(asked).partition("input=")[2] or "{}")
             return [{"type": "tool_use", "id": "toolu_test", "name": name, "input": given}], "tool_use"
+        if scenario == "script":
+            turns = json.loads(_last_text(asked).partition("script=")[2])
+            turn = sum(m["role"] == "assistant" for m in asked["messages"])
+            if turn < len(turns):
+                calls = [{"type": "tool_use", "id": f"toolu_{turn}_{i}", **call} for i, call in enumerate(turns[turn])]
+                return [{"type": "text", "text": f"Turn {turn}."}, *calls], "tool_use"
         count = int(words.get("words", 0))
         return [{"type": "text", "text": "word " * count if count else HAIKU}], "end_turn"
 

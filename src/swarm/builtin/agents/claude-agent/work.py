@@ -180,7 +180,7 @@ def do(call: Any) -> dict[str, Any]:
 
 def work(inputs: dict[str, Any], prompt: str) -> dict[str, Any]:
     """Ask, carry out what is asked for, and so on; what came of it."""
-    client = connect()
+    client = connect(inputs.get("max_retries", 4))
     system = "\n\n".join(filter(None, [SYSTEM, inputs.get("system")]))
     messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
     usage: Counter[str] = Counter()
@@ -223,13 +223,13 @@ def work(inputs: dict[str, Any], prompt: str) -> dict[str, Any]:
     }
 
 
-def connect() -> anthropic.Anthropic:
+def connect(max_retries: int) -> anthropic.Anthropic:
     address = os.environ.get("ANTHROPIC_BASE_URL", "")
     if not address or not os.environ.get("ANTHROPIC_API_KEY"):
         fail(2, "there is no way to the model: ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY are not set by a gateway")
     # The gateway speaks plain HTTP on the VM's own link; reading certificates would take a second without KVM.
     http = anthropic.DefaultHttpxClient(verify=address.startswith("https:"))
-    return anthropic.Anthropic(max_retries=4, http_client=http)
+    return anthropic.Anthropic(max_retries=max_retries, http_client=http)
 
 
 def ask(client: anthropic.Anthropic, **request: Any) -> Any:

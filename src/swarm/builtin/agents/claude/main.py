@@ -34,7 +34,7 @@ def main() -> None:
         request["system"] = inputs["system"]
     if "temperature" in inputs:  # newer models take none, so the SDK has no parameter for it any more
         request["extra_body"] = {"temperature": inputs["temperature"]}
-    message = ask(request)
+    message = ask(request, max_retries=inputs.get("max_retries", 4))
     text = "".join(block.text for block in message.content if block.type == "text")
     made = {
         "text": text,
@@ -45,7 +45,7 @@ def main() -> None:
     Path("output.json").write_text(json.dumps(made), encoding="utf-8")
 
 
-def ask(request: dict[str, Any]) -> Any:
+def ask(request: dict[str, Any], *, max_retries: int) -> Any:
     """The whole answer, which is printed while it comes."""
     address = os.environ.get("ANTHROPIC_BASE_URL", "")
     if not address or not os.environ.get("ANTHROPIC_API_KEY"):
@@ -53,7 +53,7 @@ def ask(request: dict[str, Any]) -> Any:
     try:
         # The gateway speaks plain HTTP on the VM's own link; reading certificates would take a second without KVM.
         http = anthropic.DefaultHttpxClient(verify=address.startswith("https:"))
-        client = anthropic.Anthropic(max_retries=4, http_client=http)
+        client = anthropic.Anthropic(max_retries=max_retries, http_client=http)
         with client.messages.stream(**request) as stream:
             for piece in stream.text_stream:
                 print(piece, end="", flush=True)
