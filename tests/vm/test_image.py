@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -159,6 +160,23 @@ async def test_remove(store: Images, image: Image, tmp_path: Path) -> None:
     assert store.remove(image.digest[:12]) == image.digest
     assert store.list() == []
     assert [p.name for p in (tmp_path / "images").iterdir() if p.name != ".verified"] == []
+
+
+def test_remove_by_command(store: Images, image: Image, tmp_path: Path) -> None:
+    """What else is there stays, the cache among it; what is not there is said."""
+    env = os.environ | {"SWARM_IMAGES_DIR": str(tmp_path / "images"), "SWARM_HOME": str(tmp_path / "home")}
+
+    def swarm(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "swarm.cli.main", "image", *argv]
+        return subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+
+    assert image.digest[:12] in swarm("list").stdout
+    done = swarm("rm", image.digest[:12])
+    assert (done.returncode, done.stdout) == (0, f"removed {image.digest[:12]}\n"), done.stderr
+    assert not (tmp_path / "images" / image.digest).exists() and image.root.exists()
+    assert swarm("list").stdout.startswith("no image")
+    again = swarm("rm", image.digest[:12])
+    assert again.returncode == 2 and f"no image '{image.digest[:12]}'" in again.stderr
 
 
 @pytest.mark.parametrize("part", ["kernel", "initramfs", "root"])

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.doctor.check import Check, fail, ok, warn
+from swarm.doctor.check import Check, Status, fail, ok, warn
 from swarm.errors import SwarmError
 from swarm.process import run, which
 
 # linux/capability.h. The VMM itself runs with none.
+_AS_ROOT = "run it as root: sudo swarm …"
 _CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN", 7: "CAP_SETUID", 5: "CAP_KILL", 0: "CAP_CHOWN"}
 _KVM_GET_API_VERSION = 0xAE00  # linux/kvm.h
 _GIB = 1 << 30
@@ -63,20 +64,23 @@ _KERNEL_FEATURES: Sequence[tuple[str, str, tuple[str, ...], str]] = (
 
 
 async def examine(*, state_dir: Path, images_dir: Path) -> list[Check]:
+    rights = _rights()
+    # Without them each would be refused, whatever the kernel can do.
+    tried = _KERNEL_FEATURES if rights.status is Status.OK else ()
     tools, features = await asyncio.gather(
         asyncio.gather(*(_tool(tool) for tool in TOOLS)),
-        asyncio.gather(*(_feature(*feature) for feature in _KERNEL_FEATURES)),
+        asyncio.gather(*(_feature(*feature) for feature in tried)),
     )
-    return [_rights(), *tools, _kvm(), *features, _forwarding(), *_disk(state_dir, images_dir), _memory()]
+    if not tried:
+        features = [warn("kernel", "what it can do was not tried: that needs root", _AS_ROOT)]
+    return [rights, *tools, _kvm(), *features, _forwarding(), *_disk(state_dir, images_dir), _memory()]
 
 
 def _rights() -> Check:
     effective = int(re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.M)[1], 16)  # type: ignore[index]
     missing = [name for bit, name in _CAPABILITIES.items() if not effective >> bit & 1]
     if missing:
-        return fail(
-            "rights", f"VMs and namespaces can't be made without {', '.join(missing)}", "run it as root: sudo swarm …"
-        )
+        return fail("rights", f"VMs and namespaces can't be made without {', '.join(missing)}", _AS_ROOT)
     return ok("rights", "root, with every capability that is needed")
 
 

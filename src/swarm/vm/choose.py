@@ -102,7 +102,7 @@ async def _boot(driver: Driver, probe: Probe, image: Image, state_dir: Path, tim
         return _rejected(probe, driver, reason)
 
     spec = VmSpec(image=image, memory_mb=_PROBE_MEMORY_MB, disk_mb=64)
-    state_dir.mkdir(parents=True, exist_ok=True)
+    state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     async with undoing() as undo:
         place = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=PROBE_PREFIX, dir=state_dir)))
         # For as long as we live: by this a sweep knows what it must not touch.

@@ -275,7 +275,8 @@ class Inventory:
         """Descriptor of the lock, held; None when another open file (of any process, this one too) holds it."""
         path = self._lock_path(n)
         with _said(f"can't use {self.state_dir} (SWARM_STATE_DIR)"):
-            self._vms.mkdir(parents=True, exist_ok=True)
+            for directory in (self.state_dir, self._vms):
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._locks.mkdir(mode=0o700, exist_ok=True)
             while True:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,98 @@
+"""Who may read what Swarm keeps on a host, and what somebody who is not root is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swarm.vm.inventory import Inventory
+from swarm.vm.ssh import SshDir
+from swarm.vm.template import Templates
+
+BIN = Path(sys.executable).parent
+# A user that is nobody special to itself and to the kernel, and still may read this checkout, wherever it lies.
+NOT_ROOT = ["unshare", "--user", "--map-user=1000", "--map-group=1000", "--"]
+
+
+def run(home: Path, *argv: str | Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"SWARM_HOME": str(home), "SWARM_STATE_DIR": str(home / "state"), "SWARM_DRIVER": "auto"}
+    env.pop("SWARM_IMAGES_DIR", None)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def mode(path: Path) -> str:
+    return f"{path.stat().st_mode & 0o777:o}"
+
+
+async def test_what_is_private(tmp_path: Path) -> None:
+    """Whatever the umask of whoever was the first to run a command."""
+    home, state = tmp_path / "home", tmp_path / "state"
+    before = os.umask(0)
+    try:
+        assert run(home, BIN / "swarm", "init", "--no-image").returncode == 0
+        place = Inventory(state_dir=state).reserve(1)
+        ssh = SshDir(state / "ssh")
+        ssh.public_key()
+        ssh.know("10.0.0.2", "ssh-ed25519 AAAA")
+        async with Templates(dir=tmp_path / "templates")._locked("key"):
+            pass
+    finally:
+        os.umask(before)
+    found = {path.name: mode(path) for path in (home, home / "agents", state, state / "vms")}
+    assert found == {"home": "755", "agents": "755", "state": "755", "vms": "755"}
+    private = [home / "data", state / "vms/1", state / "locks", state / "ssh", tmp_path / "templates"]
+    assert {path.name: mode(path) for path in private} == dict.fromkeys(
+        ("data", "1", "locks", "ssh", "templates"), "700"
+    )
+    files = {path.name: mode(path) for path in [*(state / "ssh").iterdir(), *(state / "locks").iterdir()]}
+    assert {name for name, bits in files.items() if bits != "600"} <= {ssh.key.with_suffix(".pub").name}, files
+    place.release()
+
+
+def test_the_doctor_of_who_is_not_root(tmp_path: Path) -> None:
+    done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "doctor", "--json")
+    assert done.returncode == 1, done.stderr
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    assert found["rights"]["status"] == "fail" and found["rights"]["fix"].startswith("run it as root")
+    assert found["kernel"]["status"] == "warn" and not any(name.startswith("kernel: ") for name in found)
+    assert found["program nft"]["status"] == "ok"
+
+
+def test_what_only_root_can_do(tmp_path: Path) -> None:
+    done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "image", "build")
+    assert (done.returncode, done.stderr) == (
+        1, "error: building an image needs root, for the owners of its files: run this as root\n",
+    )  # fmt: skip
+    assert not (tmp_path / "images").exists()
+
+
+def test_the_doctor_of_another_migration(tmp_path: Path) -> None:
+    assert run(tmp_path, BIN / "swarm", "init", "--no-image").returncode == 0
+    with sqlite3.connect(tmp_path / "data/swarm.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = '0000_older'")
+    database.close()
+    done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "doctor", "--json")
+    [check] = [check for check in json.loads(done.stdout) if check["name"] == "database"]
+    assert check["status"] == "fail" and check["fix"] == "swarm init"
+    assert "0000_older" in check["detail"] and "this Swarm needs 0001" in check["detail"]
+    listed = run(tmp_path, BIN / "swarm", "ticket", "list")
+    assert listed.returncode == 1 and "0000_older" in listed.stderr and "swarm init" in listed.stderr
+
+
+@pytest.mark.needs("root")
+def test_with_a_home_nobody_may_read(tmp_path: Path) -> None:
+    """A path that can't be entered is named, not taken for an empty home."""
+    home = tmp_path / "home"
+    assert run(home, BIN / "swarm", "init", "--no-image").returncode == 0
+    os.chown(home / "data", 12345, 12345)  # nobody whom the user's namespace knows
+    done = run(home, *NOT_ROOT, BIN / "swarm", "ticket", "list")
+    assert done.returncode == 1
+    assert "Permission denied" in done.stderr and "are you root?" in done.stderr, done.stderr
