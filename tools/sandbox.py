@@ -36,7 +36,7 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
 def main(argv: list[str]) -> int:
     if argv == ["--leaks"]:
         return report(leaks(Path(os.environ["SWARM_SANDBOX"])))
-    kept = {"SWARM_REQUIRE", "SWARM_TEST_KERNEL"}
+    kept = {"SWARM_REQUIRE", "SWARM_TEST_KERNEL", "SWARM_TEST_LIMITS"}
     if argv[:1] == ["--keep"]:
         kept.update(argv[1].split(","))
         argv = argv[2:]
