@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ async def test_what_is_private(tmp_path: Path) -> None:
         place = Inventory(state_dir=state).reserve(1)
         ssh = SshDir(state / "ssh")
         ssh.public_key()
-        ssh.know("10.0.0.2", "ssh-ed25519 AAAA")
+        ssh.know(IPv4Address("10.0.0.2"), "ssh-ed25519 AAAA")
         async with Templates(dir=tmp_path / "templates")._locked("key"):
             pass
     finally:
