@@ -9,6 +9,7 @@ What it answers is chosen by words in the last message, ``scenario=NAME`` and ``
     cut               a stream that breaks off in its middle
     silent            never answers
     malformed         200, and a body that is no JSON
+    hold              a haiku, when `release` is set
     long              says that its output is ``output=N`` tokens, whatever it sent
 
 ``python -m tests.gateway.messages_api --key KEY --port-file FILE`` serves on loopback until killed. ``GET /_seen`` says
@@ -45,6 +46,8 @@ class MessagesApi:
     key: str
     seen: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
+    held: asyncio.Event = field(default_factory=asyncio.Event)  # somebody waits for `release`
+    release: asyncio.Event = field(default_factory=asyncio.Event)
     _times: Counter[str] = field(default_factory=Counter)
 
     @contextlib.asynccontextmanager
@@ -99,6 +102,9 @@ class MessagesApi:
             self._times[text] += 1
             if self._times[text] <= int(words.get("times", "1000000")):
                 return _refusal(scenario)
+        if scenario == "hold":
+            self.held.set()
+            await self.release.wait()
         if scenario == "silent":
             await asyncio.sleep(3600)
         if scenario == "malformed":

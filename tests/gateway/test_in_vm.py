@@ -1,0 +1,177 @@
+"""The same in real VMs: what one can reach, and that the key is nowhere but in the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from swarm import app, config
+from swarm.config import Settings
+from swarm.single import run_ticket
+from swarm.vm.driver import Image
+from tests.engine.conftest import Bench
+from tests.gateway.conftest import KEY
+from tests.gateway.messages_api import HAIKU, MessagesApi
+
+pytestmark = pytest.mark.needs("qemu")
+
+# http.client, since every import costs a guest without KVM dearly.
+PROGRAM = """
+import http.client, json, os, socket
+
+host = os.environ.get("ANTHROPIC_BASE_URL", "http://172.16.0.1:8080")[7:]
+token = os.environ.get("ANTHROPIC_API_KEY", "")
+
+def call(prompt="haiku", token=token, path="/v1/messages", model="claude-haiku-4-5"):
+    connection = http.client.HTTPConnection(host, timeout=30)
+    body = {"model": model, "max_tokens": 100, "messages": [{"role": "user", "content": prompt}]}
+    connection.request("POST", path, json.dumps(body), {"x-api-key": token})
+    answer = connection.getresponse()
+    said = json.load(answer)
+    return said["content"][0]["text"] if answer.status == 200 else answer.status
+
+def reaches(host, port):
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError as error:
+        return type(error).__name__
+    return "connected"
+
+given = json.load(open("input.json"))["inputs"]
+json.dump({name: eval(code) for name, code in given.items()}, open("output.json", "w"))
+"""
+
+
+@pytest.fixture
+async def gated(
+    settings: Settings, image: Image, api: MessagesApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Bench]:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
+    own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates})
+    await app.init(own, image=False)
+    async with app.store(own) as store, app.worker(own, store) as worker:
+        yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
+
+
+async def test_what_a_vm_reaches(gated: Bench) -> None:
+    asked = {
+        "answer": "call()",
+        "foreign": "call(token='x' * 43)",
+        "outside": "call(path='/v1/files')",
+        "proxy": "reaches('172.16.0.1', 3128)",
+        "agentds": "reaches('172.16.0.1', 1024)",
+        "host": "reaches('10.0.0.1', 8080)",
+        "beyond": "reaches('192.0.2.1', 443)",
+    }
+    ticket = await gated.run(PROGRAM, inputs=asked, network="gateway")
+    assert ticket.state == "done", ticket.error
+    got = json.loads(ticket.outputs or "")
+    assert got.pop("answer") == HAIKU
+    assert (got.pop("foreign"), got.pop("outside")) == (401, 404)
+    assert set(got.values()) <= {"TimeoutError", "ConnectionRefusedError", "OSError"}, got
+    refused = [e.data["refused"] for e in await gated.store.events("t") if e.kind == "egress"]
+    assert refused == ["token", "path"]
+    [attempt] = await gated.attempts()
+    assert attempt.cost_usd > 0
+
+    alone = await gated.agent(PROGRAM, "alone")
+    gated.insert("u", alone.id, inputs=json.dumps({"gateway": "reaches('172.16.0.1', 8080)"}))
+    without = await run_ticket(gated.store, gated.worker, "u")
+    assert json.loads(without.outputs or "")["gateway"] in ("ConnectionRefusedError", "TimeoutError")
+
+
+async def test_two_vms_at_once_and_each_others_tokens(gated: Bench, api: MessagesApi) -> None:
+    """The first is in the middle of a call while the second tries its token, which it got by other ways."""
+    agent = await gated.agent(PROGRAM, network="gateway")
+    smuggled = {"leak": "print(token[::-1], flush=True)", "answer": "call('scenario=hold')"}
+    gated.insert("one", agent.id, inputs=json.dumps(smuggled))
+    first = asyncio.create_task(run_ticket(gated.store, gated.worker, "one"))
+    await asyncio.wait_for(api.held.wait(), 90)
+    await gated.until_it_prints("one")
+    [leaked] = [str(e.data["text"]).strip() for e in await gated.store.events("one") if e.kind == "output"]
+    gated.insert("two", agent.id, inputs=json.dumps({"tried": f"call(token={leaked!r}[::-1])", "own": "call()"}))
+    async with app.store(gated.settings) as store, app.worker(gated.settings, store) as other:
+        second = await run_ticket(store, other, "two")
+    assert len(leaked) == 43
+    assert json.loads(second.outputs or "") == {"tried": 401, "own": HAIKU}
+    assert [e.data["refused"] for e in await gated.store.events("two") if e.kind == "egress"] == ["token"]
+    api.release.set()
+    done = await first
+    assert json.loads(done.outputs or "")["answer"] == HAIKU  # the token was good where it belongs
+
+
+async def test_the_key_is_nowhere_but_in_the_gateway(gated: Bench, api: MessagesApi) -> None:
+    """While an attempt is in the middle of a call: guest memory, disks, templates, processes, files, database, log."""
+    agent = await gated.agent(PROGRAM, network="gateway", secrets=())
+    gated.insert("t", agent.id, inputs=json.dumps({"answer": "call('scenario=hold mark-of-this-call')"}))
+    running = asyncio.create_task(run_ticket(gated.store, gated.worker, "t"))
+    await asyncio.wait_for(api.held.wait(), 90)
+    assert any(KEY in call["headers"].values() for call in api.seen)
+
+    [record] = app.inventory(gated.settings).records()
+    key = KEY.encode()
+    # That the search would find it: what the guest does have is there.
+    assert await asyncio.to_thread(_in_memory, record.pid, b"mark-of-this-call")
+    assert not await asyncio.to_thread(_in_memory, record.pid, key)
+    for place in (gated.settings.home, gated.settings.state_dir, gated.settings.templates):
+        for file in place.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                assert not await asyncio.to_thread(_in_file, file, key), file
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            for what in ("cmdline", "environ"):
+                try:
+                    assert key not in (process / what).read_bytes(), (process, what)
+                except OSError:
+                    continue
+    api.release.set()
+    assert (await running).state == "done"
+    history = json.dumps([dict(e.data) for e in await gated.store.events("t")])
+    assert "mark-of-this-call" not in history  # prompts are nobody's business either
+    assert KEY not in history
+    for file in gated.settings.home.rglob("*"):
+        if file.is_file():
+            assert not _in_file(file, key), file
+
+
+def _in_memory(pid: int, needle: bytes) -> bool:
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for start, end in list(_mappings(pid)):
+            try:
+                memory.seek(start)
+                if _holds(iter(lambda end=end: memory.read(min(1 << 22, max(0, end - memory.tell()))), b""), needle):  # type: ignore[misc]
+                    return True
+            except (OSError, ValueError):  # vvar and the like can't be read
+                continue
+    return False
+
+
+def _mappings(pid: int) -> Iterator[tuple[int, int]]:
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        span, rights, *_ = line.split()
+        if rights.startswith("r"):
+            start, _, end = span.partition("-")
+            yield int(start, 16), int(end, 16)
+
+
+def _in_file(file: Path, needle: bytes) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return _holds(iter(lambda: opened.read(1 << 22), b""), needle)
+    except OSError:
+        return False
+
+
+def _holds(chunks: Iterator[bytes], needle: bytes) -> bool:
+    tail = b""
+    for chunk in chunks:
+        if needle in tail + chunk:
+            return True
+        tail = chunk[-len(needle) :]
+    return False
