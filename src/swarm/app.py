@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from swarm.dispatch import Dispatcher, Memory
     from swarm.engine import Engine
     from swarm.gateway.forward import Gateway
+    from swarm.gateway.proxy import Borders
     from swarm.model import Ticket
     from swarm.outside import Outside
     from swarm.store.rows import AttemptRow
@@ -198,7 +199,13 @@ async def outside(settings: Settings, opened: Store | None) -> AsyncIterator[Out
             day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
         )
 
-    async with Outside(gateway=gateway, secrets=None if opened is None else vault(settings, opened)) as made:
+    def borders() -> Borders:
+        from swarm.gateway.proxy import Borders
+
+        return Borders(within=settings.egress_private, never=(settings.subnet,))
+
+    secrets_of = None if opened is None else vault(settings, opened)
+    async with Outside(gateway=gateway, borders=borders, secrets=secrets_of) as made:
         yield made
 
 

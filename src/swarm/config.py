@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     # What all model calls of a day (UTC) may cost together, over all tickets. Not set: as much as they like.
     budget_usd_per_day: float | None = None
     budget_tokens_per_day: int | None = None
+    # Private networks that agents may reach all the same, where their policy names a host there: '["192.168.7.0/24"]'.
+    egress_private: tuple[IPv4Network | IPv6Network, ...] = ()
     # Tables over those that ship (docs/claude.md): services behind the gateway, prices. Default: in the home, if there.
     upstreams: Path | None = None
     prices: Path | None = None

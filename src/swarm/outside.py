@@ -20,11 +20,12 @@ from swarm.gateway.policy import Policy
 from swarm.ledger import Account
 from swarm.model import Agent, Claim
 from swarm.redact import Redactor
-from swarm.vm.driver import GATEWAY_PORT
+from swarm.vm.driver import GATEWAY_PORT, PROXY_PORT
 
 if TYPE_CHECKING:
     from swarm.gateway.door import Door
     from swarm.gateway.forward import Gateway
+    from swarm.gateway.proxy import Borders, Proxy
     from swarm.gateway.upstreams import Upstream
 
 Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the ticket
@@ -52,11 +53,15 @@ class Permit:
 class Reach:
     """An attempt's open ways. ``env``: what its programs must know of them, its secrets included."""
 
-    def __init__(self, permit: Permit, gateway: Callable[[], Gateway], record: Record) -> None:
+    def __init__(
+        self, permit: Permit, gateway: Callable[[], Gateway], borders: Callable[[], Borders], record: Record
+    ) -> None:
         self._permit = permit
         self._gateway = gateway
+        self._borders = borders
         self._record = record
         self._door: Door | None = None
+        self._proxy: Proxy | None = None
         self.env: dict[str, str] = dict(permit.secrets)
         self.redactor = Redactor(permit.secrets)
 
@@ -72,7 +77,21 @@ class Reach:
                 record=self._record,
             )
             self.env |= self._door.env
-            self.redactor = Redactor({**self._permit.secrets, "the gateway's token": self._door.token})
+        if self._permit.policy.proxied:
+            from swarm.gateway.proxy import Proxy
+
+            listener, address = await listen(PROXY_PORT)
+            self._proxy = Proxy(
+                policy=self._permit.policy,
+                borders=self._borders(),
+                listener=listener,
+                address=address,
+                record=self._record,
+            )
+            self.env |= self._proxy.env
+        tokens = {"the gateway's token": self._door.token if self._door else ""}
+        tokens |= {"the proxy's token": self._proxy.token if self._proxy else ""}
+        self.redactor = Redactor({**self._permit.secrets, **tokens})
 
     async def exceeded(self) -> str:
         """Returns when a budget has ended the attempt's work, with the sums; never, otherwise."""
@@ -86,19 +105,24 @@ class Reach:
         return self._door.exceeded.result() if self._door is not None and done else None
 
     def shut(self) -> None:
-        if self._door is not None:
-            self._door.shut()
+        for way in (self._door, self._proxy):
+            if way is not None:
+                way.shut()
 
     async def close(self) -> None:
-        if self._door is not None:
-            await self._door.close()
+        for way in (self._door, self._proxy):
+            if way is not None:
+                await way.close()
 
 
 class Outside:
-    """``gateway`` makes one; it is asked once at most. ``async with`` closes it."""
+    """``gateway`` makes one; it is asked once at most. ``async with`` closes it. ``borders``: where proxies stop."""
 
-    def __init__(self, *, gateway: Callable[[], Gateway], secrets: Secrets | None = None) -> None:
+    def __init__(
+        self, *, gateway: Callable[[], Gateway], borders: Callable[[], Borders], secrets: Secrets | None = None
+    ) -> None:
         self._make = gateway
+        self._borders = borders
         self._made: Gateway | None = None
         self._secrets = secrets
 
@@ -134,7 +158,7 @@ class Outside:
     @asynccontextmanager
     async def reach(self, permit: Permit, record: Record) -> AsyncIterator[Reach]:
         """Ways that can be opened within the block. Leave it when the machine is gone: it waits for the last bills."""
-        reach = Reach(permit, self._gateway, record)
+        reach = Reach(permit, self._gateway, self._borders, record)
         try:
             yield reach
         finally:

@@ -20,6 +20,7 @@ import structlog
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from swarm.gateway.reception import Reception
 from swarm.gateway.upstreams import Upstream
 from swarm.ledger import Account
 
@@ -60,18 +61,13 @@ class Door:
         self.exceeded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.held_bytes = 0  # of request bodies, in memory
         self._services = services  # with their keys
-        self._listener = listener
         self._url = url
         self._record = record
         self._refusals = 0
         self._forward = forward
         self._calls: set[asyncio.Task[Any]] = set()
-        self._server = _Server(self._handle, self._left)
-        self._room = MAX_CONNECTIONS
-        self._loop = asyncio.get_running_loop()
-        self._shut = False
-        listener.setblocking(False)
-        self._listen()
+        self._reception = Reception(listener, most=MAX_CONNECTIONS, welcome=self._welcome)
+        self._server = _Server(self._handle, self._reception.left)
 
     def __repr__(self) -> str:  # no key, no token
         return f"<Door of attempt {self.account.attempt_id} at {self._url}>"
@@ -100,60 +96,22 @@ class Door:
 
     def shut(self) -> None:
         """From here on nobody gets in, and calls under way are being cut off. Idempotent; waits for nothing."""
-        if not self._shut:
-            self._shut = True
-            self._loop.remove_reader(self._listener)
-            self._listener.close()
-            for call in self._calls:
-                call.cancel()
+        self._reception.shut()
+        for call in self._calls:
+            call.cancel()
 
     async def close(self) -> None:
         """Shut, and wait until what was cut off has been booked. Never raises."""
         self.shut()
+        await self._reception.close(seconds=_CLOSE_SECONDS)
         if self._calls:
             await asyncio.wait(set(self._calls), timeout=_CLOSE_SECONDS)
         with contextlib.suppress(Exception):
             await self._server.shutdown(timeout=_IDLE_SECONDS)
         self.exceeded.cancel()
 
-    def _listen(self) -> None:
-        if not self._shut and self._room:
-            self._loop.add_reader(self._listener, self._accept)
-
-    def _accept(self) -> None:
-        """Somebody knocks. Not by `loop.sock_accept`: a listener that it waits for can't be closed at once."""
-        try:
-            connection, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return
-        except OSError as problem:  # out of descriptors: others may let go of some
-            log.warning("gateway can't accept", error=str(problem), attempt=self.account.attempt_id)
-            self._loop.remove_reader(self._listener)
-            self._loop.call_later(0.1, self._listen)
-            return
-        self._room -= 1
-        if not self._room:
-            self._loop.remove_reader(self._listener)
-        connection.setblocking(False)
-        task = self._loop.create_task(self._welcome(connection))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
-
     async def _welcome(self, connection: socket.socket) -> None:
-        try:
-            with contextlib.suppress(OSError):
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(self._server, connection)
-        except BaseException as problem:
-            connection.close()
-            self._left()
-            if not isinstance(problem, OSError):
-                raise
-
-    def _left(self) -> None:
-        self._room += 1
-        if self._room == 1:
-            self._listen()
+        await asyncio.get_running_loop().connect_accepted_socket(self._server, connection)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         call = asyncio.current_task()

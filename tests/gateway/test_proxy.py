@@ -1,0 +1,229 @@
+"""The way to other hosts: names that are allowed, addresses that never are, and what is recorded of both."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import json
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from swarm import app, config
+from swarm.config import Settings
+from swarm.gateway import policy
+from swarm.gateway.proxy import Address, Borders, Proxy, resolved
+from swarm.single import run_ticket
+from tests.engine.conftest import Bench
+
+LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
+
+
+@dataclass
+class Site:
+    """A web site of ours on loopback, and a proxy to it. ``names``: what resolves to what, in turn."""
+
+    port: int
+    seen: list[web.Request]
+    events: list[Mapping[str, object]] = field(default_factory=list)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+    async def resolve(self, host: str, port: int) -> Sequence[Address]:
+        self.asked.append(host)
+        answers = self.names.get(host)
+        if not answers:
+            raise OSError(-2, "Name or service not known")
+        return [ipaddress.ip_address(answers.pop(0) if len(answers) > 1 else answers[0])]
+
+    @asynccontextmanager
+    async def proxy(self, network: str, *, within: tuple[ipaddress.IPv4Network, ...] = ()) -> AsyncIterator[Proxy]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        proxy = Proxy(
+            policy=policy.parse(network),
+            borders=Borders(within=within, never=(ipaddress.ip_network("10.0.0.0/16"),), resolve=self.resolve),
+            listener=listener,
+            address=f"127.0.0.1:{listener.getsockname()[1]}",
+            record=lambda kind, data: self.events.append(data),
+        )
+        try:
+            yield proxy
+        finally:
+            await proxy.close()
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request)
+        return web.Response(text=f"{request.method} {request.path_qs} {len(await request.read())}")
+
+    seen: list[web.Request] = []
+    runner = web.ServerRunner(web.Server(answer))  # type: ignore[arg-type]
+    await runner.setup()
+    listening = web.TCPSite(runner, "127.0.0.1", 0)
+    await listening.start()
+    made = Site(port=runner.addresses[0][1], seen=seen)
+    await web.TCPSite(runner, "127.0.0.2", made.port).start()
+    made.names["www.example.com"] = ["127.0.0.1"]
+    yield made
+    await runner.cleanup()
+
+
+async def get(proxy: Proxy, url: str, **options: object) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session:
+        env = proxy.env["HTTP_PROXY"]
+        async with session.get(url, proxy=env, **options) as answer:  # type: ignore[arg-type]
+            return answer.status, await answer.text()
+
+
+async def tunnel(proxy: Proxy, target: str, *, credentials: str | None = None) -> bytes:
+    """What comes of CONNECT, and, when that was granted, of a request through the tunnel."""
+    host, _, port = proxy.env["HTTP_PROXY"].rpartition("@")[2].partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    given = base64.b64encode((credentials or f"swarm:{proxy.token}").encode()).decode()
+    writer.write(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nProxy-Authorization: Basic {given}\r\n\r\n".encode())
+    answer = await reader.readuntil(b"\r\n\r\n")
+    if b" 200 " in answer:
+        writer.write(b"GET /through HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answer += await reader.read()
+    writer.close()
+    return answer
+
+
+async def test_allowed_by_name(site: Site) -> None:
+    async with site.proxy("allow:www.example.com", within=(LOOPBACK,)) as proxy:
+        url = f"http://www.example.com:{site.port}/page?a=b"
+        assert await get(proxy, url) == (200, "GET /page?a=b 0")
+        assert b"GET /through 0" in await tunnel(proxy, f"www.example.com:{site.port}")
+        assert (await get(proxy, f"http://other.example.com:{site.port}/"))[0] == 403
+        assert b"403 Forbidden" in await tunnel(proxy, f"other.example.com:{site.port}")
+    [request, _] = site.seen
+    assert request.headers["host"] == f"www.example.com:{site.port}"
+    assert not [name for name in request.headers if name.lower().startswith("proxy")]
+    why = "the agent's network policy does not allow other.example.com"
+    assert {(e["host"], e["method"], e.get("refused")) for e in site.events} == {
+        ("www.example.com", "GET", None),
+        ("www.example.com", "CONNECT", None),
+        ("other.example.com", "GET", why),
+        ("other.example.com", "CONNECT", why),
+    }
+    assert len(site.events) == 4
+    assert site.events[0]["address"] == "127.0.0.1"
+    assert int(str(site.events[0]["received_bytes"])) > 0
+    assert "other.example.com" not in site.asked  # not even resolved
+
+
+async def test_a_body_goes_along(site: Site) -> None:
+    async with site.proxy("open", within=(LOOPBACK,)) as proxy, aiohttp.ClientSession() as session:
+        url = f"http://www.example.com:{site.port}/"
+        async with session.post(url, data=b"x" * 300_000, proxy=proxy.env["HTTP_PROXY"]) as answer:
+            assert await answer.text() == "POST / 300000"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
+        "224.0.0.1", "255.255.255.255", "::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "fe80::1", "fd00::1",
+        "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::",
+    ],
+)  # fmt: skip
+async def test_addresses_that_no_policy_reaches(site: Site, address: str) -> None:
+    site.names["evil.example.com"] = [address]
+    async with site.proxy("open") as proxy:
+        assert b"403 Forbidden" in await tunnel(proxy, f"evil.example.com:{site.port}")
+        literal = f"[{address}]" if ":" in address else address
+        assert b"403 Forbidden" in await tunnel(proxy, f"{literal}:{site.port}")
+    assert all("which no policy allows" in str(event["refused"]) for event in site.events)
+    assert site.seen == []
+
+
+async def test_swarms_own_subnet_is_never_within(site: Site) -> None:
+    borders = Borders(within=(ipaddress.ip_network("10.0.0.0/8"),), never=(ipaddress.ip_network("10.0.0.0/16"),))
+    assert borders.why_not(ipaddress.ip_address("10.0.0.2")) == "an address of Swarm's own"
+    assert borders.why_not(ipaddress.ip_address("10.9.0.2")) == ""
+    assert borders.why_not(ipaddress.ip_address("93.184.215.14")) == ""
+
+
+async def test_a_name_that_changes_its_mind_gains_nothing(site: Site) -> None:
+    """DNS rebinding: first an address that may be, then one that may not. It is resolved once, and that is used."""
+    site.names["two.example.com"] = ["127.0.0.1", "169.254.169.254"]
+    async with site.proxy("allow:two.example.com", within=(LOOPBACK,)) as proxy:
+        assert b"GET /through 0" in await tunnel(proxy, f"two.example.com:{site.port}")
+        assert site.asked == ["two.example.com"]
+        assert b"403 Forbidden" in await tunnel(proxy, f"two.example.com:{site.port}")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\nhost: www.example.com\r\n\r\n", b"CONNECT www.example.com/x HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET ftp://www.example.com/ HTTP/1.1\r\nhost: x\r\n\r\n", b"\x16\x03\x01\r\n\r\n",
+        b"CONNECT  HTTP/1.1\r\n\r\n",
+        b"GET http://a@www.example.com/ HTTP/1.1\r\nhost: x\r\n\r\n", b"CONNECT x:99999999 HTTP/1.1\r\nhost: x\r\n\r\n",
+    ],
+)  # fmt: skip
+async def test_what_is_no_request_for_a_proxy(site: Site, head: bytes) -> None:
+    async with site.proxy("open", within=(LOOPBACK,)) as proxy:
+        host, _, port = proxy.env["HTTP_PROXY"].rpartition("@")[2].partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        given = base64.b64encode(f"swarm:{proxy.token}".encode())
+        writer.write(head[:-2] + b"Proxy-Authorization: Basic " + given + b"\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+    assert site.seen == []
+
+
+async def test_credentials(site: Site) -> None:
+    async with site.proxy("open", within=(LOOPBACK,)) as proxy:
+        assert b" 407 " in await tunnel(proxy, f"www.example.com:{site.port}", credentials="swarm:wrong")
+    assert site.seen == []
+
+
+async def test_nothing_is_left_of_connections_when_it_closes(site: Site) -> None:
+    async with site.proxy("open", within=(LOOPBACK,)) as proxy:
+        host, _, port = proxy.env["HTTP_PROXY"].rpartition("@")[2].partition(":")
+        idle = [await asyncio.open_connection(host, int(port)) for _ in range(200)]
+        assert b"GET /through 0" in await asyncio.wait_for(_once_some_left(proxy, site, idle), 10)
+    for reader, _ in idle:
+        assert await reader.read() == b""
+
+
+async def _once_some_left(
+    proxy: Proxy, site: Site, idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+) -> bytes:
+    asking = asyncio.create_task(tunnel(proxy, f"www.example.com:{site.port}"))
+    for _, writer in idle:
+        writer.close()
+    return await asking
+
+
+async def test_the_hosts_resolver() -> None:
+    assert ipaddress.ip_address("127.0.0.1") in await resolved("localhost", 80)
+
+
+async def test_an_agent_behind_it(site: Site, settings: Settings, tmp_path: Path) -> None:
+    """http-fetch, which ships, by its policy `open`; and one whose policy is none."""
+    own = config.load(
+        **{**settings.model_dump(), "home": tmp_path / "home", "driver": "process", "egress_private": ("127.0.0.0/8",)}
+    )
+    await app.init(own, image=False)
+    async with app.store(own) as store, app.worker(own, store) as worker:
+        bench = Bench(settings=own, store=store, worker=worker, dir=tmp_path)
+        agent = await store.agent("http-fetch")
+        # `localhost` is for no proxy; and in here is no resolver, so the address has to do.
+        bench.insert("t", agent.id, inputs=json.dumps({"url": f"http://127.0.0.2:{site.port}/x"}))
+        ticket = await run_ticket(store, worker, "t")
+        assert json.loads(ticket.outputs or "{}").get("text") == "GET /x 0", ticket.error
+        [event] = [e.data for e in await store.events("t") if e.kind == "egress"]
+        assert (event["via"], event["host"], event["port"]) == ("proxy", "127.0.0.2", site.port)
+        code = "import json, os; json.dump([n for n in os.environ if 'proxy' in n.lower()], open('output.json', 'w'))"
+        assert json.loads((await bench.run(code)).outputs or "") == []
