@@ -16,6 +16,7 @@ from swarm.cli.frame import Cli, command, new_app, start, stopped_by_signals
 
 if TYPE_CHECKING:
     from swarm.config import Settings
+    from swarm.model import Ticket
     from swarm.store.rows import WorkerRow
 
 app = new_app(
@@ -203,12 +204,20 @@ async def run_ticket(
         else:
             cli.out.line(f"ticket {id} runs in process {pid}; `swarm ticket show` tells how it goes")
         return 0
-    ticket, attempts = await wiring.run_ticket(cli.settings, id, timeout_seconds=timeout)
+
+    def waits(ticket: Ticket) -> None:
+        cli.out.note(f"ticket {ticket.id} waits for a person: `swarm ticket show {ticket.id}` says for what")
+
+    ticket, attempts = await wiring.run_ticket(cli.settings, id, timeout_seconds=timeout, waits=waits)
+    async with wiring.store(cli.settings) as store:
+        runs, steps = await store.runs(id), await store.steps(id)
     if cli.out.json:
-        cli.out.dump({"ticket": ticket, "attempts": attempts})
+        cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts})
     else:
         render.show_ticket(cli.out, ticket)
-        if attempts:
+        if ticket.execution_mode == "workflow":
+            render.show_steps(cli.out, ticket, runs, steps)
+        elif attempts:
             cli.out.line("time")
             render.show_timings(cli.out, attempts[-1].timings)
     return 0 if ticket.state == "done" else 1
@@ -241,6 +250,7 @@ async def status(cli: Cli) -> None:
             "running": queue.running,
             "in back-off": queue.delayed or None,
             "blocked": queue.blocked,
+            "waiting for a person": queue.waiting or None,
             "oldest ready": None if oldest is None else render.duration(oldest),
             "VMs": len(vms),
             "ended": f"{sum(int(row.info.get('per_minute') or 0) for row in workers if alive[row.id])} per minute",

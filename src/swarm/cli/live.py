@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from swarm.dispatch import Dispatcher
+    from swarm.model import Claim
     from swarm.store.rows import QueueStatus
     from swarm.store.store import Store
     from swarm.worker import Ended
@@ -68,6 +69,8 @@ class View:
         head = f"{'stopping, ' if dispatcher.stopping else ''}{len(running)} of {dispatcher.max_vms} VMs"
         if queue is not None:
             head += f" · {queue.ready} ready, {queue.delayed} in back-off, {queue.blocked} blocked"
+            if queue.waiting:
+                head += f", {queue.waiting} waiting for a person"
             if queue.oldest_ready_ms:
                 head += f" · oldest ready {duration(queue.oldest_ready_ms)}"
         head += f" · {dispatcher.per_minute} ended in the last minute"
@@ -79,7 +82,7 @@ class View:
         for attempt in running[:_RUNNING]:
             claim, age = attempt.claim, attempt.timeline.since_ms("claimed")
             cells = (
-                claim.ticket.id,
+                _name(claim),
                 claim.agent.name,
                 claim.attempt_number,
                 attempt.vm_id or "",
@@ -88,13 +91,18 @@ class View:
             table.add_row(*(Text(clean(cell)) for cell in cells), Text(duration(age)))
         for ended in reversed(self._ends):
             outcome = type(ended.outcome).__name__.lower() if ended.outcome else "lost"
-            past = (ended.claim.ticket.id, ended.claim.agent.name, ended.claim.attempt_number, ended.vm_id or "")
+            past = (_name(ended.claim), ended.claim.agent.name, ended.claim.attempt_number, ended.vm_id or "")
             table.add_row(
                 *(Text(clean(cell), style="dim") for cell in past),
                 Text(outcome, style=STATE_STYLES.get(outcome, "")),
                 Text(duration(ended.timings.get("total")), style="dim"),
             )
         return Group(Text(clean(head), style="bold"), table)
+
+
+def _name(claim: Claim) -> str:
+    """Of a workflow's step, with the ticket's."""
+    return claim.ticket.id if claim.step_id == "main" else f"{claim.ticket.id} {claim.step_id}"
 
 
 def wanted(log_format: str) -> bool:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from swarm.cli.output import Out
 from swarm.model import Ticket
 
+if TYPE_CHECKING:
+    from swarm.store.rows import RunRow, StepRow
+
 _BAR = 40
 # What a terminal shows of a long value; `--json` has all of it.
 _SHOWN_CHARACTERS = 4000
+_SHOWN_STEPS = 200
 
 
 def show_ticket(out: Out, ticket: Ticket) -> None:
@@ -30,6 +35,44 @@ def show_ticket(out: Out, ticket: Ticket) -> None:
         "completed": ticket.completed_at,
     }
     out.fields({name: shorten(value) for name, value in fields.items() if value is not None})
+
+
+def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[StepRow]) -> None:
+    """The newest run of a workflow, with the runs within it; and what to do where it waits for a person."""
+    current = steps_of_last_run(ticket, runs, steps)
+    if not current:
+        return
+    out.line()
+    rows = [
+        (
+            step.step_id,
+            step.status,
+            f"{step.agent_name}@{step.agent_version}" if step.agent_name else "",
+            step.retry_count + 1 if step.started_at and step.agent_name else "",
+            duration(step.duration_ms),
+            (step.error or (step.question if step.status == "waiting" else "") or "").split("\n")[0],
+        )
+        for step in current[:_SHOWN_STEPS]
+    ]
+    out.table(("STEP", "STATE", "AGENT", "TRIES", "TIME", ""), rows)
+    if len(current) > _SHOWN_STEPS:
+        out.line(f"… {len(current) - _SHOWN_STEPS} more: --json shows all")
+    if waiting := [step.step_id for step in current if step.status == "waiting" and step.verdict is None]:
+        which = "" if len(waiting) == 1 else " --step STEP"
+        out.line(f"{', '.join(waiting)}: `swarm ticket approve {ticket.id}{which}`, or reject, lets it go on")
+
+
+def steps_of_last_run(ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[StepRow]) -> list[StepRow]:
+    """Those of the ticket's own run, each followed by what runs within it."""
+    last = {run.id for run in runs if run.id == ticket.run_id or run.root_run_id == ticket.run_id}
+    found = [step for step in steps if step.run_id in last]
+    place = {step.step_id: number for number, step in enumerate(found)}
+
+    def order(step: StepRow) -> list[int]:
+        parts = step.step_id.split("/")
+        return [place.get("/".join(parts[: depth + 1]), 0) for depth in range(len(parts))]
+
+    return sorted(found, key=order)
 
 
 def show_timings(out: Out, timings: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import read_inputs
 from swarm.model import TERMINAL_TICKET_STATES, ExecutionMode, Ticket, TicketState
 
-app = new_app("ticket", "Tickets: add, list, show, read their logs, cancel, retry.")
+app = new_app("ticket", "Tickets: add, list, show, read their logs, approve, reject, cancel, retry.")
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_default=False)]
 
@@ -26,6 +26,7 @@ _Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_
     examples=[
         'swarm ticket add "Say hello" --agent echo --input name=world',
         "swarm ticket add Report --agent echo --inputs @inputs.json --id report-7",
+        "swarm ticket add Chain --workflow echo-chain --priority 5",
     ],
     json=True,
 )
@@ -33,8 +34,11 @@ async def add(
     cli: Cli,
     title: Annotated[str, typer.Argument(help="What is to be done, in a few words.", show_default=False)],
     agent: Annotated[
-        str, typer.Option("--agent", "-a", help="Name, name@version or id of the agent.", show_default=False)
-    ],
+        str | None, typer.Option("--agent", "-a", help="Name, name@version or id of the agent.", show_default=False)
+    ] = None,
+    workflow: Annotated[
+        str | None, typer.Option("--workflow", "-w", help="In place of an agent: the workflow.", show_default=False)
+    ] = None,
     description: Annotated[str | None, typer.Option("--description", "-d", help="The task at length.")] = None,
     inputs: Annotated[str | None, typer.Option("--inputs", help="A JSON object, or @FILE (@- is stdin).")] = None,
     input: Annotated[  # noqa: A002
@@ -44,7 +48,7 @@ async def add(
     id: Annotated[str | None, typer.Option("--id", help="Default: a new UUID.")] = None,  # noqa: A002
     project: Annotated[str | None, typer.Option("--project", help="Any text to group tickets by.")] = None,
     priority: Annotated[int, typer.Option("--priority", help="Higher runs sooner.")] = 0,
-    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds the agent may take.", min=0.001)] = None,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds it may take.", min=0.001)] = None,
     budget_usd: Annotated[
         float | None, typer.Option("--budget-usd", help="What its model calls may cost, retries included.", min=0)
     ] = None,
@@ -53,9 +57,13 @@ async def add(
 ) -> None:
     """Add a ticket, and print its id."""
     from swarm import app as wiring
+    from swarm.errors import UsageError
 
+    if (agent is None) == (workflow is None):
+        raise UsageError("a ticket is for an agent or for a workflow: give one of --agent and --workflow")
     async with wiring.store(cli.settings) as store:
-        found = await store.agent(agent)
+        who = await store.agent(agent) if agent is not None else None
+        flow = await store.workflow(workflow) if workflow is not None else None
         ticket = await store.add_ticket(
             Ticket(
                 id=id or str(uuid.uuid4()),
@@ -63,10 +71,11 @@ async def add(
                 description=description,
                 state=TicketState.DRAFT if draft else TicketState.READY,
                 project_id=project,
-                agent_id=found.id,
-                assignee_id=found.id,
-                assignee_type="agent",
-                execution_mode=ExecutionMode.AGENT,
+                agent_id=who.id if who else None,
+                assignee_id=who.id if who else None,
+                assignee_type="agent" if who else None,
+                execution_mode=ExecutionMode.AGENT if who else ExecutionMode.WORKFLOW,
+                workflow_id=flow.id if flow else None,
                 inputs=json.dumps(read_inputs(inputs, input or []), ensure_ascii=False),
                 priority=priority,
                 timeout_seconds=timeout,
@@ -106,16 +115,19 @@ async def list_(
 
 @command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
 async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
-    """Show a ticket: what was asked, what came of it, each attempt and where its time went."""
+    """Show a ticket: what was asked, what came of it, each step or attempt, and where its time went."""
     from swarm import app as wiring
 
     async with wiring.store(cli.settings) as store:
-        ticket = await store.ticket(id)
+        ticket, runs = await store.ticket(id), await store.runs(id)
         steps, attempts = await store.steps(id), await store.attempts(id)
     if cli.out.json:
-        cli.out.dump({"ticket": ticket, "steps": steps, "attempts": attempts})
+        cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts})
         return
     render.show_ticket(cli.out, ticket)
+    if ticket.execution_mode == ExecutionMode.WORKFLOW:
+        render.show_steps(cli.out, ticket, runs, steps)
+        return
     for number, attempt in enumerate(attempts, 1):
         cli.out.line()
         vm = "" if attempt.vm_id is None else f", VM {attempt.vm_id}"
@@ -169,14 +181,72 @@ async def cancel(cli: Cli, id: _Id) -> None:  # noqa: A002
         _say(cli, await store.ticket(id))
 
 
-@command(app, "retry", examples=["swarm ticket retry report-7"], json=True)
-async def retry(cli: Cli, id: _Id) -> None:  # noqa: A002
-    """Run a failed or cancelled ticket again, from the start; the runs it had stay as history."""
+@command(
+    app, "retry", examples=["swarm ticket retry report-7", "swarm ticket retry release-3 --from publish"], json=True
+)
+async def retry(
+    cli: Cli,
+    id: _Id,  # noqa: A002
+    step: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STEP", help="Of a workflow: this step and what depends on it; keep the rest."),
+    ] = None,
+) -> None:
+    """Run a failed or cancelled ticket again, from the start or from a step; the runs it had stay as history.
+
+    With --from, steps that were cut off, or that the run failed by, run again as well.
+    """
     from swarm import app as wiring
 
     async with wiring.store(cli.settings) as store:
-        await store.retry(id)
+        await store.retry(id, step=step)
         _say(cli, await store.ticket(id))
+
+
+_Step = Annotated[str | None, typer.Option("--step", help="Which step, where several wait.", show_default=False)]
+_By = Annotated[str | None, typer.Option("--by", metavar="WHO", help="Default: the user of this command.")]
+
+
+@command(
+    app,
+    "approve",
+    examples=["swarm ticket approve release-3", "swarm ticket approve release-3 --step publish --by ann --why checked"],
+    json=True,
+)
+async def approve(
+    cli: Cli,
+    id: _Id,  # noqa: A002
+    step: _Step = None,
+    by: _By = None,
+    why: Annotated[str, typer.Option("--why", metavar="TEXT", help="Kept with the answer.")] = "",
+) -> None:
+    """Say yes to the step of a workflow that waits for a person."""
+    await _answer(cli, id, step, approved=True, by=by, why=why)
+
+
+@command(app, "reject", examples=['swarm ticket reject release-3 --why "not before Monday"'], json=True)
+async def reject(
+    cli: Cli,
+    id: _Id,  # noqa: A002
+    why: Annotated[str, typer.Option("--why", metavar="TEXT", help="Kept with the answer.", show_default=False)],
+    step: _Step = None,
+    by: _By = None,
+) -> None:
+    """Say no to the step of a workflow that waits for a person: it fails, and says who said so and why."""
+    await _answer(cli, id, step, approved=False, by=by, why=why)
+
+
+async def _answer(cli: Cli, id_: str, step: str | None, *, approved: bool, by: str | None, why: str) -> None:
+    from swarm import app as wiring
+
+    async with wiring.store(cli.settings) as store:
+        answered = await store.answer(id_, step=step, approved=approved, by=by or getpass.getuser(), why=why)
+        ticket = await store.ticket(id_)
+    if cli.out.json:
+        cli.out.dump({"ticket": ticket, "step": answered})
+    else:
+        said = "approved" if approved else "rejected"
+        cli.out.line(f"step {answered} is {said}; ticket {ticket.id} is {ticket.state}")
 
 
 def _say(cli: Cli, ticket: Ticket) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import json
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -200,6 +203,82 @@ async def webhook(
     cli.out.note(
         "This is the only time that the secret is shown. `swarm serve` takes requests that are signed with it."
     )
+
+
+@command(
+    app,
+    "run",
+    examples=[
+        "swarm workflow run echo-chain --input message=hi",
+        "swarm workflow run fix-until-green@1 --input-json inputs.json --wait",
+    ],
+    json=True,
+)
+async def run(
+    cli: Cli,
+    workflow: _Ref,
+    input: Annotated[  # noqa: A002
+        list[str] | None,
+        typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input; VALUE is JSON, else text."),
+    ] = None,
+    inputs: Annotated[str | None, typer.Option("--inputs", help="A JSON object, or @FILE (@- is stdin).")] = None,
+    input_json: Annotated[
+        Path | None, typer.Option("--input-json", metavar="FILE", help="The same as --inputs @FILE.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end; without an engine, run it here.")] = False,
+    id: Annotated[str | None, typer.Option("--id", help="Of the ticket. Default: a new UUID.")] = None,  # noqa: A002
+    priority: Annotated[int, typer.Option("--priority", help="Higher runs sooner.")] = 0,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds the whole may take.", min=0.001)] = None,
+) -> int:
+    """Run a workflow: add a ticket for it, and print that ticket's id. With --wait, exit status 0 if it is done."""
+    from swarm import app as wiring
+    from swarm.cli import follow
+    from swarm.cli.inputs import read_inputs
+    from swarm.errors import Conflict, UsageError
+    from swarm.model import ExecutionMode, Ticket, TicketState
+
+    if inputs is not None and input_json is not None:
+        raise UsageError("--inputs and --input-json both give all inputs: use one of them")
+    given = read_inputs(f"@{input_json}" if input_json is not None else inputs, input or [])
+    async with wiring.store(cli.settings) as store:
+        row = await store.workflow(workflow)
+        if not row.enabled:
+            raise Conflict(f"the workflow {row.name}@{row.version} is disabled; `swarm workflow enable` lets it start")
+        _check_inputs(row.parsed(), given)
+        ticket = await store.add_ticket(
+            Ticket(
+                id=id or str(uuid.uuid4()),
+                title=row.name,
+                state=TicketState.READY,
+                execution_mode=ExecutionMode.WORKFLOW,
+                workflow_id=row.id,
+                inputs=json.dumps(given, ensure_ascii=False),
+                priority=priority,
+                timeout_seconds=timeout,
+                trigger_type="manual",
+                trigger_data=json.dumps({"by": getpass.getuser()}),
+            )
+        )
+    if wait:
+        return await follow.to_the_end(cli, ticket)
+    if cli.out.json:
+        cli.out.dump(ticket)
+    else:
+        cli.out.line(ticket.id)
+    return 0
+
+
+def _check_inputs(workflow: Workflow, given: dict[str, object]) -> None:
+    """At once, and not by a ticket that fails. Raises UsageError."""
+    from swarm import schema
+    from swarm.errors import UsageError
+
+    if workflow.inputs_schema is not None:
+        full = schema.with_defaults(given, workflow.inputs_schema)
+        if wrong := schema.issues(full, schema.text(workflow.inputs_schema)):
+            raise UsageError(
+                f"the inputs don't fit the workflow {workflow.name}@{workflow.version}: {'; '.join(map(str, wrong))}"
+            )
 
 
 @command(app, "enable", examples=["swarm workflow enable echo-chain"])

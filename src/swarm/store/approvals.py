@@ -38,8 +38,11 @@ class Approvals:
     def __init__(self, executor: WorkflowExecutor) -> None:
         self._executor = executor
 
-    def answer(self, tx: Tx, request: AnswerRequest) -> str:
-        """The step that was answered. Raises NotFound, and Conflict when it is not clear which is meant."""
+    def answer(self, tx: Tx, request: AnswerRequest) -> tuple[str, list[str]]:
+        """The step that was answered, and runs for the caller to decide on.
+
+        Raises NotFound, and Conflict when none waits, or when it is not clear which is meant.
+        """
         ticket = tickets.ticket(tx, request.ticket_id)
         waiting = {row.step_id: row for row in tx.all(WAITING_STEPS, id=ticket.id)}
         named = ", ".join(waiting)
@@ -53,6 +56,6 @@ class Approvals:
         by, why = message(request.by) or "", message(request.why) or ""
         changes = Changes(tx)
         answer(changes, waiting[step], Verdict(approved=request.approved, by=by, why=why))
-        self._executor.settle(changes)
+        undecided = self._executor.settle(changes, take_up=True)
         dependencies.release(changes)
-        return str(lenient(step))
+        return str(lenient(step)), undecided

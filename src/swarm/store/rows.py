@@ -131,6 +131,7 @@ class RunRow:
     ticket_id: str
     workflow_id: str | None
     workflow_version: str | None
+    root_run_id: str | None  # None of the ticket's own
     path: str  # '' of the ticket's own; 'fix[0]/' of the one that is its step fix[0]
     status: str
     trigger_type: str

@@ -223,7 +223,10 @@ class Store:
         Raises NotFound, and Conflict when none waits, or when it is not clear which is meant.
         """
         request = approvals.AnswerRequest(ticket_id=ticket_id, step=step, approved=approved, by=by, why=why)
-        return await self._write.call(self._answer, request)
+        answered, undecided = await self._write.call(self._answer, request)
+        self._decider.take_up(undecided)
+        await self._decider.decided()
+        return answered
 
     async def queue(self) -> QueueStatus:
         return await self._read.call(_QUEUE, None)
