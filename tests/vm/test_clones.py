@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import itertools
 import json
+import shutil
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,12 +17,14 @@ from typing import Any
 
 import asyncssh
 import pytest
+from structlog.testing import capture_logs
 
 from swarm import app
 from swarm.channel import Channel, Identity
 from swarm.clock import Timeline
 from swarm.config import Settings
 from swarm.errors import BootFailed, ChannelError
+from swarm.process import run
 from swarm.vm import launcher as launchers
 from swarm.vm.driver import Image, Template, VmSpec
 from swarm.vm.launcher import Label, Launcher, Machine
@@ -288,3 +292,46 @@ def test_the_templates_token_opens_no_clone(eight: list[Twin], template: Templat
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+HIJACK = """
+import mmap, os, sys
+way, path = sys.argv[1:]
+before = os.stat(path)
+fd = os.open(path, os.O_RDWR)
+if way == "write":
+    os.pwrite(fd, b"evil", 1 << 20)
+else:
+    with mmap.mmap(fd, 4096, offset=1 << 20) as memory:
+        memory[:4] = b"evil"
+try:
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    print("hid it")
+except PermissionError:
+    print("could not hide it")
+"""
+
+
+@pytest.mark.parametrize("way", ["write", "mmap"])
+def test_a_vmm_that_writes_into_its_template_is_found_out(
+    settings: Settings, spec: VmSpec, template: Template, loop: asyncio.Runner, tmp_path: Path, way: str
+) -> None:
+    """QEMU 7.2 opens the template's memory for writing, so one that its guest took over can write to it. Done here by
+    a process with that VMM's uid, through the descriptor that the VMM has open: all that it could do itself."""
+    own = settings.model_copy(update={"templates_dir": tmp_path})
+    shutil.copytree(template.dir, tmp_path / template.key)
+
+    async def hijack() -> None:
+        launcher = await _launcher(own)
+        async with launcher.machine(spec, Label(), Timeline()) as machine:
+            pid = machine.vm.pid
+            fds = [path for path in Path(f"/proc/{pid}/fd").iterdir() if path.readlink().name == "memory"]
+            uid = Path(f"/proc/{pid}").stat().st_uid
+            rights = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all"]
+            done = await run([*rights, sys.executable, "-I", "-S", "-c", HIJACK, way, str(fds[0])])
+            assert done.stdout == b"could not hide it\n"
+        with capture_logs() as logs:
+            assert await launcher.template(spec, build=False) is None, "the next clone gets a new template"
+        assert {"event": "template is rebuilt", "reason": "memory is not what was built"}.items() <= logs[-1].items()
+
+    loop.run(hijack())
