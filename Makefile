@@ -1,6 +1,6 @@
 # Everything a person does here. `make help` lists it; a line's text is the comment behind its target.
 .DEFAULT_GOAL := help
-.PHONY: ready help demo test test-firecracker chaos bench bench-engine check format install uninstall clean
+.PHONY: ready help demo test test-firecracker chaos bench bench-readme bench-engine check format install uninstall clean
 
 BIN := .venv/bin
 # Shared by all checkouts of this machine; named by content.
@@ -26,6 +26,9 @@ test: ready  ## set up, then run all tests in a network namespace of their own (
 
 bench: ready  ## measure tickets on this host beside the bare parts, in a network namespace of its own (ARGS='--tickets 1,5')
 	@$(BIN)/python tools/sandbox.py $(BIN)/python tools/bench.py $(ARGS)
+
+bench-readme: ready  ## the same with 1, 5, 25 and 100 tickets, into README.md and docs/bench.svg; on a quiet machine (10 minutes)
+	@$(BIN)/python tools/sandbox.py $(BIN)/python tools/bench.py --readme --tickets 1,5,25,100 $(ARGS)
 
 bench-engine:  ## measure the engine without VMs: wake-up, no-op tickets per second, growth, idle cost
 	@tools/bootstrap dev

@@ -12,7 +12,7 @@ import pytest
 
 from swarm import app
 from swarm.bench import Cell, Figure, Report, percentiles
-from swarm.bench.report import plot
+from swarm.bench.report import markdown, plot
 from swarm.config import Settings
 from swarm.vm.driver import Image
 
@@ -38,7 +38,8 @@ def test_the_picture_is_a_picture() -> None:
             insert_to_done=spread,
             phases={"queue": spread, "boot": spread},
             per_second=1.0,
-            engine_cpu_share=0.1,
+            engine_cpu_ms=30.0,
+            vmm_cpu_ms=300.0,
             failed=0,
         )
         for mode in ("cold", "<pool>")
@@ -48,6 +49,22 @@ def test_the_picture_is_a_picture() -> None:
     assert "cold x 1" in texts
     assert "<pool> x 1" in texts
     assert texts.count("20 ms") == 2
+
+
+def test_the_markdown_is_tables() -> None:
+    spread = {"p50": 10.0, "p95": 20.0, "p99": 30.0}
+    cell = Cell(
+        mode="pool", tickets=5, n=5, insert_to_done=spread, phases={"queue": spread, "boot": spread}, per_second=2.5,
+        engine_cpu_ms=30.0, vmm_cpu_ms=300.0, failed=0,
+    )  # fmt: skip
+    assert cell.engine_cpu_share == 0.1
+    host = dict.fromkeys(("driver", "cpu", "cores", "kernel", "python", "load_before", "load", "max_vms"), "?")
+    figures = (Figure(name="x", ours=13.0, baseline=10.0, unit="ms", n=5, target="<= 1.3 x"),)
+    text = markdown(Report(host=host, cells=(cell,), figures=figures))
+    tables = [[line.count("|") for line in table.splitlines()] for table in text.split("\n\n")[1:]]
+    assert all(len(set(columns)) == 1 and len(columns) == 3 for columns in tables)
+    assert "| pool x 5 (n = 5) | 10 ms | 20 ms | 30 ms | 2.5 | 30 + 300 ms |  |" in text
+    assert "| x | 13.0 ms | 10.0 ms | 1.30 | <= 1.3 x |" in text
 
 
 @pytest.mark.needs("qemu")

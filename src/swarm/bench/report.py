@@ -32,8 +32,8 @@ class Figure:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """``tickets`` inserted at once and run in one mode. Milliseconds. ``insert_to_done`` is the host's own clock around
-    the whole; ``phases`` are what the attempts recorded. ``engine_cpu_share``: CPU time of the engine's process for
-    each of its VMMs'."""
+    the whole; ``phases`` are what the attempts recorded. ``engine_cpu_ms`` and ``vmm_cpu_ms``: CPU time for one ticket,
+    of the engine's process and of its VMMs with their helpers."""
 
     mode: str
     tickets: int
@@ -41,8 +41,14 @@ class Cell:
     insert_to_done: Spread
     phases: Mapping[str, Spread]
     per_second: float
-    engine_cpu_share: float
+    engine_cpu_ms: float
+    vmm_cpu_ms: float
     failed: int
+
+    @property
+    def engine_cpu_share(self) -> float:
+        """What the engine uses for each of its VMMs' CPU seconds."""
+        return round(self.engine_cpu_ms / self.vmm_cpu_ms, 3) if self.vmm_cpu_ms else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +68,38 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 _RANKS: Final = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
+
+# --- as tables --------------------------------------------------------------------------------------------------------
+
+
+def markdown(report: Report) -> str:
+    """The same as what is printed, for a README."""
+    host = report.host
+    lines = [
+        f"{host['driver']}; {host['cpu']}, {host['cores']} cores, kernel {host['kernel']}, Python {host['python']}; "
+        f"load before and after: {host['load_before']} and {host['load']}; {host['max_vms']} VMs at once.",
+        "",
+        "| tickets | p50 | p95 | p99 | per s | CPU of a ticket: engine + VMM | failed |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for cell in report.cells:
+        spread = " | ".join(f"{cell.insert_to_done[name]:.0f} ms" for name, _ in _RANKS)
+        lines.append(
+            f"| {cell.mode} x {cell.tickets} (n = {cell.n}) | {spread} | {cell.per_second} "
+            f"| {cell.engine_cpu_ms:.0f} + {cell.vmm_cpu_ms:.0f} ms | {cell.failed or ''} |"
+        )
+    phases = [name for name in PHASES if any(name in cell.phases for cell in report.cells)]
+    lines += ["", f"| p50 of each phase, ms | {' | '.join(phases)} |", f"|---|{'--:|' * len(phases)}"]
+    for cell in report.cells:
+        values = [f"{cell.phases[name]['p50']:.0f}" if name in cell.phases else "" for name in phases]
+        lines.append(f"| {cell.mode} x {cell.tickets} | {' | '.join(values)} |")
+    lines += ["", "| | ours | bare | ratio | target |", "|---|--:|--:|--:|---|"]
+    for figure in report.figures:
+        bare = "" if figure.baseline is None else f"{figure.baseline:.1f} {figure.unit}"
+        ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
+        lines.append(f"| {figure.name} | {figure.ours:.1f} {figure.unit} | {bare} | {ratio} | {figure.target} |")
+    return "\n".join(lines) + "\n"
+
 
 # --- the picture ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
     command(
         app,
         "bench",
-        examples=["swarm bench", "swarm bench --tickets 1,5,25,100", "swarm bench --json --plot bench.svg"],
+        examples=["swarm bench", "swarm bench --tickets 1,5,25,100", "swarm bench --markdown --plot bench.svg"],
         json=True,
     )(bench)
 
@@ -31,6 +31,7 @@ async def bench(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw where the time goes.", dir_okay=False)
     ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
 ) -> int:
     """Run echo tickets through the whole engine, cold, restored and from the pool, and measure the bare parts beside.
 
@@ -38,6 +39,7 @@ async def bench(
     failed.
     """
     from swarm.bench import MODES, bench
+    from swarm.bench.report import markdown
     from swarm.bench.report import plot as draw
     from swarm.errors import UsageError
     from swarm.log import configure
@@ -70,6 +72,9 @@ async def bench(
         cli.out.dump({"host": report.host, "cells": report.cells, "figures": figures})
         return 1 if any(cell.failed for cell in report.cells) else 0
     out = cli.out
+    if as_markdown:
+        out.line(markdown(report).rstrip())
+        return 1 if any(cell.failed for cell in report.cells) else 0
     out.line(", ".join(f"{name} {value}" for name, value in report.host.items()))
     out.line()
     columns = ("MODE", "TICKETS", "N", "P50", "P95", "P99", "PER S", "ENGINE CPU", "FAILED")
