@@ -238,6 +238,7 @@ class Claim:
     inputs: str  # JSON text of the step's inputs, an object
     timeout_seconds: float
     queued_ms: float  # from the row's commit (or first sight) to this claim, by the database's clock
+    in_workflow: bool = False  # then `inputs` may refer to artifacts: `Store.whole`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

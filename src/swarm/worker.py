@@ -21,8 +21,8 @@ from swarm import faults
 from swarm.aio import settle
 from swarm.clock import Timeline
 from swarm.engine import Watcher
-from swarm.errors import HostError, LeaseLost, StoreError
-from swarm.model import Cancelled, Claim, Event, Interrupted, Outcome
+from swarm.errors import HostError, LeaseLost, StoreError, SwarmError
+from swarm.model import Cancelled, Claim, Event, Failed, FailureReason, Interrupted, Outcome
 from swarm.store.store import Store
 
 log = structlog.get_logger(__name__)
@@ -203,7 +203,16 @@ class Worker:
         """The VM is gone when this returns: "cancelled" in the row means that nothing runs any more."""
         claim = attempt.claim
         try:
-            outcome: Outcome | None = await self._engine.execute(claim, _Watcher(self, attempt), attempt.timeline)
+            outcome: Outcome | None = None
+            if claim.in_workflow:
+                try:
+                    claim = replace(claim, inputs=await self._store.whole(claim.inputs))
+                except StoreError as error:
+                    outcome = Failed(reason=FailureReason.HOST_ERROR, message=str(error), retry=True)
+                except SwarmError as error:
+                    outcome = Failed(reason=FailureReason.INPUT_INVALID, message=f"its inputs: {error}")
+            if outcome is None:
+                outcome = await self._engine.execute(claim, _Watcher(self, attempt), attempt.timeline)
         except LeaseLost:
             outcome = None
         except asyncio.CancelledError:
@@ -234,6 +243,7 @@ class Worker:
                     vm_time_ms=vm_time_ms,
                     vm_id=attempt.vm_id,
                     events=events,
+                    in_workflow=claim.in_workflow,
                 )
             except LeaseLost as error:
                 log.warning("outcome refused by the fence", ticket=claim.ticket.id, why=str(error))

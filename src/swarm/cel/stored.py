@@ -53,9 +53,15 @@ def whole(value: Any, *, limit_bytes: int) -> Any:
                 raise ExpressionError(f"needs artifacts that together have more than {size}")
             return one(value.value())
         if isinstance(value, dict):
-            return {key: one(inner) for key, inner in value.items()}
+            made = {}
+            for key, inner in value.items():  # no comprehension: one frame for each level, it may be nested deeply
+                made[key] = one(inner)
+            return made
         if isinstance(value, list):
-            return [one(inner) for inner in value]
+            items = []
+            for inner in value:
+                items.append(one(inner))
+            return items
         return value
 
     return one(value)

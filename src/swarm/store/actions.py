@@ -12,6 +12,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from swarm.model import Agent, RunStatus, StepStatus, TicketState
+from swarm.store import artifacts
 from swarm.store.changes import Changes
 from swarm.store.database import Row
 from swarm.store.definitions import Definition
@@ -207,7 +208,7 @@ class _Work:
             case Expand():
                 self._move(action.key, StepStatus.RUNNING, fan=_fan(action.fan)).has_fan = True
                 for child in action.children:
-                    made = self._add(child.key, StepStatus.PENDING, inputs=dump(child.inputs))
+                    made = self._add(child.key, StepStatus.PENDING, inputs=self._packed(child.inputs))
                     if child.skip:
                         made.status, made.error = StepStatus.SKIPPED, message(child.skip)
                         made.values["completed_at"] = self._tx.now
@@ -215,13 +216,19 @@ class _Work:
                 step = self._step(action.key)
                 step.values["fan"], step.touched = _fan(action.fan), True
             case Complete():
-                self._move(action.key, StepStatus.COMPLETED, outputs=dump(action.outputs))
+                self._move(action.key, StepStatus.COMPLETED, outputs=self._packed(action.outputs))
             case Fail():
                 self._move(action.key, StepStatus.FAILED, error=action.error)
             case Skip():
                 self._move(action.key, StepStatus.SKIPPED, error=action.why)
             case Cancel():
                 self._cancel(action)
+
+    def _packed(self, value: Any) -> str:
+        """JSON for a row; what is large in it becomes an artifact."""
+        packed = artifacts.pack(value)
+        artifacts.keep(self._tx, self._run.row.ticket_id, packed.parts)
+        return packed.text
 
     def _start(self, action: Start) -> None:
         agent = self._agents.named(self._tx, action.agent)
@@ -237,7 +244,7 @@ class _Work:
             agent_id=agent.id,
             agent_name=agent.name,
             agent_version=agent.version,
-            inputs=dump(action.inputs),
+            inputs=self._packed(action.inputs),
             queued_at=self._tx.now,
             max_attempts=step.retry.max_attempts if step.retry else ticket_tries or agent.retry.max_attempts,
             timeout_seconds=step.timeout_seconds or agent.timeout_seconds,
@@ -245,7 +252,7 @@ class _Work:
         )
 
     def _start_workflow(self, action: StartWorkflow) -> None:
-        step = self._move(action.key, StepStatus.RUNNING, inputs=dump(action.inputs))
+        step = self._move(action.key, StepStatus.RUNNING, inputs=self._packed(action.inputs))
         inner, seconds = self._definition.within[action.step.id], action.step.timeout_seconds
         id_ = new_id(self._tx.now_ms)
         self._changes.add(_INSERT_DEFINITION, digest=inner.digest, definition=inner.text)
@@ -320,7 +327,9 @@ class _Work:
             self._changes.news.setdefault(run.id, []).extend(self._unstartable)
         if decision.end is not None:
             end = decision.end
-            outputs = dump(end.outputs) if end.status is RunStatus.COMPLETED else None
+            outputs = None
+            if end.status is RunStatus.COMPLETED:
+                outputs = dump(end.outputs) if run.row.parent_step_id is None else self._packed(end.outputs)
             step = run.step_id(end.error_step) if end.error_step else None
             end_run(self._changes, run, end.status, outputs=outputs, error=end.error, error_step=step)
 

@@ -18,14 +18,14 @@ import sqlalchemy as sa
 from swarm.cel import stored
 from swarm.cel.expression import ExpressionError
 from swarm.cel.stored import KEY, Stored
-from swarm.errors import NotFound, StoreError, UsageError
+from swarm.errors import NotFound, UsageError
 from swarm.store.database import Tx
 from swarm.store.rows import dump, storable_json
 
 INLINE_BYTES: Final = 64 << 10  # what a step leaves up to this stays in its row
 MAX_BYTES: Final = 16 << 20  # of what a step is given, or a ticket leaves, references replaced
 
-_MARK: Final = f'"{KEY}"'
+MARK: Final = f'"{KEY}"'  # JSON without it has no references
 
 _DATA: Final = sa.text("SELECT data FROM artifacts WHERE digest = :digest")
 _PUT: Final = sa.text(
@@ -57,6 +57,10 @@ _USES_WITHOUT_TICKET: Final = sa.text(
 )
 
 
+class Gone(ExpressionError):
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """``text``: JSON for a row; ``parts``: digest → JSON text of the artifacts that it refers to and that are new."""
@@ -77,36 +81,32 @@ class ArtifactRow:
 
 
 def pack(value: Any) -> Packed:
-    """A value that may have references in it (`Stored`), as JSON. Of an object, each large field becomes an artifact;
-    what is still large is one as a whole."""
+    """A value that may have references in it (`Stored`), as JSON. In objects and lists, whatever is large becomes an
+    artifact by itself; what is still large then is one as a whole. Raises RecursionError for what is nested so deeply
+    that `json` could hardly read it."""
     text = dump(value)
-    if _MARK in text:
-        value = _escaped(value)
-        text = dump(value)
-    if len(text.encode()) <= INLINE_BYTES:
+    if MARK not in text and len(text.encode()) <= INLINE_BYTES:
         return Packed(text)
     parts: dict[str, str] = {}
-    if isinstance(value, dict) and KEY not in value:
-        fields = {name: dump(inner) for name, inner in value.items()}
-        small = {n: value[n] if len(t.encode()) <= INLINE_BYTES else _part(t, parts) for n, t in fields.items()}
-        text = dump(small)
-    if len(text.encode()) > INLINE_BYTES:
-        text = dump(_part(text, parts))
-    return Packed(text, parts)
+    text = _packed(value, parts)
+    return Packed(dump(_part(text, parts)) if len(text.encode()) > INLINE_BYTES else text, parts)
 
 
 def pack_text(text: str) -> Packed:
     """The same for the JSON text that an agent left."""
-    if len(text) <= INLINE_BYTES // 4 and _MARK not in text:
-        return Packed(storable_json(text))
-    return pack(json.loads(text))
+    return pack(json.loads(text)) if worth_packing(text) else Packed(storable_json(text))
+
+
+def worth_packing(text: str) -> bool:
+    """False: `pack_text` is sure to leave it as it is."""
+    return len(text) > INLINE_BYTES // 4 or MARK in text
 
 
 def unpack(text: str | None, load: Callable[[str], Any]) -> Any:
     """The value in a row, with its references as `Stored`, whose values ``load`` gets."""
     if text is None:
         return None
-    if _MARK not in text:
+    if MARK not in text:
         return json.loads(text)
 
     def hook(found: dict[str, Any]) -> Any:
@@ -120,15 +120,22 @@ def unpack(text: str | None, load: Callable[[str], Any]) -> Any:
     return json.loads(text, object_hook=hook)
 
 
-def _escaped(value: Any) -> Any:
-    if isinstance(value, Stored):
-        return value
-    if isinstance(value, dict):
-        inner = {name: _escaped(one) for name, one in value.items()}
-        return {KEY: {"pairs": [[name, one] for name, one in inner.items()]}} if KEY in value else inner
-    if isinstance(value, list):
-        return [_escaped(one) for one in value]
-    return value
+def _packed(value: Any, parts: dict[str, str]) -> str:
+    """JSON of one value, in which nothing is large but the whole. One frame for each level: it may be nested deeply."""
+    if isinstance(value, Stored) or not isinstance(value, dict | list):
+        return dump(value)
+    named = isinstance(value, dict)
+    escaped = named and KEY in value  # written by somebody: it must not be taken for a reference
+    pieces = []
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        text = _packed(inner, parts)
+        if len(text.encode()) > INLINE_BYTES:
+            text = dump(_part(text, parts))
+        pieces.append(f"[{dump(name)},{text}]" if escaped else f"{dump(name)}:{text}" if named else text)
+    inside = ",".join(pieces)
+    if escaped:
+        return f'{{"{KEY}":{{"pairs":[{inside}]}}}}'
+    return f"{{{inside}}}" if named else f"[{inside}]"
 
 
 def _part(text: str, parts: dict[str, str]) -> dict[str, Any]:
@@ -154,20 +161,21 @@ def loader(tx: Tx) -> Callable[[str], Any]:
     def load(digest: str) -> Any:
         row = tx.first(_DATA, digest=digest)
         if row is None:
-            raise ExpressionError(f"the artifact {digest[:12]} is gone from the table artifacts")
+            raise Gone(f"the artifact {digest[:12]} is gone from the table artifacts")
         return unpack(row.data, load)
 
     return load
 
 
 def whole(tx: Tx, text: str) -> str:
-    """JSON without references, of a step's `inputs` or `outputs`. Raises StoreError when one is gone, UsageError when
+    """JSON without references, of a step's `inputs` or `outputs`. Raises NotFound when one is gone, UsageError when
     all of it is too large."""
     try:
         return dump(stored.whole(unpack(text, loader(tx)), limit_bytes=MAX_BYTES))
+    except Gone as error:
+        raise NotFound(str(error)) from None
     except ExpressionError as error:
-        kind = StoreError if "gone" in str(error) else UsageError
-        raise kind(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def data(tx: Tx, beginning: str) -> str:

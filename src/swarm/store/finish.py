@@ -27,7 +27,8 @@ from swarm.model import (
     StepStatus,
     Succeeded,
 )
-from swarm.store import dependencies
+from swarm.store import artifacts, dependencies
+from swarm.store.artifacts import Packed
 from swarm.store.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, owns
 from swarm.store.database import Row, Tx
 from swarm.store.executor import WorkflowExecutor
@@ -52,6 +53,7 @@ class FinishRequest:
     vm_time_ms: float
     vm_id: int | None = None
     events: Sequence[Event] = ()
+    packed: Packed | None = None  # the outputs, as the row of a workflow's step has them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,10 @@ def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | S
                 row, AttemptOutcome.SUCCEEDED, exit_code=outcome.exit_code, timings=timings, vm_id=request.vm_id
             )
             outputs = storable_json(outcome.outputs)
+            if row.definition is not None:
+                packed = request.packed or artifacts.pack_text(outcome.outputs)
+                artifacts.keep(changes.tx, row.ticket_id, packed.parts)
+                outputs = packed.text
             changes.end_step(row, StepStatus.COMPLETED, why="succeeded", outputs=outputs, **spent)
         case Failed():
             changes.end_attempt(

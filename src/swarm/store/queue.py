@@ -394,6 +394,7 @@ class _Claiming:
             inputs=work.inputs,
             timeout_seconds=timeout_seconds,
             queued_ms=float(max(0, now_ms - since)) if since is not None else 0.0,
+            in_workflow="step_execution_id" in row._fields and row.definition is not None,
         )
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import sqlalchemy as sa
 
-from swarm.cel import evaluate
+from swarm.cel import evaluate, stored
 from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound, StoreError
 from swarm.manifest import Invalid
+from swarm.model import RunStatus
+from swarm.store import artifacts
 from swarm.store.database import Row, Tx
 from swarm.store.definitions import Definition, Definitions, TooDear
 from swarm.store.rows import lenient
 from swarm.workflow import plan, structure
-from swarm.workflow.state import Decision, Facts, Fan, Progress, StepState, Verdict
+from swarm.workflow.state import Decision, End, Facts, Fan, Progress, StepState, Verdict
 
 # What may be read, and evaluated, for one decision while the write lock is held.
 _LANE_BYTES: Final = 64 << 10
@@ -134,12 +136,18 @@ class Steps(Mapping[str, StepState]):
             raise KeyError(key)
         return StepState(
             status=row.status,
-            inputs=_parsed(row.inputs),
-            outputs=_parsed(row.outputs),
+            inputs=artifacts.unpack(row.inputs, self._load),
+            outputs=artifacts.unpack(row.outputs, self._load),
             error=row.error,
             fan=Fan(**json.loads(row.fan)) if row.fan is not None else None,
             verdict=Verdict(**json.loads(row.verdict)) if row.verdict is not None else None,
         )
+
+    def _load(self, digest: str) -> Any:
+        """What an artifact is, for an expression that looks into it."""
+        if self._lane:
+            raise TooDear
+        return artifacts.loader(self._tx)(digest)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
@@ -189,6 +197,8 @@ def decide(tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, *, 
         steps.read(_near(definition, told))
         # An end by our own decision was told with it.
         decision = plan.advance(definition.graph, known, run.progress, steps, told, evaluator)
+    if run.row.parent_step_id is None:
+        decision = _with_whole_outputs(decision, lane=lane)
     seen = {key: row.status for key, row in steps.rows.items() if row is not None}
     return Decided(
         run_id=run.id,
@@ -229,7 +239,7 @@ def _new_facts(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator, *
     if lane and len(text) > _LANE_BYTES:
         raise TooDear
     try:
-        inputs = json.loads(text)
+        inputs = _whole(tx, text, lane=lane) if inner else json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:  # changed from outside since the claim
         raise ExpressionError(f"the inputs are no JSON: {error}") from None
     return structure.facts(
@@ -242,6 +252,31 @@ def _new_facts(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator, *
         },
         evaluator=evaluator,
     )
+
+
+def _whole(tx: Tx, text: str, *, lane: bool) -> Any:
+    """What a workflow within another one is given: its schema wants to see all of it."""
+
+    def refuse(digest: str) -> Any:
+        raise TooDear
+
+    given = artifacts.unpack(text, refuse if lane else artifacts.loader(tx))
+    return stored.whole(given, limit_bytes=artifacts.MAX_BYTES) if stored.has_any(given) else given
+
+
+def _with_whole_outputs(decision: Decision, *, lane: bool) -> Decision:
+    """A ticket's outputs are for people and other tools: no references in them."""
+    end = decision.end
+    if end is None or not stored.has_any(end.outputs):
+        return decision
+    if lane:
+        raise TooDear
+    try:
+        outputs = stored.whole(end.outputs, limit_bytes=artifacts.MAX_BYTES)
+    except ExpressionError as error:
+        why = f"the outputs of the workflow can't be made: {error}"
+        return replace(decision, end=End(status=RunStatus.FAILED, error=why))
+    return replace(decision, end=replace(end, outputs=outputs))
 
 
 def _parsed(text: str | None) -> Any:

@@ -13,10 +13,11 @@ import structlog
 from swarm.cel.jail import Jail
 from swarm.errors import StoreError
 from swarm.ledger import Bill, Order, Verdict
-from swarm.model import Agent, Claim, Event, Interrupted, Outcome, Ticket
+from swarm.model import Agent, Claim, Event, Failed, FailureReason, Interrupted, Outcome, Succeeded, Ticket
 from swarm.store import (
     again,
     approvals,
+    artifacts,
     audit,
     database,
     events,
@@ -30,6 +31,7 @@ from swarm.store import (
     webhooks,
     workflows,
 )
+from swarm.store.artifacts import ArtifactRow
 from swarm.store.database import Database, Tx
 from swarm.store.decider import Decider
 from swarm.store.executor import WorkflowExecutor
@@ -86,6 +88,10 @@ _SETTLE_SCHEDULES = each(schedules.settle_all)
 _FIRE_SCHEDULE = each(schedules.fire)
 _SCHEDULES = each(schedules.schedules)
 _CALL_WEBHOOK = each(webhooks.call)
+_WHOLE = each(artifacts.whole)
+_ARTIFACT = each(artifacts.data)
+_ARTIFACTS = each(artifacts.artifacts)
+_SWEEP_ARTIFACTS = each(artifacts.sweep)
 _WORKERS = each(registry.workers)
 _FORGET_WORKER = each(registry.forget_worker)
 
@@ -311,13 +317,21 @@ class Store:
         vm_time_ms: float,
         vm_id: int | None = None,
         events: Sequence[Event] = (),
+        in_workflow: bool = False,
     ) -> None:
         """End an attempt, and with it, or by the retry policy not yet, its step, run and ticket.
 
-        ``events`` are the last of its ticket, written before the transitions.
+        ``events`` are the last of its ticket, written before the transitions. ``in_workflow``, as its claim says: its
+        outputs are made ready for that before the write lock is taken.
 
         Raises LeaseLost, with nothing changed, when it no longer owns its step.
         """
+        packed = None
+        if in_workflow and isinstance(outcome, Succeeded) and artifacts.worth_packing(outcome.outputs):
+            try:
+                packed = await asyncio.to_thread(artifacts.pack_text, outcome.outputs)
+            except RecursionError:
+                outcome = Failed(reason=FailureReason.OUTPUT_INVALID, message="its outputs are nested too deeply")
         request = finish.FinishRequest(
             attempt_id=attempt_id,
             outcome=outcome,
@@ -325,8 +339,24 @@ class Store:
             vm_time_ms=vm_time_ms,
             vm_id=vm_id,
             events=tuple(events),
+            packed=packed,
         )
         await self._write.call(self._finisher.finish, request)
+
+    # --- artifacts --------------------------------------------------------------------------------------------------
+
+    async def whole(self, text: str) -> str:
+        """JSON of a workflow's step (its inputs, its outputs), artifacts in the place of references. Raises NotFound
+        when one is gone, UsageError when they are too large together."""
+        return await self._read.call(_WHOLE, text) if artifacts.MARK in text else text
+
+    async def artifact(self, digest: str) -> str:
+        """The JSON text of one, by its digest or the beginning of that. Raises NotFound."""
+        return await self._read.call(_ARTIFACT, digest)
+
+    async def artifacts(self, *, ticket_id: str | None = None, limit: int = 50) -> list[ArtifactRow]:
+        """Of one ticket, oldest first; without one, the largest of all."""
+        return await self._read.call(_ARTIFACTS, artifacts.ListRequest(ticket_id=ticket_id, limit=limit))
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -356,6 +386,7 @@ class Store:
             batch = await self._write.call(_PRUNE, request)
             removed += batch.removed
             if batch.after is None:
+                await self._write.call(_SWEEP_ARTIFACTS, None)
                 return removed
             after = batch.after
 
