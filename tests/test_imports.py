@@ -28,8 +28,8 @@ LAYERS: list[set[str]] = [
     {"worker", "triggers"},
     {"vault", "api", "single", "dispatch", "prove", "packages", "layers", "trial"},
     {"doctor"},
-    {"app", "web"},
-    {"checkup", "byhand"},
+    {"app"},
+    {"checkup", "byhand", "web"},
     {"bench"},
     {"cli"},
 ]

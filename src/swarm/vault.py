@@ -30,11 +30,13 @@ _KEY_BYTES, _NONCE_BYTES = 32, 12  # NIST SP 800-38D
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 
-def scope_of(agent: str | None, workflow: str | None) -> str:
-    """Raises UsageError when both are given."""
-    if agent and workflow:
-        raise UsageError("a secret is for an agent, for a workflow, or for all: give one of --agent and --workflow")
-    return f"agent:{agent}" if agent else f"workflow:{workflow}" if workflow else ALL
+def scope_of(agent: str | None, workflow: str | None, webhook: str | None = None) -> str:
+    """Raises UsageError when more than one is given."""
+    given = {"agent": agent, "workflow": workflow, "webhook": webhook}
+    scopes = [f"{kind}:{name}" for kind, name in given.items() if name]
+    if len(scopes) > 1:
+        raise UsageError("a secret is for one agent, workflow or webhook, or for all: give one of these options")
+    return scopes[0] if scopes else ALL
 
 
 class Vault:
@@ -61,9 +63,10 @@ class Vault:
         """Raises NotFound."""
         await self._store.remove_secret(name, scope)
 
-    async def get(self, name: str) -> str | None:
-        """One that is for all; for keys of the gateway's services. Raises HostError when it can't be opened."""
-        rows = [row for row in await self._store.sealed_secrets([name]) if row.scope == ALL]
+    async def get(self, name: str, *, scope: str = ALL) -> str | None:
+        """One that no agent asks for: keys of the gateway's services, and of webhooks. Raises HostError when it can't
+        be opened."""
+        rows = [row for row in await self._store.sealed_secrets([name]) if row.scope == scope]
         return self._open(rows[0]) if rows else None
 
     async def of(self, names: Sequence[str], agent: Agent, workflow_id: str | None) -> Mapping[str, str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 from asyncio import Task
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from swarm import app
 from swarm.api import server
 from swarm.api.hooks import Hooks
-from swarm.api.secrets import HookSecrets
 from swarm.cel.jail import Jail
 from swarm.config import Settings
+from swarm.errors import Conflict
 from swarm.store.store import Store
+from swarm.vault import scope_of
 
 # How long whoever sent a request waits for a locked database.
 _BUSY_SECONDS = 5.0
@@ -28,10 +31,24 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
     with Jail() as jail:
         async with Store.open(settings.database, busy_timeout_seconds=patience) as opened:
             await opened.workflows()  # what is wrong with the database is said now, not to the first sender
-            hooks = Hooks(store=opened, secrets=hook_secrets(settings), evaluator=jail)
+            vault = app.vault(settings, opened)
+
+            async def secret(name: str, workflow: str) -> str | None:
+                return await vault.get(name, scope=scope_of(None, None, workflow))
+
+            hooks = Hooks(store=opened, secret=secret, evaluator=jail)
             async with server.serving(hooks.app(), host=host, port=port) as serving:
                 yield serving
 
 
-def hook_secrets(settings: Settings) -> HookSecrets:
-    return HookSecrets(settings.data_dir / "webhooks")
+async def new_secret(settings: Settings, name: str, workflow: str, *, replace: bool) -> str:
+    """What senders to a workflow sign with, made and sealed. Raises Conflict when there is one, unless ``replace``."""
+    async with app.store(settings) as opened:
+        vault, scope = app.vault(settings, opened), scope_of(None, None, workflow)
+        if not replace and any((row.name, row.scope) == (name, scope) for row in await vault.list()):
+            raise Conflict(
+                f"the secret {name} of {workflow} is there already, and shown once only; --new makes another"
+            )
+        made = secrets.token_hex(32)
+        await vault.set(name, made, scope=scope)
+        return made

@@ -24,7 +24,7 @@ import pytest
 from swarm import app, config, web
 from swarm.api import hooks
 from swarm.config import Settings
-from swarm.errors import HostError, UsageError
+from swarm.errors import Conflict, HostError, UsageError
 from swarm.model import Ticket
 from swarm.store.store import Store
 from swarm.workflow.definition import Step, Webhook, Workflow
@@ -90,8 +90,8 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
         await store.migrate()
         for flow in (FLOW, FORGE):
             await store.put_workflow(flow)
-        secrets = web.hook_secrets(settings)
-        keys = {name: secrets.make(name, replace=False).encode() for name in ("KEY", "FORGE")}
+        names = {"KEY": "nightly", "FORGE": "forge"}
+        keys = {k: (await web.new_secret(settings, k, name, replace=False)).encode() for k, name in names.items()}
         async with served(settings) as client:
             yield Server(settings=settings, store=store, client=client, keys=keys)
 
@@ -252,24 +252,22 @@ async def test_a_database_that_is_locked(server: Server) -> None:
         assert answer.status_code == 202 and len(await server.tickets()) == 1
 
 
-async def test_secrets(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = server.settings.data_dir / "webhooks" / "KEY"
-    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    secrets = web.hook_secrets(server.settings)
-    assert secrets.get("KEY") == server.keys["KEY"] and secrets.get("OTHER") is None
-    file.chmod(0o640)
+async def test_secrets(server: Server) -> None:
+    vault = app.vault(server.settings, server.store)
+    assert {row.scope for row in await vault.list()} == {"webhook:nightly", "webhook:forge"}  # no agent is given these
+    with pytest.raises(Conflict, match="--new"):
+        await web.new_secret(server.settings, "KEY", "nightly", replace=False)
+    await vault.set("KEY", "chosen by the sender", scope="webhook:nightly")
+    refused(await server.post(), 401, "under this hook's secret")
+    headers = server.signed(BODY, key=b"chosen by the sender")
+    assert (await server.client.post("/hooks/nightly", content=BODY, headers=headers)).status_code == 202
+    await vault.set("KEY", "guessable", scope="webhook:nightly")
+    headers = server.signed(BODY, key=b"guessable")
+    refused(await server.client.post("/hooks/nightly", content=BODY, headers=headers), 500, "its owner must")
+    await vault.remove("KEY", scope="webhook:nightly")
     refused(await server.post(), 500, "its owner must")
-    with pytest.raises(HostError, match="chmod 600"):
-        secrets.get("KEY")
-    file.chmod(0o600)
-    file.write_text("short\n")
-    with pytest.raises(HostError, match="guessed"):
-        secrets.get("KEY")
-    monkeypatch.setenv("SWARM_HOOK_KEY", "from the environment")
-    assert secrets.get("KEY") == b"from the environment"
-    file.unlink()
-    monkeypatch.delenv("SWARM_HOOK_KEY")
-    refused(await server.post(), 500, "its owner must")
+    (server.settings.data_dir / "secret.key").chmod(0o640)
+    refused(await server.post(name="forge"), 500, "its owner must")
 
 
 async def test_addresses(server: Server) -> None:

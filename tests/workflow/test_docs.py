@@ -39,6 +39,7 @@ OUTPUTS: dict[str, Any] = {
     "typed": {"text": 'Dear Ada, ["x"] at depth 3'},
     "each": {"sizes": [3, 3, 5]},
     "again": {"n": 3},
+    "large-values": {"size": 100_000},
     "outer": {"all": [10, 20]},
 }
 

@@ -12,7 +12,7 @@ import hmac
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import structlog
@@ -23,7 +23,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from swarm import triggers
-from swarm.api.secrets import HookSecrets
 from swarm.cel.evaluate import Evaluator
 from swarm.errors import Conflict, HostError, NotFound, StoreError
 from swarm.store.intake import storable
@@ -38,6 +37,7 @@ log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES: Final = 1 << 20
 MAX_KEY_CHARS: Final = 255
+LEAST_SECRET_BYTES: Final = 16
 MAX_AT_ONCE: Final = 32
 BODY_SECONDS: Final = 10.0
 TIMESTAMP_HEADER: Final = "X-Swarm-Timestamp"
@@ -55,9 +55,13 @@ def sign(secret: bytes, body: bytes, timestamp: str | None = None) -> str:
 
 
 class Hooks:
-    def __init__(self, *, store: Store, secrets: HookSecrets, evaluator: Evaluator) -> None:
+    """``secret`` gets one by its name and its workflow's; None when there is none. It may raise HostError."""
+
+    def __init__(
+        self, *, store: Store, secret: Callable[[str, str], Awaitable[str | None]], evaluator: Evaluator
+    ) -> None:
         self._store = store
-        self._secrets = secrets
+        self._get_secret = secret
         self._evaluator = evaluator
         self._busy = 0
 
@@ -88,7 +92,7 @@ class Hooks:
         hook = flow.webhook
         if hook is None:
             raise _no_hook(row.name)
-        secret = await asyncio.to_thread(self._secret, row.name, hook)
+        secret = await self._secret(row.name, hook)
         signature = _check_signature(request.headers, hook, secret, body)
         # From here on it is known who asks.
         if not row.enabled:
@@ -137,12 +141,15 @@ class Hooks:
             log.error("a webhook's workflow is broken", workflow=name, error=str(error))
             raise HTTPException(500, f"the workflow {name} is broken here; its owner must add it again") from None
 
-    def _secret(self, name: str, hook: Webhook) -> bytes:
+    async def _secret(self, name: str, hook: Webhook) -> bytes:
+        found, why = b"", f"there is none; `swarm workflow webhook {name}` makes it"
         try:
-            found, why = self._secrets.get(hook.secret), f"there is none; `swarm workflow webhook {name}` makes it"
+            found = (await self._get_secret(hook.secret, name) or "").encode()
         except HostError as error:
-            found, why = None, str(error)
-        if found is None:
+            why = str(error)
+        if found and len(found) < LEAST_SECRET_BYTES:
+            found, why = b"", f"it has fewer than {LEAST_SECRET_BYTES} bytes, and could be guessed"
+        if not found:
             log.error("a webhook has no secret", workflow=name, secret=hook.secret, error=why)
             raise HTTPException(500, f"the webhook of {name} has no secret here; its owner must give it one")
         return found

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from swarm.cli import agent, bench, cost, image, install, proof, secret, serve, template, ticket, vm, workflow
+from swarm.cli import agent, artifact, bench, cost, image, install, proof, secret, serve, template, ticket, vm, workflow
 from swarm.cli.frame import Cli, command, new_app, start
 
 app = new_app(
@@ -19,7 +19,17 @@ app = new_app(
         "swarm ticket show hello",
     ],
 )
-for group in (ticket.app, agent.app, workflow.app, image.app, template.app, vm.app, secret.app, install.app):
+for group in (
+    ticket.app,
+    agent.app,
+    workflow.app,
+    artifact.app,
+    image.app,
+    template.app,
+    vm.app,
+    secret.app,
+    install.app,
+):
     app.add_typer(group)
 
 

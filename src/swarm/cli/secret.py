@@ -15,6 +15,7 @@ app = new_app("secret", "Secrets: set, list, remove. Sealed at rest; an agent ge
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="As manifests name it.", show_default=False)]
 _Agent = Annotated[str | None, typer.Option("--agent", "-a", metavar="NAME", help="For this agent alone.")]
 _Workflow = Annotated[str | None, typer.Option("--workflow", "-w", metavar="NAME", help="For steps of this workflow.")]
+_Webhook = Annotated[str | None, typer.Option("--webhook", metavar="NAME", help="For senders to this workflow.")]
 
 
 @command(
@@ -26,13 +27,15 @@ _Workflow = Annotated[str | None, typer.Option("--workflow", "-w", metavar="NAME
         "pass show db | swarm secret set DB_PASSWORD --workflow nightly",
     ],
 )
-async def set_(cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None) -> None:
+async def set_(
+    cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None, webhook: _Webhook = None
+) -> None:
     """Set a secret, or replace it. The value is asked for, or read from stdin (without the line's end)."""
     from swarm import app as wiring
     from swarm.errors import UsageError
     from swarm.vault import MAX_BYTES, scope_of
 
-    scope = scope_of(agent, workflow)
+    scope = scope_of(agent, workflow, webhook)
     if sys.stdin.isatty():
         value = getpass.getpass(f"value of {name} (not shown): ")
     else:
@@ -59,12 +62,14 @@ async def list_(cli: Cli) -> None:
 
 
 @command(app, "rm", examples=["swarm secret rm GITHUB_TOKEN --agent release"])
-async def remove(cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None) -> None:
+async def remove(
+    cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None, webhook: _Webhook = None
+) -> None:
     """Remove a secret. An attempt that runs keeps what it was given."""
     from swarm import app as wiring
     from swarm.vault import scope_of
 
-    scope = scope_of(agent, workflow)
+    scope = scope_of(agent, workflow, webhook)
     async with wiring.store(cli.settings) as store:
         await wiring.vault(cli.settings, store).remove(name, scope=scope)
     cli.out.line(f"secret {name} for {scope} is gone")

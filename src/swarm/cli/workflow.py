@@ -195,7 +195,7 @@ async def webhook(
     hook = row.parsed().webhook
     if hook is None:
         raise UsageError(f"the workflow {row.name}@{row.version} has no `webhook:` in its file")
-    secret = web.hook_secrets(cli.settings).make(hook.secret, replace=new)
+    secret = await web.new_secret(cli.settings, hook.secret, row.name, replace=new)
     if cli.out.json:
         cli.out.dump({"path": f"/hooks/{row.name}", "name": hook.secret, "secret": secret, "header": hook.header})
         return

@@ -1,4 +1,7 @@
-"""The database as the rest of Swarm sees it: `async def` methods over two threads (docs/adr/0002-store-threads.md)."""
+"""The database as the rest of Swarm sees it: `async def` methods over two threads (docs/adr/0002-store-threads.md).
+
+So many lines because all that can be asked of it stands here, a short method each.
+"""
 
 from __future__ import annotations
 
