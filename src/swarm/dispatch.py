@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import structlog
 
 from swarm.aio import settle
@@ -56,6 +57,15 @@ class Memory:
     reserve_mb: int
     available_mb: Callable[[], int]
     overhead_mb: int = 64  # a VMM's own, beside the guest's memory
+
+    @classmethod
+    def of_this_host(cls) -> Memory:
+        total_mb = psutil.virtual_memory().total >> 20
+        return cls(
+            total_mb=total_mb,
+            reserve_mb=min(1024, total_mb // 8),
+            available_mb=lambda: psutil.virtual_memory().available >> 20,
+        )
 
     def left_mb(self, running: Mapping[str, Attempt]) -> int:
         """For one more VM: by what was promised to those that run, and by what the host really has."""
