@@ -14,7 +14,7 @@ import pytest
 from swarm import app
 from swarm.clock import Timeline
 from swarm.config import Settings
-from swarm.errors import ImageError, LayerMissing, NotFound, SwarmError, UsageError
+from swarm.errors import BootFailed, ImageError, LayerMissing, NotFound, SwarmError, UsageError
 from swarm.model import Agent, FailureReason
 from swarm.process import run
 from swarm.vm import firecracker
@@ -132,6 +132,13 @@ async def test_what_a_guest_finds(settings: Settings, image: Image, layer: Layer
         "known": "greeter\t1.0",
         "noise": [],
     }
+
+
+async def test_a_preload_that_is_in_no_layer_is_said(settings: Settings, image: Image) -> None:
+    launcher = app.launcher(settings, await app.choice(settings))
+    with pytest.raises(BootFailed, match="can't be imported: greet: ModuleNotFoundError") as caught:
+        await launcher.template(VmSpec(image=image, memory_mb=192, disk_mb=256, preload=("greet",)))
+    assert not caught.value.retry
 
 
 async def test_built_once_listed_found_and_removed(layers: Layers, layer: Layer, image: Image, wheels: Path) -> None:

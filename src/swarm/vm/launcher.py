@@ -26,7 +26,7 @@ from swarm.model import FailureReason
 from swarm.process import start_time
 from swarm.vm import ssh, sweep
 from swarm.vm.choose import Choice
-from swarm.vm.console import last_lines
+from swarm.vm.console import last_lines, printable
 from swarm.vm.disk import used_bytes
 from swarm.vm.driver import GUEST_GATEWAY, Slot, Template, Vm, VmSpec
 from swarm.vm.inventory import Inventory, Kind, Place, VmRecord
@@ -43,6 +43,7 @@ TOKEN_BYTES = 32
 TOKEN_FILE = "token"
 # How long after a broken channel a dying VMM may take to be seen dead, so that the error names the real cause.
 _LAST_GASP_SECONDS = 2.0
+_PRELOAD_PATIENCE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +235,7 @@ class Launcher:
         timeline.mark("running")
         identity, known_key = self._identity(place.n, seeded=seeded, sshd_ready=outlive and seeded)
         token = template.token if template else identity.token
-        channel = await self._connect(vm, token, undo, listening=template is not None)
+        channel = await self._connect(vm, token, undo, listening=template is not None, preloads=bool(spec.preload))
         timeline.mark("answered")
         renewed = await unless_it_dies(vm, channel.renew(identity))
         _check(renewed, identity)
@@ -256,14 +257,16 @@ class Launcher:
 
         return await settle(create())
 
-    async def _connect(self, vm: Vm, token: bytes, undo: AsyncExitStack, *, listening: bool = False) -> Channel:
+    async def _connect(
+        self, vm: Vm, token: bytes, undo: AsyncExitStack, *, listening: bool = False, preloads: bool = False
+    ) -> Channel:
         """agentd's first answer: userspace is up. A VM that ends before is a BootFailed with its last words."""
+        # It answers when all is imported, which without KVM takes a large package a quarter of a minute of its own.
+        patience = self._boot_timeout_seconds * (_PRELOAD_PATIENCE if preloads else 1)
 
         async def connect() -> Channel:
             return await undo.enter_async_context(
-                Channel.connect(
-                    vm.endpoint, token=token, timeout_seconds=self._boot_timeout_seconds, listening=listening
-                )
+                Channel.connect(vm.endpoint, token=token, timeout_seconds=patience, listening=listening)
             )
 
         try:
@@ -304,7 +307,10 @@ class Launcher:
 
             vm = await settle(start())
             async with AsyncExitStack() as connection:
-                channel = await self._connect(vm, token, connection)
+                channel = await self._connect(vm, token, connection, preloads=bool(spec.preload))
+                if failed := (await unless_it_dies(vm, channel.hello())).preload_failed:
+                    said = "; ".join(f"{name}: {printable(why.encode())[:200]}" for name, why in failed.items())
+                    raise BootFailed(f"what the agent's manifest preloads can't be imported: {said}", retry=False)
                 keeps_disk = getattr(self._driver, "keeps_disk", False)
                 await unless_it_dies(vm, rehearse(channel, token, work_disk=keeps_disk))
             # The connection is closed, and with SO_LINGER 0 the guest holds no TCP state of it.
