@@ -23,13 +23,19 @@ async def build(
 
 async def shipped(store: Store, images: ImageSource, layers: Layers | HostLayers, progress: Progress) -> list[str]:
     """Build those of the agents that ship; a line for each. The rest of an installation is as good without."""
-    said = []
+    wanting: dict[tuple[frozenset[str], frozenset[str]], list[Agent]] = {}
     for one in map(agents.read, agents.builtin()):
+        if one.needs_layer:
+            wanted = frozenset(one.requirements), frozenset(one.packages)
+            wanting.setdefault(wanted, []).append(await store.agent(one.id))
+    said = []
+    for users in wanting.values():
+        names = " and ".join(f"{one.name} {one.version}" for one in users)
         try:
-            if await build(await store.agent(one.id), images, layers, progress=progress):
-                said.append(f"layer      of {one.name} {one.version}")
+            layer = await build(users[0], images, layers, progress=progress)
+            said.append(f"layer      {layer.digest[:12] if layer else ''} of {names}")
         except SwarmError as error:
-            said.append(f"layer      of {one.name} is not built, so that agent can't run yet: {error}")
+            said.append(f"layer      of {names} is not built ({error}): until `swarm agent build`, they can't run")
     return said
 
 
