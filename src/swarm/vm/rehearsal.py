@@ -50,32 +50,32 @@ async def rehearse(channel: Channel, token: bytes, *, work_disk: bool) -> None:
     await channel.renew(nobody)  # agentd forks the next agent's process ahead: that one is in the template
 
 
-_PRACTICE = b"""import json
-import os
-import sys
+_PRACTICE = b'''"""Practice: what an agent does."""
+
+import json
 from pathlib import Path
 
 
 def main() -> None:
-    data = json.loads(Path(".practice").read_text(encoding="utf-8"))
-    print(f"ready: {data['inputs']}", flush=True)
-    Path(".practised").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
-    for name in (".practice", sys.argv[0]):
-        os.unlink(name)
+    given = json.loads(Path(".practice").read_text(encoding="utf-8"))
+    ticket = given["ticket"]
+    print(f"ready: {ticket['id']}, {given['step']['attempt']}", flush=True)
+    result = {"inputs": given["inputs"], "text": f"Practice of {ticket['id']}", "nothing": ticket["title"]}
+    Path(".practised").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
 
 
 if __name__ == "__main__":
     main()
-"""
+'''
+_INPUT = b'{"inputs": {"n": 1}, "ticket": {"id": "practice", "title": null}, "step": {"id": "practice", "attempt": 1}}'
+_CLEAN = "rm -f /agent/.practice.py /work/.practice /work/.practised"
 
 
 async def practise(channel: Channel) -> None:
-    """Walk an agent's whole way with a program of ours, which leaves nothing but itself done."""
-    files = {".practice": b'{"inputs": {}}', ".practice.py": _PRACTICE}
-    await channel.put(files, dest="/work", owner="agent")
-    await channel.run(["/work/.practice.py"], warm=True, timeout_seconds=60)
+    """Walk an agent's whole way with a program of ours, which leaves nothing but itself done. What comes after a second
+    renewal is an agent's first run again, so the caller renews."""
+    await channel.put({".practice.py": _PRACTICE}, dest="/agent", owner="root")
+    await channel.put({".practice": _INPUT}, dest="/work", owner="agent")
+    await channel.run(["/agent/.practice.py"], warm=True, timeout_seconds=60)
     await channel.get("/work/.practised", limit_bytes=1000)
-    await channel.put(
-        {".practice.py": b'import os, sys\nos.unlink("/work/.practised")\nos.unlink(sys.argv[0])\n'}, dest="/work"
-    )
-    await channel.run(["/work/.practice.py"], warm=True, timeout_seconds=60)
+    await channel.run(["/bin/sh", "-c", _CLEAN], user="root", cwd="/", timeout_seconds=60)
