@@ -105,6 +105,7 @@ async def test_every_call_is_accepted(settings: Settings, fc: FirecrackerDriver,
             (vm.jail.root / "metrics").touch()
             os.chown(vm.jail.root / "metrics", vm.jail.uid, vm.jail.uid)
             await vm.api.put("/metrics", metrics_path="metrics")
+            await vm.api.put("/logger", level="Info", show_level=True)
             described = await vm.api.get("/vm/config")
             assert described["machine-config"]["mem_size_mib"] == 128
             assert [(d["drive_id"], d["is_read_only"]) for d in described["drives"]] == [
