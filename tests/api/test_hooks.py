@@ -23,6 +23,8 @@ import pytest
 
 from swarm import app, config, web
 from swarm.api import hooks
+from swarm.api.server import serving
+from swarm.cel.evaluate import Local
 from swarm.config import Settings
 from swarm.errors import Conflict, HostError, UsageError
 from swarm.model import Ticket
@@ -218,6 +220,19 @@ async def test_a_body_that_never_ends_is_cut_off(server: Server) -> None:
     assert (await server.post()).status_code == 202
 
 
+async def test_a_body_that_does_not_come(server: Server) -> None:
+    async def secret(name: str, workflow: str) -> str | None:
+        return None
+
+    served_ = hooks.Hooks(store=server.store, secret=secret, evaluator=Local(), body_seconds=0.2).app()
+    async with serving(served_, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(30):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(b"POST /hooks/nightly HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+        answer = await reader.read()  # to its end: the server closes
+        assert b" 408 " in answer.partition(b"\r\n")[0] and b"did not arrive within 0.2 s" in answer
+        writer.close()
+
+
 async def test_who_takes_no_webhooks(server: Server) -> None:
     await server.store.put_workflow(Workflow(name="plain", version="1.0.0", steps=STEPS))
     for name in ("plain", "nobody", "Bad Name", "nightly@1.0.0"):
@@ -246,6 +261,17 @@ async def test_a_database_that_is_locked(server: Server) -> None:
         answer = await client.post("/hooks/nightly", content=BODY, headers=server.signed(BODY))
         refused(answer, 503, "try again in 2 s")
         assert answer.headers["retry-after"] == "2"
+        answers = await asyncio.gather(*(client.post("/hooks/nightly", content=BODY) for _ in range(40)))
+        assert {one.status_code for one in answers} == {401}  # what is not signed waits for no lock
+        signed = server.signed(BODY)
+        answers = await asyncio.gather(
+            *(client.post("/hooks/nightly", content=BODY, headers=signed) for _ in range(60))
+        )
+        assert {one.status_code for one in answers} == {503}
+        assert {one.json()["error"].partition(":")[0] for one in answers} == {
+            "the database can't take it now",
+            "too many requests at once",
+        }
         connection.execute("ROLLBACK")
         connection.close()
         answer = await client.post("/hooks/nightly", content=BODY, headers=server.signed(BODY))

@@ -1,17 +1,23 @@
-"""Engines keep time: two on one file make one ticket, one without a free VM makes it as well."""
+"""Engines keep time: two on one file make one ticket, and run it; one without a free VM makes it as well."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 
 from swarm.cel.evaluate import Local
-from swarm.model import Ticket
+from swarm.model import TERMINAL_TICKET_STATES, Ticket
 from swarm.triggers import Scheduler
 from swarm.workflow.definition import Schedule, Step, Workflow
 from tests.engine.conftest import Bench, engine_process, log_until, serving
 
 YEARLY = Workflow(
-    name="yearly", version="1.0.0", steps=(Step(id="a", agent="echo@1"),), schedule=(Schedule(cron="@yearly"),)
+    name="yearly",
+    version="1.0.0",
+    steps=(
+        Step(id="a", agent="echo@1", inputs={"by": "${trigger.type}", "at": "${trigger.time}", "n": "${inputs.n}"}),
+    ),
+    schedule=(Schedule(cron="@yearly", inputs={"n": 7}),),
 )
 
 
@@ -32,15 +38,19 @@ async def test_two_engines_keep_one_time(plain: Bench) -> None:
         await log_until(two, "engine serves")
         await nearly(plain)
 
-        async def there() -> bool:
-            return bool(await made(plain))
+        async def done() -> bool:
+            return any(ticket.state in TERMINAL_TICKET_STATES for ticket in await made(plain))
 
-        await plain.until(there)
-        for engine in (one, two):  # both have looked by now, for they were woken by that commit
+        await plain.until(done)
+        for engine in (one, two):
             engine.terminate()
             await log_until(engine, "engine stopped")
     (ticket,) = await made(plain)
-    assert ticket.trigger_type == "schedule" and ticket.title == "yearly, 2031-01-01 00:00 UTC"
+    assert (ticket.state, ticket.title) == ("done", "yearly, 2031-01-01 00:00 UTC"), ticket.error
+    told = json.loads(ticket.outputs or "")["echo"]
+    assert told == {"by": "schedule", "at": "2031-01-01T00:00:00.000Z", "n": 7}
+    (run,) = await plain.store.runs(ticket.id)
+    assert run.trigger_type == "schedule" and json.loads(run.trigger_data or "")["cron"] == "@yearly"
     (row,) = await plain.store.schedules()
     assert (row.next_at, row.last_ticket_id) == ("2032-01-01T00:00:00.000Z", ticket.id)
 

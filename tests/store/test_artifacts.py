@@ -310,3 +310,15 @@ async def test_more_than_there_may_be(store: Store, outside: Outside) -> None:
     await serve(store, built)
     found = await store.ticket("u")
     assert found.state == "failed" and "more than 16 MiB" in (found.error or "")
+
+
+async def test_a_retry_goes_on_with_them(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, CHAIN)
+    await serve(store, gives(build={"log": LOG, "code": 7}, pass_on=Exception("no")))
+    assert (await store.ticket("t")).state == "failed"
+    await store.retry("t", step="pass_on")
+    given = await serve(store, gives())
+    assert list(given) == ["pass_on"]
+    assert json.loads((await store.ticket("t")).outputs or "")["pass_on"]["log"] == LOG
+    (artifact,) = await store.artifacts(ticket_id="t")
+    assert artifact.bytes == 200_002

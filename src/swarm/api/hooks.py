@@ -39,7 +39,6 @@ MAX_BODY_BYTES: Final = 1 << 20
 MAX_KEY_CHARS: Final = 255
 LEAST_SECRET_BYTES: Final = 16
 MAX_AT_ONCE: Final = 32
-BODY_SECONDS: Final = 10.0
 TIMESTAMP_HEADER: Final = "X-Swarm-Timestamp"
 TIMESTAMP_SECONDS: Final = 300  # how far a sender's clock, and the way here, may be off
 RETRY_SECONDS: Final = 2
@@ -58,11 +57,17 @@ class Hooks:
     """``secret`` gets one by its name and its workflow's; None when there is none. It may raise HostError."""
 
     def __init__(
-        self, *, store: Store, secret: Callable[[str, str], Awaitable[str | None]], evaluator: Evaluator
+        self,
+        *,
+        store: Store,
+        secret: Callable[[str, str], Awaitable[str | None]],
+        evaluator: Evaluator,
+        body_seconds: float = 10.0,
     ) -> None:
         self._store = store
         self._get_secret = secret
         self._evaluator = evaluator
+        self._body_seconds = body_seconds
         self._busy = 0
 
     def app(self) -> Starlette:
@@ -87,7 +92,7 @@ class Hooks:
             self._busy -= 1
 
     async def _serve(self, request: Request) -> Response:
-        body = await _body(request)
+        body = await _body(request, self._body_seconds)
         row, flow = await self._workflow(request.path_params["name"])
         hook = flow.webhook
         if hook is None:
@@ -155,21 +160,21 @@ class Hooks:
         return found
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, seconds: float) -> bytes:
     limit = f"the body has more than {MAX_BODY_BYTES:,} bytes"
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced[:12]) > MAX_BODY_BYTES:
         raise HTTPException(413, limit, headers={"connection": "close"})
     parts, size = [], 0
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             async for part in request.stream():
                 parts.append(part)
                 size += len(part)
                 if size > MAX_BODY_BYTES:
                     raise HTTPException(413, limit, headers={"connection": "close"})
     except TimeoutError:
-        why = f"the body did not arrive within {BODY_SECONDS:g} s"
+        why = f"the body did not arrive within {seconds:g} s"
         raise HTTPException(408, why, headers={"connection": "close"}) from None
     except ClientDisconnect:
         raise HTTPException(400, "the connection ended before the body did") from None
