@@ -26,6 +26,7 @@ from swarm.errors import (
     HostError,
     ImageError,
     LeaseLost,
+    NoImage,
     NotFound,
     OutputInvalid,
     OverBudget,
@@ -95,8 +96,8 @@ class Engine:
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
         """Run one attempt to its end. Returns Succeeded or Failed; LeaseLost and cancellation pass through; a host
-        without descriptors, memory or threads is an error (HostError, StepError), and so is one without the image that
-        agents get who ask for none (ImageError, NotFound). The VM is gone in every case."""
+        without descriptors, memory or threads is an error (HostError, StepError), and so is one without an image
+        for agents that ask for none (NoImage). The VM is gone in every case."""
         tail = _Tail(watcher)
         try:
             return Succeeded(outputs=await self._run(claim, watcher, timeline, tail))
@@ -112,9 +113,9 @@ class Engine:
             raise
         except UsageError as error:  # the agent's files, arguments or environment can't be sent
             return Failed(reason=FailureReason.INPUT_INVALID, message=f"the agent {claim.agent.name!r}: {error}")
-        except (ImageError, NotFound) as error:
-            if claim.agent.image is None:  # the one that every ticket here would miss
-                raise
+        except NoImage:
+            raise
+        except (ImageError, NotFound) as error:  # what this agent asks for by name
             return Failed(reason=FailureReason.HOST_ERROR, message=str(error))
         except SwarmError as error:
             if _is_host_out(error):
@@ -141,7 +142,7 @@ class Engine:
         agent = claim.agent
         given = _inputs(claim)  # before a VM is started for them
         permit = await self._outside.permit(claim)
-        image = await self._images.find(agent.image)
+        image = await self._image(agent)
         spec = VmSpec(
             image=image,
             layer=await self._layers.find(agent, image),
@@ -179,6 +180,14 @@ class Engine:
         if (sums := reach.over_budget) is not None:
             raise OverBudget(sums)
         return _redacted(outputs, reach.redactor)
+
+    async def _image(self, agent: Agent) -> Image:
+        try:
+            return await self._images.find(agent.image)
+        except (ImageError, NotFound) as error:
+            if agent.image is None:
+                raise NoImage(str(error)) from error
+            raise
 
     async def _within_budget(self, claim: Claim, machine: Machine, tail: _Tail, reach: Reach) -> Exit:
         """An agent whose call a budget refused is told so, and gets a moment to end by itself."""

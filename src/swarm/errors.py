@@ -11,6 +11,7 @@
     ├── HostError              this host lacks something (a tool, a right, a route, space)
     │   └── CommandFailed      a program that Swarm ran ended badly
     ├── ImageError             an image or template is missing, torn or can't be built
+    │   └── NoImage            the one that every agent here gets that asks for none
     └── StepError(reason, retry)
         ├── BootFailed         no VM, or a VM that never answered
         ├── ChannelError       the guest broke the protocol or the connection
@@ -77,6 +78,10 @@ class CommandFailed(HostError):
 
 class ImageError(SwarmError):
     pass
+
+
+class NoImage(ImageError):
+    """There is no image for agents that ask for none: the next ticket would fail by it as well."""
 
 
 class StepError(SwarmError):

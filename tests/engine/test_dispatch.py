@@ -14,7 +14,7 @@ import pytest
 from swarm import app
 from swarm.dispatch import Dispatcher, Memory
 from swarm.engine import Engine, Limits
-from swarm.errors import ImageError, StoreError
+from swarm.errors import NoImage, StoreError
 from swarm.model import Retry
 from swarm.worker import Worker
 from tests.engine.conftest import Bench, ended, serving
@@ -289,10 +289,26 @@ async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
         worker = Worker(store=store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
         plain.insert("t", agent.id)
-        with pytest.raises(ImageError, match="swarm image build"):
+        with pytest.raises(NoImage, match="swarm image build"):
             await asyncio.wait_for(dispatcher.run(), 30)
     (step,) = await plain.store.steps("t")
     assert ((await plain.store.ticket("t")).state, step.status, step.retry_count) == ("in_progress", "ready", 0)
+
+
+async def test_an_image_that_one_agent_names_is_that_agents_affair(plain: Bench) -> None:
+    agent = await plain.agent(DONE, image="0123abcd")
+    vms = app.launcher(plain.settings, await app.choice(plain.settings))
+    images, layers = app.images(plain.settings), app.layers(plain.settings)
+    async with app.outside(plain.settings, plain.store) as outside, plain.store.watching() as wake:
+        engine = Engine(launcher=vms, images=images, layers=layers, limits=Limits(), outside=outside)
+        worker = Worker(store=plain.store, engine=engine, name="here", lease_seconds=30)
+        dispatcher = Dispatcher(store=plain.store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
+        plain.insert("t", agent.id)
+        task = asyncio.create_task(dispatcher.run())
+        assert await ended(plain, "t") == ["failed"]
+        dispatcher.stop()
+        await task  # the engine has no fault
+    assert "no image '0123abcd'" in str((await plain.store.ticket("t")).error)
 
 
 async def test_a_killed_vm_is_an_outcome_unknown(plain: Bench) -> None:
