@@ -130,6 +130,25 @@ async def test_modules_beside_the_entry_are_found(guest: Guest) -> None:
     assert guest.output["stdout"] == b"42\n"
 
 
+async def test_pythonpath_is_followed_behind_the_agents_own_files(guest: Guest, tmp_path: Path) -> None:
+    """As `python3 file` does: where an agent's requirements are when it runs without a VM."""
+    for place, text in ((tmp_path / "one", "ONE"), (tmp_path / "two", "TWO")):
+        place.mkdir()
+        for name in ("helper", "textwrap", text.lower()):
+            (place / f"{name}.py").write_text(f"value = {text!r}\n")
+    files = {
+        "helper.py": b"value = 'OWN'",
+        "main.py": b"import helper, two, sys\nprint(helper.value, two.value, sys.path[1:3])",
+    }
+    await guest.channel.put(files, dest="/agent", owner="root")
+    said = bytearray()
+    env = {"PYTHONPATH": f"{tmp_path}/one::{tmp_path}/two"}
+    ended = await guest.channel.run(
+        ["/agent/main.py"], warm=True, env=env, timeout_seconds=30, on_output=lambda _, data: said.extend(data)
+    )
+    assert ended.code == 0 and said.decode() == f"OWN TWO {[f'{tmp_path}/one', f'{tmp_path}/two']}\n"
+
+
 async def test_no_two_forks_share_random_state(tmp_path_factory: pytest.TempPathFactory) -> None:
     source = """
 import random, uuid, secrets, ssl, os
