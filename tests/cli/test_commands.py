@@ -197,3 +197,34 @@ def test_doctor_reports_each_check(swarm: Run, tmp_path: Path) -> None:
     assert done.returncode == any(check["status"] == "fail" for check in checks.values())
     nowhere = run("swarm", "doctor", home=tmp_path / "none")
     assert nowhere.returncode == 1 and "mend: swarm init" in nowhere.stdout
+
+
+@pytest.mark.needs("netns")
+def test_nothing_is_fetched_once_swarm_is_installed(tmp_path: Path) -> None:
+    """The ways to a registry are blocked and watched; the sandbox has no way out either. (What is fetched, is so by
+    `make install`, `swarm image build`, `swarm agent add` with requirements, and `swarm install firecracker`.)"""
+    calls, block = tmp_path / "calls", tmp_path / "block"
+    block.mkdir()
+    for program in ("apt-get", "apt", "mmdebstrap", "pip", "pip3", "uv", "curl", "wget", "git"):
+        (block / program).write_text(f'#!/bin/sh\necho "$0 $*" >> {calls}\nexit 1\n')
+        (block / program).chmod(0o755)
+    env = os.environ | {
+        "PATH": f"{block}:{os.environ['PATH']}", "SWARM_HOME": str(tmp_path / "home"), "SWARM_DRIVER": "process",
+        "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_CONFIG_FILE": os.devnull,
+    }  # fmt: skip
+    env.pop("PIP_EXTRA_INDEX_URL", None)
+    for command in (
+        "swarm init --no-image",
+        "swarm agent list",
+        "swarm ticket add Hello --agent echo --id hello",
+        "swarm-engine run-ticket hello --wait",
+        "swarm workflow list",
+        "swarm-engine status",
+        "swarm prove",
+    ):
+        program, *rest = command.split()
+        done = subprocess.run(
+            [BIN / program, *rest], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    assert not calls.exists(), calls.read_text()
