@@ -1,5 +1,6 @@
 # Everything a person does here. `make help` lists it; a line's text is the comment behind its target.
 .DEFAULT_GOAL := help
+.PHONY: ready help demo test test-firecracker chaos bench bench-engine bench-gateway check format install uninstall clean
 .PHONY: ready help demo test test-firecracker chaos bench bench-readme bench-engine check format install uninstall clean
 
 BIN := .venv/bin
@@ -33,6 +34,10 @@ bench-readme: ready  ## the same with 1, 5, 25 and 100 tickets, into README.md a
 bench-engine:  ## measure the engine without VMs: wake-up, no-op tickets per second, growth, idle cost
 	@tools/bootstrap dev
 	@$(BIN)/python -m tests.engine.bench $(ARGS)
+
+bench-gateway:  ## measure model calls through the gateway beside direct ones: per call, per streamed chunk, 100 at once
+	@tools/bootstrap dev
+	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.gateway.bench $(ARGS)
 
 chaos: ready  ## the kill campaign: 300 tickets on plain processes, 20 in real VMs (ARGS='--seed 7' repeats one)
 	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.chaos.campaign --tickets 300 $(ARGS)

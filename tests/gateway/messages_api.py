@@ -10,6 +10,7 @@ What it answers is chosen by words in the last message, ``scenario=NAME`` and ``
     silent            never answers
     malformed         200, and a body that is no JSON
     hold              a haiku, when `release` is set
+    stamped           each streamed word is the time when it was sent (ns, CLOCK_MONOTONIC)
     long              says that its output is ``output=N`` tokens, whatever it sent
 
 ``python -m tests.gateway.messages_api --key KEY --port-file FILE`` serves on loopback until killed. ``GET /_seen`` says
@@ -23,6 +24,7 @@ import asyncio
 import contextlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -164,6 +166,8 @@ class MessagesApi:
                 await send("content_block_start", index=index, content_block={"type": "text", "text": ""})
                 pieces = [{"type": "text_delta", "text": word} for word in re.findall(r"\S+\s*", block["text"])]
             for number, piece in enumerate(pieces):
+                if scenario == "stamped":
+                    piece = {"type": "text_delta", "text": str(time.monotonic_ns())}
                 await send("content_block_delta", index=index, delta=piece)
                 if scenario == "cut" and number == len(pieces) // 2:
                     assert request.transport is not None

@@ -220,10 +220,10 @@ async def test_an_agent_behind_it(site: Site, settings: Settings, tmp_path: Path
         bench = Bench(settings=own, store=store, worker=worker, dir=tmp_path)
         agent = await store.agent("http-fetch")
         # `localhost` is for no proxy; and in here is no resolver, so the address has to do.
-        bench.insert("t", agent.id, inputs=json.dumps({"url": f"http://127.0.0.2:{site.port}/x"}))
-        ticket = await run_ticket(store, worker, "t")
+        bench.insert("fetch", agent.id, inputs=json.dumps({"url": f"http://127.0.0.2:{site.port}/x"}))
+        ticket = await run_ticket(store, worker, "fetch")
         assert json.loads(ticket.outputs or "{}").get("text") == "GET /x 0", ticket.error
-        [event] = [e.data for e in await store.events("t") if e.kind == "egress"]
+        [event] = [e.data for e in await store.events("fetch") if e.kind == "egress"]
         assert (event["via"], event["host"], event["port"]) == ("proxy", "127.0.0.2", site.port)
         code = "import json, os; json.dump([n for n in os.environ if 'proxy' in n.lower()], open('output.json', 'w'))"
         assert json.loads((await bench.run(code)).outputs or "") == []

@@ -74,6 +74,7 @@ class Meter:
         self._buffer = bytearray()
         self._too_large = False
         self._text_bytes = 0
+        self._told_in = {path.partition(".")[0] for paths in upstream.usage.values() for path in paths}
         self._counts: dict[str, int] = {}
         self.model = model
         self.told = False  # the service has said how much it used
@@ -114,7 +115,8 @@ class Meter:
             return
         if not isinstance(event, dict):
             return
-        for kind, paths in self._upstream.usage.items():
+        # Most events of a stream are text alone, and there are many of them.
+        for kind, paths in self._upstream.usage.items() if self._told_in & event.keys() else ():
             found = first(event, paths)
             if kind == "model":
                 if isinstance(found, str) and found:
