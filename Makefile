@@ -1,7 +1,6 @@
 # Everything a person does here. `make help` lists it; a line's text is the comment behind its target.
 .DEFAULT_GOAL := help
-.PHONY: ready help demo test test-firecracker chaos bench bench-engine bench-gateway check format install uninstall clean
-.PHONY: ready help demo test test-firecracker chaos bench bench-readme bench-engine check format install uninstall clean
+.PHONY: ready help demo test test-firecracker chaos bench bench-readme bench-engine bench-gateway check format install uninstall clean
 
 BIN := .venv/bin
 # Shared by all checkouts of this machine; named by content.

@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -24,6 +26,7 @@ from swarm import app
 from swarm.config import Settings
 from swarm.store.wake import Wake
 from swarm.vm.driver import Image
+from tests.gateway.messages_api import HAIKU
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -118,6 +121,58 @@ def test_2_one_ticket_echo_agent(shell: Shell) -> None:
         shell("sqlite3 /opt/swarm-registry/registry.db \"SELECT id FROM agents WHERE name = 'echo';\"").strip()
         == (shell.env["ECHO_ID"])
     )
+
+
+@contextmanager
+def messages_api(key: str, place: Path) -> Iterator[str]:
+    """A server that speaks the Messages API, in a process of its own; its address."""
+    address = place / "messages-api"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.gateway.messages_api", "--key", key, "--port-file", str(address)],
+        cwd=Path(__file__).parent.parent,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(300):
+            if address.exists():
+                break
+            assert server.poll() is None, "the server has ended"
+            time.sleep(0.1)
+        yield address.read_text()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_3_claude_agent(shell: Shell, tmp_path: Path) -> None:
+    key = "sk-ant-of-the-acceptance-test-0123456789"
+    with messages_api(key, tmp_path) as address:
+        host = Shell(env={**shell.env, "ANTHROPIC_API_KEY": key, "ANTHROPIC_BASE_URL": address})
+        found = host(
+            "sqlite3 /opt/swarm-registry/registry.db \"SELECT id, name FROM agents WHERE name LIKE '%claude%';\""
+        )
+        assert "|claude\n" in found
+        host(
+            "CLAUDE_ID=$(sqlite3 /opt/swarm-registry/registry.db "
+            "\"SELECT id FROM agents WHERE name LIKE '%claude%' LIMIT 1;\")\n"
+            'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, '
+            "agent_id, assignee_id, assignee_type, execution_mode, inputs) VALUES ('test-claude-001', 'test-project', "
+            "'Claude Test', 'Write a haiku about distributed systems', 'ready', '$CLAUDE_ID', '$CLAUDE_ID', 'agent', "
+            '\'agent\', \'{\\"prompt\\":\\"Write a haiku about distributed systems\\"}\');"'
+        )
+        host("swarm-engine run-ticket test-claude-001 --wait", timeout=300)
+        state, outputs, error = host(
+            "sqlite3 /opt/swarm-platform/data/swarm.db "
+            "\"SELECT state, outputs, error FROM tickets WHERE id='test-claude-001';\""
+        ).split("|")
+        assert (state, error) == ("done", "\n")
+        assert json.loads(outputs)["text"] == HAIKU
+        seen = json.loads(urlopen(f"{address}/_seen").read())
+        assert [call["headers"]["x-api-key"] for call in seen] == [key]  # it was called, once, with the key
+        assert seen[0]["body"]["messages"][0]["content"] == "Write a haiku about distributed systems"
+        assert "test-claude-001" in host("swarm cost --by ticket")
+    for place in ("/opt", "/var/lib/swarm", os.environ.get("SWARM_STATE_DIR", "/var/lib/swarm")):
+        host(f"grep -r --text --quiet --fixed-strings {key} {place}", status=2 if not Path(place).is_dir() else 1)
 
 
 DATABASE = Path("/opt/swarm-platform/data/swarm.db")
