@@ -155,9 +155,10 @@ def test_3_claude_agent(shell: Shell, tmp_path: Path) -> None:
         host(
             "CLAUDE_ID=$(sqlite3 /opt/swarm-registry/registry.db "
             "\"SELECT id FROM agents WHERE name LIKE '%claude%' LIMIT 1;\")\n"
-            'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, '
-            "agent_id, assignee_id, assignee_type, execution_mode, inputs) VALUES ('test-claude-001', 'test-project', "
-            "'Claude Test', 'Write a haiku about distributed systems', 'ready', '$CLAUDE_ID', '$CLAUDE_ID', 'agent', "
+            'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, '
+            "state, agent_id, assignee_id, assignee_type, execution_mode, inputs) VALUES ('test-claude-001', "
+            "'test-project', 'Claude Test', 'Write a haiku about distributed systems', 'ready', '$CLAUDE_ID', "
+            "'$CLAUDE_ID', 'agent', "
             '\'agent\', \'{\\"prompt\\":\\"Write a haiku about distributed systems\\"}\');"'
         )
         host("swarm-engine run-ticket test-claude-001 --wait", timeout=300)
