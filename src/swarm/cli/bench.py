@@ -73,7 +73,8 @@ async def bench(
         return 1 if any(cell.failed for cell in report.cells) else 0
     out = cli.out
     if as_markdown:
-        out.line(markdown(report).rstrip())
+        for line in markdown(report).splitlines():
+            out.line(line)
         return 1 if any(cell.failed for cell in report.cells) else 0
     out.line(", ".join(f"{name} {value}" for name, value in report.host.items()))
     out.line()
