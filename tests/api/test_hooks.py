@@ -105,7 +105,7 @@ def refused(answer: httpx.Response, status: int, said: str) -> None:
 
 
 async def test_a_request_becomes_a_ticket(server: Server) -> None:
-    answer = await server.post(User_Agent="bot", Authorization="Bearer secret")
+    answer = await server.post(User_Agent="bot", Authorization="Bearer secret", X_Api_Key="k", X_Event="push")
     assert answer.status_code == 202, answer.text
     told = answer.json()
     assert told == {"ticket_id": told["ticket_id"], "workflow": "nightly@1.0.0", "repeated": False}
@@ -120,7 +120,7 @@ async def test_a_request_becomes_a_ticket(server: Server) -> None:
     assert json.loads(ticket.inputs or "") == {"branch": "main"} and ticket.trigger_type == "webhook"
     trigger = json.loads(ticket.trigger_data or "")
     assert (trigger["body"], trigger["key"], trigger["headers"]["user-agent"]) == ({"branch": "main"}, None, "bot")
-    assert not {"authorization", "x-swarm-signature"} & trigger["headers"].keys()
+    assert trigger["headers"].keys() & {"x-event", "authorization", "x-swarm-signature", "x-api-key"} == {"x-event"}
 
 
 async def test_the_same_again_is_the_same_ticket(server: Server) -> None:

@@ -147,6 +147,18 @@ def test_a_workflow_is_checked_drawn_added_and_switched(swarm: Run, tmp_path: Pa
     assert shown["enabled"] is True and [s["id"] for s in shown["definition"]["steps"]] == ["a", "b"]
 
 
+def test_what_starts_a_workflow_is_shown(swarm: Run, tmp_path: Path) -> None:
+    started = "schedule: {cron: '@daily', time_zone: Asia/Tokyo}\nwebhook: {secret: HOOK}\n"
+    (tmp_path / "timed.yaml").write_text(GOOD.replace("mine", "timed") + started)
+    ok(swarm("workflow", "add", "timed.yaml"))
+    shown = ok(swarm("workflow", "show", "timed"))
+    assert "@daily (Asia/Tokyo), next 20" in shown and "POST /hooks/timed, signed with HOOK" in shown
+    listed = [one for one in json.loads(ok(swarm("workflow", "schedules", "--json"))) if one["workflow"] == "timed"]
+    assert [(one["cron"], one["missed"], one["next_at"][11:16]) for one in listed] == [("@daily", "once", "15:00")]
+    ok(swarm("workflow", "disable", "timed"))
+    assert "disabled" in ok(swarm("workflow", "schedules"))
+
+
 def test_a_wrong_workflow_is_told_all_at_once(swarm: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(GOOD.replace("echo@1", "nobody").replace("needs: a", "needs: c"))
     for command in ("validate", "add", "graph"):

@@ -40,7 +40,5 @@ async def test_from_agent_to_agent(plain: Bench) -> None:
     assert artifact["bytes"] == 1_000_002
     status, out, _ = await command(plain, "swarm", "artifact", "show", artifact["digest"][:10])
     assert status == 0 and json.loads(out) == "x" * 1_000_000
-    assert artifact["digest"] in (await command(plain, "swarm", "artifact", "list"))[1]
-    for wrong in (("show", "zz"), ("show", "0" * 64), ("list", "--ticket", "nobody")):
-        status, _, err = await command(plain, "swarm", "artifact", *wrong)
-        assert status == 2 and err.startswith("error: no ")
+    status, _, err = await command(plain, "swarm", "artifact", "show", "zz")
+    assert status == 2 and err.startswith("error: no artifact begins with 'zz'")

@@ -44,7 +44,8 @@ TIMESTAMP_SECONDS: Final = 300  # how far a sender's clock, and the way here, ma
 RETRY_SECONDS: Final = 2
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_SECRET_HEADERS: Final = frozenset({"authorization", "cookie", "proxy-authorization"})
+# Headers whose names say that what they hold is for the server alone.
+_CONFIDENTIAL: Final = re.compile(r"auth|cookie|key|pass|secret|signature|token")
 
 
 def sign(secret: bytes, body: bytes, timestamp: str | None = None) -> str:
@@ -221,9 +222,13 @@ def _json(body: bytes) -> Any:
 
 
 def _told(headers: Mapping[str, str], hook: Webhook) -> dict[str, str]:
-    """What expressions see: which event it is often stands in a header."""
-    hidden = _SECRET_HEADERS | {hook.header.lower()}
-    return {name: text for name, text in headers.items() if name not in hidden and storable(text)}
+    """What expressions see, and the row keeps: which event it is often stands in a header."""
+    hidden = hook.header.lower()
+    return {
+        name: text
+        for name, text in headers.items()
+        if name != hidden and not _CONFIDENTIAL.search(name) and storable(text)
+    }
 
 
 def _no_hook(name: str) -> HTTPException:
