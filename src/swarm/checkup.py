@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from swarm import app
 from swarm.config import Settings
-from swarm.errors import HostError, SwarmError
+from swarm.errors import HostError, LayerMissing, SwarmError
 
 if TYPE_CHECKING:
     from swarm.doctor import Check
     from swarm.doctor.capacity import Capacity
+    from swarm.store.store import Store
 
 
 async def examine(settings: Settings) -> Sequence[Check]:
@@ -111,8 +112,27 @@ async def _database(settings: Settings) -> list[Check]:
     try:
         async with app.store(settings) as opened:
             checks += await home.database(settings.database, opened, Store.head())
+            checks += await _layers(settings, opened)
     except SwarmError as error:
         checks.append(fail("database", str(error), "swarm init"))
     if settings.database.startswith("sqlite:"):
         checks.append(home.registry(settings.registry_link, settings.data_dir / "swarm.db"))
     return checks
+
+
+async def _layers(settings: Settings, opened: Store) -> list[Check]:
+    """What registered agents lack before they can run."""
+    from swarm.doctor.check import ok, warn
+
+    wanting = [agent for agent in await opened.agents(broken=False) if agent.needs_layer]
+    checks = []
+    for agent in wanting:
+        try:
+            await app.layers(settings).find(agent, await app.image_source(settings).find(agent.image))
+        except LayerMissing as error:
+            checks.append(warn("layers", str(error), f"swarm agent build {agent.name}@{agent.version}"))
+        except SwarmError:
+            return []  # without an image, which has a line of its own
+    return checks or [
+        ok("layers", f"those of {', '.join(agent.name for agent in wanting)}" if wanting else "none needed")
+    ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, config
+from swarm import app, checkup, config
 from swarm.config import Settings
 from swarm.single import run_ticket
 from swarm.vm.driver import Image
@@ -37,6 +37,8 @@ def test_init_without_a_registry(
     for words in ("claude 1.0.0 and claude-agent 1.0.0", "can't reach the package index", "`swarm agent build`"):
         assert words in line
     assert any(line.startswith("image") for line in said)
+    found = [check for check in asyncio.run(checkup.examine(own)) if check.name == "layers"]
+    assert [check.fix for check in found] == ["swarm agent build claude@1.0.0", "swarm agent build claude-agent@1.0.0"]
     assert [place.name for place in (images / "layers").iterdir() if place.is_dir()] == []
 
 

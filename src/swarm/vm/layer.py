@@ -33,9 +33,9 @@ from typing import Any, Final
 import structlog
 
 from swarm.aio import settle
-from swarm.errors import HostError, ImageError, LayerMissing, NotFound
+from swarm.errors import CommandFailed, HostError, ImageError, LayerMissing, NotFound
 from swarm.model import Agent
-from swarm.vm import layerbuild, pip, staging
+from swarm.vm import apt, layerbuild, pip, staging
 from swarm.vm.driver import Image, Layer
 from swarm.vm.imagebuild import Progress
 
@@ -108,6 +108,10 @@ class Layers:
                     )
                     await settle(asyncio.to_thread(self._move_in, stage, key, shape, installed))
                 return await asyncio.to_thread(self._verified, key)
+        except CommandFailed as error:
+            if not apt.FULL_DISK.search(str(error)):
+                raise
+            raise ImageError(f"the disk that holds {self.dir} is full: the layer was not built") from error
         except OSError as error:
             raise _unwritable(error, self.dir) from error
 
