@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from swarm.errors import NotConfigured, NotFound, UsageError
+from swarm.errors import HostError, NotConfigured, NotFound, UsageError
 from swarm.gateway import policy
 from swarm.gateway.policy import Policy
 from swarm.ledger import Account
@@ -151,7 +151,7 @@ class Outside:
                 if self._secrets is None:
                     raise NotFound("secrets are not given to agents here")
                 secrets = await self._secrets.of(agent.secrets, agent, claim.ticket.workflow_id)
-        except (UsageError, NotFound) as error:
+        except (UsageError, NotFound, HostError) as error:
             raise NotConfigured(f"the agent {agent.name!r} can't run here: {error}") from None
         return Permit(claim=claim, policy=allowed, services=services, secrets=secrets)
 

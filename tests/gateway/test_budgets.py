@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import anthropic
 import pytest
 
+from swarm.errors import LeaseLost
 from swarm.ledger import Busy, Granted, Limit, Order, Refused, Spend
+from swarm.store.store import Store
 from tests.gateway.conftest import Office, account_of, an_office, ask, client_of
 from tests.gateway.messages_api import MessagesApi
 
@@ -117,6 +120,17 @@ async def test_retries_and_runs_share_a_tickets_budget(office: Office) -> None:
             await client.messages.create(**ask("words=300", max_tokens=380))
 
 
+async def test_an_attempt_that_was_lost_spends_nothing_more(office: Office) -> None:
+    """Its worker may be frozen, and its VM not."""
+    async with office.door(await office.claim()) as door, client_of(door) as client:
+        await client.messages.create(**ask())
+        await office.store.shift_clock(700_000)
+        await office.store.claim("other", lease_seconds=600, ticket_id="t")
+        with pytest.raises(anthropic.PermissionDeniedError, match=r"this attempt has ended \(lost\)"):
+            await client.messages.create(**ask())
+    assert len(office.api.seen) == 1
+
+
 async def test_an_agents_and_a_workflows_budget(office: Office) -> None:
     claim = await office.claim(agent={"budget_usd": 0.0001})
     async with office.door(claim) as door, client_of(door) as client:
@@ -179,18 +193,16 @@ async def order(office: Office) -> AsyncIterator[Order]:
     )
 
 
-def named(order: Order, id: str) -> Order:  # noqa: A002
-    return Order(**{**{f: getattr(order, f) for f in order.__slots__}, "id": id})
-
-
 async def test_calls_under_way_make_others_wait_and_dead_ones_count_in_full(office: Office, order: Order) -> None:
     """The death of an engine in the middle of a call: nobody will book it, and nobody knows what it cost."""
     store = office.store
     assert await store.reserve(order) == Granted(usd=0.8, tokens=10)
-    assert isinstance(await store.reserve(named(order, "two")), Busy)
+    assert isinstance(await store.reserve(replace(order, id="two")), Busy)
     await store.shift_clock(700_000)
     [again] = await store.claim("other", lease_seconds=600, ticket_id="t")  # its lease has run out
-    verdict = await store.reserve(named(order, "three"))
+    with pytest.raises(LeaseLost):
+        await store.reserve(replace(order, id="three"))
+    verdict = await store.reserve(replace(order, id="four", account=account_of(again)))
     assert isinstance(verdict, Refused)
     assert "$0.8 of it is spent" in verdict.message
     assert again.attempt_number == 2
@@ -199,10 +211,6 @@ async def test_calls_under_way_make_others_wait_and_dead_ones_count_in_full(offi
 
 async def test_reservations_of_many_engines_at_once_fit(office: Office, order: Order) -> None:
     """Stores of their own, as processes have them."""
-    from dataclasses import replace
-
-    from swarm.store.store import Store
-
     small = replace(order, most=Spend(tokens=1, usd=0.09), least=Spend(tokens=1, usd=0.09))
     async with AsyncExitStack() as stack:
         stores = [await stack.enter_async_context(Store.open(f"sqlite:///{office.database}")) for _ in range(5)]

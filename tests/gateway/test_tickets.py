@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -56,6 +59,12 @@ async def test_an_answer_and_its_bill(gated: Bench) -> None:
     [run] = await gated.store.runs("t")
     assert attempt.api_tokens_used == run.total_api_tokens > 0
     assert attempt.cost_usd == run.total_cost_usd > 0
+    shown = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "swarm.cli.main", "ticket", "show", "t", "--home", str(gated.settings.home)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert f"model calls: {attempt.api_tokens_used} tokens, $0.0" in shown.stdout
     [event] = [e for e in await gated.store.events("t") if e.kind == "model_call"]
     assert event.attempt_id == attempt.id
     await proved(gated)

@@ -134,6 +134,8 @@ async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
         cli.out.line(f"attempt {number}: {attempt.outcome or 'running'}{vm}, by {attempt.worker}")
         if attempt.error and attempt.error != ticket.error:
             cli.out.fields({"  error": render.shorten(attempt.error)})
+        if attempt.api_tokens_used:
+            cli.out.line(f"  model calls: {attempt.api_tokens_used:,} tokens, ${attempt.cost_usd:.4f}")
         render.show_timings(cli.out, attempt.timings)
 
 

@@ -20,7 +20,7 @@ import yarl
 from aiohttp import web
 
 from swarm.aio import settle
-from swarm.errors import NotFound, StoreError, UsageError
+from swarm.errors import LeaseLost, NotFound, StoreError, UsageError
 from swarm.gateway import wire
 from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
 from swarm.gateway.door import Door, Record, error
@@ -132,7 +132,7 @@ class Gateway:
         order = self._order(door, upstream, asked, model[:200], len(body), streams=streams)
         try:
             granted = await self._reserve(order)
-        except NotFound as gone:
+        except (NotFound, LeaseLost) as gone:
             return error(403, "permission_error", str(gone), **{"x-should-retry": "false"})
         except StoreError as problem:
             log.warning("a model call can't be booked", error=str(problem), attempt=door.account.attempt_id)

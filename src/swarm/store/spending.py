@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
-from swarm.errors import NotFound
+from swarm.errors import LeaseLost, NotFound
 from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Verdict
 from swarm.store.changes import INSERT_EVENT
 from swarm.store.database import Row, Tx
@@ -38,8 +38,9 @@ _OF_STEP: Final = sa.text(_SUMS + "WHERE c.step_execution_id = :step_execution_i
 _OF_DAY: Final = sa.text(_SUMS + "WHERE c.at >= :day")
 _LIMITS: Final = sa.text(
     "SELECT t.id, t.budget_usd, t.budget_tokens, a.budget_usd AS agent_usd, a.budget_tokens AS agent_tokens, "
-    "w.budget_usd AS workflow_usd, w.budget_tokens AS workflow_tokens, w.name AS workflow "
-    "FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id LEFT JOIN workflows w ON w.id = r.workflow_id "
+    "w.budget_usd AS workflow_usd, w.budget_tokens AS workflow_tokens, w.name AS workflow, x.outcome "
+    "FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id JOIN attempts x ON x.id = :attempt_id "
+    "LEFT JOIN workflows w ON w.id = r.workflow_id "
     "LEFT JOIN agents a ON a.id = :agent_id WHERE r.id = :run_id"
 )
 _RESERVE: Final = sa.text(
@@ -83,12 +84,15 @@ FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC,
 def reserve(tx: Tx, order: Order) -> Verdict:
     """Room in every budget that this call counts against, taken in the same transaction that looked for it.
 
-    Budgets are read now: one that was raised meanwhile holds at once. Raises NotFound when the ticket is gone.
+    Budgets are read now: one that was raised meanwhile holds at once. Raises NotFound when the ticket is gone, and
+    LeaseLost when the attempt has ended: its worker may be the last to hear of it.
     """
     account = order.account
-    row = tx.first(_LIMITS, run_id=account.run_id, agent_id=account.agent_id)
+    row = tx.first(_LIMITS, run_id=account.run_id, agent_id=account.agent_id, attempt_id=account.attempt_id)
     if row is None:
         raise NotFound(f"the ticket {account.ticket_id} was deleted; its agent may not call a model any more")
+    if row.outcome is not None:
+        raise LeaseLost(f"this attempt has ended ({row.outcome}); it may not call a model any more")
     scopes: list[tuple[str, Limit, sa.TextClause, dict[str, Any]]] = [
         ("the ticket's budget", _limit(row.budget_usd, row.budget_tokens), _OF_TICKET, {"ticket_id": row.id}),
         (
