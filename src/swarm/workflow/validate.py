@@ -23,6 +23,15 @@ from swarm.workflow.definition import Schedule, Step, Webhook, Workflow
 _STEP_FIELDS: Final = {"outputs": {}, "status": {"type": "string"}, "error": {"type": ["string", "null"]}}
 _TICKET: Final = schema.expand({"id": "string", "title": "string", "description": "string?", "project_id": "string?"})
 _TRIGGER: Final = {"type": "object", "properties": {"type": {"type": "string"}}}
+# What the inputs of a trigger may speak of; `swarm.triggers` and `swarm.api.hooks` fill it in.
+_OF_TRIGGERS: Final = {
+    "schedule": schema.expand(
+        {"type": "string", "time": "string", "cron": "string", "time_zone": "string", "missed": "integer"}
+    ),
+    "webhook": schema.expand(
+        {"type": "string", "time": "string", "body": "any", "headers": {"type": "object"}, "key": "string?"}
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +280,7 @@ class _Checker:
         wanted = flow.inputs_schema or {}
         for i, one in enumerate(given):
             where = (*path, kind, i, "inputs") if (*path, kind, i) in self._document.places else (*path, kind, "inputs")
-            scope = _Scope({"trigger": _TRIGGER}, why=f"the inputs of the {kind}")
+            scope = _Scope({"trigger": _OF_TRIGGERS[kind]}, why=f"the inputs of the {kind}")
             self._value(one.inputs, where, scope)
             for key in wanted.get("required") or ():
                 if key not in one.inputs:
