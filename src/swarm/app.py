@@ -182,32 +182,35 @@ def templates(settings: Settings) -> Templates:
     return Templates(dir=settings.templates)
 
 
-@asynccontextmanager
-async def outside(settings: Settings, opened: Store | None) -> AsyncIterator[Outside]:
-    """What attempts may reach beyond their VMs. Without a store, as in a trial, calls are not booked."""
+def gateway(settings: Settings, opened: Store | None) -> Gateway:
+    """The way to services. Without a store, as in a trial, calls are not booked, and keys are no secrets of ours."""
+    from swarm.gateway import prices, upstreams
+    from swarm.gateway.forward import Gateway
     from swarm.ledger import Limit, Unbooked
+
+    return Gateway(
+        upstreams=upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ),
+        prices=prices.load(_table(settings.prices, settings.home / "prices.toml")),
+        keys=upstreams.Keys(secret=None if opened is None else vault(settings, opened).get),
+        ledger=Unbooked() if opened is None else opened,
+        day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
+    )
+
+
+def outside(settings: Settings, opened: Store | None) -> Outside:
+    """What attempts may reach beyond their VMs: `async with` it."""
     from swarm.outside import Outside
-
-    def gateway() -> Gateway:
-        from swarm.gateway import prices, upstreams
-        from swarm.gateway.forward import Gateway
-
-        return Gateway(
-            upstreams=upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ),
-            prices=prices.load(_table(settings.prices, settings.home / "prices.toml")),
-            keys=upstreams.Keys(secret=None if opened is None else vault(settings, opened).get),
-            ledger=Unbooked() if opened is None else opened,
-            day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
-        )
 
     def borders() -> Borders:
         from swarm.gateway.proxy import Borders
 
         return Borders(within=settings.egress_private, never=(settings.subnet,))
 
-    secrets_of = None if opened is None else vault(settings, opened)
-    async with Outside(gateway=gateway, borders=borders, secrets=secrets_of) as made:
-        yield made
+    return Outside(
+        gateway=lambda: gateway(settings, opened),
+        borders=borders,
+        secrets=None if opened is None else vault(settings, opened),
+    )
 
 
 def vault(settings: Settings, opened: Store) -> Vault:

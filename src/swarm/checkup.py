@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from swarm import app
 from swarm.config import Settings
-from swarm.errors import HostError, LayerMissing, SwarmError
+from swarm.errors import HostError, LayerMissing, SwarmError, UsageError
 
 if TYPE_CHECKING:
     from swarm.doctor import Check
@@ -28,6 +28,7 @@ async def examine(settings: Settings) -> Sequence[Check]:
     checks.append(await home.attempt("image", "swarm image build", lambda: _image(settings)))
     checks.append(await home.attempt("VM driver", "see the cause", lambda: _driver(settings)))
     checks += await _database(settings)
+    checks.append(await _models(settings))
     try:
         records = app.inventory(settings).records()
     except HostError as error:
@@ -92,6 +93,23 @@ async def _subnet(settings: Settings) -> str:
     bridge = Bridge(subnet=settings.subnet, name=settings.bridge)
     await netns.in_thread(bridge.check_clashes)
     return f"{settings.subnet} on {settings.bridge} is free for VMs"
+
+
+async def _models(settings: Settings) -> Check:
+    """Without a key Swarm is sound: only agents that call a model need one."""
+    from swarm.doctor.check import fail, ok
+    from swarm.gateway import policy
+
+    try:
+        async with app.store(settings) as opened:
+            way = app.gateway(settings, opened)
+            try:
+                [(upstream, _)] = (await way.services(policy.parse("gateway"))).values()
+            except UsageError as missing:
+                return ok("models", f"{missing}; until then agents that call a model fail at once")
+            return ok("models", f"a key for {upstream.base_url}; prices as of {way.prices_of}")
+    except SwarmError as error:
+        return fail("models", str(error), "mend that file (docs/claude.md)")
 
 
 async def _driver(settings: Settings) -> str:

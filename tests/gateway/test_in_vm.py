@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from swarm import app, config
 from swarm.config import Settings
@@ -28,7 +30,7 @@ host = os.environ.get("ANTHROPIC_BASE_URL", "http://172.16.0.1:8080")[7:]
 token = os.environ.get("ANTHROPIC_API_KEY", "")
 
 def call(prompt="haiku", token=token, path="/v1/messages", model="claude-haiku-4-5"):
-    connection = http.client.HTTPConnection(host, timeout=30)
+    connection = http.client.HTTPConnection(host, timeout=300)
     body = {"model": model, "max_tokens": 100, "messages": [{"role": "user", "content": prompt}]}
     connection.request("POST", path, json.dumps(body), {"x-api-key": token})
     answer = connection.getresponse()
@@ -140,6 +142,30 @@ async def test_the_key_is_nowhere_but_in_the_gateway(gated: Bench, api: Messages
             assert not _in_file(file, key), file
 
 
+async def test_http_fetch_in_a_vm(gated: Bench) -> None:
+    """By the proxy in its namespace, to a site on the host's loopback, which is let in for this test."""
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        return web.Response(text=f"{request.method} {request.path}")
+
+    own = gated.settings.model_copy(update={"egress_private": (IPv4Network("127.0.0.0/8"),)})
+    server = await asyncio.get_running_loop().create_server(web.Server(answer), "127.0.0.2", 0)
+    port = server.sockets[0].getsockname()[1]
+    agent = await gated.store.agent("http-fetch")
+    gated.insert("t", agent.id, inputs=json.dumps({"url": f"http://127.0.0.2:{port}/there"}))
+    gated.insert("u", agent.id, inputs=json.dumps({"url": "http://10.0.0.1:22/", "expect": [403]}))
+    async with server, app.store(own) as store, app.worker(own, store) as worker:
+        fetched = await run_ticket(store, worker, "t")
+        refused = await run_ticket(store, worker, "u")
+    assert json.loads(fetched.outputs or "{}").get("text") == "GET /there", fetched.error
+    assert "no policy allows" in json.loads(refused.outputs or "{}")["text"], refused.error
+    events = [e.data for name in "tu" for e in await gated.store.events(name) if e.kind == "egress"]
+    assert [(e["host"], e.get("refused")) for e in events] == [
+        ("127.0.0.2", None),
+        ("10.0.0.1", "10.0.0.1 is an address of Swarm's own, which no policy allows"),
+    ]
+
+
 def _in_memory(pid: int, needle: bytes) -> bool:
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for start, end in list(_mappings(pid)):
@@ -162,10 +188,23 @@ def _mappings(pid: int) -> Iterator[tuple[int, int]]:
 
 def _in_file(file: Path, needle: bytes) -> bool:
     try:
-        with file.open("rb") as opened:
-            return _holds(iter(lambda: opened.read(1 << 22), b""), needle)
+        with file.open("rb", buffering=0) as opened:
+            return _holds(_data(opened.fileno()), needle)
     except OSError:
         return False
+
+
+def _data(fd: int) -> Iterator[bytes]:
+    """What is in a file, without its holes: guest memory is mostly that."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # nothing more
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        for at in range(start, end, 1 << 22):
+            yield os.pread(fd, min(1 << 22, end - at), at)
 
 
 def _holds(chunks: Iterator[bytes], needle: bytes) -> bool:

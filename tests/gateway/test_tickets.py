@@ -15,7 +15,7 @@ from swarm import app, config
 from swarm.config import Settings
 from swarm.model import FailureReason, Retry
 from swarm.single import run_ticket
-from tests.engine.conftest import Bench, proved
+from tests.engine.conftest import Bench, engine_process, proved
 from tests.gateway.conftest import KEY
 from tests.gateway.messages_api import HAIKU, MessagesApi
 
@@ -123,6 +123,23 @@ async def test_what_an_agent_prints_of_its_token_is_not_kept(gated: Bench) -> No
     assert json.loads(ticket.outputs or "") == {mark: ["x" + mark]}
     printed = "".join(str(e.data["text"]) for e in await gated.store.events("t") if e.kind == "output")
     assert printed == f"{mark}\nagain {mark}\n"
+
+
+async def test_an_engine_that_dies_in_the_middle_of_a_call(gated: Bench, api: MessagesApi) -> None:
+    """Nobody knows what that call cost: it counts with all that was reserved, so the next try is over budget."""
+    agent = await gated.agent(PRELUDE + "done(call('scenario=hold'))", network="gateway")
+    gated.insert("t", agent.id, budget_usd=0.0009)  # a call may cost $0.0005 and some
+    async with engine_process(gated, SWARM_LEASE_SECONDS="1.5") as engine:
+        await asyncio.wait_for(api.held.wait(), 60)
+        engine.kill()
+        await engine.wait()
+    api.release.set()
+    await gated.store.shift_clock(3_600_000)
+    ticket = await run_ticket(gated.store, gated.worker, "t")
+    assert (ticket.state, (ticket.error or "")[:11]) == ("failed", "over budget")
+    assert [a.reason for a in await gated.attempts()] == [None, "over_budget"]
+    assert gated.sql("SELECT status FROM model_calls") == [(None,)]
+    assert len(api.seen) == 1
 
 
 async def test_a_policy_that_nobody_knows(gated: Bench) -> None:

@@ -53,6 +53,11 @@ class Gateway:
         self._session: aiohttp.ClientSession | None = None
         self._settled = asyncio.Event()  # a call has let go of what it held
 
+    @property
+    def prices_of(self) -> str:
+        """The date of the price list."""
+        return self._prices.date
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
