@@ -22,17 +22,21 @@ async def dial(endpoint: Endpoint, trouble: list[str], *, listening: bool = Fals
     ``listening``: agentd is there already, as in a clone, and every superfluous try would cost it time.
 
     While a guest boots, a SYN may be refused, lost, or kept in the tap until there is a driver. So a new try starts
-    every few milliseconds while the older ones still wait; the first that succeeds wins.
+    every few milliseconds while the older ones still wait; the first that succeeds wins. Who boots for minutes may
+    also need seconds to answer: then tries become rarer and last longer, else they would be all that the guest does.
     """
     loop = asyncio.get_running_loop()
     tries: set[asyncio.Task[Streams]] = set()
-    next_try, pause = loop.time(), _PATIENCE if listening else _FIRST_PAUSE
+    began = loop.time()
+    next_try, pause = began, _PATIENCE if listening else _FIRST_PAUSE
     won = None
     try:
         while True:
             if loop.time() >= next_try:
-                tries.add(asyncio.create_task(_try(endpoint)))
-                next_try, pause = loop.time() + pause, pause if listening else min(pause * 1.5, LAST_PAUSE)
+                waited = loop.time() - began
+                tries.add(asyncio.create_task(_try(endpoint, max(_TRY_SECONDS, waited / 20))))
+                next_try = loop.time() + pause
+                pause = pause if listening else min(pause * 1.5, max(LAST_PAUSE, waited / 100))
             patience = max(0.0, next_try - loop.time())
             if not tries:
                 await asyncio.sleep(patience)
@@ -55,8 +59,8 @@ async def dial(endpoint: Endpoint, trouble: list[str], *, listening: bool = Fals
                 result[1].transport.abort()
 
 
-async def _try(endpoint: Endpoint) -> Streams:
-    async with asyncio.timeout(_TRY_SECONDS):
+async def _try(endpoint: Endpoint, seconds: float) -> Streams:
+    async with asyncio.timeout(seconds):
         if endpoint.unix:
             return await asyncio.open_unix_connection(endpoint.unix)
         reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
