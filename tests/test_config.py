@@ -22,6 +22,13 @@ def test_a_broken_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         config.load()
 
 
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty path would be the current directory."""
+    monkeypatch.setenv("SWARM_IMAGES_DIR", "")
+    monkeypatch.setenv("SWARM_HOME", "")
+    assert config.load().images == config.SYSTEM_HOME / "images"
+
+
 def test_a_misspelt_setting_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "swarm.toml"
     monkeypatch.setenv("SWARM_CONFIG", str(file))

@@ -27,7 +27,7 @@ CONFIG_FILE = Path("/etc/swarm/swarm.toml")
 class Settings(BaseSettings):
     """Every knob. Each field is ``SWARM_<NAME>`` in the environment and ``<name>`` in the file."""
 
-    model_config = SettingsConfigDict(env_prefix="SWARM_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SWARM_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     home: Path = SYSTEM_HOME
     database_url: str = ""  # default: sqlite at home/data/swarm.db
