@@ -212,6 +212,14 @@ async def test_a_hostile_wheel_stays_in_its_root(image: Image, tmp_path: Path) -
         await Layers(dir=tmp_path / "layers").build(an_agent("evil==1.0"), image)
     assert not target.exists()
     assert names(tmp_path / "layers") == [".lock"]
+    # Code that Python would run by itself: not as root, in a chroot of this host.
+    wheel(tmp_path / "w3", "sly", files={"sly.py": "", "sly.pth": "import os; open('/usr/local/ran', 'w').close()\n"})
+    with wheels_from(tmp_path / "w3"):
+        layer = await Layers(dir=tmp_path / "layers").build(an_agent("sly==1.0"), image)
+    assert layer is not None
+    await run(["fsck.erofs", f"--extract={tmp_path / 'seen'}", str(layer.path)])
+    assert list((tmp_path / "seen").glob("usr/local/lib/*/dist-packages/sly.pth"))
+    assert names(tmp_path / "seen/usr/local") == ["lib"]
 
 
 async def test_stopped_midway_nothing_stays(layers: Layers, wheels: Path, image: Image, tmp_path: Path) -> None:

@@ -101,8 +101,9 @@ async def build(
         await _install_wheels(requirements, root)
     progress("compiling", 0.7)
     modules = [f"/{d.relative_to(root)}" for d in (*root.glob("usr/local/lib/python3*"), root / "usr/lib/python3")]
-    # Hashes instead of time stamps, which an erofs has not; -j 0: all CPUs. What can't be compiled is no error here.
-    await _in(root, "/usr/bin/python3", "-I", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode",
+    # -S: a .pth file of a wheel would run its code. Hashes in place of time stamps, which an erofs has not. -j 0: by
+    # all CPUs. What can't be compiled is no error here.
+    await _in(root, "/usr/bin/python3", "-I", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode",
               "unchecked-hash", *modules, check=False)  # fmt: skip
     installed = Installed(
         python=await asyncio.to_thread(_wheels, root),
