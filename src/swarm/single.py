@@ -102,6 +102,8 @@ def check(ticket: Ticket) -> None:
     """Raise Conflict if the ticket's state forbids running it. A state that nobody knows is left to the claim."""
     with contextlib.suppress(ValueError):
         refusal = _REFUSALS.get(TicketState(ticket.state))
+        if ticket.state == TicketState.WAITING and ticket.run_id is None:  # by hand: nobody asks, so nobody answers
+            refusal = "no run of it waits for anybody; set its state to 'ready'"
         if refusal:
             why = f"\nIts error: {ticket.error}" if ticket.error else ""
             raise Conflict(f"ticket {ticket.id} is '{ticket.state}' and can't be run: {refusal}{why}")

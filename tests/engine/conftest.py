@@ -25,6 +25,7 @@ from swarm.store.rows import AttemptRow
 from swarm.store.store import Store
 from swarm.store.wake import Wake
 from swarm.vm.driver import Image
+from swarm.vm.inventory import VmRecord
 from swarm.worker import Worker
 
 
@@ -85,8 +86,12 @@ class Bench:
     async def attempts(self, id: str = "t") -> list[AttemptRow]:  # noqa: A002
         return await self.store.attempts(id)
 
+    def vms(self) -> list[VmRecord]:
+        """All there are; free slots that an engine keeps have no process."""
+        return [record for record in app.inventory(self.settings).records() if record.pid]
+
     def live_vms(self) -> list[int]:
-        return [record.n for record in app.inventory(self.settings).records()]
+        return [record.n for record in self.vms()]
 
 
 @pytest.fixture

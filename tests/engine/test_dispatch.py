@@ -318,7 +318,7 @@ async def test_a_killed_vm_is_an_outcome_unknown(plain: Bench) -> None:
     plain.insert("t", agent.id)
     async with serving(plain):
         await plain.until_it_prints()
-        (record,) = app.inventory(plain.settings).records()
+        (record,) = plain.vms()
         os.kill(record.pid, signal.SIGKILL)
         assert await ended(plain, "t") == ["failed"]
     assert len(await plain.attempts()) == 1

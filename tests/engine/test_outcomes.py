@@ -9,7 +9,6 @@ import signal
 
 import pytest
 
-from swarm import app
 from swarm.clock import PHASES
 from swarm.single import run_ticket
 from tests.engine.conftest import Bench
@@ -131,7 +130,7 @@ async def _while_running(bench: Bench, code: str, act: object) -> str:
 
 async def test_the_vmm_is_killed_from_outside(bench: Bench) -> None:
     def kill() -> None:
-        (record,) = app.inventory(bench.settings).records()
+        (record,) = bench.vms()
         os.kill(record.pid, signal.SIGKILL)
 
     error = await _while_running(bench, "print('up', flush=True); time.sleep(600)", kill)

@@ -136,7 +136,7 @@ async def _serve(
                     await dispatcher.run()
             else:
                 await dispatcher.run()
-        log.info("engine stopped")
+    log.info("engine stopped")  # its VMs, slots and database too
 
 
 def _raise_limits() -> None:
@@ -252,7 +252,7 @@ async def status(cli: Cli) -> None:
             "blocked": queue.blocked,
             "waiting for a person": queue.waiting or None,
             "oldest ready": None if oldest is None else render.duration(oldest),
-            "VMs": len(vms),
+            "VMs": sum(vm.alive for vm in vms),
             "ended": f"{sum(int(row.info.get('per_minute') or 0) for row in workers if alive[row.id])} per minute",
             "waiting for": next((why for row in workers if (why := str(row.info.get("waits_for") or ""))), None)
             if queue.ready
