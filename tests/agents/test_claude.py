@@ -5,13 +5,14 @@ As plain processes. In a VM, through the gateway, they are run by tests of the g
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
+import shutil
+import subprocess
 import sys
 import tarfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ import pytest
 
 from swarm import agents
 from swarm.agents import check
+from swarm.channel import Channel
 from swarm.errors import StepError
 from swarm.model import Agent
+from swarm.vm.driver import Endpoint
+from swarm.vm.process import AGENTD
+from tests.channel.agentd_here import TOKEN, identity
 from tests.gateway.messages_api import HAIKU, MessagesApi
 
 CLAUDE, WORKER = (agents.read(next(d for d in agents.builtin() if d.name == n)) for n in ("claude", "claude-agent"))
@@ -29,10 +34,23 @@ CLAUDE, WORKER = (agents.read(next(d for d in agents.builtin() if d.name == n)) 
 
 @dataclass
 class Ran:
-    code: int
+    code: int | None
     printed: str
     said: str
     outputs: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An agentd of this host, its warm interpreter with all that the manifest preloads: each run is a fork of it."""
+    place = tmp_path_factory.mktemp("warm")
+    (place / "root").mkdir()
+    argv = [sys.executable, "-I", "-S", "-B", str(AGENTD), "--unix", str(place / "s"), "--root", str(place / "root")]
+    with (place / "log").open("wb") as log:
+        child = subprocess.Popen([*argv, "--preload", ",".join(CLAUDE.preload)], stdin=subprocess.DEVNULL, stderr=log)
+    yield place / "root"
+    child.terminate()
+    child.wait(30)
 
 
 @pytest.fixture
@@ -41,39 +59,52 @@ async def api() -> AsyncIterator[MessagesApi]:
         yield serving
 
 
-async def run(
-    agent: Agent,
-    api: MessagesApi,
-    place: Path,
-    inputs: Mapping[str, Any],
-    *,
-    description: str | None = None,
-    **env: str,
-) -> Ran:
-    """The agent's program as its VM starts it: inputs checked, with the environment of the gateway."""
-    place.mkdir(exist_ok=True)
-    given = {"inputs": check.inputs(agent, dict(inputs)), "ticket": {"description": description}}
-    (place / "input.json").write_text(json.dumps(given))
-    ways = {"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": "token", "PATH": "/usr/bin:/bin", **env}
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, str(agent.path / agent.entry[0]), cwd=place, env=ways, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    async with asyncio.timeout(60):
-        out, err = await child.communicate()
-    ran = Ran(code=child.returncode or 0, printed=out.decode(), said=err.decode())
-    assert "Traceback" not in ran.said, ran.said
-    if ran.code == 0:
-        ran.outputs = json.loads((place / "output.json").read_text())
-        check.outputs(agent, ran.outputs)
-    return ran
+Run = Callable[..., Awaitable[Ran]]
+
+
+@pytest.fixture
+async def run(root: Path, api: MessagesApi) -> AsyncIterator[Run]:
+    """Run an agent's program as its VM does: inputs checked, with the environment that the gateway gives."""
+
+    async def run(
+        agent: Agent,
+        inputs: Mapping[str, Any],
+        *,
+        description: str | None = None,
+        heard: Callable[[str, bytes], None] = lambda *_: None,
+        **env: str,
+    ) -> Ran:
+        for left in root.glob("work/*"):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        given = {"inputs": check.inputs(agent, dict(inputs)), "ticket": {"description": description}}
+        printed = {"stdout": b"", "stderr": b""}
+
+        def hear(stream: str, data: bytes) -> None:
+            printed[stream] += data
+            heard(stream, data)
+
+        await channel.put_tree(agent.path, dest="/agent", owner="root")
+        await channel.put({"input.json": json.dumps(given).encode()}, dest="/work", owner="agent")
+        ways = {"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": "token", **env}
+        ended = await channel.run([f"/agent/{agent.entry[0]}"], env=ways, warm=True, timeout_seconds=60, on_output=hear)
+        ran = Ran(code=ended.code, printed=printed["stdout"].decode(), said=printed["stderr"].decode())
+        assert "Traceback" not in ran.said, ran.said
+        if ran.code == 0:
+            ran.outputs = json.loads((root / "work/output.json").read_text())
+            check.outputs(agent, ran.outputs)
+        return ran
+
+    async with Channel.connect(Endpoint(unix=root.parent / "s"), token=TOKEN, timeout_seconds=60) as channel:
+        assert (await channel.hello()).preload_failed == {}
+        await channel.renew(identity())
+        yield run
 
 
 # --- claude -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_prompt_and_its_answer(api: MessagesApi, tmp_path: Path) -> None:
-    ran = await run(CLAUDE, api, tmp_path, {"prompt": "Write a haiku", "system": "Be brief", "max_tokens": 50})
+async def test_a_prompt_and_its_answer(run: Run, api: MessagesApi) -> None:
+    ran = await run(CLAUDE, {"prompt": "Write a haiku", "system": "Be brief", "max_tokens": 50})
     assert ran.printed.strip() == HAIKU == ran.outputs["text"]
     assert (ran.outputs["model"], ran.outputs["stop_reason"]) == ("claude-sonnet-5-5", "end_turn")
     assert ran.outputs["usage"]["input_tokens"] > 0 and ran.outputs["usage"]["output_tokens"] > 0
@@ -86,36 +117,30 @@ async def test_a_prompt_and_its_answer(api: MessagesApi, tmp_path: Path) -> None
     }
 
 
-async def test_the_tickets_description_or_a_conversation_in_place_of_a_prompt(api: MessagesApi, tmp_path: Path) -> None:
-    await run(CLAUDE, api, tmp_path, {}, description="from the ticket")
+async def test_the_tickets_description_or_a_conversation_in_place_of_a_prompt(run: Run, api: MessagesApi) -> None:
+    await run(CLAUDE, {}, description="from the ticket")
     conversation = [
         {"role": "user", "content": [{"type": "text", "text": "one"}]},
         {"role": "assistant", "content": "two"},
         {"role": "user", "content": "three"},
     ]
     more = {"messages": conversation, "model": "claude-haiku-4-5", "temperature": 0.5}
-    await run(CLAUDE, api, tmp_path, more, description="not this")
+    await run(CLAUDE, more, description="not this")
     first, second = (seen["body"] for seen in api.seen)
     assert first["messages"] == [{"role": "user", "content": "from the ticket"}]
     assert second["messages"] == conversation and second["temperature"] == 0.5
     assert second["model"] == "claude-haiku-4-5"
 
 
-async def test_it_prints_while_the_answer_comes(api: MessagesApi, tmp_path: Path) -> None:
-    """The first word is out before the server has sent the last."""
-    (tmp_path / "input.json").write_text(
-        json.dumps({"inputs": {"prompt": "words=6 delay=0.3"}, "ticket": {"description": None}})
+async def test_it_prints_while_the_answer_comes(run: Run, root: Path) -> None:
+    """The first word is here when the answer is not whole."""
+    there: list[bool] = []
+    ran = await run(
+        CLAUDE,
+        {"prompt": "words=6 delay=0.2"},
+        heard=lambda stream, data: there.append((root / "work/output.json").exists()),
     )
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, str(CLAUDE.path / "main.py"), cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
-        env={"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": "token"},
-    )  # fmt: skip
-    assert child.stdout is not None
-    async with asyncio.timeout(60):
-        assert await child.stdout.readexactly(5) == b"word "
-        assert not (tmp_path / "output.json").exists() and child.returncode is None
-        await child.communicate()
-    assert child.returncode == 0
+    assert ran.printed == "word " * 6 + "\n" and len(there) >= 3 and there[0] is False
 
 
 @pytest.mark.parametrize(
@@ -135,15 +160,15 @@ async def test_it_prints_while_the_answer_comes(api: MessagesApi, tmp_path: Path
     ],
 )
 async def test_failures_are_one_line_and_a_status(
-    agent: Agent, api: MessagesApi, tmp_path: Path, inputs: dict[str, Any], env: dict[str, str], code: int, said: str
+    run: Run, root: Path, agent: Agent, inputs: dict[str, Any], env: dict[str, str], code: int, said: str
 ) -> None:
-    ran = await run(agent, api, tmp_path, {"max_retries": 0, **inputs}, **env)
+    ran = await run(agent, {"max_retries": 0, **inputs}, **env)
     assert ran.code == code and ran.said.startswith(f"{agent.name}: ") and said in ran.said, ran.said
-    assert len(ran.said.splitlines()) == 1 and not (tmp_path / "output.json").exists()
+    assert len(ran.said.splitlines()) == 1 and not (root / "work/output.json").exists()
 
 
-async def test_a_busy_api_is_asked_again(api: MessagesApi, tmp_path: Path) -> None:
-    ran = await run(CLAUDE, api, tmp_path, {"prompt": "scenario=529 times=2"})
+async def test_a_busy_api_is_asked_again(run: Run, api: MessagesApi) -> None:
+    ran = await run(CLAUDE, {"prompt": "scenario=529 times=2"})
     assert ran.outputs["text"] == HAIKU and len(api.seen) == 3
 
 
@@ -173,7 +198,7 @@ def call(name: str, **given: Any) -> dict[str, Any]:
     return {"name": name, "input": given}
 
 
-async def test_it_works_with_its_tools(api: MessagesApi, tmp_path: Path) -> None:
+async def test_it_works_with_its_tools(run: Run, api: MessagesApi) -> None:
     turns = script(
         [
             call("read_file", path="notes.txt"),
@@ -190,7 +215,7 @@ async def test_it_works_with_its_tools(api: MessagesApi, tmp_path: Path) -> None
         "files": {"notes.txt": "one\ntwo\n", "gone.txt": "x\n", "same.txt": "s"},
         "archive": True,
     }
-    ran = await run(WORKER, api, tmp_path, inputs)
+    ran = await run(WORKER, inputs)
     out = ran.outputs
     assert (out["text"], out["finished"], out["stop_reason"], out["turns"]) == (HAIKU, True, "end_turn", 4)
     assert out["changes"] == {
@@ -214,26 +239,26 @@ async def test_it_works_with_its_tools(api: MessagesApi, tmp_path: Path) -> None
     assert "$ rm gone.txt" in ran.printed and "wrote new/deep.txt" in ran.printed and "Turn 0." in ran.printed
 
 
-async def test_tools_that_are_used_wrongly_say_so(api: MessagesApi, tmp_path: Path) -> None:
-    (tmp_path / "outside").write_text("secret")
+async def test_tools_that_are_used_wrongly_say_so(run: Run, root: Path, api: MessagesApi) -> None:
+    (root / "outside").write_text("secret")
     wrong = [
         call("read_file", path="../outside"), call("read_file", path="/etc/passwd"), call("read_file", path="none"),
         call("write_file", path="../outside", text="x"), call("write_file", path="link/x", text="x"),
         call("edit_file", path="a.txt", old="a", new="b"), call("edit_file", path="a.txt", old="", new="b"),
         call("run_command"), call("run_command", command="sleep 60", timeout_seconds=1), call("dance"),
     ]  # fmt: skip
-    turns = script([call("run_command", command=f"ln -s {tmp_path} link")], wrong)
-    ran = await run(WORKER, api, tmp_path / "work", {"prompt": turns, "files": {"a.txt": "aa"}})
+    turns = script([call("run_command", command=f"ln -s {root} link")], wrong)
+    ran = await run(WORKER, {"prompt": turns, "files": {"a.txt": "aa"}})
     answers = api.seen[-1]["body"]["messages"][4]["content"]
     assert [bool(answer.get("is_error")) for answer in answers] == [True] * 8 + [False, True]
     assert all("not below the work directory" in answers[i]["content"] for i in (0, 1, 3, 4))
     assert "2 times, not once" in answers[5]["content"] and "killed after 1 seconds" in answers[8]["content"]
-    assert (tmp_path / "outside").read_text() == "secret" and ran.outputs["finished"]
+    assert (root / "outside").read_text() == "secret" and ran.outputs["finished"]
 
 
-async def test_much_output_is_cut_in_the_middle(api: MessagesApi, tmp_path: Path) -> None:
+async def test_much_output_is_cut_in_the_middle(run: Run, api: MessagesApi) -> None:
     turns = script([call("run_command", command="echo first; head -c 100000 /dev/zero | tr '\\0' x; echo; echo last")])
-    await run(WORKER, api, tmp_path, {"prompt": turns})
+    await run(WORKER, {"prompt": turns})
     (answer,) = api.seen[-1]["body"]["messages"][2]["content"]
     assert len(answer["content"]) < 31_000 and "bytes left out" in answer["content"]
     assert answer["content"].startswith("first\n") and "last\n" in answer["content"]
@@ -243,17 +268,17 @@ async def test_much_output_is_cut_in_the_middle(api: MessagesApi, tmp_path: Path
     ("inputs", "limit"),
     [({"max_turns": 2}, "max_turns"), ({"max_total_tokens": 10}, "max_total_tokens")],
 )
-async def test_limits_end_it(api: MessagesApi, tmp_path: Path, inputs: dict[str, Any], limit: str) -> None:
+async def test_limits_end_it(run: Run, api: MessagesApi, inputs: dict[str, Any], limit: str) -> None:
     turns = script(*[[call("write_file", path=f"{n}.txt", text="x")] for n in range(9)])
-    ran = await run(WORKER, api, tmp_path / "a", {"prompt": turns, **inputs})
+    ran = await run(WORKER, {"prompt": turns, **inputs})
     assert ran.code == 1 and f"not finished after {len(api.seen)} turns: {limit}" in ran.said
-    kept = await run(WORKER, api, tmp_path / "b", {"prompt": turns, "on_limit": "keep", **inputs})
+    kept = await run(WORKER, {"prompt": turns, "on_limit": "keep", **inputs})
     assert (kept.outputs["finished"], kept.outputs["stop_reason"]) == (False, limit)
     assert "0.txt" in kept.outputs["files"]
 
 
-async def test_files_that_would_lie_elsewhere_are_refused(api: MessagesApi, tmp_path: Path) -> None:
-    ran = await run(WORKER, api, tmp_path / "work", {"prompt": "hi", "files": {"../x": "y"}})
+async def test_files_that_would_lie_elsewhere_are_refused(run: Run, api: MessagesApi) -> None:
+    ran = await run(WORKER, {"prompt": "hi", "files": {"../x": "y"}})
     assert ran.code == 2 and "not below the work directory" in ran.said and not api.seen
 
 
