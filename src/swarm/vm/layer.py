@@ -69,13 +69,12 @@ class Layers:
         """The agent's layer on that image, verified; None when it asks for nothing. Raises LayerMissing."""
         if not agent.needs_layer:
             return None
-        key = _key(_shape(agent, image))
         try:
-            return await asyncio.to_thread(self._verified, key)
+            return await asyncio.to_thread(self._verified, _key(_shape(agent, image)))
         except FileNotFoundError:
             what = "is not built for this guest image"
         except ImageError as error:
-            what = f"is damaged: {error}"
+            what = f"can't be used: {error}"
         raise LayerMissing(_missing(agent, what))
 
     async def build(
