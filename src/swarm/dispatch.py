@@ -275,6 +275,7 @@ class Dispatcher:
             ended = await self._worker.attempt(claim)
             if not isinstance(ended.outcome, Interrupted):
                 self._ends.append(time.monotonic())
+            self._more = self._more or claim.step_id != "main"  # its end may have made others ready: no need to look
             self._ended(ended)
         except Exception as error:  # a database that is gone for good, or our own mistake: `run` raises it
             self._fail(error)

@@ -7,6 +7,7 @@ their own. Nothing is asserted: figures are for people.
     wake         commit of an outside INSERT → claim committed
     throughput   no-op tickets per second, 1 and 2 engines, from the first INSERT's begin to the last row done
     flat         claim and finish with 0, 10⁵ and 10⁶ finished tickets in the file
+    chain, fan   workflows: see bench_flows
     idle         CPU and memory of the real `swarm-engine start` while nothing happens
     locked       share of INSERTs by a `sqlite3` shell, which does not wait, that meet the engine's write lock
 """
@@ -40,6 +41,7 @@ from swarm.engine import Watcher
 from swarm.model import ECHO_AGENT_ID, Claim, Outcome, Succeeded
 from swarm.store.store import Store
 from swarm.worker import Worker
+from tests.engine import bench_flows
 from tests.store.bench_queue import ECHO, insert, insert_history, out
 
 LEASE_SECONDS = 30.0
@@ -52,7 +54,8 @@ class NullAgent:
         self.asked: dict[str, int] = {}
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
-        self.asked[claim.ticket.id] = time.monotonic_ns()
+        name = claim.ticket.id if claim.step_id == "main" else f"{claim.ticket.id}/{claim.step_id}"
+        self.asked[name] = time.monotonic_ns()
         await watcher.placed(1000)
         timeline.mark("slot")
         timeline.mark("stopped")
@@ -269,7 +272,7 @@ def _cpu_seconds(pid: int) -> float:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["wake", "throughput", "flat", "idle", "locked"])
+    parser.add_argument("names", nargs="*", default=["wake", "throughput", "flat", "chain", "fan", "idle", "locked"])
     parser.add_argument("--tickets", type=int, default=5000)
     parser.add_argument("--finished", type=int, nargs="*", default=[0, 100_000, 1_000_000])
     parser.add_argument("--max-vms", type=int, default=128)
@@ -289,6 +292,10 @@ async def main() -> None:
                     await throughput(directory, options.tickets, count, how, options.max_vms)
         if "flat" in options.names:
             await flat(directory, options.finished, 400)
+        if "chain" in options.names:
+            await bench_flows.measure(directory, engines, "chain", bench_flows.CHAIN, 200)
+        if "fan" in options.names:
+            await bench_flows.measure(directory, engines, "fan", bench_flows.FAN, 40)
         if "idle" in options.names:
             idle(directory, 10.0)
         if "locked" in options.names:
