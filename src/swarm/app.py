@@ -182,8 +182,8 @@ def templates(settings: Settings) -> Templates:
     return Templates(dir=settings.templates)
 
 
-def gateway(settings: Settings, opened: Store | None) -> Gateway:
-    """The way to services. Without a store, as in a trial, calls are not booked, and keys are no secrets of ours."""
+def gateway(settings: Settings, opened: Store | None, *, booked: bool = True) -> Gateway:
+    """The way to services. Without a store no key is a secret of ours. A trial is not ``booked``: it has no ticket."""
     from swarm.gateway import prices, upstreams
     from swarm.gateway.forward import Gateway
     from swarm.ledger import Limit, Unbooked
@@ -192,12 +192,12 @@ def gateway(settings: Settings, opened: Store | None) -> Gateway:
         upstreams=upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ),
         prices=prices.load(_table(settings.prices, settings.home / "prices.toml")),
         keys=upstreams.Keys(secret=None if opened is None else vault(settings, opened).get),
-        ledger=Unbooked() if opened is None else opened,
+        ledger=opened if opened is not None and booked else Unbooked(),
         day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
     )
 
 
-def outside(settings: Settings, opened: Store | None) -> Outside:
+def outside(settings: Settings, opened: Store | None, *, booked: bool = True) -> Outside:
     """What attempts may reach beyond their VMs: `async with` it."""
     from swarm.outside import Outside
 
@@ -207,7 +207,7 @@ def outside(settings: Settings, opened: Store | None) -> Outside:
         return Borders(within=settings.egress_private, never=(settings.subnet,))
 
     return Outside(
-        gateway=lambda: gateway(settings, opened),
+        gateway=lambda: gateway(settings, opened, booked=booked),
         borders=borders,
         secrets=None if opened is None else vault(settings, opened),
     )
@@ -320,16 +320,18 @@ async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
     rights, and isolates nothing."""
     import tempfile
 
-    if vm:
-        await sweep(settings)
-        async with outside(settings, None) as reachable:
+    async with AsyncExitStack() as stack:
+        # Its secrets are in the home's database, if there is one: an author of agents may have none.
+        has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
+        opened = await stack.enter_async_context(store(settings)) if has_home else None
+        reachable = await stack.enter_async_context(outside(settings, opened, booked=False))
+        if vm:
+            await sweep(settings)
             yield engine(settings, launcher(settings, await choice(settings)), reachable)
-        return
-
-    with tempfile.TemporaryDirectory(prefix="swarm-") as scratch:
+            return
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-"))
         own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
-        async with outside(settings, None) as reachable:
-            yield engine(own, launcher(own, await choice(own), clones=False), reachable)
+        yield engine(own, launcher(own, await choice(own), clones=False), reachable)
 
 
 # --- running tickets ------------------------------------------------------------------------------------------------

@@ -188,6 +188,15 @@ def test_the_commands(home: Path) -> None:
     assert (refused.returncode, refused.stderr) == (2, b"error: the value on stdin is not UTF-8 text\n")
 
 
+def test_a_trial_has_secrets_too(home: Path, tmp_path: Path) -> None:
+    assert swarm(home, "secret", "set", "TRIED", given=b"just-a-trial").returncode == 0
+    (tmp_path / "agent.yaml").write_text("name: tried\nversion: 1.0.0\nentry: [main.py]\nsecrets: [TRIED]\n")
+    (tmp_path / "main.py").write_text("import json, os\njson.dump([os.environ['TRIED']], open('output.json', 'w'))")
+    done = swarm(home, "agent", "run", str(tmp_path), "--no-vm")
+    assert json.loads(done.stdout) == ["[TRIED]"], done.stderr
+    assert swarm(home, "secret", "rm", "TRIED").returncode == 0
+
+
 def test_cost(home: Path) -> None:
     assert swarm(home, "cost").stdout == b"no model calls\n"
     with sqlite3.connect(home / "data" / "swarm.db") as connection:
