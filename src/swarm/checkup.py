@@ -130,7 +130,8 @@ async def _database(settings: Settings) -> list[Check]:
     try:
         async with app.store(settings) as opened:
             checks += await home.database(settings.database, opened, Store.head())
-            checks += await _layers(settings, opened)
+            if not any(check.status == "fail" for check in checks):  # else it has not the tables to look into
+                checks += await _layers(settings, opened)
     except SwarmError as error:
         checks.append(fail("database", str(error), "swarm init"))
     if settings.database.startswith("sqlite:"):
