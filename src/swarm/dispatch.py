@@ -166,10 +166,10 @@ class Dispatcher:
         """Serve until `stop`. Raises the fault that ended the engine, with every VM gone."""
         with contextlib.suppress(StoreError):
             await self._beat()
-        loops = [self._beating(), self._listening()]
+        loops = [self._beating, self._listening]
         async with self._worker.supervised():
             tasks = [asyncio.create_task(self._guarded(loop)) for loop in loops]
-            timetable = asyncio.create_task(self._guarded(self._scheduler.run())) if self._scheduler else None
+            timetable = asyncio.create_task(self._guarded(self._scheduler.run)) if self._scheduler else None
             try:
                 wait = await self._fill()
                 log.info("engine serves", pid=os.getpid(), max_vms=self.max_vms, **self._info)
@@ -190,10 +190,10 @@ class Dispatcher:
         if self._fault is not None:
             raise self._fault
 
-    async def _guarded(self, loop: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """A background loop whose death ends the engine."""
         try:
-            await loop
+            await loop()
         except Exception as error:
             self._fail(error)
 
@@ -228,6 +228,8 @@ class Dispatcher:
                 for claim in claims:
                     self._begin(claim)
                 await asyncio.sleep(0)  # they are `running` from their first step on, which counts for memory
+                if claims and not self._more:
+                    return LOOK_SECONDS  # our own commit wakes the loop, which then asks what is due
                 if not claims:
                     due = await self._store.due()
                     if due.ready and lacks:

@@ -46,6 +46,13 @@ def flow(steps: str, name: str = "flow") -> str:
     return f"name: {name}\nversion: 1.0.0\nsteps:\n{steps}"
 
 
+async def stop(*engines: asyncio.subprocess.Process) -> None:
+    for engine in engines:
+        engine.terminate()
+        await log_until(engine, "engine stopped")
+        await engine.wait()
+
+
 async def statuses(bench: Bench, id: str = "t") -> Mapping[str, str]:  # noqa: A002
     return {step.step_id: step.status for step in await bench.store.steps(id)}
 
@@ -144,7 +151,7 @@ async def test_two_engines_share_a_fan_out(plain: Bench) -> None:
             "  - {id: last, agent: echo@1, needs: s}\n"
         ),
     )
-    async with engine_process(plain), engine_process(plain):
+    async with engine_process(plain) as one, engine_process(plain) as other:
 
         async def all_four_run() -> bool:
             return len([a for a in await plain.attempts() if a.outcome is None]) == 4
@@ -152,6 +159,7 @@ async def test_two_engines_share_a_fan_out(plain: Bench) -> None:
         await plain.until(all_four_run)  # two engines, two VMs each
         go.touch()
         assert await ended(plain, "t") == ["done"]
+        await stop(one, other)
     assert len({attempt.worker for attempt in await plain.attempts()}) == 2
     assert len(await plain.attempts()) == 5
     await proved(plain)
@@ -179,6 +187,7 @@ async def test_an_approval_over_a_restart_of_the_engine(plain: Bench) -> None:
         await log_until(engine, "engine serves")
         await plain.store.answer("t", approved=True, by="ann", why="read it")
         assert await ended(plain, "t") == ["done"]
+        await stop(engine)
     assert json.loads((await plain.store.ticket("t")).outputs or "")["echo"] == {"by": "ann"}
     await proved(plain)
 
