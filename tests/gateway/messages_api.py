@@ -78,7 +78,12 @@ class MessagesApi:
         except ValueError:
             asked = None
         self.seen.append(
-            {"method": request.method, "path": request.path_qs, "headers": dict(request.headers), "body": asked}
+            {
+                "method": request.method,
+                "path": request.path_qs,
+                "headers": {n: ", ".join(request.headers.getall(n)) for n in request.headers},
+                "body": asked,
+            }
         )
         del self.seen[:-5000]
         if (

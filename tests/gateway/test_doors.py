@@ -122,12 +122,13 @@ async def test_what_the_guest_says_of_itself_is_not_passed_on(office: Office, se
     }  # fmt: skip
     async with office.door(await office.claim()) as door:
         spoofed["x-api-key"] = door.token
-        async with session.post(f"{door.env['ANTHROPIC_BASE_URL']}/v1/messages", json=ask(), headers=spoofed) as answer:
+        given = [*spoofed.items(), ("Anthropic-Beta", "another")]
+        async with session.post(f"{door.env['ANTHROPIC_BASE_URL']}/v1/messages", json=ask(), headers=given) as answer:
             assert answer.status == 200
     headers = {name.lower(): value for name, value in office.api.seen[0]["headers"].items()}
     gone = {"x-forwarded-for", "forwarded", "cookie", "x-hop", "proxy-authorization"}
     assert not headers.keys() & gone
-    assert (headers["x-api-key"], headers["anthropic-beta"]) == (KEY, "some-beta")
+    assert (headers["x-api-key"], headers["anthropic-beta"]) == (KEY, "some-beta, another")
     assert headers["host"] != "elsewhere.example"
 
 

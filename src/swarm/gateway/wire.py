@@ -5,11 +5,13 @@ from __future__ import annotations
 import ipaddress
 import json
 import urllib.request
+from collections.abc import Mapping, Set
 from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 
 from swarm.gateway.upstreams import Upstream
 
@@ -28,25 +30,24 @@ _NOT_FORWARDED: Final = _HOP_BY_HOP | {
 _NOT_RETURNED: Final = _HOP_BY_HOP | {"content-encoding", "set-cookie", "alt-svc"}
 
 
-def forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> dict[str, str]:
-    named = {name.strip().lower() for name in request.headers.get("connection", "").split(",")}
+def forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> CIMultiDict[str]:
+    """A guest's headers as the service gets them: those that come twice stay two."""
     ours = {name.lower() for name in upstream.header}
-    headers = {
-        name: value
-        for name, value in request.headers.items()
-        if name.lower() not in _NOT_FORWARDED and name.lower() not in named and name.lower() not in ours
-    }
-    headers |= {name: text.replace("{key}", key) for name, text in upstream.header.items()}
-    return headers | {"Accept-Encoding": "identity"}
+    headers = _passed(request.headers, _NOT_FORWARDED | ours)
+    for name, text in upstream.header.items():
+        headers[name] = text.replace("{key}", key)
+    headers["Accept-Encoding"] = "identity"
+    return headers
 
 
-def returned(answer: aiohttp.ClientResponse) -> dict[str, str]:
-    named = {name.strip().lower() for name in answer.headers.get("connection", "").split(",")}
-    return {
-        name: value
-        for name, value in answer.headers.items()
-        if name.lower() not in _NOT_RETURNED and name.lower() not in named and name.lower() != "content-length"
-    }
+def returned(answer: aiohttp.ClientResponse) -> CIMultiDict[str]:
+    return _passed(answer.headers, _NOT_RETURNED | {"content-length"})
+
+
+def _passed(headers: Mapping[str, str], kept_back: Set[str]) -> CIMultiDict[str]:
+    hop_by_hop = {name.strip().lower() for name in headers.get("connection", "").split(",")}
+    gone = kept_back | hop_by_hop
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in gone)
 
 
 def event(kind: str, message: str) -> bytes:
