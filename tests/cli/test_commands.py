@@ -22,7 +22,8 @@ COMMANDS = [
         for words in (
             "init", "doctor", "ticket", "ticket add", "ticket list", "ticket show", "ticket logs", "agent",
             "agent list", "agent show", "agent init", "agent add", "agent test", "agent run", "agent rm", "agent build",
-            "agent layers", "workflow",
+            "agent layers", "workflow", "workflow run", "ticket approve", "ticket reject",
+            "ticket retry", "ticket cancel",
             "workflow validate", "workflow graph", "workflow add", "workflow list", "workflow show",
             "workflow enable", "workflow disable", "image", "image build", "image list", "image rm", "vm", "vm spawn",
             "vm list", "vm ssh", "vm rm",

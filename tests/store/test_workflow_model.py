@@ -71,7 +71,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> SqliteBackend:
 
 
 @pytest.mark.parametrize("lane_seconds", [0.05, -1.0], ids=["in the lane", "outside"])
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     steps=workflows(),
     fail_fast=st.booleans(),

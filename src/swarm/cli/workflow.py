@@ -243,7 +243,8 @@ async def run(
     async with wiring.store(cli.settings) as store:
         row = await store.workflow(workflow)
         if not row.enabled:
-            raise Conflict(f"the workflow {row.name}@{row.version} is disabled; `swarm workflow enable` lets it start")
+            name = f"{row.name}@{row.version}"
+            raise Conflict(f"the workflow {name} is disabled; `swarm workflow enable {name}` lets it start again")
         _check_inputs(row.parsed(), given)
         ticket = await store.add_ticket(
             Ticket(
