@@ -29,7 +29,7 @@ STATEMENTS: dict[str, sa.TextClause] = {
 
 # Whole-table reads that are meant: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
-    r"SCAN (agents|secrets|workflows|schedules|s|workers|clock|moment|pragma_data_version|"
+    r"SCAN (agents|secrets|workflows|definitions|schedules|s|workers|clock|moment|pragma_data_version|"
     r"CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(

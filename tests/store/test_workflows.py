@@ -703,3 +703,15 @@ async def test_retry_from_what_can_not_be(store: Store, outside: Outside) -> Non
         await store.retry("plain", step="main")
     await store.retry("t")
     assert await run(store) == ["first", "second", "third"]
+
+
+async def test_frozen_workflows_go_with_their_last_run(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, CHAIN, id="a")
+    await ticket(store, outside, DIAMOND, id="b")
+    await run(store)
+    assert outside.execute("SELECT count(*) FROM definitions") == [(2,)]
+    outside.execute("DELETE FROM tickets WHERE id = 'a'")
+    await store.prune(3600)
+    assert outside.execute("SELECT count(*) FROM definitions") == [(1,)]
+    await ticket(store, outside, CHAIN, id="a2")  # prepared already, but no longer in the table
+    assert len(await run(store)) == 3

@@ -28,6 +28,9 @@ OF_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after O
 _OLDEST: Final = sa.text("SELECT seq, at, ticket_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
 _UNFINISHED: Final = sa.text("SELECT id FROM tickets WHERE id IN :ids AND state NOT IN ('done', 'failed', 'cancelled')")
 _DELETE: Final = sa.text("DELETE FROM events WHERE seq = :seq")
+PRUNE_DEFINITIONS: Final = sa.text(
+    "DELETE FROM definitions WHERE NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.definition = definitions.digest)"
+)
 _PRUNED_AT_ONCE: Final = 2000
 
 
@@ -84,4 +87,6 @@ def prune(tx: Tx, request: PruneRequest) -> Pruned:
     gone = [{"seq": row.seq} for row in old if row.ticket_id not in kept]
     tx.many(_DELETE, gone)
     more = len(looked_at) == _PRUNED_AT_ONCE and len(old) == len(looked_at)
+    if not more:
+        tx.run(PRUNE_DEFINITIONS)  # frozen workflows of which no run is left
     return Pruned(removed=len(gone), after=looked_at[-1].seq if more else None)

@@ -210,6 +210,7 @@ workflow_runs = sa.Table(
     sa.Index("workflow_runs_ticket", "ticket_id"),
     _index("workflow_runs_due", "due_at", where=RUN_DUE),
     _index("workflow_runs_live", "ticket_id", where=WORKFLOW_LIVE),
+    _index("workflow_runs_definition", "definition", where="definition IS NOT NULL"),
     _index("workflow_runs_parent", "parent_step_id", where="parent_step_id IS NOT NULL"),
 )
 

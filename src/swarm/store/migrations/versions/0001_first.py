@@ -217,6 +217,7 @@ def upgrade() -> None:
         sa.Index("workflow_runs_ticket", "ticket_id"),
         _index("workflow_runs_due", "due_at", where="due_at IS NOT NULL"),
         _index("workflow_runs_live", "ticket_id", where=_WORKFLOW_LIVE),
+        _index("workflow_runs_definition", "definition", where="definition IS NOT NULL"),
         _index("workflow_runs_parent", "parent_step_id", where="parent_step_id IS NOT NULL"),
     )
     op.create_table(
