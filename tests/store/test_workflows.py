@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from swarm.errors import Conflict, LeaseLost, NotFound, UsageError
-from swarm.model import Failed, FailureReason, Interrupted, Ticket
+from swarm.model import Claim, Failed, FailureReason, Interrupted, Ticket
 from swarm.prove import judge
 from swarm.store import executor
+from swarm.store.lanes import each
 from swarm.store.store import Store
 from tests.store.databases import LEASE, Outside, insert, left_overs
 from tests.store.flows import claims, finish, gives, names, register, rows, run, state, statuses, ticket
@@ -715,3 +716,47 @@ async def test_frozen_workflows_go_with_their_last_run(store: Store, outside: Ou
     assert outside.execute("SELECT count(*) FROM definitions") == [(1,)]
     await ticket(store, outside, CHAIN, id="a2")  # prepared already, but no longer in the table
     assert len(await run(store)) == 3
+
+
+RACE = """
+steps:
+  - {id: slow, agent: echo}
+  - {id: quick, agent: echo}
+  - {id: after, agent: echo, needs: [slow, quick], join: first_success}
+"""
+
+
+async def test_a_decision_that_came_too_late_is_made_again(
+    store: Store, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wants to cancel what has ended meanwhile."""
+    monkeypatch.setattr(executor, "LANE_SECONDS", -1.0)
+    await ticket(store, outside, RACE)
+    found = {claim.step_id: claim for claim in await claims(store)}
+    await finish(store, found["quick"])
+    run_id = (await store.ticket("t")).run_id or ""
+    late = await store._read.call(each(store._executor.decide), run_id)
+    assert late is not None and late.decision is not None
+    assert [type(one).__name__ for one in late.decision.actions] == ["Cancel", "Start"]
+    await finish(store, found["slow"])
+    assert await store._write.call(store._executor.apply, late) is True
+    assert (await statuses(store))["after"] == "pending"  # nothing of it was done
+    assert await run(store) == ["after"]
+    assert await statuses(store) == {"slow": "completed", "quick": "completed", "after": "completed"}
+    assert await store._write.call(store._executor.apply, late) is False  # and now it is of the past
+    await proved(store, outside)
+
+
+async def test_a_run_within_is_cancelled_when_nobody_needs_it(store: Store, outside: Outside, way: str) -> None:
+    inner = "{steps: [{id: x, agent: echo}, {id: y, agent: echo, needs: x}]}"
+    await ticket(store, outside, RACE.replace("id: slow, agent: echo", f"id: slow, workflow: {inner}"))
+    found: dict[str, Claim] = {}
+    while len(found) < 2:  # outside, the run within begins a moment later
+        found |= {claim.step_id: claim for claim in await claims(store)}
+    await finish(store, found["quick"])
+    assert names(await claims(store)) == ["after"]
+    assert (await store.renew([found["slow/x"].attempt_id], lease_seconds=LEASE)).cancelled
+    wanted = {"slow": "cancelled", "slow/x": "cancelled", "slow/y": "cancelled"}
+    assert wanted.items() <= (await statuses(store)).items()
+    assert sorted((r.path, r.status) for r in await store.runs("t")) == [("", "running"), ("slow/", "cancelled")]
+    await proved(store, outside)
