@@ -13,6 +13,7 @@ from swarm.config import Settings
 from swarm.errors import BootFailed, HostError
 from swarm.vm.driver import BASE_UID, Image, Template, VmSpec
 from swarm.vm.qemu import QemuDriver
+from tests.vm.test_drivers import inside
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -112,12 +113,4 @@ async def test_a_cancelled_start_leaves_no_process(driver: QemuDriver, spec: VmS
     await asyncio.gather(start, return_exceptions=True)
     if not start.cancelled() and start.exception() is None:
         await start.result().kill()
-    users = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _uid(p) == BASE_UID]
-    assert users == []
-
-
-def _uid(process: Path) -> int:
-    try:
-        return process.stat().st_uid
-    except OSError:
-        return -1
+    assert inside(tmp_path) == []
