@@ -176,13 +176,9 @@ def test_those_that_ship_are_there_from_the_start(swarm: Run) -> None:
 
 
 @pytest.mark.parametrize("page", ["agents.md", "workflows.md"])
-def test_every_command_in_the_docs_exists_or_is_named_as_missing(page: str) -> None:
+def test_every_command_in_the_docs_exists(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
-    top = text.partition("\n## ")[0]
     named = {match.group(1) for match in re.finditer(r"(?:^|`)(swarm [a-z]+ [a-z]+)\b", text, re.MULTILINE)}
     groups = [group.typer_instance for group in main.app.registered_groups]
     there = {f"swarm {app.info.name} {one.name}" for app in groups if app for one in app.registered_commands}
-    missing = named - there
-    assert len(named & there) >= 7
-    today = top[top.index("**Today**") :].partition("\n\n")[0]
-    assert not [one for one in missing if f"`{one}`" not in today]
+    assert len(named) >= 7 and named <= there, named - there
