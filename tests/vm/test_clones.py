@@ -230,7 +230,7 @@ def test_preloaded_modules_are_there_before_the_agent_asks(eight: list[Twin], lo
 async def test_what_cannot_be_preloaded_is_named(settings: Settings, image: Image, tmp_path: Path) -> None:
     launcher = await _launcher(settings)
     spec = VmSpec(image=image, memory_mb=192, disk_mb=64, preload=("no_such_module",))
-    with pytest.raises(BootFailed, match="can't be imported: no_such_module: .*No module named 'no_such_module'"):
+    with pytest.raises(BootFailed, match=r"can't be imported: no_such_module: .*No module named 'no_such_module'"):
         async with launcher.machine(spec, Label(), Timeline()):
             pytest.fail("no template may be made of it")
 
