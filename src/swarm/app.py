@@ -57,7 +57,9 @@ def silent(_step: str, _share: float) -> None:
 async def store(settings: Settings) -> AsyncIterator[Store]:
     from swarm.store.store import Store
 
-    async with Store.open(settings.database, busy_timeout_seconds=settings.busy_timeout_seconds) as opened:
+    async with Store.open(
+        settings.database, busy_timeout_seconds=settings.busy_timeout_seconds, over_budget=settings.over_budget
+    ) as opened:
         yield opened
 
 

@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from swarm.errors import UsageError
+from swarm.model import BudgetPolicy
 
 SYSTEM_HOME = Path("/opt/swarm-platform")
 SYSTEM_REGISTRY = Path("/opt/swarm-registry")
@@ -50,6 +51,8 @@ class Settings(BaseSettings):
     # What all model calls of a day (UTC) may cost together, over all tickets. Not set: as much as they like.
     budget_usd_per_day: float | None = None
     budget_tokens_per_day: int | None = None
+    # What a step becomes that comes to the end of a budget, where ticket and agent don't say: 'wait' asks a person.
+    over_budget: BudgetPolicy = BudgetPolicy.FAIL
     # Private networks that agents may reach all the same, where their policy names a host there: '["192.168.7.0/24"]'.
     egress_private: tuple[IPv4Network | IPv6Network, ...] = ()
     # Tables over those that ship (docs/claude.md): services behind the gateway, prices. Default: in the home, if there.

@@ -76,6 +76,13 @@ class FailureReason(StrEnum):
     OVER_BUDGET = "over_budget"  # never tried again: the next try has the same budget
 
 
+class BudgetPolicy(StrEnum):
+    """What becomes of a step whose model calls came to the end of a budget."""
+
+    FAIL = "fail"
+    WAIT = "wait"  # until a person approves, usually with a higher budget
+
+
 class ExecutionMode(StrEnum):
     AGENT = "agent"
     WORKFLOW = "workflow"
@@ -112,7 +119,9 @@ STEP_TRANSITIONS: Final[Mapping[StepStatus, frozenset[StepStatus]]] = {
         {StepStatus.READY, StepStatus.RUNNING, StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED}
     ),
     StepStatus.READY: frozenset({StepStatus.RUNNING, StepStatus.FAILED, StepStatus.CANCELLED}),
-    StepStatus.RUNNING: frozenset({StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED, StepStatus.READY}),
+    StepStatus.RUNNING: frozenset(
+        {StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED, StepStatus.READY, StepStatus.WAITING}
+    ),
     StepStatus.COMPLETED: frozenset(),
     StepStatus.FAILED: frozenset(),
     StepStatus.CANCELLED: frozenset(),
@@ -183,6 +192,7 @@ class Agent:
     idempotent: bool = False
     budget_usd: float | None = None  # of one step of a ticket, retries included
     budget_tokens: int | None = None
+    over_budget: str | None = None  # an `BudgetPolicy`; None: as the settings say
 
     @property
     def needs_layer(self) -> bool:
@@ -215,6 +225,7 @@ class Ticket:
     max_attempts: int | None = None
     budget_usd: float | None = None
     budget_tokens: int | None = None
+    over_budget: str | None = None  # an `BudgetPolicy`; None: as the agent says
     trigger_type: str | None = None  # what asked for it: None stands for 'ticket'
     trigger_data: str | None = None  # and what came with that: JSON text of an object
     run_id: str | None = None

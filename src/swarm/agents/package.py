@@ -105,6 +105,7 @@ class Manifest(_Strict):
     idempotent: bool = False
     budget_usd: float | None = Field(default=None, ge=0, le=1e9)
     budget_tokens: int | None = Field(default=None, ge=0, le=10**15)
+    over_budget: Literal["fail", "wait"] | None = None
     examples: tuple[_Example, ...] = Field(default=(), max_length=100)
 
     @pydantic.field_validator("inputs", "outputs", "inputs_schema", "outputs_schema")
@@ -228,4 +229,5 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         idempotent=manifest.idempotent,
         budget_usd=manifest.budget_usd,
         budget_tokens=manifest.budget_tokens,
+        over_budget=manifest.over_budget,
     )

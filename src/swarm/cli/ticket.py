@@ -6,14 +6,17 @@ import getpass
 import json
 import sys
 import uuid
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.cli import render
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import read_inputs
-from swarm.model import TERMINAL_TICKET_STATES, ExecutionMode, Ticket, TicketState
+from swarm.model import TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
+
+if TYPE_CHECKING:
+    from swarm.ledger import Limit
 
 app = new_app("ticket", "Tickets: add, list, show, read their logs, approve, reject, cancel, retry.")
 
@@ -53,6 +56,9 @@ async def add(
         float | None, typer.Option("--budget-usd", help="What its model calls may cost, retries included.", min=0)
     ] = None,
     budget_tokens: Annotated[int | None, typer.Option("--budget-tokens", help="The same in tokens.", min=0)] = None,
+    over_budget: Annotated[
+        BudgetPolicy | None, typer.Option("--over-budget", help="What then: fail, or wait until a person approves.")
+    ] = None,
     draft: Annotated[bool, typer.Option("--draft", help="Don't run it yet: state 'draft'.")] = False,
 ) -> None:
     """Add a ticket, and print its id."""
@@ -81,6 +87,7 @@ async def add(
                 timeout_seconds=timeout,
                 budget_usd=budget_usd,
                 budget_tokens=budget_tokens,
+                over_budget=over_budget,
             )
         )
     if cli.out.json:
@@ -125,8 +132,9 @@ async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
         cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts})
         return
     render.show_ticket(cli.out, ticket)
-    if ticket.execution_mode == ExecutionMode.WORKFLOW:
+    if ticket.execution_mode == ExecutionMode.WORKFLOW or ticket.state == TicketState.WAITING:
         render.show_steps(cli.out, ticket, runs, steps)
+    if ticket.execution_mode == ExecutionMode.WORKFLOW:
         return
     for number, attempt in enumerate(attempts, 1):
         cli.out.line()
@@ -221,9 +229,16 @@ async def approve(
     step: _Step = None,
     by: _By = None,
     why: Annotated[str, typer.Option("--why", metavar="TEXT", help="Kept with the answer.")] = "",
+    budget_usd: Annotated[
+        float | None, typer.Option("--budget-usd", help="Raise the ticket's budget to this, for a step that is over.")
+    ] = None,
+    budget_tokens: Annotated[int | None, typer.Option("--budget-tokens", help="The same in tokens.")] = None,
 ) -> None:
-    """Say yes to the step of a workflow that waits for a person."""
-    await _answer(cli, id, step, approved=True, by=by, why=why)
+    """Say yes to the step that waits for a person."""
+    from swarm.ledger import Limit
+
+    budget = Limit(usd=budget_usd, tokens=budget_tokens)
+    await _answer(cli, id, step, approved=True, by=by, why=why, budget=budget)
 
 
 @command(app, "reject", examples=['swarm ticket reject release-3 --why "not before Monday"'], json=True)
@@ -234,15 +249,18 @@ async def reject(
     step: _Step = None,
     by: _By = None,
 ) -> None:
-    """Say no to the step of a workflow that waits for a person: it fails, and says who said so and why."""
+    """Say no to the step that waits for a person: it fails, and says who said so and why."""
     await _answer(cli, id, step, approved=False, by=by, why=why)
 
 
-async def _answer(cli: Cli, id_: str, step: str | None, *, approved: bool, by: str | None, why: str) -> None:
+async def _answer(
+    cli: Cli, id_: str, step: str | None, *, approved: bool, by: str | None, why: str, budget: Limit | None = None
+) -> None:
     from swarm import app as wiring
 
     async with wiring.store(cli.settings) as store:
-        answered = await store.answer(id_, step=step, approved=approved, by=by or getpass.getuser(), why=why)
+        who = by or getpass.getuser()
+        answered = await store.answer(id_, step=step, approved=approved, by=who, why=why, budget=budget)
         ticket = await store.ticket(id_)
     if cli.out.json:
         cli.out.dump({"ticket": ticket, "step": answered})

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import sqlalchemy as sa
 
-from swarm.errors import Conflict
+from swarm.errors import Conflict, UsageError
+from swarm.ledger import Limit
+from swarm.model import Event, FailureReason, StepStatus, Ticket
 from swarm.store import dependencies, tickets
-from swarm.store.changes import Changes
-from swarm.store.database import Tx
-from swarm.store.executor import WAITING_COLUMNS, WorkflowExecutor, answer
-from swarm.store.intake import shown
+from swarm.store.changes import FENCE_BY_ID, Changes
+from swarm.store.database import Row, Tx
+from swarm.store.executor import WAITING_COLUMNS, WorkflowExecutor, answer, refresh_waiting
+from swarm.store.intake import BadRow, check_budget, shown
 from swarm.store.rows import lenient, message
 from swarm.workflow.state import Verdict
 
 WAITING_STEPS: Final = sa.text(
     f"SELECT {WAITING_COLUMNS} FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
     "JOIN tickets t ON t.id = r.ticket_id WHERE r.ticket_id = :id AND r.status IN ('running', 'waiting') "
-    "AND t.run_id = COALESCE(r.root_run_id, r.id) AND s.status = 'waiting' AND s.verdict IS NULL ORDER BY s.id"
+    "AND t.run_id = COALESCE(r.root_run_id, r.id) AND t.state IN ('in_progress', 'waiting') "
+    "AND s.status = 'waiting' AND s.verdict IS NULL ORDER BY s.id"
 )
 
 
@@ -32,6 +35,13 @@ class AnswerRequest:
     approved: bool
     by: str
     why: str = ""
+    budget: Limit = field(default_factory=Limit)  # what the ticket's is raised to
+
+
+_RAISE: Final = sa.text(
+    "UPDATE tickets SET budget_usd = COALESCE(:usd, budget_usd), budget_tokens = COALESCE(:tokens, budget_tokens), "
+    "updated_at = :now WHERE id = :id"
+)
 
 
 class Approvals:
@@ -54,8 +64,56 @@ class Approvals:
         if step not in waiting:
             raise Conflict(f"the step {shown(step)} of the ticket {shown(ticket.id)} does not wait; these do: {named}")
         by, why = message(request.by) or "", message(request.why) or ""
-        changes = Changes(tx)
-        answer(changes, waiting[step], Verdict(approved=request.approved, by=by, why=why))
+        changes, row = Changes(tx), waiting[step]
+        verdict = Verdict(approved=request.approved, by=by, why=why)
+        if row.attempt_id is not None:  # it has been at work, and may go on: approvals come before that
+            _raise(changes, ticket, request.budget)
+            _go_on(changes, row, verdict, request.budget)
+        elif request.budget != Limit():
+            raise Conflict(
+                f"the step {shown(step)} of the ticket {shown(ticket.id)} does not wait for a budget, but for an "
+                f"answer: {shown(row.question)}; answer it without one"
+            )
+        else:
+            answer(changes, row, verdict)
         undecided = self._executor.settle(changes, take_up=True)
         dependencies.release(changes)
         return str(lenient(step)), undecided
+
+
+def _raise(changes: Changes, ticket: Ticket, budget: Limit) -> None:
+    """Raises UsageError for what would not be more, before anything is changed."""
+    for name, given, present in (
+        ("budget_usd", budget.usd, ticket.budget_usd),
+        ("budget_tokens", budget.tokens, ticket.budget_tokens),
+    ):
+        try:
+            check_budget(name, given)
+        except BadRow as error:
+            raise UsageError(str(error)) from None
+        if given is not None and (present is None or given <= present):
+            now = "has no such budget" if present is None else f"has {present:,} already"
+            raise UsageError(f"a {name} of {given:,} would allow no more: the ticket {shown(ticket.id)} {now}")
+    if budget != Limit():
+        changes.add(_RAISE, id=ticket.id, usd=budget.usd, tokens=budget.tokens, now=changes.tx.now)
+
+
+def _go_on(changes: Changes, waiting: Row, verdict: Verdict, budget: Limit) -> None:
+    """A step that came to the end of a budget: once more, or no more."""
+    [row] = changes.tx.all_in(FENCE_BY_ID, [waiting.attempt_id])
+    data = {"approved": verdict.approved, "by": verdict.by, "why": verdict.why}
+    raised = {"budget_usd": budget.usd, "budget_tokens": budget.tokens}
+    data |= {name: value for name, value in raised.items() if value is not None}
+    changes.add_event(Event(ticket_id=row.ticket_id, step_id=row.step_id, kind="approval", data=data))
+    if verdict.approved:
+        changes.step_back(row, why="approved", counted=False, error=None, before=StepStatus.WAITING)
+    else:
+        why = f": {verdict.why}" if verdict.why else ""
+        changes.end_step(
+            row,
+            StepStatus.FAILED,
+            why=str(FailureReason.OVER_BUDGET),
+            before=StepStatus.WAITING,
+            error=f"rejected by {verdict.by}{why}\n{waiting.error or ''}".rstrip(),
+        )
+    refresh_waiting(changes, row)

@@ -18,7 +18,7 @@ _FENCE = """
 SELECT a.id, a.step_execution_id, a.number, a.worker, a.outcome, a.started_at,
        s.run_id, s.step_id, s.agent_id, s.status, s.attempt_id, s.retry_count, s.max_attempts, s.retry AS step_retry,
        r.ticket_id, r.path, r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
-       t.id AS ticket, t.state, t.run_id AS ticket_run
+       t.id AS ticket, t.state, t.run_id AS ticket_run, t.over_budget
 FROM attempts a
 LEFT JOIN step_executions s ON s.id = a.step_execution_id
 LEFT JOIN workflow_runs r ON r.id = s.run_id
@@ -42,6 +42,10 @@ _END_ATTEMPT: Final = sa.text(
 _STEP_BACK: Final = sa.text(
     "UPDATE step_executions SET status = 'ready', attempt_id = NULL, vm_id = NULL, retry_count = :retry_count, "
     "available_at = :available_at, queued_at = :now, error = :error WHERE id = :id"
+)
+_ASK: Final = sa.text(
+    "UPDATE step_executions SET status = 'waiting', vm_id = NULL, verdict = NULL, question = :question, error = :error "
+    "WHERE id = :id"
 )
 _END_STEP: Final = sa.text(
     "UPDATE step_executions SET status = :status, outputs = :outputs, error = :error, completed_at = :now, "
@@ -210,10 +214,11 @@ class Changes:
         why: str,
         counted: bool,
         error: str | None,
+        before: StepStatus = StepStatus.RUNNING,
         delay_ms: int = 0,
         vm_time_ms: float = 0.0,
     ) -> None:
-        """running → ready: by retry, lost lease or soft stop."""
+        """running → ready: by retry, lost lease or soft stop; waiting → ready: it may spend more."""
         self.add(
             _STEP_BACK,
             id=row.step_execution_id,
@@ -226,13 +231,29 @@ class Changes:
             self.add(_ADD_VM_TIME, id=row.run_id, vm_time_ms=vm_time_ms)
         self.transition(
             "step",
-            StepStatus.RUNNING,
+            before,
             StepStatus.READY,
             ticket_id=row.ticket_id,
             step_id=row.step_id,
             attempt_id=row.id,
             why=why,
             delay_ms=delay_ms or None,
+            error=message(error),
+        )
+
+    def ask(self, row: Row, *, why: str, question: str, error: str, vm_time_ms: float = 0.0) -> None:
+        """running → waiting, for a person's word. Its row goes on naming the attempt that it came to this by."""
+        self.add(_ASK, id=row.step_execution_id, question=message(question), error=message(error))
+        if vm_time_ms:
+            self.add(_ADD_VM_TIME, id=row.run_id, vm_time_ms=vm_time_ms)
+        self.transition(
+            "step",
+            StepStatus.RUNNING,
+            StepStatus.WAITING,
+            ticket_id=row.ticket_id,
+            step_id=row.step_id,
+            attempt_id=row.id,
+            why=why,
             error=message(error),
         )
 

@@ -26,7 +26,7 @@ from swarm.store.definitions import Definitions, TooDear
 from swarm.store.registry import Agents
 from swarm.store.rows import dump, lenient, milliseconds, new_id
 from swarm.store.runs import Decided, Run, Thrifty
-from swarm.store.schema import RUN_DUE, STEP_WAITING, WORKFLOW_LIVE
+from swarm.store.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.workflow.state import Ask, Verdict
 
 # Decisions of one transaction may take this long together; the rest of them are made outside.
@@ -47,8 +47,8 @@ _DUE: Final = sa.text(
 )
 _SET_DUE: Final = sa.text("UPDATE workflow_runs SET due_at = :due_at WHERE id = :id")
 WAITING_COLUMNS: Final = (
-    "s.id, s.run_id, s.step_id, s.question, s.verdict, r.ticket_id, r.path, r.definition, "
-    "COALESCE(r.root_run_id, r.id) AS root_run, t.state"
+    "s.id, s.run_id, s.step_id, s.attempt_id, s.error, s.question, s.verdict, r.ticket_id, r.path, r.definition, "
+    "COALESCE(r.root_run_id, r.id) AS root_run"
 )
 _UNANSWERED: Final = sa.text(
     f"SELECT {WAITING_COLUMNS} FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
@@ -57,14 +57,14 @@ _UNANSWERED: Final = sa.text(
 )
 SET_VERDICT: Final = sa.text("UPDATE step_executions SET verdict = :verdict, available_at = NULL WHERE id = :id")
 _WAITING: Final = sa.text(
-    "SELECT EXISTS (SELECT 1 FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE "
-    "r.ticket_id = :ticket_id AND r.status IN ('running', 'waiting') AND s.status = 'waiting' AND s.verdict IS NULL) "
-    "AS waiting"
+    "SELECT t.state, EXISTS (SELECT 1 FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE "
+    "r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND s.status = 'waiting' AND s.verdict IS NULL) "
+    "AS waiting FROM tickets t WHERE t.id = :ticket_id"
 )
 _SET_ROOT: Final = sa.text("UPDATE workflow_runs SET status = :status WHERE id = :id")
 DISOWNED: Final = sa.text(
     "SELECT r.id FROM workflow_runs r LEFT JOIN tickets t ON t.id = r.ticket_id "
-    f"WHERE r.{WORKFLOW_LIVE.replace('status', 'r.status')} AND r.root_run_id IS NULL AND (t.id IS NULL "
+    f"WHERE {LIVE_RUN.replace('status', 'r.status')} AND r.root_run_id IS NULL AND (t.id IS NULL "
     "OR t.state NOT IN ('in_progress', 'waiting') OR t.run_id <> r.id OR t.run_id IS NULL) LIMIT :limit"
 )
 
@@ -168,7 +168,7 @@ class WorkflowExecutor:
             return False
         asked = decided.decision is not None and any(isinstance(one, Ask) for one in decided.decision.actions)
         if asked or run.row.state == TicketState.WAITING:
-            _refresh_waiting(changes, run.row)
+            refresh_waiting(changes, run.row)
         return True
 
     # --- on a thread of its own, of a snapshot ------------------------------------------------------------------------
@@ -187,18 +187,23 @@ def answer(changes: Changes, row: Row, verdict: Verdict) -> None:
     data = {"approved": verdict.approved, "by": verdict.by, "why": verdict.why}
     changes.add_event(Event(ticket_id=row.ticket_id, step_id=row.step_id, kind="approval", data=data))
     changes.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
-    _refresh_waiting(changes, row)
+    refresh_waiting(changes, row)
 
 
-def _refresh_waiting(changes: Changes, row: Row) -> None:
-    """The ticket, and its run, are `waiting` while a step of it waits for a person; nothing for one that has ended."""
+def refresh_waiting(changes: Changes, row: Row, *, error: str | None = None) -> None:
+    """The ticket, and its run, are `waiting` while a step of it waits for a person; nothing for one that has ended.
+
+    ``error`` says of a ticket that waits from now on, why.
+    """
     if row.ticket_id in changes.ended:
         return
     changes.flush()
     found = changes.tx.first(_WAITING, ticket_id=row.ticket_id)
-    waiting = bool(found and found.waiting)
-    if waiting == (row.state == TicketState.WAITING):
+    if found is None or found.state not in (TicketState.IN_PROGRESS, TicketState.WAITING):
+        return  # another tool's doing
+    if bool(found.waiting) == (found.state == TicketState.WAITING):
         return
+    waiting = bool(found.waiting)
     after = TicketState.WAITING if waiting else TicketState.IN_PROGRESS
-    changes.set_ticket(row.ticket_id, lenient(row.state), after)
+    changes.set_ticket(row.ticket_id, lenient(found.state), after, error=error if waiting else None)
     changes.add(_SET_ROOT, id=row.root_run, status=str(RunStatus.WAITING if waiting else RunStatus.RUNNING))

@@ -17,6 +17,7 @@ from swarm.errors import LeaseLost, StoreError, SwarmError
 from swarm.model import (
     Agent,
     AttemptOutcome,
+    BudgetPolicy,
     Cancelled,
     Event,
     Failed,
@@ -31,7 +32,7 @@ from swarm.store import artifacts, dependencies
 from swarm.store.artifacts import Packed
 from swarm.store.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, owns
 from swarm.store.database import Row, Tx
-from swarm.store.executor import WorkflowExecutor
+from swarm.store.executor import WorkflowExecutor, refresh_waiting
 from swarm.store.registry import Agents
 from swarm.store.rows import Renewal, storable_json
 
@@ -81,11 +82,15 @@ def _lost(attempt_id: str, row: Row | None) -> LeaseLost:
 
 
 class Finisher:
-    """The writing thread's finish. Holds the parsed agents, whose retry policies it follows."""
+    """The writing thread's finish. Holds the parsed agents, whose retry policies it follows.
 
-    def __init__(self, executor: WorkflowExecutor) -> None:
+    ``over_budget``: where neither the ticket nor its agent says.
+    """
+
+    def __init__(self, executor: WorkflowExecutor, over_budget: BudgetPolicy) -> None:
         self._agents = Agents()
         self._executor = executor
+        self._over_budget = over_budget
 
     def finish(self, tx: Tx, requests: Sequence[FinishRequest]) -> Sequence[SwarmError | None]:
         rows = {row.id: row for row in tx.all_in(FENCE_BY_ID, {r.attempt_id for r in requests})}
@@ -103,13 +108,36 @@ class Finisher:
             for event in request.events:
                 changes.add_event(event)
             del rows[request.attempt_id]  # a second finish in the same batch finds the attempt ended
-            _finish(changes, row, request, agents.get(row.agent_id))
+            agent = agents.get(row.agent_id)
+            if (error := self._wants_more(row, request.outcome, agent)) is not None:
+                _ask_for_more(changes, row, request, error)
+            else:
+                _finish(changes, row, request, agent)
             results.append(None)
         changes.flush()
         if changes.news:
             self._executor.settle(changes)
         dependencies.release(changes)
         return results
+
+    def _wants_more(self, row: Row, outcome: Outcome, agent: Agent | StoreError | None) -> str | None:
+        """Of an attempt that was over budget, by the policy that a person is asked: what it says."""
+        if not isinstance(outcome, Failed) or outcome.reason is not FailureReason.OVER_BUDGET:
+            return None
+        own = agent.over_budget if isinstance(agent, Agent) else None
+        known = row.over_budget if row.over_budget in tuple(BudgetPolicy) else own  # another tool may have written it
+        return outcome.message if (known or self._over_budget) == BudgetPolicy.WAIT else None
+
+
+def _ask_for_more(changes: Changes, row: Row, request: FinishRequest, error: str) -> None:
+    """The step waits for a person, and the try is not counted: it did no wrong."""
+    why = str(FailureReason.OVER_BUDGET)
+    changes.end_attempt(
+        row, AttemptOutcome.FAILED, reason=why, error=error, timings=request.timings, vm_id=request.vm_id
+    )
+    question = f"{error.partition(chr(10))[0]}. Raise that budget and approve, or reject"
+    changes.ask(row, why=why, question=question, error=error, vm_time_ms=request.vm_time_ms)
+    refresh_waiting(changes, row, error=error)
 
 
 def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | StoreError | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from swarm.model import Agent, ExecutionMode, Ticket, TicketState
+from swarm.model import Agent, BudgetPolicy, ExecutionMode, Ticket, TicketState
 from swarm.store.rows import TICKET_FIELDS, lenient
 
 KIB: Final = 1024
@@ -77,6 +77,8 @@ def strict_ticket(row: Any) -> Ticket:
             raise BadRow(f"{name} {shown(values[name])} holds a NUL character; remove it")
     if not values["id"].strip():
         raise BadRow("id is empty; give the ticket an id")
+    if values["over_budget"] not in (None, *BudgetPolicy):
+        raise BadRow(f"over_budget {shown(values['over_budget'])} is unknown; use 'fail' or 'wait', or NULL")
     return Ticket(**values)
 
 
@@ -118,6 +120,11 @@ _NUMBERS: Final[Mapping[str, Any]] = {
     "budget_usd": lambda n, v: _number(n, v, least=0, most=1e9, whole=False),
     "budget_tokens": lambda n, v: _number(n, v, least=0, most=10**15, whole=True),
 }
+
+
+def check_budget(name: str, value: object) -> None:
+    """``name``: the column. Raises BadRow."""
+    _NUMBERS[name](name, value)
 
 
 def _agent_id(ticket: Ticket) -> str:

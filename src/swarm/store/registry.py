@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from swarm import versions
 from swarm.errors import Conflict, NotFound, StoreError
-from swarm.model import TERMINAL_TICKET_STATES, Agent, FailureReason, Retry
+from swarm.model import TERMINAL_TICKET_STATES, Agent, BudgetPolicy, FailureReason, Retry
 from swarm.store.database import Row, Tx
 from swarm.store.intake import MAX_ATTEMPTS, MAX_TIMEOUT_SECONDS
 from swarm.store.rows import WorkerRow, dump, milliseconds
@@ -125,6 +125,8 @@ def parse(row: Row) -> Agent:
         for name, (least, most) in _RETRY_LIMITS.items():
             if name in retry:
                 _check_number(f"retry.{name}", retry[name], least, most)
+        if values["over_budget"] not in (None, *BudgetPolicy):
+            raise ValueError("over_budget must be 'fail' or 'wait', or NULL")
         values |= {"path": Path(values["path"]), "retry": Retry(**retry), "idempotent": bool(values["idempotent"])}
         return Agent(**values)
     except (ValueError, TypeError) as error:

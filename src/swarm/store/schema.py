@@ -26,7 +26,8 @@ STEP_READY: Final = "status = 'ready' AND available_at IS NULL"
 STEP_DELAYED: Final = "status = 'ready' AND available_at IS NOT NULL"
 STEP_WAITING: Final = "status = 'waiting' AND available_at IS NOT NULL"
 RUN_DUE: Final = "due_at IS NOT NULL"
-WORKFLOW_LIVE: Final = "progress IS NOT NULL AND status IN ('running', 'waiting')"
+# Runs that no worker may be at: of workflows, and those that wait for a person.
+LIVE_RUN: Final = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('running', 'waiting')"
 ATTEMPT_LIVE: Final = "outcome IS NULL"
 
 
@@ -68,6 +69,7 @@ tickets = sa.Table(
     _number("max_attempts"),
     _number("budget_usd", kind=sa.Float()),
     _number("budget_tokens", kind=BIG),
+    _text("over_budget"),  # 'fail', 'wait', or NULL: as the agent says
     _text("trigger_type", default="ticket"),  # what made it: its runs are told
     _text("trigger_data"),  # JSON object: what came with that
     _text("run_id"),
@@ -119,6 +121,7 @@ agents = sa.Table(
     sa.Column("idempotent", sa.Boolean(), nullable=False, server_default=sa.false()),
     _number("budget_usd", kind=sa.Float()),
     _number("budget_tokens", kind=BIG),
+    _text("over_budget"),
     _time("created_at"),
     _time("updated_at"),
     sa.UniqueConstraint("name", "version", name="agents_name_version"),
@@ -209,7 +212,7 @@ workflow_runs = sa.Table(
     _number("deadline_at", kind=BIG),
     sa.Index("workflow_runs_ticket", "ticket_id"),
     _index("workflow_runs_due", "due_at", where=RUN_DUE),
-    _index("workflow_runs_live", "ticket_id", where=WORKFLOW_LIVE),
+    _index("workflow_runs_live", "ticket_id", where=LIVE_RUN),
     _index("workflow_runs_definition", "definition", where="definition IS NOT NULL"),
     _index("workflow_runs_parent", "parent_step_id", where="parent_step_id IS NOT NULL"),
 )

@@ -15,8 +15,19 @@ import structlog
 
 from swarm.cel.jail import Jail
 from swarm.errors import StoreError
-from swarm.ledger import Bill, Order, Verdict
-from swarm.model import Agent, Claim, Event, Failed, FailureReason, Interrupted, Outcome, Succeeded, Ticket
+from swarm.ledger import Bill, Limit, Order, Verdict
+from swarm.model import (
+    Agent,
+    BudgetPolicy,
+    Claim,
+    Event,
+    Failed,
+    FailureReason,
+    Interrupted,
+    Outcome,
+    Succeeded,
+    Ticket,
+)
 from swarm.store import (
     again,
     approvals,
@@ -106,19 +117,21 @@ class Store:
     makes it fast.
     """
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, *, over_budget: BudgetPolicy = BudgetPolicy.FAIL) -> None:
         self._db = db
         self._write = Lane(db, write=True)
         self._read = Lane(db, write=False)
         self._executor = WorkflowExecutor()
         self._queue = queue.Queue(self._executor)
-        self._finisher = finish.Finisher(self._executor)
+        self._finisher = finish.Finisher(self._executor, over_budget)
         self._decider = Decider(db, self._executor, self._write)
         self._answer = each(approvals.Approvals(self._executor).answer)
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str, *, busy_timeout_seconds: float = 30.0) -> AsyncIterator[Store]:
+    async def open(
+        cls, url: str, *, busy_timeout_seconds: float = 30.0, over_budget: BudgetPolicy = BudgetPolicy.FAIL
+    ) -> AsyncIterator[Store]:
         """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db.
 
         Raises StoreError when there is something at that place that is no database, or no directory. A database that
@@ -126,7 +139,7 @@ class Store:
         """
         db = Database(url, busy_timeout_seconds=busy_timeout_seconds)
         db.check_directory()
-        store = cls(db)
+        store = cls(db, over_budget=over_budget)
         try:
             await store.revision()
             yield store
@@ -226,12 +239,25 @@ class Store:
         else:
             await self._write.call(_RETRY_FROM, again.RetryRequest(ticket_id=ticket_id, step=step))
 
-    async def answer(self, ticket_id: str, *, approved: bool, by: str, why: str = "", step: str | None = None) -> str:
+    async def answer(
+        self,
+        ticket_id: str,
+        *,
+        approved: bool,
+        by: str,
+        why: str = "",
+        step: str | None = None,
+        budget: Limit | None = None,
+    ) -> str:
         """Approve or reject the step that waits for it (``step``, where several do); which one that was.
 
-        Raises NotFound, and Conflict when none waits, or when it is not clear which is meant.
+        ``budget``: what the ticket's is raised to, for a step that came to the end of one. Raises NotFound, UsageError
+        for a budget that is no more than the present one, and Conflict when no step waits, when it is not clear which
+        is meant, or for a budget when the step waits for something else.
         """
-        request = approvals.AnswerRequest(ticket_id=ticket_id, step=step, approved=approved, by=by, why=why)
+        request = approvals.AnswerRequest(
+            ticket_id=ticket_id, step=step, approved=approved, by=by, why=why, budget=budget or Limit()
+        )
         answered, undecided = await self._write.call(self._answer, request)
         self._decider.take_up(undecided)
         await self._decider.decided()

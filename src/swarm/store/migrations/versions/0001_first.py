@@ -17,7 +17,7 @@ depends_on = None
 
 _BIG = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _UNKNOWN_STATE = "state NOT IN ('draft', 'ready', 'blocked', 'in_progress', 'waiting', 'done', 'failed', 'cancelled')"
-_WORKFLOW_LIVE = "progress IS NOT NULL AND status IN ('running', 'waiting')"
+_LIVE_RUN = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('running', 'waiting')"
 
 # What foreign keys can't do in SQLite, where most tools (the sqlite3 shell is one) leave them switched off: a DELETE
 # takes the ticket's runs with it, whatever program does it. And `updated_at` is true after an UPDATE by hand.
@@ -92,6 +92,7 @@ def upgrade() -> None:
         _number("max_attempts"),
         _number("budget_usd", kind=sa.Float()),
         _number("budget_tokens", kind=_BIG),
+        _text("over_budget"),
         _text("trigger_type", default="ticket"),
         _text("trigger_data"),
         _text("run_id"),
@@ -139,6 +140,7 @@ def upgrade() -> None:
         sa.Column("idempotent", sa.Boolean(), nullable=False, server_default=sa.false()),
         _number("budget_usd", kind=sa.Float()),
         _number("budget_tokens", kind=_BIG),
+        _text("over_budget"),
         _time("created_at"),
         _time("updated_at"),
         sa.UniqueConstraint("name", "version", name="agents_name_version"),
@@ -216,7 +218,7 @@ def upgrade() -> None:
         _number("deadline_at", kind=_BIG),
         sa.Index("workflow_runs_ticket", "ticket_id"),
         _index("workflow_runs_due", "due_at", where="due_at IS NOT NULL"),
-        _index("workflow_runs_live", "ticket_id", where=_WORKFLOW_LIVE),
+        _index("workflow_runs_live", "ticket_id", where=_LIVE_RUN),
         _index("workflow_runs_definition", "definition", where="definition IS NOT NULL"),
         _index("workflow_runs_parent", "parent_step_id", where="parent_step_id IS NOT NULL"),
     )
