@@ -106,6 +106,34 @@ async def test_over_budget_fails_the_ticket_with_the_sums_and_is_not_tried_again
     assert [data["refused"] for data in refused] == ["budget"]
 
 
+async def test_over_budget_waits_for_a_higher_one_by_policy(gated: Bench) -> None:
+    agent = await gated.agent(PRELUDE + "done({'text': call('Write a haiku')})", network="gateway", over_budget="wait")
+    gated.insert("t", agent.id, budget_usd=0.00001)
+    running = asyncio.create_task(run_ticket(gated.store, gated.worker, "t", timeout_seconds=60))
+
+    async def waits() -> bool:
+        return running.done() or (await gated.store.ticket("t")).state == "waiting"
+
+    await gated.until(waits)
+    assert ((await gated.store.ticket("t")).error or "").startswith("over budget: the ticket's budget is $0.00001, $0 ")
+    await proved(gated)
+
+    async def swarm(*words: str) -> str:
+        argv = [sys.executable, "-m", "swarm.cli.main", "ticket", *words, "--home", str(gated.settings.home)]
+        done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr
+
+    assert "main: `swarm ticket approve t`, or reject" in await swarm("show", "t")
+    assert "would allow no more" in await swarm("approve", "t", "--by", "ann", "--budget-usd", "0.00001")
+    assert await swarm("approve", "t", "--by", "ann", "--budget-usd", "1") == (
+        "step main is approved; ticket t is in_progress\n"
+    )
+    ticket = await running
+    assert (ticket.state, json.loads(ticket.outputs or "")) == ("done", {"text": HAIKU})
+    assert [a.reason for a in await gated.attempts()] == ["over_budget", None]
+    await proved(gated)
+
+
 async def test_an_agent_that_goes_on_over_budget_is_ended(gated: Bench) -> None:
     code = PRELUDE + "call('Write')\nprint('and on', flush=True)\ntime.sleep(1000)"
     agent = await gated.agent(code, network="gateway")
