@@ -177,3 +177,18 @@ async def test_a_step_of_a_workflow(store: Store, outside: Outside, approved: bo
     if not approved:
         assert "rejected by ann: so be it" in ((await rows(store))["dear[1]"].error or "")
     await proved(store, outside)
+
+
+async def test_a_step_that_was_approved_before_waits_for_another_answer(store: Store, outside: Outside) -> None:
+    text = "steps: [{id: a, agent: echo, approval: 'A?'}, {id: b, agent: echo, approval: 'B?'}]"
+    await ticket(store, outside, text, over_budget="wait")
+    assert await run(store) == []
+    await store.answer("t", approved=True, by="ann", step="a")
+    await broken_once(store)
+    with pytest.raises(Conflict, match=r"several steps .* wait: a, b"):
+        await store.answer("t", approved=True, by="ann")
+    await store.answer("t", approved=True, by="ann", step="a")
+    await store.answer("t", approved=True, by="ann", step="b")
+    assert sorted(await run(store)) == ["a", "b"]
+    assert await transitions(store, "ticket") == ["in_progress", "waiting", "in_progress", "done"]
+    await proved(store, outside)
