@@ -19,8 +19,9 @@ from swarm.gateway.door import Door
 from swarm.gateway.forward import Gateway
 from swarm.gateway.policy import Policy
 from swarm.gateway.upstreams import Keys
-from swarm.ledger import Account, Limit
+from swarm.ledger import Limit
 from swarm.model import Agent, Claim, Ticket
+from swarm.outside import account_of
 from swarm.store.store import Store
 from tests.engine.conftest import plain as plain  # the fixture: agents as plain processes
 from tests.gateway.messages_api import MessagesApi
@@ -85,18 +86,6 @@ class Office:
                 if len(rows) >= count:
                     return rows
                 await asyncio.sleep(0.01)
-
-
-def account_of(claim: Claim) -> Account:
-    return Account(
-        ticket_id=claim.ticket.id,
-        run_id=claim.run_id,
-        step_execution_id=claim.step_execution_id,
-        step_id=claim.step_id,
-        attempt_id=claim.attempt_id,
-        agent_id=claim.agent.id,
-        agent_name=claim.agent.name,
-    )
 
 
 @asynccontextmanager

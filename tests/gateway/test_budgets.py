@@ -13,8 +13,9 @@ import pytest
 
 from swarm.errors import LeaseLost
 from swarm.ledger import Busy, Granted, Limit, Order, Refused, Spend
+from swarm.outside import account_of
 from swarm.store.store import Store
-from tests.gateway.conftest import Office, account_of, an_office, ask, client_of
+from tests.gateway.conftest import Office, an_office, ask, client_of
 from tests.gateway.messages_api import MessagesApi
 
 

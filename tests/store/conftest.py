@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from swarm.store.executor import LANE_SECONDS
 from swarm.store.store import Store
 from tests.store.databases import BACKENDS, Backend, Outside
 
@@ -21,8 +22,14 @@ def url(backend: Backend) -> str:
 
 
 @pytest.fixture
-async def store(url: str) -> AsyncIterator[Store]:
-    async with Store.open(url) as store:
+def lane_seconds() -> float:
+    """How long decisions may hold the write lock; tests that go both ways set it by a parameter."""
+    return LANE_SECONDS
+
+
+@pytest.fixture
+async def store(url: str, lane_seconds: float) -> AsyncIterator[Store]:
+    async with Store.open(url, lane_seconds=lane_seconds) as store:
         yield store
 
 

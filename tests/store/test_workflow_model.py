@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from swarm.errors import LeaseLost
 from swarm.model import Claim, Failed, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.prove import judge
-from swarm.store import executor
 from swarm.store.store import Store
 from tests.store.databases import LEASE, SqliteBackend, SqliteOutside, insert, left_overs
 from tests.store.flows import register
@@ -86,22 +85,20 @@ def test_any_workflow(
     moves: list[str],
     cancel_at: int | None,
 ) -> None:
-    before, executor.LANE_SECONDS = executor.LANE_SECONDS, lane_seconds
-    try:
-        asyncio.run(History(backend.new(), steps).play({"steps": steps, "fail_fast": fail_fast}, moves, cancel_at))
-    finally:
-        executor.LANE_SECONDS = before
+    history = History(backend.new(), steps, lane_seconds)
+    asyncio.run(history.play({"steps": steps, "fail_fast": fail_fast}, moves, cancel_at))
 
 
 class History:
-    def __init__(self, url: str, steps: list[dict[str, Any]]) -> None:
+    def __init__(self, url: str, steps: list[dict[str, Any]], lane_seconds: float) -> None:
         self.url = url
+        self.lane_seconds = lane_seconds
         self.steps: Mapping[str, dict[str, Any]] = {step["id"]: step for step in steps}
         self.completed: set[str] = set()
 
     async def play(self, flow: Mapping[str, Any], moves: list[str], cancel_at: int | None) -> None:
         outside, stack = SqliteOutside(self.url), AsyncExitStack()
-        store = await stack.enter_async_context(Store.open(self.url))
+        store = await stack.enter_async_context(Store.open(self.url, lane_seconds=self.lane_seconds))
         workflow = await register(store, _yaml(flow), name="any")
         insert(outside, "t", agent_id=None, execution_mode="workflow", workflow_id=workflow)
         running: list[Claim] = []
@@ -139,7 +136,7 @@ class History:
                 case "restart":
                     running.clear()
                     await stack.aclose()
-                    store = await stack.enter_async_context(Store.open(self.url))
+                    store = await stack.enter_async_context(Store.open(self.url, lane_seconds=self.lane_seconds))
                     await store.shift_clock(LOST_MS)
         await self.judged(store, outside)
         await stack.aclose()

@@ -11,7 +11,7 @@ import pytest
 from swarm.errors import Conflict, LeaseLost, NotFound, UsageError
 from swarm.model import Claim, Failed, FailureReason, Interrupted, Ticket
 from swarm.prove import judge
-from swarm.store import executor
+from swarm.store.executor import LANE_SECONDS
 from swarm.store.lanes import each
 from swarm.store.store import Store
 from tests.store.databases import LEASE, Outside, insert, left_overs
@@ -34,12 +34,9 @@ steps:
 BROKEN = Exception("it broke")
 
 
-@pytest.fixture(params=["in the lane", "outside"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of deciding: with a limit of 0 s, none is made while the write lock is held."""
-    if request.param == "outside":
-        monkeypatch.setattr(executor, "LANE_SECONDS", -1.0)
-    return str(request.param)
+# Both ways of deciding: with a limit below 0 s, nothing is decided while the write lock is held.
+OUTSIDE = -1.0
+both_ways = pytest.mark.parametrize("lane_seconds", [LANE_SECONDS, OUTSIDE], ids=["in the lane", "outside"])
 
 
 async def proved(store: Store, outside: Outside) -> None:
@@ -48,7 +45,8 @@ async def proved(store: Store, outside: Outside) -> None:
     assert left_overs(outside) == 0
 
 
-async def test_a_chain(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_a_chain(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN, inputs='{"word": "hi"}', priority=3)
     assert await run(store) == ["first", "second", "third"]
     assert await state(store) == ("done", {"heard": "hi!"})
@@ -67,7 +65,8 @@ async def test_a_chain(store: Store, outside: Outside, way: str) -> None:
     await proved(store, outside)
 
 
-async def test_each_step_costs_one_attempt_and_nothing_runs_twice(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_each_step_costs_one_attempt_and_nothing_runs_twice(store: Store, outside: Outside) -> None:
     await ticket(store, outside, DIAMOND)
     (top,) = await claims(store)
     assert top.step_id == "top"
@@ -98,7 +97,8 @@ async def test_two_engines_share_one_workflow(url: str, store: Store, outside: O
     await proved(store, outside)
 
 
-async def test_of_a_batch_of_ends_none_is_lost(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_of_a_batch_of_ends_none_is_lost(store: Store, outside: Outside) -> None:
     """They share one transaction, and so one decision."""
     await ticket(
         store,
@@ -113,7 +113,8 @@ async def test_of_a_batch_of_ends_none_is_lost(store: Store, outside: Outside, w
     await proved(store, outside)
 
 
-async def test_a_fan_out_of_fifty_never_more_than_ten_at_once(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_a_fan_out_of_fifty_never_more_than_ten_at_once(store: Store, outside: Outside) -> None:
     items = json.dumps(list(range(50)))
     await ticket(
         store,
@@ -153,8 +154,9 @@ async def test_a_chain_of_500(store: Store, outside: Outside) -> None:
         ("2", ["a", "b"], "failed", {"after": "failed"}),
     ],
 )
+@both_ways
 async def test_joins(
-    store: Store, outside: Outside, way: str, join: str, broken: list[str], ended: str, after: dict[str, str]
+    store: Store, outside: Outside, join: str, broken: list[str], ended: str, after: dict[str, str]
 ) -> None:
     await ticket(
         store,
@@ -174,7 +176,8 @@ steps:
     await proved(store, outside)
 
 
-async def test_the_first_success_ends_the_others(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_the_first_success_ends_the_others(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,
@@ -196,7 +199,8 @@ steps:
     assert (await statuses(store))["slow"] == "cancelled"
 
 
-async def test_why_a_step_was_skipped_is_in_its_row(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_why_a_step_was_skipped_is_in_its_row(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,
@@ -217,7 +221,8 @@ steps:
 
 
 @pytest.mark.parametrize("broken", [False, True])
-async def test_handlers_run_at_the_end(store: Store, outside: Outside, way: str, broken: bool) -> None:
+@both_ways
+async def test_handlers_run_at_the_end(store: Store, outside: Outside, broken: bool) -> None:
     await ticket(
         store,
         outside,
@@ -237,7 +242,8 @@ on_success: [{id: cheer, agent: echo}]
     await proved(store, outside)
 
 
-async def test_fail_fast_stops_what_runs(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_fail_fast_stops_what_runs(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,
@@ -252,7 +258,8 @@ async def test_fail_fast_stops_what_runs(store: Store, outside: Outside, way: st
     await proved(store, outside)
 
 
-async def test_continue_on_error(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_continue_on_error(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,
@@ -301,7 +308,8 @@ steps:
     await proved(store, outside)
 
 
-async def test_the_tickets_timeout_ends_the_whole(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_the_tickets_timeout_ends_the_whole(store: Store, outside: Outside) -> None:
     await ticket(store, outside, DIAMOND, timeout_seconds=60)
     (top,) = await claims(store)
     assert (await store.due()).next_ms is not None
@@ -322,7 +330,8 @@ async def test_priority_and_age_decide_between_steps_and_tickets(store: Store, o
     assert await run(store, limit=1) == ["main", "first", "second", "third", "main"]
 
 
-async def test_a_lost_lease_gives_the_step_out_again(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_a_lost_lease_gives_the_step_out_again(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     (first,) = await claims(store)
     await store.shift_clock(60_000)
@@ -335,7 +344,8 @@ async def test_a_lost_lease_gives_the_step_out_again(store: Store, outside: Outs
     await proved(store, outside)
 
 
-async def test_leases_lost_too_often_fail_the_step(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_leases_lost_too_often_fail_the_step(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     for _ in range(3):
         (claim,) = await claims(store)
@@ -351,7 +361,8 @@ async def test_leases_lost_too_often_fail_the_step(store: Store, outside: Outsid
 # --- what is asked for --------------------------------------------------------------------------------------------
 
 
-async def test_what_is_frozen_stays(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_what_is_frozen_stays(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     (first,) = await claims(store)
     outside.execute("UPDATE workflows SET steps = '{}', enabled = 0")
@@ -380,7 +391,8 @@ async def test_unknown_or_disabled(store: Store, outside: Outside) -> None:
     assert await run(store) == ["first", "second", "third"]
 
 
-async def test_inputs_that_do_not_fit_start_nothing(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_inputs_that_do_not_fit_start_nothing(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN, inputs='{"word": 7}')
     assert await run(store) == []
     found, why = await state(store)
@@ -403,7 +415,8 @@ async def test_a_trigger_is_told(store: Store, outside: Outside) -> None:
     assert (found.trigger_type, found.trigger_data) == ("manual", '{"x": 1}')
 
 
-async def test_an_agent_that_is_gone_fails_its_step(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_an_agent_that_is_gone_fails_its_step(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     (first,) = await claims(store)
     with pytest.raises(Conflict, match="wanted by tickets that have not ended"):
@@ -462,8 +475,9 @@ steps:
 """
 
 
-async def test_an_approval_over_a_restart(url: str, outside: Outside, way: str) -> None:
-    async with Store.open(url) as store:
+@both_ways
+async def test_an_approval_over_a_restart(url: str, outside: Outside, lane_seconds: float) -> None:
+    async with Store.open(url, lane_seconds=lane_seconds) as store:
         await ticket(store, outside, APPROVAL)
         assert await run(store) == ["draft"]
         assert (await state(store))[0] == "waiting"
@@ -471,7 +485,7 @@ async def test_an_approval_over_a_restart(url: str, outside: Outside, way: str) 
         assert [r.status for r in await store.runs("t")] == ["waiting"]
         assert (await store.queue()).waiting == 1
         await proved(store, outside)
-    async with Store.open(url) as store:
+    async with Store.open(url, lane_seconds=lane_seconds) as store:
         assert await claims(store) == []
         assert await store.answer("t", approved=True, by="ann", why="fine") == "check"
         assert (await state(store))[0] == "in_progress"
@@ -489,7 +503,8 @@ async def _events(url: str) -> list[Any]:
         return list(await store.events("t"))
 
 
-async def test_a_rejection_fails_the_step_and_says_who_and_why(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_a_rejection_fails_the_step_and_says_who_and_why(store: Store, outside: Outside) -> None:
     await ticket(store, outside, APPROVAL)
     await run(store)
     await store.answer("t", approved=False, by="bob", why="not today", step="check")
@@ -501,7 +516,8 @@ async def test_a_rejection_fails_the_step_and_says_who_and_why(store: Store, out
     await proved(store, outside)
 
 
-async def test_two_that_wait(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_two_that_wait(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,
@@ -532,7 +548,8 @@ steps:
     await proved(store, outside)
 
 
-async def test_others_run_while_one_waits(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_others_run_while_one_waits(store: Store, outside: Outside) -> None:
     await ticket(store, outside, "steps: [{id: a, agent: echo, approval: 'A?'}, {id: b, agent: echo}]")
     (b,) = await claims(store)
     assert (await state(store))[0] == "waiting"
@@ -560,7 +577,8 @@ steps:
 """
 
 
-async def test_runs_within_a_run(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_runs_within_a_run(store: Store, outside: Outside) -> None:
     await ticket(store, outside, OUTER)
     started = await run(store)
     assert sorted(started[:2]) == ["both[0]/one", "both[1]/one"]
@@ -572,7 +590,8 @@ async def test_runs_within_a_run(store: Store, outside: Outside, way: str) -> No
     await proved(store, outside)
 
 
-async def test_a_failure_within(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_a_failure_within(store: Store, outside: Outside) -> None:
     await ticket(store, outside, OUTER)
     await run(store, lambda claim: gives(two=BROKEN)(claim) if claim.step_id == "both[1]/two" else gives()(claim))
     found, why = await state(store)
@@ -583,7 +602,8 @@ async def test_a_failure_within(store: Store, outside: Outside, way: str) -> Non
 
 
 @pytest.mark.parametrize("how", ["command", "update", "delete", "ready"])
-async def test_a_cancelled_ticket_takes_all_of_it_down(store: Store, outside: Outside, way: str, how: str) -> None:
+@both_ways
+async def test_a_cancelled_ticket_takes_all_of_it_down(store: Store, outside: Outside, how: str) -> None:
     await ticket(store, outside, OUTER)
     one, other = await claims(store)
     await finish(store, one)
@@ -621,7 +641,8 @@ async def test_a_run_that_only_waits_ends_with_its_ticket(store: Store, outside:
         await store.answer("t", approved=True, by="ann")
 
 
-async def test_half_of_a_fan_out_is_cancelled(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_half_of_a_fan_out_is_cancelled(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,
@@ -641,7 +662,8 @@ async def test_half_of_a_fan_out_is_cancelled(store: Store, outside: Outside, wa
     await proved(store, outside)
 
 
-async def test_a_timeout_of_a_workflow_within(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_a_timeout_of_a_workflow_within(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,
@@ -661,7 +683,8 @@ async def test_a_timeout_of_a_workflow_within(store: Store, outside: Outside, wa
 # --- once more ----------------------------------------------------------------------------------------------------
 
 
-async def test_retry_from_a_step_keeps_what_was_done(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_retry_from_a_step_keeps_what_was_done(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN, inputs='{"word": "hi"}')
     assert await run(store, gives(second=BROKEN)) == ["first", "second"]
     outside.execute("UPDATE workflows SET steps = '{}'")  # it is the frozen one that goes on
@@ -676,7 +699,8 @@ async def test_retry_from_a_step_keeps_what_was_done(store: Store, outside: Outs
     await proved(store, outside)
 
 
-async def test_retry_from_runs_again_what_was_cut_off(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_retry_from_runs_again_what_was_cut_off(store: Store, outside: Outside) -> None:
     text = "steps: [{id: a, agent: echo}, {id: b, agent: echo}, {id: c, agent: echo, needs: [a, b]}]"
     await ticket(store, outside, text)
     a, b = sorted(await claims(store), key=lambda claim: claim.step_id)
@@ -726,11 +750,9 @@ steps:
 """
 
 
-async def test_a_decision_that_came_too_late_is_made_again(
-    store: Store, outside: Outside, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("lane_seconds", [OUTSIDE])
+async def test_a_decision_that_came_too_late_is_made_again(store: Store, outside: Outside) -> None:
     """It wants to cancel what has ended meanwhile."""
-    monkeypatch.setattr(executor, "LANE_SECONDS", -1.0)
     await ticket(store, outside, RACE)
     found = {claim.step_id: claim for claim in await claims(store)}
     await finish(store, found["quick"])
@@ -747,7 +769,8 @@ async def test_a_decision_that_came_too_late_is_made_again(
     await proved(store, outside)
 
 
-async def test_a_run_within_is_cancelled_when_nobody_needs_it(store: Store, outside: Outside, way: str) -> None:
+@both_ways
+async def test_a_run_within_is_cancelled_when_nobody_needs_it(store: Store, outside: Outside) -> None:
     inner = "{steps: [{id: x, agent: echo}, {id: y, agent: echo, needs: x}]}"
     await ticket(store, outside, RACE.replace("id: slow, agent: echo", f"id: slow, workflow: {inner}"))
     found: dict[str, Claim] = {}

@@ -30,7 +30,7 @@ from swarm.store.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.workflow.state import Ask, Verdict
 
 # Decisions of one transaction may take this long together; the rest of them are made outside.
-LANE_SECONDS = 0.05
+LANE_SECONDS: Final = 0.05
 # For so long nobody else takes up a decision that an engine has taken up; then it is taken for dead.
 _DECIDING_MS: Final = 30_000
 _AT_ONCE: Final = 100
@@ -70,9 +70,13 @@ DISOWNED: Final = sa.text(
 
 
 class WorkflowExecutor:
-    """One for each process. `settle`, `look` and `apply` are for the writing thread, `decide` for another."""
+    """One for each process. `settle`, `look` and `apply` are for the writing thread, `decide` for another.
 
-    def __init__(self) -> None:
+    ``lane_seconds``: see `LANE_SECONDS`; with less than 0 every decision is made outside.
+    """
+
+    def __init__(self, *, lane_seconds: float) -> None:
+        self._lane_seconds = lane_seconds
         self.definitions = Definitions()
         self._agents = Agents()
         self.jail = Jail()
@@ -111,7 +115,7 @@ class WorkflowExecutor:
                 continue
             pending, run.untold = run.untold is not None, [*(run.untold or ()), *keys]
             try:
-                if pending or time.monotonic() - began > LANE_SECONDS:
+                if pending or time.monotonic() - began > self._lane_seconds:
                     raise TooDear
                 decided = runs.decide(changes.tx, run, self.definitions, Thrifty(), lane=True)
             except TooDear:

@@ -48,7 +48,7 @@ from swarm.store import (
 from swarm.store.artifacts import ArtifactRow
 from swarm.store.database import Database, Tx
 from swarm.store.decider import Decider
-from swarm.store.executor import WorkflowExecutor
+from swarm.store.executor import LANE_SECONDS, WorkflowExecutor
 from swarm.store.lanes import Lane, each
 from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
 from swarm.store.schedules import DueSchedules, FireRequest, ScheduleRow
@@ -117,11 +117,11 @@ class Store:
     makes it fast.
     """
 
-    def __init__(self, db: Database, *, over_budget: BudgetPolicy = BudgetPolicy.FAIL) -> None:
+    def __init__(self, db: Database, *, over_budget: BudgetPolicy, lane_seconds: float) -> None:
         self._db = db
         self._write = Lane(db, write=True)
         self._read = Lane(db, write=False)
-        self._executor = WorkflowExecutor()
+        self._executor = WorkflowExecutor(lane_seconds=lane_seconds)
         self._queue = queue.Queue(self._executor)
         self._finisher = finish.Finisher(self._executor, over_budget)
         self._decider = Decider(db, self._executor, self._write)
@@ -130,16 +130,22 @@ class Store:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, url: str, *, busy_timeout_seconds: float = 30.0, over_budget: BudgetPolicy = BudgetPolicy.FAIL
+        cls,
+        url: str,
+        *,
+        busy_timeout_seconds: float = 30.0,
+        over_budget: BudgetPolicy = BudgetPolicy.FAIL,
+        lane_seconds: float = LANE_SECONDS,
     ) -> AsyncIterator[Store]:
-        """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db.
+        """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db. ``lane_seconds``: how long
+        decisions on workflows may hold the write lock.
 
         Raises StoreError when there is something at that place that is no database, or no directory. A database that
         does not exist, or is not migrated, can be opened: for `migrate`.
         """
         db = Database(url, busy_timeout_seconds=busy_timeout_seconds)
         db.check_directory()
-        store = cls(db, over_budget=over_budget)
+        store = cls(db, over_budget=over_budget, lane_seconds=lane_seconds)
         try:
             await store.revision()
             yield store
