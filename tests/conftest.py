@@ -86,10 +86,10 @@ def _host_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with its database migrated and the agents that ship registered. No image: see `image`."""
-    from swarm import app
+    from swarm import setup
 
     place = tmp_path_factory.mktemp("home")
-    asyncio.run(app.init(config.load(home=place, images_dir=CACHE), image=False))
+    asyncio.run(setup.init(config.load(home=place, images_dir=CACHE), image=False))
     return place
 
 
@@ -102,7 +102,7 @@ def settings(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="session")
 def image(settings: Settings) -> Image:
     """The guest image, from the cache that all checkouts share; built when it isn't there (a minute)."""
-    from swarm import app
+    from swarm import setup
 
     need("qemu")
-    return asyncio.run(app.ensure_image(settings))
+    return asyncio.run(setup.ensure_image(settings))

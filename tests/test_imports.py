@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"vault", "api", "single", "dispatch", "prove", "packages", "layers", "trial"},
     {"doctor"},
     {"app"},
-    {"checkup", "byhand", "web"},
+    {"checkup", "byhand", "setup", "web"},
     {"bench"},
     {"cli"},
 ]

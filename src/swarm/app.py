@@ -2,7 +2,6 @@
 
 Command line, API and benchmarks ask here for a store, an engine, a launcher; nobody else constructs one. Heavy modules
 are imported by the function that needs them, so that `swarm ticket list` doesn't load a VMM driver.
-It has some 460 lines because nothing else may name two concrete parts.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swarm.config import SYSTEM_HOME, Settings
-from swarm.errors import Conflict, HostError, ImageError, NotFound
+from swarm.config import Settings
+from swarm.errors import HostError, ImageError, NotFound
 
 if TYPE_CHECKING:
     from swarm.dispatch import Dispatcher
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from swarm.store.store import Store
     from swarm.vault import Vault
     from swarm.vm.choose import Choice
-    from swarm.vm.driver import Image
     from swarm.vm.image import Images
     from swarm.vm.inventory import Inventory
     from swarm.vm.launcher import Launcher
@@ -232,85 +230,6 @@ async def sweep(settings: Settings) -> None:
 
     # Whatever driver we run: what was left may be another's.
     await sweep(inventory(settings), network(settings) if os.geteuid() == 0 else None)
-
-
-# --- setting up a home ----------------------------------------------------------------------------------------------
-
-
-async def init(settings: Settings, *, image: bool = True, progress: Progress = silent) -> list[str]:
-    """Make ``settings.home`` ready for tickets; what is there already stays. Returns what was done, a line each.
-
-    Databases created and migrated, the registry's link, the agents and workflows that ship, and (with ``image``) the
-    guest image.
-    """
-    from swarm import packages
-    from swarm.layers import shipped
-
-    said = []
-    # What tickets say, and what agents answered, is their owner's affair.
-    for directory, mode in ((settings.home, 0o755), (settings.data_dir, 0o700), (settings.agents, 0o755)):
-        _make(directory, mode)
-    async with store(settings) as opened:
-        before, head = await opened.revision(), opened.head()
-        await opened.migrate()
-        said.append(
-            f"database   {opened.url}: "
-            + ("up to date" if before == head else f"migrated from {before}" if before else "created")
-        )
-        if settings.database.startswith("sqlite:"):
-            _link_registry(settings)
-            said.append(f"registry   {settings.registry_link} -> the same database")
-        said += await packages.ship(opened, settings.agents)
-    if settings.home == SYSTEM_HOME and os.geteuid() == 0:
-        said.append(f"ssh        {_write_client_config(settings)}: root reaches VMs by a plain `ssh root@<address>`")
-    if image:
-        found = await ensure_image(settings, progress)
-        said.append(f"image      {found.digest[:12]} in {found.dir}")
-        async with store(settings) as opened:
-            said += await shipped(opened, image_source(settings), layers(settings), progress)
-    return said
-
-
-async def ensure_image(settings: Settings, progress: Progress = silent) -> Image:
-    """The image of the current recipe: found, taken from the cache, or built."""
-    source = images(settings)
-    try:
-        return await source.find()
-    except ImageError:
-        return await source.build(keep=images_of_templates(settings), progress=progress)
-
-
-def _make(directory: Path, mode: int = 0o755) -> None:
-    try:
-        directory.mkdir(mode, parents=True, exist_ok=True)
-    except OSError as error:
-        raise HostError(
-            f"can't make {directory}: {error.strerror}; run as root, or choose a home with --home"
-        ) from None
-
-
-def _link_registry(settings: Settings) -> None:
-    """The second documented path of the database: a symbolic link, so that both are one."""
-    link, target = settings.registry_link, settings.data_dir / "swarm.db"
-    _make(link.parent)
-    if link.is_symlink() and link.readlink() == target:
-        return
-    if link.exists() and not link.is_symlink():
-        raise Conflict(f"{link} is a file of its own, not a link to {target}: move it away, then run this again")
-    partial = link.with_name(f".{link.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(target)
-    partial.rename(link)
-
-
-def _write_client_config(settings: Settings) -> Path:
-    from swarm.vm.ssh import CLIENT_CONFIG
-
-    ssh = ssh_dir(settings)
-    ssh.public_key()  # made now, so that the first VM need not
-    _make(CLIENT_CONFIG.parent)
-    CLIENT_CONFIG.write_text(ssh.client_config(settings.subnet))
-    return CLIENT_CONFIG
 
 
 # --- one-off runs ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from swarm import app, byhand, config
+from swarm import app, byhand, config, setup
 from swarm.cli.proof import prove
 from swarm.config import Settings
 from swarm.model import TERMINAL_TICKET_STATES, Agent, FailureReason, Retry
@@ -278,7 +278,7 @@ async def main() -> None:
         place = Path(name)
         state = Path(os.environ.get("SWARM_STATE_DIR") or place / "s")
         settings = config.load(home=place / "h", state_dir=state, images_dir=cache, driver=options.driver)
-        await app.init(settings, image=False)
+        await setup.init(settings, image=False)
         try:
             await campaign(settings, seed=options.seed, tickets=options.tickets, max_vms=options.max_vms)
         finally:

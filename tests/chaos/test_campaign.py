@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, config
+from swarm import config, setup
 from swarm.config import Settings
 from swarm.vm.driver import Image
 from tests.chaos.campaign import campaign
@@ -19,7 +19,7 @@ SEED = int(os.environ.get("SWARM_CHAOS_SEED", "0")) or random.SystemRandom().ran
 async def run(settings: Settings, home: Path, driver: str, *, tickets: int, max_vms: int) -> None:
     values = {**settings.model_dump(), "home": home, "driver": driver, "templates_dir": settings.templates}
     own = config.load(**values)
-    await app.init(own, image=False)
+    await setup.init(own, image=False)
     report, strikes = await campaign(own, seed=SEED, tickets=tickets, max_vms=max_vms)
     assert report.attempts >= tickets - report.cancelled - report.deleted
     assert strikes.total() > 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, config
+from swarm import config, setup
 from swarm.cli import main
 from swarm.config import Settings
 from swarm.vm.driver import Image
@@ -37,7 +37,7 @@ steps:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("packages")
-    asyncio.run(app.init(config.load(home=home), image=False))
+    asyncio.run(setup.init(config.load(home=home), image=False))
     return home
 
 

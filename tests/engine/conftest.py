@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, config
+from swarm import app, config, setup
 from swarm.cli.proof import prove
 from swarm.config import Settings
 from swarm.dispatch import Dispatcher
@@ -98,7 +98,7 @@ class Bench:
 async def bench(settings: Settings, image: Image, tmp_path: Path) -> AsyncIterator[Bench]:
     """On real VMs (clones of one template)."""
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates})
-    await app.init(own, image=False)
+    await setup.init(own, image=False)
     async with app.store(own) as store, app.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
         assert worker.running == {}
@@ -108,7 +108,7 @@ async def bench(settings: Settings, image: Image, tmp_path: Path) -> AsyncIterat
 async def plain(settings: Settings, tmp_path: Path) -> AsyncIterator[Bench]:
     """The same on the `process` driver: for volume, and for what no VM is needed for."""
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "driver": "process"})
-    await app.init(own, image=False)
+    await setup.init(own, image=False)
     async with app.store(own) as store, app.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 

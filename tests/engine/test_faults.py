@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, config
+from swarm import app, config, setup
 from swarm.config import Settings
 from swarm.errors import HostError, StoreError
 from swarm.model import Retry, Ticket
@@ -51,7 +51,7 @@ async def bench_at(settings: Settings, home: Path, tmp_path: Path) -> AsyncItera
             "busy_timeout_seconds": 2.0,
         }
     )
-    await app.init(own, image=False)
+    await setup.init(own, image=False)
     async with app.store(own) as store, app.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, checkup, config
+from swarm import app, checkup, config, setup
 from swarm.config import Settings
 from swarm.single import run_ticket
 from swarm.vm.driver import Image
@@ -32,7 +32,7 @@ def test_init_without_a_registry(
     images.mkdir()
     (images / image.digest).symlink_to(image.dir)
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "images_dir": images})
-    said = asyncio.run(app.init(own))
+    said = asyncio.run(setup.init(own))
     (line,) = (line for line in said if line.startswith("layer"))
     for words in ("claude 1.0.0 and claude-agent 1.0.0", "can't reach the package index", "`swarm agent build`"):
         assert words in line

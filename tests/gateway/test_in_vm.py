@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from swarm import app, config
+from swarm import app, config, setup
 from swarm.config import Settings
 from swarm.single import run_ticket
 from swarm.vm.driver import Image
@@ -56,7 +56,7 @@ async def gated(
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates})
-    await app.init(own, image=False)
+    await setup.init(own, image=False)
     async with app.store(own) as store, app.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from swarm import app, config
+from swarm import app, config, setup
 from swarm.config import Settings
 from swarm.gateway import policy
 from swarm.gateway.proxy import Address, Borders, Proxy, resolved
@@ -215,7 +215,7 @@ async def test_an_agent_behind_it(site: Site, settings: Settings, tmp_path: Path
     own = config.load(
         **{**settings.model_dump(), "home": tmp_path / "home", "driver": "process", "egress_private": ("127.0.0.0/8",)}
     )
-    await app.init(own, image=False)
+    await setup.init(own, image=False)
     async with app.store(own) as store, app.worker(own, store) as worker:
         bench = Bench(settings=own, store=store, worker=worker, dir=tmp_path)
         agent = await store.agent("http-fetch")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, config
+from swarm import app, config, setup
 from swarm.config import Settings
 from swarm.model import FailureReason, Retry
 from swarm.single import run_ticket
@@ -47,7 +47,7 @@ async def gated(
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "driver": "process"})
-    await app.init(own, image=False)
+    await setup.init(own, image=False)
     async with app.store(own) as store, app.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 

@@ -19,7 +19,7 @@ from typing import Final
 
 import psutil
 
-from swarm import app, process
+from swarm import app, process, setup
 from swarm.bench import raw
 from swarm.bench.report import Cell, Figure, Report, percentiles
 from swarm.clock import Timeline
@@ -83,9 +83,9 @@ async def bench(
     with tempfile.TemporaryDirectory(prefix="swarm-bench", dir=_on_disk(settings)) as place:
         shared = {"images_dir": settings.images, "templates_dir": settings.templates}
         own = load(**{**settings.model_dump(), **shared, "home": Path(place) / "home", "database_url": ""})
-        await app.init(own, image=False)
+        await setup.init(own, image=False)
         await app.sweep(own)
-        image, chosen = await app.ensure_image(own), await app.choice(own)
+        image, chosen = await setup.ensure_image(own), await app.choice(own)
         async with app.store(own) as store:
             it = _Bench(settings=own, choice=chosen, image=image, max_vms=max_vms, dir=Path(place), store=store)
             todo = [(mode, count) for mode in modes for count in tickets if mode != "cold" or count == min(tickets)]

@@ -41,10 +41,10 @@ async def init(
     ] = True,
 ) -> None:
     """Make a home ready: database, registry, the agents and workflows that ship, the guest image. Safe to repeat."""
-    from swarm import app as wiring
+    from swarm import setup
 
     with cli.out.progress("guest image") as progress:
-        done = await wiring.init(cli.settings, image=image, progress=progress)
+        done = await setup.init(cli.settings, image=image, progress=progress)
     for line in done:
         cli.out.line(line)
 

@@ -52,12 +52,13 @@ async def build(
 ) -> int:
     """Build a template now, if it is not there, so that the first ticket of its kind need not wait."""
     from swarm import app as wiring
+    from swarm import setup
     from swarm.vm.driver import VmSpec
 
     await wiring.sweep(cli.settings)
     launcher = wiring.launcher(cli.settings, await wiring.choice(cli.settings))
     modules = tuple(word for word in preload.split(",") if word)
-    image = await wiring.ensure_image(cli.settings)
+    image = await setup.ensure_image(cli.settings)
     spec = VmSpec(image=image, vcpus=vcpus, memory_mb=memory, disk_mb=disk, preload=modules)
     template = await launcher.template(spec)
     if template is None:
