@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from swarm import agents
 from swarm.engine import ImageSource
 from swarm.errors import SwarmError
@@ -32,11 +34,15 @@ async def shipped(store: Store, images: ImageSource, layers: Layers | HostLayers
     for users in wanting.values():
         names = " and ".join(f"{one.name} {one.version}" for one in users)
         try:
-            layer = await build(users[0], images, layers, progress=progress)
+            layer = await build(users[0], images, layers, progress=partial(_step, progress, names))
             said.append(f"layer      {layer.digest[:12] if layer else ''} of {names}")
         except SwarmError as error:
             said.append(f"layer      of {names} is not built ({error}): until `swarm agent build`, they can't run")
     return said
+
+
+def _step(progress: Progress, names: str, step: str, share: float) -> None:
+    progress(f"layer of {names}: {step}", share)
 
 
 async def in_use(store: Store, images: ImageSource, layers: Layers) -> list[tuple[LayerInfo, list[str]]]:

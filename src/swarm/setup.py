@@ -41,7 +41,7 @@ async def init(settings: Settings, *, image: bool = True, progress: app.Progress
     if settings.home == SYSTEM_HOME and os.geteuid() == 0:
         said.append(f"ssh        {_write_client_config(settings)}: root reaches VMs by a plain `ssh root@<address>`")
     if image:
-        found = await ensure_image(settings, progress)
+        found = await ensure_image(settings, lambda step, share: progress(f"guest image: {step}", share))
         said.append(f"image      {found.digest[:12]} in {found.dir}")
         async with app.store(settings) as opened:
             said += await shipped(opened, app.image_source(settings), app.layers(settings), progress)

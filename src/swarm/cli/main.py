@@ -43,7 +43,7 @@ async def init(
     """Make a home ready: database, registry, the agents and workflows that ship, the guest image. Safe to repeat."""
     from swarm import setup
 
-    with cli.out.progress("guest image") as progress:
+    with cli.out.progress() as progress:
         done = await setup.init(cli.settings, image=image, progress=progress)
     for line in done:
         cli.out.line(line)

@@ -111,10 +111,10 @@ class Out:
                 self._print(" " * (width + 2) + line)
 
     @contextmanager
-    def progress(self, text: str) -> Iterator[Callable[[str, float], None]]:
+    def progress(self, text: str = "") -> Iterator[Callable[[str, float], None]]:
         """A bar on stderr while something long runs: call it with what is being done and the share done (0 to 1).
 
-        Not on a terminal, one line for each new step.
+        Not on a terminal, one line for each new step. Without ``text`` the steps say themselves what is made.
         """
         if not sys.stderr.isatty():
             last = ""
@@ -123,7 +123,7 @@ class Out:
                 nonlocal last
                 if step != last:
                     last = step
-                    self.note(f"{text}: {step}")
+                    self.note(f"{text}: {step}" if text else step)
 
             yield say
             return
