@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,12 @@ def test_an_installation_under_a_running_engine_is_not_replaced(tmp_path: Path, 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"an engine runs from {tmp_path}/venv (pid {engine.pid}): `swarm-engine stop`")
     assert not (tmp_path / "bin").exists()
+
+
+def test_an_installation_has_every_file() -> None:
+    """What is data, not code, is installed only where pyproject.toml names it."""
+    source = ROOT / "src" / "swarm"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["swarm"]
+    named = {path for pattern in patterns for path in source.glob(pattern)}
+    data = {path for path in source.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert len(data) > 10 and data <= named, data - named

@@ -227,6 +227,18 @@ def test_preloaded_modules_are_there_before_the_agent_asks(eight: list[Twin], lo
     assert loop.run(modules()) == "[True, True, True, False]\n"
 
 
+async def test_templates_on_another_file_system(settings: Settings, image: Image, tmp_path: Path) -> None:
+    """Made where VMs' files are, kept elsewhere: /var and /opt may well be two disks."""
+    await run(["mount", "-t", "tmpfs", "none", str(tmp_path)])
+    try:
+        own = settings.model_copy(update={"templates_dir": tmp_path / "templates"})
+        vms = app.launcher(own, await app.choice(own))
+        async with vms.machine(VmSpec(image=image, memory_mb=192, disk_mb=64), Label(), Timeline()) as machine:
+            assert (await machine.channel.run(["/bin/true"], timeout_seconds=30)).code == 0
+    finally:
+        await run(["umount", str(tmp_path)])
+
+
 async def test_what_cannot_be_preloaded_is_named(settings: Settings, image: Image, tmp_path: Path) -> None:
     launcher = await _launcher(settings)
     spec = VmSpec(image=image, memory_mb=192, disk_mb=64, preload=("no_such_module",))

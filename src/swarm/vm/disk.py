@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 from pathlib import Path
 
 from swarm.errors import HostError
@@ -49,13 +50,14 @@ def used_bytes(path: Path) -> int:
 
 
 def move_sparse(source: Path, target: Path) -> None:
-    """Rename, also to another file system."""
+    """Rename, also to another file system: what may be done with the file stays the same."""
     try:
         source.rename(target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
         _copy_sparse(source, target)
+        shutil.copymode(source, target)
         source.unlink()
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from swarm.aio import quietly
 from swarm.errors import BootFailed, HostError, SwarmError
 from swarm.vm import driver
 from swarm.vm.console import Console, last_lines
-from swarm.vm.disk import make_work_disk
+from swarm.vm.disk import make_work_disk, move_sparse
 from swarm.vm.driver import Endpoint, Probe, Slot, Template, VmSpec
 from swarm.vm.jailer import Bound, Jail
 
@@ -353,7 +352,7 @@ def _take(made: Path, target: Path) -> None:
         os.fchmod(fd, 0o444)
     finally:
         os.close(fd)
-    shutil.move(made, target)  # a rename, unless templates lie on another disk
+    move_sparse(made, target)
 
 
 def check_kvm() -> None:
