@@ -140,10 +140,8 @@ def _forwarding() -> Check:
     value = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip()
     if value == "1":
         return ok("ip_forward", "on")
-    # The host talks to its VMs directly; each namespace forwards for itself (checked per VM).
-    return ok(
-        "ip_forward", "off: VMs are reached all the same; agents with `network: open` or `allow` would need it on"
-    )
+    # The host talks to its VMs directly; each namespace forwards for itself (checked per VM); the way out is a proxy.
+    return ok("ip_forward", "off, and nothing of Swarm's needs it on")
 
 
 def _disk(state_dir: Path, images_dir: Path) -> list[Check]:
