@@ -32,6 +32,11 @@ pytestmark = pytest.mark.needs("qemu")
 
 # Of this sandbox's processes only: others of this machine may run VMs of their own.
 OURS = "pgrep --ns $$ --nslist mnt -f"
+INSERT_ECHO = (  # of acceptance 2
+    'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, '
+    "agent_id, assignee_id, assignee_type, execution_mode) VALUES ('test-echo-002', 'test-project', 'Echo Test 2', "
+    "'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', 'agent');\""
+)
 COVERED = ("/opt", "/etc/ssh/ssh_config.d", "/root/.ssh")
 
 
@@ -107,11 +112,7 @@ def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:
 
 
 def test_2_one_ticket_echo_agent(shell: Shell) -> None:
-    shell(
-        'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, '
-        "agent_id, assignee_id, assignee_type, execution_mode) VALUES ('test-echo-002', 'test-project', 'Echo Test 2', "
-        "'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', 'agent');\""
-    )
+    shell(INSERT_ECHO)
     shell("swarm-engine run-ticket test-echo-002 --wait")
     for database in ("/opt/swarm-platform/data/swarm.db", "/opt/swarm-registry/registry.db"):
         state = shell(f"sqlite3 {database} \"SELECT state FROM tickets WHERE id='test-echo-002';\"")

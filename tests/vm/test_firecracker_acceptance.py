@@ -20,7 +20,7 @@ import pytest
 
 from swarm.config import Settings
 from swarm.vm import driver
-from tests.test_acceptance import COVERED, Shell
+from tests.test_acceptance import COVERED, INSERT_ECHO, Shell
 from tests.vm import firecracker_here
 
 pytestmark = pytest.mark.needs("firecracker")
@@ -84,11 +84,7 @@ def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:
 
 
 def test_2_one_ticket_echo_agent(shell: Shell) -> None:
-    shell(
-        'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, '
-        "agent_id, assignee_id, assignee_type, execution_mode) VALUES ('test-echo-002', 'test-project', 'Echo Test 2', "
-        "'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', 'agent');\""
-    )
+    shell(INSERT_ECHO)
     shell("swarm-engine run-ticket test-echo-002 --wait", timeout=300)
     row = shell(
         "sqlite3 -json /opt/swarm-platform/data/swarm.db "

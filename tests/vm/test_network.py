@@ -8,7 +8,6 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
@@ -28,19 +27,6 @@ HOST = "10.0.0.1"
 
 def make(**settings: object) -> Network:
     return Network(**({"subnet": SUBNET, "bridge": "br0"} | settings))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-async def network() -> AsyncIterator[Network]:
-    """A host without Swarm's network, which must look the same afterwards."""
-    network = make()
-    await network.remove_host()
-    before = await host_state()
-    yield network
-    for slot in await network.list():
-        await network.destroy(slot.n)
-    await network.remove_host()
-    assert await host_state() == before
 
 
 # --- reaching VMs -----------------------------------------------------------------------------------------------------

@@ -31,16 +31,6 @@ def spec(image: Image) -> VmSpec:
     return VmSpec(image=image, memory_mb=192, disk_mb=64)
 
 
-@pytest.fixture
-async def launcher(settings: Settings, image: Image) -> AsyncIterator[Launcher]:
-    """Whatever a test does with it, no VM, directory, process or network of it stays."""
-    launcher = app.launcher(settings, await app.choice(settings))
-    before = app.inventory(settings).numbers()
-    yield launcher
-    assert app.inventory(settings).numbers() == before
-    assert {n.n for n in await app.network(settings).list()} <= set(before)
-
-
 @asynccontextmanager
 async def machine(launcher: Launcher, spec: VmSpec, timeline: Timeline | None = None) -> AsyncIterator[Machine]:
     async with launcher.machine(spec, Label(ticket_id="t1", attempt_id="a1"), timeline or Timeline()) as machine:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -30,18 +30,6 @@ pytestmark = pytest.mark.needs("netns")
 @pytest.fixture
 def inventory(tmp_path: Path) -> Inventory:
     return Inventory(state_dir=tmp_path / "state")
-
-
-@pytest.fixture
-async def network() -> AsyncIterator[Network]:
-    network = Network(subnet=IPv4Network("10.0.0.0/16"), bridge="br0")
-    await network.remove_host()
-    before = await host_state()
-    yield network
-    for slot in await network.list():
-        await network.destroy(slot.n)
-    await network.remove_host()
-    assert await host_state() == before
 
 
 # An engine with a VM whose VMM survives it: `how` says how far it comes before it waits to be killed.

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -260,14 +260,6 @@ async def test_two_processes_build_once(templates: Templates) -> None:
 
 
 # --- real ones --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def launcher(settings: Settings, image: Image) -> AsyncIterator[Launcher]:
-    launcher = app.launcher(settings, await app.choice(settings))
-    before = app.inventory(settings).numbers()
-    yield launcher
-    assert app.inventory(settings).numbers() == before
 
 
 @pytest.fixture
