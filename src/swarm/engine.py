@@ -177,6 +177,8 @@ class Engine:
                 raise
             finally:
                 reach.shut()
+                if frames := await self._launcher.refused(machine):
+                    watcher.record("egress", {"via": "tap", "refused": "source", "frames": frames})
         if (sums := reach.over_budget) is not None:
             raise OverBudget(sums)
         return _redacted(outputs, reach.redactor)

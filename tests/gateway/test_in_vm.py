@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from swarm import app, config, setup
+from swarm import app, config, process, setup
 from swarm.config import Settings
 from swarm.single import run_ticket
 from swarm.vm.driver import Image
@@ -88,6 +88,38 @@ async def test_what_a_vm_reaches(gated: Bench) -> None:
     assert json.loads(without.outputs or "")["gateway"] in ("ConnectionRefusedError", "TimeoutError")
 
 
+# As root of the guest, since nobody else may send such frames.
+SPOOF = """
+import fcntl, socket, struct
+with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as s:
+    for source in ("172.16.0.1", "10.0.0.3", "192.0.2.1"):
+        header = struct.pack("!BBHHHBBH", 0x45, 0, 28, 1, 0, 64, 17, 0)
+        header += socket.inet_aton(source) + socket.inet_aton("172.16.0.1")
+        s.sendto(header + struct.pack("!HHHH", 53, 8080, 8, 0), ("172.16.0.1", 0))
+"""
+
+
+async def test_a_false_source_address_is_refused_and_recorded(gated: Bench, api: MessagesApi) -> None:
+    """And only of the attempt that did it, though the next one gets the same slot."""
+    agent = await gated.agent(PROGRAM, network="gateway")
+    gated.insert("liar", agent.id, inputs=json.dumps({"answer": "call('scenario=hold')"}))
+    running = asyncio.create_task(run_ticket(gated.store, gated.worker, "liar"))
+    await asyncio.wait_for(api.held.wait(), 90)
+    [record] = gated.vms()
+    unknown = ["-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={gated.dir / 'hosts'}"]
+    ssh = ["ssh", *unknown, *app.ssh_dir(gated.settings).options(), f"root@{record.address}"]
+    await process.run([*ssh, "python3", "-I", "-S", "-"], input=SPOOF.encode())
+    api.release.set()
+    assert (await running).state == "done"
+    gated.insert("honest", agent.id, inputs=json.dumps({"answer": "call()"}))
+    assert (await run_ticket(gated.store, gated.worker, "honest")).state == "done"
+    [attempt], [next_] = await gated.attempts("liar"), await gated.attempts("honest")
+    assert attempt.vm_id == next_.vm_id
+    [event] = [e for e in await gated.store.events("liar") if e.kind == "egress"]
+    assert event.data == {"via": "tap", "refused": "source", "frames": 3} and event.attempt_id == attempt.id
+    assert [e for e in await gated.store.events("honest") if e.kind == "egress"] == []
+
+
 async def test_two_vms_at_once_and_each_others_tokens(gated: Bench, api: MessagesApi) -> None:
     """The first is in the middle of a call while the second tries its token, which it got by other ways."""
     agent = await gated.agent(PROGRAM, network="gateway")
@@ -125,11 +157,11 @@ async def test_the_key_is_nowhere_but_in_the_gateway(gated: Bench, api: Messages
         for file in place.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 assert not await asyncio.to_thread(_in_file, file, key), file
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and int(process.name) != os.getpid():
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
             for what in ("cmdline", "environ"):
                 try:
-                    assert key not in (process / what).read_bytes(), (process, what)
+                    assert key not in (entry / what).read_bytes(), (entry, what)
                 except OSError:
                     continue
     api.release.set()

@@ -177,6 +177,16 @@ async def test_spoofed_frames_stop_at_the_tap(network: Network) -> None:
         guest.send(gateway + mac + b"\x08\x00" + ipv4("172.16.0.2"))
         guest.send(gateway + mac + b"\x08\x06" + arp(mac, "172.16.0.2"))
         assert await passed() == 2
+        assert await network.refused(slot) == 8
+    assert await network.refused(slot) == 8, "its VM's end changes nothing"
+    await network.recycle(1)
+    assert await network.refused(slot) == 0
+    await process.run(["nft", "delete", "table", "netdev", "swarm"], netns=slot.netns)
+    with pytest.raises(NotFound, match="not whole"):
+        await network.recycle(1)
+    await network.destroy(1)
+    with pytest.raises(NotFound, match="not whole"):
+        await network.refused(slot)
 
 
 async def test_nothing_for_a_vm_that_is_gone_leaves_by_the_default_route(network: Network) -> None:

@@ -167,6 +167,16 @@ class Launcher:
             return listener, f"127.0.0.1:{listener.getsockname()[1]}"
         return await self._network.listen(machine.seat.slot, port), f"{GUEST_GATEWAY}:{port}"
 
+    async def refused(self, machine: Machine) -> int:
+        """How many frames it sent in another's name, or in no IPv4: all were dropped at its tap. Never raises."""
+        if self._network is None or machine.seat.slot is None:
+            return 0
+        try:
+            return await self._network.refused(machine.seat.slot)
+        except (SwarmError, RuntimeError) as error:  # no more threads
+            log.warning("can't tell what a VM was refused", n=machine.n, error=str(error))
+            return 0
+
     def label(self, machine: Machine, label: Label) -> None:
         """Say whom a machine serves now, as others on this host see it."""
         _record(machine.seat, machine.vm, self._driver.name, label)

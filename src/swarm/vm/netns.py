@@ -251,15 +251,16 @@ def forget_connections() -> None:
 
 _NFNL_CTNETLINK, _IPCTNL_MSG_CT_DELETE = 1, 2
 _NFNL_NFTABLES, _NFT_MSG_GETTABLE, _NFTA_TABLE_NAME, _NFTA_TABLE_USERDATA = 10, 1, 1, 6
-_NLMSG_ERROR, _NLM_F_REQUEST, _NLM_F_ACK, _NFPROTO_INET = 2, 1, 4, 1
+_NFT_MSG_GETOBJ, _NFT_MSG_GETOBJ_RESET, _NFT_OBJECT_COUNTER, _NFTA_COUNTER_PACKETS = 19, 21, 1, 2
+_NFTA_OBJ_TABLE, _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE, _NFTA_OBJ_DATA = 1, 2, 3, 4
+_NLMSG_ERROR, _NLM_F_REQUEST, _NLM_F_ACK, _NFPROTO_INET, _NFPROTO_NETDEV = 2, 1, 4, 1, 5
 
 
 def nft_comment(table: str) -> str | None:
     """Comment of the nft table ``inet <table>`` here ('' without one); None when there is no such table. ~0.1 ms."""
-    name = table.encode() + b"\0"
-    attribute = struct.pack("HH", 4 + len(name), _NFTA_TABLE_NAME) + name + bytes(-len(name) % 4)
+    named = _attribute(_NFTA_TABLE_NAME, table.encode() + b"\0")
     try:
-        payload = nfnetlink(_NFNL_NFTABLES, _NFT_MSG_GETTABLE, family=_NFPROTO_INET, attributes=attribute)
+        payload = nfnetlink(_NFNL_NFTABLES, _NFT_MSG_GETTABLE, family=_NFPROTO_INET, attributes=named)
     except FileNotFoundError:
         return None
     for kind, value in _attributes(payload[4:]):
@@ -267,6 +268,21 @@ def nft_comment(table: str) -> str | None:
         if kind == _NFTA_TABLE_USERDATA and len(value) > 2 and value[0] == 0:
             return value[2 : 2 + value[1]].rstrip(b"\0").decode(errors="replace")
     return ""
+
+
+def nft_counter(table: str, name: str, *, reset: bool = False) -> int:
+    """Packets that a named counter of ``netdev <table>`` here has seen; with ``reset`` it is 0 afterwards. ~0.1 ms.
+
+    Raises FileNotFoundError when there is none."""
+    asked = (
+        _attribute(_NFTA_OBJ_TABLE, table.encode() + b"\0")
+        + _attribute(_NFTA_OBJ_NAME, name.encode() + b"\0")
+        + _attribute(_NFTA_OBJ_TYPE, struct.pack(">I", _NFT_OBJECT_COUNTER))
+    )
+    message = _NFT_MSG_GETOBJ_RESET if reset else _NFT_MSG_GETOBJ
+    payload = nfnetlink(_NFNL_NFTABLES, message, family=_NFPROTO_NETDEV, attributes=asked)
+    counter = dict(_attributes(dict(_attributes(payload[4:]))[_NFTA_OBJ_DATA]))
+    return int.from_bytes(counter[_NFTA_COUNTER_PACKETS], "big")
 
 
 def nfnetlink(subsystem: int, message: int, *, family: int, attributes: bytes = b"") -> bytes:
@@ -284,6 +300,10 @@ def nfnetlink(subsystem: int, message: int, *, family: int, attributes: bytes = 
             raise OSError(-code, os.strerror(-code))
         return b""
     return answer[16:length]
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -138,6 +138,20 @@ class Network:
 
         return await netns.in_thread(make)
 
+    async def refused(self, slot: Slot) -> int:
+        """How many frames of the slot's VM were dropped at its tap, since it was made or recycled: such as claimed
+        another source, or spoke another protocol, than its guest does. Raises NotFound, HostError."""
+
+        def count() -> int:
+            with explained(f"can't read what VM {slot.n} was refused"):
+                try:
+                    netns.enter(slot.netns)  # ours: its VM is the caller's
+                    return netns.nft_counter(rules.TABLE, rules.REFUSED)
+                except FileNotFoundError:
+                    raise NotFound(f"slot {slot.n} is not whole") from None
+
+        return await netns.in_thread(count)
+
     async def owner(self, n: int) -> str:
         """Whose slot n is: see ``owner`` above; '' when that is not known."""
         return await netns.in_thread(lambda: netns.owner_of(netns_of(n)))
@@ -258,6 +272,10 @@ class Network:
                 if tap["flags"] & _IFF_LOWER_UP:
                     raise Conflict(f"slot {slot.n} is in use: a VMM still holds {TAP_NAME} in {slot.netns}")
                 netns.forget_connections()
+                try:
+                    netns.nft_counter(rules.TABLE, rules.REFUSED, reset=True)
+                except FileNotFoundError:
+                    raise NotFound(gone) from None
                 entry = {"lladdr": GUEST_MAC, "state": "permanent"}
                 here.neigh("replace", ifindex=tap["index"], dst=str(GUEST_ADDRESS), **entry)
 

@@ -22,7 +22,9 @@ from swarm.vm.driver import (
 )
 
 TABLE = "swarm"
+REFUSED = "refused"  # the counter of a namespace's tap
 _OWNER = "swarm-engine"
+_ETH_P_RARP = 0x8035  # linux/if_ether.h
 
 
 def for_host(subnet: IPv4Network, bridge: str) -> str:
@@ -64,13 +66,19 @@ def is_ours(comment: str) -> bool:
 
 
 def for_vm(address: IPv4Address, uplink: str) -> str:
-    """Tables of one namespace: ``netdev swarm`` polices the tap, ``ip swarm`` maps addresses 1:1 and filters."""
+    """Tables of one namespace: ``netdev swarm`` polices the tap, ``ip swarm`` maps addresses 1:1 and filters.
+
+    What is dropped at the tap (another source address, MAC or protocol than the guest's own) is counted: REFUSED. Not
+    so RARP, in which QEMU itself announces each clone."""
     return f"""
 table netdev {TABLE} {{
+  counter {REFUSED} {{ }}
   chain tap {{
     type filter hook ingress device "{TAP_NAME}" priority filter; policy drop;
     ether saddr {GUEST_MAC} ip saddr {GUEST_ADDRESS} accept
     ether saddr {GUEST_MAC} arp saddr ether {GUEST_MAC} arp saddr ip {GUEST_ADDRESS} accept
+    ether saddr {GUEST_MAC} ether type {_ETH_P_RARP:#x} drop
+    counter name "{REFUSED}"
   }}
 }}
 table ip {TABLE} {{
