@@ -11,7 +11,7 @@ from swarm.model import Agent
 from swarm.store.store import Store
 from swarm.vm.driver import Layer
 from swarm.vm.imagebuild import Progress
-from swarm.vm.layer import HostLayers, LayerInfo, Layers
+from swarm.vm.layer import HostLayers, LayerInfo, Layers, own_modules
 
 
 async def build(
@@ -25,10 +25,10 @@ async def build(
 
 async def shipped(store: Store, images: ImageSource, layers: Layers | HostLayers, progress: Progress) -> list[str]:
     """Build those of the agents that ship; a line for each. The rest of an installation is as good without."""
-    wanting: dict[tuple[frozenset[str], frozenset[str]], list[Agent]] = {}
+    wanting: dict[tuple[frozenset[object], ...], list[Agent]] = {}
     for one in map(agents.read, agents.builtin()):
         if one.needs_layer:
-            wanted = frozenset(one.requirements), frozenset(one.packages)
+            wanted = frozenset(one.requirements), frozenset(one.packages), frozenset(own_modules(one).items())
             wanting.setdefault(wanted, []).append(await store.agent(one.id))
     said = []
     for users in wanting.values():

@@ -8,12 +8,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An agentd of this host, its warm interpreter with all that the manifest preloads: each run is a fork of it."""
     place = tmp_path_factory.mktemp("warm")
     (place / "root").mkdir()
-    argv = [sys.executable, "-I", "-S", "-B", str(AGENTD), "--unix", str(place / "s"), "--root", str(place / "root")]
+    argv = [sys.executable, "-P", "-s", "-S", "-B", str(AGENTD), "--unix", str(place / "s")]
+    argv += ["--root", str(place / "root"), "--preload", ",".join(CLAUDE.preload)]
+    env = {**os.environ, "PYTHONPATH": str(CLAUDE.path)}  # in a VM its own module comes with the layer
     with (place / "log").open("wb") as log:
-        child = subprocess.Popen([*argv, "--preload", ",".join(CLAUDE.preload)], stdin=subprocess.DEVNULL, stderr=log)
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=log, env=env)
     yield place / "root"
     child.terminate()
     child.wait(30)
@@ -280,6 +283,42 @@ async def test_limits_end_it(run: Run, api: MessagesApi, inputs: dict[str, Any],
 async def test_files_that_would_lie_elsewhere_are_refused(run: Run, api: MessagesApi) -> None:
     ran = await run(WORKER, {"prompt": "hi", "files": {"../x": "y"}})
     assert ran.code == 2 and "not below the work directory" in ran.said and not api.seen
+
+
+# What an agent finds that is forked from an interpreter which has made its first call, and has called once itself.
+LOOK = """
+import gc, json, os, random, sys, threading
+import anthropic, first_call, httpx2
+from anthropic.types import Message
+found = {
+    "made": [Message.__pydantic_complete__, anthropic.types.TextBlock.__pydantic_complete__],
+    "threads": threading.active_count(),
+    "sockets": [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(p := f"/proc/self/fd/{fd}")
+                and os.readlink(p).startswith("socket")],
+    "open": [repr(c) for c in gc.get_objects() if isinstance(c, httpx2.Client) and not c.is_closed],
+}
+keys = []
+def answer(request):
+    keys.append(request.headers.get("idempotency-key") or request.headers["x-stainless-retry-count"])
+    return httpx2.Response(500)
+client = anthropic.Anthropic(api_key="k", base_url="http://x", max_retries=0,
+    http_client=anthropic.DefaultHttpxClient(transport=httpx2.MockTransport(answer)))
+found["key"] = client._idempotency_key()
+found["random"] = random.random()
+json.dump(found, open("output.json", "w"))
+"""
+
+
+async def test_what_the_first_call_leaves_to_every_agent(run: Run, root: Path, tmp_path: Path) -> None:
+    """Schemas, and nothing that could tie two clones together, or to anything that was open in the template."""
+    (tmp_path / "look.py").write_text(LOOK)
+    looking = replace(CLAUDE, path=tmp_path, entry=("look.py",), outputs_schema=None)
+    one, two = [(await run(looking, {"prompt": "look"})).outputs for _ in range(2)]
+    assert one["made"] == [True, True] and one["threads"] == 1
+    assert one["sockets"] == one["open"] == []
+    assert one["key"] != two["key"] and one["random"] != two["random"]
+    own = [agent.path / "first_call.py" for agent in (CLAUDE, WORKER)]
+    assert own[0].read_bytes() == own[1].read_bytes() and CLAUDE.preload == WORKER.preload, "one template for both"
 
 
 def test_who_is_meant_by_claude() -> None:

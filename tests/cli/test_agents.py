@@ -64,6 +64,7 @@ memory_mb: 512
         (GOOD + "timeout_seconds: 0\n", "timeout_seconds"),
         (GOOD + "outputs_schema: {type: nonsense}\n", "not a JSON Schema"),
         (GOOD + "runtime: exec\npreload: [json]\n", "preload"),
+        (GOOD + "preload: [main]\n", "preload: 'main' is a file of this agent"),
         (GOOD + "colour: red\n", "colour"),
     ],
 )

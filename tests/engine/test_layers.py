@@ -34,11 +34,11 @@ def test_init_without_a_registry(
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "images_dir": images})
     said = asyncio.run(setup.init(own))
     (line,) = (line for line in said if line.startswith("layer"))
-    for words in ("claude 1.0.0 and claude-agent 1.0.0", "can't reach the package index", "`swarm agent build`"):
+    for words in ("claude 1.1.0 and claude-agent 1.1.0", "can't reach the package index", "`swarm agent build`"):
         assert words in line
     assert any(line.startswith("image") for line in said)
     found = [check for check in asyncio.run(checkup.examine(own)) if check.name == "layers"]
-    assert [check.fix for check in found] == ["swarm agent build claude@1.0.0", "swarm agent build claude-agent@1.0.0"]
+    assert [check.fix for check in found] == ["swarm agent build claude@1.1.0", "swarm agent build claude-agent@1.1.0"]
     assert [place.name for place in (images / "layers").iterdir() if place.is_dir()] == []
 
 

@@ -160,6 +160,26 @@ async def test_built_once_listed_found_and_removed(layers: Layers, layer: Layer,
     assert not list(layers.dir.glob(".building-*"))
 
 
+async def test_an_agents_own_module_comes_with_its_layer(
+    layers: Layers, wheels: Path, image: Image, tmp_path: Path
+) -> None:
+    """A template is made before an agent's files are in a VM. Who has the same module shares the layer."""
+    for place, text in (("a", "N = 1\n"), ("b", "N = 1\n"), ("c", "N = 2\n")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "own.py").write_text(text)
+    wanted = {"preload": ("json", "os.path", "own", "marked")}
+    a, b, c = (an_agent("marked==1.0", path=tmp_path / place, name=place, **wanted) for place in "abc")
+    assert layers.key(a, image) == layers.key(b, image) != layers.key(c, image)
+    assert layers.key(an_agent("marked==1.0"), image) not in (layers.key(a, image), layers.key(c, image))
+    layer = await layers.build(a, image)
+    assert layer is not None and await layers.find(b, image) == layer
+    with pytest.raises(LayerMissing):
+        await layers.find(c, image)
+    await run(["fsck.erofs", f"--extract={tmp_path / 'seen'}", str(layer.path)])
+    there = tmp_path / "seen/usr/lib/python3/dist-packages"
+    assert (there / "own.py").read_text() == "N = 1\n" and list(there.glob("__pycache__/own.*.pyc"))
+
+
 async def test_two_at_once_then_damaged_then_removed(layers: Layers, wheels: Path, image: Image) -> None:
     other, before = an_agent("marked==1.0"), len(layers.list())
     one, two = await asyncio.gather(layers.build(other, image), layers.build(other, image))

@@ -176,6 +176,7 @@ def read_package(directory: Path) -> Package:
             problems.append(document.problem(one["loc"], message, at_key=one["type"] == "extra_forbidden"))
         raise yaml_manifest.Invalid(str(file), problems) from None
     _check_entry(given, directory)
+    _check_preload(given, directory)
     return Package(
         agent=_agent(given, directory),
         examples=tuple(
@@ -183,6 +184,16 @@ def read_package(directory: Path) -> Package:
             for i, e in enumerate(given.examples, 1)
         ),
     )
+
+
+def _check_preload(manifest: Manifest, directory: Path) -> None:
+    """The agent's own modules get into a template by its layer, and an agent that asks for nothing has none."""
+    own = next((name for name in manifest.preload if (directory / f"{name}.py").is_file()), None)
+    if own and not manifest.requirements and not manifest.packages:
+        raise UsageError(
+            f"{directory / MANIFEST}: preload: {own!r} is a file of this agent, and such can be preloaded only by an "
+            "agent with requirements or packages"
+        )
 
 
 def _check_entry(manifest: Manifest, directory: Path) -> None:

@@ -100,6 +100,7 @@ class Layers:
                     installed = await layerbuild.build(
                         sorted(set(agent.requirements)),
                         sorted(set(agent.packages)),
+                        own_modules(agent),
                         image=image,
                         stage=stage,
                         sources=self._sources,
@@ -241,6 +242,13 @@ class HostLayers:
         return Layer(digest=final.name, path=final)
 
 
+def own_modules(agent: Agent) -> dict[str, bytes]:
+    """The agent's own files among what it preloads, name -> text: a template is made before any agent's files are in
+    the VM, so they come with the layer."""
+    files = {name: agent.path / f"{name}.py" for name in sorted(agent.preload) if "." not in name}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+
+
 def _shape(agent: Agent, image: Image) -> dict[str, Any]:
     """All that shapes a layer. Wheels ask for an interpreter and a C library only, and outlive an update."""
     try:
@@ -252,6 +260,8 @@ def _shape(agent: Agent, image: Image) -> dict[str, Any]:
         raise ImageError(f"image {image.digest[:12]} does not say what Debian it is made of: build it again") from None
     if agent.packages:
         upon |= {"base": image.base, "installed": dict(image.packages)}
+    if own := own_modules(agent):
+        upon["modules"] = {name: hashlib.sha256(text).hexdigest() for name, text in own.items()}
     return {
         "builder": layerbuild.BUILDER_VERSION,
         "machine": platform.machine(),

@@ -37,6 +37,7 @@ _TOOLS: Final = {
     "setpriv": "util-linux", "prlimit": "util-linux",
 }  # fmt: skip
 _SCRATCH: Final = "var/tmp/swarm-layer"
+_MODULES: Final = "usr/lib/python3/dist-packages"  # searched last: what a wheel brings goes before it
 # What Debian's maintainer scripts expect, and the image's build took away.
 _EXPECTED: Final = ("var/cache/debconf", "var/lib/ucf", "var/lib/apt", "var/lib/systemd", "var/cache/apt")
 # What differs from run to run, or is of no use in a guest; nothing of the image's own is touched by these.
@@ -67,13 +68,15 @@ def check_host(where: Path) -> None:
 async def build(
     requirements: Sequence[str],
     packages: Sequence[str],
+    modules: Mapping[str, bytes],
     *,
     image: Image,
     stage: Path,
     sources: Path,
     progress: Progress,
 ) -> Installed:
-    """Fill ``stage`` with layer.erofs. ``sources``: the directory of apt's configuration (/etc/apt).
+    """Fill ``stage`` with layer.erofs. ``modules``: Python's, by name, that are put beside what is installed.
+    ``sources``: the directory of apt's configuration (/etc/apt).
 
     Raises UsageError for what nobody offers, ImageError when it can't be fetched or installed, HostError.
     """
@@ -99,12 +102,16 @@ async def build(
         await _fetch(requirements, root, stage)
         progress("installing requirements", 0.6)
         await _install_wheels(requirements, root)
+    for name, text in modules.items():
+        file = root / _MODULES / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text)
     progress("compiling", 0.7)
-    modules = [f"/{d.relative_to(root)}" for d in (*root.glob("usr/local/lib/python3*"), root / "usr/lib/python3")]
+    places = [f"/{d.relative_to(root)}" for d in (*root.glob("usr/local/lib/python3*"), root / "usr/lib/python3")]
     # -S: a .pth file of a wheel would run its code. Hashes in place of time stamps, which an erofs has not. -j 0: by
     # all CPUs. What can't be compiled is no error here.
     await _in(root, "/usr/bin/python3", "-I", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode",
-              "unchecked-hash", *modules, check=False)  # fmt: skip
+              "unchecked-hash", *places, check=False)  # fmt: skip
     installed = Installed(
         python=await asyncio.to_thread(_wheels, root),
         debian={name: version for name, version in _debian(root).items() if old.get(name) != version},
