@@ -35,6 +35,8 @@ HEARTBEAT_SECONDS = 2.0
 LOOK_SECONDS = 30.0
 # After somebody's commit that made nothing ready, a claim looks all the same what it did, this long after the last.
 UPKEEP_SECONDS = 1.0
+# While attempts run, most news are of our own writing; so no look so soon after a claim, which saw all there was.
+_QUIET_SECONDS = 0.005
 # Memory and disk that others free are announced by nobody.
 _ROOM_LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 0.5
@@ -105,6 +107,16 @@ class Disk:
         return ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A claim under way: of how many attempts, in how much memory (None: whatever they need), and what is lacking."""
+
+    claims: asyncio.Task[list[Claim]]
+    limit: int
+    memory_mb: int | None
+    lacks: str
+
+
 class Dispatcher:
     """Serves tickets with one Worker until told to stop. ``ended`` is called after each attempt."""
 
@@ -124,6 +136,7 @@ class Dispatcher:
     ) -> None:
         self._store = store
         self._worker = worker
+        self._worker.ending = self._vm_is_free
         self._wake = wake
         self.max_vms = max_vms
         self._memory = memory
@@ -133,6 +146,8 @@ class Dispatcher:
         self._info = dict(info or {})
         self._ended = ended
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asked: _Asked | None = None
+        self._ending: set[str] = set()  # attempts of those tasks whose VM is gone
         self._ends: deque[float] = deque()  # when attempts ended, of the last minute
         self._look = asyncio.Event()  # something happened: look at the queue
         self._now = asyncio.Event()
@@ -204,38 +219,28 @@ class Dispatcher:
     # --- claiming ---------------------------------------------------------------------------------------------------
 
     async def _fill(self) -> float | None:
-        """Claim what fits. How long to wait for news; None when only an end makes room.
-
-        A claim takes the database's write lock, and the sqlite3 shell does not wait for that: so where nothing points
-        to work, a look comes first, which takes none.
-        """
+        """Claim what fits. How long to wait for news; None when only an end makes room."""
         try:
-            while (free := self.max_vms - len(self._tasks)) > 0 and not self.stopping and self._fault is None:
-                expected = self._more or (self._news and not self._tasks)  # news while idle are somebody else's
-                due = Due(ready=True, next_ms=None) if expected else await self._store.due()
-                if not (due.ready or due.next_ms == 0 or self._upkeep_seconds() <= 0):
-                    self.waits_for = ""
-                    return self._until(due)
-                memory_mb = self._memory.left_mb(self.running) if self._memory else None
-                lacks = self._disk.lacks() if self._disk else ""
-                if lacks:
-                    memory_mb = -1  # not even the smallest; what else a claim does is still done
-                self._news, self._claimed_at = False, time.monotonic()
-                most = self._memory.most_mb if self._memory else None
-                limit = free if self._memory is None else 1  # what a VM takes beside its memory is known to us alone
-                claims = await self._worker.claim(limit=limit, memory_mb=memory_mb, most_memory_mb=most)
-                self._trouble, self._more = "", len(claims) == limit
+            while self._asked is not None or self._has_room():
+                if self._asked is None and (wait := await self._nothing_to_do()) is not None and self._asked is None:
+                    return wait
+                asked = self._asked = self._asked or self._ask()
+                try:
+                    claims = await asked.claims
+                finally:
+                    self._asked = None
+                self._trouble, self._more = "", self._more or len(claims) == asked.limit
                 for claim in claims:
                     self._begin(claim)
                 await asyncio.sleep(0)  # they are `running` from their first step on, which counts for memory
                 if claims and not self._more:
                     return LOOK_SECONDS  # our own commit wakes the loop, which then asks what is due
-                if not claims:
+                if not claims and not self._more:
                     due = await self._store.due()
-                    if due.ready and lacks:
-                        self._wait_for_disk(lacks)
-                    elif due.ready and memory_mb is not None:
-                        self.waits_for = f"memory: {max(0, memory_mb)} MB are left for VMs"
+                    if due.ready and asked.lacks:
+                        self._wait_for_disk(asked.lacks)
+                    elif due.ready and asked.memory_mb is not None:
+                        self.waits_for = f"memory: {max(0, asked.memory_mb)} MB are left for VMs"
                     return min(self._until(due), _ROOM_LOOK_SECONDS) if due.ready else self._until(due)
         except StoreError as error:
             self._more = False
@@ -243,6 +248,52 @@ class Dispatcher:
             return _RETRY_SECONDS
         self.waits_for = f"a VM: all {self.max_vms} are in use"
         return None
+
+    def _has_room(self) -> bool:
+        return self._free > 0 and not self.stopping and self._fault is None
+
+    @property
+    def _free(self) -> int:
+        return self.max_vms - len(self._tasks) + len(self._ending)
+
+    async def _nothing_to_do(self) -> float | None:
+        """How long to wait before the next claim; None when one may find work.
+
+        A claim takes the database's write lock, and the sqlite3 shell does not wait for that: so where nothing points
+        to work, a look comes first, which takes none.
+        """
+        if self._more or (self._news and not self._tasks):  # news while idle are somebody else's
+            return None
+        if self._tasks and (rest := self._claimed_at + _QUIET_SECONDS - time.monotonic()) > 0:
+            return rest
+        due = await self._store.due()
+        if due.ready or due.next_ms == 0 or self._upkeep_seconds() <= 0:
+            return None
+        self.waits_for = ""
+        return self._until(due)
+
+    def _ask(self) -> _Asked:
+        """Ask for as much as there is room for. The claim stands behind all that was asked of the store before."""
+        memory_mb = self._memory.left_mb(self.running) if self._memory else None
+        lacks = self._disk.lacks() if self._disk else ""
+        if lacks:
+            memory_mb = -1  # not even the smallest; what else a claim does is still done
+        limit = self._free if self._memory is None else 1  # what a VM takes beside its memory is known to us alone
+        most = self._memory.most_mb if self._memory else None
+        self._news, self._more, self._claimed_at = False, False, time.monotonic()
+        claims = self._worker.claim(limit=limit, memory_mb=memory_mb, most_memory_mb=most)
+        return _Asked(claims=asyncio.create_task(claims), limit=limit, memory_mb=memory_mb, lacks=lacks)
+
+    def _vm_is_free(self, claim: Claim) -> None:
+        """An end is on its way to the database. What follows from it is claimed right behind it, or with it."""
+        if not claim.in_workflow:
+            return
+        self._ending.add(claim.attempt_id)
+        if self._asked is None and self._has_room():
+            self._asked = self._ask()
+        else:
+            self._more = True
+        self._look.set()
 
     def _wait_for_disk(self, lacks: str) -> None:
         if not self.waits_for.startswith("disk"):
@@ -277,10 +328,11 @@ class Dispatcher:
             ended = await self._worker.attempt(claim)
             if not isinstance(ended.outcome, Interrupted):
                 self._ends.append(time.monotonic())
-            self._more = self._more or claim.step_id != "main"  # its end may have made others ready: no need to look
             self._ended(ended)
         except Exception as error:  # a database that is gone for good, or our own mistake: `run` raises it
             self._fail(error)
+        finally:
+            self._ending.discard(claim.attempt_id)
 
     async def _sleep_until_due(self, seconds: float | None) -> None:
         """Return when it is worth looking again: nothing is, while all slots are taken and none was freed."""
@@ -291,7 +343,7 @@ class Dispatcher:
                     await self._look.wait()
 
     def _is_full(self) -> bool:
-        return not self.stopping and self._fault is None and len(self._tasks) >= self.max_vms
+        return not self.stopping and self._fault is None and self._free <= 0
 
     async def _listening(self) -> None:
         while True:
@@ -305,6 +357,11 @@ class Dispatcher:
 
     async def _drain(self) -> None:
         """Give what runs its grace, then put it back."""
+        if self._asked is not None:
+            with contextlib.suppress(StoreError):
+                for claim in await self._asked.claims:
+                    self._begin(claim)
+            await asyncio.sleep(0)  # each puts itself back from its first step on
         if self._tasks and self._fault is None:
             log.info("stopping", running=len(self._tasks), grace_seconds=self._grace_seconds)
             finished = asyncio.ensure_future(asyncio.wait(set(self._tasks)))

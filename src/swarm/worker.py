@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import functools
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -90,7 +91,11 @@ class Ended:
 
 
 class Worker:
-    """``name`` tells this process from every other worker of the same database."""
+    """``name`` tells this process from every other worker of the same database.
+
+    ``ending`` is called when an attempt's VM is gone and its outcome is queued to be written: a claim that is asked for
+    from then on comes behind it, or into the same transaction.
+    """
 
     def __init__(
         self,
@@ -101,6 +106,7 @@ class Worker:
         lease_seconds: float,
         queue_timeout_seconds: float | None = None,
     ) -> None:
+        self.ending: Callable[[Claim], None] = lambda _: None
         self._store = store
         self._engine = engine
         self.name = name
@@ -144,16 +150,16 @@ class Worker:
             await asyncio.gather(*loops, return_exceptions=True)
         await self._flush()
 
-    async def claim(
+    def claim(
         self,
         *,
         limit: int = 1,
         ticket_id: str | None = None,
         memory_mb: int | None = None,
         most_memory_mb: int | None = None,
-    ) -> list[Claim]:
+    ) -> Coroutine[Any, Any, list[Claim]]:
         """See `swarm.store.store.Store.claim`."""
-        claims = await self._store.claim(
+        asked = self._store.claim(
             self.name,
             limit=limit,
             lease_seconds=self._lease_seconds,
@@ -164,9 +170,13 @@ class Worker:
             # Who asks for one ticket by name wants it run.
             queue_timeout_seconds=None if ticket_id else self._queue_timeout_seconds,
         )
-        if claims:
-            faults.reach("claimed")
-        return claims
+
+        async def claimed() -> list[Claim]:
+            if claims := await asked:
+                faults.reach("claimed")
+            return claims
+
+        return claimed()
 
     async def attempt(self, claim: Claim) -> Ended:
         """Execute one claim and write its outcome.
@@ -244,6 +254,7 @@ class Worker:
                     vm_id=attempt.vm_id,
                     events=events,
                     in_workflow=claim.in_workflow,
+                    queued=functools.partial(self.ending, claim),
                 )
             except LeaseLost as error:
                 log.warning("outcome refused by the fence", ticket=claim.ticket.id, why=str(error))

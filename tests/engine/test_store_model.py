@@ -20,7 +20,7 @@ from swarm.model import Failed, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.prove import judge
 from swarm.store.finish import LOST_TRIES
 from swarm.store.store import Store
-from tests.store.databases import SqliteBackend, SqliteOutside, insert, left_overs
+from tests.store.databases import SqliteBackend, SqliteOutside, claimed, insert, left_overs
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=attempts, worker=st.sampled_from("ab"), limit=st.integers(1, 3))
     def claim(self, worker: str, limit: int) -> Any:
-        claims = self.run(self.store.claim(worker, limit=limit, lease_seconds=LEASE_SECONDS))
+        claims = self.run(claimed(self.store, worker, limit=limit, seconds=LEASE_SECONDS))
         for row in self.rows.values():
             if row.owner is not None and row.lease_until <= self.clock:
                 row.owner = None

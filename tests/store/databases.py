@@ -93,6 +93,10 @@ def insert(outside: Outside, id: str, **columns: Any) -> None:  # noqa: A002
     outside.execute(f"INSERT INTO tickets ({names}) VALUES ({', '.join(':' + name for name in values)})", values)
 
 
+async def claimed(store: Store, worker: str = "worker", *, limit: int = 1, seconds: float = LEASE) -> list[Claim]:
+    return await store.claim(worker, limit=limit, lease_seconds=seconds)
+
+
 async def claim_one(store: Store, worker: str = "worker", **options: Any) -> Claim:
     (claim,) = await store.claim(worker, lease_seconds=LEASE, **options)
     return claim

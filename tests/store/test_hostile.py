@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from swarm.errors import Conflict, LeaseLost
 from swarm.model import Cancelled, Interrupted, Outcome, Succeeded
 from swarm.store.store import Store
-from tests.store.databases import ECHO, LEASE, RETRY, Backend, failed, insert, left_overs
+from tests.store.databases import ECHO, LEASE, RETRY, Backend, claimed, failed, insert, left_overs
 
 NASTY = [
     "'",
@@ -56,7 +56,7 @@ def test_hostile_fields(backend: Backend) -> None:
             outside.execute("DELETE FROM tickets")
             given_inputs = json.dumps(inputs, ensure_ascii=False).replace("\0", "\\u0000")
             insert(outside, id, title=title, description=description, project_id=project, inputs=given_inputs)
-            claims = runner.run(store.claim("w", lease_seconds=LEASE))
+            claims = runner.run(claimed(store))
             if not claims:
                 assert "\0" in id or not id.strip()
                 ((state, error),) = outside.execute("SELECT state, error FROM tickets")
@@ -125,7 +125,7 @@ class Queue(RuleBasedStateMachine):
                 if one.tries >= max(one.max_attempts, 3):
                     one.state = "failed"
         waiting = {i: e for i, e in self.expected.items() if e.state in ("ready", "in_progress") and not e.owner}
-        claims = self.runner.run(self.store.claim("w", limit=limit, lease_seconds=LEASE))
+        claims = self.runner.run(claimed(self.store, limit=limit))
         ids = {claim.ticket.id for claim in claims}
         assert len(ids) == len(claims) <= limit
         assert ids <= {i for i, e in waiting.items() if e.delayed[0] <= self.now}

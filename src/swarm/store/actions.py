@@ -6,7 +6,7 @@ The actions are done in memory, in their order, and each step's row is written o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -17,7 +17,7 @@ from swarm.store.changes import Changes
 from swarm.store.database import Row
 from swarm.store.definitions import Definition
 from swarm.store.registry import Agents
-from swarm.store.rows import dump, ids_in_order, lenient, message, milliseconds, new_id
+from swarm.store.rows import dump, ids_in_order, lenient, message, milliseconds, new_id, shallow
 from swarm.store.runs import ALL_STEPS, STEPS, Decided, Run
 from swarm.workflow.definition import Step
 from swarm.workflow.state import (
@@ -317,8 +317,8 @@ class _Work:
             _SET_RUN,
             id=run.id,
             definition=definition.digest,
-            facts=dump(asdict(facts)) if facts is not None else None,
-            progress=dump(asdict(decision.progress)),
+            facts=dump(shallow(facts)) if facts is not None else None,
+            progress=dump(shallow(decision.progress)),
             untold=dump(left) if left else None,
             due_at=run.row.due_at if left else run.row.deadline_at,
             revision=run.row.revision + 1,
@@ -415,10 +415,10 @@ def give_up(changes: Changes, run: Run, error: str) -> None:
 
 
 def _fan(fan: Fan) -> str:
-    return dump(asdict(fan))
+    return dump(shallow(fan))
 
 
 def _retry(step: Step) -> str | None:
     if step.retry is None:
         return None
-    return dump({**asdict(step.retry), "on": sorted(step.retry.on)})
+    return dump({**shallow(step.retry), "on": sorted(step.retry.on)})

@@ -65,6 +65,11 @@ def _driver_sql_in(statement: sa.TextClause, dialect: sa.Dialect, count: int) ->
 
 
 @cache
+def _moment(dialect: Dialect) -> sa.TextClause:
+    return sa.text(f"SELECT {dialect.now_ms} AS now_ms")
+
+
+@cache
 def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
     row: Any = namedtuple("Row", columns)  # type: ignore[misc]  # the names come from our own statements
     make: Callable[[Iterable[Any]], Any] = row._make
@@ -85,7 +90,8 @@ class Tx:
     @cached_property
     def now_ms(self) -> int:
         """Milliseconds since 1970 by the database's clock, read once: one transaction happens at one moment."""
-        return int(self.connection.execute(sa.text(f"SELECT {self.dialect.now_ms}")).scalar_one())
+        (row,) = self.all(_moment(self.dialect))
+        return int(row.now_ms)
 
     @cached_property
     def now(self) -> str:

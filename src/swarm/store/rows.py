@@ -9,9 +9,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from swarm.model import Event, Ticket
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MAX_ERROR_CHARS: Final = 16 * 1024
 
@@ -62,6 +65,11 @@ def message(text: str | None) -> str | None:
     if len(text) > MAX_ERROR_CHARS:
         text = f"{text[:512]} […] {text[-(MAX_ERROR_CHARS - 520) :]}"
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+def shallow(value: DataclassInstance) -> dict[str, Any]:
+    """A value's fields; unlike `dataclasses.asdict`, without a copy of all that is in them."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def dump(value: object) -> str:

@@ -6,7 +6,7 @@ So many lines because all that can be asked of it stands here, a short method ea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final, TypeVar
 
@@ -50,6 +50,7 @@ from swarm.store.database import Database, Tx
 from swarm.store.decider import Decider
 from swarm.store.executor import LANE_SECONDS, WorkflowExecutor
 from swarm.store.lanes import Lane, each
+from swarm.store.queue import Claimed, ClaimRequest
 from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
 from swarm.store.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.wake import Wake
@@ -277,7 +278,7 @@ class Store:
 
     # --- attempts -----------------------------------------------------------------------------------------------------
 
-    async def claim(
+    def claim(
         self,
         worker: str,
         *,
@@ -288,8 +289,9 @@ class Store:
         most_memory_mb: int | None = None,
         held: Collection[str] = (),
         queue_timeout_seconds: float | None = None,
-    ) -> list[Claim]:
-        """Up to ``limit`` attempts for this worker, each under a lease; none when nothing can run now.
+    ) -> Coroutine[Any, Any, list[Claim]]:
+        """Up to ``limit`` attempts for this worker, each under a lease; none when nothing can run now. To be awaited,
+        but asked for with the call itself: it comes behind all that was asked before.
 
         On the way, expired leases are swept and bad rows are answered in their `error`. With ``ticket_id``, only that
         ticket's. With ``memory_mb``, only while the agents' memory fits in that; the first that does not fit ends the
@@ -299,7 +301,7 @@ class Store:
         for more than ``queue_timeout_seconds`` when its turn comes fails. When the caller is cancelled meanwhile, what
         was claimed is handed back, uncounted.
         """
-        request = queue.ClaimRequest(
+        request = ClaimRequest(
             worker=worker,
             limit=limit,
             lease_seconds=lease_seconds,
@@ -309,16 +311,19 @@ class Store:
             held=frozenset(held),
             queue_timeout_seconds=queue_timeout_seconds,
         )
+        return self._claimed(request, self._write.submit(self._queue.claim, request))
+
+    async def _claimed(self, request: ClaimRequest, future: asyncio.Future[Claimed]) -> list[Claim]:
         while True:
-            future = self._write.submit(self._queue.claim, request)
             try:
-                claimed: queue.Claimed = await asyncio.shield(future)
+                claimed: Claimed = await asyncio.shield(future)
             except asyncio.CancelledError:
                 future.add_done_callback(self._hand_back)
                 raise
             self._decider.take_up(claimed.undecided)
             if claimed.claims or not claimed.more:
                 return claimed.claims
+            future = self._write.submit(self._queue.claim, request)
 
     async def decided(self) -> bool:
         """Wait for the decisions of workflows that this store has taken up; False when there are none."""
@@ -353,11 +358,13 @@ class Store:
         vm_id: int | None = None,
         events: Sequence[Event] = (),
         in_workflow: bool = False,
+        queued: Callable[[], None] = lambda: None,
     ) -> None:
         """End an attempt, and with it, or by the retry policy not yet, its step, run and ticket.
 
         ``events`` are the last of its ticket, written before the transitions. ``in_workflow``, as its claim says: its
-        outputs are made ready for that before the write lock is taken.
+        outputs are made ready for that before the write lock is taken. ``queued`` is called as soon as what is asked
+        for afterwards comes later, or into the same transaction.
 
         Raises LeaseLost, with nothing changed, when it no longer owns its step.
         """
@@ -376,7 +383,9 @@ class Store:
             events=tuple(events),
             packed=packed,
         )
-        await self._write.call(self._finisher.finish, request)
+        written = self._write.submit(self._finisher.finish, request)
+        queued()
+        await written
 
     # --- artifacts --------------------------------------------------------------------------------------------------
 

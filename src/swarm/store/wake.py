@@ -23,8 +23,10 @@ log = structlog.get_logger(__name__)
 
 # Looks after a write event until the commit shows: it takes 20 µs, or with synchronous=FULL (what the sqlite3 shell
 # does) an fsync between the two. A look costs 10 µs, a timer of the event loop takes 1 to 2 ms: so the first looks come
-# without one, each after one turn of the loop.
-_LOOKS_SECONDS = (*[0.0] * 30, *[0.001] * 20, *[0.005] * 6)
+# without one, each after one turn of the loop. Not those after a commit that was seen: hardly ever is another one under
+# way that was heard of already, and turns of the loop cost the writing thread its own.
+_AT_ONCE_LOOKS = 30
+_LATER_LOOKS_SECONDS = (*[0.001] * 20, *[0.005] * 6)
 FALLBACK_SECONDS = 1.0
 DEAF_SECONDS = 0.05
 _MASK = Mask.MODIFY | Mask.CREATE | Mask.MOVED_TO | Mask.DELETE
@@ -39,6 +41,7 @@ class Wake:
         self._inode = self._file.stat().st_ino
         self._written = asyncio.Event()
         self._heard = False
+        self._after_one = False  # what was heard led to a commit that was seen
         self._look_seconds = FALLBACK_SECONDS
         self._version = 0
         self._connection = sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, isolation_level=None, timeout=0)
@@ -65,28 +68,47 @@ class Wake:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
         while True:
-            self._heard = self._heard or self._written.is_set()
-            self._written.clear()
+            if self._written.is_set():
+                self._heard, self._after_one = True, False
+                self._written.clear()
             self._check_place()
-            for pause in _LOOKS_SECONDS:
-                if self._moved_on():
-                    return True
-                if not self._heard:
-                    break  # nobody wrote: one look tells it
-                await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
-            self._heard = False
+            if await self._look(deadline):
+                return True
             left = deadline - loop.time()
             if left <= 0:
                 return False
-            try:
-                async with asyncio.timeout(min(left, self._look_seconds)):
-                    await self._written.wait()
-                self._heard = True
-            except TimeoutError:
+            if not await self._hear(min(left, self._look_seconds)):
                 if self._moved_on():
                     return True
                 if loop.time() >= deadline:
                     return False
+
+    async def _look(self, deadline: float) -> bool:
+        """Look until a commit shows, or none can be on its way; a new write begins anew."""
+        loop = asyncio.get_running_loop()
+        at_once, self._after_one = 0 if self._after_one else _AT_ONCE_LOOKS, False
+        for pause in (*[0.0] * at_once, *_LATER_LOOKS_SECONDS):
+            if self._moved_on():
+                self._after_one = True
+                return True
+            if not self._heard:
+                return False  # nobody wrote: one look tells it
+            if not pause:
+                await asyncio.sleep(0)
+            elif await self._hear(min(pause, max(0.0, deadline - loop.time()))):
+                return False
+        self._heard = False
+        return False
+
+    async def _hear(self, seconds: float) -> bool:
+        """Wait for a write, for so long at most."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._written.wait()
+        except TimeoutError:
+            return False
+        self._heard = True
+        return True
 
     def _moved_on(self) -> bool:
         version = self._data_version()
