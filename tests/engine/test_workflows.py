@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from swarm import faults, packages
-from swarm.model import Ticket
+from swarm.dispatch import Dispatcher
+from swarm.model import Claim, Ticket
 from swarm.single import run_ticket
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 from tests.engine.test_crash import restart
@@ -140,6 +141,35 @@ async def test_a_crash_at_a_boundary(plain: Bench, point: str) -> None:
         assert outcomes in (["succeeded"], ["lost", "succeeded"]), (step.step_id, outcomes)
     report = await proved(plain)
     assert (report.done, report.finished_twice) == (1, [])
+
+
+async def test_stopped_between_an_end_and_the_claim_of_what_follows(plain: Bench) -> None:
+    """The claim is on its way with the end already: what it gets goes back, and is not counted."""
+    await plain.agent(AGENT)
+    steps = "  - {{id: {id}, agent: agent, needs: {needs}, inputs: {{log: '{log}'}}}}\n"
+    links = (("a", "[]"), ("b", "a"), ("c", "b"))
+    await add(plain, flow("".join(steps.format(id=id_, needs=needs, log=plain.dir / "log") for id_, needs in links)))
+    async with serving(plain, grace_seconds=30) as dispatcher:
+        queued = plain.worker.ending
+
+        def ending(claim: Claim) -> None:
+            queued(claim)
+            dispatcher.stop()
+            dispatcher.stop()
+
+        plain.worker.ending = ending
+        await plain.until(lambda: _stopped(dispatcher))
+    assert {a.outcome for a in await plain.attempts()} == {"succeeded", "interrupted"}
+    assert await statuses(plain) == {"a": "completed", "b": "ready", "c": "pending"}
+    async with serving(plain):
+        assert await ended(plain, "t") == ["done"]
+    assert (plain.dir / "log").read_text().split() == ["a", "b", "c"]
+    assert [step.retry_count for step in await plain.store.steps("t")] == [0, 0, 0]
+    await proved(plain)
+
+
+async def _stopped(dispatcher: Dispatcher) -> bool:
+    return dispatcher.stopping
 
 
 async def test_two_engines_share_a_fan_out(plain: Bench) -> None:
