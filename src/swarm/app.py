@@ -182,8 +182,8 @@ def templates(settings: Settings) -> Templates:
     return Templates(dir=settings.templates)
 
 
-def gateway(settings: Settings, opened: Store | None, *, booked: bool = True) -> Gateway:
-    """The way to services. Without a store no key is a secret of ours. A trial is not ``booked``: it has no ticket."""
+def gateway(settings: Settings, opened: Store | None) -> Gateway:
+    """The way to services. Without a store no key is a secret of ours, and no call is booked."""
     from swarm.gateway import prices, upstreams
     from swarm.gateway.forward import Gateway
     from swarm.ledger import Limit, Unbooked
@@ -192,13 +192,13 @@ def gateway(settings: Settings, opened: Store | None, *, booked: bool = True) ->
         upstreams=upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ),
         prices=prices.load(_table(settings.prices, settings.home / "prices.toml")),
         keys=upstreams.Keys(secret=None if opened is None else vault(settings, opened).get),
-        ledger=opened if opened is not None and booked else Unbooked(),
+        ledger=opened if opened is not None else Unbooked(),
         day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
     )
 
 
-def outside(settings: Settings, opened: Store | None, *, booked: bool = True) -> Outside:
-    """What attempts may reach beyond their VMs: `async with` it."""
+def outside(settings: Settings, opened: Store | None, *, one_off: bool = False) -> Outside:
+    """What attempts may reach beyond their VMs: `async with` it. ``one_off``: they are of no ticket."""
     from swarm.outside import Outside
 
     def borders() -> Borders:
@@ -207,9 +207,10 @@ def outside(settings: Settings, opened: Store | None, *, booked: bool = True) ->
         return Borders(within=settings.egress_private, never=(settings.subnet,))
 
     return Outside(
-        gateway=lambda: gateway(settings, opened, booked=booked),
+        gateway=lambda: gateway(settings, opened),
         borders=borders,
         secrets=None if opened is None else vault(settings, opened),
+        one_off=one_off,
     )
 
 
@@ -242,10 +243,10 @@ async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
     import tempfile
 
     async with AsyncExitStack() as stack:
-        # Its secrets are in the home's database, if there is one: an author of agents may have none.
+        # Secrets and books are in the home's database, if there is one: an author of agents may have none.
         has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
         opened = await stack.enter_async_context(store(settings)) if has_home else None
-        reachable = await stack.enter_async_context(outside(settings, opened, booked=False))
+        reachable = await stack.enter_async_context(outside(settings, opened, one_off=True))
         if vm:
             await sweep(settings)
             yield engine(settings, launcher(settings, await choice(settings)), reachable)

@@ -13,16 +13,26 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
-    """Whose call it is. All ids are the store's."""
+class Limit:
+    """A budget; None: as much as one likes."""
 
-    ticket_id: str
+    usd: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """Whose call it is. All ids are the store's, but those of a one-off run: it has no ticket, and no rows.
+    ``agent_budget`` holds then; else the agent's row is asked."""
+
+    ticket_id: str | None
     run_id: str
     step_execution_id: str
     step_id: str
     attempt_id: str
     agent_id: str
     agent_name: str
+    agent_budget: Limit = field(default_factory=Limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +41,6 @@ class Spend:
 
     tokens: int
     usd: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
-    """A budget; None: as much as one likes."""
-
-    usd: float | None = None
-    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +106,7 @@ class Bill:
 
 
 class Ledger(Protocol):
-    """Where calls are reserved and booked: the store, or nowhere for a trial without a ticket."""
+    """Where calls are reserved and booked: the store, or nowhere where there is none."""
 
     async def reserve(self, order: Order) -> Verdict: ...
 
@@ -112,7 +114,7 @@ class Ledger(Protocol):
 
 
 class Unbooked:
-    """For one-off runs without a ticket: there is no budget, and nothing is kept."""
+    """For one-off runs on a host without a database: there is no budget, and nothing is kept."""
 
     async def reserve(self, order: Order) -> Verdict:
         return Granted(usd=None, tokens=None)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from swarm.errors import HostError, NotConfigured, NotFound, UsageError
 from swarm.gateway import policy
 from swarm.gateway.policy import Policy
-from swarm.ledger import Account
+from swarm.ledger import Account, Limit
 from swarm.model import Agent, Claim
 from swarm.redact import Redactor
 from swarm.vm.driver import GATEWAY_PORT, PROXY_PORT
@@ -44,7 +44,7 @@ class Secrets(Protocol):
 class Permit:
     """What an attempt was found to be allowed."""
 
-    claim: Claim
+    account: Account
     policy: Policy
     services: Mapping[str, tuple[Upstream, str]] = field(repr=False)
     secrets: Mapping[str, str] = field(repr=False)
@@ -70,7 +70,7 @@ class Reach:
         if self._permit.services:
             listener, address = await listen(GATEWAY_PORT)
             self._door = self._gateway().door(
-                account_of(self._permit.claim),
+                self._permit.account,
                 self._permit.services,
                 listener=listener,
                 url=f"http://{address}",
@@ -116,15 +116,22 @@ class Reach:
 
 
 class Outside:
-    """``gateway`` makes one; it is asked once at most. ``async with`` closes it. ``borders``: where proxies stop."""
+    """``gateway`` makes one; it is asked once at most. ``async with`` closes it. ``borders``: where proxies stop.
+    ``one_off``: attempts here are of no ticket."""
 
     def __init__(
-        self, *, gateway: Callable[[], Gateway], borders: Callable[[], Borders], secrets: Secrets | None = None
+        self,
+        *,
+        gateway: Callable[[], Gateway],
+        borders: Callable[[], Borders],
+        secrets: Secrets | None = None,
+        one_off: bool = False,
     ) -> None:
         self._make = gateway
         self._borders = borders
         self._made: Gateway | None = None
         self._secrets = secrets
+        self._one_off = one_off
 
     async def __aenter__(self) -> Outside:
         return self
@@ -153,7 +160,8 @@ class Outside:
                 secrets = await self._secrets.of(agent.secrets, agent, claim.ticket.workflow_id)
         except (UsageError, NotFound, HostError) as error:
             raise NotConfigured(f"the agent {agent.name!r} can't run here: {error}") from None
-        return Permit(claim=claim, policy=allowed, services=services, secrets=secrets)
+        account = account_of(claim, one_off=self._one_off)
+        return Permit(account=account, policy=allowed, services=services, secrets=secrets)
 
     @asynccontextmanager
     async def reach(self, permit: Permit, record: Record) -> AsyncIterator[Reach]:
@@ -165,13 +173,14 @@ class Outside:
             await reach.close()
 
 
-def account_of(claim: Claim) -> Account:
+def account_of(claim: Claim, *, one_off: bool = False) -> Account:
     return Account(
-        ticket_id=claim.ticket.id,
+        ticket_id=None if one_off else claim.ticket.id,
         run_id=claim.run_id,
         step_execution_id=claim.step_execution_id,
         step_id=claim.step_id,
         attempt_id=claim.attempt_id,
         agent_id=claim.agent.id,
         agent_name=claim.agent.name,
+        agent_budget=Limit(usd=claim.agent.budget_usd, tokens=claim.agent.budget_tokens),
     )

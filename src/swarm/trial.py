@@ -1,4 +1,5 @@
-"""One-off runs of an agent, without a ticket and without a database: `swarm agent run` and `swarm agent test`."""
+"""One-off runs of an agent, without a ticket: `swarm agent run` and `swarm agent test`. What is kept of them is what
+calls of models have cost."""
 
 from __future__ import annotations
 

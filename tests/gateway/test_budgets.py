@@ -210,6 +210,19 @@ async def test_calls_under_way_make_others_wait_and_dead_ones_count_in_full(offi
     assert [c.open_calls for c in await store.costs("day")] == [1]
 
 
+async def test_a_one_off_runs_call_holds_its_share_for_an_hour(office: Office, order: Order) -> None:
+    """It has no attempt, so nothing says that its process died but time."""
+    day = replace(order, day=Limit(usd=1.0), account=replace(order.account, agent_budget=Limit(usd=1.0)))
+    nowhere = {"ticket_id": None, "run_id": "r", "step_execution_id": "r", "attempt_id": "r"}
+    one_off = replace(day, account=replace(day.account, **nowhere))  # type: ignore[arg-type]
+    assert await office.store.reserve(one_off) == Granted(usd=0.8, tokens=10)
+    assert isinstance(await office.store.reserve(replace(one_off, id="two")), Busy)
+    assert isinstance(await office.store.reserve(replace(day, id="three")), Busy)
+    office.sql("UPDATE model_calls SET at = strftime('%Y-%m-%dT%H:%M:%fZ', at, '-61 minutes')")
+    verdict = await office.store.reserve(replace(one_off, id="four"))
+    assert isinstance(verdict, Refused) and "$0.8 of it is spent" in verdict.message
+
+
 async def test_reservations_of_many_engines_at_once_fit(office: Office, order: Order) -> None:
     """Stores of their own, as processes have them."""
     small = replace(order, most=Spend(tokens=1, usd=0.09), least=Spend(tokens=1, usd=0.09))

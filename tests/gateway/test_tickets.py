@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -68,6 +69,46 @@ async def test_an_answer_and_its_bill(gated: Bench) -> None:
     [event] = [e for e in await gated.store.events("t") if e.kind == "model_call"]
     assert event.attempt_id == attempt.id
     await proved(gated)
+
+
+async def test_one_off_runs_are_booked_and_stopped(gated: Bench, api: MessagesApi) -> None:
+    """`swarm agent run` has no ticket; what it spends is the installation's money all the same."""
+    place = gated.dir / "tried"
+    place.mkdir()
+    (place / "agent.yaml").write_text(
+        "name: tried\nversion: 1.0.0\nentry: [main.py]\nnetwork: gateway\nbudget_tokens: 1000\n"
+    )
+    (place / "main.py").write_text(
+        PRELUDE + "done([call(p) for p in json.load(open('input.json'))['inputs']['prompts']])"
+    )
+
+    async def swarm(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "swarm.cli.main", *words, "--home", str(gated.settings.home)],
+            capture_output=True, text=True, timeout=60, env={**os.environ, **environment},
+        )  # fmt: skip
+
+    run = ("agent", "run", str(place), "--no-vm", "--input")
+    done = await swarm(*run, 'prompts=["Write a haiku"]')
+    assert json.loads(done.stdout) == [HAIKU], done.stderr
+    [(tokens, cost, ticket)] = gated.sql("SELECT tokens, cost_usd, ticket_id FROM model_calls")
+    assert isinstance(tokens, int) and tokens > 0 and ticket is None
+    [by_ticket] = json.loads((await swarm("cost", "--by", "ticket", "--json")).stdout)
+    [by_agent] = json.loads((await swarm("cost", "--json")).stdout)
+    assert (by_ticket["name"], by_agent["name"]) == ("(one-off runs)", "tried")
+    assert by_ticket["cost_usd"] == by_agent["cost_usd"] == cost
+    # The budget of the day, and the agent's own.
+    day = await swarm(*run, 'prompts=["a"]', SWARM_BUDGET_TOKENS_PER_DAY=str(tokens))
+    assert day.returncode == 1 and "over budget: this installation's budget for today (UTC)" in day.stderr
+    own = await swarm(*run, f"prompts={json.dumps(['scenario=long output=900', 'a'])}")
+    assert own.returncode == 1 and "over budget: the budget of agent tried for a step is 1,000 tokens" in own.stderr
+    assert len(gated.sql("SELECT 1 FROM model_calls")) == 2, "what was refused was not made"
+    # Without a key: one sentence, and nothing is started.
+    none = await swarm(*run, 'prompts=["a"]', ANTHROPIC_API_KEY="")
+    [said] = [line for line in none.stderr.splitlines() if not line.startswith("note: run without a VM")]
+    assert none.returncode == 1 and "no key for anthropic on this host" in said and "swarm secret set" in said
+    assert len(api.seen) == 2
 
 
 async def test_an_agent_without_the_policy_is_told_nothing(gated: Bench) -> None:

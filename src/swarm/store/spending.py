@@ -15,22 +15,23 @@ from swarm.errors import LeaseLost, NotFound
 from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Verdict
 from swarm.store.changes import INSERT_EVENT
 from swarm.store.database import Row, Tx
-from swarm.store.rows import dump, message
+from swarm.store.rows import dump, iso, message
 
 # Calls of one scope: what was spent, and what calls under way hold. A reservation of an attempt that has ended, or is
-# gone, will never be booked by anybody: it counts as spent.
-_SUMS: Final = """
+# gone, will never be booked by anybody: it counts as spent. A one-off run has no row to tell whether it lives, so there
+# age tells.
+_LIVE: Final = "(a.id IS NOT NULL AND a.outcome IS NULL OR c.ticket_id IS NULL AND c.at >= :recent)"
+_SUMS: Final = f"""
 SELECT
-  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN c.cost_usd WHEN a.outcome IS NULL AND a.id IS NOT NULL THEN 0
-    ELSE c.reserved_usd END), 0) AS spent_usd,
-  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN c.tokens WHEN a.outcome IS NULL AND a.id IS NOT NULL THEN 0
-    ELSE c.reserved_tokens END), 0) AS spent_tokens,
-  COALESCE(SUM(CASE WHEN c.status IS NULL AND a.id IS NOT NULL AND a.outcome IS NULL THEN c.reserved_usd END), 0)
-    AS held_usd,
-  COALESCE(SUM(CASE WHEN c.status IS NULL AND a.id IS NOT NULL AND a.outcome IS NULL THEN c.reserved_tokens END), 0)
-    AS held_tokens
+  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN c.cost_usd WHEN {_LIVE} THEN 0 ELSE c.reserved_usd END), 0)
+    AS spent_usd,
+  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN c.tokens WHEN {_LIVE} THEN 0 ELSE c.reserved_tokens END), 0)
+    AS spent_tokens,
+  COALESCE(SUM(CASE WHEN c.status IS NULL AND {_LIVE} THEN c.reserved_usd END), 0) AS held_usd,
+  COALESCE(SUM(CASE WHEN c.status IS NULL AND {_LIVE} THEN c.reserved_tokens END), 0) AS held_tokens
 FROM model_calls c LEFT JOIN attempts a ON a.id = c.attempt_id AND c.status IS NULL
 """
+_ONE_OFF_LIVES_MS: Final = 3_600_000  # the longest that a call of one is taken for under way
 # By run, not by ticket: an id that is used again after its ticket was deleted starts with nothing spent.
 _OF_TICKET: Final = sa.text(_SUMS + "WHERE c.run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)")
 _OF_RUN: Final = sa.text(_SUMS + "WHERE c.run_id = :run_id")
@@ -65,7 +66,7 @@ _TICKET: Final = sa.text("SELECT id FROM tickets WHERE id = :id")
 
 By = Literal["ticket", "agent", "workflow", "model", "day"]
 _GROUPS: Final[dict[By, str]] = {
-    "ticket": "c.ticket_id",
+    "ticket": "COALESCE(c.ticket_id, '(one-off runs)')",
     "agent": "c.agent",
     "workflow": "COALESCE(c.workflow, '(none)')",
     "model": "c.model",
@@ -88,32 +89,32 @@ def reserve(tx: Tx, order: Order) -> Verdict:
     LeaseLost when the attempt has ended: its worker may be the last to hear of it.
     """
     account = order.account
-    row = tx.first(_LIMITS, run_id=account.run_id, agent_id=account.agent_id, attempt_id=account.attempt_id)
-    if row is None:
-        raise NotFound(f"the ticket {account.ticket_id} was deleted; its agent may not call a model any more")
-    if row.outcome is not None:
-        raise LeaseLost(f"this attempt has ended ({row.outcome}); it may not call a model any more")
-    scopes: list[tuple[str, Limit, sa.TextClause, dict[str, Any]]] = [
-        ("the ticket's budget", _limit(row.budget_usd, row.budget_tokens), _OF_TICKET, {"ticket_id": row.id}),
-        (
-            f"the budget of agent {account.agent_name} for a step",
-            _limit(row.agent_usd, row.agent_tokens),
-            _OF_STEP,
-            {"step_execution_id": account.step_execution_id},
-        ),
-        (
-            f"the budget of workflow {row.workflow} for a run",
-            _limit(row.workflow_usd, row.workflow_tokens),
-            _OF_RUN,
-            {"run_id": account.run_id},
-        ),
-        ("this installation's budget for today (UTC)", order.day, _OF_DAY, {"day": tx.now[:10]}),
-    ]
+    of_agent = f"the budget of agent {account.agent_name} for a step"
+    of_step = {"step_execution_id": account.step_execution_id}
+    scopes: list[tuple[str, Limit, sa.TextClause, dict[str, Any]]]
+    if account.ticket_id is None:
+        workflow = None
+        scopes = [(of_agent, account.agent_budget, _OF_STEP, of_step)]
+    else:
+        row = tx.first(_LIMITS, run_id=account.run_id, agent_id=account.agent_id, attempt_id=account.attempt_id)
+        if row is None:
+            raise NotFound(f"the ticket {account.ticket_id} was deleted; its agent may not call a model any more")
+        if row.outcome is not None:
+            raise LeaseLost(f"this attempt has ended ({row.outcome}); it may not call a model any more")
+        workflow, of_run = row.workflow, {"run_id": account.run_id}
+        limits = _limit(row.workflow_usd, row.workflow_tokens)
+        scopes = [
+            ("the ticket's budget", _limit(row.budget_usd, row.budget_tokens), _OF_TICKET, {"ticket_id": row.id}),
+            (of_agent, _limit(row.agent_usd, row.agent_tokens), _OF_STEP, of_step),
+            (f"the budget of workflow {workflow} for a run", limits, _OF_RUN, of_run),
+        ]
+    scopes.append(("this installation's budget for today (UTC)", order.day, _OF_DAY, {"day": tx.now[:10]}))
+    recent = iso(tx.now_ms - _ONE_OFF_LIVES_MS)
     usd, tokens, busy = order.most.usd, order.most.tokens, ""
     for name, limit, statement, values in scopes:
         if limit.usd is None and limit.tokens is None:
             continue
-        [sums] = tx.all(statement, **values)
+        [sums] = tx.all(statement, recent=recent, **values)
         refusal = _refusal(name, limit, sums, order)
         if refusal:
             return Refused(message=refusal)
@@ -134,7 +135,7 @@ def reserve(tx: Tx, order: Order) -> Verdict:
         step_execution_id=account.step_execution_id,
         attempt_id=account.attempt_id,
         agent=account.agent_name,
-        workflow=row.workflow,
+        workflow=workflow,
         upstream=order.upstream,
         model=message(order.model),
         usd=usd,
@@ -198,7 +199,7 @@ def book(tx: Tx, bills: Sequence[Bill]) -> Sequence[None]:
             tx.run(_ADD_TO_ATTEMPT, id=account.attempt_id, tokens=bill.tokens, usd=usd)
             tx.run(_ADD_TO_STEP, id=account.step_execution_id, tokens=bill.tokens)
             tx.run(_ADD_TO_RUN, id=account.run_id, tokens=bill.tokens, usd=usd)
-        if tx.first(_TICKET, id=account.ticket_id) is not None:
+        if account.ticket_id is not None and tx.first(_TICKET, id=account.ticket_id) is not None:
             tx.run(INSERT_EVENT, **_event(tx, bill, counts))
     return [None] * len(bills)
 
