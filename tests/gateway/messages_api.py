@@ -10,6 +10,8 @@ What it answers is chosen by words in the last message, ``scenario=NAME`` and ``
     silent            never answers
     malformed         200, and a body that is no JSON
     hold              a haiku, when `release` is set
+    half              the first half of an answer in one piece, and the rest when `release` is set
+    echo              an error that shows the key that was sent, in two pieces, the first with ``cut=N`` bytes of it
     stamped           each streamed word is the time when it was sent (ns, CLOCK_MONOTONIC)
     long              says that its output is ``output=N`` tokens, whatever it sent
 
@@ -114,6 +116,8 @@ class MessagesApi:
             await self.release.wait()
         if scenario == "silent":
             await asyncio.sleep(3600)
+        if scenario == "echo":
+            return await self._echo(request, int(words["cut"]))
         if scenario == "malformed":
             return web.Response(body=b'{"type": "message", "content": [', content_type="application/json")
         blocks, stop = self._answer(asked, words, scenario)
@@ -130,8 +134,31 @@ class MessagesApi:
         }  # fmt: skip
         if asked.get("stream") is True:
             return await self._stream(request, message, words, scenario)
+        if scenario == "half":
+            return await self._halves(request, json.dumps(message).encode())
         await asyncio.sleep(float(words.get("delay", 0)))
         return web.json_response(message, headers={**RATE_LIMITS, "request-id": "req_test"})
+
+    async def _halves(self, request: web.Request, answer: bytes) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        response.content_length = len(answer)
+        await response.prepare(request)
+        await response.write(answer[: len(answer) // 2])
+        self.held.set()
+        await self.release.wait()
+        await response.write(answer[len(answer) // 2 :])
+        return response
+
+    async def _echo(self, request: web.Request, cut: int) -> web.StreamResponse:
+        said = f"you sent {self.key} and {self.key[:5]}".encode()
+        response = web.StreamResponse(status=400, headers={"content-type": "text/plain", "x-seen": self.key})
+        response.content_length = len(said)
+        await response.prepare(request)
+        at = len("you sent ") + cut
+        await response.write(said[:at])
+        await asyncio.sleep(0.05)  # so that it arrives in two pieces
+        await response.write(said[at:])
+        return response
 
     def _answer(self, asked: dict[str, Any], words: dict[str, str], scenario: str) -> tuple[list[dict[str, Any]], str]:
         answered = '"tool_result"' in json.dumps(asked.get("messages"))
@@ -194,6 +221,11 @@ class MessagesApi:
             return web.json_response({"id": "c", "model": asked["model"], "choices": [choice], "usage": usage})
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
+        role = {"model": asked["model"], "choices": [{"index": 0, "delta": {"role": "assistant"}}]}
+        await response.write(f"data: {json.dumps(role)}\n\n".encode())
+        if "scenario=hold" in _last_text(asked):
+            self.held.set()
+            await self.release.wait()
         for word in HAIKU.split():
             chunk = {"model": asked["model"], "choices": [{"index": 0, "delta": {"content": word}}]}
             await response.write(f"data: {json.dumps(chunk)}\n\n".encode())

@@ -10,6 +10,7 @@ import aiohttp
 import structlog
 
 from swarm.errors import StoreError
+from swarm.gateway.asked import Asked
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
 from swarm.gateway.usage import Meter, text_tokens, total
@@ -23,11 +24,12 @@ _BOOK_TRIES, _BOOK_AGAIN_SECONDS = 20, 0.5
 
 
 class Call:
-    """Without an order it costs nothing."""
+    """Without an order, and what was asked, it costs nothing."""
 
     def __init__(
         self,
         order: Order | None,
+        asked: Asked | None,
         ledger: Ledger,
         upstream: Upstream,
         *,
@@ -35,6 +37,7 @@ class Call:
         price: Price | None = None,
     ) -> None:
         self._order = order
+        self._asked = asked
         self._ledger = ledger
         self._upstream = upstream
         self._granted = granted
@@ -46,14 +49,15 @@ class Call:
         self._bytes = 0
         self._whole = False
         self.sse = False
+        self.left = True  # the service may have got it
         self.note = ""
 
     def answered(self, answer: aiohttp.ClientResponse) -> None:
         self._status = answer.status
         self.sse = answer.content_type == "text/event-stream"
-        if self._order is not None and answer.status < 300:
-            guessed = self._order.least.tokens - LEAST_OUTPUT_TOKENS if self.sse else self._order.least.tokens
-            self._meter = Meter(self._upstream, model=self._order.model, sse=self.sse, guessed_input=max(0, guessed))
+        if self._asked is not None and answer.status < 300:
+            guessed = total(self._asked.prompt)
+            self._meter = Meter(self._upstream, model=self._asked.model, sse=self.sse, guessed_input=guessed)
 
     def feed(self, chunk: bytes) -> bytes:
         if self._first_byte_ms is None:
@@ -80,19 +84,31 @@ class Call:
         self._whole = True
         return self._meter.end() if self._meter is not None else b""
 
+    def _counts(self, asked: Asked) -> tuple[dict[str, int], bool]:
+        """Tokens by kind, and whether they are a guess."""
+        meter = self._meter
+        if meter is None and (self._status or not self.left):  # refused, or never there
+            return {}, False
+        if meter is None or not (self.sse or self._whole):
+            # Who hangs up does not make the service forget what it was asked.
+            self.note = self.note or "the answer was not seen to its end: counted with all that it may have cost"
+            output = min(asked.longest, LEAST_OUTPUT_TOKENS) if asked.streams else asked.longest
+            return {**asked.prompt, "output": output}, True
+        if self._whole and meter.told:
+            return meter.counts(whole=True), False
+        counts = meter.counts(whole=False)
+        if self._whole:
+            self.note = self.note or "the answer did not say what it used"
+            counts |= {"input": meter.guessed_input, "output": text_tokens(self._bytes)}
+        return counts, True
+
     async def book(self, prices: Prices) -> None:
         assert self._order is not None
-        order, meter = self._order, self._meter
-        estimated = False
-        counts: dict[str, int] = {}
-        if meter is not None:
-            estimated = not (self._whole and meter.told)
-            counts = meter.counts(whole=not estimated)
-            if self._whole and not meter.told:
-                self.note = self.note or "the answer did not say what it used"
-                counts |= {"input": meter.guessed_input, "output": text_tokens(self._bytes)}
-        model = meter.model if meter is not None else order.model
-        price = prices.of(model) or self._price
+        assert self._asked is not None
+        order, meter, dearer = self._order, self._meter, self._asked.dearer
+        counts, estimated = self._counts(self._asked)
+        name = meter.model if meter is not None else self._asked.model
+        model, price = name + dearer, prices.of(name, dearer) or self._price
         cost = price.usd(counts) if price is not None else None if total(counts) else 0.0
         if cost is None:
             self.note = self.note or f"no price for {model} in the list of {prices.date}"

@@ -7,12 +7,12 @@ sends is bounded and checked; what the service answers comes through as it is, e
 from __future__ import annotations
 
 import asyncio
-import json
+import io
 import socket
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 import structlog
@@ -22,12 +22,13 @@ from aiohttp import web
 from swarm.aio import settle
 from swarm.errors import LeaseLost, NotFound, StoreError, UsageError
 from swarm.gateway import wire
+from swarm.gateway.asked import Asked, Unclear, read
 from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
 from swarm.gateway.door import Door, Record, error
 from swarm.gateway.policy import Policy
-from swarm.gateway.prices import Prices
+from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Keys, Upstream
-from swarm.gateway.usage import first, input_tokens
+from swarm.gateway.usage import total
 from swarm.ledger import Account, Busy, Granted, Ledger, Limit, Order, Refused, Spend
 
 log = structlog.get_logger(__name__)
@@ -118,23 +119,18 @@ class Gateway:
         self, door: Door, request: web.BaseRequest, upstream: Upstream, key: str, target: str, body: bytes
     ) -> web.StreamResponse:
         """A call that costs nothing."""
-        call = Call(None, self._ledger, upstream)
+        call = Call(None, None, self._ledger, upstream)
         return await self._pass_on(call, door, request, upstream, key, target, body)
 
     async def _metered(
         self, door: Door, request: web.BaseRequest, upstream: Upstream, key: str, target: str, body: bytes
     ) -> web.StreamResponse:
         try:
-            asked = json.loads(body)
-            model = asked["model"]
-            if not isinstance(model, str):
-                raise TypeError
-        except (ValueError, RecursionError, TypeError, KeyError):
-            return error(400, "invalid_request_error", "the request must be a JSON object that names a model")
-        streams = asked.get("stream") is True
-        if streams and upstream.stream_body:
-            body = json.dumps({**asked, **upstream.stream_body}).encode()
-        order = self._order(door, upstream, asked, model[:200], len(body), streams=streams)
+            asked, body = read(body, upstream)
+        except Unclear as problem:
+            return error(400, "invalid_request_error", f"gateway: {problem}")
+        price = self._prices.of(asked.model, asked.dearer)
+        order = self._order(door, upstream, asked, price)
         try:
             granted = await self._reserve(order)
         except (NotFound, LeaseLost) as gone:
@@ -143,38 +139,31 @@ class Gateway:
             log.warning("a model call can't be booked", error=str(problem), attempt=door.account.attempt_id)
             return error(503, "api_error", "the gateway can't reach its books; try again", **{"retry-after": "2"})
         if isinstance(granted, Refused):
-            door.refuse("budget", model=model[:200], why=granted.message)
+            door.refuse("budget", model=order.model, why=granted.message)
             door.exceed(granted.message)
             return error(402, "billing_error", granted.message, **{"x-should-retry": "false"})
         if isinstance(granted, Busy):
             return error(429, "rate_limit_error", granted.message, **{"retry-after": "5"})
-        call = Call(order, self._ledger, upstream, granted=granted, price=self._prices.of(order.model))
+        call = Call(order, asked, self._ledger, upstream, granted=granted, price=price)
         try:
             return await self._pass_on(call, door, request, upstream, key, target, body)
         finally:
             await settle(call.book(self._prices))
             self._settled.set()
 
-    def _order(
-        self, door: Door, upstream: Upstream, asked: Mapping[str, Any], model: str, size: int, *, streams: bool
-    ) -> Order:
-        price = self._prices.of(model)
-        given = first(asked, upstream.output_limit)
-        longest = given if isinstance(given, int) and given > 0 else upstream.output_default
-        prompt = input_tokens(size, asked)
-
+    def _order(self, door: Door, upstream: Upstream, asked: Asked, price: Price | None) -> Order:
         def spend(output: int) -> Spend:
-            usd = None if price is None else price.usd({"input": prompt, "output": output})
-            return Spend(tokens=prompt + output, usd=usd)
+            counts = {**asked.prompt, "output": output}
+            return Spend(tokens=total(counts), usd=None if price is None else price.usd(counts))
 
-        most = spend(longest)
+        most = spend(asked.longest)
         # What streams can be cut when its money is at an end; what doesn't is paid for in full once it has left.
-        least = spend(min(longest, LEAST_OUTPUT_TOKENS)) if streams else most
+        least = spend(min(asked.longest, LEAST_OUTPUT_TOKENS)) if asked.streams else most
         return Order(
             id=uuid.uuid4().hex,
             account=door.account,
             upstream=upstream.name,
-            model=model,
+            model=asked.model + asked.dearer,
             most=most,
             least=least,
             day=self._day,
@@ -204,6 +193,7 @@ class Gateway:
         body: bytes,
     ) -> web.StreamResponse:
         headers = wire.forwarded(request, upstream, key)
+        veil = wire.Veil(key)
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=_CONNECT_SECONDS, connect=_CONNECT_SECONDS, sock_read=upstream.idle_seconds
         )
@@ -214,29 +204,34 @@ class Gateway:
                 request.method,
                 url,
                 headers=headers,
-                data=body or None,
+                data=io.BytesIO(body) if body else None,  # a large one is sent piece by piece
                 allow_redirects=False,  # a key goes to the service that it is for, and nowhere else
                 timeout=timeout,
                 proxy=wire.proxy_of(upstream.base_url),
             ) as answer:
                 call.answered(answer)
-                response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=wire.returned(answer))
+                response = web.StreamResponse(
+                    status=answer.status, reason=answer.reason, headers=wire.returned(answer, veil)
+                )
                 if answer.content_length is not None and "content-encoding" not in answer.headers:
                     response.content_length = answer.content_length
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():
-                    if out := call.feed(chunk):
+                    if out := veil.feed(call.feed(chunk)):
                         await response.write(out)
                     if (cut := call.over()) is not None:
                         door.exceed(cut)
                         await response.write(wire.event("billing_error", cut))
                         break
                 else:
-                    if rest := call.end():
+                    if rest := veil.feed(call.end()) + veil.end():
                         await response.write(rest)
             await response.write_eof()
             return response
         except (aiohttp.ClientError, TimeoutError, OSError) as problem:
+            call.left = not isinstance(
+                problem, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.ClientHttpProxyError
+            )
             late = isinstance(problem, TimeoutError)
             why = f"{upstream.name} was silent for too long" if late else f"{upstream.name} can't be reached"
             call.note = f"{why}: {type(problem).__name__}"

@@ -64,9 +64,10 @@ class Prices:
         self._models = models
         self.date = date
 
-    def of(self, model: str) -> Price | None:
-        """By name, or by name without the date at its end."""
-        return self._models.get(model) or self._models.get(_DATED.sub("", model))
+    def of(self, model: str, dearer: str = "") -> Price | None:
+        """By name, or by name without the date at its end. ``dearer``: of calls with a surcharge, which stands behind
+        the name (" speed=fast")."""
+        return self._models.get(model + dearer) or self._models.get(_DATED.sub("", model) + dearer)
 
 
 def load(own: Path | None) -> Prices:

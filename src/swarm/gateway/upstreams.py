@@ -21,6 +21,7 @@ _MAX_KEY_BYTES: Final = 16 * 1024
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 _Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")]
 _Route = Annotated[str, StringConstraints(pattern=r"^(GET|POST|PUT|PATCH|DELETE) /[A-Za-z0-9/._~*-]*$")]
+_Surcharge = Annotated[str, StringConstraints(pattern=r"^[a-z_.]+=[a-z0-9_-]+$")]
 Kind = Literal["model", "input", "output", "cache_read", "cache_write", "cache_write_1h"]
 
 
@@ -41,6 +42,8 @@ class Upstream(pydantic.BaseModel):
     idle_seconds: float = Field(default=600, gt=0, le=86_400)
     output_limit: tuple[str, ...] = ()
     output_default: int = Field(default=8192, gt=0)
+    answers: tuple[str, ...] = ()
+    surcharges: tuple[_Surcharge, ...] = ()
     text: tuple[str, ...] = ()
     cache_in_input: bool = False
     stream_body: dict[str, Any] = Field(default_factory=dict)

@@ -37,15 +37,21 @@ def first(value: Any, paths: Iterable[str]) -> Any:
     return next((found for path in paths if (found := dig(value, path)) is not None), None)
 
 
-def input_tokens(size: int, body: Any) -> int:
-    """About how many tokens a request has, rather too many than too few. ``size``: its bytes."""
+def prompt_counts(size: int, body: Any) -> dict[str, int]:
+    """About how many tokens a request has, by kind, rather too many than too few. ``size``: its bytes. If any of it is
+    to be cached, all of it may be, at the price of writing it there."""
     pictures = documents = attached = 0
+    kept: dict[str, int] = {}
     waiting = [body]
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
             waiting += value
         elif isinstance(value, dict):
+            if cached := value.get("cache_control"):
+                kept["cache_write"] = 1
+                if isinstance(cached, dict) and cached.get("ttl") == "1h":
+                    kept["cache_write_1h"] = 1
             data = value.get("data")
             if value.get("type") == "base64" and isinstance(data, str):
                 attached += len(data)
@@ -56,7 +62,8 @@ def input_tokens(size: int, body: Any) -> int:
             else:
                 waiting += value.values()
     text = max(0, size - attached)
-    return text // _BYTES_PER_TOKEN + 1 + pictures * _IMAGE_TOKENS + documents // _DOCUMENT_BYTES_PER_TOKEN
+    tokens = text // _BYTES_PER_TOKEN + 1 + pictures * _IMAGE_TOKENS + documents // _DOCUMENT_BYTES_PER_TOKEN
+    return dict.fromkeys(kept or ("input",), tokens)
 
 
 def text_tokens(size: int) -> int:
@@ -140,7 +147,7 @@ class Meter:
             counts["input"] = max(0, counts["input"] - counts["cache_read"])
         if not whole:
             counts["output"] = max(counts["output"], text_tokens(self._text_bytes))
-            if not any(counts[kind] for kind in ("input", "cache_read", "cache_write")) and self._text_bytes:
+            if not any(counts[kind] for kind in ("input", "cache_read", "cache_write")):
                 counts["input"] = self.guessed_input
         return counts
 

@@ -40,8 +40,42 @@ def forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> CIMulti
     return headers
 
 
-def returned(answer: aiohttp.ClientResponse) -> CIMultiDict[str]:
-    return _passed(answer.headers, _NOT_RETURNED | {"content-length"})
+def returned(answer: aiohttp.ClientResponse, veil: Veil) -> CIMultiDict[str]:
+    headers = _passed(answer.headers, _NOT_RETURNED | {"content-length"})
+    return CIMultiDict((name, veil.text(value)) for name, value in headers.items())
+
+
+class Veil:
+    """An answer without the key that went with its request: some services show in their errors what they were sent.
+    What stands in its place is as long, so that lengths stay true."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key.encode()
+        self._held = b""
+
+    def text(self, text: str) -> str:
+        key = self._key.decode()
+        return text.replace(key, "*" * len(key))
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be passed on: all but what could be the beginning of the key."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        if self._key in data:
+            data = data.replace(self._key, b"*" * len(self._key))
+        if data.endswith(b"\n"):  # as events do, and keys don't
+            return data
+        at = data.find(self._key[:1], max(0, len(data) - len(self._key) + 1))
+        while at >= 0:
+            if self._key.startswith(data[at:]):
+                self._held = data[at:]
+                return data[:at]
+            at = data.find(self._key[:1], at + 1)
+        return data
+
+    def end(self) -> bytes:
+        held, self._held = self._held, b""
+        return held
 
 
 def _passed(headers: Mapping[str, str], kept_back: Set[str]) -> CIMultiDict[str]:

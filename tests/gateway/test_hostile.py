@@ -1,0 +1,170 @@
+"""An agent that means harm to the host's money or its memory, by requests that look almost right."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from typing import Any
+
+import aiohttp
+import pytest
+
+from swarm.gateway.door import Door
+from swarm.gateway.policy import Policy
+from tests.gateway.conftest import KEY, Office, ask
+
+OUTPUT_USD = 5 / 1e6  # a token of claude-haiku-4-5
+
+
+async def send(door: Door, body: bytes, *, path: str = "/v1/messages") -> asyncio.StreamWriter:
+    """A request of which no answer is awaited."""
+    host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {door.token}\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    return writer
+
+
+async def post(door: Door, body: bytes, *, path: str = "/v1/messages") -> tuple[int, str]:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(
+            door.env["ANTHROPIC_BASE_URL"] + path, data=io.BytesIO(body), headers={"x-api-key": door.token}
+        ) as answer,
+    ):
+        return answer.status, await answer.text()
+
+
+@pytest.mark.parametrize("scenario", ["hold", "half"])
+async def test_who_hangs_up_on_an_answer_in_one_piece_pays_for_it(office: Office, scenario: str) -> None:
+    """The service has done, or will do, its work: nobody can say how much, so it counts as reserved."""
+    async with office.door(await office.claim()) as door:
+        writer = await send(door, json.dumps(ask(f"scenario={scenario}", max_tokens=1000)).encode())
+        await asyncio.wait_for(office.api.held.wait(), 20)
+        writer.transport.abort()
+        [(_, tokens, cost, note)] = await office.booked(1)
+        office.api.release.set()
+    assert tokens > 1000
+    assert cost > 1000 * OUTPUT_USD
+    assert note == "the answer was not seen to its end: counted with all that it may have cost"
+    [event] = [e for e in await office.store.events("t") if e.kind == "model_call"]
+    assert event.data["estimated"] is True
+
+
+async def test_who_hangs_up_on_a_stream_pays_for_the_prompt(office: Office) -> None:
+    """Also where the service tells what that was at the end only."""
+    async with office.door(await office.claim(), Policy(upstreams=("anthropic", "openai"))) as door:
+        body = {
+            "model": "m",
+            "stream": True,
+            "messages": [{"role": "user", "content": "scenario=hold " + "x" * 30_000}],
+        }
+        writer = await send(door, json.dumps(body).encode(), path="/openai/v1/chat/completions")
+        await asyncio.wait_for(office.api.held.wait(), 20)
+        writer.transport.abort()
+        [(status, tokens, _, _)] = await office.booked(1)
+        office.api.release.set()
+    assert status == 200
+    assert tokens >= 10_000
+
+
+async def test_a_service_that_falls_silent_may_have_worked(office: Office) -> None:
+    async with office.door(await office.claim()) as door:
+        upstream, key = door._services["anthropic"]
+        door._services["anthropic"] = (upstream.model_copy(update={"idle_seconds": 0.2}), key)  # type: ignore[index]
+        status, _ = await post(door, json.dumps(ask("scenario=silent", max_tokens=1000)).encode())
+        [(_, _, cost, note)] = await office.booked(1)
+    assert status == 504
+    assert cost > 1000 * OUTPUT_USD
+    assert "silent for too long" in note
+
+
+@pytest.mark.parametrize(
+    "twist",
+    [
+        '"max_tokens": 100000, "max_tokens": 1', '"model": "claude-opus-5", "max_tokens": 1', '"max_tokens": "100000"',
+        '"max_tokens": 1.5', '"max_tokens": true', '"max_tokens": [1]', '"max_tokens": 1' + "0" * 400,
+        '"max_tokens": 1e300', '"max_tokens": 9223372036854775807',
+    ],
+)  # fmt: skip
+async def test_what_the_service_might_read_in_another_way(office: Office, twist: str) -> None:
+    """A name that comes twice, a limit that is no plain number: refused, not guessed at."""
+    async with office.door(await office.claim(budget_usd=0.01)) as door:
+        status, said = await post(door, f'{{"model": "claude-haiku-4-5", "messages": [], {twist}}}'.encode())
+    assert status == 400, said
+    assert "invalid_request_error" in said
+    assert office.api.seen == []
+    assert office.sql("SELECT 1 FROM model_calls") == []
+
+
+async def test_a_limit_that_is_a_whole_number_with_a_point_counts_as_that_number(office: Office) -> None:
+    async with office.door(await office.claim(budget_usd=0.01)) as door:
+        status, said = await post(door, b'{"model": "claude-haiku-4-5", "messages": [], "max_tokens": 100000.0}')
+    assert status == 402, said
+
+
+@pytest.mark.parametrize(
+    "dearer", [{"n": 100}, {"max_completion_tokens": 10, "max_tokens": 50_000}, {"max_completion_tokens": 50_000}]
+)
+async def test_many_answers_and_other_ways_to_ask_for_more(office: Office, dearer: dict[str, Any]) -> None:
+    async with office.door(await office.claim(budget_tokens=20_000), Policy(upstreams=("anthropic", "openai"))) as door:
+        body = {"model": "m", "messages": [], "max_tokens": 500}
+        path = "/openai/v1/chat/completions"
+        assert (await post(door, json.dumps(body).encode(), path=path))[0] == 200
+        status, said = await post(door, json.dumps({**body, **dearer}).encode(), path=path)
+        assert status == 402, said
+        status, _ = await post(door, json.dumps({**body, "n": "100"}).encode(), path=path)
+        assert status == 400
+    assert len(office.api.seen) == 1
+
+
+async def test_what_is_written_to_the_cache_is_reserved_at_its_price(office: Office) -> None:
+    """300,000 bytes are about 100,000 tokens: $0.1 as plain input, $0.125 for five minutes, $0.2 for an hour."""
+    async with office.door(await office.claim(budget_usd=0.15)) as door:
+        for kept, expected in (({"type": "ephemeral", "ttl": "1h"}, 402), ({"type": "ephemeral"}, 200)):
+            block = {"type": "text", "text": "x" * 300_000, "cache_control": kept}
+            status, said = await post(door, json.dumps({**ask(), "system": [block]}).encode())
+            assert status == expected, said
+
+
+async def test_a_surcharge_is_no_list_price(office: Office) -> None:
+    """What costs more than the list says has no price: tokens are counted, and a budget in money refuses it."""
+    body = json.dumps({**ask(), "speed": "fast"}).encode()
+    async with office.door(await office.claim("free")) as door:
+        assert (await post(door, body))[0] == 200
+        [(_, tokens, cost, note)] = await office.booked(1)
+        assert (tokens > 0, cost) == (True, None)
+        assert note.startswith("no price for claude-haiku-4-5 speed=fast in the list of 20")
+    async with office.door(await office.claim("poor", budget_usd=1)) as door:
+        status, said = await post(door, body)
+        assert status == 402
+        assert "the price of model 'claude-haiku-4-5 speed=fast' is not known" in said
+
+
+async def test_a_request_that_would_fill_the_hosts_memory(office: Office) -> None:
+    """A few megabytes of JSON can be a gigabyte of objects: it is counted before it is parsed."""
+    async with office.door(await office.claim()) as door:
+        body = b'{"model": "m", "messages": [' + b"{}," * 600_000 + b"{}]}"
+        status, said = await post(door, body)
+        assert status == 400
+        assert "too many values" in said
+        text = json.dumps(ask("a, [b], {c}, " * 20_000)).encode()  # as a person writes
+        assert (await post(door, text))[0] == 200
+    assert len(office.api.seen) == 1
+
+
+async def test_a_service_that_shows_what_it_was_sent(office: Office) -> None:
+    """In headers and bodies, wherever it is cut: the key does not come back."""
+    async with office.door(await office.claim()) as door, aiohttp.ClientSession() as session:
+        for part in (0, 1, 7, len(KEY) - 1):
+            async with session.post(
+                door.env["ANTHROPIC_BASE_URL"] + "/v1/messages",
+                json=ask(f"scenario=echo cut={part}"),
+                headers={"x-api-key": door.token},
+            ) as answer:
+                said = await answer.text()
+                assert answer.status == 400
+                assert KEY not in said + str(answer.headers)
+                assert said == f"you sent {'*' * len(KEY)} and {KEY[:5]}"
+                assert answer.headers["x-seen"] == "*" * len(KEY)
