@@ -217,7 +217,13 @@ def outside(settings: Settings, opened: Store | None, *, one_off: bool = False) 
 def vault(settings: Settings, opened: Store) -> Vault:
     from swarm.vault import Vault
 
-    return Vault(opened, key_file=settings.data_dir / "secret.key")
+    def kept() -> dict[str, str]:
+        from swarm.gateway import upstreams
+
+        table = upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
+        return {service.key: name for name, service in table.items()}
+
+    return Vault(opened, key_file=settings.data_dir / "secret.key", kept=kept)
 
 
 def _table(named: Path | None, usual: Path) -> Path | None:

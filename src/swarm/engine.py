@@ -168,7 +168,7 @@ class Engine:
                 timeline.mark("started", int(ended.started_at * 1e9))
                 timeline.mark("ended", int(ended.ended_at * 1e9))
                 judge(ended)
-                outputs = await machine.unless_it_dies(self._collect(machine))
+                outputs = _redacted(await machine.unless_it_dies(self._collect(machine)), reach.redactor)
                 _check_outputs(agent, outputs)
                 timeline.mark("collected")
             except StepError:
@@ -181,7 +181,7 @@ class Engine:
                     watcher.record("egress", {"via": "tap", "refused": "source", "frames": frames})
         if (sums := reach.over_budget) is not None:
             raise OverBudget(sums)
-        return _redacted(outputs, reach.redactor)
+        return outputs
 
     async def _image(self, agent: Agent) -> Image:
         try:

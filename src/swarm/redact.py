@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,17 +15,18 @@ class Redactor:
 
     def __init__(self, secrets: Mapping[str, str]) -> None:
         given = ((value, f"[{name}]") for name, value in secrets.items() if len(value) >= SHORTEST)
-        # The longest first: one may hold another.
-        self._texts = sorted(given, key=lambda pair: -len(pair[0]))
-        self._bytes = [(value.encode(), mark.encode()) for value, mark in self._texts]
+        # The longest first: one may begin as another does.
+        texts = sorted(given, key=lambda pair: -len(pair[0]))
+        self._texts = dict(reversed(texts))
+        self._bytes = {value.encode(): mark.encode() for value, mark in self._texts.items()}
+        self._in_text = re.compile("|".join(re.escape(value) for value, _ in texts))
+        self.pattern = re.compile(b"|".join(re.escape(value.encode()) for value, _ in texts))
 
     def __bool__(self) -> bool:
         return bool(self._texts)
 
     def text(self, text: str) -> str:
-        for value, mark in self._texts:
-            text = text.replace(value, mark)
-        return text
+        return self._in_text.sub(lambda found: self._texts[found[0]], text) if self else text
 
     def value(self, value: Any) -> Any:
         """The same in all texts of a JSON value, keys included."""
@@ -37,9 +39,10 @@ class Redactor:
         return value
 
     def clean(self, data: bytes) -> bytes:
-        for value, mark in self._bytes:
-            data = data.replace(value, mark)
-        return data
+        return self.pattern.sub(self.mark, data) if self else data
+
+    def mark(self, found: re.Match[bytes]) -> bytes:
+        return self._bytes[found[0]]
 
     def stream(self) -> Stream:
         return Stream(self)
@@ -47,7 +50,7 @@ class Redactor:
     def held(self, data: bytes) -> int:
         """How many bytes at the end may be the beginning of a secret."""
         longest = 0
-        for value, _ in self._bytes:
+        for value in self._bytes:
             for length in range(min(len(value) - 1, len(data)), longest, -1):
                 if data.endswith(value[:length]):
                     longest = length
@@ -63,11 +66,20 @@ class Stream:
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        data = self._redactor.clean(self._held + data)
-        held = self._redactor.held(data)
-        self._held = data[len(data) - held :]
-        return data[: len(data) - held]
+        """The same, piece by piece, as `Redactor.clean` of all at once."""
+        data = self._held + data
+        redactor, clean, at = self._redactor, [], 0
+        until = len(data) - redactor.held(data)  # no secret that begins before can become a longer one
+        while found := redactor.pattern.search(data, at) if redactor else None:
+            if found.start() >= until:
+                break
+            clean += [data[at : found.start()], redactor.mark(found)]
+            at = found.end()
+            if at > until:
+                until = len(data) - redactor.held(data[at:])
+        self._held = data[until:]
+        return b"".join([*clean, data[at:until]])
 
     def end(self) -> bytes:
         rest, self._held = self._held, b""
-        return rest
+        return self._redactor.clean(rest)

@@ -10,7 +10,7 @@ import base64
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -40,11 +40,13 @@ def scope_of(agent: str | None, workflow: str | None, webhook: str | None = None
 
 
 class Vault:
-    """``key_file`` is made when the first secret is set."""
+    """``key_file`` is made when the first secret is set. ``kept``: names of secrets that are not for VMs, and whose key
+    each is; an agent or a workflow can have them by its own scope only."""
 
-    def __init__(self, store: Store, *, key_file: Path) -> None:
+    def __init__(self, store: Store, *, key_file: Path, kept: Callable[[], Mapping[str, str]] = dict) -> None:
         self._store = store
         self._key_file = key_file
+        self._kept = kept
 
     async def set(self, name: str, value: str, *, scope: str = ALL) -> None:
         """Raises UsageError, which never quotes the value."""
@@ -70,7 +72,8 @@ class Vault:
         return self._open(rows[0]) if rows else None
 
     async def of(self, names: Sequence[str], agent: Agent, workflow_id: str | None) -> Mapping[str, str]:
-        """Those of an agent, by name: its own before its workflow's before everybody's. Raises NotFound."""
+        """Those of an agent, by name: its own before its workflow's before everybody's. Raises NotFound, UsageError
+        for one that the gateway keeps."""
         scopes = [f"agent:{agent.name}"]
         if workflow_id:
             scopes += [f"workflow:{workflow_id}", f"workflow:{(await self._store.workflow(workflow_id)).name}"]
@@ -82,6 +85,12 @@ class Vault:
             if row is None:
                 raise NotFound(
                     f"it asks for the secret {name!r}, which is not set: `swarm secret set {name} --agent {agent.name}`"
+                )
+            if row.scope == ALL and (service := self._kept().get(name)):
+                raise UsageError(
+                    f"the secret {name!r} is the key of {service}, which the gateway keeps: no VM gets it. An agent "
+                    f"reaches {service} by its network policy; if it must have a key of its own: "
+                    f"`swarm secret set {name} --agent {agent.name}`"
                 )
             found[name] = self._open(row)
         return found

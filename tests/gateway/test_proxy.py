@@ -133,7 +133,8 @@ async def test_a_body_goes_along(site: Site) -> None:
     [
         "127.0.0.1", "10.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
         "224.0.0.1", "255.255.255.255", "::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "fe80::1", "fd00::1",
-        "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::",
+        "::127.0.0.1", "::ffff:0:127.0.0.1", "fec0::1", "64:ff9b::7f00:1", "64:ff9b:1::1", "5f00::1",
+        "2002:7f00:1::", "2001:0:7f00:1::",
     ],
 )  # fmt: skip
 async def test_addresses_that_no_policy_reaches(site: Site, address: str) -> None:
@@ -180,6 +181,15 @@ async def test_what_is_no_request_for_a_proxy(site: Site, head: bytes) -> None:
         assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
         writer.close()
     assert site.seen == []
+
+
+@pytest.mark.parametrize("host", ["a..example.com", "x" * 70 + ".example.com", ".example.com"])
+async def test_names_that_no_resolver_takes(site: Site, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest is told, and it is recorded."""
+    monkeypatch.setattr(site, "resolve", resolved)
+    async with site.proxy("open") as proxy:
+        assert b"can't be resolved" in await tunnel(proxy, f"{host}:443")
+    assert "can't be resolved" in str(site.events[0]["refused"])
 
 
 async def test_credentials(site: Site) -> None:

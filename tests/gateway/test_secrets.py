@@ -154,10 +154,36 @@ async def test_the_gateways_key_may_be_a_secret(
     assert KEY not in json.dumps([dict(e.data) for e in await plain.store.events("t")])
 
 
-SECRETS = {"a": "abcab", "b": "abc\u00e9", "c": "bcabcx"}
+async def test_the_gateways_key_is_no_secret_of_agents(
+    api: MessagesApi, plain: Bench, vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not because somebody's manifest names it: only who sets it for that very agent gives it away."""
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    await vault.set("anthropic_api_key", KEY)
+    ticket = await plain.run("", secrets=("anthropic_api_key",))
+    assert ticket.state == "failed"
+    assert "is the key of anthropic, which the gateway keeps" in (ticket.error or "")
+    assert "`swarm secret set anthropic_api_key --agent agent`" in (ticket.error or "")
+    assert [(a.vm_id, a.reason) for a in await plain.attempts()] == [(None, "not_configured")]
+    await vault.set("anthropic_api_key", "sk-of-its-own", scope="agent:agent")
+    agent = await plain.store.agent("agent")
+    assert await vault.of(["anthropic_api_key"], agent, None) == {"anthropic_api_key": "sk-of-its-own"}
 
 
-@given(st.lists(st.sampled_from([*SECRETS.values(), "a", "b", "c", "x", "\u00e9", "ab"])), st.data())
+async def test_outputs_that_do_not_fit_show_no_secret(plain: Bench, vault: Vault) -> None:
+    await vault.set("TOKEN", "hunter22-and-more")
+    schema = '{"type": "object", "properties": {"count": {"type": "integer"}}}'
+    code = "import json, os; json.dump({'count': 'is ' + os.environ['TOKEN']}, open('output.json', 'w'))"
+    ticket = await plain.run(code, secrets=("TOKEN",), outputs_schema=schema)
+    assert ticket.state == "failed"
+    assert "[TOKEN]" in (ticket.error or "")
+    assert "hunter22" not in (ticket.error or "")
+
+
+SECRETS = {"a": "abcab", "b": "abc\u00e9", "c": "bcabcx", "d": "abcabcab", "e": "xxxx"}
+
+
+@given(st.lists(st.sampled_from([*SECRETS.values(), "a", "b", "c", "x", "\u00e9", "ab", "xxxx"])), st.data())
 def test_however_output_is_cut(parts: list[str], data: st.DataObject) -> None:
     """Piece by piece is the same as all at once, and no secret comes through."""
     text = "".join(parts).encode()
@@ -166,8 +192,15 @@ def test_however_output_is_cut(parts: list[str], data: st.DataObject) -> None:
     stream = redactor.stream()
     pieces = [stream.feed(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     out = b"".join([*pieces, stream.end()])
+    assert out == redactor.clean(text) == redactor.text(text.decode()).encode()
     for value in SECRETS.values():
         assert value.encode() not in out
+
+
+def test_a_secret_that_begins_as_another_does() -> None:
+    stream = Redactor({"user": "admin", "password": "admin-1234"}).stream()
+    pieces = [stream.feed(piece) for piece in (b"as admin", b"-1234, not adm", b"in", b" or admin")]
+    assert b"".join([*pieces, stream.end()]) == b"as [password], not [user] or [user]"
 
 
 def swarm(home: Path, *words: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:

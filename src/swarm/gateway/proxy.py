@@ -41,8 +41,9 @@ _CLOSE_SECONDS: Final = 2.0
 _MAX_EVENTS: Final = 1000  # of one attempt
 _CHUNK_BYTES: Final = 64 * 1024
 _USER: Final = "swarm"
-# Global by the registry, but ways to addresses that may not be: 6to4, Teredo, NAT64.
-_DISGUISES: Final = tuple(map(ipaddress.ip_network, ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48")))
+# All that IANA has given out for the public, and of this what leads to addresses that may not be: Teredo, 6to4.
+_PUBLIC_V6: Final = ipaddress.IPv6Network("2000::/3")
+_DISGUISES: Final = tuple(map(ipaddress.ip_network, ("2001::/32", "2002::/16")))
 
 
 class Refused(Exception):
@@ -70,7 +71,8 @@ class Borders:
         ours = plain in _of_this_host()
         if any(plain in network for network in self.within):
             return "an address of this host" if ours and not plain.is_loopback else ""
-        if not plain.is_global or plain.is_multicast or any(plain in network for network in _DISGUISES):
+        foreign = plain.version == 6 and plain not in _PUBLIC_V6
+        if foreign or not plain.is_global or plain.is_multicast or any(plain in network for network in _DISGUISES):
             return "a private or special address"
         return "an address of this host" if ours else ""
 
@@ -175,6 +177,8 @@ class Proxy:
                 addresses = await self._borders.resolve(host, port)
             except OSError as error:
                 raise Refused(502, f"{host} can't be resolved: {error.strerror or error}") from None
+            except UnicodeError:  # a part of it is empty, or too long
+                raise Refused(502, f"{host[:255]} can't be resolved: it is no name") from None
         reasons = [self._borders.why_not(address) for address in addresses]
         for address, reason in zip(addresses, reasons, strict=True):
             if not reason:
