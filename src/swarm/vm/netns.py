@@ -138,21 +138,34 @@ def enter_ours(name: str) -> bool:
         enter(name)
     except FileNotFoundError:
         return False
-    return _mark_here() is not None
+    with netlink() as here:
+        return _mark(here) is not None
+
+
+@contextlib.contextmanager
+def netlink_in_ours(name: str) -> Iterator[Any]:
+    """Move this thread into the namespace, and give a socket there; None when there is none of Swarm's of that name."""
+    try:
+        enter(name)
+    except FileNotFoundError:
+        yield None
+        return
+    with netlink() as here:
+        yield here if _mark(here) is not None else None
 
 
 def owner_of(name: str) -> str:
     """What the mark of our namespace says of its owner; '' when it says nothing. Moves this thread."""
     with contextlib.suppress(FileNotFoundError):
         enter(name)
-        return _mark_here() or ""
+        with netlink() as here:
+            return _mark(here) or ""
     return ""
 
 
-def _mark_here() -> str | None:
-    """The owner that this thread's namespace is marked with; None when it has no mark."""
-    with netlink() as here:
-        mark, _, owner = (here.link("get", index=_LOOPBACK)[0].get_attr("IFLA_IFALIAS") or "").partition(" ")
+def _mark(here: Any) -> str | None:
+    """The owner that the namespace of this socket is marked with; None when it has no mark."""
+    mark, _, owner = (here.link("get", index=_LOOPBACK)[0].get_attr("IFLA_IFALIAS") or "").partition(" ")
     return owner if mark == MARK else None
 
 

@@ -263,10 +263,8 @@ class Network:
             port = next(iter(named(host, f"swarm{slot.n}")), None)
             if bridge is None or port is None or port.get_attr("IFLA_MASTER") != bridge:
                 raise NotFound(gone)
-            if not netns.enter_ours(slot.netns):
-                raise NotFound(gone)
-            with netns.netlink() as here:
-                tap = next(iter(named(here, TAP_NAME)), None)
+            with netns.netlink_in_ours(slot.netns) as here:
+                tap = next(iter(named(here, TAP_NAME)), None) if here else None
                 if tap is None:
                     raise NotFound(gone)
                 if tap["flags"] & _IFF_LOWER_UP:
