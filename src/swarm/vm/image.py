@@ -70,6 +70,7 @@ class Images:
         self._cache = cache
         self._guest = guest
         self._default = default
+        self._last: tuple[int, str, ImageInfo] | None = None  # what `_current` found last, and of what state
 
     async def build(
         self,
@@ -167,7 +168,16 @@ class Images:
     # --- finding --------------------------------------------------------------------------------------------------
 
     def _current(self, recipe: Recipe) -> ImageInfo | None:
-        return next((info for info in self.list() if info.recipe == recipe.key), None)
+        """The newest of the recipe; looked for again when an image has come or gone, which the directory's time tells:
+        every ticket asks."""
+        try:
+            stamp = self._dir.stat().st_mtime_ns
+        except OSError:
+            return None
+        if self._last is None or self._last[:2] != (stamp, recipe.key):
+            info = next((info for info in self.list() if info.recipe == recipe.key), None)
+            self._last = (stamp, recipe.key, info) if info else None
+        return self._last[2] if self._last else None
 
     def _named(self, ref: str) -> ImageInfo:
         fits = [info for info in self.list() if info.digest.startswith(ref)] if ref else []
