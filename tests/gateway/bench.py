@@ -5,7 +5,8 @@
 Server, gateway (its books in a real database) and client are a process each. A call is timed by the client; a streamed
 chunk carries the time when the server wrote it, so its way takes what the clock says when it arrives: CLOCK_MONOTONIC
 is one for all processes of a host. What the gateway's process computes for each is told apart: it says more than times
-do on a machine where others work.
+do on a machine where others work. A chunk goes a third way, too: by a relay that knows no HTTP and only passes bytes
+on, in a process of its own. What that adds is what one more process on the way costs here.
 """
 # ruff: noqa: T201
 
@@ -38,20 +39,21 @@ async def main(calls: int, streams: int, chunks: int) -> None:
         async with _child("tests.gateway.messages_api", Path(scratch, "api"), "--key", KEY, "--port-file") as api:
             direct = (api, KEY)
             for budget in ("", "1000"):
-                place = Path(scratch, f"gateway{budget}")
-                async with _child("tests.gateway.bench", place, "--budget", budget, "--serve", api, "--at") as gateway:
-                    through: Way = tuple(gateway.split())  # type: ignore[assignment]
+                place, relayed = Path(scratch, f"gateway{budget}"), Path(scratch, f"relay{budget}")
+                async with (
+                    _child("tests.gateway.bench", place, "--budget", budget, "--serve", api, "--at") as gateway,
+                    _child("tests.gateway.bench", relayed, "--relay", api, "--at") as relay,
+                ):
+                    ways: dict[str, Way] = {"direct": direct, "relay": (relay, KEY)}
+                    ways["gateway"] = tuple(gateway.split())  # type: ignore[assignment]
                     print(f"\n{'with a budget for the day' if budget else 'without budgets'}")
                     own = psutil.Process(int(Path(f"{place}.pid").read_text()))
-                    await _compare(direct, through, own, calls=calls, streams=streams, chunks=chunks)
+                    await _compare(ways, own, calls=calls, streams=streams, chunks=chunks)
 
 
-async def _compare(
-    direct: Way, through: Way, gateway: psutil.Process, *, calls: int, streams: int, chunks: int
-) -> None:
+async def _compare(ways: dict[str, Way], gateway: psutil.Process, *, calls: int, streams: int, chunks: int) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
-        ways = {"direct": direct, "gateway": through}
         for way in ways.values():  # connections open, code loaded
             for _ in range(20):
                 await _call(session, way)
@@ -81,9 +83,10 @@ def _show(what: str, measured: dict[str, list[float]], unit: str) -> None:
     points = {name: (statistics.median(ms), statistics.quantiles(ms, n=20)[18]) for name, ms in measured.items()}
     for name, (p50, p95) in points.items():
         print(f"{what + ', ' + name:34}{p50:>9.3f} {unit}{p95:>9.3f} {unit}")
-    (d50, d95), (g50, g95) = points["direct"], points["gateway"]
-    print(f"{'  more by':34}{g50 - d50:>9.3f} {unit}{g95 - d95:>9.3f} {unit}")
-    print(f"{'  ratio':34}{g50 / d50:>9.2f}   {g95 / d95:>9.2f}")
+    d50, d95 = points.pop("direct")
+    for name, (p50, p95) in points.items():
+        print(f"{f'  more by the {name}':34}{p50 - d50:>9.3f} {unit}{p95 - d95:>9.3f} {unit}")
+        print(f"{'  ratio':34}{p50 / d50:>9.2f}   {p95 / d95:>9.2f}")
 
 
 async def _call(session: aiohttp.ClientSession, way: Way) -> float:
@@ -121,6 +124,45 @@ async def _child(module: str, file: Path, *words: str) -> AsyncIterator[str]:
         await process.wait()
 
 
+class _Relay(asyncio.Protocol):
+    """One side of a connection that is passed on; ``peer`` is the other, None on the side that was connected to."""
+
+    def __init__(self, port: int, peer: _Relay | None = None) -> None:
+        self._port, self._peer = port, peer
+        self._waiting = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        if self._peer is None:
+            self._connecting = asyncio.ensure_future(self._connect())
+
+    async def _connect(self) -> None:
+        there = _Relay(self._port, self)
+        await asyncio.get_running_loop().create_connection(lambda: there, "127.0.0.1", self._port)
+        self._peer = there
+        there.transport.write(self._waiting)
+
+    def data_received(self, data: bytes) -> None:
+        if self._peer is None:
+            self._waiting += data
+        else:
+            self._peer.transport.write(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._peer is not None:
+            self._peer.transport.close()
+
+
+async def _relay(upstream: str, at: Path) -> None:
+    loop, port = asyncio.get_running_loop(), int(upstream.rpartition(":")[2])
+    server = await loop.create_server(lambda: _Relay(port), "127.0.0.1", 0)
+    partial = at.with_name(f".{at.name}")
+    partial.write_text(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    partial.rename(at)
+    await asyncio.Event().wait()
+
+
 async def _serve(upstream: str, at: Path, budget: str) -> None:
     api = MessagesApi(key=KEY, url=upstream)
     day = Limit(usd=float(budget)) if budget else None
@@ -139,6 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--streams", type=int, default=100)
     parser.add_argument("--chunks", type=int, default=50)
     parser.add_argument("--serve")
+    parser.add_argument("--relay")
     parser.add_argument("--at", type=Path)
     parser.add_argument("--budget", default="")
     given = parser.parse_args()
@@ -146,5 +189,7 @@ if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
         if given.serve:
             asyncio.run(_serve(given.serve, given.at, given.budget))
+        elif given.relay:
+            asyncio.run(_relay(given.relay, given.at))
         else:
             asyncio.run(main(given.calls, given.streams, given.chunks))

@@ -72,19 +72,33 @@ def text_tokens(size: int) -> int:
 
 class Meter:
     """Reads one answer as it comes by. ``feed`` gives back what may be passed on: of a stream whole events, so that one
-    of ours can be put behind them."""
+    of ours can be put behind them. What they say is read when somebody asks: whoever waits for them need not wait for
+    that."""
 
     def __init__(self, upstream: Upstream, *, model: str, sse: bool, guessed_input: int) -> None:
         self._upstream = upstream
         self._sse = sse
         self.guessed_input = guessed_input
         self._buffer = bytearray()
+        self._unread: list[bytes] = []
         self._too_large = False
         self._text_bytes = 0
         self._told_in = {path.partition(".")[0] for paths in upstream.usage.values() for path in paths}
         self._counts: dict[str, int] = {}
-        self.model = model
-        self.told = False  # the service has said how much it used
+        self._model = model
+        self._told = False
+
+    @property
+    def model(self) -> str:
+        """As the service names it, once it has."""
+        self._catch_up()
+        return self._model
+
+    @property
+    def told(self) -> bool:
+        """Has the service said how much it used?"""
+        self._catch_up()
+        return self._told
 
     def feed(self, data: bytes) -> bytes:
         if not self._sse:
@@ -101,9 +115,7 @@ class Meter:
             end = len(self._buffer)
         whole = bytes(self._buffer[:end])
         del self._buffer[:end]
-        for line in whole.splitlines():
-            if line.startswith(b"data:") and len(line) <= _MAX_EVENT_BYTES:
-                self._read(line[5:])
+        self._unread.append(whole)
         return whole
 
     def end(self) -> bytes:
@@ -114,6 +126,13 @@ class Meter:
         if not self._too_large:
             self._read(rest)
         return b""
+
+    def _catch_up(self) -> None:
+        unread, self._unread = self._unread, []
+        for events in unread:
+            for line in events.splitlines():
+                if line.startswith(b"data:") and len(line) <= _MAX_EVENT_BYTES:
+                    self._read(line[5:])
 
     def _read(self, text: bytes) -> None:
         try:
@@ -127,21 +146,23 @@ class Meter:
             found = first(event, paths)
             if kind == "model":
                 if isinstance(found, str) and found:
-                    self.model = found[:200]
+                    self._model = found[:200]
             elif isinstance(found, int) and 0 <= found <= _MOST:
                 self._counts[kind] = found
-                self.told = self.told or kind == "output"
+                self._told = self._told or kind == "output"
         for path in self._upstream.text:
             if isinstance(found := dig(event, path), str):
                 self._text_bytes += len(found.encode(errors="replace"))
 
     def counts_so_far(self) -> dict[str, int]:
         """Of a stream that goes on. What the service itself says of the output comes at its end, and is left out."""
-        return self.counts(whole=True) | {"output": text_tokens(self._text_bytes)}
+        counts = self.counts(whole=True)
+        return counts | {"output": text_tokens(self._text_bytes)}
 
     def counts(self, *, whole: bool) -> dict[str, int]:
         """Tokens by kind, and of those written to the cache how many for an hour. Until the answer is ``whole``, its
         output is what came of it, since a service says how much it was at the end only."""
+        self._catch_up()
         counts = {kind: self._counts.get(kind, 0) for kind in (*COUNTS, "cache_write_1h")}
         if self._upstream.cache_in_input:
             counts["input"] = max(0, counts["input"] - counts["cache_read"])
