@@ -51,6 +51,8 @@ _OVER_BUDGET_SECONDS = 5.0
 _QUOTED_LINES, _QUOTED_BYTES = 15, 4096
 # What the next ticket would lack as well.
 _HOST_IS_OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+# Of an output.json: each takes some hundred bytes of memory, and as little as three in the file.
+MAX_CONTAINERS = 1_000_000
 _NO_THREAD = "can't start new thread"  # what threading says when the kernel has no room for one
 
 
@@ -307,6 +309,8 @@ def input_json(claim: Claim, inputs: Any) -> bytes:
 
 def canonical_json(data: bytes) -> str:
     """An agent's output.json as compact JSON text. Raises OutputInvalid."""
+    if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
+        raise OutputInvalid(f"{OUTPUT_FILE} has more than {MAX_CONTAINERS:,} objects and lists")
     try:
         value = json.loads(data.decode(), parse_constant=_no_constant)
         compact = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

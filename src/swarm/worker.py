@@ -34,6 +34,9 @@ RENEW_EVERY_SECONDS = 1.0
 FLUSH_EVERY_SECONDS = 0.1
 # One event holds at most this much of an agent's output.
 CHUNK_BYTES = 16 * 1024
+# So many events have what an agent prints on its streams in the order in which it did.
+_IN_ORDER = 1000
+_STREAMS = 3
 # How long the putting back of an interrupted step is tried: after that its lease does it.
 _PUT_BACK_SECONDS = 5.0
 _STORE_RETRY_SECONDS = 0.5
@@ -375,6 +378,7 @@ class _Watcher:
         self._worker = worker
         self._attempt = attempt
         self._decoders: dict[str, codecs.IncrementalDecoder] = {}  # a character may be split between two reads
+        self._printed = 0  # events
 
     async def placed(self, vm_id: int) -> None:
         faults.reach("placed")
@@ -393,13 +397,18 @@ class _Watcher:
             self._add(stream, self._decoders[stream].decode(data[at : at + CHUNK_BYTES]))
 
     def _add(self, stream: str, text: str) -> None:
-        """One event, or the end of the last one: an agent that prints byte by byte must not cost an event for each."""
+        """One event, or the end of the last one: an agent that prints byte by byte must not cost an event for each,
+        nor, in the long run, one that does it on two streams in turn."""
         claim, unwritten = self._attempt.claim, self._attempt.events
-        if unwritten and unwritten[-1].kind == "output" and unwritten[-1].data["stream"] == stream:
-            before = str(unwritten[-1].data["text"])
-            if len(before) + len(text) <= CHUNK_BYTES:
-                unwritten[-1] = replace(unwritten[-1], data={"stream": stream, "text": before + text})
-                return
+        for back in range(1, min(len(unwritten), 1 if self._printed < _IN_ORDER else _STREAMS) + 1):
+            last = unwritten[-back]
+            if last.kind == "output" and last.data["stream"] == stream:
+                before = str(last.data["text"])
+                if len(before) + len(text) <= CHUNK_BYTES:
+                    unwritten[-back] = replace(last, data={"stream": stream, "text": before + text})
+                    return
+                break
+        self._printed += 1
         self._worker.emit(
             Event(
                 ticket_id=claim.ticket.id,

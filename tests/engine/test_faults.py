@@ -194,7 +194,7 @@ def allow_memory(pid: int, headroom_mb: int | None) -> None:
 
 async def test_an_output_that_does_not_fit_into_memory(plain: Bench) -> None:
     """It fails its own ticket, after the tries that a fault of the host's gets, and no other."""
-    huge = "open('output.json', 'w').write('[' + '[],' * 5_000_000 + '[]]')"  # 15 MB, and 400 MB once it is parsed
+    huge = """open('output.json', 'w').write('[' + '"ab",' * 3_000_000 + '0]')"""  # 15 MB, and 180 MB once it is parsed
     glutton = await plain.agent(huge, "glutton", retry=Retry(delay_seconds=0.05))
     modest = await plain.agent(DONE, "modest")
     async with engine_process(plain) as engine:
