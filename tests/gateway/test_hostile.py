@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
 import pytest
 
+from swarm.gateway import door as doors
 from swarm.gateway.door import Door
 from swarm.gateway.policy import Policy
+from swarm.ledger import Order, Verdict
 from tests.gateway.conftest import KEY, Office, ask
 
 OUTPUT_USD = 5 / 1e6  # a token of claude-haiku-4-5
@@ -168,3 +173,86 @@ async def test_a_service_that_shows_what_it_was_sent(office: Office) -> None:
                 assert KEY not in said + str(answer.headers)
                 assert said == f"you sent {'*' * len(KEY)} and {KEY[:5]}"
                 assert answer.headers["x-seen"] == "*" * len(KEY)
+
+
+@contextmanager
+def watched(office: Office, after: Callable[[Order], Awaitable[None]]) -> Iterator[None]:
+    """``after`` is awaited when a call has been reserved, before the gateway hears of it."""
+    ledger, reserve = office.gateway._ledger, office.gateway._ledger.reserve
+
+    async def told(order: Order) -> Verdict:
+        verdict = await reserve(order)
+        await after(order)
+        return verdict
+
+    ledger.reserve = told  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ledger.reserve = reserve  # type: ignore[method-assign]
+
+
+async def test_who_hangs_up_before_the_call_has_left_holds_no_money(office: Office) -> None:
+    """What was reserved for it would be missing from everybody's day."""
+    reserved, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(order: Order) -> None:
+        reserved.set()
+        await go_on.wait()
+
+    async with office.door(await office.claim()) as door:
+        with watched(office, wait):
+            writer = await send(door, json.dumps(ask(max_tokens=1000)).encode())
+            await asyncio.wait_for(reserved.wait(), 20)
+            [call] = door._calls
+            writer.transport.abort()
+            async with asyncio.timeout(20):
+                while True:
+                    if call.cancelling():
+                        break
+                    await asyncio.sleep(0.01)
+            go_on.set()
+            await asyncio.wait({call}, timeout=20)
+        assert office.sql("SELECT status, cost_usd, note FROM model_calls") == [
+            (0, 0, "it was given up before it left")
+        ]
+    assert office.api.seen == []
+
+
+async def test_calls_that_fail_do_not_fill_the_books(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal costs nothing, but a row and an event for ever, and each call adds up the rows of its day."""
+    monkeypatch.setattr(doors, "MAX_FAILED_CALLS", 5)
+    async with office.door(await office.claim()) as door:
+        body = json.dumps(ask("scenario=429")).encode()
+        said = [await post(door, body) for _ in range(8)]
+        assert [status for status, _ in said] == [429] * 8
+        assert "slow down" in said[4][1]
+        assert "too many calls of this attempt have failed" in said[5][1]
+        assert (await post(door, json.dumps(ask()).encode()))[0] == 429  # also one that would not
+    assert len(office.sql("SELECT 1 FROM model_calls")) == len(office.api.seen) == 5
+    assert [data["refused"] for _, data in office.events] == ["failures"] * 4
+
+
+async def test_calls_that_wait_for_money_do_not_crowd_the_books(office: Office) -> None:
+    """Of one door one asks again, the others wait for their turn: the same books claim everybody's tickets."""
+    asked: Counter[str] = Counter()
+    enough = asyncio.Event()
+
+    async def count(order: Order) -> None:
+        asked[order.id] += 1
+        if asked.total() >= 30:
+            enough.set()
+
+    async with office.door(await office.claim(budget_tokens=1500)) as door:
+        held = asyncio.create_task(post(door, json.dumps(ask("scenario=hold", max_tokens=1000)).encode()))
+        await asyncio.wait_for(office.api.held.wait(), 20)
+        body = json.dumps(ask(max_tokens=1000)).encode()
+        with watched(office, count):
+            others = [asyncio.create_task(post(door, body)) for _ in range(20)]
+            await asyncio.wait_for(enough.wait(), 30)
+            assert len(asked) == 20
+            assert sum(1 for times in asked.values() if times > 1) == 1
+            office.api.release.set()
+            assert (await held)[0] == 200
+            statuses = [(await task)[0] for task in others]
+    assert set(statuses) <= {200, 402}

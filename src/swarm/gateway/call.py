@@ -102,6 +102,15 @@ class Call:
             counts |= {"input": meter.guessed_input, "output": text_tokens(self._bytes)}
         return counts, True
 
+    @property
+    def failed(self) -> bool:
+        return not 200 <= self._status < 300
+
+    def given_up(self) -> None:
+        """By who asked for it, before it left."""
+        self.left = False
+        self.note = "it was given up before it left"
+
     async def book(self, prices: Prices) -> None:
         assert self._order is not None
         assert self._asked is not None

@@ -31,6 +31,8 @@ Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an even
 # What one VM may keep open at once; more wait in the kernel's queue, which holds as many again.
 MAX_CONNECTIONS: Final = 128
 _MAX_HEADER_BYTES: Final = 32 * 1024
+# Calls that failed, of one attempt: each is a row of the books for good, though it cost nothing.
+MAX_FAILED_CALLS: Final = 1000
 _MAX_REFUSALS: Final = 200  # recorded of one attempt: a hostile one must not fill the database
 _CLOSE_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 0.02  # what is left of a connection when its calls have ended (0 would be for ever)
@@ -60,6 +62,8 @@ class Door:
         self.token = secrets.token_urlsafe(32)
         self.exceeded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.held_bytes = 0  # of request bodies, in memory
+        self.failed_calls = 0
+        self.turn = asyncio.Lock()  # to ask the books again
         self._services = services  # with their keys
         self._url = url
         self._record = record

@@ -21,6 +21,7 @@ from aiohttp import web
 
 from swarm.aio import settle
 from swarm.errors import LeaseLost, NotFound, StoreError, UsageError
+from swarm.gateway import door as doors
 from swarm.gateway import wire
 from swarm.gateway.asked import Asked, Unclear, read
 from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
@@ -129,10 +130,19 @@ class Gateway:
             asked, body = read(body, upstream)
         except Unclear as problem:
             return error(400, "invalid_request_error", f"gateway: {problem}")
+        if door.failed_calls >= doors.MAX_FAILED_CALLS:
+            door.refuse("failures", model=asked.model)
+            why = f"gateway: too many calls of this attempt have failed ({door.failed_calls})"
+            return error(429, "rate_limit_error", why, **{"x-should-retry": "false"})
         price = self._prices.of(asked.model, asked.dearer)
         order = self._order(door, upstream, asked, price)
         try:
-            granted = await self._reserve(order)
+            granted = await self._reserve(door, order)
+        except asyncio.CancelledError:
+            call = Call(order, asked, self._ledger, upstream)
+            call.given_up()
+            await settle(call.book(self._prices))
+            raise
         except (NotFound, LeaseLost) as gone:
             return error(403, "permission_error", str(gone), **{"x-should-retry": "false"})
         except StoreError as problem:
@@ -148,6 +158,7 @@ class Gateway:
         try:
             return await self._pass_on(call, door, request, upstream, key, target, body)
         finally:
+            door.failed_calls += call.failed
             await settle(call.book(self._prices))
             self._settled.set()
 
@@ -169,18 +180,23 @@ class Gateway:
             day=self._day,
         )
 
-    async def _reserve(self, order: Order) -> Granted | Busy | Refused:
+    async def _reserve(self, door: Door, order: Order) -> Granted | Busy | Refused:
         deadline = time.monotonic() + _BUSY_SECONDS
-        while True:
-            self._settled.clear()
-            verdict = await settle(self._ledger.reserve(order))
-            if not isinstance(verdict, Busy) or time.monotonic() > deadline:
-                return verdict
-            try:  # another process settles without our hearing of it
-                async with asyncio.timeout(_LOOK_AGAIN_SECONDS):
-                    await self._settled.wait()
-            except TimeoutError:
-                pass
+        verdict = await settle(self._ledger.reserve(order))
+        if not isinstance(verdict, Busy):
+            return verdict
+        # Whoever waits asks again and again: one of each door, or they would keep the database from all others.
+        async with door.turn:
+            while isinstance(verdict, Busy) and time.monotonic() < deadline:
+                self._settled.clear()
+                verdict = await settle(self._ledger.reserve(order))
+                if isinstance(verdict, Busy):
+                    try:  # another process settles without our hearing of it
+                        async with asyncio.timeout(_LOOK_AGAIN_SECONDS):
+                            await self._settled.wait()
+                    except TimeoutError:
+                        pass
+        return verdict
 
     async def _pass_on(
         self,
