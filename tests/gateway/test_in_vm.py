@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -172,6 +173,88 @@ async def test_the_key_is_nowhere_but_in_the_gateway(gated: Bench, api: Messages
     for file in gated.settings.home.rglob("*"):
         if file.is_file():
             assert not _in_file(file, key), file
+
+
+# Everything that the server can answer, as the SDK in a VM sees it through the gateway.
+SDK = """
+import json, time
+import anthropic
+
+client = anthropic.Anthropic(max_retries=0, http_client=anthropic.DefaultHttpxClient(verify=False))
+
+def asked(prompt):
+    return {"model": "claude-haiku-4-5", "max_tokens": 100, "messages": [{"role": "user", "content": prompt}]}
+
+def streamed(prompt):
+    times = []
+    with client.messages.stream(**asked(prompt)) as stream:
+        for _ in stream.text_stream:
+            times.append(time.monotonic())
+        return [stream.get_final_message().content[0].text, round(times[-1] - times[0], 1)]
+
+def failed(ask, prompt):
+    try:
+        return ["no error", str(ask(prompt))]
+    except anthropic.APIStatusError as error:
+        return [type(error).__name__, error.status_code, error.response.headers.get("retry-after")]
+    except Exception as error:
+        return [type(error).__name__]
+
+def whole(prompt):
+    return client.messages.create(**asked(prompt)).content[0].text
+
+tool = {"name": "add", "description": "adds", "input_schema": {"type": "object", "properties": {}}}
+called = client.messages.create(**asked('scenario=tool input={"a": 1}'), tools=[tool])
+found = {
+    "json": whole("Write a haiku"),
+    "sse": streamed("Write a haiku")[0],
+    "slow": streamed("words=5 delay=0.2"),
+    "tool": [called.stop_reason, called.content[0].name, called.content[0].input],
+    "busy": client.with_options(max_retries=2).messages.create(**asked("scenario=429 times=1")).content[0].text,
+    **{name: failed(whole, f"scenario={name}") for name in ("429", "529", "500", "malformed")},
+    "cut": failed(streamed, "scenario=cut words=40"),
+}
+json.dump(found, open("output.json", "w"))
+"""
+
+
+async def test_the_sdk_and_the_shipped_agents_in_vms(gated: Bench, api: MessagesApi) -> None:
+    """Clones of one template, in which the SDK's first call was made."""
+    claude = await gated.store.agent("claude")
+    like = {"requirements": claude.requirements, "preload": claude.preload, "memory_mb": claude.memory_mb}
+    program = await gated.agent(SDK, "sdk", network="gateway", **like)
+    shutil.copy(claude.path / "first_call.py", program.path)
+    gated.insert("sdk", program.id)
+    done = await run_ticket(gated.store, gated.worker, "sdk")
+    got = json.loads(done.outputs or "{}")
+    assert got.get("json") == got["sse"] == got["busy"] == HAIKU, done.error
+    assert got["slow"][0] == "word " * 5 and got["slow"][1] >= 0.6, "as it came"
+    assert got["tool"] == ["tool_use", "add", {"a": 1}]
+    assert got["429"] == ["RateLimitError", 429, "1"]
+    assert [got[name][:2] for name in ("529", "500")] == [["OverloadedError", 529], ["InternalServerError", 500]]
+    assert len(got["malformed"]) == len(got["cut"]) == 1, got
+    history = await gated.store.events("sdk")
+    assert not [e.data for e in history if e.kind == "egress"], "nothing was refused"
+    calls = [e.data for e in history if e.kind == "model_call"]
+    assert sorted(int(str(call["status"])) for call in calls) == [200] * 7 + [429, 429, 500, 529]
+
+    gated.insert("haiku", claude.id, description="words=6 delay=0.2")  # the description is the prompt
+    haiku = await run_ticket(gated.store, gated.worker, "haiku")
+    assert json.loads(haiku.outputs or "{}").get("text") == "word " * 6, haiku.error
+    printed = [e for e in await gated.store.events("haiku") if e.kind == "output"]
+    assert len(printed) >= 3 and printed[0].at != printed[-1].at, "while it came"
+
+    worker = await gated.store.agent("claude-agent")
+    turns = [
+        [{"name": "run_command", "input": {"command": "id -un; cat a.txt"}}],
+        [{"name": "edit_file", "input": {"path": "a.txt", "old": "one", "new": "two"}}],
+    ]
+    inputs = {"prompt": f"scenario=script script={json.dumps(turns)}", "files": {"a.txt": "one\n"}}
+    gated.insert("work", worker.id, inputs=json.dumps(inputs))
+    work = await run_ticket(gated.store, gated.worker, "work")
+    made = json.loads(work.outputs or "{}")
+    assert made.get("changes") == {"a.txt": "changed"} and "-one\n+two\n" in made["diff"], work.error
+    assert api.seen[-1]["body"]["messages"][2]["content"][0]["content"].startswith("agent\none\n")
 
 
 async def test_http_fetch_in_a_vm(gated: Bench) -> None:

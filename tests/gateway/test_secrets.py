@@ -242,6 +242,8 @@ def test_cost(home: Path) -> None:
     by_day = swarm(home, "cost", "--by", "day").stdout.decode().splitlines()
     assert [line.split()[0] for line in by_day] == ["DAY", "2026-01-01", "2026-01-02", "total"]
     assert by_day[-1].split()[1:] == ["2", "20", "0", "0", "0", "0.5000"]
+    for by, name in (("workflow", "(none)"), ("model", "m")):
+        assert json.loads(swarm(home, "cost", "--by", by, "--json").stdout)[0]["name"] == name
     since = swarm(home, "cost", "--by", "ticket", "--since", "2026-01-02")
     assert [line.split()[0] for line in since.stdout.decode().splitlines()] == ["TICKET", "t2"]
     assert b"without the price of 1 calls" in since.stderr

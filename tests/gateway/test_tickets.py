@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from swarm import app, config, setup
 from swarm.config import Settings
@@ -109,6 +110,39 @@ async def test_one_off_runs_are_booked_and_stopped(gated: Bench, api: MessagesAp
     [said] = [line for line in none.stderr.splitlines() if not line.startswith("note: run without a VM")]
     assert none.returncode == 1 and "no key for anthropic on this host" in said and "swarm secret set" in said
     assert len(api.seen) == 2
+
+
+async def test_a_service_of_ones_own_has_its_key_outside_too(gated: Bench) -> None:
+    """A table entry and a secret; no code, no bill. Its key is in the header that the table names."""
+    seen = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        seen.append((request.method, request.path_qs, request.headers.get("Authorization")))
+        return web.json_response({"issues": 3})
+
+    server = await asyncio.get_running_loop().create_server(web.Server(answer), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    (gated.settings.home / "upstreams.toml").write_text(
+        f'[github]\nbase_url = "http://127.0.0.1:{port}"\nkey = "github_token"\n'
+        'header = { Authorization = "Bearer {key}" }\nenv = { GITHUB_API = "{url}", GITHUB_TOKEN = "{token}" }\n'
+        'paths = ["GET /repos/*/*/issues"]\n'
+    )
+    await app.vault(gated.settings, gated.store).set("github_token", "ghp-the-real-one")
+    code = """
+def get(path):
+    headers = {"Authorization": "Bearer " + os.environ["GITHUB_TOKEN"]}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(os.environ["GITHUB_API"] + path, headers=headers)) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code
+done([get("/repos/me/it/issues?state=open"), get("/user"), "ghp" in str(os.environ)])
+"""
+    async with server:
+        ticket = await gated.run(PRELUDE + code, network="gateway:github")
+    assert json.loads(ticket.outputs or "null") == [{"issues": 3}, 404, False], ticket.error
+    assert seen == [("GET", "/repos/me/it/issues?state=open", "Bearer ghp-the-real-one")]
+    assert gated.sql("SELECT 1 FROM model_calls") == []
 
 
 async def test_an_agent_without_the_policy_is_told_nothing(gated: Bench) -> None:
