@@ -114,6 +114,30 @@ async def test_what_is_no_request_for_a_message(office: Office, session: aiohttp
     assert office.api.seen == []
 
 
+@pytest.mark.parametrize(
+    "twist",
+    [
+        "transfer-encoding: chunked\r\n", "content-length: 5\r\n", "x-a: 1\r\n folded: 2\r\n", "x-a: 1\rx-b: 2\r\n",
+        "x-a: 1\0\r\n", "x a: 1\r\n", "host: evil\r\n", "x-a: " + "x" * 40_000 + "\r\n",
+    ],
+)  # fmt: skip
+async def test_what_two_servers_might_read_in_two_ways(
+    office: Office, twist: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Smuggling begins with it. Refused, recorded, and not in the engine's log, which it would fill."""
+    async with office.door(await office.claim()) as door:
+        host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        body = json.dumps(ask()).encode()
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {door.token}\r\ncontent-length: {len(body)}\r\n"
+        writer.write(f"{head}{twist}\r\n".encode() + body)
+        assert (await reader.readline()).split()[1] == b"400"
+        writer.transport.abort()
+    assert office.api.seen == []
+    assert [data["refused"] for _, data in office.events] == ["request"]
+    assert caplog.records == []
+
+
 async def test_what_the_guest_says_of_itself_is_not_passed_on(office: Office, session: aiohttp.ClientSession) -> None:
     spoofed = {
         "x-api-key": "", "X-Forwarded-For": "10.0.0.1", "Forwarded": "for=10.0.0.1", "Cookie": "a=b",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from swarm.gateway.reception import Reception
@@ -71,7 +73,7 @@ class Door:
         self._forward = forward
         self._calls: set[asyncio.Task[Any]] = set()
         self._reception = Reception(listener, most=MAX_CONNECTIONS, welcome=self._welcome)
-        self._server = _Server(self._handle, self._reception.left)
+        self._server = _Server(self._handle, self._reception.left, _logger(self._ill))
 
     def __repr__(self) -> str:  # no key, no token
         return f"<Door of attempt {self.account.attempt_id} at {self._url}>"
@@ -93,6 +95,13 @@ class Door:
             more = {"more": "further refusals are not recorded"} if self._refusals == _MAX_REFUSALS else {}
             self._record("egress", {"via": "gateway", "refused": what, **details, **more})
         log.debug("gateway refused", what=what, attempt=self.account.attempt_id)
+
+    def _ill(self, problem: BaseException) -> None:
+        """What the server says of a connection: it was no HTTP, or we made a mistake."""
+        if isinstance(problem, HttpProcessingError):
+            self.refuse("request", why=problem.message.partition("\n")[0][:200])
+        else:
+            log.error("the gateway failed", attempt=self.account.attempt_id, exc_info=problem)
 
     def exceed(self, message: str) -> None:
         if not self.exceeded.done():
@@ -154,12 +163,28 @@ def _is_plain_query(query: str) -> bool:
     return len(query) <= 2000 and query.isascii() and query.isprintable() and not set(query) & set(" \"'<>#\\^`{|}")
 
 
+def _logger(tell: Callable[[BaseException], None]) -> logging.Logger:
+    """For a server of aiohttp's: a guest must not be able to fill the engine's log."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.exc_info and record.exc_info[1] and record.levelno >= logging.ERROR:
+                tell(record.exc_info[1])
+
+    logger = logging.Logger("swarm.gateway.door")  # by itself: nothing goes up from here
+    logger.addHandler(Handler())
+    return logger
+
+
 class _Server(web.Server):
     """aiohttp's server for connections that somebody else has accepted; each that ends makes room for another."""
 
-    def __init__(self, handler: Callable[[web.BaseRequest], Any], left: Callable[[], None]) -> None:
+    def __init__(
+        self, handler: Callable[[web.BaseRequest], Any], left: Callable[[], None], logger: logging.Logger
+    ) -> None:
         super().__init__(
             handler,
+            logger=logger,
             handler_cancellation=True,  # a guest that hangs up ends its call
             access_log=None,
             keepalive_timeout=30.0,
