@@ -19,7 +19,7 @@ from aiohttp import web
 from swarm import app, config, setup
 from swarm.config import Settings
 from swarm.gateway import policy
-from swarm.gateway.proxy import Address, Borders, Proxy, resolved
+from swarm.gateway.proxy import Address, Borders, Proxy, Resolve, resolved
 from swarm.single import run_ticket
 from tests.engine.conftest import Bench
 
@@ -44,11 +44,15 @@ class Site:
         return [ipaddress.ip_address(answers.pop(0) if len(answers) > 1 else answers[0])]
 
     @asynccontextmanager
-    async def proxy(self, network: str, *, within: tuple[ipaddress.IPv4Network, ...] = ()) -> AsyncIterator[Proxy]:
+    async def proxy(
+        self, network: str, *, within: tuple[ipaddress.IPv4Network, ...] = (), resolve: Resolve | None = None
+    ) -> AsyncIterator[Proxy]:
         listener = socket.create_server(("127.0.0.1", 0))
         proxy = Proxy(
             policy=policy.parse(network),
-            borders=Borders(within=within, never=(ipaddress.ip_network("10.0.0.0/16"),), resolve=self.resolve),
+            borders=Borders(
+                within=within, never=(ipaddress.ip_network("10.0.0.0/16"),), resolve=resolve or self.resolve
+            ),
             listener=listener,
             address=f"127.0.0.1:{listener.getsockname()[1]}",
             record=lambda kind, data: self.events.append(data),
@@ -184,10 +188,9 @@ async def test_what_is_no_request_for_a_proxy(site: Site, head: bytes) -> None:
 
 
 @pytest.mark.parametrize("host", ["a..example.com", "x" * 70 + ".example.com", ".example.com"])
-async def test_names_that_no_resolver_takes(site: Site, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_names_that_no_resolver_takes(site: Site, host: str) -> None:
     """The guest is told, and it is recorded."""
-    monkeypatch.setattr(site, "resolve", resolved)
-    async with site.proxy("open") as proxy:
+    async with site.proxy("open", resolve=resolved) as proxy:
         assert b"can't be resolved" in await tunnel(proxy, f"{host}:443")
     assert "can't be resolved" in str(site.events[0]["refused"])
 
