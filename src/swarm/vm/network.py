@@ -116,8 +116,8 @@ class Network:
         """Make slot n as good as new for another VM: nothing that the last VM did is remembered. 4 ms at best.
 
         All neighbours are permanent, ports learn nothing and the kernel empties a tap's queue when its VMM lets go, so
-        what remains is the namespace's tracked connections. Raises Conflict while a VMM still holds the tap, NotFound
-        when the slot is not there or not whole (then destroy and create it).
+        what remains is the namespace's tracked connections, and the count of what was refused. Raises Conflict while a
+        VMM still holds the tap, NotFound when the slot is not there or not whole (then destroy and create it).
         """
         require_root()
         slot = self.slot(n)
