@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 
 from swarm.gateway.door import MAX_FAILED_CALLS, Door
@@ -216,6 +217,22 @@ async def test_who_hangs_up_before_the_call_has_left_holds_no_money(office: Offi
             (0, 0, "it was given up before it left")
         ]
     assert office.api.seen == []
+
+
+async def test_a_guest_that_reads_nothing_holds_no_descriptor(office: Office) -> None:
+    """Its VM is gone: what was not sent by then never will be."""
+    async with office.door(await office.claim()) as door:
+        port = int(door.env["ANTHROPIC_BASE_URL"].rpartition(":")[2])
+        writer = await send(door, json.dumps(ask("words=3000000")).encode())  # 15 MB
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        async with asyncio.timeout(20):
+            while True:
+                if any(h.transport and h.transport.get_write_buffer_size() for h in door._server.connections):
+                    break
+                await asyncio.sleep(0.01)
+    found = psutil.Process().net_connections("tcp")
+    assert [one for one in found if one.laddr.port == port and one.fd > 0] == []
+    writer.transport.abort()
 
 
 async def test_calls_that_fail_do_not_fill_the_books(office: Office) -> None:

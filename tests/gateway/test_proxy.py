@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import ipaddress
 import json
 import socket
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pytest
 from aiohttp import web
 
@@ -217,6 +219,36 @@ async def _once_some_left(
     for _, writer in idle:
         writer.close()
     return await asking
+
+
+async def test_a_place_that_takes_nothing_holds_no_descriptor(site: Site) -> None:
+    """It and the guest may be friends: what neither of them reads must not stay with the engine for good."""
+    took: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(lambda _, writer: took.append(writer), "127.0.0.1", 0, limit=1)
+    port = server.sockets[0].getsockname()[1]
+    async with site.proxy("allow:www.example.com", within=(LOOPBACK,)) as proxy:
+        host, _, door = proxy.env["HTTP_PROXY"].rpartition("@")[2].partition(":")
+        reader, writer = await asyncio.open_connection(host, int(door))
+        given = base64.b64encode(f"swarm:{proxy.token}".encode()).decode()
+        head = f"CONNECT www.example.com:{port} HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic {given}\r\n\r\n"
+        writer.write(head.encode())
+        await reader.readuntil(b"\r\n\r\n")
+        took[0].transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"x" * (32 << 20))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(writer.drain(), 0.5)  # as much as fits on the way
+        assert open_to(port)
+    assert not open_to(port)
+    assert int(str(site.events[0]["sent_bytes"])) > 100_000  # though it was cut off
+    writer.transport.abort()
+    took[0].transport.abort()
+    server.close()
+
+
+def open_to(port: int) -> list[int]:
+    """Descriptors of this process whose other end is there."""
+    found = psutil.Process().net_connections("tcp")
+    return [one.fd for one in found if one.raddr and one.raddr.port == port and one.fd > 0]
 
 
 async def test_the_hosts_resolver() -> None:

@@ -14,6 +14,7 @@ import hmac
 import logging
 import secrets
 import socket
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -72,6 +73,7 @@ class Door:
         self._refusals = 0
         self._forward = forward
         self._calls: set[asyncio.Task[Any]] = set()
+        self._transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self._reception = Reception(listener, most=MAX_CONNECTIONS, welcome=self._welcome)
         self._server = _Server(self._handle, self._reception.left, _logger(self._ill))
 
@@ -119,12 +121,15 @@ class Door:
         await self._reception.close(seconds=_CLOSE_SECONDS)
         if self._calls:
             await asyncio.wait(set(self._calls), timeout=_CLOSE_SECONDS)
+        for transport in list(self._transports):
+            transport.abort()  # closed gently, it would wait for a VM that is gone to read the rest
         with contextlib.suppress(Exception):
             await self._server.shutdown(timeout=_IDLE_SECONDS)
         self.exceeded.cancel()
 
     async def _welcome(self, connection: socket.socket) -> None:
-        await asyncio.get_running_loop().connect_accepted_socket(self._server, connection)
+        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(self._server, connection)
+        self._transports.add(transport)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         call = asyncio.current_task()

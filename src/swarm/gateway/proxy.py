@@ -37,6 +37,7 @@ _MAX_HEAD_BYTES: Final = 32 * 1024
 _HEAD_SECONDS: Final = 30.0
 _CONNECT_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 600.0
+_LINGER_SECONDS: Final = 10.0  # in which a peer must have taken the last of it
 _CLOSE_SECONDS: Final = 2.0
 _MAX_EVENTS: Final = 1000  # of one attempt
 _CHUNK_BYTES: Final = 64 * 1024
@@ -112,10 +113,10 @@ class Proxy:
             await self._serve(reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # the guest hung up, or never came to the point
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+        except BaseException:
+            writer.transport.abort()
+            raise
+        await _closed(writer)
         self._reception.left()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -141,16 +142,18 @@ class Proxy:
             writer.write(_refusal(refused))
             await writer.drain()
             return
-        sent = received = 0
+        carried = [0, 0]
         try:
             if forwarded:
                 back.write(forwarded)
             else:
                 writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            sent, received = await _relay((reader, back), (there, writer))
+            await _relay(carried, (reader, back), (there, writer))
+            await _closed(back)
         finally:
-            back.close()
+            back.transport.abort()
             took = round((time.monotonic() - began) * 1000, 1)
+            sent, received = carried  # of one that goes on until its attempt ends, too
             self._note({**seen, "sent_bytes": sent + len(forwarded), "received_bytes": received, "ms": took})
 
     def _request(self, head: bytes) -> h11.Request:
@@ -225,9 +228,18 @@ def _target(request: h11.Request) -> tuple[str, int, bytes]:
     return host, port, b"\r\n".join([*lines, b"connection: close", b"", b""])
 
 
-async def _relay(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> list[int]:
-    """Both ways until both have ended, or nothing came for long; how many bytes each carried."""
-    carried = [0, 0]
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    """Gone, in any case: a peer that reads nothing would keep its descriptor for as long as it likes."""
+    writer.close()
+    try:
+        async with asyncio.timeout(_LINGER_SECONDS):
+            await writer.wait_closed()
+    except (OSError, TimeoutError):
+        writer.transport.abort()
+
+
+async def _relay(carried: list[int], *ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+    """Both ways until both have ended, or nothing came for long. ``carried``: how many bytes each has."""
     last = time.monotonic()
 
     async def carry(which: int, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
@@ -247,7 +259,7 @@ async def _relay(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> li
             left = last + _IDLE_SECONDS - time.monotonic()
             _, running = await asyncio.wait(tasks, timeout=max(left, 0.01))
             if not running or time.monotonic() - last >= _IDLE_SECONDS:
-                return carried
+                return
     finally:
         for task in tasks:
             task.cancel()
