@@ -106,7 +106,7 @@ class Engine:
         except StepError as error:
             if _is_host_out(error):
                 raise
-            message = str(error)
+            message = tail.redactor.text(str(error))
             if quoted := tail.quoted():
                 message += f"\nThe last that it printed:\n{quoted}"
             code = error.exit_code if isinstance(error, BadExit) else None
@@ -363,16 +363,16 @@ class _Tail:
         self._watcher = watcher
         self._last: deque[bytes] = deque()
         self._size = 0
-        self._redactor = Redactor({})
+        self.redactor = Redactor({})
         self._streams: dict[str, Stream] = {}
 
     def redact(self, redactor: Redactor) -> None:
-        self._redactor = redactor
+        self.redactor = redactor
 
     def add(self, stream: str, data: bytes) -> None:
-        if self._redactor:
+        if self.redactor:
             if stream not in self._streams:
-                self._streams[stream] = self._redactor.stream()
+                self._streams[stream] = self.redactor.stream()
             data = self._streams[stream].feed(data)
         if data:
             self._pass_on(stream, data)

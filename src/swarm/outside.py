@@ -59,11 +59,15 @@ class Reach:
         self._permit = permit
         self._gateway = gateway
         self._borders = borders
-        self._record = record
+        self._record_as_it_is = record
         self._door: Door | None = None
         self._proxy: Proxy | None = None
         self.env: dict[str, str] = dict(permit.secrets)
         self.redactor = Redactor(permit.secrets)
+
+    def _record(self, kind: str, data: Mapping[str, object]) -> None:
+        """A refusal names what was asked for, which may be a secret."""
+        self._record_as_it_is(kind, self.redactor.value(dict(data)))
 
     async def open(self, listen: Listen) -> None:
         """``listen`` as of the attempt's machine. Raises HostError."""

@@ -134,6 +134,29 @@ async def test_secrets_are_taken_out_of_output_errors_and_outputs(plain: Bench, 
     assert b"hunter22-and-more" not in plain.database.read_bytes()
 
 
+async def test_what_an_agent_was_refused_shows_no_secret(
+    api: MessagesApi, plain: Bench, vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what it asked a model by the wrong name."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
+    await vault.set("TOKEN", "hunter22-and-more")
+    code = PRELUDE + (
+        "import urllib.error, urllib.request\nurl, t = os.environ['ANTHROPIC_BASE_URL'], os.environ['TOKEN']\n"
+        "headers = {'x-api-key': os.environ['ANTHROPIC_API_KEY']}\n"
+        "try: urllib.request.urlopen(urllib.request.Request(f'{url}/v1/{t}', headers=headers))\n"
+        "except urllib.error.HTTPError as error: assert error.code == 404\n"
+        "call('x', model=t)"
+    )
+    agent = await plain.agent(code, network="gateway", secrets=("TOKEN",))
+    plain.insert("t", agent.id, budget_usd=1)
+    ticket = await run_ticket(plain.store, plain.worker, "t")
+    events = [dict(e.data) for e in await plain.store.events("t")]
+    assert [e["path"] for e in events if e.get("refused") == "path"] == ["/v1/[TOKEN]"]
+    assert "the price of model '[TOKEN]' is not known" in (ticket.error or "")
+    assert "hunter22" not in json.dumps(events) + (ticket.error or "")
+
+
 async def test_a_secret_of_a_workflow(plain: Bench, vault: Vault) -> None:
     agent = await plain.agent("", secrets=("TOKEN",))
     plain.sql("INSERT INTO workflows (id, name, version) VALUES ('w', 'nightly', '1.0.0')")
