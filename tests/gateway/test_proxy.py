@@ -21,7 +21,7 @@ from aiohttp import web
 from swarm import app, config, setup
 from swarm.config import Settings
 from swarm.gateway import policy
-from swarm.gateway.proxy import Address, Borders, Proxy, Resolve, resolved
+from swarm.gateway.proxy import MAX_EVENTS, Address, Borders, Proxy, Resolve, resolved
 from swarm.single import run_ticket
 from tests.engine.conftest import Bench
 
@@ -249,6 +249,25 @@ def open_to(port: int) -> list[int]:
     """Descriptors of this process whose other end is there."""
     found = psutil.Process().net_connections("tcp")
     return [one.fd for one in found if one.raddr and one.raddr.port == port and one.fd > 0]
+
+
+async def test_no_connection_hides_behind_many_others(site: Site) -> None:
+    """Of each kind so many are events; of the rest there is a sum in the end, by host."""
+    async with site.proxy("allow:www.example.com", within=(LOOPBACK,)) as proxy:
+        proxy._noted.update(MAX_EVENTS)
+        proxy._noted.subtract(("made", "refused"))
+        for _ in range(2):
+            assert b" 403 " in await tunnel(proxy, f"evil.example.com:{site.port}")
+        for _ in range(3):
+            assert b"GET /through 0" in await tunnel(proxy, f"www.example.com:{site.port}")
+    refused, made, rest = site.events
+    assert (refused["host"], made["host"]) == ("evil.example.com", "www.example.com")
+    assert refused["more"] == made["more"] == "further ones are summed up in the end"
+    further = rest["further"]
+    assert isinstance(further, dict)
+    assert further["evil.example.com"] == {"refused": 1, "made": 0, "sent_bytes": 0, "received_bytes": 0}
+    assert further["www.example.com"]["made"] == 2
+    assert further["www.example.com"]["received_bytes"] > 100
 
 
 async def test_the_hosts_resolver() -> None:

@@ -16,6 +16,7 @@ import ipaddress
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -39,7 +40,10 @@ _CONNECT_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 600.0
 _LINGER_SECONDS: Final = 10.0  # in which a peer must have taken the last of it
 _CLOSE_SECONDS: Final = 2.0
-_MAX_EVENTS: Final = 1000  # of one attempt
+# Of one attempt; of further ones there is a sum for each of so many hosts.
+MAX_EVENTS: Final[Mapping[str, int]] = {"made": 1000, "refused": 200}
+_MAX_HOSTS: Final = 200
+_SUMMED: Final = ("made", "refused", "sent_bytes", "received_bytes")
 _CHUNK_BYTES: Final = 64 * 1024
 _USER: Final = "swarm"
 # All that IANA has given out for the public, and of this what leads to addresses that may not be: Teredo, 6to4.
@@ -87,7 +91,8 @@ class Proxy:
         self._policy = policy
         self._borders = borders
         self._record = record
-        self._events = 0
+        self._noted: Counter[str] = Counter()
+        self._further: dict[str, Counter[str]] = {}
         self._address = address
         self.token = secrets.token_urlsafe(32)
         self._credentials = base64.b64encode(f"{_USER}:{self.token}".encode())
@@ -106,6 +111,10 @@ class Proxy:
 
     async def close(self) -> None:
         await self._reception.close(seconds=_CLOSE_SECONDS)
+        further, self._further = self._further, {}
+        if further:
+            sums = {host: {kind: counts[kind] for kind in _SUMMED} for host, counts in further.items()}
+            self._record("egress", {"via": "proxy", "further": sums})
 
     async def _welcome(self, connection: socket.socket) -> None:
         reader, writer = await asyncio.open_connection(sock=connection, limit=_MAX_HEAD_BYTES)
@@ -189,10 +198,19 @@ class Proxy:
         raise Refused(403, f"{host} is {reasons[0]}, which no policy allows" if reasons else f"{host} has no address")
 
     def _note(self, data: Mapping[str, object]) -> None:
-        self._events += 1
-        if self._events <= _MAX_EVENTS:
-            more = {"more": "further connections are not recorded"} if self._events == _MAX_EVENTS else {}
-            self._record("egress", {**data, **more})
+        kind = "refused" if "refused" in data else "made"
+        self._noted[kind] += 1
+        if self._noted[kind] <= MAX_EVENTS[kind]:
+            last = self._noted[kind] == MAX_EVENTS[kind]
+            self._record("egress", {**data, **({"more": "further ones are summed up in the end"} if last else {})})
+            return
+        host = str(data.get("host", ""))
+        if host not in self._further and len(self._further) >= _MAX_HOSTS:
+            host = "(others)"
+        counts = self._further.setdefault(host, Counter())
+        counts[kind] += 1
+        for name in ("sent_bytes", "received_bytes"):
+            counts[name] += int(str(data.get(name, 0)))
 
 
 def _refusal(refused: Refused) -> bytes:
