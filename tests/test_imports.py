@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "swarm"
 LAYERS: list[set[str]] = [
     {"model"},
     {"errors"},
-    {"config", "process", "aio", "clock", "log", "faults", "redact"},
+    {"config", "process", "aio", "clock", "log", "faults", "redact", "jsontext"},
     {"cel"},
     {"schema"},
     {"vm.driver", "manifest", "versions", "ledger"},  # the values and Protocols between the parts

@@ -14,7 +14,7 @@ from swarm.store.store import Store
 from swarm.store.workflows import WorkflowRow
 from swarm.workflow import validate
 from swarm.workflow.definition import Workflow
-from swarm.workflow.validate import Registry
+from swarm.workflow.pinning import Registry
 
 
 async def ship(store: Store, into: Path) -> list[str]:

@@ -66,6 +66,9 @@ examples:
         ("outputs: {type: object, properties: {a: {pattern: '(?=a)'}}}", "RE2"),
         ("outputs: {type: object, properties: {a: {$ref: 'http://evil'}}}", "only '#/"),
         ("secrets: ['A B']", "secrets.0"),
+        ("memory_md: 256", "memory_md: there is no such field; did you mean 'memory_mb'?"),
+        ("env: {A: 1.0}", "env.A: should be a text, and is the number 1.0: put it in quotes"),
+        ("preload: json", 'preload: should be a list, and is "json"'),
         ("examples: [{input: {}}]", "examples.0.input"),
         ("version: 2.0.0", "line 4, column 1: the key 'version' is here twice"),
     ],
@@ -151,6 +154,17 @@ def test_hostile_archives(tmp_path: Path, fill: Callable[[tarfile.TarFile], None
     with pytest.raises(UsageError, match=said):
         bundle.unpack(archive(tmp_path / "a.tar.gz", fill), into)
     assert {p.name for p in tmp_path.iterdir()} == {"a.tar.gz", "into"} and not Path("/etc/evil").exists()
+
+
+def test_an_archive_of_headers_only(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, body = tarfile.XHDTYPE, b"10 a=bbbb\n"
+    header.size = len(body)
+    one = header.tobuf(tarfile.USTAR_FORMAT) + body.ljust(512, b"\0")
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(one * 3000))
+    (tmp_path / "into").mkdir()
+    with pytest.raises(UsageError, match="too many headers"):
+        bundle.unpack(tmp_path / "a.tar.gz", tmp_path / "into")
 
 
 def test_an_archive_of_too_much(tmp_path: Path) -> None:

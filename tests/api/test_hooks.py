@@ -189,6 +189,7 @@ DEEP = b"[" * 200_000
         (b"branch=main", 400, "not JSON"),
         (b'{"branch": "\xff"}', 400, "UTF-8"),
         (b'{"branch": NaN}', 400, "NaN"),
+        (b'{"branch": "main", "n": 1e999}', 400, "the number 1e999 is too large"),
         (DEEP, 400, "nested too deeply"),
         (b"1" * 10_000, 400, "not JSON"),
         (b"{}", 422, "trigger.body has no 'branch'"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from swarm import __version__
 from swarm.model import ECHO_AGENT_ID
 
 BIN = Path(sys.executable).parent
@@ -59,6 +60,12 @@ def test_help(command: list[str]) -> None:
     is_group = command[-1] in ("ticket", "agent", "workflow", "image", "vm")
     assert is_group or "Examples" in done.stdout
     assert len(command) > 1 or run(*command, "--help").stdout == done.stdout
+
+
+@pytest.mark.parametrize("program", ["swarm", "swarm-engine", "swarm-spawn-ns", "swarm-cleanup"])
+def test_version(program: str) -> None:
+    done = run(program, "--version")
+    assert (done.returncode, done.stdout) == (0, f"{program} {__version__}\n")
 
 
 def test_init_is_idempotent_and_makes_both_paths_one_database(tmp_path: Path) -> None:

@@ -78,6 +78,9 @@ def test_an_agent_from_its_template_to_its_end(swarm: Run, place: Path, tmp_path
     assert ok(swarm("agent", "add", "same.tar.gz")) == added and name in ok(swarm("agent", "show", name))
     ran = swarm("agent", "run", name, "--no-vm", "--input", "name=Bob")
     assert json.loads(ok(ran)) == {"greeting": "Hello, Bob!"}
+    (tmp_path / "given.json").write_text('{"name": "Ada"}')
+    ran = swarm("agent", "run", name, "--no-vm", "--input-json", "given.json", "--input", "name=NaN")
+    assert json.loads(ok(ran)) == {"greeting": "Hello, NaN!"}, "a text: JSON has no such number"
     program = next((tmp_path / name).glob("main.*"))
     program.write_text(program.read_text().replace("Hello", "Goodbye"))
     before = sorted((place / "agents").iterdir())

@@ -55,6 +55,8 @@ def test_run_and_follow(swarm: Swarm, tmp_path: Path) -> None:
     refused = swarm("swarm workflow run echo-chain --input message=7", status=2)
     assert "$.message: 7 is not of type 'string'" in refused.stderr
     swarm("swarm workflow disable echo-chain")
+    refused = swarm("swarm workflow run echo-chain --input-json /dev/null --inputs {}", status=2)
+    assert "use one of them" in refused.stderr
     assert "is disabled" in swarm("swarm workflow run echo-chain", status=2).stderr
 
 

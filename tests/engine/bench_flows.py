@@ -23,7 +23,7 @@ from swarm.errors import NotFound
 from swarm.store.store import Store
 from swarm.workflow import validate
 from swarm.workflow.definition import Workflow
-from swarm.workflow.validate import Registry
+from swarm.workflow.pinning import Registry
 from tests.store.bench_queue import ECHO, out
 
 Engines = Callable[[Path, int, int, list[dict[str, object]]], AbstractContextManager[None]]

@@ -12,7 +12,7 @@ from swarm.model import Claim, Failed, FailureReason, Outcome, Succeeded
 from swarm.store.rows import StepRow
 from swarm.store.store import Store
 from swarm.workflow import validate
-from swarm.workflow.validate import Registry
+from swarm.workflow.pinning import Registry
 from tests.store.databases import ECHO, LEASE, Outside, insert
 
 Behaviour = Callable[[Claim], Outcome]

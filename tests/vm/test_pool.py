@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from swarm import app, process
 from swarm.clock import Timeline
 from swarm.config import Settings
+from swarm.errors import HostError
 from swarm.vm import pool as pools
 from swarm.vm.driver import Image, VmSpec
 from swarm.vm.launcher import Label, Launcher, Machine
@@ -113,6 +115,16 @@ async def test_a_machine_that_does_not_answer_is_not_handed_out(launcher: Launch
         async with machine(launcher, spec) as taken:
             assert taken.vm.pid != victim
             assert "hello" in await hello_world(taken)
+
+
+async def test_nobody_waits_for_machines_that_can_not_be_made(launcher: Launcher, spec: VmSpec, tmp_path: Path) -> None:
+    template = await launcher.template(spec)
+    assert template is not None
+    async with Pool(launcher, warm=1, back_off_seconds=0.05) as pool:
+        pool._shelf(dataclasses.replace(template, dir=tmp_path / "gone")).pinned = True
+        pool._news.set()
+        with pytest.raises(HostError, match="no warm VM can be made, after 3 tries: "):
+            await pool.filled()
 
 
 async def test_an_old_machine_is_not_handed_out(launcher: Launcher, spec: VmSpec) -> None:

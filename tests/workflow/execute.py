@@ -17,9 +17,9 @@ from swarm.cel.evaluate import Evaluator
 from swarm.errors import NotFound, StepError
 from swarm.model import Agent, RunStatus, StepStatus
 from swarm.workflow.definition import Workflow
+from swarm.workflow.pinning import Registry
 from swarm.workflow.state import End
 from swarm.workflow.structure import Graph, facts
-from swarm.workflow.validate import Registry
 from tests.workflow.runs import Run
 
 BUILTIN = [agents.read(directory) for directory in agents.builtin()]

@@ -14,7 +14,7 @@ from swarm import manifest, schema
 from swarm.errors import NotFound
 from swarm.manifest import Invalid
 from swarm.model import Agent, FailureReason, Retry
-from swarm.workflow import definition, graph, parse, validate
+from swarm.workflow import definition, graph, parse, pinning, validate
 from swarm.workflow.definition import (
     Approval,
     ForEach,
@@ -46,10 +46,19 @@ def inner(reference: str) -> Workflow:
         return parse.read("name: inner\nversion: 2.0.0\ninputs: {x: string}\nsteps: [{id: a, agent: echo}]\n")[0]
     if reference == "loop":
         return parse.read("name: loop\nversion: 2.0.0\nsteps: [{id: a, workflow: loop}]\n")[0]
+    if reference.startswith("wide-"):  # each has thirty of the one before
+        n = int(reference.removeprefix("wide-"))
+        does = f"workflow: wide-{n - 1}" if n else "agent: echo"
+        steps = "".join(f"  - {{id: s{i}, {does}}}\n" for i in range(30))
+        return parse.read(f"name: {reference}\nversion: 1.0.0\nsteps:\n{steps}")[0]
+    if reference.startswith("deep-"):
+        n = int(reference.removeprefix("deep-"))
+        does = f"workflow: deep-{n - 1}" if n else "agent: echo"
+        return parse.read(f"name: {reference}\nversion: 1.0.0\nsteps: [{{id: a, {does}}}]\n")[0]
     raise NotFound(f"no workflow {reference!r}")
 
 
-REGISTRY = validate.Registry(agent=find, workflow=inner)
+REGISTRY = pinning.Registry(agent=find, workflow=inner)
 
 
 def problems(text: str) -> list[str]:
@@ -133,7 +142,7 @@ def test_everything() -> None:
         (HEAD + "steps: [{id: a, agent: echo}, {id: a, agent: echo}]\n",
          ["line 3, column 36: the id 'a' is taken by another step"]),
         (HEAD + "steps: [{id: a, workflow: loop}]\n",
-         ["line 3, column 27: workflows within workflows without end: loop runs loop runs loop runs loop"]),
+         ["line 3, column 27: workflows within workflows without end: loop runs loop"]),
         (HEAD + "steps: [{id: a, agent: echo, workflow: inner, inputs: {x: a}}]\n",
          ["line 3, column 30: a step has an agent or a workflow, not both"]),
         (HEAD + "steps: [{id: a}]\n",
@@ -146,6 +155,14 @@ def test_everything() -> None:
          [f"line 3, column 43: 'gremlins' is no reason; there are {', '.join(FailureReason)}"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: 61 * * * *\n",
          ["line 4, column 11: '61' is no minute: 0 to 59"]),
+        (HEAD + "steps: [{id: a, approval: true, retry: 2, timeout_seconds: 5, inputs: {x: 1}}]\n",
+         ["line 3, column 33: retry is for a step with an agent; those within have their own",
+          "line 3, column 43: an approval alone has its timeout_seconds within `approval:`",
+          "line 3, column 63: nothing takes the inputs of an approval alone"]),
+        (HEAD + "inputs: {n: integer}\nsteps: [{id: a, agent: echo}]\n"
+         "schedule: {cron: '@daily', inputs: {n: x, m: 1}}\n",
+         ["line 5, column 40: the input 'n' of the workflow does not fit: it is a string, and an integer is wanted",
+          "line 5, column 43: the workflow takes no input 'm'; it takes n"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '@daily', inputs: {x: '${trigger.body}'}}\n",
          ["line 4, column 43: trigger has no 'body'; there are type, time, cron, time_zone, missed"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nwebhook: {secret: K, timestamp: no one, "
@@ -166,6 +183,21 @@ def test_everything() -> None:
 )  # fmt: skip
 def test_one_problem(text: str, said: list[str]) -> None:
     assert problems(text) == said
+
+
+def test_workflows_within_are_bounded() -> None:
+    """Those that are named are written out in each run: 30 steps, each of 30 …, would be more than any host holds."""
+    assert problems(HEAD + "steps: [{id: a, workflow: wide-1}, {id: b, workflow: deep-7}]\n") == []
+    [problem] = problems(HEAD + "steps: [{id: a, workflow: wide-7}]\n")
+    assert problem == "line 3, column 27: 27,930 steps with those of workflows within; 10,000 are allowed"
+    [problem] = problems(HEAD + "steps: [{id: a, workflow: deep-8}]\n")
+    assert problem == "line 3, column 8: workflows within workflows, more than 8 deep"
+    many = "".join(f"  - {{id: s{i}, workflow: wide-1}}\n" for i in range(11))
+    [problem] = problems(f"{HEAD}steps:\n{many}")
+    assert problem == "line 4, column 3: 10,241 steps with those of workflows within; 10,000 are allowed"
+    grown = parse.read(f"{HEAD}steps: [{{id: a, workflow: wide-7}}]\n")[0]
+    with pytest.raises(Invalid, match="27,930 steps"):  # one that grew after it was registered
+        pinning.pin(grown, REGISTRY)
 
 
 def test_all_problems_at_once() -> None:

@@ -151,6 +151,8 @@ def unpack(archive: Path, into: Path) -> Path:
                 _unpack(tar, into, archive)
     except FileNotFoundError:
         raise UsageError(f"there is no {archive}") from None
+    except RecursionError:  # tarfile reads a header that belongs to the next one by calling itself
+        raise UsageError(f"{archive} can't be unpacked: too many headers before one file") from None
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
         raise UsageError(f"{archive} can't be unpacked: {error}") from None
     entries = list(into.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import uuid
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 _Name = Annotated[str, StringConstraints(pattern=NAME)]
 _Version = Annotated[str, StringConstraints(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$")]
 _Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+_Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")]
 _Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 _Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 _Domain = Annotated[str, StringConstraints(pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$")]
@@ -97,7 +99,7 @@ class Manifest(_Strict):
     idle_timeout_seconds: float | None = Field(default=None, gt=0)
     network: Literal["none", "gateway", "open"] | _Network = "none"
     secrets: tuple[_Variable, ...] = ()
-    env: dict[_Variable, _Word | Literal[""]] = Field(default_factory=dict)
+    env: dict[_Variable, _Text] = Field(default_factory=dict)
     preload: tuple[_Module, ...] = ()
     requirements: tuple[_Requirement, ...] = Field(default=(), max_length=200)
     packages: tuple[_DebianPackage, ...] = Field(default=(), max_length=200)
@@ -172,7 +174,7 @@ def read_package(directory: Path) -> Package:
         problems = []
         for one in error.errors():
             named = ".".join(map(str, one["loc"])) or "agent"
-            message = f"{named}: {one['msg'].removeprefix('Value error, ')}"
+            message = f"{named}: {_said(one)}"
             problems.append(document.problem(one["loc"], message, at_key=one["type"] == "extra_forbidden"))
         raise yaml_manifest.Invalid(str(file), problems) from None
     _check_entry(given, directory)
@@ -194,6 +196,23 @@ def _check_preload(manifest: Manifest, directory: Path) -> None:
             f"{directory / MANIFEST}: preload: {own!r} is a file of this agent, and such can be preloaded only by an "
             "agent with requirements or packages"
         )
+
+
+def _said(error: Any) -> str:
+    """A complaint of pydantic's, in the words of YAML, with what was given."""
+    if error["type"] == "missing":
+        return "is missing"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), list(Manifest.model_fields), n=1)
+        return "there is no such field" + (f"; did you mean {near[0]!r}?" if near else "")
+    said = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    said = (
+        said.replace("valid tuple", "list").replace("valid dictionary", "mapping").replace("a valid string", "a text")
+    )
+    given = error["input"]
+    if error["type"] == "string_type" and isinstance(given, int | float) and not isinstance(given, bool):
+        return f"{said}, and is the number {given}: put it in quotes"
+    return f"{said}, and is {json.dumps(given)[:80]}" if isinstance(given, str | int | float | bool) else said
 
 
 def _check_entry(manifest: Manifest, directory: Path) -> None:

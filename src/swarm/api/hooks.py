@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from swarm import triggers
+from swarm import jsontext, triggers
 from swarm.cel.evaluate import Evaluator
 from swarm.errors import Conflict, HostError, NotFound, StoreError
 from swarm.store.intake import storable
@@ -210,11 +209,8 @@ def _key(headers: Mapping[str, str], hook: Webhook) -> str | None:
 
 
 def _json(body: bytes) -> Any:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=refuse)
+        return jsontext.loads(body.decode("utf-8"))
     except RecursionError:
         raise HTTPException(400, "the body is nested too deeply") from None
     except ValueError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import read_inputs
+from swarm.cli.inputs import read_inputs, whole
 
 if TYPE_CHECKING:
     from swarm.agents import Package
@@ -219,6 +219,9 @@ async def run(
     cli: Cli,
     source: _Source,
     inputs: Annotated[str | None, typer.Option("--inputs", help="A JSON object, or @FILE (@- is stdin).")] = None,
+    input_json: Annotated[
+        Path | None, typer.Option("--input-json", metavar="FILE", help="The same as --inputs @FILE.")
+    ] = None,
     input: Annotated[  # noqa: A002
         list[str] | None,
         typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input; VALUE is JSON, else text."),
@@ -233,7 +236,7 @@ async def run(
     from swarm.cli.output import clean
     from swarm.model import Failed, Succeeded
 
-    given = read_inputs(inputs, input or [])
+    given = read_inputs(whole(inputs, input_json), input or [])
     with ExitStack() as stack:
         package = await _package(cli, source, stack, vm=vm)
         await _build(cli, package.agent, vm=vm)

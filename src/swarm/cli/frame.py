@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from swarm import __version__
 from swarm.cli.output import Out
 
 if TYPE_CHECKING:
@@ -195,6 +196,9 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 def start(app: typer.Typer, name: str) -> None:
     """Run a program: the body of every entry point."""
+    if sys.argv[1:] == ["--version"]:  # of programs that are one command as well, where Typer has no place for it
+        typer.echo(f"{name} {__version__}")
+        return
     with contextlib.suppress(BrokenPipeError):
         app(prog_name=name)
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
+from swarm import jsontext
 from swarm.errors import UsageError
+
+
+def whole(inputs: str | None, input_json: Path | None) -> str | None:
+    """All inputs, as `read_inputs` takes them, of a command that knows both options."""
+    if inputs is not None and input_json is not None:
+        raise UsageError("--inputs and --input-json both give all inputs: use one of them")
+    return inputs if input_json is None else f"@{input_json}"
 
 
 def read_inputs(whole: str | None, single: list[str]) -> dict[str, object]:
@@ -19,7 +26,7 @@ def read_inputs(whole: str | None, single: list[str]) -> dict[str, object]:
             except (OSError, UnicodeDecodeError) as error:
                 raise UsageError(f"--inputs {whole}: {error}") from None
         try:
-            value = json.loads(whole)
+            value = jsontext.loads(whole)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"--inputs is not JSON: {error}") from None
         if not isinstance(value, dict):
@@ -30,7 +37,7 @@ def read_inputs(whole: str | None, single: list[str]) -> dict[str, object]:
         if not equals or not name:
             raise UsageError(f"--input {pair!r}: write NAME=VALUE")
         try:
-            result[name] = json.loads(text)
+            result[name] = jsontext.loads(text)
         except (ValueError, RecursionError):
             result[name] = text
     return result

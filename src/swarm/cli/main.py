@@ -17,6 +17,7 @@ app = new_app(
         'swarm ticket add "Say hello" --agent echo --input name=world --id hello',
         "swarm-engine run-ticket hello --wait",
         "swarm ticket show hello",
+        "swarm --version",
     ],
 )
 for group in (

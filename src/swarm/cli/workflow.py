@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = new_app(
     "workflow",
-    "Workflows: validate, graph, add, list, show, what starts them, enable, disable. This version can't run them yet.",
+    "Workflows: validate, graph, add, list, show, run, what starts them, enable, disable.",
 )
 
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow.yaml.", show_default=False)]
@@ -233,13 +233,11 @@ async def run(
     """Run a workflow: add a ticket for it, and print that ticket's id. With --wait, exit status 0 if it is done."""
     from swarm import app as wiring
     from swarm.cli import follow
-    from swarm.cli.inputs import read_inputs
-    from swarm.errors import Conflict, UsageError
+    from swarm.cli.inputs import read_inputs, whole
+    from swarm.errors import Conflict
     from swarm.model import ExecutionMode, Ticket, TicketState
 
-    if inputs is not None and input_json is not None:
-        raise UsageError("--inputs and --input-json both give all inputs: use one of them")
-    given = read_inputs(f"@{input_json}" if input_json is not None else inputs, input or [])
+    given = read_inputs(whole(inputs, input_json), input or [])
     async with wiring.store(cli.settings) as store:
         row = await store.workflow(workflow)
         if not row.enabled:

@@ -21,11 +21,11 @@ from swarm.errors import StoreError
 from swarm.store import intake, registry, workflows
 from swarm.store.database import Tx
 from swarm.store.workflows import WorkflowRow
-from swarm.workflow import definition, validate
+from swarm.workflow import definition, pinning
 from swarm.workflow.definition import Workflow
+from swarm.workflow.pinning import Registry
 from swarm.workflow.state import Facts
 from swarm.workflow.structure import Graph
-from swarm.workflow.validate import Registry
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class Definitions:
         if lane:
             raise TooDear
         unpinned = row.parsed()
-        found = self._prepared(validate.pin(unpinned, _registry(tx)))
+        found = self._prepared(pinning.pin(unpinned, _registry(tx)))
         if not any(isinstance(step.workflow, str) for step in _all_steps(unpinned)):  # they may change under their name
             agents = {reference: _version(tx, reference) for reference in unpinned.agents()}
             self._pinned.put(row.id, _Pinned(row.definition, agents, found))

@@ -6,12 +6,12 @@ what to put there instead. Pure: rows in, values out.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from swarm import jsontext
 from swarm.model import Agent, BudgetPolicy, ExecutionMode, Ticket, TicketState
 from swarm.store.rows import TICKET_FIELDS, lenient
 
@@ -142,10 +142,6 @@ def _agent_id(ticket: Ticket) -> str:
     raise BadRow("no agent: set agent_id to the id of a registered agent (`swarm agent list` shows them)")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 def read_inputs(text: str | None) -> str:
     return _read_object("inputs", text)
 
@@ -154,7 +150,7 @@ def _read_object(name: str, text: str | None) -> str:
     if text is None or not text.strip():
         return "{}"
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = jsontext.loads(text)
     except RecursionError:
         raise BadRow(f"{name} is nested too deeply; flatten it") from None
     except ValueError as error:

@@ -27,7 +27,7 @@ from typing import Final
 import structlog
 
 from swarm.aio import quietly, settle, undoing
-from swarm.errors import SwarmError
+from swarm.errors import HostError, SwarmError
 from swarm.vm.driver import Template, VmSpec
 from swarm.vm.launcher import Label, Launcher, Machine
 from swarm.vm.rehearsal import practise
@@ -41,8 +41,8 @@ ANSWER_SECONDS: Final = 2.0
 WINDOW_SECONDS: Final = 30.0
 FORGET_SECONDS: Final = 600.0
 AUTO_MAX: Final = 8
-_BACK_OFF_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = 5.0
+_HOPELESS: Final = 3  # failures in a row after which nobody waits for the pool to be full
 _LOWEST: Final = 19
 
 
@@ -71,6 +71,8 @@ class Shelf:
     last_asked: float = 0.0
     make_seconds: float = 1.0
     retry_at: float = 0.0
+    failures: int = 0  # in a row
+    trouble: str = ""  # the last of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +100,13 @@ class Pool:
         warm: int | None,
         specs: Sequence[VmSpec] = (),
         makers: int = 2,
+        back_off_seconds: float = 5.0,
     ) -> None:
         self._launcher = launcher
         self._warm = warm
         self._specs = specs
         self._makers = makers
+        self._back_off_seconds = back_off_seconds
         self._shelves: dict[str, Shelf] = {}
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -132,12 +136,20 @@ class Pool:
                 self._news.set()
 
     async def filled(self) -> None:
-        """Return when everything that is wanted is ready."""
+        """Return when everything that is wanted is ready. Raises HostError when none of a kind can be made."""
         await asyncio.shield(self._opening)
+
+        def is_settled() -> bool:
+            shelves = self._shelves.values()
+            return all(len(s.ready) >= self.wanted(s) and not s.making for s in shelves) or bool(self._hopeless())
+
         async with self._changed:
-            await self._changed.wait_for(
-                lambda: all(len(s.ready) >= self.wanted(s) and not s.making for s in self._shelves.values())
-            )
+            await self._changed.wait_for(is_settled)
+        if hopeless := self._hopeless():
+            raise HostError(f"no warm VM can be made, after {hopeless[0].failures} tries: {hopeless[0].trouble}")
+
+    def _hopeless(self) -> list[Shelf]:
+        return [shelf for shelf in self._shelves.values() if shelf.failures >= _HOPELESS]
 
     def status(self) -> list[PoolStatus]:
         return [
@@ -199,8 +211,10 @@ class Pool:
             shelf.making += 1
             try:
                 await self._make(shelf)
+                shelf.failures = 0
             except SwarmError as error:
-                shelf.retry_at = time.monotonic() + _BACK_OFF_SECONDS
+                shelf.failures, shelf.trouble = shelf.failures + 1, str(error)
+                shelf.retry_at = time.monotonic() + self._back_off_seconds
                 log.warning("no warm VM could be made", template=shelf.template.key[:12], error=str(error))
             finally:
                 shelf.making -= 1

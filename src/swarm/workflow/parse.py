@@ -25,6 +25,7 @@ from swarm.workflow.definition import Approval, ForEach, Repeat, Schedule, Step,
 
 FILE: Final = "workflow.yaml"
 MAX_STEPS: Final = 1000
+MAX_STEPS_IN_ALL: Final = 10_000  # with those of workflows within
 MAX_DEPTH: Final = 8  # of workflows within workflows
 MAX_SCHEDULES: Final = 20
 
@@ -215,6 +216,7 @@ class _Builder:
             )
         if (raw.repeat or raw.for_each is not None) and not raw.agent and not raw.workflow:
             self._bad(path, "an approval alone can't be repeated")
+        self._check_of_use(raw, path)
         if raw.max_parallel is not None and (raw.for_each is None or isinstance(raw.for_each, _ForEach)):
             self._bad(
                 (*path, "max_parallel"), "max_parallel is for a for_each (in it, when that has fields)", at_key=True
@@ -235,6 +237,19 @@ class _Builder:
             timeout_seconds=raw.timeout_seconds,
             continue_on_error=raw.continue_on_error,
         )
+
+    def _check_of_use(self, raw: _Step, path: manifest.Path) -> None:
+        """Fields that would change nothing: whoever wrote them believes that they do."""
+        if raw.agent:
+            return
+        if raw.retry is not None:
+            self._bad((*path, "retry"), "retry is for a step with an agent; those within have their own", at_key=True)
+        if raw.approval and not raw.workflow:
+            if raw.inputs:
+                self._bad((*path, "inputs"), "nothing takes the inputs of an approval alone", at_key=True)
+            if raw.timeout_seconds is not None:
+                said = "an approval alone has its timeout_seconds within `approval:`"
+                self._bad((*path, "timeout_seconds"), said, at_key=True)
 
     def _retry(self, raw: _Retry | int | None, path: manifest.Path) -> Retry | None:
         if raw is None or isinstance(raw, int):

@@ -7,7 +7,7 @@ and workflows that exist; and types, where schemas make a mismatch certain.
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -16,9 +16,9 @@ from swarm.cel import template
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound
 from swarm.manifest import Document, Invalid, Path, Problem
-from swarm.model import Agent
 from swarm.workflow import parse
 from swarm.workflow.definition import Schedule, Step, Webhook, Workflow
+from swarm.workflow.pinning import Endless, Registry, count_steps, pin
 
 _STEP_FIELDS: Final = {"outputs": {}, "status": {"type": "string"}, "error": {"type": ["string", "null"]}}
 _TICKET: Final = schema.expand({"id": "string", "title": "string", "description": "string?", "project_id": "string?"})
@@ -32,14 +32,6 @@ _OF_TRIGGERS: Final = {
         {"type": "string", "time": "string", "body": "any", "headers": {"type": "object"}, "key": "string?"}
     ),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registry:
-    """What a workflow may refer to. Each raises NotFound."""
-
-    agent: Callable[[str], Agent]
-    workflow: Callable[[str], Workflow]
 
 
 def load(text: str | bytes, registry: Registry, *, name: str = parse.FILE) -> Workflow:
@@ -60,28 +52,9 @@ def checked(text: str | bytes, registry: Registry, *, name: str = parse.FILE) ->
 def validate(workflow: Workflow, registry: Registry, document: Document) -> list[Problem]:
     checker = _Checker(registry, document)
     checker.workflow(workflow, ())
+    if not checker.problems:
+        checker.whole(workflow)
     return sorted(set(checker.problems))
-
-
-def pin(workflow: Workflow, registry: Registry, depth: int = 0) -> Workflow:
-    """The workflow as a run freezes it: agents by name and version, workflows by their whole definition."""
-
-    def one(step: Step) -> Step:
-        if step.agent is not None:
-            agent = registry.agent(step.agent)
-            return replace(step, agent=f"{agent.name}@{agent.version}")
-        if isinstance(step.workflow, str):
-            return replace(step, workflow=pin(registry.workflow(step.workflow), registry, depth + 1))
-        return replace(step, workflow=step.workflow and pin(step.workflow, registry, depth + 1))
-
-    if depth > parse.MAX_DEPTH:
-        raise Invalid(workflow.name, [Problem(line=0, column=0, message="workflows within workflows without end")])
-    return replace(
-        workflow,
-        steps=tuple(map(one, workflow.steps)),
-        on_error=tuple(map(one, workflow.on_error)),
-        on_success=tuple(map(one, workflow.on_success)),
-    )
 
 
 @dataclass(slots=True)
@@ -132,6 +105,12 @@ class _Checker:
         last = _Scope({**names, "steps": {}}, outputs, frozenset(ids))
         for name, value in (flow.outputs or {}).items():
             self._value(value, (*path, "outputs", name), last)
+
+    def whole(self, flow: Workflow) -> None:
+        try:
+            count_steps(flow, self._registry)
+        except Endless as error:
+            self._bad(("steps",), str(error))
 
     # --- the graph ---
 
@@ -207,7 +186,7 @@ class _Checker:
         self._value(step.inputs, (*path, "inputs"), inner)
         wanted = self._inputs_schema(step)
         if wanted is not None:
-            self._fits(step, wanted, (*path, "inputs"), inner)
+            self._fits(step.agent or step.id, step.inputs, wanted, (*path, "inputs"), inner)
 
     # --- what it runs ---
 
@@ -222,9 +201,10 @@ class _Checker:
                 self._bad((*path, "agent"), str(error))
         elif isinstance(step.workflow, str):
             try:
-                made = self._whole(self._registry.workflow(step.workflow))
-                self._recursion(self._registry.workflow(step.workflow), (*path, "workflow"), ())
-            except NotFound as error:
+                named = self._registry.workflow(step.workflow)
+                made = self._whole(named)
+                count_steps(named, self._registry, (step.workflow,))
+            except (NotFound, Endless) as error:
                 self._bad((*path, "workflow"), str(error))
         elif step.workflow is not None:
             if len(within) < parse.MAX_DEPTH:
@@ -233,14 +213,6 @@ class _Checker:
         else:
             made = schema.expand({"approved": "boolean", "by": "string", "why": "string?"})
         return {"type": "array", "items": made} if step.for_each is not None else made
-
-    def _recursion(self, flow: Workflow, path: Path, within: tuple[str, ...]) -> None:
-        if len(within) > parse.MAX_DEPTH:
-            self._bad(path, f"workflows within workflows without end: {' runs '.join(within[:4])}")
-            return
-        for step in flow.all_steps():
-            if isinstance(step.workflow, str):
-                self._recursion(self._registry.workflow(step.workflow), path, (*within, flow.name))
 
     @staticmethod
     def _whole(flow: Workflow) -> Any:
@@ -259,10 +231,9 @@ class _Checker:
         except NotFound:
             return None  # said already
 
-    def _fits(self, step: Step, wanted: Any, path: Path, scope: _Scope) -> None:
-        name = step.agent or step.id
+    def _fits(self, name: str, given: Mapping[str, Any], wanted: Any, path: Path, scope: _Scope) -> None:
         properties = wanted.get("properties") or {}
-        for key, value in step.inputs.items():
+        for key, value in given.items():
             inner = schema.at(wanted, (key,))
             if inner is False:
                 there = f"; it takes {', '.join(properties)}" if properties else ""
@@ -270,21 +241,19 @@ class _Checker:
             elif why := schema.mismatch(self._type(value, scope), inner):
                 self._bad((*path, key), f"the input {key!r} of {name} does not fit: {why}")
         for key in wanted.get("required") or ():
-            if key not in step.inputs and "default" not in (properties.get(key) or {}):
+            if key not in given and "default" not in (properties.get(key) or {}):
                 self._bad(path, f"{name} wants an input {key!r}")
 
     def _trigger(self, flow: Workflow, kind: str, path: Path) -> None:
         given: tuple[Schedule | Webhook, ...] = flow.schedule
         if kind == "webhook":
             given = (flow.webhook,) if flow.webhook else ()
-        wanted = flow.inputs_schema or {}
         for i, one in enumerate(given):
             where = (*path, kind, i, "inputs") if (*path, kind, i) in self._document.places else (*path, kind, "inputs")
             scope = _Scope({"trigger": _OF_TRIGGERS[kind]}, why=f"the inputs of the {kind}")
             self._value(one.inputs, where, scope)
-            for key in wanted.get("required") or ():
-                if key not in one.inputs:
-                    self._bad(where, f"the workflow wants an input {key!r}, and the {kind} gives none")
+            if flow.inputs_schema is not None:
+                self._fits("the workflow", one.inputs, flow.inputs_schema, where, scope)
 
     # --- values ---
 
