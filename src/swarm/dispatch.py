@@ -71,7 +71,7 @@ class Memory:
 
     def left_mb(self, running: Mapping[str, Attempt]) -> int:
         """For one more VM: by what was promised to those that run, and by what the host really has."""
-        promised = sum(a.claim.agent.memory_mb + self.overhead_mb for a in running.values())
+        promised = sum(a.claim.agent.memory_mb + self.overhead_mb for a in running.values() if a.executing)
         free_now = self.available_mb() - self.reserve_mb - self._not_yet_used(running)
         return min(self.total_mb - self.reserve_mb - promised, free_now) - self.overhead_mb
 
