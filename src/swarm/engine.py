@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import structlog
 
+from swarm import jsontext
 from swarm.agents import check
 from swarm.channel import Exit
 from swarm.clock import Timeline
@@ -312,14 +313,14 @@ def canonical_json(data: bytes) -> str:
     if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
         raise OutputInvalid(f"{OUTPUT_FILE} has more than {MAX_CONTAINERS:,} objects and lists")
     try:
-        value = json.loads(data.decode(), parse_constant=_no_constant)
+        value = jsontext.loads(data.decode())
         compact = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         # A lone surrogate ("\\ud800") is JSON, but no text that a database takes: then it stays escaped.
         return compact if _encodable(compact) else json.dumps(value, separators=(",", ":"), allow_nan=False)
     except UnicodeDecodeError as error:
         raise OutputInvalid(f"{OUTPUT_FILE} is not UTF-8: {error}") from None
-    except RecursionError:
-        raise OutputInvalid(f"{OUTPUT_FILE} is nested too deeply") from None
+    except jsontext.TooDeep as error:
+        raise OutputInvalid(f"{OUTPUT_FILE} is {error}") from None
     except ValueError as error:
         raise OutputInvalid(f"{OUTPUT_FILE} is not JSON: {error}") from None
 
@@ -330,10 +331,6 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _is_host_out(error: BaseException | None) -> bool:

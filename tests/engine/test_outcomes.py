@@ -41,6 +41,7 @@ async def test_done_with_its_outputs_and_its_clock(bench: Bench) -> None:
         ("open('output.json','w').write('NaN')", "output_invalid", ["NaN is not JSON"]),
         ("open('output.json','wb').write(b'\\xff\\xfe')", "output_invalid", ["not UTF-8"]),
         ("open('output.json','w').write('['*200000)", "output_invalid", ["nested too deeply"]),
+        ("open('output.json','w').write('['*300 + ']'*300)", "output_invalid", ["nested too deeply"]),
         ("os.symlink('/etc/passwd', 'output.json')", "output_invalid", ["link"]),
         ("os.mkfifo('output.json')", "output_invalid", ["not a regular file"]),
         ("out('x' * (17 << 20))", "output_too_large", ["the limit is 16777216"]),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from swarm.errors import Conflict, LeaseLost, NotFound, UsageError
-from swarm.model import Claim, Failed, FailureReason, Interrupted, Ticket
+from swarm.model import Claim, Failed, FailureReason, Interrupted, Succeeded, Ticket
 from swarm.prove import judge
 from swarm.store.executor import LANE_SECONDS
 from swarm.store.lanes import each
@@ -783,3 +783,39 @@ async def test_a_run_within_is_cancelled_when_nobody_needs_it(store: Store, outs
     assert wanted.items() <= (await statuses(store)).items()
     assert sorted((r.path, r.status) for r in await store.runs("t")) == [("", "running"), ("slow/", "cancelled")]
     await proved(store, outside)
+
+
+async def test_what_is_nested_without_end_ends_its_own_run_only(store: Store, outside: Outside) -> None:
+    """Python reads JSON as deep as it has frames left. What the worker could read, the writing thread could not: then
+    the end of the step, and of all others in that transaction, was never written."""
+    deep = '{"v":' + "[" * 945 + "]" * 945 + "}"
+    steps = """
+steps:
+  - {id: a, agent: echo}
+  - {id: b, agent: echo, needs: a, inputs: {v: "${steps.a.outputs.v}"}}
+"""
+    await ticket(store, outside, steps)
+    insert(outside, "other")
+    found = [*await claims(store), *await claims(store)]
+    assert {one.step_id for one in found} == {"a", "main"}
+    outputs = {"a": deep, "main": "{}"}
+    ends = [(one.attempt_id, Succeeded(outputs=outputs[one.step_id])) for one in found]
+    await asyncio.gather(*(store.finish(id_, end, timings={}, vm_time_ms=1.0) for id_, end in ends))
+    assert (await store.ticket("other")).state == "done"
+    ended = await store.ticket("t")
+    assert ended.state == "failed" and "nested too deeply" in str(ended.error)
+
+
+async def test_a_repetition_that_wraps_its_outputs_is_bounded(store: Store, outside: Outside) -> None:
+    inner = "{x: " * 20 + '"${previous}"' + "}" * 20
+    steps = f"""
+steps:
+  - id: a
+    agent: echo
+    repeat: {{until: "${{false}}", max_times: 100}}
+    inputs: {{v: {inner}}}
+"""
+    await ticket(store, outside, steps)
+    started = await run(store)
+    assert 10 < len(started) < 15
+    assert "nested too deeply: more than 256 levels" in str((await store.ticket("t")).error)

@@ -211,8 +211,8 @@ def _key(headers: Mapping[str, str], hook: Webhook) -> str | None:
 def _json(body: bytes) -> Any:
     try:
         return jsontext.loads(body.decode("utf-8"))
-    except RecursionError:
-        raise HTTPException(400, "the body is nested too deeply") from None
+    except jsontext.TooDeep as error:
+        raise HTTPException(400, f"the body is {error}") from None
     except ValueError as error:
         raise HTTPException(400, f"the body is not JSON in UTF-8: {error}") from None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from swarm import jsontext
 from swarm.cel import stored
 from swarm.cel.evaluate import MAX_RESULT_BYTES, Evaluator
 from swarm.cel.expression import Expression, ExpressionError, parse
@@ -109,9 +110,13 @@ class Budget:
 
 def _size(value: Any) -> int:
     try:
-        return len(json.dumps(value))
+        text = json.dumps(value)
+        jsontext.check_nesting(value, text)
+    except jsontext.TooDeep as error:
+        raise ExpressionError(f"its value is {error}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ExpressionError(f"its value can't be written as JSON: {error}") from None
+    return len(text)
 
 
 def fill(value: Any, names: Mapping[str, Any], evaluator: Evaluator, budget: Budget | None = None) -> Any:

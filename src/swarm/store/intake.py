@@ -151,8 +151,8 @@ def _read_object(name: str, text: str | None) -> str:
         return "{}"
     try:
         value = jsontext.loads(text)
-    except RecursionError:
-        raise BadRow(f"{name} is nested too deeply; flatten it") from None
+    except jsontext.TooDeep as error:
+        raise BadRow(f"{name} is {error}; flatten it") from None
     except ValueError as error:
         raise BadRow(f"{name} is not valid JSON: {error}; it must be a JSON object, for example {{}}") from None
     if not isinstance(value, dict):

@@ -179,6 +179,16 @@ def decide(tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, *, 
     """
     told = tuple(dict.fromkeys(run.untold or ()))
     try:
+        return _decide(tx, run, told, definitions, evaluator, lane=lane)
+    except RecursionError:  # in rows that somebody wrote by hand: agents and people can't bring in what is so deep
+        why = "a value in the rows of this run is nested too deeply"
+        return Decided(run_id=run.id, revision=run.row.revision, told=told, seen={}, failure=why)
+
+
+def _decide(
+    tx: Tx, run: Run, told: Sequence[str], definitions: Definitions, evaluator: Evaluator, *, lane: bool
+) -> Decided:
+    try:
         if run.row.definition is not None:
             definition = definitions.frozen(tx, run.row.definition, lane=lane)
         else:
