@@ -59,7 +59,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Granted:
-    """Go on, and spend no more than this."""
+    """Go on, and spend no more than this: what the budgets have left. Reserved of it is at most the order's."""
 
     usd: float | None
     tokens: int | None

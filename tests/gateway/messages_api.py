@@ -13,6 +13,7 @@ What it answers is chosen by words in the last message, ``scenario=NAME`` and ``
     half              the first half of an answer in one piece, and the rest when `release` is set
     echo              an error that shows the key that was sent, in two pieces, the first with ``cut=N`` bytes of it
     stamped           each streamed word is the time when it was sent (ns, CLOCK_MONOTONIC)
+    (any)             ``searches=N``, ``read=N``, ``written=N``: what its usage says of these
     long              says that its output is ``output=N`` tokens, whatever it sent
 
 ``python -m tests.gateway.messages_api --key KEY --port-file FILE`` serves on loopback until killed. ``GET /_seen`` says
@@ -127,6 +128,7 @@ class MessagesApi:
             "output_tokens": int(words.get("output", min(said, asked.get("max_tokens", said)))),
             "cache_creation_input_tokens": int(words.get("written", 0)),
             "cache_read_input_tokens": int(words.get("read", 0)),
+            "server_tool_use": {"web_search_requests": int(words.get("searches", 0))},
         }
         message = {
             "id": "msg_test", "type": "message", "role": "assistant", "model": asked.get("model"), "content": blocks,
@@ -209,7 +211,7 @@ class MessagesApi:
                     await asyncio.sleep(delay)
             await send("content_block_stop", index=index)
         delta = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-        await send("message_delta", delta=delta, usage={"output_tokens": usage["output_tokens"]})
+        await send("message_delta", delta=delta, usage={k: usage[k] for k in ("output_tokens", "server_tool_use")})
         await send("message_stop")
         return response
 

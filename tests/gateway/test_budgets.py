@@ -61,6 +61,18 @@ async def test_a_stream_is_cut_when_its_money_is_at_an_end(office: Office) -> No
     assert note.startswith("cut by the budget")
 
 
+@pytest.mark.parametrize("budget", [None, 1.0])
+async def test_a_stream_that_comes_dearer_than_it_was_guessed(office: Office, budget: float | None) -> None:
+    """Such as by a document that the service fetches itself: no budget is short, so nothing is cut."""
+    async with office.door(await office.claim(budget_usd=budget)) as door, client_of(door) as client:
+        async with client.messages.stream(**ask("read=200000", max_tokens=100)) as stream:
+            message = await stream.get_final_message()
+        assert message.stop_reason == "end_turn"
+        [(_, _, cost, note)] = await office.booked(1)
+        assert (cost > 0.02, note) == (True, None)
+        assert not door.exceeded.done()
+
+
 async def test_twenty_tickets_on_one_budget(api: MessagesApi, tmp_path: Path) -> None:
     """The day's: together they never go over it, and what is left in the end would not have paid for another call."""
     day = 0.0100
@@ -197,7 +209,7 @@ async def order(office: Office) -> AsyncIterator[Order]:
 async def test_calls_under_way_make_others_wait_and_dead_ones_count_in_full(office: Office, order: Order) -> None:
     """The death of an engine in the middle of a call: nobody will book it, and nobody knows what it cost."""
     store = office.store
-    assert await store.reserve(order) == Granted(usd=0.8, tokens=10)
+    assert await store.reserve(order) == Granted(usd=1.0, tokens=None)
     assert isinstance(await store.reserve(replace(order, id="two")), Busy)
     await store.shift_clock(700_000)
     [again] = await store.claim("other", lease_seconds=600, ticket_id="t")  # its lease has run out
@@ -215,7 +227,7 @@ async def test_a_one_off_runs_call_holds_its_share_for_an_hour(office: Office, o
     day = replace(order, day=Limit(usd=1.0), account=replace(order.account, agent_budget=Limit(usd=1.0)))
     nowhere = {"ticket_id": None, "run_id": "r", "step_execution_id": "r", "attempt_id": "r"}
     one_off = replace(day, account=replace(day.account, **nowhere))  # type: ignore[arg-type]
-    assert await office.store.reserve(one_off) == Granted(usd=0.8, tokens=10)
+    assert await office.store.reserve(one_off) == Granted(usd=1.0, tokens=None)
     assert isinstance(await office.store.reserve(replace(one_off, id="two")), Busy)
     assert isinstance(await office.store.reserve(replace(day, id="three")), Busy)
     office.sql("UPDATE model_calls SET at = strftime('%Y-%m-%dT%H:%M:%fZ', at, '-61 minutes')")

@@ -191,6 +191,20 @@ async def test_paths_that_cost_nothing_are_not_booked(office: Office) -> None:
     assert office.sql("SELECT 1 FROM model_calls") == []
 
 
+@pytest.mark.parametrize("streams", [False, True])
+async def test_what_a_service_does_beside_tokens_costs_too(office: Office, streams: bool) -> None:
+    async with office.door(await office.claim()) as door, client_of(door) as client:
+        if streams:
+            async with client.messages.stream(**ask("searches=3")) as stream:
+                message = await stream.get_final_message()
+        else:
+            message = await client.messages.create(**ask("searches=3"))
+        [(_, tokens, cost, _)] = await office.booked(1)
+    used = message.usage
+    assert tokens == used.input_tokens + used.output_tokens
+    assert cost == pytest.approx((used.input_tokens * 1 + used.output_tokens * 5) / 1e6 + 3 * 0.01)
+
+
 async def test_a_model_without_a_price_is_counted_and_it_says_so(office: Office) -> None:
     async with office.door(await office.claim()) as door, client_of(door) as client:
         await client.messages.create(**ask(model="claude-from-the-future"))

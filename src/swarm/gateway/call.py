@@ -13,7 +13,7 @@ from swarm.errors import StoreError
 from swarm.gateway.asked import Asked
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
-from swarm.gateway.usage import Meter, text_tokens, total
+from swarm.gateway.usage import COUNTS, Meter, text_tokens, total
 from swarm.ledger import Bill, Granted, Ledger, Order
 
 log = structlog.get_logger(__name__)
@@ -121,7 +121,7 @@ class Call:
         cost = price.usd(counts) if price is not None else None if total(counts) else 0.0
         if cost is None:
             self.note = self.note or f"no price for {model} in the list of {prices.date}"
-        counts.pop("cache_write_1h", None)
+        counts = {kind: count for kind, count in counts.items() if kind in COUNTS}
         bill = Bill(
             id=order.id,
             account=order.account,

@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import pydantic
 from pydantic import Field
@@ -15,6 +15,9 @@ from swarm.errors import UsageError
 
 SHIPPED: Final = Path(__file__).with_name("prices.toml")
 _DATED: Final = re.compile(r"(-\d{8}|-latest|\[\w+\])$")
+
+
+_Usd = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class _Rates(pydantic.BaseModel):
@@ -33,9 +36,10 @@ class _Above(_Rates):
 
 
 class Price(_Rates):
-    """USD for 10^6 tokens of each kind."""
+    """USD for 10^6 tokens of each kind. ``each``: for one of what is no token."""
 
     above: _Above | None = None
+    each: dict[str, _Usd] = Field(default_factory=dict)
 
     def usd(self, counts: Mapping[str, int]) -> float:
         """``counts`` as in `swarm.ledger.Bill`; of ``cache_write``, ``cache_write_1h`` were written for an hour."""
@@ -48,7 +52,7 @@ class Price(_Rates):
         per_write = rates.input if rates.cache_write is None else rates.cache_write
         total += (write - hour) * per_write
         total += hour * (per_write if rates.cache_write_1h is None else rates.cache_write_1h)
-        return total / 1e6
+        return total / 1e6 + sum(counts.get(kind, 0) * usd for kind, usd in self.each.items())
 
 
 class _Table(pydantic.BaseModel):
@@ -56,6 +60,7 @@ class _Table(pydantic.BaseModel):
 
     date: str = ""
     source: str = ""
+    each: dict[str, _Usd] = Field(default_factory=dict)
     models: dict[str, Price] = Field(default_factory=dict)
 
 
@@ -73,10 +78,11 @@ class Prices:
 def load(own: Path | None) -> Prices:
     """Raises UsageError that names the file and the field."""
     table = _table(SHIPPED)
-    if own is None:
-        return Prices(table.models, date=table.date)
-    given = _table(own)
-    return Prices({**table.models, **given.models}, date=given.date or table.date)
+    given = _table(own) if own is not None else _Table()
+    each = {**table.each, **given.each}
+    models = {**table.models, **given.models}
+    priced = {name: price.model_copy(update={"each": {**each, **price.each}}) for name, price in models.items()}
+    return Prices(priced, date=given.date or table.date)
 
 
 def _table(file: Path) -> _Table:

@@ -22,7 +22,7 @@ _Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 _Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")]
 _Route = Annotated[str, StringConstraints(pattern=r"^(GET|POST|PUT|PATCH|DELETE) /[A-Za-z0-9/._~*-]*$")]
 _Surcharge = Annotated[str, StringConstraints(pattern=r"^[a-z_.]+=[a-z0-9_-]+$")]
-Kind = Literal["model", "input", "output", "cache_read", "cache_write", "cache_write_1h"]
+Kind = Literal["model", "input", "output", "cache_read", "cache_write", "cache_write_1h", "web_search"]
 
 
 class Upstream(pydantic.BaseModel):

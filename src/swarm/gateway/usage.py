@@ -160,10 +160,10 @@ class Meter:
         return counts | {"output": text_tokens(self._text_bytes)}
 
     def counts(self, *, whole: bool) -> dict[str, int]:
-        """Tokens by kind, and of those written to the cache how many for an hour. Until the answer is ``whole``, its
-        output is what came of it, since a service says how much it was at the end only."""
+        """Tokens by kind, of those written to the cache how many for an hour, and searches. Until the answer is
+        ``whole``, its output is what came of it, since a service says how much it was at the end only."""
         self._catch_up()
-        counts = {kind: self._counts.get(kind, 0) for kind in (*COUNTS, "cache_write_1h")}
+        counts = {kind: self._counts.get(kind, 0) for kind in (*COUNTS, "cache_write_1h", "web_search")}
         if self._upstream.cache_in_input:
             counts["input"] = max(0, counts["input"] - counts["cache_read"])
         if not whole:

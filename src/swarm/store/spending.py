@@ -110,7 +110,11 @@ def reserve(tx: Tx, order: Order) -> Verdict:
         ]
     scopes.append(("this installation's budget for today (UTC)", order.day, _OF_DAY, {"day": tx.now[:10]}))
     recent = iso(tx.now_ms - _ONE_OFF_LIVES_MS)
-    usd, tokens, busy = order.most.usd, order.most.tokens, ""
+    usd, tokens = order.most.usd, order.most.tokens
+    # What a budget has left, and not what is reserved of it, ends a stream: it may come dearer than it was guessed.
+    left_usd: float | None = None
+    left_tokens: int | None = None
+    busy = ""
     for name, limit, statement, values in scopes:
         if limit.usd is None and limit.tokens is None:
             continue
@@ -119,10 +123,12 @@ def reserve(tx: Tx, order: Order) -> Verdict:
         if refusal:
             return Refused(message=refusal)
         if limit.usd is not None and usd is not None:
-            usd = min(usd, limit.usd - sums.spent_usd - sums.held_usd)
+            left = limit.usd - sums.spent_usd - sums.held_usd
+            left_usd, usd = min(left, left if left_usd is None else left_usd), min(usd, left)
             busy = busy or (f"calls under way hold what is left of {name}" if usd < (order.least.usd or 0) else "")
         if limit.tokens is not None:
-            tokens = min(tokens, limit.tokens - sums.spent_tokens - sums.held_tokens)
+            rest = limit.tokens - sums.spent_tokens - sums.held_tokens
+            left_tokens, tokens = min(rest, rest if left_tokens is None else left_tokens), min(tokens, rest)
             busy = busy or (f"calls under way hold what is left of {name}" if tokens < order.least.tokens else "")
     if busy:
         return Busy(message=busy)
@@ -141,7 +147,7 @@ def reserve(tx: Tx, order: Order) -> Verdict:
         usd=usd,
         tokens=tokens,
     )
-    return Granted(usd=usd, tokens=tokens)
+    return Granted(usd=left_usd, tokens=left_tokens)
 
 
 def _limit(usd: object, tokens: object) -> Limit:

@@ -66,8 +66,8 @@ class SshDir:
     def options(self) -> list[str]:
         """Arguments for the ssh client that make it use this key and these known hosts, and nothing of the user's."""
         return [
-            "-i", str(self.key), "-o", "IdentitiesOnly=yes", "-o", f"UserKnownHostsFile={self.known_hosts}",
-            "-o", "StrictHostKeyChecking=yes", "-o", "LogLevel=ERROR",
+            "-F", "none", "-i", str(self.key), "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=yes",
+            "-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "LogLevel=ERROR",
         ]  # fmt: skip
 
     def client_config(self, subnet: IPv4Network) -> str:
