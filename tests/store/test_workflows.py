@@ -323,6 +323,81 @@ async def test_the_tickets_timeout_ends_the_whole(store: Store, outside: Outside
     await proved(store, outside)
 
 
+CLEANED = """
+steps:
+  - {id: fast, agent: echo}
+  - {id: each, agent: echo, for_each: [1, 2, 3], max_parallel: 2}
+  - {id: ask, approval: Go on}
+  - {id: after, agent: echo, needs: each}
+on_error:
+  - {id: tidy, agent: echo, inputs: {text: "${error.step}: ${error.message}"}}
+on_success:
+  - {id: cheer, agent: echo}
+"""
+
+
+async def tidying(store: Store) -> Claim:
+    """What a decision outside has not yet stopped may be given out once more."""
+    while True:
+        for claim in await claims(store):
+            if claim.step_id == "tidy":
+                return claim
+
+
+@both_ways
+async def test_what_cleans_up_runs_when_the_time_is_over(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, CLEANED, timeout_seconds=60)
+    found = {claim.step_id: claim for claim in await claims(store)}
+    assert set(found) == {"fast", "each[0]", "each[1]"}
+    await finish(store, found["fast"])
+    assert (await state(store))[0] == "waiting"
+    await store.renew([found["each[0]"].attempt_id], lease_seconds=100)
+    await store.shift_clock(61_000)
+    tidy = await tidying(store)
+    assert json.loads(tidy.inputs) == {"text": "each: it took longer than its timeout of 60 s"}
+    assert (await store.ticket("t")).state == "in_progress"
+    with pytest.raises(LeaseLost):
+        await finish(store, found["each[0]"])
+    await finish(store, tidy)
+    await run(store)
+    assert await state(store) == ("failed", "it took longer than its timeout of 60 s")
+    assert await statuses(store) == {
+        "fast": "completed", "each": "cancelled", "each[0]": "cancelled", "each[1]": "cancelled",
+        "each[2]": "cancelled", "ask": "cancelled", "after": "skipped", "tidy": "completed", "cheer": "skipped",
+    }  # fmt: skip
+    await proved(store, outside)
+
+
+@both_ways
+async def test_what_cleans_up_has_not_all_the_time_there_is(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, CLEANED, timeout_seconds=60)
+    await claims(store)
+    await store.shift_clock(61_000)
+    tidy = await tidying(store)
+    await store.renew([tidy.attempt_id], lease_seconds=10_000)
+    await store.shift_clock(599_000)
+    assert await claims(store) == [] and (await state(store))[0] == "in_progress"
+    await store.shift_clock(2_000)
+    assert await claims(store) == []
+    assert (await store.ticket("t")).error == (
+        "it took longer than its timeout of 60 s; its on_error steps took longer than they may"
+    )
+    assert (await rows(store))["tidy"].status == "cancelled"
+    await proved(store, outside)
+
+
+@both_ways
+async def test_the_last_step_ends_as_the_time_does(store: Store, outside: Outside) -> None:
+    """Between its end and what follows from that."""
+    steps = "steps: [{id: a, agent: echo}]\non_error: [{id: tidy, agent: echo}]\n"
+    await ticket(store, outside, steps, timeout_seconds=60)
+    (a,) = await claims(store)
+    await finish(store, a)
+    await store.shift_clock(61_000)
+    await run(store)
+    assert (await state(store))[0] == "done"
+
+
 async def test_priority_and_age_decide_between_steps_and_tickets(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN, priority=5, created_at="2026-01-01T00:00:01.000Z")
     insert(outside, "plain", priority=0, created_at="2026-01-01T00:00:00.000Z")

@@ -46,7 +46,7 @@ _INSERT_RUN: Final = sa.text(
 )
 _SET_RUN: Final = sa.text(
     "UPDATE workflow_runs SET definition = :definition, facts = COALESCE(:facts, facts), progress = :progress, "
-    "untold = :untold, due_at = :due_at, revision = :revision WHERE id = :id"
+    "untold = :untold, due_at = :due_at, deadline_at = :deadline_at, revision = :revision WHERE id = :id"
 )
 _END_RUN: Final = sa.text(
     "UPDATE workflow_runs SET status = :status, error = :error, error_step = :error_step, completed_at = :now, "
@@ -312,7 +312,7 @@ class _Work:
         left = [key for key in run.untold or () if key not in told]
         if run.row.definition is None:
             self._changes.add(_INSERT_DEFINITION, digest=definition.digest, definition=definition.text)
-        facts = self._decided.facts
+        facts, deadline_at = self._decided.facts, self._decided.deadline_at or run.row.deadline_at
         self._changes.add(
             _SET_RUN,
             id=run.id,
@@ -320,7 +320,8 @@ class _Work:
             facts=dump(shallow(facts)) if facts is not None else None,
             progress=dump(shallow(decision.progress)),
             untold=dump(left) if left else None,
-            due_at=run.row.due_at if left else run.row.deadline_at,
+            due_at=run.row.due_at if left else deadline_at,
+            deadline_at=deadline_at,
             revision=run.row.revision + 1,
         )
         if self._unstartable and decision.end is None:

@@ -24,8 +24,8 @@ from swarm.store.changes import Changes
 from swarm.store.database import Row, Tx
 from swarm.store.definitions import Definitions, TooDear
 from swarm.store.registry import Agents
-from swarm.store.rows import dump, lenient, milliseconds, new_id
-from swarm.store.runs import Decided, Run, Thrifty
+from swarm.store.rows import dump, lenient, new_id
+from swarm.store.runs import TIME_IS_UP, Decided, Run, Thrifty
 from swarm.store.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.workflow.state import Ask, Verdict
 
@@ -136,12 +136,13 @@ class WorkflowExecutor:
         for row in tx.all(_UNANSWERED, now_ms=tx.now_ms, limit=_AT_ONCE):
             answer(changes, row, Verdict(approved=False, by="swarm", why="nobody answered in time"))
         for row in tx.all(_DUE, now_ms=tx.now_ms, limit=_AT_ONCE):
-            if row.deadline_at is not None and row.deadline_at <= tx.now_ms:
+            late = row.deadline_at is not None and row.deadline_at <= tx.now_ms
+            if late and TIME_IS_UP not in (row.untold or ""):
                 run = runs.load(tx, row.id)
-                if run is not None and run.alive:
-                    since = milliseconds(run.row.started_at) or tx.now_ms
-                    give_up(changes, run, f"it took longer than its timeout of {(row.deadline_at - since) / 1000:g} s")
+                if run is not None and run.alive and not runs.may_clean_up(tx, run):
+                    give_up(changes, run, runs.time_is_up(tx, run))
                     continue
+                changes.news.setdefault(row.id, []).append(TIME_IS_UP)
             pending = row.untold is not None
             if pending:
                 undecided.append(row.id)

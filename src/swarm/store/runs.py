@@ -18,7 +18,7 @@ from swarm.model import RunStatus
 from swarm.store import artifacts
 from swarm.store.database import Row, Tx
 from swarm.store.definitions import Definition, Definitions, TooDear
-from swarm.store.rows import lenient
+from swarm.store.rows import lenient, milliseconds
 from swarm.workflow import plan, structure
 from swarm.workflow.state import Decision, End, Facts, Fan, Progress, StepState, Verdict
 
@@ -26,6 +26,9 @@ from swarm.workflow.state import Decision, End, Facts, Fan, Progress, StepState,
 _LANE_BYTES: Final = 64 << 10
 _LANE_STEPS: Final = 1000
 _LANE_EXPRESSIONS: Final = 500
+
+TIME_IS_UP: Final = "!deadline"  # in a run's `untold`, beside the keys of steps: no step can be called so
+ON_ERROR_MS: Final = 600_000  # what its on_error steps may take together, once a run's time is over
 
 _RUN: Final = sa.text(
     "SELECT r.id, r.ticket_id, r.workflow_id, r.status, r.trigger_type, r.trigger_data, r.started_at, "
@@ -39,6 +42,9 @@ _TICKET_INPUTS: Final = sa.text("SELECT inputs FROM tickets WHERE id = :id")
 _STEP_INPUTS: Final = sa.text("SELECT inputs FROM step_executions WHERE id = :id")
 _STEP_COLUMNS: Final = (
     "id, step_id, status, inputs, outputs, error, fan, verdict, attempt_id, started_at, queued_at, available_at"
+)
+_HAS_HANDLERS: Final = sa.text(
+    "SELECT definition LIKE '%\"on_error\"%' AS has_handlers FROM definitions WHERE digest = :digest"
 )
 STEPS: Final = sa.text(f"SELECT {_STEP_COLUMNS} FROM step_executions WHERE run_id = :run_id AND step_id IN :ids")
 ALL_STEPS: Final = sa.text(f"SELECT {_STEP_COLUMNS} FROM step_executions WHERE run_id = :run_id")
@@ -88,6 +94,7 @@ class Decided:
     facts: Facts | None = None  # of a first decision
     decision: Decision | None = None
     failure: str | None = None
+    deadline_at: int | None = None  # a new one
 
 
 def load(tx: Tx, id: str) -> Run | None:  # noqa: A002
@@ -199,8 +206,15 @@ def _decide(
     except (ExpressionError, NotFound, StoreError, Invalid) as error:
         return Decided(run_id=run.id, revision=run.row.revision, told=told, seen={}, failure=str(error))
     definitions.facts.put(run.id, known)
-    steps = Steps(tx, run, lane=lane)
-    if run.progress is None:
+    steps, deadline_at = Steps(tx, run, lane=lane), None
+    if TIME_IS_UP in told:
+        why = time_is_up(tx, run)
+        steps.read_all()
+        late = run.progress and plan.expire(definition.graph, known, run.progress, steps, evaluator, why)
+        if not late:
+            return Decided(run_id=run.id, revision=run.row.revision, told=told, seen={}, failure=why)
+        decision, deadline_at = late, tx.now_ms + ON_ERROR_MS
+    elif run.progress is None:
         steps.read_all()
         decision = plan.resume(definition.graph, known, steps, evaluator)
     else:
@@ -218,7 +232,24 @@ def _decide(
         definition=definition,
         facts=known if run.progress is None else None,
         decision=decision,
+        deadline_at=deadline_at,
     )
+
+
+def time_is_up(tx: Tx, run: Run) -> str:
+    """Why a run that is late fails."""
+    if run.progress is not None and run.progress.phase == "on_error":
+        return f"{run.progress.error or 'it failed'}; its on_error steps took longer than they may"
+    since, until = milliseconds(run.row.started_at) or tx.now_ms, run.row.deadline_at or tx.now_ms
+    return f"it took longer than its timeout of {(until - since) / 1000:g} s"
+
+
+def may_clean_up(tx: Tx, run: Run) -> bool:
+    """False when a run that is late has certainly no on_error steps that are still to come."""
+    if run.row.definition is None or run.progress is None or run.progress.phase != "steps":
+        return False
+    found = tx.first(_HAS_HANDLERS, digest=run.row.definition)
+    return found is not None and bool(found.has_handlers)
 
 
 def _near(definition: Definition, keys: Iterable[str]) -> Iterator[str]:

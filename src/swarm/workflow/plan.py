@@ -73,6 +73,18 @@ def resume(graph: Graph, known: Facts, steps: Mapping[str, StepState], evaluator
     return planner.decision()
 
 
+def expire(
+    graph: Graph, known: Facts, progress: Progress, steps: Mapping[str, StepState], evaluator: Evaluator, why: str
+) -> Decision | None:
+    """The run's time is over: what is under way ends, and its on_error steps follow. None when there are none, or when
+    it was them that took so long."""
+    if progress.phase != "steps" or not graph.part("on_error"):
+        return None
+    planner = _Planner(graph, known, progress, steps, evaluator)
+    planner.expired(why)
+    return planner.decision()
+
+
 class _Planner(Children):
     def decision(self) -> Decision:
         while self._end is None:
@@ -95,6 +107,25 @@ class _Planner(Children):
             self._ended.append(key)
         elif state.status == WAITING and state.verdict is not None:
             self._answered(self._graph.steps[key], state)
+
+    def expired(self, why: str) -> None:
+        live = [step for step in self._graph.part("steps") if self._state(step.id).status not in ENDED]
+        if not live:  # the last has just ended
+            self.again()
+            return
+        started = [step for step in live if self._state(step.id).status != StepStatus.PENDING]
+        named = self._progress.failed_step or (*started, *live)[0].id
+        # Steps may have ended that nobody has followed up, so `open` is counted anew.
+        self._progress = replace(self._progress, failed_step=named, error=why, open=len(live))
+        self._stop(live, why)
+
+    def _stop(self, steps: Iterable[Step], why: str) -> None:
+        for step in steps:
+            status = self._state(step.id).status
+            if status == StepStatus.PENDING:
+                self._finish(Skip(key=step.id, why=f"not started: {why}"))
+            elif status not in ENDED:
+                self._finish(Cancel(key=step.id, why=f"stopped: {why}"))
 
     def again(self) -> None:
         for phase in PHASES:
@@ -142,12 +173,7 @@ class _Planner(Children):
             self._progress, failed_step=step.id, error=self._state(step.id).error or f"the step {step.id!r} failed"
         )
         if self._graph.workflow.fail_fast and self._progress.phase == "steps":
-            for other in self._graph.part("steps"):
-                status = self._state(other.id).status
-                if status == StepStatus.PENDING:
-                    self._finish(Skip(key=other.id, why=f"not started: the step {step.id!r} failed"))
-                elif status not in ENDED:
-                    self._finish(Cancel(key=other.id, why=f"stopped: the step {step.id!r} failed"))
+            self._stop(self._graph.part("steps"), f"the step {step.id!r} failed")
 
     def _next_phase(self, *, started: bool = True) -> None:
         """All steps of a phase have ended: on to the handlers, or to the end."""
