@@ -55,7 +55,7 @@ def workflows(draw: st.DrawFn) -> list[dict[str, Any]]:
             step["when"] = f"${{steps.{needs[0]}.status == 'completed'}}" if needs else True
         if draw(st.integers(0, 3)) == 0:
             step["continue_on_error"] = True
-        if draw(st.integers(0, 3)) == 0:
+        if kind != "within" and draw(st.integers(0, 3)) == 0:
             step["retry"] = {"max_attempts": 2, "delay_seconds": 0, "on": ["agent_failed"]}
         steps.append(step)
     return steps
