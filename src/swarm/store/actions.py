@@ -298,6 +298,8 @@ class _Work:
             elif step.status == StepStatus.RUNNING:
                 self._changes.add(_CANCEL_ATTEMPT, id=step.attempt_id, error=message(action.why), now=self._tx.now)
             self._move(key, StepStatus.CANCELLED, error=action.why)
+        if running:
+            self._changes.flush()  # the same decision may have started them
         if inner := [row.id for row in self._tx.all_in(_RUNS_OF_STEPS, running)]:
             self._changes.cancel_runs(inner, error=action.why)
 
