@@ -99,7 +99,7 @@ TICKET_TRANSITIONS: Final[Mapping[TicketState, frozenset[TicketState]]] = {
     ),
     TicketState.WAITING: frozenset({TicketState.IN_PROGRESS, TicketState.FAILED, TicketState.CANCELLED}),
     # By hand only: `swarm ticket retry`.
-    TicketState.DONE: frozenset(),
+    TicketState.DONE: frozenset({TicketState.READY}),
     TicketState.FAILED: frozenset({TicketState.READY}),
     TicketState.CANCELLED: frozenset({TicketState.READY}),
 }

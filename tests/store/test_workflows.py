@@ -791,7 +791,7 @@ async def test_retry_from_runs_again_what_was_cut_off(store: Store, outside: Out
 
 async def test_retry_from_what_can_not_be(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
-    with pytest.raises(Conflict, match="is ready; only a failed or cancelled one"):
+    with pytest.raises(Conflict, match="is ready: it has not ended"):
         await store.retry("t", step="first")
     await run(store, gives(second=BROKEN))
     with pytest.raises(UsageError, match="no step 'fourth' of its own; there are first, second, third"):
@@ -803,6 +803,67 @@ async def test_retry_from_what_can_not_be(store: Store, outside: Outside) -> Non
         await store.retry("plain", step="main")
     await store.retry("t")
     assert await run(store) == ["first", "second", "third"]
+
+
+@both_ways
+async def test_retry_from_a_step_of_what_is_done(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, CHAIN, inputs='{"word": "hi"}')
+    await run(store)
+    with pytest.raises(Conflict, match=r"is done; only a failed or cancelled one .*--from STEP"):
+        await store.retry("t")
+    await store.retry("t", step="third")
+    assert await run(store) == ["third"]
+    assert await state(store) == ("done", {"heard": "hi!"})
+    await proved(store, outside)
+
+
+ITEMS = """
+steps:
+  - {id: each, agent: echo, for_each: [0, 1, 2, 3, 4], max_parallel: 2, when: "${item != 1}", inputs: {n: "${item}"}}
+  - {id: sum, agent: echo, needs: each, inputs: {all: "${steps.each.outputs}"}}
+outputs: {all: "${steps.sum.outputs.all}"}
+"""
+
+
+@both_ways
+@pytest.mark.parametrize("named", ["each[2]", "each[0]"])
+async def test_retry_from_an_item_keeps_the_others(store: Store, outside: Outside, named: str) -> None:
+    def third_fails(claim: Claim) -> Any:
+        return gives(each=BROKEN)(claim) if claim.step_id == "each[2]" else gives()(claim)
+
+    await ticket(store, outside, ITEMS)
+    assert await run(store, third_fails, limit=2) == ["each[0]", "each[2]", "each[3]"]
+    with pytest.raises(UsageError, match=r"no execution 'each\[7\]'; there are from each\[0\] to each\[4\]"):
+        await store.retry("t", step="each[7]")
+    await store.retry("t", step=named)
+    also = ["each[0]"] if named == "each[0]" else []
+    assert sorted(await run(store)) == [*also, "each[2]", "each[4]", "sum"]
+    assert await state(store) == ("done", {"all": [{"n": 0}, None, {"n": 2}, {"n": 3}, {"n": 4}]})
+    await store.retry("t", step="each[3]")  # now that all have succeeded
+    assert await run(store) == ["each[3]", "sum"]
+    assert (await state(store))[0] == "done"
+    await proved(store, outside)
+
+
+@both_ways
+async def test_retry_from_a_repetition(store: Store, outside: Outside) -> None:
+    steps = """
+steps:
+  - id: again
+    agent: echo
+    repeat: {until: "${steps.again.outputs.n == 3}", max_times: 5}
+    inputs: {n: "${previous == null ? 0 : previous.n + 1}"}
+"""
+    await ticket(store, outside, steps)
+    assert await run(store) == [f"again[{i}]" for i in range(4)]
+    await store.retry("t", step="again[2]")
+    assert await run(store) == ["again[2]", "again[3]"]
+    assert await state(store) == ("done", {"n": 3})
+    await store.retry("t", step="again[0]")
+    assert len(await run(store)) == 4
+    with pytest.raises(UsageError, match="of one that is a workflow, the whole runs again"):
+        await store.retry("t", step="again[0]/x")
+    await proved(store, outside)
 
 
 async def test_frozen_workflows_go_with_their_last_run(store: Store, outside: Outside) -> None:

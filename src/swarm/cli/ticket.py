@@ -199,12 +199,16 @@ async def retry(
     id: _Id,  # noqa: A002
     step: Annotated[
         str | None,
-        typer.Option("--from", metavar="STEP", help="Of a workflow: this step and what depends on it; keep the rest."),
+        typer.Option(
+            "--from",
+            metavar="STEP",
+            help="Of a workflow: this step and what depends on it; keep the rest. each[3]: of a for_each, one item.",
+        ),
     ] = None,
 ) -> None:
     """Run a failed or cancelled ticket again, from the start or from a step; the runs it had stay as history.
 
-    With --from, steps that were cut off, or that the run failed by, run again as well.
+    With --from, steps that were cut off, or that the run failed by, run again as well; and the ticket may be done.
     """
     from swarm import app as wiring
 

@@ -239,7 +239,9 @@ class Store:
         """failed or cancelled → ready, for a new run. Raises NotFound, and Conflict in any other state.
 
         With ``step``, a step of its workflow, the new run keeps what the last one completed, but for that step and
-        what depends on it; it is the same frozen workflow. Raises UsageError for a step that there is not.
+        what depends on it; it is the same frozen workflow, and may be done. ``each[3]`` is one item of a for_each (what
+        failed or was not started runs again as well), ``again[3]`` the repetitions from that one. Raises UsageError
+        for a step that there is not.
         """
         if step is None:
             await self._write.call(_RETRY, ticket_id)

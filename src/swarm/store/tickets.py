@@ -173,11 +173,17 @@ def retry(tx: Tx, id: str) -> None:  # noqa: A002
     take_back(tx, id)[1].flush()
 
 
-def take_back(tx: Tx, id: str) -> tuple[Ticket, Changes]:  # noqa: A002
-    """Make a failed or cancelled ticket ready: the ticket as it was, and the change, to be flushed."""
+def take_back(tx: Tx, id: str, *, done: bool = False) -> tuple[Ticket, Changes]:  # noqa: A002
+    """Make a failed or cancelled ticket, with ``done`` any that has ended, ready: the ticket as it was, and the
+    change, to be flushed."""
     found = ticket(tx, id)
-    if found.state not in (TicketState.FAILED, TicketState.CANCELLED):
-        raise Conflict(f"the ticket {intake.shown(id)} is {found.state}; only a failed or cancelled one is tried again")
+    if found.state == TicketState.DONE and not done:
+        raise Conflict(
+            f"the ticket {intake.shown(id)} is done; only a failed or cancelled one is tried again "
+            "(of a workflow that is done, a step and what follows: --from STEP)"
+        )
+    if found.state not in TERMINAL_TICKET_STATES:
+        raise Conflict(f"the ticket {intake.shown(id)} is {found.state}: it has not ended, so it can't be tried again")
     changes = Changes(tx)
     if live := [row.id for row in tx.all(_LIVE_RUNS, id=id)]:  # ended from outside a moment ago
         changes.cancel_runs(live, error="the ticket was changed from outside")

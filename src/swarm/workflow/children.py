@@ -93,14 +93,14 @@ class Children(Desk):
 
     def _recount(self, step: Step, fan: Fan) -> None:
         """The counters of a fan, from its children as they are."""
-        fresh = Fan(count=fan.count)
+        fresh = Fan(count=fan.count, next=fan.count)
         last = None
         for i in range(fan.count):
             key = f"{step.id}[{i}]"
             state = self._state(key)
             if state.status == StepStatus.PENDING:
+                fresh = replace(fresh, next=min(fresh.next, i))  # others behind it may have ended: a retry keeps them
                 continue
-            fresh = replace(fresh, next=i + 1)
             if state.status in ENDED:
                 skipped = state.status == StepStatus.SKIPPED
                 fresh = replace(fresh, skipped=fresh.skipped + 1) if skipped else _counted(fresh, key, state, before=0)
