@@ -103,11 +103,12 @@ class Scheduler:
     async def fire(self) -> float | None:
         """Run what is due. How many seconds until the next one is; None when there is none."""
         found = await self._store.due_schedules()
-        if not found.due:
-            return None if found.next_ms is None else found.next_ms / 1000
+        held = 0
         for one in found.due:
             request = await asyncio.to_thread(self._request, one, found.now_ms)
-            if await self._store.fire_schedule(request):
+            if request is None:
+                held += 1
+            elif await self._store.fire_schedule(request):
                 log.info(
                     "schedule came true",
                     workflow=one.workflow,
@@ -115,13 +116,18 @@ class Scheduler:
                     dropped=request.dropped,
                     **({"error": request.error} if request.error else {}),
                 )
-        return 0.0
+        if held < len(found.due):
+            return 0.0
+        return None if found.next_ms is None else found.next_ms / 1000
 
-    def _request(self, due: DueSchedule, now_ms: int) -> FireRequest:
+    def _request(self, due: DueSchedule, now_ms: int) -> FireRequest | None:
+        """None: it waits for the ticket before to end, which is a commit, and so news."""
         try:
             flow = definition.from_json(json.loads(due.definition))
             one = flow.schedule[due.number]
-            plan = schedule.plan(one, moment(due.next_at), moment(now_ms))
+            if schedule.is_held(one, due.before):
+                return None
+            plan = schedule.plan(one, moment(due.next_at), moment(now_ms), due.before)
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError, OSError) as error:
             # A zone that this host no longer knows, or a row by hand. It is not looked at again until it is changed.
             return FireRequest(due=due, next_at=None, last_at=None, dropped=0, new=(), error=str(error))

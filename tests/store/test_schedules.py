@@ -187,6 +187,35 @@ async def test_times_that_nobody_looked(
     assert await times(store) == [*then, "13:00"]
 
 
+@pytest.mark.parametrize(
+    ("overlap", "while_it_runs", "afterwards", "missed"),
+    [("allow", ["10:00", "11:00", "12:00"], [], 0), ("skip", ["10:00"], [], 2), ("queue", ["10:00"], ["12:00"], 1)],
+)
+async def test_times_that_come_while_the_one_before_runs(
+    store: Store, outside: Outside, overlap: str, while_it_runs: list[str], afterwards: list[str], missed: int
+) -> None:
+    await at(store, outside, "2026-01-01T09:59:59Z")
+    await store.put_workflow(replace(FLOW, schedule=(replace(HOURLY, overlap=overlap),)))
+    await store.shift_clock(2000)
+    await fire(store)
+    (first,) = await made(store)
+    outside.execute("UPDATE tickets SET state = 'waiting'")  # it has not ended
+    for _ in range(2):
+        await store.shift_clock(HOUR)
+        wait = await fire(store)
+        assert wait is None or wait > 0, "nobody looks again and again"
+    assert await times(store) == while_it_runs
+    await store.cancel(first.id, "a test")
+    await fire(store)
+    assert await times(store) == while_it_runs + afterwards
+    assert (await only(store)).times_missed == missed
+    for ticket in await made(store):
+        await store.cancel(ticket.id, "a test")
+    await store.shift_clock(HOUR)
+    await fire(store)
+    assert await times(store) == [*while_it_runs, *afterwards, "13:00"]
+
+
 async def test_a_year_is_bounded(store: Store) -> None:
     await store.put_workflow(replace(FLOW, schedule=(Schedule(cron="* * * * *", missed="all"),)))
     await store.shift_clock(365 * 24 * HOUR)
@@ -271,7 +300,8 @@ async def test_one_that_was_disabled_meanwhile_does_not_run(store: Store) -> Non
     await store.shift_clock(HOUR)
     (due,) = (found := await store.due_schedules()).due
     await store.enable_workflow("flow", enabled=False)
-    assert not await store.fire_schedule(Scheduler(store=store, evaluator=Local())._request(due, found.now_ms))
+    request = Scheduler(store=store, evaluator=Local())._request(due, found.now_ms)
+    assert request is not None and not await store.fire_schedule(request)
     assert await made(store) == []
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from swarm.workflow import schedule
 from swarm.workflow.definition import Schedule
+from swarm.workflow.schedule import Before
 
 PARIS = "Europe/Paris"  # 2026: on 29 March 02:00 becomes 03:00, on 25 October 03:00 becomes 02:00; each at 01:00 UTC
 
@@ -94,6 +95,24 @@ def test_policies(missed: str, now: str, run: list[str], dropped: int) -> None:
     assert [f"{moment:%H:%M}" for moment in plan.run] == run
     assert plan.dropped == dropped
     assert plan.next == schedule.parse(one.cron).after(utc(f"2026-01-01T{now}"))
+
+
+@pytest.mark.parametrize(
+    ("overlap", "missed", "before", "run", "dropped"),
+    [
+        ("allow", "once", Before(running=True), ["12:00"], 2),
+        ("skip", "once", Before(running=True), [], 3),
+        ("skip", "once", Before(ended=utc("2026-01-01T11:30")), ["12:00"], 2),
+        ("queue", "skip", Before(ended=utc("2026-01-01T12:25")), ["12:00"], 2),  # it was held, not missed
+        ("queue", "skip", Before(ended=utc("2026-01-01T09:25")), [], 3),  # no engine ran
+        ("queue", "once", Before(), ["12:00"], 2),
+    ],
+)
+def test_overlap(overlap: str, missed: str, before: Before, run: list[str], dropped: int) -> None:
+    one = Schedule(cron="0 * * * *", missed=missed, overlap=overlap)
+    plan = schedule.plan(one, utc("2026-01-01T10:00"), utc("2026-01-01T12:30"), before)
+    assert ([f"{moment:%H:%M}" for moment in plan.run], plan.dropped) == (run, dropped)
+    assert schedule.is_held(one, before) == (overlap == "queue" and before.running)
 
 
 def test_years_without_an_engine_cost_no_more_than_a_day() -> None:

@@ -174,6 +174,8 @@ def test_everything() -> None:
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '0 0 30 2 *', time_zone: Mars/North}\n",
          ["line 4, column 18: '30' is no day of month: 1 to 31, within the month, or L for its last",
           "line 4, column 43: 'Mars/North' is no time zone; write one such as Europe/Paris, or UTC"]),
+        (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '@daily', missed: all, overlap: skip}\n",
+         ["line 4, column 50: missed: all starts several at once, which overlap: allow alone lets it do"]),
         (HEAD + "steps: [{id: a, agent: !!python/object:os.system echo}]\n",
          ["line 3, column 24: the tag 'tag:yaml.org,2002:python/object:os.system' has no meaning here"]),
         (HEAD + "inputs: {a: strin}\nsteps: [{id: a, agent: echo}]\n",

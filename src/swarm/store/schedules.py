@@ -25,9 +25,10 @@ from swarm.store import tickets
 from swarm.store.changes import Changes
 from swarm.store.database import Row, Tx
 from swarm.store.intake import storable
-from swarm.store.rows import iso
+from swarm.store.rows import iso, milliseconds
 from swarm.workflow import definition, parse, schedule
 from swarm.workflow.definition import Schedule
+from swarm.workflow.schedule import Before
 
 # A clock that was set back by more than this was wrong before: what was reckoned by it is reckoned again. One that was
 # set back by less runs on until it has caught up, so that nothing comes twice.
@@ -54,8 +55,9 @@ _ALL_VERSIONS: Final = sa.text(_VERSION)
 _NAMES: Final = sa.text("SELECT DISTINCT workflow FROM schedules WHERE workflow <> ''")
 # The table has a row for each schedule that somebody wrote: it is read as a whole.
 _DUE: Final = sa.text(
-    "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.reckoned_at, w.name, w.version, w.enabled, w.steps "
-    "FROM schedules s LEFT JOIN workflows w ON w.id = s.workflow_id "
+    "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.reckoned_at, w.name, w.version, w.enabled, w.steps, "
+    "t.state AS last_state, t.completed_at AS last_completed_at FROM schedules s "
+    "LEFT JOIN workflows w ON w.id = s.workflow_id LEFT JOIN tickets t ON t.id = s.last_ticket_id "
     "WHERE s.next_at <= :now_ms OR s.reckoned_at > :mended_ms ORDER BY s.next_at, s.workflow, s.number"
 )
 _NEXT: Final = sa.text("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms")
@@ -88,7 +90,8 @@ class ScheduleRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DueSchedule:
-    """One whose time has come. ``definition``: JSON text of its workflow, as in the row."""
+    """One whose time has come. ``definition``: JSON text of its workflow, as in the row; ``before``: the ticket that it
+    made last."""
 
     workflow: str
     version: str
@@ -96,6 +99,7 @@ class DueSchedule:
     workflow_id: str
     definition: str
     next_at: int
+    before: Before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +210,7 @@ def due(tx: Tx, request: None) -> DueSchedules:
                     workflow_id=row.workflow_id,
                     definition=row.steps,
                     next_at=row.next_at,
+                    before=_before(row),
                 )
             )
     after = tx.first(_NEXT, now_ms=now_ms)
@@ -213,6 +218,13 @@ def due(tx: Tx, request: None) -> DueSchedules:
     return DueSchedules(
         now_ms=now_ms, due=found, stale=stale, next_ms=None if next_at is None else float(next_at - now_ms)
     )
+
+
+def _before(row: Row) -> Before:
+    ended = milliseconds(row.last_completed_at)
+    # 'draft' is one that a person has put aside.
+    running = row.last_state in ("ready", "blocked", "in_progress", "waiting")
+    return Before(running=running, ended=moment(ended) if ended is not None and not running else None)
 
 
 def fire(tx: Tx, request: FireRequest) -> bool:

@@ -68,11 +68,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """``missed``: what becomes of times that passed while no engine ran: 'skip', 'once' or 'all'."""
+    """``missed``: what becomes of times that passed while no engine ran: 'skip', 'once' or 'all'. ``overlap``: what
+    becomes of one that comes while the ticket of the time before has not ended: 'allow', 'skip' or 'queue'."""
 
     cron: str
     time_zone: str = "UTC"
     missed: str = "once"
+    overlap: str = "allow"
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
 

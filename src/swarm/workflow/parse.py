@@ -96,6 +96,7 @@ class _Schedule(_Strict):
     cron: str
     time_zone: str = "UTC"
     missed: Literal["skip", "once", "all"] = "once"
+    overlap: Literal["allow", "skip", "queue"] = "allow"
     inputs: dict[str, Any] = {}
 
 
@@ -273,6 +274,8 @@ class _Builder:
                 check(value)
             except ValueError as error:
                 self._bad(path if isinstance(raw, str) else (*path, field), str(error))
+        if one.missed == "all" and one.overlap != "allow":
+            self._bad((*path, "overlap"), "missed: all starts several at once, which overlap: allow alone lets it do")
         return one
 
     def _schema(self, given: Mapping[str, Any] | None, path: manifest.Path) -> dict[str, Any] | None:

@@ -119,14 +119,33 @@ def zone(name: str) -> zoneinfo.ZoneInfo:
         raise ValueError(f"{name!r} is no time zone; write one such as Europe/Paris, or UTC") from None
 
 
-def plan(schedule: Schedule, due: datetime.datetime, now: datetime.datetime) -> Plan:
-    """By the schedule's policy, what to do ``now`` about the time ``due`` (passed, or just now) and those since.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """The ticket of the time before: does it still run, or when did it end (aware; None: long ago, or never was)?"""
 
-    A time that somebody gets to `IN_TIME` is never missed; the policy is for the others. Raises ValueError.
+    running: bool = False
+    ended: datetime.datetime | None = None
+
+
+def is_held(schedule: Schedule, before: Before) -> bool:
+    """Must it wait until the ticket ``before`` has ended?"""
+    return before.running and schedule.overlap == "queue"
+
+
+def plan(schedule: Schedule, due: datetime.datetime, now: datetime.datetime, before: Before | None = None) -> Plan:
+    """By the schedule's policies, what to do ``now`` about the time ``due`` (passed, or just now) and those since.
+
+    A time that somebody gets to `IN_TIME` is never missed; that policy is for the others. Raises ValueError.
     """
+    before = before or Before()
     cron = parse(schedule.cron, schedule.time_zone)
     passed = cron.between(due, now, MAX_CAUGHT_UP + 1)
-    if schedule.missed == "all":
+    was_held = schedule.overlap == "queue" and before.ended is not None and before.ended >= due
+    if before.running and schedule.overlap == "skip":
+        run: Sequence[datetime.datetime] = ()
+    elif was_held:
+        run = passed[-1:]
+    elif schedule.missed == "all":
         run = passed[-MAX_CAUGHT_UP:]
     elif schedule.missed == "once":
         run = passed[-1:]
