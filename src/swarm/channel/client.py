@@ -20,7 +20,7 @@ from swarm.vm.driver import Endpoint
 
 PROTOCOL: Final = 1
 MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES
-_GRACE_SECONDS: Final = 15.0  # what agentd may need to kill and bury an agent after its time is up
+_GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and bury an agent after its time is up
 _STREAMS: Final = ("stdout", "stderr")
 
 

@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 AGENTD = Path(__file__).parent.parent / "guest" / "agentd.py"
 _MAX_SOCKET_PATH = 107  # bytes; sun_path of unix(7)
 _NO_TEMPLATES = "the process driver has no templates: a plain process can't be cloned"
-_GRACE_SECONDS = 12.0  # agentd gives descendants of an agent 5 s to die, and a stuck agent 10
+_GRACE_SECONDS = 22.0  # agentd gives descendants of an agent 10 s to die, and a stuck agent 20
 
 
 class NoImages:
