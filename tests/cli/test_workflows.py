@@ -63,6 +63,9 @@ def test_run_and_follow(swarm: Swarm, tmp_path: Path) -> None:
 def test_answer_and_go_on(swarm: Swarm, tmp_path: Path) -> None:
     (tmp_path / "publish.yaml").write_text(PUBLISH)
     swarm("swarm workflow add", str(tmp_path / "publish.yaml"))
+    late = swarm("swarm workflow run publish --wait --timeout 4", status=1)
+    assert "step check asks: Publish publish?" in late.stderr and "`swarm ticket approve " in late.stderr
+    assert "longer than its timeout of 4 s" in late.stdout
     swarm("swarm ticket add News --workflow publish --id t")
     timed_out = swarm("swarm-engine run-ticket t --wait --timeout 4", status=1)
     assert "ticket t waits for a person" in timed_out.stderr

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from swarm.cli import render, service
 from swarm.cli.frame import Cli
-from swarm.model import TERMINAL_TICKET_STATES, Event, StepStatus, Ticket
+from swarm.model import TERMINAL_TICKET_STATES, Event, StepStatus, Ticket, TicketState
 
 if TYPE_CHECKING:
     from swarm.store.store import Store
@@ -41,7 +41,7 @@ async def to_the_end(cli: Cli, ticket: Ticket) -> int:
 
 
 async def _follow(cli: Cli, store: Store, id_: str, here: asyncio.Task[object] | None) -> Ticket:
-    after = 0
+    after, waiting = 0, False
     async with store.watching() as wake:
         while True:
             ticket = await store.ticket(id_)  # before its events: none comes after its end
@@ -53,6 +53,12 @@ async def _follow(cli: Cli, store: Store, id_: str, here: asyncio.Task[object] |
                 if here is not None:
                     await here  # its VMs are gone
                 return ticket
+            if ticket.state == TicketState.WAITING and not waiting:
+                for step in await store.steps(id_):
+                    if step.status == StepStatus.WAITING:
+                        asked = f"step {step.step_id} asks: {step.question}" if step.question else step.step_id
+                        cli.out.note(f"{asked}\n`swarm ticket approve {id_}`, or `swarm ticket reject {id_} --why …`")
+            waiting = ticket.state == TicketState.WAITING
             if here is not None and here.done():
                 here.result()
             await wake.changed(timeout_seconds=_LOOK_SECONDS)

@@ -46,7 +46,7 @@ _COPY_STEP: Final = sa.text(
 _COPY_FAN: Final = sa.text(
     "INSERT INTO step_executions (id, run_id, step_id, status, inputs, queued_at, started_at, max_attempts, priority, "
     "ticket_created_at, question, verdict, fan) "
-    "SELECT :id, :run_id, step_id, 'running', inputs, queued_at, started_at, max_attempts, priority, "
+    "SELECT :id, :run_id, step_id, 'running', inputs, queued_at, :now, max_attempts, priority, "
     "ticket_created_at, question, verdict, :fan FROM step_executions WHERE id = :former"
 )
 _COPY_PENDING: Final = sa.text(
@@ -137,7 +137,9 @@ def _copy(changes: Changes, run_id: str, rows: Iterable[Row], graph: Graph, step
             continue
         elif name == step and number is not None and not is_repeat and _runs_again(row, int(which) == number):
             statement = _COPY_PENDING
-        changes.add(statement, id=id_, run_id=run_id, former=row.id, **({"fan": fan} if fan else {}))
+        changes.add(
+            statement, id=id_, run_id=run_id, former=row.id, **({"fan": fan, "now": changes.tx.now} if fan else {})
+        )
 
 
 def _runs_again(item: Row, is_named: bool) -> bool:
