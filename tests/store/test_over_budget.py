@@ -54,7 +54,7 @@ async def test_a_plain_ticket_waits_over_a_restart_and_goes_on(url: str, outside
         ):
             with pytest.raises(UsageError, match=why):
                 await store.answer("t", approved=True, by="ann", budget=budget)
-        with pytest.raises(Conflict, match="only a failed or cancelled one"):
+        with pytest.raises(Conflict, match="it has not ended"):
             await store.retry("t")
         assert (await store.ticket("t")).budget_usd == 1.0
         assert await store.answer("t", approved=True, by="ann", why="go", budget=Limit(usd=3.0)) == "main"
