@@ -34,6 +34,7 @@ from swarm.errors import (
     StepError,
     SwarmError,
     UsageError,
+    no_more_threads,
 )
 from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Succeeded
 from swarm.outside import Outside, Reach
@@ -54,7 +55,6 @@ _QUOTED_LINES, _QUOTED_BYTES = 15, 4096
 _HOST_IS_OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 # Of an output.json: each takes some hundred bytes of memory, and as little as three in the file.
 MAX_CONTAINERS = 1_000_000
-_NO_THREAD = "can't start new thread"  # what threading says when the kernel has no room for one
 
 
 class Watcher(Protocol):
@@ -338,7 +338,7 @@ def _is_host_out(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _HOST_IS_OUT_OF:
             return True
-        if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+        if no_more_threads(error):
             return True
         error = error.__cause__
     return False

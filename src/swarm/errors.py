@@ -136,3 +136,8 @@ class OutcomeUnknown(StepError):
     """The agent may or may not have finished. Only an idempotent agent is tried again."""
 
     reason = FailureReason.VM_DIED
+
+
+def no_more_threads(error: BaseException) -> bool:
+    """Is it what Python's threading raises when the kernel has no room for a thread, or memory none for its lock?"""
+    return isinstance(error, RuntimeError) and str(error).startswith(("can't start new thread", "can't allocate lock"))

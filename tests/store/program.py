@@ -6,6 +6,7 @@ It says 'ready' on stdout, waits for a line on stdin, does what it was asked, an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 import sys
@@ -73,6 +74,28 @@ async def fill(url: str, title: str) -> Any:
     return {"added": added}
 
 
+async def starve(url: str) -> Any:
+    """Claim and add with less and less memory for SQLite, which can be lowered but never raised: what was answered."""
+    answers: dict[str, int] = {}
+    with contextlib.closing(sqlite3.connect(":memory:")) as any_connection:
+        async with Store.open(url) as store:
+            gate()
+            for limit in range(4_000_000, 200_000, -20_000):
+                try:
+                    any_connection.execute(f"PRAGMA hard_heap_limit = {limit}")
+                except MemoryError:  # not even for that
+                    break
+                big = Ticket(id=f"t{limit}", title="t", description="x" * 500_000, state="draft")
+                for asked in (store.add_ticket(big), store.ticket("big1"), store.claim("w", lease_seconds=60)):
+                    try:
+                        await asked
+                        answer = "served"
+                    except Exception as error:
+                        answer = f"{type(error).__name__}: {error}"
+                    answers[answer] = answers.get(answer, 0) + 1
+    return answers
+
+
 async def fire(url: str, rounds: str, point: str = "") -> Any:
     """Run the schedules that are due, so often; die at a crash point."""
     configure()
@@ -91,6 +114,7 @@ WHAT: dict[str, Callable[..., Awaitable[Any]]] = {
     "work": work,
     "hold-lock": hold_lock,
     "fill": fill,
+    "starve": starve,
     "fire": fire,
 }
 

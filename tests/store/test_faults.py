@@ -164,6 +164,18 @@ async def test_disk_full(tmp_path: Path) -> None:
     assert found["added"] == found["there"] > 3
 
 
+async def test_out_of_memory(url: str, outside: Outside) -> None:
+    """SQLite undoes the whole transaction by itself: what is said about a savepoint that is gone does not hide why."""
+    for number in range(8):
+        insert(outside, f"big{number}", description="x" * 300_000)
+    async with program("starve", url) as starving:
+        answers = await result(starving)
+    assert isinstance(answers, dict)
+    assert answers.pop("served") > 3
+    assert list(answers) == [f"StoreError: out of memory in the database {url.removeprefix('sqlite:///')}"]
+    assert outside.execute("PRAGMA integrity_check") == [("ok",)]
+
+
 async def test_mistake_in_one_request_leaves_the_others_alone(store: Store, outside: Outside) -> None:
     insert(outside, "t")
     good = [Event(ticket_id="t", kind="output", data={"n": n}) for n in range(3)]

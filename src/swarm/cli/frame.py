@@ -122,7 +122,7 @@ def perform(function: Command, values: dict[str, Any], *, home: Path | None, deb
 
 def _explain(error: BaseException, out: Out, debug: bool) -> int:
     """Say in one line what ended the command; the exit status."""
-    from swarm.errors import SwarmError
+    from swarm.errors import SwarmError, no_more_threads
 
     match error:
         case SwarmError():
@@ -135,6 +135,9 @@ def _explain(error: BaseException, out: Out, debug: bool) -> int:
             return 128 + error.number
         case MemoryError():
             out.error("out of memory: give this process more, or let it do less at once")
+            return 1
+        case RuntimeError() if no_more_threads(error):
+            out.error(f"out of memory or threads ({error}): give this process more, or let it do less at once")
             return 1
     out.error(f"unexpected: {type(error).__name__}: {error}" + ("" if debug else " (--debug shows where)"))
     return 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -217,15 +218,21 @@ class Database:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
+        """The database's own faults come out as StoreError.
+
+        After some of them SQLite has undone the whole transaction by itself, and the next error is that a savepoint is
+        gone. So the errors behind an error count as well, back to where the block began.
+        """
+        before = sys.exception()
         try:
             yield
-        except (sa.exc.DBAPIError, sqlite3.Error) as error:
-            known = explain(error, place=self.place, busy_timeout_seconds=self.busy_timeout_seconds)
-            if known is None:
-                raise
-            raise known from error
-        except MemoryError as error:  # Python's, or SQLite's own
-            raise StoreError(f"out of memory in the database {self.place}") from error
+        except (sa.exc.SQLAlchemyError, sqlite3.Error, MemoryError) as error:
+            one: BaseException | None = error
+            while one is not None and one is not before:
+                if known := explain(one, place=self.place, busy_timeout_seconds=self.busy_timeout_seconds):
+                    raise known from error
+                one = one.__context__
+            raise
 
     def revision(self, connection: Connection) -> str | None:
         """The revision that the database is at; None for an empty one."""

@@ -123,6 +123,7 @@ _SQLITE_ERRORS: Final = (
         ("SQLITE_CANTOPEN",),
         "can't open the database {place}; check that its directory exists and that this user may write there",
     ),
+    (("SQLITE_IOERR_NOMEM",), "out of memory in the database {place}"),
     (("SQLITE_IOERR",), "the disk failed under the database {place} ({error}); see the kernel's log (`dmesg`)"),
 )
 NOT_MIGRATED: Final = "the database {place} has not the tables that this Swarm needs ({why}); run `swarm init`"
@@ -131,6 +132,8 @@ NOT_MIGRATED: Final = "the database {place} has not the tables that this Swarm n
 def explain(error: BaseException, *, place: str, busy_timeout_seconds: float) -> StoreError | None:
     """The sentence for an error that has to do with the database and not with the statement; None for all others."""
     cause = getattr(error, "orig", None) or error
+    if isinstance(cause, MemoryError):  # Python's, or SQLite's own
+        return StoreError(f"out of memory in the database {place}")
     name = getattr(cause, "sqlite_errorname", "")
     for prefixes, sentence in _SQLITE_ERRORS:
         if name.startswith(prefixes):
