@@ -183,6 +183,20 @@ async def test_a_service_that_is_silent(office: Office) -> None:
         assert caught.value.response.status_code == 504
 
 
+async def test_a_stream_may_take_long_but_not_fall_silent(office: Office) -> None:
+    async with office.door(await office.claim()) as door, client_of(door) as client:
+        upstream, key = door._services["anthropic"]
+        door._services["anthropic"] = (upstream.model_copy(update={"idle_seconds": 1.5}), key)  # type: ignore[index]
+        began = time.monotonic()
+        async with client.messages.stream(**ask("words=8 delay=0.25")) as stream:
+            assert await stream.get_final_text() == "word " * 8
+        assert time.monotonic() - began > 1.5
+        with pytest.raises(anthropic.APIStatusError, match="silent for too long"):
+            async with client.messages.stream(**ask("words=8 delay=30")) as stream:
+                await stream.get_final_text()
+        assert [note for *_, note in await office.booked(2)][1] == "anthropic was silent for too long: TimeoutError"
+
+
 async def test_paths_that_cost_nothing_are_not_booked(office: Office) -> None:
     async with office.door(await office.claim()) as door, client_of(door) as client:
         counted = await client.messages.count_tokens(model="claude-haiku-4-5", messages=ask()["messages"])

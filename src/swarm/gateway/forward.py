@@ -210,21 +210,23 @@ class Gateway:
     ) -> web.StreamResponse:
         headers = wire.forwarded(request, upstream, key)
         veil = wire.Veil(key)
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=_CONNECT_SECONDS, connect=_CONNECT_SECONDS, sock_read=upstream.idle_seconds
-        )
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, connect=_CONNECT_SECONDS)
         url = yarl.URL(upstream.base_url + target, encoded=True)
         response: web.StreamResponse | None = None
         try:
-            async with self._client().request(
-                request.method,
-                url,
-                headers=headers,
-                data=io.BytesIO(body) if body else None,  # a large one is sent piece by piece
-                allow_redirects=False,  # a key goes to the service that it is for, and nowhere else
-                timeout=timeout,
-                proxy=wire.proxy_of(upstream.base_url),
-            ) as answer:
+            # aiohttp's own `sock_read` is set anew for each chunk before it is passed on, which takes longer than that.
+            async with (
+                asyncio.timeout(upstream.idle_seconds) as silence,
+                self._client().request(
+                    request.method,
+                    url,
+                    headers=headers,
+                    data=io.BytesIO(body) if body else None,  # a large one is sent piece by piece
+                    allow_redirects=False,  # a key goes to the service that it is for, and nowhere else
+                    timeout=timeout,
+                    proxy=wire.proxy_of(upstream.base_url),
+                ) as answer,
+            ):
                 call.answered(answer)
                 response = web.StreamResponse(
                     status=answer.status, reason=answer.reason, headers=wire.returned(answer, veil)
@@ -232,7 +234,7 @@ class Gateway:
                 if answer.content_length is not None and "content-encoding" not in answer.headers:
                     response.content_length = answer.content_length
                 await response.prepare(request)
-                async for chunk in answer.content.iter_any():
+                while chunk := await _heard(answer.content, silence, upstream.idle_seconds):
                     if out := veil.feed(call.feed(chunk)):
                         await response.write(out)
                     if (cut := call.over()) is not None:
@@ -265,6 +267,14 @@ class Gateway:
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), skip_auto_headers=("User-Agent",)
             )
         return self._session
+
+
+async def _heard(content: aiohttp.StreamReader, silence: asyncio.Timeout, seconds: float) -> bytes:
+    """What came next; b"" at the end. The time that a guest takes to read it is not the service's silence."""
+    silence.reschedule(asyncio.get_running_loop().time() + seconds)
+    chunk = await content.readany()
+    silence.reschedule(None)
+    return chunk
 
 
 class _TooLarge(Exception):

@@ -107,6 +107,9 @@ class Meter:
             else:
                 self._too_large = True
             return data
+        if not self._buffer and data.endswith((b"\n\n", b"\r\n\r\n")):  # as services write them
+            self._unread.append(data)
+            return data
         self._buffer += data
         end = max(self._buffer.rfind(b"\n\n") + 2, self._buffer.rfind(b"\r\n\r\n") + 4)
         if end < 4:
