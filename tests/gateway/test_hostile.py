@@ -16,6 +16,7 @@ import pytest
 
 from swarm.gateway.door import MAX_FAILED_CALLS, Door
 from swarm.gateway.policy import Policy
+from swarm.gateway.usage import prompt_counts
 from swarm.ledger import Order, Verdict
 from tests.gateway.conftest import KEY, Office, ask
 
@@ -131,6 +132,19 @@ async def test_what_is_written_to_the_cache_is_reserved_at_its_price(office: Off
             block = {"type": "text", "text": "x" * 300_000, "cache_control": kept}
             status, said = await post(door, json.dumps({**ask(), "system": [block]}).encode())
             assert status == expected, said
+
+
+@pytest.mark.parametrize(
+    ("block", "tokens"),
+    [
+        ({"type": "image", "source": {"type": "url", "url": "http://x/a.png"}}, 2_000),
+        ({"type": "document", "source": {"type": "url", "url": "http://x/a.pdf"}}, 30_000),
+        ({"type": "document", "source": {"type": "file", "file_id": "f"}}, 30_000),
+    ],
+)
+def test_what_the_service_fetches_is_reserved_at_a_guess(block: dict[str, Any], tokens: int) -> None:
+    body = {"messages": [{"role": "user", "content": [block, {"type": "tool_result", "content": [block]}]}]}
+    assert 2 * tokens < prompt_counts(200, body)["input"] < 2 * tokens + 100
 
 
 async def test_a_surcharge_is_no_list_price(office: Office) -> None:

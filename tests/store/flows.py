@@ -61,6 +61,7 @@ async def ticket(store: Store, outside: Outside, text: str, *, id: str = "t", **
 
 async def claims(store: Store, limit: int = 4) -> list[Claim]:
     """What a worker is given, once nothing is left to be decided."""
+    await store.decided()  # one that ends while the claim is made would not be seen by either
     found = await store.claim("test", limit=limit, lease_seconds=LEASE)
     while not found and await store.decided():
         found = await store.claim("test", limit=limit, lease_seconds=LEASE)

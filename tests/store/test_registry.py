@@ -49,6 +49,17 @@ async def test_an_agent_goes_when_its_tickets_have_ended(store: Store, outside: 
         assert await store.agent("mine") == MINE
 
 
+@pytest.mark.parametrize("type_", [None, "", "agent", "human"])
+async def test_an_agent_that_a_ticket_is_assigned_to(store: Store, outside: Outside, type_: str | None) -> None:
+    await store.put_agent(MINE)
+    insert(outside, "t", agent_id=None, assignee_id=MINE.id, assignee_type=type_)
+    if type_ == "human":
+        assert await store.remove_agent("mine") == MINE
+    else:
+        with pytest.raises(Conflict, match=r"\(t\)"):
+            await store.remove_agent("mine")
+
+
 async def test_a_broken_row_hides_no_others(store: Store, outside: Outside) -> None:
     whole = await store.agents()
     outside.execute("INSERT INTO agents (id, name, version, path, entry) VALUES ('x', 'x', '1', '/x', '{')")

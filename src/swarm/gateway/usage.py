@@ -13,6 +13,8 @@ _BYTES_PER_TOKEN: Final = 3
 # What a picture costs at most, whatever its bytes (the service scales it down); documents by their size.
 _IMAGE_TOKENS: Final = 2000
 _DOCUMENT_BYTES_PER_TOKEN: Final = 20
+# One that the service fetches, or has kept, can't be looked at: ten pages of text and picture.
+_UNSEEN_DOCUMENT_TOKENS: Final = 30_000
 _MOST: Final = 10**12  # a count that no answer has
 # Answers and events that are larger are passed on, but not looked into.
 _MAX_PARSED_BYTES: Final = 64 << 20
@@ -40,7 +42,7 @@ def first(value: Any, paths: Iterable[str]) -> Any:
 def prompt_counts(size: int, body: Any) -> dict[str, int]:
     """About how many tokens a request has, by kind, rather too many than too few. ``size``: its bytes. If any of it is
     to be cached, all of it may be, at the price of writing it there."""
-    pictures = documents = attached = 0
+    pictures = documents = unseen = attached = 0
     kept: dict[str, int] = {}
     waiting = [body]
     while waiting:
@@ -52,6 +54,12 @@ def prompt_counts(size: int, body: Any) -> dict[str, int]:
                 kept["cache_write"] = 1
                 if isinstance(cached, dict) and cached.get("ttl") == "1h":
                     kept["cache_write_1h"] = 1
+            source = value.get("source")
+            if isinstance(source, dict) and source.get("type") in ("url", "file"):
+                if value.get("type") == "image":
+                    pictures += 1
+                else:
+                    unseen += 1
             data = value.get("data")
             if value.get("type") == "base64" and isinstance(data, str):
                 attached += len(data)
@@ -63,6 +71,7 @@ def prompt_counts(size: int, body: Any) -> dict[str, int]:
                 waiting += value.values()
     text = max(0, size - attached)
     tokens = text // _BYTES_PER_TOKEN + 1 + pictures * _IMAGE_TOKENS + documents // _DOCUMENT_BYTES_PER_TOKEN
+    tokens += unseen * _UNSEEN_DOCUMENT_TOKENS
     return dict.fromkeys(kept or ("input",), tokens)
 
 

@@ -63,7 +63,8 @@ _WANTED_BY_RUN: Final = sa.text(
 )
 _ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
 _WANTED_BY: Final = sa.text(
-    f"SELECT id FROM tickets WHERE agent_id = :id AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
+    "SELECT id FROM tickets WHERE (agent_id = :id OR (assignee_id = :id AND coalesce(agent_id, '') = '' AND "
+    f"coalesce(nullif(assignee_type, ''), 'agent') = 'agent')) AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
 )
 _BEAT: Final = sa.text(
     "INSERT INTO workers (id, host, pid, started_at, seen_at, info) VALUES (:id, :host, :pid, :now, :now, :info) "
