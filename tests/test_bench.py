@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -15,6 +16,7 @@ from swarm.bench import Cell, Figure, Report, percentiles
 from swarm.bench.report import markdown, plot
 from swarm.config import Settings
 from swarm.vm.driver import Image
+from tests.conftest import CACHE
 
 
 def test_percentiles_by_nearest_rank() -> None:
@@ -99,6 +101,51 @@ def test_a_small_run_as_a_user_types_it(settings: Settings, image: Image, tmp_pa
     assert report["host"]["kvm"] is False or report["host"]["kvm"] is True
     ET.parse(picture)
     assert app.inventory(settings).numbers() == before
+
+
+def bench(tmp_path: Path, *argv: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """On plain processes, which is enough for what is not measured."""
+    places = {f"SWARM_{name.upper()}": str(tmp_path / name) for name in ("home", "state_dir")}
+    return subprocess.run(
+        [*before, sys.executable, "-m", "swarm.cli.main", "bench", *argv],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=os.environ | places | {"SWARM_IMAGES_DIR": str(CACHE), "SWARM_DRIVER": "process"},
+        timeout=60,
+    )
+
+
+@pytest.mark.needs("qemu")
+def test_a_mode_that_is_named_twice_is_run_once(image: Image, tmp_path: Path) -> None:
+    ended = bench(tmp_path, "--tickets", "2,2", "--modes", "restored,restored", "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert [(cell["mode"], cell["n"]) for cell in json.loads(ended.stdout)["cells"]] == [("restored", 2)]
+
+
+@pytest.mark.needs("qemu")
+def test_an_engine_that_can_not_go_on_ends_the_benchmark(image: Image, tmp_path: Path) -> None:
+    """Of 25 VMs at once, this process has descriptors for some."""
+    few = ("prlimit", "--nofile=64", "--")
+    ended = bench(tmp_path, "--tickets", "25", "--modes", "restored", "--max-vms", "25", before=few)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--tickets", "0"), "--tickets takes numbers"),
+        (("--tickets", "\u00b2"), "--tickets takes numbers"),
+        (("--modes", ""), "--modes some of"),
+        (("--plot", "/nonexistent/x.svg"), "can't write /nonexistent/x.svg: No such file or directory"),
+    ],
+)
+def test_odd_arguments_are_refused_before_anything_runs(tmp_path: Path, argv: tuple[str, ...], said: str) -> None:
+    ended = bench(tmp_path, *argv)
+    assert (ended.returncode, said in ended.stderr) == (2, True), ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_use_is_said(tmp_path: Path) -> None:

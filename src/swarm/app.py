@@ -274,8 +274,12 @@ async def worker(
     ``warm``: how many VMs it keeps ready, of each template in use; None follows the demand. ``keep_slots``: how many
     free network slots it keeps; ``slots_ahead`` of them it makes at its start.
     """
+    import structlog
+
     from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
     from swarm.worker import Worker
+
+    log = structlog.get_logger(__name__)
 
     await sweep(settings)
     vms = launcher(settings, await choice(settings))
@@ -285,8 +289,10 @@ async def worker(
             stack.enter_context(source.used(await source.find()))
         reachable = await stack.enter_async_context(outside(settings, opened))
         await stack.enter_async_context(vms.keeping(keep_slots, ahead=slots_ahead))
-        if warm != 0:
+        if warm != 0 and vms.choice.probe.snapshots:
             await stack.enter_async_context(await _pool(settings, vms, warm))
+        elif warm != 0:
+            log.warning("--warm changes nothing: this driver makes no clones", driver=vms.choice.driver.name)
         yield Worker(
             store=opened,
             engine=engine(settings, vms, reachable),

@@ -170,10 +170,13 @@ async def _start(argv: Sequence[str], **options: object) -> asyncio.subprocess.P
 
 def start_time(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot (field 22 of proc(5) stat): with the pid, it names a process
-    for ever. None when there is no such process, or it is a zombie."""
+    for ever. None when there is no such process, or it is a zombie. Raises HostError when we have no descriptor or
+    memory left to look."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise HostError(f"can't look at process {pid}: {error.strerror}") from error
         return None
     return None if fields[0] in "ZX" else int(fields[19])
 

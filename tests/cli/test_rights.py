@@ -67,6 +67,23 @@ def test_the_doctor_of_who_is_not_root(tmp_path: Path) -> None:
     assert found["program nft"]["status"] == "ok"
 
 
+def test_templates_and_vms_of_who_is_not_root(tmp_path: Path) -> None:
+    """No empty list where there is something that he can't see."""
+    for closed in (tmp_path / "templates", tmp_path / "state" / "locks"):
+        closed.mkdir(parents=True)
+        closed.chmod(0)
+    for command in (["template", "list"], ["template", "rm", "abc"]):
+        done = run(tmp_path, *NOT_ROOT, BIN / "swarm", *command)
+        assert (done.returncode, done.stderr) == (
+            1, f"error: can't look into {tmp_path / 'templates'}: Permission denied (templates are root's)\n",
+        )  # fmt: skip
+    done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "template", "build")
+    assert done.returncode == 1 and "locks (Swarm's VMs are root's): Permission denied" in done.stderr
+    (tmp_path / "state").chmod(0o555)
+    done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "bench")
+    assert done.returncode == 1 and "can't write to" in done.stderr
+
+
 def test_what_only_root_can_do(tmp_path: Path) -> None:
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "image", "build")
     assert (done.returncode, done.stderr) == (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from swarm import app
 from swarm.config import Settings
 from swarm.doctor.capacity import Cost, fit
 from swarm.vm.driver import Image, VmSpec
@@ -27,9 +28,9 @@ def swarm(settings: Settings, image: Image, tmp_path: Path) -> Callable[..., str
         "SWARM_TEMPLATES_DIR": str(tmp_path / "templates"),
     }
 
-    def run(*arguments: str, status: int = 0) -> str:
-        argv = [sys.executable, "-m", "swarm.cli.main", *arguments]
-        ended = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, env=env, timeout=120)
+    def run(*arguments: str, status: int = 0, seconds: int = 120, **more: str) -> str:
+        argv = ["timeout", "--preserve-status", str(seconds), sys.executable, "-m", "swarm.cli.main", *arguments]
+        ended = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, env=env | more)
         assert ended.returncode == status, ended.stderr.decode()
         return (ended.stdout if status == 0 else ended.stderr).decode()
 
@@ -52,6 +53,26 @@ def test_build_list_use_and_remove(swarm: Callable[..., str]) -> None:
     assert not Path(built["dir"]).exists()
     assert "see `swarm template list`" in swarm("template", "rm", "abc", status=2)
     assert "--unused" in swarm("template", "rm", status=2)
+
+
+def test_odd_arguments_are_refused_in_a_word(swarm: Callable[..., str]) -> None:
+    assert "no templates begin with ''" in swarm("template", "rm", "", status=2)
+    assert "names of Python modules" in swarm("template", "build", "--preload", "json init=/bin/sh", status=2)
+    for option in (("--memory", "64"), ("--memory", "9999999"), ("--vcpus", "1000"), ("--disk", "99999999")):
+        assert option[0] in swarm("template", "build", *option, status=2)
+    assert "--memory" in swarm("doctor", "--capacity", "--memory", "9999999", status=2)
+
+
+def test_a_driver_without_templates_says_so(swarm: Callable[..., str]) -> None:
+    assert "makes no templates" in swarm("template", "build", "--json", status=1, SWARM_DRIVER="process")
+
+
+def test_a_build_that_is_interrupted_leaves_nothing(swarm: Callable[..., str], settings: Settings) -> None:
+    inventory = app.inventory(settings)
+    before = inventory.numbers()
+    assert "stopped by SIGTERM" in swarm("template", "build", "--memory", "160", status=143, seconds=4)
+    assert json.loads(swarm("template", "list", "--json")) == []
+    assert inventory.numbers() == before
 
 
 def test_capacity_says_how_many_and_why(swarm: Callable[..., str]) -> None:

@@ -71,6 +71,15 @@ async def test_a_pid_file_of_another_process_means_nothing(plain: Bench) -> None
     assert (await command(plain, "swarm-engine", "stop"))[1] == "no engine runs\n"
 
 
+async def test_warm_of_a_driver_that_makes_no_clones_needs_no_image(plain: Bench) -> None:
+    status, _, err = await command(plain, "swarm-engine", "start", "--warm=2")
+    try:
+        assert status == 0, err
+        assert "--warm changes nothing" in (plain.settings.data_dir / "engine.log").read_text()
+    finally:
+        await command(plain, "swarm-engine", "stop")
+
+
 async def test_a_start_that_fails_says_why(plain: Bench) -> None:
     status, _, err = await command(plain, "swarm-engine", "start", "--driver=nonsense")
     assert status == 2

@@ -292,6 +292,14 @@ def test_a_guest_that_reports_another_identity_is_refused(
         launchers._check(replace(machine.renewed, **fields), machine.identity)
 
 
+def test_a_guest_may_not_say_that_it_skipped_its_identity(eight: list[Twin]) -> None:
+    machine = eight[0].machine
+    names = ("generation", "hostname", "host_name", "machine_id", "machineid")
+    lies = replace(machine.renewed, generation="other", hostname="other", machine_id="f" * 32, skipped=names)
+    with pytest.raises(BootFailed, match="generation, host name, machine id"):
+        launchers._check(lies, machine.identity)
+
+
 def test_the_templates_token_opens_no_clone(eight: list[Twin], template: Template, loop: asyncio.Runner) -> None:
     async def try_it() -> None:
         async with Channel.connect(eight[0].machine.vm.endpoint, token=template.token, timeout_seconds=10):

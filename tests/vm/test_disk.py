@@ -27,6 +27,12 @@ async def test_too_small(tmp_path: Path) -> None:
         await make_work_disk(tmp_path / "d", size_mb=1, cache=tmp_path)
 
 
+async def test_too_large_for_the_hosts_file_system(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"File too large|No space left"):
+        await make_work_disk(tmp_path / "d", size_mb=1 << 40, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     """A real file system without room: a tmpfs of a few pages, in our own mount namespace."""
     small = tmp_path / "small"

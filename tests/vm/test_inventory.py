@@ -201,6 +201,24 @@ async def test_many_tasks_share_the_slots(inventory: Inventory) -> None:
     assert inventory.numbers() == []
 
 
+@pytest.mark.needs("root", "netns")
+def test_a_full_disk_leaves_no_half_made_slot(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(tmp_path)], check=True)
+    try:
+        inventory = Inventory(state_dir=tmp_path)
+        inventory.reserve_free(1).release()
+        with pytest.raises(OSError), (tmp_path / "fill").open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        with pytest.raises(HostError, match="No space left"):
+            inventory.reserve_free(1)
+        assert inventory.numbers() == []
+        (tmp_path / "fill").unlink()
+        inventory.reserve_free(1).release()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 RACE = """
 import sys
 from pathlib import Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from swarm import process
 from swarm.channel import Channel, Identity
-from swarm.errors import BootFailed
+from swarm.errors import BootFailed, HostError
 from swarm.vm.driver import Driver, Image, Template, Vm, VmSpec
 from swarm.vm.process import ProcessDriver
 
@@ -49,6 +50,23 @@ async def test_probe() -> None:
     assert not probe.snapshots
     assert not driver.networked
     assert "without any isolation" in probe.reason
+
+
+async def test_it_ends_also_when_its_owner_has_no_descriptors_left(place: Path) -> None:
+    vm = await ProcessDriver().boot(SPEC, None, place)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(HostError, match="Too many open files"):
+            process.start_time(vm.pid)
+        async with asyncio.timeout(20):
+            await vm.kill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert process.start_time(vm.pid) is None
+    await vm.kill()  # what it could not look for then
+    assert related(place) == []
 
 
 async def test_boot_to_kill_leaves_nothing(place: Path) -> None:

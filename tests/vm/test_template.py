@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from textwrap import dedent
 
 import pytest
 
-from swarm import app
+from swarm import app, process
 from swarm.aio import undoing
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError, NotFound
@@ -166,6 +167,100 @@ async def test_remove_and_collect(templates: Templates) -> None:
     with pytest.raises(NotFound):
         await templates.remove("abc")
     assert [p.name for p in templates.dir.iterdir() if not p.name.endswith(".lock")] == []
+
+
+async def test_what_somebody_has_just_removed_or_used_is_not_collected(templates: Templates) -> None:
+    """Two builders look for what nobody uses at once; meanwhile a third clones it."""
+    spec = a_spec(memory_mb=128)
+    old = await templates.get(spec, a_shape(spec), Builder())
+    stamp = templates.dir / old.key / "verified.json"
+    os.utime(stamp, (time.time() - 9000,) * 2)
+    both = await asyncio.gather(*(Templates(dir=templates.dir).collect(unused_seconds=3600) for _ in range(2)))
+    assert sorted(both) == [[], [old.key]]
+    await templates.get(spec, a_shape(spec), Builder())
+    os.utime(stamp, (time.time() - 9000,) * 2)
+    async with templates._locked(old.key):
+        assert await templates.collect(unused_seconds=3600) == [], "in somebody's hands"
+        os.utime(stamp)
+    assert await templates.collect(unused_seconds=3600) == []
+    assert len(templates.all()) == 1
+
+
+async def test_what_is_torn_or_was_left_by_dead_builders_is_collected(templates: Templates) -> None:
+    """Of shapes that nobody asks for any more: after an update, say."""
+    torn, left = "a" * 32, "b" * 32
+    (templates.dir / torn).mkdir(parents=True)
+    (templates.dir / torn / MANIFEST).write_text("{")
+    (templates.dir / f".{left}.building").mkdir()
+    (templates.dir / f".{left}.building" / "memory").write_bytes(b"m" * 1000)
+    await templates.get(a_spec(), a_shape(a_spec()), Builder())
+    assert not (templates.dir / f".{left}.building").exists()
+    assert (templates.dir / torn).exists(), "it is young: somebody may look into it"
+    os.utime(templates.dir / torn, (time.time() - 9000,) * 2)
+    assert await templates.collect(unused_seconds=3600) == [torn]
+    (templates.dir / torn).mkdir()
+    assert await templates.remove(torn[:6]) == torn
+
+
+async def test_a_template_is_removed_by_its_name_alone(templates: Templates) -> None:
+    await templates.get(a_spec(), a_shape(a_spec()), Builder())
+    with pytest.raises(NotFound):
+        await templates.remove("")
+    assert len(templates.all()) == 1
+
+
+@pytest.mark.needs("root", "netns")
+async def test_where_nothing_can_be_written_a_good_template_is_used(templates: Templates) -> None:
+    """After a boot of the host, say, with a disk that is full."""
+    build, parts = Builder(), a_shape(a_spec())
+    template = await templates.get(a_spec(), parts, build)
+    (template.dir / "verified.json").unlink()
+    await process.run(["mount", "--bind", str(templates.dir), str(templates.dir)])
+    try:
+        await process.run(["mount", "-o", "remount,bind,ro", str(templates.dir)])
+        assert await templates.find(a_spec(), parts) == template
+        with pytest.raises(HostError, match="Read-only file system"):
+            await templates.remove(template.key)
+        with pytest.raises(HostError, match="Read-only file system"):
+            await templates.get(a_spec(vcpus=2), a_shape(a_spec(vcpus=2)), build)
+    finally:
+        await process.run(["umount", str(templates.dir)])
+    [info] = templates.all()
+    assert (info.key, build.built) == (template.key, 1)
+
+
+async def test_clones_verify_a_template_at_once(templates: Templates) -> None:
+    """All that start after a boot of the host: none may find what another one writes half done."""
+    build, parts = Builder(), a_shape(a_spec())
+    template = await templates.get(a_spec(), parts, build)
+    for _ in range(20):
+        (template.dir / "verified.json").unlink()
+        found = await asyncio.gather(*(templates.find(a_spec(), parts) for _ in range(16)))
+        assert found == [template] * 16
+    assert sorted(p.name for p in template.dir.iterdir()) == ["memory", "state", MANIFEST, "verified.json"]
+
+
+async def test_a_host_without_descriptors_has_not_harmed_a_template(templates: Templates) -> None:
+    build, parts = Builder(), a_shape(a_spec())
+    template = await templates.get(a_spec(), parts, build)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.open("/dev/null", os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(HostError, match="Too many open files"):
+            await templates.get(a_spec(), parts, build)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert await templates.get(a_spec(), parts, build) == template
+    assert build.built == 1
+
+
+async def test_a_place_that_is_no_directory_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HostError, match="can't use"):
+        await Templates(dir=tmp_path / "file").get(a_spec(), a_shape(a_spec()), Builder())
+    with pytest.raises(HostError, match="can't look into"):
+        Templates(dir=tmp_path / "file").all()
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

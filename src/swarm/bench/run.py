@@ -11,6 +11,7 @@ import sqlite3
 import statistics
 import tempfile
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from swarm.bench.report import Cell, Figure, Report, percentiles
 from swarm.clock import Timeline
 from swarm.config import Settings, load
 from swarm.dispatch import Dispatcher
-from swarm.errors import SwarmError
+from swarm.errors import HostError, SwarmError
 from swarm.model import Succeeded
 from swarm.store.store import Store
 from swarm.vm.choose import Choice
@@ -80,7 +81,7 @@ async def bench(
     """Run everything. Tickets are put into a database of the benchmark's own, which is removed; images, templates and
     the network are the host's. Raises HostError when this host can't run VMs."""
     max_vms, load_before = max_vms or max(2, os.cpu_count() or 1), _load()
-    with tempfile.TemporaryDirectory(prefix="swarm-bench", dir=_on_disk(settings)) as place:
+    with _on_disk(settings) as place:
         shared = {"images_dir": settings.images, "templates_dir": settings.templates}
         own = load(**{**settings.model_dump(), **shared, "home": Path(place) / "home", "database_url": ""})
         await setup.init(own, image=False)
@@ -117,7 +118,7 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
         if mode == "pool":
             warm = min(count, it.max_vms)
             pool = await stack.enter_async_context(Pool(launcher, warm=warm, specs=[it.spec]))
-        await stack.enter_async_context(_serving(it, launcher, ended))
+        serving = await stack.enter_async_context(_serving(it, launcher, ended))
         cpu, began = _cpu(), 0.0
         inserted: dict[str, float] = {}
         seconds = 0.0
@@ -130,7 +131,12 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
             inserted.update(dict.fromkeys(ids, began))
             while not set(ids) <= done.keys():
                 news.clear()
-                await news.wait()
+                # Tickets end, or the engine does, of what no ticket can mend.
+                await asyncio.wait({serving, told := asyncio.ensure_future(news.wait())}, return_when=FIRST_COMPLETED)
+                told.cancel()
+                if serving.done():
+                    await serving
+                    raise HostError("the engine of the benchmark has ended before its tickets")
             seconds += time.perf_counter() - began
         used = [after - before for before, after in zip(cpu, _cpu(), strict=True)]
     ends = [end for _, end in done.values()]
@@ -149,7 +155,7 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
 
 
 @asynccontextmanager
-async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None]) -> AsyncIterator[None]:
+async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None]) -> AsyncIterator[asyncio.Task[None]]:
     async with app.outside(it.settings, it.store) as outside, it.store.watching() as wake:
         worker = Worker(
             store=it.store,
@@ -168,7 +174,7 @@ async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None
         )
         serving = asyncio.create_task(dispatcher.run())
         try:
-            yield
+            yield serving
         finally:
             dispatcher.stop()
             await serving
@@ -211,14 +217,14 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
 
     if it.choice.driver.name == "qemu":
         colds = [await raw.cold_boot(it.image, _fresh(it), memory_mb=256, accelerator=accelerator) for _ in range(3)]
-        if "cold" in single:
-            phases = single["cold"].phases
+        phases = single["cold"].phases if "cold" in single else {}
+        if {"vmm", "boot"} <= phases.keys():  # else all failed before
             ours = phases["vmm"]["p50"] + phases["boot"]["p50"]
             add("cold boot to userspace", ours, statistics.median(colds), n=len(colds))
     if template is not None and it.choice.driver.name == "qemu":
         network = app.network(it.settings)
         await network.ensure_host()
-        bare, vmm_ms, ours_ms, ours_cpu_ms, ours_kb, forks = [], [], [], [], [], []
+        bare, vmm_ms, ours_ms, ours_cpu_ms, ours_kb, ours_pss_kb, forks = [], [], [], [], [], [], []
         for _ in range(_RAW_TIMES):  # in turns, so that both see the same host
             slot = await network.create(_SLOT)
             try:
@@ -231,7 +237,9 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
                 vmm_ms.append(phases_ms["vmm"])
                 ours_ms.append(phases_ms["vmm"] + phases_ms["boot"])
                 ours_cpu_ms.append(raw.cpu_ms_of(machine.vm.pid))
-                ours_kb.append(raw.memory_of(machine.vm.pid)[0])
+                private_kb, pss_kb = raw.memory_of(machine.vm.pid)
+                ours_kb.append(private_kb)
+                ours_pss_kb.append(pss_kb)
                 forks.append(await _fork(machine))
         middle = statistics.median
         add("restore to the VM running", middle(vmm_ms), middle(b.running_ms for b in bare), n=_RAW_TIMES)
@@ -265,7 +273,11 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
             target="<= 1.1 x",
         )
         add(
-            "memory of a bare clone, proportional", middle(b.pss_kb for b in bare) / 1024, None, n=_RAW_TIMES, unit="MB"
+            "memory of a clone, proportional (PSS)",
+            middle(ours_pss_kb) / 1024,
+            middle(b.pss_kb for b in bare) / 1024,
+            n=_RAW_TIMES,
+            unit="MB",
         )
     took = []
     network = app.network(it.settings)
@@ -334,9 +346,12 @@ def _fresh(it: _Bench) -> Path:
     return Path(tempfile.mkdtemp(dir=it.dir))
 
 
-def _on_disk(settings: Settings) -> Path:
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
-    return settings.state_dir
+def _on_disk(settings: Settings) -> tempfile.TemporaryDirectory[str]:
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="swarm-bench", dir=settings.state_dir)
+    except OSError as error:
+        raise HostError(f"can't write to {settings.state_dir}: {error.strerror} (VMs are root's)") from error
 
 
 def _load() -> float:

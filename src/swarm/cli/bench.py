@@ -46,13 +46,22 @@ async def bench(
 
     if not cli.debug:
         configure(debug=False)
-    counts = [int(word) for word in tickets.split(",") if word.strip().isdigit() and int(word) > 0]
+    counts = [int(word) for word in tickets.split(",") if word.strip().isdecimal() and int(word) > 0]
     wanted = [word.strip() for word in modes.split(",")]
     if len(counts) != len(tickets.split(",")) or not set(wanted) <= set(MODES):
         raise UsageError(f"--tickets takes numbers from 1, as in 1,5,25, and --modes some of {','.join(MODES)}")
+    if plot:
+        try:  # now, not when minutes of work would be lost
+            plot.open("a").close()
+        except OSError as error:
+            raise UsageError(f"--plot: can't write {plot}: {error.strerror}") from None
     with cli.out.progress("bench") as progress:
         report = await bench(
-            cli.settings, tickets=sorted(set(counts)), modes=wanted, max_vms=max_vms, progress=progress
+            cli.settings,
+            tickets=sorted(set(counts)),
+            modes=[*dict.fromkeys(wanted)],
+            max_vms=max_vms,
+            progress=progress,
         )
     if plot:
         plot.write_text(draw(report))

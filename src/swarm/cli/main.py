@@ -63,8 +63,12 @@ async def doctor(
     capacity: Annotated[
         bool, typer.Option("--capacity", help="Only: how many VMs fit this host, and by which limit?")
     ] = False,
-    memory: Annotated[int, typer.Option("--memory", min=64, metavar="MB", help="For --capacity: each VM's.")] = 256,
-    disk: Annotated[int, typer.Option("--disk", min=8, metavar="MB", help="For --capacity: each work disk's.")] = 2048,
+    memory: Annotated[
+        int, typer.Option("--memory", min=128, max=1 << 20, metavar="MB", help="For --capacity: each VM's.")
+    ] = 256,
+    disk: Annotated[
+        int, typer.Option("--disk", min=16, max=1 << 20, metavar="MB", help="For --capacity: each work disk's.")
+    ] = 2048,
 ) -> int:
     """Check this host, this home and every VM; say for each fault what mends it. Exit status 1 if anything fails."""
     from swarm import checkup

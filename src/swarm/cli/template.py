@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from swarm.cli import render
 from swarm.cli.frame import Cli, command, new_app
 
+_MODULE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"  # as in an agent's manifest
 app = new_app("template", "Templates, from which VMs are cloned: list, remove, build ahead.")
 
 
@@ -45,30 +47,35 @@ async def list_(cli: Cli) -> None:
 )
 async def build(
     cli: Cli,
-    memory: Annotated[int, typer.Option("--memory", min=64, metavar="MB", help="Memory of the VMs.")] = 256,
-    vcpus: Annotated[int, typer.Option("--vcpus", min=1, help="CPUs of the VMs.")] = 1,
-    disk: Annotated[int, typer.Option("--disk", min=8, metavar="MB", help="Size of their work disks.")] = 2048,
+    memory: Annotated[
+        int, typer.Option("--memory", min=128, max=1 << 20, metavar="MB", help="Memory of the VMs.")
+    ] = 256,
+    vcpus: Annotated[int, typer.Option("--vcpus", min=1, max=64, help="CPUs of the VMs.")] = 1,
+    disk: Annotated[
+        int, typer.Option("--disk", min=16, max=1 << 20, metavar="MB", help="Size of their work disks.")
+    ] = 2048,
     preload: Annotated[str, typer.Option("--preload", metavar="M,…", help="Python modules to have imported.")] = "",
-) -> int:
+) -> None:
     """Build a template now, if it is not there, so that the first ticket of its kind need not wait."""
     from swarm import app as wiring
     from swarm import setup
+    from swarm.errors import HostError, UsageError
     from swarm.vm.driver import VmSpec
 
+    modules = tuple(word.strip() for word in preload.split(",") if word.strip())
+    if wrong := next((name for name in modules if not re.fullmatch(_MODULE, name)), None):
+        raise UsageError(f"--preload takes names of Python modules, as in json,ssl, not {wrong!r}")
     await wiring.sweep(cli.settings)
     launcher = wiring.launcher(cli.settings, await wiring.choice(cli.settings))
-    modules = tuple(word for word in preload.split(",") if word)
     image = await setup.ensure_image(cli.settings)
     spec = VmSpec(image=image, vcpus=vcpus, memory_mb=memory, disk_mb=disk, preload=modules)
     template = await launcher.template(spec)
     if template is None:
-        cli.out.line("this host's driver makes no templates: every VM boots from its image")
-        return 1
+        raise HostError("this host's driver makes no templates: every VM boots from its image")
     if cli.out.json:
         cli.out.dump({"key": template.key, "dir": template.dir})
     else:
         cli.out.line(f"template {template.key[:12]} in {template.dir}")
-    return 0
 
 
 @command(app, "rm", examples=["swarm template rm 4be1b6c3a8d2", "swarm template rm --unused 7"])
@@ -89,11 +96,11 @@ async def rm(
     if not key and unused is None:
         raise UsageError("name the templates to remove (`swarm template list`), or say --unused DAYS")
     templates = wiring.templates(cli.settings)
-    gone = [await templates.remove(prefix) for prefix in key or ()]
+    for prefix in key or ():  # said one by one: a later one that is not there hides nothing
+        cli.out.line(f"removed {(await templates.remove(prefix))[:12]}")
     if unused is not None:
-        gone += await templates.collect(unused_seconds=unused * 86400)
-    for each in gone:
-        cli.out.line(f"removed {each[:12]}")
+        for each in await templates.collect(unused_seconds=unused * 86400):
+            cli.out.line(f"removed {each[:12]}")
 
 
 def _ago(seconds: float) -> str:

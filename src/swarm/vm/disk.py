@@ -67,8 +67,11 @@ async def _format(blank: Path, size_mb: int) -> None:
     blank.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     partial = blank.with_name(f"{blank.name}.{os.getpid()}.{id(blank):x}.partial")
     try:
-        with partial.open("xb") as file:
-            file.truncate(size_mb << 20)
+        try:
+            with partial.open("xb") as file:
+                file.truncate(size_mb << 20)
+        except OSError as error:  # too large for the host's file system, for one
+            raise HostError(f"can't make a work disk of {size_mb} MB in {blank.parent}: {error.strerror}") from error
         # No journal: the disk lives as long as its VM. No root reserve: the agent is not root. Lazy tables: the guest
         # never writes them, so the file stays small.
         options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=1000:1000"

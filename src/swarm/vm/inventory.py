@@ -88,7 +88,8 @@ class Place:
     def prepare(self) -> None:
         """Write the intent: from here on, whatever is made for VM n has a directory that points at it."""
         pid = os.getpid()
-        self.dir.mkdir(mode=0o700)
+        with _said(f"can't make {self.dir}"):
+            self.dir.mkdir(mode=0o700)
         self.leftover = False
         self.record(
             VmRecord(
@@ -116,9 +117,10 @@ class Place:
             }
             record = dataclasses.replace(record, **kept)
         partial = self.dir / "vm.json.partial"
-        with partial.open("w") as file:
-            json.dump(dataclasses.asdict(record), file, indent=1)
-        partial.replace(self.dir / "vm.json")
+        with _said(f"can't write {self.dir / 'vm.json'}"):
+            with partial.open("w") as file:
+                json.dump(dataclasses.asdict(record), file, indent=1)
+            partial.replace(self.dir / "vm.json")
         self.last = record
 
     def hand_over(self) -> VmRecord:
@@ -194,12 +196,16 @@ class Inventory:
             record = read_record(self.dir(n)) if leftover else None
             if record is not None and record.kind is Kind.MANUAL and record.alive and not replace:
                 raise Conflict(f"VM {n} runs (pid {record.pid}), started by hand: remove it with `swarm vm rm {n}`")
-            place = Place(n=n, dir=self.dir(n), lock=self._lock_path(n), fd=fd, leftover=leftover)
-            if not leftover:
-                place.prepare()
         except BaseException:
             os.close(fd)
             raise
+        place = Place(n=n, dir=self.dir(n), lock=self._lock_path(n), fd=fd, leftover=leftover)
+        if not leftover:
+            try:
+                place.prepare()
+            except BaseException:  # a full disk: what is half made is nobody's
+                place.release()
+                raise
         return place
 
     def reserve_free(self, first: int) -> Place:
@@ -246,7 +252,7 @@ class Inventory:
         """Every slot of which there is a directory or a lock file."""
         found: set[int] = set()
         for directory, pattern in ((self._vms, r"([1-9][0-9]{0,4})"), (self._locks, r"vm([1-9][0-9]{0,4})\.lock")):
-            with contextlib.suppress(FileNotFoundError):
+            with _said(f"can't look into {directory} (Swarm's VMs are root's)"), contextlib.suppress(FileNotFoundError):
                 found |= {int(m[1]) for entry in directory.iterdir() if (m := re.fullmatch(pattern, entry.name))}
         return sorted(found)
 

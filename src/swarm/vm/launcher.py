@@ -156,7 +156,7 @@ class Launcher:
         """Renew a machine once more: same identity, new randomness, the time of now."""
         identity = replace(machine.identity, seed=os.urandom(SEED_BYTES))
         renewed = await machine.unless_it_dies(machine.channel.renew(identity))
-        _check(renewed, identity)
+        _check(renewed, identity, may_skip=not self._driver.networked)
 
     async def listen(self, machine: Machine, port: int) -> tuple[socket.socket, str]:
         """A socket that listens where this machine alone can connect, and its address as the machine sees it.
@@ -248,7 +248,7 @@ class Launcher:
         channel = await self._connect(vm, token, undo, listening=template is not None, preloads=bool(spec.preload))
         timeline.mark("answered")
         renewed = await unless_it_dies(vm, channel.renew(identity))
-        _check(renewed, identity)
+        _check(renewed, identity, may_skip=not self._driver.networked)
         if outlive:
             _write_token(place.dir / TOKEN_FILE, identity.token)
             if slot:
@@ -359,8 +359,10 @@ def _death(vm: Vm, how: str) -> StepError:
     return OutcomeUnknown(f"the VM died while it was in use: {how}; its console ends with: {last}")
 
 
-def _check(renewed: Renewed, identity: Identity) -> None:
-    """A guest that is not fully itself is not used: two clones might share secrets, or write into the wrong disk."""
+def _check(renewed: Renewed, identity: Identity, *, may_skip: bool = False) -> None:
+    """A guest that is not fully itself is not used: two clones might share secrets, or write into the wrong disk.
+
+    ``may_skip``: it is a plain process, which leaves the host's name and machine id alone; a VM has no such excuse."""
     wrong = [
         what
         for what, given, got in (
@@ -368,9 +370,7 @@ def _check(renewed: Renewed, identity: Identity) -> None:
             ("host name", identity.hostname, renewed.hostname),
             ("machine id", identity.machine_id, renewed.machine_id),
         )
-        if given != got
-        and what.replace(" ", "") not in renewed.skipped
-        and what.replace(" ", "_") not in renewed.skipped
+        if given != got and not (may_skip and {what.replace(" ", ""), what.replace(" ", "_")} & {*renewed.skipped})
     ]
     if identity.seed and not renewed.crng_ready:
         wrong.append("random pool")

@@ -61,7 +61,7 @@ class Ready:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Shelf:
-    """What is ready, and being made, of one template."""
+    """What is ready, and being made, of one template with the same limits of disk and network."""
 
     template: Template
     pinned: bool  # asked for at the start: never forgotten
@@ -107,7 +107,8 @@ class Pool:
         self._specs = specs
         self._makers = makers
         self._back_off_seconds = back_off_seconds
-        self._shelves: dict[str, Shelf] = {}
+        self._shelves: dict[tuple[object, ...], Shelf] = {}
+        self._unbuilt: SwarmError | OSError | None = None
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
@@ -128,7 +129,8 @@ class Pool:
         for spec in self._specs:
             try:
                 template = await self._launcher.template(spec)
-            except SwarmError as error:
+            except (SwarmError, OSError) as error:
+                self._unbuilt = error
                 log.warning("no template for the pool", error=str(error))
                 continue
             if template is not None:
@@ -136,15 +138,21 @@ class Pool:
                 self._news.set()
 
     async def filled(self) -> None:
-        """Return when everything that is wanted is ready. Raises HostError when none of a kind can be made."""
-        await asyncio.shield(self._opening)
+        """Return when everything that is wanted is ready. Raises HostError when none of a kind can be made, or when
+        the pool is left meanwhile."""
+        await asyncio.wait([self._opening])
 
         def is_settled() -> bool:
-            shelves = self._shelves.values()
-            return all(len(s.ready) >= self.wanted(s) and not s.making for s in shelves) or bool(self._hopeless())
+            if self._unbuilt or self._hopeless() or all(task.done() for task in self._tasks):
+                return True
+            return all(len(s.ready) >= self.wanted(s) and not s.making for s in self._shelves.values())
 
         async with self._changed:
             await self._changed.wait_for(is_settled)
+        if self._unbuilt:
+            raise HostError(f"no warm VM can be made: {self._unbuilt}") from self._unbuilt
+        if all(task.done() for task in self._tasks):
+            raise HostError("no warm VM is made any more: the pool was left")
         if hopeless := self._hopeless():
             raise HostError(f"no warm VM can be made, after {hopeless[0].failures} tries: {hopeless[0].trouble}")
 
@@ -153,8 +161,8 @@ class Pool:
 
     def status(self) -> list[PoolStatus]:
         return [
-            PoolStatus(key=key, ready=len(s.ready), making=s.making, wanted=self.wanted(s))
-            for key, s in self._shelves.items()
+            PoolStatus(key=s.template.key, ready=len(s.ready), making=s.making, wanted=self.wanted(s))
+            for s in self._shelves.values()
         ]
 
     async def take(self, template: Template, label: Label, undo: AsyncExitStack) -> Machine | None:
@@ -194,13 +202,17 @@ class Pool:
     # --- filling ----------------------------------------------------------------------------------------------------
 
     def _shelf(self, template: Template) -> Shelf:
-        if template.key not in self._shelves:
-            self._shelves[template.key] = Shelf(template=template, pinned=False, last_asked=time.monotonic())
-        return self._shelves[template.key]
+        # Limits are each clone's own, and not in the template's key; a machine is made with them.
+        kind = (template.key, template.spec.disk_mb_per_second, template.spec.network_mb_per_second)
+        if kind not in self._shelves:
+            self._shelves[kind] = Shelf(template=template, pinned=False, last_asked=time.monotonic())
+        return self._shelves[kind]
 
     async def _filling(self) -> None:
         while True:
             await self._retire()
+            async with self._changed:  # less may be wanted than was
+                self._changed.notify_all()
             shelf = self._neediest()
             if shelf is None:
                 self._news.clear()
@@ -212,10 +224,11 @@ class Pool:
             try:
                 await self._make(shelf)
                 shelf.failures = 0
-            except SwarmError as error:
-                shelf.failures, shelf.trouble = shelf.failures + 1, str(error)
+            except Exception as error:  # whatever it was (a full disk, no more threads): tickets run without the pool
+                shelf.failures, shelf.trouble = shelf.failures + 1, str(error) or repr(error)
                 shelf.retry_at = time.monotonic() + self._back_off_seconds
-                log.warning("no warm VM could be made", template=shelf.template.key[:12], error=str(error))
+                log.warning("no warm VM could be made", template=shelf.template.key[:12], error=shelf.trouble)
+                log.debug("where", exc_info=True)
             finally:
                 shelf.making -= 1
                 async with self._changed:
@@ -228,6 +241,9 @@ class Pool:
         return shelf if lack > 0 else None
 
     async def _make(self, shelf: Shelf) -> None:
+        # Asked for each time, as for a ticket: it may have been harmed, removed, or built again with another token. And
+        # what is used is not collected.
+        shelf.template = await self._launcher.template(shelf.template.spec) or shelf.template
         began = time.monotonic()
         async with undoing() as undo:
             machine = await self._launcher.prepare(shelf.template, undo)
@@ -246,14 +262,13 @@ class Pool:
         for key, shelf in list(self._shelves.items()):
             wanted = self.wanted(shelf)
             gone = [r for r in shelf.ready if r.close_to_death(now)]
-            # Demand comes and goes: one too many is cheaper than one too few.
-            while len(shelf.ready) - len(gone) > max(wanted + 1, wanted * 2) or (shelf.ready and not wanted):
-                gone.append(shelf.ready[0])
-                shelf.ready.popleft()
             for ready in gone:
-                with contextlib.suppress(ValueError):
-                    shelf.ready.remove(ready)
-            if not wanted and not shelf.making and not shelf.ready:
+                shelf.ready.remove(ready)
+            # Demand comes and goes: one too many is cheaper than one too few.
+            while len(shelf.ready) > (max(wanted + 1, wanted * 2) if wanted else 0):
+                gone.append(shelf.ready.popleft())
+            # The other maker may have let go of it while we closed what was on the one before.
+            if not wanted and not shelf.making and not shelf.ready and self._shelves.get(key) is shelf:
                 del self._shelves[key]
             await settle(_close(gone))
 
@@ -273,6 +288,8 @@ class Pool:
         await _close([ready for shelf in self._shelves.values() for ready in shelf.ready])
         self._shelves.clear()
         self._launcher.detach()
+        async with self._changed:  # who waits for a full pool waits no longer
+            self._changed.notify_all()
         for error in ended:
             if isinstance(error, Exception):  # our own mistake: not to be lost
                 raise error

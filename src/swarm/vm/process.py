@@ -86,11 +86,11 @@ class ProcessVm:
     async def _kill(self) -> None:
         """SIGTERM makes agentd kill its agent and all that this one started. Should agentd be dead or deaf, its zygote
         does the same; it is found by agentd's command line, which a fork keeps."""
-        if process.signal_stranger(self.pid, self._started, signal.SIGTERM):
+        if self._child:
+            await process.kill(self._child, grace_seconds=_GRACE_SECONDS)
+        elif process.signal_stranger(self.pid, self._started, signal.SIGTERM):
             await process.gone(self.pid, self._started, timeout_seconds=_GRACE_SECONDS)
             await process.kill_stranger(self.pid, self._started)
-        if self._child:
-            await self._child.wait()
         for pid, started in (await asyncio.to_thread(_family, self._dir)).items():
             await process.gone(pid, started, timeout_seconds=_GRACE_SECONDS)
             await process.kill_stranger(pid, started)

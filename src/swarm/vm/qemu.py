@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -368,6 +369,8 @@ class QemuVm:
 
     async def wait(self) -> str:
         code = await self._child.wait()
+        if code == -signal.SIGBUS:  # a template's memory is a file, which gets its blocks when the guest writes
+            return f"QEMU ended by signal {-code}, as when no space is left on the disk that holds {self.dir}"
         return f"QEMU ended by signal {-code}" if code < 0 else f"QEMU ended with status {code}"
 
     async def kill(self) -> None:

@@ -7,16 +7,19 @@ and one that no longer fits is never found. It is built under a lock in a direct
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ from pathlib import Path
 import structlog
 
 from swarm.aio import settle
-from swarm.errors import HostError, ImageError, NotFound
+from swarm.errors import BootFailed, HostError, ImageError, NotFound
 from swarm.vm.driver import Driver, Probe, Template, VmSpec, host_tsc_khz
 
 log = structlog.get_logger(__name__)
@@ -34,6 +37,8 @@ MANIFEST = "template.json"
 # Whenever one is built, those that no clone was made from for so long go: an update leaves the old ones behind.
 UNUSED_SECONDS = 7 * 86400.0
 _STAMP = "verified.json"
+_NOT_ITS_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM})
+_FULL_BYTES = 64 << 10  # a disk with less free is full: some file systems keep a few blocks back
 _CHUNK = 4 << 20
 
 
@@ -99,31 +104,37 @@ class Templates:
             if found := await asyncio.to_thread(self._verified, key, spec):
                 return found
             began = time.monotonic()
-            place = self.dir / f".{key}.building"
+            place = self._building(key)
             await _remove(place)  # of a builder that died
-            place.mkdir(mode=0o700)
+            with self._said("the template was not built"):
+                place.mkdir(mode=0o700)
             try:
                 token = await build(place)
-                await settle(asyncio.to_thread(self._seal, place, key, parts, token))
-                final = self.dir / key
-                await _remove(final)  # failed its verification
-                place.rename(final)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
+                with self._said("the template was not built"):
+                    await settle(asyncio.to_thread(self._seal, place, key, parts, token))
+                    await _remove(self.dir / key)  # failed its verification
+                    place.rename(self.dir / key)
+            except (OSError, BootFailed) as error:
+                # A VMM does not say why it could not write. (`f_bfree`: root may have the last 5 % of an ext4.)
+                disk = os.statvfs(place)
+                if getattr(error, "errno", 0) != errno.ENOSPC and disk.f_bfree * disk.f_frsize > _FULL_BYTES:
                     raise
-                raise HostError(
-                    f"no space left on the disk that holds {self.dir}: the template was not built"
-                ) from None
+                raise self._full("the template was not built") from error
             finally:
                 await _remove(place)
-            for old in await self.collect(unused_seconds=UNUSED_SECONDS):
-                log.info("template removed: nobody used it for long", key=old[:12])
+            try:
+                for old in await self.collect(unused_seconds=UNUSED_SECONDS):
+                    log.info("template removed: nobody used it for long", key=old[:12])
+            except HostError as error:  # the new one is there
+                log.warning("templates that nobody uses stay", error=str(error))
             log.info("template built", key=key[:12], seconds=round(time.monotonic() - began, 2))
             return Template(key=key, dir=self.dir / key, spec=spec, token=token)
 
     def all(self) -> list[TemplateInfo]:
+        """Those that are whole, by their manifests. Raises HostError when they can't be looked at."""
         found = []
-        for manifest in sorted(self.dir.glob(f"*/{MANIFEST}")):
+        for key in self._keys():
+            manifest = self.dir / key / MANIFEST
             try:
                 data = json.loads(manifest.read_bytes())
                 parts, files = data["parts"], [manifest.parent / name for name in data["files"]]
@@ -139,28 +150,81 @@ class Templates:
                         layer=parts.get("layer", ""),
                         size_bytes=sum(f.stat().st_blocks * 512 for f in files),
                         created_at=data["created_at"],
-                        used_at=(manifest.parent / _STAMP).stat().st_mtime,
+                        used_at=_used_at(manifest.parent),
                     )
                 )
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # being removed, or torn: `get` rebuilds it
         return found
 
     async def remove(self, key: str) -> str:
-        """Remove the template whose key begins so; returns the whole key. Running clones keep their memory."""
-        matches = [t.key for t in self.all() if t.key.startswith(key)]
+        """Remove the template whose key begins so, whole or torn; returns the whole key. Running clones keep their
+        memory. Raises NotFound, HostError."""
+        matches = [each for each in self._keys() if key and each.startswith(key)]
         if len(matches) != 1:
             raise NotFound(f"{len(matches) or 'no'} templates begin with {key!r}; see `swarm template list`")
         async with self._locked(matches[0]):
-            await _remove(self.dir / matches[0])
+            if not await self._take_away(matches[0]):
+                raise NotFound(f"somebody else has just removed the template {matches[0]}")
         return matches[0]
 
     async def collect(self, *, unused_seconds: float) -> list[str]:
-        """Remove what no clone was made from for so long. Returns the keys."""
-        old = [t.key for t in self.all() if time.time() - t.used_at > unused_seconds]
-        return [await self.remove(key) for key in old]
+        """Remove what no clone was made from for so long, whole or torn, and what dead builders left. Returns the keys
+        of the former. What somebody builds or removes at this moment is left to him. Raises HostError."""
+        gone = []
+        for key in sorted({*self._keys(), *self._keys(building=True)}):
+            fd = self._try_lock(key)
+            if fd is None:
+                continue
+            try:
+                await _remove(self._building(key))
+                with contextlib.suppress(FileNotFoundError):  # asked now: it may have been used, or removed, meanwhile
+                    if time.time() - _used_at(self.dir / key) > unused_seconds and await self._take_away(key):
+                        gone.append(key)
+            finally:
+                os.close(fd)
+        return gone
 
     # --- files ------------------------------------------------------------------------------------------------------
+
+    def _building(self, key: str) -> Path:
+        """Whoever holds the lock of the key owns what is there."""
+        return self.dir / f".{key}.building"
+
+    def _keys(self, *, building: bool = False) -> list[str]:
+        pattern = re.compile(r"\.([0-9a-f]{32})\.building" if building else r"([0-9a-f]{32})")
+        try:
+            names = os.listdir(self.dir)  # noqa: PTH208 - names are all we want
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise HostError(f"can't look into {self.dir}: {error.strerror} (templates are root's)") from error
+        return sorted(match[1] for name in names if (match := pattern.fullmatch(name)))
+
+    async def _take_away(self, key: str) -> bool:
+        """While its lock is held; False when there is none. Renamed first: nobody finds the half of it, and what a kill
+        leaves is collected."""
+        place = self._building(key)
+        await _remove(place)
+        with self._said("the template was not removed"):
+            try:
+                (self.dir / key).rename(place)
+            except FileNotFoundError:
+                return False
+        await _remove(place)
+        return True
+
+    def _full(self, what: str) -> HostError:
+        return HostError(f"no space left on the disk that holds {self.dir}: {what}")
+
+    @contextlib.contextmanager
+    def _said(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise self._full(what) from error
+            raise HostError(f"can't use {self.dir} ({error.strerror}): {what}") from error
 
     def _seal(self, place: Path, key: str, parts: Mapping[str, object], token: bytes) -> None:
         """Write the manifest: digests of the files as they were built, and who may speak to the clones."""
@@ -185,20 +249,28 @@ class Templates:
                         raise ImageError(f"{name} is not what was built")
                 self._stamp(place, manifest)
             token = bytes.fromhex(manifest["token"])
-            os.utime(place / _STAMP)
+            with contextlib.suppress(OSError):
+                os.utime(place / _STAMP)
         except FileNotFoundError as error:
             if place.exists():
                 log.warning("template is rebuilt", key=key[:12], reason=f"{error.filename} is missing")
             return None
         except (OSError, ValueError, KeyError, TypeError, ImageError) as error:
+            if isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT:
+                raise HostError(f"can't look into {place}: {error.strerror}") from error
             log.warning("template is rebuilt", key=key[:12], reason=str(error))
             return None
         return Template(key=key, dir=place, spec=spec, token=token)
 
     def _stamp(self, place: Path, manifest: Mapping[str, object]) -> None:
-        partial = place / f"{_STAMP}.{os.getpid()}"
-        partial.write_text(json.dumps(_identity(place, manifest)))
-        partial.rename(place / _STAMP)
+        """Only a saving: where it can't be written, the files are hashed each time."""
+        partial = place / f"{_STAMP}.{os.getpid()}.{threading.get_ident()}"
+        with contextlib.suppress(OSError):
+            try:
+                partial.write_text(json.dumps(_identity(place, manifest)))
+                partial.rename(place / _STAMP)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _stamped(self, place: Path, manifest: Mapping[str, object]) -> bool:
         try:
@@ -208,25 +280,37 @@ class Templates:
 
     @asynccontextmanager
     async def _locked(self, key: str) -> AsyncIterator[None]:
-        self.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(self.dir / f".{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Waiting for another builder takes seconds: not on the loop, and given up when the caller is.
+        while (fd := self._try_lock(key)) is None:  # noqa: ASYNC110 - the kernel tells nobody
+            await asyncio.sleep(0.05)
         try:
-            # Waiting for another builder takes seconds: not on the loop, and given up when the caller is.
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(0.05)
             yield
         finally:
             os.close(fd)
+
+    def _try_lock(self, key: str) -> int | None:
+        """A descriptor that holds the key's lock until it is closed; None while another one does."""
+        with self._said("a template can't be locked"):
+            self.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(self.dir / f".{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        return fd
 
 
 async def _remove(place: Path) -> None:
     """While the lock is held: a thread that goes on removing after its caller was cancelled would take away what the
     next builder has made there."""
     await settle(asyncio.to_thread(shutil.rmtree, place, ignore_errors=True))
+
+
+def _used_at(place: Path) -> float:
+    """Raises FileNotFoundError when there is no template."""
+    stamp = place / _STAMP
+    return (stamp if stamp.exists() else place).stat().st_mtime
 
 
 def _identity(place: Path, manifest: Mapping[str, object]) -> dict[str, object]:
