@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import psutil
 import pytest
 
 from swarm import app
@@ -131,6 +134,38 @@ def test_an_engine_that_can_not_go_on_ends_the_benchmark(image: Image, tmp_path:
     ended = bench(tmp_path, "--tickets", "25", "--modes", "restored", "--max-vms", "25", before=few)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.needs("qemu")
+def test_what_a_killed_benchmark_leaves_is_swept(settings: Settings, image: Image) -> None:
+    """Its bare VMMs are nobody's VMs: no sweep would know them by a record."""
+    argv = [sys.executable, "-m", "swarm.cli.main", "bench", "--tickets", "1", "--modes", "restored"]
+    places = {"SWARM_HOME": settings.home, "SWARM_IMAGES_DIR": settings.images, "SWARM_STATE_DIR": settings.state_dir}
+    env = os.environ | {name: str(place) for name, place in places.items()}
+    running = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env
+    )
+    try:
+        assert running.stderr
+        assert any(b"baselines" in line for line in running.stderr)
+        bare: list[int] = []
+        while not bare and running.poll() is None:
+            time.sleep(0.05)  # until the first bare VMM is there
+            bare = [
+                process.pid
+                for process in psutil.Process(running.pid).children()
+                if any("probe-bench-" in word for word in process.cmdline())
+            ]
+    finally:
+        running.kill()
+        running.communicate()
+    for left in settings.state_dir.glob("probe-bench-*"):
+        os.utime(left, (1, 1))  # older than what is just being made
+    asyncio.run(app.sweep(settings))
+    assert bare and list(settings.state_dir.glob("probe-bench-*")) == []
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in bare if psutil.pid_exists(pid)], timeout=10)
+    assert alive == []
+    assert 65_432 not in app.inventory(settings).numbers()
 
 
 @pytest.mark.parametrize(

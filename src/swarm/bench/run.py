@@ -29,10 +29,12 @@ from swarm.dispatch import Dispatcher
 from swarm.errors import HostError, SwarmError
 from swarm.model import Succeeded
 from swarm.store.store import Store
-from swarm.vm.choose import Choice
+from swarm.vm.choose import PROBE_PREFIX, Choice
 from swarm.vm.driver import Image, VmSpec
 from swarm.vm.launcher import Label, Launcher, Machine
 from swarm.vm.pool import Pool
+from swarm.vm.staging import used
+from swarm.vm.sweep import take
 from swarm.worker import Ended, Worker
 
 MODES: Final = ("cold", "restored", "pool")
@@ -81,7 +83,7 @@ async def bench(
     """Run everything. Tickets are put into a database of the benchmark's own, which is removed; images, templates and
     the network are the host's. Raises HostError when this host can't run VMs."""
     max_vms, load_before = max_vms or max(2, os.cpu_count() or 1), _load()
-    with _on_disk(settings) as place:
+    with _on_disk(settings) as place, used(Path(place)):
         shared = {"images_dir": settings.images, "templates_dir": settings.templates}
         own = load(**{**settings.model_dump(), **shared, "home": Path(place) / "home", "database_url": ""})
         await setup.init(own, image=False)
@@ -95,7 +97,11 @@ async def bench(
                 progress(f"{mode} x {count}", done / (len(todo) + 2))
                 cells.append(await _cell(it, mode, count))
             progress("baselines", len(todo) / (len(todo) + 2))
-            figures = await _figures(it, cells)
+            slot = await take(app.inventory(own), app.network(own), _SLOT, replace=False)
+            try:
+                figures = await _figures(it, cells)
+            finally:
+                slot.release()
         return Report(host={**_host(it), "load_before": load_before}, cells=tuple(cells), figures=tuple(figures))
 
 
@@ -349,7 +355,8 @@ def _fresh(it: _Bench) -> Path:
 def _on_disk(settings: Settings) -> tempfile.TemporaryDirectory[str]:
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix="swarm-bench", dir=settings.state_dir)
+        # By its name, and a lock that dies with us, a sweep finds what a killed benchmark leaves.
+        return tempfile.TemporaryDirectory(prefix=f"{PROBE_PREFIX}bench-", dir=settings.state_dir)
     except OSError as error:
         raise HostError(f"can't write to {settings.state_dir}: {error.strerror} (VMs are root's)") from error
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,12 +185,28 @@ def _remove_probes(state_dir: Path) -> list[str]:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if time.time() - os.fstat(fd).st_mtime < _PROBE_LOCKED_SECONDS:
                     continue
+                for pid in _named(place):  # a bare VMM of a benchmark: nothing else would end it
+                    log.info("killing a VMM of a dead owner", pid=pid, directory=str(place))
+                    os.kill(pid, signal.SIGKILL)
                 jailer.remove(place)
                 shutil.rmtree(place)
                 removed.append(f"files of a probe boot in {place}")
             finally:
                 os.close(fd)
     return removed
+
+
+def _named(place: Path) -> list[int]:
+    """VMMs that were started with paths in the directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else [b""]
+            if Path(os.fsdecode(words[0])).name.startswith("qemu-system-") and any(
+                f"{place}/".encode() in w for w in words
+            ):
+                found.append(int(entry.name))
+    return found
 
 
 async def _clear_and_release(place: Place, network: Network | None) -> None:
