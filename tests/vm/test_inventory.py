@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -217,6 +219,23 @@ def test_a_full_disk_leaves_no_half_made_slot(tmp_path: Path) -> None:
         inventory.reserve_free(1).release()
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 3])
+def test_without_descriptors_no_slot_stays_taken(tmp_path: Path, left: int) -> None:
+    inventory = Inventory(state_dir=tmp_path)
+    inventory.reserve(1).release()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + left, limits[1]))
+    try:
+        with contextlib.suppress(HostError):  # where it fails depends on how many there are
+            inventory.reserve(1).release()
+            assert left > 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    inventory.reserve(1).release()  # in nobody's hands
+    assert inventory.numbers() == []
 
 
 RACE = """

@@ -139,11 +139,12 @@ class Place:
 
     def release(self) -> None:
         """Remove the directory and give the slot back. Idempotent; nothing when it was taken away (`swarm-cleanup`)."""
-        if self._fd >= 0:
+        try:
             if self._holds():
                 _remove_tree(self.dir)
                 self._lock.unlink(missing_ok=True)
-            self.let_go()
+        finally:
+            self.let_go()  # what could not be removed is a sweep's to find
 
     def _holds(self) -> bool:
         return self._fd >= 0 and _is_file(self._lock, self._fd)
@@ -196,15 +197,16 @@ class Inventory:
             record = read_record(self.dir(n)) if leftover else None
             if record is not None and record.kind is Kind.MANUAL and record.alive and not replace:
                 raise Conflict(f"VM {n} runs (pid {record.pid}), started by hand: remove it with `swarm vm rm {n}`")
+            place = Place(n=n, dir=self.dir(n), lock=self._lock_path(n), fd=fd, leftover=leftover)
         except BaseException:
-            os.close(fd)
+            self._unlock(n, fd)
             raise
-        place = Place(n=n, dir=self.dir(n), lock=self._lock_path(n), fd=fd, leftover=leftover)
         if not leftover:
             try:
                 place.prepare()
-            except BaseException:  # a full disk: what is half made is nobody's
-                place.release()
+            except BaseException:  # a full disk, say: what is half made is nobody's
+                with contextlib.suppress(HostError):
+                    place.release()
                 raise
         return place
 
