@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -331,3 +332,11 @@ async def test_no_program(guest: Guest) -> None:
     with pytest.raises(UsageError, match="too long"):
         await guest.channel.run(["x" * 70_000], timeout_seconds=10)
     assert process.start_time(zygote_of(guest))
+
+
+async def test_memory_that_ends_while_a_request_is_sent() -> None:
+    """What follows on the same descriptor is heard: see the program."""
+    done = await process.run([sys.executable, "-m", "tests.channel.starved"], cwd=Path(__file__).parents[2])
+    starved, deaf = map(int, done.stdout.split())
+    assert starved > 10
+    assert deaf == 0

@@ -106,6 +106,10 @@ class Channel:
         """Drop the connection; agentd then kills the agent that it started on it. Idempotent."""
         self._broken = self._broken or "it was closed"
         self._writer.transport.abort()
+        # When memory ended within a write, asyncio has the socket registered for writing and does not know it. It would
+        # never read from the next one with the same number.
+        if (number := self._writer.get_extra_info("socket").fileno()) >= 0:
+            asyncio.get_running_loop().remove_writer(number)
 
     async def _end(self) -> None:
         self.close()
