@@ -1,6 +1,6 @@
 # Everything a person does here. `make help` lists it; a line's text is the comment behind its target.
 .DEFAULT_GOAL := help
-.PHONY: ready help demo test test-firecracker chaos bench bench-readme bench-engine bench-gateway check format install uninstall clean
+.PHONY: docs ready help demo test test-firecracker chaos bench bench-readme bench-engine bench-gateway check format install uninstall clean
 
 BIN := .venv/bin
 # Shared by all checkouts of this machine; named by content.
@@ -51,6 +51,10 @@ check:  ## style, format, types, who imports whom
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(PYTEST) -q tests/test_imports.py
+
+docs:  ## write the parts of the pages that are made from code
+	@tools/bootstrap dev
+	$(BIN)/python -m tests.layers
 
 format:  ## put the code into the project's format
 	@tools/bootstrap dev

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from swarm import config
+from swarm.base.process import which
 from swarm.config import Settings
-from swarm.process import which
-from swarm.vm.console import last_lines
 from swarm.vm.driver import Image
+from swarm.vm.drivers.console import last_lines
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm" / "images"
 REQUIRED = frozenset(filter(None, os.environ.get("SWARM_REQUIRE", "").split(",")))
@@ -79,14 +79,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def _host_as_it_was() -> Iterator[None]:
     """The bridge and the host's rules stay between VMs; the sandbox wants them gone when the last test has ended."""
     yield
-    if SANDBOX and Path(config.__file__).with_name("app.py").exists():
+    if SANDBOX:
         subprocess.run([sys.executable, "-m", "swarm.cli.cleanup"], check=True, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with its database migrated and the agents that ship registered. No image: see `image`."""
-    from swarm import setup
+    from swarm.app import setup
 
     place = tmp_path_factory.mktemp("home")
     asyncio.run(setup.init(config.load(home=place, images_dir=CACHE), image=False))
@@ -102,7 +102,7 @@ def settings(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="session")
 def image(settings: Settings) -> Image:
     """The guest image, from the cache that all checkouts share; built when it isn't there (a minute)."""
-    from swarm import setup
+    from swarm.app import setup
 
     need("qemu")
     return asyncio.run(setup.ensure_image(settings))

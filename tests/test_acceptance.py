@@ -22,9 +22,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from swarm import app
+from swarm.app import wiring
 from swarm.config import Settings
-from swarm.store.wake import Wake
+from swarm.store.sql.wake import Wake
 from swarm.vm.driver import Image
 from tests.gateway.messages_api import HAIKU
 
@@ -245,7 +245,7 @@ def test_5_five_at_once(shell: Shell, settings: Settings) -> None:
             "'test-project', 'Echo Test', 'Test ticket for echo agent', 'ready', '$ECHO_ID', '$ECHO_ID', 'agent', "
             "'agent');\""
         )
-    vms, together, over = app.inventory(settings), set[int](), threading.Event()
+    vms, together, over = wiring.inventory(settings), set[int](), threading.Event()
 
     def hold_them() -> None:
         """Each VM is halted as it appears, until five are there: a ticket takes 0.3 s, and this host may be busy."""

@@ -8,7 +8,7 @@ import pytest
 
 from swarm import config
 from swarm.errors import UsageError
-from swarm.store.database import Database
+from swarm.store.sql.database import Database
 
 
 def test_a_broken_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

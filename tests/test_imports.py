@@ -1,4 +1,4 @@
-"""Who may import whom (ARCHITECTURE.md draws it). Imports inside functions count as well."""
+"""Imports go one way: tests/layers.py has the list, ARCHITECTURE.md shows it. Imports within functions count."""
 
 from __future__ import annotations
 
@@ -7,45 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.layers import LAYERS, PAGE, STAND_ALONE, place, with_table
+
 SOURCE = Path(__file__).parent.parent / "src" / "swarm"
 
-# From the ground up. A module may import what lies on a lower line, and what shares its own word: the parts on one line
-# know nothing of each other. The longest prefix decides where a module stands.
-LAYERS: list[set[str]] = [
-    {"model"},
-    {"errors"},
-    {"config", "process", "aio", "clock", "log", "faults", "redact", "jsontext"},
-    {"cel"},
-    {"schema"},
-    {"vm.driver", "manifest", "versions", "ledger"},  # the values and Protocols between the parts
-    {"workflow"},  # pure: the store asks it what comes next
-    {"store", "vm", "channel", "agents", "gateway"},
-    {"vm.rehearsal"},  # what a template's VM does before it is frozen, over the channel
-    {"vm.launcher"},  # the way of a VM: network, driver and channel meet here
-    {"vm.pool"},
-    {"outside"},  # what an attempt may reach beyond its VM
-    {"engine"},
-    {"worker", "triggers"},
-    {"vault", "api", "single", "dispatch", "prove", "packages", "layers", "trial"},
-    {"doctor"},
-    {"app"},
-    {"checkup", "byhand", "setup", "web"},
-    {"bench"},
-    {"cli"},
-]
 LONG = 450  # "about 400"
-STAND_ALONE = {"guest", "builtin"}  # they run in a VM: never imported, and import nothing of ours
-
-
-def place(module: str) -> tuple[int, str]:
-    """Layer and word of a module, named without the leading 'swarm.'."""
-    parts = module.split(".")
-    for length in range(len(parts), 0, -1):
-        word = ".".join(parts[:length])
-        for number, words in enumerate(LAYERS):
-            if word in words:
-                return number, word
-    raise AssertionError(f"swarm.{module} has no place in LAYERS of {Path(__file__).name}: give it one")
 
 
 def modules() -> dict[str, Path]:
@@ -76,14 +42,20 @@ def test_imports_go_one_way(module: str) -> None:
     if module.split(".")[0] in STAND_ALONE:
         assert not wanted, f"swarm.{module} runs in the guest and must import nothing of ours"
         return
-    layer, word = place(module)
+    if not wanted and any(entry.startswith(f"{module}.") for entries, _ in LAYERS for entry in entries):
+        return  # a package that only holds packages
+    layer, entry = place(module)
     for target in wanted:
         assert target.split(".")[0] not in STAND_ALONE, f"swarm.{module} imports swarm.{target}, which is for the guest"
-        there, its_word = place(target)
-        # A package's own modules may know each other, whichever layer a single one of them was lifted to.
-        assert there < layer or its_word == word, (
+        there, its_entry = place(target)
+        assert there < layer or its_entry == entry, (
             f"swarm.{module} (layer {layer}) imports swarm.{target} (layer {there})"
         )
+
+
+def test_the_page_shows_the_list() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page), "ARCHITECTURE.md is stale: run `make docs`"
 
 
 @pytest.mark.parametrize("module", [m for m in sorted(MODULES) if m.split(".")[0] not in STAND_ALONE])

@@ -23,10 +23,10 @@ import pytest
 from swarm import agents
 from swarm.agents import check
 from swarm.channel import Channel
+from swarm.channel.dial import Endpoint
 from swarm.errors import StepError
 from swarm.model import Agent
-from swarm.vm.driver import Endpoint
-from swarm.vm.process import AGENTD
+from swarm.vm.drivers.process import AGENTD
 from tests.channel.agentd_here import TOKEN, identity
 from tests.gateway.messages_api import HAIKU, MessagesApi
 

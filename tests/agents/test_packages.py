@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm import agents, versions
+from swarm import agents
 from swarm.agents import bundle, check
+from swarm.base import versions
+from swarm.base.manifest import Invalid
 from swarm.errors import OutputInvalid, StepError, UsageError
-from swarm.manifest import Invalid
 from swarm.model import FailureReason
 from swarm.schema import parsed
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm import process
+from swarm.base import process
 from swarm.cel import template
 from swarm.cel.evaluate import Local, referred
 from swarm.cel.expression import MAX_CHARS, ExpressionError, parse

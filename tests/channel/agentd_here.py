@@ -13,7 +13,7 @@ from pathlib import Path
 from swarm.channel import Channel, Exit, Identity, frames
 from swarm.errors import ChannelError
 from swarm.vm.driver import Image, VmSpec
-from swarm.vm.process import ProcessDriver, ProcessVm
+from swarm.vm.drivers.process import ProcessDriver, ProcessVm
 
 TOKEN = b"t" * 16
 _NOTHING = Path(os.devnull)

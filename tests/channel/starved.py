@@ -17,9 +17,8 @@ import tempfile
 from pathlib import Path
 
 from swarm.channel import Channel
-from swarm.channel.dial import dial
+from swarm.channel.dial import Endpoint, dial
 from swarm.errors import ChannelError
-from swarm.vm.driver import Endpoint
 
 _STEP_BYTES = 16 << 10
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swarm import process
+from swarm.base import process
 from swarm.channel import Channel
+from swarm.channel.dial import Endpoint
 from swarm.errors import AgentFailed, ChannelError, OutputInvalid, UsageError
 from swarm.model import FailureReason
-from swarm.vm.driver import Endpoint
 from tests.channel.agentd_here import TOKEN, Guest, frame, identity, raw, running, token
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from swarm.channel import Channel, frames
+from swarm.channel.dial import Endpoint
 from swarm.errors import AgentTimeout, ChannelError
-from swarm.vm.driver import Endpoint
 from tests.channel.agentd_here import TOKEN, frame, identity, serving
 
 STATE = {

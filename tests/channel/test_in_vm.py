@@ -17,8 +17,8 @@ from swarm.channel import Channel, Exit, Hello, Identity, Renewed
 from swarm.config import Settings
 from swarm.errors import AgentTimeout
 from swarm.vm.driver import Image, VmSpec
-from swarm.vm.network import Network
-from swarm.vm.qemu import QemuDriver
+from swarm.vm.drivers.qemu import QemuDriver
+from swarm.vm.network.network import Network
 
 pytestmark = pytest.mark.needs("qemu")
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from swarm import process
+from swarm.base import process
 from swarm.channel import Channel
 from swarm.errors import AgentTimeout, ChannelError
 from tests.channel.agentd_here import TOKEN, Guest, raw, running

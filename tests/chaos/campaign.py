@@ -25,14 +25,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from swarm import app, byhand, config, setup
-from swarm.cli.proof import prove
+from swarm import config
+from swarm.admin.prove import Report
+from swarm.app import manual_vm, setup, wiring
+from swarm.cli.prove import prove
 from swarm.config import Settings
 from swarm.model import TERMINAL_TICKET_STATES, Agent, FailureReason, Retry
-from swarm.prove import Report
+from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
-from swarm.store.wake import Wake
-from swarm.vm.inventory import VmRecord
+from swarm.vm.slots.inventory import VmRecord
 
 LEASE_SECONDS = 3.0
 ENGINES = 2
@@ -222,13 +223,13 @@ class Campaign:
                 await engine.wait()
 
     def vms(self) -> list[VmRecord]:
-        return app.inventory(self.settings).records()
+        return wiring.inventory(self.settings).records()
 
     # --- the verdict --------------------------------------------------------------------------------------------------
 
     async def verdict(self) -> Report:
         """Raises AssertionError when a promise was broken."""
-        await app.sweep(self.settings)  # what the engines that were killed last left, as the next start does
+        await wiring.sweep(self.settings)  # what the engines that were killed last left, as the next start does
         report = await prove(self.settings)
         assert report.kept, f"seed {self.seed}: {report.offences}"
         tickets = await self.store.tickets(limit=self.tickets + 10)
@@ -249,7 +250,7 @@ class Campaign:
 async def campaign(settings: Settings, *, seed: int, tickets: int, max_vms: int) -> tuple[Report, Counter[str]]:
     say(f"chaos: seed {seed}, {tickets} tickets, driver {settings.driver}")
     began = time.monotonic()
-    async with app.store(settings) as store:
+    async with wiring.store(settings) as store:
         one = Campaign(settings=settings, store=store, seed=seed, tickets=tickets, max_vms=max_vms)
         try:
             await one.run()
@@ -282,7 +283,7 @@ async def main() -> None:
         try:
             await campaign(settings, seed=options.seed, tickets=options.tickets, max_vms=options.max_vms)
         finally:
-            await byhand.cleanup(settings, force=True)
+            await manual_vm.cleanup(settings, force=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from swarm import config, setup
+from swarm import config
+from swarm.app import setup
 from swarm.config import Settings
 from swarm.vm.driver import Image
 from tests.chaos.campaign import campaign

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from swarm import config, setup
+from swarm import config
+from swarm.app import setup
 from swarm.cli import main
 from swarm.config import Settings
 from swarm.vm.driver import Image

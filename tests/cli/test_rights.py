@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from swarm.vm.inventory import Inventory
-from swarm.vm.ssh import SshDir
+from swarm.vm.slots.inventory import Inventory
+from swarm.vm.slots.ssh import SshDir
 from swarm.vm.template import Templates
 
 BIN = Path(sys.executable).parent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app
+from swarm.app import wiring
 from swarm.config import Settings
 from swarm.doctor.capacity import Cost, fit
 from swarm.vm.driver import Image, VmSpec
@@ -68,7 +68,7 @@ def test_a_driver_without_templates_says_so(swarm: Callable[..., str]) -> None:
 
 
 def test_a_build_that_is_interrupted_leaves_nothing(swarm: Callable[..., str], settings: Settings) -> None:
-    inventory = app.inventory(settings)
+    inventory = wiring.inventory(settings)
     before = inventory.numbers()
     assert "stopped by SIGTERM" in swarm("template", "build", "--memory", "160", status=143, seconds=4)
     assert json.loads(swarm("template", "list", "--json")) == []

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app
+from swarm.app import wiring
 from swarm.config import Settings
 from swarm.model import ECHO_AGENT_ID, Agent
-from swarm.vm import netns
 from swarm.vm.driver import Image
-from swarm.vm.inventory import VmRecord
+from swarm.vm.network import netns
+from swarm.vm.slots.inventory import VmRecord
 
 pytestmark = pytest.mark.needs("qemu")
 BIN = Path(sys.executable).parent
@@ -174,7 +174,7 @@ def test_a_ticket_from_a_plain_insert_to_its_outputs(run: Run, settings: Setting
 
 
 async def _until_it_prints(settings: Settings, ticket_id: str) -> None:
-    async with app.store(settings) as store, store.watching() as wake, asyncio.timeout(120):
+    async with wiring.store(settings) as store, store.watching() as wake, asyncio.timeout(120):
         while not any(event.kind == "output" for event in await store.events(ticket_id)):
             await wake.changed(timeout_seconds=5)
 
@@ -190,7 +190,7 @@ def test_a_run_that_is_ended_from_outside_leaves_nothing(
     agent = Agent(id=f"sleeper-{number}", name="sleeper", version=f"1.0.{number}", path=tmp_path, entry=("main.py",))
 
     async def register() -> None:
-        async with app.store(settings) as store:
+        async with wiring.store(settings) as store:
             await store.put_agent(agent)
 
     asyncio.run(register())
@@ -222,4 +222,4 @@ def test_a_run_that_is_ended_from_outside_leaves_nothing(
 
 
 def _engines_vms(settings: Settings) -> list[VmRecord]:
-    return [record for record in app.inventory(settings).records() if record.n >= settings.first_engine_slot]
+    return [record for record in wiring.inventory(settings).records() if record.n >= settings.first_engine_slot]

@@ -35,12 +35,12 @@ from pathlib import Path
 
 import structlog
 
-from swarm.clock import Timeline
-from swarm.dispatch import Dispatcher
-from swarm.engine import Watcher
+from swarm.base.clock import Timeline
+from swarm.engine.dispatch import Dispatcher
+from swarm.engine.engine import Watcher
+from swarm.engine.worker import Worker
 from swarm.model import ECHO_AGENT_ID, Claim, Outcome, Succeeded
 from swarm.store.store import Store
-from swarm.worker import Worker
 from tests.engine import bench_flows
 from tests.store.bench_queue import ECHO, insert, insert_history, out
 

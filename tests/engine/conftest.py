@@ -14,19 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, config, setup
-from swarm.cli.proof import prove
+from swarm import config
+from swarm.admin.prove import Report
+from swarm.app import setup, wiring
+from swarm.cli.prove import prove
 from swarm.config import Settings
-from swarm.dispatch import Dispatcher
+from swarm.engine.dispatch import Dispatcher
+from swarm.engine.run_once import run_ticket
+from swarm.engine.worker import Worker
 from swarm.model import TERMINAL_TICKET_STATES, Agent, Ticket
-from swarm.prove import Report
-from swarm.single import run_ticket
-from swarm.store.rows import AttemptRow
+from swarm.store.sql.rows import AttemptRow
+from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
-from swarm.store.wake import Wake
 from swarm.vm.driver import Image
-from swarm.vm.inventory import VmRecord
-from swarm.worker import Worker
+from swarm.vm.slots.inventory import VmRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class Bench:
 
     def vms(self) -> list[VmRecord]:
         """All there are; free slots that an engine keeps have no process."""
-        return [record for record in app.inventory(self.settings).records() if record.pid]
+        return [record for record in wiring.inventory(self.settings).records() if record.pid]
 
     def live_vms(self) -> list[int]:
         return [record.n for record in self.vms()]
@@ -99,7 +100,7 @@ async def bench(settings: Settings, image: Image, tmp_path: Path) -> AsyncIterat
     """On real VMs (clones of one template)."""
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates})
     await setup.init(own, image=False)
-    async with app.store(own) as store, app.worker(own, store) as worker:
+    async with wiring.store(own) as store, wiring.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
         assert worker.running == {}
 
@@ -109,7 +110,7 @@ async def plain(settings: Settings, tmp_path: Path) -> AsyncIterator[Bench]:
     """The same on the `process` driver: for volume, and for what no VM is needed for."""
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "driver": "process"})
     await setup.init(own, image=False)
-    async with app.store(own) as store, app.worker(own, store) as worker:
+    async with wiring.store(own) as store, wiring.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 
 

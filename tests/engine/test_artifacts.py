@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from swarm.single import run_ticket
+from swarm.engine.run_once import run_ticket
 from swarm.workflow.definition import Step, Workflow
 from tests.engine.conftest import Bench
 from tests.engine.test_service import command

@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from swarm import app, faults
+from swarm.app import wiring
+from swarm.base import faults
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved
 
 # Long enough for events to be flushed and the lease (1.5 s) to be renewed.
@@ -18,7 +19,7 @@ HOUR_MS = 3_600_000
 async def restart(bench: Bench, *tickets: str) -> list[str]:
     """The next engine, once every lease of the dead one is over."""
     await bench.store.shift_clock(HOUR_MS)
-    async with app.dispatcher(bench.settings, bench.store, max_vms=2, grace_seconds=0) as dispatcher:
+    async with wiring.dispatcher(bench.settings, bench.store, max_vms=2, grace_seconds=0) as dispatcher:
         assert bench.live_vms() == []  # what the dead one left was swept
         task = asyncio.create_task(dispatcher.run())
         states = await ended(bench, *tickets)
@@ -60,8 +61,8 @@ async def test_vms_of_a_killed_engine_die_with_it_and_are_swept(bench: Bench) ->
             return not record.alive
 
         await bench.until(dead)
-    assert record.n in [stale.n for stale in app.inventory(bench.settings).stale()]
-    await app.sweep(bench.settings)  # what every command that starts VMs does first
+    assert record.n in [stale.n for stale in wiring.inventory(bench.settings).stale()]
+    await wiring.sweep(bench.settings)  # what every command that starts VMs does first
     assert bench.live_vms() == []
 
 
@@ -78,7 +79,7 @@ async def test_a_stopped_engine_that_comes_back_can_write_nothing(plain: Bench) 
         await plain.until_it_prints()
         engine.send_signal(signal.SIGSTOP)
         await plain.store.shift_clock(HOUR_MS)
-        async with app.dispatcher(plain.settings, plain.store, max_vms=1, grace_seconds=0) as dispatcher:
+        async with wiring.dispatcher(plain.settings, plain.store, max_vms=1, grace_seconds=0) as dispatcher:
             task = asyncio.create_task(dispatcher.run())
             assert await ended(plain, "t") == ["done"]
             engine.send_signal(signal.SIGCONT)

@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from swarm import app
-from swarm.dispatch import Dispatcher, Memory
-from swarm.engine import Engine, Limits
+from swarm.app import wiring
+from swarm.engine.dispatch import Dispatcher, Memory
+from swarm.engine.engine import Engine, Limits
+from swarm.engine.worker import Worker
 from swarm.errors import NoImage, StoreError
 from swarm.model import Retry
-from swarm.worker import Worker
 from tests.engine.conftest import Bench, ended, serving
 
 OUT = "import json, os, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
@@ -183,7 +183,7 @@ async def test_a_ticket_that_waited_too_long_fails(plain: Bench) -> None:
     plain.insert("old", agent.id, created_at="2026-01-01T00:00:00Z", updated_at="2026-01-01T00:00:00Z")
     plain.insert("new", agent.id)
     own = plain.settings.model_copy(update={"queue_timeout_seconds": 600.0})
-    async with app.dispatcher(own, plain.store, max_vms=1, grace_seconds=0) as dispatcher:
+    async with wiring.dispatcher(own, plain.store, max_vms=1, grace_seconds=0) as dispatcher:
         task = asyncio.create_task(dispatcher.run())
         assert await ended(plain, "old", "new") == ["failed", "done"]
         dispatcher.stop()
@@ -260,7 +260,7 @@ async def test_the_database_locked_by_another_writer(plain: Bench) -> None:
     """For longer than the busy timeout: outcomes wait, leases hold, and nothing is run twice."""
     own = plain.settings.model_copy(update={"busy_timeout_seconds": 0.3})
     agent = await plain.agent(DONE)
-    async with app.store(own) as store, app.worker(own, store) as worker, store.watching() as wake:
+    async with wiring.store(own) as store, wiring.worker(own, store) as worker, store.watching() as wake:
         locked = sqlite3.connect(plain.database, isolation_level=None)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
         task = asyncio.create_task(dispatcher.run())
@@ -283,9 +283,11 @@ async def _runs(bench: Bench, id_: str) -> bool:
 async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
     agent = await plain.agent(DONE)
     own = plain.settings.model_copy(update={"images_dir": plain.dir / "none"})
-    vms = app.launcher(own, await app.choice(own))
-    async with app.store(own) as store, app.outside(own, store) as outside, store.watching() as wake:
-        engine = Engine(launcher=vms, images=app.images(own), layers=app.layers(own), limits=Limits(), outside=outside)
+    vms = wiring.launcher(own, await wiring.choice(own))
+    async with wiring.store(own) as store, wiring.outside(own, store) as outside, store.watching() as wake:
+        engine = Engine(
+            launcher=vms, images=wiring.images(own), layers=wiring.layers(own), limits=Limits(), outside=outside
+        )
         worker = Worker(store=store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
         plain.insert("t", agent.id)
@@ -297,9 +299,9 @@ async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
 
 async def test_an_image_that_one_agent_names_is_that_agents_affair(plain: Bench) -> None:
     agent = await plain.agent(DONE, image="0123abcd")
-    vms = app.launcher(plain.settings, await app.choice(plain.settings))
-    images, layers = app.images(plain.settings), app.layers(plain.settings)
-    async with app.outside(plain.settings, plain.store) as outside, plain.store.watching() as wake:
+    vms = wiring.launcher(plain.settings, await wiring.choice(plain.settings))
+    images, layers = wiring.images(plain.settings), wiring.layers(plain.settings)
+    async with wiring.outside(plain.settings, plain.store) as outside, plain.store.watching() as wake:
         engine = Engine(launcher=vms, images=images, layers=layers, limits=Limits(), outside=outside)
         worker = Worker(store=plain.store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=plain.store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, config, setup
+from swarm import config
+from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.errors import HostError, StoreError
 from swarm.model import Retry, Ticket
@@ -52,7 +53,7 @@ async def bench_at(settings: Settings, home: Path, tmp_path: Path) -> AsyncItera
         }
     )
     await setup.init(own, image=False)
-    async with app.store(own) as store, app.worker(own, store) as worker:
+    async with wiring.store(own) as store, wiring.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 
 
@@ -127,10 +128,10 @@ async def test_a_read_only_file_system_is_waited_for(settings: Settings, tmp_pat
         remount(disk, "ro")
         own = bench.settings.model_copy(update={"home": disk / "home"})
         with pytest.raises(StoreError, match=r"read-only|can't open the database"):
-            async with app.store(own) as store:
+            async with wiring.store(own) as store:
                 await store.claim("w", lease_seconds=3)
         remount(disk, "rw")
-        async with app.store(own) as store, app.worker(own, store) as worker:
+        async with wiring.store(own) as store, wiring.worker(own, store) as worker:
             again = Bench(settings=own, store=store, worker=worker, dir=tmp_path)
             again.sql("UPDATE tickets SET state = 'ready' WHERE id = 't'")
             async with serving(again):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from swarm import app, checkup, config, setup
+from swarm import config
+from swarm.app import doctor_wiring, setup, wiring
 from swarm.config import Settings
-from swarm.single import run_ticket
+from swarm.engine.run_once import run_ticket
 from swarm.vm.driver import Image
 from tests.engine.conftest import Bench, ended, serving
 from tests.vm.packages_here import wheel, wheels_from
@@ -37,7 +38,7 @@ def test_init_without_a_registry(
     for words in ("claude 1.1.0 and claude-agent 1.1.0", "can't reach the package index", "`swarm agent build`"):
         assert words in line
     assert any(line.startswith("image") for line in said)
-    found = [check for check in asyncio.run(checkup.examine(own)) if check.name == "layers"]
+    found = [check for check in asyncio.run(doctor_wiring.examine(own)) if check.name == "layers"]
     assert [check.fix for check in found] == ["swarm agent build claude@1.1.0", "swarm agent build claude-agent@1.1.0"]
     assert [place.name for place in (images / "layers").iterdir() if place.is_dir()] == []
 
@@ -64,9 +65,9 @@ async def test_a_ticket_with_its_layer(plain: Bench, tmp_path: Path, monkeypatch
         USES, "started", requirements=("marked==1.0",), runtime="exec", entry=("/bin/sh", "-c", f'python3 -c "{USES}"')
     )
     with wheels_from(tmp_path / "wheels"):
-        layer = await app.layers(plain.settings).build(warm, await app.image_source(plain.settings).find())
+        layer = await wiring.layers(plain.settings).build(warm, await wiring.image_source(plain.settings).find())
     assert layer is not None
-    async with app.worker(plain.settings, plain.store) as worker:
+    async with wiring.worker(plain.settings, plain.store) as worker:
         for agent in (warm, started):
             plain.insert(agent.id, agent.id)
             ticket = await run_ticket(plain.store, worker, agent.id)

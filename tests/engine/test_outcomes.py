@@ -9,8 +9,8 @@ import signal
 
 import pytest
 
-from swarm.clock import PHASES
-from swarm.single import run_ticket
+from swarm.base.clock import PHASES
+from swarm.engine.run_once import run_ticket
 from tests.engine.conftest import Bench
 
 pytestmark = pytest.mark.needs("qemu")

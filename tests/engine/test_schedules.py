@@ -7,7 +7,7 @@ import json
 
 from swarm.cel.evaluate import Local
 from swarm.model import TERMINAL_TICKET_STATES, Ticket
-from swarm.triggers import Scheduler
+from swarm.triggers.schedules import Scheduler
 from swarm.workflow.definition import Schedule, Step, Workflow
 from tests.engine.conftest import Bench, engine_process, log_until, serving
 

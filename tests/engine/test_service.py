@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from swarm.base.process import start_time
 from swarm.cli import service
 from swarm.model import Retry
-from swarm.process import start_time
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 DONE = "import json; json.dump({}, open('output.json', 'w'))"

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from swarm import faults, packages
-from swarm.dispatch import Dispatcher
+from swarm.admin import packages
+from swarm.base import faults
+from swarm.engine.dispatch import Dispatcher
+from swarm.engine.run_once import run_ticket
 from swarm.model import Claim, Ticket
-from swarm.single import run_ticket
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 from tests.engine.test_crash import restart
 from tests.workflow.test_docs import INPUTS, OUTPUTS, blocks

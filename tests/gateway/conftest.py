@@ -14,14 +14,14 @@ from typing import Any
 import anthropic
 import pytest
 
+from swarm.engine.egress import account_of
 from swarm.gateway import prices, upstreams
-from swarm.gateway.door import Door
+from swarm.gateway.attempt_listener import Door
 from swarm.gateway.forward import Gateway
 from swarm.gateway.policy import Policy
 from swarm.gateway.upstreams import Keys
 from swarm.ledger import Limit
 from swarm.model import Agent, Claim, Ticket
-from swarm.outside import account_of
 from swarm.store.store import Store
 from tests.engine.conftest import plain as plain  # the fixture: agents as plain processes
 from tests.gateway.messages_api import MessagesApi

@@ -11,9 +11,9 @@ from pathlib import Path
 import anthropic
 import pytest
 
+from swarm.engine.egress import account_of
 from swarm.errors import LeaseLost
 from swarm.ledger import Busy, Granted, Limit, Order, Refused, Spend
-from swarm.outside import account_of
 from swarm.store.store import Store
 from tests.gateway.conftest import Office, an_office, ask, client_of
 from tests.gateway.messages_api import MessagesApi

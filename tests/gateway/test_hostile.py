@@ -14,7 +14,7 @@ import aiohttp
 import psutil
 import pytest
 
-from swarm.gateway.door import MAX_FAILED_CALLS, Door
+from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, Door
 from swarm.gateway.policy import Policy
 from swarm.gateway.usage import prompt_counts
 from swarm.ledger import Order, Verdict

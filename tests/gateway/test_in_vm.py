@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from swarm import app, config, process, setup
+from swarm import config
+from swarm.app import setup, wiring
+from swarm.base import process
 from swarm.config import Settings
-from swarm.single import run_ticket
+from swarm.engine.run_once import run_ticket
 from swarm.vm.driver import Image
 from tests.engine.conftest import Bench
 from tests.gateway.conftest import KEY
@@ -58,7 +60,7 @@ async def gated(
     monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates})
     await setup.init(own, image=False)
-    async with app.store(own) as store, app.worker(own, store) as worker:
+    async with wiring.store(own) as store, wiring.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 
 
@@ -108,7 +110,7 @@ async def test_a_false_source_address_is_refused_and_recorded(gated: Bench, api:
     await asyncio.wait_for(api.held.wait(), 90)
     [record] = gated.vms()
     unknown = ["-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={gated.dir / 'hosts'}"]
-    ssh = ["ssh", *unknown, *app.ssh_dir(gated.settings).options(), f"root@{record.address}"]
+    ssh = ["ssh", *unknown, *wiring.ssh_dir(gated.settings).options(), f"root@{record.address}"]
     await process.run([*ssh, "python3", "-I", "-S", "-"], input=SPOOF.encode())
     api.release.set()
     assert (await running).state == "done"
@@ -131,7 +133,7 @@ async def test_two_vms_at_once_and_each_others_tokens(gated: Bench, api: Message
     await gated.until_it_prints("one")
     [leaked] = [str(e.data["text"]).strip() for e in await gated.store.events("one") if e.kind == "output"]
     gated.insert("two", agent.id, inputs=json.dumps({"tried": f"call(token={leaked!r}[::-1])", "own": "call()"}))
-    async with app.store(gated.settings) as store, app.worker(gated.settings, store) as other:
+    async with wiring.store(gated.settings) as store, wiring.worker(gated.settings, store) as other:
         second = await run_ticket(store, other, "two")
     assert len(leaked) == 43
     assert json.loads(second.outputs or "") == {"tried": 401, "own": HAIKU}
@@ -149,7 +151,7 @@ async def test_the_key_is_nowhere_but_in_the_gateway(gated: Bench, api: Messages
     await asyncio.wait_for(api.held.wait(), 90)
     assert any(KEY in call["headers"].values() for call in api.seen)
 
-    [record] = app.inventory(gated.settings).records()
+    [record] = wiring.inventory(gated.settings).records()
     key = KEY.encode()
     # That the search would find it: what the guest does have is there.
     assert await asyncio.to_thread(_in_memory, record.pid, b"mark-of-this-call")
@@ -269,7 +271,7 @@ async def test_http_fetch_in_a_vm(gated: Bench) -> None:
     agent = await gated.store.agent("http-fetch")
     gated.insert("t", agent.id, inputs=json.dumps({"url": f"http://127.0.0.2:{port}/there"}))
     gated.insert("u", agent.id, inputs=json.dumps({"url": "http://10.0.0.1:22/", "expect": [403]}))
-    async with server, app.store(own) as store, app.worker(own, store) as worker:
+    async with server, wiring.store(own) as store, wiring.worker(own, store) as worker:
         fetched = await run_ticket(store, worker, "t")
         refused = await run_ticket(store, worker, "u")
     assert json.loads(fetched.outputs or "{}").get("text") == "GET /there", fetched.error

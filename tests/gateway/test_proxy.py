@@ -18,11 +18,12 @@ import psutil
 import pytest
 from aiohttp import web
 
-from swarm import app, config, setup
+from swarm import config
+from swarm.app import setup, wiring
 from swarm.config import Settings
+from swarm.engine.run_once import run_ticket
 from swarm.gateway import policy
 from swarm.gateway.proxy import MAX_EVENTS, Address, Borders, Proxy, Resolve, resolved
-from swarm.single import run_ticket
 from tests.engine.conftest import Bench
 
 LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
@@ -280,7 +281,7 @@ async def test_an_agent_behind_it(site: Site, settings: Settings, tmp_path: Path
         **{**settings.model_dump(), "home": tmp_path / "home", "driver": "process", "egress_private": ("127.0.0.0/8",)}
     )
     await setup.init(own, image=False)
-    async with app.store(own) as store, app.worker(own, store) as worker:
+    async with wiring.store(own) as store, wiring.worker(own, store) as worker:
         bench = Bench(settings=own, store=store, worker=worker, dir=tmp_path)
         agent = await store.agent("http-fetch")
         # `localhost` is for no proxy; and in here is no resolver, so the address has to do.

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm import app
+from swarm.admin.vault import Vault
+from swarm.app import wiring
+from swarm.base.redact import Redactor
+from swarm.engine.run_once import run_ticket
 from swarm.errors import HostError, NotFound, UsageError
-from swarm.redact import Redactor
-from swarm.single import run_ticket
-from swarm.vault import Vault
 from tests.engine.conftest import Bench
 from tests.gateway.conftest import KEY
 from tests.gateway.messages_api import MessagesApi
@@ -29,7 +29,7 @@ VALUE = "s3cret-välue\nof two lines"
 
 @pytest.fixture
 async def vault(plain: Bench) -> AsyncIterator[Vault]:
-    yield app.vault(plain.settings, plain.store)
+    yield wiring.vault(plain.settings, plain.store)
 
 
 async def test_sealed_at_rest(plain: Bench, vault: Vault) -> None:

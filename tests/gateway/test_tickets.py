@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from swarm import app, config, setup
+from swarm import config
+from swarm.app import setup, wiring
 from swarm.config import Settings
+from swarm.engine.run_once import run_ticket
 from swarm.model import FailureReason, Retry
-from swarm.single import run_ticket
 from tests.engine.conftest import Bench, engine_process, proved
 from tests.gateway.conftest import KEY
 from tests.gateway.messages_api import HAIKU, MessagesApi
@@ -50,7 +51,7 @@ async def gated(
     monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "driver": "process"})
     await setup.init(own, image=False)
-    async with app.store(own) as store, app.worker(own, store) as worker:
+    async with wiring.store(own) as store, wiring.worker(own, store) as worker:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 
 
@@ -127,7 +128,7 @@ async def test_a_service_of_ones_own_has_its_key_outside_too(gated: Bench) -> No
         'header = { Authorization = "Bearer {key}" }\nenv = { GITHUB_API = "{url}", GITHUB_TOKEN = "{token}" }\n'
         'paths = ["GET /repos/*/*/issues"]\n'
     )
-    await app.vault(gated.settings, gated.store).set("github_token", "ghp-the-real-one")
+    await wiring.vault(gated.settings, gated.store).set("github_token", "ghp-the-real-one")
     code = """
 def get(path):
     headers = {"Authorization": "Bearer " + os.environ["GITHUB_TOKEN"]}

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from swarm.store.executor import LANE_SECONDS
+from swarm.store.runs.workflow_engine import LANE_SECONDS
 from swarm.store.store import Store
 from tests.store.databases import BACKENDS, Backend, Outside
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from swarm import agents
 from swarm.model import Claim, Failed, FailureReason, Outcome, Succeeded
-from swarm.store.rows import StepRow
+from swarm.store.sql.rows import StepRow
 from swarm.store.store import Store
 from swarm.workflow import validate
 from swarm.workflow.pinning import Registry

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from swarm import faults
+from swarm.base import faults
+from swarm.base.log import configure
 from swarm.cel.evaluate import Local
 from swarm.errors import SwarmError
-from swarm.log import configure
 from swarm.model import Succeeded, Ticket
 from swarm.store.store import Store
-from swarm.triggers import Scheduler
+from swarm.triggers.schedules import Scheduler
 
 
 def gate() -> None:

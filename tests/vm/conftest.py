@@ -7,11 +7,11 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from swarm import app
+from swarm.app import wiring
 from swarm.config import Settings
 from swarm.vm.driver import Image
 from swarm.vm.launcher import Launcher
-from swarm.vm.network import Network
+from swarm.vm.network.network import Network
 from tests.vm.standin import host_state
 
 
@@ -31,8 +31,8 @@ async def network() -> AsyncIterator[Network]:
 @pytest.fixture
 async def launcher(settings: Settings, image: Image) -> AsyncIterator[Launcher]:
     """Whatever a test does with it, no VM, directory, process or network of it stays."""
-    launcher = app.launcher(settings, await app.choice(settings))
-    before = app.inventory(settings).numbers()
+    launcher = wiring.launcher(settings, await wiring.choice(settings))
+    before = wiring.inventory(settings).numbers()
     yield launcher
-    assert app.inventory(settings).numbers() == before
-    assert {n.n for n in await app.network(settings).list()} <= set(before)
+    assert wiring.inventory(settings).numbers() == before
+    assert {n.n for n in await wiring.network(settings).list()} <= set(before)

@@ -16,7 +16,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from swarm import app, config
+from swarm import config
+from swarm.app import wiring
 from swarm.config import Settings
 from swarm.vm.driver import Image, Template, VmSpec
 
@@ -90,7 +91,7 @@ def on_path() -> Iterator[None]:
 
 
 async def image(settings: Settings) -> Image:
-    return await app.images(settings).build(kernel=kernel(), boot_args=boot_args())
+    return await wiring.images(settings).build(kernel=kernel(), boot_args=boot_args())
 
 
 def with_firecracker(settings: Settings, image: Image) -> Settings:
@@ -108,10 +109,10 @@ def with_firecracker(settings: Settings, image: Image) -> Settings:
 
 async def template(settings: Settings) -> Template:
     """The template of `with_firecracker`, built if need be; those that no test has used for a day are removed."""
-    chosen = await app.choice(settings)
-    found = await app.launcher(settings, chosen).template(spec(await app.images(settings).find()))
+    chosen = await wiring.choice(settings)
+    found = await wiring.launcher(settings, chosen).template(spec(await wiring.images(settings).find()))
     assert found
-    await app.templates(settings).collect(unused_seconds=86_400)
+    await wiring.templates(settings).collect(unused_seconds=86_400)
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.process import run
+from swarm.base.process import run
 
 
 def wheel(

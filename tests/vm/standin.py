@@ -17,9 +17,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Self, TypeVar
 
-from swarm import process
-from swarm.vm import netns
+from swarm.base import process
 from swarm.vm.driver import GUEST_ADDRESS, GUEST_GATEWAY, GUEST_MAC, TAP_MAC, TAP_NAME, Slot
+from swarm.vm.network import netns
 
 T = TypeVar("T")
 

@@ -19,12 +19,12 @@ import asyncssh
 import pytest
 from structlog.testing import capture_logs
 
-from swarm import app
+from swarm.app import wiring
+from swarm.base.clock import Timeline
+from swarm.base.process import run
 from swarm.channel import Channel, Identity
-from swarm.clock import Timeline
 from swarm.config import Settings
 from swarm.errors import BootFailed, ChannelError
-from swarm.process import run
 from swarm.vm import launcher as launchers
 from swarm.vm.driver import Image, Template, VmSpec
 from swarm.vm.launcher import Label, Launcher, Machine
@@ -86,7 +86,7 @@ def launcher(settings: Settings, image: Image, loop: asyncio.Runner) -> Launcher
 
 
 async def _launcher(settings: Settings) -> Launcher:
-    return app.launcher(settings, await app.choice(settings))
+    return wiring.launcher(settings, await wiring.choice(settings))
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ async def test_templates_on_another_file_system(settings: Settings, image: Image
     await run(["mount", "-t", "tmpfs", "none", str(tmp_path)])
     try:
         own = settings.model_copy(update={"templates_dir": tmp_path / "templates"})
-        vms = app.launcher(own, await app.choice(own))
+        vms = wiring.launcher(own, await wiring.choice(own))
         async with vms.machine(VmSpec(image=image, memory_mb=192, disk_mb=64), Label(), Timeline()) as machine:
             assert (await machine.channel.run(["/bin/true"], timeout_seconds=30)).code == 0
     finally:
@@ -249,14 +249,14 @@ async def test_what_cannot_be_preloaded_is_named(settings: Settings, image: Imag
 
 async def test_a_clone_that_does_not_become_itself_is_killed(settings: Settings, image: Image) -> None:
     """A host name that the guest can't take: the renewal fails, and the VM is gone before anybody could use it."""
-    before = app.inventory(settings).numbers()
-    launcher = _Misfit(settings, await app.choice(settings))
+    before = wiring.inventory(settings).numbers()
+    launcher = _Misfit(settings, await wiring.choice(settings))
     spec = VmSpec(image=image, memory_mb=192, disk_mb=64)
     with pytest.raises((BootFailed, ChannelError)):
         async with launcher.machine(spec, Label(), Timeline()):
             pytest.fail("it must not be used")
     assert launcher.seen, "a VM was there"
-    assert app.inventory(settings).numbers() == before
+    assert wiring.inventory(settings).numbers() == before
     assert all(not Path(f"/proc/{pid}").exists() for pid in launcher.seen)
 
 
@@ -264,7 +264,7 @@ class _Misfit(Launcher):
     """Gives each VM an identity that its guest refuses."""
 
     def __init__(self, settings: Settings, choice: Any) -> None:
-        sound = app.launcher(settings, choice)
+        sound = wiring.launcher(settings, choice)
         self.__dict__.update(sound.__dict__)
         self.seen: list[int] = []
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from swarm import app
-from swarm.clock import Timeline
+from swarm.app import wiring
+from swarm.base.clock import Timeline
 from swarm.config import Settings
 from swarm.errors import BootFailed, OutcomeUnknown
 from swarm.model import FailureReason
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.needs("qemu")
 
 
 async def test_a_kernel_panic_is_named(settings: Settings, image: Image) -> None:
-    launcher = app.launcher(settings, await app.choice(settings))
+    launcher = wiring.launcher(settings, await wiring.choice(settings))
     with pytest.raises(OutcomeUnknown, match="panicked") as caught:
         async with launcher.machine(VmSpec(image=image), Label(ticket_id="panic"), Timeline()) as machine:
             panic = machine.channel.run(
@@ -26,11 +26,11 @@ async def test_a_kernel_panic_is_named(settings: Settings, image: Image) -> None
             await machine.unless_it_dies(panic)
     assert caught.value.reason is FailureReason.GUEST_PANIC
     assert "sysrq" in str(caught.value)
-    assert app.inventory(settings).records() == []
+    assert wiring.inventory(settings).records() == []
 
 
 async def test_a_guest_that_powers_off_is_a_dead_vm(settings: Settings, image: Image) -> None:
-    launcher = app.launcher(settings, await app.choice(settings))
+    launcher = wiring.launcher(settings, await wiring.choice(settings))
     with pytest.raises(OutcomeUnknown, match="died while it was in use") as caught:
         async with launcher.machine(VmSpec(image=image), Label(), Timeline()) as machine:
             off = machine.channel.run(["/bin/busybox", "reboot", "-f"], user="root", timeout_seconds=60)
@@ -41,8 +41,8 @@ async def test_a_guest_that_powers_off_is_a_dead_vm(settings: Settings, image: I
 async def test_a_vm_that_never_answers_is_a_failed_boot(settings: Settings, image: Image) -> None:
     """Its clock is too short for any guest to come up in; nothing of it stays."""
     hasty = settings.model_copy(update={"boot_timeout_seconds": 0.001})
-    launcher = app.launcher(hasty, await app.choice(hasty))
+    launcher = wiring.launcher(hasty, await wiring.choice(hasty))
     with pytest.raises(BootFailed, match="did not come up"):
         async with launcher.machine(VmSpec(image=image, memory_mb=200), Label(), Timeline()):
             raise AssertionError("it answered")
-    assert app.inventory(settings).records() == []
+    assert wiring.inventory(settings).records() == []

@@ -17,16 +17,17 @@ from typing import cast
 
 import pytest
 
-from swarm import app, process
-from swarm.clock import Timeline
+from swarm.app import wiring
+from swarm.base import process
+from swarm.base.clock import Timeline
 from swarm.config import Settings
 from swarm.errors import HostError
 from swarm.vm import pool as pools
 from swarm.vm.driver import Image, Template, VmSpec
-from swarm.vm.inventory import MAX_SLOT
 from swarm.vm.launcher import Label, Launcher, Machine
 from swarm.vm.pool import Pool, Ready, Shelf
-from swarm.vm.seats import Seats
+from swarm.vm.slots.inventory import MAX_SLOT
+from swarm.vm.slots.slot_pool import Seats
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -55,7 +56,7 @@ async def hello_world(machine: Machine) -> str:
 
 
 async def test_a_ready_machine_is_handed_out_and_replaced(launcher: Launcher, spec: VmSpec, settings: Settings) -> None:
-    inventory = app.inventory(settings)
+    inventory = wiring.inventory(settings)
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
         [waiting] = [r for r in inventory.records() if r.pid]  # the others are free slots
@@ -125,7 +126,7 @@ async def test_nobody_waits_for_machines_that_can_not_be_made(
 ) -> None:
     await launcher.template(spec)
     nowhere = settings.model_copy(update={"first_engine_slot": MAX_SLOT + 1})
-    async with Pool(app.launcher(nowhere, launcher.choice), warm=2, specs=[spec], back_off_seconds=0.05) as pool:
+    async with Pool(wiring.launcher(nowhere, launcher.choice), warm=2, specs=[spec], back_off_seconds=0.05) as pool:
         with pytest.raises(HostError, match=r"no warm VM can be made, after \d tries: no free slot"):
             await within(pool.filled())
 
@@ -137,7 +138,7 @@ async def test_no_fault_of_the_host_ends_the_filling(
     await launcher.template(spec)
     (tmp_path / "ssh").write_text("in the way of a directory")
     own = settings.model_copy(update={"state_dir": tmp_path})
-    async with Pool(app.launcher(own, launcher.choice), warm=2, specs=[spec], back_off_seconds=0.05) as pool:
+    async with Pool(wiring.launcher(own, launcher.choice), warm=2, specs=[spec], back_off_seconds=0.05) as pool:
         with pytest.raises(HostError, match="File exists"):
             await within(pool.filled())
         (tmp_path / "ssh").unlink()
@@ -192,7 +193,7 @@ async def test_the_pool_follows_a_template_that_is_removed_or_changed(
         await within(pool.filled())
         [shelf] = pool._shelves.values()
         first = shelf.template
-        await app.templates(settings).remove(first.key)
+        await wiring.templates(settings).remove(first.key)
         async with machine(launcher, spec) as taken:
             assert "hello" in await hello_world(taken)
             await within(pool.filled())
@@ -299,20 +300,20 @@ async def test_slots_are_used_again(launcher: Launcher, spec: VmSpec) -> None:
 
 
 async def test_a_seat_that_was_tampered_with_is_made_anew(settings: Settings) -> None:
-    seats = Seats(inventory=app.inventory(settings), network=app.network(settings), first=41_000)
+    seats = Seats(inventory=wiring.inventory(settings), network=wiring.network(settings), first=41_000)
     seats.keep = 1
     async with AsyncExitStack() as undo:
         seat = await seats.take(undo)
         await process.run(["ip", "link", "del", f"swarm{seat.place.n}"])
     await seats.settled()
     assert seats.free == 0
-    assert 41_000 not in app.inventory(settings).numbers()
+    assert 41_000 not in wiring.inventory(settings).numbers()
     async with AsyncExitStack() as undo:
         assert (await seats.take(undo)).place.n == 41_000
     await seats.settled()
     assert seats.free == 1
     await seats.close()
-    assert 41_000 not in app.inventory(settings).numbers()
+    assert 41_000 not in wiring.inventory(settings).numbers()
 
 
 async def test_auto_follows_the_arrivals(launcher: Launcher, spec: VmSpec) -> None:
@@ -352,7 +353,7 @@ async def test_what_a_killed_owner_had_ready_is_swept(launcher: Launcher, spec: 
     """
     await launcher.template(spec)
     own = {f"SWARM_{k.upper()}": str(getattr(settings, k)) for k in ("home", "state_dir", "images_dir")}
-    before = app.inventory(settings).numbers()
+    before = wiring.inventory(settings).numbers()
     owner = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -368,9 +369,9 @@ async def test_what_a_killed_owner_had_ready_is_swept(launcher: Launcher, spec: 
                 break
     owner.kill()
     await owner.communicate()
-    [record] = [r for r in app.inventory(settings).records() if r.n not in before and r.pid]
-    await app.sweep(settings)
-    assert app.inventory(settings).numbers() == before
+    [record] = [r for r in wiring.inventory(settings).records() if r.n not in before and r.pid]
+    await wiring.sweep(settings)
+    assert wiring.inventory(settings).numbers() == before
     assert not Path(f"/proc/{record.pid}").exists()
 
 
@@ -378,10 +379,10 @@ async def test_a_pool_that_is_left_while_its_template_is_built_leaves_nothing(
     settings: Settings, image: Image, tmp_path: Path
 ) -> None:
     own = settings.model_copy(update={"templates_dir": tmp_path / "templates"})
-    before = app.inventory(own).numbers()
+    before = wiring.inventory(own).numbers()
     async with Pool(
-        app.launcher(own, await app.choice(own)), warm=1, specs=[VmSpec(image=image, memory_mb=160, disk_mb=64)]
+        wiring.launcher(own, await wiring.choice(own)), warm=1, specs=[VmSpec(image=image, memory_mb=160, disk_mb=64)]
     ):
         await asyncio.sleep(0)  # it has begun
-    assert app.inventory(own).numbers() == before
-    assert app.templates(own).all() == []
+    assert wiring.inventory(own).numbers() == before
+    assert wiring.templates(own).all() == []

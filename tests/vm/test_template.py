@@ -17,13 +17,14 @@ from textwrap import dedent
 
 import pytest
 
-from swarm import app, process
-from swarm.aio import undoing
+from swarm.app import wiring
+from swarm.base import process
+from swarm.base.aio import undoing
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError, NotFound
 from swarm.vm.driver import Image, Probe, Template, VmSpec
+from swarm.vm.drivers.qemu import MEMORY_FILE, STATE_FILE, QemuDriver
 from swarm.vm.launcher import Launcher
-from swarm.vm.qemu import MEMORY_FILE, STATE_FILE, QemuDriver
 from swarm.vm.template import MANIFEST, Templates, key_of, shape
 
 TOKEN = b"t" * 32
@@ -429,7 +430,7 @@ async def test_a_killed_build_is_swept_and_done_again(settings: Settings, image:
         await launcher.template(VmSpec(image=await app.images(settings).find(), memory_mb=192, disk_mb=64))
     asyncio.run(main())
     """
-    inventory = app.inventory(settings)
+    inventory = wiring.inventory(settings)
     before = set(inventory.numbers())
     builder = await asyncio.create_subprocess_exec(
         sys.executable, "-c", dedent(code), env=own, stdin=subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
@@ -445,6 +446,6 @@ async def test_a_killed_build_is_swept_and_done_again(settings: Settings, image:
     async with asyncio.timeout(10):
         # A child that was just being forked holds its parent's locks until it executes its program.
         while set(inventory.numbers()) != before:
-            await app.sweep(settings)
+            await wiring.sweep(settings)
     assert not Path(f"/run/netns/vm{ours}").exists()
     assert Templates(dir=tmp_path / "templates").all() == []

@@ -11,8 +11,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from swarm import agents, versions
+from swarm import agents
 from swarm.agents import check
+from swarm.base import versions
 from swarm.cel.evaluate import Evaluator
 from swarm.errors import NotFound, StepError
 from swarm.model import Agent, RunStatus, StepStatus

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm import manifest, schema
+from swarm import schema
+from swarm.base import manifest
+from swarm.base.manifest import Invalid
 from swarm.errors import NotFound
-from swarm.manifest import Invalid
 from swarm.model import Agent, FailureReason, Retry
 from swarm.workflow import definition, graph, parse, pinning, validate
 from swarm.workflow.definition import (

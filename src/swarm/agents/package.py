@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 import pydantic
 from pydantic import ConfigDict, Field, StringConstraints
 
-from swarm import manifest as yaml_manifest
+from swarm.base import manifest as yaml_manifest
 from swarm.errors import UsageError
 from swarm.model import DEBIAN_PACKAGE, REQUIREMENT, Agent, FailureReason, Retry
 from swarm.schema import SchemaError, check_schema, expand

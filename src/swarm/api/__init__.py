@@ -1,1 +1,1 @@
-"""Swarm over HTTP. For now, one thing: `POST /hooks/NAME`, which starts a workflow."""
+"""Swarm over HTTP: for now `POST /hooks/NAME`, which starts a workflow. Imports the store; the wiring imports it."""

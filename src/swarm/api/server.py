@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from swarm.aio import settle
+from swarm.base.aio import settle
 from swarm.errors import HostError, UsageError
 
 # What is being answered when the end comes gets so long.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from swarm.clock import PHASES
+from swarm.base.clock import PHASES
 
 Spread = Mapping[str, float]  # p50, p95, p99, all in one unit
 

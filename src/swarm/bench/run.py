@@ -20,22 +20,23 @@ from typing import Final
 
 import psutil
 
-from swarm import app, process, setup
-from swarm.bench import raw
+from swarm.app import setup, wiring
+from swarm.base import process
+from swarm.base.clock import Timeline
+from swarm.bench import baselines
 from swarm.bench.report import Cell, Figure, Report, percentiles
-from swarm.clock import Timeline
 from swarm.config import Settings, load
-from swarm.dispatch import Dispatcher
+from swarm.engine.dispatch import Dispatcher
+from swarm.engine.worker import Ended, Worker
 from swarm.errors import HostError, SwarmError
 from swarm.model import Succeeded
 from swarm.store.store import Store
 from swarm.vm.choose import PROBE_PREFIX, Choice
 from swarm.vm.driver import Image, VmSpec
+from swarm.vm.image.staging import used
 from swarm.vm.launcher import Label, Launcher, Machine
 from swarm.vm.pool import Pool
-from swarm.vm.staging import used
-from swarm.vm.sweep import take
-from swarm.worker import Ended, Worker
+from swarm.vm.slots.sweep import take
 
 MODES: Final = ("cold", "restored", "pool")
 ECHO: Final = "0d72b1b5-a98e-4356-bf52-f654d0509dc4"
@@ -87,9 +88,9 @@ async def bench(
         shared = {"images_dir": settings.images, "templates_dir": settings.templates}
         own = load(**{**settings.model_dump(), **shared, "home": Path(place) / "home", "database_url": ""})
         await setup.init(own, image=False)
-        await app.sweep(own)
-        image, chosen = await setup.ensure_image(own), await app.choice(own)
-        async with app.store(own) as store:
+        await wiring.sweep(own)
+        image, chosen = await setup.ensure_image(own), await wiring.choice(own)
+        async with wiring.store(own) as store:
             it = _Bench(settings=own, choice=chosen, image=image, max_vms=max_vms, dir=Path(place), store=store)
             todo = [(mode, count) for mode in modes for count in tickets if mode != "cold" or count == min(tickets)]
             cells = []
@@ -97,7 +98,7 @@ async def bench(
                 progress(f"{mode} x {count}", done / (len(todo) + 2))
                 cells.append(await _cell(it, mode, count))
             progress("baselines", len(todo) / (len(todo) + 2))
-            slot = await take(app.inventory(own), app.network(own), _SLOT, replace=False)
+            slot = await take(wiring.inventory(own), wiring.network(own), _SLOT, replace=False)
             try:
                 figures = await _figures(it, cells)
             finally:
@@ -109,7 +110,7 @@ async def bench(
 
 
 async def _cell(it: _Bench, mode: str, count: int) -> Cell:
-    launcher = app.launcher(it.settings, it.choice, clones=mode != "cold")
+    launcher = wiring.launcher(it.settings, it.choice, clones=mode != "cold")
     if mode != "cold":
         await launcher.template(it.spec)  # made once for all tickets ever: not a part of any
     done: dict[str, tuple[float, Ended]] = {}
@@ -162,10 +163,10 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
 
 @asynccontextmanager
 async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None]) -> AsyncIterator[asyncio.Task[None]]:
-    async with app.outside(it.settings, it.store) as outside, it.store.watching() as wake:
+    async with wiring.outside(it.settings, it.store) as outside, it.store.watching() as wake:
         worker = Worker(
             store=it.store,
-            engine=app.engine(it.settings, launcher, outside),
+            engine=wiring.engine(it.settings, launcher, outside),
             name=f"{socket.gethostname()}:{os.getpid()}:bench",
             lease_seconds=it.settings.lease_seconds,
         )
@@ -211,7 +212,7 @@ def _cpu() -> tuple[float, float]:
 
 
 async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
-    launcher = app.launcher(it.settings, it.choice)
+    launcher = wiring.launcher(it.settings, it.choice)
     template = await launcher.template(it.spec)
     accelerator = it.choice.probe.accelerator
     single = {cell.mode: cell for cell in cells if cell.tickets == min(c.tickets for c in cells)}
@@ -222,19 +223,21 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
         found.append(Figure(name=name, ours=round(ours, 2), baseline=rounded, unit=unit, n=n, target=target))
 
     if it.choice.driver.name == "qemu":
-        colds = [await raw.cold_boot(it.image, _fresh(it), memory_mb=256, accelerator=accelerator) for _ in range(3)]
+        colds = [
+            await baselines.cold_boot(it.image, _fresh(it), memory_mb=256, accelerator=accelerator) for _ in range(3)
+        ]
         phases = single["cold"].phases if "cold" in single else {}
         if {"vmm", "boot"} <= phases.keys():  # else all failed before
             ours = phases["vmm"]["p50"] + phases["boot"]["p50"]
             add("cold boot to userspace", ours, statistics.median(colds), n=len(colds))
     if template is not None and it.choice.driver.name == "qemu":
-        network = app.network(it.settings)
+        network = wiring.network(it.settings)
         await network.ensure_host()
         bare, vmm_ms, ours_ms, ours_cpu_ms, ours_kb, ours_pss_kb, forks = [], [], [], [], [], [], []
         for _ in range(_RAW_TIMES):  # in turns, so that both see the same host
             slot = await network.create(_SLOT)
             try:
-                bare.append(await raw.clone(template, slot, _fresh(it), accelerator=accelerator))
+                bare.append(await baselines.clone(template, slot, _fresh(it), accelerator=accelerator))
             finally:
                 await network.destroy(_SLOT)
             timeline = Timeline()
@@ -242,8 +245,8 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
                 phases_ms = timeline.phases()
                 vmm_ms.append(phases_ms["vmm"])
                 ours_ms.append(phases_ms["vmm"] + phases_ms["boot"])
-                ours_cpu_ms.append(raw.cpu_ms_of(machine.vm.pid))
-                private_kb, pss_kb = raw.memory_of(machine.vm.pid)
+                ours_cpu_ms.append(baselines.cpu_ms_of(machine.vm.pid))
+                private_kb, pss_kb = baselines.memory_of(machine.vm.pid)
                 ours_kb.append(private_kb)
                 ours_pss_kb.append(pss_kb)
                 forks.append(await _fork(machine))
@@ -286,7 +289,7 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
             unit="MB",
         )
     took = []
-    network = app.network(it.settings)
+    network = wiring.network(it.settings)
     await network.create(_SLOT)
     try:
         for _ in range(_RAW_TIMES):
@@ -329,8 +332,8 @@ async def _fork(machine: Machine) -> tuple[float, float]:
 
 async def _cold_ssh(it: _Bench) -> float | None:
     """How it would be done without all this: boot a VM, then run one command in it by ssh. Milliseconds."""
-    launcher = app.launcher(it.settings, it.choice, clones=False)
-    key = app.ssh_dir(it.settings).key
+    launcher = wiring.launcher(it.settings, it.choice, clones=False)
+    key = wiring.ssh_dir(it.settings).key
     began = time.perf_counter()
     try:
         async with launcher.machine(it.spec, Label(), Timeline()) as machine:

@@ -2,10 +2,10 @@
 
 Time is CPU time (ITIMER_VIRTUAL, per request), so a busy host fails no honest expression; memory is RLIMIT_AS; it runs
 as nobody, can open and write no file and start no process. What oversteps is killed by the kernel, and the next request
-gets a new process. `inmate` is what runs inside.
+gets a new process. `jail_process` is what runs inside.
 
-Not through `swarm.process`: this door is synchronous (the store's writing thread waits for the answer), and the child
-has no output of its own to be kept.
+Not through `swarm.base.process`: this door is synchronous (the store's writing thread waits for the answer), and the
+child has no output of its own to be kept.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
-from swarm import process
+from swarm.base import process
 from swarm.cel import evaluate
 from swarm.cel.expression import Expression, ExpressionError
-from swarm.cel.inmate import CPU_SECONDS, MEMORY_BYTES, read, write
+from swarm.cel.jail_process import CPU_SECONDS, MEMORY_BYTES, read, write
 
 # Only for a host that stands still: the CPU limit is what bounds an expression.
 _PATIENCE_SECONDS: Final = 30.0
@@ -91,7 +91,7 @@ class Jail:
         if fresh or self._child is None or self._child.poll() is not None:
             self._end()
             self._child = subprocess.Popen(
-                [sys.executable, "-E", "-s", "-m", "swarm.cel.inmate"],
+                [sys.executable, "-E", "-s", "-m", "swarm.cel.jail_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

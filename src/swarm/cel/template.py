@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from swarm import jsontext
+from swarm.base import jsontext
 from swarm.cel import stored
 from swarm.cel.evaluate import MAX_RESULT_BYTES, Evaluator
 from swarm.cel.expression import Expression, ExpressionError, parse

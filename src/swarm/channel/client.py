@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from swarm.channel import frames
-from swarm.channel.dial import LAST_PAUSE, dial
+from swarm.channel.dial import LAST_PAUSE, Endpoint, dial
 from swarm.channel.files import File, batches, read_tree
 from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
 from swarm.channel.values import Exit, Hello, Identity, Renewed, exit_of, final, state
 from swarm.errors import AgentFailed, AgentTimeout, ChannelError, OutputInvalid, UsageError
 from swarm.model import FailureReason
-from swarm.vm.driver import Endpoint
 
 PROTOCOL: Final = 1
 MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES

@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
-
-from swarm.vm.driver import Endpoint
 
 _TRY_SECONDS: Final = 1.0  # a lost SYN is sent again only after 1 s; by then newer tries are under way
 _FIRST_PAUSE, LAST_PAUSE = 0.005, 0.050
 _PATIENCE: Final = 0.25
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a VM's agentd listens: TCP as seen from the host, or a Unix socket (driver `process`)."""
+
+    host: str = ""
+    port: int = 0
+    unix: Path | None = None
 
 
 async def dial(endpoint: Endpoint, trouble: list[str], *, listening: bool = False) -> Streams:

@@ -1,1 +1,1 @@
-"""The commands: swarm, swarm-engine, swarm-spawn-ns, swarm-cleanup."""
+"""The commands: swarm, swarm-engine, swarm-spawn-ns, swarm-cleanup. Nothing imports it."""

@@ -45,8 +45,9 @@ async def add(
 
     The same again is nothing; changed content under a known version is refused.
     """
-    from swarm import agents, packages
-    from swarm import app as wiring
+    from swarm import agents
+    from swarm.admin import packages
+    from swarm.app import wiring
 
     with agents.opened(source) as directory:
         await _build(cli, agents.read(directory))  # first: an agent that can't run is not registered
@@ -61,7 +62,7 @@ async def add(
 @command(app, "list", examples=["swarm agent list", "swarm agent list --json"], json=True)
 async def list_(cli: Cli) -> None:
     """List the registered agents."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         agents = await store.agents()
@@ -76,8 +77,8 @@ async def list_(cli: Cli) -> None:
 @command(app, "show", examples=["swarm agent show echo", "swarm agent show echo@1.0.0 --json"], json=True)
 async def show(cli: Cli, agent: _Ref) -> None:
     """Show one agent: its program, its limits, where its files are."""
-    from swarm import app as wiring
-    from swarm.cli.output import plain
+    from swarm.app import wiring
+    from swarm.cli.ui.output import plain
 
     async with wiring.store(cli.settings) as store:
         found = await store.agent(agent)
@@ -90,8 +91,8 @@ async def show(cli: Cli, agent: _Ref) -> None:
 @command(app, "rm", examples=["swarm agent rm word-count@1.2.0"])
 async def rm(cli: Cli, agent: _Ref) -> None:
     """Forget an agent and remove its files; refused while an unfinished ticket or a workflow needs it."""
-    from swarm import app as wiring
-    from swarm import packages
+    from swarm.admin import packages
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         gone = await packages.remove_agent(store, agent, cli.settings.agents)
@@ -109,7 +110,7 @@ async def build(
 ) -> int:
     """Build the layers that agents' requirements and packages need. Needs root, and the network; running needs none."""
     from swarm import agents
-    from swarm import app as wiring
+    from swarm.app import wiring
     from swarm.errors import SwarmError
 
     found = [agents.read(Path(one)) for one in agent or [] if _is_path(one)]
@@ -145,9 +146,9 @@ async def layers_(
     """List the layers that were built, what is in them, and who needs them."""
     from dataclasses import asdict
 
-    from swarm import app as wiring
-    from swarm import layers
-    from swarm.cli import render
+    from swarm.admin import layers
+    from swarm.app import wiring
+    from swarm.cli.ui import render
 
     there = wiring.guest_layers(cli.settings)
     async with wiring.store(cli.settings) as store:
@@ -185,8 +186,8 @@ async def test(
     vm: Annotated[bool, typer.Option("--vm", help="In VMs, as tickets are run (needs root, and the image).")] = False,
 ) -> int:
     """Run the examples of an agent's manifest and compare what they leave. Exit status 1 if one is not as it says."""
-    from swarm import app as wiring
-    from swarm import trial
+    from swarm.app import wiring
+    from swarm.engine import oneoff
     from swarm.errors import UsageError
 
     results = []
@@ -196,7 +197,7 @@ async def test(
             raise UsageError(f"the agent {package.agent.name!r} has no `examples` in its agent.yaml: there is no test")
         await _build(cli, package.agent, vm=vm)
         async with wiring.trial(cli.settings, vm=vm) as engine:
-            async for example, wrong in trial.examples(engine, package):
+            async for example, wrong in oneoff.examples(engine, package):
                 results.append({"example": example.name, "passed": not wrong, "wrong": wrong})
                 if not cli.out.json:
                     cli.out.marked("fail" if wrong else "ok  ", "red" if wrong else "green", example.name)
@@ -231,9 +232,9 @@ async def run(
     ] = True,
 ) -> int:
     """Run an agent once, without a ticket: what it prints goes to stderr, its outputs, as JSON, to stdout."""
-    from swarm import app as wiring
-    from swarm import trial
-    from swarm.cli.output import clean
+    from swarm.app import wiring
+    from swarm.cli.ui.output import clean
+    from swarm.engine import oneoff
     from swarm.model import Failed, Succeeded
 
     given = read_inputs(whole(inputs, input_json), input or [])
@@ -246,7 +247,7 @@ async def run(
             sys.stderr.flush()
 
         async with wiring.trial(cli.settings, vm=vm) as engine:
-            outcome = await trial.run(engine, package.agent, given, on_output=printed)
+            outcome = await oneoff.run(engine, package.agent, given, on_output=printed)
     if isinstance(outcome, Succeeded):
         import json
 
@@ -260,8 +261,9 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
     """The package in a directory, in an archive (unpacked until ``stack`` ends), or as it was registered."""
     from dataclasses import replace
 
-    from swarm import agents, trial
-    from swarm import app as wiring
+    from swarm import agents
+    from swarm.app import wiring
+    from swarm.engine import oneoff
 
     if _is_path(source):
         package = agents.read_package(stack.enter_context(agents.opened(Path(source))))
@@ -272,7 +274,7 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
     if vm:
         return package
     cli.out.note(f"note: {_NO_VM}")
-    return replace(package, agent=trial.without_vm(package.agent))
+    return replace(package, agent=oneoff.without_vm(package.agent))
 
 
 def _is_path(source: str) -> bool:
@@ -281,8 +283,8 @@ def _is_path(source: str) -> bool:
 
 async def _build(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False) -> Layer | None:
     """The agent's layer, with a bar while it is built."""
-    from swarm import app as wiring
-    from swarm import layers
+    from swarm.admin import layers
+    from swarm.app import wiring
 
     if not agent.needs_layer:
         return None

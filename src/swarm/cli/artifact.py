@@ -18,7 +18,7 @@ async def list_(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many, the largest first.")] = 50,
 ) -> None:
     """List artifacts. They go when the last ticket that has them is deleted."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         if ticket is not None:
@@ -39,7 +39,7 @@ async def show(
     ],
 ) -> None:
     """Print the value of an artifact, as JSON."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         text = await store.artifact(digest)

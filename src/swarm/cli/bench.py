@@ -38,11 +38,11 @@ async def bench(
     Takes a minute or two. Nothing of it stays but the template, which the next ticket uses. Exit status 1 if a ticket
     failed.
     """
+    from swarm.base.log import configure
     from swarm.bench import MODES, bench
     from swarm.bench.report import markdown
     from swarm.bench.report import plot as draw
     from swarm.errors import UsageError
-    from swarm.log import configure
 
     if not cli.debug:
         configure(debug=False)
@@ -126,6 +126,6 @@ async def bench(
 
 
 def _phases() -> tuple[str, ...]:
-    from swarm.clock import PHASES
+    from swarm.base.clock import PHASES
 
     return PHASES

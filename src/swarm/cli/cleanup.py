@@ -32,9 +32,9 @@ async def cleanup(
     VMs that a live engine is using right now stay, and so does the bridge they hang on, unless --force is given.
     Safe to run twice, and on a clean host. Tickets, agents and images are not touched.
     """
-    from swarm import byhand
+    from swarm.app import manual_vm
 
-    swept = await byhand.cleanup(cli.settings, force=force)
+    swept = await manual_vm.cleanup(cli.settings, force=force)
     status = 1 if swept.failed else 0
     if cli.out.json:
         cli.out.dump(swept)

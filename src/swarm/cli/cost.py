@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         ] = "",
     ) -> None:
         """Model calls, their tokens and what they cost, by the price list that held when they were made."""
-        from swarm import app as wiring
+        from swarm.app import wiring
 
         async with wiring.store(cli.settings) as store:
             rows = await store.costs(by.value, since=_moment(since) if since else "")

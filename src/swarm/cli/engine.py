@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.cli import render
 from swarm.cli.frame import Cli, command, new_app, start, stopped_by_signals
+from swarm.cli.ui import render
 
 if TYPE_CHECKING:
     from swarm.config import Settings
     from swarm.model import Ticket
-    from swarm.store.rows import WorkerRow
+    from swarm.store.sql.rows import WorkerRow
 
 app = new_app(
     "swarm-engine",
@@ -77,7 +77,7 @@ async def start_(
     Ctrl+C or SIGTERM: no new tickets; those that run get --grace seconds, then their VMs are killed and they go back,
     and the try is not counted. A second one: now. Without --foreground it runs in the background; see status and stop.
     """
-    from swarm import app as wiring
+    from swarm.app import wiring
     from swarm.cli import service
 
     max_vms = max_vms or 2 * (os.cpu_count() or 1)
@@ -111,16 +111,17 @@ async def _serve(
 ) -> None:
     import structlog
 
-    from swarm import app as wiring
-    from swarm import faults
-    from swarm.cli import live, service
-    from swarm.log import configure
+    from swarm.app import wiring
+    from swarm.base import faults
+    from swarm.base.log import configure
+    from swarm.cli import service
+    from swarm.cli.ui import live
 
     if os.environ.get("SWARM_FAULT"):  # crash tests
         faults.arm(os.environ["SWARM_FAULT"])
     lively = live.wanted(log_format)
     configure(debug=cli.debug, info=not lively, as_json=log_format is LogFormat.JSON)
-    log = structlog.get_logger("swarm.engine")
+    log = structlog.get_logger("swarm.engine.engine")
     _raise_limits()
     view = live.View()
     async with (
@@ -195,7 +196,7 @@ async def run_ticket(
 
     Without --wait a process in the background runs it, and this one ends at once.
     """
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     if not wait:
         pid = await wiring.run_ticket_in_background(cli.settings, id, timeout_seconds=timeout)
@@ -228,7 +229,7 @@ async def status(cli: Cli) -> None:
     """Show the engines, the queue, and the VMs of this host."""
     from dataclasses import asdict
 
-    from swarm import app as wiring
+    from swarm.app import wiring
     from swarm.cli import service
 
     async with wiring.store(cli.settings) as store:

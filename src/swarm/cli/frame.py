@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm import __version__
-from swarm.cli.output import Out
+from swarm.cli.ui.output import Out
 
 if TYPE_CHECKING:
     from swarm.config import Settings
@@ -103,7 +103,7 @@ def perform(function: Command, values: dict[str, Any], *, home: Path | None, deb
     out = Out(json=as_json)
     try:
         from swarm import config
-        from swarm.log import configure
+        from swarm.base.log import configure
 
         configure(debug=debug)
         cli = Cli(settings=config.load(home=home and home.absolute()), out=out, debug=debug)

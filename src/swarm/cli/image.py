@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from swarm.cli import render
 from swarm.cli.frame import Cli, command, new_app
+from swarm.cli.ui import render
 
 app = new_app("image", "The guest image: build, list, remove.")
 
@@ -31,7 +31,7 @@ async def build(
     ] = None,
 ) -> None:
     """Build the guest image from the distribution's packages, if it is not there already."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     images = wiring.images(cli.settings)
     keep = wiring.images_of_templates(cli.settings)
@@ -46,7 +46,7 @@ async def build(
 @command(app, "list", examples=["swarm image list", "swarm image list --json"], json=True)
 async def list_(cli: Cli) -> None:
     """List the images."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     found = wiring.images(cli.settings).list()
     if cli.out.json:
@@ -62,7 +62,7 @@ async def rm(
     digest: Annotated[list[str], typer.Argument(help="Digests, or unique beginnings of them.", show_default=False)],
 ) -> None:
     """Remove images."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     images = wiring.images(cli.settings)
     for prefix in digest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from swarm import jsontext
+from swarm.base import jsontext
 from swarm.errors import UsageError
 
 

@@ -40,10 +40,10 @@ async def firecracker(
     ),
 ) -> None:
     """Install Firecracker and its jailer: the official release, checked against digests in Swarm's source."""
-    from swarm import byhand
+    from swarm.app import manual_vm
 
     with cli.out.progress("firecracker") as progress:
-        done = await byhand.install_firecracker(version, source, to, progress=progress)
+        done = await manual_vm.install_firecracker(version, source, to, progress=progress)
     if cli.out.json:
         cli.out.dump(done)
     else:

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from swarm.cli import agent, artifact, bench, cost, image, install, proof, secret, serve, template, ticket, vm, workflow
+from swarm.cli import (
+    agent,
+    artifact,
+    bench,
+    cost,
+    image,
+    install,
+    prove,
+    secret,
+    serve,
+    template,
+    ticket,
+    vm,
+    workflow,
+)
 from swarm.cli.frame import Cli, command, new_app, start
 
 app = new_app(
@@ -42,7 +56,7 @@ async def init(
     ] = True,
 ) -> None:
     """Make a home ready: database, registry, the agents and workflows that ship, the guest image. Safe to repeat."""
-    from swarm import setup
+    from swarm.app import setup
 
     with cli.out.progress() as progress:
         done = await setup.init(cli.settings, image=image, progress=progress)
@@ -71,18 +85,20 @@ async def doctor(
     ] = 2048,
 ) -> int:
     """Check this host, this home and every VM; say for each fault what mends it. Exit status 1 if anything fails."""
-    from swarm import checkup
-    from swarm.cli.doctor import show, show_capacity
+    from swarm.app import doctor_wiring
+    from swarm.cli.ui.doctor_report import show, show_capacity
 
     if capacity:
-        show_capacity(cli.out, await checkup.capacity(cli.settings, memory_mb=memory, disk_mb=disk))
+        show_capacity(cli.out, await doctor_wiring.capacity(cli.settings, memory_mb=memory, disk_mb=disk))
         return 0
-    checks = await (checkup.examine_production(cli.settings) if production else checkup.examine(cli.settings))
+    checks = await (
+        doctor_wiring.examine_production(cli.settings) if production else doctor_wiring.examine(cli.settings)
+    )
     show(cli.out, checks)
     return 1 if any(check.status == "fail" for check in checks) else 0
 
 
-proof.register(app)
+prove.register(app)
 cost.register(app)
 bench.register(app)
 serve.register(app)

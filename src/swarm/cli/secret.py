@@ -31,9 +31,9 @@ async def set_(
     cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None, webhook: _Webhook = None
 ) -> None:
     """Set a secret, or replace it. The value is asked for, or read from stdin (without the line's end)."""
-    from swarm import app as wiring
+    from swarm.admin.vault import MAX_BYTES, scope_of
+    from swarm.app import wiring
     from swarm.errors import UsageError
-    from swarm.vault import MAX_BYTES, scope_of
 
     scope = scope_of(agent, workflow, webhook)
     if sys.stdin.isatty():
@@ -51,7 +51,7 @@ async def set_(
 @command(app, "list", examples=["swarm secret list"], json=True)
 async def list_(cli: Cli) -> None:
     """List names and scopes. Values are not shown by any command."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         rows = await wiring.vault(cli.settings, store).list()
@@ -66,8 +66,8 @@ async def remove(
     cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None, webhook: _Webhook = None
 ) -> None:
     """Remove a secret. An attempt that runs keeps what it was given."""
-    from swarm import app as wiring
-    from swarm.vault import scope_of
+    from swarm.admin.vault import scope_of
+    from swarm.app import wiring
 
     scope = scope_of(agent, workflow, webhook)
     async with wiring.store(cli.settings) as store:

@@ -27,11 +27,11 @@ async def serve(
     It makes tickets, and runs none: that is the engine's (`swarm-engine start`). Ctrl+C or SIGTERM stops it, once what
     it is answering has been answered.
     """
-    from swarm import web
-    from swarm.log import configure
+    from swarm.app import serve
+    from swarm.base.log import configure
 
     configure(debug=cli.debug, info=True)
-    async with web.served(cli.settings, host=host, port=port, remote=allow_remote) as (url, served):
+    async with serve.served(cli.settings, host=host, port=port, remote=allow_remote) as (url, served):
         cli.out.line(f"serving POST {url}/hooks/NAME; Ctrl+C stops it")
         stop = asyncio.Event()
         with stopped_by_signals(stop.set):

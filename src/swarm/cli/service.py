@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swarm import process
+from swarm.base import process
 from swarm.errors import Conflict, HostError, StoreError
 
 if TYPE_CHECKING:
     from swarm.config import Settings
-    from swarm.store.rows import WorkerRow
+    from swarm.store.sql.rows import WorkerRow
     from swarm.store.store import Store
 
 # An engine that lives says so every 2 s; one that has not for so long is stopped, or its host is gone.
@@ -132,7 +132,7 @@ async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Proces
 
 async def engines(settings: Settings) -> list[Process]:
     """Every live engine of this home on this host; if its database can't be read, the one that the pid file names."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     found = {ours.pid: ours for ours in [in_background(settings)] if ours is not None}
     with contextlib.suppress(StoreError):

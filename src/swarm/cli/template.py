@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from swarm.cli import render
 from swarm.cli.frame import Cli, command, new_app
+from swarm.cli.ui import render
 
 _MODULE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"  # as in an agent's manifest
 app = new_app("template", "Templates, from which VMs are cloned: list, remove, build ahead.")
@@ -18,7 +18,7 @@ app = new_app("template", "Templates, from which VMs are cloned: list, remove, b
 @command(app, "list", examples=["swarm template list", "swarm template list --json"], json=True)
 async def list_(cli: Cli) -> None:
     """List the templates, the last used first."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     found = sorted(wiring.templates(cli.settings).all(), key=lambda t: -t.used_at)
     if cli.out.json:
@@ -57,8 +57,7 @@ async def build(
     preload: Annotated[str, typer.Option("--preload", metavar="M,…", help="Python modules to have imported.")] = "",
 ) -> None:
     """Build a template now, if it is not there, so that the first ticket of its kind need not wait."""
-    from swarm import app as wiring
-    from swarm import setup
+    from swarm.app import setup, wiring
     from swarm.errors import HostError, UsageError
     from swarm.vm.driver import VmSpec
 
@@ -90,7 +89,7 @@ async def rm(
     ] = None,
 ) -> None:
     """Remove templates. VMs that were cloned from them live on."""
-    from swarm import app as wiring
+    from swarm.app import wiring
     from swarm.errors import UsageError
 
     if not key and unused is None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.cli import render
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import read_inputs
+from swarm.cli.ui import render
 from swarm.model import TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ async def add(
     draft: Annotated[bool, typer.Option("--draft", help="Don't run it yet: state 'draft'.")] = False,
 ) -> None:
     """Add a ticket, and print its id."""
-    from swarm import app as wiring
+    from swarm.app import wiring
     from swarm.errors import UsageError
 
     if (agent is None) == (workflow is None):
@@ -109,7 +109,7 @@ async def list_(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many, newest first.")] = 50,
 ) -> None:
     """List tickets, newest first."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         tickets = await store.tickets(states=tuple(state or ()), project_id=project, limit=limit)
@@ -123,7 +123,7 @@ async def list_(
 @command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
 async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
     """Show a ticket: what was asked, what came of it, each step or attempt, and where its time went."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         ticket, runs = await store.ticket(id), await store.runs(id)
@@ -161,7 +161,7 @@ async def logs(
     """Print what the ticket's agent printed; with --json, every event of the ticket, one a line."""
     from contextlib import AsyncExitStack
 
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store, AsyncExitStack() as stack:
         wake = await stack.enter_async_context(store.watching()) if follow else None
@@ -184,7 +184,7 @@ async def logs(
 @command(app, "cancel", examples=["swarm ticket cancel report-7"], json=True)
 async def cancel(cli: Cli, id: _Id) -> None:  # noqa: A002
     """Cancel a ticket: one that waits never starts; the VM of one that runs is killed within two seconds."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         await store.cancel(id, getpass.getuser())
@@ -210,7 +210,7 @@ async def retry(
 
     With --from, steps that were cut off, or that the run failed by, run again as well; and the ticket may be done.
     """
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         await store.retry(id, step=step)
@@ -260,7 +260,7 @@ async def reject(
 async def _answer(
     cli: Cli, id_: str, step: str | None, *, approved: bool, by: str | None, why: str, budget: Limit | None = None
 ) -> None:
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         who = by or getpass.getuser()

@@ -12,7 +12,7 @@ from swarm.cli.frame import Cli, command, new_app, start
 from swarm.errors import NotFound
 
 if TYPE_CHECKING:
-    from swarm.vm.inventory import VmRecord
+    from swarm.vm.slots.inventory import VmRecord
 
 MAX_VM = 65533
 
@@ -25,10 +25,10 @@ _Cpus = Annotated[int, typer.Option("--cpus", min=1, help="Virtual CPUs.")]
 
 
 async def _spawn(cli: Cli, n: int, memory: int, cpus: int) -> None:
-    from swarm import byhand
+    from swarm.app import manual_vm
 
     with cli.out.progress(f"VM {n}") as progress:
-        spawned = await byhand.spawn(cli.settings, n, memory_mb=memory, vcpus=cpus, progress=progress)
+        spawned = await manual_vm.spawn(cli.settings, n, memory_mb=memory, vcpus=cpus, progress=progress)
     if cli.out.json:
         cli.out.dump(spawned)
         return
@@ -65,7 +65,7 @@ async def spawn_ns_(cli: Cli, n: _N, memory: _Memory = 256, cpus: _Cpus = 1) -> 
 @command(app, "list", examples=["swarm vm list", "swarm vm list --json"], json=True)
 async def list_(cli: Cli) -> None:
     """List the VMs of this host, those of engines too."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     records = wiring.inventory(cli.settings).records()
     if cli.out.json:
@@ -82,8 +82,8 @@ async def ssh(
     argv: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]…", help="Run this instead of a shell.")] = None,
 ) -> None:
     """Log in to VM N as root, or run a command there."""
-    from swarm import app as wiring
-    from swarm.process import which
+    from swarm.app import wiring
+    from swarm.base.process import which
 
     record = _record(cli, n)
     program = which("ssh")
@@ -101,16 +101,16 @@ async def rm(
     n: Annotated[list[int], typer.Argument(metavar="N…", min=1, max=MAX_VM, help="VM numbers.", show_default=False)],
 ) -> None:
     """Remove VMs that were made by hand."""
-    from swarm import byhand
+    from swarm.app import manual_vm
 
     for number in n:
         _record(cli, number)
-        await byhand.remove(cli.settings, number)
+        await manual_vm.remove(cli.settings, number)
         cli.out.line(f"removed VM {number}")
 
 
 def _record(cli: Cli, n: int) -> VmRecord:
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     for record in wiring.inventory(cli.settings).records():
         if record.n == n:

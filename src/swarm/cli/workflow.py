@@ -13,7 +13,7 @@ import typer
 from swarm.cli.frame import Cli, command, new_app
 
 if TYPE_CHECKING:
-    from swarm.store.schedules import ScheduleRow
+    from swarm.store.registry.schedules import ScheduleRow
     from swarm.store.store import Store
     from swarm.workflow.definition import Schedule, Workflow
 
@@ -29,8 +29,8 @@ _Ref = Annotated[str, typer.Argument(metavar="WORKFLOW", help="Name, name@versio
 @command(app, "validate", examples=["swarm workflow validate release.yaml"], json=True)
 async def validate(cli: Cli, file: _File) -> int:
     """Check a file against the registered agents and workflows; say all that is wrong, with line and column."""
-    from swarm import app as wiring
-    from swarm.manifest import Invalid
+    from swarm.app import wiring
+    from swarm.base.manifest import Invalid
 
     async with wiring.store(cli.settings) as store:
         try:
@@ -65,7 +65,7 @@ async def graph(
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print it in Mermaid's language.")] = False,
 ) -> None:
     """Draw a workflow: a step a line; equal numbers in front may run together."""
-    from swarm import app as wiring
+    from swarm.app import wiring
     from swarm.errors import UsageError
     from swarm.workflow import graph as draw
 
@@ -88,8 +88,8 @@ async def graph(
 @command(app, "add", examples=["swarm workflow add release.yaml"], json=True)
 async def add(cli: Cli, file: _File) -> None:
     """Check a file and register it. The same again is nothing; changed content under a known version is refused."""
-    from swarm import app as wiring
-    from swarm import packages
+    from swarm.admin import packages
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         row = await packages.add_workflow(store, _read(file), name=str(file))
@@ -102,7 +102,7 @@ async def add(cli: Cli, file: _File) -> None:
 @command(app, "list", examples=["swarm workflow list", "swarm workflow list --json"], json=True)
 async def list_(cli: Cli) -> None:
     """List the registered workflows."""
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         found = await store.workflows()
@@ -116,8 +116,8 @@ async def list_(cli: Cli) -> None:
 @command(app, "show", examples=["swarm workflow show echo-chain", "swarm workflow show echo-chain@1 --json"], json=True)
 async def show(cli: Cli, workflow: _Ref) -> None:
     """Show one workflow: what it takes, its steps, what starts it; with --json, its whole definition."""
-    from swarm import app as wiring
-    from swarm.cli.output import plain
+    from swarm.app import wiring
+    from swarm.cli.ui.output import plain
     from swarm.workflow import graph as draw
     from swarm.workflow.definition import to_json
 
@@ -158,7 +158,7 @@ async def schedules(cli: Cli) -> None:
 
     Of each workflow, the newest version counts, and only while it is enabled.
     """
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         found = await store.schedules()
@@ -186,8 +186,7 @@ async def webhook(
     new: Annotated[bool, typer.Option("--new", help="Another secret; the one before is worth nothing then.")] = False,
 ) -> None:
     """Make the secret that senders of this workflow's webhook sign with, and show it, this once."""
-    from swarm import app as wiring
-    from swarm import web
+    from swarm.app import serve, wiring
     from swarm.errors import UsageError
 
     async with wiring.store(cli.settings) as store:
@@ -195,7 +194,7 @@ async def webhook(
     hook = row.parsed().webhook
     if hook is None:
         raise UsageError(f"the workflow {row.name}@{row.version} has no `webhook:` in its file")
-    secret = await web.new_secret(cli.settings, hook.secret, row.name, replace=new)
+    secret = await serve.new_secret(cli.settings, hook.secret, row.name, replace=new)
     if cli.out.json:
         cli.out.dump({"path": f"/hooks/{row.name}", "name": hook.secret, "secret": secret, "header": hook.header})
         return
@@ -231,9 +230,9 @@ async def run(
     timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds the whole may take.", min=0.001)] = None,
 ) -> int:
     """Run a workflow: add a ticket for it, and print that ticket's id. With --wait, exit status 0 if it is done."""
-    from swarm import app as wiring
-    from swarm.cli import follow
+    from swarm.app import wiring
     from swarm.cli.inputs import read_inputs, whole
+    from swarm.cli.ui import follow
     from swarm.errors import Conflict
     from swarm.model import ExecutionMode, Ticket, TicketState
 
@@ -293,7 +292,7 @@ async def disable(cli: Cli, workflow: _Ref) -> None:
 
 
 async def _enable(cli: Cli, workflow: str, *, enabled: bool) -> None:
-    from swarm import app as wiring
+    from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         row = await store.enable_workflow(workflow, enabled=enabled)
@@ -301,7 +300,7 @@ async def _enable(cli: Cli, workflow: str, *, enabled: bool) -> None:
 
 
 async def _from_file(store: Store, file: Path) -> Workflow:
-    from swarm import packages
+    from swarm.admin import packages
     from swarm.workflow import validate
 
     return validate.checked(_read(file), await packages.registry(store), name=str(file))

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import psutil
 
-from swarm.clock import Timeline
-from swarm.vm.bridge import MAX_PORTS
-from swarm.vm.disk import used_bytes
+from swarm.base.clock import Timeline
 from swarm.vm.driver import VmSpec
-from swarm.vm.inventory import MAX_SLOT, Inventory
+from swarm.vm.drivers.disk import used_bytes
 from swarm.vm.launcher import Label, Launcher
+from swarm.vm.network.bridge import MAX_PORTS
+from swarm.vm.slots.inventory import MAX_SLOT, Inventory
 
 _MB = 1 << 20
 # What stays for everybody else on the host.

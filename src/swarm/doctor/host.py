@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from swarm.base.process import run, which
 from swarm.doctor.check import Check, Status, fail, ok, warn
 from swarm.errors import SwarmError
-from swarm.process import run, which
 
 # linux/capability.h. The VMM itself runs with none.
 _AS_ROOT = "run it as root: sudo swarm …"

@@ -17,12 +17,13 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
+from swarm.base.process import run
 from swarm.channel import Channel, Hello
+from swarm.channel.dial import Endpoint
 from swarm.doctor.check import Check, Status, fail, ok, warn
 from swarm.errors import SwarmError
-from swarm.process import run
-from swarm.vm.console import last_lines
-from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_GATEWAY, TAP_NAME, Endpoint
+from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_GATEWAY, TAP_NAME
+from swarm.vm.drivers.console import last_lines
 
 _PATH = ("process", "namespace", "bridge port", "tap", "address", "routing", "ping", "agentd", "sshd", "entropy")
 _STARVED = "PRNG is not seeded"  # OpenSSH's last words (entropy.c, seed_rng) when the kernel has no random numbers

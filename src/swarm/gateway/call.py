@@ -10,7 +10,7 @@ import aiohttp
 import structlog
 
 from swarm.errors import StoreError
-from swarm.gateway.asked import Asked
+from swarm.gateway.metering_request import Asked
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
 from swarm.gateway.usage import COUNTS, Meter, text_tokens, total

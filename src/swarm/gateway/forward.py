@@ -19,13 +19,13 @@ import structlog
 import yarl
 from aiohttp import web
 
-from swarm.aio import settle
+from swarm.base.aio import settle
 from swarm.errors import LeaseLost, NotFound, StoreError, UsageError
-from swarm.gateway import door as doors
+from swarm.gateway import attempt_listener as doors
 from swarm.gateway import wire
-from swarm.gateway.asked import Asked, Unclear, read
+from swarm.gateway.attempt_listener import Door, Record, error
 from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
-from swarm.gateway.door import Door, Record, error
+from swarm.gateway.metering_request import Asked, Unclear, read
 from swarm.gateway.policy import Policy
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Keys, Upstream

@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 import h11
 import psutil
 
-from swarm.gateway.door import Record
+from swarm.gateway.attempt_listener import Record
+from swarm.gateway.connection_acceptor import Reception
 from swarm.gateway.policy import Policy
-from swarm.gateway.reception import Reception
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -83,7 +83,7 @@ class Borders:
 
 
 class Proxy:
-    """One attempt's; made and closed by `swarm.outside`."""
+    """One attempt's; made and closed by `swarm.engine.egress`."""
 
     def __init__(
         self, *, policy: Policy, borders: Borders, listener: socket.socket, address: str, record: Record

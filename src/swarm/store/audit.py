@@ -1,6 +1,6 @@
 """What `swarm prove` reads: the log in order and the rows that it must agree with, all of one moment.
 
-Statements only; what they mean is swarm.prove's. ``:since`` is ISO-8601 text, '' for everything.
+Statements only; what they mean is swarm.admin.prove's. ``:since`` is ISO-8601 text, '' for everything.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from swarm.store.database import Tx
-from swarm.store.rows import lenient, milliseconds
+from swarm.store.sql.database import Tx
+from swarm.store.sql.rows import lenient, milliseconds
 
 LOG: Final = sa.text(
     "SELECT seq, ticket_id, step_id, attempt_id, at, kind, data FROM events "

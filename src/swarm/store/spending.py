@@ -13,9 +13,9 @@ import sqlalchemy as sa
 
 from swarm.errors import LeaseLost, NotFound
 from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Verdict
-from swarm.store.changes import INSERT_EVENT
-from swarm.store.database import Row, Tx
-from swarm.store.rows import dump, iso, message
+from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.rows import dump, iso, message
+from swarm.store.tickets.changes import INSERT_EVENT
 
 # Calls of one scope: what was spent, and what calls under way hold. A reservation of an attempt that has ended, or is
 # gone, will never be booked by anybody: it counts as spent. A one-off run has no row to tell whether it lives, so there

@@ -28,34 +28,24 @@ from swarm.model import (
     Succeeded,
     Ticket,
 )
-from swarm.store import (
-    again,
-    approvals,
-    artifacts,
-    audit,
-    database,
-    events,
-    finish,
-    queue,
-    registry,
-    schedules,
-    sealed,
-    spending,
-    tickets,
-    webhooks,
-    workflows,
-)
-from swarm.store.artifacts import ArtifactRow
-from swarm.store.database import Database, Tx
-from swarm.store.decider import Decider
-from swarm.store.executor import LANE_SECONDS, WorkflowExecutor
-from swarm.store.lanes import Lane, each
-from swarm.store.queue import Claimed, ClaimRequest
-from swarm.store.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
-from swarm.store.schedules import DueSchedules, FireRequest, ScheduleRow
-from swarm.store.wake import Wake
-from swarm.store.webhooks import Answer, Call
-from swarm.store.workflows import WorkflowRow
+from swarm.store import audit, spending
+from swarm.store.claims import approvals, finish, retry_from
+from swarm.store.claims.claim import Claimed, ClaimRequest, Queue
+from swarm.store.registry import agents, schedules, secrets, webhooks, workflows
+from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
+from swarm.store.registry.secrets import Sealed, SecretRow
+from swarm.store.registry.webhooks import Answer, Call
+from swarm.store.registry.workflows import WorkflowRow
+from swarm.store.runs import artifacts
+from swarm.store.runs.artifacts import ArtifactRow
+from swarm.store.runs.background_planner import Decider
+from swarm.store.runs.workflow_engine import LANE_SECONDS, WorkflowExecutor
+from swarm.store.sql import database
+from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
+from swarm.store.sql.threads import Lane, each
+from swarm.store.sql.wake import Wake
+from swarm.store.tickets import events, tickets
 from swarm.workflow.definition import Workflow
 
 log = structlog.get_logger(__name__)
@@ -79,21 +69,21 @@ _ATTEMPTS = each(tickets.attempts)
 _DEPENDS_ON = each(tickets.depends_on)
 _CANCEL = each(tickets.cancel)
 _RETRY = each(tickets.retry)
-_RETRY_FROM = each(again.retry_from)
+_RETRY_FROM = each(retry_from.retry_from)
 _QUEUE = each(tickets.queue)
 _DUE = each(tickets.due)
 _EVENTS = each(events.events)
 _PRUNE = each(events.prune)
 _RESERVE = each(spending.reserve)
 _COSTS = each(spending.costs)
-_PUT_SECRET = each(sealed.put)
-_SECRETS = each(sealed.listed)
-_SEALED = each(sealed.of_names)
-_REMOVE_SECRET = each(sealed.remove)
-_PUT_AGENT = each(registry.put_agent)
-_AGENT = each(registry.agent)
-_AGENTS = each(registry.agents)
-_REMOVE_AGENT = each(registry.remove_agent)
+_PUT_SECRET = each(secrets.put)
+_SECRETS = each(secrets.listed)
+_SEALED = each(secrets.of_names)
+_REMOVE_SECRET = each(secrets.remove)
+_PUT_AGENT = each(agents.put_agent)
+_AGENT = each(agents.agent)
+_AGENTS = each(agents.agents)
+_REMOVE_AGENT = each(agents.remove_agent)
 _PUT_WORKFLOW = each(workflows.put_workflow)
 _WORKFLOW = each(workflows.workflow)
 _WORKFLOWS = each(workflows.workflows)
@@ -107,8 +97,8 @@ _WHOLE = each(artifacts.whole)
 _ARTIFACT = each(artifacts.data)
 _ARTIFACTS = each(artifacts.artifacts)
 _SWEEP_ARTIFACTS = each(artifacts.sweep)
-_WORKERS = each(registry.workers)
-_FORGET_WORKER = each(registry.forget_worker)
+_WORKERS = each(agents.workers)
+_FORGET_WORKER = each(agents.forget_worker)
 
 
 class Store:
@@ -123,7 +113,7 @@ class Store:
         self._write = Lane(db, write=True)
         self._read = Lane(db, write=False)
         self._executor = WorkflowExecutor(lane_seconds=lane_seconds)
-        self._queue = queue.Queue(self._executor)
+        self._queue = Queue(self._executor)
         self._finisher = finish.Finisher(self._executor, over_budget)
         self._decider = Decider(db, self._executor, self._write)
         self._answer = each(approvals.Approvals(self._executor).answer)
@@ -246,7 +236,7 @@ class Store:
         if step is None:
             await self._write.call(_RETRY, ticket_id)
         else:
-            await self._write.call(_RETRY_FROM, again.RetryRequest(ticket_id=ticket_id, step=step))
+            await self._write.call(_RETRY_FROM, retry_from.RetryRequest(ticket_id=ticket_id, step=step))
 
     async def answer(
         self,
@@ -450,21 +440,21 @@ class Store:
         """Model calls since then (ISO-8601), summed."""
         return await self._read.call(_COSTS, spending.CostsRequest(by=by, since=since))
 
-    # --- secrets, sealed (swarm.vault) --------------------------------------------------------------------------------
+    # --- secrets, sealed (swarm.admin.vault) --------------------------------------------------------------------------
 
-    async def put_secret(self, secret: sealed.Sealed) -> None:
+    async def put_secret(self, secret: Sealed) -> None:
         await self._write.call(_PUT_SECRET, secret)
 
-    async def secrets(self) -> list[sealed.SecretRow]:
+    async def secrets(self) -> list[SecretRow]:
         return await self._read.call(_SECRETS, None)
 
-    async def sealed_secrets(self, names: Sequence[str]) -> list[sealed.Sealed]:
+    async def sealed_secrets(self, names: Sequence[str]) -> list[Sealed]:
         """Secrets of these names, whatever their scopes."""
         return await self._read.call(_SEALED, tuple(names))
 
     async def remove_secret(self, name: str, scope: str) -> None:
         """Raises NotFound."""
-        await self._write.call(_REMOVE_SECRET, sealed.RemoveRequest(name=name, scope=scope))
+        await self._write.call(_REMOVE_SECRET, secrets.RemoveRequest(name=name, scope=scope))
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 
@@ -522,7 +512,7 @@ class Store:
 
     async def heartbeat(self, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> None:
         """Say that a worker lives, and what it does. Shown by status; decides nothing (leases do)."""
-        await self._write.call(registry.heartbeat, registry.Beat(id=worker, host=host, pid=pid, info=info))
+        await self._write.call(agents.heartbeat, agents.Beat(id=worker, host=host, pid=pid, info=info))
 
     async def workers(self) -> list[WorkerRow]:
         return await self._read.call(_WORKERS, None)

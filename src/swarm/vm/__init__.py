@@ -1,1 +1,1 @@
-"""Virtual machines: drivers, images, templates, network slots."""
+"""Virtual machines: drivers, images, templates, network slots. `launcher.Launcher` brings them together."""

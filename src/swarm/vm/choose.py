@@ -20,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from swarm.aio import first, undoing
+from swarm.base.aio import first, undoing
 from swarm.errors import HostError, SwarmError
 from swarm.vm.driver import Driver, Image, Probe, VmSpec
 

@@ -8,6 +8,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol
 
+from swarm.channel.dial import Endpoint
+
 # Inside every network namespace the same names and addresses, so that one template restores anywhere.
 GUEST_ADDRESS = IPv4Address("172.16.0.2")
 GUEST_GATEWAY = IPv4Address("172.16.0.1")
@@ -80,15 +82,6 @@ class Slot:
     n: int
     netns: str
     address: IPv4Address
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Where a VM's agentd listens: TCP as seen from the host, or a Unix socket (driver `process`)."""
-
-    host: str = ""
-    port: int = 0
-    unix: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

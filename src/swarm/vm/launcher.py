@@ -1,7 +1,7 @@
 """From a VmSpec to a machine that is ready for an agent, and back to nothing.
 
 Every step registers its undo before it is taken, and the undo can't be cancelled, so whatever happens at whatever
-moment (failure, Ctrl+C, a dead VMM), nothing of a VM stays. What SIGKILL leaves is found by `swarm.vm.sweep`.
+moment (failure, Ctrl+C, a dead VMM), nothing of a VM stays. What SIGKILL leaves is found by `swarm.vm.slots.sweep`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from swarm.aio import settle, undoing
+from swarm.base.aio import settle, undoing
+from swarm.base.clock import Timeline
+from swarm.base.process import start_time
 from swarm.channel import Channel, Identity, Renewed
-from swarm.clock import Timeline
 from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, StepError, SwarmError
 from swarm.model import FailureReason
-from swarm.process import start_time
-from swarm.vm import ssh, sweep
 from swarm.vm.choose import Choice
-from swarm.vm.console import last_lines, printable
-from swarm.vm.disk import used_bytes
 from swarm.vm.driver import GUEST_GATEWAY, Slot, Template, Vm, VmSpec
-from swarm.vm.inventory import Inventory, Kind, Place, VmRecord
-from swarm.vm.network import Network
+from swarm.vm.drivers.console import last_lines, printable
+from swarm.vm.drivers.disk import used_bytes
+from swarm.vm.network.network import Network
 from swarm.vm.rehearsal import COMMON_MODULES, SEED_BYTES, rehearse
-from swarm.vm.seats import Seat, Seats
+from swarm.vm.slots import ssh, sweep
+from swarm.vm.slots.inventory import Inventory, Kind, Place, VmRecord
+from swarm.vm.slots.slot_pool import Seat, Seats
 from swarm.vm.template import Templates, shape
 
 log = structlog.get_logger(__name__)

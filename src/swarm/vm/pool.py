@@ -26,7 +26,7 @@ from typing import Final
 
 import structlog
 
-from swarm.aio import quietly, settle, undoing
+from swarm.base.aio import quietly, settle, undoing
 from swarm.errors import HostError, SwarmError
 from swarm.vm.driver import Template, VmSpec
 from swarm.vm.launcher import Label, Launcher, Machine

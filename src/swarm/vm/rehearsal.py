@@ -9,7 +9,7 @@ import os
 import secrets
 
 from swarm.channel import Channel, Identity
-from swarm.vm import ssh
+from swarm.vm.slots import ssh
 
 # What agents in Python import most. In a clone, where no code is translated yet, `import pathlib` alone takes 80 ms. An
 # agent that needs none of it pays nothing: the pages are the template's. Without what loads OpenSSL (ssl, http.client,

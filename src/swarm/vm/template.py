@@ -26,7 +26,7 @@ from pathlib import Path
 
 import structlog
 
-from swarm.aio import settle
+from swarm.base.aio import settle
 from swarm.errors import BootFailed, HostError, ImageError, NotFound
 from swarm.vm.driver import Driver, Probe, Template, VmSpec, host_tsc_khz
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import pydantic
 from pydantic import ConfigDict, Field, StringConstraints
 
-from swarm import manifest
-from swarm.manifest import Document, Problem
+from swarm.base import manifest
+from swarm.base.manifest import Document, Problem
 from swarm.model import FailureReason, Retry
 from swarm.schema import SchemaError, check_schema, expand
 from swarm.workflow import schedule

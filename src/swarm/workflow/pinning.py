@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from swarm.manifest import Invalid, Problem
+from swarm.base.manifest import Invalid, Problem
 from swarm.model import Agent
 from swarm.workflow import parse
 from swarm.workflow.definition import Step, Workflow

@@ -22,9 +22,9 @@ from swarm.cel import template
 from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import ExpressionError
 from swarm.model import RunStatus, StepStatus
-from swarm.workflow.children import Children
 from swarm.workflow.definition import Step
-from swarm.workflow.desk import LIVE, Tally, was
+from swarm.workflow.fan_out import Children
+from swarm.workflow.planner_base import LIVE, Tally, was
 from swarm.workflow.state import (
     ENDED,
     WAITING,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from swarm import schema
+from swarm.base.manifest import Document, Invalid, Path, Problem
 from swarm.cel import template
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound
-from swarm.manifest import Document, Invalid, Path, Problem
 from swarm.workflow import parse
 from swarm.workflow.definition import Schedule, Step, Webhook, Workflow
 from swarm.workflow.pinning import Endless, Registry, count_steps, pin
@@ -23,7 +23,7 @@ from swarm.workflow.pinning import Endless, Registry, count_steps, pin
 _STEP_FIELDS: Final = {"outputs": {}, "status": {"type": "string"}, "error": {"type": ["string", "null"]}}
 _TICKET: Final = schema.expand({"id": "string", "title": "string", "description": "string?", "project_id": "string?"})
 _TRIGGER: Final = {"type": "object", "properties": {"type": {"type": "string"}}}
-# What the inputs of a trigger may speak of; `swarm.triggers` and `swarm.api.hooks` fill it in.
+# What the inputs of a trigger may speak of; `swarm.triggers.schedules` and `swarm.api.webhooks` fill it in.
 _OF_TRIGGERS: Final = {
     "schedule": schema.expand(
         {"type": "string", "time": "string", "cron": "string", "time_zone": "string", "missed": "integer"}

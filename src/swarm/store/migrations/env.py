@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from swarm.store.schema import metadata
+from swarm.store.sql.schema import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

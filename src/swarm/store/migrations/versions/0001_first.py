@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from swarm.store.dialect import utc_now
+from swarm.store.sql.dialect import utc_now
 
 revision = "0001"
 down_revision = None

@@ -1,0 +1,153 @@
+"""Secrets: sealed at rest by AES-256-GCM, opened for the attempt whose agent asks for them by name.
+
+The key is a file of its own beside the database, root's alone, or a systemd credential; without it the rows are noise.
+A sealed value is bound to its name and scope, so that a row that was copied to another place does not open.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from swarm.base.redact import SHORTEST
+from swarm.errors import HostError, NotFound, UsageError
+from swarm.model import Agent
+from swarm.store.registry.secrets import Sealed, SecretRow
+from swarm.store.store import Store
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+CREDENTIAL: Final = "swarm_secret_key"
+ALL: Final = "all"
+MAX_BYTES: Final = 64 * 1024
+_KEY_BYTES, _NONCE_BYTES = 32, 12  # NIST SP 800-38D
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+
+
+def scope_of(agent: str | None, workflow: str | None, webhook: str | None = None) -> str:
+    """Raises UsageError when more than one is given."""
+    given = {"agent": agent, "workflow": workflow, "webhook": webhook}
+    scopes = [f"{kind}:{name}" for kind, name in given.items() if name]
+    if len(scopes) > 1:
+        raise UsageError("a secret is for one agent, workflow or webhook, or for all: give one of these options")
+    return scopes[0] if scopes else ALL
+
+
+class Vault:
+    """``key_file`` is made when the first secret is set. ``kept``: names of secrets that are not for VMs, and whose key
+    each is; an agent or a workflow can have them by its own scope only."""
+
+    def __init__(self, store: Store, *, key_file: Path, kept: Callable[[], Mapping[str, str]] = dict) -> None:
+        self._store = store
+        self._key_file = key_file
+        self._kept = kept
+
+    async def set(self, name: str, value: str, *, scope: str = ALL) -> None:
+        """Raises UsageError, which never quotes the value."""
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"{name!r} can't be the name of a secret: letters, digits and '_', no digit first")
+        if "\0" in value or len(value) < SHORTEST or len(value.encode(errors="replace")) > MAX_BYTES:
+            raise UsageError(f"a secret has {SHORTEST} to {MAX_BYTES} characters, and no NUL among them")
+        nonce = os.urandom(_NONCE_BYTES)
+        sealed = nonce + self._cipher(make=True).encrypt(nonce, value.encode(), _bound(name, scope))
+        await self._store.put_secret(Sealed(name=name, scope=scope, sealed=base64.b64encode(sealed).decode()))
+
+    async def list(self) -> list[SecretRow]:
+        return await self._store.secrets()
+
+    async def remove(self, name: str, *, scope: str = ALL) -> None:
+        """Raises NotFound."""
+        await self._store.remove_secret(name, scope)
+
+    async def get(self, name: str, *, scope: str = ALL) -> str | None:
+        """One that no agent asks for: keys of the gateway's services, and of webhooks. Raises HostError when it can't
+        be opened."""
+        rows = [row for row in await self._store.sealed_secrets([name]) if row.scope == scope]
+        return self._open(rows[0]) if rows else None
+
+    async def of(self, names: Sequence[str], agent: Agent, workflow_id: str | None) -> Mapping[str, str]:
+        """Those of an agent, by name: its own before its workflow's before everybody's. Raises NotFound, UsageError
+        for one that the gateway keeps."""
+        scopes = [f"agent:{agent.name}"]
+        if workflow_id:
+            scopes += [f"workflow:{workflow_id}", f"workflow:{(await self._store.workflow(workflow_id)).name}"]
+        scopes.append(ALL)
+        rows = {(row.name, row.scope): row for row in await self._store.sealed_secrets(names)}
+        found = {}
+        for name in names:
+            row = next((rows[name, scope] for scope in scopes if (name, scope) in rows), None)
+            if row is None:
+                raise NotFound(
+                    f"it asks for the secret {name!r}, which is not set: `swarm secret set {name} --agent {agent.name}`"
+                )
+            if row.scope == ALL and (service := self._kept().get(name)):
+                raise UsageError(
+                    f"the secret {name!r} is the key of {service}, which the gateway keeps: no VM gets it. An agent "
+                    f"reaches {service} by its network policy; if it must have a key of its own: "
+                    f"`swarm secret set {name} --agent {agent.name}`"
+                )
+            found[name] = self._open(row)
+        return found
+
+    def _open(self, row: Sealed) -> str:
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            sealed = base64.b64decode(row.sealed, validate=True)
+            cipher, where = self._cipher(make=False), _bound(row.name, row.scope)
+            return cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], where).decode()
+        except (InvalidTag, ValueError):
+            raise HostError(
+                f"the secret {row.name!r} can't be opened with the key in {self._key_file}: it was sealed with another "
+                "one, or changed since; set it again"
+            ) from None
+
+    def _cipher(self, *, make: bool) -> AESGCM:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        return AESGCM(self._key(make=make))
+
+    def _key(self, *, make: bool) -> bytes:
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        file = Path(credentials) / CREDENTIAL if credentials else self._key_file
+        if not file.is_file():
+            file = self._key_file
+            if make:
+                _make_key(file)
+        try:
+            if file == self._key_file and file.stat().st_mode & 0o077:
+                raise HostError(f"others can read the key of all secrets in {file}: `chmod 600 {file}`")
+            key = base64.b64decode(file.read_bytes().strip())
+        except (OSError, ValueError) as error:
+            raise HostError(f"the key of all secrets in {file} can't be read: {error}") from None
+        if len(key) != _KEY_BYTES:
+            raise HostError(f"{file} does not hold a key for secrets: base64 of {_KEY_BYTES} bytes is needed")
+        return key
+
+
+def _make_key(file: Path) -> None:
+    """Unless it is there. Whole or not at all, and one of several who do it at once wins."""
+    if file.exists():
+        return
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as written:
+            written.write(base64.b64encode(os.urandom(_KEY_BYTES)) + b"\n")
+            written.flush()
+            os.fsync(written.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, file)
+    except OSError as error:
+        raise HostError(f"can't make the key of all secrets {file}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _bound(name: str, scope: str) -> bytes:
+    return f"{scope}\0{name}".encode()

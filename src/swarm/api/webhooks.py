@@ -1,0 +1,245 @@
+"""`POST /hooks/NAME`: a signed request becomes a ticket that runs the workflow NAME.
+
+202 with the ticket's id; everything else is `{"error": "one sentence"}`. Nothing of a request is believed, or written
+anywhere, before its signature has proved true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from swarm.base import jsontext
+from swarm.cel.evaluate import Evaluator
+from swarm.errors import Conflict, HostError, NotFound, StoreError
+from swarm.store.registry.webhooks import Call
+from swarm.store.registry.workflows import WorkflowRow
+from swarm.store.sql.rows import iso, new_id
+from swarm.store.store import Store
+from swarm.store.tickets.validation import storable
+from swarm.triggers import schedules
+from swarm.triggers.schedules import InputsRefused
+from swarm.workflow.definition import Webhook
+
+log = structlog.get_logger(__name__)
+
+MAX_BODY_BYTES: Final = 1 << 20
+MAX_KEY_CHARS: Final = 255
+LEAST_SECRET_BYTES: Final = 16
+MAX_AT_ONCE: Final = 32
+TIMESTAMP_HEADER: Final = "X-Swarm-Timestamp"
+TIMESTAMP_SECONDS: Final = 300  # how far a sender's clock, and the way here, may be off
+RETRY_SECONDS: Final = 2
+
+_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+# Headers whose names say that what they hold is for the server alone.
+_CONFIDENTIAL: Final = re.compile(r"auth|cookie|key|pass|secret|signature|token")
+
+
+def sign(secret: bytes, body: bytes, timestamp: str | None = None) -> str:
+    """The value of the signature's header."""
+    signed = body if timestamp is None else timestamp.encode() + b"." + body
+    return "sha256=" + hmac.new(secret, signed, hashlib.sha256).hexdigest()
+
+
+class Hooks:
+    """``secret`` gets one by its name and its workflow's; None when there is none. It may raise HostError."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        secret: Callable[[str, str], Awaitable[str | None]],
+        evaluator: Evaluator,
+        body_seconds: float = 10.0,
+    ) -> None:
+        self._store = store
+        self._get_secret = secret
+        self._evaluator = evaluator
+        self._body_seconds = body_seconds
+        self._busy = 0
+
+    def app(self) -> Starlette:
+        routes = [Route("/hooks/{name}", self._post, methods=["POST"])]
+        return Starlette(routes=routes, exception_handlers={HTTPException: _refused})
+
+    async def _post(self, request: Request) -> Response:
+        if self._busy >= MAX_AT_ONCE:
+            raise _again("too many requests at once")
+        self._busy += 1
+        try:
+            return await self._serve(request)
+        except StoreError as error:
+            log.warning("a webhook could not be served", error=str(error))
+            raise _again("the database can't take it now") from None
+        except HTTPException:
+            raise
+        except Exception as error:
+            log.error("a webhook met a fault of ours", error=f"{type(error).__name__}: {error}")
+            raise HTTPException(500, "a fault of this server's; its log says more") from None
+        finally:
+            self._busy -= 1
+
+    async def _serve(self, request: Request) -> Response:
+        body = await _body(request, self._body_seconds)
+        row, flow = await self._workflow(request.path_params["name"])
+        hook = flow.webhook
+        if hook is None:
+            raise _no_hook(row.name)
+        secret = await self._secret(row.name, hook)
+        signature = _check_signature(request.headers, hook, secret, body)
+        # From here on it is known who asks.
+        if not row.enabled:
+            raise HTTPException(409, f"the workflow {row.name}@{row.version} is disabled")
+        key = _key(request.headers, hook)
+        now_ms = time.time_ns() // 1_000_000
+        trigger = {
+            "type": "webhook",
+            "time": iso(now_ms),
+            "body": _json(body),
+            "headers": _told(request.headers, hook),
+            "key": key,
+        }
+        try:
+            ticket = await asyncio.to_thread(
+                schedules.ticket,
+                flow,
+                row.id,
+                hook.inputs,
+                trigger,
+                evaluator=self._evaluator,
+                id=new_id(now_ms),
+                title=f"{flow.name}, webhook {trigger['time'][:16].replace('T', ' ')} UTC",
+            )
+            digest = hashlib.sha256(body).hexdigest()
+            call = Call(workflow=row.name, signature=signature, key=key, digest=digest, ticket=ticket)
+            answer = await self._store.call_webhook(call)
+        except InputsRefused as error:
+            raise HTTPException(422, str(error)) from None
+        except Conflict as error:
+            raise HTTPException(409, str(error)) from None
+        log.info("webhook", workflow=row.name, ticket=answer.ticket_id, repeated=answer.repeated)
+        told = {"ticket_id": answer.ticket_id, "workflow": f"{row.name}@{row.version}", "repeated": answer.repeated}
+        return JSONResponse(told, status_code=202)
+
+    async def _workflow(self, name: str) -> tuple[WorkflowRow, Any]:
+        if not _NAME.fullmatch(name):
+            raise _no_hook(name[:80])
+        try:
+            row = await self._store.workflow(name)
+        except NotFound:
+            raise _no_hook(name) from None
+        try:
+            return row, row.parsed()
+        except StoreError as error:  # this row, not the database
+            log.error("a webhook's workflow is broken", workflow=name, error=str(error))
+            raise HTTPException(500, f"the workflow {name} is broken here; its owner must add it again") from None
+
+    async def _secret(self, name: str, hook: Webhook) -> bytes:
+        found, why = b"", f"there is none; `swarm workflow webhook {name}` makes it"
+        try:
+            found = (await self._get_secret(hook.secret, name) or "").encode()
+        except HostError as error:
+            why = str(error)
+        if found and len(found) < LEAST_SECRET_BYTES:
+            found, why = b"", f"it has fewer than {LEAST_SECRET_BYTES} bytes, and could be guessed"
+        if not found:
+            log.error("a webhook has no secret", workflow=name, secret=hook.secret, error=why)
+            raise HTTPException(500, f"the webhook of {name} has no secret here; its owner must give it one")
+        return found
+
+
+async def _body(request: Request, seconds: float) -> bytes:
+    limit = f"the body has more than {MAX_BODY_BYTES:,} bytes"
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal() or int(announced[:12]) > MAX_BODY_BYTES:
+        raise HTTPException(413, limit, headers={"connection": "close"})
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BODY_BYTES:
+                    raise HTTPException(413, limit, headers={"connection": "close"})
+    except TimeoutError:
+        why = f"the body did not arrive within {seconds:g} s"
+        raise HTTPException(408, why, headers={"connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the connection ended before the body did") from None
+    return b"".join(parts)
+
+
+def _check_signature(headers: Mapping[str, str], hook: Webhook, secret: bytes, body: bytes) -> str:
+    """The signature, once it is known to be right."""
+    given = headers.get(hook.header)
+    if given is None:
+        raise HTTPException(401, f"the header {hook.header} is missing: sha256= and the HMAC-SHA256 in hex")
+    timestamp = headers.get(TIMESTAMP_HEADER) if hook.timestamp else None
+    if hook.timestamp and timestamp is None:
+        raise HTTPException(401, f"the header {TIMESTAMP_HEADER} is missing: the seconds since 1970, signed too")
+    expected = sign(secret, body, timestamp)
+    if not hmac.compare_digest(given.strip().lower().encode("latin-1"), expected.encode()):
+        what = f"{TIMESTAMP_HEADER}, a dot and the body" if hook.timestamp else "the body"
+        raise HTTPException(401, f"the signature in {hook.header} is not that of {what}, under this hook's secret")
+    if timestamp is not None:
+        if not re.fullmatch(r"[0-9]{1,12}", timestamp):
+            raise HTTPException(401, f"{TIMESTAMP_HEADER} must be the seconds since 1970, a whole number")
+        if abs(time.time() - int(timestamp)) > TIMESTAMP_SECONDS:
+            raise HTTPException(401, f"{TIMESTAMP_HEADER} is more than {TIMESTAMP_SECONDS} s off: is a clock wrong?")
+    return expected
+
+
+def _key(headers: Mapping[str, str], hook: Webhook) -> str | None:
+    key = headers.get(hook.idempotency)
+    if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
+        raise HTTPException(400, f"the header {hook.idempotency} must be a text of 1 to {MAX_KEY_CHARS} characters")
+    return key
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return jsontext.loads(body.decode("utf-8"))
+    except jsontext.TooDeep as error:
+        raise HTTPException(400, f"the body is {error}") from None
+    except ValueError as error:
+        raise HTTPException(400, f"the body is not JSON in UTF-8: {error}") from None
+
+
+def _told(headers: Mapping[str, str], hook: Webhook) -> dict[str, str]:
+    """What expressions see, and the row keeps: which event it is often stands in a header."""
+    hidden = hook.header.lower()
+    return {
+        name: text
+        for name, text in headers.items()
+        if name != hidden and not _CONFIDENTIAL.search(name) and storable(text)
+    }
+
+
+def _no_hook(name: str) -> HTTPException:
+    return HTTPException(404, f"no workflow {name!r} takes webhooks here")
+
+
+def _again(why: str) -> HTTPException:
+    headers = {"retry-after": str(RETRY_SECONDS)}
+    return HTTPException(503, f"{why}: try again in {RETRY_SECONDS} s", headers=headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = {404: "there is nothing here but POST /hooks/NAME", 405: "this takes POST only"}
+    is_ours = error.detail != {404: "Not Found", 405: "Method Not Allowed"}.get(error.status_code)
+    text = error.detail if is_ours else said[error.status_code]
+    return JSONResponse({"error": text}, status_code=error.status_code, headers=error.headers)

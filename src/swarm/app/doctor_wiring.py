@@ -1,0 +1,157 @@
+"""`swarm doctor`: which checks there are under given settings, and in which order. The checks are `swarm.doctor`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarm.app import wiring
+from swarm.config import Settings
+from swarm.errors import HostError, LayerMissing, SwarmError, UsageError
+
+if TYPE_CHECKING:
+    from swarm.doctor import Check
+    from swarm.doctor.capacity import Capacity
+    from swarm.store.store import Store
+
+
+async def examine(settings: Settings) -> Sequence[Check]:
+    """Every check of `swarm doctor`, in the order in which they are shown."""
+    from swarm.doctor import home, host, path
+    from swarm.doctor.check import fail, ok
+
+    checks = await host.examine(state_dir=settings.state_dir, images_dir=settings.images)
+    checks.append(
+        await home.attempt("subnet", "set SWARM_SUBNET, or `subnet` in swarm.toml", lambda: _subnet(settings))
+    )
+    checks.append(await home.attempt("image", "swarm image build", lambda: _image(settings)))
+    checks.append(await home.attempt("VM driver", "see the cause", lambda: _driver(settings)))
+    checks += await _database(settings)
+    checks.append(await _models(settings))
+    try:
+        records = wiring.inventory(settings).records()
+    except HostError as error:
+        return [*checks, fail("VMs", str(error), "run it as root: sudo swarm doctor")]
+    for record in records:
+        if record.owner_alive and not record.pid:
+            checks.append(ok(f"VM {record.n}", f"is being made, or kept ready, by process {record.owner_pid}"))
+            continue
+        if record.alive and not record.netns:
+            checks.append(ok(f"VM {record.n}", f"process {record.pid}, by driver {record.driver}: without a network"))
+            continue
+        place = path.Place(
+            n=record.n,
+            pid=record.pid,
+            netns=record.netns,
+            address=wiring.network(settings).address(record.n),
+            console=wiring.inventory(settings).dir(record.n) / "console.log",
+            how_it_ended="" if record.alive else "it ended, or was killed",
+            token=_token(wiring.inventory(settings).dir(record.n)),
+            by_hand=record.kind == "manual",
+        )
+        checks += await path.examine(place, bridge=settings.bridge, subnet=settings.subnet)
+    return checks
+
+
+async def examine_production(settings: Settings) -> Sequence[Check]:
+    """Every check of `swarm doctor --production`."""
+    from swarm.doctor import production
+    from swarm.vm.drivers import firecracker
+
+    try:
+        jailer = await firecracker.version_of(firecracker.JAILER)
+    except HostError:
+        jailer = None
+    return production.examine(jailed=settings.jailer, jailer=jailer)
+
+
+async def capacity(settings: Settings, *, memory_mb: int, disk_mb: int) -> Capacity:
+    """How many VMs of this size fit this host now. Starts one."""
+    from swarm.doctor.capacity import measure
+    from swarm.vm.driver import VmSpec
+
+    await wiring.sweep(settings)
+    spec = VmSpec(image=await wiring.images(settings).find(), memory_mb=memory_mb, disk_mb=disk_mb)
+    return await measure(wiring.launcher(settings, await wiring.choice(settings)), wiring.inventory(settings), spec)
+
+
+def _token(directory: Path) -> bytes | None:
+    """What agentd asks for, of a VM made by hand; an engine keeps its VMs' tokens to itself."""
+    from swarm.vm.launcher import TOKEN_FILE
+
+    try:
+        return (directory / TOKEN_FILE).read_bytes()
+    except OSError:
+        return None
+
+
+async def _subnet(settings: Settings) -> str:
+    from swarm.vm.network import netns
+    from swarm.vm.network.bridge import Bridge
+
+    bridge = Bridge(subnet=settings.subnet, name=settings.bridge)
+    await netns.in_thread(bridge.check_clashes)
+    return f"{settings.subnet} on {settings.bridge} is free for VMs"
+
+
+async def _models(settings: Settings) -> Check:
+    """Without a key Swarm is sound: only agents that call a model need one."""
+    from swarm.doctor.check import fail, ok
+    from swarm.gateway import policy
+
+    try:
+        async with wiring.store(settings) as opened:
+            way = wiring.gateway(settings, opened)
+            try:
+                [(upstream, _)] = (await way.services(policy.parse("gateway"))).values()
+            except UsageError as missing:
+                return ok("models", f"{missing}; until then agents that call a model fail at once")
+            return ok("models", f"a key for {upstream.base_url}; prices as of {way.prices_of}")
+    except SwarmError as error:
+        return fail("models", str(error), "mend that file (docs/claude.md)")
+
+
+async def _driver(settings: Settings) -> str:
+    return (await wiring.choice(settings)).describe()
+
+
+async def _image(settings: Settings) -> str:
+    image = await wiring.images(settings).find()
+    return f"{image.digest[:12]} in {image.dir}, every part as it was built"
+
+
+async def _database(settings: Settings) -> list[Check]:
+    from swarm.doctor import home
+    from swarm.doctor.check import fail
+    from swarm.store.store import Store
+
+    checks = []
+    try:
+        async with wiring.store(settings) as opened:
+            checks += await home.database(settings.database, opened, Store.head())
+            if not any(check.status == "fail" for check in checks):  # else it has not the tables to look into
+                checks += await _layers(settings, opened)
+    except SwarmError as error:
+        checks.append(fail("database", str(error), "swarm init"))
+    if settings.database.startswith("sqlite:"):
+        checks.append(home.registry(settings.registry_link, settings.data_dir / "swarm.db"))
+    return checks
+
+
+async def _layers(settings: Settings, opened: Store) -> list[Check]:
+    """What registered agents lack before they can run."""
+    from swarm.doctor.check import ok, warn
+
+    wanting = [agent for agent in await opened.agents(broken=False) if agent.needs_layer]
+    checks = []
+    for agent in wanting:
+        try:
+            await wiring.layers(settings).find(agent, await wiring.image_source(settings).find(agent.image))
+        except LayerMissing as error:
+            checks.append(warn("layers", str(error), f"swarm agent build {agent.name}@{agent.version}"))
+        except SwarmError:
+            return []  # without an image, which has a line of its own
+    return checks or [
+        ok("layers", f"those of {', '.join(agent.name for agent in wanting)}" if wanting else "none needed")
+    ]

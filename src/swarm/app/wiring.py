@@ -1,0 +1,404 @@
+"""Wiring: which concrete parts make up Swarm under given settings. The only place that names them.
+
+Command line, API and benchmarks ask here for a store, an engine, a launcher; nobody else constructs one. Heavy modules
+are imported by the function that needs them, so that `swarm ticket list` doesn't load a VMM driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarm.config import Settings
+from swarm.errors import HostError, ImageError, NotFound
+
+if TYPE_CHECKING:
+    from swarm.admin.vault import Vault
+    from swarm.engine.dispatch import Dispatcher
+    from swarm.engine.egress import Outside
+    from swarm.engine.engine import Engine
+    from swarm.engine.worker import Ended, Worker
+    from swarm.gateway.forward import Gateway
+    from swarm.gateway.proxy import Borders
+    from swarm.model import Ticket
+    from swarm.store.sql.rows import AttemptRow
+    from swarm.store.store import Store
+    from swarm.vm.choose import Choice
+    from swarm.vm.drivers.process import NoImages
+    from swarm.vm.image.image import Images
+    from swarm.vm.image.layer import HostLayers, Layers
+    from swarm.vm.launcher import Launcher
+    from swarm.vm.network.network import Network
+    from swarm.vm.pool import Pool
+    from swarm.vm.slots.inventory import Inventory
+    from swarm.vm.slots.ssh import SshDir
+    from swarm.vm.template import Templates
+
+Progress = Callable[[str, float], None]  # what is being done, and the share of all that is done (0 to 1)
+
+
+def silent(_step: str, _share: float) -> None:
+    return None
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def store(settings: Settings) -> AsyncIterator[Store]:
+    from swarm.store.store import Store
+
+    async with Store.open(
+        settings.database, busy_timeout_seconds=settings.busy_timeout_seconds, over_budget=settings.over_budget
+    ) as opened:
+        yield opened
+
+
+def images(settings: Settings) -> Images:
+    from swarm.vm.image.image import Images
+
+    return Images(dir=settings.images, cache=_cache() / "base", default=settings.image)
+
+
+def image_source(settings: Settings) -> Images | NoImages:
+    """Where an engine under these settings gets its images: a plain process needs none."""
+    from swarm.vm.drivers.process import NoImages
+
+    return NoImages() if settings.driver == "process" else images(settings)
+
+
+def layers(settings: Settings) -> Layers | HostLayers:
+    from swarm.vm.image.layer import HostLayers
+
+    return HostLayers(dir=_cache() / "modules") if settings.driver == "process" else guest_layers(settings)
+
+
+def guest_layers(settings: Settings) -> Layers:
+    from swarm.vm.image.layer import Layers
+
+    return Layers(dir=settings.layers)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm"
+
+
+def network(settings: Settings) -> Network:
+    from swarm.vm.network.network import Network
+
+    return Network(subnet=settings.subnet, bridge=settings.bridge, owner=str(settings.state_dir.absolute()))
+
+
+def inventory(settings: Settings) -> Inventory:
+    from swarm.vm.slots.inventory import Inventory
+
+    return Inventory(state_dir=settings.state_dir)
+
+
+def ssh_dir(settings: Settings) -> SshDir:
+    """Host-wide, as the addresses are."""
+    from swarm.vm.slots.ssh import SshDir
+
+    return SshDir(settings.state_dir / "ssh")
+
+
+async def choice(settings: Settings) -> Choice:
+    """The driver that the settings name, or for `auto` the best one that works on this host. Raises HostError.
+
+    "Works" is found out by booting the image once (some seconds), and remembered until host, VMM or image change.
+    """
+    from swarm.vm.choose import Choice, choose
+    from swarm.vm.driver import Driver
+    from swarm.vm.drivers.firecracker import FirecrackerDriver
+    from swarm.vm.drivers.process import ProcessDriver
+    from swarm.vm.drivers.qemu import QemuDriver
+
+    if settings.driver == "process":
+        process = ProcessDriver()
+        return Choice(driver=process, probe=await process.probe())
+    disks = settings.state_dir / "blank"
+    firecracker = FirecrackerDriver(disk_cache=disks, jailed=settings.jailer)
+    if settings.driver == "firecracker":
+        # Asked for by name: taken at its word, without a probe boot. The first VM shows whether guests run.
+        probe = await firecracker.probe()
+        if not probe.usable:
+            raise HostError(f"Firecracker can't be used: {probe.reason}; or set SWARM_DRIVER to auto or qemu")
+        return Choice(driver=firecracker, probe=probe)
+    candidates: list[Driver] = [QemuDriver(accelerator=name, disk_cache=disks) for name in ("kvm", "tcg")]
+    if settings.driver == "auto":
+        candidates.insert(0, firecracker)
+    return await choose(
+        candidates,
+        await images(settings).find(),
+        state_dir=settings.state_dir,
+        cache=settings.images / ".probes",
+        timeout_seconds=settings.boot_timeout_seconds,
+    )
+
+
+def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Launcher:
+    """What starts VMs with the chosen driver; without ``clones`` each boots from its image."""
+    from swarm.vm.launcher import Launcher
+
+    return Launcher(
+        choice=chosen,
+        network=network(settings),
+        inventory=inventory(settings),
+        templates=templates(settings) if clones else None,
+        ssh_dir=ssh_dir(settings),
+        first_slot=settings.first_engine_slot,
+        boot_timeout_seconds=settings.boot_timeout_seconds,
+    )
+
+
+def engine(settings: Settings, vms: Launcher, reachable: Outside) -> Engine:
+    """What runs one attempt in a VM of that launcher's."""
+    from swarm.engine.engine import Engine, Limits
+
+    return Engine(
+        launcher=vms,
+        images=image_source(settings),
+        layers=layers(settings),
+        limits=Limits(output_json_bytes=settings.max_output_mb << 20),
+        outside=reachable,
+    )
+
+
+def images_of_templates(settings: Settings) -> set[str]:
+    """Digests of the images that templates were made from, and that their clones read."""
+    return {template.image for template in templates(settings).all()}
+
+
+def templates(settings: Settings) -> Templates:
+    from swarm.vm.template import Templates
+
+    return Templates(dir=settings.templates)
+
+
+def gateway(settings: Settings, opened: Store | None) -> Gateway:
+    """The way to services. Without a store no key is a secret of ours, and no call is booked."""
+    from swarm.gateway import prices, upstreams
+    from swarm.gateway.forward import Gateway
+    from swarm.ledger import Limit, Unbooked
+
+    return Gateway(
+        upstreams=upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ),
+        prices=prices.load(_table(settings.prices, settings.home / "prices.toml")),
+        keys=upstreams.Keys(secret=None if opened is None else vault(settings, opened).get),
+        ledger=opened if opened is not None else Unbooked(),
+        day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
+    )
+
+
+def outside(settings: Settings, opened: Store | None, *, one_off: bool = False) -> Outside:
+    """What attempts may reach beyond their VMs: `async with` it. ``one_off``: they are of no ticket."""
+    from swarm.engine.egress import Outside
+
+    def borders() -> Borders:
+        from swarm.gateway.proxy import Borders
+
+        return Borders(within=settings.egress_private, never=(settings.subnet,))
+
+    return Outside(
+        gateway=lambda: gateway(settings, opened),
+        borders=borders,
+        secrets=None if opened is None else vault(settings, opened),
+        one_off=one_off,
+    )
+
+
+def vault(settings: Settings, opened: Store) -> Vault:
+    from swarm.admin.vault import Vault
+
+    def kept() -> dict[str, str]:
+        from swarm.gateway import upstreams
+
+        table = upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
+        return {service.key: name for name, service in table.items()}
+
+    return Vault(opened, key_file=settings.data_dir / "secret.key", kept=kept)
+
+
+def _table(named: Path | None, usual: Path) -> Path | None:
+    """A file of the user's: the one that is named, which must be there, or the usual one if it is."""
+    return named or (usual if usual.exists() else None)
+
+
+async def sweep(settings: Settings) -> None:
+    """Remove what dead owners left of their VMs. There is no daemon for it: each command that starts VMs does it."""
+    from swarm.vm.slots.sweep import sweep
+
+    # Whatever driver we run: what was left may be another's.
+    await sweep(inventory(settings), network(settings) if os.geteuid() == 0 else None)
+
+
+# --- one-off runs ---------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
+    """What runs an agent without a ticket; without ``vm`` as plain processes of this host, which needs no image, no
+    rights, and isolates nothing."""
+    import tempfile
+
+    async with AsyncExitStack() as stack:
+        # Secrets and books are in the home's database, if there is one: an author of agents may have none.
+        has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
+        opened = await stack.enter_async_context(store(settings)) if has_home else None
+        reachable = await stack.enter_async_context(outside(settings, opened, one_off=True))
+        if vm:
+            await sweep(settings)
+            yield engine(settings, launcher(settings, await choice(settings)), reachable)
+            return
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-"))
+        own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
+        yield engine(own, launcher(own, await choice(own), clones=False), reachable)
+
+
+# --- running tickets ------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def worker(
+    settings: Settings, opened: Store, *, warm: int | None = 0, keep_slots: int = 1, slots_ahead: int = 0
+) -> AsyncIterator[Worker]:
+    """A worker on this host, with a name that no other process has. Leftovers of dead ones are removed first.
+
+    ``warm``: how many VMs it keeps ready, of each template in use; None follows the demand. ``keep_slots``: how many
+    free network slots it keeps; ``slots_ahead`` of them it makes at its start.
+    """
+    import structlog
+
+    from swarm.engine.worker import Worker
+    from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
+
+    log = structlog.get_logger(__name__)
+
+    await sweep(settings)
+    vms = launcher(settings, await choice(settings))
+    source = image_source(settings)
+    async with AsyncExitStack() as stack:
+        with contextlib.suppress(ImageError, NotFound):  # the first ticket says so
+            stack.enter_context(source.used(await source.find()))
+        reachable = await stack.enter_async_context(outside(settings, opened))
+        await stack.enter_async_context(vms.keeping(keep_slots, ahead=slots_ahead))
+        if warm != 0 and vms.choice.probe.snapshots:
+            await stack.enter_async_context(await _pool(settings, vms, warm))
+        elif warm != 0:
+            log.warning("--warm changes nothing: this driver makes no clones", driver=vms.choice.driver.name)
+        yield Worker(
+            store=opened,
+            engine=engine(settings, vms, reachable),
+            name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
+            lease_seconds=settings.lease_seconds,
+            queue_timeout_seconds=settings.queue_timeout_seconds,
+        )
+
+
+async def _pool(settings: Settings, vms: Launcher, warm: int | None) -> Pool:
+    """Filled from the start with what was used last; on a fresh host, with what an agent gets who asks for nothing."""
+    from swarm.vm.driver import VmSpec
+    from swarm.vm.pool import Pool
+
+    image = await images(settings).find()
+    used = sorted((t for t in templates(settings).all() if t.image == image.digest), key=lambda t: -t.used_at)
+    there = guest_layers(settings)
+    specs = [
+        VmSpec(
+            image=image,
+            layer=there.named(t.layer) if t.layer else None,
+            vcpus=t.vcpus,
+            memory_mb=t.memory_mb,
+            disk_mb=t.disk_mb,
+            preload=t.preload,
+        )
+        for t in used
+        if not t.layer or there.named(t.layer)
+    ]
+    return Pool(vms, warm=warm, specs=specs[:1] or [VmSpec(image=image)])
+
+
+@asynccontextmanager
+async def dispatcher(
+    settings: Settings,
+    opened: Store,
+    *,
+    max_vms: int,
+    grace_seconds: float,
+    ended: Callable[[Ended], None] = lambda _: None,
+    warm: int | None = 0,
+) -> AsyncIterator[Dispatcher]:
+    """What serves tickets on this host, ready to `run`. ``warm``: see `worker`."""
+    from swarm.base import process
+    from swarm.engine.dispatch import Disk, Dispatcher, Memory
+    from swarm.triggers.schedules import Scheduler
+
+    slots = {"keep_slots": max_vms, "slots_ahead": min(2, max_vms)}
+    async with worker(settings, opened, warm=warm, **slots) as ours, opened.watching() as wake:
+        yield Dispatcher(
+            store=opened,
+            worker=ours,
+            wake=wake,
+            max_vms=max_vms,
+            memory=None if settings.driver == "process" else Memory.of_this_host(),
+            disk=Disk(place=settings.state_dir),
+            grace_seconds=grace_seconds,
+            scheduler=Scheduler(store=opened, evaluator=opened.jail),
+            info={"driver": settings.driver, "started": process.start_time(os.getpid())},
+            ended=ended,
+        )
+
+
+async def run_ticket(
+    settings: Settings,
+    ticket_id: str,
+    *,
+    timeout_seconds: float | None = None,
+    waits: Callable[[Ticket], None] = lambda _: None,
+) -> tuple[Ticket, list[AttemptRow]]:
+    """Run one ticket to its end in this process. See `swarm.engine.run_once.run_ticket`."""
+    from swarm.engine import run_once
+    from swarm.engine.dispatch import Memory
+
+    async with store(settings) as opened:
+        run_once.check(await opened.ticket(ticket_id))  # before anything is made ready for it
+        async with worker(settings, opened) as ours:
+            ticket = await run_once.run_ticket(
+                opened,
+                ours,
+                ticket_id,
+                timeout_seconds=timeout_seconds,
+                max_vms=2 * (os.cpu_count() or 1),
+                left_mb=None if settings.driver == "process" else Memory.of_this_host().left_mb,
+                waits=waits,
+            )
+        return ticket, await opened.attempts(ticket_id)
+
+
+async def run_ticket_in_background(settings: Settings, ticket_id: str, *, timeout_seconds: float | None = None) -> int:
+    """Start a process that runs the ticket and outlives this one; its pid. Raises NotFound, Conflict."""
+    from swarm.base import process
+    from swarm.engine import run_once
+
+    async with store(settings) as opened:
+        run_once.check(await opened.ticket(ticket_id))
+    log = settings.data_dir / "run-ticket.log"
+    argv = [sys.executable, "-m", "swarm.cli.engine", "run-ticket", "--wait", "--json"]
+    if timeout_seconds is not None:
+        argv += ["--timeout", f"{timeout_seconds:g}"]
+    from swarm.gateway import upstreams
+
+    # The keys of the gateway's services too: it is that process which has the gateway.
+    table = upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
+    ours = {n: v for n, v in os.environ.items() if n.startswith("SWARM_") or n in upstreams.variables(table)}
+    child = await process.spawn(
+        [*argv, "--home", str(settings.home), "--", ticket_id], output=log, env=ours, die_with_parent=False
+    )
+    return child.pid

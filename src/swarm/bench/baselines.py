@@ -1,0 +1,209 @@
+"""Baselines: what the bare parts need on this host, by the shortest code that does it. Nothing of the engine is used.
+
+A VMM is started as a person would start it: the same machine, files by path, no fences, and a tap in a ready-made slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.channel import Channel, Identity
+from swarm.channel.dial import Endpoint
+from swarm.errors import BootFailed
+from swarm.vm.driver import AGENTD_PORT, GUEST_MAC, Image, Slot, Template, host_tsc_khz
+from swarm.vm.drivers.console import last_lines
+from swarm.vm.drivers.disk import copy_work_disk, make_work_disk
+from swarm.vm.drivers.qemu import DISK_FILE, EMULATED_CPU, MEMORY_FILE, PROGRAM, STATE_FILE
+from swarm.vm.drivers.tap import open_tap
+from swarm.vm.slots.ssh import new_key
+
+_READY = "swarm-init: up after"
+_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawClone:
+    """Milliseconds from the start of the VMM's process; ``connect_ms`` alone is what TCP took, ``cpu_ms`` the VMM's CPU
+    time until the guest was renewed."""
+
+    running_ms: float
+    connect_ms: float
+    answered_ms: float
+    cpu_ms: float
+    private_kb: int
+    pss_kb: int
+
+
+async def cold_boot(image: Image, dir: Path, *, memory_mb: int, accelerator: str) -> float:  # noqa: A002
+    """Milliseconds from the VMM's start to userspace."""
+    disk = dir / "work.ext4"
+    await make_work_disk(disk, size_mb=64, cache=dir)
+    khz = host_tsc_khz()
+    clock = f" tsc_early_khz={khz}" if khz and accelerator == "tcg" else ""
+    argv = [
+        PROGRAM, "-M", "microvm,acpi=on", "-accel", accelerator, "-cpu", "host" if accelerator == "kvm" else "max",
+        "-m", str(memory_mb), "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-kernel", str(image.kernel), *(("-initrd", str(image.initramfs)) if image.initramfs else ()),
+        "-append", f"{image.boot_args} console=ttyS0 reboot=t{clock}",
+        *_drives(image, disk), "-object", "rng-random,id=rng,filename=/dev/urandom",
+        "-device", "virtio-rng-device,rng=rng", "-serial", "stdio",
+    ]  # fmt: skip
+    began = time.perf_counter()
+    vmm = await asyncio.create_subprocess_exec(
+        *argv, stdin=subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert vmm.stdout
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            async for line in vmm.stdout:
+                if _READY.encode() in line:
+                    return _ms(began)
+        raise BootFailed("the bare VMM ended before its guest was up")
+    finally:
+        await _end(vmm)
+
+
+async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) -> RawClone:  # noqa: A002
+    """Restore a template by hand and say hello to its agentd."""
+    disk, qmp = dir / "work.ext4", dir / "qmp"
+    await copy_work_disk(template.dir / DISK_FILE, disk)
+    tap = open_tap(slot.netns)
+    spec = template.spec
+
+    argv = [
+        PROGRAM, "-M", "microvm,acpi=on,mem-merge=off,dump-guest-core=off,memory-backend=mem", "-accel",
+        "kvm" if accelerator == "kvm" else "tcg,thread=single,tb-size=64",
+        "-cpu", "host" if accelerator == "kvm" else EMULATED_CPU, "-smp", str(spec.vcpus), "-m", str(spec.memory_mb),
+        "-object", f"memory-backend-file,id=mem,size={spec.memory_mb << 20},share=off,"
+                   f"mem-path={template.dir / MEMORY_FILE}",
+        "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", *_drives(spec.image, disk),
+        "-netdev", f"tap,id=net,fd={tap}",
+        "-device", f"virtio-net-device,netdev=net,mac={GUEST_MAC},guest_announce=off",
+        "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng",
+        "-serial", f"file:{dir / 'console'}", "-qmp", f"unix:{qmp},server=on,wait=off", "-incoming", "defer",
+    ]  # fmt: skip
+    began = time.perf_counter()
+    vmm = await asyncio.create_subprocess_exec(
+        *argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(tap,)
+    )
+    os.close(tap)
+    try:
+        await asyncio.to_thread(_resume, qmp, template.dir / STATE_FILE, vmm.pid)
+        running = _ms(began)
+        connect = await asyncio.to_thread(_hello, str(slot.address), template.token)
+        answered = _ms(began)
+        await _renew(slot, template.token)  # so that its memory can be compared with that of one of ours
+        cpu = cpu_ms_of(vmm.pid)
+        private, pss = memory_of(vmm.pid)
+        return RawClone(
+            running_ms=running, connect_ms=connect, answered_ms=answered, cpu_ms=cpu, private_kb=private, pss_kb=pss
+        )
+    except (OSError, ValueError, KeyError) as error:
+        said = " | ".join(last_lines(dir / "console", lines=3))
+        raise BootFailed(f"the bare VMM could not be restored: {error!r} {said}") from error
+    finally:
+        await _end(vmm)
+
+
+def cpu_ms_of(pid: int) -> float:
+    """CPU time that a process' threads have used: what other work on the host changes least."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e6
+
+
+def memory_of(pid: int) -> tuple[int, int]:
+    """(private and written, proportional) kB of a process: the first is what one more VM costs."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    fields = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
+    # Pages of the template's file that only one clone has mapped count as "private clean": they are shared as soon as
+    # there is a second one, and the host's cache in any case.
+    return fields["Anonymous"], fields["Pss"]
+
+
+def _drives(image: Image, disk: Path) -> list[str]:
+    return [
+        "-blockdev", "driver=raw,node-name=root,read-only=on,file.driver=file,file.locking=off,"
+                     f"file.filename={image.root}",
+        "-device", "virtio-blk-device,drive=root",
+        "-blockdev", f"driver=raw,node-name=work,file.driver=file,file.locking=off,file.filename={disk}",
+        "-device", "virtio-blk-device,drive=work",
+    ]  # fmt: skip
+
+
+def _resume(path: Path, state: Path, pid: int) -> None:
+    """QMP by hand: capabilities, migrate-incoming, wait until it runs."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    with socket.socket(socket.AF_UNIX) as sock:
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                sock.connect(str(path))
+                break
+            os.kill(pid, 0)
+            if time.monotonic() > deadline:
+                raise TimeoutError("no QMP socket")
+            time.sleep(0.001)
+        sock.settimeout(_TIMEOUT_SECONDS)
+        with sock.makefile("rwb", buffering=0) as file:
+            file.readline()
+            capabilities = [{"capability": "x-ignore-shared", "state": True}]
+            _ask(file, "qmp_capabilities")
+            _ask(file, "migrate-set-capabilities", capabilities=capabilities)
+            _ask(file, "migrate-incoming", uri=f"exec:cat {state}")
+            while _ask(file, "query-status")["status"] != "running":
+                time.sleep(0.001)
+
+
+def _ask(file: object, command: str, **arguments: object) -> dict[str, str]:
+    file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")  # type: ignore[attr-defined]
+    while True:
+        said = json.loads(file.readline())  # type: ignore[attr-defined]
+        if "return" in said:
+            return dict(said["return"])
+        if "error" in said:
+            raise ValueError(said["error"]["desc"])
+
+
+def _hello(address: str, token: bytes) -> float:
+    """Connect and have agentd answer once; milliseconds of the connect alone."""
+    began = time.perf_counter()
+    with socket.create_connection((address, AGENTD_PORT), timeout=_TIMEOUT_SECONDS) as sock:
+        connected = _ms(began)
+        head = json.dumps({"id": 1, "op": "hello", "token": token.hex()}).encode()
+        sock.sendall(struct.pack(">II", len(head), 0) + head)
+        if len(sock.recv(8)) != 8:
+            raise ValueError("agentd closed the connection")
+        return connected
+
+
+async def _renew(slot: Slot, token: bytes) -> None:
+    identity = Identity(
+        generation="bare",
+        seed=os.urandom(64),
+        hostname="bare",
+        machine_id="0" * 32,
+        ssh_host_key=new_key().private.decode(),
+        authorized_keys="",
+        token=token,
+    )
+    endpoint = Endpoint(host=str(slot.address), port=AGENTD_PORT)
+    async with Channel.connect(endpoint, token=token, timeout_seconds=_TIMEOUT_SECONDS, listening=True) as channel:
+        await channel.renew(identity)
+
+
+async def _end(vmm: asyncio.subprocess.Process) -> None:
+    if vmm.returncode is None:
+        vmm.kill()
+        await vmm.wait()
+
+
+def _ms(began: float) -> float:
+    return (time.perf_counter() - began) * 1000

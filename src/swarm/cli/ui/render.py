@@ -1,0 +1,114 @@
+"""How a ticket is shown: by `swarm ticket show`, by `swarm-engine run-ticket`, by the demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from swarm.cli.ui.output import Out
+from swarm.model import Ticket
+
+if TYPE_CHECKING:
+    from swarm.store.sql.rows import RunRow, StepRow
+
+_BAR = 40
+# What a terminal shows of a long value; `--json` has all of it.
+_SHOWN_CHARACTERS = 4000
+_SHOWN_STEPS = 200
+
+
+def show_ticket(out: Out, ticket: Ticket) -> None:
+    fields = {
+        "ticket": ticket.id,
+        "title": ticket.title,
+        "state": ticket.state,
+        "project": ticket.project_id,
+        "agent": ticket.agent_id,
+        "workflow": ticket.workflow_id,
+        "description": ticket.description,
+        "inputs": pretty(ticket.inputs),
+        "outputs": pretty(ticket.outputs),
+        "error": ticket.error,
+        "created": ticket.created_at,
+        "started": ticket.started_at,
+        "completed": ticket.completed_at,
+    }
+    out.fields({name: shorten(value) for name, value in fields.items() if value is not None})
+
+
+def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[StepRow]) -> None:
+    """The newest run of a workflow, with the runs within it; and what to do where it waits for a person."""
+    current = steps_of_last_run(ticket, runs, steps)
+    if not current:
+        return
+    out.line()
+    rows = [
+        (
+            step.step_id,
+            step.status,
+            f"{step.agent_name}@{step.agent_version}" if step.agent_name else "",
+            step.retry_count + 1 if step.started_at and step.agent_name else "",
+            duration(step.duration_ms),
+            (step.error or (step.question if step.status == "waiting" else "") or "").split("\n")[0],
+        )
+        for step in current[:_SHOWN_STEPS]
+    ]
+    out.table(("STEP", "STATE", "AGENT", "TRIES", "TIME", ""), rows)
+    if len(current) > _SHOWN_STEPS:
+        out.line(f"… {len(current) - _SHOWN_STEPS} more: --json shows all")
+    if waiting := [step.step_id for step in current if step.status == "waiting" and step.verdict is None]:
+        which = "" if len(waiting) == 1 else " --step STEP"
+        out.line(f"{', '.join(waiting)}: `swarm ticket approve {ticket.id}{which}`, or reject, lets it go on")
+
+
+def steps_of_last_run(ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[StepRow]) -> list[StepRow]:
+    """Those of the ticket's own run, each followed by what runs within it."""
+    last = {run.id for run in runs if run.id == ticket.run_id or run.root_run_id == ticket.run_id}
+    found = [step for step in steps if step.run_id in last]
+    place = {step.step_id: number for number, step in enumerate(found)}
+
+    def order(step: StepRow) -> list[int]:
+        parts = step.step_id.split("/")
+        return [place.get("/".join(parts[: depth + 1]), 0) for depth in range(len(parts))]
+
+    return sorted(found, key=order)
+
+
+def show_timings(out: Out, timings: Mapping[str, float]) -> None:
+    """Where an attempt's time went: one line for each phase, with its share of the total as a bar."""
+    total = timings.get("total") or sum(timings.values())
+    for phase, ms in timings.items():
+        if phase != "total":
+            bar = "█" * round(_BAR * ms / total) if total else ""
+            out.line(f"  {phase:<8} {duration(ms):>9}  {bar}".rstrip())
+    out.line(f"  {'total':<8} {duration(total):>9}")
+
+
+def duration(ms: float | None) -> str:
+    if ms is None:
+        return ""
+    return f"{ms:.1f} ms" if ms < 100 else f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.2f} s"
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def pretty(text: str | None) -> str | None:
+    """JSON text on several lines; what is not JSON stays as it is."""
+    if not text:
+        return None
+    try:
+        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return text
+
+
+def shorten(text: str) -> str:
+    left_out = len(text) - _SHOWN_CHARACTERS
+    return text if left_out <= 0 else f"{text[:_SHOWN_CHARACTERS]}… ({left_out} more characters: --json shows all)"

@@ -1,0 +1,4 @@
+"""Running attempts: `dispatch` claims them, `worker` keeps their leases, `engine` runs one in a VM.
+
+Imports the store, `swarm.vm.launcher`, the channel and the gateway; the wiring imports it.
+"""

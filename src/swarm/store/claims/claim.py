@@ -1,0 +1,411 @@
+"""Claim: one transaction in which expired leases are swept, ready tickets become runs and steps, bad rows are answered,
+and the first `limit` steps by priority and age become attempts of one worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.errors import StoreError, SwarmError
+from swarm.model import Agent, Claim, StepStatus, TicketState
+from swarm.store.claims.finish import sweep
+from swarm.store.claims.maintenance import AT_ONCE, Upkeep, fail_row, has_clean_id
+from swarm.store.registry.agents import IDS_OF_NAMES, Agents
+from swarm.store.runs.workflow_engine import WorkflowExecutor
+from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Dialect
+from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS, milliseconds, new_id
+from swarm.store.sql.schema import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
+from swarm.store.tickets import dependencies, validation
+from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
+from swarm.store.tickets.validation import BadRow, Work
+
+BAD_ROWS: Final = 1000  # answered in one transaction at most; the next goes on
+
+# The live run of a row that another tool made ready again while it ran.
+_READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
+    WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
+READY_TICKETS: Final = sa.text(
+    f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
+    "ORDER BY t.priority DESC, t.created_at LIMIT :limit"
+)
+READY_TICKET: Final = sa.text(f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.id = :id AND t.state = 'ready'")
+_STEP: Final = f"""
+SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
+       s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
+       s.ticket_created_at, r.path, r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
+       (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries,
+       r.ticket_id, t.id AS ticket, t.run_id AS ticket_run,
+       {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
+FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
+WHERE s.status = 'ready' AND s.available_at IS NULL"""
+READY_STEPS: Final = sa.text(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
+READY_STEP: Final = sa.text(_STEP + " AND r.ticket_id = :id LIMIT :limit")
+RELEASE_DELAYED: Final = sa.text(
+    "UPDATE step_executions SET available_at = NULL "
+    "WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= :now_ms"
+)
+UNKNOWN_STATES: Final = sa.text(f"SELECT id, state FROM tickets WHERE {UNKNOWN_STATE} LIMIT :limit")
+INSERT_RUN: Final = sa.text(
+    "INSERT INTO workflow_runs (id, ticket_id, status, trigger_type, trigger_data, started_at) "
+    "VALUES (:run_id, :ticket_id, 'running', :trigger_type, :trigger_data, :now)"
+)
+INSERT_STEP: Final = sa.text(
+    "INSERT INTO step_executions (id, run_id, step_id, agent_id, agent_name, agent_version, status, attempt_id, "
+    "inputs, queued_at, started_at, max_attempts, timeout_seconds, priority, ticket_created_at) "
+    "VALUES (:step_execution_id, :run_id, 'main', :agent_id, :agent_name, :agent_version, 'running', :attempt_id, "
+    ":inputs, :queued_at, :now, :max_attempts, :timeout_seconds, :priority, :ticket_created_at)"
+)
+START_STEP: Final = sa.text(
+    "UPDATE step_executions SET status = 'running', attempt_id = :attempt_id, started_at = :now, error = NULL "
+    "WHERE id = :step_execution_id"
+)
+START_TICKET: Final = sa.text(
+    "UPDATE tickets SET state = 'in_progress', run_id = :run_id, started_at = :now, completed_at = NULL, error = NULL, "
+    "outputs = NULL, updated_at = :now WHERE id = :id"
+)
+WORKFLOWS: Final = sa.text("SELECT id, name, version, enabled FROM workflows WHERE id IN :ids")
+WORKFLOWS_NAMED: Final = sa.text("SELECT id, name FROM workflows WHERE name = :name ORDER BY version")
+FAIL_STEP: Final = sa.text(
+    "UPDATE step_executions SET status = 'failed', error = :error, completed_at = :now, available_at = NULL "
+    "WHERE id = :id"
+)
+
+
+@cache
+def probe(dialect: Dialect) -> sa.TextClause:
+    """One statement that says the time and which of the rarer duties there are, each by one look into an index."""
+    return sa.text(f"""
+        SELECT now_ms, {dialect.written_by_others} AS others,
+          EXISTS (SELECT 1 FROM attempts WHERE outcome IS NULL AND lease_until <= now_ms) AS expired,
+          EXISTS (SELECT 1 FROM step_executions
+                  WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= now_ms) AS due,
+          EXISTS (SELECT 1 FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS steps,
+          EXISTS (SELECT 1 FROM workflow_runs WHERE {RUN_DUE} AND due_at <= now_ms)
+          OR EXISTS (SELECT 1 FROM step_executions WHERE {STEP_WAITING} AND available_at <= now_ms) AS runs,
+          EXISTS (SELECT 1 FROM tickets WHERE {UNKNOWN_STATE}) AS unknown_states,
+          EXISTS (SELECT 1 FROM ticket_dependencies) AS dependencies
+        FROM (SELECT {dialect.now_ms} AS now_ms) AS moment""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimRequest:
+    worker: str
+    limit: int
+    lease_seconds: float
+    ticket_id: str | None = None
+    memory_mb: int | None = None
+    most_memory_mb: int | None = None
+    held: frozenset[str] = frozenset()  # attempts that the worker is executing
+    queue_timeout_seconds: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Claimed:
+    claims: list[Claim] = field(default_factory=list)
+    more: bool = False  # the transaction ended on its bound of bad rows: claim again
+    undecided: list[str] = field(default_factory=list)  # runs for which a decision is to be made outside
+
+
+class Queue:
+    """Claims for one process, on the writing thread. Remembers only what saves work."""
+
+    def __init__(self, executor: WorkflowExecutor) -> None:
+        self.executor = executor
+        self._agents = Agents()
+        self.upkeep = Upkeep()
+
+    def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
+        return [_Claiming(self, tx, request).run() for request in requests]
+
+
+class _Claiming:
+    """One claim, in one transaction."""
+
+    def __init__(self, queue: Queue, tx: Tx, request: ClaimRequest) -> None:
+        self.queue, self.tx, self.request = queue, tx, request
+        self.changes = Changes(tx)
+        self.result = Claimed()
+        self.bad_rows = 0
+        self.memory_left = request.memory_mb
+        self.put_off = 0  # workflows that begin as soon as their first decision is made, outside
+        self.full = (
+            False  # the next in turn does not fit; whoever is behind it waits as well, so that it is not starved
+        )
+
+    def run(self) -> Claimed:
+        probed = self.tx.first(probe(self.tx.dialect))
+        assert probed is not None
+        self.tx.now_ms = probed.now_ms
+        self.dependencies = bool(probed.dependencies)
+        self.steps = bool(probed.steps or probed.expired or probed.due)
+        if probed.expired:
+            sweep(self.changes, self.request.held, until_ms=self.tx.now_ms + round(self.request.lease_seconds * 1000))
+        if probed.due:
+            self.tx.run(RELEASE_DELAYED, now_ms=self.tx.now_ms)
+        if probed.runs:
+            self.result.undecided += self.queue.executor.look(self.changes)
+        self._settle()
+        if probed.unknown_states:
+            for row in self.tx.all(UNKNOWN_STATES, limit=AT_ONCE):
+                fail_row(self.changes, row, validation.unknown_state(row.state))
+        upkept = False
+        while (missing := self.request.limit - len(self.result.claims) - self.put_off) > 0:
+            if self.bad_rows >= BAD_ROWS:
+                self.result.more = True
+                break
+            if self._round(missing) and not self.full:
+                continue
+            if self.full:
+                break
+            if self.result.claims and self.request.ticket_id is None:
+                return self._end()  # those first: the claim that finds nothing, and so comes soon, does the upkeep
+            if upkept or not self.queue.upkeep.due(probed.others, idle=True, asked=self.request.ticket_id is not None):
+                break
+            upkept = True
+            if not self.queue.upkeep.run(self.changes, probed.others):
+                break
+        if not upkept and self.queue.upkeep.due(probed.others, idle=False, asked=False):
+            self.queue.upkeep.run(self.changes, probed.others)
+        return self._end()
+
+    def _settle(self) -> None:
+        """Carry on the workflows for which there is news: that may make steps ready."""
+        if self.changes.news:
+            self.steps = True
+            put_off = self.queue.executor.settle(self.changes, take_up=True)
+            self.put_off += len(put_off)
+            self.result.undecided += put_off
+
+    def _end(self) -> Claimed:
+        dependencies.release(self.changes)
+        return self.result
+
+    def _round(self, missing: int) -> bool:
+        """Look at the next candidates; False when there can be no others behind them."""
+        limit = max(missing, min(self.bad_rows, AT_ONCE))
+        tickets, steps = self._candidates(limit)
+        rows = sorted([*tickets, *steps], key=_turn) if steps else tickets
+        if not rows:
+            return False
+        waits = (
+            dependencies.check(self.tx, [row.id for row in tickets if has_clean_id(row.id)])
+            if self.dependencies
+            else {}
+        )
+        works: list[tuple[Row, Work]] = []
+        for row in rows:
+            try:
+                if "step_execution_id" in row._fields:
+                    if (work := self._step(row)) is not None:
+                        works.append((row, work))
+                elif row.id in waits:
+                    self._wait(row, waits[row.id])
+                else:
+                    self._check_age(row)
+                    works.append((row, validation.read(row)))
+            except BadRow as error:
+                self._refuse(row, error)
+        self._start(works, missing)
+        self.changes.flush()
+        news = bool(self.changes.news)
+        self._settle()
+        return news or self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
+
+    def _candidates(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
+        one = self.request.ticket_id
+        if one is not None:
+            steps = self.tx.all(READY_STEP, id=one, limit=limit) if self.steps else []
+            return self.tx.all(READY_TICKET, id=one), steps
+        return self.tx.all(READY_TICKETS, limit=limit), self.tx.all(READY_STEPS, limit=limit) if self.steps else []
+
+    def _check_age(self, row: Row) -> None:
+        limit = self.request.queue_timeout_seconds
+        since = milliseconds(max(str(row.created_at or ""), str(row.updated_at or "")))
+        if limit is not None and since is not None and self.tx.now_ms - since > limit * 1000:
+            raise BadRow(
+                f"it waited for longer than the queue timeout of {limit:g} s; `swarm ticket retry` queues it again"
+            )
+
+    def _step(self, row: Row) -> Work | None:
+        """A ready step of a run under way; None when its ticket was taken away meanwhile, and the step with it."""
+        running = (TicketState.IN_PROGRESS, TicketState.WAITING)
+        if row.ticket is None:
+            self.changes.delete_runs([row.run_id])
+        elif row.state not in running or row.ticket_run != row.root_run:
+            self.changes.cancel_runs([row.root_run], error="the ticket was changed from outside")
+        else:
+            ticket = validation.strict_ticket(row)
+            return Work(ticket=ticket, agent_id=row.step_agent_id or "", inputs=row.step_inputs or "{}")
+        self.bad_rows += 1
+        return None
+
+    def _wait(self, row: Row, error: str | None) -> None:
+        self.bad_rows += 1
+        if error is not None:
+            fail_row(self.changes, row, error)
+        else:
+            self.changes.set_ticket(row.id, TicketState.READY, TicketState.BLOCKED)
+            self.queue.upkeep.again = True
+
+    def _refuse(self, row: Row, error: BadRow) -> None:
+        self.bad_rows += 1
+        if "step_execution_id" in row._fields and row.definition is not None:
+            self._fail_step(row, str(error))
+            return
+        if "step_execution_id" in row._fields:
+            self.changes.cancel_runs([row.run_id], error=str(error))
+        elif row.live_run is not None:
+            self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
+        fail_row(self.changes, row, str(error))
+
+    def _fail_step(self, row: Row, error: str) -> None:
+        """A step of a workflow that can't be started: its run decides what follows."""
+        self.changes.add(FAIL_STEP, id=row.step_execution_id, error=error, now=self.tx.now)
+        self.changes.transition(
+            "step", StepStatus.READY, StepStatus.FAILED, ticket_id=row.ticket_id, step_id=row.step_id, error=error
+        )
+        self.changes.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
+
+    def _start(self, works: Sequence[tuple[Row, Work]], missing: int) -> None:
+        agents = self.queue._agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
+        for row, work in works:
+            try:
+                if not work.agent_id and "step_execution_id" not in row._fields:
+                    missing -= self._begin(row, work) if missing and not self.full else 0
+                    continue
+                agent = self._agent(work, agents)
+            except BadRow as error:
+                self._refuse(row, error)
+                continue
+            most = self.request.most_memory_mb
+            if most is not None and agent.memory_mb > most:
+                # It would stand at the head of the queue for ever, and everybody behind it.
+                self._refuse(row, BadRow(_too_big(agent, most)))
+                continue
+            self.full = self.full or (self.memory_left is not None and agent.memory_mb > self.memory_left)
+            if missing and not self.full:
+                missing -= 1
+                if self.memory_left is not None:
+                    self.memory_left -= agent.memory_mb
+                self.result.claims.append(self._attempt(row, work, agent))
+
+    def _begin(self, row: Row, work: Work) -> int:
+        """The run of a workflow; its first steps are claimed in the next round, when it is their turn."""
+        wanted, ticket = work.ticket.workflow_id or "", work.ticket
+        found = next(iter(self.tx.all_in(WORKFLOWS, [wanted])), None)
+        if found is None:
+            raise validation.unknown_workflow(wanted, [r.id for r in self.tx.all(WORKFLOWS_NAMED, name=wanted)])
+        if not found.enabled:
+            raise validation.disabled_workflow(found.name, found.version)
+        self._end_former(row)
+        run_id = self.queue.executor.begin(self.changes, ticket, workflow_version=found.version)
+        self.changes.add(START_TICKET, id=ticket.id, run_id=run_id, now=self.tx.now)
+        self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id)
+        return 1
+
+    def _end_former(self, row: Row) -> None:
+        if row.live_run is not None:
+            self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
+
+    def _agent(self, work: Work, agents: Mapping[str, Agent | StoreError]) -> Agent:
+        agent = agents.get(work.agent_id)
+        if agent is None:
+            names = {row.name: row.id for row in self.tx.all_in(IDS_OF_NAMES, [work.agent_id])}
+            raise validation.unknown_agent(work.agent_id, names)
+        if isinstance(agent, StoreError):
+            raise BadRow(str(agent))
+        return agent
+
+    def _attempt(self, row: Row, work: Work, agent: Agent) -> Claim:
+        add, now, now_ms, ticket = self.changes.add, self.tx.now, self.tx.now_ms, work.ticket
+        attempt_id = new_id(now_ms)
+        if "step_execution_id" in row._fields:
+            run_id, step_execution_id, step_id = row.run_id, row.step_execution_id, row.step_id
+            number, queued_at = row.tries + 1, row.queued_at
+            timeout_seconds = row.step_timeout_seconds or validation.timeout_of(ticket, agent)
+            add(START_STEP, attempt_id=attempt_id, now=now, step_execution_id=step_execution_id)
+        else:
+            self._end_former(row)
+            run_id, step_execution_id, step_id, number = new_id(now_ms), new_id(now_ms), "main", 1
+            queued_at = max(ticket.created_at or "", ticket.updated_at or "") or now
+            timeout_seconds = validation.timeout_of(ticket, agent)
+            add(
+                INSERT_RUN,
+                run_id=run_id,
+                ticket_id=ticket.id,
+                trigger_type=ticket.trigger_type or "ticket",
+                trigger_data=ticket.trigger_data,
+                now=now,
+            )
+            add(
+                INSERT_STEP,
+                step_execution_id=step_execution_id,
+                run_id=run_id,
+                agent_id=agent.id,
+                agent_name=agent.name,
+                agent_version=agent.version,
+                attempt_id=attempt_id,
+                inputs=work.inputs,
+                queued_at=queued_at,
+                now=now,
+                max_attempts=validation.max_attempts_of(ticket, agent),
+                timeout_seconds=timeout_seconds,
+                priority=ticket.priority,
+                ticket_created_at=ticket.created_at,
+            )
+            add(START_TICKET, id=ticket.id, run_id=run_id, now=now)
+            self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id)
+        add(
+            INSERT_ATTEMPT,
+            id=attempt_id,
+            step_execution_id=step_execution_id,
+            number=number,
+            worker=self.request.worker,
+            lease_until=now_ms + round(self.request.lease_seconds * 1000),
+            now=now,
+        )
+        self.changes.transition(
+            "step",
+            StepStatus.READY,
+            StepStatus.RUNNING,
+            ticket_id=ticket.id,
+            step_id=step_id,
+            attempt_id=attempt_id,
+            number=number,
+            worker=self.request.worker,
+        )
+        since = milliseconds(queued_at)
+        return Claim(
+            attempt_id=attempt_id,
+            attempt_number=number,
+            step_execution_id=step_execution_id,
+            step_id=step_id,
+            run_id=run_id,
+            ticket=replace(
+                ticket, state=str(TicketState.IN_PROGRESS), run_id=run_id, started_at=now, outputs=None, error=None
+            ),
+            agent=agent,
+            inputs=work.inputs,
+            timeout_seconds=timeout_seconds,
+            queued_ms=float(max(0, now_ms - since)) if since is not None else 0.0,
+            in_workflow="step_execution_id" in row._fields and row.definition is not None,
+        )
+
+
+def _too_big(agent: Agent, most_mb: int) -> str:
+    return (
+        f"agent {agent.name} {agent.version} needs {agent.memory_mb} MB, and all VMs of this host together may take "
+        f"{max(0, most_mb)} MB; lower its memory_mb, or run the ticket on a host with more"
+    )
+
+
+def _turn(row: Row) -> tuple[float, str]:
+    """The order of claims: priority, then age. A priority that is no number is looked at, and refused, first."""
+    priority = row.priority
+    return (-priority if isinstance(priority, int | float) else float("-inf"), str(row.created_at))

@@ -1,0 +1,287 @@
+"""Schedules of workflows: a row each, with the moment (ms of the database's clock) at which it comes true next.
+
+The rows follow the table `workflows`. Our own code settles those of a name in the transaction that changes it; for what
+people do there by hand, triggers leave a mark (a row with an empty name, due since ever), and whoever looks for due
+schedules settles them all. The newest version of a name alone is started by time: it has replaced the others.
+
+Several engines may find the same schedule due. The update of its row is the claim: it names the `next_at` that was
+seen, and makes the tickets in the same transaction.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.base import versions
+from swarm.model import Ticket, TicketState
+from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.rows import iso, milliseconds
+from swarm.store.tickets import tickets
+from swarm.store.tickets.changes import Changes
+from swarm.store.tickets.validation import storable
+from swarm.workflow import definition, parse, schedule
+from swarm.workflow.definition import Schedule
+from swarm.workflow.schedule import Before
+
+# A clock that was set back by more than this was wrong before: what was reckoned by it is reckoned again. One that was
+# set back by less runs on until it has caught up, so that nothing comes twice.
+CLOCK_MENDED_MS: Final = 3 * 3600 * 1000
+_MARK: Final = ""  # as a workflow's name; no workflow has that
+
+_COLUMNS: Final = (
+    "workflow, number, workflow_id, cron, time_zone, missed, next_at, reckoned_at, last_at, last_ticket_id, "
+    "times_missed, error"
+)
+_OF: Final = sa.text(f"SELECT {_COLUMNS} FROM schedules WHERE workflow = :workflow ORDER BY number")
+_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM schedules WHERE workflow <> '' ORDER BY workflow, number")
+_FORGET: Final = sa.text("DELETE FROM schedules WHERE workflow = :workflow")
+_INSERT: Final = sa.text(
+    f"INSERT INTO schedules ({_COLUMNS}) VALUES (:workflow, :number, :workflow_id, :cron, :time_zone, :missed, "
+    ":next_at, :reckoned_at, :last_at, :last_ticket_id, :times_missed, :error)"
+)
+# Most workflows have no schedule, and a definition may be long: those are not read.
+_VERSION: Final = (
+    "SELECT id, name, version, enabled, CASE WHEN steps LIKE '%\"schedule\"%' THEN steps END AS steps FROM workflows"
+)
+_VERSIONS: Final = sa.text(f"{_VERSION} WHERE name = :workflow")
+_ALL_VERSIONS: Final = sa.text(_VERSION)
+_NAMES: Final = sa.text("SELECT DISTINCT workflow FROM schedules WHERE workflow <> ''")
+# The table has a row for each schedule that somebody wrote: it is read as a whole.
+_DUE: Final = sa.text(
+    "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.reckoned_at, w.name, w.version, w.enabled, w.steps, "
+    "t.state AS last_state, t.completed_at AS last_completed_at FROM schedules s "
+    "LEFT JOIN workflows w ON w.id = s.workflow_id LEFT JOIN tickets t ON t.id = s.last_ticket_id "
+    "WHERE s.next_at <= :now_ms OR s.reckoned_at > :mended_ms ORDER BY s.next_at, s.workflow, s.number"
+)
+_NEXT: Final = sa.text("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms")
+_FIRE: Final = sa.text(
+    "UPDATE schedules SET next_at = :next_at, reckoned_at = :now_ms, last_at = COALESCE(:last_at, last_at), "
+    "last_ticket_id = COALESCE(:last_ticket_id, last_ticket_id), times_missed = times_missed + :dropped, "
+    "error = :error WHERE workflow = :workflow AND number = :number AND workflow_id = :workflow_id "
+    "AND next_at = :seen RETURNING workflow"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleRow:
+    """``next_at``: ISO-8601 UTC, None when it won't come true (``enabled`` False, or ``error`` says why).
+    ``last_at``: the time that was last due and run, and ``last_ticket_id`` its ticket. ``times_missed``: times that
+    passed and were not run."""
+
+    workflow: str
+    number: int
+    workflow_id: str
+    cron: str
+    time_zone: str
+    missed: str
+    next_at: str | None
+    last_at: str | None
+    last_ticket_id: str | None
+    times_missed: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueSchedule:
+    """One whose time has come. ``definition``: JSON text of its workflow, as in the row; ``before``: the ticket that it
+    made last."""
+
+    workflow: str
+    version: str
+    number: int
+    workflow_id: str
+    definition: str
+    next_at: int
+    before: Before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueSchedules:
+    """``stale``: the rows must be settled first. ``next_ms``: until another one comes true."""
+
+    now_ms: int
+    due: Sequence[DueSchedule]
+    stale: bool
+    next_ms: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FireRequest:
+    """``next_at`` None: never again (``error`` says why). ``new``: the tickets to make, ready; one with an `error` has
+    failed with that."""
+
+    due: DueSchedule
+    next_at: int | None
+    last_at: str | None
+    dropped: int
+    new: Sequence[Ticket]
+    error: str | None = None
+
+
+def settle(tx: Tx, workflow: str) -> None:
+    """Make the rows of one name what its newest version says. A schedule that is not new keeps what it waits for: a
+    new version must not swallow a time that has come."""
+    _settle(tx, workflow, [row for row in tx.all(_VERSIONS, workflow=workflow) if _is_sound(row)])
+
+
+def settle_all(tx: Tx, request: None) -> None:
+    """The same for all names, and take the mark away."""
+    by_name: dict[str, list[Row]] = {row.workflow: [] for row in tx.all(_NAMES)}
+    for row in tx.all(_ALL_VERSIONS):
+        if _is_sound(row):
+            by_name.setdefault(row.name, []).append(row)
+    for name, rows in by_name.items():
+        _settle(tx, name, rows)
+    tx.run(_FORGET, workflow=_MARK)
+
+
+def _settle(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
+    now_ms, before = tx.now_ms, tx.all(_OF, workflow=workflow)
+    newest: Row = versions.pick(workflow, rows)
+    wanted = _schedules_of(newest.steps) if newest is not None and newest.steps is not None else ()
+    if not before and not wanted:
+        return
+    tx.run(_FORGET, workflow=workflow)
+    known: dict[tuple[str, str], deque[Row]] = {}  # several may have the same time, for other inputs
+    for row in before:
+        known.setdefault((row.cron, row.time_zone), deque()).append(row)
+    for number, one in enumerate(wanted):
+        alike = known.get((one.cron, one.time_zone))
+        same = alike.popleft() if alike else None
+        next_at, reckoned_at, error = None, now_ms, None
+        try:
+            cron = schedule.parse(one.cron, one.time_zone)
+            if not newest.enabled:
+                pass
+            elif same is not None and same.next_at is not None and same.reckoned_at <= now_ms + CLOCK_MENDED_MS:
+                next_at, reckoned_at = same.next_at, same.reckoned_at
+            else:
+                next_at = ms(cron.after(moment(now_ms)))
+        except ValueError as wrong:
+            error = str(wrong)
+        tx.run(
+            _INSERT,
+            workflow=workflow,
+            number=number,
+            workflow_id=newest.id,
+            cron=one.cron,
+            time_zone=one.time_zone,
+            missed=one.missed,
+            next_at=next_at,
+            reckoned_at=reckoned_at,
+            last_at=same.last_at if same else None,
+            last_ticket_id=same.last_ticket_id if same else None,
+            times_missed=same.times_missed if same else 0,
+            error=error,
+        )
+
+
+def _is_sound(row: Row) -> bool:
+    """People write to `workflows` as well: what our own statements could not name again is left alone."""
+    return bool(row.name) and all(isinstance(v, str) and storable(v) for v in (row.id, row.name, row.version))
+
+
+def _schedules_of(steps: str) -> Sequence[Schedule]:
+    try:
+        return definition.from_json(json.loads(steps)).schedule[: parse.MAX_SCHEDULES]
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return ()  # a row by hand; whoever runs it is told
+
+
+def due(tx: Tx, request: None) -> DueSchedules:
+    now_ms = tx.now_ms
+    found, stale = [], False
+    for row in tx.all(_DUE, now_ms=now_ms, mended_ms=now_ms + CLOCK_MENDED_MS):
+        if row.name != row.workflow or not row.enabled or row.reckoned_at > now_ms + CLOCK_MENDED_MS:
+            stale = True
+        else:
+            found.append(
+                DueSchedule(
+                    workflow=row.workflow,
+                    version=row.version,
+                    number=row.number,
+                    workflow_id=row.workflow_id,
+                    definition=row.steps,
+                    next_at=row.next_at,
+                    before=_before(row),
+                )
+            )
+    after = tx.first(_NEXT, now_ms=now_ms)
+    next_at = after.next_at if after is not None else None
+    return DueSchedules(
+        now_ms=now_ms, due=found, stale=stale, next_ms=None if next_at is None else float(next_at - now_ms)
+    )
+
+
+def _before(row: Row) -> Before:
+    ended = milliseconds(row.last_completed_at)
+    # 'draft' is one that a person has put aside.
+    running = row.last_state in ("ready", "blocked", "in_progress", "waiting")
+    return Before(running=running, ended=moment(ended) if ended is not None and not running else None)
+
+
+def fire(tx: Tx, request: FireRequest) -> bool:
+    """False when another engine was first, or the workflow has changed since."""
+    due = request.due
+    claimed = tx.first(
+        _FIRE,
+        workflow=due.workflow,
+        number=due.number,
+        workflow_id=due.workflow_id,
+        seen=due.next_at,
+        now_ms=tx.now_ms,
+        next_at=request.next_at,
+        last_at=request.last_at,
+        last_ticket_id=request.new[-1].id if request.new else None,
+        dropped=request.dropped,
+        error=request.error,
+    )
+    if claimed is None:
+        return False
+    add(tx, request.new)
+    return True
+
+
+def add(tx: Tx, new: Sequence[Ticket]) -> None:
+    """Tickets that a trigger makes. One that could not be made ready is there all the same, failed, for all to see."""
+    changes = Changes(tx)
+    for made, ticket in zip(tickets.add(tx, [tickets.AddRequest(ticket=one) for one in new]), new, strict=True):
+        if not isinstance(made, Ticket):
+            raise made
+        if ticket.error is not None:
+            changes.set_ticket(ticket.id, TicketState.READY, TicketState.FAILED, error=ticket.error)
+    changes.flush()
+
+
+def schedules(tx: Tx, request: None) -> list[ScheduleRow]:
+    return [
+        ScheduleRow(
+            workflow=row.workflow,
+            number=row.number,
+            workflow_id=row.workflow_id,
+            cron=row.cron,
+            time_zone=row.time_zone,
+            missed=row.missed,
+            next_at=iso(row.next_at) if row.next_at else None,
+            last_at=row.last_at,
+            last_ticket_id=row.last_ticket_id,
+            times_missed=row.times_missed,
+            error=row.error,
+        )
+        for row in tx.all(_ALL)
+    ]
+
+
+def moment(ms: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC)
+
+
+def ms(when: datetime.datetime) -> int:
+    return round(when.timestamp() * 1000)

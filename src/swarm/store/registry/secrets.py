@@ -1,0 +1,62 @@
+"""Secrets as rows: names, scopes, and values that are sealed before they come here (`swarm.admin.vault`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.errors import NotFound
+from swarm.store.sql.database import Tx
+
+_PUT: Final = sa.text(
+    "INSERT INTO secrets (name, scope, sealed, created_at, updated_at) VALUES (:name, :scope, :sealed, :now, :now) "
+    "ON CONFLICT (name, scope) DO UPDATE SET sealed = excluded.sealed, updated_at = excluded.updated_at"
+)
+_LIST: Final = sa.text("SELECT name, scope, updated_at FROM secrets ORDER BY name, scope")
+_OF_NAMES: Final = sa.text("SELECT name, scope, sealed FROM secrets WHERE name IN :ids")
+_ONE: Final = sa.text("SELECT name FROM secrets WHERE name = :name AND scope = :scope")
+_DELETE: Final = sa.text("DELETE FROM secrets WHERE name = :name AND scope = :scope")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealed:
+    name: str
+    scope: str
+    sealed: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretRow:
+    """What may be shown of a secret."""
+
+    name: str
+    scope: str
+    updated_at: str | None
+
+
+def put(tx: Tx, secret: Sealed) -> None:
+    tx.run(_PUT, name=secret.name, scope=secret.scope, sealed=secret.sealed, now=tx.now)
+
+
+def listed(tx: Tx, request: None) -> list[SecretRow]:
+    return [SecretRow(name=row.name, scope=row.scope, updated_at=row.updated_at) for row in tx.all(_LIST)]
+
+
+def of_names(tx: Tx, names: Sequence[str]) -> list[Sealed]:
+    """In every scope."""
+    return [Sealed(name=row.name, scope=row.scope, sealed=row.sealed) for row in tx.all_in(_OF_NAMES, names)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveRequest:
+    name: str
+    scope: str
+
+
+def remove(tx: Tx, request: RemoveRequest) -> None:
+    if tx.first(_ONE, name=request.name, scope=request.scope) is None:
+        raise NotFound(f"no secret {request.name!r} for {request.scope}; `swarm secret list` shows those there are")
+    tx.run(_DELETE, name=request.name, scope=request.scope)

@@ -1,0 +1,139 @@
+"""Workflows as they are registered: one row for each version. `steps` holds the whole definition, canonical JSON."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.base import versions
+from swarm.errors import Conflict, NotFound, StoreError
+from swarm.store.registry import schedules
+from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.rows import dump
+from swarm.workflow import definition
+from swarm.workflow.definition import Workflow
+
+# A workflow that brings no id of its own gets one that follows from its name and version.
+_NAMESPACE: Final = uuid.UUID("0f0c0d57-5e9e-5c0b-8a55-4d6d2f4a1b3e")
+
+_COLUMNS: Final = "id, name, version, description, steps, enabled, created_at, updated_at"
+_BY_ID: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows WHERE id = :ref")
+_BY_NAME: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows WHERE name = :ref")
+_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows ORDER BY name, version")
+_INSERT: Final = sa.text(
+    "INSERT INTO workflows (id, name, version, description, steps, variables, budget_usd, budget_tokens) "
+    "VALUES (:id, :name, :version, :description, :steps, :variables, :budget_usd, :budget_tokens)"
+)
+_UPDATE: Final = sa.text(
+    "UPDATE workflows SET name = :name, version = :version, description = :description, steps = :steps, "
+    "variables = :variables, budget_usd = :budget_usd, budget_tokens = :budget_tokens, updated_at = :now WHERE id = :id"
+)
+_ENABLE: Final = sa.text("UPDATE workflows SET enabled = :enabled, updated_at = :now WHERE id = :id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowRow:
+    """``definition`` is the JSON text as stored: of a row that somebody wrote by hand it may be anything."""
+
+    id: str
+    name: str
+    version: str
+    description: str
+    enabled: bool
+    definition: str
+    created_at: str | None
+    updated_at: str | None
+
+    def parsed(self) -> Workflow:
+        """Raises StoreError."""
+        try:
+            data = json.loads(self.definition)
+            if not isinstance(data, dict):
+                raise ValueError("steps must hold a JSON object, as `swarm workflow add` writes it")
+            return definition.from_json(data)
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise StoreError(
+                f"the workflow {self.name!r} ({self.id}) is registered with a broken row: {error}; add it again, "
+                "under a new version"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnableRequest:
+    ref: str
+    enabled: bool
+
+
+def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
+    """Register, enabled. The same again is nothing; the same id in another version replaces it; another definition
+    under a known name and version is a Conflict."""
+    id_ = new.id or str(uuid.uuid5(_NAMESPACE, f"{new.name}@{new.version}"))
+    text = definition.canonical(new)
+    for namesake in tx.all(_BY_NAME, ref=new.name):
+        if namesake.version != new.version:
+            continue
+        if namesake.id != id_:
+            raise Conflict(
+                f"the workflow {new.name}@{new.version} is registered under the id {namesake.id}, not {id_}; "
+                "keep that id, or give yours another version"
+            )
+        if namesake.steps == text:
+            return _row(namesake)
+        raise Conflict(
+            f"the workflow {new.name}@{new.version} is registered with another definition; "
+            "give the changed workflow a new version"
+        )
+    values = {
+        "id": id_,
+        "name": new.name,
+        "version": new.version,
+        "description": new.description,
+        "steps": text,
+        "variables": dump(dict(new.variables)),
+        "budget_usd": new.budget_usd,
+        "budget_tokens": new.budget_tokens,
+    }
+    present = tx.first(_BY_ID, ref=id_)
+    if present is None:
+        tx.run(_INSERT, **values)
+    else:
+        tx.run(_UPDATE, now=tx.now, **values)
+        schedules.settle(tx, present.name)
+    schedules.settle(tx, new.name)
+    return workflow(tx, id_)
+
+
+def workflow(tx: Tx, ref: str) -> WorkflowRow:
+    """By id, name (newest version), name@1 (newest 1.x) or name@1.0.0. Raises NotFound."""
+    row = tx.first(_BY_ID, ref=ref) or versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
+    if row is None:
+        raise NotFound(f"no workflow {ref!r}; `swarm workflow list` shows those there are")
+    return _row(row)
+
+
+def workflows(tx: Tx, request: None) -> list[WorkflowRow]:
+    return [_row(row) for row in tx.all(_ALL)]
+
+
+def enable(tx: Tx, request: EnableRequest) -> WorkflowRow:
+    found = workflow(tx, request.ref)
+    tx.run(_ENABLE, id=found.id, enabled=request.enabled, now=tx.now)
+    schedules.settle(tx, found.name)
+    return workflow(tx, found.id)
+
+
+def _row(row: Row) -> WorkflowRow:
+    return WorkflowRow(
+        id=row.id,
+        name=row.name,
+        version=row.version,
+        description=row.description,
+        enabled=bool(row.enabled),
+        definition=row.steps,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )

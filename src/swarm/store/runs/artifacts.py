@@ -1,0 +1,214 @@
+"""Artifacts: large values of workflows' steps, kept once by digest, with a reference in their place.
+
+A reference is `{"$artifact": {"digest": …, "bytes": …}}` in the JSON of a step's `inputs` or `outputs`. Who writes such
+an object himself has it kept as what it is, a value: `{"$artifact": {"pairs": …}}`. So nobody gets at an artifact by
+writing down its digest. References stay within their ticket, and with it they go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from swarm.cel import stored
+from swarm.cel.expression import ExpressionError
+from swarm.cel.stored import KEY, Stored
+from swarm.errors import NotFound, UsageError
+from swarm.store.sql.database import Tx
+from swarm.store.sql.rows import dump, storable_json
+
+INLINE_BYTES: Final = 64 << 10  # what a step leaves up to this stays in its row
+MAX_BYTES: Final = 16 << 20  # of what a step is given, or a ticket leaves, references replaced
+
+MARK: Final = f'"{KEY}"'  # JSON without it has no references
+
+_DATA: Final = sa.text("SELECT data FROM artifacts WHERE digest = :digest")
+_PUT: Final = sa.text(
+    "INSERT INTO artifacts (digest, bytes, data, created_at) VALUES (:digest, :bytes, :data, :now) "
+    "ON CONFLICT (digest) DO NOTHING"
+)
+_USE: Final = sa.text(
+    "INSERT INTO artifact_uses (ticket_id, digest) VALUES (:ticket_id, :digest) "
+    "ON CONFLICT (ticket_id, digest) DO NOTHING"
+)
+_OF_TICKET: Final = sa.text(
+    "SELECT a.digest, a.bytes, a.created_at FROM artifact_uses u JOIN artifacts a ON a.digest = u.digest "
+    "WHERE u.ticket_id = :ticket_id ORDER BY a.created_at, a.digest"
+)
+# For people: a list of what takes space.
+_LARGEST: Final = sa.text(
+    "SELECT a.digest, a.bytes, a.created_at, "
+    "(SELECT count(*) FROM artifact_uses u WHERE u.digest = a.digest) AS tickets "
+    "FROM artifacts a ORDER BY a.bytes DESC, a.digest LIMIT :limit"
+)
+_BEGINNING: Final = sa.text(
+    "SELECT digest FROM artifacts WHERE digest >= :low AND digest < :high ORDER BY digest LIMIT 2"
+)
+_UNUSED: Final = sa.text(
+    "DELETE FROM artifacts WHERE NOT EXISTS (SELECT 1 FROM artifact_uses u WHERE u.digest = artifacts.digest)"
+)
+_USES_WITHOUT_TICKET: Final = sa.text(
+    "DELETE FROM artifact_uses WHERE NOT EXISTS (SELECT 1 FROM tickets t WHERE t.id = artifact_uses.ticket_id)"
+)
+
+
+class Gone(ExpressionError):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """``text``: JSON for a row; ``parts``: digest → JSON text of the artifacts that it refers to and that are new."""
+
+    text: str
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactRow:
+    digest: str
+    bytes: int
+    created_at: str
+    tickets: int | None = None
+
+
+# --- JSON, with references in it --------------------------------------------------------------------------------------
+
+
+def pack(value: Any) -> Packed:
+    """A value that may have references in it (`Stored`), as JSON. In objects and lists, whatever is large becomes an
+    artifact by itself; what is still large then is one as a whole. Raises RecursionError for what is nested so deeply
+    that `json` could hardly read it."""
+    text = dump(value)
+    if MARK not in text and len(text.encode()) <= INLINE_BYTES:
+        return Packed(text)
+    parts: dict[str, str] = {}
+    text = _packed(value, parts)
+    return Packed(dump(_part(text, parts)) if len(text.encode()) > INLINE_BYTES else text, parts)
+
+
+def pack_text(text: str) -> Packed:
+    """The same for the JSON text that an agent left."""
+    return pack(json.loads(text)) if worth_packing(text) else Packed(storable_json(text))
+
+
+def worth_packing(text: str) -> bool:
+    """False: `pack_text` is sure to leave it as it is."""
+    return len(text) > INLINE_BYTES // 4 or MARK in text
+
+
+def unpack(text: str | None, load: Callable[[str], Any]) -> Any:
+    """The value in a row, with its references as `Stored`, whose values ``load`` gets."""
+    if text is None:
+        return None
+    if MARK not in text:
+        return json.loads(text)
+
+    def hook(found: dict[str, Any]) -> Any:
+        inner = found.get(KEY)
+        if not isinstance(inner, dict) or len(found) != 1:
+            return found
+        if isinstance(inner.get("digest"), str) and isinstance(inner.get("bytes"), int):
+            return Stored(inner["digest"], inner["bytes"], load)
+        return dict(inner["pairs"]) if isinstance(inner.get("pairs"), list) else found
+
+    return json.loads(text, object_hook=hook)
+
+
+def _packed(value: Any, parts: dict[str, str]) -> str:
+    """JSON of one value, in which nothing is large but the whole. One frame for each level: it may be nested deeply."""
+    if isinstance(value, Stored) or not isinstance(value, dict | list):
+        return dump(value)
+    named = isinstance(value, dict)
+    escaped = named and KEY in value  # written by somebody: it must not be taken for a reference
+    pieces = []
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        text = _packed(inner, parts)
+        if len(text.encode()) > INLINE_BYTES:
+            text = dump(_part(text, parts))
+        pieces.append(f"[{dump(name)},{text}]" if escaped else f"{dump(name)}:{text}" if named else text)
+    inside = ",".join(pieces)
+    if escaped:
+        return f'{{"{KEY}":{{"pairs":[{inside}]}}}}'
+    return f"{{{inside}}}" if named else f"[{inside}]"
+
+
+def _part(text: str, parts: dict[str, str]) -> dict[str, Any]:
+    data = text.encode()
+    digest = hashlib.sha256(data).hexdigest()
+    parts[digest] = text
+    return {KEY: {"digest": digest, "bytes": len(data)}}
+
+
+# --- the database -----------------------------------------------------------------------------------------------------
+
+
+def keep(tx: Tx, ticket_id: str, parts: Mapping[str, str]) -> None:
+    """In the transaction that writes the references."""
+    for digest, text in parts.items():
+        tx.run(_PUT, digest=digest, bytes=len(text.encode()), data=text, now=tx.now)
+        tx.run(_USE, ticket_id=ticket_id, digest=digest)
+
+
+def loader(tx: Tx) -> Callable[[str], Any]:
+    """For `unpack`, as long as the transaction lasts. What it loads raises ExpressionError when it is gone."""
+
+    def load(digest: str) -> Any:
+        row = tx.first(_DATA, digest=digest)
+        if row is None:
+            raise Gone(f"the artifact {digest[:12]} is gone from the table artifacts")
+        return unpack(row.data, load)
+
+    return load
+
+
+def whole(tx: Tx, text: str) -> str:
+    """JSON without references, of a step's `inputs` or `outputs`. Raises NotFound when one is gone, UsageError when
+    all of it is too large."""
+    try:
+        return dump(stored.whole(unpack(text, loader(tx)), limit_bytes=MAX_BYTES))
+    except Gone as error:
+        raise NotFound(str(error)) from None
+    except ExpressionError as error:
+        raise UsageError(str(error)) from None
+
+
+def data(tx: Tx, beginning: str) -> str:
+    """The JSON text of one artifact, without references, by its digest or the beginning of that. Raises NotFound."""
+    wanted = beginning.lower().removeprefix("sha256:")
+    rows = []
+    if wanted and all(c in "0123456789abcdef" for c in wanted):
+        rows = tx.all(_BEGINNING, low=wanted, high=wanted + "g")
+    if len(rows) != 1:
+        why = "several artifacts begin" if rows else "no artifact begins"
+        raise NotFound(f"{why} with {beginning[:80]!r}; `swarm artifact list` shows those there are")
+    row = tx.first(_DATA, digest=rows[0].digest)
+    assert row is not None
+    return whole(tx, row.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListRequest:
+    ticket_id: str | None
+    limit: int
+
+
+def artifacts(tx: Tx, request: ListRequest) -> list[ArtifactRow]:
+    if request.ticket_id is not None:
+        rows = tx.all(_OF_TICKET, ticket_id=request.ticket_id)
+        return [ArtifactRow(digest=row.digest, bytes=row.bytes, created_at=row.created_at) for row in rows]
+    return [
+        ArtifactRow(digest=row.digest, bytes=row.bytes, created_at=row.created_at, tickets=row.tickets)
+        for row in tx.all(_LARGEST, limit=request.limit)
+    ]
+
+
+def sweep(tx: Tx, request: None) -> None:
+    """Those that no ticket uses: none, unless somebody deleted rows with triggers switched off."""
+    tx.run(_USES_WITHOUT_TICKET)
+    tx.run(_UNUSED)

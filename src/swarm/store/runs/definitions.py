@@ -1,0 +1,169 @@
+"""Workflows as runs freeze them, and each run's facts: read once, prepared for planning, kept.
+
+Shared by the writing thread and the one that decides what is dear. Preparing takes about a millisecond for each
+expression (they are compiled), so the former never does it: it raises `TooDear`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Generic, TypeVar
+
+import sqlalchemy as sa
+
+from swarm.base import versions
+from swarm.cel import template
+from swarm.errors import StoreError
+from swarm.store.registry import agents, workflows
+from swarm.store.registry.workflows import WorkflowRow
+from swarm.store.sql.database import Tx
+from swarm.store.tickets import validation
+from swarm.workflow import definition, pinning
+from swarm.workflow.definition import Workflow
+from swarm.workflow.pinning import Registry
+from swarm.workflow.state import Facts
+from swarm.workflow.structure import Graph
+
+T = TypeVar("T")
+
+_KEPT: Final = 256
+_TEXT: Final = sa.text("SELECT definition FROM definitions WHERE digest = :digest")
+NAMED: Final = sa.text("SELECT id, name, version FROM agents WHERE name IN :ids")
+
+
+class TooDear(Exception):
+    """Not to be done while the database's write lock is held."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """A frozen workflow, ready for planning. ``within``: those of its steps that are workflows, by step id."""
+
+    digest: str
+    text: str
+    graph: Graph
+    within: Mapping[str, Definition]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pinned:
+    text: str  # as registered
+    agents: Mapping[str, str]  # reference → name@version
+    definition: Definition
+
+
+class _Kept(Generic[T]):
+    """The newest of what was put here."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, T] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> T | None:
+        return self._values.get(key)
+
+    def put(self, key: str, value: T) -> T:
+        with self._lock:
+            self._values.pop(key, None)
+            self._values[key] = value
+            while len(self._values) > _KEPT:
+                del self._values[next(iter(self._values))]
+        return value
+
+
+class Definitions:
+    """``lane``: the caller holds the write lock."""
+
+    def __init__(self) -> None:
+        self._frozen: _Kept[Definition] = _Kept()
+        self._pinned: _Kept[_Pinned] = _Kept()
+        self.facts: _Kept[Facts] = _Kept()  # by run
+
+    def frozen(self, tx: Tx, digest: str, *, lane: bool) -> Definition:
+        """Raises StoreError for one that this Swarm can't read."""
+        known = self._frozen.get(digest)
+        if known is not None:
+            return known
+        if lane:
+            raise TooDear
+        row = tx.first(_TEXT, digest=digest)
+        if row is None:
+            raise StoreError(f"the frozen workflow {digest[:12]} is gone from the table definitions")
+        try:
+            return self._prepared(definition.from_json(json.loads(row.definition)))
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise StoreError(f"the frozen workflow {digest[:12]} can't be read: {error}") from None
+
+    def pinned(self, tx: Tx, id: str, *, lane: bool) -> Definition:  # noqa: A002
+        """The workflow with this id as a run that begins now freezes it: references become versions.
+
+        Raises NotFound for what it refers to and is not there, StoreError, manifest.Invalid.
+        """
+        row = workflows.workflow(tx, id)
+        check_enabled(row)
+        known = self._pinned.get(row.id)
+        if known is not None and known.text == row.definition and _as_pinned(tx, known.agents):
+            return known.definition
+        if lane:
+            raise TooDear
+        unpinned = row.parsed()
+        found = self._prepared(pinning.pin(unpinned, _registry(tx)))
+        if not any(isinstance(step.workflow, str) for step in _all_steps(unpinned)):  # they may change under their name
+            agents = {reference: _version(tx, reference) for reference in unpinned.agents()}
+            self._pinned.put(row.id, _Pinned(row.definition, agents, found))
+        return found
+
+    def _prepared(self, workflow: Workflow) -> Definition:
+        text, digest = definition.canonical(workflow), definition.digest(workflow)
+        known = self._frozen.get(digest)
+        if known is not None:
+            return known
+        for _, source in template.texts(definition.to_json(workflow)):
+            template.text(source)  # compiles, and remembers
+        within = {
+            step.id: self._prepared(step.workflow)
+            for step in workflow.all_steps()
+            if isinstance(step.workflow, Workflow)
+        }
+        return self._frozen.put(digest, Definition(digest=digest, text=text, graph=Graph(workflow), within=within))
+
+
+def check_enabled(row: WorkflowRow) -> None:
+    """Raises StoreError."""
+    if not row.enabled:
+        raise StoreError(str(validation.disabled_workflow(row.name, row.version)))
+
+
+def _registry(tx: Tx) -> Registry:
+    def workflow(reference: str) -> Workflow:
+        row = workflows.workflow(tx, reference)
+        check_enabled(row)
+        return row.parsed()
+
+    return Registry(agent=partial(agents.agent, tx), workflow=workflow)
+
+
+def _all_steps(workflow: Workflow) -> Any:
+    for step in workflow.all_steps():
+        yield step
+        if isinstance(step.workflow, Workflow):
+            yield from _all_steps(step.workflow)
+
+
+def _version(tx: Tx, reference: str) -> str:
+    agent = agents.agent(tx, reference)
+    return f"{agent.name}@{agent.version}"
+
+
+def _as_pinned(tx: Tx, agents: Mapping[str, str]) -> bool:
+    """Do these references still mean the same versions?"""
+    rows = tx.all_in(NAMED, {reference.partition("@")[0] for reference in agents})
+    for reference, pinned in agents.items():
+        found = versions.pick(reference, rows)
+        if found is None or f"{found.name}@{found.version}" != pinned:
+            return False
+    return True

@@ -1,0 +1,215 @@
+"""Workflows, carried on: what follows from each end, in the transaction of that end when it is cheap, else soon after.
+
+Most decisions cost some 100 µs. They are made while the write lock is held (`settle`), so that nothing can get lost
+between a step's end and what follows from it. What could take long (expressions with loops, large values, a workflow
+seen for the first time) is put down in the run's row (`untold`, `due_at`); the next claim of any engine takes it up
+(`look`), decides on a thread of its own and of a snapshot (`decide`), and writes that down if nothing has moved on
+(`apply`). A crash anywhere leaves either the end with what follows from it, or the end and the note.
+See docs/adr/0013-durable-runs.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.cel.jail import Jail
+from swarm.model import Event, RunStatus, TicketState
+from swarm.store.registry.agents import Agents
+from swarm.store.runs import decision
+from swarm.store.runs.actions import carry_out, give_up
+from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, Thrifty
+from swarm.store.runs.definitions import Definitions, TooDear
+from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.rows import dump, lenient, new_id
+from swarm.store.sql.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
+from swarm.store.tickets import dependencies
+from swarm.store.tickets.changes import Changes
+from swarm.workflow.state import Ask, Verdict
+
+# Decisions of one transaction may take this long together; the rest of them are made outside.
+LANE_SECONDS: Final = 0.05
+# For so long nobody else takes up a decision that an engine has taken up; then it is taken for dead.
+_DECIDING_MS: Final = 30_000
+_AT_ONCE: Final = 100
+
+INSERT_RUN: Final = sa.text(
+    "INSERT INTO workflow_runs (id, workflow_id, workflow_version, ticket_id, status, trigger_type, trigger_data, "
+    "started_at, due_at, deadline_at) VALUES (:id, :workflow_id, :version, :ticket_id, 'running', :trigger_type, "
+    ":trigger_data, :now, :deadline_at, :deadline_at)"
+)
+_DEFER: Final = sa.text("UPDATE workflow_runs SET untold = :untold, due_at = :due_at WHERE id = :id")
+_DUE: Final = sa.text(
+    f"SELECT id, untold, deadline_at FROM workflow_runs WHERE {RUN_DUE} AND due_at <= :now_ms "
+    "ORDER BY due_at LIMIT :limit"
+)
+_SET_DUE: Final = sa.text("UPDATE workflow_runs SET due_at = :due_at WHERE id = :id")
+WAITING_COLUMNS: Final = (
+    "s.id, s.run_id, s.step_id, s.attempt_id, s.error, s.question, s.verdict, r.ticket_id, r.path, r.definition, "
+    "COALESCE(r.root_run_id, r.id) AS root_run"
+)
+_UNANSWERED: Final = sa.text(
+    f"SELECT {WAITING_COLUMNS} FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
+    "JOIN tickets t ON t.id = r.ticket_id "
+    f"WHERE s.{STEP_WAITING} AND s.available_at <= :now_ms LIMIT :limit"
+)
+SET_VERDICT: Final = sa.text("UPDATE step_executions SET verdict = :verdict, available_at = NULL WHERE id = :id")
+_WAITING: Final = sa.text(
+    "SELECT t.state, EXISTS (SELECT 1 FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE "
+    "r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND s.status = 'waiting' AND s.verdict IS NULL) "
+    "AS waiting FROM tickets t WHERE t.id = :ticket_id"
+)
+_SET_ROOT: Final = sa.text("UPDATE workflow_runs SET status = :status WHERE id = :id")
+DISOWNED: Final = sa.text(
+    "SELECT r.id FROM workflow_runs r LEFT JOIN tickets t ON t.id = r.ticket_id "
+    f"WHERE {LIVE_RUN.replace('status', 'r.status')} AND r.root_run_id IS NULL AND (t.id IS NULL "
+    "OR t.state NOT IN ('in_progress', 'waiting') OR t.run_id <> r.id OR t.run_id IS NULL) LIMIT :limit"
+)
+
+
+class WorkflowExecutor:
+    """One for each process. `settle`, `look` and `apply` are for the writing thread, `decide` for another.
+
+    ``lane_seconds``: see `LANE_SECONDS`; with less than 0 every decision is made outside.
+    """
+
+    def __init__(self, *, lane_seconds: float) -> None:
+        self._lane_seconds = lane_seconds
+        self.definitions = Definitions()
+        self._agents = Agents()
+        self.jail = Jail()
+
+    def close(self) -> None:
+        self.jail.close()
+
+    # --- on the writing thread ----------------------------------------------------------------------------------------
+
+    def begin(self, changes: Changes, row: Row, *, workflow_version: str) -> str:
+        """A run for a ready ticket, its first decision in the news; the run's id."""
+        id_, seconds = new_id(changes.tx.now_ms), row.timeout_seconds
+        changes.add(
+            INSERT_RUN,
+            id=id_,
+            workflow_id=row.workflow_id,
+            version=workflow_version,
+            ticket_id=row.id,
+            trigger_type=row.trigger_type or "ticket",
+            trigger_data=row.trigger_data,
+            now=changes.tx.now,
+            deadline_at=changes.tx.now_ms + round(seconds * 1000) if seconds else None,
+        )
+        changes.news[id_] = []
+        return id_
+
+    def settle(self, changes: Changes, *, take_up: bool = False) -> list[str]:
+        """What follows from the news. Returns the runs whose decision was put off: the caller's, with ``take_up``."""
+        put_off, began = list[str](), time.monotonic()
+        while changes.news:
+            changes.flush()
+            run_id = next(iter(changes.news))
+            keys = changes.news.pop(run_id)
+            run = decision.load(changes.tx, run_id)
+            if run is None or not run.alive:
+                continue
+            pending, run.untold = run.untold is not None, [*(run.untold or ()), *keys]
+            try:
+                if pending or time.monotonic() - began > self._lane_seconds:
+                    raise TooDear
+                decided = decision.decide(changes.tx, run, self.definitions, Thrifty(), lane=True)
+            except TooDear:
+                due_at = run.row.due_at
+                if not pending:
+                    put_off.append(run.id)
+                    due_at = changes.tx.now_ms + (_DECIDING_MS if take_up else 0)
+                changes.add(_DEFER, id=run.id, untold=dump(run.untold), due_at=due_at)
+            else:
+                self._do(changes, run, decided)
+        changes.flush()
+        dependencies.release(changes)
+        return put_off
+
+    def look(self, changes: Changes) -> list[str]:
+        """Runs whose time has come: late ones end, late answers are given; those to be decided are the caller's."""
+        tx, undecided = changes.tx, []
+        for row in tx.all(_UNANSWERED, now_ms=tx.now_ms, limit=_AT_ONCE):
+            answer(changes, row, Verdict(approved=False, by="swarm", why="nobody answered in time"))
+        for row in tx.all(_DUE, now_ms=tx.now_ms, limit=_AT_ONCE):
+            late = row.deadline_at is not None and row.deadline_at <= tx.now_ms
+            if late and TIME_IS_UP not in (row.untold or ""):
+                run = decision.load(tx, row.id)
+                if run is not None and run.alive and not decision.may_clean_up(tx, run):
+                    give_up(changes, run, decision.time_is_up(tx, run))
+                    continue
+                changes.news.setdefault(row.id, []).append(TIME_IS_UP)
+            pending = row.untold is not None
+            if pending:
+                undecided.append(row.id)
+            times = [tx.now_ms + _DECIDING_MS if pending else None, row.deadline_at]
+            later = [one for one in times if one is not None and one > tx.now_ms]
+            changes.add(_SET_DUE, id=row.id, due_at=min(later, default=None))
+        return undecided + self.settle(changes, take_up=True)
+
+    def apply(self, tx: Tx, decisions: Sequence[Decided]) -> Sequence[bool]:
+        """Write down what was decided outside. True: there is more to be decided, at once."""
+        return [self._apply(Changes(tx), decided) for decided in decisions]
+
+    def _apply(self, changes: Changes, decided: Decided) -> bool:
+        run = decision.load(changes.tx, decided.run_id)
+        if run is None or not run.alive or run.untold is None or run.row.revision != decided.revision:
+            return False
+        if not self._do(changes, run, decided):
+            return True
+        self.settle(changes)
+        after = decision.load(changes.tx, decided.run_id)
+        return after is not None and after.alive and after.untold is not None
+
+    def _do(self, changes: Changes, run: Run, decided: Decided) -> bool:
+        if decided.failure is not None:
+            give_up(changes, run, decided.failure)
+            return True
+        if not carry_out(changes, run, decided, self._agents):
+            return False
+        asked = decided.decision is not None and any(isinstance(one, Ask) for one in decided.decision.actions)
+        if asked or run.row.state == TicketState.WAITING:
+            refresh_waiting(changes, run.row)
+        return True
+
+    # --- on a thread of its own, of a snapshot ------------------------------------------------------------------------
+
+    def decide(self, tx: Tx, run_id: str) -> Decided | None:
+        run = decision.load(tx, run_id)
+        if run is None or not run.alive or run.untold is None:
+            return None
+        return decision.decide(tx, run, self.definitions, self.jail.allowance(), lane=False)
+
+
+def answer(changes: Changes, row: Row, verdict: Verdict) -> None:
+    """Give a waiting step (a row of `WAITING_COLUMNS`) its verdict; what follows from that is news."""
+    text = dump({"approved": verdict.approved, "by": verdict.by, "why": verdict.why})
+    changes.add(SET_VERDICT, id=row.id, verdict=text)
+    data = {"approved": verdict.approved, "by": verdict.by, "why": verdict.why}
+    changes.add_event(Event(ticket_id=row.ticket_id, step_id=row.step_id, kind="approval", data=data))
+    changes.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
+    refresh_waiting(changes, row)
+
+
+def refresh_waiting(changes: Changes, row: Row, *, error: str | None = None) -> None:
+    """The ticket, and its run, are `waiting` while a step of it waits for a person; nothing for one that has ended.
+
+    ``error`` says of a ticket that waits from now on, why.
+    """
+    if row.ticket_id in changes.ended:
+        return
+    changes.flush()
+    found = changes.tx.first(_WAITING, ticket_id=row.ticket_id)
+    if found is None or found.state not in (TicketState.IN_PROGRESS, TicketState.WAITING):
+        return  # another tool's doing
+    if bool(found.waiting) == (found.state == TicketState.WAITING):
+        return
+    waiting = bool(found.waiting)
+    after = TicketState.WAITING if waiting else TicketState.IN_PROGRESS
+    changes.set_ticket(row.ticket_id, lenient(found.state), after, error=error if waiting else None)
+    changes.add(_SET_ROOT, id=row.root_run, status=str(RunStatus.WAITING if waiting else RunStatus.RUNNING))

@@ -1,0 +1,367 @@
+"""The tables, as they are now. `migrations/` gets a database here; a test compares the two.
+
+Rules: columns that other tools write (tickets, ticket_dependencies) have no foreign key and no CHECK: a bad row must be
+let in, so that it can be answered in its own `error`. What they don't name has a default. Times that people read are
+ISO-8601 UTC text; those that decide (`lease_until`, `available_at`) are ms of the database's clock.
+Every index that the engine works from is partial: it holds live rows only, however many finished ones there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from swarm.model import TicketState
+from swarm.store.sql.dialect import utc_now
+
+metadata: Final = sa.MetaData()
+
+BIG: Final = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by INTEGER only
+
+# Spelled out in the statements as well: SQLite uses a partial index when the query repeats its condition.
+UNKNOWN_STATE: Final = "state NOT IN (" + ", ".join(f"'{s}'" for s in TicketState) + ")"
+UNFINISHED: Final = "state IN ('in_progress', 'waiting', 'blocked')"
+STEP_READY: Final = "status = 'ready' AND available_at IS NULL"
+STEP_DELAYED: Final = "status = 'ready' AND available_at IS NOT NULL"
+STEP_WAITING: Final = "status = 'waiting' AND available_at IS NOT NULL"
+RUN_DUE: Final = "due_at IS NOT NULL"
+# Runs that no worker may be at: of workflows, and those that wait for a person.
+LIVE_RUN: Final = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('running', 'waiting')"
+ATTEMPT_LIVE: Final = "outcome IS NULL"
+
+
+def _text(name: str, *, null: bool = True, default: str | None = None) -> sa.Column[str]:
+    return sa.Column(name, sa.Text(), nullable=null, server_default=default)
+
+
+def _time(name: str) -> sa.Column[str]:
+    return sa.Column(name, sa.Text(), server_default=utc_now())
+
+
+def _number(name: str, default: int | None = None, *, kind: sa.types.TypeEngine[Any] | None = None) -> sa.Column[Any]:
+    given = None if default is None else sa.text(str(default))
+    return sa.Column(name, kind or sa.Integer(), nullable=default is None, server_default=given)
+
+
+def _index(name: str, *columns: str, where: str) -> sa.Index:
+    return sa.Index(name, *map(sa.text, columns), sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+
+
+tickets = sa.Table(
+    "tickets",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("project_id"),
+    _text("title", null=False, default=""),
+    _text("description"),
+    _text("state", null=False, default="draft"),
+    _text("agent_id"),
+    _text("assignee_id"),
+    _text("assignee_type"),
+    _text("execution_mode", default="agent"),
+    _text("workflow_id"),
+    _text("inputs"),
+    _text("outputs"),
+    _text("error"),
+    _number("priority", 0),
+    _number("timeout_seconds", kind=sa.Float()),
+    _number("max_attempts"),
+    _number("budget_usd", kind=sa.Float()),
+    _number("budget_tokens", kind=BIG),
+    _text("over_budget"),  # 'fail', 'wait', or NULL: as the agent says
+    _text("trigger_type", default="ticket"),  # what made it: its runs are told
+    _text("trigger_data"),  # JSON object: what came with that
+    _text("run_id"),
+    _time("created_at"),
+    _time("updated_at"),
+    _text("started_at"),
+    _text("completed_at"),
+    _index("tickets_ready", "priority DESC", "created_at", where="state = 'ready'"),
+    _index("tickets_unfinished", "state", where=UNFINISHED),
+    _index("tickets_unknown_state", "state", where=UNKNOWN_STATE),
+    sa.Index("tickets_created", "created_at"),
+)
+
+ticket_dependencies = sa.Table(
+    "ticket_dependencies",
+    metadata,
+    sa.Column("ticket_id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("depends_on", sa.Text(), primary_key=True, nullable=False),
+    sa.Index("ticket_dependencies_depends_on", "depends_on"),
+)
+
+agents = sa.Table(
+    "agents",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("name", null=False),
+    _text("version", null=False),
+    _text("description", null=False, default=""),
+    _text("path", null=False),
+    _text("runtime", null=False, default="python"),
+    _text("entry", null=False),  # JSON list: argv inside `path`
+    _text("image"),
+    _text("inputs_schema"),
+    _text("outputs_schema"),
+    _number("memory_mb", 256),
+    _number("vcpus", 1),
+    _number("disk_mb", 2048),
+    _number("disk_mb_per_second", kind=sa.Float()),
+    _number("network_mb_per_second", kind=sa.Float()),
+    _number("timeout_seconds", 600, kind=sa.Float()),
+    _number("idle_timeout_seconds", kind=sa.Float()),
+    _text("network", null=False, default="none"),
+    _text("secrets", null=False, default="[]"),
+    _text("env", null=False, default="{}"),
+    _text("preload", null=False, default="[]"),
+    _text("requirements", null=False, default="[]"),
+    _text("packages", null=False, default="[]"),
+    _text("retry", null=False, default="{}"),  # JSON object: the fields of model.Retry
+    sa.Column("idempotent", sa.Boolean(), nullable=False, server_default=sa.false()),
+    _number("budget_usd", kind=sa.Float()),
+    _number("budget_tokens", kind=BIG),
+    _text("over_budget"),
+    _time("created_at"),
+    _time("updated_at"),
+    sa.UniqueConstraint("name", "version", name="agents_name_version"),
+)
+
+workflows = sa.Table(
+    "workflows",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("name", null=False),
+    _text("version", null=False),
+    _text("description", null=False, default=""),
+    _text("steps", null=False, default="[]"),
+    _text("variables", null=False, default="{}"),
+    _number("budget_usd", kind=sa.Float()),  # of one run
+    _number("budget_tokens", kind=BIG),
+    sa.Column("enabled", sa.Boolean(), nullable=False, server_default=sa.true()),
+    _time("created_at"),
+    _time("updated_at"),
+    sa.UniqueConstraint("name", "version", name="workflows_name_version"),
+)
+
+schedules = sa.Table(
+    "schedules",
+    metadata,
+    sa.Column("workflow", sa.Text(), primary_key=True, nullable=False),  # its name; '' is a mark: see schedules.py
+    sa.Column("number", sa.Integer(), primary_key=True, nullable=False),  # its place in the file
+    _text("workflow_id", null=False),
+    _text("cron", null=False, default=""),
+    _text("time_zone", null=False, default="UTC"),
+    _text("missed", null=False, default="once"),
+    _number("next_at", kind=BIG),  # ms; NULL: not, as long as the workflow is disabled
+    _number("reckoned_at", 0, kind=BIG),  # when next_at was reckoned
+    _text("last_at"),
+    _text("last_ticket_id"),
+    _number("times_missed", 0),
+    _text("error"),
+)
+
+# Requests that made a ticket, so that the same one makes no second: by what was signed, and by the sender's own key.
+webhook_calls = sa.Table(
+    "webhook_calls",
+    metadata,
+    sa.Column("workflow", sa.Text(), primary_key=True, nullable=False),  # its name
+    sa.Column("key", sa.Text(), primary_key=True, nullable=False),
+    _text("digest", null=False),  # SHA-256 of the body
+    _text("ticket_id", null=False),
+    sa.Column("at", BIG, nullable=False),  # ms
+    sa.Index("webhook_calls_at", "at"),
+)
+
+# Workflows as runs froze them, by the SHA-256 of their text: many runs of one share it, and it never changes.
+definitions = sa.Table(
+    "definitions",
+    metadata,
+    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    _text("definition", null=False),
+    _time("created_at"),
+)
+
+workflow_runs = sa.Table(
+    "workflow_runs",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("workflow_id"),
+    _text("workflow_version"),
+    sa.Column("ticket_id", sa.Text(), sa.ForeignKey("tickets.id", ondelete="CASCADE"), nullable=False),
+    _text("status", null=False),
+    _text("trigger_type", null=False, default="ticket"),
+    _text("trigger_data"),
+    _text("started_at"),
+    _text("completed_at"),
+    _text("error"),
+    _text("error_step"),
+    _number("total_vm_time_ms", 0, kind=sa.Float()),
+    _number("total_api_tokens", 0, kind=BIG),
+    _number("total_cost_usd", 0, kind=sa.Float()),
+    # From here on, of workflows only. A run within a run belongs to the same ticket.
+    _text("parent_step_id"),  # the step execution that it is
+    _text("root_run_id"),  # the ticket's own run; NULL in that one
+    _text("path", null=False, default=""),  # stands before its steps' names: 'fix[0]/'
+    _text("definition"),  # a digest of `definitions`; NULL before the first decision, and in a plain ticket's run
+    _text("facts"),  # what its expressions see besides steps; NULL before the first decision
+    _text("progress"),  # the planner's
+    _text("untold"),  # JSON list of steps whose end, or verdict, the planner has not been told
+    _number("revision", 0),  # decisions made: one that was made of an older state is dropped
+    _number("due_at", kind=BIG),  # when a claim must look at it (ms): a decision is to be made, or its time is over
+    _number("deadline_at", kind=BIG),
+    sa.Index("workflow_runs_ticket", "ticket_id"),
+    _index("workflow_runs_due", "due_at", where=RUN_DUE),
+    _index("workflow_runs_live", "ticket_id", where=LIVE_RUN),
+    _index("workflow_runs_definition", "definition", where="definition IS NOT NULL"),
+    _index("workflow_runs_parent", "parent_step_id", where="parent_step_id IS NOT NULL"),
+)
+
+step_executions = sa.Table(
+    "step_executions",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("run_id", sa.Text(), sa.ForeignKey("workflow_runs.id", ondelete="CASCADE"), nullable=False),
+    # Its name, below its run's path: 'build', 'build[3]', 'fix[0]/patch'; 'main' in a plain ticket's run.
+    _text("step_id", null=False),
+    _text("agent_id"),
+    _text("agent_name"),
+    _text("agent_version"),
+    _text("status", null=False),
+    _text("attempt_id"),  # the attempt that owns it: the fence
+    _number("vm_id"),
+    _text("inputs"),
+    _text("outputs"),
+    _text("queued_at"),
+    _text("started_at"),
+    _text("completed_at"),
+    _number("duration_ms", kind=sa.Float()),
+    _number("api_tokens_used", 0, kind=BIG),
+    _text("error"),  # why it failed, was skipped or was cancelled
+    _number("retry_count", 0),
+    _number("max_attempts", 1),
+    _number("timeout_seconds", kind=sa.Float()),
+    # Of a ready one, back-off: not before this (ms), NULL is now. Of a waiting one: when it is rejected by itself.
+    _number("available_at", kind=BIG),
+    _number("priority", 0),  # copied from the ticket, as is ticket_created_at: the order of claims
+    _text("ticket_created_at"),
+    _text("retry"),  # JSON object: the step's own model.Retry; NULL: its agent's
+    _text("question"),  # of an approval
+    _text("verdict"),  # the answer
+    _text("fan"),  # how far a step with children is: the planner's
+    _index("step_executions_ready", "priority DESC", "ticket_created_at", where=STEP_READY),
+    _index("step_executions_delayed", "available_at", where=STEP_DELAYED),
+    _index("step_executions_waiting", "available_at", where=STEP_WAITING),
+    sa.Index("step_executions_run", "run_id", "step_id", unique=True),
+)
+
+# Large values that steps left, as JSON text, by the SHA-256 of it. Rows refer to them: see artifacts.py.
+artifacts = sa.Table(
+    "artifacts",
+    metadata,
+    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("bytes", sa.Integer(), nullable=False),
+    _time("created_at"),
+    _text("data", null=False),  # last: SQLite reads past what is not asked for only when something stands behind it
+)
+
+artifact_uses = sa.Table(
+    "artifact_uses",
+    metadata,
+    sa.Column("ticket_id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    sa.Index("artifact_uses_digest", "digest"),
+)
+
+attempts = sa.Table(
+    "attempts",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("step_execution_id", sa.Text(), sa.ForeignKey("step_executions.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("number", sa.Integer(), nullable=False),  # 1, 2, … within its step, uncounted tries included
+    _text("worker", null=False),
+    _number("vm_id"),
+    sa.Column("lease_until", BIG, nullable=False),
+    _text("outcome"),
+    _text("reason"),
+    _text("error"),
+    _number("exit_code"),
+    _text("timings"),
+    _number("api_tokens_used", 0, kind=BIG),
+    _number("cost_usd", 0, kind=sa.Float()),
+    _text("started_at"),
+    _text("ended_at"),
+    _index("attempts_lease", "lease_until", where=ATTEMPT_LIVE),
+    sa.Index("attempts_step", "step_execution_id"),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("seq", BIG, primary_key=True, autoincrement=True),
+    _text("ticket_id", null=False),
+    _text("step_id"),
+    _text("attempt_id"),
+    sa.Column("at", sa.Text(), nullable=False, server_default=utc_now()),
+    _text("kind", null=False),
+    _text("data", null=False, default="{}"),
+    sa.Index("events_ticket", "ticket_id", "seq"),
+    # Where the history of an id that was deleted ends, and that of its namesake begins.
+    _index("events_deleted", "ticket_id", "seq", where="kind = 'deleted'"),
+    sqlite_autoincrement=True,
+)
+
+# One row for each call of a model, and no foreign key: what was spent outlives its ticket (`store/spending.py`).
+model_calls = sa.Table(
+    "model_calls",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _time("at"),
+    _text("ticket_id"),
+    _text("run_id"),
+    _text("step_execution_id"),
+    _text("attempt_id"),
+    _text("agent"),
+    _text("workflow"),
+    _text("upstream"),
+    _text("model"),
+    _number("status"),  # HTTP's; NULL while the call is under way
+    _number("input_tokens", 0, kind=BIG),
+    _number("output_tokens", 0, kind=BIG),
+    _number("cache_read_tokens", 0, kind=BIG),
+    _number("cache_write_tokens", 0, kind=BIG),
+    _number("tokens", 0, kind=BIG),
+    _number("cost_usd", kind=sa.Float()),  # NULL: no price is known
+    _number("reserved_usd", kind=sa.Float()),
+    _number("reserved_tokens", kind=BIG),
+    _number("latency_ms", kind=sa.Float()),
+    _text("note"),
+    sa.Index("model_calls_at", "at"),
+    sa.Index("model_calls_run", "run_id"),
+    sa.Index("model_calls_step", "step_execution_id"),
+)
+
+# Values are sealed (`swarm.admin.vault`): nothing in here can be read without the key file.
+secrets = sa.Table(
+    "secrets",
+    metadata,
+    sa.Column("name", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("scope", sa.Text(), primary_key=True, nullable=False),  # 'all', 'agent:NAME', 'workflow:NAME'
+    _text("sealed", null=False),
+    _time("created_at"),
+    _time("updated_at"),
+)
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("host", null=False),
+    _number("pid"),
+    _time("started_at"),
+    _time("seen_at"),
+    _text("info", null=False, default="{}"),
+)
+
+# One row. The clock that decides leases is the database's plus this; only tests move it.
+clock = sa.Table("clock", metadata, _number("offset_ms", 0, kind=BIG))

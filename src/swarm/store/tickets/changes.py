@@ -1,0 +1,367 @@
+"""What one transaction changes, collected row by row and written by few statements; and the fence that all writes by an
+attempt pass. Every transition is written together with its event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, RunStatus, StepStatus, TicketState
+from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.rows import dump, lenient, message, milliseconds
+
+# Left joins: other tools may have taken any of these rows away.
+_FENCE = """
+SELECT a.id, a.step_execution_id, a.number, a.worker, a.outcome, a.started_at,
+       s.run_id, s.step_id, s.agent_id, s.status, s.attempt_id, s.retry_count, s.max_attempts, s.retry AS step_retry,
+       r.ticket_id, r.path, r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
+       t.id AS ticket, t.state, t.run_id AS ticket_run, t.over_budget
+FROM attempts a
+LEFT JOIN step_executions s ON s.id = a.step_execution_id
+LEFT JOIN workflow_runs r ON r.id = s.run_id
+LEFT JOIN tickets t ON t.id = r.ticket_id
+"""
+FENCE_BY_ID: Final = sa.text(_FENCE + "WHERE a.id IN :ids")
+FENCE_EXPIRED: Final = sa.text(_FENCE + "WHERE a.outcome IS NULL AND a.lease_until <= :now_ms LIMIT :limit")
+
+INSERT_ATTEMPT: Final = sa.text(
+    "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until, started_at) "
+    "VALUES (:id, :step_execution_id, :number, :worker, :lease_until, :now)"
+)
+INSERT_EVENT: Final = sa.text(
+    "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "
+    "VALUES (:ticket_id, :step_id, :attempt_id, :at, :kind, :data)"
+)
+_END_ATTEMPT: Final = sa.text(
+    "UPDATE attempts SET outcome = :outcome, reason = :reason, error = :error, exit_code = :exit_code, "
+    "timings = :timings, vm_id = COALESCE(:vm_id, vm_id), ended_at = :now WHERE id = :id"
+)
+_STEP_BACK: Final = sa.text(
+    "UPDATE step_executions SET status = 'ready', attempt_id = NULL, vm_id = NULL, retry_count = :retry_count, "
+    "available_at = :available_at, queued_at = :now, error = :error WHERE id = :id"
+)
+_ASK: Final = sa.text(
+    "UPDATE step_executions SET status = 'waiting', vm_id = NULL, verdict = NULL, question = :question, error = :error "
+    "WHERE id = :id"
+)
+_END_STEP: Final = sa.text(
+    "UPDATE step_executions SET status = :status, outputs = :outputs, error = :error, completed_at = :now, "
+    "duration_ms = :duration_ms, vm_id = COALESCE(:vm_id, vm_id), available_at = NULL WHERE id = :id"
+)
+_ADD_VM_TIME: Final = sa.text(
+    "UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + :vm_time_ms WHERE id = :id"
+)
+_END_RUN: Final = sa.text(
+    "UPDATE workflow_runs SET status = :status, completed_at = :now, error = :error, error_step = :error_step, "
+    "total_vm_time_ms = total_vm_time_ms + :vm_time_ms WHERE id = :id"
+)
+_SET_TICKET: Final = sa.text(
+    "UPDATE tickets SET state = :state, outputs = COALESCE(:outputs, outputs), error = :error, "
+    "completed_at = :completed_at, updated_at = :now WHERE id = :id"
+)
+_LIVE_STEPS: Final = sa.text(
+    "SELECT s.id, s.run_id, s.step_id, s.status, s.attempt_id, s.started_at, r.ticket_id "
+    "FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
+    "WHERE s.run_id IN :ids AND s.status IN ('pending', 'waiting', 'ready', 'running')"
+)
+_CANCEL_ATTEMPTS: Final = sa.text(
+    "UPDATE attempts SET outcome = 'cancelled', error = :error, ended_at = :now "
+    "WHERE outcome IS NULL AND step_execution_id IN (SELECT id FROM step_executions WHERE run_id = :run_id)"
+)
+_CANCEL_STEPS: Final = sa.text(
+    "UPDATE step_executions SET status = 'cancelled', error = :error, completed_at = :now, available_at = NULL "
+    "WHERE run_id = :run_id AND status IN ('pending', 'waiting', 'ready', 'running')"
+)
+_CANCEL_RUN: Final = sa.text(
+    "UPDATE workflow_runs SET status = 'cancelled', error = :error, completed_at = :now, untold = NULL, due_at = NULL "
+    "WHERE id = :run_id AND status IN ('running', 'waiting')"
+)
+_RUNS_WITHIN: Final = sa.text(
+    "SELECT r.id FROM step_executions s JOIN workflow_runs r ON r.parent_step_id = s.id WHERE s.run_id IN :ids"
+)
+_DELETE_ATTEMPTS: Final = sa.text(
+    "DELETE FROM attempts WHERE step_execution_id IN (SELECT id FROM step_executions WHERE run_id = :run_id)"
+)
+_DELETE_STEPS: Final = sa.text("DELETE FROM step_executions WHERE run_id = :run_id")
+_DELETE_RUN: Final = sa.text("DELETE FROM workflow_runs WHERE id = :run_id")
+_DELETE_ATTEMPT: Final = sa.text("DELETE FROM attempts WHERE id = :id")
+_CLOSE_TICKET: Final = sa.text(
+    "UPDATE tickets SET completed_at = COALESCE(completed_at, :now), updated_at = :now "
+    "WHERE id = :id AND state = 'cancelled' AND completed_at IS NULL"
+)
+
+_RUNNING: Final = (TicketState.IN_PROGRESS, TicketState.WAITING)
+
+
+def owns(row: Row) -> bool:
+    """The fence: does this attempt still own its step, and its run its ticket?"""
+    return (
+        row.outcome is None
+        and row.status == StepStatus.RUNNING
+        and row.attempt_id == row.id
+        and row.state in _RUNNING
+        and row.ticket_run == row.root_run
+    )
+
+
+class Changes:
+    """Collect, then `flush`. Methods that touch several rows at once by SQL write at once, after a flush."""
+
+    def __init__(self, tx: Tx) -> None:
+        self.tx = tx
+        self.ended: dict[str, TicketState] = {}  # tickets that this transaction ended: others may wait for them
+        # Runs of workflows for which a decision is due, and the steps that ended or were answered: `executor.settle`.
+        self.news: dict[str, list[str]] = {}
+        self._rows: dict[sa.TextClause, list[Mapping[str, Any]]] = {}
+
+    def add(self, statement: sa.TextClause, **values: Any) -> None:
+        self._rows.setdefault(statement, []).append(values)
+
+    def flush(self) -> None:
+        """In the order in which the kinds of change first came up, but attempts after all steps, and events at last."""
+        rows, self._rows = self._rows, {}
+        last = [(statement, rows.pop(statement, [])) for statement in (INSERT_ATTEMPT, INSERT_EVENT)]
+        for statement, values in (*rows.items(), *last):
+            self.tx.many(statement, values)
+
+    def transition(
+        self,
+        what: str,
+        before: str | None,
+        after: str,
+        *,
+        ticket_id: str,
+        step_id: str | None = None,
+        attempt_id: str | None = None,
+        **details: object,
+    ) -> None:
+        data = {"of": what, "from": before, "to": after, **{k: v for k, v in details.items() if v is not None}}
+        self.add(
+            INSERT_EVENT,
+            ticket_id=ticket_id,
+            step_id=step_id,
+            attempt_id=attempt_id,
+            at=self.tx.now,
+            kind="transition",
+            data=dump(data),
+        )
+
+    def add_event(self, event: Event) -> None:
+        self.add(
+            INSERT_EVENT,
+            ticket_id=event.ticket_id,
+            step_id=event.step_id,
+            attempt_id=event.attempt_id,
+            at=self.tx.now,
+            kind=event.kind,
+            data=dump(dict(event.data)),
+        )
+
+    def set_ticket(
+        self,
+        ticket_id: str,
+        before: str | None,
+        after: TicketState,
+        *,
+        error: str | None = None,
+        outputs: str | None = None,
+    ) -> None:
+        if after in TERMINAL_TICKET_STATES:
+            self.ended[ticket_id] = after
+        done_at = self.tx.now if after in TERMINAL_TICKET_STATES else None
+        error = message(error)
+        self.add(
+            _SET_TICKET,
+            id=ticket_id,
+            state=str(after),
+            outputs=outputs,
+            error=error,
+            completed_at=done_at,
+            now=self.tx.now,
+        )
+        self.transition("ticket", before, after, ticket_id=ticket_id, error=error)
+
+    def end_attempt(
+        self,
+        row: Row,
+        outcome: AttemptOutcome,
+        *,
+        reason: str | None = None,
+        error: str | None = None,
+        exit_code: int | None = None,
+        timings: Mapping[str, float] | None = None,
+        vm_id: int | None = None,
+    ) -> None:
+        self.add(
+            _END_ATTEMPT,
+            id=row.id,
+            outcome=str(outcome),
+            reason=reason,
+            error=message(error),
+            exit_code=exit_code,
+            timings=dump(dict(timings)) if timings else None,
+            vm_id=vm_id,
+            now=self.tx.now,
+        )
+
+    def step_back(
+        self,
+        row: Row,
+        *,
+        why: str,
+        counted: bool,
+        error: str | None,
+        before: StepStatus = StepStatus.RUNNING,
+        delay_ms: int = 0,
+        vm_time_ms: float = 0.0,
+    ) -> None:
+        """running → ready: by retry, lost lease or soft stop; waiting → ready: it may spend more."""
+        self.add(
+            _STEP_BACK,
+            id=row.step_execution_id,
+            retry_count=row.retry_count + counted,
+            available_at=self.tx.now_ms + delay_ms if delay_ms else None,
+            error=message(error),
+            now=self.tx.now,
+        )
+        if vm_time_ms:
+            self.add(_ADD_VM_TIME, id=row.run_id, vm_time_ms=vm_time_ms)
+        self.transition(
+            "step",
+            before,
+            StepStatus.READY,
+            ticket_id=row.ticket_id,
+            step_id=row.step_id,
+            attempt_id=row.id,
+            why=why,
+            delay_ms=delay_ms or None,
+            error=message(error),
+        )
+
+    def ask(self, row: Row, *, why: str, question: str, error: str, vm_time_ms: float = 0.0) -> None:
+        """running → waiting, for a person's word. Its row goes on naming the attempt that it came to this by."""
+        self.add(_ASK, id=row.step_execution_id, question=message(question), error=message(error))
+        if vm_time_ms:
+            self.add(_ADD_VM_TIME, id=row.run_id, vm_time_ms=vm_time_ms)
+        self.transition(
+            "step",
+            StepStatus.RUNNING,
+            StepStatus.WAITING,
+            ticket_id=row.ticket_id,
+            step_id=row.step_id,
+            attempt_id=row.id,
+            why=why,
+            error=message(error),
+        )
+
+    def end_step(
+        self,
+        row: Row,
+        status: StepStatus,
+        *,
+        why: str,
+        before: StepStatus = StepStatus.RUNNING,
+        error: str | None = None,
+        outputs: str | None = None,
+        vm_time_ms: float = 0.0,
+        vm_id: int | None = None,
+    ) -> None:
+        """The step ends. In a plain ticket its run and its ticket do as well; in a workflow's run that is news."""
+        error, now = message(error), self.tx.now
+        started, ended = milliseconds(row.started_at), self.tx.now_ms
+        self.add(
+            _END_STEP,
+            id=row.step_execution_id,
+            status=str(status),
+            outputs=outputs,
+            error=error,
+            now=now,
+            duration_ms=max(0, ended - started) if started is not None else None,
+            vm_id=vm_id,
+        )
+        self.transition(
+            "step",
+            before,
+            status,
+            ticket_id=row.ticket_id,
+            step_id=row.step_id,
+            attempt_id=row.id,
+            why=why,
+            error=error,
+        )
+        if row.definition is not None:
+            self.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
+            if vm_time_ms:
+                self.add(_ADD_VM_TIME, id=row.run_id, vm_time_ms=vm_time_ms)
+            return
+        run_status, state = {
+            StepStatus.COMPLETED: (RunStatus.COMPLETED, TicketState.DONE),
+            StepStatus.FAILED: (RunStatus.FAILED, TicketState.FAILED),
+            StepStatus.CANCELLED: (RunStatus.CANCELLED, TicketState.CANCELLED),
+        }[status]
+        self.add(
+            _END_RUN,
+            id=row.run_id,
+            status=str(run_status),
+            error=error,
+            error_step=row.step_id if status is StepStatus.FAILED else None,
+            now=now,
+            vm_time_ms=vm_time_ms,
+        )
+        self.set_ticket(row.ticket_id, lenient(row.state), state, error=error, outputs=outputs)
+
+    def cancel_runs(self, run_ids: Iterable[str], *, error: str) -> None:
+        """All that is live in these runs, and in runs within them, ends as cancelled; their tickets are not touched."""
+        self.flush()
+        ids = self._with_those_within(run_ids)
+        for run in ids:
+            self.news.pop(run, None)
+        for step in self.tx.all_in(_LIVE_STEPS, ids):
+            self.transition(
+                "step",
+                step.status,
+                StepStatus.CANCELLED,
+                ticket_id=step.ticket_id,
+                step_id=step.step_id,
+                attempt_id=step.attempt_id,
+                why=error,
+            )
+        for statement in (_CANCEL_ATTEMPTS, _CANCEL_STEPS, _CANCEL_RUN):
+            self.tx.many(statement, [{"run_id": run, "error": message(error), "now": self.tx.now} for run in ids])
+        self.flush()
+
+    def delete_runs(self, run_ids: Iterable[str]) -> None:
+        """Runs whose ticket is gone."""
+        self.flush()
+        ids = self._with_those_within(run_ids)
+        for statement in (_DELETE_ATTEMPTS, _DELETE_STEPS, _DELETE_RUN):
+            self.tx.many(statement, [{"run_id": run} for run in ids])
+
+    def _with_those_within(self, run_ids: Iterable[str]) -> list[str]:
+        found = dict.fromkeys(run_ids)
+        level = list(found)
+        while level:
+            level = [row.id for row in self.tx.all_in(_RUNS_WITHIN, level) if row.id not in found]
+            found |= dict.fromkeys(level)
+        return list(found)
+
+    def settle_disowned(self, rows: Sequence[Row]) -> None:
+        """Live attempts (rows of the fence) or ready steps whose ticket another tool ended, took back or deleted."""
+        known = [row for row in rows if row.run_id is not None and row.ticket is not None]
+        taken_back = [row for row in known if not (row.state in _RUNNING and row.ticket_run == row.root_run)]
+        if taken_back:
+            self.cancel_runs([row.root_run for row in taken_back], error="the ticket was changed from outside")
+            for row in taken_back:
+                self.add(_CLOSE_TICKET, id=row.ticket, now=self.tx.now)
+            self.flush()
+        if deleted := [row.run_id for row in rows if row.run_id is not None and row.ticket is None]:
+            self.delete_runs(deleted)
+        for row in rows:
+            if row.run_id is None:  # even its step is gone
+                self.add(_DELETE_ATTEMPT, id=row.id)
+            elif row in known and row not in taken_back:  # the step belongs to another attempt
+                self.end_attempt(row, AttemptOutcome.LOST, error="another attempt has the step")
+        self.flush()

@@ -1,0 +1,137 @@
+"""Tickets that wait for tickets (`ticket_dependencies`, written by any tool): blocked until all they need are done.
+
+A missing id, a circle, or one that failed or was cancelled fails those that need it, with a reason. Costs one look into
+an empty table while nobody uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.model import TicketState
+from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.rows import lenient
+from swarm.store.sql.schema import UNFINISHED
+from swarm.store.tickets.changes import Changes
+from swarm.store.tickets.validation import shown
+
+_NEEDS: Final = "d.ticket_id, d.depends_on, x.id AS found, x.state"
+NEEDS_OF: Final = sa.text(
+    f"SELECT {_NEEDS} FROM ticket_dependencies d LEFT JOIN tickets x ON x.id = d.depends_on WHERE d.ticket_id IN :ids"
+)
+NEEDS_OF_BLOCKED: Final = sa.text(
+    f"SELECT t.id, {_NEEDS} FROM tickets t LEFT JOIN ticket_dependencies d ON d.ticket_id = t.id "
+    "LEFT JOIN tickets x ON x.id = d.depends_on "
+    f"WHERE t.state = 'blocked' AND t.{UNFINISHED}"
+)
+BLOCKED_DEPENDANTS: Final = sa.text(
+    "SELECT DISTINCT d.ticket_id FROM ticket_dependencies d JOIN tickets t ON t.id = d.ticket_id "
+    "WHERE d.depends_on IN :ids AND t.state = 'blocked'"
+)
+
+
+def check(tx: Tx, ids: Iterable[str]) -> dict[str, str | None]:
+    """Those of the tickets that can't start: None for one that must wait, a sentence for one that never can."""
+    return _judge(tx.all_in(NEEDS_OF, ids))
+
+
+def _judge(rows: Sequence[Row]) -> dict[str, str | None]:
+    verdicts: dict[str, str | None] = {}
+    for row in rows:
+        if verdicts.get(row.ticket_id) is not None or row.depends_on is None:
+            continue
+        if row.found is None:
+            verdicts[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which does not exist"
+        elif row.state == TicketState.FAILED:
+            verdicts[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which failed"
+        elif row.state == TicketState.CANCELLED:
+            verdicts[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which was cancelled"
+        elif row.state != TicketState.DONE:
+            verdicts[row.ticket_id] = None
+    return verdicts
+
+
+def release(changes: Changes) -> None:
+    """After tickets ended: start or fail those that waited for them, and those that waited for these, …"""
+    while changes.ended:
+        changes.flush()
+        ended, changes.ended = changes.ended, {}
+        waiting = [row.ticket_id for row in changes.tx.all_in(BLOCKED_DEPENDANTS, ended)]
+        _apply(changes, waiting, check(changes.tx, waiting))
+    changes.flush()
+
+
+def _apply(changes: Changes, blocked: Iterable[str], verdicts: Mapping[str, str | None]) -> bool:
+    started = False
+    for one in blocked:
+        if one not in verdicts:
+            changes.set_ticket(one, TicketState.BLOCKED, TicketState.READY)
+            started = True
+        elif (error := verdicts[one]) is not None:
+            changes.set_ticket(one, TicketState.BLOCKED, TicketState.FAILED, error=error)
+    return started
+
+
+def settle_blocked(changes: Changes) -> bool:
+    """Judge every blocked ticket anew, for what other tools changed, and break circles. True if one became ready."""
+    rows = [row for row in changes.tx.all(NEEDS_OF_BLOCKED) if isinstance(row.id, str)]
+    if not rows:
+        return False
+    blocked = dict.fromkeys(row.id for row in rows)
+    verdicts = _judge(rows)
+    for circle in _circles({one: [] for one in blocked}, rows):
+        way = " → ".join(shown(one) for one in (*circle, circle[0]))
+        for one in circle:
+            verdicts[one] = f"its dependencies run in a circle: {way}; delete one of them from ticket_dependencies"
+    started = _apply(changes, blocked, verdicts)
+    release(changes)
+    return started
+
+
+def _circles(needs: dict[str, list[str]], rows: Sequence[Row]) -> list[list[str]]:
+    """At least one circle of every knot of blocked tickets, each in the order of its dependencies."""
+    for row in rows:
+        if row.depends_on in needs:
+            needs[row.id].append(row.depends_on)
+    needed_by: dict[str, list[str]] = {one: [] for one in needs}
+    open_needs = {one: len(others) for one, others in needs.items()}
+    for one, others in needs.items():
+        for other in others:
+            needed_by[other].append(one)
+    free = [one for one, count in open_needs.items() if count == 0]
+    while free:  # Kahn's algorithm: what is left over lies in a circle, or depends on one
+        one = free.pop()
+        del open_needs[one]
+        for other in needed_by[one]:
+            open_needs[other] -= 1
+            if open_needs[other] == 0:
+                free.append(other)
+    circles, seen = [], set[str]()
+    for start in open_needs:
+        way: list[str] = []
+        one = start
+        while one not in seen:
+            seen.add(one)
+            way.append(one)
+            one = next(other for other in needs[one] if other in open_needs)
+        if one in way:
+            circles.append(way[way.index(one) :])
+    return circles
+
+
+def add(tx: Tx, ticket_id: str, depends_on: Iterable[str]) -> None:
+    tx.many(INSERT, [{"ticket_id": ticket_id, "depends_on": other} for other in dict.fromkeys(depends_on)])
+
+
+# Another tool may have written some of them before the ticket itself.
+INSERT: Final = sa.text(
+    "INSERT INTO ticket_dependencies (ticket_id, depends_on) VALUES (:ticket_id, :depends_on) ON CONFLICT DO NOTHING"
+)
+OF_TICKET: Final = sa.text("SELECT depends_on FROM ticket_dependencies WHERE ticket_id = :id ORDER BY depends_on")
+
+
+def of(tx: Tx, ticket_id: str) -> list[str]:
+    return [lenient(row.depends_on) or "" for row in tx.all(OF_TICKET, id=ticket_id)]

@@ -1,0 +1,92 @@
+"""The log of everything: appended to in batches, read by those who follow a ticket, pruned by age."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import sqlalchemy as sa
+
+from swarm.model import Event
+from swarm.store.sql import rows
+from swarm.store.sql.database import Tx
+from swarm.store.sql.rows import dump, iso
+
+_COLUMNS: Final = "e.seq, e.ticket_id, e.step_id, e.attempt_id, e.at, e.kind, e.data"
+# A chunk of output that comes after its ticket was deleted has nobody left to read it.
+APPEND: Final = sa.text(
+    "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "
+    "SELECT id, :step_id, :attempt_id, :at, :kind, :data FROM tickets WHERE id = :ticket_id"
+)
+# An id may be used again after its ticket was deleted: the history of the one before is not this one's.
+OF_TICKET: Final = sa.text(
+    f"SELECT {_COLUMNS} FROM events e WHERE e.ticket_id = :id AND e.seq > :after AND e.seq > COALESCE("
+    "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
+)
+OF_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
+_OLDEST: Final = sa.text("SELECT seq, at, ticket_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
+_UNFINISHED: Final = sa.text("SELECT id FROM tickets WHERE id IN :ids AND state NOT IN ('done', 'failed', 'cancelled')")
+_DELETE: Final = sa.text("DELETE FROM events WHERE seq = :seq")
+PRUNE_DEFINITIONS: Final = sa.text(
+    "DELETE FROM definitions WHERE NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.definition = definitions.digest)"
+)
+_PRUNED_AT_ONCE: Final = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventsRequest:
+    ticket_id: str | None
+    after: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneRequest:
+    older_than_seconds: float
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    removed: int
+    after: int | None  # where to go on; None at the end
+
+
+def append(tx: Tx, requests: Sequence[Sequence[Event]]) -> Sequence[None]:
+    values = [
+        {
+            "ticket_id": event.ticket_id,
+            "step_id": event.step_id,
+            "attempt_id": event.attempt_id,
+            "at": tx.now,
+            "kind": event.kind,
+            "data": dump(dict(event.data)),
+        }
+        for events in requests
+        for event in events
+    ]
+    tx.many(APPEND, values)
+    return [None] * len(requests)
+
+
+def events(tx: Tx, request: EventsRequest) -> list[Event]:
+    if request.ticket_id is None:
+        found = tx.all(OF_ALL, after=request.after, limit=request.limit)
+    else:
+        found = tx.all(OF_TICKET, id=request.ticket_id, after=request.after, limit=request.limit)
+    return [rows.event(row) for row in found]
+
+
+def prune(tx: Tx, request: PruneRequest) -> Pruned:
+    """One batch, so that other writers get their turn between. Tickets that have not ended keep their history."""
+    before = iso(tx.now_ms - round(request.older_than_seconds * 1000))
+    looked_at = tx.all(_OLDEST, after=request.after, limit=_PRUNED_AT_ONCE)
+    old = [row for row in looked_at if row.at < before]
+    kept = {row.id for row in tx.all_in(_UNFINISHED, {row.ticket_id for row in old if isinstance(row.ticket_id, str)})}
+    gone = [{"seq": row.seq} for row in old if row.ticket_id not in kept]
+    tx.many(_DELETE, gone)
+    more = len(looked_at) == _PRUNED_AT_ONCE and len(old) == len(looked_at)
+    if not more:
+        tx.run(PRUNE_DEFINITIONS)  # frozen workflows of which no run is left
+    return Pruned(removed=len(gone), after=looked_at[-1].seq if more else None)

@@ -1,0 +1,229 @@
+"""Tickets by hand: add, show, list, cancel, retry; and how long the queue is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from swarm.errors import Conflict, NotFound, SwarmError, UsageError
+from swarm.model import TERMINAL_TICKET_STATES, Ticket, TicketState
+from swarm.store.sql import rows
+from swarm.store.sql.database import Tx
+from swarm.store.sql.rows import (
+    TICKET_COLUMNS,
+    TICKET_FIELDS,
+    AttemptRow,
+    Due,
+    QueueStatus,
+    RunRow,
+    StepRow,
+    milliseconds,
+)
+from swarm.store.sql.schema import UNFINISHED
+from swarm.store.tickets import dependencies, validation
+from swarm.store.tickets.changes import Changes
+
+# What a ticket is added with; the rest is Swarm's to write, or has a default.
+_GIVEN: Final = (
+    "id", "project_id", "title", "description", "state", "agent_id", "assignee_id", "assignee_type", "execution_mode",
+    "workflow_id", "inputs", "priority", "timeout_seconds", "max_attempts", "budget_usd", "budget_tokens",
+    "over_budget", "trigger_type", "trigger_data",
+)  # fmt: skip
+_INSERT: Final = sa.text(
+    f"INSERT INTO tickets ({', '.join(_GIVEN)}, created_at, updated_at) "
+    f"VALUES ({', '.join(':' + name for name in _GIVEN)}, :now, :now) "
+    f"ON CONFLICT (id) DO NOTHING RETURNING {', '.join(TICKET_FIELDS)}"
+)
+_BY_ID: Final = sa.text(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
+_LIST: Final = f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE 1 = 1"
+_LIVE_RUNS: Final = sa.text("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
+_AGAIN: Final = sa.text(
+    "UPDATE tickets SET state = 'ready', error = NULL, outputs = NULL, run_id = NULL, started_at = NULL, "
+    "completed_at = NULL, updated_at = :now WHERE id = :id"
+)
+_RUNS: Final = sa.text("SELECT * FROM workflow_runs WHERE ticket_id = :id ORDER BY id")
+_STEPS: Final = sa.text(
+    "SELECT s.* FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE r.ticket_id = :id ORDER BY s.id"
+)
+_ATTEMPTS: Final = sa.text(
+    "SELECT a.*, s.step_id FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
+    "JOIN attempts a ON a.step_execution_id = s.id WHERE r.ticket_id = :id ORDER BY a.id"
+)
+# `|| ''`: else SQLite looks for the oldest ready ticket in the index of all tickets by age, past every finished one.
+QUEUE: Final = sa.text(f"""
+    SELECT (SELECT count(*) FROM tickets WHERE state = 'ready') AS ready_tickets,
+      (SELECT min(created_at || '') FROM tickets WHERE state = 'ready') AS oldest_ticket,
+      (SELECT count(*) FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS ready_steps,
+      (SELECT min(queued_at) FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS oldest_step,
+      (SELECT count(*) FROM step_executions WHERE status = 'ready' AND available_at IS NOT NULL) AS delayed,
+      (SELECT min(available_at) FROM step_executions WHERE status = 'ready' AND available_at IS NOT NULL) AS next_step,
+      (SELECT count(*) FROM attempts WHERE outcome IS NULL) AS running,
+      (SELECT min(lease_until) FROM attempts WHERE outcome IS NULL) AS next_lease,
+      (SELECT min(due_at) FROM workflow_runs WHERE due_at IS NOT NULL) AS next_run,
+      (SELECT min(available_at) FROM step_executions WHERE status = 'waiting' AND available_at IS NOT NULL)
+      AS next_answer,
+      (SELECT count(*) FROM tickets WHERE state = 'blocked' AND {UNFINISHED}) AS blocked,
+      (SELECT count(*) FROM tickets WHERE state = 'waiting' AND {UNFINISHED}) AS waiting
+""")
+
+NEXT_DUE: Final = sa.text("""
+    SELECT (SELECT min(available_at) FROM step_executions WHERE status = 'ready' AND available_at IS NOT NULL) AS step,
+      (SELECT min(lease_until) FROM attempts WHERE outcome IS NULL) AS lease,
+      (SELECT min(due_at) FROM workflow_runs WHERE due_at IS NOT NULL) AS run,
+      (SELECT min(available_at) FROM step_executions WHERE status = 'waiting' AND available_at IS NOT NULL) AS answer,
+      EXISTS (SELECT 1 FROM tickets WHERE state = 'ready')
+      OR EXISTS (SELECT 1 FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS ready
+""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddRequest:
+    ticket: Ticket
+    depends_on: Sequence[str] = ()
+
+
+def add(tx: Tx, requests: Sequence[AddRequest]) -> Sequence[Ticket | SwarmError]:
+    results: list[Ticket | SwarmError] = []
+    for request in requests:
+        values = {name: getattr(request.ticket, name) for name in _GIVEN}
+        values["trigger_type"] = request.ticket.trigger_type or "ticket"
+        row = tx.first(_INSERT, now=tx.now, **values)
+        if row is None:
+            results.append(
+                Conflict(f"there is a ticket {validation.shown(request.ticket.id)} already; choose another id")
+            )
+            continue
+        dependencies.add(tx, request.ticket.id, request.depends_on)
+        results.append(rows.ticket(row))
+    return results
+
+
+def check(ticket: Ticket) -> Ticket:
+    """What `add_ticket` refuses at once, and an outside INSERT only sees when it is claimed. Raises UsageError."""
+    if ticket.state not in (TicketState.DRAFT, TicketState.READY):
+        raise UsageError(f"a new ticket is 'draft' or 'ready', not {validation.shown(ticket.state)}")
+    values = asdict(ticket) | {"execution_mode": ticket.execution_mode or "agent"}
+    try:
+        checked = validation.strict_ticket(Ticket(**values))
+        validation.read_inputs(checked.inputs)
+    except validation.BadRow as error:
+        raise UsageError(f"bad ticket: {error}") from None
+    return checked
+
+
+def ticket(tx: Tx, id: str) -> Ticket:  # noqa: A002
+    row = tx.first(_BY_ID, id=id) if validation.storable(id) else None
+    if row is None:
+        raise NotFound(f"no ticket {validation.shown(id)}; `swarm ticket list` shows the newest")
+    return rows.ticket(row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListRequest:
+    states: Sequence[str]
+    project_id: str | None
+    limit: int
+
+
+def tickets(tx: Tx, request: ListRequest) -> list[Ticket]:
+    sql, values = _LIST, dict[str, Any](limit=request.limit)
+    if request.states:
+        names = {f"state_{number}": str(state) for number, state in enumerate(request.states)}
+        sql += f" AND t.state IN ({', '.join(':' + name for name in names)})"
+        values |= names
+    if request.project_id is not None:
+        sql += " AND t.project_id = :project_id"
+        values["project_id"] = request.project_id
+    return [rows.ticket(row) for row in tx.all(sa.text(sql + " ORDER BY t.created_at DESC LIMIT :limit"), **values)]
+
+
+def runs(tx: Tx, id: str) -> list[RunRow]:  # noqa: A002
+    return [RunRow(**rows.row_values(RunRow, row)) for row in tx.all(_RUNS, id=id)]
+
+
+def steps(tx: Tx, id: str) -> list[StepRow]:  # noqa: A002
+    return [StepRow(**rows.row_values(StepRow, row)) for row in tx.all(_STEPS, id=id)]
+
+
+def attempts(tx: Tx, id: str) -> list[AttemptRow]:  # noqa: A002
+    return [
+        AttemptRow(**rows.row_values(AttemptRow, row) | {"timings": json.loads(row.timings or "{}")})
+        for row in tx.all(_ATTEMPTS, id=id)
+    ]
+
+
+def depends_on(tx: Tx, id: str) -> list[str]:  # noqa: A002
+    return dependencies.of(tx, id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequest:
+    ticket_id: str
+    by: str
+
+
+def cancel(tx: Tx, request: CancelRequest) -> None:
+    """End a ticket that has not ended. Its attempt, if one runs, owns nothing any more: `renew` tells its worker."""
+    found = ticket(tx, request.ticket_id)
+    if found.state == TicketState.CANCELLED:
+        return
+    if found.state in TERMINAL_TICKET_STATES:
+        raise Conflict(f"the ticket {validation.shown(found.id)} is {found.state} already; there is nothing to cancel")
+    changes, error = Changes(tx), f"cancelled by {request.by}"
+    if live := [row.id for row in tx.all(_LIVE_RUNS, id=found.id)]:
+        changes.cancel_runs(live, error=error)
+    changes.set_ticket(found.id, found.state, TicketState.CANCELLED, error=error)
+    dependencies.release(changes)
+
+
+def retry(tx: Tx, id: str) -> None:  # noqa: A002
+    """Once more, in a new run; the old ones stay as history. Raises Conflict unless it failed or was cancelled."""
+    take_back(tx, id)[1].flush()
+
+
+def take_back(tx: Tx, id: str, *, done: bool = False) -> tuple[Ticket, Changes]:  # noqa: A002
+    """Make a failed or cancelled ticket, with ``done`` any that has ended, ready: the ticket as it was, and the
+    change, to be flushed."""
+    found = ticket(tx, id)
+    if found.state == TicketState.DONE and not done:
+        raise Conflict(
+            f"the ticket {validation.shown(id)} is done; only a failed or cancelled one is tried again "
+            "(of a workflow that is done, a step and what follows: --from STEP)"
+        )
+    if found.state not in TERMINAL_TICKET_STATES:
+        raise Conflict(
+            f"the ticket {validation.shown(id)} is {found.state}: it has not ended, so it can't be tried again"
+        )
+    changes = Changes(tx)
+    if live := [row.id for row in tx.all(_LIVE_RUNS, id=id)]:  # ended from outside a moment ago
+        changes.cancel_runs(live, error="the ticket was changed from outside")
+    changes.add(_AGAIN, id=id, now=tx.now)
+    changes.transition("ticket", found.state, TicketState.READY, ticket_id=id, why="by hand")
+    return found, changes
+
+
+def queue(tx: Tx, request: None) -> QueueStatus:
+    row = tx.first(QUEUE)
+    assert row is not None
+    oldest = [ms for ms in (milliseconds(row.oldest_ticket), milliseconds(row.oldest_step)) if ms is not None]
+    due = [ms for ms in (row.next_step, row.next_lease, row.next_run, row.next_answer) if ms is not None]
+    return QueueStatus(
+        ready=row.ready_tickets + row.ready_steps,
+        running=row.running,
+        delayed=row.delayed,
+        blocked=row.blocked,
+        waiting=row.waiting,
+        oldest_ready_ms=float(max(0, tx.now_ms - min(oldest))) if oldest else None,
+        next_due_ms=float(max(0, min(due) - tx.now_ms)) if due else None,
+    )
+
+
+def due(tx: Tx, request: None) -> Due:
+    row = tx.first(NEXT_DUE)
+    assert row is not None
+    times = [ms for ms in (row.step, row.lease, row.run, row.answer) if ms is not None]
+    return Due(ready=bool(row.ready), next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)

@@ -1,0 +1,207 @@
+"""Is this row a ticket that can run? Everything in it may be wrong: any tool may have written it.
+
+What is wrong becomes a `BadRow`, whose message goes into the ticket's `error`: it says which column, what is in it, and
+what to put there instead. Pure: rows in, values out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from swarm.base import jsontext
+from swarm.model import Agent, BudgetPolicy, ExecutionMode, Ticket, TicketState
+from swarm.store.sql.rows import TICKET_FIELDS, lenient
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+MAX_ID_BYTES: Final = 512
+MAX_BYTES: Final[Mapping[str, int]] = {
+    "id": MAX_ID_BYTES,
+    "description": 16 * MIB,
+    "inputs": 16 * MIB,
+    "trigger_data": 16 * MIB,
+}
+MAX_OTHER_BYTES: Final = 64 * KIB  # title and all the short ones
+MAX_PRIORITY: Final = 2**31 - 1
+MAX_ATTEMPTS: Final = 1000
+MAX_TIMEOUT_SECONDS: Final = 30 * 24 * 3600.0
+_ID_COLUMNS: Final = ("id", "agent_id", "assignee_id", "workflow_id", "assignee_type", "execution_mode")
+# What Swarm itself writes: shown as well as can be, never a reason to refuse the ticket.
+_OURS: Final = frozenset({"outputs", "error", "run_id", "created_at", "updated_at", "started_at", "completed_at"})
+
+
+class BadRow(ValueError):
+    """A ticket that can't run, and what to do about it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A ticket that can run, as far as its own row tells."""
+
+    ticket: Ticket
+    agent_id: str
+    inputs: str  # JSON text of an object
+
+
+def read(row: Any) -> Work:
+    """Check a row of tickets. Raises BadRow."""
+    ticket = strict_ticket(row)
+    mode = ticket.execution_mode or ExecutionMode.AGENT
+    if mode not in tuple(ExecutionMode):
+        raise BadRow(f"execution_mode {shown(mode)} is unknown; use 'agent' or 'workflow'")
+    inputs = read_inputs(ticket.inputs)
+    if mode == ExecutionMode.WORKFLOW:
+        if not ticket.workflow_id:
+            raise BadRow("execution_mode is 'workflow' but workflow_id is empty; set it to the id of a workflow")
+        _read_object("trigger_data", ticket.trigger_data)
+        return Work(ticket=ticket, agent_id="", inputs=inputs)
+    return Work(ticket=ticket, agent_id=_agent_id(ticket), inputs=inputs)
+
+
+def strict_ticket(row: Any) -> Ticket:
+    """``row``: anything with a ticket's fields as attributes. Raises BadRow."""
+    values: dict[str, Any] = {}
+    for name in TICKET_FIELDS:
+        value = getattr(row, name)
+        if name in _OURS:
+            values[name] = lenient(value)
+        elif name in _NUMBERS:
+            values[name] = _NUMBERS[name](name, value)
+        else:
+            values[name] = strict_text(name, value)
+    for name in _ID_COLUMNS:
+        if "\0" in (values[name] or ""):
+            raise BadRow(f"{name} {shown(values[name])} holds a NUL character; remove it")
+    if not values["id"].strip():
+        raise BadRow("id is empty; give the ticket an id")
+    if values["over_budget"] not in (None, *BudgetPolicy):
+        raise BadRow(f"over_budget {shown(values['over_budget'])} is unknown; use 'fail' or 'wait', or NULL")
+    return Ticket(**values)
+
+
+def strict_text(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        if name == "id":  # no statement of ours would find it again by its text
+            raise BadRow("id is a BLOB; give the ticket an id that is text")
+        try:
+            value = value.decode()  # e.g. the shell's readfile()
+        except UnicodeDecodeError:
+            raise BadRow(f"{name} is a BLOB that is not UTF-8 text; store text") from None
+    text = value if isinstance(value, str) else str(value)
+    limit = MAX_BYTES.get(name, MAX_OTHER_BYTES)
+    try:
+        size = len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError:
+        raise BadRow(f"{name} is not valid UTF-8: {shown(text)}; store it again as UTF-8 text") from None
+    if size > limit:
+        raise BadRow(f"{name} has {size:,} bytes, the limit is {limit:,}; put large data where the agent can fetch it")
+    return text
+
+
+def _number(name: str, value: object, *, least: float, most: float, whole: bool) -> Any:
+    if value is None:
+        return None
+    good = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
+    if isinstance(value, int | float) and good and (not whole or value == int(value)):
+        return int(value) if whole else float(value)
+    kind = "a whole number" if whole else "a number"
+    raise BadRow(f"{name} is {shown(value)}; it must be {kind} from {least:g} to {most:g}, or NULL")
+
+
+_NUMBERS: Final[Mapping[str, Any]] = {
+    "priority": lambda n, v: _number(n, v, least=-MAX_PRIORITY, most=MAX_PRIORITY, whole=True) or 0,
+    "max_attempts": lambda n, v: _number(n, v, least=1, most=MAX_ATTEMPTS, whole=True),
+    "timeout_seconds": lambda n, v: _number(n, v, least=0.001, most=MAX_TIMEOUT_SECONDS, whole=False),
+    "budget_usd": lambda n, v: _number(n, v, least=0, most=1e9, whole=False),
+    "budget_tokens": lambda n, v: _number(n, v, least=0, most=10**15, whole=True),
+}
+
+
+def check_budget(name: str, value: object) -> None:
+    """``name``: the column. Raises BadRow."""
+    _NUMBERS[name](name, value)
+
+
+def _agent_id(ticket: Ticket) -> str:
+    if ticket.agent_id:
+        return ticket.agent_id
+    if ticket.assignee_id and (ticket.assignee_type or "agent") == "agent":
+        return ticket.assignee_id
+    if ticket.assignee_id:
+        raise BadRow(
+            f"the ticket is assigned to {shown(ticket.assignee_id)}, a {shown(ticket.assignee_type)} and not an agent; "
+            "set agent_id (`swarm agent list` shows the agents)"
+        )
+    if ticket.workflow_id:
+        raise BadRow("workflow_id is set but execution_mode is 'agent'; set execution_mode to 'workflow', or agent_id")
+    raise BadRow("no agent: set agent_id to the id of a registered agent (`swarm agent list` shows them)")
+
+
+def read_inputs(text: str | None) -> str:
+    return _read_object("inputs", text)
+
+
+def _read_object(name: str, text: str | None) -> str:
+    if text is None or not text.strip():
+        return "{}"
+    try:
+        value = jsontext.loads(text)
+    except jsontext.TooDeep as error:
+        raise BadRow(f"{name} is {error}; flatten it") from None
+    except ValueError as error:
+        raise BadRow(f"{name} is not valid JSON: {error}; it must be a JSON object, for example {{}}") from None
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+        raise BadRow(f'{name} is JSON, but {kind}; it must be an object, for example {{"value": …}}')
+    return text
+
+
+def unknown_agent(agent_id: str, agents: Mapping[str, str]) -> BadRow:
+    """``agents``: name → id of those whose name is like it."""
+    hint = f"; did you mean {agents[agent_id]!r} (its name is {agent_id!r})?" if agent_id in agents else ""
+    return BadRow(f"no agent has the id {shown(agent_id)}{hint or '; `swarm agent list` shows those there are'}")
+
+
+def unknown_workflow(workflow_id: str, ids: Sequence[str]) -> BadRow:
+    """``ids``: of workflows that are called so."""
+    hint = f"; did you mean {ids[-1]!r} (its name is {workflow_id!r})?" if ids else ""
+    listed = "; look it up in the table workflows, or by `swarm workflow list`"
+    return BadRow(f"no workflow has the id {shown(workflow_id)}{hint or listed}")
+
+
+def disabled_workflow(name: str, version: str) -> BadRow:
+    return BadRow(
+        f"the workflow {name}@{version} is disabled; `swarm workflow enable {name}@{version}` lets it start again"
+    )
+
+
+def unknown_state(value: object) -> str:
+    guess = str(lenient(value)).strip().lower().replace("-", "_").replace(" ", "_")
+    meant = guess if guess in tuple(TicketState) else TicketState.READY
+    others = ", ".join(s for s in TicketState if s not in (TicketState.IN_PROGRESS, TicketState.WAITING))
+    return f"state {shown(value)} is unknown; set it to '{meant}' (states to set by hand: {others})"
+
+
+def storable(text: str) -> bool:
+    """Could this be an id in any database? Lone surrogates (from a command line that is not UTF-8) could not."""
+    return text.isascii() or text == lenient(text)
+
+
+def shown(value: object) -> str:
+    """A hostile value inside one of our sentences: quoted, short, printable."""
+    text = value if isinstance(value, int | float) else str(lenient(value))
+    quoted = ascii(text)
+    return quoted if len(quoted) <= 80 else f"{quoted[:76]}…{quoted[-1]}"
+
+
+def timeout_of(ticket: Ticket, agent: Agent) -> float:
+    return ticket.timeout_seconds or agent.timeout_seconds
+
+
+def max_attempts_of(ticket: Ticket, agent: Agent) -> int:
+    return ticket.max_attempts or agent.retry.max_attempts

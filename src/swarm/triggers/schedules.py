@@ -1,0 +1,169 @@
+"""What starts workflows by itself: schedules. (Webhooks: `swarm.api`, which makes its tickets here as well.)"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import structlog
+
+from swarm import schema
+from swarm.cel import template
+from swarm.cel.evaluate import Evaluator
+from swarm.cel.expression import ExpressionError
+from swarm.errors import StoreError
+from swarm.model import ExecutionMode, Ticket, TicketState
+from swarm.store.registry.schedules import DueSchedule, FireRequest, moment, ms
+from swarm.store.sql.rows import dump, iso, new_id
+from swarm.store.store import Store
+from swarm.workflow import definition, schedule
+from swarm.workflow.definition import Workflow
+
+log = structlog.get_logger(__name__)
+
+# The clock that decides may be stepped while we wait by another one: so we look this often, whatever is due next.
+LOOK_SECONDS: Final = 30.0
+# Commits are the only news of a new schedule, and most of them bring none.
+_PACE_SECONDS: Final = 1.0
+
+
+class InputsRefused(ValueError):
+    """What came with a trigger does not make the inputs that the workflow wants."""
+
+
+def ticket(
+    flow: Workflow,
+    workflow_id: str,
+    given: Mapping[str, Any],
+    trigger: Mapping[str, Any],
+    *,
+    evaluator: Evaluator,
+    id: str,  # noqa: A002
+    title: str,
+) -> Ticket:
+    """A ticket, ready, that runs the workflow. ``given``: the trigger's `inputs:`; ``trigger``: what its expressions,
+    and the run's, know as `trigger`. Raises InputsRefused."""
+    try:
+        inputs = template.fill({"inputs": dict(given)}, {"trigger": trigger}, evaluator)["inputs"]
+    except ExpressionError as error:
+        raise InputsRefused(str(error)) from None
+    if flow.inputs_schema is not None:
+        wrong = schema.issues(schema.with_defaults(inputs, flow.inputs_schema), schema.text(flow.inputs_schema))
+        if wrong:
+            raise InputsRefused("the inputs don't fit the workflow: " + "; ".join(map(str, wrong)))
+    data = {name: value for name, value in trigger.items() if name != "type"}
+    return Ticket(
+        id=id,
+        title=title,
+        state=TicketState.READY,
+        execution_mode=ExecutionMode.WORKFLOW,
+        workflow_id=workflow_id,
+        inputs=dump(inputs),
+        trigger_type=trigger["type"],
+        trigger_data=dump(data),
+    )
+
+
+class Scheduler:
+    """Makes the tickets of schedules whose time has come. Any number of engines may have one each."""
+
+    def __init__(self, *, store: Store, evaluator: Evaluator) -> None:
+        self._store = store
+        self._evaluator = evaluator
+        self._news = asyncio.Event()
+        self._trouble = ""
+
+    def look(self) -> None:
+        """Somebody has committed: there may be a new schedule."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """For ever: sleep until the next one is due, or until there is news."""
+        while True:
+            self._news.clear()
+            looked = time.monotonic()
+            try:
+                wait = await self.fire()
+                self._trouble = ""
+            except StoreError as error:
+                if str(error) != self._trouble:
+                    self._trouble = str(error)
+                    log.warning("can't look for schedules", error=self._trouble)
+                wait = _PACE_SECONDS
+            until = looked + min(LOOK_SECONDS, LOOK_SECONDS if wait is None else wait + 0.001)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + until - time.monotonic()):
+                    await self._news.wait()
+                    await asyncio.sleep(looked + _PACE_SECONDS - time.monotonic())
+
+    async def fire(self) -> float | None:
+        """Run what is due. How many seconds until the next one is; None when there is none."""
+        found = await self._store.due_schedules()
+        held = 0
+        for one in found.due:
+            request = await asyncio.to_thread(self._request, one, found.now_ms)
+            if request is None:
+                held += 1
+            elif await self._store.fire_schedule(request):
+                log.info(
+                    "schedule came true",
+                    workflow=one.workflow,
+                    tickets=[new.id for new in request.new],
+                    dropped=request.dropped,
+                    **({"error": request.error} if request.error else {}),
+                )
+        if held < len(found.due):
+            return 0.0
+        return None if found.next_ms is None else found.next_ms / 1000
+
+    def _request(self, due: DueSchedule, now_ms: int) -> FireRequest | None:
+        """None: it waits for the ticket before to end, which is a commit, and so news."""
+        try:
+            flow = definition.from_json(json.loads(due.definition))
+            one = flow.schedule[due.number]
+            if schedule.is_held(one, due.before):
+                return None
+            plan = schedule.plan(one, moment(due.next_at), moment(now_ms), due.before)
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError, OSError) as error:
+            # A zone that this host no longer knows, or a row by hand. It is not looked at again until it is changed.
+            return FireRequest(due=due, next_at=None, last_at=None, dropped=0, new=(), error=str(error))
+        dropped = plan.dropped
+        tickets = []
+        for when in plan.run:
+            trigger = {
+                "type": "schedule",
+                "time": iso(ms(when)),
+                "cron": one.cron,
+                "time_zone": one.time_zone,
+                "missed": dropped,
+            }
+            tickets.append(self._ticket(flow, due, one.inputs, trigger, when.astimezone(schedule.zone(one.time_zone))))
+            dropped = 0  # told once
+        return FireRequest(
+            due=due,
+            next_at=ms(plan.next),
+            last_at=iso(ms(plan.run[-1])) if plan.run else None,
+            dropped=plan.dropped,
+            new=tickets,
+        )
+
+    def _ticket(
+        self, flow: Workflow, due: DueSchedule, given: Mapping[str, Any], trigger: Mapping[str, Any], when: Any
+    ) -> Ticket:
+        id_, title = new_id(ms(when)), f"{flow.name}, {when:%Y-%m-%d %H:%M %Z}"
+        try:
+            return ticket(flow, due.workflow_id, given, trigger, evaluator=self._evaluator, id=id_, title=title)
+        except InputsRefused as error:
+            return Ticket(
+                id=id_,
+                title=title,
+                state=TicketState.READY,
+                execution_mode=ExecutionMode.WORKFLOW,
+                workflow_id=due.workflow_id,
+                error=f"the schedule {trigger['cron']!r} of {flow.name}@{flow.version}: {error}",
+                trigger_type="schedule",
+            )

@@ -1,0 +1,179 @@
+"""`swarm install firecracker`: the official release, checked against digests that stand here, put where PATH finds it.
+
+The release's own checksum file comes from where the archive comes from, so it proves nothing; these digests came with
+our source. To add a version: download both archives and their .sha256.txt on a machine you trust, compare, add a line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import platform
+import tarfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from swarm.errors import HostError, NotFound, UsageError
+from swarm.vm.drivers.firecracker import JAILER, PROGRAM
+
+DEFAULT_VERSION: Final = "1.15.1"
+_RELEASES: Final = "https://github.com/firecracker-microvm/firecracker/releases/download"
+_MAX_ARCHIVE_BYTES: Final = 64 << 20
+_MAX_PROGRAM_BYTES: Final = 64 << 20
+_TIMEOUT_SECONDS: Final = 60.0
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """sha256 of a release: of the archive as published, or of the two programs in it. Either is enough."""
+
+    archive: str = ""
+    programs: Mapping[str, str] | None = None
+
+
+RELEASES: Final[Mapping[tuple[str, str], Release]] = {
+    ("1.15.1", "x86_64"): Release(
+        archive="d4a32ab2322d887ca1bc4a4e7afa9cc35393e6362dfc2b3becb389d362e4275a",
+        programs={
+            PROGRAM: "7e8b57e88c459396d4680d83dcdd8c7f72305447cb55b11f4ac98ad70a3f7825",
+            JAILER: "4830a9b1fc6cece036d8992ff12f1fe9c5247aacad77f42c7aba683c7a08622e",
+        },
+    ),
+    ("1.15.1", "aarch64"): Release(archive="00654ac1e702a22744121ea9f10a4f792ebd7c3a744cba587dfac9fcb79b41a5"),
+    ("1.12.1", "x86_64"): Release(
+        programs={
+            PROGRAM: "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930",
+            JAILER: "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
+        },
+    ),
+}
+
+
+async def install(
+    *,
+    version: str = DEFAULT_VERSION,
+    source: Path | None = None,
+    target: Path,
+    machine: str | None = None,
+    releases: str = _RELEASES,
+    progress: Progress = lambda step, share: None,
+) -> list[Path]:
+    """Put firecracker and jailer of ``version`` into ``target``; the paths. ``source`` is an archive already here, else
+    it is ``<releases>/v<version>/<archive>``.
+
+    Nothing is written unless every digest is right. Raises UsageError for a version or architecture that is not in the
+    list, NotFound when ``source`` is not there, HostError when the download fails or a digest differs.
+    """
+    machine = machine or platform.machine()
+    release = RELEASES.get((version, machine))
+    if release is None:
+        known = ", ".join(f"{v} ({m})" for v, m in RELEASES)
+        raise UsageError(f"no digests are known for Firecracker {version} on {machine}; known: {known}")
+    archive = f"firecracker-v{version}-{machine}.tgz"
+    if source is not None:
+        data = await asyncio.to_thread(_read, source)
+    else:
+        progress(f"downloading {archive}", 0.0)
+        data = await _download(f"{releases}/v{version}/{archive}", progress)
+    progress("checking", 0.9)
+    programs = await asyncio.to_thread(verified, data, release, version, machine, str(source or archive))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        return [_put(target / name, content) for name, content in programs.items()]
+    except OSError as error:
+        raise HostError(f"can't write to {target}: {error.strerror}; run as root, or give --to DIRECTORY") from error
+
+
+def verified(data: bytes, release: Release, version: str, machine: str, name: str) -> dict[str, bytes]:
+    """The two programs in an archive, if it, or both of them, have the right digests. Raises HostError."""
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != release.archive and release.programs is None:
+        raise HostError(f"{name} is not what was released: its sha256 is {digest} instead of {release.archive}")
+    programs = _unpack(data, version, machine, name)
+    if digest != release.archive:
+        for program, content in programs.items():
+            digest, wanted = hashlib.sha256(content).hexdigest(), (release.programs or {})[program]
+            if digest != wanted:
+                raise HostError(f"{program} in {name} is not what was released: sha256 {digest} instead of {wanted}")
+    return programs
+
+
+def _unpack(data: bytes, version: str, machine: str, name: str) -> dict[str, bytes]:
+    """Members are read, never extracted: an archive's paths reach no disk."""
+    found = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:*") as archive:
+            for program in (PROGRAM, JAILER):
+                for member in (f"release-v{version}-{machine}/{program}-v{version}-{machine}", program):
+                    if member not in archive.getnames():
+                        continue
+                    info = archive.getmember(member)
+                    file = archive.extractfile(info)
+                    if file is None or info.size > _MAX_PROGRAM_BYTES:
+                        raise HostError(f"{member} in {name} is no program")
+                    found[program] = file.read(_MAX_PROGRAM_BYTES)
+                    break
+                else:
+                    raise HostError(f"there is no {program} of {version} for {machine} in {name}")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise HostError(f"{name} is not a whole archive: {error}") from error
+    return found
+
+
+def _read(source: Path) -> bytes:
+    try:
+        with source.open("rb") as file:
+            data = file.read(_MAX_ARCHIVE_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFound(f"there is no file {source}") from None
+    except OSError as error:
+        raise HostError(f"can't read {source}: {error.strerror}") from error
+    if len(data) > _MAX_ARCHIVE_BYTES:
+        raise HostError(f"{source} is too large for a release of Firecracker")
+    return data
+
+
+async def _download(url: str, progress: Progress) -> bytes:
+    import httpx
+
+    data = bytearray()
+    try:
+        async with (
+            httpx.AsyncClient(follow_redirects=True, timeout=_TIMEOUT_SECONDS) as client,
+            client.stream("GET", url) as answer,
+        ):
+            answer.raise_for_status()
+            expected = int(answer.headers.get("content-length", 0)) or 8 << 20
+            async for chunk in answer.aiter_bytes():
+                data += chunk
+                if len(data) > _MAX_ARCHIVE_BYTES:
+                    raise HostError(f"{url} has no end: given up after {len(data) >> 20} MiB")
+                progress("downloading", 0.9 * min(1.0, len(data) / expected))
+    except httpx.HTTPStatusError as error:
+        raise HostError(f"{url} can't be had: HTTP {error.response.status_code}") from None
+    except httpx.HTTPError as error:
+        raise HostError(
+            f"{url} can't be reached ({error or type(error).__name__}): fetch it on another machine, then run "
+            "`swarm install firecracker --from FILE`"
+        ) from None
+    return bytes(data)
+
+
+def _put(path: Path, content: bytes) -> Path:
+    """Appears whole or not at all; a running VMM keeps the file that it was started from."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), 0o755)
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,177 @@
+"""Driver `process`: agentd as a plain subprocess of the host. **No isolation at all**: agents run as the caller.
+
+For agent authors and for tests, and only when asked for by name. agentd gets ``--unix`` and ``--root``, so that /work
+and /agent are directories below the VM's own; it touches neither clock nor host name nor /etc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+
+from swarm.base import process
+from swarm.channel.dial import Endpoint
+from swarm.errors import BootFailed, HostError, SwarmError
+from swarm.vm.driver import Image, Probe, Slot, Template, VmSpec
+
+log = structlog.get_logger(__name__)
+
+AGENTD = Path(__file__).parents[2] / "guest" / "agentd.py"
+_MAX_SOCKET_PATH = 107  # bytes; sun_path of unix(7)
+_NO_TEMPLATES = "the process driver has no templates: a plain process can't be cloned"
+_GRACE_SECONDS = 22.0  # agentd gives descendants of an agent 10 s to die, and a stuck agent 20
+
+
+class NoImages:
+    """Where an engine on this driver gets its images: a plain process needs none."""
+
+    async def find(self, ref: str | None = None) -> Image:
+        none = Path(os.devnull)
+        return Image(digest="", dir=none, kernel=none, kernel_elf=none, root=none, initramfs=None, boot_args="")
+
+    def used(self, image: Image) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class ProcessVm:
+    """An agentd and its descendants. Known by pid and start time, so that it need not be our child."""
+
+    def __init__(
+        self,
+        *,
+        pid: int,
+        started: int,
+        dir: Path,  # noqa: A002
+        child: asyncio.subprocess.Process | None = None,
+    ) -> None:
+        self.pid = pid
+        self._started = started
+        self._dir = dir
+        self._child = child  # when it is ours, it must be waited for
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(unix=_socket(self._dir))
+
+    @property
+    def console(self) -> Path:
+        return self._dir / "console.log"
+
+    async def wait(self) -> str:
+        if self._child is None:
+            await process.gone(self.pid, self._started)
+            return f"agentd (pid {self.pid}) ended"
+        code = await self._child.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"agentd (pid {self.pid}) {how}"
+
+    async def printed(self, text: bytes) -> None:
+        raise HostError("the process driver's VMs have no console: there is no guest to boot")
+
+    async def snapshot(self, dir: Path) -> None:  # noqa: A002
+        raise BootFailed(_NO_TEMPLATES, retry=False)
+
+    async def kill(self) -> None:
+        try:
+            await asyncio.shield(self._kill())
+        except (SwarmError, OSError) as error:
+            log.error("vm.kill_failed", vm=str(self._dir), error=str(error))
+
+    async def _kill(self) -> None:
+        """SIGTERM makes agentd kill its agent and all that this one started. Should agentd be dead or deaf, its zygote
+        does the same; it is found by agentd's command line, which a fork keeps."""
+        if self._child:
+            await process.kill(self._child, grace_seconds=_GRACE_SECONDS)
+        elif process.signal_stranger(self.pid, self._started, signal.SIGTERM):
+            await process.gone(self.pid, self._started, timeout_seconds=_GRACE_SECONDS)
+            await process.kill_stranger(self.pid, self._started)
+        for pid, started in (await asyncio.to_thread(_family, self._dir)).items():
+            await process.gone(pid, started, timeout_seconds=_GRACE_SECONDS)
+            await process.kill_stranger(pid, started)
+        _socket(self._dir).unlink(missing_ok=True)
+        await asyncio.to_thread(shutil.rmtree, _root(self._dir), ignore_errors=True)
+
+
+class ProcessDriver:
+    name = "process"
+    networked = False
+
+    async def probe(self) -> Probe:
+        return Probe(
+            usable=True,
+            reason="runs agents as plain processes of this host, without any isolation; never chosen by itself",
+            version=f"Python {sys.version.split()[0]}",
+        )
+
+    async def boot(
+        self,
+        spec: VmSpec,
+        slot: Slot | None,
+        dir: Path,  # noqa: A002
+        *,
+        outlive: bool = False,
+        for_template: bool = False,
+    ) -> ProcessVm:
+        """Start agentd in ``dir``. Of ``spec`` only the layer applies: memory, CPUs and disk are the host's."""
+        if len(os.fsencode(_socket(dir))) > _MAX_SOCKET_PATH:
+            raise BootFailed(
+                f"{_socket(dir)} is too long for a Unix socket ({_MAX_SOCKET_PATH} bytes): set a shorter state_dir",
+                retry=False,
+            )
+        _root(dir).mkdir(parents=True, exist_ok=True)
+        try:
+            # agentd passes it on to agents.
+            env = {"PYTHONPATH": str(spec.layer.path)} if spec.layer else {}
+            child = await process.spawn(_argv(dir), output=dir / "console.log", env=env, die_with_parent=not outlive)
+        except HostError as error:
+            raise BootFailed(f"agentd can't be started: {error}") from error
+        started = process.start_time(child.pid)
+        if started is None:
+            code = await child.wait()
+            raise BootFailed(f"agentd ended at once with status {code}; see {dir / 'console.log'}")
+        return ProcessVm(pid=child.pid, started=started, dir=dir, child=child)
+
+    async def restore(
+        self,
+        template: Template,
+        slot: Slot | None,
+        dir: Path,  # noqa: A002
+        *,
+        outlive: bool = False,
+    ) -> ProcessVm:
+        raise BootFailed(_NO_TEMPLATES, retry=False)
+
+
+def _socket(dir: Path) -> Path:  # noqa: A002
+    return dir / "agentd.sock"
+
+
+def _root(dir: Path) -> Path:  # noqa: A002
+    return dir / "root"
+
+
+def _argv(dir: Path) -> list[str]:  # noqa: A002
+    return [sys.executable, "-I", "-S", "-B", str(AGENTD), "--unix", str(_socket(dir)), "--root", str(_root(dir))]
+
+
+def _family(dir: Path) -> dict[int, int]:  # noqa: A002
+    """Pid -> start time of the agentd in ``dir``, its zygote, and agents that are forks of that."""
+    wanted = b"".join(os.fsencode(word) + b"\0" for word in _argv(dir)[5:])
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            started = process.start_time(int(entry.name)) if line.endswith(wanted) else None
+            if started is not None:
+                found[int(entry.name)] = started
+    return found

@@ -1,0 +1,420 @@
+"""Driver `qemu`: QEMU's microvm machine, with KVM where a guest really boots on it, without (TCG) elsewhere.
+
+QEMU runs as a uid of its own without capabilities, under its seccomp sandbox, and never opens a path: every file it
+needs is opened here and passed as a descriptor, so image and template directories stay closed to everyone but root.
+QMP is spoken over an inherited socket pair; nothing can connect to it later.
+
+The clone recipe (measured in docs/adr/0008-templates.md): the template's memory is a file mapped shared; a clone maps
+it private, and QEMU's migration stream, with RAM left out (x-ignore-shared), carries the ~70 KB of device state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from qemu.qmp import QMPClient, QMPError
+
+from swarm.base import process
+from swarm.channel.dial import Endpoint
+from swarm.errors import BootFailed, CommandFailed, HostError
+from swarm.vm import driver
+from swarm.vm.driver import BASE_UID, Probe, Slot, Template, VmSpec
+from swarm.vm.drivers.console import Console, last_lines
+from swarm.vm.drivers.disk import copy_work_disk, make_work_disk, move_sparse
+from swarm.vm.drivers.tap import open_tap
+
+PROGRAM = "qemu-system-x86_64"
+MIN_VERSION = (7, 2)
+MEMORY_FILE = "memory"
+STATE_FILE = "state"
+DISK_FILE = "work"
+_RESTORE_TIMEOUT_SECONDS = 10.0
+_QMP_TIMEOUT_SECONDS = 30.0
+# Every hook of the guest's kernel that runs needs to be translated first, in each clone anew. The VM is the fence, so
+# what the guest's kernel offers of fences and accounts is left out.
+_LEAN = ("lsm=", "apparmor=0", "audit=0", "psi=0", "cgroup_disable=memory")
+# TCG translates `rep movsb` to a loop over bytes (erms), and each stac/clac (smap) ends a block of its translation.
+EMULATED_CPU = "max,-erms,-smap"
+_CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
+
+
+class QemuDriver:
+    """See `swarm.vm.driver.Driver`. ``accelerator`` is 'kvm' or 'tcg'."""
+
+    name = "qemu"
+    networked = True
+    keeps_disk = True  # a template holds the work disk too, so that it may be mounted in it
+
+    def __init__(self, *, accelerator: str, disk_cache: Path) -> None:
+        self.accelerator = accelerator
+        self._disk_cache = disk_cache
+
+    async def probe(self) -> Probe:
+        def no(reason: str) -> Probe:
+            return Probe(usable=False, reason=reason, accelerator=self.accelerator)
+
+        try:
+            version = await version_of_qemu()
+        except (HostError, CommandFailed) as error:
+            return no(str(error))
+        if tuple(map(int, version.split(".")[:2])) < MIN_VERSION:
+            return no(f"QEMU {version} is older than {'.'.join(map(str, MIN_VERSION))}")
+        if self.accelerator == "kvm":
+            try:
+                _kvm_groups()
+            except HostError as error:
+                return no(f"QEMU {version}, but {error}")
+        return Probe(
+            usable=True,
+            reason=f"QEMU {version} {'with' if self.accelerator == 'kvm' else 'without'} KVM",
+            accelerator=self.accelerator,
+            version=version,
+            snapshots=True,
+        )
+
+    async def boot(
+        self,
+        spec: VmSpec,
+        slot: Slot | None,
+        dir: Path,  # noqa: A002
+        *,
+        outlive: bool = False,
+        for_template: bool = False,
+    ) -> QemuVm:
+        image = spec.image
+        args = driver.kernel_command_line(spec, "console=ttyS0", "reboot=t", *_LEAN, *self._emulated())
+        launch = _Launch(dir, slot, self.accelerator, outlive)
+        try:
+            memory: Sequence[str] = ()
+            if for_template:
+                memory = launch.memory(_new_file(dir / MEMORY_FILE, spec.memory_mb << 20), shared=True)
+            argv = [
+                *self._machine(spec, memory),
+                "-kernel", launch.file(image.kernel),
+                *(("-initrd", launch.file(image.initramfs)) if image.initramfs else ()),
+                "-append", args,
+                *await self._devices(spec, launch, None),
+            ]  # fmt: skip
+            return await launch.start(argv, spec)
+        except BaseException:
+            launch.close()
+            raise
+
+    async def restore(self, template: Template, slot: Slot | None, dir: Path, *, outlive: bool = False) -> QemuVm:  # noqa: A002
+        launch = _Launch(dir, slot, self.accelerator, outlive)
+        spec = template.spec
+        try:
+            memory = launch.memory(template.dir / MEMORY_FILE, shared=False)
+            state = launch.fd(template.dir / STATE_FILE, os.O_RDONLY)
+            devices = await self._devices(spec, launch, template.dir / DISK_FILE)
+            argv = [*self._machine(spec, memory), *devices, "-incoming", "defer"]
+            vm = await launch.start(argv, spec)
+        except BaseException:
+            launch.close()
+            raise
+        try:
+            async with asyncio.timeout(_RESTORE_TIMEOUT_SECONDS):
+                await vm.resume_from(state)
+        except BaseException as error:
+            await vm.kill()
+            if isinstance(error, TimeoutError):
+                raise BootFailed(f"the clone did not run within {_RESTORE_TIMEOUT_SECONDS:g} s: {vm.said()}") from None
+            if isinstance(error, QMPError):
+                raise BootFailed(f"QEMU could not restore the template: {error}; {vm.said()}") from error
+            raise
+        return vm
+
+    def _emulated(self) -> list[str]:
+        """What the guest's kernel must know of an emulated CPU.
+
+        It would measure its TSC against the emulated PIT. On a busy host that measurement fails, and the kernel, with
+        no clock left, spins for ever (7 of 12 boots on 2 loaded cores). QEMU hands the host's TSC through, so its
+        frequency can be told, and that it may be relied on: else the clock has steps of 4 ms and the timer interrupt
+        never rests, which costs an idle VM 3 % of a core. Mitigations protect from what this CPU does not do.
+        """
+        khz = driver.host_tsc_khz()
+        if self.accelerator != "tcg":
+            return []
+        clock = [f"tsc_early_khz={khz}"] if khz else []
+        if khz and _constant_tsc():
+            clock.append("tsc=reliable")
+        return [*clock, "mitigations=off", "no5lvl"]
+
+    def _machine(self, spec: VmSpec, memory: Sequence[str]) -> list[str]:
+        backed = ",memory-backend=mem" if memory else ""
+        return [
+            PROGRAM,
+            "-M", f"microvm,acpi=on,mem-merge=off,dump-guest-core=off{backed}",
+            "-accel", self.accelerator if self.accelerator != "tcg" else "tcg,thread=single,tb-size=64",
+            "-cpu", "host" if self.accelerator == "kvm" else EMULATED_CPU,
+            "-smp", str(spec.vcpus), "-m", str(spec.memory_mb), *memory,
+            "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+            "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        ]  # fmt: skip
+
+    async def _devices(self, spec: VmSpec, launch: _Launch, disk: Path | None) -> list[str]:
+        """``disk``: the template's, to be copied; None for an empty one."""
+        work = launch.dir / "work.ext4"
+        if disk is None:
+            await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
+        else:
+            await copy_work_disk(disk, work)
+        layer: tuple[str, ...] = ()
+        if spec.layer:
+            layer = (
+                "-blockdev", f"driver=raw,node-name=layer,read-only=on,file.driver=file,file.locking=off,"
+                             f"file.filename={launch.file_set(spec.layer.path, os.O_RDONLY)}",
+                "-device", "virtio-blk-device,drive=layer",
+            )  # fmt: skip
+        network: tuple[str, ...] = ()
+        if launch.slot:
+            network = (
+                "-netdev", f"tap,id=net,fd={launch.tap()}",
+                "-device", f"virtio-net-device,netdev=net,mac={driver.GUEST_MAC},guest_announce=off",
+            )  # fmt: skip
+        return [
+            "-blockdev", f"driver=raw,node-name=root,read-only=on,file.driver=file,file.locking=off,"
+                         f"file.filename={launch.file_set(spec.image.root, os.O_RDONLY)}",
+            "-device", "virtio-blk-device,drive=root",
+            "-blockdev", f"driver=raw,node-name=work,file.driver=file,file.locking=off,discard=unmap,"
+                         f"file.filename={launch.file_set(work, os.O_RDWR)}",
+            "-device", "virtio-blk-device,drive=work",
+            *layer,
+            *network,
+            *(("-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng")
+              if spec.entropy else ()),
+        ]  # fmt: skip
+
+
+class _Launch:
+    """One QEMU about to start: the descriptors it will inherit, and the arguments that name them."""
+
+    def __init__(self, dir: Path, slot: Slot | None, accelerator: str, outlive: bool) -> None:  # noqa: A002
+        self.dir = dir
+        groups = _kvm_groups() if accelerator == "kvm" else []
+        self._groups = [f"--groups={groups[0]}"] if groups else ["--clear-groups"]
+        self.slot = slot
+        self._uid = BASE_UID + (slot.n if slot else 0)
+        self._outlive = outlive
+        self._fds: list[int] = []
+        self._sets: list[str] = []
+
+    def fd(self, path: Path, flags: int) -> int:
+        try:
+            fd = os.open(path, flags | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"can't open {path}: {error.strerror}") from error
+        self._fds.append(fd)
+        return fd
+
+    def file(self, path: Path) -> str:
+        """A name for a file that QEMU only reads, or maps, at start."""
+        return f"/proc/self/fd/{self.fd(path, os.O_RDONLY)}"
+
+    def file_set(self, path: Path, flags: int) -> str:
+        """A name for a file whose access rights are those of the descriptor, not of QEMU's uid."""
+        return self._set(self.fd(path, flags))
+
+    def memory(self, path: Path, *, shared: bool) -> list[str]:
+        fd = self.fd(path, os.O_RDWR)
+        share = "on" if shared else "off"
+        size = os.fstat(fd).st_size
+        return ["-object", f"memory-backend-file,id=mem,size={size},mem-path=/proc/self/fd/{fd},share={share}"]
+
+    def tap(self) -> int:
+        assert self.slot is not None
+        fd = open_tap(self.slot.netns)
+        self._fds.append(fd)
+        return fd
+
+    async def start(self, argv: Sequence[str], spec: VmSpec) -> QemuVm:
+        """Start QEMU with a QMP socket and a console of its own, and wait for its greeting."""
+        ours, theirs = socket.socketpair()
+        console = None if self._outlive else Console(self.dir / "console.log")
+        try:
+            if console is None:
+                # Nobody will be there to read: straight to a file, bounded by the limit on file sizes below.
+                chardev = f"file,id=console,path={self._set(self.fd(_new_file(self.dir / 'console.log'), os.O_WRONLY))}"
+            else:
+                chardev = f"socket,id=console,fd={console.fileno()}"
+            full = [
+                "setpriv", f"--reuid={self._uid}", f"--regid={self._uid}", *self._groups,
+                "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all",
+                *(() if self._outlive else ("--pdeathsig=KILL",)),
+                "prlimit", "--core=0", f"--fsize={max(spec.disk_mb, spec.memory_mb) << 20}", "--nproc=64",
+                *argv, *self._sets,
+                "-chardev", chardev, "-serial", "chardev:console",
+                "-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control",
+            ]  # fmt: skip
+            child = await process.spawn(
+                full,
+                output=self.dir / "qemu.log",
+                netns=self.slot.netns if self.slot else None,
+                pass_fds=[*self._fds, theirs.fileno(), *([console.fileno()] if console else [])],
+                die_with_parent=False,  # setpriv above does it: a change of uid clears the death signal
+            )
+        except BaseException:
+            if console:
+                console.close()
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            self.close()
+        if console:
+            console.started()
+        vm = QemuVm(child=child, dir=self.dir, console=console, slot=self.slot)
+        try:
+            await vm.connect(ours)
+        except BaseException:
+            await vm.kill()
+            raise
+        return vm
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _set(self, fd: int) -> str:
+        self._sets += ["-add-fd", f"fd={fd},set={fd}"]
+        return f"/dev/fdset/{fd}"
+
+
+class QemuVm:
+    """See `swarm.vm.driver.Vm`."""
+
+    def __init__(
+        self,
+        *,
+        child: asyncio.subprocess.Process,
+        dir: Path,  # noqa: A002
+        console: Console | None,
+        slot: Slot | None,
+    ) -> None:
+        self.pid = child.pid
+        self.dir = dir
+        self.console = dir / "console.log"
+        self.endpoint = Endpoint(host=str(slot.address) if slot else "", port=driver.AGENTD_PORT)
+        self._child = child
+        self._reader = console
+        self._qmp = QMPClient(f"vm{slot.n if slot else ''}")
+
+    async def connect(self, sock: socket.socket) -> None:
+        """Shake hands on QMP; a QEMU that ends instead is a BootFailed with what it said."""
+        greeted = asyncio.ensure_future(self._qmp.connect(sock))
+        died = asyncio.ensure_future(self._child.wait())
+        try:
+            await asyncio.wait({greeted, died}, return_when=asyncio.FIRST_COMPLETED, timeout=_RESTORE_TIMEOUT_SECONDS)
+            if not greeted.done() or greeted.exception() is not None:
+                raise BootFailed(f"QEMU did not start: {self.said()}")
+        finally:
+            for task in (greeted, died):
+                task.cancel()
+            await asyncio.gather(greeted, died, return_exceptions=True)
+
+    async def printed(self, text: bytes) -> None:
+        assert self._reader, "only the console of a VM that ends with this process is read"
+        await self._reader.saw(text)
+
+    async def resume_from(self, state: int) -> None:
+        """Load the device state from an inherited descriptor and return when the VM runs."""
+        await self._qmp.execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
+        with self._qmp.listener(("RESUME", "MIGRATION")) as events:
+            await self._qmp.execute("migrate-incoming", {"uri": f"fd:{state}"})
+            async for event in events:
+                if event["event"] == "RESUME":
+                    return
+                if cast(dict[str, str], event["data"])["status"] == "failed":
+                    raise BootFailed(f"QEMU could not restore the template: {self.said()}")
+
+    async def snapshot(self, dir: Path) -> None:  # noqa: A002
+        """Write memory and device state into ``dir`` and end this VM. It must have been booted for a template.
+
+        The guest is never paused by us: migration stops it at its end, and records that it was running, so a clone
+        goes on by itself.
+        """
+        state = os.open(dir / STATE_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
+                await self._qmp.execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
+                self._qmp.send_fd_scm(state)
+                await self._qmp.execute("getfd", {"fdname": "state"})
+                with self._qmp.listener("MIGRATION") as events:
+                    await self._qmp.execute("migrate", {"uri": "fd:state"})
+                    async for event in events:
+                        status = cast(dict[str, str], event["data"])["status"]
+                        if status == "completed":
+                            break
+                        if status == "failed":
+                            raise BootFailed(f"QEMU could not write the template's state: {self.said()}")
+        except (QMPError, TimeoutError) as error:
+            raise BootFailed(f"QEMU could not write the template's state: {error!r}; {self.said()}") from error
+        finally:
+            os.close(state)
+            await self.kill()
+        for name, kept in ((MEMORY_FILE, MEMORY_FILE), ("work.ext4", DISK_FILE)):
+            await asyncio.to_thread(move_sparse, self.dir / name, dir / kept)
+
+    def said(self) -> str:
+        """What QEMU and the guest printed last, for an error message."""
+        lines = last_lines(self.dir / "qemu.log", lines=5) or last_lines(self.console, lines=3)
+        return " | ".join(lines) or "it printed nothing"
+
+    async def wait(self) -> str:
+        code = await self._child.wait()
+        if code == -signal.SIGBUS:  # a template's memory is a file, which gets its blocks when the guest writes
+            return f"QEMU ended by signal {-code}, as when no space is left on the disk that holds {self.dir}"
+        return f"QEMU ended by signal {-code}" if code < 0 else f"QEMU ended with status {code}"
+
+    async def kill(self) -> None:
+        await process.kill(self._child)
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            await self._qmp.disconnect()
+        if self._reader:
+            self._reader.close()
+
+
+async def version_of_qemu() -> str:
+    """'7.2.22'. Raises HostError when there is no QEMU."""
+    said = (await process.run([PROGRAM, "--version"])).stdout.decode(errors="replace")
+    found = re.search(r"version (\d+\.\d+(\.\d+)?)", said)
+    if not found:
+        raise HostError(f"{PROGRAM} --version printed no version: {said[:200]!r}")
+    return found[1]
+
+
+def _constant_tsc() -> bool:
+    """Does the host's counter run at one speed, also in sleep states? Then the guest, which reads it, may trust it."""
+    flags = next((li for li in Path("/proc/cpuinfo").read_text().splitlines() if li.startswith("flags")), "").split()
+    return "constant_tsc" in flags and "nonstop_tsc" in flags
+
+
+def _kvm_groups() -> list[int]:
+    """The group that lets QEMU's own uid open /dev/kvm; none when everybody may. Raises HostError."""
+    try:
+        status = Path("/dev/kvm").stat()
+    except OSError:
+        raise HostError("there is no /dev/kvm") from None
+    if status.st_mode & 0o006 == 0o006:
+        return []
+    if status.st_mode & 0o060 == 0o060:
+        return [status.st_gid]
+    raise HostError(
+        "/dev/kvm is open to its owner alone, and VMs don't run as root: chgrp kvm /dev/kvm; chmod 660 /dev/kvm"
+    )
+
+
+def _new_file(path: Path, size_bytes: int = 0) -> Path:
+    """Create a file that QEMU's own uid may open again through /proc/self/fd; the directory above it is closed."""
+    with path.open("xb") as file:
+        os.fchmod(file.fileno(), 0o666)
+        file.truncate(size_bytes)
+    return path

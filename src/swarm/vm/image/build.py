@@ -1,0 +1,293 @@
+"""Building an image: the parts of a guest, out of the distribution's packages and our own guest files.
+
+In two steps, because they change at different speeds. The *base* (`imagebase`) is expensive and needs the network: a
+Debian root file system and a kernel. The *image* is cheap and needs none: our guest files laid over the base, then one
+erofs and one initramfs. Bases are kept in a cache of their own, so a changed agentd costs seconds. The same base and
+the same guest files give the same bytes (tested).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from swarm.base import process
+from swarm.base.aio import settle
+from swarm.errors import CommandFailed, HostError, ImageError
+from swarm.vm.image import kernel
+
+Progress = Callable[[str, float], None]
+
+# Raise it when the code below makes another image of the same packages and guest files.
+BUILDER_VERSION: Final = 1
+# Every time stamp in an image (2023-11-14). Python's compiled files name it too, so it can't be left out.
+EPOCH: Final = 1_700_000_000
+PACKAGES: Final = (
+    "busybox-static", "ca-certificates", "iproute2", "libpython3-stdlib", "mount", "openssh-server", "python3-minimal",
+    "tzdata",
+)  # fmt: skip
+# What a guest's kernel must be able to do; dependencies are resolved, and built-in ones skipped.
+MODULES: Final = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "overlay", "erofs", "ext4")
+# The kernel's own arguments: a guest that breaks ends at once, and nobody waits for self-tests of its ciphers (0.4 s
+# of 2.8 without KVM). Console and devices are the driver's business.
+BOOT_ARGS: Final = "quiet panic=-1 oops=panic cryptomgr.notests"
+NO_INITRAMFS_ARGS: Final = "root=/dev/vda rootfstype=erofs ro init=/sbin/swarm-init"
+
+_EROFS_UUID: Final = "5a7a0000-0000-4000-8000-000000000001"
+_NEEDED_BYTES: Final = 1 << 30
+_TOOLS: Final = {
+    "mmdebstrap": "mmdebstrap", "mkfs.erofs": "erofs-utils", "apt-get": "apt", "dpkg-deb": "dpkg", "tar": "tar",
+    "unshare": "util-linux", "setpriv": "util-linux",
+}  # fmt: skip
+
+
+# Our own files (src/swarm/guest) and their places in the guest's root.
+GUEST_FILES: Final = {
+    "init": "usr/sbin/swarm-init",
+    "fstab": "usr/lib/swarm/fstab",
+    "agentd.py": "usr/lib/swarm/agentd.py",
+    "sshd_config": "etc/ssh/sshd_config",
+    "initramfs-init": "",  # in the initramfs instead
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What decides an image's content, known without building it. ``key`` names it; no network is needed.
+
+    Files are read once, here: one that is edited during a build is not half in the image.
+    """
+
+    base: Mapping[str, Any]
+    guest: Mapping[str, bytes]  # file name -> content
+    kernel: bytes | None  # one given by the user
+    boot_args: str
+
+    @property
+    def base_key(self) -> str:
+        return _digest_of(self.base)
+
+    @property
+    def guest_digests(self) -> dict[str, str]:
+        return {name: hashlib.sha256(data).hexdigest() for name, data in self.guest.items()}
+
+    @property
+    def key(self) -> str:
+        own = None if self.kernel is None else hashlib.sha256(self.kernel).hexdigest()
+        return _digest_of(
+            {"base": self.base_key, "guest": self.guest_digests, "kernel": own, "boot_args": self.boot_args}
+        )
+
+
+def recipe(guest: Path, *, kernel: Path | None = None, boot_args: str | None = None) -> Recipe:
+    """The recipe of this host and the guest files in ``guest``. Raises ImageError where Swarm can't build guests."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    if release.get("ID") != "debian" or not release.get("VERSION_CODENAME"):
+        raise ImageError(
+            "images are built from Debian's packages, on Debian; this is "
+            f"{release.get('PRETTY_NAME', 'another system')}. Build on a Debian host and copy its images directory here"
+        )
+    if platform.machine() != "x86_64":
+        raise ImageError(f"images are built for x86_64 only, and this is {platform.machine()}")
+    try:
+        files = {name: (guest / name).read_bytes() for name in GUEST_FILES}
+        own = kernel.read_bytes() if kernel else None
+    except OSError as error:
+        raise ImageError(f"can't read {error.filename}: {error.strerror}") from error
+    args = boot_args if boot_args is not None else BOOT_ARGS
+    return Recipe(
+        base={
+            "builder": BUILDER_VERSION,
+            "distribution": "debian",
+            "release": release["VERSION_CODENAME"],
+            "architecture": "amd64",
+            "packages": PACKAGES,
+            "kernel_package": "linux-image-cloud-amd64",
+            "modules": MODULES,
+        },
+        guest=files,
+        kernel=own,
+        boot_args=args if own is None else f"{args} {NO_INITRAMFS_ARGS}",
+    )
+
+
+def require_root() -> None:
+    if os.geteuid() != 0:
+        raise HostError("building an image needs root, for the owners of its files: run this as root")
+
+
+def check_host(*, for_base: bool, where: Path) -> None:
+    """Raises HostError or ImageError when a build can't succeed here, before anything is done."""
+    tools = _TOOLS if for_base else {t: _TOOLS[t] for t in ("mkfs.erofs", "tar", "setpriv")}
+    missing = [package for tool, package in tools.items() if process.which(tool) is None]
+    if missing:
+        raise HostError(f"building an image needs programs that are missing here: apt-get install {' '.join(missing)}")
+    if (free := shutil.disk_usage(where).free) < _NEEDED_BYTES:
+        raise ImageError(
+            f"an image needs 1 GB below {where} while it is built, and only {free >> 20} MB are free there"
+        )
+
+
+# --- the image ----------------------------------------------------------------------------------------------------
+
+
+async def assemble(recipe: Recipe, base: Path, stage: Path, progress: Progress) -> dict[str, Path]:
+    """Make an image's parts in ``stage`` out of a base and our guest files. No network.
+
+    Returns {part: file}: kernel, vmlinux, initramfs, root; without initramfs for a kernel of the user's own.
+    """
+    elf = await asyncio.to_thread(kernel.extract_elf, recipe.kernel) if recipe.kernel is not None else b""
+    progress("unpacking the base", 0.0)
+    root = stage / "scratch"
+    root.mkdir(mode=0o755)
+    await tool("tar", "--extract", f"--file={base / 'root.tar'}", f"--directory={root}", "--numeric-owner", "-p")
+    progress("installing guest files", 0.4)
+    await settle(asyncio.to_thread(_install, root, recipe.guest))
+    await in_root(root, "-B", "-c", _COMPILE_AGENTD)
+    (root / "usr/lib/swarm/agentd.pyc").chmod(0o644)
+    parts = {"root": stage / "root.erofs"}
+    busybox = (root / "usr/bin/busybox").read_bytes()
+    progress("writing the root file system", 0.5)
+    # Not compressed: decompression would run in the guest, whose CPU may be emulated (docs/adr/0003-image.md).
+    await tool("mkfs.erofs", "--quiet", "-x-1", f"-T{EPOCH}", f"-U{_EROFS_UUID}", str(parts["root"]), str(root))
+    await settle(asyncio.to_thread(shutil.rmtree, root))
+    progress("writing the kernel", 0.9)
+    if recipe.kernel is None:
+        parts |= {"kernel": stage / "vmlinuz", "vmlinux": stage / "vmlinux", "initramfs": stage / "initramfs"}
+        for name in ("kernel", "vmlinux"):
+            await settle(asyncio.to_thread(shutil.copyfile, base / parts[name].name, parts[name]))
+        modules = {m.name: m.read_bytes() for m in sorted((base / "modules").iterdir())}
+        parts["initramfs"].write_bytes(initramfs(recipe.guest["initramfs-init"], busybox, modules))
+    else:
+        parts["vmlinux"] = parts["kernel"] = stage / "vmlinux"
+        parts["vmlinux"].write_bytes(elf)
+        if recipe.kernel[0x202:0x206] == b"HdrS":
+            parts["kernel"] = stage / "vmlinuz"
+            parts["kernel"].write_bytes(recipe.kernel)
+    progress("done", 1.0)
+    return parts
+
+
+async def tool(*argv: str) -> None:
+    """Run a program of a build, which dies with the build: or it would write on into what the next one sweeps."""
+    await process.run(
+        ["setpriv", "--pdeathsig", "KILL", "--", *argv],
+        timeout_seconds=600,
+        env={"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "HOME": "/root", "TMPDIR": "/tmp"},
+    )
+
+
+async def in_root(root: Path, *arguments: str) -> None:
+    """Run the guest's own Python in its root."""
+    try:
+        await tool("chroot", str(root), "/usr/bin/python3", "-I", *arguments)
+    except CommandFailed as error:
+        raise ImageError(f"the guest's Python is not whole: {error.stderr[-500:]}") from error
+
+
+def _install(root: Path, files: Mapping[str, bytes]) -> None:
+    """Lay our guest files over the base, with the accounts and places that the guest's programs expect."""
+    for name, data in files.items():
+        if place := GUEST_FILES[name]:
+            target = root / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+            target.chmod(0o755 if place.endswith("-init") else 0o644)
+    for name, line in (
+        ("passwd", "agent:x:1000:1000:agent:/work:/bin/bash"),
+        ("group", "agent:x:1000:"),
+        ("shadow", "agent:*:19675::::::"),
+        ("gshadow", "agent:*::"),
+    ):
+        path = root / "etc" / name
+        text = path.read_text()
+        if name == "shadow":  # '*': no password fits. Not '!', with which sshd refuses keys as well
+            text = re.sub(r"^root:[^:]*:", "root:*:", text, flags=re.MULTILINE)
+        path.write_text(f"{text}{line}\n")
+    for name, text in (
+        ("hostname", "swarm\n"),
+        ("hosts", "127.0.0.1 localhost\n"),
+        ("resolv.conf", ""),
+        ("machine-id", ""),
+        ("motd", ""),
+        ("fstab", ""),
+    ):
+        path = root / "etc" / name
+        remove(path)
+        path.write_text(text)
+        path.chmod(0o644)
+    for name, mode, owner in (
+        ("work", 0o755, 1000), ("agent", 0o755, 0), ("root/.ssh", 0o700, 0), ("mnt", 0o755, 0),
+        ("proc", 0o555, 0), ("sys", 0o555, 0), ("dev", 0o755, 0), ("run", 0o755, 0), ("tmp", 0o1777, 0),
+    ):  # fmt: skip
+        path = root / name
+        path.mkdir(exist_ok=True)
+        path.chmod(mode)
+        os.chown(path, owner, owner)
+    # A kernel that mounts this root itself opens its console before anything is mounted on /dev.
+    for name, minor in (("console", 1), ("null", 3)):
+        if not (root / "dev" / name).exists():
+            os.mknod(root / "dev" / name, 0o600 | stat.S_IFCHR, os.makedev(5 if name == "console" else 1, minor))
+    (root / "usr/lib/swarm").chmod(0o755)
+
+
+# agentd is started from its compiled form, so that no guest parses it: by the guest's own Python, whose format it is.
+_COMPILE_AGENTD: Final = (
+    "import py_compile; py_compile.compile('/usr/lib/swarm/agentd.py', '/usr/lib/swarm/agentd.pyc', doraise=True, "
+    "invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)"
+)
+
+
+def initramfs(init: bytes, busybox: bytes, modules: Mapping[str, bytes]) -> bytes:
+    """A cpio archive (newc, Documentation/driver-api/early-userspace/buffer-format.rst), not compressed."""
+    order = "".join(f"{name}\n" for name in modules).encode()
+    entries: dict[str, tuple[int, bytes]] = {
+        **dict.fromkeys(("bin", "dev", "modules", "root"), (stat.S_IFDIR | 0o755, b"")),
+        "bin/busybox": (stat.S_IFREG | 0o755, busybox),
+        "dev/console": (stat.S_IFCHR | 0o600, b""),
+        "init": (stat.S_IFREG | 0o755, init),
+        "modules/order": (stat.S_IFREG | 0o644, order),
+        **{f"modules/{name}": (stat.S_IFREG | 0o644, data) for name, data in modules.items()},
+    }
+    out = bytearray()
+    for number, (name, (mode, data)) in enumerate([*sorted(entries.items()), ("TRAILER!!!", (0, b""))], 1):
+        device = (5, 1) if stat.S_ISCHR(mode) else (0, 0)
+        path = name.encode() + b"\0"
+        fields = (number, mode, 0, 0, 1, EPOCH, len(data), 0, 0, *device, len(path), 0)
+        out += b"070701" + b"".join(b"%08x" % field for field in fields) + path
+        out += b"\0" * (-len(out) % 4) + data
+        out += b"\0" * (-len(out) % 4)
+    return bytes(out)
+
+
+# --- small things -------------------------------------------------------------------------------------------------
+
+
+def _digest_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def walk(root: Path) -> Iterator[Path]:
+    for dir, _, files in os.walk(root):  # noqa: A001
+        yield Path(dir)
+        yield from (Path(dir, name) for name in files)

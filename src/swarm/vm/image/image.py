@@ -1,0 +1,330 @@
+"""The store of images: one directory per image, named by its digest, never changed once it is there.
+
+::
+
+    <images>/
+      .lock                   flock: one build at a time; its holder owns everything named .building-*
+      .building-…/            an image in the making, swept by the next build when its maker died
+      .verified/<digest>      what was hashed before, and the inodes it was hashed from
+      <sha256>/               manifest.json, vmlinuz, vmlinux, initramfs, root.erofs
+
+A digest is the sha256 over the parts' digests and the boot arguments, so an image with one changed byte is not that
+image any more; every part is hashed before it is booted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from swarm.base.aio import settle
+from swarm.errors import CommandFailed, HostError, ImageError, NotFound
+from swarm.vm.driver import Image
+from swarm.vm.image import apt, build, staging
+from swarm.vm.image.base import build_base
+from swarm.vm.image.build import Progress, Recipe
+
+log = structlog.get_logger(__name__)
+
+GUEST: Final = Path(__file__).resolve().parents[2] / "guest"
+_MANIFEST: Final = "manifest.json"
+_FORMAT: Final = 1
+# Whenever an image is built, those that nobody used for so long go: an update leaves the old ones behind.
+UNUSED_SECONDS: Final = 14 * 86400.0
+# Shares of a build's time, measured (docs/adr/0003-image.md); the progress of each step is its own.
+_BASE_SHARE: Final = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """One image as its manifest tells it; its parts have not been hashed."""
+
+    digest: str
+    recipe: str
+    built_at: str  # ISO-8601 UTC
+    size_bytes: int
+    kernel_version: str
+    boot_args: str
+    packages: Mapping[str, str]  # name -> version
+    dir: Path
+
+
+class Images:
+    """The images in ``dir``. ``cache`` keeps bases between builds; ``guest`` holds our own guest files."""
+
+    def __init__(self, *, dir: Path, cache: Path, guest: Path = GUEST, default: str = "") -> None:  # noqa: A002
+        self._dir = dir
+        self._cache = cache
+        self._guest = guest
+        self._default = default
+        self._last: tuple[int, str, ImageInfo] | None = None  # what `_current` found last, and of what state
+
+    async def build(
+        self,
+        *,
+        force: bool = False,
+        kernel: Path | None = None,
+        boot_args: str | None = None,
+        keep: Collection[str] = (),
+        progress: Progress = lambda label, fraction: None,
+    ) -> Image:
+        """The image of the current recipe, built unless it is there. ``force`` fetches all packages anew.
+
+        After a build, images and bases that nobody used for long go; not those in ``keep`` (digests).
+
+        ``kernel`` (an ELF or a bzImage with its drivers built in) replaces the distribution's; ``boot_args`` are the
+        arguments it needs. ``progress(label, fraction)`` is called as it goes. Raises ImageError, HostError.
+        """
+        recipe = await asyncio.to_thread(build.recipe, self._guest, kernel=kernel, boot_args=boot_args)
+        if not force and (image := await self._whole(recipe)):
+            return image
+        build.require_root()
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            async with staging.locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)):
+                if not force and (image := await self._whole(recipe)):
+                    return image  # the build we waited for made it
+                await settle(asyncio.to_thread(staging.sweep, self._dir))
+                base = await self._base(recipe, force, lambda label, f: progress(label, _BASE_SHARE * f))
+                image = await self._assemble(
+                    recipe, base, kernel, lambda label, f: progress(label, _BASE_SHARE + (1 - _BASE_SHARE) * f)
+                )
+                await settle(asyncio.to_thread(self.collect, {image.digest, *keep}))
+                return image
+        except CommandFailed as error:
+            if not apt.FULL_DISK.search(str(error)):
+                raise
+            raise _full_disk(self._dir) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full_disk(self._dir) from error
+            raise HostError(f"can't build an image: {error.filename or self._dir}: {error.strerror}") from error
+
+    async def find(self, ref: str | None = None) -> Image:
+        """The image whose digest begins with ``ref``, or the newest of the current recipe (or the default that these
+        images were given), with every part verified.
+
+        Raises ImageError when there is none (the message says how to build it) or a part was changed, NotFound or
+        ImageError for a ``ref`` that fits none or several.
+        """
+        ref = ref or self._default or None
+        if ref is None:
+            recipe = await asyncio.to_thread(build.recipe, self._guest)
+            info = self._current(recipe)
+            if info is None:
+                raise ImageError(
+                    f"there is no guest image for this version of Swarm in {self._dir}: run `swarm image build`"
+                )
+        else:
+            info = self._named(ref)
+        return await asyncio.to_thread(self._verified, info)
+
+    def list(self) -> list[ImageInfo]:
+        """Every image, newest first. Unreadable ones are left out, with a line in the log."""
+        found = []
+        for dir in sorted(self._dir.glob("[0-9a-f]*")) if self._dir.exists() else ():  # noqa: A001
+            try:
+                found.append(_info(dir))
+            except ImageError as error:
+                log.warning("image left out", reason=str(error))
+        return sorted(found, key=lambda info: info.built_at, reverse=True)
+
+    def remove(self, ref: str) -> str:
+        """Remove an image; return its digest. VMs that run from it go on (they have its files open)."""
+        digest = self._named(ref).digest
+        doomed = self._dir / f"{staging.BUILDING}removed-{digest}"
+        (self._dir / digest).rename(doomed)
+        (self._dir / ".verified" / digest).unlink(missing_ok=True)
+        shutil.rmtree(doomed)
+        return digest
+
+    def used(self, image: Image) -> AbstractContextManager[None]:
+        """For the length of the block, in every process, no build takes this image for old."""
+        return staging.used(image.dir)
+
+    def collect(self, keep: Collection[str], *, unused_seconds: float = UNUSED_SECONDS) -> tuple[str, ...]:
+        """Remove the images that nobody asked for in so long, and that no live process has `used`; their digests."""
+        old = []
+        for info in self.list():
+            wanted = info.digest in keep or (self._default and info.digest.startswith(self._default))
+            if not wanted and staging.unused(info.dir, self._dir / ".verified" / info.digest, seconds=unused_seconds):
+                log.info("image removed: nobody used it for long", image=info.digest[:12], built=info.built_at)
+                old.append(self.remove(info.digest))
+        return tuple(old)
+
+    # --- finding --------------------------------------------------------------------------------------------------
+
+    def _current(self, recipe: Recipe) -> ImageInfo | None:
+        """The newest of the recipe; looked for again when an image has come or gone, which the directory's time tells:
+        every ticket asks."""
+        try:
+            stamp = self._dir.stat().st_mtime_ns
+        except OSError:
+            return None
+        if self._last is None or self._last[:2] != (stamp, recipe.key):
+            info = next((info for info in self.list() if info.recipe == recipe.key), None)
+            self._last = (stamp, recipe.key, info) if info else None
+        return self._last[2] if self._last else None
+
+    def _named(self, ref: str) -> ImageInfo:
+        fits = [info for info in self.list() if info.digest.startswith(ref)] if ref else []
+        if not fits:
+            raise NotFound(f"no image {ref!r} in {self._dir}; `swarm image list` shows those there are")
+        if len(fits) > 1:
+            raise ImageError(
+                f"{ref!r} could be any of {', '.join(i.digest[:12] for i in fits)}: give more of the digest"
+            )
+        return fits[0]
+
+    async def _whole(self, recipe: Recipe) -> Image | None:
+        """The current image, or None when there is none or it is damaged (and has to be built again)."""
+        if info := self._current(recipe):
+            try:
+                return await asyncio.to_thread(self._verified, info)
+            except ImageError as error:
+                log.warning("image is built again", reason=str(error))
+        return None
+
+    def _verified(self, info: ImageInfo) -> Image:
+        """Hash what was not hashed before, from the very inodes that are there now. Raises ImageError."""
+        manifest = _manifest(info.dir)
+        paths = {name: info.dir / part["file"] for name, part in manifest["parts"].items()}
+        parts = [
+            staging.Part(path=paths[name], size_bytes=part["size_bytes"], sha256=part["sha256"])
+            for name, part in manifest["parts"].items()
+        ]
+        if wrong := staging.damage(parts, self._dir / ".verified" / info.digest):
+            raise ImageError(f"image {info.digest[:12]} is damaged: {wrong}; {_REBUILD}")
+        return Image(
+            digest=info.digest,
+            dir=info.dir,
+            kernel=paths["kernel"],
+            kernel_elf=paths["vmlinux"],
+            root=paths["root"],
+            initramfs=paths.get("initramfs"),
+            boot_args=info.boot_args,
+            base=manifest["base"],
+            packages=info.packages,
+        )
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    async def _base(self, recipe: Recipe, force: bool, progress: Progress) -> Path:
+        """The directory of the recipe's base, built when it is not there, torn, or to be fetched anew."""
+        self._cache.mkdir(parents=True, exist_ok=True)
+        final = self._cache / recipe.base_key
+        async with staging.locked(self._cache / ".lock", lambda: progress("waiting for another build", 0.0)):
+            await settle(asyncio.to_thread(staging.sweep, self._cache))
+            with contextlib.suppress(OSError):
+                os.utime(final / "base.json")
+            await settle(asyncio.to_thread(_collect_bases, self._cache, recipe.base_key))
+            if not force and await asyncio.to_thread(_base_is_whole, final):
+                build.check_host(for_base=False, where=self._dir)
+                return final
+            build.check_host(for_base=True, where=self._cache)
+            async with staging.staged(self._cache) as stage:
+                await build_base(recipe, stage, progress)
+                await settle(asyncio.to_thread(staging.move_in, stage, final))
+        return final
+
+    async def _assemble(self, recipe: Recipe, base: Path, kernel: Path | None, progress: Progress) -> Image:
+        told = json.loads((base / "base.json").read_text())
+        async with staging.staged(self._dir) as stage:
+            parts = await build.assemble(recipe, base, stage, progress)
+            described: dict[str, dict[str, Any]] = {}
+            for name, path in sorted(parts.items()):
+                path.chmod(0o444)  # immutable, and a VMM with a uid of its own may read it by a descriptor
+                described[name] = {
+                    "file": path.name,
+                    "sha256": await asyncio.to_thread(staging.file_digest, path),
+                    "size_bytes": path.stat().st_size,
+                }
+            manifest = {
+                "format": _FORMAT,
+                "recipe": recipe.key,
+                "base": recipe.base_key,
+                "builder_version": build.BUILDER_VERSION,
+                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "boot_args": recipe.boot_args,
+                "kernel_version": told["kernel_version"] if kernel is None else f"given: {kernel.name}",
+                "packages": told["packages"],
+                "guest": recipe.guest_digests,
+                "parts": described,
+            }
+            digest = _digest(manifest)
+            manifest["digest"] = digest
+            staging.replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            stage.chmod(0o755)
+            await settle(asyncio.to_thread(staging.move_in, stage, self._dir / digest))
+        return await asyncio.to_thread(self._verified, _info(self._dir / digest))
+
+
+_REBUILD: Final = "run `swarm image build` to build it again"
+
+
+def _manifest(dir: Path) -> dict[str, Any]:  # noqa: A002
+    """The manifest of the image in ``dir``, whose name must be what the manifest adds up to."""
+    try:
+        manifest = json.loads((dir / _MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise ImageError(f"image {dir} is of another version of Swarm (format {manifest['format']}); {_REBUILD}")
+        parts = [p["file"] for p in manifest["parts"].values()]
+        if _digest(manifest) != dir.name or any(Path(file).name != file for file in parts):
+            raise ImageError(f"image {dir} is damaged: its manifest was changed; {_REBUILD}")
+        return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ImageError(f"image {dir} is damaged: its manifest can't be read ({error!r}); {_REBUILD}") from error
+
+
+def _info(dir: Path) -> ImageInfo:  # noqa: A002
+    manifest = _manifest(dir)
+    return ImageInfo(
+        digest=dir.name,
+        recipe=manifest["recipe"],
+        built_at=manifest["created_at"],
+        size_bytes=sum({p["file"]: p["size_bytes"] for p in manifest["parts"].values()}.values()),
+        kernel_version=manifest["kernel_version"],
+        boot_args=manifest["boot_args"],
+        packages=manifest["packages"],
+        dir=dir,
+    )
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    parts = {name: [part["file"], part["sha256"], part["size_bytes"]] for name, part in manifest["parts"].items()}
+    shaping = {"parts": parts, "boot_args": manifest["boot_args"]}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def _collect_bases(cache: Path, current: str) -> None:
+    """Remove bases that no build used for long. The caller holds the lock of the cache."""
+    for told in cache.glob("[0-9a-f]*/base.json"):
+        if told.parent.name != current and time.time() - told.stat().st_mtime > UNUSED_SECONDS:
+            log.info("base removed: no build used it for long", base=told.parent.name[:12])
+            shutil.rmtree(told.parent, ignore_errors=True)
+
+
+def _base_is_whole(base: Path) -> bool:
+    try:
+        parts = json.loads((base / "base.json").read_text())["parts"]
+        return all(staging.file_digest(base / name) == sha256 for name, sha256 in parts.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _full_disk(dir: Path) -> ImageError:  # noqa: A002
+    return ImageError(f"the disk that holds {dir} is full: an image needs 1 GB while it is built")

@@ -1,0 +1,301 @@
+"""The store of layers: what agents' `requirements` and `packages` add to the guest's root, built once, read-only.
+
+::
+
+    <layers>/
+      .lock                   flock: one build at a time
+      .building-…/            a layer in the making, swept by the next build when its maker died
+      .verified/<key>         what was hashed before
+      <key>/                  layer.json, layer.erofs
+
+A key is the digest of all that shapes a layer: what is asked for, and what it is laid upon. So agents that ask for the
+same share one, and one that no longer fits the image is never found. Running an agent only looks here; nothing is
+fetched then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from swarm.base.aio import settle
+from swarm.errors import CommandFailed, HostError, ImageError, LayerMissing, NotFound
+from swarm.model import Agent
+from swarm.vm.driver import Image, Layer
+from swarm.vm.image import apt, layer_build, pip, staging
+from swarm.vm.image.build import Progress
+
+log = structlog.get_logger(__name__)
+
+_MANIFEST: Final = "layer.json"
+_FILE: Final = "layer.erofs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInfo:
+    """One layer as its manifest tells it. ``installed``: name -> version of all that it holds."""
+
+    key: str
+    digest: str
+    requirements: tuple[str, ...]
+    packages: tuple[str, ...]
+    installed: Mapping[str, str]
+    size_bytes: int
+    built_at: str  # ISO-8601 UTC
+
+
+class Layers:
+    """The layers in ``dir``. ``sources``: where apt's configuration says what Debian packages come from."""
+
+    def __init__(self, *, dir: Path, sources: Path = Path("/etc/apt")) -> None:  # noqa: A002
+        self.dir = dir
+        self._sources = sources
+
+    async def find(self, agent: Agent, image: Image) -> Layer | None:
+        """The agent's layer on that image, verified; None when it asks for nothing. Raises LayerMissing."""
+        if not agent.needs_layer:
+            return None
+        try:
+            return await asyncio.to_thread(self._verified, _key(_shape(agent, image)))
+        except FileNotFoundError:
+            what = "is not built for this guest image"
+        except ImageError as error:
+            what = f"can't be used: {error}"
+        raise LayerMissing(_missing(agent, what))
+
+    async def build(
+        self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = lambda label, fraction: None
+    ) -> Layer | None:
+        """The agent's layer, built unless it is there (or ``force``). Needs the network, and root.
+
+        Raises UsageError for what nobody offers, ImageError, HostError.
+        """
+        if not agent.needs_layer:
+            return None
+        shape = _shape(agent, image)
+        key = _key(shape)
+        if not force and (layer := await self._whole(key)):
+            return layer
+        layer_build.check_host(_made(self.dir))
+        try:
+            async with staging.locked(self.dir / ".lock", lambda: progress("waiting for another build", 0.0)):
+                if not force and (layer := await self._whole(key)):
+                    return layer
+                await settle(asyncio.to_thread(staging.sweep, self.dir))
+                async with staging.staged(self.dir) as stage:
+                    installed = await layer_build.build(
+                        sorted(set(agent.requirements)),
+                        sorted(set(agent.packages)),
+                        own_modules(agent),
+                        image=image,
+                        stage=stage,
+                        sources=self._sources,
+                        progress=progress,
+                    )
+                    await settle(asyncio.to_thread(self._move_in, stage, key, shape, installed))
+                return await asyncio.to_thread(self._verified, key)
+        except CommandFailed as error:
+            if not apt.FULL_DISK.search(str(error)):
+                raise
+            raise ImageError(f"the disk that holds {self.dir} is full: the layer was not built") from error
+        except OSError as error:
+            raise _unwritable(error, self.dir) from error
+
+    def list(self) -> list[LayerInfo]:
+        """Every layer, newest first."""
+        found = []
+        for file in self.dir.glob(f"*/{_MANIFEST}"):
+            try:
+                told = json.loads(file.read_text())
+                found.append(
+                    LayerInfo(
+                        key=file.parent.name,
+                        digest=told["sha256"],
+                        requirements=tuple(told["shape"]["requirements"]),
+                        packages=tuple(told["shape"]["packages"]),
+                        installed=told["installed"]["python"] | told["installed"]["debian"],
+                        size_bytes=told["size_bytes"],
+                        built_at=told["built_at"],
+                    )
+                )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("layer left out", path=str(file), reason=repr(error))
+        return sorted(found, key=lambda info: info.built_at, reverse=True)
+
+    def key(self, agent: Agent, image: Image) -> str:
+        """The name of the agent's layer, be it there or not."""
+        return _key(_shape(agent, image))
+
+    def named(self, digest: str) -> Layer | None:
+        """The layer with that content, for what is made again from a list (templates)."""
+        return next(
+            (Layer(digest=i.digest, path=self.dir / i.key / _FILE) for i in self.list() if i.digest == digest), None
+        )
+
+    def remove(self, key: str) -> str:
+        """Remove a layer; return its key. VMs that run from it go on (they have its file open). Raises NotFound."""
+        fits = [info.key for info in self.list() if key and info.key.startswith(key)]
+        if len(fits) != 1:
+            raise NotFound(f"{len(fits) or 'no'} layers begin with {key!r}; `swarm agent layers` shows those there are")
+        doomed = self.dir / f"{staging.BUILDING}removed-{fits[0]}"
+        (self.dir / fits[0]).rename(doomed)
+        (self.dir / ".verified" / fits[0]).unlink(missing_ok=True)
+        shutil.rmtree(doomed)
+        return fits[0]
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    async def _whole(self, key: str) -> Layer | None:
+        try:
+            return await asyncio.to_thread(self._verified, key)
+        except FileNotFoundError:
+            return None
+        except ImageError as error:
+            log.warning("layer is built again", reason=str(error))
+            return None
+
+    def _verified(self, key: str) -> Layer:
+        """Raises FileNotFoundError, or ImageError when it is not what was built."""
+        place = self.dir / key
+        text = (place / _MANIFEST).read_text()
+        try:
+            told = json.loads(text)
+            part = staging.Part(path=place / _FILE, size_bytes=told["size_bytes"], sha256=told["sha256"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ImageError(f"{place / _MANIFEST} can't be read ({error!r})") from error
+        if wrong := staging.damage([part], self.dir / ".verified" / key):
+            raise ImageError(wrong)
+        return Layer(digest=part.sha256, path=part.path)
+
+    def _move_in(self, stage: Path, key: str, shape: Mapping[str, Any], installed: layer_build.Installed) -> None:
+        file = stage / _FILE
+        file.chmod(0o444)
+        manifest = {
+            "shape": shape,
+            "installed": asdict(installed),
+            "sha256": staging.file_digest(file),
+            "size_bytes": file.stat().st_size,
+            "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        staging.replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        stage.chmod(0o755)
+        staging.move_in(stage, self.dir / key)
+
+
+class HostLayers:
+    """Layers of agents that run as plain processes of this host: directories of modules for the Python we run on.
+
+    Of `packages` nothing is installed: such an agent finds the host's own programs.
+    """
+
+    def __init__(self, *, dir: Path) -> None:  # noqa: A002
+        self.dir = dir
+
+    async def find(self, agent: Agent, image: Image) -> Layer | None:
+        if not agent.requirements:
+            return None
+        key = _key(_host_shape(agent))
+        if not (self.dir / key).is_dir():
+            raise LayerMissing(_missing(agent, "is not built for this host's Python"))
+        return Layer(digest=key, path=self.dir / key)
+
+    async def build(
+        self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = lambda label, fraction: None
+    ) -> Layer | None:
+        if not agent.requirements:
+            return None
+        pip.check(agent.requirements)
+        final = self.dir / _key(_host_shape(agent))
+        if final.is_dir() and not force:
+            return Layer(digest=final.name, path=final)
+        _made(self.dir)
+        try:
+            async with (
+                staging.locked(self.dir / ".lock", lambda: progress("waiting for another build", 0.0)),
+                staging.staged(self.dir) as stage,
+            ):
+                progress("installing requirements", 0.1)
+                python = f"Python {platform.python_version()} on this host"
+                await pip.run(
+                    [sys.executable, str(pip.location()), "install", *pip.OPTIONS, "--no-cache-dir", "--target",
+                     str(stage / "new"), "--", *agent.requirements],
+                    where=stage,
+                    python=python,
+                )  # fmt: skip
+                await settle(asyncio.to_thread(staging.move_in, stage / "new", final))
+        except OSError as error:
+            raise _unwritable(error, self.dir) from error
+        return Layer(digest=final.name, path=final)
+
+
+def own_modules(agent: Agent) -> dict[str, bytes]:
+    """The agent's own files among what it preloads, name -> text: a template is made before any agent's files are in
+    the VM, so they come with the layer."""
+    files = {name: agent.path / f"{name}.py" for name in sorted(agent.preload) if "." not in name}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+
+
+def _shape(agent: Agent, image: Image) -> dict[str, Any]:
+    """All that shapes a layer. Wheels ask for an interpreter and a C library only, and outlive an update."""
+    try:
+        upon: dict[str, Any] = {
+            "python": re.match(r"\d+\.\d+", image.packages["python3-minimal"])[0],  # type: ignore[index]
+            "libc": re.match(r"\d+\.\d+", image.packages["libc6"])[0],  # type: ignore[index]
+        }
+    except (KeyError, TypeError):
+        raise ImageError(f"image {image.digest[:12]} does not say what Debian it is made of: build it again") from None
+    if agent.packages:
+        upon |= {"base": image.base, "installed": dict(image.packages)}
+    if own := own_modules(agent):
+        upon["modules"] = {name: hashlib.sha256(text).hexdigest() for name, text in own.items()}
+    return {
+        "builder": layer_build.BUILDER_VERSION,
+        "machine": platform.machine(),
+        "requirements": sorted(set(agent.requirements)),
+        "packages": sorted(set(agent.packages)),
+        "upon": upon,
+    }
+
+
+def _host_shape(agent: Agent) -> dict[str, Any]:
+    python = [sys.implementation.cache_tag, platform.machine()]
+    return {"builder": layer_build.BUILDER_VERSION, "requirements": sorted(set(agent.requirements)), "host": python}
+
+
+def _key(shape: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _missing(agent: Agent, what: str) -> str:
+    return (
+        f"the layer of the agent {agent.name}@{agent.version} (its requirements and packages) {what}: "
+        f"run `swarm agent build {agent.name}@{agent.version}`, which needs the network"
+    )
+
+
+def _made(dir: Path) -> Path:  # noqa: A002
+    try:
+        dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"can't make {dir}: {error.strerror}") from error
+    return dir
+
+
+def _unwritable(error: OSError, dir: Path) -> Exception:  # noqa: A002
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ImageError(f"the disk that holds {dir} is full: the layer was not built")
+    return HostError(f"can't build a layer: {error.filename or dir}: {os.strerror(error.errno or 0)}")

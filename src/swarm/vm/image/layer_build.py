@@ -1,0 +1,277 @@
+"""Building a layer: what an agent's `requirements` and `packages` add to the guest's root, as one erofs file.
+
+The guest's own root is unpacked, its own apt database and its own Python are used, so what is installed is what would
+be installed in a guest: no guessing of versions, platforms and markers. Fetching needs the network and runs nothing of
+what is fetched. Installing runs Debian's maintainer scripts, in a chroot, without a network, in namespaces that end
+with us. What was there before is then taken away again, and the rest is the layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from email.parser import HeaderParser
+from pathlib import Path
+from typing import Final
+
+from swarm.base import process
+from swarm.base.aio import settle
+from swarm.errors import CommandFailed, HostError, ImageError, UsageError
+from swarm.model import DEBIAN_PACKAGE
+from swarm.vm.driver import Image
+from swarm.vm.image import apt, pip
+from swarm.vm.image.base import UNWANTED_PATHS
+from swarm.vm.image.build import EPOCH, Progress, remove, tool
+
+# Raise it when the code below makes another layer of the same requirements and packages.
+BUILDER_VERSION: Final = 1
+MAX_BYTES: Final = 4 << 30
+_EROFS_UUID: Final = "5a7a0000-0000-4000-8000-000000000002"
+_TOOLS: Final = {
+    "mkfs.erofs": "erofs-utils", "fsck.erofs": "erofs-utils", "apt-get": "apt", "unshare": "util-linux",
+    "setpriv": "util-linux", "prlimit": "util-linux",
+}  # fmt: skip
+_SCRATCH: Final = "var/tmp/swarm-layer"
+_MODULES: Final = "usr/lib/python3/dist-packages"  # searched last: what a wheel brings goes before it
+# What Debian's maintainer scripts expect, and the image's build took away.
+_EXPECTED: Final = ("var/cache/debconf", "var/lib/ucf", "var/lib/apt", "var/lib/systemd", "var/cache/apt")
+# What differs from run to run, or is of no use in a guest; nothing of the image's own is touched by these.
+_NOISE: Final = (
+    _SCRATCH, "usr/sbin/policy-rc.d", "var/cache/*", "var/log/*", "var/lib/dpkg/*-old", "var/lib/dpkg/lock*",
+    "var/lib/apt", "var/lib/ucf", "etc/*-", "etc/.pwd.lock", "run/*", "tmp/*", "boot/*", "root/.cache",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installed:
+    """What a layer holds, name -> version: wheels with all that they need, Debian packages likewise."""
+
+    python: Mapping[str, str]
+    debian: Mapping[str, str]
+
+
+def check_host(where: Path) -> None:
+    """Raises HostError when a build can't succeed here, before anything is done."""
+    if os.geteuid() != 0:
+        raise HostError("building a layer needs root (it unpacks a root file system with its owners)")
+    if missing := sorted({package for tool, package in _TOOLS.items() if process.which(tool) is None}):
+        raise HostError(f"building a layer needs programs that are missing here: apt-get install {' '.join(missing)}")
+    if (free := shutil.disk_usage(where).free) < 1 << 30:
+        raise ImageError(f"a layer needs 1 GB below {where} while it is built, and only {free >> 20} MB are free there")
+
+
+async def build(
+    requirements: Sequence[str],
+    packages: Sequence[str],
+    modules: Mapping[str, bytes],
+    *,
+    image: Image,
+    stage: Path,
+    sources: Path,
+    progress: Progress,
+) -> Installed:
+    """Fill ``stage`` with layer.erofs. ``modules``: Python's, by name, that are put beside what is installed.
+    ``sources``: the directory of apt's configuration (/etc/apt).
+
+    Raises UsageError for what nobody offers, ImageError when it can't be fetched or installed, HostError.
+    """
+    pip.check(requirements)
+    for one in packages:
+        if not re.fullmatch(DEBIAN_PACKAGE, one):
+            raise UsageError(f"the package {one!r} is no name of a Debian package, or `name=version`")
+    root = stage / "root"
+    progress("unpacking the guest's root", 0.0)
+    await tool("fsck.erofs", f"--extract={root}", str(image.root))
+    before = await asyncio.to_thread(_inventory, root)
+    scratch = root / _SCRATCH
+    scratch.mkdir(parents=True)
+    policy = root / "usr/sbin/policy-rc.d"
+    policy.write_text("#!/bin/sh\nexit 101\n")  # no service is started in a chroot
+    policy.chmod(0o755)
+    old = _debian(root)
+    if packages:
+        progress("installing Debian packages", 0.15)
+        await _install_packages(packages, root, image, sources)
+    if requirements:
+        progress("fetching requirements", 0.4)
+        await _fetch(requirements, root, stage)
+        progress("installing requirements", 0.6)
+        await _install_wheels(requirements, root)
+    for name, text in modules.items():
+        file = root / _MODULES / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text)
+    progress("compiling", 0.7)
+    places = [f"/{d.relative_to(root)}" for d in (*root.glob("usr/local/lib/python3*"), root / "usr/lib/python3")]
+    # -S: a .pth file of a wheel would run its code. Hashes in place of time stamps, which an erofs has not. -j 0: by
+    # all CPUs. What can't be compiled is no error here.
+    await _in(root, "/usr/bin/python3", "-I", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode",
+              "unchecked-hash", *places, check=False)  # fmt: skip
+    installed = Installed(
+        python=await asyncio.to_thread(_wheels, root),
+        debian={name: version for name, version in _debian(root).items() if old.get(name) != version},
+    )
+    progress("packing", 0.85)
+    size = await settle(asyncio.to_thread(_keep_what_is_new, root, before))
+    if size > MAX_BYTES:
+        raise UsageError(f"the layer would take {size >> 20} MiB, and at most {MAX_BYTES >> 20} are allowed")
+    await tool("mkfs.erofs", "--quiet", "-x-1", f"-T{EPOCH}", f"-U{_EROFS_UUID}", str(stage / "layer.erofs"), str(root))
+    await settle(asyncio.to_thread(shutil.rmtree, root))
+    return installed
+
+
+# --- Debian -----------------------------------------------------------------------------------------------------------
+
+
+async def _install_packages(packages: Sequence[str], root: Path, image: Image, etc: Path) -> None:
+    """Fetch with the host's apt, by the guest's list of what is installed; install in the guest's root."""
+    for place in _EXPECTED:
+        (root / place).mkdir(parents=True, exist_ok=True)
+    release = _release(root)
+    dir = root / _SCRATCH / "apt"  # noqa: A001 - in the root, since dpkg opens the archives from in there
+    # An archive on a local disk would be installed from where it lies, which the chroot can't see.
+    found = [
+        replace(one, uris=tuple(re.sub("^file:", "copy:", uri) for uri in one.uris))
+        for one in apt.host_sources(release, etc=etc)
+    ]
+    client = apt.PrivateApt(
+        dir, sources=found, options=await apt.host_options(),
+        status=root / "var/lib/dpkg/status",
+    )  # fmt: skip
+    await client.update()
+    options = [f"-oDPkg::Options::=--path-exclude=/usr/share/{name}/*" for name in UNWANTED_PATHS]
+    settings = [
+        "--quiet", "--yes", "--no-install-recommends", f"-oDPkg::Chroot-Directory={root}", "-oDpkg::Use-Pty=0",
+        "-oDPkg::Options::=--force-confold", "-oDPkg::Options::=--force-unsafe-io", *options, "install",
+    ]  # fmt: skip
+    await client.install(["--download-only", *settings, *packages])
+    # Without a network, and in a process namespace of its own: what scripts start ends with it.
+    await client.install(["--no-download", *settings, *packages], within=_fence(root))
+
+
+def _release(root: Path) -> str:
+    text = (root / "usr/lib/os-release").read_text()
+    found = re.search(r"^VERSION_CODENAME=(\w+)$", text, re.MULTILINE)
+    if not found:
+        raise ImageError("the guest's root does not say which Debian it is (/usr/lib/os-release)")
+    return found[1]
+
+
+def _debian(root: Path) -> dict[str, str]:
+    return apt.installed((root / "var/lib/dpkg/status").read_text())
+
+
+# --- PyPI -------------------------------------------------------------------------------------------------------------
+
+
+async def _fetch(requirements: Sequence[str], root: Path, stage: Path) -> None:
+    """Download wheels with all that they need, as the guest's interpreter sees it: versions, platform, markers.
+
+    It runs here and not in a chroot, so that pip finds this host's configuration, indexes and certificates.
+    """
+    libraries = next(root.glob("usr/lib/*-linux-gnu"), root)
+    loader = next(libraries.glob("ld-linux-*.so.*"), None)
+    if loader is None:
+        raise ImageError("the guest's root has no dynamic loader: is it Debian's?")
+    interpreter = [str(loader), "--library-path", str(libraries), str(root / "usr/bin/python3")]
+    wheels = root / _SCRATCH / "wheels"
+    await pip.run(
+        ["prlimit", f"--fsize={MAX_BYTES}", "--", *interpreter, str(pip.location()), "download", *pip.OPTIONS,
+         f"--dest={wheels}", "--", *requirements],
+        where=stage,
+        python="the guest's Python",
+    )  # fmt: skip
+
+
+async def _install_wheels(requirements: Sequence[str], root: Path) -> None:
+    """By the guest's own Python, in its own root: paths and scripts come out right, and a hostile wheel stays in it."""
+    await settle(asyncio.to_thread(shutil.copytree, pip.location(), root / _SCRATCH / "pip"))
+    await _in(
+        root, "/usr/bin/python3", "-I", f"/{_SCRATCH}/pip", "--isolated", "install", "--no-index",
+        f"--find-links=/{_SCRATCH}/wheels", "--no-compile", "--ignore-installed", "--break-system-packages",
+        "--root-user-action=ignore", "--no-cache-dir", *pip.OPTIONS, "--", *requirements,
+    )  # fmt: skip
+
+
+def _wheels(root: Path) -> dict[str, str]:
+    """Name -> version, by the metadata of what is installed (importlib.metadata would look at this host)."""
+    found = {}
+    for file in root.glob("usr/local/lib/python3*/dist-packages/*.dist-info/METADATA"):
+        head = HeaderParser().parsestr(file.read_text(errors="replace"), headersonly=True)
+        found[str(head["Name"])] = str(head["Version"])
+    return dict(sorted(found.items()))
+
+
+# --- the root ---------------------------------------------------------------------------------------------------------
+
+
+def _fence(root: Path) -> list[str]:
+    return [
+        "unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child",
+        f"--mount-proc={root / 'proc'}", "--",
+    ]  # fmt: skip
+
+
+async def _in(root: Path, *argv: str, check: bool = True) -> None:
+    """Run a program of the guest's in its root, behind the fence. Raises UsageError with what it said."""
+    try:
+        await tool("prlimit", f"--fsize={MAX_BYTES}", "--", *_fence(root), "chroot", str(root), *argv)
+    except CommandFailed as error:
+        if apt.FULL_DISK.search(str(error)):
+            raise ImageError(f"the disk that holds {root.parent} is full: the layer was not built") from error
+        if check:
+            raise UsageError(f"the requirements can't be installed: {error.stderr[-1000:]}") from error
+
+
+def _inventory(root: Path) -> dict[str, tuple[int, ...]]:
+    """What changes whenever a path below ``root`` does: inode and time of last change; of a directory, its rights."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in _below(root):
+        info = path.lstat()
+        marks: tuple[int, ...] = (info.st_ino, info.st_ctime_ns)
+        if stat.S_ISDIR(info.st_mode):
+            marks = (info.st_mode, info.st_uid, info.st_gid)
+        found[str(path.relative_to(root))] = marks
+    return found
+
+
+def _keep_what_is_new(root: Path, before: Mapping[str, tuple[int, ...]]) -> int:
+    """Take away what was there before; what is gone gets the mark that overlayfs reads so, a device 0:0.
+
+    Returns the bytes that are left.
+    """
+    for pattern in _NOISE:
+        for path in sorted(root.glob(pattern)):
+            if str(path.relative_to(root)) not in before:
+                remove(path)
+    after = _inventory(root)
+    old = {name for name, marks in after.items() if before.get(name) == marks}
+    for name in sorted(before.keys() - after.keys()):
+        path = root / name
+        if path.parent.is_dir() and not path.parent.is_symlink():
+            os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
+    size = 0
+    for path in _below(root):
+        info = path.lstat()
+        known = str(path.relative_to(root)) in old
+        if stat.S_ISDIR(info.st_mode):
+            if known and not any(path.iterdir()):
+                path.rmdir()
+        elif known:
+            path.unlink()
+        elif stat.S_ISREG(info.st_mode):
+            size += info.st_size
+            if info.st_mode & (stat.S_ISUID | stat.S_ISGID):  # rights that no agent needs
+                path.chmod(stat.S_IMODE(info.st_mode) & 0o777)
+    return size
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """Everything below ``root``, what is in a directory before it; no link is followed."""
+    for place, dirs, files in os.walk(root, topdown=False):
+        yield from (Path(place, name) for name in (*dirs, *files))

@@ -1,0 +1,1 @@
+"""The network of VMs: namespaces, bridge, firewall rules. Imports `swarm.vm.driver` alone."""

@@ -1,0 +1,212 @@
+"""The host's part of Swarm's network: the bridge, a blackhole route behind it, and the nft table ``inet swarm``.
+
+Each carries a mark in the kernel from birth, so that a maker that was killed at any point leaves nothing of which one
+could doubt whose it is: the bridge a MAC of its own, the route a protocol number, the table a comment. What lacks the
+mark is somebody else's, and is named and left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+from collections.abc import Iterator
+from ipaddress import IPv4Network
+from typing import Any
+
+from pyroute2.netlink.exceptions import NetlinkError
+
+from swarm.base import process
+from swarm.errors import Conflict, HostError, UsageError
+from swarm.vm.network import netns, rules
+
+# A bridge with this address is Swarm's. (06: locally administered; 53:57:41:52 spells SWAR.)
+BRIDGE_MAC = "06:00:53:57:41:52"
+ROUTE_PROTOCOL = 83  # rtm_protocol of our routes; iproute2 knows no name for it
+# The kernel numbers a bridge's ports with 10 bits and leaves out 0 (net/bridge/br_private.h, BR_PORT_BITS).
+MAX_PORTS = 1023
+
+_WORST_METRIC = 0xFFFFFFFF
+_BLACKHOLE = 6  # RTN_BLACKHOLE, linux/rtnetlink.h
+_IFF_UP = 0x1
+_TABLES = (253, 254, 255)  # default, main, local: what a packet without policy rules meets
+
+
+class Bridge:
+    """Name, subnet and rules of the bridge; `ensure` makes it so."""
+
+    def __init__(self, *, subnet: IPv4Network, name: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", name):
+            raise UsageError(f"{name!r} can't be the name of a bridge: 1 to 15 letters, digits, '_', '.', '-'")
+        if subnet.prefixlen > 29:
+            raise UsageError(f"the subnet {subnet} is too small: it must hold a gateway and VMs (/29 or wider)")
+        self.subnet = subnet
+        self.name = name
+        self.gateway = subnet.network_address + 1
+        self._alias = f"{netns.MARK} {subnet}"
+        self._rules = rules.for_host(subnet, name)
+
+    async def ensure(self) -> None:
+        """Make bridge, blackhole route and rules, unless they are there (a few look-ups, ~2 ms).
+
+        Raises HostError when something else on this host is in the way, naming it and the setting to change.
+        """
+        require_root()
+        if await netns.in_thread(self.is_complete):
+            return
+        async with netns.locked(exclusive=True):
+            if await netns.in_thread(self.is_complete):  # another process was faster
+                return
+            await netns.in_thread(self.check_clashes)
+            # The fence stands before there is anything behind it.
+            await process.run(["nft", "-f", "-"], input=self._rules.encode())
+            await netns.in_thread(self._make)
+
+    async def remove(self) -> list[str]:
+        """Undo `ensure`, whatever settings it ran with; say what was removed. Nothing when there is nothing.
+
+        Raises Conflict while VMs are still attached.
+        """
+        require_root()
+        async with netns.locked(exclusive=True):
+            removed, comment = await netns.in_thread(self._remove)
+            if comment is not None and rules.is_ours(comment):
+                await process.run(["nft", "delete", "table", "inet", rules.TABLE])
+                removed.append(f"nft table inet {rules.TABLE}")
+        return removed
+
+    def is_complete(self) -> bool:
+        with explained("can't read the host's network"), netns.netlink() as host:
+            return self.index(host) is not None
+
+    def index(self, host: Any) -> int | None:
+        """Index of the bridge, when it and the route and the rules are there, all of them by the present settings."""
+        if netns.nft_comment(rules.TABLE) != rules.comment_of(self._rules):
+            return None
+        for link in named(host, self.name):
+            # The alias is set last. Somebody may have set it down since.
+            if is_our_bridge(link) and link.get_attr("IFLA_IFALIAS") == self._alias and link["flags"] & _IFF_UP:
+                subnets = [f"{r.get_attr('RTA_DST')}/{r['dst_len']}" for r in _our_routes(host)]
+                return int(link["index"]) if str(self.subnet) in subnets else None
+        return None
+
+    def check_clashes(self) -> None:
+        with explained("can't read the host's network"), netns.netlink() as host:
+            links = {link["index"]: link for link in host.link("dump")}
+            name = {index: link.get_attr("IFLA_IFNAME") for index, link in links.items()}
+            for index, link in links.items():
+                if name[index] == self.name and not is_our_bridge(link):
+                    raise HostError(
+                        f"this host has an interface {self.name} that Swarm did not make: set SWARM_BRIDGE to "
+                        f"another name (or `bridge` in swarm.toml), or remove it"
+                    )
+                made_for = link.get_attr("IFLA_IFALIAS") or self._alias
+                if is_our_bridge(link) and (name[index] != self.name or made_for != self._alias):
+                    raise HostError(
+                        f"Swarm's network is up as {name[index]} ({made_for}), but the settings say {self.name} "
+                        f"({self._alias}): run swarm-cleanup, or set SWARM_BRIDGE and SWARM_SUBNET back"
+                    )
+            for route in host.route("dump", family=socket.AF_INET):
+                clash = self._clash(route, name)
+                if clash:
+                    raise HostError(
+                        f"{clash} overlaps Swarm's subnet {self.subnet}: set SWARM_SUBNET to a free one (for example "
+                        f"10.213.0.0/16, or `subnet` in swarm.toml), or remove that route"
+                    )
+            comment = netns.nft_comment(rules.TABLE)
+            if comment is not None and not rules.is_ours(comment):
+                raise HostError(
+                    f"this host has an nft table `inet {rules.TABLE}` that Swarm did not make: "
+                    f"remove it (`nft delete table inet {rules.TABLE}`) or rename it"
+                )
+
+    def _clash(self, route: Any, name: dict[int, str]) -> str | None:
+        table = route.get_attr("RTA_TABLE") or route["table"]
+        device = name.get(route.get_attr("RTA_OIF") or 0, "")
+        if table not in _TABLES or device == self.name or route["dst_len"] == 0 or _is_our_route(route):
+            return None
+        destination = IPv4Network((route.get_attr("RTA_DST"), route["dst_len"]))
+        if not destination.overlaps(self.subnet):
+            return None
+        return f"the route {destination}" + (f" on {device}" if device else " (blackhole or unreachable)")
+
+    def _make(self) -> None:
+        with explained(f"can't make the bridge {self.name}"), netns.netlink() as host:
+            if not named(host, self.name):
+                host.link("add", ifname=self.name, kind="bridge", address=BRIDGE_MAC, br_mcast_snooping=0)
+            index = named(host, self.name)[0]["index"]
+            netns.sysctl(f"ipv6/conf/{self.name}/disable_ipv6", "1")  # of this interface alone: gone with it
+            host.addr("replace", index=index, address=str(self.gateway), prefixlen=self.subnet.prefixlen)
+            host.link("set", index=index, state="up")
+            # A packet to a VM that is gone must never leave by the default route, also when the bridge is down.
+            host.route("replace", dst=str(self.subnet), type="blackhole", priority=_WORST_METRIC, proto=ROUTE_PROTOCOL)
+            host.link("set", index=index, ifalias=self._alias)
+
+    def _remove(self) -> tuple[list[str], str | None]:
+        removed = []
+        with explained("can't remove the bridge"), netns.netlink() as host:
+            links = list(host.link("dump"))
+            bridges = {link["index"]: link.get_attr("IFLA_IFNAME") for link in links if is_our_bridge(link)}
+            ports = [
+                str(link.get_attr("IFLA_IFALIAS"))
+                for link in links
+                if link.get_attr("IFLA_MASTER") in bridges and is_our_port(link)
+            ]
+            if ports:
+                raise Conflict(
+                    f"{', '.join(bridges.values())} still carries {len(ports)} of Swarm's VMs ({', '.join(ports[:8])}"
+                    f"{', …' if len(ports) > 8 else ''}): remove them first"
+                )
+            for index, name in bridges.items():
+                host.link("del", index=index)
+                removed.append(f"bridge {name}")
+            for route in _our_routes(host):
+                host.route("del", dst=f"{route.get_attr('RTA_DST')}/{route['dst_len']}", type="blackhole",
+                           priority=_WORST_METRIC, proto=ROUTE_PROTOCOL)  # fmt: skip
+                removed.append(f"blackhole route {route.get_attr('RTA_DST')}/{route['dst_len']}")
+            return removed, netns.nft_comment(rules.TABLE)
+
+
+def require_root() -> None:
+    if os.geteuid() != 0:
+        raise HostError("network namespaces need root: run this as root (sudo)")
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Errors of the kernel become HostErrors that say what was being done."""
+    try:
+        yield
+    except (OSError, NetlinkError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise HostError(f"{what}: {error}") from error
+        raise HostError(f"{what}: {netns.explain(error)}") from error
+
+
+def named(host: Any, name: str) -> list[Any]:
+    try:
+        return list(host.link("get", ifname=name))
+    except NetlinkError as error:
+        if error.code != errno.ENODEV:
+            raise
+        return []
+
+
+def is_our_bridge(link: Any) -> bool:
+    info = link.get_attr("IFLA_LINKINFO")
+    kind = info.get_attr("IFLA_INFO_KIND") if info else None
+    return bool(kind == "bridge" and link.get_attr("IFLA_ADDRESS") == BRIDGE_MAC)
+
+
+def is_our_port(link: Any) -> bool:
+    return bool(re.fullmatch(rf"{netns.MARK} vm[0-9]+", link.get_attr("IFLA_IFALIAS") or ""))
+
+
+def _is_our_route(route: Any) -> bool:
+    return bool(route["proto"] == ROUTE_PROTOCOL and route["type"] == _BLACKHOLE)
+
+
+def _our_routes(host: Any) -> list[Any]:
+    return [r for r in host.route("dump", family=socket.AF_INET, proto=ROUTE_PROTOCOL) if _is_our_route(r)]

@@ -1,0 +1,312 @@
+"""VM n's place on the network: namespace ``vm<n>`` with a tap in it, reached from the host at subnet + n + 1.
+
+::
+
+    host                                    namespace vm<n>, the same in each but for the middle
+    br0 10.0.0.1/16 ── swarm<n> ═════════ eth0 10.0.0.(n+1)/16 ── NAT 1:1 ── tap0 172.16.0.1/30 ── guest 172.16.0.2
+        fixed MAC      isolated port,
+                       altname tap<n>
+
+Nobody on the way ever asks who has an address: neighbour and forwarding entries are permanent and derived from n, and
+ports neither learn nor flood. So a slot can be used again the moment its VM is dead (`recycle`), and no VM can pose as
+another. What is Swarm's carries a mark in the kernel (bridge.py, netns.py). docs/adr/0006-network.md has the reasons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network
+
+import structlog
+from pyroute2.netlink.exceptions import NetlinkError
+
+from swarm.base import process
+from swarm.base.aio import settle
+from swarm.errors import Conflict, HostError, NotFound, UsageError
+from swarm.vm.driver import GUEST_ADDRESS, GUEST_GATEWAY, GUEST_MAC, TAP_MAC, TAP_NAME, Slot
+from swarm.vm.network import netns, rules
+from swarm.vm.network.bridge import (
+    BRIDGE_MAC,
+    MAX_PORTS,
+    Bridge,
+    explained,
+    is_our_bridge,
+    is_our_port,
+    named,
+    require_root,
+)
+
+log = structlog.get_logger(__name__)
+
+UPLINK = "eth0"  # a namespace's own end of its veth pair
+# When both ends of a pair happen to have one index, the kernel takes "carrier on" for not urgent and lets the port drop
+# everything for up to a second (linkwatch_urgent_event, net/core/link_watch.c). The host's own count never gets here.
+_UPLINK_INDEX = 1 << 30
+_NUD_NOARP, _NTF_MASTER = 0x40, 0x04  # linux/neighbour.h: a static entry, in the bridge's own table
+_IFF_LOWER_UP = 0x10000  # linux/if.h: somebody holds the other side
+_NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}  # IN6_ADDR_GEN_MODE_NONE
+
+
+class Network:
+    """The host's part (bridge, route, rules) and the slots on it. Needs root and `nft`.
+
+    ``owner`` stands in the kernel beside each slot: the state directory whose locks say who uses it.
+    """
+
+    def __init__(self, *, subnet: IPv4Network, bridge: str, owner: str = "") -> None:
+        self.subnet = subnet
+        self.bridge = bridge
+        self.gateway = subnet.network_address + 1
+        self._bridge = Bridge(subnet=subnet, name=bridge)
+        self._owner = owner
+
+    def address(self, n: int) -> IPv4Address:
+        """Where VM n answers. Raises UsageError when the subnet has no such place."""
+        last = self.subnet.num_addresses - 3
+        if not 1 <= n <= last:
+            raise UsageError(f"VM {n} has no address in {self.subnet}: VMs are numbered from 1 to {last}")
+        return self.subnet.network_address + n + 1
+
+    def slot(self, n: int) -> Slot:
+        return Slot(n=n, netns=netns_of(n), address=self.address(n))
+
+    async def ensure_host(self) -> None:
+        """Make bridge, blackhole route and rules, unless they are there: see `Bridge.ensure`."""
+        await self._bridge.ensure()
+
+    async def remove_host(self) -> list[str]:
+        """Undo ensure_host; say what was removed: see `Bridge.remove`."""
+        return await self._bridge.remove()
+
+    # --- slots --------------------------------------------------------------------------------------------------------
+
+    async def create(self, n: int) -> Slot:
+        """Make slot n, and the host's part if need be. On failure or cancellation nothing of it remains.
+
+        Raises Conflict when the namespace exists already, ours or not; HostError when the host refuses.
+        """
+        require_root()
+        slot, started = self.slot(n), time.perf_counter()
+        made = threading.Event()
+        try:
+            for _ in range(3):
+                async with netns.locked(exclusive=False):  # remove_host waits
+                    if await netns.in_thread(lambda: self._build(slot, made)):
+                        break
+                await self.ensure_host()
+            else:
+                raise HostError(f"{self.bridge} is removed as often as it is made: is swarm-cleanup running elsewhere?")
+            links = time.perf_counter()
+            text = rules.for_vm(slot.address, UPLINK)
+            await process.run(["nft", "-f", "-"], input=text.encode(), netns=slot.netns)
+        except BaseException:
+            if made.is_set():
+                await settle(self.destroy(n))
+            raise
+        log.debug("slot made", n=n, links_ms=_ms(links - started), rules_ms=_ms(time.perf_counter() - links))
+        return slot
+
+    async def destroy(self, n: int) -> bool:
+        """Remove slot n, whole or half made; say if there was anything. Never touches what isn't Swarm's.
+
+        The VMM must be dead: a process that is still inside keeps the (then unconnected) namespace alive.
+        """
+        require_root()
+        return await netns.in_thread(lambda: self._unmake(n))
+
+    async def recycle(self, n: int) -> Slot:
+        """Make slot n as good as new for another VM: nothing that the last VM did is remembered. 4 ms at best.
+
+        All neighbours are permanent, ports learn nothing and the kernel empties a tap's queue when its VMM lets go, so
+        what remains is the namespace's tracked connections, and the count of what was refused. Raises Conflict while a
+        VMM still holds the tap, NotFound when the slot is not there or not whole (then destroy and create it).
+        """
+        require_root()
+        slot = self.slot(n)
+        await netns.in_thread(lambda: self._renew(slot))
+        return slot
+
+    async def listen(self, slot: Slot, port: int) -> socket.socket:
+        """A TCP socket that listens inside the slot, at the guest's own gateway: nobody but its VM can connect.
+
+        It stays there, whichever thread uses it. ~1 ms. Raises NotFound when the slot is gone, HostError.
+        """
+
+        def make() -> socket.socket:
+            if not netns.enter_ours(slot.netns):
+                raise NotFound(f"there is no slot {slot.n} to listen in")
+            with explained(f"can't listen on port {port} for VM {slot.n}"):
+                return socket.create_server((str(GUEST_GATEWAY), port), backlog=128)
+
+        return await netns.in_thread(make)
+
+    async def refused(self, slot: Slot) -> int:
+        """How many frames of the slot's VM were dropped at its tap, since it was made or recycled: such as claimed
+        another source, or spoke another protocol, than its guest does. Raises NotFound, HostError."""
+
+        def count() -> int:
+            with explained(f"can't read what VM {slot.n} was refused"):
+                try:
+                    netns.enter(slot.netns)  # ours: its VM is the caller's
+                    return netns.nft_counter(rules.TABLE, rules.REFUSED)
+                except FileNotFoundError:
+                    raise NotFound(f"slot {slot.n} is not whole") from None
+
+        return await netns.in_thread(count)
+
+    async def owner(self, n: int) -> str:
+        """Whose slot n is: see ``owner`` above; '' when that is not known."""
+        return await netns.in_thread(lambda: netns.owner_of(netns_of(n)))
+
+    async def list(self) -> list[Slot]:
+        """Swarm's slots on this host, also those that were made half, by n."""
+
+        def is_ours(name: str) -> Callable[[], bool]:
+            return lambda: netns.enter_ours(name)
+
+        require_root()
+        found = [int(m[1]) for name in netns.names() if (m := re.fullmatch(r"vm([1-9][0-9]{0,8})", name))]
+        return [
+            Slot(n=n, netns=netns_of(n), address=self.subnet.network_address + n + 1)
+            for n in sorted(found)
+            if await netns.in_thread(is_ours(netns_of(n)))
+        ]
+
+    def _build(self, slot: Slot, made: threading.Event) -> bool:
+        """Runs in a thread of its own. False when the host's part is missing; then nothing was done."""
+        mac, port = _uplink_mac(slot.address), f"swarm{slot.n}"
+        outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.ExitStack() as stack, explained(f"can't make the network of VM {slot.n}"):
+            stack.callback(os.close, outside)
+            host = stack.enter_context(netns.netlink())
+            bridge = self._bridge.index(host)
+            if bridge is None:
+                return False
+            try:
+                netns.create(slot.netns, self._owner)
+            except FileExistsError:
+                raise Conflict(
+                    f"the network namespace {slot.netns} exists already: if it is not yours (`swarm vm list`), "
+                    f"swarm-cleanup removes it; else use another number or `ip netns del {slot.netns}`"
+                ) from None
+            made.set()
+
+            for family in ("all", "default"):
+                netns.sysctl(f"ipv6/conf/{family}/disable_ipv6", "1")
+            netns.sysctl("ipv4/ip_forward", "1")  # of this namespace alone
+            here = stack.enter_context(netns.netlink())
+            tap = netns.make_tap(TAP_NAME)
+            here.link("set", index=tap, address=TAP_MAC, state="up")
+            here.addr("add", index=tap, address=str(GUEST_GATEWAY), prefixlen=30)
+            here.neigh("add", ifindex=tap, dst=str(GUEST_ADDRESS), lladdr=GUEST_MAC, state="permanent")
+            peer = {"ifname": port, "net_ns_fd": outside}
+            here.link("add", ifname=UPLINK, index=_UPLINK_INDEX, kind="veth", address=mac, peer=peer)
+            uplink = _UPLINK_INDEX
+            here.addr("add", index=uplink, address=str(slot.address), prefixlen=self.subnet.prefixlen)
+            here.link("set", index=uplink, state="up")
+            here.neigh("add", ifindex=uplink, dst=str(self.gateway), lladdr=BRIDGE_MAC, state="permanent")
+            here.route("add", dst="0.0.0.0/0", gateway=str(self.gateway))
+
+            index = host.link_lookup(ifname=port)[0]
+            host.link("set", index=index, ifalias=_port_alias(slot.n), IFLA_AF_SPEC=_NO_IPV6_ADDRESS)
+            try:
+                host.link("set", index=index, master=bridge)
+            except NetlinkError as error:
+                if error.code == errno.EXFULL:
+                    raise HostError(
+                        f"{self.bridge} is full: a Linux bridge has at most {MAX_PORTS} ports, so no more than "
+                        f"{MAX_PORTS} VMs can be up at once on this host"
+                    ) from None
+                raise
+            # Frames go between this port and the bridge itself, and only by the entry made here.
+            host.brport("set", index=index, isolated=1, learning=0, unicast_flood=0, mcast_flood=0, bcast_flood=0)
+            host.fdb("add", ifindex=index, lladdr=mac, state=_NUD_NOARP, flags=_NTF_MASTER)
+            try:
+                host.link("property_add", index=index, altname=f"tap{slot.n}")
+            except NetlinkError as error:
+                if error.code == errno.EEXIST:
+                    raise HostError(
+                        f"this host has an interface tap{slot.n} that Swarm did not make: remove it, or use another "
+                        f"number than {slot.n}"
+                    ) from None
+                raise
+            host.neigh("replace", ifindex=bridge, dst=str(slot.address), lladdr=mac, state="permanent")
+            host.link("set", index=index, state="up")
+            netns.await_up(host, index)
+            netns.await_up(host, bridge)
+        return True
+
+    def _unmake(self, n: int) -> bool:
+        # No check of n: it may date from settings with a wider subnet.
+        found, space, address = False, netns_of(n), self.subnet.network_address + n + 1
+        with explained(f"can't remove the network of VM {n}"), netns.netlink() as host:
+            if netns.enter_ours(space):
+                found = True
+                with netns.netlink() as here:  # the pair goes now; with the namespace it would go some time later
+                    for index in here.link_lookup(ifname=UPLINK):
+                        _ignoring_absence(here.link, "del", index=index)
+                netns.remove(space)
+            elif netns.is_plain_file(space):
+                found = True
+                netns.remove(space)
+            for link in named(host, f"swarm{n}"):
+                if is_our_port(link):
+                    found = True
+                    _ignoring_absence(host.link, "del", index=link["index"])
+            for link in named(host, self.bridge):
+                if is_our_bridge(link):
+                    _ignoring_absence(host.neigh, "del", ifindex=link["index"], dst=str(address))
+        return found
+
+    def _renew(self, slot: Slot) -> None:
+        gone = f"slot {slot.n} is not whole: destroy it and make it again"
+        with explained(f"can't recycle slot {slot.n}"), netns.netlink() as host:
+            bridge = self._bridge.index(host)
+            port = next(iter(named(host, f"swarm{slot.n}")), None)
+            if bridge is None or port is None or port.get_attr("IFLA_MASTER") != bridge:
+                raise NotFound(gone)
+            with netns.netlink_in_ours(slot.netns) as here:
+                tap = next(iter(named(here, TAP_NAME)), None) if here else None
+                if tap is None:
+                    raise NotFound(gone)
+                if tap["flags"] & _IFF_LOWER_UP:
+                    raise Conflict(f"slot {slot.n} is in use: a VMM still holds {TAP_NAME} in {slot.netns}")
+                netns.forget_connections()
+                try:
+                    netns.nft_counter(rules.TABLE, rules.REFUSED, reset=True)
+                except FileNotFoundError:
+                    raise NotFound(gone) from None
+                entry = {"lladdr": GUEST_MAC, "state": "permanent"}
+                here.neigh("replace", ifindex=tap["index"], dst=str(GUEST_ADDRESS), **entry)
+
+
+def netns_of(n: int) -> str:
+    return f"vm{n}"
+
+
+def _ignoring_absence(call: Callable[..., object], *args: object, **kwargs: object) -> None:
+    try:
+        call(*args, **kwargs)
+    except NetlinkError as error:
+        if error.code not in (errno.ENOENT, errno.ENODEV, errno.ESRCH):
+            raise
+
+
+def _port_alias(n: int) -> str:
+    return f"{netns.MARK} vm{n}"
+
+
+def _uplink_mac(address: IPv4Address) -> str:
+    """A locally administered address that no other VM of this host has."""
+    return "06:01:" + ":".join(f"{byte:02x}" for byte in address.packed)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 2)

@@ -1,0 +1,344 @@
+"""Which VMs exist on this host, and who owns them: files below ``state_dir``, and locks that the kernel keeps.
+
+::
+
+    vms/<n>/           everything of VM n: vm.json, and what its driver puts there
+    locks/vm<n>.lock   locked (flock) by the process that owns VM n, for as long as that process lives
+
+A VM belongs to the process that holds its lock; the kernel lets go of it however that process ends. Nothing of VM n is
+made before ``vms/<n>`` is there, so whatever a killed owner leaves, a directory points at it. A VM started by hand
+(`swarm-spawn-ns`) outlives its command: nobody holds its lock, and it is stale only when its VMM is dead.
+
+This module knows files and locks alone. What to do about a leftover (kill the VMM, remove the network) is sweep.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+
+from swarm.base import process
+from swarm.errors import Conflict, HostError, UsageError
+
+MAX_SLOT = 65533
+
+
+class Kind(StrEnum):
+    ATTEMPT = "attempt"  # serves an attempt; ends with its owner
+    MANUAL = "manual"  # started by hand; ends when somebody says so
+
+
+class Busy(Conflict):
+    """Somebody is looking at, or removing, a leftover in this slot at this moment: try again shortly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmRecord:
+    """``vm.json``: one VM. ``pid`` and ``started`` (clock ticks since boot) name its VMM; 0 before it was started."""
+
+    n: int
+    kind: Kind = Kind.ATTEMPT
+    pid: int = 0
+    started: int = 0
+    driver: str = ""
+    netns: str = ""
+    address: str = ""
+    ticket_id: str | None = None
+    attempt_id: str | None = None
+    created_at: str = ""  # ISO-8601, UTC
+    owner_pid: int = 0
+    owner_started: int = 0
+    boot_id: str = ""  # pids mean nothing after a reboot
+
+    @property
+    def alive(self) -> bool:
+        """Does its VMM run?"""
+        return _lives(self.pid, self.started, self.boot_id)
+
+    @property
+    def owner_alive(self) -> bool:
+        return _lives(self.owner_pid, self.owner_started, self.boot_id)
+
+
+class Place:
+    """Slot n, held by this process until `release` or `hand_over`, or until the process ends.
+
+    ``leftover`` is true when the directory was there before: an owner died. Then `sweep.clear` comes first; `record`
+    refuses until it was done.
+    """
+
+    def __init__(self, *, n: int, dir: Path, lock: Path, fd: int, leftover: bool) -> None:  # noqa: A002
+        self.n = n
+        self.dir = dir
+        self.leftover = leftover
+        self._lock = lock
+        self._fd = fd
+        self.last: VmRecord | None = None if leftover else read_record(dir)
+
+    def prepare(self) -> None:
+        """Write the intent: from here on, whatever is made for VM n has a directory that points at it."""
+        pid = os.getpid()
+        with _said(f"can't make {self.dir}"):
+            self.dir.mkdir(mode=0o700)
+        self.leftover = False
+        self.record(
+            VmRecord(
+                n=self.n,
+                created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                owner_pid=pid,
+                owner_started=process.start_time(pid) or 0,
+                boot_id=boot_id(),
+            )
+        )
+
+    def record(self, record: VmRecord) -> None:
+        """Replace vm.json atomically. Owner, boot and creation time are kept from `prepare` unless given.
+
+        Not flushed to disk: after a power failure there is no VM that it could describe.
+        """
+        if self.leftover:
+            raise Conflict(f"slot {self.n} still has what a dead owner left: clear it first")
+        if not self._holds():
+            raise Conflict(f"slot {self.n} was taken away from this process (swarm-cleanup --force) or given back")
+        if self.last is not None:
+            kept = {
+                name: getattr(record, name) or getattr(self.last, name)
+                for name in ("created_at", "owner_pid", "owner_started", "boot_id")
+            }
+            record = dataclasses.replace(record, **kept)
+        partial = self.dir / "vm.json.partial"
+        with _said(f"can't write {self.dir / 'vm.json'}"):
+            with partial.open("w") as file:
+                json.dump(dataclasses.asdict(record), file, indent=1)
+            partial.replace(self.dir / "vm.json")
+        self.last = record
+
+    def hand_over(self) -> VmRecord:
+        """Leave the VM running on its own (kind 'manual'). Its VMM must have been recorded."""
+        if self.last is None or not self.last.pid:
+            raise Conflict(f"VM {self.n} can't be left on its own: no VMM process was recorded for it")
+        self.record(dataclasses.replace(self.last, kind=Kind.MANUAL))
+        self.let_go()
+        return self.last
+
+    def empty(self) -> None:
+        """Remove the directory; the slot stays held."""
+        if self._holds():
+            _remove_tree(self.dir)
+        self.leftover, self.last = False, None
+
+    def release(self) -> None:
+        """Remove the directory and give the slot back. Idempotent; nothing when it was taken away (`swarm-cleanup`)."""
+        try:
+            if self._holds():
+                _remove_tree(self.dir)
+                self._lock.unlink(missing_ok=True)
+        finally:
+            self.let_go()  # what could not be removed is a sweep's to find
+
+    def _holds(self) -> bool:
+        return self._fd >= 0 and _is_file(self._lock, self._fd)
+
+    def let_go(self) -> None:
+        """Stop holding the slot; what is in it stays (for a sweep to find, unless it is a VM on its own)."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stale:
+    """A leftover: ``reason`` says how we know."""
+
+    n: int
+    reason: str
+    record: VmRecord | None
+
+
+class Inventory:
+    """The VMs below one ``state_dir``. Cheap to make; any number of them, in any number of processes, agree."""
+
+    def __init__(self, *, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self._vms = state_dir / "vms"
+        self._locks = state_dir / "locks"
+
+    def dir(self, n: int) -> Path:
+        return self._vms / str(n)
+
+    def reserve(self, n: int, *, replace: bool = False) -> Place:
+        """Take slot n. A place with a ``leftover`` must be cleared before it is used: `sweep.take` does both.
+
+        Raises Conflict when a live process owns it, or (without ``replace``) a VM started by hand runs there.
+        """
+        if not 1 <= n <= MAX_SLOT:
+            raise UsageError(f"there is no VM {n}: VMs are numbered from 1 to {MAX_SLOT}")
+        fd = self._lock(n)
+        if fd is None:
+            record = read_record(self.dir(n))
+            if record is None or not record.owner_alive or record.kind is Kind.MANUAL:
+                raise Busy(f"VM {n} is being removed at this moment: try again")
+            what = f"ticket {record.ticket_id!r}" if record.ticket_id else "a command of Swarm's"
+            raise Conflict(
+                f"VM {n} is in use by {what} (pid {record.owner_pid}): use another number, or stop that first"
+            )
+        try:
+            leftover = self.dir(n).exists()
+            record = read_record(self.dir(n)) if leftover else None
+            if record is not None and record.kind is Kind.MANUAL and record.alive and not replace:
+                raise Conflict(f"VM {n} runs (pid {record.pid}), started by hand: remove it with `swarm vm rm {n}`")
+            place = Place(n=n, dir=self.dir(n), lock=self._lock_path(n), fd=fd, leftover=leftover)
+        except BaseException:
+            self._unlock(n, fd)
+            raise
+        if not leftover:
+            try:
+                place.prepare()
+            except BaseException:  # a full disk, say: what is half made is nobody's
+                with contextlib.suppress(HostError):
+                    place.release()
+                raise
+        return place
+
+    def reserve_free(self, first: int) -> Place:
+        """Take the first slot from ``first`` upward in which nothing is, not even a leftover."""
+        taken = set(self.numbers())
+        for n in range(first, MAX_SLOT + 1):
+            if n in taken:
+                continue
+            try:
+                place = self.reserve(n)
+            except Conflict:
+                continue  # somebody was faster
+            if not place.leftover:
+                return place
+            place.let_go()
+        raise Conflict(f"no free slot from {first} to {MAX_SLOT}: run swarm-cleanup, or lower first_engine_slot")
+
+    def records(self) -> list[VmRecord]:
+        """Every VM that has a readable record, by n: live ones, and leftovers that wait for a sweep."""
+        return [r for n in self.numbers() if (r := read_record(self.dir(n))) is not None]
+
+    def stale(self) -> list[Stale]:
+        """What dead owners left: judged by locks and processes, never by names."""
+        return [s for n in self.numbers() if (s := self._judge(n)) is not None]
+
+    def held(self) -> dict[int, VmRecord | None]:
+        """Slots that a live process owns."""
+        found: dict[int, VmRecord | None] = {}
+        for n in self.numbers():
+            fd = self._lock(n)
+            if fd is None:
+                found[n] = read_record(self.dir(n))
+            else:
+                self._unlock(n, fd)
+        return found
+
+    def evict(self, n: int) -> Place:
+        """Take slot n away from whoever has it, alive or not (`swarm-cleanup --force`). The old owner's release does
+        nothing any more: its lock is on a file that has no name."""
+        self._lock_path(n).unlink(missing_ok=True)
+        return self.reserve(n, replace=True)
+
+    def numbers(self) -> list[int]:
+        """Every slot of which there is a directory or a lock file."""
+        found: set[int] = set()
+        for directory, pattern in ((self._vms, r"([1-9][0-9]{0,4})"), (self._locks, r"vm([1-9][0-9]{0,4})\.lock")):
+            with _said(f"can't look into {directory} (Swarm's VMs are root's)"), contextlib.suppress(FileNotFoundError):
+                found |= {int(m[1]) for entry in directory.iterdir() if (m := re.fullmatch(pattern, entry.name))}
+        return sorted(found)
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def _judge(self, n: int) -> Stale | None:
+        fd = self._lock(n)
+        if fd is None:
+            return None
+        try:
+            record = read_record(self.dir(n))
+            if not self.dir(n).exists():
+                return Stale(n=n, reason="a lock file without an owner", record=None)
+            if record is None:
+                return Stale(n=n, reason="half made: no readable vm.json", record=None)
+            if record.kind is Kind.MANUAL:
+                return None if record.alive else Stale(n=n, reason=f"its VMM (pid {record.pid}) ended", record=record)
+            return Stale(n=n, reason=f"its owner (pid {record.owner_pid}) ended", record=record)
+        finally:
+            self._unlock(n, fd)
+
+    def _lock_path(self, n: int) -> Path:
+        return self._locks / f"vm{n}.lock"
+
+    def _lock(self, n: int) -> int | None:
+        """Descriptor of the lock, held; None when another open file (of any process, this one too) holds it."""
+        path = self._lock_path(n)
+        with _said(f"can't use {self.state_dir} (SWARM_STATE_DIR)"):
+            for directory in (self.state_dir, self._vms):
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._locks.mkdir(mode=0o700, exist_ok=True)
+            while True:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(fd)
+                    return None
+                if _is_file(path, fd):
+                    return fd
+                os.close(fd)  # its last owner removed it between our open and our lock
+
+    def _unlock(self, n: int, fd: int) -> None:
+        """Let go of a lock that was only tried; without a directory, the file would be litter."""
+        if not self.dir(n).exists() and _is_file(self._lock_path(n), fd):
+            self._lock_path(n).unlink(missing_ok=True)
+        os.close(fd)
+
+
+def read_record(dir: Path) -> VmRecord | None:  # noqa: A002
+    """The record in a VM's directory; None when there is none, or it can't be understood (then the VM is half made)."""
+    try:
+        data = json.loads((dir / "vm.json").read_bytes())
+        return VmRecord(**{**data, "kind": Kind(data["kind"])})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        return None
+    except OSError as error:
+        raise HostError(f"can't read {dir / 'vm.json'}: {error.strerror} (Swarm's VMs are root's)") from error
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _lives(pid: int, started: int, boot: str) -> bool:
+    return pid > 0 and process.start_time(pid) == started and boot == boot_id()
+
+
+def _is_file(path: Path, fd: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    return False
+
+
+def _remove_tree(dir: Path) -> None:  # noqa: A002
+    with _said(f"can't remove {dir}"), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(dir)
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"{what}: {error.strerror or error}") from error

@@ -1,0 +1,285 @@
+"""Removing VMs that nobody owns any more, and (`swarm-cleanup`) everything of Swarm's on this host.
+
+There is no daemon for this: every command that starts a VM sweeps first. Who is stale is decided by the inventory
+(locks and processes), what belongs to a VM by marks in the kernel and by the slot's directory; never by a name alone.
+An order that can be interrupted anywhere and begun again: VMM, network, directory, lock file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from swarm.base import process
+from swarm.errors import Conflict, NotFound, SwarmError
+from swarm.vm.choose import PROBE_PREFIX
+from swarm.vm.driver import TAP_NAME
+from swarm.vm.drivers import jailer
+from swarm.vm.network import netns
+from swarm.vm.network.network import Network, netns_of
+from swarm.vm.slots.inventory import Busy, Inventory, Kind, Place, VmRecord, boot_id, read_record
+
+log = structlog.get_logger(__name__)
+
+_PROBE_LOCKED_SECONDS = 5.0  # a probe boot has locked its directory long before it is so old
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    n: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepReport:
+    """``failed``: what could not be removed, a sentence each; the next sweep tries again."""
+
+    removed: tuple[Removed, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanupReport:
+    """Lines for people. ``kept`` names what live processes use (and the network they hang on)."""
+
+    removed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+async def take(
+    inventory: Inventory, network: Network | None, n: int, *, replace: bool = True, timeout_seconds: float = 15.0
+) -> Place:
+    """Reserve slot n for a new VM, and remove what is left in it: a dead owner's VM, or (``replace``) one by hand.
+
+    Raises Conflict when a live process owns slot n.
+    """
+    place = await _reserve(inventory, n, replace=replace, timeout_seconds=timeout_seconds)
+    if place.leftover:
+        try:
+            await clear(place, network)
+            place.prepare()
+        except BaseException:
+            place.let_go()  # the directory stays, so the next one finds it
+            raise
+    return place
+
+
+async def remove_vm(inventory: Inventory, network: Network | None, n: int) -> None:
+    """Remove VM n: one by hand, or a leftover. Raises NotFound when there is none, Conflict when it is in use."""
+    if n not in inventory.numbers():
+        raise NotFound(f"there is no VM {n} on this host; `swarm vm list` shows those there are")
+    place = await _reserve(inventory, n, replace=True)
+    await _clear_and_release(place, network)
+
+
+async def sweep(inventory: Inventory, network: Network | None) -> SweepReport:
+    """Remove what dead owners left. Never a live owner's VM; one VM that can't be removed does not stop the others."""
+    removed, failed = [], []
+    for stale in inventory.stale():
+        try:
+            place = inventory.reserve(stale.n)
+        except Conflict:  # somebody took it since, or is removing it too
+            continue
+        if not place.leftover:  # somebody has removed it
+            place.release()
+            continue
+        log.info("removing a leftover", vm=stale.n, reason=stale.reason)
+        try:
+            await _clear_and_release(place, network)
+        except SwarmError as error:
+            failed.append(f"VM {stale.n}: {error}")
+        else:
+            removed.append(Removed(n=stale.n, reason=stale.reason))
+    await asyncio.to_thread(_remove_probes, inventory.state_dir)
+    return SweepReport(removed=tuple(removed), failed=tuple(failed))
+
+
+async def cleanup(inventory: Inventory, network: Network, *, force: bool = False) -> CleanupReport:
+    """Remove everything of Swarm's: VMs by hand, leftovers, bridge, route, rules. Safe twice and on a clean host.
+
+    What a live process owns is kept, and named; with ``force`` its VMs are killed as well (the process goes on, and
+    will find its VMs dead).
+    """
+    removed: list[str] = []
+    kept: list[str] = []
+    failed: list[str] = []
+    for n in inventory.numbers():
+        record = read_record(inventory.dir(n))
+        try:
+            try:
+                place = await _reserve(inventory, n, replace=True)
+            except Conflict as conflict:
+                if not force:
+                    kept.append(f"VM {n}: {conflict}")
+                    continue
+                place = await asyncio.to_thread(inventory.evict, n)
+            await _clear_and_release(place, network)
+            removed.append(_describe(n, record))
+        except SwarmError as error:
+            failed.append(f"VM {n}: {error}")
+    # Namespaces with our mark of which no directory is left here: it was deleted by hand, or lies in another install's
+    # state directory, whose locks then say if it is in use. Each is reserved first: an engine may have made it since
+    # we looked above.
+    for slot in await network.list():
+        owner = Path(await network.owner(slot.n) or inventory.state_dir)
+        theirs = owner.is_dir() and not (inventory.state_dir.is_dir() and owner.samefile(inventory.state_dir))
+        there = Inventory(state_dir=owner) if theirs else inventory
+        try:
+            try:
+                place = await _reserve(there, slot.n, replace=True)
+            except Conflict as conflict:
+                if not theirs:
+                    continue
+                if not force:
+                    kept.append(f"VM {slot.n} of {owner}: {conflict}")
+                    continue
+                place = await asyncio.to_thread(there.evict, slot.n)
+            await _clear_and_release(place, network)
+            removed.append(
+                f"VM {slot.n} of {owner}"
+                if theirs
+                else f"namespace {slot.netns}, which had no directory in {inventory.state_dir}"
+            )
+        except SwarmError as error:
+            failed.append(f"{slot.netns}: {error}")
+    removed += await asyncio.to_thread(_remove_probes, inventory.state_dir)
+    await asyncio.to_thread(jailer.remove_parents)
+    try:
+        removed += await network.remove_host()
+    except Conflict as conflict:
+        kept.append(str(conflict))
+    except SwarmError as error:
+        failed.append(str(error))
+    return CleanupReport(removed=tuple(removed), kept=tuple(kept), failed=tuple(failed))
+
+
+async def clear(place: Place, network: Network | None) -> None:
+    """Kill what runs in a slot that we hold, remove its network, empty its directory. Idempotent."""
+    record = read_record(place.dir)
+    if record is not None and record.pid and record.boot_id == boot_id():
+        await process.kill_stranger(record.pid, record.started)
+    if network is not None and not (record is not None and record.driver and not record.netns):
+        # An owner that was killed between starting its VMM and recording it leaves one that no record names.
+        await _kill_vmms(netns_of(place.n), place.dir)
+        await network.destroy(place.n)
+    await asyncio.to_thread(jailer.remove, place.dir)
+    await asyncio.to_thread(place.empty)
+
+
+def _remove_probes(state_dir: Path) -> list[str]:
+    """Remove what probe boots left that were killed: whoever makes one holds a lock on its directory."""
+    removed = []
+    for place in state_dir.glob(f"{PROBE_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another sweep was faster, or its owner lives
+            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(fd).st_mtime < _PROBE_LOCKED_SECONDS:
+                    continue
+                for pid in _named(place):  # a bare VMM of a benchmark: nothing else would end it
+                    log.info("killing a VMM of a dead owner", pid=pid, directory=str(place))
+                    os.kill(pid, signal.SIGKILL)
+                jailer.remove(place)
+                shutil.rmtree(place)
+                removed.append(f"files of a probe boot in {place}")
+            finally:
+                os.close(fd)
+    return removed
+
+
+def _named(place: Path) -> list[int]:
+    """VMMs that were started with paths in the directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else [b""]
+            if Path(os.fsdecode(words[0])).name.startswith("qemu-system-") and any(
+                f"{place}/".encode() in w for w in words
+            ):
+                found.append(int(entry.name))
+    return found
+
+
+async def _clear_and_release(place: Place, network: Network | None) -> None:
+    try:
+        await clear(place, network)
+        await asyncio.to_thread(place.release)
+    finally:
+        place.let_go()
+
+
+async def _reserve(inventory: Inventory, n: int, *, replace: bool, timeout_seconds: float = 15.0) -> Place:
+    """`Inventory.reserve`, waiting while another process is just removing what is there."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return inventory.reserve(n, replace=replace)
+        except Busy:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.01)
+
+
+async def _kill_vmms(name: str, directory: Path | None) -> None:
+    """Kill the VMMs of our namespace ``name``: who holds its tap, or is in there with paths in the VM's directory.
+
+    Anything else in there (a shell that somebody opened) is not Swarm's and stays.
+    """
+    for pid, started in await netns.in_thread(lambda: _vmms(name, directory)):
+        log.info("killing a VMM that no record names", pid=pid, netns=name)
+        await process.kill_stranger(pid, started)
+
+
+def _vmms(name: str, directory: Path | None) -> list[tuple[int, int]]:
+    space = netns.inode(name)
+    if space is None or not netns.enter_ours(name):
+        return []
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        pid = int(entry.name)
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            started = process.start_time(pid)
+            if started is not None and (_holds_tap(pid, space) or _works_in(entry, space, directory)):
+                found.append((pid, started))
+    return found
+
+
+def _holds_tap(pid: int, space: tuple[int, int]) -> bool:
+    """Has it our tap open? Asked of the descriptor, not of where the process is: a VMM inherits the tap, and holds it
+    before `nsenter` has brought it into the namespace."""
+    for fd in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            # tun_chr_show_fdinfo, linux/drivers/net/tun.c
+            if f"iff:\t{TAP_NAME}" in fd.read_text().splitlines() and netns.of_tap(pid, int(fd.name)) == space:
+                return True
+    return False
+
+
+def _works_in(entry: Path, space: tuple[int, int], directory: Path | None) -> bool:
+    """Is it inside the namespace, and was it started with paths in the VM's directory, or jailed there? (A VMM that
+    opens its tap by name has not done so yet.)"""
+    status = (entry / "ns" / "net").stat()
+    return (
+        directory is not None
+        and (status.st_dev, status.st_ino) == space
+        and (f"{directory}/".encode() in (entry / "cmdline").read_bytes() or jailer.holds(directory, int(entry.name)))
+    )
+
+
+def _describe(n: int, record: VmRecord | None) -> str:
+    if record is None:
+        return f"VM {n} (half made)"
+    of = "made by hand" if record.kind is Kind.MANUAL else f"ticket {record.ticket_id!r}" if record.ticket_id else ""
+    return f"VM {n}" + (f" ({of})" if of else "")

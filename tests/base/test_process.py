@@ -1,0 +1,128 @@
+"""The door to programs: what it starts ends with its caller, and says why when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import sys
+from pathlib import Path
+
+import pytest
+
+from swarm.base import process
+from swarm.errors import CommandFailed, HostError
+
+
+async def test_output_and_status() -> None:
+    done = await process.run(["sh", "-c", "cat; echo err >&2"], input=b"in")
+    assert (done.stdout, done.stderr, done.returncode) == (b"in", b"err\n", 0)
+
+
+async def test_failure_names_the_command_and_quotes_it() -> None:
+    with pytest.raises(CommandFailed, match="ended with status 3: no such thing") as caught:
+        await process.run(["sh", "-c", "echo no such thing >&2; exit 3"])
+    assert caught.value.returncode == 3
+
+
+async def test_missing_program() -> None:
+    with pytest.raises(HostError, match="'no-such-program' is not installed"):
+        await process.run(["no-such-program"])
+
+
+async def test_timeout_kills() -> None:
+    with pytest.raises(HostError, match=r"took longer than 0\.1 s"):
+        await process.run(["sleep", "60"], timeout_seconds=0.1)
+
+
+async def test_cancel_kills(tmp_path: Path) -> None:
+    pidfile = tmp_path / "pid"
+    os.mkfifo(pidfile)
+    task = asyncio.create_task(process.run(["sh", "-c", f"echo $$ > {pidfile}; exec sleep 60"]))
+    pid = int(await asyncio.to_thread(pidfile.read_text))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert process.start_time(pid) is None
+
+
+async def test_timeout_kills_what_it_started_too(tmp_path: Path) -> None:
+    script = f"sleep 60 & echo $! > {tmp_path / 'pid'}; wait"
+    with pytest.raises(HostError, match="took longer"):
+        await process.run(["sh", "-c", script], timeout_seconds=0.5)
+    child = int((tmp_path / "pid").read_text())
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(child)
+        await asyncio.to_thread(select.select, [fd], [], [], 5)
+        os.close(fd)
+    assert process.start_time(child) is None
+
+
+async def test_the_terminals_interrupt_is_not_its_own() -> None:
+    """Ctrl+C goes to a whole process group; what runs to clean up must not get it."""
+    done = await process.run([sys.executable, "-c", "import os; print(os.getpgid(0))"])
+    assert int(done.stdout) != os.getpgid(0)
+
+
+async def test_environment_is_scrubbed(tmp_path: Path) -> None:
+    code = "import os; print(sorted(os.environ))"
+    os.environ["SWARM_TEST_SECRET"] = "x"
+    try:
+        done = await process.run([sys.executable, "-c", code], env={"GIVEN": "1"})
+    finally:
+        del os.environ["SWARM_TEST_SECRET"]
+    assert b"GIVEN" in done.stdout
+    assert b"SECRET" not in done.stdout
+
+
+async def test_spawned_dies_with_its_parent(tmp_path: Path) -> None:
+    """A parent killed by SIGKILL takes what it spawned along."""
+    script = f"""
+import asyncio, pathlib
+from swarm.base import process
+async def main():
+    child = await process.spawn(["sleep", "60"], output=pathlib.Path({str(tmp_path / "out")!r}))
+    print("pid", child.pid, flush=True)
+    await child.wait()
+asyncio.run(main())
+"""
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    assert parent.stdout
+    line = b""
+    while not line.startswith(b"pid "):
+        line = await parent.stdout.readline()
+    child = int(line.split()[1])
+    started = process.start_time(child)
+    assert started
+    fd = os.pidfd_open(child)
+    gone = asyncio.Event()
+    asyncio.get_running_loop().add_reader(fd, gone.set)
+    parent.kill()
+    await parent.wait()
+    async with asyncio.timeout(5):
+        await gone.wait()
+    asyncio.get_running_loop().remove_reader(fd)
+    os.close(fd)
+
+
+async def test_kill_stranger_spares_a_recycled_pid() -> None:
+    child = await asyncio.create_subprocess_exec("sleep", "60")
+    started = process.start_time(child.pid)
+    assert started
+    await process.kill_stranger(child.pid, started + 1)
+    assert child.returncode is None
+    await process.kill_stranger(child.pid, started)
+    assert await child.wait() == -9
+    await process.kill_stranger(child.pid, started)  # gone: nothing to do
+
+
+async def test_kill_with_grace_terminates_first() -> None:
+    child = await asyncio.create_subprocess_exec(
+        "sh", "-c", "trap 'exit 7' TERM; echo up; while :; do sleep 0.01; done", stdout=asyncio.subprocess.PIPE
+    )
+    assert child.stdout
+    await child.stdout.readline()
+    await process.kill(child, grace_seconds=5)
+    assert child.returncode == 7
+    await process.kill(child)

@@ -1,0 +1,296 @@
+"""What a door does not let through, and that it says so in the ticket's history."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import anthropic
+import pytest
+
+from swarm.errors import UsageError
+from swarm.gateway import attempt_listener as doors
+from swarm.gateway import policy, prices, upstreams
+from swarm.gateway.policy import Policy
+from swarm.gateway.upstreams import Keys
+from tests.gateway.conftest import KEY, Office, ask, client_of
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as made:
+        yield made
+
+
+async def post(
+    session: aiohttp.ClientSession, url: str, token: str, *, data: object = None, path: str = "/v1/messages"
+) -> tuple[int, str]:
+    """Status and kind of error."""
+    headers = {"x-api-key": token, "content-type": "application/json"}
+    body = json.dumps(ask() if data is None else data)
+    async with session.post(url + path, data=body, headers=headers) as answer:
+        said = await answer.json()
+        return answer.status, said.get("error", {}).get("type", "")
+
+
+async def test_tokens_of_others_and_dead_ones(office: Office, session: aiohttp.ClientSession) -> None:
+    async with office.door(await office.claim("old")) as old:
+        dead = old.token
+        assert await post(session, old.env["ANTHROPIC_BASE_URL"], dead) == (200, "")
+    async with office.door(await office.claim("one")) as one, office.door(await office.claim("two")) as two:
+        url = one.env["ANTHROPIC_BASE_URL"]
+        for token in (two.token, dead, KEY, "", "\xff", one.token[:-1]):
+            assert await post(session, url, token) == (401, "authentication_error")
+        assert await post(session, url, one.token) == (200, "")
+    assert [dict(data) for kind, data in office.events if kind == "egress"] == [
+        {"via": "gateway", "refused": "token", "method": "POST", "path": "/v1/messages"}
+    ] * 6
+    assert len(office.api.seen) == 2  # none of the others got there
+
+
+async def test_a_door_that_is_shut_is_no_door(office: Office, session: aiohttp.ClientSession) -> None:
+    async with office.door(await office.claim()) as door:
+        url, token = door.env["ANTHROPIC_BASE_URL"], door.token
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await post(session, url, token)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/files", "/v1/messages/batches", "/v1/organizations/me", "/", "//v1/messages", "/v1/../v1/messages",
+        "/v1/%6dessages", "/v1/messages/", "/v1/models/../files", "/v1/messages?a=<", "/openai/v1/chat/completions",
+    ],
+)  # fmt: skip
+async def test_paths_outside_the_table(office: Office, path: str) -> None:
+    """Sent as it is: a client would tidy some of them up."""
+    async with office.door(await office.claim()) as door:
+        host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        body = json.dumps(ask()).encode()
+        writer.write(
+            f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {door.token}\r\nconnection: close\r\n"
+            f"content-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 404"), answer
+    assert b"not_found_error" in answer
+    assert office.api.seen == []
+    assert [data["refused"] for _, data in office.events] == ["path"]
+
+
+async def test_bodies_over_the_limit(office: Office, session: aiohttp.ClientSession) -> None:
+    async with office.door(await office.claim()) as door:
+        upstream, key = door._services["anthropic"]
+        door._services["anthropic"] = (upstream.model_copy(update={"body_mb": 0.01}), key)  # type: ignore[index]
+        url = door.env["ANTHROPIC_BASE_URL"]
+        assert await post(session, url, door.token, data=ask("x" * 20_000)) == (413, "request_too_large")
+
+        async def endless() -> AsyncIterator[bytes]:  # no content-length to go by
+            while True:
+                yield b"x" * 4096
+
+        with pytest.raises((aiohttp.ClientError, AssertionError)):
+            async with session.post(f"{url}/v1/messages", data=endless(), headers={"x-api-key": door.token}) as answer:
+                assert answer.status != 413
+        assert await post(session, url, door.token) == (200, "")
+    assert door.held_bytes == 0
+    assert [data["refused"] for _, data in office.events] == ["body", "body"]
+
+
+async def test_what_is_no_request_for_a_message(office: Office, session: aiohttp.ClientSession) -> None:
+    async with office.door(await office.claim()) as door:
+        url = door.env["ANTHROPIC_BASE_URL"]
+        given: list[object] = [[], "text", {"messages": []}, {"model": 7}, None]
+        for data in given:
+            headers = {"x-api-key": door.token}
+            async with session.post(f"{url}/v1/messages", data=json.dumps(data), headers=headers) as answer:
+                assert answer.status == 400
+    assert office.api.seen == []
+
+
+@pytest.mark.parametrize(
+    "twist",
+    [
+        "transfer-encoding: chunked\r\n", "content-length: 5\r\n", "x-a: 1\r\n folded: 2\r\n", "x-a: 1\rx-b: 2\r\n",
+        "x-a: 1\0\r\n", "x a: 1\r\n", "host: evil\r\n", "x-a: " + "x" * 40_000 + "\r\n",
+    ],
+)  # fmt: skip
+async def test_what_two_servers_might_read_in_two_ways(
+    office: Office, twist: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Smuggling begins with it. Refused, recorded, and not in the engine's log, which it would fill."""
+    async with office.door(await office.claim()) as door:
+        host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        body = json.dumps(ask()).encode()
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {door.token}\r\ncontent-length: {len(body)}\r\n"
+        writer.write(f"{head}{twist}\r\n".encode() + body)
+        assert (await reader.readline()).split()[1] == b"400"
+        writer.transport.abort()
+    assert office.api.seen == []
+    assert [data["refused"] for _, data in office.events] == ["request"]
+    assert caplog.records == []
+
+
+async def test_what_the_guest_says_of_itself_is_not_passed_on(office: Office, session: aiohttp.ClientSession) -> None:
+    spoofed = {
+        "x-api-key": "", "X-Forwarded-For": "10.0.0.1", "Forwarded": "for=10.0.0.1", "Cookie": "a=b",
+        "Connection": "x-hop", "X-Hop": "1", "Proxy-Authorization": "Basic x", "Host": "elsewhere.example",
+        "Anthropic-Beta": "some-beta",
+    }  # fmt: skip
+    async with office.door(await office.claim()) as door:
+        spoofed["x-api-key"] = door.token
+        given = [*spoofed.items(), ("Anthropic-Beta", "another")]
+        async with session.post(f"{door.env['ANTHROPIC_BASE_URL']}/v1/messages", json=ask(), headers=given) as answer:
+            assert answer.status == 200
+    headers = {name.lower(): value for name, value in office.api.seen[0]["headers"].items()}
+    gone = {"x-forwarded-for", "forwarded", "cookie", "x-hop", "proxy-authorization"}
+    assert not headers.keys() & gone
+    assert (headers["x-api-key"], headers["anthropic-beta"]) == (KEY, "some-beta, another")
+    assert headers["host"] != "elsewhere.example"
+
+
+async def test_connections_of_one_vm_are_limited(office: Office, session: aiohttp.ClientSession) -> None:
+    """The engine's descriptors are everybody's: what is beyond the limit waits in the kernel until one has left."""
+    async with office.door(await office.claim()) as door:
+        host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+        idle = [await asyncio.open_connection(host, int(port)) for _ in range(doors.MAX_CONNECTIONS + 5)]
+        call = asyncio.create_task(post(session, door.env["ANTHROPIC_BASE_URL"], door.token))
+        await asyncio.sleep(0.2)
+        assert not call.done()
+        assert len(door._server.connections) == doors.MAX_CONNECTIONS
+        for _, writer in idle:
+            writer.close()
+        assert await asyncio.wait_for(call, 10) == (200, "")
+
+
+async def test_refusals_do_not_fill_the_database(office: Office, session: aiohttp.ClientSession) -> None:
+    async with office.door(await office.claim()) as door:
+        for _ in range(doors._MAX_REFUSALS + 50):
+            await post(session, door.env["ANTHROPIC_BASE_URL"], "wrong")
+    assert len(office.events) == doors._MAX_REFUSALS
+    assert "not recorded" in str(office.events[-1][1]["more"])
+
+
+async def test_the_key_is_nowhere_but_in_the_request(office: Office, caplog: pytest.LogCaptureFixture) -> None:
+    async with office.door(await office.claim()) as door, client_of(door) as client:
+        await client.messages.create(**ask())
+        with pytest.raises(anthropic.RateLimitError):
+            await client.messages.create(**ask("scenario=429"))
+        await office.booked(2)
+        assert KEY not in repr(door)
+        assert door.token not in repr(door)
+    for file in office.dir.rglob("*"):
+        if file.is_file():
+            assert KEY.encode() not in file.read_bytes(), file
+    assert KEY not in caplog.text
+    assert KEY not in repr(await office.store.events("t"))
+
+
+# --- keys, tables, policies -------------------------------------------------------------------------------------------
+
+
+async def test_where_keys_come_from(tmp_path: Path) -> None:
+    upstream = upstreams.load(None, {})["anthropic"]
+    (tmp_path / "key").write_text("from-a-file\n")
+    (tmp_path / "anthropic_api_key").write_text("from-systemd\n")
+
+    async def secret(name: str) -> str | None:
+        return f"from-{name}"
+
+    env = {
+        "ANTHROPIC_API_KEY": "from-the-environment",
+        "ANTHROPIC_API_KEY_FILE": str(tmp_path / "key"),
+        "CREDENTIALS_DIRECTORY": str(tmp_path),
+    }
+    found = []
+    for name in (*env, ""):
+        found.append(await Keys(environment=env, secret=secret).find(upstream))
+        env = {k: v for k, v in env.items() if k != name}
+    assert found == ["from-the-environment", "from-a-file", "from-systemd", "from-anthropic_api_key"]
+    assert await Keys(environment={}).find(upstream) is None
+    for bad in ({"ANTHROPIC_API_KEY": "two\nlines"}, {"ANTHROPIC_API_KEY_FILE": str(tmp_path / "none")}):
+        with pytest.raises(UsageError, match="ANTHROPIC_API_KEY") as caught:
+            await Keys(environment=bad).find(upstream)
+        assert "two" not in str(caught.value)
+
+
+async def test_no_key_is_one_sentence(office: Office) -> None:
+    office.gateway._keys = Keys(environment={})
+    with pytest.raises(
+        UsageError, match=r"no key for anthropic .*set ANTHROPIC_API_KEY .*swarm secret set anthropic_api"
+    ):
+        await office.gateway.services(Policy(upstreams=("anthropic",)))
+    with pytest.raises(UsageError, match=r"no service 'other'; it knows anthropic, openai"):
+        await office.gateway.services(Policy(upstreams=("other",)))
+
+
+def test_a_table_of_ones_own(tmp_path: Path) -> None:
+    own = tmp_path / "upstreams.toml"
+    own.write_text(
+        '[anthropic]\nbody_mb = 1\n[github]\nbase_url = "https://api.github.com"\nkey = "github_token"\n'
+        'header = { Authorization = "Bearer {key}" }\nenv = { GITHUB_API = "{url}" }\n'
+        'paths = ["GET /repos/*/*/issues"]\n'
+    )
+    table = upstreams.load(own, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1/"})
+    assert (table["anthropic"].base_url, table["anthropic"].body_mb) == ("http://127.0.0.1:1", 1)
+    github = table["github"]
+    assert github.route("GET", "/repos/me/it/issues") == "plain"
+    assert github.route("GET", "/repos/me/it/more/issues") is None
+    assert github.route("POST", "/repos/me/it/issues") is None
+    for text, says in (
+        ("[github]\nbase_url = 'ftp://x'", "base_url"),
+        ("[x]\nheder = 1", "heder"),
+        ("x = 1", "must be a table"),
+        ("[", "can't be read"),
+    ):
+        own.write_text(text)
+        with pytest.raises(UsageError, match=says) as caught:
+            upstreams.load(own, {})
+        assert str(own) in str(caught.value)
+
+
+def test_prices(tmp_path: Path) -> None:
+    own = tmp_path / "prices.toml"
+    own.write_text(
+        'date = "2030-01-01"\n[models]\nmine = { input = 1, output = 2 }\nclaude-haiku-4-5 = { input = 7, output = 7 }'
+    )
+    table = prices.load(own)
+    mine, haiku = table.of("mine"), table.of("claude-haiku-4-5-20251001")
+    assert mine is not None
+    assert haiku is not None
+    assert (table.date, haiku.input) == ("2030-01-01", 7)
+    assert table.of("claude-haiku-9") is None
+    assert mine.usd({"input": 10**6, "output": 10**6, "cache_read": 10**6}) == 4
+    shipped = prices.load(None)
+    opus, tiered = shipped.of("claude-opus-4-5"), shipped.of("claude-haiku-5-5")
+    assert opus is not None
+    assert tiered is not None
+    assert opus.usd({"cache_write": 10**6, "cache_write_1h": 10**6}) == 10
+    assert opus.usd({"cache_write": 10**6}) == 6.25
+    assert tiered.usd({"input": 100_000}) == pytest.approx(0.01)
+    assert tiered.usd({"input": 50_000, "cache_read": 50_001}) == pytest.approx(0.025 + 0.0025, rel=1e-3)
+    own.write_text("[models]\nx = { input = -1, output = 1 }")
+    with pytest.raises(UsageError, match=r"models\.x\.input"):
+        prices.load(own)
+
+
+def test_policies() -> None:
+    assert policy.parse("none") == Policy()
+    assert policy.parse("gateway") == Policy(upstreams=("anthropic",))
+    both = policy.parse("gateway:anthropic,github;allow:example.com,*.example.org")
+    assert both == Policy(upstreams=("anthropic", "github"), allow=("example.com", "*.example.org"))
+    assert [both.allows(name) for name in ("example.com", "EXAMPLE.com.", "a.example.org", "a.b.example.org")] == [
+        True
+    ] * 4
+    assert [both.allows(name) for name in ("a.example.com", "example.org", "badexample.org", "")] == [False] * 4
+    assert policy.parse("open").allows("anything.example")
+    for text in ("", "none;open", "allow:", "allow:localhost", "gateway:", "gateway:A", "shut", "open:x"):
+        with pytest.raises(UsageError, match="policy"):
+            policy.parse(text)

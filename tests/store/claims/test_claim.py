@@ -1,0 +1,345 @@
+"""Claim, lease, fence, finish: nothing lost, nothing done twice."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from swarm.errors import LeaseLost
+from swarm.model import Agent, Cancelled, Event, FailureReason, Interrupted, Outcome, Succeeded
+from swarm.store.sql.rows import Renewal
+from swarm.store.store import Store
+from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, failed, insert, left_overs
+
+
+async def finish(store: Store, attempt_id: str, outcome: Outcome) -> None:
+    await store.finish(attempt_id, outcome, timings={"agent": 1.5}, vm_time_ms=2.5)
+
+
+async def transitions(store: Store, ticket_id: str) -> list[tuple[object, object, object]]:
+    return [(e.data["of"], e.data["from"], e.data["to"]) for e in await store.events(ticket_id)]
+
+
+async def test_way_of_a_ticket(store: Store, outside: Outside) -> None:
+    insert(outside, "t", inputs='{"x": 1}', timeout_seconds=7)
+    claim = await claim_one(store)
+    assert (claim.ticket.id, claim.ticket.state, claim.agent) == ("t", "in_progress", ECHO)
+    assert (claim.inputs, claim.timeout_seconds, claim.attempt_number) == ('{"x": 1}', 7.0, 1)
+    assert 0 <= claim.queued_ms < 60_000
+    await store.running(claim.attempt_id, 1000)
+    await finish(store, claim.attempt_id, Succeeded(outputs='{"y": 2}'))
+
+    ticket, (run,) = await store.ticket("t"), await store.runs("t")
+    (step,), (attempt,) = await store.steps("t"), await store.attempts("t")
+    assert (ticket.state, ticket.outputs, ticket.error, ticket.run_id) == ("done", '{"y": 2}', None, run.id)
+    assert ticket.started_at and ticket.completed_at
+    assert (run.status, run.workflow_id, run.total_vm_time_ms) == ("completed", None, 2.5)
+    assert (step.step_id, step.status, step.outputs, step.vm_id) == ("main", "completed", '{"y": 2}', 1000)
+    assert (step.agent_id, step.agent_name, step.agent_version) == (ECHO.id, "echo", "1.0.0")
+    assert (attempt.outcome, attempt.vm_id, attempt.timings, attempt.exit_code) == (
+        "succeeded",
+        1000,
+        {"agent": 1.5},
+        0,
+    )
+    assert await transitions(store, "t") == [
+        ("ticket", "ready", "in_progress"),
+        ("step", "ready", "running"),
+        ("step", "running", "completed"),
+        ("ticket", "in_progress", "done"),
+    ]
+    assert await store.claim("worker", lease_seconds=LEASE) == []
+
+
+async def test_a_run_knows_what_made_its_ticket(store: Store, outside: Outside) -> None:
+    insert(outside, "a")
+    insert(outside, "b", trigger_type="webhook", trigger_data='{"body": 1}')
+    insert(outside, "c", trigger_type=None)
+    await store.claim("w", limit=9, lease_seconds=LEASE)
+    runs = [(await store.runs(ticket))[0] for ticket in ("a", "b", "c")]
+    assert [run.trigger_type for run in runs] == ["ticket", "webhook", "ticket"]
+    assert [run.trigger_data for run in runs] == [None, '{"body": 1}', None]
+
+
+async def test_assignee_is_agent_enough(store: Store, outside: Outside) -> None:
+    insert(outside, "a", agent_id=None, assignee_id=ECHO.id, assignee_type="agent")
+    insert(outside, "b", agent_id="", assignee_id=ECHO.id)
+    assert {c.ticket.id for c in await store.claim("w", limit=9, lease_seconds=LEASE)} == {"a", "b"}
+
+
+async def test_order_is_priority_then_age(store: Store, outside: Outside) -> None:
+    insert(outside, "young", created_at="2026-01-02T00:00:00.000Z")
+    insert(outside, "old", created_at="2026-01-01T00:00:00.000Z")
+    insert(outside, "urgent", priority=5, created_at="2026-01-03T00:00:00.000Z")
+    insert(outside, "retried", agent_id=RETRY.id, created_at="2026-01-01T12:00:00.000Z")
+    first = await claim_one(store, ticket_id="retried")
+    await finish(store, first.attempt_id, Interrupted())  # a step that is ready already takes its turn among tickets
+    claims = await store.claim("w", limit=3, lease_seconds=LEASE)
+    assert [c.ticket.id for c in claims] == ["urgent", "old", "retried"]
+    assert (await claim_one(store)).ticket.id == "young"
+
+
+async def test_claims_of_many_tasks_are_disjoint(store: Store, outside: Outside) -> None:
+    for number in range(60):
+        insert(outside, f"t{number}")
+    batches = await asyncio.gather(*(store.claim(f"w{n}", limit=7, lease_seconds=LEASE) for n in range(10)))
+    ids = [claim.ticket.id for batch in batches for claim in batch]
+    assert len(ids) == len(set(ids)) == 60
+
+
+async def test_only_the_ticket_asked_for(store: Store, outside: Outside) -> None:
+    insert(outside, "other", priority=9)
+    insert(outside, "draft", state="draft")
+    insert(outside, "mine")
+    assert await store.claim("w", lease_seconds=LEASE, ticket_id="draft") == []
+    assert await store.claim("w", lease_seconds=LEASE, ticket_id="nobody") == []
+    assert [c.ticket.id for c in await store.claim("w", limit=5, lease_seconds=LEASE, ticket_id="mine")] == ["mine"]
+
+
+# --- leases -----------------------------------------------------------------------------------------------------------
+
+
+async def test_renewed_lease_holds_and_lost_one_moves_on(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    first = await claim_one(store)
+    await store.shift_clock(29_000)
+    assert not (await store.renew([first.attempt_id], lease_seconds=LEASE)).lost
+    await store.shift_clock(29_000)
+    assert await store.claim("other", lease_seconds=LEASE) == []
+    await store.shift_clock(2_000)
+
+    second = await claim_one(store, "other")  # even though this agent's policy has one try: it was not its fault
+    assert (second.attempt_number, second.step_execution_id) == (2, first.step_execution_id)
+    renewal = await store.renew([first.attempt_id, second.attempt_id], lease_seconds=LEASE)
+    assert renewal == Renewal(lost=frozenset({first.attempt_id}), cancelled=frozenset())
+    before = await store.events("t")
+    for write in (
+        store.running(first.attempt_id, 1),
+        finish(store, first.attempt_id, Succeeded(outputs="{}")),
+        finish(store, first.attempt_id, Interrupted()),
+    ):
+        with pytest.raises(LeaseLost, match="nothing was changed"):
+            await write
+    assert await store.events("t") == before
+
+    await finish(store, second.attempt_id, Succeeded(outputs="2"))
+    (step,), attempts = await store.steps("t"), await store.attempts("t")
+    assert [(a.outcome, a.worker) for a in attempts] == [("lost", "worker"), ("succeeded", "other")]
+    assert (step.retry_count, (await store.ticket("t")).outputs) == (1, "2")
+
+
+async def test_expired_lease_that_nobody_took_still_counts(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    claim = await claim_one(store)
+    await store.shift_clock(99_000)
+    await finish(store, claim.attempt_id, Succeeded(outputs="{}"))
+    assert (await store.ticket("t")).state == "done"
+
+
+async def test_what_kills_every_worker_is_given_up(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    for number in (1, 2, 3):
+        assert (await claim_one(store)).attempt_number == number
+        await store.shift_clock(31_000)
+    assert await store.claim("w", lease_seconds=LEASE) == []
+    ticket, (step,), (run,) = await store.ticket("t"), await store.steps("t"), await store.runs("t")
+    assert (ticket.state, step.status, run.status, run.error_step) == ("failed", "failed", "failed", "main")
+    assert "lease" in (ticket.error or "") and "the last" in (ticket.error or "")
+
+
+async def test_one_lost_lease_does_not_undo_the_others(store: Store, outside: Outside) -> None:
+    for name in ("a", "b", "c"):
+        insert(outside, name)
+    a, b, c = await store.claim("w", limit=3, lease_seconds=LEASE)
+    outside.execute("UPDATE tickets SET state = 'cancelled' WHERE id = 'b'")
+    results = await asyncio.gather(
+        *(finish(store, claim.attempt_id, Succeeded(outputs="{}")) for claim in (a, b, c, a)),
+        store.append([Event(ticket_id="a", kind="output", data={"text": "hello"})]),
+        store.running("nobody", 1),
+        return_exceptions=True,
+    )
+    assert [type(r) for r in results] == [type(None), LeaseLost, type(None), LeaseLost, type(None), LeaseLost]
+    assert [(await store.ticket(name)).state for name in "abc"] == ["done", "cancelled", "done"]
+    assert any(e.kind == "output" for e in await store.events("a"))
+
+
+async def test_cancelled_caller_hands_its_claim_back(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await store.claim("w", lease_seconds=LEASE)
+    async with asyncio.timeout(10):
+        while not (claims := await store.claim("v", lease_seconds=LEASE)):
+            pass
+    assert claims[0].ticket.id == "t"
+    assert (await store.steps("t"))[0].retry_count == 0
+
+
+# --- outcomes and retries ---------------------------------------------------------------------------------------------
+
+
+async def test_retry_with_back_off_until_used_up(store: Store, outside: Outside) -> None:
+    insert(outside, "t", agent_id=RETRY.id)
+    for number, (least_ms, most_ms) in {1: (5_000, 10_000), 2: (7_500, 15_000)}.items():
+        claim = await claim_one(store)
+        assert claim.attempt_number == number
+        await finish(store, claim.attempt_id, failed(message=f"no {number}"))
+        (step,), queue = await store.steps("t"), await store.queue()
+        assert (step.status, step.retry_count, (await store.ticket("t")).state) == ("ready", number, "in_progress")
+        assert (queue.delayed, queue.ready, queue.running) == (1, 0, 0)
+        assert queue.next_due_ms is not None and least_ms - 1000 <= queue.next_due_ms <= most_ms
+        assert await store.claim("w", lease_seconds=LEASE) == []
+        await store.shift_clock(most_ms)
+    last = await claim_one(store)
+    await finish(store, last.attempt_id, failed(message="no 3"))
+    ticket, (step,) = await store.ticket("t"), await store.steps("t")
+    assert (ticket.state, ticket.error, step.status, step.retry_count) == ("failed", "no 3", "failed", 2)
+    assert [a.error for a in await store.attempts("t")] == ["no 1", "no 2", "no 3"]
+    assert (await store.runs("t"))[0].total_vm_time_ms == 7.5
+
+
+@pytest.mark.parametrize(
+    ("reason", "idempotent", "again"),
+    [
+        (FailureReason.AGENT_FAILED, False, True),
+        (FailureReason.TIMEOUT, False, True),
+        (FailureReason.OUTPUT_INVALID, True, False),
+        (FailureReason.VM_DIED, False, False),
+        (FailureReason.VM_DIED, True, True),
+    ],
+)
+async def test_which_failures_are_tried_again(
+    store: Store, outside: Outside, reason: FailureReason, idempotent: bool, again: bool
+) -> None:
+    agent = Agent(id="i", name="i", version="1", path=ECHO.path, entry=("x",), retry=RETRY.retry, idempotent=idempotent)
+    await store.put_agent(agent)
+    insert(outside, "t", agent_id="i")
+    await finish(store, (await claim_one(store)).attempt_id, failed(reason))
+    assert (await store.ticket("t")).state == ("in_progress" if again else "failed")
+    assert (await store.attempts("t"))[0].reason == reason
+
+
+@pytest.mark.parametrize(("given", "tries"), [(1, 1), (5, 5)])
+async def test_tickets_max_attempts_overrides_the_agents(
+    store: Store, outside: Outside, given: int, tries: int
+) -> None:
+    insert(outside, "t", agent_id=RETRY.id, max_attempts=given)
+    for _ in range(tries):
+        await finish(store, (await claim_one(store)).attempt_id, failed())
+        await store.shift_clock(20_000)
+    assert (await store.ticket("t")).state == "failed"
+    assert len(await store.attempts("t")) == tries
+
+
+async def test_soft_stop_is_not_counted(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    for number in range(1, 5):
+        claim = await claim_one(store)
+        assert claim.attempt_number == number
+        await finish(store, claim.attempt_id, Interrupted())
+    (step,) = await store.steps("t")
+    assert (step.retry_count, step.status, step.vm_id) == (0, "ready", None)
+    assert {a.outcome for a in await store.attempts("t")} == {"interrupted"}
+
+
+async def test_cancelled_outcome(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    await finish(store, (await claim_one(store)).attempt_id, Cancelled(message="stopped by hand"))
+    ticket = await store.ticket("t")
+    assert (ticket.state, ticket.error) == ("cancelled", "stopped by hand")
+
+
+async def test_hostile_output_and_error_are_stored(store: Store, outside: Outside) -> None:
+    insert(outside, "a")
+    insert(outside, "b")
+    a, b = await store.claim("w", limit=2, lease_seconds=LEASE)
+    await finish(store, a.attempt_id, Succeeded(outputs='"\udc80 \\u0000 \'; DROP TABLE tickets; --"'))
+    await finish(store, b.attempt_id, failed(message="\udcff\0" + "x" * 10_000_000))
+    assert (await store.ticket("a")).state == "done"
+    error = (await store.ticket("b")).error or ""
+    assert len(error) < 20_000 and "\0" not in error
+
+
+# --- ended or taken away from outside ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noticed_by", ["renew", "finish", "sweep"])
+@pytest.mark.parametrize(
+    "change",
+    ["UPDATE tickets SET state = 'cancelled' WHERE id = 't'", "DELETE FROM tickets WHERE id = 't'"],
+    ids=["cancelled", "deleted"],
+)
+async def test_taken_away_while_it_runs(store: Store, outside: Outside, change: str, noticed_by: str) -> None:
+    insert(outside, "t")
+    claim = await claim_one(store)
+    outside.execute(change)
+    if noticed_by == "renew":
+        renewal = await store.renew([claim.attempt_id], lease_seconds=LEASE)
+        assert renewal == Renewal(lost=frozenset(), cancelled=frozenset({claim.attempt_id}))
+    elif noticed_by == "finish":
+        with pytest.raises(LeaseLost):
+            await finish(store, claim.attempt_id, Succeeded(outputs="{}"))
+    await store.shift_clock(31_000)
+    assert await store.claim("w", lease_seconds=LEASE) == []
+    assert left_overs(outside) == 0
+    assert outside.execute("SELECT count(*) FROM attempts WHERE outcome IS NULL") == [(0,)]
+    assert outside.execute("SELECT count(*) FROM step_executions WHERE status = 'running'") == [(0,)]
+    if "DELETE" not in change:
+        ticket = await store.ticket("t")
+        assert (ticket.state, ticket.outputs) == ("cancelled", None) and ticket.completed_at
+    again = await store.renew([claim.attempt_id], lease_seconds=LEASE)
+    assert again.cancelled == {claim.attempt_id}
+
+
+async def test_deleted_and_inserted_again(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    old = await claim_one(store)
+    outside.execute("DELETE FROM tickets WHERE id = 't'")
+    insert(outside, "t")
+    new = await claim_one(store)
+    with pytest.raises(LeaseLost):
+        await finish(store, old.attempt_id, Succeeded(outputs='"old"'))
+    await finish(store, new.attempt_id, Succeeded(outputs='"new"'))
+    assert (await store.ticket("t")).outputs == '"new"'
+    assert len(await transitions(store, "t")) == 4  # its own history only
+    assert "deleted" in {event.kind for event in await store.events(None)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE tickets SET state = 'ready' WHERE id = 't'",
+        "INSERT OR REPLACE INTO tickets (id, title, state, agent_id) SELECT id, title, 'ready', agent_id FROM tickets",
+    ],
+    ids=["update", "replace"],
+)
+async def test_made_ready_again_while_it_runs(store: Store, outside: Outside, change: str) -> None:
+    insert(outside, "t")
+    old = await claim_one(store)
+    outside.execute(change)
+    new = await claim_one(store)
+    assert new.run_id != old.run_id
+    renewal = await store.renew([old.attempt_id, new.attempt_id], lease_seconds=LEASE)
+    assert renewal.cancelled == {old.attempt_id} and not renewal.lost
+    with pytest.raises(LeaseLost):
+        await finish(store, old.attempt_id, Succeeded(outputs="{}"))
+    await finish(store, new.attempt_id, Succeeded(outputs="{}"))
+    assert {run.status for run in await store.runs("t")} == {"cancelled", "completed"}
+
+
+async def test_id_changed_while_it_runs(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    claim = await claim_one(store)
+    outside.execute("UPDATE tickets SET id = 'u' WHERE id = 't'")
+    assert (await store.renew([claim.attempt_id], lease_seconds=LEASE)).cancelled == {claim.attempt_id}
+    assert left_overs(outside) == 0
+
+
+async def test_cancelled_from_outside_while_it_waits_for_its_retry(store: Store, outside: Outside) -> None:
+    insert(outside, "t", agent_id=RETRY.id)
+    await finish(store, (await claim_one(store)).attempt_id, failed())
+    outside.execute("UPDATE tickets SET state = 'cancelled'")
+    await store.shift_clock(60_000)
+    assert await store.claim("w", lease_seconds=LEASE) == []
+    assert [s.status for s in await store.steps("t")] == ["cancelled"]

@@ -1,0 +1,117 @@
+"""The tables: migrations and schema.py agree, outside tools need name little, no statement reads what is finished."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from importlib import import_module
+from pathlib import Path
+from pkgutil import walk_packages
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Dialect
+
+from swarm import store as package
+from swarm.store.claims.claim import probe
+from swarm.store.sql.dialect import SQLITE
+from swarm.store.sql.schema import metadata
+from tests.store.databases import Outside
+
+# Without `audit`, which reads everything: that is its purpose.
+MODULES = [
+    module.name
+    for module in walk_packages(package.__path__, "swarm.store.")
+    if not module.ispkg and ".migrations" not in module.name and module.name != "swarm.store.audit"
+]
+STATEMENTS: dict[str, sa.TextClause] = {
+    f"{module.rpartition('.')[2]}.{name}": value
+    for module in MODULES
+    for name, value in vars(import_module(module)).items()
+    if isinstance(value, sa.TextClause)
+} | {"claim.probe": probe(SQLITE)}
+
+# Whole-table reads that are meant: tables of a few rows, and lists for people that end at their LIMIT.
+SMALL = re.compile(
+    r"SCAN (agents|secrets|workflows|definitions|schedules|s|workers|clock|moment|pragma_data_version|"
+    r"CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
+)
+LIVE_ONLY = re.compile(
+    r"SCAN \w+ USING (COVERING )?INDEX "
+    r"(tickets_(ready|unfinished|unknown_state)|step_executions_(ready|delayed|waiting)|attempts_lease"
+    r"|workflow_runs_(due|live))\b"
+)
+
+
+POSTGRESQL: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+
+
+def driver_sql(statement: sa.TextClause) -> str:
+    sql = str(statement.compile(dialect=sqlite.dialect(paramstyle="named")))
+    return sql.replace("IN :ids", "IN (:id_0, :id_1)")
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_no_statement_reads_what_is_finished(name: str, url: str) -> None:
+    sql = driver_sql(STATEMENTS[name])
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+    names = dict.fromkeys(re.findall(r":(\w+)", sql))
+    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", names)]
+    connection.close()
+    reads = [line for line in plan if line.startswith("SCAN") and not SMALL.match(line) and not LIVE_ONLY.match(line)]
+    if name == "claim.probe":  # is there any row at all?
+        reads.remove("SCAN ticket_dependencies USING COVERING INDEX ticket_dependencies_depends_on")
+    if name == "agents._WANTED_BY":  # drafts are in no index; asked when an agent is removed by hand
+        reads.remove("SCAN tickets USING INDEX tickets_created")
+    if name in ("artifacts._LARGEST", "artifacts._UNUSED", "artifacts._USES_WITHOUT_TICKET"):  # by hand, and by prune
+        reads = [line for line in reads if line not in ("SCAN a", "SCAN artifacts", "SCAN artifact_uses")]
+    assert reads == [], plan
+    assert [line for line in plan if "AUTOMATIC" in line] == [], plan
+
+
+def test_claims_come_from_the_index_in_order(url: str) -> None:
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+    for name in ("claim.READY_TICKETS", "claim.READY_STEPS"):
+        plan = [r[3] for r in connection.execute(f"EXPLAIN QUERY PLAN {driver_sql(STATEMENTS[name])}", {"limit": 1})]
+        assert not any("TEMP B-TREE" in line for line in plan), plan
+    connection.close()
+
+
+def test_migrations_make_what_schema_says(outside: Outside, tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/schema.db")
+    metadata.create_all(engine)
+    engine.dispose()
+    connection = sqlite3.connect(tmp_path / "schema.db")
+    query = "SELECT type, name, sql FROM sqlite_master WHERE type IN ('table', 'index') AND name <> 'alembic_version'"
+    said = {(kind, name): _words(sql) for kind, name, sql in connection.execute(query)}
+    connection.close()
+    made = {(kind, name): _words(sql) for kind, name, sql in outside.execute(query)}
+    made = {key: sql for key, sql in made.items() if "alembic" not in key[1]}
+    assert made == said
+
+
+def _words(sql: str | None) -> str:
+    return " ".join((sql or "").split())
+
+
+def test_schema_can_be_said_in_postgresql() -> None:
+    for table in metadata.sorted_tables:
+        assert str(sa.schema.CreateTable(table).compile(dialect=POSTGRESQL))
+        for index in table.indexes:
+            assert str(sa.schema.CreateIndex(index).compile(dialect=POSTGRESQL))
+
+
+def test_little_needs_to_be_named(outside: Outside) -> None:
+    outside.execute("INSERT INTO tickets (id, title, state, agent_id) VALUES ('t', 't', 'ready', 'a')")
+    outside.execute("INSERT INTO tickets (id) VALUES ('u')")
+    outside.execute("INSERT INTO agents (id, name, version, path, entry) VALUES ('a', 'a', '1', '/x', '[\"x\"]')")
+    outside.execute("INSERT INTO workflows (id, name, version) VALUES ('w', 'w', '1')")
+    ((created, updated, mode, state),) = outside.execute(
+        "SELECT created_at, updated_at, execution_mode, state FROM tickets WHERE id = 'u'"
+    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", created) and created == updated
+    assert (mode, state) == ("agent", "draft")
+    for bad in ("INSERT INTO tickets (title) VALUES ('no id')", "INSERT INTO tickets (id) VALUES ('t')"):
+        with pytest.raises(sqlite3.IntegrityError):
+            outside.execute(bad)

@@ -1,0 +1,211 @@
+"""The store against a model, by hypothesis: whatever is claimed, renewed, finished, cancelled, deleted, and whenever
+leases end, in any order: rows and answers are what a page of Python says, and `swarm prove` finds nothing broken."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from swarm.admin.prove import judge
+from swarm.errors import Conflict, LeaseLost, NotFound
+from swarm.model import Failed, FailureReason, Interrupted, Outcome, Succeeded
+from swarm.store.claims.finish import LOST_TRIES
+from swarm.store.store import Store
+from tests.store.databases import SqliteBackend, SqliteOutside, claimed, insert, left_overs
+
+T = TypeVar("T")
+
+LEASE_SECONDS = 1000.0  # real time passes too, but not so much
+TERMINAL = ("done", "failed", "cancelled")
+OUTCOMES: dict[str, Outcome] = {
+    "done": Succeeded(outputs="{}"),
+    "failed": Failed(reason=FailureReason.AGENT_FAILED, message="it broke"),
+    "again": Interrupted(),
+}
+
+
+@dataclass
+class Row:
+    """A ticket of the model. State 'again': its step is ready for another try, the ticket in progress."""
+
+    state: str = "ready"
+    owner: str | None = None  # the attempt that may write
+    lease_until: float = 0.0
+    counted: int = 0  # tries that count: lost ones, here
+
+    @property
+    def shown(self) -> str:
+        return "in_progress" if self.state == "again" else self.state
+
+
+class StoreMachine(RuleBasedStateMachine):
+    tickets = Bundle("tickets")
+    attempts = Bundle("attempts")
+
+    @initialize()
+    def start(self) -> None:
+        self.runner = asyncio.Runner()
+        self.stack = AsyncExitStack()
+        self.directory = tempfile.TemporaryDirectory()
+        url = BACKEND().new_in(Path(self.directory.name))
+        self.outside = SqliteOutside(url)
+        self.store: Store = self.run(self.stack.enter_async_context(Store.open(url)))
+        self.rows: dict[str, Row] = {}
+        self.of: dict[str, str] = {}  # attempt → ticket
+        self.clock = 0.0
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(work)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "runner"):
+            return
+        report = self.run(self.store.audit(judge))
+        left = left_overs(self.outside)
+        self.outside.close()
+        self.run(self.stack.aclose())
+        self.runner.close()
+        self.directory.cleanup()
+        assert report.kept, report.offences
+        assert left == 0
+
+    # --- what may happen ----------------------------------------------------------------------------------------------
+
+    @rule(target=tickets)
+    def insert(self) -> str:
+        id_ = f"t{len(self.rows)}"
+        insert(self.outside, id_)
+        self.rows[id_] = Row()
+        return id_
+
+    @rule(target=attempts, worker=st.sampled_from("ab"), limit=st.integers(1, 3))
+    def claim(self, worker: str, limit: int) -> Any:
+        claims = self.run(claimed(self.store, worker, limit=limit, seconds=LEASE_SECONDS))
+        for row in self.rows.values():
+            if row.owner is not None and row.lease_until <= self.clock:
+                row.owner = None
+                row.counted += 1
+                row.state = "again" if row.counted < LOST_TRIES else "failed"
+        ready = {id_ for id_, row in self.rows.items() if row.state in ("ready", "again")}
+        got = {claim.ticket.id for claim in claims}
+        assert got <= ready and len(got) == len(claims) == min(limit, len(ready))
+        for claim in claims:
+            row = self.rows[claim.ticket.id]
+            row.state, row.owner, row.lease_until = "in_progress", claim.attempt_id, self.clock + LEASE_SECONDS
+            self.of[claim.attempt_id] = claim.ticket.id
+        return multiple(*(claim.attempt_id for claim in claims))
+
+    def owned(self, attempt: str) -> Row | None:
+        row = self.rows.get(self.of[attempt])
+        return row if row is not None and row.owner == attempt else None
+
+    @rule(attempt=attempts, how=st.sampled_from(sorted(OUTCOMES)))
+    def finish(self, attempt: str, how: str) -> None:
+        work = self.store.finish(attempt, OUTCOMES[how], timings={}, vm_time_ms=1.0)
+        if (row := self.owned(attempt)) is None:
+            self.refused(work, LeaseLost)
+            return
+        self.run(work)
+        row.state, row.owner = how, None
+
+    @rule(attempt=attempts)
+    def record_vm(self, attempt: str) -> None:
+        work = self.store.running(attempt, 1000)
+        if self.owned(attempt) is None:
+            self.refused(work, LeaseLost)
+        else:
+            self.run(work)
+
+    @rule(attempt=attempts)
+    def renew(self, attempt: str) -> None:
+        told = self.run(self.store.renew([attempt], lease_seconds=LEASE_SECONDS))
+        if (row := self.owned(attempt)) is not None:
+            assert not told.lost and not told.cancelled
+            row.lease_until = self.clock + LEASE_SECONDS
+        else:
+            assert told.lost | told.cancelled == {attempt}
+
+    @rule(ticket=tickets)
+    def cancel(self, ticket: str) -> None:
+        work, row = self.store.cancel(ticket, "a test"), self.rows.get(ticket)
+        if row is None:
+            self.refused(work, NotFound)
+        elif row.state in ("done", "failed"):
+            self.refused(work, Conflict)
+        else:
+            self.run(work)
+            row.state, row.owner = "cancelled", None
+
+    @rule(ticket=tickets)
+    def retry(self, ticket: str) -> None:
+        work, row = self.store.retry(ticket), self.rows.get(ticket)
+        if row is None:
+            self.refused(work, NotFound)
+        elif row.state not in ("failed", "cancelled"):
+            self.refused(work, Conflict)
+        else:
+            self.run(work)
+            row.state, row.owner, row.counted = "ready", None, 0
+
+    @rule(ticket=tickets)
+    def cancel_from_outside(self, ticket: str) -> None:
+        if (row := self.rows.get(ticket)) is not None and row.state not in TERMINAL:
+            self.outside.execute("UPDATE tickets SET state = 'cancelled' WHERE id = ?", (ticket,))
+            row.state, row.owner = "cancelled", None
+
+    @rule(ticket=consumes(tickets))
+    def delete_from_outside(self, ticket: str) -> None:
+        self.outside.execute("DELETE FROM tickets WHERE id = ?", (ticket,))
+        self.rows[ticket] = Row(state="deleted")
+        del self.rows[ticket]
+        self.rows[f"{ticket} (deleted)"] = Row(state="deleted")
+
+    @rule(share=st.sampled_from((0.3, 1.01)))
+    def time_passes(self, share: float) -> None:
+        self.clock += share * LEASE_SECONDS
+        self.run(self.store.shift_clock(round(share * LEASE_SECONDS * 1000)))
+
+    def refused(self, work: Coroutine[Any, Any, object], error: type[Exception]) -> None:
+        try:
+            self.run(work)
+        except error:
+            return
+        raise AssertionError(f"{error.__name__} was not raised")
+
+    @invariant()
+    def rows_are_what_the_model_says(self) -> None:
+        if not hasattr(self, "rows"):
+            return
+        states = {str(id_): str(state) for id_, state in self.outside.execute("SELECT id, state FROM tickets")}
+        assert states == {id_: row.shown for id_, row in self.rows.items() if row.state != "deleted"}
+
+
+class BACKEND:
+    """One migrated database, copied for every run."""
+
+    made: Path | None = None
+    home: tempfile.TemporaryDirectory[str] | None = None
+
+    def new_in(self, directory: Path) -> str:
+        if BACKEND.made is None:
+            BACKEND.home = tempfile.TemporaryDirectory()
+            backend = SqliteBackend(Path(BACKEND.home.name))
+            BACKEND.made = Path(backend.new().removeprefix("sqlite:///"))
+        copy = directory / "model.db"
+        copy.write_bytes(BACKEND.made.read_bytes())
+        return f"sqlite:///{copy}"
+
+
+StoreMachine.TestCase.settings = settings(
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestStore = StoreMachine.TestCase

@@ -1,0 +1,116 @@
+"""The QEMU driver by itself: how it starts and ends a VM, and what it says when it can't."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from swarm.config import Settings
+from swarm.errors import BootFailed, HostError
+from swarm.vm.driver import BASE_UID, Image, Template, VmSpec
+from swarm.vm.drivers.qemu import QemuDriver
+from tests.vm.drivers.test_drivers import inside
+
+pytestmark = pytest.mark.needs("qemu")
+
+
+@pytest.fixture
+def driver(settings: Settings) -> QemuDriver:
+    return QemuDriver(accelerator="tcg", disk_cache=settings.state_dir / "blank")
+
+
+@pytest.fixture
+def spec(image: Image) -> VmSpec:
+    return VmSpec(image=image, memory_mb=128, disk_mb=16)
+
+
+async def test_it_knows_its_version_and_accelerator(driver: QemuDriver) -> None:
+    probe = await driver.probe()
+    assert (probe.usable, probe.accelerator, probe.snapshots) == (True, "tcg", True)
+    assert int(probe.version.split(".")[0]) >= 7
+
+
+async def test_a_vm_runs_as_nobody_without_rights_and_dies_when_told(
+    driver: QemuDriver, spec: VmSpec, tmp_path: Path
+) -> None:
+    vm = await driver.boot(spec, None, tmp_path)
+    try:
+        async with asyncio.timeout(60):
+            await vm.printed(b"swarm-init: up after")
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{vm.pid}/status").read_text().splitlines() if ":\t" in line
+        )
+        assert status["Uid"].split() == [str(BASE_UID)] * 4
+        assert status["Groups"].strip() == ""
+        assert {status[name] for name in ("CapEff", "CapPrm", "CapBnd")} == {"0" * 16}
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        opened = {str(fd.readlink()) for fd in Path(f"/proc/{vm.pid}/fd").iterdir()}
+        assert not any(name.endswith("qmp.sock") for name in opened), "nothing that others could connect to"
+    finally:
+        await vm.kill()
+    await vm.kill()  # again: nothing
+    assert "signal 9" in await vm.wait()
+    assert not Path(f"/proc/{vm.pid}").exists()
+
+
+async def test_a_guest_that_panics_ends_its_vm(driver: QemuDriver, spec: VmSpec, tmp_path: Path) -> None:
+    broken = replace(spec, image=replace(spec.image, boot_args=f"{spec.image.boot_args} rdinit=/nothing init=/nothing"))
+    vm = await driver.boot(broken, None, tmp_path)
+    try:
+        async with asyncio.timeout(60):
+            await vm.wait()
+        assert "anic" in vm.console.read_text(errors="replace")
+    finally:
+        await vm.kill()
+
+
+async def test_what_qemu_says_is_in_the_error(driver: QemuDriver, spec: VmSpec, tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"not a kernel")
+    kernel.chmod(0o644)
+    place = tmp_path / "vm"
+    place.mkdir()
+    with pytest.raises(BootFailed, match=r"QEMU did not start: .+"):
+        await driver.boot(replace(spec, image=replace(spec.image, kernel=kernel)), None, place)
+
+
+async def test_a_file_that_is_not_there_is_named(driver: QemuDriver, spec: VmSpec, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(HostError, match=r"can't open .*missing: No such file"):
+        await driver.boot(replace(spec, image=replace(spec.image, root=missing)), None, tmp_path)
+
+
+async def test_a_template_without_its_parts_is_named(driver: QemuDriver, spec: VmSpec, tmp_path: Path) -> None:
+    template = Template(key="k", dir=tmp_path / "gone", spec=spec, token=b"t")
+    with pytest.raises(HostError, match=r"can't open .*gone/memory"):
+        await driver.restore(template, None, tmp_path)
+
+
+async def test_every_descriptor_is_closed_again(driver: QemuDriver, spec: VmSpec, tmp_path: Path) -> None:
+    async def once(name: str) -> None:
+        place = tmp_path / name
+        place.mkdir()
+        vm = await driver.boot(spec, None, place)
+        await vm.kill()
+
+    await once("first")  # libraries open some for good
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    await once("second")
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+async def test_a_cancelled_start_leaves_no_process(driver: QemuDriver, spec: VmSpec, tmp_path: Path) -> None:
+    start = asyncio.ensure_future(driver.boot(spec, None, tmp_path))
+    while not (tmp_path / "console.log").exists():
+        await asyncio.sleep(0)  # to the next step
+        if start.done():
+            break
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    if not start.cancelled() and start.exception() is None:
+        await start.result().kill()
+    assert inside(tmp_path) == []
