@@ -22,7 +22,7 @@ ready:
 	-@$(BIN)/python tools/fetch-firecracker
 
 test: ready  ## set up, then run all tests in a network namespace of their own (ARGS='-k echo' for a part)
-	@$(BIN)/python $(if $(ARGS),tools/sandbox.py,tools/lanes.py) $(PYTEST) $(ARGS)
+	@$(BIN)/python $(if $(ARGS),tools/sandbox.py,tools/parallel_tests.py) $(PYTEST) $(ARGS)
 
 bench: ready  ## measure tickets on this host beside the bare parts, in a network namespace of its own (ARGS='--tickets 1,5')
 	@$(BIN)/python tools/sandbox.py $(BIN)/python tools/bench.py $(ARGS)

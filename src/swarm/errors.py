@@ -85,25 +85,25 @@ class NoImage(ImageError):
 
 
 class StepError(SwarmError):
-    """An attempt can't succeed. ``reason`` is recorded; ``retry`` says if another attempt may help."""
+    """An attempt can't succeed. ``reason`` is recorded; ``retryable`` says if another attempt may help."""
 
     reason: FailureReason = FailureReason.AGENT_FAILED
-    retry: bool = False
+    retryable: bool = False
 
-    def __init__(self, message: str, *, reason: FailureReason | None = None, retry: bool | None = None) -> None:
+    def __init__(self, message: str, *, reason: FailureReason | None = None, retryable: bool | None = None) -> None:
         super().__init__(message)
         self.reason = reason if reason is not None else type(self).reason
-        self.retry = retry if retry is not None else type(self).retry
+        self.retryable = retryable if retryable is not None else type(self).retryable
 
 
 class BootFailed(StepError):
     reason = FailureReason.BOOT_FAILED
-    retry = True
+    retryable = True
 
 
 class ChannelError(StepError):
     reason = FailureReason.CHANNEL_BROKEN
-    retry = True
+    retryable = True
 
 
 class LayerMissing(StepError):
@@ -112,12 +112,12 @@ class LayerMissing(StepError):
 
 class AgentFailed(StepError):
     reason = FailureReason.AGENT_FAILED
-    retry = True
+    retryable = True
 
 
 class AgentTimeout(StepError):
     reason = FailureReason.TIMEOUT
-    retry = True
+    retryable = True
 
 
 class OutputInvalid(StepError):

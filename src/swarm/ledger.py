@@ -79,7 +79,7 @@ class Refused:
     message: str
 
 
-Verdict = Granted | Busy | Refused
+Reservation = Granted | Busy | Refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class Bill:
 class Ledger(Protocol):
     """Where calls are reserved and booked: the store, or nowhere where there is none."""
 
-    async def reserve(self, order: Order) -> Verdict: ...
+    async def reserve(self, order: Order) -> Reservation: ...
 
     async def book(self, bill: Bill) -> None: ...
 
@@ -116,7 +116,7 @@ class Ledger(Protocol):
 class Unbooked:
     """For one-off runs on a host without a database: there is no budget, and nothing is kept."""
 
-    async def reserve(self, order: Order) -> Verdict:
+    async def reserve(self, order: Order) -> Reservation:
         return Granted(usd=None, tokens=None)
 
     async def book(self, bill: Bill) -> None:

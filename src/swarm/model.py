@@ -132,8 +132,29 @@ TERMINAL_TICKET_STATES: Final = frozenset({TicketState.DONE, TicketState.FAILED,
 TERMINAL_STEP_STATUSES: Final = frozenset(s for s, after in STEP_TRANSITIONS.items() if not after)
 
 
+# Least and most of each number that an agent, a workflow or a ticket may set, the same wherever it stands: manifests,
+# workflow files, rows. Whole numbers where both bounds are. What a policy multiplies must not overflow.
+MAX_TIMEOUT_SECONDS: Final = 30 * 86_400.0
+BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
+    "memory_mb": (128, 1 << 20),
+    "vcpus": (1, 64),
+    "disk_mb": (16, 1 << 20),
+    "disk_mb_per_second": (0.001, 1e6),
+    "network_mb_per_second": (0.001, 1e6),
+    "timeout_seconds": (0.001, MAX_TIMEOUT_SECONDS),
+    "idle_timeout_seconds": (0.001, MAX_TIMEOUT_SECONDS),
+    "budget_usd": (0.0, 1e9),
+    "budget_tokens": (0, 10**15),
+    "max_attempts": (1, 1000),
+    "delay_seconds": (0.0, 86_400.0),
+    "factor": (1.0, 100.0),
+    "max_delay_seconds": (0.0, 86_400.0),
+    "priority": (-(2**31) + 1, 2**31 - 1),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Retry:
+class RetryPolicy:
     """When a failed attempt is followed by another one.
 
     The wait before attempt ``n + 1`` is ``min(max_delay_seconds, delay_seconds * factor ** (n - 1))``, of which a
@@ -188,7 +209,7 @@ class Agent:
     preload: tuple[str, ...] = ()
     requirements: tuple[str, ...] = ()  # of PyPI and of Debian: a layer that is built before the agent can run
     packages: tuple[str, ...] = ()
-    retry: Retry = Retry()
+    retry: RetryPolicy = RetryPolicy()
     idempotent: bool = False
     budget_usd: float | None = None  # of one step of a ticket, retries included
     budget_tokens: int | None = None
@@ -249,7 +270,7 @@ class Claim:
     inputs: str  # JSON text of the step's inputs, an object
     timeout_seconds: float
     queued_ms: float  # from the row's commit (or first sight) to this claim, by the database's clock
-    in_workflow: bool = False  # then `inputs` may refer to artifacts: `Store.whole`
+    in_workflow: bool = False  # then `inputs` may refer to artifacts: `Store.resolve_references`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,11 +281,12 @@ class Succeeded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """``retry`` is the cause's own view (could another try help?), for logs; the retry policy goes by ``reason``."""
+    """``retryable``: whether another attempt could help, by the cause's own account. The retry policy goes by
+    ``reason``; a HOST_ERROR that is retryable is tried again whatever the policy says (`store.claims.finish`)."""
 
     reason: FailureReason
     message: str
-    retry: bool = False
+    retryable: bool = False
     exit_code: int | None = None
 
 

@@ -78,7 +78,7 @@ def attempt(id: str = "a1", outcome: str | None = "succeeded", **values: object)
 )  # fmt: skip
 def test_a_good_history(moves: list[tuple[str, str, str, str]]) -> None:
     report = judge(History(moves, tries=[attempt()]))
-    assert report.kept, report.offences
+    assert report.kept, report.violations
     assert (report.tickets_seen, report.done) == (1, 1)
 
 
@@ -113,9 +113,9 @@ def lost(moves: list[tuple[str, str, str, str]], **values: object) -> History:
 def test_a_broken_history(history: History, promise: str, says: str) -> None:
     report = judge(history, engine_alive=True)
     assert not report.kept
-    offences = getattr(report, promise)
-    assert [o.id for o in offences] == ["t"] * len(offences)
-    assert any(says in o.what for o in offences), report.offences
+    violations = getattr(report, promise)
+    assert [o.id for o in violations] == ["t"] * len(violations)
+    assert any(says in o.what for o in violations), report.violations
 
 
 def test_leaked_slots() -> None:
@@ -160,7 +160,7 @@ async def audited(file: Path) -> Report:
 
 async def test_a_real_file(file: Path) -> None:
     report = await audited(file)
-    assert report.kept, report.offences
+    assert report.kept, report.violations
     assert (report.tickets_seen, report.done, report.unfinished, report.attempts) == (2, 1, 1, 2)
 
 
@@ -186,7 +186,7 @@ async def test_a_real_file_broken_on_purpose(file: Path, sql: str, who: str, say
     with sqlite3.connect(file) as db:
         db.executescript(sql)
     report = await audited(file)
-    assert any(o.id == who and says in o.what for o in report.offences), report.offences
+    assert any(o.id == who and says in o.what for o in report.violations), report.violations
 
 
 async def test_what_other_tools_may_do_is_no_offence(file: Path) -> None:
@@ -194,7 +194,7 @@ async def test_what_other_tools_may_do_is_no_offence(file: Path) -> None:
         db.execute("DELETE FROM tickets WHERE id = 'open'")
         db.execute("UPDATE tickets SET state = 'ready' WHERE id = 'good'")
     report = await audited(file)
-    assert report.kept, report.offences
+    assert report.kept, report.violations
     assert report.deleted == 1
 
 

@@ -246,7 +246,7 @@ def test_inputs_and_outputs_name_the_path(tmp_path: Path) -> None:
     assert check.inputs(agent, {"files": ["a"]}) == {"files": ["a"], "n": 2}
     with pytest.raises(StepError, match=r"mine@1\.2\.3: \$\.files\[1\]: 3 is not of type 'string'") as caught:
         check.inputs(agent, {"files": ["a", 3]})
-    assert caught.value.reason is FailureReason.INPUT_INVALID and not caught.value.retry
+    assert caught.value.reason is FailureReason.INPUT_INVALID and not caught.value.retryable
     check.outputs(agent, {"ok": True})
     with pytest.raises(OutputInvalid, match=r"\$\.ok: 'yes' is not of type 'boolean'"):
         check.outputs(agent, {"ok": "yes"})

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from swarm.base.aio import first, settle, undoing
+from swarm.base.aio import finish_uninterrupted, first, undoing
 
 
 async def test_settle_finishes_its_work_before_the_cancellation_goes_on() -> None:
@@ -18,7 +18,7 @@ async def test_settle_finishes_its_work_before_the_cancellation_goes_on() -> Non
         await go.wait()
         done = True
 
-    task = asyncio.create_task(settle(work()))
+    task = asyncio.create_task(finish_uninterrupted(work()))
     await begun.wait()
     task.cancel()
     await asyncio.sleep(0)
@@ -38,9 +38,9 @@ async def test_settle_returns_and_raises() -> None:
     async def fail() -> None:
         raise ValueError("no")
 
-    assert await settle(value()) == 4
+    assert await finish_uninterrupted(value()) == 4
     with pytest.raises(ValueError, match="no"):
-        await settle(fail())
+        await finish_uninterrupted(fail())
 
 
 async def test_undo_runs_last_first_and_whole_even_when_a_step_fails() -> None:

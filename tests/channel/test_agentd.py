@@ -321,7 +321,7 @@ async def test_no_program(guest: Guest) -> None:
     (guest.work / "data").write_text("no program")
     with pytest.raises(AgentFailed, match="Permission denied") as caught:
         await guest.channel.run(["/work/data"], timeout_seconds=10)
-    assert not caught.value.retry
+    assert not caught.value.retryable
     for argv, warm in ((["/no/such"], False), (["no-such-program"], False), (["/agent/none.py"], True)):
         with pytest.raises(AgentFailed, match="No such file"):
             await guest.channel.run(argv, warm=warm, timeout_seconds=10)

@@ -30,7 +30,7 @@ from swarm.admin.prove import Report
 from swarm.app import manual_vm, setup, wiring
 from swarm.cli.prove import prove
 from swarm.config import Settings
-from swarm.model import TERMINAL_TICKET_STATES, Agent, FailureReason, Retry
+from swarm.model import TERMINAL_TICKET_STATES, Agent, FailureReason, RetryPolicy
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 from swarm.vm.slots.inventory import VmRecord
@@ -79,11 +79,11 @@ class Campaign:
             place = self.settings.home / "chaos" / name
             place.mkdir(parents=True)
             (place / "main.py").write_text(HEAD + code)
-            retry = Retry(max_attempts=6, delay_seconds=0.1, max_delay_seconds=1.0, on=frozenset(FailureReason))
+            retry = RetryPolicy(max_attempts=6, delay_seconds=0.1, max_delay_seconds=1.0, on=frozenset(FailureReason))
             await self.store.put_agent(
                 Agent(
                     id=name, name=name, version="1.0.0", path=place, entry=("main.py",), idempotent=True,
-                    retry=retry if name not in ("fails", "hangs", "silent") else Retry(max_attempts=2),
+                    retry=retry if name not in ("fails", "hangs", "silent") else RetryPolicy(max_attempts=2),
                     timeout_seconds=3.0 if name == "hangs" else 60.0,
                 )
             )  # fmt: skip
@@ -231,7 +231,7 @@ class Campaign:
         """Raises AssertionError when a promise was broken."""
         await wiring.sweep(self.settings)  # what the engines that were killed last left, as the next start does
         report = await prove(self.settings)
-        assert report.kept, f"seed {self.seed}: {report.offences}"
+        assert report.kept, f"seed {self.seed}: {report.violations}"
         tickets = await self.store.tickets(limit=self.tickets + 10)
         unfinished = [t.id for t in tickets if t.state not in TERMINAL_TICKET_STATES]
         assert not unfinished, f"seed {self.seed}: not ended: {unfinished}"

@@ -173,5 +173,5 @@ async def ended(bench: Bench, *ids: str, timeout_seconds: float = 60) -> list[st
 async def proved(bench: Bench) -> Report:
     """What `swarm prove` says: nothing broken."""
     report = await prove(bench.settings)
-    assert report.kept, report.offences
+    assert report.kept, report.violations
     return report

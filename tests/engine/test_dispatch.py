@@ -16,7 +16,7 @@ from swarm.engine.dispatch import Dispatcher, Memory
 from swarm.engine.engine import Engine, Limits
 from swarm.engine.worker import Worker
 from swarm.errors import NoImage, StoreError
-from swarm.model import Retry
+from swarm.model import RetryPolicy
 from tests.engine.conftest import Bench, ended, serving
 
 OUT = "import json, os, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
@@ -127,7 +127,7 @@ async def test_a_dependant_starts_when_what_it_needs_is_done(plain: Bench) -> No
 
 async def test_retries_with_back_off_and_counts_them(plain: Bench) -> None:
     code = OUT + "n = json.load(open('input.json'))['step']['attempt']\nout({'n': n})\nsys.exit(0 if n == 3 else 1)"
-    agent = await plain.agent(code, retry=Retry(max_attempts=3, delay_seconds=0.1))
+    agent = await plain.agent(code, retry=RetryPolicy(max_attempts=3, delay_seconds=0.1))
     plain.insert("t", agent.id)
     async with serving(plain):
         assert await ended(plain, "t") == ["done"]
@@ -284,9 +284,9 @@ async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
     agent = await plain.agent(DONE)
     own = plain.settings.model_copy(update={"images_dir": plain.dir / "none"})
     vms = wiring.launcher(own, await wiring.choice(own))
-    async with wiring.store(own) as store, wiring.outside(own, store) as outside, store.watching() as wake:
+    async with wiring.store(own) as store, wiring.egress(own, store) as egress, store.watching() as wake:
         engine = Engine(
-            launcher=vms, images=wiring.images(own), layers=wiring.layers(own), limits=Limits(), outside=outside
+            launcher=vms, images=wiring.images(own), layers=wiring.layers(own), limits=Limits(), egress=egress
         )
         worker = Worker(store=store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
@@ -301,8 +301,8 @@ async def test_an_image_that_one_agent_names_is_that_agents_affair(plain: Bench)
     agent = await plain.agent(DONE, image="0123abcd")
     vms = wiring.launcher(plain.settings, await wiring.choice(plain.settings))
     images, layers = wiring.images(plain.settings), wiring.layers(plain.settings)
-    async with wiring.outside(plain.settings, plain.store) as outside, plain.store.watching() as wake:
-        engine = Engine(launcher=vms, images=images, layers=layers, limits=Limits(), outside=outside)
+    async with wiring.egress(plain.settings, plain.store) as egress, plain.store.watching() as wake:
+        engine = Engine(launcher=vms, images=images, layers=layers, limits=Limits(), egress=egress)
         worker = Worker(store=plain.store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=plain.store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
         plain.insert("t", agent.id)
@@ -315,7 +315,7 @@ async def test_an_image_that_one_agent_names_is_that_agents_affair(plain: Bench)
 
 async def test_a_killed_vm_is_an_outcome_unknown(plain: Bench) -> None:
     """Never tried again by itself, unless the agent says that it is idempotent."""
-    retry = Retry(max_attempts=3, delay_seconds=0.1)
+    retry = RetryPolicy(max_attempts=3, delay_seconds=0.1)
     agent = await plain.agent(HANG, retry=retry)
     plain.insert("t", agent.id)
     async with serving(plain):

@@ -20,7 +20,7 @@ from swarm import config
 from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.errors import HostError, StoreError
-from swarm.model import Retry, Ticket
+from swarm.model import RetryPolicy, Ticket
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 DONE = "import json; json.dump({}, open('output.json', 'w'))"
@@ -196,7 +196,7 @@ def allow_memory(pid: int, headroom_mb: int | None) -> None:
 async def test_an_output_that_does_not_fit_into_memory(plain: Bench) -> None:
     """It fails its own ticket, after the tries that a fault of the host's gets, and no other."""
     huge = """open('output.json', 'w').write('[' + '"ab",' * 3_000_000 + '0]')"""  # 15 MB, and 180 MB once it is parsed
-    glutton = await plain.agent(huge, "glutton", retry=Retry(delay_seconds=0.05))
+    glutton = await plain.agent(huge, "glutton", retry=RetryPolicy(delay_seconds=0.05))
     modest = await plain.agent(DONE, "modest")
     async with engine_process(plain) as engine:
         await log_until(engine, "engine serves")

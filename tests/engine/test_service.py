@@ -15,7 +15,7 @@ import pytest
 
 from swarm.base.process import start_time
 from swarm.cli import service
-from swarm.model import Retry
+from swarm.model import RetryPolicy
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 DONE = "import json; json.dump({}, open('output.json', 'w'))"
@@ -192,7 +192,7 @@ async def test_show_says_what_each_attempt_died_of(plain: Bench) -> None:
         "if not os.path.exists(mark):\n    open(mark, 'w').close()\n    sys.exit('the moon was full')\n"
         "sys.exit('the moon was new')"
     )
-    agent = await plain.agent(code, retry=Retry(max_attempts=2, delay_seconds=0.01))
+    agent = await plain.agent(code, retry=RetryPolicy(max_attempts=2, delay_seconds=0.01))
     plain.insert("t", agent.id)
     async with serving(plain):
         assert await ended(plain, "t") == ["failed"]

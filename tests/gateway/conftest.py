@@ -16,7 +16,7 @@ import pytest
 
 from swarm.engine.egress import account_of
 from swarm.gateway import prices, upstreams
-from swarm.gateway.attempt_listener import Door
+from swarm.gateway.attempt_listener import AttemptListener
 from swarm.gateway.forward import Gateway
 from swarm.gateway.policy import Policy
 from swarm.gateway.upstreams import Keys
@@ -57,7 +57,7 @@ class Office:
         return claim
 
     @asynccontextmanager
-    async def door(self, claim: Claim, policy: Policy | None = None) -> AsyncIterator[Door]:
+    async def door(self, claim: Claim, policy: Policy | None = None) -> AsyncIterator[AttemptListener]:
         services = await self.gateway.services(policy or Policy(upstreams=("anthropic",)))
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -113,7 +113,9 @@ async def office(api: MessagesApi, tmp_path: Path) -> AsyncIterator[Office]:
 
 
 @asynccontextmanager
-async def client_of(door: Door, *, retries: int = 0, **options: Any) -> AsyncIterator[anthropic.AsyncAnthropic]:
+async def client_of(
+    door: AttemptListener, *, retries: int = 0, **options: Any
+) -> AsyncIterator[anthropic.AsyncAnthropic]:
     """The official SDK, with what the VM would have in its environment."""
     env = door.env
     async with anthropic.AsyncAnthropic(

@@ -14,16 +14,16 @@ import aiohttp
 import psutil
 import pytest
 
-from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, Door
+from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AttemptListener
 from swarm.gateway.policy import Policy
 from swarm.gateway.usage import prompt_counts
-from swarm.ledger import Order, Verdict
+from swarm.ledger import Order, Reservation
 from tests.gateway.conftest import KEY, Office, ask
 
 OUTPUT_USD = 5 / 1e6  # a token of claude-haiku-4-5
 
 
-async def send(door: Door, body: bytes, *, path: str = "/v1/messages") -> asyncio.StreamWriter:
+async def send(door: AttemptListener, body: bytes, *, path: str = "/v1/messages") -> asyncio.StreamWriter:
     """A request of which no answer is awaited."""
     host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
     _, writer = await asyncio.open_connection(host, int(port))
@@ -32,7 +32,7 @@ async def send(door: Door, body: bytes, *, path: str = "/v1/messages") -> asynci
     return writer
 
 
-async def post(door: Door, body: bytes, *, path: str = "/v1/messages") -> tuple[int, str]:
+async def post(door: AttemptListener, body: bytes, *, path: str = "/v1/messages") -> tuple[int, str]:
     async with (
         aiohttp.ClientSession() as session,
         session.post(
@@ -194,7 +194,7 @@ def watched(office: Office, after: Callable[[Order], Awaitable[None]]) -> Iterat
     """``after`` is awaited when a call has been reserved, before the gateway hears of it."""
     ledger, reserve = office.gateway._ledger, office.gateway._ledger.reserve
 
-    async def told(order: Order) -> Verdict:
+    async def told(order: Order) -> Reservation:
         verdict = await reserve(order)
         await after(order)
         return verdict

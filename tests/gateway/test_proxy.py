@@ -23,7 +23,7 @@ from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.engine.run_once import run_ticket
 from swarm.gateway import policy
-from swarm.gateway.proxy import MAX_EVENTS, Address, Borders, Proxy, Resolve, resolved
+from swarm.gateway.proxy import MAX_EVENTS, Address, EgressRules, Proxy, Resolve, resolved
 from tests.engine.conftest import Bench
 
 LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
@@ -53,7 +53,7 @@ class Site:
         listener = socket.create_server(("127.0.0.1", 0))
         proxy = Proxy(
             policy=policy.parse(network),
-            borders=Borders(
+            borders=EgressRules(
                 within=within, never=(ipaddress.ip_network("10.0.0.0/16"),), resolve=resolve or self.resolve
             ),
             listener=listener,
@@ -155,7 +155,7 @@ async def test_addresses_that_no_policy_reaches(site: Site, address: str) -> Non
 
 
 async def test_swarms_own_subnet_is_never_within(site: Site) -> None:
-    borders = Borders(within=(ipaddress.ip_network("10.0.0.0/8"),), never=(ipaddress.ip_network("10.0.0.0/16"),))
+    borders = EgressRules(within=(ipaddress.ip_network("10.0.0.0/8"),), never=(ipaddress.ip_network("10.0.0.0/16"),))
     assert borders.why_not(ipaddress.ip_address("10.0.0.2")) == "an address of Swarm's own"
     assert borders.why_not(ipaddress.ip_address("10.9.0.2")) == ""
     assert borders.why_not(ipaddress.ip_address("93.184.215.14")) == ""

@@ -17,7 +17,7 @@ from swarm import config
 from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.engine.run_once import run_ticket
-from swarm.model import FailureReason, Retry
+from swarm.model import FailureReason, RetryPolicy
 from tests.engine.conftest import Bench, engine_process, proved
 from tests.gateway.conftest import KEY
 from tests.gateway.messages_api import HAIKU, MessagesApi
@@ -153,7 +153,7 @@ async def test_an_agent_without_the_policy_is_told_nothing(gated: Bench) -> None
 
 async def test_no_key_is_said_before_a_vm_is_started(gated: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANTHROPIC_API_KEY")
-    ticket = await gated.run("", network="gateway", retry=Retry(max_attempts=5))
+    ticket = await gated.run("", network="gateway", retry=RetryPolicy(max_attempts=5))
     assert ticket.state == "failed"
     assert ticket.error == (
         "the agent 'agent' can't run here: there is no key for anthropic on this host: set ANTHROPIC_API_KEY in the "
@@ -168,7 +168,7 @@ async def test_over_budget_fails_the_ticket_with_the_sums_and_is_not_tried_again
     """Also when the agent takes no notice and says that it is done."""
     code = PRELUDE + "said = ''\nwhile 'over budget' not in said: said = call('words=100')\nprint(said)\ndone({})"
     agent = await gated.agent(
-        code, network="gateway", retry=Retry(max_attempts=5, delay_seconds=0.01, on=frozenset(FailureReason))
+        code, network="gateway", retry=RetryPolicy(max_attempts=5, delay_seconds=0.01, on=frozenset(FailureReason))
     )
     gated.insert("t", agent.id, budget_usd=0.002)
     ticket = await run_ticket(gated.store, gated.worker, "t")

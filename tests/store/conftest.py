@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from swarm.store.runs.workflow_engine import LANE_SECONDS
+from swarm.store.runs.workflow_engine import PLANNING_SECONDS
 from swarm.store.store import Store
 from tests.store.databases import BACKENDS, Backend, Outside
 
@@ -22,14 +22,14 @@ def url(backend: Backend) -> str:
 
 
 @pytest.fixture
-def lane_seconds() -> float:
+def planning_seconds() -> float:
     """How long decisions may hold the write lock; tests that go both ways set it by a parameter."""
-    return LANE_SECONDS
+    return PLANNING_SECONDS
 
 
 @pytest.fixture
-async def store(url: str, lane_seconds: float) -> AsyncIterator[Store]:
-    async with Store.open(url, lane_seconds=lane_seconds) as store:
+async def store(url: str, planning_seconds: float) -> AsyncIterator[Store]:
+    async with Store.open(url, planning_seconds=planning_seconds) as store:
         yield store
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from swarm.model import ECHO_AGENT_ID, Agent, Claim, Failed, FailureReason, Retry
+from swarm.model import ECHO_AGENT_ID, Agent, Claim, Failed, FailureReason, RetryPolicy
 from swarm.store.store import Store
 
 ECHO = Agent(id=ECHO_AGENT_ID, name="echo", version="1.0.0", path=Path("/nowhere/echo"), entry=("main.py",))
@@ -22,7 +22,7 @@ RETRY = Agent(
     version="1.0.0",
     path=Path("/nowhere/retry"),
     entry=("main.py",),
-    retry=Retry(max_attempts=3, delay_seconds=10, factor=2, max_delay_seconds=15),
+    retry=RetryPolicy(max_attempts=3, delay_seconds=10, factor=2, max_delay_seconds=15),
 )
 LEASE = 30.0
 

@@ -75,7 +75,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.run(self.stack.aclose())
         self.runner.close()
         self.directory.cleanup()
-        assert report.kept, report.offences
+        assert report.kept, report.violations
         assert left == 0
 
     # --- what may happen ----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from swarm.config import Settings
 from swarm.errors import BootFailed, ChannelError
 from swarm.vm import launcher as launchers
 from swarm.vm.driver import Image, Template, VmSpec
-from swarm.vm.launcher import Label, Launcher, Machine
+from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -67,7 +67,7 @@ MUST_DIFFER = (
 
 @dataclass(frozen=True, kw_only=True)
 class Twin:
-    machine: Machine
+    live: LiveVm
     said: dict[str, Any]
     at: float  # when the answer was asked for and had: host's wall clock
     until: float
@@ -101,10 +101,10 @@ def template(launcher: Launcher, spec: VmSpec, loop: asyncio.Runner) -> Template
     return found
 
 
-async def probe(machine: Machine) -> dict[str, Any]:
+async def probe(live: LiveVm) -> dict[str, Any]:
     said = bytearray()
-    await machine.channel.put({"probe.py": PROBE.encode()}, dest="/agent", owner="root")
-    ended = await machine.channel.run(
+    await live.channel.put({"probe.py": PROBE.encode()}, dest="/agent", owner="root")
+    ended = await live.channel.run(
         ["/agent/probe.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data)
     )
     assert ended.code == 0, said.decode()
@@ -123,14 +123,14 @@ async def twins(launcher: Launcher, spec: VmSpec, count: int) -> AsyncIterator[l
     async with AsyncExitStack() as stack:
 
         async def one() -> Twin:
-            machine = await stack.enter_async_context(launcher.machine(spec, Label(), Timeline()))
+            live = await stack.enter_async_context(launcher.vm(spec, Assignment(), Timeline()))
             at = time.time()
-            said = await probe(machine)
-            return Twin(machine=machine, said=said, at=at, until=time.time(), host_key="")
+            said = await probe(live)
+            return Twin(live=live, said=said, at=at, until=time.time(), host_key="")
 
         born = await asyncio.gather(*(one() for _ in range(count)))
         # One after the other: eight key exchanges at once take longer than ssh waits.
-        yield [replace(twin, host_key=await host_key(twin.machine.vm.endpoint.host)) for twin in born]
+        yield [replace(twin, host_key=await host_key(twin.live.vm.endpoint.host)) for twin in born]
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +148,12 @@ def test_no_two_clones_share(eight: list[Twin], what: str) -> None:
 
 def test_generations_and_host_keys_differ_and_are_what_the_host_gave(eight: list[Twin]) -> None:
     assert len({twin.host_key for twin in eight}) == CLONES
-    assert len({twin.machine.renewed.generation for twin in eight}) == CLONES
+    assert len({twin.live.renewed.generation for twin in eight}) == CLONES
     for twin in eight:
-        identity, renewed = twin.machine.identity, twin.machine.renewed
+        identity, renewed = twin.live.identity, twin.live.renewed
         assert (renewed.generation, renewed.machine_id) == (identity.generation, identity.machine_id)
         assert twin.said["machine_id"] == identity.machine_id
-        assert twin.said["hostname"] == twin.said["etc_hostname"] == identity.hostname == f"vm{twin.machine.n}"
+        assert twin.said["hostname"] == twin.said["etc_hostname"] == identity.hostname == f"vm{twin.live.n}"
         given = asyncssh.import_private_key(identity.ssh_host_key).export_public_key().decode()
         assert twin.host_key.split()[:2] == given.split()[:2]
         assert set(renewed.done) >= {"seed", "clock", "interpreter"}
@@ -197,28 +197,28 @@ os.sync()
 print(open("/work/mine", "rb").read() == mine)
 """
 
-    async def write(machine: Machine) -> str:
+    async def write(live: LiveVm) -> str:
         said = bytearray()
-        await machine.channel.put({"write.py": program}, dest="/agent", owner="root")
-        await machine.channel.run(
+        await live.channel.put({"write.py": program}, dest="/agent", owner="root")
+        await live.channel.run(
             ["/agent/write.py"], warm=True, timeout_seconds=120, on_output=lambda _, data: said.extend(data)
         )
         return said.decode()
 
     async def all_write() -> list[str]:
-        return await asyncio.gather(*(write(twin.machine) for twin in eight))
+        return await asyncio.gather(*(write(twin.live) for twin in eight))
 
     assert loop.run(all_write()) == ["True\n"] * CLONES
     assert {path.name: digest(path) for path in files} == before
 
 
 def test_preloaded_modules_are_there_before_the_agent_asks(eight: list[Twin], loop: asyncio.Runner) -> None:
-    hello = loop.run(eight[0].machine.channel.hello())
+    hello = loop.run(eight[0].live.channel.hello())
     assert hello.preload_failed == {}
 
     async def modules() -> str:
         said = bytearray()
-        channel = eight[0].machine.channel
+        channel = eight[0].live.channel
         code = b"import sys\nprint([m in sys.modules for m in ('ssl', 'uuid', 'secrets', 'sqlite3')])"
         await channel.put({"m.py": code}, dest="/agent", owner="root")
         await channel.run(["/agent/m.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data))
@@ -233,8 +233,8 @@ async def test_templates_on_another_file_system(settings: Settings, image: Image
     try:
         own = settings.model_copy(update={"templates_dir": tmp_path / "templates"})
         vms = wiring.launcher(own, await wiring.choice(own))
-        async with vms.machine(VmSpec(image=image, memory_mb=192, disk_mb=64), Label(), Timeline()) as machine:
-            assert (await machine.channel.run(["/bin/true"], timeout_seconds=30)).code == 0
+        async with vms.vm(VmSpec(image=image, memory_mb=192, disk_mb=64), Assignment(), Timeline()) as live:
+            assert (await live.channel.run(["/bin/true"], timeout_seconds=30)).code == 0
     finally:
         await run(["umount", str(tmp_path)])
 
@@ -243,7 +243,7 @@ async def test_what_cannot_be_preloaded_is_named(settings: Settings, image: Imag
     launcher = await _launcher(settings)
     spec = VmSpec(image=image, memory_mb=192, disk_mb=64, preload=("no_such_module",))
     with pytest.raises(BootFailed, match=r"can't be imported: no_such_module: .*No module named 'no_such_module'"):
-        async with launcher.machine(spec, Label(), Timeline()):
+        async with launcher.vm(spec, Assignment(), Timeline()):
             pytest.fail("no template may be made of it")
 
 
@@ -253,7 +253,7 @@ async def test_a_clone_that_does_not_become_itself_is_killed(settings: Settings,
     launcher = _Misfit(settings, await wiring.choice(settings))
     spec = VmSpec(image=image, memory_mb=192, disk_mb=64)
     with pytest.raises((BootFailed, ChannelError)):
-        async with launcher.machine(spec, Label(), Timeline()):
+        async with launcher.vm(spec, Assignment(), Timeline()):
             pytest.fail("it must not be used")
     assert launcher.seen, "a VM was there"
     assert wiring.inventory(settings).numbers() == before
@@ -286,23 +286,23 @@ class _Misfit(Launcher):
 def test_a_guest_that_reports_another_identity_is_refused(
     eight: list[Twin], fields: dict[str, Any], named: str
 ) -> None:
-    machine = eight[0].machine
-    launchers._check(machine.renewed, machine.identity)
+    live = eight[0].live
+    launchers._check(live.renewed, live.identity)
     with pytest.raises(BootFailed, match=named):
-        launchers._check(replace(machine.renewed, **fields), machine.identity)
+        launchers._check(replace(live.renewed, **fields), live.identity)
 
 
 def test_a_guest_may_not_say_that_it_skipped_its_identity(eight: list[Twin]) -> None:
-    machine = eight[0].machine
+    live = eight[0].live
     names = ("generation", "hostname", "host_name", "machine_id", "machineid")
-    lies = replace(machine.renewed, generation="other", hostname="other", machine_id="f" * 32, skipped=names)
+    lies = replace(live.renewed, generation="other", hostname="other", machine_id="f" * 32, skipped=names)
     with pytest.raises(BootFailed, match="generation, host name, machine id"):
-        launchers._check(lies, machine.identity)
+        launchers._check(lies, live.identity)
 
 
 def test_the_templates_token_opens_no_clone(eight: list[Twin], template: Template, loop: asyncio.Runner) -> None:
     async def try_it() -> None:
-        async with Channel.connect(eight[0].machine.vm.endpoint, token=template.token, timeout_seconds=10):
+        async with Channel.connect(eight[0].live.vm.endpoint, token=template.token, timeout_seconds=10):
             pass
 
     with pytest.raises(ChannelError, match="wrong token"):
@@ -343,8 +343,8 @@ def test_a_vmm_that_writes_into_its_template_is_found_out(
 
     async def hijack() -> None:
         launcher = await _launcher(own)
-        async with launcher.machine(spec, Label(), Timeline()) as machine:
-            pid = machine.vm.pid
+        async with launcher.vm(spec, Assignment(), Timeline()) as live:
+            pid = live.vm.pid
             fds = [path for path in Path(f"/proc/{pid}/fd").iterdir() if path.readlink().name == "memory"]
             uid = Path(f"/proc/{pid}").stat().st_uid
             rights = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all"]

@@ -10,7 +10,7 @@ from swarm.config import Settings
 from swarm.errors import BootFailed, OutcomeUnknown
 from swarm.model import FailureReason
 from swarm.vm.driver import Image, VmSpec
-from swarm.vm.launcher import Label
+from swarm.vm.launcher import Assignment
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.needs("qemu")
 async def test_a_kernel_panic_is_named(settings: Settings, image: Image) -> None:
     launcher = wiring.launcher(settings, await wiring.choice(settings))
     with pytest.raises(OutcomeUnknown, match="panicked") as caught:
-        async with launcher.machine(VmSpec(image=image), Label(ticket_id="panic"), Timeline()) as machine:
-            panic = machine.channel.run(
+        async with launcher.vm(VmSpec(image=image), Assignment(ticket_id="panic"), Timeline()) as live:
+            panic = live.channel.run(
                 ["/bin/sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger"],
                 user="root", timeout_seconds=60,
             )  # fmt: skip
-            await machine.unless_it_dies(panic)
+            await live.unless_it_dies(panic)
     assert caught.value.reason is FailureReason.GUEST_PANIC
     assert "sysrq" in str(caught.value)
     assert wiring.inventory(settings).records() == []
@@ -32,9 +32,9 @@ async def test_a_kernel_panic_is_named(settings: Settings, image: Image) -> None
 async def test_a_guest_that_powers_off_is_a_dead_vm(settings: Settings, image: Image) -> None:
     launcher = wiring.launcher(settings, await wiring.choice(settings))
     with pytest.raises(OutcomeUnknown, match="died while it was in use") as caught:
-        async with launcher.machine(VmSpec(image=image), Label(), Timeline()) as machine:
-            off = machine.channel.run(["/bin/busybox", "reboot", "-f"], user="root", timeout_seconds=60)
-            await machine.unless_it_dies(off)
+        async with launcher.vm(VmSpec(image=image), Assignment(), Timeline()) as live:
+            off = live.channel.run(["/bin/busybox", "reboot", "-f"], user="root", timeout_seconds=60)
+            await live.unless_it_dies(off)
     assert caught.value.reason is FailureReason.VM_DIED
 
 
@@ -43,6 +43,6 @@ async def test_a_vm_that_never_answers_is_a_failed_boot(settings: Settings, imag
     hasty = settings.model_copy(update={"boot_timeout_seconds": 0.001})
     launcher = wiring.launcher(hasty, await wiring.choice(hasty))
     with pytest.raises(BootFailed, match="did not come up"):
-        async with launcher.machine(VmSpec(image=image, memory_mb=200), Label(), Timeline()):
+        async with launcher.vm(VmSpec(image=image, memory_mb=200), Assignment(), Timeline()):
             raise AssertionError("it answered")
     assert wiring.inventory(settings).records() == []

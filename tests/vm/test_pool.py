@@ -24,10 +24,10 @@ from swarm.config import Settings
 from swarm.errors import HostError
 from swarm.vm import pool as pools
 from swarm.vm.driver import Image, Template, VmSpec
-from swarm.vm.launcher import Label, Launcher, Machine
+from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.pool import Pool, Ready, Shelf
 from swarm.vm.slots.inventory import MAX_SLOT
-from swarm.vm.slots.slot_pool import Seats
+from swarm.vm.slots.slot_pool import SlotPool
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -38,17 +38,17 @@ def spec(image: Image) -> VmSpec:
 
 
 @asynccontextmanager
-async def machine(launcher: Launcher, spec: VmSpec, timeline: Timeline | None = None) -> AsyncIterator[Machine]:
-    async with launcher.machine(spec, Label(ticket_id="t1", attempt_id="a1"), timeline or Timeline()) as machine:
-        yield machine
+async def live(launcher: Launcher, spec: VmSpec, timeline: Timeline | None = None) -> AsyncIterator[LiveVm]:
+    async with launcher.vm(spec, Assignment(ticket_id="t1", attempt_id="a1"), timeline or Timeline()) as live:
+        yield live
 
 
-async def hello_world(machine: Machine) -> str:
+async def hello_world(live: LiveVm) -> str:
     said = bytearray()
-    await machine.channel.put(
+    await live.channel.put(
         {"main.py": b"import os\nprint('hello', sorted(os.listdir('/work')), os.listdir('/agent'))"}, dest="/agent"
     )
-    ended = await machine.channel.run(
+    ended = await live.channel.run(
         ["/agent/main.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data)
     )
     assert ended.code == 0
@@ -62,7 +62,7 @@ async def test_a_ready_machine_is_handed_out_and_replaced(launcher: Launcher, sp
         [waiting] = [r for r in inventory.records() if r.pid]  # the others are free slots
         assert (waiting.ticket_id, waiting.kind) == (None, "attempt")
         timeline = Timeline()
-        async with machine(launcher, spec, timeline) as taken:
+        async with live(launcher, spec, timeline) as taken:
             assert taken.n == waiting.n
             [record] = [r for r in inventory.records() if r.n == taken.n]
             assert (record.ticket_id, record.attempt_id) == ("t1", "a1")
@@ -72,7 +72,7 @@ async def test_a_ready_machine_is_handed_out_and_replaced(launcher: Launcher, sp
             assert len([r for r in inventory.records() if r.pid]) == 2
         assert (pool.hits, pool.misses) == (1, 0)
         first = taken.identity
-        async with machine(launcher, spec) as other:
+        async with live(launcher, spec) as other:
             assert other.identity.generation != first.generation
             assert other.vm.pid != taken.vm.pid
     assert not Path(f"/proc/{taken.vm.pid}").exists()
@@ -82,9 +82,9 @@ async def test_waiting_machines_yield_to_working_ones(launcher: Launcher, spec: 
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
         [shelf] = pool._shelves.values()
-        waiting = shelf.ready[0].machine.vm.pid
+        waiting = shelf.ready[0].live.vm.pid
         assert nice_of(waiting) == {19}
-        async with machine(launcher, spec) as taken:
+        async with live(launcher, spec) as taken:
             assert taken.vm.pid == waiting
             assert nice_of(waiting) == {0}
 
@@ -94,7 +94,7 @@ def nice_of(pid: int) -> set[int]:
 
 
 async def test_an_empty_pool_keeps_nobody_waiting(launcher: Launcher, spec: VmSpec) -> None:
-    async with Pool(launcher, warm=0) as pool, machine(launcher, spec) as taken:
+    async with Pool(launcher, warm=0) as pool, live(launcher, spec) as taken:
         assert "hello" in await hello_world(taken)
         assert (pool.hits, pool.misses) == (0, 1)
 
@@ -104,9 +104,9 @@ async def test_a_dead_machine_is_noticed_and_replaced(launcher: Launcher, spec: 
         await pool.filled()
         [shelf] = pool._shelves.values()
         victim = shelf.ready[0]
-        os.kill(victim.machine.vm.pid, signal.SIGKILL)
-        async with machine(launcher, spec) as taken:
-            assert taken.vm.pid != victim.machine.vm.pid
+        os.kill(victim.live.vm.pid, signal.SIGKILL)
+        async with live(launcher, spec) as taken:
+            assert taken.vm.pid != victim.live.vm.pid
             assert "hello" in await hello_world(taken)
 
 
@@ -114,9 +114,9 @@ async def test_a_machine_that_does_not_answer_is_not_handed_out(launcher: Launch
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
         [shelf] = pool._shelves.values()
-        victim = shelf.ready[0].machine.vm.pid
+        victim = shelf.ready[0].live.vm.pid
         os.kill(victim, signal.SIGSTOP)  # the VMM lives, the guest does not answer
-        async with machine(launcher, spec) as taken:
+        async with live(launcher, spec) as taken:
             assert taken.vm.pid != victim
             assert "hello" in await hello_world(taken)
 
@@ -194,7 +194,7 @@ async def test_the_pool_follows_a_template_that_is_removed_or_changed(
         [shelf] = pool._shelves.values()
         first = shelf.template
         await wiring.templates(settings).remove(first.key)
-        async with machine(launcher, spec) as taken:
+        async with live(launcher, spec) as taken:
             assert "hello" in await hello_world(taken)
             await within(pool.filled())
         second = shelf.template
@@ -205,7 +205,7 @@ async def test_the_pool_follows_a_template_that_is_removed_or_changed(
         pool._news.set()
         await within(_other(shelf, second))
         await within(pool.filled())
-        async with machine(launcher, spec) as taken:
+        async with live(launcher, spec) as taken:
             assert "hello" in await hello_world(taken)
         assert (pool.hits, pool.misses) == (2, 0)
 
@@ -220,10 +220,10 @@ async def test_a_machine_made_with_other_limits_is_not_handed_out(launcher: Laun
     slow = dataclasses.replace(spec, disk_mb_per_second=1.0)
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
-        async with machine(launcher, slow):
+        async with live(launcher, slow):
             pass
         assert (pool.hits, pool.misses) == (0, 1)
-        async with machine(launcher, spec):
+        async with live(launcher, spec):
             pass
         assert (pool.hits, pool.misses) == (1, 1)
 
@@ -235,7 +235,7 @@ def on_shelf(pool: Pool, template: Template, count: int, closing: Callable[[], A
         undo = AsyncExitStack()
         undo.push_async_callback(closing)
         death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        shelf.ready.append(Ready(machine=cast(Machine, None), undo=undo, born=time.monotonic(), death=death))
+        shelf.ready.append(Ready(live=cast(LiveVm, None), undo=undo, born=time.monotonic(), death=death))
     return shelf
 
 
@@ -271,8 +271,8 @@ async def test_an_old_machine_is_not_handed_out(launcher: Launcher, spec: VmSpec
         await pool.filled()
         [shelf] = pool._shelves.values()
         shelf.ready[0].born -= pools.MAX_AGE_SECONDS
-        old = shelf.ready[0].machine.vm.pid
-        async with machine(launcher, spec) as taken:
+        old = shelf.ready[0].live.vm.pid
+        async with live(launcher, spec) as taken:
             assert taken.vm.pid != old
 
 
@@ -287,32 +287,32 @@ async def test_slots_are_used_again(launcher: Launcher, spec: VmSpec) -> None:
     async with launcher.keeping(1, ahead=1):
         [making] = [task for task in asyncio.all_tasks() if task.get_name() == "slots-ahead"]
         await making
-        assert launcher._seats.free == 1
+        assert launcher._slots.free == 1
         numbers = set()
         for _ in range(3):
-            async with machine(launcher, spec) as taken:
+            async with live(launcher, spec) as taken:
                 numbers.add(taken.n)
                 assert "hello" in await hello_world(taken), "the network works again"
         assert len(numbers) == 1
-        await launcher._seats.settled()
-        assert launcher._seats.free == 1
-    assert launcher._seats.free == 0
+        await launcher._slots.idle()
+        assert launcher._slots.free == 1
+    assert launcher._slots.free == 0
 
 
 async def test_a_seat_that_was_tampered_with_is_made_anew(settings: Settings) -> None:
-    seats = Seats(inventory=wiring.inventory(settings), network=wiring.network(settings), first=41_000)
-    seats.keep = 1
+    vm_slots = SlotPool(inventory=wiring.inventory(settings), network=wiring.network(settings), first=41_000)
+    vm_slots.keep = 1
     async with AsyncExitStack() as undo:
-        seat = await seats.take(undo)
-        await process.run(["ip", "link", "del", f"swarm{seat.place.n}"])
-    await seats.settled()
-    assert seats.free == 0
+        vm_slot = await vm_slots.take(undo)
+        await process.run(["ip", "link", "del", f"swarm{vm_slot.lease.n}"])
+    await vm_slots.idle()
+    assert vm_slots.free == 0
     assert 41_000 not in wiring.inventory(settings).numbers()
     async with AsyncExitStack() as undo:
-        assert (await seats.take(undo)).place.n == 41_000
-    await seats.settled()
-    assert seats.free == 1
-    await seats.close()
+        assert (await vm_slots.take(undo)).lease.n == 41_000
+    await vm_slots.idle()
+    assert vm_slots.free == 1
+    await vm_slots.close()
     assert 41_000 not in wiring.inventory(settings).numbers()
 
 
@@ -338,13 +338,14 @@ async def test_auto_follows_the_arrivals(launcher: Launcher, spec: VmSpec) -> No
 async def test_what_a_killed_owner_had_ready_is_swept(launcher: Launcher, spec: VmSpec, settings: Settings) -> None:
     code = """
     import asyncio, sys
-    from swarm import app, config
+    from swarm import config
+    from swarm.app import wiring
     from swarm.vm.driver import VmSpec
     from swarm.vm.pool import Pool
     async def main():
         settings = config.load()
-        launcher = app.launcher(settings, await app.choice(settings))
-        spec = VmSpec(image=await app.images(settings).find(), memory_mb=192, disk_mb=64)
+        launcher = wiring.launcher(settings, await wiring.choice(settings))
+        spec = VmSpec(image=await wiring.images(settings).find(), memory_mb=192, disk_mb=64)
         async with Pool(launcher, warm=1, specs=[spec]) as pool:
             await pool.filled()
             print("full", flush=True)

@@ -422,12 +422,13 @@ async def test_a_killed_build_is_swept_and_done_again(settings: Settings, image:
     }
     code = """
     import asyncio
-    from swarm import app, config
+    from swarm import config
+    from swarm.app import wiring
     from swarm.vm.driver import VmSpec
     async def main():
         settings = config.load()
-        launcher = app.launcher(settings, await app.choice(settings))
-        await launcher.template(VmSpec(image=await app.images(settings).find(), memory_mb=192, disk_mb=64))
+        launcher = wiring.launcher(settings, await wiring.choice(settings))
+        await launcher.template(VmSpec(image=await wiring.images(settings).find(), memory_mb=192, disk_mb=64))
     asyncio.run(main())
     """
     inventory = wiring.inventory(settings)

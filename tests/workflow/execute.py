@@ -20,7 +20,7 @@ from swarm.model import Agent, RunStatus, StepStatus
 from swarm.workflow.definition import Workflow
 from swarm.workflow.pinning import Registry
 from swarm.workflow.state import End
-from swarm.workflow.structure import Graph, facts
+from swarm.workflow.structure import Graph, run_context
 from tests.workflow.runs import Run
 
 BUILTIN = [agents.read(directory) for directory in agents.builtin()]
@@ -59,7 +59,7 @@ def run_agent(found: Agent, inputs: Any, work: Path) -> Any:
 
 def execute(workflow: Workflow, inputs: Any, work: Path, evaluator: Evaluator) -> End:
     """Run it, and the workflows within, to the end. Approvals are given."""
-    known = facts(workflow, inputs=inputs, trigger={"type": "test"}, ticket={"id": "t-1"}, evaluator=evaluator)
+    known = run_context(workflow, inputs=inputs, trigger={"type": "test"}, ticket={"id": "t-1"}, evaluator=evaluator)
     ours = Run(Graph(workflow), known, evaluator)
     number = 0
     queue = deque(ours.live())

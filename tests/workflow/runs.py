@@ -19,9 +19,9 @@ from swarm.workflow.state import (
     Decision,
     End,
     Expand,
-    Facts,
     Fail,
-    Progress,
+    RunContext,
+    RunProgress,
     Skip,
     Start,
     StartWorkflow,
@@ -53,10 +53,10 @@ class Asked(Mapping[str, StepState]):
 @dataclass
 class Run:
     graph: Graph
-    known: Facts = field(default_factory=Facts)
+    known: RunContext = field(default_factory=RunContext)
     evaluator: Evaluator = field(default_factory=Local)
     rows: dict[str, StepState] = field(default_factory=dict)
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
     end: End | None = None
     history: list[tuple[str, str]] = field(default_factory=list)  # (what, key), in order
     asked: Asked = field(init=False)
@@ -90,7 +90,7 @@ class Run:
     def live(self) -> list[str]:
         """Executions that somebody works on: not the parents of others."""
         working = (StepStatus.READY, StepStatus.RUNNING)
-        return [key for key, row in self.rows.items() if row.status in working and row.fan is None]
+        return [key for key, row in self.rows.items() if row.status in working and row.fan_out is None]
 
     def waiting(self) -> list[str]:
         return [key for key, row in self.rows.items() if row.status == WAITING]
@@ -109,13 +109,13 @@ class Run:
                 case Ask():
                     row = replace(row, status=WAITING)
                 case Expand():
-                    row = replace(row, status=StepStatus.RUNNING, fan=action.fan)
+                    row = replace(row, status=StepStatus.RUNNING, fan_out=action.fan_out)
                     for child in action.children:
                         assert child.key not in self.rows
                         status = StepStatus.SKIPPED if child.skip else StepStatus.PENDING
                         self.rows[child.key] = StepState(status=status, inputs=child.inputs, error=child.skip)
                 case Update():
-                    row = replace(row, fan=action.fan)
+                    row = replace(row, fan_out=action.fan_out)
                 case Complete():
                     row = replace(row, status=StepStatus.COMPLETED, outputs=action.outputs)
                 case Fail():
@@ -139,7 +139,7 @@ def flow(*steps: Step, **more: Any) -> Workflow:
 
 
 def run(*steps: Step, inputs: Any = None, evaluator: Evaluator | None = None, **more: Any) -> Run:
-    return Run(Graph(flow(*steps, **more)), Facts(inputs=inputs or {}), evaluator or Local())
+    return Run(Graph(flow(*steps, **more)), RunContext(inputs=inputs or {}), evaluator or Local())
 
 
 def step(id: str, *needs: str, **more: Any) -> Step:  # noqa: A002

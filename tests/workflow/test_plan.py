@@ -15,7 +15,7 @@ from swarm.cel.jail import Jail
 from swarm.model import RunStatus, StepStatus
 from swarm.workflow import plan
 from swarm.workflow.definition import Approval, ForEach, Repeat, Step
-from swarm.workflow.state import ENDED, WAITING, Facts, StepState
+from swarm.workflow.state import ENDED, WAITING, RunContext, StepState
 from swarm.workflow.structure import Graph
 from tests.workflow.runs import Run, flow, run, step
 
@@ -287,7 +287,7 @@ def test_whatever_happens_the_run_ends_right(
 ) -> None:
     more = {"on_error": (step("h"),), "on_success": (step("g"),)} if handlers else {}
     graph = Graph(flow(*steps, fail_fast=fail_fast, **more))
-    ours = Run(graph, Facts(inputs={"yes": True, "no": False}))
+    ours = Run(graph, RunContext(inputs={"yes": True, "no": False}))
     for _ in range(200):
         if ours.end is not None:
             break
@@ -308,8 +308,8 @@ def test_whatever_happens_the_run_ends_right(
             before, history = dict(ours.rows), list(ours.history)
             ours = Run(graph, ours.known, rows=ours.rows)
             assert ours.history == [], "nothing is started twice, and nothing was forgotten"
-            assert {k: replace(v, fan=None) for k, v in before.items()} == {
-                k: replace(v, fan=None) for k, v in ours.rows.items()
+            assert {k: replace(v, fan_out=None) for k, v in before.items()} == {
+                k: replace(v, fan_out=None) for k, v in ours.rows.items()
             }
             ours.history = history
     assert ours.end is not None
@@ -369,4 +369,4 @@ def test_a_wide_fan_out_is_cheap() -> None:
 
 def test_resume_agrees_with_begin() -> None:
     graph = Graph(flow(step("a"), step("b", "a")))
-    assert plan.begin(graph, Facts(), Local()) == plan.resume(graph, Facts(), {}, Local())
+    assert plan.begin(graph, RunContext(), Local()) == plan.resume(graph, RunContext(), {}, Local())

@@ -14,7 +14,7 @@ from swarm import schema
 from swarm.base import manifest
 from swarm.base.manifest import Invalid
 from swarm.errors import NotFound
-from swarm.model import Agent, FailureReason, Retry
+from swarm.model import Agent, FailureReason, RetryPolicy
 from swarm.workflow import definition, graph, parse, pinning, validate
 from swarm.workflow.definition import (
     Approval,
@@ -120,7 +120,9 @@ def test_everything() -> None:
     made = validate.load(EVERYTHING, REGISTRY)
     steps = {step.id: step for step in made.all_steps()}
     assert steps["list"].agent == "typed@1.0.0", "pinned"
-    assert steps["list"].retry == Retry(max_attempts=3, on=frozenset({FailureReason.TIMEOUT, FailureReason.VM_DIED}))
+    assert steps["list"].retry == RetryPolicy(
+        max_attempts=3, on=frozenset({FailureReason.TIMEOUT, FailureReason.VM_DIED})
+    )
     assert steps["each"].for_each == ForEach(items="${steps.list.outputs.files}", max_parallel=3, join=2)
     assert isinstance(steps["again"].workflow, Workflow) and steps["again"].workflow.steps[0].agent == "echo@1.0.0"
     assert isinstance(steps["within"].workflow, Workflow) and steps["within"].workflow.steps[0].retry is not None
@@ -243,7 +245,7 @@ outputs: {x: "${steps.f.outputs}"}
         "line 10, column 13: the input 'repo' of typed does not fit: it is an integer, and a string is wanted",
         "line 11, column 7: typed takes no input 'dept'; it takes depth, repo",
         "line 13, column 5: there is no field 'agnet' here; did you mean 'agent'?",
-        "line 14, column 22: should be greater than 0, and is -1",
+        "line 14, column 22: should be greater than or equal to 0.001, and is -1",
         "line 17, column 12: a cycle: c needs d needs c",
         "line 21, column 47: 'item' means nothing outside of a for_each",
         "line 25, column 11: when wants true or false: it is an integer, and a boolean is wanted",
@@ -332,7 +334,9 @@ def steps(depth: int) -> st.SearchStrategy[Step]:
         approval=st.none() | st.builds(Approval, message=st.text(max_size=4), timeout_seconds=maybe_seconds),
         retry=st.none()
         | st.builds(
-            Retry, max_attempts=st.integers(1, 5), on=st.frozensets(st.sampled_from(list(FailureReason)), max_size=3)
+            RetryPolicy,
+            max_attempts=st.integers(1, 5),
+            on=st.frozensets(st.sampled_from(list(FailureReason)), max_size=3),
         ),
         timeout_seconds=maybe_seconds,
         continue_on_error=st.booleans(),

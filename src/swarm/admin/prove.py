@@ -22,7 +22,7 @@ _TAKEOVER_MS = 60_000.0
 _RUNNING = frozenset({TicketState.IN_PROGRESS, TicketState.WAITING})
 
 
-class Facts(Protocol):
+class AuditSource(Protocol):
     """`swarm.store.audit.Audit`, or a history made up by a test."""
 
     def log(self) -> Iterable[LogEntry]: ...
@@ -42,7 +42,7 @@ class VmFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offence:
+class Violation:
     """A promise broken. ``id``: the ticket's, or 'VM 1001'."""
 
     id: str
@@ -64,18 +64,18 @@ class Report:
     lost_leases: int = 0
     refused: int = 0  # writes that the fence turned away
     waiting_for_an_engine: int = 0  # leases that are over, and no engine is there to take the step
-    finished_twice: list[Offence] = field(default_factory=list)
-    lost: list[Offence] = field(default_factory=list)
-    unrecorded: list[Offence] = field(default_factory=list)
-    slots_leaked: list[Offence] = field(default_factory=list)
+    finished_twice: list[Violation] = field(default_factory=list)
+    lost: list[Violation] = field(default_factory=list)
+    unrecorded: list[Violation] = field(default_factory=list)
+    slots_leaked: list[Violation] = field(default_factory=list)
 
     @property
-    def offences(self) -> list[Offence]:
+    def violations(self) -> list[Violation]:
         return [*self.finished_twice, *self.lost, *self.unrecorded, *self.slots_leaked]
 
     @property
     def kept(self) -> bool:
-        return not self.offences
+        return not self.violations
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class _History:
     deleted: bool = False
 
 
-def judge(facts: Facts, vms: Iterable[VmFact] = (), *, engine_alive: bool = False) -> Report:
+def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool = False) -> Report:
     """Replay and compare."""
     report = Report()
     histories = _replay(facts.log(), report)
@@ -185,8 +185,8 @@ def _check_tickets(tickets: Iterable[TicketFact], histories: dict[str, _History]
         else:
             report.unfinished += 1
         history = histories.get(ticket.id, _History())
-        for offences, what in _ticket_offences(ticket, history, report):
-            offences.append(_by(ticket.id, what))
+        for violations, what in _ticket_violations(ticket, history, report):
+            violations.append(_by(ticket.id, what))
         if ticket.id not in histories:
             report.tickets_seen += 1
     for id_, history in histories.items():
@@ -195,7 +195,7 @@ def _check_tickets(tickets: Iterable[TicketFact], histories: dict[str, _History]
             report.lost.append(_by(id_, "its row is gone, and nobody deleted it"))
 
 
-def _ticket_offences(ticket: TicketFact, history: _History, report: Report) -> Iterator[tuple[list[Offence], str]]:
+def _ticket_violations(ticket: TicketFact, history: _History, report: Report) -> Iterator[tuple[list[Violation], str]]:
     if ticket.state in _RUNNING:
         if ticket.run_status not in (RunStatus.RUNNING, RunStatus.WAITING):
             yield report.lost, f"it is {ticket.state}, but no run of it is under way"
@@ -245,13 +245,13 @@ def _check_live(attempt: AttemptFact, report: Report, *, engine_alive: bool) -> 
         )
 
 
-def _leaked(vms: Iterable[VmFact], ended: dict[str, float | None]) -> Iterator[Offence]:
+def _leaked(vms: Iterable[VmFact], ended: dict[str, float | None]) -> Iterator[Violation]:
     for vm in vms:
         if not vm.owner_alive:
-            yield Offence(id=f"VM {vm.n}", what="its owner is dead and nobody removed it (swarm-cleanup does)")
+            yield Violation(id=f"VM {vm.n}", what="its owner is dead and nobody removed it (swarm-cleanup does)")
         elif (over_ms := ended.get(vm.attempt_id or "")) is not None and over_ms > _KILL_MS:
-            yield Offence(id=f"VM {vm.n}", what=f"it runs, but its attempt {vm.attempt_id} has ended")
+            yield Violation(id=f"VM {vm.n}", what=f"it runs, but its attempt {vm.attempt_id} has ended")
 
 
-def _by(ticket_id: str | None, what: str) -> Offence:
-    return Offence(id=ticket_id or "?", what=what)
+def _by(ticket_id: str | None, what: str) -> Violation:
+    return Violation(id=ticket_id or "?", what=what)

@@ -19,8 +19,9 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from swarm.agents.package import MANIFEST, NAME, read
+from swarm.agents.package import MANIFEST, read
 from swarm.errors import Conflict, UsageError
+from swarm.fields import NAME
 from swarm.model import Agent
 
 MAX_BUNDLE_BYTES: Final = 256 << 20

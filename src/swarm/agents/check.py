@@ -19,7 +19,7 @@ def inputs(agent: Agent, given: Any) -> Any:
         raise StepError(
             f"the inputs don't fit the agent {agent.name}@{agent.version}: {wrong}",
             reason=FailureReason.INPUT_INVALID,
-            retry=False,
+            retryable=False,
         )
     return given
 

@@ -15,19 +15,16 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from swarm.base import manifest as yaml_manifest
 from swarm.errors import UsageError
-from swarm.model import DEBIAN_PACKAGE, REQUIREMENT, Agent, FailureReason, Retry
+from swarm.fields import Name, RetryFields, Variable, Version, bounded
+from swarm.model import DEBIAN_PACKAGE, REQUIREMENT, Agent, FailureReason, RetryPolicy
 from swarm.schema import SchemaError, check_schema, expand
 
 MANIFEST: Final = "agent.yaml"
 # An agent that brings no id of its own gets one that follows from its name and version.
 _NAMESPACE: Final = uuid.UUID("6b1f5a0e-6c3b-5d0e-9b1e-2f4f3f1c7a55")
 
-NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-_Name = Annotated[str, StringConstraints(pattern=NAME)]
-_Version = Annotated[str, StringConstraints(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$")]
 _Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 _Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")]
-_Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 _Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 _Domain = Annotated[str, StringConstraints(pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$")]
 _Service = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
@@ -39,12 +36,8 @@ class _Strict(pydantic.BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Retry(_Strict):
-    max_attempts: int = Field(default=1, ge=1, le=100)
-    delay_seconds: float = Field(default=1.0, ge=0, le=86_400)
-    factor: float = Field(default=2.0, ge=1, le=100)
-    max_delay_seconds: float = Field(default=300.0, ge=0, le=86_400)
-    on: frozenset[FailureReason] = Retry().on
+class _Retry(RetryFields, _Strict):
+    on: frozenset[FailureReason] = RetryPolicy().on
 
 
 class _Network(_Strict):
@@ -80,8 +73,8 @@ class Manifest(_Strict):
     """
 
     id: uuid.UUID | None = None
-    name: _Name
-    version: _Version
+    name: Name
+    version: Version
     description: str = Field(default="", max_length=4096)
     runtime: Literal["python", "exec"] = "python"
     entry: tuple[_Word, ...] = Field(min_length=1, max_length=256)
@@ -90,23 +83,23 @@ class Manifest(_Strict):
     outputs: dict[str, Any] | None = None
     inputs_schema: dict[str, Any] | None = None
     outputs_schema: dict[str, Any] | None = None
-    memory_mb: int = Field(default=256, ge=128, le=1 << 20)
-    vcpus: int = Field(default=1, ge=1, le=64)
-    disk_mb: int = Field(default=2048, ge=16, le=1 << 20)
-    disk_mb_per_second: float | None = Field(default=None, gt=0, le=1e6)
-    network_mb_per_second: float | None = Field(default=None, gt=0, le=1e6)
-    timeout_seconds: float = Field(default=600.0, gt=0, le=7 * 86_400)
-    idle_timeout_seconds: float | None = Field(default=None, gt=0)
+    memory_mb: int = bounded("memory_mb", 256)
+    vcpus: int = bounded("vcpus", 1)
+    disk_mb: int = bounded("disk_mb", 2048)
+    disk_mb_per_second: float | None = bounded("disk_mb_per_second", None)
+    network_mb_per_second: float | None = bounded("network_mb_per_second", None)
+    timeout_seconds: float = bounded("timeout_seconds", 600.0)
+    idle_timeout_seconds: float | None = bounded("idle_timeout_seconds", None)
     network: Literal["none", "gateway", "open"] | _Network = "none"
-    secrets: tuple[_Variable, ...] = ()
-    env: dict[_Variable, _Text] = Field(default_factory=dict)
+    secrets: tuple[Variable, ...] = ()
+    env: dict[Variable, _Text] = Field(default_factory=dict)
     preload: tuple[_Module, ...] = ()
     requirements: tuple[_Requirement, ...] = Field(default=(), max_length=200)
     packages: tuple[_DebianPackage, ...] = Field(default=(), max_length=200)
     retry: _Retry = _Retry()
     idempotent: bool = False
-    budget_usd: float | None = Field(default=None, ge=0, le=1e9)
-    budget_tokens: int | None = Field(default=None, ge=0, le=10**15)
+    budget_usd: float | None = bounded("budget_usd", None)
+    budget_tokens: int | None = bounded("budget_tokens", None)
     over_budget: Literal["fail", "wait"] | None = None
     examples: tuple[_Example, ...] = Field(default=(), max_length=100)
 
@@ -255,7 +248,7 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         preload=manifest.preload,
         requirements=manifest.requirements,
         packages=manifest.packages,
-        retry=Retry(**manifest.retry.model_dump()),
+        retry=RetryPolicy(**manifest.retry.model_dump()),
         idempotent=manifest.idempotent,
         budget_usd=manifest.budget_usd,
         budget_tokens=manifest.budget_tokens,

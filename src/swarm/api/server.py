@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import HostError, UsageError
 
 # What is being answered when the end comes gets so long.
@@ -67,7 +67,7 @@ async def serving(app: Any, *, host: str, port: int) -> AsyncIterator[tuple[str,
         yield f"http://{shown}:{number}", task
     finally:
         server.should_exit = True
-        await settle(_ended(task))
+        await finish_uninterrupted(_ended(task))
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from swarm.base import jsontext
 from swarm.cel.evaluate import Evaluator
 from swarm.errors import Conflict, HostError, NotFound, StoreError
-from swarm.store.registry.webhooks import Call
+from swarm.store.registry.webhooks import WebhookCall
 from swarm.store.registry.workflows import WorkflowRow
 from swarm.store.sql.rows import iso, new_id
 from swarm.store.store import Store
@@ -124,7 +124,7 @@ class Hooks:
                 title=f"{flow.name}, webhook {trigger['time'][:16].replace('T', ' ')} UTC",
             )
             digest = hashlib.sha256(body).hexdigest()
-            call = Call(workflow=row.name, signature=signature, key=key, digest=digest, ticket=ticket)
+            call = WebhookCall(workflow=row.name, signature=signature, key=key, digest=digest, ticket=ticket)
             answer = await self._store.call_webhook(call)
         except InputsRefused as error:
             raise HTTPException(422, str(error)) from None

@@ -40,7 +40,7 @@ async def examine(settings: Settings) -> Sequence[Check]:
         if record.alive and not record.netns:
             checks.append(ok(f"VM {record.n}", f"process {record.pid}, by driver {record.driver}: without a network"))
             continue
-        place = path.Place(
+        place = path.ExaminedVm(
             n=record.n,
             pid=record.pid,
             netns=record.netns,

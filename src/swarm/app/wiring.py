@@ -22,11 +22,11 @@ from swarm.errors import HostError, ImageError, NotFound
 if TYPE_CHECKING:
     from swarm.admin.vault import Vault
     from swarm.engine.dispatch import Dispatcher
-    from swarm.engine.egress import Outside
+    from swarm.engine.egress import Egress
     from swarm.engine.engine import Engine
     from swarm.engine.worker import Ended, Worker
     from swarm.gateway.forward import Gateway
-    from swarm.gateway.proxy import Borders
+    from swarm.gateway.proxy import EgressRules
     from swarm.model import Ticket
     from swarm.store.sql.rows import AttemptRow
     from swarm.store.store import Store
@@ -158,7 +158,7 @@ def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Laun
     )
 
 
-def engine(settings: Settings, vms: Launcher, reachable: Outside) -> Engine:
+def engine(settings: Settings, vms: Launcher, reachable: Egress) -> Engine:
     """What runs one attempt in a VM of that launcher's."""
     from swarm.engine.engine import Engine, Limits
 
@@ -167,7 +167,7 @@ def engine(settings: Settings, vms: Launcher, reachable: Outside) -> Engine:
         images=image_source(settings),
         layers=layers(settings),
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
-        outside=reachable,
+        egress=reachable,
     )
 
 
@@ -197,16 +197,16 @@ def gateway(settings: Settings, opened: Store | None) -> Gateway:
     )
 
 
-def outside(settings: Settings, opened: Store | None, *, one_off: bool = False) -> Outside:
+def egress(settings: Settings, opened: Store | None, *, one_off: bool = False) -> Egress:
     """What attempts may reach beyond their VMs: `async with` it. ``one_off``: they are of no ticket."""
-    from swarm.engine.egress import Outside
+    from swarm.engine.egress import Egress
 
-    def borders() -> Borders:
-        from swarm.gateway.proxy import Borders
+    def borders() -> EgressRules:
+        from swarm.gateway.proxy import EgressRules
 
-        return Borders(within=settings.egress_private, never=(settings.subnet,))
+        return EgressRules(within=settings.egress_private, never=(settings.subnet,))
 
-    return Outside(
+    return Egress(
         gateway=lambda: gateway(settings, opened),
         borders=borders,
         secrets=None if opened is None else vault(settings, opened),
@@ -252,7 +252,7 @@ async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
         # Secrets and books are in the home's database, if there is one: an author of agents may have none.
         has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
         opened = await stack.enter_async_context(store(settings)) if has_home else None
-        reachable = await stack.enter_async_context(outside(settings, opened, one_off=True))
+        reachable = await stack.enter_async_context(egress(settings, opened, one_off=True))
         if vm:
             await sweep(settings)
             yield engine(settings, launcher(settings, await choice(settings)), reachable)
@@ -287,7 +287,7 @@ async def worker(
     async with AsyncExitStack() as stack:
         with contextlib.suppress(ImageError, NotFound):  # the first ticket says so
             stack.enter_context(source.used(await source.find()))
-        reachable = await stack.enter_async_context(outside(settings, opened))
+        reachable = await stack.enter_async_context(egress(settings, opened))
         await stack.enter_async_context(vms.keeping(keep_slots, ahead=slots_ahead))
         if warm != 0 and vms.choice.probe.snapshots:
             await stack.enter_async_context(await _pool(settings, vms, warm))

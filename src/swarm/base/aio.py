@@ -14,7 +14,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
-async def settle(work: Coroutine[Any, Any, T]) -> T:
+async def finish_uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     """Run ``work`` to its end even if the caller is cancelled meanwhile; then let the cancellation go on.
 
     For steps whose half-way state can't be undone (a thread that is making a network namespace, a clean-up). Such
@@ -49,13 +49,13 @@ async def undoing() -> AsyncIterator[AsyncExitStack]:
         yield stack
     except BaseException:
         try:
-            await settle(stack.aclose())
+            await finish_uninterrupted(stack.aclose())
         except asyncio.CancelledError:
             raise
         except Exception as error:
             log.error("clean-up failed", error=str(error))
         raise
-    await settle(stack.aclose())
+    await finish_uninterrupted(stack.aclose())
 
 
 async def first(*work: Coroutine[Any, Any, T]) -> T:

@@ -20,7 +20,7 @@ MAX_BYTES: Final = 1 << 20
 MAX_NODES: Final = 100_000  # aliases counted each time that they are used
 MAX_DEPTH: Final = 64
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 _INT: Final = re.compile(r"[-+]?[0-9]{1,400}|0o[0-7]{1,400}|0x[0-9a-fA-F]{1,400}")
 _FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -59,7 +59,7 @@ class Invalid(UsageError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Position:
     """Where a value stands in the text: ``style`` is YAML's ('' for plain, '\"', \"'\", '|', '>')."""
 
     line: int
@@ -70,8 +70,8 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Document:
     value: Any
-    places: dict[Path, Place]
-    keys: dict[Path, Place]
+    positions: dict[KeyPath, Position]
+    keys: dict[KeyPath, Position]
     lines: Sequence[str] = field(repr=False)
 
     def problem(self, path: Sequence[str | int], message: str, *, at_key: bool = False, offset: int = 0) -> Problem:
@@ -80,14 +80,14 @@ class Document:
         ``offset`` counts characters into a text; what folded and escaped texts do to it is not undone.
         """
         path = tuple(path)
-        marks = self.keys if at_key and path in self.keys else self.places
+        marks = self.keys if at_key and path in self.keys else self.positions
         while path and path not in marks:
             path, offset = path[:-1], 0
-        place = marks.get(path, Place(line=1, column=1))
-        line, column = place.line, place.column
-        if offset and place.style in ("", "'", '"'):
-            column += offset + (1 if place.style else 0)
-        elif offset and place.style == "|":
+        position = marks.get(path, Position(line=1, column=1))
+        line, column = position.line, position.column
+        if offset and position.style in ("", "'", '"'):
+            column += offset + (1 if position.style else 0)
+        elif offset and position.style == "|":
             text = self._text(path)
             row = text[:offset].count("\n")
             start = text.rfind("\n", 0, offset) + 1
@@ -97,7 +97,7 @@ class Document:
             column = 1 + max(len(source) - len(text[start:].partition("\n")[0]), 0) + offset - start
         return Problem(line=line, column=column, message=message)
 
-    def _text(self, path: Path) -> str:
+    def _text(self, path: KeyPath) -> str:
         value = self.value
         for part in path:
             value = value[part]
@@ -128,7 +128,7 @@ def load(text: str | bytes, *, name: str) -> Document:
     value = reader.read(root, (), 0) if root is not None else None
     if reader.problems:
         raise Invalid(name, reader.problems)
-    return Document(value, reader.places, reader.keys, text.splitlines())
+    return Document(value, reader.positions, reader.keys, text.splitlines())
 
 
 def _hint(said: str, line: str) -> str:
@@ -142,12 +142,12 @@ def _hint(said: str, line: str) -> str:
 
 class _Reader:
     def __init__(self) -> None:
-        self.places: dict[Path, Place] = {}
-        self.keys: dict[Path, Place] = {}
+        self.positions: dict[KeyPath, Position] = {}
+        self.keys: dict[KeyPath, Position] = {}
         self.problems: list[Problem] = []
         self._nodes = 0
 
-    def read(self, node: yaml.Node, path: Path, depth: int) -> Any:
+    def read(self, node: yaml.Node, path: KeyPath, depth: int) -> Any:
         self._nodes += 1
         if self._nodes > MAX_NODES or depth > MAX_DEPTH:
             if len(self.problems) < 100:
@@ -157,14 +157,14 @@ class _Reader:
         if node.tag not in _TAGS:
             self._bad(node, f"the tag {node.tag!r} has no meaning here")
         style = (node.style or "") if isinstance(node, yaml.ScalarNode) else ""
-        self.places[path] = _place(node, style)
+        self.positions[path] = _position(node, style)
         if isinstance(node, yaml.SequenceNode):
             return [self.read(child, (*path, i), depth + 1) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return dict(self._pairs(node, path, depth))
         return node.value if style else self._plain(node)
 
-    def _pairs(self, node: yaml.MappingNode, path: Path, depth: int) -> Iterator[tuple[str, Any]]:
+    def _pairs(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> Iterator[tuple[str, Any]]:
         seen: set[str] = set()
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -173,7 +173,7 @@ class _Reader:
             if key.value in seen:
                 self._bad(key, f"the key {key.value!r} is here twice")
             seen.add(key.value)
-            self.keys[(*path, key.value)] = _place(key)
+            self.keys[(*path, key.value)] = _position(key)
             yield key.value, self.read(value, (*path, key.value), depth + 1)
 
     def _plain(self, node: yaml.Node) -> Any:
@@ -190,9 +190,9 @@ class _Reader:
         return text
 
     def _bad(self, node: yaml.Node, message: str) -> None:
-        place = _place(node)
-        self.problems.append(Problem(line=place.line, column=place.column, message=message))
+        position = _position(node)
+        self.problems.append(Problem(line=position.line, column=position.column, message=message))
 
 
-def _place(node: yaml.Node, style: str = "") -> Place:
-    return Place(line=node.start_mark.line + 1, column=node.start_mark.column + 1, style=style)
+def _position(node: yaml.Node, style: str = "") -> Position:
+    return Position(line=node.start_mark.line + 1, column=node.start_mark.column + 1, style=style)

@@ -34,7 +34,7 @@ from swarm.store.store import Store
 from swarm.vm.choose import PROBE_PREFIX, Choice
 from swarm.vm.driver import Image, VmSpec
 from swarm.vm.image.staging import used
-from swarm.vm.launcher import Label, Launcher, Machine
+from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.pool import Pool
 from swarm.vm.slots.sweep import take
 
@@ -163,10 +163,10 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
 
 @asynccontextmanager
 async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None]) -> AsyncIterator[asyncio.Task[None]]:
-    async with wiring.outside(it.settings, it.store) as outside, it.store.watching() as wake:
+    async with wiring.egress(it.settings, it.store) as egress, it.store.watching() as wake:
         worker = Worker(
             store=it.store,
-            engine=wiring.engine(it.settings, launcher, outside),
+            engine=wiring.engine(it.settings, launcher, egress),
             name=f"{socket.gethostname()}:{os.getpid()}:bench",
             lease_seconds=it.settings.lease_seconds,
         )
@@ -241,15 +241,15 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
             finally:
                 await network.destroy(_SLOT)
             timeline = Timeline()
-            async with launcher.machine(it.spec, Label(), timeline) as machine:
+            async with launcher.vm(it.spec, Assignment(), timeline) as live:
                 phases_ms = timeline.phases()
                 vmm_ms.append(phases_ms["vmm"])
                 ours_ms.append(phases_ms["vmm"] + phases_ms["boot"])
-                ours_cpu_ms.append(baselines.cpu_ms_of(machine.vm.pid))
-                private_kb, pss_kb = baselines.memory_of(machine.vm.pid)
+                ours_cpu_ms.append(baselines.cpu_ms_of(live.vm.pid))
+                private_kb, pss_kb = baselines.memory_of(live.vm.pid)
                 ours_kb.append(private_kb)
                 ours_pss_kb.append(pss_kb)
-                forks.append(await _fork(machine))
+                forks.append(await _fork(live))
         middle = statistics.median
         add("restore to the VM running", middle(vmm_ms), middle(b.running_ms for b in bare), n=_RAW_TIMES)
         add(
@@ -320,11 +320,11 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
     return found
 
 
-async def _fork(machine: Machine) -> tuple[float, float]:
+async def _fork(live: LiveVm) -> tuple[float, float]:
     """Milliseconds in a fresh clone: from an agent's order to its first instruction, and a bare fork by that agent."""
     said = bytearray()
-    await machine.channel.put({"fork.py": _FORKS}, dest="/agent", owner="root")
-    ended = await machine.channel.run(
+    await live.channel.put({"fork.py": _FORKS}, dest="/agent", owner="root")
+    ended = await live.channel.run(
         ["/agent/fork.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data)
     )
     return (ended.started_ns - ended.received_ns) / 1e6, float(said)
@@ -336,11 +336,11 @@ async def _cold_ssh(it: _Bench) -> float | None:
     key = wiring.ssh_dir(it.settings).key
     began = time.perf_counter()
     try:
-        async with launcher.machine(it.spec, Label(), Timeline()) as machine:
+        async with launcher.vm(it.spec, Assignment(), Timeline()) as live:
             options = ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=30")
             flags = [word for option in options for word in ("-o", option)]
             await process.run(
-                ["ssh", "-F", "none", "-i", str(key), *flags, f"root@{machine.vm.endpoint.host}", "true"],
+                ["ssh", "-F", "none", "-i", str(key), *flags, f"root@{live.vm.endpoint.host}", "true"],
                 timeout_seconds=60,
             )
             return (time.perf_counter() - began) * 1000

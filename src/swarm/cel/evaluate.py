@@ -85,7 +85,7 @@ def _cut(value: Any, paths: list[tuple[str | int, ...]]) -> Any:
     if looks_inside:
         value = stored.opened(value)
     if not isinstance(value, Mapping) or not looks_inside:
-        return stored.whole(value, limit_bytes=MAX_DATA_BYTES) if stored.has_any(value) else value
+        return stored.resolve_references(value, limit_bytes=MAX_DATA_BYTES) if stored.has_any(value) else value
     kept: dict[str, Any] = {}
     for key in {path[0] for path in paths}:
         inner = value.get(str(key), _MISSING)

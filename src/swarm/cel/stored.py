@@ -39,7 +39,7 @@ def opened(value: Any) -> Any:
     return value
 
 
-def whole(value: Any, *, limit_bytes: int) -> Any:
+def resolve_references(value: Any, *, limit_bytes: int) -> Any:
     """The value with every reference replaced by what it stands for. Raises ExpressionError when these are more than
     ``limit_bytes`` of JSON, before they are loaded."""
     left = limit_bytes

@@ -18,7 +18,7 @@ from swarm.cel import stored
 from swarm.cel.evaluate import MAX_RESULT_BYTES, Evaluator
 from swarm.cel.expression import Expression, ExpressionError, parse
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 _OPEN: Final = re.compile(r"\$?\$\{")
 # What may stand between the braces without ending them: texts, and braces of objects.
@@ -77,7 +77,7 @@ def _closing(source: str, start: int) -> int:
     raise ExpressionError("'${' has no '}' to end it; write '$${' for a plain '${'", offset=start - 2)
 
 
-def texts(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+def texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Every text in a JSON value that has a `${` in it, with where it stands."""
     if isinstance(value, str):
         if "${" in value:
@@ -132,7 +132,7 @@ def fill(value: Any, names: Mapping[str, Any], evaluator: Evaluator, budget: Bud
     return _fill(value, (), one)
 
 
-def _fill(value: Any, path: Path, fill_text: Callable[[str], Any]) -> Any:
+def _fill(value: Any, path: KeyPath, fill_text: Callable[[str], Any]) -> Any:
     if isinstance(value, str):
         if "${" not in value:
             return value
@@ -155,15 +155,15 @@ def _fill_text(cut: Text, names: Mapping[str, Any], evaluator: Evaluator) -> Any
         return evaluator.evaluate(cut.only, names)
     pieces, length = [], 0
     for part in cut.parts:
-        pieces.append(part if isinstance(part, str) else written(_whole(evaluator.evaluate(part[0], names))))
+        pieces.append(part if isinstance(part, str) else written(_resolved(evaluator.evaluate(part[0], names))))
         length += len(pieces[-1])
         if length > MAX_RESULT_BYTES:
             raise ExpressionError(f"the text becomes larger than {MAX_RESULT_BYTES >> 20} MiB")
     return "".join(pieces)
 
 
-def _whole(value: Any) -> Any:
-    return stored.whole(value, limit_bytes=MAX_RESULT_BYTES) if stored.has_any(value) else value
+def _resolved(value: Any) -> Any:
+    return stored.resolve_references(value, limit_bytes=MAX_RESULT_BYTES) if stored.has_any(value) else value
 
 
 def written(value: Any) -> str:

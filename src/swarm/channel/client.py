@@ -194,7 +194,9 @@ class Channel:
         """What the guest says of itself now."""
         reply = await self._ask("hello", token=self._token.hex())
         if (version := reply.number("protocol")) != PROTOCOL:
-            raise ChannelError(f"agentd speaks protocol {version}, not {PROTOCOL}: build the image again", retry=False)
+            raise ChannelError(
+                f"agentd speaks protocol {version}, not {PROTOCOL}: build the image again", retryable=False
+            )
         return Hello(
             **state(reply),
             mode=reply.text("mode"),
@@ -349,7 +351,7 @@ class Channel:
             raise AgentTimeout(f"its time was up {_GRACE_SECONDS:g} s ago, and the guest did not stop it") from None
         except _Refusal as refusal:
             if refusal.kind == "CannotStart":
-                raise AgentFailed(f"{printable(argv[0])} can't be started: {refusal.said}", retry=False) from None
+                raise AgentFailed(f"{printable(argv[0])} can't be started: {refusal.said}", retryable=False) from None
             raise ChannelError(f"agentd refused {refusal}") from None
         if timed_out == "idle":
             raise AgentTimeout(f"it printed nothing for {idle_timeout_seconds or 0:g} s")

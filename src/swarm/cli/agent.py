@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import read_inputs, whole
+from swarm.cli.inputs import inputs_text, read_inputs
 
 if TYPE_CHECKING:
     from swarm.agents import Package
@@ -237,7 +237,7 @@ async def run(
     from swarm.engine import oneoff
     from swarm.model import Failed, Succeeded
 
-    given = read_inputs(whole(inputs, input_json), input or [])
+    given = read_inputs(inputs_text(inputs, input_json), input or [])
     with ExitStack() as stack:
         package = await _package(cli, source, stack, vm=vm)
         await _build(cli, package.agent, vm=vm)

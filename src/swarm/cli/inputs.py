@@ -9,24 +9,26 @@ from swarm.base import jsontext
 from swarm.errors import UsageError
 
 
-def whole(inputs: str | None, input_json: Path | None) -> str | None:
+def inputs_text(inputs: str | None, input_json: Path | None) -> str | None:
     """All inputs, as `read_inputs` takes them, of a command that knows both options."""
     if inputs is not None and input_json is not None:
         raise UsageError("--inputs and --input-json both give all inputs: use one of them")
     return inputs if input_json is None else f"@{input_json}"
 
 
-def read_inputs(whole: str | None, single: list[str]) -> dict[str, object]:
+def read_inputs(inputs_text: str | None, single: list[str]) -> dict[str, object]:
     """The inputs object from ``--inputs`` and the ``--input``s, the latter winning."""
     result: dict[str, object] = {}
-    if whole is not None:
-        if whole.startswith("@"):
+    if inputs_text is not None:
+        if inputs_text.startswith("@"):
             try:
-                whole = sys.stdin.read() if whole == "@-" else Path(whole[1:]).read_text(encoding="utf-8")
+                inputs_text = (
+                    sys.stdin.read() if inputs_text == "@-" else Path(inputs_text[1:]).read_text(encoding="utf-8")
+                )
             except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"--inputs {whole}: {error}") from None
+                raise UsageError(f"--inputs {inputs_text}: {error}") from None
         try:
-            value = jsontext.loads(whole)
+            value = jsontext.loads(inputs_text)
         except ValueError as error:
             raise UsageError(f"--inputs is not JSON: {error}") from None
         if not isinstance(value, dict):

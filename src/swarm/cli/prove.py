@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from swarm.config import Settings
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
-_SHOWN = 50  # offences; --json has all
+_SHOWN = 50  # violations; --json has all
 
 
 def register(app: typer.Typer) -> None:
@@ -112,7 +112,7 @@ def show(out: Out, report: Report) -> None:
             "slots leaked": len(report.slots_leaked),
         }
     )
-    for offence in report.offences[:_SHOWN]:
+    for offence in report.violations[:_SHOWN]:
         out.error(f"{offence.id}: {offence.what}")
-    if len(report.offences) > _SHOWN:
-        out.error(f"{len(report.offences) - _SHOWN} more: --json has all")
+    if len(report.violations) > _SHOWN:
+        out.error(f"{len(report.violations) - _SHOWN} more: --json has all")

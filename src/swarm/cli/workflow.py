@@ -167,7 +167,7 @@ async def schedules(cli: Cli) -> None:
         return
     rows = [
         (one.workflow, one.cron, one.time_zone, one.next_at or one.error or "disabled", one.last_at,
-         one.last_ticket_id, one.times_missed or None)
+         one.last_ticket_id, one.missed_count or None)
         for one in found
     ]  # fmt: skip
     columns = ("WORKFLOW", "CRON", "ZONE", "NEXT", "LAST", "TICKET", "MISSED")
@@ -231,12 +231,12 @@ async def run(
 ) -> int:
     """Run a workflow: add a ticket for it, and print that ticket's id. With --wait, exit status 0 if it is done."""
     from swarm.app import wiring
-    from swarm.cli.inputs import read_inputs, whole
+    from swarm.cli.inputs import inputs_text, read_inputs
     from swarm.cli.ui import follow
     from swarm.errors import Conflict
     from swarm.model import ExecutionMode, Ticket, TicketState
 
-    given = read_inputs(whole(inputs, input_json), input or [])
+    given = read_inputs(inputs_text(inputs, input_json), input or [])
     async with wiring.store(cli.settings) as store:
         row = await store.workflow(workflow)
         if not row.enabled:

@@ -19,7 +19,7 @@ import psutil
 from swarm.base.clock import Timeline
 from swarm.vm.driver import VmSpec
 from swarm.vm.drivers.disk import used_bytes
-from swarm.vm.launcher import Label, Launcher
+from swarm.vm.launcher import Assignment, Launcher
 from swarm.vm.network.bridge import MAX_PORTS
 from swarm.vm.slots.inventory import MAX_SLOT, Inventory
 
@@ -64,16 +64,16 @@ async def measure(launcher: Launcher, inventory: Inventory, spec: VmSpec) -> Cap
     """Start one VM of this shape, see what it takes, and say how many of them would fit now. Raises HostError."""
     await launcher.template(spec)
     before = _descriptors()
-    async with launcher.machine(spec, Label(), Timeline()) as machine:
-        place = inventory.dir(machine.n)
-        rollup = Path(f"/proc/{machine.vm.pid}/smaps_rollup").read_text().splitlines()[1:]
+    async with launcher.vm(spec, Assignment(), Timeline()) as live:
+        place = inventory.dir(live.n)
+        rollup = Path(f"/proc/{live.vm.pid}/smaps_rollup").read_text().splitlines()[1:]
         fields = {line.split(":")[0]: int(line.split()[1]) for line in rollup}
         cost = Cost(
             private_mb=round(fields["Anonymous"] / 1024, 1),
             shared_mb=round((fields["Rss"] - fields["Anonymous"]) / 1024, 1),
             disk_mb=round(sum(used_bytes(path) for path in place.iterdir()) / _MB, 1),
             descriptors=_descriptors() - before,
-            threads=psutil.Process(machine.vm.pid).num_threads(),
+            threads=psutil.Process(live.vm.pid).num_threads(),
         )
     return fit(cost, spec, inventory.state_dir)
 

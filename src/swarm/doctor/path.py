@@ -35,7 +35,7 @@ _BANNER_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ExaminedVm:
     """What the doctor must know of a VM. ``how_it_ended`` is '' while its process lives; without ``token`` agentd can't
     be asked."""
 
@@ -52,7 +52,7 @@ class Place:
 Link = Mapping[str, Any]  # an interface as `ip -json` shows it
 
 
-async def examine(vm: Place, *, bridge: str, subnet: IPv4Network) -> list[Check]:
+async def examine(vm: ExaminedVm, *, bridge: str, subnet: IPv4Network) -> list[Check]:
     """Checks of one VM, in the order of the path. Names begin with 'VM <n>: '."""
     again = (
         f"swarm-spawn-ns {vm.n}   (makes it anew)" if vm.by_hand else f"swarm vm rm {vm.n}   (when its engine is gone)"
@@ -81,7 +81,7 @@ async def examine(vm: Place, *, bridge: str, subnet: IPv4Network) -> list[Check]
     return [*checks, agentd, *await _sshd(vm, hello, again)]
 
 
-def _namespace(vm: Place, again: str) -> Check:
+def _namespace(vm: ExaminedVm, again: str) -> Check:
     name = f"VM {vm.n}: namespace"
     pinned, used = Path("/run/netns", vm.netns), Path(f"/proc/{vm.pid}/ns/net")
     try:
@@ -93,7 +93,7 @@ def _namespace(vm: Place, again: str) -> Check:
     return ok(name, vm.netns)
 
 
-def _tap(vm: Place, inside: Sequence[Link], again: str) -> Check:
+def _tap(vm: ExaminedVm, inside: Sequence[Link], again: str) -> Check:
     name = f"VM {vm.n}: tap"
     tap = _named(inside, TAP_NAME)
     if tap is None:
@@ -107,7 +107,7 @@ def _tap(vm: Place, inside: Sequence[Link], again: str) -> Check:
     return ok(name, f"{TAP_NAME} in {vm.netns}, {GUEST_GATEWAY}, held by the VM")
 
 
-def _bridge_port(vm: Place, host: Sequence[Link], bridge: str, subnet: IPv4Network, again: str) -> Check:
+def _bridge_port(vm: ExaminedVm, host: Sequence[Link], bridge: str, subnet: IPv4Network, again: str) -> Check:
     name = f"VM {vm.n}: bridge port"
     port, over = _named(host, f"tap{vm.n}"), _named(host, bridge)
     if over is None:
@@ -132,7 +132,7 @@ def _bridge_port(vm: Place, host: Sequence[Link], bridge: str, subnet: IPv4Netwo
     return ok(name, f"tap{vm.n} ({real}) is on {bridge}")
 
 
-def _uplink(vm: Place, inside: Sequence[Link], again: str) -> Check:
+def _uplink(vm: ExaminedVm, inside: Sequence[Link], again: str) -> Check:
     name = f"VM {vm.n}: address"
     uplink = _named(inside, _UPLINK)
     if uplink is None:
@@ -144,7 +144,7 @@ def _uplink(vm: Place, inside: Sequence[Link], again: str) -> Check:
     return ok(name, f"{vm.address} on {_UPLINK} in {vm.netns}")
 
 
-async def _routing(vm: Place, again: str) -> Check:
+async def _routing(vm: ExaminedVm, again: str) -> Check:
     """Forwarding, the route back, and the two rules that translate addresses."""
     name = f"VM {vm.n}: routing"
     forward = await _said("cat", "/proc/sys/net/ipv4/ip_forward", netns=vm.netns)
@@ -167,7 +167,7 @@ async def _routing(vm: Place, again: str) -> Check:
     return ok(name, f"{vm.address} <-> {GUEST_ADDRESS} in {vm.netns}")
 
 
-async def _ping(vm: Place, again: str) -> Check:
+async def _ping(vm: ExaminedVm, again: str) -> Check:
     name = f"VM {vm.n}: ping"
     done = await run(["ping", "-n", "-c", "1", "-W", str(_PING_SECONDS), str(vm.address)], check=False)
     if done.returncode != 0:
@@ -180,7 +180,7 @@ async def _ping(vm: Place, again: str) -> Check:
     return ok(name, f"{vm.address} answers" + (f" in {float(taken[1]):.1f} ms" if taken else ""))
 
 
-async def _agentd(vm: Place) -> tuple[Check, Hello | None]:
+async def _agentd(vm: ExaminedVm) -> tuple[Check, Hello | None]:
     name = f"VM {vm.n}: agentd"
     host = str(vm.address)
     try:
@@ -197,7 +197,7 @@ async def _agentd(vm: Place) -> tuple[Check, Hello | None]:
     return ok(name, f"port {AGENTD_PORT} accepts (an engine's VM: only it may ask more)"), None
 
 
-async def _sshd(vm: Place, hello: Hello | None, again: str) -> list[Check]:
+async def _sshd(vm: ExaminedVm, hello: Hello | None, again: str) -> list[Check]:
     """sshd and entropy together: sshd is silent while the random pool is empty, and that is then the cause to name."""
     sshd, entropy = f"VM {vm.n}: sshd", f"VM {vm.n}: entropy"
     banner, fault = await _banner(vm.address)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import psutil
 import structlog
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.engine.worker import Attempt, Ended, Worker
 from swarm.errors import StoreError
 from swarm.model import Claim, Interrupted
@@ -196,7 +196,7 @@ class Dispatcher:
                 if timetable is not None:  # what comes due from now on is another engine's, or waits for the next one
                     timetable.cancel()
                     tasks.append(timetable)
-                await settle(self._drain())
+                await finish_uninterrupted(self._drain())
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)

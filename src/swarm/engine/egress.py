@@ -23,9 +23,9 @@ from swarm.model import Agent, Claim
 from swarm.vm.driver import GATEWAY_PORT, PROXY_PORT
 
 if TYPE_CHECKING:
-    from swarm.gateway.attempt_listener import Door
+    from swarm.gateway.attempt_listener import AttemptListener
     from swarm.gateway.forward import Gateway
-    from swarm.gateway.proxy import Borders, Proxy
+    from swarm.gateway.proxy import EgressRules, Proxy
     from swarm.gateway.upstreams import Upstream
 
 Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the ticket
@@ -41,7 +41,7 @@ class Secrets(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Permit:
+class Grant:
     """What an attempt was found to be allowed."""
 
     account: Account
@@ -50,17 +50,17 @@ class Permit:
     secrets: Mapping[str, str] = field(repr=False)
 
 
-class Reach:
+class AttemptEgress:
     """An attempt's open ways. ``env``: what its programs must know of them, its secrets included."""
 
     def __init__(
-        self, permit: Permit, gateway: Callable[[], Gateway], borders: Callable[[], Borders], record: Record
+        self, permit: Grant, gateway: Callable[[], Gateway], borders: Callable[[], EgressRules], record: Record
     ) -> None:
         self._permit = permit
         self._gateway = gateway
         self._borders = borders
         self._record_as_it_is = record
-        self._door: Door | None = None
+        self._door: AttemptListener | None = None
         self._proxy: Proxy | None = None
         self.env: dict[str, str] = dict(permit.secrets)
         self.redactor = Redactor(permit.secrets)
@@ -119,7 +119,7 @@ class Reach:
                 await way.close()
 
 
-class Outside:
+class Egress:
     """``gateway`` makes one; it is asked once at most. ``async with`` closes it. ``borders``: where proxies stop.
     ``one_off``: attempts here are of no ticket."""
 
@@ -127,7 +127,7 @@ class Outside:
         self,
         *,
         gateway: Callable[[], Gateway],
-        borders: Callable[[], Borders],
+        borders: Callable[[], EgressRules],
         secrets: Secrets | None = None,
         one_off: bool = False,
     ) -> None:
@@ -137,7 +137,7 @@ class Outside:
         self._secrets = secrets
         self._one_off = one_off
 
-    async def __aenter__(self) -> Outside:
+    async def __aenter__(self) -> Egress:
         return self
 
     async def __aexit__(
@@ -151,7 +151,7 @@ class Outside:
             self._made = self._make()
         return self._made
 
-    async def permit(self, claim: Claim) -> Permit:
+    async def permit(self, claim: Claim) -> Grant:
         """Raises NotConfigured: one sentence on what is missing on this host, or wrong with the agent."""
         agent = claim.agent
         try:
@@ -165,12 +165,12 @@ class Outside:
         except (UsageError, NotFound, HostError) as error:
             raise NotConfigured(f"the agent {agent.name!r} can't run here: {error}") from None
         account = account_of(claim, one_off=self._one_off)
-        return Permit(account=account, policy=allowed, services=services, secrets=secrets)
+        return Grant(account=account, policy=allowed, services=services, secrets=secrets)
 
     @asynccontextmanager
-    async def reach(self, permit: Permit, record: Record) -> AsyncIterator[Reach]:
+    async def reach(self, permit: Grant, record: Record) -> AsyncIterator[AttemptEgress]:
         """Ways that can be opened within the block. Leave it when the machine is gone: it waits for the last bills."""
-        reach = Reach(permit, self._gateway, self._borders, record)
+        reach = AttemptEgress(permit, self._gateway, self._borders, record)
         try:
             yield reach
         finally:

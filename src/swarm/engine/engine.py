@@ -22,7 +22,7 @@ from swarm.base import jsontext
 from swarm.base.clock import Timeline
 from swarm.base.redact import Redactor, Stream
 from swarm.channel import Exit
-from swarm.engine.egress import Outside, Reach
+from swarm.engine.egress import AttemptEgress, Egress
 from swarm.errors import (
     AgentFailed,
     AgentTimeout,
@@ -41,7 +41,7 @@ from swarm.errors import (
 from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Succeeded
 from swarm.vm.driver import Image, Layer, VmSpec
 from swarm.vm.drivers.console import printable
-from swarm.vm.launcher import Label, Launcher, Machine
+from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
 log = structlog.get_logger(__name__)
 
@@ -89,12 +89,12 @@ class Limits:
 
 class Engine:
     def __init__(
-        self, *, launcher: Launcher, images: ImageSource, layers: LayerSource, limits: Limits, outside: Outside
+        self, *, launcher: Launcher, images: ImageSource, layers: LayerSource, limits: Limits, egress: Egress
     ) -> None:
         self._launcher = launcher
         self._images = images
         self._layers = layers
-        self._outside = outside
+        self._egress = egress
         self._limits = limits
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
@@ -111,7 +111,7 @@ class Engine:
             if quoted := tail.quoted():
                 message += f"\nThe last that it printed:\n{quoted}"
             code = error.exit_code if isinstance(error, BadExit) else None
-            return Failed(reason=error.reason, message=message, retry=error.retry, exit_code=code)
+            return Failed(reason=error.reason, message=message, retryable=error.retryable, exit_code=code)
         except LeaseLost:
             raise
         except UsageError as error:  # the agent's files, arguments or environment can't be sent
@@ -123,13 +123,13 @@ class Engine:
         except SwarmError as error:
             if _is_host_out(error):
                 raise
-            return Failed(reason=FailureReason.HOST_ERROR, message=str(error), retry=True)
+            return Failed(reason=FailureReason.HOST_ERROR, message=str(error), retryable=True)
         except MemoryError:
             # Of this process, where a limit is set: perhaps by what this one agent left. Counted as a try, then, so
             # that such a ticket can't end one engine after the other.
             message = "the engine ran out of memory while it ran this ticket"
             log.error(message, ticket=claim.ticket.id)
-            return Failed(reason=FailureReason.HOST_ERROR, message=message, retry=True)
+            return Failed(reason=FailureReason.HOST_ERROR, message=message, retryable=True)
         except Exception as error:
             if _is_host_out(error):
                 raise HostError(f"this host can't go on running tickets: {error}") from error
@@ -137,14 +137,14 @@ class Engine:
             message = f"unexpected {type(error).__name__}: {error}"
             log.error(message, ticket=claim.ticket.id)
             log.debug("where", exc_info=True)
-            return Failed(reason=FailureReason.HOST_ERROR, message=message, retry=True)
+            return Failed(reason=FailureReason.HOST_ERROR, message=message, retryable=True)
         finally:
             timeline.mark("stopped")
 
     async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _Tail) -> str:
         agent = claim.agent
         given = _inputs(claim)  # before a VM is started for them
-        permit = await self._outside.permit(claim)
+        permit = await self._egress.permit(claim)
         image = await self._image(agent)
         spec = VmSpec(
             image=image,
@@ -156,22 +156,22 @@ class Engine:
             network_mb_per_second=agent.network_mb_per_second,
             preload=agent.preload if agent.runtime == "python" else (),
         )
-        label = Label(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
+        assignment = Assignment(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
         async with (
-            self._outside.reach(permit, watcher.record) as reach,
-            self._launcher.machine(spec, label, timeline) as machine,
+            self._egress.reach(permit, watcher.record) as reach,
+            self._launcher.vm(spec, assignment, timeline) as live,
         ):
             try:
-                await watcher.placed(machine.n)
-                await reach.open(lambda port: self._launcher.listen(machine, port))
+                await watcher.placed(live.n)
+                await reach.open(lambda port: self._launcher.listen(live, port))
                 tail.redact(reach.redactor)
-                await machine.unless_it_dies(_put(machine, claim, given))
+                await live.unless_it_dies(_put(live, claim, given))
                 timeline.mark("renewed")
-                ended = await machine.unless_it_dies(self._within_budget(claim, machine, tail, reach))
+                ended = await live.unless_it_dies(self._within_budget(claim, live, tail, reach))
                 timeline.mark("started", int(ended.started_at * 1e9))
                 timeline.mark("ended", int(ended.ended_at * 1e9))
                 judge(ended)
-                outputs = _redacted(await machine.unless_it_dies(self._collect(machine)), reach.redactor)
+                outputs = _redacted(await live.unless_it_dies(self._collect(live)), reach.redactor)
                 _check_outputs(agent, outputs)
                 timeline.mark("collected")
             except StepError:
@@ -180,7 +180,7 @@ class Engine:
                 raise
             finally:
                 reach.shut()
-                if frames := await self._launcher.refused(machine):
+                if frames := await self._launcher.refused(live):
                     watcher.record("egress", {"via": "tap", "refused": "source", "frames": frames})
         if (sums := reach.over_budget) is not None:
             raise OverBudget(sums)
@@ -194,14 +194,14 @@ class Engine:
                 raise NoImage(str(error)) from error
             raise
 
-    async def _within_budget(self, claim: Claim, machine: Machine, tail: _Tail, reach: Reach) -> Exit:
+    async def _within_budget(self, claim: Claim, live: LiveVm, tail: _Tail, reach: AttemptEgress) -> Exit:
         """An agent whose call a budget refused is told so, and gets a moment to end by itself."""
 
         async def told() -> None:
             await reach.exceeded()
             await asyncio.sleep(_OVER_BUDGET_SECONDS)
 
-        agent = asyncio.ensure_future(self._start(claim, machine, tail, reach.env))
+        agent = asyncio.ensure_future(self._start(claim, live, tail, reach.env))
         over = asyncio.ensure_future(told())
         try:
             await asyncio.wait({agent, over}, return_when=asyncio.FIRST_COMPLETED)
@@ -214,10 +214,10 @@ class Engine:
             await asyncio.gather(agent, over, return_exceptions=True)
             tail.end()
 
-    async def _start(self, claim: Claim, machine: Machine, tail: _Tail, env: Mapping[str, str]) -> Exit:
+    async def _start(self, claim: Claim, live: LiveVm, tail: _Tail, env: Mapping[str, str]) -> Exit:
         agent = claim.agent
         try:
-            return await machine.channel.run(
+            return await live.channel.run(
                 entry(agent),
                 env={**agent.env, **env},
                 warm=agent.runtime == "python",
@@ -229,8 +229,8 @@ class Engine:
         except AgentTimeout as error:
             raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}") from error
 
-    async def _collect(self, machine: Machine) -> str:
-        data = await machine.channel.get(f"{WORK_DIR}/{OUTPUT_FILE}", limit_bytes=self._limits.output_json_bytes)
+    async def _collect(self, live: LiveVm) -> str:
+        data = await live.channel.get(f"{WORK_DIR}/{OUTPUT_FILE}", limit_bytes=self._limits.output_json_bytes)
         if data is None:
             raise OutputInvalid(
                 f"the agent ended with status 0 but left no {OUTPUT_FILE} in its work directory",
@@ -344,12 +344,12 @@ def _is_host_out(error: BaseException | None) -> bool:
     return False
 
 
-async def _put(machine: Machine, claim: Claim, inputs: Any) -> None:
+async def _put(live: LiveVm, claim: Claim, inputs: Any) -> None:
     """The agent's files and its input; sent together, one round trip."""
     given = {INPUT_FILE: input_json(claim, inputs)}
     await asyncio.gather(
-        machine.channel.put_tree(Path(claim.agent.path), dest=AGENT_DIR, owner="root"),
-        machine.channel.put(given, dest=WORK_DIR, owner="agent"),
+        live.channel.put_tree(Path(claim.agent.path), dest=AGENT_DIR, owner="root"),
+        live.channel.put(given, dest=WORK_DIR, owner="agent"),
     )
 
 

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.engine.worker import Attempt, Worker
 from swarm.errors import Conflict, SwarmError
 from swarm.model import TERMINAL_TICKET_STATES, Claim, Ticket, TicketState
@@ -64,7 +64,7 @@ async def run_ticket(
                     waiting = ticket.state == TicketState.WAITING
                     await _next(tasks)
             finally:
-                await settle(_end(tasks))
+                await finish_uninterrupted(_end(tasks))
     except TimeoutError:
         raise SwarmError(
             f"ticket {ticket_id} did not end within {timeout_seconds:g} s; an attempt of ours was put back, uncounted"

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import structlog
 
 from swarm.base import faults
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.base.clock import Timeline
 from swarm.engine.engine import Watcher
 from swarm.errors import HostError, LeaseLost, StoreError, SwarmError
@@ -192,15 +192,17 @@ class Worker:
             try:
                 outcome = await self._execute(attempt)
             except asyncio.CancelledError:
-                await settle(self._finish(attempt, Interrupted()))
+                await finish_uninterrupted(self._finish(attempt, Interrupted()))
                 raise
             except Exception as error:
-                await settle(self._finish(attempt, Interrupted(message=f"the engine can't go on: {error}")))
+                await finish_uninterrupted(
+                    self._finish(attempt, Interrupted(message=f"the engine can't go on: {error}"))
+                )
                 if isinstance(error, OSError):
                     raise HostError(f"this host can't go on running tickets: {error}") from error
                 raise
             if outcome is not None:
-                outcome = await settle(self._finish(attempt, outcome))
+                outcome = await finish_uninterrupted(self._finish(attempt, outcome))
             else:
                 log.warning("lease lost, VM killed", ticket=claim.ticket.id, attempt=claim.attempt_id)
             if attempt.cancelled:
@@ -219,9 +221,9 @@ class Worker:
             outcome: Outcome | None = None
             if claim.in_workflow:
                 try:
-                    claim = replace(claim, inputs=await self._store.whole(claim.inputs))
+                    claim = replace(claim, inputs=await self._store.resolve_references(claim.inputs))
                 except StoreError as error:
-                    outcome = Failed(reason=FailureReason.HOST_ERROR, message=str(error), retry=True)
+                    outcome = Failed(reason=FailureReason.HOST_ERROR, message=str(error), retryable=True)
                 except SwarmError as error:
                     outcome = Failed(reason=FailureReason.INPUT_INVALID, message=f"its inputs: {error}")
             if outcome is None:

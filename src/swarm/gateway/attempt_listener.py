@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
-from swarm.gateway.connection_acceptor import Reception
+from swarm.gateway.connection_acceptor import ConnectionAcceptor
 from swarm.gateway.upstreams import Upstream
 from swarm.ledger import Account
 
@@ -47,7 +47,7 @@ def error(status: int, kind: str, message: str, **headers: str) -> web.Response:
     return web.json_response(body, status=status, headers=headers)
 
 
-class Door:
+class AttemptListener:
     """Made by `Gateway.door`, which closes it. ``exceeded`` is done when a budget has ended the attempt's work: its
     result says which, with the sums."""
 
@@ -59,14 +59,14 @@ class Door:
         listener: socket.socket,
         url: str,
         record: Record,
-        forward: Callable[[Door, web.BaseRequest, Upstream, str, str], Any],
+        forward: Callable[[AttemptListener, web.BaseRequest, Upstream, str, str], Any],
     ) -> None:
         self.account = account
         self.token = secrets.token_urlsafe(32)
         self.exceeded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.held_bytes = 0  # of request bodies, in memory
         self.failed_calls = 0
-        self.turn = asyncio.Lock()  # to ask the books again
+        self.reserve_lock = asyncio.Lock()  # to ask the books again
         self._services = services  # with their keys
         self._url = url
         self._record = record
@@ -74,11 +74,11 @@ class Door:
         self._forward = forward
         self._calls: set[asyncio.Task[Any]] = set()
         self._transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
-        self._reception = Reception(listener, most=MAX_CONNECTIONS, welcome=self._welcome)
+        self._reception = ConnectionAcceptor(listener, most=MAX_CONNECTIONS, welcome=self._welcome)
         self._server = _Server(self._handle, self._reception.left, _logger(self._ill))
 
     def __repr__(self) -> str:  # no key, no token
-        return f"<Door of attempt {self.account.attempt_id} at {self._url}>"
+        return f"<AttemptListener of attempt {self.account.attempt_id} at {self._url}>"
 
     @property
     def env(self) -> dict[str, str]:

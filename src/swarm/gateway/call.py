@@ -10,7 +10,7 @@ import aiohttp
 import structlog
 
 from swarm.errors import StoreError
-from swarm.gateway.metering_request import Asked
+from swarm.gateway.metering_request import MeteredRequest
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
 from swarm.gateway.usage import COUNTS, Meter, text_tokens, total
@@ -29,7 +29,7 @@ class Call:
     def __init__(
         self,
         order: Order | None,
-        asked: Asked | None,
+        asked: MeteredRequest | None,
         ledger: Ledger,
         upstream: Upstream,
         *,
@@ -47,7 +47,7 @@ class Call:
         self._status = 0
         self._meter: Meter | None = None
         self._bytes = 0
-        self._whole = False
+        self._complete = False
         self.sse = False
         self.left = True  # the service may have got it
         self.note = ""
@@ -81,23 +81,23 @@ class Call:
         return f"over budget: an answer of {self._meter.model} was cut when it had cost about {spent}, of {left} left"
 
     def end(self) -> bytes:
-        self._whole = True
+        self._complete = True
         return self._meter.end() if self._meter is not None else b""
 
-    def _counts(self, asked: Asked) -> tuple[dict[str, int], bool]:
+    def _counts(self, asked: MeteredRequest) -> tuple[dict[str, int], bool]:
         """Tokens by kind, and whether they are a guess."""
         meter = self._meter
         if meter is None and (self._status or not self.left):  # refused, or never there
             return {}, False
-        if meter is None or not (self.sse or self._whole):
+        if meter is None or not (self.sse or self._complete):
             # Who hangs up does not make the service forget what it was asked.
             self.note = self.note or "the answer was not seen to its end: counted with all that it may have cost"
             output = min(asked.longest, LEAST_OUTPUT_TOKENS) if asked.streams else asked.longest
             return {**asked.prompt, "output": output}, True
-        if self._whole and meter.told:
+        if self._complete and meter.told:
             return meter.counts(whole=True), False
         counts = meter.counts(whole=False)
-        if self._whole:
+        if self._complete:
             self.note = self.note or "the answer did not say what it used"
             counts |= {"input": meter.guessed_input, "output": text_tokens(self._bytes)}
         return counts, True
@@ -114,10 +114,10 @@ class Call:
     async def book(self, prices: Prices) -> None:
         assert self._order is not None
         assert self._asked is not None
-        order, meter, dearer = self._order, self._meter, self._asked.dearer
+        order, meter, surcharge = self._order, self._meter, self._asked.surcharge
         counts, estimated = self._counts(self._asked)
         name = meter.model if meter is not None else self._asked.model
-        model, price = name + dearer, prices.of(name, dearer) or self._price
+        model, price = name + surcharge, prices.of(name, surcharge) or self._price
         cost = price.usd(counts) if price is not None else None if total(counts) else 0.0
         if cost is None:
             self.note = self.note or f"no price for {model} in the list of {prices.date}"

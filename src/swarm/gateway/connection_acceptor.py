@@ -12,7 +12,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 
-class Reception:
+class ConnectionAcceptor:
     """Calls ``welcome`` with each connection, in a task; if it raises, the connection is over, else somebody must say
     `left` when it is. ``most`` may be in; more wait in the kernel's queue, which is bounded as well."""
 

@@ -19,13 +19,13 @@ import structlog
 import yarl
 from aiohttp import web
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import LeaseLost, NotFound, StoreError, UsageError
 from swarm.gateway import attempt_listener as doors
 from swarm.gateway import wire
-from swarm.gateway.attempt_listener import Door, Record, error
+from swarm.gateway.attempt_listener import AttemptListener, Record, error
 from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
-from swarm.gateway.metering_request import Asked, Unclear, read
+from swarm.gateway.metering_request import MeteredRequest, Unclear, read
 from swarm.gateway.policy import Policy
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Keys, Upstream
@@ -86,17 +86,17 @@ class Gateway:
         listener: socket.socket,
         url: str,
         record: Record,
-    ) -> Door:
+    ) -> AttemptListener:
         """An attempt's way to these services, open from now on: the caller closes it. ``listener`` listens where only
         its VM can connect, and is the door's from here on; ``url`` is how the VM sees it."""
-        return Door(
+        return AttemptListener(
             account=account, services=services, listener=listener, url=url, record=record, forward=self._forward
         )
 
     # --- one call -----------------------------------------------------------------------------------------------------
 
     async def _forward(
-        self, door: Door, request: web.BaseRequest, upstream: Upstream, key: str, target: str
+        self, door: AttemptListener, request: web.BaseRequest, upstream: Upstream, key: str, target: str
     ) -> web.StreamResponse:
         limit = int(upstream.body_mb * 1e6)
         try:
@@ -117,14 +117,14 @@ class Gateway:
             door.held_bytes -= len(body)
 
     async def _plain(
-        self, door: Door, request: web.BaseRequest, upstream: Upstream, key: str, target: str, body: bytes
+        self, door: AttemptListener, request: web.BaseRequest, upstream: Upstream, key: str, target: str, body: bytes
     ) -> web.StreamResponse:
         """A call that costs nothing."""
         call = Call(None, None, self._ledger, upstream)
         return await self._pass_on(call, door, request, upstream, key, target, body)
 
     async def _metered(
-        self, door: Door, request: web.BaseRequest, upstream: Upstream, key: str, target: str, body: bytes
+        self, door: AttemptListener, request: web.BaseRequest, upstream: Upstream, key: str, target: str, body: bytes
     ) -> web.StreamResponse:
         try:
             asked, body = read(body, upstream)
@@ -134,14 +134,14 @@ class Gateway:
             door.refuse("failures", model=asked.model)
             why = f"gateway: too many calls of this attempt have failed ({door.failed_calls})"
             return error(429, "rate_limit_error", why, **{"x-should-retry": "false"})
-        price = self._prices.of(asked.model, asked.dearer)
+        price = self._prices.of(asked.model, asked.surcharge)
         order = self._order(door, upstream, asked, price)
         try:
             granted = await self._reserve(door, order)
         except asyncio.CancelledError:
             call = Call(order, asked, self._ledger, upstream)
             call.given_up()
-            await settle(call.book(self._prices))
+            await finish_uninterrupted(call.book(self._prices))
             raise
         except (NotFound, LeaseLost) as gone:
             return error(403, "permission_error", str(gone), **{"x-should-retry": "false"})
@@ -159,10 +159,10 @@ class Gateway:
             return await self._pass_on(call, door, request, upstream, key, target, body)
         finally:
             door.failed_calls += call.failed
-            await settle(call.book(self._prices))
+            await finish_uninterrupted(call.book(self._prices))
             self._settled.set()
 
-    def _order(self, door: Door, upstream: Upstream, asked: Asked, price: Price | None) -> Order:
+    def _order(self, door: AttemptListener, upstream: Upstream, asked: MeteredRequest, price: Price | None) -> Order:
         def spend(output: int) -> Spend:
             counts = {**asked.prompt, "output": output}
             return Spend(tokens=total(counts), usd=None if price is None else price.usd(counts))
@@ -174,22 +174,22 @@ class Gateway:
             id=uuid.uuid4().hex,
             account=door.account,
             upstream=upstream.name,
-            model=asked.model + asked.dearer,
+            model=asked.model + asked.surcharge,
             most=most,
             least=least,
             day=self._day,
         )
 
-    async def _reserve(self, door: Door, order: Order) -> Granted | Busy | Refused:
+    async def _reserve(self, door: AttemptListener, order: Order) -> Granted | Busy | Refused:
         deadline = time.monotonic() + _BUSY_SECONDS
-        verdict = await settle(self._ledger.reserve(order))
+        verdict = await finish_uninterrupted(self._ledger.reserve(order))
         if not isinstance(verdict, Busy):
             return verdict
         # Whoever waits asks again and again: one of each door, or they would keep the database from all others.
-        async with door.turn:
+        async with door.reserve_lock:
             while isinstance(verdict, Busy) and time.monotonic() < deadline:
                 self._settled.clear()
-                verdict = await settle(self._ledger.reserve(order))
+                verdict = await finish_uninterrupted(self._ledger.reserve(order))
                 if isinstance(verdict, Busy):
                     try:  # another process settles without our hearing of it
                         async with asyncio.timeout(_LOOK_AGAIN_SECONDS):
@@ -201,7 +201,7 @@ class Gateway:
     async def _pass_on(
         self,
         call: Call,
-        door: Door,
+        door: AttemptListener,
         request: web.BaseRequest,
         upstream: Upstream,
         key: str,
@@ -209,7 +209,7 @@ class Gateway:
         body: bytes,
     ) -> web.StreamResponse:
         headers = wire.forwarded(request, upstream, key)
-        veil = wire.Veil(key)
+        veil = wire.KeyMasker(key)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, connect=_CONNECT_SECONDS)
         url = yarl.URL(upstream.base_url + target, encoded=True)
         response: web.StreamResponse | None = None
@@ -285,7 +285,7 @@ class _Crowded(Exception):
     pass
 
 
-async def _read(door: Door, request: web.BaseRequest, limit: int) -> bytes:
+async def _read(door: AttemptListener, request: web.BaseRequest, limit: int) -> bytes:
     """The request's body. Raises _TooLarge, _Crowded (other requests of this VM hold too much), TimeoutError."""
     if (request.content_length or 0) > limit:
         raise _TooLarge

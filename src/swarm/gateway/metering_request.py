@@ -1,7 +1,7 @@
 """What a request that costs tokens asks for, at most: read so that no service could read more into it.
 
 Whoever wrote it may want it to look cheaper than it is. So what can be read in two ways is refused, and what is dearer
-than usual counts as such: `Asked` holds for any service that takes the request as JSON is meant.
+than usual counts as such: `MeteredRequest` holds for any service that takes the request as JSON is meant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Unclear(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class MeteredRequest:
     """``prompt``: its tokens by kind, estimated. ``longest``: tokens that may be answered, in all answers together.
     ``dearer``: what of it costs more than the list price, as it stands behind the model's name in a price list."""
 
@@ -33,10 +33,10 @@ class Asked:
     streams: bool
     prompt: Mapping[str, int]
     longest: int
-    dearer: str = ""
+    surcharge: str = ""
 
 
-def read(body: bytes, upstream: Upstream) -> tuple[Asked, bytes]:
+def read(body: bytes, upstream: Upstream) -> tuple[MeteredRequest, bytes]:
     """And the body as it is to be sent. Raises Unclear."""
     if sum(map(body.count, (b"{", b"[", b","))) > _MOST_VALUES:
         raise Unclear("the request has too many values")
@@ -54,12 +54,12 @@ def read(body: bytes, upstream: Upstream) -> tuple[Asked, bytes]:
     answers = [_number(given, path, _MOST_ANSWERS) for path in upstream.answers]
     longest = max((limit for limit in limits if limit), default=upstream.output_default)
     surcharges = [one for one in upstream.surcharges if _is(given, one)]
-    return Asked(
+    return MeteredRequest(
         model=model[:200],
         streams=streams,
         prompt=prompt_counts(len(body), given),
         longest=longest * max((count for count in answers if count), default=1),
-        dearer="".join(f" {one}" for one in surcharges),
+        surcharge="".join(f" {one}" for one in surcharges),
     ), body
 
 

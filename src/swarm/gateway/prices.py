@@ -69,10 +69,10 @@ class Prices:
         self._models = models
         self.date = date
 
-    def of(self, model: str, dearer: str = "") -> Price | None:
+    def of(self, model: str, surcharge: str = "") -> Price | None:
         """By name, or by name without the date at its end. ``dearer``: of calls with a surcharge, which stands behind
         the name (" speed=fast")."""
-        return self._models.get(model + dearer) or self._models.get(_DATED.sub("", model) + dearer)
+        return self._models.get(model + surcharge) or self._models.get(_DATED.sub("", model) + surcharge)
 
 
 def load(own: Path | None) -> Prices:

@@ -26,7 +26,7 @@ import h11
 import psutil
 
 from swarm.gateway.attempt_listener import Record
-from swarm.gateway.connection_acceptor import Reception
+from swarm.gateway.connection_acceptor import ConnectionAcceptor
 from swarm.gateway.policy import Policy
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -60,7 +60,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Borders:
+class EgressRules:
     """Which addresses may be connected to. ``within``: networks that may be although they are private (a registry of
     one's own); ``never``: Swarm's own."""
 
@@ -86,7 +86,7 @@ class Proxy:
     """One attempt's; made and closed by `swarm.engine.egress`."""
 
     def __init__(
-        self, *, policy: Policy, borders: Borders, listener: socket.socket, address: str, record: Record
+        self, *, policy: Policy, borders: EgressRules, listener: socket.socket, address: str, record: Record
     ) -> None:
         self._policy = policy
         self._borders = borders
@@ -96,7 +96,7 @@ class Proxy:
         self._address = address
         self.token = secrets.token_urlsafe(32)
         self._credentials = base64.b64encode(f"{_USER}:{self.token}".encode())
-        self._reception = Reception(listener, most=_MAX_CONNECTIONS, welcome=self._welcome)
+        self._reception = ConnectionAcceptor(listener, most=_MAX_CONNECTIONS, welcome=self._welcome)
 
     @property
     def env(self) -> dict[str, str]:

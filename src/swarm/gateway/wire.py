@@ -40,12 +40,12 @@ def forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> CIMulti
     return headers
 
 
-def returned(answer: aiohttp.ClientResponse, veil: Veil) -> CIMultiDict[str]:
+def returned(answer: aiohttp.ClientResponse, veil: KeyMasker) -> CIMultiDict[str]:
     headers = _passed(answer.headers, _NOT_RETURNED | {"content-length"})
     return CIMultiDict((name, veil.text(value)) for name, value in headers.items())
 
 
-class Veil:
+class KeyMasker:
     """An answer without the key that went with its request: some services show in their errors what they were sent.
     What stands in its place is as long, so that lengths stay true."""
 

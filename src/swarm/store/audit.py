@@ -23,7 +23,7 @@ LOG: Final = sa.text(
 TICKETS: Final = sa.text(
     "SELECT t.id, t.state, t.run_id, r.status AS run_status, "
     "(SELECT count(*) FROM step_executions s WHERE s.run_id = t.run_id "
-    "AND s.status IN ('pending', 'waiting', 'ready', 'running')) + (r.untold IS NOT NULL) AS live_steps "
+    "AND s.status IN ('pending', 'waiting', 'ready', 'running')) + (r.unprocessed IS NOT NULL) AS live_steps "
     "FROM tickets t LEFT JOIN workflow_runs r ON r.id = t.run_id AND r.ticket_id = t.id "
     "WHERE t.updated_at >= :since OR t.state IN ('in_progress', 'waiting')"
 )
@@ -35,7 +35,7 @@ ATTEMPTS: Final = sa.text(
 )
 RUNNING_STEPS: Final = sa.text(
     "SELECT s.id, s.step_id, s.attempt_id, r.ticket_id, a.outcome, a.id AS attempt, s.attempt_id IS NULL AND "
-    "(s.fan IS NOT NULL OR EXISTS (SELECT 1 FROM workflow_runs w WHERE w.parent_step_id = s.id "
+    "(s.fan_out IS NOT NULL OR EXISTS (SELECT 1 FROM workflow_runs w WHERE w.parent_step_id = s.id "
     "AND w.status IN ('running', 'waiting'))) AS has_others FROM step_executions s "
     "LEFT JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN attempts a ON a.id = s.attempt_id "
     "WHERE s.status = 'running'"
@@ -44,7 +44,7 @@ RUNNING_STEPS: Final = sa.text(
 STALLED: Final = sa.text(
     "SELECT r.ticket_id, r.path FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id "
     "AND t.run_id = COALESCE(r.root_run_id, r.id) AND t.state IN ('in_progress', 'waiting') "
-    "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND r.untold IS NULL AND NOT EXISTS "
+    "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND r.unprocessed IS NULL AND NOT EXISTS "
     "(SELECT 1 FROM step_executions s WHERE s.run_id = r.id AND s.status IN ('waiting', 'ready', 'running'))"
 )
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import sqlalchemy as sa
 
 from swarm.errors import LeaseLost, NotFound
-from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Verdict
+from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Reservation
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import dump, iso, message
 from swarm.store.tickets.changes import INSERT_EVENT
@@ -82,7 +82,7 @@ FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC,
 """
 
 
-def reserve(tx: Tx, order: Order) -> Verdict:
+def reserve(tx: Tx, order: Order) -> Reservation:
     """Room in every budget that this call counts against, taken in the same transaction that looked for it.
 
     Budgets are read now: one that was raised meanwhile holds at once. Raises NotFound when the ticket is gone, and

@@ -15,7 +15,7 @@ import structlog
 
 from swarm.cel.jail import Jail
 from swarm.errors import StoreError
-from swarm.ledger import Bill, Limit, Order, Verdict
+from swarm.ledger import Bill, Limit, Order, Reservation
 from swarm.model import (
     Agent,
     BudgetPolicy,
@@ -34,16 +34,16 @@ from swarm.store.claims.claim import Claimed, ClaimRequest, Queue
 from swarm.store.registry import agents, schedules, secrets, webhooks, workflows
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.registry.secrets import Sealed, SecretRow
-from swarm.store.registry.webhooks import Answer, Call
+from swarm.store.registry.webhooks import WebhookAnswer, WebhookCall
 from swarm.store.registry.workflows import WorkflowRow
 from swarm.store.runs import artifacts
 from swarm.store.runs.artifacts import ArtifactRow
-from swarm.store.runs.background_planner import Decider
-from swarm.store.runs.workflow_engine import LANE_SECONDS, WorkflowExecutor
+from swarm.store.runs.background_planner import BackgroundPlanner
+from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
 from swarm.store.sql import database
 from swarm.store.sql.database import Database, Tx
 from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
-from swarm.store.sql.threads import Lane, each
+from swarm.store.sql.threads import ConnectionThread, each
 from swarm.store.sql.wake import Wake
 from swarm.store.tickets import events, tickets
 from swarm.workflow.definition import Workflow
@@ -89,11 +89,11 @@ _WORKFLOW = each(workflows.workflow)
 _WORKFLOWS = each(workflows.workflows)
 _ENABLE = each(workflows.enable)
 _DUE_SCHEDULES = each(schedules.due)
-_SETTLE_SCHEDULES = each(schedules.settle_all)
+_SYNC_SCHEDULES = each(schedules.sync_schedules)
 _FIRE_SCHEDULE = each(schedules.fire)
 _SCHEDULES = each(schedules.schedules)
 _CALL_WEBHOOK = each(webhooks.call)
-_WHOLE = each(artifacts.whole)
+_RESOLVE_REFERENCES = each(artifacts.resolve_references)
 _ARTIFACT = each(artifacts.data)
 _ARTIFACTS = each(artifacts.artifacts)
 _SWEEP_ARTIFACTS = each(artifacts.sweep)
@@ -108,15 +108,15 @@ class Store:
     makes it fast.
     """
 
-    def __init__(self, db: Database, *, over_budget: BudgetPolicy, lane_seconds: float) -> None:
+    def __init__(self, db: Database, *, over_budget: BudgetPolicy, planning_seconds: float) -> None:
         self._db = db
-        self._write = Lane(db, write=True)
-        self._read = Lane(db, write=False)
-        self._executor = WorkflowExecutor(lane_seconds=lane_seconds)
-        self._queue = Queue(self._executor)
-        self._finisher = finish.Finisher(self._executor, over_budget)
-        self._decider = Decider(db, self._executor, self._write)
-        self._answer = each(approvals.Approvals(self._executor).answer)
+        self._write = ConnectionThread(db, write=True)
+        self._read = ConnectionThread(db, write=False)
+        self._workflows = WorkflowEngine(planning_seconds=planning_seconds)
+        self._queue = Queue(self._workflows)
+        self._finisher = finish.Finisher(self._workflows, over_budget)
+        self._planner = BackgroundPlanner(db, self._workflows, self._write)
+        self._answer = each(approvals.Approvals(self._workflows).answer)
 
     @classmethod
     @asynccontextmanager
@@ -126,9 +126,9 @@ class Store:
         *,
         busy_timeout_seconds: float = 30.0,
         over_budget: BudgetPolicy = BudgetPolicy.FAIL,
-        lane_seconds: float = LANE_SECONDS,
+        planning_seconds: float = PLANNING_SECONDS,
     ) -> AsyncIterator[Store]:
-        """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db. ``lane_seconds``: how long
+        """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db. ``planning_seconds``: how long
         decisions on workflows may hold the write lock.
 
         Raises StoreError when there is something at that place that is no database, or no directory. A database that
@@ -136,7 +136,7 @@ class Store:
         """
         db = Database(url, busy_timeout_seconds=busy_timeout_seconds)
         db.check_directory()
-        store = cls(db, over_budget=over_budget, lane_seconds=lane_seconds)
+        store = cls(db, over_budget=over_budget, planning_seconds=planning_seconds)
         try:
             await store.revision()
             yield store
@@ -157,10 +157,10 @@ class Store:
     @property
     def jail(self) -> Jail:
         """Where expressions run that could cost much: one for each store, which ends it. Starts at first need."""
-        return self._executor.jail
+        return self._workflows.jail
 
     async def _close(self) -> None:
-        await self._decider.close()
+        await self._planner.close()
         await self._write.close()
         await self._read.close()
 
@@ -258,8 +258,8 @@ class Store:
             ticket_id=ticket_id, step=step, approved=approved, by=by, why=why, budget=budget or Limit()
         )
         answered, undecided = await self._write.call(self._answer, request)
-        self._decider.take_up(undecided)
-        await self._decider.decided()
+        self._planner.take_up(undecided)
+        await self._planner.decided()
         return answered
 
     async def queue(self) -> QueueStatus:
@@ -312,14 +312,14 @@ class Store:
             except asyncio.CancelledError:
                 future.add_done_callback(self._hand_back)
                 raise
-            self._decider.take_up(claimed.undecided)
+            self._planner.take_up(claimed.undecided)
             if claimed.claims or not claimed.more:
                 return claimed.claims
             future = self._write.submit(self._queue.claim, request)
 
     async def decided(self) -> bool:
         """Wait for the decisions of workflows that this store has taken up; False when there are none."""
-        return await self._decider.decided()
+        return await self._planner.decided()
 
     def _hand_back(self, future: asyncio.Future[Any]) -> None:
         if future.cancelled() or future.exception() is not None:
@@ -381,10 +381,10 @@ class Store:
 
     # --- artifacts --------------------------------------------------------------------------------------------------
 
-    async def whole(self, text: str) -> str:
+    async def resolve_references(self, text: str) -> str:
         """JSON of a workflow's step (its inputs, its outputs), artifacts in the place of references. Raises NotFound
         when one is gone, UsageError when they are too large together."""
-        return await self._read.call(_WHOLE, text) if artifacts.MARK in text else text
+        return await self._read.call(_RESOLVE_REFERENCES, text) if artifacts.MARK in text else text
 
     async def artifact(self, digest: str) -> str:
         """The JSON text of one, by its digest or the beginning of that. Raises NotFound."""
@@ -428,7 +428,7 @@ class Store:
 
     # --- model calls (swarm.ledger.Ledger) ----------------------------------------------------------------------------
 
-    async def reserve(self, order: Order) -> Verdict:
+    async def reserve(self, order: Order) -> Reservation:
         """Take what a model call may cost out of every budget that it counts against. Raises NotFound."""
         return await self._write.call(_RESERVE, order)
 
@@ -497,7 +497,7 @@ class Store:
         """Those whose time has come, and until the next one's does. Their rows follow the workflows first."""
         found = await self._read.call(_DUE_SCHEDULES, None)
         if found.stale:
-            await self._write.call(_SETTLE_SCHEDULES, None)
+            await self._write.call(_SYNC_SCHEDULES, None)
             found = await self._read.call(_DUE_SCHEDULES, None)
         return found
 
@@ -505,7 +505,7 @@ class Store:
         """Make its tickets, and move it on. False, and nothing done, when somebody else did, or it has changed."""
         return await self._write.call(_FIRE_SCHEDULE, request)
 
-    async def call_webhook(self, call: Call) -> Answer:
+    async def call_webhook(self, call: WebhookCall) -> WebhookAnswer:
         """Make the ticket of a request, or name the one that it made before. Raises Conflict for a key that came with
         another body."""
         return await self._write.call(_CALL_WEBHOOK, call)

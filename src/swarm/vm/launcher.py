@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from swarm.base.aio import settle, undoing
+from swarm.base.aio import finish_uninterrupted, undoing
 from swarm.base.clock import Timeline
 from swarm.base.process import start_time
 from swarm.channel import Channel, Identity, Renewed
@@ -29,11 +29,11 @@ from swarm.vm.driver import GUEST_GATEWAY, Slot, Template, Vm, VmSpec
 from swarm.vm.drivers.console import last_lines, printable
 from swarm.vm.drivers.disk import used_bytes
 from swarm.vm.network.network import Network
-from swarm.vm.rehearsal import COMMON_MODULES, SEED_BYTES, rehearse
 from swarm.vm.slots import ssh, sweep
-from swarm.vm.slots.inventory import Inventory, Kind, Place, VmRecord
-from swarm.vm.slots.slot_pool import Seat, Seats
+from swarm.vm.slots.inventory import Inventory, Kind, SlotLease, VmRecord
+from swarm.vm.slots.slot_pool import SlotPool, VmSlot
 from swarm.vm.template import Templates, shape
+from swarm.vm.warmup import COMMON_MODULES, SEED_BYTES, warm_template
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +47,7 @@ _PRELOAD_PATIENCE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Label:
+class Assignment:
     """Whom a VM serves, as others on this host see it."""
 
     ticket_id: str | None = None
@@ -55,14 +55,14 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class LiveVm:
     """A running VM with its own identity and an open channel."""
 
     n: int
     vm: Vm
     channel: Channel
     renewed: Renewed
-    seat: Seat
+    vm_slot: VmSlot
     identity: Identity = field(repr=False)
 
     async def unless_it_dies(self, work: Coroutine[Any, Any, T]) -> T:
@@ -73,7 +73,7 @@ class Machine:
 class Source(Protocol):
     """Where machines may be that were made ahead: the pool, which is above us."""
 
-    async def take(self, template: Template, label: Label, undo: AsyncExitStack) -> Machine | None:
+    async def take(self, template: Template, assignment: Assignment, undo: AsyncExitStack) -> LiveVm | None:
         """One that answers now, or None. ``undo`` ends it."""
 
 
@@ -101,41 +101,41 @@ class Launcher:
         self._inventory = inventory
         self._templates = templates if choice.probe.snapshots else None
         self._ssh = ssh_dir
-        self._seats = Seats(inventory=inventory, network=self._network, first=first_slot)
+        self._slots = SlotPool(inventory=inventory, network=self._network, first=first_slot)
         self._source: Source | None = None
         self._boot_timeout_seconds = boot_timeout_seconds
 
     @asynccontextmanager
-    async def machine(self, spec: VmSpec, label: Label, timeline: Timeline) -> AsyncIterator[Machine]:
+    async def vm(self, spec: VmSpec, assignment: Assignment, timeline: Timeline) -> AsyncIterator[LiveVm]:
         """A machine for the length of the block. Raises BootFailed, HostError."""
         template = await self.template(spec)
         timeline.mark("template")
         async with undoing() as undo:
-            machine = await self._source.take(template, label, undo) if self._source and template else None
-            if machine is not None:
+            live = await self._source.take(template, assignment, undo) if self._source and template else None
+            if live is not None:
                 for mark in ("slot", "running", "answered"):
                     timeline.mark(mark)
             else:
-                seat = await self._seats.take(undo)
-                machine = await self._launch(spec, template, seat, label, timeline, undo)
-            undo.callback(_report, machine, spec, label)  # before the VM's end
-            yield machine
+                vm_slot = await self._slots.take(undo)
+                live = await self._launch(spec, template, vm_slot, assignment, timeline, undo)
+            undo.callback(_report, live, spec, assignment)  # before the VM's end
+            yield live
 
     @asynccontextmanager
     async def keeping(self, slots: int, *, ahead: int = 0) -> AsyncIterator[None]:
         """While the block lasts, up to so many free network slots are kept for the next machines, and used again;
         ``ahead`` of them are made now, while nobody waits."""
-        self._seats.keep += slots
+        self._slots.keep += slots
         making = asyncio.create_task(self._stock(ahead), name="slots-ahead")
         try:
             yield
         finally:
             making.cancel()
-            await settle(_closed(making, self._seats))
+            await finish_uninterrupted(_closed(making, self._slots))
 
     async def _stock(self, slots: int) -> None:
         try:
-            await self._seats.stock(slots)
+            await self._slots.stock(slots)
         except SwarmError as error:
             log.warning("no network slot could be made ahead", error=str(error))
 
@@ -147,39 +147,39 @@ class Launcher:
         """Make every machine here again."""
         self._source = None
 
-    async def prepare(self, template: Template, undo: AsyncExitStack) -> Machine:
-        """A clone for nobody yet; `label` says later whom it serves."""
-        seat = await self._seats.take(undo)
-        return await self._launch(template.spec, template, seat, Label(), Timeline(), undo)
+    async def prepare(self, template: Template, undo: AsyncExitStack) -> LiveVm:
+        """A clone for nobody yet; `assignment` says later whom it serves."""
+        vm_slot = await self._slots.take(undo)
+        return await self._launch(template.spec, template, vm_slot, Assignment(), Timeline(), undo)
 
-    async def freshen(self, machine: Machine) -> None:
+    async def freshen(self, live: LiveVm) -> None:
         """Renew a machine once more: same identity, new randomness, the time of now."""
-        identity = replace(machine.identity, seed=os.urandom(SEED_BYTES))
-        renewed = await machine.unless_it_dies(machine.channel.renew(identity))
+        identity = replace(live.identity, seed=os.urandom(SEED_BYTES))
+        renewed = await live.unless_it_dies(live.channel.renew(identity))
         _check(renewed, identity, may_skip=not self._driver.networked)
 
-    async def listen(self, machine: Machine, port: int) -> tuple[socket.socket, str]:
+    async def listen(self, live: LiveVm, port: int) -> tuple[socket.socket, str]:
         """A socket that listens where this machine alone can connect, and its address as the machine sees it.
 
         A machine without a network of its own shares the host's: then any port of loopback."""
-        if self._network is None or machine.seat.slot is None:
+        if self._network is None or live.vm_slot.slot is None:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, f"127.0.0.1:{listener.getsockname()[1]}"
-        return await self._network.listen(machine.seat.slot, port), f"{GUEST_GATEWAY}:{port}"
+        return await self._network.listen(live.vm_slot.slot, port), f"{GUEST_GATEWAY}:{port}"
 
-    async def refused(self, machine: Machine) -> int:
+    async def refused(self, live: LiveVm) -> int:
         """How many frames it sent in another's name, or in no IPv4: all were dropped at its tap. Never raises."""
-        if self._network is None or machine.seat.slot is None:
+        if self._network is None or live.vm_slot.slot is None:
             return 0
         try:
-            return await self._network.refused(machine.seat.slot)
+            return await self._network.refused(live.vm_slot.slot)
         except (SwarmError, RuntimeError) as error:  # no more threads
-            log.warning("can't tell what a VM was refused", n=machine.n, error=str(error))
+            log.warning("can't tell what a VM was refused", n=live.n, error=str(error))
             return 0
 
-    def label(self, machine: Machine, label: Label) -> None:
+    def assignment(self, live: LiveVm, assignment: Assignment) -> None:
         """Say whom a machine serves now, as others on this host see it."""
-        _record(machine.seat, machine.vm, self._driver.name, label)
+        _record(live.vm_slot, live.vm, self._driver.name, assignment)
 
     async def template(self, spec: VmSpec, *, build: bool = True) -> Template | None:
         """The template for this shape, built now if there is none; None when this launcher makes no clones, or, without
@@ -197,15 +197,17 @@ class Launcher:
         # One VM is no reason to build a template; where there is one, its clone is up sooner.
         template = await self.template(spec, build=False) if seeded and spec.entropy else None
         async with undoing() as undo:
-            place = await sweep.take(self._inventory, self._network, n, replace=True)
-            undo.push_async_callback(asyncio.to_thread, place.release)
-            seat = Seat(place=place, slot=await self._slot(place, undo))
-            machine = await self._launch(spec, template, seat, Label(), Timeline(), undo, outlive=True, seeded=seeded)
+            lease = await sweep.take(self._inventory, self._network, n, replace=True)
+            undo.push_async_callback(asyncio.to_thread, lease.release)
+            vm_slot = VmSlot(lease=lease, slot=await self._slot(lease, undo))
+            live = await self._launch(
+                spec, template, vm_slot, Assignment(), Timeline(), undo, outlive=True, seeded=seeded
+            )
             if self._network is not None and seeded:
                 # So that who is told "VM 1 is up" finds its sshd up; without KVM its start takes a second or more.
-                await machine.unless_it_dies(machine.channel.sshd_ready(timeout_seconds=self._boot_timeout_seconds))
-            machine.channel.close()
-            record = place.hand_over()
+                await live.unless_it_dies(live.channel.sshd_ready(timeout_seconds=self._boot_timeout_seconds))
+            live.channel.close()
+            record = lease.hand_over()
             undo.pop_all()  # it stays; nothing may come between the two
         return record
 
@@ -221,51 +223,51 @@ class Launcher:
         self,
         spec: VmSpec,
         template: Template | None,
-        seat: Seat,
-        label: Label,
+        vm_slot: VmSlot,
+        assignment: Assignment,
         timeline: Timeline,
         undo: AsyncExitStack,
         *,
         outlive: bool = False,
         seeded: bool = True,
-    ) -> Machine:
-        place, slot = seat.place, seat.slot
+    ) -> LiveVm:
+        lease, slot = vm_slot.lease, vm_slot.slot
         timeline.mark("slot")
 
         async def start() -> Vm:
             if template is None:
-                vm = await self._driver.boot(spec, slot, place.dir, outlive=outlive)
+                vm = await self._driver.boot(spec, slot, lease.dir, outlive=outlive)
             else:
-                vm = await self._driver.restore(template, slot, place.dir, outlive=outlive)
+                vm = await self._driver.restore(template, slot, lease.dir, outlive=outlive)
             undo.push_async_callback(vm.kill)
-            _record(seat, vm, self._driver.name, label)
+            _record(vm_slot, vm, self._driver.name, assignment)
             return vm
 
-        vm = await settle(start())
+        vm = await finish_uninterrupted(start())
         timeline.mark("running")
-        identity, known_key = self._identity(place.n, seeded=seeded, sshd_ready=outlive and seeded)
+        identity, known_key = self._identity(lease.n, seeded=seeded, sshd_ready=outlive and seeded)
         token = template.token if template else identity.token
         channel = await self._connect(vm, token, undo, listening=template is not None, preloads=bool(spec.preload))
         timeline.mark("answered")
         renewed = await unless_it_dies(vm, channel.renew(identity))
         _check(renewed, identity, may_skip=not self._driver.networked)
         if outlive:
-            _write_token(place.dir / TOKEN_FILE, identity.token)
+            _write_token(lease.dir / TOKEN_FILE, identity.token)
             if slot:
                 await asyncio.to_thread(self._ssh.know, slot.address, known_key)
-        return Machine(n=place.n, vm=vm, channel=channel, renewed=renewed, seat=seat, identity=identity)
+        return LiveVm(n=lease.n, vm=vm, channel=channel, renewed=renewed, vm_slot=vm_slot, identity=identity)
 
-    async def _slot(self, place: Place, undo: AsyncExitStack) -> Slot | None:
+    async def _slot(self, lease: SlotLease, undo: AsyncExitStack) -> Slot | None:
         if self._network is None:
             return None
         network = self._network
 
         async def create() -> Slot:
-            slot = await network.create(place.n)  # which undoes itself; a Conflict means that the slot is not ours
-            undo.push_async_callback(network.destroy, place.n)
+            slot = await network.create(lease.n)  # which undoes itself; a Conflict means that the slot is not ours
+            undo.push_async_callback(network.destroy, lease.n)
             return slot
 
-        return await settle(create())
+        return await finish_uninterrupted(create())
 
     async def _connect(
         self, vm: Vm, token: bytes, undo: AsyncExitStack, *, listening: bool = False, preloads: bool = False
@@ -307,22 +309,22 @@ class Launcher:
         token = secrets.token_bytes(TOKEN_BYTES)
         full = replace(spec, preload=(*COMMON_MODULES, *spec.preload))
         async with undoing() as undo:
-            seat = await self._seats.take(undo)
+            vm_slot = await self._slots.take(undo)
 
             async def start() -> Vm:
-                vm = await self._driver.boot(full, seat.slot, seat.place.dir, for_template=True)
+                vm = await self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True)
                 undo.push_async_callback(vm.kill)
-                _record(seat, vm, self._driver.name, Label())
+                _record(vm_slot, vm, self._driver.name, Assignment())
                 return vm
 
-            vm = await settle(start())
+            vm = await finish_uninterrupted(start())
             async with AsyncExitStack() as connection:
                 channel = await self._connect(vm, token, connection, preloads=bool(spec.preload))
                 if failed := (await unless_it_dies(vm, channel.hello())).preload_failed:
                     said = "; ".join(f"{name}: {printable(why.encode())[:200]}" for name, why in failed.items())
-                    raise BootFailed(f"what the agent's manifest preloads can't be imported: {said}", retry=False)
+                    raise BootFailed(f"what the agent's manifest preloads can't be imported: {said}", retryable=False)
                 keeps_disk = getattr(self._driver, "keeps_disk", False)
-                await unless_it_dies(vm, rehearse(channel, token, work_disk=keeps_disk))
+                await unless_it_dies(vm, warm_template(channel, token, work_disk=keeps_disk))
             # The connection is closed, and with SO_LINGER 0 the guest holds no TCP state of it.
             await vm.snapshot(dir)
         return token
@@ -343,9 +345,9 @@ async def unless_it_dies(vm: Vm, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, death, return_exceptions=True)
 
 
-async def _closed(making: asyncio.Task[None], seats: Seats) -> None:
+async def _closed(making: asyncio.Task[None], vm_slots: SlotPool) -> None:
     await asyncio.gather(making, return_exceptions=True)
-    await seats.close()
+    await vm_slots.close()
 
 
 def _death(vm: Vm, how: str) -> StepError:
@@ -378,27 +380,27 @@ def _check(renewed: Renewed, identity: Identity, *, may_skip: bool = False) -> N
         raise BootFailed(f"the guest did not take its new {', '.join(wrong)}")
 
 
-def _record(seat: Seat, vm: Vm, driver: str, label: Label) -> None:
-    slot = seat.slot
-    seat.place.record(
+def _record(vm_slot: VmSlot, vm: Vm, driver: str, assignment: Assignment) -> None:
+    slot = vm_slot.slot
+    vm_slot.lease.record(
         VmRecord(
-            n=seat.place.n,
+            n=vm_slot.lease.n,
             kind=Kind.ATTEMPT,
             pid=vm.pid,
             started=start_time(vm.pid) or 0,
             driver=driver,
             netns=slot.netns if slot else "",
             address=str(slot.address) if slot else "",
-            ticket_id=label.ticket_id,
-            attempt_id=label.attempt_id,
+            ticket_id=assignment.ticket_id,
+            attempt_id=assignment.attempt_id,
         )
     )
 
 
-def _report(machine: Machine, spec: VmSpec, label: Label) -> None:
+def _report(live: LiveVm, spec: VmSpec, assignment: Assignment) -> None:
     """What a VM took, as the host sees it. (The guest's own last writes may not have got that far.)"""
-    used_mb = round(used_bytes(machine.seat.place.dir / "work.ext4") / (1 << 20), 1)
-    log.info("VM ends", vm=machine.n, ticket=label.ticket_id, work_disk_mb=used_mb, of_mb=spec.disk_mb)
+    used_mb = round(used_bytes(live.vm_slot.lease.dir / "work.ext4") / (1 << 20), 1)
+    log.info("VM ends", vm=live.n, ticket=assignment.ticket_id, work_disk_mb=used_mb, of_mb=spec.disk_mb)
 
 
 def _write_token(path: Path, token: bytes) -> None:

@@ -26,11 +26,11 @@ from typing import Final
 
 import structlog
 
-from swarm.base.aio import quietly, settle, undoing
+from swarm.base.aio import finish_uninterrupted, quietly, undoing
 from swarm.errors import HostError, SwarmError
 from swarm.vm.driver import Template, VmSpec
-from swarm.vm.launcher import Label, Launcher, Machine
-from swarm.vm.rehearsal import practise
+from swarm.vm.launcher import Assignment, Launcher, LiveVm
+from swarm.vm.warmup import warm_vm
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ _LOWEST: Final = 19
 class Ready:
     """A machine on the shelf. ``undo`` ends it."""
 
-    machine: Machine
+    live: LiveVm
     undo: AsyncExitStack
     born: float
     death: asyncio.Future[str]
@@ -86,7 +86,7 @@ class PoolStatus:
 
 
 class Pool:
-    """``async with Pool(launcher, warm=2):`` while the block lasts, `Launcher.machine` takes from here.
+    """``async with Pool(launcher, warm=2):`` while the block lasts, `Launcher.vm` takes from here.
 
     ``warm``: how many machines are kept ready of each template in use, or None to follow the demand; from the start,
     of those of ``specs``. ``hits`` and ``misses`` count what was asked for. One pool at a time; leave it when every
@@ -122,7 +122,7 @@ class Pool:
         return self
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        await settle(self._drain())
+        await finish_uninterrupted(self._drain())
 
     async def _open(self) -> None:
         """Templates may have to be built first: nobody waits for that."""
@@ -165,7 +165,7 @@ class Pool:
             for s in self._shelves.values()
         ]
 
-    async def take(self, template: Template, label: Label, undo: AsyncExitStack) -> Machine | None:
+    async def take(self, template: Template, assignment: Assignment, undo: AsyncExitStack) -> LiveVm | None:
         """A machine that answers now, or None when there is none. ``undo`` ends it."""
         shelf, now = self._shelf(template), time.monotonic()
         shelf.last_asked = now
@@ -175,14 +175,14 @@ class Pool:
                 ready = shelf.ready.popleft()
                 await undo.enter_async_context(ready.undo)
                 if ready.close_to_death(now) or not await self._answers(ready):
-                    log.warning("a warm VM was not used", vm=ready.machine.n, age_seconds=round(now - ready.born))
-                    await settle(quietly(ready.undo.aclose()))
+                    log.warning("a warm VM was not used", vm=ready.live.n, age_seconds=round(now - ready.born))
+                    await finish_uninterrupted(quietly(ready.undo.aclose()))
                     continue
                 ready.death.cancel()
-                _set_priority(ready.machine.vm.pid, 0)
-                self._launcher.label(ready.machine, label)
+                _set_priority(ready.live.vm.pid, 0)
+                self._launcher.assignment(ready.live, assignment)
                 self.hits += 1
-                return ready.machine
+                return ready.live
             self.misses += 1
             return None
         finally:
@@ -246,14 +246,14 @@ class Pool:
         shelf.template = await self._launcher.template(shelf.template.spec) or shelf.template
         began = time.monotonic()
         async with undoing() as undo:
-            machine = await self._launcher.prepare(shelf.template, undo)
-            _set_priority(machine.vm.pid, _LOWEST)  # what is left to do waits for those who work
-            await machine.unless_it_dies(practise(machine.channel))
-            await self._launcher.freshen(machine)
-            death = asyncio.ensure_future(machine.vm.wait())
+            live = await self._launcher.prepare(shelf.template, undo)
+            _set_priority(live.vm.pid, _LOWEST)  # what is left to do waits for those who work
+            await live.unless_it_dies(warm_vm(live.channel))
+            await self._launcher.freshen(live)
+            death = asyncio.ensure_future(live.vm.wait())
             death.add_done_callback(lambda _: self._news.set())
             undo.callback(death.cancel)
-            shelf.ready.append(Ready(machine=machine, undo=undo.pop_all(), born=time.monotonic(), death=death))
+            shelf.ready.append(Ready(live=live, undo=undo.pop_all(), born=time.monotonic(), death=death))
         shelf.make_seconds = 0.7 * shelf.make_seconds + 0.3 * (time.monotonic() - began)
 
     async def _retire(self) -> None:
@@ -270,13 +270,13 @@ class Pool:
             # The other maker may have let go of it while we closed what was on the one before.
             if not wanted and not shelf.making and not shelf.ready and self._shelves.get(key) is shelf:
                 del self._shelves[key]
-            await settle(_close(gone))
+            await finish_uninterrupted(_close(gone))
 
     async def _answers(self, ready: Ready) -> bool:
         """It lives, talks, and knows what time it is."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                hello = await ready.machine.channel.hello()
+                hello = await ready.live.channel.hello()
         except (SwarmError, TimeoutError):
             return False
         return abs(hello.clock_ns - time.time_ns()) < CLOCK_ERROR_SECONDS * 1e9
@@ -302,5 +302,5 @@ def _set_priority(pid: int, nice: int) -> None:
             os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
 
 
-async def _close(machines: list[Ready]) -> None:
-    await asyncio.gather(*(quietly(ready.undo.aclose()) for ready in machines))
+async def _close(lives: list[Ready]) -> None:
+    await asyncio.gather(*(quietly(ready.undo.aclose()) for ready in lives))

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import structlog
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import BootFailed, HostError, ImageError, NotFound
 from swarm.vm.driver import Driver, Probe, Template, VmSpec, host_tsc_khz
 
@@ -111,7 +111,7 @@ class Templates:
             try:
                 token = await build(place)
                 with self._said("the template was not built"):
-                    await settle(asyncio.to_thread(self._seal, place, key, parts, token))
+                    await finish_uninterrupted(asyncio.to_thread(self._seal, place, key, parts, token))
                     await _remove(self.dir / key)  # failed its verification
                     place.rename(self.dir / key)
             except (OSError, BootFailed) as error:
@@ -304,7 +304,7 @@ class Templates:
 async def _remove(place: Path) -> None:
     """While the lock is held: a thread that goes on removing after its caller was cancelled would take away what the
     next builder has made there."""
-    await settle(asyncio.to_thread(shutil.rmtree, place, ignore_errors=True))
+    await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, place, ignore_errors=True))
 
 
 def _used_at(place: Path) -> float:
@@ -339,7 +339,7 @@ def _recipe(driver: str) -> str:
     """
     here = Path(__file__)
     digest = hashlib.sha256()
-    for path in (Path(sys.modules[driver].__file__ or ""), here, here.with_name("rehearsal.py")):
+    for path in (Path(sys.modules[driver].__file__ or ""), here, here.with_name("warmup.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from swarm.model import FailureReason, Retry
+from swarm.model import FailureReason, RetryPolicy
 
 FORMAT: Final = 1  # of the frozen JSON
 
@@ -61,7 +61,7 @@ class Step:
     for_each: ForEach | None = None
     repeat: Repeat | None = None
     approval: Approval | None = None
-    retry: Retry | None = None  # None: the agent's own
+    retry: RetryPolicy | None = None  # None: the agent's own
     timeout_seconds: float | None = None
     continue_on_error: bool = False
 
@@ -189,6 +189,6 @@ def _step(data: Mapping[str, Any]) -> Step:
         retry = dict(known["retry"])
         if "on" in retry:
             retry["on"] = frozenset(map(FailureReason, retry["on"]))
-        known["retry"] = Retry(**retry)
+        known["retry"] = RetryPolicy(**retry)
     known["needs"] = tuple(known.get("needs", ()))
     return Step(**known)

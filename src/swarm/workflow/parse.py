@@ -18,7 +18,8 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from swarm.base import manifest
 from swarm.base.manifest import Document, Problem
-from swarm.model import FailureReason, Retry
+from swarm.fields import Name, RetryFields, Variable, Version, bounded
+from swarm.model import FailureReason, RetryPolicy
 from swarm.schema import SchemaError, check_schema, expand
 from swarm.workflow import schedule
 from swarm.workflow.definition import Approval, ForEach, Repeat, Schedule, Step, Webhook, Workflow
@@ -30,16 +31,13 @@ MAX_DEPTH: Final = 8  # of workflows within workflows
 MAX_SCHEDULES: Final = 20
 
 _M = TypeVar("_M", bound=pydantic.BaseModel)
-_Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
-_Version = Annotated[str, StringConstraints(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$")]
 _Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
 _Ref = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,80}(@[0-9A-Za-z.+-]{1,60})?$")]
-_Secret = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 _Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$")]
 _Text = Annotated[str, StringConstraints(max_length=4096)]
 _Expression = Annotated[str, StringConstraints(max_length=5000)]
 _Join = Literal["all", "any", "first_success"] | Annotated[int, Field(ge=1, le=MAX_STEPS)]
-_Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
+_Seconds = Annotated[float, bounded("timeout_seconds")]
 
 
 _MENDED_ROUNDS: Final = 4
@@ -50,12 +48,8 @@ class _Strict(pydantic.BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Retry(_Strict):
-    max_attempts: int = Field(default=1, ge=1, le=100)
-    delay_seconds: float = Field(default=1.0, ge=0, le=86_400)
-    factor: float = Field(default=2.0, ge=1, le=100)
-    max_delay_seconds: float = Field(default=300.0, ge=0, le=86_400)
-    on: list[str] = sorted(Retry().on)
+class _Retry(RetryFields, _Strict):
+    on: list[str] = sorted(RetryPolicy().on)
 
 
 class _ForEach(_Strict):
@@ -87,7 +81,7 @@ class _Step(_Strict):
     max_parallel: int | None = Field(default=None, ge=1, le=10_000)
     repeat: _Repeat | None = None
     approval: _Approval | str | bool | None = None
-    retry: _Retry | Annotated[int, Field(ge=1, le=100)] | None = None
+    retry: _Retry | Annotated[int, bounded("max_attempts")] | None = None
     timeout_seconds: _Seconds | None = None
     continue_on_error: bool = False
 
@@ -101,7 +95,7 @@ class _Schedule(_Strict):
 
 
 class _Webhook(_Strict):
-    secret: _Secret
+    secret: Variable
     header: _Header = "X-Swarm-Signature"
     timestamp: bool = True
     idempotency: _Header = "Idempotency-Key"
@@ -124,10 +118,10 @@ class _Body(_Strict):
 
 class _File(_Body):
     id: uuid.UUID | None = Field(default=None, strict=False)
-    name: _Name
-    version: _Version
-    budget_usd: float | None = Field(default=None, ge=0, le=1e9)
-    budget_tokens: int | None = Field(default=None, ge=0, le=10**15)
+    name: Name
+    version: Version
+    budget_usd: float | None = bounded("budget_usd", None)
+    budget_tokens: int | None = bounded("budget_tokens", None)
     schedule: _Schedule | Annotated[list[_Schedule | str], Field(max_length=MAX_SCHEDULES)] | str | None = None
     webhook: _Webhook | None = None
 
@@ -180,7 +174,7 @@ class _Builder:
             webhook=webhook,
         )
 
-    def _workflow(self, raw: _Body, path: manifest.Path, depth: int, **named: Any) -> Workflow:
+    def _workflow(self, raw: _Body, path: manifest.KeyPath, depth: int, **named: Any) -> Workflow:
         if depth > MAX_DEPTH:
             self._bad(path, f"workflows within workflows, more than {MAX_DEPTH} deep")
         return Workflow(
@@ -196,10 +190,10 @@ class _Builder:
             **named,
         )
 
-    def _steps(self, raw: Sequence[_Step], path: manifest.Path, depth: int) -> tuple[Step, ...]:
+    def _steps(self, raw: Sequence[_Step], path: manifest.KeyPath, depth: int) -> tuple[Step, ...]:
         return tuple(self._step(one, (*path, i), depth) for i, one in enumerate(raw))
 
-    def _step(self, raw: _Step, path: manifest.Path, depth: int) -> Step:
+    def _step(self, raw: _Step, path: manifest.KeyPath, depth: int) -> Step:
         workflow: Workflow | str | None = None
         if isinstance(raw.workflow, dict):
             body = self._model(_Body, raw.workflow, (*path, "workflow"))
@@ -239,7 +233,7 @@ class _Builder:
             continue_on_error=raw.continue_on_error,
         )
 
-    def _check_of_use(self, raw: _Step, path: manifest.Path) -> None:
+    def _check_of_use(self, raw: _Step, path: manifest.KeyPath) -> None:
         """Fields that would change nothing: whoever wrote them believes that they do."""
         if raw.agent:
             return
@@ -252,18 +246,18 @@ class _Builder:
                 said = "an approval alone has its timeout_seconds within `approval:`"
                 self._bad((*path, "timeout_seconds"), said, at_key=True)
 
-    def _retry(self, raw: _Retry | int | None, path: manifest.Path) -> Retry | None:
+    def _retry(self, raw: _Retry | int | None, path: manifest.KeyPath) -> RetryPolicy | None:
         if raw is None or isinstance(raw, int):
-            return None if raw is None else Retry(max_attempts=raw)
+            return None if raw is None else RetryPolicy(max_attempts=raw)
         reasons = set()
         for i, reason in enumerate(raw.on):
             try:
                 reasons.add(FailureReason(reason))
             except ValueError:
                 self._bad((*path, "on", i), f"{reason!r} is no reason; there are {', '.join(FailureReason)}")
-        return Retry(**{**raw.model_dump(exclude={"on"}), "on": frozenset(reasons)})
+        return RetryPolicy(**{**raw.model_dump(exclude={"on"}), "on": frozenset(reasons)})
 
-    def _schedule(self, raw: _Schedule | str, path: manifest.Path) -> Schedule:
+    def _schedule(self, raw: _Schedule | str, path: manifest.KeyPath) -> Schedule:
         one = Schedule(cron=raw) if isinstance(raw, str) else Schedule(**raw.model_dump())
         checks: tuple[tuple[str, Callable[[str], object], str], ...] = (
             ("cron", schedule.parse, one.cron),
@@ -278,7 +272,7 @@ class _Builder:
             self._bad((*path, "overlap"), "missed: all starts several at once, which overlap: allow alone lets it do")
         return one
 
-    def _schema(self, given: Mapping[str, Any] | None, path: manifest.Path) -> dict[str, Any] | None:
+    def _schema(self, given: Mapping[str, Any] | None, path: manifest.KeyPath) -> dict[str, Any] | None:
         if given is None:
             return None
         try:
@@ -289,7 +283,7 @@ class _Builder:
             return None
         return full
 
-    def _model(self, model: type[_M], value: Any, path: manifest.Path) -> _M | None:
+    def _model(self, model: type[_M], value: Any, path: manifest.KeyPath) -> _M | None:
         if not isinstance(value, dict):
             self._bad(path, "must be a mapping of fields, such as `name: my-workflow`")
             return None
@@ -305,14 +299,14 @@ class _Builder:
                 value = _mended(value, error)
         return None
 
-    def _said(self, path: manifest.Path) -> bool:
+    def _said(self, path: manifest.KeyPath) -> bool:
         """Has this place, or one in it, been complained of?"""
-        place = self._document.places.get(path)
-        inside = [self._document.places[p] for p in self._document.places if p[: len(path)] == path]
+        place = self._document.positions.get(path)
+        inside = [self._document.positions[p] for p in self._document.positions if p[: len(path)] == path]
         last = max((one.line for one in inside), default=0)
         return place is not None and any(place.line <= problem.line <= last for problem in self.problems)
 
-    def _bad(self, path: manifest.Path, message: str, *, at_key: bool = False) -> None:
+    def _bad(self, path: manifest.KeyPath, message: str, *, at_key: bool = False) -> None:
         self.problems.append(self._document.problem(path, message, at_key=at_key))
 
 
@@ -358,13 +352,13 @@ def _mended(value: dict[str, Any], error: pydantic.ValidationError) -> dict[str,
 
 def complaints(
     document: Document,
-    path: manifest.Path,
+    path: manifest.KeyPath,
     value: Any,
     error: pydantic.ValidationError,
     model: type[pydantic.BaseModel],
 ) -> list[Problem]:
     """One problem for each place. Of the branches of a union, only those count that got furthest."""
-    at: dict[manifest.Path, list[tuple[str, str]]] = {}
+    at: dict[manifest.KeyPath, list[tuple[str, str]]] = {}
     for one in error.errors():
         inner, rest = _place(value, one["loc"])
         kind = one["type"]
@@ -391,7 +385,7 @@ def complaints(
     return problems
 
 
-def _place(value: Any, loc: Sequence[str | int]) -> tuple[manifest.Path, list[str | int]]:
+def _place(value: Any, loc: Sequence[str | int]) -> tuple[manifest.KeyPath, list[str | int]]:
     """The part of pydantic's path that is in the value: the names of union branches are not."""
     path: list[str | int] = []
     rest: list[str | int] = []

@@ -23,7 +23,7 @@ from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import ExpressionError
 from swarm.model import RunStatus, StepStatus
 from swarm.workflow.definition import Step
-from swarm.workflow.fan_out import Children
+from swarm.workflow.fan_out import FanOut
 from swarm.workflow.planner_base import LIVE, Tally, was
 from swarm.workflow.state import (
     ENDED,
@@ -33,24 +33,24 @@ from swarm.workflow.state import (
     Complete,
     Decision,
     End,
-    Facts,
     Fail,
-    Progress,
+    RunContext,
+    RunProgress,
     Skip,
     StepState,
 )
 from swarm.workflow.structure import PHASES, Graph
 
 
-def begin(graph: Graph, known: Facts, evaluator: Evaluator) -> Decision:
+def begin(graph: Graph, known: RunContext, evaluator: Evaluator) -> Decision:
     """The first decision of a run whose steps are all pending."""
     return resume(graph, known, {}, evaluator)
 
 
 def advance(
     graph: Graph,
-    known: Facts,
-    progress: Progress,
+    known: RunContext,
+    progress: RunProgress,
     steps: Mapping[str, StepState],
     changed: Iterable[str],
     evaluator: Evaluator,
@@ -66,15 +66,20 @@ def advance(
     return planner.decision()
 
 
-def resume(graph: Graph, known: Facts, steps: Mapping[str, StepState], evaluator: Evaluator) -> Decision:
+def resume(graph: Graph, known: RunContext, steps: Mapping[str, StepState], evaluator: Evaluator) -> Decision:
     """Everything anew from the states alone: after steps were reset, or to mend a run. Looks at every step."""
-    planner = _Planner(graph, known, Progress(), steps, evaluator)
+    planner = _Planner(graph, known, RunProgress(), steps, evaluator)
     planner.again()
     return planner.decision()
 
 
 def expire(
-    graph: Graph, known: Facts, progress: Progress, steps: Mapping[str, StepState], evaluator: Evaluator, why: str
+    graph: Graph,
+    known: RunContext,
+    progress: RunProgress,
+    steps: Mapping[str, StepState],
+    evaluator: Evaluator,
+    why: str,
 ) -> Decision | None:
     """The run's time is over: what is under way ends, and its on_error steps follow. None when there are none, or when
     it was them that took so long."""
@@ -85,7 +90,7 @@ def expire(
     return planner.decision()
 
 
-class _Planner(Children):
+class _Planner(FanOut):
     def decision(self) -> Decision:
         while self._end is None:
             if self._ended:
@@ -151,8 +156,8 @@ class _Planner(Children):
             self._consider(step)
         elif state.status == WAITING:
             self._answered(step, state)
-        elif state.status == StepStatus.RUNNING and state.fan is not None:
-            self._recount(step, state.fan)
+        elif state.status == StepStatus.RUNNING and state.fan_out is not None:
+            self._recount(step, state.fan_out)
 
     # --- after an end ---
 

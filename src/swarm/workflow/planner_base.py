@@ -19,9 +19,9 @@ from swarm.workflow.state import (
     Cancel,
     Complete,
     End,
-    Facts,
     Fail,
-    Progress,
+    RunContext,
+    RunProgress,
     Skip,
     StepState,
 )
@@ -48,11 +48,16 @@ class Tally:
         return "wait" if self.succeeded + self.live >= wanted else "lost"
 
 
-class Desk:
+class PlannerBase:
     """One decision in the making. `children` and `plan` build upon it."""
 
     def __init__(
-        self, graph: Graph, known: Facts, progress: Progress, steps: Mapping[str, StepState], evaluator: Evaluator
+        self,
+        graph: Graph,
+        known: RunContext,
+        progress: RunProgress,
+        steps: Mapping[str, StepState],
+        evaluator: Evaluator,
     ) -> None:
         self._graph = graph
         self._known = known
@@ -120,7 +125,7 @@ class Desk:
 class _Steps(Mapping[str, Any]):
     """`steps` in expressions: looked up only when named."""
 
-    def __init__(self, planner: Desk, own: tuple[str, StepState] | None) -> None:
+    def __init__(self, planner: PlannerBase, own: tuple[str, StepState] | None) -> None:
         self._planner = planner
         self._own = own
 

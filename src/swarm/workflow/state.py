@@ -18,7 +18,7 @@ ENDED: Final[frozenset[str]] = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class RunContext:
     """What expressions may speak of besides steps; the same for the whole run, so it is kept with it. JSON values."""
 
     inputs: Any = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fan:
+class FanOutState:
     """How far a step with children is (for_each, or repeat). Kept in its row; the planner alone changes it."""
 
     count: int  # children that there are, skipped ones included
@@ -57,12 +57,12 @@ class StepState:
     inputs: Any = None
     outputs: Any = None
     error: str | None = None
-    fan: Fan | None = None
+    fan_out: FanOutState | None = None
     verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class RunProgress:
     """Where a run is. Kept in its row (a small JSON object); the planner alone changes it.
 
     ``phase`` is 'steps', then 'on_error' or 'on_success' where the workflow has such steps, then 'ended'. ``open``
@@ -122,7 +122,7 @@ class Expand:
 
     key: str
     children: tuple[Child, ...]
-    fan: Fan
+    fan_out: FanOutState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class Update:
     """Keep the new Fan in the step's row; its status is running."""
 
     key: str
-    fan: Fan
+    fan_out: FanOutState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,5 +180,5 @@ class Decision:
     """Do the actions in this order, keep the progress, and end the run if it says so; all in one transaction."""
 
     actions: tuple[Action, ...]
-    progress: Progress
+    progress: RunProgress
     end: End | None = None

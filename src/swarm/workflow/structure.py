@@ -11,7 +11,7 @@ from swarm.cel import template
 from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import ExpressionError
 from swarm.workflow.definition import Step, Workflow
-from swarm.workflow.state import Facts
+from swarm.workflow.state import RunContext
 
 PHASES: Final = ("steps", "on_error", "on_success")
 
@@ -60,9 +60,9 @@ class Graph:
         return tuple(one for one in self.steps if one in found or self.phase[one] != "steps")
 
 
-def facts(
+def run_context(
     workflow: Workflow, *, inputs: Any, trigger: Mapping[str, Any], ticket: Mapping[str, Any], evaluator: Evaluator
-) -> Facts:
+) -> RunContext:
     """What a run's expressions will see: inputs checked and with their defaults, variables filled in.
 
     Raises ExpressionError with a sentence for the run's `error` when the inputs don't fit or a variable has no value.
@@ -74,7 +74,7 @@ def facts(
             raise ExpressionError("the inputs don't fit the workflow: " + "; ".join(map(str, wrong)))
     names = {"inputs": inputs, "trigger": trigger, "ticket": ticket}
     variables = template.fill({"variables": dict(workflow.variables)}, names, evaluator)["variables"]
-    return Facts(inputs=inputs, variables=variables, trigger=trigger, ticket=ticket)
+    return RunContext(inputs=inputs, variables=variables, trigger=trigger, ticket=ticket)
 
 
 def _speaks_of(value: Any, roots: set[str]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from swarm import schema
-from swarm.base.manifest import Document, Invalid, Path, Problem
+from swarm.base.manifest import Document, Invalid, KeyPath, Problem
 from swarm.cel import template
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound
@@ -53,7 +53,7 @@ def validate(workflow: Workflow, registry: Registry, document: Document) -> list
     checker = _Checker(registry, document)
     checker.workflow(workflow, ())
     if not checker.problems:
-        checker.whole(workflow)
+        checker.check_all(workflow)
     return sorted(set(checker.problems))
 
 
@@ -73,7 +73,7 @@ class _Checker:
         self._document = document
         self.problems: list[Problem] = []
 
-    def workflow(self, flow: Workflow, path: Path, within: tuple[str, ...] = ()) -> None:
+    def workflow(self, flow: Workflow, path: KeyPath, within: tuple[str, ...] = ()) -> None:
         names: dict[str, Any] = {
             "inputs": flow.inputs_schema if flow.inputs_schema is not None else {},
             "trigger": _TRIGGER,
@@ -87,7 +87,7 @@ class _Checker:
         for kind in ("schedule", "webhook"):
             self._trigger(flow, kind, path)
         outputs: dict[str, Any] = {}
-        ids: dict[str, Path] = {}
+        ids: dict[str, KeyPath] = {}
         for part in ("steps", "on_error", "on_success"):
             for i, step in enumerate(getattr(flow, part)):
                 where = (*path, part, i)
@@ -106,7 +106,7 @@ class _Checker:
         for name, value in (flow.outputs or {}).items():
             self._value(value, (*path, "outputs", name), last)
 
-    def whole(self, flow: Workflow) -> None:
+    def check_all(self, flow: Workflow) -> None:
         try:
             count_steps(flow, self._registry)
         except Endless as error:
@@ -114,7 +114,7 @@ class _Checker:
 
     # --- the graph ---
 
-    def _order(self, steps: Sequence[Step], path: Path) -> dict[str, frozenset[str]]:
+    def _order(self, steps: Sequence[Step], path: KeyPath) -> dict[str, frozenset[str]]:
         """What comes before each step, directly or not. Complains of cycles, self-needs and unknown steps."""
         known = {step.id: i for i, step in enumerate(steps)}
         needs: dict[str, set[str]] = {}
@@ -151,7 +151,7 @@ class _Checker:
     def _part(
         self,
         steps: Sequence[Step],
-        path: Path,
+        path: KeyPath,
         names: Mapping[str, Any],
         outputs: Mapping[str, Any],
         before: Mapping[str, frozenset[str]],
@@ -161,11 +161,11 @@ class _Checker:
             scope = _Scope({**names, "steps": {}}, outputs, before[step.id] | earlier, f"the step {step.id!r}")
             self._one(step, (*path, i), scope)
 
-    def _one(self, step: Step, path: Path, scope: _Scope) -> None:
+    def _one(self, step: Step, path: KeyPath, scope: _Scope) -> None:
         inner = replace(scope, names=dict(scope.names))
         if step.for_each is not None:
             where = (*path, "for_each", "items")
-            if where not in self._document.places:
+            if where not in self._document.positions:
                 where = (*path, "for_each")
             items = self._wants(step.for_each.items, where, scope, {"type": "array"}, "for_each wants a list")
             inner.names["item"] = items.get("items", {}) if isinstance(items, Mapping) else {}
@@ -181,7 +181,7 @@ class _Checker:
         if step.approval is not None:
             message = (*path, "approval", "message")
             self._value(
-                step.approval.message, message if message in self._document.places else (*path, "approval"), inner
+                step.approval.message, message if message in self._document.positions else (*path, "approval"), inner
             )
         self._value(step.inputs, (*path, "inputs"), inner)
         wanted = self._inputs_schema(step)
@@ -190,7 +190,7 @@ class _Checker:
 
     # --- what it runs ---
 
-    def _outputs(self, step: Step, path: Path, within: tuple[str, ...]) -> Any:
+    def _outputs(self, step: Step, path: KeyPath, within: tuple[str, ...]) -> Any:
         """Schema of a step's outputs, or {}. Complains of agents and workflows that don't exist."""
         made: Any = {}
         if step.agent is not None:
@@ -202,20 +202,20 @@ class _Checker:
         elif isinstance(step.workflow, str):
             try:
                 named = self._registry.workflow(step.workflow)
-                made = self._whole(named)
+                made = self._outputs_of(named)
                 count_steps(named, self._registry, (step.workflow,))
             except (NotFound, Endless) as error:
                 self._bad((*path, "workflow"), str(error))
         elif step.workflow is not None:
             if len(within) < parse.MAX_DEPTH:
                 self.workflow(step.workflow, (*path, "workflow"), (*within, step.id))
-            made = self._whole(step.workflow)
+            made = self._outputs_of(step.workflow)
         else:
             made = schema.expand({"approved": "boolean", "by": "string", "why": "string?"})
         return {"type": "array", "items": made} if step.for_each is not None else made
 
     @staticmethod
-    def _whole(flow: Workflow) -> Any:
+    def _outputs_of(flow: Workflow) -> Any:
         if flow.outputs_schema is not None:
             return flow.outputs_schema
         return _object({name: {} for name in flow.outputs}) if flow.outputs is not None else {}
@@ -231,7 +231,7 @@ class _Checker:
         except NotFound:
             return None  # said already
 
-    def _fits(self, name: str, given: Mapping[str, Any], wanted: Any, path: Path, scope: _Scope) -> None:
+    def _fits(self, name: str, given: Mapping[str, Any], wanted: Any, path: KeyPath, scope: _Scope) -> None:
         properties = wanted.get("properties") or {}
         for key, value in given.items():
             inner = schema.at(wanted, (key,))
@@ -244,12 +244,14 @@ class _Checker:
             if key not in given and "default" not in (properties.get(key) or {}):
                 self._bad(path, f"{name} wants an input {key!r}")
 
-    def _trigger(self, flow: Workflow, kind: str, path: Path) -> None:
+    def _trigger(self, flow: Workflow, kind: str, path: KeyPath) -> None:
         given: tuple[Schedule | Webhook, ...] = flow.schedule
         if kind == "webhook":
             given = (flow.webhook,) if flow.webhook else ()
         for i, one in enumerate(given):
-            where = (*path, kind, i, "inputs") if (*path, kind, i) in self._document.places else (*path, kind, "inputs")
+            where = (
+                (*path, kind, i, "inputs") if (*path, kind, i) in self._document.positions else (*path, kind, "inputs")
+            )
             scope = _Scope({"trigger": _OF_TRIGGERS[kind]}, why=f"the inputs of the {kind}")
             self._value(one.inputs, where, scope)
             if flow.inputs_schema is not None:
@@ -257,7 +259,7 @@ class _Checker:
 
     # --- values ---
 
-    def _wants(self, value: Any, path: Path, scope: _Scope, wanted: Mapping[str, Any], message: str) -> Any:
+    def _wants(self, value: Any, path: KeyPath, scope: _Scope, wanted: Mapping[str, Any], message: str) -> Any:
         """Check a value that is one expression or a constant. Returns what schema it has."""
         if isinstance(value, str):
             try:
@@ -275,7 +277,7 @@ class _Checker:
             self._bad(path, f"{message}: {why}")
         return found
 
-    def _value(self, value: Any, path: Path, scope: _Scope) -> None:
+    def _value(self, value: Any, path: KeyPath, scope: _Scope) -> None:
         for inner, source in template.texts(value):
             try:
                 cut = template.text(source)
@@ -341,7 +343,7 @@ class _Checker:
             found = schema.at(scope.names.get(root, {}), path)
         return {} if found is False else found
 
-    def _bad(self, path: Path, message: str, *, at_key: bool = False, offset: int = 0) -> None:
+    def _bad(self, path: KeyPath, message: str, *, at_key: bool = False, offset: int = 0) -> None:
         self.problems.append(self._document.problem(path, message, at_key=at_key, offset=offset))
 
 

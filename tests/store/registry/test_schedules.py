@@ -166,7 +166,7 @@ async def test_a_ticket_of_a_schedule(store: Store, outside: Outside) -> None:
     )
     row = await only(store)
     assert (row.last_at, row.last_ticket_id) == ("2026-01-01T02:00:00.000Z", ticket.id)
-    assert (row.next_at, row.times_missed) == ("2026-01-02T02:00:00.000Z", 0)
+    assert (row.next_at, row.missed_count) == ("2026-01-02T02:00:00.000Z", 0)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ async def test_times_that_nobody_looked(
     await store.put_workflow(replace(FLOW, schedule=(replace(HOURLY, missed=missed),)))
     await store.shift_clock(3 * HOUR)
     await fire(store)
-    assert await times(store) == then and (await only(store)).times_missed == dropped
+    assert await times(store) == then and (await only(store)).missed_count == dropped
     told = [json.loads(ticket.trigger_data or "")["missed"] for ticket in await made(store)]
     assert sum(told) == (dropped if then else 0)
     await store.shift_clock(HOUR - 30 * 60_000)
@@ -208,7 +208,7 @@ async def test_times_that_come_while_the_one_before_runs(
     await store.cancel(first.id, "a test")
     await fire(store)
     assert await times(store) == while_it_runs + afterwards
-    assert (await only(store)).times_missed == missed
+    assert (await only(store)).missed_count == missed
     for ticket in await made(store):
         await store.cancel(ticket.id, "a test")
     await store.shift_clock(HOUR)
@@ -284,7 +284,7 @@ async def test_several_engines_make_one_ticket(store: Store, url: str) -> None:
             await store.shift_clock(HOUR)
             await asyncio.gather(*(fire(one) for one in (store, other, store)))
     assert len(await made(store)) == 5 * 2 * 4
-    assert sum(row.times_missed for row in await store.schedules()) == 0
+    assert sum(row.missed_count for row in await store.schedules()) == 0
 
 
 async def test_two_processes_make_one_ticket(store: Store, url: str) -> None:

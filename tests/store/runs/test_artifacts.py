@@ -68,7 +68,7 @@ def test_what_has_many_small_parts_goes_whole(value: Any) -> None:
     shelf = Shelf()
     there = shelf.kept(value)
     assert isinstance(there, Stored) and len(shelf.parts) == 1
-    assert stored.whole(there, limit_bytes=1 << 20) == value
+    assert stored.resolve_references(there, limit_bytes=1 << 20) == value
 
 
 def test_nested_deeply() -> None:
@@ -76,7 +76,7 @@ def test_nested_deeply() -> None:
     value = json.loads('{"a":[' * (depth // 2) + f'"{BIG}"' + "]}" * (depth // 2))
     there = artifacts.unpack(shelf.put(artifacts.pack_text(json.dumps(value))), shelf.load)
     assert stored.has_any(there) and len(shelf.parts) == 1
-    assert json.dumps(stored.whole(there, limit_bytes=1 << 20)) == json.dumps(value)
+    assert json.dumps(stored.resolve_references(there, limit_bytes=1 << 20)) == json.dumps(value)
 
 
 def test_a_digest_that_somebody_wrote_is_a_value() -> None:
@@ -113,11 +113,11 @@ def test_every_value_comes_back(value: Any) -> None:
     packed = artifacts.pack(value)
     assert len(packed.text.encode()) <= artifacts.INLINE_BYTES
     once = artifacts.unpack(shelf.put(packed), shelf.load)
-    assert stored.whole(once, limit_bytes=1 << 30) == value
+    assert stored.resolve_references(once, limit_bytes=1 << 30) == value
     twice = shelf.kept({"on": once, "list": [once]})  # handed on, as a step's input
-    assert stored.whole(twice, limit_bytes=1 << 30) == {"on": value, "list": [value]}
+    assert stored.resolve_references(twice, limit_bytes=1 << 30) == {"on": value, "list": [value]}
     raw = artifacts.unpack(shelf.put(artifacts.pack_text(json.dumps(value))), shelf.load)
-    assert stored.whole(raw, limit_bytes=1 << 30) == value
+    assert stored.resolve_references(raw, limit_bytes=1 << 30) == value
 
 
 # --- in expressions ---------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ async def serve(store: Store, behave: Behaviour, *, limit: int = 4) -> dict[str,
     while found := await claims(store, limit):
         for claim in found:
             given[claim.step_id] = claim.inputs
-            await finish(store, replace(claim, inputs=await store.whole(claim.inputs)), behave)
+            await finish(store, replace(claim, inputs=await store.resolve_references(claim.inputs)), behave)
     return given
 
 
@@ -204,7 +204,10 @@ async def test_steps_hand_on_references(store: Store, outside: Outside) -> None:
         (artifact.digest, 200_002, '"yy')
     ]
     assert len(given["pass_on"]) < 1000 and json.loads(given["look"]) == {"size": 200_000, "code": 7}
-    assert json.loads(await store.whole(given["pass_on"])) == {"all": {"log": LOG, "same": LOG, "code": 7}, "log": LOG}
+    assert json.loads(await store.resolve_references(given["pass_on"])) == {
+        "all": {"log": LOG, "same": LOG, "code": 7},
+        "log": LOG,
+    }
     ticket_ = await store.ticket("t")  # people and other tools get values
     assert ticket_.state == "done"
     assert json.loads(ticket_.outputs or "")["pass_on"]["log"] == LOG
@@ -243,7 +246,7 @@ async def test_what_an_agent_writes_is_no_reference(store: Store, outside: Outsi
     forged = {"log": {KEY: {"digest": artifact.digest, "bytes": artifact.bytes}}, "code": 1}
     await ticket(store, outside, CHAIN, id="thief")
     given = await serve(store, gives(build=forged))
-    assert json.loads(await store.whole(given["pass_on"])) == {"all": forged, "log": forged["log"]}
+    assert json.loads(await store.resolve_references(given["pass_on"])) == {"all": forged, "log": forged["log"]}
     assert json.loads(given["look"]) == {"size": 1, "code": 1}
     insert(outside, "plain", inputs=json.dumps(forged))  # a plain ticket's inputs are nobody's but its agent's
     claim = await claim_one(store)
@@ -291,7 +294,7 @@ async def test_one_that_is_gone_fails_what_looks_into_it(store: Store, outside: 
     steps = {claim.step_id: claim for claim in await claims(store)}
     assert set(steps) == {"pass_on"}
     with pytest.raises(NotFound, match="gone from the table"):
-        await store.whole(steps["pass_on"].inputs)
+        await store.resolve_references(steps["pass_on"].inputs)
     look = (await rows(store))["look"]
     assert look.status == "failed" and "is gone" in (look.error or "")
 
@@ -305,7 +308,7 @@ async def test_more_than_there_may_be(store: Store, outside: Outside) -> None:
     await finish(store, build, built)
     (b,) = await claims(store)
     with pytest.raises(UsageError, match="more than 16 MiB"):
-        await store.whole(b.inputs)
+        await store.resolve_references(b.inputs)
     await ticket(store, outside, f"steps: [{{id: build, agent: echo@1}}]\noutputs: {many}\n", id="u")
     await serve(store, built)
     found = await store.ticket("u")

@@ -69,7 +69,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> SqliteBackend:
     return SqliteBackend(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("lane_seconds", [0.05, -1.0], ids=["in the lane", "outside"])
+@pytest.mark.parametrize("planning_seconds", [0.05, -1.0], ids=["in the lane", "outside"])
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     steps=workflows(),
@@ -79,26 +79,26 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> SqliteBackend:
 )
 def test_any_workflow(
     backend: SqliteBackend,
-    lane_seconds: float,
+    planning_seconds: float,
     steps: list[dict[str, Any]],
     fail_fast: bool,
     moves: list[str],
     cancel_at: int | None,
 ) -> None:
-    history = History(backend.new(), steps, lane_seconds)
+    history = History(backend.new(), steps, planning_seconds)
     asyncio.run(history.play({"steps": steps, "fail_fast": fail_fast}, moves, cancel_at))
 
 
 class History:
-    def __init__(self, url: str, steps: list[dict[str, Any]], lane_seconds: float) -> None:
+    def __init__(self, url: str, steps: list[dict[str, Any]], planning_seconds: float) -> None:
         self.url = url
-        self.lane_seconds = lane_seconds
+        self.planning_seconds = planning_seconds
         self.steps: Mapping[str, dict[str, Any]] = {step["id"]: step for step in steps}
         self.completed: set[str] = set()
 
     async def play(self, flow: Mapping[str, Any], moves: list[str], cancel_at: int | None) -> None:
         outside, stack = SqliteOutside(self.url), AsyncExitStack()
-        store = await stack.enter_async_context(Store.open(self.url, lane_seconds=self.lane_seconds))
+        store = await stack.enter_async_context(Store.open(self.url, planning_seconds=self.planning_seconds))
         workflow = await register(store, _yaml(flow), name="any")
         insert(outside, "t", agent_id=None, execution_mode="workflow", workflow_id=workflow)
         running: list[Claim] = []
@@ -136,7 +136,9 @@ class History:
                 case "restart":
                     running.clear()
                     await stack.aclose()
-                    store = await stack.enter_async_context(Store.open(self.url, lane_seconds=self.lane_seconds))
+                    store = await stack.enter_async_context(
+                        Store.open(self.url, planning_seconds=self.planning_seconds)
+                    )
                     await store.shift_clock(LOST_MS)
         await self.judged(store, outside)
         await stack.aclose()
@@ -180,7 +182,7 @@ class History:
         assert not runs & {"running", "waiting"}, runs
         assert state == "cancelled" or set(self.steps) <= rows.keys()
         report = await store.audit(judge)
-        assert report.kept, report.offences
+        assert report.kept, report.violations
         assert left_overs(outside) == 0
 
 

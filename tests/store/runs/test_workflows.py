@@ -11,7 +11,7 @@ import pytest
 from swarm.admin.prove import judge
 from swarm.errors import Conflict, LeaseLost, NotFound, UsageError
 from swarm.model import Claim, Failed, FailureReason, Interrupted, Succeeded, Ticket
-from swarm.store.runs.workflow_engine import LANE_SECONDS
+from swarm.store.runs.workflow_engine import PLANNING_SECONDS
 from swarm.store.sql.threads import each
 from swarm.store.store import Store
 from tests.store.databases import LEASE, Outside, insert, left_overs
@@ -36,12 +36,12 @@ BROKEN = Exception("it broke")
 
 # Both ways of deciding: with a limit below 0 s, nothing is decided while the write lock is held.
 OUTSIDE = -1.0
-both_ways = pytest.mark.parametrize("lane_seconds", [LANE_SECONDS, OUTSIDE], ids=["in the lane", "outside"])
+both_ways = pytest.mark.parametrize("planning_seconds", [PLANNING_SECONDS, OUTSIDE], ids=["in the lane", "outside"])
 
 
 async def proved(store: Store, outside: Outside) -> None:
     report = await store.audit(judge)
-    assert report.kept, report.offences
+    assert report.kept, report.violations
     assert left_overs(outside) == 0
 
 
@@ -517,7 +517,7 @@ steps:
     )
     (a,) = await claims(store)
     await finish(store, a, gives(a=[1, 2, 3]))
-    assert outside.execute("SELECT untold FROM workflow_runs") == [('["a"]',)]
+    assert outside.execute("SELECT unprocessed FROM workflow_runs") == [('["a"]',)]
     assert (await store.due()).next_ms == 0  # any engine sees it
     assert await run(store) == ["b"]
     assert await state(store) == ("done", {"squares": [1, 4, 9]})
@@ -551,8 +551,8 @@ steps:
 
 
 @both_ways
-async def test_an_approval_over_a_restart(url: str, outside: Outside, lane_seconds: float) -> None:
-    async with Store.open(url, lane_seconds=lane_seconds) as store:
+async def test_an_approval_over_a_restart(url: str, outside: Outside, planning_seconds: float) -> None:
+    async with Store.open(url, planning_seconds=planning_seconds) as store:
         await ticket(store, outside, APPROVAL)
         assert await run(store) == ["draft"]
         assert (await state(store))[0] == "waiting"
@@ -560,7 +560,7 @@ async def test_an_approval_over_a_restart(url: str, outside: Outside, lane_secon
         assert [r.status for r in await store.runs("t")] == ["waiting"]
         assert (await store.queue()).waiting == 1
         await proved(store, outside)
-    async with Store.open(url, lane_seconds=lane_seconds) as store:
+    async with Store.open(url, planning_seconds=planning_seconds) as store:
         assert await claims(store) == []
         assert await store.answer("t", approved=True, by="ann", why="fine") == "check"
         assert (await state(store))[0] == "in_progress"
@@ -886,22 +886,22 @@ steps:
 """
 
 
-@pytest.mark.parametrize("lane_seconds", [OUTSIDE])
+@pytest.mark.parametrize("planning_seconds", [OUTSIDE])
 async def test_a_decision_that_came_too_late_is_made_again(store: Store, outside: Outside) -> None:
     """It wants to cancel what has ended meanwhile."""
     await ticket(store, outside, RACE)
     found = {claim.step_id: claim for claim in await claims(store)}
     await finish(store, found["quick"])
     run_id = (await store.ticket("t")).run_id or ""
-    late = await store._read.call(each(store._executor.decide), run_id)
+    late = await store._read.call(each(store._workflows.decide), run_id)
     assert late is not None and late.decision is not None
     assert [type(one).__name__ for one in late.decision.actions] == ["Cancel", "Start"]
     await finish(store, found["slow"])
-    assert await store._write.call(store._executor.apply, late) is True
+    assert await store._write.call(store._workflows.apply, late) is True
     assert (await statuses(store))["after"] == "pending"  # nothing of it was done
     assert await run(store) == ["after"]
     assert await statuses(store) == {"slow": "completed", "quick": "completed", "after": "completed"}
-    assert await store._write.call(store._executor.apply, late) is False  # and now it is of the past
+    assert await store._write.call(store._workflows.apply, late) is False  # and now it is of the past
     await proved(store, outside)
 
 

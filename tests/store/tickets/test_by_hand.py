@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from swarm.errors import Conflict, LeaseLost, NotFound
-from swarm.model import Event, FailureReason, Interrupted, Retry, Succeeded, Ticket
+from swarm.model import Event, FailureReason, Interrupted, RetryPolicy, Succeeded, Ticket
 from swarm.store.sql.rows import Renewal
 from swarm.store.store import Store
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, failed, insert
@@ -121,7 +121,7 @@ async def test_agents_come_back_whole(store: Store) -> None:
         secrets=("A", "B"),
         env={"K": "v w"},
         preload=("json",),
-        retry=Retry(max_attempts=9, on=frozenset({FailureReason.VM_DIED})),
+        retry=RetryPolicy(max_attempts=9, on=frozenset({FailureReason.VM_DIED})),
         idempotent=True,
     )
     await store.put_agent(full)

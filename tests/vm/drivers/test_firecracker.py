@@ -30,7 +30,7 @@ from swarm.vm.drivers.firecracker import FirecrackerDriver, FirecrackerVm
 from swarm.vm.drivers.firecracker_api import Refused
 from swarm.vm.drivers.jailer import Bound
 from swarm.vm.drivers.qemu import QemuDriver
-from swarm.vm.launcher import Label, Machine
+from swarm.vm.launcher import Assignment, LiveVm
 from swarm.vm.network import netns
 from tests.vm import firecracker_here
 from tests.vm.drivers.test_drivers import death_of, inside
@@ -160,7 +160,7 @@ async def test_refusals(
         assert caught.value.status == 400
         assert caught.value.fault
         assert re.search(fault, caught.value.fault), caught.value.fault
-        assert not caught.value.retry
+        assert not caught.value.retryable
 
 
 async def test_a_refused_vm_is_gone(settings: Settings, fc: FirecrackerDriver, talking: VmSpec) -> None:
@@ -375,15 +375,15 @@ async def test_the_limits_hold(settings: Settings, fc_image: Image) -> None:
     limited = dataclasses.replace(free, disk_mb_per_second=disk_limit, network_mb_per_second=network_limit)
     took = []
     for spec in (free, limited):
-        async with launcher.machine(spec, Label(), Timeline()) as machine:
-            took.append((await seconds_to_write(machine, blocks=3), await seconds_to_send(machine, megabytes=0.06)))
+        async with launcher.vm(spec, Assignment(), Timeline()) as live:
+            took.append((await seconds_to_write(live, blocks=3), await seconds_to_send(live, megabytes=0.06)))
     (free_disk, free_network), (disk, network) = took
     # A second's worth goes through at once, and the last request is paid for afterwards: 2 of 3 blocks of 0.5 MB wait.
     assert disk > 0.98 * (2 * 0.499712 - disk_limit) / disk_limit > free_disk, took
     assert network > (0.06 - network_limit) / network_limit > free_network, took
 
 
-async def seconds_to_write(machine: Machine, *, blocks: int) -> float:
+async def seconds_to_write(live: LiveVm, *, blocks: int) -> float:
     """Blocks of half a megabyte, past all caches; by the guest's own clock."""
     code = (
         "import mmap, os, time\n"
@@ -395,16 +395,16 @@ async def seconds_to_write(machine: Machine, *, blocks: int) -> float:
         "print(time.monotonic() - began)"
     )
     said: list[bytes] = []
-    ended = await machine.channel.run(
+    ended = await live.channel.run(
         ["/usr/bin/python3", "-S", "-c", code], timeout_seconds=120, on_output=lambda _, data: said.append(data)
     )
     assert ended.code == 0, said
     return float(b"".join(said))
 
 
-async def seconds_to_send(machine: Machine, *, megabytes: float) -> float:
+async def seconds_to_send(live: LiveVm, *, megabytes: float) -> float:
     began = time.monotonic()
-    await machine.channel.put({"big": os.urandom(round(megabytes * 1e6))}, dest="/work", owner="agent")
+    await live.channel.put({"big": os.urandom(round(megabytes * 1e6))}, dest="/work", owner="agent")
     return time.monotonic() - began
 
 

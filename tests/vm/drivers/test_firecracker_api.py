@@ -95,7 +95,7 @@ async def test_a_refusal_says_why(tmp_path: Path, answer: bytes, fault: str) -> 
             await api.put("/machine-config", vcpu_count=0)
     assert caught.value.fault == fault
     assert str(caught.value) == f"Firecracker refused PUT /machine-config: {fault}"
-    assert not caught.value.retry
+    assert not caught.value.retryable
 
 
 async def test_an_answer_without_an_end(tmp_path: Path) -> None:

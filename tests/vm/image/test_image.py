@@ -277,9 +277,9 @@ async def test_a_full_disk_and_a_missing_program_are_said_before_anything_is_don
     # A file that can't be executed, over the program, in a mount namespace of its own.
     check = (
         "import subprocess, sys; from pathlib import Path\n"
-        "from swarm.base.process import which; from swarm.vm import imagebuild\n"
+        "from swarm.base.process import which; from swarm.vm.image import build\n"
         "subprocess.run(['mount', '--bind', sys.argv[1], which('mkfs.erofs')], check=True)\n"
-        "imagebuild.check_host(for_base=False, where=Path('/'))"
+        "build.check_host(for_base=False, where=Path('/'))"
     )
     plain = tmp_path / "plain"
     plain.touch(mode=0o644)

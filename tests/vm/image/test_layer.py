@@ -20,7 +20,7 @@ from swarm.model import Agent, FailureReason
 from swarm.vm.driver import Image, Layer, VmSpec
 from swarm.vm.drivers import firecracker
 from swarm.vm.image.layer import HostLayers, Layers
-from swarm.vm.launcher import Label
+from swarm.vm.launcher import Assignment
 from tests.vm.packages_here import archive, deb, wheel, wheels_from
 
 pytestmark = pytest.mark.needs("qemu")
@@ -112,9 +112,9 @@ async def test_what_a_guest_finds(settings: Settings, image: Image, layer: Layer
     launcher = wiring.launcher(settings, await wiring.choice(settings))
     spec = VmSpec(image=image, layer=layer, memory_mb=192, disk_mb=256, preload=("greet",))
     said = bytearray()
-    async with launcher.machine(spec, Label(), Timeline()) as machine:
-        await machine.channel.put({"probe.py": PROBE.encode()}, dest="/agent", owner="root")
-        ended = await machine.channel.run(
+    async with launcher.vm(spec, Assignment(), Timeline()) as live:
+        await live.channel.put({"probe.py": PROBE.encode()}, dest="/agent", owner="root")
+        ended = await live.channel.run(
             ["/agent/probe.py"], warm=True, timeout_seconds=120, on_output=lambda _, data: said.extend(data)
         )
     assert ended.code == 0, said.decode()
@@ -138,7 +138,7 @@ async def test_a_preload_that_is_in_no_layer_is_said(settings: Settings, image: 
     launcher = wiring.launcher(settings, await wiring.choice(settings))
     with pytest.raises(BootFailed, match="can't be imported: greet: ModuleNotFoundError") as caught:
         await launcher.template(VmSpec(image=image, memory_mb=192, disk_mb=256, preload=("greet",)))
-    assert not caught.value.retry
+    assert not caught.value.retryable
 
 
 async def test_built_once_listed_found_and_removed(layers: Layers, layer: Layer, image: Image, wheels: Path) -> None:
@@ -154,7 +154,7 @@ async def test_built_once_listed_found_and_removed(layers: Layers, layer: Layer,
         await layers.find(WANTS, updated)
     with pytest.raises(LayerMissing, match="does not say what Debian"):
         await layers.find(WANTS, replace(image, packages={}))
-    assert caught.value.reason is FailureReason.LAYER_MISSING and not caught.value.retry
+    assert caught.value.reason is FailureReason.LAYER_MISSING and not caught.value.retryable
     wheels_only = an_agent("greet==1.0")
     assert layers.key(wheels_only, image) == layers.key(wheels_only, updated) != layers.key(WANTS, image)
     assert not list(layers.dir.glob(".building-*"))

@@ -59,32 +59,32 @@ def vmm() -> Iterator[tuple[int, int]]:
 
 
 def test_a_slot_is_reserved_used_and_released(inventory: Inventory) -> None:
-    place = inventory.reserve(7)
-    assert place.dir == inventory.dir(7) and place.dir.stat().st_mode & 0o777 == 0o700
+    lease = inventory.reserve(7)
+    assert lease.dir == inventory.dir(7) and lease.dir.stat().st_mode & 0o777 == 0o700
     (intent,) = inventory.records()
     assert (intent.n, intent.kind, intent.pid, intent.owner_pid) == (7, Kind.ATTEMPT, 0, os.getpid())
     assert intent.owner_alive and not intent.alive and intent.created_at.endswith("+00:00")
 
     me = os.getpid(), process.start_time(os.getpid()) or 0
-    place.record(VmRecord(n=7, pid=me[0], started=me[1], driver="qemu", ticket_id="t'\"\n", attempt_id="a"))
+    lease.record(VmRecord(n=7, pid=me[0], started=me[1], driver="qemu", ticket_id="t'\"\n", attempt_id="a"))
     (record,) = inventory.records()
     assert record.alive and record.ticket_id == "t'\"\n"
     assert (record.owner_pid, record.boot_id, record.created_at) == (me[0], boot_id(), intent.created_at)
 
     assert inventory.stale() == []
-    place.release()
-    place.release()
+    lease.release()
+    lease.release()
     assert inventory.numbers() == [] and inventory.records() == []
     assert [p for p in inventory.state_dir.rglob("*") if not p.is_dir()] == []
     with pytest.raises(Conflict, match="or given back"):
-        place.record(VmRecord(n=7))
+        lease.record(VmRecord(n=7))
 
 
 def test_only_one_holds_a_slot(inventory: Inventory) -> None:
-    place = inventory.reserve(7)
+    lease = inventory.reserve(7)
     with pytest.raises(Conflict, match=rf"VM 7 is in use by a command of Swarm's \(pid {os.getpid()}\)"):
         Inventory(state_dir=inventory.state_dir).reserve(7)
-    place.release()
+    lease.release()
     with owner(inventory, 7) as child:
         with pytest.raises(Conflict, match=f"pid {child.pid}"):
             inventory.reserve(7)
@@ -125,14 +125,14 @@ def test_free_slots_skip_what_is_there(inventory: Inventory) -> None:
 
 
 def test_a_vm_by_hand_outlives_its_command(inventory: Inventory) -> None:
-    place = inventory.reserve(1)
+    lease = inventory.reserve(1)
     with pytest.raises(Conflict, match="no VMM process was recorded"):
-        place.hand_over()
+        lease.hand_over()
     with vmm() as (pid, started):
-        place.record(VmRecord(n=1, pid=pid, started=started))
-        assert place.hand_over().kind is Kind.MANUAL
+        lease.record(VmRecord(n=1, pid=pid, started=started))
+        assert lease.hand_over().kind is Kind.MANUAL
         assert inventory.stale() == [] and inventory.held() == {}
-        place.release()  # as a clean-up that runs all the same would: it is not ours any more
+        lease.release()  # as a clean-up that runs all the same would: it is not ours any more
         with pytest.raises(Conflict, match=rf"VM 1 runs \(pid {pid}\), started by hand"):
             inventory.reserve(1)
         replacing = inventory.reserve(1, replace=True)
@@ -143,10 +143,10 @@ def test_a_vm_by_hand_outlives_its_command(inventory: Inventory) -> None:
 
 
 def test_pids_mean_nothing_after_a_reboot(inventory: Inventory) -> None:
-    place = inventory.reserve(1)
+    lease = inventory.reserve(1)
     with vmm() as (pid, started):
-        place.record(VmRecord(n=1, pid=pid, started=started, boot_id="another"))
-        place.hand_over()
+        lease.record(VmRecord(n=1, pid=pid, started=started, boot_id="another"))
+        lease.hand_over()
         assert not inventory.records()[0].alive
         assert len(inventory.stale()) == 1
 
@@ -197,9 +197,9 @@ def test_other_files_are_not_vms(inventory: Inventory) -> None:
 
 
 async def test_many_tasks_share_the_slots(inventory: Inventory) -> None:
-    places = await asyncio.gather(*(asyncio.to_thread(inventory.reserve_free, 1000) for _ in range(40)))
-    assert len({p.n for p in places}) == 40
-    await asyncio.gather(*(asyncio.to_thread(p.release) for p in places))
+    leases = await asyncio.gather(*(asyncio.to_thread(inventory.reserve_free, 1000) for _ in range(40)))
+    assert len({p.n for p in leases}) == 40
+    await asyncio.gather(*(asyncio.to_thread(p.release) for p in leases))
     assert inventory.numbers() == []
 
 
@@ -282,7 +282,7 @@ def test_a_state_dir_that_cant_be_used_is_named(tmp_path: Path) -> None:
 
 def test_an_unfinished_reservation_is_not_taken_for_an_owner(inventory: Inventory) -> None:
     """Between another's lock and its record there is nothing to read: that passes."""
-    place = inventory.reserve(1)
-    (place.dir / "vm.json").unlink()
+    lease = inventory.reserve(1)
+    (lease.dir / "vm.json").unlink()
     with pytest.raises(Busy, match="try again"):
         inventory.reserve(1)

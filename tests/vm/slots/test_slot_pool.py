@@ -1,4 +1,4 @@
-"""Seats: places with their network, where somebody else may have taken a number, or a removal fails."""
+"""SlotPool: places with their network, where somebody else may have taken a number, or a removal fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from swarm.app import wiring
 from swarm.base.aio import undoing
 from swarm.base.process import run
 from swarm.config import Settings
-from swarm.vm.slots.slot_pool import Seats
+from swarm.vm.slots.slot_pool import SlotPool
 
 pytestmark = pytest.mark.needs("netns", "root")
 
@@ -17,12 +17,12 @@ FIRST = 4000
 
 async def test_a_number_that_somebody_else_has_is_passed_over(settings: Settings) -> None:
     """Else the lowest number would be tried, and fail, for ever: no ticket of this host would run again."""
-    seats = Seats(inventory=wiring.inventory(settings), network=wiring.network(settings), first=FIRST)
+    vm_slots = SlotPool(inventory=wiring.inventory(settings), network=wiring.network(settings), first=FIRST)
     await run(["ip", "netns", "add", f"vm{FIRST}"])
     try:
         async with undoing() as undo:
-            seat = await seats.take(undo)
-            assert seat.place.n == FIRST + 1
+            vm_slot = await vm_slots.take(undo)
+            assert vm_slot.lease.n == FIRST + 1
         assert f"vm{FIRST}" in (await run(["ip", "netns", "list"])).stdout.decode().split()  # theirs is untouched
         assert wiring.inventory(settings).numbers() == []
     finally:
@@ -30,18 +30,18 @@ async def test_a_number_that_somebody_else_has_is_passed_over(settings: Settings
 
 
 async def test_a_free_seat_is_used_again_and_removed_at_the_end(settings: Settings) -> None:
-    seats = Seats(inventory=wiring.inventory(settings), network=wiring.network(settings), first=FIRST)
-    seats.keep = 1
+    vm_slots = SlotPool(inventory=wiring.inventory(settings), network=wiring.network(settings), first=FIRST)
+    vm_slots.keep = 1
     numbers = []
     for _ in range(3):
         async with undoing() as undo:
-            seat = await seats.take(undo)
-            (seat.place.dir / "left").write_text("by the last VM")
-            numbers.append(seat.place.n)
-        await seats.settled()
-        assert seats.free == 1
-        assert [entry.name for entry in seat.place.dir.iterdir()] == ["vm.json"]
+            vm_slot = await vm_slots.take(undo)
+            (vm_slot.lease.dir / "left").write_text("by the last VM")
+            numbers.append(vm_slot.lease.n)
+        await vm_slots.idle()
+        assert vm_slots.free == 1
+        assert [entry.name for entry in vm_slot.lease.dir.iterdir()] == ["vm.json"]
     assert numbers == [FIRST] * 3
-    await seats.close()
+    await vm_slots.close()
     assert wiring.inventory(settings).numbers() == []
     assert await wiring.network(settings).list() == []

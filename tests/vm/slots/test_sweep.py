@@ -142,15 +142,15 @@ async def test_taking_a_slot_removes_what_was_there(inventory: Inventory, networ
         child.communicate()
         with pytest.raises(Conflict, match="started by hand"):
             await sweep.take(inventory, network, 1, replace=False)
-        place = await sweep.take(inventory, network, 1)
+        lease = await sweep.take(inventory, network, 1)
     assert not lives(vmm) and await network.list() == []
     await network.create(1)
-    place.record(VmRecord(n=1))
+    lease.record(VmRecord(n=1))
     with pytest.raises(Conflict, match=f"pid {os.getpid()}"):
         await sweep.take(inventory, network, 1)
     with pytest.raises(Conflict, match=f"pid {os.getpid()}"):
         await sweep.remove_vm(inventory, network, 1)
-    place.let_go()  # as if we had died
+    lease.let_go()  # as if we had died
     await sweep.remove_vm(inventory, network, 1)
     assert await network.list() == []
     with pytest.raises(NotFound, match="there is no VM 1"):
@@ -232,8 +232,8 @@ async def test_another_installs_vms_are_kept_while_they_are_used(inventory: Inve
     elsewhere = Network(subnet=IPv4Network("10.0.0.0/16"), bridge="br0", owner=str(theirs.state_dir))
     ours = Network(subnet=IPv4Network("10.0.0.0/16"), bridge="br0", owner=str(inventory.state_dir))
     used, forgotten = theirs.reserve(7), theirs.reserve(8)
-    for place in (used, forgotten):
-        await elsewhere.create(place.n)
+    for lease in (used, forgotten):
+        await elsewhere.create(lease.n)
     forgotten.let_go()
     report = await sweep.cleanup(inventory, ours)
     assert report.removed == (f"VM 8 of {theirs.state_dir}",)
@@ -279,10 +279,10 @@ async def test_one_stuck_vm_does_not_stop_the_others(inventory: Inventory, netwo
 
 async def test_without_a_network_only_process_and_files_go(inventory: Inventory) -> None:
     """The driver `process` has no network."""
-    place = inventory.reserve(1)
-    child = await process.spawn(["sleep", "600"], output=place.dir / "log")
-    place.record(VmRecord(n=1, kind=Kind.ATTEMPT, pid=child.pid, started=process.start_time(child.pid) or 0))
-    place.let_go()
+    lease = inventory.reserve(1)
+    child = await process.spawn(["sleep", "600"], output=lease.dir / "log")
+    lease.record(VmRecord(n=1, kind=Kind.ATTEMPT, pid=child.pid, started=process.start_time(child.pid) or 0))
+    lease.let_go()
     assert [r.n for r in (await sweep.sweep(inventory, None)).removed] == [1]
     await child.wait()
     assert inventory.numbers() == []
@@ -291,9 +291,9 @@ async def test_without_a_network_only_process_and_files_go(inventory: Inventory)
 async def test_a_vm_without_a_network_leaves_the_network_alone(inventory: Inventory, network: Network) -> None:
     """One of the driver `process` has a number, but no namespace: the one of that name is somebody else's."""
     await network.create(1)
-    place = inventory.reserve(1)
-    place.record(VmRecord(n=1, pid=1, driver="process"))
-    place.let_go()
+    lease = inventory.reserve(1)
+    lease.record(VmRecord(n=1, pid=1, driver="process"))
+    lease.let_go()
     assert [r.n for r in (await sweep.sweep(inventory, network)).removed] == [1]
     assert [slot.n for slot in await network.list()] == [1]
 
@@ -302,25 +302,25 @@ async def test_cleanup_spares_what_an_engine_makes_meanwhile(
     inventory: Inventory, network: Network, settings: Settings
 ) -> None:
     """An engine takes a slot after the clean-up has looked at all directories, before it looks at the namespaces."""
-    places = []
+    leases = []
 
     class Meanwhile(Network):
         async def list(self) -> list[Slot]:
-            places.append(inventory.reserve(1000))
+            leases.append(inventory.reserve(1000))
             await network.create(1000)
             return await super().list()
 
     report = await sweep.cleanup(inventory, Meanwhile(subnet=settings.subnet, bridge=settings.bridge))
     assert [slot.n for slot in await network.list()] == [1000]
     assert not report.removed and not report.failed and len(report.kept) == 1
-    places[0].release()
+    leases[0].release()
 
 
 async def test_what_a_killed_probe_boot_leaves_is_swept(inventory: Inventory) -> None:
     for name in ("probe-dead", "probe-alive", "probe-new"):
-        (place := inventory.state_dir / name).mkdir(parents=True)
-        (place / "work.ext4").touch()
-        os.utime(place, (1, 1) if name != "probe-new" else None)
+        (lease := inventory.state_dir / name).mkdir(parents=True)
+        (lease / "work.ext4").touch()
+        os.utime(lease, (1, 1) if name != "probe-new" else None)
     alive = os.open(inventory.state_dir / "probe-alive", os.O_RDONLY)
     try:
         fcntl.flock(alive, fcntl.LOCK_SH)

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from swarm.errors import Conflict, UsageError
 from swarm.ledger import Limit
 from swarm.model import Event, FailureReason, StepStatus, Ticket
-from swarm.store.runs.workflow_engine import WAITING_COLUMNS, WorkflowExecutor, answer, refresh_waiting
+from swarm.store.runs.workflow_engine import WAITING_COLUMNS, WorkflowEngine, answer, refresh_waiting
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import lenient, message
 from swarm.store.tickets import dependencies, tickets
@@ -45,8 +45,8 @@ _RAISE: Final = sa.text(
 
 
 class Approvals:
-    def __init__(self, executor: WorkflowExecutor) -> None:
-        self._executor = executor
+    def __init__(self, workflows: WorkflowEngine) -> None:
+        self._workflows = workflows
 
     def answer(self, tx: Tx, request: AnswerRequest) -> tuple[str, list[str]]:
         """The step that was answered, and runs for the caller to decide on.
@@ -76,7 +76,7 @@ class Approvals:
             )
         else:
             answer(changes, row, verdict)
-        undecided = self._executor.settle(changes, take_up=True)
+        undecided = self._workflows.advance_workflows(changes, take_up=True)
         dependencies.release(changes)
         return str(lenient(step)), undecided
 

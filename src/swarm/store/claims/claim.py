@@ -14,9 +14,9 @@ import sqlalchemy as sa
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
 from swarm.store.claims.finish import sweep
-from swarm.store.claims.maintenance import AT_ONCE, Upkeep, fail_row, has_clean_id
+from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_row, has_clean_id
 from swarm.store.registry.agents import IDS_OF_NAMES, Agents
-from swarm.store.runs.workflow_engine import WorkflowExecutor
+from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Dialect
 from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS, milliseconds, new_id
@@ -115,16 +115,16 @@ class Claimed:
 class Queue:
     """Claims for one process, on the writing thread. Remembers only what saves work."""
 
-    def __init__(self, executor: WorkflowExecutor) -> None:
-        self.executor = executor
+    def __init__(self, workflows: WorkflowEngine) -> None:
+        self.workflows = workflows
         self._agents = Agents()
-        self.upkeep = Upkeep()
+        self.maintenance = Maintenance()
 
     def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
-        return [_Claiming(self, tx, request).run() for request in requests]
+        return [_ClaimTransaction(self, tx, request).run() for request in requests]
 
 
-class _Claiming:
+class _ClaimTransaction:
     """One claim, in one transaction."""
 
     def __init__(self, queue: Queue, tx: Tx, request: ClaimRequest) -> None:
@@ -149,7 +149,7 @@ class _Claiming:
         if probed.due:
             self.tx.run(RELEASE_DELAYED, now_ms=self.tx.now_ms)
         if probed.runs:
-            self.result.undecided += self.queue.executor.look(self.changes)
+            self.result.undecided += self.queue.workflows.look(self.changes)
         self._settle()
         if probed.unknown_states:
             for row in self.tx.all(UNKNOWN_STATES, limit=AT_ONCE):
@@ -165,20 +165,22 @@ class _Claiming:
                 break
             if self.result.claims and self.request.ticket_id is None:
                 return self._end()  # those first: the claim that finds nothing, and so comes soon, does the upkeep
-            if upkept or not self.queue.upkeep.due(probed.others, idle=True, asked=self.request.ticket_id is not None):
+            if upkept or not self.queue.maintenance.due(
+                probed.others, idle=True, asked=self.request.ticket_id is not None
+            ):
                 break
             upkept = True
-            if not self.queue.upkeep.run(self.changes, probed.others):
+            if not self.queue.maintenance.run(self.changes, probed.others):
                 break
-        if not upkept and self.queue.upkeep.due(probed.others, idle=False, asked=False):
-            self.queue.upkeep.run(self.changes, probed.others)
+        if not upkept and self.queue.maintenance.due(probed.others, idle=False, asked=False):
+            self.queue.maintenance.run(self.changes, probed.others)
         return self._end()
 
     def _settle(self) -> None:
         """Carry on the workflows for which there is news: that may make steps ready."""
-        if self.changes.news:
+        if self.changes.pending_runs:
             self.steps = True
-            put_off = self.queue.executor.settle(self.changes, take_up=True)
+            put_off = self.queue.workflows.advance_workflows(self.changes, take_up=True)
             self.put_off += len(put_off)
             self.result.undecided += put_off
 
@@ -213,9 +215,9 @@ class _Claiming:
                 self._refuse(row, error)
         self._start(works, missing)
         self.changes.flush()
-        news = bool(self.changes.news)
+        pending_runs = bool(self.changes.pending_runs)
         self._settle()
-        return news or self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
+        return pending_runs or self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
 
     def _candidates(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
         one = self.request.ticket_id
@@ -251,7 +253,7 @@ class _Claiming:
             fail_row(self.changes, row, error)
         else:
             self.changes.set_ticket(row.id, TicketState.READY, TicketState.BLOCKED)
-            self.queue.upkeep.again = True
+            self.queue.maintenance.again = True
 
     def _refuse(self, row: Row, error: BadRow) -> None:
         self.bad_rows += 1
@@ -270,7 +272,7 @@ class _Claiming:
         self.changes.transition(
             "step", StepStatus.READY, StepStatus.FAILED, ticket_id=row.ticket_id, step_id=row.step_id, error=error
         )
-        self.changes.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
+        self.changes.pending_runs.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
 
     def _start(self, works: Sequence[tuple[Row, Work]], missing: int) -> None:
         agents = self.queue._agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
@@ -304,7 +306,7 @@ class _Claiming:
         if not found.enabled:
             raise validation.disabled_workflow(found.name, found.version)
         self._end_former(row)
-        run_id = self.queue.executor.begin(self.changes, ticket, workflow_version=found.version)
+        run_id = self.queue.workflows.begin(self.changes, ticket, workflow_version=found.version)
         self.changes.add(START_TICKET, id=ticket.id, run_id=run_id, now=self.tx.now)
         self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id)
         return 1

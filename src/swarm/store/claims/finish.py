@@ -24,14 +24,14 @@ from swarm.model import (
     FailureReason,
     Interrupted,
     Outcome,
-    Retry,
+    RetryPolicy,
     StepStatus,
     Succeeded,
 )
 from swarm.store.registry.agents import Agents
 from swarm.store.runs import artifacts
 from swarm.store.runs.artifacts import Packed
-from swarm.store.runs.workflow_engine import WorkflowExecutor, refresh_waiting
+from swarm.store.runs.workflow_engine import WorkflowEngine, refresh_waiting
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import Renewal, storable_json
 from swarm.store.tickets import dependencies
@@ -88,9 +88,9 @@ class Finisher:
     ``over_budget``: where neither the ticket nor its agent says.
     """
 
-    def __init__(self, executor: WorkflowExecutor, over_budget: BudgetPolicy) -> None:
+    def __init__(self, workflows: WorkflowEngine, over_budget: BudgetPolicy) -> None:
         self._agents = Agents()
-        self._executor = executor
+        self._workflows = workflows
         self._over_budget = over_budget
 
     def finish(self, tx: Tx, requests: Sequence[FinishRequest]) -> Sequence[SwarmError | None]:
@@ -116,8 +116,8 @@ class Finisher:
                 _finish(changes, row, request, agent)
             results.append(None)
         changes.flush()
-        if changes.news:
-            self._executor.settle(changes)
+        if changes.pending_runs:
+            self._workflows.advance_workflows(changes)
         dependencies.release(changes)
         return results
 
@@ -192,16 +192,16 @@ def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None
     """
     if row.step_retry is not None:
         known = json.loads(row.step_retry)
-        retry = Retry(**{**known, "on": frozenset(map(FailureReason, known["on"]))})
+        retry = RetryPolicy(**{**known, "on": frozenset(map(FailureReason, known["on"]))})
     else:
-        retry = agent.retry if agent else Retry()
+        retry = agent.retry if agent else RetryPolicy()
     idempotent = agent.idempotent if agent else False
     tries = row.retry_count + 1
     if outcome.reason is FailureReason.OVER_BUDGET:
         return None  # the next try has the same budget
     wanted = idempotent if outcome.reason is FailureReason.VM_DIED else outcome.reason in retry.on
     # A fault of this host's says as little about the agent as a lost lease does.
-    least = LOST_TRIES if outcome.reason is FailureReason.HOST_ERROR and outcome.retry else 1
+    least = LOST_TRIES if outcome.reason is FailureReason.HOST_ERROR and outcome.retryable else 1
     if not wanted or tries >= max(row.max_attempts, least):
         return None
     seconds: float = min(retry.max_delay_seconds, retry.delay_seconds * retry.factor ** min(tries - 1, 64))
@@ -230,7 +230,7 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
             error = f"{error}; that was try {tries}, and the last"
             changes.end_step(row, StepStatus.FAILED, why="lost", error=error)
     changes.flush()
-    changes.settle_disowned([row for row in rows if not owns(row)])
+    changes.cancel_orphans([row for row in rows if not owns(row)])
 
 
 def renew(tx: Tx, requests: Sequence[RenewRequest]) -> Sequence[Renewal | SwarmError]:
@@ -251,7 +251,7 @@ def renew(tx: Tx, requests: Sequence[RenewRequest]) -> Sequence[Renewal | SwarmE
                 lost.add(one)
         results.append(Renewal(lost=frozenset(lost), cancelled=frozenset(cancelled)))
     changes.flush()
-    changes.settle_disowned([row for row in rows.values() if row.outcome is None and not owns(row)])
+    changes.cancel_orphans([row for row in rows.values() if row.outcome is None and not owns(row)])
     dependencies.release(changes)
     return results
 

@@ -29,7 +29,7 @@ FAIL_BY_BYTES: Final = sa.text(
 )
 
 
-class Upkeep:
+class Maintenance:
     """For one process. Remembers only what saves work."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Upkeep:
             fail_row(changes, row, error)
         if disowned := [row.id for row in changes.tx.all(DISOWNED, limit=AT_ONCE)]:
             changes.cancel_runs(disowned, error="the ticket was changed from outside")
-        started = dependencies.settle_blocked(changes)
+        started = dependencies.recheck_blocked(changes)
         dependencies.release(changes)
         self._at, self.again = others, len(stuck) == AT_ONCE
         self._ended = time.monotonic()

@@ -22,21 +22,21 @@ from swarm.workflow.structure import Graph
 
 _LAST_RUN: Final = sa.text(
     "SELECT r.id, d.definition FROM workflow_runs r JOIN definitions d ON d.digest = r.definition "
-    "WHERE r.id = :id AND r.facts IS NOT NULL"
+    "WHERE r.id = :id AND r.context IS NOT NULL"
 )
 _STEPS: Final = sa.text(
-    "SELECT id, step_id, status, inputs, fan FROM step_executions WHERE run_id = :run_id ORDER BY id"
+    "SELECT id, step_id, status, inputs, fan_out FROM step_executions WHERE run_id = :run_id ORDER BY id"
 )
 _COPY_RUN: Final = sa.text(
     "INSERT INTO workflow_runs (id, workflow_id, workflow_version, ticket_id, status, trigger_type, trigger_data, "
-    "started_at, definition, facts, untold, due_at, deadline_at) "
+    "started_at, definition, context, unprocessed, due_at, deadline_at) "
     "SELECT :id, workflow_id, workflow_version, ticket_id, 'running', trigger_type, trigger_data, :now, definition, "
-    "facts, '[]', :due_at, :deadline_at FROM workflow_runs WHERE id = :former"
+    "context, '[]', :due_at, :deadline_at FROM workflow_runs WHERE id = :former"
 )
 _COLUMNS: Final = (
     "step_id, agent_id, agent_name, agent_version, status, vm_id, inputs, outputs, queued_at, started_at, "
     "completed_at, duration_ms, error, retry_count, max_attempts, timeout_seconds, priority, ticket_created_at, "
-    "retry, question, verdict, fan"
+    "retry, question, verdict, fan_out"
 )
 _COPY_STEP: Final = sa.text(
     f"INSERT INTO step_executions (id, run_id, {_COLUMNS}) SELECT :id, :run_id, {_COLUMNS} FROM step_executions "
@@ -45,9 +45,9 @@ _COPY_STEP: Final = sa.text(
 # The step that some of the executions of which run again, and those.
 _COPY_FAN: Final = sa.text(
     "INSERT INTO step_executions (id, run_id, step_id, status, inputs, queued_at, started_at, max_attempts, priority, "
-    "ticket_created_at, question, verdict, fan) "
+    "ticket_created_at, question, verdict, fan_out) "
     "SELECT :id, :run_id, step_id, 'running', inputs, queued_at, :now, max_attempts, priority, "
-    "ticket_created_at, question, verdict, :fan FROM step_executions WHERE id = :former"
+    "ticket_created_at, question, verdict, :fan_out FROM step_executions WHERE id = :former"
 )
 _COPY_PENDING: Final = sa.text(
     "INSERT INTO step_executions (id, run_id, step_id, status, inputs, priority, ticket_created_at) "
@@ -129,16 +129,20 @@ def _copy(changes: Changes, run_id: str, rows: Iterable[Row], graph: Graph, step
     is_repeat = graph.steps[step].repeat is not None
     for row, id_ in zip(rows, ids_in_order(changes.tx.now_ms), strict=False):
         name, _, which = row.step_id.removesuffix("]").partition("[")
-        statement, fan = _COPY_STEP, None
+        statement, fan_out = _COPY_STEP, None
         if name == step and number is not None and not which:
-            fan = json.loads(row.fan or "{}")
-            statement, fan = _COPY_FAN, dump({**fan, "count": number if is_repeat else fan.get("count", 0)})
+            fan_out = json.loads(row.fan_out or "{}")
+            statement, fan_out = _COPY_FAN, dump({**fan_out, "count": number if is_repeat else fan_out.get("count", 0)})
         elif name == step and number is not None and is_repeat and int(which) >= number:
             continue
         elif name == step and number is not None and not is_repeat and _runs_again(row, int(which) == number):
             statement = _COPY_PENDING
         changes.add(
-            statement, id=id_, run_id=run_id, former=row.id, **({"fan": fan, "now": changes.tx.now} if fan else {})
+            statement,
+            id=id_,
+            run_id=run_id,
+            former=row.id,
+            **({"fan_out": fan_out, "now": changes.tx.now} if fan_out else {}),
         )
 
 

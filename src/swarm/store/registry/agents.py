@@ -13,36 +13,18 @@ import sqlalchemy as sa
 
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
-from swarm.model import TERMINAL_TICKET_STATES, Agent, BudgetPolicy, FailureReason, Retry
+from swarm.model import BOUNDS, TERMINAL_TICKET_STATES, Agent, BudgetPolicy, FailureReason, RetryPolicy
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import WorkerRow, dump, milliseconds
-from swarm.store.tickets.validation import MAX_ATTEMPTS, MAX_TIMEOUT_SECONDS
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
 _COLUMNS: Final = ", ".join(AGENT_FIELDS)
 _LISTS: Final = ("entry", "secrets", "preload", "requirements", "packages")
 _JSON: Final = frozenset({*_LISTS, "env", "retry"})
 
-# Least and most; whole numbers where these are. What a policy multiplies must not overflow when an attempt ends.
-_LIMITS: Final[Mapping[str, tuple[float, float]]] = {
-    "memory_mb": (1, 1 << 24),
-    "vcpus": (1, 1024),
-    "disk_mb": (1, 1 << 30),
-    "timeout_seconds": (0.001, MAX_TIMEOUT_SECONDS),
-}
-_LIMITS_OR_NULL: Final[Mapping[str, tuple[float, float]]] = {
-    "idle_timeout_seconds": (0.001, MAX_TIMEOUT_SECONDS),
-    "budget_usd": (0.0, 1e9),
-    "budget_tokens": (0, 10**15),
-    "disk_mb_per_second": (0.001, 1e9),
-    "network_mb_per_second": (0.001, 1e9),
-}
-_RETRY_LIMITS: Final[Mapping[str, tuple[float, float]]] = {
-    "max_attempts": (1, MAX_ATTEMPTS),
-    "delay_seconds": (0.0, MAX_TIMEOUT_SECONDS),
-    "factor": (0.0, 1000.0),
-    "max_delay_seconds": (0.0, MAX_TIMEOUT_SECONDS),
-}
+_NUMBERS: Final = tuple(name for name in AGENT_FIELDS if name in BOUNDS)
+_REQUIRED: Final = ("memory_mb", "vcpus", "disk_mb", "timeout_seconds")  # the other numbers may be NULL
+_OF_RETRY: Final = ("max_attempts", "delay_seconds", "factor", "max_delay_seconds")
 
 BY_IDS: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE id IN :ids")
 _BY_VERSION: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE name = :name AND version = :version")
@@ -118,17 +100,19 @@ def parse(row: Row) -> Agent:
             raise ValueError("entry is empty")
         if not isinstance(values["env"], dict) or not all(isinstance(text, str) for text in values["env"].values()):
             raise ValueError("env must be a JSON object of texts")
-        for name, (least, most) in _LIMITS.items():
-            _check_number(name, values[name], least, most)
-        for name, (least, most) in _LIMITS_OR_NULL.items():
-            if values[name] is not None:
-                _check_number(name, values[name], least, most)
-        for name, (least, most) in _RETRY_LIMITS.items():
+        for name in _NUMBERS:
+            if name in _REQUIRED or values[name] is not None:
+                _check_number(name, name, values[name])
+        for name in _OF_RETRY:
             if name in retry:
-                _check_number(f"retry.{name}", retry[name], least, most)
+                _check_number(f"retry.{name}", name, retry[name])
         if values["over_budget"] not in (None, *BudgetPolicy):
             raise ValueError("over_budget must be 'fail' or 'wait', or NULL")
-        values |= {"path": Path(values["path"]), "retry": Retry(**retry), "idempotent": bool(values["idempotent"])}
+        values |= {
+            "path": Path(values["path"]),
+            "retry": RetryPolicy(**retry),
+            "idempotent": bool(values["idempotent"]),
+        }
         return Agent(**values)
     except (ValueError, TypeError) as error:
         raise StoreError(
@@ -136,10 +120,11 @@ def parse(row: Row) -> Agent:
         ) from None
 
 
-def _check_number(name: str, value: object, least: float, most: float) -> None:
-    whole = isinstance(least, int)
-    if not isinstance(value, int if whole else (int, float)) or not least <= value <= most:
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number from {least:g} to {most:g}")
+def _check_number(label: str, name: str, value: object) -> None:
+    least, most = BOUNDS[name]
+    integral = isinstance(least, int)
+    if not isinstance(value, int if integral else (int, float)) or not least <= value <= most:
+        raise ValueError(f"{label} must be a {'whole ' if integral else ''}number from {least:g} to {most:g}")
 
 
 def _to_row(agent: Agent) -> dict[str, Any]:

@@ -36,15 +36,15 @@ CLOCK_MENDED_MS: Final = 3 * 3600 * 1000
 _MARK: Final = ""  # as a workflow's name; no workflow has that
 
 _COLUMNS: Final = (
-    "workflow, number, workflow_id, cron, time_zone, missed, next_at, reckoned_at, last_at, last_ticket_id, "
-    "times_missed, error"
+    "workflow, number, workflow_id, cron, time_zone, missed, next_at, computed_at, last_at, last_ticket_id, "
+    "missed_count, error"
 )
 _OF: Final = sa.text(f"SELECT {_COLUMNS} FROM schedules WHERE workflow = :workflow ORDER BY number")
 _ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM schedules WHERE workflow <> '' ORDER BY workflow, number")
 _FORGET: Final = sa.text("DELETE FROM schedules WHERE workflow = :workflow")
 _INSERT: Final = sa.text(
     f"INSERT INTO schedules ({_COLUMNS}) VALUES (:workflow, :number, :workflow_id, :cron, :time_zone, :missed, "
-    ":next_at, :reckoned_at, :last_at, :last_ticket_id, :times_missed, :error)"
+    ":next_at, :computed_at, :last_at, :last_ticket_id, :missed_count, :error)"
 )
 # Most workflows have no schedule, and a definition may be long: those are not read.
 _VERSION: Final = (
@@ -55,15 +55,15 @@ _ALL_VERSIONS: Final = sa.text(_VERSION)
 _NAMES: Final = sa.text("SELECT DISTINCT workflow FROM schedules WHERE workflow <> ''")
 # The table has a row for each schedule that somebody wrote: it is read as a whole.
 _DUE: Final = sa.text(
-    "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.reckoned_at, w.name, w.version, w.enabled, w.steps, "
+    "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.computed_at, w.name, w.version, w.enabled, w.steps, "
     "t.state AS last_state, t.completed_at AS last_completed_at FROM schedules s "
     "LEFT JOIN workflows w ON w.id = s.workflow_id LEFT JOIN tickets t ON t.id = s.last_ticket_id "
-    "WHERE s.next_at <= :now_ms OR s.reckoned_at > :mended_ms ORDER BY s.next_at, s.workflow, s.number"
+    "WHERE s.next_at <= :now_ms OR s.computed_at > :mended_ms ORDER BY s.next_at, s.workflow, s.number"
 )
 _NEXT: Final = sa.text("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms")
 _FIRE: Final = sa.text(
-    "UPDATE schedules SET next_at = :next_at, reckoned_at = :now_ms, last_at = COALESCE(:last_at, last_at), "
-    "last_ticket_id = COALESCE(:last_ticket_id, last_ticket_id), times_missed = times_missed + :dropped, "
+    "UPDATE schedules SET next_at = :next_at, computed_at = :now_ms, last_at = COALESCE(:last_at, last_at), "
+    "last_ticket_id = COALESCE(:last_ticket_id, last_ticket_id), missed_count = missed_count + :dropped, "
     "error = :error WHERE workflow = :workflow AND number = :number AND workflow_id = :workflow_id "
     "AND next_at = :seen RETURNING workflow"
 )
@@ -72,7 +72,7 @@ _FIRE: Final = sa.text(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleRow:
     """``next_at``: ISO-8601 UTC, None when it won't come true (``enabled`` False, or ``error`` says why).
-    ``last_at``: the time that was last due and run, and ``last_ticket_id`` its ticket. ``times_missed``: times that
+    ``last_at``: the time that was last due and run, and ``last_ticket_id`` its ticket. ``missed_count``: times that
     passed and were not run."""
 
     workflow: str
@@ -84,7 +84,7 @@ class ScheduleRow:
     next_at: str | None
     last_at: str | None
     last_ticket_id: str | None
-    times_missed: int
+    missed_count: int
     error: str | None
 
 
@@ -125,13 +125,13 @@ class FireRequest:
     error: str | None = None
 
 
-def settle(tx: Tx, workflow: str) -> None:
+def sync(tx: Tx, workflow: str) -> None:
     """Make the rows of one name what its newest version says. A schedule that is not new keeps what it waits for: a
     new version must not swallow a time that has come."""
     _settle(tx, workflow, [row for row in tx.all(_VERSIONS, workflow=workflow) if _is_sound(row)])
 
 
-def settle_all(tx: Tx, request: None) -> None:
+def sync_schedules(tx: Tx, request: None) -> None:
     """The same for all names, and take the mark away."""
     by_name: dict[str, list[Row]] = {row.workflow: [] for row in tx.all(_NAMES)}
     for row in tx.all(_ALL_VERSIONS):
@@ -155,13 +155,13 @@ def _settle(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
     for number, one in enumerate(wanted):
         alike = known.get((one.cron, one.time_zone))
         same = alike.popleft() if alike else None
-        next_at, reckoned_at, error = None, now_ms, None
+        next_at, computed_at, error = None, now_ms, None
         try:
             cron = schedule.parse(one.cron, one.time_zone)
             if not newest.enabled:
                 pass
-            elif same is not None and same.next_at is not None and same.reckoned_at <= now_ms + CLOCK_MENDED_MS:
-                next_at, reckoned_at = same.next_at, same.reckoned_at
+            elif same is not None and same.next_at is not None and same.computed_at <= now_ms + CLOCK_MENDED_MS:
+                next_at, computed_at = same.next_at, same.computed_at
             else:
                 next_at = ms(cron.after(moment(now_ms)))
         except ValueError as wrong:
@@ -175,10 +175,10 @@ def _settle(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
             time_zone=one.time_zone,
             missed=one.missed,
             next_at=next_at,
-            reckoned_at=reckoned_at,
+            computed_at=computed_at,
             last_at=same.last_at if same else None,
             last_ticket_id=same.last_ticket_id if same else None,
-            times_missed=same.times_missed if same else 0,
+            missed_count=same.missed_count if same else 0,
             error=error,
         )
 
@@ -199,7 +199,7 @@ def due(tx: Tx, request: None) -> DueSchedules:
     now_ms = tx.now_ms
     found, stale = [], False
     for row in tx.all(_DUE, now_ms=now_ms, mended_ms=now_ms + CLOCK_MENDED_MS):
-        if row.name != row.workflow or not row.enabled or row.reckoned_at > now_ms + CLOCK_MENDED_MS:
+        if row.name != row.workflow or not row.enabled or row.computed_at > now_ms + CLOCK_MENDED_MS:
             stale = True
         else:
             found.append(
@@ -272,7 +272,7 @@ def schedules(tx: Tx, request: None) -> list[ScheduleRow]:
             next_at=iso(row.next_at) if row.next_at else None,
             last_at=row.last_at,
             last_ticket_id=row.last_ticket_id,
-            times_missed=row.times_missed,
+            missed_count=row.missed_count,
             error=row.error,
         )
         for row in tx.all(_ALL)

@@ -29,7 +29,7 @@ _FORGET: Final = sa.text(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class WebhookCall:
     """A request that has proved itself. ``signature``: what was signed, as its HMAC; ``key``: the sender's own name for
     it, if any; ``digest``: of the body. ``ticket`` is made unless there is one."""
 
@@ -41,12 +41,12 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class WebhookAnswer:
     ticket_id: str
     repeated: bool
 
 
-def call(tx: Tx, request: Call) -> Answer:
+def call(tx: Tx, request: WebhookCall) -> WebhookAnswer:
     """A replay, byte for byte, is known by what was signed: nobody can make another ticket of it by another key."""
     signature, key = f"signature:{request.signature}", f"key:{request.key}" if request.key is not None else None
     known = {row.key: row for row in tx.all(_KNOWN, workflow=request.workflow, signature=signature, key=key)}
@@ -62,4 +62,4 @@ def call(tx: Tx, request: Call) -> Answer:
                 _REMEMBER, workflow=request.workflow, key=one, digest=request.digest, ticket_id=ticket_id, at=tx.now_ms
             )
     tx.run(_FORGET, before=tx.now_ms - KEPT_DAYS * 86_400_000, limit=_FORGOTTEN_AT_ONCE)
-    return Answer(ticket_id=ticket_id, repeated=first is not None)
+    return WebhookAnswer(ticket_id=ticket_id, repeated=first is not None)

@@ -102,8 +102,8 @@ def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
         tx.run(_INSERT, **values)
     else:
         tx.run(_UPDATE, now=tx.now, **values)
-        schedules.settle(tx, present.name)
-    schedules.settle(tx, new.name)
+        schedules.sync(tx, present.name)
+    schedules.sync(tx, new.name)
     return workflow(tx, id_)
 
 
@@ -122,7 +122,7 @@ def workflows(tx: Tx, request: None) -> list[WorkflowRow]:
 def enable(tx: Tx, request: EnableRequest) -> WorkflowRow:
     found = workflow(tx, request.ref)
     tx.run(_ENABLE, id=found.id, enabled=request.enabled, now=tx.now)
-    schedules.settle(tx, found.name)
+    schedules.sync(tx, found.name)
     return workflow(tx, found.id)
 
 

@@ -28,7 +28,7 @@ from swarm.workflow.state import (
     Complete,
     Expand,
     Fail,
-    Fan,
+    FanOutState,
     Skip,
     Start,
     StartWorkflow,
@@ -45,12 +45,12 @@ _INSERT_RUN: Final = sa.text(
     ":deadline_at)"
 )
 _SET_RUN: Final = sa.text(
-    "UPDATE workflow_runs SET definition = :definition, facts = COALESCE(:facts, facts), progress = :progress, "
-    "untold = :untold, due_at = :due_at, deadline_at = :deadline_at, revision = :revision WHERE id = :id"
+    "UPDATE workflow_runs SET definition = :definition, context = COALESCE(:context, context), progress = :progress, "
+    "unprocessed = :unprocessed, due_at = :due_at, deadline_at = :deadline_at, revision = :revision WHERE id = :id"
 )
 _END_RUN: Final = sa.text(
     "UPDATE workflow_runs SET status = :status, error = :error, error_step = :error_step, completed_at = :now, "
-    "untold = NULL, due_at = NULL WHERE id = :id"
+    "unprocessed = NULL, due_at = NULL WHERE id = :id"
 )
 _ADD_TOTALS: Final = sa.text(
     "UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + inner.vm, "
@@ -76,7 +76,7 @@ _CHILDREN: Final = sa.text(
 # What an action may write; what it does not name stays as it is.
 _WRITTEN: Final = (
     "agent_id", "agent_name", "agent_version", "inputs", "outputs", "queued_at", "started_at", "completed_at",
-    "duration_ms", "max_attempts", "timeout_seconds", "retry", "question", "fan",
+    "duration_ms", "max_attempts", "timeout_seconds", "retry", "question", "fan_out",
 )  # fmt: skip
 _UPDATE_STEP: Final = sa.text(
     "UPDATE step_executions SET status = :status, error = :error, available_at = :available_at, "
@@ -162,7 +162,7 @@ class _Work:
             available_at=row.available_at,
             attempt_id=row.attempt_id,
             started_at=row.started_at,
-            has_fan=row.fan is not None,
+            has_fan=row.fan_out is not None,
         )
 
     def _add(self, key: str, status: StepStatus, **values: Any) -> _Step:
@@ -206,7 +206,7 @@ class _Work:
             case Ask():
                 self._ask(action)
             case Expand():
-                self._move(action.key, StepStatus.RUNNING, fan=_fan(action.fan)).has_fan = True
+                self._move(action.key, StepStatus.RUNNING, fan_out=_fan_out(action.fan_out)).has_fan = True
                 for child in action.children:
                     made = self._add(child.key, StepStatus.PENDING, inputs=self._packed(child.inputs))
                     if child.skip:
@@ -214,7 +214,7 @@ class _Work:
                         made.values["completed_at"] = self._tx.now
             case Update():
                 step = self._step(action.key)
-                step.values["fan"], step.touched = _fan(action.fan), True
+                step.values["fan_out"], step.touched = _fan_out(action.fan_out), True
             case Complete():
                 self._move(action.key, StepStatus.COMPLETED, outputs=self._packed(action.outputs))
             case Fail():
@@ -269,7 +269,7 @@ class _Work:
             definition=inner.digest,
             deadline_at=self._tx.now_ms + round(seconds * 1000) if seconds else None,
         )
-        self._changes.news[id_] = []
+        self._changes.pending_runs[id_] = []
 
     def _ask(self, action: Ask) -> None:
         seconds = action.timeout_seconds
@@ -310,24 +310,24 @@ class _Work:
         assert decision is not None
         self._write_steps()
         # What ended by this decision is no news, whoever else ended it meanwhile.
-        told = {*self._decided.told, *(key for key, step in self._steps.items() if step.status in ENDED)}
-        left = [key for key in run.untold or () if key not in told]
+        processed = {*self._decided.processed, *(key for key, step in self._steps.items() if step.status in ENDED)}
+        left = [key for key in run.unprocessed or () if key not in processed]
         if run.row.definition is None:
             self._changes.add(_INSERT_DEFINITION, digest=definition.digest, definition=definition.text)
-        facts, deadline_at = self._decided.facts, self._decided.deadline_at or run.row.deadline_at
+        context, deadline_at = self._decided.context, self._decided.deadline_at or run.row.deadline_at
         self._changes.add(
             _SET_RUN,
             id=run.id,
             definition=definition.digest,
-            facts=dump(shallow(facts)) if facts is not None else None,
+            context=dump(shallow(context)) if context is not None else None,
             progress=dump(shallow(decision.progress)),
-            untold=dump(left) if left else None,
+            unprocessed=dump(left) if left else None,
             due_at=run.row.due_at if left else deadline_at,
             deadline_at=deadline_at,
             revision=run.row.revision + 1,
         )
         if self._unstartable and decision.end is None:
-            self._changes.news.setdefault(run.id, []).extend(self._unstartable)
+            self._changes.pending_runs.setdefault(run.id, []).extend(self._unstartable)
         if decision.end is not None:
             end = decision.end
             outputs = None
@@ -408,7 +408,7 @@ def end_run(
         error=message(error),
     )
     outer = parent.step_id.rpartition("/")[2]
-    changes.news.setdefault(parent.run_id, []).append(outer)
+    changes.pending_runs.setdefault(parent.run_id, []).append(outer)
 
 
 def give_up(changes: Changes, run: Run, error: str) -> None:
@@ -417,8 +417,8 @@ def give_up(changes: Changes, run: Run, error: str) -> None:
     end_run(changes, run, RunStatus.FAILED, error=error)
 
 
-def _fan(fan: Fan) -> str:
-    return dump(shallow(fan))
+def _fan_out(fan_out: FanOutState) -> str:
+    return dump(shallow(fan_out))
 
 
 def _retry(step: Step) -> str | None:

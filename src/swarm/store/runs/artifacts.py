@@ -167,11 +167,11 @@ def loader(tx: Tx) -> Callable[[str], Any]:
     return load
 
 
-def whole(tx: Tx, text: str) -> str:
+def resolve_references(tx: Tx, text: str) -> str:
     """JSON without references, of a step's `inputs` or `outputs`. Raises NotFound when one is gone, UsageError when
     all of it is too large."""
     try:
-        return dump(stored.whole(unpack(text, loader(tx)), limit_bytes=MAX_BYTES))
+        return dump(stored.resolve_references(unpack(text, loader(tx)), limit_bytes=MAX_BYTES))
     except Gone as error:
         raise NotFound(str(error)) from None
     except ExpressionError as error:
@@ -189,7 +189,7 @@ def data(tx: Tx, beginning: str) -> str:
         raise NotFound(f"{why} with {beginning[:80]!r}; `swarm artifact list` shows those there are")
     row = tx.first(_DATA, digest=rows[0].digest)
     assert row is not None
-    return whole(tx, row.data)
+    return resolve_references(tx, row.data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

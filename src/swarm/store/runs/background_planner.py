@@ -11,21 +11,21 @@ import structlog
 from swarm.base import faults
 from swarm.errors import SwarmError
 from swarm.store.runs.decision import Decided
-from swarm.store.runs.workflow_engine import WorkflowExecutor
+from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.database import Database
-from swarm.store.sql.threads import Lane
+from swarm.store.sql.threads import ConnectionThread
 
 log = structlog.get_logger(__name__)
 
 
-class Decider:
+class BackgroundPlanner:
     """``write``: the lane that decisions are written down on. The thread starts at first need."""
 
-    def __init__(self, db: Database, executor: WorkflowExecutor, write: Lane) -> None:
+    def __init__(self, db: Database, workflows: WorkflowEngine, write: ConnectionThread) -> None:
         self._db = db
-        self._executor = executor
+        self._workflows = workflows
         self._write = write
-        self._lane: Lane | None = None
+        self._reader: ConnectionThread | None = None
         self._deciding: dict[str, asyncio.Task[None]] = {}  # by run
 
     def take_up(self, runs: Iterable[str]) -> None:
@@ -46,23 +46,23 @@ class Decider:
         for task in self._deciding.values():
             task.cancel()
         await asyncio.gather(*self._deciding.values(), return_exceptions=True)
-        if self._lane is not None:
-            await self._lane.close()
-        await asyncio.to_thread(self._executor.close)
+        if self._reader is not None:
+            await self._reader.close()
+        await asyncio.to_thread(self._workflows.close)
 
     async def _carry_on(self, run: str) -> None:
-        self._lane = self._lane or Lane(self._db, write=False)
+        self._reader = self._reader or ConnectionThread(self._db, write=False)
 
         def decide(connection: sa.Connection) -> Decided | None:
             with self._db.transaction(connection) as tx:
-                return self._executor.decide(tx, run)
+                return self._workflows.decide(tx, run)
 
         try:
             again = True
             while again:
-                decided = await self._lane.call_raw(decide)
+                decided = await self._reader.call_raw(decide)
                 faults.reach("decided")
-                again = decided is not None and await self._write.call(self._executor.apply, decided)
+                again = decided is not None and await self._write.call(self._workflows.apply, decided)
         except SwarmError as error:
             log.warning("can't carry a workflow on yet", run=run, error=str(error))
         except Exception:  # a mistake of ours, in one run: it is tried again, and others go on

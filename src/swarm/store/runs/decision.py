@@ -16,32 +16,32 @@ from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound, StoreError
 from swarm.model import RunStatus
 from swarm.store.runs import artifacts
-from swarm.store.runs.definitions import Definition, Definitions, TooDear
+from swarm.store.runs.definitions import Definition, Definitions, TooExpensive
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import lenient, milliseconds
 from swarm.workflow import plan, structure
-from swarm.workflow.state import Decision, End, Facts, Fan, Progress, StepState, Verdict
+from swarm.workflow.state import Decision, End, FanOutState, RunContext, RunProgress, StepState, Verdict
 
 # What may be read, and evaluated, for one decision while the write lock is held.
-_LANE_BYTES: Final = 64 << 10
+_TRANSACTION_BYTES: Final = 64 << 10
 _LANE_STEPS: Final = 1000
 _LANE_EXPRESSIONS: Final = 500
 
-TIME_IS_UP: Final = "!deadline"  # in a run's `untold`, beside the keys of steps: no step can be called so
+TIME_IS_UP: Final = "!deadline"  # in a run's `unprocessed`, beside the keys of steps: no step can be called so
 ON_ERROR_MS: Final = 600_000  # what its on_error steps may take together, once a run's time is over
 
 _RUN: Final = sa.text(
     "SELECT r.id, r.ticket_id, r.workflow_id, r.status, r.trigger_type, r.trigger_data, r.started_at, "
-    "r.parent_step_id, COALESCE(r.root_run_id, r.id) AS root_run, r.path, r.definition, r.progress, r.untold, "
+    "r.parent_step_id, COALESCE(r.root_run_id, r.id) AS root_run, r.path, r.definition, r.progress, r.unprocessed, "
     "r.revision, r.due_at, r.deadline_at, t.id AS ticket, t.state, t.run_id AS ticket_run, t.title, t.description, "
     "t.project_id, t.priority, t.max_attempts, t.created_at AS ticket_created_at "
     "FROM workflow_runs r LEFT JOIN tickets t ON t.id = r.ticket_id WHERE r.id = :id"
 )
-_FACTS: Final = sa.text("SELECT facts FROM workflow_runs WHERE id = :id")
+_CONTEXT: Final = sa.text("SELECT context FROM workflow_runs WHERE id = :id")
 _TICKET_INPUTS: Final = sa.text("SELECT inputs FROM tickets WHERE id = :id")
 _STEP_INPUTS: Final = sa.text("SELECT inputs FROM step_executions WHERE id = :id")
 _STEP_COLUMNS: Final = (
-    "id, step_id, status, inputs, outputs, error, fan, verdict, attempt_id, started_at, queued_at, available_at"
+    "id, step_id, status, inputs, outputs, error, fan_out, verdict, attempt_id, started_at, queued_at, available_at"
 )
 _HAS_HANDLERS: Final = sa.text(
     "SELECT definition LIKE '%\"on_error\"%' AS has_handlers FROM definitions WHERE digest = :digest"
@@ -52,11 +52,11 @@ ALL_STEPS: Final = sa.text(f"SELECT {_STEP_COLUMNS} FROM step_executions WHERE r
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """A row of workflow_runs, with what is needed of its ticket. ``untold`` None: no decision is pending."""
+    """A row of workflow_runs, with what is needed of its ticket. ``unprocessed`` None: no decision is pending."""
 
     row: Row
-    progress: Progress | None
-    untold: list[str] | None
+    progress: RunProgress | None
+    unprocessed: list[str] | None
 
     @property
     def id(self) -> str:
@@ -88,10 +88,10 @@ class Decided:
 
     run_id: str
     revision: int
-    told: Sequence[str]
+    processed: Sequence[str]
     seen: Mapping[str, str]
     definition: Definition | None = None
-    facts: Facts | None = None  # of a first decision
+    context: RunContext | None = None  # of a first decision
     decision: Decision | None = None
     failure: str | None = None
     deadline_at: int | None = None  # a new one
@@ -103,18 +103,18 @@ def load(tx: Tx, id: str) -> Run | None:  # noqa: A002
         return None
     return Run(
         row=row,
-        progress=Progress(**json.loads(row.progress)) if row.progress is not None else None,
-        untold=json.loads(row.untold) if row.untold is not None else None,
+        progress=RunProgress(**json.loads(row.progress)) if row.progress is not None else None,
+        unprocessed=json.loads(row.unprocessed) if row.unprocessed is not None else None,
     )
 
 
 class Steps(Mapping[str, StepState]):
-    """The states of a run's steps, each read when it is asked for. ``lane``: only so many."""
+    """The states of a run's steps, each read when it is asked for. ``in_transaction``: only so many."""
 
-    def __init__(self, tx: Tx, run: Run, *, lane: bool) -> None:
+    def __init__(self, tx: Tx, run: Run, *, in_transaction: bool) -> None:
         self._tx = tx
         self._run = run
-        self._lane = lane
+        self._in_transaction = in_transaction
         self._bytes = 0
         self.rows: dict[str, Row | None] = {}
 
@@ -132,8 +132,8 @@ class Steps(Mapping[str, StepState]):
         for row in rows:
             self.rows[self._run.key(row.step_id)] = row
             self._bytes += len(row.inputs or "") + len(row.outputs or "")
-        if self._lane and (self._bytes > _LANE_BYTES or len(self.rows) > _LANE_STEPS):
-            raise TooDear
+        if self._in_transaction and (self._bytes > _TRANSACTION_BYTES or len(self.rows) > _LANE_STEPS):
+            raise TooExpensive
 
     def __getitem__(self, key: str) -> StepState:
         if key not in self.rows:
@@ -146,14 +146,14 @@ class Steps(Mapping[str, StepState]):
             inputs=artifacts.unpack(row.inputs, self._load),
             outputs=artifacts.unpack(row.outputs, self._load),
             error=row.error,
-            fan=Fan(**json.loads(row.fan)) if row.fan is not None else None,
+            fan_out=FanOutState(**json.loads(row.fan_out)) if row.fan_out is not None else None,
             verdict=Verdict(**json.loads(row.verdict)) if row.verdict is not None else None,
         )
 
     def _load(self, digest: str) -> Any:
         """What an artifact is, for an expression that looks into it."""
-        if self._lane:
-            raise TooDear
+        if self._in_transaction:
+            raise TooExpensive
         return artifacts.loader(self._tx)(digest)
 
     def __iter__(self) -> Iterator[str]:
@@ -164,73 +164,73 @@ class Steps(Mapping[str, StepState]):
 
 
 @dataclass(slots=True)
-class Thrifty:
-    """The `Evaluator` of the writing thread: cheap expressions, and not many. Raises TooDear for others."""
+class TransactionEvaluator:
+    """The `Evaluator` of the writing thread: cheap expressions, and not many. Raises TooExpensive for others."""
 
     left: int = field(default=_LANE_EXPRESSIONS)
 
     def evaluate(self, expression: Expression, names: Mapping[str, Any]) -> Any:
         self.left -= 1
         if self.left < 0 or not (expression.plain or expression.cheap):
-            raise TooDear
+            raise TooExpensive
         done, value, _ = evaluate.attempt(expression, names)
         if not done:
-            raise TooDear
+            raise TooExpensive
         return value
 
 
-def decide(tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, *, lane: bool) -> Decided:
+def decide(tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, *, in_transaction: bool) -> Decided:
     """What follows from the news of a run; without any, and in a run that has just begun, from all of its steps.
 
-    Raises TooDear with ``lane``, which means that the caller holds the write lock.
+    Raises TooExpensive with ``in_transaction``, which means that the caller holds the write lock.
     """
-    told = tuple(dict.fromkeys(run.untold or ()))
+    processed = tuple(dict.fromkeys(run.unprocessed or ()))
     try:
-        return _decide(tx, run, told, definitions, evaluator, lane=lane)
+        return _decide(tx, run, processed, definitions, evaluator, in_transaction=in_transaction)
     except RecursionError:  # in rows that somebody wrote by hand: agents and people can't bring in what is so deep
         why = "a value in the rows of this run is nested too deeply"
-        return Decided(run_id=run.id, revision=run.row.revision, told=told, seen={}, failure=why)
+        return Decided(run_id=run.id, revision=run.row.revision, processed=processed, seen={}, failure=why)
 
 
 def _decide(
-    tx: Tx, run: Run, told: Sequence[str], definitions: Definitions, evaluator: Evaluator, *, lane: bool
+    tx: Tx, run: Run, processed: Sequence[str], definitions: Definitions, evaluator: Evaluator, *, in_transaction: bool
 ) -> Decided:
     try:
         if run.row.definition is not None:
-            definition = definitions.frozen(tx, run.row.definition, lane=lane)
+            definition = definitions.frozen(tx, run.row.definition, in_transaction=in_transaction)
         else:
-            definition = definitions.pinned(tx, run.row.workflow_id, lane=lane)
-        known = definitions.facts.get(run.id) or _facts(tx, run, lane=lane)
+            definition = definitions.pinned(tx, run.row.workflow_id, in_transaction=in_transaction)
+        known = definitions.context.get(run.id) or _context(tx, run, in_transaction=in_transaction)
         if known is None:
-            known = _new_facts(tx, run, definition, evaluator, lane=lane)
+            known = _new_context(tx, run, definition, evaluator, in_transaction=in_transaction)
     except (ExpressionError, NotFound, StoreError, Invalid) as error:
-        return Decided(run_id=run.id, revision=run.row.revision, told=told, seen={}, failure=str(error))
-    definitions.facts.put(run.id, known)
-    steps, deadline_at = Steps(tx, run, lane=lane), None
-    if TIME_IS_UP in told:
+        return Decided(run_id=run.id, revision=run.row.revision, processed=processed, seen={}, failure=str(error))
+    definitions.context.put(run.id, known)
+    steps, deadline_at = Steps(tx, run, in_transaction=in_transaction), None
+    if TIME_IS_UP in processed:
         why = time_is_up(tx, run)
         steps.read_all()
         late = run.progress and plan.expire(definition.graph, known, run.progress, steps, evaluator, why)
         if not late:
-            return Decided(run_id=run.id, revision=run.row.revision, told=told, seen={}, failure=why)
+            return Decided(run_id=run.id, revision=run.row.revision, processed=processed, seen={}, failure=why)
         decision, deadline_at = late, tx.now_ms + ON_ERROR_MS
     elif run.progress is None:
         steps.read_all()
         decision = plan.resume(definition.graph, known, steps, evaluator)
     else:
-        steps.read(_near(definition, told))
+        steps.read(_near(definition, processed))
         # An end by our own decision was told with it.
-        decision = plan.advance(definition.graph, known, run.progress, steps, told, evaluator)
+        decision = plan.advance(definition.graph, known, run.progress, steps, processed, evaluator)
     if run.row.parent_step_id is None:
-        decision = _with_whole_outputs(decision, lane=lane)
+        decision = _resolve_outputs(decision, in_transaction=in_transaction)
     seen = {key: row.status for key, row in steps.rows.items() if row is not None}
     return Decided(
         run_id=run.id,
         revision=run.row.revision,
-        told=told,
+        processed=processed,
         seen=seen,
         definition=definition,
-        facts=known if run.progress is None else None,
+        context=known if run.progress is None else None,
         decision=decision,
         deadline_at=deadline_at,
     )
@@ -264,26 +264,26 @@ def _near(definition: Definition, keys: Iterable[str]) -> Iterator[str]:
             yield from graph.steps[one].needs
 
 
-def _facts(tx: Tx, run: Run, *, lane: bool) -> Facts | None:
-    row = tx.first(_FACTS, id=run.id)
-    if row is None or row.facts is None:
+def _context(tx: Tx, run: Run, *, in_transaction: bool) -> RunContext | None:
+    row = tx.first(_CONTEXT, id=run.id)
+    if row is None or row.context is None:
         return None
-    if lane and len(row.facts) > _LANE_BYTES:
-        raise TooDear
-    return Facts(**json.loads(row.facts))
+    if in_transaction and len(row.context) > _TRANSACTION_BYTES:
+        raise TooExpensive
+    return RunContext(**json.loads(row.context))
 
 
-def _new_facts(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator, *, lane: bool) -> Facts:
+def _new_context(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator, *, in_transaction: bool) -> RunContext:
     row, inner = run.row, run.row.parent_step_id is not None
     given = tx.first(_STEP_INPUTS, id=row.parent_step_id) if inner else tx.first(_TICKET_INPUTS, id=row.ticket_id)
     text = (given.inputs if given is not None else None) or "{}"
-    if lane and len(text) > _LANE_BYTES:
-        raise TooDear
+    if in_transaction and len(text) > _TRANSACTION_BYTES:
+        raise TooExpensive
     try:
-        inputs = _whole(tx, text, lane=lane) if inner else json.loads(text)
+        inputs = _resolve(tx, text, in_transaction=in_transaction) if inner else json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:  # changed from outside since the claim
         raise ExpressionError(f"the inputs are no JSON: {error}") from None
-    return structure.facts(
+    return structure.run_context(
         definition.graph.workflow,
         inputs=inputs,
         trigger={**_parsed(row.trigger_data or "{}"), "type": row.trigger_type},
@@ -295,25 +295,25 @@ def _new_facts(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator, *
     )
 
 
-def _whole(tx: Tx, text: str, *, lane: bool) -> Any:
+def _resolve(tx: Tx, text: str, *, in_transaction: bool) -> Any:
     """What a workflow within another one is given: its schema wants to see all of it."""
 
     def refuse(digest: str) -> Any:
-        raise TooDear
+        raise TooExpensive
 
-    given = artifacts.unpack(text, refuse if lane else artifacts.loader(tx))
-    return stored.whole(given, limit_bytes=artifacts.MAX_BYTES) if stored.has_any(given) else given
+    given = artifacts.unpack(text, refuse if in_transaction else artifacts.loader(tx))
+    return stored.resolve_references(given, limit_bytes=artifacts.MAX_BYTES) if stored.has_any(given) else given
 
 
-def _with_whole_outputs(decision: Decision, *, lane: bool) -> Decision:
+def _resolve_outputs(decision: Decision, *, in_transaction: bool) -> Decision:
     """A ticket's outputs are for people and other tools: no references in them."""
     end = decision.end
     if end is None or not stored.has_any(end.outputs):
         return decision
-    if lane:
-        raise TooDear
+    if in_transaction:
+        raise TooExpensive
     try:
-        outputs = stored.whole(end.outputs, limit_bytes=artifacts.MAX_BYTES)
+        outputs = stored.resolve_references(end.outputs, limit_bytes=artifacts.MAX_BYTES)
     except ExpressionError as error:
         why = f"the outputs of the workflow can't be made: {error}"
         return replace(decision, end=End(status=RunStatus.FAILED, error=why))

@@ -1,7 +1,7 @@
-"""Workflows as runs freeze them, and each run's facts: read once, prepared for planning, kept.
+"""Workflows as runs freeze them, and each run's context: read once, prepared for planning, kept.
 
 Shared by the writing thread and the one that decides what is dear. Preparing takes about a millisecond for each
-expression (they are compiled), so the former never does it: it raises `TooDear`.
+expression (they are compiled), so the former never does it: it raises `TooExpensive`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from swarm.store.tickets import validation
 from swarm.workflow import definition, pinning
 from swarm.workflow.definition import Workflow
 from swarm.workflow.pinning import Registry
-from swarm.workflow.state import Facts
+from swarm.workflow.state import RunContext
 from swarm.workflow.structure import Graph
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ _TEXT: Final = sa.text("SELECT definition FROM definitions WHERE digest = :diges
 NAMED: Final = sa.text("SELECT id, name, version FROM agents WHERE name IN :ids")
 
 
-class TooDear(Exception):
+class TooExpensive(Exception):
     """Not to be done while the database's write lock is held."""
 
 
@@ -76,20 +76,20 @@ class _Kept(Generic[T]):
 
 
 class Definitions:
-    """``lane``: the caller holds the write lock."""
+    """``in_transaction``: the caller holds the write lock."""
 
     def __init__(self) -> None:
         self._frozen: _Kept[Definition] = _Kept()
         self._pinned: _Kept[_Pinned] = _Kept()
-        self.facts: _Kept[Facts] = _Kept()  # by run
+        self.context: _Kept[RunContext] = _Kept()  # by run
 
-    def frozen(self, tx: Tx, digest: str, *, lane: bool) -> Definition:
+    def frozen(self, tx: Tx, digest: str, *, in_transaction: bool) -> Definition:
         """Raises StoreError for one that this Swarm can't read."""
         known = self._frozen.get(digest)
         if known is not None:
             return known
-        if lane:
-            raise TooDear
+        if in_transaction:
+            raise TooExpensive
         row = tx.first(_TEXT, digest=digest)
         if row is None:
             raise StoreError(f"the frozen workflow {digest[:12]} is gone from the table definitions")
@@ -98,7 +98,7 @@ class Definitions:
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise StoreError(f"the frozen workflow {digest[:12]} can't be read: {error}") from None
 
-    def pinned(self, tx: Tx, id: str, *, lane: bool) -> Definition:  # noqa: A002
+    def pinned(self, tx: Tx, id: str, *, in_transaction: bool) -> Definition:  # noqa: A002
         """The workflow with this id as a run that begins now freezes it: references become versions.
 
         Raises NotFound for what it refers to and is not there, StoreError, manifest.Invalid.
@@ -108,8 +108,8 @@ class Definitions:
         known = self._pinned.get(row.id)
         if known is not None and known.text == row.definition and _as_pinned(tx, known.agents):
             return known.definition
-        if lane:
-            raise TooDear
+        if in_transaction:
+            raise TooExpensive
         unpinned = row.parsed()
         found = self._prepared(pinning.pin(unpinned, _registry(tx)))
         if not any(isinstance(step.workflow, str) for step in _all_steps(unpinned)):  # they may change under their name

@@ -1,10 +1,11 @@
-"""Workflows, carried on: what follows from each end, in the transaction of that end when it is cheap, else soon after.
+"""The workflow engine: decides what follows each step's end, in the same transaction if that is cheap, else soon after.
 
-Most decisions cost some 100 µs. They are made while the write lock is held (`settle`), so that nothing can get lost
-between a step's end and what follows from it. What could take long (expressions with loops, large values, a workflow
-seen for the first time) is put down in the run's row (`untold`, `due_at`); the next claim of any engine takes it up
-(`look`), decides on a thread of its own and of a snapshot (`decide`), and writes that down if nothing has moved on
-(`apply`). A crash anywhere leaves either the end with what follows from it, or the end and the note.
+Most decisions cost about 100 µs. They are made while the write lock is held (`advance_workflows`), so nothing can get
+lost between a step's end and what follows from it. A decision that could take long (expressions with loops, large
+values, a workflow seen for the first time) is noted in the run's row (`unprocessed`, `due_at`). The next claim of any
+engine picks it up (`look`), decides on another thread from a snapshot (`decide`), and writes the decision if the run
+has not changed since (`apply`). A crash at any point leaves either the end with its consequences, or the end with its
+note.
 See docs/adr/0013-durable-runs.md.
 """
 
@@ -21,8 +22,8 @@ from swarm.model import Event, RunStatus, TicketState
 from swarm.store.registry.agents import Agents
 from swarm.store.runs import decision
 from swarm.store.runs.actions import carry_out, give_up
-from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, Thrifty
-from swarm.store.runs.definitions import Definitions, TooDear
+from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, TransactionEvaluator
+from swarm.store.runs.definitions import Definitions, TooExpensive
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import dump, lenient, new_id
 from swarm.store.sql.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
@@ -31,7 +32,7 @@ from swarm.store.tickets.changes import Changes
 from swarm.workflow.state import Ask, Verdict
 
 # Decisions of one transaction may take this long together; the rest of them are made outside.
-LANE_SECONDS: Final = 0.05
+PLANNING_SECONDS: Final = 0.05
 # For so long nobody else takes up a decision that an engine has taken up; then it is taken for dead.
 _DECIDING_MS: Final = 30_000
 _AT_ONCE: Final = 100
@@ -41,9 +42,9 @@ INSERT_RUN: Final = sa.text(
     "started_at, due_at, deadline_at) VALUES (:id, :workflow_id, :version, :ticket_id, 'running', :trigger_type, "
     ":trigger_data, :now, :deadline_at, :deadline_at)"
 )
-_DEFER: Final = sa.text("UPDATE workflow_runs SET untold = :untold, due_at = :due_at WHERE id = :id")
+_DEFER: Final = sa.text("UPDATE workflow_runs SET unprocessed = :unprocessed, due_at = :due_at WHERE id = :id")
 _DUE: Final = sa.text(
-    f"SELECT id, untold, deadline_at FROM workflow_runs WHERE {RUN_DUE} AND due_at <= :now_ms "
+    f"SELECT id, unprocessed, deadline_at FROM workflow_runs WHERE {RUN_DUE} AND due_at <= :now_ms "
     "ORDER BY due_at LIMIT :limit"
 )
 _SET_DUE: Final = sa.text("UPDATE workflow_runs SET due_at = :due_at WHERE id = :id")
@@ -70,14 +71,14 @@ DISOWNED: Final = sa.text(
 )
 
 
-class WorkflowExecutor:
-    """One for each process. `settle`, `look` and `apply` are for the writing thread, `decide` for another.
+class WorkflowEngine:
+    """One for each process. `advance_workflows`, `look` and `apply` are for the writing thread, `decide` for another.
 
-    ``lane_seconds``: see `LANE_SECONDS`; with less than 0 every decision is made outside.
+    ``planning_seconds``: see `PLANNING_SECONDS`; with less than 0 every decision is made outside.
     """
 
-    def __init__(self, *, lane_seconds: float) -> None:
-        self._lane_seconds = lane_seconds
+    def __init__(self, *, planning_seconds: float) -> None:
+        self._lane_seconds = planning_seconds
         self.definitions = Definitions()
         self._agents = Agents()
         self.jail = Jail()
@@ -101,30 +102,32 @@ class WorkflowExecutor:
             now=changes.tx.now,
             deadline_at=changes.tx.now_ms + round(seconds * 1000) if seconds else None,
         )
-        changes.news[id_] = []
+        changes.pending_runs[id_] = []
         return id_
 
-    def settle(self, changes: Changes, *, take_up: bool = False) -> list[str]:
+    def advance_workflows(self, changes: Changes, *, take_up: bool = False) -> list[str]:
         """What follows from the news. Returns the runs whose decision was put off: the caller's, with ``take_up``."""
         put_off, began = list[str](), time.monotonic()
-        while changes.news:
+        while changes.pending_runs:
             changes.flush()
-            run_id = next(iter(changes.news))
-            keys = changes.news.pop(run_id)
+            run_id = next(iter(changes.pending_runs))
+            keys = changes.pending_runs.pop(run_id)
             run = decision.load(changes.tx, run_id)
             if run is None or not run.alive:
                 continue
-            pending, run.untold = run.untold is not None, [*(run.untold or ()), *keys]
+            pending, run.unprocessed = run.unprocessed is not None, [*(run.unprocessed or ()), *keys]
             try:
                 if pending or time.monotonic() - began > self._lane_seconds:
-                    raise TooDear
-                decided = decision.decide(changes.tx, run, self.definitions, Thrifty(), lane=True)
-            except TooDear:
+                    raise TooExpensive
+                decided = decision.decide(
+                    changes.tx, run, self.definitions, TransactionEvaluator(), in_transaction=True
+                )
+            except TooExpensive:
                 due_at = run.row.due_at
                 if not pending:
                     put_off.append(run.id)
                     due_at = changes.tx.now_ms + (_DECIDING_MS if take_up else 0)
-                changes.add(_DEFER, id=run.id, untold=dump(run.untold), due_at=due_at)
+                changes.add(_DEFER, id=run.id, unprocessed=dump(run.unprocessed), due_at=due_at)
             else:
                 self._do(changes, run, decided)
         changes.flush()
@@ -138,19 +141,19 @@ class WorkflowExecutor:
             answer(changes, row, Verdict(approved=False, by="swarm", why="nobody answered in time"))
         for row in tx.all(_DUE, now_ms=tx.now_ms, limit=_AT_ONCE):
             late = row.deadline_at is not None and row.deadline_at <= tx.now_ms
-            if late and TIME_IS_UP not in (row.untold or ""):
+            if late and TIME_IS_UP not in (row.unprocessed or ""):
                 run = decision.load(tx, row.id)
                 if run is not None and run.alive and not decision.may_clean_up(tx, run):
                     give_up(changes, run, decision.time_is_up(tx, run))
                     continue
-                changes.news.setdefault(row.id, []).append(TIME_IS_UP)
-            pending = row.untold is not None
+                changes.pending_runs.setdefault(row.id, []).append(TIME_IS_UP)
+            pending = row.unprocessed is not None
             if pending:
                 undecided.append(row.id)
             times = [tx.now_ms + _DECIDING_MS if pending else None, row.deadline_at]
             later = [one for one in times if one is not None and one > tx.now_ms]
             changes.add(_SET_DUE, id=row.id, due_at=min(later, default=None))
-        return undecided + self.settle(changes, take_up=True)
+        return undecided + self.advance_workflows(changes, take_up=True)
 
     def apply(self, tx: Tx, decisions: Sequence[Decided]) -> Sequence[bool]:
         """Write down what was decided outside. True: there is more to be decided, at once."""
@@ -158,13 +161,13 @@ class WorkflowExecutor:
 
     def _apply(self, changes: Changes, decided: Decided) -> bool:
         run = decision.load(changes.tx, decided.run_id)
-        if run is None or not run.alive or run.untold is None or run.row.revision != decided.revision:
+        if run is None or not run.alive or run.unprocessed is None or run.row.revision != decided.revision:
             return False
         if not self._do(changes, run, decided):
             return True
-        self.settle(changes)
+        self.advance_workflows(changes)
         after = decision.load(changes.tx, decided.run_id)
-        return after is not None and after.alive and after.untold is not None
+        return after is not None and after.alive and after.unprocessed is not None
 
     def _do(self, changes: Changes, run: Run, decided: Decided) -> bool:
         if decided.failure is not None:
@@ -181,9 +184,9 @@ class WorkflowExecutor:
 
     def decide(self, tx: Tx, run_id: str) -> Decided | None:
         run = decision.load(tx, run_id)
-        if run is None or not run.alive or run.untold is None:
+        if run is None or not run.alive or run.unprocessed is None:
             return None
-        return decision.decide(tx, run, self.definitions, self.jail.allowance(), lane=False)
+        return decision.decide(tx, run, self.definitions, self.jail.allowance(), in_transaction=False)
 
 
 def answer(changes: Changes, row: Row, verdict: Verdict) -> None:
@@ -192,7 +195,7 @@ def answer(changes: Changes, row: Row, verdict: Verdict) -> None:
     changes.add(SET_VERDICT, id=row.id, verdict=text)
     data = {"approved": verdict.approved, "by": verdict.by, "why": verdict.why}
     changes.add_event(Event(ticket_id=row.ticket_id, step_id=row.step_id, kind="approval", data=data))
-    changes.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
+    changes.pending_runs.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
     refresh_waiting(changes, row)
 
 

@@ -91,7 +91,7 @@ def storable_json(text: str) -> str:
     return text
 
 
-def _whole(value: object) -> int | None:
+def _integer(value: object) -> int | None:
     return int(value) if isinstance(value, int | float) and value == value and abs(value) < 2**63 else None
 
 
@@ -100,11 +100,11 @@ def _real(value: object) -> float | None:
 
 
 _TICKET_READERS: Final[Mapping[str, Any]] = {
-    "priority": lambda value: _whole(value) or 0,
-    "max_attempts": _whole,
+    "priority": lambda value: _integer(value) or 0,
+    "max_attempts": _integer,
     "timeout_seconds": _real,
     "budget_usd": _real,
-    "budget_tokens": _whole,
+    "budget_tokens": _integer,
 }
 TICKET_FIELDS: Final = tuple(field.name for field in fields(Ticket))
 TICKET_COLUMNS: Final = ", ".join(f"t.{name}" for name in TICKET_FIELDS)

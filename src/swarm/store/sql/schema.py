@@ -154,10 +154,10 @@ schedules = sa.Table(
     _text("time_zone", null=False, default="UTC"),
     _text("missed", null=False, default="once"),
     _number("next_at", kind=BIG),  # ms; NULL: not, as long as the workflow is disabled
-    _number("reckoned_at", 0, kind=BIG),  # when next_at was reckoned
+    _number("computed_at", 0, kind=BIG),  # when next_at was reckoned
     _text("last_at"),
     _text("last_ticket_id"),
-    _number("times_missed", 0),
+    _number("missed_count", 0),
     _text("error"),
 )
 
@@ -204,9 +204,9 @@ workflow_runs = sa.Table(
     _text("root_run_id"),  # the ticket's own run; NULL in that one
     _text("path", null=False, default=""),  # stands before its steps' names: 'fix[0]/'
     _text("definition"),  # a digest of `definitions`; NULL before the first decision, and in a plain ticket's run
-    _text("facts"),  # what its expressions see besides steps; NULL before the first decision
+    _text("context"),  # what its expressions see besides steps; NULL before the first decision
     _text("progress"),  # the planner's
-    _text("untold"),  # JSON list of steps whose end, or verdict, the planner has not been told
+    _text("unprocessed"),  # JSON list of steps whose end, or verdict, the planner has not been told
     _number("revision", 0),  # decisions made: one that was made of an older state is dropped
     _number("due_at", kind=BIG),  # when a claim must look at it (ms): a decision is to be made, or its time is over
     _number("deadline_at", kind=BIG),
@@ -248,7 +248,7 @@ step_executions = sa.Table(
     _text("retry"),  # JSON object: the step's own model.Retry; NULL: its agent's
     _text("question"),  # of an approval
     _text("verdict"),  # the answer
-    _text("fan"),  # how far a step with children is: the planner's
+    _text("fan_out"),  # how far a step with children is: the planner's
     _index("step_executions_ready", "priority DESC", "ticket_created_at", where=STEP_READY),
     _index("step_executions_delayed", "available_at", where=STEP_DELAYED),
     _index("step_executions_waiting", "available_at", where=STEP_WAITING),

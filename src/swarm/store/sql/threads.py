@@ -56,7 +56,7 @@ class _Job:
     loop: asyncio.AbstractEventLoop
 
 
-class Lane:
+class ConnectionThread:
     """One thread, one connection. ``close`` serves what was asked before, then ends both."""
 
     def __init__(self, database: Database, *, write: bool) -> None:

@@ -76,7 +76,8 @@ _CANCEL_STEPS: Final = sa.text(
     "WHERE run_id = :run_id AND status IN ('pending', 'waiting', 'ready', 'running')"
 )
 _CANCEL_RUN: Final = sa.text(
-    "UPDATE workflow_runs SET status = 'cancelled', error = :error, completed_at = :now, untold = NULL, due_at = NULL "
+    "UPDATE workflow_runs SET status = 'cancelled', error = :error, completed_at = :now, unprocessed = NULL, "
+    "due_at = NULL "
     "WHERE id = :run_id AND status IN ('running', 'waiting')"
 )
 _RUNS_WITHIN: Final = sa.text(
@@ -113,8 +114,8 @@ class Changes:
     def __init__(self, tx: Tx) -> None:
         self.tx = tx
         self.ended: dict[str, TicketState] = {}  # tickets that this transaction ended: others may wait for them
-        # Runs of workflows for which a decision is due, and the steps that ended or were answered: `executor.settle`.
-        self.news: dict[str, list[str]] = {}
+        # Runs that need a decision, each with the steps that ended or were answered; see `advance_workflows`.
+        self.pending_runs: dict[str, list[str]] = {}
         self._rows: dict[sa.TextClause, list[Mapping[str, Any]]] = {}
 
     def add(self, statement: sa.TextClause, **values: Any) -> None:
@@ -293,7 +294,7 @@ class Changes:
             error=error,
         )
         if row.definition is not None:
-            self.news.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
+            self.pending_runs.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
             if vm_time_ms:
                 self.add(_ADD_VM_TIME, id=row.run_id, vm_time_ms=vm_time_ms)
             return
@@ -318,7 +319,7 @@ class Changes:
         self.flush()
         ids = self._with_those_within(run_ids)
         for run in ids:
-            self.news.pop(run, None)
+            self.pending_runs.pop(run, None)
         for step in self.tx.all_in(_LIVE_STEPS, ids):
             self.transition(
                 "step",
@@ -348,7 +349,7 @@ class Changes:
             found |= dict.fromkeys(level)
         return list(found)
 
-    def settle_disowned(self, rows: Sequence[Row]) -> None:
+    def cancel_orphans(self, rows: Sequence[Row]) -> None:
         """Live attempts (rows of the fence) or ready steps whose ticket another tool ended, took back or deleted."""
         known = [row for row in rows if row.run_id is not None and row.ticket is not None]
         taken_back = [row for row in known if not (row.state in _RUNNING and row.ticket_run == row.root_run)]

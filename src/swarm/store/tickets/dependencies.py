@@ -75,7 +75,7 @@ def _apply(changes: Changes, blocked: Iterable[str], verdicts: Mapping[str, str 
     return started
 
 
-def settle_blocked(changes: Changes) -> bool:
+def recheck_blocked(changes: Changes) -> bool:
     """Judge every blocked ticket anew, for what other tools changed, and break circles. True if one became ready."""
     rows = [row for row in changes.tx.all(NEEDS_OF_BLOCKED) if isinstance(row.id, str)]
     if not rows:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from swarm.base import jsontext
-from swarm.model import Agent, BudgetPolicy, ExecutionMode, Ticket, TicketState
+from swarm.model import BOUNDS, Agent, BudgetPolicy, ExecutionMode, Ticket, TicketState
 from swarm.store.sql.rows import TICKET_FIELDS, lenient
 
 KIB: Final = 1024
@@ -25,9 +25,6 @@ MAX_BYTES: Final[Mapping[str, int]] = {
     "trigger_data": 16 * MIB,
 }
 MAX_OTHER_BYTES: Final = 64 * KIB  # title and all the short ones
-MAX_PRIORITY: Final = 2**31 - 1
-MAX_ATTEMPTS: Final = 1000
-MAX_TIMEOUT_SECONDS: Final = 30 * 24 * 3600.0
 _ID_COLUMNS: Final = ("id", "agent_id", "assignee_id", "workflow_id", "assignee_type", "execution_mode")
 # What Swarm itself writes: shown as well as can be, never a reason to refuse the ticket.
 _OURS: Final = frozenset({"outputs", "error", "run_id", "created_at", "updated_at", "started_at", "completed_at"})
@@ -69,7 +66,7 @@ def strict_ticket(row: Any) -> Ticket:
         if name in _OURS:
             values[name] = lenient(value)
         elif name in _NUMBERS:
-            values[name] = _NUMBERS[name](name, value)
+            values[name] = _number(name, value)
         else:
             values[name] = strict_text(name, value)
     for name in _ID_COLUMNS:
@@ -103,9 +100,11 @@ def strict_text(name: str, value: object) -> str | None:
     return text
 
 
-def _number(name: str, value: object, *, least: float, most: float, whole: bool) -> Any:
+def _number(name: str, value: object) -> Any:
+    least, most = BOUNDS[name]
+    whole = isinstance(least, int)
     if value is None:
-        return None
+        return 0 if name == "priority" else None
     good = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
     if isinstance(value, int | float) and good and (not whole or value == int(value)):
         return int(value) if whole else float(value)
@@ -113,18 +112,12 @@ def _number(name: str, value: object, *, least: float, most: float, whole: bool)
     raise BadRow(f"{name} is {shown(value)}; it must be {kind} from {least:g} to {most:g}, or NULL")
 
 
-_NUMBERS: Final[Mapping[str, Any]] = {
-    "priority": lambda n, v: _number(n, v, least=-MAX_PRIORITY, most=MAX_PRIORITY, whole=True) or 0,
-    "max_attempts": lambda n, v: _number(n, v, least=1, most=MAX_ATTEMPTS, whole=True),
-    "timeout_seconds": lambda n, v: _number(n, v, least=0.001, most=MAX_TIMEOUT_SECONDS, whole=False),
-    "budget_usd": lambda n, v: _number(n, v, least=0, most=1e9, whole=False),
-    "budget_tokens": lambda n, v: _number(n, v, least=0, most=10**15, whole=True),
-}
+_NUMBERS: Final = ("priority", "max_attempts", "timeout_seconds", "budget_usd", "budget_tokens")
 
 
 def check_budget(name: str, value: object) -> None:
     """``name``: the column. Raises BadRow."""
-    _NUMBERS[name](name, value)
+    _number(name, value)
 
 
 def _agent_id(ticket: Ticket) -> str:

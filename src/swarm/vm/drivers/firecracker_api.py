@@ -30,7 +30,7 @@ _TIMEOUT_SECONDS = 10.0
 class Refused(BootFailed):
     """Firecracker answered with an error. ``fault`` is its own ``fault_message``; the same request would fail again."""
 
-    retry = False
+    retryable = False
 
     def __init__(self, message: str, *, status: int, fault: str) -> None:
         super().__init__(message)

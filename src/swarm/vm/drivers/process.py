@@ -76,7 +76,7 @@ class ProcessVm:
         raise HostError("the process driver's VMs have no console: there is no guest to boot")
 
     async def snapshot(self, dir: Path) -> None:  # noqa: A002
-        raise BootFailed(_NO_TEMPLATES, retry=False)
+        raise BootFailed(_NO_TEMPLATES, retryable=False)
 
     async def kill(self) -> None:
         try:
@@ -123,7 +123,7 @@ class ProcessDriver:
         if len(os.fsencode(_socket(dir))) > _MAX_SOCKET_PATH:
             raise BootFailed(
                 f"{_socket(dir)} is too long for a Unix socket ({_MAX_SOCKET_PATH} bytes): set a shorter state_dir",
-                retry=False,
+                retryable=False,
             )
         _root(dir).mkdir(parents=True, exist_ok=True)
         try:
@@ -146,7 +146,7 @@ class ProcessDriver:
         *,
         outlive: bool = False,
     ) -> ProcessVm:
-        raise BootFailed(_NO_TEMPLATES, retry=False)
+        raise BootFailed(_NO_TEMPLATES, retryable=False)
 
 
 def _socket(dir: Path) -> Path:  # noqa: A002

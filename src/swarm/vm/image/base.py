@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from swarm.base import process
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import CommandFailed, ImageError
 from swarm.vm.image import apt, kernel
 from swarm.vm.image.build import EPOCH, Progress, Recipe, in_root, remove, tool, walk
@@ -98,21 +98,21 @@ async def _base_root(
         raise apt.explain(failed, where=scratch)
     packages = apt.installed((root / "var/lib/dpkg/status").read_text())
     progress("cleaning", 0.9)
-    await settle(asyncio.to_thread(_clean, root))
+    await finish_uninterrupted(asyncio.to_thread(_clean, root))
     # Debian compiles no more of the standard library than the interpreter itself needs; a guest's root is read-only and
     # its CPU may be emulated, so an import without a compiled file costs it dearly.
     compiled = ["--invalidation-mode", "timestamp", "-q", "-j", "0", "/usr/lib/python3"]
     await in_root(
         root, "-m", "compileall", *compiled, *(f"/{d.relative_to(root)}" for d in root.glob("usr/lib/python3.*"))
     )
-    await settle(asyncio.to_thread(_open_compiled, root))
+    await finish_uninterrupted(asyncio.to_thread(_open_compiled, root))
     await in_root(root, "-B", "-c", _STDLIB)
     progress("packing the base", 0.95)
     await tool(
         "tar", "--create", f"--file={stage / 'root.tar'}", f"--directory={root}", "--sort=name", "--numeric-owner",
         f"--mtime=@{EPOCH}", "--format=gnu", ".",
     )  # fmt: skip
-    await settle(asyncio.to_thread(shutil.rmtree, scratch))
+    await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, scratch))
     return packages
 
 
@@ -127,8 +127,8 @@ async def _base_kernel(
     package = await client.dependency(base["kernel_package"], r"linux-image-\d.*")
     deb = await client.download(package)
     await tool("dpkg-deb", "--extract", str(deb), str(dir / "files"))
-    await settle(asyncio.to_thread(_take_kernel, dir / "files", stage, base["modules"]))
-    await settle(asyncio.to_thread(shutil.rmtree, dir))
+    await finish_uninterrupted(asyncio.to_thread(_take_kernel, dir / "files", stage, base["modules"]))
+    await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, dir))
     return package.removeprefix("linux-image-")
 
 

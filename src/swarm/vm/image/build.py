@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from swarm.base import process
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import CommandFailed, HostError, ImageError
 from swarm.vm.image import kernel
 
@@ -155,7 +155,7 @@ async def assemble(recipe: Recipe, base: Path, stage: Path, progress: Progress) 
     root.mkdir(mode=0o755)
     await tool("tar", "--extract", f"--file={base / 'root.tar'}", f"--directory={root}", "--numeric-owner", "-p")
     progress("installing guest files", 0.4)
-    await settle(asyncio.to_thread(_install, root, recipe.guest))
+    await finish_uninterrupted(asyncio.to_thread(_install, root, recipe.guest))
     await in_root(root, "-B", "-c", _COMPILE_AGENTD)
     (root / "usr/lib/swarm/agentd.pyc").chmod(0o644)
     parts = {"root": stage / "root.erofs"}
@@ -163,12 +163,12 @@ async def assemble(recipe: Recipe, base: Path, stage: Path, progress: Progress) 
     progress("writing the root file system", 0.5)
     # Not compressed: decompression would run in the guest, whose CPU may be emulated (docs/adr/0003-image.md).
     await tool("mkfs.erofs", "--quiet", "-x-1", f"-T{EPOCH}", f"-U{_EROFS_UUID}", str(parts["root"]), str(root))
-    await settle(asyncio.to_thread(shutil.rmtree, root))
+    await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, root))
     progress("writing the kernel", 0.9)
     if recipe.kernel is None:
         parts |= {"kernel": stage / "vmlinuz", "vmlinux": stage / "vmlinux", "initramfs": stage / "initramfs"}
         for name in ("kernel", "vmlinux"):
-            await settle(asyncio.to_thread(shutil.copyfile, base / parts[name].name, parts[name]))
+            await finish_uninterrupted(asyncio.to_thread(shutil.copyfile, base / parts[name].name, parts[name]))
         modules = {m.name: m.read_bytes() for m in sorted((base / "modules").iterdir())}
         parts["initramfs"].write_bytes(initramfs(recipe.guest["initramfs-init"], busybox, modules))
     else:

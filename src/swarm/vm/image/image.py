@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import structlog
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import CommandFailed, HostError, ImageError, NotFound
 from swarm.vm.driver import Image
 from swarm.vm.image import apt, build, staging
@@ -90,20 +90,20 @@ class Images:
         arguments it needs. ``progress(label, fraction)`` is called as it goes. Raises ImageError, HostError.
         """
         recipe = await asyncio.to_thread(build.recipe, self._guest, kernel=kernel, boot_args=boot_args)
-        if not force and (image := await self._whole(recipe)):
+        if not force and (image := await self._find_complete(recipe)):
             return image
         build.require_root()
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
             async with staging.locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)):
-                if not force and (image := await self._whole(recipe)):
+                if not force and (image := await self._find_complete(recipe)):
                     return image  # the build we waited for made it
-                await settle(asyncio.to_thread(staging.sweep, self._dir))
+                await finish_uninterrupted(asyncio.to_thread(staging.sweep, self._dir))
                 base = await self._base(recipe, force, lambda label, f: progress(label, _BASE_SHARE * f))
                 image = await self._assemble(
                     recipe, base, kernel, lambda label, f: progress(label, _BASE_SHARE + (1 - _BASE_SHARE) * f)
                 )
-                await settle(asyncio.to_thread(self.collect, {image.digest, *keep}))
+                await finish_uninterrupted(asyncio.to_thread(self.collect, {image.digest, *keep}))
                 return image
         except CommandFailed as error:
             if not apt.FULL_DISK.search(str(error)):
@@ -190,7 +190,7 @@ class Images:
             )
         return fits[0]
 
-    async def _whole(self, recipe: Recipe) -> Image | None:
+    async def _find_complete(self, recipe: Recipe) -> Image | None:
         """The current image, or None when there is none or it is damaged (and has to be built again)."""
         if info := self._current(recipe):
             try:
@@ -228,17 +228,17 @@ class Images:
         self._cache.mkdir(parents=True, exist_ok=True)
         final = self._cache / recipe.base_key
         async with staging.locked(self._cache / ".lock", lambda: progress("waiting for another build", 0.0)):
-            await settle(asyncio.to_thread(staging.sweep, self._cache))
+            await finish_uninterrupted(asyncio.to_thread(staging.sweep, self._cache))
             with contextlib.suppress(OSError):
                 os.utime(final / "base.json")
-            await settle(asyncio.to_thread(_collect_bases, self._cache, recipe.base_key))
-            if not force and await asyncio.to_thread(_base_is_whole, final):
+            await finish_uninterrupted(asyncio.to_thread(_collect_bases, self._cache, recipe.base_key))
+            if not force and await asyncio.to_thread(_base_is_complete, final):
                 build.check_host(for_base=False, where=self._dir)
                 return final
             build.check_host(for_base=True, where=self._cache)
             async with staging.staged(self._cache) as stage:
                 await build_base(recipe, stage, progress)
-                await settle(asyncio.to_thread(staging.move_in, stage, final))
+                await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage, final))
         return final
 
     async def _assemble(self, recipe: Recipe, base: Path, kernel: Path | None, progress: Progress) -> Image:
@@ -269,7 +269,7 @@ class Images:
             manifest["digest"] = digest
             staging.replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
             stage.chmod(0o755)
-            await settle(asyncio.to_thread(staging.move_in, stage, self._dir / digest))
+            await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage, self._dir / digest))
         return await asyncio.to_thread(self._verified, _info(self._dir / digest))
 
 
@@ -318,7 +318,7 @@ def _collect_bases(cache: Path, current: str) -> None:
             shutil.rmtree(told.parent, ignore_errors=True)
 
 
-def _base_is_whole(base: Path) -> bool:
+def _base_is_complete(base: Path) -> bool:
     try:
         parts = json.loads((base / "base.json").read_text())["parts"]
         return all(staging.file_digest(base / name) == sha256 for name, sha256 in parts.items())

@@ -80,19 +80,19 @@ def _payload(image: bytes) -> bytes:
 
 
 def _gzip(data: bytes) -> bytes:
-    return _whole(zlib.decompressobj(wbits=31), data)
+    return _decompress_all(zlib.decompressobj(wbits=31), data)
 
 
 def _xz(data: bytes) -> bytes:
-    return _whole(lzma.LZMADecompressor(lzma.FORMAT_XZ), data)
+    return _decompress_all(lzma.LZMADecompressor(lzma.FORMAT_XZ), data)
 
 
 def _lzma(data: bytes) -> bytes:
-    return _whole(lzma.LZMADecompressor(lzma.FORMAT_ALONE), data)
+    return _decompress_all(lzma.LZMADecompressor(lzma.FORMAT_ALONE), data)
 
 
 def _bzip2(data: bytes) -> bytes:
-    return _whole(bz2.BZ2Decompressor(), data)
+    return _decompress_all(bz2.BZ2Decompressor(), data)
 
 
 def _zstd(data: bytes) -> bytes:
@@ -103,7 +103,7 @@ def _zstd(data: bytes) -> bytes:
     return out
 
 
-def _whole(stream: zlib._Decompress | lzma.LZMADecompressor | bz2.BZ2Decompressor, data: bytes) -> bytes:
+def _decompress_all(stream: zlib._Decompress | lzma.LZMADecompressor | bz2.BZ2Decompressor, data: bytes) -> bytes:
     out = stream.decompress(data, _MAX_KERNEL_BYTES)
     if not stream.eof:
         raise EOFError("it ends too early, or holds more than a kernel")

@@ -32,7 +32,7 @@ from typing import Any, Final
 
 import structlog
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import CommandFailed, HostError, ImageError, LayerMissing, NotFound
 from swarm.model import Agent
 from swarm.vm.driver import Image, Layer
@@ -88,14 +88,14 @@ class Layers:
             return None
         shape = _shape(agent, image)
         key = _key(shape)
-        if not force and (layer := await self._whole(key)):
+        if not force and (layer := await self._find_complete(key)):
             return layer
         layer_build.check_host(_made(self.dir))
         try:
             async with staging.locked(self.dir / ".lock", lambda: progress("waiting for another build", 0.0)):
-                if not force and (layer := await self._whole(key)):
+                if not force and (layer := await self._find_complete(key)):
                     return layer
-                await settle(asyncio.to_thread(staging.sweep, self.dir))
+                await finish_uninterrupted(asyncio.to_thread(staging.sweep, self.dir))
                 async with staging.staged(self.dir) as stage:
                     installed = await layer_build.build(
                         sorted(set(agent.requirements)),
@@ -106,7 +106,7 @@ class Layers:
                         sources=self._sources,
                         progress=progress,
                     )
-                    await settle(asyncio.to_thread(self._move_in, stage, key, shape, installed))
+                    await finish_uninterrupted(asyncio.to_thread(self._move_in, stage, key, shape, installed))
                 return await asyncio.to_thread(self._verified, key)
         except CommandFailed as error:
             if not apt.FULL_DISK.search(str(error)):
@@ -159,7 +159,7 @@ class Layers:
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    async def _whole(self, key: str) -> Layer | None:
+    async def _find_complete(self, key: str) -> Layer | None:
         try:
             return await asyncio.to_thread(self._verified, key)
         except FileNotFoundError:
@@ -236,7 +236,7 @@ class HostLayers:
                     where=stage,
                     python=python,
                 )  # fmt: skip
-                await settle(asyncio.to_thread(staging.move_in, stage / "new", final))
+                await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage / "new", final))
         except OSError as error:
             raise _unwritable(error, self.dir) from error
         return Layer(digest=final.name, path=final)

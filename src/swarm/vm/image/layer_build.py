@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from swarm.base import process
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import CommandFailed, HostError, ImageError, UsageError
 from swarm.model import DEBIAN_PACKAGE
 from swarm.vm.driver import Image
@@ -117,11 +117,11 @@ async def build(
         debian={name: version for name, version in _debian(root).items() if old.get(name) != version},
     )
     progress("packing", 0.85)
-    size = await settle(asyncio.to_thread(_keep_what_is_new, root, before))
+    size = await finish_uninterrupted(asyncio.to_thread(_keep_what_is_new, root, before))
     if size > MAX_BYTES:
         raise UsageError(f"the layer would take {size >> 20} MiB, and at most {MAX_BYTES >> 20} are allowed")
     await tool("mkfs.erofs", "--quiet", "-x-1", f"-T{EPOCH}", f"-U{_EROFS_UUID}", str(stage / "layer.erofs"), str(root))
-    await settle(asyncio.to_thread(shutil.rmtree, root))
+    await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, root))
     return installed
 
 
@@ -190,7 +190,7 @@ async def _fetch(requirements: Sequence[str], root: Path, stage: Path) -> None:
 
 async def _install_wheels(requirements: Sequence[str], root: Path) -> None:
     """By the guest's own Python, in its own root: paths and scripts come out right, and a hostile wheel stays in it."""
-    await settle(asyncio.to_thread(shutil.copytree, pip.location(), root / _SCRATCH / "pip"))
+    await finish_uninterrupted(asyncio.to_thread(shutil.copytree, pip.location(), root / _SCRATCH / "pip"))
     await _in(
         root, "/usr/bin/python3", "-I", f"/{_SCRATCH}/pip", "--isolated", "install", "--no-index",
         f"--find-links=/{_SCRATCH}/wheels", "--no-compile", "--ignore-installed", "--break-system-packages",

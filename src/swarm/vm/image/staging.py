@@ -22,7 +22,7 @@ from typing import Final
 
 import structlog
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 
 log = structlog.get_logger(__name__)
 
@@ -139,7 +139,7 @@ async def staged(dir: Path) -> AsyncIterator[Path]:  # noqa: A002
     try:
         yield stage
     finally:
-        await settle(asyncio.to_thread(_remove, stage))
+        await finish_uninterrupted(asyncio.to_thread(_remove, stage))
 
 
 def move_in(stage: Path, final: Path) -> None:

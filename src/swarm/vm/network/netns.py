@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import HostError
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ async def in_thread(work: Callable[[], T]) -> T:
         return await future
 
     threading.Thread(target=body, name="netns", daemon=True).start()
-    return await settle(wait())
+    return await finish_uninterrupted(wait())
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from swarm.base import process
-from swarm.base.aio import settle
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import Conflict, HostError, NotFound, UsageError
 from swarm.vm.driver import GUEST_ADDRESS, GUEST_GATEWAY, GUEST_MAC, TAP_MAC, TAP_NAME, Slot
 from swarm.vm.network import netns, rules
@@ -108,7 +108,7 @@ class Network:
             await process.run(["nft", "-f", "-"], input=text.encode(), netns=slot.netns)
         except BaseException:
             if made.is_set():
-                await settle(self.destroy(n))
+                await finish_uninterrupted(self.destroy(n))
             raise
         log.debug("slot made", n=n, links_ms=_ms(links - started), rules_ms=_ms(time.perf_counter() - links))
         return slot

@@ -70,7 +70,7 @@ class VmRecord:
         return _lives(self.owner_pid, self.owner_started, self.boot_id)
 
 
-class Place:
+class SlotLease:
     """Slot n, held by this process until `release` or `hand_over`, or until the process ends.
 
     ``leftover`` is true when the directory was there before: an owner died. Then `sweep.clear` comes first; `record`
@@ -176,7 +176,7 @@ class Inventory:
     def dir(self, n: int) -> Path:
         return self._vms / str(n)
 
-    def reserve(self, n: int, *, replace: bool = False) -> Place:
+    def reserve(self, n: int, *, replace: bool = False) -> SlotLease:
         """Take slot n. A place with a ``leftover`` must be cleared before it is used: `sweep.take` does both.
 
         Raises Conflict when a live process owns it, or (without ``replace``) a VM started by hand runs there.
@@ -197,32 +197,32 @@ class Inventory:
             record = read_record(self.dir(n)) if leftover else None
             if record is not None and record.kind is Kind.MANUAL and record.alive and not replace:
                 raise Conflict(f"VM {n} runs (pid {record.pid}), started by hand: remove it with `swarm vm rm {n}`")
-            place = Place(n=n, dir=self.dir(n), lock=self._lock_path(n), fd=fd, leftover=leftover)
+            lease = SlotLease(n=n, dir=self.dir(n), lock=self._lock_path(n), fd=fd, leftover=leftover)
         except BaseException:
             self._unlock(n, fd)
             raise
         if not leftover:
             try:
-                place.prepare()
+                lease.prepare()
             except BaseException:  # a full disk, say: what is half made is nobody's
                 with contextlib.suppress(HostError):
-                    place.release()
+                    lease.release()
                 raise
-        return place
+        return lease
 
-    def reserve_free(self, first: int) -> Place:
+    def reserve_free(self, first: int) -> SlotLease:
         """Take the first slot from ``first`` upward in which nothing is, not even a leftover."""
         taken = set(self.numbers())
         for n in range(first, MAX_SLOT + 1):
             if n in taken:
                 continue
             try:
-                place = self.reserve(n)
+                lease = self.reserve(n)
             except Conflict:
                 continue  # somebody was faster
-            if not place.leftover:
-                return place
-            place.let_go()
+            if not lease.leftover:
+                return lease
+            lease.let_go()
         raise Conflict(f"no free slot from {first} to {MAX_SLOT}: run swarm-cleanup, or lower first_engine_slot")
 
     def records(self) -> list[VmRecord]:
@@ -244,7 +244,7 @@ class Inventory:
                 self._unlock(n, fd)
         return found
 
-    def evict(self, n: int) -> Place:
+    def evict(self, n: int) -> SlotLease:
         """Take slot n away from whoever has it, alive or not (`swarm-cleanup --force`). The old owner's release does
         nothing any more: its lock is on a file that has no name."""
         self._lock_path(n).unlink(missing_ok=True)

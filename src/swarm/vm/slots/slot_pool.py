@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 
 import structlog
 
-from swarm.base.aio import quietly, settle
+from swarm.base.aio import finish_uninterrupted, quietly
 from swarm.errors import Conflict, SwarmError
 from swarm.vm.driver import Slot
 from swarm.vm.network.network import Network
-from swarm.vm.slots.inventory import Inventory, Place, VmRecord
+from swarm.vm.slots.inventory import Inventory, SlotLease, VmRecord
 
 log = structlog.get_logger(__name__)
 
@@ -30,21 +30,21 @@ _TRIES = 64  # numbers that others may have taken in a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class VmSlot:
     """``slot`` is None for a driver whose VMs have no network of their own."""
 
-    place: Place
+    lease: SlotLease
     slot: Slot | None
 
 
-class Seats:
+class SlotPool:
     """``keep``: how many free seats stay when VMs end; 0 removes each at once. ``first``: the lowest slot to take."""
 
     def __init__(self, *, inventory: Inventory, network: Network | None, first: int) -> None:
         self._inventory = inventory
         self._network = network
         self._first = first
-        self._free: list[Seat] = []
+        self._free: list[VmSlot] = []
         self._renewing: set[asyncio.Task[None]] = set()
         self.keep = 0
 
@@ -52,23 +52,23 @@ class Seats:
     def free(self) -> int:
         return len(self._free)
 
-    async def take(self, undo: AsyncExitStack) -> Seat:
+    async def take(self, undo: AsyncExitStack) -> VmSlot:
         """A seat that nobody has used since it was made or made new. ``undo`` gives it back; it must run after the VM's
         death. Raises Conflict, HostError."""
 
-        async def take() -> Seat:
+        async def take() -> VmSlot:
             while not self._free and self._renewing:
                 await asyncio.wait(self._renewing, return_when=asyncio.FIRST_COMPLETED)
-            seat = self._free.pop() if self._free else await self._make()
-            undo.push_async_callback(self._give_back, seat)
-            return seat
+            vm_slot = self._free.pop() if self._free else await self._make()
+            undo.push_async_callback(self._give_back, vm_slot)
+            return vm_slot
 
-        return await settle(take())
+        return await finish_uninterrupted(take())
 
     async def stock(self, count: int) -> None:
         """Make free seats ahead, so that there are ``count``."""
         while len(self._free) < count:
-            await settle(self._stock_one())
+            await finish_uninterrupted(self._stock_one())
 
     async def _stock_one(self) -> None:
         self._free.append(await self._make())
@@ -76,68 +76,68 @@ class Seats:
     async def close(self) -> None:
         """Remove the free ones, and from now on each that is given back."""
         self.keep = 0
-        await settle(self.settled())
-        seats, self._free = self._free, []
-        await settle(_all(*(self._remove(seat) for seat in seats)))
+        await finish_uninterrupted(self.idle())
+        vm_slots, self._free = self._free, []
+        await finish_uninterrupted(_all(*(self._remove(vm_slot) for vm_slot in vm_slots)))
 
-    async def settled(self) -> None:
+    async def idle(self) -> None:
         """Return when none is being made as good as new."""
         while self._renewing:
             await asyncio.wait(self._renewing)
 
-    async def _make(self) -> Seat:
+    async def _make(self) -> VmSlot:
         """The next number may be taken in the kernel by somebody whom our inventory does not know: another install, or
         a namespace that only has the name. Then the one after it."""
         first = self._first
         for _ in range(_TRIES):
-            place = await asyncio.to_thread(self._inventory.reserve_free, first)
+            lease = await asyncio.to_thread(self._inventory.reserve_free, first)
             try:
-                slot = await self._network.create(place.n) if self._network is not None else None
+                slot = await self._network.create(lease.n) if self._network is not None else None
             except Conflict as conflict:
-                await asyncio.to_thread(place.release)
-                log.warning("a slot is taken by somebody else", n=place.n, reason=str(conflict))
-                first, last = place.n + 1, conflict
+                await asyncio.to_thread(lease.release)
+                log.warning("a slot is taken by somebody else", n=lease.n, reason=str(conflict))
+                first, last = lease.n + 1, conflict
             except BaseException:
-                await asyncio.to_thread(place.release)
+                await asyncio.to_thread(lease.release)
                 raise
             else:
-                return Seat(place=place, slot=slot)
+                return VmSlot(lease=lease, slot=slot)
         raise last
 
-    async def _give_back(self, seat: Seat) -> None:
+    async def _give_back(self, vm_slot: VmSlot) -> None:
         if len(self._free) + len(self._renewing) >= self.keep:
-            await self._remove(seat)
+            await self._remove(vm_slot)
             return
-        task = asyncio.create_task(self._renew(seat), name=f"renew-slot-{seat.place.n}")
+        task = asyncio.create_task(self._renew(vm_slot), name=f"renew-slot-{vm_slot.lease.n}")
         self._renewing.add(task)
         task.add_done_callback(self._renewing.discard)
 
-    async def _renew(self, seat: Seat) -> None:
+    async def _renew(self, vm_slot: VmSlot) -> None:
         try:
-            await asyncio.to_thread(_empty, seat.place)
+            await asyncio.to_thread(_empty, vm_slot.lease)
             if self._network is not None:
-                await self._network.recycle(seat.place.n)
+                await self._network.recycle(vm_slot.lease.n)
         except (SwarmError, OSError) as error:
-            log.warning("a slot is made anew", n=seat.place.n, reason=str(error))
-            await quietly(self._remove(seat))
+            log.warning("a slot is made anew", n=vm_slot.lease.n, reason=str(error))
+            await quietly(self._remove(vm_slot))
         else:
-            self._free.append(seat)
+            self._free.append(vm_slot)
 
-    async def _remove(self, seat: Seat) -> None:
+    async def _remove(self, vm_slot: VmSlot) -> None:
         try:
             if self._network is not None:
-                await self._network.destroy(seat.place.n)
+                await self._network.destroy(vm_slot.lease.n)
         except BaseException:
-            seat.place.let_go()  # its directory stays, and with it a sweep's way to what is left
+            vm_slot.lease.let_go()  # its directory stays, and with it a sweep's way to what is left
             raise
-        await asyncio.to_thread(seat.place.release)
+        await asyncio.to_thread(vm_slot.lease.release)
 
 
-def _empty(place: Place) -> None:
+def _empty(lease: SlotLease) -> None:
     """Remove what the last VM left in its directory; the record stays, and names no VM any more."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    place.record(VmRecord(n=place.n, created_at=now))
-    for entry in place.dir.iterdir():
+    lease.record(VmRecord(n=lease.n, created_at=now))
+    for entry in lease.dir.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != "vm.json":

@@ -26,7 +26,7 @@ from swarm.vm.driver import TAP_NAME
 from swarm.vm.drivers import jailer
 from swarm.vm.network import netns
 from swarm.vm.network.network import Network, netns_of
-from swarm.vm.slots.inventory import Busy, Inventory, Kind, Place, VmRecord, boot_id, read_record
+from swarm.vm.slots.inventory import Busy, Inventory, Kind, SlotLease, VmRecord, boot_id, read_record
 
 log = structlog.get_logger(__name__)
 
@@ -58,28 +58,28 @@ class CleanupReport:
 
 async def take(
     inventory: Inventory, network: Network | None, n: int, *, replace: bool = True, timeout_seconds: float = 15.0
-) -> Place:
+) -> SlotLease:
     """Reserve slot n for a new VM, and remove what is left in it: a dead owner's VM, or (``replace``) one by hand.
 
     Raises Conflict when a live process owns slot n.
     """
-    place = await _reserve(inventory, n, replace=replace, timeout_seconds=timeout_seconds)
-    if place.leftover:
+    lease = await _reserve(inventory, n, replace=replace, timeout_seconds=timeout_seconds)
+    if lease.leftover:
         try:
-            await clear(place, network)
-            place.prepare()
+            await clear(lease, network)
+            lease.prepare()
         except BaseException:
-            place.let_go()  # the directory stays, so the next one finds it
+            lease.let_go()  # the directory stays, so the next one finds it
             raise
-    return place
+    return lease
 
 
 async def remove_vm(inventory: Inventory, network: Network | None, n: int) -> None:
     """Remove VM n: one by hand, or a leftover. Raises NotFound when there is none, Conflict when it is in use."""
     if n not in inventory.numbers():
         raise NotFound(f"there is no VM {n} on this host; `swarm vm list` shows those there are")
-    place = await _reserve(inventory, n, replace=True)
-    await _clear_and_release(place, network)
+    lease = await _reserve(inventory, n, replace=True)
+    await _clear_and_release(lease, network)
 
 
 async def sweep(inventory: Inventory, network: Network | None) -> SweepReport:
@@ -87,15 +87,15 @@ async def sweep(inventory: Inventory, network: Network | None) -> SweepReport:
     removed, failed = [], []
     for stale in inventory.stale():
         try:
-            place = inventory.reserve(stale.n)
+            lease = inventory.reserve(stale.n)
         except Conflict:  # somebody took it since, or is removing it too
             continue
-        if not place.leftover:  # somebody has removed it
-            place.release()
+        if not lease.leftover:  # somebody has removed it
+            lease.release()
             continue
         log.info("removing a leftover", vm=stale.n, reason=stale.reason)
         try:
-            await _clear_and_release(place, network)
+            await _clear_and_release(lease, network)
         except SwarmError as error:
             failed.append(f"VM {stale.n}: {error}")
         else:
@@ -117,13 +117,13 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
         record = read_record(inventory.dir(n))
         try:
             try:
-                place = await _reserve(inventory, n, replace=True)
+                lease = await _reserve(inventory, n, replace=True)
             except Conflict as conflict:
                 if not force:
                     kept.append(f"VM {n}: {conflict}")
                     continue
-                place = await asyncio.to_thread(inventory.evict, n)
-            await _clear_and_release(place, network)
+                lease = await asyncio.to_thread(inventory.evict, n)
+            await _clear_and_release(lease, network)
             removed.append(_describe(n, record))
         except SwarmError as error:
             failed.append(f"VM {n}: {error}")
@@ -136,15 +136,15 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
         there = Inventory(state_dir=owner) if theirs else inventory
         try:
             try:
-                place = await _reserve(there, slot.n, replace=True)
+                lease = await _reserve(there, slot.n, replace=True)
             except Conflict as conflict:
                 if not theirs:
                     continue
                 if not force:
                     kept.append(f"VM {slot.n} of {owner}: {conflict}")
                     continue
-                place = await asyncio.to_thread(there.evict, slot.n)
-            await _clear_and_release(place, network)
+                lease = await asyncio.to_thread(there.evict, slot.n)
+            await _clear_and_release(lease, network)
             removed.append(
                 f"VM {slot.n} of {owner}"
                 if theirs
@@ -163,62 +163,62 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
     return CleanupReport(removed=tuple(removed), kept=tuple(kept), failed=tuple(failed))
 
 
-async def clear(place: Place, network: Network | None) -> None:
+async def clear(lease: SlotLease, network: Network | None) -> None:
     """Kill what runs in a slot that we hold, remove its network, empty its directory. Idempotent."""
-    record = read_record(place.dir)
+    record = read_record(lease.dir)
     if record is not None and record.pid and record.boot_id == boot_id():
         await process.kill_stranger(record.pid, record.started)
     if network is not None and not (record is not None and record.driver and not record.netns):
         # An owner that was killed between starting its VMM and recording it leaves one that no record names.
-        await _kill_vmms(netns_of(place.n), place.dir)
-        await network.destroy(place.n)
-    await asyncio.to_thread(jailer.remove, place.dir)
-    await asyncio.to_thread(place.empty)
+        await _kill_vmms(netns_of(lease.n), lease.dir)
+        await network.destroy(lease.n)
+    await asyncio.to_thread(jailer.remove, lease.dir)
+    await asyncio.to_thread(lease.empty)
 
 
 def _remove_probes(state_dir: Path) -> list[str]:
     """Remove what probe boots left that were killed: whoever makes one holds a lock on its directory."""
     removed = []
-    for place in state_dir.glob(f"{PROBE_PREFIX}*"):
+    for directory in state_dir.glob(f"{PROBE_PREFIX}*"):
         with contextlib.suppress(OSError):  # another sweep was faster, or its owner lives
-            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if time.time() - os.fstat(fd).st_mtime < _PROBE_LOCKED_SECONDS:
                     continue
-                for pid in _named(place):  # a bare VMM of a benchmark: nothing else would end it
-                    log.info("killing a VMM of a dead owner", pid=pid, directory=str(place))
+                for pid in _named(directory):  # a bare VMM of a benchmark: nothing else would end it
+                    log.info("killing a VMM of a dead owner", pid=pid, directory=str(directory))
                     os.kill(pid, signal.SIGKILL)
-                jailer.remove(place)
-                shutil.rmtree(place)
-                removed.append(f"files of a probe boot in {place}")
+                jailer.remove(directory)
+                shutil.rmtree(directory)
+                removed.append(f"files of a probe boot in {directory}")
             finally:
                 os.close(fd)
     return removed
 
 
-def _named(place: Path) -> list[int]:
+def _named(directory: Path) -> list[int]:
     """VMMs that were started with paths in the directory."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else [b""]
             if Path(os.fsdecode(words[0])).name.startswith("qemu-system-") and any(
-                f"{place}/".encode() in w for w in words
+                f"{directory}/".encode() in w for w in words
             ):
                 found.append(int(entry.name))
     return found
 
 
-async def _clear_and_release(place: Place, network: Network | None) -> None:
+async def _clear_and_release(lease: SlotLease, network: Network | None) -> None:
     try:
-        await clear(place, network)
-        await asyncio.to_thread(place.release)
+        await clear(lease, network)
+        await asyncio.to_thread(lease.release)
     finally:
-        place.let_go()
+        lease.let_go()
 
 
-async def _reserve(inventory: Inventory, n: int, *, replace: bool, timeout_seconds: float = 15.0) -> Place:
+async def _reserve(inventory: Inventory, n: int, *, replace: bool, timeout_seconds: float = 15.0) -> SlotLease:
     """`Inventory.reserve`, waiting while another process is just removing what is there."""
     deadline = time.monotonic() + timeout_seconds
     while True:

@@ -169,10 +169,10 @@ def upgrade() -> None:
         _text("time_zone", null=False, default="UTC"),
         _text("missed", null=False, default="once"),
         _number("next_at", kind=_BIG),
-        _number("reckoned_at", 0, kind=_BIG),
+        _number("computed_at", 0, kind=_BIG),
         _text("last_at"),
         _text("last_ticket_id"),
-        _number("times_missed", 0),
+        _number("missed_count", 0),
         _text("error"),
     )
     op.create_table(
@@ -210,9 +210,9 @@ def upgrade() -> None:
         _text("root_run_id"),
         _text("path", null=False, default=""),
         _text("definition"),
-        _text("facts"),
+        _text("context"),
         _text("progress"),
-        _text("untold"),
+        _text("unprocessed"),
         _number("revision", 0),
         _number("due_at", kind=_BIG),
         _number("deadline_at", kind=_BIG),
@@ -250,7 +250,7 @@ def upgrade() -> None:
         _text("retry"),
         _text("question"),
         _text("verdict"),
-        _text("fan"),
+        _text("fan_out"),
         _index(
             "step_executions_ready",
             "priority DESC",

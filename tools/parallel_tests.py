@@ -1,9 +1,9 @@
 """Run the whole test suite in three sandboxes at once: most tests wait for something, and leave a core to others.
 
-    tools/lanes.py COMMAND [ARG…]      COMMAND is pytest; each lane gets its share of the tests behind it
+    tools/parallel_tests.py COMMAND [ARG…]      COMMAND is pytest; each sandbox gets its share of the tests behind it
 
-Each lane is a `tools/sandbox.py` of its own, with its own networks, state and leak test; together they are all tests.
-What they print comes line by line, the lane's name before it. The status is 0 when all of them ended with 0.
+Each sandbox is a `tools/sandbox.py` of its own, with its own networks, state and leak test; together they are all tests.
+What they print comes line by line, the sandbox's name before it. The status is 0 when all of them ended with 0.
 """
 # ruff: noqa: T201 - a command-line tool
 
@@ -20,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [f"tests/{name}" for name in ("agents", "api", "cel", "channel", "chaos", "cli", "engine")]
-# Guests of Firecracker are slow on hosts without VMX or SVM: they have a lane of their own, and are served first.
-LANES = {
+# Guests of Firecracker are slow on hosts without VMX or SVM: they have a sandbox of their own, and are served first.
+SHARES = {
     "1": [*FIRST, "tests/test_zz_leaks.py", "-k", "not firecracker"],
     "2": ["tests", *(f"--ignore={name}" for name in FIRST), "-k", "not firecracker"],
     "3": ["tests", "-k", "firecracker or nothing_is_left_behind"],
@@ -34,26 +34,26 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     began = time.monotonic()
-    lanes = {name: start(argv + tests, urgent=name == URGENT) for name, tests in LANES.items()}
+    sandboxes = {name: start(argv + tests, urgent=name == URGENT) for name, tests in SHARES.items()}
     terminal = sys.stdin.isatty()
 
     def forward(number: int, _frame: object) -> None:
         if number == signal.SIGINT and terminal:
             return  # they have it from the terminal, as we have
-        for lane in lanes.values():
+        for sandbox in sandboxes.values():
             with contextlib.suppress(ProcessLookupError):
-                lane.send_signal(number)
+                sandbox.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
-    readers = [threading.Thread(target=show, args=pair) for pair in lanes.items()]
+    readers = [threading.Thread(target=show, args=pair) for pair in sandboxes.items()]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
-    statuses = {name: lane.wait() for name, lane in lanes.items()}
+    statuses = {name: sandbox.wait() for name, sandbox in sandboxes.items()}
     for name, status in statuses.items():
-        print(f"lane {name} ended with status {status}")
+        print(f"sandbox {name} ended with status {status}")
     print(f"{time.monotonic() - began:.0f} s in all")
     return next((status for status in statuses.values() if status), 0)
 
@@ -76,9 +76,9 @@ def first_served() -> None:
         os.nice(-10)
 
 
-def show(name: str, lane: subprocess.Popen[str]) -> None:
-    assert lane.stdout is not None
-    for line in lane.stdout:
+def show(name: str, sandbox: subprocess.Popen[str]) -> None:
+    assert sandbox.stdout is not None
+    for line in sandbox.stdout:
         print(f"{name} | {line}", end="", flush=True)
 
 

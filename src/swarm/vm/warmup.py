@@ -23,7 +23,7 @@ COMMON_MODULES = (
 SEED_BYTES = 64
 
 
-async def rehearse(channel: Channel, token: bytes, *, work_disk: bool) -> None:
+async def warm_template(channel: Channel, token: bytes, *, work_disk: bool) -> None:
     """Do what every clone will: files are copied up, pages read, sockets opened, threads started and interpreter state
     made once, here, not in each clone. The identity is nobody's: its host key opens nothing and every clone gets its
     own before it is used."""
@@ -71,7 +71,7 @@ _INPUT = b'{"inputs": {"n": 1}, "ticket": {"id": "practice", "title": null}, "st
 _CLEAN = "rm -f /agent/.practice.py /work/.practice /work/.practised"
 
 
-async def practise(channel: Channel) -> None:
+async def warm_vm(channel: Channel) -> None:
     """Walk an agent's whole way with a program of ours, which leaves nothing but itself done. What comes after a second
     renewal is an agent's first run again, so the caller renews."""
     await channel.put({".practice.py": _PRACTICE}, dest="/agent", owner="root")
