@@ -2,7 +2,7 @@
 
     tools/parallel_tests.py COMMAND [ARG…]      COMMAND is pytest; each sandbox gets its share of the tests behind it
 
-Each sandbox is a `tools/sandbox.py` of its own, with its own networks, state and leak test; together they run all tests.
+Each sandbox is a `tools/sandbox.py` with networks, state and a leak test of its own; together they run all tests.
 What they print comes line by line, the sandbox's name before it. The status is 0 when all of them ended with 0.
 """
 # ruff: noqa: T201 - a command-line tool
