@@ -182,7 +182,15 @@ def test_an_archive_of_too_much(tmp_path: Path) -> None:
     assert list(into.iterdir()) == []
 
 
-@pytest.mark.parametrize("data", [b"", b"not gzip", gzip.compress(b"not tar" * 500), gzip.compress(b"x" * 5000)[:40]])
+TORN = {
+    "empty": b"",
+    "not gzip": b"not gzip",
+    "not tar": gzip.compress(b"not tar" * 500),
+    "cut": gzip.compress(b"x" * 5000)[:40],
+}
+
+
+@pytest.mark.parametrize("data", TORN.values(), ids=TORN)
 def test_torn_archives(tmp_path: Path, data: bytes) -> None:
     file, into = tmp_path / "a.tar.gz", tmp_path / "into"
     file.write_bytes(data)

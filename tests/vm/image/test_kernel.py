@@ -101,6 +101,7 @@ def test_a_payload_of_another_length_than_stated_is_an_error() -> None:
         (gzip.compress(b"#!/bin/sh"), "no ELF"),
         (b"#!/bin/sh\n", "neither bzImage nor ELF"),
     ],
+    ids=["empty", "LZO", "bzImage of LZO", "gzip of a script", "a script"],
 )
 def test_what_is_no_kernel_is_refused(image: bytes, said: str) -> None:
     with pytest.raises(ImageError, match=said):
