@@ -61,7 +61,7 @@ def test_from_a_file(tmp_path: Path, real: dict[str, bytes]) -> None:
 async def test_one_changed_byte(tmp_path: Path, real: dict[str, bytes]) -> None:
     evil = {**real, "jailer": real["jailer"] + b"x"}
     source = archive(tmp_path / "fc.tgz", release(evil))
-    with pytest.raises(HostError, match=r"jailer in .* is not what was released: sha256"):
+    with pytest.raises(HostError, match=r"jailer in .* differs from the release: sha256"):
         await install(version=VERSION, machine=MACHINE, source=source, target=tmp_path / "bin")
     assert not (tmp_path / "bin").exists(), "not one of the two is written"
 
@@ -107,11 +107,11 @@ async def test_a_download(tmp_path: Path, real: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        (answer(b"", status="404 Not Found"), r"firecracker-v1\.12\.1-x86_64\.tgz can't be had: HTTP 404"),
-        (answer(b"x" * 1000, length=5000), r"can't be reached .*: fetch it on another machine.* --from FILE"),
-        (answer(b"<html>hello</html>"), r"firecracker-v1\.12\.1-x86_64\.tgz is not a whole archive"),
-        (b"", r"can't be reached .*--from FILE"),
-        (answer(b"", status="302 Found\r\nLocation: http://127.0.0.1:1/else"), r"can't be reached .*--from FILE"),
+        (answer(b"", status="404 Not Found"), r"can't download .*/firecracker-v1\.12\.1-x86_64\.tgz: HTTP 404"),
+        (answer(b"x" * 1000, length=5000), r"can't reach .*: download it on another machine.* --from FILE"),
+        (answer(b"<html>hello</html>"), r"firecracker-v1\.12\.1-x86_64\.tgz is not a complete archive"),
+        (b"", r"can't reach .*--from FILE"),
+        (answer(b"", status="302 Found\r\nLocation: http://127.0.0.1:1/else"), r"can't reach .*--from FILE"),
     ],
     ids=["absent", "torn", "a page", "nothing", "moved to nowhere"],
 )
@@ -127,16 +127,16 @@ async def test_an_archive_known_by_its_own_digest(tmp_path: Path) -> None:
     data = archive(tmp_path / "a.tgz", release(programs)).read_bytes()
     right = Release(archive=hashlib.sha256(data).hexdigest())
     assert verified(data, right, VERSION, MACHINE, "a.tgz") == programs
-    with pytest.raises(HostError, match=r"a\.tgz is not what was released: its sha256 is"):
+    with pytest.raises(HostError, match=r"a\.tgz differs from the release: its sha256 is"):
         verified(data + b"\0", right, VERSION, MACHINE, "a.tgz")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a whole archive"),
-        (b"\x1f\x8b\x08 torn", "is not a whole archive"),
-        (None, "there is no firecracker of 1.12.1 for x86_64 in"),
+        (b"", "is not a complete archive"),
+        (b"\x1f\x8b\x08 torn", "is not a complete archive"),
+        (None, "a.tgz has no firecracker of version 1.12.1 for x86_64"),
     ],
 )
 async def test_not_an_archive(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -154,7 +154,7 @@ async def test_what_we_do_not_know(tmp_path: Path) -> None:
         await install(version="9.9.9", machine=MACHINE, target=tmp_path)
     with pytest.raises(UsageError, match="on riscv64"):
         await install(machine="riscv64", target=tmp_path)
-    with pytest.raises(NotFound, match="there is no file"):
+    with pytest.raises(NotFound, match="absent doesn't exist"):
         await install(version=VERSION, machine=MACHINE, source=tmp_path / "absent", target=tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_no_network_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_the_list() -> None:
-    """Both architectures of the default version, and nothing that is no sha256."""
+    """Both architectures of the default version, and nothing that isn't a sha256."""
     assert {(DEFAULT_VERSION, "x86_64"), (DEFAULT_VERSION, "aarch64")} <= set(RELEASES)
     for known in RELEASES.values():
         digests = [known.archive, *(known.programs or {}).values()]

@@ -1,6 +1,6 @@
-"""`swarm install firecracker`: the official release, checked against digests that stand here, put where PATH finds it.
+"""`swarm install firecracker`: installs the official release, checked against the digests in this file.
 
-The release's own checksum file comes from where the archive comes from, so it proves nothing; these digests came with
+The release's own checksum file comes from the same place as the archive, so it proves nothing; these digests come with
 our source. To add a version: download both archives and their .sha256.txt on a machine you trust, compare, add a line.
 """
 
@@ -12,11 +12,12 @@ import io
 import os
 import platform
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from swarm.base.progress import Progress, silent
 from swarm.errors import HostError, NotFound, UsageError
 from swarm.vm.drivers.firecracker import JAILER, PROGRAM
 
@@ -26,12 +27,10 @@ _MAX_ARCHIVE_BYTES: Final = 64 << 20
 _MAX_PROGRAM_BYTES: Final = 64 << 20
 _TIMEOUT_SECONDS: Final = 60.0
 
-Progress = Callable[[str, float], None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """sha256 of a release: of the archive as published, or of the two programs in it. Either is enough."""
+    """sha256 digests of a release: of the published archive, or of the two programs in it. One of them is enough."""
 
     archive: str = ""
     programs: Mapping[str, str] | None = None
@@ -62,13 +61,13 @@ async def install(
     target: Path,
     machine: str | None = None,
     releases: str = _RELEASES,
-    progress: Progress = lambda step, share: None,
+    progress: Progress = silent,
 ) -> list[Path]:
-    """Put firecracker and jailer of ``version`` into ``target``; the paths. ``source`` is an archive already here, else
-    it is ``<releases>/v<version>/<archive>``.
+    """Install firecracker and jailer of ``version`` in ``target``, from the archive ``source``, or else downloaded from
+    ``<releases>/v<version>/<archive>``. Returns the paths of the two programs.
 
-    Nothing is written unless every digest is right. Raises UsageError for a version or architecture that is not in the
-    list, NotFound when ``source`` is not there, HostError when the download fails or a digest differs.
+    Nothing is written unless every digest matches. Raises UsageError for a version or architecture that is not in the
+    list, NotFound if ``source`` doesn't exist, HostError if the download fails or a digest differs.
     """
     machine = machine or platform.machine()
     release = RELEASES.get((version, machine))
@@ -91,21 +90,21 @@ async def install(
 
 
 def verified(data: bytes, release: Release, version: str, machine: str, name: str) -> dict[str, bytes]:
-    """The two programs in an archive, if it, or both of them, have the right digests. Raises HostError."""
+    """The two programs in an archive. Raises HostError unless the archive, or each program, has the right digest."""
     digest = hashlib.sha256(data).hexdigest()
     if digest != release.archive and release.programs is None:
-        raise HostError(f"{name} is not what was released: its sha256 is {digest} instead of {release.archive}")
+        raise HostError(f"{name} differs from the release: its sha256 is {digest} instead of {release.archive}")
     programs = _unpack(data, version, machine, name)
     if digest != release.archive:
         for program, content in programs.items():
             digest, wanted = hashlib.sha256(content).hexdigest(), (release.programs or {})[program]
             if digest != wanted:
-                raise HostError(f"{program} in {name} is not what was released: sha256 {digest} instead of {wanted}")
+                raise HostError(f"{program} in {name} differs from the release: sha256 {digest} instead of {wanted}")
     return programs
 
 
 def _unpack(data: bytes, version: str, machine: str, name: str) -> dict[str, bytes]:
-    """Members are read, never extracted: an archive's paths reach no disk."""
+    """Members are read, never extracted: the paths in an archive are not used."""
     found = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:*") as archive:
@@ -116,13 +115,13 @@ def _unpack(data: bytes, version: str, machine: str, name: str) -> dict[str, byt
                     info = archive.getmember(member)
                     file = archive.extractfile(info)
                     if file is None or info.size > _MAX_PROGRAM_BYTES:
-                        raise HostError(f"{member} in {name} is no program")
+                        raise HostError(f"{member} in {name} is not a program")
                     found[program] = file.read(_MAX_PROGRAM_BYTES)
                     break
                 else:
-                    raise HostError(f"there is no {program} of {version} for {machine} in {name}")
+                    raise HostError(f"{name} has no {program} of version {version} for {machine}")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise HostError(f"{name} is not a whole archive: {error}") from error
+        raise HostError(f"{name} is not a complete archive: {error}") from error
     return found
 
 
@@ -131,7 +130,7 @@ def _read(source: Path) -> bytes:
         with source.open("rb") as file:
             data = file.read(_MAX_ARCHIVE_BYTES + 1)
     except FileNotFoundError:
-        raise NotFound(f"there is no file {source}") from None
+        raise NotFound(f"the file {source} doesn't exist") from None
     except OSError as error:
         raise HostError(f"can't read {source}: {error.strerror}") from error
     if len(data) > _MAX_ARCHIVE_BYTES:
@@ -153,20 +152,20 @@ async def _download(url: str, progress: Progress) -> bytes:
             async for chunk in answer.aiter_bytes():
                 data += chunk
                 if len(data) > _MAX_ARCHIVE_BYTES:
-                    raise HostError(f"{url} has no end: given up after {len(data) >> 20} MiB")
+                    raise HostError(f"{url} is too large for a release of Firecracker: {len(data) >> 20} MiB and more")
                 progress("downloading", 0.9 * min(1.0, len(data) / expected))
     except httpx.HTTPStatusError as error:
-        raise HostError(f"{url} can't be had: HTTP {error.response.status_code}") from None
+        raise HostError(f"can't download {url}: HTTP {error.response.status_code}") from None
     except httpx.HTTPError as error:
         raise HostError(
-            f"{url} can't be reached ({error or type(error).__name__}): fetch it on another machine, then run "
+            f"can't reach {url} ({error or type(error).__name__}): download it on another machine, then run "
             "`swarm install firecracker --from FILE`"
         ) from None
     return bytes(data)
 
 
 def _put(path: Path, content: bytes) -> Path:
-    """Appears whole or not at all; a running VMM keeps the file that it was started from."""
+    """Write a program atomically. A running VMM keeps the file from which it was started."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("xb") as file:
