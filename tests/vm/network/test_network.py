@@ -182,10 +182,10 @@ async def test_spoofed_frames_stop_at_the_tap(network: Network) -> None:
     await network.recycle(1)
     assert await network.refused(slot) == 0
     await process.run(["nft", "delete", "table", "netdev", "swarm"], netns=slot.netns)
-    with pytest.raises(NotFound, match="not whole"):
+    with pytest.raises(NotFound, match="is incomplete"):
         await network.recycle(1)
     await network.destroy(1)
-    with pytest.raises(NotFound, match="not whole"):
+    with pytest.raises(NotFound, match="is incomplete"):
         await network.refused(slot)
 
 
@@ -316,7 +316,7 @@ async def test_foreign_things_in_the_way_of_a_slot_stay(network: Network) -> Non
     try:
         await network.ensure_host()
         before = await host_state()
-        with pytest.raises(Conflict, match="vm99 exists already"):
+        with pytest.raises(Conflict, match="vm99 already exists"):
             await network.create(99)
         with pytest.raises(HostError, match="an interface tap98 that Swarm did not make"):
             await network.create(98)
@@ -333,7 +333,7 @@ async def test_foreign_things_in_the_way_of_a_slot_stay(network: Network) -> Non
 
 async def test_a_slot_is_made_once(network: Network) -> None:
     await network.create(1)
-    with pytest.raises(Conflict, match="vm1 exists already"):
+    with pytest.raises(Conflict, match="vm1 already exists"):
         await network.create(1)
     assert [slot.n for slot in await network.list()] == [1]
     assert [await network.destroy(1), await network.destroy(1)] == [True, False]
@@ -397,7 +397,7 @@ async def test_a_recycled_slot_is_as_good_as_new(network: Network) -> None:
     seconds = []
     for round_ in range(6):
         async with Guest(slot) as guest, guest.listening(AGENTD_PORT, f"VM {round_}".encode()):
-            with pytest.raises(Conflict, match="a VMM still holds tap0"):
+            with pytest.raises(Conflict, match="a VMM still has tap0 open"):
                 await network.recycle(1)
             started = time.perf_counter()
             reader, writer = await asyncio.open_connection(str(slot.address), AGENTD_PORT)
@@ -412,7 +412,7 @@ async def test_a_recycled_slot_is_as_good_as_new(network: Network) -> None:
     assert max(seconds) < 0.9, seconds  # one lost SYN costs 1 s
 
     await ip("netns", "exec", "vm1", "ip", "link", "del", "tap0")
-    with pytest.raises(NotFound, match="not whole"):
+    with pytest.raises(NotFound, match="is incomplete"):
         await network.recycle(1)
-    with pytest.raises(NotFound, match="not whole"):
+    with pytest.raises(NotFound, match="is incomplete"):
         await network.recycle(2)

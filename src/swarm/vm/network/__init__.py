@@ -1,1 +1,1 @@
-"""The network of VMs: namespaces, bridge, firewall rules. Imports `swarm.vm.driver` alone."""
+"""The network of VMs: namespaces, bridge, firewall rules. Imports only `swarm.vm.driver`."""

@@ -1,8 +1,8 @@
 """The host's part of Swarm's network: the bridge, a blackhole route behind it, and the nft table ``inet swarm``.
 
-Each carries a mark in the kernel from birth, so that a maker that was killed at any point leaves nothing of which one
-could doubt whose it is: the bridge a MAC of its own, the route a protocol number, the table a comment. What lacks the
-mark is somebody else's, and is named and left alone.
+Each carries a mark in the kernel from its creation, so it is always clear what is Swarm's, even if its maker was killed
+half-way: the bridge has a MAC of its own, the route a protocol number, the table a comment. Anything without the mark
+belongs to someone else: errors name it, and Swarm leaves it alone.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from swarm.base import process
 from swarm.errors import Conflict, HostError, UsageError
-from swarm.vm.network import netns, rules
+from swarm.vm.network import netfilter, netns, rules
 
 # A bridge with this address is Swarm's. (06: locally administered; 53:57:41:52 spells SWAR.)
 BRIDGE_MAC = "06:00:53:57:41:52"
-ROUTE_PROTOCOL = 83  # rtm_protocol of our routes; iproute2 knows no name for it
-# The kernel numbers a bridge's ports with 10 bits and leaves out 0 (net/bridge/br_private.h, BR_PORT_BITS).
+ROUTE_PROTOCOL = 83  # rtm_protocol of our routes; iproute2 has no name for it
+# The kernel numbers a bridge's ports with 10 bits and skips 0 (net/bridge/br_private.h, BR_PORT_BITS).
 MAX_PORTS = 1023
 
 _WORST_METRIC = 0xFFFFFFFF
@@ -35,13 +35,13 @@ _TABLES = (253, 254, 255)  # default, main, local: what a packet without policy 
 
 
 class Bridge:
-    """Name, subnet and rules of the bridge; `ensure` makes it so."""
+    """Name, subnet and rules of the bridge; `ensure` makes it."""
 
     def __init__(self, *, subnet: IPv4Network, name: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", name):
-            raise UsageError(f"{name!r} can't be the name of a bridge: 1 to 15 letters, digits, '_', '.', '-'")
+            raise UsageError(f"invalid name of a bridge {name!r}: use 1 to 15 letters, digits, '_', '.', '-'")
         if subnet.prefixlen > 29:
-            raise UsageError(f"the subnet {subnet} is too small: it must hold a gateway and VMs (/29 or wider)")
+            raise UsageError(f"the subnet {subnet} is too small for a gateway and VMs: use /29 or wider")
         self.subnet = subnet
         self.name = name
         self.gateway = subnet.network_address + 1
@@ -49,9 +49,9 @@ class Bridge:
         self._rules = rules.for_host(subnet, name)
 
     async def ensure(self) -> None:
-        """Make bridge, blackhole route and rules, unless they are there (a few look-ups, ~2 ms).
+        """Make the bridge, blackhole route and rules if any is missing (a few look-ups, ~2 ms).
 
-        Raises HostError when something else on this host is in the way, naming it and the setting to change.
+        Raises HostError if something else on this host conflicts, with its name and the setting to change.
         """
         require_root()
         if await netns.in_thread(self.is_complete):
@@ -60,12 +60,12 @@ class Bridge:
             if await netns.in_thread(self.is_complete):  # another process was faster
                 return
             await netns.in_thread(self.check_clashes)
-            # The fence stands before there is anything behind it.
+            # The rules are in place before there is anything to protect.
             await process.run(["nft", "-f", "-"], input=self._rules.encode())
-            await netns.in_thread(self._make)
+            await netns.in_thread(self._ensure)
 
     async def remove(self) -> list[str]:
-        """Undo `ensure`, whatever settings it ran with; say what was removed. Nothing when there is nothing.
+        """Undo `ensure`, whatever settings it ran with. Returns what was removed.
 
         Raises Conflict while VMs are still attached.
         """
@@ -78,29 +78,29 @@ class Bridge:
         return removed
 
     def is_complete(self) -> bool:
-        with explained("can't read the host's network"), netns.netlink() as host:
+        with host_errors("can't read the host's network"), netns.netlink() as host:
             return self.index(host) is not None
 
     def index(self, host: Any) -> int | None:
-        """Index of the bridge, when it and the route and the rules are there, all of them by the present settings."""
-        if netns.nft_comment(rules.TABLE) != rules.comment_of(self._rules):
+        """Index of the bridge; None unless bridge, route and rules all exist and match the current settings."""
+        if netfilter.table_comment(rules.TABLE) != rules.comment_of(self._rules):
             return None
-        for link in named(host, self.name):
-            # The alias is set last. Somebody may have set it down since.
+        for link in links_named(host, self.name):
+            # The alias is set last. The bridge may have been set down since.
             if is_our_bridge(link) and link.get_attr("IFLA_IFALIAS") == self._alias and link["flags"] & _IFF_UP:
                 subnets = [f"{r.get_attr('RTA_DST')}/{r['dst_len']}" for r in _our_routes(host)]
                 return int(link["index"]) if str(self.subnet) in subnets else None
         return None
 
     def check_clashes(self) -> None:
-        with explained("can't read the host's network"), netns.netlink() as host:
+        with host_errors("can't read the host's network"), netns.netlink() as host:
             links = {link["index"]: link for link in host.link("dump")}
             name = {index: link.get_attr("IFLA_IFNAME") for index, link in links.items()}
             for index, link in links.items():
                 if name[index] == self.name and not is_our_bridge(link):
                     raise HostError(
-                        f"this host has an interface {self.name} that Swarm did not make: set SWARM_BRIDGE to "
-                        f"another name (or `bridge` in swarm.toml), or remove it"
+                        f"this host has an interface {self.name} that Swarm did not make: set SWARM_BRIDGE (or "
+                        f"`bridge` in swarm.toml) to another name, or remove the interface"
                     )
                 made_for = link.get_attr("IFLA_IFALIAS") or self._alias
                 if is_our_bridge(link) and (name[index] != self.name or made_for != self._alias):
@@ -112,10 +112,10 @@ class Bridge:
                 clash = self._clash(route, name)
                 if clash:
                     raise HostError(
-                        f"{clash} overlaps Swarm's subnet {self.subnet}: set SWARM_SUBNET to a free one (for example "
-                        f"10.213.0.0/16, or `subnet` in swarm.toml), or remove that route"
+                        f"{clash} overlaps Swarm's subnet {self.subnet}: set SWARM_SUBNET (or `subnet` in swarm.toml) "
+                        f"to a free one, for example 10.213.0.0/16, or remove that route"
                     )
-            comment = netns.nft_comment(rules.TABLE)
+            comment = netfilter.table_comment(rules.TABLE)
             if comment is not None and not rules.is_ours(comment):
                 raise HostError(
                     f"this host has an nft table `inet {rules.TABLE}` that Swarm did not make: "
@@ -132,21 +132,21 @@ class Bridge:
             return None
         return f"the route {destination}" + (f" on {device}" if device else " (blackhole or unreachable)")
 
-    def _make(self) -> None:
-        with explained(f"can't make the bridge {self.name}"), netns.netlink() as host:
-            if not named(host, self.name):
+    def _ensure(self) -> None:
+        with host_errors(f"can't make the bridge {self.name}"), netns.netlink() as host:
+            if not links_named(host, self.name):
                 host.link("add", ifname=self.name, kind="bridge", address=BRIDGE_MAC, br_mcast_snooping=0)
-            index = named(host, self.name)[0]["index"]
-            netns.sysctl(f"ipv6/conf/{self.name}/disable_ipv6", "1")  # of this interface alone: gone with it
+            index = links_named(host, self.name)[0]["index"]
+            netns.sysctl(f"ipv6/conf/{self.name}/disable_ipv6", "1")  # of this interface only, and removed with it
             host.addr("replace", index=index, address=str(self.gateway), prefixlen=self.subnet.prefixlen)
             host.link("set", index=index, state="up")
-            # A packet to a VM that is gone must never leave by the default route, also when the bridge is down.
+            # A packet to a VM that is gone must never leave by the default route, even when the bridge is down.
             host.route("replace", dst=str(self.subnet), type="blackhole", priority=_WORST_METRIC, proto=ROUTE_PROTOCOL)
             host.link("set", index=index, ifalias=self._alias)
 
     def _remove(self) -> tuple[list[str], str | None]:
         removed = []
-        with explained("can't remove the bridge"), netns.netlink() as host:
+        with host_errors("can't remove the bridge"), netns.netlink() as host:
             links = list(host.link("dump"))
             bridges = {link["index"]: link.get_attr("IFLA_IFNAME") for link in links if is_our_bridge(link)}
             ports = [
@@ -166,7 +166,7 @@ class Bridge:
                 host.route("del", dst=f"{route.get_attr('RTA_DST')}/{route['dst_len']}", type="blackhole",
                            priority=_WORST_METRIC, proto=ROUTE_PROTOCOL)  # fmt: skip
                 removed.append(f"blackhole route {route.get_attr('RTA_DST')}/{route['dst_len']}")
-            return removed, netns.nft_comment(rules.TABLE)
+            return removed, netfilter.table_comment(rules.TABLE)
 
 
 def require_root() -> None:
@@ -175,17 +175,18 @@ def require_root() -> None:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Errors of the kernel become HostErrors that say what was being done."""
+def host_errors(what: str) -> Iterator[None]:
+    """Turn errors of the kernel into HostErrors that begin with ``what`` failed."""
     try:
         yield
     except (OSError, NetlinkError) as error:
-        if isinstance(error, OSError) and error.filename:
-            raise HostError(f"{what}: {error}") from error
-        raise HostError(f"{what}: {netns.explain(error)}") from error
+        code = error.code if isinstance(error, NetlinkError) else error.errno
+        named = isinstance(error, OSError) and error.filename
+        detail = f"{os.strerror(code)} (errno {code})" if code and not named else str(error)
+        raise HostError(f"{what}: {detail}") from error
 
 
-def named(host: Any, name: str) -> list[Any]:
+def links_named(host: Any, name: str) -> list[Any]:
     try:
         return list(host.link("get", ifname=name))
     except NetlinkError as error:

@@ -1,15 +1,15 @@
-"""VM n's place on the network: namespace ``vm<n>`` with a tap in it, reached from the host at subnet + n + 1.
+"""VM n's network slot: namespace ``vm<n>`` with a tap in it, reachable from the host at subnet + n + 1.
 
 ::
 
-    host                                    namespace vm<n>, the same in each but for the middle
+    host                                    namespace vm<n>, the same in each except eth0
     br0 10.0.0.1/16 ── swarm<n> ═════════ eth0 10.0.0.(n+1)/16 ── NAT 1:1 ── tap0 172.16.0.1/30 ── guest 172.16.0.2
         fixed MAC      isolated port,
                        altname tap<n>
 
-Nobody on the way ever asks who has an address: neighbour and forwarding entries are permanent and derived from n, and
-ports neither learn nor flood. So a slot can be used again the moment its VM is dead (`recycle`), and no VM can pose as
-another. What is Swarm's carries a mark in the kernel (bridge.py, netns.py). docs/adr/0006-network.md has the reasons.
+No address is ever resolved: neighbour and forwarding entries are permanent and derived from n, and ports neither learn
+nor flood. So a slot can be reused as soon as its VM is dead (`recycle`), and no VM can impersonate another. Everything
+of Swarm's carries a mark in the kernel (bridge.py, netns.py). docs/adr/0006-network.md has the reasons.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from swarm.base import process
 from swarm.base.aio import finish_uninterrupted
 from swarm.errors import Conflict, HostError, NotFound, UsageError
 from swarm.vm.driver import GUEST_ADDRESS, GUEST_GATEWAY, GUEST_MAC, TAP_MAC, TAP_NAME, Slot
-from swarm.vm.network import netns, rules
+from swarm.vm.network import netfilter, netns, rules
 from swarm.vm.network.bridge import (
     BRIDGE_MAC,
     MAX_PORTS,
     Bridge,
-    explained,
+    host_errors,
     is_our_bridge,
     is_our_port,
-    named,
+    links_named,
     require_root,
 )
 
 log = structlog.get_logger(__name__)
 
 UPLINK = "eth0"  # a namespace's own end of its veth pair
-# When both ends of a pair happen to have one index, the kernel takes "carrier on" for not urgent and lets the port drop
-# everything for up to a second (linkwatch_urgent_event, net/core/link_watch.c). The host's own count never gets here.
+# If both ends of a pair happen to have the same index, the kernel treats "carrier on" as not urgent, and the port drops
+# everything for up to a second (linkwatch_urgent_event, net/core/link_watch.c). The host's indexes never get this high.
 _UPLINK_INDEX = 1 << 30
-_NUD_NOARP, _NTF_MASTER = 0x40, 0x04  # linux/neighbour.h: a static entry, in the bridge's own table
-_IFF_LOWER_UP = 0x10000  # linux/if.h: somebody holds the other side
+_NUD_NOARP, _NTF_MASTER = 0x40, 0x04  # linux/neighbour.h: a static entry in the bridge's own table
+_IFF_LOWER_UP = 0x10000  # linux/if.h: a process has the tap open
 _NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}  # IN6_ADDR_GEN_MODE_NONE
 
 
 class Network:
-    """The host's part (bridge, route, rules) and the slots on it. Needs root and `nft`.
+    """The host's part (bridge, route, rules) and its slots. Needs root and `nft`.
 
-    ``owner`` stands in the kernel beside each slot: the state directory whose locks say who uses it.
+    ``owner`` is recorded in the kernel with each slot: the state directory whose locks show who uses the slot.
     """
 
     def __init__(self, *, subnet: IPv4Network, bridge: str, owner: str = "") -> None:
@@ -68,7 +68,7 @@ class Network:
         self._owner = owner
 
     def address(self, n: int) -> IPv4Address:
-        """Where VM n answers. Raises UsageError when the subnet has no such place."""
+        """The address of VM n. Raises UsageError if the subnet has none for it."""
         last = self.subnet.num_addresses - 3
         if not 1 <= n <= last:
             raise UsageError(f"VM {n} has no address in {self.subnet}: VMs are numbered from 1 to {last}")
@@ -78,19 +78,19 @@ class Network:
         return Slot(n=n, netns=netns_of(n), address=self.address(n))
 
     async def ensure_host(self) -> None:
-        """Make bridge, blackhole route and rules, unless they are there: see `Bridge.ensure`."""
+        """See `Bridge.ensure`."""
         await self._bridge.ensure()
 
     async def remove_host(self) -> list[str]:
-        """Undo ensure_host; say what was removed: see `Bridge.remove`."""
+        """See `Bridge.remove`."""
         return await self._bridge.remove()
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
     async def create(self, n: int) -> Slot:
-        """Make slot n, and the host's part if need be. On failure or cancellation nothing of it remains.
+        """Make slot n, and the host's part if it is missing. A failed or cancelled call leaves nothing of the slot.
 
-        Raises Conflict when the namespace exists already, ours or not; HostError when the host refuses.
+        Raises Conflict if the namespace already exists, ours or not; HostError if the host refuses.
         """
         require_root()
         slot, started = self.slot(n), time.perf_counter()
@@ -98,11 +98,11 @@ class Network:
         try:
             for _ in range(3):
                 async with netns.locked(exclusive=False):  # remove_host waits
-                    if await netns.in_thread(lambda: self._build(slot, made)):
+                    if await netns.in_thread(lambda: self._create(slot, made)):
                         break
                 await self.ensure_host()
             else:
-                raise HostError(f"{self.bridge} is removed as often as it is made: is swarm-cleanup running elsewhere?")
+                raise HostError(f"{self.bridge} was removed each time it was made: is swarm-cleanup running elsewhere?")
             links = time.perf_counter()
             text = rules.for_vm(slot.address, UPLINK)
             await process.run(["nft", "-f", "-"], input=text.encode(), netns=slot.netns)
@@ -114,59 +114,59 @@ class Network:
         return slot
 
     async def destroy(self, n: int) -> bool:
-        """Remove slot n, whole or half made; say if there was anything. Never touches what isn't Swarm's.
+        """Remove slot n, complete or not. Returns whether anything existed. Never touches what isn't Swarm's.
 
-        The VMM must be dead: a process that is still inside keeps the (then unconnected) namespace alive.
+        The VMM must be dead: a process that is still inside keeps the (disconnected) namespace alive.
         """
         require_root()
-        return await netns.in_thread(lambda: self._unmake(n))
+        return await netns.in_thread(lambda: self._destroy(n))
 
     async def recycle(self, n: int) -> Slot:
-        """Make slot n as good as new for another VM: nothing that the last VM did is remembered. 4 ms at best.
+        """Reset slot n for another VM: nothing of the last VM remains. At least 4 ms.
 
-        All neighbours are permanent, ports learn nothing and the kernel empties a tap's queue when its VMM lets go, so
-        what remains is the namespace's tracked connections, and the count of what was refused. Raises Conflict while a
-        VMM still holds the tap, NotFound when the slot is not there or not whole (then destroy and create it).
+        All neighbours are permanent, ports learn nothing, and the kernel empties a tap's queue when its VMM closes it.
+        So only the namespace's tracked connections and its counter of refused frames have to be reset. Raises Conflict
+        while a VMM still has the tap open, NotFound if the slot is missing or incomplete (then destroy and create it).
         """
         require_root()
         slot = self.slot(n)
-        await netns.in_thread(lambda: self._renew(slot))
+        await netns.in_thread(lambda: self._recycle(slot))
         return slot
 
     async def listen(self, slot: Slot, port: int) -> socket.socket:
-        """A TCP socket that listens inside the slot, at the guest's own gateway: nobody but its VM can connect.
+        """A TCP socket that listens inside the slot, at the guest's gateway address: only its VM can connect.
 
-        It stays there, whichever thread uses it. ~1 ms. Raises NotFound when the slot is gone, HostError.
+        The socket stays there, whichever thread uses it. ~1 ms. Raises NotFound if the slot is gone, HostError.
         """
 
         def make() -> socket.socket:
             if not netns.enter_ours(slot.netns):
-                raise NotFound(f"there is no slot {slot.n} to listen in")
-            with explained(f"can't listen on port {port} for VM {slot.n}"):
+                raise NotFound(f"no slot {slot.n} to listen in")
+            with host_errors(f"can't listen on port {port} for VM {slot.n}"):
                 return socket.create_server((str(GUEST_GATEWAY), port), backlog=128)
 
         return await netns.in_thread(make)
 
     async def refused(self, slot: Slot) -> int:
-        """How many frames of the slot's VM were dropped at its tap, since it was made or recycled: such as claimed
-        another source, or spoke another protocol, than its guest does. Raises NotFound, HostError."""
+        """How many frames of the slot's VM were dropped at its tap since the slot was made or recycled: frames with
+        another source address or protocol than its guest uses. Raises NotFound, HostError."""
 
         def count() -> int:
-            with explained(f"can't read what VM {slot.n} was refused"):
+            with host_errors(f"can't read how many frames of VM {slot.n} were refused"):
                 try:
                     netns.enter(slot.netns)  # ours: its VM is the caller's
-                    return netns.nft_counter(rules.TABLE, rules.REFUSED)
+                    return netfilter.counter(rules.TABLE, rules.REFUSED)
                 except FileNotFoundError:
-                    raise NotFound(f"slot {slot.n} is not whole") from None
+                    raise NotFound(f"slot {slot.n} is incomplete") from None
 
         return await netns.in_thread(count)
 
     async def owner(self, n: int) -> str:
-        """Whose slot n is: see ``owner`` above; '' when that is not known."""
+        """The ``owner`` of slot n, as given to its `Network`; '' if not known."""
         return await netns.in_thread(lambda: netns.owner_of(netns_of(n)))
 
     async def list(self) -> list[Slot]:
-        """Swarm's slots on this host, also those that were made half, by n."""
+        """Swarm's slots on this host, incomplete ones too, sorted by n."""
 
         def is_ours(name: str) -> Callable[[], bool]:
             return lambda: netns.enter_ours(name)
@@ -179,11 +179,11 @@ class Network:
             if await netns.in_thread(is_ours(netns_of(n)))
         ]
 
-    def _build(self, slot: Slot, made: threading.Event) -> bool:
-        """Runs in a thread of its own. False when the host's part is missing; then nothing was done."""
+    def _create(self, slot: Slot, made: threading.Event) -> bool:
+        """Runs in a thread of its own. False if the host's part is missing; then nothing was done."""
         mac, port = _uplink_mac(slot.address), f"swarm{slot.n}"
         outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        with contextlib.ExitStack() as stack, explained(f"can't make the network of VM {slot.n}"):
+        with contextlib.ExitStack() as stack, host_errors(f"can't make the network of VM {slot.n}"):
             stack.callback(os.close, outside)
             host = stack.enter_context(netns.netlink())
             bridge = self._bridge.index(host)
@@ -193,14 +193,14 @@ class Network:
                 netns.create(slot.netns, self._owner)
             except FileExistsError:
                 raise Conflict(
-                    f"the network namespace {slot.netns} exists already: if it is not yours (`swarm vm list`), "
-                    f"swarm-cleanup removes it; else use another number or `ip netns del {slot.netns}`"
+                    f"the network namespace {slot.netns} already exists: swarm-cleanup removes it if a dead VM left "
+                    f"it (`swarm vm list` shows those alive); else use another number or `ip netns del {slot.netns}`"
                 ) from None
             made.set()
 
             for family in ("all", "default"):
                 netns.sysctl(f"ipv6/conf/{family}/disable_ipv6", "1")
-            netns.sysctl("ipv4/ip_forward", "1")  # of this namespace alone
+            netns.sysctl("ipv4/ip_forward", "1")  # of this namespace only
             here = stack.enter_context(netns.netlink())
             tap = netns.make_tap(TAP_NAME)
             here.link("set", index=tap, address=TAP_MAC, state="up")
@@ -221,11 +221,11 @@ class Network:
             except NetlinkError as error:
                 if error.code == errno.EXFULL:
                     raise HostError(
-                        f"{self.bridge} is full: a Linux bridge has at most {MAX_PORTS} ports, so no more than "
-                        f"{MAX_PORTS} VMs can be up at once on this host"
+                        f"{self.bridge} is full: a Linux bridge has at most {MAX_PORTS} ports, so this host can run "
+                        f"at most {MAX_PORTS} VMs at once"
                     ) from None
                 raise
-            # Frames go between this port and the bridge itself, and only by the entry made here.
+            # Frames pass only between this port and the bridge itself, by the entry made here.
             host.brport("set", index=index, isolated=1, learning=0, unicast_flood=0, mcast_flood=0, bcast_flood=0)
             host.fdb("add", ifindex=index, lladdr=mac, state=_NUD_NOARP, flags=_NTF_MASTER)
             try:
@@ -233,8 +233,8 @@ class Network:
             except NetlinkError as error:
                 if error.code == errno.EEXIST:
                     raise HostError(
-                        f"this host has an interface tap{slot.n} that Swarm did not make: remove it, or use another "
-                        f"number than {slot.n}"
+                        f"this host has an interface tap{slot.n} that Swarm did not make: remove it, or use a VM "
+                        f"number other than {slot.n}"
                     ) from None
                 raise
             host.neigh("replace", ifindex=bridge, dst=str(slot.address), lladdr=mac, state="permanent")
@@ -243,46 +243,46 @@ class Network:
             netns.await_up(host, bridge)
         return True
 
-    def _unmake(self, n: int) -> bool:
-        # No check of n: it may date from settings with a wider subnet.
-        found, space, address = False, netns_of(n), self.subnet.network_address + n + 1
-        with explained(f"can't remove the network of VM {n}"), netns.netlink() as host:
-            if netns.enter_ours(space):
+    def _destroy(self, n: int) -> bool:
+        # n is not checked: the slot may have been made under settings with a wider subnet.
+        found, namespace, address = False, netns_of(n), self.subnet.network_address + n + 1
+        with host_errors(f"can't remove the network of VM {n}"), netns.netlink() as host:
+            if netns.enter_ours(namespace):
                 found = True
-                with netns.netlink() as here:  # the pair goes now; with the namespace it would go some time later
+                with netns.netlink() as here:  # remove the pair now: with the namespace it would go some time later
                     for index in here.link_lookup(ifname=UPLINK):
                         _ignoring_absence(here.link, "del", index=index)
-                netns.remove(space)
-            elif netns.is_plain_file(space):
+                netns.remove(namespace)
+            elif netns.is_plain_file(namespace):
                 found = True
-                netns.remove(space)
-            for link in named(host, f"swarm{n}"):
+                netns.remove(namespace)
+            for link in links_named(host, f"swarm{n}"):
                 if is_our_port(link):
                     found = True
                     _ignoring_absence(host.link, "del", index=link["index"])
-            for link in named(host, self.bridge):
+            for link in links_named(host, self.bridge):
                 if is_our_bridge(link):
                     _ignoring_absence(host.neigh, "del", ifindex=link["index"], dst=str(address))
         return found
 
-    def _renew(self, slot: Slot) -> None:
-        gone = f"slot {slot.n} is not whole: destroy it and make it again"
-        with explained(f"can't recycle slot {slot.n}"), netns.netlink() as host:
+    def _recycle(self, slot: Slot) -> None:
+        incomplete = f"slot {slot.n} is incomplete: destroy it and create it again"
+        with host_errors(f"can't recycle slot {slot.n}"), netns.netlink() as host:
             bridge = self._bridge.index(host)
-            port = next(iter(named(host, f"swarm{slot.n}")), None)
+            port = next(iter(links_named(host, f"swarm{slot.n}")), None)
             if bridge is None or port is None or port.get_attr("IFLA_MASTER") != bridge:
-                raise NotFound(gone)
+                raise NotFound(incomplete)
             with netns.netlink_in_ours(slot.netns) as here:
-                tap = next(iter(named(here, TAP_NAME)), None) if here else None
+                tap = next(iter(links_named(here, TAP_NAME)), None) if here else None
                 if tap is None:
-                    raise NotFound(gone)
+                    raise NotFound(incomplete)
                 if tap["flags"] & _IFF_LOWER_UP:
-                    raise Conflict(f"slot {slot.n} is in use: a VMM still holds {TAP_NAME} in {slot.netns}")
-                netns.forget_connections()
+                    raise Conflict(f"slot {slot.n} is in use: a VMM still has {TAP_NAME} open in {slot.netns}")
+                netfilter.forget_connections()
                 try:
-                    netns.nft_counter(rules.TABLE, rules.REFUSED, reset=True)
+                    netfilter.counter(rules.TABLE, rules.REFUSED, reset=True)
                 except FileNotFoundError:
-                    raise NotFound(gone) from None
+                    raise NotFound(incomplete) from None
                 entry = {"lladdr": GUEST_MAC, "state": "permanent"}
                 here.neigh("replace", ifindex=tap["index"], dst=str(GUEST_ADDRESS), **entry)
 

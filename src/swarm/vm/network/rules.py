@@ -1,9 +1,9 @@
 """nftables rules, as text for ``nft -f -``: one table on the host, one pair per namespace, all named ``swarm``.
 
-A VM is fenced in twice. Its own namespace drops what the guest begins, and what claims to come from somebody else,
-at the tap; the host drops the same again at the bridge, for the day on which the first fence has a hole. All that a
-guest may open are two ports of its namespace's own end of the tap, where something listens only while its attempt runs
-and its agent's policy says so (gateway, proxy): what leaves the host is opened there, by the engine.
+A VM is confined twice. Its own namespace drops connections that the guest opens, and at the tap frames with a false
+source; the host drops the same again at the bridge, in case the first barrier has a hole. The guest can connect only
+to two ports (gateway, proxy) at its namespace's end of the tap. They are open only while its attempt runs and its
+agent's policy allows it, and the engine makes every connection that leaves the host.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from swarm.vm.driver import (
 )
 
 TABLE = "swarm"
-REFUSED = "refused"  # the counter of a namespace's tap
+REFUSED = "refused"  # the counter of frames dropped at a namespace's tap
 _OWNER = "swarm-engine"
 _ETH_P_RARP = 0x8035  # linux/if_ether.h
 
 
 def for_host(subnet: IPv4Network, bridge: str) -> str:
-    """The table ``inet swarm``, replaced as a whole in one transaction. Its comment says whose it is and of what text.
+    """The table ``inet swarm``, replaced as a whole in one transaction. Its comment has its owner and a digest of it.
 
-    ``input``: a VM may answer the host, and open nothing on it. ``forward``: nothing from or to a VM. ``output``:
-    agentd's port is root's alone, since the first connection to a fresh agentd sets its token.
+    ``input``: a VM may answer the host, but open no connection to it. ``forward``: nothing from or to a VM. ``output``:
+    only root may connect to agentd's port, since the first connection to a new agentd sets its token.
     """
     body = f"""
   chain input {{
@@ -66,10 +66,10 @@ def is_ours(comment: str) -> bool:
 
 
 def for_vm(address: IPv4Address, uplink: str) -> str:
-    """Tables of one namespace: ``netdev swarm`` polices the tap, ``ip swarm`` maps addresses 1:1 and filters.
+    """Tables of one namespace: ``netdev swarm`` filters at the tap, ``ip swarm`` maps addresses 1:1 and filters.
 
-    What is dropped at the tap (another source address, MAC or protocol than the guest's own) is counted: REFUSED. Not
-    so RARP, in which QEMU itself announces each clone."""
+    Frames dropped at the tap (another source address, MAC or protocol than the guest's own) are counted: REFUSED. RARP
+    is not counted, since QEMU itself announces each clone by it."""
     return f"""
 table netdev {TABLE} {{
   counter {REFUSED} {{ }}
