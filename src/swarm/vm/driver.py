@@ -1,4 +1,4 @@
-"""What a driver must offer, and the values that pass between drivers, images, network and engine."""
+"""What a VM driver must offer, and the values that drivers, images, network and engine pass to each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from swarm.channel.dial import Endpoint
 
-# Inside every network namespace the same names and addresses, so that one template restores anywhere.
+# The same names and addresses inside every network namespace, so that a template can be restored in any of them.
 GUEST_ADDRESS = IPv4Address("172.16.0.2")
 GUEST_GATEWAY = IPv4Address("172.16.0.1")
 GUEST_MAC = "06:00:ac:10:00:02"
@@ -19,21 +19,21 @@ TAP_MAC = "06:00:ac:10:00:01"
 AGENTD_PORT = 1024
 # The third disk, after the root and the work disk.
 LAYER_DEVICE = "vdc"
-# At the guest's own gateway address, and only while its attempt runs: services by name, and the way to allowed domains.
+# At the guest's gateway address, open only while its attempt runs: gateway to services, proxy to allowed domains.
 GATEWAY_PORT = 8080
 PROXY_PORT = 3128
-# VM n's VMM runs as uid and gid BASE_UID + n: no account, no overlap with the ranges that adduser and systemd hand out.
+# VM n's VMM runs as uid and gid BASE_UID + n: without an account, outside the ranges that adduser and systemd allocate.
 BASE_UID = 1_700_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """An immutable kernel + root file system in ``dir``, verified against the digests in its manifest.
+    """An immutable kernel and root file system in ``dir``, verified against the digests in its manifest.
 
-    ``kernel`` is a bzImage (QEMU boots it), ``kernel_elf`` the uncompressed ELF inside it (Firecracker boots that).
-    ``boot_args`` are those that the kernel itself needs; a driver adds its console and devices. ``initramfs`` is None
-    for a kernel that has everything built in and mounts ``root`` itself. ``base`` and ``packages`` (name -> version)
-    tell the Debian that ``root`` is made of: what a layer is built upon.
+    ``kernel`` is a bzImage (for QEMU), ``kernel_elf`` the uncompressed ELF inside it (for Firecracker). ``boot_args``
+    are the arguments that the kernel itself needs; a driver adds its console and devices. ``initramfs`` is None for a
+    kernel that has everything built in and mounts ``root`` itself. ``base`` and ``packages`` (name -> version) describe
+    the Debian in ``root``, on which layers are built.
     """
 
     digest: str
@@ -49,10 +49,10 @@ class Image:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What an agent's `requirements` and `packages` add to an image's root, read-only; ``digest`` is its content's.
+    """What an agent's `requirements` and `packages` add to an image's root, read-only. ``digest`` is of its content.
 
-    ``path`` is an erofs file, laid over the root by the guest's init; for the `process` driver a directory of Python
-    modules.
+    ``path`` is an erofs file, which the guest's init lays over the root; for the `process` driver it is a directory of
+    Python modules.
     """
 
     digest: str
@@ -61,7 +61,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmSpec:
-    """The hardware of a VM. Raw disks only: the image's root and a layer (read-only, shared), one sparse work disk."""
+    """The hardware of a VM. Its disks are raw: the image's root and a layer (read-only, shared), a sparse work disk."""
 
     image: Image
     vcpus: int = 1
@@ -69,15 +69,15 @@ class VmSpec:
     disk_mb: int = 2048
     layer: Layer | None = None
     preload: tuple[str, ...] = ()  # Python modules that the guest's warm interpreter imports at boot
-    entropy: bool = True  # a virtio-rng device; False only to provoke what `swarm doctor` must find
-    # What the work disk and the network card (each way) may carry, 10^6 bytes a second; None is as much as they can.
+    entropy: bool = True  # a virtio-rng device; False only to test that `swarm doctor` notices its absence
+    # Limits of the work disk and the network card (each direction), in 10^6 bytes a second; None is unlimited.
     disk_mb_per_second: float | None = None
     network_mb_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Network place number ``n``: a namespace with a tap in it, reachable from the host at ``address``."""
+    """Network slot ``n``: a namespace with a tap in it, reachable from the host at ``address``."""
 
     n: int
     netns: str
@@ -86,18 +86,18 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A driver's verdict on this host. ``reason`` is a sentence for people in both cases."""
+    """Whether a driver works on this host. ``reason`` is a sentence for the user in both cases."""
 
     usable: bool
     reason: str
-    accelerator: str = ""  # 'kvm', 'tcg', or '' when it does not apply
+    accelerator: str = ""  # 'kvm', 'tcg', or '' if not applicable
     version: str = ""
     snapshots: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """A booted, paused VM on disk in ``dir``: memory file, device state, the token that its agentd knows."""
+    """A booted, paused VM on disk in ``dir``: memory file and device state. ``token`` is its agentd's."""
 
     key: str
     dir: Path
@@ -106,7 +106,7 @@ class Template:
 
 
 class Vm(Protocol):
-    """One running microVM. Serves one attempt, then is destroyed."""
+    """A running microVM. It serves one attempt and is then destroyed."""
 
     @property
     def pid(self) -> int: ...
@@ -116,16 +116,16 @@ class Vm(Protocol):
     def console(self) -> Path: ...
 
     async def wait(self) -> str:
-        """Return when the VMM process is gone, with a sentence that says how it ended. Cancellable."""
+        """Return when the VMM process is gone: a sentence that says how it ended. Can be cancelled."""
 
     async def printed(self, text: bytes) -> None:
-        """Return when the guest has printed ``text`` on its console; for ever if it never does."""
+        """Return when the guest has printed ``text`` on its console. Waits for ever if it never does."""
 
     async def snapshot(self, dir: Path) -> None:  # noqa: A002
         """Write memory and device state into ``dir`` and end this VM. Raises BootFailed."""
 
     async def kill(self) -> None:
-        """End the VM and wait for its death. Idempotent; never raises."""
+        """End the VM and wait until it is dead. Idempotent; never raises."""
 
 
 class Driver(Protocol):
@@ -133,10 +133,10 @@ class Driver(Protocol):
     def name(self) -> str: ...
     @property
     def networked(self) -> bool:
-        """Do its VMs live in a network slot? (The `process` driver's don't.)"""
+        """Do its VMs need a network slot? (Those of the `process` driver don't.)"""
 
     async def probe(self) -> Probe:
-        """Can this host run guests by this driver? Says why not. Cheap checks first; no guest is booted here."""
+        """Can this host run guests with this driver, and if not, why? Only cheap checks: no guest is booted."""
 
     async def boot(
         self,
@@ -147,10 +147,10 @@ class Driver(Protocol):
         outlive: bool = False,
         for_template: bool = False,
     ) -> Vm:
-        """Start a VM from its image; return when the VMM runs it (userspace comes later).
+        """Start a VM from its image; return when the VMM runs it (userspace is up later).
 
         ``dir`` is the VM's own directory: sockets, console.log and the work disk go there. Without a slot the VM has
-        no network. With ``outlive`` it goes on when this process ends (`swarm-spawn-ns`). Only one booted
+        no network. With ``outlive`` it keeps running when this process ends (`swarm-spawn-ns`). Only a VM booted
         ``for_template`` can be snapshotted. Raises BootFailed.
         """
 
@@ -160,13 +160,13 @@ class Driver(Protocol):
 
 def kernel_command_line(spec: VmSpec, *extra: str) -> str:
     preload = [f"swarm.preload={','.join(spec.preload)}"] if spec.preload else []
-    # Without a dot, so that the kernel hands it to init in its environment: there is no /proc to read it from yet.
+    # Without a dot in its name, the kernel passes it to init as environment: init has no /proc to read it from yet.
     layer = [f"swarm_layer={LAYER_DEVICE}"] if spec.layer else []
     return " ".join((spec.image.boot_args, *extra, *layer, *preload)).strip()
 
 
 def host_tsc_khz() -> int:
-    """Frequency of the host's time-stamp counter; 0 where /proc/cpuinfo has no bogomips.
+    """Frequency of the host's time-stamp counter; 0 if /proc/cpuinfo has no bogomips.
 
     On x86, Linux derives loops_per_jiffy from the TSC, and prints it as bogomips: two per TSC cycle (calibrate.c).
     """

@@ -22,7 +22,7 @@ async def test_a_flood_keeps_its_head_and_its_tail(tmp_path: Path) -> None:
         os.write(fd, b"Kernel panic - not syncing\n")
         os.close(fd)
 
-    await asyncio.gather(asyncio.to_thread(flood), console.saw(b"Kernel panic"))
+    await asyncio.gather(asyncio.to_thread(flood), console.printed(b"Kernel panic"))
     console.close()
     console.close()
     log = (tmp_path / "console.log").read_bytes()
@@ -33,12 +33,12 @@ async def test_a_flood_keeps_its_head_and_its_tail(tmp_path: Path) -> None:
     assert last_lines(tmp_path / "console.log")[-1] == "Kernel panic - not syncing"
 
 
-async def test_saw_what_was_printed_before_it_was_asked(tmp_path: Path) -> None:
+async def test_text_that_was_printed_before_the_wait(tmp_path: Path) -> None:
     console = Console(tmp_path / "console.log")
     os.write(console.fileno(), b"hello swarm-init: up\n")
     async with asyncio.timeout(5):
-        await console.saw(b"swarm-init")
-        await console.saw(b"hello")
+        await console.printed(b"swarm-init")
+        await console.printed(b"hello")
     console.close()
 
 

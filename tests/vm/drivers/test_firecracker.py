@@ -28,7 +28,7 @@ from swarm.vm.driver import Image, Slot, Template, VmSpec
 from swarm.vm.drivers import firecracker, jailer
 from swarm.vm.drivers.firecracker import FirecrackerDriver, FirecrackerVm
 from swarm.vm.drivers.firecracker_api import Refused
-from swarm.vm.drivers.jailer import Bound
+from swarm.vm.drivers.jailer import JailFile
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.launcher import Assignment, LiveVm
 from swarm.vm.network import netns
@@ -92,9 +92,9 @@ async def test_every_call_is_accepted(settings: Settings, fc: FirecrackerDriver,
     """A whole VM described, devices that Swarm does not use too; started; the kernel's banner on the serial console."""
     limited = dataclasses.replace(talking, disk_mb_per_second=10.0, network_mb_per_second=1.5)
     async with places(settings) as [(place, slot)]:
-        files = [Bound(firecracker.KERNEL, talking.image.kernel_elf)]
+        files = [JailFile(firecracker.KERNEL, talking.image.kernel_elf)]
         if talking.image.initramfs:
-            files.append(Bound(firecracker.INITRAMFS, talking.image.initramfs))
+            files.append(JailFile(firecracker.INITRAMFS, talking.image.initramfs))
         vm = await fc._start(limited, slot, place, files, outlive=False)
         try:
             assert (await vm.api.get("/"))["state"] == "Not started"
@@ -203,7 +203,7 @@ async def test_the_jail(settings: Settings, fc: FirecrackerDriver, talking: VmSp
             limits = Path(f"/proc/{pid}/limits").read_text()
             assert re.search(r"Max core file size\s+0\s+0", limits)
             assert re.search(r"Max open files\s+256\s+256", limits)
-            version, controllers = jailer.describe_cgroups()
+            version, controllers = jailer.cgroup_controllers()
             mine = Path(f"/proc/{pid}/cgroup").read_text()
             assert mine.count(f"/{jailer.CGROUP_PARENT}/{name}") == len(
                 {"cpu", "memory", "pids"} & set(controllers)
@@ -232,7 +232,7 @@ async def test_a_dead_owners_vm_is_swept(settings: Settings, fc: FirecrackerDriv
         vm._child.kill()
         async with asyncio.timeout(10):
             await died
-        assert cgroups(name) or not jailer.describe_cgroups()[1]
+        assert cgroups(name) or not jailer.cgroup_controllers()[1]
         assert (place / "jail").exists()
         jailer.remove(place)
         assert cgroups(name) == []
@@ -289,7 +289,7 @@ async def test_load_with_another_tap(settings: Settings, fc: FirecrackerDriver, 
         await netns.in_thread(lambda: _rename_tap(slot.netns, "tap9"))
         with pytest.raises(BootFailed, match=r"(?i)tap"):
             await fc.restore(frozen, slot, place)
-        files = [Bound(name, frozen.dir / name) for name in ("memory", "state")]
+        files = [JailFile(name, frozen.dir / name) for name in ("memory", "state")]
         (place / "work.ext4").unlink()
         vm = await fc._start(frozen.spec, slot, place, files, outlive=False)
         try:
@@ -441,9 +441,9 @@ async def test_auto_takes_firecracker_where_a_guest_gets_to_userspace(
     ("firecracker_says", "jailer_says", "reason"),
     [
         ("Firecracker v1.7.0", "Jailer v1.7.0", r"Firecracker 1\.7\.0 is too old, 1\.12 or newer is needed"),
-        ("Firecracker v1.13.0", "Jailer v1.12.1", r"Firecracker is 1\.13\.0 but its jailer 1\.12\.1"),
+        ("Firecracker v1.13.0", "Jailer v1.12.1", r"Firecracker is version 1\.13\.0 but its jailer 1\.12\.1"),
         ("hello", "Jailer v1.12.1", "printed no version: 'hello"),
-        ("Firecracker v1.12.1", None, "jailer is not installed: `swarm install firecracker`"),
+        ("Firecracker v1.12.1", None, "jailer is not installed: run `swarm install firecracker`"),
         ("Firecracker v2.0.1", "Jailer v2.0.1", ""),
     ],
 )
@@ -468,7 +468,7 @@ async def test_versions(
 async def test_not_installed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     named = settings.model_copy(update={"driver": "firecracker"})
-    with pytest.raises(HostError, match="firecracker is not installed: `swarm install firecracker`"):
+    with pytest.raises(HostError, match="firecracker is not installed: run `swarm install firecracker`"):
         await wiring.choice(named)
 
 

@@ -1,4 +1,4 @@
-"""A VM's serial console: kept on disk, bounded, whatever the guest prints."""
+"""A VM's serial console: kept on disk, bounded however much the guest prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import socket
 from pathlib import Path
 
-# Enough for a boot and a panic with its call trace. A guest can print for ever: the middle is dropped, never the end.
+# Enough for a boot and a panic with its call trace. If a guest prints more, the middle is dropped, never the end.
 HEAD_BYTES = 64 * 1024
 TAIL_BYTES = 64 * 1024
 
@@ -15,7 +15,7 @@ TAIL_BYTES = 64 * 1024
 class Console:
     """Reads the console from one end of a socket pair; the VMM writes to the other.
 
-    ``path`` always holds the first ``HEAD_BYTES`` as they come; the last ``TAIL_BYTES`` are kept in memory and
+    The first ``HEAD_BYTES`` are written to ``path`` as they arrive; the last ``TAIL_BYTES`` are kept in memory and
     appended when the console ends.
     """
 
@@ -37,11 +37,11 @@ class Console:
         return self._theirs.fileno()
 
     def started(self) -> None:
-        """The VMM has its end: close our copy, so that its death is seen as the end of the console."""
+        """The VMM has inherited its end: close our copy, so that the console ends when the VMM dies."""
         self._theirs.close()
 
-    async def saw(self, text: bytes) -> None:
-        """Return when the guest has printed ``text``. For ever if it never does; cancel it."""
+    async def printed(self, text: bytes) -> None:
+        """Return when the guest has printed ``text``. Waits for ever if it never does: cancel it."""
         if text in self._head + self._tail:
             return
         future: asyncio.Future[None] = self._loop.create_future()
@@ -49,7 +49,7 @@ class Console:
         await future
 
     def close(self) -> None:
-        """Take what is left and write the tail. Idempotent."""
+        """Read what is left and write the tail. Idempotent."""
         self._theirs.close()
         if self._file.closed:
             return
@@ -96,13 +96,13 @@ class Console:
 
 
 def printable(data: bytes) -> str:
-    """Guest output as text that can't do anything to a terminal."""
+    """Guest output as text without control characters, safe for a terminal."""
     text = data.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
     return "".join(c if c.isprintable() or c in "\n\t" else "" for c in text)
 
 
 def last_lines(path: Path, *, lines: int = 20, limit_bytes: int = 16384) -> list[str]:
-    """The last lines of a console log on disk; empty when there is none."""
+    """The last lines of a console log on disk; empty if the file doesn't exist."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - limit_bytes))

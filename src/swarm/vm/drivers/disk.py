@@ -20,7 +20,7 @@ MIN_MB = 8
 async def make_work_disk(path: Path, *, size_mb: int, cache: Path) -> None:
     """Write an empty ext4 of ``size_mb`` to ``path``. ``cache`` keeps one formatted file for each size.
 
-    Raises HostError when the host's disk is full.
+    Raises HostError if the host's disk is full.
     """
     blank = cache / f"work-v1-{size_mb}.ext4"
     if not blank.exists():
@@ -29,20 +29,20 @@ async def make_work_disk(path: Path, *, size_mb: int, cache: Path) -> None:
 
 
 async def copy_work_disk(source: Path, path: Path) -> None:
-    """Copy a work disk as it is, holes and all. Raises HostError when the host's disk is full."""
+    """Copy a work disk with its holes. Raises HostError if the host's disk is full."""
     try:
         await asyncio.to_thread(_copy_sparse, source, path)
     except OSError as error:
         path.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
             raise HostError(
-                f"no space left on the disk that holds {path.parent}: the VM's work disk was not made"
+                f"no space left on the disk with {path.parent}: can't make the VM's work disk; free some space"
             ) from None
         raise HostError(f"can't make the work disk {path}: {error}") from error
 
 
 def used_bytes(path: Path) -> int:
-    """What a sparse file really takes on the host's disk."""
+    """How much of the host's disk a sparse file really uses; 0 if it doesn't exist."""
     try:
         return path.stat().st_blocks * 512
     except OSError:
@@ -50,7 +50,7 @@ def used_bytes(path: Path) -> int:
 
 
 def move_sparse(source: Path, target: Path) -> None:
-    """Rename, also to another file system: what may be done with the file stays the same."""
+    """Move a file, also to another file system. Keeps its mode."""
     try:
         source.rename(target)
     except OSError as error:
@@ -63,17 +63,17 @@ def move_sparse(source: Path, target: Path) -> None:
 
 async def _format(blank: Path, size_mb: int) -> None:
     if size_mb < MIN_MB:
-        raise HostError(f"a work disk of {size_mb} MB is too small for ext4: at least {MIN_MB} MB")
+        raise HostError(f"a work disk of {size_mb} MB is too small for ext4: it needs at least {MIN_MB} MB")
     blank.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     partial = blank.with_name(f"{blank.name}.{os.getpid()}.{id(blank):x}.partial")
     try:
         try:
             with partial.open("xb") as file:
                 file.truncate(size_mb << 20)
-        except OSError as error:  # too large for the host's file system, for one
+        except OSError as error:  # for example: too large for the host's file system
             raise HostError(f"can't make a work disk of {size_mb} MB in {blank.parent}: {error.strerror}") from error
-        # No journal: the disk lives as long as its VM. No root reserve: the agent is not root. Lazy tables: the guest
-        # never writes them, so the file stays small.
+        # No journal: the disk lives only as long as its VM. No blocks reserved for root: the agent is not root. Lazy
+        # tables: the guest never writes them, so the file stays small.
         options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=1000:1000"
         features = "^has_journal,^resize_inode,sparse_super2"
         await run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", features, "-E", options, "-L", "work", str(partial)])

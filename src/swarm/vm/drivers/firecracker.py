@@ -1,12 +1,12 @@
 """Driver `firecracker`: Firecracker microVMs, each under its jailer (see jailer.py), driven by its API.
 
-Inside its chroot every VM finds its files by the same names, and its tap by the same name in its namespace, so what a
-snapshot remembers of its template fits each clone. A clone's memory is the template's file, mapped private: copy on
-write by the kernel, shared by all clones until they write.
+Every VM has the same names for its files in its chroot and for the tap in its namespace, so the names in a template's
+snapshot are right for each clone. A clone's memory is the template's file, mapped private: the kernel copies on write,
+and all clones share the pages that they have not written.
 
-Needs Firecracker 1.12 (`network_overrides` of /snapshot/load). Newer versions took away nothing that is used here:
-`mem_backend` replaced the deprecated `mem_file_path`, and what /snapshot/load has gained (`vsock_override`,
-`track_dirty_pages`, `huge_pages`, `clock_realtime`) is optional.
+Needs Firecracker 1.12 (`network_overrides` of /snapshot/load). Newer versions have removed nothing that is used here:
+`mem_backend` replaced the deprecated `mem_file_path`, and the additions to /snapshot/load (`vsock_override`,
+`track_dirty_pages`, `huge_pages`, `clock_realtime`) are optional.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import structlog
 
 from swarm.base import process
 from swarm.base.aio import quietly
-from swarm.channel.dial import Endpoint
 from swarm.errors import BootFailed, HostError, SwarmError
 from swarm.vm import driver
 from swarm.vm.driver import Probe, Slot, Template, VmSpec
+from swarm.vm.drivers import jailer
 from swarm.vm.drivers.console import Console, last_lines
 from swarm.vm.drivers.disk import make_work_disk, move_sparse
-from swarm.vm.drivers.jailer import Bound, Jail
+from swarm.vm.drivers.jailer import Jail, JailFile
+from swarm.vm.drivers.vmm import VmmVm
 
 if TYPE_CHECKING:
     from swarm.vm.drivers.firecracker_api import Api
@@ -45,10 +46,10 @@ KERNEL, INITRAMFS, ROOT, WORK, LAYER, SOCKET = (
     "vmlinux", "initramfs", "root.erofs", "work.ext4", "layer.erofs", "api.sock",
 )  # fmt: skip
 NET_ID = "eth0"
-# How a guest ends its VM (Firecracker's only reset is the keyboard controller's), and what it need not look for.
+# How a guest ends its VM (Firecracker's only reset is the keyboard controller's), and devices that it need not probe.
 _BOOT_ARGS = ("console=ttyS0", "reboot=k", "pci=off", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd")
 _START_SECONDS = 10.0
-_SNAPSHOT_SECONDS = 120.0  # it flushes the whole memory to disk
+_SNAPSHOT_SECONDS = 120.0  # the whole memory is flushed to disk
 _KVM_GET_API_VERSION = 0xAE00  # linux/kvm.h
 _VCPU_FAULT = re.compile(
     r"KVM_EXIT_INTERNAL_ERROR|KVM_EXIT_FAIL_ENTRY|KVM_EXIT_SHUTDOWN|[Uu]nexpected exit|Failure during vcpu"
@@ -56,7 +57,7 @@ _VCPU_FAULT = re.compile(
 
 
 class FirecrackerDriver:
-    """See `swarm.vm.driver.Driver`. ``jailed`` False runs VMMs as root without a jail: for debugging alone."""
+    """See `swarm.vm.driver.Driver`. ``jailed`` False runs VMMs as root without a jail: only for debugging."""
 
     name = "firecracker"
     networked = True
@@ -72,14 +73,17 @@ class FirecrackerDriver:
         try:
             check_kvm()
             version = await version_of(PROGRAM)
-            jailer = await version_of(JAILER) if self._jailed else version
+            jailer_version = await version_of(JAILER) if self._jailed else version
         except SwarmError as error:
             return no(str(error))
         if tuple(map(int, version.split(".")[:2])) < MIN_VERSION:
             needed = ".".join(map(str, MIN_VERSION))
-            return no(f"Firecracker {version} is too old, {needed} or newer is needed: `swarm install firecracker`")
-        if jailer != version:
-            return no(f"Firecracker is {version} but its jailer {jailer}: `swarm install firecracker` installs a pair")
+            return no(f"Firecracker {version} is too old, {needed} or newer is needed: run `swarm install firecracker`")
+        if jailer_version != version:
+            return no(
+                f"Firecracker is version {version} but its jailer {jailer_version}: "
+                "`swarm install firecracker` installs both"
+            )
         return Probe(
             usable=True,
             reason=f"Firecracker {version}" + ("" if self._jailed else ", NOT jailed"),
@@ -98,11 +102,11 @@ class FirecrackerDriver:
         for_template: bool = False,
     ) -> FirecrackerVm:
         image = spec.image
-        if for_template:  # limits are each clone's own
+        if for_template:  # each clone sets its own limits
             spec = dataclasses.replace(spec, disk_mb_per_second=None, network_mb_per_second=None)
-        files = [Bound(KERNEL, image.kernel_elf)]
+        files = [JailFile(KERNEL, image.kernel_elf)]
         if image.initramfs:
-            files.append(Bound(INITRAMFS, image.initramfs))
+            files.append(JailFile(INITRAMFS, image.initramfs))
         vm = await self._start(spec, slot, dir, files, outlive=outlive)
         try:
             for path, body in configuration(spec, networked=slot is not None):
@@ -120,7 +124,7 @@ class FirecrackerDriver:
         *,
         outlive: bool = False,
     ) -> FirecrackerVm:
-        files = [Bound(name, template.dir / name) for name in (MEMORY_FILE, STATE_FILE)]
+        files = [JailFile(name, template.dir / name) for name in (MEMORY_FILE, STATE_FILE)]
         vm = await self._start(template.spec, slot, dir, files, outlive=outlive)
         limits = limiters(template.spec)
         try:
@@ -131,7 +135,7 @@ class FirecrackerDriver:
                 network_overrides=[{"iface_id": NET_ID, "host_dev_name": driver.TAP_NAME}] if slot else [],
                 resume_vm=not limits,
             )
-            if limits:  # of this clone: the template has none
+            if limits:  # the template has none
                 for path, body in limits:
                     if slot or not path.startswith("/network"):
                         await vm.api.patch(path, **body)
@@ -145,46 +149,46 @@ class FirecrackerDriver:
         spec: VmSpec,
         slot: Slot | None,
         dir: Path,  # noqa: A002
-        files: Sequence[Bound],
+        files: Sequence[JailFile],
         *,
         outlive: bool,
     ) -> FirecrackerVm:
         """A Firecracker in its jail that answers its API and has no guest yet."""
-        firecracker, jailer = found(PROGRAM), found(JAILER) if self._jailed else Path()
+        firecracker, jailer_path = path_of(PROGRAM), path_of(JAILER) if self._jailed else Path()
         if not self._jailed:
-            log.warning("firecracker runs as root and without its jail", dir=str(dir))
+            log.warning("firecracker runs as root without its jail", dir=str(dir))
         work, log_file = dir / WORK, dir / LOG_FILE
         await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
         log_file.touch(mode=0o600)
         jail = Jail(dir, slot=slot, uid=driver.BASE_UID + (slot.n if slot else 0), jailed=self._jailed)
         console = None if outlive else Console(dir / "console.log")
         out = os.open(dir / "console.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600) if outlive else None
-        space: int | None = None
+        mounts: int | None = None
         try:
             own = [
-                Bound(ROOT, spec.image.root),
-                Bound(WORK, work, writable=True),
-                Bound(LOG_FILE, log_file, writable=True),
+                JailFile(ROOT, spec.image.root),
+                JailFile(WORK, work, writable=True),
+                JailFile(LOG_FILE, log_file, writable=True),
             ]
             if spec.layer:
-                own.append(Bound(LAYER, spec.layer.path))
-            space = await jail.furnish([*files, *own])
+                own.append(JailFile(LAYER, spec.layer.path))
+            mounts = await jail.add([*files, *own])
             arguments = ["--api-sock", SOCKET, "--log-path", LOG_FILE, "--level", "Warn"]
             child = await process.spawn(
-                jail.argv(firecracker, jailer, spec, arguments, space=space, outlive=outlive),
+                jail.argv(firecracker, jailer_path, spec, arguments, mounts=mounts, outlive=outlive),
                 output=dir / "jailer.log",
                 stdout=console.fileno() if console else out,
                 cwd=None if self._jailed else jail.root,
-                pass_fds=[space] if space is not None else [],
-                die_with_parent=False,  # the argv says it where it has to be said
+                pass_fds=[mounts] if mounts is not None else [],
+                die_with_parent=False,  # the jail's argv does it
             )
         except BaseException:
             if console:
                 console.close()
-            await asyncio.to_thread(jail.remove)
+            await asyncio.to_thread(jailer.remove, dir)
             raise
         finally:
-            for fd in (space, out):
+            for fd in (mounts, out):
                 if fd is not None:
                     os.close(fd)
         if console:
@@ -206,33 +210,30 @@ def configuration(spec: VmSpec, *, networked: bool) -> list[tuple[str, dict[str,
     }
     if image.initramfs:
         boot["initrd_path"] = INITRAMFS
-    requests: list[tuple[str, dict[str, Any]]] = [
-        ("/machine-config", {"vcpu_count": spec.vcpus, "mem_size_mib": spec.memory_mb, "smt": False}),
-        ("/boot-source", boot),
-        # The kernel's arguments name the root (or the initramfs knows it); is_root_device would add its own.
-        ("/drives/root", {"drive_id": "root", "path_on_host": ROOT, "is_root_device": False, "is_read_only": True}),
-        ("/drives/work", {"drive_id": "work", "path_on_host": WORK, "is_root_device": False, "is_read_only": False}),
-    ]
-    if spec.layer:
-        drive = {"drive_id": "layer", "path_on_host": LAYER, "is_root_device": False, "is_read_only": True}
-        requests.append(("/drives/layer", drive))
+    requests: dict[str, dict[str, Any]] = {
+        "/machine-config": {"vcpu_count": spec.vcpus, "mem_size_mib": spec.memory_mb, "smt": False},
+        "/boot-source": boot,
+    }
+    # The kernel's arguments name the root (or the initramfs knows it); is_root_device would add its own.
+    for drive, file in (("root", ROOT), ("work", WORK), *([("layer", LAYER)] if spec.layer else [])):
+        body = {"drive_id": drive, "path_on_host": file, "is_root_device": False, "is_read_only": drive != "work"}
+        requests[f"/drives/{drive}"] = body
     if networked:
         card = {"iface_id": NET_ID, "guest_mac": driver.GUEST_MAC, "host_dev_name": driver.TAP_NAME}
-        requests.append((f"/network-interfaces/{NET_ID}", card))
+        requests[f"/network-interfaces/{NET_ID}"] = card
     if spec.entropy:
-        requests.append(("/entropy", {}))
-    for path, body in limiters(spec):
-        for there, request in requests:
-            if there == path:
-                request.update(body)
-    return requests
+        requests["/entropy"] = {}
+    for path, limit in limiters(spec):
+        if path in requests:
+            requests[path] |= limit
+    return list(requests.items())
 
 
 def limiters(spec: VmSpec) -> list[tuple[str, dict[str, Any]]]:
-    """Bodies that limit a running VM's disk and network, by the agent's manifest; none when it sets no limit."""
+    """Requests that set the agent's limits on disk and network, as in `configuration`; none without limits."""
 
     def bucket(mb_per_second: float) -> dict[str, Any]:
-        # A token bucket: refilled over a second, so that a burst of a second's worth goes through at once.
+        # A token bucket that refills over a second, so a burst of one second's worth passes at once.
         return {"bandwidth": {"size": max(1, round(mb_per_second * 1e6)), "refill_time": 1000}}
 
     found: list[tuple[str, dict[str, Any]]] = []
@@ -244,8 +245,11 @@ def limiters(spec: VmSpec) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-class FirecrackerVm:
+class FirecrackerVm(VmmVm):
     """See `swarm.vm.driver.Vm`."""
+
+    vmm = "Firecracker"
+    logs: ClassVar = {LOG_FILE: 3, "jailer.log": 3}
 
     def __init__(
         self,
@@ -258,18 +262,13 @@ class FirecrackerVm:
     ) -> None:
         from swarm.vm.drivers.firecracker_api import Api  # here, since importing httpx takes 70 ms
 
-        self.pid = child.pid  # of Firecracker itself once it listens
-        self.dir = dir
-        self.console = dir / "console.log"
-        self.endpoint = Endpoint(host=str(slot.address) if slot else "", port=driver.AGENTD_PORT)
+        super().__init__(child=child, dir=dir, console=console, slot=slot)
         self.jail = jail
         self.api: Api = Api(jail.root / SOCKET)
-        self._child = child
-        self._started = 0
-        self._reader = console
+        self._start_time = 0  # of process `pid`, which is Firecracker itself once it listens
 
     async def connect(self) -> None:
-        """Return when Firecracker listens. Raises BootFailed when it ends instead."""
+        """Return when Firecracker listens. Raises BootFailed if it ends instead."""
         died = asyncio.ensure_future(self._child.wait())
         try:
             async with asyncio.timeout(_START_SECONDS):
@@ -285,21 +284,17 @@ class FirecrackerVm:
         finally:
             died.cancel()
             await asyncio.gather(died, return_exceptions=True)
-        self._started = process.start_time(self.pid) or 0
+        self._start_time = process.start_time(self.pid) or 0
         if self.jail.jailed and uid != self.jail.uid:
             raise BootFailed(f"Firecracker runs as uid {uid} instead of {self.jail.uid}")
 
     async def failed(self, error: BaseException) -> BaseException:
-        """End this VM; the error to raise, with what Firecracker said."""
-        said = self.said()
+        """End this VM, and return the error to raise: with Firecracker's last output, if it is a BootFailed."""
+        output = self.last_output()
         await self.kill()
         if isinstance(error, BootFailed):
-            error.args = (f"{error}; {said}",)
+            error.args = (f"{error}; {output}",)
         return error
-
-    async def printed(self, text: bytes) -> None:
-        assert self._reader, "only the console of a VM that ends with this process is read"
-        await self._reader.saw(text)
 
     async def snapshot(self, dir: Path) -> None:  # noqa: A002
         """Write memory and device state into ``dir`` and end this VM."""
@@ -313,57 +308,51 @@ class FirecrackerVm:
                 mem_file_path=MEMORY_FILE,
             )
             for name in (MEMORY_FILE, STATE_FILE):
-                await asyncio.to_thread(_take, self.jail.root / name, dir / name)
+                await asyncio.to_thread(_take_ownership, self.jail.root / name, dir / name)
         except OSError as error:
-            raise BootFailed(f"the template's files could not be kept: {error}") from error
+            raise BootFailed(f"can't store the template's files: {error}") from error
         finally:
             await self.kill()
 
-    def said(self) -> str:
-        """What Firecracker, its jailer and the guest printed last, for an error message."""
-        lines = [*last_lines(self.dir / LOG_FILE, lines=3), *last_lines(self.dir / "jailer.log", lines=3)]
-        return " | ".join(lines or last_lines(self.console, lines=3)) or "it printed nothing"
-
-    async def wait(self) -> str:
-        code = await self._child.wait()
-        # A vCPU that dies makes Firecracker stop in good order, with status 0: its log has the truth.
+    def _how_it_ended(self, code: int) -> str:
+        # When a vCPU fails, Firecracker still ends with status 0: only its log has the reason.
         for line in reversed(last_lines(self.dir / LOG_FILE, lines=20)):
             if _VCPU_FAULT.search(line):
                 return f"the guest's CPU failed: {line.partition('] ')[2] or line}"
-        return f"Firecracker ended by signal {-code}" if code < 0 else f"Firecracker ended with status {code}"
+        return super()._how_it_ended(code)
 
     async def kill(self) -> None:
         await asyncio.shield(self._kill())
 
     async def _kill(self) -> None:
         await process.kill(self._child)
-        if self._started:  # it dies with the process above it; its files are removed when it has
-            await quietly(process.kill_stranger(self.pid, self._started))
+        if self._start_time:  # it dies with its parent, but it must be dead before its files are removed
+            await quietly(process.kill_stranger(self.pid, self._start_time))
         await self.api.close()
-        if self._reader:
-            self._reader.close()
-        await quietly(asyncio.to_thread(self.jail.remove))
+        if self._console_reader:
+            self._console_reader.close()
+        await quietly(asyncio.to_thread(jailer.remove, self.dir))
 
 
-def _take(made: Path, target: Path) -> None:
-    """Make a file that Firecracker wrote in its chroot ours: read-only, root's, in its place."""
-    fd = os.open(made, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _take_ownership(written: Path, target: Path) -> None:
+    """Make a file that Firecracker wrote in its chroot root's and read-only, and move it to ``target``."""
+    fd = os.open(written, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fchown(fd, 0, 0)
         os.fchmod(fd, 0o444)
     finally:
         os.close(fd)
-    move_sparse(made, target)
+    move_sparse(written, target)
 
 
 def check_kvm() -> None:
-    """Raises HostError when /dev/kvm can't be used. That it can says little: see choose.py."""
+    """Raises HostError if /dev/kvm can't be used. Even if it can, a guest may not run: see choose.py."""
     try:
         fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise HostError("there is no /dev/kvm") from None
+        raise HostError("this host has no /dev/kvm") from None
     except OSError as error:
-        raise HostError(f"/dev/kvm can't be opened: {error.strerror}") from None
+        raise HostError(f"can't open /dev/kvm: {error.strerror}") from None
     try:
         version = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
     except OSError as error:
@@ -374,20 +363,18 @@ def check_kvm() -> None:
         raise HostError(f"/dev/kvm has API version {version}; Firecracker needs 12")
 
 
-def found(program: str) -> Path:
+def path_of(program: str) -> Path:
     path = process.which(program)
     if path is None:
-        raise HostError(f"{program} is not installed: `swarm install firecracker`")
+        raise HostError(f"{program} is not installed: run `swarm install firecracker`")
     return Path(path).resolve()
 
 
 async def version_of(program: str) -> str:
-    """'1.12.1' of firecracker or jailer. Raises HostError when it is not there or says something else."""
-    done = await process.run([str(found(program)), "--version"], check=False, timeout_seconds=10)
-    said = done.stdout.decode(errors="replace")
-    version = re.search(r"v(\d+\.\d+\.\d+)", said)
+    """The version of firecracker or jailer, as '1.12.1'. Raises HostError if it isn't installed or prints none."""
+    done = await process.run([str(path_of(program)), "--version"], check=False, timeout_seconds=10)
+    version = re.search(r"v(\d+\.\d+\.\d+)", done.stdout.decode(errors="replace"))
     if not version:
-        raise HostError(
-            f"`{program} --version` printed no version: {(said or done.stderr.decode(errors='replace'))[:200]!r}"
-        )
+        output = (done.stdout or done.stderr).decode(errors="replace")
+        raise HostError(f"`{program} --version` printed no version: {output[:200]!r}")
     return version[1]

@@ -1,4 +1,4 @@
-"""Firecracker's jail: what one VMM process may see of this host, and how nothing of it stays.
+"""Firecracker's jail: what a VMM process can see of the host, and how everything of it is removed.
 
 ::
 
@@ -11,19 +11,18 @@
              our child        pid 1 of   VM's uid, chroot, netns, cgroup, seccomp
                               its own namespace
 
-Files are bound into the chroot in a mount namespace that only these processes are in, so no mount is ever seen, or
-left, on the host: it ends with them. The jailer's change of uid clears the death signal that a child asks for, so not
-Firecracker holds it but the two processes above, which stay root: when Swarm dies, however it dies, the kernel kills
-the first, that the second, and with pid 1 of a namespace ends everything in it.
+Files are bind-mounted into the chroot in a mount namespace that contains only these processes. So the host never sees
+these mounts, and they end with the processes. A change of uid clears a process's parent-death signal, so Firecracker
+can't hold it: the two processes above it do, and they stay root. When Swarm dies in any way, the kernel kills the
+first, which kills the second; that is pid 1 of a namespace, so everything in the namespace ends.
 
-What does stay on disk lies below the VM's own directory, where `swarm.vm.slots.sweep` finds it; cgroups are named
-like the chroot, so a directory leads to them.
+What stays on disk is in the VM's own directory, where `swarm.vm.slots.sweep` finds it. Cgroups are named like the
+chroot, so the directory leads to them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import os
@@ -34,21 +33,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from swarm.base.libc import CLONE_NEWNS, MS_BIND, MS_RDONLY, MS_REC, MS_REMOUNT, MS_SLAVE, check, libc, mount
 from swarm.errors import HostError
 from swarm.vm.driver import Slot, VmSpec
 from swarm.vm.network import netns
 
-NAME = "firecracker"  # the jailer wants it in the binary's name, and makes it a part of the path
+NAME = "firecracker"  # the jailer requires it in the binary's name, and makes it a part of the path
 CGROUP_PARENT = "swarm"
-# Firecracker's own heap, its device queues, page tables of the guest: 6 MB measured, more under load.
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Firecracker's own heap, its device queues, the guest's page tables: 6 MB measured, more under load.
 _OVERHEAD_MB = 96
-_CLONE_NEWNS = 0x00020000  # linux/sched.h
-_MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_SLAVE = 1, 32, 4096, 16384, 1 << 19  # linux/mount.h
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """A file of the host's, seen as ``name`` inside."""
+class JailFile:
+    """A file of the host that appears in the chroot as ``name``."""
 
     name: str
     source: Path
@@ -56,20 +55,20 @@ class Bound:
 
 
 class Jail:
-    """The chroot of one VM, made below its directory. ``jailed`` False: the same layout with nothing around it."""
+    """The chroot of one VM, made in its directory. ``jailed`` False: the same layout without any confinement."""
 
     def __init__(self, dir: Path, *, slot: Slot | None, uid: int, jailed: bool = True) -> None:  # noqa: A002
         self.dir = dir
         self.slot = slot
         self.uid = uid
         self.jailed = jailed
-        # The name is also that of a cgroup, which is the host's, whatever the state directory: hence the random part.
+        # Also the name of a cgroup. Cgroups are shared by all state directories of the host: hence the random part.
         self.id = f"vm{slot.n if slot else 0}-{secrets.token_hex(3)}"
         self.root = dir / "jail" / NAME / self.id / "root"
         self.root.mkdir(parents=True, mode=0o711)
 
-    async def furnish(self, files: Sequence[Bound]) -> int | None:
-        """Put files into the chroot. Returns a descriptor of the mount namespace in which they are there."""
+    async def add(self, files: Sequence[JailFile]) -> int | None:
+        """Put files into the chroot. Returns a descriptor of the mount namespace with them; None if not jailed."""
         for file in files:
             if file.writable:
                 os.chown(file.source, self.uid, self.uid)
@@ -82,7 +81,7 @@ class Jail:
         try:
             return await netns.in_thread(lambda: _bind(self.root, files))
         except OSError as error:
-            raise HostError(f"can't furnish the jail {self.root}: {error}") from error
+            raise HostError(f"can't put files into the jail {self.root}: {error}") from error
 
     def argv(
         self,
@@ -91,19 +90,18 @@ class Jail:
         spec: VmSpec,
         arguments: Sequence[str],
         *,
-        space: int | None,
+        mounts: int | None,
         outlive: bool,
     ) -> list[str]:
-        """The command that becomes Firecracker, ``arguments`` being its own."""
-        inside = ["--id", self.id, *arguments]
+        """The command that becomes Firecracker with ``arguments``. ``mounts`` is the descriptor that `add` returned."""
+        die_with_parent = () if outlive else ("setpriv", "--pdeathsig", "KILL", "--")
         if not self.jailed:
-            enter = ["nsenter", f"--net=/run/netns/{self.slot.netns}", "--"] if self.slot else []
-            return [*(() if outlive else ("setpriv", "--pdeathsig", "KILL", "--")), *enter, str(firecracker), *inside]
-        cgroups = _cgroups(spec)
+            enter = ("nsenter", f"--net=/run/netns/{self.slot.netns}", "--") if self.slot else ()
+            return [*die_with_parent, *enter, str(firecracker), "--id", self.id, *arguments]
         return [
-            *(() if outlive else ("setpriv", "--pdeathsig", "KILL", "--")),
+            *die_with_parent,
             "prlimit", "--core=0", "--",
-            "nsenter", f"--mount=/proc/self/fd/{space}", "--",
+            "nsenter", f"--mount=/proc/self/fd/{mounts}", "--",
             "unshare", "--pid", "--fork", "--kill-child", "--",
             "unshare", "--fork", "--",
             str(jailer), "--id", self.id, "--exec-file", str(firecracker),
@@ -111,29 +109,25 @@ class Jail:
             *(("--netns", f"/run/netns/{self.slot.netns}") if self.slot else ()),
             "--resource-limit", f"fsize={max(spec.disk_mb, spec.memory_mb, 64) << 20}",
             "--resource-limit", "no-file=256",
-            *(("--cgroup-version", str(cgroups.version), "--parent-cgroup", CGROUP_PARENT) if cgroups.values else ()),
-            *(word for value in cgroups.values for word in ("--cgroup", value)),
+            *_cgroup_arguments(spec),
             "--", *arguments,
         ]  # fmt: skip
 
-    def remove(self) -> None:
-        remove(self.dir)
-
 
 def remove(dir: Path) -> None:  # noqa: A002
-    """Remove what jails in a VM's directory left: cgroups, chroots. Their processes must be dead. Idempotent."""
+    """Remove the cgroups and chroots of the jails in a VM's directory. Their processes must be dead. Idempotent."""
     for chroot in dir.glob(f"jail/{NAME}/*"):
-        for cgroup in _cgroup_dirs(chroot.name):
-            _remove_cgroup(cgroup)
+        for parent in _cgroup_parents():
+            if (parent / chroot.name).is_dir():
+                _remove_cgroup(parent / chroot.name)
     shutil.rmtree(dir / "jail", ignore_errors=True)
 
 
 def remove_parents() -> None:
-    """Remove the control groups that all jails lie in, unless one is still there (`swarm-cleanup`)."""
-    version, root, controllers = _hierarchy()
-    for base in [root] if version == 2 else [root / name for name in controllers]:
+    """Remove the control groups that contain those of all jails, unless a jail is left (`swarm-cleanup`)."""
+    for parent in _cgroup_parents():
         with contextlib.suppress(OSError):
-            (base / CGROUP_PARENT).rmdir()
+            parent.rmdir()
 
 
 def holds(dir: Path, pid: int) -> bool:  # noqa: A002
@@ -147,107 +141,70 @@ def holds(dir: Path, pid: int) -> bool:  # noqa: A002
 # --- mounts -----------------------------------------------------------------------------------------------------------
 
 
-def _bind(root: Path, files: Sequence[Bound]) -> int:
+def _bind(root: Path, files: Sequence[JailFile]) -> int:
     """Runs in a thread of its own, which ends in the new namespace. ~1 ms."""
-    libc = _libc()
-    _call(libc.unshare(_CLONE_NEWNS), "unshare")
+    check(libc().unshare(CLONE_NEWNS), "unshare")
     # Slave: what is unmounted on the host (another VM's network namespace) is unmounted here as well.
-    _call(libc.mount(None, b"/", None, _MS_SLAVE | _MS_REC, None), "mount --make-rslave /")
+    mount(None, b"/", MS_SLAVE | MS_REC)
     for file in files:
         target = bytes(root / file.name)
-        _call(libc.mount(bytes(file.source), target, None, _MS_BIND, None), f"mount --bind {file.source}")
+        mount(bytes(file.source), target, MS_BIND)
         if not file.writable:
-            _call(libc.mount(None, target, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY, None), f"remount {file.source}")
+            mount(None, target, MS_REMOUNT | MS_BIND | MS_RDONLY)
     return os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p)
-    return libc
-
-
-def _call(result: int, what: str) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
 # --- cgroups ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cgroups:
-    """What this host's control groups can limit. ``values``: the jailer's --cgroup arguments; none when it has none."""
-
-    version: int
-    root: Path
-    values: tuple[str, ...]
-    lacking: tuple[str, ...]
-
-
-def _cgroups(spec: VmSpec) -> Cgroups:
-    # One CPU for each vCPU, and a fifth for the threads that serve its disk and network.
+def _cgroup_arguments(spec: VmSpec) -> list[str]:
+    """The jailer's options that limit this VM, as far as the host has controllers for them."""
+    # One CPU for each vCPU, and a fifth of one for the threads that serve disk and network.
     quota, pids = spec.vcpus * 100_000 + 20_000, spec.vcpus + 16
     memory = (spec.memory_mb + _OVERHEAD_MB) << 20
-    wanted: dict[str, tuple[str, str]] = {
-        "cpu": (f"cpu.max={quota} 100000", f"cpu.cfs_quota_us={quota}"),
-        "memory": (f"memory.max={memory}", f"memory.limit_in_bytes={memory}"),
+    settings = {  # controller -> (version 1, version 2)
+        "cpu": (f"cpu.cfs_quota_us={quota}", f"cpu.max={quota} 100000"),
+        "memory": (f"memory.limit_in_bytes={memory}", f"memory.max={memory}"),
         "pids": (f"pids.max={pids}", f"pids.max={pids}"),
-        "io": ("io.weight=100", ""),
+        "io": ("", "io.weight=100"),
     }
-    version, root, controllers = _hierarchy()
-    if version == 2:
-        values = {name: new for name, (new, _) in wanted.items()}
-    else:
-        values = {name: old for name, (_, old) in wanted.items() if old}
-    lacking = tuple(sorted(set(wanted) - set(controllers)))
-    return Cgroups(
-        version=version,
-        root=root,
-        values=tuple(value for name, value in values.items() if name in controllers),
-        lacking=lacking,
-    )
+    version, controllers = cgroup_controllers()
+    values = [values[version - 1] for name, values in settings.items() if name in controllers]
+    options = [word for value in values if value for word in ("--cgroup", value)]
+    return ["--cgroup-version", str(version), "--parent-cgroup", CGROUP_PARENT, *options] if options else []
 
 
 @functools.cache
-def _hierarchy() -> tuple[int, Path, tuple[str, ...]]:
-    """Version, where it is mounted, and the controllers that can be used there."""
+def cgroup_controllers() -> tuple[int, tuple[str, ...]]:
+    """The version of this host's control groups, and the controllers that can be used."""
     v1: dict[str, Path] = {}
     for line in Path("/proc/mounts").read_text().splitlines():
-        _, place, kind, options, *_ = line.split()
-        if kind == "cgroup2" and place == "/sys/fs/cgroup":
-            controllers = (Path(place) / "cgroup.controllers").read_text().split()
-            return 2, Path(place), tuple(controllers)
+        _, mounted, kind, options, *_ = line.split()
+        place = Path(mounted)
+        if kind == "cgroup2" and place == _CGROUP_ROOT:
+            return 2, tuple((place / "cgroup.controllers").read_text().split())
         if kind == "cgroup":
-            v1 |= {name: Path(place) for name in options.split(",") if Path(place).name.split(",").count(name)}
-    usable = tuple(name for name in v1 if os.access(v1[name], os.W_OK))
-    return 1, Path("/sys/fs/cgroup"), usable
+            v1 |= {name: place for name in options.split(",") if name in place.name.split(",")}
+    return 1, tuple(name for name in v1 if os.access(v1[name], os.W_OK))
 
 
-def describe_cgroups() -> tuple[int, tuple[str, ...]]:
-    """Version and controllers of this host, for the doctor."""
-    version, _, controllers = _hierarchy()
-    return version, controllers
+def _cgroup_parents() -> list[Path]:
+    """Where the cgroups of all jails are: one directory for each hierarchy."""
+    version, controllers = cgroup_controllers()
+    roots = [_CGROUP_ROOT] if version == 2 else [_CGROUP_ROOT / name for name in controllers]
+    return [root / CGROUP_PARENT for root in roots]
 
 
-def _cgroup_dirs(id: str) -> list[Path]:  # noqa: A002
-    version, root, controllers = _hierarchy()
-    bases = [root] if version == 2 else [root / name for name in controllers]
-    return [place for base in bases if (place := base / CGROUP_PARENT / id).is_dir()]
-
-
-def _remove_cgroup(place: Path, *, seconds: float = 2.0) -> None:
-    """A cgroup is busy until the kernel has buried the last thread in it, perhaps just after its death was seen."""
+def _remove_cgroup(cgroup: Path, *, seconds: float = 2.0) -> None:
+    """A cgroup stays busy until the kernel has removed its last thread, perhaps just after that was seen dead."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            place.rmdir()
+            cgroup.rmdir()
             return
         except FileNotFoundError:
             return
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise HostError(f"can't remove the control group {place}: {error.strerror}") from error
+                raise HostError(f"can't remove the control group {cgroup}: {error.strerror}") from error
             time.sleep(0.002)

@@ -1,7 +1,7 @@
 """Driver `process`: agentd as a plain subprocess of the host. **No isolation at all**: agents run as the caller.
 
-For agent authors and for tests, and only when asked for by name. agentd gets ``--unix`` and ``--root``, so that /work
-and /agent are directories below the VM's own; it touches neither clock nor host name nor /etc.
+For agent authors and tests, and only if selected by name. agentd gets ``--unix`` and ``--root``, so /work and /agent
+are directories inside the VM's own; it doesn't touch the clock, the host name or /etc.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GRACE_SECONDS = 22.0  # agentd gives descendants of an agent 10 s to die, and a
 
 
 class NoImages:
-    """Where an engine on this driver gets its images: a plain process needs none."""
+    """Replaces the image store with this driver: a plain process needs no image."""
 
     async def find(self, ref: str | None = None) -> Image:
         none = Path(os.devnull)
@@ -41,20 +41,12 @@ class NoImages:
 
 
 class ProcessVm:
-    """An agentd and its descendants. Known by pid and start time, so that it need not be our child."""
+    """An agentd and its descendants."""
 
-    def __init__(
-        self,
-        *,
-        pid: int,
-        started: int,
-        dir: Path,  # noqa: A002
-        child: asyncio.subprocess.Process | None = None,
-    ) -> None:
-        self.pid = pid
-        self._started = started
+    def __init__(self, *, child: asyncio.subprocess.Process, dir: Path) -> None:  # noqa: A002
+        self.pid = child.pid
         self._dir = dir
-        self._child = child  # when it is ours, it must be waited for
+        self._child = child
 
     @property
     def endpoint(self) -> Endpoint:
@@ -65,9 +57,6 @@ class ProcessVm:
         return self._dir / "console.log"
 
     async def wait(self) -> str:
-        if self._child is None:
-            await process.gone(self.pid, self._started)
-            return f"agentd (pid {self.pid}) ended"
         code = await self._child.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return f"agentd (pid {self.pid}) {how}"
@@ -85,13 +74,9 @@ class ProcessVm:
             log.error("vm.kill_failed", vm=str(self._dir), error=str(error))
 
     async def _kill(self) -> None:
-        """SIGTERM makes agentd kill its agent and all that this one started. Should agentd be dead or deaf, its zygote
-        does the same; it is found by agentd's command line, which a fork keeps."""
-        if self._child:
-            await process.kill(self._child, grace_seconds=_GRACE_SECONDS)
-        elif process.signal_stranger(self.pid, self._started, signal.SIGTERM):
-            await process.gone(self.pid, self._started, timeout_seconds=_GRACE_SECONDS)
-            await process.kill_stranger(self.pid, self._started)
+        """On SIGTERM agentd kills its agent and everything that the agent started. If agentd is dead or doesn't react,
+        its zygote does the same: it is found by agentd's command line, which a fork keeps."""
+        await process.kill(self._child, grace_seconds=_GRACE_SECONDS)
         for pid, started in (await asyncio.to_thread(_family, self._dir)).items():
             await process.gone(pid, started, timeout_seconds=_GRACE_SECONDS)
             await process.kill_stranger(pid, started)
@@ -106,7 +91,7 @@ class ProcessDriver:
     async def probe(self) -> Probe:
         return Probe(
             usable=True,
-            reason="runs agents as plain processes of this host, without any isolation; never chosen by itself",
+            reason="runs agents as plain processes of this host, without any isolation; never chosen automatically",
             version=f"Python {sys.version.split()[0]}",
         )
 
@@ -127,16 +112,15 @@ class ProcessDriver:
             )
         _root(dir).mkdir(parents=True, exist_ok=True)
         try:
-            # agentd passes it on to agents.
+            # agentd passes PYTHONPATH on to agents.
             env = {"PYTHONPATH": str(spec.layer.path)} if spec.layer else {}
             child = await process.spawn(_argv(dir), output=dir / "console.log", env=env, die_with_parent=not outlive)
         except HostError as error:
-            raise BootFailed(f"agentd can't be started: {error}") from error
-        started = process.start_time(child.pid)
-        if started is None:
+            raise BootFailed(f"can't start agentd: {error}") from error
+        if process.start_time(child.pid) is None:
             code = await child.wait()
             raise BootFailed(f"agentd ended at once with status {code}; see {dir / 'console.log'}")
-        return ProcessVm(pid=child.pid, started=started, dir=dir, child=child)
+        return ProcessVm(child=child, dir=dir)
 
     async def restore(
         self,
@@ -162,7 +146,7 @@ def _argv(dir: Path) -> list[str]:  # noqa: A002
 
 
 def _family(dir: Path) -> dict[int, int]:  # noqa: A002
-    """Pid -> start time of the agentd in ``dir``, its zygote, and agents that are forks of that."""
+    """Pid -> start time of the agentd in ``dir``, its zygote, and the agents forked from the zygote."""
     wanted = b"".join(os.fsencode(word) + b"\0" for word in _argv(dir)[5:])
     found = {}
     for entry in Path("/proc").iterdir():

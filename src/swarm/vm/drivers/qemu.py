@@ -1,11 +1,11 @@
-"""Driver `qemu`: QEMU's microvm machine, with KVM where a guest really boots on it, without (TCG) elsewhere.
+"""Driver `qemu`: QEMU's microvm machine, with KVM where a guest really boots on it, otherwise without (TCG).
 
-QEMU runs as a uid of its own without capabilities, under its seccomp sandbox, and never opens a path: every file it
-needs is opened here and passed as a descriptor, so image and template directories stay closed to everyone but root.
-QMP is spoken over an inherited socket pair; nothing can connect to it later.
+QEMU runs as a uid of its own without capabilities, in its seccomp sandbox, and never opens a path: every file it needs
+is opened here and passed as a descriptor, so only root has access to the image and template directories. QMP runs over
+an inherited socket pair; nothing can connect to it later.
 
-The clone recipe (measured in docs/adr/0008-templates.md): the template's memory is a file mapped shared; a clone maps
-it private, and QEMU's migration stream, with RAM left out (x-ignore-shared), carries the ~70 KB of device state.
+How clones work (measured in docs/adr/0008-templates.md): the template's memory is a file mapped shared; a clone maps it
+private, and QEMU's migration stream without RAM (x-ignore-shared) carries the ~70 KB of device state.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 from qemu.qmp import QMPClient, QMPError
 
 from swarm.base import process
-from swarm.channel.dial import Endpoint
 from swarm.errors import BootFailed, CommandFailed, HostError
 from swarm.vm import driver
 from swarm.vm.driver import BASE_UID, Probe, Slot, Template, VmSpec
-from swarm.vm.drivers.console import Console, last_lines
+from swarm.vm.drivers.console import Console
 from swarm.vm.drivers.disk import copy_work_disk, make_work_disk, move_sparse
 from swarm.vm.drivers.tap import open_tap
+from swarm.vm.drivers.vmm import VmmVm
 
 PROGRAM = "qemu-system-x86_64"
 MIN_VERSION = (7, 2)
@@ -38,8 +38,8 @@ STATE_FILE = "state"
 DISK_FILE = "work"
 _RESTORE_TIMEOUT_SECONDS = 10.0
 _QMP_TIMEOUT_SECONDS = 30.0
-# Every hook of the guest's kernel that runs needs to be translated first, in each clone anew. The VM is the fence, so
-# what the guest's kernel offers of fences and accounts is left out.
+# Each hook that the guest's kernel runs must first be translated, again in each clone. The VM is the security boundary,
+# so the guest kernel's own security modules and accounting are off.
 _LEAN = ("lsm=", "apparmor=0", "audit=0", "psi=0", "cgroup_disable=memory")
 # TCG translates `rep movsb` to a loop over bytes (erms), and each stac/clac (smap) ends a block of its translation.
 EMULATED_CPU = "max,-erms,-smap"
@@ -51,7 +51,7 @@ class QemuDriver:
 
     name = "qemu"
     networked = True
-    keeps_disk = True  # a template holds the work disk too, so that it may be mounted in it
+    keeps_disk = True  # a template contains the work disk too, so its guest may have it mounted
 
     def __init__(self, *, accelerator: str, disk_cache: Path) -> None:
         self.accelerator = accelerator
@@ -66,7 +66,7 @@ class QemuDriver:
         except (HostError, CommandFailed) as error:
             return no(str(error))
         if tuple(map(int, version.split(".")[:2])) < MIN_VERSION:
-            return no(f"QEMU {version} is older than {'.'.join(map(str, MIN_VERSION))}")
+            return no(f"QEMU {version} is too old, {'.'.join(map(str, MIN_VERSION))} or newer is needed")
         if self.accelerator == "kvm":
             try:
                 _kvm_groups()
@@ -126,19 +126,22 @@ class QemuDriver:
         except BaseException as error:
             await vm.kill()
             if isinstance(error, TimeoutError):
-                raise BootFailed(f"the clone did not run within {_RESTORE_TIMEOUT_SECONDS:g} s: {vm.said()}") from None
+                raise BootFailed(
+                    f"the clone did not run within {_RESTORE_TIMEOUT_SECONDS:g} s: {vm.last_output()}"
+                ) from None
             if isinstance(error, QMPError):
-                raise BootFailed(f"QEMU could not restore the template: {error}; {vm.said()}") from error
+                raise BootFailed(f"QEMU could not restore the template: {error}; {vm.last_output()}") from error
             raise
         return vm
 
     def _emulated(self) -> list[str]:
-        """What the guest's kernel must know of an emulated CPU.
+        """Kernel arguments for an emulated CPU.
 
-        It would measure its TSC against the emulated PIT. On a busy host that measurement fails, and the kernel, with
-        no clock left, spins for ever (7 of 12 boots on 2 loaded cores). QEMU hands the host's TSC through, so its
-        frequency can be told, and that it may be relied on: else the clock has steps of 4 ms and the timer interrupt
-        never rests, which costs an idle VM 3 % of a core. Mitigations protect from what this CPU does not do.
+        Without them the kernel measures its TSC against the emulated PIT. On a busy host that measurement fails, and
+        the kernel, left without a clock, spins for ever (7 of 12 boots on 2 loaded cores). QEMU passes the host's TSC
+        through, so the kernel can be given its frequency, and that it is reliable: otherwise the clock has steps of
+        4 ms and the timer interrupt never stops, which costs an idle VM 3 % of a core. Mitigations are off: they
+        protect against what an emulated CPU doesn't do.
         """
         khz = driver.host_tsc_khz()
         if self.accelerator != "tcg":
@@ -161,7 +164,7 @@ class QemuDriver:
         ]  # fmt: skip
 
     async def _devices(self, spec: VmSpec, launch: _Launch, disk: Path | None) -> list[str]:
-        """``disk``: the template's, to be copied; None for an empty one."""
+        """``disk``: the template's work disk, which is copied; None for an empty one."""
         work = launch.dir / "work.ext4"
         if disk is None:
             await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
@@ -195,7 +198,7 @@ class QemuDriver:
 
 
 class _Launch:
-    """One QEMU about to start: the descriptors it will inherit, and the arguments that name them."""
+    """A QEMU that is about to start: the descriptors that it will inherit, and the arguments that name them."""
 
     def __init__(self, dir: Path, slot: Slot | None, accelerator: str, outlive: bool) -> None:  # noqa: A002
         self.dir = dir
@@ -216,11 +219,11 @@ class _Launch:
         return fd
 
     def file(self, path: Path) -> str:
-        """A name for a file that QEMU only reads, or maps, at start."""
+        """A path for a file that QEMU only reads, or maps, at start."""
         return f"/proc/self/fd/{self.fd(path, os.O_RDONLY)}"
 
     def file_set(self, path: Path, flags: int) -> str:
-        """A name for a file whose access rights are those of the descriptor, not of QEMU's uid."""
+        """A path for a file that QEMU uses with the access rights of the descriptor, not of its own uid."""
         return self._set(self.fd(path, flags))
 
     def memory(self, path: Path, *, shared: bool) -> list[str]:
@@ -236,12 +239,12 @@ class _Launch:
         return fd
 
     async def start(self, argv: Sequence[str], spec: VmSpec) -> QemuVm:
-        """Start QEMU with a QMP socket and a console of its own, and wait for its greeting."""
+        """Start QEMU with its own QMP socket and console, and wait for its greeting."""
         ours, theirs = socket.socketpair()
         console = None if self._outlive else Console(self.dir / "console.log")
         try:
             if console is None:
-                # Nobody will be there to read: straight to a file, bounded by the limit on file sizes below.
+                # Nothing will read it: straight to a file, bounded by the limit on file sizes below.
                 chardev = f"file,id=console,path={self._set(self.fd(_new_file(self.dir / 'console.log'), os.O_WRONLY))}"
             else:
                 chardev = f"socket,id=console,fd={console.fileno()}"
@@ -259,7 +262,7 @@ class _Launch:
                 output=self.dir / "qemu.log",
                 netns=self.slot.netns if self.slot else None,
                 pass_fds=[*self._fds, theirs.fileno(), *([console.fileno()] if console else [])],
-                die_with_parent=False,  # setpriv above does it: a change of uid clears the death signal
+                die_with_parent=False,  # setpriv above does it, as a change of uid clears the death signal
             )
         except BaseException:
             if console:
@@ -288,8 +291,11 @@ class _Launch:
         return f"/dev/fdset/{fd}"
 
 
-class QemuVm:
+class QemuVm(VmmVm):
     """See `swarm.vm.driver.Vm`."""
+
+    vmm = "QEMU"
+    logs: ClassVar = {"qemu.log": 5}
 
     def __init__(
         self,
@@ -299,33 +305,24 @@ class QemuVm:
         console: Console | None,
         slot: Slot | None,
     ) -> None:
-        self.pid = child.pid
-        self.dir = dir
-        self.console = dir / "console.log"
-        self.endpoint = Endpoint(host=str(slot.address) if slot else "", port=driver.AGENTD_PORT)
-        self._child = child
-        self._reader = console
+        super().__init__(child=child, dir=dir, console=console, slot=slot)
         self._qmp = QMPClient(f"vm{slot.n if slot else ''}")
 
     async def connect(self, sock: socket.socket) -> None:
-        """Shake hands on QMP; a QEMU that ends instead is a BootFailed with what it said."""
+        """Connect to QMP. Raises BootFailed with QEMU's last output if it ends instead."""
         greeted = asyncio.ensure_future(self._qmp.connect(sock))
         died = asyncio.ensure_future(self._child.wait())
         try:
             await asyncio.wait({greeted, died}, return_when=asyncio.FIRST_COMPLETED, timeout=_RESTORE_TIMEOUT_SECONDS)
             if not greeted.done() or greeted.exception() is not None:
-                raise BootFailed(f"QEMU did not start: {self.said()}")
+                raise BootFailed(f"QEMU did not start: {self.last_output()}")
         finally:
             for task in (greeted, died):
                 task.cancel()
             await asyncio.gather(greeted, died, return_exceptions=True)
 
-    async def printed(self, text: bytes) -> None:
-        assert self._reader, "only the console of a VM that ends with this process is read"
-        await self._reader.saw(text)
-
     async def resume_from(self, state: int) -> None:
-        """Load the device state from an inherited descriptor and return when the VM runs."""
+        """Load the device state from an inherited descriptor; return when the VM runs."""
         await self._qmp.execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
         with self._qmp.listener(("RESUME", "MIGRATION")) as events:
             await self._qmp.execute("migrate-incoming", {"uri": f"fd:{state}"})
@@ -333,13 +330,13 @@ class QemuVm:
                 if event["event"] == "RESUME":
                     return
                 if cast(dict[str, str], event["data"])["status"] == "failed":
-                    raise BootFailed(f"QEMU could not restore the template: {self.said()}")
+                    raise BootFailed(f"QEMU could not restore the template: {self.last_output()}")
 
     async def snapshot(self, dir: Path) -> None:  # noqa: A002
         """Write memory and device state into ``dir`` and end this VM. It must have been booted for a template.
 
-        The guest is never paused by us: migration stops it at its end, and records that it was running, so a clone
-        goes on by itself.
+        Migration, not Swarm, stops the guest: at its end, and it records that the guest was running, so a clone
+        continues by itself.
         """
         state = os.open(dir / STATE_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -354,66 +351,61 @@ class QemuVm:
                         if status == "completed":
                             break
                         if status == "failed":
-                            raise BootFailed(f"QEMU could not write the template's state: {self.said()}")
+                            raise BootFailed(f"QEMU could not write the template's state: {self.last_output()}")
         except (QMPError, TimeoutError) as error:
-            raise BootFailed(f"QEMU could not write the template's state: {error!r}; {self.said()}") from error
+            raise BootFailed(f"QEMU could not write the template's state: {error!r}; {self.last_output()}") from error
         finally:
             os.close(state)
             await self.kill()
         for name, kept in ((MEMORY_FILE, MEMORY_FILE), ("work.ext4", DISK_FILE)):
             await asyncio.to_thread(move_sparse, self.dir / name, dir / kept)
 
-    def said(self) -> str:
-        """What QEMU and the guest printed last, for an error message."""
-        lines = last_lines(self.dir / "qemu.log", lines=5) or last_lines(self.console, lines=3)
-        return " | ".join(lines) or "it printed nothing"
-
-    async def wait(self) -> str:
-        code = await self._child.wait()
-        if code == -signal.SIGBUS:  # a template's memory is a file, which gets its blocks when the guest writes
-            return f"QEMU ended by signal {-code}, as when no space is left on the disk that holds {self.dir}"
-        return f"QEMU ended by signal {-code}" if code < 0 else f"QEMU ended with status {code}"
+    def _how_it_ended(self, code: int) -> str:
+        how = super()._how_it_ended(code)
+        if code == -signal.SIGBUS:  # a template's memory is a sparse file, which gets its blocks as the guest writes
+            return f"{how}, probably because no space is left on the disk with {self.dir}"
+        return how
 
     async def kill(self) -> None:
         await process.kill(self._child)
         with contextlib.suppress(QMPError, OSError, EOFError):
             await self._qmp.disconnect()
-        if self._reader:
-            self._reader.close()
+        if self._console_reader:
+            self._console_reader.close()
 
 
 async def version_of_qemu() -> str:
-    """'7.2.22'. Raises HostError when there is no QEMU."""
-    said = (await process.run([PROGRAM, "--version"])).stdout.decode(errors="replace")
-    found = re.search(r"version (\d+\.\d+(\.\d+)?)", said)
+    """The version, as '7.2.22'. Raises HostError if QEMU isn't installed."""
+    output = (await process.run([PROGRAM, "--version"])).stdout.decode(errors="replace")
+    found = re.search(r"version (\d+\.\d+(\.\d+)?)", output)
     if not found:
-        raise HostError(f"{PROGRAM} --version printed no version: {said[:200]!r}")
+        raise HostError(f"`{PROGRAM} --version` printed no version: {output[:200]!r}")
     return found[1]
 
 
 def _constant_tsc() -> bool:
-    """Does the host's counter run at one speed, also in sleep states? Then the guest, which reads it, may trust it."""
+    """Does the host's TSC run at one speed, even in sleep states? Then the guest, which reads it, can rely on it."""
     flags = next((li for li in Path("/proc/cpuinfo").read_text().splitlines() if li.startswith("flags")), "").split()
     return "constant_tsc" in flags and "nonstop_tsc" in flags
 
 
 def _kvm_groups() -> list[int]:
-    """The group that lets QEMU's own uid open /dev/kvm; none when everybody may. Raises HostError."""
+    """The group that lets QEMU's uid open /dev/kvm; none if every user may. Raises HostError."""
     try:
         status = Path("/dev/kvm").stat()
     except OSError:
-        raise HostError("there is no /dev/kvm") from None
+        raise HostError("this host has no /dev/kvm") from None
     if status.st_mode & 0o006 == 0o006:
         return []
     if status.st_mode & 0o060 == 0o060:
         return [status.st_gid]
     raise HostError(
-        "/dev/kvm is open to its owner alone, and VMs don't run as root: chgrp kvm /dev/kvm; chmod 660 /dev/kvm"
+        "only the owner can open /dev/kvm, and VMs don't run as root: run `chgrp kvm /dev/kvm; chmod 660 /dev/kvm`"
     )
 
 
 def _new_file(path: Path, size_bytes: int = 0) -> Path:
-    """Create a file that QEMU's own uid may open again through /proc/self/fd; the directory above it is closed."""
+    """Create a file that QEMU's uid can open again through /proc/self/fd, though not by its path."""
     with path.open("xb") as file:
         os.fchmod(file.fileno(), 0o666)
         file.truncate(size_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from swarm.errors import HostError
 from swarm.vm.driver import TAP_NAME
@@ -20,26 +20,20 @@ def open_tap(netns: str, name: str = TAP_NAME) -> int:
 
     A namespace is a property of a thread, so a thread enters it and ends there: it never comes back to a pool.
     """
-    result: list[int] = []
-    failure: list[OSError] = []
 
-    def attach() -> None:
+    def attach() -> int:
+        enter(netns)
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         try:
-            enter(netns)
-            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-                fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-            except OSError:
-                os.close(fd)
-                raise
-            result.append(fd)
-        except OSError as error:
-            failure.append(error)
+            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
-    thread = threading.Thread(target=attach, name=f"tap-{netns}")
-    thread.start()
-    thread.join()
-    if failure:
-        raise HostError(f"can't open {name} in namespace {netns}: {failure[0]}") from failure[0]
-    return result[0]
+    try:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"tap-{netns}") as thread:
+            return thread.submit(attach).result()
+    except OSError as error:
+        raise HostError(f"can't open {name} in namespace {netns}: {error}") from error

@@ -1,0 +1,49 @@
+"""What VMs of QEMU and Firecracker share: a VMM process with log files, a serial console, agentd's address."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from swarm.channel.dial import Endpoint
+from swarm.vm.driver import AGENTD_PORT, Slot
+from swarm.vm.drivers.console import Console, last_lines
+
+
+class VmmVm:
+    """The common part of `QemuVm` and `FirecrackerVm`. See `swarm.vm.driver.Vm`."""
+
+    vmm: ClassVar[str]  # its name, for messages
+    logs: ClassVar[Mapping[str, int]]  # log files in the VM's directory -> how many of their last lines an error has
+
+    def __init__(
+        self,
+        *,
+        child: asyncio.subprocess.Process,
+        dir: Path,  # noqa: A002
+        console: Console | None,
+        slot: Slot | None,
+    ) -> None:
+        self.pid = child.pid
+        self.dir = dir
+        self.console = dir / "console.log"
+        self.endpoint = Endpoint(host=str(slot.address) if slot else "", port=AGENTD_PORT)
+        self._child = child
+        self._console_reader = console
+
+    async def printed(self, text: bytes) -> None:
+        assert self._console_reader, "only the console of a VM that ends with this process is read"
+        await self._console_reader.printed(text)
+
+    async def wait(self) -> str:
+        return self._how_it_ended(await self._child.wait())
+
+    def _how_it_ended(self, code: int) -> str:
+        return f"{self.vmm} was killed by signal {-code}" if code < 0 else f"{self.vmm} ended with status {code}"
+
+    def last_output(self) -> str:
+        """What the VMM printed last, or else the guest, for an error message."""
+        lines = [line for name, count in self.logs.items() for line in last_lines(self.dir / name, lines=count)]
+        return " | ".join(lines or last_lines(self.console, lines=3)) or "it printed nothing"
