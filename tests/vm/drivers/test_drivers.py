@@ -1,7 +1,7 @@
 """The driver conformance suite: every driver goes through all of it, by the Protocol alone.
 
-A *way* is a driver and how its VMs come up: booted, or restored from a template. Where a cold boot takes minutes, the
-template has been through one. What a driver can't do, it says in its Probe; the suite asks for nothing else.
+A *way* is a driver and how its VMs start: booted, or restored from a template. Where a cold boot takes minutes, only
+the template is booted. A driver's Probe says what it can't do; the suite doesn't test that.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FIRST_SLOT = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """``start`` gives VM n in its directory; ``files`` are what must not change whatever VMs do."""
+    """`start` starts a VM in its directory; `shared_files` are those that no VM may change."""
 
     driver: Driver
     settings: Settings
@@ -104,8 +104,8 @@ def way(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Way]:
             yield asyncio.run(qemu_way(settings, image, restored=name == "qemu-restored"))
 
 
-class Hall:
-    """Places and slots for VMs, given back at the end of a test."""
+class Host:
+    """Gives VMs a directory and a network slot, and takes them back at the end of a test."""
 
     def __init__(self, way: Way) -> None:
         self.way = way
@@ -161,8 +161,8 @@ class Guest:
 
 
 @pytest.fixture
-def hall(way: Way) -> Hall:
-    return Hall(way)
+def host(way: Way) -> Host:
+    return Host(way)
 
 
 async def test_it_says_what_it_is(way: Way) -> None:
@@ -173,9 +173,9 @@ async def test_it_says_what_it_is(way: Way) -> None:
     assert probe.snapshots or way.template is None
 
 
-async def test_a_whole_life(hall: Hall) -> None:
+async def test_a_whole_life(host: Host) -> None:
     """Up, renewed, an agent's files in, the agent run, its output out, killed; nothing but logs stays."""
-    async with hall.vm() as guest:
+    async with host.vm() as guest:
         generation = await guest.renew()
         assert guest.channel.greeting.generation != generation == (await guest.channel.hello()).generation
         await guest.channel.put({"input.json": b'{"inputs": 1}'}, dest="/work")
@@ -196,8 +196,8 @@ async def test_a_whole_life(hall: Hall) -> None:
         assert left <= {"vm.json", "console.log", "qemu.log", "firecracker.log", "jailer.log", "work.ext4"}
 
 
-async def test_wait_ends_with_the_vmm(hall: Hall) -> None:
-    async with hall.vm() as guest:
+async def test_wait_ends_with_the_vmm(host: Host) -> None:
+    async with host.vm() as guest:
         wait = asyncio.create_task(guest.vm.wait())
         os.kill(guest.vm.pid, signal.SIGKILL)
         async with asyncio.timeout(10):
@@ -208,8 +208,8 @@ async def test_wait_ends_with_the_vmm(hall: Hall) -> None:
         assert inside(guest.dir) == []
 
 
-async def test_wait_can_be_cancelled(hall: Hall) -> None:
-    async with hall.vm() as guest:
+async def test_wait_can_be_cancelled(host: Host) -> None:
+    async with host.vm() as guest:
         wait = asyncio.create_task(guest.vm.wait())
         await asyncio.wait({wait}, timeout=0.01)
         wait.cancel()
@@ -217,27 +217,27 @@ async def test_wait_can_be_cancelled(hall: Hall) -> None:
         assert await guest.channel.hello()
 
 
-async def test_two_do_not_share(hall: Hall) -> None:
+async def test_two_do_not_share(host: Host) -> None:
     """What one writes the other does not see, and what they come from is the same afterwards."""
-    before = [digest(file) for file in hall.way.shared_files()]
-    async with hall.vm() as one, hall.vm() as other:
+    before = [digest(file) for file in host.way.shared_files()]
+    async with host.vm() as one, host.vm() as other:
         await one.renew("one")
         await other.renew("other")
         await one.channel.put({"mine": b"x" * (256 << 10)}, dest="/work")
         assert await other.channel.get("/work/mine", limit_bytes=10) is None
         mine, its = await one.channel.hello(), await other.channel.hello()
         assert mine.generation != its.generation
-        assert mine.boot_id == its.boot_id or hall.way.template is None or not hall.way.driver.networked
-        if hall.way.driver.networked:
+        assert mine.boot_id == its.boot_id or host.way.template is None or not host.way.driver.networked
+        if host.way.driver.networked:
             assert (mine.hostname, its.hostname) == ("one", "other")
             assert mine.machine_id != its.machine_id
-    assert [digest(file) for file in hall.way.shared_files()] == before
+    assert [digest(file) for file in host.way.shared_files()] == before
 
 
-async def test_it_dies_with_its_owner(hall: Hall) -> None:
+async def test_it_dies_with_its_owner(host: Host) -> None:
     """However the process that started it ends; what is on disk is for the next sweep."""
-    async with hall.place() as (place, slot):
-        async with owner(hall.way, place, slot, outlive=False) as (child, pid):
+    async with host.place() as (place, slot):
+        async with owner(host.way, place, slot, outlive=False) as (child, pid):
             assert process.start_time(pid) is not None
             gone = death_of(pid)
             child.kill()
@@ -248,9 +248,9 @@ async def test_it_dies_with_its_owner(hall: Hall) -> None:
         clear(place)
 
 
-async def test_it_can_outlive_its_owner(hall: Hall) -> None:
-    async with hall.place() as (place, slot):
-        async with owner(hall.way, place, slot, outlive=True) as (child, pid):
+async def test_it_can_outlive_its_owner(host: Host) -> None:
+    async with host.place() as (place, slot):
+        async with owner(host.way, place, slot, outlive=True) as (child, pid):
             assert child.stdin
             child.stdin.close()
             assert await child.wait() == 0
@@ -264,21 +264,21 @@ async def test_it_can_outlive_its_owner(hall: Hall) -> None:
         clear(place)
 
 
-async def test_a_failed_start_leaves_nothing(hall: Hall) -> None:
+async def test_a_failed_start_leaves_nothing(host: Host) -> None:
     broken = VmSpec(image=NO_IMAGE, disk_mb=1)  # too small for a file system, and no kernel
-    if not hall.way.driver.networked:
+    if not host.way.driver.networked:
         pytest.skip("nothing of a spec applies to the process driver")
-    async with hall.place() as (place, slot):
+    async with host.place() as (place, slot):
         with pytest.raises(SwarmError):
-            await hall.way.driver.boot(broken, slot, place)
+            await host.way.driver.boot(broken, slot, place)
         assert inside(place) == []
         assert {path.name for path in place.iterdir()} <= {
             "vm.json", "console.log", "qemu.log", "jailer.log", "firecracker.log",
         }  # fmt: skip
 
 
-async def test_a_torn_template_is_an_error(hall: Hall, tmp_path: Path) -> None:
-    way = hall.way
+async def test_a_torn_template_is_an_error(host: Host, tmp_path: Path) -> None:
+    way = host.way
     if way.template is None:
         torn = Template(key="k", dir=tmp_path, spec=way.spec, token=b"t" * 32)
     else:
@@ -286,7 +286,7 @@ async def test_a_torn_template_is_an_error(hall: Hall, tmp_path: Path) -> None:
         for name in ("memory", "state"):
             with (way.template.dir / name).open("rb") as file:
                 (tmp_path / name).write_bytes(file.read(4096))
-    async with hall.place() as (place, slot):
+    async with host.place() as (place, slot):
         with pytest.raises((BootFailed, SwarmError)):
             await way.driver.restore(torn, slot, place)
         assert inside(place) == []

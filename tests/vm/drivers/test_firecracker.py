@@ -99,7 +99,7 @@ async def test_every_call_is_accepted(settings: Settings, fc: FirecrackerDriver,
         try:
             assert (await vm.api.get("/"))["state"] == "Not started"
             assert (await vm.api.get("/version"))["firecracker_version"].startswith("1.")
-            for path, body in firecracker.configuration(limited, networked=True):
+            for path, body in firecracker.configuration(limited, networked=True).items():
                 await vm.api.put(path, **body)
             await vm.api.put("/balloon", amount_mib=16, deflate_on_oom=True, stats_polling_interval_s=1)
             await vm.api.put("/vsock", guest_cid=3, uds_path="v.sock")

@@ -52,7 +52,7 @@ async def test_what_is_sent(tmp_path: Path) -> None:
     socket = tmp_path / "api.sock"
     async with (
         answering(socket, http("200 OK", b'{"id": "vm1"}'), http("204 No Content"), http("204 No Content")) as seen,
-        Api(socket) as api,
+        contextlib.aclosing(Api(socket)) as api,
     ):
         assert api.listener() == (os.getpid(), os.getuid())
         assert await api.get("/") == {"id": "vm1"}
@@ -73,7 +73,7 @@ async def test_a_path_longer_than_a_sockets_name(tmp_path: Path) -> None:
     fd = os.open(deep, os.O_PATH)
     try:
         near = Path(f"/proc/self/fd/{fd}/api.sock")
-        async with answering(near, http("200 OK", b"{}")), Api(deep / "api.sock") as api:
+        async with answering(near, http("200 OK", b"{}")), contextlib.aclosing(Api(deep / "api.sock")) as api:
             assert await api.get("/") == {}
     finally:
         os.close(fd)
@@ -90,7 +90,7 @@ async def test_a_path_longer_than_a_sockets_name(tmp_path: Path) -> None:
     ],
 )
 async def test_a_refusal_says_why(tmp_path: Path, answer: bytes, fault: str) -> None:
-    async with answering(tmp_path / "s", answer), Api(tmp_path / "s") as api:
+    async with answering(tmp_path / "s", answer), contextlib.aclosing(Api(tmp_path / "s")) as api:
         with pytest.raises(Refused) as caught:
             await api.put("/machine-config", vcpu_count=0)
     assert caught.value.fault == fault
@@ -102,30 +102,33 @@ async def test_an_answer_without_an_end(tmp_path: Path) -> None:
     flood = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"10000\r\n" + b"x" * 65536 + b"\r\n"
     async with (
         answering(tmp_path / "s", flood + (b"10000\r\n" + b"x" * 65536 + b"\r\n") * 40),
-        Api(tmp_path / "s") as api,
+        contextlib.aclosing(Api(tmp_path / "s")) as api,
     ):
         with pytest.raises(BootFailed, match="is longer than 256 KiB"):
             await api.get("/")
 
 
 async def test_no_answer(tmp_path: Path) -> None:
-    async with answering(tmp_path / "s", hang=True), Api(tmp_path / "s") as api:
+    async with answering(tmp_path / "s", hang=True), contextlib.aclosing(Api(tmp_path / "s")) as api:
         with pytest.raises(BootFailed, match=r"did not answer PUT /snapshot/create within 0\.1 s"):
             await api.put("/snapshot/create", timeout_seconds=0.1)
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx"])
 async def test_broken_answers(tmp_path: Path, answer: bytes) -> None:
-    async with answering(tmp_path / "s", *([answer] if answer else [])), Api(tmp_path / "s") as api:
+    async with (
+        answering(tmp_path / "s", *([answer] if answer else [])),
+        contextlib.aclosing(Api(tmp_path / "s")) as api,
+    ):
         with pytest.raises(BootFailed, match="connection to Firecracker failed at GET /"):
             await api.get("/")
 
 
 async def test_nobody_there(tmp_path: Path) -> None:
-    async with Api(tmp_path / "s") as api:
+    async with contextlib.aclosing(Api(tmp_path / "s")) as api:
         with pytest.raises(FileNotFoundError):
             api.listener()
         with pytest.raises(BootFailed, match="connection to Firecracker failed"):
             await api.get("/")
-        await api.close()
-        await api.close()
+        await api.aclose()
+        await api.aclose()

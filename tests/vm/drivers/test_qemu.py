@@ -34,7 +34,7 @@ async def test_it_knows_its_version_and_accelerator(driver: QemuDriver) -> None:
     assert int(probe.version.split(".")[0]) >= 7
 
 
-async def test_a_vm_runs_as_nobody_without_rights_and_dies_when_told(
+async def test_a_vm_runs_without_rights_as_its_own_uid_and_dies_when_killed(
     driver: QemuDriver, spec: VmSpec, tmp_path: Path
 ) -> None:
     vm = await driver.boot(spec, None, tmp_path)

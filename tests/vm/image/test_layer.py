@@ -273,7 +273,7 @@ async def test_a_full_disk(wheels: Path, image: Image, tmp_path: Path) -> None:
 
 def test_firecracker_gets_one_more_drive(image: Image, tmp_path: Path) -> None:
     plain, spec = VmSpec(image=image), VmSpec(image=image, layer=Layer(digest="d", path=tmp_path))
-    before, after = (dict(firecracker.configuration(one, networked=True)) for one in (plain, spec))
+    before, after = (firecracker.configuration(one, networked=True) for one in (plain, spec))
     assert list(after) == ["/machine-config", "/boot-source", "/drives/root", "/drives/work", "/drives/layer",
                            "/network-interfaces/eth0", "/entropy"]  # fmt: skip
     assert after["/drives/layer"] == {

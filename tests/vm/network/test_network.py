@@ -1,4 +1,4 @@
-"""The network of DESIGN.md, on real namespaces, with stand-ins for the guests."""
+"""The network of VMs, on real namespaces, with stand-ins for the guests."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def test_numbers_without_an_address_are_refused() -> None:
             make(bridge=name)
 
 
-# --- fences -----------------------------------------------------------------------------------------------------------
+# --- rules ------------------------------------------------------------------------------------------------------------
 
-OPEN_VM = "insert rule ip swarm forward accept\n"  # a hole in a VM's own fence
+OPEN_VM = "insert rule ip swarm forward accept\n"  # a hole in a VM's own rules
 OPEN_HOST = "insert rule inet swarm input accept\ninsert rule inet swarm forward accept\n"  # one in the host's
 
 
@@ -90,8 +90,8 @@ async def test_vms_reach_neither_each_other_nor_the_host(network: Network, hole:
         assert await asyncio.gather(*(first.reaches(*place) for place in tried)) == [False] * len(tried)
 
 
-async def test_the_fences_are_what_holds(network: Network) -> None:
-    """With both open a VM does reach the host: so the test above tests something."""
+async def test_without_the_rules_a_vm_reaches_the_host(network: Network) -> None:
+    """So the test above tests something."""
     slot = await network.create(1)
     await nft(OPEN_HOST)
     await nft(OPEN_VM, slot.netns)
@@ -101,7 +101,7 @@ async def test_the_fences_are_what_holds(network: Network) -> None:
 
 
 async def test_a_listener_in_a_slot_is_for_its_vm_alone(network: Network) -> None:
-    """Each VM has a door of its own at the same address; its port is closed when nobody listens, on the host always."""
+    """Each VM has its own listener at the same address; the port is closed without one, and always on the host."""
     one, two = await network.create(1), await network.create(2)
     async with Guest(one) as first, Guest(two) as second:
         assert not await first.reaches("172.16.0.1", GATEWAY_PORT)
@@ -392,7 +392,7 @@ async def test_two_processes_make_eight_slots_each_at_once(network: Network) -> 
 
 
 async def test_a_recycled_slot_is_as_good_as_new(network: Network) -> None:
-    """facts.md: a tap that was used again right after its VM died once took 6 s until TCP connected."""
+    """A tap that was reused right after its VM died once took 6 s until TCP connected."""
     slot = await network.create(1)
     seconds = []
     for round_ in range(6):

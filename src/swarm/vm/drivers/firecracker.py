@@ -55,6 +55,8 @@ _VCPU_FAULT = re.compile(
     r"KVM_EXIT_INTERNAL_ERROR|KVM_EXIT_FAIL_ENTRY|KVM_EXIT_SHUTDOWN|[Uu]nexpected exit|Failure during vcpu"
 )
 
+Requests = dict[str, dict[str, Any]]  # API path -> body
+
 
 class FirecrackerDriver:
     """See `swarm.vm.driver.Driver`. ``jailed`` False runs VMMs as root without a jail: only for debugging."""
@@ -109,7 +111,7 @@ class FirecrackerDriver:
             files.append(JailFile(INITRAMFS, image.initramfs))
         vm = await self._start(spec, slot, dir, files, outlive=outlive)
         try:
-            for path, body in configuration(spec, networked=slot is not None):
+            for path, body in configuration(spec, networked=slot is not None).items():
                 await vm.api.put(path, **body)
             await vm.api.put("/actions", action_type="InstanceStart")
         except BaseException as error:
@@ -136,7 +138,7 @@ class FirecrackerDriver:
                 resume_vm=not limits,
             )
             if limits:  # the template has none
-                for path, body in limits:
+                for path, body in limits.items():
                     if slot or not path.startswith("/network"):
                         await vm.api.patch(path, **body)
                 await vm.api.patch("/vm", state="Resumed")
@@ -201,16 +203,12 @@ class FirecrackerDriver:
         return vm
 
 
-def configuration(spec: VmSpec, *, networked: bool) -> list[tuple[str, dict[str, Any]]]:
-    """The requests that describe a VM, in order: (path, body). No vsock: agentd is reached over the network."""
-    image = spec.image
-    boot: dict[str, Any] = {
-        "kernel_image_path": KERNEL,
-        "boot_args": driver.kernel_command_line(spec, *_BOOT_ARGS),
-    }
-    if image.initramfs:
+def configuration(spec: VmSpec, *, networked: bool) -> Requests:
+    """The requests that describe a VM, in order. No vsock: agentd is reached over the network."""
+    boot = {"kernel_image_path": KERNEL, "boot_args": driver.kernel_command_line(spec, *_BOOT_ARGS)}
+    if spec.image.initramfs:
         boot["initrd_path"] = INITRAMFS
-    requests: dict[str, dict[str, Any]] = {
+    requests: Requests = {
         "/machine-config": {"vcpu_count": spec.vcpus, "mem_size_mib": spec.memory_mb, "smt": False},
         "/boot-source": boot,
     }
@@ -223,26 +221,26 @@ def configuration(spec: VmSpec, *, networked: bool) -> list[tuple[str, dict[str,
         requests[f"/network-interfaces/{NET_ID}"] = card
     if spec.entropy:
         requests["/entropy"] = {}
-    for path, limit in limiters(spec):
+    for path, limit in limiters(spec).items():
         if path in requests:
             requests[path] |= limit
-    return list(requests.items())
+    return requests
 
 
-def limiters(spec: VmSpec) -> list[tuple[str, dict[str, Any]]]:
+def limiters(spec: VmSpec) -> Requests:
     """Requests that set the agent's limits on disk and network, as in `configuration`; none without limits."""
 
     def bucket(mb_per_second: float) -> dict[str, Any]:
         # A token bucket that refills over a second, so a burst of one second's worth passes at once.
         return {"bandwidth": {"size": max(1, round(mb_per_second * 1e6)), "refill_time": 1000}}
 
-    found: list[tuple[str, dict[str, Any]]] = []
+    requests: Requests = {}
     if spec.disk_mb_per_second is not None:
-        found.append(("/drives/work", {"drive_id": "work", "rate_limiter": bucket(spec.disk_mb_per_second)}))
+        requests["/drives/work"] = {"drive_id": "work", "rate_limiter": bucket(spec.disk_mb_per_second)}
     if spec.network_mb_per_second is not None:
         both = {name: bucket(spec.network_mb_per_second) for name in ("rx_rate_limiter", "tx_rate_limiter")}
-        found.append((f"/network-interfaces/{NET_ID}", {"iface_id": NET_ID, **both}))
-    return found
+        requests[f"/network-interfaces/{NET_ID}"] = {"iface_id": NET_ID, **both}
+    return requests
 
 
 class FirecrackerVm(VmmVm):
@@ -269,21 +267,17 @@ class FirecrackerVm(VmmVm):
 
     async def connect(self) -> None:
         """Return when Firecracker listens. Raises BootFailed if it ends instead."""
-        died = asyncio.ensure_future(self._child.wait())
         try:
             async with asyncio.timeout(_START_SECONDS):
                 while True:
                     with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
                         self.pid, uid = self.api.listener()
                         break
-                    if died.done():
+                    if self._child.returncode is not None:
                         raise BootFailed("Firecracker did not start")
-                    await asyncio.wait({died}, timeout=0.001)
+                    await asyncio.sleep(0.001)
         except TimeoutError:
             raise BootFailed(f"Firecracker did not open its API within {_START_SECONDS:g} s") from None
-        finally:
-            died.cancel()
-            await asyncio.gather(died, return_exceptions=True)
         self._start_time = process.start_time(self.pid) or 0
         if self.jail.jailed and uid != self.jail.uid:
             raise BootFailed(f"Firecracker runs as uid {uid} instead of {self.jail.uid}")
@@ -328,7 +322,7 @@ class FirecrackerVm(VmmVm):
         await process.kill(self._child)
         if self._start_time:  # it dies with its parent, but it must be dead before its files are removed
             await quietly(process.kill_stranger(self.pid, self._start_time))
-        await self.api.close()
+        await self.api.aclose()
         if self._console_reader:
             self._console_reader.close()
         await quietly(asyncio.to_thread(jailer.remove, self.dir))

@@ -15,8 +15,7 @@ import ssl
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
@@ -92,21 +91,13 @@ class Api:
             raise Refused(f"Firecracker refused {method} {path}: {fault}", status=answer.status_code, fault=fault)
         return value
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Idempotent."""
         with contextlib.suppress(OSError, httpx.HTTPError):
             await self._client.aclose()
         if self._dir >= 0:
             os.close(self._dir)
             self._dir = -1
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 @functools.cache

@@ -108,18 +108,17 @@ def _unpack(data: bytes, version: str, machine: str, name: str) -> dict[str, byt
     found = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:*") as archive:
+            members = archive.getnames()
             for program in (PROGRAM, JAILER):
-                for member in (f"release-v{version}-{machine}/{program}-v{version}-{machine}", program):
-                    if member not in archive.getnames():
-                        continue
-                    info = archive.getmember(member)
-                    file = archive.extractfile(info)
-                    if file is None or info.size > _MAX_PROGRAM_BYTES:
-                        raise HostError(f"{member} in {name} is not a program")
-                    found[program] = file.read(_MAX_PROGRAM_BYTES)
-                    break
-                else:
+                paths = (f"release-v{version}-{machine}/{program}-v{version}-{machine}", program)
+                member = next((path for path in paths if path in members), None)
+                if member is None:
                     raise HostError(f"{name} has no {program} of version {version} for {machine}")
+                info = archive.getmember(member)
+                file = archive.extractfile(info)
+                if file is None or info.size > _MAX_PROGRAM_BYTES:
+                    raise HostError(f"{member} in {name} is not a program")
+                found[program] = file.read(_MAX_PROGRAM_BYTES)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise HostError(f"{name} is not a complete archive: {error}") from error
     return found

@@ -45,16 +45,10 @@ class ProcessVm:
 
     def __init__(self, *, child: asyncio.subprocess.Process, dir: Path) -> None:  # noqa: A002
         self.pid = child.pid
+        self.endpoint = Endpoint(unix=_socket(dir))
+        self.console = dir / "console.log"
         self._dir = dir
         self._child = child
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return Endpoint(unix=_socket(self._dir))
-
-    @property
-    def console(self) -> Path:
-        return self._dir / "console.log"
 
     async def wait(self) -> str:
         code = await self._child.wait()

@@ -143,9 +143,9 @@ class QemuDriver:
         4 ms and the timer interrupt never stops, which costs an idle VM 3 % of a core. Mitigations are off: they
         protect against what an emulated CPU doesn't do.
         """
-        khz = driver.host_tsc_khz()
         if self.accelerator != "tcg":
             return []
+        khz = driver.host_tsc_khz()
         clock = [f"tsc_early_khz={khz}"] if khz else []
         if khz and _constant_tsc():
             clock.append("tsc=reliable")

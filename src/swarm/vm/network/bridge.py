@@ -176,7 +176,7 @@ def require_root() -> None:
 
 @contextlib.contextmanager
 def host_errors(what: str) -> Iterator[None]:
-    """Turn errors of the kernel into HostErrors that begin with ``what`` failed."""
+    """Turn errors of the kernel into HostErrors that begin with ``what``."""
     try:
         yield
     except (OSError, NetlinkError) as error:

@@ -241,8 +241,8 @@ def make_tap(name: str) -> int:
     return socket.if_nametoindex(name)
 
 
-def await_up(socket_: Any, index: int, *, seconds: float = 5.0) -> Any:
-    """Wait until the kernel uses an interface that was just given a carrier, and return the interface.
+def await_up(socket_: Any, index: int, *, seconds: float = 5.0) -> None:
+    """Wait until the kernel uses an interface that was just given a carrier.
 
     Until the kernel's link watch has run, the interface silently drops every packet, and a lost SYN costs a second. The
     link watch runs at once on an idle host, but later while namespaces are being torn down. (On newer kernels the
@@ -253,7 +253,7 @@ def await_up(socket_: Any, index: int, *, seconds: float = 5.0) -> Any:
         link = socket_.link("get", index=index)[0]
         # A tap's device driver reports 'UNKNOWN' in between; 'UP' comes from the link watch.
         if link.get_attr("IFLA_OPERSTATE") == "UP":
-            return link
+            return
         if time.monotonic() > deadline:
             raise HostError(f"{link.get_attr('IFLA_IFNAME')} did not come up within {seconds:g} s: see `ip link`")
         time.sleep(0.001)

@@ -72,6 +72,10 @@ class Network:
         last = self.subnet.num_addresses - 3
         if not 1 <= n <= last:
             raise UsageError(f"VM {n} has no address in {self.subnet}: VMs are numbered from 1 to {last}")
+        return self._address(n)
+
+    def _address(self, n: int) -> IPv4Address:
+        """Also for a slot that was made under settings with a wider subnet."""
         return self.subnet.network_address + n + 1
 
     def slot(self, n: int) -> Slot:
@@ -174,7 +178,7 @@ class Network:
         require_root()
         found = [int(m[1]) for name in netns.names() if (m := re.fullmatch(r"vm([1-9][0-9]{0,8})", name))]
         return [
-            Slot(n=n, netns=netns_of(n), address=self.subnet.network_address + n + 1)
+            Slot(n=n, netns=netns_of(n), address=self._address(n))
             for n in sorted(found)
             if await netns.in_thread(is_ours(netns_of(n)))
         ]
@@ -244,8 +248,7 @@ class Network:
         return True
 
     def _destroy(self, n: int) -> bool:
-        # n is not checked: the slot may have been made under settings with a wider subnet.
-        found, namespace, address = False, netns_of(n), self.subnet.network_address + n + 1
+        found, namespace, address = False, netns_of(n), self._address(n)
         with host_errors(f"can't remove the network of VM {n}"), netns.netlink() as host:
             if netns.enter_ours(namespace):
                 found = True
