@@ -64,7 +64,7 @@ class Guest:
                     writer.transport.abort()
 
     async def reaches(self, host: str, port: int, *, seconds: float = 0.4) -> bool:
-        """Can the guest open a connection there? (A fence drops: it is judged by silence.)"""
+        """Can the guest open a connection there? (The rules drop frames, so no answer means no.)"""
         sock = await self._inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         with sock:
             sock.setblocking(False)
@@ -151,7 +151,7 @@ async def pings(host: object) -> bool:
 
 
 async def connect_as(uid: int, host: object, port: int) -> None:
-    """Connect as another user would. (The file-system uid is a thread's own, and the one a socket belongs to.)"""
+    """Connect as another user would. (Each thread has its own file-system uid, and a socket belongs to that.)"""
 
     def connect() -> None:
         _LIBC.setfsuid(uid)
@@ -169,7 +169,7 @@ async def nft(rules: str, inside: str | None = None) -> str:
 
 
 async def host_state() -> dict[str, str]:
-    """All that Swarm's network could leave on a host."""
+    """Everything that Swarm's network could leave on a host."""
     seen = {
         "links": await ip("-o", "link", "show"),
         "netns": await ip("netns", "list"),
@@ -179,7 +179,7 @@ async def host_state() -> dict[str, str]:
         "neighbours": await ip("neigh", "show", "nud", "permanent"),
         "nft": (await process.run(["nft", "list", "ruleset"])).stdout.decode(),
     }
-    # Flags and "linkdown" tell if there is a carrier, which the kernel notes in its own time.
+    # Flags and "linkdown" show whether there is a carrier, which the kernel notices with a delay.
     seen["links"] = "\n".join(line.partition(" <")[0] for line in seen["links"].splitlines())
     seen["routes"] = seen["routes"].replace("linkdown", "")
     return {

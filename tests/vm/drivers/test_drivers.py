@@ -218,7 +218,7 @@ async def test_wait_can_be_cancelled(host: Host) -> None:
 
 
 async def test_two_do_not_share(host: Host) -> None:
-    """What one writes the other does not see, and what they come from is the same afterwards."""
+    """Neither sees what the other writes, and the files that they share don't change."""
     before = [digest(file) for file in host.way.shared_files()]
     async with host.vm() as one, host.vm() as other:
         await one.renew("one")
@@ -235,7 +235,7 @@ async def test_two_do_not_share(host: Host) -> None:
 
 
 async def test_it_dies_with_its_owner(host: Host) -> None:
-    """However the process that started it ends; what is on disk is for the next sweep."""
+    """In whatever way the owner ends; the next sweep removes what is on disk."""
     async with host.place() as (place, slot):
         async with owner(host.way, place, slot, outlive=False) as (child, pid):
             assert process.start_time(pid) is not None

@@ -308,7 +308,7 @@ async def test_load_with_another_tap(settings: Settings, fc: FirecrackerDriver, 
 
 
 async def test_a_clone_has_its_own_limits(settings: Settings, fc: FirecrackerDriver, frozen: Template) -> None:
-    """Set before it runs. (Firecracker does not tell of them: its /vm/config shows what a VM was booted with.)"""
+    """Set before it runs. (Firecracker doesn't report them: its /vm/config shows what a VM was booted with.)"""
     limited = dataclasses.replace(frozen.spec, disk_mb_per_second=2.0, network_mb_per_second=0.5)
     async with places(settings) as [(place, slot)]:
         vm = await fc.restore(dataclasses.replace(frozen, spec=limited), slot, place)
@@ -412,7 +412,7 @@ async def seconds_to_send(live: LiveVm, *, megabytes: float) -> float:
 
 
 async def test_the_probes_verdict(settings: Settings, fc: FirecrackerDriver, image: Image) -> None:
-    """With the distribution's kernel: usable where the hardware is, refused with the CPU's own words where it isn't."""
+    """With the distribution's kernel: usable with hardware virtualisation, otherwise refused with the CPU's error."""
     tcg = QemuDriver(accelerator="tcg", disk_cache=settings.state_dir / "blank")
     chosen = await choose.choose(
         [fc, tcg], image, state_dir=settings.state_dir, cache=firecracker_here.PROBES, timeout_seconds=300
@@ -491,7 +491,7 @@ def running(name: str) -> list[int]:
 
 
 def private_kb(pid: int) -> int:
-    """Memory of a process that nobody shares."""
+    """Memory of a process that no other process shares."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return sum(map(int, re.findall(r"^Private_(?:Clean|Dirty):\s+(\d+)", rollup, re.M)))
 

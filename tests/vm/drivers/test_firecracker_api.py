@@ -16,7 +16,7 @@ from swarm.vm.drivers.firecracker_api import Api, Refused
 
 @contextlib.asynccontextmanager
 async def answering(path: Path, *answers: bytes, hang: bool = False) -> AsyncIterator[list[bytes]]:
-    """A server on a Unix socket that says this, one after another, whatever it is asked; the requests it got."""
+    """A server on a Unix socket that sends these answers in order, whatever the requests. Yields the requests."""
     seen: list[bytes] = []
     left = list(answers)
     held = asyncio.Event()

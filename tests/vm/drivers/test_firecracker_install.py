@@ -68,7 +68,7 @@ async def test_one_changed_byte(tmp_path: Path, real: dict[str, bytes]) -> None:
 
 @contextlib.asynccontextmanager
 async def releases(answer: bytes, asked: list[str]) -> AsyncIterator[str]:
-    """A server that answers so to the first line of every request; its address."""
+    """A server that sends this answer to every request, and records its first line. Yields its address."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")

@@ -1,4 +1,4 @@
-"""The `process` driver: the whole way of a VM, and nothing left after it."""
+"""The `process` driver: the whole life of a VM, and nothing left after it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def test_what_runs_dies_too(place: Path, how: str) -> None:
 
 
 async def test_it_dies_with_its_owner(place: Path) -> None:
-    """However the process that booted it ends."""
+    """In whatever way the owner ends."""
     source = f"""
 import asyncio, os, sys
 from pathlib import Path

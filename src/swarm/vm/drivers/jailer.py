@@ -196,7 +196,7 @@ def _cgroup_parents() -> list[Path]:
 
 
 def _remove_cgroup(cgroup: Path, *, seconds: float = 2.0) -> None:
-    """A cgroup stays busy until the kernel has removed its last thread, perhaps just after that was seen dead."""
+    """A cgroup stays busy until the kernel has removed its last thread, perhaps shortly after we saw it die."""
     deadline = time.monotonic() + seconds
     while True:
         try:

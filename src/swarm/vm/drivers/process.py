@@ -65,7 +65,7 @@ class ProcessVm:
         try:
             await asyncio.shield(self._kill())
         except (SwarmError, OSError) as error:
-            log.error("vm.kill_failed", vm=str(self._dir), error=str(error))
+            log.error("failed to kill a VM", vm=str(self._dir), error=str(error))
 
     async def _kill(self) -> None:
         """On SIGTERM agentd kills its agent and everything that the agent started. If agentd is dead or doesn't react,

@@ -170,31 +170,15 @@ class QemuDriver:
             await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
         else:
             await copy_work_disk(disk, work)
-        layer: tuple[str, ...] = ()
+        devices = [*launch.disk("root", spec.image.root), *launch.disk("work", work, writable=True)]
         if spec.layer:
-            layer = (
-                "-blockdev", f"driver=raw,node-name=layer,read-only=on,file.driver=file,file.locking=off,"
-                             f"file.filename={launch.file_set(spec.layer.path, os.O_RDONLY)}",
-                "-device", "virtio-blk-device,drive=layer",
-            )  # fmt: skip
-        network: tuple[str, ...] = ()
+            devices += launch.disk("layer", spec.layer.path)
         if launch.slot:
-            network = (
-                "-netdev", f"tap,id=net,fd={launch.tap()}",
-                "-device", f"virtio-net-device,netdev=net,mac={driver.GUEST_MAC},guest_announce=off",
-            )  # fmt: skip
-        return [
-            "-blockdev", f"driver=raw,node-name=root,read-only=on,file.driver=file,file.locking=off,"
-                         f"file.filename={launch.file_set(spec.image.root, os.O_RDONLY)}",
-            "-device", "virtio-blk-device,drive=root",
-            "-blockdev", f"driver=raw,node-name=work,file.driver=file,file.locking=off,discard=unmap,"
-                         f"file.filename={launch.file_set(work, os.O_RDWR)}",
-            "-device", "virtio-blk-device,drive=work",
-            *layer,
-            *network,
-            *(("-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng")
-              if spec.entropy else ()),
-        ]  # fmt: skip
+            card = f"virtio-net-device,netdev=net,mac={driver.GUEST_MAC},guest_announce=off"
+            devices += ["-netdev", f"tap,id=net,fd={launch.tap()}", "-device", card]
+        if spec.entropy:
+            devices += ["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng"]
+        return devices
 
 
 class _Launch:
@@ -222,9 +206,13 @@ class _Launch:
         """A path for a file that QEMU only reads, or maps, at start."""
         return f"/proc/self/fd/{self.fd(path, os.O_RDONLY)}"
 
-    def file_set(self, path: Path, flags: int) -> str:
-        """A path for a file that QEMU uses with the access rights of the descriptor, not of its own uid."""
-        return self._set(self.fd(path, flags))
+    def disk(self, name: str, path: Path, *, writable: bool = False) -> list[str]:
+        file = self._set(self.fd(path, os.O_RDWR if writable else os.O_RDONLY))
+        mode = "discard=unmap" if writable else "read-only=on"
+        return [
+            "-blockdev", f"driver=raw,node-name={name},{mode},file.driver=file,file.locking=off,file.filename={file}",
+            "-device", f"virtio-blk-device,drive={name}",
+        ]  # fmt: skip
 
     def memory(self, path: Path, *, shared: bool) -> list[str]:
         fd = self.fd(path, os.O_RDWR)
@@ -287,6 +275,7 @@ class _Launch:
             os.close(self._fds.pop())
 
     def _set(self, fd: int) -> str:
+        """A path for a file that QEMU uses with the access rights of the descriptor, not of its own uid."""
         self._sets += ["-add-fd", f"fd={fd},set={fd}"]
         return f"/dev/fdset/{fd}"
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import socket
@@ -171,16 +172,12 @@ class Network:
 
     async def list(self) -> list[Slot]:
         """Swarm's slots on this host, incomplete ones too, sorted by n."""
-
-        def is_ours(name: str) -> Callable[[], bool]:
-            return lambda: netns.enter_ours(name)
-
         require_root()
         found = [int(m[1]) for name in netns.names() if (m := re.fullmatch(r"vm([1-9][0-9]{0,8})", name))]
         return [
             Slot(n=n, netns=netns_of(n), address=self._address(n))
             for n in sorted(found)
-            if await netns.in_thread(is_ours(netns_of(n)))
+            if await netns.in_thread(functools.partial(netns.enter_ours, netns_of(n)))
         ]
 
     def _create(self, slot: Slot, made: threading.Event) -> bool:
