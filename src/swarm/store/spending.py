@@ -5,7 +5,6 @@ Money that was spent was spent: booking is not fenced, and a call stays in the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -183,31 +182,29 @@ def _usd(amount: float) -> str:
     return f"${amount:.6f}".rstrip("0").rstrip(".") if amount >= 0.000001 or amount == 0 else f"${amount:.2g}"
 
 
-def book(tx: Tx, bills: Sequence[Bill]) -> Sequence[None]:
-    """Each once, however often it is asked for."""
-    for bill in bills:
-        counts = {kind: bill.counts.get(kind, 0) for kind in ("input", "output", "cache_read", "cache_write")}
-        booked = tx.first(
-            _BOOK,
-            id=bill.id,
-            model=message(bill.model),
-            status=bill.status,
-            tokens=bill.tokens,
-            cost_usd=bill.cost_usd,
-            latency_ms=round(bill.latency_ms, 3),
-            note=message(bill.note) or None,
-            **counts,
-        )
-        if booked is None:
-            continue
-        account, usd = bill.account, bill.cost_usd or 0.0
-        if bill.tokens:
-            tx.run(_ADD_TO_ATTEMPT, id=account.attempt_id, tokens=bill.tokens, usd=usd)
-            tx.run(_ADD_TO_STEP, id=account.step_execution_id, tokens=bill.tokens)
-            tx.run(_ADD_TO_RUN, id=account.run_id, tokens=bill.tokens, usd=usd)
-        if account.ticket_id is not None and tx.first(_TICKET, id=account.ticket_id) is not None:
-            tx.run(INSERT_EVENT, **_event(tx, bill, counts))
-    return [None] * len(bills)
+def book(tx: Tx, bill: Bill) -> None:
+    """Once, even if called again with the same bill."""
+    counts = {kind: bill.counts.get(kind, 0) for kind in ("input", "output", "cache_read", "cache_write")}
+    booked = tx.first(
+        _BOOK,
+        id=bill.id,
+        model=message(bill.model),
+        status=bill.status,
+        tokens=bill.tokens,
+        cost_usd=bill.cost_usd,
+        latency_ms=round(bill.latency_ms, 3),
+        note=message(bill.note) or None,
+        **counts,
+    )
+    if booked is None:
+        return
+    account, usd = bill.account, bill.cost_usd or 0.0
+    if bill.tokens:
+        tx.run(_ADD_TO_ATTEMPT, id=account.attempt_id, tokens=bill.tokens, usd=usd)
+        tx.run(_ADD_TO_STEP, id=account.step_execution_id, tokens=bill.tokens)
+        tx.run(_ADD_TO_RUN, id=account.run_id, tokens=bill.tokens, usd=usd)
+    if account.ticket_id is not None and tx.first(_TICKET, id=account.ticket_id) is not None:
+        tx.run(INSERT_EVENT, **_event(tx, bill, counts))
 
 
 def _event(tx: Tx, bill: Bill, counts: dict[str, int]) -> dict[str, Any]:
@@ -237,12 +234,6 @@ def _event(tx: Tx, bill: Bill, counts: dict[str, int]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostsRequest:
-    by: By
-    since: str  # ISO-8601 text; '' for everything
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """Calls of one ticket, agent, workflow, model or day. ``cost_usd`` lacks the ``unpriced_calls``, whose model has no
     price, and the ``open_calls``: under way, or cut off by the death of their engine."""
@@ -258,8 +249,8 @@ class Costs:
     open_calls: int
 
 
-def costs(tx: Tx, request: CostsRequest) -> list[Costs]:
+def costs(tx: Tx, by: By, *, since: str) -> list[Costs]:
     """Dearest first; days in their order."""
-    rows = tx.all(sa.text(_COSTS.format(group=_GROUPS[request.by])), since=request.since)
+    rows = tx.all(sa.text(_COSTS.format(group=_GROUPS[by])), since=since)
     found = [Costs(**row._asdict()) for row in rows]
-    return sorted(found, key=lambda c: c.name) if request.by == "day" else found
+    return sorted(found, key=lambda c: c.name) if by == "day" else found

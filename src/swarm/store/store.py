@@ -1,6 +1,6 @@
 """The database as the rest of Swarm sees it: `async def` methods over two threads (docs/adr/0002-store-threads.md).
 
-So many lines because all that can be asked of it stands here, a short method each.
+So many lines because everything that can be asked of the database has a short method here.
 """
 
 from __future__ import annotations
@@ -11,27 +11,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
-import structlog
 
 from swarm.cel.jail import Jail
 from swarm.errors import StoreError
 from swarm.ledger import Bill, Limit, Order, Reservation
-from swarm.model import (
-    Agent,
-    BudgetPolicy,
-    Claim,
-    Event,
-    Failed,
-    FailureReason,
-    Interrupted,
-    Outcome,
-    Succeeded,
-    Ticket,
-)
+from swarm.model import Agent, BudgetPolicy, Claim, Event, Interrupted, Outcome, Succeeded, Ticket
 from swarm.store import audit, spending
 from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimed, ClaimRequest, Queue
-from swarm.store.registry import agents, schedules, secrets, webhooks, workflows
+from swarm.store.registry import agents, schedules, secrets, webhooks, workers, workflows
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.registry.secrets import Sealed, SecretRow
 from swarm.store.registry.webhooks import WebhookAnswer, WebhookCall
@@ -41,72 +29,21 @@ from swarm.store.runs.artifacts import ArtifactRow
 from swarm.store.runs.background_planner import BackgroundPlanner
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
 from swarm.store.sql import database
-from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.database import Database
 from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
-from swarm.store.sql.threads import ConnectionThread, each
+from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
-from swarm.store.tickets import events, tickets
+from swarm.store.tickets import dependencies, events, tickets
 from swarm.workflow.definition import Workflow
-
-log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
 _SHIFT_CLOCK: Final = sa.text("UPDATE clock SET offset_ms = offset_ms + :ms")
 
 
-def _shift(tx: Tx, ms: int) -> None:
-    tx.run(_SHIFT_CLOCK, ms=ms)
-
-
-# Kinds of request: one object each, since those of one kind share a transaction's statements.
-_SHIFT = each(_shift)
-_TICKET = each(tickets.ticket)
-_TICKETS = each(tickets.tickets)
-_RUNS = each(tickets.runs)
-_STEPS = each(tickets.steps)
-_ATTEMPTS = each(tickets.attempts)
-_DEPENDS_ON = each(tickets.depends_on)
-_CANCEL = each(tickets.cancel)
-_RETRY = each(tickets.retry)
-_RETRY_FROM = each(retry_from.retry_from)
-_QUEUE = each(tickets.queue)
-_DUE = each(tickets.due)
-_EVENTS = each(events.events)
-_PRUNE = each(events.prune)
-_RESERVE = each(spending.reserve)
-_COSTS = each(spending.costs)
-_PUT_SECRET = each(secrets.put)
-_SECRETS = each(secrets.listed)
-_SEALED = each(secrets.of_names)
-_REMOVE_SECRET = each(secrets.remove)
-_PUT_AGENT = each(agents.put_agent)
-_AGENT = each(agents.agent)
-_AGENTS = each(agents.agents)
-_REMOVE_AGENT = each(agents.remove_agent)
-_PUT_WORKFLOW = each(workflows.put_workflow)
-_WORKFLOW = each(workflows.workflow)
-_WORKFLOWS = each(workflows.workflows)
-_ENABLE = each(workflows.enable)
-_DUE_SCHEDULES = each(schedules.due)
-_SYNC_SCHEDULES = each(schedules.sync_schedules)
-_FIRE_SCHEDULE = each(schedules.fire)
-_SCHEDULES = each(schedules.schedules)
-_CALL_WEBHOOK = each(webhooks.call)
-_RESOLVE_REFERENCES = each(artifacts.resolve_references)
-_ARTIFACT = each(artifacts.data)
-_ARTIFACTS = each(artifacts.artifacts)
-_SWEEP_ARTIFACTS = each(artifacts.sweep)
-_WORKERS = each(agents.workers)
-_FORGET_WORKER = each(agents.forget_worker)
-
-
 class Store:
-    """Every method may raise StoreError: the database is locked, read-only, full, damaged or not migrated.
-
-    A method that has returned has been committed. Safe to use from many tasks of one event loop at once; that is what
-    makes it fast.
-    """
+    """Every method may raise StoreError: the database is locked, read-only, full, damaged or not migrated. When one
+    returns, its change is committed. Requests of many tasks (of one event loop) share transactions, so it is fast."""
 
     def __init__(self, db: Database, *, over_budget: BudgetPolicy, planning_seconds: float) -> None:
         self._db = db
@@ -116,7 +53,7 @@ class Store:
         self._queue = Queue(self._workflows)
         self._finisher = finish.Finisher(self._workflows, over_budget)
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
-        self._answer = each(approvals.Approvals(self._workflows).answer)
+        self._approvals = approvals.Approvals(self._workflows)
 
     @classmethod
     @asynccontextmanager
@@ -131,8 +68,8 @@ class Store:
         """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db. ``planning_seconds``: how long
         decisions on workflows may hold the write lock.
 
-        Raises StoreError when there is something at that place that is no database, or no directory. A database that
-        does not exist, or is not migrated, can be opened: for `migrate`.
+        Raises StoreError when the file is not a database, or its directory does not exist. A database that does not
+        exist or is not migrated can be opened, so that `migrate` can be called.
         """
         db = Database(url, busy_timeout_seconds=busy_timeout_seconds)
         db.check_directory()
@@ -144,9 +81,9 @@ class Store:
             await asyncio.shield(store._close())
 
     def watching(self) -> AbstractAsyncContextManager[Wake]:
-        """What tells when anybody has committed. Raises StoreError."""
+        """Notices commits by any process. Raises StoreError."""
         if self._db.file is None:
-            raise StoreError(f"nothing is known that watches {self._db.place}")
+            raise StoreError(f"can't watch {self._db.place}: only SQLite files can be watched")
         return Wake.watching(self._db.file)
 
     @property
@@ -156,7 +93,7 @@ class Store:
 
     @property
     def jail(self) -> Jail:
-        """Where expressions run that could cost much: one for each store, which ends it. Starts at first need."""
+        """Runs expressions that could be expensive. One per store; it starts at first use and ends with the store."""
         return self._workflows.jail
 
     async def _close(self) -> None:
@@ -168,75 +105,70 @@ class Store:
 
     @staticmethod
     def head() -> str:
-        """The revision that this Swarm needs."""
+        """The revision that this version of Swarm needs."""
         return database.head()
 
     async def migrate(self) -> None:
-        """Create the database, or bring it to `head()`. Idempotent; safe when several do it at once."""
+        """Create the database, or upgrade it to `head()`. Idempotent; several processes may call it at once."""
         await self._write.call_raw(self._db.migrate)
 
     async def revision(self) -> str | None:
-        """The revision that the database is at; None for an empty one, or none at all."""
+        """The revision of the database; None if it is empty or does not exist."""
         return await self._read.call_raw(self._db.revision) if self._db.exists() else None
 
     async def shift_clock(self, ms: int) -> None:
-        """Move the clock that decides leases and back-offs. For tests."""
-        await self._write.call(_SHIFT, ms)
+        """Move the clock that leases and back-offs use. For tests."""
+        await self._write.call(lambda tx: tx.run(_SHIFT_CLOCK, ms=ms))
 
     # --- tickets ------------------------------------------------------------------------------------------------------
 
     async def add_ticket(self, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
-        """Raises UsageError for one that could never run, Conflict when its id is taken.
+        """Raises UsageError for a ticket that could never run, Conflict when its id is taken.
 
-        A workflow is begun this way too, whatever triggers it: ``trigger_type`` and ``trigger_data`` (JSON) of the
-        ticket go into its run, and its expressions find them as `trigger`.
+        ``trigger_type`` and ``trigger_data`` (JSON) of a workflow's ticket: its expressions see them as `trigger`.
         """
-        checked = tickets.check(ticket)
-        return await self._write.call(tickets.add, tickets.AddRequest(ticket=checked, depends_on=tuple(depends_on)))
+        return await self._write.call(tickets.add, tickets.check(ticket), depends_on=tuple(depends_on))
 
     async def ticket(self, id: str) -> Ticket:  # noqa: A002
         """Raises NotFound."""
-        return await self._read.call(_TICKET, id)
+        return await self._read.call(tickets.ticket, id)
 
     async def tickets(
         self, *, states: Sequence[str] = (), project_id: str | None = None, limit: int = 50
     ) -> list[Ticket]:
         """Newest first."""
-        request = tickets.ListRequest(states=tuple(states), project_id=project_id, limit=limit)
-        return await self._read.call(_TICKETS, request)
+        return await self._read.call(tickets.tickets, states=tuple(states), project_id=project_id, limit=limit)
 
     async def runs(self, ticket_id: str) -> list[RunRow]:
-        """Oldest first, as are `steps` and `attempts`. Empty for a ticket that never ran."""
-        return await self._read.call(_RUNS, ticket_id)
+        """Oldest first, like `steps` and `attempts`. Empty for a ticket that never ran."""
+        return await self._read.call(tickets.runs, ticket_id)
 
     async def steps(self, ticket_id: str) -> list[StepRow]:
-        return await self._read.call(_STEPS, ticket_id)
+        return await self._read.call(tickets.steps, ticket_id)
 
     async def attempts(self, ticket_id: str) -> list[AttemptRow]:
-        return await self._read.call(_ATTEMPTS, ticket_id)
+        return await self._read.call(tickets.attempts, ticket_id)
 
     async def depends_on(self, ticket_id: str) -> list[str]:
-        return await self._read.call(_DEPENDS_ON, ticket_id)
+        return await self._read.call(dependencies.depends_on, ticket_id)
 
     async def cancel(self, ticket_id: str, by: str) -> None:
-        """A waiting ticket never starts; the worker of a running one hears of it at its next `renew`.
-
-        Raises NotFound, and Conflict when it is done or failed. Cancelled already: nothing.
-        """
-        await self._write.call(_CANCEL, tickets.CancelRequest(ticket_id=ticket_id, by=by))
+        """A ticket that has not started never does; the worker of a running one learns it from its next `renew`. Does
+        nothing when it is already cancelled. Raises NotFound, and Conflict when it is done or failed."""
+        await self._write.call(tickets.cancel, ticket_id, by=by)
 
     async def retry(self, ticket_id: str, *, step: str | None = None) -> None:
         """failed or cancelled → ready, for a new run. Raises NotFound, and Conflict in any other state.
 
-        With ``step``, a step of its workflow, the new run keeps what the last one completed, but for that step and
-        what depends on it; it is the same frozen workflow, and may be done. ``each[3]`` is one item of a for_each (what
-        failed or was not started runs again as well), ``again[3]`` the repetitions from that one. Raises UsageError
-        for a step that there is not.
+        ``step`` names a step of its workflow: the new run uses the same frozen workflow and keeps all completed steps
+        of the last run except that step and those that depend on it. The ticket may then also be done. ``each[3]`` is
+        one item of a for_each (items that failed or never started run again as well), ``again[3]`` is a repetition,
+        which runs again with all later ones. Raises UsageError for an unknown step.
         """
         if step is None:
-            await self._write.call(_RETRY, ticket_id)
+            await self._write.call(tickets.retry, ticket_id)
         else:
-            await self._write.call(_RETRY_FROM, retry_from.RetryRequest(ticket_id=ticket_id, step=step))
+            await self._write.call(retry_from.retry_from, retry_from.RetryRequest(ticket_id=ticket_id, step=step))
 
     async def answer(
         self,
@@ -248,25 +180,25 @@ class Store:
         step: str | None = None,
         budget: Limit | None = None,
     ) -> str:
-        """Approve or reject the step that waits for it (``step``, where several do); which one that was.
+        """Approve or reject the waiting step, and return its name. ``step`` is needed when several steps wait.
 
-        ``budget``: what the ticket's is raised to, for a step that came to the end of one. Raises NotFound, UsageError
-        for a budget that is no more than the present one, and Conflict when no step waits, when it is not clear which
-        is meant, or for a budget when the step waits for something else.
+        ``budget``: the ticket's new budget, for a step that used up the old one. Raises NotFound, UsageError for a
+        budget that is not larger than the present one, and Conflict when no step waits, when several wait and ``step``
+        is None, or when ``budget`` is given but the step waits for something else.
         """
         request = approvals.AnswerRequest(
             ticket_id=ticket_id, step=step, approved=approved, by=by, why=why, budget=budget or Limit()
         )
-        answered, undecided = await self._write.call(self._answer, request)
+        answered, undecided = await self._write.call(self._approvals.answer, request)
         self._planner.take_up(undecided)
         await self._planner.decided()
         return answered
 
     async def queue(self) -> QueueStatus:
-        return await self._read.call(_QUEUE, None)
+        return await self._read.call(tickets.queue)
 
     async def due(self) -> Due:
-        return await self._read.call(_DUE, None)
+        return await self._read.call(tickets.due)
 
     # --- attempts -----------------------------------------------------------------------------------------------------
 
@@ -282,16 +214,16 @@ class Store:
         held: Collection[str] = (),
         queue_timeout_seconds: float | None = None,
     ) -> Coroutine[Any, Any, list[Claim]]:
-        """Up to ``limit`` attempts for this worker, each under a lease; none when nothing can run now. To be awaited,
-        but asked for with the call itself: it comes behind all that was asked before.
+        """Up to ``limit`` attempts for this worker, each under a lease; an empty list when nothing can run now. The
+        request is queued when this function is called, behind all earlier ones; await the result.
 
-        On the way, expired leases are swept and bad rows are answered in their `error`. With ``ticket_id``, only that
-        ticket's. With ``memory_mb``, only while the agents' memory fits in that; the first that does not fit ends the
-        claim, so that a big one is not overtaken for ever; one that needs more than ``most_memory_mb`` can never run
-        here, and fails. ``held`` are attempts that this worker is executing: should their leases have run out (a clock
-        that jumped), they are extended, not swept. A ticket that has waited
-        for more than ``queue_timeout_seconds`` when its turn comes fails. When the caller is cancelled meanwhile, what
-        was claimed is handed back, uncounted.
+        A claim also sweeps expired leases, and fails bad rows with the reason in their `error`. With ``ticket_id``, it
+        takes attempts of that ticket only. With ``memory_mb``, the agents' memory must fit into that; the first agent
+        that does not fit ends the claim, so that small ones can't overtake a large one for ever. An agent that needs
+        more than ``most_memory_mb`` can never run here, so its ticket fails. ``held`` are the attempts that this worker
+        is executing: if their leases have run out (a clock that jumped), they are extended, not swept. A ticket that
+        has waited longer than ``queue_timeout_seconds`` when its turn comes fails. When the caller is cancelled,
+        the claimed attempts are handed back, and don't count as tries.
         """
         request = ClaimRequest(
             worker=worker,
@@ -303,7 +235,7 @@ class Store:
             held=frozenset(held),
             queue_timeout_seconds=queue_timeout_seconds,
         )
-        return self._claimed(request, self._write.submit(self._queue.claim, request))
+        return self._claimed(request, self._write.submit_batch(self._queue.claim, request))
 
     async def _claimed(self, request: ClaimRequest, future: asyncio.Future[Claimed]) -> list[Claim]:
         while True:
@@ -315,10 +247,10 @@ class Store:
             self._planner.take_up(claimed.undecided)
             if claimed.claims or not claimed.more:
                 return claimed.claims
-            future = self._write.submit(self._queue.claim, request)
+            future = self._write.submit_batch(self._queue.claim, request)
 
     async def decided(self) -> bool:
-        """Wait for the decisions of workflows that this store has taken up; False when there are none."""
+        """Wait for the workflow decisions that this store makes in the background; False when there are none."""
         return await self._planner.decided()
 
     def _hand_back(self, future: asyncio.Future[Any]) -> None:
@@ -329,16 +261,16 @@ class Store:
                 attempt_id=claim.attempt_id, outcome=Interrupted(message="never begun"), timings={}, vm_time_ms=0.0
             )
             if not self._write.closed:
-                self._write.submit(self._finisher.finish, request).add_done_callback(_ignore)
+                self._write.submit_batch(self._finisher.finish, request).add_done_callback(_ignore)
 
     async def renew(self, attempt_ids: Sequence[str], *, lease_seconds: float) -> Renewal:
-        """Extend leases to ``lease_seconds`` from now. An attempt named in the answer must be stopped at once."""
+        """Extend leases to ``lease_seconds`` from now. Attempts named in the result must be stopped at once."""
         request = finish.RenewRequest(attempt_ids=tuple(attempt_ids), lease_seconds=lease_seconds)
-        return await self._write.call(finish.renew, request)
+        return await self._write.call_batch(finish.renew, request)
 
     async def running(self, attempt_id: str, vm_id: int) -> None:
         """Record the VM of an attempt. Raises LeaseLost."""
-        await self._write.call(finish.running, finish.RunningRequest(attempt_id=attempt_id, vm_id=vm_id))
+        await self._write.call_batch(finish.running, finish.RunningRequest(attempt_id=attempt_id, vm_id=vm_id))
 
     async def finish(
         self,
@@ -352,20 +284,17 @@ class Store:
         in_workflow: bool = False,
         queued: Callable[[], None] = lambda: None,
     ) -> None:
-        """End an attempt, and with it, or by the retry policy not yet, its step, run and ticket.
+        """End an attempt, and with it its step, run and ticket, unless the retry policy allows another try.
 
-        ``events`` are the last of its ticket, written before the transitions. ``in_workflow``, as its claim says: its
-        outputs are made ready for that before the write lock is taken. ``queued`` is called as soon as what is asked
-        for afterwards comes later, or into the same transaction.
+        ``events`` are the attempt's last events, written before the transitions. ``in_workflow``, from the claim: its
+        outputs are packed before the write lock is taken. ``queued`` is called once the request is queued; later
+        requests run after it, or in its transaction.
 
-        Raises LeaseLost, with nothing changed, when it no longer owns its step.
+        Raises LeaseLost, and changes nothing, when the attempt no longer owns its step.
         """
         packed = None
         if in_workflow and isinstance(outcome, Succeeded) and artifacts.worth_packing(outcome.outputs):
-            try:
-                packed = await asyncio.to_thread(artifacts.pack_text, outcome.outputs)
-            except RecursionError:
-                outcome = Failed(reason=FailureReason.OUTPUT_INVALID, message="its outputs are nested too deeply")
+            packed = await asyncio.to_thread(artifacts.pack_text, outcome.outputs)
         request = finish.FinishRequest(
             attempt_id=attempt_id,
             outcome=outcome,
@@ -375,153 +304,147 @@ class Store:
             events=tuple(events),
             packed=packed,
         )
-        written = self._write.submit(self._finisher.finish, request)
+        written = self._write.submit_batch(self._finisher.finish, request)
         queued()
         await written
 
     # --- artifacts --------------------------------------------------------------------------------------------------
 
     async def resolve_references(self, text: str) -> str:
-        """JSON of a workflow's step (its inputs, its outputs), artifacts in the place of references. Raises NotFound
-        when one is gone, UsageError when they are too large together."""
-        return await self._read.call(_RESOLVE_REFERENCES, text) if artifacts.MARK in text else text
+        """A step's inputs or outputs, with artifacts in place of references. Raises NotFound when an artifact is gone,
+        UsageError when the result is too large."""
+        return await self._read.call(artifacts.resolve_references, text) if artifacts.MARK in text else text
 
     async def artifact(self, digest: str) -> str:
-        """The JSON text of one, by its digest or the beginning of that. Raises NotFound."""
-        return await self._read.call(_ARTIFACT, digest)
+        """The JSON text of the artifact whose digest starts with ``digest``. Raises NotFound."""
+        return await self._read.call(artifacts.data, digest)
 
     async def artifacts(self, *, ticket_id: str | None = None, limit: int = 50) -> list[ArtifactRow]:
-        """Of one ticket, oldest first; without one, the largest of all."""
-        return await self._read.call(_ARTIFACTS, artifacts.ListRequest(ticket_id=ticket_id, limit=limit))
+        """Those of one ticket, oldest first; without ``ticket_id``, the largest of all."""
+        return await self._read.call(artifacts.artifacts, artifacts.ListRequest(ticket_id=ticket_id, limit=limit))
 
     # --- events -------------------------------------------------------------------------------------------------------
 
     async def append(self, new: Sequence[Event]) -> None:
-        """``seq`` and ``at`` are given by the database. Events of a ticket that is not there are dropped."""
+        """The database sets ``seq`` and ``at``. Events of tickets that don't exist are dropped."""
         if new:
-            await self._write.call(events.append, tuple(new))
+            await self._write.call_batch(events.append, tuple(new))
 
     async def events(self, ticket_id: str | None, after: int = 0, limit: int = 1000) -> list[Event]:
-        """In order, from ``seq`` > ``after``: of one ticket, or with None of all, deleted ones included."""
-        request = events.EventsRequest(ticket_id=ticket_id, after=after, limit=limit)
-        return await self._read.call(_EVENTS, request)
+        """Events with ``seq`` > ``after``, in order. ``ticket_id`` None: of all tickets, including deleted ones."""
+        return await self._read.call(events.events, ticket_id, after=after, limit=limit)
 
     async def audit(self, judge: Callable[[audit.Audit], T], *, since: str = "") -> T:
-        """What ``judge`` makes of one moment of the database. It runs on the reading thread. ``since``: ISO-8601."""
-
-        def read(tx: Tx, requests: Sequence[None]) -> Sequence[T]:
-            return [judge(audit.Audit(tx, since)) for _ in requests]
-
-        return await self._read.call(read, None)
+        """The result of ``judge``, which runs on the reading thread, in one transaction. ``since``: ISO-8601."""
+        return await self._read.call(lambda tx: judge(audit.Audit(tx, since)))
 
     async def prune(self, older_than_seconds: float) -> int:
-        """Remove events of that age whose tickets have ended; how many."""
+        """Delete older events of tickets that have ended. Returns how many."""
         removed, after = 0, 0
         while True:
-            request = events.PruneRequest(older_than_seconds=older_than_seconds, after=after)
-            batch = await self._write.call(_PRUNE, request)
+            batch = await self._write.call(events.prune, older_than_seconds=older_than_seconds, after=after)
             removed += batch.removed
             if batch.after is None:
-                await self._write.call(_SWEEP_ARTIFACTS, None)
+                await self._write.call(artifacts.sweep, None)
                 return removed
             after = batch.after
 
     # --- model calls (swarm.ledger.Ledger) ----------------------------------------------------------------------------
 
     async def reserve(self, order: Order) -> Reservation:
-        """Take what a model call may cost out of every budget that it counts against. Raises NotFound."""
-        return await self._write.call(_RESERVE, order)
+        """Reserve what a model call may cost in every budget that it counts against. Raises NotFound and LeaseLost."""
+        return await self._write.call(spending.reserve, order)
 
     async def book(self, bill: Bill) -> None:
-        """Settle a reservation: once, also when it is asked for again."""
+        """Replace a reservation by the actual cost. A second call with the same bill changes nothing."""
         await self._write.call(spending.book, bill)
 
     async def costs(self, by: spending.By, *, since: str = "") -> list[spending.Costs]:
-        """Model calls since then (ISO-8601), summed."""
-        return await self._read.call(_COSTS, spending.CostsRequest(by=by, since=since))
+        """Sums of the model calls since then (ISO-8601)."""
+        return await self._read.call(spending.costs, by, since=since)
 
     # --- secrets, sealed (swarm.admin.vault) --------------------------------------------------------------------------
 
     async def put_secret(self, secret: Sealed) -> None:
-        await self._write.call(_PUT_SECRET, secret)
+        await self._write.call(secrets.put, secret)
 
     async def secrets(self) -> list[SecretRow]:
-        return await self._read.call(_SECRETS, None)
+        return await self._read.call(secrets.secrets)
 
     async def sealed_secrets(self, names: Sequence[str]) -> list[Sealed]:
-        """Secrets of these names, whatever their scopes."""
-        return await self._read.call(_SEALED, tuple(names))
+        """Secrets with these names, in all scopes."""
+        return await self._read.call(secrets.of_names, tuple(names))
 
     async def remove_secret(self, name: str, scope: str) -> None:
         """Raises NotFound."""
-        await self._write.call(_REMOVE_SECRET, secrets.RemoveRequest(name=name, scope=scope))
+        await self._write.call(secrets.remove, name, scope)
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 
     async def put_agent(self, agent: Agent) -> Agent:
-        """Register. Raises Conflict when that name and version is taken by other content or another id."""
-        return await self._write.call(_PUT_AGENT, agent)
+        """Register. Raises Conflict when its name and version are registered with other content or another id."""
+        return await self._write.call(agents.put_agent, agent)
 
     async def agent(self, ref: str) -> Agent:
         """By id, name, name@1 or name@1.0.0. Raises NotFound."""
-        return await self._read.call(_AGENT, ref)
+        return await self._read.call(agents.agent, ref)
 
     async def agents(self, *, broken: bool = True) -> list[Agent]:
-        """Raises StoreError that names the first row that is broken; ``broken`` False leaves such rows out."""
-        return await self._read.call(_AGENTS, broken)
+        """Raises StoreError for the first broken row; with ``broken`` False, broken rows are left out."""
+        return await self._read.call(agents.agents, broken=broken)
 
     async def remove_agent(self, ref: str) -> Agent:
-        """Forget an agent; what it was. Raises NotFound, and Conflict while a ticket that has not ended names it."""
-        return await self._write.call(_REMOVE_AGENT, ref)
+        """Unregister and return an agent. Raises NotFound, and Conflict while a ticket that has not ended needs it."""
+        return await self._write.call(agents.remove_agent, ref)
 
     async def put_workflow(self, workflow: Workflow) -> WorkflowRow:
-        """Register. Raises Conflict when that name and version is taken by another definition or another id."""
-        return await self._write.call(_PUT_WORKFLOW, workflow)
+        """Register. Raises Conflict when its name and version are registered with another definition or another id."""
+        return await self._write.call(workflows.put_workflow, workflow)
 
     async def workflow(self, ref: str) -> WorkflowRow:
         """By id, name, name@1 or name@1.0.0. Raises NotFound."""
-        return await self._read.call(_WORKFLOW, ref)
+        return await self._read.call(workflows.workflow, ref)
 
     async def workflows(self) -> list[WorkflowRow]:
-        return await self._read.call(_WORKFLOWS, None)
+        return await self._read.call(workflows.workflows)
 
     async def enable_workflow(self, ref: str, *, enabled: bool) -> WorkflowRow:
         """Raises NotFound."""
-        return await self._write.call(_ENABLE, workflows.EnableRequest(ref=ref, enabled=enabled))
+        return await self._write.call(workflows.enable, ref, enabled=enabled)
 
     async def schedules(self) -> list[ScheduleRow]:
-        """Of the newest version of each workflow."""
-        return await self._read.call(_SCHEDULES, None)
+        """Those of the newest version of each workflow."""
+        return await self._read.call(schedules.schedules)
 
     async def due_schedules(self) -> DueSchedules:
-        """Those whose time has come, and until the next one's does. Their rows follow the workflows first."""
-        found = await self._read.call(_DUE_SCHEDULES, None)
+        """The schedules that are due, and the time until the next one is. Outdated rows are synchronised first."""
+        found = await self._read.call(schedules.due)
         if found.stale:
-            await self._write.call(_SYNC_SCHEDULES, None)
-            found = await self._read.call(_DUE_SCHEDULES, None)
+            await self._write.call(schedules.sync_schedules)
+            found = await self._read.call(schedules.due)
         return found
 
     async def fire_schedule(self, request: FireRequest) -> bool:
-        """Make its tickets, and move it on. False, and nothing done, when somebody else did, or it has changed."""
-        return await self._write.call(_FIRE_SCHEDULE, request)
+        """Create its tickets and set its next time. False if it has changed, or another engine did it first."""
+        return await self._write.call(schedules.fire, request)
 
     async def call_webhook(self, call: WebhookCall) -> WebhookAnswer:
-        """Make the ticket of a request, or name the one that it made before. Raises Conflict for a key that came with
-        another body."""
-        return await self._write.call(_CALL_WEBHOOK, call)
+        """Create the ticket of a request, or return the one that it created before. Raises Conflict for a key that was
+        used with another body."""
+        return await self._write.call(webhooks.call, call)
 
     async def heartbeat(self, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> None:
-        """Say that a worker lives, and what it does. Shown by status; decides nothing (leases do)."""
-        await self._write.call(agents.heartbeat, agents.Beat(id=worker, host=host, pid=pid, info=info))
+        """Record that a worker lives, and what it does. For display only; leases decide."""
+        await self._write.call(workers.heartbeat, worker, host=host, pid=pid, info=info)
 
     async def workers(self) -> list[WorkerRow]:
-        return await self._read.call(_WORKERS, None)
+        return await self._read.call(workers.workers)
 
     async def forget_worker(self, worker: str) -> None:
-        await self._write.call(_FORGET_WORKER, worker)
+        await self._write.call(workers.forget_worker, worker)
 
 
 def _ignore(future: asyncio.Future[Any]) -> None:
-    """The lease ends anyway; retrieving the exception keeps asyncio from reporting it."""
+    """Retrieve the exception, so that asyncio does not report it: the lease ends anyway."""
     if not future.cancelled():
         future.exception()

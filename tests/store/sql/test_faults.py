@@ -88,7 +88,7 @@ async def test_missing(tmp_path: Path) -> None:
     async with Store.open(f"sqlite:///{tmp_path}/x.db") as store:
         assert await store.revision() is None
         for ask in (store.tickets(), store.claim("w", lease_seconds=LEASE)):
-            with pytest.raises(StoreError, match=r"there is no database .*/x.db; run `swarm init`"):
+            with pytest.raises(StoreError, match=r"the database .*/x.db does not exist; run `swarm init`"):
                 await ask
         assert not (tmp_path / "x.db").exists()
 

@@ -44,7 +44,7 @@ async def test_cancel_and_retry_say_no(store: Store, outside: Outside) -> None:
     with pytest.raises(Conflict, match="is ready"):
         await store.retry("t")
     await finish(store, (await claim_one(store)).attempt_id, well=True)
-    with pytest.raises(Conflict, match="is done already"):
+    with pytest.raises(Conflict, match="is already done"):
         await store.cancel("t", by="ann")
     with pytest.raises(Conflict, match="is done"):
         await store.retry("t")
@@ -101,7 +101,7 @@ async def test_queued_ms_counts_from_when_it_became_ready(store: Store, outside:
 async def test_duplicate_id(store: Store) -> None:
     ticket = Ticket(id="t", title="t", state="ready", agent_id=ECHO.id)
     await store.add_ticket(ticket)
-    with pytest.raises(Conflict, match="there is a ticket 't' already"):
+    with pytest.raises(Conflict, match="the ticket id 't' is taken"):
         await store.add_ticket(ticket)
 
 

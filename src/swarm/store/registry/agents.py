@@ -1,11 +1,11 @@
-"""Agents, and the workers that run them."""
+"""Registered agents: one row for each version."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
 from swarm.model import BOUNDS, TERMINAL_TICKET_STATES, Agent, BudgetPolicy, FailureReason, RetryPolicy
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import WorkerRow, dump, milliseconds
+from swarm.store.sql.rows import dump
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
 _COLUMNS: Final = ", ".join(AGENT_FIELDS)
@@ -48,12 +48,6 @@ _WANTED_BY: Final = sa.text(
     "SELECT id FROM tickets WHERE (agent_id = :id OR (assignee_id = :id AND coalesce(agent_id, '') = '' AND "
     f"coalesce(nullif(assignee_type, ''), 'agent') = 'agent')) AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
 )
-_BEAT: Final = sa.text(
-    "INSERT INTO workers (id, host, pid, started_at, seen_at, info) VALUES (:id, :host, :pid, :now, :now, :info) "
-    "ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at, info = excluded.info"
-)
-_WORKERS: Final = sa.text("SELECT id, host, pid, started_at, seen_at, info FROM workers ORDER BY started_at, id")
-_FORGET: Final = sa.text("DELETE FROM workers WHERE id = :id")
 
 
 class Agents:
@@ -197,7 +191,7 @@ def agent(tx: Tx, ref: str) -> Agent:
     return parse(found)
 
 
-def agents(tx: Tx, broken: bool) -> list[Agent]:
+def agents(tx: Tx, *, broken: bool) -> list[Agent]:
     """With ``broken``, a row that is broken is an error; without, it is left out."""
     found = []
     for row in tx.all(_ALL):
@@ -207,37 +201,3 @@ def agents(tx: Tx, broken: bool) -> list[Agent]:
             if broken:
                 raise
     return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Beat:
-    id: str
-    host: str
-    pid: int
-    info: Mapping[str, Any]
-
-
-def heartbeat(tx: Tx, beats: Sequence[Beat]) -> Sequence[None]:
-    tx.many(
-        _BEAT, [{"id": b.id, "host": b.host, "pid": b.pid, "info": dump(dict(b.info)), "now": tx.now} for b in beats]
-    )
-    return [None] * len(beats)
-
-
-def workers(tx: Tx, request: None) -> list[WorkerRow]:
-    return [
-        WorkerRow(
-            id=row.id,
-            host=row.host,
-            pid=row.pid,
-            started_at=row.started_at,
-            seen_at=row.seen_at,
-            seen_ms_ago=float(tx.now_ms - (milliseconds(row.seen_at) or 0)),
-            info=json.loads(row.info),
-        )
-        for row in tx.all(_WORKERS)
-    ]
-
-
-def forget_worker(tx: Tx, id: str) -> None:  # noqa: A002
-    tx.run(_FORGET, id=id)

@@ -131,7 +131,7 @@ def sync(tx: Tx, workflow: str) -> None:
     _settle(tx, workflow, [row for row in tx.all(_VERSIONS, workflow=workflow) if _is_sound(row)])
 
 
-def sync_schedules(tx: Tx, request: None) -> None:
+def sync_schedules(tx: Tx) -> None:
     """The same for all names, and take the mark away."""
     by_name: dict[str, list[Row]] = {row.workflow: [] for row in tx.all(_NAMES)}
     for row in tx.all(_ALL_VERSIONS):
@@ -195,7 +195,7 @@ def _schedules_of(steps: str) -> Sequence[Schedule]:
         return ()  # a row by hand; whoever runs it is told
 
 
-def due(tx: Tx, request: None) -> DueSchedules:
+def due(tx: Tx) -> DueSchedules:
     now_ms = tx.now_ms
     found, stale = [], False
     for row in tx.all(_DUE, now_ms=now_ms, mended_ms=now_ms + CLOCK_MENDED_MS):
@@ -252,15 +252,14 @@ def fire(tx: Tx, request: FireRequest) -> bool:
 def add(tx: Tx, new: Sequence[Ticket]) -> None:
     """Tickets that a trigger makes. One that could not be made ready is there all the same, failed, for all to see."""
     changes = Changes(tx)
-    for made, ticket in zip(tickets.add(tx, [tickets.AddRequest(ticket=one) for one in new]), new, strict=True):
-        if not isinstance(made, Ticket):
-            raise made
+    for ticket in new:
+        tickets.add(tx, ticket)
         if ticket.error is not None:
             changes.set_ticket(ticket.id, TicketState.READY, TicketState.FAILED, error=ticket.error)
     changes.flush()
 
 
-def schedules(tx: Tx, request: None) -> list[ScheduleRow]:
+def schedules(tx: Tx) -> list[ScheduleRow]:
     return [
         ScheduleRow(
             workflow=row.workflow,

@@ -41,7 +41,7 @@ def put(tx: Tx, secret: Sealed) -> None:
     tx.run(_PUT, name=secret.name, scope=secret.scope, sealed=secret.sealed, now=tx.now)
 
 
-def listed(tx: Tx, request: None) -> list[SecretRow]:
+def secrets(tx: Tx) -> list[SecretRow]:
     return [SecretRow(name=row.name, scope=row.scope, updated_at=row.updated_at) for row in tx.all(_LIST)]
 
 
@@ -50,13 +50,7 @@ def of_names(tx: Tx, names: Sequence[str]) -> list[Sealed]:
     return [Sealed(name=row.name, scope=row.scope, sealed=row.sealed) for row in tx.all_in(_OF_NAMES, names)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoveRequest:
-    name: str
-    scope: str
-
-
-def remove(tx: Tx, request: RemoveRequest) -> None:
-    if tx.first(_ONE, name=request.name, scope=request.scope) is None:
-        raise NotFound(f"no secret {request.name!r} for {request.scope}; `swarm secret list` shows those there are")
-    tx.run(_DELETE, name=request.name, scope=request.scope)
+def remove(tx: Tx, name: str, scope: str) -> None:
+    if tx.first(_ONE, name=name, scope=scope) is None:
+        raise NotFound(f"no secret {name!r} for {scope}; `swarm secret list` shows those there are")
+    tx.run(_DELETE, name=name, scope=scope)

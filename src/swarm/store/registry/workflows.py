@@ -62,12 +62,6 @@ class WorkflowRow:
             ) from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnableRequest:
-    ref: str
-    enabled: bool
-
-
 def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
     """Register, enabled. The same again is nothing; the same id in another version replaces it; another definition
     under a known name and version is a Conflict."""
@@ -115,13 +109,13 @@ def workflow(tx: Tx, ref: str) -> WorkflowRow:
     return _row(row)
 
 
-def workflows(tx: Tx, request: None) -> list[WorkflowRow]:
+def workflows(tx: Tx) -> list[WorkflowRow]:
     return [_row(row) for row in tx.all(_ALL)]
 
 
-def enable(tx: Tx, request: EnableRequest) -> WorkflowRow:
-    found = workflow(tx, request.ref)
-    tx.run(_ENABLE, id=found.id, enabled=request.enabled, now=tx.now)
+def enable(tx: Tx, ref: str, *, enabled: bool) -> WorkflowRow:
+    found = workflow(tx, ref)
+    tx.run(_ENABLE, id=found.id, enabled=enabled, now=tx.now)
     schedules.sync(tx, found.name)
     return workflow(tx, found.id)
 

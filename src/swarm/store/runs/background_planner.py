@@ -62,7 +62,7 @@ class BackgroundPlanner:
             while again:
                 decided = await self._reader.call_raw(decide)
                 faults.reach("decided")
-                again = decided is not None and await self._write.call(self._workflows.apply, decided)
+                again = decided is not None and await self._write.call_batch(self._workflows.apply, decided)
         except SwarmError as error:
             log.warning("can't carry a workflow on yet", run=run, error=str(error))
         except Exception:  # a mistake of ours, in one run: it is tried again, and others go on

@@ -1,8 +1,8 @@
-"""Threads that own a connection each: one that writes, one that reads. What asks is asyncio.
+"""Threads that own one connection each: one writes, one reads. Their callers are asyncio tasks.
 
-Group commit: while a transaction runs, requests pile up; the next transaction serves all of them, those of one kind by
-the same few statements. A request that may not do what it asks (LeaseLost, NotFound, …) gets its own error and leaves
-the others alone; an unforeseen one is found by running each of them again by itself.
+Group commit: while a transaction runs, requests queue up; the next transaction serves all of them, grouped by function.
+A request that is refused (LeaseLost, NotFound, …) gets its own error and leaves the others alone. After an unexpected
+error the whole transaction is undone, and each request runs again in a transaction of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy.engine import Connection
 
@@ -21,43 +22,35 @@ from swarm.base import faults
 from swarm.errors import StoreError, SwarmError
 from swarm.store.sql.database import Database, Tx
 
+P = ParamSpec("P")
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
-# Serves all requests of a kind in one transaction: as many results as requests, a SwarmError in place of a refused one.
-Many = Callable[[Tx, Sequence[Request]], Sequence[Result | SwarmError]]
+# Serves several requests with the same few statements. Returns a result for each; a SwarmError for a refused one.
+Batch = Callable[[Tx, Sequence[Request]], Sequence[Result | SwarmError]]
 
 _MEMORY_PAUSE_SECONDS: Final = 0.1
-GROUP: Final = 256  # requests in one transaction: bounds the time that other processes wait for the write lock
+GROUP: Final = 256  # requests in one transaction: bounds how long other processes wait for the write lock
 
 
-def each(function: Callable[[Tx, Request], Result]) -> Many[Request, Result]:
-    """A kind that is served one by one, each undone alone when it is refused."""
-
-    def many(tx: Tx, requests: Sequence[Request]) -> Sequence[Result | SwarmError]:
-        results: list[Result | SwarmError] = []
-        for request in requests:
-            try:
-                with tx.savepoint():
-                    results.append(function(tx, request))
-            except SwarmError as error:
-                results.append(error)
-        return results
-
-    many.__name__ = function.__name__  # crash points are named by it
-    return many
+class _Kind(Enum):
+    SINGLE = auto()  # function(tx, *args, **kwargs), in a savepoint of its own
+    BATCH = auto()  # function(tx, requests), with the first argument of each job as its request
+    RAW = auto()  # function(connection), alone and outside a transaction
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    many: Many[Any, Any] | None
-    request: Any  # with many None: called with the bare connection, outside a transaction
+    kind: _Kind
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
 
 
 class ConnectionThread:
-    """One thread, one connection. ``close`` serves what was asked before, then ends both."""
+    """One thread, one connection. ``close`` serves the requests made before it, then ends both."""
 
     def __init__(self, database: Database, *, write: bool) -> None:
         self._database = database
@@ -71,22 +64,34 @@ class ConnectionThread:
         )
         self._thread.start()
 
-    async def call(self, many: Many[Request, Result], request: Request) -> Result:
-        """The result once its transaction is committed. Not begun when the caller is cancelled before its turn."""
-        result: Result = await self.submit(many, request)
+    async def call(
+        self, function: Callable[Concatenate[Tx, P], Result], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        """``function(tx, …)``; the result, once its transaction is committed. When it raises a SwarmError, only its
+        own changes are undone. It never starts if the caller is cancelled before its turn."""
+        result: Result = await self._submit(_Kind.SINGLE, function, *args, **kwargs)
         return result
+
+    async def call_batch(self, batch: Batch[Request, Result], request: Request) -> Result:
+        """The same for one request of a batch: requests for the same function share one call of it."""
+        result: Result = await self.submit_batch(batch, request)
+        return result
+
+    def submit_batch(self, batch: Batch[Any, Any], request: Any) -> asyncio.Future[Any]:
+        """Like `call_batch`, but queued when this returns."""
+        return self._submit(_Kind.BATCH, batch, request)
 
     async def call_raw(self, function: Callable[[Connection], Result]) -> Result:
-        """Run a function on the thread with the bare connection, alone, before any check of the tables."""
-        result: Result = await self.submit(None, function)
+        """Run ``function`` on the thread with the bare connection, alone, before any check of the tables."""
+        result: Result = await self._submit(_Kind.RAW, function)
         return result
 
-    def submit(self, many: Many[Any, Any] | None, request: Any) -> asyncio.Future[Any]:
+    def _submit(self, kind: _Kind, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         if self._closed:
             raise StoreError("the store is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._jobs.put(_Job(many, request, future, loop))
+        self._jobs.put(_Job(kind=kind, function=function, args=args, kwargs=kwargs, future=future, loop=loop))
         return future
 
     @property
@@ -115,7 +120,7 @@ class ConnectionThread:
             self._drop()
 
     def _take(self, jobs: list[_Job]) -> bool:
-        """Fill ``jobs`` with what is asked; True when nothing comes after it."""
+        """Fill ``jobs`` from the queue; True when the thread is to end after them."""
         while len(jobs) < GROUP:
             try:
                 job = self._jobs.get(block=not jobs)
@@ -127,19 +132,19 @@ class ConnectionThread:
         return False
 
     def _answer(self, jobs: list[_Job]) -> None:
-        asked = [job for job in jobs if not job.future.cancelled()]
-        for job in asked:
-            if job.many is None:
+        wanted = [job for job in jobs if not job.future.cancelled()]
+        for job in wanted:
+            if job.kind is _Kind.RAW:
                 _deliver([(job, self._raw(job))])
-        if grouped := [job for job in asked if job.many is not None]:
+        if grouped := [job for job in wanted if job.kind is not _Kind.RAW]:
             _deliver(list(zip(grouped, self._serve(grouped), strict=True)))
 
     def _refuse(self, jobs: list[_Job]) -> None:
-        """Without memory for an answer: whoever has none yet gets an error, since nobody may wait for ever. What was
-        committed stays; asked once more, the fence tells."""
+        """Out of memory: every job without a result gets an error, since no caller may wait for ever. What was
+        committed stays; a caller that tries again learns that from the fence."""
         while True:
             try:
-                why = f"out of memory beside the database {self._database.place}"
+                why = f"out of memory while using the database {self._database.place}"
                 return _deliver([(job, StoreError(why)) for job in jobs])
             except MemoryError:
                 time.sleep(_MEMORY_PAUSE_SECONDS)
@@ -147,34 +152,34 @@ class ConnectionThread:
     def _serve(self, jobs: list[_Job]) -> list[Any]:
         try:
             return self._transaction(jobs)
-        except StoreError as error:  # the database itself: the same for each of them
+        except StoreError as error:  # the database itself failed: the same error for all
             return [StoreError(*error.args) for _ in jobs]
-        except Exception as error:  # a mistake in one of them, or in us: the one who asked gets it
+        except Exception as error:  # a bug that one of them hit: only that one gets it
             return [error] if len(jobs) == 1 else [self._serve([job])[0] for job in jobs]
 
     def _transaction(self, jobs: list[_Job]) -> list[Any]:
-        results: dict[int, Any] = {}
-        kinds: dict[Many[Any, Any], list[int]] = {}
+        results: list[Any] = [None] * len(jobs)
+        by_function: dict[Callable[..., Any], list[int]] = {}
         for number, job in enumerate(jobs):
-            assert job.many is not None
-            kinds.setdefault(job.many, []).append(number)
+            by_function.setdefault(job.function, []).append(number)
         try:
             with self._database.transaction(self._open(check=True)) as tx:
-                for many, numbers in kinds.items():
-                    found = many(tx, [jobs[number].request for number in numbers])
-                    results.update(zip(numbers, found, strict=True))
+                for numbers in by_function.values():
+                    found = _call(tx, [jobs[number] for number in numbers])
+                    for number, result in zip(numbers, found, strict=True):
+                        results[number] = result
                 if faults.armed is not None:
-                    _reach(kinds, "uncommitted")
+                    _reach(by_function, "uncommitted")
             if faults.armed is not None:
-                _reach(kinds, "committed")
+                _reach(by_function, "committed")
         except BaseException:
-            self._drop()  # whatever state it is in
+            self._drop()  # its state is unknown
             raise
-        return [results[number] for number in range(len(jobs))]
+        return results
 
     def _raw(self, job: _Job) -> Any:
         try:
-            return job.request(self._open(check=False))
+            return job.function(self._open(check=False))
         except Exception as error:
             self._drop()
             return error
@@ -182,7 +187,7 @@ class ConnectionThread:
     def _open(self, *, check: bool) -> Connection:
         if self._connection is None:
             if check and not self._database.exists():
-                raise StoreError(f"there is no database {self._database.place}; run `swarm init`")
+                raise StoreError(f"the database {self._database.place} does not exist; run `swarm init`")
             self._connection = self._database.connect(write=self._write)
         if check and not self._checked:
             self._database.check_revision(self._connection)
@@ -197,20 +202,36 @@ class ConnectionThread:
             connection.close()
 
 
-def _reach(kinds: Iterable[Many[Any, Any]], state: str) -> None:
-    for many in kinds:
-        faults.reach(f"{getattr(many, '__name__', '')}:{state}")
+def _call(tx: Tx, jobs: Sequence[_Job]) -> Sequence[Any]:
+    """The results of jobs for the same function; a SwarmError in place of a refused one's."""
+    function = jobs[0].function
+    if jobs[0].kind is _Kind.BATCH:
+        found: Sequence[Any] = function(tx, [job.args[0] for job in jobs])
+        return found
+    results: list[Any] = []
+    for job in jobs:
+        try:
+            with tx.savepoint():
+                results.append(function(tx, *job.args, **job.kwargs))
+        except SwarmError as error:
+            results.append(error)
+    return results
+
+
+def _reach(functions: Iterable[Callable[..., Any]], state: str) -> None:
+    for function in functions:
+        faults.reach(f"{getattr(function, '__name__', '')}:{state}")
 
 
 def _deliver(answers: list[tuple[_Job, Any]]) -> None:
-    """Hand results over to the loops that asked: one wake-up for each loop, not one for each answer."""
+    """Hand results to the event loops of the callers: one wake-up per loop, not per result."""
     loops: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Any]]] = {}
     for job, result in answers:
         loops.setdefault(job.loop, []).append((job, result))
     for loop, of_loop in loops.items():
         try:
             loop.call_soon_threadsafe(_resolve, of_loop)
-        except RuntimeError:  # that loop has ended: nobody waits
+        except RuntimeError:  # that loop has ended: no caller waits
             continue
 
 

@@ -133,5 +133,5 @@ INSERT: Final = sa.text(
 OF_TICKET: Final = sa.text("SELECT depends_on FROM ticket_dependencies WHERE ticket_id = :id ORDER BY depends_on")
 
 
-def of(tx: Tx, ticket_id: str) -> list[str]:
+def depends_on(tx: Tx, ticket_id: str) -> list[str]:
     return [lenient(row.depends_on) or "" for row in tx.all(OF_TICKET, id=ticket_id)]

@@ -35,19 +35,6 @@ _PRUNED_AT_ONCE: Final = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EventsRequest:
-    ticket_id: str | None
-    after: int
-    limit: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneRequest:
-    older_than_seconds: float
-    after: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
     removed: int
     after: int | None  # where to go on; None at the end
@@ -70,18 +57,18 @@ def append(tx: Tx, requests: Sequence[Sequence[Event]]) -> Sequence[None]:
     return [None] * len(requests)
 
 
-def events(tx: Tx, request: EventsRequest) -> list[Event]:
-    if request.ticket_id is None:
-        found = tx.all(OF_ALL, after=request.after, limit=request.limit)
+def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Event]:
+    if ticket_id is None:
+        found = tx.all(OF_ALL, after=after, limit=limit)
     else:
-        found = tx.all(OF_TICKET, id=request.ticket_id, after=request.after, limit=request.limit)
+        found = tx.all(OF_TICKET, id=ticket_id, after=after, limit=limit)
     return [rows.event(row) for row in found]
 
 
-def prune(tx: Tx, request: PruneRequest) -> Pruned:
-    """One batch, so that other writers get their turn between. Tickets that have not ended keep their history."""
-    before = iso(tx.now_ms - round(request.older_than_seconds * 1000))
-    looked_at = tx.all(_OLDEST, after=request.after, limit=_PRUNED_AT_ONCE)
+def prune(tx: Tx, *, older_than_seconds: float, after: int) -> Pruned:
+    """One batch, so that other writers get a turn in between. Tickets that have not ended keep their history."""
+    before = iso(tx.now_ms - round(older_than_seconds * 1000))
+    looked_at = tx.all(_OLDEST, after=after, limit=_PRUNED_AT_ONCE)
     old = [row for row in looked_at if row.at < before]
     kept = {row.id for row in tx.all_in(_UNFINISHED, {row.ticket_id for row in old if isinstance(row.ticket_id, str)})}
     gone = [{"seq": row.seq} for row in old if row.ticket_id not in kept]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Final
 
 import sqlalchemy as sa
 
-from swarm.errors import Conflict, NotFound, SwarmError, UsageError
+from swarm.errors import Conflict, NotFound, UsageError
 from swarm.model import TERMINAL_TICKET_STATES, Ticket, TicketState
 from swarm.store.sql import rows
 from swarm.store.sql.database import Tx
@@ -80,26 +80,14 @@ NEXT_DUE: Final = sa.text("""
 """)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddRequest:
-    ticket: Ticket
-    depends_on: Sequence[str] = ()
-
-
-def add(tx: Tx, requests: Sequence[AddRequest]) -> Sequence[Ticket | SwarmError]:
-    results: list[Ticket | SwarmError] = []
-    for request in requests:
-        values = {name: getattr(request.ticket, name) for name in _GIVEN}
-        values["trigger_type"] = request.ticket.trigger_type or "ticket"
-        row = tx.first(_INSERT, now=tx.now, **values)
-        if row is None:
-            results.append(
-                Conflict(f"there is a ticket {validation.shown(request.ticket.id)} already; choose another id")
-            )
-            continue
-        dependencies.add(tx, request.ticket.id, request.depends_on)
-        results.append(rows.ticket(row))
-    return results
+def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
+    values = {name: getattr(ticket, name) for name in _GIVEN}
+    values["trigger_type"] = ticket.trigger_type or "ticket"
+    row = tx.first(_INSERT, now=tx.now, **values)
+    if row is None:
+        raise Conflict(f"the ticket id {validation.shown(ticket.id)} is taken; choose another one")
+    dependencies.add(tx, ticket.id, depends_on)
+    return rows.ticket(row)
 
 
 def check(ticket: Ticket) -> Ticket:
@@ -122,22 +110,15 @@ def ticket(tx: Tx, id: str) -> Ticket:  # noqa: A002
     return rows.ticket(row)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListRequest:
-    states: Sequence[str]
-    project_id: str | None
-    limit: int
-
-
-def tickets(tx: Tx, request: ListRequest) -> list[Ticket]:
-    sql, values = _LIST, dict[str, Any](limit=request.limit)
-    if request.states:
-        names = {f"state_{number}": str(state) for number, state in enumerate(request.states)}
+def tickets(tx: Tx, *, states: Sequence[str], project_id: str | None, limit: int) -> list[Ticket]:
+    sql, values = _LIST, dict[str, Any](limit=limit)
+    if states:
+        names = {f"state_{number}": str(state) for number, state in enumerate(states)}
         sql += f" AND t.state IN ({', '.join(':' + name for name in names)})"
         values |= names
-    if request.project_id is not None:
+    if project_id is not None:
         sql += " AND t.project_id = :project_id"
-        values["project_id"] = request.project_id
+        values["project_id"] = project_id
     return [rows.ticket(row) for row in tx.all(sa.text(sql + " ORDER BY t.created_at DESC LIMIT :limit"), **values)]
 
 
@@ -156,24 +137,14 @@ def attempts(tx: Tx, id: str) -> list[AttemptRow]:  # noqa: A002
     ]
 
 
-def depends_on(tx: Tx, id: str) -> list[str]:  # noqa: A002
-    return dependencies.of(tx, id)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CancelRequest:
-    ticket_id: str
-    by: str
-
-
-def cancel(tx: Tx, request: CancelRequest) -> None:
-    """End a ticket that has not ended. Its attempt, if one runs, owns nothing any more: `renew` tells its worker."""
-    found = ticket(tx, request.ticket_id)
+def cancel(tx: Tx, id: str, *, by: str) -> None:  # noqa: A002
+    """End a ticket that has not ended. A running attempt loses its step; its worker learns that by `renew`."""
+    found = ticket(tx, id)
     if found.state == TicketState.CANCELLED:
         return
     if found.state in TERMINAL_TICKET_STATES:
-        raise Conflict(f"the ticket {validation.shown(found.id)} is {found.state} already; there is nothing to cancel")
-    changes, error = Changes(tx), f"cancelled by {request.by}"
+        raise Conflict(f"the ticket {validation.shown(found.id)} is already {found.state}; there is nothing to cancel")
+    changes, error = Changes(tx), f"cancelled by {by}"
     if live := [row.id for row in tx.all(_LIVE_RUNS, id=found.id)]:
         changes.cancel_runs(live, error=error)
     changes.set_ticket(found.id, found.state, TicketState.CANCELLED, error=error)
@@ -206,7 +177,7 @@ def take_back(tx: Tx, id: str, *, done: bool = False) -> tuple[Ticket, Changes]:
     return found, changes
 
 
-def queue(tx: Tx, request: None) -> QueueStatus:
+def queue(tx: Tx) -> QueueStatus:
     row = tx.first(QUEUE)
     assert row is not None
     oldest = [ms for ms in (milliseconds(row.oldest_ticket), milliseconds(row.oldest_step)) if ms is not None]
@@ -222,7 +193,7 @@ def queue(tx: Tx, request: None) -> QueueStatus:
     )
 
 
-def due(tx: Tx, request: None) -> Due:
+def due(tx: Tx) -> Due:
     row = tx.first(NEXT_DUE)
     assert row is not None
     times = [ms for ms in (row.step, row.lease, row.run, row.answer) if ms is not None]
