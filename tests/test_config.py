@@ -46,7 +46,7 @@ def test_a_misspelt_setting_is_not_ignored(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_password_in_a_database_url_is_not_shown() -> None:
-    with pytest.raises(UsageError, match="no database 'oracle'") as caught:
+    with pytest.raises(UsageError, match="the database 'oracle' is not supported") as caught:
         Database("oracle://user:secret@host/db", busy_timeout_seconds=1)
     assert "secret" not in str(caught.value)
     with pytest.raises(UsageError, match="bad database URL") as caught:

@@ -82,7 +82,9 @@ async def test_read_only(backend: Backend) -> None:
 
 
 async def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"there is no directory .*/nowhere for the database x.db; run `swarm init`"):
+    with pytest.raises(
+        StoreError, match=r"the directory .*/nowhere of the database x.db does not exist; run `swarm init`"
+    ):
         async with Store.open(f"sqlite:///{tmp_path}/nowhere/x.db"):
             pass
     async with Store.open(f"sqlite:///{tmp_path}/x.db") as store:
@@ -132,7 +134,7 @@ async def test_made_by_a_newer_swarm(url: str, outside: Outside) -> None:
         assert await store.revision() == "9999"
         with pytest.raises(StoreError, match="it is at 9999, this Swarm needs"):
             await store.tickets()
-        with pytest.raises(StoreError, match="a newer Swarm made it"):
+        with pytest.raises(StoreError, match="a newer version made it"):
             await store.migrate()
 
 

@@ -15,8 +15,8 @@ from sqlalchemy.engine import Dialect
 
 from swarm import store as package
 from swarm.store.claims.claim import probe
-from swarm.store.sql.dialect import SQLITE
 from swarm.store.sql.schema import metadata
+from swarm.store.sql.sqlite import SQLITE
 from tests.store.databases import Outside
 
 # Without `audit`, which reads everything: that is its purpose.

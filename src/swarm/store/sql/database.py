@@ -1,12 +1,11 @@
-"""One database: its connections, transactions, migrations, and what its errors mean.
+"""One database: its connections, transactions, migrations and errors.
 
-Synchronous on purpose, and used by the threads of threads.py only: see docs/adr/0002-store-threads.md.
+Synchronous on purpose; only the threads of threads.py use it (docs/adr/0002-store-threads.md).
 """
 
 from __future__ import annotations
 
 import re
-import sqlite3
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,13 +22,15 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from swarm.errors import StoreError, UsageError
-from swarm.store.sql.dialect import DIALECTS, NOT_MIGRATED, Dialect, explain
+from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, explain
 from swarm.store.sql.rows import iso
+from swarm.store.sql.sqlite import SQLITE
 
+DIALECTS: Final = {SQLITE.name: SQLITE}
 MIGRATIONS: Final = Path(__file__).parents[1] / "migrations"
-_IN_CHUNK: Final = 512  # values in one IN (…): far below every database's limit
+_IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
-_PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in what is no URL, but was meant to be one
+_PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in a text that was meant to be a URL
 
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
 
@@ -43,7 +44,8 @@ def _alembic(connection: Connection | None = None) -> Config:
 
 @cache
 def head() -> str:
-    """The revision that this Swarm needs. Read once: a process out of descriptors can still open a connection."""
+    """The revision that this version of Swarm needs. Cached, so that a process that has run out of file descriptors
+    can still connect."""
     revision = ScriptDirectory.from_config(_alembic()).get_current_head()
     assert revision is not None
     return revision
@@ -51,22 +53,18 @@ def head() -> str:
 
 @cache
 def _driver_sql(statement: sa.TextClause, dialect: sa.Dialect) -> str:
-    """A statement as the driver takes it, with named parameters."""
+    """The SQL text for the driver, with named parameters."""
     return str(statement.compile(dialect=dialect))
 
 
 @cache
 def _driver_sql_in(statement: sa.TextClause, dialect: sa.Dialect, count: int) -> str:
-    """The same for ``IN :ids``, with room for so many values."""
-    slots = ", ".join(f":id_{number}" for number in range(count))
-    if dialect.paramstyle == "pyformat":
-        slots = re.sub(r":(\w+)", r"%(\1)s", slots)
-    ids = ":ids" if dialect.paramstyle == "named" else "%(ids)s"
-    return _driver_sql(statement, dialect).replace(ids, f"({slots})")
+    """The same for a statement with ``IN :ids``, for ``count`` values."""
+    return _driver_sql(statement, dialect).replace(":ids", f"({', '.join(f':id_{n}' for n in range(count))})")
 
 
 @cache
-def _moment(dialect: Dialect) -> sa.TextClause:
+def _now_ms(dialect: Dialect) -> sa.TextClause:
     return sa.text(f"SELECT {dialect.now_ms} AS now_ms")
 
 
@@ -78,9 +76,9 @@ def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
 
 
 class Tx:
-    """A transaction that has begun. A row is a named tuple of its statement's columns.
+    """An open transaction. A row is a named tuple of its statement's columns.
 
-    SQLAlchemy compiles each statement once; from then on the driver's cursor runs it, which takes a fifth of the time.
+    SQLAlchemy compiles each statement once; then the driver's cursor runs it directly, in a fifth of the time.
     """
 
     def __init__(self, connection: Connection, dialect: Dialect) -> None:
@@ -90,8 +88,8 @@ class Tx:
 
     @cached_property
     def now_ms(self) -> int:
-        """Milliseconds since 1970 by the database's clock, read once: one transaction happens at one moment."""
-        (row,) = self.all(_moment(self.dialect))
+        """Milliseconds since 1970 by the database's clock, read once: a transaction has one point in time."""
+        (row,) = self.all(_now_ms(self.dialect))
         return int(row.now_ms)
 
     @cached_property
@@ -114,22 +112,23 @@ class Tx:
             self._cursor.executemany(_driver_sql(statement, self.connection.dialect), rows)
 
     def all_in(self, statement: sa.TextClause, ids: Iterable[str], **others: Any) -> list[Row]:
-        """Rows of a statement with ``IN :ids``, however many there are.
+        """Rows of a statement with ``IN :ids``, for any number of ids.
 
-        The places in a statement are a power of two, the last id repeated: a handful of statements, prepared once.
+        The number of parameters is rounded up to a power of two, by repeating the last id: so there are only a few
+        different statements to prepare.
         """
         wanted, found = list(ids), []
         for start in range(0, len(wanted), _IN_CHUNK):
             chunk = wanted[start : start + _IN_CHUNK]
-            places = 1 << (len(chunk) - 1).bit_length()
-            chunk += chunk[-1:] * (places - len(chunk))
+            count = 1 << (len(chunk) - 1).bit_length()
+            chunk += chunk[-1:] * (count - len(chunk))
             values = {f"id_{number}": value for number, value in enumerate(chunk)}
-            sql = _driver_sql_in(statement, self.connection.dialect, places)
+            sql = _driver_sql_in(statement, self.connection.dialect, count)
             found += self._rows(sql, values | others)
         return found
 
     def stream(self, statement: sa.TextClause, **values: Any) -> Iterator[Row]:
-        """Rows one by one, on a cursor of its own: for what may not fit into memory."""
+        """Rows one by one, on a separate cursor, for results that may not fit into memory."""
         cursor = self.connection.connection.cursor()
         cursor.execute(_driver_sql(statement, self.connection.dialect), values)
         make = _row_type(tuple(column[0] for column in cursor.description))
@@ -146,13 +145,13 @@ class Tx:
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """What is done inside is undone alone when it raises."""
+        """Undo only the changes of the block when it raises."""
         with self.connection.begin_nested():
             yield
 
 
 class Database:
-    """``url`` in SQLAlchemy's form. Raises UsageError for one that nobody can use."""
+    """``url`` in SQLAlchemy's form. Raises UsageError for an invalid or unsupported one."""
 
     def __init__(self, url: str, *, busy_timeout_seconds: float) -> None:
         try:
@@ -164,33 +163,31 @@ class Database:
         name = parsed.get_backend_name()
         if name not in DIALECTS:
             shown = parsed.render_as_string(hide_password=True)
-            raise UsageError(f"no database {name!r}: Swarm works with {', '.join(DIALECTS)} (got {shown!r})")
-        if name == "sqlite" and _file(parsed) is None:
-            raise UsageError(f"a database in memory can't be shared ({url!r}); name a file: sqlite:////path/swarm.db")
+            raise UsageError(f"the database {name!r} is not supported; use {', '.join(DIALECTS)} (got {shown!r})")
         self.dialect = DIALECTS[name]
         self.url: URL = parsed
         self.busy_timeout_seconds = busy_timeout_seconds
-        self.file = _file(parsed)
+        self.file = self.dialect.file(parsed)
         self.place = str(self.file) if self.file else parsed.render_as_string(hide_password=True)
 
     def check_directory(self) -> None:
-        if self.file is not None and not self._looked(self.file.parent.is_dir):
+        if self.file is not None and not self._test(self.file.parent.is_dir):
             raise StoreError(
-                f"there is no directory {self.file.parent} for the database {self.file.name}; "
-                "run `swarm init`, or set SWARM_HOME or SWARM_DATABASE_URL to where it is"
+                f"the directory {self.file.parent} of the database {self.file.name} does not exist; "
+                "run `swarm init`, or set SWARM_HOME or SWARM_DATABASE_URL to where the database is"
             )
 
     def exists(self) -> bool:
-        return self.file is None or self._looked(self.file.exists)
+        return self.file is None or self._test(self.file.exists)
 
-    def _looked(self, look: Callable[[], bool]) -> bool:
+    def _test(self, test: Callable[[], bool]) -> bool:
         try:
-            return look()
+            return test()
         except OSError as error:
             raise StoreError(f"can't look for the database {self.place}: {error.strerror}; are you root?") from None
 
     def connect(self, *, write: bool) -> Connection:
-        """A connection for the calling thread, which reads only, or writes only. Raises StoreError."""
+        """A connection for the calling thread. ``write`` False: a read-only one. Raises StoreError."""
         self.check_directory()
         engine = self._engine(write)
         with self.errors():
@@ -212,61 +209,55 @@ class Database:
 
     @contextmanager
     def transaction(self, connection: Connection) -> Iterator[Tx]:
-        """Commits at the end, rolls back on any exception; the database's own faults come out as StoreError."""
+        """Commits at the end, rolls back on any exception. Raises StoreError when the database itself fails."""
         with self.errors(), connection.begin():
             yield Tx(connection, self.dialect)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """The database's own faults come out as StoreError.
+        """Turns errors of the database itself into StoreError.
 
-        After some of them SQLite has undone the whole transaction by itself, and the next error is that a savepoint is
-        gone. So the errors behind an error count as well, back to where the block began.
+        After some of them SQLite undoes the whole transaction, and the next error only says that a savepoint is gone.
+        So this also looks at the errors behind an error, up to those from before the block.
         """
         before = sys.exception()
         try:
             yield
-        except (sa.exc.SQLAlchemyError, sqlite3.Error, MemoryError) as error:
+        except (sa.exc.SQLAlchemyError, self.dialect.driver_error, MemoryError) as error:
             one: BaseException | None = error
             while one is not None and one is not before:
-                if known := explain(one, place=self.place, busy_timeout_seconds=self.busy_timeout_seconds):
+                known = explain(self.dialect, one, place=self.place, busy_timeout_seconds=self.busy_timeout_seconds)
+                if known is not None:
                     raise known from error
                 one = one.__context__
             raise
 
     def revision(self, connection: Connection) -> str | None:
-        """The revision that the database is at; None for an empty one."""
+        """The revision of the database; None if it is empty."""
         with self.transaction(connection) as tx:
             return MigrationContext.configure(tx.connection).get_current_revision()
 
     def check_revision(self, connection: Connection) -> None:
-        """StoreError unless the tables are those that this Swarm works with."""
+        """Raises StoreError unless the database is at `head`."""
         found, needed = self.revision(connection), head()
         if found != needed:
             why = f"it is at {found}, this Swarm needs {needed}" if found else "it is empty"
-            raise StoreError(NOT_MIGRATED.format(place=self.place, why=why))
+            raise StoreError(NOT_MIGRATED.format(place=self.place, error=why))
 
     def check_writable(self, connection: Connection) -> None:
-        """Say at once what a queue with nothing to do would not notice for hours: SQLite lets a transaction that wants
-        to write begin on a read-only file, without a word."""
+        """Raises StoreError for a read-only file. SQLite lets a write transaction begin on one without an error, so an
+        idle queue would not notice for hours."""
         with self.transaction(connection) as tx:
             tx.run(sa.text("DELETE FROM alembic_version WHERE 1 = 0"))
 
     def migrate(self, connection: Connection) -> None:
-        """To the newest revision, in one transaction; others who want the same wait, then find it done."""
+        """Upgrade to `head`, in one transaction. Others that call it meanwhile wait, and then find nothing to do."""
         with self.transaction(connection) as tx:
             found = MigrationContext.configure(tx.connection).get_current_revision()
             known = {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
             if found is not None and found not in known:
                 raise StoreError(
-                    f"the database {self.place} is at revision {found}, which this Swarm does not know: "
-                    "a newer Swarm made it; use that one"
+                    f"the database {self.place} is at revision {found}, which this version of Swarm does not know: "
+                    "a newer version made it; use that one"
                 )
             command.upgrade(_alembic(tx.connection), "head")
-
-
-def _file(url: URL) -> Path | None:
-    """The file behind an SQLite URL, without the `file:` of its URI form."""
-    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
-        return None
-    return Path(url.database.removeprefix("file:")).absolute()

@@ -1,0 +1,115 @@
+"""SQLite: its clock, connections and errors."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy.engine import URL
+
+from swarm.errors import UsageError
+from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect
+
+# Bytes that are not UTF-8 come back as lone surrogates instead of an exception: another tool may have written anything.
+_decode: Final = partial(str, encoding="utf-8", errors="surrogateescape")
+
+# The first match of the error's name counts (sqlite3.h's result codes, extended ones included). {place} is the file.
+_ERRORS: Final = (
+    (
+        ("SQLITE_BUSY", "SQLITE_LOCKED"),
+        "the database {place} is locked: another program has held its write lock for more than {busy:g} s "
+        "(`fuser -v {place}` names it); end that program or its open transaction",
+    ),
+    (
+        ("SQLITE_READONLY", "SQLITE_PERM"),
+        "the database {place} is read-only for this user; check the owner and mode of the file and of its directory "
+        "(SQLite also writes {place}-wal and {place}-shm), and that the disk is not mounted read-only",
+    ),
+    (
+        ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"),
+        "no space for the database {place}: the disk (or a quota) is full; nothing of this transaction was written",
+    ),
+    (
+        ("SQLITE_NOTADB",),
+        "{place} is not an SQLite database; move it away (`swarm init` makes a new one) or set SWARM_DATABASE_URL",
+    ),
+    (
+        ("SQLITE_CORRUPT",),
+        "the database {place} is damaged ({error}); stop all engines and restore a backup, or try "
+        "`sqlite3 {place} .recover`",
+    ),
+    (
+        ("SQLITE_CANTOPEN",),
+        "can't open the database {place}; check that its directory exists and that this user may write there",
+    ),
+    (("SQLITE_IOERR_NOMEM",), OUT_OF_MEMORY),
+    (("SQLITE_IOERR",), "the disk failed under the database {place} ({error}); see the kernel's log (`dmesg`)"),
+)
+
+
+def _file(url: URL) -> Path | None:
+    """Without the `file:` of SQLite's URI form. Raises UsageError."""
+    if not url.database or url.database == ":memory:":
+        raise UsageError(
+            f"a database in memory can't be shared ({url.render_as_string()!r}); name a file: sqlite:////path/swarm.db"
+        )
+    return Path(url.database.removeprefix("file:")).absolute()
+
+
+def _connected(connection: sqlite3.Connection, write: bool, busy_timeout_seconds: float) -> None:
+    connection.isolation_level = None  # transactions begin when we say so, not when the driver thinks so
+    connection.text_factory = _decode
+    pragmas = [f"busy_timeout = {int(busy_timeout_seconds * 1000)}", "foreign_keys = ON", "cache_size = -16000"]
+    if write:
+        # NORMAL in WAL mode: a commit survives the death of any process. A power failure may undo the last commits,
+        # each of them as a whole.
+        pragmas += ["synchronous = NORMAL", "journal_size_limit = 67108864"]
+    else:
+        pragmas += ["query_only = ON"]
+    for pragma in pragmas:
+        connection.execute(f"PRAGMA {pragma}").fetchall()
+    if write:
+        _to_wal(connection, busy_timeout_seconds)
+
+
+def _to_wal(connection: sqlite3.Connection, timeout_seconds: float) -> None:
+    """Switch to WAL mode, which a new database does not use yet.
+
+    When several connections switch at once, each holds the lock that the others need, and SQLite answers BUSY
+    immediately, whatever its timeout is (sqlite3_busy_handler: "might provoke a deadlock"). So we wait ourselves.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").fetchall()
+            return
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.002)
+
+
+def _explain(error: BaseException) -> str | None:
+    name = getattr(error, "sqlite_errorname", "")
+    for prefixes, text in _ERRORS:
+        if name.startswith(prefixes):
+            return text
+    if isinstance(error, sqlite3.OperationalError) and str(error).startswith(("no such table", "no such column")):
+        return NOT_MIGRATED
+    return None
+
+
+SQLITE: Final = Dialect(
+    name="sqlite",
+    now_ms="CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) + (SELECT offset_ms FROM clock)",
+    written_by_others="(SELECT data_version FROM pragma_data_version)",
+    begin_write="BEGIN IMMEDIATE",
+    begin_read="BEGIN",
+    on_connect=_connected,
+    file=_file,
+    driver_error=sqlite3.Error,
+    explain=_explain,
+)
