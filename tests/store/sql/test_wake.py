@@ -104,7 +104,7 @@ async def test_without_inotify_it_looks_often_and_says_so(file: Path) -> None:
     argv = ["unshare", "--user", "--map-root-user", sys.executable, "-c", DEAF, str(file)]
     done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert (done.stdout + done.stderr).count("no inotify, so the database is looked at every 50 ms") == 1
+    assert (done.stdout + done.stderr).count("no inotify, so the database is checked every 50 ms") == 1
     late = [float(line) for line in done.stdout.splitlines() if line[:1].isdigit() and "[" not in line]
     assert len(late) == 10
     assert statistics.median(late) < 0.5, "a look each second would be the fallback for file systems without events"

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from swarm.base import versions
 from swarm.model import Ticket, TicketState
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import iso, milliseconds
+from swarm.store.sql.rows import iso, milliseconds, value
 from swarm.store.tickets import tickets
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.validation import storable
@@ -260,22 +260,7 @@ def add(tx: Tx, new: Sequence[Ticket]) -> None:
 
 
 def schedules(tx: Tx) -> list[ScheduleRow]:
-    return [
-        ScheduleRow(
-            workflow=row.workflow,
-            number=row.number,
-            workflow_id=row.workflow_id,
-            cron=row.cron,
-            time_zone=row.time_zone,
-            missed=row.missed,
-            next_at=iso(row.next_at) if row.next_at else None,
-            last_at=row.last_at,
-            last_ticket_id=row.last_ticket_id,
-            missed_count=row.missed_count,
-            error=row.error,
-        )
-        for row in tx.all(_ALL)
-    ]
+    return [value(ScheduleRow, row, next_at=iso(row.next_at) if row.next_at else None) for row in tx.all(_ALL)]
 
 
 def moment(ms: int) -> datetime.datetime:

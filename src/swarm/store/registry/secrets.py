@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from swarm.errors import NotFound
 from swarm.store.sql.database import Tx
+from swarm.store.sql.rows import value
 
 _PUT: Final = sa.text(
     "INSERT INTO secrets (name, scope, sealed, created_at, updated_at) VALUES (:name, :scope, :sealed, :now, :now) "
@@ -42,15 +43,15 @@ def put(tx: Tx, secret: Sealed) -> None:
 
 
 def secrets(tx: Tx) -> list[SecretRow]:
-    return [SecretRow(name=row.name, scope=row.scope, updated_at=row.updated_at) for row in tx.all(_LIST)]
+    return [value(SecretRow, row) for row in tx.all(_LIST)]
 
 
 def of_names(tx: Tx, names: Sequence[str]) -> list[Sealed]:
-    """In every scope."""
-    return [Sealed(name=row.name, scope=row.scope, sealed=row.sealed) for row in tx.all_in(_OF_NAMES, names)]
+    """Those of all scopes."""
+    return [value(Sealed, row) for row in tx.all_in(_OF_NAMES, names)]
 
 
 def remove(tx: Tx, name: str, scope: str) -> None:
     if tx.first(_ONE, name=name, scope=scope) is None:
-        raise NotFound(f"no secret {name!r} for {scope}; `swarm secret list` shows those there are")
+        raise NotFound(f"no secret {name!r} for {scope}; `swarm secret list` lists the existing ones")
     tx.run(_DELETE, name=name, scope=scope)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from swarm.store.sql.database import Tx
-from swarm.store.sql.rows import WorkerRow, dump, milliseconds
+from swarm.store.sql.rows import WorkerRow, dump, milliseconds, value
 
 _HEARTBEAT: Final = sa.text(
     "INSERT INTO workers (id, host, pid, started_at, seen_at, info) VALUES (:id, :host, :pid, :now, :now, :info) "
@@ -25,12 +25,9 @@ def heartbeat(tx: Tx, worker: str, *, host: str, pid: int, info: Mapping[str, An
 
 def workers(tx: Tx) -> list[WorkerRow]:
     return [
-        WorkerRow(
-            id=row.id,
-            host=row.host,
-            pid=row.pid,
-            started_at=row.started_at,
-            seen_at=row.seen_at,
+        value(
+            WorkerRow,
+            row,
             seen_ms_ago=float(tx.now_ms - (milliseconds(row.seen_at) or 0)),
             info=json.loads(row.info),
         )

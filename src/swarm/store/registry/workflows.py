@@ -13,7 +13,7 @@ from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
 from swarm.store.registry import schedules
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import dump
+from swarm.store.sql.rows import dump, value
 from swarm.workflow import definition
 from swarm.workflow.definition import Workflow
 
@@ -121,13 +121,4 @@ def enable(tx: Tx, ref: str, *, enabled: bool) -> WorkflowRow:
 
 
 def _row(row: Row) -> WorkflowRow:
-    return WorkflowRow(
-        id=row.id,
-        name=row.name,
-        version=row.version,
-        description=row.description,
-        enabled=bool(row.enabled),
-        definition=row.steps,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-    )
+    return value(WorkflowRow, row, enabled=bool(row.enabled), definition=row.steps)

@@ -1,4 +1,4 @@
 """Connections, the two threads that own them, table definitions, rows as values, and waking on commits.
 
-The rest of `swarm.store` imports it; nobody else does, but for `rows` (values) and `wake`.
+The rest of `swarm.store` imports it. Other packages import only `rows` (values) and `wake`.
 """

@@ -1,4 +1,4 @@
-"""Rows to values and back: times, ids, JSON, and text that may be anything because another tool wrote it."""
+"""Converts rows to values and back: times, ids, JSON, and text that may be invalid because another tool wrote it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from swarm.model import Event, Ticket
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+Value = TypeVar("Value", bound="DataclassInstance")
 
 MAX_ERROR_CHARS: Final = 16 * 1024
 
@@ -25,7 +27,7 @@ def iso(ms: int) -> str:
 
 
 def milliseconds(text: object) -> int | None:
-    """The inverse of `iso`, for any ISO-8601 text; UTC when it names no zone. None for what is no time."""
+    """The inverse of `iso`, for any ISO-8601 text; UTC if it has no zone. None for anything else."""
     if not isinstance(text, str):
         return None
     try:
@@ -36,20 +38,20 @@ def milliseconds(text: object) -> int | None:
 
 
 def new_id(now_ms: int) -> str:
-    """A UUIDv7 (RFC 9562): rows made together lie together in their index."""
+    """A UUIDv7 (RFC 9562): rows created together are next to each other in the index."""
     random = int.from_bytes(os.urandom(10))
     value = (now_ms & 0xFFFFFFFFFFFF) << 80 | random
     return str(uuid.UUID(int=value & ~(0xF000 << 64 | 0xC000 << 48) | 0x7000 << 64 | 0x8000 << 48))
 
 
 def ids_in_order(now_ms: int) -> Iterator[str]:
-    """Such ids without end, each greater than the one before it: rows that are listed in the order of their making."""
+    """An endless series of such ids, each greater than the last: the rows sort in the order of their creation."""
     first = uuid.UUID(new_id(now_ms)).int
     return (str(uuid.UUID(int=first + number)) for number in itertools.count())
 
 
 def lenient(value: object) -> str | None:
-    """Whatever a TEXT column holds, as text that can be shown and stored: for display, never for decisions."""
+    """Any value of a TEXT column as text that can be shown and stored: for display, never for decisions."""
     if value is None:
         return None
     if isinstance(value, bytes):
@@ -59,7 +61,7 @@ def lenient(value: object) -> str | None:
 
 
 def message(text: str | None) -> str | None:
-    """A text of ours, or of a guest, as every database can store it: no NUL, no lone surrogates, not endless."""
+    """A message of Swarm or of a guest, as every database can store it: no NUL, no lone surrogates, shortened."""
     if text is None:
         return None
     if len(text) > MAX_ERROR_CHARS:
@@ -68,7 +70,7 @@ def message(text: str | None) -> str | None:
 
 
 def shallow(value: DataclassInstance) -> dict[str, Any]:
-    """A value's fields; unlike `dataclasses.asdict`, without a copy of all that is in them."""
+    """A dataclass as a dict; unlike `dataclasses.asdict`, it doesn't copy the values."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
@@ -83,7 +85,7 @@ def dump(value: object) -> str:
 
 
 def storable_json(text: str) -> str:
-    """JSON text unchanged if it can be stored, else the same value in escapes."""
+    """JSON text unchanged if it can be stored, else the same value with escapes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -110,8 +112,14 @@ TICKET_FIELDS: Final = tuple(field.name for field in fields(Ticket))
 TICKET_COLUMNS: Final = ", ".join(f"t.{name}" for name in TICKET_FIELDS)
 
 
+def value(kind: type[Value], row: Any, **computed: Any) -> Value:
+    """A dataclass from the columns of the same names, but for the ``computed`` fields."""
+    names = [field.name for field in fields(kind) if field.name not in computed]
+    return kind(**{name: getattr(row, name) for name in names}, **computed)
+
+
 def ticket(row: Any) -> Ticket:
-    """A ticket to show. What is no text, or no number where one belongs, is shown as well as can be."""
+    """A ticket for display: values of a wrong type are converted where possible."""
     return Ticket(**{name: _TICKET_READERS.get(name, lenient)(getattr(row, name)) for name in TICKET_FIELDS})
 
 
@@ -133,14 +141,14 @@ def event(row: Any) -> Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """One execution of a ticket."""
+    """One execution of a ticket, or of a workflow within it."""
 
     id: str
     ticket_id: str
     workflow_id: str | None
     workflow_version: str | None
-    root_run_id: str | None  # None of the ticket's own
-    path: str  # '' of the ticket's own; 'fix[0]/' of the one that is its step fix[0]
+    root_run_id: str | None  # None for the ticket's own run
+    path: str  # '' for the ticket's own run; 'fix[0]/' for the run within its step fix[0]
     status: str
     trigger_type: str
     trigger_data: str | None  # JSON text of an object
@@ -155,7 +163,7 @@ class RunRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRow:
-    """One step of a run. ``retry_count`` counts the tries that failed or were lost and were followed by another."""
+    """One step of a run. ``retry_count``: tries that failed or were lost, and were followed by another try."""
 
     id: str
     run_id: str
@@ -174,14 +182,14 @@ class StepRow:
     error: str | None
     retry_count: int
     max_attempts: int
-    available_at: int | None  # ms by the database's clock; None: at once
+    available_at: int | None  # ms by the database's clock; None: immediately
     question: str | None  # of an approval
-    verdict: str | None  # and its answer, JSON
+    verdict: str | None  # the answer, JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRow:
-    """One try of a step. ``outcome`` is None while it runs; ``timings`` is the honest clock, in ms."""
+    """One try of a step. ``outcome`` is None while it runs; ``timings``: how long each phase took, in ms."""
 
     id: str
     step_execution_id: str
@@ -213,7 +221,8 @@ class WorkerRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewal:
-    """``lost``: somebody else has the step, or it has ended. ``cancelled``: its ticket was ended or deleted."""
+    """Ids of attempts. ``lost``: another attempt has the step, or it has ended. ``cancelled``: the ticket has ended
+    or was deleted."""
 
     lost: frozenset[str]
     cancelled: frozenset[str]
@@ -221,7 +230,7 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueStatus:
-    """What there is to do now. ``ready``: tickets and steps that a claim would give out at once."""
+    """``ready``: tickets and steps that a claim would return immediately."""
 
     ready: int
     running: int
@@ -229,17 +238,13 @@ class QueueStatus:
     blocked: int
     waiting: int
     oldest_ready_ms: float | None  # age of the oldest ready ticket
-    next_due_ms: float | None  # until the next back-off or lease ends; 0 when one has
+    next_due_ms: float | None  # time until the next back-off or lease ends; 0 when one has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Due:
-    """What a worker with nothing to do waits for. ``next_ms``: until the next back-off or lease ends, which no commit
-    announces; None when there is neither. ``ready``: something could be claimed now."""
+    """What an idle worker waits for. ``ready``: something can be claimed now. ``next_ms``: time until the next back-off
+    or lease ends, which no commit announces; None if there is neither."""
 
     ready: bool
     next_ms: float | None
-
-
-def row_values(kind: type[Any], row: Any) -> dict[str, Any]:
-    return {field.name: getattr(row, field.name) for field in fields(kind)}

@@ -1,8 +1,8 @@
-"""The tables, as they are now. `migrations/` gets a database here; a test compares the two.
+"""The tables, as they are now. `migrations/` creates them; a test compares the two.
 
 Rules: columns that other tools write (tickets, ticket_dependencies) have no foreign key and no CHECK: a bad row must be
-let in, so that it can be answered in its own `error`. What they don't name has a default. Times that people read are
-ISO-8601 UTC text; those that decide (`lease_until`, `available_at`) are ms of the database's clock.
+accepted, so that its `error` can say what is wrong. Columns that those tools leave out have defaults. Times for people
+are ISO-8601 UTC text; times that decide (`lease_until`, `available_at`) are ms of the database's clock.
 Every index that the engine works from is partial: it holds live rows only, however many finished ones there are.
 """
 
@@ -17,16 +17,16 @@ from swarm.store.sql.dialect import utc_now
 
 metadata: Final = sa.MetaData()
 
-BIG: Final = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by INTEGER only
+BIG: Final = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite generates row numbers only for INTEGER
 
-# Spelled out in the statements as well: SQLite uses a partial index when the query repeats its condition.
+# Statements repeat these conditions: SQLite uses a partial index only when the query contains its condition.
 UNKNOWN_STATE: Final = "state NOT IN (" + ", ".join(f"'{s}'" for s in TicketState) + ")"
 UNFINISHED: Final = "state IN ('in_progress', 'waiting', 'blocked')"
 STEP_READY: Final = "status = 'ready' AND available_at IS NULL"
 STEP_DELAYED: Final = "status = 'ready' AND available_at IS NOT NULL"
 STEP_WAITING: Final = "status = 'waiting' AND available_at IS NOT NULL"
 RUN_DUE: Final = "due_at IS NOT NULL"
-# Runs that no worker may be at: of workflows, and those that wait for a person.
+# Runs that may have no attempt: those of workflows, and those that wait for a person.
 LIVE_RUN: Final = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('running', 'waiting')"
 ATTEMPT_LIVE: Final = "outcome IS NULL"
 
@@ -69,9 +69,9 @@ tickets = sa.Table(
     _number("max_attempts"),
     _number("budget_usd", kind=sa.Float()),
     _number("budget_tokens", kind=BIG),
-    _text("over_budget"),  # 'fail', 'wait', or NULL: as the agent says
-    _text("trigger_type", default="ticket"),  # what made it: its runs are told
-    _text("trigger_data"),  # JSON object: what came with that
+    _text("over_budget"),  # 'fail', 'wait', or NULL: the agent's setting
+    _text("trigger_type", default="ticket"),  # what created it; copied to its runs
+    _text("trigger_data"),  # JSON object: data of that trigger
     _text("run_id"),
     _time("created_at"),
     _time("updated_at"),
@@ -100,7 +100,7 @@ agents = sa.Table(
     _text("description", null=False, default=""),
     _text("path", null=False),
     _text("runtime", null=False, default="python"),
-    _text("entry", null=False),  # JSON list: argv inside `path`
+    _text("entry", null=False),  # JSON list: argv, relative to `path`
     _text("image"),
     _text("inputs_schema"),
     _text("outputs_schema"),
@@ -117,7 +117,7 @@ agents = sa.Table(
     _text("preload", null=False, default="[]"),
     _text("requirements", null=False, default="[]"),
     _text("packages", null=False, default="[]"),
-    _text("retry", null=False, default="{}"),  # JSON object: the fields of model.Retry
+    _text("retry", null=False, default="{}"),  # JSON object: the fields of model.RetryPolicy
     sa.Column("idempotent", sa.Boolean(), nullable=False, server_default=sa.false()),
     _number("budget_usd", kind=sa.Float()),
     _number("budget_tokens", kind=BIG),
@@ -147,21 +147,23 @@ workflows = sa.Table(
 schedules = sa.Table(
     "schedules",
     metadata,
-    sa.Column("workflow", sa.Text(), primary_key=True, nullable=False),  # its name; '' is a mark: see schedules.py
-    sa.Column("number", sa.Integer(), primary_key=True, nullable=False),  # its place in the file
+    sa.Column(
+        "workflow", sa.Text(), primary_key=True, nullable=False
+    ),  # its name; '' marks outdated rows: see schedules.py
+    sa.Column("number", sa.Integer(), primary_key=True, nullable=False),  # its position in the file
     _text("workflow_id", null=False),
     _text("cron", null=False, default=""),
     _text("time_zone", null=False, default="UTC"),
     _text("missed", null=False, default="once"),
-    _number("next_at", kind=BIG),  # ms; NULL: not, as long as the workflow is disabled
-    _number("computed_at", 0, kind=BIG),  # when next_at was reckoned
+    _number("next_at", kind=BIG),  # ms; NULL: never, while the workflow is disabled
+    _number("computed_at", 0, kind=BIG),  # ms: when next_at was computed
     _text("last_at"),
     _text("last_ticket_id"),
     _number("missed_count", 0),
     _text("error"),
 )
 
-# Requests that made a ticket, so that the same one makes no second: by what was signed, and by the sender's own key.
+# Requests that created a ticket, by signature and by the sender's own key, so that a repeated one creates no second.
 webhook_calls = sa.Table(
     "webhook_calls",
     metadata,
@@ -173,7 +175,7 @@ webhook_calls = sa.Table(
     sa.Index("webhook_calls_at", "at"),
 )
 
-# Workflows as runs froze them, by the SHA-256 of their text: many runs of one share it, and it never changes.
+# Frozen workflows by the SHA-256 of their text: many runs share one, and it never changes.
 definitions = sa.Table(
     "definitions",
     metadata,
@@ -199,16 +201,16 @@ workflow_runs = sa.Table(
     _number("total_vm_time_ms", 0, kind=sa.Float()),
     _number("total_api_tokens", 0, kind=BIG),
     _number("total_cost_usd", 0, kind=sa.Float()),
-    # From here on, of workflows only. A run within a run belongs to the same ticket.
-    _text("parent_step_id"),  # the step execution that it is
-    _text("root_run_id"),  # the ticket's own run; NULL in that one
-    _text("path", null=False, default=""),  # stands before its steps' names: 'fix[0]/'
+    # The columns below are for workflows only. A nested run belongs to the same ticket.
+    _text("parent_step_id"),  # the step execution that this nested run is
+    _text("root_run_id"),  # the ticket's own run; NULL in that run itself
+    _text("path", null=False, default=""),  # prefix of its steps' names: 'fix[0]/'
     _text("definition"),  # a digest of `definitions`; NULL before the first decision, and in a plain ticket's run
-    _text("context"),  # what its expressions see besides steps; NULL before the first decision
+    _text("context"),  # what expressions see besides steps; NULL before the first decision
     _text("progress"),  # the planner's
-    _text("unprocessed"),  # JSON list of steps whose end, or verdict, the planner has not been told
-    _number("revision", 0),  # decisions made: one that was made of an older state is dropped
-    _number("due_at", kind=BIG),  # when a claim must look at it (ms): a decision is to be made, or its time is over
+    _text("unprocessed"),  # JSON list of steps whose end or verdict the planner has not processed
+    _number("revision", 0),  # number of decisions; one based on an older revision is dropped
+    _number("due_at", kind=BIG),  # ms: when a claim must handle it, for a decision or because its time is over
     _number("deadline_at", kind=BIG),
     sa.Index("workflow_runs_ticket", "ticket_id"),
     _index("workflow_runs_due", "due_at", where=RUN_DUE),
@@ -222,7 +224,7 @@ step_executions = sa.Table(
     metadata,
     sa.Column("id", sa.Text(), primary_key=True, nullable=False),
     sa.Column("run_id", sa.Text(), sa.ForeignKey("workflow_runs.id", ondelete="CASCADE"), nullable=False),
-    # Its name, below its run's path: 'build', 'build[3]', 'fix[0]/patch'; 'main' in a plain ticket's run.
+    # Its name, after its run's path: 'build', 'build[3]', 'fix[0]/patch'; 'main' in a plain ticket's run.
     _text("step_id", null=False),
     _text("agent_id"),
     _text("agent_name"),
@@ -237,32 +239,32 @@ step_executions = sa.Table(
     _text("completed_at"),
     _number("duration_ms", kind=sa.Float()),
     _number("api_tokens_used", 0, kind=BIG),
-    _text("error"),  # why it failed, was skipped or was cancelled
+    _text("error"),  # why it failed, was skipped or cancelled
     _number("retry_count", 0),
     _number("max_attempts", 1),
     _number("timeout_seconds", kind=sa.Float()),
-    # Of a ready one, back-off: not before this (ms), NULL is now. Of a waiting one: when it is rejected by itself.
+    # ms. Ready: not before this (back-off), NULL: now. Waiting: when it is rejected automatically.
     _number("available_at", kind=BIG),
-    _number("priority", 0),  # copied from the ticket, as is ticket_created_at: the order of claims
+    _number("priority", 0),  # copied from the ticket, like ticket_created_at: the order of claims
     _text("ticket_created_at"),
-    _text("retry"),  # JSON object: the step's own model.Retry; NULL: its agent's
+    _text("retry"),  # JSON object: the step's own model.RetryPolicy; NULL: its agent's
     _text("question"),  # of an approval
     _text("verdict"),  # the answer
-    _text("fan_out"),  # how far a step with children is: the planner's
+    _text("fan_out"),  # progress of a step with several executions: the planner's
     _index("step_executions_ready", "priority DESC", "ticket_created_at", where=STEP_READY),
     _index("step_executions_delayed", "available_at", where=STEP_DELAYED),
     _index("step_executions_waiting", "available_at", where=STEP_WAITING),
     sa.Index("step_executions_run", "run_id", "step_id", unique=True),
 )
 
-# Large values that steps left, as JSON text, by the SHA-256 of it. Rows refer to them: see artifacts.py.
+# Large values of steps, as JSON text, by its SHA-256. Rows refer to them: see artifacts.py.
 artifacts = sa.Table(
     "artifacts",
     metadata,
     sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
     sa.Column("bytes", sa.Integer(), nullable=False),
     _time("created_at"),
-    _text("data", null=False),  # last: SQLite reads past what is not asked for only when something stands behind it
+    _text("data", null=False),  # last, so that SQLite does not read it to get at other columns
 )
 
 artifact_uses = sa.Table(
@@ -278,7 +280,7 @@ attempts = sa.Table(
     metadata,
     sa.Column("id", sa.Text(), primary_key=True, nullable=False),
     sa.Column("step_execution_id", sa.Text(), sa.ForeignKey("step_executions.id", ondelete="CASCADE"), nullable=False),
-    sa.Column("number", sa.Integer(), nullable=False),  # 1, 2, … within its step, uncounted tries included
+    sa.Column("number", sa.Integer(), nullable=False),  # 1, 2, … within its step, including tries that don't count
     _text("worker", null=False),
     _number("vm_id"),
     sa.Column("lease_until", BIG, nullable=False),
@@ -306,12 +308,12 @@ events = sa.Table(
     _text("kind", null=False),
     _text("data", null=False, default="{}"),
     sa.Index("events_ticket", "ticket_id", "seq"),
-    # Where the history of an id that was deleted ends, and that of its namesake begins.
+    # Separates the history of a deleted ticket from that of a new one with the same id.
     _index("events_deleted", "ticket_id", "seq", where="kind = 'deleted'"),
     sqlite_autoincrement=True,
 )
 
-# One row for each call of a model, and no foreign key: what was spent outlives its ticket (`store/spending.py`).
+# One row per model call. No foreign key: the cost stays when the ticket is deleted (`store/spending.py`).
 model_calls = sa.Table(
     "model_calls",
     metadata,
@@ -325,13 +327,13 @@ model_calls = sa.Table(
     _text("workflow"),
     _text("upstream"),
     _text("model"),
-    _number("status"),  # HTTP's; NULL while the call is under way
+    _number("status"),  # HTTP status; NULL while the call runs
     _number("input_tokens", 0, kind=BIG),
     _number("output_tokens", 0, kind=BIG),
     _number("cache_read_tokens", 0, kind=BIG),
     _number("cache_write_tokens", 0, kind=BIG),
     _number("tokens", 0, kind=BIG),
-    _number("cost_usd", kind=sa.Float()),  # NULL: no price is known
+    _number("cost_usd", kind=sa.Float()),  # NULL: unknown price
     _number("reserved_usd", kind=sa.Float()),
     _number("reserved_tokens", kind=BIG),
     _number("latency_ms", kind=sa.Float()),
@@ -341,7 +343,7 @@ model_calls = sa.Table(
     sa.Index("model_calls_step", "step_execution_id"),
 )
 
-# Values are sealed (`swarm.admin.vault`): nothing in here can be read without the key file.
+# Values are sealed (`swarm.admin.vault`): they can't be read without the key file.
 secrets = sa.Table(
     "secrets",
     metadata,
@@ -363,5 +365,5 @@ workers = sa.Table(
     _text("info", null=False, default="{}"),
 )
 
-# One row. The clock that decides leases is the database's plus this; only tests move it.
+# One row. The clock for leases is the database's plus this offset; only tests change it.
 clock = sa.Table("clock", metadata, _number("offset_ms", 0, kind=BIG))

@@ -1,9 +1,9 @@
-"""Knowing within milliseconds that somebody committed to the SQLite file, at no cost while nobody does.
+"""Notices within milliseconds that any process committed to the SQLite file, at no cost while none does.
 
-inotify says that the file or its write-ahead log was written; ``PRAGMA data_version`` says whether a commit became
-visible (the log is written before the shared index, so the first look may be too early). No interval decides how soon
-a commit is seen. On file systems without inotify events (NFS) the look repeats every ``FALLBACK_SECONDS``; where the
-kernel gives us no inotify at all (its limits are reached), every ``DEAF_SECONDS``, with a line in the log.
+inotify reports writes to the file or its write-ahead log; ``PRAGMA data_version`` says whether a commit is visible (the
+log is written before the shared index, so the first check may be too early). No interval delays this. On file systems
+without inotify events (NFS), the check repeats every ``FALLBACK_SECONDS``; where the kernel refuses inotify (its limits
+are reached), every ``POLL_SECONDS``, with a line in the log.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from swarm.errors import StoreError
 
 log = structlog.get_logger(__name__)
 
-# Looks after a write event until the commit shows: it takes 20 µs, or with synchronous=FULL (what the sqlite3 shell
-# does) an fsync between the two. A look costs 10 µs, a timer of the event loop takes 1 to 2 ms: so the first looks come
-# without one, each after one turn of the loop. Not those after a commit that was seen: hardly ever is another one under
-# way that was heard of already, and turns of the loop cost the writing thread its own.
-_AT_ONCE_LOOKS = 30
-_LATER_LOOKS_SECONDS = (*[0.001] * 20, *[0.005] * 6)
+# Checks after a write event until the commit is visible: that takes 20 µs, or an fsync with synchronous=FULL (the
+# default of the sqlite3 shell). A check costs 10 µs, a timer of the event loop 1 to 2 ms: so the first checks use no
+# timer, only a turn of the loop each. They are skipped after a commit that was seen: a further write event rarely
+# belongs to another commit, and turns of the loop take time from the writing thread.
+_IMMEDIATE_CHECKS = 30
+_LATER_CHECKS_SECONDS = (*[0.001] * 20, *[0.005] * 6)
 FALLBACK_SECONDS = 1.0
-DEAF_SECONDS = 0.05
+POLL_SECONDS = 0.05
 _MASK = Mask.MODIFY | Mask.CREATE | Mask.MOVED_TO | Mask.DELETE
 
 
@@ -40,9 +40,9 @@ class Wake:
         self._names = {self._file.name, f"{self._file.name}-wal"}
         self._inode = self._file.stat().st_ino
         self._written = asyncio.Event()
-        self._heard = False
-        self._after_one = False  # what was heard led to a commit that was seen
-        self._look_seconds = FALLBACK_SECONDS
+        self._write_seen = False  # a write event whose commit is not visible yet
+        self._after_commit = False  # the last write event led to a commit that was seen
+        self._check_seconds = FALLBACK_SECONDS
         self._version = 0
         self._connection = sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, isolation_level=None, timeout=0)
         self._version = self._data_version()
@@ -63,54 +63,53 @@ class Wake:
             wake._connection.close()
 
     async def changed(self, *, timeout_seconds: float) -> bool:
-        """True as soon as a commit by any connection is visible that was not seen by the last call; False when the
-        time is over. Raises StoreError when another file has taken the database's place."""
+        """True as soon as a commit is visible that the last call did not see; False after ``timeout_seconds``. Raises
+        StoreError when the file was moved or replaced."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
         while True:
             if self._written.is_set():
-                self._heard, self._after_one = True, False
+                self._write_seen, self._after_commit = True, False
                 self._written.clear()
-            self._check_place()
-            if await self._look(deadline):
+            self._check_file()
+            if await self._check_until_visible(deadline):
                 return True
             left = deadline - loop.time()
             if left <= 0:
                 return False
-            if not await self._hear(min(left, self._look_seconds)):
-                if self._moved_on():
+            if not await self._wait_for_write(min(left, self._check_seconds)):
+                if self._version_changed():
                     return True
                 if loop.time() >= deadline:
                     return False
 
-    async def _look(self, deadline: float) -> bool:
-        """Look until a commit shows, or none can be on its way; a new write begins anew."""
+    async def _check_until_visible(self, deadline: float) -> bool:
+        """Check until a commit is visible or can't be on its way. Stops at a new write event."""
         loop = asyncio.get_running_loop()
-        at_once, self._after_one = 0 if self._after_one else _AT_ONCE_LOOKS, False
-        for pause in (*[0.0] * at_once, *_LATER_LOOKS_SECONDS):
-            if self._moved_on():
-                self._after_one = True
+        immediate, self._after_commit = 0 if self._after_commit else _IMMEDIATE_CHECKS, False
+        for pause in (*[0.0] * immediate, *_LATER_CHECKS_SECONDS):
+            if self._version_changed():
+                self._after_commit = True
                 return True
-            if not self._heard:
-                return False  # nobody wrote: one look tells it
+            if not self._write_seen:
+                return False  # without a write, one check is enough
             if not pause:
                 await asyncio.sleep(0)
-            elif await self._hear(min(pause, max(0.0, deadline - loop.time()))):
+            elif await self._wait_for_write(min(pause, max(0.0, deadline - loop.time()))):
                 return False
-        self._heard = False
+        self._write_seen = False
         return False
 
-    async def _hear(self, seconds: float) -> bool:
-        """Wait for a write, for so long at most."""
+    async def _wait_for_write(self, seconds: float) -> bool:
         try:
             async with asyncio.timeout(seconds):
                 await self._written.wait()
         except TimeoutError:
             return False
-        self._heard = True
+        self._write_seen = True
         return True
 
-    def _moved_on(self) -> bool:
+    def _version_changed(self) -> bool:
         version = self._data_version()
         seen, self._version = self._version, version
         return version != seen
@@ -120,18 +119,16 @@ class Wake:
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
-                return self._version  # its log is being recovered or reset: the next look tells
+                return self._version  # its log is being recovered or reset: the next check decides
             raise StoreError(f"can't read {self._file}: {error}") from error
 
-    def _check_place(self) -> None:
+    def _check_file(self) -> None:
         try:
             same = self._file.stat().st_ino == self._inode
         except OSError:
             same = False
         if not same:
-            raise StoreError(
-                f"{self._file} was moved or replaced while an engine was using it: stop and start the engine"
-            )
+            raise StoreError(f"{self._file} was moved or replaced while an engine was using it; restart the engine")
 
     async def _listen(self) -> None:
         try:
@@ -141,10 +138,10 @@ class Wake:
                     if event.name is not None and event.name.name in self._names:
                         self._written.set()
         except OSError as error:
-            self._look_seconds = DEAF_SECONDS
+            self._check_seconds = POLL_SECONDS
             self._written.set()
             log.warning(
-                f"no inotify, so the database is looked at every {DEAF_SECONDS * 1e3:g} ms; raise "
-                "fs.inotify.max_user_instances (or max_user_watches) and start again",
+                f"no inotify, so the database is checked every {POLL_SECONDS * 1e3:g} ms; raise "
+                "fs.inotify.max_user_instances (or max_user_watches) and restart",
                 error=error.strerror,
             )

@@ -123,18 +123,16 @@ def tickets(tx: Tx, *, states: Sequence[str], project_id: str | None, limit: int
 
 
 def runs(tx: Tx, id: str) -> list[RunRow]:  # noqa: A002
-    return [RunRow(**rows.row_values(RunRow, row)) for row in tx.all(_RUNS, id=id)]
+    return [rows.value(RunRow, row) for row in tx.all(_RUNS, id=id)]
 
 
 def steps(tx: Tx, id: str) -> list[StepRow]:  # noqa: A002
-    return [StepRow(**rows.row_values(StepRow, row)) for row in tx.all(_STEPS, id=id)]
+    return [rows.value(StepRow, row) for row in tx.all(_STEPS, id=id)]
 
 
 def attempts(tx: Tx, id: str) -> list[AttemptRow]:  # noqa: A002
-    return [
-        AttemptRow(**rows.row_values(AttemptRow, row) | {"timings": json.loads(row.timings or "{}")})
-        for row in tx.all(_ATTEMPTS, id=id)
-    ]
+    found = tx.all(_ATTEMPTS, id=id)
+    return [rows.value(AttemptRow, row, timings=json.loads(row.timings or "{}")) for row in found]
 
 
 def cancel(tx: Tx, id: str, *, by: str) -> None:  # noqa: A002
