@@ -458,7 +458,7 @@ async def test_unknown_or_disabled(store: Store, outside: Outside) -> None:
     assert await claims(store) == []
     assert await state(store) == (
         "failed",
-        "the workflow flow@1.0.0 is disabled; `swarm workflow enable flow@1.0.0` lets it start again",
+        "the workflow flow@1.0.0 is disabled; `swarm workflow enable flow@1.0.0` enables it",
     )
     await store.enable_workflow("flow", enabled=True)
     await store.retry("t")

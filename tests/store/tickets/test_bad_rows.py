@@ -17,9 +17,9 @@ from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, insert
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "broken JSON": ({"inputs": '{"a": '}, "inputs is not valid JSON: Expecting value"),
-    "JSON list": ({"inputs": "[1]"}, "inputs is JSON, but a list; it must be an object"),
-    "JSON number": ({"inputs": "1"}, "but a number"),
-    "JSON null": ({"inputs": "null"}, "but null"),
+    "JSON list": ({"inputs": "[1]"}, "inputs is a list; it must be a JSON object"),
+    "JSON number": ({"inputs": "1"}, "inputs is a number; it must be a JSON object"),
+    "JSON null": ({"inputs": "null"}, "inputs is null; it must be a JSON object"),
     "NaN": ({"inputs": '{"a": NaN}'}, "NaN is not JSON"),
     "deep JSON": ({"inputs": "[" * 200_000}, "nested too deeply"),
     "digits": ({"inputs": '{"a": ' + "9" * 5000 + "}"}, "inputs is not valid JSON"),
@@ -49,11 +49,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "long title": ({"title": "x" * 65_537}, "title has 65,537 bytes, the limit is 65,536"),
     "long title in bytes": ({"title": "é" * 40_000}, "title has 80,000 bytes"),
     "large inputs": ({"inputs": "x" * (16 * MIB + 1)}, "inputs has 16,777,217 bytes"),
-    "NUL in agent_id": ({"agent_id": "a\0b"}, "agent_id 'a\\x00b' holds a NUL character"),
+    "NUL in agent_id": ({"agent_id": "a\0b"}, "agent_id 'a\\x00b' contains a NUL character"),
     "BLOB title": ({"title": b"\xff\xfe"}, "title is a BLOB that is not UTF-8"),
 }
 BAD_IDS: dict[str, tuple[Any, str]] = {
-    "NUL": ("a\0b", "id 'a\\x00b' holds a NUL character"),
+    "NUL": ("a\0b", "id 'a\\x00b' contains a NUL character"),
     "empty": ("", "id is empty"),
     "blank": ("  ", "id is empty"),
     "long": ("x" * 513, "id has 513 bytes, the limit is 512"),

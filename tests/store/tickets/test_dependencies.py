@@ -95,7 +95,7 @@ async def test_circle(store: Store, outside: Outside, state: str, edges: dict[st
         await store.claim("w", lease_seconds=LEASE, ticket_id=name)
     found = await states(store)
     assert set(found.values()) == {"failed"}
-    assert "run in a circle: 'a' → " in ((await store.ticket("a")).error or "")
+    assert "form a cycle: 'a' → " in ((await store.ticket("a")).error or "")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Secrets as rows: names, scopes, and values that are sealed before they come here (`swarm.admin.vault`)."""
+"""Secrets as rows: names, scopes, and values already sealed (`swarm.admin.vault`)."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def of_names(tx: Tx, names: Sequence[str]) -> list[Sealed]:
 
 def remove(tx: Tx, name: str, scope: str) -> None:
     if tx.first(_ONE, name=name, scope=scope) is None:
-        raise NotFound(f"no secret {name!r} for {scope}; `swarm secret list` lists the existing ones")
+        raise NotFound(f"no secret {name!r} for {scope}; `swarm secret list` shows all")
     tx.run(_DELETE, name=name, scope=scope)

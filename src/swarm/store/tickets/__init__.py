@@ -1,4 +1,4 @@
-"""Tickets: added, listed, validated when another tool wrote them, their dependencies, changes and events.
+"""Tickets: adding, listing, validation of rows that another tool wrote, dependencies, changes and events.
 
 Imports `swarm.store.sql`; the packages of `swarm.store` above it import it.
 """

@@ -1,5 +1,5 @@
-"""What one transaction changes, collected row by row and written by few statements; and the fence that all writes by an
-attempt pass. Every transition is written together with its event.
+"""Collects the changes of one transaction and writes them with few statements; and the fence, which every write by an
+attempt must pass. Every transition is written together with its event.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, RunStatus
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import dump, lenient, message, milliseconds
 
-# Left joins: other tools may have taken any of these rows away.
+# Left joins: other tools may have deleted any of these rows.
 _FENCE = """
 SELECT a.id, a.step_execution_id, a.number, a.worker, a.outcome, a.started_at,
        s.run_id, s.step_id, s.agent_id, s.status, s.attempt_id, s.retry_count, s.max_attempts, s.retry AS step_retry,
@@ -80,7 +80,7 @@ _CANCEL_RUN: Final = sa.text(
     "due_at = NULL "
     "WHERE id = :run_id AND status IN ('running', 'waiting')"
 )
-_RUNS_WITHIN: Final = sa.text(
+_NESTED_RUNS: Final = sa.text(
     "SELECT r.id FROM step_executions s JOIN workflow_runs r ON r.parent_step_id = s.id WHERE s.run_id IN :ids"
 )
 _DELETE_ATTEMPTS: Final = sa.text(
@@ -98,7 +98,7 @@ _RUNNING: Final = (TicketState.IN_PROGRESS, TicketState.WAITING)
 
 
 def owns(row: Row) -> bool:
-    """The fence: does this attempt still own its step, and its run its ticket?"""
+    """The fence: True if this attempt still owns its step, and its run its ticket."""
     return (
         row.outcome is None
         and row.status == StepStatus.RUNNING
@@ -109,11 +109,11 @@ def owns(row: Row) -> bool:
 
 
 class Changes:
-    """Collect, then `flush`. Methods that touch several rows at once by SQL write at once, after a flush."""
+    """Collect, then `flush`. `cancel_runs`, `delete_runs` and `cancel_orphans` flush by themselves."""
 
     def __init__(self, tx: Tx) -> None:
         self.tx = tx
-        self.ended: dict[str, TicketState] = {}  # tickets that this transaction ended: others may wait for them
+        self.ended: dict[str, TicketState] = {}  # by this transaction; other tickets may depend on them
         # Runs that need a decision, each with the steps that ended or were answered; see `advance_workflows`.
         self.pending_runs: dict[str, list[str]] = {}
         self._rows: dict[sa.TextClause, list[Mapping[str, Any]]] = {}
@@ -122,7 +122,7 @@ class Changes:
         self._rows.setdefault(statement, []).append(values)
 
     def flush(self) -> None:
-        """In the order in which the kinds of change first came up, but attempts after all steps, and events at last."""
+        """Write the statements in the order of their first row, but new attempts and events at the end."""
         rows, self._rows = self._rows, {}
         last = [(statement, rows.pop(statement, [])) for statement in (INSERT_ATTEMPT, INSERT_EVENT)]
         for statement, values in (*rows.items(), *last):
@@ -219,7 +219,7 @@ class Changes:
         delay_ms: int = 0,
         vm_time_ms: float = 0.0,
     ) -> None:
-        """running → ready: by retry, lost lease or soft stop; waiting → ready: it may spend more."""
+        """running → ready: by retry, lost lease or soft stop; waiting → ready: its budget was raised."""
         self.add(
             _STEP_BACK,
             id=row.step_execution_id,
@@ -243,7 +243,7 @@ class Changes:
         )
 
     def ask(self, row: Row, *, why: str, question: str, error: str, vm_time_ms: float = 0.0) -> None:
-        """running → waiting, for a person's word. Its row goes on naming the attempt that it came to this by."""
+        """running → waiting, for a person's answer. The step's row keeps the id of this attempt."""
         self.add(_ASK, id=row.step_execution_id, question=message(question), error=message(error))
         if vm_time_ms:
             self.add(_ADD_VM_TIME, id=row.run_id, vm_time_ms=vm_time_ms)
@@ -270,7 +270,7 @@ class Changes:
         vm_time_ms: float = 0.0,
         vm_id: int | None = None,
     ) -> None:
-        """The step ends. In a plain ticket its run and its ticket do as well; in a workflow's run that is news."""
+        """The step ends, and in a plain ticket also the run and the ticket. In a workflow, the run needs a decision."""
         error, now = message(error), self.tx.now
         started, ended = milliseconds(row.started_at), self.tx.now_ms
         self.add(
@@ -315,9 +315,9 @@ class Changes:
         self.set_ticket(row.ticket_id, lenient(row.state), state, error=error, outputs=outputs)
 
     def cancel_runs(self, run_ids: Iterable[str], *, error: str) -> None:
-        """All that is live in these runs, and in runs within them, ends as cancelled; their tickets are not touched."""
+        """Cancel these runs, nested ones, and their live steps and attempts. Tickets are not changed."""
         self.flush()
-        ids = self._with_those_within(run_ids)
+        ids = self._with_nested(run_ids)
         for run in ids:
             self.pending_runs.pop(run, None)
         for step in self.tx.all_in(_LIVE_STEPS, ids):
@@ -335,22 +335,22 @@ class Changes:
         self.flush()
 
     def delete_runs(self, run_ids: Iterable[str]) -> None:
-        """Runs whose ticket is gone."""
+        """Delete runs whose ticket was deleted."""
         self.flush()
-        ids = self._with_those_within(run_ids)
+        ids = self._with_nested(run_ids)
         for statement in (_DELETE_ATTEMPTS, _DELETE_STEPS, _DELETE_RUN):
             self.tx.many(statement, [{"run_id": run} for run in ids])
 
-    def _with_those_within(self, run_ids: Iterable[str]) -> list[str]:
+    def _with_nested(self, run_ids: Iterable[str]) -> list[str]:
         found = dict.fromkeys(run_ids)
         level = list(found)
         while level:
-            level = [row.id for row in self.tx.all_in(_RUNS_WITHIN, level) if row.id not in found]
+            level = [row.id for row in self.tx.all_in(_NESTED_RUNS, level) if row.id not in found]
             found |= dict.fromkeys(level)
         return list(found)
 
     def cancel_orphans(self, rows: Sequence[Row]) -> None:
-        """Live attempts (rows of the fence) or ready steps whose ticket another tool ended, took back or deleted."""
+        """Live attempts (rows of the fence) or ready steps whose ticket another tool ended, changed or deleted."""
         known = [row for row in rows if row.run_id is not None and row.ticket is not None]
         taken_back = [row for row in known if not (row.state in _RUNNING and row.ticket_run == row.root_run)]
         if taken_back:
@@ -361,7 +361,7 @@ class Changes:
         if deleted := [row.run_id for row in rows if row.run_id is not None and row.ticket is None]:
             self.delete_runs(deleted)
         for row in rows:
-            if row.run_id is None:  # even its step is gone
+            if row.run_id is None:  # even its step was deleted
                 self.add(_DELETE_ATTEMPT, id=row.id)
             elif row in known and row not in taken_back:  # the step belongs to another attempt
                 self.end_attempt(row, AttemptOutcome.LOST, error="another attempt has the step")

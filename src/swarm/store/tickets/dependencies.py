@@ -1,7 +1,7 @@
-"""Tickets that wait for tickets (`ticket_dependencies`, written by any tool): blocked until all they need are done.
+"""Tickets that depend on tickets (`ticket_dependencies`, written by any tool): blocked until all those are done.
 
-A missing id, a circle, or one that failed or was cancelled fails those that need it, with a reason. Costs one look into
-an empty table while nobody uses it.
+A missing id, a cycle, or a dependency that failed or was cancelled fails the dependent ticket, with a reason. While
+nobody uses this, it costs one look into an empty table.
 """
 
 from __future__ import annotations
@@ -32,30 +32,36 @@ BLOCKED_DEPENDANTS: Final = sa.text(
     "WHERE d.depends_on IN :ids AND t.state = 'blocked'"
 )
 
+# Another tool may have written some of them before the ticket itself.
+INSERT: Final = sa.text(
+    "INSERT INTO ticket_dependencies (ticket_id, depends_on) VALUES (:ticket_id, :depends_on) ON CONFLICT DO NOTHING"
+)
+OF_TICKET: Final = sa.text("SELECT depends_on FROM ticket_dependencies WHERE ticket_id = :id ORDER BY depends_on")
+
 
 def check(tx: Tx, ids: Iterable[str]) -> dict[str, str | None]:
-    """Those of the tickets that can't start: None for one that must wait, a sentence for one that never can."""
+    """The tickets that can't start: None for one that must wait, the reason for one that never can."""
     return _judge(tx.all_in(NEEDS_OF, ids))
 
 
 def _judge(rows: Sequence[Row]) -> dict[str, str | None]:
-    verdicts: dict[str, str | None] = {}
+    blockers: dict[str, str | None] = {}
     for row in rows:
-        if verdicts.get(row.ticket_id) is not None or row.depends_on is None:
+        if blockers.get(row.ticket_id) is not None or row.depends_on is None:
             continue
         if row.found is None:
-            verdicts[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which does not exist"
+            blockers[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which does not exist"
         elif row.state == TicketState.FAILED:
-            verdicts[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which failed"
+            blockers[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which failed"
         elif row.state == TicketState.CANCELLED:
-            verdicts[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which was cancelled"
+            blockers[row.ticket_id] = f"it depends on the ticket {shown(row.depends_on)}, which was cancelled"
         elif row.state != TicketState.DONE:
-            verdicts[row.ticket_id] = None
-    return verdicts
+            blockers[row.ticket_id] = None
+    return blockers
 
 
 def release(changes: Changes) -> None:
-    """After tickets ended: start or fail those that waited for them, and those that waited for these, …"""
+    """After tickets ended: start or fail those that depend on them, and in turn those that depend on these."""
     while changes.ended:
         changes.flush()
         ended, changes.ended = changes.ended, {}
@@ -64,35 +70,36 @@ def release(changes: Changes) -> None:
     changes.flush()
 
 
-def _apply(changes: Changes, blocked: Iterable[str], verdicts: Mapping[str, str | None]) -> bool:
+def _apply(changes: Changes, blocked: Iterable[str], blockers: Mapping[str, str | None]) -> bool:
     started = False
     for one in blocked:
-        if one not in verdicts:
+        if one not in blockers:
             changes.set_ticket(one, TicketState.BLOCKED, TicketState.READY)
             started = True
-        elif (error := verdicts[one]) is not None:
+        elif (error := blockers[one]) is not None:
             changes.set_ticket(one, TicketState.BLOCKED, TicketState.FAILED, error=error)
     return started
 
 
 def recheck_blocked(changes: Changes) -> bool:
-    """Judge every blocked ticket anew, for what other tools changed, and break circles. True if one became ready."""
+    """Check every blocked ticket again, since other tools may have changed rows, and fail cycles. True if one became
+    ready."""
     rows = [row for row in changes.tx.all(NEEDS_OF_BLOCKED) if isinstance(row.id, str)]
     if not rows:
         return False
     blocked = dict.fromkeys(row.id for row in rows)
-    verdicts = _judge(rows)
-    for circle in _circles({one: [] for one in blocked}, rows):
-        way = " → ".join(shown(one) for one in (*circle, circle[0]))
-        for one in circle:
-            verdicts[one] = f"its dependencies run in a circle: {way}; delete one of them from ticket_dependencies"
-    started = _apply(changes, blocked, verdicts)
+    blockers = _judge(rows)
+    for cycle in _cycles({one: [] for one in blocked}, rows):
+        path = " → ".join(shown(one) for one in (*cycle, cycle[0]))
+        for one in cycle:
+            blockers[one] = f"its dependencies form a cycle: {path}; delete one of them from ticket_dependencies"
+    started = _apply(changes, blocked, blockers)
     release(changes)
     return started
 
 
-def _circles(needs: dict[str, list[str]], rows: Sequence[Row]) -> list[list[str]]:
-    """At least one circle of every knot of blocked tickets, each in the order of its dependencies."""
+def _cycles(needs: dict[str, list[str]], rows: Sequence[Row]) -> list[list[str]]:
+    """At least one cycle of each group of entangled tickets, in the order of its dependencies."""
     for row in rows:
         if row.depends_on in needs:
             needs[row.id].append(row.depends_on)
@@ -102,35 +109,28 @@ def _circles(needs: dict[str, list[str]], rows: Sequence[Row]) -> list[list[str]
         for other in others:
             needed_by[other].append(one)
     free = [one for one, count in open_needs.items() if count == 0]
-    while free:  # Kahn's algorithm: what is left over lies in a circle, or depends on one
+    while free:  # Kahn's algorithm: what is left is in a cycle, or depends on one
         one = free.pop()
         del open_needs[one]
         for other in needed_by[one]:
             open_needs[other] -= 1
             if open_needs[other] == 0:
                 free.append(other)
-    circles, seen = [], set[str]()
+    cycles, seen = [], set[str]()
     for start in open_needs:
-        way: list[str] = []
+        path: list[str] = []
         one = start
         while one not in seen:
             seen.add(one)
-            way.append(one)
+            path.append(one)
             one = next(other for other in needs[one] if other in open_needs)
-        if one in way:
-            circles.append(way[way.index(one) :])
-    return circles
+        if one in path:
+            cycles.append(path[path.index(one) :])
+    return cycles
 
 
 def add(tx: Tx, ticket_id: str, depends_on: Iterable[str]) -> None:
     tx.many(INSERT, [{"ticket_id": ticket_id, "depends_on": other} for other in dict.fromkeys(depends_on)])
-
-
-# Another tool may have written some of them before the ticket itself.
-INSERT: Final = sa.text(
-    "INSERT INTO ticket_dependencies (ticket_id, depends_on) VALUES (:ticket_id, :depends_on) ON CONFLICT DO NOTHING"
-)
-OF_TICKET: Final = sa.text("SELECT depends_on FROM ticket_dependencies WHERE ticket_id = :id ORDER BY depends_on")
 
 
 def depends_on(tx: Tx, ticket_id: str) -> list[str]:

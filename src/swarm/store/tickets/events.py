@@ -1,4 +1,4 @@
-"""The log of everything: appended to in batches, read by those who follow a ticket, pruned by age."""
+"""The event log: appended to in batches, read by ticket, pruned by age."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import dump, iso
 
 _COLUMNS: Final = "e.seq, e.ticket_id, e.step_id, e.attempt_id, e.at, e.kind, e.data"
-# A chunk of output that comes after its ticket was deleted has nobody left to read it.
+# Output that arrives after its ticket was deleted is dropped.
 APPEND: Final = sa.text(
     "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "
     "SELECT id, :step_id, :attempt_id, :at, :kind, :data FROM tickets WHERE id = :ticket_id"
 )
-# An id may be used again after its ticket was deleted: the history of the one before is not this one's.
+# An id may be used again after its ticket was deleted: events of the old ticket are left out.
 OF_TICKET: Final = sa.text(
     f"SELECT {_COLUMNS} FROM events e WHERE e.ticket_id = :id AND e.seq > :after AND e.seq > COALESCE("
     "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
@@ -37,7 +37,7 @@ _PRUNED_AT_ONCE: Final = 2000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
     removed: int
-    after: int | None  # where to go on; None at the end
+    after: int | None  # where the next batch starts; None at the end
 
 
 def append(tx: Tx, requests: Sequence[Sequence[Event]]) -> Sequence[None]:
@@ -68,12 +68,12 @@ def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Eve
 def prune(tx: Tx, *, older_than_seconds: float, after: int) -> Pruned:
     """One batch, so that other writers get a turn in between. Tickets that have not ended keep their history."""
     before = iso(tx.now_ms - round(older_than_seconds * 1000))
-    looked_at = tx.all(_OLDEST, after=after, limit=_PRUNED_AT_ONCE)
-    old = [row for row in looked_at if row.at < before]
+    oldest = tx.all(_OLDEST, after=after, limit=_PRUNED_AT_ONCE)
+    old = [row for row in oldest if row.at < before]
     kept = {row.id for row in tx.all_in(_UNFINISHED, {row.ticket_id for row in old if isinstance(row.ticket_id, str)})}
     gone = [{"seq": row.seq} for row in old if row.ticket_id not in kept]
     tx.many(_DELETE, gone)
-    more = len(looked_at) == _PRUNED_AT_ONCE and len(old) == len(looked_at)
+    more = len(oldest) == _PRUNED_AT_ONCE and len(old) == len(oldest)
     if not more:
-        tx.run(PRUNE_DEFINITIONS)  # frozen workflows of which no run is left
-    return Pruned(removed=len(gone), after=looked_at[-1].seq if more else None)
+        tx.run(PRUNE_DEFINITIONS)  # frozen workflows without any run left
+    return Pruned(removed=len(gone), after=oldest[-1].seq if more else None)

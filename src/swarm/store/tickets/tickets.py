@@ -1,4 +1,4 @@
-"""Tickets by hand: add, show, list, cancel, retry; and how long the queue is."""
+"""Adds, shows, lists, cancels and retries tickets; counts the queue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from swarm.store.sql.schema import UNFINISHED
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import Changes
 
-# What a ticket is added with; the rest is Swarm's to write, or has a default.
+# Columns of a new ticket; Swarm writes the others, or they have defaults.
 _GIVEN: Final = (
     "id", "project_id", "title", "description", "state", "agent_id", "assignee_id", "assignee_type", "execution_mode",
     "workflow_id", "inputs", "priority", "timeout_seconds", "max_attempts", "budget_usd", "budget_tokens",
@@ -41,7 +41,7 @@ _INSERT: Final = sa.text(
 _BY_ID: Final = sa.text(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
 _LIST: Final = f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE 1 = 1"
 _LIVE_RUNS: Final = sa.text("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
-_AGAIN: Final = sa.text(
+_RETRY: Final = sa.text(
     "UPDATE tickets SET state = 'ready', error = NULL, outputs = NULL, run_id = NULL, started_at = NULL, "
     "completed_at = NULL, updated_at = :now WHERE id = :id"
 )
@@ -53,7 +53,7 @@ _ATTEMPTS: Final = sa.text(
     "SELECT a.*, s.step_id FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
     "JOIN attempts a ON a.step_execution_id = s.id WHERE r.ticket_id = :id ORDER BY a.id"
 )
-# `|| ''`: else SQLite looks for the oldest ready ticket in the index of all tickets by age, past every finished one.
+# `|| ''`: without it, SQLite would search the index of all tickets by age, past every finished one.
 QUEUE: Final = sa.text(f"""
     SELECT (SELECT count(*) FROM tickets WHERE state = 'ready') AS ready_tickets,
       (SELECT min(created_at || '') FROM tickets WHERE state = 'ready') AS oldest_ticket,
@@ -91,7 +91,7 @@ def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
 
 
 def check(ticket: Ticket) -> Ticket:
-    """What `add_ticket` refuses at once, and an outside INSERT only sees when it is claimed. Raises UsageError."""
+    """Raises UsageError for what a claim would refuse in a row that another tool wrote."""
     if ticket.state not in (TicketState.DRAFT, TicketState.READY):
         raise UsageError(f"a new ticket is 'draft' or 'ready', not {validation.shown(ticket.state)}")
     values = asdict(ticket) | {"execution_mode": ticket.execution_mode or "agent"}
@@ -150,27 +150,25 @@ def cancel(tx: Tx, id: str, *, by: str) -> None:  # noqa: A002
 
 
 def retry(tx: Tx, id: str) -> None:  # noqa: A002
-    """Once more, in a new run; the old ones stay as history. Raises Conflict unless it failed or was cancelled."""
+    """Make it ready for a new run; old runs stay as history. Raises Conflict unless it failed or was cancelled."""
     take_back(tx, id)[1].flush()
 
 
 def take_back(tx: Tx, id: str, *, done: bool = False) -> tuple[Ticket, Changes]:  # noqa: A002
-    """Make a failed or cancelled ticket, with ``done`` any that has ended, ready: the ticket as it was, and the
-    change, to be flushed."""
+    """Make a failed or cancelled ticket ready; with ``done``, any that has ended. Returns the ticket as it was, and the
+    changes, which the caller must flush."""
     found = ticket(tx, id)
     if found.state == TicketState.DONE and not done:
         raise Conflict(
-            f"the ticket {validation.shown(id)} is done; only a failed or cancelled one is tried again "
-            "(of a workflow that is done, a step and what follows: --from STEP)"
+            f"the ticket {validation.shown(id)} is done; only failed or cancelled ones can be retried "
+            "(in a workflow that is done, use --from STEP to run a step and those after it again)"
         )
     if found.state not in TERMINAL_TICKET_STATES:
-        raise Conflict(
-            f"the ticket {validation.shown(id)} is {found.state}: it has not ended, so it can't be tried again"
-        )
+        raise Conflict(f"the ticket {validation.shown(id)} is {found.state}: it has not ended, so it can't be retried")
     changes = Changes(tx)
-    if live := [row.id for row in tx.all(_LIVE_RUNS, id=id)]:  # ended from outside a moment ago
+    if live := [row.id for row in tx.all(_LIVE_RUNS, id=id)]:  # another tool ended the ticket a moment ago
         changes.cancel_runs(live, error="the ticket was changed from outside")
-    changes.add(_AGAIN, id=id, now=tx.now)
+    changes.add(_RETRY, id=id, now=tx.now)
     changes.transition("ticket", found.state, TicketState.READY, ticket_id=id, why="by hand")
     return found, changes
 

@@ -1,7 +1,7 @@
-"""Is this row a ticket that can run? Everything in it may be wrong: any tool may have written it.
+"""Checks whether a row of `tickets` can run. Any tool may have written it, so everything in it may be wrong.
 
-What is wrong becomes a `BadRow`, whose message goes into the ticket's `error`: it says which column, what is in it, and
-what to put there instead. Pure: rows in, values out.
+A `BadRow` becomes the ticket's `error`: it says which column is wrong, what is in it, and what to put there instead.
+Pure: rows in, values out.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ MAX_BYTES: Final[Mapping[str, int]] = {
     "inputs": 16 * MIB,
     "trigger_data": 16 * MIB,
 }
-MAX_OTHER_BYTES: Final = 64 * KIB  # title and all the short ones
+MAX_OTHER_BYTES: Final = 64 * KIB  # of every other text column
 _ID_COLUMNS: Final = ("id", "agent_id", "assignee_id", "workflow_id", "assignee_type", "execution_mode")
-# What Swarm itself writes: shown as well as can be, never a reason to refuse the ticket.
-_OURS: Final = frozenset({"outputs", "error", "run_id", "created_at", "updated_at", "started_at", "completed_at"})
+# Columns that Swarm itself writes: wrong values are no reason to refuse the ticket.
+_WRITTEN_BY_SWARM: Final = frozenset(
+    {"outputs", "error", "run_id", "created_at", "updated_at", "started_at", "completed_at"}
+)
 
 
 class BadRow(ValueError):
-    """A ticket that can't run, and what to do about it."""
+    """Why a ticket can't run, and what to do about it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A ticket that can run, as far as its own row tells."""
+    """A ticket whose own row allows it to run."""
 
     ticket: Ticket
     agent_id: str
@@ -63,7 +65,7 @@ def strict_ticket(row: Any) -> Ticket:
     values: dict[str, Any] = {}
     for name in TICKET_FIELDS:
         value = getattr(row, name)
-        if name in _OURS:
+        if name in _WRITTEN_BY_SWARM:
             values[name] = lenient(value)
         elif name in _NUMBERS:
             values[name] = _number(name, value)
@@ -71,7 +73,7 @@ def strict_ticket(row: Any) -> Ticket:
             values[name] = strict_text(name, value)
     for name in _ID_COLUMNS:
         if "\0" in (values[name] or ""):
-            raise BadRow(f"{name} {shown(values[name])} holds a NUL character; remove it")
+            raise BadRow(f"{name} {shown(values[name])} contains a NUL character; remove it")
     if not values["id"].strip():
         raise BadRow("id is empty; give the ticket an id")
     if values["over_budget"] not in (None, *BudgetPolicy):
@@ -83,7 +85,7 @@ def strict_text(name: str, value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, bytes):
-        if name == "id":  # no statement of ours would find it again by its text
+        if name == "id":  # statements that compare with text would not find it
             raise BadRow("id is a BLOB; give the ticket an id that is text")
         try:
             value = value.decode()  # e.g. the shell's readfile()
@@ -105,8 +107,8 @@ def _number(name: str, value: object) -> Any:
     whole = isinstance(least, int)
     if value is None:
         return 0 if name == "priority" else None
-    good = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
-    if isinstance(value, int | float) and good and (not whole or value == int(value)):
+    in_bounds = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
+    if isinstance(value, int | float) and in_bounds and (not whole or value == int(value)):
         return int(value) if whole else float(value)
     kind = "a whole number" if whole else "a number"
     raise BadRow(f"{name} is {shown(value)}; it must be {kind} from {least:g} to {most:g}, or NULL")
@@ -149,44 +151,41 @@ def _read_object(name: str, text: str | None) -> str:
     except ValueError as error:
         raise BadRow(f"{name} is not valid JSON: {error}; it must be a JSON object, for example {{}}") from None
     if not isinstance(value, dict):
-        kind = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
-        raise BadRow(f'{name} is JSON, but {kind}; it must be an object, for example {{"value": …}}')
+        kind = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+        raise BadRow(f'{name} is {kind}; it must be a JSON object, for example {{"value": …}}')
     return text
 
 
 def unknown_agent(agent_id: str, agents: Mapping[str, str]) -> BadRow:
-    """``agents``: name → id of those whose name is like it."""
+    """``agents``: name → id, of agents whose name equals this id."""
     hint = f"; did you mean {agents[agent_id]!r} (its name is {agent_id!r})?" if agent_id in agents else ""
-    return BadRow(f"no agent has the id {shown(agent_id)}{hint or '; `swarm agent list` shows those there are'}")
+    return BadRow(f"no agent has the id {shown(agent_id)}{hint or '; `swarm agent list` shows all'}")
 
 
 def unknown_workflow(workflow_id: str, ids: Sequence[str]) -> BadRow:
-    """``ids``: of workflows that are called so."""
+    """``ids``: of workflows whose name equals this id."""
     hint = f"; did you mean {ids[-1]!r} (its name is {workflow_id!r})?" if ids else ""
-    listed = "; look it up in the table workflows, or by `swarm workflow list`"
-    return BadRow(f"no workflow has the id {shown(workflow_id)}{hint or listed}")
+    return BadRow(f"no workflow has the id {shown(workflow_id)}{hint or '; `swarm workflow list` shows all'}")
 
 
 def disabled_workflow(name: str, version: str) -> BadRow:
-    return BadRow(
-        f"the workflow {name}@{version} is disabled; `swarm workflow enable {name}@{version}` lets it start again"
-    )
+    return BadRow(f"the workflow {name}@{version} is disabled; `swarm workflow enable {name}@{version}` enables it")
 
 
 def unknown_state(value: object) -> str:
     guess = str(lenient(value)).strip().lower().replace("-", "_").replace(" ", "_")
     meant = guess if guess in tuple(TicketState) else TicketState.READY
     others = ", ".join(s for s in TicketState if s not in (TicketState.IN_PROGRESS, TicketState.WAITING))
-    return f"state {shown(value)} is unknown; set it to '{meant}' (states to set by hand: {others})"
+    return f"state {shown(value)} is unknown; set it to '{meant}' (states that you can set: {others})"
 
 
 def storable(text: str) -> bool:
-    """Could this be an id in any database? Lone surrogates (from a command line that is not UTF-8) could not."""
+    """True if a database can store this text. It can't with lone surrogates (from a command line that is not UTF-8)."""
     return text.isascii() or text == lenient(text)
 
 
 def shown(value: object) -> str:
-    """A hostile value inside one of our sentences: quoted, short, printable."""
+    """A hostile value for use in a message: quoted, short, printable."""
     text = value if isinstance(value, int | float) else str(lenient(value))
     quoted = ascii(text)
     return quoted if len(quoted) <= 80 else f"{quoted[:76]}…{quoted[-1]}"
