@@ -167,7 +167,7 @@ async def test_a_budget_that_was_raised_holds_at_once(office: Office) -> None:
 
 async def test_a_model_without_a_price_can_have_no_budget_in_money(office: Office) -> None:
     async with office.door(await office.claim(budget_usd=1)) as door, client_of(door) as client:
-        with pytest.raises(anthropic.APIStatusError, match=r"price of model 'unheard-of' is not known.*in tokens"):
+        with pytest.raises(anthropic.APIStatusError, match=r"price of model 'unheard-of' is unknown.*in tokens"):
             await client.messages.create(**ask(model="unheard-of"))
     assert office.api.seen == []
 

@@ -1,6 +1,6 @@
-"""What `swarm prove` reads: the log in order and the rows that it must agree with, all of one moment.
+"""What `swarm prove` reads: the event log in order, and the rows that must agree with it, from one snapshot.
 
-Statements only; what they mean is swarm.admin.prove's. ``:since`` is ISO-8601 text, '' for everything.
+Only the statements; swarm.admin.prove interprets the results. ``:since`` is ISO-8601 text, '' for everything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RUNNING_STEPS: Final = sa.text(
     "LEFT JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN attempts a ON a.id = s.attempt_id "
     "WHERE s.status = 'running'"
 )
-# Nothing would ever carry these on: no decision is due, and no step is at work, nor waits for a worker or a person.
+# Nothing would ever continue these: no decision is due, no step runs, and none waits for a worker or a person.
 STALLED: Final = sa.text(
     "SELECT r.ticket_id, r.path FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id "
     "AND t.run_id = COALESCE(r.root_run_id, r.id) AND t.state IN ('in_progress', 'waiting') "
@@ -51,7 +51,7 @@ STALLED: Final = sa.text(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """``of``, ``before``, ``after``: a transition's ('ticket' or 'step'; states)."""
+    """``of``, ``before``, ``after``: of a transition ('ticket' or 'step', and its states)."""
 
     seq: int
     ticket_id: str
@@ -74,8 +74,7 @@ class TicketFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptFact:
-    """``expired_ms``: for how long its lease has been over, of one without an outcome. ``ended_ms``: since when it has
-    one."""
+    """``expired_ms``: time since its lease ended, if it has no outcome. ``ended_ms``: time since it has one."""
 
     id: str
     step_execution_id: str
@@ -89,7 +88,7 @@ class AttemptFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFact:
-    """A step that is running. ``attempt_alive``: its attempt is there without outcome, or other steps do its work."""
+    """A running step. ``attempt_alive``: its attempt has no outcome, or other steps do its work."""
 
     step_id: str
     ticket_id: str | None
@@ -97,7 +96,7 @@ class StepFact:
 
 
 class Audit:
-    """One moment of the database. Its iterators are for the function that is given it, while it runs."""
+    """A snapshot of the database. Its iterators work only during the call that received it."""
 
     def __init__(self, tx: Tx, since: str) -> None:
         self._tx = tx
@@ -106,10 +105,9 @@ class Audit:
     def log(self) -> Iterator[LogEntry]:
         for row in self._tx.stream(LOG, since=self.since):
             data: Any = None
-            with contextlib.suppress(TypeError, ValueError):  # of another tool's making: then it is no transition
+            with contextlib.suppress(TypeError, ValueError):  # another tool wrote it: not a transition
                 data = json.loads(row.data)
-            if not isinstance(data, dict):
-                data = {}
+            data = data if isinstance(data, dict) else {}
             yield LogEntry(
                 seq=row.seq,
                 ticket_id=lenient(row.ticket_id) or "",
@@ -154,6 +152,6 @@ class Audit:
             )
 
     def stalled(self) -> Iterator[str]:
-        """Tickets with a run of a workflow that is under way, and that nothing carries on."""
+        """Tickets with a live workflow run that nothing would ever continue."""
         for row in self._tx.stream(STALLED):
             yield lenient(row.ticket_id) or ""

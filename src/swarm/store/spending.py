@@ -1,6 +1,6 @@
-"""The books of model calls: reserved before, booked after, summed where people look. See `swarm.ledger`.
+"""The accounts of model calls: reserved before a call, booked after it, summed for display. See `swarm.ledger`.
 
-Money that was spent was spent: booking is not fenced, and a call stays in the books when its ticket is deleted.
+Booking is not fenced, since the money is spent in any case; a call stays in the accounts when its ticket is deleted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import dump, iso, message
 from swarm.store.tickets.changes import INSERT_EVENT
 
-# Calls of one scope: what was spent, and what calls under way hold. A reservation of an attempt that has ended, or is
-# gone, will never be booked by anybody: it counts as spent. A one-off run has no row to tell whether it lives, so there
-# age tells.
+# Sums over the calls of one scope: what was spent, and what calls under way hold. Nobody will book a reservation of an
+# attempt that has ended or was deleted: it counts as spent. A one-off run has no attempt row, so its age decides.
 _LIVE: Final = "(a.id IS NOT NULL AND a.outcome IS NULL OR c.ticket_id IS NULL AND c.at >= :recent)"
 _SUMS: Final = f"""
 SELECT
@@ -30,8 +29,8 @@ SELECT
   COALESCE(SUM(CASE WHEN c.status IS NULL AND {_LIVE} THEN c.reserved_tokens END), 0) AS held_tokens
 FROM model_calls c LEFT JOIN attempts a ON a.id = c.attempt_id AND c.status IS NULL
 """
-_ONE_OFF_LIVES_MS: Final = 3_600_000  # the longest that a call of one is taken for under way
-# By run, not by ticket: an id that is used again after its ticket was deleted starts with nothing spent.
+_ONE_OFF_MAX_MS: Final = 3_600_000  # a call of a one-off run that is older no longer counts as under way
+# By run, not by ticket id: a new ticket with the id of a deleted one starts with nothing spent.
 _OF_TICKET: Final = sa.text(_SUMS + "WHERE c.run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)")
 _OF_RUN: Final = sa.text(_SUMS + "WHERE c.run_id = :run_id")
 _OF_STEP: Final = sa.text(_SUMS + "WHERE c.step_execution_id = :step_execution_id")
@@ -82,10 +81,10 @@ FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC,
 
 
 def reserve(tx: Tx, order: Order) -> Reservation:
-    """Room in every budget that this call counts against, taken in the same transaction that looked for it.
+    """Check every budget that this call counts against, and reserve its cost, in one transaction.
 
-    Budgets are read now: one that was raised meanwhile holds at once. Raises NotFound when the ticket is gone, and
-    LeaseLost when the attempt has ended: its worker may be the last to hear of it.
+    Reads the budgets each time, so a raised budget applies at once. Raises NotFound when the ticket is deleted, and
+    LeaseLost when the attempt has ended, which its worker may not know yet.
     """
     account = order.account
     of_agent = f"the budget of agent {account.agent_name} for a step"
@@ -97,9 +96,9 @@ def reserve(tx: Tx, order: Order) -> Reservation:
     else:
         row = tx.first(_LIMITS, run_id=account.run_id, agent_id=account.agent_id, attempt_id=account.attempt_id)
         if row is None:
-            raise NotFound(f"the ticket {account.ticket_id} was deleted; its agent may not call a model any more")
+            raise NotFound(f"the ticket {account.ticket_id} was deleted, so its agent can no longer call a model")
         if row.outcome is not None:
-            raise LeaseLost(f"this attempt has ended ({row.outcome}); it may not call a model any more")
+            raise LeaseLost(f"this attempt has ended ({row.outcome}) and can no longer call a model")
         workflow, of_run = row.workflow, {"run_id": account.run_id}
         limits = _limit(row.workflow_usd, row.workflow_tokens)
         scopes = [
@@ -108,9 +107,9 @@ def reserve(tx: Tx, order: Order) -> Reservation:
             (f"the budget of workflow {workflow} for a run", limits, _OF_RUN, of_run),
         ]
     scopes.append(("this installation's budget for today (UTC)", order.day, _OF_DAY, {"day": tx.now[:10]}))
-    recent = iso(tx.now_ms - _ONE_OFF_LIVES_MS)
+    recent = iso(tx.now_ms - _ONE_OFF_MAX_MS)
     usd, tokens = order.most.usd, order.most.tokens
-    # What a budget has left, and not what is reserved of it, ends a stream: it may come dearer than it was guessed.
+    # A stream ends at what is left of the budget, not at its own reservation: it may cost more than estimated.
     left_usd: float | None = None
     left_tokens: int | None = None
     busy = ""
@@ -124,11 +123,11 @@ def reserve(tx: Tx, order: Order) -> Reservation:
         if limit.usd is not None and usd is not None:
             left = limit.usd - sums.spent_usd - sums.held_usd
             left_usd, usd = min(left, left if left_usd is None else left_usd), min(usd, left)
-            busy = busy or (f"calls under way hold what is left of {name}" if usd < (order.least.usd or 0) else "")
+            busy = busy or (f"calls under way have reserved the rest of {name}" if usd < (order.least.usd or 0) else "")
         if limit.tokens is not None:
             rest = limit.tokens - sums.spent_tokens - sums.held_tokens
             left_tokens, tokens = min(rest, rest if left_tokens is None else left_tokens), min(tokens, rest)
-            busy = busy or (f"calls under way hold what is left of {name}" if tokens < order.least.tokens else "")
+            busy = busy or (f"calls under way have reserved the rest of {name}" if tokens < order.least.tokens else "")
     if busy:
         return Busy(message=busy)
     tx.run(
@@ -150,7 +149,7 @@ def reserve(tx: Tx, order: Order) -> Reservation:
 
 
 def _limit(usd: object, tokens: object) -> Limit:
-    """A budget of a row that anybody may have written; what is no number is no money."""
+    """A budget from a row that any tool may have written; a value that is not a number counts as 0."""
     return Limit(
         usd=None if usd is None else float(usd) if isinstance(usd, int | float) else 0.0,
         tokens=None if tokens is None else int(tokens) if isinstance(tokens, int | float) else 0,
@@ -158,12 +157,12 @@ def _limit(usd: object, tokens: object) -> Limit:
 
 
 def _refusal(name: str, limit: Limit, sums: Row, order: Order) -> str:
-    """Why the call can't be made even when all calls under way have ended, with the sums; '' when it can."""
+    """Why the call can't be made even after all calls under way have ended, with the sums; '' if it can."""
     if limit.usd is not None:
         if order.least.usd is None:
             return (
-                f"the price of model {order.model!r} is not known, so {name} ({_usd(limit.usd)}) can't be held: "
-                "add the model to the price list (docs/claude.md), or give the budget in tokens"
+                f"the price of model {order.model!r} is unknown, so {name} ({_usd(limit.usd)}) can't be enforced; "
+                "add the model to the price list (docs/claude.md), or set the budget in tokens"
             )
         if sums.spent_usd + order.least.usd > limit.usd:
             return (
@@ -183,7 +182,7 @@ def _usd(amount: float) -> str:
 
 
 def book(tx: Tx, bill: Bill) -> None:
-    """Once, even if called again with the same bill."""
+    """Replaces the reservation; called again with the same bill, it changes nothing."""
     counts = {kind: bill.counts.get(kind, 0) for kind in ("input", "output", "cache_read", "cache_write")}
     booked = tx.first(
         _BOOK,
@@ -235,8 +234,8 @@ def _event(tx: Tx, bill: Bill, counts: dict[str, int]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Calls of one ticket, agent, workflow, model or day. ``cost_usd`` lacks the ``unpriced_calls``, whose model has no
-    price, and the ``open_calls``: under way, or cut off by the death of their engine."""
+    """Calls of a ticket, agent, workflow, model or day. ``cost_usd`` leaves out ``unpriced_calls``, whose model has no
+    price, and ``open_calls``, which still run or were cut off when their engine died."""
 
     name: str
     calls: int
@@ -250,7 +249,7 @@ class Costs:
 
 
 def costs(tx: Tx, by: By, *, since: str) -> list[Costs]:
-    """Dearest first; days in their order."""
+    """Most expensive first; days in order."""
     rows = tx.all(sa.text(_COSTS.format(group=_GROUPS[by])), since=since)
     found = [Costs(**row._asdict()) for row in rows]
     return sorted(found, key=lambda c: c.name) if by == "day" else found

@@ -24,7 +24,7 @@ _JSON: Final = frozenset({*_LISTS, "env", "retry"})
 
 _NUMBERS: Final = tuple(name for name in AGENT_FIELDS if name in BOUNDS)
 _REQUIRED: Final = ("memory_mb", "vcpus", "disk_mb", "timeout_seconds")  # the other numbers may be NULL
-_OF_RETRY: Final = ("max_attempts", "delay_seconds", "factor", "max_delay_seconds")
+_RETRY_NUMBERS: Final = ("max_attempts", "delay_seconds", "factor", "max_delay_seconds")
 
 BY_IDS: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE id IN :ids")
 _BY_VERSION: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE name = :name AND version = :version")
@@ -38,30 +38,30 @@ _UPDATE: Final = sa.text(
     "WHERE id = :id"
 )
 _DELETE: Final = sa.text("DELETE FROM agents WHERE id = :id")
-# Live runs of workflows have pinned it: their steps name it only when they start.
-_WANTED_BY_RUN: Final = sa.text(
+# Live workflow runs pin agents in their definition; their steps name the agent only when they start.
+_RUNS_THAT_NEED: Final = sa.text(
     "SELECT DISTINCT r.ticket_id AS id FROM workflow_runs r JOIN definitions d ON d.digest = r.definition "
     "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND instr(d.definition, :pinned) > 0 LIMIT 3"
 )
 _ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
-_WANTED_BY: Final = sa.text(
+_TICKETS_THAT_NEED: Final = sa.text(
     "SELECT id FROM tickets WHERE (agent_id = :id OR (assignee_id = :id AND coalesce(agent_id, '') = '' AND "
     f"coalesce(nullif(assignee_type, ''), 'agent') = 'agent')) AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
 )
 
 
 class Agents:
-    """Agents by id, parsed once for as long as their rows stay the same. One thread only."""
+    """Agents by id; each is parsed again only when its row changes. For one thread only."""
 
     def __init__(self) -> None:
         self._parsed: dict[str, tuple[Row, Agent | StoreError]] = {}
 
     def load(self, tx: Tx, ids: Iterable[str]) -> dict[str, Agent | StoreError]:
-        """Those of the ids that exist; a StoreError in place of one whose row is broken."""
+        """The agents that exist; a StoreError in place of one with a broken row."""
         return {row.id: self._parse(row) for row in tx.all_in(BY_IDS, ids)}
 
     def named(self, tx: Tx, pinned: str) -> Agent | StoreError | None:
-        """By ``name@version``, both in full."""
+        """By ``name@version``, with the full version."""
         name, _, version = pinned.partition("@")
         row = tx.first(_BY_VERSION, name=name, version=version)
         return self._parse(row) if row is not None else None
@@ -78,7 +78,7 @@ class Agents:
 
 
 def parse(row: Row) -> Agent:
-    """Raises StoreError that names the column: people can write to this table as well."""
+    """Raises StoreError that names the wrong column: other tools may write to this table."""
     values = {name: getattr(row, name) for name in AGENT_FIELDS}
     try:
         for name in _JSON:
@@ -88,16 +88,16 @@ def parse(row: Row) -> Agent:
             retry["on"] = frozenset(FailureReason(reason) for reason in retry["on"])
         for name in _LISTS:
             if not isinstance(values[name], list) or not all(isinstance(item, str) for item in values[name]):
-                raise ValueError(f"{name} must be a JSON list of texts")
+                raise ValueError(f"{name} must be a JSON list of strings")
             values[name] = tuple(values[name])
         if not values["entry"]:
             raise ValueError("entry is empty")
         if not isinstance(values["env"], dict) or not all(isinstance(text, str) for text in values["env"].values()):
-            raise ValueError("env must be a JSON object of texts")
+            raise ValueError("env must be a JSON object of strings")
         for name in _NUMBERS:
             if name in _REQUIRED or values[name] is not None:
                 _check_number(name, name, values[name])
-        for name in _OF_RETRY:
+        for name in _RETRY_NUMBERS:
             if name in retry:
                 _check_number(f"retry.{name}", name, retry[name])
         if values["over_budget"] not in (None, *BudgetPolicy):
@@ -109,9 +109,7 @@ def parse(row: Row) -> Agent:
         }
         return Agent(**values)
     except (ValueError, TypeError) as error:
-        raise StoreError(
-            f"the agent {row.name!r} ({row.id}) is registered with a broken row: {error}; register it again"
-        ) from None
+        raise StoreError(f"the agent {row.name!r} ({row.id}) has a broken row: {error}; register it again") from None
 
 
 def _check_number(label: str, name: str, value: object) -> None:
@@ -129,31 +127,31 @@ def _to_row(agent: Agent) -> dict[str, Any]:
 
 
 def put_agent(tx: Tx, agent: Agent) -> Agent:
-    """Register. The same again is nothing; the same id in another version replaces it; a changed agent under an old
-    name and version is a Conflict, since runs name what they ran by these. `path` may move: it is no content."""
+    """Register. An identical agent changes nothing; another version under the same id replaces it. A changed agent
+    under a registered name and version is a Conflict, since runs refer to agents by these. Only `path` may change."""
     row = tx.first(_BY_ID, ref=agent.id)
     namesakes = [other for other in tx.all(_BY_NAME, ref=agent.name) if other.version == agent.version]
     if namesakes and namesakes[0].id != agent.id:
         raise Conflict(
             f"the agent {agent.name}@{agent.version} is registered under the id {namesakes[0].id}, not {agent.id}; "
-            "keep that id, or give yours another version"
+            "use that id, or another version"
         )
     if row is None:
         tx.run(_INSERT, **_to_row(agent))
         return agent
     try:
-        present: Agent | None = parse(row)
+        registered: Agent | None = parse(row)
     except StoreError:
-        present = None  # broken: mended by this
-    if present == agent:
+        registered = None  # a broken row is replaced
+    if registered == agent:
         return agent
-    if present is not None and (present.name, present.version) == (agent.name, agent.version):
-        changed = [n for n in AGENT_FIELDS if n != "path" and getattr(present, n) != getattr(agent, n)]
-        if _digest(present) != _digest(agent) and _digest(present) and _digest(agent):
+    if registered is not None and (registered.name, registered.version) == (agent.name, agent.version):
+        changed = [n for n in AGENT_FIELDS if n != "path" and getattr(registered, n) != getattr(agent, n)]
+        if _digest(registered) != _digest(agent) and _digest(registered) and _digest(agent):
             changed.append("program (its files differ)")
         if changed:
             raise Conflict(
-                f"the agent {agent.name}@{agent.version} is registered with another {', '.join(changed)}; "
+                f"the agent {agent.name}@{agent.version} is already registered with another {', '.join(changed)}; "
                 "give the changed agent a new version"
             )
     tx.run(_UPDATE, now=tx.now, **_to_row(agent))
@@ -161,23 +159,23 @@ def put_agent(tx: Tx, agent: Agent) -> Agent:
 
 
 def _digest(agent: Agent) -> str:
-    """Of its files, as `swarm.agents.install` writes it into the directory's name; '' of a directory by hand."""
+    """The digest of its files, from the directory name that `swarm.agents.install` chose; '' for other directories."""
     digest = agent.path.name.removeprefix(f"{agent.name}-{agent.version}-")
     return digest if re.fullmatch("[0-9a-f]{12}", digest) else ""
 
 
 def remove_agent(tx: Tx, ref: str) -> Agent:
-    """Forget one; it is returned. Raises NotFound, and Conflict while a ticket that has not ended names it."""
-    gone = agent(tx, ref)
-    pinned = f'"agent":"{gone.name}@{gone.version}"'
-    wanting = [*tx.all(_WANTED_BY, id=gone.id), *tx.all(_WANTED_BY_RUN, pinned=pinned)]
-    if tickets := [row.id for row in wanting]:
+    """Unregister and return one. Raises NotFound, and Conflict while a ticket that has not ended needs it."""
+    removed = agent(tx, ref)
+    pinned = f'"agent":"{removed.name}@{removed.version}"'
+    rows = [*tx.all(_TICKETS_THAT_NEED, id=removed.id), *tx.all(_RUNS_THAT_NEED, pinned=pinned)]
+    if tickets := [row.id for row in rows]:
         raise Conflict(
-            f"the agent {gone.name}@{gone.version} is wanted by tickets that have not ended ({', '.join(tickets)}): "
+            f"tickets that have not ended need the agent {removed.name}@{removed.version} ({', '.join(tickets)}); "
             "wait for them, or cancel them with `swarm ticket cancel`"
         )
-    tx.run(_DELETE, id=gone.id)
-    return gone
+    tx.run(_DELETE, id=removed.id)
+    return removed
 
 
 def agent(tx: Tx, ref: str) -> Agent:
@@ -187,12 +185,12 @@ def agent(tx: Tx, ref: str) -> Agent:
         return parse(row)
     found = versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
     if found is None:
-        raise NotFound(f"no agent {ref!r}; `swarm agent list` shows those there are")
+        raise NotFound(f"no agent {ref!r}; `swarm agent list` shows all")
     return parse(found)
 
 
 def agents(tx: Tx, *, broken: bool) -> list[Agent]:
-    """With ``broken``, a row that is broken is an error; without, it is left out."""
+    """Raises StoreError for a broken row; with ``broken`` False, it is left out."""
     found = []
     for row in tx.all(_ALL):
         try:

@@ -1,11 +1,11 @@
-"""Schedules of workflows: a row each, with the moment (ms of the database's clock) at which it comes true next.
+"""Schedules of workflows: one row each, with the time (ms of the database's clock) at which it is due next.
 
-The rows follow the table `workflows`. Our own code settles those of a name in the transaction that changes it; for what
-people do there by hand, triggers leave a mark (a row with an empty name, due since ever), and whoever looks for due
-schedules settles them all. The newest version of a name alone is started by time: it has replaced the others.
+The rows are derived from the table `workflows`. Swarm's own changes to a workflow update its rows in the same
+transaction. For changes by other tools, triggers insert a mark (a row with an empty name that is always due); whoever
+looks for due schedules then updates all rows. Only the newest version of a workflow is started by time.
 
-Several engines may find the same schedule due. The update of its row is the claim: it names the `next_at` that was
-seen, and makes the tickets in the same transaction.
+Several engines may find the same schedule due. The update of its row is the claim: it requires the `next_at` that the
+engine saw, and the tickets are created in the same transaction.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from swarm.workflow import definition, parse, schedule
 from swarm.workflow.definition import Schedule
 from swarm.workflow.schedule import Before
 
-# A clock that was set back by more than this was wrong before: what was reckoned by it is reckoned again. One that was
-# set back by less runs on until it has caught up, so that nothing comes twice.
-CLOCK_MENDED_MS: Final = 3 * 3600 * 1000
-_MARK: Final = ""  # as a workflow's name; no workflow has that
+# If the clock was set back by more than this, it was wrong before: times computed with it are computed again. After a
+# smaller step back, schedules wait until the clock has caught up, so that nothing runs twice.
+CLOCK_CORRECTED_MS: Final = 3 * 3600 * 1000
+_MARK: Final = ""  # a workflow name that no workflow has
 
 _COLUMNS: Final = (
     "workflow, number, workflow_id, cron, time_zone, missed, next_at, computed_at, last_at, last_ticket_id, "
@@ -41,24 +41,24 @@ _COLUMNS: Final = (
 )
 _OF: Final = sa.text(f"SELECT {_COLUMNS} FROM schedules WHERE workflow = :workflow ORDER BY number")
 _ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM schedules WHERE workflow <> '' ORDER BY workflow, number")
-_FORGET: Final = sa.text("DELETE FROM schedules WHERE workflow = :workflow")
+_DELETE: Final = sa.text("DELETE FROM schedules WHERE workflow = :workflow")
 _INSERT: Final = sa.text(
     f"INSERT INTO schedules ({_COLUMNS}) VALUES (:workflow, :number, :workflow_id, :cron, :time_zone, :missed, "
     ":next_at, :computed_at, :last_at, :last_ticket_id, :missed_count, :error)"
 )
-# Most workflows have no schedule, and a definition may be long: those are not read.
+# Most workflows have no schedule, and definitions may be long: read only those with one.
 _VERSION: Final = (
     "SELECT id, name, version, enabled, CASE WHEN steps LIKE '%\"schedule\"%' THEN steps END AS steps FROM workflows"
 )
 _VERSIONS: Final = sa.text(f"{_VERSION} WHERE name = :workflow")
 _ALL_VERSIONS: Final = sa.text(_VERSION)
 _NAMES: Final = sa.text("SELECT DISTINCT workflow FROM schedules WHERE workflow <> ''")
-# The table has a row for each schedule that somebody wrote: it is read as a whole.
+# The table is small (one row per schedule), so it is read as a whole.
 _DUE: Final = sa.text(
     "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.computed_at, w.name, w.version, w.enabled, w.steps, "
     "t.state AS last_state, t.completed_at AS last_completed_at FROM schedules s "
     "LEFT JOIN workflows w ON w.id = s.workflow_id LEFT JOIN tickets t ON t.id = s.last_ticket_id "
-    "WHERE s.next_at <= :now_ms OR s.computed_at > :mended_ms ORDER BY s.next_at, s.workflow, s.number"
+    "WHERE s.next_at <= :now_ms OR s.computed_at > :latest_ms ORDER BY s.next_at, s.workflow, s.number"
 )
 _NEXT: Final = sa.text("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms")
 _FIRE: Final = sa.text(
@@ -71,9 +71,9 @@ _FIRE: Final = sa.text(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleRow:
-    """``next_at``: ISO-8601 UTC, None when it won't come true (``enabled`` False, or ``error`` says why).
-    ``last_at``: the time that was last due and run, and ``last_ticket_id`` its ticket. ``missed_count``: times that
-    passed and were not run."""
+    """``next_at``: ISO-8601 UTC, or None when it will not run (its workflow is disabled, or ``error`` says why).
+    ``last_at``: the last due time that was run, and ``last_ticket_id`` its ticket. ``missed_count``: due times that
+    were not run."""
 
     workflow: str
     number: int
@@ -90,8 +90,7 @@ class ScheduleRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DueSchedule:
-    """One whose time has come. ``definition``: JSON text of its workflow, as in the row; ``before``: the ticket that it
-    made last."""
+    """``definition``: JSON text of its workflow, as in the row; ``before``: the ticket that it created last."""
 
     workflow: str
     version: str
@@ -104,7 +103,7 @@ class DueSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DueSchedules:
-    """``stale``: the rows must be settled first. ``next_ms``: until another one comes true."""
+    """``stale``: call `sync_schedules` first. ``next_ms``: time until another one is due."""
 
     now_ms: int
     due: Sequence[DueSchedule]
@@ -114,8 +113,8 @@ class DueSchedules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FireRequest:
-    """``next_at`` None: never again (``error`` says why). ``new``: the tickets to make, ready; one with an `error` has
-    failed with that."""
+    """``next_at`` None: never again (``error`` says why). ``new``: ready tickets to create; one with an `error` is
+    created and fails with that."""
 
     due: DueSchedule
     next_at: int | None
@@ -126,42 +125,44 @@ class FireRequest:
 
 
 def sync(tx: Tx, workflow: str) -> None:
-    """Make the rows of one name what its newest version says. A schedule that is not new keeps what it waits for: a
-    new version must not swallow a time that has come."""
-    _settle(tx, workflow, [row for row in tx.all(_VERSIONS, workflow=workflow) if _is_sound(row)])
+    """Update the rows of one workflow from its newest version. A schedule that already exists keeps its next time, so
+    that a new version does not swallow one that is due."""
+    _sync_rows(tx, workflow, [row for row in tx.all(_VERSIONS, workflow=workflow) if _is_sound(row)])
 
 
 def sync_schedules(tx: Tx) -> None:
-    """The same for all names, and take the mark away."""
+    """Update the rows of all workflows, and remove the mark."""
     by_name: dict[str, list[Row]] = {row.workflow: [] for row in tx.all(_NAMES)}
     for row in tx.all(_ALL_VERSIONS):
         if _is_sound(row):
             by_name.setdefault(row.name, []).append(row)
     for name, rows in by_name.items():
-        _settle(tx, name, rows)
-    tx.run(_FORGET, workflow=_MARK)
+        _sync_rows(tx, name, rows)
+    tx.run(_DELETE, workflow=_MARK)
 
 
-def _settle(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
-    now_ms, before = tx.now_ms, tx.all(_OF, workflow=workflow)
+def _sync_rows(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
+    now_ms, present = tx.now_ms, tx.all(_OF, workflow=workflow)
     newest: Row = versions.pick(workflow, rows)
     wanted = _schedules_of(newest.steps) if newest is not None and newest.steps is not None else ()
-    if not before and not wanted:
+    if not present and not wanted:
         return
-    tx.run(_FORGET, workflow=workflow)
-    known: dict[tuple[str, str], deque[Row]] = {}  # several may have the same time, for other inputs
-    for row in before:
+    tx.run(_DELETE, workflow=workflow)
+    known: dict[tuple[str, str], deque[Row]] = {}  # several may have the same times, with different inputs
+    for row in present:
         known.setdefault((row.cron, row.time_zone), deque()).append(row)
     for number, one in enumerate(wanted):
         alike = known.get((one.cron, one.time_zone))
-        same = alike.popleft() if alike else None
+        former = alike.popleft() if alike else None
         next_at, computed_at, error = None, now_ms, None
         try:
             cron = schedule.parse(one.cron, one.time_zone)
             if not newest.enabled:
                 pass
-            elif same is not None and same.next_at is not None and same.computed_at <= now_ms + CLOCK_MENDED_MS:
-                next_at, computed_at = same.next_at, same.computed_at
+            elif (
+                former is not None and former.next_at is not None and former.computed_at <= now_ms + CLOCK_CORRECTED_MS
+            ):
+                next_at, computed_at = former.next_at, former.computed_at
             else:
                 next_at = ms(cron.after(moment(now_ms)))
         except ValueError as wrong:
@@ -176,15 +177,15 @@ def _settle(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
             missed=one.missed,
             next_at=next_at,
             computed_at=computed_at,
-            last_at=same.last_at if same else None,
-            last_ticket_id=same.last_ticket_id if same else None,
-            missed_count=same.missed_count if same else 0,
+            last_at=former.last_at if former else None,
+            last_ticket_id=former.last_ticket_id if former else None,
+            missed_count=former.missed_count if former else 0,
             error=error,
         )
 
 
 def _is_sound(row: Row) -> bool:
-    """People write to `workflows` as well: what our own statements could not name again is left alone."""
+    """Other tools may write to `workflows`: rows whose id or name can't be a parameter of a statement are ignored."""
     return bool(row.name) and all(isinstance(v, str) and storable(v) for v in (row.id, row.name, row.version))
 
 
@@ -192,14 +193,14 @@ def _schedules_of(steps: str) -> Sequence[Schedule]:
     try:
         return definition.from_json(json.loads(steps)).schedule[: parse.MAX_SCHEDULES]
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        return ()  # a row by hand; whoever runs it is told
+        return ()  # another tool wrote this row; running it reports the error
 
 
 def due(tx: Tx) -> DueSchedules:
     now_ms = tx.now_ms
     found, stale = [], False
-    for row in tx.all(_DUE, now_ms=now_ms, mended_ms=now_ms + CLOCK_MENDED_MS):
-        if row.name != row.workflow or not row.enabled or row.computed_at > now_ms + CLOCK_MENDED_MS:
+    for row in tx.all(_DUE, now_ms=now_ms, latest_ms=now_ms + CLOCK_CORRECTED_MS):
+        if row.name != row.workflow or not row.enabled or row.computed_at > now_ms + CLOCK_CORRECTED_MS:
             stale = True
         else:
             found.append(
@@ -222,13 +223,13 @@ def due(tx: Tx) -> DueSchedules:
 
 def _before(row: Row) -> Before:
     ended = milliseconds(row.last_completed_at)
-    # 'draft' is one that a person has put aside.
+    # Not 'draft': a person has put that ticket aside.
     running = row.last_state in ("ready", "blocked", "in_progress", "waiting")
     return Before(running=running, ended=moment(ended) if ended is not None and not running else None)
 
 
 def fire(tx: Tx, request: FireRequest) -> bool:
-    """False when another engine was first, or the workflow has changed since."""
+    """False if another engine was first, or the workflow has changed."""
     due = request.due
     claimed = tx.first(
         _FIRE,
@@ -250,7 +251,7 @@ def fire(tx: Tx, request: FireRequest) -> bool:
 
 
 def add(tx: Tx, new: Sequence[Ticket]) -> None:
-    """Tickets that a trigger makes. One that could not be made ready is there all the same, failed, for all to see."""
+    """Create tickets of a trigger. One with an `error` becomes a failed ticket, so that people see it."""
     changes = Changes(tx)
     for ticket in new:
         tickets.add(tx, ticket)

@@ -1,4 +1,4 @@
-"""Requests from the web that make tickets: each once, however often it comes."""
+"""Webhook requests: each creates one ticket, even if it arrives several times."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from swarm.store.registry import schedules
 from swarm.store.sql.database import Tx
 
 KEPT_DAYS: Final = 30
-_FORGOTTEN_AT_ONCE: Final = 100
+_DELETED_AT_ONCE: Final = 100
 
 _KNOWN: Final = sa.text(
     "SELECT key, digest, ticket_id FROM webhook_calls WHERE workflow = :workflow AND key IN (:signature, :key)"
 )
-_REMEMBER: Final = sa.text(
+_INSERT: Final = sa.text(
     "INSERT INTO webhook_calls (workflow, key, digest, ticket_id, at) "
     "VALUES (:workflow, :key, :digest, :ticket_id, :at)"
 )
-_FORGET: Final = sa.text(
+_DELETE_OLD: Final = sa.text(
     "DELETE FROM webhook_calls WHERE (workflow, key) IN "
     "(SELECT workflow, key FROM webhook_calls WHERE at < :before ORDER BY at LIMIT :limit)"
 )
@@ -30,8 +30,8 @@ _FORGET: Final = sa.text(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebhookCall:
-    """A request that has proved itself. ``signature``: what was signed, as its HMAC; ``key``: the sender's own name for
-    it, if any; ``digest``: of the body. ``ticket`` is made unless there is one."""
+    """An authenticated request. ``signature``: the HMAC of what was signed; ``key``: the sender's own id for the
+    request, if any; ``digest``: of the body. ``ticket`` is created unless an earlier request did."""
 
     workflow: str
     signature: str
@@ -47,19 +47,19 @@ class WebhookAnswer:
 
 
 def call(tx: Tx, request: WebhookCall) -> WebhookAnswer:
-    """A replay, byte for byte, is known by what was signed: nobody can make another ticket of it by another key."""
+    """An exact replay is recognised by its signature: another key can't make a second ticket of it."""
     signature, key = f"signature:{request.signature}", f"key:{request.key}" if request.key is not None else None
     known = {row.key: row for row in tx.all(_KNOWN, workflow=request.workflow, signature=signature, key=key)}
     first = known.get(signature) or known.get(key or "")
     if first is not None and first.digest != request.digest:
-        raise Conflict(f"the key {request.key!r} came with another body before: give each event a key of its own")
+        raise Conflict(f"the key {request.key!r} was used with another body; use a different key for each event")
     ticket_id = first.ticket_id if first is not None else request.ticket.id
     if first is None:
         schedules.add(tx, [request.ticket])
     for one in (signature, key):
         if one is not None and one not in known:
             tx.run(
-                _REMEMBER, workflow=request.workflow, key=one, digest=request.digest, ticket_id=ticket_id, at=tx.now_ms
+                _INSERT, workflow=request.workflow, key=one, digest=request.digest, ticket_id=ticket_id, at=tx.now_ms
             )
-    tx.run(_FORGET, before=tx.now_ms - KEPT_DAYS * 86_400_000, limit=_FORGOTTEN_AT_ONCE)
+    tx.run(_DELETE_OLD, before=tx.now_ms - KEPT_DAYS * 86_400_000, limit=_DELETED_AT_ONCE)
     return WebhookAnswer(ticket_id=ticket_id, repeated=first is not None)

@@ -1,4 +1,4 @@
-"""Workflows as they are registered: one row for each version. `steps` holds the whole definition, canonical JSON."""
+"""Registered workflows: one row for each version. `steps` holds the whole definition, as canonical JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from swarm.store.sql.rows import dump, value
 from swarm.workflow import definition
 from swarm.workflow.definition import Workflow
 
-# A workflow that brings no id of its own gets one that follows from its name and version.
+# A workflow without an id of its own gets one derived from its name and version.
 _NAMESPACE: Final = uuid.UUID("0f0c0d57-5e9e-5c0b-8a55-4d6d2f4a1b3e")
 
 _COLUMNS: Final = "id, name, version, description, steps, enabled, created_at, updated_at"
@@ -37,7 +37,7 @@ _ENABLE: Final = sa.text("UPDATE workflows SET enabled = :enabled, updated_at = 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkflowRow:
-    """``definition`` is the JSON text as stored: of a row that somebody wrote by hand it may be anything."""
+    """``definition`` is the JSON text as stored; if another tool wrote the row, it may be anything."""
 
     id: str
     name: str
@@ -57,14 +57,13 @@ class WorkflowRow:
             return definition.from_json(data)
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise StoreError(
-                f"the workflow {self.name!r} ({self.id}) is registered with a broken row: {error}; add it again, "
-                "under a new version"
+                f"the workflow {self.name!r} ({self.id}) has a broken row: {error}; add it again under a new version"
             ) from None
 
 
 def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
-    """Register, enabled. The same again is nothing; the same id in another version replaces it; another definition
-    under a known name and version is a Conflict."""
+    """Register, enabled. An identical workflow changes nothing; another version under the same id replaces it. Another
+    definition under a registered name and version is a Conflict."""
     id_ = new.id or str(uuid.uuid5(_NAMESPACE, f"{new.name}@{new.version}"))
     text = definition.canonical(new)
     for namesake in tx.all(_BY_NAME, ref=new.name):
@@ -73,12 +72,12 @@ def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
         if namesake.id != id_:
             raise Conflict(
                 f"the workflow {new.name}@{new.version} is registered under the id {namesake.id}, not {id_}; "
-                "keep that id, or give yours another version"
+                "use that id, or another version"
             )
         if namesake.steps == text:
             return _row(namesake)
         raise Conflict(
-            f"the workflow {new.name}@{new.version} is registered with another definition; "
+            f"the workflow {new.name}@{new.version} is already registered with another definition; "
             "give the changed workflow a new version"
         )
     values = {
@@ -91,12 +90,12 @@ def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
         "budget_usd": new.budget_usd,
         "budget_tokens": new.budget_tokens,
     }
-    present = tx.first(_BY_ID, ref=id_)
-    if present is None:
+    registered = tx.first(_BY_ID, ref=id_)
+    if registered is None:
         tx.run(_INSERT, **values)
     else:
         tx.run(_UPDATE, now=tx.now, **values)
-        schedules.sync(tx, present.name)
+        schedules.sync(tx, registered.name)
     schedules.sync(tx, new.name)
     return workflow(tx, id_)
 
@@ -105,7 +104,7 @@ def workflow(tx: Tx, ref: str) -> WorkflowRow:
     """By id, name (newest version), name@1 (newest 1.x) or name@1.0.0. Raises NotFound."""
     row = tx.first(_BY_ID, ref=ref) or versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
     if row is None:
-        raise NotFound(f"no workflow {ref!r}; `swarm workflow list` shows those there are")
+        raise NotFound(f"no workflow {ref!r}; `swarm workflow list` shows all")
     return _row(row)
 
 
