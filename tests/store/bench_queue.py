@@ -1,7 +1,7 @@
-"""How fast is the queue, and does it stay flat? `python -m tests.store.bench_queue [--tickets N] [--finished N …]`.
+"""The speed of the queue, with and without history: `python -m tests.store.bench_queue [--tickets N] [--finished N …]`.
 
 Prints claims + finishes per second of one process (every transition durable and recorded), and the time of one claim
-and one finish with a history of finished tickets in the file. Nothing is asserted: figures are for people.
+and one finish with a history of finished tickets in the file. Nothing is asserted: the figures are for people.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def out(line: str) -> None:
 
 
 def insert(file: Path, prefix: str, count: int) -> None:
-    """As an outside program would."""
+    """Like an outside program."""
     with sqlite3.connect(file) as connection:
         connection.executemany(
             "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 'null', 'ready', ?)",
@@ -41,7 +41,7 @@ def insert(file: Path, prefix: str, count: int) -> None:
 
 
 def insert_history(file: Path, count: int) -> None:
-    """Finished tickets with all that a run leaves behind, made inside the database."""
+    """Finished tickets with all rows of a run, generated inside the database."""
     rows = {
         "tickets (id, title, state, agent_id, run_id, outputs)": (
             f"'old-' || i, 'old', 'done', '{ECHO_AGENT_ID}', 'run-' || i, '{{}}'"
@@ -62,7 +62,7 @@ def insert_history(file: Path, count: int) -> None:
 
 
 async def drain(store: Store, worker: str, limit: int) -> int:
-    """Claim and finish until nothing is left; finishes are on their way while the next claim is."""
+    """Claim and finish until nothing is left; finishes overlap with the next claim."""
     done, finishing = 0, set[asyncio.Task[None]]()
 
     async def finish(claim: Claim) -> None:

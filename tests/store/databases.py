@@ -1,6 +1,6 @@
-"""The store suite knows databases by one class only: `Backend`. A second database adds one, and the suite runs on it.
+"""The store suite knows databases by one class only: `Backend`. A second database adds a second one.
 
-`Outside` is another program at the same database: its driver and plain SQL, no code of Swarm's.
+`Outside` is another program that uses the same database: a driver and plain SQL, no code of Swarm.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Backend(Protocol):
         """URL of a fresh database, migrated, with the agents `ECHO` and `RETRY`."""
 
     def empty(self) -> str:
-        """URL of a database that nobody has migrated."""
+        """URL of a database that is not migrated."""
 
     def outside(self, url: str) -> Outside: ...
 
@@ -49,7 +49,7 @@ class SqliteOutside:
 
     def __init__(self, url: str) -> None:
         self._connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=30)
-        self._connection.text_factory = bytes  # what is there, not what it should be
+        self._connection.text_factory = bytes  # the stored bytes, valid or not
 
     def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         rows = self._connection.execute(sql, values).fetchall()
@@ -107,7 +107,7 @@ def failed(reason: FailureReason = FailureReason.AGENT_FAILED, message: str = "i
 
 
 def left_overs(outside: Outside) -> int:
-    """Rows below tickets that have lost what they belong to."""
+    """The number of rows whose parent row is gone."""
     ((count,),) = outside.execute("""
         SELECT (SELECT count(*) FROM workflow_runs WHERE ticket_id NOT IN (SELECT id FROM tickets))
              + (SELECT count(*) FROM step_executions WHERE run_id NOT IN (SELECT id FROM workflow_runs))

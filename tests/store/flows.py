@@ -1,4 +1,4 @@
-"""Workflows run by a test's own hand: claims answered at once, no agent, no VM."""
+"""Runs workflows without agents or VMs: the test itself finishes each claim at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def well(claim: Claim) -> Outcome:
 
 
 def gives(**values: Any) -> Behaviour:
-    """The outputs of steps by their names (without '[…]'), an exception for one that fails; the others do well."""
+    """The outputs of steps by their names (without '[…]'), an exception for one that fails; other steps succeed."""
 
     def behave(claim: Claim) -> Outcome:
         name = claim.step_id.rpartition("/")[2].partition("[")[0]
@@ -38,7 +38,7 @@ def gives(**values: Any) -> Behaviour:
 
 
 async def register(store: Store, text: str, *, name: str = "flow") -> str:
-    """Steps in YAML as a workflow; its id. The agents are those of `databases`, and what ships."""
+    """Steps in YAML as a workflow; its id. The agents are those of `databases` and the built-in ones."""
     known = [ECHO, *(await store.agents()), *(agents.read(directory) for directory in agents.builtin())]
     rows = await store.workflows()
 
@@ -54,14 +54,14 @@ async def register(store: Store, text: str, *, name: str = "flow") -> str:
 
 
 async def ticket(store: Store, outside: Outside, text: str, *, id: str = "t", **columns: Any) -> None:  # noqa: A002
-    """A ready ticket of a workflow that is registered for it."""
+    """A ready ticket with a workflow of its own."""
     workflow = await register(store, text, name=f"of-{id}")
     insert(outside, id, agent_id=None, execution_mode="workflow", workflow_id=workflow, **columns)
 
 
 async def claims(store: Store, limit: int = 4) -> list[Claim]:
-    """What a worker is given, once nothing is left to be decided."""
-    await store.decided()  # one that ends while the claim is made would not be seen by either
+    """The claims of a worker, once all decisions are made."""
+    await store.decided()  # a decision that ends during the claim would be missed by both
     found = await store.claim("test", limit=limit, lease_seconds=LEASE)
     while not found and await store.decided():
         found = await store.claim("test", limit=limit, lease_seconds=LEASE)
@@ -73,7 +73,7 @@ async def finish(store: Store, claim: Claim, behave: Behaviour = well) -> None:
 
 
 async def run(store: Store, behave: Behaviour = well, *, limit: int = 4) -> list[str]:
-    """Claim and answer until nothing is to be done. The steps in the order of their starts."""
+    """Claim and finish until nothing is left. Returns the steps in the order of their starts."""
     started: list[str] = []
     while found := await claims(store, limit):
         started += [claim.step_id for claim in found]
@@ -83,7 +83,7 @@ async def run(store: Store, behave: Behaviour = well, *, limit: int = 4) -> list
 
 
 async def rows(store: Store, id: str = "t") -> dict[str, StepRow]:  # noqa: A002
-    """The steps of the ticket's own run, and of those within it."""
+    """The steps of the ticket's own run, and of nested runs."""
     own = (await store.ticket(id)).run_id
     runs = await store.runs(id)
     last = [run.id for run in runs[next(i for i, run in enumerate(runs) if run.id == own) :]]
@@ -95,7 +95,7 @@ async def statuses(store: Store, id: str = "t") -> dict[str, str]:  # noqa: A002
 
 
 async def state(store: Store, id: str = "t") -> tuple[str, Any]:  # noqa: A002
-    """Of a ticket: its state, and its outputs or its error."""
+    """The state of a ticket, and its outputs or its error."""
     found = await store.ticket(id)
     return found.state, json.loads(found.outputs) if found.outputs else found.error
 

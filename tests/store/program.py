@@ -1,6 +1,6 @@
-"""Another process at the database, for the tests that need a real one: `python -m tests.store.program WHAT URL …`.
+"""Another process that uses the database, for tests that need a real one: `python -m tests.store.program WHAT URL …`.
 
-It says 'ready' on stdout, waits for a line on stdin, does what it was asked, and prints what came of it as JSON.
+It prints 'ready', waits for a line on stdin, does its job, and prints the result as JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ async def migrate(url: str) -> Any:
 
 
 async def work(url: str, name: str) -> Any:
-    """Claim and finish until nothing is left: the ids of the tickets that were done."""
+    """Claim and finish until nothing is left. Returns the ids of the tickets."""
     done = []
     async with Store.open(url) as store:
         gate()
@@ -75,7 +75,7 @@ async def fill(url: str, title: str) -> Any:
 
 
 async def starve(url: str) -> Any:
-    """Claim and add with less and less memory for SQLite, which can be lowered but never raised: what was answered."""
+    """Claim and add with less and less memory for SQLite, which can be lowered but never raised. Counts the answers."""
     answers: dict[str, int] = {}
     with contextlib.closing(sqlite3.connect(":memory:")) as any_connection:
         async with Store.open(url) as store:
@@ -83,12 +83,12 @@ async def starve(url: str) -> Any:
             for limit in range(4_000_000, 200_000, -20_000):
                 try:
                     any_connection.execute(f"PRAGMA hard_heap_limit = {limit}")
-                except MemoryError:  # not even for that
+                except MemoryError:  # not even enough for that
                     break
                 big = Ticket(id=f"t{limit}", title="t", description="x" * 500_000, state="draft")
-                for asked in (store.add_ticket(big), store.ticket("big1"), store.claim("w", lease_seconds=60)):
+                for request in (store.add_ticket(big), store.ticket("big1"), store.claim("w", lease_seconds=60)):
                     try:
-                        await asked
+                        await request
                         answer = "served"
                     except Exception as error:
                         answer = f"{type(error).__name__}: {error}"
@@ -97,7 +97,7 @@ async def starve(url: str) -> Any:
 
 
 async def fire(url: str, rounds: str, point: str = "") -> Any:
-    """Run the schedules that are due, so often; die at a crash point."""
+    """Run due schedules for this many rounds; die at a crash point."""
     configure()
     if point:
         faults.arm(point)

@@ -77,7 +77,7 @@ def test_hostile_fields(backend: Backend) -> None:
 
 
 class Expected:
-    """What the model knows of one ticket."""
+    """One ticket of the model."""
 
     def __init__(self, max_attempts: int) -> None:
         self.state = "ready"
@@ -138,10 +138,10 @@ class Queue(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts)
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
-        asked = data.draw(st.lists(st.sampled_from(self.attempts), max_size=5, unique=True))
-        renewal = self.runner.run(self.store.renew([attempt for attempt, _ in asked], lease_seconds=LEASE))
+        renewed = data.draw(st.lists(st.sampled_from(self.attempts), max_size=5, unique=True))
+        renewal = self.runner.run(self.store.renew([attempt for attempt, _ in renewed], lease_seconds=LEASE))
         assert not renewal.lost & renewal.cancelled
-        for attempt, id in asked:  # noqa: A001
+        for attempt, id in renewed:  # noqa: A001
             one = self.expected.get(id)
             mine = one is not None and one.owner == attempt
             assert mine != (attempt in renewal.lost | renewal.cancelled)
@@ -183,7 +183,7 @@ class Queue(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1, 11, 40]))
     def time(self, seconds: int) -> None:
         self.runner.run(self.store.shift_clock(seconds * 1000))
-        self.now += seconds * 1.001  # the real clock runs on meanwhile
+        self.now += seconds * 1.001  # the real clock advances meanwhile
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data(), how=st.sampled_from(["store", "update", "delete", "retry"]))

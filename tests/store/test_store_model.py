@@ -1,5 +1,5 @@
-"""The store against a model, by hypothesis: whatever is claimed, renewed, finished, cancelled, deleted, and whenever
-leases end, in any order: rows and answers are what a page of Python says, and `swarm prove` finds nothing broken."""
+"""The store against a model, by hypothesis: claims, renewals, finishes, cancels, deletes, expired leases in any order.
+Rows and answers are what a page of Python says, and `swarm prove` finds nothing broken."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.store.databases import SqliteBackend, SqliteOutside, claimed, insert,
 
 T = TypeVar("T")
 
-LEASE_SECONDS = 1000.0  # real time passes too, but not so much
+LEASE_SECONDS = 1000.0  # far more real time than the test takes
 TERMINAL = ("done", "failed", "cancelled")
 OUTCOMES: dict[str, Outcome] = {
     "done": Succeeded(outputs="{}"),
@@ -127,12 +127,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(attempt=attempts)
     def renew(self, attempt: str) -> None:
-        told = self.run(self.store.renew([attempt], lease_seconds=LEASE_SECONDS))
+        renewal = self.run(self.store.renew([attempt], lease_seconds=LEASE_SECONDS))
         if (row := self.owned(attempt)) is not None:
-            assert not told.lost and not told.cancelled
+            assert not renewal.lost and not renewal.cancelled
             row.lease_until = self.clock + LEASE_SECONDS
         else:
-            assert told.lost | told.cancelled == {attempt}
+            assert renewal.lost | renewal.cancelled == {attempt}
 
     @rule(ticket=tickets)
     def cancel(self, ticket: str) -> None:

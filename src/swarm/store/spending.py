@@ -12,8 +12,9 @@ import sqlalchemy as sa
 
 from swarm.errors import LeaseLost, NotFound
 from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Reservation
+from swarm.model import Event
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import dump, iso, message
+from swarm.store.sql.rows import event_values, iso, message
 from swarm.store.tickets.changes import INSERT_EVENT
 
 # Sums over the calls of one scope: what was spent, and what calls under way hold. Nobody will book a reservation of an
@@ -203,10 +204,10 @@ def book(tx: Tx, bill: Bill) -> None:
         tx.run(_ADD_TO_STEP, id=account.step_execution_id, tokens=bill.tokens)
         tx.run(_ADD_TO_RUN, id=account.run_id, tokens=bill.tokens, usd=usd)
     if account.ticket_id is not None and tx.first(_TICKET, id=account.ticket_id) is not None:
-        tx.run(INSERT_EVENT, **_event(tx, bill, counts))
+        tx.run(INSERT_EVENT, **event_values(_event(bill, account.ticket_id, counts), tx.now))
 
 
-def _event(tx: Tx, bill: Bill, counts: dict[str, int]) -> dict[str, Any]:
+def _event(bill: Bill, ticket_id: str, counts: dict[str, int]) -> Event:
     data: dict[str, object] = {
         "call": bill.id,
         "upstream": bill.upstream,
@@ -222,14 +223,10 @@ def _event(tx: Tx, bill: Bill, counts: dict[str, int]) -> dict[str, Any]:
         data["estimated"] = True
     if bill.note:
         data["note"] = bill.note
-    return {
-        "ticket_id": bill.account.ticket_id,
-        "step_id": bill.account.step_id,
-        "attempt_id": bill.account.attempt_id,
-        "at": tx.now,
-        "kind": "model_call",
-        "data": dump(data),
-    }
+    account = bill.account
+    return Event(
+        ticket_id=ticket_id, step_id=account.step_id, attempt_id=account.attempt_id, kind="model_call", data=data
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

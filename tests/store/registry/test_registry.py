@@ -1,4 +1,4 @@
-"""Agents and workflows as rows: never changed under a version, gone only when nothing needs them."""
+"""Agents and workflows as rows: a version never changes; an agent can be removed only when nothing needs it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_workflows(store: Store) -> None:
 @pytest.mark.parametrize(
     "steps", ["[]", "{", '{"format": 2}', '{"format": 1}', '{"format": 1, "steps": 3}', "[" * 9999]
 )
-async def test_a_row_by_hand_is_listed_and_says_what_is_wrong(store: Store, outside: Outside, steps: str) -> None:
+async def test_a_bad_row_is_listed_and_says_what_is_wrong(store: Store, outside: Outside, steps: str) -> None:
     outside.execute("INSERT INTO workflows (id, name, version, steps) VALUES ('w', 'w', '1', :steps)", {"steps": steps})
     (row,) = await store.workflows()
     with pytest.raises(StoreError, match="'w'"):

@@ -1,4 +1,4 @@
-"""Schedules in the database: they follow the workflows, come true once whoever looks, and know what was missed."""
+"""Schedules in the database: they follow the workflows, run once however many engines look, and count missed times."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def fire(store: Store) -> float | None:
 
 
 async def times(store: Store) -> list[str]:
-    """The times that tickets were made for, oldest first."""
+    """The times for which tickets were created, oldest first."""
     return sorted(json.loads(ticket.trigger_data or "{}")["time"][11:16] for ticket in await made(store))
 
 
@@ -77,11 +77,11 @@ async def test_rows_follow_what_is_registered(store: Store, outside: Outside) ->
 
     await store.enable_workflow("flow", enabled=False)
     assert (await only(store)).next_at is None and await fire(store) is None
-    await store.shift_clock(3 * HOUR)  # nothing is missed while it is disabled
+    await store.shift_clock(3 * HOUR)  # while it is disabled, no time counts as missed
     await store.enable_workflow("flow", enabled=True)
     assert (await only(store)).next_at == "2026-01-01T13:00:00.000Z" and await fire(store) and await made(store) == []
 
-    await store.shift_clock(HOUR)  # a time that has come is not swallowed by a new version
+    await store.shift_clock(HOUR)  # a new version does not swallow a due time
     daily = Schedule(cron="@daily", time_zone="Asia/Tokyo")
     newer = await store.put_workflow(replace(FLOW, version="1.1.0", schedule=(daily, HOURLY)))
     await store.put_workflow(replace(FLOW, version="1.0.9", schedule=(Schedule(cron="5 * * * *"),)))
@@ -96,7 +96,7 @@ async def test_rows_follow_what_is_registered(store: Store, outside: Outside) ->
     assert await store.schedules() == []
 
 
-async def test_rows_follow_what_people_do_by_hand(store: Store, outside: Outside) -> None:
+async def test_rows_follow_changes_by_other_tools(store: Store, outside: Outside) -> None:
     row = await store.put_workflow(FLOW)
     other = row.definition.replace('"flow"', '"other"')
     outside.execute(
@@ -113,7 +113,7 @@ async def test_rows_follow_what_people_do_by_hand(store: Store, outside: Outside
     row_ = await only(store)
     assert row_.workflow == "flow" and row_.next_at is not None
     await store.shift_clock(2 * HOUR)
-    outside.execute("DELETE FROM workflows")  # due, and gone
+    outside.execute("DELETE FROM workflows")  # due, but deleted
     assert await fire(store) is None and await made(store) == [] and await store.schedules() == []
 
 
@@ -134,19 +134,19 @@ HOSTILE: dict[str, tuple[Any, Any, Any, Any]] = {
 
 
 @pytest.mark.parametrize("row", HOSTILE.values(), ids=list(HOSTILE))
-async def test_a_row_by_hand_may_be_anything(store: Store, outside: Outside, row: tuple[Any, ...]) -> None:
+async def test_a_row_of_another_tool_may_be_anything(store: Store, outside: Outside, row: tuple[Any, ...]) -> None:
     await store.put_workflow(FLOW)
     outside.execute("INSERT INTO workflows (id, name, version, steps) VALUES (?, ?, ?, ?)", row)
     await fire(store)
     await store.shift_clock(HOUR)
     await fire(store)
-    (ticket,) = await made(store)  # the others' times come all the same
+    (ticket,) = await made(store)  # the other schedules still run
     assert ticket.title.startswith("flow, ")
     broken = [one for one in await store.schedules() if one.workflow != "flow"]
     assert all(one.next_at is None and one.error for one in broken)
 
 
-# --- coming true ------------------------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_ticket_of_a_schedule(store: Store, outside: Outside) -> None:
@@ -172,7 +172,7 @@ async def test_a_ticket_of_a_schedule(store: Store, outside: Outside) -> None:
 @pytest.mark.parametrize(
     ("missed", "then", "dropped"), [("skip", [], 3), ("once", ["12:00"], 2), ("all", ["10:00", "11:00", "12:00"], 0)]
 )
-async def test_times_that_nobody_looked(
+async def test_times_while_no_engine_looked(
     store: Store, outside: Outside, missed: str, then: list[str], dropped: int
 ) -> None:
     await at(store, outside, "2026-01-01T09:30:00Z")
@@ -180,8 +180,8 @@ async def test_times_that_nobody_looked(
     await store.shift_clock(3 * HOUR)
     await fire(store)
     assert await times(store) == then and (await only(store)).missed_count == dropped
-    told = [json.loads(ticket.trigger_data or "")["missed"] for ticket in await made(store)]
-    assert sum(told) == (dropped if then else 0)
+    missed_counts = [json.loads(ticket.trigger_data or "")["missed"] for ticket in await made(store)]
+    assert sum(missed_counts) == (dropped if then else 0)
     await store.shift_clock(HOUR - 30 * 60_000)
     await fire(store)
     assert await times(store) == [*then, "13:00"]
@@ -191,7 +191,7 @@ async def test_times_that_nobody_looked(
     ("overlap", "while_it_runs", "afterwards", "missed"),
     [("allow", ["10:00", "11:00", "12:00"], [], 0), ("skip", ["10:00"], [], 2), ("queue", ["10:00"], ["12:00"], 1)],
 )
-async def test_times_that_come_while_the_one_before_runs(
+async def test_times_while_the_last_ticket_runs(
     store: Store, outside: Outside, overlap: str, while_it_runs: list[str], afterwards: list[str], missed: int
 ) -> None:
     await at(store, outside, "2026-01-01T09:59:59Z")
@@ -228,14 +228,14 @@ async def test_a_clock_that_is_set_back(store: Store, outside: Outside) -> None:
     await store.put_workflow(FLOW)
     await store.shift_clock(2000)
     await fire(store)
-    await store.shift_clock(-HOUR)  # an hour comes again: what was run in it does not
+    await store.shift_clock(-HOUR)  # an hour repeats, but its schedules do not run again
     for _ in range(2):
         await fire(store)
         await store.shift_clock(HOUR)
     assert await times(store) == ["10:00"]
     await fire(store)
     assert await times(store) == ["10:00", "11:00"]
-    await store.shift_clock(-1000 * HOUR)  # it was wrong before, then
+    await store.shift_clock(-1000 * HOUR)  # so it was wrong before
     await fire(store)
     assert (await only(store)).next_at == "2025-11-20T20:00:00.000Z"
     await store.shift_clock(HOUR)
@@ -259,7 +259,7 @@ async def test_a_clock_that_is_set_ahead(store: Store, outside: Outside) -> None
         ({}, "'n' is missing"),
     ],
 )
-async def test_inputs_that_can_not_be(store: Store, inputs: dict[str, Any], error: str) -> None:
+async def test_invalid_inputs(store: Store, inputs: dict[str, Any], error: str) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     one = replace(HOURLY, inputs=inputs)
     await store.put_workflow(replace(FLOW, inputs_schema=schema, schedule=(one,)))
@@ -306,8 +306,10 @@ async def test_one_that_was_disabled_meanwhile_does_not_run(store: Store) -> Non
 
 
 @pytest.mark.parametrize(("point", "there"), [*zip(faults.OF_SCHEDULES, (0, 2), strict=True)])
-async def test_an_engine_that_dies_over_it(store: Store, url: str, outside: Outside, point: str, there: int) -> None:
-    """Between its update and its tickets there is nothing: all of it is there, or none, and the next one goes on."""
+async def test_an_engine_that_dies_while_firing(
+    store: Store, url: str, outside: Outside, point: str, there: int
+) -> None:
+    """The update of the row and its tickets are one transaction: both exist or neither. The next engine continues."""
     await at(store, outside, "2026-01-01T09:30:00Z")
     await store.put_workflow(replace(FLOW, schedule=(replace(HOURLY, missed="all"),)))
     await store.shift_clock(2 * HOUR)
@@ -320,7 +322,7 @@ async def test_an_engine_that_dies_over_it(store: Store, url: str, outside: Outs
 
 
 async def test_sleeping_until_it_is_due(store: Store, outside: Outside) -> None:
-    """Real time, by the database's clock: due in 0.3 s, and nobody has to look in between."""
+    """Real time, by the database's clock: due in 0.3 s, without a look in between."""
     await at(store, outside, "2026-01-01T09:59:59.700Z")
     await store.put_workflow(FLOW)
     task = asyncio.create_task(Scheduler(store=store, evaluator=Local()).run())

@@ -1,4 +1,4 @@
-"""The database is locked, read-only, full, damaged, missing: one clear sentence each, and nothing lost."""
+"""The database is locked, read-only, full, damaged, missing: one clear message each, and nothing lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 
 @asynccontextmanager
 async def program(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """tests/store/program.py, up to where it waits."""
+    """Starts tests/store/program.py and waits for its 'ready'."""
     started = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -43,7 +43,7 @@ async def program(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 async def result(started: asyncio.subprocess.Process) -> object:
-    """Let it go on, to its end."""
+    """Let it continue to its end."""
     out, _ = await started.communicate(b"\n")
     assert started.returncode == 0
     return json.loads(out)
@@ -57,14 +57,14 @@ async def test_locked_by_another_process(url: str, outside: Outside) -> None:
             event = Event(ticket_id="t", kind="output", data={})
             loop = asyncio.get_running_loop()
             began = loop.time()
-            asked = await asyncio.gather(
+            errors = await asyncio.gather(
                 store.claim("w", lease_seconds=LEASE),
                 *(store.append([event]) for _ in range(50)),
                 store.renew([claim.attempt_id], lease_seconds=LEASE),
                 return_exceptions=True,
             )
-            assert {type(answer) for answer in asked} == {StoreError}
-            assert "is locked: another program has held its write lock for more than 0.2 s" in str(asked[0])
+            assert {type(answer) for answer in errors} == {StoreError}
+            assert "is locked: another program has held its write lock for more than 0.2 s" in str(errors[0])
             assert loop.time() - began < 5  # they waited together, not one after the other
             assert (await store.ticket("t")).state == "in_progress"  # readers don't wait for writers
             await result(other)
@@ -154,7 +154,7 @@ async def test_bad_url(url: str) -> None:
 
 @pytest.mark.needs("root")
 async def test_disk_full(tmp_path: Path) -> None:
-    """A file system of 2 MB, filled up: a sentence, and every ticket that was promised is there."""
+    """A full file system of 2 MB: a clear message, and every ticket that was added exists."""
     script = (
         f'mount -t tmpfs -o size=2m none "$1" && exec "$2" -m tests.store.program fill "sqlite:///$1/x.db" {"x" * 60}'
     )
@@ -167,7 +167,7 @@ async def test_disk_full(tmp_path: Path) -> None:
 
 
 async def test_out_of_memory(url: str, outside: Outside) -> None:
-    """SQLite undoes the whole transaction by itself: what is said about a savepoint that is gone does not hide why."""
+    """SQLite undoes the whole transaction by itself; the error about the lost savepoint does not hide the reason."""
     for number in range(8):
         insert(outside, f"big{number}", description="x" * 300_000)
     async with program("starve", url) as starving:
@@ -178,7 +178,7 @@ async def test_out_of_memory(url: str, outside: Outside) -> None:
     assert outside.execute("PRAGMA integrity_check") == [("ok",)]
 
 
-async def test_mistake_in_one_request_leaves_the_others_alone(store: Store, outside: Outside) -> None:
+async def test_a_bug_in_one_request_leaves_the_others_alone(store: Store, outside: Outside) -> None:
     insert(outside, "t")
     good = [Event(ticket_id="t", kind="output", data={"n": n}) for n in range(3)]
     bad = Event(ticket_id="t", kind=object(), data={})  # type: ignore[arg-type]
@@ -190,9 +190,9 @@ async def test_mistake_in_one_request_leaves_the_others_alone(store: Store, outs
 
 async def test_closed_store(url: str) -> None:
     async with Store.open(url) as store:
-        asked = asyncio.ensure_future(store.heartbeat("w", host="h", pid=1, info={}))
+        request = asyncio.ensure_future(store.heartbeat("w", host="h", pid=1, info={}))
         await store.queue()
-    await asked
+    await request
     with pytest.raises(StoreError, match="the store is closed"):
         await store.queue()
 

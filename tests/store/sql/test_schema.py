@@ -1,4 +1,4 @@
-"""The tables: migrations and schema.py agree, outside tools need name little, no statement reads what is finished."""
+"""The tables: migrations and schema.py agree, other tools need to set few columns, no statement scans finished rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from swarm.store.sql.schema import metadata
 from swarm.store.sql.sqlite import SQLITE
 from tests.store.databases import Outside
 
-# Without `audit`, which reads everything: that is its purpose.
+# Without `audit`, whose purpose is to read everything.
 MODULES = [
     module.name
     for module in walk_packages(package.__path__, "swarm.store.")
@@ -32,7 +32,7 @@ STATEMENTS: dict[str, sa.TextClause] = {
     if isinstance(value, sa.TextClause)
 } | {"claim.probe": probe(SQLITE)}
 
-# Whole-table reads that are meant: tables of a few rows, and lists for people that end at their LIMIT.
+# Intended scans of whole tables: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
     r"SCAN (agents|secrets|workflows|definitions|schedules|s|workers|clock|moment|pragma_data_version|"
     r"CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
@@ -53,7 +53,7 @@ def driver_sql(statement: sa.TextClause) -> str:
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
-def test_no_statement_reads_what_is_finished(name: str, url: str) -> None:
+def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
     sql = driver_sql(STATEMENTS[name])
     connection = sqlite3.connect(url.removeprefix("sqlite:///"))
     names = dict.fromkeys(re.findall(r":(\w+)", sql))
@@ -62,9 +62,13 @@ def test_no_statement_reads_what_is_finished(name: str, url: str) -> None:
     reads = [line for line in plan if line.startswith("SCAN") and not SMALL.match(line) and not LIVE_ONLY.match(line)]
     if name == "claim.probe":  # is there any row at all?
         reads.remove("SCAN ticket_dependencies USING COVERING INDEX ticket_dependencies_depends_on")
-    if name == "agents._TICKETS_THAT_NEED":  # drafts are in no index; asked when an agent is removed by hand
+    if name == "agents._TICKETS_THAT_NEED":  # drafts are in no index; runs only when an agent is removed
         reads.remove("SCAN tickets USING INDEX tickets_created")
-    if name in ("artifacts._LARGEST", "artifacts._UNUSED", "artifacts._USES_WITHOUT_TICKET"):  # by hand, and by prune
+    if name in (
+        "artifacts._LARGEST",
+        "artifacts._UNUSED",
+        "artifacts._USES_WITHOUT_TICKET",
+    ):  # for people, and in prune
         reads = [line for line in reads if line not in ("SCAN a", "SCAN artifacts", "SCAN artifact_uses")]
     assert reads == [], plan
     assert [line for line in plan if "AUTOMATIC" in line] == [], plan
@@ -78,31 +82,31 @@ def test_claims_come_from_the_index_in_order(url: str) -> None:
     connection.close()
 
 
-def test_migrations_make_what_schema_says(outside: Outside, tmp_path: Path) -> None:
+def test_migrations_create_what_schema_says(outside: Outside, tmp_path: Path) -> None:
     engine = sa.create_engine(f"sqlite:///{tmp_path}/schema.db")
     metadata.create_all(engine)
     engine.dispose()
     connection = sqlite3.connect(tmp_path / "schema.db")
     query = "SELECT type, name, sql FROM sqlite_master WHERE type IN ('table', 'index') AND name <> 'alembic_version'"
-    said = {(kind, name): _words(sql) for kind, name, sql in connection.execute(query)}
+    expected = {(kind, name): _words(sql) for kind, name, sql in connection.execute(query)}
     connection.close()
     made = {(kind, name): _words(sql) for kind, name, sql in outside.execute(query)}
     made = {key: sql for key, sql in made.items() if "alembic" not in key[1]}
-    assert made == said
+    assert made == expected
 
 
 def _words(sql: str | None) -> str:
     return " ".join((sql or "").split())
 
 
-def test_schema_can_be_said_in_postgresql() -> None:
+def test_schema_compiles_for_postgresql() -> None:
     for table in metadata.sorted_tables:
         assert str(sa.schema.CreateTable(table).compile(dialect=POSTGRESQL))
         for index in table.indexes:
             assert str(sa.schema.CreateIndex(index).compile(dialect=POSTGRESQL))
 
 
-def test_little_needs_to_be_named(outside: Outside) -> None:
+def test_few_columns_need_values(outside: Outside) -> None:
     outside.execute("INSERT INTO tickets (id, title, state, agent_id) VALUES ('t', 't', 'ready', 'a')")
     outside.execute("INSERT INTO tickets (id) VALUES ('u')")
     outside.execute("INSERT INTO agents (id, name, version, path, entry) VALUES ('a', 'a', '1', '/x', '[\"x\"]')")

@@ -1,4 +1,4 @@
-"""Waking up: a commit by anybody is seen within milliseconds, and no commit costs nothing."""
+"""Waking up: a commit by any process is seen within milliseconds, and waiting costs nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_a_commit_of_another_process_is_seen_at_once(file: Path) -> None:
     assert statistics.median(late) < 25, sorted(late)
 
 
-async def test_no_commit_is_no_news_and_costs_nothing(file: Path) -> None:
+async def test_without_a_commit_nothing_is_seen_and_it_costs_nothing(file: Path) -> None:
     async with Wake.watching(file) as wake:
         await wake.changed(timeout_seconds=0)
         before = time.process_time()
@@ -100,7 +100,7 @@ asyncio.run(main())
 
 
 @pytest.mark.needs("root")
-async def test_without_inotify_it_looks_often_and_says_so(file: Path) -> None:
+async def test_without_inotify_it_polls_and_says_so(file: Path) -> None:
     argv = ["unshare", "--user", "--map-root-user", sys.executable, "-c", DEAF, str(file)]
     done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A bad row never waits in silence: every one is INSERTed by plain SQL, and answered in its own `error`."""
+"""A bad row never waits without a reason: each is INSERTed by plain SQL, and fails with the reason in its `error`."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ async def test_bad_rows_do_not_keep_good_ones_waiting(store: Store, outside: Out
     assert outside.execute("SELECT count(*) FROM tickets WHERE state = 'failed'") == [(2500,)]
 
 
-async def test_what_looks_odd_but_is_fine(store: Store, outside: Outside) -> None:
+async def test_unusual_but_valid_rows(store: Store, outside: Outside) -> None:
     insert(outside, "$(reboot) '; DROP TABLE tickets; --\n🦊", title="", inputs="", execution_mode=None, project_id=7)
     insert(outside, "blob", description="wörld".encode(), inputs=b'{"a": 1}')
     insert(outside, "old", created_at="yesterday", updated_at=b"\xff")

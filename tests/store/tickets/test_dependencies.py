@@ -1,4 +1,4 @@
-"""Tickets that wait for tickets."""
+"""Tickets that depend on tickets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def run_one(store: Store, *, well: bool = True) -> str:
     return claim.ticket.id
 
 
-async def test_order_follows_the_needs(store: Store, outside: Outside) -> None:
+async def test_order_follows_the_dependencies(store: Store, outside: Outside) -> None:
     for name in "dcba":
         insert(outside, name)
     needs(outside, d="b c", b="a", c="a")
@@ -85,7 +85,7 @@ async def test_missing_id(store: Store, outside: Outside, state: str) -> None:
 
 @pytest.mark.parametrize("state", ["ready", "blocked"])
 @pytest.mark.parametrize("edges", [{"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "c", "c": "a", "d": "a"}])
-async def test_circle(store: Store, outside: Outside, state: str, edges: dict[str, str]) -> None:
+async def test_cycle(store: Store, outside: Outside, state: str, edges: dict[str, str]) -> None:
     for name in edges:
         insert(outside, name, state=state)
     needs(outside, **edges)
@@ -133,7 +133,7 @@ async def test_long_chain_is_answered_at_once(store: Store, outside: Outside) ->
     assert outside.execute("SELECT count(*) FROM tickets WHERE state = 'failed'") == [(2000,)]
 
 
-async def test_added_with_its_needs(store: Store) -> None:
+async def test_added_with_its_dependencies(store: Store) -> None:
     await store.add_ticket(Ticket(id="a", title="a", state="ready", agent_id=ECHO.id))
     await store.add_ticket(Ticket(id="b", title="b", state="ready", agent_id=ECHO.id), depends_on=["a"])
     assert await store.depends_on("b") == ["a"]

@@ -1,8 +1,8 @@
 """Schedules of workflows: one row each, with the time (ms of the database's clock) at which it is due next.
 
 The rows are derived from the table `workflows`. Swarm's own changes to a workflow update its rows in the same
-transaction. For changes by other tools, triggers insert a mark (a row with an empty name that is always due); whoever
-looks for due schedules then updates all rows. Only the newest version of a workflow is started by time.
+transaction. For changes by other tools, triggers insert a mark (a row with an empty name that is always due); the
+engine that looks for due schedules then updates all rows. Only the newest version of a workflow is started by time.
 
 Several engines may find the same schedule due. The update of its row is the claim: it requires the `next_at` that the
 engine saw, and the tickets are created in the same transaction.

@@ -139,6 +139,17 @@ def event(row: Any) -> Event:
     )
 
 
+def event_values(event: Event, now: str) -> dict[str, Any]:
+    return {
+        "ticket_id": event.ticket_id,
+        "step_id": event.step_id,
+        "attempt_id": event.attempt_id,
+        "at": now,
+        "kind": event.kind,
+        "data": dump(dict(event.data)),
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
     """One execution of a ticket, or of a workflow within it."""

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, RunStatus, StepStatus, TicketState
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import dump, lenient, message, milliseconds
+from swarm.store.sql.rows import dump, event_values, lenient, message, milliseconds
 
 # Left joins: other tools may have deleted any of these rows.
 _FENCE = """
@@ -140,26 +140,10 @@ class Changes:
         **details: object,
     ) -> None:
         data = {"of": what, "from": before, "to": after, **{k: v for k, v in details.items() if v is not None}}
-        self.add(
-            INSERT_EVENT,
-            ticket_id=ticket_id,
-            step_id=step_id,
-            attempt_id=attempt_id,
-            at=self.tx.now,
-            kind="transition",
-            data=dump(data),
-        )
+        self.add_event(Event(ticket_id=ticket_id, step_id=step_id, attempt_id=attempt_id, kind="transition", data=data))
 
     def add_event(self, event: Event) -> None:
-        self.add(
-            INSERT_EVENT,
-            ticket_id=event.ticket_id,
-            step_id=event.step_id,
-            attempt_id=event.attempt_id,
-            at=self.tx.now,
-            kind=event.kind,
-            data=dump(dict(event.data)),
-        )
+        self.add(INSERT_EVENT, **event_values(event, self.tx.now))
 
     def set_ticket(
         self,

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from swarm.model import Event
 from swarm.store.sql import rows
 from swarm.store.sql.database import Tx
-from swarm.store.sql.rows import dump, iso
+from swarm.store.sql.rows import event_values, iso
 
 _COLUMNS: Final = "e.seq, e.ticket_id, e.step_id, e.attempt_id, e.at, e.kind, e.data"
 # Output that arrives after its ticket was deleted is dropped.
@@ -41,19 +41,7 @@ class Pruned:
 
 
 def append(tx: Tx, requests: Sequence[Sequence[Event]]) -> Sequence[None]:
-    values = [
-        {
-            "ticket_id": event.ticket_id,
-            "step_id": event.step_id,
-            "attempt_id": event.attempt_id,
-            "at": tx.now,
-            "kind": event.kind,
-            "data": dump(dict(event.data)),
-        }
-        for events in requests
-        for event in events
-    ]
-    tx.many(APPEND, values)
+    tx.many(APPEND, [event_values(event, tx.now) for events in requests for event in events])
     return [None] * len(requests)
 
 

@@ -104,13 +104,15 @@ def strict_text(name: str, value: object) -> str | None:
 
 def _number(name: str, value: object) -> Any:
     least, most = BOUNDS[name]
-    whole = isinstance(least, int)
     if value is None:
         return 0 if name == "priority" else None
-    in_bounds = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
-    if isinstance(value, int | float) and in_bounds and (not whole or value == int(value)):
-        return int(value) if whole else float(value)
-    kind = "a whole number" if whole else "a number"
+    integral = isinstance(least, int)
+    if isinstance(value, int | float) and math.isfinite(value) and least <= value <= most:
+        if not integral:
+            return float(value)
+        if value == int(value):
+            return int(value)
+    kind = "a whole number" if integral else "a number"
     raise BadRow(f"{name} is {shown(value)}; it must be {kind} from {least:g} to {most:g}, or NULL")
 
 

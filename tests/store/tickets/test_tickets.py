@@ -1,4 +1,4 @@
-"""cancel, retry, the queue's figures, agents, workers, events."""
+"""Tickets: cancel, retry, queue, prune; agents and workers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_cancel_one_that_runs(store: Store, outside: Outside) -> None:
     assert (await store.queue()).running == 0
 
 
-async def test_cancel_and_retry_say_no(store: Store, outside: Outside) -> None:
+async def test_cancel_and_retry_refuse(store: Store, outside: Outside) -> None:
     insert(outside, "t")
     with pytest.raises(Conflict, match="is ready"):
         await store.retry("t")
@@ -54,7 +54,7 @@ async def test_cancel_and_retry_say_no(store: Store, outside: Outside) -> None:
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
-async def test_retry_by_hand_is_a_new_run(store: Store, outside: Outside, end: str) -> None:
+async def test_retry_is_a_new_run(store: Store, outside: Outside, end: str) -> None:
     insert(outside, "t")
     old = await claim_one(store)
     if end == "failed":
@@ -108,7 +108,7 @@ async def test_duplicate_id(store: Store) -> None:
 # --- agents and workers -----------------------------------------------------------------------------------------------
 
 
-async def test_agents_come_back_whole(store: Store) -> None:
+async def test_agents_come_back_unchanged(store: Store) -> None:
     full = replace(
         RETRY,
         id="full",
