@@ -140,7 +140,15 @@ class Changes:
         **details: object,
     ) -> None:
         data = {"of": what, "from": before, "to": after, **{k: v for k, v in details.items() if v is not None}}
-        self.add_event(Event(ticket_id=ticket_id, step_id=step_id, attempt_id=attempt_id, kind="transition", data=data))
+        self.add(
+            INSERT_EVENT,
+            ticket_id=ticket_id,
+            step_id=step_id,
+            attempt_id=attempt_id,
+            at=self.tx.now,
+            kind="transition",
+            data=dump(data),
+        )
 
     def add_event(self, event: Event) -> None:
         self.add(INSERT_EVENT, **event_values(event, self.tx.now))
