@@ -493,7 +493,7 @@ async def test_a_trigger_is_told(store: Store, outside: Outside) -> None:
 async def test_an_agent_that_is_gone_fails_its_step(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     (first,) = await claims(store)
-    with pytest.raises(Conflict, match="wanted by tickets that have not ended"):
+    with pytest.raises(Conflict, match=r"tickets that have not ended need the agent echo@1\.0\.0"):
         await store.remove_agent("echo")
     outside.execute("DELETE FROM agents WHERE name = 'echo'")
     await finish(store, first)
@@ -808,7 +808,7 @@ async def test_retry_from_what_can_not_be(store: Store, outside: Outside) -> Non
 async def test_retry_from_a_step_of_what_is_done(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN, inputs='{"word": "hi"}')
     await run(store)
-    with pytest.raises(Conflict, match=r"is done; only a failed or cancelled one .*--from STEP"):
+    with pytest.raises(Conflict, match=r"is done; only failed or cancelled ones can be retried .*--from STEP"):
         await store.retry("t")
     await store.retry("t", step="third")
     assert await run(store) == ["third"]
