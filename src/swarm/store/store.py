@@ -18,7 +18,7 @@ from swarm.ledger import Bill, Limit, Order, Reservation
 from swarm.model import Agent, BudgetPolicy, Claim, Event, Interrupted, Outcome, Succeeded, Ticket
 from swarm.store import audit, spending
 from swarm.store.claims import approvals, finish, retry_from
-from swarm.store.claims.claim import Claimed, ClaimRequest, Queue
+from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
 from swarm.store.registry import agents, schedules, secrets, webhooks, workers, workflows
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.registry.secrets import Sealed, SecretRow
@@ -50,7 +50,7 @@ class Store:
         self._write = ConnectionThread(db, write=True)
         self._read = ConnectionThread(db, write=False)
         self._workflows = WorkflowEngine(planning_seconds=planning_seconds)
-        self._queue = Queue(self._workflows)
+        self._queue = Claimer(self._workflows)
         self._finisher = finish.Finisher(self._workflows, over_budget)
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
         self._approvals = approvals.Approvals(self._workflows)

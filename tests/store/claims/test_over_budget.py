@@ -48,7 +48,7 @@ async def test_a_plain_ticket_waits_over_a_restart_and_goes_on(url: str, outside
     async with Store.open(url) as store:
         assert await claims(store) == []
         for budget, why in (
-            (Limit(usd=1.0), r"budget_usd of 1.0 would allow no more: .* has 1.0 already"),
+            (Limit(usd=1.0), r"budget_usd of 1.0 would allow no more: .* already has 1.0"),
             (Limit(usd=2.0, tokens=9), r"budget_tokens of 9 would"),
             (Limit(usd=float("nan")), "must be a number from 0"),
         ):
@@ -158,7 +158,7 @@ async def test_a_step_of_a_workflow(store: Store, outside: Outside, approved: bo
     """Others go on meanwhile; an approval beforehand is another question; a batch may bring two that wait."""
     await ticket(store, outside, FLOW, over_budget="wait", budget_usd=1.0)
     assert await run(store) == ["other"]
-    with pytest.raises(Conflict, match="does not wait for a budget, but for an answer: 'Spend\\?'"):
+    with pytest.raises(Conflict, match="waits for an answer, not for a budget: 'Spend\\?'"):
         await store.answer("t", approved=True, by="ann", budget=Limit(usd=3.0))
     await store.answer("t", approved=True, by="ann")
     first, second = await claims(store)

@@ -499,7 +499,7 @@ async def test_an_agent_that_is_gone_fails_its_step(store: Store, outside: Outsi
     await finish(store, first)
     assert await run(store) == []
     found, why = await state(store)
-    assert found == "failed" and why == "the agent echo@1.0.0: was removed since the run began"
+    assert found == "failed" and why == "the agent echo@1.0.0 was removed after the run began"
     await proved(store, outside)
 
 
@@ -793,12 +793,12 @@ async def test_retry_from_what_can_not_be(store: Store, outside: Outside) -> Non
     with pytest.raises(Conflict, match="is ready: it has not ended"):
         await store.retry("t", step="first")
     await run(store, gives(second=BROKEN))
-    with pytest.raises(UsageError, match="no step 'fourth' of its own; there are first, second, third"):
+    with pytest.raises(UsageError, match="no step 'fourth' of its own; use one of first, second, third"):
         await store.retry("t", step="fourth")
     assert (await state(store))[0] == "failed"  # nothing was changed
     insert(outside, "plain")
     await run(store, gives(main=BROKEN))
-    with pytest.raises(Conflict, match="has no run of a workflow to go on from"):
+    with pytest.raises(Conflict, match="has no workflow run to continue; retry it without --from"):
         await store.retry("plain", step="main")
     await store.retry("t")
     assert await run(store) == ["first", "second", "third"]
@@ -832,7 +832,7 @@ async def test_retry_from_an_item_keeps_the_others(store: Store, outside: Outsid
 
     await ticket(store, outside, ITEMS)
     assert await run(store, third_fails, limit=2) == ["each[0]", "each[2]", "each[3]"]
-    with pytest.raises(UsageError, match=r"no execution 'each\[7\]'; there are from each\[0\] to each\[4\]"):
+    with pytest.raises(UsageError, match=r"no execution 'each\[7\]', only each\[0\] to each\[4\]"):
         await store.retry("t", step="each[7]")
     await store.retry("t", step=named)
     also = ["each[0]"] if named == "each[0]" else []
@@ -860,7 +860,7 @@ steps:
     assert await state(store) == ("done", {"n": 3})
     await store.retry("t", step="again[0]")
     assert len(await run(store)) == 4
-    with pytest.raises(UsageError, match="of one that is a workflow, the whole runs again"):
+    with pytest.raises(UsageError, match="a nested workflow only runs again as a whole"):
         await store.retry("t", step="again[0]/x")
     await proved(store, outside)
 

@@ -39,8 +39,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "state empty": ({"state": ""}, "state '' is unknown"),
     "state BLOB": ({"state": b"ready"}, "state 'ready' is unknown"),
     "state number": ({"state": 1}, "state '1' is unknown"),
-    "in_progress": ({"state": "in_progress"}, "state 'in_progress' is set by Swarm only"),
-    "waiting": ({"state": "waiting"}, "state 'waiting' is set by Swarm only"),
+    "in_progress": (
+        {"state": "in_progress"},
+        "only Swarm sets the state 'in_progress', and this ticket has no live run; set the state to 'ready' to run it",
+    ),
+    "waiting": (
+        {"state": "waiting"},
+        "only Swarm sets the state 'waiting', and this ticket has no live run; set the state to 'ready' to run it",
+    ),
     "priority": ({"priority": "high"}, "priority is 'high'; it must be a whole number"),
     "max_attempts": ({"max_attempts": 0}, "max_attempts is 0; it must be a whole number from 1"),
     "timeout": ({"timeout_seconds": "soon"}, "timeout_seconds is 'soon'; it must be a number"),

@@ -1,4 +1,4 @@
-"""A person's word on a step that waits for it."""
+"""A person's answer to a step that waits for one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swarm.ledger import Limit
 from swarm.model import Event, FailureReason, StepStatus, Ticket
 from swarm.store.runs.workflow_engine import WAITING_COLUMNS, WorkflowEngine, answer, refresh_waiting
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import lenient, message
+from swarm.store.sql.rows import lenient, message, shallow
 from swarm.store.tickets import dependencies, tickets
 from swarm.store.tickets.changes import FENCE_BY_ID, Changes
 from swarm.store.tickets.validation import BadRow, check_budget, shown
@@ -24,24 +24,22 @@ WAITING_STEPS: Final = sa.text(
     "AND t.run_id = COALESCE(r.root_run_id, r.id) AND t.state IN ('in_progress', 'waiting') "
     "AND s.status = 'waiting' AND s.verdict IS NULL ORDER BY s.id"
 )
+_RAISE_BUDGET: Final = sa.text(
+    "UPDATE tickets SET budget_usd = COALESCE(:usd, budget_usd), budget_tokens = COALESCE(:tokens, budget_tokens), "
+    "updated_at = :now WHERE id = :id"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerRequest:
-    """``step`` None: the one that waits."""
+    """``step`` None: the only one that waits."""
 
     ticket_id: str
     step: str | None
     approved: bool
     by: str
     why: str = ""
-    budget: Limit = field(default_factory=Limit)  # what the ticket's is raised to
-
-
-_RAISE: Final = sa.text(
-    "UPDATE tickets SET budget_usd = COALESCE(:usd, budget_usd), budget_tokens = COALESCE(:tokens, budget_tokens), "
-    "updated_at = :now WHERE id = :id"
-)
+    budget: Limit = field(default_factory=Limit)  # the ticket's new, higher budget
 
 
 class Approvals:
@@ -51,7 +49,7 @@ class Approvals:
     def answer(self, tx: Tx, request: AnswerRequest) -> tuple[str, list[str]]:
         """The step that was answered, and runs for the caller to decide on.
 
-        Raises NotFound, and Conflict when none waits, or when it is not clear which is meant.
+        Raises NotFound; Conflict when no step waits, or several do and none is named.
         """
         ticket = tickets.ticket(tx, request.ticket_id)
         waiting = {row.step_id: row for row in tx.all(WAITING_STEPS, id=ticket.id)}
@@ -66,13 +64,13 @@ class Approvals:
         by, why = message(request.by) or "", message(request.why) or ""
         changes, row = Changes(tx), waiting[step]
         verdict = Verdict(approved=request.approved, by=by, why=why)
-        if row.attempt_id is not None:  # it has been at work, and may go on: approvals come before that
-            _raise(changes, ticket, request.budget)
-            _go_on(changes, row, verdict, request.budget)
+        if row.attempt_id is not None:  # it ran and went over budget: an approval is asked for before the first attempt
+            _raise_budget(changes, ticket, request.budget)
+            _resume(changes, row, verdict, request.budget)
         elif request.budget != Limit():
             raise Conflict(
-                f"the step {shown(step)} of the ticket {shown(ticket.id)} does not wait for a budget, but for an "
-                f"answer: {shown(row.question)}; answer it without one"
+                f"the step {shown(step)} of the ticket {shown(ticket.id)} waits for an answer, not for a budget: "
+                f"{shown(row.question)}; answer it without a budget"
             )
         else:
             answer(changes, row, verdict)
@@ -81,8 +79,8 @@ class Approvals:
         return str(lenient(step)), undecided
 
 
-def _raise(changes: Changes, ticket: Ticket, budget: Limit) -> None:
-    """Raises UsageError for what would not be more, before anything is changed."""
+def _raise_budget(changes: Changes, ticket: Ticket, budget: Limit) -> None:
+    """Raises UsageError, before anything is changed, for a budget that isn't higher than the ticket's."""
     for name, given, present in (
         ("budget_usd", budget.usd, ticket.budget_usd),
         ("budget_tokens", budget.tokens, ticket.budget_tokens),
@@ -92,18 +90,17 @@ def _raise(changes: Changes, ticket: Ticket, budget: Limit) -> None:
         except BadRow as error:
             raise UsageError(str(error)) from None
         if given is not None and (present is None or given <= present):
-            now = "has no such budget" if present is None else f"has {present:,} already"
+            now = "has no such budget" if present is None else f"already has {present:,}"
             raise UsageError(f"a {name} of {given:,} would allow no more: the ticket {shown(ticket.id)} {now}")
     if budget != Limit():
-        changes.add(_RAISE, id=ticket.id, usd=budget.usd, tokens=budget.tokens, now=changes.tx.now)
+        changes.add(_RAISE_BUDGET, id=ticket.id, usd=budget.usd, tokens=budget.tokens, now=changes.tx.now)
 
 
-def _go_on(changes: Changes, waiting: Row, verdict: Verdict, budget: Limit) -> None:
-    """A step that came to the end of a budget: once more, or no more."""
+def _resume(changes: Changes, waiting: Row, verdict: Verdict, budget: Limit) -> None:
+    """A step that went over budget: run it again, or fail it."""
     [row] = changes.tx.all_in(FENCE_BY_ID, [waiting.attempt_id])
-    data = {"approved": verdict.approved, "by": verdict.by, "why": verdict.why}
     raised = {"budget_usd": budget.usd, "budget_tokens": budget.tokens}
-    data |= {name: value for name, value in raised.items() if value is not None}
+    data = {**shallow(verdict), **{name: value for name, value in raised.items() if value is not None}}
     changes.add_event(Event(ticket_id=row.ticket_id, step_id=row.step_id, kind="approval", data=data))
     if verdict.approved:
         changes.step_back(row, why="approved", counted=False, error=None, before=StepStatus.WAITING)

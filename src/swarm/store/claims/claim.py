@@ -1,5 +1,5 @@
-"""Claim: one transaction in which expired leases are swept, ready tickets become runs and steps, bad rows are answered,
-and the first `limit` steps by priority and age become attempts of one worker.
+"""Claim: one transaction that sweeps expired leases, turns ready tickets into runs and steps, fails bad rows, and makes
+the first `limit` steps by priority and age attempts of one worker.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.validation import BadRow, Work
 
-BAD_ROWS: Final = 1000  # answered in one transaction at most; the next goes on
+BAD_ROWS: Final = 1000  # at most in one transaction; the next claim handles the others
 
-# The live run of a row that another tool made ready again while it ran.
+# live_run: set when another tool made the ticket ready again while it ran.
 _READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
 READY_TICKETS: Final = sa.text(
@@ -79,9 +79,9 @@ FAIL_STEP: Final = sa.text(
 
 @cache
 def probe(dialect: Dialect) -> sa.TextClause:
-    """One statement that says the time and which of the rarer duties there are, each by one look into an index."""
+    """One statement for the time and for which of the rarer duties are due, each by one index lookup."""
     return sa.text(f"""
-        SELECT now_ms, {dialect.written_by_others} AS others,
+        SELECT now_ms, {dialect.written_by_others} AS written_by_others,
           EXISTS (SELECT 1 FROM attempts WHERE outcome IS NULL AND lease_until <= now_ms) AS expired,
           EXISTS (SELECT 1 FROM step_executions
                   WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= now_ms) AS due,
@@ -101,23 +101,40 @@ class ClaimRequest:
     ticket_id: str | None = None
     memory_mb: int | None = None
     most_memory_mb: int | None = None
-    held: frozenset[str] = frozenset()  # attempts that the worker is executing
+    held: frozenset[str] = frozenset()  # attempts that this worker is executing
     queue_timeout_seconds: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Claimed:
     claims: list[Claim] = field(default_factory=list)
-    more: bool = False  # the transaction ended on its bound of bad rows: claim again
-    undecided: list[str] = field(default_factory=list)  # runs for which a decision is to be made outside
+    more: bool = False  # the transaction stopped at its limit of bad rows: claim again
+    undecided: list[str] = field(default_factory=list)  # runs whose next decision is made outside the transaction
 
 
-class Queue:
-    """Claims for one process, on the writing thread. Remembers only what saves work."""
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A row that may be claimed: a ready ticket, or a ready step of a run that has begun."""
+
+    row: Row
+    is_step: bool
+
+    @property
+    def in_workflow(self) -> bool:
+        return self.is_step and self.row.definition is not None
+
+    def turn(self) -> tuple[float, str]:
+        """The order of claims: priority, then age. A row whose priority isn't a number comes first, to be failed."""
+        priority = self.row.priority
+        return (-priority if isinstance(priority, int | float) else float("-inf"), str(self.row.created_at))
+
+
+class Claimer:
+    """Claims for one process, on the writing thread. Its state is a cache, nothing more."""
 
     def __init__(self, workflows: WorkflowEngine) -> None:
         self.workflows = workflows
-        self._agents = Agents()
+        self.agents = Agents()
         self.maintenance = Maintenance()
 
     def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
@@ -127,16 +144,15 @@ class Queue:
 class _ClaimTransaction:
     """One claim, in one transaction."""
 
-    def __init__(self, queue: Queue, tx: Tx, request: ClaimRequest) -> None:
-        self.queue, self.tx, self.request = queue, tx, request
+    def __init__(self, claimer: Claimer, tx: Tx, request: ClaimRequest) -> None:
+        self.claimer, self.tx, self.request = claimer, tx, request
         self.changes = Changes(tx)
         self.result = Claimed()
         self.bad_rows = 0
         self.memory_left = request.memory_mb
-        self.put_off = 0  # workflows that begin as soon as their first decision is made, outside
-        self.full = (
-            False  # the next in turn does not fit; whoever is behind it waits as well, so that it is not starved
-        )
+        self.deferred = 0  # workflows that begin once their first decision is made, outside the transaction
+        # The next step in turn doesn't fit into memory. Those behind it wait too, so that it isn't starved.
+        self.memory_full = False
 
     def run(self) -> Claimed:
         probed = self.tx.first(probe(self.tx.dialect))
@@ -149,77 +165,83 @@ class _ClaimTransaction:
         if probed.due:
             self.tx.run(RELEASE_DELAYED, now_ms=self.tx.now_ms)
         if probed.runs:
-            self.result.undecided += self.queue.workflows.look(self.changes)
-        self._settle()
+            self.result.undecided += self.claimer.workflows.process_due(self.changes)
+        self._advance()
         if probed.unknown_states:
             for row in self.tx.all(UNKNOWN_STATES, limit=AT_ONCE):
                 fail_row(self.changes, row, validation.unknown_state(row.state))
-        upkept = False
-        while (missing := self.request.limit - len(self.result.claims) - self.put_off) > 0:
-            if self.bad_rows >= BAD_ROWS:
-                self.result.more = True
-                break
-            if self._round(missing) and not self.full:
-                continue
-            if self.full:
-                break
-            if self.result.claims and self.request.ticket_id is None:
-                return self._end()  # those first: the claim that finds nothing, and so comes soon, does the upkeep
-            if upkept or not self.queue.maintenance.due(
-                probed.others, idle=True, asked=self.request.ticket_id is not None
-            ):
-                break
-            upkept = True
-            if not self.queue.maintenance.run(self.changes, probed.others):
-                break
-        if not upkept and self.queue.maintenance.due(probed.others, idle=False, asked=False):
-            self.queue.maintenance.run(self.changes, probed.others)
-        return self._end()
-
-    def _settle(self) -> None:
-        """Carry on the workflows for which there is news: that may make steps ready."""
-        if self.changes.pending_runs:
-            self.steps = True
-            put_off = self.queue.workflows.advance_workflows(self.changes, take_up=True)
-            self.put_off += len(put_off)
-            self.result.undecided += put_off
-
-    def _end(self) -> Claimed:
+        self._claim(probed.written_by_others)
         dependencies.release(self.changes)
         return self.result
 
+    def _claim(self, written_by_others: int) -> None:
+        """Round by round, until the limit is reached or nothing is left; with maintenance when it is due."""
+        maintenance, only_one = self.claimer.maintenance, self.request.ticket_id is not None
+        maintained = False
+        while (missing := self.request.limit - len(self.result.claims) - self.deferred) > 0:
+            if self.bad_rows >= BAD_ROWS:
+                self.result.more = True
+                break
+            more = self._round(missing)
+            if self.memory_full:
+                break
+            if more:
+                continue
+            if self.result.claims and not only_one:
+                return  # hand these out first; the next claim, which finds nothing, does the maintenance
+            if maintained or not maintenance.due(written_by_others, idle=True, required=only_one):
+                break
+            maintained = True
+            if not maintenance.run(self.changes, written_by_others):
+                break
+        if not maintained and maintenance.due(written_by_others, idle=False, required=False):
+            maintenance.run(self.changes, written_by_others)
+
+    def _advance(self) -> None:
+        """Advance the workflows with ended steps, which may make other steps ready."""
+        if self.changes.pending_runs:
+            self.steps = True
+            deferred = self.claimer.workflows.advance_workflows(self.changes, take_up=True)
+            self.deferred += len(deferred)
+            self.result.undecided += deferred
+
     def _round(self, missing: int) -> bool:
-        """Look at the next candidates; False when there can be no others behind them."""
+        """Claim from the next candidates; False when no others are behind them."""
         limit = max(missing, min(self.bad_rows, AT_ONCE))
-        tickets, steps = self._candidates(limit)
-        rows = sorted([*tickets, *steps], key=_turn) if steps else tickets
-        if not rows:
+        tickets, steps = self._ready_rows(limit)
+        candidates = [_Candidate(row, is_step=False) for row in tickets]
+        if steps:
+            candidates += [_Candidate(row, is_step=True) for row in steps]
+            candidates.sort(key=_Candidate.turn)
+        if not candidates:
             return False
         waits = (
             dependencies.check(self.tx, [row.id for row in tickets if has_clean_id(row.id)])
             if self.dependencies
             else {}
         )
-        works: list[tuple[Row, Work]] = []
-        for row in rows:
+        works: list[tuple[_Candidate, Work]] = []
+        for candidate in candidates:
+            row = candidate.row
             try:
-                if "step_execution_id" in row._fields:
+                if candidate.is_step:
                     if (work := self._step(row)) is not None:
-                        works.append((row, work))
+                        works.append((candidate, work))
                 elif row.id in waits:
                     self._wait(row, waits[row.id])
                 else:
                     self._check_age(row)
-                    works.append((row, validation.read(row)))
+                    works.append((candidate, validation.read(row)))
             except BadRow as error:
-                self._refuse(row, error)
+                self._refuse(candidate, error)
         self._start(works, missing)
         self.changes.flush()
         pending_runs = bool(self.changes.pending_runs)
-        self._settle()
+        self._advance()
         return pending_runs or self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
 
-    def _candidates(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
+    def _ready_rows(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
+        """Tickets, and steps of runs that have begun."""
         one = self.request.ticket_id
         if one is not None:
             steps = self.tx.all(READY_STEP, id=one, limit=limit) if self.steps else []
@@ -235,7 +257,7 @@ class _ClaimTransaction:
             )
 
     def _step(self, row: Row) -> Work | None:
-        """A ready step of a run under way; None when its ticket was taken away meanwhile, and the step with it."""
+        """A ready step of a run that has begun; None if another tool took its ticket: then the step ends too."""
         running = (TicketState.IN_PROGRESS, TicketState.WAITING)
         if row.ticket is None:
             self.changes.delete_runs([row.run_id])
@@ -253,17 +275,18 @@ class _ClaimTransaction:
             fail_row(self.changes, row, error)
         else:
             self.changes.set_ticket(row.id, TicketState.READY, TicketState.BLOCKED)
-            self.queue.maintenance.again = True
+            self.claimer.maintenance.has_more = True
 
-    def _refuse(self, row: Row, error: BadRow) -> None:
+    def _refuse(self, candidate: _Candidate, error: BadRow) -> None:
         self.bad_rows += 1
-        if "step_execution_id" in row._fields and row.definition is not None:
+        row = candidate.row
+        if candidate.in_workflow:
             self._fail_step(row, str(error))
             return
-        if "step_execution_id" in row._fields:
+        if candidate.is_step:
             self.changes.cancel_runs([row.run_id], error=str(error))
-        elif row.live_run is not None:
-            self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
+        else:
+            self._end_former(row)
         fail_row(self.changes, row, str(error))
 
     def _fail_step(self, row: Row, error: str) -> None:
@@ -274,30 +297,31 @@ class _ClaimTransaction:
         )
         self.changes.pending_runs.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
 
-    def _start(self, works: Sequence[tuple[Row, Work]], missing: int) -> None:
-        agents = self.queue._agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
-        for row, work in works:
+    def _start(self, works: Sequence[tuple[_Candidate, Work]], missing: int) -> None:
+        agents = self.claimer.agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
+        most = self.request.most_memory_mb
+        for candidate, work in works:
             try:
-                if not work.agent_id and "step_execution_id" not in row._fields:
-                    missing -= self._begin(row, work) if missing and not self.full else 0
+                if not work.agent_id and not candidate.is_step:
+                    if missing and not self.memory_full:
+                        self._begin(candidate.row, work)
+                        missing -= 1
                     continue
                 agent = self._agent(work, agents)
+                if most is not None and agent.memory_mb > most:
+                    raise BadRow(_too_big(agent, most))  # else it would block the head of the queue for ever
             except BadRow as error:
-                self._refuse(row, error)
+                self._refuse(candidate, error)
                 continue
-            most = self.request.most_memory_mb
-            if most is not None and agent.memory_mb > most:
-                # It would stand at the head of the queue for ever, and everybody behind it.
-                self._refuse(row, BadRow(_too_big(agent, most)))
-                continue
-            self.full = self.full or (self.memory_left is not None and agent.memory_mb > self.memory_left)
-            if missing and not self.full:
+            if self.memory_left is not None and agent.memory_mb > self.memory_left:
+                self.memory_full = True
+            if missing and not self.memory_full:
                 missing -= 1
                 if self.memory_left is not None:
                     self.memory_left -= agent.memory_mb
-                self.result.claims.append(self._attempt(row, work, agent))
+                self.result.claims.append(self._attempt(candidate, work, agent))
 
-    def _begin(self, row: Row, work: Work) -> int:
+    def _begin(self, row: Row, work: Work) -> None:
         """The run of a workflow; its first steps are claimed in the next round, when it is their turn."""
         wanted, ticket = work.ticket.workflow_id or "", work.ticket
         found = next(iter(self.tx.all_in(WORKFLOWS, [wanted])), None)
@@ -306,10 +330,12 @@ class _ClaimTransaction:
         if not found.enabled:
             raise validation.disabled_workflow(found.name, found.version)
         self._end_former(row)
-        run_id = self.queue.workflows.begin(self.changes, ticket, workflow_version=found.version)
-        self.changes.add(START_TICKET, id=ticket.id, run_id=run_id, now=self.tx.now)
-        self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id)
-        return 1
+        run_id = self.claimer.workflows.begin(self.changes, ticket, workflow_version=found.version)
+        self._start_ticket(ticket.id, run_id)
+
+    def _start_ticket(self, ticket_id: str, run_id: str) -> None:
+        self.changes.add(START_TICKET, id=ticket_id, run_id=run_id, now=self.tx.now)
+        self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket_id)
 
     def _end_former(self, row: Row) -> None:
         if row.live_run is not None:
@@ -324,10 +350,11 @@ class _ClaimTransaction:
             raise BadRow(str(agent))
         return agent
 
-    def _attempt(self, row: Row, work: Work, agent: Agent) -> Claim:
-        add, now, now_ms, ticket = self.changes.add, self.tx.now, self.tx.now_ms, work.ticket
+    def _attempt(self, candidate: _Candidate, work: Work, agent: Agent) -> Claim:
+        row, ticket = candidate.row, work.ticket
+        add, now, now_ms = self.changes.add, self.tx.now, self.tx.now_ms
         attempt_id = new_id(now_ms)
-        if "step_execution_id" in row._fields:
+        if candidate.is_step:
             run_id, step_execution_id, step_id = row.run_id, row.step_execution_id, row.step_id
             number, queued_at = row.tries + 1, row.queued_at
             timeout_seconds = row.step_timeout_seconds or validation.timeout_of(ticket, agent)
@@ -361,8 +388,7 @@ class _ClaimTransaction:
                 priority=ticket.priority,
                 ticket_created_at=ticket.created_at,
             )
-            add(START_TICKET, id=ticket.id, run_id=run_id, now=now)
-            self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id)
+            self._start_ticket(ticket.id, run_id)
         add(
             INSERT_ATTEMPT,
             id=attempt_id,
@@ -396,7 +422,7 @@ class _ClaimTransaction:
             inputs=work.inputs,
             timeout_seconds=timeout_seconds,
             queued_ms=float(max(0, now_ms - since)) if since is not None else 0.0,
-            in_workflow="step_execution_id" in row._fields and row.definition is not None,
+            in_workflow=candidate.in_workflow,
         )
 
 
@@ -405,9 +431,3 @@ def _too_big(agent: Agent, most_mb: int) -> str:
         f"agent {agent.name} {agent.version} needs {agent.memory_mb} MB, and all VMs of this host together may take "
         f"{max(0, most_mb)} MB; lower its memory_mb, or run the ticket on a host with more"
     )
-
-
-def _turn(row: Row) -> tuple[float, str]:
-    """The order of claims: priority, then age. A priority that is no number is looked at, and refused, first."""
-    priority = row.priority
-    return (-priority if isinstance(priority, int | float) else float("-inf"), str(row.created_at))

@@ -1,6 +1,6 @@
-"""What an attempt may write, and what happens when it doesn't: finish, renew, running, and the sweep of dead leases.
+"""What an attempt may write (finish, renew, running), and the sweep of attempts whose lease expired.
 
-Every write names its attempt and passes the fence (`changes.owns`) in the transaction that changes anything.
+Every write names its attempt and passes the fence (`changes.owns`) in the same transaction.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import sqlalchemy as sa
 
@@ -37,10 +38,10 @@ from swarm.store.sql.rows import Renewal, storable_json
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, owns
 
-# A lost lease says nothing about the agent, only that its worker died or lost touch. So even a step that may be tried
-# once is given out again, but not for ever: it may be what kills the workers.
+# A lost lease says nothing about the agent, only that its worker died or lost the database. So even a step with one try
+# is given out again, but only this often: it may be the step that kills the workers.
 LOST_TRIES: Final = 3
-_SWEPT_AT_ONCE: Final = 500
+_SWEEP_LIMIT: Final = 500
 
 _EXTEND: Final = sa.text("UPDATE attempts SET lease_until = :lease_until WHERE id = :id")
 _SET_VM: Final = sa.text("UPDATE attempts SET vm_id = :vm_id WHERE id = :id")
@@ -55,7 +56,7 @@ class FinishRequest:
     vm_time_ms: float
     vm_id: int | None = None
     events: Sequence[Event] = ()
-    packed: Packed | None = None  # the outputs, as the row of a workflow's step has them
+    packed: Packed | None = None  # the outputs as a workflow's step stores them; None: `finish` packs them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +76,17 @@ def _lost(attempt_id: str, row: Row | None) -> LeaseLost:
         why = "its ticket was deleted"
     elif row.outcome is not None:
         why = f"it has ended as {row.outcome}"
-    elif row.state not in ("in_progress", "waiting"):
+    elif _ticket_ended(row):
         why = f"its ticket {row.ticket} is {row.state}"
     else:
         why = "another attempt has its step"
-    return LeaseLost(f"the attempt {attempt_id} may not write any more: {why}; nothing was changed")
+    return LeaseLost(f"the attempt {attempt_id} may no longer write: {why}; nothing was changed")
 
 
 class Finisher:
-    """The writing thread's finish. Holds the parsed agents, whose retry policies it follows.
+    """Ends attempts, on the writing thread. Keeps the parsed agents, for their retry policies.
 
-    ``over_budget``: where neither the ticket nor its agent says.
+    ``over_budget``: the policy for when neither the ticket nor its agent names one.
     """
 
     def __init__(self, workflows: WorkflowEngine, over_budget: BudgetPolicy) -> None:
@@ -110,8 +111,8 @@ class Finisher:
                 changes.add_event(event)
             del rows[request.attempt_id]  # a second finish in the same batch finds the attempt ended
             agent = agents.get(row.agent_id)
-            if (error := self._wants_more(row, request.outcome, agent)) is not None:
-                _ask_for_more(changes, row, request, error)
+            if (error := self._budget_error(row, request.outcome, agent)) is not None:
+                _ask_for_budget(changes, row, request, error)
             else:
                 _finish(changes, row, request, agent)
             results.append(None)
@@ -121,8 +122,8 @@ class Finisher:
         dependencies.release(changes)
         return results
 
-    def _wants_more(self, row: Row, outcome: Outcome, agent: Agent | StoreError | None) -> str | None:
-        """Of an attempt that was over budget, by the policy that a person is asked: what it says."""
+    def _budget_error(self, row: Row, outcome: Outcome, agent: Agent | StoreError | None) -> str | None:
+        """The error of an attempt that went over budget, if the policy says to ask a person then."""
         if not isinstance(outcome, Failed) or outcome.reason is not FailureReason.OVER_BUDGET:
             return None
         own = agent.over_budget if isinstance(agent, Agent) else None
@@ -130,8 +131,8 @@ class Finisher:
         return outcome.message if (known or self._over_budget) == BudgetPolicy.WAIT else None
 
 
-def _ask_for_more(changes: Changes, row: Row, request: FinishRequest, error: str) -> None:
-    """The step waits for a person, and the try is not counted: it did no wrong."""
+def _ask_for_budget(changes: Changes, row: Row, request: FinishRequest, error: str) -> None:
+    """The step waits for a person. The try isn't counted: the agent did nothing wrong."""
     why = str(FailureReason.OVER_BUDGET)
     changes.end_attempt(
         row, AttemptOutcome.FAILED, reason=why, error=error, timings=request.timings, vm_id=request.vm_id
@@ -142,53 +143,39 @@ def _ask_for_more(changes: Changes, row: Row, request: FinishRequest, error: str
 
 
 def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | StoreError | None) -> None:
-    outcome, timings, vm_time_ms = request.outcome, request.timings, request.vm_time_ms
-    spent: Any = {"vm_time_ms": vm_time_ms, "vm_id": request.vm_id}
-    match outcome:
-        case Succeeded():
-            changes.end_attempt(
-                row, AttemptOutcome.SUCCEEDED, exit_code=outcome.exit_code, timings=timings, vm_id=request.vm_id
-            )
-            outputs = storable_json(outcome.outputs)
+    end_attempt = partial(changes.end_attempt, row, timings=request.timings, vm_id=request.vm_id)
+    end_step = partial(changes.end_step, row, vm_time_ms=request.vm_time_ms, vm_id=request.vm_id)
+    step_back = partial(changes.step_back, row, vm_time_ms=request.vm_time_ms)
+    match request.outcome:
+        case Succeeded(outputs=outputs, exit_code=exit_code):
+            end_attempt(AttemptOutcome.SUCCEEDED, exit_code=exit_code)
             if row.definition is not None:
-                packed = request.packed or artifacts.pack_text(outcome.outputs)
+                packed = request.packed or artifacts.pack_text(outputs)
                 artifacts.keep(changes.tx, row.ticket_id, packed.parts)
                 outputs = packed.text
-            changes.end_step(row, StepStatus.COMPLETED, why="succeeded", outputs=outputs, **spent)
-        case Failed():
-            changes.end_attempt(
-                row,
-                AttemptOutcome.FAILED,
-                reason=str(outcome.reason),
-                error=outcome.message,
-                exit_code=outcome.exit_code,
-                timings=timings,
-                vm_id=request.vm_id,
-            )
-            delay_ms = retry_delay_ms(row, outcome, agent if isinstance(agent, Agent) else None)
-            why, error = str(outcome.reason), outcome.message
-            if delay_ms is None:
-                changes.end_step(row, StepStatus.FAILED, why=why, error=error, **spent)
             else:
-                changes.step_back(row, why=why, counted=True, error=error, delay_ms=delay_ms, vm_time_ms=vm_time_ms)
-        case Cancelled():
-            changes.end_attempt(
-                row, AttemptOutcome.CANCELLED, error=outcome.message, timings=timings, vm_id=request.vm_id
-            )
-            error = outcome.message
-            changes.end_step(row, StepStatus.CANCELLED, why="cancelled", error=error, **spent)
-        case Interrupted():
-            changes.end_attempt(
-                row, AttemptOutcome.INTERRUPTED, error=outcome.message, timings=timings, vm_id=request.vm_id
-            )
-            changes.step_back(row, why="interrupted", counted=False, error=outcome.message, vm_time_ms=vm_time_ms)
+                outputs = storable_json(outputs)
+            end_step(StepStatus.COMPLETED, why="succeeded", outputs=outputs)
+        case Failed(reason=reason, message=error, exit_code=exit_code) as failed:
+            end_attempt(AttemptOutcome.FAILED, reason=str(reason), error=error, exit_code=exit_code)
+            delay_ms = retry_delay_ms(row, failed, agent if isinstance(agent, Agent) else None)
+            if delay_ms is None:
+                end_step(StepStatus.FAILED, why=str(reason), error=error)
+            else:
+                step_back(why=str(reason), counted=True, error=error, delay_ms=delay_ms)
+        case Cancelled(message=error):
+            end_attempt(AttemptOutcome.CANCELLED, error=error)
+            end_step(StepStatus.CANCELLED, why="cancelled", error=error)
+        case Interrupted(message=error):
+            end_attempt(AttemptOutcome.INTERRUPTED, error=error)
+            step_back(why="interrupted", counted=False, error=error)
 
 
 def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None:
-    """Back-off before the next try, or None for no next try.
+    """Back-off before the next try; None: no next try.
 
-    The policy of the step in its workflow, else the agent's, decides by reason. When the VM died, nobody knows how far
-    the agent got: only an agent that says it is idempotent is tried again, whatever its policy lists.
+    The step's policy in its workflow, else the agent's, decides by reason. When the VM died, nobody knows how far the
+    agent got: then only an agent declared idempotent is tried again, whatever the policy lists.
     """
     if row.step_retry is not None:
         known = json.loads(row.step_retry)
@@ -200,7 +187,7 @@ def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None
     if outcome.reason is FailureReason.OVER_BUDGET:
         return None  # the next try has the same budget
     wanted = idempotent if outcome.reason is FailureReason.VM_DIED else outcome.reason in retry.on
-    # A fault of this host's says as little about the agent as a lost lease does.
+    # A fault of the host, like a lost lease, says nothing about the agent.
     least = LOST_TRIES if outcome.reason is FailureReason.HOST_ERROR and outcome.retryable else 1
     if not wanted or tries >= max(row.max_attempts, least):
         return None
@@ -209,12 +196,12 @@ def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None
 
 
 def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) -> None:
-    """Attempts whose lease has run out: their steps go back, or end when they were lost too often.
+    """End attempts whose lease expired: their steps become ready again, or fail when they were lost too often.
 
-    Except those ``held`` by the worker that asks: it knows that it lives. A clock that jumps ahead ends every lease at
-    once, and would else have the worker start again what it is running.
+    Attempts ``held`` by the asking worker are extended to ``until_ms`` instead: it is alive. Else a clock that jumps
+    ahead, which ends every lease at once, would make the worker start again what it is running.
     """
-    rows = changes.tx.all(FENCE_EXPIRED, now_ms=changes.tx.now_ms, limit=_SWEPT_AT_ONCE)
+    rows = changes.tx.all(FENCE_EXPIRED, now_ms=changes.tx.now_ms, limit=_SWEEP_LIMIT)
     for row in rows:
         if not owns(row):
             continue
@@ -234,7 +221,7 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
 
 
 def renew(tx: Tx, requests: Sequence[RenewRequest]) -> Sequence[Renewal | SwarmError]:
-    """Extend the leases of attempts that still own their steps; say which don't, and why."""
+    """Extend the leases of attempts that still own their steps; report which don't, and why."""
     rows = {row.id: row for row in tx.all_in(FENCE_BY_ID, {one for r in requests for one in r.attempt_ids})}
     changes = Changes(tx)
     results = []

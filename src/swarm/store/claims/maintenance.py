@@ -1,4 +1,4 @@
-"""What a claim looks after now and then: rows that other tools left in a state where nothing would move them."""
+"""What a claim repairs now and then: rows that other tools left in a state in which they would stay for ever."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from swarm.store.tickets.changes import Changes
 
 AT_ONCE: Final = 100  # rows in one transaction
 
-# Set by hand to a state that only Swarm sets: no run stands behind it, so nothing would ever move it.
+# Manually set to a state that only Swarm sets: the ticket has no run, so nothing would ever change it.
 STUCK: Final = sa.text(
     f"SELECT t.id, t.state FROM tickets t WHERE t.{UNFINISHED} AND t.state <> 'blocked' "
     "AND NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.id = t.run_id AND r.ticket_id = t.id "
@@ -30,41 +30,44 @@ FAIL_BY_BYTES: Final = sa.text(
 
 
 class Maintenance:
-    """For one process. Remembers only what saves work."""
+    """For one process. Its state only paces the work."""
 
     def __init__(self) -> None:
-        self.again = True  # we blocked a ticket since: it may close a circle
-        self._at = -1  # `written_by_others` at the last time
+        self.has_more = True  # a ticket was blocked since the last run (it may close a cycle), or rows were left over
+        self._seen = -1  # `written_by_others` at the last run
         self._ended = 0.0
         self._took = 0.0
 
-    def due(self, others: int, *, idle: bool, asked: bool) -> bool:
-        """Duties that look at every unfinished ticket: when there is news and nothing better to do, or now and then.
+    def due(self, written_by_others: int, *, idle: bool, required: bool) -> bool:
+        """Is it time to look at every unfinished ticket? Only if something changed: at once when idle, else once a
+        second.
 
-        They may take a twentieth of the time at most; below 10 ms nobody minds.
+        A run that takes longer than 10 ms may take a twentieth of the time at most.
         """
-        if asked:
+        if required:
             return True
-        if others == self._at and not self.again:
+        if written_by_others == self._seen and not self.has_more:
             return False
         since = time.monotonic() - self._ended  # paces work; decides nothing
-        return since >= 20 * self._took if idle and self._took > 0.01 else idle or since >= 1.0
+        if not idle:
+            return since >= 1.0
+        return self._took <= 0.01 or since >= 20 * self._took
 
-    def run(self, changes: Changes, others: int) -> bool:
+    def run(self, changes: Changes, written_by_others: int) -> bool:
         """True if a ticket became ready."""
         began = time.monotonic()
         stuck = changes.tx.all(STUCK, limit=AT_ONCE)
         for row in stuck:
             error = (
-                f"state {validation.shown(row.state)} is set by Swarm only, and no run of this ticket is under way; "
-                "set state to 'ready' to run it"
+                f"only Swarm sets the state {validation.shown(row.state)}, and this ticket has no live run; "
+                "set the state to 'ready' to run it"
             )
             fail_row(changes, row, error)
         if disowned := [row.id for row in changes.tx.all(DISOWNED, limit=AT_ONCE)]:
             changes.cancel_runs(disowned, error="the ticket was changed from outside")
         started = dependencies.recheck_blocked(changes)
         dependencies.release(changes)
-        self._at, self.again = others, len(stuck) == AT_ONCE
+        self._seen, self.has_more = written_by_others, len(stuck) == AT_ONCE
         self._ended = time.monotonic()
         self._took = self._ended - began
         return started
@@ -75,7 +78,7 @@ def has_clean_id(id: object) -> bool:  # noqa: A002
 
 
 def fail_row(changes: Changes, row: Row, error: str) -> None:
-    """A ticket that never ran. Its id may be no text at all, so that only its bytes find it."""
+    """Fail a ticket that never ran. If its id isn't valid text, it is found by its bytes."""
     before = str(lenient(row.state))
     if has_clean_id(row.id):
         changes.set_ticket(row.id, before, TicketState.FAILED, error=error)

@@ -1,4 +1,4 @@
-"""The workflow engine: reads the state of a run, has the planner (`swarm.workflow.plan`) decide, writes the decision.
+"""The workflow engine: reads a run's state, lets the planner (`swarm.workflow.plan`) decide, writes the decision.
 
 Imports `sql`, `tickets` and `registry`; `claims` imports it.
 """

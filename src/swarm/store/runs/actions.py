@@ -1,6 +1,6 @@
-"""A planner's decision carried out: rows, events, runs within the run, and the end of the run.
+"""Carries out a planner's decision: rows, events, nested runs, and the end of the run.
 
-The actions are done in memory, in their order, and each step's row is written once, as it is after the last of them.
+The actions are applied in memory, in order; then each changed step's row is written once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from swarm.workflow.state import (
     Complete,
     Expand,
     Fail,
-    FanOutState,
     Skip,
     Start,
     StartWorkflow,
@@ -73,7 +72,7 @@ _CHILDREN: Final = sa.text(
     "SELECT step_id FROM step_executions WHERE run_id = :run_id AND substr(step_id, 1, length(:prefix)) = :prefix "
     "AND status IN ('pending', 'waiting', 'ready', 'running')"
 )
-# What an action may write; what it does not name stays as it is.
+# The columns that an action may set; NULL leaves a column as it is.
 _WRITTEN: Final = (
     "agent_id", "agent_name", "agent_version", "inputs", "outputs", "queued_at", "started_at", "completed_at",
     "duration_ms", "max_attempts", "timeout_seconds", "retry", "question", "fan_out",
@@ -94,7 +93,7 @@ _INSERT_STEP: Final = sa.text(
 
 @dataclass(slots=True)
 class _Step:
-    """A row of step_executions in the making."""
+    """A row of step_executions, as it is to be written."""
 
     id: str
     status: str
@@ -109,9 +108,9 @@ class _Step:
 
 
 def carry_out(changes: Changes, run: Run, decided: Decided, agents: Agents) -> bool:
-    """Do what was decided, and keep it; False, and nothing is changed, when steps that it speaks of have ended since.
+    """Write a decision. False, with nothing changed, when steps that it is based on have ended since.
 
-    New news (a step that could not be started, the end of the run within another) is put into ``changes``.
+    Steps that failed to start, and nested runs that ended, are queued in `changes.pending_runs`.
     """
     assert decided.decision is not None and decided.definition is not None
     return _Work(changes, run, decided, decided.definition, agents).run(decided.decision.actions)
@@ -132,7 +131,7 @@ class _Work:
     def run(self, actions: Sequence[Action]) -> bool:
         if self._run.progress is None:
             for row in self._tx.all(ALL_STEPS, run_id=self._run.id):
-                self._know(row)
+                self._load(row)
             for key in self._definition.graph.steps:
                 if key not in self._steps:
                     self._add(key, StepStatus.PENDING)
@@ -142,7 +141,7 @@ class _Work:
             if step.status in ENDED and self._decided.seen.get(key, step.status) not in ENDED:
                 return False
         for action in actions:
-            self._do(action)
+            self._apply(action)
         self._write()
         return True
 
@@ -151,9 +150,9 @@ class _Work:
     def _read(self, keys: Sequence[str]) -> None:
         wanted = [self._run.step_id(key) for key in dict.fromkeys(keys) if key not in self._steps]
         for row in self._tx.all_in(STEPS, wanted, run_id=self._run.id):
-            self._know(row)
+            self._load(row)
 
-    def _know(self, row: Row) -> None:
+    def _load(self, row: Row) -> None:
         self._steps[self._run.key(row.step_id)] = _Step(
             id=row.id,
             status=row.status,
@@ -197,7 +196,7 @@ class _Work:
 
     # --- actions ---
 
-    def _do(self, action: Action) -> None:
+    def _apply(self, action: Action) -> None:
         match action:
             case Start():
                 self._start(action)
@@ -206,15 +205,15 @@ class _Work:
             case Ask():
                 self._ask(action)
             case Expand():
-                self._move(action.key, StepStatus.RUNNING, fan_out=_fan_out(action.fan_out)).has_fan = True
+                self._move(action.key, StepStatus.RUNNING, fan_out=dump(shallow(action.fan_out))).has_fan = True
                 for child in action.children:
-                    made = self._add(child.key, StepStatus.PENDING, inputs=self._packed(child.inputs))
+                    added = self._add(child.key, StepStatus.PENDING, inputs=self._packed(child.inputs))
                     if child.skip:
-                        made.status, made.error = StepStatus.SKIPPED, message(child.skip)
-                        made.values["completed_at"] = self._tx.now
+                        added.status, added.error = StepStatus.SKIPPED, message(child.skip)
+                        added.values["completed_at"] = self._tx.now
             case Update():
                 step = self._step(action.key)
-                step.values["fan_out"], step.touched = _fan_out(action.fan_out), True
+                step.values["fan_out"], step.touched = dump(shallow(action.fan_out)), True
             case Complete():
                 self._move(action.key, StepStatus.COMPLETED, outputs=self._packed(action.outputs))
             case Fail():
@@ -225,7 +224,7 @@ class _Work:
                 self._cancel(action)
 
     def _packed(self, value: Any) -> str:
-        """JSON for a row; what is large in it becomes an artifact."""
+        """JSON for a row; large values in it become artifacts."""
         packed = artifacts.pack(value)
         artifacts.keep(self._tx, self._run.row.ticket_id, packed.parts)
         return packed.text
@@ -233,8 +232,8 @@ class _Work:
     def _start(self, action: Start) -> None:
         agent = self._agents.named(self._tx, action.agent)
         if not isinstance(agent, Agent):
-            why = str(agent) if agent is not None else "was removed since the run began"
-            self._move(action.key, StepStatus.FAILED, error=f"the agent {action.agent}: {why}")
+            why = f": {agent}" if agent is not None else " was removed after the run began"
+            self._move(action.key, StepStatus.FAILED, error=f"the agent {action.agent}{why}")
             self._unstartable.append(action.key)
             return
         step, ticket_tries = action.step, self._run.row.max_attempts
@@ -309,9 +308,9 @@ class _Work:
         run, decision, definition = self._run, self._decided.decision, self._definition
         assert decision is not None
         self._write_steps()
-        # What ended by this decision is no news, whoever else ended it meanwhile.
+        # Steps that this decision ended need no further processing, even if someone else ended them too.
         processed = {*self._decided.processed, *(key for key, step in self._steps.items() if step.status in ENDED)}
-        left = [key for key in run.unprocessed or () if key not in processed]
+        unprocessed = [key for key in run.unprocessed or () if key not in processed]
         if run.row.definition is None:
             self._changes.add(_INSERT_DEFINITION, digest=definition.digest, definition=definition.text)
         context, deadline_at = self._decided.context, self._decided.deadline_at or run.row.deadline_at
@@ -321,8 +320,8 @@ class _Work:
             definition=definition.digest,
             context=dump(shallow(context)) if context is not None else None,
             progress=dump(shallow(decision.progress)),
-            unprocessed=dump(left) if left else None,
-            due_at=run.row.due_at if left else deadline_at,
+            unprocessed=dump(unprocessed) if unprocessed else None,
+            due_at=run.row.due_at if unprocessed else deadline_at,
             deadline_at=deadline_at,
             revision=run.row.revision + 1,
         )
@@ -372,13 +371,13 @@ def end_run(
     error: str | None = None,
     error_step: str | None = None,
 ) -> None:
-    """A run is over, and with it its ticket, or the step that it is in another run (which is news there)."""
+    """End a run and with it its ticket or, for a nested run, its step in the outer run, which is queued."""
     changes.add(
         _END_RUN, id=run.id, status=str(status), error=message(error), error_step=error_step, now=changes.tx.now
     )
     if run.row.parent_step_id is None:
         before = lenient(run.row.state)
-        if status is RunStatus.COMPLETED and before == TicketState.WAITING:  # for a step that this decision cancelled
+        if status is RunStatus.COMPLETED and before == TicketState.WAITING:  # this decision cancelled the waiting step
             changes.set_ticket(run.row.ticket_id, before, TicketState.IN_PROGRESS)
             before = TicketState.IN_PROGRESS
         state = TicketState.DONE if status is RunStatus.COMPLETED else TicketState.FAILED
@@ -412,13 +411,9 @@ def end_run(
 
 
 def give_up(changes: Changes, run: Run, error: str) -> None:
-    """The run fails now, whatever it was doing: all that is live in it is cancelled."""
+    """Fail the run now, and cancel all live steps in it."""
     changes.cancel_runs([run.id], error=error)
     end_run(changes, run, RunStatus.FAILED, error=error)
-
-
-def _fan_out(fan_out: FanOutState) -> str:
-    return dump(shallow(fan_out))
 
 
 def _retry(step: Step) -> str | None:

@@ -1,8 +1,8 @@
-"""Artifacts: large values of workflows' steps, kept once by digest, with a reference in their place.
+"""Artifacts: large values of workflow steps, stored once by digest and replaced by references.
 
-A reference is `{"$artifact": {"digest": …, "bytes": …}}` in the JSON of a step's `inputs` or `outputs`. Who writes such
-an object himself has it kept as what it is, a value: `{"$artifact": {"pairs": …}}`. So nobody gets at an artifact by
-writing down its digest. References stay within their ticket, and with it they go.
+A reference is `{"$artifact": {"digest": …, "bytes": …}}` in the JSON of a step's `inputs` or `outputs`. If a value has
+such an object in it already, that is escaped: `{"$artifact": {"pairs": …}}`. So nobody can read an artifact by writing
+down its digest. References stay within their ticket and are deleted with it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from swarm.errors import NotFound, UsageError
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import dump, storable_json
 
-INLINE_BYTES: Final = 64 << 10  # what a step leaves up to this stays in its row
-MAX_BYTES: Final = 16 << 20  # of what a step is given, or a ticket leaves, references replaced
-
+INLINE_BYTES: Final = 64 << 10  # values up to this size stay in the step's row
+MAX_BYTES: Final = 16 << 20  # of a step's inputs or a ticket's outputs, references replaced by their values
 MARK: Final = f'"{KEY}"'  # JSON without it has no references
 
 _DATA: Final = sa.text("SELECT data FROM artifacts WHERE digest = :digest")
@@ -40,13 +39,12 @@ _OF_TICKET: Final = sa.text(
     "SELECT a.digest, a.bytes, a.created_at FROM artifact_uses u JOIN artifacts a ON a.digest = u.digest "
     "WHERE u.ticket_id = :ticket_id ORDER BY a.created_at, a.digest"
 )
-# For people: a list of what takes space.
 _LARGEST: Final = sa.text(
     "SELECT a.digest, a.bytes, a.created_at, "
     "(SELECT count(*) FROM artifact_uses u WHERE u.digest = a.digest) AS tickets "
     "FROM artifacts a ORDER BY a.bytes DESC, a.digest LIMIT :limit"
 )
-_BEGINNING: Final = sa.text(
+_BY_PREFIX: Final = sa.text(
     "SELECT digest FROM artifacts WHERE digest >= :low AND digest < :high ORDER BY digest LIMIT 2"
 )
 _UNUSED: Final = sa.text(
@@ -63,7 +61,7 @@ class Gone(ExpressionError):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """``text``: JSON for a row; ``parts``: digest → JSON text of the artifacts that it refers to and that are new."""
+    """``text``: JSON for a row; ``parts``: digest → JSON text of the new artifacts that it refers to."""
 
     text: str
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -77,13 +75,12 @@ class ArtifactRow:
     tickets: int | None = None
 
 
-# --- JSON, with references in it --------------------------------------------------------------------------------------
+# --- JSON with references ---------------------------------------------------------------------------------------------
 
 
 def pack(value: Any) -> Packed:
-    """A value that may have references in it (`Stored`), as JSON. In objects and lists, whatever is large becomes an
-    artifact by itself; what is still large then is one as a whole. Raises RecursionError for what is nested so deeply
-    that `json` could hardly read it."""
+    """A value, which may have references in it (`Stored`), as JSON. Each large value within becomes an artifact; if the
+    rest is still large, it becomes one too. Raises RecursionError for a value nested too deeply for `json`."""
     text = dump(value)
     if MARK not in text and len(text.encode()) <= INLINE_BYTES:
         return Packed(text)
@@ -93,17 +90,17 @@ def pack(value: Any) -> Packed:
 
 
 def pack_text(text: str) -> Packed:
-    """The same for the JSON text that an agent left."""
+    """The same for the JSON text of an agent's outputs."""
     return pack(json.loads(text)) if worth_packing(text) else Packed(storable_json(text))
 
 
 def worth_packing(text: str) -> bool:
-    """False: `pack_text` is sure to leave it as it is."""
+    """False if `pack_text` certainly leaves it unchanged."""
     return len(text) > INLINE_BYTES // 4 or MARK in text
 
 
 def unpack(text: str | None, load: Callable[[str], Any]) -> Any:
-    """The value in a row, with its references as `Stored`, whose values ``load`` gets."""
+    """The value in a row; its references become `Stored`, which call ``load`` with the digest."""
     if text is None:
         return None
     if MARK not in text:
@@ -121,11 +118,11 @@ def unpack(text: str | None, load: Callable[[str], Any]) -> Any:
 
 
 def _packed(value: Any, parts: dict[str, str]) -> str:
-    """JSON of one value, in which nothing is large but the whole. One frame for each level: it may be nested deeply."""
+    """JSON in which all large inner values are replaced. Takes only one frame per level: the value may be deep."""
     if isinstance(value, Stored) or not isinstance(value, dict | list):
         return dump(value)
     named = isinstance(value, dict)
-    escaped = named and KEY in value  # written by somebody: it must not be taken for a reference
+    escaped = named and KEY in value  # not a reference: it came with the value
     pieces = []
     for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
         text = _packed(inner, parts)
@@ -149,14 +146,14 @@ def _part(text: str, parts: dict[str, str]) -> dict[str, Any]:
 
 
 def keep(tx: Tx, ticket_id: str, parts: Mapping[str, str]) -> None:
-    """In the transaction that writes the references."""
+    """Store the parts of a `Packed`, in the transaction that writes its text."""
     for digest, text in parts.items():
         tx.run(_PUT, digest=digest, bytes=len(text.encode()), data=text, now=tx.now)
         tx.run(_USE, ticket_id=ticket_id, digest=digest)
 
 
 def loader(tx: Tx) -> Callable[[str], Any]:
-    """For `unpack`, as long as the transaction lasts. What it loads raises ExpressionError when it is gone."""
+    """For `unpack`, until the transaction ends. Raises `Gone` for an artifact that was deleted."""
 
     def load(digest: str) -> Any:
         row = tx.first(_DATA, digest=digest)
@@ -168,8 +165,8 @@ def loader(tx: Tx) -> Callable[[str], Any]:
 
 
 def resolve_references(tx: Tx, text: str) -> str:
-    """JSON without references, of a step's `inputs` or `outputs`. Raises NotFound when one is gone, UsageError when
-    all of it is too large."""
+    """A step's `inputs` or `outputs` as JSON without references. Raises NotFound if an artifact is missing, UsageError
+    if the whole is too large."""
     try:
         return dump(stored.resolve_references(unpack(text, loader(tx)), limit_bytes=MAX_BYTES))
     except Gone as error:
@@ -178,15 +175,15 @@ def resolve_references(tx: Tx, text: str) -> str:
         raise UsageError(str(error)) from None
 
 
-def data(tx: Tx, beginning: str) -> str:
-    """The JSON text of one artifact, without references, by its digest or the beginning of that. Raises NotFound."""
-    wanted = beginning.lower().removeprefix("sha256:")
+def data(tx: Tx, prefix: str) -> str:
+    """An artifact as JSON text without references, by its digest or a prefix of that. Raises NotFound."""
+    wanted = prefix.lower().removeprefix("sha256:")
     rows = []
     if wanted and all(c in "0123456789abcdef" for c in wanted):
-        rows = tx.all(_BEGINNING, low=wanted, high=wanted + "g")
+        rows = tx.all(_BY_PREFIX, low=wanted, high=wanted + "g")
     if len(rows) != 1:
         why = "several artifacts begin" if rows else "no artifact begins"
-        raise NotFound(f"{why} with {beginning[:80]!r}; `swarm artifact list` shows those there are")
+        raise NotFound(f"{why} with {prefix[:80]!r}; `swarm artifact list` shows all")
     row = tx.first(_DATA, digest=rows[0].digest)
     assert row is not None
     return resolve_references(tx, row.data)
@@ -209,6 +206,6 @@ def artifacts(tx: Tx, request: ListRequest) -> list[ArtifactRow]:
 
 
 def sweep(tx: Tx, request: None) -> None:
-    """Those that no ticket uses: none, unless somebody deleted rows with triggers switched off."""
+    """Delete unused artifacts. There are none unless somebody deleted rows with triggers switched off."""
     tx.run(_USES_WITHOUT_TICKET)
     tx.run(_UNUSED)

@@ -1,4 +1,4 @@
-"""Decisions of workflows that are too dear for a transaction: made on a thread of its own, of a snapshot."""
+"""Makes the decisions that are too expensive for a transaction: on a reading thread, from a snapshot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 
 class BackgroundPlanner:
-    """``write``: the lane that decisions are written down on. The thread starts at first need."""
+    """``write``: the thread that writes decisions. The reading thread starts when it is first needed."""
 
     def __init__(self, db: Database, workflows: WorkflowEngine, write: ConnectionThread) -> None:
         self._db = db
@@ -29,20 +29,20 @@ class BackgroundPlanner:
         self._deciding: dict[str, asyncio.Task[None]] = {}  # by run
 
     def take_up(self, runs: Iterable[str]) -> None:
-        """Decide on these meanwhile; the commits tell whoever waits for work."""
+        """Start to decide on these runs. The commits wake those who wait for work."""
         for run in runs:
             if run not in self._deciding and not self._write.closed:
-                self._deciding[run] = asyncio.create_task(self._carry_on(run))
+                self._deciding[run] = asyncio.create_task(self._advance(run))
 
     async def decided(self) -> bool:
-        """Wait for all that was taken up; False when there is nothing."""
-        any_ = bool(self._deciding)
+        """Wait for all decisions taken up; False if there were none."""
+        found = bool(self._deciding)
         while self._deciding:
             await asyncio.wait(set(self._deciding.values()))
-        return any_
+        return found
 
     async def close(self) -> None:
-        """What is not decided yet stays noted in the run's row."""
+        """Unfinished decisions stay noted in their runs' rows."""
         for task in self._deciding.values():
             task.cancel()
         await asyncio.gather(*self._deciding.values(), return_exceptions=True)
@@ -50,7 +50,7 @@ class BackgroundPlanner:
             await self._reader.close()
         await asyncio.to_thread(self._workflows.close)
 
-    async def _carry_on(self, run: str) -> None:
+    async def _advance(self, run: str) -> None:
         self._reader = self._reader or ConnectionThread(self._db, write=False)
 
         def decide(connection: sa.Connection) -> Decided | None:
@@ -64,8 +64,8 @@ class BackgroundPlanner:
                 faults.reach("decided")
                 again = decided is not None and await self._write.call_batch(self._workflows.apply, decided)
         except SwarmError as error:
-            log.warning("can't carry a workflow on yet", run=run, error=str(error))
-        except Exception:  # a mistake of ours, in one run: it is tried again, and others go on
+            log.warning("can't advance a workflow yet", run=run, error=str(error))
+        except Exception:  # a bug that affects one run: it is tried again, and other runs continue
             log.exception("a decision failed", run=run)
         finally:
             del self._deciding[run]

@@ -1,4 +1,4 @@
-"""A run of a workflow as the planner is told of it: rows to values; and one decision, made of them. Changes nothing."""
+"""Reads a run's rows as the planner's values, and makes one decision from them. Changes nothing."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import lenient, milliseconds
 from swarm.workflow import plan, structure
 from swarm.workflow.state import Decision, End, FanOutState, RunContext, RunProgress, StepState, Verdict
+from swarm.workflow.structure import Graph
 
-# What may be read, and evaluated, for one decision while the write lock is held.
+# What one decision may read and evaluate while the write lock is held.
 _TRANSACTION_BYTES: Final = 64 << 10
-_LANE_STEPS: Final = 1000
-_LANE_EXPRESSIONS: Final = 500
+_TRANSACTION_STEPS: Final = 1000
+_TRANSACTION_EXPRESSIONS: Final = 500
 
-TIME_IS_UP: Final = "!deadline"  # in a run's `unprocessed`, beside the keys of steps: no step can be called so
-ON_ERROR_MS: Final = 600_000  # what its on_error steps may take together, once a run's time is over
+TIME_IS_UP: Final = "!deadline"  # in a run's `unprocessed`, beside keys of steps, none of which can have this name
+ON_ERROR_MS: Final = 600_000  # for all on_error steps together, once the run's own time is over
 
 _RUN: Final = sa.text(
     "SELECT r.id, r.ticket_id, r.workflow_id, r.status, r.trigger_type, r.trigger_data, r.started_at, "
@@ -52,7 +53,7 @@ ALL_STEPS: Final = sa.text(f"SELECT {_STEP_COLUMNS} FROM step_executions WHERE r
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """A row of workflow_runs, with what is needed of its ticket. ``unprocessed`` None: no decision is pending."""
+    """A live run: its row in workflow_runs, with columns of its ticket. ``unprocessed`` None: no decision is noted."""
 
     row: Row
     progress: RunProgress | None
@@ -61,16 +62,6 @@ class Run:
     @property
     def id(self) -> str:
         return str(self.row.id)
-
-    @property
-    def alive(self) -> bool:
-        """Under way, and its ticket's?"""
-        row = self.row
-        return (
-            row.status in ("running", "waiting")
-            and row.state in ("in_progress", "waiting")
-            and row.ticket_run == row.root_run
-        )
 
     def key(self, step_id: str) -> str:
         return step_id.removeprefix(self.row.path)
@@ -81,25 +72,28 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """A decision, and what it was made of. ``failure``: the run can't go on, and why; then there is no decision.
-
-    ``told``: the news that it takes account of. ``seen``: the statuses of the steps that it looked at.
-    """
+    """A decision and what it is based on; or, with ``failure``, why the run can't go on."""
 
     run_id: str
     revision: int
-    processed: Sequence[str]
-    seen: Mapping[str, str]
+    processed: Sequence[str]  # the entries of the run's `unprocessed` that it takes into account
+    seen: Mapping[str, str] = field(default_factory=dict)  # the statuses of the steps that it looked at
     definition: Definition | None = None
-    context: RunContext | None = None  # of a first decision
+    context: RunContext | None = None  # only with the run's first decision
     decision: Decision | None = None
     failure: str | None = None
-    deadline_at: int | None = None  # a new one
+    deadline_at: int | None = None  # a new deadline for the run
 
 
-def load(tx: Tx, id: str) -> Run | None:  # noqa: A002
+def load_live(tx: Tx, id: str) -> Run | None:  # noqa: A002
+    """The run, unless it or its ticket has ended, or the ticket has another run."""
     row = tx.first(_RUN, id=id)
-    if row is None:
+    if (
+        row is None
+        or row.status not in ("running", "waiting")
+        or row.state not in ("in_progress", "waiting")
+        or row.ticket_run != row.root_run
+    ):
         return None
     return Run(
         row=row,
@@ -109,7 +103,7 @@ def load(tx: Tx, id: str) -> Run | None:  # noqa: A002
 
 
 class Steps(Mapping[str, StepState]):
-    """The states of a run's steps, each read when it is asked for. ``in_transaction``: only so many."""
+    """The states of a run's steps, read on demand. ``in_transaction``: raises TooExpensive for too many."""
 
     def __init__(self, tx: Tx, run: Run, *, in_transaction: bool) -> None:
         self._tx = tx
@@ -119,7 +113,7 @@ class Steps(Mapping[str, StepState]):
         self.rows: dict[str, Row | None] = {}
 
     def read(self, keys: Iterable[str]) -> None:
-        """Several at once."""
+        """Read several by one statement."""
         wanted = [key for key in dict.fromkeys(keys) if key not in self.rows]
         found = self._tx.all_in(STEPS, map(self._run.step_id, wanted), run_id=self._run.id)
         self.rows |= dict.fromkeys(wanted)
@@ -132,7 +126,7 @@ class Steps(Mapping[str, StepState]):
         for row in rows:
             self.rows[self._run.key(row.step_id)] = row
             self._bytes += len(row.inputs or "") + len(row.outputs or "")
-        if self._in_transaction and (self._bytes > _TRANSACTION_BYTES or len(self.rows) > _LANE_STEPS):
+        if self._in_transaction and (self._bytes > _TRANSACTION_BYTES or len(self.rows) > _TRANSACTION_STEPS):
             raise TooExpensive
 
     def __getitem__(self, key: str) -> StepState:
@@ -151,7 +145,7 @@ class Steps(Mapping[str, StepState]):
         )
 
     def _load(self, digest: str) -> Any:
-        """What an artifact is, for an expression that looks into it."""
+        """The value of an artifact, for an expression that looks into it."""
         if self._in_transaction:
             raise TooExpensive
         return artifacts.loader(self._tx)(digest)
@@ -165,9 +159,9 @@ class Steps(Mapping[str, StepState]):
 
 @dataclass(slots=True)
 class TransactionEvaluator:
-    """The `Evaluator` of the writing thread: cheap expressions, and not many. Raises TooExpensive for others."""
+    """The writing thread's `Evaluator`: a limited number of cheap expressions. Raises TooExpensive for others."""
 
-    left: int = field(default=_LANE_EXPRESSIONS)
+    left: int = field(default=_TRANSACTION_EXPRESSIONS)
 
     def evaluate(self, expression: Expression, names: Mapping[str, Any]) -> Any:
         self.left -= 1
@@ -180,64 +174,68 @@ class TransactionEvaluator:
 
 
 def decide(tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, *, in_transaction: bool) -> Decided:
-    """What follows from the news of a run; without any, and in a run that has just begun, from all of its steps.
+    """What follows from a run's unprocessed steps; if there are none, or the run has just begun, from all its steps.
 
-    Raises TooExpensive with ``in_transaction``, which means that the caller holds the write lock.
+    ``in_transaction``: the caller holds the write lock; then this may raise TooExpensive.
     """
     processed = tuple(dict.fromkeys(run.unprocessed or ()))
+    basis = Decided(run_id=run.id, revision=run.row.revision, processed=processed)
     try:
-        return _decide(tx, run, processed, definitions, evaluator, in_transaction=in_transaction)
-    except RecursionError:  # in rows that somebody wrote by hand: agents and people can't bring in what is so deep
-        why = "a value in the rows of this run is nested too deeply"
-        return Decided(run_id=run.id, revision=run.row.revision, processed=processed, seen={}, failure=why)
+        return _decide(tx, run, definitions, evaluator, basis, in_transaction=in_transaction)
+    except RecursionError:  # only in rows that another tool wrote: the inputs of people and agents are checked
+        return replace(basis, failure="a value in the rows of this run is nested too deeply")
 
 
 def _decide(
-    tx: Tx, run: Run, processed: Sequence[str], definitions: Definitions, evaluator: Evaluator, *, in_transaction: bool
+    tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, basis: Decided, *, in_transaction: bool
 ) -> Decided:
     try:
-        if run.row.definition is not None:
-            definition = definitions.frozen(tx, run.row.definition, in_transaction=in_transaction)
-        else:
-            definition = definitions.pinned(tx, run.row.workflow_id, in_transaction=in_transaction)
-        known = definitions.context.get(run.id) or _context(tx, run, in_transaction=in_transaction)
-        if known is None:
-            known = _new_context(tx, run, definition, evaluator, in_transaction=in_transaction)
+        definition, context = _prepare(tx, run, definitions, evaluator, in_transaction=in_transaction)
     except (ExpressionError, NotFound, StoreError, Invalid) as error:
-        return Decided(run_id=run.id, revision=run.row.revision, processed=processed, seen={}, failure=str(error))
-    definitions.context.put(run.id, known)
-    steps, deadline_at = Steps(tx, run, in_transaction=in_transaction), None
-    if TIME_IS_UP in processed:
+        return replace(basis, failure=str(error))
+    graph, steps, deadline_at = definition.graph, Steps(tx, run, in_transaction=in_transaction), None
+    if TIME_IS_UP in basis.processed:
         why = time_is_up(tx, run)
         steps.read_all()
-        late = run.progress and plan.expire(definition.graph, known, run.progress, steps, evaluator, why)
-        if not late:
-            return Decided(run_id=run.id, revision=run.row.revision, processed=processed, seen={}, failure=why)
-        decision, deadline_at = late, tx.now_ms + ON_ERROR_MS
+        decision = plan.expire(graph, context, run.progress, steps, evaluator, why) if run.progress else None
+        if decision is None:
+            return replace(basis, failure=why)
+        deadline_at = tx.now_ms + ON_ERROR_MS
     elif run.progress is None:
         steps.read_all()
-        decision = plan.resume(definition.graph, known, steps, evaluator)
+        decision = plan.resume(graph, context, steps, evaluator)
     else:
-        steps.read(_near(definition, processed))
-        # An end by our own decision was told with it.
-        decision = plan.advance(definition.graph, known, run.progress, steps, processed, evaluator)
+        steps.read(_touched_by(graph, basis.processed))
+        decision = plan.advance(graph, context, run.progress, steps, basis.processed, evaluator)
     if run.row.parent_step_id is None:
         decision = _resolve_outputs(decision, in_transaction=in_transaction)
-    seen = {key: row.status for key, row in steps.rows.items() if row is not None}
-    return Decided(
-        run_id=run.id,
-        revision=run.row.revision,
-        processed=processed,
-        seen=seen,
+    return replace(
+        basis,
+        seen={key: row.status for key, row in steps.rows.items() if row is not None},
         definition=definition,
-        context=known if run.progress is None else None,
+        context=context if run.progress is None else None,
         decision=decision,
         deadline_at=deadline_at,
     )
 
 
+def _prepare(
+    tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, *, in_transaction: bool
+) -> tuple[Definition, RunContext]:
+    if run.row.definition is not None:
+        definition = definitions.frozen(tx, run.row.definition, in_transaction=in_transaction)
+    else:
+        definition = definitions.pinned(tx, run.row.workflow_id, in_transaction=in_transaction)
+    context = (
+        definitions.contexts.get(run.id)
+        or _stored_context(tx, run, in_transaction=in_transaction)
+        or _new_context(tx, run, definition, evaluator, in_transaction=in_transaction)
+    )
+    return definition, definitions.contexts.put(run.id, context)
+
+
 def time_is_up(tx: Tx, run: Run) -> str:
-    """Why a run that is late fails."""
+    """The error of a run that took too long."""
     if run.progress is not None and run.progress.phase == "on_error":
         return f"{run.progress.error or 'it failed'}; its on_error steps took longer than they may"
     since, until = milliseconds(run.row.started_at) or tx.now_ms, run.row.deadline_at or tx.now_ms
@@ -245,16 +243,15 @@ def time_is_up(tx: Tx, run: Run) -> str:
 
 
 def may_clean_up(tx: Tx, run: Run) -> bool:
-    """False when a run that is late has certainly no on_error steps that are still to come."""
+    """False when a late run certainly has no on_error steps left to start."""
     if run.row.definition is None or run.progress is None or run.progress.phase != "steps":
         return False
     found = tx.first(_HAS_HANDLERS, digest=run.row.definition)
     return found is not None and bool(found.has_handlers)
 
 
-def _near(definition: Definition, keys: Iterable[str]) -> Iterator[str]:
-    """What will be asked for when these have ended: read by one statement."""
-    graph = definition.graph
+def _touched_by(graph: Graph, keys: Iterable[str]) -> Iterator[str]:
+    """The steps that the planner will look at when these have ended, so that one statement can read them all."""
     for key in keys:
         yield key
         if key.endswith("]"):
@@ -264,7 +261,7 @@ def _near(definition: Definition, keys: Iterable[str]) -> Iterator[str]:
             yield from graph.steps[one].needs
 
 
-def _context(tx: Tx, run: Run, *, in_transaction: bool) -> RunContext | None:
+def _stored_context(tx: Tx, run: Run, *, in_transaction: bool) -> RunContext | None:
     row = tx.first(_CONTEXT, id=run.id)
     if row is None or row.context is None:
         return None
@@ -281,12 +278,12 @@ def _new_context(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator,
         raise TooExpensive
     try:
         inputs = _resolve(tx, text, in_transaction=in_transaction) if inner else json.loads(text)
-    except (ValueError, RecursionError, TypeError) as error:  # changed from outside since the claim
-        raise ExpressionError(f"the inputs are no JSON: {error}") from None
+    except (ValueError, TypeError) as error:  # changed from outside since the claim
+        raise ExpressionError(f"the inputs are not JSON: {error}") from None
     return structure.run_context(
         definition.graph.workflow,
         inputs=inputs,
-        trigger={**_parsed(row.trigger_data or "{}"), "type": row.trigger_type},
+        trigger={**json.loads(row.trigger_data or "{}"), "type": row.trigger_type},
         ticket={
             "id": row.ticket_id,
             **{name: lenient(getattr(row, name)) for name in ("title", "description", "project_id")},
@@ -296,7 +293,7 @@ def _new_context(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator,
 
 
 def _resolve(tx: Tx, text: str, *, in_transaction: bool) -> Any:
-    """What a workflow within another one is given: its schema wants to see all of it."""
+    """The inputs of a nested workflow, without references: its schema checks all of them."""
 
     def refuse(digest: str) -> Any:
         raise TooExpensive
@@ -306,7 +303,7 @@ def _resolve(tx: Tx, text: str, *, in_transaction: bool) -> Any:
 
 
 def _resolve_outputs(decision: Decision, *, in_transaction: bool) -> Decision:
-    """A ticket's outputs are for people and other tools: no references in them."""
+    """Without references: a ticket's outputs are for people and other tools."""
     end = decision.end
     if end is None or not stored.has_any(end.outputs):
         return decision
@@ -315,10 +312,6 @@ def _resolve_outputs(decision: Decision, *, in_transaction: bool) -> Decision:
     try:
         outputs = stored.resolve_references(end.outputs, limit_bytes=artifacts.MAX_BYTES)
     except ExpressionError as error:
-        why = f"the outputs of the workflow can't be made: {error}"
+        why = f"can't build the workflow's outputs: {error}"
         return replace(decision, end=End(status=RunStatus.FAILED, error=why))
     return replace(decision, end=replace(end, outputs=outputs))
-
-
-def _parsed(text: str | None) -> Any:
-    return None if text is None else json.loads(text)

@@ -1,7 +1,7 @@
-"""Workflows as runs freeze them, and each run's context: read once, prepared for planning, kept.
+"""Frozen workflows and the contexts of runs: read once, prepared for planning, cached.
 
-Shared by the writing thread and the one that decides what is dear. Preparing takes about a millisecond for each
-expression (they are compiled), so the former never does it: it raises `TooExpensive`.
+Shared by the writing thread and the one for expensive decisions. Preparing compiles expressions, about a millisecond
+each, so the writing thread never does it: it raises `TooExpensive`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from swarm.workflow.structure import Graph
 
 T = TypeVar("T")
 
-_KEPT: Final = 256
+_CACHED: Final = 256
 _TEXT: Final = sa.text("SELECT definition FROM definitions WHERE digest = :digest")
 NAMED: Final = sa.text("SELECT id, name, version FROM agents WHERE name IN :ids")
 
 
 class TooExpensive(Exception):
-    """Not to be done while the database's write lock is held."""
+    """Must not be done while the database's write lock is held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
-    """A frozen workflow, ready for planning. ``within``: those of its steps that are workflows, by step id."""
+    """A frozen workflow, ready for planning. ``within``: the definitions of its nested workflows, by step id."""
 
     digest: str
     text: str
@@ -56,8 +56,8 @@ class _Pinned:
     definition: Definition
 
 
-class _Kept(Generic[T]):
-    """The newest of what was put here."""
+class _Cache(Generic[T]):
+    """Keeps the newest values. Safe for several threads."""
 
     def __init__(self) -> None:
         self._values: dict[str, T] = {}
@@ -70,7 +70,7 @@ class _Kept(Generic[T]):
         with self._lock:
             self._values.pop(key, None)
             self._values[key] = value
-            while len(self._values) > _KEPT:
+            while len(self._values) > _CACHED:
                 del self._values[next(iter(self._values))]
         return value
 
@@ -79,12 +79,12 @@ class Definitions:
     """``in_transaction``: the caller holds the write lock."""
 
     def __init__(self) -> None:
-        self._frozen: _Kept[Definition] = _Kept()
-        self._pinned: _Kept[_Pinned] = _Kept()
-        self.context: _Kept[RunContext] = _Kept()  # by run
+        self._frozen: _Cache[Definition] = _Cache()  # by digest
+        self._pinned: _Cache[_Pinned] = _Cache()  # by the workflow's id
+        self.contexts: _Cache[RunContext] = _Cache()  # by run
 
     def frozen(self, tx: Tx, digest: str, *, in_transaction: bool) -> Definition:
-        """Raises StoreError for one that this Swarm can't read."""
+        """Raises StoreError if it is gone, or this version of Swarm can't read it."""
         known = self._frozen.get(digest)
         if known is not None:
             return known
@@ -96,23 +96,23 @@ class Definitions:
         try:
             return self._prepared(definition.from_json(json.loads(row.definition)))
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            raise StoreError(f"the frozen workflow {digest[:12]} can't be read: {error}") from None
+            raise StoreError(f"can't read the frozen workflow {digest[:12]}: {error}") from None
 
     def pinned(self, tx: Tx, id: str, *, in_transaction: bool) -> Definition:  # noqa: A002
-        """The workflow with this id as a run that begins now freezes it: references become versions.
+        """The workflow with this id, frozen now for a new run: its references become versions.
 
-        Raises NotFound for what it refers to and is not there, StoreError, manifest.Invalid.
+        Raises NotFound for missing references, StoreError, manifest.Invalid.
         """
         row = workflows.workflow(tx, id)
         check_enabled(row)
         known = self._pinned.get(row.id)
-        if known is not None and known.text == row.definition and _as_pinned(tx, known.agents):
+        if known is not None and known.text == row.definition and _still_pinned(tx, known.agents):
             return known.definition
         if in_transaction:
             raise TooExpensive
         unpinned = row.parsed()
         found = self._prepared(pinning.pin(unpinned, _registry(tx)))
-        if not any(isinstance(step.workflow, str) for step in _all_steps(unpinned)):  # they may change under their name
+        if not any(isinstance(step.workflow, str) for step in _all_steps(unpinned)):  # named workflows may change
             agents = {reference: _version(tx, reference) for reference in unpinned.agents()}
             self._pinned.put(row.id, _Pinned(row.definition, agents, found))
         return found
@@ -123,7 +123,7 @@ class Definitions:
         if known is not None:
             return known
         for _, source in template.texts(definition.to_json(workflow)):
-            template.text(source)  # compiles, and remembers
+            template.text(source)  # compiles and caches it
         within = {
             step.id: self._prepared(step.workflow)
             for step in workflow.all_steps()
@@ -159,8 +159,8 @@ def _version(tx: Tx, reference: str) -> str:
     return f"{agent.name}@{agent.version}"
 
 
-def _as_pinned(tx: Tx, agents: Mapping[str, str]) -> bool:
-    """Do these references still mean the same versions?"""
+def _still_pinned(tx: Tx, agents: Mapping[str, str]) -> bool:
+    """Do these references (to their name@version) still mean the same versions?"""
     rows = tx.all_in(NAMED, {reference.partition("@")[0] for reference in agents})
     for reference, pinned in agents.items():
         found = versions.pick(reference, rows)

@@ -1,11 +1,11 @@
-"""The workflow engine: decides what follows each step's end, in the same transaction if that is cheap, else soon after.
+"""The workflow engine: decides what follows a step's end, in the same transaction if that is cheap, else soon after.
 
 Most decisions cost about 100 µs. They are made while the write lock is held (`advance_workflows`), so nothing can get
 lost between a step's end and what follows from it. A decision that could take long (expressions with loops, large
 values, a workflow seen for the first time) is noted in the run's row (`unprocessed`, `due_at`). The next claim of any
-engine picks it up (`look`), decides on another thread from a snapshot (`decide`), and writes the decision if the run
-has not changed since (`apply`). A crash at any point leaves either the end with its consequences, or the end with its
-note.
+engine picks it up (`process_due`), decides on another thread from a snapshot (`decide`), and writes the decision if the
+run has not changed since (`apply`). A crash at any point leaves either the end with its consequences, or the end with
+its note.
 See docs/adr/0013-durable-runs.md.
 """
 
@@ -25,17 +25,17 @@ from swarm.store.runs.actions import carry_out, give_up
 from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, TransactionEvaluator
 from swarm.store.runs.definitions import Definitions, TooExpensive
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import dump, lenient, new_id
+from swarm.store.sql.rows import dump, lenient, new_id, shallow
 from swarm.store.sql.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import Changes
 from swarm.workflow.state import Ask, Verdict
 
-# Decisions of one transaction may take this long together; the rest of them are made outside.
+# All decisions of one transaction may take this long together; the rest are made outside.
 PLANNING_SECONDS: Final = 0.05
-# For so long nobody else takes up a decision that an engine has taken up; then it is taken for dead.
+# An engine that has taken up a decision has this long to make it; then others may take it up.
 _DECIDING_MS: Final = 30_000
-_AT_ONCE: Final = 100
+_DUE_LIMIT: Final = 100
 
 INSERT_RUN: Final = sa.text(
     "INSERT INTO workflow_runs (id, workflow_id, workflow_version, ticket_id, status, trigger_type, trigger_data, "
@@ -72,13 +72,13 @@ DISOWNED: Final = sa.text(
 
 
 class WorkflowEngine:
-    """One for each process. `advance_workflows`, `look` and `apply` are for the writing thread, `decide` for another.
+    """One for each process. `decide` is for a reading thread, the other methods are for the writing thread.
 
     ``planning_seconds``: see `PLANNING_SECONDS`; with less than 0 every decision is made outside.
     """
 
     def __init__(self, *, planning_seconds: float) -> None:
-        self._lane_seconds = planning_seconds
+        self._planning_seconds = planning_seconds
         self.definitions = Definitions()
         self._agents = Agents()
         self.jail = Jail()
@@ -89,7 +89,7 @@ class WorkflowEngine:
     # --- on the writing thread ----------------------------------------------------------------------------------------
 
     def begin(self, changes: Changes, row: Row, *, workflow_version: str) -> str:
-        """A run for a ready ticket, its first decision in the news; the run's id."""
+        """Add a run for a ready ticket, and queue its first decision. Returns the run's id."""
         id_, seconds = new_id(changes.tx.now_ms), row.timeout_seconds
         changes.add(
             INSERT_RUN,
@@ -106,18 +106,18 @@ class WorkflowEngine:
         return id_
 
     def advance_workflows(self, changes: Changes, *, take_up: bool = False) -> list[str]:
-        """What follows from the news. Returns the runs whose decision was put off: the caller's, with ``take_up``."""
-        put_off, began = list[str](), time.monotonic()
+        """Decide on `changes.pending_runs`. Returns the runs to be decided outside: by the caller, with ``take_up``."""
+        deferred, began = list[str](), time.monotonic()
         while changes.pending_runs:
             changes.flush()
             run_id = next(iter(changes.pending_runs))
             keys = changes.pending_runs.pop(run_id)
-            run = decision.load(changes.tx, run_id)
-            if run is None or not run.alive:
+            run = decision.load_live(changes.tx, run_id)
+            if run is None:
                 continue
             pending, run.unprocessed = run.unprocessed is not None, [*(run.unprocessed or ()), *keys]
             try:
-                if pending or time.monotonic() - began > self._lane_seconds:
+                if pending or time.monotonic() - began > self._planning_seconds:
                     raise TooExpensive
                 decided = decision.decide(
                     changes.tx, run, self.definitions, TransactionEvaluator(), in_transaction=True
@@ -125,25 +125,28 @@ class WorkflowEngine:
             except TooExpensive:
                 due_at = run.row.due_at
                 if not pending:
-                    put_off.append(run.id)
+                    deferred.append(run.id)
                     due_at = changes.tx.now_ms + (_DECIDING_MS if take_up else 0)
                 changes.add(_DEFER, id=run.id, unprocessed=dump(run.unprocessed), due_at=due_at)
             else:
-                self._do(changes, run, decided)
+                self._write(changes, run, decided)
         changes.flush()
         dependencies.release(changes)
-        return put_off
+        return deferred
 
-    def look(self, changes: Changes) -> list[str]:
-        """Runs whose time has come: late ones end, late answers are given; those to be decided are the caller's."""
+    def process_due(self, changes: Changes) -> list[str]:
+        """Reject approvals that nobody answered in time, end late runs, and take up noted decisions.
+
+        Returns the runs that the caller must decide on.
+        """
         tx, undecided = changes.tx, []
-        for row in tx.all(_UNANSWERED, now_ms=tx.now_ms, limit=_AT_ONCE):
+        for row in tx.all(_UNANSWERED, now_ms=tx.now_ms, limit=_DUE_LIMIT):
             answer(changes, row, Verdict(approved=False, by="swarm", why="nobody answered in time"))
-        for row in tx.all(_DUE, now_ms=tx.now_ms, limit=_AT_ONCE):
+        for row in tx.all(_DUE, now_ms=tx.now_ms, limit=_DUE_LIMIT):
             late = row.deadline_at is not None and row.deadline_at <= tx.now_ms
             if late and TIME_IS_UP not in (row.unprocessed or ""):
-                run = decision.load(tx, row.id)
-                if run is not None and run.alive and not decision.may_clean_up(tx, run):
+                run = decision.load_live(tx, row.id)
+                if run is not None and not decision.may_clean_up(tx, run):
                     give_up(changes, run, decision.time_is_up(tx, run))
                     continue
                 changes.pending_runs.setdefault(row.id, []).append(TIME_IS_UP)
@@ -151,25 +154,25 @@ class WorkflowEngine:
             if pending:
                 undecided.append(row.id)
             times = [tx.now_ms + _DECIDING_MS if pending else None, row.deadline_at]
-            later = [one for one in times if one is not None and one > tx.now_ms]
-            changes.add(_SET_DUE, id=row.id, due_at=min(later, default=None))
+            future = [time_ms for time_ms in times if time_ms is not None and time_ms > tx.now_ms]
+            changes.add(_SET_DUE, id=row.id, due_at=min(future, default=None))
         return undecided + self.advance_workflows(changes, take_up=True)
 
     def apply(self, tx: Tx, decisions: Sequence[Decided]) -> Sequence[bool]:
-        """Write down what was decided outside. True: there is more to be decided, at once."""
+        """Write decisions that were made outside. True for a run that needs another decision at once."""
         return [self._apply(Changes(tx), decided) for decided in decisions]
 
     def _apply(self, changes: Changes, decided: Decided) -> bool:
-        run = decision.load(changes.tx, decided.run_id)
-        if run is None or not run.alive or run.unprocessed is None or run.row.revision != decided.revision:
+        run = decision.load_live(changes.tx, decided.run_id)
+        if run is None or run.unprocessed is None or run.row.revision != decided.revision:
             return False
-        if not self._do(changes, run, decided):
+        if not self._write(changes, run, decided):
             return True
         self.advance_workflows(changes)
-        after = decision.load(changes.tx, decided.run_id)
-        return after is not None and after.alive and after.unprocessed is not None
+        after = decision.load_live(changes.tx, decided.run_id)
+        return after is not None and after.unprocessed is not None
 
-    def _do(self, changes: Changes, run: Run, decided: Decided) -> bool:
+    def _write(self, changes: Changes, run: Run, decided: Decided) -> bool:
         if decided.failure is not None:
             give_up(changes, run, decided.failure)
             return True
@@ -180,39 +183,38 @@ class WorkflowEngine:
             refresh_waiting(changes, run.row)
         return True
 
-    # --- on a thread of its own, of a snapshot ------------------------------------------------------------------------
+    # --- on a reading thread, from a snapshot -------------------------------------------------------------------------
 
     def decide(self, tx: Tx, run_id: str) -> Decided | None:
-        run = decision.load(tx, run_id)
-        if run is None or not run.alive or run.unprocessed is None:
+        run = decision.load_live(tx, run_id)
+        if run is None or run.unprocessed is None:
             return None
         return decision.decide(tx, run, self.definitions, self.jail.allowance(), in_transaction=False)
 
 
 def answer(changes: Changes, row: Row, verdict: Verdict) -> None:
-    """Give a waiting step (a row of `WAITING_COLUMNS`) its verdict; what follows from that is news."""
-    text = dump({"approved": verdict.approved, "by": verdict.by, "why": verdict.why})
-    changes.add(SET_VERDICT, id=row.id, verdict=text)
-    data = {"approved": verdict.approved, "by": verdict.by, "why": verdict.why}
+    """Store the verdict on a waiting step (a row of `WAITING_COLUMNS`), and queue its run for a decision."""
+    data = shallow(verdict)
+    changes.add(SET_VERDICT, id=row.id, verdict=dump(data))
     changes.add_event(Event(ticket_id=row.ticket_id, step_id=row.step_id, kind="approval", data=data))
     changes.pending_runs.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
     refresh_waiting(changes, row)
 
 
 def refresh_waiting(changes: Changes, row: Row, *, error: str | None = None) -> None:
-    """The ticket, and its run, are `waiting` while a step of it waits for a person; nothing for one that has ended.
+    """Set a live ticket and its run to `waiting` while a step of it waits for a person, else back to running.
 
-    ``error`` says of a ticket that waits from now on, why.
+    ``error``: why the ticket waits, if it begins to wait now.
     """
     if row.ticket_id in changes.ended:
         return
     changes.flush()
     found = changes.tx.first(_WAITING, ticket_id=row.ticket_id)
     if found is None or found.state not in (TicketState.IN_PROGRESS, TicketState.WAITING):
-        return  # another tool's doing
-    if bool(found.waiting) == (found.state == TicketState.WAITING):
-        return
+        return  # another tool changed it
     waiting = bool(found.waiting)
+    if waiting == (found.state == TicketState.WAITING):
+        return
     after = TicketState.WAITING if waiting else TicketState.IN_PROGRESS
     changes.set_ticket(row.ticket_id, lenient(found.state), after, error=error if waiting else None)
     changes.add(_SET_ROOT, id=row.root_run, status=str(RunStatus.WAITING if waiting else RunStatus.RUNNING))
