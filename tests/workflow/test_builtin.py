@@ -43,7 +43,7 @@ def test_fix_until_green(tmp_path: Path) -> None:
         end = execute(load("fix-until-green"), {"file": "answer = 39\n"}, tmp_path / "b", jail)
         assert end.outputs == {"file": "answer = 42\n"}, "the third try"
         end = execute(load("fix-until-green"), {"file": "answer = 1\n"}, tmp_path / "c", jail)
-        assert end.status is RunStatus.FAILED and "not there after 5 times" in str(end.error)
+        assert end.status is RunStatus.FAILED and "is still false after 5 times" in str(end.error)
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)

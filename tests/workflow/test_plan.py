@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.cel.evaluate import Local
 from swarm.cel.jail import Jail
 from swarm.model import RunStatus, StepStatus
-from swarm.workflow import plan
 from swarm.workflow.definition import Approval, ForEach, Repeat, Step
 from swarm.workflow.state import ENDED, WAITING, RunContext, StepState
 from swarm.workflow.structure import Graph
@@ -84,7 +82,7 @@ def test_when() -> None:
 def test_an_expression_without_a_fitting_value_fails_its_step(value: str) -> None:
     ours = run(step("a", continue_on_error=True), step("b", "a", when=value), inputs={"n": 1})
     ours.finish("a", error="no outputs")
-    assert (ours.status("b") == "failed" and value in str(ours.rows["b"].error)) or "when wants" in str(
+    assert (ours.status("b") == "failed" and value in str(ours.rows["b"].error)) or "when must be true or false" in str(
         ours.rows["b"].error
     )
     assert ours.end is not None and ours.end.error_step == "b"
@@ -109,7 +107,7 @@ def test_joins(join: Any, ends: list[tuple[str, bool]], status: str) -> None:
     assert ours.status("d") == status
     if join == "first_success" and status == "ready":
         assert [ours.status(key) for key in "abc"] == ["completed", "cancelled", "cancelled"]
-        assert ours.rows["b"].error == "'a' was first, and 'd' wants one only"
+        assert ours.rows["b"].error == "'a' was first, and 'd' needs only one"
     if status == "failed":
         assert "had to succeed" in str(ours.rows["d"].error)
     elif status == "ready":
@@ -195,7 +193,7 @@ def test_repeat_ends() -> None:
     ours = run(step("fix", repeat=Repeat(until="${steps.fix.outputs}", max_times=2)))
     ours.finish("fix[0]", False)
     ours.finish("fix[1]", False)
-    assert "not there after 2 times" in str(ours.rows["fix"].error) and ours.end is not None
+    assert "${steps.fix.outputs} is still false after 2 times" in str(ours.rows["fix"].error) and ours.end is not None
 
 
 def test_approval() -> None:
@@ -365,8 +363,3 @@ def test_a_wide_fan_out_is_cheap() -> None:
     for _ in range(50):
         ours.finish(ours.live()[0], 1)
     assert ours.end is not None and (time.perf_counter() - began) / 50 < 0.005
-
-
-def test_resume_agrees_with_begin() -> None:
-    graph = Graph(flow(step("a"), step("b", "a")))
-    assert plan.begin(graph, RunContext(), Local()) == plan.resume(graph, RunContext(), {}, Local())

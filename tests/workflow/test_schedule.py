@@ -67,9 +67,9 @@ def test_an_hour_that_comes_twice() -> None:
                                   "*/0 * * * *", "5-1 * * * *", "* * * * fry", "0 0 31 feb *", "١ * * * *",
                                   "@reboot"])  # fmt: skip
 def test_what_is_no_schedule(cron: str) -> None:
-    with pytest.raises(ValueError, match=r"is no |never comes true"):
+    with pytest.raises(ValueError, match=r"isn't a |never occurs"):
         schedule.parse(cron)
-    with pytest.raises(ValueError, match="no time zone"):
+    with pytest.raises(ValueError, match="isn't a time zone"):
         schedule.parse("@daily", "Mars/North")
 
 

@@ -42,20 +42,26 @@ def find(reference: str) -> Agent:
     return TYPED if reference.partition("@")[0] == "typed" else agent(reference)
 
 
+def read(text: str) -> Workflow:
+    workflow, _, found = parse.read(text)
+    assert workflow is not None and not found
+    return workflow
+
+
 def inner(reference: str) -> Workflow:
     if reference.partition("@")[0] == "inner":
-        return parse.read("name: inner\nversion: 2.0.0\ninputs: {x: string}\nsteps: [{id: a, agent: echo}]\n")[0]
+        return read("name: inner\nversion: 2.0.0\ninputs: {x: string}\nsteps: [{id: a, agent: echo}]\n")
     if reference == "loop":
-        return parse.read("name: loop\nversion: 2.0.0\nsteps: [{id: a, workflow: loop}]\n")[0]
+        return read("name: loop\nversion: 2.0.0\nsteps: [{id: a, workflow: loop}]\n")
     if reference.startswith("wide-"):  # each has thirty of the one before
         n = int(reference.removeprefix("wide-"))
         does = f"workflow: wide-{n - 1}" if n else "agent: echo"
         steps = "".join(f"  - {{id: s{i}, {does}}}\n" for i in range(30))
-        return parse.read(f"name: {reference}\nversion: 1.0.0\nsteps:\n{steps}")[0]
+        return read(f"name: {reference}\nversion: 1.0.0\nsteps:\n{steps}")
     if reference.startswith("deep-"):
         n = int(reference.removeprefix("deep-"))
         does = f"workflow: deep-{n - 1}" if n else "agent: echo"
-        return parse.read(f"name: {reference}\nversion: 1.0.0\nsteps: [{{id: a, {does}}}]\n")[0]
+        return read(f"name: {reference}\nversion: 1.0.0\nsteps: [{{id: a, {does}}}]\n")
     raise NotFound(f"no workflow {reference!r}")
 
 
@@ -143,29 +149,30 @@ def test_everything() -> None:
         (HEAD + "steps: [{id: a, agent: nope}]\n",
          ["line 3, column 24: no agent 'nope'; `swarm agent list` shows those there are"]),
         (HEAD + "steps: [{id: a, agent: echo}, {id: a, agent: echo}]\n",
-         ["line 3, column 36: the id 'a' is taken by another step"]),
+         ["line 3, column 36: another step already has the id 'a'"]),
         (HEAD + "steps: [{id: a, workflow: loop}]\n",
-         ["line 3, column 27: workflows within workflows without end: loop runs loop"]),
+         ["line 3, column 27: workflows run each other endlessly: loop runs loop"]),
         (HEAD + "steps: [{id: a, agent: echo, workflow: inner, inputs: {x: a}}]\n",
          ["line 3, column 30: a step has an agent or a workflow, not both"]),
         (HEAD + "steps: [{id: a}]\n",
          ["line 3, column 9: the step 'a' does nothing: give it an agent, a workflow or an approval"]),
         (HEAD + "steps: [{id: a, agent: echo, when: no}]\n",
-         ["line 3, column 36: when wants true or false: write it as one ${…}"]),
+         ["line 3, column 36: when must be true or false: write it as one ${…}"]),
         (HEAD + "steps: [{id: a, agent: echo, when: false}]\n",
-         ["line 3, column 36: the step 'a' can't be reached: its `when` is false"]),
+         ["line 3, column 36: the step 'a' never runs: its `when` is false"]),
         (HEAD + "steps: [{id: a, agent: echo, retry: {on: [gremlins]}}]\n",
-         [f"line 3, column 43: 'gremlins' is no reason; there are {', '.join(FailureReason)}"]),
+         [f"line 3, column 43: unknown reason 'gremlins'; use some of {', '.join(FailureReason)}"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: 61 * * * *\n",
-         ["line 4, column 11: '61' is no minute: 0 to 59"]),
+         ["line 4, column 11: '61' isn't a minute: use 0 to 59"]),
         (HEAD + "steps: [{id: a, approval: true, retry: 2, timeout_seconds: 5, inputs: {x: 1}}]\n",
-         ["line 3, column 33: retry is for a step with an agent; those within have their own",
-          "line 3, column 43: an approval alone has its timeout_seconds within `approval:`",
-          "line 3, column 63: nothing takes the inputs of an approval alone"]),
+         ["line 3, column 33: retry needs an agent; the steps of a nested workflow have their own",
+          "line 3, column 43: put the timeout_seconds of an approval alone into `approval:`",
+          "line 3, column 63: an approval alone has no use for inputs"]),
         (HEAD + "inputs: {n: integer}\nsteps: [{id: a, agent: echo}]\n"
          "schedule: {cron: '@daily', inputs: {n: x, m: 1}}\n",
-         ["line 5, column 40: the input 'n' of the workflow does not fit: it is a string, and an integer is wanted",
-          "line 5, column 43: the workflow takes no input 'm'; it takes n"]),
+         ["line 5, column 40: the input 'n' of the workflow has the wrong type: "
+          "it is a string, and an integer is wanted",
+          "line 5, column 43: the workflow has no input 'm'; it has n"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '@daily', inputs: {x: '${trigger.body}'}}\n",
          ["line 4, column 43: trigger has no 'body'; there are type, time, cron, time_zone, missed"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nwebhook: {secret: K, timestamp: no one, "
@@ -175,10 +182,10 @@ def test_everything() -> None:
         (HEAD + "steps: [{id: a, agent: echo}]\nwebhook: {secret: K, inputs: {x: '${trigger.bdoy.x}'}}\n",
          ["line 4, column 37: trigger has no 'bdoy'; did you mean 'body'?"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '0 0 30 2 *', time_zone: Mars/North}\n",
-         ["line 4, column 18: '30' is no day of month: 1 to 31, within the month, or L for its last",
-          "line 4, column 43: 'Mars/North' is no time zone; write one such as Europe/Paris, or UTC"]),
+         ["line 4, column 18: '30' isn't a day of month: use 1 to 31, within the month, or L for its last",
+          "line 4, column 43: 'Mars/North' isn't a time zone; write one such as Europe/Paris, or UTC"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '@daily', missed: all, overlap: skip}\n",
-         ["line 4, column 50: missed: all starts several at once, which overlap: allow alone lets it do"]),
+         ["line 4, column 50: missed: all may start several at once, so it needs overlap: allow"]),
         (HEAD + "steps: [{id: a, agent: !!python/object:os.system echo}]\n",
          ["line 3, column 24: the tag 'tag:yaml.org,2002:python/object:os.system' has no meaning here"]),
         (HEAD + "inputs: {a: strin}\nsteps: [{id: a, agent: echo}]\n",
@@ -194,13 +201,13 @@ def test_workflows_within_are_bounded() -> None:
     """Those that are named are written out in each run: 30 steps, each of 30 …, would be more than any host holds."""
     assert problems(HEAD + "steps: [{id: a, workflow: wide-1}, {id: b, workflow: deep-7}]\n") == []
     [problem] = problems(HEAD + "steps: [{id: a, workflow: wide-7}]\n")
-    assert problem == "line 3, column 27: 27,930 steps with those of workflows within; 10,000 are allowed"
+    assert problem == "line 3, column 27: 27,930 steps, nested workflows included; 10,000 are allowed"
     [problem] = problems(HEAD + "steps: [{id: a, workflow: deep-8}]\n")
-    assert problem == "line 3, column 8: workflows within workflows, more than 8 deep"
+    assert problem == "line 3, column 8: workflows are nested more than 8 deep"
     many = "".join(f"  - {{id: s{i}, workflow: wide-1}}\n" for i in range(11))
     [problem] = problems(f"{HEAD}steps:\n{many}")
-    assert problem == "line 4, column 3: 10,241 steps with those of workflows within; 10,000 are allowed"
-    grown = parse.read(f"{HEAD}steps: [{{id: a, workflow: wide-7}}]\n")[0]
+    assert problem == "line 4, column 3: 10,241 steps, nested workflows included; 10,000 are allowed"
+    grown = read(f"{HEAD}steps: [{{id: a, workflow: wide-7}}]\n")
     with pytest.raises(Invalid, match="27,930 steps"):  # one that grew after it was registered
         pinning.pin(grown, REGISTRY)
 
@@ -240,16 +247,16 @@ steps:
 outputs: {x: "${steps.f.outputs}"}
 """)
     assert found == [
-        "line 3, column 1: there is no field 'stages' here; did you mean 'steps'?",
+        "line 3, column 1: unknown field 'stages'; did you mean 'steps'?",
         "line 8, column 13: there is no step 'zz' here; there are a, b, c, d, e",
-        "line 10, column 13: the input 'repo' of typed does not fit: it is an integer, and a string is wanted",
-        "line 11, column 7: typed takes no input 'dept'; it takes depth, repo",
-        "line 13, column 5: there is no field 'agnet' here; did you mean 'agent'?",
+        "line 10, column 13: the input 'repo' of typed has the wrong type: it is an integer, and a string is wanted",
+        "line 11, column 7: typed has no input 'dept'; it has depth, repo",
+        "line 13, column 5: unknown field 'agnet'; did you mean 'agent'?",
         "line 14, column 22: should be greater than or equal to 0.001, and is -1",
         "line 17, column 12: a cycle: c needs d needs c",
-        "line 21, column 47: 'item' means nothing outside of a for_each",
-        "line 25, column 11: when wants true or false: it is an integer, and a boolean is wanted",
-        "line 29, column 15: for_each wants a list: it is an integer, and an array is wanted",
+        "line 21, column 47: 'item' is unknown outside of a for_each",
+        "line 25, column 11: when must be true or false: it is an integer, and a boolean is wanted",
+        "line 29, column 15: for_each must be a list: it is an integer, and an array is wanted",
         "line 30, column 20: the outputs of 'a' have no 'fils'; did you mean 'files'?",
         *[one for one in found if "column 53" in one and "bad expression: Syntax error" in one],
         "line 30, column 66: variables has no 'q'",
@@ -261,11 +268,11 @@ outputs: {x: "${steps.f.outputs}"}
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("${steps.b.outputs}", "uses 'b', which has not certainly ended by then: add it to `needs`"),
+        ("${steps.b.outputs}", "uses 'b', which may not have ended by then: add it to `needs`"),
         ("${steps.a.output}", "steps.a has outputs, status, error; write steps.a.outputs"),
-        ("${steps}", "write which step is meant"),
+        ("${steps}", "name the step: steps.build.outputs"),
         ("${steps.list.outputs}", 'for an id with a hyphen write steps["list-it"]'),
-        ("${error.step}", "'error' means nothing here"),
+        ("${error.step}", "'error' is unknown here"),
         ("${ticket.titel}", "ticket has no 'titel'; did you mean 'title'?"),
         ("${secrets.KEY}", "'secrets' is unknown|'secrets.KEY' is unknown"),
     ],

@@ -1,6 +1,6 @@
-"""Workflows: read (`parse`), checked (`validate`), frozen (`definition`), decided (`plan`), drawn (`graph`).
+"""Workflows: read (`parse`), checked (`validate`), frozen (`definition`), planned (`plan`), drawn (`graph`).
 
-All of it is pure: what is decided here is done by the store and the workers.
+All of it is pure: the store and the workers carry out what the planner decides.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A workflow as a value, and the canonical JSON of it that is frozen into every run.
+"""A workflow as a value, and its canonical JSON, which is frozen into every run.
 
-Values with `${…}` in them are kept as their authors wrote them (`Any` below: JSON values); `swarm.cel.template` fills
-them when their step's time has come.
+Values with `${…}` in them stay as their authors wrote them (`Any` below: JSON values); `swarm.cel.template` fills them
+when their step starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Join = str | int  # 'all', 'any', 'first_success', or how many must succeed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForEach:
-    """Fan-out: one step execution for each item. ``items`` is a list, or an expression that comes to one."""
+    """Fan-out: one step execution for each item. ``items`` is a list, or an expression for one."""
 
     items: Any
     max_parallel: int | None = None
@@ -31,7 +31,7 @@ class ForEach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repeat:
-    """The step again and again, until ``until`` holds; after ``max_times`` times without, it has failed."""
+    """Run the step until ``until`` is true; if it still isn't after ``max_times`` times, the step fails."""
 
     until: str
     max_times: int = 3
@@ -47,8 +47,8 @@ class Approval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One node. Exactly one of ``agent`` (a reference), ``workflow`` (a reference, or a definition) is set; neither in
-    a step that is an approval only."""
+    """One node. Exactly one of ``agent`` (a reference) and ``workflow`` (a reference, or a definition) is set; neither
+    is in a step that is only an approval."""
 
     id: str
     agent: str | None = None
@@ -57,7 +57,7 @@ class Step:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     join: Join = "all"
-    when: Any = True  # a boolean, or an expression that comes to one
+    when: Any = True  # a boolean, or an expression for one
     for_each: ForEach | None = None
     repeat: Repeat | None = None
     approval: Approval | None = None
@@ -68,8 +68,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """``missed``: what becomes of times that passed while no engine ran: 'skip', 'once' or 'all'. ``overlap``: what
-    becomes of one that comes while the ticket of the time before has not ended: 'allow', 'skip' or 'queue'."""
+    """``missed``: what to do about times that passed while no engine ran: 'skip', 'once' or 'all'. ``overlap``: what to
+    do when the ticket of the previous time has not ended: 'allow', 'skip' or 'queue'."""
 
     cron: str
     time_zone: str = "UTC"
@@ -82,8 +82,8 @@ class Schedule:
 class Webhook:
     """POST with an HMAC-SHA256 under the secret named ``secret``, as hex after `sha256=` in ``header``.
 
-    Signed are the seconds since 1970 (as in the header X-Swarm-Timestamp), a dot and the body; without ``timestamp``
-    the body alone. ``idempotency`` names the header that tells a sender's second try from a new event.
+    It signs the seconds since 1970 (as in the header X-Swarm-Timestamp), a dot and the body; without ``timestamp`` only
+    the body. ``idempotency`` names the header that tells a sender's retry from a new event.
     """
 
     secret: str
@@ -95,7 +95,7 @@ class Webhook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workflow:
-    """``inputs_schema`` is a JSON Schema. ``outputs`` of the whole: None stands for those of the last steps, by id."""
+    """``inputs_schema`` is a JSON Schema. ``outputs`` None: the outputs of the last steps, by id."""
 
     name: str
     version: str
@@ -109,7 +109,7 @@ class Workflow:
     on_error: tuple[Step, ...] = ()
     on_success: tuple[Step, ...] = ()
     fail_fast: bool = False
-    budget_usd: float | None = None  # what the model calls of one run may cost together
+    budget_usd: float | None = None  # for all model calls of one run together
     budget_tokens: int | None = None
     schedule: tuple[Schedule, ...] = ()
     webhook: Webhook | None = None
@@ -120,7 +120,7 @@ class Workflow:
         yield from self.on_success
 
     def agents(self) -> Iterator[str]:
-        """The references to agents, those of workflows written within this one too."""
+        """The references to agents, also those in nested definitions."""
         for step in self.all_steps():
             if step.agent is not None:
                 yield step.agent
@@ -134,7 +134,7 @@ _NESTED: Final = {"for_each": ForEach, "repeat": Repeat, "approval": Approval, "
 
 
 def to_json(workflow: Workflow) -> dict[str, Any]:
-    """The frozen form. Fields at their defaults are left out, so an older file keeps its digest in a newer Swarm."""
+    """The frozen form. Fields at their defaults are left out, so a file keeps its digest when Swarm gets new fields."""
     return {"format": FORMAT, **_plain(workflow)}
 
 
@@ -146,7 +146,7 @@ def from_json(data: Mapping[str, Any]) -> Workflow:
 
 
 def canonical(workflow: Workflow) -> str:
-    """JSON text, the same for the same workflow, always."""
+    """JSON text, always the same for the same workflow."""
     return json.dumps(to_json(workflow), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 

@@ -1,6 +1,6 @@
-"""Pictures of a workflow: text for a terminal, Mermaid, and SVG with a small layered layout of our own.
+"""Draws a workflow: as text for a terminal, as Mermaid, and as SVG with a small layered layout.
 
-All that comes from a file is escaped. With ``status`` (step id -> status) a run's steps carry their states.
+Everything from a file is escaped. ``status`` (step id -> status) shows the states of a run's steps.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _COLOURS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Ids in layers, those of a layer from left to right; ``routes``: for each need, the ids from it to the step.
+    """``layers``: ids, each layer from left to right. ``routes``: for each need, the ids from it to the step.
 
-    Where a need skips layers, its route goes through a place of its own in each of them: an id that is no step's.
+    Where a need skips layers, its route has a placeholder in each of them: an id that isn't a step's.
     """
 
     steps: Mapping[str, Step]
@@ -36,9 +36,9 @@ class Layout:
 
 
 def layout(steps: Sequence[Step]) -> Layout:
-    """Each step in the layer after the last of its needs; within a layer, near what it is connected with."""
-    byid = {step.id: step for step in steps}
-    rank = _ranks(byid)
+    """Each step in the layer after the last of its needs; within a layer, near the steps it is connected with."""
+    by_id = {step.id: step for step in steps}
+    rank = _ranks(by_id)
     layers: list[list[str]] = [[] for _ in range(max(rank.values(), default=-1) + 1)]
     for one, r in rank.items():
         layers[r].append(one)
@@ -46,8 +46,8 @@ def layout(steps: Sequence[Step]) -> Layout:
     for step in steps:
         for need in step.needs:
             between = [f"{need}>{step.id}>{r}" for r in range(rank[need] + 1, rank[step.id])]
-            for r, place in enumerate(between, rank[need] + 1):
-                layers[r].append(place)
+            for r, placeholder in enumerate(between, rank[need] + 1):
+                layers[r].append(placeholder)
             routes.append((need, *between, step.id))
     beside: dict[str, list[str]] = {one: [] for layer in layers for one in layer}
     for route in routes:
@@ -62,19 +62,19 @@ def layout(steps: Sequence[Step]) -> Layout:
                 own = {one: i / max(len(layers[r]) - 1, 1) for i, one in enumerate(layers[r])}
                 middle = {one: [at[n] for n in beside[one] if n in at] or [own[one]] for one in layers[r]}
                 layers[r].sort(key=lambda one, middle=middle: sum(middle[one]) / len(middle[one]))  # type: ignore[misc]
-    return Layout(byid, tuple(map(tuple, layers)), tuple(routes))
+    return Layout(by_id, tuple(map(tuple, layers)), tuple(routes))
 
 
-def _ranks(byid: Mapping[str, Step]) -> dict[str, int]:
+def _ranks(by_id: Mapping[str, Step]) -> dict[str, int]:
     rank: dict[str, int] = {}
-    waiting = {one: len(step.needs) for one, step in byid.items()}
-    followers: dict[str, list[str]] = {one: [] for one in byid}
-    for step in byid.values():
+    waiting = {one: len(step.needs) for one, step in by_id.items()}
+    followers: dict[str, list[str]] = {one: [] for one in by_id}
+    for step in by_id.values():
         for need in step.needs:
             followers[need].append(step.id)
     queue = [one for one, count in waiting.items() if count == 0]
     for one in queue:  # grows while it is walked
-        rank[one] = 1 + max((rank[need] for need in byid[one].needs), default=-1)
+        rank[one] = 1 + max((rank[need] for need in by_id[one].needs), default=-1)
         for after in followers[one]:
             waiting[after] -= 1
             if waiting[after] == 0:
@@ -120,7 +120,7 @@ def notes(step: Step) -> list[str]:
 
 
 def text(workflow: Workflow, status: Mapping[str, str] | None = None) -> str:
-    """A step a line, in the order in which they can run; the number is the layer: equal ones run together."""
+    """One line per step, in the order in which they can run; steps with the same number (the layer) run together."""
     rows: list[tuple[str, str, str, str]] = []
     for name, steps in parts(workflow):
         if name:

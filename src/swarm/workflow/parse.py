@@ -1,6 +1,6 @@
-"""`workflow.yaml` as people write it: its fields and their bounds, and the way from there to `definition.Workflow`.
+"""`workflow.yaml` as people write it: its fields, their bounds, and how they become a `definition.Workflow`.
 
-`read` finds what is wrong with the shape; `validate.validate` what is wrong with the sense.
+`read` checks the shape; `validate.validate` checks the meaning.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from swarm.workflow.definition import Approval, ForEach, Repeat, Schedule, Step,
 
 FILE: Final = "workflow.yaml"
 MAX_STEPS: Final = 1000
-MAX_STEPS_IN_ALL: Final = 10_000  # with those of workflows within
-MAX_DEPTH: Final = 8  # of workflows within workflows
+MAX_STEPS_IN_ALL: Final = 10_000  # with those of nested workflows
+MAX_DEPTH: Final = 8  # of nested workflows
 MAX_SCHEDULES: Final = 20
 
 _M = TypeVar("_M", bound=pydantic.BaseModel)
@@ -38,10 +38,11 @@ _Text = Annotated[str, StringConstraints(max_length=4096)]
 _Expression = Annotated[str, StringConstraints(max_length=5000)]
 _Join = Literal["all", "any", "first_success"] | Annotated[int, Field(ge=1, le=MAX_STEPS)]
 _Seconds = Annotated[float, bounded("timeout_seconds")]
+_Parallel = Annotated[int, Field(ge=1, le=10_000)]
 
-
-_MENDED_ROUNDS: Final = 4
-_STAND_INS: Final[Mapping[str, Any]] = {"version": "0.0.0", "steps": [{"id": "x", "approval": True}], "items": []}
+# A file with problems is repaired and read again, this often, so that the problems behind the first ones show up too.
+_REPAIR_ROUNDS: Final = 4
+_PLACEHOLDERS: Final[Mapping[str, Any]] = {"version": "0.0.0", "steps": [{"id": "x", "approval": True}], "items": []}
 
 
 class _Strict(pydantic.BaseModel):
@@ -54,7 +55,7 @@ class _Retry(RetryFields, _Strict):
 
 class _ForEach(_Strict):
     items: list[Any] | _Expression
-    max_parallel: int | None = Field(default=None, ge=1, le=10_000)
+    max_parallel: _Parallel | None = None
     join: _Join = "all"
 
 
@@ -78,7 +79,7 @@ class _Step(_Strict):
     join: _Join = "all"
     when: bool | _Expression = True
     for_each: _ForEach | list[Any] | _Expression | None = None
-    max_parallel: int | None = Field(default=None, ge=1, le=10_000)
+    max_parallel: _Parallel | None = None
     repeat: _Repeat | None = None
     approval: _Approval | str | bool | None = None
     retry: _Retry | Annotated[int, bounded("max_attempts")] | None = None
@@ -103,7 +104,7 @@ class _Webhook(_Strict):
 
 
 class _Body(_Strict):
-    """What a workflow has within another one, where it needs no name."""
+    """The fields of a nested workflow, which needs no name."""
 
     description: _Text = ""
     inputs: dict[str, Any] | None = None
@@ -126,18 +127,11 @@ class _File(_Body):
     webhook: _Webhook | None = None
 
 
-def read(text: str | bytes, *, name: str = FILE) -> tuple[Workflow, Document]:
-    """The workflow in a file, and where its values stand. Raises manifest.Invalid with every problem of shape."""
-    workflow, document, problems = read_all(text, name=name)
-    if problems or workflow is None:
-        raise manifest.Invalid(name, problems)
-    return workflow, document
+def read(text: str | bytes, *, name: str = FILE) -> tuple[Workflow | None, Document, list[Problem]]:
+    """The workflow in a file, the places of its values, and every problem of shape.
 
-
-def read_all(text: str | bytes, *, name: str = FILE) -> tuple[Workflow | None, Document, list[Problem]]:
-    """As `read`, but problems are returned, with what could be made of the rest, so that more can be found in it.
-
-    Raises manifest.Invalid for what is no YAML.
+    With problems, the workflow has what could be read of the rest, so that more problems can be found in it. Raises
+    manifest.Invalid for a text that isn't YAML.
     """
     document = manifest.load(text, name=name)
     builder = _Builder(document)
@@ -154,13 +148,10 @@ class _Builder:
         raw = self._model(_File, value, ())
         if raw is None:
             return None
-        given = raw.schedule
-        schedules = given if isinstance(given, list) else [] if given is None else [given]
-        found = []
-        for i, one in enumerate(schedules):
-            path = ("schedule", i) if isinstance(given, list) else ("schedule",)
-            found.append(self._schedule(one, path))
-        webhook = raw.webhook and Webhook(**raw.webhook.model_dump())
+        if isinstance(raw.schedule, list):
+            schedules = [self._schedule(one, ("schedule", i)) for i, one in enumerate(raw.schedule)]
+        else:
+            schedules = [self._schedule(raw.schedule, ("schedule",))] if raw.schedule is not None else []
         return self._workflow(
             raw,
             (),
@@ -170,13 +161,13 @@ class _Builder:
             version=raw.version,
             budget_usd=raw.budget_usd,
             budget_tokens=raw.budget_tokens,
-            schedule=tuple(found),
-            webhook=webhook,
+            schedule=tuple(schedules),
+            webhook=raw.webhook and Webhook(**raw.webhook.model_dump()),
         )
 
     def _workflow(self, raw: _Body, path: manifest.KeyPath, depth: int, **named: Any) -> Workflow:
         if depth > MAX_DEPTH:
-            self._bad(path, f"workflows within workflows, more than {MAX_DEPTH} deep")
+            self._bad(path, f"workflows are nested more than {MAX_DEPTH} deep")
         return Workflow(
             description=raw.description,
             inputs_schema=self._schema(raw.inputs, (*path, "inputs")),
@@ -203,19 +194,18 @@ class _Builder:
             workflow = raw.workflow
         if raw.agent and raw.workflow:
             self._bad((*path, "workflow"), "a step has an agent or a workflow, not both", at_key=True)
-        if not raw.agent and not raw.workflow and not raw.approval and not self._said(path):
+        if not raw.agent and not raw.workflow and not raw.approval and not self._has_problem(path):
             self._bad(path, f"the step {raw.id!r} does nothing: give it an agent, a workflow or an approval")
         if raw.repeat and raw.for_each is not None:
             self._bad(
-                (*path, "repeat"), "repeat and for_each don't go together: put one in a workflow within", at_key=True
+                (*path, "repeat"), "repeat and for_each can't be combined: put one in a nested workflow", at_key=True
             )
         if (raw.repeat or raw.for_each is not None) and not raw.agent and not raw.workflow:
             self._bad(path, "an approval alone can't be repeated")
-        self._check_of_use(raw, path)
+        self._check_effect(raw, path)
         if raw.max_parallel is not None and (raw.for_each is None or isinstance(raw.for_each, _ForEach)):
-            self._bad(
-                (*path, "max_parallel"), "max_parallel is for a for_each (in it, when that has fields)", at_key=True
-            )
+            message = "max_parallel needs a for_each; if that has fields, put it among them"
+            self._bad((*path, "max_parallel"), message, at_key=True)
         return Step(
             id=raw.id,
             description=raw.description,
@@ -226,25 +216,26 @@ class _Builder:
             join=raw.join,
             when=raw.when,
             for_each=_for_each(raw),
-            repeat=Repeat(until=raw.repeat.until, max_times=raw.repeat.max_times) if raw.repeat else None,
+            repeat=Repeat(**raw.repeat.model_dump()) if raw.repeat else None,
             approval=_approval(raw.approval),
             retry=self._retry(raw.retry, (*path, "retry")),
             timeout_seconds=raw.timeout_seconds,
             continue_on_error=raw.continue_on_error,
         )
 
-    def _check_of_use(self, raw: _Step, path: manifest.KeyPath) -> None:
-        """Fields that would change nothing: whoever wrote them believes that they do."""
+    def _check_effect(self, raw: _Step, path: manifest.KeyPath) -> None:
+        """Refuse fields that would have no effect: their author expects one."""
         if raw.agent:
             return
         if raw.retry is not None:
-            self._bad((*path, "retry"), "retry is for a step with an agent; those within have their own", at_key=True)
+            message = "retry needs an agent; the steps of a nested workflow have their own"
+            self._bad((*path, "retry"), message, at_key=True)
         if raw.approval and not raw.workflow:
             if raw.inputs:
-                self._bad((*path, "inputs"), "nothing takes the inputs of an approval alone", at_key=True)
+                self._bad((*path, "inputs"), "an approval alone has no use for inputs", at_key=True)
             if raw.timeout_seconds is not None:
-                said = "an approval alone has its timeout_seconds within `approval:`"
-                self._bad((*path, "timeout_seconds"), said, at_key=True)
+                message = "put the timeout_seconds of an approval alone into `approval:`"
+                self._bad((*path, "timeout_seconds"), message, at_key=True)
 
     def _retry(self, raw: _Retry | int | None, path: manifest.KeyPath) -> RetryPolicy | None:
         if raw is None or isinstance(raw, int):
@@ -254,7 +245,7 @@ class _Builder:
             try:
                 reasons.add(FailureReason(reason))
             except ValueError:
-                self._bad((*path, "on", i), f"{reason!r} is no reason; there are {', '.join(FailureReason)}")
+                self._bad((*path, "on", i), f"unknown reason {reason!r}; use some of {', '.join(FailureReason)}")
         return RetryPolicy(**{**raw.model_dump(exclude={"on"}), "on": frozenset(reasons)})
 
     def _schedule(self, raw: _Schedule | str, path: manifest.KeyPath) -> Schedule:
@@ -269,7 +260,7 @@ class _Builder:
             except ValueError as error:
                 self._bad(path if isinstance(raw, str) else (*path, field), str(error))
         if one.missed == "all" and one.overlap != "allow":
-            self._bad((*path, "overlap"), "missed: all starts several at once, which overlap: allow alone lets it do")
+            self._bad((*path, "overlap"), "missed: all may start several at once, so it needs overlap: allow")
         return one
 
     def _schema(self, given: Mapping[str, Any] | None, path: manifest.KeyPath) -> dict[str, Any] | None:
@@ -287,20 +278,18 @@ class _Builder:
         if not isinstance(value, dict):
             self._bad(path, "must be a mapping of fields, such as `name: my-workflow`")
             return None
-        said: list[Problem] = []
-        for _ in range(_MENDED_ROUNDS):
+        for round_ in range(_REPAIR_ROUNDS):
             try:
                 return model.model_validate(value)
             except pydantic.ValidationError as error:
-                found = complaints(self._document, path, value, error, model)
-                # What is missing in a later round is what an earlier one took away.
-                self.problems += [one for one in found if not said or not one.message.endswith("is missing")]
-                said += found
-                value = _mended(value, error)
+                found = _problems(self._document, path, value, error, model)
+                # A field that is missing in a later round was removed by the repair.
+                self.problems += [one for one in found if round_ == 0 or not one.message.endswith("is missing")]
+                value = _repaired(value, error)
         return None
 
-    def _said(self, path: manifest.KeyPath) -> bool:
-        """Has this place, or one in it, been complained of?"""
+    def _has_problem(self, path: manifest.KeyPath) -> bool:
+        """Is there a problem at this place, or inside it?"""
         place = self._document.positions.get(path)
         inside = [self._document.positions[p] for p in self._document.positions if p[: len(path)] == path]
         last = max((one.line for one in inside), default=0)
@@ -326,8 +315,8 @@ def _approval(raw: _Approval | str | bool | None) -> Approval | None:
     return Approval() if raw else None
 
 
-def _mended(value: dict[str, Any], error: pydantic.ValidationError) -> dict[str, Any]:
-    """A copy without what was complained of, and with something for what was missing."""
+def _repaired(value: dict[str, Any], error: pydantic.ValidationError) -> dict[str, Any]:
+    """A copy without the wrong values, and with placeholders for the missing ones."""
     copied: dict[str, Any] = copy.deepcopy(value)
     for one in error.errors():
         path, rest = _place(value, one["loc"])
@@ -337,27 +326,27 @@ def _mended(value: dict[str, Any], error: pydantic.ValidationError) -> dict[str,
                 target = target[part]
             if one["type"] == "missing" and rest:
                 inner = target[path[-1]] if path else target
-                inner.setdefault(rest[-1], _STAND_INS.get(str(rest[-1]), "x"))
+                inner.setdefault(rest[-1], _PLACEHOLDERS.get(str(rest[-1]), "x"))
             elif path and isinstance(target, list):
                 target[int(path[-1])] = {}
             elif path:
                 target.pop(path[-1], None)
         except (KeyError, IndexError, TypeError, AttributeError):
-            continue  # went with what it was in
+            continue  # was removed with the value around it
     return copied
 
 
 # --- pydantic's errors, as sentences with a place --------------------------------------------------------------------
 
 
-def complaints(
+def _problems(
     document: Document,
     path: manifest.KeyPath,
     value: Any,
     error: pydantic.ValidationError,
     model: type[pydantic.BaseModel],
 ) -> list[Problem]:
-    """One problem for each place. Of the branches of a union, only those count that got furthest."""
+    """One problem for each place. Of a union's branches, only those that got furthest count."""
     at: dict[manifest.KeyPath, list[tuple[str, str]]] = {}
     for one in error.errors():
         inner, rest = _place(value, one["loc"])
@@ -366,7 +355,7 @@ def complaints(
             message = f"the field {rest[-1]!r} is missing" if rest else "a field is missing"
         elif kind == "extra_forbidden":
             near = difflib.get_close_matches(str(inner[-1]), sorted(_fields(model)), n=1)
-            message = f"there is no field {inner[-1]!r} here" + (f"; did you mean {near[0]!r}?" if near else "")
+            message = f"unknown field {inner[-1]!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         else:
             message = one["msg"].removeprefix("Value error, ").replace("Input should", "should")
             given = one["input"]
@@ -379,14 +368,14 @@ def complaints(
         if deeper and all(kind.endswith("_type") for kind, _ in found):
             continue
         unknown = any(kind == "extra_forbidden" for kind, _ in found)
-        # The same place in several branches of a union: the one that is about the value, not about its type.
-        told = [m for kind, m in found if not kind.endswith("_type")] or [m for _, m in found]
-        problems.append(document.problem((*path, *inner), "; or ".join(dict.fromkeys(told)), at_key=unknown))
+        # The same place in several branches of a union: prefer messages about the value to those about its type.
+        messages = [m for kind, m in found if not kind.endswith("_type")] or [m for _, m in found]
+        problems.append(document.problem((*path, *inner), "; or ".join(dict.fromkeys(messages)), at_key=unknown))
     return problems
 
 
 def _place(value: Any, loc: Sequence[str | int]) -> tuple[manifest.KeyPath, list[str | int]]:
-    """The part of pydantic's path that is in the value: the names of union branches are not."""
+    """Pydantic's path, as the keys that are in the value, and the rest: names of union branches, missing fields."""
     path: list[str | int] = []
     rest: list[str | int] = []
     for part in loc:

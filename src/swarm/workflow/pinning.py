@@ -1,6 +1,6 @@
-"""A workflow as a run freezes it: what it refers to is pinned, and workflows that it names are written out in it.
+"""A workflow as a run freezes it: agents pinned to versions, named workflows replaced by their definitions.
 
-So it may be far larger than its file, and is weighed before.
+So it may be far larger than its file; its size is checked first.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from swarm.workflow.definition import Step, Workflow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registry:
-    """What a workflow may refer to. Each raises NotFound."""
+    """Finds what a workflow refers to. Both raise NotFound."""
 
     agent: Callable[[str], Agent]
     workflow: Callable[[str], Workflow]
 
 
-class Endless(Exception):
-    """More steps, or deeper, than a run may have."""
+class TooLarge(Exception):
+    """More steps, or deeper nesting, than a run may have."""
 
 
 def pin(workflow: Workflow, registry: Registry) -> Workflow:
-    """The workflow as a run freezes it: agents by name and version, workflows by their whole definition. Raises
-    manifest.Invalid for one that is too large then."""
+    """The workflow as a run freezes it. Raises manifest.Invalid if that is too large."""
     try:
         count_steps(workflow, registry)
-    except Endless as error:
+    except TooLarge as error:
         raise Invalid(workflow.name, [Problem(line=0, column=0, message=str(error))]) from None
     return _pin(workflow, registry)
 
@@ -59,10 +58,10 @@ def count_steps(
     within: tuple[str, ...] = (),
     known: dict[str, tuple[int, int]] | None = None,
 ) -> tuple[int, int]:
-    """How many steps it has, with those of workflows within it (``within`` names those that it is in itself), and how
-    deep these go. Raises Endless.
+    """The number of its steps, those of nested workflows included, and how deep these are nested. Raises TooLarge.
 
-    Each named one is looked at once: together they may have more steps than there is time.
+    ``within``: the named workflows around it. Each named workflow is counted once and remembered in ``known``: walking
+    all steps could take too long.
     """
     known = {} if known is None else known
     count, depth = 0, 0
@@ -70,7 +69,7 @@ def count_steps(
         inner = (0, 0)
         if isinstance(step.workflow, str):
             if step.workflow in within:
-                raise Endless(f"workflows within workflows without end: {' runs '.join((*within, step.workflow))}")
+                raise TooLarge(f"workflows run each other endlessly: {' runs '.join((*within, step.workflow))}")
             if step.workflow not in known:
                 named = registry.workflow(step.workflow)
                 known[step.workflow] = count_steps(named, registry, (*within, step.workflow), known)
@@ -81,7 +80,7 @@ def count_steps(
             depth = max(depth, 1 + inner[1])
         count += 1 + inner[0]
     if depth > parse.MAX_DEPTH:
-        raise Endless(f"workflows within workflows, more than {parse.MAX_DEPTH} deep")
+        raise TooLarge(f"workflows are nested more than {parse.MAX_DEPTH} deep")
     if count > parse.MAX_STEPS_IN_ALL:
-        raise Endless(f"{count:,} steps with those of workflows within; {parse.MAX_STEPS_IN_ALL:,} are allowed")
+        raise TooLarge(f"{count:,} steps, nested workflows included; {parse.MAX_STEPS_IN_ALL:,} are allowed")
     return count, depth

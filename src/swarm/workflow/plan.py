@@ -1,15 +1,15 @@
-"""What comes next in a run. Pure: states in, decisions out; no clock, no I/O, the same answer every time.
+"""What comes next in a run. Pure: states in, decisions out; no clock, no I/O, the same decision every time.
 
-`begin` when a run starts (and `resume` after any change from outside, such as a retry from a step), `advance` when
-steps have ended. `advance` looks only at what the ended steps touch, so a step costs the same in a chain of 3 and of
-500.
+`resume` when a run begins, or after a change from outside such as a retry from a step; `advance` when steps have ended.
+`advance` looks only at the steps near the ended ones, so a step costs the same in a chain of 3 and of 500.
 
-The rules, which docs/workflows.md tells to people:
+The rules (docs/workflows.md explains them to users):
 
-- A step starts when its needs satisfy its join. It is skipped, with the reason, when they no longer can and none of
-  them failed on its account, when a need of a join `all` was skipped, failed or was cancelled, or when `when` is false.
-- A failed step fails the run, unless it has continue_on_error, or all that need it can do without it (join any,
-  first_success, N). The steps that don't depend on it go on, unless the workflow says fail_fast.
+- A step starts when its needs satisfy its join. It is skipped, with the reason, when a need of a join `all` was
+  skipped, failed or was cancelled, or when `when` is false. When another join can no longer be satisfied, the step
+  fails if one of its needs failed, else it is skipped.
+- A failed step fails the run, unless it has continue_on_error, or all steps that need it have another join (any,
+  first_success, N). Steps that don't depend on it continue, unless the workflow has fail_fast.
 - on_error or on_success steps run when all others have ended.
 """
 
@@ -42,51 +42,47 @@ from swarm.workflow.state import (
 from swarm.workflow.structure import PHASES, Graph
 
 
-def begin(graph: Graph, known: RunContext, evaluator: Evaluator) -> Decision:
-    """The first decision of a run whose steps are all pending."""
-    return resume(graph, known, {}, evaluator)
-
-
 def advance(
     graph: Graph,
-    known: RunContext,
+    context: RunContext,
     progress: RunProgress,
     steps: Mapping[str, StepState],
     changed: Iterable[str],
     evaluator: Evaluator,
 ) -> Decision:
-    """What follows from the steps whose keys are in ``changed``: they have ended, or have been given a Verdict.
+    """What follows from the steps whose keys are in ``changed``: they have ended, or have got a Verdict.
 
-    ``steps`` is asked (by `get`) for those, for what needs them and what these need, and for what their expressions
-    name; it may read rows at that moment. A missing key is a pending step. Each end must be told exactly once.
+    The planner reads from ``steps`` (by `get`) those, the steps that need them and what these need, and the steps that
+    their expressions use; ``steps`` may load rows on demand. A missing key is a pending step. Pass each end exactly
+    once.
     """
-    planner = _Planner(graph, known, progress, steps, evaluator)
+    planner = _Planner(graph, context, progress, steps, evaluator)
     for key in changed:
         planner.changed(key)
     return planner.decision()
 
 
-def resume(graph: Graph, known: RunContext, steps: Mapping[str, StepState], evaluator: Evaluator) -> Decision:
-    """Everything anew from the states alone: after steps were reset, or to mend a run. Looks at every step."""
-    planner = _Planner(graph, known, RunProgress(), steps, evaluator)
-    planner.again()
+def resume(graph: Graph, context: RunContext, steps: Mapping[str, StepState], evaluator: Evaluator) -> Decision:
+    """Decide from the states alone: when a run begins, or after steps were reset. Looks at every step."""
+    planner = _Planner(graph, context, RunProgress(), steps, evaluator)
+    planner.resume()
     return planner.decision()
 
 
 def expire(
     graph: Graph,
-    known: RunContext,
+    context: RunContext,
     progress: RunProgress,
     steps: Mapping[str, StepState],
     evaluator: Evaluator,
     why: str,
 ) -> Decision | None:
-    """The run's time is over: what is under way ends, and its on_error steps follow. None when there are none, or when
-    it was them that took so long."""
+    """The run's time is over: its live steps end, and its on_error steps follow. None if it has none, or if they were
+    running already."""
     if progress.phase != "steps" or not graph.part("on_error"):
         return None
-    planner = _Planner(graph, known, progress, steps, evaluator)
-    planner.expired(why)
+    planner = _Planner(graph, context, progress, steps, evaluator)
+    planner.expire(why)
     return planner.decision()
 
 
@@ -94,7 +90,7 @@ class _Planner(FanOut):
     def decision(self) -> Decision:
         while self._end is None:
             if self._ended:
-                self._follow_up(self._ended.popleft())
+                self._process_end(self._ended.popleft())
             elif self._progress.open == 0 and self._progress.phase != "ended":
                 self._next_phase()
             else:
@@ -102,7 +98,7 @@ class _Planner(FanOut):
         return Decision(actions=tuple(self._actions), progress=self._progress, end=self._end)
 
     def changed(self, key: str) -> None:
-        """A step or child has ended, or a person has answered."""
+        """A step or child has ended, or has got a person's verdict."""
         state = self._state(key)
         parent = _parent(key)
         if parent is not None:
@@ -111,16 +107,16 @@ class _Planner(FanOut):
         elif state.status in ENDED:
             self._ended.append(key)
         elif state.status == WAITING and state.verdict is not None:
-            self._answered(self._graph.steps[key], state)
+            self._apply_verdict(self._graph.steps[key], state)
 
-    def expired(self, why: str) -> None:
+    def expire(self, why: str) -> None:
         live = [step for step in self._graph.part("steps") if self._state(step.id).status not in ENDED]
-        if not live:  # the last has just ended
-            self.again()
+        if not live:  # the last one has just ended
+            self.resume()
             return
         started = [step for step in live if self._state(step.id).status != StepStatus.PENDING]
         named = self._progress.failed_step or (*started, *live)[0].id
-        # Steps may have ended that nobody has followed up, so `open` is counted anew.
+        # Some ended steps may not be processed yet, so `open` is counted anew.
         self._progress = replace(self._progress, failed_step=named, error=why, open=len(live))
         self._stop(live, why)
 
@@ -132,7 +128,7 @@ class _Planner(FanOut):
             elif status not in ENDED:
                 self._finish(Cancel(key=step.id, why=f"stopped: {why}"))
 
-    def again(self) -> None:
+    def resume(self) -> None:
         for phase in PHASES:
             steps = self._graph.part(phase)
             if phase != "steps" and phase != self._progress.phase:
@@ -143,25 +139,25 @@ class _Planner(FanOut):
                 if self._state(step.id).status == StepStatus.FAILED:
                     self._note_failure(step)
             for step in live:
-                self._look_again(step)
+                self._resume_step(step)
             while self._ended:
-                self._follow_up(self._ended.popleft())
+                self._process_end(self._ended.popleft())
             if self._progress.open or self._end:
                 return
             self._next_phase(started=False)
 
-    def _look_again(self, step: Step) -> None:
+    def _resume_step(self, step: Step) -> None:
         state = self._state(step.id)
         if state.status == StepStatus.PENDING:
             self._consider(step)
         elif state.status == WAITING:
-            self._answered(step, state)
+            self._apply_verdict(step, state)
         elif state.status == StepStatus.RUNNING and state.fan_out is not None:
             self._recount(step, state.fan_out)
 
     # --- after an end ---
 
-    def _follow_up(self, step_id: str) -> None:
+    def _process_end(self, step_id: str) -> None:
         step = self._graph.steps[step_id]
         if self._graph.phase[step_id] == self._progress.phase:
             self._progress = replace(self._progress, open=self._progress.open - 1)
@@ -181,7 +177,7 @@ class _Planner(FanOut):
             self._stop(self._graph.part("steps"), f"the step {step.id!r} failed")
 
     def _next_phase(self, *, started: bool = True) -> None:
-        """All steps of a phase have ended: on to the handlers, or to the end."""
+        """All steps of a phase have ended: start the handlers, or end the run."""
         failed = self._progress.failed_step is not None
         if self._progress.phase == "steps":
             handlers, others = ("on_error", "on_success") if failed else ("on_success", "on_error")
@@ -205,19 +201,20 @@ class _Planner(FanOut):
             return End(status=RunStatus.FAILED, error=progress.error, error_step=progress.failed_step)
         wanted = self._graph.workflow.outputs
         if wanted is None:
-            made = {one: self._state(one).outputs for one in self._graph.leaves}
-            outputs = next(iter(made.values())) if len(made) == 1 else made
+            outputs = {one: self._state(one).outputs for one in self._graph.leaves}
+            if len(outputs) == 1:
+                [outputs] = outputs.values()
             return End(status=RunStatus.COMPLETED, outputs=outputs)
         try:
-            outputs = template.fill({"outputs": dict(wanted)}, self._names(), self._evaluator)["outputs"]
+            outputs = self._fill("outputs", dict(wanted), self._names())
         except ExpressionError as error:
-            return End(status=RunStatus.FAILED, error=f"the outputs of the workflow can't be made: {error}")
+            return End(status=RunStatus.FAILED, error=f"can't build the workflow's outputs: {error}")
         return End(status=RunStatus.COMPLETED, outputs=outputs)
 
     # --- before a start ---
 
     def _consider(self, step: Step) -> None:
-        """A pending step: start it, skip it, fail it, or leave it to wait."""
+        """Start, skip or fail a pending step, or let it wait."""
         needs = {need: self._state(need) for need in step.needs}
         if step.join == "all":
             for need, state in needs.items():
@@ -232,15 +229,12 @@ class _Planner(FanOut):
             case "met":
                 if step.join == "first_success":
                     self._end_race(step, needs)
-                self._ready(step)
+                self._start_ready(step)
             case "lost" if any(needs[need].status == StepStatus.FAILED for need in failed):
                 wanted = step.join if isinstance(step.join, int) else 1
                 reasons = "; ".join(f"{need} {was(needs[need].status)}: {needs[need].error}" for need in failed)
-                self._finish(
-                    Fail(
-                        key=step.id, error=f"{wanted} of {len(needs)} needs had to succeed, {succeeded} did: {reasons}"
-                    )
-                )
+                error = f"{wanted} of {len(needs)} needs had to succeed, {succeeded} did: {reasons}"
+                self._finish(Fail(key=step.id, error=error))
             case "lost":
                 self._finish(Skip(key=step.id, why="too few of its needs ran: " + ", ".join(needs)))
 
@@ -253,10 +247,10 @@ class _Planner(FanOut):
         winner = next(need for need, state in needs.items() if self._succeeded(need, state))
         for need, state in needs.items():
             if state.status in LIVE:
-                self._finish(Cancel(key=need, why=f"{winner!r} was first, and {step.id!r} wants one only"))
+                self._finish(Cancel(key=need, why=f"{winner!r} was first, and {step.id!r} needs only one"))
 
-    def _ready(self, step: Step) -> None:
-        """Its needs are met: `when`, then the approval, then the work."""
+    def _start_ready(self, step: Step) -> None:
+        """The step's needs are met: check `when`, then ask for the approval, then start the work."""
         try:
             if step.id not in self._graph.when_per_item and not self._when(step, self._names()):
                 self._finish(Skip(key=step.id, why=f"its `when` is false: {template.shorten(str(step.when))}"))
@@ -266,11 +260,11 @@ class _Planner(FanOut):
                 ask = Ask(key=step.id, message=message, timeout_seconds=step.approval.timeout_seconds)
                 self._act(ask, status=WAITING)
                 return
-            self._work(step)
+            self._start_work(step)
         except ExpressionError as error:
             self._finish(Fail(key=step.id, error=str(error)))
 
-    def _answered(self, step: Step, state: StepState) -> None:
+    def _apply_verdict(self, step: Step, state: StepState) -> None:
         verdict = state.verdict
         if verdict is None:
             return
@@ -282,7 +276,7 @@ class _Planner(FanOut):
             self._finish(Complete(key=step.id, outputs=outputs))
         else:
             try:
-                self._work(step)
+                self._start_work(step)
             except ExpressionError as error:
                 self._finish(Fail(key=step.id, error=str(error)))
 

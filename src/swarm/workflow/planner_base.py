@@ -1,4 +1,4 @@
-"""Where a decision is made: the states as told, what has been decided so far, and expressions over both."""
+"""The base of the planner: the steps' states, the actions decided so far, and expressions over both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LIVE: Final[frozenset[str]] = frozenset({StepStatus.PENDING, StepStatus.READY, S
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The needs of a step, or the children of one, counted."""
+    """Counts of a step's needs, or of its children."""
 
     total: int
     succeeded: int
@@ -41,7 +41,7 @@ class Tally:
     live: int
 
     def verdict(self, join: Join) -> str:
-        """'met', 'wait' or 'lost': it can't be met any more."""
+        """Whether the join is 'met', must 'wait', or is 'lost': it can no longer be met."""
         wanted = self.total if join == "all" else join if isinstance(join, int) else 1
         if self.succeeded >= wanted:
             return "met"
@@ -49,41 +49,38 @@ class Tally:
 
 
 class PlannerBase:
-    """One decision in the making. `children` and `plan` build upon it."""
+    """One decision in progress. `FanOut` adds steps with children, `plan` the rules for all steps."""
 
     def __init__(
         self,
         graph: Graph,
-        known: RunContext,
+        context: RunContext,
         progress: RunProgress,
         steps: Mapping[str, StepState],
         evaluator: Evaluator,
     ) -> None:
         self._graph = graph
-        self._known = known
+        self._context = context
         self._progress = progress
-        self._told = steps
+        self._steps = steps
         self._evaluator = evaluator
-        self._now: dict[str, StepState] = {}
+        self._changed: dict[str, StepState] = {}  # by this decision
         self._actions: list[Action] = []
-        self._ended: deque[str] = deque()  # steps whose end has not been followed up
+        self._ended: deque[str] = deque()  # steps that have ended and are not processed yet
         self._end: End | None = None
 
     # --- states ---
 
     def _state(self, key: str) -> StepState:
-        found = self._now.get(key)
-        return found if found is not None else self._told.get(key, PENDING)
-
-    def _set(self, key: str, **changes: Any) -> None:
-        self._now[key] = replace(self._state(key), **changes)
+        found = self._changed.get(key)
+        return found if found is not None else self._steps.get(key, PENDING)
 
     def _act(self, action: Action, **changes: Any) -> None:
         self._actions.append(action)
-        self._set(action.key, **changes)
+        self._changed[action.key] = replace(self._state(action.key), **changes)
 
     def _finish(self, action: Complete | Fail | Skip | Cancel) -> None:
-        """A top-level step ends by our decision."""
+        """End a step that isn't a child."""
         match action:
             case Complete():
                 self._act(action, status=StepStatus.COMPLETED, outputs=action.outputs)
@@ -98,32 +95,37 @@ class PlannerBase:
     # --- expressions ---
 
     def _names(self, *, own: tuple[str, StepState] | None = None, **more: Any) -> dict[str, Any]:
-        known = self._known
+        context = self._context
         error = {"step": self._progress.failed_step, "message": self._progress.error}
         return {
-            "inputs": known.inputs,
-            "variables": known.variables,
-            "trigger": known.trigger,
-            "ticket": known.ticket,
+            "inputs": context.inputs,
+            "variables": context.variables,
+            "trigger": context.trigger,
+            "ticket": context.ticket,
             "steps": _Steps(self, own),
             **({"error": error} if self._progress.phase == "on_error" else {}),
             **more,
         }
 
     def _when(self, step: Step, names: Mapping[str, Any]) -> bool:
-        if isinstance(step.when, bool):
-            return step.when
-        value = template.fill({"when": step.when}, names, self._evaluator)["when"]
+        return step.when if isinstance(step.when, bool) else self._boolean("when", step.when, names)
+
+    def _boolean(self, field: str, source: str, names: Mapping[str, Any]) -> bool:
+        value = self._fill(field, source, names)
         if not isinstance(value, bool):
-            raise ExpressionError(f"when wants true or false, and came to {kind(value)}")
+            raise ExpressionError(f"{field} must be true or false, but is {kind(value)}")
         return value
 
     def _inputs(self, step: Step, names: Mapping[str, Any], budget: template.Budget | None = None) -> Any:
-        return template.fill({"inputs": dict(step.inputs)}, names, self._evaluator, budget)["inputs"]
+        return self._fill("inputs", dict(step.inputs), names, budget)
+
+    def _fill(self, field: str, value: Any, names: Mapping[str, Any], budget: template.Budget | None = None) -> Any:
+        """A field of a step or workflow, with its expressions evaluated. Errors name the field."""
+        return template.fill({field: value}, names, self._evaluator, budget)[field]
 
 
 class _Steps(Mapping[str, Any]):
-    """`steps` in expressions: looked up only when named."""
+    """`steps` in expressions: each is read only when an expression uses it."""
 
     def __init__(self, planner: PlannerBase, own: tuple[str, StepState] | None) -> None:
         self._planner = planner

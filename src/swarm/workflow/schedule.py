@@ -1,8 +1,8 @@
-"""Cron expressions in a time zone: when they come true, and which of the times that have passed are to be run.
+"""Cron expressions in a time zone: when they are due, and which of the times that have passed are run.
 
-The expressions are those of Debian's cron, and so is what happens when clocks change, for cronsim knows both: a fixed
-time that is skipped (30 2 in spring) is taken at the first moment after the gap, one that comes twice is taken once;
-`*/10 * * * *` goes on every ten minutes of real time.
+Expressions, and what happens when clocks change, are as in Debian's cron (by cronsim): a fixed time that is skipped
+(30 2 in spring) runs at the first moment after the gap, one that comes twice runs once; `*/10 * * * *` runs every ten
+minutes of real time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cronsim import CronSim, CronSimError
 
 from swarm.workflow.definition import Schedule
 
-# Of times that passed while no engine ran, `missed: all` runs the newest so many, and no more are counted.
+# Of the times that passed while no engine ran, `missed: all` runs at most this many, the newest; others aren't counted.
 MAX_CAUGHT_UP: Final = 100
-# Whoever gets to a time within this long was there in time, also after a restart: a cron knows no seconds.
+# A time handled within this long isn't missed, even after a restart: cron expressions have no seconds.
 IN_TIME: Final = datetime.timedelta(seconds=60)
 
 _MACROS: Final = {
@@ -43,19 +43,19 @@ _ANY_MOMENT: Final = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 @dataclass(frozen=True, slots=True)
 class Cron:
-    """An expression that comes true now and then, in a zone. Made by `parse`."""
+    """An expression with its zone. Made by `parse`."""
 
     fields: str
     zone: zoneinfo.ZoneInfo
 
     def after(self, moment: datetime.datetime) -> datetime.datetime:
-        """The first time after ``moment`` (aware) at which it comes true, in UTC. Raises ValueError if none does."""
+        """The first time after ``moment`` (aware), in UTC. Raises ValueError if there is none."""
         return self._next(moment, moment)
 
     def between(self, first: datetime.datetime, last: datetime.datetime, newest: int) -> list[datetime.datetime]:
-        """The newest times, at most so many, from ``first`` to ``last``, both included; oldest first.
+        """Up to ``newest`` of the last times from ``first`` to ``last``, both included; oldest first.
 
-        Takes as long for ten years as for a day: it looks back by ever longer steps until it has enough.
+        Ten years take no longer than a day: it looks back in ever longer steps until it has enough.
         """
         back = datetime.timedelta(hours=1)
         while True:
@@ -71,44 +71,42 @@ class Cron:
 
     def _next(self, start: datetime.datetime, after: datetime.datetime) -> datetime.datetime:
         for local in CronSim(self.fields, start.astimezone(self.zone)):
-            # An hour that comes twice has no second 02:30 for it, so that it may answer with the first one.
+            # In an hour that comes twice, cronsim may return a time of its first pass, which is not after ``after``.
             if (found := local.astimezone(datetime.UTC)) > after:
                 return found
-        raise ValueError(f"{self.fields!r} never comes true")
+        raise ValueError(f"{self.fields!r} never occurs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be done about a schedule whose time has come."""
+    """What to do about a schedule that is due."""
 
     run: Sequence[datetime.datetime]  # UTC, oldest first
-    dropped: int  # other times that passed, which nobody will run
+    dropped: int  # other times that passed and will not run
     next: datetime.datetime
 
 
 def parse(text: str, time_zone: str = "UTC") -> Cron:
-    """Raises ValueError that says what is wrong."""
+    """Raises ValueError with a sentence for people."""
     fields = _MACROS.get(text.strip().lower(), text)
     if len(fields.split()) != 5:
-        raise ValueError(f"{text!r} is no cron expression: five fields are wanted, such as '0 6 * * mon-fri'")
-    where = zone(time_zone)
+        raise ValueError(f"{text!r} isn't a cron expression: write five fields, such as '0 6 * * mon-fri'")
+    cron = Cron(fields, zone(time_zone))
     try:
-        CronSim(fields, _ANY_MOMENT)
-        cron = Cron(fields, where)
         cron.after(_ANY_MOMENT)
     except CronSimError as error:
-        raise ValueError(_which(fields, str(error))) from None
+        raise ValueError(_explain(fields, str(error))) from None
     except ValueError:
-        raise ValueError(f"{text!r} never comes true") from None
+        raise ValueError(f"{text!r} never occurs") from None
     return cron
 
 
-def _which(fields: str, complaint: str) -> str:
-    """`Bad hour`, as a sentence that quotes the field."""
+def _explain(fields: str, error: str) -> str:
+    """cronsim's `Bad hour`, as a sentence that quotes the field."""
     for (name, values), given in zip(_FIELDS.items(), fields.split(), strict=True):
-        if complaint.endswith(f" {name}"):
-            return f"{given!r} is no {name.replace('-', ' ')}: {values}"
-    return f"{fields!r} is no cron expression: {complaint}"
+        if error.endswith(f" {name}"):
+            return f"{given!r} isn't a {name.replace('-', ' ')}: use {values}"
+    return f"{fields!r} isn't a cron expression: {error}"
 
 
 def zone(name: str) -> zoneinfo.ZoneInfo:
@@ -116,26 +114,26 @@ def zone(name: str) -> zoneinfo.ZoneInfo:
     try:
         return zoneinfo.ZoneInfo(name)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"{name!r} is no time zone; write one such as Europe/Paris, or UTC") from None
+        raise ValueError(f"{name!r} isn't a time zone; write one such as Europe/Paris, or UTC") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """The ticket of the time before: does it still run, or when did it end (aware; None: long ago, or never was)?"""
+    """The ticket of the previous time: is it running, or when did it end (aware; None: long ago, or no such ticket)?"""
 
     running: bool = False
     ended: datetime.datetime | None = None
 
 
 def is_held(schedule: Schedule, before: Before) -> bool:
-    """Must it wait until the ticket ``before`` has ended?"""
+    """Must the next time wait until the ticket ``before`` has ended?"""
     return before.running and schedule.overlap == "queue"
 
 
 def plan(schedule: Schedule, due: datetime.datetime, now: datetime.datetime, before: Before | None = None) -> Plan:
-    """By the schedule's policies, what to do ``now`` about the time ``due`` (passed, or just now) and those since.
+    """What to do ``now``, by the schedule's policies, about the time ``due`` (not in the future) and those since.
 
-    A time that somebody gets to `IN_TIME` is never missed; that policy is for the others. Raises ValueError.
+    A time handled `IN_TIME` never counts as missed. Raises ValueError.
     """
     before = before or Before()
     cron = parse(schedule.cron, schedule.time_zone)

@@ -1,4 +1,4 @@
-"""What the planner is told of a run, and what it answers: values only. The store keeps one and does the other."""
+"""What the planner knows about a run, and what it decides: values only. The store reads and writes them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ENDED: Final[frozenset[str]] = frozenset(
     {StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED, StepStatus.SKIPPED}
 )
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- what the planner knows -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """What expressions may speak of besides steps; the same for the whole run, so it is kept with it. JSON values."""
+    """What expressions may use besides steps: JSON values that stay the same for the whole run."""
 
     inputs: Any = field(default_factory=dict)
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -38,10 +38,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FanOutState:
-    """How far a step with children is (for_each, or repeat). Kept in its row; the planner alone changes it."""
+    """The progress of a step with children (for_each or repeat). Stored in its row; only the planner changes it."""
 
-    count: int  # children that there are, skipped ones included
-    next: int = 0  # the first that has not been started
+    count: int  # children, skipped ones included
+    next: int = 0  # the first one not started
     running: int = 0
     completed: int = 0
     failed: int = 0
@@ -51,7 +51,7 @@ class FanOutState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepState:
-    """One row of ``step_executions``, as far as the planner looks. ``status`` is a StepStatus."""
+    """What the planner needs of a row of ``step_executions``. ``status`` is a StepStatus."""
 
     status: str = StepStatus.PENDING
     inputs: Any = None
@@ -63,10 +63,10 @@ class StepState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """Where a run is. Kept in its row (a small JSON object); the planner alone changes it.
+    """The progress of a run. Stored in its row (a small JSON object); only the planner changes it.
 
-    ``phase`` is 'steps', then 'on_error' or 'on_success' where the workflow has such steps, then 'ended'. ``open``
-    counts the steps of the phase that have not ended.
+    ``phase`` is 'steps', then 'on_error' or 'on_success' if the workflow has such steps, then 'ended'. ``open`` counts
+    the steps of the phase that have not ended.
     """
 
     phase: str = "steps"
@@ -75,14 +75,14 @@ class RunProgress:
     error: str | None = None
 
 
-# --- what is answered -------------------------------------------------------------------------------------------------
-# A key names a step execution: the step's id, and for a child its number: `build`, `build[0]`. An action on a key that
-# has no row makes one.
+# --- what it decides --------------------------------------------------------------------------------------------------
+# A key names a step execution: the step's id, with a number for a child: `build`, `build[0]`. If a key has no row, its
+# action adds one.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The step is ready: an agent may be given it. ``step`` has its retry policy and timeout."""
+    """The step is ready for its agent. ``step`` has its retry policy and timeout."""
 
     key: str
     step: Step
@@ -92,7 +92,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartWorkflow:
-    """A run of ``workflow`` begins as this step; when it ends, so does the step, the same way."""
+    """A nested run of ``workflow`` begins for this step; the step ends with it, in the same way."""
 
     key: str
     step: Step
@@ -102,7 +102,7 @@ class StartWorkflow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """The step waits (status `WAITING`) for a person's Verdict; none within ``timeout_seconds`` is a rejection."""
+    """The step waits (status `WAITING`) for a person's Verdict; without one in ``timeout_seconds`` it is rejected."""
 
     key: str
     message: str
@@ -113,12 +113,12 @@ class Ask:
 class Child:
     key: str
     inputs: Any
-    skip: str | None = None  # why it is skipped from the start
+    skip: str | None = None  # the reason, if it is skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expand:
-    """The step is running, as these children, all pending (or skipped). Starts of the first ones follow."""
+    """The step is running, with these children, all pending or skipped. Actions that start the first ones follow."""
 
     key: str
     children: tuple[Child, ...]
@@ -127,7 +127,7 @@ class Expand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """Keep the new Fan in the step's row; its status is running."""
+    """Store ``fan_out`` in the step's row."""
 
     key: str
     fan_out: FanOutState
@@ -135,7 +135,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Complete:
-    """The step has ended well without an agent: a fan-out, a repetition, an approval."""
+    """A step that needs no agent to end has succeeded: a for_each, a repeat, an approval."""
 
     key: str
     outputs: Any
@@ -155,7 +155,7 @@ class Skip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
-    """End the step now, whatever it does: its VM, its run within, and all of its children that have not ended."""
+    """End the step now, with its VM, its nested run, and all its children that have not ended."""
 
     key: str
     why: str
@@ -166,8 +166,8 @@ Action = Start | StartWorkflow | Ask | Expand | Update | Complete | Fail | Skip 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """The run has ended: completed with ``outputs``, or failed with ``error``, which ``error_step`` was the first to
-    have (None: the outputs of the whole could not be made)."""
+    """The run has ended: completed with ``outputs``, or failed with the ``error`` of ``error_step``, the first step to
+    fail (None: the run's outputs could not be built)."""
 
     status: RunStatus
     outputs: Any = None
@@ -177,7 +177,7 @@ class End:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Do the actions in this order, keep the progress, and end the run if it says so; all in one transaction."""
+    """Carry out the actions in order, store the progress, and end the run if ``end`` is set, in one transaction."""
 
     actions: tuple[Action, ...]
     progress: RunProgress

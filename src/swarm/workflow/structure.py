@@ -1,4 +1,4 @@
-"""A workflow prepared for planning, and what a run starts from."""
+"""A workflow prepared for planning, and the context of a new run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHASES: Final = ("steps", "on_error", "on_success")
 
 
 class Graph:
-    """A workflow, prepared for planning. Make it once for each definition and keep it: it never changes."""
+    """A workflow prepared for planning. It never changes: make one for each definition, and keep it."""
 
     def __init__(self, workflow: Workflow) -> None:
         self.workflow = workflow
@@ -28,9 +28,9 @@ class Graph:
             for need in step.needs:
                 self.dependants[need].append(step.id)
         self.leaves = [step.id for step in workflow.steps if not self.dependants[step.id]]
-        # A `when` that speaks of the item is asked for each item; else once, before there are any.
+        # A `when` that uses the item is evaluated for each item; others once, before there are items.
         self.when_per_item = {
-            step.id for step in self.steps.values() if step.for_each and _speaks_of(step.when, {"item", "index"})
+            step.id for step in self.steps.values() if step.for_each and _uses(step.when, {"item", "index"})
         }
 
     def part(self, phase: str) -> tuple[Step, ...]:
@@ -38,18 +38,14 @@ class Graph:
         return steps
 
     def can_do_without(self, step_id: str) -> bool:
-        """Is a failure of the step the business of those that need it, and not the run's?"""
+        """Can the run succeed though this step failed, because the joins of all steps that need it allow that?"""
         dependants = self.dependants[step_id]
         return bool(dependants) and all(self.steps[one].join != "all" for one in dependants)
 
-    def keys(self) -> tuple[str, ...]:
-        """Every step's id, in the file's order: rows to insert, pending, when a run is made."""
-        return tuple(self.steps)
-
     def after(self, step_id: str) -> tuple[str, ...]:
-        """The step and all that depends on it, and the on_error and on_success steps: what `retry --from` resets.
+        """The step, all that depend on it, and the on_error and on_success steps: what `retry --from` runs again.
 
-        The rows of their children are to be removed. Raises KeyError for an unknown id.
+        Raises KeyError for an unknown id.
         """
         found, queue = {step_id}, deque([step_id])
         while queue:
@@ -63,9 +59,9 @@ class Graph:
 def run_context(
     workflow: Workflow, *, inputs: Any, trigger: Mapping[str, Any], ticket: Mapping[str, Any], evaluator: Evaluator
 ) -> RunContext:
-    """What a run's expressions will see: inputs checked and with their defaults, variables filled in.
+    """What a run's expressions see: inputs checked and with their defaults, variables filled in.
 
-    Raises ExpressionError with a sentence for the run's `error` when the inputs don't fit or a variable has no value.
+    Raises ExpressionError, with a sentence for the run's `error`, when the inputs don't fit or a variable has no value.
     """
     if workflow.inputs_schema is not None:
         inputs = schema.with_defaults(inputs, workflow.inputs_schema)
@@ -77,7 +73,7 @@ def run_context(
     return RunContext(inputs=inputs, variables=variables, trigger=trigger, ticket=ticket)
 
 
-def _speaks_of(value: Any, roots: set[str]) -> bool:
+def _uses(value: Any, roots: set[str]) -> bool:
     for _, source in template.texts(value):
         for expression, _ in template.text(source).expressions:
             if any(reference.root in roots for reference in expression.references):

@@ -1,11 +1,12 @@
-"""Does a workflow make sense? Everything that is wrong with it at once, each with its place.
+"""Checks the meaning of a workflow, and finds all problems at once, each with its place.
 
-Ids, needs, cycles, unreachable steps; every expression: syntax, names, steps that have certainly ended by then; agents
-and workflows that exist; and types, where schemas make a mismatch certain.
+Ids, needs, cycles, unreachable steps; in every expression: syntax, names, and that the steps it uses have certainly
+ended by then; that agents and workflows exist; and types, where schemas make a mismatch certain.
 """
 
 from __future__ import annotations
 
+import difflib
 import graphlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,12 +19,17 @@ from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound
 from swarm.workflow import parse
 from swarm.workflow.definition import Schedule, Step, Webhook, Workflow
-from swarm.workflow.pinning import Endless, Registry, count_steps, pin
+from swarm.workflow.pinning import Registry, TooLarge, count_steps, pin
 
 _STEP_FIELDS: Final = {"outputs": {}, "status": {"type": "string"}, "error": {"type": ["string", "null"]}}
+_ERROR: Final = {
+    "type": "object",
+    "properties": {"step": {"type": "string"}, "message": {"type": "string"}},
+    "additionalProperties": False,
+}
 _TICKET: Final = schema.expand({"id": "string", "title": "string", "description": "string?", "project_id": "string?"})
 _TRIGGER: Final = {"type": "object", "properties": {"type": {"type": "string"}}}
-# What the inputs of a trigger may speak of; `swarm.triggers.schedules` and `swarm.api.webhooks` fill it in.
+# `trigger` in a trigger's inputs; `swarm.triggers.schedules` and `swarm.api.webhooks` fill it in.
 _OF_TRIGGERS: Final = {
     "schedule": schema.expand(
         {"type": "string", "time": "string", "cron": "string", "time_zone": "string", "missed": "integer"}
@@ -35,13 +41,13 @@ _OF_TRIGGERS: Final = {
 
 
 def load(text: str | bytes, registry: Registry, *, name: str = parse.FILE) -> Workflow:
-    """`checked`, with its references pinned: as a run has it."""
+    """`checked`, with its references pinned, as a run has it."""
     return pin(checked(text, registry, name=name), registry)
 
 
 def checked(text: str | bytes, registry: Registry, *, name: str = parse.FILE) -> Workflow:
     """Read and check a file; references stay as they are written. Raises manifest.Invalid with every problem."""
-    workflow, document, problems = parse.read_all(text, name=name)
+    workflow, document, problems = parse.read(text, name=name)
     if workflow is not None:
         problems += validate(workflow, registry, document)
     if problems or workflow is None:
@@ -53,18 +59,18 @@ def validate(workflow: Workflow, registry: Registry, document: Document) -> list
     checker = _Checker(registry, document)
     checker.workflow(workflow, ())
     if not checker.problems:
-        checker.check_all(workflow)
+        checker.check_size(workflow)
     return sorted(set(checker.problems))
 
 
 @dataclass(slots=True)
 class _Scope:
-    """What the names at one place stand for, as schemas; ``before``: the steps that have certainly ended by then."""
+    """What an expression at one place may use."""
 
-    names: dict[str, Any]
+    names: dict[str, Any]  # name -> schema
     steps: Mapping[str, Any] = field(default_factory=dict)  # id -> schema of its outputs
-    before: frozenset[str] = frozenset()
-    why: str = ""
+    before: frozenset[str] = frozenset()  # the steps that have certainly ended by then
+    where: str = ""  # the place, for messages
 
 
 class _Checker:
@@ -79,7 +85,7 @@ class _Checker:
             "trigger": _TRIGGER,
             "ticket": _TICKET,
         }
-        start = _Scope(dict(names), why="before any step has run")
+        start = _Scope(dict(names), where="before any step has run")
         for name, value in flow.variables.items():
             self._value(value, (*path, "variables", name), start)
         variables = {name: self._type(value, start) for name, value in flow.variables.items()}
@@ -92,7 +98,7 @@ class _Checker:
             for i, step in enumerate(getattr(flow, part)):
                 where = (*path, part, i)
                 if step.id in ids:
-                    self._bad((*where, "id"), f"the id {step.id!r} is taken by another step")
+                    self._bad((*where, "id"), f"another step already has the id {step.id!r}")
                 ids.setdefault(step.id, where)
                 outputs.setdefault(step.id, self._outputs(step, where, within))
         main = self._order(flow.steps, (*path, "steps"))
@@ -106,16 +112,16 @@ class _Checker:
         for name, value in (flow.outputs or {}).items():
             self._value(value, (*path, "outputs", name), last)
 
-    def check_all(self, flow: Workflow) -> None:
+    def check_size(self, flow: Workflow) -> None:
         try:
             count_steps(flow, self._registry)
-        except Endless as error:
+        except TooLarge as error:
             self._bad(("steps",), str(error))
 
     # --- the graph ---
 
     def _order(self, steps: Sequence[Step], path: KeyPath) -> dict[str, frozenset[str]]:
-        """What comes before each step, directly or not. Complains of cycles, self-needs and unknown steps."""
+        """For each step, all steps that come before it. Reports cycles, wrong needs, joins and `when`s."""
         known = {step.id: i for i, step in enumerate(steps)}
         needs: dict[str, set[str]] = {}
         for i, step in enumerate(steps):
@@ -127,15 +133,15 @@ class _Checker:
                 elif need not in known:
                     self._bad(where, f"there is no step {need!r} here{_near(need, known)}")
                 elif need in needs[step.id]:
-                    self._bad(where, f"{need!r} is needed twice")
+                    self._bad(where, f"{need!r} is listed twice")
                 else:
                     needs[step.id].add(need)
             if step.join != "all" and not step.needs:
-                self._bad((*path, i, "join"), "join says how many of the needs must succeed; this step needs none")
+                self._bad((*path, i, "join"), "join says how many needs must succeed, but this step has no needs")
             elif isinstance(step.join, int) and step.join > len(step.needs):
-                self._bad((*path, i, "join"), f"join wants {step.join} of {len(step.needs)} needs: it can't be reached")
+                self._bad((*path, i, "join"), f"join is {step.join}, but the step has only {len(step.needs)} needs")
             if step.when is False:
-                self._bad((*path, i, "when"), f"the step {step.id!r} can't be reached: its `when` is false")
+                self._bad((*path, i, "when"), f"the step {step.id!r} never runs: its `when` is false")
         before: dict[str, frozenset[str]] = {}
         sorter = graphlib.TopologicalSorter(needs)
         try:
@@ -143,7 +149,7 @@ class _Checker:
         except graphlib.CycleError as error:
             cycle = list(reversed(error.args[1]))
             self._bad((*path, known[cycle[0]], "needs"), f"a cycle: {' needs '.join(reversed(cycle))}")
-            return {step.id: frozenset(known) - {step.id} for step in steps}  # no more complaints of what follows
+            return {step.id: frozenset(known) - {step.id} for step in steps}  # no problems that follow from the cycle
         for one in order:
             before[one] = frozenset(needs[one]).union(*(before[need] for need in needs[one]))
         return before
@@ -167,31 +173,30 @@ class _Checker:
             where = (*path, "for_each", "items")
             if where not in self._document.positions:
                 where = (*path, "for_each")
-            items = self._wants(step.for_each.items, where, scope, {"type": "array"}, "for_each wants a list")
+            items = self._typed(step.for_each.items, where, scope, {"type": "array"}, "for_each must be a list")
             inner.names["item"] = items.get("items", {}) if isinstance(items, Mapping) else {}
             inner.names["index"] = {"type": "integer"}
         if step.repeat is not None:
             inner.names["previous"] = {}
             inner.names["index"] = {"type": "integer"}
-            ended = replace(inner, before=inner.before | {step.id}, why=inner.why)
-            self._wants(
-                step.repeat.until, (*path, "repeat", "until"), ended, {"type": "boolean"}, "until wants true or false"
-            )
-        self._wants(step.when, (*path, "when"), inner, {"type": "boolean"}, "when wants true or false")
+            ended = replace(inner, before=inner.before | {step.id})
+            where = (*path, "repeat", "until")
+            self._typed(step.repeat.until, where, ended, {"type": "boolean"}, "until must be true or false")
+        self._typed(step.when, (*path, "when"), inner, {"type": "boolean"}, "when must be true or false")
         if step.approval is not None:
-            message = (*path, "approval", "message")
-            self._value(
-                step.approval.message, message if message in self._document.positions else (*path, "approval"), inner
-            )
+            where = (*path, "approval", "message")
+            if where not in self._document.positions:
+                where = (*path, "approval")
+            self._value(step.approval.message, where, inner)
         self._value(step.inputs, (*path, "inputs"), inner)
         wanted = self._inputs_schema(step)
         if wanted is not None:
             self._fits(step.agent or step.id, step.inputs, wanted, (*path, "inputs"), inner)
 
-    # --- what it runs ---
+    # --- agents and workflows ---
 
     def _outputs(self, step: Step, path: KeyPath, within: tuple[str, ...]) -> Any:
-        """Schema of a step's outputs, or {}. Complains of agents and workflows that don't exist."""
+        """Schema of a step's outputs, or {}. Reports agents and workflows that don't exist."""
         made: Any = {}
         if step.agent is not None:
             try:
@@ -204,7 +209,7 @@ class _Checker:
                 named = self._registry.workflow(step.workflow)
                 made = self._outputs_of(named)
                 count_steps(named, self._registry, (step.workflow,))
-            except (NotFound, Endless) as error:
+            except (NotFound, TooLarge) as error:
                 self._bad((*path, "workflow"), str(error))
         elif step.workflow is not None:
             if len(within) < parse.MAX_DEPTH:
@@ -229,43 +234,41 @@ class _Checker:
                 return self._registry.workflow(step.workflow).inputs_schema
             return step.workflow.inputs_schema if step.workflow is not None else None
         except NotFound:
-            return None  # said already
+            return None  # `_outputs` has reported it
 
     def _fits(self, name: str, given: Mapping[str, Any], wanted: Any, path: KeyPath, scope: _Scope) -> None:
         properties = wanted.get("properties") or {}
         for key, value in given.items():
             inner = schema.at(wanted, (key,))
             if inner is False:
-                there = f"; it takes {', '.join(properties)}" if properties else ""
-                self._bad((*path, key), f"{name} takes no input {key!r}{there}", at_key=True)
+                known = f"; it has {', '.join(properties)}" if properties else ""
+                self._bad((*path, key), f"{name} has no input {key!r}{known}", at_key=True)
             elif why := schema.mismatch(self._type(value, scope), inner):
-                self._bad((*path, key), f"the input {key!r} of {name} does not fit: {why}")
+                self._bad((*path, key), f"the input {key!r} of {name} has the wrong type: {why}")
         for key in wanted.get("required") or ():
             if key not in given and "default" not in (properties.get(key) or {}):
-                self._bad(path, f"{name} wants an input {key!r}")
+                self._bad(path, f"{name} needs an input {key!r}")
 
     def _trigger(self, flow: Workflow, kind: str, path: KeyPath) -> None:
         given: tuple[Schedule | Webhook, ...] = flow.schedule
         if kind == "webhook":
             given = (flow.webhook,) if flow.webhook else ()
         for i, one in enumerate(given):
-            where = (
-                (*path, kind, i, "inputs") if (*path, kind, i) in self._document.positions else (*path, kind, "inputs")
-            )
-            scope = _Scope({"trigger": _OF_TRIGGERS[kind]}, why=f"the inputs of the {kind}")
+            listed = (*path, kind, i) in self._document.positions
+            where = (*path, kind, i, "inputs") if listed else (*path, kind, "inputs")
+            scope = _Scope({"trigger": _OF_TRIGGERS[kind]}, where=f"the inputs of the {kind}")
             self._value(one.inputs, where, scope)
             if flow.inputs_schema is not None:
                 self._fits("the workflow", one.inputs, flow.inputs_schema, where, scope)
 
     # --- values ---
 
-    def _wants(self, value: Any, path: KeyPath, scope: _Scope, wanted: Mapping[str, Any], message: str) -> Any:
-        """Check a value that is one expression or a constant. Returns what schema it has."""
+    def _typed(self, value: Any, path: KeyPath, scope: _Scope, wanted: Mapping[str, Any], message: str) -> Any:
+        """Check a value that must be one expression or a constant of the wanted type. Returns its schema."""
         if isinstance(value, str):
             try:
                 only = template.text(value).only
             except ExpressionError:
-                only = None
                 self._value(value, path, scope)
                 return {}
             if only is None:
@@ -292,27 +295,18 @@ class _Checker:
         for reference in expression.references:
             root, path = reference.root, reference.path
             if root == "steps" and scope.steps:
-                yield from ((said, reference.offset) for said in _step_name(path, scope))
-                continue
-            if root not in scope.names:
-                where = "outside of a for_each" if root == "item" else scope.why or "here"
-                yield (
-                    f"{root!r} means nothing {where if where.startswith(('before', 'outside')) else 'here'}",
-                    reference.offset,
-                )
-                continue
-            for end in range(1, len(path) + 1):
-                if (
-                    schema.at(scope.names[root], path[:end]) is False
-                    and schema.at(scope.names[root], path[: end - 1]) is not False
-                ):
-                    known = (schema.at(scope.names[root], path[: end - 1]) or {}).get("properties") or {}
-                    base = ".".join(map(str, (root, *path[: end - 1])))
-                    yield f"{base} has no {path[end - 1]!r}{_near(str(path[end - 1]), known)}", reference.offset
-                    break
+                yield from ((problem, reference.offset) for problem in _step_name(path, scope))
+            elif root in scope.names:
+                if missing := _missing(scope.names[root], path):
+                    i, hint = missing
+                    yield f"{'.'.join(map(str, (root, *path[:i])))} has no {path[i]!r}{hint}", reference.offset
+            else:
+                where = "outside of a for_each" if root == "item" else scope.where
+                where = where if where.startswith(("before", "outside")) else "here"
+                yield f"{root!r} is unknown {where}", reference.offset
 
     def _type(self, value: Any, scope: _Scope) -> Any:
-        """What is certain of a value with expressions in it, as a schema."""
+        """What is certain about a value with expressions in it, as a schema."""
         if isinstance(value, str) and "${" in value:
             try:
                 cut = template.text(value)
@@ -347,16 +341,18 @@ class _Checker:
         self.problems.append(self._document.problem(path, message, at_key=at_key, offset=offset))
 
 
-_ERROR: Final = {
-    "type": "object",
-    "properties": {"step": {"type": "string"}, "message": {"type": "string"}},
-    "additionalProperties": False,
-}
+def _missing(known: Any, path: tuple[str | int, ...]) -> tuple[int, str] | None:
+    """The index of the first key in ``path`` that values of the schema ``known`` can't have, and a hint."""
+    for i in range(len(path)):
+        if schema.at(known, path[: i + 1]) is False:
+            properties = (schema.at(known, path[:i]) or {}).get("properties") or {}
+            return i, _near(str(path[i]), properties)
+    return None
 
 
 def _step_name(path: tuple[str | int, ...], scope: _Scope) -> Iterator[str]:
     if not path or not isinstance(path[0], str):
-        yield 'write which step is meant: steps.build.outputs, or steps["build-it"].outputs'
+        yield 'name the step: steps.build.outputs, or steps["build-it"].outputs'
         return
     step = path[0]
     if step not in scope.steps:
@@ -364,17 +360,12 @@ def _step_name(path: tuple[str | int, ...], scope: _Scope) -> Iterator[str]:
         hint = f'; for an id with a hyphen write steps["{hyphened}"]' if hyphened else _near(step, scope.steps)
         yield f"there is no step {step!r}{hint}"
     elif step not in scope.before:
-        yield f"{scope.why} uses {step!r}, which has not certainly ended by then: add it to `needs`"
+        yield f"{scope.where} uses {step!r}, which may not have ended by then: add it to `needs`"
     elif len(path) < 2 or path[1] not in _STEP_FIELDS:
         yield f"steps.{step} has {', '.join(_STEP_FIELDS)}; write steps.{step}.outputs"
-    elif path[1] == "outputs":
-        made = scope.steps[step]
-        for end in range(3, len(path) + 1):
-            if schema.at(made, path[2:end]) is False:
-                known = (schema.at(made, path[2 : end - 1]) or {}).get("properties") or {}
-                missing = ".".join(map(str, path[2:end]))
-                yield f"the outputs of {step!r} have no {missing!r}{_near(str(path[end - 1]), known)}"
-                break
+    elif path[1] == "outputs" and (missing := _missing(scope.steps[step], path[2:])):
+        i, hint = missing
+        yield f"the outputs of {step!r} have no {'.'.join(map(str, path[2 : 3 + i]))!r}{hint}"
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -382,8 +373,6 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _near(name: str, known: Mapping[str, Any]) -> str:
-    import difflib
-
     near = difflib.get_close_matches(name, list(known), n=1)
     if near:
         return f"; did you mean {near[0]!r}?"

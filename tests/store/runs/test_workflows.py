@@ -194,7 +194,7 @@ steps:
     assert renewal.cancelled == {slow.attempt_id}  # its worker kills the VM
     with pytest.raises(LeaseLost, match="cancelled"):
         await finish(store, slow)
-    assert (await rows(store))["slow"].error == "'quick' was first, and 'after' wants one only"
+    assert (await rows(store))["slow"].error == "'quick' was first, and 'after' needs only one"
     assert (await statuses(store))["slow"] == "cancelled"
 
 
