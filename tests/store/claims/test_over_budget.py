@@ -13,7 +13,7 @@ from swarm.model import BudgetPolicy, Claim, Failed, FailureReason, Outcome
 from swarm.store.store import Store
 from tests.store.databases import RETRY, Outside, insert
 from tests.store.flows import claims, finish, rows, run, state, statuses, ticket, well
-from tests.store.runs.test_workflows import proved
+from tests.store.runs.workflows import proved
 
 SUMS = "over budget: the ticket's budget is $1, $0.99 of it is spent"
 
