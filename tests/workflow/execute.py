@@ -58,7 +58,7 @@ def run_agent(found: Agent, inputs: Any, work: Path) -> Any:
 
 
 def execute(workflow: Workflow, inputs: Any, work: Path, evaluator: Evaluator) -> End:
-    """Run it, and the workflows within, to the end. Approvals are given."""
+    """Run it, and its nested workflows, to the end. Approvals are given."""
     known = run_context(workflow, inputs=inputs, trigger={"type": "test"}, ticket={"id": "t-1"}, evaluator=evaluator)
     ours = Run(Graph(workflow), known, evaluator)
     number = 0

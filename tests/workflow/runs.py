@@ -1,4 +1,4 @@
-"""A run carried out in memory, as the store does it in its tables: for tests of the planner."""
+"""Carries out a run in memory, as the store does in its tables: for tests of the planner."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from swarm.workflow.structure import Graph
 
 
 class Asked(Mapping[str, StepState]):
-    """The states, counting how many were asked for."""
+    """The states; counts how many are read."""
 
     def __init__(self, rows: dict[str, StepState]) -> None:
         self.rows = rows
@@ -88,7 +88,7 @@ class Run:
         return self.end is not None
 
     def live(self) -> list[str]:
-        """Executions that somebody works on: not the parents of others."""
+        """Executions at work, without the parents of others."""
         working = (StepStatus.READY, StepStatus.RUNNING)
         return [key for key, row in self.rows.items() if row.status in working and row.fan_out is None]
 

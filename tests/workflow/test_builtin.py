@@ -1,4 +1,4 @@
-"""What ships: every workflow is run with its agents' real programs, and so are all examples and templates."""
+"""Builtin workflows, examples and templates, run with the agents' real programs."""
 
 from __future__ import annotations
 

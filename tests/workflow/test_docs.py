@@ -74,7 +74,7 @@ def test_agents(number: int, language: str, file: str, tmp_path: Path) -> None:
 
 
 def test_an_agent_with_requirements(tmp_path: Path) -> None:
-    """By a package of that name of our own: tests reach no registry."""
+    """With a local package of that name: tests don't reach a registry."""
     place = tmp_path / "table"
     place.mkdir()
     (place / "agent.yaml").write_text(blocks("agents.md", "yaml")[2])

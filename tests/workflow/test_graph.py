@@ -1,4 +1,4 @@
-"""Pictures: every step is there, nothing of the file's gets out of its place, and they are made quickly."""
+"""Pictures: every step is there, nothing from the file escapes its place, and drawing is quick."""
 
 from __future__ import annotations
 

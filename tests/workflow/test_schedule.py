@@ -1,4 +1,4 @@
-"""When a cron expression comes true, in zones whose clocks change, and what becomes of times that have passed."""
+"""When a cron expression is due, in zones whose clocks change, and what happens with times that have passed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def times(cron: str, zone: str, after: str, count: int) -> list[str]:
         ("0 12 * * fri#2", "UTC", "2026-02-02T00:00", "2026-02-13T12:00"),
     ],
 )
-def test_when_it_comes_true(cron: str, zone: str, after: str, then: str) -> None:
+def test_when_it_is_due(cron: str, zone: str, after: str, then: str) -> None:
     assert times(cron, zone, after, 1) == [then]
 
 
@@ -66,7 +66,7 @@ def test_an_hour_that_comes_twice() -> None:
 @pytest.mark.parametrize("cron", ["", "* * * *", "0 * * * * *", "60 * * * *", "* * 0 * *", "* * * 13 *", "a * * * *",
                                   "*/0 * * * *", "5-1 * * * *", "* * * * fry", "0 0 31 feb *", "١ * * * *",
                                   "@reboot"])  # fmt: skip
-def test_what_is_no_schedule(cron: str) -> None:
+def test_invalid_schedules(cron: str) -> None:
     with pytest.raises(ValueError, match=r"isn't a |never occurs"):
         schedule.parse(cron)
     with pytest.raises(ValueError, match="isn't a time zone"):

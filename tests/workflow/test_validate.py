@@ -197,8 +197,8 @@ def test_one_problem(text: str, said: list[str]) -> None:
     assert problems(text) == said
 
 
-def test_workflows_within_are_bounded() -> None:
-    """Those that are named are written out in each run: 30 steps, each of 30 …, would be more than any host holds."""
+def test_nested_workflows_are_bounded() -> None:
+    """A run holds the definitions of named workflows: 30 steps, each of 30 …, would be too large for any host."""
     assert problems(HEAD + "steps: [{id: a, workflow: wide-1}, {id: b, workflow: deep-7}]\n") == []
     [problem] = problems(HEAD + "steps: [{id: a, workflow: wide-7}]\n")
     assert problem == "line 3, column 27: 27,930 steps, nested workflows included; 10,000 are allowed"

@@ -1,4 +1,4 @@
-"""A step that came to the end of a budget waits for a person, where its ticket, agent or settings say so."""
+"""A step that goes over budget waits for a person, if its ticket, agent or settings say so."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ async def test_a_waiting_ticket_that_is_taken_away(store: Store, outside: Outsid
         ("perhaps", "wait", "fail", "waiting"),  # written while it ran
     ],
 )
-async def test_whose_word_counts(
+async def test_whose_policy_counts(
     url: str, outside: Outside, of_ticket: str | None, of_agent: str | None, of_settings: str, ends: str
 ) -> None:
     async with Store.open(url, over_budget=BudgetPolicy(of_settings)) as store:
@@ -139,7 +139,7 @@ async def test_whose_word_counts(
         assert (await state(store))[0] == ends
 
 
-async def test_a_policy_that_nobody_knows(store: Store, outside: Outside) -> None:
+async def test_an_unknown_policy(store: Store, outside: Outside) -> None:
     insert(outside, "t", over_budget="perhaps")
     assert await claims(store) == []
     assert await state(store) == ("failed", "over_budget 'perhaps' is unknown; use 'fail' or 'wait', or NULL")
@@ -155,7 +155,7 @@ steps:
 
 @pytest.mark.parametrize("approved", [True, False])
 async def test_a_step_of_a_workflow(store: Store, outside: Outside, approved: bool) -> None:
-    """Others go on meanwhile; an approval beforehand is another question; a batch may bring two that wait."""
+    """Other steps run meanwhile; an approval before the step is another question; one batch may make two wait."""
     await ticket(store, outside, FLOW, over_budget="wait", budget_usd=1.0)
     assert await run(store) == ["other"]
     with pytest.raises(Conflict, match="waits for an answer, not for a budget: 'Spend\\?'"):

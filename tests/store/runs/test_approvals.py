@@ -54,7 +54,7 @@ async def test_a_rejection_fails_the_step_and_says_who_and_why(store: Store, out
 
 
 @both_ways
-async def test_two_that_wait(store: Store, outside: Outside) -> None:
+async def test_two_steps_that_wait(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,
@@ -97,7 +97,7 @@ async def test_others_run_while_one_waits(store: Store, outside: Outside) -> Non
 
 
 async def test_a_run_that_only_waits_ends_with_its_ticket(store: Store, outside: Outside) -> None:
-    """Nobody renews anything there: the next look at what others changed finds it."""
+    """No attempt renews a lease there, so maintenance finds the change."""
     await ticket(store, outside, APPROVAL)
     await run(store)
     outside.execute("UPDATE tickets SET state = 'cancelled' WHERE id = 't'")

@@ -1,4 +1,4 @@
-"""Large values: kept once, handed on as references, looked into when an expression does, and never forged."""
+"""Large values: stored once, passed on as references, loaded only when an expression looks inside, never forged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BIG = "x" * (64 << 10)  # one byte over the limit for its quotes
 
 
 class Shelf:
-    """What `pack` made, to be loaded from; counts."""
+    """The parts that `pack` made, to be loaded; counts the loads."""
 
     def __init__(self) -> None:
         self.parts: dict[str, str] = {}

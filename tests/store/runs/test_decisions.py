@@ -1,4 +1,4 @@
-"""When and where decisions are made, and the frozen workflows and values that they are made from."""
+"""Where decisions are made, when they are repeated, and the frozen workflows and values behind them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.store.runs.workflows import CHAIN, DIAMOND, OUTSIDE, RACE, both_ways,
 
 
 @both_ways
-async def test_what_is_frozen_stays(store: Store, outside: Outside) -> None:
+async def test_a_run_keeps_its_frozen_workflow(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     (first,) = await claims(store)
     outside.execute("UPDATE workflows SET steps = '{}', enabled = 0")
@@ -25,8 +25,8 @@ async def test_what_is_frozen_stays(store: Store, outside: Outside) -> None:
     assert await state(store) == ("done", {"heard": "hello!"})
 
 
-async def test_dear_expressions_are_evaluated_outside(store: Store, outside: Outside) -> None:
-    """A loop over what a step left: not while the write lock is held, but in the jail."""
+async def test_expensive_expressions_are_evaluated_outside(store: Store, outside: Outside) -> None:
+    """A loop over a step's outputs runs in the jail, not while the write lock is held."""
     await ticket(
         store,
         outside,
@@ -63,7 +63,7 @@ async def test_a_decision_whose_engine_died_is_taken_up_by_another(url: str, out
 
 @pytest.mark.parametrize("planning_seconds", [OUTSIDE])
 async def test_a_decision_that_came_too_late_is_made_again(store: Store, outside: Outside) -> None:
-    """It wants to cancel what has ended meanwhile."""
+    """It would cancel a step that has ended meanwhile."""
     await ticket(store, outside, RACE)
     found = {claim.step_id: claim for claim in await claims(store)}
     await finish(store, found["quick"])
@@ -79,9 +79,9 @@ async def test_a_decision_that_came_too_late_is_made_again(store: Store, outside
     assert await store._write.call(store._workflows.apply, late) is False  # and now it is of the past
 
 
-async def test_what_is_nested_without_end_ends_its_own_run_only(store: Store, outside: Outside) -> None:
-    """Python reads JSON as deep as it has frames left. What the worker could read, the writing thread could not: then
-    the end of the step, and of all others in that transaction, was never written."""
+async def test_deeply_nested_outputs_end_only_their_own_run(store: Store, outside: Outside) -> None:
+    """How deep Python reads JSON depends on the frames left. What the worker could read, the writing thread could not:
+    then the end of the step, and of all others in that transaction, was never written."""
     deep = '{"v":' + "[" * 945 + "]" * 945 + "}"
     steps = """
 steps:

@@ -1,4 +1,4 @@
-"""Runs of workflows within a run, and how they end with it."""
+"""Nested runs, and how they end with the outer one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.store.runs.workflows import NESTED, RACE, both_ways
 
 
 @both_ways
-async def test_runs_within_a_run(store: Store, outside: Outside) -> None:
+async def test_nested_runs(store: Store, outside: Outside) -> None:
     await ticket(store, outside, NESTED)
     started = await run(store)
     assert sorted(started[:2]) == ["both[0]/one", "both[1]/one"]
@@ -26,7 +26,7 @@ async def test_runs_within_a_run(store: Store, outside: Outside) -> None:
 
 @pytest.mark.parametrize("how", ["command", "update", "delete", "ready"])
 @both_ways
-async def test_a_cancelled_ticket_takes_all_of_it_down(store: Store, outside: Outside, how: str) -> None:
+async def test_a_cancelled_ticket_ends_all_its_runs(store: Store, outside: Outside, how: str) -> None:
     await ticket(store, outside, NESTED)
     one, other = await claims(store)
     await finish(store, one)
@@ -53,7 +53,7 @@ async def test_a_cancelled_ticket_takes_all_of_it_down(store: Store, outside: Ou
 
 
 @both_ways
-async def test_a_run_within_is_cancelled_when_nobody_needs_it(store: Store, outside: Outside) -> None:
+async def test_a_nested_run_is_cancelled_when_nobody_needs_it(store: Store, outside: Outside) -> None:
     inner = "{steps: [{id: x, agent: echo}, {id: y, agent: echo, needs: x}]}"
     await ticket(store, outside, RACE.replace("id: slow, agent: echo", f"id: slow, workflow: {inner}"))
     found: dict[str, Claim] = {}

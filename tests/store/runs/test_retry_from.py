@@ -18,7 +18,7 @@ from tests.store.runs.workflows import BROKEN, CHAIN, both_ways
 async def test_retry_from_a_step_keeps_what_was_done(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN, inputs='{"word": "hi"}')
     assert await run(store, gives(second=BROKEN)) == ["first", "second"]
-    outside.execute("UPDATE workflows SET steps = '{}'")  # it is the frozen one that goes on
+    outside.execute("UPDATE workflows SET steps = '{}'")  # the frozen one is run
     await store.retry("t", step="second")
     assert (await state(store))[0] == "in_progress"
     assert await run(store) == ["second", "third"]
@@ -30,7 +30,7 @@ async def test_retry_from_a_step_keeps_what_was_done(store: Store, outside: Outs
 
 
 @both_ways
-async def test_retry_from_runs_again_what_was_cut_off(store: Store, outside: Outside) -> None:
+async def test_retry_from_runs_cancelled_steps_again(store: Store, outside: Outside) -> None:
     text = "steps: [{id: a, agent: echo}, {id: b, agent: echo}, {id: c, agent: echo, needs: [a, b]}]"
     await ticket(store, outside, text)
     a, b = sorted(await claims(store), key=lambda claim: claim.step_id)
@@ -43,7 +43,7 @@ async def test_retry_from_runs_again_what_was_cut_off(store: Store, outside: Out
         await finish(store, b)
 
 
-async def test_retry_from_what_can_not_be(store: Store, outside: Outside) -> None:
+async def test_retry_from_an_impossible_step(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     with pytest.raises(Conflict, match="is ready: it has not ended"):
         await store.retry("t", step="first")
@@ -60,7 +60,7 @@ async def test_retry_from_what_can_not_be(store: Store, outside: Outside) -> Non
 
 
 @both_ways
-async def test_retry_from_a_step_of_what_is_done(store: Store, outside: Outside) -> None:
+async def test_retry_from_a_step_of_a_done_ticket(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN, inputs='{"word": "hi"}')
     await run(store)
     with pytest.raises(Conflict, match=r"is done; only a failed or cancelled one .*--from STEP"):

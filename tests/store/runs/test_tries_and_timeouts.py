@@ -14,7 +14,7 @@ from tests.store.flows import claims, finish, gives, rows, run, state, statuses,
 from tests.store.runs.workflows import BROKEN, CHAIN, DIAMOND, both_ways
 
 
-async def test_the_steps_policy_goes_before_the_agents(store: Store, outside: Outside) -> None:
+async def test_the_steps_policy_overrides_the_agents(store: Store, outside: Outside) -> None:
     """Agent 'retry' allows 3 tries, 10 s apart; its step 2, an hour apart and after timeouts only."""
     await ticket(
         store,
@@ -46,7 +46,7 @@ steps:
 
 
 @both_ways
-async def test_the_tickets_timeout_ends_the_whole(store: Store, outside: Outside) -> None:
+async def test_the_tickets_timeout_ends_its_run(store: Store, outside: Outside) -> None:
     await ticket(store, outside, DIAMOND, timeout_seconds=60)
     (top,) = await claims(store)
     assert (await store.due()).next_ms is not None
@@ -73,7 +73,7 @@ on_success:
 
 
 async def tidying(store: Store) -> Claim:
-    """What a decision outside has not yet stopped may be given out once more."""
+    """The claim of `tidy`. Steps that a decision outside has not stopped yet may be claimed first."""
     while True:
         for claim in await claims(store):
             if claim.step_id == "tidy":
@@ -81,7 +81,7 @@ async def tidying(store: Store) -> Claim:
 
 
 @both_ways
-async def test_what_cleans_up_runs_when_the_time_is_over(store: Store, outside: Outside) -> None:
+async def test_on_error_steps_run_when_the_time_is_over(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CLEANED, timeout_seconds=60)
     found = {claim.step_id: claim for claim in await claims(store)}
     assert set(found) == {"fast", "each[0]", "each[1]"}
@@ -104,7 +104,7 @@ async def test_what_cleans_up_runs_when_the_time_is_over(store: Store, outside: 
 
 
 @both_ways
-async def test_what_cleans_up_has_not_all_the_time_there_is(store: Store, outside: Outside) -> None:
+async def test_on_error_steps_have_a_time_limit_too(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CLEANED, timeout_seconds=60)
     await claims(store)
     await store.shift_clock(61_000)
@@ -121,8 +121,8 @@ async def test_what_cleans_up_has_not_all_the_time_there_is(store: Store, outsid
 
 
 @both_ways
-async def test_the_last_step_ends_as_the_time_does(store: Store, outside: Outside) -> None:
-    """Between its end and what follows from that."""
+async def test_the_time_is_over_just_after_the_last_step(store: Store, outside: Outside) -> None:
+    """The time is over after the step's end, before the decision that follows."""
     steps = "steps: [{id: a, agent: echo}]\non_error: [{id: tidy, agent: echo}]\n"
     await ticket(store, outside, steps, timeout_seconds=60)
     (a,) = await claims(store)
@@ -133,7 +133,7 @@ async def test_the_last_step_ends_as_the_time_does(store: Store, outside: Outsid
 
 
 @both_ways
-async def test_a_timeout_of_a_workflow_within(store: Store, outside: Outside) -> None:
+async def test_the_timeout_of_a_nested_workflow(store: Store, outside: Outside) -> None:
     await ticket(
         store,
         outside,

@@ -1,5 +1,5 @@
-"""Any workflow, by hypothesis: random steps, joins and outcomes, leases that run out, restarts, cancellations; in the
-lane or outside of it. Order respects needs, what completed never runs again, and every run ends."""
+"""Any workflow, by hypothesis: random steps, joins and outcomes, expired leases, restarts, cancellations; decided in
+the transaction or outside. Needs come first, completed steps never run again, and every run ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOST_MS = round(LEASE * 1000) + 1
 
 @st.composite
 def workflows(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Steps in an order that has no circle."""
+    """Steps without cycles."""
     steps: list[dict[str, Any]] = []
     for number in range(draw(st.integers(1, 7))):
         needs = draw(st.lists(st.sampled_from([s["id"] for s in steps]), unique=True, max_size=3)) if steps else []
@@ -69,7 +69,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> SqliteBackend:
     return SqliteBackend(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("planning_seconds", [0.05, -1.0], ids=["in the lane", "outside"])
+@pytest.mark.parametrize("planning_seconds", [0.05, -1.0], ids=["in the transaction", "outside"])
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     steps=workflows(),

@@ -1,4 +1,4 @@
-"""Workflows in the database: what the planner decides is what the rows say, whatever happens between."""
+"""Workflows in the database: the rows say what the planner decided, whatever happens between."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ steps:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @both_ways
-async def test_a_run(store: Store, outside: Outside, case: Case) -> None:
+async def test_a_run_to_its_end(store: Store, outside: Outside, case: Case) -> None:
     def behave(claim: Claim) -> Outcome:
         failed = Failed(reason=FailureReason.AGENT_FAILED, message=str(BROKEN))
         return failed if claim.step_id in case.broken else well(claim)
@@ -206,7 +206,7 @@ async def test_two_engines_share_one_workflow(url: str, store: Store, outside: O
 
 
 @both_ways
-async def test_of_a_batch_of_ends_none_is_lost(store: Store, outside: Outside) -> None:
+async def test_no_end_of_a_batch_is_lost(store: Store, outside: Outside) -> None:
     """They share one transaction, and so one decision."""
     await ticket(
         store,
@@ -221,7 +221,7 @@ async def test_of_a_batch_of_ends_none_is_lost(store: Store, outside: Outside) -
 
 
 @both_ways
-async def test_a_fan_out_of_fifty_never_more_than_ten_at_once(store: Store, outside: Outside) -> None:
+async def test_a_fan_out_of_fifty_runs_at_most_ten_at_once(store: Store, outside: Outside) -> None:
     items = json.dumps(list(range(50)))
     await ticket(
         store,
@@ -308,7 +308,7 @@ async def test_half_of_a_fan_out_is_cancelled(store: Store, outside: Outside) ->
         await finish(store, found[3])
 
 
-async def test_unknown_or_disabled(store: Store, outside: Outside) -> None:
+async def test_an_unknown_or_disabled_workflow(store: Store, outside: Outside) -> None:
     id_ = await register(store, CHAIN)
     insert(outside, "unknown", agent_id=None, execution_mode="workflow", workflow_id="nowhere")
     insert(outside, "named", agent_id=None, execution_mode="workflow", workflow_id="flow")
@@ -327,7 +327,7 @@ async def test_unknown_or_disabled(store: Store, outside: Outside) -> None:
     assert await run(store) == ["first", "second", "third"]
 
 
-async def test_a_trigger_is_told(store: Store, outside: Outside) -> None:
+async def test_a_trigger_is_passed_to_the_run(store: Store, outside: Outside) -> None:
     id_ = await register(store, "steps: [{id: a, agent: echo, inputs: {by: '${trigger.type} ${trigger.x}'}}]")
     await store.add_ticket(
         Ticket(

@@ -1,4 +1,4 @@
-"""What the tests of workflow runs share: workflows, both ways of deciding, and the audit."""
+"""Shared by the tests of workflow runs: workflows, both ways of deciding, and the audit."""
 
 from __future__ import annotations
 

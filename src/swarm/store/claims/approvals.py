@@ -64,7 +64,7 @@ class Approvals:
         by, why = message(request.by) or "", message(request.why) or ""
         changes, row = Changes(tx), waiting[step]
         verdict = Verdict(approved=request.approved, by=by, why=why)
-        if row.attempt_id is not None:  # it ran and went over budget: an approval is asked for before the first attempt
+        if row.attempt_id is not None:  # an attempt went over budget; approvals come before the first attempt
             _raise_budget(changes, ticket, request.budget)
             _resume(changes, row, verdict, request.budget)
         elif request.budget != Limit():
