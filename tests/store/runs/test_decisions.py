@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from swarm.model import Claim, Succeeded
-from swarm.store.sql.threads import each
 from swarm.store.store import Store
 from tests.store.databases import LEASE, Outside, insert
 from tests.store.flows import claims, finish, gives, run, state, statuses, ticket
@@ -68,15 +67,15 @@ async def test_a_decision_that_came_too_late_is_made_again(store: Store, outside
     found = {claim.step_id: claim for claim in await claims(store)}
     await finish(store, found["quick"])
     run_id = (await store.ticket("t")).run_id or ""
-    late = await store._read.call(each(store._workflows.decide), run_id)
+    late = await store._read.call(store._workflows.decide, run_id)
     assert late is not None and late.decision is not None
     assert [type(one).__name__ for one in late.decision.actions] == ["Cancel", "Start"]
     await finish(store, found["slow"])
-    assert await store._write.call(store._workflows.apply, late) is True
+    assert await store._write.call_batch(store._workflows.apply, late) is True
     assert (await statuses(store))["after"] == "pending"  # nothing of it was done
     assert await run(store) == ["after"]
     assert await statuses(store) == {"slow": "completed", "quick": "completed", "after": "completed"}
-    assert await store._write.call(store._workflows.apply, late) is False  # and now it is of the past
+    assert await store._write.call_batch(store._workflows.apply, late) is False  # and now it is of the past
 
 
 async def test_deeply_nested_outputs_end_only_their_own_run(store: Store, outside: Outside) -> None:

@@ -63,7 +63,7 @@ async def test_retry_from_an_impossible_step(store: Store, outside: Outside) -> 
 async def test_retry_from_a_step_of_a_done_ticket(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN, inputs='{"word": "hi"}')
     await run(store)
-    with pytest.raises(Conflict, match=r"is done; only a failed or cancelled one .*--from STEP"):
+    with pytest.raises(Conflict, match=r"is done; only failed or cancelled ones can be retried .*--from STEP"):
         await store.retry("t")
     await store.retry("t", step="third")
     assert await run(store) == ["third"]

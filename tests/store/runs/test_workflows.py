@@ -320,7 +320,7 @@ async def test_an_unknown_or_disabled_workflow(store: Store, outside: Outside) -
     assert await claims(store) == []
     assert await state(store) == (
         "failed",
-        "the workflow flow@1.0.0 is disabled; `swarm workflow enable flow@1.0.0` lets it start again",
+        "the workflow flow@1.0.0 is disabled; `swarm workflow enable flow@1.0.0` enables it",
     )
     await store.enable_workflow("flow", enabled=True)
     await store.retry("t")
@@ -345,7 +345,7 @@ async def test_a_trigger_is_passed_to_the_run(store: Store, outside: Outside) ->
 async def test_an_agent_that_is_gone_fails_its_step(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     (first,) = await claims(store)
-    with pytest.raises(Conflict, match="wanted by tickets that have not ended"):
+    with pytest.raises(Conflict, match=r"tickets that have not ended need the agent echo@1\.0\.0"):
         await store.remove_agent("echo")
     outside.execute("DELETE FROM agents WHERE name = 'echo'")
     await finish(store, first)
