@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from swarm.app import wiring
-from swarm.base import faults
+from swarm.base import crash_points
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved
 
 # Long enough for events to be flushed and the lease (1.5 s) to be renewed.
@@ -28,7 +28,7 @@ async def restart(bench: Bench, *tickets: str) -> list[str]:
     return states
 
 
-@pytest.mark.parametrize("point", faults.POINTS)
+@pytest.mark.parametrize("point", crash_points.POINTS)
 async def test_a_restart_ends_right(plain: Bench, point: str) -> None:
     agent = await plain.agent(AGENT)
     plain.insert("a", agent.id)

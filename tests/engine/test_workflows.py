@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from swarm.admin import packages
-from swarm.base import faults
+from swarm.base import crash_points
 from swarm.engine.dispatch import Dispatcher
 from swarm.engine.run_once import run_ticket
 from swarm.model import Claim, Ticket
@@ -120,7 +120,7 @@ CRASHING = """
 BOUNDARIES = ["claim:committed@2", "finish:uncommitted@2", *(f"finish:committed@{count}" for count in (1, 2, 3))]
 
 
-@pytest.mark.parametrize("point", [*BOUNDARIES, *faults.OF_WORKFLOWS])
+@pytest.mark.parametrize("point", [*BOUNDARIES, *crash_points.OF_WORKFLOWS])
 async def test_a_crash_at_a_boundary(plain: Bench, point: str) -> None:
     """A diamond, one of whose expressions is evaluated outside: whatever was written is not done again."""
     await plain.agent(AGENT)

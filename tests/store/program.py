@@ -13,7 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from swarm.base import faults
+from swarm.base import crash_points
 from swarm.base.log import configure
 from swarm.cel.evaluate import Local
 from swarm.errors import SwarmError
@@ -100,7 +100,7 @@ async def fire(url: str, rounds: str, point: str = "") -> Any:
     """Run due schedules for this many rounds; die at a crash point."""
     configure()
     if point:
-        faults.arm(point)
+        crash_points.arm(point)
     async with Store.open(url) as store:
         gate()
         scheduler = Scheduler(store=store, evaluator=Local())

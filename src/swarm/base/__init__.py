@@ -1,4 +1,4 @@
-"""Helpers that know no noun of Swarm's: asyncio, clock, processes, logs, JSON, YAML with positions, crash points.
+"""Helpers that know nothing of Swarm's nouns: asyncio, clock, processes, logs, JSON, YAML with positions, crash points.
 
-Everything but `swarm.model` and `swarm.errors` may import it.
+Every module except `swarm.model` and `swarm.errors` may import them.
 """

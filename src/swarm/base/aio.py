@@ -1,4 +1,4 @@
-"""Small asyncio tools: work that must not be torn in half, and clean-up that can't be cancelled."""
+"""Small asyncio tools: work that must not stop half-way, and clean-up that can't be cancelled."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 async def finish_uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` to its end even if the caller is cancelled meanwhile; then let the cancellation go on.
+    """Await ``work`` to its end; a cancellation that arrives meanwhile is raised only after that.
 
-    For steps whose half-way state can't be undone (a thread that is making a network namespace, a clean-up). Such
-    work must bound its own time. When both happen, the cancellation wins and the work's error is logged.
+    For work that can't be undone half-way (a thread that creates a network namespace, a clean-up). It must bound its
+    own time. If the work fails and the caller was cancelled, the cancellation is raised and the error logged.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -40,9 +40,9 @@ async def finish_uninterrupted(work: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def undoing() -> AsyncIterator[AsyncExitStack]:
-    """A stack of undo steps: run last first, all of them, once, however the block ends, and not cancellable.
+    """Give the block a stack of undo steps that all run, last first, when it ends, even if it is cancelled.
 
-    Push a step *before* doing what it undoes. An error of a step never hides an error of the block.
+    Push a step *before* doing what it undoes. An error in a step never hides the block's own error.
     """
     stack = AsyncExitStack()
     try:
@@ -59,7 +59,7 @@ async def undoing() -> AsyncIterator[AsyncExitStack]:
 
 
 async def first(*work: Coroutine[Any, Any, T]) -> T:
-    """Result (or error) of whichever ends first; the others are cancelled and waited for."""
+    """Run all of ``work`` at once, cancel the rest when the first one ends, and return (or raise) its result."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -71,7 +71,7 @@ async def first(*work: Coroutine[Any, Any, T]) -> T:
 
 
 async def quietly(work: Awaitable[object]) -> None:
-    """Await a clean-up step; log its error instead of raising it."""
+    """Await a clean-up step, and log its error instead of raising it."""
     try:
         await work
     except Exception as error:

@@ -112,13 +112,13 @@ async def _serve(
     import structlog
 
     from swarm.app import wiring
-    from swarm.base import faults
+    from swarm.base import crash_points
     from swarm.base.log import configure
     from swarm.cli import service
     from swarm.cli.ui import live
 
     if os.environ.get("SWARM_FAULT"):  # crash tests
-        faults.arm(os.environ["SWARM_FAULT"])
+        crash_points.arm(os.environ["SWARM_FAULT"])
     lively = live.wanted(log_format)
     configure(debug=cli.debug, info=not lively, as_json=log_format is LogFormat.JSON)
     log = structlog.get_logger("swarm.engine.engine")

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from swarm.base import faults
+from swarm.base import crash_points
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.clock import Timeline
 from swarm.engine.engine import Watcher
@@ -176,7 +176,7 @@ class Worker:
 
         async def claimed() -> list[Claim]:
             if claims := await asked:
-                faults.reach("claimed")
+                crash_points.reach("claimed")
             return claims
 
         return claimed()
@@ -236,7 +236,7 @@ class Worker:
             outcome = None
         finally:
             attempt.stop_executing()
-        faults.reach("executed")
+        crash_points.reach("executed")
         if attempt.ended:
             return attempt.verdict
         return outcome
@@ -273,7 +273,7 @@ class Worker:
                 log.warning("can't write an outcome yet", ticket=claim.ticket.id, error=str(error))
                 await asyncio.sleep(_STORE_RETRY_SECONDS)
             else:
-                faults.reach("finished")
+                crash_points.reach("finished")
                 log.info(
                     "ticket ended" if not isinstance(outcome, Interrupted) else "ticket put back",
                     ticket=claim.ticket.id,
@@ -302,7 +302,7 @@ class Worker:
                     for attempt in self._running.values():
                         attempt.end(None)
                 continue
-            faults.reach("renewed")
+            crash_points.reach("renewed")
             good_until = asked + self._lease_seconds
             for ids_, verdict in ((renewal.lost, None), (renewal.cancelled, Cancelled())):
                 for attempt_id in ids_ & self._running.keys():
@@ -336,7 +336,7 @@ class Worker:
             if isinstance(result, BaseException):
                 self._news.set()
                 raise result
-        faults.reach("flushed")
+        crash_points.reach("flushed")
 
     async def _append(self) -> None:
         batch, self._events = self._events, []
@@ -383,7 +383,7 @@ class _Watcher:
         self._printed = 0  # events
 
     async def placed(self, vm_id: int) -> None:
-        faults.reach("placed")
+        crash_points.reach("placed")
         self._worker.placed(self._attempt, vm_id)
 
     def record(self, kind: str, data: Mapping[str, object]) -> None:

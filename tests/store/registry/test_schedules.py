@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from swarm.base import faults
+from swarm.base import crash_points
 from swarm.cel.evaluate import Local
 from swarm.model import Ticket
 from swarm.store.registry.schedules import ScheduleRow
@@ -305,7 +305,7 @@ async def test_one_that_was_disabled_meanwhile_does_not_run(store: Store) -> Non
     assert await made(store) == []
 
 
-@pytest.mark.parametrize(("point", "there"), [*zip(faults.OF_SCHEDULES, (0, 2), strict=True)])
+@pytest.mark.parametrize(("point", "there"), [*zip(crash_points.OF_SCHEDULES, (0, 2), strict=True)])
 async def test_an_engine_that_dies_while_firing(
     store: Store, url: str, outside: Outside, point: str, there: int
 ) -> None:

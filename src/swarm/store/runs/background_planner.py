@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import sqlalchemy as sa
 import structlog
 
-from swarm.base import faults
+from swarm.base import crash_points
 from swarm.errors import SwarmError
 from swarm.store.runs.decision import Decided
 from swarm.store.runs.workflow_engine import WorkflowEngine
@@ -61,7 +61,7 @@ class BackgroundPlanner:
             again = True
             while again:
                 decided = await self._reader.call_raw(decide)
-                faults.reach("decided")
+                crash_points.reach("decided")
                 again = decided is not None and await self._write.call_batch(self._workflows.apply, decided)
         except SwarmError as error:
             log.warning("can't advance a workflow yet", run=run, error=str(error))

@@ -18,7 +18,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy.engine import Connection
 
-from swarm.base import faults
+from swarm.base import crash_points
 from swarm.errors import StoreError, SwarmError
 from swarm.store.sql.database import Database, Tx
 
@@ -168,9 +168,9 @@ class ConnectionThread:
                     found = _call(tx, [jobs[number] for number in numbers])
                     for number, result in zip(numbers, found, strict=True):
                         results[number] = result
-                if faults.armed is not None:
+                if crash_points.armed is not None:
                     _reach(by_function, "uncommitted")
-            if faults.armed is not None:
+            if crash_points.armed is not None:
                 _reach(by_function, "committed")
         except BaseException:
             self._drop()  # its state is unknown
@@ -220,7 +220,7 @@ def _call(tx: Tx, jobs: Sequence[_Job]) -> Sequence[Any]:
 
 def _reach(functions: Iterable[Callable[..., Any]], state: str) -> None:
     for function in functions:
-        faults.reach(f"{getattr(function, '__name__', '')}:{state}")
+        crash_points.reach(f"{getattr(function, '__name__', '')}:{state}")
 
 
 def _deliver(answers: list[tuple[_Job, Any]]) -> None:
