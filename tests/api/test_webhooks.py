@@ -25,12 +25,12 @@ from swarm import config
 from swarm.api import webhooks
 from swarm.api.server import serving
 from swarm.app import serve, wiring
-from swarm.cel.evaluate import Local
 from swarm.config import Settings
 from swarm.errors import Conflict, HostError, UsageError
 from swarm.model import Ticket
 from swarm.store.store import Store
 from swarm.workflow.definition import Step, Webhook, Workflow
+from tests.cel.local import Local
 
 pytestmark = pytest.mark.needs("netns")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 
-from swarm.cel.evaluate import Local
 from swarm.model import TERMINAL_TICKET_STATES, Ticket
 from swarm.triggers.schedules import Scheduler
 from swarm.workflow.definition import Schedule, Step, Workflow
+from tests.cel.local import Local
 from tests.engine.conftest import Bench, engine_process, log_until, serving
 
 YEARLY = Workflow(

@@ -15,11 +15,11 @@ from typing import Any
 
 from swarm.base import crash_points
 from swarm.base.log import configure
-from swarm.cel.evaluate import Local
 from swarm.errors import SwarmError
 from swarm.model import Succeeded, Ticket
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
+from tests.cel.local import Local
 
 
 def gate() -> None:

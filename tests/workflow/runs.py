@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from swarm.cel.evaluate import Evaluator, Local
+from swarm.cel.evaluate import Evaluator
 from swarm.model import StepStatus
 from swarm.workflow import plan
 from swarm.workflow.definition import Step, Workflow
@@ -30,6 +30,7 @@ from swarm.workflow.state import (
     Verdict,
 )
 from swarm.workflow.structure import Graph
+from tests.cel.local import Local
 
 
 class Asked(Mapping[str, StepState]):

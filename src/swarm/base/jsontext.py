@@ -1,5 +1,8 @@
-"""JSON from outside, by RFC 8259 to the letter and not nested without end: Python's own reader takes more than others
-could read again, and one that reads deeper than another writes lets a guest choose where the engine fails."""
+"""JSON from outside: strictly RFC 8259, and with a limit on nesting.
+
+Python's own reader accepts values that other programs can't read back. And if it accepted deeper nesting than later
+code can handle, a guest could choose where the engine fails.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import math
 from typing import Any, Final, NoReturn
 
-# Python gives up somewhere below 1,000, depending on who calls. What expressions build upon a value fits on top.
+# Python fails somewhere below 1,000 levels, depending on the caller. This leaves room for levels that expressions add.
 MAX_NESTING: Final = 256
 
 
@@ -17,7 +20,7 @@ class TooDeep(ValueError):
 
 
 def loads(text: str) -> Any:
-    """The value. Raises ValueError, also for NaN, Infinity and numbers that a double can't hold, and TooDeep."""
+    """Parse. Raises ValueError, also for NaN, Infinity and numbers too large for a double, and TooDeep."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
@@ -26,8 +29,16 @@ def loads(text: str) -> Any:
     return value
 
 
+def dumps(value: Any, **options: Any) -> str:
+    """`json.dumps`, but raises TooDeep, a ValueError, in place of RecursionError."""
+    try:
+        return json.dumps(value, **options)
+    except RecursionError:
+        raise TooDeep from None
+
+
 def check_nesting(value: Any, text: str) -> None:
-    """Raises TooDeep. ``text``: the value as JSON; most have too few brackets to be deep."""
+    """Raises TooDeep. ``text`` is the value as JSON: most texts have too few brackets to be deep."""
     if text.count("{") + text.count("[") <= MAX_NESTING:
         return
     level = [value]

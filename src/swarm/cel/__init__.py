@@ -1,5 +1,5 @@
 """`${…}`: expressions in CEL, the Common Expression Language. docs/adr/0011-cel.md says why and how.
 
-`expression` reads them and says what they refer to; `evaluate` runs the cheap ones here; `jail` runs the rest in a
-process that the kernel bounds in time and memory; `template` fills whole JSON values with them.
+`expression` parses them and finds what they refer to; `evaluate` runs the cheap ones in this process; `jail` runs the
+rest in a process that the kernel bounds in time and memory; `template` fills JSON values with their results.
 """

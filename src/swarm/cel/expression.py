@@ -1,4 +1,4 @@
-"""What an expression is, what it refers to, and whether it may run in this process: found without running it."""
+"""Parse an expression: what it refers to, and whether it is cheap enough for this process. Nothing is run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cel_expr_python.ext import ext_math, ext_strings  # type: ignore[import-unt
 
 MAX_CHARS: Final = 4096
 
-# All that any expression may speak of. Which of them exist depends on where it stands.
+# Every name that an expression may use. Which of them exist depends on where the expression is.
 ROOTS: Final = frozenset(
     {"inputs", "steps", "variables", "trigger", "ticket", "item", "index", "previous", "error"}
 )  # fmt: skip
 _MACROS: Final = frozenset({"all", "exists", "exists_one", "map", "filter"})
-# Functions whose work and result are bounded by the size of what they are given. Anything else runs in the jail.
+# Functions whose work and result are bounded by the size of their arguments. Others run in the jail.
 _CHEAP: Final = frozenset(
     """size contains startsWith endsWith has string int uint double bool dyn type lowerAscii upperAscii trim charAt
     indexOf lastIndexOf substring duration timestamp getFullYear getMonth getDate getDayOfMonth getDayOfYear
@@ -38,7 +38,7 @@ _TOKEN: Final = re.compile(
 
 
 class ExpressionError(Exception):
-    """An expression is no CEL, or came to no value. ``offset`` counts characters from its start."""
+    """An expression isn't CEL, or can't be evaluated. ``offset`` counts characters from its start."""
 
     def __init__(self, message: str, *, offset: int = 0) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class ExpressionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A name and what is plainly selected from it: ``steps.a.outputs["x"][0]`` is steps, (a, outputs, x, 0)."""
+    """A name and the constant path selected from it: ``steps.a.outputs["x"][0]`` is steps, (a, outputs, x, 0)."""
 
     root: str
     path: tuple[str | int, ...]
@@ -56,7 +56,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """``plain`` when it is one reference and nothing else: then the value is taken as it is, without CEL."""
+    """``plain`` is set when the source is one reference and nothing else: its value is then taken without CEL."""
 
     source: str
     references: tuple[Reference, ...]
@@ -66,11 +66,11 @@ class Expression:
 
 @lru_cache(maxsize=8192)
 def parse(source: str) -> Expression:
-    """Read an expression. Raises ExpressionError for what is no CEL, and for names that no place offers."""
+    """Parse an expression. Raises ExpressionError if it isn't CEL, or uses a name that exists nowhere."""
     if len(source) > MAX_CHARS:
         raise ExpressionError(f"longer than {MAX_CHARS} characters")
     if not source.strip():
-        raise ExpressionError("empty: there is no expression between the braces")
+        raise ExpressionError("the expression between the braces is empty")
     tokens = list(_tokens(source))
     references, bound, cheap = [], set(), True
     whole = None
@@ -91,7 +91,7 @@ def parse(source: str) -> Expression:
             whole = references[0]
     clash = bound & ROOTS
     if clash:
-        raise ExpressionError(f"{min(clash)!r} is taken: give the variable of the macro another name")
+        raise ExpressionError(f"{min(clash)!r} is a reserved name: give the macro's variable another one")
     if whole is None:
         program(source)  # a plain reference needs no compiler
     return Expression(source, tuple(references), whole, cheap)
@@ -122,7 +122,7 @@ def _path(tokens: list[tuple[str, str, int]], i: int) -> tuple[tuple[str | int, 
 def _key(kind: str, text: str) -> str | int | None:
     if kind == "number" and text.isdecimal() and len(text) < 10:
         return int(text)
-    # A plain text only: what has a prefix or an escape in it is CEL's business.
+    # Simple texts only: those with a prefix or an escape are left to CEL.
     if kind == "string" and text[0] in "'\"" and not text.startswith(("'''", '"""')) and "\\" not in text:
         return text[1:-1]
     return None
@@ -148,12 +148,12 @@ def _environment() -> cel.Env:
 
 @lru_cache(maxsize=4096)
 def program(source: str) -> cel.Expression:
-    """Compile. Bounded by itself: cel-cpp refuses nesting past 32 and what `MAX_CHARS` leaves takes about 1 ms."""
+    """Compile. Bounded: cel-cpp refuses nesting deeper than 32, and `MAX_CHARS` characters take about 1 ms."""
     try:
         return _environment().compile(source)
     except RuntimeError as error:
         raise _compile_error(source, str(error)) from None
-    except ValueError as error:  # lone surrogates and other things that are no text
+    except ValueError as error:  # such as lone surrogates
         raise ExpressionError(f"not CEL: {error}") from None
 
 
@@ -170,11 +170,11 @@ def _compile_error(source: str, said: str) -> ExpressionError:
     unknown = _UNDECLARED.search(what)
     if unknown is not None:
         names = ", ".join(sorted(ROOTS - {"item", "index", "previous", "error"}))
-        what = f"the name {unknown[1]!r} is unknown; there are {names}, and in a for_each: item, index"
+        what = f"unknown name {unknown[1]!r}; use one of {names}, or in a for_each: item, index"
     if line < 1:
         return ExpressionError("nested too deeply" if "recursion" in what else what)
     starts = [0, *(m.end() for m in re.finditer("\n", source))]
-    # cel-cpp counts columns from 1, and names the last dot of a name with dots in it.
+    # cel-cpp counts columns from 1, and for a name with dots gives the position of its last dot.
     offset = min(starts[min(line, len(starts)) - 1] + max(column - 1, 0), len(source))
     if unknown is not None:
         offset = max(source.rfind(unknown[1].partition(".")[0], 0, offset + 1), 0) if "." in unknown[1] else offset

@@ -1,11 +1,11 @@
-"""Where expressions run that could cost much: a process of its own, kept warm, that the kernel bounds.
+"""Runs expressions that could be expensive in a separate process, which is kept warm and bounded by the kernel.
 
-Time is CPU time (ITIMER_VIRTUAL, per request), so a busy host fails no honest expression; memory is RLIMIT_AS; it runs
-as nobody, can open and write no file and start no process. What oversteps is killed by the kernel, and the next request
-gets a new process. `jail_process` is what runs inside.
+The time limit is CPU time (ITIMER_VIRTUAL, per request), so a busy host fails no honest expression; the memory limit is
+RLIMIT_AS. The process runs as nobody, and can't open or write files or start processes. The kernel kills it when it
+exceeds a limit, and the next request starts a new one. `jail_process` is the code inside.
 
-Not through `swarm.base.process`: this door is synchronous (the store's writing thread waits for the answer), and the
-child has no output of its own to be kept.
+It isn't started by `swarm.base.process` because calls are synchronous (the store's writing thread waits for the answer)
+and the child has no output to keep.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from swarm.cel import evaluate
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.cel.jail_process import CPU_SECONDS, MEMORY_BYTES, read, write
 
-# Only for a host that stands still: the CPU limit is what bounds an expression.
+# Only for a host that hangs: expressions are bounded by the CPU limit.
 _PATIENCE_SECONDS: Final = 30.0
 
 
 class Jail:
-    """An `Evaluator` for expressions from anywhere. Thread-safe. The process starts at first need."""
+    """An `Evaluator` for untrusted expressions. Thread-safe. The process starts when first needed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,12 +40,12 @@ class Jail:
         return self.allowance().evaluate(expression, names)
 
     def allowance(self, cpu_seconds: float = 2.0) -> Allowance:
-        """An `Evaluator` that lets all its expressions together have so much of the jail's processor time: for one
-        decision of a planner, which may have thousands."""
+        """An `Evaluator` whose expressions share this much of the jail's CPU time: for one decision of a planner, which
+        may have thousands."""
         return Allowance(self, cpu_seconds)
 
     def ask(self, source: str, data: Mapping[str, Any]) -> tuple[Any, float]:
-        """The value, and the processor time that it took, in s. Raises ExpressionError."""
+        """The value, and the CPU seconds it took. Raises ExpressionError."""
         with self._lock:
             reply = self._ask({"source": source, "data": data})
         if "error" in reply:
@@ -54,7 +54,7 @@ class Jail:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, while there is one."""
+        """Of the process; None if it isn't running."""
         return self._child.pid if self._child is not None else None
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class Jail:
         self.close()
 
     def _ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        for fresh in (False, True):  # a process that died between two requests is nobody's fault
+        for fresh in (False, True):  # an idle process may have died for reasons unrelated to this request
             child = self._started(fresh)
             stdin, stdout = child.stdin, child.stdout
             assert stdin is not None and stdout is not None
@@ -79,7 +79,7 @@ class Jail:
                     raise TimeoutError
                 reply = read(stdout)
             except (OSError, EOFError) as error:
-                # Tried again in a new process, for anybody may have killed an idle one. Not what took its time.
+                # Try again in a new process, in case the idle one was killed; but not a request that ran too long.
                 code = self._end()
                 if fresh or code == -signal.SIGVTALRM or isinstance(error, TimeoutError):
                     raise ExpressionError(_cause(code)) from None
@@ -109,13 +109,13 @@ class Jail:
         code = child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was left in its buffer has no reader
+                with contextlib.suppress(OSError):  # its buffer can't be flushed: nobody reads the other end
                     pipe.close()
         return code
 
 
 class Allowance:
-    """An `Evaluator` with a purse. Not thread-safe."""
+    """An `Evaluator` with a limited amount of CPU time. Not thread-safe."""
 
     def __init__(self, jail: Jail, cpu_seconds: float) -> None:
         self._jail = jail
@@ -126,19 +126,19 @@ class Allowance:
         if done:
             return value
         if self._left <= 0:
-            raise ExpressionError("the expressions before it took all the processor time that there is for them")
+            raise ExpressionError("the expressions before it used up the CPU time that they share")
         try:
             value, spent = self._jail.ask(expression.source, data)
         except ExpressionError:
-            self._left -= CPU_SECONDS  # at most; a failure ends its step, so there are few
+            self._left -= CPU_SECONDS  # the most it can have used; a failure ends its step, so failures are few
             raise
         self._left -= spent
         return value
 
 
 def _let_die(child: subprocess.Popen[bytes]) -> None:
-    """Kill it, unless it ends by itself: its pipe may close a moment before it can be waited for, and how it ended is
-    what the user is told."""
+    """Wait a moment, then kill. The pipe may close shortly before the process can be waited for, and the error message
+    depends on how the process ended."""
     try:
         child.wait(timeout=0.2)
     except subprocess.TimeoutExpired:
@@ -147,5 +147,5 @@ def _let_die(child: subprocess.Popen[bytes]) -> None:
 
 def _cause(code: int) -> str:
     if code == -signal.SIGVTALRM:
-        return f"took more than {CPU_SECONDS:g} s of processor time and was stopped"
+        return f"took more than {CPU_SECONDS:g} s of CPU time and was stopped"
     return f"needed more than {MEMORY_BYTES >> 20} MiB of memory, or crashed, and was stopped"

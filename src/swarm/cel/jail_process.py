@@ -1,4 +1,4 @@
-"""The inside of the jail: requests come on stdin, answers go to stdout. Few imports: a quick start."""
+"""The code inside the jail: requests arrive on stdin, answers go to stdout. Few imports, so that it starts fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOBODY: Final = 65534
 
 
 def _confine() -> None:
-    evaluate.run("[1].map(x, x + size(inputs))", {"inputs": [1]})  # warm: all that is lazily loaded is there
+    evaluate.run("[1].map(x, x + size(inputs))", {"inputs": [1]})  # load everything lazy before the limits
     for limit, value in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_CORE, 0),

@@ -1,7 +1,7 @@
-"""JSON values with `${…}` in their texts: found once, filled as often as needed.
+"""JSON values with `${…}` in their texts: parsed once, filled as often as needed.
 
-A text that is one `${…}` and nothing else becomes that expression's value, type and all; elsewhere the value is written
-into the text: texts as they are, all else as JSON. `$${` stands for `${`.
+A text that consists of one `${…}` becomes the expression's value and keeps its type. In any other text the value is
+inserted: texts as they are, other values as JSON. `$${` stands for a literal `${`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from functools import lru_cache
 from typing import Any, Final
 
 from swarm.base import jsontext
-from swarm.cel import stored
+from swarm.cel import artifact_refs
 from swarm.cel.evaluate import MAX_RESULT_BYTES, Evaluator
 from swarm.cel.expression import Expression, ExpressionError, parse
 
 KeyPath = tuple[str | int, ...]
 
 _OPEN: Final = re.compile(r"\$?\$\{")
-# What may stand between the braces without ending them: texts, and braces of objects.
+# Between the braces: texts, in which braces don't count, and the braces of objects.
 _INNER: Final = re.compile(
     r"""'''(?:[^\\]|\\.)*?'''|\"\"\"(?:[^\\]|\\.)*?\"\"\"|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[{}]""", re.DOTALL
 )
@@ -29,13 +29,13 @@ _INNER: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text cut up: plain pieces, and expressions with the offset of their first character."""
+    """A parsed text: plain pieces, and expressions with the offset of their first character."""
 
     parts: tuple[str | tuple[Expression, int], ...]
 
     @property
     def only(self) -> Expression | None:
-        """The expression, when there is nothing else."""
+        """The expression, if the text has nothing else."""
         return self.parts[0][0] if len(self.parts) == 1 and not isinstance(self.parts[0], str) else None
 
     @property
@@ -45,7 +45,7 @@ class Text:
 
 @lru_cache(maxsize=8192)
 def text(source: str) -> Text:
-    """Cut up a text. Raises ExpressionError, with the offset in this text."""
+    """Parse a text. Raises ExpressionError with the offset in this text."""
     parts: list[str | tuple[Expression, int]] = []
     plain, at = "", 0
     while (found := _OPEN.search(source, at)) is not None:
@@ -74,11 +74,11 @@ def _closing(source: str, start: int) -> int:
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
             return match.start()
-    raise ExpressionError("'${' has no '}' to end it; write '$${' for a plain '${'", offset=start - 2)
+    raise ExpressionError("'${' has no closing '}'; write '$${' for a literal '${'", offset=start - 2)
 
 
 def texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Every text in a JSON value that has a `${` in it, with where it stands."""
+    """Every text in a JSON value that contains `${`, with its path."""
     if isinstance(value, str):
         if "${" in value:
             yield path, value
@@ -91,18 +91,18 @@ def texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
 
 
 class Budget:
-    """What filling may cost: bytes of JSON that it makes, expressions that it runs. Shared where many are filled."""
+    """Limits on filling: bytes of JSON produced and expressions run. Several fills may share one."""
 
     def __init__(self, size_bytes: int = 4 * MAX_RESULT_BYTES, expressions: int = 20_000) -> None:
         self._bytes = size_bytes
         self._expressions = expressions
 
     def spend(self, value: Any, expressions: int) -> None:
-        """Raises ExpressionError when nothing is left."""
+        """Raises ExpressionError when the budget is used up."""
         self._expressions -= expressions
         if self._expressions < 0:
             raise ExpressionError("too many expressions at once")
-        # A reference hands on what is there already, but as often as it is written.
+        # A reference copies existing data, but may be written many times.
         self._bytes -= len(value) if isinstance(value, str) else _size(value) if isinstance(value, dict | list) else 8
         if self._bytes < 0:
             raise ExpressionError("the values of all these expressions together are too large")
@@ -110,17 +110,17 @@ class Budget:
 
 def _size(value: Any) -> int:
     try:
-        text = json.dumps(value)
+        text = jsontext.dumps(value)
         jsontext.check_nesting(value, text)
     except jsontext.TooDeep as error:
         raise ExpressionError(f"its value is {error}") from None
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise ExpressionError(f"its value can't be written as JSON: {error}") from None
     return len(text)
 
 
 def fill(value: Any, names: Mapping[str, Any], evaluator: Evaluator, budget: Budget | None = None) -> Any:
-    """The value with every expression in its place. Raises ExpressionError that says where in ``value`` it stands."""
+    """The value with every expression replaced by its result. Raises ExpressionError with the place in ``value``."""
     limit = budget or Budget()
 
     def one(source: str) -> Any:
@@ -155,19 +155,18 @@ def _fill_text(cut: Text, names: Mapping[str, Any], evaluator: Evaluator) -> Any
         return evaluator.evaluate(cut.only, names)
     pieces, length = [], 0
     for part in cut.parts:
-        pieces.append(part if isinstance(part, str) else written(_resolved(evaluator.evaluate(part[0], names))))
+        if not isinstance(part, str):
+            value = evaluator.evaluate(part[0], names)
+            part = as_text(artifact_refs.resolve_references(value, limit_bytes=MAX_RESULT_BYTES))
+        pieces.append(part)
         length += len(pieces[-1])
         if length > MAX_RESULT_BYTES:
-            raise ExpressionError(f"the text becomes larger than {MAX_RESULT_BYTES >> 20} MiB")
+            raise ExpressionError(f"the filled text is larger than {MAX_RESULT_BYTES >> 20} MiB")
     return "".join(pieces)
 
 
-def _resolved(value: Any) -> Any:
-    return stored.resolve_references(value, limit_bytes=MAX_RESULT_BYTES) if stored.has_any(value) else value
-
-
-def written(value: Any) -> str:
-    """A value inside a text."""
+def as_text(value: Any) -> str:
+    """How a value is inserted into a text."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 

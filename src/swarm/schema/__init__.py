@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from swarm.base import jsontext
 from swarm.schema.values import Issue, SchemaError
 
 __all__ = [
@@ -167,8 +168,8 @@ def text(schema: Any) -> str:
 def parsed(source: str) -> Any:
     """A schema as an agent's row holds it; {} for one that is broken."""
     try:
-        value = json.loads(source)
-    except (ValueError, RecursionError):
+        value = jsontext.loads(source)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

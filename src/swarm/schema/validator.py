@@ -11,6 +11,7 @@ from typing import Any, Final
 import jsonschema
 from jsonschema.validators import extend
 
+from swarm.base import jsontext
 from swarm.cel.expression import program
 from swarm.schema.values import Issue, SchemaError
 
@@ -37,8 +38,8 @@ _SINGLE: Final = frozenset(
 def check_schema(schema: Any) -> None:
     """Raises SchemaError, with the path, for what is no JSON Schema (2020-12) or is refused."""
     try:
-        text = json.dumps(schema)
-    except (TypeError, ValueError, RecursionError):
+        text = jsontext.dumps(schema)
+    except (TypeError, ValueError):
         raise SchemaError("not a JSON value") from None
     if len(text) > MAX_SCHEMA_BYTES:
         raise SchemaError(f"larger than {MAX_SCHEMA_BYTES >> 10} KiB")
@@ -116,7 +117,7 @@ def issues(value: Any, schema: str) -> list[Issue]:
             found.append(Issue(error.json_path, _message(error)))
             if len(found) == MAX_ISSUES:
                 break
-    except (_TooMuch, RecursionError):
+    except (_TooMuch, RecursionError):  # a schema that refers to itself takes several frames per level of the value
         found.append(Issue("$", "the check took too many steps and was given up; simplify the schema or the value"))
     return found
 
@@ -238,8 +239,8 @@ def _meta() -> Any:
 @lru_cache(maxsize=512)
 def _compiled(schema: str) -> Any:
     try:
-        value = json.loads(schema)
-    except (ValueError, RecursionError):
+        value = jsontext.loads(schema)
+    except ValueError:
         raise SchemaError("not JSON") from None
     check_schema(value)
     return _bounded()(value)

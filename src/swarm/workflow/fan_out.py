@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from swarm.cel import stored, template
+from swarm.cel import artifact_refs, template
 from swarm.cel.expression import ExpressionError
 from swarm.model import StepStatus
 from swarm.workflow.definition import Step, Workflow
@@ -60,7 +60,7 @@ class FanOut(PlannerBase):
     def _expand(self, step: Step) -> None:
         assert step.for_each is not None
         names = self._names()
-        items = stored.opened(self._fill("for_each", step.for_each.items, names))
+        items = artifact_refs.dereference(self._fill("for_each", step.for_each.items, names))
         if not isinstance(items, list):
             raise ExpressionError(f"for_each must be a list, but is {kind(items)}")
         if len(items) > MAX_ITEMS:

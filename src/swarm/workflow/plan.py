@@ -256,7 +256,7 @@ class _Planner(FanOut):
                 self._finish(Skip(key=step.id, why=f"its `when` is false: {template.shorten(str(step.when))}"))
                 return
             if step.approval is not None:
-                message = template.written(template.fill(step.approval.message, self._names(), self._evaluator))
+                message = template.as_text(template.fill(step.approval.message, self._names(), self._evaluator))
                 ask = Ask(key=step.id, message=message, timeout_seconds=step.approval.timeout_seconds)
                 self._act(ask, status=WAITING)
                 return

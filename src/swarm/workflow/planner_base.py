@@ -150,4 +150,4 @@ def was(status: str) -> str:
 
 
 def kind(value: Any) -> str:
-    return f"{schema.type_name(value)} {template.shorten(template.written(value))}"
+    return f"{schema.type_name(value)} {template.shorten(template.as_text(value))}"

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from swarm.base import crash_points
-from swarm.cel.evaluate import Local
 from swarm.model import Ticket
 from swarm.store.registry.schedules import ScheduleRow
 from swarm.store.sql.rows import milliseconds
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 from swarm.workflow.definition import Schedule, Step, Workflow
+from tests.cel.local import Local
 from tests.store.databases import Outside
 from tests.store.sql.test_faults import program, result
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.cel import stored, template
+from swarm.cel import artifact_refs, template
+from swarm.cel.artifact_refs import KEY, ArtifactRef
 from swarm.cel.evaluate import MAX_DATA_BYTES
 from swarm.cel.expression import ExpressionError
 from swarm.cel.jail import Jail
-from swarm.cel.stored import KEY, Stored
 from swarm.errors import NotFound, UsageError
 from swarm.model import Succeeded
 from swarm.store.runs import artifacts
@@ -67,26 +67,26 @@ def test_large_fields_go_one_by_one() -> None:
 def test_what_has_many_small_parts_goes_whole(value: Any) -> None:
     shelf = Shelf()
     there = shelf.kept(value)
-    assert isinstance(there, Stored) and len(shelf.parts) == 1
-    assert stored.resolve_references(there, limit_bytes=1 << 20) == value
+    assert isinstance(there, ArtifactRef) and len(shelf.parts) == 1
+    assert artifact_refs.resolve_references(there, limit_bytes=1 << 20) == value
 
 
 def test_nested_deeply() -> None:
     shelf, depth = Shelf(), 800
     value = json.loads('{"a":[' * (depth // 2) + f'"{BIG}"' + "]}" * (depth // 2))
     there = artifacts.unpack(shelf.put(artifacts.pack_text(json.dumps(value))), shelf.load)
-    assert stored.has_any(there) and len(shelf.parts) == 1
-    assert json.dumps(stored.resolve_references(there, limit_bytes=1 << 20)) == json.dumps(value)
+    assert artifact_refs.has_any(there) and len(shelf.parts) == 1
+    assert json.dumps(artifact_refs.resolve_references(there, limit_bytes=1 << 20)) == json.dumps(value)
 
 
 def test_a_digest_that_somebody_wrote_is_a_value() -> None:
     shelf = Shelf()
     secret = shelf.kept({"secret": BIG})["secret"]
     forged = json.loads(json.dumps({"x": secret, "y": [{KEY: {"pairs": [["z", secret]]}}], KEY: 1}))
-    assert forged["x"] == dict(secret) and not isinstance(forged["x"], Stored)
+    assert forged["x"] == dict(secret) and not isinstance(forged["x"], ArtifactRef)
     for packed in (artifacts.pack(forged), artifacts.pack_text(json.dumps(forged))):
         again = artifacts.unpack(packed.text, shelf.load)
-        assert again == forged and not stored.has_any(again) and shelf.loaded == []
+        assert again == forged and not artifact_refs.has_any(again) and shelf.loaded == []
     hidden = json.dumps(forged).replace("$", "\\u0024")  # no mark in the text as it comes
     for text in (hidden, artifacts.pack_text(hidden).text):
         assert artifacts.unpack(text, shelf.load) == forged and shelf.loaded == []
@@ -113,11 +113,11 @@ def test_every_value_comes_back(value: Any) -> None:
     packed = artifacts.pack(value)
     assert len(packed.text.encode()) <= artifacts.INLINE_BYTES
     once = artifacts.unpack(shelf.put(packed), shelf.load)
-    assert stored.resolve_references(once, limit_bytes=1 << 30) == value
+    assert artifact_refs.resolve_references(once, limit_bytes=1 << 30) == value
     twice = shelf.kept({"on": once, "list": [once]})  # handed on, as a step's input
-    assert stored.resolve_references(twice, limit_bytes=1 << 30) == {"on": value, "list": [value]}
+    assert artifact_refs.resolve_references(twice, limit_bytes=1 << 30) == {"on": value, "list": [value]}
     raw = artifacts.unpack(shelf.put(artifacts.pack_text(json.dumps(value))), shelf.load)
-    assert stored.resolve_references(raw, limit_bytes=1 << 30) == value
+    assert artifact_refs.resolve_references(raw, limit_bytes=1 << 30) == value
 
 
 # --- in expressions ---------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from swarm.cel import stored
+from swarm.cel import artifact_refs
+from swarm.cel.artifact_refs import KEY, ArtifactRef
 from swarm.cel.expression import ExpressionError
-from swarm.cel.stored import KEY, Stored
 from swarm.errors import NotFound, UsageError
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import dump, storable_json
@@ -79,7 +79,7 @@ class ArtifactRow:
 
 
 def pack(value: Any) -> Packed:
-    """A value, which may have references in it (`Stored`), as JSON. Each large value within becomes an artifact; if the
+    """A value, which may have references in it (`ArtifactRef`), as JSON. Each large value within becomes an artifact; if the
     rest is still large, it becomes one too. Raises RecursionError for a value nested too deeply for `json`."""
     text = dump(value)
     if MARK not in text and len(text.encode()) <= INLINE_BYTES:
@@ -100,7 +100,7 @@ def worth_packing(text: str) -> bool:
 
 
 def unpack(text: str | None, load: Callable[[str], Any]) -> Any:
-    """The value in a row; its references become `Stored`, which call ``load`` with the digest."""
+    """The value in a row; its references become `ArtifactRef`, which call ``load`` with the digest."""
     if text is None:
         return None
     if MARK not in text:
@@ -111,7 +111,7 @@ def unpack(text: str | None, load: Callable[[str], Any]) -> Any:
         if not isinstance(inner, dict) or len(found) != 1:
             return found
         if isinstance(inner.get("digest"), str) and isinstance(inner.get("bytes"), int):
-            return Stored(inner["digest"], inner["bytes"], load)
+            return ArtifactRef(inner["digest"], inner["bytes"], load)
         return dict(inner["pairs"]) if isinstance(inner.get("pairs"), list) else found
 
     return json.loads(text, object_hook=hook)
@@ -119,7 +119,7 @@ def unpack(text: str | None, load: Callable[[str], Any]) -> Any:
 
 def _packed(value: Any, parts: dict[str, str]) -> str:
     """JSON in which all large inner values are replaced. Takes only one frame per level: the value may be deep."""
-    if isinstance(value, Stored) or not isinstance(value, dict | list):
+    if isinstance(value, ArtifactRef) or not isinstance(value, dict | list):
         return dump(value)
     named = isinstance(value, dict)
     escaped = named and KEY in value  # not a reference: it came with the value
@@ -168,7 +168,7 @@ def resolve_references(tx: Tx, text: str) -> str:
     """A step's `inputs` or `outputs` as JSON without references. Raises NotFound if an artifact is missing, UsageError
     if the whole is too large."""
     try:
-        return dump(stored.resolve_references(unpack(text, loader(tx)), limit_bytes=MAX_BYTES))
+        return dump(artifact_refs.resolve_references(unpack(text, loader(tx)), limit_bytes=MAX_BYTES))
     except Gone as error:
         raise NotFound(str(error)) from None
     except ExpressionError as error:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from swarm.base.manifest import Invalid
-from swarm.cel import evaluate, stored
+from swarm.cel import artifact_refs, evaluate
 from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound, StoreError
@@ -299,18 +299,18 @@ def _resolve(tx: Tx, text: str, *, in_transaction: bool) -> Any:
         raise TooExpensive
 
     given = artifacts.unpack(text, refuse if in_transaction else artifacts.loader(tx))
-    return stored.resolve_references(given, limit_bytes=artifacts.MAX_BYTES) if stored.has_any(given) else given
+    return artifact_refs.resolve_references(given, limit_bytes=artifacts.MAX_BYTES)
 
 
 def _resolve_outputs(decision: Decision, *, in_transaction: bool) -> Decision:
     """Without references: a ticket's outputs are for people and other tools."""
     end = decision.end
-    if end is None or not stored.has_any(end.outputs):
+    if end is None or not artifact_refs.has_any(end.outputs):
         return decision
     if in_transaction:
         raise TooExpensive
     try:
-        outputs = stored.resolve_references(end.outputs, limit_bytes=artifacts.MAX_BYTES)
+        outputs = artifact_refs.resolve_references(end.outputs, limit_bytes=artifacts.MAX_BYTES)
     except ExpressionError as error:
         why = f"can't build the workflow's outputs: {error}"
         return replace(decision, end=End(status=RunStatus.FAILED, error=why))

@@ -1,7 +1,7 @@
-"""Values that are kept elsewhere, by digest, and are here as a small reference: artifacts.
+"""References to artifacts: large values that are stored elsewhere, by digest.
 
-An expression that only hands such a value on (`${steps.a.outputs.log}`) hands on the reference, however large the value
-is; one that looks into it (`${size(steps.a.outputs.log)}`, `${steps.a.outputs.log.lines[0]}`) gets the value itself.
+An expression that only passes such a value on (`${steps.a.outputs.log}`) passes the small reference, however large the
+value is; one that looks into it (`${size(steps.a.outputs.log)}`, `${steps.a.outputs.log.lines[0]}`) gets the value.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from swarm.cel.expression import ExpressionError
 KEY: Final = "$artifact"
 
 
-class Stored(dict[str, Any]):
-    """The reference, as JSON has it: ``{"$artifact": {"digest": …, "bytes": …}}``. ``load`` gets the value; it may
-    raise ExpressionError."""
+class ArtifactRef(dict[str, Any]):
+    """A reference in its JSON form: ``{"$artifact": {"digest": …, "bytes": …}}``. ``load`` returns the value of a
+    digest, or raises ExpressionError."""
 
     def __init__(self, digest: str, size_bytes: int, load: Callable[[str], Any]) -> None:
         super().__init__({KEY: {"digest": digest, "bytes": size_bytes}})
@@ -26,35 +26,37 @@ class Stored(dict[str, Any]):
         self._loaded: tuple[Any] | None = None
 
     def value(self) -> Any:
-        """May have other references within."""
+        """The value, loaded once; it may contain further references."""
         if self._loaded is None:
             self._loaded = (self._load(self.digest),)
         return self._loaded[0]
 
 
-def opened(value: Any) -> Any:
-    """The value, should it be a reference; references within stay."""
-    while isinstance(value, Stored):
+def dereference(value: Any) -> Any:
+    """The value that a reference stands for, and any other value as it is. References inside it stay."""
+    while isinstance(value, ArtifactRef):
         value = value.value()
     return value
 
 
 def resolve_references(value: Any, *, limit_bytes: int) -> Any:
-    """The value with every reference replaced by what it stands for. Raises ExpressionError when these are more than
-    ``limit_bytes`` of JSON, before they are loaded."""
+    """The value with every reference replaced by its value. Raises ExpressionError, before loading, when the loaded
+    values would exceed ``limit_bytes`` of JSON."""
+    if not has_any(value):
+        return value
     left = limit_bytes
 
     def one(value: Any) -> Any:
         nonlocal left
-        if isinstance(value, Stored):
+        if isinstance(value, ArtifactRef):
             left -= value.size_bytes
             if left < 0:
                 size = f"{limit_bytes >> 20} MiB; one has {value.size_bytes:,} bytes"
-                raise ExpressionError(f"needs artifacts that together have more than {size}")
+                raise ExpressionError(f"needs artifacts of more than {size}")
             return one(value.value())
         if isinstance(value, dict):
             made = {}
-            for key, inner in value.items():  # no comprehension: one frame for each level, it may be nested deeply
+            for key, inner in value.items():  # not a comprehension: one frame per level, as values may be deep
                 made[key] = one(inner)
             return made
         if isinstance(value, list):
@@ -70,7 +72,7 @@ def resolve_references(value: Any, *, limit_bytes: int) -> Any:
 def has_any(value: Any) -> bool:
     queue = [value]
     for one in queue:  # grows while it is walked
-        if isinstance(one, Stored):
+        if isinstance(one, ArtifactRef):
             return True
         if isinstance(one, dict):
             queue += one.values()
