@@ -1,7 +1,15 @@
-"""What all tests share: needs that turn into skips or failures, one home, one image, consoles of VMs that failed.
+"""What all tests share: the marker `needs`, a home, an image, and the consoles of VMs in reports of failed tests.
 
-A test says what it can't do without: ``pytestmark = pytest.mark.needs("netns", "qemu")``, or calls ``need("qemu")``.
-What is missing skips it with the reason; what is named in ``SWARM_REQUIRE`` (comma-separated, as CI has it) fails it.
+The only marker of this project is ``needs``: it lists what a test can't run without, one or more of
+
+- ``root``: uid 0
+- ``netns``: a network namespace of its own, as `make test` and tools/sandbox.py give one
+- ``qemu``: netns, and qemu-system-x86_64
+- ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
+
+Write ``pytestmark = pytest.mark.needs("netns", "qemu")`` for a module, or call ``need("qemu")`` in a test or fixture.
+If something is missing, the test is skipped with the reason, or fails if ``SWARM_REQUIRE`` (comma-separated, as in CI)
+names it.
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ SANDBOX = os.environ.get("SWARM_SANDBOX", "")
 
 
 def lacks(thing: str) -> str:
-    """Why this host can't give a test that thing; '' when it can."""
+    """Why this host doesn't have what a test needs; '' if it does."""
     if thing == "root":
         return "" if os.geteuid() == 0 else "needs root"
     if thing == "netns":
@@ -40,7 +48,7 @@ def lacks(thing: str) -> str:
         from tests.vm import firecracker_here
 
         return lacks("netns") or firecracker_here.lacks()
-    raise LookupError(f"no such need: {thing}")
+    raise LookupError(f"unknown need {thing!r}: use root, netns, qemu or firecracker")
 
 
 def need(*things: str) -> None:
@@ -52,13 +60,15 @@ def need(*things: str) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*things): what the test can't do without: root, netns, qemu, firecracker")
+    config.addinivalue_line(
+        "markers", "needs(*things): what the test can't run without: root, netns, qemu, firecracker"
+    )
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox
         config.option.basetemp = Path(SANDBOX) / "t"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name == "test_zz_leaks.py")  # last, wherever the others live
+    items.sort(key=lambda item: item.path.name == "test_zz_leaks.py")  # last of all tests
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -77,7 +87,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session", autouse=True)
 def _host_as_it_was() -> Iterator[None]:
-    """The bridge and the host's rules stay between VMs; the sandbox wants them gone when the last test has ended."""
+    """Remove the bridge and the host's rules at the end: they stay between VMs, but the sandbox reports leftovers."""
     yield
     if SANDBOX:
         subprocess.run([sys.executable, "-m", "swarm.cli.cleanup"], check=True, stdin=subprocess.DEVNULL)
@@ -85,7 +95,7 @@ def _host_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with its database migrated and the agents that ship registered. No image: see `image`."""
+    """A home with a migrated database and the built-in agents registered. It has no image: see `image`."""
     from swarm.app import setup
 
     place = tmp_path_factory.mktemp("home")
@@ -101,7 +111,7 @@ def settings(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="session")
 def image(settings: Settings) -> Image:
-    """The guest image, from the cache that all checkouts share; built when it isn't there (a minute)."""
+    """The guest image, from the cache that all checkouts share; built if it isn't there (takes a minute)."""
     from swarm.app import setup
 
     need("qemu")

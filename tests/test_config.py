@@ -1,4 +1,4 @@
-"""Settings that can't be read are the user's affair: a sentence, not a traceback."""
+"""Bad settings are the user's to fix: they get a sentence that says how, not a traceback."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from swarm import config
 from swarm.errors import UsageError
 from swarm.store.sql.database import Database
+from swarm.vm.slots.inventory import MAX_SLOT
 
 
 def test_a_broken_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,16 +34,53 @@ def test_a_misspelt_setting_is_not_ignored(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "swarm.toml"
     monkeypatch.setenv("SWARM_CONFIG", str(file))
     file.write_text('lease_secs = 5\ndriver = "qemu"')
-    with pytest.raises(UsageError, match=f"{file}: there is no setting 'lease_secs'; did you mean 'lease_seconds'"):
+    with pytest.raises(UsageError, match=f"{file}: unknown setting 'lease_secs'; did you mean 'lease_seconds'"):
         config.load()
     file.write_text("[xyzzy]\na = 1")
-    with pytest.raises(UsageError, match="there is no setting 'xyzzy'; there are: boot_timeout_seconds, "):
+    with pytest.raises(UsageError, match="unknown setting 'xyzzy'; use one of boot_timeout_seconds, "):
         config.load()
     file.write_text("lease_seconds = 5")
     assert config.load().lease_seconds == 5
     file.write_bytes(b'home = "\xff"')
-    with pytest.raises(UsageError, match="can't read the settings in"):
+    with pytest.raises(UsageError, match=r"can't read the settings in .*; fix the file, or point SWARM_CONFIG at"):
         config.load()
+
+
+@pytest.mark.parametrize("name", config.RANGES)
+def test_numbers_have_a_range(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends are allowed, nothing beyond them, and nothing that is not a number."""
+    least, most = config.RANGES[name]
+    for good in (least, most):
+        monkeypatch.setenv(f"SWARM_{name.upper()}", str(good))
+        assert getattr(config.load(), name) == good
+    for bad in ("-1", str(least - 1), str(most + 1), "1e18", "nan", "inf", "-inf", "soon"):
+        monkeypatch.setenv(f"SWARM_{name.upper()}", bad)
+        with pytest.raises(UsageError) as caught:
+            config.load()
+        kind = "a number" if name.endswith("_seconds") or "usd" in name else "a whole number"
+        assert (
+            str(caught.value)
+            == f"bad settings: {name} is {bad!r}; it must be {kind} from {least:,.16g} to {most:,.16g}"
+        )
+
+
+def test_a_lease_flag_that_makes_no_sense_is_refused() -> None:
+    for bad in (0, -1, float("nan"), 1e18):
+        with pytest.raises(UsageError) as caught:
+            config.load(lease_seconds=bad)
+        assert str(caught.value) == f"bad settings: lease_seconds is {bad!r}; it must be a number from 1 to 86,400"
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = {
+        name for name, field in config.Settings.model_fields.items()
+        if any(kind in str(field.annotation) for kind in ("int", "float"))
+    }  # fmt: skip
+    assert numbers == set(config.RANGES)
+
+
+def test_slots_in_range_exist() -> None:
+    assert config.RANGES["first_engine_slot"] == (1, MAX_SLOT)
 
 
 def test_a_password_in_a_database_url_is_not_shown() -> None:

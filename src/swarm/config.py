@@ -1,4 +1,4 @@
-"""Settings: defaults < /etc/swarm/swarm.toml < SWARM_* in the environment < command-line flags."""
+"""Settings, in rising priority: defaults, /etc/swarm/swarm.toml, SWARM_* in the environment, command-line flags."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import tomllib
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 import pydantic
+from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -18,15 +19,32 @@ from pydantic_settings import (
 )
 
 from swarm.errors import UsageError
-from swarm.model import BudgetPolicy
+from swarm.model import BOUNDS, BudgetPolicy
 
 SYSTEM_HOME = Path("/opt/swarm-platform")
 SYSTEM_REGISTRY = Path("/opt/swarm-registry")
 CONFIG_FILE = Path("/etc/swarm/swarm.toml")
 
+# Smallest and largest allowed value of each numeric setting.
+RANGES: Final[dict[str, tuple[float, float]]] = {
+    "first_engine_slot": (1, 65_533),  # of the slots that exist: vm/slots/inventory.py
+    "budget_usd_per_day": BOUNDS["budget_usd"],
+    "budget_tokens_per_day": BOUNDS["budget_tokens"],
+    "lease_seconds": (1, 86_400),
+    "queue_timeout_seconds": (1, 365 * 86_400),
+    "boot_timeout_seconds": (1, 86_400),
+    "max_output_mb": (1, 1024),
+    "busy_timeout_seconds": (0.1, 3600),  # not 0, which would be "for ever" for PostgreSQL
+}
+
+
+def _number(name: str, default: Any) -> Any:
+    least, most = RANGES[name]
+    return Field(default=default, ge=least, le=most)
+
 
 class Settings(BaseSettings):
-    """Every knob. Each field is ``SWARM_<NAME>`` in the environment and ``<name>`` in the file."""
+    """All settings. Each field is ``SWARM_<NAME>`` in the environment and ``<name>`` in the file."""
 
     model_config = SettingsConfigDict(env_prefix="SWARM_", env_ignore_empty=True, extra="ignore", frozen=True)
 
@@ -34,37 +52,38 @@ class Settings(BaseSettings):
     database_url: str = ""  # default: sqlite at home/data/swarm.db
     images_dir: Path | None = None  # default: home/images
     templates_dir: Path | None = None  # default: home/templates
-    # What runs on this host, whatever the home: VM directories, slot locks. Must be short (Unix sockets live below it)
-    # and on a disk, not in memory (work disks live below it too).
+    # State of the VMs on this host, shared by all homes: VM directories, slot locks. The path must be short (it holds
+    # Unix sockets) and on a disk, not in memory (it holds work disks too).
     state_dir: Path = Path("/var/lib/swarm")
 
     driver: Literal["auto", "firecracker", "qemu", "process"] = "auto"
-    # False runs Firecracker as root and without its jail: for debugging a VMM, never for agents.
+    # False runs Firecracker as root, outside its jail: only for debugging a VMM, never for agents.
     jailer: bool = True
-    # Digest, or the beginning of one, of the guest image to use; '' is the newest of this version of Swarm.
+    # Digest of the guest image to use, or its first characters; '' is the newest image of this version of Swarm.
     image: str = ""
     subnet: IPv4Network = IPv4Network("10.0.0.0/16")
     bridge: str = "br0"
-    # `swarm-spawn-ns N` takes the slot it is told; the engine takes slots from here up, so they never meet.
-    first_engine_slot: int = 1000
+    # The engine takes slots from this number up, so that it never collides with those of `swarm-spawn-ns N`.
+    first_engine_slot: int = _number("first_engine_slot", 1000)
 
-    # What all model calls of a day (UTC) may cost together, over all tickets. Not set: as much as they like.
-    budget_usd_per_day: float | None = None
-    budget_tokens_per_day: int | None = None
-    # What a step becomes that comes to the end of a budget, where ticket and agent don't say: 'wait' asks a person.
+    # What all model calls of one day (UTC) may cost together, over all tickets. Not set: no limit.
+    budget_usd_per_day: float | None = _number("budget_usd_per_day", None)
+    budget_tokens_per_day: int | None = _number("budget_tokens_per_day", None)
+    # What happens to a step that exhausts a budget, unless its ticket or agent says: 'wait' asks a person.
     over_budget: BudgetPolicy = BudgetPolicy.FAIL
-    # Private networks that agents may reach all the same, where their policy names a host there: '["192.168.7.0/24"]'.
+    # Private networks in which agents may reach the hosts that their network policy names: '["192.168.7.0/24"]'.
     egress_private: tuple[IPv4Network | IPv6Network, ...] = ()
-    # Tables over those that ship (docs/claude.md): services behind the gateway, prices. Default: in the home, if there.
+    # Tables that override the built-in ones (docs/claude.md): services behind the gateway, and prices. Default: the
+    # files in the home, if they exist.
     upstreams: Path | None = None
     prices: Path | None = None
 
-    lease_seconds: float = 30.0
-    # A ticket that waited longer when its turn comes fails, instead of being run too late. Not set: it waits for ever.
-    queue_timeout_seconds: float | None = None
-    boot_timeout_seconds: float = 120.0
-    max_output_mb: int = 16
-    busy_timeout_seconds: float = 30.0
+    lease_seconds: float = _number("lease_seconds", 30.0)
+    # A ticket that has waited longer when its turn comes fails instead of running late. Not set: it waits for ever.
+    queue_timeout_seconds: float | None = _number("queue_timeout_seconds", None)
+    boot_timeout_seconds: float = _number("boot_timeout_seconds", 120.0)
+    max_output_mb: int = _number("max_output_mb", 16)
+    busy_timeout_seconds: float = _number("busy_timeout_seconds", 30.0)
 
     @classmethod
     def settings_customise_sources(
@@ -83,12 +102,12 @@ class Settings(BaseSettings):
 
     @property
     def database(self) -> str:
-        """URL of the database, in SQLAlchemy's form."""
+        """The database's URL, as SQLAlchemy expects it."""
         return self.database_url or f"sqlite:///{self.data_dir / 'swarm.db'}"
 
     @property
     def registry_link(self) -> Path:
-        """The second documented path of the one database."""
+        """A second, documented path to the same database."""
         return (SYSTEM_REGISTRY if self.home == SYSTEM_HOME else self.home / "registry") / "registry.db"
 
     @property
@@ -101,7 +120,7 @@ class Settings(BaseSettings):
 
     @property
     def layers(self) -> Path:
-        """Of agents, upon those images."""
+        """Layers of agents, which are built on those images."""
         return self.images / "layers"
 
     @property
@@ -110,15 +129,15 @@ class Settings(BaseSettings):
 
 
 def _check_names(file: Path) -> None:
-    """A setting that nobody reads would be a promise that nobody keeps."""
+    """Raises UsageError for an unknown setting: ignoring it would hide a spelling mistake."""
     try:
         names = tomllib.loads(file.read_text())
     except FileNotFoundError:
         return
     for name in names.keys() - Settings.model_fields.keys():
         near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(Settings.model_fields))}"
-        raise UsageError(f"{file}: there is no setting {name!r}{hint}")
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(Settings.model_fields))}"
+        raise UsageError(f"{file}: unknown setting {name!r}; {hint}")
 
 
 def config_file() -> Path:
@@ -126,13 +145,25 @@ def config_file() -> Path:
 
 
 def load(**flags: object) -> Settings:
-    """Read the settings; flags that are None were not given. Raises UsageError naming each bad value."""
+    """Read the settings; a flag that is None was not given. Raises UsageError that names each bad value."""
     try:
         _check_names(config_file())
         return Settings(**{k: v for k, v in flags.items() if v is not None})  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-        raise UsageError("bad settings: " + "; ".join(lines)) from None
+        raise UsageError("bad settings: " + "; ".join(dict.fromkeys(map(_sentence, error.errors())))) from None
     except (OSError, ValueError) as error:  # TOML's own errors, and bytes that are not UTF-8
         why = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"can't read the settings in {config_file()}: {why}; mend it, or set SWARM_CONFIG") from None
+        message = (
+            f"can't read the settings in {config_file()}: {why}; fix the file, or point SWARM_CONFIG at another one"
+        )
+        raise UsageError(message) from None
+
+
+def _sentence(error: Any) -> str:
+    """One of pydantic's errors, with the setting's name, its value, and what it must be."""
+    name = str(error["loc"][0]) if error["loc"] else "settings"
+    if name in RANGES:
+        least, most = RANGES[name]
+        kind = "a whole number" if "int" in str(Settings.model_fields[name].annotation) else "a number"
+        return f"{name} is {error['input']!r}; it must be {kind} from {least:,.16g} to {most:,.16g}"
+    return f"{name}: {error['msg']} (got {error['input']!r})"

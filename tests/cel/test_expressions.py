@@ -84,7 +84,7 @@ def test_values(source: str, value: Any, jail: Jail) -> None:
     [
         ("${1 +* 2}", "Syntax error", 5),
         ("ab ${ nope.x + 1 }", "unknown name 'nope.x'; use one of", 6),
-        ("${inputs.n", "'${' has no closing '}'", 0),
+        ("${inputs.n", "has no closing '}'; write", 0),
         ("${}", "empty", 2),
         ("${ }", "empty", 2),
         ("${frob(1)}", "frob", 6),
