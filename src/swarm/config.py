@@ -25,16 +25,16 @@ SYSTEM_HOME = Path("/opt/swarm-platform")
 SYSTEM_REGISTRY = Path("/opt/swarm-registry")
 CONFIG_FILE = Path("/etc/swarm/swarm.toml")
 
-# Smallest and largest allowed value of each numeric setting.
+# Smallest and largest allowed value of each numeric setting, which is a whole number if both of them are.
 RANGES: Final[dict[str, tuple[float, float]]] = {
     "first_engine_slot": (1, 65_533),  # of the slots that exist: vm/slots/inventory.py
     "budget_usd_per_day": BOUNDS["budget_usd"],
     "budget_tokens_per_day": BOUNDS["budget_tokens"],
-    "lease_seconds": (1, 86_400),
-    "queue_timeout_seconds": (1, 365 * 86_400),
-    "boot_timeout_seconds": (1, 86_400),
+    "lease_seconds": (1.0, 86_400.0),
+    "queue_timeout_seconds": (1.0, 365 * 86_400.0),
+    "boot_timeout_seconds": (1.0, 86_400.0),
     "max_output_mb": (1, 1024),
-    "busy_timeout_seconds": (0.1, 3600),  # not 0, which would be "for ever" for PostgreSQL
+    "busy_timeout_seconds": (0.1, 3600.0),  # not 0, which would be "for ever" for PostgreSQL
 }
 
 
@@ -164,6 +164,6 @@ def _sentence(error: Any) -> str:
     name = str(error["loc"][0]) if error["loc"] else "settings"
     if name in RANGES:
         least, most = RANGES[name]
-        kind = "a whole number" if "int" in str(Settings.model_fields[name].annotation) else "a number"
-        return f"{name} is {error['input']!r}; it must be {kind} from {least:,.16g} to {most:,.16g}"
+        whole = "whole " if isinstance(least, int) and isinstance(most, int) else ""
+        return f"{name} is {error['input']!r}; it must be a {whole}number from {least:,.16g} to {most:,.16g}"
     return f"{name}: {error['msg']} (got {error['input']!r})"

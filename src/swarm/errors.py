@@ -1,30 +1,33 @@
-"""Every error that Swarm raises on purpose.
+"""The errors that Swarm raises on purpose.
 
 ::
 
-    SwarmError
-    ├── UsageError             the caller's request makes no sense        exit 2, HTTP 400
-    ├── NotFound               a named thing does not exist               exit 2, HTTP 404
-    ├── Conflict               it exists, in a state that forbids this    exit 2, HTTP 409
+    SwarmError                 exit status 1, unless noted
+    ├── UsageError             the request makes no sense: exit status 2
+    │   └── Invalid            a file from the user has problems, each with its line (base/manifest.py)
+    ├── NotFound               something named in the request does not exist: exit status 2
+    ├── Conflict               it exists, but its state forbids the request: exit status 2
+    │   └── Busy               the VM slot is in use (vm/slots/inventory.py)
     ├── LeaseLost              this attempt no longer owns its step
     ├── StoreError             the database can't be used (locked, read-only, full, not migrated)
-    ├── HostError              this host lacks something (a tool, a right, a route, space)
-    │   └── CommandFailed      a program that Swarm ran ended badly
-    ├── ImageError             an image or template is missing, torn or can't be built
-    │   └── NoImage            the one that every agent here gets that asks for none
-    └── StepError(reason, retry)
-        ├── BootFailed         no VM, or a VM that never answered
+    ├── HostError              this host lacks something (a tool, a permission, a route, disk space)
+    │   └── CommandFailed      a program that Swarm ran exited with a status other than 0
+    ├── ImageError             an image or template is missing or damaged, or can't be built
+    │   └── NoImage            there is no default image
+    └── StepError              an attempt failed, for a reason, and may be retryable
+        ├── BootFailed         the VM didn't start, or never answered
+        │   └── Refused        Firecracker refused a request (vm/drivers/firecracker_api.py)
         ├── ChannelError       the guest broke the protocol or the connection
-        ├── AgentFailed        exit status, signal, out of memory
-        ├── AgentTimeout       ran, or was silent, for too long
-        ├── LayerMissing       what the agent's manifest asks for was not built
-        ├── OutputInvalid      no output.json, not JSON, too large
+        ├── AgentFailed        the agent's exit status, a signal, out of memory
+        ├── AgentTimeout       the agent ran, or printed nothing, for too long
+        ├── LayerMissing       the agent's requirements were not built
+        ├── OutputInvalid      output.json is missing, too large, not JSON, or doesn't fit the schema
         ├── NotConfigured      a key or secret that the agent needs is not on this host
-        ├── OverBudget         its model calls came to the end of a budget
-        └── OutcomeUnknown     the VM died and nobody knows how far the agent got
+        ├── OverBudget         the step's model calls used up a budget
+        └── OutcomeUnknown     the VM died, so nobody knows how far the agent got
 
-A message says what happened, to what, and what to do about it. The CLI prints the message alone;
-a traceback needs ``--debug``.
+A message says what happened, to what, and what to do about it. The command line prints only the message; ``--debug``
+adds the traceback.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from swarm.model import FailureReason
 
 
 class SwarmError(Exception):
-    """Something went wrong that Swarm understands; the message is meant for the user."""
+    """A failure that Swarm understands. The message is for the user."""
 
     exit_status: ClassVar[int] = 1
 
@@ -53,7 +56,7 @@ class Conflict(SwarmError):
 
 
 class LeaseLost(SwarmError):
-    """The attempt no longer owns its step: another attempt does, or the ticket was ended. Nothing was written."""
+    """The attempt no longer owns its step: another attempt does, or the ticket has ended. Nothing was written."""
 
 
 class StoreError(SwarmError):
@@ -65,10 +68,7 @@ class HostError(SwarmError):
 
 
 class CommandFailed(HostError):
-    """A program ended with a status other than 0.
-
-    ``stderr`` holds the end of what it printed there (at most 4 KiB).
-    """
+    """A program exited with a status other than 0. ``stderr`` is the end of its error output, at most 4 KiB."""
 
     def __init__(self, message: str, *, returncode: int, stderr: str) -> None:
         super().__init__(message)
@@ -81,11 +81,11 @@ class ImageError(SwarmError):
 
 
 class NoImage(ImageError):
-    """There is no image for agents that ask for none: the next ticket would fail by it as well."""
+    """There is no image for agents that don't name one, so every other ticket would fail the same way."""
 
 
 class StepError(SwarmError):
-    """An attempt can't succeed. ``reason`` is recorded; ``retryable`` says if another attempt may help."""
+    """An attempt failed. ``reason`` is recorded; ``retryable`` says whether another attempt could succeed."""
 
     reason: FailureReason = FailureReason.AGENT_FAILED
     retryable: bool = False
@@ -133,11 +133,11 @@ class OverBudget(StepError):
 
 
 class OutcomeUnknown(StepError):
-    """The agent may or may not have finished. Only an idempotent agent is tried again."""
+    """The agent may or may not have finished. It is retried only if it is idempotent."""
 
     reason = FailureReason.VM_DIED
 
 
 def no_more_threads(error: BaseException) -> bool:
-    """Is it what Python's threading raises when the kernel has no room for a thread, or memory none for its lock?"""
+    """Whether Python failed to start a thread because the kernel's limit, or the memory, is exhausted."""
     return isinstance(error, RuntimeError) and str(error).startswith(("can't start new thread", "can't allocate lock"))

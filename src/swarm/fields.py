@@ -1,22 +1,43 @@
-"""What agent manifests and workflow files have in common: names, versions, and numbers within `model.BOUNDS`."""
+"""What agent manifests and workflow files have in common: names, versions, bounded numbers, and error messages."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from swarm.model import BOUNDS, RetryPolicy
+from swarm.model import BOUNDS, DEBIAN_PACKAGE, REQUIREMENT, RetryPolicy
 
 NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+_VERSION: Final = r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$"
+_VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
+NO_NUL: Final = r"^[^\x00]*$"
+MODULE: Final = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
+DOMAIN: Final = r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$"
+SERVICE: Final = r"^[a-z][a-z0-9_-]{0,62}$"
+# Each pattern in words, as "must be …". Error messages show these, never the pattern.
+IN_WORDS: Final = {
+    NAME: "lower-case letters, digits and inner hyphens, at most 63",
+    _VERSION: "a version such as 1.2.3 or 1.2.3-rc1",
+    _VARIABLE: "letters, digits and underscores, at most 128, with no digit first",
+    NO_NUL: "text without NUL characters",
+    MODULE: "the name of a Python module, such as urllib.request",
+    DOMAIN: "a domain such as api.example.com, or *.example.com for all below it",
+    SERVICE: "lower-case letters, digits, hyphens and underscores, at most 63, with a letter first",
+    REQUIREMENT: "a PyPI package with its exact version, such as requests==2.32.3",
+    DEBIAN_PACKAGE: "a Debian package such as git, or with its version, nodejs=18.19.0+dfsg-6",
+}
+
 Name = Annotated[str, StringConstraints(pattern=NAME)]
-Version = Annotated[str, StringConstraints(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$")]
-# Of environment variables, and of secrets, which become such.
-Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+Version = Annotated[str, StringConstraints(pattern=_VERSION)]
+# The name of an environment variable, or of a secret, which becomes one.
+Variable = Annotated[str, StringConstraints(pattern=_VARIABLE)]
 
 
 def bounded(name: str, default: Any = ..., **more: Any) -> Any:
-    """A pydantic field for the number ``name``, within the bounds that hold for it everywhere."""
+    """A pydantic field for the number ``name``, within the bounds that apply to it everywhere."""
     least, most = BOUNDS[name]
     return Field(default=default, ge=least, le=most, **more)
 
@@ -28,3 +49,57 @@ class RetryFields(BaseModel):
     delay_seconds: float = bounded("delay_seconds", RetryPolicy().delay_seconds)
     factor: float = bounded("factor", RetryPolicy().factor)
     max_delay_seconds: float = bounded("max_delay_seconds", RetryPolicy().max_delay_seconds)
+
+
+# --- pydantic's errors in the words of the file -----------------------------------------------------------------------
+
+_KINDS: Final = {
+    "string": "text", "int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",
+    "tuple": "a list", "list": "a list", "dict": "a mapping", "model": "a mapping", "uuid": "a UUID",
+}  # fmt: skip
+
+
+def place(value: Any, loc: Sequence[str | int]) -> tuple[str | int, ...]:
+    """The path of an error in the file's value: pydantic's ``loc`` without the names of union branches."""
+    path: list[str | int] = []
+    for part in loc:
+        known = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        if part in known:
+            value = value[part]
+            path.append(part)
+    return tuple(path)
+
+
+def complaint(errors: Sequence[Any]) -> str:
+    """The errors that pydantic has with one value (one for each branch of a union), as one phrase: "must be …"."""
+    own = [str(one["msg"]).removeprefix("Value error, ") for one in errors if one["type"] == "value_error"]
+    if own:
+        return "; ".join(own)
+    given = errors[0]["input"]
+    wanted = f"must be {', or '.join(dict.fromkeys(map(_wanted, errors)))}"
+    if not isinstance(given, str | int | float | bool):
+        return wanted
+    if isinstance(given, int | float) and not isinstance(given, bool) and errors[0]["type"] == "string_type":
+        return f"{wanted}, but is the number {given}: put it in quotes"
+    return f"{wanted}, but is {json.dumps(given, ensure_ascii=False)[:80]}"
+
+
+def _wanted(error: Any) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    name = next((str(part) for part in reversed(error["loc"]) if part in BOUNDS), "")
+    if kind == "string_pattern_mismatch":
+        return IN_WORDS.get(context["pattern"], "text of another form")
+    if kind in ("literal_error", "enum"):
+        return str(context["expected"])
+    if kind == "string_too_long":
+        return f"text of at most {context['max_length']} characters"
+    if kind == "too_long":
+        return f"a list of at most {context['max_length']} items"
+    if kind in ("string_too_short", "too_short"):
+        assert context["min_length"] == 1
+        return "text that isn't empty" if kind == "string_too_short" else "a list that isn't empty"
+    if name and kind.partition("_")[0] in ("int", "float", "finite", "greater", "less"):
+        least, most = BOUNDS[name]
+        whole = "whole " if isinstance(least, int) and isinstance(most, int) else ""
+        return f"a {whole}number from {least:,.16g} to {most:,.16g}"
+    return _KINDS.get(kind.partition("_")[0], str(error["msg"]))

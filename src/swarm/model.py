@@ -1,4 +1,4 @@
-"""The nouns: what Swarm talks about, as values. No I/O, no imports from the rest of Swarm."""
+"""Swarm's nouns as values: tickets, agents, attempts, their states and outcomes. No I/O, no imports from Swarm."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-# The agent that every install has under the same id (the acceptance page names it).
+# The built-in agent `echo` has the same id on every host.
 ECHO_AGENT_ID: Final = "0d72b1b5-a98e-4356-bf52-f654d0509dc4"
 
-# What an agent may ask for: pinned, and nothing that pip or apt would take for an option, a path or an address.
+# Packages that an agent may require: pinned for PyPI, and never an option, a path or an address for pip or apt.
 REQUIREMENT: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
 DEBIAN_PACKAGE: Final = r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$"
 
 
 class TicketState(StrEnum):
+    """Where a ticket is, from draft to its end; `TICKET_TRANSITIONS` lists the moves. docs/states.md draws them."""
+
     DRAFT = "draft"
     READY = "ready"
     BLOCKED = "blocked"
@@ -28,8 +30,10 @@ class TicketState(StrEnum):
 
 
 class StepStatus(StrEnum):
-    PENDING = "pending"
-    WAITING = "waiting"  # for a person's word
+    """Where one execution of a step is; `STEP_TRANSITIONS` lists the moves."""
+
+    PENDING = "pending"  # the steps that it needs have not ended
+    WAITING = "waiting"  # for a person's approval
     READY = "ready"
     RUNNING = "running"
     COMPLETED = "completed"
@@ -39,6 +43,8 @@ class StepStatus(StrEnum):
 
 
 class RunStatus(StrEnum):
+    """Where a run is: one execution of a ticket, with its steps."""
+
     RUNNING = "running"
     WAITING = "waiting"
     COMPLETED = "completed"
@@ -47,17 +53,17 @@ class RunStatus(StrEnum):
 
 
 class AttemptOutcome(StrEnum):
-    """How an attempt ended; NULL in the database while it runs."""
+    """How an attempt, one try of a step in one VM, ended. NULL in the database while it runs."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    INTERRUPTED = "interrupted"  # soft stop: the try is not counted
-    LOST = "lost"  # its lease ran out; somebody else has the step
+    INTERRUPTED = "interrupted"  # the engine stopped; doesn't count as a try
+    LOST = "lost"  # its lease expired, so another worker may take the step
 
 
 class FailureReason(StrEnum):
-    """Why an attempt failed; retry policies name these."""
+    """Why an attempt failed. Retry policies refer to these."""
 
     INPUT_INVALID = "input_invalid"
     BOOT_FAILED = "boot_failed"
@@ -73,17 +79,19 @@ class FailureReason(StrEnum):
     LAYER_MISSING = "layer_missing"
     HOST_ERROR = "host_error"
     NOT_CONFIGURED = "not_configured"  # a key or secret that the agent needs is not on this host
-    OVER_BUDGET = "over_budget"  # never tried again: the next try has the same budget
+    OVER_BUDGET = "over_budget"  # never retried: the next attempt would have the same budget
 
 
 class BudgetPolicy(StrEnum):
-    """What becomes of a step whose model calls came to the end of a budget."""
+    """What happens to a step whose model calls use up a budget."""
 
     FAIL = "fail"
     WAIT = "wait"  # until a person approves, usually with a higher budget
 
 
 class ExecutionMode(StrEnum):
+    """What runs a ticket: one agent, or the steps of a workflow."""
+
     AGENT = "agent"
     WORKFLOW = "workflow"
 
@@ -98,7 +106,7 @@ TICKET_TRANSITIONS: Final[Mapping[TicketState, frozenset[TicketState]]] = {
         {TicketState.DONE, TicketState.FAILED, TicketState.CANCELLED, TicketState.WAITING}
     ),
     TicketState.WAITING: frozenset({TicketState.IN_PROGRESS, TicketState.FAILED, TicketState.CANCELLED}),
-    # By hand only: `swarm ticket retry`.
+    # Only by `swarm ticket retry`.
     TicketState.DONE: frozenset({TicketState.READY}),
     TicketState.FAILED: frozenset({TicketState.READY}),
     TicketState.CANCELLED: frozenset({TicketState.READY}),
@@ -132,8 +140,8 @@ TERMINAL_TICKET_STATES: Final = frozenset({TicketState.DONE, TicketState.FAILED,
 TERMINAL_STEP_STATUSES: Final = frozenset(s for s, after in STEP_TRANSITIONS.items() if not after)
 
 
-# Least and most of each number that an agent, a workflow or a ticket may set, the same wherever it stands: manifests,
-# workflow files, rows. Whole numbers where both bounds are. What a policy multiplies must not overflow.
+# Smallest and largest value of each number that an agent, workflow or ticket may set, the same in manifests, workflow
+# files and rows. Whole numbers where both bounds are. Products of them, as in a retry policy, must not overflow.
 MAX_TIMEOUT_SECONDS: Final = 30 * 86_400.0
 BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "memory_mb": (128, 1 << 20),
@@ -155,17 +163,17 @@ BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """When a failed attempt is followed by another one.
+    """When a failed attempt is retried, and after how long.
 
-    The wait before attempt ``n + 1`` is ``min(max_delay_seconds, delay_seconds * factor ** (n - 1))``, of which a
-    random share between half and all is taken.
+    The delay before attempt ``n + 1`` is a random value between half of, and all of,
+    ``min(max_delay_seconds, delay_seconds * factor ** (n - 1))``.
     """
 
     max_attempts: int = 1
     delay_seconds: float = 1.0
     factor: float = 2.0
     max_delay_seconds: float = 300.0
-    # Failures that are tried again. VM_DIED ("outcome unknown") is not among them unless the agent is idempotent.
+    # Failures that are retried. VM_DIED (outcome unknown) is retried only if the agent is idempotent.
     on: frozenset[FailureReason] = frozenset(
         {
             FailureReason.BOOT_FAILED,
@@ -180,10 +188,10 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
-    """A packaged program. ``path`` is the directory with its files; ``entry`` is an argv inside that directory.
+    """A packaged program. ``path`` is the directory with its files, ``entry`` the argv that starts it.
 
-    ``runtime`` 'python': ``entry[0]`` is a .py file, started by fork of the guest's warm interpreter.
-    ``runtime`` 'exec': ``entry`` is executed (a relative ``entry[0]`` is taken from the agent's directory).
+    With ``runtime`` 'python', ``entry[0]`` is a .py file, run in a fork of the guest's warm interpreter. With 'exec',
+    ``entry`` is executed; a relative ``entry[0]`` is a file in the agent's directory.
     """
 
     id: str
@@ -199,7 +207,7 @@ class Agent:
     memory_mb: int = 256
     vcpus: int = 1
     disk_mb: int = 2048
-    disk_mb_per_second: float | None = None  # 10^6 bytes; None: as much as the host gives
+    disk_mb_per_second: float | None = None  # 10^6 bytes; None: no limit
     network_mb_per_second: float | None = None  # each way
     timeout_seconds: float = 600.0
     idle_timeout_seconds: float | None = None
@@ -207,13 +215,13 @@ class Agent:
     secrets: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
-    requirements: tuple[str, ...] = ()  # of PyPI and of Debian: a layer that is built before the agent can run
-    packages: tuple[str, ...] = ()
+    requirements: tuple[str, ...] = ()  # from PyPI; built into a layer before the agent can run
+    packages: tuple[str, ...] = ()  # from Debian, likewise
     retry: RetryPolicy = RetryPolicy()
     idempotent: bool = False
-    budget_usd: float | None = None  # of one step of a ticket, retries included
+    budget_usd: float | None = None  # for one step of a ticket, including retries
     budget_tokens: int | None = None
-    over_budget: str | None = None  # an `BudgetPolicy`; None: as the settings say
+    over_budget: str | None = None  # a `BudgetPolicy`; None: as the settings say
 
     @property
     def needs_layer(self) -> bool:
@@ -222,10 +230,10 @@ class Agent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """A row of ``tickets``. ``inputs`` and ``outputs`` are JSON text as stored; times are ISO-8601 UTC text.
+    """A row of ``tickets``: one piece of work. ``inputs`` and ``outputs`` are JSON text; times are ISO-8601 UTC text.
 
-    ``trigger_type`` says what made it: 'ticket' (an INSERT, `swarm ticket add`), 'manual', 'schedule' or 'webhook', and
-    ``trigger_data`` (JSON text of an object) what came with that. Its runs have both.
+    ``trigger_type`` says what created it: 'ticket' (an INSERT, `swarm ticket add`; also None), 'manual', 'schedule' or
+    'webhook'. ``trigger_data``, JSON text of an object, holds the details. Runs copy both.
     """
 
     id: str
@@ -246,9 +254,9 @@ class Ticket:
     max_attempts: int | None = None
     budget_usd: float | None = None
     budget_tokens: int | None = None
-    over_budget: str | None = None  # an `BudgetPolicy`; None: as the agent says
-    trigger_type: str | None = None  # what asked for it: None stands for 'ticket'
-    trigger_data: str | None = None  # and what came with that: JSON text of an object
+    over_budget: str | None = None  # a `BudgetPolicy`; None: as the agent says
+    trigger_type: str | None = None
+    trigger_data: str | None = None
     run_id: str | None = None
     created_at: str | None = None
     updated_at: str | None = None
@@ -258,7 +266,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """One attempt that a worker has been given: all it needs to run the step, read in the claiming transaction."""
+    """One attempt, assigned to a worker: all it needs to run the step, read in the claiming transaction."""
 
     attempt_id: str
     attempt_number: int  # 1 for the first try of this step
@@ -269,8 +277,8 @@ class Claim:
     agent: Agent
     inputs: str  # JSON text of the step's inputs, an object
     timeout_seconds: float
-    queued_ms: float  # from the row's commit (or first sight) to this claim, by the database's clock
-    in_workflow: bool = False  # then `inputs` may refer to artifacts: `Store.resolve_references`
+    queued_ms: float  # from the row's commit (or when it was first seen) to this claim, by the database's clock
+    in_workflow: bool = False  # if so, `inputs` may refer to artifacts: `Store.resolve_references`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,8 +289,8 @@ class Succeeded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """``retryable``: whether another attempt could help, by the cause's own account. The retry policy goes by
-    ``reason``; a HOST_ERROR that is retryable is tried again whatever the policy says (`store.claims.finish`)."""
+    """``retryable``: whether the cause says that another attempt could succeed. The retry policy decides by ``reason``,
+    except that a retryable HOST_ERROR gets a few attempts under any policy (`store.claims.finish`)."""
 
     reason: FailureReason
     message: str
@@ -297,7 +305,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interrupted:
-    """Stopped by us, not by its own fault: the step goes back and the try is not counted."""
+    """Stopped by the engine: the step becomes ready again, and the attempt doesn't count as a try."""
 
     message: str = "the engine stopped"
 
@@ -307,13 +315,12 @@ Outcome = Succeeded | Failed | Cancelled | Interrupted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One line of a ticket's history. ``kind``: transition, output, model_call, egress, or a later
-    subsystem's own."""
+    """One entry of a ticket's history. ``kind`` is transition, output, model_call, egress or another."""
 
     ticket_id: str
     kind: str
     data: Mapping[str, object]
     step_id: str | None = None
     attempt_id: str | None = None
-    seq: int = 0  # given by the database
-    at: str = ""  # given by the database
+    seq: int = 0  # set by the database
+    at: str = ""  # set by the database

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,20 +57,30 @@ examples:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("requirements: [requests]", "line 4, column 16: requirements.0: String should match"),
+        (
+            "requirements: [requests]",
+            "line 4, column 16: requirements.0: must be a PyPI package with its exact version",
+        ),
         ("requirements: ['-r evil.txt']", "requirements.0"),
         ("requirements: ['x==1 --index-url=http://evil']", "requirements.0"),
         ("requirements: ['git+https://evil/x==1']", "requirements.0"),
         ("packages: ['--allow-unauthenticated']", "packages.0"),
-        ("packages: ['../evil.deb']", "packages.0"),
-        ("inputs: {a: strin}", "line 4, column 9: inputs: 'strin' is no type"),
+        ("packages: ['../evil.deb']", "packages.0: must be a Debian package such as git"),
+        ("description: ''\nvcpus: 0", "line 5, column 8: vcpus: must be a whole number from 1 to 64, but is 0"),
+        ("disk_mb_per_second: x", 'disk_mb_per_second: must be a number from 0.001 to 1,000,000, but is "x"'),
+        ("network: lan", "network: must be 'none', 'gateway' or 'open', or a mapping, but is \"lan\""),
+        ("network: {gateway: []}", "network.gateway: must be true or false, or a list that isn't empty"),
+        ("network: {allow: [localhost]}", "column 19: network.allow.0: must be a domain such as api.example.com"),
+        ("env: {1A: x}", "env.1A: must be letters, digits and underscores"),
+        ("retry: 3", "retry: must be a mapping, but is 3"),
+        ("inputs: {a: strin}", "line 4, column 9: inputs: unknown type 'strin'; use one of string, integer"),
         ("inputs: {a: string}\ninputs_schema: {type: object}", "the same thing"),
         ("outputs: {type: object, properties: {a: {pattern: '(?=a)'}}}", "RE2"),
-        ("outputs: {type: object, properties: {a: {$ref: 'http://evil'}}}", "only '#/"),
+        ("outputs: {type: object, properties: {a: {$ref: 'http://evil'}}}", "must be '#/…', a place in this schema"),
         ("secrets: ['A B']", "secrets.0"),
-        ("memory_md: 256", "memory_md: there is no such field; did you mean 'memory_mb'?"),
-        ("env: {A: 1.0}", "env.A: should be a text, and is the number 1.0: put it in quotes"),
-        ("preload: json", 'preload: should be a list, and is "json"'),
+        ("memory_md: 256", "memory_md: unknown field; did you mean 'memory_mb'?"),
+        ("env: {A: 1.0}", "env.A: must be text, but is the number 1.0: put it in quotes"),
+        ("preload: json", 'preload: must be a list, but is "json"'),
         ("examples: [{input: {}}]", "examples.0.input"),
         ("version: 2.0.0", "line 4, column 1: the key 'version' is here twice"),
     ],
@@ -78,11 +89,18 @@ def test_bad_manifests(tmp_path: Path, more: str, said: str) -> None:
     with pytest.raises(Invalid) as caught:
         agents.read(make(tmp_path, GOOD + more + "\n"))
     assert said in str(caught.value) and "agent.yaml" in str(caught.value)
+    assert not re.search(r"\^\[|match pattern|Input|_[A-Z]|constrained|union", str(caught.value).partition("\n")[2])
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
     with pytest.raises(Invalid) as caught:
         agents.read(make(tmp_path, "name: Bad Name\nversion: one\nentry: []\ncolour: red\n"))
+    assert [str(problem).partition(": ")[2] for problem in caught.value.problems] == [
+        'name: must be lower-case letters, digits and inner hyphens, at most 63, but is "Bad Name"',
+        'version: must be a version such as 1.2.3 or 1.2.3-rc1, but is "one"',
+        "entry: must be a list that isn't empty",
+        "colour: unknown field",
+    ]
     assert [problem.line for problem in caught.value.problems] == [1, 2, 3, 4]
 
 
@@ -135,11 +153,11 @@ def test_a_good_archive(tmp_path: Path, prefix: str) -> None:
 @pytest.mark.parametrize(
     ("fill", "said"),
     [
-        (member("../evil", b"x"), "can't have"),
-        (member("a/../../evil", b"x"), "can't have"),
-        (member("/etc/evil", b"x"), "can't have"),
-        (member("a\\b", b"x"), "can't have"),
-        (member("x" * 300, b"x"), "can't have"),
+        (member("../evil", b"x"), "is not allowed in an agent"),
+        (member("a/../../evil", b"x"), "is not allowed in an agent"),
+        (member("/etc/evil", b"x"), "is not allowed in an agent"),
+        (member("a\\b", b"x"), "is not allowed in an agent"),
+        (member("x" * 300, b"x"), "is not allowed in an agent"),
         (member("link", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "link or a special file"),
         (member("link", type=tarfile.LNKTYPE, linkname="agent.yaml"), "link or a special file"),
         (member("dev", type=tarfile.CHRTYPE, devmajor=1, devminor=3), "link or a special file"),
@@ -195,12 +213,12 @@ def test_torn_archives(tmp_path: Path, data: bytes) -> None:
     file, into = tmp_path / "a.tar.gz", tmp_path / "into"
     file.write_bytes(data)
     into.mkdir()
-    with pytest.raises(UsageError, match=r"can't be unpacked|is no agent"):
+    with pytest.raises(UsageError, match=r"can't be unpacked|is not an agent"):
         agents.read(bundle.unpack(file, into))
 
 
 def test_an_archive_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no"), agents.opened(tmp_path / "gone.tar.gz"):
+    with pytest.raises(UsageError, match=r"gone.tar.gz does not exist"), agents.opened(tmp_path / "gone.tar.gz"):
         pass
 
 

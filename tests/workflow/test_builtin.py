@@ -96,5 +96,5 @@ def test_shell_writes_nowhere_else(tmp_path: Path) -> None:
 
 def test_inputs_are_checked_first(tmp_path: Path) -> None:
     shell = next(agents.read(d) for d in agents.builtin() if d.name == "shell")
-    with pytest.raises(StepError, match=r"\$: unexpected: 'command'; there are .*\$: 'commands' is missing"):
+    with pytest.raises(StepError, match=r"\$: unknown: 'command'; use one of .*\$: 'commands' is missing"):
         run_agent(shell, {"command": "true"}, tmp_path / "work")

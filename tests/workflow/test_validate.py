@@ -171,7 +171,7 @@ def test_everything() -> None:
         (HEAD + "inputs: {n: integer}\nsteps: [{id: a, agent: echo}]\n"
          "schedule: {cron: '@daily', inputs: {n: x, m: 1}}\n",
          ["line 5, column 40: the input 'n' of the workflow has the wrong type: "
-          "it is a string, and an integer is wanted",
+          "it is a string, but must be an integer",
           "line 5, column 43: the workflow has no input 'm'; it has n"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '@daily', inputs: {x: '${trigger.body}'}}\n",
          ["line 4, column 43: trigger has no 'body'; there are type, time, cron, time_zone, missed"]),
@@ -189,8 +189,8 @@ def test_everything() -> None:
         (HEAD + "steps: [{id: a, agent: !!python/object:os.system echo}]\n",
          ["line 3, column 24: the tag 'tag:yaml.org,2002:python/object:os.system' has no meaning here"]),
         (HEAD + "inputs: {a: strin}\nsteps: [{id: a, agent: echo}]\n",
-         [f"line 3, column 13: 'strin' is no type; there are {', '.join(schema.TYPES)}, each also with a '?' behind"
-          " it"]),
+         [f"line 3, column 13: unknown type 'strin'; use one of {', '.join(schema.TYPES)}, optionally followed by"
+          " '?'"]),
     ],
 )  # fmt: skip
 def test_one_problem(text: str, said: list[str]) -> None:
@@ -249,14 +249,14 @@ outputs: {x: "${steps.f.outputs}"}
     assert found == [
         "line 3, column 1: unknown field 'stages'; did you mean 'steps'?",
         "line 8, column 13: there is no step 'zz' here; there are a, b, c, d, e",
-        "line 10, column 13: the input 'repo' of typed has the wrong type: it is an integer, and a string is wanted",
+        "line 10, column 13: the input 'repo' of typed has the wrong type: it is an integer, but must be a string",
         "line 11, column 7: typed has no input 'dept'; it has depth, repo",
         "line 13, column 5: unknown field 'agnet'; did you mean 'agent'?",
         "line 14, column 22: should be greater than or equal to 0.001, and is -1",
         "line 17, column 12: a cycle: c needs d needs c",
         "line 21, column 47: 'item' is unknown outside of a for_each",
-        "line 25, column 11: when must be true or false: it is an integer, and a boolean is wanted",
-        "line 29, column 15: for_each must be a list: it is an integer, and an array is wanted",
+        "line 25, column 11: when must be true or false: it is an integer, but must be a boolean",
+        "line 29, column 15: for_each must be a list: it is an integer, but must be an array",
         "line 30, column 20: the outputs of 'a' have no 'fils'; did you mean 'files'?",
         *[one for one in found if "column 53" in one and "bad expression: Syntax error" in one],
         "line 30, column 66: variables has no 'q'",

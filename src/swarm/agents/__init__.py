@@ -1,7 +1,7 @@
-"""Agents as they come: a directory, or a .tar.gz of one, with `agent.yaml` and a program.
+"""Agent packages: a directory, or a .tar.gz of one, with `agent.yaml` and a program.
 
-docs/agents.md tells how to write one. Here, `package` reads manifests, `bundle` copies packages to where nobody edits
-them, `check` holds inputs and outputs against their schemas. The host reads an agent's files; it never imports them.
+docs/agents.md explains how to write one. `package` reads manifests, `bundle` installs read-only copies, `check` checks
+inputs and outputs against their schemas. The host reads an agent's files but never imports them.
 """
 
 from swarm.agents.bundle import builtin, bundle_digest, install, opened, template, templates

@@ -1,4 +1,4 @@
-"""An agent's files: named by content, copied to where nobody edits them, taken out of archives that may be hostile."""
+"""An agent's files: named by their content, installed read-only, unpacked from archives that may be hostile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from swarm.agents.package import MANIFEST, read
 from swarm.errors import Conflict, UsageError
-from swarm.fields import NAME
+from swarm.fields import IN_WORDS, NAME
 from swarm.model import Agent
 
 MAX_BUNDLE_BYTES: Final = 256 << 20
@@ -34,7 +34,7 @@ _IGNORED: Final = frozenset({"__pycache__", ".git", ".venv", ".mypy_cache", ".ru
 def install(directory: Path, into: Path) -> Agent:
     """Copy an agent to ``into/<name>-<version>-<digest>``, read-only, and return it with that path. Idempotent.
 
-    Raises UsageError for a bad manifest and for files that can't be packed (links, devices, too much).
+    Raises UsageError for a bad manifest and for files that an agent can't have (links, devices, too many, too large).
     """
     agent = read(directory)
     digest = bundle_digest(directory)
@@ -54,7 +54,7 @@ def install(directory: Path, into: Path) -> Agent:
             try:
                 partial.rename(target)
             except OSError:
-                if not target.exists():  # else somebody else was first, with the same content
+                if not target.exists():  # if it does, another process installed the same content first
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -62,25 +62,29 @@ def install(directory: Path, into: Path) -> Agent:
 
 
 def bundle_digest(directory: Path) -> str:
-    """SHA-256 over the names, execute bits and contents of an agent's files: the same wherever it lies."""
-    whole = hashlib.sha256()
+    """SHA-256 of the names, execute bits and contents of an agent's files; independent of their location."""
+    digest = hashlib.sha256()
     total = 0
     for count, path in enumerate(_files(directory), 1):
         total += path.stat().st_size
         if count > MAX_FILES or total > MAX_BUNDLE_BYTES:
             raise UsageError(
-                f"{directory} is too much for an agent: at most {MAX_FILES} files and {MAX_BUNDLE_BYTES >> 20} MiB"
+                f"{directory} is too large for an agent: at most {MAX_FILES} files and {MAX_BUNDLE_BYTES >> 20} MiB"
             )
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         name = json.dumps(path.relative_to(directory).as_posix())
-        whole.update(f"{name} {os.access(path, os.X_OK):d} {content}\n".encode())
-    return whole.hexdigest()
+        digest.update(f"{name} {os.access(path, os.X_OK):d} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def builtin() -> list[Path]:
     """The directories of the agents that ship with Swarm."""
-    root = Path(str(resources.files("swarm"))) / "builtin" / "agents"
+    return _packages("agents")
+
+
+def _packages(kind: str) -> list[Path]:
+    root = Path(str(resources.files("swarm"))) / "builtin" / kind
     return sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
 
 
@@ -95,24 +99,25 @@ def _files(directory: Path) -> Iterator[Path]:
         elif stat.S_ISREG(mode):
             yield path
         else:
-            raise UsageError(f"{path} is a link or a special file: an agent has plain files and directories only")
+            raise UsageError(
+                f"{path} is a link or a special file; an agent can only have regular files and directories"
+            )
 
 
 def templates() -> list[str]:
-    """The languages that `swarm agent init` has a template for."""
-    root = Path(str(resources.files("swarm"))) / "builtin" / "templates"
-    return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
+    """The languages for which `swarm agent init` has a template."""
+    return [path.name for path in _packages("templates")]
 
 
 def template(language: str, name: str, into: Path) -> Path:
     """Write a new agent's files into the directory ``into``, which must be empty or new. Returns its manifest."""
-    if language not in templates():
-        raise UsageError(f"there is no template for {language!r}; there are {', '.join(templates())}")
+    source = next((path for path in _packages("templates") if path.name == language), None)
+    if source is None:
+        raise UsageError(f"there is no template for {language!r}; use one of {', '.join(templates())}")
     if not re.fullmatch(NAME, name):
-        raise UsageError(f"{name!r} can't be the name of an agent: small letters, digits and hyphens, at most 63")
+        raise UsageError(f"an agent's name must be {IN_WORDS[NAME]}, but is {name!r}")
     if into.exists() and any(into.iterdir()):
-        raise Conflict(f"{into} is not empty: choose another directory")
-    source = Path(str(resources.files("swarm"))) / "builtin" / "templates" / language
+        raise Conflict(f"{into} is not empty; choose another directory")
     into.mkdir(parents=True, exist_ok=True)
     for path in _files(source):
         copy = into / path.relative_to(source)
@@ -131,7 +136,7 @@ def template(language: str, name: str, into: Path) -> Path:
 
 @contextmanager
 def opened(source: Path) -> Iterator[Path]:
-    """The directory of an agent that is given as a directory or as a .tar.gz; the latter is unpacked for the while."""
+    """An agent's directory, given that directory or a .tar.gz, which is unpacked until the block ends."""
     if source.is_dir():
         yield source
         return
@@ -140,10 +145,10 @@ def opened(source: Path) -> Iterator[Path]:
 
 
 def unpack(archive: Path, into: Path) -> Path:
-    """Unpack a .tar.gz into an empty directory; returns where `agent.yaml` is, there or in its only directory.
+    """Unpack a .tar.gz into an empty directory. Returns the directory of `agent.yaml`: that one or its only child.
 
-    Raises UsageError for anything but plain files and directories below it: links, devices, absolute names, `..`, the
-    same name twice, sparse files, too many files, too many bytes (as unpacked).
+    Raises UsageError for anything but regular files and directories below it: links, devices, absolute names, `..`,
+    duplicate names, sparse files, too many files, too many bytes (unpacked).
     """
     try:
         with archive.open("rb") as file, gzip.open(file, "rb") as plain:
@@ -151,8 +156,8 @@ def unpack(archive: Path, into: Path) -> Path:
             with tarfile.open(fileobj=reader, mode="r:", errorlevel=1) as tar:
                 _unpack(tar, into, archive)
     except FileNotFoundError:
-        raise UsageError(f"there is no {archive}") from None
-    except RecursionError:  # tarfile reads a header that belongs to the next one by calling itself
+        raise UsageError(f"{archive} does not exist") from None
+    except RecursionError:  # tarfile recurses for each header that belongs to the next one
         raise UsageError(f"{archive} can't be unpacked: too many headers before one file") from None
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
         raise UsageError(f"{archive} can't be unpacked: {error}") from None
@@ -168,17 +173,17 @@ def _unpack(tar: tarfile.TarFile, into: Path, archive: Path) -> None:
     for count, member in enumerate(tar, 1):
         name = PurePosixPath(member.name)
         if count > MAX_FILES:
-            raise UsageError(f"{archive} holds more than {MAX_FILES} files")
+            raise UsageError(f"{archive} has more than {MAX_FILES} files")
         bad = name.is_absolute() or ".." in name.parts or "\0" in member.name or "\\" in member.name
         if bad or len(os.fsencode(member.name)) > _MAX_PATH_BYTES or any(len(os.fsencode(p)) > 255 for p in name.parts):
-            raise UsageError(f"{archive} holds the name {member.name[:200]!r}, which an agent can't have")
+            raise UsageError(f"{archive} has a file named {member.name[:200]!r}, which is not allowed in an agent")
         plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None
         if not plain and not member.isdir():
-            raise UsageError(f"{archive} holds {member.name[:200]!r}, which is a link or a special file")
+            raise UsageError(f"{archive} has {member.name[:200]!r}, which is a link or a special file")
         if name in seen or not name.parts:
             if member.isdir():
                 continue
-            raise UsageError(f"{archive} holds {member.name[:200]!r} twice")
+            raise UsageError(f"{archive} has {member.name[:200]!r} twice")
         seen.add(name)
         target = into.joinpath(*name.parts)
         if member.isdir():
@@ -186,7 +191,7 @@ def _unpack(tar: tarfile.TarFile, into: Path, archive: Path) -> None:
             continue
         total += member.size
         if total > MAX_BUNDLE_BYTES:
-            raise UsageError(f"{archive} holds more than {MAX_BUNDLE_BYTES >> 20} MiB")
+            raise UsageError(f"{archive} has more than {MAX_BUNDLE_BYTES >> 20} MiB of files")
         target.parent.mkdir(parents=True, exist_ok=True)
         content = tar.extractfile(member)
         assert content is not None
@@ -196,7 +201,7 @@ def _unpack(tar: tarfile.TarFile, into: Path, archive: Path) -> None:
 
 
 class _Bounded:
-    """A file of which only so much is ever read: a small archive may hold gigabytes of headers."""
+    """A file that limits what is read from it: a small archive may unpack to gigabytes of headers."""
 
     def __init__(self, file: gzip.GzipFile) -> None:
         self._file = file
@@ -205,19 +210,19 @@ class _Bounded:
         if size < 0 or size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError("a header is too large")
         data = self._file.read(size)
-        self._check()
+        self._check(self._file.tell())
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_SET and offset > MAX_BUNDLE_BYTES + MAX_FILES * 2048:
-            raise tarfile.ReadError(f"more than {MAX_BUNDLE_BYTES >> 20} MiB")
+        if whence == os.SEEK_SET:
+            self._check(offset)
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
         return self._file.tell()
 
-    def _check(self) -> None:
-        if self._file.tell() > MAX_BUNDLE_BYTES + MAX_FILES * 2048:
+    def _check(self, position: int) -> None:
+        if position > MAX_BUNDLE_BYTES + MAX_FILES * 2048:
             raise tarfile.ReadError(f"more than {MAX_BUNDLE_BYTES >> 20} MiB")
 
     def __getattr__(self, name: str) -> Any:

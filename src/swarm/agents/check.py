@@ -1,4 +1,4 @@
-"""Inputs before a VM is started, outputs before a ticket is done, against its agent's schema. Pure, bounded."""
+"""Check an agent's inputs before its VM starts, and its outputs before its ticket is done. Pure, with bounded cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swarm.model import Agent, FailureReason
 
 
 def inputs(agent: Agent, given: Any) -> Any:
-    """The inputs with the schema's defaults. Raises StepError (INPUT_INVALID) that names each JSON path."""
+    """The inputs with the schema's defaults. Raises StepError (INPUT_INVALID) that names each bad JSON path."""
     if agent.inputs_schema is None:
         return given
     given = schema.with_defaults(given, schema.parsed(agent.inputs_schema))
@@ -25,7 +25,7 @@ def inputs(agent: Agent, given: Any) -> Any:
 
 
 def outputs(agent: Agent, made: Any) -> None:
-    """Raises OutputInvalid that names each JSON path."""
+    """Raises OutputInvalid that names each bad JSON path."""
     if agent.outputs_schema is not None and (wrong := _wrong(made, agent.outputs_schema)):
         raise OutputInvalid(f"the agent {agent.name}@{agent.version} left outputs that don't fit its schema: {wrong}")
 
@@ -33,12 +33,12 @@ def outputs(agent: Agent, made: Any) -> None:
 def _wrong(value: Any, text: str) -> str:
     try:
         return "; ".join(map(str, schema.issues(value, text)))
-    except schema.SchemaError as error:  # a row that somebody wrote by hand
+    except schema.SchemaError as error:  # only in a row that was edited manually
         return f"the schema itself can't be used: {error}"
 
 
 def differences(expected: Any, actual: Any, path: str = "$") -> list[str]:
-    """How outputs differ from an example's, by JSON path. Objects may hold more than the example names."""
+    """Where outputs differ from those of an example, by JSON path. Objects may have keys that the example omits."""
     if isinstance(expected, Mapping) and isinstance(actual, Mapping):
         found = [f"{path}.{key}: is missing" for key in expected if key not in actual]
         for key in expected:

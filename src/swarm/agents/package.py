@@ -1,4 +1,4 @@
-"""`agent.yaml`: its fields, their bounds, and the agent that they make."""
+"""`agent.yaml`: its fields, their bounds, and the agent that they describe."""
 
 from __future__ import annotations
 
@@ -15,19 +15,31 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from swarm.base import manifest as yaml_manifest
 from swarm.errors import UsageError
-from swarm.fields import Name, RetryFields, Variable, Version, bounded
+from swarm.fields import (
+    DOMAIN,
+    MODULE,
+    NO_NUL,
+    SERVICE,
+    Name,
+    RetryFields,
+    Variable,
+    Version,
+    bounded,
+    complaint,
+    place,
+)
 from swarm.model import DEBIAN_PACKAGE, REQUIREMENT, Agent, FailureReason, RetryPolicy
 from swarm.schema import SchemaError, check_schema, expand
 
 MANIFEST: Final = "agent.yaml"
-# An agent that brings no id of its own gets one that follows from its name and version.
+# An agent without an id of its own gets one that is derived from its name and version.
 _NAMESPACE: Final = uuid.UUID("6b1f5a0e-6c3b-5d0e-9b1e-2f4f3f1c7a55")
 
-_Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
-_Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")]
-_Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
-_Domain = Annotated[str, StringConstraints(pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$")]
-_Service = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+_Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=NO_NUL)]
+_Text = Annotated[str, StringConstraints(max_length=4096, pattern=NO_NUL)]
+_Module = Annotated[str, StringConstraints(pattern=MODULE)]
+_Domain = Annotated[str, StringConstraints(pattern=DOMAIN)]
+_Service = Annotated[str, StringConstraints(pattern=SERVICE)]
 _Requirement = Annotated[str, StringConstraints(pattern=REQUIREMENT)]
 _DebianPackage = Annotated[str, StringConstraints(pattern=DEBIAN_PACKAGE)]
 
@@ -41,7 +53,7 @@ class _Retry(RetryFields, _Strict):
 
 
 class _Network(_Strict):
-    """Several ways at once. ``gateway: true`` is the model API; a list names services of the gateway's table."""
+    """Several policies together. ``gateway: true`` is the model API; a list names services of the gateway's table."""
 
     gateway: bool | Annotated[tuple[_Service, ...], Field(min_length=1)] = False
     allow: tuple[_Domain, ...] = ()
@@ -66,10 +78,10 @@ class _Example(_Strict):
 
 
 class Manifest(_Strict):
-    """`agent.yaml`, field by field: the same names as `swarm.model.Agent`, with their bounds.
+    """The fields of `agent.yaml`: those of `swarm.model.Agent`, with their bounds.
 
-    ``inputs`` and ``outputs`` are schemas in the short form or in full; ``inputs_schema`` and ``outputs_schema`` are
-    the same in full, for those who like the long names.
+    ``inputs`` and ``outputs`` are schemas in short or full form; ``inputs_schema`` and ``outputs_schema`` are other
+    names for the full form.
     """
 
     id: uuid.UUID | None = None
@@ -119,16 +131,16 @@ class Manifest(_Strict):
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> Manifest:
         if self.preload and self.runtime != "python":
-            raise ValueError("preload is for runtime: python")
+            raise ValueError("preload needs runtime: python")
         for name in ("inputs", "outputs"):
             if getattr(self, name) is not None and getattr(self, f"{name}_schema") is not None:
-                raise ValueError(f"{name} and {name}_schema are the same thing: give one of them")
+                raise ValueError(f"{name} and {name}_schema are the same thing: give only one")
         return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One run that `swarm agent test` makes. ``outputs`` need only hold what is compared (see `check.differences`)."""
+    """A run for `swarm agent test`. ``outputs`` may omit what needn't be compared (see `check.differences`)."""
 
     name: str
     inputs: Mapping[str, Any]
@@ -138,14 +150,14 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """An agent with what its row does not hold: its examples."""
+    """An agent and its examples, which its row in the database doesn't hold."""
 
     agent: Agent
     examples: tuple[Example, ...] = ()
 
 
 def read(directory: Path) -> Agent:
-    """The agent in a directory, as it is there. Raises UsageError that names the file and every bad field."""
+    """The agent in a directory. Raises UsageError that names the file and every bad field."""
     return read_package(directory).agent
 
 
@@ -155,21 +167,16 @@ def read_package(directory: Path) -> Package:
     try:
         text = file.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"{directory} is no agent: it has no {MANIFEST}") from None
+        raise UsageError(f"{directory} is not an agent: it has no {MANIFEST}") from None
     except OSError as error:
         raise UsageError(f"{file} can't be read: {error}") from None
     document = yaml_manifest.load(text, name=f"{file} can't be read")
     if not isinstance(document.value, dict):
-        raise UsageError(f"{file}: must be a mapping of fields, such as `name: my-agent`")
+        raise UsageError(f"{file} must be a mapping of fields, such as `name: my-agent`")
     try:
         given = Manifest.model_validate(document.value)
     except pydantic.ValidationError as error:
-        problems = []
-        for one in error.errors():
-            named = ".".join(map(str, one["loc"])) or "agent"
-            message = f"{named}: {_said(one)}"
-            problems.append(document.problem(one["loc"], message, at_key=one["type"] == "extra_forbidden"))
-        raise yaml_manifest.Invalid(str(file), problems) from None
+        raise yaml_manifest.Invalid(str(file), _problems(document, error)) from None
     _check_entry(given, directory)
     _check_preload(given, directory)
     return Package(
@@ -182,30 +189,34 @@ def read_package(directory: Path) -> Package:
 
 
 def _check_preload(manifest: Manifest, directory: Path) -> None:
-    """The agent's own modules get into a template by its layer, and an agent that asks for nothing has none."""
+    """An agent's own modules reach a template in its layer, so only an agent with a layer can preload them."""
     own = next((name for name in manifest.preload if (directory / f"{name}.py").is_file()), None)
     if own and not manifest.requirements and not manifest.packages:
         raise UsageError(
-            f"{directory / MANIFEST}: preload: {own!r} is a file of this agent, and such can be preloaded only by an "
-            "agent with requirements or packages"
+            f"{directory / MANIFEST}: preload: {own!r} is a file of this agent; only an agent with requirements or"
+            " packages can preload its own files"
         )
 
 
-def _said(error: Any) -> str:
-    """A complaint of pydantic's, in the words of YAML, with what was given."""
-    if error["type"] == "missing":
-        return "is missing"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), list(Manifest.model_fields), n=1)
-        return "there is no such field" + (f"; did you mean {near[0]!r}?" if near else "")
-    said = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-    said = (
-        said.replace("valid tuple", "list").replace("valid dictionary", "mapping").replace("a valid string", "a text")
-    )
-    given = error["input"]
-    if error["type"] == "string_type" and isinstance(given, int | float) and not isinstance(given, bool):
-        return f"{said}, and is the number {given}: put it in quotes"
-    return f"{said}, and is {json.dumps(given)[:80]}" if isinstance(given, str | int | float | bool) else said
+def _problems(document: yaml_manifest.Document, error: pydantic.ValidationError) -> list[yaml_manifest.Problem]:
+    """One problem for each bad place. An error inside a value replaces those about the whole value."""
+    found: dict[yaml_manifest.KeyPath, list[Any]] = {}
+    for one in error.errors():
+        path = place(document.value, one["loc"])
+        found.setdefault((*path, one["loc"][-1]) if one["type"] == "missing" else path, []).append(one)
+    problems = []
+    for path, errors in found.items():
+        if any(len(other) > len(path) and other[: len(path)] == path for other in found):
+            continue
+        unknown = errors[0]["type"] == "extra_forbidden"
+        if unknown:
+            near = difflib.get_close_matches(str(path[-1]), list(Manifest.model_fields), n=1)
+            message = "unknown field" + (f"; did you mean {near[0]!r}?" if near else "")
+        else:
+            message = "is missing" if errors[0]["type"] == "missing" else complaint(errors)
+        named = ".".join(map(str, path)) or "agent"
+        problems.append(document.problem(path, f"{named}: {message}", at_key=unknown))
+    return problems
 
 
 def _check_entry(manifest: Manifest, directory: Path) -> None:
@@ -215,8 +226,8 @@ def _check_entry(manifest: Manifest, directory: Path) -> None:
         raise UsageError(f"{directory / MANIFEST}: entry: {manifest.entry[0]!r} is not a .py file of this agent")
     if manifest.runtime == "exec" and not first.is_absolute() and not (inside and (directory / first).is_file()):
         raise UsageError(
-            f"{directory / MANIFEST}: entry: {manifest.entry[0]!r} is no file of this agent; name a program of the"
-            " guest by its absolute path"
+            f"{directory / MANIFEST}: entry: {manifest.entry[0]!r} is not a file of this agent; give the absolute"
+            " path of a program in the guest, or of a file below /agent"
         )
 
 

@@ -1,8 +1,8 @@
-"""JSON Schemas from people, for agents' and workflows' inputs and outputs: the short form, checks that end, comparison.
+"""JSON Schemas for the inputs and outputs of agents and workflows: the short form, bounded checks, comparison.
 
-Schemas are hostile: nothing is fetched (`$ref` within the schema only), patterns run in RE2 (linear time, through CEL's
-`matches`), and every check has a budget of steps, so that no schema of schemas can keep an engine busy. `validator`
-does that part, and is loaded when first needed, for jsonschema takes its time to load.
+Schemas are hostile. Nothing is fetched (`$ref` works within the schema only), patterns run in RE2 (linear time, through
+CEL's `matches`), and every check has a budget of steps, so that no schema can keep an engine busy. `validator` does
+that part. It is imported when first needed, because jsonschema is slow to import.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ TYPES: Final = ("string", "integer", "number", "boolean", "object", "array", "nu
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON Schema that a short form stands for; a full one (`type: object`, or `properties`, `$ref` …) is itself.
+    """The JSON Schema for a short form; a full one (`type: object`, or `properties`, `$ref` …) is returned as it is.
 
-    Short: each key is a name, each value a type (`string`, `integer?` for one that may be left out, `[string]` for a
-    list), or a schema of its own, which may carry `default`. Raises SchemaError.
+    In the short form each key is a name and each value a type (`string`, `integer?` for an optional one, `[string]` for
+    a list) or a schema, which may have a `default`. Raises SchemaError.
     """
     if given.get("type") == "object" or any(k in given for k in ("$schema", "$ref", "allOf", "anyOf", "oneOf")):
         return dict(given)
@@ -59,11 +59,12 @@ def _short(one: Any, path: tuple[str | int, ...]) -> tuple[dict[str, Any], bool]
     if isinstance(one, str):
         word = one.removesuffix("?")
         if word not in TYPES:
-            raise SchemaError(f"{one!r} is no type; there are {', '.join(TYPES)}, each also with a '?' behind it", path)
+            names = ", ".join(TYPES)
+            raise SchemaError(f"unknown type {one!r}; use one of {names}, optionally followed by '?'", path)
         return ({} if word == "any" else {"type": word}), one.endswith("?")
     if isinstance(one, list):
         if len(one) != 1:
-            raise SchemaError("a list has one type for all its items: [string]", path)
+            raise SchemaError("a list must have one type for all its items, such as [string]", path)
         return {"type": "array", "items": _short(one[0], (*path, 0))[0]}, False
     if isinstance(one, Mapping):
         named = one.get("type")
@@ -73,21 +74,21 @@ def _short(one: Any, path: tuple[str | int, ...]) -> tuple[dict[str, Any], bool]
         if any(k in one for k in ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "default")):
             return dict(one), False
         return expand(one), False
-    raise SchemaError("a type's name is wanted here, or a schema", path)
+    raise SchemaError("must be the name of a type, or a schema", path)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_schema(schema: Any) -> None:
-    """Raises SchemaError, with the path, for what is no JSON Schema (2020-12) or is refused."""
+    """Raises SchemaError, with the path, for anything that isn't a JSON Schema (2020-12), or is refused."""
     from swarm.schema import validator
 
     validator.check_schema(schema)
 
 
 def issues(value: Any, schema: str) -> list[Issue]:
-    """What is wrong with a value by a schema (JSON text), at most `validator.MAX_ISSUES`; nothing when it fits.
+    """Why a value doesn't fit a schema (JSON text): at most `validator.MAX_ISSUES` issues, none when it fits.
 
     Raises SchemaError when the schema itself can't be used.
     """
@@ -97,7 +98,7 @@ def issues(value: Any, schema: str) -> list[Issue]:
 
 
 def with_defaults(value: Any, schema: Any) -> Any:
-    """The value with the defaults of properties that it lacks, objects within objects too."""
+    """The value with the schema's defaults for missing properties, in nested objects too."""
     if not isinstance(value, Mapping) or not isinstance(schema, Mapping):
         return value
     filled = dict(value)
@@ -109,11 +110,11 @@ def with_defaults(value: Any, schema: Any) -> Any:
     return filled
 
 
-# --- does what comes out fit where it goes in? ------------------------------------------------------------------------
+# --- do a step's outputs fit the next one's inputs? -------------------------------------------------------------------
 
 
 def at(schema: Any, path: tuple[str | int, ...]) -> Any:
-    """The schema of what ``path`` leads to; {} (anything) where that can't be told; False where nothing can be."""
+    """The schema of the value at ``path``; {} (anything) if it isn't known, False if no value can be there."""
     for part in path:
         if not isinstance(schema, Mapping):
             return schema
@@ -136,37 +137,37 @@ def at(schema: Any, path: tuple[str | int, ...]) -> Any:
 
 
 def mismatch(given: Any, wanted: Any) -> str:
-    """Why no value of schema ``given`` can ever fit ``wanted``; '' when one may. Only what is certain."""
+    """Why no value of schema ``given`` can fit ``wanted``; '' if one might. Reports only certain mismatches."""
     if given is False or wanted is True or not isinstance(given, Mapping) or not isinstance(wanted, Mapping):
         return ""
     have, want = _types(given), _types(wanted)
     if have and want and not any(_fits(one, other) for one in have for other in want):
-        return f"it is {_names(have)}, and {_names(want)} is wanted"
+        return f"it is {_names(have)}, but must be {_names(want)}"
     for key in ("enum", "const"):
         allowed = wanted.get("enum") if key == "enum" else [wanted["const"]] if "const" in wanted else None
         offered = given.get("enum") if "enum" in given else [given["const"]] if "const" in given else None
         if allowed is not None and offered is not None and not any(value in allowed for value in offered):
-            return f"it is one of {json.dumps(offered)[:80]}, and one of {json.dumps(allowed)[:80]} is wanted"
+            return f"it is one of {json.dumps(offered)[:80]}, but must be one of {json.dumps(allowed)[:80]}"
     if have == {"object"} == want:
         for name in wanted.get("required") or ():
             inner = at(given, (name,))
             if inner is False:
-                return f"it has no {name!r}, which is wanted"
+                return f"it has no {name!r}, which is required"
             if why := mismatch(inner, (wanted.get("properties") or {}).get(name, {})):
                 return f"at {name!r}: {why}"
-    filled = have == {"array"} == want and given.get("minItems", 0) > 0  # an empty list would fit anything
+    filled = have == {"array"} == want and given.get("minItems", 0) > 0  # an empty list fits any item type
     if filled and (why := mismatch(given.get("items", {}), wanted.get("items", {}))):
-        return f"of its items: {why}"
+        return f"in its items: {why}"
     return ""
 
 
 def text(schema: Any) -> str:
-    """A schema as `issues` takes it: the same text for the same schema."""
+    """A schema as text for `issues`; equal schemas give equal texts."""
     return json.dumps(schema, sort_keys=True)
 
 
 def parsed(source: str) -> Any:
-    """A schema as an agent's row holds it; {} for one that is broken."""
+    """The schema in an agent's row; {} if it is broken."""
     try:
         value = jsontext.loads(source)
     except ValueError:
@@ -175,7 +176,7 @@ def parsed(source: str) -> Any:
 
 
 def of_value(value: Any) -> dict[str, Any]:
-    """The narrow schema of a JSON value that is known."""
+    """The schema that only this JSON value fits."""
     return {"const": value, "type": type_name(value)}
 
 

@@ -1,4 +1,4 @@
-"""Checks of schemas and of values that end, whatever they are given."""
+"""Checks schemas, and values against them, with a bounded cost for any input."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MAX_SCHEMA_DEPTH: Final = 24
 MAX_PATTERN_CHARS: Final = 512
 MAX_MATCHED_CHARS: Final = 64 << 10
 MAX_ISSUES: Final = 20
-_BUDGET: Final = (20_000, 10)  # keyword checks for one value: so many, and so many more for each value within it
-# What looks outside the schema, is resolved while running, or costs more than it says.
+_BUDGET: Final = (20_000, 10)  # keyword checks for one value: this many, and this many more for each value inside it
+# Keywords that point outside the schema, are resolved while checking, or have a hidden cost.
 _REFUSED: Final = frozenset(
     {"$dynamicRef", "$recursiveRef", "$dynamicAnchor", "$anchor", "$id", "unevaluatedItems", "unevaluatedProperties"}
 )  # fmt: skip
@@ -32,11 +32,11 @@ _SINGLE: Final = frozenset(
 )  # fmt: skip
 
 
-# --- is it a schema that may be used? ---------------------------------------------------------------------------------
+# --- checking schemas -------------------------------------------------------------------------------------------------
 
 
 def check_schema(schema: Any) -> None:
-    """Raises SchemaError, with the path, for what is no JSON Schema (2020-12) or is refused."""
+    """Raises SchemaError, with the path, for anything that isn't a JSON Schema (2020-12), or is refused."""
     try:
         text = jsontext.dumps(schema)
     except (TypeError, ValueError):
@@ -58,8 +58,8 @@ def _walk(schema: Any, root: Any, path: tuple[str | int, ...], depth: int) -> No
         here = (*path, key)
         if key in _REFUSED:
             raise SchemaError(f"{key} is not supported", here)
-        if key in ("$ref",) and (not isinstance(value, str) or not _resolves(value, root)):
-            raise SchemaError(f"$ref {value!r}: only '#/…' to a place in this schema is allowed", here)
+        if key == "$ref" and (not isinstance(value, str) or not _resolves(value, root)):
+            raise SchemaError(f"$ref {value!r} must be '#/…', a place in this schema", here)
         patterns = [value] if key == "pattern" else list(value) if key == "patternProperties" and value else []
         for pattern in patterns:
             _check_pattern(pattern, here)
@@ -92,12 +92,12 @@ def _resolves(ref: str, root: Any) -> bool:
 
 def _check_pattern(pattern: Any, path: tuple[str | int, ...]) -> None:
     if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_CHARS or "\0" in pattern:
-        raise SchemaError(f"a pattern is a text of at most {MAX_PATTERN_CHARS} characters", path)
+        raise SchemaError(f"a pattern must be text of at most {MAX_PATTERN_CHARS} characters, without NUL", path)
     result = program(_MATCHES).eval(data={"inputs": {"text": "", "pattern": pattern}})
     if result.type().name() == "ERROR":
         said = str(result.value()).rpartition(": ")[2]
         raise SchemaError(
-            f"the pattern {pattern!r} is not one of RE2's (no look-around, no back-references): {said}", path
+            f"the pattern {pattern!r} is not valid in RE2 (no look-around, no back-references): {said}", path
         )
 
 
@@ -105,7 +105,7 @@ def _check_pattern(pattern: Any, path: tuple[str | int, ...]) -> None:
 
 
 def issues(value: Any, schema: str) -> list[Issue]:
-    """What is wrong with a value by a schema (JSON text), at most `MAX_ISSUES`; nothing when it fits.
+    """Why a value doesn't fit a schema (JSON text): at most `MAX_ISSUES` issues, none when it fits.
 
     Raises SchemaError when the schema itself can't be used.
     """
@@ -118,7 +118,7 @@ def issues(value: Any, schema: str) -> list[Issue]:
             if len(found) == MAX_ISSUES:
                 break
     except (_TooMuch, RecursionError):  # a schema that refers to itself takes several frames per level of the value
-        found.append(Issue("$", "the check took too many steps and was given up; simplify the schema or the value"))
+        found.append(Issue("$", "the check took too many steps and was stopped; simplify the schema or the value"))
     return found
 
 
@@ -162,7 +162,7 @@ def _matches(pattern: str, text: str) -> bool:
     if len(text) > MAX_MATCHED_CHARS:
         _spend(len(text))
     _spend(1 + len(text) * len(pattern) // 1000)
-    # CEL would cut a text at a NUL, and can't hold a lone surrogate.
+    # CEL cuts a text at a NUL, and can't hold a lone surrogate.
     text = text.replace("\0", "\ufffd").encode(errors="replace").decode()
     return program(_MATCHES).eval(data={"inputs": {"text": text, "pattern": pattern}}).value() is True
 
@@ -192,8 +192,8 @@ def _additional_properties(
     extra = [name for name in value if name not in known and not any(_matches(p, name) for p in patterns)]
     if wanted is False and extra:
         names = ", ".join(repr(name) for name in extra[:5])
-        there = f"; there are {', '.join(list(known)[:12])}" if known else ""
-        yield jsonschema.ValidationError(f"unexpected: {names}{there}")
+        there = f"; use one of {', '.join(list(known)[:12])}" if known else ""
+        yield jsonschema.ValidationError(f"unknown: {names}{there}")
     elif isinstance(wanted, Mapping):
         for name in extra:
             yield from validator.descend(value[name], wanted, path=name)
@@ -232,7 +232,7 @@ def _bounded() -> Any:
 
 @lru_cache(maxsize=1)
 def _meta() -> Any:
-    """What a schema must be itself. Ours has no patterns of the author's in it, so it may use the stock validator."""
+    """The validator of schemas themselves: the stock one, as the meta-schema has no untrusted patterns."""
     return jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong, as values."""
+"""What can be wrong with a schema, or with a value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class SchemaError(ValueError):
-    """It is no schema, or one that Swarm refuses. ``path`` leads to the place in it."""
+    """Not a schema, or one that Swarm refuses. ``path`` is the place in the schema."""
 
     def __init__(self, message: str, path: tuple[str | int, ...] = ()) -> None:
         super().__init__(message)
@@ -15,7 +15,7 @@ class SchemaError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Issue:
-    """What is wrong with a value; ``path`` is a JSON path such as `$.files[3].name`."""
+    """One reason why a value doesn't fit. ``path`` is a JSON path such as `$.files[3].name`."""
 
     path: str
     message: str
