@@ -1,4 +1,4 @@
-"""Clean-up that can't be cancelled, and work that is not torn in half."""
+"""Clean-up that can't be cancelled, and work that does not stop half-way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from swarm.base.aio import finish_uninterrupted, first, undoing
 
 
-async def test_settle_finishes_its_work_before_the_cancellation_goes_on() -> None:
+async def test_work_ends_before_the_cancellation_is_raised() -> None:
     begun, go, done = asyncio.Event(), asyncio.Event(), False
 
     async def work() -> None:
@@ -31,7 +31,7 @@ async def test_settle_finishes_its_work_before_the_cancellation_goes_on() -> Non
     assert done
 
 
-async def test_settle_returns_and_raises() -> None:
+async def test_its_result_or_error_is_passed_on() -> None:
     async def value() -> int:
         return 4
 

@@ -1,4 +1,4 @@
-"""The door to programs: what it starts ends with its caller, and says why when it fails."""
+"""Starting programs: they end with their caller, and errors say why they failed."""
 
 from __future__ import annotations
 

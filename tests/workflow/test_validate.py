@@ -187,7 +187,7 @@ def test_everything() -> None:
         (HEAD + "steps: [{id: a, agent: echo}]\nschedule: {cron: '@daily', missed: all, overlap: skip}\n",
          ["line 4, column 50: missed: all may start several at once, so it needs overlap: allow"]),
         (HEAD + "steps: [{id: a, agent: !!python/object:os.system echo}]\n",
-         ["line 3, column 24: the tag 'tag:yaml.org,2002:python/object:os.system' has no meaning here"]),
+         ["line 3, column 24: the tag 'tag:yaml.org,2002:python/object:os.system' is not supported here"]),
         (HEAD + "inputs: {a: strin}\nsteps: [{id: a, agent: echo}]\n",
          [f"line 3, column 13: unknown type 'strin'; use one of {', '.join(schema.TYPES)}, optionally followed by"
           " '?'"]),

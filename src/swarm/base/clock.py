@@ -1,22 +1,22 @@
-"""The honest clock: every attempt's way from its row to its result, on one monotonic clock."""
+"""Measures each attempt from its row to its result, with one monotonic clock."""
 
 from __future__ import annotations
 
 import time
 from typing import Final
 
-# Marks in the order in which an attempt passes them, each with the name of the phase that ends there.
+# The marks of an attempt, in order, each with the name of the phase that it ends.
 MARKS: Final = (
-    ("claimed", "queue"),  # the row was committed (database clock) → this worker has it
-    ("template", "template"),  # → its template is there; built now if nobody needed it before
-    ("slot", "network"),  # → its network place is ready
+    ("claimed", "queue"),  # the row was committed (database clock) → this worker has claimed it
+    ("template", "template"),  # → its template is there; built now if it is the first to need it
+    ("slot", "network"),  # → its network slot is ready
     ("running", "vmm"),  # → the VMM runs the VM (booted or restored)
     ("answered", "boot"),  # → agentd answered: userspace is up
     ("renewed", "connect"),  # → the guest has its own identity, clock and randomness; agent and input are there
     ("started", "start"),  # → the agent's first instruction
-    ("ended", "agent"),  # → the agent ended
+    ("ended", "agent"),  # → the agent has ended
     ("collected", "collect"),  # → its output is on the host, checked
-    ("stopped", "stop"),  # → the VM and all it had are gone
+    ("stopped", "stop"),  # → the VM and its resources are gone
 )
 PHASES: Final = tuple(phase for _, phase in MARKS)
 
@@ -36,7 +36,7 @@ class Timeline:
 
     @property
     def last(self) -> str:
-        """The phase that is going on now: the one after the last mark."""
+        """The current phase: the one after the last mark."""
         passed = max(i for i, (mark, _) in enumerate(MARKS) if mark in self._marks)
         return PHASES[min(passed + 1, len(PHASES) - 1)]
 
@@ -44,8 +44,8 @@ class Timeline:
         return (time.monotonic_ns() - self._marks[mark]) / 1e6 if mark in self._marks else 0.0
 
     def phases(self) -> dict[str, float]:
-        """Milliseconds of each phase passed so far, in order, and their ``total``. A phase whose mark was never
-        reached is left out, and its time counts to the next one that was."""
+        """Milliseconds of each completed phase, in order, and their ``total``. If a mark was never reached, its phase
+        is left out and its time counts towards the next phase."""
         result = {"queue": round(self._queued_ms, 2)}
         before = self._marks["claimed"]
         for mark, phase in MARKS[1:]:

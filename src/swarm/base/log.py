@@ -1,4 +1,4 @@
-"""Where log lines go: stderr, one a line, warnings and worse unless more is asked for."""
+"""Log output: to stderr, one line each, warnings and errors only by default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import structlog
 
 
 class _Stderr:
-    """Whatever sys.stderr is at the moment: a live view puts lines above itself."""
+    """The current sys.stderr, which a live view replaces so that log lines appear above it."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -20,14 +20,14 @@ class _Stderr:
 
 
 def configure(*, debug: bool = False, info: bool = False, as_json: bool = False) -> None:
-    """Set up logging for this process. Called by the command line: with ``info``, what an engine does is logged too."""
+    """Set up logging for this process. ``info`` also logs what an engine does."""
     level = logging.DEBUG if debug else logging.INFO if info else logging.WARNING
     colors = sys.stderr.isatty()
     renderer: Any = structlog.dev.ConsoleRenderer(
         colors=colors,
         sort_keys=False,
         pad_event_to=16,
-        # Rich's would show local variables: tokens and inputs are among them.
+        # Rich's formatter would show local variables, such as tokens and inputs.
         exception_formatter=structlog.dev.plain_traceback,
     )
     if as_json:
@@ -43,5 +43,5 @@ def configure(*, debug: bool = False, info: bool = False, as_json: bool = False)
         logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Stderr())),
         cache_logger_on_first_use=False,
     )
-    # The libraries (alembic, qemu.qmp, pyroute2) use the standard library's logging, and say too much.
+    # The libraries (alembic, qemu.qmp, pyroute2) use the standard library's logging, and log too much.
     logging.basicConfig(level=logging.WARNING if debug else logging.CRITICAL, stream=sys.stderr)

@@ -1,7 +1,7 @@
-"""YAML from people: read as plain JSON values, with the line and column of every one of them.
+"""YAML files from users: read as plain JSON values, each with its line and column.
 
-YAML 1.2's core schema, so that `on`, `yes` and `12:30` are texts (1.1 makes a boolean and a number of them), and no
-tags. Everything that is wrong is a `Problem` with its place; nobody has to mend a file one error at a time.
+It is YAML 1.2's core schema without tags, so that `on`, `yes` and `12:30` are texts (in 1.1 they are booleans and a
+number). Every error is a `Problem` with its place, and all of them are reported together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from swarm.errors import UsageError
 
 MAX_BYTES: Final = 1 << 20
-MAX_NODES: Final = 100_000  # aliases counted each time that they are used
+MAX_NODES: Final = 100_000  # an alias counts each time that it is used
 MAX_DEPTH: Final = 64
 
 KeyPath = tuple[str | int, ...]
@@ -30,7 +30,7 @@ _WORDS: Final = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 
-# What PyYAML finds by itself. Of what a plain text is, `_plain` decides.
+# Tags that PyYAML assigns itself. The type of a plain text is decided by `_plain`.
 _TAGS: Final = frozenset(
     f"tag:yaml.org,2002:{name}"
     for name in ("str", "int", "float", "bool", "null", "seq", "map", "timestamp", "merge", "value")
@@ -39,7 +39,7 @@ _TAGS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Problem:
-    """One thing that is wrong in a file; ``line`` and ``column`` count from 1, 0 when it has no place."""
+    """One error in a file. ``line`` and ``column`` count from 1; 0 if it has no place."""
 
     line: int
     column: int
@@ -50,7 +50,7 @@ class Problem:
 
 
 class Invalid(UsageError):
-    """A file from a person is wrong in one or more ways; ``problems`` has all of them, in the file's order."""
+    """A file from a user has errors; ``problems`` has all of them, in the file's order."""
 
     def __init__(self, name: str, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(set(problems)))
@@ -60,7 +60,7 @@ class Invalid(UsageError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Where a value stands in the text: ``style`` is YAML's ('' for plain, '\"', \"'\", '|', '>')."""
+    """Where a value is in the text. ``style`` is YAML's: '' for plain, '\"', \"'\", '|' or '>'."""
 
     line: int
     column: int
@@ -75,9 +75,9 @@ class Document:
     lines: Sequence[str] = field(repr=False)
 
     def problem(self, path: Sequence[str | int], message: str, *, at_key: bool = False, offset: int = 0) -> Problem:
-        """A problem with the value at ``path``, or with its nearest ancestor that is in the file.
+        """A problem with the value at ``path``, or its nearest ancestor in the file.
 
-        ``offset`` counts characters into a text; what folded and escaped texts do to it is not undone.
+        ``offset`` counts characters into a text. In folded and escaped texts the place is approximate.
         """
         path = tuple(path)
         marks = self.keys if at_key and path in self.keys else self.positions
@@ -93,7 +93,7 @@ class Document:
             start = text.rfind("\n", 0, offset) + 1
             line += 1 + row
             source = self.lines[line - 1] if line <= len(self.lines) else ""
-            # What the block's indentation took away is what the source line has more.
+            # The source line is longer than the text by the block's indentation.
             column = 1 + max(len(source) - len(text[start:].partition("\n")[0]), 0) + offset - start
         return Problem(line=line, column=column, message=message)
 
@@ -105,7 +105,7 @@ class Document:
 
 
 def load(text: str | bytes, *, name: str) -> Document:
-    """Parse one YAML document. Raises Invalid, with a place, for what is no YAML, too large, or no JSON value."""
+    """Parse one YAML document. Raises Invalid if it isn't YAML, isn't a JSON value, or is too large."""
     if len(text) > MAX_BYTES:
         raise Invalid(name, [Problem(line=0, column=0, message=f"larger than {MAX_BYTES >> 10} KiB")])
     try:
@@ -132,11 +132,11 @@ def load(text: str | bytes, *, name: str) -> Document:
 
 
 def _hint(said: str, line: str) -> str:
-    """What trips people who write expressions in YAML."""
+    """Advice for common mistakes with expressions in YAML."""
     if "got '?'" in said:
-        return "; within {} and [] a text with a '?' in it needs quotes"
+        return "; inside {} and [], put a text with '?' in quotes"
     if "mapping values are not allowed" in said and "${" in line:
-        return "; an expression with ': ' in it needs quotes"
+        return "; put an expression with ': ' in quotes"
     return ""
 
 
@@ -155,7 +155,7 @@ class _Reader:
                 self._bad(node, what)
             return None
         if node.tag not in _TAGS:
-            self._bad(node, f"the tag {node.tag!r} has no meaning here")
+            self._bad(node, f"the tag {node.tag!r} is not supported here")
         style = (node.style or "") if isinstance(node, yaml.ScalarNode) else ""
         self.positions[path] = _position(node, style)
         if isinstance(node, yaml.SequenceNode):
@@ -168,7 +168,7 @@ class _Reader:
         seen: set[str] = set()
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self._bad(key, "a key must be a text")
+                self._bad(key, "a key must be text")
                 continue
             if key.value in seen:
                 self._bad(key, f"the key {key.value!r} is here twice")

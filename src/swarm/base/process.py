@@ -1,7 +1,7 @@
-"""The one door through which Swarm starts programs.
+"""The one place that starts programs.
 
-Argv lists only, a scrubbed environment, its own stdio for everything (a VMM that inherits a pipe keeps the caller of
-`swarm` hanging), and a death that is waited for.
+Every program gets an argv list, a scrubbed environment and stdio of its own (a VMM that inherits a pipe would keep the
+caller of `swarm` waiting), and is waited for when it ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swarm.errors import CommandFailed, HostError
 
 log = structlog.get_logger(__name__)
 
-# What a child may see of our environment. The last six let package tools reach their registries as the host does.
+# The variables that a child inherits. The last six let package tools reach their registries as the host does.
 _KEPT = (
     "PATH", "HOME", "LANG", "TZ", "TMPDIR", "TERM",
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "SSL_CERT_FILE",
@@ -39,7 +39,7 @@ class Completed:
 
 
 def which(program: str) -> str | None:
-    """Path of a program, looked for on PATH and in the sbin directories that a user's PATH may lack."""
+    """The path of a program, on PATH or in the sbin directories that a user's PATH may lack."""
     return shutil.which(program) or shutil.which(program, path=_SYSTEM_PATH)
 
 
@@ -51,7 +51,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def in_netns(argv: Sequence[str], netns: str | None) -> list[str]:
-    """Argv that runs ``argv`` inside the named network namespace, mounts unchanged (`ip netns exec` remounts /sys)."""
+    """``argv``, run inside the named network namespace. Mounts are unchanged (`ip netns exec` would remount /sys)."""
     return [*(("nsenter", f"--net=/run/netns/{netns}", "--") if netns else ()), *argv]
 
 
@@ -67,9 +67,9 @@ async def run(
 ) -> Completed:
     """Run a program to its end and return what it printed.
 
-    Raises CommandFailed when it ends with a status other than 0 (and ``check``), HostError when it can't be
-    started or takes longer than ``timeout_seconds``; in the latter case, and when cancelled, it is killed first, with
-    all that it started. It has a session of its own: the Ctrl+C that makes us clean up must not end what cleans up.
+    Raises CommandFailed when it exits with a status other than 0 (if ``check``), HostError when it can't be started or
+    takes longer than ``timeout_seconds``. After a timeout or a cancellation it is killed first, with everything that it
+    started. It has a session of its own, so that Ctrl+C doesn't reach a program that does the clean-up.
     """
     argv = in_netns(argv, netns)
     log.debug("run", argv=shlex.join(argv))
@@ -114,10 +114,10 @@ async def spawn(
     pass_fds: Sequence[int] = (),
     die_with_parent: bool = True,
 ) -> asyncio.subprocess.Process:
-    """Start a program that goes on running, in a session of its own; stdout and stderr are appended to ``output``.
+    """Start a program in a session of its own, and return. Its stdout and stderr are appended to ``output``.
 
-    With ``stdout``, that descriptor gets what is printed there instead.
-    With ``die_with_parent`` the kernel kills it when this process dies, however it dies.
+    With ``stdout``, its stdout goes to that descriptor instead. With ``die_with_parent`` the kernel kills it when this
+    process dies, however it dies.
     """
     argv = in_netns(argv, netns)
     if die_with_parent:
@@ -137,9 +137,9 @@ async def spawn(
 
 
 async def kill(process: asyncio.subprocess.Process, *, grace_seconds: float = 0.0) -> None:
-    """End a process and wait for its death. Idempotent. With a grace, SIGTERM comes first.
+    """End a process and wait until it is dead. Idempotent. With a grace period, send SIGTERM first.
 
-    Not by `process.send_signal`: that polls, which may reap a child that just died before asyncio does (status 255).
+    `process.send_signal` isn't used because it polls, and may reap a child before asyncio does (status 255).
     """
     if process.returncode is not None:
         return
@@ -158,7 +158,7 @@ async def kill(process: asyncio.subprocess.Process, *, grace_seconds: float = 0.
 async def _start(argv: Sequence[str], **options: object) -> asyncio.subprocess.Process:
     program = which(argv[0])
     if program is None:
-        raise HostError(f"the program {argv[0]!r} is not installed; `swarm doctor` says which package has it")
+        raise HostError(f"the program {argv[0]!r} is not installed; `swarm doctor` names its package")
     try:
         return await asyncio.create_subprocess_exec(program, *argv[1:], **options)  # type: ignore[arg-type]
     except OSError as error:
@@ -169,9 +169,9 @@ async def _start(argv: Sequence[str], **options: object) -> asyncio.subprocess.P
 
 
 def start_time(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot (field 22 of proc(5) stat): with the pid, it names a process
-    for ever. None when there is no such process, or it is a zombie. Raises HostError when we have no descriptor or
-    memory left to look."""
+    """Start time of a process in clock ticks since boot (field 22 of proc(5) stat); with the pid it identifies the
+    process for ever. None if there is no such process, or it is a zombie. Raises HostError if we have no descriptor or
+    memory left to read it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError) as error:
@@ -191,7 +191,7 @@ def _pidfd(pid: int) -> int | None:
 
 
 def signal_stranger(pid: int, started: int, number: signal.Signals) -> bool:
-    """Send a signal to the process that had this pid and start time; False when it is gone.
+    """Send a signal to the process with this pid and start time; False if it is gone.
 
     A pidfd is opened before the start time is compared, so a recycled pid can't be hit.
     """
@@ -209,7 +209,7 @@ def signal_stranger(pid: int, started: int, number: signal.Signals) -> bool:
 
 
 async def gone(pid: int, started: int, *, timeout_seconds: float | None = None) -> bool:
-    """Wait until the process with this pid and start time is dead; False when it lives past the timeout."""
+    """Wait until the process with this pid and start time is dead; False if it outlives the timeout."""
     fd = _pidfd(pid)
     if fd is None:
         return True
@@ -230,6 +230,6 @@ async def gone(pid: int, started: int, *, timeout_seconds: float | None = None) 
 
 
 async def kill_stranger(pid: int, started: int, *, timeout_seconds: float = 5.0) -> None:
-    """Kill the process that had this pid and start time, and wait until it is gone. Nothing if it already is."""
+    """Kill the process with this pid and start time, and wait until it is gone. Does nothing if it already is."""
     if signal_stranger(pid, started, signal.SIGKILL) and not await gone(pid, started, timeout_seconds=timeout_seconds):
         raise HostError(f"process {pid} did not die within {timeout_seconds:g} s of SIGKILL")

@@ -1,4 +1,4 @@
-"""Secrets out of what an agent prints and returns, also when one comes in two pieces."""
+"""Replaces secrets in what an agent prints and returns, even if one arrives in two pieces."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-# Shorter ones would take the text apart that they happen to be in.
+# A shorter secret would be found, by chance, all over ordinary text.
 SHORTEST: Final = 4
 
 
 class Redactor:
-    """``secrets``: name to value. Whole values as they are: what a program encodes first is not recognised."""
+    """``secrets``: name to value. Only unchanged values are found: a secret that a program has encoded is not."""
 
     def __init__(self, secrets: Mapping[str, str]) -> None:
         given = ((value, f"[{name}]") for name, value in secrets.items() if len(value) >= SHORTEST)
-        # The longest first: one may begin as another does.
+        # The longest first: one secret may be the beginning of another.
         texts = sorted(given, key=lambda pair: -len(pair[0]))
         self._texts = dict(reversed(texts))
         self._bytes = {value.encode(): mark.encode() for value, mark in self._texts.items()}
@@ -29,7 +29,7 @@ class Redactor:
         return self._in_text.sub(lambda found: self._texts[found[0]], text) if self else text
 
     def value(self, value: Any) -> Any:
-        """The same in all texts of a JSON value, keys included."""
+        """The same, in all texts of a JSON value, including keys."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
@@ -48,7 +48,7 @@ class Redactor:
         return Stream(self)
 
     def held(self, data: bytes) -> int:
-        """How many bytes at the end may be the beginning of a secret."""
+        """How many bytes at the end could be the beginning of a secret."""
         longest = 0
         for value in self._bytes:
             for length in range(min(len(value) - 1, len(data)), longest, -1):
@@ -59,17 +59,17 @@ class Redactor:
 
 
 class Stream:
-    """One stream of output: what could be the beginning of a secret is held back until it is known not to be."""
+    """One stream of output. Bytes that could begin a secret are held back until the next ones decide."""
 
     def __init__(self, redactor: Redactor) -> None:
         self._redactor = redactor
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """The same, piece by piece, as `Redactor.clean` of all at once."""
+        """The next clean bytes: in total, the same as `Redactor.clean` of the whole stream."""
         data = self._held + data
         redactor, clean, at = self._redactor, [], 0
-        until = len(data) - redactor.held(data)  # no secret that begins before can become a longer one
+        until = len(data) - redactor.held(data)  # a secret that begins before this can't become a longer one
         while found := redactor.pattern.search(data, at) if redactor else None:
             if found.start() >= until:
                 break

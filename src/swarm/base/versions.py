@@ -1,4 +1,4 @@
-"""Which agent, or workflow, a reference means: `echo`, `echo@1`, `echo@1.0`, `echo@1.0.0`, or an id."""
+"""Find the agent or workflow that a reference names: `echo`, `echo@1`, `echo@1.0`, `echo@1.0.0`, or an id."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _R = TypeVar("_R", bound=Released)
 
 
 def pick(reference: str, among: Iterable[_R]) -> _R | None:
-    """The one meant: by id, else the newest version that fits; None when there is none.
+    """The one with that id, else the newest version that matches, else None.
 
-    A pre-release (1.0.0-rc1) is meant only when it is named, or when there is nothing else.
+    A pre-release (1.0.0-rc1) is chosen only if it is named, or if nothing else matches.
     """
     found = list(among)
     for one in found:
         if one.id == reference:
             return one
     name, _, wanted = reference.partition("@")
-    fitting = [one for one in found if one.name == name and _fits(one.version, wanted)]
-    return max(fitting, key=lambda one: ("-" not in one.version, order(one.version)), default=None)
+    matching = [one for one in found if one.name == name and _matches(one.version, wanted)]
+    return max(matching, key=lambda one: ("-" not in one.version, order(one.version)), default=None)
 
 
-def _fits(version: str, wanted: str) -> bool:
+def _matches(version: str, wanted: str) -> bool:
     core = version.partition("+")[0]
     return not wanted or wanted in (version, core) or core.startswith(f"{wanted}.")
 
 
 def order(version: str) -> tuple[object, ...]:
-    """A key that sorts by semantic versioning 2.0.0: numbers as numbers, a pre-release before its release."""
+    """A sort key by semantic versioning 2.0.0: numbers sort as numbers, a pre-release before its release."""
     core, _, before = version.partition("+")[0].partition("-")
     numbers = tuple(int(part) if part.isdecimal() else 0 for part in core.split("."))
     parts = tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in before.split(".")) if before else ()

@@ -1,4 +1,4 @@
-"""How the host runs commands and moves files in a guest: the client of guest/agentd.py.
+"""Runs commands and copies files in a guest: the client of guest/agentd.py.
 
 ::
 
@@ -8,9 +8,9 @@
         exit = await channel.run(["/agent/main.py"], warm=True, timeout_seconds=600, on_output=print)
         output = await channel.get("/work/output.json", limit_bytes=16 << 20)
 
-agentd answers in order, so calls may be sent ahead: ``asyncio.gather(channel.renew(…), channel.run(…))`` costs one
-round trip, and a call is skipped when the one sent before it failed. A broken rule, a late or foreign frame, a
-cancellation or timeout in the middle of a call closes the connection for good; closing it kills what runs.
+agentd answers in order, so calls can be pipelined: ``asyncio.gather(channel.renew(…), channel.run(…))`` costs one
+round trip, and a call is skipped if the one sent before it failed. A protocol violation, an unexpected frame, or a
+cancellation or timeout during a call closes the connection for good. Closing it kills the running agent.
 """
 
 from swarm.channel.client import Channel

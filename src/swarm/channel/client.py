@@ -1,4 +1,4 @@
-"""The client itself: requests out, replies in, nothing trusted. The package's docstring shows its use."""
+"""The client: sends requests and reads replies, none of which it trusts. The package's docstring shows its use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from swarm.model import FailureReason
 
 PROTOCOL: Final = 1
 MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES
-_GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and bury an agent after its time is up
+_GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and reap an agent after its time is up
 _STREAMS: Final = ("stdout", "stderr")
 
 
 class _Refusal(Exception):
-    """An error that agentd answered: its class and words. The connection is still good."""
+    """An error in agentd's reply: its class and message. The connection can still be used."""
 
     def __init__(self, op: str, kind: str, message: str) -> None:
         super().__init__(f"{op}: {message}")
@@ -42,7 +42,7 @@ class Channel:
         self._writer = writer
         self._token = token
         self._io_seconds = io_timeout_seconds
-        # Both are fair, so that replies are awaited in the order in which the requests were sent.
+        # Both locks are fair, so replies are awaited in the order of their requests.
         self._sending = asyncio.Lock()
         self._receiving = asyncio.Lock()
         self._last_id = 0
@@ -63,11 +63,11 @@ class Channel:
         io_timeout_seconds: float = 60.0,
         listening: bool = False,
     ) -> AsyncIterator[Channel]:
-        """Connect and say hello, again and again until agentd answers; ``greeting`` is what it said.
+        """Connect and say hello, repeatedly until agentd answers; ``greeting`` is its answer.
 
-        ``token``: at least 16 bytes; the first that an agentd ever hears becomes its own. ``io_timeout_seconds``
-        bounds every later exchange except a run. ``listening``: see `dial`. Raises ChannelError when the time is over,
-        or at once when agentd refuses the token.
+        ``token``: at least 16 bytes; an agentd adopts the first one that it receives. ``io_timeout_seconds`` bounds
+        every later exchange except a run. ``listening``: see `dial`. Raises ChannelError when the time is over, or at
+        once when agentd refuses the token.
         """
         channel = await cls._reach(endpoint, token, timeout_seconds, io_timeout_seconds, listening)
         try:
@@ -79,7 +79,7 @@ class Channel:
     async def _reach(
         cls, endpoint: Endpoint, token: bytes, timeout_seconds: float, io_seconds: float, listening: bool
     ) -> Channel:
-        trouble = ["nothing listens there"]
+        trouble = ["it is not listening"]
         try:
             async with asyncio.timeout(timeout_seconds):
                 while True:
@@ -88,7 +88,7 @@ class Channel:
                         channel.greeting = await channel.hello()
                         return channel
                     except ChannelError as error:
-                        # A guest restored inside a half-dead connection resets the next one: that is worth a new try.
+                        # A guest restored in the middle of an old connection resets the next one: worth a new try.
                         if not channel._broken:
                             raise
                         trouble[0] = str(error)
@@ -102,11 +102,11 @@ class Channel:
             raise ChannelError(message) from None
 
     def close(self) -> None:
-        """Drop the connection; agentd then kills the agent that it started on it. Idempotent."""
+        """Close the connection; agentd then kills the agent that was started on it. Idempotent."""
         self._broken = self._broken or "it was closed"
         self._writer.transport.abort()
-        # When memory ended within a write, asyncio has the socket registered for writing and does not know it. It would
-        # never read from the next one with the same number.
+        # If memory ran out during a write, asyncio has left the socket registered for writing without knowing it, and
+        # would never read from the next socket with the same number.
         if (number := self._writer.get_extra_info("socket").fileno()) >= 0:
             asyncio.get_running_loop().remove_writer(number)
 
@@ -119,9 +119,9 @@ class Channel:
     async def _call(
         self, op: str, payload: bytes, fields: Mapping[str, object], *, limit_seconds: float | None = None
     ) -> AsyncIterator[Callable[[], Awaitable[Frame]]]:
-        """Send a request; give a function that returns its replies one by one and raises _Refusal for an error.
+        """Send a request, and yield a function that returns the next reply, or raises _Refusal for an error.
 
-        Left by anything but its end or a _Refusal, the connection is closed: where it stands is then unknown.
+        If the block is left by any exception but a _Refusal, the connection is closed, since its state is unknown.
         """
         request_id = 0
         try:
@@ -139,7 +139,7 @@ class Channel:
             async def reply() -> Frame:
                 frame = await frames.read(self._reader)
                 if frame.head.get("id") != request_id:
-                    raise ChannelError(f"the guest answered something else than {op}")
+                    raise ChannelError(f"the guest's reply does not belong to this {op} request")
                 if (error := frame.head.get("error")) is not None:
                     said = error if isinstance(error, dict) else {}
                     raise _Refusal(op, printable(said.get("type")), printable(said.get("message"), limit=2000))
@@ -180,7 +180,7 @@ class Channel:
 
     async def _ask(self, op: str, payload: bytes = b"", **fields: object) -> Frame:
         """A request with one reply."""
-        # A guest that takes less than 1 MiB/s is as good as dead.
+        # A guest that takes less than 1 MiB/s counts as dead.
         limit = self._io_seconds + len(payload) / (1 << 20)
         try:
             async with self._call(op, payload, fields, limit_seconds=limit) as reply:
@@ -191,12 +191,10 @@ class Channel:
     # --- operations
 
     async def hello(self) -> Hello:
-        """What the guest says of itself now."""
+        """How the guest describes itself now."""
         reply = await self._ask("hello", token=self._token.hex())
         if (version := reply.number("protocol")) != PROTOCOL:
-            raise ChannelError(
-                f"agentd speaks protocol {version}, not {PROTOCOL}: build the image again", retryable=False
-            )
+            raise ChannelError(f"agentd speaks protocol {version}, not {PROTOCOL}: rebuild the image", retryable=False)
         return Hello(
             **state(reply),
             mode=reply.text("mode"),
@@ -207,9 +205,9 @@ class Channel:
         )
 
     async def renew(self, identity: Identity) -> Renewed:
-        """Give the guest its identity, random seed and the time; later connections need ``identity.token``.
+        """Give the guest its identity, a random seed and the time; later connections need ``identity.token``.
 
-        Raises ChannelError when any part failed: such a guest must be killed, not used.
+        Raises ChannelError if any part failed: such a guest must be killed, not used.
         """
         reply = await self._ask(
             "renew",
@@ -226,12 +224,12 @@ class Channel:
         )
         renewed = Renewed(**state(reply), done=reply.texts("done"), skipped=reply.texts("skipped"))
         if renewed.generation != identity.generation:
-            raise ChannelError("the guest reports another generation than it was given")
+            raise ChannelError("the guest reports a generation that it was not given")
         self._token = identity.token
         return renewed
 
     async def sshd_ready(self, *, timeout_seconds: float) -> bool:
-        """Wait until the guest's sshd, started ahead by a renewal with ``sshd_ready``, has greeted. False when it did
+        """Wait until the sshd that a renewal with ``sshd_ready`` started ahead has sent its greeting. False if it did
         not in that time."""
         deadline = time.monotonic() + timeout_seconds
         while (left := deadline - time.monotonic()) > 0:
@@ -240,15 +238,15 @@ class Channel:
         return False
 
     async def put(self, files: Mapping[str, bytes], *, dest: str, owner: str = "agent", mode: int = 0o644) -> None:
-        """Write files below ``dest`` ('/work' or '/agent'), replacing what has their names; directories are made.
+        """Write files below ``dest`` ('/work' or '/agent'), replacing existing ones and creating directories.
 
-        Raises UsageError for a name that is not a plain relative path, ChannelError when the guest could not (full).
+        Raises UsageError for a name that is not a plain relative path, ChannelError if the guest could not (disk full).
         """
         await self._put([(name, data, mode) for name, data in files.items()], dest, owner)
 
     async def put_tree(self, dir: Path, *, dest: str, owner: str = "root") -> int:  # noqa: A002
-        """Copy a directory's files to ``dest``; returns how many. Executable files stay so, nothing else of the mode
-        is kept; __pycache__ is left out. Raises UsageError for a link, a special file, or more than 256 MiB."""
+        """Copy a directory's files to ``dest``; returns how many. Of their modes only the execute bit is kept;
+        __pycache__ is left out. Raises UsageError for a link, a special file, or more than 256 MiB."""
         files = await asyncio.to_thread(read_tree, dir)
         await self._put(files, dest, owner)
         return len(files)
@@ -259,9 +257,9 @@ class Channel:
             await self._ask("put", b"".join(data for _, data, _ in batch), dest=dest, owner=owner, files=table)
 
     async def get(self, path: str, *, limit_bytes: int) -> bytes | None:
-        """A regular file's contents; None when there is no such file.
+        """A regular file's contents; None if it doesn't exist.
 
-        Raises OutputInvalid when it is larger than the limit, or is a link, a device or the like.
+        Raises OutputInvalid if it is larger than the limit, or a link, a device or the like.
         """
         data = bytearray()
         limit_seconds = self._io_seconds + limit_bytes / (1 << 20)
@@ -271,7 +269,7 @@ class Channel:
             ) as reply:
                 while not (frame := await reply()).head.get("ok"):
                     if frame.head.get("stream") != "data" or not frame.payload:
-                        raise ChannelError("the guest sent a frame that has no place in a get")
+                        raise ChannelError("the guest sent a frame that does not belong in a get")
                     data += frame.payload
                     if len(data) > limit_bytes:
                         raise ChannelError(f"the guest sent more than the {limit_bytes} bytes asked for")
@@ -303,14 +301,15 @@ class Channel:
         on_output: Callable[[str, bytes], None] | None = None,
         max_output_bytes: int = 16 << 20,
     ) -> Exit:
-        """Run a program to its end; nothing that it started outlives it.
+        """Run a program to its end. Nothing that it started outlives it.
 
-        ``warm``: ``argv[0]`` is a Python file, run in a fork of the guest's interpreter; else it is executed.
-        ``env`` is added to PATH, HOME, USER, LOGNAME, LANG, SWARM_WORK, SWARM_AGENT. ``on_output(stream, data)`` gets
-        'stdout' and 'stderr' as they come, and 'swarm' once, with a note, when more than ``max_output_bytes`` were
-        written (the rest is dropped). ``idle_timeout_seconds`` without output end it, too.
+        ``warm``: ``argv[0]`` is a Python file, run in a fork of the guest's interpreter; otherwise it is executed.
+        ``env`` is added to PATH, HOME, USER, LOGNAME, LANG, SWARM_WORK, SWARM_AGENT. ``on_output(stream, data)``
+        receives 'stdout' and 'stderr' as they arrive, and 'swarm' once, with a note, when output exceeds
+        ``max_output_bytes`` (the rest is dropped). The program is also ended after ``idle_timeout_seconds`` without
+        output.
 
-        Raises AgentTimeout, AgentFailed when the program can't be started, ChannelError.
+        Raises AgentTimeout, ChannelError, and AgentFailed if the program can't be started.
         """
         if len(stdin) > MAX_STDIN_BYTES:
             raise UsageError(f"stdin has {len(stdin)} bytes; the limit is {MAX_STDIN_BYTES}: put a file instead")
@@ -341,10 +340,10 @@ class Channel:
                             started_at = time.monotonic()
                         elif head.get("truncated") is True and not truncated:
                             truncated = True
-                            silence = None  # from here on the guest alone can tell silence from dropped output
+                            silence = None  # from here on only the guest can tell silence from dropped output
                             emit("swarm", b"output truncated after %d bytes\n" % max_output_bytes)
                         else:
-                            raise ChannelError("the guest sent a frame that has no place in a run")
+                            raise ChannelError("the guest sent a frame that does not belong in a run")
                 timed_out = frame.optional_text("timed_out")
                 ended = None if timed_out else exit_of(frame, started_at)
         except TimeoutError:
@@ -360,7 +359,7 @@ class Channel:
         return ended
 
     async def kill(self) -> bool:
-        """Kill the agent that was started on another connection. (Closing that one does the same.)"""
+        """Kill the agent that was started on another connection. (Closing that connection does the same.)"""
         return (await self._ask("kill")).flag("killed")
 
     async def poweroff(self) -> None:

@@ -1,4 +1,4 @@
-"""Reaching a guest that may still be booting."""
+"""Connect to a guest that may still be booting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_TRY_SECONDS: Final = 1.0  # a lost SYN is sent again only after 1 s; by then newer tries are under way
+_TRY_SECONDS: Final = 1.0  # a lost SYN is resent only after 1 s; by then newer tries have started
 _FIRST_PAUSE, LAST_PAUSE = 0.005, 0.050
 _PATIENCE: Final = 0.25
 
@@ -26,13 +26,13 @@ class Endpoint:
 
 
 async def dial(endpoint: Endpoint, trouble: list[str], *, listening: bool = False) -> Streams:
-    """Connect, for as long as it takes; ``trouble[0]`` says why it has not worked yet.
+    """Connect, however long it takes; ``trouble[0]`` says why it has not worked yet.
 
-    ``listening``: agentd is there already, as in a clone, and every superfluous try would cost it time.
+    ``listening``: agentd is already running, as in a clone, and every unnecessary try would cost it time.
 
-    While a guest boots, a SYN may be refused, lost, or kept in the tap until there is a driver. So a new try starts
-    every few milliseconds while the older ones still wait; the first that succeeds wins. Who boots for minutes may
-    also need seconds to answer: then tries become rarer and last longer, else they would be all that the guest does.
+    While a guest boots, a SYN may be refused, lost, or held in the tap until the guest's driver is loaded. So a new try
+    starts every few milliseconds while older ones still wait, and the first to succeed is used. A guest that boots for
+    minutes may need seconds to answer, so tries become rarer and longer; otherwise they would take all its time.
     """
     loop = asyncio.get_running_loop()
     tries: set[asyncio.Task[Streams]] = set()
@@ -55,7 +55,7 @@ async def dial(endpoint: Endpoint, trouble: list[str], *, listening: bool = Fals
                 if won is None and task.exception() is None:
                     won = task.result()
                 elif task.exception() is None:
-                    tries.add(task)  # one connection too many: closed below
+                    tries.add(task)  # a second connection: closed below
                 else:
                     trouble[0] = str(task.exception()) or "no answer yet"
             if won:
@@ -73,6 +73,6 @@ async def _try(endpoint: Endpoint, seconds: float) -> Streams:
         if endpoint.unix:
             return await asyncio.open_unix_connection(endpoint.unix)
         reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
-    # Closed by a reset, so that no connection of ours lingers in a guest that becomes a template.
+    # Close by a reset, so that no old connection remains in a guest that becomes a template.
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     return reader, writer

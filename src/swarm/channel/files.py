@@ -1,4 +1,4 @@
-"""Files on their way into a guest."""
+"""Prepare files for sending to a guest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_tree(top: Path) -> list[File]:
 
 
 def batches(files: Sequence[File]) -> Iterator[list[File]]:
-    """Split into requests whose table of files fits a header and whose contents fit agentd's limit."""
+    """Split into requests whose file table fits into a header and whose contents fit agentd's limit."""
     batch: list[File] = []
     names = contents = 0
     for name, data, mode in files:

@@ -1,7 +1,7 @@
-"""The channel's wire format, seen from the host: the other end is hostile.
+"""The channel's wire format on the host's side. The guest is hostile.
 
-A frame is ``>II`` (length of the header, length of the payload), a JSON object, and raw bytes. Nothing is allocated on
-the word of a guest beyond these limits; agentd.py, which can't import this, repeats them.
+A frame is ``>II`` (length of the header, length of the payload), a JSON object, and raw bytes. A guest can't make the
+host allocate more than these limits. agentd.py repeats them, as it can't import this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PREFIX: Final = struct.Struct(">II")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """One frame from a guest. The accessors raise ChannelError when a field is not what it must be."""
+    """One frame from a guest. The accessors raise ChannelError if a field has the wrong type or is out of range."""
 
     head: Mapping[str, object]
     payload: bytes
@@ -65,7 +65,7 @@ class Frame:
         return tuple(value)
 
     def _wrong(self, key: str, wanted: str) -> ChannelError:
-        return ChannelError(f"the guest's reply has {key}={printable(self.head.get(key))} where {wanted} belongs")
+        return ChannelError(f"the guest's reply has {key}={printable(self.head.get(key))} where {wanted} is expected")
 
 
 def encode(head: Mapping[str, object], payload: bytes = b"") -> bytes:
@@ -79,7 +79,7 @@ def encode(head: Mapping[str, object], payload: bytes = b"") -> bytes:
 
 
 async def read(reader: asyncio.StreamReader) -> Frame:
-    """The next frame. Raises ChannelError for anything that is not one; the caller limits the time."""
+    """The next frame. Raises ChannelError for anything else; the caller limits the time."""
     try:
         header_bytes, payload_bytes = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
         if not 2 <= header_bytes <= MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
@@ -98,7 +98,7 @@ async def read(reader: asyncio.StreamReader) -> Frame:
 
 
 def printable(value: object, *, limit: int = 300) -> str:
-    """A guest's words, fit for a message: one line, no control characters, not long."""
+    """Text from a guest, safe for a message: one short line without control characters."""
     text = value if isinstance(value, str) else repr(value)[: limit + 1]
     clean = "".join(c if c.isprintable() else " " for c in text[: limit + 1])
     return clean if len(clean) <= limit else clean[:limit] + "…"

@@ -1,4 +1,4 @@
-"""What the host tells a guest, what it hears, and the checks that make sense of the latter: a guest may lie."""
+"""The values that the host sends to a guest and receives from it, with checks: a guest may lie."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from swarm.errors import ChannelError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What makes a guest somebody. ``seed``: fresh random bytes for the guest's kernel, or b"" to give it none.
-    ``ssh_host_key``: a private key in OpenSSH's PEM form, or "" for no sshd. ``machine_id``: 32 hex digits."""
+    """A guest's identity. ``seed``: fresh random bytes for the guest's kernel, or b"" for none. ``ssh_host_key``: a
+    private key in OpenSSH's PEM form, or "" for no sshd. ``machine_id``: 32 hex digits."""
 
     generation: str
     seed: bytes
@@ -24,12 +24,12 @@ class Identity:
     authorized_keys: str
     token: bytes
     work_disk: bool = True
-    sshd_ready: bool = False  # start an sshd ahead of its connection: see Channel.sshd_ready
+    sshd_ready: bool = False  # start an sshd before anyone connects: see Channel.sshd_ready
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """How the guest describes itself: true of an honest guest only."""
+    """How the guest describes itself; a hostile guest may lie."""
 
     boot_id: str
     generation: str | None  # None: never renewed
@@ -51,8 +51,8 @@ class Hello(State):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewed(State):
-    """``done`` and ``skipped`` are drawn from seed, clock, machine_id, hostname, work (disk mounted), ssh, interpreter.
-    The `process` driver skips all that would change the host."""
+    """``done`` and ``skipped`` name parts: seed, clock, machine_id, hostname, work (disk mounted), ssh, interpreter.
+    The `process` driver skips those that would change the host."""
 
     done: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -60,10 +60,10 @@ class Renewed(State):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exit:
-    """How a program ended. Exactly one of ``code`` and ``signal`` is set. Sizes count what it wrote; of these,
-    ``dropped_bytes`` were beyond max_output_bytes. ``cpu_ms``: with all descendants. ``started_ns``, ``ended_ns`` and
-    ``received_ns`` (the request's arrival) are the guest's CLOCK_MONOTONIC; ``started_at`` and ``ended_at`` the
-    host's ``time.monotonic()`` when the news arrived. ``clean``: no descendant survived."""
+    """How a program ended. Exactly one of ``code`` and ``signal`` is set. Sizes count what it wrote, including the
+    ``dropped_bytes`` beyond max_output_bytes. ``cpu_ms`` includes all descendants. ``started_ns``, ``ended_ns`` and
+    ``received_ns`` (the request's arrival) are the guest's CLOCK_MONOTONIC; ``started_at`` and ``ended_at`` are the
+    host's ``time.monotonic()`` when the frame arrived. ``clean``: no descendant survived."""
 
     code: int | None
     signal: int | None
@@ -105,7 +105,7 @@ def state(reply: Frame) -> StateFields:
 
 def final(frame: Frame) -> Frame:
     if frame.head.get("ok") is not True:
-        raise ChannelError("the guest sent a frame that has no place here")
+        raise ChannelError("the guest sent an unexpected frame")
     return frame
 
 
@@ -113,7 +113,7 @@ def exit_of(reply: Frame, started_at: float | None) -> Exit:
     """The Exit in a run's last frame."""
     code, signal = reply.optional_number("code"), reply.optional_number("signal")
     if started_at is None or (code is None) == (signal is None) or (code or 0) > 255 or (signal or 0) > 64:
-        raise ChannelError("the guest's account of how the agent ended makes no sense")
+        raise ChannelError("the guest's report of how the agent ended makes no sense")
     return Exit(
         code=code,
         signal=signal,
