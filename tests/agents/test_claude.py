@@ -136,7 +136,7 @@ async def test_the_tickets_description_or_a_conversation_in_place_of_a_prompt(ru
 
 
 async def test_it_prints_while_the_answer_comes(run: Run, root: Path) -> None:
-    """The first word is here when the answer is not whole."""
+    """The first word arrives even if the answer is incomplete."""
     there: list[bool] = []
     ran = await run(
         CLAUDE,
@@ -151,13 +151,13 @@ async def test_it_prints_while_the_answer_comes(run: Run, root: Path) -> None:
     [
         (CLAUDE, {"prompt": "scenario=429"}, {}, 3, "429 rate_limit_error: slow down"),
         (WORKER, {"prompt": "scenario=529"}, {}, 3, "529 overloaded_error: Overloaded"),
-        (CLAUDE, {"prompt": "scenario=cut"}, {}, 4, "the answer is not whole"),
-        (WORKER, {"prompt": "scenario=cut"}, {}, 4, "the answer is not whole"),
-        (CLAUDE, {"prompt": "scenario=malformed"}, {}, 4, "the answer is not whole"),
+        (CLAUDE, {"prompt": "scenario=cut"}, {}, 4, "the answer is incomplete"),
+        (WORKER, {"prompt": "scenario=cut"}, {}, 4, "the answer is incomplete"),
+        (CLAUDE, {"prompt": "scenario=malformed"}, {}, 4, "the answer is incomplete"),
         (CLAUDE, {"prompt": "hi"}, {"ANTHROPIC_API_KEY": "dead"}, 3, "401 authentication_error: invalid x-api-key"),
         (CLAUDE, {"prompt": "hi"}, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}, 4, "can't be reached"),
-        (CLAUDE, {"prompt": "hi"}, {"ANTHROPIC_BASE_URL": ""}, 2, "no way to the model"),
-        (WORKER, {"prompt": "hi"}, {"ANTHROPIC_API_KEY": ""}, 2, "no way to the model"),
+        (CLAUDE, {"prompt": "hi"}, {"ANTHROPIC_BASE_URL": ""}, 2, "can't reach a model: the gateway has not set"),
+        (WORKER, {"prompt": "hi"}, {"ANTHROPIC_API_KEY": ""}, 2, "can't reach a model: the gateway has not set"),
         (CLAUDE, {"prompt": "  "}, {}, 2, "nothing to ask"),
         (WORKER, {}, {}, 2, "nothing to do"),
     ],

@@ -1,16 +1,19 @@
-"""agentd: the one Swarm process in a guest. It runs commands and moves files for the host, and nobody else.
+"""agentd: Swarm's program in a guest. It runs commands and copies files for the host only.
 
-Started by init (``python3 -I -S -B agentd.py``) before a template is taken, or on the host by the `process` driver
-(``--unix PATH --root DIR``), where it touches nothing outside DIR: no clock, no host name, no random pool, no sshd.
+Init starts it (``python3 -I -S -B agentd.py``) before a template is taken. The `process` driver starts it on the host
+(``--unix PATH --root DIR``), where it changes nothing outside DIR: not the clock, host name, random pool or sshd.
 
-Two processes. *agentd* owns the connections and the token. The *zygote* is forked from it at start, before any secret
-exists, stays single-threaded, and forks every agent: Python ones run in the fork itself, others are exec'd from it. The
-zygote is a subreaper, so whatever an agent leaves behind, daemons too, is its descendant and dies with the agent.
+There are two processes. *agentd* owns the connections and the token. The *zygote* is forked from it at start, before
+any secret exists, stays single-threaded, and forks every agent: Python agents run in the fork itself, others are exec'd
+from it. The zygote is a subreaper, so everything that an agent leaves behind, even a daemon, is its descendant and is
+killed with the agent.
 
-Wire: ``>II`` lengths, JSON header (<= 64 KiB), payload (<= 1 MiB). A request has ``id`` and ``op``; its replies carry
-that id, the last one ``ok`` or ``error``. Requests may be sent ahead; ``after: id`` skips one whose forerunner failed.
-docs/adr/0004 and 0005 say why. Longer than 400 lines because it must be one file; imports are few because each costs
-tens of milliseconds of boot in an emulated CPU (hence no pathlib, argparse, threading, subprocess, runpy).
+Wire format: ``>II`` lengths, JSON header (<= 64 KiB), payload (<= 1 MiB). A request has ``id`` and ``op``. Its replies
+carry that id, and the last one has ``ok`` or ``error``. Requests can be pipelined; ``after: id`` skips a request if the
+one with that id failed. docs/adr/0004 and 0005 say why.
+
+The module is longer than 400 lines because the guest needs a single file. It imports little because each import costs
+tens of milliseconds of boot on an emulated CPU (hence no pathlib, argparse, threading, subprocess, runpy).
 """
 # ruff: noqa: PTH101, PTH102, PTH103, PTH108, PTH110, PTH120, PTH208, SIM105, RUF012
 
@@ -33,19 +36,19 @@ import stat
 import struct
 import sys
 import time
-from _operator import _compare_digest  # what hmac.compare_digest is, without the import of OpenSSL
+from _operator import _compare_digest  # hmac.compare_digest, without importing OpenSSL
 
 PROTOCOL = 1
 MAX_HEADER = 64 << 10
 MAX_PAYLOAD = 1 << 20
 MAX_PUT = 256 << 20  # bytes of one put request
-MAX_ORDER = 4 * MAX_HEADER  # an order is a request's header in ASCII, which may take three times the space
+MAX_ORDER = 4 * MAX_HEADER  # an order is a request's header in ASCII, which may be three times as long
 MAX_CONNECTIONS = 8
 MAX_SSH = 16
 CHUNK = 64 << 10  # a pipe's capacity
 FIRST_FRAME_SECONDS = 10.0
-IO_SECONDS = 60.0  # the peer may stall this long inside a request
-KILL_SECONDS = 20.0  # from SIGKILL to the end of all descendants: hundreds that had taken all memory need that long
+IO_SECONDS = 60.0  # how long the peer may stall inside a request
+KILL_SECONDS = 20.0  # from SIGKILL to the end of all descendants: hundreds that used all memory need that long
 DRAIN_SECONDS = 2.0  # from the end of all descendants to the end of their pipes
 
 USERS = {"agent": (1000, 1000, "/work"), "root": (0, 0, "/root")}
@@ -53,8 +56,8 @@ RLIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 4096}
 MAX_PROCESSES = 512  # of user agent, threads included
 HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
 SSHD = "/usr/sbin/sshd"
-# What a guest's kernel says on its command line of the CPU, for every program: see tools/firecracker-test-kernel. And
-# where an agent's layer is, when this is the host.
+# Settings for every program: the CPU's, from the kernel's command line (see tools/firecracker-test-kernel), and on the
+# host the location of an agent's layer.
 PASSED_ENV = {
     name: os.environ[name] for name in ("GLIBC_TUNABLES", "OPENSSL_ia32cap", "PYTHONPATH") if name in os.environ
 }
@@ -65,7 +68,7 @@ RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
 MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
 IP_FREEBIND = 15
 
-LIBC = ctypes.CDLL(None, use_errno=True)  # once: opening it again costs milliseconds where the CPU is emulated
+LIBC = ctypes.CDLL(None, use_errno=True)  # once: opening it costs milliseconds on an emulated CPU
 COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 
 Header = dict[str, object]
@@ -75,11 +78,11 @@ if TYPE_CHECKING:
 
 
 class Broken(Exception):
-    """The peer broke the protocol or the connection: nothing can be said to it any more."""
+    """The peer broke the protocol or the connection, so no reply can be sent."""
 
 
 class Refused(Exception):
-    """A request that makes no sense; the text goes back to the host."""
+    """A request that makes no sense; the message goes back to the host."""
 
 
 class NotRegular(Refused):
@@ -91,10 +94,10 @@ class CannotStart(Refused):
 
 
 class Skipped(Refused):
-    """A request it depends on failed."""
+    """The request that this one depends on failed."""
 
 
-# --- small things ---------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------------------------
 
 
 def log(text: str) -> None:
@@ -110,8 +113,8 @@ def read_file(path: str) -> str:
 
 
 def write_file(path: str, data: str, mode: int = 0o644) -> None:
-    """Replace a small file's contents. One that does not shrink is written over: to truncate it would give its page
-    back and take a new one, by a good deal of kernel code that a clone has not translated yet."""
+    """Replace a small file's contents. A file that doesn't shrink is overwritten in place: truncating it would free and
+    reallocate its page, through much kernel code that a clone on an emulated CPU hasn't translated yet."""
     content = data.encode()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
     try:
@@ -123,7 +126,7 @@ def write_file(path: str, data: str, mode: int = 0o644) -> None:
 
 
 def relay(source: socket.socket, target: socket.socket) -> None:
-    """One direction of a connection between two sockets, to its end."""
+    """Copy one direction of a connection between two sockets, until it ends."""
     try:
         while data := source.recv(CHUNK):
             target.sendall(data)
@@ -151,7 +154,7 @@ def crng_ready() -> bool:
 
 
 def oom_kills() -> int:
-    """How often this kernel's OOM killer has killed: /proc/vmstat, counted since boot."""
+    """How often the kernel's OOM killer has killed since boot, from /proc/vmstat."""
     for line in read_file("/proc/vmstat").splitlines():
         if line.startswith("oom_kill "):
             return int(line[9:])
@@ -165,8 +168,8 @@ def libc(name: str, *args: object) -> None:
 
 
 def keep_resident() -> None:
-    """What is in memory of the interpreter's code stays there. Agents that take all memory would else make the kernel
-    drop it, and read it again from the disk, page by page, for us and for those whom we have just killed."""
+    """Keep the interpreter's code in memory. When agents use up memory, the kernel would otherwise drop it and read it
+    from disk again, page by page, for this process and for those that it has just killed."""
     with open("/proc/self/maps") as maps:
         for line in maps:
             place, access, _, _, _, *file = line.split()
@@ -190,8 +193,8 @@ def number(head: Header, key: str) -> float:
 
 
 def open_parent(root: str, path: str, owner: tuple[int, int] | None = None, create: bool = False) -> tuple[int, str]:
-    """The directory (as an open descriptor) and the name of ``path`` below ``root``, following no symbolic link: the
-    agent owns /work, and root must not be led out of it."""
+    """The directory (as an open descriptor) and name of ``path`` below ``root``. Follows no symbolic link: the agent
+    owns /work, and must not make root leave it."""
     parts = [part for part in path.split("/") if part]
     if not path.startswith("/") or not parts or ".." in parts or "." in parts or "\0" in path:
         raise Refused(f"not an absolute, plain path: {path!r:.200}")
@@ -210,7 +213,7 @@ def open_parent(root: str, path: str, owner: tuple[int, int] | None = None, crea
 
 
 def create(parent: int, name: str) -> int:
-    """A new file in place of whatever has this name: nothing is ever written through a link."""
+    """Create a file, replacing one with that name: nothing is ever written through a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(name, flags, 0o600, dir_fd=parent)
@@ -228,11 +231,11 @@ def make_dir(parent: int, name: str, owner: tuple[int, int] | None) -> None:
         os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
 
 
-# --- the zygote: forks agents, buries them ----------------------------------------------------------------------------
+# --- the zygote: forks agents, and reaps them -------------------------------------------------------------------------
 
 
 class Job:
-    """What a fresh child has to be: the order, and the descriptor on which it reports that it started."""
+    """What a new child must run: its order, and the descriptor on which it reports its start."""
 
     def __init__(self, order: Header, report: int) -> None:
         self.order = order
@@ -245,7 +248,7 @@ class Zygote:
     def __init__(self, commands: socket.socket, in_vm: bool) -> None:
         self.commands = commands
         self.in_vm = in_vm
-        self.main = 0  # pid of the agent that runs, or waits for its order
+        self.main = 0  # pid of the agent that is running, or waiting for its order
         self.uid: int | None = None
         self.report = -1
         self.status: int | None = None
@@ -257,13 +260,13 @@ class Zygote:
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
     def serve(self, preload: list[str]) -> Job:
-        """Obey agentd for ever. Returns in a forked child only."""
+        """Execute agentd's orders for ever. Returns only in a forked child."""
         os.setsid()
         libc("prctl", PR_SET_CHILD_SUBREAPER, *(ctypes.c_ulong(value) for value in (1, 0, 0, 0)))
         failed = self.preload(preload)
         OURS.update(sys.modules)
         gc.collect()
-        gc.freeze()  # the collector of a child must not write into pages that it shares with us
+        gc.freeze()  # a child's collector must not write to pages that it shares with this process
         self.commands.send(json.dumps({"failed": failed}).encode())
         poller = select.poll()
         poller.register(self.commands, select.POLLIN)
@@ -273,28 +276,26 @@ class Zygote:
             if self.commands.fileno() in ready:
                 data, fds, _, _ = socket.recv_fds(self.commands, MAX_ORDER, 4, socket.MSG_CMSG_CLOEXEC)
                 if not data:  # agentd is gone
-                    self.bury()
+                    self.kill_and_reap_all()
                     os._exit(0)
                 order = json.loads(data)
-                del data  # else each child would have to unmap it
+                del data  # otherwise each child would have to unmap it
                 if order["op"] in ("run", "park"):
-                    if self.main:  # agentd gave it up
+                    if self.main:  # agentd no longer uses it
                         self.finish()
                     job = self.fork(order, fds)
                     if job is not None:
                         return job
                 elif order["op"] == "kill" and self.main and self.status is None:
-                    os.kill(self.main, signal.SIGKILL)  # it is our child and not yet waited for: the pid is its own
-                    if (
-                        self.in_vm and self.uid
-                    ):  # else hundreds of its children keep it from the CPU that it needs to die
+                    os.kill(self.main, signal.SIGKILL)  # our child, not yet waited for: the pid can't be reused
+                    if self.in_vm and self.uid:  # or hundreds of its children leave it no CPU time in which to die
                         self.kill_all_of(self.uid)
             self.reap()
             if self.main and self.status is not None:
                 self.finish()
 
     def preload(self, modules: list[str]) -> dict[str, str]:
-        """Import what agents will want; -S left dist-packages out of sys.path, and a Python program expects them."""
+        """Import modules for agents. `site` is first: -S left dist-packages out of sys.path, and agents need them."""
         failed = {}
         try:
             import site
@@ -320,7 +321,7 @@ class Zygote:
             pid = -1
             self.tell({"cannot": f"fork: {error.strerror}"})
         if pid == 0:
-            self.commands.detach()  # else its finalizer would close a descriptor that is the agent's by then
+            self.commands.detach()  # or its finalizer would close a descriptor that the agent uses by then
             signal.set_wakeup_fd(-1)
             report = become(order, fds)
             return Job(order, report) if order["op"] == "run" else wait_for_order(report)
@@ -330,24 +331,24 @@ class Zygote:
         return None
 
     def finish(self) -> None:
-        clean = self.bury()
+        clean = self.kill_and_reap_all()
         code = os.waitstatus_to_exitcode(self.status) if self.status is not None else -signal.SIGKILL
         done = {"exit": code, "ended_ns": self.ended_ns, "cpu_us": self.cpu_us}
         self.tell({**done, "max_rss_kb": self.max_rss_kb, "clean": clean})
 
     def tell(self, message: Header) -> None:
-        """The last word about an agent. (agentd may be gone: then nobody wants to know.)"""
+        """Report an agent's end to agentd, if that still listens."""
         try:
             os.write(self.report, json.dumps(message).encode())
-        except BrokenPipeError:  # one that agentd gave up, or never used
+        except BrokenPipeError:  # agentd stopped using this agent, or never did
             pass
         except OSError as error:
-            log(f"zygote: nobody hears about the end of the agent: {error}")
+            log(f"zygote: can't report the end of the agent: {error}")
         os.close(self.report)
         self.main = 0
 
     def reap(self) -> bool:
-        """Wait for the dead. True when no child is left."""
+        """Wait for children that have ended. True if no child is left."""
         try:
             os.read(self.wake, 4096)
         except BlockingIOError:
@@ -359,10 +360,10 @@ class Zygote:
                 return True
             if dead is None:
                 return False
-            if dead.si_pid == self.main:  # unburied, its process group is certainly its own
+            if dead.si_pid == self.main:  # not yet waited for, so its process group can't be another's
                 try:
                     os.killpg(self.main, signal.SIGKILL)
-                except ProcessLookupError:  # it died before it had one
+                except ProcessLookupError:  # it died before it had a group
                     pass
             pid, status, usage = os.wait4(dead.si_pid, 0)
             self.cpu_us += int((usage.ru_utime + usage.ru_stime) * 1e6)
@@ -370,8 +371,8 @@ class Zygote:
             if pid == self.main:
                 self.status, self.ended_ns = status, time.monotonic_ns()
 
-    def bury(self) -> bool:
-        """Kill every descendant and wait for it. As we are the subreaper, "no children" means that none is left."""
+    def kill_and_reap_all(self) -> bool:
+        """Kill and wait for every descendant. As this process is the subreaper, no children means none is left."""
         deadline = time.monotonic() + KILL_SECONDS / 2
         poller = select.poll()
         poller.register(self.wake, select.POLLIN)
@@ -381,8 +382,8 @@ class Zygote:
             if now > deadline:
                 return False
             if now >= next_kill:
-                # A scan of /proc is slow where there are hundreds, and takes the time that they need to die: it is for
-                # what a kill by user does not reach.
+                # Scanning /proc is slow with hundreds of processes, and takes CPU time that they need to die. So it is
+                # only used for those that a kill by user doesn't reach.
                 if self.in_vm and self.uid and kills % 4 < 3:
                     self.kill_all_of(self.uid)
                 else:
@@ -392,9 +393,9 @@ class Zygote:
         return True
 
     def kill_all_of(self, uid: int) -> None:
-        """kill(-1) as that user: one step in the kernel, which no fork bomb outruns. Not by a child of ours: where the
-        agent has taken all memory, a fork may take long. (Until it is done, the agent may kill us as well: that ends
-        its own attempt.)"""
+        """kill(-1) as that user: one step in the kernel, which no fork bomb can outrun. Not in a child process, because
+        a fork may take long when the agent has used all memory. (Meanwhile the agent could kill this process too, which
+        would end its own attempt.)"""
         os.setresuid(uid, uid, 0)
         try:
             os.kill(-1, signal.SIGKILL)
@@ -405,18 +406,18 @@ class Zygote:
 
 
 def process(name: str) -> tuple[int, str] | None:
-    """Parent and start time of a living process: fields 4 and 22 of proc(5) stat."""
+    """Parent and start time of a live process: fields 4 and 22 of proc(5) stat."""
     fields = read_file(f"/proc/{name}/stat").rpartition(")")[2].split()
     return None if len(fields) < 20 or fields[0] in "ZX" else (int(fields[1]), fields[19])
 
 
 def kill_descendants() -> None:
-    """SIGKILL to every living process below this one, as one scan of /proc sees it; the caller repeats it."""
+    """Send SIGKILL to every live descendant that one scan of /proc finds; the caller repeats it."""
     found = {name: process(name) for name in os.listdir("/proc") if name.isdigit()}
     living = {int(name): it for name, it in found.items() if it}
     me = os.getpid()
     for pid, (parent, started) in living.items():
-        for _ in living:  # at most as many steps up as there are processes
+        for _ in living:  # bounds the way up: parents may change during the scan
             if parent in (0, me):
                 break
             parent = living.get(parent, (0, ""))[0]
@@ -427,15 +428,15 @@ def kill_descendants() -> None:
         except ProcessLookupError:
             continue
         now = process(str(pid))
-        if now and now[1] == started:  # not a stranger who got the pid meanwhile
+        if now and now[1] == started:  # not another process that got the pid meanwhile
             signal.pidfd_send_signal(fd, signal.SIGKILL)
         os.close(fd)
 
 
 def become(order: Header, fds: list[int]) -> int:
-    """In the fresh child: leave everything of the zygote's behind. Returns the descriptor for reports.
+    """In the new child: drop everything inherited from the zygote. Returns the descriptor for reports.
 
-    ``order``: env, user ([uid, gid] or null: stay who you are); the rest is for `run_job`.
+    From ``order`` it uses env and user ([uid, gid], or null for no change); the rest is for `run_job`.
     """
     try:
         os.setsid()
@@ -443,12 +444,12 @@ def become(order: Header, fds: list[int]) -> int:
             os.dup2(fd, target)
         report = os.dup2(fds[3], 3, inheritable=False)
         os.closerange(4, 1 << 20)
-        # Whatever we, or who started us, ignore or catch. SIGPIPE and SIGXFSZ a Python program expects as they are.
+        # Undo inherited and own signal handling, except for SIGPIPE and SIGXFSZ, which Python itself ignores.
         for number_ in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
             if signal.getsignal(number_) is not signal.SIG_DFL:
                 signal.signal(number_, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # With our capabilities, so that the kernel also takes it for the lowest value the agent may set.
+        # While still privileged, so that the kernel takes it as the lowest value that the agent may set.
         set_oom_score("self", 500)
         for limit, value in RLIMITS.items():
             hard = resource.getrlimit(limit)[1]
@@ -481,15 +482,15 @@ def set_environment(order: Header) -> None:
 
 
 def wait_for_order(report: int) -> Job:
-    """The next agent's process, forked ahead, before a template is taken: all that can be done without knowing the
-    agent is done here, and a clone need not translate it. It holds no secret, and the random state that it shares with
-    its siblings is renewed when its order has come."""
-    limber()
+    """The process of the next agent, forked before a template is taken. All that needs no knowledge of the agent is
+    done here, so that a clone needn't translate that code. It holds no secret, and renews the random state that it
+    shares with its siblings when its order arrives."""
+    touch_pages()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=report)
     buffer = bytearray(MAX_ORDER)
     sock.send(json.dumps({"ready": True, "cpu_us": time.process_time_ns() // 1000}).encode())
     size = sock.recv_into(buffer)
-    if not size:  # nobody needs us
+    if not size:  # agentd doesn't need this process
         os._exit(0)
     sock.detach()
     KEPT.append(buffer)
@@ -508,8 +509,8 @@ def cannot_start(report: int, error: BaseException) -> NoReturn:
 
 
 def reseed() -> None:
-    """New random state for the modules that keep some. (random and OpenSSL also see to it at each fork; secrets,
-    uuid4 and os.urandom keep none.) Clones share the zygote's memory, so this must follow the kernel's own reseed."""
+    """Renew the random state of modules that keep one. (random and OpenSSL also do so at each fork; secrets, uuid4 and
+    os.urandom keep none.) Clones share the zygote's memory, so this must come after the kernel's own reseed."""
     for name in ("random", "numpy.random"):
         if name in sys.modules:
             sys.modules[name].seed()
@@ -518,7 +519,7 @@ def reseed() -> None:
 
 
 def standard_stream(fd: int, name: str) -> io.TextIOWrapper:
-    """What Python makes of 0, 1 and 2 under LANG=C.UTF-8, but line-buffered: the host shows output as it comes."""
+    """Python's stream for descriptor 0, 1 or 2 under LANG=C.UTF-8, but line-buffered: the host shows output live."""
     mode = "w" if fd else "r"
     raw = io.FileIO(fd, mode, closefd=False)
     raw.name = f"<{name}>"
@@ -530,8 +531,8 @@ def standard_stream(fd: int, name: str) -> io.TextIOWrapper:
 
 
 def end_quickly() -> None:
-    """End as Python does, in its order, but without taking apart the modules that were there before the agent: that
-    alone writes to hundreds of pages. What the agent's own hold is let go: files are closed, ``__del__`` runs."""
+    """Exit as Python does, in the same order, but without tearing down the preloaded modules, which would write to
+    hundreds of pages. The agent's own modules are released: files are closed, ``__del__`` runs."""
     threading = sys.modules.get("threading")
     if threading is not None:
         threading._shutdown()
@@ -544,11 +545,11 @@ def end_quickly() -> None:
             if stream is not None and not stream.closed:
                 stream.flush()
         except Exception:
-            return  # the interpreter meets the same trouble at its own end, and knows how to say it
+            return  # the interpreter will meet the same error at its exit, and reports it
     os._exit(0)
 
 
-LIMBER = """
+SAMPLE_PROGRAM = """
 import json
 def main(values):
     return json.loads(json.dumps({str(n): [n, None, f"{n}"] for n in values}))
@@ -563,20 +564,20 @@ except ValueError:
 """
 
 
-def limber() -> None:
-    """Make this process's own copies of the pages that any Python program writes to, while nobody waits."""
+def touch_pages() -> None:
+    """Copy the pages that any Python program writes to into this process, while nobody waits for it."""
     for _ in range(2):
-        exec(compile(LIMBER, "limber", "exec"), {"__name__": "limber"})
+        exec(compile(SAMPLE_PROGRAM, "touch_pages", "exec"), {"__name__": "touch_pages"})
     gc.collect()
     gc.freeze()
 
 
-OURS: set[str] = set()  # modules that agents find in place
-KEPT: list[bytearray] = []  # to give a large block back costs more than it is worth
+OURS: set[str] = set()  # modules loaded before the agent
+KEPT: list[bytearray] = []  # kept, since freeing a large block costs more than it is worth
 
 
 def run_job(job: Job) -> None:
-    """Be the agent. Returns (then the interpreter ends as after ``python3 file``), raises, or execs."""
+    """Run the agent in this process. Returns (the interpreter then exits as for ``python3 file``), raises or execs."""
     argv = job.order["argv"]
     assert isinstance(argv, list)
 
@@ -586,7 +587,7 @@ def run_job(job: Job) -> None:
     try:
         os.chdir(str(job.order["cwd"]))
         if not job.order["warm"]:
-            for number_ in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a program expects them
+            for number_ in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, other programs expect the default
                 signal.signal(number_, signal.SIG_DFL)
             report_start()
             os.execvp(argv[0], argv)
@@ -598,7 +599,7 @@ def run_job(job: Job) -> None:
     sys.argv[:] = argv
     wanted = [name for name in os.environ.get("PYTHONPATH", "").split(":") if name]
     sys.path[:0] = [os.path.dirname(os.path.realpath(argv[0])), *wanted]
-    # Not runpy: it costs imports, and takes __main__ away before the agent's threads and exit handlers are through.
+    # Not runpy: it costs imports, and removes __main__ before the agent's threads and exit handlers have finished.
     main = type(sys)("__main__")
     loader = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", argv[0])
     main.__dict__.update(
@@ -616,7 +617,7 @@ def run_job(job: Job) -> None:
         raise
     except BaseException as error:
         trace, hook = error.__traceback__ and error.__traceback__.tb_next, sys.excepthook
-        # Raised again, so that Python itself ends as it would; only our own frames are cut from what it prints.
+        # Raised again so that Python exits as usual; only the frames of this file are cut from the traceback.
         sys.excepthook = lambda kind, value, _: hook(kind, value.with_traceback(trace), trace)
         raise
     del main
@@ -627,7 +628,7 @@ def run_job(job: Job) -> None:
 
 
 class Connection:
-    """One connection of the host's: frames in, frames out."""
+    """One connection from the host: reads and writes frames."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -635,9 +636,9 @@ class Connection:
         self.failed: set[object] = set()  # ids of requests that failed
 
     def receive(self, first: bool = False) -> tuple[Header, bytes] | None:
-        """The next frame; None when the host closed between two frames."""
+        """The next frame; None if the host closed the connection between two frames."""
         try:
-            # Between requests the host may be silent as long as it likes; TCP keep-alive notices its death.
+            # Between requests the host may be silent for any time; TCP keep-alive notices its death.
             self.sock.settimeout(FIRST_FRAME_SECONDS if first else None)
             prefix = self.sock.recv(8)
             if not prefix:
@@ -678,7 +679,7 @@ def frame(head: Header, payload: bytes = b"") -> bytes:
 
 
 class Agentd:
-    """State of the daemon, and one method per operation: each takes (connection, header, payload) and returns the
+    """The daemon's state, and one method for each operation, which takes (connection, header, payload) and returns the
     fields of its last reply."""
 
     def __init__(self, zygote: socket.socket, zygote_pid: int, unix: str, root: str) -> None:
@@ -690,22 +691,22 @@ class Agentd:
         self.token: str | None = None
         self.generation: str | None = None
         self.preload_failed: object = {}
-        self.next: Lines | None = None  # of the process that waits to become the next agent
+        self.next: AgentLinks | None = None  # to the process that waits to become the next agent
         self.connections = 0
-        self.parked = 0  # threads that wait for a connection
+        self.parked = 0  # threads waiting for a connection
         self.parking = _thread.allocate_lock()
         self.boot_id = read_file("/proc/sys/kernel/random/boot_id")
         self.machine_id = read_file("/etc/machine-id")
         self.ooms = oom_kills()
         self.python, self.kernel = sys.version.split()[0], os.uname().release
         self.crng = self.placed = self.mounted = False
-        self.busy = _thread.allocate_lock()  # held while an agent runs, or the next one's process is made
+        self.busy = _thread.allocate_lock()  # held while an agent runs, or the next one's process is forked
         self.has_sshd = os.path.exists(SSHD)
-        self.ssh_files: tuple[tuple[str, str], ...] = ()  # what sshd must find, not yet written
+        self.ssh_files: tuple[tuple[str, str], ...] = ()  # (path, contents) for sshd, not yet written
         self.ssh: socket.socket | None = None
         self.sessions: dict[int, int] = {}  # pidfd -> pid of each sshd
-        self.keep_sshd = False  # one that waits for its connection, with its start behind it
-        self.waiting_sshd: tuple[int, socket.socket] | None = None  # its pidfd, and our end of its connection
+        self.keep_sshd = False  # have an sshd started before its connection arrives
+        self.waiting_sshd: tuple[int, socket.socket] | None = None  # its pidfd, and our end of its socket
         self.address = ""
 
     # -- serving
@@ -719,12 +720,12 @@ class Agentd:
         else:
             listener = self.listen_tcp(host, port)
             self.address = host
-        listener.listen(128)  # beyond it Linux answers with SYN cookies, which cost a slow guest dearly
+        listener.listen(128)  # beyond this Linux uses SYN cookies, which are expensive in a slow guest
         ready = self.zygote.recv(1 << 18)
         self.preload_failed = json.loads(ready)["failed"] if ready else {"zygote": "died"}
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         log(f"listening on {self.unix or f'{host}:{port}'}")
-        # Two threads wait before any template is taken, so a clone's first connection starts none.
+        # Two threads wait before any template is taken, so that a clone's first connection starts none.
         for _ in range(2):
             self.park(listener)
         try:
@@ -733,14 +734,14 @@ class Agentd:
         finally:
             if self.unix:
                 os.unlink(self.unix)
-            self.zygote.shutdown(socket.SHUT_RDWR)  # it kills the agent and ends
+            self.zygote.shutdown(socket.SHUT_RDWR)  # it then kills the agent and exits
             os.waitpid(self.zygote_pid, 0)
 
     def listen_tcp(self, host: str, port: int) -> socket.socket:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)  # the address may be a moment away
-        # Connections inherit these.
+        listener.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)  # the address may not exist yet
+        # Accepted connections inherit these.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
@@ -748,13 +749,13 @@ class Agentd:
         return listener
 
     def park(self, listener: socket.socket) -> None:
-        """Start one more thread that waits for connections, and serves them one after another."""
+        """Start another thread that waits for connections and serves them one after the other."""
         self.parked += 1
         try:
             _thread.start_new_thread(self.attend, (listener,))
         except RuntimeError as error:
             self.parked -= 1
-            log(f"no thread: {error}")
+            log(f"can't start a thread: {error}")
 
     def attend(self, listener: socket.socket) -> None:
         while True:
@@ -764,7 +765,7 @@ class Agentd:
                 log(f"accept: {error}")
                 select.select([], [], [], 0.1)
                 continue
-            # Whoever talks from inside the guest is an agent, not the host.
+            # A connection from inside the guest comes from an agent, not the host.
             inside = not self.unix and (peer[0] == self.address or peer[0].startswith("127."))
             if inside or self.connections >= MAX_CONNECTIONS:
                 sock.close()
@@ -820,7 +821,7 @@ class Agentd:
     # -- operations
 
     def hello(self, connection: Connection, head: Header, _: bytes) -> Header:
-        """First on every connection. The first one ever sets the token; the host's firewall lets nobody else in."""
+        """Comes first on every connection. The very first one sets the token; the host's firewall keeps others out."""
         token = text(head, "token")
         if self.token is None:
             if len(token) < 32:
@@ -852,7 +853,7 @@ class Agentd:
         }
 
     def renew(self, _: Connection, head: Header, payload: bytes) -> Header:
-        """Become somebody else: what a clone shares with its siblings is replaced before an agent runs."""
+        """Take a new identity: replace everything that a clone shares with its siblings before an agent runs."""
         generation, token = text(head, "generation"), text(head, "token")
         if len(token) < 32:
             raise Refused("a token has at least 32 characters")
@@ -862,10 +863,10 @@ class Agentd:
         else:
             for name in ("work", "agent"):
                 os.makedirs(f"{self.root}/{name}", exist_ok=True)
-        # Whatever becomes an agent renews its own random state first; the zygote draws none.
+        # Agents' processes renew their own random state first; the zygote uses none.
         reseed()
         if self.in_vm:
-            self.make_next()
+            self.fork_next()
         done.append("interpreter")
         self.generation, self.token = generation, token
         everything = ("seed", "clock", "machine_id", "hostname", "work", "ssh", "interpreter")
@@ -909,16 +910,16 @@ class Agentd:
             done.append("ssh")
 
     def renew_ssh(self, head: Header) -> None:
-        """sshd keeps nothing in a template: keys are written when the first one starts, and read fresh by the
-        `sshd -i` of each connection. With ``sshd_ready`` one is started ahead: where the CPU is emulated, its start
-        takes longer than clients wait."""
+        """A template holds no sshd: keys are written when the first one starts, and read by the `sshd -i` of each
+        connection. With ``sshd_ready`` one is started ahead: on an emulated CPU its start takes longer than clients
+        wait."""
         self.ssh_files = (
             (HOST_KEY, text(head, "ssh_host_key")),
             ("/root/.ssh/authorized_keys", text(head, "authorized_keys")),
         )
         old, self.waiting_sshd = self.waiting_sshd, None
         if old:
-            old[1].close()  # it has read the keys of whom we were before
+            old[1].close()  # it has read the keys of the previous identity
         self.keep_sshd = bool(head.get("sshd_ready"))
         if self.keep_sshd:
             self.start_sshd_ahead()
@@ -929,13 +930,13 @@ class Agentd:
             _thread.start_new_thread(self.serve_ssh, (listener,))
 
     def serve_ssh(self, listener: socket.socket) -> None:
-        """Port 22: one `sshd -i` per connection, at most MAX_SSH of them. A waiting one waits in the backlog."""
+        """Port 22: one `sshd -i` per connection, at most MAX_SSH. Further connections wait in the backlog."""
         sessions = self.sessions
         while True:
             if self.keep_sshd and self.waiting_sshd is None and len(sessions) < MAX_SSH:
                 try:
                     self.start_sshd_ahead()
-                except OSError as error:  # no more ahead; each connection still gets its own try
+                except OSError as error:  # don't start more ahead; each connection still starts its own
                     log(f"ssh: {error}")
                     self.keep_sshd = False
             waiting = [*sessions, *([listener.fileno()] if len(sessions) < MAX_SSH else [])]
@@ -948,7 +949,7 @@ class Agentd:
                         os.waitpid(sessions.pop(fd), 0)
                         os.close(fd)
                         if self.waiting_sshd and self.waiting_sshd[0] == fd:
-                            self.waiting_sshd, self.keep_sshd = None, False  # not again: it would end again
+                            self.waiting_sshd, self.keep_sshd = None, False  # not again: the next would end too
                         continue
                     sock, _ = listener.accept()
                     if self.waiting_sshd:
@@ -965,13 +966,13 @@ class Agentd:
     def start_sshd_ahead(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            pid = self.spawn_sshd(theirs.fileno(), "-o", "LoginGraceTime=0")  # its clock runs while it waits
+            pid = self.spawn_sshd(theirs.fileno(), "-o", "LoginGraceTime=0")  # else it would run while it waits
         pidfd = os.pidfd_open(pid)
         self.sessions[pidfd] = pid
         self.waiting_sshd = pidfd, ours
 
     def sshd_ready(self, _: Connection, head: Header, __: bytes) -> Header:
-        """Has the sshd that was started ahead greeted? Waits for it up to ``seconds``."""
+        """Whether the sshd that was started ahead has sent its greeting. Waits for up to ``seconds``."""
         waiting = self.waiting_sshd
         if waiting is None:
             return {"ready": not self.keep_sshd and self.ssh is not None}
@@ -997,7 +998,7 @@ class Agentd:
 
     def put(self, connection: Connection, head: Header, payload: bytes) -> Header:
         """Write files below ``dest``: ``files`` is [[relative path, size, mode], …]; a path that ends in '/' is a
-        directory. The contents follow one another in the payload and in `data` frames after it."""
+        directory. The contents are concatenated in the payload and the `data` frames after it."""
         dest, files, owner = text(head, "dest"), head.get("files"), self.owner(head)
         if not isinstance(files, list) or sum(size for _, size, _ in files) > MAX_PUT:
             raise Refused(f"files must be a list of at most {MAX_PUT >> 20} MiB in all")
@@ -1015,7 +1016,7 @@ class Agentd:
                         written = os.write(fd, payload[:size])
                         payload, size = payload[written:], size - written
                     os.fchmod(fd, mode & 0o777)
-                    if owner and owner != (0, 0):  # who we are ourselves
+                    if owner and owner != (0, 0):  # new files belong to root already
                         os.fchown(fd, *owner)
                 finally:
                     os.close(fd)
@@ -1032,14 +1033,14 @@ class Agentd:
         return received[1]
 
     def owner(self, head: Header) -> tuple[int, int] | None:
-        """Who gets the files; None on the host, where nobody changes."""
+        """Who will own the files; None on the host, where owners don't change."""
         name = text(head, "owner")
         if name not in USERS:
             raise Refused(f"no such user: {name!r:.40}")
         return USERS[name][:2] if self.in_vm else None
 
     def get(self, connection: Connection, head: Header, _: bytes) -> Header:
-        """Send a regular file of at most ``limit`` bytes. ``found`` is false when there is none."""
+        """Send a regular file of at most ``limit`` bytes. ``found`` is false if it doesn't exist."""
         path, limit = text(head, "path"), int(number(head, "limit"))
         try:
             parent, name = open_parent(self.root, path)
@@ -1105,25 +1106,25 @@ class Agentd:
         except OSError as error:
             raise RuntimeError(f"the zygote is dead: {error}") from None
 
-    def make_next(self) -> None:
-        """Have the next agent's process forked ahead, unless one waits already (a template's clones find it so)."""
+    def fork_next(self) -> None:
+        """Have the next agent's process forked ahead, unless one is waiting already (as in a template's clones)."""
         if self.next is not None or not self.busy.acquire(blocking=False):
             return
         try:
-            lines = Lines()
+            links = AgentLinks()
             try:
                 order: Header = {"op": "park", "user": list(USERS["agent"][:2]), "env": self.environment("agent")}
-                lines.hand_over(self, order)
-                lines.report.settimeout(IO_SECONDS)
-                said = json.loads(lines.report.recv(4096) or b"{}")
+                links.hand_over(self, order)
+                links.report.settimeout(IO_SECONDS)
+                said = json.loads(links.report.recv(4096) or b"{}")
                 if not said.get("ready"):
                     raise RuntimeError(f"the next agent's process was not made: {said.get('cannot') or 'it died'}")
-                lines.report.settimeout(None)
-                lines.cpu_us = said["cpu_us"]
+                links.report.settimeout(None)
+                links.cpu_us = said["cpu_us"]
             except BaseException:
-                lines.close()
+                links.close()
                 raise
-            self.next = lines
+            self.next = links
         finally:
             self.busy.release()
 
@@ -1141,28 +1142,28 @@ class Agentd:
         }
 
     def more_ooms(self) -> bool:
-        """Did the kernel's OOM killer strike since this was last asked? Its own count, not a guess from SIGKILL."""
+        """Whether the OOM killer has killed since the last call: by the kernel's count, not a guess from SIGKILL."""
         before, self.ooms = self.ooms, oom_kills()
         return self.ooms > before
 
     def inside(self, path: str) -> str:
-        """Where the guest's /work and /agent are, when they are below ``root``."""
+        """The real path of the guest's /work and /agent, which may be below ``root``."""
         return self.root + path if self.root and path.startswith(("/work", "/agent")) else path
 
 
-class Lines:
-    """Our ends of what connects us with one agent's process: the socket of its reports (and, for one that waits, of
-    its order), and the pipes that it prints into."""
+class AgentLinks:
+    """agentd's ends of its connections to one agent's process: the socket for reports (and for the order to a waiting
+    process), and the pipes for its output."""
 
     def __init__(self) -> None:
         self.report, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pipes = {"stdout": os.pipe2(os.O_CLOEXEC), "stderr": os.pipe2(os.O_CLOEXEC)}
         self.writers = [pair[1] for pair in pipes.values()]
         self.reading = {pair[0]: name for name, pair in pipes.items()}
-        self.cpu_us = 0  # what the process had used before it got its order
+        self.cpu_us = 0  # used by the process before it got its order
 
     def hand_over(self, agentd: Agentd, order: Header, stdin: bytes = b"") -> None:
-        """Give the other ends to the zygote, for the process that it will fork."""
+        """Send the other ends to the zygote, for the process that it will fork."""
         source = os.memfd_create("stdin") if stdin else os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for at in range(0, len(stdin), CHUNK):
@@ -1175,7 +1176,7 @@ class Lines:
             self.close_theirs()
 
     def tell(self, order: Header) -> bool:
-        """Give the process that waits its order. False when it is dead."""
+        """Send its order to the waiting process. False if it is dead."""
         try:
             self.report.send(json.dumps(order).encode())
         except OSError:
@@ -1196,7 +1197,7 @@ class Lines:
 
 
 class Run:
-    """One agent, from order to burial: streams its output, watches its time, its silence and the host."""
+    """One agent, from its order to its end: streams its output, and enforces its timeouts and the host's presence."""
 
     def __init__(self, agentd: Agentd, connection: Connection, head: Header) -> None:
         self.agentd = agentd
@@ -1207,7 +1208,7 @@ class Run:
         self.received_ns = time.monotonic_ns()
         self.timeout = number(head, "timeout")
         self.idle_timeout = number(head, "idle_timeout") if head.get("idle_timeout") is not None else None
-        self.deadline, self.heard = now + self.timeout, now
+        self.deadline, self.last_output = now + self.timeout, now
         self.left = int(number(head, "max_output"))
         self.sizes = {"stdout": 0, "stderr": 0}
         self.dropped = 0
@@ -1217,7 +1218,7 @@ class Run:
         self.cannot: object = None
         self.exit: Header | None = None
         self.unsent = bytearray()
-        self.sent_at = now  # when the host last took something, or nothing was waiting for it
+        self.sent_at = now  # when the host last took data, or none was waiting
         self.host_gone = False
 
     def make_order(self, head: Header) -> Header:
@@ -1233,26 +1234,26 @@ class Run:
         return {
             "op": "run",
             "argv": [inside(argv[0]), *argv[1:]],
-            "env": env,  # and, unless it has it already, the environment of the user
+            "env": env,  # plus the user's environment, unless the process has it already
             "cwd": inside(text(head, "cwd")),
             "user": [uid, gid] if self.agentd.in_vm else None,
             "warm": bool(head.get("warm")),
         }
 
     def run(self, stdin: bytes) -> Header:
-        lines = self.start(stdin)
+        links = self.start(stdin)
         try:
-            self.follow(lines.report, lines.reading)
+            self.follow(links.report, links.reading)
         finally:
             if self.exit is None:
                 self.agentd.order({"op": "kill"})
-            lines.close()
+            links.close()
         assert self.exit is not None
         code = int(str(self.exit["exit"]))
         return {
             "code": code if code >= 0 else None,
             "signal": -code if code < 0 else None,
-            "cpu_ms": max(0, int(str(self.exit["cpu_us"])) - lines.cpu_us) // 1000,
+            "cpu_ms": max(0, int(str(self.exit["cpu_us"])) - links.cpu_us) // 1000,
             "max_rss_kb": self.exit["max_rss_kb"],
             "oom": code != 0 and self.agentd.more_ooms() and not self.killed_at,
             "timed_out": self.timed_out,
@@ -1265,33 +1266,33 @@ class Run:
             "ended_ns": self.exit["ended_ns"],
         }
 
-    def start(self, stdin: bytes) -> Lines:
-        """Order the agent: from the process that waits, if that will do, else from a new one."""
-        lines, self.agentd.next = self.agentd.next, None
-        if lines is not None:
-            if self.user == "agent" and not stdin and lines.tell(self.order):
-                return lines
-            lines.close()
-        lines = Lines()
+    def start(self, stdin: bytes) -> AgentLinks:
+        """Start the agent: in the waiting process if it fits, else in a new one."""
+        links, self.agentd.next = self.agentd.next, None
+        if links is not None:
+            if self.user == "agent" and not stdin and links.tell(self.order):
+                return links
+            links.close()
+        links = AgentLinks()
         try:
             env = self.order["env"]
             assert isinstance(env, dict)
-            lines.hand_over(self.agentd, {**self.order, "env": {**self.agentd.environment(self.user), **env}}, stdin)
+            links.hand_over(self.agentd, {**self.order, "env": {**self.agentd.environment(self.user), **env}}, stdin)
         except BaseException:
-            lines.close()
+            links.close()
             raise
-        return lines
+        return links
 
     def follow(self, report: socket.socket, reading: dict[int, str]) -> None:
-        """Pump until the agent is buried and its pipes are empty. Nothing is read while the host is behind: the agent
-        then blocks in its own write."""
+        """Forward output until the agent has ended and its pipes are empty. While the host is behind, nothing is read,
+        so the agent blocks in its own write."""
         host = self.connection.sock
         host.setblocking(False)
         drain_by = 0.0
         while True:
             now = time.monotonic()
             if self.unsent:
-                self.heard = now  # its silence is not the agent's fault
+                self.last_output = now  # the agent is blocked, not silent
                 drain_by = now + DRAIN_SECONDS
                 if now > self.sent_at + IO_SECONDS:
                     self.lose_host()
@@ -1311,7 +1312,7 @@ class Run:
                 poller.register(fd, select.POLLIN)
             for fd, event in poller.poll(self.patience_ms(now)):
                 if fd == report.fileno():
-                    self.hear(report.recv(4096))
+                    self.handle_report(report.recv(4096))
                 elif fd != host.fileno():
                     self.pump(fd, reading)
                 elif event & ~select.POLLOUT:
@@ -1326,7 +1327,7 @@ class Run:
     def patience_ms(self, now: float) -> int:
         until = [now + 1.0, self.deadline if self.killed_at is None else now + 1.0]
         if self.idle_timeout is not None:
-            until.append(self.heard + self.idle_timeout)
+            until.append(self.last_output + self.idle_timeout)
         return max(1, int((min(until) - now) * 1000) + 1)
 
     def check_time(self, now: float) -> None:
@@ -1336,7 +1337,7 @@ class Run:
         elif now > self.deadline:
             self.timed_out = "run"
             self.kill(now)
-        elif self.idle_timeout is not None and now > self.heard + self.idle_timeout:
+        elif self.idle_timeout is not None and now > self.last_output + self.idle_timeout:
             self.timed_out = "idle"
             self.kill(now)
 
@@ -1350,8 +1351,8 @@ class Run:
         if self.killed_at is None:
             self.kill(time.monotonic())
 
-    def hear(self, data: bytes) -> None:
-        """A word of the child's or the zygote's about the agent."""
+    def handle_report(self, data: bytes) -> None:
+        """Handle a report about the agent, from its process or from the zygote."""
         if not data:
             if self.cannot is None:
                 raise RuntimeError("the zygote died")
@@ -1372,7 +1373,7 @@ class Run:
             del reading[fd]
             os.close(fd)
             return
-        self.heard = time.monotonic()
+        self.last_output = time.monotonic()
         name = reading[fd]
         self.sizes[name] += len(data)
         kept, rest = data[: self.left], data[self.left :]
@@ -1403,11 +1404,11 @@ def main(arguments: list[str]) -> int:
     options = {"--listen": "172.16.0.2:1024", "--unix": "", "--root": "", "--preload": ""}
     for name, value in zip(arguments[::2], arguments[1::2], strict=True):
         if name not in options:
-            sys.exit(f"agentd: no such option: {name}; there are {', '.join(options)}")
+            sys.exit(f"agentd: unknown option {name}; use one of {', '.join(options)}")
         options[name] = value
     unix, root = options["--unix"], options["--root"]
     if bool(unix) != bool(root):
-        sys.exit("agentd: --unix and --root go together")
+        sys.exit("agentd: --unix and --root must be given together")
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -1415,7 +1416,7 @@ def main(arguments: list[str]) -> int:
             os.open("/dev/null", os.O_RDWR)
     if not unix:
         set_oom_score("self", -1000)
-        os.setpriority(os.PRIO_PROCESS, 0, -20)  # hundreds of busy agents must not keep us from killing them
+        os.setpriority(os.PRIO_PROCESS, 0, -20)  # to be able to kill hundreds of busy processes
         keep_resident()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()

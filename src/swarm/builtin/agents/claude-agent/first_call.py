@@ -1,9 +1,11 @@
-"""Preloaded (agent.yaml): a first call, made once in the template, so that no clone has to make it.
+"""Preloaded (agent.yaml): makes a first API call in the template, so that clones don't pay for it.
 
-Not for the answer: for what the SDK builds when it first needs it and then keeps, most of all its models' schemas. The
-call does not leave the process: its transport answers by itself. So there is no socket, no key, no thread; the client
-is closed, and what the SDK draws by chance (idempotency keys) it draws for each request. claude and claude-agent have
-this file in common, byte for byte, and so share a layer and a template.
+The call makes the SDK build what it then keeps, mainly the schemas of its models. It doesn't leave the process, since
+its transport answers directly: it leaves no socket, key or thread behind. The client is closed, and the SDK creates
+random values (idempotency keys) anew for each request.
+
+claude and claude-agent each have this file, because a package holds all its files: it is installed, digested and copied
+as one directory. The copies must be equal (a test checks it), so that both agents share a layer and a template.
 """
 
 import json
@@ -12,7 +14,7 @@ from typing import Any
 import anthropic
 import httpx2
 
-_NOBODYS_KEY = "no key: a first call that goes nowhere"
+_FAKE_KEY = "no key: a first call that goes nowhere"
 _USAGE = {"input_tokens": 1, "output_tokens": 1, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0}
 _MESSAGE: dict[str, Any] = {
     "id": "msg", "type": "message", "role": "assistant", "model": "none", "content": [], "stop_reason": None,
@@ -49,13 +51,13 @@ def _answer(request: httpx2.Request) -> httpx2.Response:
 
 def _call() -> None:
     http = anthropic.DefaultHttpxClient(verify=False, transport=httpx2.MockTransport(_answer))
-    anthropic.DefaultHttpxClient(verify=False).close()  # as one that has a network is made
+    anthropic.DefaultHttpxClient(verify=False).close()  # also build what a real transport needs
     messages: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
     tool = {"name": "wait", "description": "waits", "input_schema": {"type": "object", "properties": {}}}
-    asked: dict[str, Any] = {"model": "none", "max_tokens": 1, "system": "none", "messages": messages, "tools": [tool]}
-    with anthropic.Anthropic(api_key=_NOBODYS_KEY, base_url="http://127.0.0.1", http_client=http) as client:
-        for _ in range(2):  # the second sends back what came, as claude-agent does
-            with client.messages.stream(**asked) as stream:
+    call: dict[str, Any] = {"model": "none", "max_tokens": 1, "system": "none", "messages": messages, "tools": [tool]}
+    with anthropic.Anthropic(api_key=_FAKE_KEY, base_url="http://127.0.0.1", http_client=http) as client:
+        for _ in range(2):  # the second call sends the answer back, as claude-agent does
+            with client.messages.stream(**call) as stream:
                 for _ in stream.text_stream:
                     pass
                 message = stream.get_final_message()

@@ -1,8 +1,8 @@
-"""The claude-agent agent: Claude works on a task with tools, in this VM alone. See agent.yaml for inputs and outputs.
+"""The claude-agent agent: Claude works on a task with tools, inside this VM. agent.yaml lists its inputs and outputs.
 
-A loop of calls by Anthropic's own SDK; the tools are below. What they may do is bounded by the VM, not by them: it is
-thrown away afterwards, holds no key, and reaches the gateway only. Exit status: 1 a limit was reached, 2 a request that
-makes no sense, 3 refused by the API or the gateway, 4 no (whole) answer.
+It is a loop of calls with Anthropic's own SDK; the tools are below. The tools don't restrict themselves: the VM does,
+which is discarded afterwards, holds no key, and reaches only the gateway. Exit status: 1 if a limit was reached, 2 for
+an invalid request, 3 if the API or the gateway refused, 4 for no answer or an incomplete one.
 """
 
 # ruff: noqa: T201
@@ -31,7 +31,7 @@ OURS = {"input.json", "output.json"}
 MAX_FILES, MAX_FILE_BYTES, MAX_TREE_BYTES = 5000, 1 << 20, 64 << 20
 NOT_SHOWN = {".git", "__pycache__", "node_modules", ".venv"}
 MAX_DIFF, MAX_TEXTS, MAX_ARCHIVE = 256 << 10, 1 << 20, 8 << 20
-MAX_RESULT = 30_000  # characters that a tool may answer with
+MAX_RESULT = 30_000  # characters of a tool's result
 
 SYSTEM = """You work on a task in a fresh virtual machine: Debian, bash, Python, user `agent`, work directory /work. \
 There is no internet. Do the task with your tools and check your work where you can. What you leave in the work \
@@ -85,7 +85,7 @@ TOOLS: list[dict[str, Any]] = [
 
 
 class Wrong(Exception):
-    """A call that can't be done; the text goes back to Claude."""
+    """A tool call that can't be carried out; the message goes back to Claude."""
 
 
 def inside(name: Any) -> Path:
@@ -163,7 +163,7 @@ DOERS: dict[str, Callable[..., str]] = {
 
 
 def do(call: Any) -> dict[str, Any]:
-    """Carry a call out; what it says is the answer, also when it goes wrong."""
+    """Carry out a tool call and return its result, which may be an error."""
     answer: dict[str, Any] = {"type": "tool_result", "tool_use_id": call.id}
     try:
         if call.name not in DOERS:
@@ -179,7 +179,7 @@ def do(call: Any) -> dict[str, Any]:
 
 
 def work(inputs: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """Ask, carry out what is asked for, and so on; what came of it."""
+    """Call Claude and carry out its tool calls until it is done or a limit is reached. Returns most of the outputs."""
     client = connect(inputs.get("max_retries", 4))
     system = "\n\n".join(filter(None, [SYSTEM, inputs.get("system")]))
     messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
@@ -226,14 +226,14 @@ def work(inputs: dict[str, Any], prompt: str) -> dict[str, Any]:
 def connect(max_retries: int) -> anthropic.Anthropic:
     address = os.environ.get("ANTHROPIC_BASE_URL", "")
     if not address or not os.environ.get("ANTHROPIC_API_KEY"):
-        fail(2, "there is no way to the model: ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY are not set by a gateway")
+        fail(2, "can't reach a model: the gateway has not set ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY")
     # The gateway speaks plain HTTP on the VM's own link; reading certificates would take a second without KVM.
     http = anthropic.DefaultHttpxClient(verify=address.startswith("https:"))
     return anthropic.Anthropic(max_retries=max_retries, http_client=http)
 
 
 def ask(client: anthropic.Anthropic, **request: Any) -> Any:
-    """One whole answer; its text is printed while it comes."""
+    """One complete answer; its text is printed as it arrives."""
     try:
         with client.messages.stream(**request) as stream:
             for piece in stream.text_stream:
@@ -244,8 +244,8 @@ def ask(client: anthropic.Anthropic, **request: Any) -> Any:
         fail(3, f"{error.status_code} {error.type or ''}: {error.api_message or error.message}")
     except anthropic.APIConnectionError as error:
         fail(4, f"the API can't be reached: {error.__cause__ or error}")
-    except Exception as error:  # whatever a torn answer breaks, in the SDK and below it
-        fail(4, f"the answer is not whole: {type(error).__name__}: {error}")
+    except Exception as error:  # an incomplete answer may break anything in the SDK, or below it
+        fail(4, f"the answer is incomplete: {type(error).__name__}: {error}")
 
 
 def fail(status: int, why: str) -> NoReturn:
@@ -259,11 +259,11 @@ def fail(status: int, why: str) -> NoReturn:
 @dataclass(frozen=True)
 class Seen:
     digest: str
-    content: bytes | None  # None: too large to be shown
+    content: bytes | None  # None: too large to show
 
 
 def tree() -> tuple[dict[str, Seen], bool]:
-    """The plain files of the work directory, by path; and whether there were too many."""
+    """The regular files of the work directory, by path, and whether there were too many."""
     found: dict[str, Seen] = {}
     total = 0
     for place, dirs, files in os.walk(WORK):
@@ -283,7 +283,7 @@ def tree() -> tuple[dict[str, Seen], bool]:
 
 
 def compared(before: dict[str, Seen], archive: bool) -> dict[str, Any]:
-    """What is another now than it was, as the outputs say it."""
+    """What has changed since ``before``, as fields of the outputs."""
     after, cut = tree()
     changes = {path: "changed" if path in before else "added" for path in after if after[path] != before.get(path)}
     changes |= {path: "removed" for path in before if path not in after and not (WORK / path).exists()}
@@ -331,7 +331,7 @@ def packed(paths: list[str]) -> bytes:
         for path in sorted(paths):
             archive.add(WORK / path, path, recursive=False)
             if out.tell() > MAX_ARCHIVE:
-                fail(1, f"the archive of what was changed is larger than {MAX_ARCHIVE >> 20} MiB")
+                fail(1, f"the archive of changed files is larger than {MAX_ARCHIVE >> 20} MiB")
     return out.getvalue()
 
 

@@ -1,8 +1,8 @@
-"""The claude agent: one call of the Messages API with Anthropic's own SDK. See agent.yaml for its inputs and outputs.
+"""The claude agent: one call to the Messages API with Anthropic's own SDK. agent.yaml lists its inputs and outputs.
 
-Where the API is, and a token for it, comes from the environment (ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY): that is the
-gateway on the host, which holds the real key and counts what is used. The SDK waits and tries again by itself when the
-API is busy. Exit status: 2 a request that makes no sense, 3 refused by the API or the gateway, 4 no (whole) answer.
+The API's address and a token come from the environment (ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY). They lead to the
+gateway on the host, which holds the real key and meters use. The SDK itself waits and retries when the API is busy.
+Exit status: 2 for an invalid request, 3 if the API or the gateway refused, 4 for no answer or an incomplete one.
 """
 
 # ruff: noqa: T201
@@ -32,7 +32,7 @@ def main() -> None:
     }
     if "system" in inputs:
         request["system"] = inputs["system"]
-    if "temperature" in inputs:  # newer models take none, so the SDK has no parameter for it any more
+    if "temperature" in inputs:  # newer models don't accept it, so the SDK dropped the parameter
         request["extra_body"] = {"temperature": inputs["temperature"]}
     message = ask(request, max_retries=inputs.get("max_retries", 4))
     text = "".join(block.text for block in message.content if block.type == "text")
@@ -46,10 +46,10 @@ def main() -> None:
 
 
 def ask(request: dict[str, Any], *, max_retries: int) -> Any:
-    """The whole answer, which is printed while it comes."""
+    """The complete answer; its text is printed as it arrives."""
     address = os.environ.get("ANTHROPIC_BASE_URL", "")
     if not address or not os.environ.get("ANTHROPIC_API_KEY"):
-        fail(2, "there is no way to the model: ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY are not set by a gateway")
+        fail(2, "can't reach a model: the gateway has not set ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY")
     try:
         # The gateway speaks plain HTTP on the VM's own link; reading certificates would take a second without KVM.
         http = anthropic.DefaultHttpxClient(verify=address.startswith("https:"))
@@ -63,8 +63,8 @@ def ask(request: dict[str, Any], *, max_retries: int) -> Any:
         fail(3, f"{error.status_code} {error.type or ''}: {error.api_message or error.message}")
     except anthropic.APIConnectionError as error:
         fail(4, f"the API can't be reached: {error.__cause__ or error}")
-    except Exception as error:  # whatever a torn answer breaks, in the SDK and below it
-        fail(4, f"the answer is not whole: {type(error).__name__}: {error}")
+    except Exception as error:  # an incomplete answer may break anything in the SDK, or below it
+        fail(4, f"the answer is incomplete: {type(error).__name__}: {error}")
 
 
 def fail(status: int, why: str) -> NoReturn:

@@ -1,15 +1,15 @@
 """The echo agent, and how to write an agent.
 
-Swarm starts this file in a fresh VM, as an unprivileged user, in a directory of its own (/work) that holds
+Swarm starts this file in a fresh VM, as an unprivileged user, in its work directory (/work), which contains
 
     input.json    {"inputs": {…}, "ticket": {"id", "title", "description", "project_id"}, "step": {"id", "attempt"}}
 
-and takes from there
+The agent writes its result there:
 
     output.json   any JSON value: it becomes the ticket's `outputs`
 
-What is printed shows up live in `swarm ticket logs`. Exit status 0 is success; anything else fails the ticket, with the
-last lines that were printed as its error. Only the standard library is here, and nothing of Swarm is imported.
+What it prints appears live in `swarm ticket logs`. Exit status 0 is success; any other fails the ticket, with the last
+printed lines as its error. Only the standard library is available, and nothing of Swarm is imported.
 """
 
 # ruff: noqa: T201

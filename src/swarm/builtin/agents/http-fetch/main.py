@@ -1,7 +1,7 @@
-"""The http-fetch agent: one request with the standard library. See agent.yaml for its inputs and outputs.
+"""The http-fetch agent: one request with the standard library. agent.yaml lists its inputs and outputs.
 
-A model of an agent that uses the network: nothing but http and https is spoken (also not after a redirect), everything
-is bounded, and a status that was not expected is a failure that says what came.
+An example of an agent that uses the network: it speaks only http and https (after a redirect too), everything is
+bounded, and an unexpected status is a failure that names it.
 """
 
 # ruff: noqa: T201
@@ -30,7 +30,7 @@ def main() -> None:
     inputs = json.loads(Path("input.json").read_text(encoding="utf-8"))["inputs"]
     url = inputs["url"]
     if not url.startswith(("http://", "https://")):
-        raise SystemExit(f"http-fetch: {url[:200]!r} is not an http address")
+        raise SystemExit(f"http-fetch: {url[:200]!r} is not an http or https address")
     headers = {"User-Agent": "swarm-http-fetch/1.0", **inputs.get("headers", {})}
     body = inputs.get("body")
     data = body.encode() if body is not None else None
@@ -65,7 +65,7 @@ def main() -> None:
         try:
             made["json"] = json.loads(made["text"])
         except ValueError:
-            print("http-fetch: the body says that it is JSON, and is not", flush=True)
+            print("http-fetch: the body is declared as JSON, but is not", flush=True)
     Path("output.json").write_text(json.dumps(made), encoding="utf-8")
     expected = inputs.get("expect") or range(200, 300)
     print(f"{status}, {len(content)} bytes", flush=True)

@@ -1,7 +1,7 @@
-"""The shell agent: runs the commands that it is given, and reports on each. See agent.yaml for its inputs and outputs.
+"""The shell agent: runs commands and reports on each. agent.yaml lists its inputs and outputs.
 
-A model of an agent that starts other programs: it streams what they print (`swarm ticket logs -f` shows it live), keeps
-a bounded part of it for its outputs, and fails when they fail.
+An example of an agent that starts other programs: it streams their output (`swarm ticket logs -f` shows it live), keeps
+a bounded part of it for its own outputs, and fails when they fail.
 """
 
 # ruff: noqa: T201
@@ -19,7 +19,7 @@ WORK = Path.cwd()
 
 
 def inside(name: str) -> Path:
-    """A path below the work directory; anything else is refused."""
+    """A path below the work directory; any other is refused."""
     path = (WORK / name).resolve()
     if WORK.resolve() not in path.parents:
         raise SystemExit(f"shell: {name!r} is not below the work directory")
@@ -27,7 +27,7 @@ def inside(name: str) -> Path:
 
 
 def pump(pipe: Any, out: BinaryIO, kept: bytearray, limit: int, totals: list[int]) -> None:
-    """Pass on what a program prints, and keep the first ``limit`` bytes of it."""
+    """Pass on a program's output, and keep the first ``limit`` bytes."""
     total = 0
     for chunk in iter(lambda: pipe.read1(65536), b""):
         out.write(chunk)
