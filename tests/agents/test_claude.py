@@ -231,7 +231,7 @@ async def test_it_works_with_its_tools(run: Run, api: MessagesApi) -> None:
     assert out["truncated"] is True, "the binary file is not in the diff"
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(out["archive"]))) as archive:
         assert archive.getnames() == ["binary", "new/deep.txt", "notes.txt"]
-    # What Claude was told, turn by turn, and that nothing of the SDK's own is sent back.
+    # What was sent to Claude, turn by turn; nothing that the SDK added is sent back.
     last = api.seen[-1]["body"]
     assert [m["role"] for m in last["messages"]] == ["user", "assistant"] * 3 + ["user"]
     first, second = last["messages"][2]["content"]

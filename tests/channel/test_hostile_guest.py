@@ -42,7 +42,7 @@ async def liar(
     *,
     io_timeout_seconds: float = 10.0,
 ) -> AsyncIterator[Channel]:
-    """A channel to a server that is honest about hello and then answers as told; None: never."""
+    """A channel to a server that answers hello honestly and then with the given frames; None: not at all."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         said: Answer | None = None
@@ -114,7 +114,7 @@ HOSTILE: dict[str, tuple[Call, Callable[[int], Answer]]] = {
     "empty data": (get, lambda n: [say(n, stream="data")] * 1000),
     "found is a text": (get, lambda n: [ok(n, found="yes")]),
     "other generation": (renew, lambda n: [ok(n, **(STATE | {"generation": "old"}), done=[], skipped=[])]),
-    "done is no list": (renew, lambda n: [ok(n, **STATE, done="all", skipped=[])]),
+    "done is not a list": (renew, lambda n: [ok(n, **STATE, done="all", skipped=[])]),
 }
 
 

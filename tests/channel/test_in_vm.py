@@ -96,7 +96,7 @@ def test_before_renew_it_is_nobody(guest: Guest) -> None:
     assert guest.before.mode == "vm"
 
 
-def test_renew_makes_it_somebody(guest: Guest) -> None:
+def test_renew_gives_an_identity(guest: Guest) -> None:
     renewed = guest.renewed
     assert set(renewed.done) == {"seed", "clock", "machine_id", "hostname", "work", "ssh", "interpreter"}
     assert renewed.skipped == ()

@@ -273,7 +273,7 @@ async def test_timeout(guest: Guest) -> None:
     with pytest.raises(AgentTimeout, match=r"ran for longer than 0\.2 s"):
         await guest.sh("echo $$; trap '' TERM INT; sleep 1000 & wait", timeout_seconds=0.2)
     assert not alive(guest.output["stdout"])
-    assert (await guest.sh("exit 4")).code == 4  # the connection is as good as ever
+    assert (await guest.sh("exit 4")).code == 4  # the connection still works
 
 
 async def test_silence(guest: Guest) -> None:

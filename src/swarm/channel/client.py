@@ -272,7 +272,7 @@ class Channel:
                         raise ChannelError("the guest sent a frame that does not belong in a get")
                     data += frame.payload
                     if len(data) > limit_bytes:
-                        raise ChannelError(f"the guest sent more than the {limit_bytes} bytes asked for")
+                        raise ChannelError(f"the guest sent more than the limit of {limit_bytes} bytes")
                 found = frame.flag("found")
                 too_large = found and frame.flag("too_large")
                 size = frame.number("size") if found else 0
@@ -334,7 +334,7 @@ class Channel:
                         if head.get("stream") in _STREAMS and frame.payload:
                             received += len(frame.payload)
                             if received > max_output_bytes:
-                                raise ChannelError(f"the guest sent more than the {max_output_bytes} bytes asked for")
+                                raise ChannelError(f"the guest sent more than the limit of {max_output_bytes} bytes")
                             emit(str(head["stream"]), frame.payload)
                         elif "started_ns" in head and started_at is None:
                             started_at = time.monotonic()
