@@ -15,7 +15,6 @@ from swarm.model import RunStatus, StepStatus
 from swarm.workflow.definition import Approval, ForEach, Repeat, Step
 from swarm.workflow.state import ENDED, WAITING, RunContext, StepState
 from swarm.workflow.structure import Graph
-from tests.cel.local import Local
 from tests.workflow.runs import Run, flow, run, step
 
 

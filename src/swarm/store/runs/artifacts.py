@@ -79,8 +79,8 @@ class ArtifactRow:
 
 
 def pack(value: Any) -> Packed:
-    """A value, which may have references in it (`ArtifactRef`), as JSON. Each large value within becomes an artifact; if the
-    rest is still large, it becomes one too. Raises RecursionError for a value nested too deeply for `json`."""
+    """A value, which may have references in it (`ArtifactRef`), as JSON. Each large value within becomes an artifact;
+    if the rest is still large, it becomes one too. Raises RecursionError for a value nested too deeply for `json`."""
     text = dump(value)
     if MARK not in text and len(text.encode()) <= INLINE_BYTES:
         return Packed(text)
