@@ -1,8 +1,8 @@
-"""What model calls cost, as values between the gateway, which makes the calls, and the store, which keeps the books.
+"""What model calls cost: values shared by the gateway, which makes the calls, and the store, which records them.
 
-A call is *reserved* before it is made and *booked* when it has ended. Both are rows of the database at once, so a
-budget holds over retries, over the steps of a run that go on side by side, over engines, and over the death of one:
-a reservation whose owner died counts as spent in full, since nobody knows what was.
+A call is *reserved* before it is made and *booked* when it has ended. Both are written to the database at once, so a
+budget holds across retries, parallel steps, engines and crashes: a reservation whose owner died counts as spent in
+full, since the real amount is unknown.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """A budget; None: as much as one likes."""
+    """A budget; None: unlimited."""
 
     usd: float | None = None
     tokens: int | None = None
@@ -22,8 +22,8 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """Whose call it is. All ids are the store's, but those of a one-off run: it has no ticket, and no rows.
-    ``agent_budget`` holds then; else the agent's row is asked."""
+    """The owner of a call. The ids are those of the store; a one-off run has made-up ids, no ticket and no rows.
+    ``agent_budget`` is used only for one-off runs; for others the agent's row is read."""
 
     ticket_id: str | None
     run_id: str
@@ -37,7 +37,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spend:
-    """Tokens of every kind together, and their price; ``usd`` is None when the model's price is not known."""
+    """Tokens of all kinds together, and their price; ``usd`` is None when the model's price is not known."""
 
     tokens: int
     usd: float | None
@@ -45,7 +45,7 @@ class Spend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """A call that is about to be made. ``most``: what it may cost; ``least``: less than this is of no use to it.
+    """A call that is about to be made. ``most``: what it may cost at most; ``least``: with less it is not worth making.
     ``day``: what all calls of a day (UTC) may cost together."""
 
     id: str
@@ -59,7 +59,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Granted:
-    """Go on, and spend no more than this: what the budgets have left. Reserved of it is at most the order's."""
+    """The call may spend up to this: what the budgets have left. The reservation is at most the order's ``most``."""
 
     usd: float | None
     tokens: int | None
@@ -67,14 +67,14 @@ class Granted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Busy:
-    """Calls under way hold what is left of the budget: ask again when one of them has ended."""
+    """Calls under way have reserved the rest of the budget: try again when one of them has ended."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """The budget does not allow it. ``message`` has the sums."""
+    """The budget does not allow the call. ``message`` has the amounts."""
 
     message: str
 
@@ -84,8 +84,8 @@ Reservation = Granted | Busy | Refused
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bill:
-    """A call that has ended. ``status`` is HTTP's, 0 when there was no answer. ``estimated``: the answer did not come
-    to its end, so its output was counted from what came. ``note`` says what went wrong, or why there is no price."""
+    """An ended call. ``status`` is the HTTP status, 0 without an answer. ``estimated``: the counts are estimates, since
+    the answer was incomplete or had none. ``note`` says what went wrong, or why there is no price."""
 
     id: str
     account: Account
@@ -106,7 +106,7 @@ class Bill:
 
 
 class Ledger(Protocol):
-    """Where calls are reserved and booked: the store, or nowhere where there is none."""
+    """Where calls are reserved and booked: the store, or `Unbooked`."""
 
     async def reserve(self, order: Order) -> Reservation: ...
 
@@ -114,7 +114,7 @@ class Ledger(Protocol):
 
 
 class Unbooked:
-    """For one-off runs on a host without a database: there is no budget, and nothing is kept."""
+    """For one-off runs on a host without a database: no budgets, and nothing is recorded."""
 
     async def reserve(self, order: Order) -> Reservation:
         return Granted(usd=None, tokens=None)

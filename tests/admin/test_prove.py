@@ -97,16 +97,16 @@ def lost(moves: list[tuple[str, str, str, str]], **values: object) -> History:
         (History([*START, END[0], *AGAIN]), "finished_twice", "completed twice"),
         (History([*START, *END], tries=[attempt("a1"), attempt("a2")]), "finished_twice", "two attempts of one"),
         (History([*START, *END], ticket=None), "lost", "row is gone"),
-        (lost(START, run_status=None), "lost", "no run of it is under way"),
-        (lost(START, run_status="completed"), "lost", "no run of it is under way"),
+        (lost(START, run_status=None), "lost", "it has no active run"),
+        (lost(START, run_status="completed"), "lost", "it has no active run"),
         (lost(START, live_steps=0), "lost", "no step left"),
         (lost([*START, *END]), "lost", "the log has it done"),
         (History([*START, *END], steps=[ORPHAN]), "lost", "no attempt runs it"),
-        (History(START, stuck=["t"], ticket=LIVE), "lost", "nothing carries it on"),
+        (History(START, stuck=["t"], ticket=LIVE), "lost", "nothing will continue it"),
         (History([*START, *END], tries=[attempt(step_status="ready")]), "lost", "succeeded, but its step is ready"),
-        (History(START, tries=[attempt(outcome=None, expired_ms=90_000.0)], ticket=LIVE), "lost", "nobody took over"),
-        (History(START), "unrecorded", "the log does not tell of its end"),
-        (History([*START, *END], ticket=replace(LIVE, state="done")), "unrecorded", "its run goes on"),
+        (History(START, tries=[attempt(outcome=None, expired_ms=90_000.0)], ticket=LIVE), "lost", "engine took over"),
+        (History(START), "unrecorded", "its end is not in the log"),
+        (History([*START, *END], ticket=replace(LIVE, state="done")), "unrecorded", "its run is still active"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )  # fmt: skip
@@ -170,8 +170,8 @@ async def test_a_real_file(file: Path) -> None:
         ("DELETE FROM attempts WHERE outcome IS NULL", "open", "no attempt runs it"),
         ("UPDATE attempts SET outcome = 'lost' WHERE outcome IS NULL", "open", "no attempt runs it"),
         ("UPDATE step_executions SET status = 'completed' WHERE status = 'running'", "open", "no step left"),
-        ("UPDATE workflow_runs SET status = 'completed' WHERE status = 'running'", "open", "no run of it"),
-        ("DELETE FROM events WHERE data LIKE '%\"done\"%'", "good", "does not tell of its end"),
+        ("UPDATE workflow_runs SET status = 'completed' WHERE status = 'running'", "open", "no active run"),
+        ("DELETE FROM events WHERE data LIKE '%\"done\"%'", "good", "its end is not in the log"),
         ("UPDATE step_executions SET status = 'ready' WHERE status = 'completed'", "good", "but its step is ready"),
         (
             "INSERT INTO events (ticket_id, kind, data) SELECT ticket_id, kind, data FROM events "
@@ -179,7 +179,7 @@ async def test_a_real_file(file: Path) -> None:
             "good",
             "after it had ended as done",
         ),
-        ("DROP TRIGGER tickets_deleted; DELETE FROM tickets WHERE id = 'good'", "good", "nobody deleted it"),
+        ("DROP TRIGGER tickets_deleted; DELETE FROM tickets WHERE id = 'good'", "good", "the log has no deletion"),
     ],
 )
 async def test_a_real_file_broken_on_purpose(file: Path, sql: str, who: str, says: str) -> None:

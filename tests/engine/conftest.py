@@ -146,18 +146,24 @@ async def log_until(process: asyncio.subprocess.Process, event: str) -> dict[str
 
 
 @asynccontextmanager
-async def serving(bench: Bench, **options: object) -> AsyncIterator[Dispatcher]:
-    """An engine in this process for the length of the block; its fault, if it had one, is raised at the end."""
+async def running(bench: Bench, **options: object) -> AsyncIterator[tuple[Dispatcher, asyncio.Task[None]]]:
+    """An engine in this process, and the task that runs it; its error, if it had one, is raised at the block's end."""
     given = {"max_vms": 4, "grace_seconds": 0.0, "memory": None, **options}
     async with bench.store.watching() as wake:
         dispatcher = Dispatcher(store=bench.store, worker=bench.worker, wake=wake, **given)  # type: ignore[arg-type]
         task = asyncio.create_task(dispatcher.run())
         try:
-            yield dispatcher
+            yield dispatcher, task
         finally:
             dispatcher.stop()
             dispatcher.stop()
             await task
+
+
+@asynccontextmanager
+async def serving(bench: Bench, **options: object) -> AsyncIterator[Dispatcher]:
+    async with running(bench, **options) as (dispatcher, _):
+        yield dispatcher
 
 
 async def ended(bench: Bench, *ids: str, timeout_seconds: float = 60) -> list[str]:

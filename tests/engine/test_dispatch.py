@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import sqlite3
@@ -17,7 +16,7 @@ from swarm.engine.engine import Engine, Limits
 from swarm.engine.worker import Worker
 from swarm.errors import NoImage, StoreError
 from swarm.model import RetryPolicy
-from tests.engine.conftest import Bench, ended, serving
+from tests.engine.conftest import Bench, ended, running, serving
 
 OUT = "import json, os, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
 DONE = OUT + "out({})"
@@ -244,15 +243,13 @@ async def test_the_database_replaced_ends_it_with_one_clear_line(plain: Bench) -
     agent = await plain.agent(HANG)
     plain.insert("t", agent.id)
     with pytest.raises(StoreError, match="was moved or replaced"):
-        async with serving(plain) as dispatcher, asyncio.timeout(30):
+        async with running(plain) as (_, engine), asyncio.timeout(30):
             await plain.until_it_prints()
             new = plain.dir / "new.db"
             sqlite3.connect(new).close()
             new.write_bytes(plain.database.read_bytes())
             new.replace(plain.database)
-            while not dispatcher._fault:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(dispatcher._look.wait(), 0.2)
+            await asyncio.wait({engine})
     assert plain.live_vms() == []
 
 

@@ -21,7 +21,7 @@ from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.errors import HostError, StoreError
 from swarm.model import RetryPolicy, Ticket
-from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
+from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, running, serving
 
 DONE = "import json; json.dump({}, open('output.json', 'w'))"
 pytestmark = pytest.mark.needs("netns")  # mounts of our own
@@ -101,13 +101,11 @@ async def test_an_outcome_that_cannot_be_written_ends_the_engine(settings: Setti
             agent = await bench.agent(f"print('up', flush=True)\nopen({str(gate)!r}).read()\n{big}")
             bench.insert("t", agent.id)
             with pytest.raises(StoreError, match="full"):
-                async with serving(bench) as dispatcher:
+                async with running(bench) as (_, engine), asyncio.timeout(60):
                     await bench.until_it_prints()
                     ballast = fill(disk)
                     await asyncio.to_thread(gate.write_text, "go")
-                    while dispatcher._fault is None and bench.worker.running:
-                        with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(dispatcher._look.wait(), 0.2)
+                    await asyncio.wait({engine})
                     ballast.unlink()
             assert bench.live_vms() == []
             await bench.store.shift_clock(60_000)
@@ -144,14 +142,13 @@ async def test_out_of_file_descriptors(plain: Bench) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = sum(1 for _ in Path("/proc/self/fd").iterdir())
     with pytest.raises(HostError, match="Too many open files"):
-        async with serving(plain) as dispatcher:
+        async with running(plain) as (_, engine):
             resource.setrlimit(resource.RLIMIT_NOFILE, (held + 3, before[1]))
             try:
                 await plain.store.add_ticket(Ticket(id="t", title="t", state="ready", agent_id=agent.id))
                 async with asyncio.timeout(20):
-                    while dispatcher._fault is None and (await plain.store.ticket("t")).state != "done":
-                        with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(dispatcher._look.wait(), 0.2)
+                    while not engine.done() and (await plain.store.ticket("t")).state != "done":
+                        await asyncio.wait({engine}, timeout=0.2)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert plain.live_vms() == []

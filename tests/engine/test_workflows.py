@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from swarm.admin import packages
 from swarm.base import crash_points
 from swarm.engine.dispatch import Dispatcher
 from swarm.engine.run_once import run_ticket
-from swarm.model import Claim, Ticket
+from swarm.model import Ticket
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 from tests.engine.test_crash import restart
 from tests.workflow.test_docs import INPUTS, OUTPUTS, blocks
@@ -144,21 +144,26 @@ async def test_a_crash_at_a_boundary(plain: Bench, point: str) -> None:
     assert (report.done, report.finished_twice) == (1, [])
 
 
-async def test_stopped_between_an_end_and_the_claim_of_what_follows(plain: Bench) -> None:
+async def test_stopped_between_an_end_and_the_claim_of_what_follows(
+    plain: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The claim is on its way with the end already: what it gets goes back, and is not counted."""
     await plain.agent(AGENT)
     steps = "  - {{id: {id}, agent: agent, needs: {needs}, inputs: {{log: '{log}'}}}}\n"
     links = (("a", "[]"), ("b", "a"), ("c", "b"))
     await add(plain, flow("".join(steps.format(id=id_, needs=needs, log=plain.dir / "log") for id_, needs in links)))
     async with serving(plain, grace_seconds=30) as dispatcher:
-        queued = plain.worker.ending
+        finish = plain.store.finish
 
-        def ending(claim: Claim) -> None:
-            queued(claim)
-            dispatcher.stop()
-            dispatcher.stop()
+        async def finish_and_stop(*values: Any, queued: Callable[[], None], **options: Any) -> None:
+            def stop() -> None:
+                queued()
+                dispatcher.stop()
+                dispatcher.stop()
 
-        plain.worker.ending = ending
+            await finish(*values, queued=stop, **options)
+
+        monkeypatch.setattr(plain.store, "finish", finish_and_stop)
         await plain.until(lambda: _stopped(dispatcher))
     assert {a.outcome for a in await plain.attempts()} == {"succeeded", "interrupted"}
     assert await statuses(plain) == {"a": "completed", "b": "ready", "c": "pending"}

@@ -28,7 +28,7 @@ import aiohttp
 import psutil
 
 from swarm.ledger import Limit
-from tests.gateway.conftest import KEY, an_office, ask
+from tests.gateway.conftest import KEY, ask, open_harness
 from tests.gateway.messages_api import MessagesApi
 
 Way = tuple[str, str]  # address, key
@@ -167,10 +167,13 @@ async def _serve(upstream: str, at: Path, budget: str) -> None:
     api = MessagesApi(key=KEY, url=upstream)
     day = Limit(usd=float(budget)) if budget else None
     with tempfile.TemporaryDirectory() as scratch:
-        async with an_office(api, Path(scratch), day=day) as office, office.door(await office.claim()) as door:
+        async with (
+            open_harness(api, Path(scratch), day=day) as harness,
+            harness.listener(await harness.claim()) as listener,
+        ):
             at.with_name(f"{at.name}.pid").write_text(str(os.getpid()))
             partial = at.with_name(f".{at.name}")
-            partial.write_text(f"{door.env['ANTHROPIC_BASE_URL']} {door.token}")
+            partial.write_text(f"{listener.env['ANTHROPIC_BASE_URL']} {listener.token}")
             partial.rename(at)
             await asyncio.Event().wait()
 

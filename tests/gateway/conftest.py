@@ -1,4 +1,4 @@
-"""The gateway before a real server of the Messages API, its books in a real database, and no VM."""
+"""The gateway in front of a local server of the Messages API, with a real database and without VMs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from swarm.gateway import prices, upstreams
 from swarm.gateway.attempt_listener import AttemptListener
 from swarm.gateway.forward import Gateway
 from swarm.gateway.policy import Policy
-from swarm.gateway.upstreams import Keys
+from swarm.gateway.upstreams import UpstreamKeys
 from swarm.ledger import Limit
 from swarm.model import Agent, Claim, Ticket
 from swarm.store.store import Store
@@ -36,8 +36,8 @@ async def api() -> AsyncIterator[MessagesApi]:
 
 
 @dataclass
-class Office:
-    """A gateway with its books. ``events``: what doors recorded."""
+class Harness:
+    """A gateway with its database. ``events``: recorded by its listeners."""
 
     store: Store
     database: Path
@@ -57,17 +57,21 @@ class Office:
         return claim
 
     @asynccontextmanager
-    async def door(self, claim: Claim, policy: Policy | None = None) -> AsyncIterator[AttemptListener]:
-        services = await self.gateway.services(policy or Policy(upstreams=("anthropic",)))
-        listener = socket.create_server(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        door = self.gateway.door(
-            account_of(claim), services, listener=listener, url=url, record=lambda *event: self.events.append(event)
+    async def listener(
+        self, claim: Claim, policy: Policy | None = None, **upstream_fields: Any
+    ) -> AsyncIterator[AttemptListener]:
+        """``upstream_fields`` replace those of its services."""
+        found = await self.gateway.services(policy or Policy(upstreams=("anthropic",)))
+        services = {n: (upstream.model_copy(update=upstream_fields), key) for n, (upstream, key) in found.items()}
+        sock = socket.create_server(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        listener = self.gateway.open_listener(
+            account_of(claim), services, sock=sock, url=url, record=lambda *event: self.events.append(event)
         )
         try:
-            yield door
+            yield listener
         finally:
-            await door.close()
+            await listener.close()
 
     def sql(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self.database, timeout=30)
@@ -77,7 +81,7 @@ class Office:
         return rows
 
     async def booked(self, count: int, *, seconds: float = 20) -> list[tuple[Any, ...]]:
-        """Once so many calls are settled: status, tokens, cost, note, oldest first. (Bills come after answers.)"""
+        """Waits for this many booked calls: status, tokens, cost, note, oldest first. (Bills come after answers.)"""
         async with asyncio.timeout(seconds):
             while True:
                 rows = self.sql(
@@ -89,35 +93,42 @@ class Office:
 
 
 @asynccontextmanager
-async def an_office(api: MessagesApi, dir: Path, *, day: Limit | None = None) -> AsyncIterator[Office]:  # noqa: A002
-    environment = {"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": KEY}
-    environment |= {"OPENAI_BASE_URL_HOST": api.url, "OPENAI_API_KEY": KEY}
+async def open_harness(
+    api: MessagesApi,
+    dir: Path,  # noqa: A002
+    *,
+    day: Limit | None = None,
+    keys: bool = True,
+) -> AsyncIterator[Harness]:
+    environment = {"ANTHROPIC_BASE_URL": api.url, "OPENAI_BASE_URL_HOST": api.url}
+    if keys:
+        environment |= {"ANTHROPIC_API_KEY": KEY, "OPENAI_API_KEY": KEY}
     database = dir / "swarm.db"
     async with Store.open(f"sqlite:///{database}") as store:
         await store.migrate()
         gateway = Gateway(
             upstreams=upstreams.load(None, environment),
             prices=prices.load(None),
-            keys=Keys(environment=environment),
+            keys=UpstreamKeys(environment=environment),
             ledger=store,
             day=day or Limit(),
         )
-        yield Office(store=store, database=database, api=api, gateway=gateway, dir=dir)
+        yield Harness(store=store, database=database, api=api, gateway=gateway, dir=dir)
         await gateway.close()
 
 
 @pytest.fixture
-async def office(api: MessagesApi, tmp_path: Path) -> AsyncIterator[Office]:
-    async with an_office(api, tmp_path) as made:
+async def harness(api: MessagesApi, tmp_path: Path) -> AsyncIterator[Harness]:
+    async with open_harness(api, tmp_path) as made:
         yield made
 
 
 @asynccontextmanager
 async def client_of(
-    door: AttemptListener, *, retries: int = 0, **options: Any
+    listener: AttemptListener, *, retries: int = 0, **options: Any
 ) -> AsyncIterator[anthropic.AsyncAnthropic]:
-    """The official SDK, with what the VM would have in its environment."""
-    env = door.env
+    """The official SDK, with the environment that the VM would have."""
+    env = listener.env
     async with anthropic.AsyncAnthropic(
         base_url=env["ANTHROPIC_BASE_URL"], api_key=env["ANTHROPIC_API_KEY"], max_retries=retries, **options
     ) as client:

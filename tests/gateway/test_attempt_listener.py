@@ -1,4 +1,4 @@
-"""What a door does not let through, and that it says so in the ticket's history."""
+"""What a listener refuses, and that it records refusals in the ticket's history."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 
 import aiohttp
 import anthropic
+import psutil
 import pytest
 
 from swarm.errors import UsageError
-from swarm.gateway import attempt_listener as doors
 from swarm.gateway import policy, prices, upstreams
+from swarm.gateway.attempt_listener import MAX_CONNECTIONS, MAX_REFUSALS
 from swarm.gateway.policy import Policy
-from swarm.gateway.upstreams import Keys
-from tests.gateway.conftest import KEY, Office, ask, client_of
+from swarm.gateway.upstreams import UpstreamKeys
+from tests.gateway.conftest import KEY, Harness, ask, client_of, open_harness
+from tests.gateway.messages_api import MessagesApi
 
 
 @pytest.fixture
@@ -36,24 +38,24 @@ async def post(
         return answer.status, said.get("error", {}).get("type", "")
 
 
-async def test_tokens_of_others_and_dead_ones(office: Office, session: aiohttp.ClientSession) -> None:
-    async with office.door(await office.claim("old")) as old:
+async def test_tokens_of_others_and_dead_ones(harness: Harness, session: aiohttp.ClientSession) -> None:
+    async with harness.listener(await harness.claim("old")) as old:
         dead = old.token
         assert await post(session, old.env["ANTHROPIC_BASE_URL"], dead) == (200, "")
-    async with office.door(await office.claim("one")) as one, office.door(await office.claim("two")) as two:
+    async with harness.listener(await harness.claim("one")) as one, harness.listener(await harness.claim("two")) as two:
         url = one.env["ANTHROPIC_BASE_URL"]
         for token in (two.token, dead, KEY, "", "\xff", one.token[:-1]):
             assert await post(session, url, token) == (401, "authentication_error")
         assert await post(session, url, one.token) == (200, "")
-    assert [dict(data) for kind, data in office.events if kind == "egress"] == [
+    assert [dict(data) for kind, data in harness.events if kind == "egress"] == [
         {"via": "gateway", "refused": "token", "method": "POST", "path": "/v1/messages"}
     ] * 6
-    assert len(office.api.seen) == 2  # none of the others got there
+    assert len(harness.api.seen) == 2  # none of the others got there
 
 
-async def test_a_door_that_is_shut_is_no_door(office: Office, session: aiohttp.ClientSession) -> None:
-    async with office.door(await office.claim()) as door:
-        url, token = door.env["ANTHROPIC_BASE_URL"], door.token
+async def test_a_closed_listener_takes_no_connections(harness: Harness, session: aiohttp.ClientSession) -> None:
+    async with harness.listener(await harness.claim()) as listener:
+        url, token = listener.env["ANTHROPIC_BASE_URL"], listener.token
     with pytest.raises(aiohttp.ClientConnectorError):
         await post(session, url, token)
 
@@ -65,14 +67,14 @@ async def test_a_door_that_is_shut_is_no_door(office: Office, session: aiohttp.C
         "/v1/%6dessages", "/v1/messages/", "/v1/models/../files", "/v1/messages?a=<", "/openai/v1/chat/completions",
     ],
 )  # fmt: skip
-async def test_paths_outside_the_table(office: Office, path: str) -> None:
+async def test_paths_outside_the_table(harness: Harness, path: str) -> None:
     """Sent as it is: a client would tidy some of them up."""
-    async with office.door(await office.claim()) as door:
-        host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+    async with harness.listener(await harness.claim()) as listener:
+        host, _, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         body = json.dumps(ask()).encode()
         writer.write(
-            f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {door.token}\r\nconnection: close\r\n"
+            f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {listener.token}\r\nconnection: close\r\n"
             f"content-length: {len(body)}\r\n\r\n".encode()
             + body
         )
@@ -80,38 +82,38 @@ async def test_paths_outside_the_table(office: Office, path: str) -> None:
         writer.close()
     assert answer.startswith(b"HTTP/1.1 404"), answer
     assert b"not_found_error" in answer
-    assert office.api.seen == []
-    assert [data["refused"] for _, data in office.events] == ["path"]
+    assert harness.api.seen == []
+    assert [data["refused"] for _, data in harness.events] == ["path"]
 
 
-async def test_bodies_over_the_limit(office: Office, session: aiohttp.ClientSession) -> None:
-    async with office.door(await office.claim()) as door:
-        upstream, key = door._services["anthropic"]
-        door._services["anthropic"] = (upstream.model_copy(update={"body_mb": 0.01}), key)  # type: ignore[index]
-        url = door.env["ANTHROPIC_BASE_URL"]
-        assert await post(session, url, door.token, data=ask("x" * 20_000)) == (413, "request_too_large")
+async def test_bodies_over_the_limit(harness: Harness, session: aiohttp.ClientSession) -> None:
+    async with harness.listener(await harness.claim(), body_mb=0.01) as listener:
+        url = listener.env["ANTHROPIC_BASE_URL"]
+        assert await post(session, url, listener.token, data=ask("x" * 20_000)) == (413, "request_too_large")
 
         async def endless() -> AsyncIterator[bytes]:  # no content-length to go by
             while True:
                 yield b"x" * 4096
 
         with pytest.raises((aiohttp.ClientError, AssertionError)):
-            async with session.post(f"{url}/v1/messages", data=endless(), headers={"x-api-key": door.token}) as answer:
+            async with session.post(
+                f"{url}/v1/messages", data=endless(), headers={"x-api-key": listener.token}
+            ) as answer:
                 assert answer.status != 413
-        assert await post(session, url, door.token) == (200, "")
-    assert door.held_bytes == 0
-    assert [data["refused"] for _, data in office.events] == ["body", "body"]
+        assert await post(session, url, listener.token) == (200, "")
+    assert listener.held_bytes == 0
+    assert [data["refused"] for _, data in harness.events] == ["body", "body"]
 
 
-async def test_what_is_no_request_for_a_message(office: Office, session: aiohttp.ClientSession) -> None:
-    async with office.door(await office.claim()) as door:
-        url = door.env["ANTHROPIC_BASE_URL"]
+async def test_what_is_no_request_for_a_message(harness: Harness, session: aiohttp.ClientSession) -> None:
+    async with harness.listener(await harness.claim()) as listener:
+        url = listener.env["ANTHROPIC_BASE_URL"]
         given: list[object] = [[], "text", {"messages": []}, {"model": 7}, None]
         for data in given:
-            headers = {"x-api-key": door.token}
+            headers = {"x-api-key": listener.token}
             async with session.post(f"{url}/v1/messages", data=json.dumps(data), headers=headers) as answer:
                 assert answer.status == 400
-    assert office.api.seen == []
+    assert harness.api.seen == []
 
 
 @pytest.mark.parametrize(
@@ -122,75 +124,80 @@ async def test_what_is_no_request_for_a_message(office: Office, session: aiohttp
     ],
 )  # fmt: skip
 async def test_what_two_servers_might_read_in_two_ways(
-    office: Office, twist: str, caplog: pytest.LogCaptureFixture
+    harness: Harness, twist: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Smuggling begins with it. Refused, recorded, and not in the engine's log, which it would fill."""
-    async with office.door(await office.claim()) as door:
-        host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+    async with harness.listener(await harness.claim()) as listener:
+        host, _, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         body = json.dumps(ask()).encode()
-        head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {door.token}\r\ncontent-length: {len(body)}\r\n"
+        head = (
+            f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {listener.token}\r\ncontent-length: {len(body)}\r\n"
+        )
         writer.write(f"{head}{twist}\r\n".encode() + body)
         assert (await reader.readline()).split()[1] == b"400"
         writer.transport.abort()
-    assert office.api.seen == []
-    assert [data["refused"] for _, data in office.events] == ["request"]
+    assert harness.api.seen == []
+    assert [data["refused"] for _, data in harness.events] == ["request"]
     assert caplog.records == []
 
 
-async def test_what_the_guest_says_of_itself_is_not_passed_on(office: Office, session: aiohttp.ClientSession) -> None:
+async def test_what_the_guest_says_of_itself_is_not_passed_on(harness: Harness, session: aiohttp.ClientSession) -> None:
     spoofed = {
         "x-api-key": "", "X-Forwarded-For": "10.0.0.1", "Forwarded": "for=10.0.0.1", "Cookie": "a=b",
         "Connection": "x-hop", "X-Hop": "1", "Proxy-Authorization": "Basic x", "Host": "elsewhere.example",
         "Anthropic-Beta": "some-beta",
     }  # fmt: skip
-    async with office.door(await office.claim()) as door:
-        spoofed["x-api-key"] = door.token
+    async with harness.listener(await harness.claim()) as listener:
+        spoofed["x-api-key"] = listener.token
         given = [*spoofed.items(), ("Anthropic-Beta", "another")]
-        async with session.post(f"{door.env['ANTHROPIC_BASE_URL']}/v1/messages", json=ask(), headers=given) as answer:
+        async with session.post(
+            f"{listener.env['ANTHROPIC_BASE_URL']}/v1/messages", json=ask(), headers=given
+        ) as answer:
             assert answer.status == 200
-    headers = {name.lower(): value for name, value in office.api.seen[0]["headers"].items()}
+    headers = {name.lower(): value for name, value in harness.api.seen[0]["headers"].items()}
     gone = {"x-forwarded-for", "forwarded", "cookie", "x-hop", "proxy-authorization"}
     assert not headers.keys() & gone
     assert (headers["x-api-key"], headers["anthropic-beta"]) == (KEY, "some-beta, another")
     assert headers["host"] != "elsewhere.example"
 
 
-async def test_connections_of_one_vm_are_limited(office: Office, session: aiohttp.ClientSession) -> None:
+async def test_connections_of_one_vm_are_limited(harness: Harness, session: aiohttp.ClientSession) -> None:
     """The engine's descriptors are everybody's: what is beyond the limit waits in the kernel until one has left."""
-    async with office.door(await office.claim()) as door:
-        host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
-        idle = [await asyncio.open_connection(host, int(port)) for _ in range(doors.MAX_CONNECTIONS + 5)]
-        call = asyncio.create_task(post(session, door.env["ANTHROPIC_BASE_URL"], door.token))
+    async with harness.listener(await harness.claim()) as listener:
+        host, _, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+        idle = [await asyncio.open_connection(host, int(port)) for _ in range(MAX_CONNECTIONS + 5)]
+        call = asyncio.create_task(post(session, listener.env["ANTHROPIC_BASE_URL"], listener.token))
         await asyncio.sleep(0.2)
         assert not call.done()
-        assert len(door._server.connections) == doors.MAX_CONNECTIONS
+        tcp = [one for one in psutil.Process().net_connections("tcp") if one.laddr.port == int(port)]
+        assert len(tcp) == MAX_CONNECTIONS + 1  # and the socket that listens
         for _, writer in idle:
             writer.close()
         assert await asyncio.wait_for(call, 10) == (200, "")
 
 
-async def test_refusals_do_not_fill_the_database(office: Office, session: aiohttp.ClientSession) -> None:
-    async with office.door(await office.claim()) as door:
-        for _ in range(doors._MAX_REFUSALS + 50):
-            await post(session, door.env["ANTHROPIC_BASE_URL"], "wrong")
-    assert len(office.events) == doors._MAX_REFUSALS
-    assert "not recorded" in str(office.events[-1][1]["more"])
+async def test_refusals_do_not_fill_the_database(harness: Harness, session: aiohttp.ClientSession) -> None:
+    async with harness.listener(await harness.claim()) as listener:
+        for _ in range(MAX_REFUSALS + 50):
+            await post(session, listener.env["ANTHROPIC_BASE_URL"], "wrong")
+    assert len(harness.events) == MAX_REFUSALS
+    assert "not recorded" in str(harness.events[-1][1]["more"])
 
 
-async def test_the_key_is_nowhere_but_in_the_request(office: Office, caplog: pytest.LogCaptureFixture) -> None:
-    async with office.door(await office.claim()) as door, client_of(door) as client:
+async def test_the_key_is_nowhere_but_in_the_request(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    async with harness.listener(await harness.claim()) as listener, client_of(listener) as client:
         await client.messages.create(**ask())
         with pytest.raises(anthropic.RateLimitError):
             await client.messages.create(**ask("scenario=429"))
-        await office.booked(2)
-        assert KEY not in repr(door)
-        assert door.token not in repr(door)
-    for file in office.dir.rglob("*"):
+        await harness.booked(2)
+        assert KEY not in repr(listener)
+        assert listener.token not in repr(listener)
+    for file in harness.dir.rglob("*"):
         if file.is_file():
             assert KEY.encode() not in file.read_bytes(), file
     assert KEY not in caplog.text
-    assert KEY not in repr(await office.store.events("t"))
+    assert KEY not in repr(await harness.store.events("t"))
 
 
 # --- keys, tables, policies -------------------------------------------------------------------------------------------
@@ -211,24 +218,24 @@ async def test_where_keys_come_from(tmp_path: Path) -> None:
     }
     found = []
     for name in (*env, ""):
-        found.append(await Keys(environment=env, secret=secret).find(upstream))
+        found.append(await UpstreamKeys(environment=env, secret=secret).find(upstream))
         env = {k: v for k, v in env.items() if k != name}
     assert found == ["from-the-environment", "from-a-file", "from-systemd", "from-anthropic_api_key"]
-    assert await Keys(environment={}).find(upstream) is None
+    assert await UpstreamKeys(environment={}).find(upstream) is None
     for bad in ({"ANTHROPIC_API_KEY": "two\nlines"}, {"ANTHROPIC_API_KEY_FILE": str(tmp_path / "none")}):
         with pytest.raises(UsageError, match="ANTHROPIC_API_KEY") as caught:
-            await Keys(environment=bad).find(upstream)
+            await UpstreamKeys(environment=bad).find(upstream)
         assert "two" not in str(caught.value)
 
 
-async def test_no_key_is_one_sentence(office: Office) -> None:
-    office.gateway._keys = Keys(environment={})
-    with pytest.raises(
-        UsageError, match=r"no key for anthropic .*set ANTHROPIC_API_KEY .*swarm secret set anthropic_api"
-    ):
-        await office.gateway.services(Policy(upstreams=("anthropic",)))
-    with pytest.raises(UsageError, match=r"no service 'other'; it knows anthropic, openai"):
-        await office.gateway.services(Policy(upstreams=("other",)))
+async def test_no_key_is_one_sentence(api: MessagesApi, tmp_path: Path) -> None:
+    async with open_harness(api, tmp_path, keys=False) as harness:
+        with pytest.raises(
+            UsageError, match=r"no key for anthropic .*set ANTHROPIC_API_KEY .*swarm secret set anthropic_api"
+        ):
+            await harness.gateway.services(Policy(upstreams=("anthropic",)))
+        with pytest.raises(UsageError, match=r"no service 'other'; it knows anthropic, openai"):
+            await harness.gateway.services(Policy(upstreams=("other",)))
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:

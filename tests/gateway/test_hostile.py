@@ -6,8 +6,6 @@ import asyncio
 import io
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -18,69 +16,67 @@ from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AttemptListener
 from swarm.gateway.policy import Policy
 from swarm.gateway.usage import prompt_counts
 from swarm.ledger import Order, Reservation
-from tests.gateway.conftest import KEY, Office, ask
+from tests.gateway.conftest import KEY, Harness, ask
 
 OUTPUT_USD = 5 / 1e6  # a token of claude-haiku-4-5
 
 
-async def send(door: AttemptListener, body: bytes, *, path: str = "/v1/messages") -> asyncio.StreamWriter:
+async def send(listener: AttemptListener, body: bytes, *, path: str = "/v1/messages") -> asyncio.StreamWriter:
     """A request of which no answer is awaited."""
-    host, _, port = door.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
+    host, _, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
     _, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {door.token}\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {listener.token}\r\ncontent-length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     return writer
 
 
-async def post(door: AttemptListener, body: bytes, *, path: str = "/v1/messages") -> tuple[int, str]:
+async def post(listener: AttemptListener, body: bytes, *, path: str = "/v1/messages") -> tuple[int, str]:
     async with (
         aiohttp.ClientSession() as session,
         session.post(
-            door.env["ANTHROPIC_BASE_URL"] + path, data=io.BytesIO(body), headers={"x-api-key": door.token}
+            listener.env["ANTHROPIC_BASE_URL"] + path, data=io.BytesIO(body), headers={"x-api-key": listener.token}
         ) as answer,
     ):
         return answer.status, await answer.text()
 
 
 @pytest.mark.parametrize("scenario", ["hold", "half"])
-async def test_who_hangs_up_on_an_answer_in_one_piece_pays_for_it(office: Office, scenario: str) -> None:
+async def test_who_hangs_up_on_an_answer_in_one_piece_pays_for_it(harness: Harness, scenario: str) -> None:
     """The service has done, or will do, its work: nobody can say how much, so it counts as reserved."""
-    async with office.door(await office.claim()) as door:
-        writer = await send(door, json.dumps(ask(f"scenario={scenario}", max_tokens=1000)).encode())
-        await asyncio.wait_for(office.api.held.wait(), 20)
+    async with harness.listener(await harness.claim()) as listener:
+        writer = await send(listener, json.dumps(ask(f"scenario={scenario}", max_tokens=1000)).encode())
+        await asyncio.wait_for(harness.api.held.wait(), 20)
         writer.transport.abort()
-        [(_, tokens, cost, note)] = await office.booked(1)
-        office.api.release.set()
+        [(_, tokens, cost, note)] = await harness.booked(1)
+        harness.api.release.set()
     assert tokens > 1000
     assert cost > 1000 * OUTPUT_USD
     assert note == "the answer was not seen to its end: counted with all that it may have cost"
-    [event] = [e for e in await office.store.events("t") if e.kind == "model_call"]
+    [event] = [e for e in await harness.store.events("t") if e.kind == "model_call"]
     assert event.data["estimated"] is True
 
 
-async def test_who_hangs_up_on_a_stream_pays_for_the_prompt(office: Office) -> None:
+async def test_who_hangs_up_on_a_stream_pays_for_the_prompt(harness: Harness) -> None:
     """Also where the service tells what that was at the end only."""
-    async with office.door(await office.claim(), Policy(upstreams=("anthropic", "openai"))) as door:
+    async with harness.listener(await harness.claim(), Policy(upstreams=("anthropic", "openai"))) as listener:
         body = {
             "model": "m",
             "stream": True,
             "messages": [{"role": "user", "content": "scenario=hold " + "x" * 30_000}],
         }
-        writer = await send(door, json.dumps(body).encode(), path="/openai/v1/chat/completions")
-        await asyncio.wait_for(office.api.held.wait(), 20)
+        writer = await send(listener, json.dumps(body).encode(), path="/openai/v1/chat/completions")
+        await asyncio.wait_for(harness.api.held.wait(), 20)
         writer.transport.abort()
-        [(status, tokens, _, _)] = await office.booked(1)
-        office.api.release.set()
+        [(status, tokens, _, _)] = await harness.booked(1)
+        harness.api.release.set()
     assert status == 200
     assert tokens >= 10_000
 
 
-async def test_a_service_that_falls_silent_may_have_worked(office: Office) -> None:
-    async with office.door(await office.claim()) as door:
-        upstream, key = door._services["anthropic"]
-        door._services["anthropic"] = (upstream.model_copy(update={"idle_seconds": 0.2}), key)  # type: ignore[index]
-        status, _ = await post(door, json.dumps(ask("scenario=silent", max_tokens=1000)).encode())
-        [(_, _, cost, note)] = await office.booked(1)
+async def test_a_service_that_falls_silent_may_have_worked(harness: Harness) -> None:
+    async with harness.listener(await harness.claim(), idle_seconds=0.2) as listener:
+        status, _ = await post(listener, json.dumps(ask("scenario=silent", max_tokens=1000)).encode())
+        [(_, _, cost, note)] = await harness.booked(1)
     assert status == 504
     assert cost > 1000 * OUTPUT_USD
     assert "silent for too long" in note
@@ -94,43 +90,45 @@ async def test_a_service_that_falls_silent_may_have_worked(office: Office) -> No
         '"max_tokens": 1e300', '"max_tokens": 9223372036854775807',
     ],
 )  # fmt: skip
-async def test_what_the_service_might_read_in_another_way(office: Office, twist: str) -> None:
+async def test_what_the_service_might_read_in_another_way(harness: Harness, twist: str) -> None:
     """A name that comes twice, a limit that is no plain number: refused, not guessed at."""
-    async with office.door(await office.claim(budget_usd=0.01)) as door:
-        status, said = await post(door, f'{{"model": "claude-haiku-4-5", "messages": [], {twist}}}'.encode())
+    async with harness.listener(await harness.claim(budget_usd=0.01)) as listener:
+        status, said = await post(listener, f'{{"model": "claude-haiku-4-5", "messages": [], {twist}}}'.encode())
     assert status == 400, said
     assert "invalid_request_error" in said
-    assert office.api.seen == []
-    assert office.sql("SELECT 1 FROM model_calls") == []
+    assert harness.api.seen == []
+    assert harness.sql("SELECT 1 FROM model_calls") == []
 
 
-async def test_a_limit_that_is_a_whole_number_with_a_point_counts_as_that_number(office: Office) -> None:
-    async with office.door(await office.claim(budget_usd=0.01)) as door:
-        status, said = await post(door, b'{"model": "claude-haiku-4-5", "messages": [], "max_tokens": 100000.0}')
+async def test_a_limit_that_is_a_whole_number_with_a_point_counts_as_that_number(harness: Harness) -> None:
+    async with harness.listener(await harness.claim(budget_usd=0.01)) as listener:
+        status, said = await post(listener, b'{"model": "claude-haiku-4-5", "messages": [], "max_tokens": 100000.0}')
     assert status == 402, said
 
 
 @pytest.mark.parametrize(
     "dearer", [{"n": 100}, {"max_completion_tokens": 10, "max_tokens": 50_000}, {"max_completion_tokens": 50_000}]
 )
-async def test_many_answers_and_other_ways_to_ask_for_more(office: Office, dearer: dict[str, Any]) -> None:
-    async with office.door(await office.claim(budget_tokens=20_000), Policy(upstreams=("anthropic", "openai"))) as door:
+async def test_many_answers_and_other_ways_to_ask_for_more(harness: Harness, dearer: dict[str, Any]) -> None:
+    async with harness.listener(
+        await harness.claim(budget_tokens=20_000), Policy(upstreams=("anthropic", "openai"))
+    ) as listener:
         body = {"model": "m", "messages": [], "max_tokens": 500}
         path = "/openai/v1/chat/completions"
-        assert (await post(door, json.dumps(body).encode(), path=path))[0] == 200
-        status, said = await post(door, json.dumps({**body, **dearer}).encode(), path=path)
+        assert (await post(listener, json.dumps(body).encode(), path=path))[0] == 200
+        status, said = await post(listener, json.dumps({**body, **dearer}).encode(), path=path)
         assert status == 402, said
-        status, _ = await post(door, json.dumps({**body, "n": "100"}).encode(), path=path)
+        status, _ = await post(listener, json.dumps({**body, "n": "100"}).encode(), path=path)
         assert status == 400
-    assert len(office.api.seen) == 1
+    assert len(harness.api.seen) == 1
 
 
-async def test_what_is_written_to_the_cache_is_reserved_at_its_price(office: Office) -> None:
+async def test_what_is_written_to_the_cache_is_reserved_at_its_price(harness: Harness) -> None:
     """300,000 bytes are about 100,000 tokens: $0.1 as plain input, $0.125 for five minutes, $0.2 for an hour."""
-    async with office.door(await office.claim(budget_usd=0.15)) as door:
+    async with harness.listener(await harness.claim(budget_usd=0.15)) as listener:
         for kept, expected in (({"type": "ephemeral", "ttl": "1h"}, 402), ({"type": "ephemeral"}, 200)):
             block = {"type": "text", "text": "x" * 300_000, "cache_control": kept}
-            status, said = await post(door, json.dumps({**ask(), "system": [block]}).encode())
+            status, said = await post(listener, json.dumps({**ask(), "system": [block]}).encode())
             assert status == expected, said
 
 
@@ -147,40 +145,40 @@ def test_what_the_service_fetches_is_reserved_at_a_guess(block: dict[str, Any], 
     assert 2 * tokens < prompt_counts(200, body)["input"] < 2 * tokens + 100
 
 
-async def test_a_surcharge_is_no_list_price(office: Office) -> None:
+async def test_a_surcharge_is_no_list_price(harness: Harness) -> None:
     """What costs more than the list says has no price: tokens are counted, and a budget in money refuses it."""
     body = json.dumps({**ask(), "speed": "fast"}).encode()
-    async with office.door(await office.claim("free")) as door:
-        assert (await post(door, body))[0] == 200
-        [(_, tokens, cost, note)] = await office.booked(1)
+    async with harness.listener(await harness.claim("free")) as listener:
+        assert (await post(listener, body))[0] == 200
+        [(_, tokens, cost, note)] = await harness.booked(1)
         assert (tokens > 0, cost) == (True, None)
         assert note.startswith("no price for claude-haiku-4-5 speed=fast in the list of 20")
-    async with office.door(await office.claim("poor", budget_usd=1)) as door:
-        status, said = await post(door, body)
+    async with harness.listener(await harness.claim("poor", budget_usd=1)) as listener:
+        status, said = await post(listener, body)
         assert status == 402
         assert "the price of model 'claude-haiku-4-5 speed=fast' is not known" in said
 
 
-async def test_a_request_that_would_fill_the_hosts_memory(office: Office) -> None:
+async def test_a_request_that_would_fill_the_hosts_memory(harness: Harness) -> None:
     """A few megabytes of JSON can be a gigabyte of objects: it is counted before it is parsed."""
-    async with office.door(await office.claim()) as door:
+    async with harness.listener(await harness.claim()) as listener:
         body = b'{"model": "m", "messages": [' + b"{}," * 600_000 + b"{}]}"
-        status, said = await post(door, body)
+        status, said = await post(listener, body)
         assert status == 400
         assert "too many values" in said
         text = json.dumps(ask("a, [b], {c}, " * 20_000)).encode()  # as a person writes
-        assert (await post(door, text))[0] == 200
-    assert len(office.api.seen) == 1
+        assert (await post(listener, text))[0] == 200
+    assert len(harness.api.seen) == 1
 
 
-async def test_a_service_that_shows_what_it_was_sent(office: Office) -> None:
+async def test_a_service_that_shows_what_it_was_sent(harness: Harness) -> None:
     """In headers and bodies, wherever it is cut: the key does not come back."""
-    async with office.door(await office.claim()) as door, aiohttp.ClientSession() as session:
+    async with harness.listener(await harness.claim()) as listener, aiohttp.ClientSession() as session:
         for part in (0, 1, 7, len(KEY) - 1):
             async with session.post(
-                door.env["ANTHROPIC_BASE_URL"] + "/v1/messages",
+                listener.env["ANTHROPIC_BASE_URL"] + "/v1/messages",
                 json=ask(f"scenario=echo cut={part}"),
-                headers={"x-api-key": door.token},
+                headers={"x-api-key": listener.token},
             ) as answer:
                 said = await answer.text()
                 assert answer.status == 400
@@ -189,59 +187,47 @@ async def test_a_service_that_shows_what_it_was_sent(office: Office) -> None:
                 assert answer.headers["x-seen"] == "*" * len(KEY)
 
 
-@contextmanager
-def watched(office: Office, after: Callable[[Order], Awaitable[None]]) -> Iterator[None]:
-    """``after`` is awaited when a call has been reserved, before the gateway hears of it."""
-    ledger, reserve = office.gateway._ledger, office.gateway._ledger.reserve
-
-    async def told(order: Order) -> Reservation:
-        verdict = await reserve(order)
-        await after(order)
-        return verdict
-
-    ledger.reserve = told  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ledger.reserve = reserve  # type: ignore[method-assign]
-
-
-async def test_who_hangs_up_before_the_call_has_left_holds_no_money(office: Office) -> None:
-    """What was reserved for it would be missing from everybody's day."""
+async def test_who_hangs_up_before_the_call_was_sent_holds_no_money(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reservation must not reduce what others may spend on this day."""
     reserved, go_on = asyncio.Event(), asyncio.Event()
+    reserve = harness.store.reserve
 
-    async def wait(order: Order) -> None:
+    async def reserve_and_wait(order: Order) -> Reservation:
+        reservation = await reserve(order)
         reserved.set()
         await go_on.wait()
+        return reservation
 
-    async with office.door(await office.claim()) as door:
-        with watched(office, wait):
-            writer = await send(door, json.dumps(ask(max_tokens=1000)).encode())
-            await asyncio.wait_for(reserved.wait(), 20)
-            [call] = door._calls
-            writer.transport.abort()
-            async with asyncio.timeout(20):
-                while True:
-                    if call.cancelling():
-                        break
-                    await asyncio.sleep(0.01)
-            go_on.set()
-            await asyncio.wait({call}, timeout=20)
-        assert office.sql("SELECT status, cost_usd, note FROM model_calls") == [
-            (0, 0, "it was given up before it left")
+    monkeypatch.setattr(harness.store, "reserve", reserve_and_wait)
+    async with harness.listener(await harness.claim()) as listener:
+        writer = await send(listener, json.dumps(ask(max_tokens=1000)).encode())
+        await asyncio.wait_for(reserved.wait(), 20)
+        [call] = listener.calls
+        writer.transport.abort()
+        async with asyncio.timeout(20):
+            while True:
+                if call.cancelling():
+                    break
+                await asyncio.sleep(0.01)
+        go_on.set()
+        await asyncio.wait({call}, timeout=20)
+        assert harness.sql("SELECT status, cost_usd, note FROM model_calls") == [
+            (0, 0, "the client disconnected before the call was sent")
         ]
-    assert office.api.seen == []
+    assert harness.api.seen == []
 
 
-async def test_a_guest_that_reads_nothing_holds_no_descriptor(office: Office) -> None:
+async def test_a_guest_that_reads_nothing_holds_no_descriptor(harness: Harness) -> None:
     """Its VM is gone: what was not sent by then never will be."""
-    async with office.door(await office.claim()) as door:
-        port = int(door.env["ANTHROPIC_BASE_URL"].rpartition(":")[2])
-        writer = await send(door, json.dumps(ask("words=3000000")).encode())  # 15 MB
+    async with harness.listener(await harness.claim()) as listener:
+        port = int(listener.env["ANTHROPIC_BASE_URL"].rpartition(":")[2])
+        writer = await send(listener, json.dumps(ask("words=3000000")).encode())  # 15 MB
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         async with asyncio.timeout(20):
             while True:
-                if any(h.transport and h.transport.get_write_buffer_size() for h in door._server.connections):
+                if any(h.transport and h.transport.get_write_buffer_size() for h in listener._server.connections):
                     break
                 await asyncio.sleep(0.01)
     found = psutil.Process().net_connections("tcp")
@@ -249,40 +235,45 @@ async def test_a_guest_that_reads_nothing_holds_no_descriptor(office: Office) ->
     writer.transport.abort()
 
 
-async def test_calls_that_fail_do_not_fill_the_books(office: Office) -> None:
+async def test_calls_that_fail_do_not_fill_the_books(harness: Harness) -> None:
     """A refusal costs nothing, but a row and an event for ever, and each call adds up the rows of its day."""
-    async with office.door(await office.claim()) as door:
-        door.failed_calls = MAX_FAILED_CALLS - 5
+    async with harness.listener(await harness.claim()) as listener:
+        listener.failed_calls = MAX_FAILED_CALLS - 5
         body = json.dumps(ask("scenario=429")).encode()
-        said = [await post(door, body) for _ in range(8)]
+        said = [await post(listener, body) for _ in range(8)]
         assert [status for status, _ in said] == [429] * 8
         assert "slow down" in said[4][1]
         assert "too many calls of this attempt have failed" in said[5][1]
-        assert (await post(door, json.dumps(ask()).encode()))[0] == 429  # also one that would not
-    assert len(office.sql("SELECT 1 FROM model_calls")) == len(office.api.seen) == 5
-    assert [data["refused"] for _, data in office.events] == ["failures"] * 4
+        assert (await post(listener, json.dumps(ask()).encode()))[0] == 429  # also one that would not
+    assert len(harness.sql("SELECT 1 FROM model_calls")) == len(harness.api.seen) == 5
+    assert [data["refused"] for _, data in harness.events] == ["failures"] * 4
 
 
-async def test_calls_that_wait_for_money_do_not_crowd_the_books(office: Office) -> None:
-    """Of one door one asks again, the others wait for their turn: the same books claim everybody's tickets."""
+async def test_calls_that_wait_for_budget_do_not_crowd_the_database(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one call of a listener retries, the others wait their turn: tickets are claimed in the same database."""
     asked: Counter[str] = Counter()
     enough = asyncio.Event()
+    reserve = harness.store.reserve
 
-    async def count(order: Order) -> None:
+    async def reserve_and_count(order: Order) -> Reservation:
+        reservation = await reserve(order)
         asked[order.id] += 1
         if asked.total() >= 30:
             enough.set()
+        return reservation
 
-    async with office.door(await office.claim(budget_tokens=1500)) as door:
-        held = asyncio.create_task(post(door, json.dumps(ask("scenario=hold", max_tokens=1000)).encode()))
-        await asyncio.wait_for(office.api.held.wait(), 20)
+    async with harness.listener(await harness.claim(budget_tokens=1500)) as listener:
+        held = asyncio.create_task(post(listener, json.dumps(ask("scenario=hold", max_tokens=1000)).encode()))
+        await asyncio.wait_for(harness.api.held.wait(), 20)
         body = json.dumps(ask(max_tokens=1000)).encode()
-        with watched(office, count):
-            others = [asyncio.create_task(post(door, body)) for _ in range(20)]
-            await asyncio.wait_for(enough.wait(), 30)
-            assert len(asked) == 20
-            assert sum(1 for times in asked.values() if times > 1) == 1
-            office.api.release.set()
-            assert (await held)[0] == 200
-            statuses = [(await task)[0] for task in others]
+        monkeypatch.setattr(harness.store, "reserve", reserve_and_count)
+        others = [asyncio.create_task(post(listener, body)) for _ in range(20)]
+        await asyncio.wait_for(enough.wait(), 30)
+        assert len(asked) == 20
+        assert sum(1 for times in asked.values() if times > 1) == 1
+        harness.api.release.set()
+        assert (await held)[0] == 200
+        statuses = [(await task)[0] for task in others]
     assert set(statuses) <= {200, 402}

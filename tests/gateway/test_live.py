@@ -13,10 +13,10 @@ import pytest
 from swarm.gateway import prices, upstreams
 from swarm.gateway.forward import Gateway
 from swarm.gateway.policy import Policy
-from swarm.gateway.upstreams import Keys
+from swarm.gateway.upstreams import UpstreamKeys
 from swarm.ledger import Limit
 from swarm.store.store import Store
-from tests.gateway.conftest import Office, ask, client_of
+from tests.gateway.conftest import Harness, ask, client_of
 from tests.gateway.messages_api import MessagesApi
 
 pytestmark = pytest.mark.skipif(
@@ -31,20 +31,20 @@ async def test_a_real_call_is_what_it_was_booked_as(tmp_path: Path) -> None:
         gateway = Gateway(
             upstreams=upstreams.load(None, os.environ),
             prices=prices.load(None),
-            keys=Keys(),
+            keys=UpstreamKeys(),
             ledger=store,
             day=Limit(usd=0.05),
         )
-        office = Office(
+        harness = Harness(
             store=store, database=tmp_path / "swarm.db", api=MessagesApi(key=""), gateway=gateway, dir=tmp_path
         )
         async with (
-            office.door(await office.claim(), Policy(upstreams=("anthropic",))) as door,
-            client_of(door) as client,
+            harness.listener(await harness.claim(), Policy(upstreams=("anthropic",))) as listener,
+            client_of(listener) as client,
         ):
             async with client.messages.stream(**ask("Say hello.", max_tokens=20)) as stream:
                 message = await stream.get_final_message()
-            [(status, tokens, cost, note)] = await office.booked(1)
+            [(status, tokens, cost, note)] = await harness.booked(1)
         await gateway.close()
     assert (status, tokens, note) == (200, message.usage.input_tokens + message.usage.output_tokens, None)
     assert 0 < cost < 0.01

@@ -48,17 +48,23 @@ class Site:
 
     @asynccontextmanager
     async def proxy(
-        self, network: str, *, within: tuple[ipaddress.IPv4Network, ...] = (), resolve: Resolve | None = None
+        self,
+        network: str,
+        *,
+        within: tuple[ipaddress.IPv4Network, ...] = (),
+        resolve: Resolve | None = None,
+        max_events: Mapping[str, int] = MAX_EVENTS,
     ) -> AsyncIterator[Proxy]:
-        listener = socket.create_server(("127.0.0.1", 0))
+        sock = socket.create_server(("127.0.0.1", 0))
         proxy = Proxy(
             policy=policy.parse(network),
-            borders=EgressRules(
+            rules=EgressRules(
                 within=within, never=(ipaddress.ip_network("10.0.0.0/16"),), resolve=resolve or self.resolve
             ),
-            listener=listener,
-            address=f"127.0.0.1:{listener.getsockname()[1]}",
+            sock=sock,
+            address=f"127.0.0.1:{sock.getsockname()[1]}",
             record=lambda kind, data: self.events.append(data),
+            max_events=max_events,
         )
         try:
             yield proxy
@@ -155,10 +161,10 @@ async def test_addresses_that_no_policy_reaches(site: Site, address: str) -> Non
 
 
 async def test_swarms_own_subnet_is_never_within(site: Site) -> None:
-    borders = EgressRules(within=(ipaddress.ip_network("10.0.0.0/8"),), never=(ipaddress.ip_network("10.0.0.0/16"),))
-    assert borders.why_not(ipaddress.ip_address("10.0.0.2")) == "an address of Swarm's own"
-    assert borders.why_not(ipaddress.ip_address("10.9.0.2")) == ""
-    assert borders.why_not(ipaddress.ip_address("93.184.215.14")) == ""
+    rules = EgressRules(within=(ipaddress.ip_network("10.0.0.0/8"),), never=(ipaddress.ip_network("10.0.0.0/16"),))
+    assert rules.why_not(ipaddress.ip_address("10.0.0.2")) == "an address of Swarm's own"
+    assert rules.why_not(ipaddress.ip_address("10.9.0.2")) == ""
+    assert rules.why_not(ipaddress.ip_address("93.184.215.14")) == ""
 
 
 async def test_a_name_that_changes_its_mind_gains_nothing(site: Site) -> None:
@@ -253,17 +259,16 @@ def open_to(port: int) -> list[int]:
 
 
 async def test_no_connection_hides_behind_many_others(site: Site) -> None:
-    """Of each kind so many are events; of the rest there is a sum in the end, by host."""
-    async with site.proxy("allow:www.example.com", within=(LOOPBACK,)) as proxy:
-        proxy._noted.update(MAX_EVENTS)
-        proxy._noted.subtract(("made", "refused"))
+    """The first ones of each kind are events; the rest is summed up by host at the end."""
+    one_each = {"made": 1, "refused": 1}
+    async with site.proxy("allow:www.example.com", within=(LOOPBACK,), max_events=one_each) as proxy:
         for _ in range(2):
             assert b" 403 " in await tunnel(proxy, f"evil.example.com:{site.port}")
         for _ in range(3):
             assert b"GET /through 0" in await tunnel(proxy, f"www.example.com:{site.port}")
     refused, made, rest = site.events
     assert (refused["host"], made["host"]) == ("evil.example.com", "www.example.com")
-    assert refused["more"] == made["more"] == "further ones are summed up in the end"
+    assert refused["more"] == made["more"] == "further ones are summed up at the end"
     further = rest["further"]
     assert isinstance(further, dict)
     assert further["evil.example.com"] == {"refused": 1, "made": 0, "sent_bytes": 0, "received_bytes": 0}

@@ -68,14 +68,16 @@ async def test_a_sealed_value_opens_in_its_place_only(plain: Bench, vault: Vault
         await vault.get("MINE")
 
 
-async def test_a_systemd_credential_is_the_key(vault: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_systemd_credential_is_the_key(
+    plain: Bench, vault: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     credentials = tmp_path / "credentials"
     credentials.mkdir()
     (credentials / "swarm_secret_key").write_text("QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
     await vault.set("TOKEN", VALUE)
     assert await vault.get("TOKEN") == VALUE
-    assert not vault._key_file.exists()
+    assert not (plain.settings.data_dir / "secret.key").exists()
     (credentials / "swarm_secret_key").unlink()
     with pytest.raises(HostError):
         await vault.get("TOKEN")
@@ -185,7 +187,7 @@ async def test_the_gateways_key_is_no_secret_of_agents(
     await vault.set("anthropic_api_key", KEY)
     ticket = await plain.run("", secrets=("anthropic_api_key",))
     assert ticket.state == "failed"
-    assert "is the key of anthropic, which the gateway keeps" in (ticket.error or "")
+    assert "is the gateway's key for anthropic: no VM gets it" in (ticket.error or "")
     assert "`swarm secret set anthropic_api_key --agent agent`" in (ticket.error or "")
     assert [(a.vm_id, a.reason) for a in await plain.attempts()] == [(None, "not_configured")]
     await vault.set("anthropic_api_key", "sk-of-its-own", scope="agent:agent")

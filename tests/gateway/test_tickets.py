@@ -156,7 +156,7 @@ async def test_no_key_is_said_before_a_vm_is_started(gated: Bench, monkeypatch: 
     ticket = await gated.run("", network="gateway", retry=RetryPolicy(max_attempts=5))
     assert ticket.state == "failed"
     assert ticket.error == (
-        "the agent 'agent' can't run here: there is no key for anthropic on this host: set ANTHROPIC_API_KEY in the "
+        "the agent 'agent' can't run here: no key for anthropic on this host: set ANTHROPIC_API_KEY in the "
         "environment of the engine, or run `swarm secret set anthropic_api_key` (the VM never gets it: the "
         "gateway adds it)"
     )

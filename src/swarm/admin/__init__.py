@@ -1,4 +1,4 @@
-"""What an operator does beside running tickets: packages, layers, secrets, and the proof that nothing was lost.
+"""Tasks of an operator besides running tickets: packages, layers, secrets, and the audit (`prove`).
 
 Imports store, agents and images; the wiring and the commands import it.
 """

@@ -1,4 +1,4 @@
-"""The layers of registered agents: what is built for them, and who needs what is there."""
+"""The layers of registered agents: builds them, and lists which agents need them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from swarm.vm.image.layer import HostLayers, LayerInfo, Layers, own_modules
 async def build(
     agent: Agent, images: ImageSource, layers: Layers | HostLayers, *, progress: Progress, force: bool = False
 ) -> Layer | None:
-    """What the agent's manifest asks for, built unless it is there; None when it asks for nothing."""
+    """Build the agent's layer unless it exists; None for an agent that needs none."""
     if not agent.needs_layer:
         return None
     return await layers.build(agent, await images.find(agent.image), force=force, progress=progress)
 
 
 async def shipped(store: Store, images: ImageSource, layers: Layers | HostLayers, progress: Progress) -> list[str]:
-    """Build those of the agents that ship; a line for each. The rest of an installation is as good without."""
-    wanting: dict[tuple[frozenset[object], ...], list[Agent]] = {}
+    """Build the layers of the built-in agents. Returns a line for each; a failure doesn't stop the installation."""
+    agents_by_content: dict[tuple[frozenset[object], ...], list[Agent]] = {}
     for one in map(agents.read, agents.builtin()):
         if one.needs_layer:
-            wanted = frozenset(one.requirements), frozenset(one.packages), frozenset(own_modules(one).items())
-            wanting.setdefault(wanted, []).append(await store.agent(one.id))
-    said = []
-    for users in wanting.values():
+            content = frozenset(one.requirements), frozenset(one.packages), frozenset(own_modules(one).items())
+            agents_by_content.setdefault(content, []).append(await store.agent(one.id))
+    lines = []
+    for users in agents_by_content.values():
         names = " and ".join(f"{one.name} {one.version}" for one in users)
         try:
             layer = await build(users[0], images, layers, progress=partial(_step, progress, names))
-            said.append(f"layer      {layer.digest[:12] if layer else ''} of {names}")
+            lines.append(f"layer      {layer.digest[:12] if layer else ''} of {names}")
         except SwarmError as error:
-            said.append(f"layer      of {names} is not built ({error}): until `swarm agent build`, they can't run")
-    return said
+            lines.append(f"layer      of {names} is not built ({error}): they can't run before `swarm agent build`")
+    return lines
 
 
 def _step(progress: Progress, names: str, step: str, share: float) -> None:
@@ -46,7 +46,7 @@ def _step(progress: Progress, names: str, step: str, share: float) -> None:
 
 
 async def in_use(store: Store, images: ImageSource, layers: Layers) -> list[tuple[LayerInfo, list[str]]]:
-    """Every layer, with the registered agents that need it upon the images of today."""
+    """Every layer, with the registered agents that need it on the current images."""
     users: dict[str, list[str]] = {}
     for agent in await store.agents(broken=False):
         if agent.needs_layer:

@@ -1,8 +1,8 @@
-"""Were the promises kept? Replays the event log against the rows: nothing lost, nothing done twice, nothing leaked.
+"""Replays the event log and compares it with the rows: was anything lost, done twice or leaked?
 
-The log says what happened in which order, the rows say what is. Each offence names its ticket. What other tools may do
-by plain SQL (take a ticket back, end it, delete it) is no offence of Swarm's, and a log whose beginning was pruned, or
-lies before ``since``, accuses nobody by what it no longer tells.
+The log has what happened in which order, the rows have the present state. Each violation names its ticket. Changes that
+other programs may make in plain SQL (take a ticket back, end it, delete it) are not violations, and neither is anything
+that would need events that were pruned or lie before ``since``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Protocol
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, RunStatus, StepStatus, TicketState
 from swarm.store.audit import AttemptFact, LogEntry, StepFact, TicketFact
 
-# A worker that has lost a lease hears of it within a second, and then kills its VM.
+# A worker that lost a lease learns of it within a second, and then kills its VM.
 _KILL_MS = 15_000.0
-# A lease that ended is taken over by the next claim of any engine.
+# The next claim of any engine takes over an ended lease.
 _TAKEOVER_MS = 60_000.0
 _RUNNING = frozenset({TicketState.IN_PROGRESS, TicketState.WAITING})
 
 
 class AuditSource(Protocol):
-    """`swarm.store.audit.Audit`, or a history made up by a test."""
+    """`swarm.store.audit.Audit`, or a test's history."""
 
     def log(self) -> Iterable[LogEntry]: ...
     def tickets(self) -> Iterable[TicketFact]: ...
@@ -43,7 +43,7 @@ class VmFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
-    """A promise broken. ``id``: the ticket's, or 'VM 1001'."""
+    """A broken guarantee. ``id``: the ticket's, or 'VM 1001'."""
 
     id: str
     what: str
@@ -51,7 +51,7 @@ class Violation:
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """Figures, and what is behind those that must be 0."""
+    """Counts, and lists of violations, which must be empty."""
 
     tickets_seen: int = 0
     done: int = 0
@@ -62,8 +62,8 @@ class Report:
     attempts: int = 0
     most_attempts: int = 0  # of one ticket
     lost_leases: int = 0
-    refused: int = 0  # writes that the fence turned away
-    waiting_for_an_engine: int = 0  # leases that are over, and no engine is there to take the step
+    refused: int = 0  # writes that the fence refused
+    waiting_for_an_engine: int = 0  # ended leases, while no engine runs that could take the step
     finished_twice: list[Violation] = field(default_factory=list)
     lost: list[Violation] = field(default_factory=list)
     unrecorded: list[Violation] = field(default_factory=list)
@@ -80,26 +80,26 @@ class Report:
 
 @dataclass(slots=True)
 class _History:
-    """What the log has told of one ticket so far."""
+    """One ticket's state, by the log so far."""
 
-    open: bool | None = None  # between its start and its end; None: not told
-    state: str = ""  # by the last transition
+    open: bool | None = None  # between its start and its end; None: not known
+    state: str = ""  # after the last transition
     steps: dict[str, str] = field(default_factory=dict)  # step → the attempt that runs it
-    completed: set[str] = field(default_factory=set)  # steps, since the ticket last started
+    completed: set[str] = field(default_factory=set)  # steps, since the last start of the ticket
     deleted: bool = False
 
 
 def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool = False) -> Report:
-    """Replay and compare."""
+    """Replay the log and compare it with the rows."""
     report = Report()
     histories = _replay(facts.log(), report)
     _check_tickets(facts.tickets(), histories, report)
     ended = _check_attempts(facts.attempts(), report, engine_alive=engine_alive)
     for step in facts.running_steps():
         if not step.attempt_alive:
-            report.lost.append(_by(step.ticket_id, f"its step {step.step_id!r} is running, but no attempt runs it"))
+            _add(report.lost, step.ticket_id, f"its step {step.step_id!r} is running, but no attempt runs it")
     for ticket_id in facts.stalled():
-        report.lost.append(_by(ticket_id, "its workflow is under way, but nothing carries it on"))
+        _add(report.lost, ticket_id, "its workflow is running, but nothing will continue it")
     report.slots_leaked += _leaked(vms, ended)
     return report
 
@@ -107,7 +107,7 @@ def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool 
 def _replay(log: Iterable[LogEntry], report: Report) -> dict[str, _History]:
     histories: dict[str, _History] = {}
     begun: Counter[str] = Counter()  # attempts by ticket
-    over: set[str] = set()  # attempts
+    ended: set[str] = set()  # attempts
     for entry in log:
         history = histories.setdefault(entry.ticket_id, _History())
         if entry.kind == "refused":
@@ -119,7 +119,7 @@ def _replay(log: Iterable[LogEntry], report: Report) -> dict[str, _History]:
         elif entry.of == "ticket":
             _ticket_moves(history, entry, report)
         elif entry.of == "step":
-            begun[entry.ticket_id] += _step_moves(history, entry, over, report)
+            begun[entry.ticket_id] += _step_moves(history, entry, ended, report)
     report.attempts = sum(begun.values())
     report.most_attempts = max(begun.values(), default=0)
     report.tickets_seen = len(histories)
@@ -130,11 +130,8 @@ def _ticket_moves(history: _History, entry: LogEntry, report: Report) -> None:
     history.deleted = False
     if entry.after in TERMINAL_TICKET_STATES:
         if entry.before in _RUNNING and history.open is False:
-            report.finished_twice.append(
-                _by(
-                    entry.ticket_id, f"ended as {entry.after} (event {entry.seq}) after it had ended as {history.state}"
-                )
-            )
+            what = f"ended as {entry.after} (event {entry.seq}) after it had ended as {history.state}"
+            _add(report.finished_twice, entry.ticket_id, what)
         history.open = False
     elif entry.after == TicketState.IN_PROGRESS and entry.before != TicketState.WAITING:
         history.open = True
@@ -142,40 +139,34 @@ def _ticket_moves(history: _History, entry: LogEntry, report: Report) -> None:
     history.state = entry.after
 
 
-def _step_moves(history: _History, entry: LogEntry, over: set[str], report: Report) -> bool:
+def _step_moves(history: _History, entry: LogEntry, ended: set[str], report: Report) -> bool:
     """True when an attempt begins."""
     step, attempt = entry.step_id or "", entry.attempt_id or ""
+    twice, at = report.finished_twice, f"(event {entry.seq})"
     if entry.after == StepStatus.RUNNING:
         if not attempt:
-            return False  # its work is done by other steps
+            return False  # other steps do its work
         if (other := history.steps.get(step)) is not None:
-            report.finished_twice.append(
-                _by(
-                    entry.ticket_id,
-                    f"attempt {attempt} of step {step!r} began while {other} ran it (event {entry.seq})",
-                )
-            )
+            _add(twice, entry.ticket_id, f"attempt {attempt} of step {step!r} began while {other} ran it {at}")
         history.steps[step] = attempt
         return True
     if attempt and entry.before == StepStatus.RUNNING:
-        if attempt in over:
-            report.finished_twice.append(
-                _by(entry.ticket_id, f"attempt {attempt} of step {step!r} ended twice (event {entry.seq})")
-            )
-        over.add(attempt)
+        if attempt in ended:
+            _add(twice, entry.ticket_id, f"attempt {attempt} of step {step!r} ended twice {at}")
+        ended.add(attempt)
         if history.steps.get(step) == attempt:
             del history.steps[step]
     if entry.after == StepStatus.COMPLETED:
         if step in history.completed:
-            report.finished_twice.append(_by(entry.ticket_id, f"step {step!r} completed twice (event {entry.seq})"))
+            _add(twice, entry.ticket_id, f"step {step!r} completed twice {at}")
         history.completed.add(step)
     return False
 
 
 def _check_tickets(tickets: Iterable[TicketFact], histories: dict[str, _History], report: Report) -> None:
-    there: set[str] = set()
+    with_row: set[str] = set()
     for ticket in tickets:
-        there.add(ticket.id)
+        with_row.add(ticket.id)
         if ticket.state == TicketState.DONE:
             report.done += 1
         elif ticket.state == TicketState.FAILED:
@@ -186,32 +177,32 @@ def _check_tickets(tickets: Iterable[TicketFact], histories: dict[str, _History]
             report.unfinished += 1
         history = histories.get(ticket.id, _History())
         for violations, what in _ticket_violations(ticket, history, report):
-            violations.append(_by(ticket.id, what))
+            _add(violations, ticket.id, what)
         if ticket.id not in histories:
             report.tickets_seen += 1
     for id_, history in histories.items():
-        # With ``since``, a row that did not change since is not among them, but then neither are its transitions.
-        if id_ not in there and not history.deleted and history.state:
-            report.lost.append(_by(id_, "its row is gone, and nobody deleted it"))
+        # With ``since``, unchanged rows are left out, but then their transitions are left out too.
+        if id_ not in with_row and not history.deleted and history.state:
+            _add(report.lost, id_, "its row is gone, but the log has no deletion")
 
 
 def _ticket_violations(ticket: TicketFact, history: _History, report: Report) -> Iterator[tuple[list[Violation], str]]:
     if ticket.state in _RUNNING:
         if ticket.run_status not in (RunStatus.RUNNING, RunStatus.WAITING):
-            yield report.lost, f"it is {ticket.state}, but no run of it is under way"
+            yield report.lost, f"it is {ticket.state}, but it has no active run"
         elif not ticket.live_steps:
             yield report.lost, f"it is {ticket.state}, but its run has no step left to run"
         elif history.open is False and history.state in TERMINAL_TICKET_STATES:
             yield report.lost, f"it is {ticket.state}, but the log has it {history.state}"
     elif ticket.state == TicketState.DONE and ticket.run_status is not None:
         if ticket.run_status in (RunStatus.RUNNING, RunStatus.WAITING):
-            yield report.unrecorded, "it is done, but its run goes on"
+            yield report.unrecorded, "it is done, but its run is still active"
         elif ticket.run_status == RunStatus.COMPLETED and history.open:
-            yield report.unrecorded, "it is done, but the log does not tell of its end"
+            yield report.unrecorded, "it is done, but its end is not in the log"
 
 
 def _check_attempts(attempts: Iterable[AttemptFact], report: Report, *, engine_alive: bool) -> dict[str, float | None]:
-    """Attempts by id: for how many ms each has been over, None for those that run."""
+    """Attempts by id: how many ms ago each ended, None for those that run."""
     ended: dict[str, float | None] = {}
     succeeded: Counter[str] = Counter()
     for attempt in attempts:
@@ -223,35 +214,30 @@ def _check_attempts(attempts: Iterable[AttemptFact], report: Report, *, engine_a
         elif attempt.outcome == AttemptOutcome.SUCCEEDED:
             succeeded[attempt.step_execution_id] += 1
             if succeeded[attempt.step_execution_id] == 2:
-                report.finished_twice.append(_by(attempt.ticket_id, "two attempts of one step succeeded"))
+                _add(report.finished_twice, attempt.ticket_id, "two attempts of one step succeeded")
             if attempt.step_status not in (StepStatus.COMPLETED, None):
-                report.lost.append(
-                    _by(attempt.ticket_id, f"attempt {attempt.id} succeeded, but its step is {attempt.step_status}")
-                )
+                what = f"attempt {attempt.id} succeeded, but its step is {attempt.step_status}"
+                _add(report.lost, attempt.ticket_id, what)
     return ended
 
 
 def _check_live(attempt: AttemptFact, report: Report, *, engine_alive: bool) -> None:
     if attempt.expired_ms <= 0:
-        return  # its worker is told that it lost the step, if it did, when it renews
+        return  # if its worker has lost the step, the next renewal tells it
     if not engine_alive:
         report.waiting_for_an_engine += 1
     elif attempt.expired_ms > _TAKEOVER_MS:
-        report.lost.append(
-            _by(
-                attempt.ticket_id,
-                f"the lease of {attempt.id} ended {attempt.expired_ms / 1000:.0f} s ago, nobody took over",
-            )
-        )
+        ago = f"{attempt.expired_ms / 1000:.0f} s ago"
+        _add(report.lost, attempt.ticket_id, f"the lease of {attempt.id} ended {ago}, and no engine took over")
 
 
 def _leaked(vms: Iterable[VmFact], ended: dict[str, float | None]) -> Iterator[Violation]:
     for vm in vms:
         if not vm.owner_alive:
-            yield Violation(id=f"VM {vm.n}", what="its owner is dead and nobody removed it (swarm-cleanup does)")
+            yield Violation(id=f"VM {vm.n}", what="its owner is dead and it was not removed: run swarm-cleanup")
         elif (over_ms := ended.get(vm.attempt_id or "")) is not None and over_ms > _KILL_MS:
             yield Violation(id=f"VM {vm.n}", what=f"it runs, but its attempt {vm.attempt_id} has ended")
 
 
-def _by(ticket_id: str | None, what: str) -> Violation:
-    return Violation(id=ticket_id or "?", what=what)
+def _add(violations: list[Violation], ticket_id: str | None, what: str) -> None:
+    violations.append(Violation(id=ticket_id or "?", what=what))

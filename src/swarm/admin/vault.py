@@ -1,7 +1,7 @@
-"""Secrets: sealed at rest by AES-256-GCM, opened for the attempt whose agent asks for them by name.
+"""Secrets: encrypted at rest with AES-256-GCM, decrypted for attempts whose agent names them.
 
-The key is a file of its own beside the database, root's alone, or a systemd credential; without it the rows are noise.
-A sealed value is bound to its name and scope, so that a row that was copied to another place does not open.
+The key is a file beside the database that only root can read, or a systemd credential; without it the rows are useless.
+A sealed value is bound to its name and scope, so that a row copied to another name or scope can't be opened.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def scope_of(agent: str | None, workflow: str | None, webhook: str | None = None
 
 
 class Vault:
-    """``key_file`` is made when the first secret is set. ``kept``: names of secrets that are not for VMs, and whose key
-    each is; an agent or a workflow can have them by its own scope only."""
+    """``key_file`` is made when the first secret is set. ``gateway_keys``: secrets that the gateway uses as keys, and
+    for which service; agents and workflows get them only if they are set in their own scope."""
 
-    def __init__(self, store: Store, *, key_file: Path, kept: Callable[[], Mapping[str, str]] = dict) -> None:
+    def __init__(self, store: Store, *, key_file: Path, gateway_keys: Callable[[], Mapping[str, str]] = dict) -> None:
         self._store = store
         self._key_file = key_file
-        self._kept = kept
+        self._gateway_keys = gateway_keys
 
     async def set(self, name: str, value: str, *, scope: str = ALL) -> None:
         """Raises UsageError, which never quotes the value."""
         if not _NAME.fullmatch(name):
-            raise UsageError(f"{name!r} can't be the name of a secret: letters, digits and '_', no digit first")
+            raise UsageError(f"{name!r} is not a valid name for a secret: use letters, digits and '_', no digit first")
         if "\0" in value or len(value) < SHORTEST or len(value.encode(errors="replace")) > MAX_BYTES:
-            raise UsageError(f"a secret has {SHORTEST} to {MAX_BYTES} characters, and no NUL among them")
+            raise UsageError(f"a secret must have {SHORTEST} to {MAX_BYTES} characters, and no NUL")
         nonce = os.urandom(_NONCE_BYTES)
         sealed = nonce + self._cipher(make=True).encrypt(nonce, value.encode(), _bound(name, scope))
         await self._store.put_secret(Sealed(name=name, scope=scope, sealed=base64.b64encode(sealed).decode()))
@@ -66,14 +66,14 @@ class Vault:
         await self._store.remove_secret(name, scope)
 
     async def get(self, name: str, *, scope: str = ALL) -> str | None:
-        """One that no agent asks for: keys of the gateway's services, and of webhooks. Raises HostError when it can't
-        be opened."""
+        """A secret for Swarm itself: a key of a gateway service, or of a webhook. Raises HostError when it can't be
+        opened."""
         rows = [row for row in await self._store.sealed_secrets([name]) if row.scope == scope]
         return self._open(rows[0]) if rows else None
 
     async def of(self, names: Sequence[str], agent: Agent, workflow_id: str | None) -> Mapping[str, str]:
-        """Those of an agent, by name: its own before its workflow's before everybody's. Raises NotFound, UsageError
-        for one that the gateway keeps."""
+        """The secrets of an agent, by name. The agent's own scope comes first, then its workflow's, then `all`. Raises
+        NotFound; UsageError for a key of the gateway."""
         scopes = [f"agent:{agent.name}"]
         if workflow_id:
             scopes += [f"workflow:{workflow_id}", f"workflow:{(await self._store.workflow(workflow_id)).name}"]
@@ -84,12 +84,12 @@ class Vault:
             row = next((rows[name, scope] for scope in scopes if (name, scope) in rows), None)
             if row is None:
                 raise NotFound(
-                    f"it asks for the secret {name!r}, which is not set: `swarm secret set {name} --agent {agent.name}`"
+                    f"it needs the secret {name!r}, which is not set: `swarm secret set {name} --agent {agent.name}`"
                 )
-            if row.scope == ALL and (service := self._kept().get(name)):
+            if row.scope == ALL and (service := self._gateway_keys().get(name)):
                 raise UsageError(
-                    f"the secret {name!r} is the key of {service}, which the gateway keeps: no VM gets it. An agent "
-                    f"reaches {service} by its network policy; if it must have a key of its own: "
+                    f"the secret {name!r} is the gateway's key for {service}: no VM gets it. An agent reaches "
+                    f"{service} by its network policy; if it must have its own key: "
                     f"`swarm secret set {name} --agent {agent.name}`"
                 )
             found[name] = self._open(row)
@@ -105,7 +105,7 @@ class Vault:
         except (InvalidTag, ValueError):
             raise HostError(
                 f"the secret {row.name!r} can't be opened with the key in {self._key_file}: it was sealed with another "
-                "one, or changed since; set it again"
+                "key, or changed since; set it again"
             ) from None
 
     def _cipher(self, *, make: bool) -> AESGCM:
@@ -132,7 +132,7 @@ class Vault:
 
 
 def _make_key(file: Path) -> None:
-    """Unless it is there. Whole or not at all, and one of several who do it at once wins."""
+    """Make the key unless it exists. Atomic: of several processes that do this at once, one wins."""
     if file.exists():
         return
     partial = file.with_name(f".{file.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""One HTTP server, for as long as a block lasts."""
+"""Runs one HTTP server for the duration of a block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -15,35 +15,35 @@ import uvicorn
 from swarm.base.aio import finish_uninterrupted
 from swarm.errors import HostError, UsageError
 
-# What is being answered when the end comes gets so long.
+# How long running requests may take when the server stops.
 GRACE_SECONDS: Final = 10
 
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the command line's."""
+        """The command line handles signals."""
         yield
 
 
 def check_host(host: str, *, remote: bool) -> None:
-    """Raises UsageError for an address that others can reach, unless they are to."""
+    """Raises UsageError for an address that other hosts can reach, unless ``remote``."""
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
     if not loopback and not remote:
         raise UsageError(
-            f"--host {host} can be reached from other hosts, and what is served has no encryption: keep 127.0.0.1 and "
-            "put a proxy with TLS before it, or say --allow-remote"
+            f"--host {host} can be reached from other hosts, and the server has no encryption: keep 127.0.0.1 and put "
+            "a TLS proxy in front of it, or pass --allow-remote"
         )
 
 
 @asynccontextmanager
 async def serving(app: Any, *, host: str, port: int) -> AsyncIterator[tuple[str, asyncio.Task[None]]]:
-    """Serve an ASGI app; yields its URL, and the task that ends if the server does. Port 0: any free one.
+    """Serve an ASGI app; yields its URL, and the task that ends if the server does. Port 0: any free port.
 
-    Raises HostError when the address can't be had.
+    Raises HostError when the server can't listen there.
     """
     config = uvicorn.Config(
         app,
@@ -55,7 +55,7 @@ async def serving(app: Any, *, host: str, port: int) -> AsyncIterator[tuple[str,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=256,  # connections; what they ask is bounded by the app
+        limit_concurrency=256,  # connections; the app limits the requests
         timeout_keep_alive=5,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
@@ -67,15 +67,12 @@ async def serving(app: Any, *, host: str, port: int) -> AsyncIterator[tuple[str,
         yield f"http://{shown}:{number}", task
     finally:
         server.should_exit = True
-        await finish_uninterrupted(_ended(task))
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    await asyncio.gather(task, return_exceptions=True)
+        ended: Coroutine[Any, Any, object] = asyncio.wait({task})
+        await finish_uninterrupted(ended)
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Ours, not the server's: whoever is told the URL can connect at once."""
+    """Bind here instead of in uvicorn: clients can then connect as soon as they know the URL."""
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(kind, socket.SOCK_STREAM)
@@ -88,5 +85,5 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.setblocking(False)
     except OSError as error:
         bound.close()
-        raise HostError(f"can't listen on {host}, port {port}: {error.strerror}; --port takes another") from None
+        raise HostError(f"can't listen on {host}, port {port}: {error.strerror}; choose another --port") from None
     return bound

@@ -1,7 +1,7 @@
 """`POST /hooks/NAME`: a signed request becomes a ticket that runs the workflow NAME.
 
-202 with the ticket's id; everything else is `{"error": "one sentence"}`. Nothing of a request is believed, or written
-anywhere, before its signature has proved true.
+202 with the ticket's id; all other answers are `{"error": "one sentence"}`. Nothing of a request is trusted or stored
+before its signature is verified.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ MAX_KEY_CHARS: Final = 255
 LEAST_SECRET_BYTES: Final = 16
 MAX_AT_ONCE: Final = 32
 TIMESTAMP_HEADER: Final = "X-Swarm-Timestamp"
-TIMESTAMP_SECONDS: Final = 300  # how far a sender's clock, and the way here, may be off
+TIMESTAMP_SECONDS: Final = 300  # allowed clock difference and transmission time
 RETRY_SECONDS: Final = 2
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-# Headers whose names say that what they hold is for the server alone.
+# Headers whose names suggest that their values are confidential.
 _CONFIDENTIAL: Final = re.compile(r"auth|cookie|key|pass|secret|signature|token")
 
 
 def sign(secret: bytes, body: bytes, timestamp: str | None = None) -> str:
-    """The value of the signature's header."""
+    """The value of the signature header."""
     signed = body if timestamp is None else timestamp.encode() + b"." + body
     return "sha256=" + hmac.new(secret, signed, hashlib.sha256).hexdigest()
 
 
 class Hooks:
-    """``secret`` gets one by its name and its workflow's; None when there is none. It may raise HostError."""
+    """``secret`` returns the secret of this name and workflow, or None. It may raise HostError."""
 
     def __init__(
         self,
@@ -77,18 +77,18 @@ class Hooks:
 
     async def _post(self, request: Request) -> Response:
         if self._busy >= MAX_AT_ONCE:
-            raise _again("too many requests at once")
+            raise _try_again("too many requests at once")
         self._busy += 1
         try:
             return await self._serve(request)
         except StoreError as error:
             log.warning("a webhook could not be served", error=str(error))
-            raise _again("the database can't take it now") from None
+            raise _try_again("the database can't take it now") from None
         except HTTPException:
             raise
         except Exception as error:
-            log.error("a webhook met a fault of ours", error=f"{type(error).__name__}: {error}")
-            raise HTTPException(500, "a fault of this server's; its log says more") from None
+            log.error("a webhook failed by a bug in Swarm", error=f"{type(error).__name__}: {error}")
+            raise HTTPException(500, "an internal error; the server's log has details") from None
         finally:
             self._busy -= 1
 
@@ -100,7 +100,7 @@ class Hooks:
             raise _no_hook(row.name)
         secret = await self._secret(row.name, hook)
         signature = _check_signature(request.headers, hook, secret, body)
-        # From here on it is known who asks.
+        # From here on the sender is authenticated.
         if not row.enabled:
             raise HTTPException(409, f"the workflow {row.name}@{row.version} is disabled")
         key = _key(request.headers, hook)
@@ -109,7 +109,7 @@ class Hooks:
             "type": "webhook",
             "time": iso(now_ms),
             "body": _json(body),
-            "headers": _told(request.headers, hook),
+            "headers": _trigger_headers(request.headers, hook),
             "key": key,
         }
         try:
@@ -131,8 +131,8 @@ class Hooks:
         except Conflict as error:
             raise HTTPException(409, str(error)) from None
         log.info("webhook", workflow=row.name, ticket=answer.ticket_id, repeated=answer.repeated)
-        told = {"ticket_id": answer.ticket_id, "workflow": f"{row.name}@{row.version}", "repeated": answer.repeated}
-        return JSONResponse(told, status_code=202)
+        shown = {"ticket_id": answer.ticket_id, "workflow": f"{row.name}@{row.version}", "repeated": answer.repeated}
+        return JSONResponse(shown, status_code=202)
 
     async def _workflow(self, name: str) -> tuple[WorkflowRow, Any]:
         if not _NAME.fullmatch(name):
@@ -143,18 +143,18 @@ class Hooks:
             raise _no_hook(name) from None
         try:
             return row, row.parsed()
-        except StoreError as error:  # this row, not the database
+        except StoreError as error:  # this row is broken, not the database
             log.error("a webhook's workflow is broken", workflow=name, error=str(error))
             raise HTTPException(500, f"the workflow {name} is broken here; its owner must add it again") from None
 
     async def _secret(self, name: str, hook: Webhook) -> bytes:
-        found, why = b"", f"there is none; `swarm workflow webhook {name}` makes it"
+        found, why = b"", f"not set; `swarm workflow webhook {name}` makes it"
         try:
             found = (await self._get_secret(hook.secret, name) or "").encode()
         except HostError as error:
             why = str(error)
         if found and len(found) < LEAST_SECRET_BYTES:
-            found, why = b"", f"it has fewer than {LEAST_SECRET_BYTES} bytes, and could be guessed"
+            found, why = b"", f"it has fewer than {LEAST_SECRET_BYTES} bytes and could be guessed"
         if not found:
             log.error("a webhook has no secret", workflow=name, secret=hook.secret, error=why)
             raise HTTPException(500, f"the webhook of {name} has no secret here; its owner must give it one")
@@ -183,7 +183,7 @@ async def _body(request: Request, seconds: float) -> bytes:
 
 
 def _check_signature(headers: Mapping[str, str], hook: Webhook, secret: bytes, body: bytes) -> str:
-    """The signature, once it is known to be right."""
+    """Returns the verified signature."""
     given = headers.get(hook.header)
     if given is None:
         raise HTTPException(401, f"the header {hook.header} is missing: sha256= and the HMAC-SHA256 in hex")
@@ -193,7 +193,7 @@ def _check_signature(headers: Mapping[str, str], hook: Webhook, secret: bytes, b
     expected = sign(secret, body, timestamp)
     if not hmac.compare_digest(given.strip().lower().encode("latin-1"), expected.encode()):
         what = f"{TIMESTAMP_HEADER}, a dot and the body" if hook.timestamp else "the body"
-        raise HTTPException(401, f"the signature in {hook.header} is not that of {what}, under this hook's secret")
+        raise HTTPException(401, f"the signature in {hook.header} doesn't match {what} and this hook's secret")
     if timestamp is not None:
         if not re.fullmatch(r"[0-9]{1,12}", timestamp):
             raise HTTPException(401, f"{TIMESTAMP_HEADER} must be the seconds since 1970, a whole number")
@@ -205,7 +205,7 @@ def _check_signature(headers: Mapping[str, str], hook: Webhook, secret: bytes, b
 def _key(headers: Mapping[str, str], hook: Webhook) -> str | None:
     key = headers.get(hook.idempotency)
     if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
-        raise HTTPException(400, f"the header {hook.idempotency} must be a text of 1 to {MAX_KEY_CHARS} characters")
+        raise HTTPException(400, f"the header {hook.idempotency} must have 1 to {MAX_KEY_CHARS} printable characters")
     return key
 
 
@@ -218,8 +218,8 @@ def _json(body: bytes) -> Any:
         raise HTTPException(400, f"the body is not JSON in UTF-8: {error}") from None
 
 
-def _told(headers: Mapping[str, str], hook: Webhook) -> dict[str, str]:
-    """What expressions see, and the row keeps: which event it is often stands in a header."""
+def _trigger_headers(headers: Mapping[str, str], hook: Webhook) -> dict[str, str]:
+    """The headers that expressions can use and the row keeps: often a header names the event."""
     hidden = hook.header.lower()
     return {
         name: text
@@ -232,14 +232,16 @@ def _no_hook(name: str) -> HTTPException:
     return HTTPException(404, f"no workflow {name!r} takes webhooks here")
 
 
-def _again(why: str) -> HTTPException:
+def _try_again(why: str) -> HTTPException:
     headers = {"retry-after": str(RETRY_SECONDS)}
     return HTTPException(503, f"{why}: try again in {RETRY_SECONDS} s", headers=headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    said = {404: "there is nothing here but POST /hooks/NAME", 405: "this takes POST only"}
-    is_ours = error.detail != {404: "Not Found", 405: "Method Not Allowed"}.get(error.status_code)
-    text = error.detail if is_ours else said[error.status_code]
+    routing_errors = {  # Starlette's own
+        (404, "Not Found"): "the only path here is POST /hooks/NAME",
+        (405, "Method Not Allowed"): "use POST here",
+    }
+    text = routing_errors.get((error.status_code, error.detail), error.detail)
     return JSONResponse({"error": text}, status_code=error.status_code, headers=error.headers)

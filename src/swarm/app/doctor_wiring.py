@@ -1,4 +1,4 @@
-"""`swarm doctor`: which checks there are under given settings, and in which order. The checks are `swarm.doctor`'s."""
+"""`swarm doctor`: which checks run under given settings, and in which order. `swarm.doctor` has the checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 async def examine(settings: Settings) -> Sequence[Check]:
-    """Every check of `swarm doctor`, in the order in which they are shown."""
+    """Every check of `swarm doctor`, in display order."""
     from swarm.doctor import home, host, path
     from swarm.doctor.check import fail, ok
 
@@ -40,7 +40,7 @@ async def examine(settings: Settings) -> Sequence[Check]:
         if record.alive and not record.netns:
             checks.append(ok(f"VM {record.n}", f"process {record.pid}, by driver {record.driver}: without a network"))
             continue
-        place = path.ExaminedVm(
+        vm = path.ExaminedVm(
             n=record.n,
             pid=record.pid,
             netns=record.netns,
@@ -50,7 +50,7 @@ async def examine(settings: Settings) -> Sequence[Check]:
             token=_token(wiring.inventory(settings).dir(record.n)),
             by_hand=record.kind == "manual",
         )
-        checks += await path.examine(place, bridge=settings.bridge, subnet=settings.subnet)
+        checks += await path.examine(vm, bridge=settings.bridge, subnet=settings.subnet)
     return checks
 
 
@@ -67,7 +67,7 @@ async def examine_production(settings: Settings) -> Sequence[Check]:
 
 
 async def capacity(settings: Settings, *, memory_mb: int, disk_mb: int) -> Capacity:
-    """How many VMs of this size fit this host now. Starts one."""
+    """How many VMs of this size fit on this host now. Starts one."""
     from swarm.doctor.capacity import measure
     from swarm.vm.driver import VmSpec
 
@@ -77,7 +77,7 @@ async def capacity(settings: Settings, *, memory_mb: int, disk_mb: int) -> Capac
 
 
 def _token(directory: Path) -> bytes | None:
-    """What agentd asks for, of a VM made by hand; an engine keeps its VMs' tokens to itself."""
+    """agentd's token, for a manual VM; engines don't store the tokens of their VMs."""
     from swarm.vm.launcher import TOKEN_FILE
 
     try:
@@ -96,20 +96,20 @@ async def _subnet(settings: Settings) -> str:
 
 
 async def _models(settings: Settings) -> Check:
-    """Without a key Swarm is sound: only agents that call a model need one."""
+    """A missing key is not a failure: only agents that call a model need one."""
     from swarm.doctor.check import fail, ok
     from swarm.gateway import policy
 
     try:
         async with wiring.store(settings) as opened:
-            way = wiring.gateway(settings, opened)
+            gateway = wiring.gateway(settings, opened)
             try:
-                [(upstream, _)] = (await way.services(policy.parse("gateway"))).values()
+                [(upstream, _)] = (await gateway.services(policy.parse("gateway"))).values()
             except UsageError as missing:
                 return ok("models", f"{missing}; until then agents that call a model fail at once")
-            return ok("models", f"a key for {upstream.base_url}; prices as of {way.prices_of}")
+            return ok("models", f"a key for {upstream.base_url}; prices as of {gateway.prices_of}")
     except SwarmError as error:
-        return fail("models", str(error), "mend that file (docs/claude.md)")
+        return fail("models", str(error), "fix that file (docs/claude.md)")
 
 
 async def _driver(settings: Settings) -> str:
@@ -130,7 +130,7 @@ async def _database(settings: Settings) -> list[Check]:
     try:
         async with wiring.store(settings) as opened:
             checks += await home.database(settings.database, opened, Store.head())
-            if not any(check.status == "fail" for check in checks):  # else it has not the tables to look into
+            if not any(check.status == "fail" for check in checks):  # else the tables may be missing
                 checks += await _layers(settings, opened)
     except SwarmError as error:
         checks.append(fail("database", str(error), "swarm init"))
@@ -140,18 +140,18 @@ async def _database(settings: Settings) -> list[Check]:
 
 
 async def _layers(settings: Settings, opened: Store) -> list[Check]:
-    """What registered agents lack before they can run."""
+    """Layers that registered agents need and that are not built."""
     from swarm.doctor.check import ok, warn
 
-    wanting = [agent for agent in await opened.agents(broken=False) if agent.needs_layer]
+    layered = [agent for agent in await opened.agents(broken=False) if agent.needs_layer]
     checks = []
-    for agent in wanting:
+    for agent in layered:
         try:
             await wiring.layers(settings).find(agent, await wiring.image_source(settings).find(agent.image))
         except LayerMissing as error:
             checks.append(warn("layers", str(error), f"swarm agent build {agent.name}@{agent.version}"))
         except SwarmError:
-            return []  # without an image, which has a line of its own
+            return []  # no image: another check reports that
     return checks or [
-        ok("layers", f"those of {', '.join(agent.name for agent in wanting)}" if wanting else "none needed")
+        ok("layers", f"those of {', '.join(agent.name for agent in layered)}" if layered else "none needed")
     ]

@@ -1,4 +1,4 @@
-"""VMs by hand, and what is installed by hand: `swarm-spawn-ns`, `swarm-cleanup`, `swarm vm`, `swarm install`."""
+"""Manually started VMs and manual installs: `swarm-spawn-ns`, `swarm-cleanup`, `swarm vm`, `swarm install`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.app import wiring
+from swarm.base.progress import Progress, silent
 from swarm.config import Settings
 
 if TYPE_CHECKING:
@@ -17,17 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spawned:
-    """A VM that runs by itself. ``driver`` says which one runs it, and why that one."""
+    """A VM that no engine runs. ``driver``: the driver, and why it was chosen."""
 
     record: VmRecord
     driver: str
     console: Path
 
 
-async def spawn(
-    settings: Settings, n: int, *, memory_mb: int, vcpus: int, progress: wiring.Progress = wiring.silent
-) -> Spawned:
-    """VM ``n``, which goes on when this process ends."""
+async def spawn(settings: Settings, n: int, *, memory_mb: int, vcpus: int, progress: Progress = silent) -> Spawned:
+    """Start VM ``n``, which keeps running when this process ends."""
     from swarm.vm.driver import VmSpec
 
     progress("image", 0.0)
@@ -41,7 +40,7 @@ async def spawn(
 
 
 async def remove(settings: Settings, n: int) -> None:
-    """Remove VM ``n``. Raises NotFound; Conflict when a live engine uses it."""
+    """Raises NotFound; Conflict when a live engine uses the VM."""
     from swarm.vm.slots.sweep import remove_vm
 
     net = wiring.network(settings)
@@ -56,7 +55,7 @@ async def cleanup(settings: Settings, *, force: bool = False) -> CleanupReport:
 
 
 async def install_firecracker(
-    version: str | None, source: Path | None, target: Path, *, progress: wiring.Progress = wiring.silent
+    version: str | None, source: Path | None, target: Path, *, progress: Progress = silent
 ) -> list[Path]:
     """Download (or take from ``source``), check and install Firecracker and its jailer. Returns their paths."""
     from swarm.vm.drivers.firecracker_install import DEFAULT_VERSION, install

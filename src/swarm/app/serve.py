@@ -1,4 +1,4 @@
-"""Wiring of the HTTP server: what is behind `swarm serve`."""
+"""Wiring of the HTTP server of `swarm serve`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from swarm.config import Settings
 from swarm.errors import Conflict
 from swarm.store.store import Store
 
-# How long whoever sent a request waits for a locked database.
+# How long a request waits for a locked database.
 _BUSY_SECONDS = 5.0
 
 
 @asynccontextmanager
 async def served(settings: Settings, *, host: str, port: int, remote: bool) -> AsyncIterator[tuple[str, Task[None]]]:
-    """The HTTP server, while the block lasts: its URL, and the task that ends if it does.
+    """Run the HTTP server inside the block; yields its URL, and the task that ends if the server does.
 
-    Raises UsageError for an address that others can reach, unless ``remote``; HostError, StoreError.
+    Raises UsageError for an address that other hosts can reach, unless ``remote``; HostError, StoreError.
     """
     server.check_host(host, remote=remote)
     patience = min(settings.busy_timeout_seconds, _BUSY_SECONDS)
     with Jail() as jail:
         async with Store.open(settings.database, busy_timeout_seconds=patience) as opened:
-            await opened.workflows()  # what is wrong with the database is said now, not to the first sender
+            await opened.workflows()  # reports a broken database now instead of to the first sender
             vault = wiring.vault(settings, opened)
 
             async def secret(name: str, workflow: str) -> str | None:
@@ -42,13 +42,12 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
 
 
 async def new_secret(settings: Settings, name: str, workflow: str, *, replace: bool) -> str:
-    """What senders to a workflow sign with, made and sealed. Raises Conflict when there is one, unless ``replace``."""
+    """Make and store the secret that senders to a workflow sign with. Raises Conflict if it exists, unless
+    ``replace``."""
     async with wiring.store(settings) as opened:
         vault, scope = wiring.vault(settings, opened), scope_of(None, None, workflow)
         if not replace and any((row.name, row.scope) == (name, scope) for row in await vault.list()):
-            raise Conflict(
-                f"the secret {name} of {workflow} is there already, and shown once only; --new makes another"
-            )
-        made = secrets.token_hex(32)
-        await vault.set(name, made, scope=scope)
-        return made
+            raise Conflict(f"the secret {name} of {workflow} exists, and is shown only once; --new makes another")
+        value = secrets.token_hex(32)
+        await vault.set(name, value, scope=scope)
+        return value

@@ -1,4 +1,4 @@
-"""A home made ready for tickets: databases, the registry's link, what ships, the guest image. `swarm init`."""
+"""`swarm init`: prepares a home: database, the registry's link, built-in agents and workflows, the guest image."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.app import wiring
+from swarm.base.progress import Progress, silent
 from swarm.config import SYSTEM_HOME, Settings
 from swarm.errors import Conflict, HostError, ImageError
 
@@ -14,41 +15,41 @@ if TYPE_CHECKING:
     from swarm.vm.driver import Image
 
 
-async def init(settings: Settings, *, image: bool = True, progress: wiring.Progress = wiring.silent) -> list[str]:
-    """Make ``settings.home`` ready for tickets; what is there already stays. Returns what was done, a line each.
+async def init(settings: Settings, *, image: bool = True, progress: Progress = silent) -> list[str]:
+    """Make ``settings.home`` ready for tickets; keep what exists. Returns a line for each thing done.
 
-    Databases created and migrated, the registry's link, the agents and workflows that ship, and (with ``image``) the
-    guest image.
+    Creates and migrates the database, links the registry, adds the built-in agents and workflows, and (with ``image``)
+    makes the guest image.
     """
     from swarm.admin import packages
     from swarm.admin.layers import shipped
 
-    said = []
-    # What tickets say, and what agents answered, is their owner's affair.
+    lines = []
+    # 0700: only the owner may read what tickets and agents say.
     for directory, mode in ((settings.home, 0o755), (settings.data_dir, 0o700), (settings.agents, 0o755)):
         _make(directory, mode)
     async with wiring.store(settings) as opened:
         before, head = await opened.revision(), opened.head()
         await opened.migrate()
-        said.append(
+        lines.append(
             f"database   {opened.url}: "
             + ("up to date" if before == head else f"migrated from {before}" if before else "created")
         )
         if settings.database.startswith("sqlite:"):
             _link_registry(settings)
-            said.append(f"registry   {settings.registry_link} -> the same database")
-        said += await packages.ship(opened, settings.agents)
+            lines.append(f"registry   {settings.registry_link} -> the same database")
+        lines += await packages.ship(opened, settings.agents)
     if settings.home == SYSTEM_HOME and os.geteuid() == 0:
-        said.append(f"ssh        {_write_client_config(settings)}: root reaches VMs by a plain `ssh root@<address>`")
+        lines.append(f"ssh        {_write_client_config(settings)}: root reaches VMs by a plain `ssh root@<address>`")
     if image:
         found = await ensure_image(settings, lambda step, share: progress(f"guest image: {step}", share))
-        said.append(f"image      {found.digest[:12]} in {found.dir}")
+        lines.append(f"image      {found.digest[:12]} in {found.dir}")
         async with wiring.store(settings) as opened:
-            said += await shipped(opened, wiring.image_source(settings), wiring.layers(settings), progress)
-    return said
+            lines += await shipped(opened, wiring.image_source(settings), wiring.layers(settings), progress)
+    return lines
 
 
-async def ensure_image(settings: Settings, progress: wiring.Progress = wiring.silent) -> Image:
+async def ensure_image(settings: Settings, progress: Progress = silent) -> Image:
     """The image of the current recipe: found, taken from the cache, or built."""
     source = wiring.images(settings)
     try:
@@ -67,13 +68,13 @@ def _make(directory: Path, mode: int = 0o755) -> None:
 
 
 def _link_registry(settings: Settings) -> None:
-    """The second documented path of the database: a symbolic link, so that both are one."""
+    """The second documented path of the database: a symbolic link to it."""
     link, target = settings.registry_link, settings.data_dir / "swarm.db"
     _make(link.parent)
     if link.is_symlink() and link.readlink() == target:
         return
     if link.exists() and not link.is_symlink():
-        raise Conflict(f"{link} is a file of its own, not a link to {target}: move it away, then run this again")
+        raise Conflict(f"{link} is a file, not a link to {target}: move it away, then run this again")
     partial = link.with_name(f".{link.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
@@ -84,7 +85,7 @@ def _write_client_config(settings: Settings) -> Path:
     from swarm.vm.slots.ssh import CLIENT_CONFIG
 
     ssh = wiring.ssh_dir(settings)
-    ssh.public_key()  # made now, so that the first VM need not
+    ssh.public_key()  # makes the key now instead of with the first VM
     _make(CLIENT_CONFIG.parent)
     CLIENT_CONFIG.write_text(ssh.client_config(settings.subnet))
     return CLIENT_CONFIG

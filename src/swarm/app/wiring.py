@@ -1,6 +1,6 @@
-"""Wiring: which concrete parts make up Swarm under given settings. The only place that names them.
+"""Wiring: the concrete classes that make up Swarm under given settings. The only place that names them.
 
-Command line, API and benchmarks ask here for a store, an engine, a launcher; nobody else constructs one. Heavy modules
+Command line, API and benchmarks get their store, engine and launcher here; nothing else constructs them. Heavy modules
 are imported by the function that needs them, so that `swarm ticket list` doesn't load a VMM driver.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from swarm.engine.worker import Ended, Worker
     from swarm.gateway.forward import Gateway
     from swarm.gateway.proxy import EgressRules
+    from swarm.gateway.upstreams import Upstream
     from swarm.model import Ticket
     from swarm.store.sql.rows import AttemptRow
     from swarm.store.store import Store
@@ -40,13 +41,6 @@ if TYPE_CHECKING:
     from swarm.vm.slots.inventory import Inventory
     from swarm.vm.slots.ssh import SshDir
     from swarm.vm.template import Templates
-
-Progress = Callable[[str, float], None]  # what is being done, and the share of all that is done (0 to 1)
-
-
-def silent(_step: str, _share: float) -> None:
-    return None
-
 
 # --- parts ----------------------------------------------------------------------------------------------------------
 
@@ -68,7 +62,7 @@ def images(settings: Settings) -> Images:
 
 
 def image_source(settings: Settings) -> Images | NoImages:
-    """Where an engine under these settings gets its images: a plain process needs none."""
+    """Where an engine gets its images; the `process` driver needs none."""
     from swarm.vm.drivers.process import NoImages
 
     return NoImages() if settings.driver == "process" else images(settings)
@@ -103,7 +97,7 @@ def inventory(settings: Settings) -> Inventory:
 
 
 def ssh_dir(settings: Settings) -> SshDir:
-    """Host-wide, as the addresses are."""
+    """Shared by all homes of this host, like the addresses."""
     from swarm.vm.slots.ssh import SshDir
 
     return SshDir(settings.state_dir / "ssh")
@@ -112,7 +106,7 @@ def ssh_dir(settings: Settings) -> SshDir:
 async def choice(settings: Settings) -> Choice:
     """The driver that the settings name, or for `auto` the best one that works on this host. Raises HostError.
 
-    "Works" is found out by booting the image once (some seconds), and remembered until host, VMM or image change.
+    To find out what works, the image is booted once (some seconds). The result is kept until host, VMM or image change.
     """
     from swarm.vm.choose import Choice, choose
     from swarm.vm.driver import Driver
@@ -126,7 +120,7 @@ async def choice(settings: Settings) -> Choice:
     disks = settings.state_dir / "blank"
     firecracker = FirecrackerDriver(disk_cache=disks, jailed=settings.jailer)
     if settings.driver == "firecracker":
-        # Asked for by name: taken at its word, without a probe boot. The first VM shows whether guests run.
+        # Named in the settings, so no probe boot: the first VM shows whether guests run.
         probe = await firecracker.probe()
         if not probe.usable:
             raise HostError(f"Firecracker can't be used: {probe.reason}; or set SWARM_DRIVER to auto or qemu")
@@ -144,7 +138,7 @@ async def choice(settings: Settings) -> Choice:
 
 
 def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Launcher:
-    """What starts VMs with the chosen driver; without ``clones`` each boots from its image."""
+    """Starts VMs with the chosen driver; without ``clones`` each boots from its image."""
     from swarm.vm.launcher import Launcher
 
     return Launcher(
@@ -158,8 +152,8 @@ def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Laun
     )
 
 
-def engine(settings: Settings, vms: Launcher, reachable: Egress) -> Engine:
-    """What runs one attempt in a VM of that launcher's."""
+def engine(settings: Settings, vms: Launcher, host_egress: Egress) -> Engine:
+    """Runs one attempt in a VM of this launcher."""
     from swarm.engine.engine import Engine, Limits
 
     return Engine(
@@ -167,12 +161,12 @@ def engine(settings: Settings, vms: Launcher, reachable: Egress) -> Engine:
         images=image_source(settings),
         layers=layers(settings),
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
-        egress=reachable,
+        egress=host_egress,
     )
 
 
 def images_of_templates(settings: Settings) -> set[str]:
-    """Digests of the images that templates were made from, and that their clones read."""
+    """Digests of the images that templates were made from. Their clones still read them."""
     return {template.image for template in templates(settings).all()}
 
 
@@ -183,32 +177,33 @@ def templates(settings: Settings) -> Templates:
 
 
 def gateway(settings: Settings, opened: Store | None) -> Gateway:
-    """The way to services. Without a store no key is a secret of ours, and no call is booked."""
-    from swarm.gateway import prices, upstreams
+    """Without a store, no keys are read from Swarm's secrets, and no calls are booked."""
+    from swarm.gateway import prices
     from swarm.gateway.forward import Gateway
+    from swarm.gateway.upstreams import UpstreamKeys
     from swarm.ledger import Limit, Unbooked
 
     return Gateway(
-        upstreams=upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ),
-        prices=prices.load(_table(settings.prices, settings.home / "prices.toml")),
-        keys=upstreams.Keys(secret=None if opened is None else vault(settings, opened).get),
+        upstreams=_upstreams(settings),
+        prices=prices.load(_own_file(settings.prices, settings.home / "prices.toml")),
+        keys=UpstreamKeys(secret=None if opened is None else vault(settings, opened).get),
         ledger=opened if opened is not None else Unbooked(),
         day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
     )
 
 
 def egress(settings: Settings, opened: Store | None, *, one_off: bool = False) -> Egress:
-    """What attempts may reach beyond their VMs: `async with` it. ``one_off``: they are of no ticket."""
+    """What attempts may reach beyond their VMs: `async with` it. ``one_off``: attempts without a ticket."""
     from swarm.engine.egress import Egress
 
-    def borders() -> EgressRules:
+    def rules() -> EgressRules:
         from swarm.gateway.proxy import EgressRules
 
         return EgressRules(within=settings.egress_private, never=(settings.subnet,))
 
     return Egress(
         gateway=lambda: gateway(settings, opened),
-        borders=borders,
+        rules=rules,
         secrets=None if opened is None else vault(settings, opened),
         one_off=one_off,
     )
@@ -217,25 +212,28 @@ def egress(settings: Settings, opened: Store | None, *, one_off: bool = False) -
 def vault(settings: Settings, opened: Store) -> Vault:
     from swarm.admin.vault import Vault
 
-    def kept() -> dict[str, str]:
-        from swarm.gateway import upstreams
+    def gateway_keys() -> dict[str, str]:
+        return {service.key: name for name, service in _upstreams(settings).items()}
 
-        table = upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
-        return {service.key: name for name, service in table.items()}
-
-    return Vault(opened, key_file=settings.data_dir / "secret.key", kept=kept)
+    return Vault(opened, key_file=settings.data_dir / "secret.key", gateway_keys=gateway_keys)
 
 
-def _table(named: Path | None, usual: Path) -> Path | None:
-    """A file of the user's: the one that is named, which must be there, or the usual one if it is."""
+def _upstreams(settings: Settings) -> dict[str, Upstream]:
+    from swarm.gateway import upstreams
+
+    return upstreams.load(_own_file(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
+
+
+def _own_file(named: Path | None, usual: Path) -> Path | None:
+    """The user's own file: the one that the settings name, which must exist, or the usual one if it exists."""
     return named or (usual if usual.exists() else None)
 
 
 async def sweep(settings: Settings) -> None:
-    """Remove what dead owners left of their VMs. There is no daemon for it: each command that starts VMs does it."""
+    """Remove the VMs of dead owners. There is no daemon for this: each command that starts VMs does it."""
     from swarm.vm.slots.sweep import sweep
 
-    # Whatever driver we run: what was left may be another's.
+    # With any driver: the VMs may have been started with another one.
     await sweep(inventory(settings), network(settings) if os.geteuid() == 0 else None)
 
 
@@ -243,23 +241,23 @@ async def sweep(settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
-    """What runs an agent without a ticket; without ``vm`` as plain processes of this host, which needs no image, no
-    rights, and isolates nothing."""
+async def oneoff_engine(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
+    """Runs an agent without a ticket. Without ``vm`` it runs as a plain process of this host, which needs no image and
+    no root rights, and isolates nothing."""
     import tempfile
 
     async with AsyncExitStack() as stack:
-        # Secrets and books are in the home's database, if there is one: an author of agents may have none.
+        # Secrets and bills are in the home's database. An author of agents may not have a home.
         has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
         opened = await stack.enter_async_context(store(settings)) if has_home else None
-        reachable = await stack.enter_async_context(egress(settings, opened, one_off=True))
+        host_egress = await stack.enter_async_context(egress(settings, opened, one_off=True))
         if vm:
             await sweep(settings)
-            yield engine(settings, launcher(settings, await choice(settings)), reachable)
+            yield engine(settings, launcher(settings, await choice(settings)), host_egress)
             return
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-"))
         own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
-        yield engine(own, launcher(own, await choice(own), clones=False), reachable)
+        yield engine(own, launcher(own, await choice(own), clones=False), host_egress)
 
 
 # --- running tickets ------------------------------------------------------------------------------------------------
@@ -269,10 +267,10 @@ async def trial(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
 async def worker(
     settings: Settings, opened: Store, *, warm: int | None = 0, keep_slots: int = 1, slots_ahead: int = 0
 ) -> AsyncIterator[Worker]:
-    """A worker on this host, with a name that no other process has. Leftovers of dead ones are removed first.
+    """A worker on this host, with a unique name. Leftovers of dead workers are removed first.
 
-    ``warm``: how many VMs it keeps ready, of each template in use; None follows the demand. ``keep_slots``: how many
-    free network slots it keeps; ``slots_ahead`` of them it makes at its start.
+    ``warm``: how many VMs to keep ready of each template in use; None follows the demand. ``keep_slots``: how many free
+    network slots to keep; ``slots_ahead`` of them are made at the start.
     """
     import structlog
 
@@ -285,9 +283,9 @@ async def worker(
     vms = launcher(settings, await choice(settings))
     source = image_source(settings)
     async with AsyncExitStack() as stack:
-        with contextlib.suppress(ImageError, NotFound):  # the first ticket says so
+        with contextlib.suppress(ImageError, NotFound):  # the first ticket reports it
             stack.enter_context(source.used(await source.find()))
-        reachable = await stack.enter_async_context(egress(settings, opened))
+        host_egress = await stack.enter_async_context(egress(settings, opened))
         await stack.enter_async_context(vms.keeping(keep_slots, ahead=slots_ahead))
         if warm != 0 and vms.choice.probe.snapshots:
             await stack.enter_async_context(await _pool(settings, vms, warm))
@@ -295,7 +293,7 @@ async def worker(
             log.warning("--warm changes nothing: this driver makes no clones", driver=vms.choice.driver.name)
         yield Worker(
             store=opened,
-            engine=engine(settings, vms, reachable),
+            engine=engine(settings, vms, host_egress),
             name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
             lease_seconds=settings.lease_seconds,
             queue_timeout_seconds=settings.queue_timeout_seconds,
@@ -303,24 +301,24 @@ async def worker(
 
 
 async def _pool(settings: Settings, vms: Launcher, warm: int | None) -> Pool:
-    """Filled from the start with what was used last; on a fresh host, with what an agent gets who asks for nothing."""
+    """Starts with the template that was used last; on a fresh host, with the default VM."""
     from swarm.vm.driver import VmSpec
     from swarm.vm.pool import Pool
 
     image = await images(settings).find()
     used = sorted((t for t in templates(settings).all() if t.image == image.digest), key=lambda t: -t.used_at)
-    there = guest_layers(settings)
+    built = guest_layers(settings)
     specs = [
         VmSpec(
             image=image,
-            layer=there.named(t.layer) if t.layer else None,
+            layer=built.named(t.layer) if t.layer else None,
             vcpus=t.vcpus,
             memory_mb=t.memory_mb,
             disk_mb=t.disk_mb,
             preload=t.preload,
         )
         for t in used
-        if not t.layer or there.named(t.layer)
+        if not t.layer or built.named(t.layer)
     ]
     return Pool(vms, warm=warm, specs=specs[:1] or [VmSpec(image=image)])
 
@@ -335,7 +333,7 @@ async def dispatcher(
     ended: Callable[[Ended], None] = lambda _: None,
     warm: int | None = 0,
 ) -> AsyncIterator[Dispatcher]:
-    """What serves tickets on this host, ready to `run`. ``warm``: see `worker`."""
+    """Serves tickets on this host, once it is `run`. ``warm``: see `worker`."""
     from swarm.base import process
     from swarm.engine.dispatch import Disk, Dispatcher, Memory
     from swarm.triggers.schedules import Scheduler
@@ -348,7 +346,7 @@ async def dispatcher(
             wake=wake,
             max_vms=max_vms,
             memory=None if settings.driver == "process" else Memory.of_this_host(),
-            disk=Disk(place=settings.state_dir),
+            disk=Disk(dir=settings.state_dir),
             grace_seconds=grace_seconds,
             scheduler=Scheduler(store=opened, evaluator=opened.jail),
             info={"driver": settings.driver, "started": process.start_time(os.getpid())},
@@ -368,7 +366,7 @@ async def run_ticket(
     from swarm.engine.dispatch import Memory
 
     async with store(settings) as opened:
-        run_once.check(await opened.ticket(ticket_id))  # before anything is made ready for it
+        run_once.check(await opened.ticket(ticket_id))  # before the worker is prepared
         async with worker(settings, opened) as ours:
             ticket = await run_once.run_ticket(
                 opened,
@@ -386,6 +384,7 @@ async def run_ticket_in_background(settings: Settings, ticket_id: str, *, timeou
     """Start a process that runs the ticket and outlives this one; its pid. Raises NotFound, Conflict."""
     from swarm.base import process
     from swarm.engine import run_once
+    from swarm.gateway import upstreams
 
     async with store(settings) as opened:
         run_once.check(await opened.ticket(ticket_id))
@@ -393,12 +392,10 @@ async def run_ticket_in_background(settings: Settings, ticket_id: str, *, timeou
     argv = [sys.executable, "-m", "swarm.cli.engine", "run-ticket", "--wait", "--json"]
     if timeout_seconds is not None:
         argv += ["--timeout", f"{timeout_seconds:g}"]
-    from swarm.gateway import upstreams
-
-    # The keys of the gateway's services too: it is that process which has the gateway.
-    table = upstreams.load(_table(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
-    ours = {n: v for n, v in os.environ.items() if n.startswith("SWARM_") or n in upstreams.variables(table)}
+    # With the keys of the gateway's services: the gateway runs in that process.
+    keys = upstreams.variables(_upstreams(settings))
+    env = {name: value for name, value in os.environ.items() if name.startswith("SWARM_") or name in keys}
     child = await process.spawn(
-        [*argv, "--home", str(settings.home), "--", ticket_id], output=log, env=ours, die_with_parent=False
+        [*argv, "--home", str(settings.home), "--", ticket_id], output=log, env=env, die_with_parent=False
     )
     return child.pid

@@ -196,7 +196,7 @@ async def test(
         if not package.examples:
             raise UsageError(f"the agent {package.agent.name!r} has no `examples` in its agent.yaml: there is no test")
         await _build(cli, package.agent, vm=vm)
-        async with wiring.trial(cli.settings, vm=vm) as engine:
+        async with wiring.oneoff_engine(cli.settings, vm=vm) as engine:
             async for example, wrong in oneoff.examples(engine, package):
                 results.append({"example": example.name, "passed": not wrong, "wrong": wrong})
                 if not cli.out.json:
@@ -246,7 +246,7 @@ async def run(
             sys.stderr.write(clean(data.decode(errors="replace"), one_line=False))
             sys.stderr.flush()
 
-        async with wiring.trial(cli.settings, vm=vm) as engine:
+        async with wiring.oneoff_engine(cli.settings, vm=vm) as engine:
             outcome = await oneoff.run(engine, package.agent, given, on_output=printed)
     if isinstance(outcome, Succeeded):
         import json

@@ -1,13 +1,14 @@
-"""The serving loop: claims attempts as slots become free and as work appears, and ends in an orderly way.
+"""The serving loop: claims attempts when slots become free and when work appears, and stops in an orderly way.
 
-Nothing here decides by time how soon a ticket starts: a commit to the database, an attempt that ends and a back-off
-that is over each wake the loop. A slow or stuck VM holds its own slot and no other.
+No timer decides how soon a ticket starts: a commit to the database, the end of an attempt and the end of a back-off
+each wake the loop. A slow or stuck VM holds only its own slot.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import time
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import psutil
 import structlog
 
-from swarm.base.aio import finish_uninterrupted
+from swarm.base.aio import cancel_all, finish_uninterrupted, first
 from swarm.engine.worker import Attempt, Ended, Worker
 from swarm.errors import StoreError
 from swarm.model import Claim, Interrupted
@@ -31,34 +32,34 @@ from swarm.triggers.schedules import Scheduler
 log = structlog.get_logger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
-# Without news, the loop looks this often all the same. (Leases and back-offs that end are waited for exactly.)
+# The loop looks at least this often. (Leases and back-offs have exact end times, and are waited for.)
 LOOK_SECONDS = 30.0
-# After somebody's commit that made nothing ready, a claim looks all the same what it did, this long after the last.
+# After a commit that made nothing ready, a claim checks the tables again, this long after the last claim.
 UPKEEP_SECONDS = 1.0
-# While attempts run, most news are of our own writing; so no look so soon after a claim, which saw all there was.
+# While attempts run, most commits are our own: don't look again so soon after a claim, which saw everything.
 _QUIET_SECONDS = 0.005
-# Memory and disk that others free are announced by nobody.
+# Nothing announces free memory and disk space, so poll for them.
 _ROOM_LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 0.5
-# Of the file system with the VMs' files, or a twentieth of it.
+# Kept free on the VM disk: this much, or 5 % if that is less.
 _DISK_RESERVE_MB, _INODES_RESERVE = 512, 200
 _RATE_SECONDS = 60.0
 
 
 class Wake(Protocol):
-    """Tells when the database may have changed: `swarm.store.sql.wake.Wake`."""
+    """Waits for changes of the database: `swarm.store.sql.wake.Wake`."""
 
     async def changed(self, *, timeout_seconds: float) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What VMs may take of this host. ``available_mb`` reads the host now; ``reserve_mb`` stays for everybody else."""
+    """The memory that VMs may use. ``available_mb`` reads the host's; ``reserve_mb`` stays free for other programs."""
 
     total_mb: int
     reserve_mb: int
     available_mb: Callable[[], int]
-    overhead_mb: int = 64  # a VMM's own, beside the guest's memory
+    overhead_mb: int = 64  # of each VMM, beside the guest's memory
 
     @classmethod
     def of_this_host(cls) -> Memory:
@@ -70,55 +71,55 @@ class Memory:
         )
 
     def left_mb(self, running: Mapping[str, Attempt]) -> int:
-        """For one more VM: by what was promised to those that run, and by what the host really has."""
+        """For one more VM: bounded by what running VMs were promised, and by what the host really has."""
         promised = sum(a.claim.agent.memory_mb + self.overhead_mb for a in running.values() if a.executing)
         free_now = self.available_mb() - self.reserve_mb - self._not_yet_used(running)
         return min(self.total_mb - self.reserve_mb - promised, free_now) - self.overhead_mb
 
     @property
     def most_mb(self) -> int:
-        """For one VM, when nothing else runs."""
+        """For one VM while nothing else runs."""
         return self.total_mb - self.reserve_mb - self.overhead_mb
 
     @staticmethod
     def _not_yet_used(running: Mapping[str, Attempt]) -> int:
-        """Guests touch their memory as they boot: until one has, what it will take still looks free."""
+        """Guests allocate their memory while they boot: until then it still looks free."""
         return sum(a.claim.agent.memory_mb for a in running.values() if "answered" not in a.timeline)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
-    """Where the files of VMs lie. Work disks are sparse: they may grow to far more than is free, so some of it stays
-    for those that run. (One that fills the rest up all the same fails by its own agent's writes.)"""
+    """The directory with the VMs' files. Work disks are sparse and may grow beyond the free space, so some of it is
+    kept for running VMs. (If one still fills the disk, the writes of its own agent fail.)"""
 
-    place: Path
+    dir: Path
 
-    def lacks(self) -> str:
-        """Why no VM may be started now; '' when there is room."""
+    def shortage(self) -> str:
+        """Why no VM may be started now; '' when there is enough space."""
         try:
-            info = os.statvfs(self.place)
-        except OSError:  # what makes the VM's directory will say it better
+            info = os.statvfs(self.dir)
+        except OSError:  # making the VM's directory will give the better error
             return ""
         free_mb, total_mb = (blocks * info.f_frsize >> 20 for blocks in (info.f_bavail, info.f_blocks))
         if free_mb < (reserve_mb := min(_DISK_RESERVE_MB, total_mb // 20)):
-            return f"disk: {free_mb} MB are free in {self.place}, of which {reserve_mb} MB are kept"
+            return f"disk: {free_mb} MB are free in {self.dir}, of which {reserve_mb} MB are kept"
         if info.f_files and info.f_favail < _INODES_RESERVE:
-            return f"disk: {info.f_favail} inodes are free in {self.place}, of which {_INODES_RESERVE} are kept"
+            return f"disk: {info.f_favail} inodes are free in {self.dir}, of which {_INODES_RESERVE} are kept"
         return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """A claim under way: of how many attempts, in how much memory (None: whatever they need), and what is lacking."""
+class _ClaimRequest:
+    """A claim under way. ``memory_mb`` None: no memory limit. ``disk_shortage``: see `Disk.shortage`."""
 
     claims: asyncio.Task[list[Claim]]
     limit: int
     memory_mb: int | None
-    lacks: str
+    disk_shortage: str
 
 
 class Dispatcher:
-    """Serves tickets with one Worker until told to stop. ``ended`` is called after each attempt."""
+    """Serves tickets with one Worker until `stop`. ``ended`` is called after each attempt."""
 
     def __init__(
         self,
@@ -136,7 +137,6 @@ class Dispatcher:
     ) -> None:
         self._store = store
         self._worker = worker
-        self._worker.ending = self._vm_is_free
         self._wake = wake
         self.max_vms = max_vms
         self._memory = memory
@@ -146,18 +146,18 @@ class Dispatcher:
         self._info = dict(info or {})
         self._ended = ended
         self._tasks: set[asyncio.Task[None]] = set()
-        self._asked: _Asked | None = None
-        self._ending: set[str] = set()  # attempts of those tasks whose VM is gone
-        self._ends: deque[float] = deque()  # when attempts ended, of the last minute
+        self._request: _ClaimRequest | None = None
+        self._finishing: set[str] = set()  # running tasks' attempts whose VM is gone
+        self._ended_at: deque[float] = deque()  # of the attempts of the last minute
         self._look = asyncio.Event()  # something happened: look at the queue
-        self._now = asyncio.Event()
+        self._stop_now = asyncio.Event()
         self._fault: BaseException | None = None
-        self._trouble = ""  # the database's, as last seen
-        self._more = True  # the last claim got all that it asked for
-        self._news = True  # somebody committed since the last claim
+        self._store_error = ""  # the last one, logged once
+        self._more = True  # the last claim reached its limit, or more work is expected
+        self._committed = True  # there was a commit since the last claim
         self._claimed_at = -UPKEEP_SECONDS
         self.stopping = False
-        self.waits_for = ""  # why ready tickets are not started, for status
+        self.waits_for = ""  # why ready tickets are not started; shown by status
 
     @property
     def running(self) -> Mapping[str, Attempt]:
@@ -166,25 +166,25 @@ class Dispatcher:
     @property
     def per_minute(self) -> int:
         """Attempts that ended in the last minute."""
-        while self._ends and self._ends[0] < time.monotonic() - _RATE_SECONDS:
-            self._ends.popleft()
-        return len(self._ends)
+        while self._ended_at and self._ended_at[0] < time.monotonic() - _RATE_SECONDS:
+            self._ended_at.popleft()
+        return len(self._ended_at)
 
     def stop(self) -> None:
-        """First call: no new claims, and what runs gets its grace. Second call: now."""
+        """First call: no new claims; running attempts get the grace period. Second call: stop now."""
         if self.stopping:
-            self._now.set()
+            self._stop_now.set()
         self.stopping = True
         self._look.set()
 
     async def run(self) -> None:
-        """Serve until `stop`. Raises the fault that ended the engine, with every VM gone."""
+        """Serve until `stop`. Raises the error that ended the engine, once every VM is gone."""
         with contextlib.suppress(StoreError):
-            await self._beat()
-        loops = [self._beating, self._listening]
+            await self._heartbeat()
+        loops = [self._heartbeats, self._watch_database]
         async with self._worker.supervised():
             tasks = [asyncio.create_task(self._guarded(loop)) for loop in loops]
-            timetable = asyncio.create_task(self._guarded(self._scheduler.run)) if self._scheduler else None
+            schedules = asyncio.create_task(self._guarded(self._scheduler.run)) if self._scheduler else None
             try:
                 wait = await self._fill()
                 log.info("engine serves", pid=os.getpid(), max_vms=self.max_vms, **self._info)
@@ -193,20 +193,18 @@ class Dispatcher:
                     self._look.clear()
                     wait = await self._fill()
             finally:
-                if timetable is not None:  # what comes due from now on is another engine's, or waits for the next one
-                    timetable.cancel()
-                    tasks.append(timetable)
+                if schedules is not None:  # other engines, or the next one, start what comes due from now on
+                    schedules.cancel()
+                    tasks.append(schedules)
                 await finish_uninterrupted(self._drain())
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await cancel_all(tasks)
         with contextlib.suppress(StoreError):
             await self._store.forget_worker(self._worker.name)
         if self._fault is not None:
             raise self._fault
 
     async def _guarded(self, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """A background loop whose death ends the engine."""
+        """Run a background loop; if it fails, the engine ends."""
         try:
             await loop()
         except Exception as error:
@@ -219,32 +217,37 @@ class Dispatcher:
     # --- claiming ---------------------------------------------------------------------------------------------------
 
     async def _fill(self) -> float | None:
-        """Claim what fits. How long to wait for news; None when only an end makes room."""
+        """Claim what fits. Returns how long to wait for the next event; None when only the end of an attempt makes
+        room."""
         try:
-            while self._asked is not None or self._has_room():
-                if self._asked is None and (wait := await self._nothing_to_do()) is not None and self._asked is None:
-                    return wait
-                asked = self._asked = self._asked or self._ask()
+            while self._request is not None or self._has_room():
+                if self._request is None:
+                    wait = await self._idle_seconds()
+                    if wait is not None and self._request is None:  # an ended attempt may have requested a claim
+                        return wait
+                request = self._request = self._request or self._request_claim()
                 try:
-                    claims = await asked.claims
+                    claims = await request.claims
                 finally:
-                    self._asked = None
-                self._trouble, self._more = "", self._more or len(claims) == asked.limit
+                    self._request = None
+                self._store_error, self._more = "", self._more or len(claims) == request.limit
                 for claim in claims:
                     self._begin(claim)
-                await asyncio.sleep(0)  # they are `running` from their first step on, which counts for memory
+                await asyncio.sleep(0)  # each task registers itself in `running`, which counts for memory
                 if claims and not self._more:
                     return LOOK_SECONDS  # our own commit wakes the loop, which then asks what is due
                 if not claims and not self._more:
                     due = await self._store.due()
-                    if due.ready and asked.lacks:
-                        self._wait_for_disk(asked.lacks)
-                    elif due.ready and asked.memory_mb is not None:
-                        self.waits_for = f"memory: {max(0, asked.memory_mb)} MB are left for VMs"
+                    if due.ready and request.disk_shortage:
+                        self._wait_for_disk(request.disk_shortage)
+                    elif due.ready and request.memory_mb is not None:
+                        self.waits_for = f"memory: {max(0, request.memory_mb)} MB are left for VMs"
                     return min(self._until(due), _ROOM_LOOK_SECONDS) if due.ready else self._until(due)
         except StoreError as error:
             self._more = False
-            self._complain(error)
+            if str(error) != self._store_error:
+                self._store_error = str(error)
+                log.warning("can't claim", error=self._store_error)
             return _RETRY_SECONDS
         self.waits_for = f"a VM: all {self.max_vms} are in use"
         return None
@@ -254,55 +257,57 @@ class Dispatcher:
 
     @property
     def _free(self) -> int:
-        return self.max_vms - len(self._tasks) + len(self._ending)
+        return self.max_vms - len(self._tasks) + len(self._finishing)
 
-    async def _nothing_to_do(self) -> float | None:
-        """How long to wait before the next claim; None when one may find work.
+    async def _idle_seconds(self) -> float | None:
+        """How long to wait before the next claim; None when a claim may find work.
 
-        A claim takes the database's write lock, and the sqlite3 shell does not wait for that: so where nothing points
-        to work, a look comes first, which takes none.
+        A claim takes the database's write lock, and the sqlite3 shell does not wait for that lock. So unless work is
+        expected, read first whether any is due: reading takes no lock.
         """
-        if self._more or (self._news and not self._tasks):  # news while idle are somebody else's
+        if self._more or (self._committed and not self._tasks):  # while idle, commits come from other programs
             return None
-        if self._tasks and (rest := self._claimed_at + _QUIET_SECONDS - time.monotonic()) > 0:
-            return rest
+        if self._tasks and (quiet := self._claimed_at + _QUIET_SECONDS - time.monotonic()) > 0:
+            return quiet
         due = await self._store.due()
         if due.ready or due.next_ms == 0 or self._upkeep_seconds() <= 0:
             return None
         self.waits_for = ""
         return self._until(due)
 
-    def _ask(self) -> _Asked:
-        """Ask for as much as there is room for. The claim stands behind all that was asked of the store before."""
+    def _request_claim(self) -> _ClaimRequest:
+        """Request as many attempts as there is room for. The claim runs after all earlier requests to the store."""
         memory_mb = self._memory.left_mb(self.running) if self._memory else None
-        lacks = self._disk.lacks() if self._disk else ""
-        if lacks:
-            memory_mb = -1  # not even the smallest; what else a claim does is still done
-        limit = self._free if self._memory is None else 1  # what a VM takes beside its memory is known to us alone
+        shortage = self._disk.shortage() if self._disk else ""
+        if shortage:
+            memory_mb = -1  # too little for any VM, but the claim still does its upkeep
+        limit = self._free if self._memory is None else 1  # the store doesn't know what a VMM needs beside the guest
         most = self._memory.most_mb if self._memory else None
-        self._news, self._more, self._claimed_at = False, False, time.monotonic()
+        self._committed, self._more, self._claimed_at = False, False, time.monotonic()
         claims = self._worker.claim(limit=limit, memory_mb=memory_mb, most_memory_mb=most)
-        return _Asked(claims=asyncio.create_task(claims), limit=limit, memory_mb=memory_mb, lacks=lacks)
+        return _ClaimRequest(
+            claims=asyncio.create_task(claims), limit=limit, memory_mb=memory_mb, disk_shortage=shortage
+        )
 
-    def _vm_is_free(self, claim: Claim) -> None:
-        """An end is on its way to the database. What follows from it is claimed right behind it, or with it."""
+    def _outcome_queued(self, claim: Claim) -> None:
+        """The attempt's VM is gone. If its end makes steps ready, claim them right after it, or together with it."""
         if not claim.in_workflow:
             return
-        self._ending.add(claim.attempt_id)
-        if self._asked is None and self._has_room():
-            self._asked = self._ask()
+        self._finishing.add(claim.attempt_id)
+        if self._request is None and self._has_room():
+            self._request = self._request_claim()
         else:
             self._more = True
         self._look.set()
 
-    def _wait_for_disk(self, lacks: str) -> None:
+    def _wait_for_disk(self, shortage: str) -> None:
         if not self.waits_for.startswith("disk"):
-            log.warning("no VM is started", waits_for=lacks)
-        self.waits_for = lacks
+            log.warning("no VM is started", waits_for=shortage)
+        self.waits_for = shortage
 
     def _upkeep_seconds(self) -> float:
-        """Until a claim is due for what only claims see: bad rows, tickets that wait for each other."""
-        return max(0.0, self._claimed_at + UPKEEP_SECONDS - time.monotonic()) if self._news else LOOK_SECONDS
+        """Until the next claim for what only claims find: bad rows, tickets that wait for each other."""
+        return max(0.0, self._claimed_at + UPKEEP_SECONDS - time.monotonic()) if self._committed else LOOK_SECONDS
 
     def _until(self, due: Due) -> float:
         next_seconds = LOOK_SECONDS if due.next_ms is None else due.next_ms / 1000 + 0.001
@@ -312,30 +317,26 @@ class Dispatcher:
         log.info("ticket started", ticket=claim.ticket.id, attempt=claim.attempt_number, agent=claim.agent.name)
         task = asyncio.create_task(self._attempt(claim))
         self._tasks.add(task)
-        task.add_done_callback(self._over)
+        task.add_done_callback(self._task_ended)
 
-    def _over(self, task: asyncio.Task[None]) -> None:
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._look.set()
 
-    def _complain(self, error: StoreError) -> None:
-        if str(error) != self._trouble:
-            self._trouble = str(error)
-            log.warning("can't claim", error=self._trouble)
-
     async def _attempt(self, claim: Claim) -> None:
         try:
-            ended = await self._worker.attempt(claim)
+            queued = functools.partial(self._outcome_queued, claim)
+            ended = await self._worker.attempt(claim, outcome_queued=queued)
             if not isinstance(ended.outcome, Interrupted):
-                self._ends.append(time.monotonic())
+                self._ended_at.append(time.monotonic())
             self._ended(ended)
-        except Exception as error:  # a database that is gone for good, or our own mistake: `run` raises it
+        except Exception as error:  # the database is gone for good, or a bug: `run` raises it
             self._fail(error)
         finally:
-            self._ending.discard(claim.attempt_id)
+            self._finishing.discard(claim.attempt_id)
 
     async def _sleep_until_due(self, seconds: float | None) -> None:
-        """Return when it is worth looking again: nothing is, while all slots are taken and none was freed."""
+        """Sleep until it is worth looking again. While all slots are taken, only a free one is."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self._look.is_set() or (seconds is None and self._is_full()):
@@ -345,10 +346,10 @@ class Dispatcher:
     def _is_full(self) -> bool:
         return not self.stopping and self._fault is None and self._free <= 0
 
-    async def _listening(self) -> None:
+    async def _watch_database(self) -> None:
         while True:
             if await self._wake.changed(timeout_seconds=LOOK_SECONDS):
-                self._news = True
+                self._committed = True
                 self._look.set()
                 if self._scheduler is not None:
                     self._scheduler.look()
@@ -356,33 +357,29 @@ class Dispatcher:
     # --- ending -----------------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """Give what runs its grace, then put it back."""
-        if self._asked is not None:
+        """Give running attempts the grace period, then put them back."""
+        if self._request is not None:
             with contextlib.suppress(StoreError):
-                for claim in await self._asked.claims:
+                for claim in await self._request.claims:
                     self._begin(claim)
-            await asyncio.sleep(0)  # each puts itself back from its first step on
+            await asyncio.sleep(0)  # a task can put its step back only once it has started
         if self._tasks and self._fault is None:
             log.info("stopping", running=len(self._tasks), grace_seconds=self._grace_seconds)
-            finished = asyncio.ensure_future(asyncio.wait(set(self._tasks)))
-            hurry = asyncio.ensure_future(self._now.wait())
-            await asyncio.wait({finished, hurry}, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
-            for waiting in (finished, hurry):
-                waiting.cancel()
-        rest = set(self._tasks)
-        for task in rest:
-            task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+            all_ended: Coroutine[Any, Any, object] = asyncio.wait(set(self._tasks))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._grace_seconds):
+                    await first(all_ended, self._stop_now.wait())
+        await cancel_all(self._tasks)
 
-    # --- being seen -------------------------------------------------------------------------------------------------
+    # --- status -----------------------------------------------------------------------------------------------------
 
-    async def _beating(self) -> None:
+    async def _heartbeats(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             with contextlib.suppress(StoreError):
-                await self._beat()
+                await self._heartbeat()
 
-    async def _beat(self) -> None:
+    async def _heartbeat(self) -> None:
         info = {
             **self._info,
             "max_vms": self.max_vms,

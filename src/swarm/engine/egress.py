@@ -1,7 +1,7 @@
 """What one attempt may reach and know beyond its VM: the gateway's services, allowed domains, its agent's secrets.
 
-What is missing is found out before a VM is started for it. What is opened is shut the moment the attempt ends, and
-accounted for when its VM is gone. The gateway is made, and its libraries are loaded, when the first attempt needs it.
+Missing services and secrets are reported before a VM is started. Listeners stop the moment the attempt ends; the last
+bills are written when its VM is gone. The gateway and its libraries are loaded when the first attempt needs them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from swarm.gateway.upstreams import Upstream
 
 Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the ticket
-# A port, as the machine knows it, to a socket that listens there and its address as the machine sees it.
+# From a port in the VM's namespace to a socket that listens there, and its address as the VM sees it.
 Listen = Callable[[int], Awaitable[tuple[socket.socket, str]]]
 
 
@@ -37,12 +37,12 @@ class Secrets(Protocol):
     """Where agents' secrets are kept: `swarm.admin.vault`."""
 
     async def of(self, names: Sequence[str], agent: Agent, workflow_id: str | None) -> Mapping[str, str]:
-        """Raises NotFound that names the first that this agent has not, and how to set it."""
+        """Raises NotFound with the name of the first missing secret, and how to set it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What an attempt was found to be allowed."""
+    """What an attempt is allowed to reach and to know."""
 
     account: Account
     policy: Policy
@@ -51,88 +51,81 @@ class Grant:
 
 
 class AttemptEgress:
-    """An attempt's open ways. ``env``: what its programs must know of them, its secrets included."""
+    """One attempt's gateway listener and proxy. ``env``: the variables its programs need for them, and its secrets."""
 
     def __init__(
-        self, permit: Grant, gateway: Callable[[], Gateway], borders: Callable[[], EgressRules], record: Record
+        self, grant: Grant, gateway: Callable[[], Gateway], rules: Callable[[], EgressRules], record: Record
     ) -> None:
-        self._permit = permit
+        self._grant = grant
         self._gateway = gateway
-        self._borders = borders
-        self._record_as_it_is = record
-        self._door: AttemptListener | None = None
+        self._rules = rules
+        self._record_unredacted = record
+        self._listener: AttemptListener | None = None
         self._proxy: Proxy | None = None
-        self.env: dict[str, str] = dict(permit.secrets)
-        self.redactor = Redactor(permit.secrets)
+        self.env: dict[str, str] = dict(grant.secrets)
+        self.redactor = Redactor(grant.secrets)
 
     def _record(self, kind: str, data: Mapping[str, object]) -> None:
-        """A refusal names what was asked for, which may be a secret."""
-        self._record_as_it_is(kind, self.redactor.value(dict(data)))
+        """A refusal quotes the request, which may contain a secret."""
+        self._record_unredacted(kind, self.redactor.value(dict(data)))
 
     async def open(self, listen: Listen) -> None:
-        """``listen`` as of the attempt's machine. Raises HostError."""
-        if self._permit.services:
-            listener, address = await listen(GATEWAY_PORT)
-            self._door = self._gateway().door(
-                self._permit.account,
-                self._permit.services,
-                listener=listener,
-                url=f"http://{address}",
-                record=self._record,
+        """``listen`` opens sockets in the namespace of the attempt's VM. Raises HostError."""
+        if self._grant.services:
+            sock, address = await listen(GATEWAY_PORT)
+            self._listener = self._gateway().open_listener(
+                self._grant.account, self._grant.services, sock=sock, url=f"http://{address}", record=self._record
             )
-            self.env |= self._door.env
-        if self._permit.policy.proxied:
+            self.env |= self._listener.env
+        if self._grant.policy.proxied:
             from swarm.gateway.proxy import Proxy
 
-            listener, address = await listen(PROXY_PORT)
+            sock, address = await listen(PROXY_PORT)
             self._proxy = Proxy(
-                policy=self._permit.policy,
-                borders=self._borders(),
-                listener=listener,
-                address=address,
-                record=self._record,
+                policy=self._grant.policy, rules=self._rules(), sock=sock, address=address, record=self._record
             )
             self.env |= self._proxy.env
-        tokens = {"the gateway's token": self._door.token if self._door else ""}
+        tokens = {"the gateway's token": self._listener.token if self._listener else ""}
         tokens |= {"the proxy's token": self._proxy.token if self._proxy else ""}
-        self.redactor = Redactor({**self._permit.secrets, **tokens})
+        self.redactor = Redactor({**self._grant.secrets, **tokens})
 
     async def exceeded(self) -> str:
-        """Returns when a budget has ended the attempt's work, with the sums; never, otherwise."""
-        if self._door is None:
+        """Returns once a budget has stopped the attempt, with the amounts; otherwise never."""
+        if self._listener is None:
             return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
-        return await asyncio.shield(self._door.exceeded)
+        return await asyncio.shield(self._listener.exceeded)
 
     @property
     def over_budget(self) -> str | None:
-        done = self._door is not None and self._door.exceeded.done() and not self._door.exceeded.cancelled()
-        return self._door.exceeded.result() if self._door is not None and done else None
+        if self._listener is None or not self._listener.exceeded.done() or self._listener.exceeded.cancelled():
+            return None
+        return self._listener.exceeded.result()
 
-    def shut(self) -> None:
-        for way in (self._door, self._proxy):
-            if way is not None:
-                way.shut()
+    def stop(self) -> None:
+        for server in (self._listener, self._proxy):
+            if server is not None:
+                server.stop()
 
     async def close(self) -> None:
-        for way in (self._door, self._proxy):
-            if way is not None:
-                await way.close()
+        for server in (self._listener, self._proxy):
+            if server is not None:
+                await server.close()
 
 
 class Egress:
-    """``gateway`` makes one; it is asked once at most. ``async with`` closes it. ``borders``: where proxies stop.
-    ``one_off``: attempts here are of no ticket."""
+    """``gateway`` makes the gateway, once at most; ``async with`` closes it. ``rules``: which addresses proxies may
+    connect to. ``one_off``: attempts here have no ticket."""
 
     def __init__(
         self,
         *,
         gateway: Callable[[], Gateway],
-        borders: Callable[[], EgressRules],
+        rules: Callable[[], EgressRules],
         secrets: Secrets | None = None,
         one_off: bool = False,
     ) -> None:
-        self._make = gateway
-        self._borders = borders
+        self._make_gateway = gateway
+        self._rules = rules
         self._made: Gateway | None = None
         self._secrets = secrets
         self._one_off = one_off
@@ -148,10 +141,10 @@ class Egress:
 
     def _gateway(self) -> Gateway:
         if self._made is None:
-            self._made = self._make()
+            self._made = self._make_gateway()
         return self._made
 
-    async def permit(self, claim: Claim) -> Grant:
+    async def grant(self, claim: Claim) -> Grant:
         """Raises NotConfigured: one sentence on what is missing on this host, or wrong with the agent."""
         agent = claim.agent
         try:
@@ -168,13 +161,13 @@ class Egress:
         return Grant(account=account, policy=allowed, services=services, secrets=secrets)
 
     @asynccontextmanager
-    async def reach(self, permit: Grant, record: Record) -> AsyncIterator[AttemptEgress]:
-        """Ways that can be opened within the block. Leave it when the machine is gone: it waits for the last bills."""
-        reach = AttemptEgress(permit, self._gateway, self._borders, record)
+    async def attempt(self, grant: Grant, record: Record) -> AsyncIterator[AttemptEgress]:
+        """To be opened within the block. Leave the block when the VM is gone: that waits for the last bills."""
+        egress = AttemptEgress(grant, self._gateway, self._rules, record)
         try:
-            yield reach
+            yield egress
         finally:
-            await reach.close()
+            await egress.close()
 
 
 def account_of(claim: Claim, *, one_off: bool = False) -> Account:

@@ -1,7 +1,7 @@
 """One claim → one Outcome: get a VM, run the agent in it, collect what it left.
 
-Outcomes are returned, faults are raised below, and this is the one place that turns the latter into the former. The
-engine knows nothing of the database and nothing of drivers.
+Lower layers raise errors; only this module turns them into outcomes. The engine doesn't know the database or the
+drivers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import structlog
 
 from swarm.agents import check
 from swarm.base import jsontext
+from swarm.base.aio import first
 from swarm.base.clock import Timeline
 from swarm.base.redact import Redactor, Stream
 from swarm.channel import Exit
@@ -47,24 +48,24 @@ log = structlog.get_logger(__name__)
 
 WORK_DIR, AGENT_DIR = "/work", "/agent"
 INPUT_FILE, OUTPUT_FILE = "input.json", "output.json"
-# How long an agent may go on after a budget has refused it a call.
+# How long an agent may keep running after a budget has refused it a call.
 _OVER_BUDGET_SECONDS = 5.0
-# What an error quotes of the agent's output.
+# How much of the agent's output an error quotes.
 _QUOTED_LINES, _QUOTED_BYTES = 15, 4096
-# What the next ticket would lack as well.
-_HOST_IS_OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-# Of an output.json: each takes some hundred bytes of memory, and as little as three in the file.
+# The next ticket would fail for the same reason.
+_HOST_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+# Objects and lists in an output.json: each takes a few hundred bytes of memory, but may take only three in the file.
 MAX_CONTAINERS = 1_000_000
 
 
-class Watcher(Protocol):
-    """Whoever wants to know how an attempt is doing while it runs."""
+class Watcher:
+    """Follows an attempt while it runs. This one ignores everything."""
 
     async def placed(self, vm_id: int) -> None:
         """The attempt has VM ``vm_id``. May raise LeaseLost, which ends the attempt."""
 
     def record(self, kind: str, data: Mapping[str, object]) -> None:
-        """Something happened that belongs into the ticket's history. Must not block."""
+        """Add an event to the ticket's history. Must not block."""
 
     def output(self, stream: str, data: bytes) -> None:
         """The agent printed ``data`` on ``stream`` ('stdout', 'stderr', or 'swarm' for a note). Must not block."""
@@ -76,12 +77,12 @@ class ImageSource(Protocol):
 
 class LayerSource(Protocol):
     async def find(self, agent: Agent, image: Image) -> Layer | None:
-        """Raises LayerMissing: nothing is built while a ticket waits."""
+        """Raises LayerMissing; layers are never built while a ticket waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one attempt may cost the host, whatever its agent says."""
+    """What one attempt may cost the host at most. Agents can't change it."""
 
     output_json_bytes: int = 16 << 20
     printed_bytes: int = 64 << 20
@@ -98,42 +99,42 @@ class Engine:
         self._limits = limits
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
-        """Run one attempt to its end. Returns Succeeded or Failed; LeaseLost and cancellation pass through; a host
-        without descriptors, memory or threads is an error (HostError, StepError), and so is one without an image
-        for agents that ask for none (NoImage). The VM is gone in every case."""
-        tail = _Tail(watcher)
+        """Run one attempt to its end. Returns Succeeded or Failed. The VM is gone in every case.
+
+        Raises LeaseLost, CancelledError; HostError or StepError when the host is out of descriptors, memory or threads;
+        NoImage when the host lacks the default image.
+        """
+        tail = _OutputTail(watcher)
         try:
             return Succeeded(outputs=await self._run(claim, watcher, timeline, tail))
         except StepError as error:
-            if _is_host_out(error):
+            if _host_exhausted(error):
                 raise
             message = tail.redactor.text(str(error))
             if quoted := tail.quoted():
                 message += f"\nThe last that it printed:\n{quoted}"
             code = error.exit_code if isinstance(error, BadExit) else None
             return Failed(reason=error.reason, message=message, retryable=error.retryable, exit_code=code)
-        except LeaseLost:
+        except (LeaseLost, NoImage):
             raise
         except UsageError as error:  # the agent's files, arguments or environment can't be sent
             return Failed(reason=FailureReason.INPUT_INVALID, message=f"the agent {claim.agent.name!r}: {error}")
-        except NoImage:
-            raise
-        except (ImageError, NotFound) as error:  # what this agent asks for by name
+        except (ImageError, NotFound) as error:  # the image or layer that this agent names
             return Failed(reason=FailureReason.HOST_ERROR, message=str(error))
         except SwarmError as error:
-            if _is_host_out(error):
+            if _host_exhausted(error):
                 raise
             return Failed(reason=FailureReason.HOST_ERROR, message=str(error), retryable=True)
         except MemoryError:
-            # Of this process, where a limit is set: perhaps by what this one agent left. Counted as a try, then, so
-            # that such a ticket can't end one engine after the other.
+            # This process hit its memory limit, perhaps because of this agent's output. Count the attempt, so that
+            # such a ticket can't end one engine after another.
             message = "the engine ran out of memory while it ran this ticket"
             log.error(message, ticket=claim.ticket.id)
             return Failed(reason=FailureReason.HOST_ERROR, message=message, retryable=True)
         except Exception as error:
-            if _is_host_out(error):
+            if _host_exhausted(error):
                 raise HostError(f"this host can't go on running tickets: {error}") from error
-            # A mistake of ours must leave no ticket without an end, nor stop an engine that others need.
+            # A bug in Swarm must not leave a ticket without an end, nor stop an engine that other tickets need.
             message = f"unexpected {type(error).__name__}: {error}"
             log.error(message, ticket=claim.ticket.id)
             log.debug("where", exc_info=True)
@@ -141,10 +142,11 @@ class Engine:
         finally:
             timeline.mark("stopped")
 
-    async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _Tail) -> str:
+    async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _OutputTail) -> str:
         agent = claim.agent
-        given = _inputs(claim)  # before a VM is started for them
-        permit = await self._egress.permit(claim)
+        # Checked before a VM is started. `inputs` fills in the defaults of the agent's schema.
+        inputs = check.inputs(agent, json.loads(claim.inputs))
+        grant = await self._egress.grant(claim)
         image = await self._image(agent)
         spec = VmSpec(
             image=image,
@@ -158,32 +160,33 @@ class Engine:
         )
         assignment = Assignment(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
         async with (
-            self._egress.reach(permit, watcher.record) as reach,
+            self._egress.attempt(grant, watcher.record) as egress,
             self._launcher.vm(spec, assignment, timeline) as live,
         ):
             try:
                 await watcher.placed(live.n)
-                await reach.open(lambda port: self._launcher.listen(live, port))
-                tail.redact(reach.redactor)
-                await live.unless_it_dies(_put(live, claim, given))
+                await egress.open(lambda port: self._launcher.listen(live, port))
+                tail.redactor = egress.redactor
+                await live.unless_it_dies(_send_files(live, claim, inputs))
                 timeline.mark("renewed")
-                ended = await live.unless_it_dies(self._within_budget(claim, live, tail, reach))
+                ended = await live.unless_it_dies(self._run_within_budget(claim, live, tail, egress))
                 timeline.mark("started", int(ended.started_at * 1e9))
                 timeline.mark("ended", int(ended.ended_at * 1e9))
-                judge(ended)
-                outputs = _redacted(await live.unless_it_dies(self._collect(live)), reach.redactor)
-                _check_outputs(agent, outputs)
+                check_exit(ended)
+                outputs = _redacted(await live.unless_it_dies(self._collect(live)), egress.redactor)
+                if agent.outputs_schema is not None:
+                    check.outputs(agent, json.loads(outputs))
                 timeline.mark("collected")
             except StepError:
-                if (sums := reach.over_budget) is not None:  # whatever became of the agent, that is why
-                    raise OverBudget(sums) from None
+                if (reason := egress.over_budget) is not None:  # the cause of any later failure of the agent
+                    raise OverBudget(reason) from None
                 raise
             finally:
-                reach.shut()
+                egress.stop()
                 if frames := await self._launcher.refused(live):
                     watcher.record("egress", {"via": "tap", "refused": "source", "frames": frames})
-        if (sums := reach.over_budget) is not None:
-            raise OverBudget(sums)
+        if (reason := egress.over_budget) is not None:
+            raise OverBudget(reason)
         return outputs
 
     async def _image(self, agent: Agent) -> Image:
@@ -194,31 +197,24 @@ class Engine:
                 raise NoImage(str(error)) from error
             raise
 
-    async def _within_budget(self, claim: Claim, live: LiveVm, tail: _Tail, reach: AttemptEgress) -> Exit:
-        """An agent whose call a budget refused is told so, and gets a moment to end by itself."""
+    async def _run_within_budget(self, claim: Claim, live: LiveVm, tail: _OutputTail, egress: AttemptEgress) -> Exit:
+        """The agent sees its call refused by the budget, and gets a moment to end by itself."""
 
-        async def told() -> None:
-            await reach.exceeded()
+        async def over_budget() -> Exit:
+            reason = await egress.exceeded()
             await asyncio.sleep(_OVER_BUDGET_SECONDS)
+            raise OverBudget(reason)
 
-        agent = asyncio.ensure_future(self._start(claim, live, tail, reach.env))
-        over = asyncio.ensure_future(told())
         try:
-            await asyncio.wait({agent, over}, return_when=asyncio.FIRST_COMPLETED)
-            if not agent.done():
-                raise OverBudget(reach.over_budget or "over budget")
-            return agent.result()
+            return await first(self._run_agent(claim, live, tail, egress.env), over_budget())
         finally:
-            for each in (agent, over):
-                each.cancel()
-            await asyncio.gather(agent, over, return_exceptions=True)
             tail.end()
 
-    async def _start(self, claim: Claim, live: LiveVm, tail: _Tail, env: Mapping[str, str]) -> Exit:
+    async def _run_agent(self, claim: Claim, live: LiveVm, tail: _OutputTail, env: Mapping[str, str]) -> Exit:
         agent = claim.agent
         try:
             return await live.channel.run(
-                entry(agent),
+                guest_argv(agent),
                 env={**agent.env, **env},
                 warm=agent.runtime == "python",
                 timeout_seconds=claim.timeout_seconds,
@@ -247,8 +243,8 @@ class BadExit(AgentFailed):
         self.exit_code = exit_code
 
 
-def judge(ended: Exit) -> None:
-    """Only an exit status of 0 is success. Raises BadExit."""
+def check_exit(ended: Exit) -> None:
+    """Raise BadExit unless the agent ended with status 0."""
     if ended.oom:
         raise BadExit(
             f"the agent ran out of memory: the guest's kernel killed it (peak {ended.max_rss_kb >> 10} MB in one "
@@ -266,19 +262,14 @@ def judge(ended: Exit) -> None:
         )
 
 
-def entry(agent: Agent) -> list[str]:
-    """Argv in the guest: a relative first word names a file of the agent's."""
+def guest_argv(agent: Agent) -> list[str]:
+    """Argv in the guest: a relative program is a file of the agent."""
     program, *arguments = agent.entry
     return [program if program.startswith("/") else f"{AGENT_DIR}/{program}", *arguments]
 
 
-def _inputs(claim: Claim) -> Any:
-    """The step's inputs, with the defaults of its agent's schema. Raises StepError (INPUT_INVALID)."""
-    return check.inputs(claim.agent, json.loads(claim.inputs))
-
-
 def _redacted(outputs: str, redactor: Redactor) -> str:
-    """JSON text without the secrets that its agent was given."""
+    """JSON text without the secrets that the agent was given."""
     if not redactor:
         return outputs
     value = json.loads(outputs)
@@ -286,14 +277,8 @@ def _redacted(outputs: str, redactor: Redactor) -> str:
     return outputs if clean == value else canonical_json(json.dumps(clean).encode())
 
 
-def _check_outputs(agent: Agent, outputs: str) -> None:
-    """Raises OutputInvalid when they don't fit the agent's schema."""
-    if agent.outputs_schema is not None:
-        check.outputs(agent, json.loads(outputs))
-
-
 def input_json(claim: Claim, inputs: Any) -> bytes:
-    """What the agent finds as input.json."""
+    """The agent's input.json."""
     ticket = claim.ticket
     document = {
         "inputs": inputs,
@@ -305,7 +290,7 @@ def input_json(claim: Claim, inputs: Any) -> bytes:
         },
         "step": {"id": claim.step_id, "attempt": claim.attempt_number},
     }
-    return json.dumps(document).encode()  # ASCII: every text arrives as it is, a lone surrogate too
+    return json.dumps(document).encode()  # ASCII: every text arrives unchanged, even a lone surrogate
 
 
 def canonical_json(data: bytes) -> str:
@@ -315,7 +300,7 @@ def canonical_json(data: bytes) -> str:
     try:
         value = jsontext.loads(data.decode())
         compact = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        # A lone surrogate ("\\ud800") is JSON, but no text that a database takes: then it stays escaped.
+        # A lone surrogate ("\\ud800") is valid JSON, but databases refuse it as text, so it stays escaped.
         return compact if _encodable(compact) else json.dumps(value, separators=(",", ":"), allow_nan=False)
     except UnicodeDecodeError as error:
         raise OutputInvalid(f"{OUTPUT_FILE} is not UTF-8: {error}") from None
@@ -333,10 +318,10 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _is_host_out(error: BaseException | None) -> bool:
-    """Is the host out of descriptors, memory or threads, at the bottom of this?"""
+def _host_exhausted(error: BaseException | None) -> bool:
+    """Is the error caused by a host that is out of descriptors, memory or threads?"""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _HOST_IS_OUT_OF:
+        if isinstance(error, OSError) and error.errno in _HOST_EXHAUSTED:
             return True
         if no_more_threads(error):
             return True
@@ -344,27 +329,23 @@ def _is_host_out(error: BaseException | None) -> bool:
     return False
 
 
-async def _put(live: LiveVm, claim: Claim, inputs: Any) -> None:
-    """The agent's files and its input; sent together, one round trip."""
-    given = {INPUT_FILE: input_json(claim, inputs)}
+async def _send_files(live: LiveVm, claim: Claim, inputs: Any) -> None:
+    """Send the agent's files and its input together, in one round trip."""
     await asyncio.gather(
         live.channel.put_tree(Path(claim.agent.path), dest=AGENT_DIR, owner="root"),
-        live.channel.put(given, dest=WORK_DIR, owner="agent"),
+        live.channel.put({INPUT_FILE: input_json(claim, inputs)}, dest=WORK_DIR, owner="agent"),
     )
 
 
-class _Tail:
-    """Passes output on and remembers its end, for an error message."""
+class _OutputTail:
+    """Redacts output, passes it on, and keeps its last part for an error message."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
         self._last: deque[bytes] = deque()
         self._size = 0
-        self.redactor = Redactor({})
+        self.redactor = Redactor({})  # set before the agent starts
         self._streams: dict[str, Stream] = {}
-
-    def redact(self, redactor: Redactor) -> None:
-        self.redactor = redactor
 
     def add(self, stream: str, data: bytes) -> None:
         if self.redactor:
@@ -375,7 +356,7 @@ class _Tail:
             self._pass_on(stream, data)
 
     def end(self) -> None:
-        """The agent has ended: what was held back was no secret."""
+        """The agent has ended: what was held back is not the start of a secret."""
         for stream, held in self._streams.items():
             if rest := held.end():
                 self._pass_on(stream, rest)

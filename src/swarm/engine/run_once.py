@@ -1,4 +1,8 @@
-"""Run one ticket to its end: what `swarm-engine run-ticket` does. A workflow's steps run together, as many as may."""
+"""`swarm-engine run-ticket`: run one ticket to its end. Steps of a workflow run side by side where they can.
+
+Not a `Dispatcher`, which serves every ticket until it is stopped: this loop ends with its ticket, raises the error of
+an attempt at once, starts no schedules, and is not listed as an engine.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,19 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from swarm.base.aio import finish_uninterrupted
+from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.engine.worker import Attempt, Worker
 from swarm.errors import Conflict, SwarmError
 from swarm.model import TERMINAL_TICKET_STATES, Claim, Ticket, TicketState
 from swarm.store.store import Store
 
-# While another worker has the ticket, or it waits for its next attempt, or for a person.
+# How often to look while another worker runs the ticket, or while it waits for its next attempt or for a person.
 _LOOK_AGAIN_SECONDS: Final = 0.2
 
 _REFUSALS: Final = {
     TicketState.DRAFT: "set its state to 'ready' first",
     TicketState.BLOCKED: "tickets that it depends on are not done",
-    TicketState.DONE: "it was run; `swarm ticket show` has its outputs",
+    TicketState.DONE: "it has already run; `swarm ticket show` has its outputs",
     TicketState.FAILED: "`swarm ticket retry` makes it ready again",
     TicketState.CANCELLED: "`swarm ticket retry` makes it ready again",
 }
@@ -35,13 +39,13 @@ async def run_ticket(
     left_mb: Callable[[Mapping[str, Attempt]], int] | None = None,
     waits: Callable[[Ticket], None] = lambda _: None,
 ) -> Ticket:
-    """Claim the ticket and execute attempts until it has ended; the ticket as it then is.
+    """Claim the ticket and execute attempts until it has ended. Returns the ended ticket.
 
-    ``max_vms`` attempts at once at most, and while they fit into ``left_mb`` (the first is always tried). What another
-    worker is running is waited for, and so is a person's word (``waits`` is called then, once each time).
+    At most ``max_vms`` attempts run at once, as long as they fit into ``left_mb`` (the first one is always tried).
+    Waits for attempts of other workers, and for a person's answer (``waits`` is then called, once for each wait).
 
     Raises NotFound, Conflict for a state that can't run, and SwarmError when it takes longer than ``timeout_seconds``
-    (the ticket then goes back and the try is not counted).
+    (the ticket then goes back and the attempt is not counted).
     """
     check(await store.ticket(ticket_id))
     tasks: set[asyncio.Task[object]] = set()
@@ -56,7 +60,7 @@ async def run_ticket(
                     if ticket.state in TERMINAL_TICKET_STATES and not tasks:
                         return ticket
                     if not claims and await store.decided():
-                        continue  # that may have made steps ready
+                        continue  # a decision may have made steps ready
                     if not claims and not tasks:
                         check(ticket)
                     if ticket.state == TicketState.WAITING and not waiting:
@@ -64,10 +68,11 @@ async def run_ticket(
                     waiting = ticket.state == TicketState.WAITING
                     await _next(tasks)
             finally:
-                await finish_uninterrupted(_end(tasks))
+                await finish_uninterrupted(cancel_all(tasks))
     except TimeoutError:
         raise SwarmError(
-            f"ticket {ticket_id} did not end within {timeout_seconds:g} s; an attempt of ours was put back, uncounted"
+            f"ticket {ticket_id} did not end within {timeout_seconds:g} s; its running attempts were put back and are "
+            "not counted"
         ) from None
 
 
@@ -82,7 +87,7 @@ async def _claim(
 
 
 async def _next(tasks: set[asyncio.Task[object]]) -> None:
-    """Until one of our attempts has ended, or something may have changed. Raises what ended an attempt."""
+    """Wait until one of our attempts has ended, or it is time to look again. Raises the error of an attempt."""
     if not tasks:
         await asyncio.sleep(_LOOK_AGAIN_SECONDS)
         return
@@ -92,18 +97,12 @@ async def _next(tasks: set[asyncio.Task[object]]) -> None:
         task.result()
 
 
-async def _end(tasks: set[asyncio.Task[object]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def check(ticket: Ticket) -> None:
-    """Raise Conflict if the ticket's state forbids running it. A state that nobody knows is left to the claim."""
+    """Raise Conflict if the ticket's state forbids running it. Unknown states are left to the claim."""
     with contextlib.suppress(ValueError):
         refusal = _REFUSALS.get(TicketState(ticket.state))
-        if ticket.state == TicketState.WAITING and ticket.run_id is None:  # by hand: nobody asks, so nobody answers
-            refusal = "no run of it waits for anybody; set its state to 'ready'"
+        if ticket.state == TicketState.WAITING and ticket.run_id is None:  # set manually: no question to answer
+            refusal = "it has no run that waits for an answer; set its state to 'ready'"
         if refusal:
             why = f"\nIts error: {ticket.error}" if ticket.error else ""
             raise Conflict(f"ticket {ticket.id} is '{ticket.state}' and can't be run: {refusal}{why}")

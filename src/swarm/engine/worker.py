@@ -1,15 +1,14 @@
-"""Attempts under leases: claims, renews, executes, finishes. The one user of both the store and the engine.
+"""Attempts under leases: claims, renews, executes, finishes. The only user of both the store and the engine.
 
-Every attempt is one task. One loop renews all leases and learns from the same statement which attempts are lost or
-cancelled; those lose their VM at once. If the database can't be reached for as long as a lease lasts, the attempts end
-by themselves: somebody else may own their steps by then.
+Every attempt is one task. One loop renews all leases; the same statement returns which attempts are lost or cancelled,
+and their VMs are killed at once. If the database can't be reached for the length of a lease, all attempts end: another
+worker may own their steps by then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import codecs
-import functools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 import structlog
 
 from swarm.base import crash_points
-from swarm.base.aio import finish_uninterrupted
+from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.base.clock import Timeline
 from swarm.engine.engine import Watcher
 from swarm.errors import HostError, LeaseLost, StoreError, SwarmError
@@ -28,64 +27,65 @@ from swarm.store.store import Store
 
 log = structlog.get_logger(__name__)
 
-# Cancellation from outside is seen by the next renewal, so this bounds how long a cancelled agent goes on.
+# The next renewal sees a cancellation from outside, so this bounds how long a cancelled agent keeps running.
 RENEW_EVERY_SECONDS = 1.0
 # Output and VM numbers are written to the database in batches this far apart.
 FLUSH_EVERY_SECONDS = 0.1
 # One event holds at most this much of an agent's output.
 CHUNK_BYTES = 16 * 1024
-# So many events have what an agent prints on its streams in the order in which it did.
+# Up to this many output events, the order between an agent's streams is kept.
 _IN_ORDER = 1000
 _STREAMS = 3
-# How long the putting back of an interrupted step is tried: after that its lease does it.
+# How long to try to put an interrupted step back. After that it goes back when its lease ends.
 _PUT_BACK_SECONDS = 5.0
 _STORE_RETRY_SECONDS = 0.5
 
 
 class Executor(Protocol):
-    """What turns a claim into an outcome: `swarm.engine.engine.Engine`, or a benchmark's null agent."""
+    """Turns a claim into an outcome: `swarm.engine.engine.Engine`, or a benchmark's null agent."""
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome: ...
 
 
 class Attempt:
-    """One claim being executed, by the task that makes this object."""
+    """One claim being executed, by the task that makes this object. ``outcome_queued``: see `Worker.attempt`."""
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: Claim, outcome_queued: Callable[[], None]) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.claim = claim
+        self.outcome_queued = outcome_queued
         self.timeline = Timeline(queued_ms=claim.queued_ms)
         self.vm_id: int | None = None
         self.vm_recorded = False
         self.events: list[Event] = []  # not yet written
         self.executing = True
         self.ended = False
-        self.verdict: Outcome | None = None
+        self.forced_outcome: Outcome | None = None
         self._task = task
         self._cancels = task.cancelling()
 
-    def end(self, verdict: Outcome | None) -> None:
+    def end(self, outcome: Outcome | None) -> None:
         """Stop the agent and end with this outcome (None: nothing may be written). Only the first call counts."""
         if self.executing and not self.ended:
-            self.ended, self.verdict = True, verdict
+            self.ended, self.forced_outcome = True, outcome
             self._task.cancel()
 
     def stop_executing(self) -> None:
-        """From here on `end` does nothing. Takes back the cancellation that it asked for."""
+        """Make later calls of `end` do nothing, and take back the cancellation of an earlier one."""
         self.executing = False
         if self.ended:
             self._task.uncancel()
 
     @property
     def cancelled(self) -> bool:
-        """Does somebody other than `end` want the task to stop?"""
+        """Was the task cancelled by anything other than `end`?"""
         return self._task.cancelling() > self._cancels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """An attempt that is over. ``outcome`` None: its lease was lost and nothing was written."""
+    """An ended attempt. ``outcome`` None: its lease was lost and nothing was written."""
 
     claim: Claim
     outcome: Outcome | None
@@ -94,11 +94,7 @@ class Ended:
 
 
 class Worker:
-    """``name`` tells this process from every other worker of the same database.
-
-    ``ending`` is called when an attempt's VM is gone and its outcome is queued to be written: a claim that is asked for
-    from then on comes behind it, or into the same transaction.
-    """
+    """``name`` is unique among the workers of a database."""
 
     def __init__(
         self,
@@ -109,25 +105,24 @@ class Worker:
         lease_seconds: float,
         queue_timeout_seconds: float | None = None,
     ) -> None:
-        self.ending: Callable[[Claim], None] = lambda _: None
         self._store = store
         self._engine = engine
         self.name = name
         self._lease_seconds = lease_seconds
         self._queue_timeout_seconds = queue_timeout_seconds
         self._running: dict[str, Attempt] = {}
-        self._events: list[Event] = []  # of attempts that are over
-        self._news = asyncio.Event()  # something is to be written
+        self._events: list[Event] = []  # of ended attempts
+        self._unwritten = asyncio.Event()  # there are events or VM numbers to write
 
     @property
     def running(self) -> Mapping[str, Attempt]:
-        """Attempts in hand, by id."""
+        """Attempts of this worker, by id."""
         return self._running
 
     @asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
-        """The loops that every attempt needs: renewing leases, writing events. One that dies ends the block with its
-        own error."""
+        """Run the loops that every attempt needs: renewing leases, writing events. If one fails, its error ends the
+        block."""
         block = asyncio.current_task()
         assert block is not None
         fault: list[BaseException] = []
@@ -148,9 +143,7 @@ class Worker:
                 raise fault[0] from None
             raise
         finally:
-            for loop in loops:
-                loop.cancel()
-            await asyncio.gather(*loops, return_exceptions=True)
+            await cancel_all(loops)
         await self._flush()
 
     def claim(
@@ -162,7 +155,7 @@ class Worker:
         most_memory_mb: int | None = None,
     ) -> Coroutine[Any, Any, list[Claim]]:
         """See `swarm.store.store.Store.claim`."""
-        asked = self._store.claim(
+        request = self._store.claim(
             self.name,
             limit=limit,
             lease_seconds=self._lease_seconds,
@@ -170,24 +163,27 @@ class Worker:
             memory_mb=memory_mb,
             most_memory_mb=most_memory_mb,
             held=self._running.keys(),
-            # Who asks for one ticket by name wants it run.
+            # A ticket that is claimed by its id is run however long it waited.
             queue_timeout_seconds=None if ticket_id else self._queue_timeout_seconds,
         )
 
         async def claimed() -> list[Claim]:
-            if claims := await asked:
+            if claims := await request:
                 crash_points.reach("claimed")
             return claims
 
         return claimed()
 
-    async def attempt(self, claim: Claim) -> Ended:
+    async def attempt(self, claim: Claim, *, outcome_queued: Callable[[], None] = lambda: None) -> Ended:
         """Execute one claim and write its outcome.
 
-        Cancelling this call stops the agent; the step goes back and the try is not counted. So does an error that is
-        neither the agent's fault nor the ticket's, which is then raised: it would hit the next ticket as well.
+        Cancelling this call stops the agent; the step goes back and the attempt is not counted. The same happens for an
+        error that is neither the agent's fault nor the ticket's; it is then raised, as the next ticket would fail too.
+
+        ``outcome_queued`` is called when the VM is gone and the outcome is queued to be written: a claim that is
+        requested from then on runs after that write, or in the same transaction.
         """
-        attempt = self._running[claim.attempt_id] = Attempt(claim)
+        attempt = self._running[claim.attempt_id] = Attempt(claim, outcome_queued)
         try:
             try:
                 outcome = await self._execute(attempt)
@@ -195,9 +191,8 @@ class Worker:
                 await finish_uninterrupted(self._finish(attempt, Interrupted()))
                 raise
             except Exception as error:
-                await finish_uninterrupted(
-                    self._finish(attempt, Interrupted(message=f"the engine can't go on: {error}"))
-                )
+                interrupted = Interrupted(message=f"the engine can't go on: {error}")
+                await finish_uninterrupted(self._finish(attempt, interrupted))
                 if isinstance(error, OSError):
                     raise HostError(f"this host can't go on running tickets: {error}") from error
                 raise
@@ -212,13 +207,13 @@ class Worker:
             del self._running[claim.attempt_id]
             if attempt.events:
                 self._events += attempt.events
-                self._news.set()
+                self._unwritten.set()
 
     async def _execute(self, attempt: Attempt) -> Outcome | None:
-        """The VM is gone when this returns: "cancelled" in the row means that nothing runs any more."""
+        """When this returns, the VM is gone: a "cancelled" in the row means that nothing runs any more."""
         claim = attempt.claim
+        outcome: Outcome | None = None
         try:
-            outcome: Outcome | None = None
             if claim.in_workflow:
                 try:
                     claim = replace(claim, inputs=await self._store.resolve_references(claim.inputs))
@@ -227,26 +222,22 @@ class Worker:
                 except SwarmError as error:
                     outcome = Failed(reason=FailureReason.INPUT_INVALID, message=f"its inputs: {error}")
             if outcome is None:
-                outcome = await self._engine.execute(claim, _Watcher(self, attempt), attempt.timeline)
+                outcome = await self._engine.execute(claim, _AttemptWatcher(self, attempt), attempt.timeline)
         except LeaseLost:
             outcome = None
         except asyncio.CancelledError:
             if not attempt.ended:
                 raise
-            outcome = None
         finally:
             attempt.stop_executing()
         crash_points.reach("executed")
-        if attempt.ended:
-            return attempt.verdict
-        return outcome
+        return attempt.forced_outcome if attempt.ended else outcome
 
     async def _finish(self, attempt: Attempt, outcome: Outcome) -> Outcome | None:
         claim, timings = attempt.claim, attempt.timeline.phases()
         vm_time_ms = attempt.timeline.since_ms("slot")
-        patience = (
-            min(_PUT_BACK_SECONDS, self._lease_seconds) if isinstance(outcome, Interrupted) else self._lease_seconds
-        )
+        put_back = isinstance(outcome, Interrupted)
+        patience = min(_PUT_BACK_SECONDS, self._lease_seconds) if put_back else self._lease_seconds
         deadline = time.monotonic() + patience
         while True:
             events, attempt.events = attempt.events, []
@@ -259,14 +250,15 @@ class Worker:
                     vm_id=attempt.vm_id,
                     events=events,
                     in_workflow=claim.in_workflow,
-                    queued=functools.partial(self.ending, claim),
+                    queued=attempt.outcome_queued,
                 )
             except LeaseLost as error:
                 log.warning("outcome refused by the fence", ticket=claim.ticket.id, why=str(error))
-                attempt.events = [*events, _refused(claim, outcome, str(error))]
+                data = {"outcome": type(outcome).__name__.lower(), "why": str(error)}
+                attempt.events = [*events, _event(claim, "refused", data)]
                 return None
             except StoreError as error:
-                # Locked, full: the result is worth waiting for as long as the lease can be ours.
+                # Locked or full: keep trying to save the result for as long as the lease can still be ours.
                 attempt.events = [*events, *attempt.events]
                 if time.monotonic() > deadline:
                     raise
@@ -275,7 +267,7 @@ class Worker:
             else:
                 crash_points.reach("finished")
                 log.info(
-                    "ticket ended" if not isinstance(outcome, Interrupted) else "ticket put back",
+                    "ticket put back" if put_back else "ticket ended",
                     ticket=claim.ticket.id,
                     outcome=type(outcome).__name__.lower(),
                     attempt=claim.attempt_number,
@@ -290,9 +282,9 @@ class Worker:
         while True:
             await asyncio.sleep(every)
             ids = list(self._running)
-            asked = time.monotonic()
+            began = time.monotonic()
             if not ids:
-                good_until = asked + self._lease_seconds
+                good_until = began + self._lease_seconds
                 continue
             try:
                 renewal = await self._store.renew(ids, lease_seconds=self._lease_seconds)
@@ -303,42 +295,43 @@ class Worker:
                         attempt.end(None)
                 continue
             crash_points.reach("renewed")
-            good_until = asked + self._lease_seconds
-            for ids_, verdict in ((renewal.lost, None), (renewal.cancelled, Cancelled())):
+            good_until = began + self._lease_seconds
+            for ids_, outcome in ((renewal.lost, None), (renewal.cancelled, Cancelled())):
                 for attempt_id in ids_ & self._running.keys():
-                    self._running[attempt_id].end(verdict)
+                    self._running[attempt_id].end(outcome)
 
     def emit(self, event: Event) -> None:
         """Write an event with the next batch."""
         attempt = self._running.get(event.attempt_id or "")
         (attempt.events if attempt is not None else self._events).append(event)
-        self._news.set()
+        self._unwritten.set()
 
     def placed(self, attempt: Attempt, vm_id: int) -> None:
         attempt.vm_id = vm_id
-        self._news.set()
+        self._unwritten.set()
 
     async def _flushing(self) -> None:
         while True:
-            await self._news.wait()
+            await self._unwritten.wait()
             await asyncio.sleep(FLUSH_EVERY_SECONDS)
             try:
                 await self._flush()
-            except StoreError as error:  # kept, and tried again
+            except StoreError as error:  # events are kept for the next try
                 log.warning("can't write events yet", error=str(error))
                 await asyncio.sleep(_STORE_RETRY_SECONDS)
 
     async def _flush(self) -> None:
-        """All that is to be written, asked for at once: the store makes one transaction of it."""
-        self._news.clear()
-        writes = [self._append(), *(self._record(a) for a in list(self._running.values()) if _has_news(a))]
+        """Request all writes at once: the store makes one transaction of them."""
+        self._unwritten.clear()
+        unrecorded = [a for a in self._running.values() if a.executing and a.vm_id is not None and not a.vm_recorded]
+        writes = [self._append_events(), *(self._record_vm(attempt) for attempt in unrecorded)]
         for result in await asyncio.gather(*writes, return_exceptions=True):
             if isinstance(result, BaseException):
-                self._news.set()
+                self._unwritten.set()
                 raise result
         crash_points.reach("flushed")
 
-    async def _append(self) -> None:
+    async def _append_events(self) -> None:
         batch, self._events = self._events, []
         taken = [(attempt, attempt.events) for attempt in self._running.values() if attempt.events]
         for attempt, events in taken:
@@ -350,7 +343,7 @@ class Worker:
             self._events = batch + self._events
             raise
 
-    async def _record(self, attempt: Attempt) -> None:
+    async def _record_vm(self, attempt: Attempt) -> None:
         assert attempt.vm_id is not None
         try:
             await self._store.running(attempt.claim.attempt_id, attempt.vm_id)
@@ -359,22 +352,12 @@ class Worker:
         attempt.vm_recorded = True
 
 
-def _has_news(attempt: Attempt) -> bool:
-    return attempt.executing and attempt.vm_id is not None and not attempt.vm_recorded
+def _event(claim: Claim, kind: str, data: Mapping[str, object]) -> Event:
+    return Event(ticket_id=claim.ticket.id, step_id=claim.step_id, attempt_id=claim.attempt_id, kind=kind, data=data)
 
 
-def _refused(claim: Claim, outcome: Outcome, why: str) -> Event:
-    return Event(
-        ticket_id=claim.ticket.id,
-        step_id=claim.step_id,
-        attempt_id=claim.attempt_id,
-        kind="refused",
-        data={"outcome": type(outcome).__name__.lower(), "why": why},
-    )
-
-
-class _Watcher:
-    """See `swarm.engine.engine.Watcher`."""
+class _AttemptWatcher(Watcher):
+    """Hands what happens in an attempt to its worker, which writes it as events."""
 
     def __init__(self, worker: Worker, attempt: Attempt) -> None:
         self._worker = worker
@@ -387,10 +370,7 @@ class _Watcher:
         self._worker.placed(self._attempt, vm_id)
 
     def record(self, kind: str, data: Mapping[str, object]) -> None:
-        claim = self._attempt.claim
-        self._worker.emit(
-            Event(ticket_id=claim.ticket.id, step_id=claim.step_id, attempt_id=claim.attempt_id, kind=kind, data=data)
-        )
+        self._worker.emit(_event(self._attempt.claim, kind, data))
 
     def output(self, stream: str, data: bytes) -> None:
         if stream not in self._decoders:
@@ -399,9 +379,9 @@ class _Watcher:
             self._add(stream, self._decoders[stream].decode(data[at : at + CHUNK_BYTES]))
 
     def _add(self, stream: str, text: str) -> None:
-        """One event, or the end of the last one: an agent that prints byte by byte must not cost an event for each,
-        nor, in the long run, one that does it on two streams in turn."""
-        claim, unwritten = self._attempt.claim, self._attempt.events
+        """Add a new event, or extend the last one of this stream: an agent that prints byte by byte must not cost an
+        event for each byte; nor, in the long run, one that alternates between two streams."""
+        unwritten = self._attempt.events
         for back in range(1, min(len(unwritten), 1 if self._printed < _IN_ORDER else _STREAMS) + 1):
             last = unwritten[-back]
             if last.kind == "output" and last.data["stream"] == stream:
@@ -411,12 +391,4 @@ class _Watcher:
                     return
                 break
         self._printed += 1
-        self._worker.emit(
-            Event(
-                ticket_id=claim.ticket.id,
-                step_id=claim.step_id,
-                attempt_id=claim.attempt_id,
-                kind="output",
-                data={"stream": stream, "text": text},
-            )
-        )
+        self.record("output", {"stream": stream, "text": text})

@@ -1,4 +1,4 @@
-"""An attempt's way out of its VM: the proxy for model APIs, which adds keys and books costs, and the egress proxy.
+"""The gateway for model APIs, which adds keys and books costs, and the egress proxy.
 
 Imports `swarm.ledger` (bills) and base helpers; `swarm.engine.egress` and the wiring import it.
 """

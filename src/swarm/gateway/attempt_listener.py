@@ -1,9 +1,9 @@
-"""One attempt's way to the services: a listener that only its VM can reach, and a token that only it was given.
+"""One attempt's HTTP server for calls of services. Only its VM can reach the socket, and only its VM knows the token.
 
-The listener is a socket inside the VM's own network namespace, so whoever speaks on it *is* that VM: there is no
-address to spoof, no port that VMs share, and nothing listens on the host. The token is checked all the same, which
-keeps a confused or hostile program of the same VM from using what it was not handed, and is worth nothing at any other
-door. Both end with the attempt. docs/adr/0016-gateway.md.
+The socket is inside the VM's own network namespace, so every client *is* that VM: there is no address to spoof, VMs
+share no port, and nothing listens on the host. The token is checked too: it keeps a confused or hostile program of the
+same VM from using access that it was not given, and other listeners don't accept it. Both end with the attempt.
+docs/adr/0016-gateway.md.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ log = structlog.get_logger(__name__)
 
 Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the ticket
 
-# What one VM may keep open at once; more wait in the kernel's queue, which holds as many again.
+# Open connections of one VM; more wait in the kernel's queue, which holds as many again.
 MAX_CONNECTIONS: Final = 128
 _MAX_HEADER_BYTES: Final = 32 * 1024
-# Calls that failed, of one attempt: each is a row of the books for good, though it cost nothing.
+# Failed calls of one attempt: each is a row in the database for good, although it cost nothing.
 MAX_FAILED_CALLS: Final = 1000
-_MAX_REFUSALS: Final = 200  # recorded of one attempt: a hostile one must not fill the database
+MAX_REFUSALS: Final = 200  # recorded for one attempt: a hostile one must not fill the database
 _CLOSE_SECONDS: Final = 10.0
-_IDLE_SECONDS: Final = 0.02  # what is left of a connection when its calls have ended (0 would be for ever)
+_IDLE_SECONDS: Final = 0.02  # how long an idle connection may stay when the server ends (0 would be for ever)
 
 
 def error(status: int, kind: str, message: str, **headers: str) -> web.Response:
-    """An error in the Messages API's form, which the SDKs of both dialects understand."""
+    """An error in the Messages API's format, which the SDKs of both dialects understand."""
     body = {"type": "error", "error": {"type": kind, "message": message}}
     return web.json_response(body, status=status, headers=headers)
 
 
 class AttemptListener:
-    """Made by `Gateway.door`, which closes it. ``exceeded`` is done when a budget has ended the attempt's work: its
-    result says which, with the sums."""
+    """Made by `Gateway.open_listener`; the caller closes it. ``exceeded`` is done once a budget has stopped the
+    attempt; its result says which budget, with the amounts. ``calls``: the tasks of calls under way."""
 
     def __init__(
         self,
         *,
         account: Account,
         services: Mapping[str, tuple[Upstream, str]],
-        listener: socket.socket,
+        sock: socket.socket,
         url: str,
         record: Record,
         forward: Callable[[AttemptListener, web.BaseRequest, Upstream, str, str], Any],
@@ -64,25 +64,25 @@ class AttemptListener:
         self.account = account
         self.token = secrets.token_urlsafe(32)
         self.exceeded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.held_bytes = 0  # of request bodies, in memory
+        self.held_bytes = 0  # of request bodies in memory
         self.failed_calls = 0
-        self.reserve_lock = asyncio.Lock()  # to ask the books again
+        self.reserve_lock = asyncio.Lock()  # held by the one call that retries its reservation
+        self.calls: set[asyncio.Task[Any]] = set()
         self._services = services  # with their keys
         self._url = url
         self._record = record
         self._refusals = 0
         self._forward = forward
-        self._calls: set[asyncio.Task[Any]] = set()
         self._transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
-        self._reception = ConnectionAcceptor(listener, most=MAX_CONNECTIONS, welcome=self._welcome)
-        self._server = _Server(self._handle, self._reception.left, _logger(self._ill))
+        self._acceptor = ConnectionAcceptor(sock, max_connections=MAX_CONNECTIONS, handle=self._serve)
+        self._server = _Server(self._handle, self._acceptor.connection_ended, _logger(self._server_error))
 
     def __repr__(self) -> str:  # no key, no token
         return f"<AttemptListener of attempt {self.account.attempt_id} at {self._url}>"
 
     @property
     def env(self) -> dict[str, str]:
-        """What the agent's programs need to find the services. The first service has the plain address."""
+        """The variables by which the agent's programs find the services. The first service has the plain URL."""
         found = {}
         for number, (name, (upstream, _)) in enumerate(self._services.items()):
             url = self._url if number == 0 else f"{self._url}/{name}"
@@ -91,15 +91,15 @@ class AttemptListener:
         return found
 
     def refuse(self, what: str, **details: object) -> None:
-        """Record that something was not let through."""
+        """Record a refused request."""
         self._refusals += 1
-        if self._refusals <= _MAX_REFUSALS:
-            more = {"more": "further refusals are not recorded"} if self._refusals == _MAX_REFUSALS else {}
+        if self._refusals <= MAX_REFUSALS:
+            more = {"more": "further refusals are not recorded"} if self._refusals == MAX_REFUSALS else {}
             self._record("egress", {"via": "gateway", "refused": what, **details, **more})
         log.debug("gateway refused", what=what, attempt=self.account.attempt_id)
 
-    def _ill(self, problem: BaseException) -> None:
-        """What the server says of a connection: it was no HTTP, or we made a mistake."""
+    def _server_error(self, problem: BaseException) -> None:
+        """An error that the HTTP server reports: the client didn't send valid HTTP, or there is a bug in Swarm."""
         if isinstance(problem, HttpProcessingError):
             self.refuse("request", why=problem.message.partition("\n")[0][:200])
         else:
@@ -109,38 +109,38 @@ class AttemptListener:
         if not self.exceeded.done():
             self.exceeded.set_result(message)
 
-    def shut(self) -> None:
-        """From here on nobody gets in, and calls under way are being cut off. Idempotent; waits for nothing."""
-        self._reception.shut()
-        for call in self._calls:
+    def stop(self) -> None:
+        """Accept no more connections, and cancel calls under way. Idempotent; doesn't wait."""
+        self._acceptor.stop()
+        for call in self.calls:
             call.cancel()
 
     async def close(self) -> None:
-        """Shut, and wait until what was cut off has been booked. Never raises."""
-        self.shut()
-        await self._reception.close(seconds=_CLOSE_SECONDS)
-        if self._calls:
-            await asyncio.wait(set(self._calls), timeout=_CLOSE_SECONDS)
+        """Stop, and wait until the cancelled calls are booked. Never raises."""
+        self.stop()
+        await self._acceptor.close(seconds=_CLOSE_SECONDS)
+        if self.calls:
+            await asyncio.wait(set(self.calls), timeout=_CLOSE_SECONDS)
         for transport in list(self._transports):
-            transport.abort()  # closed gently, it would wait for a VM that is gone to read the rest
+            transport.abort()  # close() would wait for the VM, which is gone, to read the rest
         with contextlib.suppress(Exception):
             await self._server.shutdown(timeout=_IDLE_SECONDS)
         self.exceeded.cancel()
 
-    async def _welcome(self, connection: socket.socket) -> None:
+    async def _serve(self, connection: socket.socket) -> None:
         transport, _ = await asyncio.get_running_loop().connect_accepted_socket(self._server, connection)
         self._transports.add(transport)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         call = asyncio.current_task()
         assert call is not None
-        self._calls.add(call)
+        self.calls.add(call)
         try:
-            return await self._let_in(request)
+            return await self._authorize_and_forward(request)
         finally:
-            self._calls.discard(call)
+            self.calls.discard(call)
 
-    async def _let_in(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _authorize_and_forward(self, request: web.BaseRequest) -> web.StreamResponse:
         given = request.headers.get("x-api-key") or ""
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if not given and scheme.lower() == "bearer":
@@ -149,7 +149,7 @@ class AttemptListener:
         shown = {"method": request.method[:16], "path": path[:200]}
         if not hmac.compare_digest(given.encode(errors="replace"), self.token.encode()):
             self.refuse("token", **shown)
-            return error(401, "authentication_error", "this token is not the one of this attempt")
+            return error(401, "authentication_error", "wrong token: use the one in this attempt's environment")
         name, rest = next(iter(self._services)), path
         head, _, tail = path.removeprefix("/").partition("/")
         if head in self._services:
@@ -168,37 +168,37 @@ def _is_plain_query(query: str) -> bool:
     return len(query) <= 2000 and query.isascii() and query.isprintable() and not set(query) & set(" \"'<>#\\^`{|}")
 
 
-def _logger(tell: Callable[[BaseException], None]) -> logging.Logger:
-    """For a server of aiohttp's: a guest must not be able to fill the engine's log."""
+def _logger(on_error: Callable[[BaseException], None]) -> logging.Logger:
+    """For aiohttp's server: a guest must not be able to fill the engine's log."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.exc_info and record.exc_info[1] and record.levelno >= logging.ERROR:
-                tell(record.exc_info[1])
+                on_error(record.exc_info[1])
 
-    logger = logging.Logger("swarm.gateway.attempt_listener")  # by itself: nothing goes up from here
+    logger = logging.Logger("swarm.gateway.attempt_listener")  # has no parent: nothing is propagated
     logger.addHandler(Handler())
     return logger
 
 
 class _Server(web.Server):
-    """aiohttp's server for connections that somebody else has accepted; each that ends makes room for another."""
+    """aiohttp's server for connections that `ConnectionAcceptor` has accepted."""
 
     def __init__(
-        self, handler: Callable[[web.BaseRequest], Any], left: Callable[[], None], logger: logging.Logger
+        self, handler: Callable[[web.BaseRequest], Any], connection_ended: Callable[[], None], logger: logging.Logger
     ) -> None:
         super().__init__(
             handler,
             logger=logger,
-            handler_cancellation=True,  # a guest that hangs up ends its call
+            handler_cancellation=True,  # a call ends when its client disconnects
             access_log=None,
             keepalive_timeout=30.0,
             max_line_size=8190,
             max_field_size=_MAX_HEADER_BYTES,
             auto_decompress=False,
         )
-        self._left = left
+        self._connection_ended = connection_ended
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
-        self._left()
+        self._connection_ended()

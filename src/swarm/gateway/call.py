@@ -1,4 +1,4 @@
-"""One call that was let through: what is known of it, when it must be cut, and its bill."""
+"""One forwarded call: what is known about it, when it must be cut, and its bill."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from swarm.ledger import Bill, Granted, Ledger, Order
 
 log = structlog.get_logger(__name__)
 
-# Of an answer that streams, so much must be affordable for it to be begun.
+# A call that streams is made only if the budget allows an answer of this length.
 LEAST_OUTPUT_TOKENS: Final = 64
 _BOOK_TRIES, _BOOK_AGAIN_SECONDS = 20, 0.5
 
 
 class Call:
-    """Without an order, and what was asked, it costs nothing."""
+    """``order`` and ``metered`` are None for calls that cost nothing."""
 
     def __init__(
         self,
         order: Order | None,
-        asked: MeteredRequest | None,
+        metered: MeteredRequest | None,
         ledger: Ledger,
         upstream: Upstream,
         *,
@@ -37,7 +37,7 @@ class Call:
         price: Price | None = None,
     ) -> None:
         self._order = order
-        self._asked = asked
+        self._metered = metered
         self._ledger = ledger
         self._upstream = upstream
         self._granted = granted
@@ -49,15 +49,15 @@ class Call:
         self._bytes = 0
         self._complete = False
         self.sse = False
-        self.left = True  # the service may have got it
+        self.sent = True  # the service may have received it
         self.note = ""
 
-    def answered(self, answer: aiohttp.ClientResponse) -> None:
+    def answer_started(self, answer: aiohttp.ClientResponse) -> None:
         self._status = answer.status
         self.sse = answer.content_type == "text/event-stream"
-        if self._asked is not None and answer.status < 300:
-            guessed = total(self._asked.prompt)
-            self._meter = Meter(self._upstream, model=self._asked.model, sse=self.sse, guessed_input=guessed)
+        if self._metered is not None and answer.status < 300:
+            estimate = total(self._metered.prompt)
+            self._meter = Meter(self._upstream, model=self._metered.model, sse=self.sse, estimated_input=estimate)
 
     def feed(self, chunk: bytes) -> bytes:
         if self._first_byte_ms is None:
@@ -65,18 +65,18 @@ class Call:
         self._bytes += len(chunk)
         return self._meter.feed(chunk) if self._meter is not None else chunk
 
-    def over(self) -> str | None:
-        """Why a stream must be cut now; None while it has money."""
+    def cut_reason(self) -> str | None:
+        """Why a stream must be cut now; None while it is within its budget."""
         if not self.sse or self._meter is None or self._granted is None:
             return None
         counts = self._meter.counts_so_far()
         usd = self._price.usd(counts) if self._price is not None else None
-        too_dear = usd is not None and self._granted.usd is not None and usd > self._granted.usd
+        too_expensive = usd is not None and self._granted.usd is not None and usd > self._granted.usd
         too_long = self._granted.tokens is not None and total(counts) > self._granted.tokens
-        if not too_dear and not too_long:
+        if not too_expensive and not too_long:
             return None
-        spent = f"${usd:.6f}" if too_dear else f"{total(counts):,} tokens"
-        left = f"${self._granted.usd:.6f}" if too_dear else f"{self._granted.tokens:,} tokens"
+        spent = f"${usd:.6f}" if too_expensive else f"{total(counts):,} tokens"
+        left = f"${self._granted.usd:.6f}" if too_expensive else f"{self._granted.tokens:,} tokens"
         self.note = f"cut by the budget: the answer has cost about {spent}, of {left} that were left"
         return f"over budget: an answer of {self._meter.model} was cut when it had cost about {spent}, of {left} left"
 
@@ -84,39 +84,39 @@ class Call:
         self._complete = True
         return self._meter.end() if self._meter is not None else b""
 
-    def _counts(self, asked: MeteredRequest) -> tuple[dict[str, int], bool]:
-        """Tokens by kind, and whether they are a guess."""
+    def _counts(self, metered: MeteredRequest) -> tuple[dict[str, int], bool]:
+        """Tokens by kind, and whether they are an estimate."""
         meter = self._meter
-        if meter is None and (self._status or not self.left):  # refused, or never there
+        if meter is None and (self._status or not self.sent):  # refused, or never sent
             return {}, False
         if meter is None or not (self.sse or self._complete):
-            # Who hangs up does not make the service forget what it was asked.
+            # The service works on a request even when its client has disconnected.
             self.note = self.note or "the answer was not seen to its end: counted with all that it may have cost"
-            output = min(asked.longest, LEAST_OUTPUT_TOKENS) if asked.streams else asked.longest
-            return {**asked.prompt, "output": output}, True
-        if self._complete and meter.told:
-            return meter.counts(whole=True), False
-        counts = meter.counts(whole=False)
+            output = min(metered.max_output, LEAST_OUTPUT_TOKENS) if metered.streams else metered.max_output
+            return {**metered.prompt, "output": output}, True
+        if self._complete and meter.usage_reported:
+            return meter.counts(complete=True), False
+        counts = meter.counts(complete=False)
         if self._complete:
             self.note = self.note or "the answer did not say what it used"
-            counts |= {"input": meter.guessed_input, "output": text_tokens(self._bytes)}
+            counts |= {"input": meter.estimated_input, "output": text_tokens(self._bytes)}
         return counts, True
 
     @property
     def failed(self) -> bool:
         return not 200 <= self._status < 300
 
-    def given_up(self) -> None:
-        """By who asked for it, before it left."""
-        self.left = False
-        self.note = "it was given up before it left"
+    def abandon(self) -> None:
+        """The client disconnected before the call was sent."""
+        self.sent = False
+        self.note = "the client disconnected before the call was sent"
 
     async def book(self, prices: Prices) -> None:
         assert self._order is not None
-        assert self._asked is not None
-        order, meter, surcharge = self._order, self._meter, self._asked.surcharge
-        counts, estimated = self._counts(self._asked)
-        name = meter.model if meter is not None else self._asked.model
+        assert self._metered is not None
+        order, meter, surcharge = self._order, self._meter, self._metered.surcharge
+        counts, estimated = self._counts(self._metered)
+        name = meter.model if meter is not None else self._metered.model
         model, price = name + surcharge, prices.of(name, surcharge) or self._price
         cost = price.usd(counts) if price is not None else None if total(counts) else 0.0
         if cost is None:
@@ -136,13 +136,13 @@ class Call:
             estimated=estimated,
             note=self.note,
         )
-        for tried in range(1, _BOOK_TRIES + 1):
+        for attempt in range(1, _BOOK_TRIES + 1):
             try:
                 await self._ledger.book(bill)
                 return
             except StoreError as problem:
-                if tried == _BOOK_TRIES:
-                    # The reservation stays, and counts in full.
+                if attempt == _BOOK_TRIES:
+                    # The reservation stays and counts in full.
                     log.error("a model call could not be booked", call=bill.id, tokens=bill.tokens, error=str(problem))
                     return
                 await asyncio.sleep(_BOOK_AGAIN_SECONDS)

@@ -1,4 +1,4 @@
-"""Accepting connections from one VM, a bounded number at a time, on a listener that can be shut at any moment."""
+"""Accepts connections from one VM, a bounded number at a time, on a socket that can be closed at any moment."""
 
 from __future__ import annotations
 
@@ -13,71 +13,72 @@ log = structlog.get_logger(__name__)
 
 
 class ConnectionAcceptor:
-    """Calls ``welcome`` with each connection, in a task; if it raises, the connection is over, else somebody must say
-    `left` when it is. ``most`` may be in; more wait in the kernel's queue, which is bounded as well."""
+    """Calls ``handle`` with each connection, in a task. If that raises, the connection is closed; otherwise
+    `connection_ended` must be called when it has ended. At most ``max_connections`` are open; more wait in the kernel's
+    queue, which is bounded too."""
 
     def __init__(
-        self, listener: socket.socket, *, most: int, welcome: Callable[[socket.socket], Awaitable[None]]
+        self, sock: socket.socket, *, max_connections: int, handle: Callable[[socket.socket], Awaitable[None]]
     ) -> None:
-        self._listener = listener
-        self._room = most
-        self._welcome = welcome
+        self._socket = sock
+        self._free = max_connections
+        self._handle = handle
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._shut = False
-        listener.setblocking(False)
+        self._stopped = False
+        sock.setblocking(False)
         self._listen()
 
-    def left(self) -> None:
-        self._room += 1
-        if self._room == 1:
+    def connection_ended(self) -> None:
+        self._free += 1
+        if self._free == 1:
             self._listen()
 
-    def shut(self) -> None:
-        """Nobody gets in from here on. Idempotent; waits for nothing."""
-        if not self._shut:
-            self._shut = True
-            self._loop.remove_reader(self._listener)
-            self._listener.close()
+    def stop(self) -> None:
+        """Accept nothing from now on. Idempotent; doesn't wait."""
+        if not self._stopped:
+            self._stopped = True
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
             for task in self._tasks:
                 task.cancel()
 
     async def close(self, *, seconds: float) -> None:
-        """Shut, and wait for those who were being welcomed."""
-        self.shut()
+        """Stop, and wait for the tasks that handle connections."""
+        self.stop()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=seconds)
 
     def _listen(self) -> None:
-        if not self._shut and self._room:
-            self._loop.add_reader(self._listener, self._accept)
+        if not self._stopped and self._free:
+            self._loop.add_reader(self._socket, self._accept)
 
     def _accept(self) -> None:
-        """Somebody knocks. Not by `loop.sock_accept`: a listener that it waits for can't be closed at once."""
+        """Accept one connection. Not by `loop.sock_accept`: a socket that it waits for can't be closed at once."""
         try:
-            connection, _ = self._listener.accept()
+            connection, _ = self._socket.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as problem:  # out of descriptors: others may let go of some
+        except OSError as problem:  # out of descriptors: some may be closed soon
             log.warning("can't accept a VM's connection", error=str(problem))
-            self._loop.remove_reader(self._listener)
+            self._loop.remove_reader(self._socket)
             self._loop.call_later(0.1, self._listen)
             return
-        self._room -= 1
-        if not self._room:
-            self._loop.remove_reader(self._listener)
+        self._free -= 1
+        if not self._free:
+            self._loop.remove_reader(self._socket)
         connection.setblocking(False)
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        task = self._loop.create_task(self._receive(connection))
+        task = self._loop.create_task(self._handle_connection(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _receive(self, connection: socket.socket) -> None:
+    async def _handle_connection(self, connection: socket.socket) -> None:
         try:
-            await self._welcome(connection)
+            await self._handle(connection)
         except BaseException as problem:
             connection.close()
-            self.left()
+            self.connection_ended()
             if not isinstance(problem, OSError):
                 raise

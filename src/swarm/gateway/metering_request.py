@@ -1,7 +1,7 @@
-"""What a request that costs tokens asks for, at most: read so that no service could read more into it.
+"""Reads from a metered request what it may cost at most, so that the service can't understand it as more.
 
-Whoever wrote it may want it to look cheaper than it is. So what can be read in two ways is refused, and what is dearer
-than usual counts as such: `MeteredRequest` holds for any service that takes the request as JSON is meant.
+A hostile guest may try to make its request look cheaper than it is. So requests that two parsers could read differently
+are refused, and surcharges are counted.
 """
 
 from __future__ import annotations
@@ -14,58 +14,58 @@ from typing import Any, Final
 from swarm.gateway.upstreams import Upstream
 from swarm.gateway.usage import dig, first, prompt_counts
 
-# A text as long as any model takes has fewer; a few megabytes of "{},{}," would be a gigabyte of memory.
-_MOST_VALUES: Final = 1_000_000
-_MOST_TOKENS: Final = 10**9
-_MOST_ANSWERS: Final = 1000
+# The longest text that any model accepts has fewer; a few megabytes of "{},{}," would take a gigabyte of memory.
+_MAX_VALUES: Final = 1_000_000
+_MAX_TOKENS: Final = 10**9
+_MAX_ANSWERS: Final = 1000
 
 
-class Unclear(Exception):
-    """The message is for the one who asked."""
+class AmbiguousRequest(Exception):
+    """The message is for the guest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeteredRequest:
-    """``prompt``: its tokens by kind, estimated. ``longest``: tokens that may be answered, in all answers together.
-    ``dearer``: what of it costs more than the list price, as it stands behind the model's name in a price list."""
+    """``prompt``: its estimated tokens by kind. ``max_output``: tokens of all answers together. ``surcharge``: options
+    that cost more than the list price, written as price lists write them after the model's name."""
 
     model: str
     streams: bool
     prompt: Mapping[str, int]
-    longest: int
+    max_output: int
     surcharge: str = ""
 
 
 def read(body: bytes, upstream: Upstream) -> tuple[MeteredRequest, bytes]:
-    """And the body as it is to be sent. Raises Unclear."""
-    if sum(map(body.count, (b"{", b"[", b","))) > _MOST_VALUES:
-        raise Unclear("the request has too many values")
+    """The request, and the body to send. Raises AmbiguousRequest."""
+    if sum(map(body.count, (b"{", b"[", b","))) > _MAX_VALUES:
+        raise AmbiguousRequest("the request has too many values")
     try:
         given = json.loads(body, object_pairs_hook=_object)
         model = given["model"]
         if not isinstance(model, str):
             raise TypeError
     except (ValueError, RecursionError, TypeError, KeyError):
-        raise Unclear("the request must be a JSON object that names a model, and each name once") from None
+        raise AmbiguousRequest("the request must be a JSON object with a model, and without duplicate names") from None
     streams = given.get("stream") is True
     if streams and upstream.stream_body:
         body = json.dumps({**given, **upstream.stream_body}).encode()
-    limits = [_number(given, path, _MOST_TOKENS) for path in upstream.output_limit]
-    answers = [_number(given, path, _MOST_ANSWERS) for path in upstream.answers]
-    longest = max((limit for limit in limits if limit), default=upstream.output_default)
-    surcharges = [one for one in upstream.surcharges if _is(given, one)]
+    limits = [_number(given, path, _MAX_TOKENS) for path in upstream.output_limit]
+    answers = [_number(given, path, _MAX_ANSWERS) for path in upstream.answers]
+    per_answer = max((limit for limit in limits if limit), default=upstream.output_default)
+    surcharges = [one for one in upstream.surcharges if _has(given, one)]
     return MeteredRequest(
         model=model[:200],
         streams=streams,
         prompt=prompt_counts(len(body), given),
-        longest=longest * max((count for count in answers if count), default=1),
+        max_output=per_answer * max((count for count in answers if count), default=1),
         surcharge="".join(f" {one}" for one in surcharges),
     ), body
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):  # some take the first, some the last
+    if len(found) != len(pairs):  # of duplicate names, some parsers take the first, some the last
         raise ValueError
     return found
 
@@ -75,10 +75,10 @@ def _number(given: Mapping[str, Any], path: str, most: int) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most):
-        raise Unclear(f"{path} must be a whole number from 0 to {most}")
+        raise AmbiguousRequest(f"{path} must be a whole number from 0 to {most}")
     return value
 
 
-def _is(given: Mapping[str, Any], surcharge: str) -> bool:
+def _has(given: Mapping[str, Any], surcharge: str) -> bool:
     path, _, value = surcharge.partition("=")
     return bool(dig(given, path) == value)

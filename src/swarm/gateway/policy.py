@@ -1,4 +1,4 @@
-"""What an agent's `network` lets it reach: the text of its row, taken apart.
+"""What an agent's `network` setting lets it reach.
 
 ::
 
@@ -20,8 +20,8 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """``upstreams``: services behind the gateway. ``allow``: domains that the proxy connects to ('*.example.org': those
-    below it). ``open``: every public address, by the proxy."""
+    """``upstreams``: services behind the gateway. ``allow``: domains that the proxy connects to ('*.example.org': all
+    its subdomains). ``open``: the proxy connects to every public address."""
 
     upstreams: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Policy:
         return self.open or bool(self.allow)
 
     def allows(self, host: str) -> bool:
-        """May the proxy connect to this name? (Its addresses are another question.)"""
+        """May the proxy connect to this name? (Its addresses are checked separately.)"""
         name = host.lower().rstrip(".")
         return self.open or any(
             name.endswith(domain[1:]) if domain.startswith("*.") else name == domain for domain in self.allow
@@ -40,7 +40,7 @@ class Policy:
 
 
 def parse(text: str) -> Policy:
-    """Raises UsageError: people can write to the table of agents as well."""
+    """Raises UsageError: the row may have been written by other programs."""
     upstreams: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     is_open = False

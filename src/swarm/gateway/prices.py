@@ -1,4 +1,4 @@
-"""What tokens cost: a dated table, `prices.toml`, over which users lay their own."""
+"""What tokens cost: a dated table, `prices.toml`, which users can override."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from swarm.errors import UsageError
 SHIPPED: Final = Path(__file__).with_name("prices.toml")
 _DATED: Final = re.compile(r"(-\d{8}|-latest|\[\w+\])$")
 
-
 _Usd = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -25,7 +24,7 @@ class _Rates(pydantic.BaseModel):
 
     input: float = Field(ge=0, le=1e6)
     output: float = Field(ge=0, le=1e6)
-    # What is cached costs what plain input does, unless the table says otherwise.
+    # Cached tokens cost the same as plain input, unless the table says otherwise.
     cache_read: float | None = Field(default=None, ge=0, le=1e6)
     cache_write: float | None = Field(default=None, ge=0, le=1e6)
     cache_write_1h: float | None = Field(default=None, ge=0, le=1e6)
@@ -36,13 +35,13 @@ class _Above(_Rates):
 
 
 class Price(_Rates):
-    """USD for 10^6 tokens of each kind. ``each``: for one of what is no token."""
+    """USD per 10^6 tokens of each kind. ``each``: USD per unit of things that are not tokens."""
 
     above: _Above | None = None
     each: dict[str, _Usd] = Field(default_factory=dict)
 
     def usd(self, counts: Mapping[str, int]) -> float:
-        """``counts`` as in `swarm.ledger.Bill`; of ``cache_write``, ``cache_write_1h`` were written for an hour."""
+        """``counts`` as in `swarm.ledger.Bill`; ``cache_write_1h`` is the part of ``cache_write`` kept for an hour."""
         read, write = counts.get("cache_read", 0), counts.get("cache_write", 0)
         hour = min(counts.get("cache_write_1h", 0), write)
         prompt = counts.get("input", 0) + read + write
@@ -70,13 +69,13 @@ class Prices:
         self.date = date
 
     def of(self, model: str, surcharge: str = "") -> Price | None:
-        """By name, or by name without the date at its end. ``dearer``: of calls with a surcharge, which stands behind
-        the name (" speed=fast")."""
+        """By name, or by name without the date at its end. ``surcharge`` follows the name in the table
+        (" speed=fast")."""
         return self._models.get(model + surcharge) or self._models.get(_DATED.sub("", model) + surcharge)
 
 
 def load(own: Path | None) -> Prices:
-    """Raises UsageError that names the file and the field."""
+    """Raises UsageError with the file and the field."""
     table = _table(SHIPPED)
     given = _table(own) if own is not None else _Table()
     each = {**table.each, **given.each}

@@ -1,4 +1,4 @@
-"""The table of services that the gateway forwards to, and where their keys are. `upstreams.toml` has the fields."""
+"""The table of services that the gateway forwards to, and where their keys are. Fields: see `upstreams.toml`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Kind = Literal["model", "input", "output", "cache_read", "cache_write", "cache_w
 
 
 class Upstream(pydantic.BaseModel):
-    """One service. Field by field as in the table."""
+    """One service, with the fields of the table."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -54,12 +54,12 @@ class Upstream(pydantic.BaseModel):
         return self.key.upper().replace("-", "_")
 
     def route(self, method: str, path: str) -> Literal["metered", "plain"] | None:
-        """What a call of this path is; None when it can't be reached. ``path`` as it came: nothing in it is decoded,
-        and whatever could be read in two ways is no path."""
+        """The kind of this call; None when the path is not allowed. ``path`` is the raw path: nothing in it is decoded,
+        and paths that servers might read differently are not allowed."""
         if not re.fullmatch(r"(/[A-Za-z0-9._~:@-]+)+", path) or re.search(r"/\.{1,2}(/|$)", path):
             return None
         call = f"{method} {path}"
-        # A star is one part of a path.
+        # A star stands for one part of a path.
         for routes, kind in ((self.metered, "metered"), (self.paths, "plain")):
             for route in routes:
                 if fnmatchcase(call, route) and call.count("/") == route.count("/"):
@@ -68,7 +68,7 @@ class Upstream(pydantic.BaseModel):
 
 
 def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream]:
-    """The table that ships, with a file of the user's over it. Raises UsageError that names the file and the field."""
+    """The built-in table, with the user's own file merged over it. Raises UsageError with the file and the field."""
     table = tomllib.loads(SHIPPED.read_text())
     if own is not None:
         try:
@@ -94,7 +94,7 @@ def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream
 
 
 def variables(table: Mapping[str, Upstream]) -> frozenset[str]:
-    """What of the host's environment keys and addresses come from."""
+    """The variables of the host's environment that keys and URLs come from."""
     names = {"CREDENTIALS_DIRECTORY"}
     for upstream in table.values():
         names |= {upstream.base_url_env, upstream.key_env, f"{upstream.key_env}_FILE"}
@@ -104,15 +104,15 @@ def variables(table: Mapping[str, Upstream]) -> frozenset[str]:
 SecretOf = Callable[[str], Awaitable[str | None]]
 
 
-class Keys:
-    """Where a service's key is found: read anew for each attempt, and held nowhere but in memory."""
+class UpstreamKeys:
+    """Finds the keys of services. They are read again for each attempt, and kept only in memory."""
 
     def __init__(self, *, environment: Mapping[str, str] | None = None, secret: SecretOf | None = None) -> None:
         self._environment = os.environ if environment is None else environment
         self._secret = secret
 
     async def find(self, upstream: Upstream) -> str | None:
-        """The key, or None. Raises UsageError for a file that can't be read, or holds no key."""
+        """The key, or None. Raises UsageError for a file that can't be read or doesn't hold a key."""
         if key := self._environment.get(upstream.key_env, "").strip():
             return _checked(key, upstream.key_env)
         if file := self._environment.get(f"{upstream.key_env}_FILE", ""):

@@ -1,4 +1,4 @@
-"""HTTP between a guest and a service: which headers pass, and which way the host reaches the service."""
+"""HTTP between a guest and a service: which headers pass, and which proxy the host uses to reach the service."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from multidict import CIMultiDict
 
 from swarm.gateway.upstreams import Upstream
 
-# RFC 9110 7.6.1, and what is between us and either side only.
+# RFC 9110 7.6.1, and headers that concern only one of the two connections.
 _HOP_BY_HOP: Final = frozenset(
     {
         "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
         "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
-# The key is ours to add, the length ours to count; and an answer that is compressed could not be read.
+# The gateway adds the key and the length itself. It can't read compressed answers.
 _NOT_FORWARDED: Final = _HOP_BY_HOP | {
     "host", "content-length", "content-encoding", "accept-encoding", "authorization", "x-api-key", "cookie", "expect",
     "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip",
@@ -31,7 +31,7 @@ _NOT_RETURNED: Final = _HOP_BY_HOP | {"content-encoding", "set-cookie", "alt-svc
 
 
 def forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> CIMultiDict[str]:
-    """A guest's headers as the service gets them: those that come twice stay two."""
+    """The guest's headers, as sent to the service. Repeated headers stay repeated."""
     ours = {name.lower() for name in upstream.header}
     headers = _passed(request.headers, _NOT_FORWARDED | ours)
     for name, text in upstream.header.items():
@@ -40,14 +40,14 @@ def forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> CIMulti
     return headers
 
 
-def returned(answer: aiohttp.ClientResponse, veil: KeyMasker) -> CIMultiDict[str]:
+def returned(answer: aiohttp.ClientResponse, masker: KeyMasker) -> CIMultiDict[str]:
     headers = _passed(answer.headers, _NOT_RETURNED | {"content-length"})
-    return CIMultiDict((name, veil.text(value)) for name, value in headers.items())
+    return CIMultiDict((name, masker.text(value)) for name, value in headers.items())
 
 
 class KeyMasker:
-    """An answer without the key that went with its request: some services show in their errors what they were sent.
-    What stands in its place is as long, so that lengths stay true."""
+    """Masks the key in an answer: some services quote the request in their errors. The mask is as long as the key, so
+    that content-length stays right."""
 
     def __init__(self, key: str) -> None:
         self._key = key.encode()
@@ -58,12 +58,12 @@ class KeyMasker:
         return text.replace(key, "*" * len(key))
 
     def feed(self, data: bytes) -> bytes:
-        """What may be passed on: all but what could be the beginning of the key."""
+        """What may be passed on: everything except what could be the start of the key."""
         if self._held:
             data, self._held = self._held + data, b""
         if self._key in data:
             data = data.replace(self._key, b"*" * len(self._key))
-        if data.endswith(b"\n"):  # as events do, and keys don't
+        if data.endswith(b"\n"):  # the end of an event, and never part of a key
             return data
         at = data.find(self._key[:1], max(0, len(data) - len(self._key) + 1))
         while at >= 0:
@@ -85,20 +85,13 @@ def _passed(headers: Mapping[str, str], kept_back: Set[str]) -> CIMultiDict[str]
 
 
 def event(kind: str, message: str) -> bytes:
-    """An error within a stream, as the Messages API sends them."""
+    """An error inside a stream, as the Messages API sends it."""
     body = {"type": "error", "error": {"type": kind, "message": message}}
     return f"event: error\ndata: {json.dumps(body)}\n\n".encode()
 
 
-async def broken_off(response: web.StreamResponse, request: web.BaseRequest) -> web.StreamResponse:
-    """An answer that breaks off must be seen to: its connection ends without the last chunk."""
-    if request.transport is not None:
-        request.transport.close()
-    return response
-
-
 def proxy_of(base_url: str) -> str | None:
-    """The host's own proxy for this address, if the host's environment names one."""
+    """The host's own proxy for this URL, if its environment names one."""
     parts = urlsplit(base_url)
     host = parts.hostname or ""
     try:

@@ -1,1 +1,1 @@
-"""What makes tickets by itself: schedules. Imports the store; the engine and the API import it."""
+"""Makes tickets automatically: schedules. Imports the store; the engine and the API import it."""

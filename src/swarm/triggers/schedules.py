@@ -1,4 +1,4 @@
-"""What starts workflows by itself: schedules. (Webhooks: `swarm.api`, which makes its tickets here as well.)"""
+"""Starts workflows on a schedule. (Webhooks: `swarm.api`, which makes its tickets with `ticket` too.)"""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from swarm.workflow.definition import Workflow
 
 log = structlog.get_logger(__name__)
 
-# The clock that decides may be stepped while we wait by another one: so we look this often, whatever is due next.
+# Due times are wall-clock times, but the wait uses another clock. Look this often in case the wall clock was changed.
 LOOK_SECONDS: Final = 30.0
-# Commits are the only news of a new schedule, and most of them bring none.
+# Only commits announce a new schedule, and most commits are about something else.
 _PACE_SECONDS: Final = 1.0
 
 
 class InputsRefused(ValueError):
-    """What came with a trigger does not make the inputs that the workflow wants."""
+    """The inputs of a trigger don't fit its workflow."""
 
 
 def ticket(
@@ -45,8 +45,8 @@ def ticket(
     id: str,  # noqa: A002
     title: str,
 ) -> Ticket:
-    """A ticket, ready, that runs the workflow. ``given``: the trigger's `inputs:`; ``trigger``: what its expressions,
-    and the run's, know as `trigger`. Raises InputsRefused."""
+    """A ready ticket that runs the workflow. ``given``: the trigger's `inputs:`; ``trigger``: the value of `trigger` in
+    its expressions and in the run's. Raises InputsRefused."""
     try:
         inputs = template.fill({"inputs": dict(given)}, {"trigger": trigger}, evaluator)["inputs"]
     except ExpressionError as error:
@@ -69,39 +69,39 @@ def ticket(
 
 
 class Scheduler:
-    """Makes the tickets of schedules whose time has come. Any number of engines may have one each."""
+    """Makes the tickets of due schedules. Any number of engines may run one."""
 
     def __init__(self, *, store: Store, evaluator: Evaluator) -> None:
         self._store = store
         self._evaluator = evaluator
-        self._news = asyncio.Event()
-        self._trouble = ""
+        self._look = asyncio.Event()
+        self._store_error = ""  # the last one, logged once
 
     def look(self) -> None:
-        """Somebody has committed: there may be a new schedule."""
-        self._news.set()
+        """There was a commit: there may be a new schedule."""
+        self._look.set()
 
     async def run(self) -> None:
-        """For ever: sleep until the next one is due, or until there is news."""
+        """Run for ever: sleep until the next schedule is due, or until `look`."""
         while True:
-            self._news.clear()
+            self._look.clear()
             looked = time.monotonic()
             try:
                 wait = await self.fire()
-                self._trouble = ""
+                self._store_error = ""
             except StoreError as error:
-                if str(error) != self._trouble:
-                    self._trouble = str(error)
-                    log.warning("can't look for schedules", error=self._trouble)
+                if str(error) != self._store_error:
+                    self._store_error = str(error)
+                    log.warning("can't look for schedules", error=self._store_error)
                 wait = _PACE_SECONDS
             until = looked + min(LOOK_SECONDS, LOOK_SECONDS if wait is None else wait + 0.001)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + until - time.monotonic()):
-                    await self._news.wait()
+                    await self._look.wait()
                     await asyncio.sleep(looked + _PACE_SECONDS - time.monotonic())
 
     async def fire(self) -> float | None:
-        """Run what is due. How many seconds until the next one is; None when there is none."""
+        """Start due schedules. Returns the seconds until the next one is due; None when there is no next one."""
         found = await self._store.due_schedules()
         held = 0
         for one in found.due:
@@ -110,7 +110,7 @@ class Scheduler:
                 held += 1
             elif await self._store.fire_schedule(request):
                 log.info(
-                    "schedule came true",
+                    "schedule fired",
                     workflow=one.workflow,
                     tickets=[new.id for new in request.new],
                     dropped=request.dropped,
@@ -121,7 +121,7 @@ class Scheduler:
         return None if found.next_ms is None else found.next_ms / 1000
 
     def _request(self, due: DueSchedule, now_ms: int) -> FireRequest | None:
-        """None: it waits for the ticket before to end, which is a commit, and so news."""
+        """None: it waits for its previous ticket to end, which is a commit, so `look` will be called."""
         try:
             flow = definition.from_json(json.loads(due.definition))
             one = flow.schedule[due.number]
@@ -129,7 +129,7 @@ class Scheduler:
                 return None
             plan = schedule.plan(one, moment(due.next_at), moment(now_ms), due.before)
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError, OSError) as error:
-            # A zone that this host no longer knows, or a row by hand. It is not looked at again until it is changed.
+            # A time zone that this host doesn't know any more, or a row that was edited. Ignored until it is changed.
             return FireRequest(due=due, next_at=None, last_at=None, dropped=0, new=(), error=str(error))
         dropped = plan.dropped
         tickets = []
@@ -142,7 +142,7 @@ class Scheduler:
                 "missed": dropped,
             }
             tickets.append(self._ticket(flow, due, one.inputs, trigger, when.astimezone(schedule.zone(one.time_zone))))
-            dropped = 0  # told once
+            dropped = 0  # only the first ticket reports it
         return FireRequest(
             due=due,
             next_at=ms(plan.next),
