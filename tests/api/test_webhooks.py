@@ -161,11 +161,11 @@ async def test_a_forges_way_of_signing(server: Server) -> None:
 async def test_what_is_not_signed_makes_nothing(server: Server) -> None:
     bad = server.signed(BODY, key=b"another key, as long as it is")
     for change, said in (
-        ({"X-Swarm-Signature": bad["X-Swarm-Signature"]}, "under this hook's secret"),
-        ({"X-Swarm-Signature": "sha256="}, "under this hook's secret"),
+        ({"X-Swarm-Signature": bad["X-Swarm-Signature"]}, "with this hook's secret"),
+        ({"X-Swarm-Signature": "sha256="}, "with this hook's secret"),
         ({"X-Swarm-Signature": webhooks.sign(server.keys["KEY"], BODY)}, "a dot and the body"),
-        (server.signed(BODY, key=server.keys["FORGE"]), "under this hook's secret"),
-        (server.signed(b'{"branch": "evil"}'), "under this hook's secret"),
+        (server.signed(BODY, key=server.keys["FORGE"]), "with this hook's secret"),
+        (server.signed(b'{"branch": "evil"}'), "with this hook's secret"),
         (server.signed(BODY, at=time.time() - 301), "clock"),
         (server.signed(BODY, at=time.time() + 302), "clock"),
     ):
@@ -242,7 +242,7 @@ async def test_who_takes_no_webhooks(server: Server) -> None:
     refused(await server.post(name="..%2f..%2fetc"), 404, "POST /hooks/NAME")
     refused(await server.client.post("/hooks/nightly/x"), 404, "POST /hooks/NAME")
     refused(await server.client.get("/"), 404, "POST /hooks/NAME")
-    refused(await server.client.get("/hooks/nightly"), 405, "POST only")
+    refused(await server.client.get("/hooks/nightly"), 405, "use POST here")
     await server.store.enable_workflow("nightly", enabled=False)
     refused(await server.client.post("/hooks/nightly", content=BODY), 401, "X-Swarm-Signature")  # not told to anybody
     refused(await server.post(), 409, "disabled")
@@ -286,7 +286,7 @@ async def test_secrets(server: Server) -> None:
     with pytest.raises(Conflict, match="--new"):
         await serve.new_secret(server.settings, "KEY", "nightly", replace=False)
     await vault.set("KEY", "chosen by the sender", scope="webhook:nightly")
-    refused(await server.post(), 401, "under this hook's secret")
+    refused(await server.post(), 401, "with this hook's secret")
     headers = server.signed(BODY, key=b"chosen by the sender")
     assert (await server.client.post("/hooks/nightly", content=BODY, headers=headers)).status_code == 202
     await vault.set("KEY", "guessable", scope="webhook:nightly")
@@ -359,7 +359,7 @@ async def test_the_command_says_what_is_wrong(tmp_path: Path, server: Server) ->
     status, said = await run("workflow", "webhook", "nightly", "--new", "--json", *home)
     made: dict[str, Any] = json.loads(said)
     assert status == 0 and made["path"] == "/hooks/nightly" and made["header"] == "X-Swarm-Signature"
-    refused(await server.post(), 401, "under this hook's secret")  # the old one is worth nothing
+    refused(await server.post(), 401, "with this hook's secret")  # the old one is worth nothing
     headers = server.signed(BODY, key=made["secret"].encode())
     assert (await server.client.post("/hooks/nightly", content=BODY, headers=headers)).status_code == 202
 

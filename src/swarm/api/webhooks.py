@@ -193,7 +193,7 @@ def _check_signature(headers: Mapping[str, str], hook: Webhook, secret: bytes, b
     expected = sign(secret, body, timestamp)
     if not hmac.compare_digest(given.strip().lower().encode("latin-1"), expected.encode()):
         what = f"{TIMESTAMP_HEADER}, a dot and the body" if hook.timestamp else "the body"
-        raise HTTPException(401, f"the signature in {hook.header} doesn't match {what} and this hook's secret")
+        raise HTTPException(401, f"the signature in {hook.header} is wrong: sign {what} with this hook's secret")
     if timestamp is not None:
         if not re.fullmatch(r"[0-9]{1,12}", timestamp):
             raise HTTPException(401, f"{TIMESTAMP_HEADER} must be the seconds since 1970, a whole number")
