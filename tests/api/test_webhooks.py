@@ -1,4 +1,4 @@
-"""Webhooks over real HTTP: what is signed makes one ticket, and nothing else makes any."""
+"""Webhooks over real HTTP: a signed request makes one ticket, any other makes none."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ async def test_a_database_that_is_locked(server: Server) -> None:
         refused(answer, 503, "try again in 2 s")
         assert answer.headers["retry-after"] == "2"
         answers = await asyncio.gather(*(client.post("/hooks/nightly", content=BODY) for _ in range(40)))
-        assert {one.status_code for one in answers} == {401}  # what is not signed waits for no lock
+        assert {one.status_code for one in answers} == {401}  # unsigned requests wait for no lock
         signed = server.signed(BODY)
         answers = await asyncio.gather(
             *(client.post("/hooks/nightly", content=BODY, headers=signed) for _ in range(60))

@@ -240,12 +240,12 @@ def _typed(file: Path, id_: str) -> bool:
 
 @contextlib.contextmanager
 def _paced(file: Path, per_second: int) -> Iterator[None]:
-    """Somebody else's tickets, for the length of the block."""
+    """Tickets of other programs, inserted during the block."""
     over = threading.Event()
 
     def insert_paced() -> None:
         with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=30)) as connection:
-            connection.execute("PRAGMA synchronous = OFF")  # its own locks are not what is asked for
+            connection.execute("PRAGMA synchronous = OFF")  # its own locks are not measured
             for number in itertools.count():
                 if over.wait(1 / per_second):
                     return

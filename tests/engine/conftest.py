@@ -32,7 +32,7 @@ from swarm.vm.slots.inventory import VmRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Everything that a test of the engine holds in its hands."""
+    """A database, a worker and a directory for one test."""
 
     settings: Settings
     store: Store

@@ -1,4 +1,4 @@
-"""A large value on its way from an agent to an agent, through real rows and files; and the commands that show it."""
+"""A large value passed from one agent to another, through real rows and files; and the commands that show it."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ async def test_the_database_locked_by_another_writer(plain: Bench) -> None:
         plain.insert("t", agent.id)
         await plain.until(lambda: _runs(plain, "t"))
         locked.execute("BEGIN IMMEDIATE")
-        await wake.changed(timeout_seconds=2.0)  # nobody can write meanwhile
+        await wake.changed(timeout_seconds=2.0)  # no one can write meanwhile
         locked.execute("COMMIT")
         locked.close()
         assert await ended(plain, "t") == ["done"]
@@ -294,7 +294,7 @@ async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
     assert ((await plain.store.ticket("t")).state, step.status, step.retry_count) == ("in_progress", "ready", 0)
 
 
-async def test_an_image_that_one_agent_names_is_that_agents_affair(plain: Bench) -> None:
+async def test_a_missing_image_that_one_agent_names_fails_only_its_ticket(plain: Bench) -> None:
     agent = await plain.agent(DONE, image="0123abcd")
     vms = wiring.launcher(plain.settings, await wiring.choice(plain.settings))
     images, layers = wiring.images(plain.settings), wiring.layers(plain.settings)

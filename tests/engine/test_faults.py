@@ -118,7 +118,7 @@ async def test_an_outcome_that_cannot_be_written_ends_the_engine(settings: Setti
 
 
 async def test_a_read_only_file_system_is_waited_for(settings: Settings, tmp_path: Path) -> None:
-    """As after a disk's fault: nothing can be written until somebody mends it, and then all goes on."""
+    """As after a disk fault: nothing can be written until it is fixed, and then everything continues."""
     with small_disk(tmp_path / "disk", 16384) as disk:
         async with bench_at(settings, disk / "home", tmp_path) as bench:
             agent = await bench.agent(DONE)
@@ -243,7 +243,7 @@ async def test_out_of_memory(plain: Bench, headroom_mb: int, row_bytes: int) -> 
 
 
 async def test_the_database_locked_for_longer_than_it_waits(plain: Bench) -> None:
-    """By a program that forgot its transaction: one warning, and then it goes on by itself."""
+    """By a program that forgot its transaction: one warning, and then the engine continues."""
     agent = await plain.agent(DONE)
     async with engine_process(plain, SWARM_BUSY_TIMEOUT_SECONDS="0.5", SWARM_LEASE_SECONDS="30") as engine:
         await log_until(engine, "engine serves")

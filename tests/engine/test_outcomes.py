@@ -1,4 +1,4 @@
-"""Every way an agent can end, in real VMs: only one of them is `done`, and each of the others says which it was."""
+"""Every way an agent can end, in real VMs: only one of them is `done`, and each error names its cause."""
 
 from __future__ import annotations
 

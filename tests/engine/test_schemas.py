@@ -1,4 +1,4 @@
-"""Inputs are checked before a VM is started, outputs before a ticket is done; and what a workflow's ticket is told."""
+"""Inputs are checked before a VM is started, outputs before a ticket is done; and the errors of a workflow's ticket."""
 
 from __future__ import annotations
 

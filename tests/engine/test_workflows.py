@@ -147,7 +147,7 @@ async def test_a_crash_at_a_boundary(plain: Bench, point: str) -> None:
 async def test_stopped_between_an_end_and_the_claim_of_what_follows(
     plain: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The claim is on its way with the end already: what it gets goes back, and is not counted."""
+    """The claim was requested together with the end: its attempts are put back, and are not counted."""
     await plain.agent(AGENT)
     steps = "  - {{id: {id}, agent: agent, needs: {needs}, inputs: {{log: '{log}'}}}}\n"
     links = (("a", "[]"), ("b", "a"), ("c", "b"))

@@ -51,7 +51,7 @@ class MessagesApi:
     key: str
     seen: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
-    held: asyncio.Event = field(default_factory=asyncio.Event)  # somebody waits for `release`
+    held: asyncio.Event = field(default_factory=asyncio.Event)  # a request waits for `release`
     release: asyncio.Event = field(default_factory=asyncio.Event)
     _times: Counter[str] = field(default_factory=Counter)
 

@@ -163,7 +163,7 @@ async def test_what_the_guest_says_of_itself_is_not_passed_on(harness: Harness, 
 
 
 async def test_connections_of_one_vm_are_limited(harness: Harness, session: aiohttp.ClientSession) -> None:
-    """The engine's descriptors are everybody's: what is beyond the limit waits in the kernel until one has left."""
+    """All VMs share the engine's descriptors: further connections wait in the kernel until one ends."""
     async with harness.listener(await harness.claim()) as listener:
         host, _, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
         idle = [await asyncio.open_connection(host, int(port)) for _ in range(MAX_CONNECTIONS + 5)]

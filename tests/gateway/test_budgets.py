@@ -74,7 +74,7 @@ async def test_a_stream_that_comes_dearer_than_it_was_guessed(harness: Harness, 
 
 
 async def test_twenty_tickets_on_one_budget(api: MessagesApi, tmp_path: Path) -> None:
-    """The day's: together they never go over it, and what is left in the end would not have paid for another call."""
+    """The budget of a day: together they never exceed it, and the rest would not have paid for another call."""
     day = 0.0100
     async with open_harness(api, tmp_path, day=Limit(usd=day)) as harness, AsyncExitStack() as stack:
         claims = [await harness.claim(f"t{number}") for number in range(20)]
@@ -207,7 +207,7 @@ async def order(harness: Harness) -> AsyncIterator[Order]:
 
 
 async def test_calls_under_way_make_others_wait_and_dead_ones_count_in_full(harness: Harness, order: Order) -> None:
-    """The death of an engine in the middle of a call: nobody will book it, and nobody knows what it cost."""
+    """An engine dies during a call: the call is never booked, and its cost stays unknown."""
     store = harness.store
     assert await store.reserve(order) == Granted(usd=1.0, tokens=None)
     assert isinstance(await store.reserve(replace(order, id="two")), Busy)

@@ -1,4 +1,4 @@
-"""Calls by the official SDK, through the gateway, to a real server: what arrives, what comes back, what is booked."""
+"""Calls by the official SDK through the gateway to a real server: requests, answers and bills."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ async def post(listener: AttemptListener, body: bytes, *, path: str = "/v1/messa
 
 @pytest.mark.parametrize("scenario", ["hold", "half"])
 async def test_who_hangs_up_on_an_answer_in_one_piece_pays_for_it(harness: Harness, scenario: str) -> None:
-    """The service has done, or will do, its work: nobody can say how much, so it counts as reserved."""
+    """The service has done, or will do, its work. The amount is unknown, so the whole reservation counts."""
     async with harness.listener(await harness.claim()) as listener:
         writer = await send(listener, json.dumps(ask(f"scenario={scenario}", max_tokens=1000)).encode())
         await asyncio.wait_for(harness.api.held.wait(), 20)
@@ -91,7 +91,7 @@ async def test_a_service_that_falls_silent_may_have_worked(harness: Harness) -> 
     ],
 )  # fmt: skip
 async def test_what_the_service_might_read_in_another_way(harness: Harness, twist: str) -> None:
-    """A name that comes twice, a limit that is no plain number: refused, not guessed at."""
+    """A duplicate name, or a limit that is not a plain number, is refused."""
     async with harness.listener(await harness.claim(budget_usd=0.01)) as listener:
         status, said = await post(listener, f'{{"model": "claude-haiku-4-5", "messages": [], {twist}}}'.encode())
     assert status == 400, said

@@ -91,7 +91,7 @@ async def test_what_a_vm_reaches(gated: Bench) -> None:
     assert json.loads(without.outputs or "")["gateway"] in ("ConnectionRefusedError", "TimeoutError")
 
 
-# As root of the guest, since nobody else may send such frames.
+# As root of the guest: only root may send such frames.
 SPOOF = """
 import fcntl, socket, struct
 with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as s:
@@ -170,7 +170,7 @@ async def test_the_key_is_nowhere_but_in_the_gateway(gated: Bench, api: Messages
     api.release.set()
     assert (await running).state == "done"
     history = json.dumps([dict(e.data) for e in await gated.store.events("t")])
-    assert "mark-of-this-call" not in history  # prompts are nobody's business either
+    assert "mark-of-this-call" not in history  # prompts are private, too
     assert KEY not in history
     for file in gated.settings.home.rglob("*"):
         if file.is_file():

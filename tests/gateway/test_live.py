@@ -1,4 +1,4 @@
-"""The real API, when a person sets a key and asks for it; it costs a fraction of a cent, and needs a way out:
+"""The real API, when a person sets a key and enables it; it costs a fraction of a cent, and needs a way out:
 
 SWARM_TEST_LIVE=1 ANTHROPIC_API_KEY=… .venv/bin/python -m pytest tests/gateway/test_live.py
 """

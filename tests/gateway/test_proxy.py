@@ -1,4 +1,4 @@
-"""The way to other hosts: names that are allowed, addresses that never are, and what is recorded of both."""
+"""The egress proxy: names that are allowed, addresses that never are, and the events that are recorded."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ async def test_what_is_no_request_for_a_proxy(site: Site, head: bytes) -> None:
 
 @pytest.mark.parametrize("host", ["a..example.com", "x" * 70 + ".example.com", ".example.com"])
 async def test_names_that_no_resolver_takes(site: Site, host: str) -> None:
-    """The guest is told, and it is recorded."""
+    """The guest gets an error, and the refusal is recorded."""
     async with site.proxy("open", resolve=resolved) as proxy:
         assert b"can't be resolved" in await tunnel(proxy, f"{host}:443")
     assert "can't be resolved" in str(site.events[0]["refused"])

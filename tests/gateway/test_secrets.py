@@ -182,7 +182,7 @@ async def test_the_gateways_key_may_be_a_secret(
 async def test_the_gateways_key_is_no_secret_of_agents(
     api: MessagesApi, plain: Bench, vault: Vault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not because somebody's manifest names it: only who sets it for that very agent gives it away."""
+    """A manifest that names it is not enough: it must be set for this very agent."""
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
     await vault.set("anthropic_api_key", KEY)
     ticket = await plain.run("", secrets=("anthropic_api_key",))

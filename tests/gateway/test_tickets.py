@@ -230,7 +230,7 @@ async def test_what_an_agent_prints_of_its_token_is_not_kept(gated: Bench) -> No
 
 
 async def test_an_engine_that_dies_in_the_middle_of_a_call(gated: Bench, api: MessagesApi) -> None:
-    """Nobody knows what that call cost: it counts with all that was reserved, so the next try is over budget."""
+    """The cost of that call is unknown: its whole reservation counts, so the next attempt is over budget."""
     agent = await gated.agent(PRELUDE + "done(call('scenario=hold'))", network="gateway")
     gated.insert("t", agent.id, budget_usd=0.0009)  # a call may cost $0.0005 and some
     async with engine_process(gated, SWARM_LEASE_SECONDS="1.5") as engine:

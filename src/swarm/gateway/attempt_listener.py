@@ -15,7 +15,8 @@ import logging
 import secrets
 import socket
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import structlog
@@ -47,6 +48,18 @@ def error(status: int, kind: str, message: str, **headers: str) -> web.Response:
     return web.json_response(body, status=status, headers=headers)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllowedRequest:
+    """A request that passed the token and path checks. ``target``: path and query, as sent to the service."""
+
+    listener: AttemptListener
+    http: web.BaseRequest
+    upstream: Upstream
+    key: str = field(repr=False)
+    target: str
+    metered: bool
+
+
 class AttemptListener:
     """Made by `Gateway.open_listener`; the caller closes it. ``exceeded`` is done once a budget has stopped the
     attempt; its result says which budget, with the amounts. ``calls``: the tasks of calls under way."""
@@ -59,7 +72,7 @@ class AttemptListener:
         sock: socket.socket,
         url: str,
         record: Record,
-        forward: Callable[[AttemptListener, web.BaseRequest, Upstream, str, str], Any],
+        forward: Callable[[AllowedRequest], Awaitable[web.StreamResponse]],
     ) -> None:
         self.account = account
         self.token = secrets.token_urlsafe(32)
@@ -160,8 +173,10 @@ class AttemptListener:
             self.refuse("path", **shown)
             return error(404, "not_found_error", f"the gateway does not forward {request.method} {path[:200]}")
         target = f"{rest}?{query}" if query else rest
-        response: web.StreamResponse = await self._forward(self, request, upstream, key, target)
-        return response
+        allowed = AllowedRequest(
+            listener=self, http=request, upstream=upstream, key=key, target=target, metered=kind == "metered"
+        )
+        return await self._forward(allowed)
 
 
 def _is_plain_query(query: str) -> bool:

@@ -23,7 +23,7 @@ from aiohttp import web
 from swarm.base.aio import finish_uninterrupted
 from swarm.errors import LeaseLost, NotFound, StoreError, UsageError
 from swarm.gateway import wire
-from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AttemptListener, Record, error
+from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AllowedRequest, AttemptListener, Record, error
 from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
 from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, read
 from swarm.gateway.policy import Policy
@@ -96,36 +96,26 @@ class Gateway:
 
     # --- one call -----------------------------------------------------------------------------------------------------
 
-    async def _forward(
-        self, listener: AttemptListener, request: web.BaseRequest, upstream: Upstream, key: str, target: str
-    ) -> web.StreamResponse:
-        limit = int(upstream.body_mb * 1e6)
+    async def _forward(self, request: AllowedRequest) -> web.StreamResponse:
+        limit = int(request.upstream.body_mb * 1e6)
         try:
-            body = await _read_body(listener, request, limit)
+            body = await _read_body(request, limit)
         except _BodyTooLarge:
-            listener.refuse("body", path=target[:200], limit_bytes=limit)
+            request.listener.refuse("body", path=request.target[:200], limit_bytes=limit)
             return error(413, "request_too_large", f"a request may have at most {limit} bytes")
         except _TooManyBytesHeld:
             return error(429, "rate_limit_error", "too many large requests at once", **{"retry-after": "1"})
         except TimeoutError:
             return error(408, "invalid_request_error", "the request did not arrive completely in time")
         try:
-            if upstream.route(request.method, target.partition("?")[0]) == "metered":
-                return await self._forward_metered(listener, request, upstream, key, target, body)
-            free = Call(None, None, self._ledger, upstream)
-            return await self._send(free, listener, request, upstream, key, target, body)
+            if request.metered:
+                return await self._forward_metered(request, body)
+            return await self._send(Call(None, None, self._ledger, request.upstream), request, body)
         finally:
-            listener.held_bytes -= len(body)
+            request.listener.held_bytes -= len(body)
 
-    async def _forward_metered(
-        self,
-        listener: AttemptListener,
-        request: web.BaseRequest,
-        upstream: Upstream,
-        key: str,
-        target: str,
-        body: bytes,
-    ) -> web.StreamResponse:
+    async def _forward_metered(self, request: AllowedRequest, body: bytes) -> web.StreamResponse:
+        listener, upstream = request.listener, request.upstream
         try:
             metered, body = read(body, upstream)
         except AmbiguousRequest as problem:
@@ -135,7 +125,7 @@ class Gateway:
             why = f"gateway: too many calls of this attempt have failed ({listener.failed_calls})"
             return error(429, "rate_limit_error", why, **{"x-should-retry": "false"})
         price = self._prices.of(metered.model, metered.surcharge)
-        order = self._order(listener, upstream, metered, price)
+        order = self._order(listener.account, upstream, metered, price)
         try:
             granted = await self._reserve(listener, order)
         except asyncio.CancelledError:
@@ -156,15 +146,13 @@ class Gateway:
             return error(429, "rate_limit_error", granted.message, **{"retry-after": "5"})
         call = Call(order, metered, self._ledger, upstream, granted=granted, price=price)
         try:
-            return await self._send(call, listener, request, upstream, key, target, body)
+            return await self._send(call, request, body)
         finally:
             listener.failed_calls += call.failed
             await finish_uninterrupted(call.book(self._prices))
             self._budget_freed.set()
 
-    def _order(
-        self, listener: AttemptListener, upstream: Upstream, metered: MeteredRequest, price: Price | None
-    ) -> Order:
+    def _order(self, account: Account, upstream: Upstream, metered: MeteredRequest, price: Price | None) -> Order:
         def spend(output: int) -> Spend:
             counts = {**metered.prompt, "output": output}
             return Spend(tokens=total(counts), usd=None if price is None else price.usd(counts))
@@ -174,7 +162,7 @@ class Gateway:
         least = spend(min(metered.max_output, LEAST_OUTPUT_TOKENS)) if metered.streams else most
         return Order(
             id=uuid.uuid4().hex,
-            account=listener.account,
+            account=account,
             upstream=upstream.name,
             model=metered.model + metered.surcharge,
             most=most,
@@ -198,20 +186,12 @@ class Gateway:
                             await self._budget_freed.wait()
         return reservation
 
-    async def _send(
-        self,
-        call: Call,
-        listener: AttemptListener,
-        request: web.BaseRequest,
-        upstream: Upstream,
-        key: str,
-        target: str,
-        body: bytes,
-    ) -> web.StreamResponse:
-        headers = wire.forwarded(request, upstream, key)
-        masker = wire.KeyMasker(key)
+    async def _send(self, call: Call, request: AllowedRequest, body: bytes) -> web.StreamResponse:
+        upstream = request.upstream
+        headers = wire.forwarded(request.http, upstream, request.key)
+        masker = wire.KeyMasker(request.key)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, connect=_CONNECT_SECONDS)
-        url = yarl.URL(upstream.base_url + target, encoded=True)
+        url = yarl.URL(upstream.base_url + request.target, encoded=True)
         response: web.StreamResponse | None = None
         try:
             # Not aiohttp's own `sock_read`: it resets a timer before each chunk is passed on, which takes longer than
@@ -219,7 +199,7 @@ class Gateway:
             async with (
                 asyncio.timeout(upstream.idle_seconds) as idle_timeout,
                 self._client().request(
-                    request.method,
+                    request.http.method,
                     url,
                     headers=headers,
                     data=io.BytesIO(body) if body else None,  # a large body is sent in pieces
@@ -234,12 +214,12 @@ class Gateway:
                 )
                 if answer.content_length is not None and "content-encoding" not in answer.headers:
                     response.content_length = answer.content_length
-                await response.prepare(request)
+                await response.prepare(request.http)
                 while chunk := await _next_chunk(answer.content, idle_timeout, upstream.idle_seconds):
                     if out := masker.feed(call.feed(chunk)):
                         await response.write(out)
                     if (reason := call.cut_reason()) is not None:
-                        listener.exceed(reason)
+                        request.listener.exceed(reason)
                         await response.write(wire.event("billing_error", reason))
                         break
                 else:
@@ -258,8 +238,8 @@ class Gateway:
                 return error(504 if late else 502, "timeout_error" if late else "api_error", f"gateway: {call.note}")
             if call.sse and late:
                 await response.write(wire.event("api_error", f"gateway: {call.note}"))
-            if request.transport is not None:  # the guest must see that the answer is incomplete: no last chunk
-                request.transport.close()
+            if request.http.transport is not None:  # the guest must see that the answer is incomplete: no last chunk
+                request.http.transport.close()
             return response
 
     def _client(self) -> aiohttp.ClientSession:
@@ -288,14 +268,15 @@ class _TooManyBytesHeld(Exception):
     """The request bodies of this VM take too much memory together."""
 
 
-async def _read_body(listener: AttemptListener, request: web.BaseRequest, limit: int) -> bytes:
+async def _read_body(request: AllowedRequest, limit: int) -> bytes:
     """Raises _BodyTooLarge, _TooManyBytesHeld, TimeoutError."""
-    if (request.content_length or 0) > limit:
+    listener = request.listener
+    if (request.http.content_length or 0) > limit:
         raise _BodyTooLarge
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_SECONDS):
-            async for chunk in request.content.iter_any():
+            async for chunk in request.http.content.iter_any():
                 body += chunk
                 listener.held_bytes += len(chunk)
                 if len(body) > limit:
