@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import structlog
@@ -26,6 +26,7 @@ from swarm.engine.worker import Attempt, Ended, Worker
 from swarm.errors import StoreError
 from swarm.model import Claim, Interrupted
 from swarm.store.sql.rows import Due
+from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 
@@ -44,12 +45,6 @@ _RETRY_SECONDS = 0.5
 # Kept free on the VM disk: this much, or 5 % if that is less.
 _DISK_RESERVE_MB, _INODES_RESERVE = 512, 200
 _RATE_SECONDS = 60.0
-
-
-class Wake(Protocol):
-    """Waits for changes of the database: `swarm.store.sql.wake.Wake`."""
-
-    async def changed(self, *, timeout_seconds: float) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
