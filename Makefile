@@ -27,7 +27,7 @@ test: ready  ## set up, then run all tests in a network namespace of their own (
 bench: ready  ## measure tickets on this host beside the bare parts, in a network namespace of its own (ARGS='--tickets 1,5')
 	@$(BIN)/python tools/sandbox.py $(BIN)/python tools/bench.py $(ARGS)
 
-bench-readme: ready  ## the same with 1, 5, 25 and 100 tickets, into README.md and docs/bench.svg; on a quiet machine (10 minutes)
+bench-readme: ready  ## the same with 1, 5, 25 and 100 tickets, into docs/benchmarks.md and docs/bench.svg; on a quiet machine (10 minutes)
 	@$(BIN)/python tools/sandbox.py $(BIN)/python tools/bench.py --readme --tickets 1,5,25,100 $(ARGS)
 
 bench-engine:  ## measure the engine without VMs: wake-up, no-op tickets per second, growth, idle cost

@@ -1,6 +1,6 @@
 """`swarm bench` on the image cache that tests and checkouts share, and on a clean network afterwards.
 
-With `--readme` as its first argument, what it finds goes into README.md (between the marks) and docs/bench.svg.
+With `--readme` first, what it finds goes into docs/benchmarks.md (between the marks) and docs/bench.svg.
 Run inside tools/sandbox.py, as `make bench` does: nothing of it can leave the machine, and nothing of it stays.
 """
 
@@ -22,7 +22,7 @@ done = subprocess.run(bench, check=False, stdout=subprocess.PIPE if readme else 
 status = done.returncode
 subprocess.run([sys.executable, "-m", "swarm.cli.cleanup"], check=True, stdout=subprocess.DEVNULL)
 if readme and status == 0:
-    page = root / "README.md"
+    page = root / "docs" / "benchmarks.md"
     before, rest = page.read_text().split("<!-- bench: made by `make bench-readme` -->\n")
     after = rest.split("<!-- bench ends -->\n")[1]
     found = f"<!-- bench: made by `make bench-readme` -->\n{done.stdout.decode()}<!-- bench ends -->\n"

@@ -73,10 +73,10 @@ _RANKS: Final = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
 
 
 def markdown(report: Report) -> str:
-    """The same as what is printed, for a README."""
+    """The same as what is printed, as Markdown, in lines of at most 120 characters."""
     host = report.host
     lines = [
-        f"{host['driver']}; {host['cpu']}, {host['cores']} cores, kernel {host['kernel']}, Python {host['python']}; "
+        f"{host['driver']}; {host['cpu']}, {host['cores']} cores, kernel {host['kernel']}, Python {host['python']};",
         f"load before and after: {host['load_before']} and {host['load']}; {host['max_vms']} VMs at once.",
         "",
         "| tickets | p50 | p95 | p99 | per s | CPU of a ticket: engine + VMM | failed |",
