@@ -30,7 +30,7 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 
 @page
 def test_every_path_that_is_named_exists(page: Path) -> None:
-    paths = re.findall(r"\b(?:src/swarm|tests|tools|docs)/[\w./-]*\w", page.read_text(encoding="utf-8"))
+    paths = re.findall(r"(?<![\w./-])(?:src/swarm|tests|tools|docs)/[\w./-]*\w", page.read_text(encoding="utf-8"))
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
