@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from swarm.cli import main
 from swarm.store.sql.schema import metadata
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +34,25 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 def test_every_path_that_is_named_exists(page: Path) -> None:
     paths = re.findall(r"(?<![\w./-])(?:src/swarm|tests|tools|docs)/[\w./-]*\w", page.read_text(encoding="utf-8"))
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@page
+def test_every_command_that_is_named_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^\$ |^|`)swarm ([a-z]+(?: [a-z]+\b(?!=))?)", text, re.MULTILINE))
+    assert not {words for words in named if not _is_command(words)}
+
+
+def _is_command(words: str) -> bool:
+    first, _, second = words.partition(" ")
+    group = next((one.typer_instance for one in main.app.registered_groups if _name(one.typer_instance) == first), None)
+    if group is None:
+        return first in {command.name for command in main.app.registered_commands}
+    return not second or second in {command.name for command in group.registered_commands}
+
+
+def _name(app: Any) -> str:
+    return str(app.info.name)
 
 
 def test_every_page_is_in_the_index() -> None:

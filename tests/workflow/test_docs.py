@@ -18,6 +18,7 @@ from swarm.model import RunStatus
 from swarm.workflow import validate
 from swarm.workflow.parse import _Step
 from tests.vm.packages_here import wheel, wheels_from
+from tests.workflow import execute as here
 from tests.workflow.execute import REGISTRY, execute, run_agent
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -86,6 +87,23 @@ def test_an_agent_with_requirements(tmp_path: Path) -> None:
         env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
         done = subprocess.run(argv, check=False, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
     assert done.returncode == 0 and "example 1" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, workflow = blocks("tutorial.md", "yaml")
+    (program,) = blocks("tutorial.md", "python")
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent/agent.yaml").write_text(manifest)
+    (tmp_path / "agent/main.py").write_text(program)
+    package = agents.read_package(tmp_path / "agent")
+    (example,) = package.examples
+    assert check.differences(example.outputs, run_agent(package.agent, example.inputs, tmp_path / "work")) == []
+    monkeypatch.setattr(here, "BUILTIN", [*here.BUILTIN, package.agent])
+    (tmp_path / "run").mkdir()
+    with Jail() as jail:
+        texts = {"texts": ["one two three", "four five", "six"]}
+        end = execute(validate.load(workflow, REGISTRY), texts, tmp_path / "run", jail)
+    assert (end.status, end.outputs) == (RunStatus.COMPLETED, {"total": 6}), end.error
 
 
 def test_every_yaml_is_one_of_these() -> None:
