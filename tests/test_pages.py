@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+import typer
 
 from swarm.cli import main
 from swarm.store.sql.schema import metadata
@@ -45,14 +45,12 @@ def test_every_command_that_is_named_exists(page: Path) -> None:
 
 def _is_command(words: str) -> bool:
     first, _, second = words.partition(" ")
-    group = next((one.typer_instance for one in main.app.registered_groups if _name(one.typer_instance) == first), None)
-    if group is None:
-        return first in {command.name for command in main.app.registered_commands}
-    return not second or second in {command.name for command in group.registered_commands}
+    groups = {str(app.info.name): app for one in main.app.registered_groups if (app := one.typer_instance)}
+    return (not second or second in _commands(groups[first])) if first in groups else first in _commands(main.app)
 
 
-def _name(app: Any) -> str:
-    return str(app.info.name)
+def _commands(app: typer.Typer) -> set[str]:
+    return {one.name or one.callback.__name__ for one in app.registered_commands if one.callback}
 
 
 def test_every_page_is_in_the_index() -> None:
