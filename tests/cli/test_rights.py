@@ -75,10 +75,10 @@ def test_templates_and_vms_of_who_is_not_root(tmp_path: Path) -> None:
     for command in (["template", "list"], ["template", "rm", "abc"]):
         done = run(tmp_path, *NOT_ROOT, BIN / "swarm", *command)
         assert (done.returncode, done.stderr) == (
-            1, f"error: can't look into {tmp_path / 'templates'}: Permission denied (templates are root's)\n",
+            1, f"error: can't look into {tmp_path / 'templates'}: Permission denied (only root may read templates)\n",
         )  # fmt: skip
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "template", "build")
-    assert done.returncode == 1 and "locks (Swarm's VMs are root's): Permission denied" in done.stderr
+    assert done.returncode == 1 and "locks (only root may see Swarm's VMs): Permission denied" in done.stderr
     (tmp_path / "state").chmod(0o555)
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "bench")
     assert done.returncode == 1 and "can't write to" in done.stderr

@@ -267,10 +267,11 @@ class _Misfit(Launcher):
         sound = wiring.launcher(settings, choice)
         self.__dict__.update(sound.__dict__)
         self.seen: list[int] = []
+        self.inventory = wiring.inventory(settings)
 
-    def _identity(self, n: int, *, seeded: bool = True, sshd_ready: bool = False) -> tuple[Identity, str]:
-        self.seen += [record.pid for record in self._inventory.records() if record.n == n]
-        identity, key = super()._identity(n, seeded=seeded, sshd_ready=sshd_ready)
+    def new_identity(self, n: int, *, seeded: bool = True, sshd_ready: bool = False) -> tuple[Identity, str]:
+        self.seen += [record.pid for record in self.inventory.records() if record.n == n]
+        identity, key = super().new_identity(n, seeded=seeded, sshd_ready=sshd_ready)
         return replace(identity, hostname="x" * 65), key  # longer than Linux takes
 
 
@@ -287,9 +288,9 @@ def test_a_guest_that_reports_another_identity_is_refused(
     eight: list[Twin], fields: dict[str, Any], named: str
 ) -> None:
     live = eight[0].live
-    launchers._check(live.renewed, live.identity)
+    launchers.check_renewed(live.renewed, live.identity)
     with pytest.raises(BootFailed, match=named):
-        launchers._check(replace(live.renewed, **fields), live.identity)
+        launchers.check_renewed(replace(live.renewed, **fields), live.identity)
 
 
 def test_a_guest_may_not_say_that_it_skipped_its_identity(eight: list[Twin]) -> None:
@@ -297,7 +298,7 @@ def test_a_guest_may_not_say_that_it_skipped_its_identity(eight: list[Twin]) -> 
     names = ("generation", "hostname", "host_name", "machine_id", "machineid")
     lies = replace(live.renewed, generation="other", hostname="other", machine_id="f" * 32, skipped=names)
     with pytest.raises(BootFailed, match="generation, host name, machine id"):
-        launchers._check(lies, live.identity)
+        launchers.check_renewed(lies, live.identity)
 
 
 def test_the_templates_token_opens_no_clone(eight: list[Twin], template: Template, loop: asyncio.Runner) -> None:
@@ -352,6 +353,7 @@ def test_a_vmm_that_writes_into_its_template_is_found_out(
             assert done.stdout == b"could not hide it\n"
         with capture_logs() as logs:
             assert await launcher.template(spec, build=False) is None, "the next clone gets a new template"
-        assert {"event": "template is rebuilt", "reason": "memory is not what was built"}.items() <= logs[-1].items()
+        reason = f"{tmp_path / template.key / 'memory'} is not what was built (its sha256 differs)"
+        assert {"event": "template is rebuilt", "reason": reason}.items() <= logs[-1].items()
 
     loop.run(hijack())

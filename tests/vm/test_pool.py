@@ -1,4 +1,4 @@
-"""The pool: machines made ahead, and what may become of them before anybody takes one."""
+"""The pool: VMs kept ready, and what may happen to them before they are taken."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from textwrap import dedent
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -21,15 +21,15 @@ from swarm.app import wiring
 from swarm.base import process
 from swarm.base.clock import Timeline
 from swarm.config import Settings
-from swarm.errors import HostError
+from swarm.errors import ChannelError, HostError
 from swarm.vm import pool as pools
 from swarm.vm.driver import Image, Template, VmSpec
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
-from swarm.vm.pool import Pool, Ready, Shelf
+from swarm.vm.pool import Pool, PoolStatus
 from swarm.vm.slots.inventory import MAX_SLOT
 from swarm.vm.slots.slot_pool import SlotPool
 
-pytestmark = pytest.mark.needs("qemu")
+qemu = pytest.mark.needs("qemu")
 
 
 @pytest.fixture
@@ -55,6 +55,27 @@ async def hello_world(live: LiveVm) -> str:
     return said.decode()
 
 
+class Clock:
+    """The real one, which can be put forward."""
+
+    ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def status_of(pool: Pool) -> PoolStatus:
+    [status] = pool.inspect()
+    return status
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - the pool does not notify
+            await asyncio.sleep(0.01)
+
+
+@qemu
 async def test_a_ready_machine_is_handed_out_and_replaced(launcher: Launcher, spec: VmSpec, settings: Settings) -> None:
     inventory = wiring.inventory(settings)
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
@@ -78,11 +99,11 @@ async def test_a_ready_machine_is_handed_out_and_replaced(launcher: Launcher, sp
     assert not Path(f"/proc/{taken.vm.pid}").exists()
 
 
+@qemu
 async def test_waiting_machines_yield_to_working_ones(launcher: Launcher, spec: VmSpec) -> None:
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
-        [shelf] = pool._shelves.values()
-        waiting = shelf.ready[0].live.vm.pid
+        waiting = status_of(pool).ready[0].pid
         assert nice_of(waiting) == {19}
         async with live(launcher, spec) as taken:
             assert taken.vm.pid == waiting
@@ -93,34 +114,36 @@ def nice_of(pid: int) -> set[int]:
     return {os.getpriority(os.PRIO_PROCESS, int(t.name)) for t in Path(f"/proc/{pid}/task").iterdir()}
 
 
+@qemu
 async def test_an_empty_pool_keeps_nobody_waiting(launcher: Launcher, spec: VmSpec) -> None:
     async with Pool(launcher, warm=0) as pool, live(launcher, spec) as taken:
         assert "hello" in await hello_world(taken)
         assert (pool.hits, pool.misses) == (0, 1)
 
 
+@qemu
 async def test_a_dead_machine_is_noticed_and_replaced(launcher: Launcher, spec: VmSpec) -> None:
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
-        [shelf] = pool._shelves.values()
-        victim = shelf.ready[0]
-        os.kill(victim.live.vm.pid, signal.SIGKILL)
+        victim = status_of(pool).ready[0].pid
+        os.kill(victim, signal.SIGKILL)
         async with live(launcher, spec) as taken:
-            assert taken.vm.pid != victim.live.vm.pid
+            assert taken.vm.pid != victim
             assert "hello" in await hello_world(taken)
 
 
+@qemu
 async def test_a_machine_that_does_not_answer_is_not_handed_out(launcher: Launcher, spec: VmSpec) -> None:
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
-        [shelf] = pool._shelves.values()
-        victim = shelf.ready[0].live.vm.pid
+        victim = status_of(pool).ready[0].pid
         os.kill(victim, signal.SIGSTOP)  # the VMM lives, the guest does not answer
         async with live(launcher, spec) as taken:
             assert taken.vm.pid != victim
             assert "hello" in await hello_world(taken)
 
 
+@qemu
 async def test_nobody_waits_for_machines_that_can_not_be_made(
     settings: Settings, spec: VmSpec, launcher: Launcher
 ) -> None:
@@ -131,6 +154,7 @@ async def test_nobody_waits_for_machines_that_can_not_be_made(
             await within(pool.filled())
 
 
+@qemu
 async def test_no_fault_of_the_host_ends_the_filling(
     settings: Settings, spec: VmSpec, launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -141,12 +165,13 @@ async def test_no_fault_of_the_host_ends_the_filling(
     async with Pool(wiring.launcher(own, launcher.choice), warm=2, specs=[spec], back_off_seconds=0.05) as pool:
         with pytest.raises(HostError, match="File exists"):
             await within(pool.filled())
+        assert status_of(pool).failures >= 3 and "File exists" in status_of(pool).trouble
         (tmp_path / "ssh").unlink()
-        async with asyncio.timeout(60):
-            while pool.status()[0].ready < 2:  # noqa: ASYNC110 - `filled` may still tell of the faults
-                await asyncio.sleep(0.05)
+        await until(lambda: len(status_of(pool).ready) == 2)  # `filled` may still raise for the failures
+        assert status_of(pool).failures == 0
 
 
+@qemu
 async def test_who_waits_for_a_full_pool_is_told_when_its_template_can_not_be_built(
     spec: VmSpec, launcher: Launcher
 ) -> None:
@@ -156,65 +181,41 @@ async def test_who_waits_for_a_full_pool_is_told_when_its_template_can_not_be_bu
             await within(pool.filled())
 
 
-async def test_who_waits_for_a_full_pool_is_let_go_when_less_is_wanted(launcher: Launcher, spec: VmSpec) -> None:
-    template = await launcher.template(spec)
-    assert template is not None
-    async with Pool(launcher, warm=None) as pool:
-        shelf = pool._shelf(template)
-        shelf.retry_at = float("inf")  # as after a failure: nothing is made meanwhile
-        waiting = asyncio.ensure_future(pool.filled())
-        await asyncio.sleep(0)
-        shelf.last_asked -= pools.FORGET_SECONDS + 1
-        pool._news.set()
-        await within(waiting)
-
-
-async def test_who_waits_for_a_full_pool_is_let_go_when_it_is_left(launcher: Launcher, spec: VmSpec) -> None:
-    template = await launcher.template(spec)
-    assert template is not None
-    async with Pool(launcher, warm=1) as pool:
-        pool._shelf(template).retry_at = float("inf")
-        waiting = asyncio.ensure_future(pool.filled())
-        await asyncio.sleep(0)
-    with pytest.raises(HostError, match="the pool was left"):
-        await within(waiting)
-
-
 async def within(work: Awaitable[None], *, seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         await work
 
 
+@qemu
 async def test_the_pool_follows_a_template_that_is_removed_or_changed(
     settings: Settings, spec: VmSpec, launcher: Launcher
 ) -> None:
     """It is built again, with another token, before the next machine is made of it."""
-    async with Pool(launcher, warm=1, specs=[spec], back_off_seconds=0.05) as pool:
+    clock = Clock()
+    async with Pool(launcher, warm=1, specs=[spec], back_off_seconds=0.05, look_seconds=0.05, clock=clock) as pool:
         await within(pool.filled())
-        [shelf] = pool._shelves.values()
-        first = shelf.template
+        first = await launcher.template(spec)
+        assert first is not None
         await wiring.templates(settings).remove(first.key)
         async with live(launcher, spec) as taken:
             assert "hello" in await hello_world(taken)
             await within(pool.filled())
-        second = shelf.template
-        assert second.token != first.token
+        second = await launcher.template(spec, build=False)
+        assert second is not None and second.token != first.token
         with (second.dir / "memory").open("r+b") as file:  # by a VMM that a guest took over, say
             file.write(b"\xff" * 4096)
-        shelf.ready[0].born -= pools.MAX_AGE_SECONDS
-        pool._news.set()
-        await within(_other(shelf, second))
+        damaged_since = status_of(pool).ready[0].pid
+        clock.ahead += pools.MAX_AGE_SECONDS
+        await until(lambda: damaged_since not in [vm.pid for vm in status_of(pool).ready])
         await within(pool.filled())
+        third = await launcher.template(spec, build=False)
+        assert third is not None and third.token != second.token
         async with live(launcher, spec) as taken:
             assert "hello" in await hello_world(taken)
         assert (pool.hits, pool.misses) == (2, 0)
 
 
-async def _other(shelf: Shelf, template: Template) -> None:
-    while shelf.template.token == template.token:  # noqa: ASYNC110 - the pool tells of machines, not of templates
-        await asyncio.sleep(0.05)
-
-
+@qemu
 async def test_a_machine_made_with_other_limits_is_not_handed_out(launcher: Launcher, spec: VmSpec) -> None:
     """They are not in the template's key: a driver gives them to each clone."""
     slow = dataclasses.replace(spec, disk_mb_per_second=1.0)
@@ -228,78 +229,43 @@ async def test_a_machine_made_with_other_limits_is_not_handed_out(launcher: Laun
         assert (pool.hits, pool.misses) == (1, 1)
 
 
-def on_shelf(pool: Pool, template: Template, count: int, closing: Callable[[], Awaitable[object]]) -> Shelf:
-    """Machines of which there is nothing but their end."""
-    shelf = pool._shelf(template)
-    for _ in range(count):
-        undo = AsyncExitStack()
-        undo.push_async_callback(closing)
-        death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        shelf.ready.append(Ready(live=cast(LiveVm, None), undo=undo, born=time.monotonic(), death=death))
-    return shelf
-
-
-async def test_two_makers_may_let_go_of_the_same_machines(launcher: Launcher, spec: VmSpec) -> None:
-    template = await launcher.template(spec)
-    assert template is not None
-    pool, ending = Pool(launcher, warm=1), asyncio.Event()
-    for key in ("one", "two"):
-        shelf = on_shelf(pool, dataclasses.replace(template, key=key), 1, ending.wait)
-        shelf.last_asked -= pools.FORGET_SECONDS + 1
-    makers = [asyncio.create_task(pool._retire()) for _ in range(2)]
-    await asyncio.sleep(0)
-    ending.set()
-    await asyncio.gather(*makers)
-    assert pool.status() == []
-
-
-async def test_more_than_is_wanted_goes_at_once(launcher: Launcher, spec: VmSpec) -> None:
-    template = await launcher.template(spec)
-    assert template is not None
-    pool, closed = Pool(launcher, warm=1), []
-
-    async def close() -> None:
-        closed.append(1)
-
-    shelf = on_shelf(pool, template, 10, close)
-    await pool._retire()
-    assert (len(shelf.ready), len(closed)) == (2, 8)
-
-
+@qemu
 async def test_an_old_machine_is_not_handed_out(launcher: Launcher, spec: VmSpec) -> None:
-    async with Pool(launcher, warm=1, specs=[spec]) as pool:
+    clock = Clock()
+    async with Pool(launcher, warm=1, specs=[spec], clock=clock) as pool:
         await pool.filled()
-        [shelf] = pool._shelves.values()
-        shelf.ready[0].born -= pools.MAX_AGE_SECONDS
-        old = shelf.ready[0].live.vm.pid
+        old = status_of(pool).ready[0].pid
+        clock.ahead += pools.MAX_AGE_SECONDS
         async with live(launcher, spec) as taken:
             assert taken.vm.pid != old
 
 
+@qemu
 async def test_a_pool_that_is_left_while_it_fills_leaves_nothing(launcher: Launcher, spec: VmSpec) -> None:
     async with Pool(launcher, warm=3, specs=[spec]) as pool:
-        await pool._opening
-        [status] = pool.status()
-        assert status.wanted == 3
+        await until(lambda: bool(pool.inspect()))
+        assert status_of(pool).wanted == 3
 
 
+@qemu
 async def test_slots_are_used_again(launcher: Launcher, spec: VmSpec) -> None:
     async with launcher.keeping(1, ahead=1):
         [making] = [task for task in asyncio.all_tasks() if task.get_name() == "slots-ahead"]
         await making
-        assert launcher._slots.free == 1
+        assert launcher.slots.free == 1
         numbers = set()
         for _ in range(3):
             async with live(launcher, spec) as taken:
                 numbers.add(taken.n)
                 assert "hello" in await hello_world(taken), "the network works again"
         assert len(numbers) == 1
-        await launcher._slots.idle()
-        assert launcher._slots.free == 1
-    assert launcher._slots.free == 0
+        await launcher.slots.idle()
+        assert launcher.slots.free == 1
+    assert launcher.slots.free == 0
 
 
-async def test_a_seat_that_was_tampered_with_is_made_anew(settings: Settings) -> None:
+@qemu
+async def test_a_slot_that_was_tampered_with_is_made_anew(settings: Settings) -> None:
     vm_slots = SlotPool(inventory=wiring.inventory(settings), network=wiring.network(settings), first=41_000)
     vm_slots.keep = 1
     async with AsyncExitStack() as undo:
@@ -316,25 +282,7 @@ async def test_a_seat_that_was_tampered_with_is_made_anew(settings: Settings) ->
     assert 41_000 not in wiring.inventory(settings).numbers()
 
 
-async def test_auto_follows_the_arrivals(launcher: Launcher, spec: VmSpec) -> None:
-    template = await launcher.template(spec)
-    assert template is not None
-    pool = Pool(launcher, warm=None)
-    shelf = pool._shelf(template)
-    assert pool.wanted(shelf) == 1, "used a moment ago"
-    shelf.make_seconds = 1.0
-    now = asyncio.get_running_loop().time()
-    shelf.arrivals.extend([now] * 90)  # three a second, and one takes a second to make
-    assert pool.wanted(shelf) == 4
-    shelf.arrivals.extend([now] * 900)
-    assert pool.wanted(shelf) == pools.AUTO_MAX
-    shelf.arrivals.clear()
-    shelf.last_asked -= pools.FORGET_SECONDS + 1
-    assert pool.wanted(shelf) == 0
-    shelf.pinned = True
-    assert pool.wanted(shelf) == 1
-
-
+@qemu
 async def test_what_a_killed_owner_had_ready_is_swept(launcher: Launcher, spec: VmSpec, settings: Settings) -> None:
     code = """
     import asyncio, sys
@@ -376,6 +324,7 @@ async def test_what_a_killed_owner_had_ready_is_swept(launcher: Launcher, spec: 
     assert not Path(f"/proc/{record.pid}").exists()
 
 
+@qemu
 async def test_a_pool_that_is_left_while_its_template_is_built_leaves_nothing(
     settings: Settings, image: Image, tmp_path: Path
 ) -> None:
@@ -387,3 +336,158 @@ async def test_a_pool_that_is_left_while_its_template_is_built_leaves_nothing(
         await asyncio.sleep(0)  # it has begun
     assert wiring.inventory(own).numbers() == before
     assert wiring.templates(own).all() == []
+
+
+# --- without VMs: what is kept, made and ended, by a clock that the test sets -----------------------------------------
+
+
+class Guest:
+    """A VM of which there is nothing but its end. Its agentd answers whatever it is asked."""
+
+    pid = 0
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def wait(self) -> str:
+        await self.ended.wait()
+        return "ended"
+
+    async def put(self, *_: object, **__: object) -> None: ...
+    async def run(self, *_: object, **__: object) -> None: ...
+    async def get(self, *_: object, **__: object) -> None: ...
+    async def hello(self) -> Mapping[str, object]:
+        raise ChannelError("it is not used")
+
+
+class Cloner:
+    """Stands in for a launcher: clones of any template, at once, or ``fault``. ``making`` is called for each;
+    ``ending`` is what their ends wait for."""
+
+    def __init__(self, *, fault: Exception | None = None, making: Callable[[], None] = lambda: None) -> None:
+        self.fault = fault
+        self.making = making
+        self.ending = asyncio.Event()
+        self.ending.set()
+        self.ends_begun = self.ends = 0
+
+    def attach(self, source: object) -> None: ...
+    def detach(self) -> None: ...
+
+    async def template(self, spec: VmSpec) -> Template:
+        return a_template(spec)
+
+    async def clone(self, template: Template, undo: AsyncExitStack) -> LiveVm:
+        if self.fault:
+            raise self.fault
+        self.making()
+        guest = Guest()
+        undo.push_async_callback(self._end, guest)
+        return LiveVm(n=1, vm=cast(Any, guest), channel=cast(Any, guest), renewed=NONE, vm_slot=NONE, identity=NONE)
+
+    async def renew(self, live: LiveVm) -> None: ...
+
+    async def _end(self, guest: Guest) -> None:
+        self.ends_begun += 1
+        await self.ending.wait()
+        guest.ended.set()
+        self.ends += 1
+
+
+NONE = cast(Any, None)
+SPEC = VmSpec(
+    image=Image(
+        digest="d", dir=Path("/"), kernel=Path("/"), kernel_elf=Path("/"), root=Path("/"), initramfs=None, boot_args=""
+    )
+)
+
+
+def a_template(spec: VmSpec = SPEC) -> Template:
+    return Template(key=f"template of {spec.memory_mb} MB", dir=Path("/"), spec=spec, token=b"")
+
+
+def a_pool(cloner: Cloner, clock: Callable[[], float], *, warm: int | None, **more: Any) -> Pool:
+    return Pool(cast(Launcher, cloner), warm=warm, clock=clock, look_seconds=0.01, **more)
+
+
+async def request(pool: Pool, times: int = 1, *, template: Template | None = None) -> None:
+    for _ in range(times):
+        async with AsyncExitStack() as undo:
+            await pool.take(template or a_template(), Assignment(), undo)
+
+
+async def test_auto_follows_the_arrivals() -> None:
+    now = 1000.0
+    pool = a_pool(Cloner(), lambda: now, warm=None)  # not entered: nothing is made
+    await request(pool)
+    now += pools.WINDOW_SECONDS + 1
+    assert status_of(pool).wanted == 1, "used a moment ago"
+    await request(pool, 90)  # three a second, and one takes a second to make
+    assert status_of(pool).wanted == 4
+    await request(pool, 900)
+    assert status_of(pool).wanted == pools.AUTO_MAX
+    now += pools.FORGET_SECONDS + 1
+    assert status_of(pool).wanted == 0
+
+
+async def test_what_was_requested_at_the_start_is_never_forgotten() -> None:
+    now = 1000.0
+    async with a_pool(Cloner(), lambda: now, warm=None, specs=[SPEC]) as pool:
+        await within(pool.filled())
+        now += 10 * pools.FORGET_SECONDS
+        assert status_of(pool).wanted == 1
+
+
+async def test_more_than_is_wanted_is_ended_at_once() -> None:
+    now = 1000.0
+
+    def a_second_later() -> None:
+        nonlocal now
+        now += 1
+
+    cloner = Cloner(making=a_second_later)
+    async with a_pool(cloner, lambda: now, warm=None, specs=[SPEC]) as pool:
+        await request(pool, 900)
+        await until(lambda: len(status_of(pool).ready) == pools.AUTO_MAX)
+        assert cloner.ends == 0
+        now += pools.WINDOW_SECONDS + 1
+        await until(lambda: len(status_of(pool).ready) == 2)
+        assert (status_of(pool).wanted, cloner.ends) == (1, pools.AUTO_MAX - 2)
+
+
+async def test_two_makers_may_forget_the_same_templates() -> None:
+    now, cloner = 1000.0, Cloner()
+    async with a_pool(cloner, lambda: now, warm=1) as pool:
+        for memory_mb in (128, 256):
+            await request(pool, template=a_template(dataclasses.replace(SPEC, memory_mb=memory_mb)))
+        await until(lambda: [len(status.ready) for status in pool.inspect()] == [1, 1])
+        cloner.ending.clear()
+        now += pools.FORGET_SECONDS + 1
+        await until(lambda: cloner.ends_begun == 2)  # each maker ends one
+        cloner.ending.set()
+        await until(lambda: cloner.ends == 2)
+        assert pool.inspect() == []
+        await request(pool)
+        await within(pool.filled())  # both makers are at work
+
+
+async def test_filled_returns_when_less_is_wanted() -> None:
+    now, cloner = 1000.0, Cloner(fault=HostError("not now"))
+    async with a_pool(cloner, lambda: now, warm=1, back_off_seconds=float("inf")) as pool:
+        await request(pool)
+        await until(lambda: status_of(pool).failures == 1)
+        assert (status_of(pool).trouble, status_of(pool).ready) == ("not now", ())
+        waiting = asyncio.ensure_future(pool.filled())
+        await asyncio.sleep(0)
+        now += pools.FORGET_SECONDS + 1
+        await within(waiting)
+
+
+async def test_filled_ends_when_the_pool_is_left() -> None:
+    async with a_pool(Cloner(fault=HostError("not now")), time.monotonic, warm=1, back_off_seconds=1e9) as pool:
+        await request(pool)
+        await until(lambda: status_of(pool).failures == 1)
+        waiting = asyncio.ensure_future(pool.filled())
+        await asyncio.sleep(0)
+    with pytest.raises(HostError, match="the pool was left"):
+        await within(waiting)

@@ -18,7 +18,7 @@ from textwrap import dedent
 import pytest
 
 from swarm.app import wiring
-from swarm.base import process
+from swarm.base import files, process
 from swarm.base.aio import undoing
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError, NotFound
@@ -180,7 +180,7 @@ async def test_what_somebody_has_just_removed_or_used_is_not_collected(templates
     assert sorted(both) == [[], [old.key]]
     await templates.get(spec, a_shape(spec), Builder())
     os.utime(stamp, (time.time() - 9000,) * 2)
-    async with templates._locked(old.key):
+    async with files.locked_async(templates.dir / f".{old.key}.lock", poll_seconds=0.01):
         assert await templates.collect(unused_seconds=3600) == [], "in somebody's hands"
         os.utime(stamp)
     assert await templates.collect(unused_seconds=3600) == []
@@ -292,15 +292,15 @@ import asyncio, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_template import a_shape, a_spec
-from swarm.vm import template as module
+from swarm.vm.template import Templates
 
 where, step = Path(sys.argv[1]), sys.argv[2]
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
-class Dying(module.Templates):
-    def _stamp(self, place, manifest):
-        if step == "manifest": die()
-        super()._stamp(place, manifest)
+def watch(event, arguments):
+    if step == "manifest" and event == "os.rename" and str(arguments[0]).endswith(".building"): die()
+
+sys.addaudithook(watch)
 
 async def build(dir):
     if step == "empty": die()
@@ -311,7 +311,7 @@ async def build(dir):
     if step == "all files": die()
     return b"t" * 32
 
-asyncio.run(Dying(dir=where).get(a_spec(), a_shape(a_spec()), build))
+asyncio.run(Templates(dir=where).get(a_spec(), a_shape(a_spec()), build))
 """
 
 
@@ -377,7 +377,7 @@ async def test_a_torn_state_is_a_boot_failure(launcher: Launcher, real: Template
     os.truncate(torn.dir / STATE_FILE, 20_000)
     with pytest.raises(BootFailed, match="could not restore the template"):
         async with undoing() as undo:
-            await launcher.prepare(torn, undo)
+            await launcher.clone(torn, undo)
 
 
 @pytest.mark.needs("qemu")
@@ -390,7 +390,7 @@ async def test_a_restore_that_hangs_is_given_up(launcher: Launcher, real: Templa
     try:
         with pytest.raises(BootFailed, match="did not run within"):
             async with undoing() as undo:
-                await launcher.prepare(stuck, undo)
+                await launcher.clone(stuck, undo)
     finally:
         os.close(writer)
 
@@ -407,7 +407,7 @@ async def test_a_vm_that_dies_right_after_its_restore_is_not_waited_for(
     async with asyncio.timeout(30):  # not the boot timeout
         with pytest.raises(BootFailed, match=r"did not come up|died|ended"):
             async with undoing() as undo:
-                await launcher.prepare(blank, undo)
+                await launcher.clone(blank, undo)
 
 
 @pytest.mark.needs("qemu")

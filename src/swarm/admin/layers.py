@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from swarm import agents
+from swarm.base.progress import Progress
 from swarm.engine.engine import ImageSource
 from swarm.errors import SwarmError
 from swarm.model import Agent
 from swarm.store.store import Store
 from swarm.vm.driver import Layer
-from swarm.vm.image.build import Progress
 from swarm.vm.image.layer import HostLayers, LayerInfo, Layers, own_modules
 
 

@@ -181,6 +181,11 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def boot_id() -> str:
+    """Names this boot of the host: pids and start times mean nothing after the next."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def _pidfd(pid: int) -> int | None:
     try:
         return os.pidfd_open(pid)

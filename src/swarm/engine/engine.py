@@ -167,13 +167,13 @@ class Engine:
                 await watcher.placed(live.n)
                 await egress.open(lambda port: self._launcher.listen(live, port))
                 tail.redactor = egress.redactor
-                await live.unless_it_dies(_send_files(live, claim, inputs))
+                await live.while_alive(_send_files(live, claim, inputs))
                 timeline.mark("renewed")
-                ended = await live.unless_it_dies(self._run_within_budget(claim, live, tail, egress))
+                ended = await live.while_alive(self._run_within_budget(claim, live, tail, egress))
                 timeline.mark("started", int(ended.started_at * 1e9))
                 timeline.mark("ended", int(ended.ended_at * 1e9))
                 check_exit(ended)
-                outputs = _redacted(await live.unless_it_dies(self._collect(live)), egress.redactor)
+                outputs = _redacted(await live.while_alive(self._collect(live)), egress.redactor)
                 if agent.outputs_schema is not None:
                     check.outputs(agent, json.loads(outputs))
                 timeline.mark("collected")

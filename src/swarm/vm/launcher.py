@@ -1,7 +1,7 @@
-"""From a VmSpec to a machine that is ready for an agent, and back to nothing.
+"""From a VmSpec to a VM that is ready for an agent, and its removal afterwards.
 
-Every step registers its undo before it is taken, and the undo can't be cancelled, so whatever happens at whatever
-moment (failure, Ctrl+C, a dead VMM), nothing of a VM stays. What SIGKILL leaves is found by `swarm.vm.slots.sweep`.
+Every step registers its undo first, and the undo can't be cancelled. So nothing of a VM stays, whatever happens at
+whatever moment (failure, Ctrl+C, a dead VMM). What SIGKILL leaves behind is found by `swarm.vm.slots.sweep`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from swarm.base import files
 from swarm.base.aio import finish_uninterrupted, undoing
 from swarm.base.clock import Timeline
 from swarm.base.process import start_time
@@ -41,14 +42,14 @@ T = TypeVar("T")
 
 TOKEN_BYTES = 32
 TOKEN_FILE = "token"
-# How long after a broken channel a dying VMM may take to be seen dead, so that the error names the real cause.
-_LAST_GASP_SECONDS = 2.0
-_PRELOAD_PATIENCE = 4
+# After the channel broke, the VMM has this long to end, so that the error names the real cause.
+_EXIT_SECONDS = 2.0
+_PRELOAD_FACTOR = 4  # of the boot timeout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """Whom a VM serves, as others on this host see it."""
+    """What a VM is used for, as its record tells other processes on this host."""
 
     ticket_id: str | None = None
     attempt_id: str | None = None
@@ -65,23 +66,23 @@ class LiveVm:
     vm_slot: VmSlot
     identity: Identity = field(repr=False)
 
-    async def unless_it_dies(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``; if the VM ends first, or takes the channel with it, OutcomeUnknown says how."""
-        return await unless_it_dies(self.vm, work)
+    async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``. Raises OutcomeUnknown, with how it ended, if the VM ends first."""
+        return await while_alive(self.vm, work)
 
 
 class Source(Protocol):
-    """Where machines may be that were made ahead: the pool, which is above us."""
+    """Where the launcher may find VMs made ahead. (It can't import the pool, which is on a higher layer.)"""
 
     async def take(self, template: Template, assignment: Assignment, undo: AsyncExitStack) -> LiveVm | None:
-        """One that answers now, or None. ``undo`` ends it."""
+        """A VM that answers now, or None. ``undo`` ends it."""
 
 
 class Launcher:
-    """``first_slot`` is where free slots are sought.
+    """Starts VMs, in free slots from ``first_slot`` upward.
 
-    With ``templates``, and a driver that can, machines are clones; else each boots from its image. While a
-    `swarm.vm.pool.Pool` is attached, clones come from there when it has any.
+    With ``templates``, and a driver that supports snapshots, VMs are clones; otherwise each boots from its image. While
+    a `swarm.vm.pool.Pool` is attached, clones come from there if it has any ready.
     """
 
     def __init__(
@@ -101,13 +102,13 @@ class Launcher:
         self._inventory = inventory
         self._templates = templates if choice.probe.snapshots else None
         self._ssh = ssh_dir
-        self._slots = SlotPool(inventory=inventory, network=self._network, first=first_slot)
+        self.slots = SlotPool(inventory=inventory, network=self._network, first=first_slot)
         self._source: Source | None = None
         self._boot_timeout_seconds = boot_timeout_seconds
 
     @asynccontextmanager
     async def vm(self, spec: VmSpec, assignment: Assignment, timeline: Timeline) -> AsyncIterator[LiveVm]:
-        """A machine for the length of the block. Raises BootFailed, HostError."""
+        """A VM for the length of the block. Raises BootFailed, HostError."""
         template = await self.template(spec)
         timeline.mark("template")
         async with undoing() as undo:
@@ -116,74 +117,74 @@ class Launcher:
                 for mark in ("slot", "running", "answered"):
                     timeline.mark(mark)
             else:
-                vm_slot = await self._slots.take(undo)
+                vm_slot = await self.slots.take(undo)
                 live = await self._launch(spec, template, vm_slot, assignment, timeline, undo)
             undo.callback(_report, live, spec, assignment)  # before the VM's end
             yield live
 
     @asynccontextmanager
     async def keeping(self, slots: int, *, ahead: int = 0) -> AsyncIterator[None]:
-        """While the block lasts, up to so many free network slots are kept for the next machines, and used again;
-        ``ahead`` of them are made now, while nobody waits."""
-        self._slots.keep += slots
-        making = asyncio.create_task(self._stock(ahead), name="slots-ahead")
+        """For the length of the block, keep up to ``slots`` free slots for the next VMs; make ``ahead`` of them
+        now, in the background."""
+        self.slots.keep += slots
+        making = asyncio.create_task(self._fill_slots(ahead), name="slots-ahead")
         try:
             yield
         finally:
             making.cancel()
-            await finish_uninterrupted(_closed(making, self._slots))
+            await finish_uninterrupted(_closed(making, self.slots))
 
-    async def _stock(self, slots: int) -> None:
+    async def _fill_slots(self, count: int) -> None:
         try:
-            await self._slots.stock(slots)
+            await self.slots.fill(count)
         except SwarmError as error:
             log.warning("no network slot could be made ahead", error=str(error))
 
     def attach(self, source: Source) -> None:
-        """Take machines from there when it has any, from now on."""
+        """From now on, take VMs from ``source`` if it has any."""
         self._source = source
 
     def detach(self) -> None:
-        """Make every machine here again."""
+        """From now on, start every VM here."""
         self._source = None
 
-    async def prepare(self, template: Template, undo: AsyncExitStack) -> LiveVm:
-        """A clone for nobody yet; `assignment` says later whom it serves."""
-        vm_slot = await self._slots.take(undo)
+    async def clone(self, template: Template, undo: AsyncExitStack) -> LiveVm:
+        """A clone that is used for nothing yet; see `assign`. ``undo`` ends it."""
+        vm_slot = await self.slots.take(undo)
         return await self._launch(template.spec, template, vm_slot, Assignment(), Timeline(), undo)
 
-    async def freshen(self, live: LiveVm) -> None:
-        """Renew a machine once more: same identity, new randomness, the time of now."""
+    async def renew(self, live: LiveVm) -> None:
+        """Renew a VM once more: same identity, new randomness, present time."""
         identity = replace(live.identity, seed=os.urandom(SEED_BYTES))
-        renewed = await live.unless_it_dies(live.channel.renew(identity))
-        _check(renewed, identity, may_skip=not self._driver.networked)
+        renewed = await live.while_alive(live.channel.renew(identity))
+        check_renewed(renewed, identity, may_skip=not self._driver.networked)
 
     async def listen(self, live: LiveVm, port: int) -> tuple[socket.socket, str]:
-        """A socket that listens where this machine alone can connect, and its address as the machine sees it.
+        """A socket that listens where only this VM can connect, and its address as the VM sees it.
 
-        A machine without a network of its own shares the host's: then any port of loopback."""
+        A VM without a network of its own shares the host's: for it, any free port of loopback."""
         if self._network is None or live.vm_slot.slot is None:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, f"127.0.0.1:{listener.getsockname()[1]}"
         return await self._network.listen(live.vm_slot.slot, port), f"{GUEST_GATEWAY}:{port}"
 
     async def refused(self, live: LiveVm) -> int:
-        """How many frames it sent in another's name, or in no IPv4: all were dropped at its tap. Never raises."""
+        """How many frames it sent with a foreign address, or that were not IPv4; its tap dropped them. Never raises."""
         if self._network is None or live.vm_slot.slot is None:
             return 0
         try:
             return await self._network.refused(live.vm_slot.slot)
         except (SwarmError, RuntimeError) as error:  # no more threads
-            log.warning("can't tell what a VM was refused", n=live.n, error=str(error))
+            log.warning("can't count the frames that a VM was refused", n=live.n, error=str(error))
             return 0
 
-    def assignment(self, live: LiveVm, assignment: Assignment) -> None:
-        """Say whom a machine serves now, as others on this host see it."""
+    def assign(self, live: LiveVm, assignment: Assignment) -> None:
+        """Record what a VM is used for from now on."""
         _record(live.vm_slot, live.vm, self._driver.name, assignment)
 
     async def template(self, spec: VmSpec, *, build: bool = True) -> Template | None:
-        """The template for this shape, built now if there is none; None when this launcher makes no clones, or, without
-        ``build``, when there is none."""
+        """The template for this shape, built now if it is missing; None if this launcher makes no clones, or if it is
+        missing and ``build`` is false."""
         if self._templates is None:
             return None
         parts = shape(spec, driver=self._driver, probe=self._probe)
@@ -192,9 +193,9 @@ class Launcher:
         return await self._templates.get(spec, parts, lambda dir: self._build_template(spec, dir))  # noqa: A006
 
     async def spawn(self, n: int, spec: VmSpec, *, seeded: bool = True) -> VmRecord:
-        """VM ``n`` by hand: it outlives this process. An older VM ``n`` made by hand is replaced; one that a live
-        process uses is a Conflict. Without ``seeded`` the guest gets no randomness (to test what the doctor finds)."""
-        # One VM is no reason to build a template; where there is one, its clone is up sooner.
+        """Start VM ``n`` manually: it outlives this process. It replaces an older manual VM ``n``; raises Conflict if a
+        live process uses ``n``. Without ``seeded``, the guest gets no randomness (to test what the doctor finds)."""
+        # One VM does not justify building a template; if there is one, its clone is up sooner.
         template = await self.template(spec, build=False) if seeded and spec.entropy else None
         async with undoing() as undo:
             lease = await sweep.take(self._inventory, self._network, n, replace=True)
@@ -204,15 +205,15 @@ class Launcher:
                 spec, template, vm_slot, Assignment(), Timeline(), undo, outlive=True, seeded=seeded
             )
             if self._network is not None and seeded:
-                # So that who is told "VM 1 is up" finds its sshd up; without KVM its start takes a second or more.
-                await live.unless_it_dies(live.channel.sshd_ready(timeout_seconds=self._boot_timeout_seconds))
+                # "VM 1 is up" must be true for ssh as well; without KVM, sshd takes a second or more to start.
+                await live.while_alive(live.channel.sshd_ready(timeout_seconds=self._boot_timeout_seconds))
             live.channel.close()
-            record = lease.hand_over()
-            undo.pop_all()  # it stays; nothing may come between the two
+            record = lease.detach()
+            undo.pop_all()  # it stays; no await may come between the two
         return record
 
     async def remove(self, n: int) -> None:
-        """Remove VM ``n``, one by hand or a leftover. Raises NotFound, Conflict."""
+        """Remove VM ``n``, a manual one or a leftover. Raises NotFound, Conflict."""
         await sweep.remove_vm(self._inventory, self._network, n)
         if self._network is not None:
             await asyncio.to_thread(self._ssh.know, self._network.address(n), None)
@@ -245,14 +246,14 @@ class Launcher:
 
         vm = await finish_uninterrupted(start())
         timeline.mark("running")
-        identity, known_key = self._identity(lease.n, seeded=seeded, sshd_ready=outlive and seeded)
+        identity, known_key = self.new_identity(lease.n, seeded=seeded, sshd_ready=outlive and seeded)
         token = template.token if template else identity.token
         channel = await self._connect(vm, token, undo, listening=template is not None, preloads=bool(spec.preload))
         timeline.mark("answered")
-        renewed = await unless_it_dies(vm, channel.renew(identity))
-        _check(renewed, identity, may_skip=not self._driver.networked)
+        renewed = await while_alive(vm, channel.renew(identity))
+        check_renewed(renewed, identity, may_skip=not self._driver.networked)
         if outlive:
-            _write_token(lease.dir / TOKEN_FILE, identity.token)
+            files.write_atomically(lease.dir / TOKEN_FILE, identity.token, mode=0o600)
             if slot:
                 await asyncio.to_thread(self._ssh.know, slot.address, known_key)
         return LiveVm(n=lease.n, vm=vm, channel=channel, renewed=renewed, vm_slot=vm_slot, identity=identity)
@@ -263,7 +264,7 @@ class Launcher:
         network = self._network
 
         async def create() -> Slot:
-            slot = await network.create(lease.n)  # which undoes itself; a Conflict means that the slot is not ours
+            slot = await network.create(lease.n)  # it undoes itself; a Conflict means that the slot is not ours
             undo.push_async_callback(network.destroy, lease.n)
             return slot
 
@@ -272,24 +273,24 @@ class Launcher:
     async def _connect(
         self, vm: Vm, token: bytes, undo: AsyncExitStack, *, listening: bool = False, preloads: bool = False
     ) -> Channel:
-        """agentd's first answer: userspace is up. A VM that ends before is a BootFailed with its last words."""
-        # It answers when all is imported, which without KVM takes a large package a quarter of a minute of its own.
-        patience = self._boot_timeout_seconds * (_PRELOAD_PATIENCE if preloads else 1)
+        """Wait for agentd's first answer: userspace is up. Raises BootFailed, with the end of the console."""
+        # It answers after all preloads are imported; without KVM, a large package alone takes 15 seconds.
+        timeout_seconds = self._boot_timeout_seconds * (_PRELOAD_FACTOR if preloads else 1)
 
         async def connect() -> Channel:
             return await undo.enter_async_context(
-                Channel.connect(vm.endpoint, token=token, timeout_seconds=patience, listening=listening)
+                Channel.connect(vm.endpoint, token=token, timeout_seconds=timeout_seconds, listening=listening)
             )
 
         try:
-            return await unless_it_dies(vm, connect())
+            return await while_alive(vm, connect())
         except (OutcomeUnknown, ChannelError) as error:
             last = last_lines(vm.console, lines=4)
             seen = f"; its console ends with: {' | '.join(last)}" if last and "console" not in str(error) else ""
             raise BootFailed(f"the VM did not come up: {error}{seen}") from error
 
-    def _identity(self, n: int, *, seeded: bool = True, sshd_ready: bool = False) -> tuple[Identity, str]:
-        """A fresh identity for VM ``n``, and the public half of its host key."""
+    def new_identity(self, n: int, *, seeded: bool = True, sshd_ready: bool = False) -> tuple[Identity, str]:
+        """A new identity for VM ``n``, and the public half of its host key."""
         key = ssh.new_key()
         identity = Identity(
             generation=secrets.token_hex(16),
@@ -305,11 +306,11 @@ class Launcher:
         return identity, key.public
 
     async def _build_template(self, spec: VmSpec, dir: Path) -> bytes:  # noqa: A002
-        """Boot a VM, warm it up, and freeze it into ``dir``. Returns the token that its clones will know."""
+        """Boot a VM, warm it up, and write its snapshot into ``dir``. Returns the token that its clones will know."""
         token = secrets.token_bytes(TOKEN_BYTES)
         full = replace(spec, preload=(*COMMON_MODULES, *spec.preload))
         async with undoing() as undo:
-            vm_slot = await self._slots.take(undo)
+            vm_slot = await self.slots.take(undo)
 
             async def start() -> Vm:
                 vm = await self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True)
@@ -320,29 +321,29 @@ class Launcher:
             vm = await finish_uninterrupted(start())
             async with AsyncExitStack() as connection:
                 channel = await self._connect(vm, token, connection, preloads=bool(spec.preload))
-                if failed := (await unless_it_dies(vm, channel.hello())).preload_failed:
+                if failed := (await while_alive(vm, channel.hello())).preload_failed:
                     said = "; ".join(f"{name}: {printable(why.encode())[:200]}" for name, why in failed.items())
                     raise BootFailed(f"what the agent's manifest preloads can't be imported: {said}", retryable=False)
                 keeps_disk = getattr(self._driver, "keeps_disk", False)
-                await unless_it_dies(vm, warm_template(channel, token, work_disk=keeps_disk))
-            # The connection is closed, and with SO_LINGER 0 the guest holds no TCP state of it.
+                await while_alive(vm, warm_template(channel, token, work_disk=keeps_disk))
+            # The connection is closed, and with SO_LINGER 0 the guest keeps no TCP state of it.
             await vm.snapshot(dir)
         return token
 
 
-async def unless_it_dies(vm: Vm, work: Coroutine[Any, Any, T]) -> T:
-    task, death = asyncio.ensure_future(work), asyncio.ensure_future(vm.wait())
+async def while_alive(vm: Vm, work: Coroutine[Any, Any, T]) -> T:
+    task, exited = asyncio.ensure_future(work), asyncio.ensure_future(vm.wait())
     try:
-        await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, exited}, return_when=asyncio.FIRST_COMPLETED)
         if task.done() and isinstance(task.exception(), ChannelError):
-            await asyncio.wait({death}, timeout=_LAST_GASP_SECONDS)
-        if death.done() and not (task.done() and task.exception() is None):
-            raise _death(vm, death.result())
+            await asyncio.wait({exited}, timeout=_EXIT_SECONDS)
+        if exited.done() and not (task.done() and task.exception() is None):
+            raise _exit_error(vm, exited.result())
         return task.result()
     finally:
-        for each in (task, death):
+        for each in (task, exited):
             each.cancel()
-        await asyncio.gather(task, death, return_exceptions=True)
+        await asyncio.gather(task, exited, return_exceptions=True)
 
 
 async def _closed(making: asyncio.Task[None], vm_slots: SlotPool) -> None:
@@ -350,8 +351,8 @@ async def _closed(making: asyncio.Task[None], vm_slots: SlotPool) -> None:
     await vm_slots.close()
 
 
-def _death(vm: Vm, how: str) -> StepError:
-    """Why a VM is gone, from what its console shows."""
+def _exit_error(vm: Vm, how: str) -> StepError:
+    """Why a VM ended, from its console."""
     lines = last_lines(vm.console, lines=200)
     panic = next((i for i, line in enumerate(lines) if "Kernel panic" in line), None)
     if panic is not None:
@@ -361,10 +362,9 @@ def _death(vm: Vm, how: str) -> StepError:
     return OutcomeUnknown(f"the VM died while it was in use: {how}; its console ends with: {last}")
 
 
-def _check(renewed: Renewed, identity: Identity, *, may_skip: bool = False) -> None:
-    """A guest that is not fully itself is not used: two clones might share secrets, or write into the wrong disk.
-
-    ``may_skip``: it is a plain process, which leaves the host's name and machine id alone; a VM has no such excuse."""
+def check_renewed(renewed: Renewed, identity: Identity, *, may_skip: bool = False) -> None:
+    """Raises BootFailed unless the guest took its whole identity: two clones might share secrets, or write to the wrong
+    disk. ``may_skip``: it is a plain process, which leaves the host's name and machine id alone; a VM may not."""
     wrong = [
         what
         for what, given, got in (
@@ -398,12 +398,6 @@ def _record(vm_slot: VmSlot, vm: Vm, driver: str, assignment: Assignment) -> Non
 
 
 def _report(live: LiveVm, spec: VmSpec, assignment: Assignment) -> None:
-    """What a VM took, as the host sees it. (The guest's own last writes may not have got that far.)"""
+    """Log what a VM used, as the host sees it. (The guest's last writes may not have reached the disk.)"""
     used_mb = round(used_bytes(live.vm_slot.lease.dir / "work.ext4") / (1 << 20), 1)
     log.info("VM ends", vm=live.n, ticket=assignment.ticket_id, work_disk_mb=used_mb, of_mb=spec.disk_mb)
-
-
-def _write_token(path: Path, token: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(token)

@@ -76,7 +76,7 @@ async def test_only_how_to_reach_a_registry_is_taken_of_the_hosts_configuration(
     ("stderr", "said"),
     [
         ("E: Failed to fetch http://x  Temporary failure resolving 'x'", "can't reach the package registry"),
-        ("dpkg: error: unable to write: No space left on device", "full"),
+        ("dpkg: error: unable to write: No space left on device", "no space left in"),
         ("noise\nE: Unable to locate package nosuch\n", "E: Unable to locate package nosuch"),
     ],
 )

@@ -98,8 +98,8 @@ async def test_same_inputs_same_digest_and_two_at_once_build_once(
     old_base.mkdir()
     (old_base / "base.json").write_text("{}")
     aged(old_base / "base.json")
-    shutil.copytree(image.dir, images._dir / image.digest, copy_function=os.link)
-    aged(images._dir / image.digest)
+    shutil.copytree(image.dir, images.dir / image.digest, copy_function=os.link)
+    aged(images.dir / image.digest)
     steps: list[str] = []
     one, two = await asyncio.gather(*(images.build(progress=lambda label, _: steps.append(label)) for _ in "ab"))
     assert one == two and one.digest == other.digest
@@ -143,15 +143,15 @@ async def test_only_what_nobody_uses_gets_old(store: Images, image: Image, tmp_p
     assert store.collect(()) == (), "just made"
     aged(place)
     assert store.collect({image.digest}) == (), "a template's"
-    assert Images(dir=store._dir, cache=tmp_path, default=image.digest[:12]).collect(()) == (), "the settings' own"
+    assert Images(dir=store.dir, cache=tmp_path, default=image.digest[:12]).collect(()) == (), "the settings' own"
     found = await store.find()
     assert store.collect(()) == (), "just asked for"
-    aged(store._dir / ".verified" / image.digest)
+    aged(store.dir / ".verified" / image.digest)
     with store.used(found):
-        assert Images(dir=store._dir, cache=tmp_path).collect(()) == (), "in use by a live process"
+        assert Images(dir=store.dir, cache=tmp_path).collect(()) == (), "in use by a live process"
     assert await store.find() == found
     assert store.collect(()) == (), "asked for again, with nothing to hash"
-    aged(store._dir / ".verified" / image.digest)
+    aged(store.dir / ".verified" / image.digest)
     assert store.collect(()) == (image.digest,)
     assert store.list() == []
 

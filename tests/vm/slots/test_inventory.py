@@ -17,7 +17,7 @@ import pytest
 
 from swarm.base import process
 from swarm.errors import Conflict, HostError, UsageError
-from swarm.vm.slots.inventory import Busy, Inventory, Kind, VmRecord, boot_id, read_record
+from swarm.vm.slots.inventory import Busy, Inventory, Kind, VmRecord, read_record
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_slot_is_reserved_used_and_released(inventory: Inventory) -> None:
     lease.record(VmRecord(n=7, pid=me[0], started=me[1], driver="qemu", ticket_id="t'\"\n", attempt_id="a"))
     (record,) = inventory.records()
     assert record.alive and record.ticket_id == "t'\"\n"
-    assert (record.owner_pid, record.boot_id, record.created_at) == (me[0], boot_id(), intent.created_at)
+    assert (record.owner_pid, record.boot_id, record.created_at) == (me[0], process.boot_id(), intent.created_at)
 
     assert inventory.stale() == []
     lease.release()
@@ -127,17 +127,17 @@ def test_free_slots_skip_what_is_there(inventory: Inventory) -> None:
 def test_a_vm_by_hand_outlives_its_command(inventory: Inventory) -> None:
     lease = inventory.reserve(1)
     with pytest.raises(Conflict, match="no VMM process was recorded"):
-        lease.hand_over()
+        lease.detach()
     with vmm() as (pid, started):
         lease.record(VmRecord(n=1, pid=pid, started=started))
-        assert lease.hand_over().kind is Kind.MANUAL
+        assert lease.detach().kind is Kind.MANUAL
         assert inventory.stale() == [] and inventory.held() == {}
         lease.release()  # as a clean-up that runs all the same would: it is not ours any more
         with pytest.raises(Conflict, match=rf"VM 1 runs \(pid {pid}\), started by hand"):
             inventory.reserve(1)
         replacing = inventory.reserve(1, replace=True)
         assert replacing.leftover
-        replacing.let_go()
+        replacing.unlock()
     assert [s.reason for s in inventory.stale()] == [f"its VMM (pid {pid}) ended"]
     assert inventory.reserve(1).leftover
 
@@ -146,7 +146,7 @@ def test_pids_mean_nothing_after_a_reboot(inventory: Inventory) -> None:
     lease = inventory.reserve(1)
     with vmm() as (pid, started):
         lease.record(VmRecord(n=1, pid=pid, started=started, boot_id="another"))
-        lease.hand_over()
+        lease.detach()
         assert not inventory.records()[0].alive
         assert len(inventory.stale()) == 1
 
@@ -156,7 +156,7 @@ def test_pids_mean_nothing_after_a_reboot(inventory: Inventory) -> None:
     [None, "", "{", "[]", "null", '{"n": 3}', '{"kind": "other", "n": 3}', '{"kind": "attempt", "n": 3, "x": 1}'],
 )
 def test_a_torn_record_is_half_made(inventory: Inventory, text: str | None) -> None:
-    inventory.reserve(3).let_go()
+    inventory.reserve(3).unlock()
     file = inventory.dir(3) / "vm.json"
     file.unlink()
     if text is not None:
@@ -166,7 +166,7 @@ def test_a_torn_record_is_half_made(inventory: Inventory, text: str | None) -> N
 
 
 def test_a_lock_file_alone_is_litter(inventory: Inventory) -> None:
-    inventory.reserve(3).let_go()
+    inventory.reserve(3).unlock()
     for file in inventory.dir(3).iterdir():
         file.unlink()
     inventory.dir(3).rmdir()
@@ -180,8 +180,8 @@ def test_eviction_takes_a_slot_from_a_live_owner(inventory: Inventory) -> None:
     new = inventory.evict(5)
     assert new.leftover
     new.empty()
-    new.prepare()
-    for write in (lambda: old.record(VmRecord(n=5)), old.hand_over):
+    new.create_dir()
+    for write in (lambda: old.record(VmRecord(n=5)), old.detach):
         with pytest.raises(Conflict):
             write()
     old.release()
@@ -189,7 +189,7 @@ def test_eviction_takes_a_slot_from_a_live_owner(inventory: Inventory) -> None:
 
 
 def test_other_files_are_not_vms(inventory: Inventory) -> None:
-    inventory.reserve(5).let_go()
+    inventory.reserve(5).unlock()
     for name in ("0", "x", "007", "123456", "-1"):
         (inventory.state_dir / "vms" / name).mkdir()
     (inventory.state_dir / "locks" / "vmx.lock").touch()

@@ -59,7 +59,7 @@ async def main():
     if how in ("running", "manual"):
         place.record(VmRecord(n=n, pid=pid, started=process.start_time(pid), ticket_id="t1"))
     if how == "manual":
-        place.hand_over()
+        place.detach()
     print("vmm", pid, flush=True)
     await asyncio.to_thread(sys.stdin.read)
 
@@ -150,7 +150,7 @@ async def test_taking_a_slot_removes_what_was_there(inventory: Inventory, networ
         await sweep.take(inventory, network, 1)
     with pytest.raises(Conflict, match=f"pid {os.getpid()}"):
         await sweep.remove_vm(inventory, network, 1)
-    lease.let_go()  # as if we had died
+    lease.unlock()  # as if we had died
     await sweep.remove_vm(inventory, network, 1)
     assert await network.list() == []
     with pytest.raises(NotFound, match="there is no VM 1"):
@@ -234,7 +234,7 @@ async def test_another_installs_vms_are_kept_while_they_are_used(inventory: Inve
     used, forgotten = theirs.reserve(7), theirs.reserve(8)
     for lease in (used, forgotten):
         await elsewhere.create(lease.n)
-    forgotten.let_go()
+    forgotten.unlock()
     report = await sweep.cleanup(inventory, ours)
     assert report.removed == (f"VM 8 of {theirs.state_dir}",)
     assert report.kept[0].startswith(f"VM 7 of {theirs.state_dir}: ") and "in use" in report.kept[0]
@@ -264,7 +264,7 @@ async def test_a_foreign_namespace_with_the_name_of_a_slot_stays(inventory: Inve
 
 async def test_one_stuck_vm_does_not_stop_the_others(inventory: Inventory, network: Network) -> None:
     for n in (1, 2):
-        inventory.reserve(n).let_go()
+        inventory.reserve(n).unlock()
     await ip("netns", "add", "vm99")  # /run/netns exists now
     try:
         (netns.RUN / "vm1").mkdir()  # can't be unlinked as a file
@@ -282,7 +282,7 @@ async def test_without_a_network_only_process_and_files_go(inventory: Inventory)
     lease = inventory.reserve(1)
     child = await process.spawn(["sleep", "600"], output=lease.dir / "log")
     lease.record(VmRecord(n=1, kind=Kind.ATTEMPT, pid=child.pid, started=process.start_time(child.pid) or 0))
-    lease.let_go()
+    lease.unlock()
     assert [r.n for r in (await sweep.sweep(inventory, None)).removed] == [1]
     await child.wait()
     assert inventory.numbers() == []
@@ -293,7 +293,7 @@ async def test_a_vm_without_a_network_leaves_the_network_alone(inventory: Invent
     await network.create(1)
     lease = inventory.reserve(1)
     lease.record(VmRecord(n=1, pid=1, driver="process"))
-    lease.let_go()
+    lease.unlock()
     assert [r.n for r in (await sweep.sweep(inventory, network)).removed] == [1]
     assert [slot.n for slot in await network.list()] == [1]
 

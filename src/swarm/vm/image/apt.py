@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from swarm.base import process
+from swarm.base import files, process
 from swarm.errors import CommandFailed, ImageError
 
 # How apt reaches a registry (apt.conf(5)): what of the host's configuration is kept.
@@ -168,7 +168,7 @@ def explain(error: CommandFailed, *, where: Path) -> ImageError:
     """What the failure of a package tool means to the user."""
     said = f"{error.stderr}\n{error}"
     if FULL_DISK.search(said):
-        return ImageError(f"the disk that holds {where} is full: building needs about 1 GB")
+        return ImageError(files.no_space(where, "a build needs about 1 GB"))
     if found := _NO_NETWORK.search(said):
         return ImageError(
             f"can't reach the package registry that apt is configured for ({found[0]}): check the network and "

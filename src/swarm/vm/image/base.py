@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from swarm.base import process
+from swarm.base import files, process
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, ImageError
 from swarm.vm.image import apt, kernel
-from swarm.vm.image.build import EPOCH, Progress, Recipe, in_root, remove, tool, walk
-from swarm.vm.image.staging import file_digest
+from swarm.vm.image.build import EPOCH, Recipe, in_root, remove, tool, walk
 
 _USRMERGE_HOOK: Final = Path("/usr/share/mmdebstrap/hooks/merged-usr")
 UNWANTED_PATHS: Final = ("man", "doc", "info", "locale", "lintian", "bug", "bash-completion", "zsh")  # in /usr/share
@@ -51,7 +51,7 @@ async def build_base(recipe: Recipe, stage: Path, progress: Progress) -> None:
         "packages": root.result(),
         "kernel_version": version.result(),
         "modules": [m.name for m in modules],
-        "parts": {str(p.relative_to(stage)): await asyncio.to_thread(file_digest, p) for p in parts},
+        "parts": {str(p.relative_to(stage)): await asyncio.to_thread(files.sha256_of, p) for p in parts},
     }
     (stage / "base.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
 

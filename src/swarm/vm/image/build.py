@@ -16,17 +16,16 @@ import platform
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from swarm.base import process
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, HostError, ImageError
 from swarm.vm.image import kernel
-
-Progress = Callable[[str, float], None]
 
 # Raise it when the code below makes another image of the same packages and guest files.
 BUILDER_VERSION: Final = 1

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -31,18 +30,21 @@ from typing import Any, Final
 
 import structlog
 
+from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
-from swarm.errors import CommandFailed, HostError, ImageError, NotFound
+from swarm.base.progress import Progress, silent
+from swarm.errors import ImageError, NotFound
 from swarm.vm.driver import Image
-from swarm.vm.image import apt, build, staging
+from swarm.vm.image import build, staging
 from swarm.vm.image.base import build_base
-from swarm.vm.image.build import Progress, Recipe
+from swarm.vm.image.build import Recipe
 
 log = structlog.get_logger(__name__)
 
 GUEST: Final = Path(__file__).resolve().parents[2] / "guest"
 _MANIFEST: Final = "manifest.json"
 _FORMAT: Final = 1
+SETTING: Final = "SWARM_IMAGES_DIR"
 # Whenever an image is built, those that nobody used for so long go: an update leaves the old ones behind.
 UNUSED_SECONDS: Final = 14 * 86400.0
 # Shares of a build's time, measured (docs/adr/0003-image.md); the progress of each step is its own.
@@ -67,7 +69,7 @@ class Images:
     """The images in ``dir``. ``cache`` keeps bases between builds; ``guest`` holds our own guest files."""
 
     def __init__(self, *, dir: Path, cache: Path, guest: Path = GUEST, default: str = "") -> None:  # noqa: A002
-        self._dir = dir
+        self.dir = dir
         self._cache = cache
         self._guest = guest
         self._default = default
@@ -80,7 +82,7 @@ class Images:
         kernel: Path | None = None,
         boot_args: str | None = None,
         keep: Collection[str] = (),
-        progress: Progress = lambda label, fraction: None,
+        progress: Progress = silent,
     ) -> Image:
         """The image of the current recipe, built unless it is there. ``force`` fetches all packages anew.
 
@@ -93,26 +95,18 @@ class Images:
         if not force and (image := await self._find_complete(recipe)):
             return image
         build.require_root()
-        try:
-            self._dir.mkdir(parents=True, exist_ok=True)
-            async with staging.locked(self._dir / ".lock", lambda: progress("waiting for another build", 0.0)):
+        with staging.build_errors("an image", self.dir, "an image needs 1 GB while it is built", setting=SETTING):
+            self.dir.mkdir(parents=True, exist_ok=True)
+            async with staging.lock(self.dir, progress):
                 if not force and (image := await self._find_complete(recipe)):
                     return image  # the build we waited for made it
-                await finish_uninterrupted(asyncio.to_thread(staging.sweep, self._dir))
-                base = await self._base(recipe, force, lambda label, f: progress(label, _BASE_SHARE * f))
+                await finish_uninterrupted(asyncio.to_thread(staging.sweep, self.dir))
+                base = await self._base(recipe, force, lambda step, f: progress(step, _BASE_SHARE * f))
                 image = await self._assemble(
-                    recipe, base, kernel, lambda label, f: progress(label, _BASE_SHARE + (1 - _BASE_SHARE) * f)
+                    recipe, base, kernel, lambda step, f: progress(step, _BASE_SHARE + (1 - _BASE_SHARE) * f)
                 )
                 await finish_uninterrupted(asyncio.to_thread(self.collect, {image.digest, *keep}))
                 return image
-        except CommandFailed as error:
-            if not apt.FULL_DISK.search(str(error)):
-                raise
-            raise _full_disk(self._dir) from error
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _full_disk(self._dir) from error
-            raise HostError(f"can't build an image: {error.filename or self._dir}: {error.strerror}") from error
 
     async def find(self, ref: str | None = None) -> Image:
         """The image whose digest begins with ``ref``, or the newest of the current recipe (or the default that these
@@ -127,7 +121,7 @@ class Images:
             info = self._current(recipe)
             if info is None:
                 raise ImageError(
-                    f"there is no guest image for this version of Swarm in {self._dir}: run `swarm image build`"
+                    f"there is no guest image for this version of Swarm in {self.dir}: run `swarm image build`"
                 )
         else:
             info = self._named(ref)
@@ -136,7 +130,7 @@ class Images:
     def list(self) -> list[ImageInfo]:
         """Every image, newest first. Unreadable ones are left out, with a line in the log."""
         found = []
-        for dir in sorted(self._dir.glob("[0-9a-f]*")) if self._dir.exists() else ():  # noqa: A001
+        for dir in sorted(self.dir.glob("[0-9a-f]*")) if self.dir.exists() else ():  # noqa: A001
             try:
                 found.append(_info(dir))
             except ImageError as error:
@@ -146,10 +140,7 @@ class Images:
     def remove(self, ref: str) -> str:
         """Remove an image; return its digest. VMs that run from it go on (they have its files open)."""
         digest = self._named(ref).digest
-        doomed = self._dir / f"{staging.BUILDING}removed-{digest}"
-        (self._dir / digest).rename(doomed)
-        (self._dir / ".verified" / digest).unlink(missing_ok=True)
-        shutil.rmtree(doomed)
+        staging.remove(self.dir, digest)
         return digest
 
     def used(self, image: Image) -> AbstractContextManager[None]:
@@ -161,10 +152,15 @@ class Images:
         old = []
         for info in self.list():
             wanted = info.digest in keep or (self._default and info.digest.startswith(self._default))
-            if not wanted and staging.unused(info.dir, self._dir / ".verified" / info.digest, seconds=unused_seconds):
+            if not wanted and staging.unused(
+                info.dir, self.dir / staging.VERIFIED / info.digest, seconds=unused_seconds
+            ):
                 log.info("image removed: nobody used it for long", image=info.digest[:12], built=info.built_at)
                 old.append(self.remove(info.digest))
         return tuple(old)
+
+    def _stamp(self, info: ImageInfo) -> Path:
+        return self.dir / staging.VERIFIED / info.digest
 
     # --- finding --------------------------------------------------------------------------------------------------
 
@@ -172,7 +168,7 @@ class Images:
         """The newest of the recipe; looked for again when an image has come or gone, which the directory's time tells:
         every ticket asks."""
         try:
-            stamp = self._dir.stat().st_mtime_ns
+            stamp = self.dir.stat().st_mtime_ns
         except OSError:
             return None
         if self._last is None or self._last[:2] != (stamp, recipe.key):
@@ -183,7 +179,7 @@ class Images:
     def _named(self, ref: str) -> ImageInfo:
         fits = [info for info in self.list() if info.digest.startswith(ref)] if ref else []
         if not fits:
-            raise NotFound(f"no image {ref!r} in {self._dir}; `swarm image list` shows those there are")
+            raise NotFound(f"no image {ref!r} in {self.dir}; `swarm image list` shows those there are")
         if len(fits) > 1:
             raise ImageError(
                 f"{ref!r} could be any of {', '.join(i.digest[:12] for i in fits)}: give more of the digest"
@@ -207,7 +203,7 @@ class Images:
             staging.Part(path=paths[name], size_bytes=part["size_bytes"], sha256=part["sha256"])
             for name, part in manifest["parts"].items()
         ]
-        if wrong := staging.damage(parts, self._dir / ".verified" / info.digest):
+        if wrong := staging.damage(parts, self._stamp(info)):
             raise ImageError(f"image {info.digest[:12]} is damaged: {wrong}; {_REBUILD}")
         return Image(
             digest=info.digest,
@@ -227,13 +223,13 @@ class Images:
         """The directory of the recipe's base, built when it is not there, torn, or to be fetched anew."""
         self._cache.mkdir(parents=True, exist_ok=True)
         final = self._cache / recipe.base_key
-        async with staging.locked(self._cache / ".lock", lambda: progress("waiting for another build", 0.0)):
+        async with staging.lock(self._cache, progress):
             await finish_uninterrupted(asyncio.to_thread(staging.sweep, self._cache))
             with contextlib.suppress(OSError):
                 os.utime(final / "base.json")
             await finish_uninterrupted(asyncio.to_thread(_collect_bases, self._cache, recipe.base_key))
             if not force and await asyncio.to_thread(_base_is_complete, final):
-                build.check_host(for_base=False, where=self._dir)
+                build.check_host(for_base=False, where=self.dir)
                 return final
             build.check_host(for_base=True, where=self._cache)
             async with staging.staged(self._cache) as stage:
@@ -243,14 +239,14 @@ class Images:
 
     async def _assemble(self, recipe: Recipe, base: Path, kernel: Path | None, progress: Progress) -> Image:
         told = json.loads((base / "base.json").read_text())
-        async with staging.staged(self._dir) as stage:
+        async with staging.staged(self.dir) as stage:
             parts = await build.assemble(recipe, base, stage, progress)
             described: dict[str, dict[str, Any]] = {}
             for name, path in sorted(parts.items()):
                 path.chmod(0o444)  # immutable, and a VMM with a uid of its own may read it by a descriptor
                 described[name] = {
                     "file": path.name,
-                    "sha256": await asyncio.to_thread(staging.file_digest, path),
+                    "sha256": await asyncio.to_thread(files.sha256_of, path),
                     "size_bytes": path.stat().st_size,
                 }
             manifest = {
@@ -267,10 +263,10 @@ class Images:
             }
             digest = _digest(manifest)
             manifest["digest"] = digest
-            staging.replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            staging.write_manifest(stage / _MANIFEST, manifest)
             stage.chmod(0o755)
-            await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage, self._dir / digest))
-        return await asyncio.to_thread(self._verified, _info(self._dir / digest))
+            await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage, self.dir / digest))
+        return await asyncio.to_thread(self._verified, _info(self.dir / digest))
 
 
 _REBUILD: Final = "run `swarm image build` to build it again"
@@ -321,10 +317,6 @@ def _collect_bases(cache: Path, current: str) -> None:
 def _base_is_complete(base: Path) -> bool:
     try:
         parts = json.loads((base / "base.json").read_text())["parts"]
-        return all(staging.file_digest(base / name) == sha256 for name, sha256 in parts.items())
+        return all(files.sha256_of(base / name) == sha256 for name, sha256 in parts.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _full_disk(dir: Path) -> ImageError:  # noqa: A002
-    return ImageError(f"the disk that holds {dir} is full: an image needs 1 GB while it is built")

@@ -16,15 +16,13 @@ fetched then.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import json
-import os
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +30,13 @@ from typing import Any, Final
 
 import structlog
 
+from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
-from swarm.errors import CommandFailed, HostError, ImageError, LayerMissing, NotFound
+from swarm.base.progress import Progress, silent
+from swarm.errors import HostError, ImageError, LayerMissing, NotFound
 from swarm.model import Agent
 from swarm.vm.driver import Image, Layer
-from swarm.vm.image import apt, layer_build, pip, staging
-from swarm.vm.image.build import Progress
+from swarm.vm.image import layer_build, pip, staging
 
 log = structlog.get_logger(__name__)
 
@@ -78,7 +77,7 @@ class Layers:
         raise LayerMissing(_missing(agent, what))
 
     async def build(
-        self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = lambda label, fraction: None
+        self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = silent
     ) -> Layer | None:
         """The agent's layer, built unless it is there (or ``force``). Needs the network, and root.
 
@@ -91,8 +90,8 @@ class Layers:
         if not force and (layer := await self._find_complete(key)):
             return layer
         layer_build.check_host(_made(self.dir))
-        try:
-            async with staging.locked(self.dir / ".lock", lambda: progress("waiting for another build", 0.0)):
+        with _build_errors(self.dir):
+            async with staging.lock(self.dir, progress):
                 if not force and (layer := await self._find_complete(key)):
                     return layer
                 await finish_uninterrupted(asyncio.to_thread(staging.sweep, self.dir))
@@ -108,12 +107,6 @@ class Layers:
                     )
                     await finish_uninterrupted(asyncio.to_thread(self._move_in, stage, key, shape, installed))
                 return await asyncio.to_thread(self._verified, key)
-        except CommandFailed as error:
-            if not apt.FULL_DISK.search(str(error)):
-                raise
-            raise ImageError(f"the disk that holds {self.dir} is full: the layer was not built") from error
-        except OSError as error:
-            raise _unwritable(error, self.dir) from error
 
     def list(self) -> list[LayerInfo]:
         """Every layer, newest first."""
@@ -151,10 +144,7 @@ class Layers:
         fits = [info.key for info in self.list() if key and info.key.startswith(key)]
         if len(fits) != 1:
             raise NotFound(f"{len(fits) or 'no'} layers begin with {key!r}; `swarm agent layers` shows those there are")
-        doomed = self.dir / f"{staging.BUILDING}removed-{fits[0]}"
-        (self.dir / fits[0]).rename(doomed)
-        (self.dir / ".verified" / fits[0]).unlink(missing_ok=True)
-        shutil.rmtree(doomed)
+        staging.remove(self.dir, fits[0])
         return fits[0]
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -177,7 +167,7 @@ class Layers:
             part = staging.Part(path=place / _FILE, size_bytes=told["size_bytes"], sha256=told["sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise ImageError(f"{place / _MANIFEST} can't be read ({error!r})") from error
-        if wrong := staging.damage([part], self.dir / ".verified" / key):
+        if wrong := staging.damage([part], self.dir / staging.VERIFIED / key):
             raise ImageError(wrong)
         return Layer(digest=part.sha256, path=part.path)
 
@@ -187,11 +177,11 @@ class Layers:
         manifest = {
             "shape": shape,
             "installed": asdict(installed),
-            "sha256": staging.file_digest(file),
+            "sha256": files.sha256_of(file),
             "size_bytes": file.stat().st_size,
             "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        staging.replace(stage / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        staging.write_manifest(stage / _MANIFEST, manifest)
         stage.chmod(0o755)
         staging.move_in(stage, self.dir / key)
 
@@ -214,7 +204,7 @@ class HostLayers:
         return Layer(digest=key, path=self.dir / key)
 
     async def build(
-        self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = lambda label, fraction: None
+        self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = silent
     ) -> Layer | None:
         if not agent.requirements:
             return None
@@ -223,11 +213,8 @@ class HostLayers:
         if final.is_dir() and not force:
             return Layer(digest=final.name, path=final)
         _made(self.dir)
-        try:
-            async with (
-                staging.locked(self.dir / ".lock", lambda: progress("waiting for another build", 0.0)),
-                staging.staged(self.dir) as stage,
-            ):
+        with _build_errors(self.dir):
+            async with staging.lock(self.dir, progress), staging.staged(self.dir) as stage:
                 progress("installing requirements", 0.1)
                 python = f"Python {platform.python_version()} on this host"
                 await pip.run(
@@ -237,8 +224,6 @@ class HostLayers:
                     python=python,
                 )  # fmt: skip
                 await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage / "new", final))
-        except OSError as error:
-            raise _unwritable(error, self.dir) from error
         return Layer(digest=final.name, path=final)
 
 
@@ -295,7 +280,5 @@ def _made(dir: Path) -> Path:  # noqa: A002
     return dir
 
 
-def _unwritable(error: OSError, dir: Path) -> Exception:  # noqa: A002
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ImageError(f"the disk that holds {dir} is full: the layer was not built")
-    return HostError(f"can't build a layer: {error.filename or dir}: {os.strerror(error.errno or 0)}")
+def _build_errors(dir: Path) -> AbstractContextManager[None]:  # noqa: A002
+    return staging.build_errors("a layer", dir, pip.NOT_BUILT)

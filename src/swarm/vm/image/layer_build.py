@@ -19,14 +19,16 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Final
 
-from swarm.base import process
+from swarm.base import files, process
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, HostError, ImageError, UsageError
 from swarm.model import DEBIAN_PACKAGE
 from swarm.vm.driver import Image
 from swarm.vm.image import apt, pip
 from swarm.vm.image.base import UNWANTED_PATHS
-from swarm.vm.image.build import EPOCH, Progress, remove, tool
+from swarm.vm.image.build import EPOCH, remove, tool
+from swarm.vm.image.pip import NOT_BUILT
 
 # Raise it when the code below makes another layer of the same requirements and packages.
 BUILDER_VERSION: Final = 1
@@ -223,7 +225,7 @@ async def _in(root: Path, *argv: str, check: bool = True) -> None:
         await tool("prlimit", f"--fsize={MAX_BYTES}", "--", *_fence(root), "chroot", str(root), *argv)
     except CommandFailed as error:
         if apt.FULL_DISK.search(str(error)):
-            raise ImageError(f"the disk that holds {root.parent} is full: the layer was not built") from error
+            raise ImageError(files.no_space(root.parent, NOT_BUILT)) from error
         if check:
             raise UsageError(f"the requirements can't be installed: {error.stderr[-1000:]}") from error
 
@@ -273,5 +275,5 @@ def _keep_what_is_new(root: Path, before: Mapping[str, tuple[int, ...]]) -> int:
 
 def _below(root: Path) -> Iterator[Path]:
     """Everything below ``root``, what is in a directory before it; no link is followed."""
-    for place, dirs, files in os.walk(root, topdown=False):
-        yield from (Path(place, name) for name in (*dirs, *files))
+    for place, dirs, others in os.walk(root, topdown=False):
+        yield from (Path(place, name) for name in (*dirs, *others))

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from swarm.base import process
+from swarm.base import files, process
 from swarm.errors import HostError, ImageError, UsageError
 from swarm.model import REQUIREMENT
 from swarm.vm.image.apt import FULL_DISK
 
 TIMEOUT_SECONDS: Final = 1200.0
+NOT_BUILT: Final = "the layer was not built"
 OPTIONS: Final = ("--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off")
 # What would tell pip what to install, and where: that is ours to say. From where is the host's.
 _NOT_PASSED: Final = frozenset(
@@ -76,7 +77,7 @@ async def run(argv: Sequence[str], *, where: Path, python: str) -> None:
 
 def _explained(said: str, where: Path, python: str) -> Exception:
     if FULL_DISK.search(said):
-        return ImageError(f"the disk that holds {where} is full: the layer was not built")
+        return ImageError(files.no_space(where, NOT_BUILT))
     if found := _NO_NETWORK.search(said):
         return ImageError(
             f"can't reach the package index that pip is configured for ({found[0]}): check the network and the proxy, "

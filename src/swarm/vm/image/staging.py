@@ -1,32 +1,43 @@
-"""Files that appear whole or not at all: what is built is built beside its place, under a lock, and renamed in.
+"""Directories that appear whole or not at all, for images, layers and templates.
 
-Whoever holds a directory's `.lock` owns everything in it that is named `.building-*`; what a dead builder left goes
-when the next one starts.
+They are built beside their final place, under a lock, and renamed into it. Who holds a directory's `.lock` owns
+everything in it that is named `.building-*`; the next build removes what an interrupted one left there. What was built
+is verified by hashes before it is used, and removed when nothing has used it for long.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import hashlib
+import errno
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
+from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.process import boot_id
+from swarm.base.progress import Progress
+from swarm.errors import CommandFailed, HostError, ImageError
+from swarm.vm.image.apt import FULL_DISK
 
 log = structlog.get_logger(__name__)
 
 BUILDING: Final = ".building-"
+VERIFIED: Final = ".verified"  # the directory of the stamps of images and layers
+_HOST_ERRORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM})
+
+
+# --- verifying ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,90 +49,130 @@ class Part:
     sha256: str
 
 
-def damage(parts: Sequence[Part], stamp: Path) -> str:
-    """What is wrong with files that nobody should have changed; '' when nothing is.
+def damage(parts: Sequence[Part], stamp: Path, *, flushed: bool = True) -> str:
+    """What is wrong with files that should be as they were built; '' if nothing is. Raises HostError.
 
-    What was hashed before, from the very inodes that are there now, is not hashed again: ``stamp`` remembers them.
+    Hashing 256 MB takes about 0.2 s, so a file is hashed again only if its inode says that it may have changed: the
+    file ``stamp`` remembers the inodes. Files that were not ``flushed`` to disk are hashed again after a reboot too.
     """
-    try:
-        known = json.loads(stamp.read_text())
-    except (OSError, ValueError):
-        known = {}
-    seen: dict[str, list[int]] = {}
+    known, seen = _known(stamp, flushed), {}
     for part in parts:
         name = part.path.name
         try:
             stat = part.path.stat()
-            seen[name] = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+            seen[name] = _inode(stat, flushed)
             if stat.st_size != part.size_bytes:
                 return f"{part.path} has {stat.st_size} bytes instead of {part.size_bytes}"
-            if known.get(name) != seen[name] and file_digest(part.path) != part.sha256:
+            if known.get(name) != seen[name] and files.sha256_of(part.path) != part.sha256:
                 return f"{part.path} is not what was built (its sha256 differs)"
         except OSError as error:
+            raise_host_error(error, part.path)
             return f"{part.path}: {error.strerror}"
-    # Only a saving: a store that can't be written to is hashed each time.
     with contextlib.suppress(OSError):
         if seen == known:
-            os.utime(stamp)  # when it was last used: see `unused`
+            os.utime(stamp)  # see `last_used`
         else:
             stamp.parent.mkdir(exist_ok=True)
-            replace(stamp, json.dumps(seen).encode())
+            _write_stamp(stamp, seen, flushed)
     return ""
 
 
-@contextlib.contextmanager
-def used(dir: Path) -> Iterator[None]:  # noqa: A002
-    """For the length of the block, in every process, what is in ``dir`` is not `unused`."""
-    fd = os.open(dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def stamp(parts: Sequence[Part], stamp: Path, *, flushed: bool = True) -> None:
+    """Remember that these files are as they were built: they have just been."""
+    with contextlib.suppress(OSError):
+        _write_stamp(stamp, {part.path.name: _inode(part.path.stat(), flushed) for part in parts}, flushed)
+
+
+def raise_host_error(error: Exception, place: Path) -> None:
+    """Raise HostError for an error that says nothing about the file: no descriptors, no memory, no permission."""
+    if isinstance(error, OSError) and error.errno in _HOST_ERRORS:
+        raise HostError(f"can't look into {place}: {error.strerror}") from error
+
+
+def _write_stamp(stamp: Path, seen: dict[str, list[int]], flushed: bool) -> None:
+    """Only a saving: where it can't be written, the files are hashed each time."""
+    files.write_atomically(stamp, json.dumps(seen if flushed else {"boot": boot_id(), "files": seen}))
+
+
+def _known(stamp: Path, flushed: bool) -> dict[str, list[int]]:
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(fd)
+        content = json.loads(stamp.read_bytes())
+        if flushed:
+            return dict(content)
+        return dict(content["files"]) if content["boot"] == boot_id() else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _inode(stat: os.stat_result, flushed: bool) -> list[int]:
+    """What changes whenever the content may have. Not a template's change time: a jailer changes its files' owner."""
+    if flushed:
+        return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+
+
+def used(dir: Path) -> contextlib.AbstractContextManager[None]:  # noqa: A002
+    """For the length of the block, ``dir`` is not `unused` for any process."""
+    return files.locked(dir, shared=True)
+
+
+def last_used(dir: Path, stamp: Path) -> float:  # noqa: A002
+    """When it was last verified, else when it was made, in seconds since the epoch. Raises FileNotFoundError."""
+    return (stamp if stamp.exists() else dir).stat().st_mtime
 
 
 def unused(dir: Path, stamp: Path, *, seconds: float) -> bool:  # noqa: A002
-    """Was it made, and last looked at by `damage`, longer ago than that, and does no live process have it `used`?"""
-    last = max((path.stat().st_mtime for path in (dir, stamp) if path.exists()), default=0.0)
-    if time.time() - last < seconds:
+    """True if it was last used longer ago than that, and no live process has it `used`."""
+    if time.time() - last_used(dir, stamp) < seconds:
         return False
-    fd = os.open(dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
+    fd = files.try_lock(dir)
+    if fd is not None:
         os.close(fd)
-    return True
+    return fd is not None
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# --- building -------------------------------------------------------------------------------------------------------
 
 
-@contextlib.asynccontextmanager
-async def locked(path: Path, waiting: Callable[[], None]) -> AsyncIterator[None]:
-    """Hold the flock on ``path``. It is the kernel's: a holder that dies, however it dies, has let go of it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def lock(dir: Path, progress: Progress) -> AbstractAsyncContextManager[None]:  # noqa: A002
+    """One build at a time in ``dir``."""
+
+    def waiting() -> None:
+        progress("waiting for another build", 0.0)
+
+    return files.locked_async(dir / ".lock", poll_seconds=0.2, create=0o644, waiting=waiting)
+
+
+@contextlib.contextmanager
+def build_errors(what: str, place: Path, consequence: str, *, setting: str = "") -> Iterator[None]:
+    """Report a full disk as ImageError, and other errors of files as HostError."""
+
+    def full() -> ImageError:
+        return ImageError(files.no_space(place, consequence, setting=setting))
+
     try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waiting()
-                await asyncio.sleep(0.2)  # a blocking flock could not be cancelled
         yield
-    finally:
-        os.close(fd)
+    except CommandFailed as error:
+        if not FULL_DISK.search(str(error)):
+            raise
+        raise full() from error
+    except OSError as error:
+        if files.is_full(error):
+            raise full() from error
+        raise HostError(f"can't build {what}: {error.filename or place}: {error.strerror or error}") from error
 
 
 def sweep(dir: Path) -> None:  # noqa: A002
-    """Remove what dead builds left. The caller holds the lock, so no live build owns any of it."""
+    """Remove what interrupted builds left. The caller holds the lock, so no live build owns any of it."""
     for left in dir.glob(f"{BUILDING}*"):
         log.info("removing what an interrupted build left", path=str(left))
         _remove(left)
+
+
+async def discard(stage: Path) -> None:
+    """Remove a directory while its lock is held. Not cancellable: a thread that goes on removing would take away what
+    the next holder of the lock makes there."""
+    await finish_uninterrupted(asyncio.to_thread(_remove, stage))
 
 
 def _remove(stage: Path) -> None:
@@ -134,34 +185,40 @@ def _remove(stage: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def staged(dir: Path) -> AsyncIterator[Path]:  # noqa: A002
-    """A directory beside the final one; whatever is in it at the end goes."""
+    """A new directory in ``dir``, removed at the end if it is still there."""
     stage = Path(tempfile.mkdtemp(prefix=BUILDING, dir=dir))
     try:
         yield stage
     finally:
-        await finish_uninterrupted(asyncio.to_thread(_remove, stage))
+        await discard(stage)
 
 
 def move_in(stage: Path, final: Path) -> None:
-    """Rename ``stage`` to ``final``, on disk before it has its name; a torn or older ``final`` makes way."""
+    """Rename ``stage`` to ``final``, which replaces a torn or older one. It is on disk before it has its name."""
     for path in [*stage.rglob("*"), stage]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _fsync(path)
     if final.exists():
         final.rename(Path(tempfile.mkdtemp(prefix=BUILDING, dir=final.parent)) / "old")
     stage.rename(final)
-    fd = os.open(final.parent, os.O_RDONLY)
+    _fsync(final.parent)
+    sweep(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-    sweep(final.parent)
 
 
-def replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    files.write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def remove(dir: Path, name: str) -> None:  # noqa: A002
+    """Remove the image or layer ``name``. Renamed first, so that nobody finds a part of it."""
+    doomed = dir / f"{BUILDING}removed-{name}"
+    (dir / name).rename(doomed)
+    (dir / VERIFIED / name).unlink(missing_ok=True)
+    shutil.rmtree(doomed)

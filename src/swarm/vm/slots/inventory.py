@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
-from swarm.base import process
+from swarm.base import files, process
 from swarm.errors import Conflict, HostError, UsageError
 
 MAX_SLOT = 65533
@@ -71,7 +70,7 @@ class VmRecord:
 
 
 class SlotLease:
-    """Slot n, held by this process until `release` or `hand_over`, or until the process ends.
+    """Slot n, held by this process until `release` or `detach`, or until the process ends.
 
     ``leftover`` is true when the directory was there before: an owner died. Then `sweep.clear` comes first; `record`
     refuses until it was done.
@@ -85,10 +84,10 @@ class SlotLease:
         self._fd = fd
         self.last: VmRecord | None = None if leftover else read_record(dir)
 
-    def prepare(self) -> None:
+    def create_dir(self) -> None:
         """Write the intent: from here on, whatever is made for VM n has a directory that points at it."""
         pid = os.getpid()
-        with _said(f"can't make {self.dir}"):
+        with _explained(f"can't make {self.dir}"):
             self.dir.mkdir(mode=0o700)
         self.leftover = False
         self.record(
@@ -97,12 +96,12 @@ class SlotLease:
                 created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 owner_pid=pid,
                 owner_started=process.start_time(pid) or 0,
-                boot_id=boot_id(),
+                boot_id=process.boot_id(),
             )
         )
 
     def record(self, record: VmRecord) -> None:
-        """Replace vm.json atomically. Owner, boot and creation time are kept from `prepare` unless given.
+        """Replace vm.json atomically. Owner, boot and creation time are kept from `create_dir` unless given.
 
         Not flushed to disk: after a power failure there is no VM that it could describe.
         """
@@ -116,19 +115,16 @@ class SlotLease:
                 for name in ("created_at", "owner_pid", "owner_started", "boot_id")
             }
             record = dataclasses.replace(record, **kept)
-        partial = self.dir / "vm.json.partial"
-        with _said(f"can't write {self.dir / 'vm.json'}"):
-            with partial.open("w") as file:
-                json.dump(dataclasses.asdict(record), file, indent=1)
-            partial.replace(self.dir / "vm.json")
+        with _explained(f"can't write {self.dir / 'vm.json'}"):
+            files.write_atomically(self.dir / "vm.json", json.dumps(dataclasses.asdict(record), indent=1))
         self.last = record
 
-    def hand_over(self) -> VmRecord:
+    def detach(self) -> VmRecord:
         """Leave the VM running on its own (kind 'manual'). Its VMM must have been recorded."""
         if self.last is None or not self.last.pid:
             raise Conflict(f"VM {self.n} can't be left on its own: no VMM process was recorded for it")
         self.record(dataclasses.replace(self.last, kind=Kind.MANUAL))
-        self.let_go()
+        self.unlock()
         return self.last
 
     def empty(self) -> None:
@@ -144,12 +140,12 @@ class SlotLease:
                 _remove_tree(self.dir)
                 self._lock.unlink(missing_ok=True)
         finally:
-            self.let_go()  # what could not be removed is a sweep's to find
+            self.unlock()  # what could not be removed is a sweep's to find
 
     def _holds(self) -> bool:
         return self._fd >= 0 and _is_file(self._lock, self._fd)
 
-    def let_go(self) -> None:
+    def unlock(self) -> None:
         """Stop holding the slot; what is in it stays (for a sweep to find, unless it is a VM on its own)."""
         if self._fd >= 0:
             os.close(self._fd)
@@ -203,7 +199,7 @@ class Inventory:
             raise
         if not leftover:
             try:
-                lease.prepare()
+                lease.create_dir()
             except BaseException:  # a full disk, say: what is half made is nobody's
                 with contextlib.suppress(HostError):
                     lease.release()
@@ -222,7 +218,7 @@ class Inventory:
                 continue  # somebody was faster
             if not lease.leftover:
                 return lease
-            lease.let_go()
+            lease.unlock()
         raise Conflict(f"no free slot from {first} to {MAX_SLOT}: run swarm-cleanup, or lower first_engine_slot")
 
     def records(self) -> list[VmRecord]:
@@ -254,7 +250,8 @@ class Inventory:
         """Every slot of which there is a directory or a lock file."""
         found: set[int] = set()
         for directory, pattern in ((self._vms, r"([1-9][0-9]{0,4})"), (self._locks, r"vm([1-9][0-9]{0,4})\.lock")):
-            with _said(f"can't look into {directory} (Swarm's VMs are root's)"), contextlib.suppress(FileNotFoundError):
+            what = f"can't look into {directory} (only root may see Swarm's VMs)"
+            with _explained(what), contextlib.suppress(FileNotFoundError):
                 found |= {int(m[1]) for entry in directory.iterdir() if (m := re.fullmatch(pattern, entry.name))}
         return sorted(found)
 
@@ -282,20 +279,13 @@ class Inventory:
     def _lock(self, n: int) -> int | None:
         """Descriptor of the lock, held; None when another open file (of any process, this one too) holds it."""
         path = self._lock_path(n)
-        with _said(f"can't use {self.state_dir} (SWARM_STATE_DIR)"):
+        with _explained(f"can't use {self.state_dir} (SWARM_STATE_DIR)"):
             for directory in (self.state_dir, self._vms):
                 directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._locks.mkdir(mode=0o700, exist_ok=True)
-            while True:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(fd)
-                    return None
-                if _is_file(path, fd):
-                    return fd
+            while (fd := files.try_lock(path, create=0o600)) is not None and not _is_file(path, fd):
                 os.close(fd)  # its last owner removed it between our open and our lock
+            return fd
 
     def _unlock(self, n: int, fd: int) -> None:
         """Let go of a lock that was only tried; without a directory, the file would be litter."""
@@ -317,12 +307,8 @@ def read_record(dir: Path) -> VmRecord | None:  # noqa: A002
         raise HostError(f"can't read {dir / 'vm.json'}: {error.strerror} (Swarm's VMs are root's)") from error
 
 
-def boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 def _lives(pid: int, started: int, boot: str) -> bool:
-    return pid > 0 and process.start_time(pid) == started and boot == boot_id()
+    return pid > 0 and process.start_time(pid) == started and boot == process.boot_id()
 
 
 def _is_file(path: Path, fd: int) -> bool:
@@ -332,12 +318,12 @@ def _is_file(path: Path, fd: int) -> bool:
 
 
 def _remove_tree(dir: Path) -> None:  # noqa: A002
-    with _said(f"can't remove {dir}"), contextlib.suppress(FileNotFoundError):
+    with _explained(f"can't remove {dir}"), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(dir)
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
+def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -65,12 +65,12 @@ class SlotPool:
 
         return await finish_uninterrupted(take())
 
-    async def stock(self, count: int) -> None:
+    async def fill(self, count: int) -> None:
         """Make free seats ahead, so that there are ``count``."""
         while len(self._free) < count:
-            await finish_uninterrupted(self._stock_one())
+            await finish_uninterrupted(self._fill_one())
 
-    async def _stock_one(self) -> None:
+    async def _fill_one(self) -> None:
         self._free.append(await self._make())
 
     async def close(self) -> None:
@@ -128,7 +128,7 @@ class SlotPool:
             if self._network is not None:
                 await self._network.destroy(vm_slot.lease.n)
         except BaseException:
-            vm_slot.lease.let_go()  # its directory stays, and with it a sweep's way to what is left
+            vm_slot.lease.unlock()  # its directory stays, and with it a sweep's way to what is left
             raise
         await asyncio.to_thread(vm_slot.lease.release)
 

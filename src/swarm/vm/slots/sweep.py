@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -19,14 +18,14 @@ from pathlib import Path
 
 import structlog
 
-from swarm.base import process
+from swarm.base import files, process
 from swarm.errors import Conflict, NotFound, SwarmError
 from swarm.vm.choose import PROBE_PREFIX
 from swarm.vm.driver import TAP_NAME
 from swarm.vm.drivers import jailer
 from swarm.vm.network import netns
 from swarm.vm.network.network import Network, netns_of
-from swarm.vm.slots.inventory import Busy, Inventory, Kind, SlotLease, VmRecord, boot_id, read_record
+from swarm.vm.slots.inventory import Busy, Inventory, Kind, SlotLease, VmRecord, read_record
 
 log = structlog.get_logger(__name__)
 
@@ -67,9 +66,9 @@ async def take(
     if lease.leftover:
         try:
             await clear(lease, network)
-            lease.prepare()
+            lease.create_dir()
         except BaseException:
-            lease.let_go()  # the directory stays, so the next one finds it
+            lease.unlock()  # the directory stays, so the next one finds it
             raise
     return lease
 
@@ -166,7 +165,7 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
 async def clear(lease: SlotLease, network: Network | None) -> None:
     """Kill what runs in a slot that we hold, remove its network, empty its directory. Idempotent."""
     record = read_record(lease.dir)
-    if record is not None and record.pid and record.boot_id == boot_id():
+    if record is not None and record.pid and record.boot_id == process.boot_id():
         await process.kill_stranger(record.pid, record.started)
     if network is not None and not (record is not None and record.driver and not record.netns):
         # An owner that was killed between starting its VMM and recording it leaves one that no record names.
@@ -180,10 +179,11 @@ def _remove_probes(state_dir: Path) -> list[str]:
     """Remove what probe boots left that were killed: whoever makes one holds a lock on its directory."""
     removed = []
     for directory in state_dir.glob(f"{PROBE_PREFIX}*"):
-        with contextlib.suppress(OSError):  # another sweep was faster, or its owner lives
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # another sweep was faster
+            fd = files.try_lock(directory)
+            if fd is None:
+                continue
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if time.time() - os.fstat(fd).st_mtime < _PROBE_LOCKED_SECONDS:
                     continue
                 for pid in _named(directory):  # a bare VMM of a benchmark: nothing else would end it
@@ -215,7 +215,7 @@ async def _clear_and_release(lease: SlotLease, network: Network | None) -> None:
         await clear(lease, network)
         await asyncio.to_thread(lease.release)
     finally:
-        lease.let_go()
+        lease.unlock()
 
 
 async def _reserve(inventory: Inventory, n: int, *, replace: bool, timeout_seconds: float = 15.0) -> SlotLease:

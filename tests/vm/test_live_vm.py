@@ -23,7 +23,7 @@ async def test_a_kernel_panic_is_named(settings: Settings, image: Image) -> None
                 ["/bin/sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger"],
                 user="root", timeout_seconds=60,
             )  # fmt: skip
-            await live.unless_it_dies(panic)
+            await live.while_alive(panic)
     assert caught.value.reason is FailureReason.GUEST_PANIC
     assert "sysrq" in str(caught.value)
     assert wiring.inventory(settings).records() == []
@@ -34,7 +34,7 @@ async def test_a_guest_that_powers_off_is_a_dead_vm(settings: Settings, image: I
     with pytest.raises(OutcomeUnknown, match="died while it was in use") as caught:
         async with launcher.vm(VmSpec(image=image), Assignment(), Timeline()) as live:
             off = live.channel.run(["/bin/busybox", "reboot", "-f"], user="root", timeout_seconds=60)
-            await live.unless_it_dies(off)
+            await live.while_alive(off)
     assert caught.value.reason is FailureReason.VM_DIED
 
 

@@ -1,0 +1,105 @@
+"""Files: replaced atomically, locked between processes, hashed; and what to say when a disk is full."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes | str, *, mode: int | None = None, flush: bool = False) -> None:
+    """Write or replace a file: a reader finds the old content or the new, never a part of it.
+
+    ``mode``: its permissions; None for what the umask says. ``flush``: the content is on disk before it has the name.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    partial.unlink(missing_ok=True)  # of a dead process that had our pid
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode)
+        with open(fd, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            if mode is not None:
+                os.fchmod(fd, mode)
+            if flush:
+                file.flush()
+                os.fsync(fd)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def try_lock(path: Path, *, shared: bool = False, create: int | None = None) -> int | None:
+    """A descriptor that holds the lock (flock) on a file or directory until it is closed; None if another holds it.
+
+    The kernel releases the lock when the process ends, however it ends. ``create``: the permissions of a lock file that
+    is made if there is none.
+    """
+    fd = _open(path, create)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return fd
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock on a file or directory for the length of the block; blocks the thread until it is free."""
+    fd = _open(path, None)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@asynccontextmanager
+async def locked_async(
+    path: Path,
+    *,
+    poll_seconds: float,
+    shared: bool = False,
+    create: int | None = None,
+    waiting: Callable[[], None] = lambda: None,
+) -> AsyncIterator[None]:
+    """`locked`, for coroutines: tried every ``poll_seconds``, since a blocking flock can't be cancelled. ``waiting`` is
+    called before each further try; what it raises ends the waiting."""
+    while (fd := try_lock(path, shared=shared, create=create)) is None:
+        waiting()
+        await asyncio.sleep(poll_seconds)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_full(error: BaseException) -> bool:
+    """Is it the error of a full disk, or of a used-up quota?"""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_space(place: Path, consequence: str, *, setting: str = "") -> str:
+    """The message for a full disk. ``setting``: the environment variable that would choose another place."""
+    instead = f", or set {setting} to a place on another disk" if setting else ""
+    return f"no space left in {place}: {consequence}; free some{instead}"
+
+
+def _open(path: Path, create: int | None) -> int:
+    if create is None:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, create)

@@ -1,0 +1,80 @@
+"""Files replaced atomically and locked between tasks, threads and processes."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swarm.base import files
+
+
+def test_a_file_is_replaced_with_its_permissions_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_atomically(path, b"one", mode=0o604)
+    files.write_atomically(path, "two", flush=True)
+    files.write_atomically(path, "three", mode=0o640)
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("three", 0o640)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "directory" / "x").mkdir(parents=True)
+    with pytest.raises(OSError):
+        files.write_atomically(tmp_path / "directory", b"over a directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["directory"]
+
+
+@pytest.mark.parametrize(("held", "wanted", "free"), [(False, False, False), (True, False, False), (True, True, True)])
+def test_a_lock_is_exclusive_unless_it_is_shared(tmp_path: Path, held: bool, wanted: bool, free: bool) -> None:
+    with files.locked(tmp_path, shared=held):
+        fd = files.try_lock(tmp_path, shared=wanted)
+        assert (fd is not None) is free
+        if fd is not None:
+            os.close(fd)
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    code = "import sys; from pathlib import Path; from swarm.base import files\n"
+    code += "files.try_lock(Path(sys.argv[1]), create=0o600)"
+    code += "; print('held', flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert files.try_lock(lock) is None
+        assert lock.stat().st_mode & 0o777 == 0o600
+        holder.kill()
+    fd = files.try_lock(lock)
+    assert fd is not None
+    os.close(fd)
+
+
+async def test_a_coroutine_waits_for_a_lock_and_can_be_cancelled(tmp_path: Path) -> None:
+    asked = asyncio.Event()
+
+    async def wait() -> None:
+        async with files.locked_async(tmp_path, poll_seconds=0.001, waiting=asked.set):
+            pass
+
+    with files.locked(tmp_path):
+        waiting, cancelled = asyncio.create_task(wait()), asyncio.create_task(wait())
+        await asked.wait()
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        assert cancelled.cancelled() and not waiting.done()
+    await asyncio.wait_for(waiting, 10)
+
+
+def test_a_full_disk_is_told_from_other_errors() -> None:
+    assert files.is_full(OSError(errno.ENOSPC, "")) and files.is_full(OSError(errno.EDQUOT, ""))
+    assert not files.is_full(OSError(errno.EIO, "")) and not files.is_full(ValueError())
+    said = files.no_space(Path("/here"), "it was not written", setting="SWARM_HERE")
+    assert said == (
+        "no space left in /here: it was not written; free some, or set SWARM_HERE to a place on another disk"
+    )
