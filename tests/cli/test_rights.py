@@ -87,7 +87,7 @@ def test_templates_and_vms_of_who_is_not_root(tmp_path: Path) -> None:
 def test_what_only_root_can_do(tmp_path: Path) -> None:
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "image", "build")
     assert (done.returncode, done.stderr) == (
-        1, "error: building an image needs root, for the owners of its files: run this as root\n",
+        1, "error: building an image needs root, to set the owners of its files: run this as root\n",
     )  # fmt: skip
     assert not (tmp_path / "images").exists()
 

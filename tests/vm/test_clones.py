@@ -1,4 +1,4 @@
-"""Clone safety: eight machines from one template, at once, and nothing equal that must differ."""
+"""Clone safety: of eight VMs cloned from one template at once, nothing is equal that must differ."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from swarm.vm.launcher import Assignment, Launcher, LiveVm
 pytestmark = pytest.mark.needs("qemu")
 
 CLONES = 8
-# Preloaded, so their state is the template's: what OpenSSL and `random` hold must be renewed all the same.
+# Preloaded, so their state is the template's. The states of OpenSSL and `random` must be renewed all the same.
 PRELOAD = ("random", "secrets", "ssl", "uuid")
 
 PROBE = """
@@ -69,7 +69,7 @@ MUST_DIFFER = (
 class Twin:
     live: LiveVm
     said: dict[str, Any]
-    at: float  # when the answer was asked for and had: host's wall clock
+    at: float  # host's clock before the question, and after the answer
     until: float
     host_key: str
 
@@ -112,7 +112,7 @@ async def probe(live: LiveVm) -> dict[str, Any]:
 
 
 async def host_key(address: str) -> str:
-    """What the guest's sshd shows who connects."""
+    """The host key that the guest's sshd presents."""
     key = await asyncssh.get_server_host_key(address, config=None)
     assert key is not None
     return key.export_public_key().decode()
@@ -165,7 +165,7 @@ def test_every_clock_is_right(eight: list[Twin]) -> None:
         assert twin.said["monotonic"] > 0
 
 
-def test_no_connection_of_the_templates_lives_on(eight: list[Twin]) -> None:
+def test_no_connection_of_the_template_survives(eight: list[Twin]) -> None:
     for twin in eight:
         [[local, remote, state]] = twin.said["established"]  # the channel's own
         assert local.endswith(f":{1024:04X}")
@@ -228,7 +228,7 @@ def test_preloaded_modules_are_there_before_the_agent_asks(eight: list[Twin], lo
 
 
 async def test_templates_on_another_file_system(settings: Settings, image: Image, tmp_path: Path) -> None:
-    """Made where VMs' files are, kept elsewhere: /var and /opt may well be two disks."""
+    """Built where VMs' files are, stored elsewhere: /var and /opt may be two disks."""
     await run(["mount", "-t", "tmpfs", "none", str(tmp_path)])
     try:
         own = settings.model_copy(update={"templates_dir": tmp_path / "templates"})
@@ -244,13 +244,13 @@ async def test_what_cannot_be_preloaded_is_named(settings: Settings, image: Imag
     spec = VmSpec(image=image, memory_mb=192, disk_mb=64, preload=("no_such_module",))
     with pytest.raises(BootFailed, match=r"can't be imported: no_such_module: .*No module named 'no_such_module'"):
         async with launcher.vm(spec, Assignment(), Timeline()):
-            pytest.fail("no template may be made of it")
+            pytest.fail("no template may be made")
 
 
 async def test_a_clone_that_does_not_become_itself_is_killed(settings: Settings, image: Image) -> None:
-    """A host name that the guest can't take: the renewal fails, and the VM is gone before anybody could use it."""
+    """The guest can't take its host name: the renewal fails, and the VM is removed before any use."""
     before = wiring.inventory(settings).numbers()
-    launcher = _Misfit(settings, await wiring.choice(settings))
+    launcher = _BadIdentity(settings, await wiring.choice(settings))
     spec = VmSpec(image=image, memory_mb=192, disk_mb=64)
     with pytest.raises((BootFailed, ChannelError)):
         async with launcher.vm(spec, Assignment(), Timeline()):
@@ -260,7 +260,7 @@ async def test_a_clone_that_does_not_become_itself_is_killed(settings: Settings,
     assert all(not Path(f"/proc/{pid}").exists() for pid in launcher.seen)
 
 
-class _Misfit(Launcher):
+class _BadIdentity(Launcher):
     """Gives each VM an identity that its guest refuses."""
 
     def __init__(self, settings: Settings, choice: Any) -> None:
@@ -334,11 +334,11 @@ except PermissionError:
 
 
 @pytest.mark.parametrize("way", ["write", "mmap"])
-def test_a_vmm_that_writes_into_its_template_is_found_out(
+def test_a_vmm_that_writes_into_its_template_is_detected(
     settings: Settings, spec: VmSpec, template: Template, loop: asyncio.Runner, tmp_path: Path, way: str
 ) -> None:
-    """QEMU 7.2 opens the template's memory for writing, so one that its guest took over can write to it. Done here by
-    a process with that VMM's uid, through the descriptor that the VMM has open: all that it could do itself."""
+    """QEMU 7.2 opens the template's memory for writing, so a QEMU that its guest took over can write to it. Here a
+    process with that VMM's uid does so, through the VMM's open descriptor: it can do all that the VMM could."""
     own = settings.model_copy(update={"templates_dir": tmp_path})
     shutil.copytree(template.dir, tmp_path / template.key)
 

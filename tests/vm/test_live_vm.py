@@ -1,4 +1,4 @@
-"""A machine that dies: what is said of it. Real VMs, by the launcher."""
+"""VMs that end while they are used: how the error explains it. Real VMs, by the launcher."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_a_guest_that_powers_off_is_a_dead_vm(settings: Settings, image: I
 
 
 async def test_a_vm_that_never_answers_is_a_failed_boot(settings: Settings, image: Image) -> None:
-    """Its clock is too short for any guest to come up in; nothing of it stays."""
+    """The timeout is too short for any guest; nothing of the VM stays."""
     hasty = settings.model_copy(update={"boot_timeout_seconds": 0.001})
     launcher = wiring.launcher(hasty, await wiring.choice(hasty))
     with pytest.raises(BootFailed, match="did not come up"):

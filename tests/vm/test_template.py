@@ -1,4 +1,4 @@
-"""Templates on disk: what may go wrong while one is built, kept and used."""
+"""Templates on disk: what may go wrong while one is built, stored and used."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def test_another_vmm_is_another_template(probe: dict[str, object]) -> None:
     assert key_of(a_shape(a_spec(), **probe)) != key_of(a_shape(a_spec()))
 
 
-def test_what_shapes_no_vm_is_not_in_the_key() -> None:
-    """Limits of disk and network are the host's doing; the order of preloads does not matter."""
+def test_what_does_not_shape_a_vm_is_not_in_the_key() -> None:
+    """The host applies limits of disk and network; the order of preloads does not matter."""
     limited = a_spec(disk_mb_per_second=10.0, network_mb_per_second=1.0, preload=("a", "b"))
     assert key_of(a_shape(limited)) == key_of(a_shape(a_spec(preload=("b", "a"))))
 
@@ -139,7 +139,7 @@ def other_format(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, lose, tear_manifest, other_format])
-async def test_what_was_harmed_is_built_again(templates: Templates, harm: object) -> None:
+async def test_a_damaged_template_is_built_again(templates: Templates, harm: object) -> None:
     build, parts = Builder(), a_shape(a_spec())
     template = await templates.get(a_spec(), parts, build)
     harm(template.dir / "memory")  # type: ignore[operator]
@@ -170,8 +170,8 @@ async def test_remove_and_collect(templates: Templates) -> None:
     assert [p.name for p in templates.dir.iterdir() if not p.name.endswith(".lock")] == []
 
 
-async def test_what_somebody_has_just_removed_or_used_is_not_collected(templates: Templates) -> None:
-    """Two builders look for what nobody uses at once; meanwhile a third clones it."""
+async def test_a_template_just_removed_or_used_is_not_collected(templates: Templates) -> None:
+    """Two builders look for unused templates at once, while a third makes a clone."""
     spec = a_spec(memory_mb=128)
     old = await templates.get(spec, a_shape(spec), Builder())
     stamp = templates.dir / old.key / "verified.json"
@@ -181,14 +181,14 @@ async def test_what_somebody_has_just_removed_or_used_is_not_collected(templates
     await templates.get(spec, a_shape(spec), Builder())
     os.utime(stamp, (time.time() - 9000,) * 2)
     async with files.locked_async(templates.dir / f".{old.key}.lock", poll_seconds=0.01):
-        assert await templates.collect(unused_seconds=3600) == [], "in somebody's hands"
+        assert await templates.collect(unused_seconds=3600) == [], "locked by another"
         os.utime(stamp)
     assert await templates.collect(unused_seconds=3600) == []
     assert len(templates.all()) == 1
 
 
-async def test_what_is_torn_or_was_left_by_dead_builders_is_collected(templates: Templates) -> None:
-    """Of shapes that nobody asks for any more: after an update, say."""
+async def test_torn_templates_and_those_of_dead_builders_are_collected(templates: Templates) -> None:
+    """Also if their shapes are never requested again: after an update, say."""
     torn, left = "a" * 32, "b" * 32
     (templates.dir / torn).mkdir(parents=True)
     (templates.dir / torn / MANIFEST).write_text("{")
@@ -196,7 +196,7 @@ async def test_what_is_torn_or_was_left_by_dead_builders_is_collected(templates:
     (templates.dir / f".{left}.building" / "memory").write_bytes(b"m" * 1000)
     await templates.get(a_spec(), a_shape(a_spec()), Builder())
     assert not (templates.dir / f".{left}.building").exists()
-    assert (templates.dir / torn).exists(), "it is young: somebody may look into it"
+    assert (templates.dir / torn).exists(), "it is young: a process may be looking into it"
     os.utime(templates.dir / torn, (time.time() - 9000,) * 2)
     assert await templates.collect(unused_seconds=3600) == [torn]
     (templates.dir / torn).mkdir()
@@ -211,8 +211,8 @@ async def test_a_template_is_removed_by_its_name_alone(templates: Templates) -> 
 
 
 @pytest.mark.needs("root", "netns")
-async def test_where_nothing_can_be_written_a_good_template_is_used(templates: Templates) -> None:
-    """After a boot of the host, say, with a disk that is full."""
+async def test_a_good_template_is_used_where_nothing_can_be_written(templates: Templates) -> None:
+    """After a boot of the host with a full disk, say."""
     build, parts = Builder(), a_shape(a_spec())
     template = await templates.get(a_spec(), parts, build)
     (template.dir / "verified.json").unlink()
@@ -231,7 +231,7 @@ async def test_where_nothing_can_be_written_a_good_template_is_used(templates: T
 
 
 async def test_clones_verify_a_template_at_once(templates: Templates) -> None:
-    """All that start after a boot of the host: none may find what another one writes half done."""
+    """As after a boot of the host: none may read a stamp that another has half written."""
     build, parts = Builder(), a_shape(a_spec())
     template = await templates.get(a_spec(), parts, build)
     for _ in range(20):
@@ -241,7 +241,7 @@ async def test_clones_verify_a_template_at_once(templates: Templates) -> None:
     assert sorted(p.name for p in template.dir.iterdir()) == ["memory", "state", MANIFEST, "verified.json"]
 
 
-async def test_a_host_without_descriptors_has_not_harmed_a_template(templates: Templates) -> None:
+async def test_a_host_without_descriptors_does_not_damage_a_template(templates: Templates) -> None:
     build, parts = Builder(), a_shape(a_spec())
     template = await templates.get(a_spec(), parts, build)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -256,7 +256,7 @@ async def test_a_host_without_descriptors_has_not_harmed_a_template(templates: T
     assert build.built == 1
 
 
-async def test_a_place_that_is_no_directory_is_said(tmp_path: Path) -> None:
+async def test_a_place_that_is_not_a_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(HostError, match="can't use"):
         await Templates(dir=tmp_path / "file").get(a_spec(), a_shape(a_spec()), Builder())
@@ -286,7 +286,7 @@ async def test_a_full_disk_while_building_leaves_nothing(small_disk: Path) -> No
 
 
 STEPS = ("empty", "half a file", "all files", "manifest")
-# A process of its own, which ends as a power failure would end it, at the step that it is told.
+# A process of its own, which kills itself at a given step.
 BUILDER = """
 import asyncio, os, signal, sys
 from pathlib import Path
@@ -366,7 +366,7 @@ async def real(launcher: Launcher, image: Image) -> Template:
 
 
 def copy(template: Template, place: Path) -> Template:
-    """The same template, to be harmed."""
+    """A copy of the template, to be damaged."""
     subprocess.run(["cp", "-a", "--sparse=always", str(template.dir), str(place)], check=True)
     return replace(template, dir=place)
 
@@ -382,7 +382,7 @@ async def test_a_torn_state_is_a_boot_failure(launcher: Launcher, real: Template
 
 @pytest.mark.needs("qemu")
 async def test_a_restore_that_hangs_is_given_up(launcher: Launcher, real: Template, tmp_path: Path) -> None:
-    """The state is a pipe into which nobody writes."""
+    """The state is a pipe that is never written to."""
     stuck = copy(real, tmp_path / "stuck")
     (stuck.dir / STATE_FILE).unlink()
     os.mkfifo(stuck.dir / STATE_FILE)
@@ -412,7 +412,7 @@ async def test_a_vm_that_dies_right_after_its_restore_is_not_waited_for(
 
 @pytest.mark.needs("qemu")
 async def test_a_killed_build_is_swept_and_done_again(settings: Settings, image: Image, tmp_path: Path) -> None:
-    """SIGKILL to the whole builder while its VM boots: nothing lives on, and the next one builds it."""
+    """SIGKILL to the whole builder while its VM boots: nothing stays, and the next one builds it."""
     own = {
         "SWARM_TEMPLATES_DIR": str(tmp_path / "templates"),
         "SWARM_STATE_DIR": str(settings.state_dir),

@@ -119,7 +119,7 @@ class Launcher:
             else:
                 vm_slot = await self.slots.take(undo)
                 live = await self._launch(spec, template, vm_slot, assignment, timeline, undo)
-            undo.callback(_report, live, spec, assignment)  # before the VM's end
+            undo.callback(_report, live, spec, assignment)  # before the VM is removed
             yield live
 
     @asynccontextmanager
@@ -174,7 +174,7 @@ class Launcher:
             return 0
         try:
             return await self._network.refused(live.vm_slot.slot)
-        except (SwarmError, RuntimeError) as error:  # no more threads
+        except (SwarmError, RuntimeError) as error:  # RuntimeError: no more threads
             log.warning("can't count the frames that a VM was refused", n=live.n, error=str(error))
             return 0
 
@@ -234,17 +234,11 @@ class Launcher:
     ) -> LiveVm:
         lease, slot = vm_slot.lease, vm_slot.slot
         timeline.mark("slot")
-
-        async def start() -> Vm:
-            if template is None:
-                vm = await self._driver.boot(spec, slot, lease.dir, outlive=outlive)
-            else:
-                vm = await self._driver.restore(template, slot, lease.dir, outlive=outlive)
-            undo.push_async_callback(vm.kill)
-            _record(vm_slot, vm, self._driver.name, assignment)
-            return vm
-
-        vm = await finish_uninterrupted(start())
+        if template is None:
+            start = self._driver.boot(spec, slot, lease.dir, outlive=outlive)
+        else:
+            start = self._driver.restore(template, slot, lease.dir, outlive=outlive)
+        vm = await self._started(start, vm_slot, assignment, undo)
         timeline.mark("running")
         identity, known_key = self.new_identity(lease.n, seeded=seeded, sshd_ready=outlive and seeded)
         token = template.token if template else identity.token
@@ -257,6 +251,17 @@ class Launcher:
             if slot:
                 await asyncio.to_thread(self._ssh.know, slot.address, known_key)
         return LiveVm(n=lease.n, vm=vm, channel=channel, renewed=renewed, vm_slot=vm_slot, identity=identity)
+
+    async def _started(
+        self, start: Coroutine[Any, Any, Vm], vm_slot: VmSlot, assignment: Assignment, undo: AsyncExitStack
+    ) -> Vm:
+        async def run() -> Vm:
+            vm = await start
+            undo.push_async_callback(vm.kill)
+            _record(vm_slot, vm, self._driver.name, assignment)
+            return vm
+
+        return await finish_uninterrupted(run())
 
     async def _slot(self, lease: SlotLease, undo: AsyncExitStack) -> Slot | None:
         if self._network is None:
@@ -311,19 +316,13 @@ class Launcher:
         full = replace(spec, preload=(*COMMON_MODULES, *spec.preload))
         async with undoing() as undo:
             vm_slot = await self.slots.take(undo)
-
-            async def start() -> Vm:
-                vm = await self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True)
-                undo.push_async_callback(vm.kill)
-                _record(vm_slot, vm, self._driver.name, Assignment())
-                return vm
-
-            vm = await finish_uninterrupted(start())
+            start = self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True)
+            vm = await self._started(start, vm_slot, Assignment(), undo)
             async with AsyncExitStack() as connection:
                 channel = await self._connect(vm, token, connection, preloads=bool(spec.preload))
                 if failed := (await while_alive(vm, channel.hello())).preload_failed:
                     said = "; ".join(f"{name}: {printable(why.encode())[:200]}" for name, why in failed.items())
-                    raise BootFailed(f"what the agent's manifest preloads can't be imported: {said}", retryable=False)
+                    raise BootFailed(f"preloads of the agent's manifest can't be imported: {said}", retryable=False)
                 keeps_disk = getattr(self._driver, "keeps_disk", False)
                 await while_alive(vm, warm_template(channel, token, work_disk=keeps_disk))
             # The connection is closed, and with SO_LINGER 0 the guest keeps no TCP state of it.
@@ -332,6 +331,7 @@ class Launcher:
 
 
 async def while_alive(vm: Vm, work: Coroutine[Any, Any, T]) -> T:
+    """`LiveVm.while_alive`, for a VM without a channel."""
     task, exited = asyncio.ensure_future(work), asyncio.ensure_future(vm.wait())
     try:
         await asyncio.wait({task, exited}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,6 +1,6 @@
-"""What is done in a VM before anybody's agent: once in each template, and once in each machine of the pool.
+"""What is done in a VM before any agent: once in each template, and once in each VM of the pool.
 
-A part of what shapes a template, so its text is in the template's key.
+It shapes a template, so the text of this file is in the template's key.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ import secrets
 from swarm.channel import Channel, Identity
 from swarm.vm.slots import ssh
 
-# What agents in Python import most. In a clone, where no code is translated yet, `import pathlib` alone takes 80 ms. An
-# agent that needs none of it pays nothing: the pages are the template's. Without what loads OpenSSL (ssl, http.client,
-# urllib.request): to renew its random state costs each agent 40 ms. Who needs that declares it in `preload`.
+# What agents in Python import most. In a clone, where no code is translated yet, `import pathlib` alone takes 80 ms. It
+# costs nothing for agents that don't need it: the pages are the template's. Modules that load OpenSSL (ssl,
+# http.client, urllib.request) are missing: renewing its random state costs each agent 40 ms. `preload` can add them.
 COMMON_MODULES = (
     "json", "re", "pathlib", "dataclasses", "datetime", "typing", "enum", "collections", "functools", "itertools",
     "contextlib", "io", "math", "random", "base64", "string", "textwrap", "shutil", "tempfile",
     "subprocess", "traceback",
 )  # fmt: skip
-# Twice what the kernel's generator holds.
+# Twice the state of the kernel's generator.
 SEED_BYTES = 64
 
 
 async def warm_template(channel: Channel, token: bytes, *, work_disk: bool) -> None:
-    """Do what every clone will: files are copied up, pages read, sockets opened, threads started and interpreter state
-    made once, here, not in each clone. The identity is nobody's: its host key opens nothing and every clone gets its
-    own before it is used."""
-    nobody = Identity(
+    """Do once here what every clone would do: copy files up, read pages, open sockets, start threads, make interpreter
+    state. The identity is a placeholder: its host key is used nowhere, and every clone gets its own before it is
+    used."""
+    placeholder = Identity(
         generation="template",
         seed=os.urandom(SEED_BYTES),
-        hostname="vm0",  # no longer than any other: a file that does not shrink is written over
+        hostname="vm0",  # as short as any: a file that does not shrink is overwritten in place
         machine_id="0" * 32,
         ssh_host_key=ssh.new_key().private.decode(),
         authorized_keys="",
         token=token,
         work_disk=work_disk,  # a template's memory must not know a disk that its clones don't have
     )
-    await channel.renew(nobody)
+    await channel.renew(placeholder)
     program = f"/agent/{secrets.token_hex(8)}.py"
     code = b"import json, pathlib, sys\njson.dumps(json.loads('{}'))\n"
     await channel.put({program.removeprefix("/agent/"): code}, dest="/agent", owner="root")
     for _ in range(3):
         await channel.run([program], warm=True, cwd="/", timeout_seconds=60)
-    if work_disk:  # its bitmaps are read, and need not be in each clone
-        await channel.put({".rehearsal": b"."}, dest="/work")
-        await channel.run(["/bin/sh", "-c", "rm /work/.rehearsal && sync"], user="root", cwd="/", timeout_seconds=60)
+    if work_disk:  # its bitmaps are read here, not in each clone
+        await channel.put({".warmup": b"."}, dest="/work")
+        await channel.run(["/bin/sh", "-c", "rm /work/.warmup && sync"], user="root", cwd="/", timeout_seconds=60)
     await channel.run(["/bin/rm", program], user="root", cwd="/", timeout_seconds=60)
-    await channel.renew(nobody)  # agentd forks the next agent's process ahead: that one is in the template
+    await channel.renew(placeholder)  # agentd forks the next agent's process ahead, so the template contains it
 
 
 _PRACTICE = b'''"""Practice: what an agent does."""
@@ -72,8 +72,8 @@ _CLEAN = "rm -f /agent/.practice.py /work/.practice /work/.practised"
 
 
 async def warm_vm(channel: Channel) -> None:
-    """Walk an agent's whole way with a program of ours, which leaves nothing but itself done. What comes after a second
-    renewal is an agent's first run again, so the caller renews."""
+    """Run a program of ours in all the steps of an agent, and remove its traces. After another renewal, the next run is
+    an agent's first again, so the caller renews."""
     await channel.put({".practice.py": _PRACTICE}, dest="/agent", owner="root")
     await channel.put({".practice": _INPUT}, dest="/work", owner="agent")
     await channel.run(["/agent/.practice.py"], warm=True, timeout_seconds=60)

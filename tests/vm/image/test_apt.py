@@ -1,4 +1,4 @@
-"""Which of the host's package sources a guest is built from: both file formats, third parties, options, nothing."""
+"""Which of the host's package sources a guest is built from: both file formats, third parties, options, none."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_only_the_distributions_own_suites_are_taken(tmp_path: Path) -> None:
     assert again[1].options["signed-by"] == found[1].options["signed-by"]
 
 
-def test_a_host_without_its_distributions_archive_is_told(tmp_path: Path) -> None:
+def test_a_host_without_its_distributions_archive_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no source for trixie"):
         host_sources("trixie", etc=tmp_path)
 
@@ -80,5 +80,5 @@ async def test_only_how_to_reach_a_registry_is_taken_of_the_hosts_configuration(
         ("noise\nE: Unable to locate package nosuch\n", "E: Unable to locate package nosuch"),
     ],
 )
-def test_failures_are_told_by_their_cause(stderr: str, said: str, tmp_path: Path) -> None:
+def test_failures_are_explained_by_their_cause(stderr: str, said: str, tmp_path: Path) -> None:
     assert said in str(explain(CommandFailed("apt-get ended", returncode=100, stderr=stderr), where=tmp_path))

@@ -1,4 +1,4 @@
-"""Images: built whole or not at all, the same each time, verified before use, and what is in them boots."""
+"""Images: built whole or not at all, the same each time, verified before use, and bootable."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def progress(label, fraction):
 asyncio.run(Images(dir=Path(sys.argv[1]), cache=Path(sys.argv[2]), guest=Path(sys.argv[3])).build(progress=progress))
 """
 STEPS = ("unpacking the base", "writing the root file system", "writing the kernel")
-# Stands in for agentd: tells on the console what it finds, then ends.
+# Replaces agentd: prints on the console what it finds, then ends.
 LOOK_ROUND = """
 import os, socket, subprocess, sys
 def show(name, value): print(f"{name}={value}", flush=True)
@@ -104,7 +104,7 @@ async def test_same_inputs_same_digest_and_two_at_once_build_once(
     one, two = await asyncio.gather(*(images.build(progress=lambda label, _: steps.append(label)) for _ in "ab"))
     assert one == two and one.digest == other.digest
     assert steps.count("unpacking the base") == 1 and "waiting for another build" in steps
-    assert [info.digest for info in images.list()] == [one.digest], "an old image went when the new one was there"
+    assert [info.digest for info in images.list()] == [one.digest], "the old image was removed"
     assert not old_base.exists()
     manifests = [json.loads((i.dir / "manifest.json").read_text()) for i in (other, one)]
     assert manifests[0]["parts"] == manifests[1]["parts"]
@@ -138,19 +138,19 @@ def aged(path: Path) -> None:
     os.utime(path, (then, then))
 
 
-async def test_only_what_nobody_uses_gets_old(store: Images, image: Image, tmp_path: Path) -> None:
+async def test_only_unused_images_are_collected(store: Images, image: Image, tmp_path: Path) -> None:
     place = tmp_path / "images" / image.digest
     assert store.collect(()) == (), "just made"
     aged(place)
     assert store.collect({image.digest}) == (), "a template's"
     assert Images(dir=store.dir, cache=tmp_path, default=image.digest[:12]).collect(()) == (), "the settings' own"
     found = await store.find()
-    assert store.collect(()) == (), "just asked for"
+    assert store.collect(()) == (), "just used"
     aged(store.dir / ".verified" / image.digest)
     with store.used(found):
         assert Images(dir=store.dir, cache=tmp_path).collect(()) == (), "in use by a live process"
     assert await store.find() == found
-    assert store.collect(()) == (), "asked for again, with nothing to hash"
+    assert store.collect(()) == (), "used again, with nothing to hash"
     aged(store.dir / ".verified" / image.digest)
     assert store.collect(()) == (image.digest,)
     assert store.list() == []
@@ -163,7 +163,7 @@ async def test_remove(store: Images, image: Image, tmp_path: Path) -> None:
 
 
 def test_remove_by_command(store: Images, image: Image, tmp_path: Path) -> None:
-    """What else is there stays, the cache among it; what is not there is said."""
+    """Only the image is removed; a second removal fails."""
     env = os.environ | {"SWARM_IMAGES_DIR": str(tmp_path / "images"), "SWARM_HOME": str(tmp_path / "home")}
 
     def swarm(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -209,7 +209,7 @@ async def test_a_damaged_image_is_built_again(store: Images, image: Image, tmp_p
     assert (await store.find()).digest == image.digest
 
 
-async def test_a_changed_manifest_is_no_image(store: Images, image: Image, tmp_path: Path) -> None:
+async def test_an_image_with_a_changed_manifest_is_not_listed(store: Images, image: Image, tmp_path: Path) -> None:
     path = tmp_path / "images" / image.digest / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["boot_args"] += " init=/bin/sh"
@@ -255,7 +255,7 @@ async def test_a_cancelled_build_leaves_nothing(image: Image, settings: Settings
 
 
 async def test_no_network_is_one_clear_error(tmp_path: Path) -> None:
-    """Here is none (the sandbox): a base that isn't cached can't be fetched."""
+    """The sandbox has none: a base that isn't cached can't be fetched."""
     images = Images(dir=tmp_path / "images", cache=tmp_path / "cache")
     with pytest.raises(ImageError, match="can't reach the package registry"):
         await images.build()
@@ -263,7 +263,7 @@ async def test_no_network_is_one_clear_error(tmp_path: Path) -> None:
         assert [p.name for p in (tmp_path / place).iterdir()] == [".lock"]
 
 
-async def test_a_full_disk_and_a_missing_program_are_said_before_anything_is_done(
+async def test_a_full_disk_and_a_missing_program_are_reported_before_anything_is_done(
     settings: Settings, tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
@@ -410,7 +410,7 @@ async def test_a_kernel_of_the_users_own_mounts_the_root_itself(
     assert_looked_round(await console_of(own, acpi="off"))
 
 
-async def test_what_is_no_kernel_is_refused_and_leaves_nothing(settings: Settings, tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_kernel_is_refused_and_leaves_nothing(settings: Settings, tmp_path: Path) -> None:
     images = Images(dir=tmp_path / "images", cache=base_cache(settings))
     with pytest.raises(ImageError, match="neither bzImage nor ELF"):
         await images.build(kernel=Path("/etc/passwd"))
@@ -418,7 +418,7 @@ async def test_what_is_no_kernel_is_refused_and_leaves_nothing(settings: Setting
 
 
 async def test_a_killed_builder_takes_its_package_tools_along(tmp_path: Path) -> None:
-    """What imagebase starts mmdebstrap with: when its parent is killed, everything below dies."""
+    """The way base.py starts mmdebstrap: when its parent is killed, everything below dies."""
     fifo = tmp_path / "up"
     os.mkfifo(fifo)
     program = (

@@ -77,7 +77,7 @@ def test_a_torn_payload_is_an_error(compression: str) -> None:
         extract_elf(bzimage(whole[: len(whole) // 2]))
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
-    # Some formats have no checksum of their own: then the length tells, or (a literal byte) nothing can.
+    # Some formats have no checksum: then the length reveals the damage, or (a literal byte) nothing can.
     with contextlib.suppress(ImageError):
         assert len(extract_elf(bzimage(bytes(flipped)))) == len(ELF)
 
@@ -98,12 +98,12 @@ def test_a_payload_of_another_length_than_stated_is_an_error() -> None:
         (b"", "not a Linux kernel"),
         (b"\x89LZO\x00\x0d\x0a\x1a\x0a", "LZO"),
         (bzimage(b"\x89LZO\x00\x0d\x0a\x1a\x0a"), "LZO"),
-        (gzip.compress(b"#!/bin/sh"), "no ELF"),
+        (gzip.compress(b"#!/bin/sh"), "not an ELF file"),
         (b"#!/bin/sh\n", "neither bzImage nor ELF"),
     ],
     ids=["empty", "LZO", "bzImage of LZO", "gzip of a script", "a script"],
 )
-def test_what_is_no_kernel_is_refused(image: bytes, said: str) -> None:
+def test_other_files_are_refused(image: bytes, said: str) -> None:
     with pytest.raises(ImageError, match=said):
         extract_elf(image)
 

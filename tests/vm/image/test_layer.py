@@ -1,4 +1,4 @@
-"""Layers: what is built, what a guest finds, and what may go wrong before there is anything to find."""
+"""Layers: what is built, what a guest finds, and what may go wrong during a build."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory, image: Image) -> Iterator[P
             "greet/__init__.py": "import os\nfrom marked import WORD\nPID = os.getpid()\ndef main():\n    print(WORD)\n"
         },
         scripts={"greet": "greet:main"},
-        # The guest's Python decides, and not the one that Swarm runs on.
+        # The guest's Python decides, not the one that Swarm runs on.
         requires=[f'marked==1.0; python_full_version == "{guests}"'],
     )
     wheel(place, "marked", files={"marked.py": "WORD = 'hello'\n"})
@@ -134,7 +134,7 @@ async def test_what_a_guest_finds(settings: Settings, image: Image, layer: Layer
     }
 
 
-async def test_a_preload_that_is_in_no_layer_is_said(settings: Settings, image: Image) -> None:
+async def test_a_preload_that_is_in_no_layer_is_named(settings: Settings, image: Image) -> None:
     launcher = wiring.launcher(settings, await wiring.choice(settings))
     with pytest.raises(BootFailed, match="can't be imported: greet: ModuleNotFoundError") as caught:
         await launcher.template(VmSpec(image=image, memory_mb=192, disk_mb=256, preload=("greet",)))
@@ -152,7 +152,7 @@ async def test_built_once_listed_found_and_removed(layers: Layers, layer: Layer,
     updated = replace(image, packages={**image.packages, "dash": "9"})
     with pytest.raises(LayerMissing, match=r"mine@1\.0\.0.*run `swarm agent build mine@1\.0\.0`") as caught:
         await layers.find(WANTS, updated)
-    with pytest.raises(LayerMissing, match="does not say what Debian"):
+    with pytest.raises(LayerMissing, match="does not say which Debian"):
         await layers.find(WANTS, replace(image, packages={}))
     assert caught.value.reason is FailureReason.LAYER_MISSING and not caught.value.retryable
     wheels_only = an_agent("greet==1.0")
@@ -163,7 +163,7 @@ async def test_built_once_listed_found_and_removed(layers: Layers, layer: Layer,
 async def test_an_agents_own_module_comes_with_its_layer(
     layers: Layers, wheels: Path, image: Image, tmp_path: Path
 ) -> None:
-    """A template is made before an agent's files are in a VM. Who has the same module shares the layer."""
+    """A template is made before an agent's files are in a VM. Agents with the same module share the layer."""
     for place, text in (("a", "N = 1\n"), ("b", "N = 1\n"), ("c", "N = 2\n")):
         (tmp_path / place).mkdir()
         (tmp_path / place / "own.py").write_text(text)
@@ -199,17 +199,21 @@ async def test_two_at_once_then_damaged_then_removed(layers: Layers, wheels: Pat
 @pytest.mark.parametrize(
     ("agent", "error", "said"),
     [
-        (an_agent("sources==1.0"), UsageError, r"no wheel fits the requirement sources==1\.0.*none.*source alone"),
+        (
+            an_agent("sources==1.0"),
+            UsageError,
+            r"no wheel fits the requirement sources==1\.0.*none exists .*source only",
+        ),
         (an_agent("marked==2.0"), UsageError, r"no wheel fits.*marked==2\.0.*there are 1\.0"),
         (an_agent("-r/etc/passwd"), UsageError, "not pinned"),
         (an_agent("git+https://evil.test/x==1"), UsageError, "not pinned"),
         (an_agent("./marked==1.0"), UsageError, "not pinned"),
-        (an_agent(packages=("--allow-unauthenticated",)), UsageError, "no name of a Debian package"),
+        (an_agent(packages=("--allow-unauthenticated",)), UsageError, "not a Debian package name"),
         (an_agent(packages=("nosuch",)), ImageError, "Unable to locate package nosuch"),
     ],
     ids=lambda value: "" if isinstance(value, Agent) else None,
 )
-async def test_what_nobody_offers(
+async def test_what_does_not_exist(
     layers: Layers, wheels: Path, image: Image, agent: Agent, error: type[SwarmError], said: str
 ) -> None:
     before = sorted(layers.dir.iterdir())
@@ -234,7 +238,7 @@ async def test_a_hostile_wheel_stays_in_its_root(image: Image, tmp_path: Path) -
         await Layers(dir=tmp_path / "layers").build(an_agent("evil==1.0"), image)
     assert not target.exists()
     assert names(tmp_path / "layers") == [".lock"]
-    # Code that Python would run by itself: not as root, in a chroot of this host.
+    # Code that Python would run by itself must not run as root, in a chroot of this host.
     wheel(tmp_path / "w3", "sly", files={"sly.py": "", "sly.pth": "import os; open('/usr/local/ran', 'w').close()\n"})
     with wheels_from(tmp_path / "w3"):
         layer = await Layers(dir=tmp_path / "layers").build(an_agent("sly==1.0"), image)

@@ -1,4 +1,4 @@
-"""Who owns which VM on this host: files and locks."""
+"""Which process owns which VM on this host: files and locks."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_slot_is_reserved_used_and_released(inventory: Inventory) -> None:
 
 def test_only_one_holds_a_slot(inventory: Inventory) -> None:
     lease = inventory.reserve(7)
-    with pytest.raises(Conflict, match=rf"VM 7 is in use by a command of Swarm's \(pid {os.getpid()}\)"):
+    with pytest.raises(Conflict, match=rf"VM 7 is in use by a Swarm command \(pid {os.getpid()}\)"):
         Inventory(state_dir=inventory.state_dir).reserve(7)
     lease.release()
     with owner(inventory, 7) as child:
@@ -124,7 +124,7 @@ def test_free_slots_skip_what_is_there(inventory: Inventory) -> None:
         inventory.reserve_free(65533)
 
 
-def test_a_vm_by_hand_outlives_its_command(inventory: Inventory) -> None:
+def test_a_manual_vm_outlives_its_command(inventory: Inventory) -> None:
     lease = inventory.reserve(1)
     with pytest.raises(Conflict, match="no VMM process was recorded"):
         lease.detach()
@@ -132,8 +132,8 @@ def test_a_vm_by_hand_outlives_its_command(inventory: Inventory) -> None:
         lease.record(VmRecord(n=1, pid=pid, started=started))
         assert lease.detach().kind is Kind.MANUAL
         assert inventory.stale() == [] and inventory.held() == {}
-        lease.release()  # as a clean-up that runs all the same would: it is not ours any more
-        with pytest.raises(Conflict, match=rf"VM 1 runs \(pid {pid}\), started by hand"):
+        lease.release()  # as a clean-up would: it has no effect, because the slot is no longer ours
+        with pytest.raises(Conflict, match=rf"VM 1 was started manually \(pid {pid}\)"):
             inventory.reserve(1)
         replacing = inventory.reserve(1, replace=True)
         assert replacing.leftover
@@ -179,7 +179,7 @@ def test_eviction_takes_a_slot_from_a_live_owner(inventory: Inventory) -> None:
     (old.dir / "work.ext4").touch()
     new = inventory.evict(5)
     assert new.leftover
-    new.empty()
+    new.remove_dir()
     new.create_dir()
     for write in (lambda: old.record(VmRecord(n=5)), old.detach):
         with pytest.raises(Conflict):
@@ -234,7 +234,7 @@ def test_without_descriptors_no_slot_stays_taken(tmp_path: Path, left: int) -> N
             assert left > 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    inventory.reserve(1).release()  # in nobody's hands
+    inventory.reserve(1).release()  # it is free
     assert inventory.numbers() == []
 
 
@@ -281,7 +281,7 @@ def test_a_state_dir_that_cant_be_used_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_reservation_is_not_taken_for_an_owner(inventory: Inventory) -> None:
-    """Between another's lock and its record there is nothing to read: that passes."""
+    """Between another process's lock and its record there is nothing to read, for a moment."""
     lease = inventory.reserve(1)
     (lease.dir / "vm.json").unlink()
     with pytest.raises(Busy, match="try again"):

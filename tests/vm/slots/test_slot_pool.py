@@ -1,4 +1,4 @@
-"""SlotPool: places with their network, where somebody else may have taken a number, or a removal fails."""
+"""SlotPool: slots with their networks, where another program may have taken a number, or a removal fails."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.needs("netns", "root")
 FIRST = 4000
 
 
-async def test_a_number_that_somebody_else_has_is_passed_over(settings: Settings) -> None:
-    """Else the lowest number would be tried, and fail, for ever: no ticket of this host would run again."""
+async def test_a_number_that_is_taken_is_skipped(settings: Settings) -> None:
+    """Otherwise the lowest number would fail for ever, and no ticket would run on this host again."""
     vm_slots = SlotPool(inventory=wiring.inventory(settings), network=wiring.network(settings), first=FIRST)
     await run(["ip", "netns", "add", f"vm{FIRST}"])
     try:
@@ -29,7 +29,7 @@ async def test_a_number_that_somebody_else_has_is_passed_over(settings: Settings
         await run(["ip", "netns", "delete", f"vm{FIRST}"])
 
 
-async def test_a_free_seat_is_used_again_and_removed_at_the_end(settings: Settings) -> None:
+async def test_a_free_slot_is_used_again_and_removed_at_the_end(settings: Settings) -> None:
     vm_slots = SlotPool(inventory=wiring.inventory(settings), network=wiring.network(settings), first=FIRST)
     vm_slots.keep = 1
     numbers = []

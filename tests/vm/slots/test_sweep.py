@@ -1,4 +1,4 @@
-"""What dead owners leave is removed; what is alive, or not Swarm's, stays."""
+"""What dead owners leave is removed; live VMs, and what is not Swarm's, stay."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def inventory(tmp_path: Path) -> Inventory:
     return Inventory(state_dir=tmp_path / "state")
 
 
-# An engine with a VM whose VMM survives it: `how` says how far it comes before it waits to be killed.
+# An engine with a VM whose VMM survives it. It waits to be killed after the step ``how``.
 ENGINE = """
 import asyncio, os, sys
 from ipaddress import IPv4Network
@@ -83,7 +83,7 @@ def lives(pid: int) -> bool:
     return process.start_time(pid) is not None
 
 
-# "not entered": a VMM as it is before `nsenter` has moved it, held still: its tap is all that tells whose it is.
+# "not entered": a VMM before `nsenter` has moved it into the namespace: only its tap tells which VM it belongs to.
 @pytest.mark.parametrize("how", ["reserved", "networked", "unrecorded", "not entered", "running"])
 async def test_what_a_killed_engine_leaves_is_swept(inventory: Inventory, network: Network, how: str) -> None:
     await network.ensure_host()
@@ -101,7 +101,7 @@ async def test_what_a_killed_engine_leaves_is_swept(inventory: Inventory, networ
 
 
 async def test_only_the_vmm_of_the_dead_slot_is_killed(inventory: Inventory, network: Network) -> None:
-    """Every slot's tap has the same name, and so may a stranger's."""
+    """Every slot's tap has the same name, and another program's tap may have it too."""
 
     def strangers_tap() -> int:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -127,7 +127,7 @@ async def test_only_the_vmm_of_the_dead_slot_is_killed(inventory: Inventory, net
         await process.kill(stranger)
 
 
-async def test_a_vm_by_hand_stays_until_its_vmm_is_dead(inventory: Inventory, network: Network) -> None:
+async def test_a_manual_vm_stays_until_its_vmm_is_dead(inventory: Inventory, network: Network) -> None:
     with engine(inventory, 1, "manual") as (child, vmm):
         child.communicate()
         assert await sweep.sweep(inventory, network) == sweep.SweepReport()
@@ -140,7 +140,7 @@ async def test_a_vm_by_hand_stays_until_its_vmm_is_dead(inventory: Inventory, ne
 async def test_taking_a_slot_removes_what_was_there(inventory: Inventory, network: Network) -> None:
     with engine(inventory, 1, "manual") as (child, vmm):
         child.communicate()
-        with pytest.raises(Conflict, match="started by hand"):
+        with pytest.raises(Conflict, match="was started manually"):
             await sweep.take(inventory, network, 1, replace=False)
         lease = await sweep.take(inventory, network, 1)
     assert not lives(vmm) and await network.list() == []
@@ -153,11 +153,11 @@ async def test_taking_a_slot_removes_what_was_there(inventory: Inventory, networ
     lease.unlock()  # as if we had died
     await sweep.remove_vm(inventory, network, 1)
     assert await network.list() == []
-    with pytest.raises(NotFound, match="there is no VM 1"):
+    with pytest.raises(NotFound, match="VM 1 does not exist on this host"):
         await sweep.remove_vm(inventory, network, 1)
 
 
-async def test_those_who_want_the_same_leftover_wait_for_each_other(inventory: Inventory, network: Network) -> None:
+async def test_processes_wait_for_each_other_at_the_same_leftover(inventory: Inventory, network: Network) -> None:
     with engine(inventory, 1, "running") as (child, _):
         child.kill()
         child.wait()
@@ -177,7 +177,7 @@ async def test_cleanup_on_a_clean_host_does_nothing(inventory: Inventory, networ
     assert await host_state() == before
 
 
-async def test_cleanup_removes_all_of_swarms_and_nothing_else(inventory: Inventory, network: Network) -> None:
+async def test_cleanup_removes_everything_of_swarm_and_nothing_else(inventory: Inventory, network: Network) -> None:
     await ip("netns", "add", "vm99")
     await ip("link", "add", "br7", "type", "bridge")
     await process.run(["nft", "add", "table", "inet", "swarmish"])
@@ -185,18 +185,18 @@ async def test_cleanup_removes_all_of_swarms_and_nothing_else(inventory: Invento
     bystander = await asyncio.create_subprocess_exec("sleep", "600", stdin=subprocess.DEVNULL)
     try:
         with (
-            engine(inventory, 1, "manual") as (by_hand, first),
+            engine(inventory, 1, "manual") as (manual, first),
             engine(inventory, 1000, "running") as (killed, second),
             engine(inventory, 1001, "networked") as (alive, _),
         ):
-            by_hand.communicate()
+            manual.communicate()
             killed.kill()
             killed.wait()
-            # Somebody opened a shell in a VM's namespace: not Swarm's.
+            # A person's shell in a VM's namespace is not Swarm's.
             inside = await process.spawn(["sleep", "600"], output=inventory.state_dir / "log", netns="vm1")
 
             report = await sweep.cleanup(inventory, network)
-            assert report.removed == ("VM 1 (made by hand)", "VM 1000 (ticket 't1')") and not report.failed
+            assert report.removed == ("VM 1 (started manually)", "VM 1000 (ticket 't1')") and not report.failed
             assert len(report.kept) == 2 and f"pid {alive.pid}" in report.kept[0] and "br0" in report.kept[1]
             assert [slot.n for slot in await network.list()] == [1001]
             assert not lives(first) and not lives(second) and lives(alive.pid) and lives(inside.pid)
@@ -220,14 +220,14 @@ async def test_cleanup_finds_vms_whose_directory_is_gone(inventory: Inventory, n
     with engine(elsewhere, 1, "manual") as (child, vmm):
         child.communicate()
         assert await sweep.sweep(inventory, network) == sweep.SweepReport()
-        assert lives(vmm)  # it may be somebody's: a sweep goes by directories
+        assert lives(vmm)  # it may be in use: a sweep looks only at directories
         report = await sweep.cleanup(inventory, network)
     assert not lives(vmm)
     assert report.removed[0].startswith("namespace vm1, which had no directory in ")
 
 
 async def test_another_installs_vms_are_kept_while_they_are_used(inventory: Inventory, tmp_path: Path) -> None:
-    """The namespace says which state directory it belongs to; the locks in there say if somebody uses it."""
+    """The namespace says which state directory it belongs to; the locks in there say if it is in use."""
     theirs = Inventory(state_dir=tmp_path / "theirs")
     elsewhere = Network(subnet=IPv4Network("10.0.0.0/16"), bridge="br0", owner=str(theirs.state_dir))
     ours = Network(subnet=IPv4Network("10.0.0.0/16"), bridge="br0", owner=str(inventory.state_dir))
@@ -243,12 +243,12 @@ async def test_another_installs_vms_are_kept_while_they_are_used(inventory: Inve
     report = await sweep.cleanup(inventory, ours, force=True)
     assert f"VM 7 of {theirs.state_dir}" in report.removed
     assert (await ours.list(), theirs.numbers()) == ([], [])
-    used.release()  # finds that it is not theirs any more
+    used.release()  # it has no effect any more
     assert (await sweep.cleanup(inventory, ours)).removed == ()
 
 
 async def test_a_foreign_namespace_with_the_name_of_a_slot_stays(inventory: Inventory, network: Network) -> None:
-    """Our engine died between reserving slot 99 and noticing that somebody else's vm99 is there."""
+    """Our engine died between reserving slot 99 and noticing that a foreign vm99 exists."""
     await ip("netns", "add", "vm99")
     try:
         with engine(inventory, 99, "reserved") as (child, _):
@@ -289,7 +289,7 @@ async def test_without_a_network_only_process_and_files_go(inventory: Inventory)
 
 
 async def test_a_vm_without_a_network_leaves_the_network_alone(inventory: Inventory, network: Network) -> None:
-    """One of the driver `process` has a number, but no namespace: the one of that name is somebody else's."""
+    """A VM of the driver `process` has a number, but no namespace: the one with its name belongs to another VM."""
     await network.create(1)
     lease = inventory.reserve(1)
     lease.record(VmRecord(n=1, pid=1, driver="process"))

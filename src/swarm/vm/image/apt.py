@@ -1,7 +1,7 @@
-"""Packages by way of the host's own apt: its sources, keys, proxies and mirrors, but none of its state.
+"""Packages by the host's own apt: its sources, keys, proxies and mirrors, but not its state.
 
-Swarm knows no registry. It reads where this host gets its distribution from, and fetches from there into directories
-of its own; the host's package lists and its installed set are neither used nor changed.
+Swarm has no package registry built in. It reads where this host gets its distribution from, and fetches from there into
+directories of its own. It neither uses nor changes the host's package lists and installed packages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 from swarm.base import files, process
 from swarm.errors import CommandFailed, ImageError
 
-# How apt reaches a registry (apt.conf(5)): what of the host's configuration is kept.
+# The part of the host's configuration that is kept: how apt reaches a registry (apt.conf(5)).
 _ACQUIRE: Final = re.compile(
     r"Acquire::(http|https|ftp|tor|Retries|Check-Valid-Until|Check-Date|Max-ValidTime|ForceIPv4|ForceIPv6"
     r"|Proxy-Auto-Detect|Queue-Mode)\b.*",
@@ -40,9 +40,9 @@ class Source:
 
 
 def host_sources(release: str, *, etc: Path = Path("/etc/apt")) -> list[Source]:
-    """The host's binary sources of its own release (with its -updates and -security), third parties left out.
+    """The host's binary sources of its own release (with its -updates and -security), without third parties'.
 
-    Raises ImageError when there are none.
+    Raises ImageError if it has none.
     """
     suites = {release, f"{release}-updates", f"{release}-security", f"{release}/updates"}
     found = []
@@ -59,13 +59,13 @@ def host_sources(release: str, *, etc: Path = Path("/etc/apt")) -> list[Source]:
         for source in _stanzas(text) if file.suffix == ".sources" else _lines(text):
             kept = tuple(s for s in source.suites if s.rstrip("/") in suites)
             uris = tuple(u for u in source.uris if not u.startswith("cdrom:"))
-            # A distribution's archive has a component `main`, and few others have.
+            # A distribution's archive has a component `main`; few others do.
             if kept and uris and "main" in source.components:
                 found.append(Source(uris=uris, suites=kept, components=("main",), options=source.options))
     if not found:
         raise ImageError(
-            f"apt on this host has no source for {release}: `swarm image build` takes its packages from where the host "
-            f"takes its own; add the distribution's archive below {etc}"
+            f"apt on this host has no source for {release}, and `swarm image build` uses the host's sources: "
+            f"add the distribution's archive below {etc}"
         )
     return found
 
@@ -94,7 +94,7 @@ async def host_options() -> list[str]:
 
 
 class PrivateApt:
-    """apt with its state in ``dir`` and only ``sources``. ``status``: dpkg's list of what is installed, where it is."""
+    """apt with its state in ``dir`` and only ``sources``. ``status``: the path of dpkg's list of installed packages."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class PrivateApt:
             "Dir::Log": dir,
             "Dir::Etc::sourcelist": dir / "swarm.sources",
             "Dir::Etc::sourceparts": "/dev/null",
-            # Not the host's own configuration: it may run programs after an update.
+            # Not the host's configuration: it may run programs after an update.
             "Dir::Etc::main": "/dev/null",
             "Dir::Etc::parts": "/dev/null",
             "Dir::Etc::preferences": "/dev/null",
@@ -165,7 +165,7 @@ def installed(status: str) -> dict[str, str]:
 
 
 def explain(error: CommandFailed, *, where: Path) -> ImageError:
-    """What the failure of a package tool means to the user."""
+    """A package tool's failure, in a message for the user."""
     said = f"{error.stderr}\n{error}"
     if FULL_DISK.search(said):
         return ImageError(files.no_space(where, "a build needs about 1 GB"))
@@ -179,7 +179,7 @@ def explain(error: CommandFailed, *, where: Path) -> ImageError:
 
 
 def _stanzas(text: str) -> Iterator[Source]:
-    """The `deb` stanzas of a deb822 file that are enabled."""
+    """The enabled `deb` stanzas of a deb822 file."""
     for block in re.split(r"\n[ \t]*\n", "\n".join(line for line in text.splitlines() if not line.startswith("#"))):
         fields: dict[str, str] = {}
         name = ""

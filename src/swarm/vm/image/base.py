@@ -1,7 +1,7 @@
-"""The base of an image: a Debian root file system and a kernel, out of the distribution's packages. Needs the network.
+"""The base of an image: a Debian root file system and a kernel, from the distribution's packages. Needs the network.
 
-The root is made by mmdebstrap, cleaned of what differs from run to run, and kept as one tar file; the kernel package is
-fetched at the same time, since installing packages keeps one core busy.
+mmdebstrap makes the root, which is cleaned of what differs from run to run and kept as one tar file. The kernel package
+is fetched at the same time, since installing packages keeps only one core busy.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from swarm.vm.image.build import EPOCH, Recipe, in_root, remove, tool, walk
 
 _USRMERGE_HOOK: Final = Path("/usr/share/mmdebstrap/hooks/merged-usr")
 UNWANTED_PATHS: Final = ("man", "doc", "info", "locale", "lintian", "bug", "bash-completion", "zsh")  # in /usr/share
-_PACKAGES_INSTALLED: Final = 110  # in the root, roughly: only the progress bar looks at it
-# What agents may count on; a base without one of these is not used.
+_PACKAGES_INSTALLED: Final = 110  # in the root, roughly: only for the progress bar
+# Modules that agents may rely on; a base without one of these is not used.
 _STDLIB: Final = (
     "import asyncio, bz2, ctypes, hashlib, json, lzma, multiprocessing, random, sqlite3, ssl, urllib.request, uuid, "
     "zoneinfo"
@@ -65,12 +65,12 @@ async def _base_root(
     scratch.mkdir()
     (scratch / "host.sources").write_text(apt.render(sources))
     log = scratch / "mmdebstrap.log"
-    # In a process namespace of its own: when it is killed, or we are, all that apt and dpkg started dies with it.
+    # In a process namespace of its own: if it is killed, or we are, everything that apt and dpkg started dies with it.
     child = await process.spawn(
         [
             "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--",
             "mmdebstrap", "--verbose", "--mode=root", "--format=directory",
-            # Without the essential set's apt, and with /usr already merged: usrmerge would bring all of Perl.
+            # Without apt, and with /usr already merged: the package usrmerge would install all of Perl.
             "--variant=essential", f"--hook-dir={_USRMERGE_HOOK}",
             f"--include={','.join(base['packages'])}",
             *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED_PATHS),
@@ -99,8 +99,8 @@ async def _base_root(
     packages = apt.installed((root / "var/lib/dpkg/status").read_text())
     progress("cleaning", 0.9)
     await finish_uninterrupted(asyncio.to_thread(_clean, root))
-    # Debian compiles no more of the standard library than the interpreter itself needs; a guest's root is read-only and
-    # its CPU may be emulated, so an import without a compiled file costs it dearly.
+    # Debian compiles only the part of the standard library that the interpreter itself needs. A guest's root is
+    # read-only and its CPU may be emulated, so each import without a compiled file is slow.
     compiled = ["--invalidation-mode", "timestamp", "-q", "-j", "0", "/usr/lib/python3"]
     await in_root(
         root, "-m", "compileall", *compiled, *(f"/{d.relative_to(root)}" for d in root.glob("usr/lib/python3.*"))
@@ -147,20 +147,20 @@ def _take_kernel(files: Path, stage: Path, wanted: Sequence[str]) -> None:
 
 
 def _share_installed(log: Path) -> float:
-    """How far mmdebstrap is (0..1), by its own log: each package is fetched, unpacked and set up once."""
+    """How far mmdebstrap is (0..1), from its log: each package is fetched, unpacked and set up once."""
     try:
         text = log.read_text(errors="replace")
     except FileNotFoundError:
         return 0.0
-    # It installs the essential packages, then the others, and tells the number of each when it gets there.
-    told = [int(n) for n in re.findall(r"^\d+ upgraded, (\d+) newly installed", text, re.MULTILINE) if n != "0"]
-    packages = sum(told) if len(told) > 1 else max(_PACKAGES_INSTALLED, sum(told))
+    # It installs the essential packages, then the others, and logs the number of each when it starts with them.
+    counts = [int(n) for n in re.findall(r"^\d+ upgraded, (\d+) newly installed", text, re.MULTILINE) if n != "0"]
+    packages = sum(counts) if len(counts) > 1 else max(_PACKAGES_INSTALLED, sum(counts))
     steps = len(re.findall(r"^(?:Get:\d+ .* \[|Unpacking |Setting up )", text, re.MULTILINE))
     return min(1.0, steps / (3 * packages))
 
 
 def _clean(root: Path) -> None:
-    """Remove what differs between two runs, what belongs to the host, and rights that no agent needs."""
+    """Remove what differs between two runs, what belongs to the host, and privileges that no agent needs."""
     for pattern in (
         "etc/ssh/ssh_host_*", "etc/machine-id", "var/lib/dbus/machine-id", "etc/hostname", "etc/resolv.conf",
         "etc/apt", "etc/dpkg/dpkg.cfg.d/99mmdebstrap", "etc/*-", "etc/.pwd.lock", "etc/ssh/sshd_config.d",
@@ -177,7 +177,7 @@ def _clean(root: Path) -> None:
 
 
 def _open_compiled(root: Path) -> None:
-    """Compiled files were made with our own umask, and agents must read them."""
+    """Compiled files were made with our umask, but agents must be able to read them."""
     for dir in root.glob("usr/lib/python3*/**/__pycache__"):  # noqa: A001
         dir.chmod(0o755)
         for file in dir.iterdir():
@@ -185,7 +185,7 @@ def _open_compiled(root: Path) -> None:
 
 
 def _first(group: BaseExceptionGroup[Exception]) -> Exception:
-    """The first real error of a task group; the others are its tasks being cancelled."""
+    """The first error of a task group; it made the others be cancelled."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -1,9 +1,9 @@
-"""Building an image: the parts of a guest, out of the distribution's packages and our own guest files.
+"""Building an image: the parts of a guest, made of the distribution's packages and our own guest files.
 
-In two steps, because they change at different speeds. The *base* (`imagebase`) is expensive and needs the network: a
-Debian root file system and a kernel. The *image* is cheap and needs none: our guest files laid over the base, then one
-erofs and one initramfs. Bases are kept in a cache of their own, so a changed agentd costs seconds. The same base and
-the same guest files give the same bytes (tested).
+There are two steps, because they change at different speeds. The *base* (base.py) is expensive and needs the network: a
+Debian root file system and a kernel. The *image* is cheap and needs no network: our guest files are laid over the base,
+then one erofs and one initramfs are written. Bases are kept in a cache of their own, so a changed agentd costs seconds.
+The same base and the same guest files give the same bytes (tested).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, HostError, ImageError
 from swarm.vm.image import kernel
 
-# Raise it when the code below makes another image of the same packages and guest files.
+# Raise it when the code below makes a different image of the same packages and guest files.
 BUILDER_VERSION: Final = 1
-# Every time stamp in an image (2023-11-14). Python's compiled files name it too, so it can't be left out.
+# Every time stamp in an image (2023-11-14). Python's compiled files contain it, so there must be one.
 EPOCH: Final = 1_700_000_000
 PACKAGES: Final = (
     "busybox-static", "ca-certificates", "iproute2", "libpython3-stdlib", "mount", "openssh-server", "python3-minimal",
     "tzdata",
 )  # fmt: skip
-# What a guest's kernel must be able to do; dependencies are resolved, and built-in ones skipped.
+# Modules that a guest's kernel needs; their dependencies are resolved, and built-in ones skipped.
 MODULES: Final = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "overlay", "erofs", "ext4")
-# The kernel's own arguments: a guest that breaks ends at once, and nobody waits for self-tests of its ciphers (0.4 s
-# of 2.8 without KVM). Console and devices are the driver's business.
+# The kernel's own arguments: a guest that breaks ends at once, and self-tests of ciphers are skipped (0.4 s of 2.8
+# without KVM). The driver adds those for console and devices.
 BOOT_ARGS: Final = "quiet panic=-1 oops=panic cryptomgr.notests"
 NO_INITRAMFS_ARGS: Final = "root=/dev/vda rootfstype=erofs ro init=/sbin/swarm-init"
 
@@ -48,8 +48,6 @@ _TOOLS: Final = {
     "mmdebstrap": "mmdebstrap", "mkfs.erofs": "erofs-utils", "apt-get": "apt", "dpkg-deb": "dpkg", "tar": "tar",
     "unshare": "util-linux", "setpriv": "util-linux",
 }  # fmt: skip
-
-
 # Our own files (src/swarm/guest) and their places in the guest's root.
 GUEST_FILES: Final = {
     "init": "usr/sbin/swarm-init",
@@ -62,14 +60,14 @@ GUEST_FILES: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What decides an image's content, known without building it. ``key`` names it; no network is needed.
+    """Everything that decides an image's content, known before it is built; ``key`` is its digest.
 
-    Files are read once, here: one that is edited during a build is not half in the image.
+    Files are read once, here, so that an edit during a build can't get into a part of the image.
     """
 
     base: Mapping[str, Any]
     guest: Mapping[str, bytes]  # file name -> content
-    kernel: bytes | None  # one given by the user
+    kernel: bytes | None  # the user's own
     boot_args: str
 
     @property
@@ -89,7 +87,7 @@ class Recipe:
 
 
 def recipe(guest: Path, *, kernel: Path | None = None, boot_args: str | None = None) -> Recipe:
-    """The recipe of this host and the guest files in ``guest``. Raises ImageError where Swarm can't build guests."""
+    """The recipe for this host and the guest files in ``guest``. Raises ImageError if Swarm can't build guests here."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -125,11 +123,11 @@ def recipe(guest: Path, *, kernel: Path | None = None, boot_args: str | None = N
 
 def require_root() -> None:
     if os.geteuid() != 0:
-        raise HostError("building an image needs root, for the owners of its files: run this as root")
+        raise HostError("building an image needs root, to set the owners of its files: run this as root")
 
 
 def check_host(*, for_base: bool, where: Path) -> None:
-    """Raises HostError or ImageError when a build can't succeed here, before anything is done."""
+    """Raises HostError or ImageError, before anything is done, if a build can't succeed here."""
     tools = _TOOLS if for_base else {t: _TOOLS[t] for t in ("mkfs.erofs", "tar", "setpriv")}
     missing = [package for tool, package in tools.items() if process.which(tool) is None]
     if missing:
@@ -144,9 +142,9 @@ def check_host(*, for_base: bool, where: Path) -> None:
 
 
 async def assemble(recipe: Recipe, base: Path, stage: Path, progress: Progress) -> dict[str, Path]:
-    """Make an image's parts in ``stage`` out of a base and our guest files. No network.
+    """Make an image's parts in ``stage`` from a base and our guest files. Needs no network.
 
-    Returns {part: file}: kernel, vmlinux, initramfs, root; without initramfs for a kernel of the user's own.
+    Returns {part: file}: kernel, vmlinux, initramfs, root; no initramfs for the user's own kernel.
     """
     elf = await asyncio.to_thread(kernel.extract_elf, recipe.kernel) if recipe.kernel is not None else b""
     progress("unpacking the base", 0.0)
@@ -181,7 +179,7 @@ async def assemble(recipe: Recipe, base: Path, stage: Path, progress: Progress) 
 
 
 async def tool(*argv: str) -> None:
-    """Run a program of a build, which dies with the build: or it would write on into what the next one sweeps."""
+    """Run a program of a build. It dies with the build: else it would still write into what the next one removes."""
     await process.run(
         ["setpriv", "--pdeathsig", "KILL", "--", *argv],
         timeout_seconds=600,
@@ -194,11 +192,11 @@ async def in_root(root: Path, *arguments: str) -> None:
     try:
         await tool("chroot", str(root), "/usr/bin/python3", "-I", *arguments)
     except CommandFailed as error:
-        raise ImageError(f"the guest's Python is not whole: {error.stderr[-500:]}") from error
+        raise ImageError(f"the guest's Python is not complete: {error.stderr[-500:]}") from error
 
 
 def _install(root: Path, files: Mapping[str, bytes]) -> None:
-    """Lay our guest files over the base, with the accounts and places that the guest's programs expect."""
+    """Lay our guest files over the base, with the accounts and directories that the guest's programs expect."""
     for name, data in files.items():
         if place := GUEST_FILES[name]:
             target = root / place
@@ -213,7 +211,7 @@ def _install(root: Path, files: Mapping[str, bytes]) -> None:
     ):
         path = root / "etc" / name
         text = path.read_text()
-        if name == "shadow":  # '*': no password fits. Not '!', with which sshd refuses keys as well
+        if name == "shadow":  # '*': no password matches. With '!', sshd refuses keys as well
             text = re.sub(r"^root:[^:]*:", "root:*:", text, flags=re.MULTILINE)
         path.write_text(f"{text}{line}\n")
     for name, text in (
@@ -236,14 +234,14 @@ def _install(root: Path, files: Mapping[str, bytes]) -> None:
         path.mkdir(exist_ok=True)
         path.chmod(mode)
         os.chown(path, owner, owner)
-    # A kernel that mounts this root itself opens its console before anything is mounted on /dev.
+    # A kernel that mounts this root itself opens /dev/console before anything is mounted on /dev.
     for name, minor in (("console", 1), ("null", 3)):
         if not (root / "dev" / name).exists():
             os.mknod(root / "dev" / name, 0o600 | stat.S_IFCHR, os.makedev(5 if name == "console" else 1, minor))
     (root / "usr/lib/swarm").chmod(0o755)
 
 
-# agentd is started from its compiled form, so that no guest parses it: by the guest's own Python, whose format it is.
+# agentd starts from its compiled form, so that no guest parses it. The guest's own Python compiles it: it's its format.
 _COMPILE_AGENTD: Final = (
     "import py_compile; py_compile.compile('/usr/lib/swarm/agentd.py', '/usr/lib/swarm/agentd.pyc', doraise=True, "
     "invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)"

@@ -4,12 +4,12 @@
 
     <images>/
       .lock                   flock: one build at a time; its holder owns everything named .building-*
-      .building-…/            an image in the making, swept by the next build when its maker died
-      .verified/<digest>      what was hashed before, and the inodes it was hashed from
+      .building-…/            an unfinished image; if its builder died, the next build removes it
+      .verified/<digest>      the inodes of the files that were hashed already
       <sha256>/               manifest.json, vmlinuz, vmlinux, initramfs, root.erofs
 
-A digest is the sha256 over the parts' digests and the boot arguments, so an image with one changed byte is not that
-image any more; every part is hashed before it is booted.
+A digest is the sha256 over the parts' digests and the boot arguments, so an image with one changed byte is another
+image. Every part is hashed before it is booted.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ GUEST: Final = Path(__file__).resolve().parents[2] / "guest"
 _MANIFEST: Final = "manifest.json"
 _FORMAT: Final = 1
 SETTING: Final = "SWARM_IMAGES_DIR"
-# Whenever an image is built, those that nobody used for so long go: an update leaves the old ones behind.
+# Images that were not used for this long are removed after a build: an update leaves the old ones behind.
 UNUSED_SECONDS: Final = 14 * 86400.0
-# Shares of a build's time, measured (docs/adr/0003-image.md); the progress of each step is its own.
+# Share of a build's time, measured (docs/adr/0003-image.md).
 _BASE_SHARE: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInfo:
-    """One image as its manifest tells it; its parts have not been hashed."""
+    """One image, from its manifest; its parts have not been hashed."""
 
     digest: str
     recipe: str
@@ -73,7 +73,7 @@ class Images:
         self._cache = cache
         self._guest = guest
         self._default = default
-        self._last: tuple[int, str, ImageInfo] | None = None  # what `_current` found last, and of what state
+        self._last: tuple[int, str, ImageInfo] | None = None  # directory's time, recipe, and what `_current` found
 
     async def build(
         self,
@@ -84,12 +84,12 @@ class Images:
         keep: Collection[str] = (),
         progress: Progress = silent,
     ) -> Image:
-        """The image of the current recipe, built unless it is there. ``force`` fetches all packages anew.
+        """The image of the current recipe, built if it is missing. ``force`` builds it from newly fetched packages.
 
-        After a build, images and bases that nobody used for long go; not those in ``keep`` (digests).
+        A build removes images and bases that were not used for long, except those in ``keep`` (digests).
 
         ``kernel`` (an ELF or a bzImage with its drivers built in) replaces the distribution's; ``boot_args`` are the
-        arguments it needs. ``progress(label, fraction)`` is called as it goes. Raises ImageError, HostError.
+        arguments it needs. Raises ImageError, HostError.
         """
         recipe = await asyncio.to_thread(build.recipe, self._guest, kernel=kernel, boot_args=boot_args)
         if not force and (image := await self._find_complete(recipe)):
@@ -109,53 +109,51 @@ class Images:
                 return image
 
     async def find(self, ref: str | None = None) -> Image:
-        """The image whose digest begins with ``ref``, or the newest of the current recipe (or the default that these
-        images were given), with every part verified.
+        """The image whose digest begins with ``ref`` (or with the default), else the newest of the current recipe.
+        Every part is verified.
 
-        Raises ImageError when there is none (the message says how to build it) or a part was changed, NotFound or
-        ImageError for a ``ref`` that fits none or several.
+        Raises ImageError if it is missing (the message says how to build it) or a part was changed; NotFound or
+        ImageError if ``ref`` fits no image or several.
         """
         ref = ref or self._default or None
         if ref is None:
             recipe = await asyncio.to_thread(build.recipe, self._guest)
             info = self._current(recipe)
             if info is None:
-                raise ImageError(
-                    f"there is no guest image for this version of Swarm in {self.dir}: run `swarm image build`"
-                )
+                raise ImageError(f"{self.dir} has no guest image for this version of Swarm: run `swarm image build`")
         else:
             info = self._named(ref)
         return await asyncio.to_thread(self._verified, info)
 
     def list(self) -> list[ImageInfo]:
-        """Every image, newest first. Unreadable ones are left out, with a line in the log."""
+        """Every image, newest first. Unreadable ones are skipped, with a line in the log."""
         found = []
         for dir in sorted(self.dir.glob("[0-9a-f]*")) if self.dir.exists() else ():  # noqa: A001
             try:
                 found.append(_info(dir))
             except ImageError as error:
-                log.warning("image left out", reason=str(error))
+                log.warning("image skipped", reason=str(error))
         return sorted(found, key=lambda info: info.built_at, reverse=True)
 
     def remove(self, ref: str) -> str:
-        """Remove an image; return its digest. VMs that run from it go on (they have its files open)."""
+        """Remove an image; return its digest. VMs that run from it are not affected: they have its files open."""
         digest = self._named(ref).digest
         staging.remove(self.dir, digest)
         return digest
 
     def used(self, image: Image) -> AbstractContextManager[None]:
-        """For the length of the block, in every process, no build takes this image for old."""
+        """For the length of the block, no build of any process removes this image as unused."""
         return staging.used(image.dir)
 
     def collect(self, keep: Collection[str], *, unused_seconds: float = UNUSED_SECONDS) -> tuple[str, ...]:
-        """Remove the images that nobody asked for in so long, and that no live process has `used`; their digests."""
+        """Remove images that were not used for that long, and that no live process has `used`; return their digests."""
         old = []
         for info in self.list():
             wanted = info.digest in keep or (self._default and info.digest.startswith(self._default))
             if not wanted and staging.unused(
                 info.dir, self.dir / staging.VERIFIED / info.digest, seconds=unused_seconds
             ):
-                log.info("image removed: nobody used it for long", image=info.digest[:12], built=info.built_at)
+                log.info("image removed: it was not used for long", image=info.digest[:12], built=info.built_at)
                 old.append(self.remove(info.digest))
         return tuple(old)
 
@@ -165,8 +163,8 @@ class Images:
     # --- finding --------------------------------------------------------------------------------------------------
 
     def _current(self, recipe: Recipe) -> ImageInfo | None:
-        """The newest of the recipe; looked for again when an image has come or gone, which the directory's time tells:
-        every ticket asks."""
+        """The newest of the recipe. Every ticket needs it, so it is remembered until the directory's time changes: then
+        an image was added or removed."""
         try:
             stamp = self.dir.stat().st_mtime_ns
         except OSError:
@@ -179,7 +177,7 @@ class Images:
     def _named(self, ref: str) -> ImageInfo:
         fits = [info for info in self.list() if info.digest.startswith(ref)] if ref else []
         if not fits:
-            raise NotFound(f"no image {ref!r} in {self.dir}; `swarm image list` shows those there are")
+            raise NotFound(f"no image {ref!r} in {self.dir}; see `swarm image list`")
         if len(fits) > 1:
             raise ImageError(
                 f"{ref!r} could be any of {', '.join(i.digest[:12] for i in fits)}: give more of the digest"
@@ -187,7 +185,7 @@ class Images:
         return fits[0]
 
     async def _find_complete(self, recipe: Recipe) -> Image | None:
-        """The current image, or None when there is none or it is damaged (and has to be built again)."""
+        """The current image; None if it is missing or damaged, and has to be built."""
         if info := self._current(recipe):
             try:
                 return await asyncio.to_thread(self._verified, info)
@@ -196,7 +194,7 @@ class Images:
         return None
 
     def _verified(self, info: ImageInfo) -> Image:
-        """Hash what was not hashed before, from the very inodes that are there now. Raises ImageError."""
+        """Raises ImageError if a part is not as it was built."""
         manifest = _manifest(info.dir)
         paths = {name: info.dir / part["file"] for name, part in manifest["parts"].items()}
         parts = [
@@ -220,7 +218,7 @@ class Images:
     # --- building -------------------------------------------------------------------------------------------------
 
     async def _base(self, recipe: Recipe, force: bool, progress: Progress) -> Path:
-        """The directory of the recipe's base, built when it is not there, torn, or to be fetched anew."""
+        """The directory of the recipe's base, built if it is missing or torn, or if ``force``."""
         self._cache.mkdir(parents=True, exist_ok=True)
         final = self._cache / recipe.base_key
         async with staging.lock(self._cache, progress):
@@ -238,7 +236,7 @@ class Images:
         return final
 
     async def _assemble(self, recipe: Recipe, base: Path, kernel: Path | None, progress: Progress) -> Image:
-        told = json.loads((base / "base.json").read_text())
+        base_manifest = json.loads((base / "base.json").read_text())
         async with staging.staged(self.dir) as stage:
             parts = await build.assemble(recipe, base, stage, progress)
             described: dict[str, dict[str, Any]] = {}
@@ -256,8 +254,8 @@ class Images:
                 "builder_version": build.BUILDER_VERSION,
                 "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "boot_args": recipe.boot_args,
-                "kernel_version": told["kernel_version"] if kernel is None else f"given: {kernel.name}",
-                "packages": told["packages"],
+                "kernel_version": base_manifest["kernel_version"] if kernel is None else f"given: {kernel.name}",
+                "packages": base_manifest["packages"],
                 "guest": recipe.guest_digests,
                 "parts": described,
             }
@@ -273,7 +271,7 @@ _REBUILD: Final = "run `swarm image build` to build it again"
 
 
 def _manifest(dir: Path) -> dict[str, Any]:  # noqa: A002
-    """The manifest of the image in ``dir``, whose name must be what the manifest adds up to."""
+    """The manifest of the image in ``dir``, whose name must be the manifest's digest."""
     try:
         manifest = json.loads((dir / _MANIFEST).read_text())
         if manifest["format"] != _FORMAT:
@@ -308,10 +306,10 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def _collect_bases(cache: Path, current: str) -> None:
     """Remove bases that no build used for long. The caller holds the lock of the cache."""
-    for told in cache.glob("[0-9a-f]*/base.json"):
-        if told.parent.name != current and time.time() - told.stat().st_mtime > UNUSED_SECONDS:
-            log.info("base removed: no build used it for long", base=told.parent.name[:12])
-            shutil.rmtree(told.parent, ignore_errors=True)
+    for manifest in cache.glob("[0-9a-f]*/base.json"):
+        if manifest.parent.name != current and time.time() - manifest.stat().st_mtime > UNUSED_SECONDS:
+            log.info("base removed: no build used it for long", base=manifest.parent.name[:12])
+            shutil.rmtree(manifest.parent, ignore_errors=True)
 
 
 def _base_is_complete(base: Path) -> bool:

@@ -1,8 +1,8 @@
-"""What is taken from a kernel: the ELF inside a bzImage, and the modules a guest needs, in load order.
+"""What an image takes from a kernel: the ELF inside a bzImage, and the modules a guest needs, in load order.
 
 Firecracker boots only an uncompressed ELF. A distribution ships a bzImage: real-mode setup code, then a loader with the
-compressed ELF as its payload. Where the payload lies is documented in the kernel's Documentation/arch/x86/boot.rst;
-its last four bytes are the length of what it decompresses to, which is how a wrong result is found.
+compressed ELF as its payload. The kernel's Documentation/arch/x86/boot.rst says where the payload is. Its last four
+bytes are the length of the decompressed ELF, which reveals a wrong result.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _COMPRESSED_SUFFIXES: Final = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 
 
 def extract_elf(image: bytes) -> bytes:
-    """The ELF kernel in a bzImage. An ELF is returned as it is, a compressed one (vmlinux.xz) decompressed.
+    """The ELF kernel in a bzImage. An ELF is returned unchanged, a compressed one (vmlinux.xz) decompressed.
 
-    Raises ImageError when there is none in it, or what comes out is not whole.
+    Raises ImageError if there is no ELF in it, or if it is incomplete.
     """
     if image.startswith(ELF_MAGIC):
         return image
     if image[0x202:0x206] == b"HdrS":
         payload = _payload(image)
-        # Written by the kernel's build after the compressed stream; gzip's own trailer happens to be the same thing.
+        # The kernel's build appends it to the compressed stream; gzip's own trailer happens to be the same.
         stated = int.from_bytes(payload[-4:], "little")
         elf = decompress(payload)
         if len(elf) != stated:
@@ -48,14 +48,14 @@ def extract_elf(image: bytes) -> bytes:
     else:
         elf = decompress(image)
     if not elf.startswith(ELF_MAGIC):
-        raise ImageError("the kernel's payload is no ELF file")
+        raise ImageError("the kernel's payload is not an ELF file")
     return elf
 
 
 def decompress(data: bytes) -> bytes:
-    """Decompress one stream of any kind that Linux compresses kernels with; bytes after its end are ignored.
+    """Decompress one stream, in any format that Linux uses for kernels; bytes after its end are ignored.
 
-    Raises ImageError for another kind, a torn stream, or one that grows past 1 GiB.
+    Raises ImageError for another format, a torn stream, or a result of more than 1 GiB.
     """
     for magic, name, inflate in _FORMATS:
         if data.startswith(magic):
@@ -64,8 +64,8 @@ def decompress(data: bytes) -> bytes:
             except (zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError, OSError, EOFError) as e:
                 raise ImageError(f"the kernel's {name} payload is torn: {e}") from e
     if data.startswith(b"\x89LZO"):
-        raise ImageError("the kernel is compressed with LZO, which Swarm does not read; give it the ELF (vmlinux)")
-    raise ImageError(f"not a Linux kernel that Swarm knows: neither bzImage nor ELF (it begins with {data[:6].hex()})")
+        raise ImageError("the kernel is compressed with LZO, which Swarm can't read; pass the ELF (vmlinux) instead")
+    raise ImageError(f"not a Linux kernel that Swarm can read: neither bzImage nor ELF; begins with {data[:6].hex()}")
 
 
 def _payload(image: bytes) -> bytes:
@@ -111,13 +111,13 @@ def _decompress_all(stream: zlib._Decompress | lzma.LZMADecompressor | bz2.BZ2De
 
 
 def _lz4_legacy(data: bytes) -> bytes:
-    """The frame that `lz4 -l` writes: the magic, then (u32 length, block) up to the end, each block at most 8 MiB."""
+    """The format of `lz4 -l`: the magic, then (u32 length, block) up to the end, each block at most 8 MiB."""
     out = bytearray()
     at = 4
-    while len(data) - at > 4:  # what is left at the end of a kernel's payload is its length
+    while len(data) - at > 4:  # the last four bytes of a kernel's payload are its length
         length = int.from_bytes(data[at : at + 4], "little")
         at += 4
-        if length == 0x184C2102:  # a further frame
+        if length == 0x184C2102:  # another frame
             continue
         if at + length > len(data):
             raise EOFError("it ends too early")
@@ -142,11 +142,10 @@ _FORMATS: Final[Sequence[tuple[bytes, str, Callable[[bytes], bytes]]]] = (
 
 
 def modules_in_load_order(tree: Path, wanted: Iterable[str]) -> list[Path]:
-    """The module files that ``wanted`` needs, dependencies first; what is built into the kernel is left out.
+    """The files of the modules ``wanted``, dependencies first; modules built into the kernel are skipped.
 
-    ``tree`` is a kernel's /lib/modules/VERSION, as unpacked from its package. Dependencies are read from the modules
-    themselves (`depends=` and `softdep=pre:` in .modinfo), which is what depmod makes modules.dep of. Raises ImageError
-    when one is missing.
+    ``tree`` is a kernel's /lib/modules/VERSION, unpacked from its package. Dependencies are read from the modules
+    themselves (`depends=` and `softdep=pre:` in .modinfo), as depmod does. Raises ImageError if one is missing.
     """
     files = {_name(f): f for f in sorted((tree / "kernel").rglob("*")) if f.name.endswith(_COMPRESSED_SUFFIXES)}
     listed = tree / "modules.builtin"

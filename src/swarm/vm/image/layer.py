@@ -1,16 +1,16 @@
-"""The store of layers: what agents' `requirements` and `packages` add to the guest's root, built once, read-only.
+"""The store of layers: what agents' `requirements` and `packages` add to the guest's root; built once, read-only.
 
 ::
 
     <layers>/
       .lock                   flock: one build at a time
-      .building-…/            a layer in the making, swept by the next build when its maker died
-      .verified/<key>         what was hashed before
+      .building-…/            an unfinished layer; if its builder died, the next build removes it
+      .verified/<key>         the inode of the file that was hashed already
       <key>/                  layer.json, layer.erofs
 
-A key is the digest of all that shapes a layer: what is asked for, and what it is laid upon. So agents that ask for the
-same share one, and one that no longer fits the image is never found. Running an agent only looks here; nothing is
-fetched then.
+A key is the digest of everything that shapes a layer: its contents, and what it is laid upon. So agents with the same
+requirements and packages share one, and a layer that no longer fits the image is never found. Running an agent only
+looks here; it fetches nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FILE: Final = "layer.erofs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerInfo:
-    """One layer as its manifest tells it. ``installed``: name -> version of all that it holds."""
+    """One layer, from its manifest. ``installed``: name -> version of everything in it."""
 
     key: str
     digest: str
@@ -58,30 +58,30 @@ class LayerInfo:
 
 
 class Layers:
-    """The layers in ``dir``. ``sources``: where apt's configuration says what Debian packages come from."""
+    """The layers in ``dir``. ``sources``: the directory of apt's configuration, which says where packages come from."""
 
     def __init__(self, *, dir: Path, sources: Path = Path("/etc/apt")) -> None:  # noqa: A002
         self.dir = dir
         self._sources = sources
 
     async def find(self, agent: Agent, image: Image) -> Layer | None:
-        """The agent's layer on that image, verified; None when it asks for nothing. Raises LayerMissing."""
+        """The agent's layer on that image, verified; None if it needs no layer. Raises LayerMissing."""
         if not agent.needs_layer:
             return None
         try:
             return await asyncio.to_thread(self._verified, _key(_shape(agent, image)))
         except FileNotFoundError:
-            what = "is not built for this guest image"
+            problem = "is not built for this guest image"
         except ImageError as error:
-            what = f"can't be used: {error}"
-        raise LayerMissing(_missing(agent, what))
+            problem = f"can't be used: {error}"
+        raise _missing(agent, problem)
 
     async def build(
         self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = silent
     ) -> Layer | None:
-        """The agent's layer, built unless it is there (or ``force``). Needs the network, and root.
+        """The agent's layer, built if it is missing (or ``force``). Needs the network, and root.
 
-        Raises UsageError for what nobody offers, ImageError, HostError.
+        Raises UsageError for requirements and packages that don't exist, ImageError, HostError.
         """
         if not agent.needs_layer:
             return None
@@ -113,37 +113,38 @@ class Layers:
         found = []
         for file in self.dir.glob(f"*/{_MANIFEST}"):
             try:
-                told = json.loads(file.read_text())
+                manifest = json.loads(file.read_text())
                 found.append(
                     LayerInfo(
                         key=file.parent.name,
-                        digest=told["sha256"],
-                        requirements=tuple(told["shape"]["requirements"]),
-                        packages=tuple(told["shape"]["packages"]),
-                        installed=told["installed"]["python"] | told["installed"]["debian"],
-                        size_bytes=told["size_bytes"],
-                        built_at=told["built_at"],
+                        digest=manifest["sha256"],
+                        requirements=tuple(manifest["shape"]["requirements"]),
+                        packages=tuple(manifest["shape"]["packages"]),
+                        installed=manifest["installed"]["python"] | manifest["installed"]["debian"],
+                        size_bytes=manifest["size_bytes"],
+                        built_at=manifest["built_at"],
                     )
                 )
             except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("layer left out", path=str(file), reason=repr(error))
+                log.warning("layer skipped", path=str(file), reason=repr(error))
         return sorted(found, key=lambda info: info.built_at, reverse=True)
 
     def key(self, agent: Agent, image: Image) -> str:
-        """The name of the agent's layer, be it there or not."""
+        """The name of the agent's layer, whether it exists or not."""
         return _key(_shape(agent, image))
 
     def named(self, digest: str) -> Layer | None:
-        """The layer with that content, for what is made again from a list (templates)."""
+        """The layer with that content, for templates that are rebuilt from a list."""
         return next(
             (Layer(digest=i.digest, path=self.dir / i.key / _FILE) for i in self.list() if i.digest == digest), None
         )
 
     def remove(self, key: str) -> str:
-        """Remove a layer; return its key. VMs that run from it go on (they have its file open). Raises NotFound."""
+        """Remove a layer; return its key. VMs that run from it are not affected: they have its file open. Raises
+        NotFound."""
         fits = [info.key for info in self.list() if key and info.key.startswith(key)]
         if len(fits) != 1:
-            raise NotFound(f"{len(fits) or 'no'} layers begin with {key!r}; `swarm agent layers` shows those there are")
+            raise NotFound(f"{len(fits) or 'no'} layers begin with {key!r}; see `swarm agent layers`")
         staging.remove(self.dir, fits[0])
         return fits[0]
 
@@ -159,12 +160,12 @@ class Layers:
             return None
 
     def _verified(self, key: str) -> Layer:
-        """Raises FileNotFoundError, or ImageError when it is not what was built."""
+        """Raises FileNotFoundError, or ImageError if it is not as it was built."""
         place = self.dir / key
         text = (place / _MANIFEST).read_text()
         try:
-            told = json.loads(text)
-            part = staging.Part(path=place / _FILE, size_bytes=told["size_bytes"], sha256=told["sha256"])
+            manifest = json.loads(text)
+            part = staging.Part(path=place / _FILE, size_bytes=manifest["size_bytes"], sha256=manifest["sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise ImageError(f"{place / _MANIFEST} can't be read ({error!r})") from error
         if wrong := staging.damage([part], self.dir / staging.VERIFIED / key):
@@ -187,9 +188,9 @@ class Layers:
 
 
 class HostLayers:
-    """Layers of agents that run as plain processes of this host: directories of modules for the Python we run on.
+    """Layers of agents that run as plain processes of this host: directories of modules for the host's Python.
 
-    Of `packages` nothing is installed: such an agent finds the host's own programs.
+    Their `packages` are not installed: such an agent uses the host's own programs.
     """
 
     def __init__(self, *, dir: Path) -> None:  # noqa: A002
@@ -200,7 +201,7 @@ class HostLayers:
             return None
         key = _key(_host_shape(agent))
         if not (self.dir / key).is_dir():
-            raise LayerMissing(_missing(agent, "is not built for this host's Python"))
+            raise _missing(agent, "is not built for this host's Python")
         return Layer(digest=key, path=self.dir / key)
 
     async def build(
@@ -228,21 +229,22 @@ class HostLayers:
 
 
 def own_modules(agent: Agent) -> dict[str, bytes]:
-    """The agent's own files among what it preloads, name -> text: a template is made before any agent's files are in
-    the VM, so they come with the layer."""
+    """The agent's own files among its preloads, name -> text. They are part of the layer, because a template is made
+    before any agent's files are in the VM."""
     files = {name: agent.path / f"{name}.py" for name in sorted(agent.preload) if "." not in name}
     return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
 
 def _shape(agent: Agent, image: Image) -> dict[str, Any]:
-    """All that shapes a layer. Wheels ask for an interpreter and a C library only, and outlive an update."""
+    """Everything that shapes a layer. Wheels depend only on the interpreter and the C library, so they outlive an
+    update of the image."""
     try:
         upon: dict[str, Any] = {
             "python": re.match(r"\d+\.\d+", image.packages["python3-minimal"])[0],  # type: ignore[index]
             "libc": re.match(r"\d+\.\d+", image.packages["libc6"])[0],  # type: ignore[index]
         }
     except (KeyError, TypeError):
-        raise ImageError(f"image {image.digest[:12]} does not say what Debian it is made of: build it again") from None
+        raise ImageError(f"image {image.digest[:12]} does not say which Debian it is made of: build it again") from None
     if agent.packages:
         upon |= {"base": image.base, "installed": dict(image.packages)}
     if own := own_modules(agent):
@@ -265,9 +267,9 @@ def _key(shape: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _missing(agent: Agent, what: str) -> str:
-    return (
-        f"the layer of the agent {agent.name}@{agent.version} (its requirements and packages) {what}: "
+def _missing(agent: Agent, problem: str) -> LayerMissing:
+    return LayerMissing(
+        f"the layer of the agent {agent.name}@{agent.version} (its requirements and packages) {problem}: "
         f"run `swarm agent build {agent.name}@{agent.version}`, which needs the network"
     )
 

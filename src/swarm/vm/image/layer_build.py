@@ -1,9 +1,9 @@
 """Building a layer: what an agent's `requirements` and `packages` add to the guest's root, as one erofs file.
 
-The guest's own root is unpacked, its own apt database and its own Python are used, so what is installed is what would
-be installed in a guest: no guessing of versions, platforms and markers. Fetching needs the network and runs nothing of
-what is fetched. Installing runs Debian's maintainer scripts, in a chroot, without a network, in namespaces that end
-with us. What was there before is then taken away again, and the rest is the layer.
+The guest's own root is unpacked, and its own apt database and Python are used. So the result is what an installation
+in a guest would give; versions, platforms and markers are not guessed. Fetching needs the network and runs nothing of
+what it fetched. Installing runs Debian's maintainer scripts, in a chroot, without a network, in namespaces that end
+with this process. Then every file that was there before is removed, and the rest is the layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from swarm.vm.image.base import UNWANTED_PATHS
 from swarm.vm.image.build import EPOCH, remove, tool
 from swarm.vm.image.pip import NOT_BUILT
 
-# Raise it when the code below makes another layer of the same requirements and packages.
+# Raise it when the code below makes a different layer of the same requirements and packages.
 BUILDER_VERSION: Final = 1
 MAX_BYTES: Final = 4 << 30
 _EROFS_UUID: Final = "5a7a0000-0000-4000-8000-000000000002"
@@ -39,10 +39,10 @@ _TOOLS: Final = {
     "setpriv": "util-linux", "prlimit": "util-linux",
 }  # fmt: skip
 _SCRATCH: Final = "var/tmp/swarm-layer"
-_MODULES: Final = "usr/lib/python3/dist-packages"  # searched last: what a wheel brings goes before it
-# What Debian's maintainer scripts expect, and the image's build took away.
+_MODULES: Final = "usr/lib/python3/dist-packages"  # searched last: wheels' modules take precedence
+# Directories that Debian's maintainer scripts expect, and that the image's build removed.
 _EXPECTED: Final = ("var/cache/debconf", "var/lib/ucf", "var/lib/apt", "var/lib/systemd", "var/cache/apt")
-# What differs from run to run, or is of no use in a guest; nothing of the image's own is touched by these.
+# What differs from run to run, or is useless in a guest. The image's own files are never removed by these patterns.
 _NOISE: Final = (
     _SCRATCH, "usr/sbin/policy-rc.d", "var/cache/*", "var/log/*", "var/lib/dpkg/*-old", "var/lib/dpkg/lock*",
     "var/lib/apt", "var/lib/ucf", "etc/*-", "etc/.pwd.lock", "run/*", "tmp/*", "boot/*", "root/.cache",
@@ -51,14 +51,14 @@ _NOISE: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """What a layer holds, name -> version: wheels with all that they need, Debian packages likewise."""
+    """The contents of a layer, name -> version: wheels and Debian packages, with all dependencies."""
 
     python: Mapping[str, str]
     debian: Mapping[str, str]
 
 
 def check_host(where: Path) -> None:
-    """Raises HostError when a build can't succeed here, before anything is done."""
+    """Raises HostError or ImageError, before anything is done, if a build can't succeed here."""
     if os.geteuid() != 0:
         raise HostError("building a layer needs root (it unpacks a root file system with its owners)")
     if missing := sorted({package for tool, package in _TOOLS.items() if process.which(tool) is None}):
@@ -77,15 +77,16 @@ async def build(
     sources: Path,
     progress: Progress,
 ) -> Installed:
-    """Fill ``stage`` with layer.erofs. ``modules``: Python's, by name, that are put beside what is installed.
-    ``sources``: the directory of apt's configuration (/etc/apt).
+    """Make layer.erofs in ``stage``. ``modules``: Python modules to add, name -> text. ``sources``: the directory of
+    apt's configuration (/etc/apt).
 
-    Raises UsageError for what nobody offers, ImageError when it can't be fetched or installed, HostError.
+    Raises UsageError for requirements and packages that don't exist, ImageError if they can't be fetched or installed,
+    HostError.
     """
     pip.check(requirements)
     for one in packages:
         if not re.fullmatch(DEBIAN_PACKAGE, one):
-            raise UsageError(f"the package {one!r} is no name of a Debian package, or `name=version`")
+            raise UsageError(f"the package {one!r} is not a Debian package name, or `name=version`")
     root = stage / "root"
     progress("unpacking the guest's root", 0.0)
     await tool("fsck.erofs", f"--extract={root}", str(image.root))
@@ -110,8 +111,8 @@ async def build(
         file.write_bytes(text)
     progress("compiling", 0.7)
     places = [f"/{d.relative_to(root)}" for d in (*root.glob("usr/local/lib/python3*"), root / "usr/lib/python3")]
-    # -S: a .pth file of a wheel would run its code. Hashes in place of time stamps, which an erofs has not. -j 0: by
-    # all CPUs. What can't be compiled is no error here.
+    # -S: a .pth file of a wheel would run its code. Hashes replace time stamps, which are all equal in the erofs.
+    # -j 0: on all CPUs. A file that can't be compiled is not an error here.
     await _in(root, "/usr/bin/python3", "-I", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode",
               "unchecked-hash", *places, check=False)  # fmt: skip
     installed = Installed(
@@ -119,7 +120,7 @@ async def build(
         debian={name: version for name, version in _debian(root).items() if old.get(name) != version},
     )
     progress("packing", 0.85)
-    size = await finish_uninterrupted(asyncio.to_thread(_keep_what_is_new, root, before))
+    size = await finish_uninterrupted(asyncio.to_thread(_keep_new_files, root, before))
     if size > MAX_BYTES:
         raise UsageError(f"the layer would take {size >> 20} MiB, and at most {MAX_BYTES >> 20} are allowed")
     await tool("mkfs.erofs", "--quiet", "-x-1", f"-T{EPOCH}", f"-U{_EROFS_UUID}", str(stage / "layer.erofs"), str(root))
@@ -131,12 +132,12 @@ async def build(
 
 
 async def _install_packages(packages: Sequence[str], root: Path, image: Image, etc: Path) -> None:
-    """Fetch with the host's apt, by the guest's list of what is installed; install in the guest's root."""
+    """Fetch with the host's apt, by the guest's list of installed packages; install in the guest's root."""
     for place in _EXPECTED:
         (root / place).mkdir(parents=True, exist_ok=True)
     release = _release(root)
-    dir = root / _SCRATCH / "apt"  # noqa: A001 - in the root, since dpkg opens the archives from in there
-    # An archive on a local disk would be installed from where it lies, which the chroot can't see.
+    dir = root / _SCRATCH / "apt"  # noqa: A001 - inside the root, where dpkg opens the archives
+    # Packages of an archive on a local disk (file:) would be installed from there, which the chroot can't see.
     found = [
         replace(one, uris=tuple(re.sub("^file:", "copy:", uri) for uri in one.uris))
         for one in apt.host_sources(release, etc=etc)
@@ -152,8 +153,8 @@ async def _install_packages(packages: Sequence[str], root: Path, image: Image, e
         "-oDPkg::Options::=--force-confold", "-oDPkg::Options::=--force-unsafe-io", *options, "install",
     ]  # fmt: skip
     await client.install(["--download-only", *settings, *packages])
-    # Without a network, and in a process namespace of its own: what scripts start ends with it.
-    await client.install(["--no-download", *settings, *packages], within=_fence(root))
+    # Without a network, and in a process namespace of its own: programs that scripts started end with it.
+    await client.install(["--no-download", *settings, *packages], within=_isolated(root))
 
 
 def _release(root: Path) -> str:
@@ -172,9 +173,9 @@ def _debian(root: Path) -> dict[str, str]:
 
 
 async def _fetch(requirements: Sequence[str], root: Path, stage: Path) -> None:
-    """Download wheels with all that they need, as the guest's interpreter sees it: versions, platform, markers.
+    """Download wheels and their dependencies, by the guest's interpreter: its versions, platform and markers count.
 
-    It runs here and not in a chroot, so that pip finds this host's configuration, indexes and certificates.
+    It does not run in a chroot, so that pip finds this host's configuration, indexes and certificates.
     """
     libraries = next(root.glob("usr/lib/*-linux-gnu"), root)
     loader = next(libraries.glob("ld-linux-*.so.*"), None)
@@ -191,7 +192,7 @@ async def _fetch(requirements: Sequence[str], root: Path, stage: Path) -> None:
 
 
 async def _install_wheels(requirements: Sequence[str], root: Path) -> None:
-    """By the guest's own Python, in its own root: paths and scripts come out right, and a hostile wheel stays in it."""
+    """By the guest's own Python, in its own root: paths and scripts are right, and a hostile wheel stays inside."""
     await finish_uninterrupted(asyncio.to_thread(shutil.copytree, pip.location(), root / _SCRATCH / "pip"))
     await _in(
         root, "/usr/bin/python3", "-I", f"/{_SCRATCH}/pip", "--isolated", "install", "--no-index",
@@ -201,7 +202,7 @@ async def _install_wheels(requirements: Sequence[str], root: Path) -> None:
 
 
 def _wheels(root: Path) -> dict[str, str]:
-    """Name -> version, by the metadata of what is installed (importlib.metadata would look at this host)."""
+    """Name -> version, from the metadata in the root (importlib.metadata would look at this host)."""
     found = {}
     for file in root.glob("usr/local/lib/python3*/dist-packages/*.dist-info/METADATA"):
         head = HeaderParser().parsestr(file.read_text(errors="replace"), headersonly=True)
@@ -212,7 +213,7 @@ def _wheels(root: Path) -> dict[str, str]:
 # --- the root ---------------------------------------------------------------------------------------------------------
 
 
-def _fence(root: Path) -> list[str]:
+def _isolated(root: Path) -> list[str]:
     return [
         "unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child",
         f"--mount-proc={root / 'proc'}", "--",
@@ -220,9 +221,9 @@ def _fence(root: Path) -> list[str]:
 
 
 async def _in(root: Path, *argv: str, check: bool = True) -> None:
-    """Run a program of the guest's in its root, behind the fence. Raises UsageError with what it said."""
+    """Run a program of the guest in its root, in namespaces of its own. Raises UsageError with its error output."""
     try:
-        await tool("prlimit", f"--fsize={MAX_BYTES}", "--", *_fence(root), "chroot", str(root), *argv)
+        await tool("prlimit", f"--fsize={MAX_BYTES}", "--", *_isolated(root), "chroot", str(root), *argv)
     except CommandFailed as error:
         if apt.FULL_DISK.search(str(error)):
             raise ImageError(files.no_space(root.parent, NOT_BUILT)) from error
@@ -231,7 +232,7 @@ async def _in(root: Path, *argv: str, check: bool = True) -> None:
 
 
 def _inventory(root: Path) -> dict[str, tuple[int, ...]]:
-    """What changes whenever a path below ``root`` does: inode and time of last change; of a directory, its rights."""
+    """Path -> what changes whenever the file does: inode and change time; for a directory, its owner and mode."""
     found: dict[str, tuple[int, ...]] = {}
     for path in _below(root):
         info = path.lstat()
@@ -242,10 +243,10 @@ def _inventory(root: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _keep_what_is_new(root: Path, before: Mapping[str, tuple[int, ...]]) -> int:
-    """Take away what was there before; what is gone gets the mark that overlayfs reads so, a device 0:0.
+def _keep_new_files(root: Path, before: Mapping[str, tuple[int, ...]]) -> int:
+    """Remove what was there before. What was deleted gets overlayfs' mark for a deleted file, a device 0:0.
 
-    Returns the bytes that are left.
+    Returns how many bytes are left.
     """
     for pattern in _NOISE:
         for path in sorted(root.glob(pattern)):
@@ -268,12 +269,12 @@ def _keep_what_is_new(root: Path, before: Mapping[str, tuple[int, ...]]) -> int:
             path.unlink()
         elif stat.S_ISREG(info.st_mode):
             size += info.st_size
-            if info.st_mode & (stat.S_ISUID | stat.S_ISGID):  # rights that no agent needs
+            if info.st_mode & (stat.S_ISUID | stat.S_ISGID):  # privileges that no agent needs
                 path.chmod(stat.S_IMODE(info.st_mode) & 0o777)
     return size
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """Everything below ``root``, what is in a directory before it; no link is followed."""
+    """Everything below ``root``, a directory after its contents; links are not followed."""
     for place, dirs, others in os.walk(root, topdown=False):
         yield from (Path(place, name) for name in (*dirs, *others))

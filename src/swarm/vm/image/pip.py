@@ -1,6 +1,6 @@
-"""Python packages by way of pip, as it is configured here: its indexes, proxies and certificates.
+"""Python packages by pip, as it is configured on this host: its indexes, proxies and certificates.
 
-Wheels alone: a source package would run its author's code on this host, at build time.
+Only wheels: a source package would run its author's code on this host, at build time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from swarm.vm.image.apt import FULL_DISK
 TIMEOUT_SECONDS: Final = 1200.0
 NOT_BUILT: Final = "the layer was not built"
 OPTIONS: Final = ("--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off")
-# What would tell pip what to install, and where: that is ours to say. From where is the host's.
+# Variables that tell pip what to install, and where to. That is our decision; the host's is where from.
 _NOT_PASSED: Final = frozenset(
     f"PIP_{name}"
     for name in (
@@ -41,28 +41,27 @@ def location() -> Path:
     """The directory of pip's own code, which any Python can run. Raises HostError."""
     found = importlib.util.find_spec("pip")
     if found is None or not found.origin:
-        raise HostError("pip is not installed beside Swarm, and requirements are fetched by it: reinstall Swarm")
+        raise HostError("pip, which fetches requirements, is not installed beside Swarm: reinstall Swarm")
     return Path(found.origin).parent
 
 
 def environment() -> dict[str, str]:
-    """What of our environment tells pip where its packages come from."""
+    """The variables of our environment that tell pip where packages come from."""
     names = [name for name in os.environ if name.startswith("PIP_") and name.upper() not in _NOT_PASSED]
     also = [name for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "REQUESTS_CA_BUNDLE") if name in os.environ]
     return {name: os.environ[name] for name in (*names, *also)}
 
 
 def check(requirements: Sequence[str]) -> None:
-    """Raises UsageError for what pip might take for an option, a path or an address: rows are written by anybody."""
+    """Raises UsageError for what pip might take for an option, a path or an address: anyone can write a row."""
     for one in requirements:
         if not re.fullmatch(REQUIREMENT, one):
             raise UsageError(f"the requirement {one!r} is not pinned as `name==version`")
 
 
 async def run(argv: Sequence[str], *, where: Path, python: str) -> None:
-    """Run pip, given with its interpreter. Raises UsageError, ImageError, HostError in words for the user.
-
-    ``python`` names in them what the wheels are for; ``where`` is what a full disk holds.
+    """Run pip; ``argv`` begins with its interpreter. Raises UsageError, ImageError, HostError, worded for the user:
+    ``python`` is what they call the target of the wheels, ``where`` the place that may be full.
     """
     done = await process.run(
         ["setpriv", "--pdeathsig", "KILL", "--", *argv],
@@ -71,7 +70,7 @@ async def run(argv: Sequence[str], *, where: Path, python: str) -> None:
         check=False,
     )
     if done.returncode != 0:
-        # Why an index could not be asked is told as news; that nothing was found then, as the error.
+        # The reason why an index could not be reached is in stdout; stderr only says that nothing was found.
         raise _explained((done.stdout[-8192:] + done.stderr[-8192:]).decode(errors="replace"), where, python)
 
 
@@ -85,10 +84,10 @@ def _explained(said: str, where: Path, python: str) -> Exception:
         )
     if found := _NOT_FOUND.search(said):
         name, versions = found[1] or found[3], (found[2] or "none").strip()
-        there = f"there are {versions[-300:]}" if versions != "none" else "there is none of any version"
+        there = f"there are {versions[-300:]}" if versions != "none" else "none exists for any version"
         return UsageError(
-            f"no wheel fits the requirement {name} for {python}: {there}. Check its name and version; a package that "
-            "comes as source alone can't be used"
+            f"no wheel fits the requirement {name} for {python}: {there}. Check its name and version; a package "
+            "without wheels (source only) can't be used"
         )
     lines = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
     return UsageError(f"the requirements can't be installed: {' '.join(lines or said.strip().splitlines()[-3:])}")

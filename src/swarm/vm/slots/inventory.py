@@ -1,15 +1,15 @@
-"""Which VMs exist on this host, and who owns them: files below ``state_dir``, and locks that the kernel keeps.
+"""Which VMs exist on this host, and which processes own them: files below ``state_dir``, and locks in the kernel.
 
 ::
 
-    vms/<n>/           everything of VM n: vm.json, and what its driver puts there
-    locks/vm<n>.lock   locked (flock) by the process that owns VM n, for as long as that process lives
+    vms/<n>/           everything of VM n: vm.json, and its driver's files
+    locks/vm<n>.lock   locked (flock) by the process that owns VM n, as long as that process lives
 
-A VM belongs to the process that holds its lock; the kernel lets go of it however that process ends. Nothing of VM n is
-made before ``vms/<n>`` is there, so whatever a killed owner leaves, a directory points at it. A VM started by hand
-(`swarm-spawn-ns`) outlives its command: nobody holds its lock, and it is stale only when its VMM is dead.
+A VM belongs to the process that holds its lock; the kernel releases the lock however that process ends. ``vms/<n>`` is
+made before anything else of VM n, so a directory points at whatever a killed owner leaves. A manual VM
+(`swarm-spawn-ns`) outlives its command: no process holds its lock, and it is stale only when its VMM is dead.
 
-This module knows files and locks alone. What to do about a leftover (kill the VMM, remove the network) is sweep.py's.
+This module handles only files and locks. sweep.py removes leftovers (kills the VMM, removes the network).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ MAX_SLOT = 65533
 
 class Kind(StrEnum):
     ATTEMPT = "attempt"  # serves an attempt; ends with its owner
-    MANUAL = "manual"  # started by hand; ends when somebody says so
+    MANUAL = "manual"  # started by a person; ends by a command
 
 
 class Busy(Conflict):
-    """Somebody is looking at, or removing, a leftover in this slot at this moment: try again shortly."""
+    """Another process is looking at, or removing, a leftover in this slot right now: try again shortly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +61,19 @@ class VmRecord:
 
     @property
     def alive(self) -> bool:
-        """Does its VMM run?"""
-        return _lives(self.pid, self.started, self.boot_id)
+        """Is its VMM running?"""
+        return _is_running(self.pid, self.started, self.boot_id)
 
     @property
     def owner_alive(self) -> bool:
-        return _lives(self.owner_pid, self.owner_started, self.boot_id)
+        return _is_running(self.owner_pid, self.owner_started, self.boot_id)
 
 
 class SlotLease:
-    """Slot n, held by this process until `release` or `detach`, or until the process ends.
+    """Slot n, held by this process until `release`, `detach` or `unlock`, or until the process ends.
 
-    ``leftover`` is true when the directory was there before: an owner died. Then `sweep.clear` comes first; `record`
-    refuses until it was done.
+    ``leftover`` is true if the directory was there before, because an owner died. Then call `sweep.clear` first;
+    `record` raises Conflict until then.
     """
 
     def __init__(self, *, n: int, dir: Path, lock: Path, fd: int, leftover: bool) -> None:  # noqa: A002
@@ -85,7 +85,7 @@ class SlotLease:
         self.last: VmRecord | None = None if leftover else read_record(dir)
 
     def create_dir(self) -> None:
-        """Write the intent: from here on, whatever is made for VM n has a directory that points at it."""
+        """Make the directory, with a first record, before anything else is made for VM n."""
         pid = os.getpid()
         with _explained(f"can't make {self.dir}"):
             self.dir.mkdir(mode=0o700)
@@ -101,9 +101,9 @@ class SlotLease:
         )
 
     def record(self, record: VmRecord) -> None:
-        """Replace vm.json atomically. Owner, boot and creation time are kept from `create_dir` unless given.
+        """Replace vm.json atomically. Owner, boot and creation time are those of `create_dir` unless given.
 
-        Not flushed to disk: after a power failure there is no VM that it could describe.
+        It is not flushed to disk: no VM survives a power failure.
         """
         if self.leftover:
             raise Conflict(f"slot {self.n} still has what a dead owner left: clear it first")
@@ -120,33 +120,33 @@ class SlotLease:
         self.last = record
 
     def detach(self) -> VmRecord:
-        """Leave the VM running on its own (kind 'manual'). Its VMM must have been recorded."""
+        """Give up the slot and leave its VM running (kind 'manual'). Its VMM must have been recorded."""
         if self.last is None or not self.last.pid:
-            raise Conflict(f"VM {self.n} can't be left on its own: no VMM process was recorded for it")
+            raise Conflict(f"VM {self.n} can't be left running: no VMM process was recorded for it")
         self.record(dataclasses.replace(self.last, kind=Kind.MANUAL))
         self.unlock()
         return self.last
 
-    def empty(self) -> None:
+    def remove_dir(self) -> None:
         """Remove the directory; the slot stays held."""
         if self._holds():
             _remove_tree(self.dir)
         self.leftover, self.last = False, None
 
     def release(self) -> None:
-        """Remove the directory and give the slot back. Idempotent; nothing when it was taken away (`swarm-cleanup`)."""
+        """Remove the directory and give the slot back. Idempotent; does nothing if the slot was taken away."""
         try:
             if self._holds():
                 _remove_tree(self.dir)
                 self._lock.unlink(missing_ok=True)
         finally:
-            self.unlock()  # what could not be removed is a sweep's to find
+            self.unlock()  # a sweep finds what could not be removed
 
     def _holds(self) -> bool:
         return self._fd >= 0 and _is_file(self._lock, self._fd)
 
     def unlock(self) -> None:
-        """Stop holding the slot; what is in it stays (for a sweep to find, unless it is a VM on its own)."""
+        """Stop holding the slot; its contents stay. A sweep will remove them, unless it is a manual VM."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -154,7 +154,7 @@ class SlotLease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stale:
-    """A leftover: ``reason`` says how we know."""
+    """A leftover; ``reason`` says why it is one."""
 
     n: int
     reason: str
@@ -162,7 +162,7 @@ class Stale:
 
 
 class Inventory:
-    """The VMs below one ``state_dir``. Cheap to make; any number of them, in any number of processes, agree."""
+    """The VMs below one ``state_dir``. It holds no state, so all instances, in all processes, agree."""
 
     def __init__(self, *, state_dir: Path) -> None:
         self.state_dir = state_dir
@@ -173,26 +173,26 @@ class Inventory:
         return self._vms / str(n)
 
     def reserve(self, n: int, *, replace: bool = False) -> SlotLease:
-        """Take slot n. A place with a ``leftover`` must be cleared before it is used: `sweep.take` does both.
+        """Take slot n. If it has a ``leftover``, clear it before use: `sweep.take` does both.
 
-        Raises Conflict when a live process owns it, or (without ``replace``) a VM started by hand runs there.
+        Raises Conflict if a live process owns it, or (without ``replace``) if a manual VM runs there.
         """
         if not 1 <= n <= MAX_SLOT:
-            raise UsageError(f"there is no VM {n}: VMs are numbered from 1 to {MAX_SLOT}")
+            raise UsageError(f"{n} is not a VM number: VMs are numbered from 1 to {MAX_SLOT}")
         fd = self._lock(n)
         if fd is None:
             record = read_record(self.dir(n))
             if record is None or not record.owner_alive or record.kind is Kind.MANUAL:
-                raise Busy(f"VM {n} is being removed at this moment: try again")
-            what = f"ticket {record.ticket_id!r}" if record.ticket_id else "a command of Swarm's"
+                raise Busy(f"VM {n} is being removed right now: try again")
+            what = f"ticket {record.ticket_id!r}" if record.ticket_id else "a Swarm command"
             raise Conflict(
-                f"VM {n} is in use by {what} (pid {record.owner_pid}): use another number, or stop that first"
+                f"VM {n} is in use by {what} (pid {record.owner_pid}): use another number, or stop that process first"
             )
         try:
             leftover = self.dir(n).exists()
             record = read_record(self.dir(n)) if leftover else None
             if record is not None and record.kind is Kind.MANUAL and record.alive and not replace:
-                raise Conflict(f"VM {n} runs (pid {record.pid}), started by hand: remove it with `swarm vm rm {n}`")
+                raise Conflict(f"VM {n} was started manually (pid {record.pid}): remove it with `swarm vm rm {n}`")
             lease = SlotLease(n=n, dir=self.dir(n), lock=self._lock_path(n), fd=fd, leftover=leftover)
         except BaseException:
             self._unlock(n, fd)
@@ -200,14 +200,14 @@ class Inventory:
         if not leftover:
             try:
                 lease.create_dir()
-            except BaseException:  # a full disk, say: what is half made is nobody's
+            except BaseException:  # a full disk, say: nothing half made may stay taken
                 with contextlib.suppress(HostError):
                     lease.release()
                 raise
         return lease
 
     def reserve_free(self, first: int) -> SlotLease:
-        """Take the first slot from ``first`` upward in which nothing is, not even a leftover."""
+        """Take the first slot from ``first`` upward that is empty: it has not even a leftover."""
         taken = set(self.numbers())
         for n in range(first, MAX_SLOT + 1):
             if n in taken:
@@ -215,18 +215,18 @@ class Inventory:
             try:
                 lease = self.reserve(n)
             except Conflict:
-                continue  # somebody was faster
+                continue  # another process was faster
             if not lease.leftover:
                 return lease
             lease.unlock()
         raise Conflict(f"no free slot from {first} to {MAX_SLOT}: run swarm-cleanup, or lower first_engine_slot")
 
     def records(self) -> list[VmRecord]:
-        """Every VM that has a readable record, by n: live ones, and leftovers that wait for a sweep."""
+        """The readable records of all VMs, by n: live ones, and leftovers that wait for a sweep."""
         return [r for n in self.numbers() if (r := read_record(self.dir(n))) is not None]
 
     def stale(self) -> list[Stale]:
-        """What dead owners left: judged by locks and processes, never by names."""
+        """What dead owners left, according to locks and processes, never to names."""
         return [s for n in self.numbers() if (s := self._judge(n)) is not None]
 
     def held(self) -> dict[int, VmRecord | None]:
@@ -241,13 +241,13 @@ class Inventory:
         return found
 
     def evict(self, n: int) -> SlotLease:
-        """Take slot n away from whoever has it, alive or not (`swarm-cleanup --force`). The old owner's release does
-        nothing any more: its lock is on a file that has no name."""
+        """Take slot n away from its owner, alive or not (`swarm-cleanup --force`). The old owner's `release` then does
+        nothing: its lock is on a file without a name."""
         self._lock_path(n).unlink(missing_ok=True)
         return self.reserve(n, replace=True)
 
     def numbers(self) -> list[int]:
-        """Every slot of which there is a directory or a lock file."""
+        """Every slot that has a directory or a lock file."""
         found: set[int] = set()
         for directory, pattern in ((self._vms, r"([1-9][0-9]{0,4})"), (self._locks, r"vm([1-9][0-9]{0,4})\.lock")):
             what = f"can't look into {directory} (only root may see Swarm's VMs)"
@@ -277,7 +277,7 @@ class Inventory:
         return self._locks / f"vm{n}.lock"
 
     def _lock(self, n: int) -> int | None:
-        """Descriptor of the lock, held; None when another open file (of any process, this one too) holds it."""
+        """A descriptor that holds the lock; None if another descriptor, of any process or this one, holds it."""
         path = self._lock_path(n)
         with _explained(f"can't use {self.state_dir} (SWARM_STATE_DIR)"):
             for directory in (self.state_dir, self._vms):
@@ -288,14 +288,14 @@ class Inventory:
             return fd
 
     def _unlock(self, n: int, fd: int) -> None:
-        """Let go of a lock that was only tried; without a directory, the file would be litter."""
+        """Release a lock that was only tried; if there is no directory, remove its file too."""
         if not self.dir(n).exists() and _is_file(self._lock_path(n), fd):
             self._lock_path(n).unlink(missing_ok=True)
         os.close(fd)
 
 
 def read_record(dir: Path) -> VmRecord | None:  # noqa: A002
-    """The record in a VM's directory; None when there is none, or it can't be understood (then the VM is half made)."""
+    """The record in a VM's directory; None if it is missing or unreadable (then the VM is half made)."""
     try:
         data = json.loads((dir / "vm.json").read_bytes())
         return VmRecord(**{**data, "kind": Kind(data["kind"])})
@@ -304,10 +304,10 @@ def read_record(dir: Path) -> VmRecord | None:  # noqa: A002
     except (ValueError, TypeError, KeyError):
         return None
     except OSError as error:
-        raise HostError(f"can't read {dir / 'vm.json'}: {error.strerror} (Swarm's VMs are root's)") from error
+        raise HostError(f"can't read {dir / 'vm.json'}: {error.strerror} (only root may see Swarm's VMs)") from error
 
 
-def _lives(pid: int, started: int, boot: str) -> bool:
+def _is_running(pid: int, started: int, boot: str) -> bool:
     return pid > 0 and process.start_time(pid) == started and boot == process.boot_id()
 
 

@@ -1,6 +1,6 @@
 """SSH for people: one client key per install, host keys per VM, and a client configuration that knows both.
 
-Agents never need it. The host makes each VM's host key, so `ssh root@10.0.0.2` can check it on the first connection.
+Agents don't need it. The host makes each VM's host key, so `ssh root@10.0.0.2` can check it on the first connection.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SshDir:
         self.known_hosts = dir / "known_hosts"
 
     def public_key(self) -> str:
-        """The authorized_keys line of the client key, which is made when it is not there."""
+        """The authorized_keys line of the client key, which is made if it is missing."""
         public = self.key.with_suffix(".pub")
         if not public.exists():
             self.key.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -64,14 +64,14 @@ class SshDir:
                 files.write_atomically(self.known_hosts, "".join(f"{line}\n" for line in lines), mode=0o600)
 
     def options(self) -> list[str]:
-        """Arguments for the ssh client that make it use this key and these known hosts, and nothing of the user's."""
+        """Arguments that make the ssh client use this key and these known hosts, and not the user's configuration."""
         return [
             "-F", "none", "-i", str(self.key), "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=yes",
             "-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "LogLevel=ERROR",
         ]  # fmt: skip
 
     def client_config(self, subnet: IPv4Network) -> str:
-        """A file for ssh_config.d by which a plain `ssh root@<VM>` works, as root."""
+        """A file for ssh_config.d that makes a plain `ssh root@<VM>` work, as root."""
         pattern = ".".join((str(subnet.network_address).split(".")[: subnet.prefixlen // 8] + ["*"] * 4)[:4])
         return (
             "# Written by `swarm init`: how root reaches Swarm's VMs.\n"

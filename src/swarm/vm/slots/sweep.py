@@ -1,8 +1,8 @@
-"""Removing VMs that nobody owns any more, and (`swarm-cleanup`) everything of Swarm's on this host.
+"""Removing VMs whose owner died, and (`swarm-cleanup`) everything of Swarm on this host.
 
-There is no daemon for this: every command that starts a VM sweeps first. Who is stale is decided by the inventory
-(locks and processes), what belongs to a VM by marks in the kernel and by the slot's directory; never by a name alone.
-An order that can be interrupted anywhere and begun again: VMM, network, directory, lock file.
+There is no daemon for this: every command that starts a VM sweeps first. The inventory (locks and processes) decides
+what is stale; marks in the kernel and the slot's directory decide what belongs to a VM; a name alone never does.
+The order can be interrupted anywhere and started again: VMM, network, directory, lock file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from swarm.vm.slots.inventory import Busy, Inventory, Kind, SlotLease, VmRecord,
 
 log = structlog.get_logger(__name__)
 
-_PROBE_LOCKED_SECONDS = 5.0  # a probe boot has locked its directory long before it is so old
+_PROBE_LOCKED_SECONDS = 5.0  # a live probe boot locks its directory long before it is this old
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Removed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepReport:
-    """``failed``: what could not be removed, a sentence each; the next sweep tries again."""
+    """``failed``: one sentence for each that could not be removed; the next sweep tries again."""
 
     removed: tuple[Removed, ...] = ()
     failed: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class SweepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CleanupReport:
-    """Lines for people. ``kept`` names what live processes use (and the network they hang on)."""
+    """Lines for people. ``kept``: what live processes use, and the network that their VMs need."""
 
     removed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
@@ -58,9 +58,9 @@ class CleanupReport:
 async def take(
     inventory: Inventory, network: Network | None, n: int, *, replace: bool = True, timeout_seconds: float = 15.0
 ) -> SlotLease:
-    """Reserve slot n for a new VM, and remove what is left in it: a dead owner's VM, or (``replace``) one by hand.
+    """Reserve slot n for a new VM, and remove what is left in it: a dead owner's VM, or (``replace``) a manual one.
 
-    Raises Conflict when a live process owns slot n.
+    Raises Conflict if a live process owns slot n.
     """
     lease = await _reserve(inventory, n, replace=replace, timeout_seconds=timeout_seconds)
     if lease.leftover:
@@ -74,22 +74,22 @@ async def take(
 
 
 async def remove_vm(inventory: Inventory, network: Network | None, n: int) -> None:
-    """Remove VM n: one by hand, or a leftover. Raises NotFound when there is none, Conflict when it is in use."""
+    """Remove VM n: a manual one, or a leftover. Raises NotFound, or Conflict if it is in use."""
     if n not in inventory.numbers():
-        raise NotFound(f"there is no VM {n} on this host; `swarm vm list` shows those there are")
+        raise NotFound(f"VM {n} does not exist on this host; see `swarm vm list`")
     lease = await _reserve(inventory, n, replace=True)
     await _clear_and_release(lease, network)
 
 
 async def sweep(inventory: Inventory, network: Network | None) -> SweepReport:
-    """Remove what dead owners left. Never a live owner's VM; one VM that can't be removed does not stop the others."""
+    """Remove what dead owners left, never a live owner's VM. One that can't be removed does not stop the others."""
     removed, failed = [], []
     for stale in inventory.stale():
         try:
             lease = inventory.reserve(stale.n)
-        except Conflict:  # somebody took it since, or is removing it too
+        except Conflict:  # another process has taken it, or is removing it too
             continue
-        if not lease.leftover:  # somebody has removed it
+        if not lease.leftover:  # another process has removed it
             lease.release()
             continue
         log.info("removing a leftover", vm=stale.n, reason=stale.reason)
@@ -104,10 +104,10 @@ async def sweep(inventory: Inventory, network: Network | None) -> SweepReport:
 
 
 async def cleanup(inventory: Inventory, network: Network, *, force: bool = False) -> CleanupReport:
-    """Remove everything of Swarm's: VMs by hand, leftovers, bridge, route, rules. Safe twice and on a clean host.
+    """Remove everything of Swarm: manual VMs, leftovers, bridge, route, rules. Idempotent.
 
-    What a live process owns is kept, and named; with ``force`` its VMs are killed as well (the process goes on, and
-    will find its VMs dead).
+    What a live process owns is kept, and named. With ``force`` its VMs are killed as well; the process itself keeps
+    running, and will find its VMs dead.
     """
     removed: list[str] = []
     kept: list[str] = []
@@ -126,9 +126,9 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
             removed.append(_describe(n, record))
         except SwarmError as error:
             failed.append(f"VM {n}: {error}")
-    # Namespaces with our mark of which no directory is left here: it was deleted by hand, or lies in another install's
+    # Namespaces with our mark but without a directory here: it was deleted manually, or it is in another installation's
     # state directory, whose locks then say if it is in use. Each is reserved first: an engine may have made it since
-    # we looked above.
+    # the loop above.
     for slot in await network.list():
         owner = Path(await network.owner(slot.n) or inventory.state_dir)
         theirs = owner.is_dir() and not (inventory.state_dir.is_dir() and owner.samefile(inventory.state_dir))
@@ -163,20 +163,20 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
 
 
 async def clear(lease: SlotLease, network: Network | None) -> None:
-    """Kill what runs in a slot that we hold, remove its network, empty its directory. Idempotent."""
+    """Kill what runs in a slot that we hold, remove its network and its directory. Idempotent."""
     record = read_record(lease.dir)
     if record is not None and record.pid and record.boot_id == process.boot_id():
         await process.kill_stranger(record.pid, record.started)
     if network is not None and not (record is not None and record.driver and not record.netns):
-        # An owner that was killed between starting its VMM and recording it leaves one that no record names.
+        # If the owner was killed between starting its VMM and recording it, no record names the VMM.
         await _kill_vmms(netns_of(lease.n), lease.dir)
         await network.destroy(lease.n)
     await asyncio.to_thread(jailer.remove, lease.dir)
-    await asyncio.to_thread(lease.empty)
+    await asyncio.to_thread(lease.remove_dir)
 
 
 def _remove_probes(state_dir: Path) -> list[str]:
-    """Remove what probe boots left that were killed: whoever makes one holds a lock on its directory."""
+    """Remove what killed probe boots left: a live one holds a lock on its directory."""
     removed = []
     for directory in state_dir.glob(f"{PROBE_PREFIX}*"):
         with contextlib.suppress(OSError):  # another sweep was faster
@@ -186,7 +186,7 @@ def _remove_probes(state_dir: Path) -> list[str]:
             try:
                 if time.time() - os.fstat(fd).st_mtime < _PROBE_LOCKED_SECONDS:
                     continue
-                for pid in _named(directory):  # a bare VMM of a benchmark: nothing else would end it
+                for pid in _vmms_with_paths_in(directory):  # a benchmark's bare VMM: nothing else would end it
                     log.info("killing a VMM of a dead owner", pid=pid, directory=str(directory))
                     os.kill(pid, signal.SIGKILL)
                 jailer.remove(directory)
@@ -197,8 +197,8 @@ def _remove_probes(state_dir: Path) -> list[str]:
     return removed
 
 
-def _named(directory: Path) -> list[int]:
-    """VMMs that were started with paths in the directory."""
+def _vmms_with_paths_in(directory: Path) -> list[int]:
+    """The QEMUs that were started with paths in the directory."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -219,7 +219,7 @@ async def _clear_and_release(lease: SlotLease, network: Network | None) -> None:
 
 
 async def _reserve(inventory: Inventory, n: int, *, replace: bool, timeout_seconds: float = 15.0) -> SlotLease:
-    """`Inventory.reserve`, waiting while another process is just removing what is there."""
+    """`Inventory.reserve`, but wait while another process is removing a leftover there."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:
@@ -231,9 +231,8 @@ async def _reserve(inventory: Inventory, n: int, *, replace: bool, timeout_secon
 
 
 async def _kill_vmms(name: str, directory: Path | None) -> None:
-    """Kill the VMMs of our namespace ``name``: who holds its tap, or is in there with paths in the VM's directory.
-
-    Anything else in there (a shell that somebody opened) is not Swarm's and stays.
+    """Kill the VMMs of our namespace ``name``: processes that have its tap open, or that run in it with paths in the
+    VM's directory. Other processes in there (a person's shell) are not Swarm's, and stay.
     """
     for pid, started in await netns.in_thread(lambda: _vmms(name, directory)):
         log.info("killing a VMM that no record names", pid=pid, netns=name)
@@ -249,16 +248,16 @@ def _vmms(name: str, directory: Path | None) -> list[tuple[int, int]]:
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         pid = int(entry.name)
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             started = process.start_time(pid)
-            if started is not None and (_holds_tap(pid, space) or _works_in(entry, space, directory)):
+            if started is not None and (_holds_tap(pid, space) or _runs_in(entry, space, directory)):
                 found.append((pid, started))
     return found
 
 
 def _holds_tap(pid: int, space: tuple[int, int]) -> bool:
-    """Has it our tap open? Asked of the descriptor, not of where the process is: a VMM inherits the tap, and holds it
-    before `nsenter` has brought it into the namespace."""
+    """Does it have our tap open? The descriptor tells, not the process's namespace: a VMM inherits the tap before
+    `nsenter` moves it into the namespace."""
     for fd in Path(f"/proc/{pid}/fdinfo").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             # tun_chr_show_fdinfo, linux/drivers/net/tun.c
@@ -267,9 +266,9 @@ def _holds_tap(pid: int, space: tuple[int, int]) -> bool:
     return False
 
 
-def _works_in(entry: Path, space: tuple[int, int], directory: Path | None) -> bool:
-    """Is it inside the namespace, and was it started with paths in the VM's directory, or jailed there? (A VMM that
-    opens its tap by name has not done so yet.)"""
+def _runs_in(entry: Path, space: tuple[int, int], directory: Path | None) -> bool:
+    """Is it in the namespace, and was it started with paths in the VM's directory, or jailed there? (A VMM that opens
+    its tap by name may not have done so yet.)"""
     status = (entry / "ns" / "net").stat()
     return (
         directory is not None
@@ -281,5 +280,7 @@ def _works_in(entry: Path, space: tuple[int, int], directory: Path | None) -> bo
 def _describe(n: int, record: VmRecord | None) -> str:
     if record is None:
         return f"VM {n} (half made)"
-    of = "made by hand" if record.kind is Kind.MANUAL else f"ticket {record.ticket_id!r}" if record.ticket_id else ""
+    of = f"ticket {record.ticket_id!r}" if record.ticket_id else ""
+    if record.kind is Kind.MANUAL:
+        of = "started manually"
     return f"VM {n}" + (f" ({of})" if of else "")
