@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from swarm.base import files
+from swarm.errors import HostError
 
 
 def test_a_file_is_replaced_with_its_permissions_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -78,3 +79,11 @@ def test_a_full_disk_is_told_from_other_errors() -> None:
     assert said == (
         "no space left in /here: it was not written; free some, or set SWARM_HERE to a place on another disk"
     )
+
+
+def test_an_error_of_the_system_says_what_could_not_be_done(tmp_path: Path) -> None:
+    with (
+        pytest.raises(HostError, match=r"can't read the file: No such file or directory"),
+        files.host_errors("can't read the file"),
+    ):
+        (tmp_path / "missing").read_bytes()

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from swarm.errors import HostError
+
 
 def write_atomically(path: Path, data: bytes | str, *, mode: int | None = None, flush: bool = False) -> None:
     """Write or replace a file: a reader finds the old content or the new, never a part of it.
@@ -81,6 +83,15 @@ async def locked_async(
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def host_errors(what: str) -> Iterator[None]:
+    """Report errors of the operating system as HostError. ``what`` could not be done, as in "can't write the file"."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"{what}: {error.strerror or error}") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -79,7 +79,7 @@ def shape(spec: VmSpec, *, driver: Driver, probe: Probe) -> dict[str, object]:
 
 
 def key_of(parts: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return staging.digest_of(parts)[:32]
 
 
 class Templates:

@@ -21,7 +21,7 @@ from swarm.base.aio import finish_uninterrupted
 from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, ImageError
 from swarm.vm.image import apt, kernel
-from swarm.vm.image.build import EPOCH, Recipe, in_root, remove, tool, walk
+from swarm.vm.image.build import EPOCH, Recipe, below, in_root, remove, tool
 
 _USRMERGE_HOOK: Final = Path("/usr/share/mmdebstrap/hooks/merged-usr")
 UNWANTED_PATHS: Final = ("man", "doc", "info", "locale", "lintian", "bug", "bash-completion", "zsh")  # in /usr/share
@@ -169,7 +169,7 @@ def _clean(root: Path) -> None:
     ):  # fmt: skip
         for path in sorted(root.glob(pattern)):
             remove(path)
-    for path in walk(root):
+    for path in below(root):
         info = path.lstat()
         if stat.S_ISREG(info.st_mode) and info.st_mode & (stat.S_ISUID | stat.S_ISGID):
             path.chmod(stat.S_IMODE(info.st_mode) & 0o777)

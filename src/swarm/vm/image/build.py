@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import platform
 import re
@@ -26,6 +25,7 @@ from swarm.base.aio import finish_uninterrupted
 from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, HostError, ImageError
 from swarm.vm.image import kernel
+from swarm.vm.image.staging import digest_of
 
 # Raise it when the code below makes a different image of the same packages and guest files.
 BUILDER_VERSION: Final = 1
@@ -72,7 +72,7 @@ class Recipe:
 
     @property
     def base_key(self) -> str:
-        return _digest_of(self.base)
+        return digest_of(self.base)
 
     @property
     def guest_digests(self) -> dict[str, str]:
@@ -81,7 +81,7 @@ class Recipe:
     @property
     def key(self) -> str:
         own = None if self.kernel is None else hashlib.sha256(self.kernel).hexdigest()
-        return _digest_of(
+        return digest_of(
             {"base": self.base_key, "guest": self.guest_digests, "kernel": own, "boot_args": self.boot_args}
         )
 
@@ -121,21 +121,22 @@ def recipe(guest: Path, *, kernel: Path | None = None, boot_args: str | None = N
     )
 
 
-def require_root() -> None:
+def require_root(what: str) -> None:
     if os.geteuid() != 0:
-        raise HostError("building an image needs root, to set the owners of its files: run this as root")
+        raise HostError(f"building {what} needs root, to set the owners of its files: run this as root")
 
 
 def check_host(*, for_base: bool, where: Path) -> None:
     """Raises HostError or ImageError, before anything is done, if a build can't succeed here."""
-    tools = _TOOLS if for_base else {t: _TOOLS[t] for t in ("mkfs.erofs", "tar", "setpriv")}
-    missing = [package for tool, package in tools.items() if process.which(tool) is None]
-    if missing:
-        raise HostError(f"building an image needs programs that are missing here: apt-get install {' '.join(missing)}")
+    require("an image", _TOOLS if for_base else {t: _TOOLS[t] for t in ("mkfs.erofs", "tar", "setpriv")}, where)
+
+
+def require(what: str, tools: Mapping[str, str], where: Path) -> None:
+    """``tools``: program -> its Debian package. Raises HostError if one is missing, ImageError without 1 GB free."""
+    if missing := sorted({package for tool, package in tools.items() if process.which(tool) is None}):
+        raise HostError(f"building {what} needs programs that are missing here: apt-get install {' '.join(missing)}")
     if (free := shutil.disk_usage(where).free) < _NEEDED_BYTES:
-        raise ImageError(
-            f"an image needs 1 GB below {where} while it is built, and only {free >> 20} MB are free there"
-        )
+        raise ImageError(f"{what} needs 1 GB below {where} while it is built, and only {free >> 20} MB are free there")
 
 
 # --- the image ----------------------------------------------------------------------------------------------------
@@ -273,10 +274,6 @@ def initramfs(init: bytes, busybox: bytes, modules: Mapping[str, bytes]) -> byte
 # --- small things -------------------------------------------------------------------------------------------------
 
 
-def _digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -284,7 +281,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def walk(root: Path) -> Iterator[Path]:
-    for dir, _, files in os.walk(root):  # noqa: A001
-        yield Path(dir)
-        yield from (Path(dir, name) for name in files)
+def below(root: Path) -> Iterator[Path]:
+    """Everything below ``root``, a directory after its contents; links are not followed."""
+    for place, dirs, others in os.walk(root, topdown=False):
+        yield from (Path(place, name) for name in (*dirs, *others))

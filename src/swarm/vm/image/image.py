@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -94,7 +93,7 @@ class Images:
         recipe = await asyncio.to_thread(build.recipe, self._guest, kernel=kernel, boot_args=boot_args)
         if not force and (image := await self._find_complete(recipe)):
             return image
-        build.require_root()
+        build.require_root("an image")
         with staging.build_errors("an image", self.dir, "an image needs 1 GB while it is built", setting=SETTING):
             self.dir.mkdir(parents=True, exist_ok=True)
             async with staging.lock(self.dir, progress):
@@ -300,8 +299,7 @@ def _info(dir: Path) -> ImageInfo:  # noqa: A002
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     parts = {name: [part["file"], part["sha256"], part["size_bytes"]] for name, part in manifest["parts"].items()}
-    shaping = {"parts": parts, "boot_args": manifest["boot_args"]}
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    return staging.digest_of({"parts": parts, "boot_args": manifest["boot_args"]})
 
 
 def _collect_bases(cache: Path, current: str) -> None:

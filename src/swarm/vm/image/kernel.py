@@ -79,22 +79,6 @@ def _payload(image: bytes) -> bytes:
     return image[start : start + length]
 
 
-def _gzip(data: bytes) -> bytes:
-    return _decompress_all(zlib.decompressobj(wbits=31), data)
-
-
-def _xz(data: bytes) -> bytes:
-    return _decompress_all(lzma.LZMADecompressor(lzma.FORMAT_XZ), data)
-
-
-def _lzma(data: bytes) -> bytes:
-    return _decompress_all(lzma.LZMADecompressor(lzma.FORMAT_ALONE), data)
-
-
-def _bzip2(data: bytes) -> bytes:
-    return _decompress_all(bz2.BZ2Decompressor(), data)
-
-
 def _zstd(data: bytes) -> bytes:
     stream = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
     out = stream.decompress(data)
@@ -129,12 +113,12 @@ def _lz4_legacy(data: bytes) -> bytes:
 
 
 _FORMATS: Final[Sequence[tuple[bytes, str, Callable[[bytes], bytes]]]] = (
-    (b"\x1f\x8b", "gzip", _gzip),
-    (b"\xfd7zXZ\x00", "xz", _xz),
-    (b"BZh", "bzip2", _bzip2),
+    (b"\x1f\x8b", "gzip", lambda data: _decompress_all(zlib.decompressobj(wbits=31), data)),
+    (b"\xfd7zXZ\x00", "xz", lambda data: _decompress_all(lzma.LZMADecompressor(lzma.FORMAT_XZ), data)),
+    (b"BZh", "bzip2", lambda data: _decompress_all(bz2.BZ2Decompressor(), data)),
     (b"\x02\x21\x4c\x18", "lz4", _lz4_legacy),
     (b"\x28\xb5\x2f\xfd", "zstd", _zstd),
-    (b"\x5d\x00\x00", "lzma", _lzma),
+    (b"\x5d\x00\x00", "lzma", lambda data: _decompress_all(lzma.LZMADecompressor(lzma.FORMAT_ALONE), data)),
 )
 
 

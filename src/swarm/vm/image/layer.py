@@ -33,7 +33,7 @@ import structlog
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.progress import Progress, silent
-from swarm.errors import HostError, ImageError, LayerMissing, NotFound
+from swarm.errors import ImageError, LayerMissing, NotFound
 from swarm.model import Agent
 from swarm.vm.driver import Image, Layer
 from swarm.vm.image import layer_build, pip, staging
@@ -89,7 +89,9 @@ class Layers:
         key = _key(shape)
         if not force and (layer := await self._find_complete(key)):
             return layer
-        layer_build.check_host(_made(self.dir))
+        with files.host_errors(f"can't make {self.dir}"):
+            self.dir.mkdir(parents=True, exist_ok=True)
+        layer_build.check_host(self.dir)
         with _build_errors(self.dir):
             async with staging.lock(self.dir, progress):
                 if not force and (layer := await self._find_complete(key)):
@@ -213,8 +215,8 @@ class HostLayers:
         final = self.dir / _key(_host_shape(agent))
         if final.is_dir() and not force:
             return Layer(digest=final.name, path=final)
-        _made(self.dir)
         with _build_errors(self.dir):
+            self.dir.mkdir(parents=True, exist_ok=True)
             async with staging.lock(self.dir, progress), staging.staged(self.dir) as stage:
                 progress("installing requirements", 0.1)
                 python = f"Python {platform.python_version()} on this host"
@@ -264,7 +266,7 @@ def _host_shape(agent: Agent) -> dict[str, Any]:
 
 
 def _key(shape: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:32]
+    return staging.digest_of(shape)[:32]
 
 
 def _missing(agent: Agent, problem: str) -> LayerMissing:
@@ -272,14 +274,6 @@ def _missing(agent: Agent, problem: str) -> LayerMissing:
         f"the layer of the agent {agent.name}@{agent.version} (its requirements and packages) {problem}: "
         f"run `swarm agent build {agent.name}@{agent.version}`, which needs the network"
     )
-
-
-def _made(dir: Path) -> Path:  # noqa: A002
-    try:
-        dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HostError(f"can't make {dir}: {error.strerror}") from error
-    return dir
 
 
 def _build_errors(dir: Path) -> AbstractContextManager[None]:  # noqa: A002

@@ -13,21 +13,21 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Final
 
-from swarm.base import files, process
+from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.progress import Progress
-from swarm.errors import CommandFailed, HostError, ImageError, UsageError
+from swarm.errors import CommandFailed, ImageError, UsageError
 from swarm.model import DEBIAN_PACKAGE
 from swarm.vm.driver import Image
 from swarm.vm.image import apt, pip
 from swarm.vm.image.base import UNWANTED_PATHS
-from swarm.vm.image.build import EPOCH, remove, tool
+from swarm.vm.image.build import EPOCH, below, remove, require, require_root, tool
 from swarm.vm.image.pip import NOT_BUILT
 
 # Raise it when the code below makes a different layer of the same requirements and packages.
@@ -59,12 +59,8 @@ class Installed:
 
 def check_host(where: Path) -> None:
     """Raises HostError or ImageError, before anything is done, if a build can't succeed here."""
-    if os.geteuid() != 0:
-        raise HostError("building a layer needs root (it unpacks a root file system with its owners)")
-    if missing := sorted({package for tool, package in _TOOLS.items() if process.which(tool) is None}):
-        raise HostError(f"building a layer needs programs that are missing here: apt-get install {' '.join(missing)}")
-    if (free := shutil.disk_usage(where).free) < 1 << 30:
-        raise ImageError(f"a layer needs 1 GB below {where} while it is built, and only {free >> 20} MB are free there")
+    require_root("a layer")
+    require("a layer", _TOOLS, where)
 
 
 async def build(
@@ -234,7 +230,7 @@ async def _in(root: Path, *argv: str, check: bool = True) -> None:
 def _inventory(root: Path) -> dict[str, tuple[int, ...]]:
     """Path -> what changes whenever the file does: inode and change time; for a directory, its owner and mode."""
     found: dict[str, tuple[int, ...]] = {}
-    for path in _below(root):
+    for path in below(root):
         info = path.lstat()
         marks: tuple[int, ...] = (info.st_ino, info.st_ctime_ns)
         if stat.S_ISDIR(info.st_mode):
@@ -259,7 +255,7 @@ def _keep_new_files(root: Path, before: Mapping[str, tuple[int, ...]]) -> int:
         if path.parent.is_dir() and not path.parent.is_symlink():
             os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
     size = 0
-    for path in _below(root):
+    for path in below(root):
         info = path.lstat()
         known = str(path.relative_to(root)) in old
         if stat.S_ISDIR(info.st_mode):
@@ -272,9 +268,3 @@ def _keep_new_files(root: Path, before: Mapping[str, tuple[int, ...]]) -> int:
             if info.st_mode & (stat.S_ISUID | stat.S_ISGID):  # privileges that no agent needs
                 path.chmod(stat.S_IMODE(info.st_mode) & 0o777)
     return size
-
-
-def _below(root: Path) -> Iterator[Path]:
-    """Everything below ``root``, a directory after its contents; links are not followed."""
-    for place, dirs, others in os.walk(root, topdown=False):
-        yield from (Path(place, name) for name in (*dirs, *others))

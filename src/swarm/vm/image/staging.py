@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -35,6 +36,11 @@ log = structlog.get_logger(__name__)
 BUILDING: Final = ".building-"
 VERIFIED: Final = ".verified"  # the directory of the stamps of images and layers
 _HOST_ERRORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM})
+
+
+def digest_of(value: object) -> str:
+    """The sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # --- verifying ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -87,7 +86,7 @@ class SlotLease:
     def create_dir(self) -> None:
         """Make the directory, with a first record, before anything else is made for VM n."""
         pid = os.getpid()
-        with _explained(f"can't make {self.dir}"):
+        with files.host_errors(f"can't make {self.dir}"):
             self.dir.mkdir(mode=0o700)
         self.leftover = False
         self.record(
@@ -115,7 +114,7 @@ class SlotLease:
                 for name in ("created_at", "owner_pid", "owner_started", "boot_id")
             }
             record = dataclasses.replace(record, **kept)
-        with _explained(f"can't write {self.dir / 'vm.json'}"):
+        with files.host_errors(f"can't write {self.dir / 'vm.json'}"):
             files.write_atomically(self.dir / "vm.json", json.dumps(dataclasses.asdict(record), indent=1))
         self.last = record
 
@@ -251,7 +250,7 @@ class Inventory:
         found: set[int] = set()
         for directory, pattern in ((self._vms, r"([1-9][0-9]{0,4})"), (self._locks, r"vm([1-9][0-9]{0,4})\.lock")):
             what = f"can't look into {directory} (only root may see Swarm's VMs)"
-            with _explained(what), contextlib.suppress(FileNotFoundError):
+            with files.host_errors(what), contextlib.suppress(FileNotFoundError):
                 found |= {int(m[1]) for entry in directory.iterdir() if (m := re.fullmatch(pattern, entry.name))}
         return sorted(found)
 
@@ -279,7 +278,7 @@ class Inventory:
     def _lock(self, n: int) -> int | None:
         """A descriptor that holds the lock; None if another descriptor, of any process or this one, holds it."""
         path = self._lock_path(n)
-        with _explained(f"can't use {self.state_dir} (SWARM_STATE_DIR)"):
+        with files.host_errors(f"can't use {self.state_dir} (SWARM_STATE_DIR)"):
             for directory in (self.state_dir, self._vms):
                 directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._locks.mkdir(mode=0o700, exist_ok=True)
@@ -318,13 +317,5 @@ def _is_file(path: Path, fd: int) -> bool:
 
 
 def _remove_tree(dir: Path) -> None:  # noqa: A002
-    with _explained(f"can't remove {dir}"), contextlib.suppress(FileNotFoundError):
+    with files.host_errors(f"can't remove {dir}"), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(dir)
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise HostError(f"{what}: {error.strerror or error}") from error

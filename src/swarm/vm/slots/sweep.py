@@ -112,45 +112,36 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
     removed: list[str] = []
     kept: list[str] = []
     failed: list[str] = []
-    for n in inventory.numbers():
-        record = read_record(inventory.dir(n))
+
+    async def remove(there: Inventory, n: int, name: str, description: str, *, spare: bool = False) -> None:
         try:
             try:
-                lease = await _reserve(inventory, n, replace=True)
+                lease = await _reserve(there, n, replace=True)
             except Conflict as conflict:
-                if not force:
-                    kept.append(f"VM {n}: {conflict}")
-                    continue
-                lease = await asyncio.to_thread(inventory.evict, n)
+                if not (spare or force):
+                    kept.append(f"{name}: {conflict}")
+                if spare or not force:
+                    return
+                lease = await asyncio.to_thread(there.evict, n)
             await _clear_and_release(lease, network)
-            removed.append(_describe(n, record))
+            removed.append(description)
         except SwarmError as error:
-            failed.append(f"VM {n}: {error}")
+            failed.append(f"{name}: {error}")
+
+    for n in inventory.numbers():
+        await remove(inventory, n, f"VM {n}", _describe(n, read_record(inventory.dir(n))))
     # Namespaces with our mark but without a directory here: it was deleted manually, or it is in another installation's
     # state directory, whose locks then say if it is in use. Each is reserved first: an engine may have made it since
     # the loop above.
     for slot in await network.list():
         owner = Path(await network.owner(slot.n) or inventory.state_dir)
         theirs = owner.is_dir() and not (inventory.state_dir.is_dir() and owner.samefile(inventory.state_dir))
-        there = Inventory(state_dir=owner) if theirs else inventory
-        try:
-            try:
-                lease = await _reserve(there, slot.n, replace=True)
-            except Conflict as conflict:
-                if not theirs:
-                    continue
-                if not force:
-                    kept.append(f"VM {slot.n} of {owner}: {conflict}")
-                    continue
-                lease = await asyncio.to_thread(there.evict, slot.n)
-            await _clear_and_release(lease, network)
-            removed.append(
-                f"VM {slot.n} of {owner}"
-                if theirs
-                else f"namespace {slot.netns}, which had no directory in {inventory.state_dir}"
-            )
-        except SwarmError as error:
-            failed.append(f"{slot.netns}: {error}")
+        if theirs:
+            name = f"VM {slot.n} of {owner}"
+            await remove(Inventory(state_dir=owner), slot.n, name, name)
+        else:
+            description = f"namespace {slot.netns}, which had no directory in {inventory.state_dir}"
+            await remove(inventory, slot.n, slot.netns, description, spare=True)
     removed += await asyncio.to_thread(_remove_probes, inventory.state_dir)
     await asyncio.to_thread(jailer.remove_parents)
     try:
