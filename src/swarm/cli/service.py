@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swarm.base import process
+from swarm.base import files, process
 from swarm.errors import Conflict, HostError, StoreError
 
 if TYPE_CHECKING:
@@ -69,10 +69,8 @@ def pid_written(path: Path | None) -> Iterator[None]:
         yield
         return
     ours = {"pid": os.getpid(), "started": process.start_time(os.getpid())}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(ours))
-        partial.replace(path)
+        files.write_atomically(path, json.dumps(ours))
     except OSError as error:
         raise HostError(f"can't write the pid file {path}: {error.strerror}") from None
     try:
