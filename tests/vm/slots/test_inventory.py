@@ -29,7 +29,7 @@ OWNER = """
 import sys
 from pathlib import Path
 from swarm.vm.slots.inventory import Inventory
-place = Inventory(state_dir=Path(sys.argv[1])).reserve(int(sys.argv[2]))
+lease = Inventory(state_dir=Path(sys.argv[1])).reserve(int(sys.argv[2]))
 print("holding", flush=True)
 sys.stdin.read()
 """
@@ -246,10 +246,10 @@ inventory = Inventory(state_dir=Path(sys.argv[1]))
 sys.stdin.readline()
 mine = []
 for _ in range(30):
-    place = inventory.reserve_free(1)
+    lease = inventory.reserve_free(1)
     # Nobody else is in here: an exclusive file would exist already.
-    (place.dir / "mine").touch(exist_ok=False)
-    mine.append(place)
+    (lease.dir / "mine").touch(exist_ok=False)
+    mine.append(lease)
     if len(mine) == 3:
         mine.pop(0).release()
 print(" ".join(str(p.n) for p in mine), flush=True)

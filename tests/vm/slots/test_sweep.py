@@ -46,20 +46,20 @@ from swarm.vm.drivers.tap import open_tap
 state, n, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
 async def main():
-    place = Inventory(state_dir=state).reserve(n)
+    lease = Inventory(state_dir=state).reserve(n)
     pid = 0
     if how != "reserved":
         slot = await Network(subnet=IPv4Network("10.0.0.0/16"), bridge="br0").create(n)
     if how in ("unrecorded", "not entered", "running", "manual"):
         os.set_inheritable(tap := open_tap(slot.netns), True)
         inside = None if how == "not entered" else slot.netns
-        child = await process.spawn(["sleep", "600"], output=place.dir / "log", netns=inside, pass_fds=[tap],
+        child = await process.spawn(["sleep", "600"], output=lease.dir / "log", netns=inside, pass_fds=[tap],
                                     die_with_parent=False)
         pid = child.pid
     if how in ("running", "manual"):
-        place.record(VmRecord(n=n, pid=pid, started=process.start_time(pid), ticket_id="t1"))
+        lease.record(VmRecord(n=n, pid=pid, started=process.start_time(pid), ticket_id="t1"))
     if how == "manual":
-        place.detach()
+        lease.detach()
     print("vmm", pid, flush=True)
     await asyncio.to_thread(sys.stdin.read)
 
