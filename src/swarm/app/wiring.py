@@ -283,7 +283,7 @@ async def worker(
     vms = launcher(settings, await choice(settings))
     source = image_source(settings)
     async with AsyncExitStack() as stack:
-        with contextlib.suppress(ImageError, NotFound):  # the first ticket reports it
+        with contextlib.suppress(HostError, ImageError, NotFound):  # the first ticket reports it
             stack.enter_context(source.used(await source.find()))
         host_egress = await stack.enter_async_context(egress(settings, opened))
         await stack.enter_async_context(vms.keeping(keep_slots, ahead=slots_ahead))

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +18,9 @@ from pathlib import Path
 
 import structlog
 
+from swarm.base import files
 from swarm.base.aio import first, undoing
+from swarm.base.process import boot_id
 from swarm.errors import HostError, SwarmError
 from swarm.vm.driver import Driver, Image, Probe, VmSpec
 
@@ -76,8 +76,7 @@ async def _cached_test_boot(
 
     Cached, unless the host itself failed (no space, no descriptors): that may be fixed soon.
     """
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    depends = [boot_id, driver.name, probe.accelerator, probe.version, image.digest]
+    depends = [boot_id(), driver.name, probe.accelerator, probe.version, image.digest]
     file = cache / hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]
     try:
         return Probe(**json.loads(file.read_bytes()))
@@ -88,9 +87,7 @@ async def _cached_test_boot(
     except HostError as error:
         return _rejected(probe, driver, f"it could not be tested: {error}")
     cache.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(dataclasses.asdict(result)))
-    partial.rename(file)
+    files.write_atomically(file, json.dumps(dataclasses.asdict(result)))
     return result
 
 
@@ -108,8 +105,7 @@ async def _test_boot(driver: Driver, probe: Probe, image: Image, state_dir: Path
     async with undoing() as undo:
         directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=PROBE_PREFIX, dir=state_dir)))
         # Held until the boot is over or this process dies: a sweep leaves locked directories alone.
-        undo.callback(os.close, lock := os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        undo.enter_context(files.locked(directory, shared=True))
         try:
             vm = await driver.boot(spec, None, directory)
         except HostError:

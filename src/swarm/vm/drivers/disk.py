@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from swarm.base import files
 from swarm.base.process import run
 from swarm.errors import HostError
 
@@ -34,10 +35,8 @@ async def copy_work_disk(source: Path, path: Path) -> None:
         await asyncio.to_thread(_copy_sparse, source, path)
     except OSError as error:
         path.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise HostError(
-                f"no space left on the disk with {path.parent}: can't make the VM's work disk; free some space"
-            ) from None
+        if files.is_full(error):
+            raise HostError(files.no_space(path.parent, "can't make the VM's work disk")) from None
         raise HostError(f"can't make the work disk {path}: {error}") from error
 
 

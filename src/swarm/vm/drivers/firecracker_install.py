@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
-import os
 import platform
 import tarfile
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from swarm.base import files
 from swarm.base.progress import Progress, silent
 from swarm.errors import HostError, NotFound, UsageError
 from swarm.vm.drivers.firecracker import JAILER, PROGRAM
@@ -165,13 +165,5 @@ async def _download(url: str, progress: Progress) -> bytes:
 
 def _put(path: Path, content: bytes) -> Path:
     """Write a program atomically. A running VMM keeps the file from which it was started."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o755)
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_atomically(path, content, mode=0o755, flush=True)
     return path

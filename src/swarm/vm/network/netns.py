@@ -20,12 +20,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
 
+from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.libc import CLONE_NEWNET, MNT_DETACH, MS_BIND, MS_REC, MS_SHARED, check, libc, mount
 from swarm.errors import HostError
@@ -74,30 +75,22 @@ def netlink() -> Iterator[Any]:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.asynccontextmanager
-async def locked(*, exclusive: bool, timeout_seconds: float = 30.0) -> AsyncIterator[None]:
+def locked(*, exclusive: bool, timeout_seconds: float = 30.0) -> contextlib.AbstractAsyncContextManager[None]:
     """A host-wide lock between processes: on ``/run/netns`` itself, which iproute2 locks for the same purpose.
 
     It needs no file of its own, and an outer `unshare --mount` with its own /run/netns has its own lock.
     """
     RUN.mkdir(parents=True, exist_ok=True)
-    fd = os.open(RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        deadline = time.monotonic() + timeout_seconds
-        while True:
-            try:
-                fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise HostError(
-                        f"another process has held the lock on {RUN} for more than {timeout_seconds:g} s: "
-                        f"find it with `lsof {RUN}`"
-                    ) from None
-                await asyncio.sleep(0.003)
-        yield
-    finally:
-        os.close(fd)
+    deadline = time.monotonic() + timeout_seconds
+
+    def waiting() -> None:
+        if time.monotonic() > deadline:
+            raise HostError(
+                f"another process has held the lock on {RUN} for more than {timeout_seconds:g} s: "
+                f"find it with `lsof {RUN}`"
+            )
+
+    return files.locked_async(RUN, shared=not exclusive, poll_seconds=0.003, waiting=waiting)
 
 
 def create(name: str, owner: str = "") -> None:
