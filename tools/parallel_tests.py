@@ -1,9 +1,9 @@
-"""Run the whole test suite in three sandboxes at once: most tests wait for something, and leave a core to others.
+"""Run the whole test suite in three sandboxes at once: most tests wait most of the time, and leave a core to others.
 
-    tools/parallel_tests.py COMMAND [ARG…]      COMMAND is pytest; each sandbox gets its share of the tests behind it
+    tools/parallel_tests.py COMMAND [ARG…]      COMMAND is pytest; each sandbox's share of the tests is added to it
 
-Each sandbox is a `tools/sandbox.py` with networks, state and a leak test of its own; together they run all tests.
-What they print comes line by line, the sandbox's name before it. The status is 0 when all of them ended with 0.
+Each sandbox is one run of tools/sandbox.py, with its own networks, state and leak test; together they run every test.
+Their output is printed line by line, with the sandbox's name in front. The status is 0 if all of them ended with 0.
 """
 # ruff: noqa: T201 - a command-line tool
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [f"tests/{name}" for name in ("agents", "api", "cel", "channel", "chaos", "cli", "engine")]
-# Guests of Firecracker are slow on hosts without VMX or SVM: they have a sandbox of their own, and are served first.
+# Firecracker guests are slow on hosts without VMX or SVM, so they have a sandbox of their own, with a higher priority.
 SHARES = {
     "1": [*FIRST, "tests/test_zz_leaks.py", "-k", "not firecracker"],
     "2": ["tests", *(f"--ignore={name}" for name in FIRST), "-k", "not firecracker"],
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     def forward(number: int, _frame: object) -> None:
         if number == signal.SIGINT and terminal:
-            return  # they have it from the terminal, as we have
+            return  # the terminal has sent it to them too
         for sandbox in sandboxes.values():
             with contextlib.suppress(ProcessLookupError):
                 sandbox.send_signal(number)
@@ -67,11 +67,11 @@ def start(argv: list[str], *, urgent: bool) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=first_served if urgent else None,
+        preexec_fn=raise_priority if urgent else None,
     )
 
 
-def first_served() -> None:
+def raise_priority() -> None:
     with contextlib.suppress(PermissionError):
         os.nice(-10)
 

@@ -1,14 +1,15 @@
-"""Run a command where nothing it does to the network can leave the machine, and say what it left behind.
+"""Run a command in network and mount namespaces of its own, and report what it left behind.
 
-    tools/sandbox.py CMD [ARG…]      run CMD; exit with its status, or 1 when it ended well but left something
-        --keep NAME,…                before CMD: SWARM_ settings that it sees as they are
-    tools/sandbox.py --leaks         inside a sandbox: print what is there beyond the start, one line each; 1 if any
+    tools/sandbox.py CMD [ARG…]      run CMD; exit with its status, or 1 if it succeeded but left something
+        --keep NAME,…                before CMD: pass these SWARM_ settings through unchanged
+    tools/sandbox.py --leaks         inside a sandbox: print what was added since its start, one line each; 1 if any
 
-CMD gets new network and mount namespaces: `lo` is up, there is no route out, and `/run/netns` is private, so `ip netns`
-works in it. Its settings point at a fresh directory on disk, which is removed afterwards. Signals are forwarded.
+In the new namespaces `lo` is up, there is no route out, and `/run/netns` is private, so `ip netns` works. CMD's
+settings point at a new directory on disk, which is removed afterwards. Signals are forwarded to CMD.
 
-What CMD leaves is found by descent, not by name: this process is the subreaper of all that CMD starts, so whatever is
-still below it when CMD has ended is a leak, in whichever network namespace it runs. Standard library only.
+Left processes are found by descent, not by name: this process is the subreaper of everything that CMD starts, so
+whatever still runs below it when CMD has ended is a leak, in whichever network namespace it runs. A sandbox inside a
+sandbox looks at its own descendants only. Standard library only.
 """
 # ruff: noqa: T201 - a command-line tool
 
@@ -28,14 +29,14 @@ import time
 from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWNET, PR_SET_CHILD_SUBREAPER = 0x00020000, 0x40000000, 36  # linux/sched.h, linux/prctl.h
-SI_KERNEL = 0x80  # siginfo.h: the terminal sent it, to the whole process group
+SI_KERNEL = 0x80  # siginfo.h: the terminal sent the signal, to the whole process group
 FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def main(argv: list[str]) -> int:
     if argv == ["--leaks"]:
-        return report(leaks(Path(os.environ["SWARM_SANDBOX"])))
+        return report(leaks(Path(os.environ["SWARM_SANDBOX"]), int(os.environ["SWARM_SANDBOX_PID"])))
     kept = {"SWARM_REQUIRE", "SWARM_TEST_KERNEL", "SWARM_TEST_LIMITS"}
     if argv[:1] == ["--keep"]:
         kept.update(argv[1].split(","))
@@ -52,8 +53,8 @@ def main(argv: list[str]) -> int:
     try:
         (place / "baseline.json").write_text(json.dumps(inventory(place)))
         status = run(argv, environment(place, kept))
-        left = settled(place)
-        kill_rest()
+        left = wait_for_leaks(place)
+        kill_leaked()
         left_status = report(left)
         return status or left_status
     finally:
@@ -75,7 +76,7 @@ def enter() -> None:
 
 
 def on_disk(*candidates: str) -> str:
-    """The first directory that is not in memory, else the first."""
+    """The first of these directories that is not a tmpfs; the first of all if each is one."""
     mounts = {
         m.split()[4]: m.partition(" - ")[2].split()[0] for m in Path("/proc/self/mountinfo").read_text().splitlines()
     }
@@ -83,7 +84,7 @@ def on_disk(*candidates: str) -> str:
 
 
 def environment(place: Path, kept: set[str]) -> dict[str, str]:
-    """Ours without this host's settings for Swarm, but for those to be kept; the rest points into ``place``."""
+    """Our environment, with Swarm's settings replaced by ones that point into ``place``; those in ``kept`` stay."""
     (place / "tmp").mkdir()
     own = {
         "SWARM_CONFIG": str(place / "swarm.toml"),  # absent
@@ -97,17 +98,22 @@ def environment(place: Path, kept: set[str]) -> dict[str, str]:
 
 
 def run(argv: list[str], env: dict[str, str]) -> int:
-    """Start the command in our process group (the terminal stays its own), forward signals, reap everything."""
+    """Run the command in our process group, so that it keeps the terminal; forward signals, reap everything.
+
+    A shell that starts a job with `&` lets it ignore SIGINT and SIGQUIT, and programs pass that on to their children:
+    tests that send Ctrl+C to a program would wait for ever. So the command starts with the defaults. SIGHUP stays as it
+    was, for `nohup`.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED | {signal.SIGCHLD})
     try:
-        child = os.posix_spawnp(argv[0], argv, env, setsigmask=())
+        child = os.posix_spawnp(argv[0], argv, env, setsigmask=(), setsigdef=(signal.SIGINT, signal.SIGQUIT))
     except OSError as error:
         print(f"sandbox: can't start {argv[0]}: {error.strerror}", file=sys.stderr)
         return 127
     while True:
         info = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD})
         if info.si_signo != signal.SIGCHLD:
-            if info.si_code != SI_KERNEL:  # else the child has it already
+            if info.si_code != SI_KERNEL:  # otherwise the child got it too
                 os.kill(child, info.si_signo)
             continue
         status = reap(child)
@@ -117,7 +123,7 @@ def run(argv: list[str], env: dict[str, str]) -> int:
 
 
 def reap(child: int = 0) -> int | None:
-    """Collect every dead child; the wait status of `child` when it is among them."""
+    """Reap every dead child; return the wait status of ``child`` if it was among them."""
     found = None
     while True:
         try:
@@ -130,11 +136,11 @@ def reap(child: int = 0) -> int | None:
             found = status
 
 
-# --- what is there --------------------------------------------------------------------------------------------------
+# --- leaks ------------------------------------------------------------------------------------------------------------
 
 
 def inventory(place: Path) -> list[str]:
-    """Everything in this sandbox that a test could leave, one line each. Processes apart: see `processes`."""
+    """Everything in this sandbox that a test could leave, but for processes (see `processes`); one line each."""
     netns = Path("/run/netns")
     mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
     return [
@@ -152,18 +158,17 @@ def inventory(place: Path) -> list[str]:
     ]
 
 
-def processes() -> list[str]:
-    """What lives below the sandbox, without ourselves and those who called us."""
+def processes(top: int) -> list[str]:
+    """The processes below ``top``, the sandbox's process, without this one and its ancestors; one line each."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it ended meanwhile
+            except OSError:  # it has ended since
                 continue
             if fields[0] not in "ZX":
                 parents[int(entry.name)] = int(fields[1])
-    top = int(os.environ.get("SWARM_SANDBOX_PID", os.getpid()))
     own, pid = set(), os.getpid()
     while pid in parents:
         own.add(pid)
@@ -193,22 +198,22 @@ def output(*argv: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
-def leaks(place: Path) -> list[str]:
+def leaks(place: Path, top: int) -> list[str]:
     reap()
     baseline = set(json.loads((place / "baseline.json").read_text()))
-    return [*processes(), *(line for line in inventory(place) if line not in baseline)]
+    return [*processes(top), *(line for line in inventory(place) if line not in baseline)]
 
 
-def settled(place: Path, *, seconds: float = 1.0) -> list[str]:
-    """What is left once the processes that were just told to end had a moment to do so."""
+def wait_for_leaks(place: Path, *, seconds: float = 1.0) -> list[str]:
+    """What is left, after giving processes that are just ending a moment to do so."""
     deadline = time.monotonic() + seconds
-    while (left := leaks(place)) and left[0].startswith("process ") and time.monotonic() < deadline:
+    while (left := leaks(place, os.getpid())) and left[0].startswith("process ") and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
 
 
-def kill_rest() -> None:
-    for line in processes():
+def kill_leaked() -> None:
+    for line in processes(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(line.split()[1]), signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):

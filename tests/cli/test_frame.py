@@ -104,9 +104,8 @@ def test_json_and_bad_settings(program: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cleans_up_and_is_the_status(program: Path, number: signal.Signals) -> None:
-    with subprocess.Popen(
-        [sys.executable, program, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    argv = ["env", "--default-signal", sys.executable, str(program), "wait"]  # also under `nohup`, which ignores SIGHUP
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(number)

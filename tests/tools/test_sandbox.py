@@ -1,4 +1,4 @@
-"""tools/sandbox.py: what it isolates, passes on and finds."""
+"""tools/sandbox.py: what it isolates, passes on and finds; and that a test that hangs ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "sandbox.py"
+ROOT = Path(__file__).parents[2]
+TOOL = str(ROOT / "tools" / "sandbox.py")
 pytestmark = pytest.mark.needs("root")
 
 
@@ -64,6 +65,45 @@ def test_what_is_left_is_named_and_fails(make: str, named: str) -> None:
 def test_a_failure_keeps_its_own_status_when_something_is_left() -> None:
     done = sh("ip link add br0 type bridge; exit 9")
     assert done.returncode == 9 and "link br0" in done.stderr
+
+
+def test_a_sandbox_inside_a_sandbox_leaves_its_neighbours_alone() -> None:
+    done = sh(f"sleep 600 & {sys.executable} {TOOL} sh -c 'sleep 601 &'; kill $! && echo alive; wait")
+    assert (done.stdout, done.returncode) == ("alive\n", 0), done.stderr
+    assert [line.split()[4:] for line in done.stderr.splitlines()] == [["sleep", "601"]]
+
+
+def test_the_command_does_not_inherit_an_ignored_ctrl_c() -> None:
+    script = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    ignoring = ["env", "--ignore-signal=INT,QUIT"]  # as `nohup make test &` has it in a script
+    for argv in ([*ignoring, sys.executable, TOOL], [sys.executable, TOOL]):
+        done = subprocess.run([*argv, sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_a_test_that_hangs_ends_with_its_stack(tmp_path: Path) -> None:
+    """By pyproject.toml's own settings; only the limit is another."""
+    file = tmp_path / "test_hangs.py"
+    file.write_text("import threading\n\ndef test_hangs():\n    threading.Event().wait()\n")
+    argv = [
+        "-m",
+        "pytest",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "faulthandler_timeout=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, *argv, str(file)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 1 and "test_hangs" in done.stderr, done.stdout + done.stderr
 
 
 def test_signals_are_forwarded() -> None:
