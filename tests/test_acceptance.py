@@ -94,7 +94,7 @@ def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:
     assert shell(ssh) == "success\n"
     assert "10.0.0.1/16" in shell("ip addr show br0")
     assert "altname tap1" in shell("ip link show tap1")
-    assert "sound" in shell("swarm doctor")
+    assert "healthy: process, namespace" in shell("swarm doctor")
     before = json.loads(shell("swarm vm list --json"))
     shell("swarm-spawn-ns 1")  # replaces an older VM 1
     after = json.loads(shell("swarm vm list --json"))

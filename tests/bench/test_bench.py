@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -70,6 +71,14 @@ def test_the_markdown_is_tables() -> None:
     assert all(len(set(columns)) == 1 and len(columns) == 3 for columns in tables)
     assert "| pool x 5 (n = 5) | 10 ms | 20 ms | 30 ms | 2.5 | 30 + 300 ms |  |" in text
     assert "| x | 13.0 ms | 10.0 ms | 1.30 | <= 1.3 x |" in text
+
+
+def test_the_page_of_figures() -> None:
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "bench.py"))
+    begin, end = tool["BEGIN"], tool["END"]
+    assert tool["with_figures"](f"above\n{begin}old\n{end}below\n", "new\n") == f"above\n{begin}new\n{end}below\n"
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        tool["with_figures"]("a page without markers\n", "new\n")
 
 
 @pytest.mark.needs("qemu")

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def test_help(command: list[str]) -> None:
 
 @pytest.mark.parametrize("program", ["swarm", "swarm-engine", "swarm-spawn-ns", "swarm-cleanup"])
 def test_version(program: str) -> None:
+    version = tomllib.loads((BIN.parents[1] / "pyproject.toml").read_text())["project"]["version"]
     done = run(program, "--version")
-    assert (done.returncode, done.stdout) == (0, f"{program} {__version__}\n")
+    assert (done.returncode, done.stdout) == (0, f"{program} {version}\n") and version == __version__
 
 
 def test_init_is_idempotent_and_makes_both_paths_one_database(tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_doctor_reports_each_check(swarm: Run, tmp_path: Path) -> None:
         assert checks[name]["status"] == "ok", checks[name]
     assert done.returncode == any(check["status"] == "fail" for check in checks.values())
     nowhere = run("swarm", "doctor", home=tmp_path / "none")
-    assert nowhere.returncode == 1 and "mend: swarm init" in nowhere.stdout
+    assert nowhere.returncode == 1 and "fix: swarm init" in nowhere.stdout
 
 
 @pytest.mark.needs("netns")

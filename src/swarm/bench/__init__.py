@@ -1,5 +1,4 @@
-"""The honest clock for users: `swarm bench` runs echo tickets through the whole engine, and beside them, in the same
-run on the same host, what the bare parts can do. Every figure of ours stands next to its baseline."""
+"""`swarm bench`: run echo tickets through the whole engine, beside what the bare parts need on the same host."""
 
 from swarm.bench.report import Cell, Figure, Report, percentiles
 from swarm.bench.run import MODES, bench

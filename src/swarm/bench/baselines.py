@@ -1,6 +1,7 @@
-"""Baselines: what the bare parts need on this host, by the shortest code that does it. Nothing of the engine is used.
+"""Baselines: what the bare parts need on this host, measured with the shortest code that does it, without the engine.
 
-A VMM is started as a person would start it: the same machine, files by path, no fences, and a tap in a ready-made slot.
+A VMM is started as one would start it manually: the same machine, files by path, no isolation, and a tap in a network
+slot made beforehand.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ _TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RawClone:
-    """Milliseconds from the start of the VMM's process; ``connect_ms`` alone is what TCP took, ``cpu_ms`` the VMM's CPU
-    time until the guest was renewed."""
+class Clone:
+    """A clone's milliseconds since the start of its VMM; but ``connect_ms`` is the TCP connect alone (of a bare clone
+    only), and ``cpu_ms`` the VMM's CPU time until the guest had its new identity."""
 
     running_ms: float
-    connect_ms: float
     answered_ms: float
     cpu_ms: float
     private_kb: int
     pss_kb: int
+    connect_ms: float = 0.0
 
 
 async def cold_boot(image: Image, dir: Path, *, memory_mb: int, accelerator: str) -> float:  # noqa: A002
@@ -72,8 +73,8 @@ async def cold_boot(image: Image, dir: Path, *, memory_mb: int, accelerator: str
         await _end(vmm)
 
 
-async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) -> RawClone:  # noqa: A002
-    """Restore a template by hand and say hello to its agentd."""
+async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) -> Clone:  # noqa: A002
+    """Restore a template and send its agentd a hello."""
     disk, qmp = dir / "work.ext4", dir / "qmp"
     await copy_work_disk(template.dir / DISK_FILE, disk)
     tap = open_tap(slot.netns)
@@ -101,31 +102,31 @@ async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) 
         running = _ms(began)
         connect = await asyncio.to_thread(_hello, str(slot.address), template.token)
         answered = _ms(began)
-        await _renew(slot, template.token)  # so that its memory can be compared with that of one of ours
+        await _renew(slot, template.token)  # so that its memory compares with that of a VM of Swarm's
         cpu = cpu_ms_of(vmm.pid)
         private, pss = memory_of(vmm.pid)
-        return RawClone(
+        return Clone(
             running_ms=running, connect_ms=connect, answered_ms=answered, cpu_ms=cpu, private_kb=private, pss_kb=pss
         )
     except (OSError, ValueError, KeyError) as error:
-        said = " | ".join(last_lines(dir / "console", lines=3))
-        raise BootFailed(f"the bare VMM could not be restored: {error!r} {said}") from error
+        console = " | ".join(last_lines(dir / "console", lines=3))
+        raise BootFailed(f"the bare VMM could not be restored: {error!r}; its console: {console}") from error
     finally:
         await _end(vmm)
 
 
 def cpu_ms_of(pid: int) -> float:
-    """CPU time that a process' threads have used: what other work on the host changes least."""
+    """CPU time of a process's threads, which depends least on other work on the host."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e6
 
 
 def memory_of(pid: int) -> tuple[int, int]:
-    """(private and written, proportional) kB of a process: the first is what one more VM costs."""
+    """A process's memory in kB: private and written (what one more VM costs), and proportional (PSS)."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     fields = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
-    # Pages of the template's file that only one clone has mapped count as "private clean": they are shared as soon as
-    # there is a second one, and the host's cache in any case.
+    # "Private clean" is left out: pages of the template's file that only one clone has mapped so far. They are in the
+    # host's cache anyway, and shared with the next clone.
     return fields["Anonymous"], fields["Pss"]
 
 
@@ -140,7 +141,7 @@ def _drives(image: Image, disk: Path) -> list[str]:
 
 
 def _resume(path: Path, state: Path, pid: int) -> None:
-    """QMP by hand: capabilities, migrate-incoming, wait until it runs."""
+    """Send the QMP commands that load the state, and wait until the VM runs."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     with socket.socket(socket.AF_UNIX) as sock:
         while True:
@@ -165,15 +166,15 @@ def _resume(path: Path, state: Path, pid: int) -> None:
 def _ask(file: object, command: str, **arguments: object) -> dict[str, str]:
     file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")  # type: ignore[attr-defined]
     while True:
-        said = json.loads(file.readline())  # type: ignore[attr-defined]
-        if "return" in said:
-            return dict(said["return"])
-        if "error" in said:
-            raise ValueError(said["error"]["desc"])
+        answer = json.loads(file.readline())  # type: ignore[attr-defined]
+        if "return" in answer:
+            return dict(answer["return"])
+        if "error" in answer:
+            raise ValueError(answer["error"]["desc"])
 
 
 def _hello(address: str, token: bytes) -> float:
-    """Connect and have agentd answer once; milliseconds of the connect alone."""
+    """Connect and have agentd answer once. Returns the milliseconds of the connect alone."""
     began = time.perf_counter()
     with socket.create_connection((address, AGENTD_PORT), timeout=_TIMEOUT_SECONDS) as sock:
         connected = _ms(began)

@@ -1,4 +1,4 @@
-"""What a benchmark found, as values and as a picture."""
+"""The result of a benchmark: values, Markdown tables, and an SVG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Spread = Mapping[str, float]  # p50, p95, p99, all in one unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One of ours beside what the bare part needs. ``ratio`` is ours / baseline; None without a baseline."""
+    """What Swarm needs, beside what the bare part needs. ``ratio`` is ours / baseline, None without a baseline."""
 
     name: str
     ours: float
@@ -28,12 +28,18 @@ class Figure:
     def ratio(self) -> float | None:
         return round(self.ours / self.baseline, 3) if self.baseline else None
 
+    def row(self) -> tuple[str, str, str, str, str]:
+        """Name, ours, baseline, ratio and target, as a table shows them."""
+        baseline = "" if self.baseline is None else f"{self.baseline:.1f} {self.unit}"
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
+        return self.name, f"{self.ours:.1f} {self.unit}", baseline, ratio, self.target
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """``tickets`` inserted at once and run in one mode. Milliseconds. ``insert_to_done`` is the host's own clock around
-    the whole; ``phases`` are what the attempts recorded. ``engine_cpu_ms`` and ``vmm_cpu_ms``: CPU time for one ticket,
-    of the engine's process and of its VMMs with their helpers."""
+    """``tickets`` inserted at once and run in one mode. ``insert_to_done`` and ``phases`` are milliseconds: the former
+    is measured from outside, the latter are what attempts recorded. ``engine_cpu_ms`` and ``vmm_cpu_ms`` are the CPU
+    time per ticket of the engine's process, and of its VMMs with their helpers."""
 
     mode: str
     tickets: int
@@ -47,7 +53,7 @@ class Cell:
 
     @property
     def engine_cpu_share(self) -> float:
-        """What the engine uses for each of its VMMs' CPU seconds."""
+        """The engine's CPU time per CPU time of its VMMs."""
         return round(self.engine_cpu_ms / self.vmm_cpu_ms, 3) if self.vmm_cpu_ms else 0.0
 
 
@@ -57,19 +63,26 @@ class Report:
     cells: tuple[Cell, ...]
     figures: tuple[Figure, ...]
 
+    @property
+    def phases(self) -> list[str]:
+        """The phases that any cell has, in their order."""
+        return [name for name in PHASES if any(name in cell.phases for cell in self.cells)]
+
+    @property
+    def failed(self) -> bool:
+        return any(cell.failed for cell in self.cells)
+
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99 by nearest rank: with few values, p99 is the worst that was seen."""
+    """p50 is the median, p95 and p99 are by nearest rank: with few values, p99 is the worst one."""
     ordered = sorted(values)
     if not ordered:
         return {}
-    rank = {name: ordered[min(len(ordered) - 1, int(len(ordered) * share))] for name, share in _RANKS}
-    return {name: round(value, 2) for name, value in {**rank, "p50": statistics.median(ordered)}.items()}
+    ranked = {name: ordered[min(len(ordered) - 1, int(len(ordered) * share))] for name, share in _RANKS}
+    return {name: round(value, 2) for name, value in {"p50": statistics.median(ordered), **ranked}.items()}
 
 
-_RANKS: Final = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
-
-# --- as tables --------------------------------------------------------------------------------------------------------
+_RANKS: Final = (("p95", 0.95), ("p99", 0.99))
 
 
 def markdown(report: Report) -> str:
@@ -83,27 +96,22 @@ def markdown(report: Report) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for cell in report.cells:
-        spread = " | ".join(f"{cell.insert_to_done[name]:.0f} ms" for name, _ in _RANKS)
+        spread = " | ".join(f"{cell.insert_to_done[name]:.0f} ms" for name in ("p50", "p95", "p99"))
         lines.append(
             f"| {cell.mode} x {cell.tickets} (n = {cell.n}) | {spread} | {cell.per_second} "
             f"| {cell.engine_cpu_ms:.0f} + {cell.vmm_cpu_ms:.0f} ms | {cell.failed or ''} |"
         )
-    phases = [name for name in PHASES if any(name in cell.phases for cell in report.cells)]
+    phases = report.phases
     lines += ["", f"| p50 of each phase, ms | {' | '.join(phases)} |", f"|---|{'--:|' * len(phases)}"]
     for cell in report.cells:
         values = [f"{cell.phases[name]['p50']:.0f}" if name in cell.phases else "" for name in phases]
         lines.append(f"| {cell.mode} x {cell.tickets} | {' | '.join(values)} |")
     lines += ["", "| | ours | bare | ratio | target |", "|---|--:|--:|--:|---|"]
-    for figure in report.figures:
-        bare = "" if figure.baseline is None else f"{figure.baseline:.1f} {figure.unit}"
-        ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
-        lines.append(f"| {figure.name} | {figure.ours:.1f} {figure.unit} | {bare} | {ratio} | {figure.target} |")
+    lines += [f"| {' | '.join(figure.row())} |" for figure in report.figures]
     return "\n".join(lines) + "\n"
 
 
-# --- the picture ------------------------------------------------------------------------------------------------------
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart, in the order of the phases.
+# One for each phase: Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS: Final = (
     "#999999", "#ccbb44", "#56b4e9", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#f0e442", "#000000",
 )  # fmt: skip
@@ -111,7 +119,7 @@ _WIDTH, _LEFT, _BAR, _GAP, _TOP = 960, 150, 22, 12, 74
 
 
 def plot(report: Report) -> str:
-    """An SVG: one bar for each cell, its phases (medians) stacked."""
+    """An SVG with one bar per cell, made of the medians of its phases."""
     bars = [(f"{c.mode} x {c.tickets}", {p: c.phases[p]["p50"] for p in PHASES if p in c.phases}) for c in report.cells]
     longest = max((sum(phases.values()) for _, phases in bars), default=1.0) or 1.0
     scale = (_WIDTH - _LEFT - 110) / longest

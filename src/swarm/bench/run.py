@@ -1,4 +1,4 @@
-"""Running the cells of a benchmark: real tickets in a database of their own, the real engine, real VMs."""
+"""Run a benchmark: real tickets in a separate database, the real engine, real VMs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import platform
 import resource
 import socket
 import sqlite3
-import statistics
 import tempfile
 import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import psutil
@@ -23,6 +23,7 @@ import psutil
 from swarm.app import setup, wiring
 from swarm.base import process
 from swarm.base.clock import Timeline
+from swarm.base.progress import Progress, silent
 from swarm.bench import baselines
 from swarm.bench.report import Cell, Figure, Report, percentiles
 from swarm.config import Settings, load
@@ -40,9 +41,9 @@ from swarm.vm.slots.sweep import take
 
 MODES: Final = ("cold", "restored", "pool")
 ECHO: Final = "0d72b1b5-a98e-4356-bf52-f654d0509dc4"
-# One ticket by itself says little: it is run so often.
-SINGLES: Final = 7
-_RAW_TIMES: Final = 5
+SINGLES: Final = 7  # runs of a single ticket, since one run says little
+_REPEATS: Final = 5  # of each baseline
+# Forks inside the guest, and prints the milliseconds of the first.
 _FORKS = b"""import os, time
 took = []
 for _ in range(6):
@@ -54,22 +55,20 @@ for _ in range(6):
     took.append((time.monotonic() - began) * 1000)
 print(took[0])
 """
-Progress = Callable[[str, float], None]
 
 
 @dataclass(kw_only=True)
-class _Bench:
+class _Context:
     settings: Settings
     choice: Choice
     image: Image
     max_vms: int
     dir: Path
     store: Store
-    inserted: dict[str, float] = field(default_factory=dict)
 
     @property
     def spec(self) -> VmSpec:
-        """What the echo agent's manifest asks for."""
+        """The VM that the echo agent's manifest describes."""
         return VmSpec(image=self.image)
 
 
@@ -79,10 +78,10 @@ async def bench(
     tickets: Sequence[int] = (1, 5, 25),
     modes: Sequence[str] = MODES,
     max_vms: int | None = None,
-    progress: Progress = lambda _step, _share: None,
+    progress: Progress = silent,
 ) -> Report:
-    """Run everything. Tickets are put into a database of the benchmark's own, which is removed; images, templates and
-    the network are the host's. Raises HostError when this host can't run VMs."""
+    """Run everything. Tickets are put into a separate database, which is removed afterwards; images, templates and the
+    network are the host's. Raises HostError if this host can't run VMs."""
     max_vms, load_before = max_vms or max(2, os.cpu_count() or 1), _load()
     with _on_disk(settings) as place, used(Path(place)):
         shared = {"images_dir": settings.images, "templates_dir": settings.templates}
@@ -91,41 +90,41 @@ async def bench(
         await wiring.sweep(own)
         image, chosen = await setup.ensure_image(own), await wiring.choice(own)
         async with wiring.store(own) as store:
-            it = _Bench(settings=own, choice=chosen, image=image, max_vms=max_vms, dir=Path(place), store=store)
+            context = _Context(settings=own, choice=chosen, image=image, max_vms=max_vms, dir=Path(place), store=store)
             todo = [(mode, count) for mode in modes for count in tickets if mode != "cold" or count == min(tickets)]
             cells = []
             for done, (mode, count) in enumerate(todo):
                 progress(f"{mode} x {count}", done / (len(todo) + 2))
-                cells.append(await _cell(it, mode, count))
+                cells.append(await _cell(context, mode, count))
             progress("baselines", len(todo) / (len(todo) + 2))
             slot = await take(wiring.inventory(own), wiring.network(own), _SLOT, replace=False)
             try:
-                figures = await _figures(it, cells)
+                figures = await _figures(context, cells)
             finally:
                 slot.release()
-        return Report(host={**_host(it), "load_before": load_before}, cells=tuple(cells), figures=tuple(figures))
+        return Report(host={**_host(context), "load_before": load_before}, cells=tuple(cells), figures=tuple(figures))
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-async def _cell(it: _Bench, mode: str, count: int) -> Cell:
-    launcher = wiring.launcher(it.settings, it.choice, clones=mode != "cold")
+async def _cell(context: _Context, mode: str, count: int) -> Cell:
+    launcher = wiring.launcher(context.settings, context.choice, clones=mode != "cold")
     if mode != "cold":
-        await launcher.template(it.spec)  # made once for all tickets ever: not a part of any
+        await launcher.template(context.spec)  # not measured: it is made once, and kept
     done: dict[str, tuple[float, Ended]] = {}
-    news = asyncio.Event()
+    another_ended = asyncio.Event()
 
     def ended(end: Ended) -> None:
         done[end.claim.ticket.id] = (time.perf_counter(), end)
-        news.set()
+        another_ended.set()
 
-    async with launcher.keeping(it.max_vms, ahead=min(2, it.max_vms)), AsyncExitStack() as stack:
+    async with launcher.keeping(context.max_vms, ahead=min(2, context.max_vms)), AsyncExitStack() as stack:
         pool = None
         if mode == "pool":
-            warm = min(count, it.max_vms)
-            pool = await stack.enter_async_context(Pool(launcher, warm=warm, specs=[it.spec]))
-        serving = await stack.enter_async_context(_serving(it, launcher, ended))
+            warm = min(count, context.max_vms)
+            pool = await stack.enter_async_context(Pool(launcher, warm=warm, specs=[context.spec]))
+        serving = await stack.enter_async_context(_serving(context, launcher, ended))
         cpu, began = _cpu(), 0.0
         inserted: dict[str, float] = {}
         seconds = 0.0
@@ -134,13 +133,13 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
                 await pool.filled()
             ids = [f"bench-{mode}-{count}-{batch}-{n}" for n in range(count)]
             began = time.perf_counter()
-            await asyncio.to_thread(_insert, it.settings.data_dir / "swarm.db", ids)
+            await asyncio.to_thread(_insert, context.settings.data_dir / "swarm.db", ids)
             inserted.update(dict.fromkeys(ids, began))
             while not set(ids) <= done.keys():
-                news.clear()
-                # Tickets end, or the engine does, of what no ticket can mend.
-                await asyncio.wait({serving, told := asyncio.ensure_future(news.wait())}, return_when=FIRST_COMPLETED)
-                told.cancel()
+                another_ended.clear()
+                waiting = asyncio.ensure_future(another_ended.wait())
+                await asyncio.wait({serving, waiting}, return_when=FIRST_COMPLETED)  # the engine may fail, too
+                waiting.cancel()
                 if serving.done():
                     await serving
                     raise HostError("the engine of the benchmark has ended before its tickets")
@@ -162,19 +161,21 @@ async def _cell(it: _Bench, mode: str, count: int) -> Cell:
 
 
 @asynccontextmanager
-async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None]) -> AsyncIterator[asyncio.Task[None]]:
-    async with wiring.egress(it.settings, it.store) as egress, it.store.watching() as wake:
+async def _serving(
+    context: _Context, launcher: Launcher, ended: Callable[[Ended], None]
+) -> AsyncIterator[asyncio.Task[None]]:
+    async with wiring.egress(context.settings, context.store) as egress, context.store.watching() as wake:
         worker = Worker(
-            store=it.store,
-            engine=wiring.engine(it.settings, launcher, egress),
+            store=context.store,
+            engine=wiring.engine(context.settings, launcher, egress),
             name=f"{socket.gethostname()}:{os.getpid()}:bench",
-            lease_seconds=it.settings.lease_seconds,
+            lease_seconds=context.settings.lease_seconds,
         )
         dispatcher = Dispatcher(
-            store=it.store,
+            store=context.store,
             worker=worker,
             wake=wake,
-            max_vms=it.max_vms,
+            max_vms=context.max_vms,
             memory=None,
             grace_seconds=60,
             ended=ended,
@@ -188,7 +189,7 @@ async def _serving(it: _Bench, launcher: Launcher, ended: Callable[[Ended], None
 
 
 def _insert(database: Path, ids: Sequence[str]) -> None:
-    """As any tool would."""
+    """With plain SQL, as any tool can."""
     statement = (
         "INSERT INTO tickets"
         " (id, project_id, title, state, agent_id, assignee_id, assignee_type, execution_mode, inputs)"
@@ -208,13 +209,13 @@ def _cpu() -> tuple[float, float]:
     )
 
 
-# --- beside baselines -------------------------------------------------------------------------------------------------
+# --- figures beside baselines -----------------------------------------------------------------------------------------
 
 
-async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
-    launcher = wiring.launcher(it.settings, it.choice)
-    template = await launcher.template(it.spec)
-    accelerator = it.choice.probe.accelerator
+async def _figures(context: _Context, cells: Sequence[Cell]) -> list[Figure]:
+    launcher = wiring.launcher(context.settings, context.choice)
+    template = await launcher.template(context.spec)
+    accelerator = context.choice.probe.accelerator
     single = {cell.mode: cell for cell in cells if cell.tickets == min(c.tickets for c in cells)}
     found: list[Figure] = []
 
@@ -222,83 +223,54 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
         rounded = None if baseline is None else round(baseline, 2)
         found.append(Figure(name=name, ours=round(ours, 2), baseline=rounded, unit=unit, n=n, target=target))
 
-    if it.choice.driver.name == "qemu":
+    if context.choice.driver.name == "qemu":
         colds = [
-            await baselines.cold_boot(it.image, _fresh(it), memory_mb=256, accelerator=accelerator) for _ in range(3)
+            await baselines.cold_boot(context.image, _fresh(context), memory_mb=256, accelerator=accelerator)
+            for _ in range(3)
         ]
         phases = single["cold"].phases if "cold" in single else {}
-        if {"vmm", "boot"} <= phases.keys():  # else all failed before
-            ours = phases["vmm"]["p50"] + phases["boot"]["p50"]
-            add("cold boot to userspace", ours, statistics.median(colds), n=len(colds))
-    if template is not None and it.choice.driver.name == "qemu":
-        network = wiring.network(it.settings)
+        if {"vmm", "boot"} <= phases.keys():  # absent if every ticket failed before
+            booted_ms = phases["vmm"]["p50"] + phases["boot"]["p50"]
+            add("cold boot to userspace", booted_ms, median(colds), n=len(colds))
+    if template is not None and context.choice.driver.name == "qemu":
+        network = wiring.network(context.settings)
         await network.ensure_host()
-        bare, vmm_ms, ours_ms, ours_cpu_ms, ours_kb, ours_pss_kb, forks = [], [], [], [], [], [], []
-        for _ in range(_RAW_TIMES):  # in turns, so that both see the same host
+        ours: list[baselines.Clone] = []
+        bare: list[baselines.Clone] = []
+        forks: list[tuple[float, float]] = []
+        for _ in range(_REPEATS):  # alternately, so that both see the same load
             slot = await network.create(_SLOT)
             try:
-                bare.append(await baselines.clone(template, slot, _fresh(it), accelerator=accelerator))
+                bare.append(await baselines.clone(template, slot, _fresh(context), accelerator=accelerator))
             finally:
                 await network.destroy(_SLOT)
             timeline = Timeline()
-            async with launcher.vm(it.spec, Assignment(), timeline) as live:
-                phases_ms = timeline.phases()
-                vmm_ms.append(phases_ms["vmm"])
-                ours_ms.append(phases_ms["vmm"] + phases_ms["boot"])
-                ours_cpu_ms.append(baselines.cpu_ms_of(live.vm.pid))
-                private_kb, pss_kb = baselines.memory_of(live.vm.pid)
-                ours_kb.append(private_kb)
-                ours_pss_kb.append(pss_kb)
+            async with launcher.vm(context.spec, Assignment(), timeline) as live:
+                ours.append(_clone(live, timeline))
                 forks.append(await _fork(live))
-        middle = statistics.median
-        add("restore to the VM running", middle(vmm_ms), middle(b.running_ms for b in bare), n=_RAW_TIMES)
-        add(
-            "restore to agentd answering",
-            middle(ours_ms),
-            middle(b.answered_ms for b in bare),
-            n=_RAW_TIMES,
-            target="<= 1.3 x",
-        )
-        add(
-            "CPU of a clone until it has its identity",
-            middle(ours_cpu_ms),
-            middle(b.cpu_ms for b in bare),
-            n=_RAW_TIMES,
-            target="<= 1.3 x",
-        )
-        add("TCP connect to a fresh clone", middle(b.connect_ms for b in bare), None, n=_RAW_TIMES)
-        add(
-            "agent's start in a fresh clone (bare: a fork)",
-            middle(f[0] for f in forks),
-            middle(f[1] for f in forks),
-            n=_RAW_TIMES,
-        )
-        add(
-            "memory private to a clone",
-            middle(ours_kb) / 1024,
-            middle(b.private_kb for b in bare) / 1024,
-            n=_RAW_TIMES,
-            unit="MB",
-            target="<= 1.1 x",
-        )
-        add(
-            "memory of a clone, proportional (PSS)",
-            middle(ours_pss_kb) / 1024,
-            middle(b.pss_kb for b in bare) / 1024,
-            n=_RAW_TIMES,
-            unit="MB",
-        )
+
+        def compare(name: str, of: Callable[[baselines.Clone], float], *, unit: str = "ms", target: str = "") -> None:
+            add(name, median(map(of, ours)), median(map(of, bare)), n=_REPEATS, unit=unit, target=target)
+
+        compare("restore to the VM running", lambda c: c.running_ms)
+        compare("restore to agentd answering", lambda c: c.answered_ms, target="<= 1.3 x")
+        compare("CPU of a clone until it has its identity", lambda c: c.cpu_ms, target="<= 1.3 x")
+        add("TCP connect to a fresh clone", median(c.connect_ms for c in bare), None, n=_REPEATS)
+        start_ms, fork_ms = (median(times) for times in zip(*forks, strict=True))
+        add("agent's start in a fresh clone (bare: a fork)", start_ms, fork_ms, n=_REPEATS)
+        compare("memory private to a clone", lambda c: c.private_kb / 1024, unit="MB", target="<= 1.1 x")
+        compare("memory of a clone, proportional (PSS)", lambda c: c.pss_kb / 1024, unit="MB")
     took = []
-    network = wiring.network(it.settings)
+    network = wiring.network(context.settings)
     await network.create(_SLOT)
     try:
-        for _ in range(_RAW_TIMES):
+        for _ in range(_REPEATS):
             began = time.perf_counter()
             await network.recycle(_SLOT)
             took.append((time.perf_counter() - began) * 1000)
     finally:
         await network.destroy(_SLOT)
-    add("network slot, used again", statistics.median(took), None, n=len(took), target="<= 5 ms")
+    add("network slot, used again", median(took), None, n=len(took), target="<= 5 ms")
     busiest = max(cells, key=lambda cell: cell.tickets)
     add(
         f"engine's CPU for a ticket, {busiest.mode} x {busiest.tickets} (bare: its VMM's)",
@@ -307,7 +279,7 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
         n=busiest.n,
         target="<= 0.15 x",
     )
-    ssh = await _cold_ssh(it)
+    ssh = await _cold_ssh(context)
     for mode, target in (("restored", "<= 250 ms"), ("pool", "<= 100 ms")):
         if (cell := single.get(mode)) and cell.tickets == 1:
             add(
@@ -320,23 +292,35 @@ async def _figures(it: _Bench, cells: Sequence[Cell]) -> list[Figure]:
     return found
 
 
+def _clone(live: LiveVm, timeline: Timeline) -> baselines.Clone:
+    phases, cpu_ms = timeline.phases(), baselines.cpu_ms_of(live.vm.pid)
+    private_kb, pss_kb = baselines.memory_of(live.vm.pid)
+    return baselines.Clone(
+        running_ms=phases["vmm"],
+        answered_ms=phases["vmm"] + phases["boot"],
+        cpu_ms=cpu_ms,
+        private_kb=private_kb,
+        pss_kb=pss_kb,
+    )
+
+
 async def _fork(live: LiveVm) -> tuple[float, float]:
-    """Milliseconds in a fresh clone: from an agent's order to its first instruction, and a bare fork by that agent."""
-    said = bytearray()
+    """Milliseconds in a new clone: from the order to start an agent to its first instruction; a bare fork by it."""
+    printed = bytearray()
     await live.channel.put({"fork.py": _FORKS}, dest="/agent", owner="root")
     ended = await live.channel.run(
-        ["/agent/fork.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: said.extend(data)
+        ["/agent/fork.py"], warm=True, timeout_seconds=60, on_output=lambda _, data: printed.extend(data)
     )
-    return (ended.started_ns - ended.received_ns) / 1e6, float(said)
+    return (ended.started_ns - ended.received_ns) / 1e6, float(printed)
 
 
-async def _cold_ssh(it: _Bench) -> float | None:
-    """How it would be done without all this: boot a VM, then run one command in it by ssh. Milliseconds."""
-    launcher = wiring.launcher(it.settings, it.choice, clones=False)
-    key = wiring.ssh_dir(it.settings).key
+async def _cold_ssh(context: _Context) -> float | None:
+    """Milliseconds to boot a VM and run one command in it by ssh, as one would without Swarm; None if it failed."""
+    launcher = wiring.launcher(context.settings, context.choice, clones=False)
+    key = wiring.ssh_dir(context.settings).key
     began = time.perf_counter()
     try:
-        async with launcher.vm(it.spec, Assignment(), Timeline()) as live:
+        async with launcher.vm(context.spec, Assignment(), Timeline()) as live:
             options = ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=30")
             flags = [word for option in options for word in ("-o", option)]
             await process.run(
@@ -351,25 +335,25 @@ async def _cold_ssh(it: _Bench) -> float | None:
 _SLOT: Final = 65_432
 
 
-def _fresh(it: _Bench) -> Path:
-    return Path(tempfile.mkdtemp(dir=it.dir))
+def _fresh(context: _Context) -> Path:
+    return Path(tempfile.mkdtemp(dir=context.dir))
 
 
 def _on_disk(settings: Settings) -> tempfile.TemporaryDirectory[str]:
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
-        # By its name, and a lock that dies with us, a sweep finds what a killed benchmark leaves.
+        # By this name, and a lock that ends with this process, a sweep finds what a killed benchmark leaves.
         return tempfile.TemporaryDirectory(prefix=f"{PROBE_PREFIX}bench-", dir=settings.state_dir)
     except OSError as error:
-        raise HostError(f"can't write to {settings.state_dir}: {error.strerror} (VMs are root's)") from error
+        raise HostError(f"can't write to {settings.state_dir}: {error.strerror}: run this as root") from error
 
 
 def _load() -> float:
-    """Of the last minute."""
+    """Load of the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
-def _host(it: _Bench) -> dict[str, object]:
+def _host(context: _Context) -> dict[str, object]:
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -379,14 +363,14 @@ def _host(it: _Bench) -> dict[str, object]:
         "",
     )
     return {
-        "driver": it.choice.describe().partition(", because")[0],
-        "kvm": it.choice.probe.accelerator == "kvm",
+        "driver": context.choice.describe().partition(", because")[0],
+        "kvm": context.choice.probe.accelerator == "kvm",
         "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_mb": psutil.virtual_memory().total >> 20,
         "load": _load(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "image": it.image.digest[:12],
-        "max_vms": it.max_vms,
+        "image": context.image.digest[:12],
+        "max_vms": context.max_vms,
     }

@@ -1,4 +1,4 @@
-"""`swarm agent …`: write, test, register and look at agents. docs/agents.md tells how to write one."""
+"""`swarm agent …`: write, test, register, show and run agents. docs/agents.md tells how to write one."""
 
 from __future__ import annotations
 
@@ -10,53 +10,56 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import inputs_text, read_inputs
+from swarm.cli.inputs import Input, InputJson, Inputs, read_inputs
 
 if TYPE_CHECKING:
     from swarm.agents import Package
     from swarm.model import Agent
     from swarm.vm.driver import Layer
 
-app = new_app("agent", "Agents: init, test, add, build, list, show, run, rm.")
+app = new_app("agent", "Write, test, register, show, run and remove agents.")
 
 _Ref = Annotated[str, typer.Argument(metavar="AGENT", help="Name, name@version or id.", show_default=False)]
-_NO_VM = "run without a VM, as plain processes of this host: no isolation, no limits; --vm runs it as tickets are run"
+_NO_VM = (
+    "it runs without a VM, as a plain process on this host: no isolation, no limits; --vm runs it as tickets are run"
+)
 
 
 @command(app, "init", examples=["swarm agent init word-count", "swarm agent init shout --lang sh"])
 async def init(
     cli: Cli,
-    name: Annotated[str, typer.Argument(help="Its name, and that of the new directory.", show_default=False)],
-    lang: Annotated[str, typer.Option("--lang", help="python, sh or node.")] = "python",
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the agent, and of the new directory.", show_default=False)
+    ],
+    lang: Annotated[str, typer.Option("--lang", metavar="LANGUAGE", help="python, sh or node.")] = "python",
 ) -> None:
-    """Write a new agent into the directory NAME, ready to be changed and tested."""
+    """Write a new agent, ready to test and change, into the directory NAME."""
     from swarm import agents
 
     manifest = agents.template(lang, name, Path(name))
-    cli.out.line(f"{manifest.parent}: change it, then `swarm agent test {name}/` and `swarm agent add {name}/`")
+    cli.out.line(
+        f"wrote {manifest.parent}; change it, then run `swarm agent test {name}/` and `swarm agent add {name}/`"
+    )
 
 
 @command(app, "add", examples=["swarm agent add word-count/", "swarm agent add word-count.tar.gz"], json=True)
 async def add(
     cli: Cli,
-    source: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A directory, or a .tar.gz.", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A directory or a .tar.gz.", show_default=False)],
 ) -> None:
-    """Register an agent, and build the layer that its requirements and packages need.
+    """Register an agent, after building the layer for its requirements and packages.
 
-    The same again is nothing; changed content under a known version is refused.
+    Registering it again changes nothing; other content with a registered version is refused.
     """
     from swarm import agents
     from swarm.admin import packages
     from swarm.app import wiring
 
     with agents.opened(source) as directory:
-        await _build(cli, agents.read(directory))  # first: an agent that can't run is not registered
+        await _build(cli, agents.read(directory))  # first, so that an agent that can't run is not registered
         async with wiring.store(cli.settings) as store:
             agent = await packages.add_agent(store, directory, cli.settings.agents)
-    if cli.out.json:
-        cli.out.dump(agent)
-    else:
-        cli.out.line(f"{agent.name}@{agent.version}, id {agent.id}")
+    cli.out.result(agent, f"{agent.name}@{agent.version}, id {agent.id}")
 
 
 @command(app, "list", examples=["swarm agent list", "swarm agent list --json"], json=True)
@@ -66,17 +69,14 @@ async def list_(cli: Cli) -> None:
 
     async with wiring.store(cli.settings) as store:
         agents = await store.agents()
-    if cli.out.json:
-        cli.out.dump(agents)
-        return
     rows = [(a.name, a.version, a.id, a.runtime, f"{a.memory_mb} MB", a.network, a.description) for a in agents]
     columns = ("NAME", "VERSION", "ID", "RUNTIME", "MEMORY", "NETWORK", "DESCRIPTION")
-    cli.out.table(columns, rows, empty="no agents: run `swarm init`")
+    cli.out.listing(agents, columns, rows, empty="no agents: run `swarm init`")
 
 
 @command(app, "show", examples=["swarm agent show echo", "swarm agent show echo@1.0.0 --json"], json=True)
 async def show(cli: Cli, agent: _Ref) -> None:
-    """Show one agent: its program, its limits, where its files are."""
+    """Show an agent: its program, its limits, and where its files are."""
     from swarm.app import wiring
     from swarm.cli.ui.output import plain
 
@@ -90,13 +90,13 @@ async def show(cli: Cli, agent: _Ref) -> None:
 
 @command(app, "rm", examples=["swarm agent rm word-count@1.2.0"])
 async def rm(cli: Cli, agent: _Ref) -> None:
-    """Forget an agent and remove its files; refused while an unfinished ticket or a workflow needs it."""
+    """Remove an agent and its files. Refused while an unfinished ticket or a workflow needs it."""
     from swarm.admin import packages
     from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
-        gone = await packages.remove_agent(store, agent, cli.settings.agents)
-    cli.out.line(f"removed {gone.name}@{gone.version}")
+        removed = await packages.remove_agent(store, agent, cli.settings.agents)
+    cli.out.line(f"removed {removed.name}@{removed.version}")
 
 
 @command(app, "build", examples=["swarm agent build", "swarm agent build claude"])
@@ -104,11 +104,11 @@ async def build(
     cli: Cli,
     agent: Annotated[
         list[str] | None,
-        typer.Argument(metavar="AGENT|DIR", help="Registered agents or directories; none: all registered."),
+        typer.Argument(metavar="AGENT|DIR", help="Registered agents, or directories. Default: all registered agents."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Fetch anew what is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build layers even if they exist.")] = False,
 ) -> int:
-    """Build the layers that agents' requirements and packages need. Needs root, and the network; running needs none."""
+    """Build the layers for agents' requirements and packages. Needs root and the network; running agents does not."""
     from swarm import agents
     from swarm.app import wiring
     from swarm.errors import SwarmError
@@ -140,27 +140,25 @@ async def build(
 async def layers_(
     cli: Cli,
     rm_unused: Annotated[
-        bool, typer.Option("--rm-unused", help="Remove those that no registered agent needs on today's image.")
+        bool, typer.Option("--rm-unused", help="Remove those that no registered agent needs with the current image.")
     ] = False,
 ) -> None:
-    """List the layers that were built, what is in them, and who needs them."""
+    """List the layers, what is in them, and which agents need them."""
     from dataclasses import asdict
 
     from swarm.admin import layers
     from swarm.app import wiring
     from swarm.cli.ui import render
 
-    there = wiring.guest_layers(cli.settings)
+    built = wiring.guest_layers(cli.settings)
     async with wiring.store(cli.settings) as store:
-        found = await layers.in_use(store, wiring.images(cli.settings), there)
-    gone = [info for info, users in found if not users] if rm_unused else []
-    for info in gone:
-        there.remove(info.key)
-        cli.out.note(f"removed {info.key[:12]}")
-    found = [(info, users) for info, users in found if info not in gone]
-    if cli.out.json:
-        cli.out.dump([{**asdict(info), "agents": users} for info, users in found])
-        return
+        found = await layers.in_use(store, wiring.images(cli.settings), built)
+    if rm_unused:
+        for info in [info for info, users in found if not users]:
+            built.remove(info.key)
+            cli.out.note(f"removed {info.key[:12]}")
+        found = [(info, users) for info, users in found if users]
+    values = [{**asdict(info), "agents": users} for info, users in found]
     rows = [
         (
             i.key[:12],
@@ -171,11 +169,11 @@ async def layers_(
         )
         for i, users in found
     ]
-    cli.out.table(("LAYER", "BUILT", "SIZE", "AGENTS", "OF"), rows, empty="no layers")
+    cli.out.listing(values, ("LAYER", "BUILT", "SIZE", "AGENTS", "CONTENT"), rows, empty="no layers")
 
 
 _Source = Annotated[
-    str, typer.Argument(metavar="DIR|AGENT", help="A directory, a .tar.gz, or a registered agent.", show_default=False)
+    str, typer.Argument(metavar="DIR|AGENT", help="A directory, a .tar.gz or a registered agent.", show_default=False)
 ]
 
 
@@ -183,9 +181,11 @@ _Source = Annotated[
 async def test(
     cli: Cli,
     source: _Source,
-    vm: Annotated[bool, typer.Option("--vm", help="In VMs, as tickets are run (needs root, and the image).")] = False,
+    vm: Annotated[
+        bool, typer.Option("--vm", help="Run them in VMs, as tickets are run. Needs root and the image.")
+    ] = False,
 ) -> int:
-    """Run the examples of an agent's manifest and compare what they leave. Exit status 1 if one is not as it says."""
+    """Run the examples in an agent's manifest and compare their results. Exit status 1 if one differs."""
     from swarm.app import wiring
     from swarm.engine import oneoff
     from swarm.errors import UsageError
@@ -194,7 +194,9 @@ async def test(
     with ExitStack() as stack:
         package = await _package(cli, source, stack, vm=vm)
         if not package.examples:
-            raise UsageError(f"the agent {package.agent.name!r} has no `examples` in its agent.yaml: there is no test")
+            raise UsageError(
+                f"the agent {package.agent.name!r} has no `examples` in its agent.yaml: there is nothing to test"
+            )
         await _build(cli, package.agent, vm=vm)
         async with wiring.oneoff_engine(cli.settings, vm=vm) as engine:
             async for example, wrong in oneoff.examples(engine, package):
@@ -219,25 +221,20 @@ async def test(
 async def run(
     cli: Cli,
     source: _Source,
-    inputs: Annotated[str | None, typer.Option("--inputs", help="A JSON object, or @FILE (@- is stdin).")] = None,
-    input_json: Annotated[
-        Path | None, typer.Option("--input-json", metavar="FILE", help="The same as --inputs @FILE.")
-    ] = None,
-    input: Annotated[  # noqa: A002
-        list[str] | None,
-        typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input; VALUE is JSON, else text."),
-    ] = None,
+    inputs: Inputs = None,
+    input_json: InputJson = None,
+    input: Input = None,  # noqa: A002
     vm: Annotated[
-        bool, typer.Option("--vm/--no-vm", help="In a VM, as tickets are run; or as a plain process.")
+        bool, typer.Option("--vm/--no-vm", help="Run it in a VM, as tickets are run; or as a plain process.")
     ] = True,
 ) -> int:
-    """Run an agent once, without a ticket: what it prints goes to stderr, its outputs, as JSON, to stdout."""
+    """Run an agent once, without a ticket. Its outputs go to stdout, as JSON; what it prints goes to stderr."""
     from swarm.app import wiring
     from swarm.cli.ui.output import clean
     from swarm.engine import oneoff
     from swarm.model import Failed, Succeeded
 
-    given = read_inputs(inputs_text(inputs, input_json), input or [])
+    given = read_inputs(inputs, input_json, input)
     with ExitStack() as stack:
         package = await _package(cli, source, stack, vm=vm)
         await _build(cli, package.agent, vm=vm)
@@ -253,12 +250,12 @@ async def run(
 
         cli.out.dump(json.loads(outcome.outputs))
         return 0
-    cli.out.error(outcome.message.partition("\nThe last that it printed:")[0])  # that was shown as it came
+    cli.out.error(outcome.message.partition("\nThe last that it printed:")[0])  # the rest is on stderr already
     return 2 if isinstance(outcome, Failed) and outcome.reason == "input_invalid" else 1
 
 
 async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Package:
-    """The package in a directory, in an archive (unpacked until ``stack`` ends), or as it was registered."""
+    """The package in a directory or an archive (unpacked until ``stack`` ends), or of a registered agent."""
     from dataclasses import replace
 
     from swarm import agents
@@ -282,7 +279,7 @@ def _is_path(source: str) -> bool:
 
 
 async def _build(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False) -> Layer | None:
-    """The agent's layer, with a bar while it is built."""
+    """The agent's layer, with a progress bar while it is built; None if it needs none."""
     from swarm.admin import layers
     from swarm.app import wiring
 

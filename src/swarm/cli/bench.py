@@ -1,13 +1,17 @@
-"""`swarm bench`: how fast this host runs tickets, phase by phase, beside what the bare parts can do."""
+"""`swarm bench`: measure how fast this host runs tickets, beside what the bare parts need."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.cli.frame import Cli, command
+from swarm.cli.ui.output import Out, plain
+
+if TYPE_CHECKING:
+    from swarm.bench import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -22,25 +26,28 @@ def register(app: typer.Typer) -> None:
 async def bench(
     cli: Cli,
     tickets: Annotated[
-        str, typer.Option("--tickets", metavar="N,…", help="How many tickets at once, one after the other.")
+        str, typer.Option("--tickets", metavar="N,…", help="How many tickets to run at once; each number is a run.")
     ] = "1,5,25",
     modes: Annotated[
-        str, typer.Option("--modes", metavar="M,…", help="Of: cold (boot each), restored (clone each), pool (warm).")
+        str,
+        typer.Option("--modes", metavar="M,…", help="Of cold (boot each VM), restored (clone it), pool (kept ready)."),
     ] = "cold,restored,pool",
-    max_vms: Annotated[int | None, typer.Option("--max-vms", min=1, help="VMs at once; default: one a core.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw where the time goes.", dir_okay=False)
+    max_vms: Annotated[
+        int | None, typer.Option("--max-vms", min=1, metavar="N", help="VMs at once. Default: one per CPU, at least 2.")
     ] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.svg", help="Write a plot of where the time goes.", dir_okay=False),
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
 ) -> int:
-    """Run echo tickets through the whole engine, cold, restored and from the pool, and measure the bare parts beside.
+    """Measure how fast this host runs tickets, beside what the bare parts need.
 
-    Takes a minute or two. Nothing of it stays but the template, which the next ticket uses. Exit status 1 if a ticket
-    failed.
+    Runs echo tickets through the whole engine for a minute or two, and removes everything but the template, which the
+    next ticket uses. Exit status 1 if a ticket failed.
     """
     from swarm.base.log import configure
     from swarm.bench import MODES, bench
-    from swarm.bench.report import markdown
     from swarm.bench.report import plot as draw
     from swarm.errors import UsageError
 
@@ -51,7 +58,7 @@ async def bench(
     if len(counts) != len(tickets.split(",")) or not set(wanted) <= set(MODES):
         raise UsageError(f"--tickets takes numbers from 1, as in 1,5,25, and --modes some of {','.join(MODES)}")
     if plot:
-        try:  # now, not when minutes of work would be lost
+        try:  # fails now, not after minutes of measuring
             plot.open("a").close()
         except OSError as error:
             raise UsageError(f"--plot: can't write {plot}: {error.strerror}") from None
@@ -65,26 +72,20 @@ async def bench(
         )
     if plot:
         plot.write_text(draw(report))
-    if cli.out.json:
-        figures = [
-            {
-                "name": f.name,
-                "ours": f.ours,
-                "baseline": f.baseline,
-                "ratio": f.ratio,
-                "unit": f.unit,
-                "n": f.n,
-                "target": f.target,
-            }
-            for f in report.figures
-        ]
-        cli.out.dump({"host": report.host, "cells": report.cells, "figures": figures})
-        return 1 if any(cell.failed for cell in report.cells) else 0
-    out = cli.out
+    _show(cli.out, report, as_markdown=as_markdown)
+    return 1 if report.failed else 0
+
+
+def _show(out: Out, report: Report, *, as_markdown: bool) -> None:
+    from swarm.bench.report import markdown
+
+    if out.json:
+        figures = [{**plain(figure), "ratio": figure.ratio} for figure in report.figures]
+        out.dump({"host": report.host, "cells": report.cells, "figures": figures})
+        return
     if as_markdown:
-        for line in markdown(report).splitlines():
-            out.line(line)
-        return 1 if any(cell.failed for cell in report.cells) else 0
+        out.text(markdown(report))
+        return
     out.line(", ".join(f"{name} {value}" for name, value in report.host.items()))
     out.line()
     columns = ("MODE", "TICKETS", "N", "P50", "P95", "P99", "PER S", "ENGINE CPU", "FAILED")
@@ -97,35 +98,13 @@ async def bench(
     ]  # fmt: skip
     out.table(columns, rows)
     out.line()
-    phases = [name for name in _phases() if any(name in c.phases for c in report.cells)]
-    out.table(
-        ("P50 / P95 ms", *(name.upper() for name in phases)),
-        [
-            (
-                f"{c.mode} x {c.tickets}",
-                *(f"{c.phases[p]['p50']:.0f} / {c.phases[p]['p95']:.0f}" if p in c.phases else "" for p in phases),
-            )
-            for c in report.cells
-        ],
-    )
+    phases = report.phases
+    times = [
+        (f"{c.phases[p]['p50']:.0f} / {c.phases[p]['p95']:.0f}" if p in c.phases else "" for p in phases)
+        for c in report.cells
+    ]
+    names = [f"{c.mode} x {c.tickets}" for c in report.cells]
+    rows_of_times = [(name, *cells) for name, cells in zip(names, times, strict=True)]
+    out.table(("P50 / P95 ms", *(name.upper() for name in phases)), rows_of_times)
     out.line()
-    out.table(
-        ("FIGURE", "OURS", "BARE", "RATIO", "TARGET"),
-        [
-            (
-                f.name,
-                f"{f.ours:.1f} {f.unit}",
-                "" if f.baseline is None else f"{f.baseline:.1f} {f.unit}",
-                "" if f.ratio is None else f"{f.ratio:.2f}",
-                f.target,
-            )
-            for f in report.figures
-        ],
-    )
-    return 1 if any(cell.failed for cell in report.cells) else 0
-
-
-def _phases() -> tuple[str, ...]:
-    from swarm.base.clock import PHASES
-
-    return PHASES
+    out.table(("FIGURE", "OURS", "BARE", "RATIO", "TARGET"), [figure.row() for figure in report.figures])

@@ -1,4 +1,4 @@
-"""`swarm-cleanup`: nothing of Swarm's VMs stays on this host, and nothing of anybody else's is touched."""
+"""`swarm-cleanup`: remove everything that Swarm's VMs left on this host, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swarm.cli.frame import Cli, command, new_app, start
 
 app = new_app(
     "swarm-cleanup",
-    "Remove every VM, namespace, tap, bridge and work file of Swarm's from this host.",
+    "Remove Swarm's VMs, namespaces, taps, bridge and work files from this host.",
     many=False,
 )
 
@@ -18,19 +18,19 @@ app = new_app(
 @command(
     app,
     examples=[
-        "swarm-cleanup            # VMs that nobody runs any more, and those made by hand",
-        "swarm-cleanup --force    # also those that a live engine is using",
+        "swarm-cleanup            # all but VMs in use by an engine",
+        "swarm-cleanup --force    # those too",
     ],
     json=True,
 )
 async def cleanup(
     cli: Cli,
-    force: Annotated[bool, typer.Option("--force", help="Also kill the VMs of engines that are alive.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also kill VMs in use by a live engine.")] = False,
 ) -> int:
-    """Remove every VM, namespace, tap, bridge and work file of Swarm's from this host.
+    """Remove Swarm's VMs, namespaces, taps, bridge and work files from this host.
 
-    VMs that a live engine is using right now stay, and so does the bridge they hang on, unless --force is given.
-    Safe to run twice, and on a clean host. Tickets, agents and images are not touched.
+    VMs in use by a live engine stay, and so does their bridge, unless --force is given. Safe to repeat, and on a clean
+    host. Tickets, agents and images are not touched. Exit status 1 if something could not be removed.
     """
     from swarm.app import manual_vm
 
@@ -39,12 +39,9 @@ async def cleanup(
     if cli.out.json:
         cli.out.dump(swept)
         return status
-    for line in swept.removed:
-        cli.out.line(f"removed {line}")
-    for line in swept.kept:
-        cli.out.line(f"kept    {line}")
-    for line in swept.failed:
-        cli.out.line(f"failed  {line}")
+    for word in ("removed", "kept", "failed"):
+        for line in getattr(swept, word):
+            cli.out.line(f"{word:<7} {line}")
     if not (swept.removed or swept.kept or swept.failed):
         cli.out.line("nothing to remove")
     return status

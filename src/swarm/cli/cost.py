@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from swarm.cli.frame import Cli, command
-
-_UNITS = {"d": "days", "h": "hours", "m": "minutes"}
+from swarm.cli.inputs import moment
 
 
 class By(StrEnum):
@@ -30,16 +27,19 @@ def register(app: typer.Typer) -> None:
     )
     async def cost(
         cli: Cli,
-        by: Annotated[By, typer.Option("--by", help="What to sum by.")] = By.AGENT,
+        by: Annotated[By, typer.Option("--by", help="Sum by this.")] = By.AGENT,
         since: Annotated[
-            str, typer.Option("--since", metavar="WHEN", help="Calls since then (UTC): 2026-01-31, or 7d, 12h, 30m.")
+            str,
+            typer.Option(
+                "--since", metavar="WHEN", help="Only calls since this time (UTC) or age: 2026-01-31, 7d, 12h."
+            ),
         ] = "",
     ) -> None:
-        """Model calls, their tokens and what they cost, by the price list that held when they were made."""
+        """Show what model calls cost, by the prices of when they were made."""
         from swarm.app import wiring
 
         async with wiring.store(cli.settings) as store:
-            rows = await store.costs(by.value, since=_moment(since) if since else "")
+            rows = await store.costs(by.value, since=moment(since))
         if cli.out.json:
             cli.out.dump(rows)
             return
@@ -53,21 +53,6 @@ def register(app: typer.Typer) -> None:
         columns = (by.value.upper(), "CALLS", "INPUT", "OUTPUT", "CACHE READ", "CACHE WRITE", "USD")
         cli.out.table(columns, [(*line[:-1], f"{line[-1]:.4f}") for line in lines], empty="no model calls")
         if unpriced := sum(r.unpriced_calls for r in rows):
-            cli.out.note(f"without the price of {unpriced} calls: their model is in no price list (docs/claude.md)")
+            cli.out.note(f"{unpriced} calls are not priced: their model is in no price list (docs/claude.md)")
         if still_open := sum(r.open_calls for r in rows):
-            cli.out.note(f"without {still_open} calls that are under way, or whose engine died")
-
-
-def _moment(text: str) -> str:
-    """ISO-8601 UTC text, as the database has it. Raises UsageError."""
-    from swarm.errors import UsageError
-
-    if found := re.fullmatch(r"(\d{1,5})([dhm])", text):
-        moment = datetime.now(UTC) - timedelta(**{_UNITS[found[2]]: int(found[1])})
-    else:
-        try:
-            moment = datetime.fromisoformat(text)
-        except ValueError:
-            raise UsageError(f"--since {text!r} is no time: write 2026-01-31, 2026-01-31T12:00, or 7d") from None
-        moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
-    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+            cli.out.note(f"{still_open} calls are not included: they still run, or their engine died")

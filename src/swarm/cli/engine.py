@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = new_app(
     "swarm-engine",
-    "Run tickets, each by its agent in a microVM of its own.",
+    "Run tickets, each in its own microVM.",
     examples=[
         "swarm-engine start --foreground --max-vms=2",
         "swarm-engine run-ticket test-echo-002 --wait",
@@ -32,7 +32,7 @@ app = new_app(
 
 
 class LogFormat(StrEnum):
-    AUTO = "auto"  # a live view in a terminal, else text
+    AUTO = "auto"
     TEXT = "text"
     JSON = "json"
 
@@ -55,33 +55,38 @@ class DriverName(StrEnum):
 )
 async def start_(
     cli: Cli,
-    foreground: Annotated[bool, typer.Option("--foreground", "-f", help="Stay here; Ctrl+C stops it.")] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", "-f", help="Don't go into the background; Ctrl+C stops it.")
+    ] = False,
     max_vms: Annotated[
-        int | None, typer.Option("--max-vms", min=1, max=60000, metavar="N", help="VMs at once. Default: 2 per CPU.")
+        int | None,
+        typer.Option("--max-vms", min=1, max=60000, metavar="N", help="VMs at once. Default: 2 per CPU."),
     ] = None,
     grace: Annotated[
-        float, typer.Option("--grace", min=0, metavar="S", help="How long running tickets may go on after a stop.")
+        float, typer.Option("--grace", min=0, metavar="S", help="Seconds that running tickets get after a stop.")
     ] = 60.0,
     warm: Annotated[
         str,
-        typer.Option("--warm", metavar="N|auto", help="VMs to keep ready ahead, of each kind in use. auto: by demand."),
+        typer.Option("--warm", metavar="N|auto", help="VMs of each kind in use to keep ready. auto: by demand."),
     ] = "0",
-    log_format: Annotated[LogFormat, typer.Option("--log-format", help="auto: a live view in a terminal.")] = (
-        LogFormat.AUTO
-    ),
-    driver: Annotated[DriverName | None, typer.Option("--driver", help="What runs the VMs (SWARM_DRIVER).")] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="auto: a live view on a terminal, otherwise text.")
+    ] = (LogFormat.AUTO),
+    driver: Annotated[
+        DriverName | None, typer.Option("--driver", help="Driver that runs the VMs (SWARM_DRIVER).")
+    ] = None,
     pid_file: Annotated[Path | None, typer.Option("--pid-file", hidden=True)] = None,
 ) -> None:
-    """Serve tickets: see each ready one, run it, until told to stop.
+    """Run all ready tickets, until stopped. Without --foreground, in the background: see status and stop.
 
-    Ctrl+C or SIGTERM: no new tickets; those that run get --grace seconds, then their VMs are killed and they go back,
-    and the try is not counted. A second one: now. Without --foreground it runs in the background; see status and stop.
+    After Ctrl+C or SIGTERM it starts no more tickets. Running ones get --grace seconds; then their VMs are killed and
+    they become ready again, and the attempt is not counted. A second signal ends the grace at once.
     """
     from swarm.app import wiring
     from swarm.cli import service
 
     max_vms = max_vms or 2 * (os.cpu_count() or 1)
-    ready = _warm(warm)
+    keep_warm = _warm(warm)
     if not foreground:
         argv = [f"--max-vms={max_vms}", f"--grace={grace:g}", f"--warm={warm}"]
         argv += [f"--driver={driver}"] if driver else []
@@ -92,17 +97,17 @@ async def start_(
         return
     settings = cli.settings.model_copy(update={"driver": str(driver)}) if driver else cli.settings
     with service.pid_written(pid_file):
-        await _serve(cli, settings, max_vms=max_vms, grace_seconds=grace, warm=ready, log_format=log_format)
+        await _serve(cli, settings, max_vms=max_vms, grace_seconds=grace, warm=keep_warm, log_format=log_format)
 
 
 def _warm(text: str) -> int | None:
-    """How many; None for 'auto'."""
+    """The number of VMs; None for 'auto'."""
     from swarm.errors import UsageError
 
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) > 1000:
-        raise UsageError(f"--warm takes a number of VMs, or auto, not {text!r}")
+        raise UsageError(f"--warm takes a number of VMs up to 1000, or auto, not {text!r}")
     return int(text)
 
 
@@ -117,11 +122,11 @@ async def _serve(
     from swarm.cli import service
     from swarm.cli.ui import live
 
-    if os.environ.get("SWARM_FAULT"):  # crash tests
+    if os.environ.get("SWARM_FAULT"):  # for crash tests
         crash_points.arm(os.environ["SWARM_FAULT"])
-    lively = live.wanted(log_format)
-    configure(debug=cli.debug, info=not lively, as_json=log_format is LogFormat.JSON)
-    log = structlog.get_logger("swarm.engine.engine")
+    with_view = live.wanted(log_format)
+    configure(debug=cli.debug, info=not with_view, as_json=log_format is LogFormat.JSON)
+    log = structlog.get_logger("swarm.engine")
     _raise_limits()
     view = live.View()
     async with (
@@ -132,16 +137,16 @@ async def _serve(
     ):
         await service.forget_dead(store)
         with stopped_by_signals(dispatcher.stop):
-            if lively:
+            if with_view:
                 async with view.showing(dispatcher, store):
                     await dispatcher.run()
             else:
                 await dispatcher.run()
-    log.info("engine stopped")  # its VMs, slots and database too
+    log.info("engine stopped")  # and so have its VMs, slots and database connections
 
 
 def _raise_limits() -> None:
-    """A VM takes some ten descriptors: as many as this host lets us have."""
+    """Allow as many file descriptors as this host permits: a VM needs about ten."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -150,25 +155,28 @@ def _raise_limits() -> None:
 @command(app, "stop", examples=["swarm-engine stop", "swarm-engine stop --now", "swarm-engine stop --timeout 10"])
 async def stop(
     cli: Cli,
-    now: Annotated[bool, typer.Option("--now", help="Without grace: tickets that run go back at once.")] = False,
-    timeout: Annotated[float | None, typer.Option("--timeout", min=0, metavar="S", help="Wait no longer.")] = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="Without grace: running tickets become ready again at once.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=0, metavar="S", help="Wait at most this many seconds.")
+    ] = None,
 ) -> int:
-    """Stop every engine of this home on this host, and wait until it is gone.
+    """Stop every engine of this home on this host, and wait until it has ended.
 
-    Tickets that run get the grace that the engine was started with. Exit status 1 if one is still there.
+    Running tickets get the grace that the engine was started with. Exit status 1 if an engine still runs.
     """
     from swarm.cli import service
 
     found = await service.engines(cli.settings)
     if not found:
         cli.out.line("no engine runs")
-        return 0
     ended = await asyncio.gather(*(service.stop(one, now=now, timeout_seconds=timeout) for one in found))
     for one, gone in zip(found, ended, strict=True):
         if gone:
             cli.out.line(f"engine {one.pid} stopped")
         else:
-            cli.out.error(f"engine {one.pid} still runs after {timeout:g} s: --now, or wait longer")
+            cli.out.error(f"engine {one.pid} still runs after {timeout:g} s: use --now, or wait longer")
     return 0 if all(ended) else 1
 
 
@@ -184,30 +192,25 @@ async def stop(
 async def run_ticket(
     cli: Cli,
     id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_default=False)],  # noqa: A002
-    wait: Annotated[bool, typer.Option("--wait", help="Stay until it has ended, and print what came of it.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended, and print the result.")] = False,
     timeout: Annotated[
         float | None,
         typer.Option(
-            "--timeout", min=0.001, metavar="S", help="Give up after S seconds; the ticket goes back to 'ready'."
+            "--timeout", min=0.001, metavar="S", help="Stop it after this many seconds; the ticket becomes ready again."
         ),
     ] = None,
 ) -> int:
-    """Run one ticket now. Exit status 0 if it is done, 1 if it failed.
-
-    Without --wait a process in the background runs it, and this one ends at once.
-    """
+    """Run one ticket now; without --wait, in the background. Exit status with --wait: 0 if it is done, 1 otherwise."""
     from swarm.app import wiring
 
     if not wait:
         pid = await wiring.run_ticket_in_background(cli.settings, id, timeout_seconds=timeout)
-        if cli.out.json:
-            cli.out.dump({"ticket_id": id, "pid": pid})
-        else:
-            cli.out.line(f"ticket {id} runs in process {pid}; `swarm ticket show` tells how it goes")
+        line = f"ticket {id} runs in process {pid}; `swarm ticket show {id}` shows its state"
+        cli.out.result({"ticket_id": id, "pid": pid}, line)
         return 0
 
     def waits(ticket: Ticket) -> None:
-        cli.out.note(f"ticket {ticket.id} waits for a person: `swarm ticket show {ticket.id}` says for what")
+        cli.out.note(f"ticket {ticket.id} waits for a person: `swarm ticket show {ticket.id}` shows for what")
 
     ticket, attempts = await wiring.run_ticket(cli.settings, id, timeout_seconds=timeout, waits=waits)
     async with wiring.store(cli.settings) as store:
@@ -226,7 +229,7 @@ async def run_ticket(
 
 @command(app, "status", examples=["swarm-engine status", "swarm-engine status --json"], json=True)
 async def status(cli: Cli) -> None:
-    """Show the engines, the queue, and the VMs of this host."""
+    """Show the engines, the queue, and the number of VMs on this host."""
     from dataclasses import asdict
 
     from swarm.app import wiring
@@ -235,7 +238,7 @@ async def status(cli: Cli) -> None:
     async with wiring.store(cli.settings) as store:
         queue, workers = await store.queue(), await store.workers()
     vms = wiring.inventory(cli.settings).records()
-    alive = {row.id: row.seen_ms_ago < service.SILENT_AFTER_SECONDS * 1000 for row in workers}
+    alive = {row.id: service.is_alive(row) for row in workers}
     if cli.out.json:
         engines = [{**asdict(row), "alive": alive[row.id]} for row in workers]
         cli.out.dump({"queue": queue, "vms": vms, "engines": engines})
@@ -243,7 +246,7 @@ async def status(cli: Cli) -> None:
     for row in workers:
         cli.out.line(_engine_line(row, alive=alive[row.id]))
     if not workers:
-        cli.out.line("no engine runs: `swarm-engine start` starts one")
+        cli.out.line("no engine runs; start one with `swarm-engine start`")
     oldest = queue.oldest_ready_ms
     cli.out.fields(
         {
@@ -265,7 +268,8 @@ async def status(cli: Cli) -> None:
 def _engine_line(row: WorkerRow, *, alive: bool) -> str:
     info, where = row.info, f"engine {row.pid} on {row.host}"
     if not alive:
-        return f"{where}: silent for {render.duration(row.seen_ms_ago)}; what it ran goes back when its leases end"
+        silent = render.duration(row.seen_ms_ago)
+        return f"{where}: silent for {silent}; its tickets become ready again when their leases end"
     doing = "stopping" if info.get("stopping") else "serving"
     return f"{where}: {doing}, {info.get('running')} of {info.get('max_vms')} VMs, driver {info.get('driver')}"
 

@@ -1,17 +1,17 @@
-"""The frame around every command: common options, settings, signals, errors, exit status, output.
+"""What all commands share: common options, settings, signals, errors, exit status, output.
 
-A command is ``async def name(cli: Cli, …Typer parameters…) -> int | None``, registered with `command`. What it returns
-is the exit status (None is 0). What it raises becomes one line on stderr:
+A command is ``async def name(cli: Cli, …Typer parameters…) -> int | None``, registered with `command`. It returns the
+exit status (None is 0). What it raises is printed as one line on stderr and sets the exit status:
 
 ======================================  ======
 SwarmError                              its ``exit_status`` (1, or 2 for wrong use)
 SIGINT, SIGTERM, SIGHUP                 128 + number, after the command was cancelled and has cleaned up
-a reader that went away (`| head`)      141, silently
-anything else                           1, and a hint to ``--debug``
+stdout closed by its reader (`| head`)  141, silently
+anything else                           1, with a hint to ``--debug``
 ======================================  ======
 
-A traceback is printed with ``--debug`` only. Heavy modules are imported inside commands: `swarm --help` must not wait
-for a database library.
+A traceback is printed only with ``--debug``. Commands import heavy modules themselves, so that `swarm --help` does not
+wait for a database library.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm import __version__
 from swarm.cli.ui.output import Out
 
 if TYPE_CHECKING:
@@ -40,14 +39,14 @@ _PANEL = "Common options"
 
 _Home = Annotated[
     Path | None,
-    typer.Option("--home", help="Where tickets, agents and images live (SWARM_HOME).", rich_help_panel=_PANEL),
+    typer.Option("--home", help="Directory of tickets, agents and images (SWARM_HOME).", rich_help_panel=_PANEL),
 ]
-_Debug = Annotated[bool, typer.Option("--debug", help="Log every step, print tracebacks.", rich_help_panel=_PANEL)]
+_Debug = Annotated[bool, typer.Option("--debug", help="Log every step; print tracebacks.", rich_help_panel=_PANEL)]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_PANEL)]
 
 
 class Cli:
-    """What a command is given: the settings, and how to print."""
+    """Passed to every command: the settings, and how to print."""
 
     def __init__(self, *, settings: Settings, out: Out, debug: bool = False) -> None:
         self.settings = settings
@@ -59,7 +58,7 @@ Command = Callable[..., Awaitable[int | None]]
 
 
 def new_app(name: str, help: str, *, examples: Sequence[str] = (), many: bool = True) -> typer.Typer:  # noqa: A002
-    """A program or a group of commands. ``many`` False: a program that is itself the one command."""
+    """A program or a group of commands. ``many`` is False for a program that is a single command."""
     return typer.Typer(
         name=name,
         help=help,
@@ -75,7 +74,7 @@ def new_app(name: str, help: str, *, examples: Sequence[str] = (), many: bool = 
 def command(
     app: typer.Typer, name: str | None = None, *, examples: Sequence[str], json: bool = False
 ) -> Callable[[Command], Command]:
-    """Register an async function as a command, with the common options added behind its own."""
+    """Register an async function as a command, with the common options after its own."""
 
     def register(function: Command) -> Command:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -89,9 +88,10 @@ def command(
         def run(*, home: Path | None, debug: bool, as_json: bool = False, **values: Any) -> None:
             sys.exit(perform(function, values, home=home, debug=debug, as_json=as_json))
 
+        run.__doc__ = _one_line_per_paragraph(function)
         run.__signature__ = inspect.Signature([p.replace(kind=kind) for p in own] + extra)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in own} | common
-        del run.__wrapped__  # else Typer reads the signature of what is inside
+        del run.__wrapped__  # otherwise Typer would read the signature of ``function``
         app.command(name, epilog=_epilog(examples))(run)
         return function
 
@@ -99,7 +99,7 @@ def command(
 
 
 def perform(function: Command, values: dict[str, Any], *, home: Path | None, debug: bool, as_json: bool) -> int:
-    """Run a command to its end; the exit status."""
+    """Run a command to its end. Returns the exit status."""
     out = Out(json=as_json)
     try:
         from swarm import config
@@ -111,7 +111,7 @@ def perform(function: Command, values: dict[str, Any], *, home: Path | None, deb
         sys.stdout.flush()
         return status or 0
     except BrokenPipeError:
-        # Python would complain once more when it flushes stdout at exit.
+        # Python flushes stdout at exit, and would print the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt, _Stopped) as error:
@@ -121,7 +121,7 @@ def perform(function: Command, values: dict[str, Any], *, home: Path | None, deb
 
 
 def _explain(error: BaseException, out: Out, debug: bool) -> int:
-    """Say in one line what ended the command; the exit status."""
+    """Print in one line what ended the command. Returns the exit status."""
     from swarm.errors import SwarmError, no_more_threads
 
     match error:
@@ -144,7 +144,7 @@ def _explain(error: BaseException, out: Out, debug: bool) -> int:
 
 
 def _only(error: BaseException) -> BaseException:
-    """What a TaskGroup wraps when one thing went wrong."""
+    """The single error inside a TaskGroup's group, if there is only one."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
@@ -156,7 +156,7 @@ class _Stopped(BaseException):
 
 
 async def _until_signalled(work: Awaitable[int | None]) -> int | None:
-    """Await the work; a signal cancels it, and once it has cleaned up, _Stopped is raised."""
+    """Await the work. A signal cancels it; once it has cleaned up, _Stopped is raised."""
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(work)
     seen: list[signal.Signals] = []
@@ -166,7 +166,7 @@ async def _until_signalled(work: Awaitable[int | None]) -> int | None:
         task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` stays what it is
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
             loop.add_signal_handler(number, stop, number)
     try:
         result = await task
@@ -175,7 +175,7 @@ async def _until_signalled(work: Awaitable[int | None]) -> int | None:
             raise _Stopped(seen[0]) from None
         raise
     except BaseException:
-        if seen:  # the work failed while it was being stopped: that it was stopped is the news
+        if seen:  # it failed while it was being stopped: report only that it was stopped
             raise _Stopped(seen[0]) from None
         raise
     return result
@@ -183,8 +183,8 @@ async def _until_signalled(work: Awaitable[int | None]) -> int | None:
 
 @contextlib.contextmanager
 def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Each signal calls ``stop``, for a command that ends in an order of its own. Once the block has ended, one more
-    changes nothing: the process is ending anyway."""
+    """Each signal calls ``stop``, for a command that shuts down in its own order. After the block signals are ignored:
+    the process is ending anyway."""
     loop = asyncio.get_running_loop()
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     for number in numbers:
@@ -199,15 +199,22 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 def start(app: typer.Typer, name: str) -> None:
     """Run a program: the body of every entry point."""
-    if sys.argv[1:] == ["--version"]:  # of programs that are one command as well, where Typer has no place for it
-        typer.echo(f"{name} {__version__}")
+    if sys.argv[1:] == ["--version"]:  # here, since Typer has no place for it in a program that is a single command
+        from importlib.metadata import version
+
+        typer.echo(f"{name} {version('swarm-engine')}")
         return
     with contextlib.suppress(BrokenPipeError):
         app(prog_name=name)
 
 
+def _one_line_per_paragraph(function: Command) -> str:
+    """The docstring, unwrapped: Typer keeps the line breaks of every paragraph but the first."""
+    return "\n\n".join(" ".join(each.split()) for each in (inspect.getdoc(function) or "").split("\n\n"))
+
+
 def _epilog(examples: Sequence[str]) -> str | None:
     if not examples:
         return None
-    # A paragraph each: Typer joins the lines of one. The backslash keeps Rich from reading `[…]` as markup.
+    # One paragraph each, since Typer joins the lines of a paragraph. The backslash keeps `[…]` from being markup.
     return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", r"\[") for line in examples)])

@@ -10,7 +10,7 @@ import typer
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.ui import render
 
-app = new_app("image", "The guest image: build, list, remove.")
+app = new_app("image", "Build, list and remove guest images.")
 
 
 @command(
@@ -21,26 +21,29 @@ app = new_app("image", "The guest image: build, list, remove.")
 )
 async def build(
     cli: Cli,
-    force: Annotated[bool, typer.Option("--force", help="Build although it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build it even if it exists.")] = False,
     kernel: Annotated[
         Path | None,
-        typer.Option("--kernel", help="Boot this kernel instead of the distribution's.", exists=True, dir_okay=False),
+        typer.Option(
+            "--kernel",
+            metavar="FILE",
+            help="Boot this kernel instead of the distribution's.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     boot_args: Annotated[
-        str | None, typer.Option("--boot-args", help="What that kernel needs on its command line.")
+        str | None, typer.Option("--boot-args", metavar="ARGS", help="Arguments for that kernel's command line.")
     ] = None,
 ) -> None:
-    """Build the guest image from the distribution's packages, if it is not there already."""
+    """Build the guest image from the distribution's packages, if it doesn't exist."""
     from swarm.app import wiring
 
     images = wiring.images(cli.settings)
     keep = wiring.images_of_templates(cli.settings)
     with cli.out.progress("guest image") as progress:
         image = await images.build(force=force, kernel=kernel, boot_args=boot_args, keep=keep, progress=progress)
-    if cli.out.json:
-        cli.out.dump(image)
-    else:
-        cli.out.line(f"image {image.digest[:12]} in {image.dir}")
+    cli.out.result(image, f"image {image.digest[:12]} in {image.dir}")
 
 
 @command(app, "list", examples=["swarm image list", "swarm image list --json"], json=True)
@@ -49,17 +52,16 @@ async def list_(cli: Cli) -> None:
     from swarm.app import wiring
 
     found = wiring.images(cli.settings).list()
-    if cli.out.json:
-        cli.out.dump(found)
-        return
     rows = [(i.digest[:12], i.built_at, render.size(i.size_bytes), i.kernel_version) for i in found]
-    cli.out.table(("DIGEST", "BUILT", "SIZE", "KERNEL"), rows, empty="no image: run `swarm image build`")
+    cli.out.listing(found, ("DIGEST", "BUILT", "SIZE", "KERNEL"), rows, empty="no image: run `swarm image build`")
 
 
 @command(app, "rm", examples=["swarm image rm 4be1b6c3a8d2"])
 async def rm(
     cli: Cli,
-    digest: Annotated[list[str], typer.Argument(help="Digests, or unique beginnings of them.", show_default=False)],
+    digest: Annotated[
+        list[str], typer.Argument(metavar="DIGEST", help="Digests, or unique beginnings of them.", show_default=False)
+    ],
 ) -> None:
     """Remove images."""
     from swarm.app import wiring

@@ -9,12 +9,12 @@ import typer
 
 from swarm.cli.frame import Cli, command, new_app
 
-app = new_app("install", "Install what no distribution packages.")
+app = new_app("install", "Install programs that no distribution packages.")
 
 
 @app.callback()
 def group() -> None:
-    """Keeps `firecracker` a word of its own: Typer would make a group's only command the group."""
+    """Makes `firecracker` a sub-command: without a callback, Typer would make a group's only command the group."""
 
 
 @command(
@@ -29,17 +29,18 @@ def group() -> None:
 async def firecracker(
     cli: Cli,
     version: Annotated[
-        str | None, typer.Option("--version", help="Which release; default: the newest we know.")
+        str | None,
+        typer.Option("--version", metavar="VERSION", help="The release. Default: the newest that Swarm knows."),
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="An archive that is here already, instead of a download.", dir_okay=False),
+        typer.Option("--from", metavar="FILE", help="Use this archive; don't download one.", dir_okay=False),
     ] = None,
-    to: Annotated[Path, typer.Option("--to", help="Where the two programs go.", file_okay=False)] = Path(
-        "/usr/local/bin"
-    ),
+    to: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="Where to install the two programs.", file_okay=False)
+    ] = Path("/usr/local/bin"),
 ) -> None:
-    """Install Firecracker and its jailer: the official release, checked against digests in Swarm's source."""
+    """Install Firecracker and its jailer from the official release, checked against digests in Swarm's source."""
     from swarm.app import manual_vm
 
     with cli.out.progress("firecracker") as progress:

@@ -1,4 +1,4 @@
-"""`swarm`: everything but running tickets, which is `swarm-engine`'s."""
+"""`swarm`: everything but running tickets, which `swarm-engine` does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from swarm.cli.frame import Cli, command, new_app, start
 
 app = new_app(
     "swarm",
-    "Swarm runs tickets with agents, each in a throw-away microVM of its own.",
+    "Run tickets with agents, each in its own throw-away microVM. `swarm-engine` serves tickets continuously.",
     examples=[
         "swarm init",
         'swarm ticket add "Say hello" --agent echo --input name=world --id hello',
@@ -52,10 +52,10 @@ for group in (
 async def init(
     cli: Cli,
     image: Annotated[
-        bool, typer.Option("--image/--no-image", help="Build the guest image, if it is not there.")
+        bool, typer.Option("--image/--no-image", help="Also build the guest image, if it doesn't exist.")
     ] = True,
 ) -> None:
-    """Make a home ready: database, registry, the agents and workflows that ship, the guest image. Safe to repeat."""
+    """Create or update a home: database, registry, built-in agents and workflows, guest image. Safe to repeat."""
     from swarm.app import setup
 
     with cli.out.progress() as progress:
@@ -72,19 +72,19 @@ async def init(
 async def doctor(
     cli: Cli,
     production: Annotated[
-        bool, typer.Option("--production", help="Only: is this host fit to isolate agents from each other?")
+        bool, typer.Option("--production", help="Only check whether this host isolates agents from each other.")
     ] = False,
     capacity: Annotated[
-        bool, typer.Option("--capacity", help="Only: how many VMs fit this host, and by which limit?")
+        bool, typer.Option("--capacity", help="Only show how many VMs fit on this host, and what limits them.")
     ] = False,
     memory: Annotated[
-        int, typer.Option("--memory", min=128, max=1 << 20, metavar="MB", help="For --capacity: each VM's.")
+        int, typer.Option("--memory", min=128, max=1 << 20, metavar="MB", help="For --capacity: memory of each VM.")
     ] = 256,
     disk: Annotated[
-        int, typer.Option("--disk", min=16, max=1 << 20, metavar="MB", help="For --capacity: each work disk's.")
+        int, typer.Option("--disk", min=16, max=1 << 20, metavar="MB", help="For --capacity: size of each VM's disk.")
     ] = 2048,
 ) -> int:
-    """Check this host, this home and every VM; say for each fault what mends it. Exit status 1 if anything fails."""
+    """Check this host, this home and every VM, and show how to fix each fault. Exit status 1 if a check fails."""
     from swarm.app import doctor_wiring
     from swarm.cli.ui.doctor_report import show, show_capacity
 

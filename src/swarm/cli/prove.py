@@ -1,23 +1,20 @@
-"""`swarm prove` and `swarm prune`: was every promise kept, and how long is its record kept."""
+"""`swarm prove` checks that every promise was kept; `swarm prune` removes the old records that it checks."""
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.cli.frame import Cli, command
+from swarm.cli.inputs import age_seconds, moment
 from swarm.cli.ui.output import Out, plain
-from swarm.errors import UsageError
 
 if TYPE_CHECKING:
     from swarm.admin.prove import Report
     from swarm.config import Settings
 
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
-_SHOWN = 50  # violations; --json has all
+_SHOWN = 50  # violations; --json prints all
 
 
 def register(app: typer.Typer) -> None:
@@ -29,54 +26,43 @@ def register(app: typer.Typer) -> None:
 async def prune(
     cli: Cli,
     older_than: Annotated[
-        str, typer.Option("--older-than", metavar="AGE", help="As 30d, 12h, 90m or 60s.", show_default=False)
+        str,
+        typer.Option(
+            "--older-than",
+            metavar="AGE",
+            help="Remove events older than this, such as 30d, 12h or 90m.",
+            show_default=False,
+        ),
     ],
 ) -> None:
-    """Remove the events (logs, transitions) of that age of tickets that have ended. The tickets themselves stay."""
+    """Remove old events (logs, transitions) of ended tickets. The tickets stay."""
     from swarm.app import wiring
 
     seconds = age_seconds(older_than)
     async with wiring.store(cli.settings) as store:
         removed = await store.prune(seconds)
-    if cli.out.json:
-        cli.out.dump({"removed": removed})
-    else:
-        cli.out.line(f"{removed} events removed")
+    cli.out.result({"removed": removed}, f"removed {removed} events")
 
 
 async def prove_(
     cli: Cli,
-    since: Annotated[str, typer.Option("--since", metavar="WHEN", help="An ISO-8601 time, or an age as 24h.")] = "",
+    since: Annotated[
+        str, typer.Option("--since", metavar="WHEN", help="Only since this time (UTC) or age: 2026-01-31, 7d, 12h.")
+    ] = "",
 ) -> int:
-    """Replay the log against the rows: was anything lost, done twice, leaked? Exit status 1, and the ids, if so."""
+    """Check the log of events against the tables: was anything lost, done twice or leaked?
+
+    Prints the id of each violation. Exit status 1 if there are any.
+    """
     report = await prove(cli.settings, moment(since))
     show(cli.out, report)
     return 0 if report.kept else 1
 
 
-def age_seconds(text: str) -> float:
-    """'30d', '12h', '90m', '60s', '2w'. Raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is no age: write a number and s, m, h, d or w, such as 30d")
-    return float(match[1]) * _UNITS[match[2]]
-
-
-def moment(text: str) -> str:
-    """An age, or an ISO-8601 time, as the database writes times. Raises UsageError."""
-    if not text:
-        return ""
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        at = datetime.now(UTC) - timedelta(seconds=age_seconds(text))
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
-
-
 async def prove(settings: Settings, since: str = "") -> Report:
     from swarm.admin import prove as proof
     from swarm.app import wiring
-    from swarm.cli.service import SILENT_AFTER_SECONDS
+    from swarm.cli.service import is_alive
     from swarm.vm.slots.inventory import Kind
 
     vms = [
@@ -85,7 +71,7 @@ async def prove(settings: Settings, since: str = "") -> Report:
         if record.kind is Kind.ATTEMPT
     ]
     async with wiring.store(settings) as store:
-        alive = any(row.seen_ms_ago < SILENT_AFTER_SECONDS * 1000 for row in await store.workers())
+        alive = any(is_alive(row) for row in await store.workers())
         return await store.audit(lambda facts: proof.judge(facts, vms, engine_alive=alive), since=since)
 
 
@@ -102,9 +88,9 @@ def show(out: Out, report: Report) -> None:
             "cancelled": report.cancelled,
             "unfinished": report.unfinished,
             "deleted": report.deleted,
-            "attempts": f"{report.attempts} ({mean:.2f} a ticket, at most {report.most_attempts})",
+            "attempts": f"{report.attempts} ({mean:.2f} per ticket, at most {report.most_attempts})",
             "leases lost": report.lost_leases,
-            "writes refused by the fence": report.refused,
+            "writes refused (stale lease)": report.refused,
             "waiting for an engine": report.waiting_for_an_engine,
             "finished twice": len(report.finished_twice),
             "lost": len(report.lost),
@@ -112,7 +98,7 @@ def show(out: Out, report: Report) -> None:
             "slots leaked": len(report.slots_leaked),
         }
     )
-    for offence in report.violations[:_SHOWN]:
-        out.error(f"{offence.id}: {offence.what}")
+    for violation in report.violations[:_SHOWN]:
+        out.error(f"{violation.id}: {violation.what}")
     if len(report.violations) > _SHOWN:
-        out.error(f"{len(report.violations) - _SHOWN} more: --json has all")
+        out.error(f"{len(report.violations) - _SHOWN} more: --json prints all")

@@ -1,4 +1,4 @@
-"""`swarm secret …`: what agents are given by name, and keys of the gateway's services. Values never come in argv."""
+"""`swarm secret …`: secrets for agents, and keys for the gateway's services. Values are never arguments."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import typer
 
 from swarm.cli.frame import Cli, command, new_app
 
-app = new_app("secret", "Secrets: set, list, remove. Sealed at rest; an agent gets those that its manifest names.")
+app = new_app(
+    "secret", "Set, list and remove secrets. They are encrypted at rest; an agent gets those that its manifest names."
+)
 
-_Name = Annotated[str, typer.Argument(metavar="NAME", help="As manifests name it.", show_default=False)]
-_Agent = Annotated[str | None, typer.Option("--agent", "-a", metavar="NAME", help="For this agent alone.")]
-_Workflow = Annotated[str | None, typer.Option("--workflow", "-w", metavar="NAME", help="For steps of this workflow.")]
-_Webhook = Annotated[str | None, typer.Option("--webhook", metavar="NAME", help="For senders to this workflow.")]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="The name that manifests use.", show_default=False)]
+_Agent = Annotated[str | None, typer.Option("--agent", "-a", metavar="NAME", help="Only for this agent.")]
+_Workflow = Annotated[
+    str | None, typer.Option("--workflow", "-w", metavar="NAME", help="Only for steps of this workflow.")
+]
+_Webhook = Annotated[str | None, typer.Option("--webhook", metavar="NAME", help="Only for this workflow's webhook.")]
 
 
 @command(
@@ -30,7 +34,7 @@ _Webhook = Annotated[str | None, typer.Option("--webhook", metavar="NAME", help=
 async def set_(
     cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None, webhook: _Webhook = None
 ) -> None:
-    """Set a secret, or replace it. The value is asked for, or read from stdin (without the line's end)."""
+    """Set or replace a secret. The value is prompted for, or read from stdin (without a final line end)."""
     from swarm.admin.vault import MAX_BYTES, scope_of
     from swarm.app import wiring
     from swarm.errors import UsageError
@@ -50,26 +54,24 @@ async def set_(
 
 @command(app, "list", examples=["swarm secret list"], json=True)
 async def list_(cli: Cli) -> None:
-    """List names and scopes. Values are not shown by any command."""
+    """List names and scopes. No command shows values."""
     from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         rows = await wiring.vault(cli.settings, store).list()
-    if cli.out.json:
-        cli.out.dump(rows)
-    else:
-        cli.out.table(("NAME", "FOR", "SET"), [(r.name, r.scope, r.updated_at) for r in rows], empty="no secrets")
+    lines = [(row.name, row.scope, row.updated_at) for row in rows]
+    cli.out.listing(rows, ("NAME", "SCOPE", "UPDATED"), lines, empty="no secrets")
 
 
 @command(app, "rm", examples=["swarm secret rm GITHUB_TOKEN --agent release"])
 async def remove(
     cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None, webhook: _Webhook = None
 ) -> None:
-    """Remove a secret. An attempt that runs keeps what it was given."""
+    """Remove a secret. Running attempts keep it."""
     from swarm.admin.vault import scope_of
     from swarm.app import wiring
 
     scope = scope_of(agent, workflow, webhook)
     async with wiring.store(cli.settings) as store:
         await wiring.vault(cli.settings, store).remove(name, scope=scope)
-    cli.out.line(f"secret {name} for {scope} is gone")
+    cli.out.line(f"removed secret {name} for {scope}")

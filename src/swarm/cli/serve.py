@@ -1,4 +1,4 @@
-"""`swarm serve`: the HTTP server."""
+"""`swarm serve`: the HTTP server for webhooks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ def register(app: typer.Typer) -> None:
 
 async def serve(
     cli: Cli,
-    host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any free one.")] = 8420,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")
+    ] = 8420,
     allow_remote: Annotated[
-        bool, typer.Option("--allow-remote", help="Let --host be an address that other hosts can reach.")
+        bool, typer.Option("--allow-remote", help="Allow a --host that other hosts can reach.")
     ] = False,
 ) -> None:
-    """Take webhooks: POST /hooks/NAME, signed, becomes a ticket that runs the workflow NAME. Nothing else is served.
+    """Serve webhooks: a signed POST /hooks/NAME adds a ticket that runs the workflow NAME.
 
-    It makes tickets, and runs none: that is the engine's (`swarm-engine start`). Ctrl+C or SIGTERM stops it, once what
-    it is answering has been answered.
+    Nothing else is served. The tickets are run by an engine (`swarm-engine start`). Ctrl+C or SIGTERM stops the server,
+    once open requests are answered.
     """
     from swarm.app import serve
     from swarm.base.log import configure
@@ -35,8 +37,8 @@ async def serve(
         cli.out.line(f"serving POST {url}/hooks/NAME; Ctrl+C stops it")
         stop = asyncio.Event()
         with stopped_by_signals(stop.set):
-            told = asyncio.create_task(stop.wait())
-            await asyncio.wait({told, served}, return_when=asyncio.FIRST_COMPLETED)
-            told.cancel()
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({stopping, served}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
     if served.done() and not stop.is_set():
         served.result()

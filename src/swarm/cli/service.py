@@ -1,7 +1,7 @@
-"""Engines as processes of this host: start one in the background, find those of a home, stop them.
+"""Engines as processes on this host: start one in the background, find those of a home, stop them.
 
-An engine says in the table `workers` which process it is: pid and start time, which together name a process for ever.
-One in the background also has a pid file (the same two) and a log file beside the database.
+An engine records its pid and start time in the table `workers`; together they identify a process for ever. An engine in
+the background also has a pid file (with the same two) and a log file beside the database.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from swarm.store.sql.rows import WorkerRow
     from swarm.store.store import Store
 
-# An engine that lives says so every 2 s; one that has not for so long is stopped, or its host is gone.
+# A live engine updates its row every 2 s; one that has not for this long is frozen, dead, or on a host that is down.
 SILENT_AFTER_SECONDS = 15.0
-_AGAIN_SECONDS = 0.2
-_START_SECONDS = 180.0  # a probe boot of every driver, in the worst case
+_SECOND_SIGNAL_SECONDS = 0.2
+_START_SECONDS = 180.0  # at worst it boots a VM with every driver first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """A process, named for ever."""
+    """A process, identified for ever."""
 
     pid: int
     started: int  # clock ticks since boot
@@ -42,6 +42,10 @@ class Process:
     @property
     def alive(self) -> bool:
         return process.start_time(self.pid) == self.started
+
+
+def is_alive(row: WorkerRow) -> bool:
+    return row.seen_ms_ago < SILENT_AFTER_SECONDS * 1000
 
 
 def pid_file(settings: Settings) -> Path:
@@ -64,7 +68,7 @@ def in_background(settings: Settings) -> Process | None:
 
 @contextlib.contextmanager
 def pid_written(path: Path | None) -> Iterator[None]:
-    """A pid file for the length of the block, written whole or not at all."""
+    """Keep a pid file for the length of the block. It is written atomically."""
     if path is None:
         yield
         return
@@ -77,12 +81,12 @@ def pid_written(path: Path | None) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text()) == ours:  # another engine may have written its own since
+            if json.loads(path.read_text()) == ours:  # another engine may have replaced it
                 path.unlink()
 
 
 def of_row(row: WorkerRow) -> Process | None:
-    """The process behind a row, if it lives on this host."""
+    """The process of this row, if it is alive on this host."""
     started = row.info.get("started")
     if row.host != socket.gethostname() or not isinstance(started, int) or not row.pid:
         return None
@@ -91,17 +95,17 @@ def of_row(row: WorkerRow) -> Process | None:
 
 
 async def forget_dead(store: Store) -> None:
-    """Rows of engines of this host that were killed."""
+    """Remove the rows of engines that were killed on this host."""
     for row in await store.workers():
         if row.host == socket.gethostname() and of_row(row) is None:
             await store.forget_worker(row.id)
 
 
 async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Process:
-    """Start an engine in the background; it serves when this returns. Raises Conflict when one runs already."""
+    """Start an engine in the background, and wait until it serves. Raises Conflict if one already runs."""
     if (running := in_background(settings)) is not None:
-        raise Conflict(f"an engine runs in the background already (pid {running.pid}); `swarm-engine stop` stops it")
-    await store.workers()  # it opens, and is migrated
+        raise Conflict(f"an engine already runs in the background (pid {running.pid}); `swarm-engine stop` stops it")
+    await store.workers()  # raises StoreError now if the database can't be used
     log, pidfile = log_file(settings), pid_file(settings)
     child = await process.spawn(
         [sys.executable, "-m", "swarm.cli.engine", "start", "--foreground", "--pid-file", str(pidfile),
@@ -113,10 +117,10 @@ async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Proces
     try:
         async with asyncio.timeout(_START_SECONDS), store.watching() as wake:
             while not any(row.pid == found.pid for row in await store.workers()):
-                news = asyncio.create_task(wake.changed(timeout_seconds=5.0))
-                await asyncio.wait({dead, news}, return_when=asyncio.FIRST_COMPLETED)
-                news.cancel()
-                await asyncio.gather(news, return_exceptions=True)
+                changed = asyncio.create_task(wake.changed(timeout_seconds=5.0))
+                await asyncio.wait({dead, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                await asyncio.gather(changed, return_exceptions=True)
                 if dead.done():
                     raise HostError(f"the engine ended at once (status {dead.result()}): {_last_line(log)}")
     except TimeoutError:
@@ -129,7 +133,7 @@ async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Proces
 
 
 async def engines(settings: Settings) -> list[Process]:
-    """Every live engine of this home on this host; if its database can't be read, the one that the pid file names."""
+    """Every live engine of this home on this host. If the database can't be read: only the one in the pid file."""
     from swarm.app import wiring
 
     found = {ours.pid: ours for ours in [in_background(settings)] if ours is not None}
@@ -142,11 +146,11 @@ async def engines(settings: Settings) -> list[Process]:
 
 
 async def stop(one: Process, *, now: bool, timeout_seconds: float | None) -> bool:
-    """SIGTERM (twice with ``now``), and wait for its end. False when it has not ended in time."""
+    """Send SIGTERM (twice if ``now``), and wait for its end. Returns False if it has not ended in time."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_seconds):
-            # The second not at once: the kernel makes one of two signals that are pending.
-            for pause in (_AGAIN_SECONDS, None) if now else (None,):
+            # The second comes a moment later: the kernel merges two pending signals into one.
+            for pause in (_SECOND_SIGNAL_SECONDS, None) if now else (None,):
                 process.signal_stranger(one.pid, one.started, signal.SIGTERM)
                 if await process.gone(one.pid, one.started, timeout_seconds=pause):
                     return True
@@ -160,4 +164,4 @@ def _last_line(log: Path) -> str:
             lines = file.read().decode(errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return lines[-1] if lines else f"it said nothing; see {log}"
+    return lines[-1] if lines else f"it printed nothing; see {log}"

@@ -1,4 +1,4 @@
-"""`swarm template …`: booted, frozen VMs on disk, from which VMs are cloned. The first ticket of its kind makes one."""
+"""`swarm template …`: booted, frozen VMs on disk, from which VMs are cloned. The first ticket builds one."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.ui import render
 
 _MODULE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"  # as in an agent's manifest
-app = new_app("template", "Templates, from which VMs are cloned: list, remove, build ahead.")
+app = new_app("template", "Build, list and remove templates, from which VMs are cloned.")
 
 
 @command(app, "list", examples=["swarm template list", "swarm template list --json"], json=True)
 async def list_(cli: Cli) -> None:
-    """List the templates, the last used first."""
+    """List the templates, most recently used first."""
     from swarm.app import wiring
 
     found = sorted(wiring.templates(cli.settings).all(), key=lambda t: -t.used_at)
-    if cli.out.json:
-        cli.out.dump(found)
-        return
     now = time.time()
     rows = [
         (
             t.key[:12],
             t.driver,
             t.image[:12],
-            f"{t.vcpus} x CPU, {t.memory_mb} MB, disk {t.disk_mb} MB",
+            f"{t.vcpus} CPU, {t.memory_mb} MB, disk {t.disk_mb} MB",
             ",".join(t.preload) or None,
             render.size(t.size_bytes),
             _ago(now - t.created_at),
@@ -38,8 +35,8 @@ async def list_(cli: Cli) -> None:
         )
         for t in found
     ]
-    columns = ("KEY", "DRIVER", "IMAGE", "SIZE OF VM", "PRELOADED", "ON DISK", "BUILT", "USED")
-    cli.out.table(columns, rows, empty="no template: the first ticket makes one, or `swarm template build`")
+    columns = ("KEY", "DRIVER", "IMAGE", "VM", "PRELOADED", "SIZE", "BUILT", "USED")
+    cli.out.listing(found, columns, rows, empty="no templates: the first ticket builds one, or `swarm template build`")
 
 
 @command(
@@ -50,13 +47,13 @@ async def build(
     memory: Annotated[
         int, typer.Option("--memory", min=128, max=1 << 20, metavar="MB", help="Memory of the VMs.")
     ] = 256,
-    vcpus: Annotated[int, typer.Option("--vcpus", min=1, max=64, help="CPUs of the VMs.")] = 1,
+    vcpus: Annotated[int, typer.Option("--vcpus", min=1, max=64, metavar="N", help="Virtual CPUs of the VMs.")] = 1,
     disk: Annotated[
-        int, typer.Option("--disk", min=16, max=1 << 20, metavar="MB", help="Size of their work disks.")
+        int, typer.Option("--disk", min=16, max=1 << 20, metavar="MB", help="Size of the VMs' disks.")
     ] = 2048,
-    preload: Annotated[str, typer.Option("--preload", metavar="M,…", help="Python modules to have imported.")] = "",
+    preload: Annotated[str, typer.Option("--preload", metavar="M,…", help="Python modules to import in advance.")] = "",
 ) -> None:
-    """Build a template now, if it is not there, so that the first ticket of its kind need not wait."""
+    """Build a template now, if it doesn't exist, so that the first ticket that needs it need not wait."""
     from swarm.app import setup, wiring
     from swarm.errors import HostError, UsageError
     from swarm.vm.driver import VmSpec
@@ -70,32 +67,30 @@ async def build(
     spec = VmSpec(image=image, vcpus=vcpus, memory_mb=memory, disk_mb=disk, preload=modules)
     template = await launcher.template(spec)
     if template is None:
-        raise HostError("this host's driver makes no templates: every VM boots from its image")
-    if cli.out.json:
-        cli.out.dump({"key": template.key, "dir": template.dir})
-    else:
-        cli.out.line(f"template {template.key[:12]} in {template.dir}")
+        raise HostError("this host's driver makes no templates: each VM boots from the image")
+    line = f"template {template.key[:12]} in {template.dir}"
+    cli.out.result({"key": template.key, "dir": template.dir}, line)
 
 
 @command(app, "rm", examples=["swarm template rm 4be1b6c3a8d2", "swarm template rm --unused 7"])
 async def rm(
     cli: Cli,
     key: Annotated[
-        list[str] | None, typer.Argument(help="Keys, or unique beginnings of them.", show_default=False)
+        list[str] | None, typer.Argument(metavar="KEY", help="Keys, or unique beginnings of them.", show_default=False)
     ] = None,
     unused: Annotated[
         float | None,
-        typer.Option("--unused", min=0, metavar="DAYS", help="Those that no clone was made from for so long."),
+        typer.Option("--unused", min=0, metavar="DAYS", help="Also those from which no VM was cloned for this long."),
     ] = None,
 ) -> None:
-    """Remove templates. VMs that were cloned from them live on."""
+    """Remove templates. VMs that were cloned from them keep running."""
     from swarm.app import wiring
     from swarm.errors import UsageError
 
     if not key and unused is None:
-        raise UsageError("name the templates to remove (`swarm template list`), or say --unused DAYS")
+        raise UsageError("name the templates to remove (see `swarm template list`), or use --unused DAYS")
     templates = wiring.templates(cli.settings)
-    for prefix in key or ():  # said one by one: a later one that is not there hides nothing
+    for prefix in key or ():  # printed one by one, in case a later one does not exist
         cli.out.line(f"removed {(await templates.remove(prefix))[:12]}")
     if unused is not None:
         for each in await templates.collect(unused_seconds=unused * 86400):

@@ -1,4 +1,4 @@
-"""`swarm ticket …`: what anyone can also do with an INSERT and a SELECT, with checks and a view of what happened."""
+"""`swarm ticket …`: what one can also do with an INSERT and a SELECT, but checked, and with a readable history."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import read_inputs
+from swarm.cli.inputs import Input, Inputs, read_inputs
 from swarm.cli.ui import render
 from swarm.model import TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
 
 if TYPE_CHECKING:
     from swarm.ledger import Limit
 
-app = new_app("ticket", "Tickets: add, list, show, read their logs, approve, reject, cancel, retry.")
+app = new_app("ticket", "Add, show, approve, reject, cancel and retry tickets; read their logs.")
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_default=False)]
 
@@ -35,41 +35,58 @@ _Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_
 )
 async def add(
     cli: Cli,
-    title: Annotated[str, typer.Argument(help="What is to be done, in a few words.", show_default=False)],
+    title: Annotated[str, typer.Argument(metavar="TITLE", help="The task in a few words.", show_default=False)],
     agent: Annotated[
-        str | None, typer.Option("--agent", "-a", help="Name, name@version or id of the agent.", show_default=False)
+        str | None,
+        typer.Option(
+            "--agent", "-a", metavar="AGENT", help="Agent to run: name, name@version or id.", show_default=False
+        ),
     ] = None,
     workflow: Annotated[
-        str | None, typer.Option("--workflow", "-w", help="In place of an agent: the workflow.", show_default=False)
+        str | None,
+        typer.Option(
+            "--workflow",
+            "-w",
+            metavar="WORKFLOW",
+            help="Or workflow to run: name, name@version or id.",
+            show_default=False,
+        ),
     ] = None,
-    description: Annotated[str | None, typer.Option("--description", "-d", help="The task at length.")] = None,
-    inputs: Annotated[str | None, typer.Option("--inputs", help="A JSON object, or @FILE (@- is stdin).")] = None,
-    input: Annotated[  # noqa: A002
-        list[str] | None,
-        typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input; VALUE is JSON, else text."),
+    description: Annotated[
+        str | None, typer.Option("--description", "-d", metavar="TEXT", help="The task in detail.")
     ] = None,
-    id: Annotated[str | None, typer.Option("--id", help="Default: a new UUID.")] = None,  # noqa: A002
-    project: Annotated[str | None, typer.Option("--project", help="Any text to group tickets by.")] = None,
-    priority: Annotated[int, typer.Option("--priority", help="Higher runs sooner.")] = 0,
-    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds it may take.", min=0.001)] = None,
+    inputs: Inputs = None,
+    input: Input = None,  # noqa: A002
+    id: Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")] = None,  # noqa: A002
+    project: Annotated[
+        str | None, typer.Option("--project", metavar="NAME", help="Any text to group tickets by.")
+    ] = None,
+    priority: Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")] = 0,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)
+    ] = None,
     budget_usd: Annotated[
-        float | None, typer.Option("--budget-usd", help="What its model calls may cost, retries included.", min=0)
+        float | None,
+        typer.Option("--budget-usd", metavar="USD", help="Limit for its model calls, retries included.", min=0),
     ] = None,
-    budget_tokens: Annotated[int | None, typer.Option("--budget-tokens", help="The same in tokens.", min=0)] = None,
+    budget_tokens: Annotated[
+        int | None, typer.Option("--budget-tokens", metavar="N", help="The same in tokens.", min=0)
+    ] = None,
     over_budget: Annotated[
-        BudgetPolicy | None, typer.Option("--over-budget", help="What then: fail, or wait until a person approves.")
+        BudgetPolicy | None, typer.Option("--over-budget", help="Then fail, or wait for a person's approval.")
     ] = None,
-    draft: Annotated[bool, typer.Option("--draft", help="Don't run it yet: state 'draft'.")] = False,
+    draft: Annotated[bool, typer.Option("--draft", help="Add it in state 'draft': it does not run yet.")] = False,
 ) -> None:
-    """Add a ticket, and print its id."""
+    """Add a ticket and print its id."""
     from swarm.app import wiring
     from swarm.errors import UsageError
 
     if (agent is None) == (workflow is None):
-        raise UsageError("a ticket is for an agent or for a workflow: give one of --agent and --workflow")
+        raise UsageError("a ticket runs either an agent or a workflow: give one of --agent and --workflow")
     async with wiring.store(cli.settings) as store:
-        who = await store.agent(agent) if agent is not None else None
-        flow = await store.workflow(workflow) if workflow is not None else None
+        chosen_agent = await store.agent(agent) if agent is not None else None
+        chosen_workflow = await store.workflow(workflow) if workflow is not None else None
+        agent_id = chosen_agent.id if chosen_agent else None
         ticket = await store.add_ticket(
             Ticket(
                 id=id or str(uuid.uuid4()),
@@ -77,12 +94,12 @@ async def add(
                 description=description,
                 state=TicketState.DRAFT if draft else TicketState.READY,
                 project_id=project,
-                agent_id=who.id if who else None,
-                assignee_id=who.id if who else None,
-                assignee_type="agent" if who else None,
-                execution_mode=ExecutionMode.AGENT if who else ExecutionMode.WORKFLOW,
-                workflow_id=flow.id if flow else None,
-                inputs=json.dumps(read_inputs(inputs, input or []), ensure_ascii=False),
+                agent_id=agent_id,
+                assignee_id=agent_id,
+                assignee_type="agent" if agent_id else None,
+                execution_mode=ExecutionMode.AGENT if agent_id else ExecutionMode.WORKFLOW,
+                workflow_id=chosen_workflow.id if chosen_workflow else None,
+                inputs=json.dumps(read_inputs(inputs, None, input), ensure_ascii=False),
                 priority=priority,
                 timeout_seconds=timeout,
                 budget_usd=budget_usd,
@@ -90,10 +107,7 @@ async def add(
                 over_budget=over_budget,
             )
         )
-    if cli.out.json:
-        cli.out.dump(ticket)
-    else:
-        cli.out.line(ticket.id)
+    cli.out.result(ticket, ticket.id)
 
 
 @command(
@@ -104,25 +118,24 @@ async def add(
 )
 async def list_(
     cli: Cli,
-    state: Annotated[list[TicketState] | None, typer.Option("--state", "-s", help="Only these states.")] = None,
-    project: Annotated[str | None, typer.Option("--project", help="Only this project.")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many, newest first.")] = 50,
+    state: Annotated[
+        list[TicketState] | None, typer.Option("--state", "-s", help="Only in this state; can be repeated.")
+    ] = None,
+    project: Annotated[str | None, typer.Option("--project", metavar="NAME", help="Only of this project.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, metavar="N", help="At most this many.")] = 50,
 ) -> None:
     """List tickets, newest first."""
     from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         tickets = await store.tickets(states=tuple(state or ()), project_id=project, limit=limit)
-    if cli.out.json:
-        cli.out.dump(tickets)
-        return
     rows = [(t.id, t.state, t.title, t.created_at, (t.error or "").split("\n")[0]) for t in tickets]
-    cli.out.table(("ID", "STATE", "TITLE", "CREATED", "ERROR"), rows, empty="no tickets")
+    cli.out.listing(tickets, ("ID", "STATE", "TITLE", "CREATED", "ERROR"), rows, empty="no tickets")
 
 
 @command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
 async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
-    """Show a ticket: what was asked, what came of it, each step or attempt, and where its time went."""
+    """Show a ticket: its task, its result, each step or attempt, and where its time went."""
     from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
@@ -156,9 +169,9 @@ async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
 async def logs(
     cli: Cli,
     id: _Id,  # noqa: A002
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the ticket has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the ticket has ended.")] = False,
 ) -> None:
-    """Print what the ticket's agent printed; with --json, every event of the ticket, one a line."""
+    """Print what the ticket's agents printed; with --json, all of its events, one per line."""
     from contextlib import AsyncExitStack
 
     from swarm.app import wiring
@@ -167,7 +180,9 @@ async def logs(
         wake = await stack.enter_async_context(store.watching()) if follow else None
         after = 0
         while True:
-            ended = (await store.ticket(id)).state in TERMINAL_TICKET_STATES  # asked first: no event comes after it
+            ended = (
+                await store.ticket(id)
+            ).state in TERMINAL_TICKET_STATES  # read before its events, since it has none after its end
             while events := await store.events(id, after=after):
                 after = events[-1].seq
                 for event in events:
@@ -183,12 +198,12 @@ async def logs(
 
 @command(app, "cancel", examples=["swarm ticket cancel report-7"], json=True)
 async def cancel(cli: Cli, id: _Id) -> None:  # noqa: A002
-    """Cancel a ticket: one that waits never starts; the VM of one that runs is killed within two seconds."""
+    """Cancel a ticket. If it runs, its VM is killed within two seconds."""
     from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         await store.cancel(id, getpass.getuser())
-        _say(cli, await store.ticket(id))
+        _show_state(cli, await store.ticket(id))
 
 
 @command(
@@ -202,23 +217,27 @@ async def retry(
         typer.Option(
             "--from",
             metavar="STEP",
-            help="Of a workflow: this step and what depends on it; keep the rest. each[3]: of a for_each, one item.",
+            help="In a workflow, run only this step and those that depend on it. STEP[3] is one item of a for_each.",
         ),
     ] = None,
 ) -> None:
-    """Run a failed or cancelled ticket again, from the start or from a step; the runs it had stay as history.
+    """Run a failed or cancelled ticket again, from its start or from a step. Its earlier runs stay as history.
 
-    With --from, steps that were cut off, or that the run failed by, run again as well; and the ticket may be done.
+    With --from, steps that were interrupted or that made the run fail run again too, and the ticket may also be done.
     """
     from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         await store.retry(id, step=step)
-        _say(cli, await store.ticket(id))
+        _show_state(cli, await store.ticket(id))
 
 
-_Step = Annotated[str | None, typer.Option("--step", help="Which step, where several wait.", show_default=False)]
-_By = Annotated[str | None, typer.Option("--by", metavar="WHO", help="Default: the user of this command.")]
+_Step = Annotated[
+    str | None, typer.Option("--step", metavar="STEP", help="The step, if several wait.", show_default=False)
+]
+_By = Annotated[
+    str | None, typer.Option("--by", metavar="WHO", help="Who answers. Default: the user who runs this command.")
+]
 
 
 @command(
@@ -232,13 +251,16 @@ async def approve(
     id: _Id,  # noqa: A002
     step: _Step = None,
     by: _By = None,
-    why: Annotated[str, typer.Option("--why", metavar="TEXT", help="Kept with the answer.")] = "",
+    why: Annotated[str, typer.Option("--why", metavar="TEXT", help="A reason, kept with the answer.")] = "",
     budget_usd: Annotated[
-        float | None, typer.Option("--budget-usd", help="Raise the ticket's budget to this, for a step that is over.")
+        float | None,
+        typer.Option("--budget-usd", metavar="USD", help="Raise the ticket's budget to this, if it is used up."),
     ] = None,
-    budget_tokens: Annotated[int | None, typer.Option("--budget-tokens", help="The same in tokens.")] = None,
+    budget_tokens: Annotated[
+        int | None, typer.Option("--budget-tokens", metavar="N", help="The same in tokens.")
+    ] = None,
 ) -> None:
-    """Say yes to the step that waits for a person."""
+    """Approve the step that waits for a person."""
     from swarm.ledger import Limit
 
     budget = Limit(usd=budget_usd, tokens=budget_tokens)
@@ -249,11 +271,13 @@ async def approve(
 async def reject(
     cli: Cli,
     id: _Id,  # noqa: A002
-    why: Annotated[str, typer.Option("--why", metavar="TEXT", help="Kept with the answer.", show_default=False)],
+    why: Annotated[
+        str, typer.Option("--why", metavar="TEXT", help="The reason, kept with the answer.", show_default=False)
+    ],
     step: _Step = None,
     by: _By = None,
 ) -> None:
-    """Say no to the step that waits for a person: it fails, and says who said so and why."""
+    """Reject the step that waits for a person: it fails, and its error says who rejected it and why."""
     await _answer(cli, id, step, approved=False, by=by, why=why)
 
 
@@ -266,15 +290,10 @@ async def _answer(
         who = by or getpass.getuser()
         answered = await store.answer(id_, step=step, approved=approved, by=who, why=why, budget=budget)
         ticket = await store.ticket(id_)
-    if cli.out.json:
-        cli.out.dump({"ticket": ticket, "step": answered})
-    else:
-        said = "approved" if approved else "rejected"
-        cli.out.line(f"step {answered} is {said}; ticket {ticket.id} is {ticket.state}")
+    answer = "approved" if approved else "rejected"
+    line = f"step {answered} is {answer}; ticket {ticket.id} is {ticket.state}"
+    cli.out.result({"ticket": ticket, "step": answered}, line)
 
 
-def _say(cli: Cli, ticket: Ticket) -> None:
-    if cli.out.json:
-        cli.out.dump(ticket)
-    else:
-        cli.out.line(f"ticket {ticket.id} is {ticket.state}")
+def _show_state(cli: Cli, ticket: Ticket) -> None:
+    cli.out.result(ticket, f"ticket {ticket.id} is {ticket.state}")

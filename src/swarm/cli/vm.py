@@ -1,4 +1,4 @@
-"""`swarm vm …` and `swarm-spawn-ns`: VMs by hand."""
+"""`swarm vm …` and `swarm-spawn-ns`: VMs started manually."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 MAX_VM = 65533
 
-app = new_app("vm", "Virtual machines: spawn, list, ssh, remove.")
+app = new_app("vm", "Start, list, log in to and remove VMs.")
 spawn_ns = new_app("swarm-spawn-ns", "Start VM N in its own network namespace.", many=False)
 
-_N = Annotated[int, typer.Argument(metavar="N", min=1, max=MAX_VM, help="The VM's number.", show_default=False)]
-_Memory = Annotated[int, typer.Option("--memory", min=128, metavar="MB", help="Memory.")]
-_Cpus = Annotated[int, typer.Option("--cpus", min=1, help="Virtual CPUs.")]
+_N = Annotated[int, typer.Argument(metavar="N", min=1, max=MAX_VM, help="Number of the VM.", show_default=False)]
+_Memory = Annotated[int, typer.Option("--memory", min=128, metavar="MB", help="Memory of the VM.")]
+_Cpus = Annotated[int, typer.Option("--cpus", min=1, metavar="N", help="Virtual CPUs of the VM.")]
 
 
 async def _spawn(cli: Cli, n: int, memory: int, cpus: int) -> None:
@@ -49,7 +49,7 @@ async def _spawn(cli: Cli, n: int, memory: int, cpus: int) -> None:
 
 @command(app, "spawn", examples=["swarm vm spawn 1", "swarm vm spawn 7 --memory 512 --cpus 2"], json=True)
 async def spawn(cli: Cli, n: _N, memory: _Memory = 256, cpus: _Cpus = 1) -> None:
-    """Start VM N, reachable at subnet + N + 1 (10.0.0.2 for VM 1). An older VM N made by hand is replaced."""
+    """Start VM N, reachable at subnet + N + 1 (10.0.0.2 for VM 1). Replaces a VM N that was started manually."""
     await _spawn(cli, n, memory, cpus)
 
 
@@ -57,29 +57,27 @@ async def spawn(cli: Cli, n: _N, memory: _Memory = 256, cpus: _Cpus = 1) -> None
 async def spawn_ns_(cli: Cli, n: _N, memory: _Memory = 256, cpus: _Cpus = 1) -> None:
     """Start VM N in its own network namespace, reachable at subnet + N + 1 (10.0.0.2 for VM 1).
 
-    An older VM N made by hand is replaced. Prints how to reach it.
+    Replaces a VM N that was started manually. Prints how to reach it.
     """
     await _spawn(cli, n, memory, cpus)
 
 
 @command(app, "list", examples=["swarm vm list", "swarm vm list --json"], json=True)
 async def list_(cli: Cli) -> None:
-    """List the VMs of this host, those of engines too."""
+    """List the VMs on this host, including those of engines."""
     from swarm.app import wiring
 
     records = wiring.inventory(cli.settings).records()
-    if cli.out.json:
-        cli.out.dump(records)
-        return
     rows = [(r.n, r.address, r.kind, _state(r), r.driver, r.pid or None, r.ticket_id, r.created_at) for r in records]
-    cli.out.table(("VM", "ADDRESS", "KIND", "STATE", "DRIVER", "PID", "TICKET", "CREATED"), rows, empty="no VMs")
+    columns = ("VM", "ADDRESS", "KIND", "STATE", "DRIVER", "PID", "TICKET", "CREATED")
+    cli.out.listing(records, columns, rows, empty="no VMs")
 
 
 @command(app, "ssh", examples=["swarm vm ssh 1", "swarm vm ssh 1 -- uname -a"])
 async def ssh(
     cli: Cli,
     n: _N,
-    argv: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]…", help="Run this instead of a shell.")] = None,
+    argv: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="Run this instead of a shell.")] = None,
 ) -> None:
     """Log in to VM N as root, or run a command there."""
     from swarm.app import wiring
@@ -90,7 +88,7 @@ async def ssh(
     if program is None:
         raise NotFound("the program 'ssh' is not installed: apt-get install openssh-client")
     options = wiring.ssh_dir(cli.settings).options()
-    # ssh hands its words to the guest's shell, so each is quoted once for it.
+    # ssh passes the command to the guest's shell, so every word is quoted for that.
     remote = [shlex.join(argv)] if argv else []
     os.execv(program, ["ssh", "-o", "ConnectTimeout=10", *options, f"root@{record.address}", *remote])
 
@@ -98,9 +96,11 @@ async def ssh(
 @command(app, "rm", examples=["swarm vm rm 1 2"])
 async def rm(
     cli: Cli,
-    n: Annotated[list[int], typer.Argument(metavar="N…", min=1, max=MAX_VM, help="VM numbers.", show_default=False)],
+    n: Annotated[
+        list[int], typer.Argument(metavar="N", min=1, max=MAX_VM, help="Numbers of the VMs.", show_default=False)
+    ],
 ) -> None:
-    """Remove VMs that were made by hand."""
+    """Remove VMs that were started manually."""
     from swarm.app import manual_vm
 
     for number in n:
@@ -115,7 +115,7 @@ def _record(cli: Cli, n: int) -> VmRecord:
     for record in wiring.inventory(cli.settings).records():
         if record.n == n:
             return record
-    raise NotFound(f"there is no VM {n} on this host; `swarm vm list` shows those there are")
+    raise NotFound(f"no VM {n} on this host; see `swarm vm list`")
 
 
 def _state(record: VmRecord) -> str:

@@ -1,4 +1,4 @@
-"""`swarm workflow …`: check, draw and register workflows. docs/workflows.md tells how to write one."""
+"""`swarm workflow …`: check, draw, register and run workflows. docs/workflows.md tells how to write one."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
+from swarm.cli.inputs import Input, InputJson, Inputs, read_inputs
 
 if TYPE_CHECKING:
     from swarm.store.registry.schedules import ScheduleRow
     from swarm.store.store import Store
     from swarm.workflow.definition import Schedule, Workflow
 
-app = new_app(
-    "workflow",
-    "Workflows: validate, graph, add, list, show, run, what starts them, enable, disable.",
-)
+app = new_app("workflow", "Check, draw, register, show, run, enable and disable workflows.")
 
-_File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow.yaml.", show_default=False)]
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow file.", show_default=False)]
 _Ref = Annotated[str, typer.Argument(metavar="WORKFLOW", help="Name, name@version or id.", show_default=False)]
 
 
 @command(app, "validate", examples=["swarm workflow validate release.yaml"], json=True)
 async def validate(cli: Cli, file: _File) -> int:
-    """Check a file against the registered agents and workflows; say all that is wrong, with line and column."""
+    """Check a file against the registered agents and workflows. Prints every problem with line and column."""
     from swarm.app import wiring
     from swarm.base.manifest import Invalid
 
@@ -40,10 +38,9 @@ async def validate(cli: Cli, file: _File) -> int:
                 raise
             cli.out.dump({"valid": False, "problems": error.problems})
             return error.exit_status
-    if cli.out.json:
-        cli.out.dump({"valid": True, "problems": []})
-    else:
-        cli.out.line(f"{file}: {found.name} {found.version} is sound, {_steps(found)}")
+    count = sum(1 for _ in found.all_steps())
+    line = f"{file}: {found.name} {found.version} is valid, {count} {'step' if count == 1 else 'steps'}"
+    cli.out.result({"valid": True, "problems": []}, line)
     return 0
 
 
@@ -59,12 +56,12 @@ async def validate(cli: Cli, file: _File) -> int:
 async def graph(
     cli: Cli,
     source: Annotated[
-        str, typer.Argument(metavar="FILE|WORKFLOW", help="A file, or a registered workflow.", show_default=False)
+        str, typer.Argument(metavar="FILE|WORKFLOW", help="A file or a registered workflow.", show_default=False)
     ],
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture.")] = None,
-    mermaid: Annotated[bool, typer.Option("--mermaid", help="Print it in Mermaid's language.")] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture to this file.")] = None,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid diagram.")] = False,
 ) -> None:
-    """Draw a workflow: a step a line; equal numbers in front may run together."""
+    """Draw a workflow, one step per line. Steps with equal numbers may run at the same time."""
     from swarm.app import wiring
     from swarm.errors import UsageError
     from swarm.workflow import graph as draw
@@ -87,16 +84,16 @@ async def graph(
 
 @command(app, "add", examples=["swarm workflow add release.yaml"], json=True)
 async def add(cli: Cli, file: _File) -> None:
-    """Check a file and register it. The same again is nothing; changed content under a known version is refused."""
+    """Check a workflow file and register it.
+
+    Registering it again changes nothing; other content with a registered version is refused.
+    """
     from swarm.admin import packages
     from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         row = await packages.add_workflow(store, _read(file), name=str(file))
-    if cli.out.json:
-        cli.out.dump(row)
-    else:
-        cli.out.line(f"{row.name}@{row.version}, id {row.id}")
+    cli.out.result(row, f"{row.name}@{row.version}, id {row.id}")
 
 
 @command(app, "list", examples=["swarm workflow list", "swarm workflow list --json"], json=True)
@@ -106,16 +103,14 @@ async def list_(cli: Cli) -> None:
 
     async with wiring.store(cli.settings) as store:
         found = await store.workflows()
-    if cli.out.json:
-        cli.out.dump(found)
-        return
     rows = [(w.name, w.version, w.id, "enabled" if w.enabled else "disabled", w.description) for w in found]
-    cli.out.table(("NAME", "VERSION", "ID", "STATE", "DESCRIPTION"), rows, empty="no workflows: run `swarm init`")
+    columns = ("NAME", "VERSION", "ID", "STATE", "DESCRIPTION")
+    cli.out.listing(found, columns, rows, empty="no workflows: run `swarm init`")
 
 
 @command(app, "show", examples=["swarm workflow show echo-chain", "swarm workflow show echo-chain@1 --json"], json=True)
 async def show(cli: Cli, workflow: _Ref) -> None:
-    """Show one workflow: what it takes, its steps, what starts it; with --json, its whole definition."""
+    """Show a workflow: its inputs, its steps, what starts it; with --json, its whole definition."""
     from swarm.app import wiring
     from swarm.cli.ui.output import plain
     from swarm.workflow import graph as draw
@@ -127,7 +122,7 @@ async def show(cli: Cli, workflow: _Ref) -> None:
     if cli.out.json:
         cli.out.dump(plain(row) | {"definition": to_json(found)})
         return
-    waits = {one.number: one for one in schedules if one.workflow_id == row.id}
+    times = {one.number: one for one in schedules if one.workflow_id == row.id}
     properties = (found.inputs_schema or {}).get("properties") or {}
     required = (found.inputs_schema or {}).get("required") or ()
     cli.out.fields(
@@ -138,7 +133,7 @@ async def show(cli: Cli, workflow: _Ref) -> None:
             "description": row.description or None,
             "inputs": ", ".join(name if name in required else f"{name}?" for name in properties) or None,
             "outputs": ", ".join(found.outputs or ()) or None,
-            "schedule": "\n".join(_timetable(one, waits.get(n)) for n, one in enumerate(found.schedule)) or None,
+            "schedule": "\n".join(_timetable(one, times.get(n)) for n, one in enumerate(found.schedule)) or None,
             "webhook": found.webhook and f"POST /hooks/{row.name}, signed with {found.webhook.secret}",
             "added": row.created_at,
             "steps": draw.text(found).partition("\n")[2].rstrip(),
@@ -147,31 +142,28 @@ async def show(cli: Cli, workflow: _Ref) -> None:
 
 
 def _timetable(one: Schedule, row: ScheduleRow | None) -> str:
-    """Without a row it belongs to a version that a newer one has replaced."""
-    said = f"{one.cron} ({one.time_zone})"
-    return f"{said}, next {row.next_at}" if row is not None and row.next_at else said
+    """A schedule has no row if a newer version of the workflow is registered."""
+    text = f"{one.cron} ({one.time_zone})"
+    return f"{text}, next {row.next_at}" if row is not None and row.next_at else text
 
 
 @command(app, "schedules", examples=["swarm workflow schedules", "swarm workflow schedules --json"], json=True)
 async def schedules(cli: Cli) -> None:
-    """List what is started by time: when next, when last and as which ticket, and how many times were missed.
+    """List the schedules of workflows: next and last time, last ticket, and how many times were missed.
 
-    Of each workflow, the newest version counts, and only while it is enabled.
+    Only the newest version of each workflow counts, and only while it is enabled.
     """
     from swarm.app import wiring
 
     async with wiring.store(cli.settings) as store:
         found = await store.schedules()
-    if cli.out.json:
-        cli.out.dump(found)
-        return
     rows = [
         (one.workflow, one.cron, one.time_zone, one.next_at or one.error or "disabled", one.last_at,
          one.last_ticket_id, one.missed_count or None)
         for one in found
     ]  # fmt: skip
     columns = ("WORKFLOW", "CRON", "ZONE", "NEXT", "LAST", "TICKET", "MISSED")
-    cli.out.table(columns, rows, empty="no workflow has a schedule")
+    cli.out.listing(found, columns, rows, empty="no workflow has a schedule")
 
 
 @command(
@@ -183,9 +175,9 @@ async def schedules(cli: Cli) -> None:
 async def webhook(
     cli: Cli,
     workflow: _Ref,
-    new: Annotated[bool, typer.Option("--new", help="Another secret; the one before is worth nothing then.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Replace the secret; the old one is no longer accepted.")] = False,
 ) -> None:
-    """Make the secret that senders of this workflow's webhook sign with, and show it, this once."""
+    """Create the secret that senders sign this workflow's webhook with, and show it once."""
     from swarm.app import serve, wiring
     from swarm.errors import UsageError
 
@@ -199,9 +191,7 @@ async def webhook(
         cli.out.dump({"path": f"/hooks/{row.name}", "name": hook.secret, "secret": secret, "header": hook.header})
         return
     cli.out.fields({"path": f"POST /hooks/{row.name}", "name": hook.secret, "secret": secret, "header": hook.header})
-    cli.out.note(
-        "This is the only time that the secret is shown. `swarm serve` takes requests that are signed with it."
-    )
+    cli.out.note("The secret is not shown again. `swarm serve` accepts requests that are signed with it.")
 
 
 @command(
@@ -216,32 +206,30 @@ async def webhook(
 async def run(
     cli: Cli,
     workflow: _Ref,
-    input: Annotated[  # noqa: A002
-        list[str] | None,
-        typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input; VALUE is JSON, else text."),
+    inputs: Inputs = None,
+    input_json: InputJson = None,
+    input: Input = None,  # noqa: A002
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow it until it has ended; if no engine runs, run it here.")
+    ] = False,
+    id: Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")] = None,  # noqa: A002
+    priority: Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")] = 0,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)
     ] = None,
-    inputs: Annotated[str | None, typer.Option("--inputs", help="A JSON object, or @FILE (@- is stdin).")] = None,
-    input_json: Annotated[
-        Path | None, typer.Option("--input-json", metavar="FILE", help="The same as --inputs @FILE.")
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end; without an engine, run it here.")] = False,
-    id: Annotated[str | None, typer.Option("--id", help="Of the ticket. Default: a new UUID.")] = None,  # noqa: A002
-    priority: Annotated[int, typer.Option("--priority", help="Higher runs sooner.")] = 0,
-    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds the whole may take.", min=0.001)] = None,
 ) -> int:
-    """Run a workflow: add a ticket for it, and print that ticket's id. With --wait, exit status 0 if it is done."""
+    """Run a workflow: add a ticket for it and print its id. Exit status with --wait: 0 if it is done, 1 otherwise."""
     from swarm.app import wiring
-    from swarm.cli.inputs import inputs_text, read_inputs
-    from swarm.cli.ui import follow
+    from swarm.cli import follow
     from swarm.errors import Conflict
     from swarm.model import ExecutionMode, Ticket, TicketState
 
-    given = read_inputs(inputs_text(inputs, input_json), input or [])
+    given = read_inputs(inputs, input_json, input)
     async with wiring.store(cli.settings) as store:
         row = await store.workflow(workflow)
         if not row.enabled:
             name = f"{row.name}@{row.version}"
-            raise Conflict(f"the workflow {name} is disabled; `swarm workflow enable {name}` lets it start again")
+            raise Conflict(f"the workflow {name} is disabled; `swarm workflow enable {name}` enables it")
         _check_inputs(row.parsed(), given)
         ticket = await store.add_ticket(
             Ticket(
@@ -259,15 +247,12 @@ async def run(
         )
     if wait:
         return await follow.to_the_end(cli, ticket)
-    if cli.out.json:
-        cli.out.dump(ticket)
-    else:
-        cli.out.line(ticket.id)
+    cli.out.result(ticket, ticket.id)
     return 0
 
 
 def _check_inputs(workflow: Workflow, given: dict[str, object]) -> None:
-    """At once, and not by a ticket that fails. Raises UsageError."""
+    """Checked before the ticket is added, since it would fail later. Raises UsageError."""
     from swarm import schema
     from swarm.errors import UsageError
 
@@ -281,13 +266,13 @@ def _check_inputs(workflow: Workflow, given: dict[str, object]) -> None:
 
 @command(app, "enable", examples=["swarm workflow enable echo-chain"])
 async def enable(cli: Cli, workflow: _Ref) -> None:
-    """Let a workflow start again."""
+    """Enable a workflow: new runs may start."""
     await _enable(cli, workflow, enabled=True)
 
 
 @command(app, "disable", examples=["swarm workflow disable echo-chain"])
 async def disable(cli: Cli, workflow: _Ref) -> None:
-    """Let no new run of a workflow start; it stays registered."""
+    """Disable a workflow: no new runs start. It stays registered."""
     await _enable(cli, workflow, enabled=False)
 
 
@@ -313,8 +298,3 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise UsageError(f"{file} can't be read: {error.strerror}") from None
-
-
-def _steps(workflow: Workflow) -> str:
-    count = sum(1 for _ in workflow.all_steps())
-    return "1 step" if count == 1 else f"{count} steps"

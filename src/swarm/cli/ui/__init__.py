@@ -1,1 +1,1 @@
-"""What the commands draw on a terminal: tables, progress, live views. Imports values; only `swarm.cli` imports it."""
+"""What the commands draw on a terminal: tables, progress, reports, the live view. Only `swarm.cli` imports it."""

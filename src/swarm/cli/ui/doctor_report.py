@@ -1,4 +1,4 @@
-"""How the doctor's report looks."""
+"""How the results of `swarm doctor` are shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MARKS = {Status.OK: ("ok  ", "green"), Status.WARN: ("warn", "yellow"), Status.
 
 
 def show(out: Out, checks: Sequence[Check]) -> None:
-    """One line a check, the mending command below those that need it; a VM whose path is sound takes one line."""
+    """One line per check, with the command that fixes it below; one line for a VM that passes every check."""
     if out.json:
         out.dump(checks)
         return
@@ -24,7 +24,7 @@ def show(out: Out, checks: Sequence[Check]) -> None:
         mark, style = _MARKS[check.status]
         out.marked(mark, style, f"{check.name:<{width}}  {check.detail}")
         if check.fix:
-            out.line(f"{'':<{width + 6}}  mend: {check.fix}")
+            out.line(f"{'':<{width + 6}}  fix: {check.fix}")
     bad = sum(check.status is Status.FAIL for check in checks)
     warnings = sum(check.status is Status.WARN for check in checks)
     out.line()
@@ -36,17 +36,16 @@ def show_capacity(out: Out, capacity: Capacity) -> None:
         out.dump({"capacity": capacity, "fits_idle": capacity.fits_idle, "fits_full": capacity.fits_full})
         return
     cost, (idle, idle_by), (full, full_by) = capacity.cost, capacity.fits_idle, capacity.fits_full
-    out.line(
-        f"a VM of {capacity.memory_mb} MB, {capacity.vcpus} CPU, {capacity.disk_mb} MB disk, cloned and idle, takes"
-    )
+    size = f"{capacity.memory_mb} MB of memory, {capacity.vcpus} CPU and a {capacity.disk_mb} MB disk"
+    out.line(f"an idle clone with {size} takes")
     out.line(f"  {cost.private_mb} MB of its own memory, {cost.disk_mb} MB of disk, {cost.descriptors} open files")
-    out.line(f"  ({cost.shared_mb} MB more are shared with its template and with other clones)")
+    out.line(f"  ({cost.shared_mb} MB more are shared with its template and other clones)")
     out.line()
     rows = [(name, capacity.idle[name], capacity.full[name]) for name in capacity.idle]
-    out.table(("LIMIT", "VMs WHILE IDLE", "VMs THAT TAKE ALL THEY MAY"), rows)
+    out.table(("LIMIT", "IDLE VMS", "BUSY VMS"), rows)
     out.line()
-    out.line(f"fits: {idle} while idle (by {idle_by}), {full} if each takes all it may (by {full_by})")
-    out.line(f"{capacity.cores} cores: more VMs at work than that share them")
+    out.line(f"fits: {idle} idle VMs (limit: {idle_by}), {full} that use all their memory and disk (limit: {full_by})")
+    out.line(f"{capacity.cores} cores: more working VMs than that share them")
 
 
 def _vm(check: Check) -> str:
@@ -59,4 +58,4 @@ def _folded(group: list[Check]) -> list[Check]:
     if len(group) < 2 or name == group[0].name or any(check.status is not Status.OK for check in group):
         return group
     passed = ", ".join(check.name.partition(": ")[2] for check in group)
-    return [Check(name=name, status=Status.OK, detail=f"sound: {passed}")]
+    return [Check(name=name, status=Status.OK, detail=f"healthy: {passed}")]

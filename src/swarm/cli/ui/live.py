@@ -1,4 +1,4 @@
-"""What `swarm-engine start` shows in a terminal: what runs and how far it is, the queue, what ended lately."""
+"""The live view of `swarm-engine start` in a terminal: the queue, running attempts, attempts that ended lately."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RUNNING = 24
 
 
 class View:
-    """Give it every attempt that ends; `showing` draws it until the block is left."""
+    """Pass every attempt that ends to `ended`; `showing` draws the view for the length of its block."""
 
     def __init__(self) -> None:
         self._ends: deque[Ended] = deque(maxlen=_ENDS)
@@ -77,7 +77,7 @@ class View:
         if dispatcher.waits_for and queue is not None and queue.ready:
             head += f" · waiting for {dispatcher.waits_for}"
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("TICKET", "AGENT", "TRY", "VM", "PHASE", "AGE"):
+        for column in ("TICKET", "AGENT", "ATTEMPT", "VM", "PHASE", "TIME"):
             table.add_column(column, overflow="ellipsis", no_wrap=True)
         for attempt in running[:_RUNNING]:
             claim, age = attempt.claim, attempt.timeline.since_ms("claimed")
@@ -101,7 +101,7 @@ class View:
 
 
 def _name(claim: Claim) -> str:
-    """Of a workflow's step, with the ticket's."""
+    """The ticket's id, and the step's in a workflow."""
     return claim.ticket.id if claim.step_id == "main" else f"{claim.ticket.id} {claim.step_id}"
 
 

@@ -1,7 +1,7 @@
-"""How commands print: JSON, tables and lines for people, progress, errors. Rich is loaded when it is needed.
+"""How commands print: JSON; tables, lines and progress for people; errors. Rich is loaded only when it is needed.
 
-Most of what is shown was written by outsiders (tickets) or guests (output, errors): nothing of it may reach the
-terminal as a control sequence or be read as markup. So everything goes through `clean`, and Rich gets Text, no markup.
+Most of what is printed was written by outsiders (tickets) or guests (output, errors): none of it may reach the terminal
+as a control sequence or be read as markup. So everything goes through `clean`, and Rich gets Text instead of markup.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import PurePath
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from swarm.base.progress import Progress
 
 STATE_STYLES = {
     "done": "green", "completed": "green", "succeeded": "green", "ok": "green",
@@ -27,13 +29,13 @@ STATE_STYLES = {
 
 
 def clean(text: object, *, one_line: bool = True) -> str:
-    """Text without control characters: a hostile title can't move the cursor, nor fake a line."""
+    """Text without control characters, so that a hostile title can't move the cursor or fake a line."""
     keep = "" if one_line else "\n\t"
     return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def plain(value: object) -> Any:
-    """A value as JSON knows it: dataclasses as objects, enums by value, paths and addresses as text."""
+    """A value as JSON has it: dataclasses as objects, enums by value, paths and addresses as text."""
     if isinstance(value, Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -57,7 +59,7 @@ class Out:
         self._print(clean(text), style=style)
 
     def marked(self, mark: str, style: str, text: str) -> None:
-        """A line that begins with a coloured mark."""
+        """Print a line that begins with a coloured mark."""
         if not sys.stdout.isatty():
             self.line(f"{mark}  {text}")
             return
@@ -66,7 +68,7 @@ class Out:
         self._console().print(Text.assemble((mark, style), "  ", clean(text)), soft_wrap=True)
 
     def text(self, text: str) -> None:
-        """Text as it came, without control characters but for line ends and tabs."""
+        """Print text as it came, without control characters other than line ends and tabs."""
         sys.stdout.write(clean(text, one_line=False))
 
     def error(self, text: str) -> None:
@@ -76,11 +78,11 @@ class Out:
             self._print(f"  {line}", file=sys.stderr)
 
     def note(self, text: str) -> None:
-        """A word on stderr, so that it is in nobody's pipe."""
+        """Print a remark, on stderr: it must not end up in a pipe."""
         self._print(clean(text), file=sys.stderr)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str = "nothing") -> None:
-        """A table; states get their colour. Not on a terminal: the same without colour and cut nowhere."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
+        """Print a table, states in colour. Off a terminal: without colour, and with every cell in full."""
         if not rows:
             self.line(empty)
             return
@@ -93,14 +95,14 @@ class Out:
         for row in rows:
             cells = ["" if cell is None else clean(cell) for cell in row]
             table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
-        # Rendered first: Rich would answer a closed pipe by ending the process its own way.
+        # Rendered before it is written: Rich itself would end the process when the pipe is closed.
         console = self._console()
         with console.capture() as capture:
             console.print(table)
         sys.stdout.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
     def fields(self, pairs: Mapping[str, object]) -> None:
-        """Names and values, one a line; what is None is left out; several lines of text are indented."""
+        """Print a name and its value per line, without those that are None; further lines of a value are indented."""
         width = max((len(name) for name in pairs), default=0)
         for name, value in pairs.items():
             if value is None:
@@ -111,10 +113,10 @@ class Out:
                 self._print(" " * (width + 2) + line)
 
     @contextmanager
-    def progress(self, text: str = "") -> Iterator[Callable[[str, float], None]]:
-        """A bar on stderr while something long runs: call it with what is being done and the share done (0 to 1).
+    def progress(self, text: str = "") -> Iterator[Progress]:
+        """A progress bar on stderr; off a terminal, one line for each new step.
 
-        Not on a terminal, one line for each new step. Without ``text`` the steps say themselves what is made.
+        ``text`` names the operation; without it the steps stand alone.
         """
         if not sys.stderr.isatty():
             last = ""
@@ -127,7 +129,8 @@ class Out:
 
             yield say
             return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
 
         columns = (
             TextColumn("{task.fields[name]}"),
@@ -135,18 +138,34 @@ class Out:
             TimeElapsedColumn(),
             TextColumn("{task.fields[step]}"),
         )
-        with Progress(*columns, console=self._console(sys.stderr), transient=True) as bar:
+        with Bar(*columns, console=self._console(sys.stderr), transient=True) as bar:
             task = bar.add_task("", total=1.0, name=clean(text), step="")
             yield lambda step, share: bar.update(task, completed=share, step=clean(step))
 
     # --- for programs ---
 
+    def result(self, value: object, line: str) -> None:
+        """Print the value with --json, otherwise the line."""
+        if self.json:
+            self.dump(value)
+        else:
+            self.line(line)
+
+    def listing(
+        self, values: Sequence[object], columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str
+    ) -> None:
+        """Print the values with --json, otherwise a table with a row for each."""
+        if self.json:
+            self.dump(values)
+        else:
+            self.table(columns, rows, empty=empty)
+
     def dump(self, value: object) -> None:
-        """Print a value as JSON, indented on a terminal."""
+        """Print a value as JSON."""
         sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
     def dump_line(self, value: object) -> None:
-        """One JSON value on one line, for streams of them."""
+        """Print a value as JSON on one line, for streams."""
         sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
 
     def _print(self, text: str, *, style: str = "", file: TextIO | None = None) -> None:

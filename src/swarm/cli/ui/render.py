@@ -1,4 +1,4 @@
-"""How a ticket is shown: by `swarm ticket show`, by `swarm-engine run-ticket`, by the demo."""
+"""How a ticket is shown: its fields, its steps, and where its time went."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from swarm.store.sql.rows import RunRow, StepRow
 
 _BAR = 40
-# What a terminal shows of a long value; `--json` has all of it.
+# Longer values and lists are cut off; `--json` prints all of them.
 _SHOWN_CHARACTERS = 4000
 _SHOWN_STEPS = 200
 
@@ -38,7 +38,7 @@ def show_ticket(out: Out, ticket: Ticket) -> None:
 
 
 def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[StepRow]) -> None:
-    """The newest run of a workflow, with the runs within it; and what to do where it waits for a person."""
+    """The last run of a workflow, with nested runs; and what to do if it waits for a person."""
     current = steps_of_last_run(ticket, runs, steps)
     if not current:
         return
@@ -59,11 +59,11 @@ def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence
         out.line(f"… {len(current) - _SHOWN_STEPS} more: --json shows all")
     if waiting := [step.step_id for step in current if step.status == "waiting" and step.verdict is None]:
         which = "" if len(waiting) == 1 else " --step STEP"
-        out.line(f"{', '.join(waiting)}: `swarm ticket approve {ticket.id}{which}`, or reject, lets it go on")
+        out.line(f"{', '.join(waiting)}: `swarm ticket approve {ticket.id}{which}`, or reject, continues it")
 
 
 def steps_of_last_run(ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[StepRow]) -> list[StepRow]:
-    """Those of the ticket's own run, each followed by what runs within it."""
+    """The steps of the ticket's current run, each followed by those of the run nested in it."""
     last = {run.id for run in runs if run.id == ticket.run_id or run.root_run_id == ticket.run_id}
     found = [step for step in steps if step.run_id in last]
     place = {step.step_id: number for number, step in enumerate(found)}
@@ -76,7 +76,7 @@ def steps_of_last_run(ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[St
 
 
 def show_timings(out: Out, timings: Mapping[str, float]) -> None:
-    """Where an attempt's time went: one line for each phase, with its share of the total as a bar."""
+    """Where an attempt's time went: one line per phase, with its share of the total as a bar."""
     total = timings.get("total") or sum(timings.values())
     for phase, ms in timings.items():
         if phase != "total":
@@ -100,7 +100,7 @@ def size(count: float) -> str:
 
 
 def pretty(text: str | None) -> str | None:
-    """JSON text on several lines; what is not JSON stays as it is."""
+    """JSON text, indented; other text unchanged."""
     if not text:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Following a ticket of a workflow in a terminal: a line for each step that starts, waits or ends."""
+"""`swarm workflow run --wait`: print a line for each step that starts, waits or ends, until the ticket has ended."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from swarm.model import TERMINAL_TICKET_STATES, Event, StepStatus, Ticket, Ticke
 if TYPE_CHECKING:
     from swarm.store.store import Store
 
-_TOLD = frozenset(StepStatus) - {StepStatus.PENDING, StepStatus.READY}
-_LOOK_SECONDS = 1.0  # at least, where no commit is heard of
+_SHOWN = frozenset(StepStatus) - {StepStatus.PENDING, StepStatus.READY}
+_POLL_SECONDS = 1.0  # in case no commit is noticed
 
 
 async def to_the_end(cli: Cli, ticket: Ticket) -> int:
-    """Print what happens, on stderr, until it has ended; where no engine runs, run it here. The exit status."""
+    """Print what happens, on stderr, until the ticket has ended; if no engine runs, run it here. The exit status."""
     from swarm.app import wiring
 
     here = None
     async with wiring.store(cli.settings) as store:
-        alive = any(row.seen_ms_ago < service.SILENT_AFTER_SECONDS * 1000 for row in await store.workers())
-        if not alive:
+        if not any(service.is_alive(row) for row in await store.workers()):
             cli.out.note(f"no engine runs: ticket {ticket.id} runs here")
             here = asyncio.create_task(wiring.run_ticket(cli.settings, ticket.id))
         try:
@@ -45,14 +44,14 @@ async def _follow(cli: Cli, store: Store, id_: str, here: asyncio.Task[object] |
     after, waiting = 0, False
     async with store.watching() as wake:
         while True:
-            ticket = await store.ticket(id_)  # before its events: none comes after its end
+            ticket = await store.ticket(id_)  # read before its events, since it has none after its end
             while events := await store.events(id_, after=after):
                 after = events[-1].seq
                 for event in events:
-                    _tell(cli, event)
+                    _show(cli, event)
             if ticket.state in TERMINAL_TICKET_STATES:
                 if here is not None:
-                    await here  # its VMs are gone
+                    await here  # until its VMs are gone
                 return ticket
             if ticket.state == TicketState.WAITING and not waiting:
                 for step in await store.steps(id_):
@@ -62,12 +61,12 @@ async def _follow(cli: Cli, store: Store, id_: str, here: asyncio.Task[object] |
             waiting = ticket.state == TicketState.WAITING
             if here is not None and here.done():
                 here.result()
-            await wake.changed(timeout_seconds=_LOOK_SECONDS)
+            await wake.changed(timeout_seconds=_POLL_SECONDS)
 
 
-def _tell(cli: Cli, event: Event) -> None:
+def _show(cli: Cli, event: Event) -> None:
     to = event.data.get("to")
-    if event.kind != "transition" or event.data.get("of") != "step" or to not in _TOLD:
+    if event.kind != "transition" or event.data.get("of") != "step" or to not in _SHOWN:
         return
     number = event.data.get("number")
     again = f" (try {number})" if isinstance(number, int) and number > 1 else ""
