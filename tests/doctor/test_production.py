@@ -50,7 +50,7 @@ def test_a_host_as_recommended(tmp_path: Path) -> None:
     ("file", "content", "name", "status", "says"),
     [
         ("proc/sys/kernel/osrelease", "4.14.336", "kernel version", "fail", "4.14.336"),
-        ("dev/kvm", None, "KVM", "fail", "there is no /dev/kvm"),
+        ("dev/kvm", None, "KVM", "fail", "/dev/kvm does not exist"),
         ("proc/cpuinfo", "flags\t\t: fpu sse\n", "KVM", "warn", "neither VMX nor SVM"),
         ("sys/devices/system/cpu/smt/control", "on", "SMT", "fail", "share a core"),
         ("sys/kernel/mm/ksm/run", "1", "KSM", "fail", "merged"),

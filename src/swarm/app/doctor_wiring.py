@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 async def examine(settings: Settings) -> Sequence[Check]:
     """Every check of `swarm doctor`, in display order."""
-    from swarm.doctor import home, host, path
+    from swarm.doctor import home, host, vm_path
     from swarm.doctor.check import fail, ok
 
     checks = await host.examine(state_dir=settings.state_dir, images_dir=settings.images)
@@ -40,7 +40,7 @@ async def examine(settings: Settings) -> Sequence[Check]:
         if record.alive and not record.netns:
             checks.append(ok(f"VM {record.n}", f"process {record.pid}, by driver {record.driver}: without a network"))
             continue
-        vm = path.ExaminedVm(
+        vm = vm_path.ExaminedVm(
             n=record.n,
             pid=record.pid,
             netns=record.netns,
@@ -48,9 +48,9 @@ async def examine(settings: Settings) -> Sequence[Check]:
             console=wiring.inventory(settings).dir(record.n) / "console.log",
             how_it_ended="" if record.alive else "it ended, or was killed",
             token=_token(wiring.inventory(settings).dir(record.n)),
-            by_hand=record.kind == "manual",
+            manual=record.kind == "manual",
         )
-        checks += await path.examine(vm, bridge=settings.bridge, subnet=settings.subnet)
+        checks += await vm_path.examine(vm, bridge=settings.bridge, subnet=settings.subnet)
     return checks
 
 

@@ -1,8 +1,8 @@
-"""`swarm doctor`: what is wrong here, why, and the command that mends it.
+"""`swarm doctor`: what is wrong on this host, why, and the command that fixes it.
 
-`host` looks at the machine, `home` at the database and the image, `path` follows the way of a packet to each VM. Every
-check looks at the thing itself (it makes a bridge in a throw-away namespace, it reads sshd's banner) and not at a sign
-of it, and none changes anything.
+`host` checks the machine, `home` the database, `vm_path` the way of a packet to each VM; `production` checks how well
+the host isolates VMs, `capacity` how many fit. Checks try the thing itself (make a bridge in a temporary namespace,
+read sshd's banner) instead of looking for signs of it, and none changes anything.
 """
 
 from swarm.doctor.check import Check, Status

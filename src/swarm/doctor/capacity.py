@@ -1,8 +1,8 @@
-"""How many VMs fit this host, and by which limit: `swarm doctor --capacity`.
+"""`swarm doctor --capacity`: how many VMs fit on this host, and what limits them.
 
-One clone is started and looked at, since what a VM costs depends on VMM, image and size; the rest is arithmetic. Memory
-and disk are promised to guests, not set aside for them, so there are two answers: how many fit while they do little,
-and how many fit if every one of them takes all that it may.
+One clone is started and measured, since the cost of a VM depends on VMM, image and size; the rest is arithmetic. Memory
+and disk are promised to guests, not reserved for them, so there are two answers: how many idle VMs fit, and how many
+that use all the memory and disk they may.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from swarm.vm.network.bridge import MAX_PORTS
 from swarm.vm.slots.inventory import MAX_SLOT, Inventory
 
 _MB = 1 << 20
-# What stays for everybody else on the host.
-_RESERVE_SHARE = 0.1
+_RESERVE_SHARE = 0.1  # of memory and disk, left to the rest of the host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of one idle clone. ``descriptors`` are the engine's; ``threads`` the VMM's."""
+    """The cost of one idle clone. ``descriptors`` are the engine's, ``threads`` the VMM's."""
 
     private_mb: float
     shared_mb: float
@@ -41,7 +40,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """``idle`` and ``full``: limit → how many VMs it allows, while they do little and when each takes all it may."""
+    """``idle`` and ``full``: how many VMs each limit allows, if they are idle, and if they use all they may."""
 
     memory_mb: int
     disk_mb: int
@@ -61,7 +60,7 @@ class Capacity:
 
 
 async def measure(launcher: Launcher, inventory: Inventory, spec: VmSpec) -> Capacity:
-    """Start one VM of this shape, see what it takes, and say how many of them would fit now. Raises HostError."""
+    """Start one such VM, measure its cost, and calculate how many fit now. Raises HostError."""
     await launcher.template(spec)
     before = _descriptors()
     async with launcher.vm(spec, Assignment(), Timeline()) as live:
@@ -79,20 +78,20 @@ async def measure(launcher: Launcher, inventory: Inventory, spec: VmSpec) -> Cap
 
 
 def fit(cost: Cost, spec: VmSpec, state_dir: Path) -> Capacity:
-    """The arithmetic, for this host as it is now."""
+    """How many VMs of this cost fit on the host as it is now."""
     memory = psutil.virtual_memory()
     free_mb = (memory.available - memory.total * _RESERVE_SHARE) / _MB
     disk_mb = shutil.disk_usage(state_dir).free * (1 - _RESERVE_SHARE) / _MB
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     descriptors = hard if hard != resource.RLIM_INFINITY else _number("/proc/sys/fs/nr_open")
-    bridge = {"bridge ports": MAX_PORTS, "slots": MAX_SLOT}
     common = {
-        **bridge,
+        "bridge ports": MAX_PORTS,
+        "slots": MAX_SLOT,
         "open files": max(0, descriptors - 256) // max(1, cost.descriptors),
         "threads": _number("/proc/sys/kernel/threads-max") // max(1, cost.threads),
     }
-    # The VMM's own memory comes on top of the guest's.
-    whole_mb = spec.memory_mb + min(cost.private_mb, 64)
+    # A VM in full use also needs memory for its VMM.
+    full_mb = spec.memory_mb + min(cost.private_mb, 64)
     return Capacity(
         memory_mb=spec.memory_mb,
         disk_mb=spec.disk_mb,
@@ -103,7 +102,7 @@ def fit(cost: Cost, spec: VmSpec, state_dir: Path) -> Capacity:
             "disk": _times(disk_mb, cost.disk_mb),
             **common,
         },
-        full={"memory": _times(free_mb, whole_mb), "disk": _times(disk_mb, spec.disk_mb), **common},
+        full={"memory": _times(free_mb, full_mb), "disk": _times(disk_mb, spec.disk_mb), **common},
         cores=os.cpu_count() or 1,
     )
 
@@ -118,7 +117,7 @@ def _least(limits: Mapping[str, int]) -> tuple[int, str]:
 
 
 def _descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a Path for each would be the larger part of the work
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a Path for each costs more than the call
 
 
 def _number(path: str) -> int:

@@ -8,13 +8,13 @@ from enum import StrEnum
 
 class Status(StrEnum):
     OK = "ok"
-    WARN = "warn"  # works, but not everything, or not well
+    WARN = "warn"  # works, but not fully or not well
     FAIL = "fail"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """``detail`` says what was found; ``fix`` is the command that mends it, '' when there is nothing to mend."""
+    """``detail`` says what was found; ``fix`` is the command that fixes it, '' if nothing is to be fixed."""
 
     name: str
     status: Status

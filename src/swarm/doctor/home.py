@@ -1,4 +1,4 @@
-"""The home: database, registry, agents, image; and whether the subnet is free."""
+"""Checks of a home: database, registry, agents."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class OpenStore(Protocol):
 
 
 async def database(place: str, store: OpenStore, head: str) -> list[Check]:
-    """Checks of a database that could be opened."""
+    """Check a database that could be opened."""
     found = await store.revision()
     if found != head:
         was = f"at migration {found}" if found else "empty"
-        return [fail("database", f"{place} is {was}, this Swarm needs {head}", "swarm init")]
-    checks = [ok("database", f"{place} opens, at migration {head}")]
+        return [fail("database", f"{place} is {was}; this version of Swarm needs {head}", "swarm init")]
+    checks = [ok("database", f"{place} can be opened, at migration {head}")]
     agents = await store.agents()
     if not any(agent.id == ECHO_AGENT_ID for agent in agents):
         checks.append(warn("agents", "the echo agent is not registered", "swarm init"))
     for agent in agents:
         if not agent.path.is_dir():
             checks.append(
-                fail("agents", f"the files of {agent.name} {agent.version} are gone: {agent.path}", "swarm init")
+                fail("agents", f"the files of {agent.name} {agent.version} are missing: {agent.path}", "swarm init")
             )
     if len(checks) == 1:
         checks.append(ok("agents", ", ".join(f"{agent.name} {agent.version}" for agent in agents)))
@@ -41,11 +41,11 @@ def registry(link: Path, database_file: Path) -> Check:
         return ok("registry", f"{link} is the same database")
     if link.exists():
         return fail("registry", f"{link} is not the database {database_file}", f"mv {link} {link}.old && swarm init")
-    return fail("registry", f"there is no {link}", "swarm init")
+    return fail("registry", f"{link} does not exist", "swarm init")
 
 
 async def attempt(name: str, fix: str, work: Callable[[], Awaitable[str]]) -> Check:
-    """A check that is passed by doing the thing: what ``work`` returns is the detail, what it raises the fault."""
+    """A check that tries something: ``work`` returns the detail, or raises the fault."""
     try:
         return ok(name, await work())
     except SwarmError as error:

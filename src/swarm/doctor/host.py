@@ -1,4 +1,4 @@
-"""The machine: rights, programs, KVM, kernel features, disk, memory, forwarding."""
+"""Checks of the machine: rights, programs, KVM, kernel features, forwarding, disk, memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from swarm.base.process import run, which
 from swarm.doctor.check import Check, Status, fail, ok, warn
 from swarm.errors import SwarmError
 
-# linux/capability.h. The VMM itself runs with none.
 _AS_ROOT = "run it as root: sudo swarm …"
+# linux/capability.h. The VMM itself runs with none.
 _CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN", 7: "CAP_SETUID", 5: "CAP_KILL", 0: "CAP_CHOWN"}
 _KVM_GET_API_VERSION = 0xAE00  # linux/kvm.h
 _GIB = 1 << 30
@@ -25,8 +25,8 @@ _GIB = 1 << 30
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
     program: str
-    package: str  # Debian's
-    version: tuple[str, ...]  # argv behind the program
+    package: str  # in Debian
+    version: tuple[str, ...]  # arguments that print its version
     for_build_only: bool = False
 
 
@@ -43,7 +43,7 @@ TOOLS: Sequence[Tool] = (
     Tool(program="mkfs.erofs", package="erofs-utils", version=("-V",), for_build_only=True),
 )
 
-# Each is tried in a network namespace that is gone a moment later.
+# Name, kernel modules, command, its input. Each is tried in a temporary network namespace.
 _KERNEL_FEATURES: Sequence[tuple[str, str, tuple[str, ...], str]] = (
     ("tap", "tun", ("ip", "tuntap", "add", "probe", "mode", "tap"), ""),
     ("bridge", "bridge", ("ip", "link", "add", "probe", "type", "bridge"), ""),
@@ -65,14 +65,14 @@ _KERNEL_FEATURES: Sequence[tuple[str, str, tuple[str, ...], str]] = (
 
 async def examine(*, state_dir: Path, images_dir: Path) -> list[Check]:
     rights = _rights()
-    # Without them each would be refused, whatever the kernel can do.
+    # Without root each would be refused, whatever the kernel can do.
     tried = _KERNEL_FEATURES if rights.status is Status.OK else ()
     tools, features = await asyncio.gather(
         asyncio.gather(*(_tool(tool) for tool in TOOLS)),
         asyncio.gather(*(_feature(*feature) for feature in tried)),
     )
     if not tried:
-        features = [warn("kernel", "what it can do was not tried: that needs root", _AS_ROOT)]
+        features = [warn("kernel", "its features were not tried: that needs root", _AS_ROOT)]
     return [rights, *tools, _kvm(), *features, _forwarding(), *_disk(state_dir, images_dir), _memory()]
 
 
@@ -81,31 +81,31 @@ def _rights() -> Check:
     missing = [name for bit, name in _CAPABILITIES.items() if not effective >> bit & 1]
     if missing:
         return fail("rights", f"VMs and namespaces can't be made without {', '.join(missing)}", _AS_ROOT)
-    return ok("rights", "root, with every capability that is needed")
+    return ok("rights", "root, with all needed capabilities")
 
 
 async def _tool(tool: Tool) -> Check:
     name, fix = f"program {tool.program}", f"apt-get install --no-install-recommends {tool.package}"
     if which(tool.program) is None:
         if tool.for_build_only:
-            return warn(name, "is missing: `swarm image build` needs it, running tickets does not", fix)
+            return warn(name, "is missing: only `swarm image build` needs it", fix)
         return fail(name, "is missing", fix)
     try:
         done = await run([tool.program, *tool.version], check=False, timeout_seconds=20)
     except SwarmError as error:
         return fail(name, f"can't be run: {error}", f"apt-get install --reinstall {tool.package}")
-    said = (done.stdout or done.stderr).decode(errors="replace").strip().split("\n")[0]
-    version = re.search(r"\d+(\.\d+)+\S*|\d{6,}", said)
-    return ok(name, f"{version[0].strip('(),') if version else said} (package {tool.package})")
+    line = (done.stdout or done.stderr).decode(errors="replace").strip().split("\n")[0]
+    version = re.search(r"\d+(\.\d+)+\S*|\d{6,}", line)
+    return ok(name, f"{version[0].strip('(),') if version else line} (package {tool.package})")
 
 
 def _kvm() -> Check:
-    slow = "VMs run on QEMU without it (TCG): a cold boot takes seconds, CPU-bound agents run ~10 times slower"
+    slow = "QEMU runs VMs without it (TCG): a cold boot takes seconds, and CPU-bound agents are about 10 times slower"
     if not Path("/dev/kvm").exists():
         return warn(
             "KVM",
-            f"there is no /dev/kvm. {slow}",
-            "a host with hardware virtualisation; in a VM: nested virtualisation",
+            f"/dev/kvm does not exist. {slow}",
+            "use a host with hardware virtualisation; in a VM, enable nested virtualisation",
         )
     try:
         fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
@@ -121,10 +121,10 @@ def _kvm() -> Check:
     if not re.search(r"\b(vmx|svm)\b", cpu):
         return warn(
             "KVM",
-            f"/dev/kvm answers (API {version}), but this CPU shows neither VMX nor SVM: a KVM without hardware, on"
-            f" which stock kernels may not boot. A probe boot decides; where it fails: {slow}",
+            f"/dev/kvm answers (API {version}), but this CPU has neither VMX nor SVM: KVM without hardware, where"
+            f" stock kernels may not boot. A probe boot decides; if it fails, {slow}",
         )
-    return ok("KVM", f"/dev/kvm answers (API {version}), with hardware virtualisation; a probe boot has the last word")
+    return ok("KVM", f"/dev/kvm answers (API {version}), with hardware virtualisation; a probe boot decides")
 
 
 async def _feature(name: str, modules: str, argv: tuple[str, ...], text: str) -> Check:
@@ -140,8 +140,8 @@ def _forwarding() -> Check:
     value = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip()
     if value == "1":
         return ok("ip_forward", "on")
-    # The host talks to its VMs directly; each namespace forwards for itself (checked per VM); the way out is a proxy.
-    return ok("ip_forward", "off, and nothing of Swarm's needs it on")
+    # The host reaches its VMs directly, each namespace forwards by itself (checked per VM), and egress is a proxy.
+    return ok("ip_forward", "off; Swarm does not need it")
 
 
 def _disk(state_dir: Path, images_dir: Path) -> list[Check]:
@@ -150,11 +150,11 @@ def _disk(state_dir: Path, images_dir: Path) -> list[Check]:
         there = next(p for p in (directory, *directory.parents) if p.exists())
         free = shutil.disk_usage(there).free
         detail = f"{free / _GIB:.1f} GiB free for {directory}"
-        fix = f"free space on the disk of {there}, or put it elsewhere (swarm.toml)"
+        fix = f"free space on the disk of {there}, or move the directory (swarm.toml)"
         if free < wanted / 8:
             checks.append(fail(name, detail, fix))
         elif free < wanted:
-            checks.append(warn(name, f"{detail}; {wanted / _GIB:.0f} GiB are comfortable", fix))
+            checks.append(warn(name, f"{detail}; {wanted / _GIB:.0f} GiB are recommended", fix))
         else:
             checks.append(ok(name, detail))
     return checks
@@ -162,7 +162,7 @@ def _disk(state_dir: Path, images_dir: Path) -> list[Check]:
 
 def _memory() -> Check:
     available = int(re.search(r"^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(), re.M)[1]) << 10  # type: ignore[index]
-    detail = f"{available / _GIB:.1f} GiB available; a VM of 256 MB takes 60 to 330 MB"
+    detail = f"{available / _GIB:.1f} GiB available; a VM with 256 MB uses 60 to 330 MB"
     if available < 400 << 20:
-        return fail("memory", detail, "end something, or add memory: not one VM fits")
+        return fail("memory", detail, "free memory, or add some: not one VM fits")
     return ok("memory", detail) if available > _GIB else warn("memory", detail)

@@ -1,8 +1,8 @@
-"""`swarm doctor --production`: is this host fit to run agents of people who don't trust each other?
+"""`swarm doctor --production`: can this host run agents of people who don't trust each other?
 
-The checks of Firecracker's production host set-up document (docs/prod-host-setup.md in its repository), each with why
-it matters and how to mend it. FAIL is what a guest could use to read or disturb another; a warning is what costs speed
-or a second line of defence. All is read from /proc and /sys, below ``root``.
+The checks follow Firecracker's production host set-up document (docs/prod-host-setup.md in its repository), each with
+its reason and its fix. A failure is something by which a guest could read or disturb another; a warning costs speed or
+a second line of defence. Everything is read from /proc and /sys, below ``root``.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class _Host:
         self.root = root
 
     def read(self, path: str) -> str | None:
-        """Content of a small file; None when this kernel has no such thing."""
+        """Content of a small file; None if this kernel does not have it."""
         try:
             return (self.root / path).read_text().strip()
         except OSError:
             return None
 
     def chosen(self, path: str) -> str | None:
-        """The word in brackets: how sysfs shows which of several it is."""
+        """The word in brackets, by which sysfs marks the chosen value."""
         found = re.search(r"\[(\S+)\]", self.read(path) or "")
         return found[1] if found else None
 
 
 def examine(*, jailed: bool, jailer: str | None, root: Path = Path("/")) -> list[Check]:
-    """Every check. ``jailed`` is the setting; ``jailer`` the jailer's version, None when it is not installed."""
+    """Every check. ``jailed`` is the setting; ``jailer`` the jailer's version, None if it is not installed."""
     host = _Host(root)
     checks: list[Callable[[_Host], Check]] = [
         _kernel, _kvm, _smt, _ksm, _swap, _huge_pages, _seccomp, lambda _: _jailer(jailed, jailer), _cgroups, _entropy,
@@ -53,8 +53,7 @@ def _kernel(host: _Host) -> Check:
     wanted = ".".join(map(str, _MIN_KERNEL))
     return fail(
         name,
-        f"{release or 'unknown'}: Firecracker is tested on {wanted} and newer; older kernels lack fixes of KVM that"
-        " guests could use",
+        f"{release or 'unknown'}: Firecracker is tested on {wanted} and newer; guests could use holes in older KVMs",
         f"install a supported kernel, {wanted} or newer",
     )
 
@@ -62,14 +61,14 @@ def _kernel(host: _Host) -> Check:
 def _kvm(host: _Host) -> Check:
     name = "KVM"
     if not (host.root / "dev/kvm").exists():
-        return fail(name, "there is no /dev/kvm: Firecracker runs no guest", "a host with hardware virtualisation")
+        return fail(
+            name, "/dev/kvm does not exist: Firecracker can't run guests", "use a host with hardware virtualisation"
+        )
     if (
         not re.search(r"^(flags|Features)\s*:.*\b(vmx|svm)\b", host.read("proc/cpuinfo") or "", re.M)
         and not (host.root / "sys/firmware/devicetree/base").exists()
     ):
-        return warn(
-            name, "/dev/kvm is there, but the CPU shows neither VMX nor SVM: not a KVM that anybody runs in production"
-        )
+        return warn(name, "/dev/kvm exists, but the CPU has neither VMX nor SVM: this KVM is not fit for production")
     return ok(name, "with hardware virtualisation")
 
 
@@ -81,8 +80,8 @@ def _smt(host: _Host) -> Check:
         return ok(name, f"not active ({control})")
     return fail(
         name,
-        "is on: two VMs can share a core's caches and buffers, and learn from each other by them",
-        "echo off > /sys/devices/system/cpu/smt/control   (for good: nosmt=force on the host kernel's command line)",
+        "is on: two VMs can share a core's caches and buffers, and learn each other's data from them",
+        "echo off > /sys/devices/system/cpu/smt/control   (permanently: nosmt=force on the host kernel's command line)",
     )
 
 
@@ -92,7 +91,7 @@ def _ksm(host: _Host) -> Check:
         return ok(name, "off")
     return fail(
         name,
-        "is on: equal pages of different VMs are merged, and write times tell a guest what another holds in memory",
+        "is on: equal pages of different VMs are merged, and write times reveal to a guest what another has in memory",
         "echo 2 > /sys/kernel/mm/ksm/run && echo 0 > /sys/kernel/mm/ksm/run",
     )
 
@@ -104,7 +103,7 @@ def _swap(host: _Host) -> Check:
         return ok(name, "none")
     return fail(
         name,
-        f"{', '.join(devices)}: a guest's memory, secrets included, can be written to disk and stay there",
+        f"{', '.join(devices)}: a guest's memory, secrets included, can be written to disk and remain there",
         "swapoff -a   (and remove it from /etc/fstab, or encrypt it)",
     )
 
@@ -117,7 +116,7 @@ def _huge_pages(host: _Host) -> Check:
     if transparent == "always":
         return warn(
             name,
-            f"{detail}: the first write into a page of 2 MiB copies all of it, so clones share less and start slower",
+            f"{detail}: the first write to a page of 2 MiB copies all of it, so clones share less and start slower",
             "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
         )
     return ok(name, detail)
@@ -126,11 +125,11 @@ def _huge_pages(host: _Host) -> Check:
 def _seccomp(host: _Host) -> Check:
     name, actions = "seccomp", host.read("proc/sys/kernel/seccomp/actions_avail")
     if actions and "trap" in actions.split() and "kill_process" in actions.split():
-        return ok(name, "filters work; Swarm leaves Firecracker's on, always")
+        return ok(name, "filters work; Swarm never turns Firecracker's off")
     return fail(
         name,
-        "this kernel can't filter system calls: a guest that breaks Firecracker can make all of them",
-        "a kernel with CONFIG_SECCOMP_FILTER=y",
+        "this kernel can't filter system calls: a guest that breaks out of Firecracker can make any of them",
+        "use a kernel with CONFIG_SECCOMP_FILTER=y",
     )
 
 
@@ -143,8 +142,8 @@ def _jailer(jailed: bool, version: str | None) -> Check:
             "remove `jailer` from swarm.toml and SWARM_JAILER from the environment",
         )
     if version is None:
-        return fail(name, "is not installed: Firecracker is not used without it", "swarm install firecracker")
-    return ok(name, f"{version}: each VM in its own chroot, namespaces, cgroup, and as its own uid")
+        return fail(name, "is not installed: Swarm does not use Firecracker without it", "swarm install firecracker")
+    return ok(name, f"{version}: each VM has its own chroot, namespaces, cgroup and uid")
 
 
 def _cgroups(host: _Host) -> Check:
@@ -152,14 +151,14 @@ def _cgroups(host: _Host) -> Check:
     if controllers is None:
         return warn(
             name,
-            "is not mounted at /sys/fs/cgroup: the jailer uses version 1, which can't limit a VM's disk by weight nor"
-            " count its page cache and network buffers together with its memory",
-            "systemd.unified_cgroup_hierarchy=1 on the host kernel's command line",
+            "is not mounted at /sys/fs/cgroup: the jailer uses version 1, which can neither limit a VM's disk by weight"
+            " nor count its page cache and network buffers as its memory",
+            "boot the host with systemd.unified_cgroup_hierarchy=1",
         )
     missing = [c for c in _CONTROLLERS if c not in controllers.split()]
     if missing:
         fix = f"echo '{' '.join('+' + c for c in missing)}' > /sys/fs/cgroup/cgroup.subtree_control"
-        return warn(name, f"lacks {', '.join(missing)}: VMs are not limited there", fix)
+        return warn(name, f"lacks {', '.join(missing)}: VMs are not limited by it", fix)
     return ok(name, f"limits each VM's {', '.join(_CONTROLLERS)}")
 
 
@@ -168,7 +167,7 @@ def _entropy(host: _Host) -> Check:
     if available is not None and int(available) < _LOW_ENTROPY_BITS:
         return warn(
             name,
-            f"{available} bits: guests draw their seeds from this pool, and wait with it",
+            f"{available} bits: guests get their seeds from this pool, and wait for it",
             "apt-get install rng-tools5   (or give the host a hardware random number generator)",
         )
     source = host.read("sys/class/misc/hw_random/rng_current")
@@ -177,19 +176,19 @@ def _entropy(host: _Host) -> Check:
 
 
 def _mitigations(host: _Host) -> list[Check]:
-    """One check for each hole the kernel knows of and can't say "not affected" or "mitigated"."""
+    """One check for each vulnerability of the CPU that is neither absent nor mitigated, and one for all others."""
     place = host.root / "sys/devices/system/cpu/vulnerabilities"
     checks = []
     fine = []
     for file in sorted(place.iterdir()) if place.is_dir() else []:
-        said = (host.read(str(file.relative_to(host.root))) or "").split("\n")[0]
-        if said.startswith(("Not affected", "Mitigation")) and "SMT vulnerable" not in said:
+        text = (host.read(str(file.relative_to(host.root))) or "").split("\n")[0]
+        if text.startswith(("Not affected", "Mitigation")) and "SMT vulnerable" not in text:
             fine.append(file.name)
-        elif said.startswith("Unknown") or not said:
+        elif text.startswith("Unknown") or not text:
             checks.append(
                 warn(
                     f"mitigation: {file.name}",
-                    f"{said or 'unknown'}: the host's own hypervisor decides",
+                    f"{text or 'unknown'}: the hypervisor below this host decides",
                     "ask its operator",
                 )
             )
@@ -197,11 +196,11 @@ def _mitigations(host: _Host) -> list[Check]:
             checks.append(
                 fail(
                     f"mitigation: {file.name}",
-                    f"{said}: a guest may read memory of the host or of other guests",
+                    f"{text}: a guest may read memory of the host or of other guests",
                     "update kernel and CPU microcode, boot without mitigations=off"
-                    + ("; switch SMT off" if "SMT vulnerable" in said else ""),
+                    + ("; switch SMT off" if "SMT vulnerable" in text else ""),
                 )
             )
     if not place.is_dir():
-        return [warn("mitigations", "this kernel does not tell what its CPU is vulnerable to", "a newer kernel")]
-    return [ok("mitigations", f"{len(fine)} holes closed or absent: {', '.join(fine)}"), *checks]
+        return [warn("mitigations", "this kernel does not report its CPU's vulnerabilities", "use a newer kernel")]
+    return [ok("mitigations", f"{len(fine)} vulnerabilities mitigated or absent: {', '.join(fine)}"), *checks]

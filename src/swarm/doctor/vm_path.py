@@ -1,8 +1,8 @@
-"""The way of a packet to one VM, link by link: process, namespace, tap, bridge port, uplink, routing, ping, sshd.
+"""Check the way of a packet to one VM, link by link: process, namespace, tap, bridge port, uplink, routing, ping, sshd.
 
-The system before this one had three faults that all looked alike from outside ("SSH times out"): tap not on the
-bridge, routing in the namespace broken, sshd waiting for entropy. So each link is looked at by itself, from the host
-towards the guest, and what lies behind a broken link is not blamed.
+Different faults look alike from outside ("SSH times out"): a tap that is not on the bridge, broken routing in the
+namespace, an sshd that waits for entropy. So each link is checked by itself, from the host towards the guest, and links
+behind a broken one are not checked.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_GATEWAY, TAP_NAME
 from swarm.vm.drivers.console import last_lines
 
 _PATH = ("process", "namespace", "bridge port", "tap", "address", "routing", "ping", "agentd", "sshd", "entropy")
-_STARVED = "PRNG is not seeded"  # OpenSSH's last words (entropy.c, seed_rng) when the kernel has no random numbers
+_STARVED = "PRNG is not seeded"  # OpenSSH's last message (entropy.c, seed_rng) if the kernel has no random numbers
 _UPLINK = "eth0"  # the namespace's own end of the veth pair
 _PING_SECONDS = 3
 _CONNECT_SECONDS = 5.0
-# A whole SSH greeting takes a second where there is no KVM, and several when the host is busy.
+# Without KVM sshd takes a second to send its banner, and several on a busy host.
 _BANNER_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExaminedVm:
-    """What the doctor must know of a VM. ``how_it_ended`` is '' while its process lives; without ``token`` agentd can't
-    be asked."""
+    """What must be known of a VM to check it. ``how_it_ended`` is '' while its process lives; without ``token`` agentd
+    accepts no requests."""
 
     n: int
     pid: int
@@ -46,135 +46,134 @@ class ExaminedVm:
     console: Path
     how_it_ended: str = ""
     token: bytes | None = None
-    by_hand: bool = True
+    manual: bool = True
 
 
 Link = Mapping[str, Any]  # an interface as `ip -json` shows it
 
 
 async def examine(vm: ExaminedVm, *, bridge: str, subnet: IPv4Network) -> list[Check]:
-    """Checks of one VM, in the order of the path. Names begin with 'VM <n>: '."""
-    again = (
-        f"swarm-spawn-ns {vm.n}   (makes it anew)" if vm.by_hand else f"swarm vm rm {vm.n}   (when its engine is gone)"
+    """Check one VM, in the order of the path. Names of checks begin with 'VM <n>: '."""
+    recreate = (
+        f"swarm-spawn-ns {vm.n}   (replaces it)" if vm.manual else f"swarm vm rm {vm.n}   (once its engine has ended)"
     )
     if vm.how_it_ended:
-        end = f"process {vm.pid} is gone: {vm.how_it_ended}"
+        end = f"process {vm.pid} does not run: {vm.how_it_ended}"
         return [fail(f"VM {vm.n}: process", end, f"swarm vm rm {vm.n}   (the console: {vm.console})")]
-    checks = [ok(f"VM {vm.n}: process", f"{vm.pid}"), _namespace(vm, again)]
+    checks = [ok(f"VM {vm.n}: process", f"{vm.pid}"), _namespace(vm, recreate)]
     if checks[-1].status is Status.OK:
         host, inside = await asyncio.gather(_links(None), _links(vm.netns))
         checks += [
-            _bridge_port(vm, host, bridge, subnet, again),
-            _tap(vm, inside, again),
-            _uplink(vm, inside, again),
-            await _routing(vm, again),
+            _bridge_port(vm, host, bridge, subnet, recreate),
+            _tap(vm, inside, recreate),
+            _uplink(vm, inside, recreate),
+            await _routing(vm, recreate),
         ]
     broken = next((check for check in checks if check.status is Status.FAIL), None)
     if broken is not None:
-        # One fault breaks what lies behind it too (an address that goes takes its routes along): name the first.
+        # A fault breaks later links too (a lost address takes its routes along), so only the first is reported.
         _, _, what = broken.name.partition(": ")
-        sound = checks[: checks.index(broken)]
-        skipped = [name for name in _PATH if f"VM {vm.n}: {name}" not in {check.name for check in (*sound, broken)}]
-        return [*sound, broken, *(warn(f"VM {vm.n}: {name}", f"not tried: {what} is broken") for name in skipped)]
-    checks.append(await _ping(vm, again))
+        tried = checks[: checks.index(broken) + 1]
+        skipped = [name for name in _PATH if f"VM {vm.n}: {name}" not in {check.name for check in tried}]
+        return [*tried, *(warn(f"VM {vm.n}: {name}", f"not checked: {what} is broken") for name in skipped)]
+    checks.append(await _ping(vm, recreate))
     agentd, hello = await _agentd(vm)
-    return [*checks, agentd, *await _sshd(vm, hello, again)]
+    return [*checks, agentd, *await _sshd(vm, hello, recreate)]
 
 
-def _namespace(vm: ExaminedVm, again: str) -> Check:
+def _namespace(vm: ExaminedVm, recreate: str) -> Check:
     name = f"VM {vm.n}: namespace"
-    pinned, used = Path("/run/netns", vm.netns), Path(f"/proc/{vm.pid}/ns/net")
     try:
-        there, own = pinned.stat(), used.stat()
+        named, used = Path("/run/netns", vm.netns).stat(), Path(f"/proc/{vm.pid}/ns/net").stat()
     except FileNotFoundError:
-        return fail(name, f"there is no network namespace {vm.netns}", again)
-    if (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
-        return fail(name, f"the VM's process is not in the namespace {vm.netns}", again)
+        return fail(name, f"the network namespace {vm.netns} does not exist", recreate)
+    if (named.st_dev, named.st_ino) != (used.st_dev, used.st_ino):
+        return fail(name, f"the VM's process is not in the namespace {vm.netns}", recreate)
     return ok(name, vm.netns)
 
 
-def _tap(vm: ExaminedVm, inside: Sequence[Link], again: str) -> Check:
+def _tap(vm: ExaminedVm, inside: Sequence[Link], recreate: str) -> Check:
     name = f"VM {vm.n}: tap"
     tap = _named(inside, TAP_NAME)
     if tap is None:
-        return fail(name, f"there is no {TAP_NAME} in {vm.netns}", again)
+        return fail(name, f"{TAP_NAME} does not exist in {vm.netns}", recreate)
     if "UP" not in tap["flags"]:
-        return fail(name, f"{TAP_NAME} in {vm.netns} is down", again)
+        return fail(name, f"{TAP_NAME} in {vm.netns} is down", recreate)
     if "LOWER_UP" not in tap["flags"]:
-        return fail(name, f"{TAP_NAME} in {vm.netns} is up, but no VM holds its other end", again)
+        return fail(name, f"{TAP_NAME} in {vm.netns} is up, but no VM is connected to it", recreate)
     if str(GUEST_GATEWAY) not in _addresses(tap):
-        return fail(name, f"{TAP_NAME} in {vm.netns} has lost its address {GUEST_GATEWAY}", again)
-    return ok(name, f"{TAP_NAME} in {vm.netns}, {GUEST_GATEWAY}, held by the VM")
+        return fail(name, f"{TAP_NAME} in {vm.netns} has lost its address {GUEST_GATEWAY}", recreate)
+    return ok(name, f"{TAP_NAME} in {vm.netns}, {GUEST_GATEWAY}, connected to the VM")
 
 
-def _bridge_port(vm: ExaminedVm, host: Sequence[Link], bridge: str, subnet: IPv4Network, again: str) -> Check:
+def _bridge_port(vm: ExaminedVm, host: Sequence[Link], bridge: str, subnet: IPv4Network, recreate: str) -> Check:
     name = f"VM {vm.n}: bridge port"
-    port, over = _named(host, f"tap{vm.n}"), _named(host, bridge)
-    if over is None:
-        return fail(name, f"there is no bridge {bridge}", again)
-    if "UP" not in over["flags"]:
-        return fail(name, f"the bridge {bridge} is down", again)
-    if str(subnet.network_address + 1) not in _addresses(over):
+    port, bridge_link = _named(host, f"tap{vm.n}"), _named(host, bridge)
+    if bridge_link is None:
+        return fail(name, f"the bridge {bridge} does not exist", recreate)
+    if "UP" not in bridge_link["flags"]:
+        return fail(name, f"the bridge {bridge} is down", recreate)
+    if str(subnet.network_address + 1) not in _addresses(bridge_link):
         fix = f"ip addr add {subnet.network_address + 1}/{subnet.prefixlen} dev {bridge}"
         return fail(name, f"the bridge {bridge} has lost its address {subnet.network_address + 1}", fix)
     if port is None:
-        return fail(name, f"there is no link tap{vm.n} on the host", again)
+        return fail(name, f"the link tap{vm.n} does not exist on the host", recreate)
     real = port["ifname"]
     if port.get("master") != bridge:
         where = f"on {port['master']}" if port.get("master") else "on no bridge"
         return fail(
             name,
             f"tap{vm.n} ({real}) is not on {bridge} but {where}: nothing reaches the VM",
-            again,
+            recreate,
         )
     if "UP" not in port["flags"] or "LOWER_UP" not in port["flags"]:
-        return fail(name, f"tap{vm.n} ({real}) is on {bridge}, but down", again)
+        return fail(name, f"tap{vm.n} ({real}) is on {bridge}, but down", recreate)
     return ok(name, f"tap{vm.n} ({real}) is on {bridge}")
 
 
-def _uplink(vm: ExaminedVm, inside: Sequence[Link], again: str) -> Check:
+def _uplink(vm: ExaminedVm, inside: Sequence[Link], recreate: str) -> Check:
     name = f"VM {vm.n}: address"
     uplink = _named(inside, _UPLINK)
     if uplink is None:
-        return fail(name, f"there is no {_UPLINK} in {vm.netns}", again)
+        return fail(name, f"{_UPLINK} does not exist in {vm.netns}", recreate)
     if "UP" not in uplink["flags"]:
-        return fail(name, f"{_UPLINK} in {vm.netns} is down", again)
+        return fail(name, f"{_UPLINK} in {vm.netns} is down", recreate)
     if str(vm.address) not in _addresses(uplink):
-        return fail(name, f"{_UPLINK} in {vm.netns} has lost the VM's address {vm.address}", again)
+        return fail(name, f"{_UPLINK} in {vm.netns} has lost the VM's address {vm.address}", recreate)
     return ok(name, f"{vm.address} on {_UPLINK} in {vm.netns}")
 
 
-async def _routing(vm: ExaminedVm, again: str) -> Check:
-    """Forwarding, the route back, and the two rules that translate addresses."""
+async def _routing(vm: ExaminedVm, recreate: str) -> Check:
+    """Forwarding, the route to the guest and the one back, and the two rules that translate addresses."""
     name = f"VM {vm.n}: routing"
-    forward = await _said("cat", "/proc/sys/net/ipv4/ip_forward", netns=vm.netns)
+    forward = await _output("cat", "/proc/sys/net/ipv4/ip_forward", netns=vm.netns)
     if forward.strip() != "1":
         fix = f"ip netns exec {vm.netns} sysctl -w net.ipv4.ip_forward=1"
         return fail(name, f"{vm.netns} does not forward packets (ip_forward is {forward.strip() or 'unreadable'})", fix)
-    to_guest = await _said("ip", "route", "get", str(GUEST_ADDRESS), netns=vm.netns)
+    to_guest = await _output("ip", "route", "get", str(GUEST_ADDRESS), netns=vm.netns)
     if f"dev {TAP_NAME}" not in to_guest:
-        return fail(name, f"{vm.netns} has no route to the guest over {TAP_NAME}", again)
-    default = await _said("ip", "route", "show", "default", netns=vm.netns)
+        return fail(name, f"{vm.netns} has no route to the guest over {TAP_NAME}", recreate)
+    default = await _output("ip", "route", "show", "default", netns=vm.netns)
     if _UPLINK not in default:
-        return fail(name, f"{vm.netns} has no default route: the guest's answers go nowhere", again)
-    rules = await _said("nft", "list", "ruleset", netns=vm.netns)
+        return fail(name, f"{vm.netns} has no default route: the guest's answers are lost", recreate)
+    rules = await _output("nft", "list", "ruleset", netns=vm.netns)
     for what, rule in (
         ("to the guest", rf"ip daddr {re.escape(str(vm.address))} dnat to {re.escape(str(GUEST_ADDRESS))}"),
         ("from the guest", rf"ip saddr {re.escape(str(GUEST_ADDRESS))} snat to {re.escape(str(vm.address))}"),
     ):
         if not re.search(rule, rules):
-            return fail(name, f"{vm.netns} does not translate addresses {what}: its nft rule is gone", again)
+            return fail(name, f"{vm.netns} does not translate addresses {what}: its nft rule is missing", recreate)
     return ok(name, f"{vm.address} <-> {GUEST_ADDRESS} in {vm.netns}")
 
 
-async def _ping(vm: ExaminedVm, again: str) -> Check:
+async def _ping(vm: ExaminedVm, recreate: str) -> Check:
     name = f"VM {vm.n}: ping"
     done = await run(["ping", "-n", "-c", "1", "-W", str(_PING_SECONDS), str(vm.address)], check=False)
     if done.returncode != 0:
         return fail(
             name,
-            f"{vm.address} does not answer, though every link to it is up: the guest hangs or has lost its network",
-            f"tail {vm.console}   then: {again}",
+            f"{vm.address} does not answer, though every link to it is up: the guest hangs or has no network",
+            f"tail {vm.console}   then: {recreate}",
         )
     taken = re.search(rb"time=([\d.]+) ms", done.stdout)
     return ok(name, f"{vm.address} answers" + (f" in {float(taken[1]):.1f} ms" if taken else ""))
@@ -194,30 +193,32 @@ async def _agentd(vm: ExaminedVm) -> tuple[Check, Hello | None]:
         writer.close()
     except (OSError, TimeoutError, SwarmError) as error:
         return fail(name, f"port {AGENTD_PORT}: {error or 'no answer'}", f"tail {vm.console}"), None
-    return ok(name, f"port {AGENTD_PORT} accepts (an engine's VM: only it may ask more)"), None
+    return ok(name, f"port {AGENTD_PORT} accepts connections (only the VM's engine can send requests)"), None
 
 
-async def _sshd(vm: ExaminedVm, hello: Hello | None, again: str) -> list[Check]:
-    """sshd and entropy together: sshd is silent while the random pool is empty, and that is then the cause to name."""
+async def _sshd(vm: ExaminedVm, hello: Hello | None, recreate: str) -> list[Check]:
+    """Check sshd and entropy together: while the random pool is empty, sshd sends nothing, and that is the cause."""
     sshd, entropy = f"VM {vm.n}: sshd", f"VM {vm.n}: entropy"
     banner, fault = await _banner(vm.address)
-    # agentd was asked before sshd: a kernel short of entropy gathers its own once somebody waits for it.
-    # An sshd that got no random numbers says so on the console, and ends.
+    # agentd was asked before sshd: a kernel short of entropy gathers some as soon as a process waits for it.
+    # An sshd that got no random numbers prints so on the console, and ends.
     starved = not banner and any(_STARVED in line for line in last_lines(vm.console, lines=100))
     seeded = (hello.crng_ready if hello else bool(banner)) and not starved
-    checks = [ok(sshd, banner) if banner else fail(sshd, f"is not up: {fault}", f"tail {vm.console}   then: {again}")]
+    checks = [
+        ok(sshd, banner) if banner else fail(sshd, f"is not up: {fault}", f"tail {vm.console}   then: {recreate}")
+    ]
     if seeded:
         return [*checks, ok(entropy, "the guest's random pool is seeded")]
     if hello is None and not starved:
-        return [*checks, warn(entropy, "not known: only the VM's engine may ask its agentd")]
+        return [*checks, warn(entropy, "unknown: only the VM's engine can ask its agentd")]
     if not banner:
-        checks = [fail(sshd, f"is not up: {fault}. It waits for randomness", again)]
-    cause = "the guest's kernel has no random numbers to give: sshd, and all else that needs some, waits for it"
-    return [*checks, fail(entropy, cause, again)]
+        checks = [fail(sshd, f"is not up: {fault}. It waits for random numbers", recreate)]
+    cause = "the guest's kernel has no random numbers: sshd, and everything else that needs some, waits for them"
+    return [*checks, fail(entropy, cause, recreate)]
 
 
 async def _banner(address: IPv4Address) -> tuple[str, str]:
-    """What sshd says first, or '' and what happened instead."""
+    """The banner that sshd sends first; or '' and what happened instead."""
     try:
         async with asyncio.timeout(_CONNECT_SECONDS):
             reader, writer = await asyncio.open_connection(str(address), 22, limit=1024)
@@ -229,19 +230,19 @@ async def _banner(address: IPv4Address) -> tuple[str, str]:
         async with asyncio.timeout(_BANNER_SECONDS):
             line = await reader.readline()
     except TimeoutError:
-        return "", f"port 22 accepts, but sent no SSH banner within {_BANNER_SECONDS:g} s"
+        return "", f"port 22 accepts connections, but sent no SSH banner within {_BANNER_SECONDS:g} s"
     except (OSError, ValueError) as error:
-        return "", f"port 22 accepts, but broke off: {error}"
+        return "", f"port 22 accepted, then broke the connection: {error}"
     finally:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
     text = line.decode(errors="replace").strip()
-    return (text, "") if text.startswith("SSH-2.0-") else ("", f"port 22 said {text[:60]!r} instead of an SSH banner")
+    return (text, "") if text.startswith("SSH-2.0-") else ("", f"port 22 sent {text[:60]!r} instead of an SSH banner")
 
 
 async def _links(netns: str | None) -> list[Link]:
-    text = await _said("ip", "-json", "-details", "address", "show", netns=netns)
+    text = await _output("ip", "-json", "-details", "address", "show", netns=netns)
     found: list[Link] = json.loads(text or "[]")
     return [link for link in found if link]
 
@@ -254,7 +255,7 @@ def _addresses(link: Link) -> list[str]:
     return [entry.get("local", "") for entry in link.get("addr_info", ())]
 
 
-async def _said(*argv: str, netns: str | None) -> str:
+async def _output(*argv: str, netns: str | None) -> str:
     try:
         return (await run(argv, netns=netns, check=False)).stdout.decode(errors="replace")
     except SwarmError:
