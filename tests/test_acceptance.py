@@ -1,7 +1,7 @@
-"""The commands that the user wrote down, as typed, on a system install: literal shell text, real paths, real VMs.
+"""The user's acceptance commands, as typed, on a system install: literal shell text, real paths, real VMs.
 
-`/opt` and ssh's configuration directory are covered by private mounts, so a system install made here is one that
-nothing of the host sees, and that is gone afterwards.
+Private mounts cover `/opt` and ssh's configuration directory, so this system install is invisible to the host, and is
+gone afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.gateway.messages_api import HAIKU
 
 pytestmark = pytest.mark.needs("qemu")
 
-# Of this sandbox's processes only: others of this machine may run VMs of their own.
+# Only among this sandbox's processes: others on this machine may run VMs too.
 OURS = "pgrep --ns $$ --nslist mnt -f"
 INSERT_ECHO = (  # of acceptance 2
     'sqlite3 /opt/swarm-platform/data/swarm.db "INSERT INTO tickets (id, project_id, title, description, state, '
@@ -42,7 +42,7 @@ COVERED = ("/opt", "/etc/ssh/ssh_config.d", "/root/.ssh")
 
 @dataclass(frozen=True, kw_only=True)
 class Shell:
-    """A plain root shell on a host with a system install."""
+    """A root shell on a host with a system install."""
 
     env: dict[str, str]
 
@@ -87,7 +87,9 @@ def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:
     assert "10.0.0.2" in spawned
     assert "because" in spawned  # which driver runs it, and why not a better one
     assert shell("pgrep -a firecracker || pgrep -a qemu-system-x86")
-    shell(f"{OURS} 'qemu-system-x86_64 .*sandbox.*chardev=qmp'")  # so that its absence says something below
+    shell(
+        f"{OURS} 'qemu-system-x86_64 .*sandbox.*chardev=qmp'"
+    )  # it matches now, so that it proves something when it does not match below
     assert "vm1" in shell("ip netns list")
     assert "2 received" in shell("ping -c 2 10.0.0.2")
     ssh = 'ssh -o ConnectTimeout=5 -o StrictHostKeyChecking=no root@10.0.0.2 "echo success"'
@@ -100,7 +102,7 @@ def test_0_clean_and_one_vm_by_hand(shell: Shell) -> None:
     after = json.loads(shell("swarm vm list --json"))
     assert [vm["n"] for vm in after] == [1]
     assert before[0]["pid"] != after[0]["pid"]
-    assert shell(ssh) == "success\n"  # though its host key is another one
+    assert shell(ssh) == "success\n"  # though its host key has changed
     shell("swarm-spawn-ns 300")  # past 253
     assert shell("ssh -o ConnectTimeout=5 -o StrictHostKeyChecking=no root@10.0.1.45 hostname") == "vm300\n"
     assert shell(ssh) == "success\n"  # both are up, both are reachable
@@ -129,7 +131,7 @@ def test_2_one_ticket_echo_agent(shell: Shell) -> None:
 
 @contextmanager
 def messages_api(key: str, place: Path) -> Iterator[str]:
-    """A server that speaks the Messages API, in a process of its own; its address."""
+    """Run a server with the Messages API in a separate process; the address of it."""
     address = place / "messages-api"
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.gateway.messages_api", "--key", key, "--port-file", str(address)],
@@ -185,7 +187,7 @@ DATABASE = Path("/opt/swarm-platform/data/swarm.db")
 
 @contextmanager
 def terminal_1(shell: Shell, command: str) -> Iterator[subprocess.Popen[str]]:
-    """A command that stays in the foreground until Ctrl+C."""
+    """Run a command that stays in the foreground until Ctrl+C."""
     running = subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
         env=shell.env,
@@ -202,7 +204,7 @@ def terminal_1(shell: Shell, command: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def after_each_commit(holds: Callable[[], bool], *, timeout_seconds: float = 90) -> None:
-    """Return when ``holds``, which is asked again after every commit to the database."""
+    """Wait until ``holds`` returns True; it is called after every commit to the database."""
 
     async def wait() -> None:
         async with Wake.watching(DATABASE) as wake, asyncio.timeout(timeout_seconds):
@@ -248,9 +250,9 @@ def test_5_five_at_once(shell: Shell, settings: Settings) -> None:
     vms, together, over = wiring.inventory(settings), set[int](), threading.Event()
 
     def hold_them() -> None:
-        """Each VM is halted as it appears, until five are there: a ticket takes 0.3 s, and this host may be busy."""
+        """Halt each VM as it appears, until there are five: a ticket takes 0.3 s, and this host may be busy."""
         while len(together) < 5 and not over.wait(0.002):
-            for pid in {vm.pid for vm in vms.records() if vm.alive and vm.ticket_id} - together:  # no template's
+            for pid in {vm.pid for vm in vms.records() if vm.alive and vm.ticket_id} - together:  # not a template's
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
                     together.add(pid)
@@ -274,7 +276,7 @@ def test_5_five_at_once(shell: Shell, settings: Settings) -> None:
     finally:
         over.set()
         holding.join()
-    # Alive at the same time: the last to start did so before the first ended.
+    # All ran at the same time: the last one started before the first one ended.
     overlap = shell(
         'sqlite3 /opt/swarm-platform/data/swarm.db "SELECT max(a.started_at) < min(a.ended_at), '
         "count(DISTINCT a.vm_id) "

@@ -1,4 +1,4 @@
-"""`swarm bench`: its arithmetic, its picture, and one small real run."""
+"""`swarm bench`: its arithmetic, its plot and tables, and small real runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_figure_without_a_baseline_has_no_ratio() -> None:
     assert Figure(name="x", ours=13.0, baseline=None, unit="ms", n=1).ratio is None
 
 
-def test_the_picture_is_a_picture() -> None:
+def test_the_plot_is_an_svg() -> None:
     spread = {"p50": 10.0, "p95": 20.0, "p99": 30.0}
     cells = tuple(
         Cell(
@@ -116,7 +116,7 @@ def test_a_small_run_as_a_user_types_it(settings: Settings, image: Image, tmp_pa
 
 
 def bench(tmp_path: Path, *argv: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """On plain processes, which is enough for what is not measured."""
+    """Run it on plain processes, which is enough where the figures don't matter."""
     places = {f"SWARM_{name.upper()}": str(tmp_path / name) for name in ("home", "state_dir")}
     return subprocess.run(
         [*before, sys.executable, "-m", "swarm.cli.main", "bench", *argv],
@@ -130,15 +130,15 @@ def bench(tmp_path: Path, *argv: str, before: tuple[str, ...] = ()) -> subproces
 
 
 @pytest.mark.needs("qemu")
-def test_a_mode_that_is_named_twice_is_run_once(image: Image, tmp_path: Path) -> None:
+def test_a_repeated_mode_is_run_once(image: Image, tmp_path: Path) -> None:
     ended = bench(tmp_path, "--tickets", "2,2", "--modes", "restored,restored", "--json")
     assert ended.returncode == 0, ended.stderr
     assert [(cell["mode"], cell["n"]) for cell in json.loads(ended.stdout)["cells"]] == [("restored", 2)]
 
 
 @pytest.mark.needs("qemu")
-def test_an_engine_that_can_not_go_on_ends_the_benchmark(image: Image, tmp_path: Path) -> None:
-    """Of 25 VMs at once, this process has descriptors for some."""
+def test_a_failing_engine_ends_the_benchmark(image: Image, tmp_path: Path) -> None:
+    """The process has too few descriptors for 25 VMs at once."""
     few = ("prlimit", "--nofile=64", "--")
     ended = bench(tmp_path, "--tickets", "25", "--modes", "restored", "--max-vms", "25", before=few)
     assert ended.returncode == 1
@@ -147,7 +147,7 @@ def test_an_engine_that_can_not_go_on_ends_the_benchmark(image: Image, tmp_path:
 
 @pytest.mark.needs("qemu")
 def test_what_a_killed_benchmark_leaves_is_swept(settings: Settings, image: Image) -> None:
-    """Its bare VMMs are nobody's VMs: no sweep would know them by a record."""
+    """Its bare VMMs have no record, by which a sweep would find them."""
     argv = [sys.executable, "-m", "swarm.cli.main", "bench", "--tickets", "1", "--modes", "restored"]
     places = {"SWARM_HOME": settings.home, "SWARM_IMAGES_DIR": settings.images, "SWARM_STATE_DIR": settings.state_dir}
     env = os.environ | {name: str(place) for name, place in places.items()}
@@ -169,7 +169,7 @@ def test_what_a_killed_benchmark_leaves_is_swept(settings: Settings, image: Imag
         running.kill()
         running.communicate()
     for left in settings.state_dir.glob("probe-bench-*"):
-        os.utime(left, (1, 1))  # older than what is just being made
+        os.utime(left, (1, 1))  # older than a probe that is just being made
     asyncio.run(wiring.sweep(settings))
     assert bare and list(settings.state_dir.glob("probe-bench-*")) == []
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in bare if psutil.pid_exists(pid)], timeout=10)

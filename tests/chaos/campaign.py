@@ -1,10 +1,10 @@
 """The kill campaign: `make chaos`, or `python -m tests.chaos.campaign [--seed N] [--tickets N] [--driver qemu]`.
 
-Two engines on one database file serve tickets, of which some fail, hang, or die with their VM. Meanwhile a monkey kills
-(SIGKILL), freezes (SIGSTOP … SIGCONT, beyond the lease) and restarts engines, kills VMs, cancels and deletes tickets:
-what it does and when comes from the seed, which is printed first. Afterwards every ticket must have ended, `swarm
-prove` must be clean, no row may be missing, and no VM, lock or file may be left. What is still not determined is how
-the operating system schedules all this.
+Two engines on one database file serve tickets, of which some fail, hang, or die with their VM. Meanwhile engines are
+killed (SIGKILL), frozen (SIGSTOP … SIGCONT, beyond the lease) and restarted, VMs are killed, and tickets are cancelled
+and deleted: what happens when comes from the seed, which is printed first. Afterwards every ticket must have ended,
+`swarm prove` must be clean, no row may be missing, and no VM, lock or file may be left. Only how the operating system
+schedules all this is not repeatable.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from swarm.vm.slots.inventory import VmRecord
 
 LEASE_SECONDS = 3.0
 ENGINES = 2
-# What agents do, and how often. All but the last may be tried again when their VM was killed: they are idempotent.
+# What agents do, and how often (WEIGHTS). They are idempotent, so they may be retried after their VM was killed.
 CODE = {
     "quick": "out({'n': 1})",
     "talks": "for i in range(50): print('line', i, flush=True)\nout({'n': 50})",
@@ -70,7 +70,7 @@ class Campaign:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.database = self.settings.data_dir / "swarm.db"
-        self.pace = 1 if self.settings.driver == "process" else 5  # VMs take longer: so does the monkey
+        self.pace = 1 if self.settings.driver == "process" else 5  # VMs take longer, so strikes are rarer
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class Campaign:
             )  # fmt: skip
 
     def insert(self, numbers: range) -> None:
-        """As any tool does: plain SQL, a commit for each."""
+        """With plain SQL, as any tool can, and a commit for each ticket."""
         connection = sqlite3.connect(self.database, timeout=30, isolation_level=None)
         for number in numbers:
             (agent,) = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))
@@ -116,7 +116,7 @@ class Campaign:
                 await self.pause(wake, self.pace * self.random.uniform(0.1, 0.8))
 
     async def pause(self, wake: Wake, seconds: float) -> None:
-        """So long, in which others commit."""
+        """Wait this long; meanwhile others commit."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             await wake.changed(timeout_seconds=left)
@@ -125,10 +125,10 @@ class Campaign:
         queue = await self.store.queue()
         return queue.ready + queue.running + queue.delayed + queue.blocked + queue.waiting
 
-    # --- the monkey ---------------------------------------------------------------------------------------------------
+    # --- strikes ------------------------------------------------------------------------------------------------------
 
     async def strike(self, *, calm: bool) -> None:
-        """``calm``: the last tickets need an engine that is left alone to end in time."""
+        """Restart dead engines, then do one random thing; nothing if ``calm``, so that the last tickets can end."""
         for number, engine in self.engines.items():
             if engine.returncode is not None:
                 await self.start(number)
@@ -153,8 +153,8 @@ class Campaign:
         await self.start(number)
 
     async def freeze(self) -> None:
-        """For longer than its lease, mostly. Not both: somebody must go on. (One frozen inside a transaction keeps the
-        write lock of SQLite: then nobody goes on until it is thawed.)"""
+        """Freeze one engine, mostly for longer than its lease; never both, so that work continues. (One that is frozen
+        inside a transaction keeps SQLite's write lock: then nothing continues until it is thawed.)"""
         number = self.random.randrange(ENGINES)
         if not self.frozen and self.engines[number].returncode is None:
             self.engines[number].send_signal(signal.SIGSTOP)
@@ -208,7 +208,7 @@ class Campaign:
             )  # fmt: skip
 
     async def stop(self) -> list[int | None]:
-        """SIGTERM to all; their exit statuses."""
+        """Send SIGTERM to all engines. Returns their exit statuses."""
         for number in sorted(self.frozen):
             self.thaw(number)
         for engine in self.engines.values():
@@ -228,8 +228,8 @@ class Campaign:
     # --- the verdict --------------------------------------------------------------------------------------------------
 
     async def verdict(self) -> Report:
-        """Raises AssertionError when a promise was broken."""
-        await wiring.sweep(self.settings)  # what the engines that were killed last left, as the next start does
+        """Check the result. Raises AssertionError if a promise was broken."""
+        await wiring.sweep(self.settings)  # remove what the last killed engines left, as the next start would
         report = await prove(self.settings)
         assert report.kept, f"seed {self.seed}: {report.violations}"
         tickets = await self.store.tickets(limit=self.tickets + 10)

@@ -1,4 +1,4 @@
-"""The kill campaign, short: `make chaos` runs the long one. Its seed is new each time, and printed."""
+"""A short kill campaign (`make chaos` runs a long one). Its seed is random, and printed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ async def run(settings: Settings, home: Path, driver: str, *, tickets: int, max_
     assert strikes.total() > 0
 
 
-async def test_whatever_is_killed_nothing_is_lost(settings: Settings, tmp_path: Path) -> None:
+async def test_nothing_is_lost_on_plain_processes(settings: Settings, tmp_path: Path) -> None:
     await run(settings, tmp_path / "h", "process", tickets=60, max_vms=3)
 
 
 @pytest.mark.needs("qemu")
-async def test_nor_in_real_vms(settings: Settings, image: Image, tmp_path: Path) -> None:
+async def test_nothing_is_lost_in_real_vms(settings: Settings, image: Image, tmp_path: Path) -> None:
     await run(settings, tmp_path / "h", "qemu", tickets=6, max_vms=1)

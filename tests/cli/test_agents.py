@@ -1,4 +1,4 @@
-"""Agents as they come: manifests, and copies that nobody edits."""
+"""Agent packages: manifests, and copies by content."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_version(program: str) -> None:
     assert (done.returncode, done.stdout) == (0, f"{program} {version}\n") and version == __version__
 
 
-def test_init_is_idempotent_and_makes_both_paths_one_database(tmp_path: Path) -> None:
+def test_init_is_idempotent_and_links_the_registry(tmp_path: Path) -> None:
     first, second = (run("swarm", "init", "--no-image", home=tmp_path / "h") for _ in range(2))
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "created" in first.stdout and "up to date" in second.stdout
@@ -165,7 +165,7 @@ def test_run_ticket_says_why_a_failed_ticket_failed(home: Path, swarm: Run) -> N
     assert done.returncode == 2 and "Its error: no such agent" in done.stderr and "ticket retry" in done.stderr
 
 
-def test_hostile_text_reaches_no_terminal(home: Path, swarm: Run) -> None:
+def test_hostile_text_does_not_reach_the_terminal(home: Path, swarm: Run) -> None:
     title = "\x1b[2J\x07[bold red]t[/]\rok\u202e\n$(reboot)"
     with sqlite3.connect(home / "data/swarm.db") as db:
         db.execute(
@@ -211,8 +211,8 @@ def test_doctor_reports_each_check(swarm: Run, tmp_path: Path) -> None:
 
 @pytest.mark.needs("netns")
 def test_nothing_is_fetched_once_swarm_is_installed(tmp_path: Path) -> None:
-    """The ways to a registry are blocked and watched; the sandbox has no way out either. (What is fetched, is so by
-    `make install`, `swarm image build`, `swarm agent add` with requirements, and `swarm install firecracker`.)"""
+    """Programs that fetch are replaced by ones that fail, and the sandbox has no way out. (Only `make install`, `swarm
+    image build`, `swarm agent add` with requirements, and `swarm install firecracker` fetch anything.)"""
     calls, block = tmp_path / "calls", tmp_path / "block"
     block.mkdir()
     for program in ("apt-get", "apt", "mmdebstrap", "pip", "pip3", "uv", "curl", "wget", "git"):

@@ -1,4 +1,4 @@
-"""The frame around every command, by a small real program: exit status, signals, pipes, and never a traceback."""
+"""What all commands share, tested with a small program: exit status, signals, pipes, and never a traceback."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_signal_cleans_up_and_is_the_status(program: Path, number: signal.Sign
         assert process.wait(timeout=20) == 128 + number
 
 
-def test_a_reader_that_goes_away_is_no_error(program: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(program: Path) -> None:
     with subprocess.Popen(
         [sys.executable, program, "many"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

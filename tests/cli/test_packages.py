@@ -67,7 +67,7 @@ def refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
 
 
 @pytest.mark.parametrize("lang", ["python", "sh"])
-def test_an_agent_from_its_template_to_its_end(swarm: Run, place: Path, tmp_path: Path, lang: str) -> None:
+def test_the_life_of_an_agent(swarm: Run, place: Path, tmp_path: Path, lang: str) -> None:
     name = f"life-{lang}"
     ok(swarm("agent", "init", name, "--lang", lang))
     refused(swarm("agent", "init", name), "not empty")
@@ -86,7 +86,7 @@ def test_an_agent_from_its_template_to_its_end(swarm: Run, place: Path, tmp_path
     program.write_text(program.read_text().replace("Hello", "Goodbye"))
     before = sorted((place / "agents").iterdir())
     refused(swarm("agent", "add", name), "files differ", "new version")
-    assert sorted((place / "agents").iterdir()) == before, "what was refused leaves no files"
+    assert sorted((place / "agents").iterdir()) == before, "a refused version leaves no files"
     failed = swarm("agent", "test", name, "--json")  # the directory of that name, not the registered agent
     (result,) = json.loads(failed.stdout)
     assert failed.returncode == 1 and not result["passed"] and "$.greeting" in result["wrong"][0]
@@ -98,7 +98,7 @@ def test_an_agent_from_its_template_to_its_end(swarm: Run, place: Path, tmp_path
     assert not list((place / "agents").glob(f"{name}-*"))
 
 
-def test_what_ships_passes_its_own_examples(swarm: Run) -> None:
+def test_built_in_agents_pass_their_examples(swarm: Run) -> None:
     for name in ("echo", "shell@1"):
         assert "fail" not in ok(swarm("agent", "test", name)).split()
 
@@ -151,7 +151,7 @@ def test_a_workflow_is_checked_drawn_added_and_switched(swarm: Run, tmp_path: Pa
     assert shown["enabled"] is True and [s["id"] for s in shown["definition"]["steps"]] == ["a", "b"]
 
 
-def test_what_starts_a_workflow_is_shown(swarm: Run, tmp_path: Path) -> None:
+def test_schedules_and_webhooks_are_shown(swarm: Run, tmp_path: Path) -> None:
     started = "schedule: {cron: '@daily', time_zone: Asia/Tokyo}\nwebhook: {secret: HOOK}\n"
     (tmp_path / "timed.yaml").write_text(GOOD.replace("mine", "timed") + started)
     ok(swarm("workflow", "add", "timed.yaml"))
@@ -163,7 +163,7 @@ def test_what_starts_a_workflow_is_shown(swarm: Run, tmp_path: Path) -> None:
     assert "disabled" in ok(swarm("workflow", "schedules"))
 
 
-def test_a_wrong_workflow_is_told_all_at_once(swarm: Run, tmp_path: Path) -> None:
+def test_all_problems_of_a_workflow_are_shown_at_once(swarm: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(GOOD.replace("echo@1", "nobody").replace("needs: a", "needs: c"))
     for command in ("validate", "add", "graph"):
         refused(swarm("workflow", command, "bad.yaml"), "line 5, column 12", "line 8, column 12")
@@ -173,7 +173,7 @@ def test_a_wrong_workflow_is_told_all_at_once(swarm: Run, tmp_path: Path) -> Non
     refused(swarm("workflow", "validate", "nowhere.yaml"), "can't be read")
 
 
-def test_those_that_ship_are_there_from_the_start(swarm: Run) -> None:
+def test_built_in_workflows_are_registered(swarm: Run) -> None:
     names = {w["name"] for w in json.loads(ok(swarm("workflow", "list", "--json")))}
     assert names >= {"echo-chain", "fan-out-demo", "fix-until-green"}
     assert "first" in ok(swarm("workflow", "show", "echo-chain"))

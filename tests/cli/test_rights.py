@@ -1,4 +1,4 @@
-"""Who may read what Swarm keeps on a host, and what somebody who is not root is told."""
+"""Permissions of Swarm's files, and what a user who is not root sees."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from swarm.vm.slots.ssh import SshDir
 from swarm.vm.template import Templates
 
 BIN = Path(sys.executable).parent
-# A user that is nobody special to itself and to the kernel, and still may read this checkout, wherever it lies.
+# A user without privileges, who can still read this checkout, wherever it is.
 NOT_ROOT = ["unshare", "--user", "--map-user=1000", "--map-group=1000", "--"]
 
 
@@ -33,8 +33,8 @@ def mode(path: Path) -> str:
     return f"{path.stat().st_mode & 0o777:o}"
 
 
-async def test_what_is_private(tmp_path: Path) -> None:
-    """Whatever the umask of whoever was the first to run a command."""
+async def test_private_files(tmp_path: Path) -> None:
+    """They are private whatever the umask of the first command was."""
     home, state = tmp_path / "home", tmp_path / "state"
     before = os.umask(0)
     try:
@@ -58,7 +58,7 @@ async def test_what_is_private(tmp_path: Path) -> None:
     place.release()
 
 
-def test_the_doctor_of_who_is_not_root(tmp_path: Path) -> None:
+def test_doctor_without_root(tmp_path: Path) -> None:
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "doctor", "--json")
     assert done.returncode == 1, done.stderr
     found = {check["name"]: check for check in json.loads(done.stdout)}
@@ -67,8 +67,8 @@ def test_the_doctor_of_who_is_not_root(tmp_path: Path) -> None:
     assert found["program nft"]["status"] == "ok"
 
 
-def test_templates_and_vms_of_who_is_not_root(tmp_path: Path) -> None:
-    """No empty list where there is something that he can't see."""
+def test_templates_and_vms_without_root(tmp_path: Path) -> None:
+    """Never an empty list instead of things that the user can't see."""
     for closed in (tmp_path / "templates", tmp_path / "state" / "locks"):
         closed.mkdir(parents=True)
         closed.chmod(0)
@@ -84,7 +84,7 @@ def test_templates_and_vms_of_who_is_not_root(tmp_path: Path) -> None:
     assert done.returncode == 1 and "can't write to" in done.stderr
 
 
-def test_what_only_root_can_do(tmp_path: Path) -> None:
+def test_building_an_image_without_root(tmp_path: Path) -> None:
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "image", "build")
     assert (done.returncode, done.stderr) == (
         1, "error: building an image needs root, to set the owners of its files: run this as root\n",
@@ -92,7 +92,7 @@ def test_what_only_root_can_do(tmp_path: Path) -> None:
     assert not (tmp_path / "images").exists()
 
 
-def test_the_doctor_of_another_migration(tmp_path: Path) -> None:
+def test_doctor_on_another_migration(tmp_path: Path) -> None:
     assert run(tmp_path, BIN / "swarm", "init", "--no-image").returncode == 0
     with sqlite3.connect(tmp_path / "data/swarm.db") as database:
         database.execute("UPDATE alembic_version SET version_num = '0000_older'")
@@ -106,11 +106,11 @@ def test_the_doctor_of_another_migration(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("root")
-def test_with_a_home_nobody_may_read(tmp_path: Path) -> None:
-    """A path that can't be entered is named, not taken for an empty home."""
+def test_a_home_that_the_user_may_not_read(tmp_path: Path) -> None:
+    """The path is named, and not taken for an empty home."""
     home = tmp_path / "home"
     assert run(home, BIN / "swarm", "init", "--no-image").returncode == 0
-    os.chown(home / "data", 12345, 12345)  # nobody whom the user's namespace knows
+    os.chown(home / "data", 12345, 12345)  # a user unknown in the user namespace
     done = run(home, *NOT_ROOT, BIN / "swarm", "ticket", "list")
     assert done.returncode == 1
     assert "Permission denied" in done.stderr and "are you root?" in done.stderr, done.stderr

@@ -55,7 +55,7 @@ def test_build_list_use_and_remove(swarm: Callable[..., str]) -> None:
     assert "--unused" in swarm("template", "rm", status=2)
 
 
-def test_odd_arguments_are_refused_in_a_word(swarm: Callable[..., str]) -> None:
+def test_odd_arguments_are_refused(swarm: Callable[..., str]) -> None:
     assert "no templates begin with ''" in swarm("template", "rm", "", status=2)
     assert "names of Python modules" in swarm("template", "build", "--preload", "json init=/bin/sh", status=2)
     for option in (("--memory", "64"), ("--memory", "9999999"), ("--vcpus", "1000"), ("--disk", "99999999")):
@@ -86,7 +86,7 @@ def test_capacity_says_how_many_and_why(swarm: Callable[..., str]) -> None:
     assert "fits: " in text
 
 
-def test_the_least_limit_decides(image: Image, tmp_path: Path) -> None:
+def test_the_smallest_limit_decides(image: Image, tmp_path: Path) -> None:
     cost = Cost(private_mb=40.0, shared_mb=60.0, disk_mb=0.2, descriptors=10, threads=4)
     small = fit(cost, VmSpec(image=image, memory_mb=64, disk_mb=16), tmp_path)
     large = fit(cost, VmSpec(image=image, memory_mb=4096, disk_mb=1 << 30), tmp_path)

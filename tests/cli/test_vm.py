@@ -1,4 +1,4 @@
-"""Real VMs by the commands: a ticket from row to outputs, a VM by hand, and the doctor's eye for a broken one."""
+"""The commands with real VMs: a ticket from row to outputs, a manual VM, and `swarm doctor` on a broken one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(settings: Settings, image: Image) -> Run:
 
 @pytest.fixture(scope="module")
 def vm(run: Run) -> Iterator[int]:
-    """One VM by hand for the whole module; each test leaves it sound, or makes it anew."""
+    """One VM, started manually, for the whole module; each test leaves it healthy or replaces it."""
     done = run("swarm-spawn-ns", str(N))
     assert done.returncode == 0, done.stderr
     yield N
@@ -68,7 +68,7 @@ def failed(run: Run) -> list[str]:
     return [name for name, check in checks(run).items() if check["status"] == "fail"]
 
 
-def test_a_sound_vm_passes_each_check(run: Run, vm: int) -> None:
+def test_a_healthy_vm_passes_each_check(run: Run, vm: int) -> None:
     found = checks(run)
     assert list(found) == [
         "process", "namespace", "bridge port", "tap", "address", "routing", "ping", "agentd", "sshd", "entropy",
@@ -78,7 +78,7 @@ def test_a_sound_vm_passes_each_check(run: Run, vm: int) -> None:
     assert f"VM {N}" in run("swarm", "doctor").stdout
 
 
-def test_ssh_runs_a_command_with_its_words_intact(run: Run, vm: int) -> None:
+def test_ssh_keeps_the_words_of_a_command(run: Run, vm: int) -> None:
     assert run("swarm", "vm", "ssh", str(N), "--", "echo", "a  b", "$(id)", "it's").stdout == "a  b $(id) it's\n"
     assert run("swarm", "vm", "ssh", str(N), "--", "sh", "-c", "exit 9").returncode == 9
 
@@ -89,7 +89,7 @@ def test_list_shows_it(run: Run, vm: int) -> None:
     assert f"10.0.0.{N + 1}" in run("swarm", "vm", "list").stdout
 
 
-# Each fault on purpose: what makes it, and the check that must name it. The doctor's own advice then mends it.
+# How to cause each fault, and the check that must find it. The fix that the check suggests must then work.
 FAULTS = {
     "tap not on the bridge": (["ip", "link", "set", f"tap{N}", "nomaster"], "bridge port"),
     "bridge down": (["ip", "link", "set", "br0", "down"], "bridge port"),
@@ -108,7 +108,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_named_and_mended_by_the_advice(run: Run, vm: int, fault: str) -> None:
+def test_a_fault_is_found_and_its_fix_works(run: Run, vm: int, fault: str) -> None:
     make, named = FAULTS[fault]
     assert run(*make).returncode == 0
     broken = checks(run)
@@ -119,17 +119,17 @@ def test_a_fault_is_found_named_and_mended_by_the_advice(run: Run, vm: int, faul
     assert failed(run) == []
 
 
-def test_sshd_gone_is_not_taken_for_a_network_fault(run: Run, vm: int) -> None:
+def test_a_missing_sshd_is_not_taken_for_a_network_fault(run: Run, vm: int) -> None:
     assert run("swarm", "vm", "ssh", str(N), "--", "mv", "/usr/sbin/sshd", "/usr/sbin/sshd.away").returncode == 0
     run("swarm", "vm", "ssh", str(N), "--", "true")  # uses up the sshd that was started ahead
     found = checks(run)
     assert [name for name, check in found.items() if check["status"] == "fail"] == ["sshd"], found
     assert found["entropy"]["status"] == "ok"
-    assert run("swarm-spawn-ns", str(N)).returncode == 0  # an older VM of this number is replaced
+    assert run("swarm-spawn-ns", str(N)).returncode == 0  # replaces the VM
     assert failed(run) == []
 
 
-# In the place of the guest's sshd: no random device, and a getrandom that answers as a kernel without entropy does.
+# Replaces the guest's sshd: without a random device, and with a getrandom that fails as in a kernel without entropy.
 STARVED_SSHD = """#!/usr/bin/python3 -IS
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -145,7 +145,7 @@ os.execv("/usr/sbin/sshd.fed", sys.argv)
 """
 
 
-def test_sshd_silent_for_want_of_entropy(run: Run, vm: int) -> None:
+def test_an_sshd_that_lacks_entropy(run: Run, vm: int) -> None:
     starve = 'mv /usr/sbin/sshd /usr/sbin/sshd.fed; printf %s "$1" > /usr/sbin/sshd; chmod 755 /usr/sbin/sshd'
     done = run("swarm", "vm", "ssh", str(N), "--", "sh", "-c", starve, "sh", STARVED_SSHD)
     assert done.returncode == 0, done.stderr
@@ -185,7 +185,7 @@ async def _until_it_prints(settings: Settings, ticket_id: str) -> None:
 def test_a_run_that_is_ended_from_outside_leaves_nothing(
     run: Run, settings: Settings, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
-    """As from a terminal: the signal reaches every process of the group. What SIGKILL leaves, the next run removes."""
+    """As in a terminal, the signal reaches the whole process group. What SIGKILL leaves, the next run removes."""
     (tmp_path / "main.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
     agent = Agent(id=f"sleeper-{number}", name="sleeper", version=f"1.0.{number}", path=tmp_path, entry=("main.py",))
 

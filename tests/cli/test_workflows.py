@@ -1,4 +1,4 @@
-"""Workflows as a user types them, on plain processes: run and followed, answered, gone on with."""
+"""Workflows as a user runs them, on plain processes: followed, answered, continued."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_run_and_follow(swarm: Swarm, tmp_path: Path) -> None:
     assert "is disabled" in swarm("swarm workflow run echo-chain", status=2).stderr
 
 
-def test_answer_and_go_on(swarm: Swarm, tmp_path: Path) -> None:
+def test_answer_and_continue(swarm: Swarm, tmp_path: Path) -> None:
     (tmp_path / "publish.yaml").write_text(PUBLISH)
     swarm("swarm workflow add", str(tmp_path / "publish.yaml"))
     late = swarm("swarm workflow run publish --wait --timeout 4", status=1)

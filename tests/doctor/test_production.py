@@ -1,4 +1,4 @@
-"""`swarm doctor --production` on hosts that are laid out as files: each recommendation met, and each missed."""
+"""`swarm doctor --production` on hosts made of files: with each recommendation met, and with each missed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def test_a_host_as_recommended(tmp_path: Path) -> None:
         ("sys/devices/system/cpu/vulnerabilities/tsa", "Unknown: No mitigations", "mitigation: tsa", "warn", "Unknown"),
     ],
 )
-def test_each_that_is_missed(tmp_path: Path, file: str, content: str | None, name: str, status: str, says: str) -> None:
+def test_each_missed_recommendation(
+    tmp_path: Path, file: str, content: str | None, name: str, status: str, says: str
+) -> None:
     bad = [check for check in host(tmp_path, {file: content}) if check.status is not Status.OK]
     assert [(check.name, str(check.status)) for check in bad] == [(name, status)]
     assert says in bad[0].detail
@@ -88,8 +90,7 @@ def test_the_jailer(tmp_path: Path, jailed: bool, version: str | None, says: str
     assert says in bad.detail
 
 
-def test_as_typed() -> None:
-    """On this very host, whatever it is like."""
+def test_the_command_on_this_host() -> None:
     argv = [sys.executable, "-m", "swarm.cli.main", "doctor", "--production"]
     env = os.environ | {"COLUMNS": "200"}
     done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env, timeout=60)

@@ -1,4 +1,4 @@
-"""Set-up on a host that is not Debian: it says what is missing and stops, having changed nothing."""
+"""tools/bootstrap and tools/install: they change nothing on a host that they can't set up; a package has every file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# What a POSIX system has anyway; no apt-get, no qemu, no mmdebstrap.
+# Programs of any POSIX system; no apt-get, no qemu, no mmdebstrap.
 BASICS = [
     "sh", "date", "mktemp", "id", "cut", "sort", "tr", "sha256sum", "cat", "flock", "sed", "tail", "grep", "rm",
     "dirname", "env",
@@ -34,7 +34,7 @@ def run(path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_another_distribution_is_told_what_is_missing(tmp_path: Path) -> None:
+def test_missing_packages_on_another_distribution(tmp_path: Path) -> None:
     for name in BASICS:
         found = shutil.which(name)
         assert found, name
@@ -47,7 +47,7 @@ def test_another_distribution_is_told_what_is_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_wrong_use_is_said(tmp_path: Path) -> None:
+def test_wrong_use(tmp_path: Path) -> None:
     for name in BASICS:
         (tmp_path / name).symlink_to(str(shutil.which(name)))
     done = run(tmp_path, "everything")
@@ -58,7 +58,7 @@ def test_wrong_use_is_said(tmp_path: Path) -> None:
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("words", [["venv/bin/swarm-engine", "start"], ["-m", "swarm.cli.engine", "start"]])
 def test_an_installation_under_a_running_engine_is_not_replaced(tmp_path: Path, words: list[str]) -> None:
-    """By its command line it is one; what it does is no matter here."""
+    """A process with an engine's command line; what it does doesn't matter."""
     python = tmp_path / "venv/bin/python"
     for program in (python.with_name("swarm-engine"), tmp_path / "swarm/cli/engine.py"):
         program.parent.mkdir(parents=True)
@@ -79,7 +79,7 @@ def test_an_installation_under_a_running_engine_is_not_replaced(tmp_path: Path, 
 
 
 def test_an_installation_has_every_file() -> None:
-    """What is data, not code, is installed only where pyproject.toml names it."""
+    """Data files are installed only if pyproject.toml names them."""
     source = ROOT / "src" / "swarm"
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["swarm"]
     named = {path for pattern in patterns for path in source.glob(pattern)}

@@ -30,7 +30,7 @@ def test_network_and_settings_are_its_own() -> None:
     links, state, home = done.stdout.split()
     assert links == "lo"
     assert state.startswith("/") and home.startswith("/") and state != os.environ.get("SWARM_STATE_DIR")
-    assert not Path(state).parent.exists(), "the sandbox's directory is removed with it"
+    assert not Path(state).parent.exists(), "the sandbox's directory is removed"
     assert done.returncode == 0 and done.stderr == ""
 
 
@@ -49,7 +49,7 @@ def test_exit_status_is_passed_on() -> None:
         ("mount -t tmpfs none /mnt", "mount /mnt"),
         ("mkdir -p $SWARM_STATE_DIR/vms/7", "/vms/7"),
         ("setsid sleep 600 </dev/null >/dev/null 2>&1 &", "sleep 600"),
-        # A process in another network namespace, as a VMM is.
+        # A process in another network namespace, like a VMM.
         ("setsid unshare --net sleep 601 </dev/null >/dev/null 2>&1 &", "sleep 601"),
     ],
 )
