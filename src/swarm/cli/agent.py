@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = new_app("agent", "Write, test, register, show, run and remove agents.")
 
-_Ref = Annotated[str, typer.Argument(metavar="AGENT", help="Name, name@version or id.", show_default=False)]
+_Ref = Annotated[str, typer.Argument(metavar="AGENT", help="Name, name@version or id.")]
 _NO_VM = (
     "it runs without a VM, as a plain process on this host: no isolation, no limits; --vm runs it as tickets are run"
 )
@@ -28,9 +28,7 @@ _NO_VM = (
 @command(app, "init", examples=["swarm agent init word-count", "swarm agent init shout --lang sh"])
 async def init(
     cli: Cli,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Name of the agent, and of the new directory.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the agent, and of the new directory.")],
     lang: Annotated[str, typer.Option("--lang", metavar="LANGUAGE", help="python, sh or node.")] = "python",
 ) -> None:
     """Write a new agent, ready to test and change, into the directory NAME."""
@@ -45,7 +43,7 @@ async def init(
 @command(app, "add", examples=["swarm agent add word-count/", "swarm agent add word-count.tar.gz"], json=True)
 async def add(
     cli: Cli,
-    source: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A directory or a .tar.gz.", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A directory or a .tar.gz.")],
 ) -> None:
     """Register an agent, after building the layer for its requirements and packages.
 
@@ -53,11 +51,10 @@ async def add(
     """
     from swarm import agents
     from swarm.admin import packages
-    from swarm.app import wiring
 
     with agents.opened(source) as directory:
         await _build(cli, agents.read(directory))  # first, so that an agent that can't run is not registered
-        async with wiring.store(cli.settings) as store:
+        async with cli.store() as store:
             agent = await packages.add_agent(store, directory, cli.settings.agents)
     cli.out.result(agent, f"{agent.name}@{agent.version}, id {agent.id}")
 
@@ -65,9 +62,8 @@ async def add(
 @command(app, "list", examples=["swarm agent list", "swarm agent list --json"], json=True)
 async def list_(cli: Cli) -> None:
     """List the registered agents."""
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         agents = await store.agents()
     rows = [(a.name, a.version, a.id, a.runtime, f"{a.memory_mb} MB", a.network, a.description) for a in agents]
     columns = ("NAME", "VERSION", "ID", "RUNTIME", "MEMORY", "NETWORK", "DESCRIPTION")
@@ -77,10 +73,9 @@ async def list_(cli: Cli) -> None:
 @command(app, "show", examples=["swarm agent show echo", "swarm agent show echo@1.0.0 --json"], json=True)
 async def show(cli: Cli, agent: _Ref) -> None:
     """Show an agent: its program, its limits, and where its files are."""
-    from swarm.app import wiring
     from swarm.cli.ui.output import plain
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         found = await store.agent(agent)
     if cli.out.json:
         cli.out.dump(found)
@@ -92,9 +87,8 @@ async def show(cli: Cli, agent: _Ref) -> None:
 async def rm(cli: Cli, agent: _Ref) -> None:
     """Remove an agent and its files. Refused while an unfinished ticket or a workflow needs it."""
     from swarm.admin import packages
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         removed = await packages.remove_agent(store, agent, cli.settings.agents)
     cli.out.line(f"removed {removed.name}@{removed.version}")
 
@@ -110,15 +104,14 @@ async def build(
 ) -> int:
     """Build the layers for agents' requirements and packages. Needs root and the network; running agents does not."""
     from swarm import agents
-    from swarm.app import wiring
     from swarm.errors import SwarmError
 
     found = [agents.read(Path(one)) for one in agent or [] if _is_path(one)]
     if names := [one for one in agent or [] if not _is_path(one)]:
-        async with wiring.store(cli.settings) as store:
+        async with cli.store() as store:
             found += [await store.agent(name) for name in names]
     if not agent:
-        async with wiring.store(cli.settings) as store:
+        async with cli.store() as store:
             found = [one for one in await store.agents(broken=False) if one.needs_layer]
     status = 0
     for one in found:
@@ -151,7 +144,7 @@ async def layers_(
     from swarm.cli.ui import render
 
     built = wiring.guest_layers(cli.settings)
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         found = await layers.in_use(store, wiring.images(cli.settings), built)
     if rm_unused:
         for info in [info for info, users in found if not users]:
@@ -172,9 +165,7 @@ async def layers_(
     cli.out.listing(values, ("LAYER", "BUILT", "SIZE", "AGENTS", "CONTENT"), rows, empty="no layers")
 
 
-_Source = Annotated[
-    str, typer.Argument(metavar="DIR|AGENT", help="A directory, a .tar.gz or a registered agent.", show_default=False)
-]
+_Source = Annotated[str, typer.Argument(metavar="DIR|AGENT", help="A directory, a .tar.gz or a registered agent.")]
 
 
 @command(app, "test", examples=["swarm agent test word-count/", "swarm agent test shell --vm"], json=True)
@@ -259,13 +250,12 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
     from dataclasses import replace
 
     from swarm import agents
-    from swarm.app import wiring
     from swarm.engine import oneoff
 
     if _is_path(source):
         package = agents.read_package(stack.enter_context(agents.opened(Path(source))))
     else:
-        async with wiring.store(cli.settings) as store:
+        async with cli.store() as store:
             found = await store.agent(source)
         package = replace(agents.read_package(found.path), agent=found)
     if vm:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
+from swarm.cli.inputs import Limit
 
 app = new_app("artifact", "List and show artifacts: large values that workflow steps produced.")
 
@@ -15,12 +16,11 @@ app = new_app("artifact", "List and show artifacts: large values that workflow s
 async def list_(
     cli: Cli,
     ticket: Annotated[str | None, typer.Option("--ticket", metavar="ID", help="Only of this ticket.")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, metavar="N", help="At most this many.")] = 50,
+    limit: Limit = 50,
 ) -> None:
     """List artifacts, largest first. One is removed with the last ticket that uses it."""
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         if ticket is not None:
             await store.ticket(ticket)  # raises NotFound
         found = await store.artifacts(ticket_id=ticket, limit=limit)
@@ -31,13 +31,10 @@ async def list_(
 @command(app, "show", examples=["swarm artifact show 481c37e5", "swarm artifact show 481c37e5 > value.json"])
 async def show(
     cli: Cli,
-    digest: Annotated[
-        str, typer.Argument(metavar="DIGEST", help="The digest, or a unique beginning of it.", show_default=False)
-    ],
+    digest: Annotated[str, typer.Argument(metavar="DIGEST", help="The digest, or a unique beginning of it.")],
 ) -> None:
     """Print an artifact, as JSON."""
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         text = await store.artifact(digest)
     cli.out.text(f"{text}\n")

@@ -36,9 +36,8 @@ def register(app: typer.Typer) -> None:
         ] = "",
     ) -> None:
         """Show what model calls cost, by the prices of when they were made."""
-        from swarm.app import wiring
 
-        async with wiring.store(cli.settings) as store:
+        async with cli.store() as store:
             rows = await store.costs(by.value, since=moment(since))
         if cli.out.json:
             cli.out.dump(rows)

@@ -82,7 +82,6 @@ async def start_(
     After Ctrl+C or SIGTERM it starts no more tickets. Running ones get --grace seconds; then their VMs are killed and
     they become ready again, and the attempt is not counted. A second signal ends the grace at once.
     """
-    from swarm.app import wiring
     from swarm.cli import service
 
     max_vms = max_vms or 2 * (os.cpu_count() or 1)
@@ -91,7 +90,7 @@ async def start_(
         argv = [f"--max-vms={max_vms}", f"--grace={grace:g}", f"--warm={warm}"]
         argv += [f"--driver={driver}"] if driver else []
         argv += ["--log-format=json"] if log_format is LogFormat.JSON else []
-        async with wiring.store(cli.settings) as store:
+        async with cli.store() as store:
             ours = await service.start(cli.settings, store, argv)
         cli.out.line(f"the engine runs in process {ours.pid}; its log is {service.log_file(cli.settings)}")
         return
@@ -191,7 +190,7 @@ async def stop(
 )
 async def run_ticket(
     cli: Cli,
-    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_default=False)],  # noqa: A002
+    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")],  # noqa: A002
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended, and print the result.")] = False,
     timeout: Annotated[
         float | None,
@@ -213,7 +212,7 @@ async def run_ticket(
         cli.out.note(f"ticket {ticket.id} waits for a person: `swarm ticket show {ticket.id}` shows for what")
 
     ticket, attempts = await wiring.run_ticket(cli.settings, id, timeout_seconds=timeout, waits=waits)
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         runs, steps = await store.runs(id), await store.steps(id)
     if cli.out.json:
         cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts})
@@ -235,7 +234,7 @@ async def status(cli: Cli) -> None:
     from swarm.app import wiring
     from swarm.cli import service
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         queue, workers = await store.queue(), await store.workers()
     vms = wiring.inventory(cli.settings).records()
     alive = {row.id: service.is_alive(row) for row in workers}

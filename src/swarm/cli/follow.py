@@ -22,7 +22,7 @@ async def to_the_end(cli: Cli, ticket: Ticket) -> int:
     from swarm.app import wiring
 
     here = None
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         if not any(service.is_alive(row) for row in await store.workers()):
             cli.out.note(f"no engine runs: ticket {ticket.id} runs here")
             here = asyncio.create_task(wiring.run_ticket(cli.settings, ticket.id))

@@ -25,6 +25,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +36,7 @@ from swarm.cli.ui.output import Out
 
 if TYPE_CHECKING:
     from swarm.config import Settings
+    from swarm.store.store import Store
 
 _PANEL = "Common options"
 
@@ -45,13 +48,18 @@ _Debug = Annotated[bool, typer.Option("--debug", help="Log every step; print tra
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_PANEL)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cli:
     """Passed to every command: the settings, and how to print."""
 
-    def __init__(self, *, settings: Settings, out: Out, debug: bool = False) -> None:
-        self.settings = settings
-        self.debug = debug
-        self.out = out
+    settings: Settings
+    out: Out
+    debug: bool = False
+
+    def store(self) -> AbstractAsyncContextManager[Store]:
+        from swarm.app import wiring
+
+        return wiring.store(self.settings)
 
 
 Command = Callable[..., Awaitable[int | None]]

@@ -59,9 +59,7 @@ async def list_(cli: Cli) -> None:
 @command(app, "rm", examples=["swarm image rm 4be1b6c3a8d2"])
 async def rm(
     cli: Cli,
-    digest: Annotated[
-        list[str], typer.Argument(metavar="DIGEST", help="Digests, or unique beginnings of them.", show_default=False)
-    ],
+    digest: Annotated[list[str], typer.Argument(metavar="DIGEST", help="Digests, or unique beginnings of them.")],
 ) -> None:
     """Remove images."""
     from swarm.app import wiring

@@ -1,4 +1,4 @@
-"""Values as they are typed on a command line: inputs of a ticket, ages and times."""
+"""Options that several commands have, and the values as they are typed: inputs of a ticket, ages and times."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ Input = Annotated[
     list[str] | None,
     typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input. VALUE is JSON, or else text."),
 ]
+NewId = Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")]
+Priority = Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=1, metavar="N", help="At most this many.")]
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 

@@ -36,10 +36,9 @@ async def prune(
     ],
 ) -> None:
     """Remove old events (logs, transitions) of ended tickets. The tickets stay."""
-    from swarm.app import wiring
 
     seconds = age_seconds(older_than)
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         removed = await store.prune(seconds)
     cli.out.result({"removed": removed}, f"removed {removed} events")
 

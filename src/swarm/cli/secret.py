@@ -14,7 +14,7 @@ app = new_app(
     "secret", "Set, list and remove secrets. They are encrypted at rest; an agent gets those that its manifest names."
 )
 
-_Name = Annotated[str, typer.Argument(metavar="NAME", help="The name that manifests use.", show_default=False)]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="The name that manifests use.")]
 _Agent = Annotated[str | None, typer.Option("--agent", "-a", metavar="NAME", help="Only for this agent.")]
 _Workflow = Annotated[
     str | None, typer.Option("--workflow", "-w", metavar="NAME", help="Only for steps of this workflow.")
@@ -47,7 +47,7 @@ async def set_(
             value = sys.stdin.buffer.read(MAX_BYTES + 3).decode().removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError:
             raise UsageError("the value on stdin is not UTF-8 text") from None
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         await wiring.vault(cli.settings, store).set(name, value, scope=scope)
     cli.out.line(f"secret {name} is set for {scope}")
 
@@ -57,7 +57,7 @@ async def list_(cli: Cli) -> None:
     """List names and scopes. No command shows values."""
     from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         rows = await wiring.vault(cli.settings, store).list()
     lines = [(row.name, row.scope, row.updated_at) for row in rows]
     cli.out.listing(rows, ("NAME", "SCOPE", "UPDATED"), lines, empty="no secrets")
@@ -72,6 +72,6 @@ async def remove(
     from swarm.app import wiring
 
     scope = scope_of(agent, workflow, webhook)
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         await wiring.vault(cli.settings, store).remove(name, scope=scope)
     cli.out.line(f"removed secret {name} for {scope}")

@@ -75,9 +75,7 @@ async def build(
 @command(app, "rm", examples=["swarm template rm 4be1b6c3a8d2", "swarm template rm --unused 7"])
 async def rm(
     cli: Cli,
-    key: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY", help="Keys, or unique beginnings of them.", show_default=False)
-    ] = None,
+    key: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="Keys, or unique beginnings of them.")] = None,
     unused: Annotated[
         float | None,
         typer.Option("--unused", min=0, metavar="DAYS", help="Also those from which no VM was cloned for this long."),

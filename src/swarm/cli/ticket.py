@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Input, Inputs, read_inputs
+from swarm.cli.inputs import Input, Inputs, Limit, NewId, Priority, Timeout, read_inputs
 from swarm.cli.ui import render
 from swarm.model import TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
 
 if TYPE_CHECKING:
-    from swarm.ledger import Limit
+    from swarm.ledger import Limit as Budget
 
 app = new_app("ticket", "Add, show, approve, reject, cancel and retry tickets; read their logs.")
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_default=False)]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")]
 
 
 @command(
@@ -35,36 +35,26 @@ _Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.", show_
 )
 async def add(
     cli: Cli,
-    title: Annotated[str, typer.Argument(metavar="TITLE", help="The task in a few words.", show_default=False)],
+    title: Annotated[str, typer.Argument(metavar="TITLE", help="The task in a few words.")],
     agent: Annotated[
         str | None,
-        typer.Option(
-            "--agent", "-a", metavar="AGENT", help="Agent to run: name, name@version or id.", show_default=False
-        ),
+        typer.Option("--agent", "-a", metavar="AGENT", help="Agent to run: name, name@version or id."),
     ] = None,
     workflow: Annotated[
         str | None,
-        typer.Option(
-            "--workflow",
-            "-w",
-            metavar="WORKFLOW",
-            help="Or workflow to run: name, name@version or id.",
-            show_default=False,
-        ),
+        typer.Option("--workflow", "-w", metavar="WORKFLOW", help="Or workflow to run: name, name@version or id."),
     ] = None,
     description: Annotated[
         str | None, typer.Option("--description", "-d", metavar="TEXT", help="The task in detail.")
     ] = None,
     inputs: Inputs = None,
     input: Input = None,  # noqa: A002
-    id: Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")] = None,  # noqa: A002
+    id: NewId = None,  # noqa: A002
     project: Annotated[
         str | None, typer.Option("--project", metavar="NAME", help="Any text to group tickets by.")
     ] = None,
-    priority: Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")] = 0,
-    timeout: Annotated[
-        float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)
-    ] = None,
+    priority: Priority = 0,
+    timeout: Timeout = None,
     budget_usd: Annotated[
         float | None,
         typer.Option("--budget-usd", metavar="USD", help="Limit for its model calls, retries included.", min=0),
@@ -78,12 +68,11 @@ async def add(
     draft: Annotated[bool, typer.Option("--draft", help="Add it in state 'draft': it does not run yet.")] = False,
 ) -> None:
     """Add a ticket and print its id."""
-    from swarm.app import wiring
     from swarm.errors import UsageError
 
     if (agent is None) == (workflow is None):
         raise UsageError("a ticket runs either an agent or a workflow: give one of --agent and --workflow")
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         chosen_agent = await store.agent(agent) if agent is not None else None
         chosen_workflow = await store.workflow(workflow) if workflow is not None else None
         agent_id = chosen_agent.id if chosen_agent else None
@@ -122,12 +111,11 @@ async def list_(
         list[TicketState] | None, typer.Option("--state", "-s", help="Only in this state; can be repeated.")
     ] = None,
     project: Annotated[str | None, typer.Option("--project", metavar="NAME", help="Only of this project.")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, metavar="N", help="At most this many.")] = 50,
+    limit: Limit = 50,
 ) -> None:
     """List tickets, newest first."""
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         tickets = await store.tickets(states=tuple(state or ()), project_id=project, limit=limit)
     rows = [(t.id, t.state, t.title, t.created_at, (t.error or "").split("\n")[0]) for t in tickets]
     cli.out.listing(tickets, ("ID", "STATE", "TITLE", "CREATED", "ERROR"), rows, empty="no tickets")
@@ -136,9 +124,8 @@ async def list_(
 @command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
 async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
     """Show a ticket: its task, its result, each step or attempt, and where its time went."""
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         ticket, runs = await store.ticket(id), await store.runs(id)
         steps, attempts = await store.steps(id), await store.attempts(id)
     if cli.out.json:
@@ -174,9 +161,7 @@ async def logs(
     """Print what the ticket's agents printed; with --json, all of its events, one per line."""
     from contextlib import AsyncExitStack
 
-    from swarm.app import wiring
-
-    async with wiring.store(cli.settings) as store, AsyncExitStack() as stack:
+    async with cli.store() as store, AsyncExitStack() as stack:
         wake = await stack.enter_async_context(store.watching()) if follow else None
         after = 0
         while True:
@@ -199,9 +184,8 @@ async def logs(
 @command(app, "cancel", examples=["swarm ticket cancel report-7"], json=True)
 async def cancel(cli: Cli, id: _Id) -> None:  # noqa: A002
     """Cancel a ticket. If it runs, its VM is killed within two seconds."""
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         await store.cancel(id, getpass.getuser())
         _show_state(cli, await store.ticket(id))
 
@@ -225,16 +209,13 @@ async def retry(
 
     With --from, steps that were interrupted or that made the run fail run again too, and the ticket may also be done.
     """
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         await store.retry(id, step=step)
         _show_state(cli, await store.ticket(id))
 
 
-_Step = Annotated[
-    str | None, typer.Option("--step", metavar="STEP", help="The step, if several wait.", show_default=False)
-]
+_Step = Annotated[str | None, typer.Option("--step", metavar="STEP", help="The step, if several wait.")]
 _By = Annotated[
     str | None, typer.Option("--by", metavar="WHO", help="Who answers. Default: the user who runs this command.")
 ]
@@ -261,9 +242,9 @@ async def approve(
     ] = None,
 ) -> None:
     """Approve the step that waits for a person."""
-    from swarm.ledger import Limit
+    from swarm.ledger import Limit as Budget
 
-    budget = Limit(usd=budget_usd, tokens=budget_tokens)
+    budget = Budget(usd=budget_usd, tokens=budget_tokens)
     await _answer(cli, id, step, approved=True, by=by, why=why, budget=budget)
 
 
@@ -271,9 +252,7 @@ async def approve(
 async def reject(
     cli: Cli,
     id: _Id,  # noqa: A002
-    why: Annotated[
-        str, typer.Option("--why", metavar="TEXT", help="The reason, kept with the answer.", show_default=False)
-    ],
+    why: Annotated[str, typer.Option("--why", metavar="TEXT", help="The reason, kept with the answer.")],
     step: _Step = None,
     by: _By = None,
 ) -> None:
@@ -282,11 +261,10 @@ async def reject(
 
 
 async def _answer(
-    cli: Cli, id_: str, step: str | None, *, approved: bool, by: str | None, why: str, budget: Limit | None = None
+    cli: Cli, id_: str, step: str | None, *, approved: bool, by: str | None, why: str, budget: Budget | None = None
 ) -> None:
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         who = by or getpass.getuser()
         answered = await store.answer(id_, step=step, approved=approved, by=who, why=why, budget=budget)
         ticket = await store.ticket(id_)

@@ -19,7 +19,7 @@ MAX_VM = 65533
 app = new_app("vm", "Start, list, log in to and remove VMs.")
 spawn_ns = new_app("swarm-spawn-ns", "Start VM N in its own network namespace.", many=False)
 
-_N = Annotated[int, typer.Argument(metavar="N", min=1, max=MAX_VM, help="Number of the VM.", show_default=False)]
+_N = Annotated[int, typer.Argument(metavar="N", min=1, max=MAX_VM, help="Number of the VM.")]
 _Memory = Annotated[int, typer.Option("--memory", min=128, metavar="MB", help="Memory of the VM.")]
 _Cpus = Annotated[int, typer.Option("--cpus", min=1, metavar="N", help="Virtual CPUs of the VM.")]
 
@@ -96,9 +96,7 @@ async def ssh(
 @command(app, "rm", examples=["swarm vm rm 1 2"])
 async def rm(
     cli: Cli,
-    n: Annotated[
-        list[int], typer.Argument(metavar="N", min=1, max=MAX_VM, help="Numbers of the VMs.", show_default=False)
-    ],
+    n: Annotated[list[int], typer.Argument(metavar="N", min=1, max=MAX_VM, help="Numbers of the VMs.")],
 ) -> None:
     """Remove VMs that were started manually."""
     from swarm.app import manual_vm

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Input, InputJson, Inputs, read_inputs
+from swarm.cli.inputs import Input, InputJson, Inputs, NewId, Priority, Timeout, read_inputs
 
 if TYPE_CHECKING:
     from swarm.store.registry.schedules import ScheduleRow
@@ -20,17 +20,16 @@ if TYPE_CHECKING:
 
 app = new_app("workflow", "Check, draw, register, show, run, enable and disable workflows.")
 
-_File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow file.", show_default=False)]
-_Ref = Annotated[str, typer.Argument(metavar="WORKFLOW", help="Name, name@version or id.", show_default=False)]
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow file.")]
+_Ref = Annotated[str, typer.Argument(metavar="WORKFLOW", help="Name, name@version or id.")]
 
 
 @command(app, "validate", examples=["swarm workflow validate release.yaml"], json=True)
 async def validate(cli: Cli, file: _File) -> int:
     """Check a file against the registered agents and workflows. Prints every problem with line and column."""
-    from swarm.app import wiring
     from swarm.base.manifest import Invalid
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         try:
             found = await _from_file(store, file)
         except Invalid as error:
@@ -55,18 +54,15 @@ async def validate(cli: Cli, file: _File) -> int:
 )
 async def graph(
     cli: Cli,
-    source: Annotated[
-        str, typer.Argument(metavar="FILE|WORKFLOW", help="A file or a registered workflow.", show_default=False)
-    ],
+    source: Annotated[str, typer.Argument(metavar="FILE|WORKFLOW", help="A file or a registered workflow.")],
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture to this file.")] = None,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid diagram.")] = False,
 ) -> None:
     """Draw a workflow, one step per line. Steps with equal numbers may run at the same time."""
-    from swarm.app import wiring
     from swarm.errors import UsageError
     from swarm.workflow import graph as draw
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         if "/" in source or Path(source).is_file():
             found = await _from_file(store, Path(source))
         else:
@@ -89,9 +85,8 @@ async def add(cli: Cli, file: _File) -> None:
     Registering it again changes nothing; other content with a registered version is refused.
     """
     from swarm.admin import packages
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         row = await packages.add_workflow(store, _read(file), name=str(file))
     cli.out.result(row, f"{row.name}@{row.version}, id {row.id}")
 
@@ -99,9 +94,8 @@ async def add(cli: Cli, file: _File) -> None:
 @command(app, "list", examples=["swarm workflow list", "swarm workflow list --json"], json=True)
 async def list_(cli: Cli) -> None:
     """List the registered workflows."""
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         found = await store.workflows()
     rows = [(w.name, w.version, w.id, "enabled" if w.enabled else "disabled", w.description) for w in found]
     columns = ("NAME", "VERSION", "ID", "STATE", "DESCRIPTION")
@@ -111,12 +105,11 @@ async def list_(cli: Cli) -> None:
 @command(app, "show", examples=["swarm workflow show echo-chain", "swarm workflow show echo-chain@1 --json"], json=True)
 async def show(cli: Cli, workflow: _Ref) -> None:
     """Show a workflow: its inputs, its steps, what starts it; with --json, its whole definition."""
-    from swarm.app import wiring
     from swarm.cli.ui.output import plain
     from swarm.workflow import graph as draw
     from swarm.workflow.definition import to_json
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         row, schedules = await store.workflow(workflow), await store.schedules()
     found = row.parsed()
     if cli.out.json:
@@ -153,9 +146,8 @@ async def schedules(cli: Cli) -> None:
 
     Only the newest version of each workflow counts, and only while it is enabled.
     """
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         found = await store.schedules()
     rows = [
         (one.workflow, one.cron, one.time_zone, one.next_at or one.error or "disabled", one.last_at,
@@ -178,10 +170,10 @@ async def webhook(
     new: Annotated[bool, typer.Option("--new", help="Replace the secret; the old one is no longer accepted.")] = False,
 ) -> None:
     """Create the secret that senders sign this workflow's webhook with, and show it once."""
-    from swarm.app import serve, wiring
+    from swarm.app import serve
     from swarm.errors import UsageError
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         row = await store.workflow(workflow)
     hook = row.parsed().webhook
     if hook is None:
@@ -212,20 +204,17 @@ async def run(
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow it until it has ended; if no engine runs, run it here.")
     ] = False,
-    id: Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")] = None,  # noqa: A002
-    priority: Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")] = 0,
-    timeout: Annotated[
-        float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)
-    ] = None,
+    id: NewId = None,  # noqa: A002
+    priority: Priority = 0,
+    timeout: Timeout = None,
 ) -> int:
     """Run a workflow: add a ticket for it and print its id. Exit status with --wait: 0 if it is done, 1 otherwise."""
-    from swarm.app import wiring
     from swarm.cli import follow
     from swarm.errors import Conflict
     from swarm.model import ExecutionMode, Ticket, TicketState
 
     given = read_inputs(inputs, input_json, input)
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         row = await store.workflow(workflow)
         if not row.enabled:
             name = f"{row.name}@{row.version}"
@@ -277,9 +266,8 @@ async def disable(cli: Cli, workflow: _Ref) -> None:
 
 
 async def _enable(cli: Cli, workflow: str, *, enabled: bool) -> None:
-    from swarm.app import wiring
 
-    async with wiring.store(cli.settings) as store:
+    async with cli.store() as store:
         row = await store.enable_workflow(workflow, enabled=enabled)
     cli.out.line(f"{row.name}@{row.version} is {'enabled' if row.enabled else 'disabled'}")
 
