@@ -108,7 +108,7 @@ async def test_one_off_runs_are_booked_and_stopped(gated: Bench, api: MessagesAp
     assert len(gated.sql("SELECT 1 FROM model_calls")) == 2, "what was refused was not made"
     # Without a key: one sentence, and nothing is started.
     none = await swarm(*run, 'prompts=["a"]', ANTHROPIC_API_KEY="")
-    [said] = [line for line in none.stderr.splitlines() if not line.startswith("note: run without a VM")]
+    [said] = [line for line in none.stderr.splitlines() if not line.startswith("note: it runs without a VM")]
     assert none.returncode == 1 and "no key for anthropic on this host" in said and "swarm secret set" in said
     assert len(api.seen) == 2
 
