@@ -58,7 +58,7 @@ LIVE = TicketFact(id="t", state="in_progress", run_status="running", live_steps=
 FAILED = [("step", "running", "failed", "a1"), ("ticket", "in_progress", "failed", "")]
 
 
-def attempt(id: str = "a1", outcome: str | None = "succeeded", **values: object) -> AttemptFact:  # noqa: A002
+def attempt(id: str = "a1", outcome: str | None = "succeeded", **values: object) -> AttemptFact:
     facts: dict[str, object] = {"step_status": "completed", "owns_step": True, **values}
     return AttemptFact(id=id, step_execution_id="s", ticket_id="t", outcome=outcome, **facts)  # type: ignore[arg-type]
 

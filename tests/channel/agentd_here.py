@@ -40,7 +40,7 @@ def identity(**changes: object) -> Identity:
 class Guest:
     """An agentd and an open channel to it."""
 
-    def __init__(self, vm: ProcessVm, channel: Channel, dir: Path) -> None:  # noqa: A002
+    def __init__(self, vm: ProcessVm, channel: Channel, dir: Path) -> None:
         self.vm = vm
         self.channel = channel
         self.work = dir / "root" / "work"
@@ -68,7 +68,7 @@ class Guest:
 
 
 @asynccontextmanager
-async def running(dir: Path) -> AsyncIterator[Guest]:  # noqa: A002
+async def running(dir: Path) -> AsyncIterator[Guest]:
     vm = await ProcessDriver().boot(SPEC, None, dir)
     try:
         async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=10) as channel:
@@ -85,7 +85,7 @@ class Raw:
         self.reader = reader
         self.writer = writer
 
-    def say(self, op: str, payload: bytes = b"", *, id: int = 1, **fields: object) -> None:  # noqa: A002
+    def say(self, op: str, payload: bytes = b"", *, id: int = 1, **fields: object) -> None:
         self.writer.write(frames.encode({"id": id, "op": op, **fields}, payload))
 
     async def hear(self) -> frames.Frame:

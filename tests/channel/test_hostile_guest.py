@@ -27,17 +27,17 @@ EXIT = {
 Answer = list[bytes]
 
 
-def ok(id: int, **fields: object) -> bytes:  # noqa: A002
+def ok(id: int, **fields: object) -> bytes:
     return frames.encode({"id": id, "ok": True, **fields})
 
 
-def say(id: int, payload: bytes = b"", **fields: object) -> bytes:  # noqa: A002
+def say(id: int, payload: bytes = b"", **fields: object) -> bytes:
     return frames.encode({"id": id, **fields}, payload)
 
 
 @asynccontextmanager
 async def liar(
-    dir: Path,  # noqa: A002
+    dir: Path,
     answer: Callable[[dict[str, Any]], Answer | None],
     *,
     io_timeout_seconds: float = 10.0,

@@ -51,7 +51,7 @@ class Bench:
         values: dict[str, object] = {"id": name, "name": name, "version": "1.0.0", "path": place, "entry": ("main.py",)}
         return await self.store.put_agent(Agent(**{**values, **manifest}))  # type: ignore[arg-type]
 
-    def insert(self, id: str, agent_id: str, **columns: object) -> None:  # noqa: A002
+    def insert(self, id: str, agent_id: str, **columns: object) -> None:
         """As any tool would: plain SQL, another connection."""
         row = {"id": id, "title": id, "state": "ready", "agent_id": agent_id, **columns}
         with sqlite3.connect(self.database, timeout=30) as connection:
@@ -78,13 +78,13 @@ class Bench:
             while not await holds():
                 await wake.changed(timeout_seconds=0.2)
 
-    async def until_it_prints(self, id: str = "t") -> None:  # noqa: A002
+    async def until_it_prints(self, id: str = "t") -> None:
         async def printed() -> bool:
             return any(e.kind == "output" for e in await self.store.events(id))
 
         await self.until(printed)
 
-    async def attempts(self, id: str = "t") -> list[AttemptRow]:  # noqa: A002
+    async def attempts(self, id: str = "t") -> list[AttemptRow]:
         return await self.store.attempts(id)
 
     def vms(self) -> list[VmRecord]:

@@ -32,13 +32,13 @@ json.dump({'n': inputs.get('n', 0)}, open('output.json', 'w'))
 """
 
 
-async def add(bench: Bench, text: str, id: str = "t", **columns: Any) -> None:  # noqa: A002
+async def add(bench: Bench, text: str, id: str = "t", **columns: Any) -> None:
     """Register a workflow and make a ticket of it."""
     row = await packages.add_workflow(bench.store, text.encode(), name="workflow.yaml")
     await begin(bench, row.id, id, **columns)
 
 
-async def begin(bench: Bench, workflow_id: str, id: str = "t", **columns: Any) -> None:  # noqa: A002
+async def begin(bench: Bench, workflow_id: str, id: str = "t", **columns: Any) -> None:
     await bench.store.add_ticket(
         Ticket(id=id, title=id, state="ready", execution_mode="workflow", workflow_id=workflow_id, **columns)
     )
@@ -55,7 +55,7 @@ async def stop(*engines: asyncio.subprocess.Process) -> None:
         await engine.wait()
 
 
-async def statuses(bench: Bench, id: str = "t") -> Mapping[str, str]:  # noqa: A002
+async def statuses(bench: Bench, id: str = "t") -> Mapping[str, str]:
     return {step.step_id: step.status for step in await bench.store.steps(id)}
 
 

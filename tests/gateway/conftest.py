@@ -95,7 +95,7 @@ class Harness:
 @asynccontextmanager
 async def open_harness(
     api: MessagesApi,
-    dir: Path,  # noqa: A002
+    dir: Path,
     *,
     day: Limit | None = None,
     keys: bool = True,

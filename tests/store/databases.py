@@ -86,7 +86,7 @@ class SqliteBackend:
         return SqliteOutside(url)
 
 
-def insert(outside: Outside, id: str, **columns: Any) -> None:  # noqa: A002
+def insert(outside: Outside, id: str, **columns: Any) -> None:
     """A ready ticket for the echo agent, as another tool inserts it; ``columns`` override or add."""
     values = {"id": id, "title": "a test", "state": "ready", "agent_id": ECHO.id} | columns
     names = ", ".join(values)

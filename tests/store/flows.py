@@ -53,7 +53,7 @@ async def register(store: Store, text: str, *, name: str = "flow") -> str:
     return (await store.put_workflow(checked)).id
 
 
-async def ticket(store: Store, outside: Outside, text: str, *, id: str = "t", **columns: Any) -> None:  # noqa: A002
+async def ticket(store: Store, outside: Outside, text: str, *, id: str = "t", **columns: Any) -> None:
     """A ready ticket with a workflow of its own."""
     workflow = await register(store, text, name=f"of-{id}")
     insert(outside, id, agent_id=None, execution_mode="workflow", workflow_id=workflow, **columns)
@@ -82,7 +82,7 @@ async def run(store: Store, behave: Behaviour = well, *, limit: int = 4) -> list
     return started
 
 
-async def rows(store: Store, id: str = "t") -> dict[str, StepRow]:  # noqa: A002
+async def rows(store: Store, id: str = "t") -> dict[str, StepRow]:
     """The steps of the ticket's own run, and of nested runs."""
     own = (await store.ticket(id)).run_id
     runs = await store.runs(id)
@@ -90,11 +90,11 @@ async def rows(store: Store, id: str = "t") -> dict[str, StepRow]:  # noqa: A002
     return {step.step_id: step for step in await store.steps(id) if step.run_id in last}
 
 
-async def statuses(store: Store, id: str = "t") -> dict[str, str]:  # noqa: A002
+async def statuses(store: Store, id: str = "t") -> dict[str, str]:
     return {name: row.status for name, row in (await rows(store, id)).items()}
 
 
-async def state(store: Store, id: str = "t") -> tuple[str, Any]:  # noqa: A002
+async def state(store: Store, id: str = "t") -> tuple[str, Any]:
     """The state of a ticket, and its outputs or its error."""
     found = await store.ticket(id)
     return found.state, json.loads(found.outputs) if found.outputs else found.error

@@ -52,7 +52,7 @@ def test_hostile_fields(backend: Backend) -> None:
         @given(
             id=texts, title=texts, description=texts, project=texts, inputs=st.dictionaries(texts, values, max_size=4)
         )
-        def check(id: str, title: str, description: str, project: str, inputs: dict[str, Any]) -> None:  # noqa: A002
+        def check(id: str, title: str, description: str, project: str, inputs: dict[str, Any]) -> None:
             outside.execute("DELETE FROM tickets")
             given_inputs = json.dumps(inputs, ensure_ascii=False).replace("\0", "\\u0000")
             insert(outside, id, title=title, description=description, project_id=project, inputs=given_inputs)
@@ -113,7 +113,7 @@ class Queue(RuleBasedStateMachine):
     @rule(retries=st.booleans())
     def insert(self, retries: bool) -> None:
         self.inserted += 1
-        id = f"t{self.inserted}"  # noqa: A001
+        id = f"t{self.inserted}"
         insert(self.outside, id, agent_id=RETRY.id if retries else ECHO.id)
         self.expected[id] = Expected(RETRY.retry.max_attempts if retries else 1)
 
@@ -141,7 +141,7 @@ class Queue(RuleBasedStateMachine):
         renewed = data.draw(st.lists(st.sampled_from(self.attempts), max_size=5, unique=True))
         renewal = self.runner.run(self.store.renew([attempt for attempt, _ in renewed], lease_seconds=LEASE))
         assert not renewal.lost & renewal.cancelled
-        for attempt, id in renewed:  # noqa: A001
+        for attempt, id in renewed:
             one = self.expected.get(id)
             mine = one is not None and one.owner == attempt
             assert mine != (attempt in renewal.lost | renewal.cancelled)
@@ -153,7 +153,7 @@ class Queue(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), outcome=st.sampled_from([Succeeded(outputs="1"), failed(), Interrupted(), Cancelled()]))
     def finish(self, data: st.DataObject, outcome: Outcome) -> None:
-        attempt, id = data.draw(st.sampled_from(self.attempts))  # noqa: A001
+        attempt, id = data.draw(st.sampled_from(self.attempts))
         one = self.expected.get(id)
         before = self.everything()
         finish = self.store.finish(attempt, outcome, timings={}, vm_time_ms=1)
@@ -188,7 +188,7 @@ class Queue(RuleBasedStateMachine):
     @precondition(lambda self: self.expected)
     @rule(data=st.data(), how=st.sampled_from(["store", "update", "delete", "retry"]))
     def by_hand(self, data: st.DataObject, how: str) -> None:
-        id = data.draw(st.sampled_from(sorted(self.expected)))  # noqa: A001
+        id = data.draw(st.sampled_from(sorted(self.expected)))
         one = self.expected[id]
         if how == "delete":
             self.outside.execute("DELETE FROM tickets WHERE id = ?", (id,))

@@ -56,7 +56,7 @@ class Builder:
     def __init__(self) -> None:
         self.built = 0
 
-    async def __call__(self, dir: Path) -> bytes:  # noqa: A002
+    async def __call__(self, dir: Path) -> bytes:
         self.built += 1
         (dir / "memory").write_bytes(bytes(range(256)) * 1000)
         (dir / "state").write_bytes(b"state")

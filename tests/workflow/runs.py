@@ -143,6 +143,6 @@ def run(*steps: Step, inputs: Any = None, evaluator: Evaluator | None = None, **
     return Run(Graph(flow(*steps, **more)), RunContext(inputs=inputs or {}), evaluator or Local())
 
 
-def step(id: str, *needs: str, **more: Any) -> Step:  # noqa: A002
+def step(id: str, *needs: str, **more: Any) -> Step:
     more.setdefault("agent", None if "workflow" in more else "echo@1.0.0")
     return Step(id=id, needs=needs, **more)

@@ -44,7 +44,7 @@ class Clone:
     connect_ms: float = 0.0
 
 
-async def cold_boot(image: Image, dir: Path, *, memory_mb: int, accelerator: str) -> float:  # noqa: A002
+async def cold_boot(image: Image, dir: Path, *, memory_mb: int, accelerator: str) -> float:
     """Milliseconds from the VMM's start to userspace."""
     disk = dir / "work.ext4"
     await make_work_disk(disk, size_mb=64, cache=dir)
@@ -73,7 +73,7 @@ async def cold_boot(image: Image, dir: Path, *, memory_mb: int, accelerator: str
         await _end(vmm)
 
 
-async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) -> Clone:  # noqa: A002
+async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) -> Clone:
     """Restore a template and send its agentd a hello."""
     disk, qmp = dir / "work.ext4", dir / "qmp"
     await copy_work_disk(template.dir / DISK_FILE, disk)

@@ -151,7 +151,7 @@ async def _cell(context: _Context, mode: str, count: int) -> Cell:
         mode=mode,
         tickets=count,
         n=len(ends),
-        insert_to_done=percentiles([(at - inserted[id]) * 1000 for id, (at, _) in done.items()]),  # noqa: A001
+        insert_to_done=percentiles([(at - inserted[id]) * 1000 for id, (at, _) in done.items()]),
         phases={name: percentiles([end.timings.get(name, 0.0) for end in ends]) for name in phases},
         per_second=round(len(ends) / seconds, 2),
         engine_cpu_ms=round(used[0] * 1000 / len(ends), 1),
@@ -197,7 +197,7 @@ def _insert(database: Path, ids: Sequence[str]) -> None:
     )
     connection = sqlite3.connect(database, timeout=30)
     with connection:
-        connection.executemany(statement, [(id, ECHO, ECHO) for id in ids])  # noqa: A001
+        connection.executemany(statement, [(id, ECHO, ECHO) for id in ids])
     connection.close()
 
 

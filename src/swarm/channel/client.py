@@ -244,7 +244,7 @@ class Channel:
         """
         await self._put([(name, data, mode) for name, data in files.items()], dest, owner)
 
-    async def put_tree(self, dir: Path, *, dest: str, owner: str = "root") -> int:  # noqa: A002
+    async def put_tree(self, dir: Path, *, dest: str, owner: str = "root") -> int:
         """Copy a directory's files to ``dest``; returns how many. Of their modes only the execute bit is kept;
         __pycache__ is left out. Raises UsageError for a link, a special file, or more than 256 MiB."""
         files = await asyncio.to_thread(read_tree, dir)

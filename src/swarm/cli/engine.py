@@ -190,7 +190,7 @@ async def stop(
 )
 async def run_ticket(
     cli: Cli,
-    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")],  # noqa: A002
+    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")],
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended, and print the result.")] = False,
     timeout: Annotated[
         float | None,

@@ -49,7 +49,7 @@ async def add(
     ] = None,
     inputs: Inputs = None,
     input: Input = None,  # noqa: A002
-    id: NewId = None,  # noqa: A002
+    id: NewId = None,
     project: Annotated[
         str | None, typer.Option("--project", metavar="NAME", help="Any text to group tickets by.")
     ] = None,
@@ -122,7 +122,7 @@ async def list_(
 
 
 @command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
-async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
+async def show(cli: Cli, id: _Id) -> None:
     """Show a ticket: its task, its result, each step or attempt, and where its time went."""
 
     async with cli.store() as store:
@@ -155,7 +155,7 @@ async def show(cli: Cli, id: _Id) -> None:  # noqa: A002
 )
 async def logs(
     cli: Cli,
-    id: _Id,  # noqa: A002
+    id: _Id,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the ticket has ended.")] = False,
 ) -> None:
     """Print what the ticket's agents printed; with --json, all of its events, one per line."""
@@ -182,7 +182,7 @@ async def logs(
 
 
 @command(app, "cancel", examples=["swarm ticket cancel report-7"], json=True)
-async def cancel(cli: Cli, id: _Id) -> None:  # noqa: A002
+async def cancel(cli: Cli, id: _Id) -> None:
     """Cancel a ticket. If it runs, its VM is killed within two seconds."""
 
     async with cli.store() as store:
@@ -195,7 +195,7 @@ async def cancel(cli: Cli, id: _Id) -> None:  # noqa: A002
 )
 async def retry(
     cli: Cli,
-    id: _Id,  # noqa: A002
+    id: _Id,
     step: Annotated[
         str | None,
         typer.Option(
@@ -229,7 +229,7 @@ _By = Annotated[
 )
 async def approve(
     cli: Cli,
-    id: _Id,  # noqa: A002
+    id: _Id,
     step: _Step = None,
     by: _By = None,
     why: Annotated[str, typer.Option("--why", metavar="TEXT", help="A reason, kept with the answer.")] = "",
@@ -251,7 +251,7 @@ async def approve(
 @command(app, "reject", examples=['swarm ticket reject release-3 --why "not before Monday"'], json=True)
 async def reject(
     cli: Cli,
-    id: _Id,  # noqa: A002
+    id: _Id,
     why: Annotated[str, typer.Option("--why", metavar="TEXT", help="The reason, kept with the answer.")],
     step: _Step = None,
     by: _By = None,

@@ -204,7 +204,7 @@ async def run(
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow it until it has ended; if no engine runs, run it here.")
     ] = False,
-    id: NewId = None,  # noqa: A002
+    id: NewId = None,
     priority: Priority = 0,
     timeout: Timeout = None,
 ) -> int:

@@ -129,7 +129,7 @@ class Store:
         """
         return await self._write.call(tickets.add, tickets.check(ticket), depends_on=tuple(depends_on))
 
-    async def ticket(self, id: str) -> Ticket:  # noqa: A002
+    async def ticket(self, id: str) -> Ticket:
         """Raises NotFound."""
         return await self._read.call(tickets.ticket, id)
 

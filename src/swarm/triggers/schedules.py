@@ -42,7 +42,7 @@ def ticket(
     trigger: Mapping[str, Any],
     *,
     evaluator: Evaluator,
-    id: str,  # noqa: A002
+    id: str,
     title: str,
 ) -> Ticket:
     """A ready ticket that runs the workflow. ``given``: the trigger's `inputs:`; ``trigger``: the value of `trigger` in

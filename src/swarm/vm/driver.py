@@ -121,7 +121,7 @@ class Vm(Protocol):
     async def printed(self, text: bytes) -> None:
         """Return when the guest has printed ``text`` on its console. Waits for ever if it never does."""
 
-    async def snapshot(self, dir: Path) -> None:  # noqa: A002
+    async def snapshot(self, dir: Path) -> None:
         """Write memory and device state into ``dir`` and end this VM. Raises BootFailed."""
 
     async def kill(self) -> None:
@@ -142,7 +142,7 @@ class Driver(Protocol):
         self,
         spec: VmSpec,
         slot: Slot | None,
-        dir: Path,  # noqa: A002
+        dir: Path,
         *,
         outlive: bool = False,
         for_template: bool = False,
@@ -154,7 +154,7 @@ class Driver(Protocol):
         ``for_template`` can be snapshotted. Raises BootFailed.
         """
 
-    async def restore(self, template: Template, slot: Slot | None, dir: Path, *, outlive: bool = False) -> Vm:  # noqa: A002
+    async def restore(self, template: Template, slot: Slot | None, dir: Path, *, outlive: bool = False) -> Vm:
         """Start a copy-on-write clone of a template; return when it runs. Raises BootFailed."""
 
 

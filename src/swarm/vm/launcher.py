@@ -190,7 +190,7 @@ class Launcher:
         parts = shape(spec, driver=self._driver, probe=self._probe)
         if not build:
             return await self._templates.find(spec, parts)
-        return await self._templates.get(spec, parts, lambda dir: self._build_template(spec, dir))  # noqa: A006
+        return await self._templates.get(spec, parts, lambda dir: self._build_template(spec, dir))
 
     async def spawn(self, n: int, spec: VmSpec, *, seeded: bool = True) -> VmRecord:
         """Start VM ``n`` manually: it outlives this process. It replaces an older manual VM ``n``; raises Conflict if a
@@ -310,7 +310,7 @@ class Launcher:
         )
         return identity, key.public
 
-    async def _build_template(self, spec: VmSpec, dir: Path) -> bytes:  # noqa: A002
+    async def _build_template(self, spec: VmSpec, dir: Path) -> bytes:
         """Boot a VM, warm it up, and write its snapshot into ``dir``. Returns the token that its clones will know."""
         token = secrets.token_bytes(TOKEN_BYTES)
         full = replace(spec, preload=(*COMMON_MODULES, *spec.preload))

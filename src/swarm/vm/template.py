@@ -83,7 +83,7 @@ def key_of(parts: Mapping[str, object]) -> str:
 
 
 class Templates:
-    def __init__(self, *, dir: Path) -> None:  # noqa: A002
+    def __init__(self, *, dir: Path) -> None:
         self.dir = dir
 
     async def find(self, spec: VmSpec, parts: Mapping[str, object]) -> Template | None:

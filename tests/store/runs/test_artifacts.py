@@ -188,7 +188,7 @@ async def serve(store: Store, behave: Behaviour, *, limit: int = 4) -> dict[str,
     return given
 
 
-async def rows(store: Store, id: str = "t") -> dict[str, StepRow]:  # noqa: A002
+async def rows(store: Store, id: str = "t") -> dict[str, StepRow]:
     return {row.step_id: row for row in await store.steps(id)}
 
 

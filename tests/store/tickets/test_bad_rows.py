@@ -88,7 +88,7 @@ async def test_bad_row_fails_with_a_sentence(store: Store, outside: Outside, cas
 @pytest.mark.parametrize("state", ["ready", "Ready"])
 @pytest.mark.parametrize("case", BAD_IDS)
 async def test_bad_id_fails_with_a_sentence(store: Store, outside: Outside, case: str, state: str) -> None:
-    id, sentence = BAD_IDS[case]  # noqa: A001
+    id, sentence = BAD_IDS[case]
     insert(outside, id, state=state)
     assert await store.claim("w", lease_seconds=LEASE) == []
     now, error = answer(outside)

@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("vm")  # short: a Unix socket lives there
 
 
-def related(dir: Path) -> list[int]:  # noqa: A002
+def related(dir: Path) -> list[int]:
     """Processes that name the VM's directory on their command line, or work below it."""
     found = []
     for entry in Path("/proc").iterdir():

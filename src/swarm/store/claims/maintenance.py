@@ -73,7 +73,7 @@ class Maintenance:
         return started
 
 
-def has_clean_id(id: object) -> bool:  # noqa: A002
+def has_clean_id(id: object) -> bool:
     return isinstance(id, str) and validation.storable(id)
 
 

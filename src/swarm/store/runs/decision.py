@@ -85,7 +85,7 @@ class Decided:
     deadline_at: int | None = None  # a new deadline for the run
 
 
-def load_live(tx: Tx, id: str) -> Run | None:  # noqa: A002
+def load_live(tx: Tx, id: str) -> Run | None:
     """The run, unless it or its ticket has ended, or the ticket has another run."""
     row = tx.first(_RUN, id=id)
     if (

@@ -98,7 +98,7 @@ class Definitions:
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise StoreError(f"can't read the frozen workflow {digest[:12]}: {error}") from None
 
-    def pinned(self, tx: Tx, id: str, *, in_transaction: bool) -> Definition:  # noqa: A002
+    def pinned(self, tx: Tx, id: str, *, in_transaction: bool) -> Definition:
         """The workflow with this id, frozen now for a new run: its references become versions.
 
         Raises NotFound for missing references, StoreError, manifest.Invalid.

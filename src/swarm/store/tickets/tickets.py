@@ -103,7 +103,7 @@ def check(ticket: Ticket) -> Ticket:
     return checked
 
 
-def ticket(tx: Tx, id: str) -> Ticket:  # noqa: A002
+def ticket(tx: Tx, id: str) -> Ticket:
     row = tx.first(_BY_ID, id=id) if validation.storable(id) else None
     if row is None:
         raise NotFound(f"no ticket {validation.shown(id)}; `swarm ticket list` shows the newest")
@@ -122,20 +122,20 @@ def tickets(tx: Tx, *, states: Sequence[str], project_id: str | None, limit: int
     return [rows.ticket(row) for row in tx.all(sa.text(sql + " ORDER BY t.created_at DESC LIMIT :limit"), **values)]
 
 
-def runs(tx: Tx, id: str) -> list[RunRow]:  # noqa: A002
+def runs(tx: Tx, id: str) -> list[RunRow]:
     return [rows.value(RunRow, row) for row in tx.all(_RUNS, id=id)]
 
 
-def steps(tx: Tx, id: str) -> list[StepRow]:  # noqa: A002
+def steps(tx: Tx, id: str) -> list[StepRow]:
     return [rows.value(StepRow, row) for row in tx.all(_STEPS, id=id)]
 
 
-def attempts(tx: Tx, id: str) -> list[AttemptRow]:  # noqa: A002
+def attempts(tx: Tx, id: str) -> list[AttemptRow]:
     found = tx.all(_ATTEMPTS, id=id)
     return [rows.value(AttemptRow, row, timings=json.loads(row.timings or "{}")) for row in found]
 
 
-def cancel(tx: Tx, id: str, *, by: str) -> None:  # noqa: A002
+def cancel(tx: Tx, id: str, *, by: str) -> None:
     """End a ticket that has not ended. A running attempt loses its step; its worker learns that by `renew`."""
     found = ticket(tx, id)
     if found.state == TicketState.CANCELLED:
@@ -149,12 +149,12 @@ def cancel(tx: Tx, id: str, *, by: str) -> None:  # noqa: A002
     dependencies.release(changes)
 
 
-def retry(tx: Tx, id: str) -> None:  # noqa: A002
+def retry(tx: Tx, id: str) -> None:
     """Make it ready for a new run; old runs stay as history. Raises Conflict unless it failed or was cancelled."""
     take_back(tx, id)[1].flush()
 
 
-def take_back(tx: Tx, id: str, *, done: bool = False) -> tuple[Ticket, Changes]:  # noqa: A002
+def take_back(tx: Tx, id: str, *, done: bool = False) -> tuple[Ticket, Changes]:
     """Make a failed or cancelled ticket ready; with ``done``, any that has ended. Returns the ticket as it was, and the
     changes, which the caller must flush."""
     found = ticket(tx, id)

@@ -98,7 +98,7 @@ class FirecrackerDriver:
         self,
         spec: VmSpec,
         slot: Slot | None,
-        dir: Path,  # noqa: A002
+        dir: Path,
         *,
         outlive: bool = False,
         for_template: bool = False,
@@ -122,7 +122,7 @@ class FirecrackerDriver:
         self,
         template: Template,
         slot: Slot | None,
-        dir: Path,  # noqa: A002
+        dir: Path,
         *,
         outlive: bool = False,
     ) -> FirecrackerVm:
@@ -150,7 +150,7 @@ class FirecrackerDriver:
         self,
         spec: VmSpec,
         slot: Slot | None,
-        dir: Path,  # noqa: A002
+        dir: Path,
         files: Sequence[JailFile],
         *,
         outlive: bool,
@@ -253,7 +253,7 @@ class FirecrackerVm(VmmVm):
         self,
         *,
         child: asyncio.subprocess.Process,
-        dir: Path,  # noqa: A002
+        dir: Path,
         jail: Jail,
         console: Console | None,
         slot: Slot | None,
@@ -290,7 +290,7 @@ class FirecrackerVm(VmmVm):
             error.args = (f"{error}; {output}",)
         return error
 
-    async def snapshot(self, dir: Path) -> None:  # noqa: A002
+    async def snapshot(self, dir: Path) -> None:
         """Write memory and device state into ``dir`` and end this VM."""
         try:
             await self.api.patch("/vm", state="Paused")

@@ -57,7 +57,7 @@ class JailFile:
 class Jail:
     """The chroot of one VM, made in its directory. ``jailed`` False: the same layout without any confinement."""
 
-    def __init__(self, dir: Path, *, slot: Slot | None, uid: int, jailed: bool = True) -> None:  # noqa: A002
+    def __init__(self, dir: Path, *, slot: Slot | None, uid: int, jailed: bool = True) -> None:
         self.dir = dir
         self.slot = slot
         self.uid = uid
@@ -114,7 +114,7 @@ class Jail:
         ]  # fmt: skip
 
 
-def remove(dir: Path) -> None:  # noqa: A002
+def remove(dir: Path) -> None:
     """Remove the cgroups and chroots of the jails in a VM's directory. Their processes must be dead. Idempotent."""
     for chroot in dir.glob(f"jail/{NAME}/*"):
         for parent in _cgroup_parents():
@@ -130,7 +130,7 @@ def remove_parents() -> None:
             parent.rmdir()
 
 
-def holds(dir: Path, pid: int) -> bool:  # noqa: A002
+def holds(dir: Path, pid: int) -> bool:
     """Is the root of process ``pid`` a chroot in this VM's directory? True also before the VM has a tap or a record."""
     with contextlib.suppress(OSError):
         root = Path(f"/proc/{pid}/root").stat()

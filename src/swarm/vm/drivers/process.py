@@ -43,7 +43,7 @@ class NoImages:
 class ProcessVm:
     """An agentd and its descendants."""
 
-    def __init__(self, *, child: asyncio.subprocess.Process, dir: Path) -> None:  # noqa: A002
+    def __init__(self, *, child: asyncio.subprocess.Process, dir: Path) -> None:
         self.pid = child.pid
         self.endpoint = Endpoint(unix=_socket(dir))
         self.console = dir / "console.log"
@@ -58,7 +58,7 @@ class ProcessVm:
     async def printed(self, text: bytes) -> None:
         raise HostError("the process driver's VMs have no console: there is no guest to boot")
 
-    async def snapshot(self, dir: Path) -> None:  # noqa: A002
+    async def snapshot(self, dir: Path) -> None:
         raise BootFailed(_NO_TEMPLATES, retryable=False)
 
     async def kill(self) -> None:
@@ -93,7 +93,7 @@ class ProcessDriver:
         self,
         spec: VmSpec,
         slot: Slot | None,
-        dir: Path,  # noqa: A002
+        dir: Path,
         *,
         outlive: bool = False,
         for_template: bool = False,
@@ -120,26 +120,26 @@ class ProcessDriver:
         self,
         template: Template,
         slot: Slot | None,
-        dir: Path,  # noqa: A002
+        dir: Path,
         *,
         outlive: bool = False,
     ) -> ProcessVm:
         raise BootFailed(_NO_TEMPLATES, retryable=False)
 
 
-def _socket(dir: Path) -> Path:  # noqa: A002
+def _socket(dir: Path) -> Path:
     return dir / "agentd.sock"
 
 
-def _root(dir: Path) -> Path:  # noqa: A002
+def _root(dir: Path) -> Path:
     return dir / "root"
 
 
-def _argv(dir: Path) -> list[str]:  # noqa: A002
+def _argv(dir: Path) -> list[str]:
     return [sys.executable, "-I", "-S", "-B", str(AGENTD), "--unix", str(_socket(dir)), "--root", str(_root(dir))]
 
 
-def _family(dir: Path) -> dict[int, int]:  # noqa: A002
+def _family(dir: Path) -> dict[int, int]:
     """Pid -> start time of the agentd in ``dir``, its zygote, and the agents forked from the zygote."""
     wanted = b"".join(os.fsencode(word) + b"\0" for word in _argv(dir)[5:])
     found = {}

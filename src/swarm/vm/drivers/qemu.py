@@ -84,7 +84,7 @@ class QemuDriver:
         self,
         spec: VmSpec,
         slot: Slot | None,
-        dir: Path,  # noqa: A002
+        dir: Path,
         *,
         outlive: bool = False,
         for_template: bool = False,
@@ -108,7 +108,7 @@ class QemuDriver:
             launch.close()
             raise
 
-    async def restore(self, template: Template, slot: Slot | None, dir: Path, *, outlive: bool = False) -> QemuVm:  # noqa: A002
+    async def restore(self, template: Template, slot: Slot | None, dir: Path, *, outlive: bool = False) -> QemuVm:
         launch = _Launch(dir, slot, self.accelerator, outlive)
         spec = template.spec
         try:
@@ -184,7 +184,7 @@ class QemuDriver:
 class _Launch:
     """A QEMU that is about to start: the descriptors that it will inherit, and the arguments that name them."""
 
-    def __init__(self, dir: Path, slot: Slot | None, accelerator: str, outlive: bool) -> None:  # noqa: A002
+    def __init__(self, dir: Path, slot: Slot | None, accelerator: str, outlive: bool) -> None:
         self.dir = dir
         groups = _kvm_groups() if accelerator == "kvm" else []
         self._groups = [f"--groups={groups[0]}"] if groups else ["--clear-groups"]
@@ -290,7 +290,7 @@ class QemuVm(VmmVm):
         self,
         *,
         child: asyncio.subprocess.Process,
-        dir: Path,  # noqa: A002
+        dir: Path,
         console: Console | None,
         slot: Slot | None,
     ) -> None:
@@ -321,7 +321,7 @@ class QemuVm(VmmVm):
                 if cast(dict[str, str], event["data"])["status"] == "failed":
                     raise BootFailed(f"QEMU could not restore the template: {self.last_output()}")
 
-    async def snapshot(self, dir: Path) -> None:  # noqa: A002
+    async def snapshot(self, dir: Path) -> None:
         """Write memory and device state into ``dir`` and end this VM. It must have been booted for a template.
 
         Migration, not Swarm, stops the guest: at its end, and it records that the guest was running, so a clone

@@ -22,7 +22,7 @@ class VmmVm:
         self,
         *,
         child: asyncio.subprocess.Process,
-        dir: Path,  # noqa: A002
+        dir: Path,
         console: Console | None,
         slot: Slot | None,
     ) -> None:

@@ -98,7 +98,7 @@ class PrivateApt:
 
     def __init__(
         self,
-        dir: Path,  # noqa: A002
+        dir: Path,
         *,
         sources: Sequence[Source],
         options: Sequence[str],

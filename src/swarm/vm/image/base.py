@@ -120,7 +120,7 @@ async def _base_kernel(
     base: Mapping[str, Any], stage: Path, sources: Sequence[apt.Source], options: Sequence[str]
 ) -> str:
     """Make vmlinuz, vmlinux and modules/; return the kernel's version."""
-    dir = stage / "kernel"  # noqa: A001
+    dir = stage / "kernel"
     dir.mkdir()
     client = apt.PrivateApt(dir, sources=sources, options=options)
     await client.update()
@@ -178,7 +178,7 @@ def _clean(root: Path) -> None:
 
 def _open_compiled(root: Path) -> None:
     """Compiled files were made with our umask, but agents must be able to read them."""
-    for dir in root.glob("usr/lib/python3*/**/__pycache__"):  # noqa: A001
+    for dir in root.glob("usr/lib/python3*/**/__pycache__"):
         dir.chmod(0o755)
         for file in dir.iterdir():
             file.chmod(0o644)

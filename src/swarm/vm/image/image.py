@@ -67,7 +67,7 @@ class ImageInfo:
 class Images:
     """The images in ``dir``. ``cache`` keeps bases between builds; ``guest`` holds our own guest files."""
 
-    def __init__(self, *, dir: Path, cache: Path, guest: Path = GUEST, default: str = "") -> None:  # noqa: A002
+    def __init__(self, *, dir: Path, cache: Path, guest: Path = GUEST, default: str = "") -> None:
         self.dir = dir
         self._cache = cache
         self._guest = guest
@@ -127,7 +127,7 @@ class Images:
     def list(self) -> list[ImageInfo]:
         """Every image, newest first. Unreadable ones are skipped, with a line in the log."""
         found = []
-        for dir in sorted(self.dir.glob("[0-9a-f]*")) if self.dir.exists() else ():  # noqa: A001
+        for dir in sorted(self.dir.glob("[0-9a-f]*")) if self.dir.exists() else ():
             try:
                 found.append(_info(dir))
             except ImageError as error:
@@ -269,7 +269,7 @@ class Images:
 _REBUILD: Final = "run `swarm image build` to build it again"
 
 
-def _manifest(dir: Path) -> dict[str, Any]:  # noqa: A002
+def _manifest(dir: Path) -> dict[str, Any]:
     """The manifest of the image in ``dir``, whose name must be the manifest's digest."""
     try:
         manifest = json.loads((dir / _MANIFEST).read_text())
@@ -283,7 +283,7 @@ def _manifest(dir: Path) -> dict[str, Any]:  # noqa: A002
         raise ImageError(f"image {dir} is damaged: its manifest can't be read ({error!r}); {_REBUILD}") from error
 
 
-def _info(dir: Path) -> ImageInfo:  # noqa: A002
+def _info(dir: Path) -> ImageInfo:
     manifest = _manifest(dir)
     return ImageInfo(
         digest=dir.name,

@@ -60,7 +60,7 @@ class LayerInfo:
 class Layers:
     """The layers in ``dir``. ``sources``: the directory of apt's configuration, which says where packages come from."""
 
-    def __init__(self, *, dir: Path, sources: Path = Path("/etc/apt")) -> None:  # noqa: A002
+    def __init__(self, *, dir: Path, sources: Path = Path("/etc/apt")) -> None:
         self.dir = dir
         self._sources = sources
 
@@ -195,7 +195,7 @@ class HostLayers:
     Their `packages` are not installed: such an agent uses the host's own programs.
     """
 
-    def __init__(self, *, dir: Path) -> None:  # noqa: A002
+    def __init__(self, *, dir: Path) -> None:
         self.dir = dir
 
     async def find(self, agent: Agent, image: Image) -> Layer | None:
@@ -276,5 +276,5 @@ def _missing(agent: Agent, problem: str) -> LayerMissing:
     )
 
 
-def _build_errors(dir: Path) -> AbstractContextManager[None]:  # noqa: A002
+def _build_errors(dir: Path) -> AbstractContextManager[None]:
     return staging.build_errors("a layer", dir, pip.NOT_BUILT)

@@ -132,7 +132,7 @@ async def _install_packages(packages: Sequence[str], root: Path, image: Image, e
     for place in _EXPECTED:
         (root / place).mkdir(parents=True, exist_ok=True)
     release = _release(root)
-    dir = root / _SCRATCH / "apt"  # noqa: A001 - inside the root, where dpkg opens the archives
+    dir = root / _SCRATCH / "apt"
     # Packages of an archive on a local disk (file:) would be installed from there, which the chroot can't see.
     found = [
         replace(one, uris=tuple(re.sub("^file:", "copy:", uri) for uri in one.uris))

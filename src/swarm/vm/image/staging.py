@@ -117,17 +117,17 @@ def _inode(stat: os.stat_result, flushed: bool) -> list[int]:
     return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
-def used(dir: Path) -> contextlib.AbstractContextManager[None]:  # noqa: A002
+def used(dir: Path) -> contextlib.AbstractContextManager[None]:
     """For the length of the block, ``dir`` is not `unused` for any process."""
     return files.locked(dir, shared=True)
 
 
-def last_used(dir: Path, stamp: Path) -> float:  # noqa: A002
+def last_used(dir: Path, stamp: Path) -> float:
     """When it was last verified, else when it was made, in seconds since the epoch. Raises FileNotFoundError."""
     return (stamp if stamp.exists() else dir).stat().st_mtime
 
 
-def unused(dir: Path, stamp: Path, *, seconds: float) -> bool:  # noqa: A002
+def unused(dir: Path, stamp: Path, *, seconds: float) -> bool:
     """True if it was last used longer ago than that, and no live process has it `used`."""
     if time.time() - last_used(dir, stamp) < seconds:
         return False
@@ -140,7 +140,7 @@ def unused(dir: Path, stamp: Path, *, seconds: float) -> bool:  # noqa: A002
 # --- building -------------------------------------------------------------------------------------------------------
 
 
-def lock(dir: Path, progress: Progress) -> AbstractAsyncContextManager[None]:  # noqa: A002
+def lock(dir: Path, progress: Progress) -> AbstractAsyncContextManager[None]:
     """One build at a time in ``dir``."""
 
     def waiting() -> None:
@@ -168,7 +168,7 @@ def build_errors(what: str, place: Path, consequence: str, *, setting: str = "")
         raise HostError(f"can't build {what}: {error.filename or place}: {error.strerror or error}") from error
 
 
-def sweep(dir: Path) -> None:  # noqa: A002
+def sweep(dir: Path) -> None:
     """Remove what interrupted builds left. The caller holds the lock, so no live build owns any of it."""
     for left in dir.glob(f"{BUILDING}*"):
         log.info("removing what an interrupted build left", path=str(left))
@@ -190,7 +190,7 @@ def _remove(stage: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def staged(dir: Path) -> AsyncIterator[Path]:  # noqa: A002
+async def staged(dir: Path) -> AsyncIterator[Path]:
     """A new directory in ``dir``, removed at the end if it is still there."""
     stage = Path(tempfile.mkdtemp(prefix=BUILDING, dir=dir))
     try:
@@ -222,7 +222,7 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     files.write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True))
 
 
-def remove(dir: Path, name: str) -> None:  # noqa: A002
+def remove(dir: Path, name: str) -> None:
     """Remove the image or layer ``name``. Renamed first, so that nobody finds a part of it."""
     doomed = dir / f"{BUILDING}removed-{name}"
     (dir / name).rename(doomed)

@@ -75,7 +75,7 @@ class SlotLease:
     `record` raises Conflict until then.
     """
 
-    def __init__(self, *, n: int, dir: Path, lock: Path, fd: int, leftover: bool) -> None:  # noqa: A002
+    def __init__(self, *, n: int, dir: Path, lock: Path, fd: int, leftover: bool) -> None:
         self.n = n
         self.dir = dir
         self.leftover = leftover
@@ -293,7 +293,7 @@ class Inventory:
         os.close(fd)
 
 
-def read_record(dir: Path) -> VmRecord | None:  # noqa: A002
+def read_record(dir: Path) -> VmRecord | None:
     """The record in a VM's directory; None if it is missing or unreadable (then the VM is half made)."""
     try:
         data = json.loads((dir / "vm.json").read_bytes())
@@ -316,6 +316,6 @@ def _is_file(path: Path, fd: int) -> bool:
     return False
 
 
-def _remove_tree(dir: Path) -> None:  # noqa: A002
+def _remove_tree(dir: Path) -> None:
     with files.host_errors(f"can't remove {dir}"), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(dir)

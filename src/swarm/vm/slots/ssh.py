@@ -36,7 +36,7 @@ def new_key() -> KeyPair:
 class SshDir:
     """The client key and the known hosts, in ``dir`` (0700)."""
 
-    def __init__(self, dir: Path) -> None:  # noqa: A002
+    def __init__(self, dir: Path) -> None:
         self.key = dir / "id_ed25519"
         self.known_hosts = dir / "known_hosts"
 
