@@ -6,15 +6,18 @@ import asyncio
 import json
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from swarm.admin import packages
+from swarm.app import wiring
 from swarm.base import crash_points
 from swarm.engine.dispatch import Dispatcher
 from swarm.engine.run_once import run_ticket
 from swarm.model import Ticket
+from swarm.store.store import Store
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 from tests.engine.test_crash import restart
 from tests.workflow.test_docs import INPUTS, OUTPUTS, blocks
@@ -144,27 +147,35 @@ async def test_a_crash_at_a_boundary(plain: Bench, point: str) -> None:
     assert (report.done, report.finished_twice) == (1, [])
 
 
-async def test_stopped_between_an_end_and_the_claim_of_what_follows(
-    plain: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class StoppingStore(Store):
+    """Calls ``stop`` when an outcome is queued to be written, after the engine's own callback."""
+
+    stop: Callable[[], None] = staticmethod(lambda: None)
+
+    async def finish(self, *values: Any, queued: Callable[[], None] = lambda: None, **options: Any) -> None:
+        def queued_and_stopped() -> None:
+            queued()
+            self.stop()
+
+        await super().finish(*values, queued=queued_and_stopped, **options)
+
+
+async def test_stopped_between_an_end_and_the_claim_of_what_follows(plain: Bench) -> None:
     """The claim was requested together with the end: its attempts are put back, and are not counted."""
     await plain.agent(AGENT)
     steps = "  - {{id: {id}, agent: agent, needs: {needs}, inputs: {{log: '{log}'}}}}\n"
     links = (("a", "[]"), ("b", "a"), ("c", "b"))
     await add(plain, flow("".join(steps.format(id=id_, needs=needs, log=plain.dir / "log") for id_, needs in links)))
-    async with serving(plain, grace_seconds=30) as dispatcher:
-        finish = plain.store.finish
+    async with StoppingStore.open(plain.settings.database) as store, wiring.worker(plain.settings, store) as worker:
+        assert isinstance(store, StoppingStore)
+        async with serving(replace(plain, store=store, worker=worker), grace_seconds=30) as dispatcher:
 
-        async def finish_and_stop(*values: Any, queued: Callable[[], None], **options: Any) -> None:
             def stop() -> None:
-                queued()
                 dispatcher.stop()
-                dispatcher.stop()
+                dispatcher.stop()  # the second time ends what runs
 
-            await finish(*values, queued=stop, **options)
-
-        monkeypatch.setattr(plain.store, "finish", finish_and_stop)
-        await plain.until(lambda: _stopped(dispatcher))
+            store.stop = stop
+            await plain.until(lambda: _stopped(dispatcher))
     assert {a.outcome for a in await plain.attempts()} == {"succeeded", "interrupted"}
     assert await statuses(plain) == {"a": "completed", "b": "ready", "c": "pending"}
     async with serving(plain):

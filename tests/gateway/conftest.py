@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sqlite3
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from swarm.gateway.attempt_listener import AttemptListener
 from swarm.gateway.forward import Gateway
 from swarm.gateway.policy import Policy
 from swarm.gateway.upstreams import UpstreamKeys
-from swarm.ledger import Limit
+from swarm.ledger import Bill, Limit, Order, Reservation
 from swarm.model import Agent, Claim, Ticket
 from swarm.store.store import Store
 from tests.engine.conftest import plain as plain  # the fixture: agents as plain processes
@@ -35,11 +35,29 @@ async def api() -> AsyncIterator[MessagesApi]:
         yield serving
 
 
+class WatchedLedger:
+    """The store as the gateway's ledger. ``reserved`` is awaited after each reservation, before its caller has it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.reserved: Callable[[Order], Awaitable[None]] | None = None
+
+    async def reserve(self, order: Order) -> Reservation:
+        reservation = await self._store.reserve(order)
+        if self.reserved is not None:
+            await self.reserved(order)
+        return reservation
+
+    async def book(self, bill: Bill) -> None:
+        await self._store.book(bill)
+
+
 @dataclass
 class Harness:
     """A gateway with its database. ``events``: recorded by its listeners."""
 
     store: Store
+    ledger: WatchedLedger
     database: Path
     api: MessagesApi
     gateway: Gateway
@@ -106,14 +124,15 @@ async def open_harness(
     database = dir / "swarm.db"
     async with Store.open(f"sqlite:///{database}") as store:
         await store.migrate()
+        ledger = WatchedLedger(store)
         gateway = Gateway(
             upstreams=upstreams.load(None, environment),
             prices=prices.load(None),
             keys=UpstreamKeys(environment=environment),
-            ledger=store,
+            ledger=ledger,
             day=day or Limit(),
         )
-        yield Harness(store=store, database=database, api=api, gateway=gateway, dir=dir)
+        yield Harness(store=store, ledger=ledger, database=database, api=api, gateway=gateway, dir=dir)
         await gateway.close()
 
 

@@ -15,7 +15,7 @@ import pytest
 from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AttemptListener
 from swarm.gateway.policy import Policy
 from swarm.gateway.usage import prompt_counts
-from swarm.ledger import Order, Reservation
+from swarm.ledger import Order
 from tests.gateway.conftest import KEY, Harness, ask
 
 OUTPUT_USD = 5 / 1e6  # a token of claude-haiku-4-5
@@ -187,20 +187,15 @@ async def test_a_service_that_shows_what_it_was_sent(harness: Harness) -> None:
                 assert answer.headers["x-seen"] == "*" * len(KEY)
 
 
-async def test_who_hangs_up_before_the_call_was_sent_holds_no_money(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_hangs_up_before_the_call_was_sent_holds_no_money(harness: Harness) -> None:
     """Its reservation must not reduce what others may spend on this day."""
     reserved, go_on = asyncio.Event(), asyncio.Event()
-    reserve = harness.store.reserve
 
-    async def reserve_and_wait(order: Order) -> Reservation:
-        reservation = await reserve(order)
+    async def wait(_: Order) -> None:
         reserved.set()
         await go_on.wait()
-        return reservation
 
-    monkeypatch.setattr(harness.store, "reserve", reserve_and_wait)
+    harness.ledger.reserved = wait
     async with harness.listener(await harness.claim()) as listener:
         writer = await send(listener, json.dumps(ask(max_tokens=1000)).encode())
         await asyncio.wait_for(reserved.wait(), 20)
@@ -249,26 +244,21 @@ async def test_calls_that_fail_do_not_fill_the_books(harness: Harness) -> None:
     assert [data["refused"] for _, data in harness.events] == ["failures"] * 4
 
 
-async def test_calls_that_wait_for_budget_do_not_crowd_the_database(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_calls_that_wait_for_budget_do_not_crowd_the_database(harness: Harness) -> None:
     """Only one call of a listener retries, the others wait their turn: tickets are claimed in the same database."""
     asked: Counter[str] = Counter()
     enough = asyncio.Event()
-    reserve = harness.store.reserve
 
-    async def reserve_and_count(order: Order) -> Reservation:
-        reservation = await reserve(order)
+    async def count(order: Order) -> None:
         asked[order.id] += 1
         if asked.total() >= 30:
             enough.set()
-        return reservation
 
     async with harness.listener(await harness.claim(budget_tokens=1500)) as listener:
         held = asyncio.create_task(post(listener, json.dumps(ask("scenario=hold", max_tokens=1000)).encode()))
         await asyncio.wait_for(harness.api.held.wait(), 20)
         body = json.dumps(ask(max_tokens=1000)).encode()
-        monkeypatch.setattr(harness.store, "reserve", reserve_and_count)
+        harness.ledger.reserved = count
         others = [asyncio.create_task(post(listener, body)) for _ in range(20)]
         await asyncio.wait_for(enough.wait(), 30)
         assert len(asked) == 20

@@ -16,7 +16,7 @@ from swarm.gateway.policy import Policy
 from swarm.gateway.upstreams import UpstreamKeys
 from swarm.ledger import Limit
 from swarm.store.store import Store
-from tests.gateway.conftest import Harness, ask, client_of
+from tests.gateway.conftest import Harness, WatchedLedger, ask, client_of
 from tests.gateway.messages_api import MessagesApi
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +36,12 @@ async def test_a_real_call_is_what_it_was_booked_as(tmp_path: Path) -> None:
             day=Limit(usd=0.05),
         )
         harness = Harness(
-            store=store, database=tmp_path / "swarm.db", api=MessagesApi(key=""), gateway=gateway, dir=tmp_path
+            store=store,
+            ledger=WatchedLedger(store),
+            database=tmp_path / "swarm.db",
+            api=MessagesApi(key=""),
+            gateway=gateway,
+            dir=tmp_path,
         )
         async with (
             harness.listener(await harness.claim(), Policy(upstreams=("anthropic",))) as listener,

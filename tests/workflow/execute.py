@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from tests.workflow.runs import Run
 BUILTIN = [agents.read(directory) for directory in agents.builtin()]
 
 
-def agent(reference: str) -> Agent:
-    found = versions.pick(reference, BUILTIN)
+def agent(reference: str, also: Sequence[Agent] = ()) -> Agent:
+    found = versions.pick(reference, [*BUILTIN, *also])
     if found is None:
         raise NotFound(f"no agent {reference!r}; `swarm agent list` shows those there are")
     return found
@@ -37,7 +39,12 @@ def no_workflow(reference: str) -> Workflow:
     raise NotFound(f"no workflow {reference!r}")
 
 
-REGISTRY = Registry(agent=agent, workflow=no_workflow)
+def registry(*also: Agent) -> Registry:
+    """The agents that ship, and these."""
+    return Registry(agent=partial(agent, also=also), workflow=no_workflow)
+
+
+REGISTRY = registry()
 
 
 def run_agent(found: Agent, inputs: Any, work: Path) -> Any:
@@ -57,8 +64,8 @@ def run_agent(found: Agent, inputs: Any, work: Path) -> Any:
     return made
 
 
-def execute(workflow: Workflow, inputs: Any, work: Path, evaluator: Evaluator) -> End:
-    """Run it, and its nested workflows, to the end. Approvals are given."""
+def execute(workflow: Workflow, inputs: Any, work: Path, evaluator: Evaluator, also: Sequence[Agent] = ()) -> End:
+    """Run it, and its nested workflows, to the end. Approvals are given. ``also``: agents besides those that ship."""
     known = run_context(workflow, inputs=inputs, trigger={"type": "test"}, ticket={"id": "t-1"}, evaluator=evaluator)
     ours = Run(Graph(workflow), known, evaluator)
     number = 0
@@ -79,10 +86,10 @@ def execute(workflow: Workflow, inputs: Any, work: Path, evaluator: Evaluator) -
         before = set(ours.live())
         try:
             if step.agent is not None:
-                made = run_agent(agent(step.agent), given, work / f"{number}-{step.id}")
+                made = run_agent(agent(step.agent, also), given, work / f"{number}-{step.id}")
             else:
                 assert isinstance(step.workflow, Workflow)
-                end = execute(step.workflow, given, work / f"{number}-{step.id}-run", evaluator)
+                end = execute(step.workflow, given, work / f"{number}-{step.id}-run", evaluator, also)
                 if end.status is not RunStatus.COMPLETED:
                     raise StepError(str(end.error))
                 made = end.outputs

@@ -18,8 +18,7 @@ from swarm.model import RunStatus
 from swarm.workflow import validate
 from swarm.workflow.parse import _Step
 from tests.vm.packages_here import wheel, wheels_from
-from tests.workflow import execute as here
-from tests.workflow.execute import REGISTRY, execute, run_agent
+from tests.workflow.execute import REGISTRY, execute, registry, run_agent
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -89,7 +88,7 @@ def test_an_agent_with_requirements(tmp_path: Path) -> None:
     assert done.returncode == 0 and "example 1" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tutorial(tmp_path: Path) -> None:
     manifest, workflow = blocks("tutorial.md", "yaml")
     (program,) = blocks("tutorial.md", "python")
     (tmp_path / "agent").mkdir()
@@ -98,11 +97,11 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = agents.read_package(tmp_path / "agent")
     (example,) = package.examples
     assert check.differences(example.outputs, run_agent(package.agent, example.inputs, tmp_path / "work")) == []
-    monkeypatch.setattr(here, "BUILTIN", [*here.BUILTIN, package.agent])
     (tmp_path / "run").mkdir()
     with Jail() as jail:
         texts = {"texts": ["one two three", "four five", "six"]}
-        end = execute(validate.load(workflow, REGISTRY), texts, tmp_path / "run", jail)
+        flow = validate.load(workflow, registry(package.agent))
+        end = execute(flow, texts, tmp_path / "run", jail, (package.agent,))
     assert (end.status, end.outputs) == (RunStatus.COMPLETED, {"total": 6}), end.error
 
 
