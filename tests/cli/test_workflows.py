@@ -75,7 +75,7 @@ def test_answer_and_continue(swarm: Swarm, tmp_path: Path) -> None:
     assert "does not wait; these do: check" in swarm("swarm ticket approve t --step draft", status=2).stderr
     swarm("swarm ticket reject t --by bob --why", "not today")
     assert json.loads(swarm("swarm ticket show t --json").stdout)["ticket"]["error"] == "rejected by bob: not today"
-    assert "there are draft, check, publish" in swarm("swarm ticket retry t --from nowhere", status=2).stderr
+    assert "use one of draft, check, publish" in swarm("swarm ticket retry t --from nowhere", status=2).stderr
     swarm("swarm ticket retry t --from check")
     swarm("swarm-engine run-ticket t --wait --timeout 4", status=1)
     assert "step check is approved" in swarm("swarm ticket approve t --why fine").stdout

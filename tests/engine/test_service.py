@@ -54,7 +54,7 @@ async def test_start_status_stop(plain: Bench) -> None:
         assert (engine["pid"], engine["alive"], engine["info"]["max_vms"]) == (pidfile["pid"], True, 3)
         assert "serving, 0 of 3 VMs" in (await command(plain, "swarm-engine", "status"))[1]
         status, _, err = await command(plain, "swarm-engine", "start")
-        assert status == 2 and "runs in the background already" in err
+        assert status == 2 and "already runs in the background" in err
     finally:
         status, out, _ = await command(plain, "swarm-engine", "stop")
     assert (status, out) == (0, f"engine {pidfile['pid']} stopped\n")
@@ -223,7 +223,7 @@ async def test_prune(plain: Bench) -> None:
         await ended(plain, "t")
         engine.terminate()
         await log_until(engine, "engine stopped")
-    assert (await command(plain, "swarm", "prune", "--older-than", "1h"))[1] == "0 events removed\n"
+    assert (await command(plain, "swarm", "prune", "--older-than", "1h"))[1] == "removed 0 events\n"
     status, out, _ = await command(plain, "swarm", "prune", "--older-than=0s")
     assert status == 0 and int(out.split()[0]) >= 4
     assert await plain.store.events("t") == []

@@ -156,7 +156,7 @@ async def test_a_surcharge_is_no_list_price(harness: Harness) -> None:
     async with harness.listener(await harness.claim("poor", budget_usd=1)) as listener:
         status, said = await post(listener, body)
         assert status == 402
-        assert "the price of model 'claude-haiku-4-5 speed=fast' is not known" in said
+        assert "the price of model 'claude-haiku-4-5 speed=fast' is unknown" in said
 
 
 async def test_a_request_that_would_fill_the_hosts_memory(harness: Harness) -> None:

@@ -155,7 +155,7 @@ async def test_what_an_agent_was_refused_shows_no_secret(
     ticket = await run_ticket(plain.store, plain.worker, "t")
     events = [dict(e.data) for e in await plain.store.events("t")]
     assert [e["path"] for e in events if e.get("refused") == "path"] == ["/v1/[TOKEN]"]
-    assert "the price of model '[TOKEN]' is not known" in (ticket.error or "")
+    assert "the price of model '[TOKEN]' is unknown" in (ticket.error or "")
     assert "hunter22" not in json.dumps(events) + (ticket.error or "")
 
 
