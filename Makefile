@@ -1,6 +1,6 @@
 # Everything a developer runs. `make help` lists the targets, with the comment behind each.
 .DEFAULT_GOAL := help
-.PHONY: docs ready help demo test test-firecracker chaos bench bench-readme bench-engine bench-gateway check format install uninstall clean
+.PHONY: docs ready help demo test test-quick test-firecracker chaos bench bench-readme bench-engine bench-gateway check format install uninstall clean
 
 BIN := .venv/bin
 # The image cache, shared by all checkouts on this machine; images are named by content.
@@ -23,6 +23,10 @@ ready:
 
 test: ready  ## set up, then run all tests in network namespaces of their own (ARGS='-k echo' runs some)
 	@$(BIN)/python $(if $(ARGS),tools/sandbox.py,tools/parallel_tests.py) $(PYTEST) $(ARGS)
+
+test-quick:  ## set up without VMs, then run the tests that need neither VMs nor root, without slow ones (under a minute)
+	@tools/bootstrap dev
+	@$(PYTEST) -q -n auto -m "not needs and not slow" $(ARGS)
 
 bench: ready  ## measure tickets on this host, beside what the bare parts need (ARGS='--tickets 1,5')
 	@$(BIN)/python tools/sandbox.py $(BIN)/python tools/bench.py $(ARGS)

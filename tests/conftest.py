@@ -1,6 +1,6 @@
-"""What all tests share: the marker `needs`, a home, an image, and the consoles of VMs in reports of failed tests.
+"""What all tests share: the markers, a home, an image, and the consoles of VMs in reports of failed tests.
 
-The only marker of this project is ``needs``: it lists what a test can't run without, one or more of
+``slow`` marks what starts programs or tries very many cases. ``needs`` lists what a test can't run without:
 
 - ``root``: uid 0
 - ``netns``: a network namespace of its own, as `make test` and tools/sandbox.py give one
@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "needs(*things): what the test can't run without: root, netns, qemu, firecracker"
     )
+    config.addinivalue_line("markers", "slow: starts programs, or tries very many cases; not in `make test-quick`")
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox
         config.option.basetemp = Path(SANDBOX) / "t"
 

@@ -22,6 +22,8 @@ from swarm.config import Settings
 from swarm.vm.driver import Image
 from tests.conftest import CACHE
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 
 def test_percentiles_by_nearest_rank() -> None:
     assert percentiles([]) == {}

@@ -14,6 +14,8 @@ from swarm.config import Settings
 from swarm.vm.driver import Image
 from tests.chaos.campaign import campaign
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 SEED = int(os.environ.get("SWARM_CHAOS_SEED", "0")) or random.SystemRandom().randrange(1 << 31)
 
 

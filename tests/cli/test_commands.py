@@ -16,6 +16,8 @@ import pytest
 from swarm import __version__
 from swarm.model import ECHO_AGENT_ID
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 BIN = Path(sys.executable).parent
 COMMANDS = [
     ["swarm"],

@@ -20,6 +20,8 @@ from swarm.cli import main
 from swarm.config import Settings
 from swarm.vm.driver import Image
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 BIN = Path(sys.executable).parent
 DOCS = Path(__file__).parent.parent.parent / "docs"
 Run = Callable[..., subprocess.CompletedProcess[str]]

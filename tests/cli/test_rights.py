@@ -16,6 +16,8 @@ from swarm.vm.slots.inventory import Inventory
 from swarm.vm.slots.ssh import SshDir
 from swarm.vm.template import Templates
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 BIN = Path(sys.executable).parent
 # A user without privileges, who can still read this checkout, wherever it is.
 NOT_ROOT = ["unshare", "--user", "--map-user=1000", "--map-group=1000", "--"]

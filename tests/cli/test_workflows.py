@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 BIN = Path(sys.executable).parent
 Swarm = Callable[..., subprocess.CompletedProcess[str]]
 PUBLISH = """

@@ -11,6 +11,8 @@ from swarm.app import wiring
 from swarm.base import crash_points
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 # Long enough for events to be flushed and the lease (1.5 s) to be renewed.
 AGENT = "import json, time\nprint('up', flush=True)\ntime.sleep(0.8)\njson.dump({}, open('output.json', 'w'))"
 HOUR_MS = 3_600_000

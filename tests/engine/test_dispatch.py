@@ -18,6 +18,8 @@ from swarm.errors import NoImage, StoreError
 from swarm.model import RetryPolicy
 from tests.engine.conftest import Bench, ended, running, serving
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 OUT = "import json, os, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
 DONE = OUT + "out({})"
 UP = OUT + "print('up', flush=True)\n"

@@ -18,6 +18,8 @@ from swarm.cli import service
 from swarm.model import RetryPolicy
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 DONE = "import json; json.dump({}, open('output.json', 'w'))"
 HANG = "import time\nprint('up', flush=True)\ntime.sleep(600)"
 

@@ -22,6 +22,8 @@ from tests.engine.conftest import Bench, ended, engine_process, log_until, prove
 from tests.engine.test_crash import restart
 from tests.workflow.test_docs import INPUTS, OUTPUTS, blocks
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 # Each says 'up' and then does as its inputs say; "wait" is for a file that a test makes.
 AGENT = """
 import json, os, time

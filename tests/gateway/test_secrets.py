@@ -24,6 +24,8 @@ from tests.gateway.conftest import KEY
 from tests.gateway.messages_api import MessagesApi
 from tests.gateway.test_tickets import PRELUDE
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 VALUE = "s3cret-välue\nof two lines"
 
 

@@ -22,6 +22,8 @@ from tests.engine.conftest import Bench, engine_process, proved
 from tests.gateway.conftest import KEY
 from tests.gateway.messages_api import HAIKU, MessagesApi
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 # What an agent does, without an SDK. `call` answers with the text, or the error's message.
 PRELUDE = """
 import json, os, time, urllib.error, urllib.request

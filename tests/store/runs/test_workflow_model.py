@@ -20,6 +20,8 @@ from swarm.store.store import Store
 from tests.store.databases import LEASE, SqliteBackend, SqliteOutside, insert, left_overs
 from tests.store.flows import register
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 ENDED = ("done", "failed", "cancelled")
 LOST_MS = round(LEASE * 1000) + 1
 

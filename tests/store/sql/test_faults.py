@@ -19,6 +19,8 @@ from swarm.model import Event
 from swarm.store.store import Store
 from tests.store.databases import LEASE, Backend, Outside, claim_one, insert
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 ROOT = Path(__file__).parents[3]
 
 
