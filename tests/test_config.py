@@ -68,7 +68,7 @@ def test_a_lease_flag_that_makes_no_sense_is_refused() -> None:
     for bad in (0, -1, float("nan"), 1e18):
         with pytest.raises(UsageError) as caught:
             config.load(lease_seconds=bad)
-        assert str(caught.value) == f"bad settings: lease_seconds is {bad!r}; it must be a number from 1 to 86,400"
+        assert str(caught.value) == f"bad settings: lease_seconds is {bad!r}; it must be a number from 0.1 to 86,400"
 
 
 def test_every_number_has_a_range() -> None:

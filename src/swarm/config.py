@@ -30,10 +30,10 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
     "first_engine_slot": (1, 65_533),  # of the slots that exist: vm/slots/inventory.py
     "budget_usd_per_day": BOUNDS["budget_usd"],
     "budget_tokens_per_day": BOUNDS["budget_tokens"],
-    "lease_seconds": (1.0, 86_400.0),
-    "queue_timeout_seconds": (1.0, 365 * 86_400.0),
-    "boot_timeout_seconds": (1.0, 86_400.0),
-    "max_output_mb": (1, 1024),
+    "lease_seconds": (0.1, 86_400.0),
+    "queue_timeout_seconds": (0.001, 365 * 86_400.0),
+    "boot_timeout_seconds": (0.1, 86_400.0),
+    "max_output_mb": (1, 2048),
     "busy_timeout_seconds": (0.1, 3600.0),  # not 0, which would be "for ever" for PostgreSQL
 }
 

@@ -102,7 +102,7 @@ def test_doctor_on_another_migration(tmp_path: Path) -> None:
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "doctor", "--json")
     [check] = [check for check in json.loads(done.stdout) if check["name"] == "database"]
     assert check["status"] == "fail" and check["fix"] == "swarm init"
-    assert "0000_older" in check["detail"] and "this version of Swarm needs 0001" in check["detail"]
+    assert "0000_older" in check["detail"] and "this version of Swarm needs v0_1_0" in check["detail"]
     listed = run(tmp_path, BIN / "swarm", "ticket", "list")
     assert listed.returncode == 1 and "0000_older" in listed.stderr and "swarm init" in listed.stderr
 

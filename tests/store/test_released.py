@@ -60,7 +60,7 @@ async def test_its_tickets_go_on(file: Path) -> None:
             "half-way": "in_progress",
         }
         assert json.loads((await store.ticket("done")).outputs or "") == {"word": "hello"}
-        assert [event.data.get("text") for event in await store.events("done") if event.kind == "stdout"] == ["hello"]
+        assert [event.data.get("text") for event in await store.events("done") if event.kind == "output"] == ["hello"]
         await store.answer("waiting", approved=True, by="somebody")
         await store.shift_clock(3_600_000)  # whoever held the leases is gone
         await flows.run(store)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -67,8 +67,11 @@ async def serving(app: Any, *, host: str, port: int) -> AsyncIterator[tuple[str,
         yield f"http://{shown}:{number}", task
     finally:
         server.should_exit = True
-        ended: Coroutine[Any, Any, object] = asyncio.wait({task})
-        await finish_uninterrupted(ended)
+        await finish_uninterrupted(_ended(task))
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _bind(host: str, port: int) -> socket.socket:

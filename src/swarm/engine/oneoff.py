@@ -31,14 +31,14 @@ async def run(
     engine: Engine, agent: Agent, inputs: Mapping[str, Any], *, title: str = "", on_output: OnOutput
 ) -> Outcome:
     """One attempt, as a ticket of this agent would run. ``on_output`` gets everything that is printed, live."""
-    name = f"trial-{uuid.uuid4()}"
+    name = f"oneoff-{uuid.uuid4()}"
     claim = Claim(
         attempt_id=name,
         attempt_number=1,
         step_execution_id=name,
         step_id="main",
         run_id=name,
-        ticket=Ticket(id=name, title=title or f"a trial of {agent.name}", state=TicketState.IN_PROGRESS),
+        ticket=Ticket(id=name, title=title or f"a run of {agent.name}", state=TicketState.IN_PROGRESS),
         agent=agent,
         inputs=json.dumps(inputs),
         timeout_seconds=agent.timeout_seconds,

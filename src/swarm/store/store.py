@@ -15,7 +15,18 @@ import sqlalchemy as sa
 from swarm.cel.jail import Jail
 from swarm.errors import StoreError
 from swarm.ledger import Bill, Limit, Order, Reservation
-from swarm.model import Agent, BudgetPolicy, Claim, Event, Interrupted, Outcome, Succeeded, Ticket
+from swarm.model import (
+    Agent,
+    BudgetPolicy,
+    Claim,
+    Event,
+    Failed,
+    FailureReason,
+    Interrupted,
+    Outcome,
+    Succeeded,
+    Ticket,
+)
 from swarm.store import audit, spending
 from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
@@ -294,7 +305,10 @@ class Store:
         """
         packed = None
         if in_workflow and isinstance(outcome, Succeeded) and artifacts.worth_packing(outcome.outputs):
-            packed = await asyncio.to_thread(artifacts.pack_text, outcome.outputs)
+            try:
+                packed = await asyncio.to_thread(artifacts.pack_text, outcome.outputs)
+            except RecursionError:  # not from an engine, which limits the nesting of outputs
+                outcome = Failed(reason=FailureReason.OUTPUT_INVALID, message="its outputs are nested too deeply")
         request = finish.FinishRequest(
             attempt_id=attempt_id,
             outcome=outcome,

@@ -33,13 +33,13 @@ CREATE TABLE agents (
   PRIMARY KEY (id),
   CONSTRAINT agents_name_version UNIQUE (name, version)
 );
-INSERT INTO "agents" VALUES('0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','','/nowhere/echo','python','["main.py"]',NULL,NULL,NULL,256,1,2048,NULL,NULL,600.0,NULL,'none','[]','{}','[]','[]','[]','{"max_attempts":1,"delay_seconds":1.0,"factor":2.0,"max_delay_seconds":300.0,"on":["agent_failed","boot_failed","channel_broken","host_error","out_of_memory","timeout"]}',0,NULL,NULL,NULL,'2026-11-28T12:04:14.566Z','2026-11-28T12:04:14.566Z');
-INSERT INTO "agents" VALUES('retry-agent','retry','1.0.0','','/nowhere/retry','python','["main.py"]',NULL,NULL,NULL,256,1,2048,NULL,NULL,600.0,NULL,'none','[]','{}','[]','[]','[]','{"max_attempts":3,"delay_seconds":10,"factor":2,"max_delay_seconds":15,"on":["agent_failed","boot_failed","channel_broken","host_error","out_of_memory","timeout"]}',0,NULL,NULL,NULL,'2026-11-28T12:04:14.570Z','2026-11-28T12:04:14.570Z');
+INSERT INTO "agents" VALUES('0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','','/nowhere/echo','python','["main.py"]',NULL,NULL,NULL,256,1,2048,NULL,NULL,600.0,NULL,'none','[]','{}','[]','[]','[]','{"max_attempts":1,"delay_seconds":1.0,"factor":2.0,"max_delay_seconds":300.0,"on":["agent_failed","boot_failed","channel_broken","host_error","out_of_memory","timeout"]}',0,NULL,NULL,NULL,'2026-11-28T13:22:45.116Z','2026-11-28T13:22:45.116Z');
+INSERT INTO "agents" VALUES('retry-agent','retry','1.0.0','','/nowhere/retry','python','["main.py"]',NULL,NULL,NULL,256,1,2048,NULL,NULL,600.0,NULL,'none','[]','{}','[]','[]','[]','{"max_attempts":3,"delay_seconds":10,"factor":2,"max_delay_seconds":15,"on":["agent_failed","boot_failed","channel_broken","host_error","out_of_memory","timeout"]}',0,NULL,NULL,NULL,'2026-11-28T13:22:45.118Z','2026-11-28T13:22:45.118Z');
 CREATE TABLE alembic_version (
 	version_num VARCHAR(32) NOT NULL, 
 	CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
 );
-INSERT INTO "alembic_version" VALUES('0001');
+INSERT INTO "alembic_version" VALUES('v0_1_0');
 CREATE TABLE artifact_uses (
   ticket_id TEXT NOT NULL,
   digest TEXT NOT NULL,
@@ -71,12 +71,12 @@ CREATE TABLE attempts (
   PRIMARY KEY (id),
   FOREIGN KEY(step_execution_id) REFERENCES step_executions (id) ON DELETE CASCADE
 );
-INSERT INTO "attempts" VALUES('01a2220a-ac8e-7681-93a6-2338ce005a3a','01a2220a-ac8e-767a-8222-e64a8ab64e02',1,'worker',NULL,1795867484606,'succeeded',NULL,NULL,0,NULL,0,0.0,'2026-11-28T12:04:14.606Z','2026-11-28T12:04:14.621Z');
-INSERT INTO "attempts" VALUES('01a2220a-aca8-7a3c-8b75-1ec23be8b91d','01a2220a-aca8-7b63-8f6b-de20be702141',1,'worker',NULL,1795867484632,'failed','agent_failed','it broke',NULL,'{"agent":12.5}',0,0.0,'2026-11-28T12:04:14.632Z','2026-11-28T12:04:14.633Z');
-INSERT INTO "attempts" VALUES('01a2220a-ae64-7c61-8793-f2acda231b07','01a2220a-ae5c-746a-ae73-a4eb8b09b341',1,'test',NULL,1795867485076,'succeeded',NULL,NULL,0,NULL,0,0.0,'2026-11-28T12:04:15.076Z','2026-11-28T12:04:15.077Z');
-INSERT INTO "attempts" VALUES('01a2220a-af1e-73f5-bef9-0f5d9035e47b','01a2220a-af1c-726c-9cf6-a0e5429bed55',1,'test',NULL,1795867485262,'succeeded',NULL,NULL,0,NULL,0,0.0,'2026-11-28T12:04:15.262Z','2026-11-28T12:04:15.268Z');
-INSERT INTO "attempts" VALUES('01a2220a-af1e-702b-997a-33eac876e532','01a2220a-af1c-726c-9cf6-a0e5429bed56',1,'test',NULL,1795867485262,NULL,NULL,NULL,NULL,NULL,0,0.0,'2026-11-28T12:04:15.262Z',NULL);
-INSERT INTO "attempts" VALUES('01a2220a-af1e-729a-85c0-1bdf4f0b4d2a','01a2220a-af1c-726c-9cf6-a0e5429bed57',1,'test',NULL,1795867485262,NULL,NULL,NULL,NULL,NULL,0,0.0,'2026-11-28T12:04:15.262Z',NULL);
+INSERT INTO "attempts" VALUES('01a22252-8d04-7bd9-ba58-d7a2b8171ecb','01a22252-8d04-7d8f-9001-9e7b43063a8b',1,'worker',NULL,1795872195124,'succeeded',NULL,NULL,0,NULL,0,0.0,'2026-11-28T13:22:45.124Z','2026-11-28T13:22:45.132Z');
+INSERT INTO "attempts" VALUES('01a22252-8d14-7526-980c-549cb4e42a2c','01a22252-8d14-7ada-946b-f11d73021552',1,'worker',NULL,1795872195140,'failed','agent_failed','it broke',NULL,'{"agent":12.5}',0,0.0,'2026-11-28T13:22:45.140Z','2026-11-28T13:22:45.142Z');
+INSERT INTO "attempts" VALUES('01a22252-8de9-7569-abce-fa24e725063f','01a22252-8de5-72e4-b403-de83715f5036',1,'test',NULL,1795872195353,'succeeded',NULL,NULL,0,NULL,0,0.0,'2026-11-28T13:22:45.353Z','2026-11-28T13:22:45.355Z');
+INSERT INTO "attempts" VALUES('01a22252-8e57-7614-afca-a8a285aa839f','01a22252-8e55-72ec-b7e2-0e0461c2ebe6',1,'test',NULL,1795872195463,'succeeded',NULL,NULL,0,NULL,0,0.0,'2026-11-28T13:22:45.463Z','2026-11-28T13:22:45.464Z');
+INSERT INTO "attempts" VALUES('01a22252-8e57-7639-b594-15d87fbd7f22','01a22252-8e55-72ec-b7e2-0e0461c2ebe7',1,'test',NULL,1795872195463,NULL,NULL,NULL,NULL,NULL,0,0.0,'2026-11-28T13:22:45.463Z',NULL);
+INSERT INTO "attempts" VALUES('01a22252-8e57-72c3-8e7e-321cabcec9c5','01a22252-8e55-72ec-b7e2-0e0461c2ebe8',1,'test',NULL,1795872195463,NULL,NULL,NULL,NULL,NULL,0,0.0,'2026-11-28T13:22:45.463Z',NULL);
 CREATE TABLE clock (
   offset_ms INTEGER DEFAULT 0 NOT NULL
 );
@@ -87,8 +87,8 @@ CREATE TABLE definitions (
   created_at TEXT DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
   PRIMARY KEY (digest)
 );
-INSERT INTO "definitions" VALUES('b552f21006dca1be9164031db39e7fa01e691b10cf352346d12923ff28f18d86','{"format":1,"name":"of-waiting","steps":[{"agent":"echo@1.0.0","id":"build","inputs":{"n":1}},{"approval":{"message":"Ship it?"},"id":"ask","needs":["build"]},{"agent":"echo@1.0.0","id":"ship","inputs":{"built":"${steps.build.outputs.n}"},"needs":["ask"]}],"version":"1.0.0"}','2026-11-28T12:04:15.069Z');
-INSERT INTO "definitions" VALUES('900410932961a887674fd6c9e1b74dfb7c2f8b005fbb14f07a11a9d46b004fe9','{"format":1,"name":"of-half-way","steps":[{"agent":"echo@1.0.0","for_each":{"items":[1,2,3]},"id":"each","inputs":{"n":"${item}"}},{"agent":"echo@1.0.0","id":"sum","inputs":{"all":"${steps.each.outputs}"},"needs":["each"]}],"version":"1.0.0"}','2026-11-28T12:04:15.260Z');
+INSERT INTO "definitions" VALUES('b552f21006dca1be9164031db39e7fa01e691b10cf352346d12923ff28f18d86','{"format":1,"name":"of-waiting","steps":[{"agent":"echo@1.0.0","id":"build","inputs":{"n":1}},{"approval":{"message":"Ship it?"},"id":"ask","needs":["build"]},{"agent":"echo@1.0.0","id":"ship","inputs":{"built":"${steps.build.outputs.n}"},"needs":["ask"]}],"version":"1.0.0"}','2026-11-28T13:22:45.350Z');
+INSERT INTO "definitions" VALUES('900410932961a887674fd6c9e1b74dfb7c2f8b005fbb14f07a11a9d46b004fe9','{"format":1,"name":"of-half-way","steps":[{"agent":"echo@1.0.0","for_each":{"items":[1,2,3]},"id":"each","inputs":{"n":"${item}"}},{"agent":"echo@1.0.0","id":"sum","inputs":{"all":"${steps.each.outputs}"},"needs":["each"]}],"version":"1.0.0"}','2026-11-28T13:22:45.462Z');
 CREATE TABLE events (
   seq INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
   ticket_id TEXT NOT NULL,
@@ -98,31 +98,31 @@ CREATE TABLE events (
   kind TEXT NOT NULL,
   data TEXT DEFAULT '{}' NOT NULL
 );
-INSERT INTO "events" VALUES(1,'done',NULL,NULL,'2026-11-28T12:04:14.606Z','transition','{"of":"ticket","from":"ready","to":"in_progress"}');
-INSERT INTO "events" VALUES(2,'done','main','01a2220a-ac8e-7681-93a6-2338ce005a3a','2026-11-28T12:04:14.606Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"worker"}');
-INSERT INTO "events" VALUES(3,'done',NULL,'01a2220a-ac8e-7681-93a6-2338ce005a3a','2026-11-28T12:04:14.620Z','stdout','{"text":"hello"}');
-INSERT INTO "events" VALUES(4,'done','main','01a2220a-ac8e-7681-93a6-2338ce005a3a','2026-11-28T12:04:14.621Z','transition','{"of":"step","from":"running","to":"completed","why":"succeeded"}');
-INSERT INTO "events" VALUES(5,'done',NULL,NULL,'2026-11-28T12:04:14.621Z','transition','{"of":"ticket","from":"in_progress","to":"done"}');
-INSERT INTO "events" VALUES(6,'failed',NULL,NULL,'2026-11-28T12:04:14.632Z','transition','{"of":"ticket","from":"ready","to":"in_progress"}');
-INSERT INTO "events" VALUES(7,'failed','main','01a2220a-aca8-7a3c-8b75-1ec23be8b91d','2026-11-28T12:04:14.632Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"worker"}');
-INSERT INTO "events" VALUES(8,'failed','main','01a2220a-aca8-7a3c-8b75-1ec23be8b91d','2026-11-28T12:04:14.633Z','transition','{"of":"step","from":"running","to":"failed","why":"agent_failed","error":"it broke"}');
-INSERT INTO "events" VALUES(9,'failed',NULL,NULL,'2026-11-28T12:04:14.633Z','transition','{"of":"ticket","from":"in_progress","to":"failed","error":"it broke"}');
-INSERT INTO "events" VALUES(10,'waiting',NULL,NULL,'2026-11-28T12:04:15.044Z','transition','{"of":"ticket","from":"ready","to":"in_progress"}');
-INSERT INTO "events" VALUES(11,'waiting','build',NULL,'2026-11-28T12:04:15.068Z','transition','{"of":"step","from":"pending","to":"ready"}');
-INSERT INTO "events" VALUES(12,'waiting','build','01a2220a-ae64-7c61-8793-f2acda231b07','2026-11-28T12:04:15.076Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"test"}');
-INSERT INTO "events" VALUES(13,'waiting','build','01a2220a-ae64-7c61-8793-f2acda231b07','2026-11-28T12:04:15.077Z','transition','{"of":"step","from":"running","to":"completed","why":"succeeded"}');
-INSERT INTO "events" VALUES(14,'waiting','ask',NULL,'2026-11-28T12:04:15.077Z','transition','{"of":"step","from":"pending","to":"waiting"}');
-INSERT INTO "events" VALUES(15,'waiting',NULL,NULL,'2026-11-28T12:04:15.077Z','transition','{"of":"ticket","from":"in_progress","to":"waiting"}');
-INSERT INTO "events" VALUES(16,'half-way',NULL,NULL,'2026-11-28T12:04:15.252Z','transition','{"of":"ticket","from":"ready","to":"in_progress"}');
-INSERT INTO "events" VALUES(17,'half-way','each',NULL,'2026-11-28T12:04:15.260Z','transition','{"of":"step","from":"pending","to":"running"}');
-INSERT INTO "events" VALUES(18,'half-way','each[0]',NULL,'2026-11-28T12:04:15.260Z','transition','{"of":"step","from":"pending","to":"ready"}');
-INSERT INTO "events" VALUES(19,'half-way','each[1]',NULL,'2026-11-28T12:04:15.260Z','transition','{"of":"step","from":"pending","to":"ready"}');
-INSERT INTO "events" VALUES(20,'half-way','each[2]',NULL,'2026-11-28T12:04:15.260Z','transition','{"of":"step","from":"pending","to":"ready"}');
-INSERT INTO "events" VALUES(21,'half-way','each[0]','01a2220a-af1e-73f5-bef9-0f5d9035e47b','2026-11-28T12:04:15.262Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"test"}');
-INSERT INTO "events" VALUES(22,'half-way','each[1]','01a2220a-af1e-702b-997a-33eac876e532','2026-11-28T12:04:15.262Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"test"}');
-INSERT INTO "events" VALUES(23,'half-way','each[2]','01a2220a-af1e-729a-85c0-1bdf4f0b4d2a','2026-11-28T12:04:15.262Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"test"}');
-INSERT INTO "events" VALUES(24,'half-way','each[0]','01a2220a-af1e-73f5-bef9-0f5d9035e47b','2026-11-28T12:04:15.268Z','transition','{"of":"step","from":"running","to":"completed","why":"succeeded"}');
-INSERT INTO "events" VALUES(25,'cancelled',NULL,NULL,'2026-11-28T12:04:15.452Z','transition','{"of":"ticket","from":"ready","to":"cancelled","error":"cancelled by a person"}');
+INSERT INTO "events" VALUES(1,'done',NULL,NULL,'2026-11-28T13:22:45.124Z','transition','{"of":"ticket","from":"ready","to":"in_progress"}');
+INSERT INTO "events" VALUES(2,'done','main','01a22252-8d04-7bd9-ba58-d7a2b8171ecb','2026-11-28T13:22:45.124Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"worker"}');
+INSERT INTO "events" VALUES(3,'done',NULL,'01a22252-8d04-7bd9-ba58-d7a2b8171ecb','2026-11-28T13:22:45.129Z','output','{"stream":"stdout","text":"hello"}');
+INSERT INTO "events" VALUES(4,'done','main','01a22252-8d04-7bd9-ba58-d7a2b8171ecb','2026-11-28T13:22:45.132Z','transition','{"of":"step","from":"running","to":"completed","why":"succeeded"}');
+INSERT INTO "events" VALUES(5,'done',NULL,NULL,'2026-11-28T13:22:45.132Z','transition','{"of":"ticket","from":"in_progress","to":"done"}');
+INSERT INTO "events" VALUES(6,'failed',NULL,NULL,'2026-11-28T13:22:45.140Z','transition','{"of":"ticket","from":"ready","to":"in_progress"}');
+INSERT INTO "events" VALUES(7,'failed','main','01a22252-8d14-7526-980c-549cb4e42a2c','2026-11-28T13:22:45.140Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"worker"}');
+INSERT INTO "events" VALUES(8,'failed','main','01a22252-8d14-7526-980c-549cb4e42a2c','2026-11-28T13:22:45.142Z','transition','{"of":"step","from":"running","to":"failed","why":"agent_failed","error":"it broke"}');
+INSERT INTO "events" VALUES(9,'failed',NULL,NULL,'2026-11-28T13:22:45.142Z','transition','{"of":"ticket","from":"in_progress","to":"failed","error":"it broke"}');
+INSERT INTO "events" VALUES(10,'waiting',NULL,NULL,'2026-11-28T13:22:45.329Z','transition','{"of":"ticket","from":"ready","to":"in_progress"}');
+INSERT INTO "events" VALUES(11,'waiting','build',NULL,'2026-11-28T13:22:45.349Z','transition','{"of":"step","from":"pending","to":"ready"}');
+INSERT INTO "events" VALUES(12,'waiting','build','01a22252-8de9-7569-abce-fa24e725063f','2026-11-28T13:22:45.353Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"test"}');
+INSERT INTO "events" VALUES(13,'waiting','build','01a22252-8de9-7569-abce-fa24e725063f','2026-11-28T13:22:45.355Z','transition','{"of":"step","from":"running","to":"completed","why":"succeeded"}');
+INSERT INTO "events" VALUES(14,'waiting','ask',NULL,'2026-11-28T13:22:45.355Z','transition','{"of":"step","from":"pending","to":"waiting"}');
+INSERT INTO "events" VALUES(15,'waiting',NULL,NULL,'2026-11-28T13:22:45.355Z','transition','{"of":"ticket","from":"in_progress","to":"waiting"}');
+INSERT INTO "events" VALUES(16,'half-way',NULL,NULL,'2026-11-28T13:22:45.458Z','transition','{"of":"ticket","from":"ready","to":"in_progress"}');
+INSERT INTO "events" VALUES(17,'half-way','each',NULL,'2026-11-28T13:22:45.461Z','transition','{"of":"step","from":"pending","to":"running"}');
+INSERT INTO "events" VALUES(18,'half-way','each[0]',NULL,'2026-11-28T13:22:45.461Z','transition','{"of":"step","from":"pending","to":"ready"}');
+INSERT INTO "events" VALUES(19,'half-way','each[1]',NULL,'2026-11-28T13:22:45.461Z','transition','{"of":"step","from":"pending","to":"ready"}');
+INSERT INTO "events" VALUES(20,'half-way','each[2]',NULL,'2026-11-28T13:22:45.461Z','transition','{"of":"step","from":"pending","to":"ready"}');
+INSERT INTO "events" VALUES(21,'half-way','each[0]','01a22252-8e57-7614-afca-a8a285aa839f','2026-11-28T13:22:45.463Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"test"}');
+INSERT INTO "events" VALUES(22,'half-way','each[1]','01a22252-8e57-7639-b594-15d87fbd7f22','2026-11-28T13:22:45.463Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"test"}');
+INSERT INTO "events" VALUES(23,'half-way','each[2]','01a22252-8e57-72c3-8e7e-321cabcec9c5','2026-11-28T13:22:45.463Z','transition','{"of":"step","from":"ready","to":"running","number":1,"worker":"test"}');
+INSERT INTO "events" VALUES(24,'half-way','each[0]','01a22252-8e57-7614-afca-a8a285aa839f','2026-11-28T13:22:45.464Z','transition','{"of":"step","from":"running","to":"completed","why":"succeeded"}');
+INSERT INTO "events" VALUES(25,'cancelled',NULL,NULL,'2026-11-28T13:22:45.547Z','transition','{"of":"ticket","from":"ready","to":"cancelled","error":"cancelled by a person"}');
 CREATE TABLE model_calls (
   id TEXT NOT NULL,
   at TEXT DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
@@ -163,7 +163,7 @@ CREATE TABLE schedules (
   PRIMARY KEY (workflow, number)
 );
 INSERT INTO "schedules" VALUES('',0,'','','UTC','once',0,0,NULL,NULL,0,NULL);
-INSERT INTO "schedules" VALUES('nightly',0,'f8a16671-2b2f-5f71-994a-7d12c8080f8f','0 3 * * *','UTC','once',1795921200000,1795867455432,NULL,NULL,0,NULL);
+INSERT INTO "schedules" VALUES('nightly',0,'f8a16671-2b2f-5f71-994a-7d12c8080f8f','0 3 * * *','UTC','once',1795921200000,1795872165539,NULL,NULL,0,NULL);
 CREATE TABLE secrets (
   name TEXT NOT NULL,
   scope TEXT NOT NULL,
@@ -203,16 +203,16 @@ CREATE TABLE step_executions (
   PRIMARY KEY (id),
   FOREIGN KEY(run_id) REFERENCES workflow_runs (id) ON DELETE CASCADE
 );
-INSERT INTO "step_executions" VALUES('01a2220a-ac8e-767a-8222-e64a8ab64e02','01a2220a-ac8e-747f-8eeb-97d23e27d791','main','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','completed','01a2220a-ac8e-7681-93a6-2338ce005a3a',NULL,'{"word": "hello"}','{"word": "hello"}','2026-11-28T12:04:14.571Z','2026-11-28T12:04:14.606Z','2026-11-28T12:04:14.621Z',15.0,0,NULL,0,1,600.0,NULL,0,'2026-11-28T12:04:14.571Z',NULL,NULL,NULL,NULL);
-INSERT INTO "step_executions" VALUES('01a2220a-aca8-7b63-8f6b-de20be702141','01a2220a-aca8-7fe0-82ea-3613df4676e8','main','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','failed','01a2220a-aca8-7a3c-8b75-1ec23be8b91d',NULL,'{}',NULL,'2026-11-28T12:04:14.628Z','2026-11-28T12:04:14.632Z','2026-11-28T12:04:14.633Z',1.0,0,'it broke',0,1,600.0,NULL,0,'2026-11-28T12:04:14.628Z',NULL,NULL,NULL,NULL);
-INSERT INTO "step_executions" VALUES('01a2220a-ae5c-746a-ae73-a4eb8b09b341','01a2220a-ae44-7d81-bf55-7db094875d50','build','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','completed','01a2220a-ae64-7c61-8793-f2acda231b07',NULL,'{"n":1}','{"n":1}','2026-11-28T12:04:15.068Z','2026-11-28T12:04:15.076Z','2026-11-28T12:04:15.077Z',1.0,0,NULL,0,1,600.0,NULL,0,'2026-11-28T12:04:15.039Z',NULL,NULL,NULL,NULL);
-INSERT INTO "step_executions" VALUES('01a2220a-ae5c-746a-ae73-a4eb8b09b342','01a2220a-ae44-7d81-bf55-7db094875d50','ask',NULL,NULL,NULL,'waiting',NULL,NULL,NULL,NULL,'2026-11-28T12:04:15.077Z',NULL,NULL,NULL,0,NULL,0,1,NULL,NULL,0,'2026-11-28T12:04:15.039Z',NULL,'Ship it?',NULL,NULL);
-INSERT INTO "step_executions" VALUES('01a2220a-ae5c-746a-ae73-a4eb8b09b343','01a2220a-ae44-7d81-bf55-7db094875d50','ship',NULL,NULL,NULL,'pending',NULL,NULL,NULL,NULL,NULL,NULL,NULL,NULL,0,NULL,0,1,NULL,NULL,0,'2026-11-28T12:04:15.039Z',NULL,NULL,NULL,NULL);
-INSERT INTO "step_executions" VALUES('01a2220a-af1c-726c-9cf6-a0e5429bed53','01a2220a-af14-77bd-86b7-71aba3b587df','each',NULL,NULL,NULL,'running',NULL,NULL,NULL,NULL,NULL,'2026-11-28T12:04:15.260Z',NULL,NULL,0,NULL,0,1,NULL,NULL,0,'2026-11-28T12:04:15.243Z',NULL,NULL,NULL,'{"count":3,"next":3,"running":2,"completed":1,"failed":0,"skipped":0,"error":null}');
-INSERT INTO "step_executions" VALUES('01a2220a-af1c-726c-9cf6-a0e5429bed54','01a2220a-af14-77bd-86b7-71aba3b587df','sum',NULL,NULL,NULL,'pending',NULL,NULL,NULL,NULL,NULL,NULL,NULL,NULL,0,NULL,0,1,NULL,NULL,0,'2026-11-28T12:04:15.243Z',NULL,NULL,NULL,NULL);
-INSERT INTO "step_executions" VALUES('01a2220a-af1c-726c-9cf6-a0e5429bed55','01a2220a-af14-77bd-86b7-71aba3b587df','each[0]','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','completed','01a2220a-af1e-73f5-bef9-0f5d9035e47b',NULL,'{"n":1}','{"n":1}','2026-11-28T12:04:15.260Z','2026-11-28T12:04:15.262Z','2026-11-28T12:04:15.268Z',6.0,0,NULL,0,1,600.0,NULL,0,'2026-11-28T12:04:15.243Z',NULL,NULL,NULL,NULL);
-INSERT INTO "step_executions" VALUES('01a2220a-af1c-726c-9cf6-a0e5429bed56','01a2220a-af14-77bd-86b7-71aba3b587df','each[1]','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','running','01a2220a-af1e-702b-997a-33eac876e532',NULL,'{"n":2}',NULL,'2026-11-28T12:04:15.260Z','2026-11-28T12:04:15.262Z',NULL,NULL,0,NULL,0,1,600.0,NULL,0,'2026-11-28T12:04:15.243Z',NULL,NULL,NULL,NULL);
-INSERT INTO "step_executions" VALUES('01a2220a-af1c-726c-9cf6-a0e5429bed57','01a2220a-af14-77bd-86b7-71aba3b587df','each[2]','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','running','01a2220a-af1e-729a-85c0-1bdf4f0b4d2a',NULL,'{"n":3}',NULL,'2026-11-28T12:04:15.260Z','2026-11-28T12:04:15.262Z',NULL,NULL,0,NULL,0,1,600.0,NULL,0,'2026-11-28T12:04:15.243Z',NULL,NULL,NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8d04-7d8f-9001-9e7b43063a8b','01a22252-8d04-7075-bdb3-922ee0ca1f18','main','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','completed','01a22252-8d04-7bd9-ba58-d7a2b8171ecb',NULL,'{"word": "hello"}','{"word": "hello"}','2026-11-28T13:22:45.119Z','2026-11-28T13:22:45.124Z','2026-11-28T13:22:45.132Z',8.0,0,NULL,0,1,600.0,NULL,0,'2026-11-28T13:22:45.119Z',NULL,NULL,NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8d14-7ada-946b-f11d73021552','01a22252-8d14-7142-abaa-4a6f7b4ff95d','main','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','failed','01a22252-8d14-7526-980c-549cb4e42a2c',NULL,'{}',NULL,'2026-11-28T13:22:45.134Z','2026-11-28T13:22:45.140Z','2026-11-28T13:22:45.142Z',2.0,0,'it broke',0,1,600.0,NULL,0,'2026-11-28T13:22:45.134Z',NULL,NULL,NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8de5-72e4-b403-de83715f5036','01a22252-8dd1-7e6b-8187-196c7d6cf9f2','build','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','completed','01a22252-8de9-7569-abce-fa24e725063f',NULL,'{"n":1}','{"n":1}','2026-11-28T13:22:45.349Z','2026-11-28T13:22:45.353Z','2026-11-28T13:22:45.355Z',2.0,0,NULL,0,1,600.0,NULL,0,'2026-11-28T13:22:45.326Z',NULL,NULL,NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8de5-72e4-b403-de83715f5037','01a22252-8dd1-7e6b-8187-196c7d6cf9f2','ask',NULL,NULL,NULL,'waiting',NULL,NULL,NULL,NULL,'2026-11-28T13:22:45.355Z',NULL,NULL,NULL,0,NULL,0,1,NULL,NULL,0,'2026-11-28T13:22:45.326Z',NULL,'Ship it?',NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8de5-72e4-b403-de83715f5038','01a22252-8dd1-7e6b-8187-196c7d6cf9f2','ship',NULL,NULL,NULL,'pending',NULL,NULL,NULL,NULL,NULL,NULL,NULL,NULL,0,NULL,0,1,NULL,NULL,0,'2026-11-28T13:22:45.326Z',NULL,NULL,NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8e55-72ec-b7e2-0e0461c2ebe4','01a22252-8e52-76c4-8f12-876fc65d49a7','each',NULL,NULL,NULL,'running',NULL,NULL,NULL,NULL,NULL,'2026-11-28T13:22:45.461Z',NULL,NULL,0,NULL,0,1,NULL,NULL,0,'2026-11-28T13:22:45.456Z',NULL,NULL,NULL,'{"count":3,"next":3,"running":2,"completed":1,"failed":0,"skipped":0,"error":null}');
+INSERT INTO "step_executions" VALUES('01a22252-8e55-72ec-b7e2-0e0461c2ebe5','01a22252-8e52-76c4-8f12-876fc65d49a7','sum',NULL,NULL,NULL,'pending',NULL,NULL,NULL,NULL,NULL,NULL,NULL,NULL,0,NULL,0,1,NULL,NULL,0,'2026-11-28T13:22:45.456Z',NULL,NULL,NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8e55-72ec-b7e2-0e0461c2ebe6','01a22252-8e52-76c4-8f12-876fc65d49a7','each[0]','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','completed','01a22252-8e57-7614-afca-a8a285aa839f',NULL,'{"n":1}','{"n":1}','2026-11-28T13:22:45.461Z','2026-11-28T13:22:45.463Z','2026-11-28T13:22:45.464Z',1.0,0,NULL,0,1,600.0,NULL,0,'2026-11-28T13:22:45.456Z',NULL,NULL,NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8e55-72ec-b7e2-0e0461c2ebe7','01a22252-8e52-76c4-8f12-876fc65d49a7','each[1]','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','running','01a22252-8e57-7639-b594-15d87fbd7f22',NULL,'{"n":2}',NULL,'2026-11-28T13:22:45.461Z','2026-11-28T13:22:45.463Z',NULL,NULL,0,NULL,0,1,600.0,NULL,0,'2026-11-28T13:22:45.456Z',NULL,NULL,NULL,NULL);
+INSERT INTO "step_executions" VALUES('01a22252-8e55-72ec-b7e2-0e0461c2ebe8','01a22252-8e52-76c4-8f12-876fc65d49a7','each[2]','0d72b1b5-a98e-4356-bf52-f654d0509dc4','echo','1.0.0','running','01a22252-8e57-72c3-8e7e-321cabcec9c5',NULL,'{"n":3}',NULL,'2026-11-28T13:22:45.461Z','2026-11-28T13:22:45.463Z',NULL,NULL,0,NULL,0,1,600.0,NULL,0,'2026-11-28T13:22:45.456Z',NULL,NULL,NULL,NULL);
 CREATE TABLE ticket_dependencies (
   ticket_id TEXT NOT NULL,
   depends_on TEXT NOT NULL,
@@ -248,13 +248,13 @@ CREATE TABLE tickets (
   completed_at TEXT,
   PRIMARY KEY (id)
 );
-INSERT INTO "tickets" VALUES('done',NULL,'a test',NULL,'done','0d72b1b5-a98e-4356-bf52-f654d0509dc4',NULL,NULL,'agent',NULL,'{"word": "hello"}','{"word": "hello"}',NULL,0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,'01a2220a-ac8e-747f-8eeb-97d23e27d791','2026-11-28T12:04:14.571Z','2026-11-28T12:04:14.621Z','2026-11-28T12:04:14.606Z','2026-11-28T12:04:14.621Z');
-INSERT INTO "tickets" VALUES('failed',NULL,'a test',NULL,'failed','0d72b1b5-a98e-4356-bf52-f654d0509dc4',NULL,NULL,'agent',NULL,NULL,NULL,'it broke',0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,'01a2220a-aca8-7fe0-82ea-3613df4676e8','2026-11-28T12:04:14.628Z','2026-11-28T12:04:14.633Z','2026-11-28T12:04:14.632Z','2026-11-28T12:04:14.633Z');
-INSERT INTO "tickets" VALUES('waiting',NULL,'a test',NULL,'waiting',NULL,NULL,NULL,'workflow','8b21f687-1d85-5292-808f-c04e2328477d',NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,'01a2220a-ae44-7d81-bf55-7db094875d50','2026-11-28T12:04:15.039Z','2026-11-28T12:04:15.077Z','2026-11-28T12:04:15.044Z',NULL);
-INSERT INTO "tickets" VALUES('half-way',NULL,'a test',NULL,'in_progress',NULL,NULL,NULL,'workflow','a86157fe-8e6d-5692-8b4b-e4677b1493dd',NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,'01a2220a-af14-77bd-86b7-71aba3b587df','2026-11-28T12:04:15.243Z','2026-11-28T12:04:15.252Z','2026-11-28T12:04:15.252Z',NULL);
-INSERT INTO "tickets" VALUES('cancelled',NULL,'a test',NULL,'cancelled','0d72b1b5-a98e-4356-bf52-f654d0509dc4',NULL,NULL,'agent',NULL,NULL,NULL,'cancelled by a person',0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,NULL,'2026-11-28T12:04:15.435Z','2026-11-28T12:04:15.452Z',NULL,'2026-11-28T12:04:15.452Z');
-INSERT INTO "tickets" VALUES('ready',NULL,'a test',NULL,'ready','retry-agent',NULL,NULL,'agent',NULL,NULL,NULL,NULL,5,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,NULL,'2026-11-28T12:04:15.456Z','2026-11-28T12:04:15.456Z',NULL,NULL);
-INSERT INTO "tickets" VALUES('blocked',NULL,'a test',NULL,'blocked','0d72b1b5-a98e-4356-bf52-f654d0509dc4',NULL,NULL,'agent',NULL,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,NULL,'2026-11-28T12:04:15.467Z','2026-11-28T12:04:15.467Z',NULL,NULL);
+INSERT INTO "tickets" VALUES('done',NULL,'a test',NULL,'done','0d72b1b5-a98e-4356-bf52-f654d0509dc4',NULL,NULL,'agent',NULL,'{"word": "hello"}','{"word": "hello"}',NULL,0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,'01a22252-8d04-7075-bdb3-922ee0ca1f18','2026-11-28T13:22:45.119Z','2026-11-28T13:22:45.132Z','2026-11-28T13:22:45.124Z','2026-11-28T13:22:45.132Z');
+INSERT INTO "tickets" VALUES('failed',NULL,'a test',NULL,'failed','0d72b1b5-a98e-4356-bf52-f654d0509dc4',NULL,NULL,'agent',NULL,NULL,NULL,'it broke',0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,'01a22252-8d14-7142-abaa-4a6f7b4ff95d','2026-11-28T13:22:45.134Z','2026-11-28T13:22:45.142Z','2026-11-28T13:22:45.140Z','2026-11-28T13:22:45.142Z');
+INSERT INTO "tickets" VALUES('waiting',NULL,'a test',NULL,'waiting',NULL,NULL,NULL,'workflow','8b21f687-1d85-5292-808f-c04e2328477d',NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,'01a22252-8dd1-7e6b-8187-196c7d6cf9f2','2026-11-28T13:22:45.326Z','2026-11-28T13:22:45.355Z','2026-11-28T13:22:45.329Z',NULL);
+INSERT INTO "tickets" VALUES('half-way',NULL,'a test',NULL,'in_progress',NULL,NULL,NULL,'workflow','a86157fe-8e6d-5692-8b4b-e4677b1493dd',NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,'01a22252-8e52-76c4-8f12-876fc65d49a7','2026-11-28T13:22:45.456Z','2026-11-28T13:22:45.458Z','2026-11-28T13:22:45.458Z',NULL);
+INSERT INTO "tickets" VALUES('cancelled',NULL,'a test',NULL,'cancelled','0d72b1b5-a98e-4356-bf52-f654d0509dc4',NULL,NULL,'agent',NULL,NULL,NULL,'cancelled by a person',0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,NULL,'2026-11-28T13:22:45.540Z','2026-11-28T13:22:45.547Z',NULL,'2026-11-28T13:22:45.547Z');
+INSERT INTO "tickets" VALUES('ready',NULL,'a test',NULL,'ready','retry-agent',NULL,NULL,'agent',NULL,NULL,NULL,NULL,5,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,NULL,'2026-11-28T13:22:45.547Z','2026-11-28T13:22:45.547Z',NULL,NULL);
+INSERT INTO "tickets" VALUES('blocked',NULL,'a test',NULL,'blocked','0d72b1b5-a98e-4356-bf52-f654d0509dc4',NULL,NULL,'agent',NULL,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL,'ticket',NULL,NULL,'2026-11-28T13:22:45.550Z','2026-11-28T13:22:45.550Z',NULL,NULL);
 CREATE TABLE webhook_calls (
   workflow TEXT NOT NULL,
   "key" TEXT NOT NULL,
@@ -300,10 +300,10 @@ CREATE TABLE workflow_runs (
   PRIMARY KEY (id),
   FOREIGN KEY(ticket_id) REFERENCES tickets (id) ON DELETE CASCADE
 );
-INSERT INTO "workflow_runs" VALUES('01a2220a-ac8e-747f-8eeb-97d23e27d791',NULL,NULL,'done','completed','ticket',NULL,'2026-11-28T12:04:14.606Z','2026-11-28T12:04:14.621Z',NULL,NULL,1.0,0,0.0,NULL,NULL,'',NULL,NULL,NULL,NULL,0,NULL,NULL);
-INSERT INTO "workflow_runs" VALUES('01a2220a-aca8-7fe0-82ea-3613df4676e8',NULL,NULL,'failed','failed','ticket',NULL,'2026-11-28T12:04:14.632Z','2026-11-28T12:04:14.633Z','it broke','main',20.0,0,0.0,NULL,NULL,'',NULL,NULL,NULL,NULL,0,NULL,NULL);
-INSERT INTO "workflow_runs" VALUES('01a2220a-ae44-7d81-bf55-7db094875d50','8b21f687-1d85-5292-808f-c04e2328477d','1.0.0','waiting','waiting','ticket',NULL,'2026-11-28T12:04:15.044Z',NULL,NULL,NULL,1.0,0,0.0,NULL,NULL,'','b552f21006dca1be9164031db39e7fa01e691b10cf352346d12923ff28f18d86','{"inputs":{},"variables":{},"trigger":{"type":"ticket"},"ticket":{"id":"waiting","title":"a test","description":null,"project_id":null}}','{"phase":"steps","open":2,"failed_step":null,"error":null}',NULL,2,NULL,NULL);
-INSERT INTO "workflow_runs" VALUES('01a2220a-af14-77bd-86b7-71aba3b587df','a86157fe-8e6d-5692-8b4b-e4677b1493dd','1.0.0','half-way','running','ticket',NULL,'2026-11-28T12:04:15.252Z',NULL,NULL,NULL,1.0,0,0.0,NULL,NULL,'','900410932961a887674fd6c9e1b74dfb7c2f8b005fbb14f07a11a9d46b004fe9','{"inputs":{},"variables":{},"trigger":{"type":"ticket"},"ticket":{"id":"half-way","title":"a test","description":null,"project_id":null}}','{"phase":"steps","open":2,"failed_step":null,"error":null}',NULL,2,NULL,NULL);
+INSERT INTO "workflow_runs" VALUES('01a22252-8d04-7075-bdb3-922ee0ca1f18',NULL,NULL,'done','completed','ticket',NULL,'2026-11-28T13:22:45.124Z','2026-11-28T13:22:45.132Z',NULL,NULL,1.0,0,0.0,NULL,NULL,'',NULL,NULL,NULL,NULL,0,NULL,NULL);
+INSERT INTO "workflow_runs" VALUES('01a22252-8d14-7142-abaa-4a6f7b4ff95d',NULL,NULL,'failed','failed','ticket',NULL,'2026-11-28T13:22:45.140Z','2026-11-28T13:22:45.142Z','it broke','main',20.0,0,0.0,NULL,NULL,'',NULL,NULL,NULL,NULL,0,NULL,NULL);
+INSERT INTO "workflow_runs" VALUES('01a22252-8dd1-7e6b-8187-196c7d6cf9f2','8b21f687-1d85-5292-808f-c04e2328477d','1.0.0','waiting','waiting','ticket',NULL,'2026-11-28T13:22:45.329Z',NULL,NULL,NULL,1.0,0,0.0,NULL,NULL,'','b552f21006dca1be9164031db39e7fa01e691b10cf352346d12923ff28f18d86','{"inputs":{},"variables":{},"trigger":{"type":"ticket"},"ticket":{"id":"waiting","title":"a test","description":null,"project_id":null}}','{"phase":"steps","open":2,"failed_step":null,"error":null}',NULL,2,NULL,NULL);
+INSERT INTO "workflow_runs" VALUES('01a22252-8e52-76c4-8f12-876fc65d49a7','a86157fe-8e6d-5692-8b4b-e4677b1493dd','1.0.0','half-way','running','ticket',NULL,'2026-11-28T13:22:45.458Z',NULL,NULL,NULL,1.0,0,0.0,NULL,NULL,'','900410932961a887674fd6c9e1b74dfb7c2f8b005fbb14f07a11a9d46b004fe9','{"inputs":{},"variables":{},"trigger":{"type":"ticket"},"ticket":{"id":"half-way","title":"a test","description":null,"project_id":null}}','{"phase":"steps","open":2,"failed_step":null,"error":null}',NULL,2,NULL,NULL);
 CREATE TABLE workflows (
   id TEXT NOT NULL,
   name TEXT NOT NULL,
@@ -319,9 +319,9 @@ CREATE TABLE workflows (
   PRIMARY KEY (id),
   CONSTRAINT workflows_name_version UNIQUE (name, version)
 );
-INSERT INTO "workflows" VALUES('8b21f687-1d85-5292-808f-c04e2328477d','of-waiting','1.0.0','','{"format":1,"name":"of-waiting","steps":[{"agent":"echo@1","id":"build","inputs":{"n":1}},{"approval":{"message":"Ship it?"},"id":"ask","needs":["build"]},{"agent":"echo@1","id":"ship","inputs":{"built":"${steps.build.outputs.n}"},"needs":["ask"]}],"version":"1.0.0"}','{}',NULL,NULL,1,'2026-11-28T12:04:15.036Z','2026-11-28T12:04:15.036Z');
-INSERT INTO "workflows" VALUES('a86157fe-8e6d-5692-8b4b-e4677b1493dd','of-half-way','1.0.0','','{"format":1,"name":"of-half-way","steps":[{"agent":"echo@1","for_each":{"items":[1,2,3]},"id":"each","inputs":{"n":"${item}"}},{"agent":"echo@1","id":"sum","inputs":{"all":"${steps.each.outputs}"},"needs":["each"]}],"version":"1.0.0"}','{}',NULL,NULL,1,'2026-11-28T12:04:15.240Z','2026-11-28T12:04:15.240Z');
-INSERT INTO "workflows" VALUES('f8a16671-2b2f-5f71-994a-7d12c8080f8f','nightly','1.0.0','','{"format":1,"name":"nightly","schedule":[{"cron":"0 3 * * *"}],"steps":[{"agent":"echo@1","id":"only"}],"version":"1.0.0"}','{}',NULL,NULL,1,'2026-11-28T12:04:15.432Z','2026-11-28T12:04:15.432Z');
+INSERT INTO "workflows" VALUES('8b21f687-1d85-5292-808f-c04e2328477d','of-waiting','1.0.0','','{"format":1,"name":"of-waiting","steps":[{"agent":"echo@1","id":"build","inputs":{"n":1}},{"approval":{"message":"Ship it?"},"id":"ask","needs":["build"]},{"agent":"echo@1","id":"ship","inputs":{"built":"${steps.build.outputs.n}"},"needs":["ask"]}],"version":"1.0.0"}','{}',NULL,NULL,1,'2026-11-28T13:22:45.323Z','2026-11-28T13:22:45.323Z');
+INSERT INTO "workflows" VALUES('a86157fe-8e6d-5692-8b4b-e4677b1493dd','of-half-way','1.0.0','','{"format":1,"name":"of-half-way","steps":[{"agent":"echo@1","for_each":{"items":[1,2,3]},"id":"each","inputs":{"n":"${item}"}},{"agent":"echo@1","id":"sum","inputs":{"all":"${steps.each.outputs}"},"needs":["each"]}],"version":"1.0.0"}','{}',NULL,NULL,1,'2026-11-28T13:22:45.456Z','2026-11-28T13:22:45.456Z');
+INSERT INTO "workflows" VALUES('f8a16671-2b2f-5f71-994a-7d12c8080f8f','nightly','1.0.0','','{"format":1,"name":"nightly","schedule":[{"cron":"0 3 * * *"}],"steps":[{"agent":"echo@1","id":"only"}],"version":"1.0.0"}','{}',NULL,NULL,1,'2026-11-28T13:22:45.539Z','2026-11-28T13:22:45.539Z');
 CREATE INDEX tickets_created ON tickets (created_at);
 CREATE INDEX tickets_unfinished ON tickets (state) WHERE state IN ('in_progress', 'waiting', 'blocked');
 CREATE INDEX tickets_unknown_state ON tickets (state) WHERE state NOT IN ('draft', 'ready', 'blocked', 'in_progress', 'waiting', 'done', 'failed', 'cancelled');

@@ -45,7 +45,14 @@ async def fill(file: Path) -> None:
         insert(outside, "done", inputs='{"word": "hello"}')
         claim = await claim_one(store)
         await store.append(
-            [Event(ticket_id="done", kind="stdout", data={"text": "hello"}, attempt_id=claim.attempt_id)]
+            [
+                Event(
+                    ticket_id="done",
+                    kind="output",
+                    data={"stream": "stdout", "text": "hello"},
+                    attempt_id=claim.attempt_id,
+                )
+            ]
         )
         await flows.finish(store, claim)
         insert(outside, "failed")

@@ -258,6 +258,6 @@ class Database:
             if found is not None and found not in known:
                 raise StoreError(
                     f"the database {self.place} is at revision {found}, which this version of Swarm does not know: "
-                    "a newer version made it; use that one"
+                    "a newer version made it, or one from before 0.1.0; use that one, or another database"
                 )
             command.upgrade(_alembic(tx.connection), "head")

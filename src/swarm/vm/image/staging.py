@@ -35,7 +35,8 @@ log = structlog.get_logger(__name__)
 
 BUILDING: Final = ".building-"
 VERIFIED: Final = ".verified"  # the directory of the stamps of images and layers
-_HOST_ERRORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM})
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_DENIED: Final = frozenset({errno.EACCES, errno.EPERM})
 
 
 def digest_of(value: object) -> str:
@@ -72,7 +73,7 @@ def damage(parts: Sequence[Part], stamp: Path, *, flushed: bool = True) -> str:
             if known.get(name) != seen[name] and files.sha256_of(part.path) != part.sha256:
                 return f"{part.path} is not what was built (its sha256 differs)"
         except OSError as error:
-            raise_host_error(error, part.path)
+            raise_host_error(error, part.path, denied=not flushed)
             return f"{part.path}: {error.strerror}"
     with contextlib.suppress(OSError):
         if seen == known:
@@ -89,9 +90,10 @@ def stamp(parts: Sequence[Part], stamp: Path, *, flushed: bool = True) -> None:
         _write_stamp(stamp, {part.path.name: _inode(part.path.stat(), flushed) for part in parts}, flushed)
 
 
-def raise_host_error(error: Exception, place: Path) -> None:
-    """Raise HostError for an error that says nothing about the file: no descriptors, no memory, no permission."""
-    if isinstance(error, OSError) and error.errno in _HOST_ERRORS:
+def raise_host_error(error: Exception, place: Path, *, denied: bool = True) -> None:
+    """Raise HostError for an error that says nothing about the file: no descriptors, no memory; with ``denied``, no
+    permission either. (An image that can't be read is built again. A template is not: its user may be another.)"""
+    if isinstance(error, OSError) and error.errno in (_EXHAUSTED | _DENIED if denied else _EXHAUSTED):
         raise HostError(f"can't look into {place}: {error.strerror}") from error
 
 
@@ -129,7 +131,7 @@ def last_used(dir: Path, stamp: Path) -> float:
 
 def unused(dir: Path, stamp: Path, *, seconds: float) -> bool:
     """True if it was last used longer ago than that, and no live process has it `used`."""
-    if time.time() - last_used(dir, stamp) < seconds:
+    if time.time() - max(dir.stat().st_mtime, last_used(dir, stamp)) < seconds:
         return False
     fd = files.try_lock(dir)
     if fd is not None:

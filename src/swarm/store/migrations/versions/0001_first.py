@@ -5,7 +5,7 @@ from pathlib import Path
 
 from alembic import op
 
-revision = "0001"
+revision = "v0_1_0"  # databases made before the first release are at "0001", and are refused
 down_revision = None
 branch_labels = None
 depends_on = None
