@@ -22,7 +22,7 @@ from swarm.store.runs import artifacts
 from swarm.store.sql.rows import StepRow
 from swarm.store.store import Store
 from tests.store.databases import Outside, claim_one, insert
-from tests.store.flows import Behaviour, claims, finish, gives, ticket
+from tests.store.flows import Behaviour, claims, finish, gives, state, ticket
 
 BIG = "x" * (64 << 10)  # one byte over the limit for its quotes
 
@@ -325,3 +325,14 @@ async def test_a_retry_goes_on_with_them(store: Store, outside: Outside) -> None
     assert json.loads((await store.ticket("t")).outputs or "")["pass_on"]["log"] == LOG
     (artifact,) = await store.artifacts(ticket_id="t")
     assert artifact.bytes == 200_002
+
+
+async def test_outputs_nested_too_deeply_fail_the_attempt(store: Store, outside: Outside) -> None:
+    """An engine limits nesting itself; another executor may not."""
+    await ticket(store, outside, "steps: [{id: a, agent: echo@1}]")
+    (claim,) = await claims(store)
+    deep = Succeeded(outputs=f'{{"a": {"[" * 50_000}"{"x" * 100_000}"{"]" * 50_000}}}')
+    await store.finish(claim.attempt_id, deep, timings={}, vm_time_ms=1.0, in_workflow=True)
+    assert (await state(store))[0] == "failed"
+    (attempt,) = await store.attempts("t")
+    assert attempt.error == "its outputs are nested too deeply"
