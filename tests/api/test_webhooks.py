@@ -339,6 +339,23 @@ async def test_the_command_serves_until_it_is_told_to_stop(server: Server, numbe
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+async def test_a_log_that_takes_no_lines_changes_no_answer(server: Server) -> None:
+    argv = ["-m", "swarm.cli.main", "serve", "--port", "0", "--home", str(server.settings.home)]
+    full = os.open("/dev/full", os.O_WRONLY)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=full
+    )
+    os.close(full)
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        url = (await process.stdout.readline()).decode().split()[2].partition("/hooks")[0]
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            assert (await client.post("/hooks/nightly", content=BODY, headers=server.signed(BODY))).status_code == 202
+        process.terminate()
+        assert await process.wait() == 0
+    assert len(await server.tickets()) == 1
+
+
 async def test_the_command_says_what_is_wrong(tmp_path: Path, server: Server) -> None:
     async def run(*argv: str) -> tuple[int, str]:
         process = await asyncio.create_subprocess_exec(

@@ -116,7 +116,7 @@ async def plain(settings: Settings, tmp_path: Path) -> AsyncIterator[Bench]:
 
 @asynccontextmanager
 async def engine_process(
-    bench: Bench, *options: str, driver: str = "process", **environment: str
+    bench: Bench, *options: str, driver: str = "process", stderr: int = asyncio.subprocess.PIPE, **environment: str
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """`swarm-engine start --foreground` as a process of its own, its log on stderr; killed when the block ends."""
     argv = ["-m", "swarm.cli.engine", "start", "--foreground", "--max-vms=2", f"--driver={driver}", "--log-format=json"]
@@ -124,7 +124,7 @@ async def engine_process(
     env = os.environ | {name: str(value) for name, value in ours.items()} | environment
     process = await asyncio.create_subprocess_exec(
         sys.executable, *argv, "--home", str(bench.settings.home), *options,
-        env=env, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        env=env, stdin=asyncio.subprocess.DEVNULL, stderr=stderr,
     )  # fmt: skip
     try:
         yield process

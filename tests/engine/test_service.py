@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -120,6 +121,42 @@ async def test_first_signal_waits_second_does_not(plain: Bench, number: signal.S
         await log_until(engine, "engine stopped")
         assert await engine.wait() == 0
     assert plain.live_vms() == []
+
+
+@pytest.mark.parametrize("log", ["gone", "full", "unread"])
+async def test_a_stop_is_orderly_whatever_became_of_the_log(plain: Bench, log: str) -> None:
+    """`2>&1 | tee log` and Ctrl+C, which ends the reader first; a full disk; a reader that stalls."""
+    gate = plain.dir / "gate"
+    os.mkfifo(gate)
+    agent = await plain.agent(f"print('up', flush=True)\nopen({str(gate)!r}).read()\n" + DONE)
+    ours, theirs = os.pipe()
+    if log == "unread":
+        os.set_blocking(theirs, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(theirs, b"x" * 4096)
+        os.set_blocking(theirs, True)
+    stderr = os.open("/dev/full", os.O_WRONLY) if log == "full" else theirs
+    plain.insert("t", agent.id)
+    async with engine_process(plain, "--grace=600", stderr=stderr) as engine:
+        await plain.until_it_prints()
+        if log == "gone":
+            os.close(ours)
+            ours = os.open("/dev/null", os.O_RDONLY)
+            os.close(theirs)
+            theirs = os.open("/dev/null", os.O_RDONLY)
+        engine.send_signal(signal.SIGINT)
+        await plain.until(lambda: stopping(plain))
+        await asyncio.to_thread(gate.write_text, "go")
+        assert await asyncio.wait_for(engine.wait(), 60) == 0
+    os.close(ours)
+    os.close(theirs)
+    assert (await plain.store.ticket("t")).state == "done"
+    assert len(await plain.attempts()) == 1
+
+
+async def stopping(bench: Bench) -> bool:
+    return any(row.info.get("stopping") for row in await bench.store.workers())
 
 
 async def test_json_lines_have_the_honest_clock(plain: Bench) -> None:

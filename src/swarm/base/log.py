@@ -1,26 +1,128 @@
-"""Log output: to stderr, one line each, warnings and errors only by default."""
+"""Log output: to stderr, one line each, warnings and errors only by default.
+
+A log line must never end or delay the work that it tells of: a thread writes the lines. So a reader that stalls, a
+reader that is gone (`| tee`, Ctrl+C) and a full disk each cost lines only. Those are counted, and the next line that
+can be written says how many they were.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import select
 import sys
-from typing import Any, TextIO, cast
+import threading
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final, TextIO, cast
 
 import structlog
 
+# What waits for a slow reader, at most; further lines are dropped.
+WAITING_CHARS: Final = 1 << 20
+# How long the end of the process waits for a slow reader.
+_END_SECONDS: Final = 1.0
+_DROPPED: Final = "log lines could not be written"
 
-class _Stderr:
-    """The current sys.stderr, which a live view replaces so that log lines appear above it."""
+
+def write_stderr(text: str) -> None:
+    """Write to the current sys.stderr, which a live view replaces so that lines appear above it.
+
+    The real one is written to without Python's buffer: what could not be written would stay in there, and fail again
+    at the end of the process, which changes its exit status. Raises OSError, or ValueError if it is closed.
+    """
+    stream = sys.__stderr__
+    if stream is None or sys.stderr is not stream:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        return
+    fd, data = stream.fileno(), memoryview(text.encode(stream.encoding, "backslashreplace"))
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:  # another program made the terminal or pipe non-blocking
+            select.select([], [fd], [])
+
+
+class Lines:
+    """Takes lines at once and writes them from a thread, in order. ``notice`` makes the line that counts lost ones."""
+
+    def __init__(self, write: Callable[[str], None] = write_stderr) -> None:
+        self.notice: Callable[[int], str] = lambda count: f"{_DROPPED}: {count}\n"
+        self._write = write
+        self._changed = threading.Condition()
+        self._waiting: deque[str] = deque()
+        self._chars = 0
+        self._lost = 0
+        self._busy = False
+        self._torn = False  # the last line was not written to its end
+        self._thread: threading.Thread | None = None
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(text)
+        """Never blocks, never raises."""
+        with self._changed:
+            if self._chars + len(text) > WAITING_CHARS or not self._started():
+                self._lost += 1
+            else:
+                self._waiting.append(text)
+                self._chars += len(text)
+                self._changed.notify_all()
+        return len(text)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        """For those who take this for a file. See `finish`."""
+
+    def finish(self, timeout_seconds: float = _END_SECONDS) -> None:
+        """Wait until all lines are written, but not longer than this."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_seconds)
+
+    def _started(self) -> bool:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="log", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads
+                return False
+            self._thread = thread
+            atexit.register(self.finish)
+        return True
+
+    def _run(self) -> None:
+        wrote = True
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                # What was dropped while a reader stalled is told as soon as it reads again, not at the next line.
+                self._changed.wait_for(lambda: self._waiting or (self._lost and wrote))
+                text = self._waiting.popleft() if self._waiting else ""
+                self._chars -= len(text)
+                lost, self._lost = self._lost, 0
+                self._busy = True
+            if not (wrote := self._put((self.notice(lost) if lost else "") + text)):
+                with self._changed:
+                    self._lost += lost + bool(text)
+
+    def _put(self, text: str) -> bool:
+        try:
+            self._write(f"\n{text}" if self._torn else text)
+        except Exception:  # whatever the stream is, losing a line is all that may happen
+            self._torn = True
+            return False
+        self._torn = False
+        return True
+
+
+LINES = Lines()
 
 
 def configure(*, debug: bool = False, info: bool = False, as_json: bool = False) -> None:
     """Set up logging for this process. ``info`` also logs what an engine does."""
+    if sys.stderr is None:  # started with 2>&-: a database that got descriptor 2 would be written to by libraries
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     level = logging.DEBUG if debug else logging.INFO if info else logging.WARNING
     colors = sys.stderr.isatty()
     renderer: Any = structlog.dev.ConsoleRenderer(
@@ -32,6 +134,13 @@ def configure(*, debug: bool = False, info: bool = False, as_json: bool = False)
     )
     if as_json:
         renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+
+    def notice(count: int) -> str:
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        fields = {"event": _DROPPED, "count": count, "level": "warning", "timestamp": now}
+        return f"{renderer(None, 'warning', fields)}\n"
+
+    LINES.notice = notice
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -40,8 +149,8 @@ def configure(*, debug: bool = False, info: bool = False, as_json: bool = False)
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Stderr())),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, LINES)),
         cache_logger_on_first_use=False,
     )
     # The libraries (alembic, qemu.qmp, pyroute2) use the standard library's logging, and log too much.
-    logging.basicConfig(level=logging.WARNING if debug else logging.CRITICAL, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING if debug else logging.CRITICAL, stream=cast(TextIO, LINES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import sys
 from collections import deque
 from collections.abc import AsyncIterator
@@ -43,13 +44,18 @@ class View:
         from rich.live import Live
 
         console = Console(highlight=False, markup=False, emoji=False)
-        with Live(console=console, auto_refresh=False, transient=True, redirect_stderr=True) as live:
-            drawing = asyncio.create_task(self._draw(live.update, dispatcher, store))
-            try:
-                yield
-            finally:
-                drawing.cancel()
-                await asyncio.gather(drawing, return_exceptions=True)
+        live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=True)
+        with contextlib.suppress(OSError):
+            live.start()
+        drawing = asyncio.create_task(self._draw(live.update, dispatcher, store))
+        try:
+            yield
+        finally:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
+            if _terminal_reads():
+                with contextlib.suppress(OSError):
+                    live.stop()
 
     async def _draw(self, update: object, dispatcher: Dispatcher, store: Store) -> None:
         assert callable(update)
@@ -57,7 +63,10 @@ class View:
             queue = None
             with contextlib.suppress(StoreError):
                 queue = await store.queue()
-            update(self.render(dispatcher, queue), refresh=True)
+            # A terminal that is gone or stopped (Ctrl+S) must not end or stop the engine that it shows.
+            if _terminal_reads():
+                with contextlib.suppress(OSError):
+                    update(self.render(dispatcher, queue), refresh=True)
             await asyncio.sleep(REFRESH_SECONDS)
 
     def render(self, dispatcher: Dispatcher, queue: QueueStatus | None) -> RenderableType:
@@ -103,6 +112,12 @@ class View:
 def _name(claim: Claim) -> str:
     """The ticket's id, and the step's in a workflow."""
     return claim.ticket.id if claim.step_id == "main" else f"{claim.ticket.id} {claim.step_id}"
+
+
+def _terminal_reads() -> bool:
+    poll = select.poll()
+    poll.register(sys.__stdout__ or 1, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def wanted(log_format: str) -> bool:

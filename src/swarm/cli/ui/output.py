@@ -6,6 +6,7 @@ as a control sequence or be read as markup. So everything goes through `clean`, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -73,13 +74,11 @@ class Out:
 
     def error(self, text: str) -> None:
         first, *rest = clean(text, one_line=False).strip().split("\n")
-        self._print(f"error: {first}", style="red", file=sys.stderr)
-        for line in rest:
-            self._print(f"  {line}", file=sys.stderr)
+        self._remark("\n".join([f"error: {first}", *(f"  {line}" for line in rest)]), style="red")
 
     def note(self, text: str) -> None:
         """Print a remark, on stderr: it must not end up in a pipe."""
-        self._print(clean(text), file=sys.stderr)
+        self._remark(clean(text))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
         """Print a table, states in colour. Off a terminal: without colour, and with every cell in full."""
@@ -167,6 +166,17 @@ class Out:
     def dump_line(self, value: object) -> None:
         """Print a value as JSON on one line, for streams."""
         sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+
+    def _remark(self, text: str, *, style: str = "") -> None:
+        """Print on stderr, after the log lines that led to it. A remark that can't be written doesn't end the work."""
+        from swarm.base.log import LINES
+
+        if not sys.stderr.isatty():
+            LINES.write(f"{text}\n")
+        LINES.finish()
+        if sys.stderr.isatty():
+            with contextlib.suppress(OSError):
+                self._print(text, style=style, file=sys.stderr)
 
     def _print(self, text: str, *, style: str = "", file: TextIO | None = None) -> None:
         file = file or sys.stdout
