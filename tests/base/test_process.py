@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import select
+import signal
 import sys
 from pathlib import Path
 
@@ -104,6 +105,29 @@ asyncio.run(main())
         await gone.wait()
     asyncio.get_running_loop().remove_reader(fd)
     os.close(fd)
+
+
+async def test_the_deaf_hear_no_signal_of_a_supervisor_though_they_have_handlers(tmp_path: Path) -> None:
+    ends = "import signal, sys, os\nfor n in (1, 2, 15): signal.signal(n, lambda *_: os._exit(7))\n"
+    said, output = os.pipe()
+    argv = [sys.executable, "-uc", ends + "print('up')\nsignal.pause()"]
+    child = await process.spawn(argv, output=tmp_path / "err", stdout=output, deaf=True)
+    assert await asyncio.to_thread(os.read, said, 2) == b"up"
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        os.kill(child.pid, number)
+    # Its blocked and its pending signals: none of the three was delivered, nor will be.
+    assert {blocked & 0x4003 for blocked in blocked_signals(child.pid)} == {0x4003}
+    await process.kill(child)
+    assert child.returncode == -signal.SIGKILL
+    os.close(said)
+    os.close(output)
+
+
+def blocked_signals(pid: int) -> list[int]:
+    """Of each thread, as bits; bit 0 is signal 1."""
+    files = [task / "status" for task in Path(f"/proc/{pid}/task").iterdir()]
+    lines = [line for file in files for line in file.read_text().splitlines() if line.startswith("SigBlk:")]
+    return [int(line.split()[1], 16) for line in lines]
 
 
 async def test_kill_stranger_spares_a_recycled_pid() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from swarm.base.process import start_time
@@ -153,6 +154,26 @@ async def test_a_stop_is_orderly_whatever_became_of_the_log(plain: Bench, log: s
     os.close(theirs)
     assert (await plain.store.ticket("t")).state == "done"
     assert len(await plain.attempts()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_a_stop_that_reaches_every_process_puts_back(plain: Bench, number: signal.Signals) -> None:
+    """As systemd's KillMode=control-group does it, or a reboot."""
+    agent = await plain.agent("import signal; signal.signal(2, signal.SIG_DFL)\n" + HANG)
+    plain.insert("t", agent.id)
+    async with engine_process(plain, "--grace=600") as engine:
+        await plain.until_it_prints()
+        engine.send_signal(number)
+        await plain.until(lambda: stopping(plain))
+        for child in psutil.Process(engine.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        await log_until(engine, "put back")
+        await log_until(engine, "engine stopped")
+        assert await engine.wait() == 0
+    (step,) = await plain.store.steps("t")
+    assert (step.status, step.retry_count) == ("ready", 0)
+    assert plain.live_vms() == []
 
 
 async def stopping(bench: Bench) -> bool:

@@ -113,13 +113,17 @@ async def spawn(
     cwd: Path | None = None,
     pass_fds: Sequence[int] = (),
     die_with_parent: bool = True,
+    deaf: bool = False,
 ) -> asyncio.subprocess.Process:
     """Start a program in a session of its own, and return. Its stdout and stderr are appended to ``output``.
 
     With ``stdout``, its stdout goes to that descriptor instead. With ``die_with_parent`` the kernel kills it when this
-    process dies, however it dies.
+    process dies, however it dies. With ``deaf``, it and its descendants never get SIGHUP, SIGINT and SIGTERM: a
+    supervisor sends those to all processes of a service at once, and only this process knows what is to be ended when.
     """
     argv = in_netns(argv, netns)
+    if deaf:  # blocked rather than ignored: what installs a handler, as QEMU does, stops ignoring a signal
+        argv = ["env", "--block-signal=HUP,INT,TERM", *argv]
     if die_with_parent:
         argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
     log.debug("spawn", argv=shlex.join(argv), output=str(output))

@@ -169,7 +169,7 @@ class Dispatcher:
         """First call: no new claims; running attempts get the grace period. Second call: stop now."""
         if self.stopping:
             self._stop_now.set()
-        self.stopping = True
+        self.stopping = self._worker.stopping = True
         self._look.set()
 
     async def run(self) -> None:

@@ -39,6 +39,10 @@ _STREAMS = 3
 # How long to try to put an interrupted step back. After that it goes back when its lease ends.
 _PUT_BACK_SECONDS = 5.0
 _STORE_RETRY_SECONDS = 0.5
+# What a signal that was meant for the whole service does to an attempt, if it reaches more than the engine.
+_CAUSED_BY_STOPPING = frozenset(
+    {FailureReason.VM_DIED, FailureReason.BOOT_FAILED, FailureReason.CHANNEL_BROKEN, FailureReason.HOST_ERROR}
+)
 
 
 class Executor(Protocol):
@@ -110,6 +114,7 @@ class Worker:
         self.name = name
         self._lease_seconds = lease_seconds
         self._queue_timeout_seconds = queue_timeout_seconds
+        self.stopping = False  # from now on, attempts that lose their VM are put back instead of failed
         self._running: dict[str, Attempt] = {}
         self._events: list[Event] = []  # of ended attempts
         self._unwritten = asyncio.Event()  # there are events or VM numbers to write
@@ -231,7 +236,11 @@ class Worker:
         finally:
             attempt.stop_executing()
         crash_points.reach("executed")
-        return attempt.forced_outcome if attempt.ended else outcome
+        if attempt.ended:
+            return attempt.forced_outcome
+        if self.stopping and isinstance(outcome, Failed) and _by_stopping(outcome):
+            return Interrupted(message=f"the engine was being stopped: {outcome.message}")
+        return outcome
 
     async def _finish(self, attempt: Attempt, outcome: Outcome) -> Outcome | None:
         claim, timings = attempt.claim, attempt.timeline.phases()
@@ -350,6 +359,11 @@ class Worker:
         except LeaseLost:
             attempt.end(None)
         attempt.vm_recorded = True
+
+
+def _by_stopping(failed: Failed) -> bool:
+    by_signal = failed.reason == FailureReason.AGENT_FAILED and failed.exit_code is None
+    return by_signal or failed.reason in _CAUSED_BY_STOPPING
 
 
 def _event(claim: Claim, kind: str, data: Mapping[str, object]) -> Event:

@@ -13,6 +13,7 @@ from swarm.config import Settings
 from swarm.errors import BootFailed, HostError
 from swarm.vm.driver import BASE_UID, Image, Template, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
+from tests.base.test_process import blocked_signals
 from tests.vm.drivers.test_drivers import inside
 
 pytestmark = pytest.mark.needs("qemu")
@@ -48,6 +49,8 @@ async def test_a_vm_runs_without_rights_as_its_own_uid_and_dies_when_killed(
         assert status["Groups"].strip() == ""
         assert {status[name] for name in ("CapEff", "CapPrm", "CapBnd")} == {"0" * 16}
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        # A stop that reaches all processes of a service ends the engine, and only the engine ends its VMs.
+        assert {blocked & 0x4003 for blocked in blocked_signals(vm.pid)} == {0x4003}
         opened = {str(fd.readlink()) for fd in Path(f"/proc/{vm.pid}/fd").iterdir()}
         assert not any(name.endswith("qmp.sock") for name in opened), "nothing that others could connect to"
     finally:

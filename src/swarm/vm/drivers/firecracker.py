@@ -183,6 +183,7 @@ class FirecrackerDriver:
                 cwd=None if self._jailed else jail.root,
                 pass_fds=[mounts] if mounts is not None else [],
                 die_with_parent=False,  # the jail's argv does it
+                deaf=not outlive,
             )
         except BaseException:
             if console:

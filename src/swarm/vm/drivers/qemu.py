@@ -251,6 +251,7 @@ class _Launch:
                 netns=self.slot.netns if self.slot else None,
                 pass_fds=[*self._fds, theirs.fileno(), *([console.fileno()] if console else [])],
                 die_with_parent=False,  # setpriv above does it, as a change of uid clears the death signal
+                deaf=not self._outlive,
             )
         except BaseException:
             if console:
