@@ -9,6 +9,7 @@
     ├── Conflict               it exists, but its state forbids the request: exit status 2
     │   └── Busy               the VM slot is in use (vm/slots/inventory.py)
     ├── LeaseLost              this attempt no longer owns its step
+    │   └── TicketWithdrawn    since somebody cancelled or deleted the ticket
     ├── StoreError             the database can't be used (locked, read-only, full, not migrated)
     ├── HostError              this host lacks something (a tool, a permission, a route, disk space)
     │   └── CommandFailed      a program that Swarm ran exited with a status other than 0
@@ -57,6 +58,10 @@ class Conflict(SwarmError):
 
 class LeaseLost(SwarmError):
     """The attempt no longer owns its step: another attempt does, or the ticket has ended. Nothing was written."""
+
+
+class TicketWithdrawn(LeaseLost):
+    """Somebody cancelled or deleted the ticket while its attempt ran: wanted, not a fault."""
 
 
 class StoreError(SwarmError):

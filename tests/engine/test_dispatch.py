@@ -7,16 +7,20 @@ import os
 import signal
 import sqlite3
 import time
+from collections.abc import Callable
 
 import pytest
+import structlog
+import structlog.testing
 
 from swarm.app import wiring
+from swarm.base.clock import Timeline
 from swarm.engine.dispatch import Dispatcher, Memory
-from swarm.engine.engine import Engine, Limits
-from swarm.engine.worker import Worker
+from swarm.engine.engine import Engine, Limits, Watcher
+from swarm.engine.worker import Ended, Worker
 from swarm.errors import NoImage, StoreError
-from swarm.model import RetryPolicy
-from tests.engine.conftest import Bench, ended, running, serving
+from swarm.model import Claim, Outcome, RetryPolicy, Succeeded
+from tests.engine.conftest import Bench, ended, proved, running, serving
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 
@@ -164,6 +168,52 @@ async def test_cancel_kills_the_vm_within_two_seconds(plain: Bench, how: str) ->
         ]
     else:
         assert (await plain.store.ticket("t")).state == "cancelled"
+
+
+@pytest.mark.parametrize("how", ["command", "update"])
+@pytest.mark.parametrize("at", ["while it runs", "when it has just ended"])
+async def test_a_cancelled_ticket_is_no_fault(plain: Bench, how: str, at: str) -> None:
+    """No warning, no write that the fence refused, and the live view shows 'cancelled' instead of 'lost'."""
+
+    def cancel() -> None:
+        plain.sql("UPDATE tickets SET state = 'cancelled' WHERE id = 't'")
+
+    ends: list[Ended] = []
+    agent = await plain.agent(HANG if at == "while it runs" else DONE)
+    plain.insert("t", agent.id)
+    with structlog.testing.capture_logs() as said:
+        if at == "while it runs":
+            async with running(plain, ended=ends.append):
+                await plain.until_it_prints()
+                await plain.store.cancel("t", "a test") if how == "command" else cancel()
+                await plain.until(lambda: _empty(plain))
+        else:
+            (claim,) = await plain.worker.claim(limit=1)
+            executor = CancelsAtItsEnd(plain, cancel if how == "update" else None)
+            worker = Worker(store=plain.store, engine=executor, name=plain.worker.name, lease_seconds=30)
+            ends.append(await worker.attempt(claim))
+    assert [type(one.outcome).__name__ for one in ends] == ["Cancelled"]
+    assert [entry for entry in said if entry["log_level"] not in ("debug", "info")] == []
+    assert [event.kind for event in await plain.store.events("t") if event.kind == "refused"] == []
+    assert (await proved(plain)).refused == 0
+
+
+async def _empty(plain: Bench) -> bool:
+    return not plain.worker.running
+
+
+class CancelsAtItsEnd:
+    """An agent that succeeds just after its ticket was cancelled, by the command or by ``cancel``."""
+
+    def __init__(self, plain: Bench, cancel: Callable[[], None] | None) -> None:
+        self._plain, self._cancel = plain, cancel
+
+    async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
+        if self._cancel is not None:
+            self._cancel()
+        else:
+            await self._plain.store.cancel("t", "a test")
+        return Succeeded(outputs="{}")
 
 
 async def test_a_cancelled_ticket_that_waits_never_starts(plain: Bench) -> None:

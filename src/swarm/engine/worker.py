@@ -21,7 +21,7 @@ from swarm.base import crash_points
 from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.base.clock import Timeline
 from swarm.engine.engine import Watcher
-from swarm.errors import HostError, LeaseLost, StoreError, SwarmError
+from swarm.errors import HostError, LeaseLost, StoreError, SwarmError, TicketWithdrawn
 from swarm.model import Cancelled, Claim, Event, Failed, FailureReason, Interrupted, Outcome
 from swarm.store.store import Store
 
@@ -261,6 +261,9 @@ class Worker:
                     in_workflow=claim.in_workflow,
                     queued=attempt.outcome_queued,
                 )
+            except TicketWithdrawn:
+                log.info("ticket ended", ticket=claim.ticket.id, outcome="cancelled", attempt=claim.attempt_number)
+                return Cancelled()
             except LeaseLost as error:
                 log.warning("outcome refused by the fence", ticket=claim.ticket.id, why=str(error))
                 data = {"outcome": type(outcome).__name__.lower(), "why": str(error)}
@@ -356,8 +359,8 @@ class Worker:
         assert attempt.vm_id is not None
         try:
             await self._store.running(attempt.claim.attempt_id, attempt.vm_id)
-        except LeaseLost:
-            attempt.end(None)
+        except LeaseLost as error:
+            attempt.end(Cancelled() if isinstance(error, TicketWithdrawn) else None)
         attempt.vm_recorded = True
 
 

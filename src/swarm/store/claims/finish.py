@@ -14,7 +14,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from swarm.errors import LeaseLost, StoreError, SwarmError
+from swarm.errors import LeaseLost, StoreError, SwarmError, TicketWithdrawn
 from swarm.model import (
     Agent,
     AttemptOutcome,
@@ -80,7 +80,9 @@ def _lost(attempt_id: str, row: Row | None) -> LeaseLost:
         why = f"its ticket {row.ticket} is {row.state}"
     else:
         why = "another attempt has its step"
-    return LeaseLost(f"the attempt {attempt_id} may no longer write: {why}; nothing was changed")
+    withdrawn = row is None or row.ticket is None or "cancelled" in (row.outcome, row.state)
+    kind = TicketWithdrawn if withdrawn else LeaseLost
+    return kind(f"the attempt {attempt_id} may no longer write: {why}; nothing was changed")
 
 
 class Finisher:
