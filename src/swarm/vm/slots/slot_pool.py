@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 import structlog
 
 from swarm.base.aio import finish_uninterrupted, quietly
-from swarm.errors import Conflict, SwarmError
+from swarm.errors import Conflict
 from swarm.vm.driver import Slot
 from swarm.vm.network.network import Network
 from swarm.vm.slots.inventory import Inventory, SlotLease, VmRecord
@@ -116,7 +116,7 @@ class SlotPool:
             await asyncio.to_thread(_empty, vm_slot.lease)
             if self._network is not None:
                 await self._network.recycle(vm_slot.lease.n)
-        except (SwarmError, OSError) as error:
+        except Exception as error:  # also "can't start new thread": a slot that nobody knows would stay reserved
             log.warning("a slot could not be reset", n=vm_slot.lease.n, reason=str(error))
             await quietly(self._remove(vm_slot))
         else:
