@@ -276,6 +276,18 @@ async def test_cancel_and_retry(plain: Bench) -> None:
     assert status == 2 and "it has not ended" in err
 
 
+async def test_run_ticket_out_of_time_does_what_its_help_says(plain: Bench) -> None:
+    """As docs/states.md has it for a soft stop: the step is ready, and the ticket keeps its run."""
+    help_ = " ".join((await command(plain, "swarm-engine", "run-ticket", "--help"))[1].replace("│", " ").split())
+    assert "its steps go back to the queue" in help_
+    agent = await plain.agent(HANG)
+    plain.insert("t", agent.id)
+    status, _, err = await command(plain, "swarm-engine", "run-ticket", "t", "--wait", "--timeout=1")
+    assert status == 1 and "were put back" in err, err
+    (step,) = await plain.store.steps("t")
+    assert (step.status, step.retry_count, (await plain.store.ticket("t")).state) == ("ready", 0, "in_progress")
+
+
 async def test_prune(plain: Bench) -> None:
     agent = await plain.agent(DONE)
     plain.insert("t", agent.id)

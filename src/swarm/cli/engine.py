@@ -79,8 +79,8 @@ async def start_(
 ) -> None:
     """Run all ready tickets, until stopped. Without --foreground, in the background: see status and stop.
 
-    After Ctrl+C or SIGTERM it starts no more tickets. Running ones get --grace seconds; then their VMs are killed and
-    they become ready again, and the attempt is not counted. A second signal ends the grace at once.
+    After Ctrl+C or SIGTERM it starts no more tickets. Running ones get --grace seconds; then their VMs are killed,
+    their steps go back to the queue, and the attempt is not counted. A second signal ends the grace at once.
     """
     from swarm.cli import service
 
@@ -155,7 +155,7 @@ def _raise_limits() -> None:
 async def stop(
     cli: Cli,
     now: Annotated[
-        bool, typer.Option("--now", help="Without grace: running tickets become ready again at once.")
+        bool, typer.Option("--now", help="Without grace: running steps go back to the queue at once.")
     ] = False,
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="S", help="Wait at most this many seconds.")
@@ -195,7 +195,7 @@ async def run_ticket(
     timeout: Annotated[
         float | None,
         typer.Option(
-            "--timeout", min=0.001, metavar="S", help="Stop it after this many seconds; the ticket becomes ready again."
+            "--timeout", min=0.001, metavar="S", help="Stop it after this many seconds; its steps go back to the queue."
         ),
     ] = None,
 ) -> int:
@@ -268,7 +268,7 @@ def _engine_line(row: WorkerRow, *, alive: bool) -> str:
     info, where = row.info, f"engine {row.pid} on {row.host}"
     if not alive:
         silent = render.duration(row.seen_ms_ago)
-        return f"{where}: silent for {silent}; its tickets become ready again when their leases end"
+        return f"{where}: silent for {silent}; its steps go back to the queue when their leases end"
     doing = "stopping" if info.get("stopping") else "serving"
     return f"{where}: {doing}, {info.get('running')} of {info.get('max_vms')} VMs, driver {info.get('driver')}"
 
