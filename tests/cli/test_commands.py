@@ -168,15 +168,16 @@ def test_run_ticket_says_why_a_failed_ticket_failed(home: Path, swarm: Run) -> N
 
 
 def test_hostile_text_does_not_reach_the_terminal(home: Path, swarm: Run) -> None:
-    title = "\x1b[2J\x07[bold red]t[/]\rok\u202e\n$(reboot)"
+    title = "\x1b[2J\x07[bold red]t[/]\rok\u202e\x9b\u2028\n$(reboot)"
     with sqlite3.connect(home / "data/swarm.db") as db:
         db.execute(
             "INSERT INTO tickets (id, title, state, agent_id, project_id) VALUES ('cli-evil', ?, 'draft', ?, 'evil')",
             (title, ECHO_AGENT_ID),
         )
-    for argv in (["ticket", "list", "--project", "evil"], ["ticket", "show", "cli-evil"]):
+    listed = ["ticket", "list", "--project", "evil"]
+    for argv in (listed, ["ticket", "show", "cli-evil"], [*listed, "--json"], ["ticket", "show", "cli-evil", "--json"]):
         printed = swarm("swarm", *argv).stdout
-        assert not set(printed) & set("\x1b\x07\r\u202e")
+        assert not set(printed) & set("\x1b\x07\r\u202e\x9b\u2028")
         assert "[bold red]t[/]" in printed
     assert json.loads(swarm("swarm", "ticket", "list", "--project", "evil", "--json").stdout)[0]["title"] == title
 

@@ -24,3 +24,21 @@ async def test_a_large_document_of_small_things(plain: Bench) -> None:
     ticket = await plain.run("open('output.json', 'w').write('[' + '{},' * 4_000_000 + '0]')")
     assert ticket.state == "failed"
     assert "output.json has more than 1,000,000 objects and lists" in (ticket.error or "")
+
+
+async def test_what_is_printed_is_bounded_as_it_is_stored(plain: Bench) -> None:
+    """As JSON, \\x01 takes six bytes, and a byte that isn't UTF-8 becomes three."""
+    code = WRITE + "for n in range(1_000):\n  os.write(1, b'\\x01' * 8192)\n  os.write(2, b'\\xff' * 8192)\nout(1)"
+    ticket = await plain.run(code)
+    assert ticket.state == "done", ticket.error
+    [(size,)] = plain.sql("SELECT sum(length(CAST(data AS BLOB))) FROM events WHERE kind = 'output'")
+    assert 60 << 20 < int(str(size)) < 64 << 20
+    [(last,)] = plain.sql("SELECT data FROM events WHERE kind = 'output' ORDER BY seq DESC LIMIT 1")
+    assert "output truncated: stored, it takes more than 64 MiB" in str(last)
+
+
+async def test_outputs_are_bounded_as_they_are_stored(plain: Bench) -> None:
+    """5 bytes of the file become 19: 16 MB become 60."""
+    ticket = await plain.run("open('output.json', 'w').write('[' + '1e15,' * 3_000_000 + '0]')")
+    assert ticket.state == "failed"
+    assert "bytes as it is stored; the limit is 16777216" in (ticket.error or "")

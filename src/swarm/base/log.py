@@ -8,23 +8,38 @@ can be written says how many they were.
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import select
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO, cast
 
 import structlog
+
+from swarm.base.printable import escaped
 
 # What waits for a slow reader, at most; further lines are dropped.
 WAITING_CHARS: Final = 1 << 20
 # How long the end of the process waits for a slow reader.
 _END_SECONDS: Final = 1.0
 _DROPPED: Final = "log lines could not be written"
+
+
+def printable(_logger: object, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A processor: error messages quote guests and rows, and may hold what moves the cursor or forges a line.
+
+    A traceback keeps its line ends. What isn't text is shown by `repr`, which escapes."""
+    return {
+        escaped(key): escaped(value, keep="\n" if key in ("exception", "stack") else "")
+        if isinstance(value, str)
+        else value
+        for key, value in entry.items()
+    }
 
 
 def write_stderr(text: str) -> None:
@@ -119,6 +134,10 @@ class Lines:
 LINES = Lines()
 
 
+def _json(entry: object, **options: Any) -> str:
+    return escaped(json.dumps(entry, ensure_ascii=False, **options))
+
+
 def configure(*, debug: bool = False, info: bool = False, as_json: bool = False) -> None:
     """Set up logging for this process. ``info`` also logs what an engine does."""
     if sys.stderr is None:  # started with 2>&-: a database that got descriptor 2 would be written to by libraries
@@ -133,7 +152,7 @@ def configure(*, debug: bool = False, info: bool = False, as_json: bool = False)
         exception_formatter=structlog.dev.plain_traceback,
     )
     if as_json:
-        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+        renderer = structlog.processors.JSONRenderer(serializer=_json)
 
     def notice(count: int) -> str:
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
@@ -146,6 +165,8 @@ def configure(*, debug: bool = False, info: bool = False, as_json: bool = False)
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            *([] if as_json else [printable]),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),

@@ -37,4 +37,4 @@ async def show(
 
     async with cli.store() as store:
         text = await store.artifact(digest)
-    cli.out.text(f"{text}\n")
+    cli.out.json_text(text)

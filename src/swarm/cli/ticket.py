@@ -113,10 +113,10 @@ async def list_(
     project: Annotated[str | None, typer.Option("--project", metavar="NAME", help="Only of this project.")] = None,
     limit: Limit = 50,
 ) -> None:
-    """List tickets, newest first."""
+    """List tickets, newest first: without descriptions, inputs and outputs, which `swarm ticket show` has."""
 
     async with cli.store() as store:
-        tickets = await store.tickets(states=tuple(state or ()), project_id=project, limit=limit)
+        tickets = await store.ticket_summaries(states=tuple(state or ()), project_id=project, limit=limit)
     rows = [(t.id, t.state, t.title, t.created_at, (t.error or "").split("\n")[0]) for t in tickets]
     cli.out.listing(tickets, ("ID", "STATE", "TITLE", "CREATED", "ERROR"), rows, empty="no tickets")
 

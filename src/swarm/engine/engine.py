@@ -174,6 +174,7 @@ class Engine:
                 timeline.mark("ended", int(ended.ended_at * 1e9))
                 check_exit(ended)
                 outputs = _redacted(await live.while_alive(self._collect(live)), egress.redactor)
+                check_stored(outputs, self._limits.output_json_bytes)
                 if agent.outputs_schema is not None:
                     check.outputs(agent, json.loads(outputs))
                 timeline.mark("collected")
@@ -308,6 +309,14 @@ def canonical_json(data: bytes) -> str:
         raise OutputInvalid(f"{OUTPUT_FILE} is {error}") from None
     except ValueError as error:
         raise OutputInvalid(f"{OUTPUT_FILE} is not JSON: {error}") from None
+
+
+def check_stored(outputs: str, limit_bytes: int) -> None:
+    """Raises OutputInvalid for outputs that are longer as they are stored: 1e15 becomes 1000000000000000.0, and a
+    secret its mark."""
+    if len(outputs) * 4 > limit_bytes and (size := len(outputs.encode())) > limit_bytes:
+        message = f"{OUTPUT_FILE} takes {size} bytes as it is stored; the limit is {limit_bytes}"
+        raise OutputInvalid(message, reason=FailureReason.OUTPUT_TOO_LARGE)
 
 
 def _encodable(text: str) -> bool:

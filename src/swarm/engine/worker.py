@@ -23,6 +23,7 @@ from swarm.base.clock import Timeline
 from swarm.engine.engine import Watcher
 from swarm.errors import HostError, LeaseLost, StoreError, SwarmError, TicketWithdrawn
 from swarm.model import Cancelled, Claim, Event, Failed, FailureReason, Interrupted, Outcome
+from swarm.store.sql.rows import dump
 from swarm.store.store import Store
 
 log = structlog.get_logger(__name__)
@@ -33,6 +34,10 @@ RENEW_EVERY_SECONDS = 1.0
 FLUSH_EVERY_SECONDS = 0.1
 # One event holds at most this much of an agent's output.
 CHUNK_BYTES = 16 * 1024
+# What an attempt's output may take in the database, as it is stored there: as JSON, \x01 takes six bytes, a byte that
+# isn't UTF-8 three, and a secret's mark more than the secret. An event's ids and times are counted too.
+STORED_BYTES = 64 << 20
+_EVENT_BYTES = 256
 # Up to this many output events, the order between an agent's streams is kept.
 _IN_ORDER = 1000
 _STREAMS = 3
@@ -381,6 +386,8 @@ class _AttemptWatcher(Watcher):
         self._attempt = attempt
         self._decoders: dict[str, codecs.IncrementalDecoder] = {}  # a character may be split between two reads
         self._printed = 0  # events
+        self._stored = 0  # bytes
+        self._full = False
 
     async def placed(self, vm_id: int) -> None:
         crash_points.reach("placed")
@@ -393,7 +400,16 @@ class _AttemptWatcher(Watcher):
         if stream not in self._decoders:
             self._decoders[stream] = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for at in range(0, len(data), CHUNK_BYTES):
-            self._add(stream, self._decoders[stream].decode(data[at : at + CHUNK_BYTES]))
+            text = self._decoders[stream].decode(data[at : at + CHUNK_BYTES])
+            # A lone surrogate, which would make an escape of every other character, never comes out of a decoder.
+            self._stored += len(dump(text).encode())
+            if self._stored > STORED_BYTES:
+                if not self._full:
+                    self._full = True
+                    said = f"output truncated: stored, it takes more than {STORED_BYTES >> 20} MiB\n"
+                    self.record("output", {"stream": "swarm", "text": said})
+                return
+            self._add(stream, text)
 
     def _add(self, stream: str, text: str) -> None:
         """Add a new event, or extend the last one of this stream: an agent that prints byte by byte must not cost an
@@ -408,4 +424,5 @@ class _AttemptWatcher(Watcher):
                     return
                 break
         self._printed += 1
+        self._stored += _EVENT_BYTES
         self.record("output", {"stream": stream, "text": text})

@@ -41,7 +41,7 @@ from swarm.store.runs.background_planner import BackgroundPlanner
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
 from swarm.store.sql import database
 from swarm.store.sql.database import Database
-from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, WorkerRow
+from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, TicketSummary, WorkerRow
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
 from swarm.store.tickets import dependencies, events, tickets
@@ -77,10 +77,8 @@ class Store:
         planning_seconds: float = PLANNING_SECONDS,
     ) -> AsyncIterator[Store]:
         """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db. ``planning_seconds``: how long
-        decisions on workflows may hold the write lock.
-
-        Raises StoreError when the file is not a database, or its directory does not exist. A database that does not
-        exist or is not migrated can be opened, so that `migrate` can be called.
+        decisions on workflows may hold the write lock. Raises StoreError when the file is not a database, or its
+        directory does not exist. One that does not exist or is not migrated can be opened, for `migrate`.
         """
         db = Database(url, busy_timeout_seconds=busy_timeout_seconds)
         db.check_directory()
@@ -134,10 +132,8 @@ class Store:
     # --- tickets ------------------------------------------------------------------------------------------------------
 
     async def add_ticket(self, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
-        """Raises UsageError for a ticket that could never run, Conflict when its id is taken.
-
-        ``trigger_type`` and ``trigger_data`` (JSON) of a workflow's ticket: its expressions see them as `trigger`.
-        """
+        """Raises UsageError for a ticket that could never run, Conflict when its id is taken. A workflow's expressions
+        see ``trigger_type`` and ``trigger_data`` (JSON) as `trigger`."""
         return await self._write.call(tickets.add, tickets.check(ticket), depends_on=tuple(depends_on))
 
     async def ticket(self, id: str) -> Ticket:
@@ -149,6 +145,10 @@ class Store:
     ) -> list[Ticket]:
         """Newest first."""
         return await self._read.call(tickets.tickets, states=tuple(states), project_id=project_id, limit=limit)
+
+    async def ticket_summaries(self, **which: Any) -> list[TicketSummary]:
+        """`tickets`, for lists: without inputs, outputs and other long columns."""
+        return await self._read.call(tickets.summaries, **which)
 
     async def runs(self, ticket_id: str) -> list[RunRow]:
         """Oldest first, like `steps` and `attempts`. Empty for a ticket that never ran."""

@@ -88,6 +88,16 @@ async def test_queue_and_lists(store: Store, outside: Outside) -> None:
     assert len(await store.tickets(states=["draft", "in_progress"])) == 2
 
 
+async def test_a_list_reads_no_long_columns(store: Store, outside: Outside) -> None:
+    large = "x" * 100_000
+    columns = ("title", "project_id", "description", "inputs", "outputs", "error", "assignee_id", "trigger_data")
+    insert(outside, "t", state="draft", priority=3, **dict.fromkeys(columns, large))
+    (found,) = await store.ticket_summaries(states=["draft"], project_id=large, limit=5)
+    assert (found.id, found.state, found.priority) == ("t", "draft", 3)
+    assert found.title == "x" * 500 and len(repr(found)) < 5_000
+    assert [t.id for t in await store.tickets()] == [t.id for t in await store.ticket_summaries()]
+
+
 async def test_queued_ms_counts_from_when_it_became_ready(store: Store, outside: Outside) -> None:
     insert(outside, "t", state="draft", created_at="2020-01-01T00:00:00.000Z", updated_at="2020-01-01T00:00:00.000Z")
     outside.execute("UPDATE tickets SET state = 'ready'")

@@ -1,7 +1,8 @@
 """How commands print: JSON; tables, lines and progress for people; errors. Rich is loaded only when it is needed.
 
 Most of what is printed was written by outsiders (tickets) or guests (output, errors): none of it may reach the terminal
-as a control sequence or be read as markup. So everything goes through `clean`, and Rich gets Text instead of markup.
+as a control sequence or be read as markup. So text goes through `clean` and JSON through `escaped`, and Rich gets Text
+instead of markup.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TextIO
+
+from swarm.base.printable import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +93,7 @@ class Out:
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
-            table.add_column(column, overflow="ellipsis" if sys.stdout.isatty() else "fold", no_wrap=True)
+            table.add_column(clean(column), overflow="ellipsis" if sys.stdout.isatty() else "fold", no_wrap=True)
         for row in rows:
             cells = ["" if cell is None else clean(cell) for cell in row]
             table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
@@ -160,12 +163,16 @@ class Out:
             self.table(columns, rows, empty=empty)
 
     def dump(self, value: object) -> None:
-        """Print a value as JSON."""
-        sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+        """Print a value as JSON. What a terminal can't show is escaped, which is the same value."""
+        sys.stdout.write(escaped(json.dumps(plain(value), indent=2, ensure_ascii=False), keep="\n") + "\n")
+
+    def json_text(self, text: str) -> None:
+        """Print JSON text as it is stored, with the same escapes."""
+        sys.stdout.write(escaped(text, keep="\n\t") + "\n")
 
     def dump_line(self, value: object) -> None:
         """Print a value as JSON on one line, for streams."""
-        sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+        sys.stdout.write(escaped(json.dumps(plain(value), ensure_ascii=False)) + "\n")
 
     def _remark(self, text: str, *, style: str = "") -> None:
         """Print on stderr, after the log lines that led to it. A remark that can't be written doesn't end the work."""

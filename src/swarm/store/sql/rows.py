@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value", bound="DataclassInstance")
 
 MAX_ERROR_CHARS: Final = 16 * 1024
+SUMMARY_CHARS: Final = 500
 
 
 def iso(ms: int) -> str:
@@ -217,6 +218,46 @@ class AttemptRow:
     cost_usd: float
     started_at: str | None
     ended_at: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketSummary:
+    """A ticket in a list: the columns of `Ticket` without its long ones, and texts shortened to `SUMMARY_CHARS`."""
+
+    id: str
+    title: str
+    state: str
+    project_id: str | None
+    agent_id: str | None
+    assignee_id: str | None
+    assignee_type: str | None
+    execution_mode: str | None
+    workflow_id: str | None
+    error: str | None
+    priority: int
+    timeout_seconds: float | None
+    max_attempts: int | None
+    budget_usd: float | None
+    budget_tokens: int | None
+    over_budget: str | None
+    trigger_type: str | None
+    run_id: str | None
+    created_at: str | None
+    updated_at: str | None
+    started_at: str | None
+    completed_at: str | None
+
+
+SUMMARY_FIELDS: Final = tuple(field.name for field in fields(TicketSummary))
+# Cut by the database: a row may hold anything, and its caller needs one line of it.
+SUMMARY_COLUMNS: Final = ", ".join(
+    f"t.{name}" if name in ("id", "state", *_TICKET_READERS) else f"substr(t.{name}, 1, {SUMMARY_CHARS}) AS {name}"
+    for name in SUMMARY_FIELDS
+)
+
+
+def ticket_summary(row: Any) -> TicketSummary:
+    return TicketSummary(**{name: _TICKET_READERS.get(name, lenient)(getattr(row, name)) for name in SUMMARY_FIELDS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from swarm.model import TERMINAL_TICKET_STATES, Ticket, TicketState
 from swarm.store.sql import rows
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import (
+    SUMMARY_COLUMNS,
     TICKET_COLUMNS,
     TICKET_FIELDS,
     AttemptRow,
@@ -21,6 +22,7 @@ from swarm.store.sql.rows import (
     QueueStatus,
     RunRow,
     StepRow,
+    TicketSummary,
     milliseconds,
 )
 from swarm.store.sql.schema import UNFINISHED
@@ -39,7 +41,7 @@ _INSERT: Final = sa.text(
     f"ON CONFLICT (id) DO NOTHING RETURNING {', '.join(TICKET_FIELDS)}"
 )
 _BY_ID: Final = sa.text(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
-_LIST: Final = f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE 1 = 1"
+_LIST: Final = "SELECT {} FROM tickets t WHERE 1 = 1"
 _LIVE_RUNS: Final = sa.text("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
 _RETRY: Final = sa.text(
     "UPDATE tickets SET state = 'ready', error = NULL, outputs = NULL, run_id = NULL, started_at = NULL, "
@@ -110,8 +112,18 @@ def ticket(tx: Tx, id: str) -> Ticket:
     return rows.ticket(row)
 
 
-def tickets(tx: Tx, *, states: Sequence[str], project_id: str | None, limit: int) -> list[Ticket]:
-    sql, values = _LIST, dict[str, Any](limit=limit)
+def tickets(tx: Tx, /, **which: Any) -> list[Ticket]:
+    return [rows.ticket(row) for row in _listed(tx, TICKET_COLUMNS, **which)]
+
+
+def summaries(tx: Tx, /, **which: Any) -> list[TicketSummary]:
+    return [rows.ticket_summary(row) for row in _listed(tx, SUMMARY_COLUMNS, **which)]
+
+
+def _listed(
+    tx: Tx, columns: str, *, states: Sequence[str] = (), project_id: str | None = None, limit: int = 50
+) -> Sequence[Any]:
+    sql, values = _LIST.format(columns), dict[str, Any](limit=limit)
     if states:
         names = {f"state_{number}": str(state) for number, state in enumerate(states)}
         sql += f" AND t.state IN ({', '.join(':' + name for name in names)})"
@@ -119,7 +131,7 @@ def tickets(tx: Tx, *, states: Sequence[str], project_id: str | None, limit: int
     if project_id is not None:
         sql += " AND t.project_id = :project_id"
         values["project_id"] = project_id
-    return [rows.ticket(row) for row in tx.all(sa.text(sql + " ORDER BY t.created_at DESC LIMIT :limit"), **values)]
+    return tx.all(sa.text(sql + " ORDER BY t.created_at DESC LIMIT :limit"), **values)
 
 
 def runs(tx: Tx, id: str) -> list[RunRow]:
