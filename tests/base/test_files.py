@@ -72,6 +72,44 @@ async def test_a_coroutine_waits_for_a_lock_and_can_be_cancelled(tmp_path: Path)
     await asyncio.wait_for(waiting, 10)
 
 
+def test_a_thread_does_not_wait_for_ever_for_a_lock(tmp_path: Path) -> None:
+    with (
+        files.locked(tmp_path, shared=True),
+        pytest.raises(HostError, match=r"has held the lock on .* find it with `lsof"),
+        files.locked(tmp_path, timeout_seconds=0.01),
+    ):
+        pass
+
+
+def test_a_sparse_file_is_hashed_without_its_holes(tmp_path: Path) -> None:
+    """4 TiB: read as sha256_of does, they would take hours."""
+    blocks = 0
+
+    def count() -> None:
+        nonlocal blocks
+        blocks += 1
+        assert blocks < 100
+
+    def digest(name: str, size: int, *, data: dict[int, bytes]) -> str:
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+            for at, content in data.items():
+                file.seek(at)
+                file.write(content)
+        return files.sparse_sha256_of(tmp_path / name, count)
+
+    size = 1 << 42
+    one = digest("one", size, data={5 << 20: b"a", size - 1: b"z"})
+    assert one == digest("zeros instead of holes", size, data={5 << 20: b"a", size - 1: b"z", 7 << 20: b"\0" * 9000})
+    others = [
+        digest("empty", size, data={}),
+        digest("longer", size + 1, data={5 << 20: b"a", size - 1: b"z"}),
+        digest("shifted", size, data={6 << 20: b"a", size - 1: b"z"}),
+        digest("changed", size, data={5 << 20: b"b", size - 1: b"z"}),
+    ]
+    assert len({one, *others}) == 5
+
+
 def test_a_full_disk_is_told_from_other_errors() -> None:
     assert files.is_full(OSError(errno.ENOSPC, "")) and files.is_full(OSError(errno.EDQUOT, ""))
     assert not files.is_full(OSError(errno.EIO, "")) and not files.is_full(ValueError())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -146,6 +147,48 @@ async def test_a_damaged_template_is_built_again(templates: Templates, harm: obj
     whole = await templates.get(a_spec(), parts, build)
     assert build.built == 2
     assert (whole.dir / "memory").read_bytes() == bytes(range(256)) * 1000
+
+
+async def test_a_huge_disk_of_holes_costs_nothing(templates: Templates) -> None:
+    """An agent chooses it, with `disk_mb`: up to a terabyte."""
+    spec = a_spec(disk_mb=1 << 20)
+
+    async def build(dir: Path) -> bytes:
+        with (dir / "work").open("xb") as file:
+            file.truncate(1 << 40)
+        return TOKEN
+
+    built = await templates.get(spec, a_shape(spec), build)
+    (built.dir / "verified.json").unlink()  # so that it is hashed again
+    assert await templates.find(spec, a_shape(spec)) == built
+
+
+async def test_hashing_ends_when_it_is_cancelled(templates: Templates) -> None:
+    """The thread too: what it reads is removed after it."""
+    spec = a_spec()
+
+    async def build(dir: Path) -> bytes:
+        with (dir / "work").open("xb") as file:
+            for _ in range(256):
+                file.write(os.urandom(1 << 20))
+        return TOKEN
+
+    building = asyncio.create_task(templates.get(spec, a_shape(spec), build))
+    while not open_in_this_process("work"):
+        assert not building.done()
+        await asyncio.sleep(0)
+    building.cancel()
+    await asyncio.wait([building])
+    assert building.cancelled() and not open_in_this_process("work")
+    assert await templates.find(spec, a_shape(spec)) is None
+
+
+def open_in_this_process(name: str) -> bool:
+    found = False
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found = found or each.readlink().name == name
+    return found
 
 
 async def test_the_wrong_version_is_not_found(templates: Templates) -> None:

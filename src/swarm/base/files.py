@@ -8,11 +8,16 @@ import fcntl
 import hashlib
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Final
 
 from swarm.errors import HostError
+
+_BLOCK_BYTES: Final = 1 << 20
+_ZEROS: Final = bytes(_BLOCK_BYTES)
 
 
 def write_atomically(path: Path, data: bytes | str, *, mode: int | None = None, flush: bool = False) -> None:
@@ -41,7 +46,7 @@ def try_lock(path: Path, *, shared: bool = False, create: int | None = None) -> 
     """A descriptor that holds the lock (flock) on a file or directory until it is closed; None if another holds it.
 
     The kernel releases the lock when the process ends, however it ends. ``create``: the permissions of a lock file that
-    is made if there is none.
+    is made if there is none. Who may read a file or directory may lock it, and keep the lock for ever.
     """
     fd = _open(path, create)
     try:
@@ -55,11 +60,18 @@ def try_lock(path: Path, *, shared: bool = False, create: int | None = None) -> 
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock on a file or directory for the length of the block; blocks the thread until it is free."""
-    fd = _open(path, None)
+def locked(path: Path, *, shared: bool = False, timeout_seconds: float = 10.0) -> Iterator[None]:
+    """Hold the lock on a file or directory for the length of the block. Blocks the thread until it is free; raises
+    HostError if it doesn't become free. (Tried again and again: a thread in a blocking flock can't be stopped.)"""
+    deadline = time.monotonic() + timeout_seconds
+    while (fd := try_lock(path, shared=shared)) is None:
+        if time.monotonic() > deadline:
+            raise HostError(
+                f"another process has held the lock on {path} for more than {timeout_seconds:g} s: "
+                f"find it with `lsof {path}`"
+            )
+        time.sleep(0.005)
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
@@ -97,6 +109,34 @@ def host_errors(what: str) -> Iterator[None]:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sparse_sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> str:
+    """A digest of a file's content that takes as long as its data, however large its holes are.
+
+    It covers the size, and place and content of each block that isn't all zeros: so it is the same for a copy with
+    other holes. ``check`` is called before each block; what it raises ends the work.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(f"{size}\n".encode())
+        at = 0
+        while at < size:
+            check()
+            try:
+                data_at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data after this point
+                    break
+                raise
+            at = data_at - data_at % _BLOCK_BYTES
+            block = os.pread(file.fileno(), _BLOCK_BYTES, at)
+            if not _ZEROS.startswith(block):
+                digest.update(b"%d %d\n" % (at, len(block)))
+                digest.update(block)
+            at += _BLOCK_BYTES
+    return digest.hexdigest()
 
 
 def is_full(error: BaseException) -> bool:

@@ -14,12 +14,13 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -31,7 +32,9 @@ from swarm.vm.image import staging
 
 log = structlog.get_logger(__name__)
 
-FORMAT = 2
+T = TypeVar("T")
+
+FORMAT = 3
 MANIFEST = "template.json"
 # Templates of which no clone was made for this long are removed after a build: an update leaves the old ones behind.
 UNUSED_SECONDS = 7 * 86400.0
@@ -88,7 +91,7 @@ class Templates:
 
     async def find(self, spec: VmSpec, parts: Mapping[str, object]) -> Template | None:
         """The template of this shape, verified; None if it is missing or damaged."""
-        return await asyncio.to_thread(self._verified, key_of(parts), spec)
+        return await _stoppable(functools.partial(self._verified, key_of(parts), spec))
 
     async def get(
         self, spec: VmSpec, parts: Mapping[str, object], build: Callable[[Path], Awaitable[bytes]]
@@ -96,10 +99,11 @@ class Templates:
         """The template of this shape: verified, or built now by ``build(dir)``, which fills an empty directory and
         returns the token that the template's agentd knows. Concurrent callers, in any process, build it once."""
         key = key_of(parts)
-        if found := await asyncio.to_thread(self._verified, key, spec):
+        verified = functools.partial(self._verified, key, spec)
+        if found := await _stoppable(verified):
             return found
         async with self._locked(key):
-            if found := await asyncio.to_thread(self._verified, key, spec):
+            if found := await _stoppable(verified):
                 return found
             began = time.monotonic()
             stage = self._stage(key)
@@ -109,7 +113,7 @@ class Templates:
             try:
                 token = await build(stage)
                 with self._explained(_NOT_BUILT):
-                    await finish_uninterrupted(asyncio.to_thread(self._seal, stage, key, parts, token))
+                    await _stoppable(functools.partial(self._seal, stage, key, parts, token))
                     await staging.discard(self.dir / key)  # it failed its verification
                     stage.rename(self.dir / key)
             except (OSError, BootFailed) as error:
@@ -228,20 +232,25 @@ class Templates:
                 raise self._full(what) from error
             raise HostError(f"can't use {self.dir} ({error.strerror}): {what}") from error
 
-    def _seal(self, stage: Path, key: str, parts: Mapping[str, object], token: bytes) -> None:
+    def _seal(
+        self, stage: Path, key: str, parts: Mapping[str, object], token: bytes, check: Callable[[], None]
+    ) -> None:
         """Write the manifest: digests of the files as they were built, and the token of the clones' agentd."""
-        built = {f.name: {"sha256": files.sha256_of(f), "bytes": f.stat().st_size} for f in sorted(stage.iterdir())}
+        built = {
+            f.name: {"sha256": files.sparse_sha256_of(f, check), "bytes": f.stat().st_size}
+            for f in sorted(stage.iterdir())
+        }
         manifest = {"key": key, "parts": parts, "files": built, "token": token.hex(), "created_at": time.time()}
         files.write_atomically(stage / MANIFEST, json.dumps(manifest, indent=1), mode=0o600)
         staging.stamp(_parts(stage, manifest), stage / _STAMP, flushed=False)
 
-    def _verified(self, key: str, spec: VmSpec) -> Template | None:
+    def _verified(self, key: str, spec: VmSpec, check: Callable[[], None]) -> Template | None:
         """The template; None (and a line in the log) if it is missing or not as it was built. Raises HostError."""
         place = self.dir / key
         try:
             manifest = json.loads((place / MANIFEST).read_bytes())
             token = bytes.fromhex(manifest["token"])
-            reason = staging.damage(_parts(place, manifest), place / _STAMP, flushed=False)
+            reason = staging.damage(_parts(place, manifest, check), place / _STAMP, flushed=False)
         except FileNotFoundError:
             if not place.exists():
                 return None
@@ -269,10 +278,39 @@ class Templates:
             os.close(fd)
 
 
-def _parts(place: Path, manifest: Mapping[str, Any]) -> list[staging.Part]:
+class _Stopped(Exception):
+    pass
+
+
+async def _stoppable(work: Callable[[Callable[[], None]], T]) -> T:
+    """The result of ``work(check)``, in a thread: files are hashed there, which may take long. After a cancellation
+    ``check`` raises, and the thread is waited for: nothing is removed under its hands."""
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    thread = asyncio.ensure_future(asyncio.to_thread(work, check))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        stop.set()
+        await finish_uninterrupted(_ended(thread))
+        raise
+
+
+async def _ended(thread: asyncio.Future[Any]) -> None:
+    await asyncio.wait([thread])
+    if not thread.cancelled():
+        thread.exception()  # seen
+
+
+def _parts(place: Path, manifest: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> list[staging.Part]:
     """Not flushed to disk when they are built: writing 256 MB would take longer than booting another VM."""
+    digest = functools.partial(files.sparse_sha256_of, check=check)  # `disk_mb` may make a file of a terabyte of holes
     return [
-        staging.Part(path=place / name, size_bytes=file["bytes"], sha256=file["sha256"])
+        staging.Part(path=place / name, size_bytes=file["bytes"], sha256=file["sha256"], digest=digest)
         for name, file in manifest["files"].items()
     ]
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from swarm.base import files
 from swarm.base.process import run
 from swarm.config import Settings
 from swarm.errors import ImageError, NotFound
 from swarm.vm.driver import Image, host_tsc_khz
-from swarm.vm.image import build
+from swarm.vm.image import build, staging
 from swarm.vm.image import image as image_module
 from swarm.vm.image.image import Images
 
@@ -154,6 +155,15 @@ async def test_only_unused_images_are_collected(store: Images, image: Image, tmp
     aged(store.dir / ".verified" / image.digest)
     assert store.collect(()) == (image.digest,)
     assert store.list() == []
+
+
+def test_a_lock_of_anybody_does_not_keep_an_image_from_being_used(tmp_path: Path) -> None:
+    """Images are open to every user, and so are their locks."""
+    place = tmp_path / "image"
+    place.mkdir()
+    aged(place)
+    with files.locked(place), staging.used(place):
+        assert not staging.unused(place, place / "stamp", seconds=1), "nobody can remove it meanwhile"
 
 
 async def test_remove(store: Images, image: Image, tmp_path: Path) -> None:

@@ -221,6 +221,28 @@ async def test_ipv6_and_forwarding_are_settings_of_the_namespace_alone(network: 
 # --- the host's part --------------------------------------------------------------------------------------------------
 
 
+async def test_no_user_can_lock_the_network(network: Network) -> None:
+    """Who can open a file can lock it: /run/netns is open to everybody."""
+    await network.ensure_host()
+    code = (
+        "import fcntl, os, sys\n"
+        "fcntl.flock(os.open('/run/netns', os.O_RDONLY), fcntl.LOCK_EX)\n"
+        f"try:\n  os.open({str(netns.LOCK)!r}, os.O_RDONLY)\nexcept PermissionError:\n  print('locked', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    nobody = await asyncio.create_subprocess_exec(
+        "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", code,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert nobody.stdout is not None and await nobody.stdout.readline() == b"locked\n"
+        await network.create(1)
+        await network.destroy(1)
+        assert await network.remove_host()
+    finally:
+        await nobody.communicate(b"")
+
+
 async def test_the_hosts_part_comes_and_goes_whole(network: Network) -> None:
     await network.ensure_host()
     await network.ensure_host()

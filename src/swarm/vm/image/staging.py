@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ BUILDING: Final = ".building-"
 VERIFIED: Final = ".verified"  # the directory of the stamps of images and layers
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _DENIED: Final = frozenset({errno.EACCES, errno.EPERM})
+_LOCK_SECONDS: Final = 0.5  # a remover holds a directory's lock for a moment
 
 
 def digest_of(value: object) -> str:
@@ -54,6 +55,7 @@ class Part:
     path: Path
     size_bytes: int
     sha256: str
+    digest: Callable[[Path], str] = files.sha256_of
 
 
 def damage(parts: Sequence[Part], stamp: Path, *, flushed: bool = True) -> str:
@@ -70,7 +72,7 @@ def damage(parts: Sequence[Part], stamp: Path, *, flushed: bool = True) -> str:
             seen[name] = _inode(stat, flushed)
             if stat.st_size != part.size_bytes:
                 return f"{part.path} has {stat.st_size} bytes instead of {part.size_bytes}"
-            if known.get(name) != seen[name] and files.sha256_of(part.path) != part.sha256:
+            if known.get(name) != seen[name] and part.digest(part.path) != part.sha256:
                 return f"{part.path} is not what was built (its sha256 differs)"
         except OSError as error:
             raise_host_error(error, part.path, denied=not flushed)
@@ -119,9 +121,19 @@ def _inode(stat: os.stat_result, flushed: bool) -> list[int]:
     return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
-def used(dir: Path) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def used(dir: Path) -> Iterator[None]:
     """For the length of the block, ``dir`` is not `unused` for any process."""
-    return files.locked(dir, shared=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(files.locked(dir, shared=True, timeout_seconds=_LOCK_SECONDS))
+            held = stack.pop_all()
+    except HostError as error:
+        # Any user can hold this lock for ever. As long as it is held, nobody can remove the directory either.
+        log.warning("can't mark as used", dir=str(dir), error=str(error))
+        held = contextlib.ExitStack()
+    with held:
+        yield
 
 
 def last_used(dir: Path, stamp: Path) -> float:
@@ -148,7 +160,7 @@ def lock(dir: Path, progress: Progress) -> AbstractAsyncContextManager[None]:
     def waiting() -> None:
         progress("waiting for another build", 0.0)
 
-    return files.locked_async(dir / ".lock", poll_seconds=0.2, create=0o644, waiting=waiting)
+    return files.locked_async(dir / ".lock", poll_seconds=0.2, create=0o600, waiting=waiting)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from swarm.errors import HostError
 T = TypeVar("T")
 
 RUN = Path("/run/netns")
+LOCK = Path("/run/swarm-netns.lock")
 MARK = "swarm"
 
 _TUNSETIFF, _TUNSETPERSIST, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x400454CB, 0x0002, 0x1000  # linux/if_tun.h
@@ -76,21 +77,20 @@ def netlink() -> Iterator[Any]:
 
 
 def locked(*, exclusive: bool, timeout_seconds: float = 30.0) -> contextlib.AbstractAsyncContextManager[None]:
-    """A host-wide lock between processes: on ``/run/netns`` itself, which iproute2 locks for the same purpose.
+    """A host-wide lock between processes.
 
-    It needs no file of its own, and an outer `unshare --mount` with its own /run/netns has its own lock.
+    Not on ``/run/netns`` itself, as iproute2's: every user can open that directory, and so lock it for ever.
     """
-    RUN.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout_seconds
 
     def waiting() -> None:
         if time.monotonic() > deadline:
             raise HostError(
-                f"another process has held the lock on {RUN} for more than {timeout_seconds:g} s: "
-                f"find it with `lsof {RUN}`"
+                f"another process has held the lock on {LOCK} for more than {timeout_seconds:g} s: "
+                f"find it with `lsof {LOCK}`"
             )
 
-    return files.locked_async(RUN, shared=not exclusive, poll_seconds=0.003, waiting=waiting)
+    return files.locked_async(LOCK, shared=not exclusive, poll_seconds=0.003, create=0o600, waiting=waiting)
 
 
 def create(name: str, owner: str = "") -> None:
