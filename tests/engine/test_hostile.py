@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
+
+from swarm.engine.engine import SMALL_BYTES, off_loop
 from tests.engine.conftest import Bench
 
 WRITE = "import json, os, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
@@ -42,3 +47,14 @@ async def test_outputs_are_bounded_as_they_are_stored(plain: Bench) -> None:
     ticket = await plain.run("open('output.json', 'w').write('[' + '1e15,' * 3_000_000 + '0]')")
     assert ticket.state == "failed"
     assert "bytes as it is stored; the limit is 16777216" in (ticket.error or "")
+
+
+@pytest.mark.parametrize(("size", "on_loop"), [(SMALL_BYTES, True), (SMALL_BYTES + 1, False)])
+async def test_large_values_are_read_outside_the_event_loop(size: int, on_loop: bool) -> None:
+    assert (await off_loop(size, threading.get_ident) == threading.get_ident()) is on_loop
+
+
+async def test_a_large_output_is_not_checked_for_ever(plain: Bench) -> None:
+    schema = '{"type": "array", "items": {"type": "integer"}}'
+    ticket = await plain.run("open('output.json', 'w').write('[' + '1,' * 400_000 + '0]')", outputs_schema=schema)
+    assert ticket.state == "failed" and "took too many steps" in (ticket.error or "")

@@ -185,3 +185,10 @@ def test_what_a_path_leads_to(given: dict[str, Any], value: Any, path: list[str 
 )  # fmt: skip
 def test_mismatch(one: Any, other: Any, said: str) -> None:
     assert schema.mismatch(one, other) == said
+
+
+def test_the_cost_of_a_check_does_not_grow_with_the_value() -> None:
+    source = schema.text({"type": "array", "items": {"type": "integer"}})
+    assert schema.issues([0] * 250_000, source) == []
+    (issue,) = schema.issues([0] * 400_000, source)
+    assert "took too many steps" in str(issue)

@@ -10,10 +10,10 @@ import asyncio
 import errno
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
@@ -46,6 +46,8 @@ from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 WORK_DIR, AGENT_DIR = "/work", "/agent"
 INPUT_FILE, OUTPUT_FILE = "input.json", "output.json"
 # How long an agent may keep running after a budget has refused it a call.
@@ -56,6 +58,7 @@ _QUOTED_LINES, _QUOTED_BYTES = 15, 4096
 _HOST_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 # Objects and lists in an output.json: each takes a few hundred bytes of memory, but may take only three in the file.
 MAX_CONTAINERS = 1_000_000
+SMALL_BYTES = 64 << 10
 
 
 class Watcher:
@@ -145,7 +148,7 @@ class Engine:
     async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _OutputTail) -> str:
         agent = claim.agent
         # Checked before a VM is started. `inputs` fills in the defaults of the agent's schema.
-        inputs = check.inputs(agent, json.loads(claim.inputs))
+        inputs = await off_loop(len(claim.inputs), lambda: check.inputs(agent, json.loads(claim.inputs)))
         grant = await self._egress.grant(claim)
         image = await self._image(agent)
         spec = VmSpec(
@@ -173,10 +176,8 @@ class Engine:
                 timeline.mark("started", int(ended.started_at * 1e9))
                 timeline.mark("ended", int(ended.ended_at * 1e9))
                 check_exit(ended)
-                outputs = _redacted(await live.while_alive(self._collect(live)), egress.redactor)
-                check_stored(outputs, self._limits.output_json_bytes)
-                if agent.outputs_schema is not None:
-                    check.outputs(agent, json.loads(outputs))
+                made = await live.while_alive(self._collect(live))
+                outputs = await off_loop(len(made), lambda: self._checked(agent, made, egress.redactor))
                 timeline.mark("collected")
             except StepError:
                 if (reason := egress.over_budget) is not None:  # the cause of any later failure of the agent
@@ -226,14 +227,22 @@ class Engine:
         except AgentTimeout as error:
             raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}") from error
 
-    async def _collect(self, live: LiveVm) -> str:
+    def _checked(self, agent: Agent, made: bytes, redactor: Redactor) -> str:
+        """What the agent left, as it is stored. Raises OutputInvalid."""
+        outputs = _redacted(canonical_json(made), redactor)
+        check_stored(outputs, self._limits.output_json_bytes)
+        if agent.outputs_schema is not None:
+            check.outputs(agent, json.loads(outputs))
+        return outputs
+
+    async def _collect(self, live: LiveVm) -> bytes:
         data = await live.channel.get(f"{WORK_DIR}/{OUTPUT_FILE}", limit_bytes=self._limits.output_json_bytes)
         if data is None:
             raise OutputInvalid(
                 f"the agent ended with status 0 but left no {OUTPUT_FILE} in its work directory",
                 reason=FailureReason.NO_OUTPUT,
             )
-        return canonical_json(data)
+        return data
 
 
 class BadExit(AgentFailed):
@@ -309,6 +318,12 @@ def canonical_json(data: bytes) -> str:
         raise OutputInvalid(f"{OUTPUT_FILE} is {error}") from None
     except ValueError as error:
         raise OutputInvalid(f"{OUTPUT_FILE} is not JSON: {error}") from None
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """The result of ``work``, whose time grows with ``size``: in a thread if that is large, so that other attempts get
+    their turns. (A small one takes less time than a thread's start.)"""
+    return await asyncio.to_thread(work) if size > SMALL_BYTES else work()
 
 
 def check_stored(outputs: str, limit_bytes: int) -> None:

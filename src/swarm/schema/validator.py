@@ -20,7 +20,8 @@ MAX_SCHEMA_DEPTH: Final = 24
 MAX_PATTERN_CHARS: Final = 512
 MAX_MATCHED_CHARS: Final = 64 << 10
 MAX_ISSUES: Final = 20
-_BUDGET: Final = (20_000, 10)  # keyword checks for one value: this many, and this many more for each value inside it
+# Keyword checks for one value: this many, this many more for each value inside it, and never more than the last.
+_BUDGET: Final = (20_000, 10, 300_000)
 # Keywords that point outside the schema, are resolved while checking, or have a hidden cost.
 _REFUSED: Final = frozenset(
     {"$dynamicRef", "$recursiveRef", "$dynamicAnchor", "$anchor", "$id", "unevaluatedItems", "unevaluatedProperties"}
@@ -110,7 +111,7 @@ def issues(value: Any, schema: str) -> list[Issue]:
     Raises SchemaError when the schema itself can't be used.
     """
     validator = _compiled(schema)
-    _budget.left = _BUDGET[0] + _BUDGET[1] * _count(value)
+    _budget.left = min(_BUDGET[0] + _BUDGET[1] * _count(value, _BUDGET[2] // _BUDGET[1]), _BUDGET[2])
     found = []
     try:
         for error in validator.iter_errors(value):
@@ -122,9 +123,11 @@ def issues(value: Any, schema: str) -> list[Issue]:
     return found
 
 
-def _count(value: Any) -> int:
+def _count(value: Any, enough: int) -> int:
     queue = [value]
     for one in queue:  # grows while it is walked
+        if len(queue) > enough:
+            break
         queue += list(one.values()) if isinstance(one, Mapping) else one if isinstance(one, list) else []
     return len(queue)
 
