@@ -91,7 +91,7 @@ class Templates:
 
     async def find(self, spec: VmSpec, parts: Mapping[str, object]) -> Template | None:
         """The template of this shape, verified; None if it is missing or damaged."""
-        return await _stoppable(functools.partial(self._verified, key_of(parts), spec))
+        return await stoppable(functools.partial(self._verified, key_of(parts), spec))
 
     async def get(
         self, spec: VmSpec, parts: Mapping[str, object], build: Callable[[Path], Awaitable[bytes]]
@@ -100,10 +100,10 @@ class Templates:
         returns the token that the template's agentd knows. Concurrent callers, in any process, build it once."""
         key = key_of(parts)
         verified = functools.partial(self._verified, key, spec)
-        if found := await _stoppable(verified):
+        if found := await stoppable(verified):
             return found
         async with self._locked(key):
-            if found := await _stoppable(verified):
+            if found := await stoppable(verified):
                 return found
             began = time.monotonic()
             stage = self._stage(key)
@@ -113,7 +113,7 @@ class Templates:
             try:
                 token = await build(stage)
                 with self._explained(_NOT_BUILT):
-                    await _stoppable(functools.partial(self._seal, stage, key, parts, token))
+                    await stoppable(functools.partial(self._seal, stage, key, parts, token))
                     await staging.discard(self.dir / key)  # it failed its verification
                     stage.rename(self.dir / key)
             except (OSError, BootFailed) as error:
@@ -282,7 +282,7 @@ class _Stopped(Exception):
     pass
 
 
-async def _stoppable(work: Callable[[Callable[[], None]], T]) -> T:
+async def stoppable(work: Callable[[Callable[[], None]], T]) -> T:
     """The result of ``work(check)``, in a thread: files are hashed there, which may take long. After a cancellation
     ``check`` raises, and the thread is waited for: nothing is removed under its hands."""
     stop = threading.Event()
