@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field, StringConstraints
 from swarm.model import BOUNDS, DEBIAN_PACKAGE, REQUIREMENT, RetryPolicy
 
 NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-_VERSION: Final = r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$"
-_VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
+VERSION: Final = r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$"
+VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 NO_NUL: Final = r"^[^\x00]*$"
 MODULE: Final = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 DOMAIN: Final = r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$"
@@ -20,8 +20,8 @@ SERVICE: Final = r"^[a-z][a-z0-9_-]{0,62}$"
 # Each pattern in words, as "must be …". Error messages show these, never the pattern.
 IN_WORDS: Final = {
     NAME: "lower-case letters, digits and inner hyphens, at most 63",
-    _VERSION: "a version such as 1.2.3 or 1.2.3-rc1",
-    _VARIABLE: "letters, digits and underscores, at most 128, with no digit first",
+    VERSION: "a version such as 1.2.3 or 1.2.3-rc1",
+    VARIABLE: "letters, digits and underscores, at most 128, with no digit first",
     NO_NUL: "text without NUL characters",
     MODULE: "the name of a Python module, such as urllib.request",
     DOMAIN: "a domain such as api.example.com, or *.example.com for all below it",
@@ -31,9 +31,9 @@ IN_WORDS: Final = {
 }
 
 Name = Annotated[str, StringConstraints(pattern=NAME)]
-Version = Annotated[str, StringConstraints(pattern=_VERSION)]
+Version = Annotated[str, StringConstraints(pattern=VERSION)]
 # The name of an environment variable, or of a secret, which becomes one.
-Variable = Annotated[str, StringConstraints(pattern=_VARIABLE)]
+Variable = Annotated[str, StringConstraints(pattern=VARIABLE)]
 
 
 def bounded(name: str, default: Any = ..., **more: Any) -> Any:

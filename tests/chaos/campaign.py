@@ -30,10 +30,11 @@ from swarm.admin.prove import Report
 from swarm.app import manual_vm, setup, wiring
 from swarm.cli.prove import prove
 from swarm.config import Settings
-from swarm.model import TERMINAL_TICKET_STATES, Agent, FailureReason, RetryPolicy
+from swarm.model import TERMINAL_TICKET_STATES, FailureReason, RetryPolicy
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 from swarm.vm.slots.inventory import VmRecord
+from tests.agents.write import registered
 
 LEASE_SECONDS = 3.0
 ENGINES = 2
@@ -76,16 +77,11 @@ class Campaign:
 
     async def prepare(self) -> None:
         for name, code in CODE.items():
-            place = self.settings.home / "chaos" / name
-            place.mkdir(parents=True)
-            (place / "main.py").write_text(HEAD + code)
             retry = RetryPolicy(max_attempts=6, delay_seconds=0.1, max_delay_seconds=1.0, on=frozenset(FailureReason))
-            await self.store.put_agent(
-                Agent(
-                    id=name, name=name, version="1.0.0", path=place, entry=("main.py",), idempotent=True,
-                    retry=retry if name not in ("fails", "hangs", "silent") else RetryPolicy(max_attempts=2),
-                    timeout_seconds=3.0 if name == "hangs" else 60.0,
-                )
+            await registered(
+                self.store, self.settings, self.settings.home / "chaos" / name, HEAD + code, name, idempotent=True,
+                retry=retry if name not in ("fails", "hangs", "silent") else RetryPolicy(max_attempts=2),
+                timeout_seconds=3.0 if name == "hangs" else 60.0,
             )  # fmt: skip
 
     def insert(self, numbers: range) -> None:

@@ -100,9 +100,23 @@ def test_the_life_of_an_agent(swarm: Run, place: Path, tmp_path: Path, lang: str
     assert not list((place / "agents").glob(f"{name}-*"))
 
 
+def test_what_others_wrote_is_not_tested_on_the_host(swarm: Run, tmp_path: Path) -> None:
+    """This home has no guest image, so nothing can run in a VM; and on the host it may not."""
+    ok(swarm("agent", "init", "marks", "--lang", "sh"))
+    (tmp_path / "marks" / "main.sh").write_text(f"touch {tmp_path}/ran\n")
+    with tarfile.open(tmp_path / "marks.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "marks", "marks")
+    ok(swarm("agent", "add", "marks.tar.gz"))
+    (tmp_path / "marks").rename(tmp_path / "away")
+    for source in ("marks.tar.gz", "marks"):
+        assert swarm("agent", "test", source).returncode == 1 and not (tmp_path / "ran").exists()
+    swarm("agent", "test", "marks.tar.gz", "--no-vm")
+    assert (tmp_path / "ran").exists()
+
+
 def test_built_in_agents_pass_their_examples(swarm: Run) -> None:
     for name in ("echo", "shell@1"):
-        assert "fail" not in ok(swarm("agent", "test", name)).split()
+        assert "fail" not in ok(swarm("agent", "test", name, "--no-vm")).split()
 
 
 @pytest.mark.needs("qemu")

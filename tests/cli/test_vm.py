@@ -20,6 +20,7 @@ from swarm.model import ECHO_AGENT_ID, Agent
 from swarm.vm.driver import Image
 from swarm.vm.network import netns
 from swarm.vm.slots.inventory import VmRecord
+from tests.agents.write import registered
 
 pytestmark = pytest.mark.needs("qemu")
 BIN = Path(sys.executable).parent
@@ -186,14 +187,13 @@ def test_a_run_that_is_ended_from_outside_leaves_nothing(
     run: Run, settings: Settings, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     """As in a terminal, the signal reaches the whole process group. What SIGKILL leaves, the next run removes."""
-    (tmp_path / "main.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
-    agent = Agent(id=f"sleeper-{number}", name="sleeper", version=f"1.0.{number}", path=tmp_path, entry=("main.py",))
+    code = "import time\nprint('up', flush=True)\ntime.sleep(600)\n"
 
-    async def register() -> None:
+    async def register() -> Agent:
         async with wiring.store(settings) as store:
-            await store.put_agent(agent)
+            return await registered(store, settings, tmp_path / "sleeper", code, f"sleeper-{number}")
 
-    asyncio.run(register())
+    agent = asyncio.run(register())
     sleeper, after = f"ended-by-{number}", f"after-{number}"
     with sqlite3.connect(settings.data_dir / "swarm.db") as db:
         for id_, agent_id in ((sleeper, agent.id), (after, ECHO_AGENT_ID)):

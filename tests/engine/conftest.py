@@ -28,6 +28,7 @@ from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 from swarm.vm.driver import Image
 from swarm.vm.slots.inventory import VmRecord
+from tests.agents.write import registered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,8 @@ class Bench:
         return self.settings.data_dir / "swarm.db"
 
     async def agent(self, code: str, name: str = "agent", **manifest: object) -> Agent:
-        """Register a Python agent with this program."""
-        place = self.dir / name
-        place.mkdir()
-        (place / "main.py").write_text(code)
-        values: dict[str, object] = {"id": name, "name": name, "version": "1.0.0", "path": place, "entry": ("main.py",)}
-        return await self.store.put_agent(Agent(**{**values, **manifest}))  # type: ignore[arg-type]
+        """Register a Python agent with this program, under the id ``name``, as `swarm agent add` would."""
+        return await registered(self.store, self.settings, self.dir / name, code, name, **manifest)
 
     def insert(self, id: str, agent_id: str, **columns: object) -> None:
         """As any tool would: plain SQL, another connection."""

@@ -335,7 +335,12 @@ async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
     vms = wiring.launcher(own, await wiring.choice(own))
     async with wiring.store(own) as store, wiring.egress(own, store) as egress, store.watching() as wake:
         engine = Engine(
-            launcher=vms, images=wiring.images(own), layers=wiring.layers(own), limits=Limits(), egress=egress
+            launcher=vms,
+            images=wiring.images(own),
+            layers=wiring.layers(own),
+            limits=Limits(),
+            egress=egress,
+            installed=None,
         )
         worker = Worker(store=store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
@@ -351,7 +356,7 @@ async def test_a_missing_image_that_one_agent_names_fails_only_its_ticket(plain:
     vms = wiring.launcher(plain.settings, await wiring.choice(plain.settings))
     images, layers = wiring.images(plain.settings), wiring.layers(plain.settings)
     async with wiring.egress(plain.settings, plain.store) as egress, plain.store.watching() as wake:
-        engine = Engine(launcher=vms, images=images, layers=layers, limits=Limits(), egress=egress)
+        engine = Engine(launcher=vms, images=images, layers=layers, limits=Limits(), egress=egress, installed=None)
         worker = Worker(store=plain.store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=plain.store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
         plain.insert("t", agent.id)

@@ -94,6 +94,6 @@ async def registry(store: Store) -> Registry:
 
 
 async def _remove_files(store: Store, agent: Agent, into: Path) -> None:
-    """Remove the files of an unregistered agent; only copies below ``into``, never a directory of the user."""
-    if agent.path.parent == into and agent.path not in {other.path for other in await store.agents(broken=False)}:
-        await asyncio.to_thread(shutil.rmtree, agent.path, ignore_errors=True)
+    """Remove the files of an unregistered agent: only a copy that `add_agent` made, whatever the row says."""
+    if agents.is_copy(agent, into) and agent.path not in {other.path for other in await store.agents(broken=False)}:
+        await asyncio.to_thread(shutil.rmtree, into / agent.path.name, ignore_errors=True)

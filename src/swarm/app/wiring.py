@@ -152,8 +152,9 @@ def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Laun
     )
 
 
-def engine(settings: Settings, vms: Launcher, host_egress: Egress) -> Engine:
-    """Runs one attempt in a VM of this launcher."""
+def engine(settings: Settings, vms: Launcher, host_egress: Egress, *, registered: bool = True) -> Engine:
+    """Runs one attempt in a VM of this launcher. Not ``registered``: agents from anywhere, for one-off runs."""
+    from swarm.agents import Installed
     from swarm.engine.engine import Engine, Limits
 
     return Engine(
@@ -162,6 +163,7 @@ def engine(settings: Settings, vms: Launcher, host_egress: Egress) -> Engine:
         layers=layers(settings),
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
         egress=host_egress,
+        installed=Installed(settings.agents) if registered else None,
     )
 
 
@@ -253,11 +255,11 @@ async def oneoff_engine(settings: Settings, *, vm: bool) -> AsyncIterator[Engine
         host_egress = await stack.enter_async_context(egress(settings, opened, one_off=True))
         if vm:
             await sweep(settings)
-            yield engine(settings, launcher(settings, await choice(settings)), host_egress)
+            yield engine(settings, launcher(settings, await choice(settings)), host_egress, registered=False)
             return
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-"))
         own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
-        yield engine(own, launcher(own, await choice(own), clones=False), host_egress)
+        yield engine(own, launcher(own, await choice(own), clones=False), host_egress, registered=False)
 
 
 # --- running tickets ------------------------------------------------------------------------------------------------

@@ -106,16 +106,19 @@ async def build(
     from swarm import agents
     from swarm.errors import SwarmError
 
-    found = [agents.read(Path(one)) for one in agent or [] if _is_path(one)]
+    found, registered = [agents.read(Path(one)) for one in agent or [] if _is_path(one)], []
     if names := [one for one in agent or [] if not _is_path(one)]:
         async with cli.store() as store:
-            found += [await store.agent(name) for name in names]
-    if not agent:
+            registered = [await store.agent(name) for name in names]
+    elif not agent:
         async with cli.store() as store:
-            found = [one for one in await store.agents(broken=False) if one.needs_layer]
-    status = 0
-    for one in found:
+            registered = [one for one in await store.agents(broken=False) if one.needs_layer]
+    status, installed, ours = 0, agents.Installed(cli.settings.agents), len(found)
+    found += registered
+    for number, one in enumerate(found):
         try:
+            if number >= ours:
+                await installed.check(one)
             layer = await _build(cli, one, force=force)
         except SwarmError as error:
             if len(found) == 1:
@@ -168,20 +171,26 @@ async def layers_(
 _Source = Annotated[str, typer.Argument(metavar="DIR|AGENT", help="A directory, a .tar.gz or a registered agent.")]
 
 
-@command(app, "test", examples=["swarm agent test word-count/", "swarm agent test shell --vm"], json=True)
+@command(app, "test", examples=["swarm agent test word-count/", "swarm agent test shell"], json=True)
 async def test(
     cli: Cli,
     source: _Source,
-    vm: Annotated[
-        bool, typer.Option("--vm", help="Run them in VMs, as tickets are run. Needs root and the image.")
-    ] = False,
+    in_vm: Annotated[
+        bool | None,
+        typer.Option("--vm/--no-vm", help="In VMs, as tickets are run; or as plain processes. See above."),
+    ] = None,
 ) -> int:
-    """Run the examples in an agent's manifest and compare their results. Exit status 1 if one differs."""
+    """Run the examples in an agent's manifest and compare their results. Exit status 1 if one differs.
+
+    A directory is your own program: it runs as a plain process of this host, unless --vm is given. What somebody else
+    may have written, a .tar.gz or a registered agent, runs in VMs (which needs root and the image), unless --no-vm is.
+    """
     from swarm.app import wiring
     from swarm.engine import oneoff
     from swarm.errors import UsageError
 
-    results = []
+    results: list[dict[str, object]] = []
+    vm = not Path(source).is_dir() if in_vm is None else in_vm
     with ExitStack() as stack:
         package = await _package(cli, source, stack, vm=vm)
         if not package.examples:
@@ -257,7 +266,7 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
     else:
         async with cli.store() as store:
             found = await store.agent(source)
-        package = replace(agents.read_package(found.path), agent=found)
+        package = replace(await agents.Installed(cli.settings.agents).check(found), agent=found)
     if vm:
         return package
     cli.out.note(f"note: {_NO_VM}")

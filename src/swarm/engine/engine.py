@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from swarm.agents import check
+from swarm.agents import Installed, check
 from swarm.base import jsontext
 from swarm.base.aio import first
 from swarm.base.clock import Timeline
@@ -92,9 +92,19 @@ class Limits:
 
 
 class Engine:
+    """``installed``: which agents may run, whatever their rows say; None for agents that don't come from rows."""
+
     def __init__(
-        self, *, launcher: Launcher, images: ImageSource, layers: LayerSource, limits: Limits, egress: Egress
+        self,
+        *,
+        launcher: Launcher,
+        images: ImageSource,
+        layers: LayerSource,
+        limits: Limits,
+        egress: Egress,
+        installed: Installed | None,
     ) -> None:
+        self._installed = installed
         self._launcher = launcher
         self._images = images
         self._layers = layers
@@ -147,6 +157,8 @@ class Engine:
 
     async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _OutputTail) -> str:
         agent = claim.agent
+        if self._installed is not None:
+            await self._installed.check(agent)
         # Checked before a VM is started. `inputs` fills in the defaults of the agent's schema.
         inputs = await off_loop(len(claim.inputs), lambda: check.inputs(agent, json.loads(claim.inputs)))
         grant = await self._egress.grant(claim)

@@ -13,6 +13,7 @@ from swarm.errors import NotFound, UsageError
 from swarm.model import Ticket
 from swarm.store.store import Store
 from swarm.store.tickets.validation import MIB
+from swarm.workflow.definition import Schedule, Step, Workflow
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, insert
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -116,6 +117,26 @@ async def test_broken_workflow_row(store: Store, outside: Outside) -> None:
     assert state == "failed" and "broken row" in error
 
 
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [(0, False), ("false", False), ("no", False), ("", False), (2, False), (b"1", False), (1, True), ("true", True)],
+)
+async def test_a_workflow_is_on_only_if_its_row_plainly_says_so(
+    store: Store, outside: Outside, value: object, on: bool
+) -> None:
+    flow = Workflow(
+        name="flow", version="1.0.0", steps=(Step(id="a", agent="echo@1.0.0"),), schedule=(Schedule(cron="@daily"),)
+    )
+    row = await store.put_workflow(flow)
+    outside.execute("UPDATE workflows SET enabled = ?", (value,))
+    assert (await store.workflow("flow")).enabled == on
+    insert(outside, "t", execution_mode="workflow", workflow_id=row.id)
+    await store.claim("w", lease_seconds=LEASE)
+    await store.decided()
+    state, error = answer(outside)
+    assert ("disabled" in str(error)) != on, (state, error)
+
+
 async def test_broken_agent_row(store: Store, outside: Outside) -> None:
     outside.execute("UPDATE agents SET entry = 'main.py' WHERE name = 'echo'")
     insert(outside, "t")
@@ -132,12 +153,23 @@ async def test_broken_agent_row(store: Store, outside: Outside) -> None:
         ("memory_mb", 1 << 40),
         ("retry", '{"delay_seconds": "1"}'),
         ("retry", '{"factor": 1e999}'),
+        ("idempotent", "false"),
+        ("idempotent", 2),
+        ("version", "../1"),
+        ("path", "/a\0b"),
+        ("runtime", "ruby"),
+        ("entry", '["a\\u0000b"]'),
+        ("env", '{"A=B": "c"}'),
+        ("secrets", '["a b"]'),
+        ("preload", '["os; import x"]'),
+        ("requirements", '["--index-url=http://x"]'),
+        ("packages", '["git -o x"]'),
     ],
 )
 async def test_an_agents_row_that_would_break_later(
     store: Store, outside: Outside, column: str, value: str | float
 ) -> None:
-    outside.execute(f"UPDATE agents SET {column} = '{value}' WHERE name = 'echo'")
+    outside.execute(f"UPDATE agents SET {column} = ? WHERE name = 'echo'", (value,))
     insert(outside, "t")
     assert await store.claim("w", lease_seconds=LEASE) == []
     state, error = answer(outside)

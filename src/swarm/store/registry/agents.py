@@ -13,7 +13,17 @@ import sqlalchemy as sa
 
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
-from swarm.model import BOUNDS, TERMINAL_TICKET_STATES, Agent, BudgetPolicy, FailureReason, RetryPolicy
+from swarm.fields import IN_WORDS, MODULE, NAME, NO_NUL, VARIABLE, VERSION
+from swarm.model import (
+    BOUNDS,
+    DEBIAN_PACKAGE,
+    REQUIREMENT,
+    TERMINAL_TICKET_STATES,
+    Agent,
+    BudgetPolicy,
+    FailureReason,
+    RetryPolicy,
+)
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import dump
 
@@ -23,6 +33,20 @@ _LISTS: Final = ("entry", "secrets", "preload", "requirements", "packages")
 _JSON: Final = frozenset({*_LISTS, "env", "retry"})
 
 _NUMBERS: Final = tuple(name for name in AGENT_FIELDS if name in BOUNDS)
+# A row is checked as a manifest is: the pattern of each text, and of each item of a list or key of an object.
+_PATTERNS: Final = {
+    "name": NAME,
+    "version": VERSION,
+    "path": NO_NUL,
+    "entry": NO_NUL,
+    "env": VARIABLE,
+    "secrets": VARIABLE,
+    "preload": MODULE,
+    "requirements": REQUIREMENT,
+    "packages": DEBIAN_PACKAGE,
+}
+_MOST_ITEMS: Final = {"entry": 256, "requirements": 200, "packages": 200}
+_MOST_CHARS: Final = 4096
 _REQUIRED: Final = ("memory_mb", "vcpus", "disk_mb", "timeout_seconds")  # the other numbers may be NULL
 _RETRY_NUMBERS: Final = ("max_attempts", "delay_seconds", "factor", "max_delay_seconds")
 
@@ -100,6 +124,9 @@ def parse(row: Row) -> Agent:
         for name in _RETRY_NUMBERS:
             if name in retry:
                 _check_number(f"retry.{name}", name, retry[name])
+        _check_texts(values)
+        if values["idempotent"] not in (0, 1):  # SQLite stores any value in any column, and 'false' would be true
+            raise ValueError(f"idempotent must be 0 or 1, not {str(values['idempotent'])[:40]!r}")
         if values["over_budget"] not in (None, *BudgetPolicy):
             raise ValueError("over_budget must be 'fail' or 'wait', or NULL")
         values |= {
@@ -112,10 +139,29 @@ def parse(row: Row) -> Agent:
         raise StoreError(f"the agent {row.name!r} ({row.id}) has a broken row: {error}; register it again") from None
 
 
+def _check_texts(values: dict[str, Any]) -> None:
+    if values["runtime"] not in ("python", "exec"):
+        raise ValueError("runtime must be 'python' or 'exec'")
+    for name, pattern in _PATTERNS.items():
+        items = [values[name]] if isinstance(values[name], str) else list(values[name])
+        if len(items) > _MOST_ITEMS.get(name, _MOST_CHARS):
+            raise ValueError(f"{name} must have at most {_MOST_ITEMS.get(name, _MOST_CHARS)} items")
+        for item in items:
+            if len(item) > _MOST_CHARS or not re.fullmatch(pattern.removesuffix("$"), item):
+                raise ValueError(f"{name} must be {IN_WORDS[pattern]}, but is {item[:80]!r}")
+    for name, text in values["env"].items():
+        if len(text) > _MOST_CHARS or "\0" in text:
+            raise ValueError(f"env.{name} must be text without NUL characters, at most {_MOST_CHARS}")
+
+
 def _check_number(label: str, name: str, value: object) -> None:
     least, most = BOUNDS[name]
     integral = isinstance(least, int)
-    if not isinstance(value, int if integral else (int, float)) or not least <= value <= most:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int if integral else (int, float))
+        or not least <= value <= most
+    ):
         raise ValueError(f"{label} must be a {'whole ' if integral else ''}number from {least:g} to {most:g}")
 
 
