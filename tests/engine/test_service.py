@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,24 @@ async def test_a_pid_file_of_another_process_means_nothing(plain: Bench) -> None
     assert (await command(plain, "swarm-engine", "stop"))[1] == "no engine runs\n"
     (plain.settings.data_dir / "engine.pid").write_text("nonsense")
     assert (await command(plain, "swarm-engine", "stop"))[1] == "no engine runs\n"
+
+
+@pytest.mark.parametrize("words", [[], ["swarm-engine", "start"]], ids=["any process", "an engine of another home"])
+async def test_stop_ends_only_engines_of_this_home(plain: Bench, words: list[str]) -> None:
+    """A row and a pid file can be written by others, and may name any process of the host."""
+    victim = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", *words, stdin=subprocess.PIPE)
+    try:
+        started = start_time(victim.pid)
+        row = (socket.gethostname(), victim.pid, json.dumps({"started": started}))
+        columns = "INSERT INTO workers (id, host, pid, started_at, seen_at, info) VALUES ('x', ?, ?, ?, ?, ?)"
+        plain.sql(columns, *row[:2], "2026-01-01", "2026-01-01", row[2])
+        if not words:
+            named = json.dumps({"pid": victim.pid, "started": started})
+            (plain.settings.data_dir / "engine.pid").write_text(named)
+        assert await command(plain, "swarm-engine", "stop", "--now") == (0, "no engine runs\n", "")
+        assert victim.returncode is None and start_time(victim.pid) == started
+    finally:
+        await victim.communicate(b"\n")
 
 
 async def test_warm_of_a_driver_that_makes_no_clones_needs_no_image(plain: Bench) -> None:

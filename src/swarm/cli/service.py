@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # A live engine updates its row every 2 s; one that has not for this long is frozen, dead, or on a host that is down.
 SILENT_AFTER_SECONDS = 15.0
+_PROGRAMS = ("swarm-engine", "swarm.cli.engine")
 _SECOND_SIGNAL_SECONDS = 0.2
 _START_SECONDS = 180.0  # at worst it boots a VM with every driver first
 
@@ -94,6 +95,26 @@ def of_row(row: WorkerRow) -> Process | None:
     return found if found.alive else None
 
 
+def is_engine(one: Process, database: Path | None) -> bool:
+    """Is it really an engine, with this database open? A row or a pid file may name any process of the host."""
+    place = Path(f"/proc/{one.pid}")
+    try:
+        argv = place.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
+        descriptors = list(place.joinpath("fd").iterdir())
+    except OSError:  # it has ended, or is not ours
+        return False
+    named = any(Path(word).name in _PROGRAMS for word in argv[:4]) and "start" in argv
+    has_it = database is None or any(_opens(one, os.path.realpath(database)) for one in descriptors)
+    return named and has_it and one.alive
+
+
+def _opens(descriptor: Path, file: str) -> bool:
+    try:
+        return str(descriptor.readlink()).removesuffix(" (deleted)") == file
+    except OSError:  # closed meanwhile
+        return False
+
+
 async def forget_dead(store: Store) -> None:
     """Remove the rows of engines that were killed on this host."""
     for row in await store.workers():
@@ -135,12 +156,15 @@ async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Proces
 async def engines(settings: Settings) -> list[Process]:
     """Every live engine of this home on this host. If the database can't be read: only the one in the pid file."""
     from swarm.app import wiring
+    from swarm.store.sql.database import Database
 
-    found = {ours.pid: ours for ours in [in_background(settings)] if ours is not None}
+    # Its pid file is written before it opens the database.
+    found = {ours.pid: ours for ours in [in_background(settings)] if ours is not None and is_engine(ours, None)}
     with contextlib.suppress(StoreError):
+        file = Database(settings.database, busy_timeout_seconds=settings.busy_timeout_seconds).file
         async with wiring.store(settings) as store:
             for row in await store.workers():
-                if (one := of_row(row)) is not None:
+                if (one := of_row(row)) is not None and is_engine(one, file):
                     found[one.pid] = one
     return list(found.values())
 

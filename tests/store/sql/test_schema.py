@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from importlib import import_module
@@ -17,6 +18,7 @@ from swarm import store as package
 from swarm.store.claims.claim import probe
 from swarm.store.sql.schema import metadata
 from swarm.store.sql.sqlite import SQLITE
+from swarm.store.store import Store
 from tests.store.databases import Outside
 
 # Without `audit`, whose purpose is to read everything.
@@ -119,3 +121,19 @@ def test_few_columns_need_values(outside: Outside) -> None:
     for bad in ("INSERT INTO tickets (title) VALUES ('no id')", "INSERT INTO tickets (id) VALUES ('t')"):
         with pytest.raises(sqlite3.IntegrityError):
             outside.execute(bad)
+
+
+@pytest.mark.parametrize("there", [None, 0o640])
+async def test_a_new_database_is_private(tmp_path: Path, there: int | None) -> None:
+    """In any directory, whatever the umask; a file that is there keeps its permissions."""
+    file, before = tmp_path / "swarm.db", os.umask(0)
+    try:
+        tmp_path.chmod(0o755)
+        if there is not None:
+            file.touch(there)
+        async with Store.open(f"sqlite:///{file}") as store:
+            await store.migrate()
+            modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("swarm.db", "swarm.db-wal", "swarm.db-shm"), 0o600 if there is None else there)

@@ -19,7 +19,7 @@ from swarm.store.registry.agents import IDS_OF_NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Dialect
-from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS, milliseconds, new_id
+from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS, flag, milliseconds, new_id
 from swarm.store.sql.schema import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
@@ -327,7 +327,7 @@ class _ClaimTransaction:
         found = next(iter(self.tx.all_in(WORKFLOWS, [wanted])), None)
         if found is None:
             raise validation.unknown_workflow(wanted, [r.id for r in self.tx.all(WORKFLOWS_NAMED, name=wanted)])
-        if not found.enabled:
+        if not flag(found.enabled):
             raise validation.disabled_workflow(found.name, found.version)
         self._end_former(row)
         run_id = self.claimer.workflows.begin(self.changes, ticket, workflow_version=found.version)

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from swarm.base import versions
 from swarm.model import Ticket, TicketState
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import iso, milliseconds, value
+from swarm.store.sql.rows import flag, iso, milliseconds, value
 from swarm.store.tickets import tickets
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.validation import storable
@@ -157,7 +157,7 @@ def _sync_rows(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
         next_at, computed_at, error = None, now_ms, None
         try:
             cron = schedule.parse(one.cron, one.time_zone)
-            if not newest.enabled:
+            if not flag(newest.enabled):
                 pass
             elif (
                 former is not None and former.next_at is not None and former.computed_at <= now_ms + CLOCK_CORRECTED_MS
@@ -200,7 +200,7 @@ def due(tx: Tx) -> DueSchedules:
     now_ms = tx.now_ms
     found, stale = [], False
     for row in tx.all(_DUE, now_ms=now_ms, latest_ms=now_ms + CLOCK_CORRECTED_MS):
-        if row.name != row.workflow or not row.enabled or row.computed_at > now_ms + CLOCK_CORRECTED_MS:
+        if row.name != row.workflow or not flag(row.enabled) or row.computed_at > now_ms + CLOCK_CORRECTED_MS:
             stale = True
         else:
             found.append(

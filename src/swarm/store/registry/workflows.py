@@ -13,7 +13,7 @@ from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
 from swarm.store.registry import schedules
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import dump, value
+from swarm.store.sql.rows import dump, flag, value
 from swarm.workflow import definition
 from swarm.workflow.definition import Workflow
 
@@ -120,4 +120,4 @@ def enable(tx: Tx, ref: str, *, enabled: bool) -> WorkflowRow:
 
 
 def _row(row: Row) -> WorkflowRow:
-    return value(WorkflowRow, row, enabled=bool(row.enabled), definition=row.steps)
+    return value(WorkflowRow, row, enabled=flag(row.enabled), definition=row.steps)

@@ -5,6 +5,8 @@ Synchronous on purpose; only the threads of threads.py use it (docs/adr/0002-sto
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
 from collections import namedtuple
@@ -189,6 +191,11 @@ class Database:
     def connect(self, *, write: bool) -> Connection:
         """A connection for the calling thread. ``write`` False: a read-only one. Raises StoreError."""
         self.check_directory()
+        if write and self.file is not None and not str(self.url.database).startswith("file:"):
+            # Only its owner may read what tickets and agents say, whatever the directory and the umask allow. SQLite
+            # gives its -wal and -shm files the same permissions. A file that is there keeps those that it has.
+            with contextlib.suppress(OSError):  # SQLite will say what is wrong
+                os.close(os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         engine = self._engine(write)
         with self.errors():
             return engine.connect()

@@ -38,6 +38,12 @@ def milliseconds(text: object) -> int | None:
     return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
+def flag(value: object) -> bool:
+    """A yes or no that another tool may have written: SQLite keeps 'false' in a BOOLEAN column, a text like any other.
+    What is no plain yes is a no."""
+    return value in (1, "true", "TRUE", "True")
+
+
 def new_id(now_ms: int) -> str:
     """A UUIDv7 (RFC 9562): rows created together are next to each other in the index."""
     random = int.from_bytes(os.urandom(10))
