@@ -8,7 +8,9 @@ import contextlib
 import ipaddress
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,8 @@ from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.engine.run_once import run_ticket
 from swarm.gateway import policy
-from swarm.gateway.proxy import MAX_EVENTS, Address, EgressRules, Proxy, Resolve, resolved
+from swarm.gateway.proxy import MAX_EVENTS, EgressRules, Proxy
+from swarm.gateway.resolver import AT_ONCE, LOOKUP_SECONDS, Address, Resolve, resolved
 from tests.engine.conftest import Bench
 
 LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
@@ -54,6 +57,7 @@ class Site:
         within: tuple[ipaddress.IPv4Network, ...] = (),
         resolve: Resolve | None = None,
         max_events: Mapping[str, int] = MAX_EVENTS,
+        lookup_seconds: float = LOOKUP_SECONDS,
     ) -> AsyncIterator[Proxy]:
         sock = socket.create_server(("127.0.0.1", 0))
         proxy = Proxy(
@@ -65,6 +69,7 @@ class Site:
             address=f"127.0.0.1:{sock.getsockname()[1]}",
             record=lambda kind, data: self.events.append(data),
             max_events=max_events,
+            lookup_seconds=lookup_seconds,
         )
         try:
             yield proxy
@@ -278,6 +283,57 @@ async def test_no_connection_hides_behind_many_others(site: Site) -> None:
 
 async def test_the_hosts_resolver() -> None:
     assert ipaddress.ip_address("127.0.0.1") in await resolved("localhost", 80)
+
+
+async def test_the_hosts_resolver_needs_none_of_the_shared_threads() -> None:
+    """Everything else waits for those: the disk, the database, the schemas."""
+    busy = threading.Event()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    blocked = asyncio.ensure_future(asyncio.to_thread(busy.wait))
+    try:
+        assert ipaddress.ip_address("127.0.0.1") in await asyncio.wait_for(resolved("localhost", 80), 30)
+    finally:
+        busy.set()
+        await blocked
+
+
+async def test_names_that_are_never_answered_delay_nobody_else(site: Site) -> None:
+    asked, at_once, most, full, never = 0, 0, 0, asyncio.Event(), asyncio.Event()
+
+    async def silent(host: str, port: int) -> Sequence[Address]:
+        nonlocal asked, at_once, most
+        if host == "www.example.com":
+            return [ipaddress.ip_address("127.0.0.1")]
+        asked, at_once = asked + 1, at_once + 1
+        most = max(most, at_once)
+        if at_once == AT_ONCE:
+            full.set()
+        try:
+            await never.wait()
+        finally:
+            at_once -= 1
+        raise AssertionError
+
+    within = (LOOPBACK,)
+    async with (
+        site.proxy("open", within=within, resolve=silent, lookup_seconds=1.0) as hostile,
+        site.proxy("open", within=within, resolve=silent) as other,
+    ):
+        waiting = [asyncio.ensure_future(tunnel(hostile, f"n{n}.example.com:{site.port}")) for n in range(100)]
+        await asyncio.wait_for(full.wait(), 30)
+        assert b"GET /through 0" in await tunnel(other, f"www.example.com:{site.port}")
+        answers = await asyncio.gather(*waiting)
+    assert all(b" 504 " in answer and b"does not answer" in answer for answer in answers)
+    assert (asked, most, at_once) == (AT_ONCE, AT_ONCE, 0)
+
+
+async def test_the_next_address_is_tried(site: Site) -> None:
+    async def several(host: str, port: int) -> Sequence[Address]:
+        return [ipaddress.ip_address(text) for text in ("10.0.0.9", "127.0.0.9", "127.0.0.1")]
+
+    async with site.proxy("open", within=(LOOPBACK,), resolve=several) as proxy:
+        assert b"GET /through 0" in await tunnel(proxy, f"www.example.com:{site.port}")
+    assert [event["address"] for event in site.events] == ["127.0.0.1"]
 
 
 async def test_an_agent_behind_it(site: Site, settings: Settings, tmp_path: Path) -> None:

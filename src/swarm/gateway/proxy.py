@@ -16,8 +16,8 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -28,15 +28,15 @@ from swarm.base.aio import cancel_all
 from swarm.gateway.attempt_listener import Record
 from swarm.gateway.connection_acceptor import ConnectionAcceptor
 from swarm.gateway.policy import Policy
+from swarm.gateway.resolver import LOOKUP_SECONDS, Address, Lookups, Resolve, resolved
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 
 _MAX_CONNECTIONS: Final = 128
 _MAX_HEAD_BYTES: Final = 32 * 1024
 _HEAD_SECONDS: Final = 30.0
 _CONNECT_SECONDS: Final = 10.0
+_MAX_ADDRESSES: Final = 4  # of one host, tried in turn within that time
 _IDLE_SECONDS: Final = 600.0
 _LINGER_SECONDS: Final = 10.0  # in which a peer must have read the rest
 _CLOSE_SECONDS: Final = 2.0
@@ -66,7 +66,7 @@ class EgressRules:
 
     within: tuple[Network, ...] = ()
     never: tuple[Network, ...] = ()
-    resolve: Resolve = field(default_factory=lambda: resolved)
+    resolve: Resolve = resolved
 
     def why_not(self, address: Address) -> str:
         """Why this address is not allowed; '' when it is."""
@@ -83,7 +83,8 @@ class EgressRules:
 
 
 class Proxy:
-    """The proxy of one attempt; made and closed by `swarm.engine.egress`. ``max_events``: see `MAX_EVENTS`."""
+    """The proxy of one attempt; made and closed by `swarm.engine.egress`. ``max_events``: see `MAX_EVENTS`;
+    ``lookup_seconds``: how long a name may take to be resolved."""
 
     def __init__(
         self,
@@ -94,7 +95,9 @@ class Proxy:
         address: str,
         record: Record,
         max_events: Mapping[str, int] = MAX_EVENTS,
+        lookup_seconds: float = LOOKUP_SECONDS,
     ) -> None:
+        self._lookups = Lookups(rules.resolve, seconds=lookup_seconds)
         self._policy = policy
         self._rules = rules
         self._record = record
@@ -119,6 +122,7 @@ class Proxy:
 
     async def close(self) -> None:
         await self._acceptor.close(seconds=_CLOSE_SECONDS)
+        await self._lookups.close()
         unrecorded, self._unrecorded = self._unrecorded, {}
         if unrecorded:
             sums = {host: {kind: counts[kind] for kind in _SUMMED} for host, counts in unrecorded.items()}
@@ -147,13 +151,7 @@ class Proxy:
             details |= {"method": request.method.decode()[:16], "host": host[:255], "port": port}
             if not self._policy.allows(host):
                 raise Refused(403, f"the agent's network policy does not allow {host}")
-            address = await self._address_of(host, port)
-            details["address"] = str(address)
-            try:
-                async with asyncio.timeout(_CONNECT_SECONDS):
-                    remote_reader, remote_writer = await asyncio.open_connection(str(address), port)
-            except (OSError, TimeoutError) as error:
-                raise Refused(502, f"{host} can't be reached: {type(error).__name__}") from None
+            remote_reader, remote_writer = await self._connect(host, port, details)
         except Refused as refused:
             self._record_connection({**details, "refused": str(refused)})
             writer.write(_refusal(refused))
@@ -189,22 +187,40 @@ class Proxy:
             raise Refused(407, "the proxy needs the credentials in HTTP_PROXY")
         return request
 
-    async def _address_of(self, host: str, port: int) -> Address:
-        """The first allowed address of a host. Raises Refused."""
+    async def _connect(
+        self, host: str, port: int, details: dict[str, object]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To the first of its allowed addresses that answers, which becomes part of ``details``. Raises Refused."""
+        addresses = (await self._addresses_of(host, port))[:_MAX_ADDRESSES]
+        until, failed = time.monotonic() + _CONNECT_SECONDS, ""
+        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            details["address"] = str(address)
+            try:
+                async with asyncio.timeout((until - time.monotonic()) / left):
+                    return await asyncio.open_connection(str(address), port)
+            except (OSError, TimeoutError) as error:
+                failed = type(error).__name__
+        raise Refused(502, f"{host} can't be reached: {failed}")
+
+    async def _addresses_of(self, host: str, port: int) -> Sequence[Address]:
+        """The allowed addresses of a host. Raises Refused."""
         try:
             addresses: Sequence[Address] = [ipaddress.ip_address(host)]
         except ValueError:
             try:
-                addresses = await self._rules.resolve(host, port)
+                addresses = await self._lookups.addresses(host, port)
+            except TimeoutError:
+                raise Refused(504, f"{host} can't be resolved: its name server does not answer") from None
             except OSError as error:
                 raise Refused(502, f"{host} can't be resolved: {error.strerror or error}") from None
             except UnicodeError:  # a label is empty or too long
                 raise Refused(502, f"{host[:255]} can't be resolved: it is not a valid name") from None
         reasons = [self._rules.why_not(address) for address in addresses]
-        for address, reason in zip(addresses, reasons, strict=True):
-            if not reason:
-                return address
-        raise Refused(403, f"{host} is {reasons[0]}, which no policy allows" if reasons else f"{host} has no address")
+        allowed = [address for address, reason in zip(addresses, reasons, strict=True) if not reason]
+        if not allowed:
+            why = f"{host} is {reasons[0]}, which no policy allows" if reasons else f"{host} has no address"
+            raise Refused(403, why)
+        return allowed
 
     def _record_connection(self, data: Mapping[str, object]) -> None:
         kind = "refused" if "refused" in data else "made"
@@ -289,13 +305,6 @@ async def _relay(relayed: list[int], *directions: tuple[asyncio.StreamReader, as
                 return
     finally:
         await cancel_all(tasks)
-
-
-async def resolved(host: str, port: int) -> Sequence[Address]:
-    """The addresses that the host's resolver finds. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
 
 
 def _of_this_host() -> set[Address]:
