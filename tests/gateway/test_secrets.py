@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sqlite3
@@ -207,10 +208,15 @@ async def test_outputs_that_do_not_fit_show_no_secret(plain: Bench, vault: Vault
     assert "hunter22" not in (ticket.error or "")
 
 
-SECRETS = {"a": "abcab", "b": "abc\u00e9", "c": "bcabcx", "d": "abcabcab", "e": "xxxx"}
+SECRETS = {
+    "a": "abcab", "b": "abc\u00e9", "c": "bcabcx", "d": "abcabcab", "e": "xxxx", "f": "abcabcabab\nxxxxabcabc\nabc\n",
+}  # fmt: skip
 
 
-@given(st.lists(st.sampled_from([*SECRETS.values(), "a", "b", "c", "x", "\u00e9", "ab", "xxxx"])), st.data())
+@given(
+    st.lists(st.sampled_from([*SECRETS.values(), "a", "b", "c", "x", "\u00e9", "ab", "xxxx", "\n", "xxxxabcabc"])),
+    st.data(),
+)
 def test_however_output_is_cut(parts: list[str], data: st.DataObject) -> None:
     """Piece by piece is the same as all at once, and no secret comes through."""
     text = "".join(parts).encode()
@@ -224,6 +230,27 @@ def test_however_output_is_cut(parts: list[str], data: st.DataObject) -> None:
         assert value.encode() not in out
 
 
+PEM = "-----BEGIN KEY-----\nMIIEvQIBADANBgkq\r\n  hkiG9w0BAQEFAASC\nBKcwggSj==\nQ==\n-----END KEY-----\n"
+
+
+def test_a_secret_of_several_lines_is_replaced_line_by_line() -> None:
+    """Whatever shows a part of it, or writes its line ends in another way."""
+    redactor = Redactor({"KEY": PEM})
+    assert redactor.text(f"<{PEM}>") == "<[KEY]>"
+    masked = ["MIIEvQIBADANBgkq", "hkiG9w0BAQEFAASC", "BKcwggSj=="]
+    for shown in (PEM.rstrip(), PEM[:40], json.dumps(PEM), PEM.replace("\n", "\n  | "), *masked, "x" + masked[1]):
+        clean = redactor.text(shown)
+        assert not [line for line in masked if line in clean], clean
+    assert redactor.clean(b"-----BEGIN KEY----- Q==") == b"-----BEGIN KEY----- Q==", "all keys have that"
+
+
+def test_only_so_many_lines_are_searched_for() -> None:
+    lines = [f"line number {number}" for number in range(3000)]
+    redactor = Redactor({"KEY": "\n".join(lines)})
+    assert redactor.text(lines[0]) == "[KEY]" and redactor.text("\n".join(lines)) == "[KEY]"
+    assert redactor.pattern.pattern.count(b"|") <= 64
+
+
 def test_a_secret_that_begins_as_another_does() -> None:
     stream = Redactor({"user": "admin", "password": "admin-1234"}).stream()
     pieces = [stream.feed(piece) for piece in (b"as admin", b"-1234, not adm", b"in", b" or admin")]
@@ -235,6 +262,21 @@ def swarm(home: Path, *words: str, given: bytes = b"") -> subprocess.CompletedPr
         [sys.executable, "-m", "swarm.cli.main", *words, "--home", str(home)],
         input=given, capture_output=True, timeout=60, env=os.environ,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (b"token", "token"), (b"token\n", "token"), (b"token\r\n", "token"), (b"\xef\xbb\xbftoken\r\n", "token"),
+        (b"to ken\n", "to ken"), (b"token\n\n", "token\n\n"), (b"a b\nc d\n", "a b\nc d\n"), (b"a b\nc d", "a b\nc d"),
+        (b"a b\r\nc d\r\n", "a b\r\nc d\r\n"), (PEM.encode(), PEM), (b"\xef\xbb\xbf" + PEM.encode(), PEM),
+        (b"12\xef\xbb\xbf34", "12\ufeff34"), (b"x" * (64 << 10) + b"\n", "x" * (64 << 10)),
+    ],
+)  # fmt: skip
+async def test_what_is_read_is_what_is_kept(plain: Bench, vault: Vault, given: bytes, kept: str) -> None:
+    done = await asyncio.to_thread(swarm, plain.settings.home, "secret", "set", "S", given=given)
+    assert done.returncode == 0, done.stderr
+    assert await vault.get("S") == kept
 
 
 def test_the_commands(home: Path) -> None:

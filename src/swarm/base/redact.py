@@ -8,13 +8,19 @@ from typing import Any, Final
 
 # A shorter secret would be found, by chance, all over ordinary text.
 SHORTEST: Final = 4
+# The same for the lines of a secret that has several (a key in PEM form, say): each is also replaced alone.
+_SHORTEST_LINE: Final = 8
+_MAX_LINES: Final = 64  # of one secret (an RSA key of 4096 bits has 50): they are searched for at every place
+_NO_SECRET: Final = re.compile(r"-----(BEGIN|END) [A-Z0-9 ]+-----")  # what all keys in PEM form have
+_FEW: Final = 8
 
 
 class Redactor:
     """``secrets``: name to value. Only unchanged values are found: a secret that a program has encoded is not."""
 
     def __init__(self, secrets: Mapping[str, str]) -> None:
-        given = ((value, f"[{name}]") for name, value in secrets.items() if len(value) >= SHORTEST)
+        given = [(value, f"[{name}]") for name, value in secrets.items() if len(value) >= SHORTEST]
+        given += [(line, mark) for value, mark in given for line in _lines(value)]
         # The longest first: one secret may be the beginning of another.
         texts = sorted(given, key=lambda pair: -len(pair[0]))
         self._texts = dict(reversed(texts))
@@ -51,11 +57,23 @@ class Redactor:
         """How many bytes at the end could be the beginning of a secret."""
         longest = 0
         for value in self._bytes:
-            for length in range(min(len(value) - 1, len(data)), longest, -1):
+            at = max(0, len(data) - len(value) + 1)
+            while (at := data.find(value[:_FEW], at)) >= 0 and not data.endswith(value[: len(data) - at]):
+                at += 1
+            if at >= 0:
+                longest = max(longest, len(data) - at)
+            for length in range(min(_FEW - 1, len(value) - 1, len(data)), longest, -1):
                 if data.endswith(value[:length]):
                     longest = length
                     break
         return longest
+
+
+def _lines(value: str) -> list[str]:
+    """The lines of a secret that has several, without the space around them."""
+    lines = [line.strip() for line in value.splitlines()]
+    long = [line for line in lines if len(line) >= _SHORTEST_LINE and line != value and not _NO_SECRET.fullmatch(line)]
+    return list(dict.fromkeys(long))[:_MAX_LINES] if len(lines) > 1 else []
 
 
 class Stream:

@@ -28,13 +28,18 @@ _Webhook = Annotated[str | None, typer.Option("--webhook", metavar="NAME", help=
     examples=[
         "swarm secret set anthropic_api_key",
         "swarm secret set GITHUB_TOKEN --agent release < token.txt",
+        "swarm secret set DEPLOY_KEY --agent release < ~/.ssh/deploy",
         "pass show db | swarm secret set DB_PASSWORD --workflow nightly",
     ],
 )
 async def set_(
     cli: Cli, name: _Name, agent: _Agent = None, workflow: _Workflow = None, webhook: _Webhook = None
 ) -> None:
-    """Set or replace a secret. The value is prompted for, or read from stdin (without a final line end)."""
+    """Set or replace a secret. The value is prompted for, or read from stdin.
+
+    A value of one line loses its line end. One of several lines (a key in PEM form) keeps it: OpenSSH wants it. A byte
+    order mark at the beginning, as editors on Windows write it, is dropped: it is no part of the text.
+    """
     from swarm.admin.vault import MAX_BYTES, scope_of
     from swarm.app import wiring
     from swarm.errors import UsageError
@@ -44,7 +49,9 @@ async def set_(
         value = getpass.getpass(f"value of {name} (not shown): ")
     else:
         try:
-            value = sys.stdin.buffer.read(MAX_BYTES + 3).decode().removesuffix("\n").removesuffix("\r")
+            value = sys.stdin.buffer.read(MAX_BYTES + 6).decode("utf-8-sig")  # and a mark and a line end, of one line
+            line = value.removesuffix("\n").removesuffix("\r")
+            value = value if "\n" in line or "\r" in line else line
         except UnicodeDecodeError:
             raise UsageError("the value on stdin is not UTF-8 text") from None
     async with cli.store() as store:
