@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
@@ -29,6 +30,25 @@ IN_WORDS: Final = {
     REQUIREMENT: "a PyPI package with its exact version, such as requests==2.32.3",
     DEBIAN_PACKAGE: "a Debian package such as git, or with its version, nodejs=18.19.0+dfsg-6",
 }
+
+
+def no_domain(text: str) -> str:
+    """Why this can't be in a network policy's `allow`, and what to write instead; '' if it can."""
+    if re.fullmatch(DOMAIN.removesuffix("$"), text):
+        return ""
+    shown, bare = text[:80], text.removeprefix("*.").strip("[]")
+    if re.fullmatch(DOMAIN.removesuffix("$"), text.lower().rstrip(".")):
+        return f"{shown!r}: write it as {text.lower().rstrip('.')!r}"
+    if re.fullmatch(r"[0-9.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", bare):
+        return f"{shown!r} is an address: agents reach hosts by name; `network: open` allows every public address"
+    if "://" in text or "/" in text:
+        return f"{shown!r} is a URL: only its host belongs here, such as api.example.com"
+    if re.fullmatch(r"[^:]+:[0-9]+", text):
+        return f"{shown!r} has a port: only the host's name belongs here"
+    if "." not in bare:
+        return f"{shown!r} has one label only: give the full name, such as api.example.com"
+    return f"{shown!r} is no domain: give {IN_WORDS[DOMAIN].removeprefix('a domain ')}"
+
 
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 Version = Annotated[str, StringConstraints(pattern=VERSION)]

@@ -8,6 +8,7 @@ import contextlib
 import ipaddress
 import json
 import socket
+import ssl
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,16 @@ import aiohttp
 import psutil
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 
-from swarm import config
+from swarm import agents, config
 from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.engine.run_once import run_ticket
-from swarm.gateway import policy
-from swarm.gateway.proxy import MAX_EVENTS, EgressRules, Proxy
+from swarm.errors import UsageError
+from swarm.gateway import hello, policy
+from swarm.gateway.proxy import MAX_EVENTS, EgressRules, Proxy, Refused, _FirstBytes
 from swarm.gateway.resolver import AT_ONCE, LOOKUP_SECONDS, Address, Resolve, resolved
 from tests.engine.conftest import Bench
 
@@ -102,7 +106,13 @@ async def get(proxy: Proxy, url: str, **options: object) -> tuple[int, str]:
             return answer.status, await answer.text()
 
 
-async def tunnel(proxy: Proxy, target: str, *, credentials: str | None = None) -> bytes:
+async def tunnel(
+    proxy: Proxy,
+    target: str,
+    *,
+    credentials: str | None = None,
+    sends: bytes = b"GET /through HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+) -> bytes:
     """What comes of CONNECT, and, when that was granted, of a request through the tunnel."""
     host, _, port = proxy.env["HTTP_PROXY"].rpartition("@")[2].partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -110,7 +120,7 @@ async def tunnel(proxy: Proxy, target: str, *, credentials: str | None = None) -
     writer.write(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nProxy-Authorization: Basic {given}\r\n\r\n".encode())
     answer = await reader.readuntil(b"\r\n\r\n")
     if b" 200 " in answer:
-        writer.write(b"GET /through HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        writer.write(sends)
     answer += await reader.read()
     writer.close()
     return answer
@@ -152,7 +162,8 @@ async def test_a_body_goes_along(site: Site) -> None:
         "127.0.0.1", "10.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
         "224.0.0.1", "255.255.255.255", "::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "fe80::1", "fd00::1",
         "::127.0.0.1", "::ffff:0:127.0.0.1", "fec0::1", "64:ff9b::7f00:1", "64:ff9b:1::1", "5f00::1",
-        "2002:7f00:1::", "2001:0:7f00:1::",
+        "2002:7f00:1::", "2001:0:7f00:1::", "168.63.129.16", "::ffff:168.63.129.16", "100.100.100.200", "161.26.0.10",
+        "166.9.1.1", "192.88.99.1", "fd00:ec2::254", "192.0.0.192",
     ],
 )  # fmt: skip
 async def test_addresses_that_no_policy_reaches(site: Site, address: str) -> None:
@@ -334,6 +345,84 @@ async def test_the_next_address_is_tried(site: Site) -> None:
     async with site.proxy("open", within=(LOOPBACK,), resolve=several) as proxy:
         assert b"GET /through 0" in await tunnel(proxy, f"www.example.com:{site.port}")
     assert [event["address"] for event in site.events] == ["127.0.0.1"]
+
+
+def client_hello(name: str | None) -> bytes:
+    """As OpenSSL sends it."""
+    out = ssl.MemoryBIO()
+    context = ssl.create_default_context()
+    context.check_hostname = name is not None
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), out, server_hostname=name).do_handshake()
+    return out.read()
+
+
+@pytest.mark.parametrize("cut", [1, 6, 50, 10_000])
+@pytest.mark.parametrize(
+    ("network", "name", "sent"),
+    [
+        ("allow:www.example.com", "www.example.com", True), ("allow:www.example.com", "WWW.example.com", True),
+        ("allow:www.example.com", "evil.example.org", False), ("allow:www.example.com", None, False),
+        ("open", "evil.example.org", True),
+    ],
+)  # fmt: skip
+async def test_tls_asks_for_the_host_that_was_allowed(network: str, name: str | None, sent: bool, cut: int) -> None:
+    sent_hello = client_hello(name)
+    details: dict[str, object] = {}
+    first, got = _FirstBytes("www.example.com", details, must_match=network != "open"), b""
+    try:
+        for at in range(0, len(sent_hello), cut):
+            got += first.passed(sent_hello[at : at + cut])
+        got += first.passed(b"more")
+    except Refused as refused:
+        assert not sent and "in a tunnel to www.example.com" in str(refused)
+    assert got == (sent_hello + b"more" if sent else b"")
+    assert details == ({} if (name or "").lower() == "www.example.com" else {"server_name": name or ""})
+
+
+@pytest.mark.parametrize("name", ["www.example.com", "evil.example.org"])
+async def test_domain_fronting_is_refused_and_named(site: Site, name: str) -> None:
+    async with site.proxy("allow:www.example.com", within=(LOOPBACK,)) as proxy:
+        answer = await tunnel(proxy, f"www.example.com:{site.port}", sends=client_hello(name))
+    [event] = site.events
+    fronted = name != "www.example.com"
+    assert ("refused" in event) == fronted and event.get("server_name") == (name if fronted else None)
+    assert (event["sent_bytes"] == 0) == fronted and answer.startswith(b"HTTP/1.1 200")
+
+
+@given(st.binary(max_size=300))
+def test_whatever_begins_as_tls(data: bytes) -> None:
+    with contextlib.suppress(hello.NoHello):
+        assert isinstance(hello.server_name(b"\x16\x03\x01" + data), str | None)
+
+
+@pytest.mark.parametrize(
+    ("port", "allowed"), [(25, False), (23, False), (587, False), (22, True), (80, True), (443, True)]
+)
+async def test_ports(site: Site, port: int, allowed: bool) -> None:
+    async with site.proxy("open", within=(LOOPBACK,)) as proxy:
+        answer = await tunnel(proxy, f"www.example.com:{port}")
+    assert (b" 403 " in answer) != allowed
+
+
+@pytest.mark.parametrize(
+    ("domain", "said"),
+    [
+        ("GitHub.com", "write it as 'github.com'"), ("example.com.", "write it as 'example.com'"),
+        ("192.168.1.1", "is an address"), ("[2001:db8::1]", "is an address"), ("localhost", "one label only"),
+        ("*", "one label only"), ("https://example.com/x", "is a URL"), ("example.com:443", "has a port"),
+        ("a_b.example.com", "is no domain"), ("", "one label only"),
+    ],
+)  # fmt: skip
+def test_what_allow_refuses_it_refuses_in_words(domain: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "main.py").touch()
+    manifest = {"name": "a", "version": "1.0.0", "entry": ["main.py"], "network": {"allow": [domain]}}
+    (tmp_path / "agent.yaml").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=said) as of_manifest:
+        agents.read(tmp_path)
+    with pytest.raises(UsageError, match=said) as of_row:
+        policy.parse(f"allow:{domain}")
+    assert "[a-z" not in str(of_manifest.value) + str(of_row.value)
 
 
 async def test_an_agent_behind_it(site: Site, settings: Settings, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from swarm import config
 from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.engine.run_once import run_ticket
+from swarm.errors import UsageError
+from swarm.gateway import policy
 from swarm.model import FailureReason, RetryPolicy
 from tests.engine.conftest import Bench, engine_process, proved
 from tests.gateway.conftest import KEY
@@ -249,6 +251,11 @@ async def test_an_engine_that_dies_in_the_middle_of_a_call(gated: Bench, api: Me
 
 
 async def test_a_policy_that_nobody_knows(gated: Bench) -> None:
-    ticket = await gated.run("", network="everything")
-    assert ticket.state == "failed"
-    assert "the network policy 'everything' is unknown: use none, gateway" in (ticket.error or "")
+    """It can only come from a row, and a row can't change what was added."""
+    agent = await gated.agent("")
+    gated.sql("UPDATE agents SET network = 'everything' WHERE id = ?", agent.id)
+    gated.insert("t", agent.id)
+    ticket = await run_ticket(gated.store, gated.worker, "t")
+    assert ticket.state == "failed" and "its row has another network" in (ticket.error or "")
+    with pytest.raises(UsageError, match="the network policy 'everything' is unknown: use none, gateway"):
+        policy.parse("everything")

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import pydantic
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from swarm.base import manifest as yaml_manifest
 from swarm.errors import UsageError
 from swarm.fields import (
-    DOMAIN,
     MODULE,
     NO_NUL,
     SERVICE,
@@ -26,6 +25,7 @@ from swarm.fields import (
     Version,
     bounded,
     complaint,
+    no_domain,
     place,
 )
 from swarm.model import DEBIAN_PACKAGE, REQUIREMENT, Agent, FailureReason, RetryPolicy
@@ -38,7 +38,15 @@ _NAMESPACE: Final = uuid.UUID("6b1f5a0e-6c3b-5d0e-9b1e-2f4f3f1c7a55")
 _Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=NO_NUL)]
 _Text = Annotated[str, StringConstraints(max_length=4096, pattern=NO_NUL)]
 _Module = Annotated[str, StringConstraints(pattern=MODULE)]
-_Domain = Annotated[str, StringConstraints(pattern=DOMAIN)]
+
+
+def _domain(text: str) -> str:
+    if why := no_domain(text):
+        raise ValueError(why)
+    return text
+
+
+_Domain = Annotated[str, AfterValidator(_domain)]
 _Service = Annotated[str, StringConstraints(pattern=SERVICE)]
 _Requirement = Annotated[str, StringConstraints(pattern=REQUIREMENT)]
 _DebianPackage = Annotated[str, StringConstraints(pattern=DEBIAN_PACKAGE)]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from swarm.errors import UsageError
+from swarm.fields import no_domain
 
 DEFAULT_UPSTREAM: Final = "anthropic"
-_DOMAIN: Final = re.compile(r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 
@@ -51,8 +51,10 @@ def parse(text: str) -> Policy:
             continue
         if word == "gateway" and all(_NAME.fullmatch(name) for name in names):
             upstreams += names or (DEFAULT_UPSTREAM,)
-        elif word == "allow" and names and all(_DOMAIN.fullmatch(name) for name in names):
+        elif word == "allow" and names and not any(why := no_domain(name) for name in names):
             allow += names
+        elif word == "allow" and names:
+            raise UsageError(f"its network policy can't allow {why}")
         elif word == "open" and not colon:
             is_open = True
         else:

@@ -25,6 +25,7 @@ import h11
 import psutil
 
 from swarm.base.aio import cancel_all
+from swarm.gateway import hello
 from swarm.gateway.attempt_listener import Record
 from swarm.gateway.connection_acceptor import ConnectionAcceptor
 from swarm.gateway.policy import Policy
@@ -49,6 +50,24 @@ _USER: Final = "swarm"
 # The public IPv6 addresses that IANA has assigned; and of these, the ones that contain an IPv4 address: Teredo, 6to4.
 _PUBLIC_V6: Final = ipaddress.IPv6Network("2000::/3")
 _EMBEDDED_V4: Final = tuple(map(ipaddress.ip_network, ("2001::/32", "2002::/16")))
+# Public by IANA's tables, but answered by the platform that this host runs on, or by whoever announces them: Azure's
+# host agent, IBM Cloud's services, IETF protocols and Oracle's metadata, 6to4 relays, documentation, ORCHID.
+_PLATFORM: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "168.63.129.16/32",
+            "161.26.0.0/16",
+            "166.8.0.0/14",
+            "192.0.0.0/24",
+            "192.88.99.0/24",
+            "3fff::/20",
+            "2001:20::/28",
+        ),
+    )
+)
+# Below 1024 only these: SSH and HTTP. Not mail (25), not what a router or a printer listens on.
+_LOW_PORTS: Final = frozenset({22, 80, 443})
 
 
 class Refused(Exception):
@@ -77,7 +96,12 @@ class EgressRules:
         if any(plain in network for network in self.within):
             return "an address of this host" if ours and not plain.is_loopback else ""
         foreign = plain.version == 6 and plain not in _PUBLIC_V6
-        if foreign or not plain.is_global or plain.is_multicast or any(plain in network for network in _EMBEDDED_V4):
+        if (
+            foreign
+            or not plain.is_global
+            or plain.is_multicast
+            or any(plain in network for network in _EMBEDDED_V4 + _PLATFORM)
+        ):
             return "a private or special address"
         return "an address of this host" if ours else ""
 
@@ -151,6 +175,8 @@ class Proxy:
             details |= {"method": request.method.decode()[:16], "host": host[:255], "port": port}
             if not self._policy.allows(host):
                 raise Refused(403, f"the agent's network policy does not allow {host}")
+            if port < 1024 and port not in _LOW_PORTS:
+                raise Refused(403, f"port {port} is for no agent: 22, 80, 443, and 1024 and above are")
             remote_reader, remote_writer = await self._connect(host, port, details)
         except Refused as refused:
             self._record_connection({**details, "refused": str(refused)})
@@ -163,8 +189,11 @@ class Proxy:
                 remote_writer.write(forwarded)
             else:
                 writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            await _relay(relayed, (reader, remote_writer), (remote_reader, writer))
+            first = None if forwarded else _FirstBytes(host, details, must_match=not self._policy.open)
+            await _relay(relayed, first, (reader, remote_writer), (remote_reader, writer))
             await _close(remote_writer)
+        except Refused as refused:
+            details["refused"] = str(refused)
         finally:  # also when the attempt ends first
             remote_writer.transport.abort()
             took = round((time.monotonic() - began) * 1000, 1)
@@ -281,8 +310,44 @@ async def _close(writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
 
-async def _relay(relayed: list[int], *directions: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
-    """Relay both directions until both have ended or are idle for too long. Counts the bytes of each in ``relayed``."""
+class _FirstBytes:
+    """What a client sends first through a tunnel: if that is TLS, it must ask for the host that the policy allowed.
+
+    Otherwise a front that serves many hosts would connect it to another one (domain fronting). What is asked for inside
+    the encryption can't be seen.
+    """
+
+    def __init__(self, host: str, details: dict[str, object], *, must_match: bool) -> None:
+        self._host = host.lower()
+        self._details = details
+        self._must_match = must_match
+        self._held: bytes | None = b""  # None: decided
+
+    def passed(self, data: bytes) -> bytes:
+        """What may be sent on now. Raises Refused."""
+        if self._held is None:
+            return data
+        self._held += data
+        if hello.is_tls(self._held):
+            try:
+                name = hello.server_name(self._held)
+            except hello.NoHello:
+                raise Refused(403, "it begins as TLS does, without a ClientHello") from None
+            if name is None:
+                return b""
+            if name != self._host:
+                self._details["server_name"] = name[:255]
+                if self._must_match:
+                    raise Refused(403, f"TLS asks for {name[:255] or 'no host'} in a tunnel to {self._host}")
+        data, self._held = self._held, None
+        return data
+
+
+async def _relay(
+    relayed: list[int], first: _FirstBytes | None, *directions: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+) -> None:
+    """Relay both directions until both have ended or are idle for too long. Counts the bytes of each in ``relayed``.
+    Raises what ``first`` raises for the first direction."""
     last = time.monotonic()
 
     async def relay(which: int, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
@@ -290,6 +355,8 @@ async def _relay(relayed: list[int], *directions: tuple[asyncio.StreamReader, as
         with contextlib.suppress(OSError):
             while data := await source.read(_CHUNK_BYTES):
                 last = time.monotonic()
+                if which == 0 and first is not None and not (data := first.passed(data)):
+                    continue
                 relayed[which] += len(data)
                 sink.write(data)
                 await sink.drain()
@@ -300,7 +367,9 @@ async def _relay(relayed: list[int], *directions: tuple[asyncio.StreamReader, as
     try:
         while True:
             left = last + _IDLE_SECONDS - time.monotonic()
-            _, running = await asyncio.wait(tasks, timeout=max(left, 0.01))
+            ended, running = await asyncio.wait(tasks, timeout=max(left, 0.01), return_when=asyncio.FIRST_EXCEPTION)
+            for task in ended:
+                task.result()
             if not running or time.monotonic() - last >= _IDLE_SECONDS:
                 return
     finally:
