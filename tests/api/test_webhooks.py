@@ -229,9 +229,47 @@ async def test_a_body_that_does_not_come(server: Server) -> None:
     served_ = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), body_seconds=0.2).app()
     async with serving(served_, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(30):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
-        writer.write(b"POST /hooks/nightly HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+        signed = "".join(f"{name}: {text}\r\n" for name, text in server.signed(b"").items())
+        head = f"POST /hooks/nightly HTTP/1.1\r\nHost: x\r\n{signed}Content-Length: 10\r\n\r\n"
+        writer.write(f"{head}abc".encode())
         answer = await reader.read()  # to its end: the server closes
         assert b" 408 " in answer.partition(b"\r\n")[0] and b"did not arrive within 0.2 s" in answer
+        writer.close()
+
+
+@pytest.mark.parametrize("name", ["nobody", "nightly"])
+@pytest.mark.parametrize("signed", [False, True])
+async def test_bodies_that_never_come_keep_no_place(server: Server, name: str, signed: bool) -> None:
+    headers = server.signed(b"") if signed else {}
+    head = "".join(f"{key}: {value}\r\n" for key, value in {"Host": "x", "Content-Length": "10", **headers}.items())
+    port, writers = server.client.base_url.port, []
+    for _ in range(webhooks.MAX_WAITING + webhooks.MAX_AT_ONCE):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"POST /hooks/{name} HTTP/1.1\r\n{head}\r\n".encode())
+        writers.append(writer)
+    assert (await server.post()).status_code == 202
+    for writer in writers:
+        writer.close()
+
+
+async def test_heads_that_never_come_are_cut_off(server: Server) -> None:
+    async def secret(name: str, workflow: str) -> str | None:
+        return None
+
+    app = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local()).app()
+    async with serving(app, host="127.0.0.1", port=0, head_seconds=0.2) as (url, _), asyncio.timeout(30):
+        for sent in (b"", b"POST /hooks/x HTTP/1.1\r\nHost: ", b"POST /hooks/x HTTP/1.1\r\nHost: x\r\n\r\nPOST /"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            writer.write(sent)
+            await reader.read()  # to its end: the server closes
+            writer.close()
+
+
+async def test_connections_without_a_head_make_room(server: Server) -> None:
+    """More than the server takes at once."""
+    writers = [(await asyncio.open_connection("127.0.0.1", server.client.base_url.port))[1] for _ in range(300)]
+    assert (await server.post()).status_code == 202
+    for writer in writers:
         writer.close()
 
 
@@ -295,7 +333,7 @@ async def test_secrets(server: Server) -> None:
     await vault.remove("KEY", scope="webhook:nightly")
     refused(await server.post(), 500, "its owner must")
     (server.settings.data_dir / "secret.key").chmod(0o640)
-    refused(await server.post(name="forge"), 500, "its owner must")
+    refused(await server.post(name="forge", X_Hub_Signature_256="sha256=00"), 500, "its owner must")
 
 
 async def test_addresses(server: Server) -> None:

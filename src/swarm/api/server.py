@@ -11,12 +11,47 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from swarm.base.aio import finish_uninterrupted
 from swarm.errors import HostError, UsageError
 
 # How long running requests may take when the server stops.
 GRACE_SECONDS: Final = 10
+HEAD_SECONDS: Final = 10.0
+_MAX_WITHOUT_HEAD: Final = 128  # connections that have not sent one; the oldest makes room
+
+
+def _protocol(head_seconds: float) -> type[H11Protocol]:
+    """uvicorn's, with a limit to the time that a request's head may take, and to how many may be waited for."""
+    waiting: dict[H11Protocol, asyncio.TimerHandle] = {}  # the oldest first
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(waiting) >= _MAX_WITHOUT_HEAD:
+                next(iter(waiting)).transport.close()
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._wait_no_more()
+            elif self not in waiting:
+                self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._wait_no_more()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            waiting[self] = asyncio.get_running_loop().call_later(head_seconds, self.transport.close)
+
+        def _wait_no_more(self) -> None:
+            if (timer := waiting.pop(self, None)) is not None:
+                timer.cancel()
+
+    return Protocol
 
 
 class _Server(uvicorn.Server):
@@ -40,7 +75,9 @@ def check_host(host: str, *, remote: bool) -> None:
 
 
 @asynccontextmanager
-async def serving(app: Any, *, host: str, port: int) -> AsyncIterator[tuple[str, asyncio.Task[None]]]:
+async def serving(
+    app: Any, *, host: str, port: int, head_seconds: float = HEAD_SECONDS
+) -> AsyncIterator[tuple[str, asyncio.Task[None]]]:
     """Serve an ASGI app; yields its URL, and the task that ends if the server does. Port 0: any free port.
 
     Raises HostError when the server can't listen there.
@@ -49,7 +86,7 @@ async def serving(app: Any, *, host: str, port: int) -> AsyncIterator[tuple[str,
         app,
         lifespan="off",
         ws="none",
-        http="h11",
+        http=_protocol(head_seconds),
         loop="none",
         log_config=None,
         access_log=False,

@@ -39,10 +39,12 @@ MAX_BODY_BYTES: Final = 1 << 20
 MAX_KEY_CHARS: Final = 255
 LEAST_SECRET_BYTES: Final = 16
 MAX_AT_ONCE: Final = 32
+MAX_WAITING: Final = 64  # requests whose body has not arrived; nobody knows yet whether they are signed
 TIMESTAMP_HEADER: Final = "X-Swarm-Timestamp"
 TIMESTAMP_SECONDS: Final = 300  # allowed clock difference and transmission time
 RETRY_SECONDS: Final = 2
 
+_CLOSE: Final = {"connection": "close"}  # of an answer that doesn't wait for the body
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # Headers whose names suggest that their values are confidential.
 _CONFIDENTIAL: Final = re.compile(r"auth|cookie|key|pass|secret|signature|token")
@@ -70,17 +72,15 @@ class Hooks:
         self._evaluator = evaluator
         self._body_seconds = body_seconds
         self._busy = 0
+        self._bodies: dict[asyncio.Timeout, None] = {}  # the oldest first
 
     def app(self) -> Starlette:
         routes = [Route("/hooks/{name}", self._post, methods=["POST"])]
         return Starlette(routes=routes, exception_handlers={HTTPException: _refused})
 
     async def _post(self, request: Request) -> Response:
-        if self._busy >= MAX_AT_ONCE:
-            raise _try_again("too many requests at once")
-        self._busy += 1
         try:
-            return await self._serve(request)
+            return await self._receive(request)
         except StoreError as error:
             log.warning("a webhook could not be served", error=str(error))
             raise _try_again("the database can't take it now") from None
@@ -89,11 +89,33 @@ class Hooks:
         except Exception as error:
             log.error("a webhook failed by a bug in Swarm", error=f"{type(error).__name__}: {error}")
             raise HTTPException(500, "an internal error; the server's log has details") from None
+
+    async def _receive(self, request: Request) -> Response:
+        """Only a request that has arrived whole takes a place."""
+        body = await self._body(request)
+        if self._busy >= MAX_AT_ONCE:
+            raise _try_again("too many requests at once")
+        self._busy += 1
+        try:
+            return await self._serve(request, body)
         finally:
             self._busy -= 1
 
-    async def _serve(self, request: Request) -> Response:
-        body = await _body(request, self._body_seconds)
+    async def _body(self, request: Request) -> bytes:
+        if len(self._bodies) >= MAX_WAITING:  # the slowest makes room: to refuse new ones would help whoever is slow
+            next(iter(self._bodies)).reschedule(asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout(self._body_seconds) as timeout:
+                self._bodies[timeout] = None
+                try:
+                    return await _body(request)
+                finally:
+                    del self._bodies[timeout]
+        except TimeoutError:
+            why = f"the body did not arrive within {self._body_seconds:g} s, or while many others waited"
+            raise HTTPException(408, why, headers=_CLOSE) from None
+
+    async def _serve(self, request: Request, body: bytes) -> Response:
         row, flow = await self._workflow(request.path_params["name"])
         hook = flow.webhook
         if hook is None:
@@ -161,22 +183,18 @@ class Hooks:
         return found
 
 
-async def _body(request: Request, seconds: float) -> bytes:
+async def _body(request: Request) -> bytes:
     limit = f"the body has more than {MAX_BODY_BYTES:,} bytes"
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced[:12]) > MAX_BODY_BYTES:
-        raise HTTPException(413, limit, headers={"connection": "close"})
+        raise HTTPException(413, limit, headers=_CLOSE)
     parts, size = [], 0
     try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY_BYTES:
-                    raise HTTPException(413, limit, headers={"connection": "close"})
-    except TimeoutError:
-        why = f"the body did not arrive within {seconds:g} s"
-        raise HTTPException(408, why, headers={"connection": "close"}) from None
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise HTTPException(413, limit, headers=_CLOSE)
     except ClientDisconnect:
         raise HTTPException(400, "the connection ended before the body did") from None
     return b"".join(parts)
