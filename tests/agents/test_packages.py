@@ -70,7 +70,7 @@ examples:
         ("disk_mb_per_second: x", 'disk_mb_per_second: must be a number from 0.001 to 1,000,000, but is "x"'),
         ("network: lan", "network: must be 'none', 'gateway' or 'open', or a mapping, but is \"lan\""),
         ("network: {gateway: []}", "network.gateway: must be true or false, or a list that isn't empty"),
-        ("network: {allow: [localhost]}", "column 19: network.allow.0: must be a domain such as api.example.com"),
+        ("network: {allow: [localhost]}", "column 19: network.allow.0: 'localhost' has one label only"),
         ("env: {1A: x}", "env.1A: must be letters, digits and underscores"),
         ("retry: 3", "retry: must be a mapping, but is 3"),
         ("inputs: {a: strin}", "line 4, column 9: inputs: unknown type 'strin'; use one of string, integer"),
