@@ -21,7 +21,8 @@ async def examine(settings: Settings) -> Sequence[Check]:
     from swarm.doctor import home, host, vm_path
     from swarm.doctor.check import fail, ok
 
-    checks = await host.examine(state_dir=settings.state_dir, images_dir=settings.images)
+    places = {"state_dir": settings.state_dir, "images_dir": settings.images, "data_dir": settings.data_dir}
+    checks = await host.examine(**places)
     checks.append(
         await home.attempt("subnet", "set SWARM_SUBNET, or `subnet` in swarm.toml", lambda: _subnet(settings))
     )

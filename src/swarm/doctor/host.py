@@ -63,7 +63,7 @@ _KERNEL_FEATURES: Sequence[tuple[str, str, tuple[str, ...], str]] = (
 )
 
 
-async def examine(*, state_dir: Path, images_dir: Path) -> list[Check]:
+async def examine(*, state_dir: Path, images_dir: Path, data_dir: Path) -> list[Check]:
     rights = _rights()
     # Without root each would be refused, whatever the kernel can do.
     tried = _KERNEL_FEATURES if rights.status is Status.OK else ()
@@ -73,7 +73,7 @@ async def examine(*, state_dir: Path, images_dir: Path) -> list[Check]:
     )
     if not tried:
         features = [warn("kernel", "its features were not tried: that needs root", _AS_ROOT)]
-    return [rights, *tools, _kvm(), *features, _forwarding(), *_disk(state_dir, images_dir), _memory()]
+    return [rights, *tools, _kvm(), *features, _forwarding(), *disks(state_dir, images_dir, data_dir), _memory()]
 
 
 def _rights() -> Check:
@@ -144,12 +144,15 @@ def _forwarding() -> Check:
     return ok("ip_forward", "off; Swarm does not need it")
 
 
-def _disk(state_dir: Path, images_dir: Path) -> list[Check]:
+def disks(state_dir: Path, images_dir: Path, data_dir: Path) -> list[Check]:
+    """Free space for VMs and images; ``data_dir`` has the database."""
     checks = []
     for name, directory, wanted in (("disk: VMs", state_dir, 4 * _GIB), ("disk: images", images_dir, 2 * _GIB)):
-        there = next(p for p in (directory, *directory.parents) if p.exists())
+        there = _existing(directory)
         free = shutil.disk_usage(there).free
         detail = f"{free / _GIB:.1f} GiB free for {directory}"
+        if directory == state_dir and there.stat().st_dev == _existing(data_dir).stat().st_dev:
+            detail += "; the database is on the same disk, so VMs that fill it stop every ticket"
         fix = f"free space on the disk of {there}, or move the directory (swarm.toml)"
         if free < wanted / 8:
             checks.append(fail(name, detail, fix))
@@ -158,6 +161,10 @@ def _disk(state_dir: Path, images_dir: Path) -> list[Check]:
         else:
             checks.append(ok(name, detail))
     return checks
+
+
+def _existing(directory: Path) -> Path:
+    return next(p for p in (directory, *directory.parents) if p.exists())
 
 
 def _memory() -> Check:

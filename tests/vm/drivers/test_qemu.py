@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from swarm.app import wiring
+from swarm.base.process import run
+from swarm.channel import Channel
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError
 from swarm.vm.driver import BASE_UID, Image, Template, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
 from tests.base.test_process import blocked_signals
-from tests.vm.drivers.test_drivers import inside
+from tests.vm.drivers.test_drivers import Guest, inside
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -67,6 +71,42 @@ async def test_a_guest_that_panics_ends_its_vm(driver: QemuDriver, spec: VmSpec,
         async with asyncio.timeout(60):
             await vm.wait()
         assert "anic" in vm.console.read_text(errors="replace")
+    finally:
+        await vm.kill()
+
+
+async def test_a_full_disk_of_the_host_is_an_error_in_the_guest(
+    driver: QemuDriver, spec: VmSpec, settings: Settings, tmp_path: Path
+) -> None:
+    """The agent that writes gets an error, and its VM goes on. (QEMU's default is to pause it, for ever.)"""
+    network, token = wiring.network(settings), secrets.token_bytes(32)
+    await network.ensure_host()
+    slot = await network.create(1950)
+    await run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(tmp_path)])
+    try:
+        vm = await driver.boot(replace(spec, disk_mb=256), slot, tmp_path)
+        try:
+            async with Channel.connect(vm.endpoint, token=token, timeout_seconds=60) as channel:
+                await Guest(vm=vm, channel=channel, dir=tmp_path, token=token).renew()
+                fill = ["dd", "if=/dev/zero", "of=/work/big", "bs=1M", "count=64", "conv=fsync"]
+                said = bytearray()
+                ended = await channel.run(fill, timeout_seconds=60, on_output=lambda _, data: said.extend(data))
+                assert (ended.code, b"error" in said) == (1, True), bytes(said)
+                assert (await channel.run(["true"], cwd="/", timeout_seconds=60)).code == 0
+        finally:
+            await vm.kill()
+    finally:
+        await run(["umount", str(tmp_path)])
+        await network.destroy(1950)
+
+
+async def test_a_guest_that_qemu_stops_is_not_waited_for(driver: QemuDriver, spec: VmSpec, tmp_path: Path) -> None:
+    vm = await driver.boot(spec, None, tmp_path)
+    try:
+        await vm._qmp.execute("stop")  # as QEMU itself does after an error that it can't go on with
+        async with asyncio.timeout(30):
+            assert "QEMU stopped the guest by itself (paused)" in await vm.wait()
+        assert inside(tmp_path) == []
     finally:
         await vm.kill()
 

@@ -211,7 +211,8 @@ class _Launch:
         mode = "discard=unmap" if writable else "read-only=on"
         return [
             "-blockdev", f"driver=raw,node-name={name},{mode},file.driver=file,file.locking=off,file.filename={file}",
-            "-device", f"virtio-blk-device,drive={name}",
+            # A full disk of the host is an error in the guest. QEMU's default is to pause the VM, for ever.
+            "-device", f"virtio-blk-device,drive={name},werror=report,rerror=report",
         ]  # fmt: skip
 
     def memory(self, path: Path, *, shared: bool) -> list[str]:
@@ -297,6 +298,8 @@ class QemuVm(VmmVm):
     ) -> None:
         super().__init__(child=child, dir=dir, console=console, slot=slot)
         self._qmp = QMPClient(f"vm{slot.n if slot else ''}")
+        self._paused = ""  # why QEMU stopped the guest by itself
+        self._watch: asyncio.Task[None] | None = None
 
     async def connect(self, sock: socket.socket) -> None:
         """Connect to QMP. Raises BootFailed with QEMU's last output if it ends instead."""
@@ -310,6 +313,25 @@ class QemuVm(VmmVm):
             for task in (greeted, died):
                 task.cancel()
             await asyncio.gather(greeted, died, return_exceptions=True)
+        self._watch = asyncio.create_task(self._end_when_paused(), name="qemu-paused")
+
+    async def _end_when_paused(self) -> None:
+        """QEMU may stop a guest that it can't go on with (an error of KVM, of a disk). Nobody will continue it, and its
+        process would live on, so it is ended: `wait` then says why."""
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            with self._qmp.listener("STOP") as events:
+                await events.get()
+            self._paused = "paused"
+            async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
+                said = await self._qmp.execute("query-status")
+                self._paused = str(cast(dict[str, object], said).get("status"))
+        if self._paused:
+            await process.kill(self._child)
+
+    async def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
 
     async def resume_from(self, state: int) -> None:
         """Load the device state from an inherited descriptor; return when the VM runs."""
@@ -328,6 +350,7 @@ class QemuVm(VmmVm):
         Migration, not Swarm, stops the guest: at its end, and it records that the guest was running, so a clone
         continues by itself.
         """
+        await self._stop_watching()
         state = os.open(dir / STATE_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
@@ -351,12 +374,15 @@ class QemuVm(VmmVm):
             await asyncio.to_thread(move_sparse, self.dir / name, dir / kept)
 
     def _how_it_ended(self, code: int) -> str:
+        if self._paused:
+            return f"QEMU stopped the guest by itself ({self._paused}), so Swarm ended it: {self.last_output()}"
         how = super()._how_it_ended(code)
         if code == -signal.SIGBUS:  # a template's memory is a sparse file, which gets its blocks as the guest writes
             return f"{how}, probably because no space is left on the disk with {self.dir}"
         return how
 
     async def kill(self) -> None:
+        await self._stop_watching()
         await process.kill(self._child)
         with contextlib.suppress(QMPError, OSError, EOFError):
             await self._qmp.disconnect()
