@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.channel import Channel, Identity
-from swarm.channel.dial import Endpoint
 from swarm.errors import BootFailed
 from swarm.vm.driver import AGENTD_PORT, GUEST_MAC, Image, Slot, Template, host_tsc_khz
 from swarm.vm.drivers.console import last_lines
@@ -195,8 +194,7 @@ async def _renew(slot: Slot, token: bytes) -> None:
         authorized_keys="",
         token=token,
     )
-    endpoint = Endpoint(host=str(slot.address), port=AGENTD_PORT)
-    async with Channel.connect(endpoint, token=token, timeout_seconds=_TIMEOUT_SECONDS, listening=True) as channel:
+    async with Channel.connect(slot.agentd, token=token, timeout_seconds=_TIMEOUT_SECONDS, listening=True) as channel:
         await channel.renew(identity)
 
 

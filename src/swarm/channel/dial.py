@@ -18,10 +18,15 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a VM's agentd listens: TCP as seen from the host, or a Unix socket (driver `process`)."""
+    """Where a VM's agentd listens: TCP as seen from the host, or a Unix socket (driver `process`).
+
+    ``interface``: the only one by which packets may leave. Routes choose it otherwise, and a VPN may add one, so that a
+    foreign host with the VM's address would answer.
+    """
 
     host: str = ""
     port: int = 0
+    interface: str = ""
     unix: Path | None = None
 
 
@@ -72,7 +77,19 @@ async def _try(endpoint: Endpoint, seconds: float) -> Streams:
     async with asyncio.timeout(seconds):
         if endpoint.unix:
             return await asyncio.open_unix_connection(endpoint.unix)
-        reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+        reader, writer = await asyncio.open_connection(sock=await _connected(endpoint))
     # Close by a reset, so that no old connection remains in a guest that becomes a template.
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     return reader, writer
+
+
+async def _connected(endpoint: Endpoint) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if endpoint.interface:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, endpoint.interface.encode())
+        await asyncio.get_running_loop().sock_connect(sock, (endpoint.host, endpoint.port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

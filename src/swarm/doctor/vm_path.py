@@ -19,7 +19,7 @@ from typing import Any
 
 from swarm.base.process import run
 from swarm.channel import Channel, Hello
-from swarm.channel.dial import Endpoint
+from swarm.channel.dial import Endpoint, dial
 from swarm.doctor.check import Check, Status, fail, ok, warn
 from swarm.errors import SwarmError
 from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_GATEWAY, TAP_NAME
@@ -76,8 +76,8 @@ async def examine(vm: ExaminedVm, *, bridge: str, subnet: IPv4Network) -> list[C
         tried = checks[: checks.index(broken) + 1]
         skipped = [name for name in _PATH if f"VM {vm.n}: {name}" not in {check.name for check in tried}]
         return [*tried, *(warn(f"VM {vm.n}: {name}", f"not checked: {what} is broken") for name in skipped)]
-    checks.append(await _ping(vm, recreate))
-    agentd, hello = await _agentd(vm)
+    checks.append(await _ping(vm, bridge, recreate))
+    agentd, hello = await _agentd(vm, bridge)
     return [*checks, agentd, *await _sshd(vm, hello, recreate)]
 
 
@@ -166,9 +166,9 @@ async def _routing(vm: ExaminedVm, recreate: str) -> Check:
     return ok(name, f"{vm.address} <-> {GUEST_ADDRESS} in {vm.netns}")
 
 
-async def _ping(vm: ExaminedVm, recreate: str) -> Check:
+async def _ping(vm: ExaminedVm, bridge: str, recreate: str) -> Check:
     name = f"VM {vm.n}: ping"
-    done = await run(["ping", "-n", "-c", "1", "-W", str(_PING_SECONDS), str(vm.address)], check=False)
+    done = await run(["ping", "-n", "-c", "1", "-W", str(_PING_SECONDS), "-I", bridge, str(vm.address)], check=False)
     if done.returncode != 0:
         return fail(
             name,
@@ -179,20 +179,20 @@ async def _ping(vm: ExaminedVm, recreate: str) -> Check:
     return ok(name, f"{vm.address} answers" + (f" in {float(taken[1]):.1f} ms" if taken else ""))
 
 
-async def _agentd(vm: ExaminedVm) -> tuple[Check, Hello | None]:
+async def _agentd(vm: ExaminedVm, bridge: str) -> tuple[Check, Hello | None]:
     name = f"VM {vm.n}: agentd"
-    host = str(vm.address)
+    trouble = [""]
+    endpoint = Endpoint(host=str(vm.address), port=AGENTD_PORT, interface=bridge)
     try:
         if vm.token is not None:
-            endpoint = Endpoint(host=host, port=AGENTD_PORT)
             async with Channel.connect(endpoint, token=vm.token, timeout_seconds=_CONNECT_SECONDS) as channel:
                 hello = await channel.hello()
             return ok(name, f"answers: kernel {hello.kernel}, up for {hello.uptime_ms / 1000:.0f} s"), hello
         async with asyncio.timeout(_CONNECT_SECONDS):
-            _, writer = await asyncio.open_connection(host, AGENTD_PORT)
+            _, writer = await dial(endpoint, trouble)
         writer.close()
     except (OSError, TimeoutError, SwarmError) as error:
-        return fail(name, f"port {AGENTD_PORT}: {error or 'no answer'}", f"tail {vm.console}"), None
+        return fail(name, f"port {AGENTD_PORT}: {error or trouble[0] or 'no answer'}", f"tail {vm.console}"), None
     return ok(name, f"port {AGENTD_PORT} accepts connections (only the VM's engine can send requests)"), None
 
 

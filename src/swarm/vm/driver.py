@@ -77,11 +77,16 @@ class VmSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Network slot ``n``: a namespace with a tap in it, reachable from the host at ``address``."""
+    """Network slot ``n``: a namespace with a tap in it, reachable from the host at ``address`` by ``bridge`` alone."""
 
     n: int
     netns: str
     address: IPv4Address
+    bridge: str
+
+    @property
+    def agentd(self) -> Endpoint:
+        return Endpoint(host=str(self.address), port=AGENTD_PORT, interface=self.bridge)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -292,6 +292,8 @@ class Launcher:
         except (OutcomeUnknown, ChannelError) as error:
             last = last_lines(vm.console, lines=4)
             seen = f"; its console ends with: {' | '.join(last)}" if last and "console" not in str(error) else ""
+            if self._network and (clash := await self._network.clash()):
+                seen += f"; {clash}"
             raise BootFailed(f"the VM did not come up: {error}{seen}") from error
 
     def new_identity(self, n: int, *, seeded: bool = True, sshd_ready: bool = False) -> tuple[Identity, str]:

@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from swarm.base import process
+from swarm.channel.dial import Endpoint, dial
 from swarm.errors import Conflict, HostError, NotFound, UsageError
 from swarm.vm.driver import AGENTD_PORT, GATEWAY_PORT, GUEST_MAC, PROXY_PORT
 from swarm.vm.network import netns
@@ -46,6 +47,60 @@ async def test_host_reaches_vm_n(network: Network, n: int, address: str) -> None
     shown = await ip("-d", "link", "show", f"tap{n}")
     assert f"swarm{n}@" in shown and "master br0" in shown and "isolated on" in shown
     assert f"vm{n}" in await ip("netns", "list")
+
+
+@pytest.mark.parametrize("how", ["route", "address", "table"])
+async def test_a_foreign_host_with_the_address_of_a_vm_is_not_asked(network: Network, how: str) -> None:
+    """A VPN comes up while VMs run, and has a route, a local address, or a table with a rule for VM 1's address."""
+    slot = await network.create(1)
+    there = {
+        "route": [["ip", "route", "add", "10.0.0.2/32", "dev", "vpn0"]],
+        "address": [["ip", "addr", "add", "10.0.0.2/32", "dev", "vpn0"]],
+        "table": [
+            ["ip", "route", "add", "10.0.0.0/24", "dev", "vpn0", "table", "52"],
+            ["ip", "rule", "add", "pref", "5270", "lookup", "52"],
+        ],
+    }[how]
+
+    async def who_answers(interface: str) -> bytes:
+        endpoint = Endpoint(host=str(slot.address), port=AGENTD_PORT, interface=interface)
+        async with asyncio.timeout(2):
+            reader, writer = await dial(endpoint, [""])
+            try:
+                return await reader.read(100)
+            finally:
+                writer.close()
+
+    def stranger() -> socket.socket:
+        if how != "address":
+            netns.enter("foreign")
+        return socket.create_server(("10.0.0.2", AGENTD_PORT))
+
+    async with contextlib.AsyncExitStack() as stack:
+        guest = await stack.enter_async_context(Guest(slot))
+        await stack.enter_async_context(guest.listening(AGENTD_PORT, b"VM 1"))
+        await ip("netns", "add", "foreign")
+        stack.push_async_callback(ip, "netns", "del", "foreign")
+        await ip("link", "add", "vpn0", "type", "veth", "peer", "name", "eth0", "netns", "foreign")
+        stack.push_async_callback(ip, "link", "del", "vpn0")
+        await ip("addr", "add", "192.0.2.1/24", "dev", "vpn0")
+        await ip("link", "set", "vpn0", "up")
+        for line in ("addr add 10.0.0.2/32 dev eth0", "link set eth0 up", "route add 192.0.2.0/24 dev eth0"):
+            await ip("-n", "foreign", *line.split())
+        greeters: set[asyncio.StreamWriter] = set()
+        for argv in there:
+            await process.run(argv)
+            if "rule" in argv:
+                stack.push_async_callback(process.run, ["ip", "rule", "del", "pref", "5270"])
+        server = await asyncio.start_server(echo(b"a stranger", greeters), sock=await netns.in_thread(stranger))
+        stack.callback(server.close)
+        assert await who_answers("") == b"a stranger", "else this test shows nothing"
+        if how == "address":  # the kernel takes no packet from outside that claims to come from an address of its own
+            with pytest.raises(TimeoutError):
+                await who_answers(slot.agentd.interface)
+        else:
+            assert await who_answers(slot.agentd.interface) == b"VM 1"
+        assert "on vpn0 overlaps Swarm's subnet" in await network.clash()
 
 
 async def test_vms_with_the_same_inner_address_are_told_apart(network: Network) -> None:

@@ -29,7 +29,7 @@ class VmmVm:
         self.pid = child.pid
         self.dir = dir
         self.console = dir / "console.log"
-        self.endpoint = Endpoint(host=str(slot.address) if slot else "", port=AGENTD_PORT)
+        self.endpoint = slot.agentd if slot else Endpoint(port=AGENTD_PORT)
         self._child = child
         self._console_reader = console
 

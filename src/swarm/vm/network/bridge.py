@@ -31,7 +31,8 @@ MAX_PORTS = 1023
 _WORST_METRIC = 0xFFFFFFFF
 _BLACKHOLE = 6  # RTN_BLACKHOLE, linux/rtnetlink.h
 _IFF_UP = 0x1
-_TABLES = (253, 254, 255)  # default, main, local: what a packet without policy rules meets
+_ACT_TO_TABLE = 1  # FR_ACT_TO_TBL, linux/fib_rules.h
+_CONDITIONS = ("FRA_SRC", "FRA_IIFNAME", "FRA_OIFNAME", "FRA_FWMARK")  # of a rule: not for every packet
 
 
 class Bridge:
@@ -108,8 +109,9 @@ class Bridge:
                         f"Swarm's network is up as {name[index]} ({made_for}), but the settings say {self.name} "
                         f"({self._alias}): run swarm-cleanup, or set SWARM_BRIDGE and SWARM_SUBNET back"
                     )
+            tables = _tables_for_all(host)
             for route in host.route("dump", family=socket.AF_INET):
-                clash = self._clash(route, name)
+                clash = self._clash(route, name, tables)
                 if clash:
                     raise HostError(
                         f"{clash} overlaps Swarm's subnet {self.subnet}: set SWARM_SUBNET (or `subnet` in swarm.toml) "
@@ -122,10 +124,10 @@ class Bridge:
                     f"remove it (`nft delete table inet {rules.TABLE}`) or rename it"
                 )
 
-    def _clash(self, route: Any, name: dict[int, str]) -> str | None:
+    def _clash(self, route: Any, name: dict[int, str], tables: set[int]) -> str | None:
         table = route.get_attr("RTA_TABLE") or route["table"]
         device = name.get(route.get_attr("RTA_OIF") or 0, "")
-        if table not in _TABLES or device == self.name or route["dst_len"] == 0 or _is_our_route(route):
+        if table not in tables or device == self.name or route["dst_len"] == 0 or _is_our_route(route):
             return None
         destination = IPv4Network((route.get_attr("RTA_DST"), route["dst_len"]))
         if not destination.overlaps(self.subnet):
@@ -203,6 +205,15 @@ def is_our_bridge(link: Any) -> bool:
 
 def is_our_port(link: Any) -> bool:
     return bool(re.fullmatch(rf"{netns.MARK} vm[0-9]+", link.get_attr("IFLA_IFALIAS") or ""))
+
+
+def _tables_for_all(host: Any) -> set[int]:
+    """The routing tables that a packet to a VM meets: a VPN may have one of its own, before the main one."""
+    return {
+        rule.get_attr("FRA_TABLE") or rule["table"]
+        for rule in host.get_rules(family=socket.AF_INET)
+        if rule["action"] == _ACT_TO_TABLE and not any(rule.get_attr(name) for name in _CONDITIONS)
+    }
 
 
 def _is_our_route(route: Any) -> bool:

@@ -80,7 +80,7 @@ class Network:
         return self.subnet.network_address + n + 1
 
     def slot(self, n: int) -> Slot:
-        return Slot(n=n, netns=netns_of(n), address=self.address(n))
+        return Slot(n=n, netns=netns_of(n), address=self.address(n), bridge=self.bridge)
 
     async def ensure_host(self) -> None:
         """See `Bridge.ensure`."""
@@ -89,6 +89,15 @@ class Network:
     async def remove_host(self) -> list[str]:
         """See `Bridge.remove`."""
         return await self._bridge.remove()
+
+    async def clash(self) -> str:
+        """What else on this host now has the addresses of the VMs, for the message of one that can't be reached; or
+        ''."""
+        try:
+            await netns.in_thread(self._bridge.check_clashes)
+        except HostError as error:
+            return str(error)
+        return ""
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
@@ -175,7 +184,7 @@ class Network:
         require_root()
         found = [int(m[1]) for name in netns.names() if (m := re.fullmatch(r"vm([1-9][0-9]{0,8})", name))]
         return [
-            Slot(n=n, netns=netns_of(n), address=self._address(n))
+            Slot(n=n, netns=netns_of(n), address=self._address(n), bridge=self.bridge)
             for n in sorted(found)
             if await netns.in_thread(functools.partial(netns.enter_ours, netns_of(n)))
         ]
