@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from swarm.channel import Channel, Exit, Identity, frames
+from swarm.channel.proof import HOST, new_nonce, proof
 from swarm.errors import ChannelError
 from swarm.vm.driver import Image, VmSpec
 from swarm.vm.drivers.process import ProcessDriver, ProcessVm
@@ -87,6 +88,10 @@ class Raw:
 
     def say(self, op: str, payload: bytes = b"", *, id: int = 1, **fields: object) -> None:
         self.writer.write(frames.encode({"id": id, "op": op, **fields}, payload))
+
+    def hello(self, *, id: int = 1) -> None:
+        nonce = new_nonce()
+        self.say("hello", id=id, nonce=nonce, proof=proof(TOKEN, HOST, nonce))
 
     async def hear(self) -> frames.Frame:
         return await frames.read(self.reader)

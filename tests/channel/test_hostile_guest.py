@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 
 from swarm.channel import Channel, frames
 from swarm.channel.dial import Endpoint
+from swarm.channel.proof import GUEST, proof
 from swarm.errors import AgentTimeout, ChannelError
 from tests.channel.agentd_here import TOKEN, frame, identity, serving
 
@@ -19,7 +20,7 @@ STATE = {
     "boot_id": "b", "generation": "g1", "crng_ready": True, "sshd": False, "hostname": "h", "machine_id": "m",
     "clock_ns": 1,
 }  # fmt: skip
-HELLO = {**STATE, "protocol": 1, "mode": "vm", "python": "3", "kernel": "6", "preload_failed": {}, "uptime_ms": 1}
+HELLO = {**STATE, "protocol": 2, "mode": "vm", "python": "3", "kernel": "6", "preload_failed": {}, "uptime_ms": 1}
 EXIT = {
     "code": 0, "signal": None, "oom": False, "cpu_ms": 1, "max_rss_kb": 1, "stdout_bytes": 0, "stderr_bytes": 0,
     "dropped_bytes": 0, "received_ns": 1, "started_ns": 1, "ended_ns": 1, "clean": True, "timed_out": None,
@@ -29,6 +30,11 @@ Answer = list[bytes]
 
 def ok(id: int, **fields: object) -> bytes:
     return frames.encode({"id": id, "ok": True, **fields})
+
+
+def hello(head: Mapping[str, Any], **changes: object) -> bytes:
+    """An honest answer to a hello."""
+    return ok(head["id"], proof=proof(TOKEN, GUEST, head["nonce"]), **(HELLO | changes))
 
 
 def say(id: int, payload: bytes = b"", **fields: object) -> bytes:
@@ -48,7 +54,7 @@ async def liar(
         said: Answer | None = None
         while said != []:
             head: dict[str, Any] = dict((await frames.read(reader)).head)
-            said = [ok(head["id"], **HELLO)] if head["op"] == "hello" else answer(head)
+            said = [hello(head)] if head["op"] == "hello" else answer(head)
             for part in said or []:
                 writer.write(part)
             await writer.drain()
@@ -152,8 +158,7 @@ async def test_a_guest_that_takes_nothing(tmp_path_factory: pytest.TempPathFacto
     stop = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await frames.read(reader)
-        writer.write(ok(1, **HELLO))
+        writer.write(hello((await frames.read(reader)).head))
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await stop.wait()
 
@@ -177,14 +182,37 @@ async def test_a_guest_that_never_ends_its_agent(tmp_path_factory: pytest.TempPa
 
 async def test_another_protocol_version_is_said_so(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await frames.read(reader)
-        writer.write(ok(1, **(HELLO | {"protocol": 2})))
+        writer.write(hello((await frames.read(reader)).head, protocol=3))
         await reader.read()
 
     async with serving(tmp_path / "s", serve):
         with pytest.raises(ChannelError, match="rebuild the image"):
             async with Channel.connect(Endpoint(unix=tmp_path / "s"), token=TOKEN, timeout_seconds=5):
                 pass
+
+
+@pytest.mark.parametrize("echoes", [False, True])
+async def test_a_stranger_learns_no_token_and_gets_no_secret(echoes: bool) -> None:
+    """A host that answers in a VM's place; it may send back what it was sent."""
+    heard = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await frames.read(reader)).head
+        heard.extend(repr(head).encode())
+        writer.write(ok(1, **HELLO, proof=head["proof"] if echoes else "0" * 64))
+        heard.extend(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(ChannelError, match="does not know its token") as caught:
+            endpoint = Endpoint(host="127.0.0.1", port=port)
+            async with Channel.connect(endpoint, token=TOKEN, timeout_seconds=5) as channel:
+                await channel.renew(identity())
+    assert not caught.value.retryable
+    assert b"nonce" in heard
+    assert TOKEN not in heard and TOKEN.hex().encode() not in heard
 
 
 async def test_half_dead_connections_are_tried_again(tmp_path: Path) -> None:
@@ -196,8 +224,7 @@ async def test_half_dead_connections_are_tried_again(tmp_path: Path) -> None:
         tries += 1
         if tries < 4:
             return
-        await frames.read(reader)
-        writer.write(ok(1, **HELLO))
+        writer.write(hello((await frames.read(reader)).head))
         await reader.read()
 
     async with (

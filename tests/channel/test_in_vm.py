@@ -14,9 +14,10 @@ import asyncssh
 import pytest
 
 from swarm.channel import Channel, Exit, Hello, Identity, Renewed
+from swarm.channel.dial import Endpoint
 from swarm.config import Settings
-from swarm.errors import AgentTimeout
-from swarm.vm.driver import Image, VmSpec
+from swarm.errors import AgentTimeout, ChannelError
+from swarm.vm.driver import AGENTD_PORT, Image, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.network.network import Network
 
@@ -25,6 +26,7 @@ T = TypeVar("T")
 N = 65_000
 HOST_KEY = asyncssh.generate_private_key("ssh-ed25519")
 USER_KEY = asyncssh.generate_private_key("ssh-ed25519")
+FIRST_TOKEN = os.urandom(16)
 IDENTITY = Identity(
     generation="the-first",
     seed=os.urandom(64),
@@ -73,9 +75,9 @@ async def booted(settings: Settings, image: Image, place: Any) -> AsyncIterator[
         driver = QemuDriver(accelerator="tcg", disk_cache=place / "cache")
         directory = place / "vm"
         directory.mkdir()
-        vm = await driver.boot(VmSpec(image=image, memory_mb=256), slot, directory)
+        vm = await driver.boot(VmSpec(image=image, memory_mb=256), slot, directory, token=FIRST_TOKEN)
         stack.push_async_callback(vm.kill)
-        first = Channel.connect(vm.endpoint, token=IDENTITY.token, timeout_seconds=60)
+        first = Channel.connect(vm.endpoint, token=FIRST_TOKEN, timeout_seconds=60)
         channel = await stack.enter_async_context(first)
         yield channel, str(slot.address), channel.greeting, await channel.renew(IDENTITY)
 
@@ -89,6 +91,21 @@ def guest(settings: Settings, image: Image, tmp_path_factory: pytest.TempPathFac
             yield Guest(runner=runner, channel=channel, address=address, before=before, renewed=renewed)
         finally:
             runner.run(context.__aexit__(None, None, None))
+
+
+def test_the_token_of_the_boot_is_void_after_renew(guest: Guest) -> None:
+    """Agents can read it on the kernel's command line."""
+
+    async def knock(token: bytes) -> None:
+        endpoint = Endpoint(host=guest.address, port=AGENTD_PORT)
+        async with Channel.connect(endpoint, token=token, timeout_seconds=30):
+            pass
+
+    guest.python("print(open('/proc/cmdline').read())")
+    assert FIRST_TOKEN.hex().encode() in guest.out
+    with pytest.raises(ChannelError, match="wrong token"):
+        guest.do(knock(FIRST_TOKEN))
+    guest.do(knock(IDENTITY.token))
 
 
 def test_before_renew_it_is_nobody(guest: Guest) -> None:

@@ -17,7 +17,7 @@ import pytest
 from swarm.base import process
 from swarm.channel import Channel
 from swarm.errors import AgentTimeout, ChannelError
-from tests.channel.agentd_here import TOKEN, Guest, raw, running
+from tests.channel.agentd_here import Guest, raw, running
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ os.set_blocking(1, True)
 """
     await guest.channel.put({"main.py": source}, dest="/agent")
     async with raw(guest.vm.endpoint.unix) as slow:
-        slow.say("hello", token=TOKEN.hex())
+        slow.hello()
         assert (await slow.hear()).flag("ok")
         slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
         order: dict[str, Any] = {"argv": ["/agent/main.py"], "env": {}, "cwd": "/work", "user": "agent", "warm": True}

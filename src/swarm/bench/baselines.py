@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.channel import Channel, Identity
+from swarm.channel.proof import HOST, new_nonce, proof
 from swarm.errors import BootFailed
 from swarm.vm.driver import AGENTD_PORT, GUEST_MAC, Image, Slot, Template, host_tsc_khz
 from swarm.vm.drivers.console import last_lines
@@ -177,7 +178,8 @@ def _hello(address: str, token: bytes) -> float:
     began = time.perf_counter()
     with socket.create_connection((address, AGENTD_PORT), timeout=_TIMEOUT_SECONDS) as sock:
         connected = _ms(began)
-        head = json.dumps({"id": 1, "op": "hello", "token": token.hex()}).encode()
+        nonce = new_nonce()
+        head = json.dumps({"id": 1, "op": "hello", "nonce": nonce, "proof": proof(token, HOST, nonce)}).encode()
         sock.sendall(struct.pack(">II", len(head), 0) + head)
         if len(sock.recv(8)) != 8:
             raise ValueError("agentd closed the connection")

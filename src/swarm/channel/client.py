@@ -13,11 +13,12 @@ from swarm.channel import frames
 from swarm.channel.dial import LAST_PAUSE, Endpoint, dial
 from swarm.channel.files import File, batches, read_tree
 from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
+from swarm.channel.proof import GUEST, HOST, new_nonce, proof, shown
 from swarm.channel.values import Exit, Hello, Identity, Renewed, exit_of, final, state
 from swarm.errors import AgentFailed, AgentTimeout, ChannelError, OutputInvalid, UsageError
 from swarm.model import FailureReason
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES
 _GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and reap an agent after its time is up
 _STREAMS: Final = ("stdout", "stderr")
@@ -36,11 +37,18 @@ class Channel:
     """One connection to an agentd. Use `connect`."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes, io_timeout_seconds: float
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        token: bytes,
+        io_timeout_seconds: float,
+        *,
+        tells: bool = False,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._token = token
+        self._tells = tells  # the token itself: over a Unix socket, whose agentd has none yet
         self._io_seconds = io_timeout_seconds
         # Both locks are fair, so replies are awaited in the order of their requests.
         self._sending = asyncio.Lock()
@@ -65,9 +73,10 @@ class Channel:
     ) -> AsyncIterator[Channel]:
         """Connect and say hello, repeatedly until agentd answers; ``greeting`` is its answer.
 
-        ``token``: at least 16 bytes; an agentd adopts the first one that it receives. ``io_timeout_seconds`` bounds
-        every later exchange except a run. ``listening``: see `dial`. Raises ChannelError when the time is over, or at
-        once when agentd refuses the token.
+        ``token``: 16 to 64 bytes. A VM got it at boot, and each side proves that it knows it; an agentd behind a Unix
+        socket adopts the first one that it receives. ``io_timeout_seconds`` bounds every later exchange except a run.
+        ``listening``: see `dial`. Raises ChannelError when the time is over, or at once when agentd refuses the token,
+        or when something else answers.
         """
         channel = await cls._reach(endpoint, token, timeout_seconds, io_timeout_seconds, listening)
         try:
@@ -83,7 +92,8 @@ class Channel:
         try:
             async with asyncio.timeout(timeout_seconds):
                 while True:
-                    channel = cls(*await dial(endpoint, trouble, listening=listening), token, io_seconds)
+                    streams = await dial(endpoint, trouble, listening=listening)
+                    channel = cls(*streams, token, io_seconds, tells=endpoint.unix is not None)
                     try:
                         channel.greeting = await channel.hello()
                         return channel
@@ -192,9 +202,14 @@ class Channel:
 
     async def hello(self) -> Hello:
         """How the guest describes itself now."""
-        reply = await self._ask("hello", token=self._token.hex())
+        nonce, token = new_nonce(), self._token
+        told = token.hex() if self._tells else None
+        reply = await self._ask("hello", nonce=nonce, proof=proof(token, HOST, nonce), token=told)
         if (version := reply.number("protocol")) != PROTOCOL:
             raise ChannelError(f"agentd speaks protocol {version}, not {PROTOCOL}: rebuild the image", retryable=False)
+        if not shown(token, GUEST, nonce, reply.text("proof")):
+            message = "what answers in the VM's place does not know its token: see the host's routes and addresses"
+            raise ChannelError(message, retryable=False)
         return Hello(
             **state(reply),
             mode=reply.text("mode"),

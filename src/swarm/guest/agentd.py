@@ -36,9 +36,10 @@ import stat
 import struct
 import sys
 import time
-from _operator import _compare_digest  # hmac.compare_digest, without importing OpenSSL
+from _blake2 import blake2b  # hashlib.blake2b, without importing OpenSSL
+from _operator import _compare_digest  # hmac.compare_digest, likewise
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_HEADER = 64 << 10
 MAX_PAYLOAD = 1 << 20
 MAX_PUT = 256 << 20  # bytes of one put request
@@ -678,6 +679,23 @@ def frame(head: Header, payload: bytes = b"") -> bytes:
     return struct.pack(">II", len(data), len(payload)) + data + payload
 
 
+def key_of(token: str) -> bytes:
+    if not 32 <= len(token) <= 128:
+        raise Refused("a token has 32 to 128 characters")
+    return bytes.fromhex(token)
+
+
+def boot_token() -> str:
+    """The token on the kernel's command line. An agent can read it there: it is void after the first `renew`."""
+    words = [word[12:] for word in read_file("/proc/cmdline").split() if word.startswith("swarm.token=")]
+    return words[0] if words else ""
+
+
+def proof(token: bytes, who: str, nonce: str) -> str:
+    """See swarm/channel/proof.py."""
+    return blake2b(f"{who} {nonce}".encode(), key=token, digest_size=32).hexdigest()
+
+
 class Agentd:
     """The daemon's state, and one method for each operation, which takes (connection, header, payload) and returns the
     fields of its last reply."""
@@ -688,7 +706,7 @@ class Agentd:
         self.unix = unix
         self.root = root  # "" in a VM
         self.in_vm = not root
-        self.token: str | None = None
+        self.token = key_of(word) if self.in_vm and (word := boot_token()) else None
         self.generation: str | None = None
         self.preload_failed: object = {}
         self.next: AgentLinks | None = None  # to the process that waits to become the next agent
@@ -821,17 +839,21 @@ class Agentd:
     # -- operations
 
     def hello(self, connection: Connection, head: Header, _: bytes) -> Header:
-        """Comes first on every connection. The very first one sets the token; the host's firewall keeps others out."""
-        token = text(head, "token")
+        """Comes first on every connection. Both sides prove that they know the token. A VM got its first one at boot;
+        over a Unix socket, which only its maker can open, the first hello brings it."""
         if self.token is None:
-            if len(token) < 32:
-                raise Refused("a token has at least 32 characters")
-            self.token = token
-        if not _compare_digest(token.encode(), self.token.encode()):
+            if not self.unix:
+                raise Refused("this guest was given no token at boot")
+            self.token = key_of(text(head, "token"))
+        nonce, shown = text(head, "nonce"), text(head, "proof")
+        if not 32 <= len(nonce) <= 128:
+            raise Refused("a nonce has 32 to 128 characters")
+        if not _compare_digest(shown.encode(), proof(self.token, "host", nonce).encode()):
             raise Refused("wrong token")
         connection.authorised = True
         return {
             "protocol": PROTOCOL,
+            "proof": proof(self.token, "guest", nonce),
             "mode": "vm" if self.in_vm else "process",
             **self.identity(),
             "python": self.python,
@@ -854,9 +876,7 @@ class Agentd:
 
     def renew(self, _: Connection, head: Header, payload: bytes) -> Header:
         """Take a new identity: replace everything that a clone shares with its siblings before an agent runs."""
-        generation, token = text(head, "generation"), text(head, "token")
-        if len(token) < 32:
-            raise Refused("a token has at least 32 characters")
+        generation, token = text(head, "generation"), key_of(text(head, "token"))
         done: list[str] = []
         if self.in_vm:
             self.renew_vm(head, done)

@@ -151,23 +151,26 @@ class Driver(Protocol):
         *,
         outlive: bool = False,
         for_template: bool = False,
+        token: bytes = b"",
     ) -> Vm:
         """Start a VM from its image; return when the VMM runs it (userspace is up later).
 
         ``dir`` is the VM's own directory: sockets, console.log and the work disk go there. Without a slot the VM has
         no network. With ``outlive`` it keeps running when this process ends (`swarm-spawn-ns`). Only a VM booted
-        ``for_template`` can be snapshotted. Raises BootFailed.
+        ``for_template`` can be snapshotted. ``token``: agentd's first; agents of this VM can read it, so it must be
+        replaced before one runs. Without one, agentd answers nobody. Raises BootFailed.
         """
 
     async def restore(self, template: Template, slot: Slot | None, dir: Path, *, outlive: bool = False) -> Vm:
         """Start a copy-on-write clone of a template; return when it runs. Raises BootFailed."""
 
 
-def kernel_command_line(spec: VmSpec, *extra: str) -> str:
+def kernel_command_line(spec: VmSpec, *extra: str, token: bytes) -> str:
+    secret = [f"swarm.token={token.hex()}"] if token else []
     preload = [f"swarm.preload={','.join(spec.preload)}"] if spec.preload else []
     # Without a dot in its name, the kernel passes it to init as environment: init has no /proc to read it from yet.
     layer = [f"swarm_layer={LAYER_DEVICE}"] if spec.layer else []
-    return " ".join((spec.image.boot_args, *extra, *layer, *preload)).strip()
+    return " ".join((spec.image.boot_args, *extra, *layer, *preload, *secret)).strip()
 
 
 def host_tsc_khz() -> int:

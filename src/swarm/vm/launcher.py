@@ -234,14 +234,14 @@ class Launcher:
     ) -> LiveVm:
         lease, slot = vm_slot.lease, vm_slot.slot
         timeline.mark("slot")
+        token = template.token if template else secrets.token_bytes(TOKEN_BYTES)
         if template is None:
-            start = self._driver.boot(spec, slot, lease.dir, outlive=outlive)
+            start = self._driver.boot(spec, slot, lease.dir, outlive=outlive, token=token)
         else:
             start = self._driver.restore(template, slot, lease.dir, outlive=outlive)
         vm = await self._started(start, vm_slot, assignment, undo)
         timeline.mark("running")
         identity, known_key = self.new_identity(lease.n, seeded=seeded, sshd_ready=outlive and seeded)
-        token = template.token if template else identity.token
         channel = await self._connect(vm, token, undo, listening=template is not None, preloads=bool(spec.preload))
         timeline.mark("answered")
         renewed = await while_alive(vm, channel.renew(identity))
@@ -318,10 +318,11 @@ class Launcher:
         full = replace(spec, preload=(*COMMON_MODULES, *spec.preload))
         async with undoing() as undo:
             vm_slot = await self.slots.take(undo)
-            start = self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True)
+            first = secrets.token_bytes(TOKEN_BYTES)  # clones' agents can read it, and it opens none of them
+            start = self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True, token=first)
             vm = await self._started(start, vm_slot, Assignment(), undo)
             async with AsyncExitStack() as connection:
-                channel = await self._connect(vm, token, connection, preloads=bool(spec.preload))
+                channel = await self._connect(vm, first, connection, preloads=bool(spec.preload))
                 if failed := (await while_alive(vm, channel.hello())).preload_failed:
                     said = "; ".join(f"{name}: {printable(why.encode())[:200]}" for name, why in failed.items())
                     raise BootFailed(f"preloads of the agent's manifest can't be imported: {said}", retryable=False)

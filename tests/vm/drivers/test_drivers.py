@@ -50,10 +50,10 @@ class Way:
     template: Template | None
     timeout_seconds: float
 
-    async def start(self, place: Path, slot: Slot | None, *, outlive: bool = False) -> Vm:
+    async def start(self, place: Path, slot: Slot | None, *, outlive: bool = False, token: bytes = b"") -> Vm:
         if self.template:
             return await self.driver.restore(self.template, slot, place, outlive=outlive)
-        return await self.driver.boot(self.spec, slot, place, outlive=outlive)
+        return await self.driver.boot(self.spec, slot, place, outlive=outlive, token=token)
 
     def connect(self, vm: Vm, token: bytes) -> AbstractAsyncContextManager[Channel]:
         token = self.template.token if self.template else token
@@ -127,9 +127,9 @@ class Host:
     @contextlib.asynccontextmanager
     async def vm(self) -> AsyncIterator[Guest]:
         async with self.place() as (place, slot):
-            vm = await self.way.start(place, slot)
+            token = secrets.token_bytes(32)
+            vm = await self.way.start(place, slot, token=token)
             try:
-                token = secrets.token_bytes(32)
                 async with self.way.connect(vm, token) as channel:
                     yield Guest(vm=vm, channel=channel, dir=place, token=token)
             finally:

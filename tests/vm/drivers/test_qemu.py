@@ -84,7 +84,7 @@ async def test_a_full_disk_of_the_host_is_an_error_in_the_guest(
     slot = await network.create(1950)
     await run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(tmp_path)])
     try:
-        vm = await driver.boot(replace(spec, disk_mb=256), slot, tmp_path)
+        vm = await driver.boot(replace(spec, disk_mb=256), slot, tmp_path, token=token)
         try:
             async with Channel.connect(vm.endpoint, token=token, timeout_seconds=60) as channel:
                 await Guest(vm=vm, channel=channel, dir=tmp_path, token=token).renew()

@@ -102,6 +102,7 @@ class FirecrackerDriver:
         *,
         outlive: bool = False,
         for_template: bool = False,
+        token: bytes = b"",
     ) -> FirecrackerVm:
         image = spec.image
         if for_template:  # each clone sets its own limits
@@ -111,7 +112,7 @@ class FirecrackerDriver:
             files.append(JailFile(INITRAMFS, image.initramfs))
         vm = await self._start(spec, slot, dir, files, outlive=outlive)
         try:
-            for path, body in configuration(spec, networked=slot is not None).items():
+            for path, body in configuration(spec, networked=slot is not None, token=token).items():
                 await vm.api.put(path, **body)
             await vm.api.put("/actions", action_type="InstanceStart")
         except BaseException as error:
@@ -204,9 +205,9 @@ class FirecrackerDriver:
         return vm
 
 
-def configuration(spec: VmSpec, *, networked: bool) -> Requests:
+def configuration(spec: VmSpec, *, networked: bool, token: bytes = b"") -> Requests:
     """The requests that describe a VM, in order. No vsock: agentd is reached over the network."""
-    boot = {"kernel_image_path": KERNEL, "boot_args": driver.kernel_command_line(spec, *_BOOT_ARGS)}
+    boot = {"kernel_image_path": KERNEL, "boot_args": driver.kernel_command_line(spec, *_BOOT_ARGS, token=token)}
     if spec.image.initramfs:
         boot["initrd_path"] = INITRAMFS
     requests: Requests = {

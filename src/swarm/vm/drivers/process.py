@@ -97,8 +97,10 @@ class ProcessDriver:
         *,
         outlive: bool = False,
         for_template: bool = False,
+        token: bytes = b"",
     ) -> ProcessVm:
-        """Start agentd in ``dir``. Of ``spec`` only the layer applies: memory, CPUs and disk are the host's."""
+        """Start agentd in ``dir``. Of ``spec`` only the layer applies: memory, CPUs and disk are the host's. Its
+        agentd takes its token from the first connection."""
         if len(os.fsencode(_socket(dir))) > _MAX_SOCKET_PATH:
             raise BootFailed(
                 f"{_socket(dir)} is too long for a Unix socket ({_MAX_SOCKET_PATH} bytes): set a shorter state_dir",

@@ -88,9 +88,10 @@ class QemuDriver:
         *,
         outlive: bool = False,
         for_template: bool = False,
+        token: bytes = b"",
     ) -> QemuVm:
         image = spec.image
-        args = driver.kernel_command_line(spec, "console=ttyS0", "reboot=t", *_LEAN, *self._emulated())
+        args = driver.kernel_command_line(spec, "console=ttyS0", "reboot=t", *_LEAN, *self._emulated(), token=token)
         launch = _Launch(dir, slot, self.accelerator, outlive)
         try:
             memory: Sequence[str] = ()
