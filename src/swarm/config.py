@@ -8,6 +8,7 @@ import tomllib
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import quote
 
 import pydantic
 from pydantic import Field
@@ -103,7 +104,7 @@ class Settings(BaseSettings):
     @property
     def database(self) -> str:
         """The database's URL, as SQLAlchemy expects it."""
-        return self.database_url or f"sqlite:///{self.data_dir / 'swarm.db'}"
+        return self.database_url or f"sqlite:///{quote(str(self.data_dir / 'swarm.db'))}"
 
     @property
     def registry_link(self) -> Path:

@@ -351,7 +351,11 @@ async def dispatcher(
             disk=Disk(dir=settings.state_dir),
             grace_seconds=grace_seconds,
             scheduler=Scheduler(store=opened, evaluator=opened.jail),
-            info={"driver": settings.driver, "started": process.start_time(os.getpid())},
+            info={
+                "driver": settings.driver,
+                "started": process.start_time(os.getpid()),
+                "machine": process.machine(),
+            },
             ended=ended,
         )
 

@@ -190,6 +190,11 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def machine() -> str:
+    """Names what pids are counted in: this boot of the host, and its namespace of pids."""
+    return f"{boot_id()} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116
+
+
 def _pidfd(pid: int) -> int | None:
     try:
         return os.pidfd_open(pid)

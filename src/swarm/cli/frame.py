@@ -207,6 +207,7 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 def start(app: typer.Typer, name: str) -> None:
     """Run a program: the body of every entry point."""
+    _usable_streams()
     if sys.argv[1:] == ["--version"]:  # here, since Typer has no place for it in a program that is a single command
         from importlib.metadata import version
 
@@ -214,6 +215,21 @@ def start(app: typer.Typer, name: str) -> None:
         return
     with contextlib.suppress(BrokenPipeError):
         app(prog_name=name)
+
+
+def _usable_streams() -> None:
+    """A closed stream (`>&-`) is /dev/null: otherwise the next file that is opened, the database say, would be stdout.
+    What a stream's encoding lacks is replaced, and ends nothing."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - until the end
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _one_line_per_paragraph(function: Command) -> str:

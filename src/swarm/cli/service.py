@@ -89,7 +89,7 @@ def pid_written(path: Path | None) -> Iterator[None]:
 def of_row(row: WorkerRow) -> Process | None:
     """The process of this row, if it is alive on this host."""
     started = row.info.get("started")
-    if row.host != socket.gethostname() or not isinstance(started, int) or not row.pid:
+    if not _is_here(row) or not isinstance(started, int) or not row.pid:
         return None
     found = Process(pid=row.pid, started=started)
     return found if found.alive else None
@@ -115,10 +115,16 @@ def _opens(descriptor: Path, file: str) -> bool:
         return False
 
 
+def _is_here(row: WorkerRow) -> bool:
+    """Does its process, if it lives, have its pid here? The host's name may have changed since."""
+    machine = row.info.get("machine")
+    return machine == process.machine() if machine else row.host == socket.gethostname()
+
+
 async def forget_dead(store: Store) -> None:
     """Remove the rows of engines that were killed on this host."""
     for row in await store.workers():
-        if row.host == socket.gethostname() and of_row(row) is None:
+        if _is_here(row) and of_row(row) is None:
             await store.forget_worker(row.id)
 
 

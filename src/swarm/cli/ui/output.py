@@ -53,6 +53,11 @@ def plain(value: object) -> Any:
     return str(value) if not isinstance(value, PurePath) else value.as_posix()
 
 
+def _ascii_only() -> bool:
+    """Must JSON be escaped, since stdout can't take every character?"""
+    return (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+
+
 class Out:
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
@@ -164,7 +169,7 @@ class Out:
 
     def dump(self, value: object) -> None:
         """Print a value as JSON. What a terminal can't show is escaped, which is the same value."""
-        sys.stdout.write(escaped(json.dumps(plain(value), indent=2, ensure_ascii=False), keep="\n") + "\n")
+        sys.stdout.write(escaped(json.dumps(plain(value), indent=2, ensure_ascii=_ascii_only()), keep="\n") + "\n")
 
     def json_text(self, text: str) -> None:
         """Print JSON text as it is stored, with the same escapes."""
@@ -172,7 +177,7 @@ class Out:
 
     def dump_line(self, value: object) -> None:
         """Print a value as JSON on one line, for streams."""
-        sys.stdout.write(escaped(json.dumps(plain(value), ensure_ascii=False)) + "\n")
+        sys.stdout.write(escaped(json.dumps(plain(value), ensure_ascii=_ascii_only())) + "\n")
 
     def _remark(self, text: str, *, style: str = "") -> None:
         """Print on stderr, after the log lines that led to it. A remark that can't be written doesn't end the work."""

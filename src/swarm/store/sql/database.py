@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final, TypeAlias
+from urllib.parse import unquote
 
 import sqlalchemy as sa
 from alembic import command
@@ -32,6 +33,7 @@ DIALECTS: Final = {SQLITE.name: SQLITE}
 MIGRATIONS: Final = Path(__file__).parents[1] / "migrations"
 _IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
+_FILE_IN_URL: Final = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", re.S)
 _PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in a text that was meant to be a URL
 
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
@@ -166,6 +168,8 @@ class Database:
         if name not in DIALECTS:
             shown = parsed.render_as_string(hide_password=True)
             raise UsageError(f"the database {name!r} is not supported; use {', '.join(DIALECTS)} (got {shown!r})")
+        if (found := _FILE_IN_URL.fullmatch(url)) is not None:  # SQLAlchemy decodes it from 2.1 on only
+            parsed = parsed.set(database=unquote(found[1]))
         self.dialect = DIALECTS[name]
         self.url: URL = parsed
         self.busy_timeout_seconds = busy_timeout_seconds

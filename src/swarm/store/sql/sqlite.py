@@ -7,6 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote
 
 from sqlalchemy.engine import URL
 
@@ -56,7 +57,9 @@ def _file(url: URL) -> Path | None:
         raise UsageError(
             f"a database in memory can't be shared ({url.render_as_string()!r}); name a file: sqlite:////path/swarm.db"
         )
-    return Path(url.database.removeprefix("file:")).absolute()
+    if url.database.startswith("file:"):
+        return Path(unquote(url.database.removeprefix("file:"))).absolute()
+    return Path(url.database).absolute()
 
 
 def _connected(connection: sqlite3.Connection, write: bool, busy_timeout_seconds: float) -> None:

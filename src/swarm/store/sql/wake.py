@@ -44,7 +44,7 @@ class Wake:
         self._after_commit = False  # the last write event led to a commit that was seen
         self._check_seconds = FALLBACK_SECONDS
         self._version = 0
-        self._connection = sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, isolation_level=None, timeout=0)
+        self._connection = sqlite3.connect(f"{self._file.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=0)
         self._version = self._data_version()
 
     @classmethod
