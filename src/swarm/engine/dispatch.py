@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import psutil
 import structlog
 
 from swarm.base.aio import cancel_all, finish_uninterrupted, first
+from swarm.base.cgroup import Limit, memory_limits
 from swarm.engine.worker import Attempt, Ended, Worker
 from swarm.errors import StoreError
 from swarm.model import Claim, Interrupted
@@ -47,6 +48,11 @@ _DISK_RESERVE_MB, _INODES_RESERVE = 512, 200
 _RATE_SECONDS = 60.0
 
 
+def available_bytes(limits: Sequence[Limit]) -> int:
+    """What the host has, and no more than what this engine's control groups leave."""
+    return min(psutil.virtual_memory().available, *(max(0, each.bytes - each.used) for each in limits), 1 << 62)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """The memory that VMs may use. ``available_mb`` reads the host's; ``reserve_mb`` stays free for other programs."""
@@ -58,11 +64,11 @@ class Memory:
 
     @classmethod
     def of_this_host(cls) -> Memory:
-        total_mb = psutil.virtual_memory().total >> 20
+        total_mb = min(psutil.virtual_memory().total, *(limit.bytes for limit in memory_limits()), 1 << 62) >> 20
         return cls(
             total_mb=total_mb,
             reserve_mb=min(1024, total_mb // 8),
-            available_mb=lambda: psutil.virtual_memory().available >> 20,
+            available_mb=lambda: available_bytes(memory_limits()) >> 20,
         )
 
     def left_mb(self, running: Mapping[str, Attempt]) -> int:
