@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from swarm.doctor.check import Check, fail, ok, warn
 from swarm.errors import SwarmError
 from swarm.model import ECHO_AGENT_ID, Agent
+from swarm.store.sql.rows import WorkerRow
 
 
 class OpenStore(Protocol):
     async def revision(self) -> str | None: ...
     async def agents(self) -> list[Agent]: ...
+    async def workers(self) -> list[WorkerRow]: ...
 
 
 async def database(place: str, store: OpenStore, head: str) -> list[Check]:
@@ -33,7 +35,17 @@ async def database(place: str, store: OpenStore, head: str) -> list[Check]:
             )
     if len(checks) == 1:
         checks.append(ok("agents", ", ".join(f"{agent.name} {agent.version}" for agent in agents)))
-    return checks
+    return [*checks, *skipped(await store.workers())]
+
+
+def skipped(workers: Sequence[WorkerRow]) -> list[Check]:
+    """Tickets whose rows an engine can't change, not even to fail them: it says so with its sign of life."""
+    found: dict[str, str] = {}
+    for worker in workers:
+        of_worker = worker.info.get("skipped")
+        found |= {str(k): str(v) for k, v in of_worker.items()} if isinstance(of_worker, dict) else {}
+    fix = "drop the trigger, index or constraint that refuses it (`sqlite3 DATABASE .schema` shows all), or the ticket"
+    return [fail("skipped", f"{what} is skipped by an engine: {why}", fix) for what, why in found.items()]
 
 
 def registry(link: Path, database_file: Path) -> Check:

@@ -388,5 +388,6 @@ class Dispatcher:
             "per_minute": self.per_minute,
             "stopping": self.stopping,
             "waits_for": self.waits_for,
+            "skipped": dict(self._store.isolation.skipped),
         }
         await self._store.heartbeat(self._worker.name, host=socket.gethostname(), pid=os.getpid(), info=info)

@@ -45,6 +45,7 @@ from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, 
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
 from swarm.store.tickets import dependencies, events, tickets
+from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.workflow.definition import Workflow
 
 T = TypeVar("T")
@@ -57,12 +58,12 @@ class Store:
     returns, its change is committed. Requests of many tasks (of one event loop) share transactions, so it is fast."""
 
     def __init__(self, db: Database, *, over_budget: BudgetPolicy, planning_seconds: float) -> None:
-        self._db = db
-        self._write = ConnectionThread(db, write=True)
+        self._db, self.isolation = db, Isolation()
+        self._write = IsolatingThread(db, self.isolation)
         self._read = ConnectionThread(db, write=False)
-        self._workflows = WorkflowEngine(planning_seconds=planning_seconds)
+        self._workflows = WorkflowEngine(planning_seconds=planning_seconds, isolation=self.isolation)
         self._queue = Claimer(self._workflows)
-        self._finisher = finish.Finisher(self._workflows, over_budget)
+        self._finisher = finish.Finisher(self._workflows, over_budget, self.isolation)
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
         self._approvals = approvals.Approvals(self._workflows)
 
@@ -209,7 +210,7 @@ class Store:
         return await self._read.call(tickets.queue)
 
     async def due(self) -> Due:
-        return await self._read.call(tickets.due)
+        return self.isolation.paced(await self._read.call(tickets.due))
 
     # --- attempts -----------------------------------------------------------------------------------------------------
 
@@ -277,11 +278,11 @@ class Store:
     async def renew(self, attempt_ids: Sequence[str], *, lease_seconds: float) -> Renewal:
         """Extend leases to ``lease_seconds`` from now. Attempts named in the result must be stopped at once."""
         request = finish.RenewRequest(attempt_ids=tuple(attempt_ids), lease_seconds=lease_seconds)
-        return await self._write.call_batch(finish.renew, request)
+        return await self._write.call_batch(self._finisher.renew, request)
 
     async def running(self, attempt_id: str, vm_id: int) -> None:
         """Record the VM of an attempt. Raises LeaseLost."""
-        await self._write.call_batch(finish.running, finish.RunningRequest(attempt_id=attempt_id, vm_id=vm_id))
+        await self._write.call_batch(self._finisher.running, finish.RunningRequest(attempt_id=attempt_id, vm_id=vm_id))
 
     async def finish(
         self,
@@ -412,7 +413,7 @@ class Store:
         return await self._write.call(agents.remove_agent, ref)
 
     async def put_workflow(self, workflow: Workflow) -> WorkflowRow:
-        """Register. Raises Conflict when its name and version are registered with another definition or another id."""
+        """Register. Raises Conflict when its name and version are registered with other content."""
         return await self._write.call(workflows.put_workflow, workflow)
 
     async def workflow(self, ref: str) -> WorkflowRow:
@@ -460,5 +461,4 @@ class Store:
 
 def _ignore(future: asyncio.Future[Any]) -> None:
     """Retrieve the exception, so that asyncio does not report it: the lease ends anyway."""
-    if not future.cancelled():
-        future.exception()
+    _ = future.cancelled() or future.exception()

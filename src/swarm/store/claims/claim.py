@@ -26,7 +26,6 @@ from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.validation import BadRow, Work
 
 BAD_ROWS: Final = 1000  # at most in one transaction; the next claim handles the others
-
 # live_run: set when another tool made the ticket ready again while it ran.
 _READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
@@ -46,6 +45,11 @@ FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets
 WHERE s.status = 'ready' AND s.available_at IS NULL"""
 READY_STEPS: Final = sa.text(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
 READY_STEP: Final = sa.text(_STEP + " AND r.ticket_id = :id LIMIT :limit")
+DELAYED: Final = sa.text(
+    "SELECT s.id, r.ticket_id FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
+    "WHERE s.status = 'ready' AND s.available_at IS NOT NULL AND s.available_at <= :now_ms"
+)
+RELEASE: Final = sa.text("UPDATE step_executions SET available_at = NULL WHERE id = :id")
 RELEASE_DELAYED: Final = sa.text(
     "UPDATE step_executions SET available_at = NULL "
     "WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= :now_ms"
@@ -123,8 +127,10 @@ class _Candidate:
     def in_workflow(self) -> bool:
         return self.is_step and self.row.definition is not None
 
-    def turn(self) -> tuple[float, str]:
-        """The order of claims: priority, then age. A row whose priority isn't a number comes first, to be failed."""
+    def ticket_id(self) -> object:
+        return self.row.ticket_id if self.is_step else self.row.id
+
+    def turn(self) -> tuple[float, str]:  # a row whose priority isn't a number comes first, to be failed
         priority = self.row.priority
         return (-priority if isinstance(priority, int | float) else float("-inf"), str(self.row.created_at))
 
@@ -138,15 +144,18 @@ class Claimer:
         self.maintenance = Maintenance()
 
     def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
-        return [_ClaimTransaction(self, tx, request).run() for request in requests]
+        return [self._one(tx, request) for request in requests]
+
+    def _one(self, tx: Tx, request: ClaimRequest) -> Claimed:
+        with self.workflows.isolation.of(tx) as changes:
+            return _ClaimTransaction(self, tx, request, changes).run()
 
 
 class _ClaimTransaction:
     """One claim, in one transaction."""
 
-    def __init__(self, claimer: Claimer, tx: Tx, request: ClaimRequest) -> None:
-        self.claimer, self.tx, self.request = claimer, tx, request
-        self.changes = Changes(tx)
+    def __init__(self, claimer: Claimer, tx: Tx, request: ClaimRequest, changes: Changes) -> None:
+        self.claimer, self.tx, self.request, self.changes = claimer, tx, request, changes
         self.result = Claimed()
         self.bad_rows = 0
         self.memory_left = request.memory_mb
@@ -163,16 +172,23 @@ class _ClaimTransaction:
         if probed.expired:
             sweep(self.changes, self.request.held, until_ms=self.tx.now_ms + round(self.request.lease_seconds * 1000))
         if probed.due:
-            self.tx.run(RELEASE_DELAYED, now_ms=self.tx.now_ms)
+            self._release_delayed()
         if probed.runs:
             self.result.undecided += self.claimer.workflows.process_due(self.changes)
         self._advance()
         if probed.unknown_states:
-            for row in self.tx.all(UNKNOWN_STATES, limit=AT_ONCE):
+            for row in self.changes.each(self.tx.all(UNKNOWN_STATES, limit=AT_ONCE), lambda row: row.id):
                 fail_row(self.changes, row, validation.unknown_state(row.state))
         self._claim(probed.written_by_others)
         dependencies.release(self.changes)
         return self.result
+
+    def _release_delayed(self) -> None:
+        if self.changes.isolating:
+            for row in self.changes.each(self.tx.all(DELAYED, now_ms=self.tx.now_ms), lambda row: row.ticket_id):
+                self.changes.add(RELEASE, id=row.id)
+        else:
+            self.tx.run(RELEASE_DELAYED, now_ms=self.tx.now_ms)
 
     def _claim(self, written_by_others: int) -> None:
         """Round by round, until the limit is reached or nothing is left; with maintenance when it is due."""
@@ -207,12 +223,13 @@ class _ClaimTransaction:
 
     def _round(self, missing: int) -> bool:
         """Claim from the next candidates; False when no others are behind them."""
-        limit = max(missing, min(self.bad_rows, AT_ONCE))
+        limit = max(missing, min(self.bad_rows, AT_ONCE), BAD_ROWS if self.changes.isolating else 0)
         tickets, steps = self._ready_rows(limit)
         candidates = [_Candidate(row, is_step=False) for row in tickets]
         if steps:
             candidates += [_Candidate(row, is_step=True) for row in steps]
             candidates.sort(key=_Candidate.turn)
+        candidates = self.changes.kept(candidates, _Candidate.ticket_id)
         if not candidates:
             return False
         waits = (
@@ -221,7 +238,7 @@ class _ClaimTransaction:
             else {}
         )
         works: list[tuple[_Candidate, Work]] = []
-        for candidate in candidates:
+        for candidate in self.changes.each(candidates, _Candidate.ticket_id):
             row = candidate.row
             try:
                 if candidate.is_step:
@@ -300,7 +317,7 @@ class _ClaimTransaction:
     def _start(self, works: Sequence[tuple[_Candidate, Work]], missing: int) -> None:
         agents = self.claimer.agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
         most = self.request.most_memory_mb
-        for candidate, work in works:
+        for candidate, work in self.changes.each(works, lambda one: one[0].ticket_id()):
             try:
                 if not work.agent_id and not candidate.is_step:
                     if missing and not self.memory_full:

@@ -37,6 +37,7 @@ from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import Renewal, storable_json
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, owns
+from swarm.store.tickets.isolation import Isolation
 
 # A lost lease says nothing about the agent, only that its worker died or lost the database. So even a step with one try
 # is given out again, but only this often: it may be the step that kills the workers.
@@ -46,6 +47,9 @@ _SWEEP_LIMIT: Final = 500
 _EXTEND: Final = sa.text("UPDATE attempts SET lease_until = :lease_until WHERE id = :id")
 _SET_VM: Final = sa.text("UPDATE attempts SET vm_id = :vm_id WHERE id = :id")
 _SET_STEP_VM: Final = sa.text("UPDATE step_executions SET vm_id = :vm_id WHERE id = :id")
+
+
+_SKIPPED: Final = LeaseLost("the database refuses all changes of its ticket (the log and `swarm doctor` say why)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +90,15 @@ def _lost(attempt_id: str, row: Row | None) -> LeaseLost:
 
 
 class Finisher:
-    """Ends attempts, on the writing thread. Keeps the parsed agents, for their retry policies.
+    """Ends attempts, renews their leases and records their VMs, on the writing thread.
+
+    Keeps the parsed agents, for their retry policies.
 
     ``over_budget``: the policy for when neither the ticket nor its agent names one.
     """
 
-    def __init__(self, workflows: WorkflowEngine, over_budget: BudgetPolicy) -> None:
+    def __init__(self, workflows: WorkflowEngine, over_budget: BudgetPolicy, isolation: Isolation) -> None:
+        self._isolation = isolation
         self._agents = Agents()
         self._workflows = workflows
         self._over_budget = over_budget
@@ -102,12 +109,25 @@ class Finisher:
             rows[r.attempt_id].agent_id for r in requests if isinstance(r.outcome, Failed) and r.attempt_id in rows
         }
         agents = self._agents.load(tx, filter(None, failed))
-        changes = Changes(tx)
-        results: list[SwarmError | None] = []
-        for request in requests:
+        with self._isolation.of(tx) as changes:
+            return self._finish_all(changes, requests, rows, agents)
+
+    def _finish_all(
+        self,
+        changes: Changes,
+        requests: Sequence[FinishRequest],
+        rows: dict[str, Row],
+        agents: Mapping[str, Agent | StoreError],
+    ) -> Sequence[SwarmError | None]:
+        def ticket(request: FinishRequest) -> object:
+            row = rows.get(request.attempt_id)
+            return row.ticket_id if row is not None else None
+
+        results: dict[int, SwarmError | None] = dict.fromkeys(range(len(requests)), _SKIPPED)
+        for number, request in changes.each(enumerate(requests), lambda one: ticket(one[1])):
             row = rows.get(request.attempt_id)
             if row is None or not owns(row):
-                results.append(_lost(request.attempt_id, row))
+                results[number] = _lost(request.attempt_id, row)
                 continue
             for event in request.events:
                 changes.add_event(event)
@@ -117,12 +137,12 @@ class Finisher:
                 _ask_for_budget(changes, row, request, error)
             else:
                 _finish(changes, row, request, agent)
-            results.append(None)
+            results[number] = None
         changes.flush()
         if changes.pending_runs:
             self._workflows.advance_workflows(changes)
         dependencies.release(changes)
-        return results
+        return list(results.values())
 
     def _budget_error(self, row: Row, outcome: Outcome, agent: Agent | StoreError | None) -> str | None:
         """The error of an attempt that went over budget, if the policy says to ask a person then."""
@@ -131,6 +151,47 @@ class Finisher:
         own = agent.over_budget if isinstance(agent, Agent) else None
         known = row.over_budget if row.over_budget in tuple(BudgetPolicy) else own  # another tool may have written it
         return outcome.message if (known or self._over_budget) == BudgetPolicy.WAIT else None
+
+    def renew(self, tx: Tx, requests: Sequence[RenewRequest]) -> Sequence[Renewal | SwarmError]:
+        """Extend the leases of attempts that still own their steps; report which don't, and why."""
+        rows = {row.id: row for row in tx.all_in(FENCE_BY_ID, {one for r in requests for one in r.attempt_ids})}
+        with self._isolation.of(tx) as changes:
+            results = [self._renew(changes, request, rows) for request in requests]
+            changes.flush()
+            _cancel_orphans(changes, [row for row in rows.values() if row.outcome is None and not owns(row)])
+            dependencies.release(changes)
+        return results
+
+    def _renew(self, changes: Changes, request: RenewRequest, rows: Mapping[str, Row]) -> Renewal:
+        lost, cancelled = set[str](), set[str]()
+        until = changes.tx.now_ms + round(request.lease_seconds * 1000)
+        for one in changes.each(request.attempt_ids, lambda one: rows[one].ticket_id if one in rows else None):
+            row = rows.get(one)
+            if row is not None and owns(row):
+                changes.add(_EXTEND, id=one, lease_until=until)
+            elif row is None or row.outcome == AttemptOutcome.CANCELLED or (row.outcome is None and _ticket_ended(row)):
+                cancelled.add(one)
+            else:
+                lost.add(one)
+        return Renewal(lost=frozenset(lost), cancelled=frozenset(cancelled))
+
+    def running(self, tx: Tx, requests: Sequence[RunningRequest]) -> Sequence[SwarmError | None]:
+        rows = {row.id: row for row in tx.all_in(FENCE_BY_ID, {r.attempt_id for r in requests})}
+        with self._isolation.of(tx) as changes:
+            results: dict[int, SwarmError | None] = dict.fromkeys(range(len(requests)), _SKIPPED)
+            for number, request in changes.each(
+                enumerate(requests),
+                lambda one: rows[one[1].attempt_id].ticket_id if one[1].attempt_id in rows else None,
+            ):
+                row = rows.get(request.attempt_id)
+                if row is None or not owns(row):
+                    results[number] = _lost(request.attempt_id, row)
+                    continue
+                changes.add(_SET_VM, id=row.id, vm_id=request.vm_id)
+                changes.add(_SET_STEP_VM, id=row.step_execution_id, vm_id=request.vm_id)
+                results[number] = None
+            changes.flush()
+        return list(results.values())
 
 
 def _ask_for_budget(changes: Changes, row: Row, request: FinishRequest, error: str) -> None:
@@ -204,7 +265,7 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
     ahead, which ends every lease at once, would make the worker start again what it is running.
     """
     rows = changes.tx.all(FENCE_EXPIRED, now_ms=changes.tx.now_ms, limit=_SWEEP_LIMIT)
-    for row in rows:
+    for row in changes.each(rows, lambda row: row.ticket_id):
         if not owns(row):
             continue
         if row.id in held:
@@ -219,47 +280,16 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
             error = f"{error}; that was try {tries}, and the last"
             changes.end_step(row, StepStatus.FAILED, why="lost", error=error)
     changes.flush()
-    changes.cancel_orphans([row for row in rows if not owns(row)])
+    _cancel_orphans(changes, [row for row in rows if not owns(row)])
 
 
-def renew(tx: Tx, requests: Sequence[RenewRequest]) -> Sequence[Renewal | SwarmError]:
-    """Extend the leases of attempts that still own their steps; report which don't, and why."""
-    rows = {row.id: row for row in tx.all_in(FENCE_BY_ID, {one for r in requests for one in r.attempt_ids})}
-    changes = Changes(tx)
-    results = []
-    for request in requests:
-        lost, cancelled = set[str](), set[str]()
-        until = tx.now_ms + round(request.lease_seconds * 1000)
-        for one in request.attempt_ids:
-            row = rows.get(one)
-            if row is not None and owns(row):
-                changes.add(_EXTEND, id=one, lease_until=until)
-            elif row is None or row.outcome == AttemptOutcome.CANCELLED or (row.outcome is None and _ticket_ended(row)):
-                cancelled.add(one)
-            else:
-                lost.add(one)
-        results.append(Renewal(lost=frozenset(lost), cancelled=frozenset(cancelled)))
-    changes.flush()
-    changes.cancel_orphans([row for row in rows.values() if row.outcome is None and not owns(row)])
-    dependencies.release(changes)
-    return results
+def _cancel_orphans(changes: Changes, rows: Sequence[Row]) -> None:
+    if not changes.isolating:
+        changes.cancel_orphans(rows)
+        return
+    for row in changes.each(rows, lambda row: row.ticket_id):
+        changes.cancel_orphans([row])
 
 
 def _ticket_ended(row: Row) -> bool:
     return row.state not in ("in_progress", "waiting")
-
-
-def running(tx: Tx, requests: Sequence[RunningRequest]) -> Sequence[SwarmError | None]:
-    rows = {row.id: row for row in tx.all_in(FENCE_BY_ID, {r.attempt_id for r in requests})}
-    changes = Changes(tx)
-    results: list[SwarmError | None] = []
-    for request in requests:
-        row = rows.get(request.attempt_id)
-        if row is None or not owns(row):
-            results.append(_lost(request.attempt_id, row))
-            continue
-        changes.add(_SET_VM, id=row.id, vm_id=request.vm_id)
-        changes.add(_SET_STEP_VM, id=row.step_execution_id, vm_id=request.vm_id)
-        results.append(None)
-    changes.flush()
-    return results

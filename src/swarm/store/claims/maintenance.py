@@ -13,7 +13,8 @@ from swarm.store.sql.database import Row
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.schema import UNFINISHED
 from swarm.store.tickets import dependencies, validation
-from swarm.store.tickets.changes import Changes
+from swarm.store.tickets.changes import Changes, Culprit
+from swarm.store.tickets.isolation import fail_ticket
 
 AT_ONCE: Final = 100  # rows in one transaction
 
@@ -23,6 +24,24 @@ STUCK: Final = sa.text(
     "AND NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.id = t.run_id AND r.ticket_id = t.id "
     "AND r.status IN ('running', 'waiting')) LIMIT :limit"
 )
+# Times that only Swarm writes, but which are no numbers. Text sorts after all numbers, so an index finds it; it would
+# never come due.
+MISTYPED: Final = sa.text("""
+    SELECT r.ticket_id, t.state, 'available_at' AS name, s.available_at AS value, s.step_id
+      FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id JOIN tickets t ON t.id = r.ticket_id
+      WHERE s.status = 'ready' AND s.available_at IS NOT NULL AND s.available_at >= ''
+    UNION ALL SELECT r.ticket_id, t.state, 'available_at', s.available_at, s.step_id
+      FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id JOIN tickets t ON t.id = r.ticket_id
+      WHERE s.status = 'waiting' AND s.available_at IS NOT NULL AND s.available_at >= ''
+    UNION ALL SELECT r.ticket_id, t.state, 'lease_until', a.lease_until, s.step_id
+      FROM attempts a JOIN step_executions s ON s.id = a.step_execution_id JOIN workflow_runs r ON r.id = s.run_id
+      JOIN tickets t ON t.id = r.ticket_id WHERE a.outcome IS NULL AND a.lease_until >= ''
+    UNION ALL SELECT r.ticket_id, t.state, 'due_at', r.due_at, NULL
+      FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id WHERE r.due_at IS NOT NULL AND r.due_at >= ''
+    UNION ALL SELECT r.ticket_id, t.state, 'deadline_at', r.deadline_at, NULL
+      FROM tickets t JOIN workflow_runs r ON r.ticket_id = t.id
+      WHERE t.state IN ('in_progress', 'waiting') AND r.status IN ('running', 'waiting') AND r.deadline_at >= ''
+    LIMIT :limit""")
 FAIL_BY_BYTES: Final = sa.text(
     "UPDATE tickets SET state = 'failed', error = :error, completed_at = :now, updated_at = :now "
     "WHERE id = :raw OR id = CAST(:raw AS TEXT)"
@@ -57,14 +76,24 @@ class Maintenance:
         """True if a ticket became ready."""
         began = time.monotonic()
         stuck = changes.tx.all(STUCK, limit=AT_ONCE)
-        for row in stuck:
+        for row in changes.each(stuck, lambda row: row.id):
             error = (
                 f"only Swarm sets the state {validation.shown(row.state)}, and this ticket has no live run; "
                 "set the state to 'ready' to run it"
             )
             fail_row(changes, row, error)
-        if disowned := [row.id for row in changes.tx.all(DISOWNED, limit=AT_ONCE)]:
-            changes.cancel_runs(disowned, error="the ticket was changed from outside")
+        mistyped = {row.ticket_id: row for row in changes.tx.all(MISTYPED, limit=AT_ONCE)}
+        for row in changes.each(mistyped.values(), lambda row: row.ticket_id):
+            step = f" of its step {validation.shown(row.step_id)}" if row.step_id is not None else " of its run"
+            error = (
+                f"{row.name}{step} is {validation.shown(row.value)}, which is no number of milliseconds: only "
+                "Swarm sets it, and another program changed it; `swarm ticket retry` starts again"
+            )
+            fail_ticket(changes, row.ticket_id, row.state, error)
+        disowned = [row.id for row in changes.tx.all(DISOWNED, limit=AT_ONCE)]
+        for runs in [[one] for one in disowned] if changes.isolating else [disowned] if disowned else []:
+            for _ in changes.each([runs], lambda runs: Culprit("run", runs[0])):
+                changes.cancel_runs(runs, error="the ticket was changed from outside")
         started = dependencies.recheck_blocked(changes)
         dependencies.release(changes)
         self._seen, self.has_more = written_by_others, len(stuck) == AT_ONCE

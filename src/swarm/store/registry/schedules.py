@@ -58,9 +58,10 @@ _DUE: Final = sa.text(
     "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.computed_at, w.name, w.version, w.enabled, w.steps, "
     "t.state AS last_state, t.completed_at AS last_completed_at FROM schedules s "
     "LEFT JOIN workflows w ON w.id = s.workflow_id LEFT JOIN tickets t ON t.id = s.last_ticket_id "
-    "WHERE s.next_at <= :now_ms OR s.computed_at > :latest_ms ORDER BY s.next_at, s.workflow, s.number"
+    "WHERE s.next_at <= :now_ms OR s.next_at >= '' OR s.computed_at > :latest_ms "
+    "ORDER BY s.next_at, s.workflow, s.number"
 )
-_NEXT: Final = sa.text("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms")
+_NEXT: Final = sa.text("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms AND next_at < ''")
 _FIRE: Final = sa.text(
     "UPDATE schedules SET next_at = :next_at, computed_at = :now_ms, last_at = COALESCE(:last_at, last_at), "
     "last_ticket_id = COALESCE(:last_ticket_id, last_ticket_id), missed_count = missed_count + :dropped, "
@@ -159,9 +160,7 @@ def _sync_rows(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
             cron = schedule.parse(one.cron, one.time_zone)
             if not flag(newest.enabled):
                 pass
-            elif (
-                former is not None and former.next_at is not None and former.computed_at <= now_ms + CLOCK_CORRECTED_MS
-            ):
+            elif former is not None and former.next_at is not None and _is_plausible(former, now_ms):
                 next_at, computed_at = former.next_at, former.computed_at
             else:
                 next_at = ms(cron.after(moment(now_ms)))
@@ -184,6 +183,12 @@ def _sync_rows(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
         )
 
 
+def _is_plausible(row: Row, now_ms: int) -> bool:
+    """False if its time must be computed again: the clock was corrected, or another program wrote what is no time."""
+    numbers = isinstance(row.next_at, int) and isinstance(row.computed_at, int)
+    return numbers and row.computed_at <= now_ms + CLOCK_CORRECTED_MS
+
+
 def _is_sound(row: Row) -> bool:
     """Other tools may write to `workflows`: rows whose id or name can't be a parameter of a statement are ignored."""
     return bool(row.name) and all(isinstance(v, str) and storable(v) for v in (row.id, row.name, row.version))
@@ -200,7 +205,7 @@ def due(tx: Tx) -> DueSchedules:
     now_ms = tx.now_ms
     found, stale = [], False
     for row in tx.all(_DUE, now_ms=now_ms, latest_ms=now_ms + CLOCK_CORRECTED_MS):
-        if row.name != row.workflow or not flag(row.enabled) or row.computed_at > now_ms + CLOCK_CORRECTED_MS:
+        if row.name != row.workflow or not flag(row.enabled) or not _is_plausible(row, now_ms):
             stale = True
         else:
             found.append(

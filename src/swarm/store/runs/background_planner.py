@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 
 import sqlalchemy as sa
@@ -14,6 +15,8 @@ from swarm.store.runs.decision import Decided
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.database import Database
 from swarm.store.sql.threads import ConnectionThread
+from swarm.store.tickets.changes import Culprit
+from swarm.store.tickets.isolation import IsolatingThread, RowFault, sentence
 
 log = structlog.get_logger(__name__)
 
@@ -21,7 +24,7 @@ log = structlog.get_logger(__name__)
 class BackgroundPlanner:
     """``write``: the thread that writes decisions. The reading thread starts when it is first needed."""
 
-    def __init__(self, db: Database, workflows: WorkflowEngine, write: ConnectionThread) -> None:
+    def __init__(self, db: Database, workflows: WorkflowEngine, write: IsolatingThread) -> None:
         self._db = db
         self._workflows = workflows
         self._write = write
@@ -65,6 +68,10 @@ class BackgroundPlanner:
                 again = decided is not None and await self._write.call_batch(self._workflows.apply, decided)
         except SwarmError as error:
             log.warning("can't advance a workflow yet", run=run, error=str(error))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # a value that another program wrote
+            fault = RowFault(Culprit("run", run), sentence(error))
+            with contextlib.suppress(Exception):  # what can't be failed is taken up again by a later claim
+                await self._write.call(self._workflows.isolation.fail, fault)
         except Exception:  # a bug that affects one run: it is tried again, and other runs continue
             log.exception("a decision failed", run=run)
         finally:

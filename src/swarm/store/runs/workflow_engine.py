@@ -28,7 +28,8 @@ from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import dump, lenient, new_id, shallow
 from swarm.store.sql.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.store.tickets import dependencies
-from swarm.store.tickets.changes import Changes
+from swarm.store.tickets.changes import Changes, Culprit
+from swarm.store.tickets.isolation import Isolation
 from swarm.workflow.state import Ask, Verdict
 
 # All decisions of one transaction may take this long together; the rest are made outside.
@@ -77,7 +78,8 @@ class WorkflowEngine:
     ``planning_seconds``: see `PLANNING_SECONDS`; with less than 0 every decision is made outside.
     """
 
-    def __init__(self, *, planning_seconds: float) -> None:
+    def __init__(self, *, planning_seconds: float, isolation: Isolation) -> None:
+        self.isolation = isolation
         self._planning_seconds = planning_seconds
         self.definitions = Definitions()
         self._agents = Agents()
@@ -112,27 +114,31 @@ class WorkflowEngine:
             changes.flush()
             run_id = next(iter(changes.pending_runs))
             keys = changes.pending_runs.pop(run_id)
-            run = decision.load_live(changes.tx, run_id)
-            if run is None:
-                continue
-            pending, run.unprocessed = run.unprocessed is not None, [*(run.unprocessed or ()), *keys]
-            try:
-                if pending or time.monotonic() - began > self._planning_seconds:
-                    raise TooExpensive
-                decided = decision.decide(
-                    changes.tx, run, self.definitions, TransactionEvaluator(), in_transaction=True
-                )
-            except TooExpensive:
-                due_at = run.row.due_at
-                if not pending:
-                    deferred.append(run.id)
-                    due_at = changes.tx.now_ms + (_DECIDING_MS if take_up else 0)
-                changes.add(_DEFER, id=run.id, unprocessed=dump(run.unprocessed), due_at=due_at)
-            else:
-                self._write(changes, run, decided)
+            for _ in changes.each([run_id], lambda run_id: Culprit("run", run_id)):
+                self._advance(changes, run_id, keys, deferred, began, take_up=take_up)
         changes.flush()
         dependencies.release(changes)
         return deferred
+
+    def _advance(
+        self, changes: Changes, run_id: str, keys: list[str], deferred: list[str], began: float, *, take_up: bool
+    ) -> None:
+        run = decision.load_live(changes.tx, run_id)
+        if run is None:
+            return
+        pending, run.unprocessed = run.unprocessed is not None, [*(run.unprocessed or ()), *keys]
+        try:
+            if pending or time.monotonic() - began > self._planning_seconds:
+                raise TooExpensive
+            decided = decision.decide(changes.tx, run, self.definitions, TransactionEvaluator(), in_transaction=True)
+        except TooExpensive:
+            due_at = run.row.due_at
+            if not pending:
+                deferred.append(run.id)
+                due_at = changes.tx.now_ms + (_DECIDING_MS if take_up else 0)
+            changes.add(_DEFER, id=run.id, unprocessed=dump(run.unprocessed), due_at=due_at)
+        else:
+            self._write(changes, run, decided)
 
     def process_due(self, changes: Changes) -> list[str]:
         """Reject approvals that nobody answered in time, end late runs, and take up noted decisions.
@@ -140,9 +146,11 @@ class WorkflowEngine:
         Returns the runs that the caller must decide on.
         """
         tx, undecided = changes.tx, []
-        for row in tx.all(_UNANSWERED, now_ms=tx.now_ms, limit=_DUE_LIMIT):
+        unanswered = tx.all(_UNANSWERED, now_ms=tx.now_ms, limit=_DUE_LIMIT)
+        for row in changes.each(unanswered, lambda row: row.ticket_id):
             answer(changes, row, Verdict(approved=False, by="swarm", why="nobody answered in time"))
-        for row in tx.all(_DUE, now_ms=tx.now_ms, limit=_DUE_LIMIT):
+        due = tx.all(_DUE, now_ms=tx.now_ms, limit=_DUE_LIMIT)
+        for row in changes.each(due, lambda row: Culprit("run", row.id)):
             late = row.deadline_at is not None and row.deadline_at <= tx.now_ms
             if late and TIME_IS_UP not in (row.unprocessed or ""):
                 run = decision.load_live(tx, row.id)
@@ -160,7 +168,13 @@ class WorkflowEngine:
 
     def apply(self, tx: Tx, decisions: Sequence[Decided]) -> Sequence[bool]:
         """Write decisions that were made outside. True for a run that needs another decision at once."""
-        return [self._apply(Changes(tx), decided) for decided in decisions]
+        return [self._apply_one(tx, decided) for decided in decisions]
+
+    def _apply_one(self, tx: Tx, decided: Decided) -> bool:
+        with self.isolation.of(tx) as changes:
+            for _ in changes.each([decided], lambda decided: Culprit("run", decided.run_id)):
+                return self._apply(changes, decided)
+        return False
 
     def _apply(self, changes: Changes, decided: Decided) -> bool:
         run = decision.load_live(changes.tx, decided.run_id)

@@ -107,7 +107,9 @@ def _explain(error: BaseException) -> str | None:
 
 SQLITE: Final = Dialect(
     name="sqlite",
-    now_ms="CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) + (SELECT offset_ms FROM clock)",
+    # An offset that another program removed counts as 0, one beyond all dates as the last one possible.
+    now_ms="CAST(round((julianday('now') - 2440587.5) * 86400000.0) + COALESCE((SELECT "
+    "max(min(CAST(offset_ms AS REAL), 1e13), -1e12) FROM clock LIMIT 1), 0) AS INTEGER)",
     written_by_others="(SELECT data_version FROM pragma_data_version)",
     begin_write="BEGIN IMMEDIATE",
     begin_read="BEGIN",

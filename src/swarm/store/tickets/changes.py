@@ -4,14 +4,17 @@ attempt must pass. Every transition is written together with its event.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeVar
 
 import sqlalchemy as sa
 
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, RunStatus, StepStatus, TicketState
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.rows import dump, event_values, lenient, message, milliseconds
+
+T = TypeVar("T")
 
 # Left joins: other tools may have deleted any of these rows.
 _FENCE = """
@@ -108,15 +111,55 @@ def owns(row: Row) -> bool:
     )
 
 
-class Changes:
-    """Collect, then `flush`. `cancel_runs`, `delete_runs` and `cancel_orphans` flush by themselves."""
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """Whose changes are being written: a ticket's or a run's (by its id), or a duty that serves many (by its name)."""
 
-    def __init__(self, tx: Tx) -> None:
+    kind: Literal["ticket", "run", "duty"]
+    id: object
+
+
+class Changes:
+    """Collect, then `flush`. `cancel_runs`, `delete_runs` and `cancel_orphans` flush by themselves.
+
+    ``skips``: given after a fault, to find out whose it is (isolation.py); None while all is well.
+    """
+
+    def __init__(self, tx: Tx, skips: Callable[[Culprit], bool] | None = None) -> None:
         self.tx = tx
+        self.culprit: Culprit | None = None
+        self._skips = skips
         self.ended: dict[str, TicketState] = {}  # by this transaction; other tickets may depend on them
         # Runs that need a decision, each with the steps that ended or were answered; see `advance_workflows`.
         self.pending_runs: dict[str, list[str]] = {}
         self._rows: dict[sa.TextClause, list[Mapping[str, Any]]] = {}
+
+    @property
+    def isolating(self) -> bool:
+        return self._skips is not None
+
+    def each(self, rows: Iterable[T], ticket: Callable[[T], object]) -> Iterator[T]:
+        """``rows``, one after the other. In isolation, each one's changes are written before the next one's turn, and
+        those of skipped tickets are left out. ``ticket``: a row's ticket, or its Culprit."""
+        if self._skips is None:
+            yield from rows
+            return
+        self.flush()
+        before = self.culprit
+        for row in rows:
+            found = ticket(row)
+            culprit = found if isinstance(found, Culprit) else Culprit("ticket", found)
+            if self._skips(culprit):
+                continue
+            self.culprit = culprit
+            yield row
+            self.flush()
+            self.culprit = before
+
+    def kept(self, rows: list[T], ticket: Callable[[T], object]) -> list[T]:
+        """Without those of skipped tickets."""
+        skips = self._skips
+        return rows if skips is None else [row for row in rows if not skips(Culprit("ticket", ticket(row)))]
 
     def add(self, statement: sa.TextClause, **values: Any) -> None:
         self._rows.setdefault(statement, []).append(values)

@@ -72,7 +72,7 @@ def release(changes: Changes) -> None:
 
 def _apply(changes: Changes, blocked: Iterable[str], blockers: Mapping[str, str | None]) -> bool:
     started = False
-    for one in blocked:
+    for one in changes.each(blocked, str):
         if one not in blockers:
             changes.set_ticket(one, TicketState.BLOCKED, TicketState.READY)
             started = True

@@ -189,7 +189,11 @@ def queue(tx: Tx) -> QueueStatus:
     row = tx.first(QUEUE)
     assert row is not None
     oldest = [ms for ms in (milliseconds(row.oldest_ticket), milliseconds(row.oldest_step)) if ms is not None]
-    due = [ms for ms in (row.next_step, row.next_lease, row.next_run, row.next_answer) if ms is not None]
+    due = [
+        ms
+        for ms in (row.next_step, row.next_lease, row.next_run, row.next_answer)
+        if isinstance(ms, int | float)  # another program may have written text; the upkeep fails its ticket
+    ]
     return QueueStatus(
         ready=row.ready_tickets + row.ready_steps,
         running=row.running,
@@ -204,5 +208,5 @@ def queue(tx: Tx) -> QueueStatus:
 def due(tx: Tx) -> Due:
     row = tx.first(NEXT_DUE)
     assert row is not None
-    times = [ms for ms in (row.step, row.lease, row.run, row.answer) if ms is not None]
+    times = [ms for ms in (row.step, row.lease, row.run, row.answer) if isinstance(ms, int | float)]
     return Due(ready=bool(row.ready), next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)

@@ -1,0 +1,148 @@
+"""One ticket's rows that can't be written or read, by whoever's doing: that ticket fails, and all others run."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarm.errors import LeaseLost
+from swarm.model import Succeeded
+from swarm.store.registry import schedules
+from swarm.store.store import Store
+from tests.store.databases import LEASE, Outside, claim_one, claimed, insert
+from tests.store.flows import register
+
+DONE = Succeeded(outputs="{}")
+
+
+async def finish(store: Store, attempt_id: str) -> None:
+    await store.finish(attempt_id, DONE, timings={}, vm_time_ms=0)
+
+
+async def other_runs(store: Store, outside: Outside) -> None:
+    """A ticket that nobody has touched goes all its way."""
+    insert(outside, "other")
+    claims = [claim for claim in await claimed(store, limit=5) if claim.ticket.id == "other"]
+    claims = claims or [c for c in await claimed(store, limit=5) if c.ticket.id == "other"]
+    await store.due()
+    await store.queue()
+    await finish(store, claims[0].attempt_id)
+    assert (await store.ticket("other")).state == "done"
+
+
+async def test_an_index_that_refuses_a_second_ticket_of_a_project(store: Store, outside: Outside) -> None:
+    outside.execute("CREATE UNIQUE INDEX one ON tickets(project_id) WHERE state = 'in_progress'")
+    for id in ("a", "b"):
+        insert(outside, id, project_id="p")
+    claims = await claimed(store, limit=5)
+    assert len(claims) == 1
+    refused = {"a", "b"} - {claims[0].ticket.id}
+    ticket = await store.ticket(refused.pop())
+    assert ticket.state == "failed" and "UNIQUE constraint failed: tickets.project_id" in (ticket.error or "")
+    await other_runs(store, outside)
+
+
+@pytest.mark.parametrize("kind", ["ABORT", "FAIL", "ROLLBACK"])
+async def test_a_trigger_that_refuses_the_end(store: Store, outside: Outside, kind: str) -> None:
+    outside.execute(f"""CREATE TRIGGER no BEFORE UPDATE OF state ON tickets WHEN NEW.id = 'a' AND NEW.state = 'done'
+                    BEGIN SELECT RAISE({kind}, 'not before noon'); END""")
+    insert(outside, "a")
+    insert(outside, "b")
+    claims = {claim.ticket.id: claim for claim in await claimed(store, limit=2)}
+    await finish(store, claims["b"].attempt_id)
+    with pytest.raises(LeaseLost, match="has ended as cancelled"):
+        await finish(store, claims["a"].attempt_id)
+    ticket = await store.ticket("a")
+    assert ticket.state == "failed" and "not before noon" in (ticket.error or "")
+    assert (await store.ticket("b")).state == "done"
+    await other_runs(store, outside)
+
+
+@pytest.mark.parametrize("kind", ["ABORT", "FAIL", "ROLLBACK"])
+async def test_a_ticket_that_can_not_even_fail_is_skipped(store: Store, outside: Outside, kind: str) -> None:
+    insert(outside, "a")
+    claim = await claim_one(store)
+    outside.execute(f"""CREATE TRIGGER no BEFORE UPDATE ON tickets WHEN NEW.id IN ('a', 'c')
+                    BEGIN SELECT RAISE({kind}, 'frozen'); END""")
+    insert(outside, "c")
+    with pytest.raises(LeaseLost, match="refuses all changes"):
+        await finish(store, claim.attempt_id)
+    await other_runs(store, outside)
+    assert set(store.isolation.skipped) == {"ticket 'a'", "ticket 'c'"}
+    assert all("frozen" in why for why in store.isolation.skipped.values())
+    await store.shift_clock(round(LEASE * 2000))  # its lease ends, which nobody can write
+    assert await claimed(store) == []
+    assert ((await store.due()).next_ms or 0) >= 1000  # no reason to ask all the time
+    renewal = await store.renew([claim.attempt_id], lease_seconds=LEASE)
+    assert not renewal.lost and not renewal.cancelled
+
+
+async def test_a_dependant_that_can_not_be_released_does_not_fail_what_it_depends_on(
+    store: Store, outside: Outside
+) -> None:
+    outside.execute("""CREATE TRIGGER no BEFORE UPDATE ON tickets WHEN NEW.id = 'late' AND NEW.state <> 'blocked'
+                    BEGIN SELECT RAISE(ABORT, 'frozen'); END""")
+    insert(outside, "early")
+    claim = await claim_one(store)
+    outside.execute("INSERT INTO ticket_dependencies VALUES ('late', 'early')")
+    insert(outside, "late", state="blocked")
+    await finish(store, claim.attempt_id)
+    assert (await store.ticket("early")).state == "done"
+    await other_runs(store, outside)
+
+
+# Values in columns that only Swarm writes, of a ticket that waits for its second try.
+WRONG = {
+    "available_at": "UPDATE step_executions SET status = 'ready', attempt_id = NULL, available_at = datetime('now')",
+    "available_at of a waiting step": "UPDATE step_executions SET status = 'waiting', available_at = 'soon'",
+    "lease_until": "UPDATE attempts SET lease_until = datetime('now')",
+    "due_at": "UPDATE workflow_runs SET due_at = 'noon'",
+    "deadline_at": "UPDATE workflow_runs SET deadline_at = 'noon', due_at = 1",
+    "deadline_at alone": "UPDATE workflow_runs SET deadline_at = 'noon'",
+    "unprocessed": "UPDATE workflow_runs SET unprocessed = 'x', due_at = 1",
+    "progress": "UPDATE workflow_runs SET progress = '{', unprocessed = '[]', due_at = 1",
+    "progress of another shape": """UPDATE workflow_runs SET progress = '{"a": 1}', unprocessed = '[]', due_at = 1""",
+}
+
+
+@pytest.mark.parametrize("sql", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("planning_seconds", [1.0, -1.0], ids=["within", "outside"])
+async def test_wrong_values_fail_only_their_ticket(store: Store, outside: Outside, sql: str) -> None:
+    flow = await register(store, "steps: [{id: one, agent: echo}]")
+    insert(outside, "bad", agent_id=None, execution_mode="workflow", workflow_id=flow, timeout_seconds=3600.0)
+    await claimed(store)
+    while await store.decided() or not await store.attempts("bad"):
+        await claimed(store)
+    outside.execute(sql)
+    for _ in range(5):
+        await claimed(store)
+        await store.decided()
+    await other_runs(store, outside)
+    ticket = await store.ticket("bad")
+    assert (ticket.state, bool(ticket.error)) == ("failed", True)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DELETE FROM clock",
+        "UPDATE clock SET offset_ms = 'x'",
+        "UPDATE clock SET offset_ms = 9e18",
+        "INSERT INTO clock VALUES (7)",
+    ],
+)
+async def test_the_clock_was_changed(store: Store, outside: Outside, sql: str) -> None:
+    outside.execute(sql)
+    await other_runs(store, outside)
+
+
+@pytest.mark.parametrize("column", ["next_at", "computed_at"])
+async def test_a_schedule_whose_time_is_no_number_is_computed_again(
+    store: Store, outside: Outside, column: str
+) -> None:
+    await register(store, "schedule: [{cron: '5 5 5 5 *'}]\nsteps: [{id: one, agent: echo}]")
+    outside.execute(f"UPDATE schedules SET {column} = datetime('now')")
+    await store.due_schedules()
+    ((next_at, computed_at),) = outside.execute("SELECT next_at, computed_at FROM schedules")
+    assert isinstance(next_at, int) and isinstance(computed_at, int)
+    assert (await store.due_schedules()).next_ms is not None
+    assert schedules.moment(next_at).month == 5
