@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
 from swarm.store.claims.finish import sweep
-from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_row, has_clean_id
+from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
 from swarm.store.registry.agents import IDS_OF_NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.database import Row, Tx
@@ -37,7 +37,9 @@ READY_TICKET: Final = sa.text(f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.i
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
        s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
-       s.ticket_created_at, r.path, r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
+       s.ticket_created_at, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
+       FROM attempts a WHERE a.step_execution_id = s.id AND (a.outcome IS NULL OR a.outcome = 'succeeded')) AS taken,
+       r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
        (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries,
        r.ticket_id, t.id AS ticket, t.run_id AS ticket_run,
        {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
@@ -156,8 +158,7 @@ class _ClaimTransaction:
 
     def __init__(self, claimer: Claimer, tx: Tx, request: ClaimRequest, changes: Changes) -> None:
         self.claimer, self.tx, self.request, self.changes = claimer, tx, request, changes
-        self.result = Claimed()
-        self.bad_rows = 0
+        self.result, self.bad_rows = Claimed(), 0
         self.memory_left = request.memory_mb
         self.deferred = 0  # workflows that begin once their first decision is made, outside the transaction
         # The next step in turn doesn't fit into memory. Those behind it wait too, so that it isn't starved.
@@ -232,11 +233,8 @@ class _ClaimTransaction:
         candidates = self.changes.kept(candidates, _Candidate.ticket_id)
         if not candidates:
             return False
-        waits = (
-            dependencies.check(self.tx, [row.id for row in tickets if has_clean_id(row.id)])
-            if self.dependencies
-            else {}
-        )
+        ids = [row.id for row in tickets if has_clean_id(row.id)] if self.dependencies else []
+        waits = dependencies.check(self.tx, ids) if ids else {}
         works: list[tuple[_Candidate, Work]] = []
         for candidate in self.changes.each(candidates, _Candidate.ticket_id):
             row = candidate.row
@@ -280,6 +278,8 @@ class _ClaimTransaction:
             self.changes.delete_runs([row.run_id])
         elif row.state not in running or row.ticket_run != row.root_run:
             self.changes.cancel_runs([row.root_run], error="the ticket was changed from outside")
+        elif row.taken:
+            fail_made_ready(self.changes, row)
         else:
             ticket = validation.strict_ticket(row)
             return Work(ticket=ticket, agent_id=row.step_agent_id or "", inputs=row.step_inputs or "{}")
@@ -306,8 +306,7 @@ class _ClaimTransaction:
             self._end_former(row)
         fail_row(self.changes, row, str(error))
 
-    def _fail_step(self, row: Row, error: str) -> None:
-        """A step of a workflow that can't be started: its run decides what follows."""
+    def _fail_step(self, row: Row, error: str) -> None:  # in a workflow: its run decides what follows
         self.changes.add(FAIL_STEP, id=row.step_execution_id, error=error, now=self.tx.now)
         self.changes.transition(
             "step", StepStatus.READY, StepStatus.FAILED, ticket_id=row.ticket_id, step_id=row.step_id, error=error

@@ -42,6 +42,44 @@ MISTYPED: Final = sa.text("""
       FROM tickets t JOIN workflow_runs r ON r.ticket_id = t.id
       WHERE t.state IN ('in_progress', 'waiting') AND r.status IN ('running', 'waiting') AND r.deadline_at >= ''
     LIMIT :limit""")
+# Runs that nothing would ever continue, since rows of theirs were deleted or changed: what `swarm prove` would report.
+_UNDER_WAY: Final = (
+    "FROM tickets t JOIN workflow_runs r ON r.ticket_id = t.id AND COALESCE(r.root_run_id, r.id) = t.run_id "
+    "{joins} WHERE t.state IN ('in_progress', 'waiting') AND r.status IN ('running', 'waiting') AND "
+)
+STALLED: Final = sa.text(
+    "SELECT t.id, t.state, NULL AS step_id, NULL AS step "
+    + _UNDER_WAY.format(joins="")
+    + "r.unprocessed IS NULL AND NOT EXISTS (SELECT 1 FROM step_executions s WHERE s.run_id = r.id "
+    "AND (s.status IN ('ready', 'running') OR s.status = 'waiting' AND s.question IS NOT NULL)) LIMIT :limit"
+)
+UNATTENDED: Final = sa.text(
+    "SELECT t.id, t.state, s.step_id, NULL AS step "
+    + _UNDER_WAY.format(
+        joins="JOIN step_executions s ON s.run_id = r.id AND s.status = 'running' "
+        "LEFT JOIN attempts a ON a.id = s.attempt_id"
+    )
+    + "(a.id IS NULL OR a.outcome IS NOT NULL) AND NOT (s.attempt_id IS NULL AND (s.fan_out IS NOT NULL OR EXISTS "
+    "(SELECT 1 FROM workflow_runs w WHERE w.parent_step_id = s.id AND w.status IN ('running', 'waiting')))) "
+    "LIMIT :limit"
+)
+UNDONE: Final = sa.text(
+    "SELECT t.id, t.state, s.step_id, s.id AS step "
+    + _UNDER_WAY.format(
+        joins="JOIN step_executions s ON s.run_id = r.id AND s.status <> 'completed' "
+        "JOIN attempts a ON a.step_execution_id = s.id"
+    )
+    + "a.outcome = 'succeeded' LIMIT :limit"
+)
+_WHY: Final = (
+    (UNDONE, "its step {step} succeeded, but another program changed its status"),
+    (UNATTENDED, "its step {step} is running, but no attempt runs it: another program changed or deleted rows"),
+    (STALLED, "nothing would continue its run: another program changed or deleted rows of its steps"),
+)
+_COMPLETED: Final = sa.text(
+    "UPDATE step_executions SET status = 'completed' WHERE id = :id AND EXISTS "
+    "(SELECT 1 FROM attempts WHERE step_execution_id = :id AND outcome = 'succeeded')"
+)
 FAIL_BY_BYTES: Final = sa.text(
     "UPDATE tickets SET state = 'failed', error = :error, completed_at = :now, updated_at = :now "
     "WHERE id = :raw OR id = CAST(:raw AS TEXT)"
@@ -90,6 +128,7 @@ class Maintenance:
                 "Swarm sets it, and another program changed it; `swarm ticket retry` starts again"
             )
             fail_ticket(changes, row.ticket_id, row.state, error)
+        _fail_what_nothing_continues(changes)
         disowned = [row.id for row in changes.tx.all(DISOWNED, limit=AT_ONCE)]
         for runs in [[one] for one in disowned] if changes.isolating else [disowned] if disowned else []:
             for _ in changes.each([runs], lambda runs: Culprit("run", runs[0])):
@@ -100,6 +139,26 @@ class Maintenance:
         self._ended = time.monotonic()
         self._took = self._ended - began
         return started
+
+
+def _fail_what_nothing_continues(changes: Changes) -> None:
+    for statement, why in _WHY:
+        found = {row.id: row for row in changes.tx.all(statement, limit=AT_ONCE)}
+        for row in changes.each(found.values(), lambda row: row.id):
+            if row.step is not None:
+                changes.add(_COMPLETED, id=row.step)  # as it was; else it would look like work that was lost
+                changes.flush()
+            error = f"{why.format(step=validation.shown(row.step_id))}; `swarm ticket retry` starts again"
+            fail_ticket(changes, row.id, row.state, error)
+
+
+def fail_made_ready(changes: Changes, row: Row) -> None:
+    """Another program set a step to 'ready' that runs, or has ended: a second try could do its work twice."""
+    changes.add(_COMPLETED, id=row.step_execution_id)
+    changes.flush()
+    step = validation.shown(row.step_id)
+    error = f"another program set its step {step} to 'ready' by itself; `swarm ticket retry` starts again"
+    fail_ticket(changes, row.ticket_id, row.state, error)
 
 
 def has_clean_id(id: object) -> bool:
