@@ -39,13 +39,14 @@ MISTYPED: Final = sa.text("""
     UNION ALL SELECT r.ticket_id, t.state, 'due_at', r.due_at, NULL
       FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id WHERE r.due_at IS NOT NULL AND r.due_at >= ''
     UNION ALL SELECT r.ticket_id, t.state, 'deadline_at', r.deadline_at, NULL
-      FROM tickets t JOIN workflow_runs r ON r.ticket_id = t.id
-      WHERE t.state IN ('in_progress', 'waiting') AND r.status IN ('running', 'waiting') AND r.deadline_at >= ''
+      FROM tickets t CROSS JOIN workflow_runs r ON r.ticket_id = t.id
+      WHERE t.state IN ('in_progress', 'waiting', 'blocked') AND r.status IN ('running', 'waiting')
+        AND r.deadline_at >= ''
     LIMIT :limit""")
 # Runs that nothing would ever continue, since rows of theirs were deleted or changed: what `swarm prove` would report.
 _UNDER_WAY: Final = (
-    "FROM tickets t JOIN workflow_runs r ON r.ticket_id = t.id AND COALESCE(r.root_run_id, r.id) = t.run_id "
-    "{joins} WHERE t.state IN ('in_progress', 'waiting') AND r.status IN ('running', 'waiting') AND "
+    "FROM tickets t CROSS JOIN workflow_runs r ON r.ticket_id = t.id AND COALESCE(r.root_run_id, r.id) = t.run_id "
+    f"{{joins}} WHERE t.{UNFINISHED} AND t.state <> 'blocked' AND r.status IN ('running', 'waiting') AND "
 )
 STALLED: Final = sa.text(
     "SELECT t.id, t.state, NULL AS step_id, NULL AS step "
