@@ -294,7 +294,7 @@ async def test_a_clock_that_jumps_back_loses_nothing(plain: Bench) -> None:
 async def test_the_database_replaced_ends_it_with_one_clear_line(plain: Bench) -> None:
     agent = await plain.agent(HANG)
     plain.insert("t", agent.id)
-    with pytest.raises(StoreError, match="was moved or replaced"):
+    with pytest.raises(StoreError, match="was changed from outside"):
         async with running(plain) as (_, engine), asyncio.timeout(30):
             await plain.until_it_prints()
             new = plain.dir / "new.db"

@@ -120,7 +120,7 @@ async def test_another_file_in_its_place(file: Path, how: str) -> None:
             other = file.with_name("other.db")
             other.write_bytes(file.read_bytes())
             other.replace(file)
-        with pytest.raises(StoreError, match="moved or replaced"):
+        with pytest.raises(StoreError, match="was changed from outside"):
             for _ in range(3):
                 await wake.changed(timeout_seconds=2.0)
 

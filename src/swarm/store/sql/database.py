@@ -25,6 +25,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from swarm.errors import StoreError, UsageError
+from swarm.store.sql import files
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, explain
 from swarm.store.sql.rows import iso
 from swarm.store.sql.sqlite import SQLITE
@@ -174,6 +175,7 @@ class Database:
         self.url: URL = parsed
         self.busy_timeout_seconds = busy_timeout_seconds
         self.file = self.dialect.file(parsed)
+        self._changed: files.Identity | None = None  # what was opened before the files were changed from outside
         self.place = str(self.file) if self.file else parsed.render_as_string(hide_password=True)
 
     def check_directory(self) -> None:
@@ -202,7 +204,10 @@ class Database:
                 os.close(os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         engine = self._engine(write)
         with self.errors():
-            return engine.connect()
+            connection = engine.connect()
+        if write and self.file is not None:
+            connection.info["files"] = files.identity(self.file)
+        return connection
 
     def _engine(self, write: bool) -> Engine:
         engine = sa.create_engine(self.url, poolclass=sa.NullPool, paramstyle="named")
@@ -221,6 +226,12 @@ class Database:
     @contextmanager
     def transaction(self, connection: Connection) -> Iterator[Tx]:
         """Commits at the end, rolls back on any exception. Raises StoreError when the database itself fails."""
+        if self.file is not None and (opened := connection.info.get("files")) is not None:
+            try:
+                files.check(self.file, self._changed or opened)
+            except StoreError:
+                self._changed = opened  # a new connection would write into whatever is there now
+                raise
         with self.errors(), connection.begin():
             yield Tx(connection, self.dialect)
 

@@ -18,6 +18,7 @@ import structlog
 from asyncinotify import Inotify, Mask
 
 from swarm.errors import StoreError
+from swarm.store.sql import files
 
 log = structlog.get_logger(__name__)
 
@@ -37,8 +38,7 @@ class Wake:
 
     def __init__(self, file: Path) -> None:
         self._file = file.resolve()
-        self._names = {self._file.name, f"{self._file.name}-wal"}
-        self._inode = self._file.stat().st_ino
+        self._names = {self._file.name, f"{self._file.name}-wal", f"{self._file.name}-shm"}
         self._written = asyncio.Event()
         self._write_seen = False  # a write event whose commit is not visible yet
         self._after_commit = False  # the last write event led to a commit that was seen
@@ -46,6 +46,7 @@ class Wake:
         self._version = 0
         self._connection = sqlite3.connect(f"{self._file.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=0)
         self._version = self._data_version()
+        self._opened = files.identity(self._file)
 
     @classmethod
     @asynccontextmanager
@@ -64,14 +65,14 @@ class Wake:
 
     async def changed(self, *, timeout_seconds: float) -> bool:
         """True as soon as a commit is visible that the last call did not see; False after ``timeout_seconds``. Raises
-        StoreError when the file was moved or replaced."""
+        StoreError when the database's files were moved, removed or replaced."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
         while True:
             if self._written.is_set():
                 self._write_seen, self._after_commit = True, False
                 self._written.clear()
-            self._check_file()
+            files.check(self._file, self._opened)
             if await self._check_until_visible(deadline):
                 return True
             left = deadline - loop.time()
@@ -121,14 +122,6 @@ class Wake:
             if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
                 return self._version  # its log is being recovered or reset: the next check decides
             raise StoreError(f"can't read {self._file}: {error}") from error
-
-    def _check_file(self) -> None:
-        try:
-            same = self._file.stat().st_ino == self._inode
-        except OSError:
-            same = False
-        if not same:
-            raise StoreError(f"{self._file} was moved or replaced while an engine was using it; restart the engine")
 
     async def _listen(self) -> None:
         try:
