@@ -76,6 +76,7 @@ class Scheduler:
         self._evaluator = evaluator
         self._look = asyncio.Event()
         self._store_error = ""  # the last one, logged once
+        self._zone_missing: set[tuple[str, int, int]] = set()  # schedules whose row says so already
 
     def look(self) -> None:
         """There was a commit: there may be a new schedule."""
@@ -109,8 +110,8 @@ class Scheduler:
             if request is None:
                 held += 1
             elif await self._store.fire_schedule(request):
-                log.info(
-                    "schedule fired",
+                (log.warning if request.error else log.info)(
+                    "schedule can't run" if request.error else "schedule fired",
                     workflow=one.workflow,
                     tickets=[new.id for new in request.new],
                     dropped=request.dropped,
@@ -128,8 +129,14 @@ class Scheduler:
             if schedule.is_held(one, due.before):
                 return None
             plan = schedule.plan(one, moment(due.next_at), moment(now_ms), due.before)
+        except schedule.ZoneMissing as error:
+            # Tried again at each look, from the same due time; its row and the log say so once.
+            if (key := (due.workflow, due.number, due.next_at)) in self._zone_missing:
+                return None
+            self._zone_missing = {*list(self._zone_missing)[-1000:], key}
+            return FireRequest(due=due, next_at=due.next_at, last_at=None, dropped=0, new=(), error=str(error))
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError, OSError) as error:
-            # A time zone that this host doesn't know any more, or a row that was edited. Ignored until it is changed.
+            # A row that was edited. Ignored until it is changed.
             return FireRequest(due=due, next_at=None, last_at=None, dropped=0, new=(), error=str(error))
         dropped = plan.dropped
         tickets = []

@@ -109,12 +109,19 @@ def _explain(fields: str, error: str) -> str:
     return f"{fields!r} isn't a cron expression: {error}"
 
 
+class ZoneMissing(ValueError):
+    """This host has no data of a time zone. That may pass: the package may be being upgraded."""
+
+
 def zone(name: str) -> zoneinfo.ZoneInfo:
     """Raises ValueError."""
+    why = f"{name!r} isn't a time zone; write one such as Europe/Paris, or UTC"
     try:
         return zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"{name!r} isn't a time zone; write one such as Europe/Paris, or UTC") from None
+    except (zoneinfo.ZoneInfoNotFoundError, OSError):
+        raise ZoneMissing(why) from None
+    except ValueError:
+        raise ValueError(why) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

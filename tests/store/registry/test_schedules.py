@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import struct
+import zoneinfo
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +28,9 @@ from tests.store.sql.test_faults import program, result
 HOURLY = Schedule(cron="0 * * * *")
 FLOW = Workflow(name="flow", version="1.0.0", steps=(Step(id="a", agent="echo@1"),), schedule=(HOURLY,))
 HOUR = 3_600_000
+# Time-zone data (RFC 8536) of a zone that is always UTC.
+ZONE = b"TZif2" + bytes(15) + struct.pack(">6I", 0, 0, 0, 0, 1, 4) + bytes(6) + b"UTC\0"
+ZONE += b"TZif2" + bytes(15) + struct.pack(">6I", 0, 0, 0, 0, 1, 4) + bytes(6) + b"UTC\0" + b"\nUTC0\n"
 
 
 def now_ms(outside: Outside) -> int:
@@ -144,6 +151,39 @@ async def test_a_row_of_another_tool_may_be_anything(store: Store, outside: Outs
     assert ticket.title.startswith("flow, ")
     broken = [one for one in await store.schedules() if one.workflow != "flow"]
     assert all(one.next_at is None and one.error for one in broken)
+
+
+@pytest.fixture
+def zones(tmp_path: Path) -> Iterator[Path]:
+    """A directory that is where this process looks for time-zone data."""
+    (tmp_path / "Here").mkdir()
+    (tmp_path / "Here/Now").write_bytes(ZONE)
+    zoneinfo.reset_tzpath([str(tmp_path)])
+    yield tmp_path
+    zoneinfo.reset_tzpath()
+    zoneinfo.ZoneInfo.clear_cache()
+
+
+async def test_missing_time_zone_data_is_no_end(store: Store, outside: Outside, zones: Path) -> None:
+    await at(store, outside, "2030-01-01T07:30:00Z")
+    one = Schedule(cron="0 * * * *", time_zone="Here/Now")
+    await store.put_workflow(replace(FLOW, schedule=(one,)))
+    await fire(store)
+    await store.shift_clock(HOUR)
+    (zones / "Here/Now").unlink()
+    zoneinfo.ZoneInfo.clear_cache()
+    for _ in range(3):
+        await fire(store)
+    assert "isn't a time zone" in ((await only(store)).error or "")
+    assert await made(store) == []
+    outside.execute("UPDATE workflows SET enabled = 1")  # the schedules are read again meanwhile
+    await fire(store)
+    (zones / "Here/Now").write_bytes(ZONE)
+    zoneinfo.ZoneInfo.clear_cache()
+    await fire(store)
+    assert await times(store) == ["08:00"]
+    row = await only(store)
+    assert row.error is None and row.next_at == "2030-01-01T09:00:00.000Z"
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -164,6 +164,10 @@ def _sync_rows(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
                 next_at, computed_at = former.next_at, former.computed_at
             else:
                 next_at = ms(cron.after(moment(now_ms)))
+        except schedule.ZoneMissing as wrong:
+            error = str(wrong)
+            if former is not None and isinstance(former.next_at, int) and newest.enabled:
+                next_at = former.next_at  # when it is due, it is tried again
         except ValueError as wrong:
             error = str(wrong)
         tx.run(
