@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 from swarm.doctor import home
+from swarm.store.audit import TRIGGERS
 from swarm.store.store import Store
 
 
@@ -15,3 +18,19 @@ async def test_what_an_engine_skips_is_shown(tmp_path: Path) -> None:
         await store.heartbeat("old", host="h", pid=2, info={})
         found = [check for check in await home.database("here", store, store.head()) if check.name == "skipped"]
     assert [check.detail for check in found] == ["ticket 'a' is skipped by an engine: frozen"]
+
+
+async def test_what_a_rebuilt_table_lost_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "swarm.db"
+    async with Store.open(f"sqlite:///{file}") as store:
+        await store.migrate()
+        assert all("lost" not in check.detail for check in await home.database("here", store, store.head()))
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as gui:
+            made = {name for (name,) in gui.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")}
+            assert made == set(TRIGGERS)
+            gui.execute("CREATE TABLE rebuilt AS SELECT * FROM tickets")
+            gui.execute("DROP TABLE tickets")
+            gui.execute("ALTER TABLE rebuilt RENAME TO tickets")
+        (check,) = await home.database("here", store, store.head())
+    assert check.status == "fail"
+    assert "tickets_ready" in check.detail and "tickets_deleted, tickets_touched:" in check.detail

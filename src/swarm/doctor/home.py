@@ -9,6 +9,7 @@ from typing import Protocol
 from swarm.doctor.check import Check, fail, ok, warn
 from swarm.errors import SwarmError
 from swarm.model import ECHO_AGENT_ID, Agent
+from swarm.store.audit import Audit
 from swarm.store.sql.rows import WorkerRow
 
 
@@ -16,6 +17,7 @@ class OpenStore(Protocol):
     async def revision(self) -> str | None: ...
     async def agents(self) -> list[Agent]: ...
     async def workers(self) -> list[WorkerRow]: ...
+    async def audit(self, judge: Callable[[Audit], list[str]]) -> list[str]: ...
 
 
 async def database(place: str, store: OpenStore, head: str) -> list[Check]:
@@ -25,6 +27,11 @@ async def database(place: str, store: OpenStore, head: str) -> list[Check]:
         was = f"at migration {found}" if found else "empty"
         return [fail("database", f"{place} is {was}; this version of Swarm needs {head}", "swarm init")]
     checks = [ok("database", f"{place} can be opened, at migration {head}")]
+    if missing := await store.audit(lambda facts: facts.missing()):
+        what = f"{place} has lost {', '.join(missing)}: a program that rebuilt a table dropped them"
+        return [
+            fail("database", what, "create them again, as in swarm/store/migrations/versions/0001_first.sqlite.sql")
+        ]
     agents = await store.agents()
     if not any(agent.id == ECHO_AGENT_ID for agent in agents):
         checks.append(warn("agents", "the echo agent is not registered", "swarm init"))

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import lenient, milliseconds
+from swarm.store.sql.schema import metadata
 
 LOG: Final = sa.text(
     "SELECT seq, ticket_id, step_id, attempt_id, at, kind, data FROM events "
@@ -95,12 +96,22 @@ class StepFact:
     attempt_alive: bool
 
 
+TRIGGERS: Final = ("tickets_deleted", "tickets_touched", "workflows_added", "workflows_changed", "workflows_removed")
+_NAMES: Final = sa.text("SELECT name FROM sqlite_master WHERE type IN ('table', 'index', 'trigger')")
+
+
 class Audit:
     """A snapshot of the database. Its iterators work only during the call that received it."""
 
     def __init__(self, tx: Tx, since: str) -> None:
         self._tx = tx
         self.since = since
+
+    def missing(self) -> list[str]:
+        """Swarm's tables, indexes and triggers that are gone: a program that rebuilds a table drops its triggers."""
+        indexes = [index.name for table in metadata.tables.values() for index in table.indexes]
+        present = {row.name for row in self._tx.all(_NAMES)}
+        return [str(name) for name in (*metadata.tables, *indexes, *TRIGGERS) if name not in present]
 
     def log(self) -> Iterator[LogEntry]:
         for row in self._tx.stream(LOG, since=self.since):
