@@ -5,6 +5,7 @@
 - ``root``: uid 0
 - ``netns``: a network namespace of its own, as `make test` and tools/sandbox.py give one
 - ``qemu``: netns, and qemu-system-x86_64
+- ``cc``: a C compiler
 - ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
 
 Write ``pytestmark = pytest.mark.needs("netns", "qemu")`` for a module, or call ``need("qemu")`` in a test or fixture.
@@ -40,6 +41,8 @@ def lacks(thing: str) -> str:
         return "" if os.geteuid() == 0 else "needs root"
     if thing == "netns":
         return "" if SANDBOX else "needs a network namespace of its own: run `make test`, or tools/sandbox.py pytest"
+    if thing == "cc":
+        return "" if which("cc") else "needs a C compiler: apt-get install gcc"
     if thing == "qemu":
         return lacks("netns") or (
             "" if which("qemu-system-x86_64") else "needs qemu-system-x86_64: run tools/bootstrap"
@@ -48,7 +51,7 @@ def lacks(thing: str) -> str:
         from tests.vm import firecracker_here
 
         return lacks("netns") or firecracker_here.lacks()
-    raise LookupError(f"unknown need {thing!r}: use root, netns, qemu or firecracker")
+    raise LookupError(f"unknown need {thing!r}: use root, cc, netns, qemu or firecracker")
 
 
 def need(*things: str) -> None:
@@ -61,7 +64,7 @@ def need(*things: str) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "needs(*things): what the test can't run without: root, netns, qemu, firecracker"
+        "markers", "needs(*things): what the test can't run without: root, cc, netns, qemu, firecracker"
     )
     config.addinivalue_line("markers", "slow: starts programs, or tries very many cases; not in `make test-quick`")
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox

@@ -1,7 +1,7 @@
 """How fast is the engine, and what does it cost? `make bench-engine`, or `python -m tests.engine.bench [NAME …]`.
 
 The engine here is all of Swarm's but the VM: dispatcher, worker, store, and a null agent that succeeds at once. Every
-transition is recorded and durable (WAL, synchronous=NORMAL). Engines, and the programs that insert, are processes of
+transition is recorded, and on the disk before anybody is told. Engines, and the programs that insert, are processes of
 their own. Nothing is asserted: figures are for people.
 
     wake         commit of an outside INSERT → claim committed

@@ -46,6 +46,7 @@ from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
 from swarm.store.tickets import dependencies, events, tickets
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
+from swarm.store.untold import UNTOLD
 from swarm.workflow.definition import Workflow
 
 T = TypeVar("T")
@@ -54,16 +55,17 @@ _SHIFT_CLOCK: Final = sa.text("UPDATE clock SET offset_ms = offset_ms + :ms")
 
 
 class Store:
-    """Every method may raise StoreError: the database is locked, read-only, full, damaged or not migrated. When one
-    returns, its change is committed. Requests of many tasks (of one event loop) share transactions, so it is fast."""
+    """Every method may raise StoreError: the database is locked, read-only, full, damaged or not migrated. What one
+    returns is on the disk (but see `untold`). Requests of many tasks (of one event loop) share transactions."""
 
     def __init__(self, db: Database, *, over_budget: BudgetPolicy, planning_seconds: float) -> None:
         self._db, self.isolation = db, Isolation()
-        self._write = IsolatingThread(db, self.isolation)
-        self._read = ConnectionThread(db, write=False)
         self._workflows = WorkflowEngine(planning_seconds=planning_seconds, isolation=self.isolation)
         self._queue = Claimer(self._workflows)
         self._finisher = finish.Finisher(self._workflows, over_budget, self.isolation)
+        untold = (*UNTOLD, self._finisher.renew, self._finisher.running)
+        self._write = IsolatingThread(db, self.isolation, untold=untold)
+        self._read = ConnectionThread(db, write=False, untold=untold)
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
         self._approvals = approvals.Approvals(self._workflows)
 

@@ -74,6 +74,11 @@ def _now_ms(dialect: Dialect) -> sa.TextClause:
 
 
 @cache
+def _written_by_others(dialect: Dialect) -> sa.TextClause:
+    return sa.text(f"SELECT {dialect.written_by_others} AS number")
+
+
+@cache
 def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
     row: Any = namedtuple("Row", columns)  # type: ignore[misc]  # the names come from our own statements
     make: Callable[[Iterable[Any]], Any] = row._make
@@ -100,6 +105,17 @@ class Tx:
     @cached_property
     def now(self) -> str:
         return iso(self.now_ms)
+
+    @property
+    def written_by_others(self) -> int:
+        """Another number than before whenever another connection has changed the database."""
+        (row,) = self.all(_written_by_others(self.dialect))
+        return int(row.number)
+
+    @property
+    def own_changes(self) -> int:
+        """The number of rows that this connection has changed since it was opened."""
+        return int(self.connection.connection.driver_connection.total_changes)  # type: ignore[union-attr]
 
     def all(self, statement: sa.TextClause, **values: Any) -> list[Row]:
         return self._rows(_driver_sql(statement, self.connection.dialect), values)

@@ -67,8 +67,8 @@ def _connected(connection: sqlite3.Connection, write: bool, busy_timeout_seconds
     connection.text_factory = _decode
     pragmas = [f"busy_timeout = {int(busy_timeout_seconds * 1000)}", "foreign_keys = ON", "cache_size = -16000"]
     if write:
-        # NORMAL in WAL mode: a commit survives the death of any process. A power failure may undo the last commits,
-        # each of them as a whole.
+        # NORMAL in WAL mode: a commit survives the death of any process. What a power failure may not undo is flushed
+        # by us, outside the write lock (flush.py).
         pragmas += ["synchronous = NORMAL", "journal_size_limit = 67108864"]
     else:
         pragmas += ["query_only = ON"]

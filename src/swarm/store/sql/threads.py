@@ -3,6 +3,8 @@
 Group commit: while a transaction runs, requests queue up; the next transaction serves all of them, grouped by function.
 A request that is refused (LeaseLost, NotFound, …) gets its own error and leaves the others alone. After an unexpected
 error the whole transaction is undone, and each request runs again in a transaction of its own.
+
+A result is handed out when what it tells is on the disk (`flush`), so that a power failure can't take it back.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -21,6 +23,7 @@ from sqlalchemy.engine import Connection
 from swarm.base import crash_points
 from swarm.errors import StoreError, SwarmError
 from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.flush import Flusher
 
 P = ParamSpec("P")
 Request = TypeVar("Request")
@@ -50,11 +53,19 @@ class _Job:
 
 
 class ConnectionThread:
-    """One thread, one connection. ``close`` serves the requests made before it, then ends both."""
+    """One thread, one connection. ``close`` serves the requests made before it, then ends both.
 
-    def __init__(self, database: Database, *, write: bool) -> None:
+    ``untold``: functions whose results may be handed out before they are on the disk, since nobody outside learns of
+    them, or since it does no harm if a power failure takes them back.
+    """
+
+    def __init__(self, database: Database, *, write: bool, untold: Collection[Callable[..., Any]] = ()) -> None:
         self._database = database
         self._write = write
+        self._untold = frozenset(untold)
+        self._flusher = Flusher(database.file) if database.file is not None else None
+        self._seen: tuple[int, int] | None = None  # own changes, and others', up to the last transaction
+        self._unflushed = False  # results may tell something that isn't on the disk yet
         self._connection: Connection | None = None
         self._checked = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -135,9 +146,40 @@ class ConnectionThread:
         wanted = [job for job in jobs if not job.future.cancelled()]
         for job in wanted:
             if job.kind is _Kind.RAW:
-                _deliver([(job, self._raw(job))])
+                _deliver([(job, self._on_disk([job], [self._raw(job)])[0])])
         if grouped := [job for job in wanted if job.kind is not _Kind.RAW]:
-            _deliver(list(zip(grouped, self._serve(grouped), strict=True)))
+            _deliver(list(zip(grouped, self._on_disk(grouped, self._serve(grouped)), strict=True)))
+
+    def _on_disk(self, jobs: list[_Job], results: list[Any]) -> list[Any]:
+        """The results, once what they tell is on the disk. The write lock was released before."""
+        if self._flusher is None or not self._unflushed or not any(self._told(job) for job in jobs):
+            return results
+        try:
+            self._flusher.flush()
+        except OSError as error:
+            self._drop()
+            why = (
+                f"can't flush the database {self._database.place} to the disk: {error.strerror}; "
+                "what was written last may be gone after a power failure"
+            )
+            return [StoreError(why) for _ in jobs]
+        self._unflushed = False
+        return results
+
+    def _told(self, job: _Job) -> bool:
+        if job.kind is _Kind.RAW:
+            return self._write
+        return job.function not in self._untold
+
+    def _note_changes(self, tx: Tx, jobs: list[_Job]) -> None:
+        """Is there anything to flush? A batch tells only of what it has written itself. A single function may tell what
+        another process wrote and has not flushed yet."""
+        others = self._seen[1] if self._seen else -1
+        if any(job.kind is _Kind.SINGLE and self._told(job) for job in jobs):
+            others = tx.written_by_others
+        seen = tx.own_changes, others
+        if seen != self._seen:
+            self._seen, self._unflushed = seen, True
 
     def _refuse(self, jobs: list[_Job]) -> None:
         """Out of memory: every job without a result gets an error, since no caller may wait for ever. What was
@@ -168,6 +210,7 @@ class ConnectionThread:
                     found = _call(tx, [jobs[number] for number in numbers])
                     for number, result in zip(numbers, found, strict=True):
                         results[number] = result
+                self._note_changes(tx, jobs)
                 if crash_points.armed is not None:
                     _reach(by_function, "uncommitted")
             if crash_points.armed is not None:
@@ -178,6 +221,7 @@ class ConnectionThread:
         return results
 
     def _raw(self, job: _Job) -> Any:
+        self._unflushed = True  # it may write anything, tables included
         try:
             return job.function(self._open(check=False))
         except Exception as error:
@@ -198,6 +242,9 @@ class ConnectionThread:
 
     def _drop(self) -> None:
         connection, self._connection, self._checked = self._connection, None, False
+        self._seen = None
+        if self._flusher is not None:
+            self._flusher.close()
         if connection is not None:
             connection.close()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -149,8 +149,8 @@ def sentence(error: Exception) -> str:
 class IsolatingThread:
     """A writing thread whose requests are repeated in isolation when they raise what is no SwarmError."""
 
-    def __init__(self, db: Database, isolation: Isolation) -> None:
-        self._thread = thread = ConnectionThread(db, write=True)
+    def __init__(self, db: Database, isolation: Isolation, *, untold: Collection[Callable[..., Any]] = ()) -> None:
+        self._thread = thread = ConnectionThread(db, write=True, untold=untold)
         self._refusal = db.dialect.driver_error
         self._isolation = isolation
         self._tasks: set[asyncio.Task[None]] = set()

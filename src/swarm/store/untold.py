@@ -1,0 +1,16 @@
+"""Functions whose results may be handed out before they are on the disk (sql/threads.py)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from swarm.store.registry import schedules, secrets, workers
+from swarm.store.runs import artifacts
+from swarm.store.tickets import events, tickets
+
+# After a power failure no agent runs, so these tell nobody anything: what agents print, heartbeats; and, of a store's
+# own Finisher, leases and VM numbers.
+_WRITTEN: Final = (events.append, workers.heartbeat)
+# What engines ask for themselves.
+_READ: Final = (tickets.due, schedules.due, secrets.of_names, artifacts.resolve_references)
+UNTOLD: Final = (*_WRITTEN, *_READ)
