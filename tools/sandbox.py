@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from pathlib import Path
 CLONE_NEWNS, CLONE_NEWNET, PR_SET_CHILD_SUBREAPER = 0x00020000, 0x40000000, 36  # linux/sched.h, linux/prctl.h
 SI_KERNEL = 0x80  # siginfo.h: the terminal sent the signal, to the whole process group
 FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+NETNS_LOCK = Path("/run/swarm-netns.lock")  # src/swarm/vm/network/netns.py: the only file outside that CMD makes
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> int:
     if os.geteuid() != 0:
         print("sandbox: needs root, to make network namespaces", file=sys.stderr)
         return 1
+    lock_was_there = NETNS_LOCK.exists()
     enter()
     # Short, because Unix sockets live below it; on a disk, because work disks do.
     place = Path(tempfile.mkdtemp(prefix="sw", dir=on_disk("/tmp", "/var/tmp")))
@@ -58,7 +61,16 @@ def main(argv: list[str]) -> int:
         left_status = report(left)
         return status or left_status
     finally:
+        if not lock_was_there:
+            remove_netns_lock()
         shutil.rmtree(place, ignore_errors=True)
+
+
+def remove_netns_lock() -> None:
+    """Unless an engine of the host holds it. Other sandboxes have a /run/netns of their own: nothing is shared."""
+    with contextlib.suppress(OSError), NETNS_LOCK.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        NETNS_LOCK.unlink()
 
 
 def enter() -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from swarm.errors import LeaseLost
+from swarm.errors import LeaseLost, TicketWithdrawn
 from swarm.model import Agent, Cancelled, Event, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.store.sql.rows import Renewal
 from swarm.store.store import Store
@@ -159,7 +159,8 @@ async def test_one_lost_lease_does_not_undo_the_others(store: Store, outside: Ou
         store.running("nobody", 1),
         return_exceptions=True,
     )
-    assert [type(r) for r in results] == [type(None), LeaseLost, type(None), LeaseLost, type(None), LeaseLost]
+    none = type(None)
+    assert [type(r) for r in results] == [none, TicketWithdrawn, none, LeaseLost, none, LeaseLost]
     assert [(await store.ticket(name)).state for name in "abc"] == ["done", "cancelled", "done"]
     assert any(e.kind == "output" for e in await store.events("a"))
 
