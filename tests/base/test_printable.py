@@ -67,6 +67,7 @@ def test_a_log_line_is_one_line(as_json: bool) -> None:
         log.configure(as_json=as_json)
         with contextlib.redirect_stderr(said):
             structlog.get_logger().warning(f"event {HOSTILE}", **{f"key{HOSTILE}": f"a\n{HOSTILE}", "inner": [HOSTILE]})
+            log.LINES.finish()
     finally:
         structlog.reset_defaults()
     assert said.getvalue().count("\n") == 1 and said.getvalue().endswith("\n")
@@ -85,6 +86,7 @@ def test_an_error_in_the_log_keeps_its_lines(as_json: bool) -> None:
                 raise ValueError(HOSTILE)
             except ValueError:
                 structlog.get_logger().error("where", exc_info=True)
+            log.LINES.finish()
     finally:
         structlog.reset_defaults()
     shown(said.getvalue())

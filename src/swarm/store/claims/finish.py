@@ -75,7 +75,9 @@ class RunningRequest:
     vm_id: int
 
 
-def _lost(attempt_id: str, row: Row | None) -> LeaseLost:
+def _lost(attempt_id: str, row: Row | None, *, just_ended: bool = False) -> LeaseLost:
+    if just_ended:
+        return LeaseLost(f"the attempt {attempt_id} may no longer write: it has just ended; nothing was changed")
     if row is None or row.ticket is None:
         why = "its ticket was deleted"
     elif row.outcome is not None:
@@ -124,14 +126,15 @@ class Finisher:
             return row.ticket_id if row is not None else None
 
         results: dict[int, SwarmError | None] = dict.fromkeys(range(len(requests)), _SKIPPED)
+        ended: set[str] = set()  # by an earlier request of this batch
         for number, request in changes.each(enumerate(requests), lambda one: ticket(one[1])):
             row = rows.get(request.attempt_id)
-            if row is None or not owns(row):
-                results[number] = _lost(request.attempt_id, row)
+            if row is None or request.attempt_id in ended or not owns(row):
+                results[number] = _lost(request.attempt_id, row, just_ended=request.attempt_id in ended)
                 continue
             for event in request.events:
                 changes.add_event(event)
-            del rows[request.attempt_id]  # a second finish in the same batch finds the attempt ended
+            ended.add(request.attempt_id)
             agent = agents.get(row.agent_id)
             if (error := self._budget_error(row, request.outcome, agent)) is not None:
                 _ask_for_budget(changes, row, request, error)
