@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,13 +14,17 @@ from swarm.model import Agent, RetryPolicy
 from swarm.store.store import Store
 
 
-async def registered(store: Store, settings: Settings, place: Path, code: str, name: str, **fields: object) -> Agent:
+async def registered(
+    store: Store, settings: Settings, place: Path, code: str, name: str, *, files: Sequence[Path] = (), **fields: object
+) -> Agent:
     """Write an agent's files to the new directory ``place``, install and register it under the id ``name``.
 
-    ``fields``: those of `swarm.model.Agent`.
+    ``files`` are copied in beside the program. ``fields``: those of `swarm.model.Agent`.
     """
     place.mkdir(parents=True)
     (place / "main.py").write_text(code)
+    for file in files:
+        shutil.copy(file, place)
     manifest = {"name": name, "version": "1.0.0", "entry": ["main.py"]}
     (place / agents.MANIFEST).write_text(json.dumps(manifest | {key: _in_yaml(key, v) for key, v in fields.items()}))
     return await store.put_agent(replace(agents.install(place, settings.agents), id=name))

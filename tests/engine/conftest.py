@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,9 @@ class Bench:
     def database(self) -> Path:
         return self.settings.data_dir / "swarm.db"
 
-    async def agent(self, code: str, name: str = "agent", **manifest: object) -> Agent:
+    async def agent(self, code: str, name: str = "agent", *, files: Sequence[Path] = (), **manifest: object) -> Agent:
         """Register a Python agent with this program, under the id ``name``, as `swarm agent add` would."""
-        return await registered(self.store, self.settings, self.dir / name, code, name, **manifest)
+        return await registered(self.store, self.settings, self.dir / name, code, name, files=files, **manifest)
 
     def insert(self, id: str, agent_id: str, **columns: object) -> None:
         """As any tool would: plain SQL, another connection."""
@@ -65,7 +65,7 @@ class Bench:
 
     async def run(self, code: str, *, inputs: object = None, **manifest: object) -> Ticket:
         """Register an agent, insert a ticket for it, run that to its end."""
-        agent = await self.agent(code, "agent", **manifest)
+        agent = await self.agent(code, "agent", **manifest)  # type: ignore[arg-type]
         self.insert("t", agent.id, inputs=json.dumps(inputs or {}))
         return await run_ticket(self.store, self.worker, "t")
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from swarm.engine.run_once import run_ticket
 from tests.engine.conftest import Bench
 
 ECHO = "import json\nv = json.load(open('input.json'))['inputs']\njson.dump(v, open('output.json', 'w'))\n"
@@ -37,8 +38,11 @@ async def test_the_agent_finds_the_defaults(plain: Bench) -> None:
 
 @pytest.mark.parametrize("says", ["$.n", "can't be used"])
 async def test_outputs_that_do_not_fit_fail(plain: Bench, says: str) -> None:
-    schema = SCHEMA if says == "$.n" else '{"type": "nonsense"}'
-    ticket = await plain.run(ECHO, inputs={"n": "one"}, outputs_schema=schema)
+    agent = await plain.agent(ECHO, outputs_schema=SCHEMA)
+    if says != "$.n":
+        plain.sql('UPDATE agents SET outputs_schema = \'{"type": "nonsense"}\' WHERE id = ?', agent.id)
+    plain.insert("t", agent.id, inputs='{"n": "one"}')
+    ticket = await run_ticket(plain.store, plain.worker, "t")
     (attempt,) = await plain.attempts()
     assert (ticket.state, ticket.outputs, attempt.reason) == ("failed", None, "output_invalid")
     assert ticket.error and says in ticket.error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -224,8 +223,7 @@ async def test_the_sdk_and_the_shipped_agents_in_vms(gated: Bench, api: Messages
     """Clones of one template, in which the SDK's first call was made."""
     claude = await gated.store.agent("claude")
     like = {"requirements": claude.requirements, "preload": claude.preload, "memory_mb": claude.memory_mb}
-    program = await gated.agent(SDK, "sdk", network="gateway", **like)
-    shutil.copy(claude.path / "first_call.py", program.path)
+    program = await gated.agent(SDK, "sdk", network="gateway", files=[claude.path / "first_call.py"], **like)
     gated.insert("sdk", program.id)
     done = await run_ticket(gated.store, gated.worker, "sdk")
     got = json.loads(done.outputs or "{}")

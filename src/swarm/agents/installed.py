@@ -8,6 +8,7 @@ can't hand a directory of this host to a VM, and a row named like another agent 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import stat
@@ -68,10 +69,11 @@ class Installed:
         try:
             package = read_package(agent.path)
             digest = bundle_digest(agent.path)
-        except UsageError as error:
+        except (UsageError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, UsageError) else error
+            if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise cause from None  # that says nothing about the agent
             raise _refused(agent, str(error)) from None
-        except OSError as error:
-            raise _refused(agent, f"its files can't be read: {error}") from None
         if digest[:12] != digest_in_name(agent):
             raise _refused(agent, f"the files in {agent.path} were changed since it was added")
         self._known[identity] = package

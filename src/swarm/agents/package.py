@@ -177,7 +177,7 @@ def read_package(directory: Path) -> Package:
     except FileNotFoundError:
         raise UsageError(f"{directory} is not an agent: it has no {MANIFEST}") from None
     except OSError as error:
-        raise UsageError(f"{file} can't be read: {error}") from None
+        raise UsageError(f"{file} can't be read: {error}") from error
     document = yaml_manifest.load(text, name=f"{file} can't be read")
     if not isinstance(document.value, dict):
         raise UsageError(f"{file} must be a mapping of fields, such as `name: my-agent`")

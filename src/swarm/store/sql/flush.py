@@ -7,6 +7,7 @@ write-ahead log ourselves. One flush covers all earlier commits, of every proces
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,9 +21,19 @@ class Flusher:
         self._fd: int | None = None
         self._inode: tuple[int, int] | None = None
 
+    def prepare(self) -> None:
+        """Open the log now, if it exists: later this process may be out of descriptors."""
+        with contextlib.suppress(OSError):
+            if self._fd is None:
+                self._open()
+
     def flush(self) -> None:
-        """Raises OSError. The log exists as long as this process has a connection that has read something."""
-        found = self._log.stat()
+        """Raises OSError. Without a log there is nothing to flush: whoever closed the database last has put all of it
+        into the file, and flushed that."""
+        try:
+            found = self._log.stat()
+        except FileNotFoundError:
+            return
         if self._fd is None or (found.st_dev, found.st_ino) != self._inode:
             self._open()
         assert self._fd is not None

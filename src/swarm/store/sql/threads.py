@@ -237,6 +237,8 @@ class ConnectionThread:
             self._database.check_revision(self._connection)
             if self._write:
                 self._database.check_writable(self._connection)
+            if self._flusher is not None:
+                self._flusher.prepare()
             self._checked = True
         return self._connection
 
