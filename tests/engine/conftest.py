@@ -120,6 +120,7 @@ async def engine_process(
     ours = {"SWARM_STATE_DIR": bench.settings.state_dir, "SWARM_IMAGES_DIR": bench.settings.images}
     env = os.environ | {name: str(value) for name, value in ours.items()} | environment
     process = await asyncio.create_subprocess_exec(
+        "env", "--default-signal",  # also under `nohup`, which ignores SIGHUP
         sys.executable, *argv, "--home", str(bench.settings.home), *options,
         env=env, stdin=asyncio.subprocess.DEVNULL, stderr=stderr,
     )  # fmt: skip
