@@ -71,7 +71,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = Path(SANDBOX) / "t"
 
 
+# Directories whose tests start commands, engines or servers, most of them one each.
+SLOW = frozenset({"api", "bench", "chaos", "cli", "engine", "gateway"})
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name == "test_zz_leaks.py")  # last of all tests
 
 

@@ -30,6 +30,8 @@ from swarm.vm.drivers.process import AGENTD
 from tests.channel.agentd_here import TOKEN, identity
 from tests.gateway.messages_api import HAIKU, MessagesApi
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 CLAUDE, WORKER = (agents.read(next(d for d in agents.builtin() if d.name == n)) for n in ("claude", "claude-agent"))
 
 

@@ -22,6 +22,8 @@ from swarm.cel.expression import MAX_CHARS, ExpressionError, parse
 from swarm.cel.jail import Jail
 from tests.cel.local import Local
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 NAMES: dict[str, Any] = {
     "inputs": {
         "n": 3, "name": "x", "list": [1, 2, 3], "none": None, "big": "a" * 500_000, "many": list(range(10_000)),

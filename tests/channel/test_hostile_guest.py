@@ -16,6 +16,8 @@ from swarm.channel.proof import GUEST, proof
 from swarm.errors import AgentTimeout, ChannelError
 from tests.channel.agentd_here import TOKEN, frame, identity, serving
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 STATE = {
     "boot_id": "b", "generation": "g1", "crng_ready": True, "sshd": False, "hostname": "h", "machine_id": "m",
     "clock_ns": 1,

@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -14,6 +15,8 @@ from swarm.errors import Conflict, LeaseLost
 from swarm.model import Cancelled, Interrupted, Outcome, Succeeded
 from swarm.store.store import Store
 from tests.store.databases import ECHO, LEASE, RETRY, Backend, claimed, failed, insert, left_overs
+
+pytestmark = pytest.mark.slow  # tries very many cases
 
 NASTY = [
     "'",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
@@ -21,6 +22,8 @@ from swarm.model import Failed, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.store.claims.finish import LOST_TRIES
 from swarm.store.store import Store
 from tests.store.databases import SqliteBackend, SqliteOutside, claimed, insert, left_overs
+
+pytestmark = pytest.mark.slow  # tries very many cases
 
 T = TypeVar("T")
 

@@ -28,6 +28,8 @@ from swarm.vm.drivers.qemu import MEMORY_FILE, STATE_FILE, QemuDriver
 from swarm.vm.launcher import Launcher
 from swarm.vm.template import MANIFEST, Templates, key_of, shape, stoppable
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 TOKEN = b"t" * 32
 
 

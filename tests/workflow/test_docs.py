@@ -20,6 +20,8 @@ from swarm.workflow.parse import _Step
 from tests.vm.packages_here import wheel, wheels_from
 from tests.workflow.execute import REGISTRY, execute, registry, run_agent
 
+pytestmark = pytest.mark.slow  # tries very many cases
+
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

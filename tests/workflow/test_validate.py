@@ -28,6 +28,8 @@ from swarm.workflow.definition import (
 from swarm.workflow.structure import Graph
 from tests.workflow.execute import agent
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 TYPED = dataclasses.replace(
     agent("echo"),
     id="typed",

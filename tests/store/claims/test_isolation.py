@@ -11,6 +11,8 @@ from swarm.store.store import Store
 from tests.store.databases import LEASE, Outside, claim_one, claimed, insert
 from tests.store.flows import register
 
+pytestmark = pytest.mark.slow  # tries very many cases
+
 DONE = Succeeded(outputs="{}")
 
 

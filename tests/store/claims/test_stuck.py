@@ -10,6 +10,8 @@ from swarm.store.store import Store
 from tests.store.databases import LEASE, Outside, claimed, insert
 from tests.store.flows import register
 
+pytestmark = pytest.mark.slow  # tries very many cases
+
 PLAIN = ""
 CHAIN = "steps: [{id: one, agent: echo}, {id: two, agent: echo, needs: one}]"
 NESTED = "steps: [{id: outer, workflow: {steps: [{id: one, agent: echo}]}}]"

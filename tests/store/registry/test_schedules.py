@@ -25,6 +25,8 @@ from tests.cel.local import Local
 from tests.store.databases import Outside
 from tests.store.sql.test_faults import program, result
 
+pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
+
 HOURLY = Schedule(cron="0 * * * *")
 FLOW = Workflow(name="flow", version="1.0.0", steps=(Step(id="a", agent="echo@1"),), schedule=(HOURLY,))
 HOUR = 3_600_000
