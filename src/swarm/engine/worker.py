@@ -338,7 +338,7 @@ class Worker:
                 await asyncio.sleep(_STORE_RETRY_SECONDS)
 
     async def _flush(self) -> None:
-        """Request all writes at once: the store makes one transaction of them."""
+        """Request all writes at once: the store makes few transactions of them."""
         self._unwritten.clear()
         unrecorded = [a for a in self._running.values() if a.executing and a.vm_id is not None and not a.vm_recorded]
         writes = [self._append_events(), *(self._record_vm(attempt) for attempt in unrecorded)]

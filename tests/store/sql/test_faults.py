@@ -55,6 +55,7 @@ async def test_locked_by_another_process(url: str, outside: Outside) -> None:
     insert(outside, "t")
     async with Store.open(url, busy_timeout_seconds=0.2) as store:
         claim = await claim_one(store)
+        insert(outside, "another")
         async with program("hold-lock", url) as other:
             event = Event(ticket_id="t", kind="output", data={})
             loop = asyncio.get_running_loop()

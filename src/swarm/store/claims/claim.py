@@ -19,7 +19,7 @@ from swarm.store.registry.agents import IDS_OF_NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Dialect
-from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS, flag, milliseconds, new_id
+from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, milliseconds
 from swarm.store.sql.schema import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
@@ -168,6 +168,7 @@ class _ClaimTransaction:
         probed = self.tx.first(probe(self.tx.dialect))
         assert probed is not None
         self.tx.now_ms = probed.now_ms
+        self.ids = ids_in_order(probed.now_ms)
         self.dependencies = bool(probed.dependencies)
         self.steps = bool(probed.steps or probed.expired or probed.due)
         if probed.expired:
@@ -369,7 +370,7 @@ class _ClaimTransaction:
     def _attempt(self, candidate: _Candidate, work: Work, agent: Agent) -> Claim:
         row, ticket = candidate.row, work.ticket
         add, now, now_ms = self.changes.add, self.tx.now, self.tx.now_ms
-        attempt_id = new_id(now_ms)
+        attempt_id = next(self.ids)
         if candidate.is_step:
             run_id, step_execution_id, step_id = row.run_id, row.step_execution_id, row.step_id
             number, queued_at = row.tries + 1, row.queued_at
@@ -377,7 +378,7 @@ class _ClaimTransaction:
             add(START_STEP, attempt_id=attempt_id, now=now, step_execution_id=step_execution_id)
         else:
             self._end_former(row)
-            run_id, step_execution_id, step_id, number = new_id(now_ms), new_id(now_ms), "main", 1
+            run_id, step_execution_id, step_id, number = next(self.ids), next(self.ids), "main", 1
             queued_at = max(ticket.created_at or "", ticket.updated_at or "") or now
             timeout_seconds = validation.timeout_of(ticket, agent)
             add(

@@ -141,7 +141,6 @@ class Finisher:
             else:
                 _finish(changes, row, request, agent)
             results[number] = None
-        changes.flush()
         if changes.pending_runs:
             self._workflows.advance_workflows(changes)
         dependencies.release(changes)

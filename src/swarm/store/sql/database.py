@@ -85,8 +85,15 @@ def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
     return make
 
 
+class Outdated(Exception):
+    """Another program wrote, or is writing, since an optimistic transaction began: nothing of it was written."""
+
+
 class Tx:
     """An open transaction. A row is a named tuple of its statement's columns.
+
+    Changes are written before the next read, or else together with the commit: while a transaction reads and computes,
+    it holds no lock that another program's INSERT could meet.
 
     SQLAlchemy compiles each statement once; then the driver's cursor runs it directly, in a fifth of the time.
     """
@@ -95,6 +102,8 @@ class Tx:
         self.connection = connection
         self.dialect = dialect
         self._cursor = connection.connection.cursor()
+        self._unwritten: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
+        self._if_undone: list[Callable[[], None]] = []
 
     @cached_property
     def now_ms(self) -> int:
@@ -109,13 +118,8 @@ class Tx:
     @property
     def written_by_others(self) -> int:
         """Another number than before whenever another connection has changed the database."""
-        (row,) = self.all(_written_by_others(self.dialect))
-        return int(row.number)
-
-    @property
-    def own_changes(self) -> int:
-        """The number of rows that this connection has changed since it was opened."""
-        return int(self.connection.connection.driver_connection.total_changes)  # type: ignore[union-attr]
+        sql = _driver_sql(_written_by_others(self.dialect), self.connection.dialect)
+        return int(self._cursor.execute(sql).fetchone()[0])  # own changes don't matter to it
 
     def all(self, statement: sa.TextClause, **values: Any) -> list[Row]:
         return self._rows(_driver_sql(statement, self.connection.dialect), values)
@@ -125,12 +129,34 @@ class Tx:
         return rows[0] if rows else None
 
     def run(self, statement: sa.TextClause, **values: Any) -> None:
-        self._cursor.execute(_driver_sql(statement, self.connection.dialect), values)
+        self.many(statement, [values])
 
     def many(self, statement: sa.TextClause, rows: Sequence[Mapping[str, Any]]) -> None:
         """The same statement for each row."""
         if rows:
-            self._cursor.executemany(_driver_sql(statement, self.connection.dialect), rows)
+            self._unwritten.append((_driver_sql(statement, self.connection.dialect), rows))
+
+    def write(self) -> None:
+        """Write the changes made so far. Takes the write lock, if there are any."""
+        unwritten, self._unwritten = self._unwritten, []
+        for sql, rows in unwritten:
+            self._cursor.executemany(sql, rows)
+
+    def begin(self, statement: str) -> None:
+        self._cursor.execute(statement)
+
+    def commit(self) -> None:
+        self.write()
+        self.connection.connection.commit()
+
+    def if_undone(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` unless this transaction is committed: it may run again."""
+        self._if_undone.append(undo)
+
+    def roll_back(self) -> None:
+        for undo in self._if_undone:
+            undo()
+        self.connection.connection.rollback()
 
     def all_in(self, statement: sa.TextClause, ids: Iterable[str], **others: Any) -> list[Row]:
         """Rows of a statement with ``IN :ids``, for any number of ids.
@@ -150,6 +176,7 @@ class Tx:
 
     def stream(self, statement: sa.TextClause, **values: Any) -> Iterator[Row]:
         """Rows one by one, on a separate cursor, for results that may not fit into memory."""
+        self.write()
         cursor = self.connection.connection.cursor()
         cursor.execute(_driver_sql(statement, self.connection.dialect), values)
         make = _row_type(tuple(column[0] for column in cursor.description))
@@ -157,18 +184,14 @@ class Tx:
             yield from map(make, rows)
 
     def _rows(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
+        if self._unwritten:
+            self.write()
         self._cursor.execute(sql, values)
         rows = self._cursor.fetchall()
         if not rows:
             return []
         make = _row_type(tuple(column[0] for column in self._cursor.description))
         return [make(row) for row in rows]
-
-    @contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """Undo only the changes of the block when it raises."""
-        with self.connection.begin_nested():
-            yield
 
 
 class Database:
@@ -221,35 +244,52 @@ class Database:
         engine = self._engine(write)
         with self.errors():
             connection = engine.connect()
+        connection.info["write"] = write
         if write and self.file is not None:
             connection.info["files"] = files.identity(self.file)
         return connection
 
     def _engine(self, write: bool) -> Engine:
         engine = sa.create_engine(self.url, poolclass=sa.NullPool, paramstyle="named")
-        begin = self.dialect.begin_write if write else self.dialect.begin_read
 
         def prepare(connection: Any, record: object) -> None:
             self.dialect.on_connect(connection, write, self.busy_timeout_seconds)
 
         def begun(connection: Connection) -> None:
-            connection.exec_driver_sql(begin)
+            connection.exec_driver_sql(self._begin(connection))
 
         sa.event.listen(engine, "connect", prepare)
         sa.event.listen(engine, "begin", begun)
         return engine
 
     @contextmanager
-    def transaction(self, connection: Connection) -> Iterator[Tx]:
-        """Commits at the end, rolls back on any exception. Raises StoreError when the database itself fails."""
+    def transaction(self, connection: Connection, *, optimistic: bool = False) -> Iterator[Tx]:
+        """Commits at the end, rolls back on any exception. Raises StoreError when the database itself fails.
+
+        ``optimistic``: begin without the write lock, and take it when something is written. What was read before must
+        still be true then: else nothing is written, and Outdated is raised.
+        """
         if self.file is not None and (opened := connection.info.get("files")) is not None:
             try:
                 files.check(self.file, self._changed or opened)
             except StoreError:
                 self._changed = opened  # a new connection would write into whatever is there now
                 raise
-        with self.errors(), connection.begin():
-            yield Tx(connection, self.dialect)
+        begin = self.dialect.begin_read if optimistic else self._begin(connection)
+        tx = Tx(connection, self.dialect)
+        try:
+            with self.errors():
+                tx.begin(begin)
+                yield tx
+                tx.commit()
+        except BaseException as error:
+            tx.roll_back()
+            if optimistic and isinstance(error, StoreError) and self.dialect.is_locked(error.__cause__):
+                raise Outdated from error
+            raise
+
+    def _begin(self, connection: Connection) -> str:
+        return self.dialect.begin_write if connection.info["write"] else self.dialect.begin_read
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -272,8 +312,8 @@ class Database:
 
     def revision(self, connection: Connection) -> str | None:
         """The revision of the database; None if it is empty."""
-        with self.transaction(connection) as tx:
-            return MigrationContext.configure(tx.connection).get_current_revision()
+        with self.errors(), connection.begin():
+            return MigrationContext.configure(connection).get_current_revision()
 
     def check_revision(self, connection: Connection) -> None:
         """Raises StoreError unless the database is at `head`."""
@@ -290,12 +330,12 @@ class Database:
 
     def migrate(self, connection: Connection) -> None:
         """Upgrade to `head`, in one transaction. Others that call it meanwhile wait, and then find nothing to do."""
-        with self.transaction(connection) as tx:
-            found = MigrationContext.configure(tx.connection).get_current_revision()
+        with self.errors(), connection.begin():
+            found = MigrationContext.configure(connection).get_current_revision()
             known = {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
             if found is not None and found not in known:
                 raise StoreError(
                     f"the database {self.place} is at revision {found}, which this version of Swarm does not know: "
                     "a newer version made it, or one from before 0.1.0; use that one, or another database"
                 )
-            command.upgrade(_alembic(tx.connection), "head")
+            command.upgrade(_alembic(connection), "head")

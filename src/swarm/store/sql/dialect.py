@@ -54,6 +54,7 @@ class Dialect:
     driver_error: type[Exception]  # the base class of the driver's exceptions
     # The message for an error of the database itself, None for all others.
     explain: Callable[[BaseException], str | None]
+    is_locked: Callable[[BaseException | None], bool]  # another transaction has, or had, the write lock
 
 
 def explain(dialect: Dialect, error: BaseException, *, place: str, busy_timeout_seconds: float) -> StoreError | None:

@@ -105,6 +105,10 @@ def _explain(error: BaseException) -> str | None:
     return None
 
 
+def _is_locked(error: BaseException | None) -> bool:
+    return getattr(getattr(error, "orig", None) or error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+
+
 SQLITE: Final = Dialect(
     name="sqlite",
     # An offset that another program removed counts as 0, one beyond all dates as the last one possible.
@@ -117,4 +121,5 @@ SQLITE: Final = Dialect(
     file=_file,
     driver_error=sqlite3.Error,
     explain=_explain,
+    is_locked=_is_locked,
 )

@@ -1,8 +1,12 @@
 """Threads that own one connection each: one writes, one reads. Their callers are asyncio tasks.
 
-Group commit: while a transaction runs, requests queue up; the next transaction serves all of them, grouped by function.
-A request that is refused (LeaseLost, NotFound, …) gets its own error and leaves the others alone. After an unexpected
-error the whole transaction is undone, and each request runs again in a transaction of its own.
+Group commit: while a transaction runs, requests queue up. The next one serves all of them that are for the same batch
+function; a single function has a transaction of its own. A request of a batch that is refused (LeaseLost, NotFound, …)
+gets its own error and leaves the others alone. After an unexpected error the whole transaction is undone, and each
+request runs again by itself.
+
+A transaction reads and computes without the write lock, so that other programs' INSERTs get in, and takes it for as
+long as it takes to write. If another program wrote meanwhile, the function runs again, with the lock from the start.
 
 A result is handed out when what it tells is on the disk (`flush`), so that a power failure can't take it back.
 """
@@ -13,7 +17,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -22,7 +26,7 @@ from sqlalchemy.engine import Connection
 
 from swarm.base import crash_points
 from swarm.errors import StoreError, SwarmError
-from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.database import Database, Outdated, Tx
 from swarm.store.sql.flush import Flusher
 
 P = ParamSpec("P")
@@ -37,7 +41,7 @@ GROUP: Final = 256  # requests in one transaction: bounds how long other process
 
 
 class _Kind(Enum):
-    SINGLE = auto()  # function(tx, *args, **kwargs), in a savepoint of its own
+    SINGLE = auto()  # function(tx, *args, **kwargs), in a transaction of its own
     BATCH = auto()  # function(tx, requests), with the first argument of each job as its request
     RAW = auto()  # function(connection), alone and outside a transaction
 
@@ -52,6 +56,14 @@ class _Job:
     loop: asyncio.AbstractEventLoop
 
 
+class _Refused(Exception):
+    """A single function refused: what it changed is undone."""
+
+    def __init__(self, error: SwarmError) -> None:
+        super().__init__()
+        self.error = error
+
+
 class ConnectionThread:
     """One thread, one connection. ``close`` serves the requests made before it, then ends both.
 
@@ -64,7 +76,7 @@ class ConnectionThread:
         self._write = write
         self._untold = frozenset(untold)
         self._flusher = Flusher(database.file) if database.file is not None else None
-        self._seen: tuple[int, int] | None = None  # own changes, and others', up to the last transaction
+        self._seen: tuple[int, int | None] | None = None  # own changes, and others', up to the last transaction
         self._unflushed = False  # results may tell something that isn't on the disk yet
         self._connection: Connection | None = None
         self._checked = False
@@ -78,8 +90,8 @@ class ConnectionThread:
     async def call(
         self, function: Callable[Concatenate[Tx, P], Result], /, *args: P.args, **kwargs: P.kwargs
     ) -> Result:
-        """``function(tx, …)``; the result, once its transaction is committed. When it raises a SwarmError, only its
-        own changes are undone. It never starts if the caller is cancelled before its turn."""
+        """``function(tx, …)``; the result, once its transaction is committed. It may run twice (`Tx.if_undone`), and
+        never starts if the caller is cancelled before its turn."""
         result: Result = await self._submit(_Kind.SINGLE, function, *args, **kwargs)
         return result
 
@@ -171,16 +183,6 @@ class ConnectionThread:
             return self._write
         return job.function not in self._untold
 
-    def _note_changes(self, tx: Tx, jobs: list[_Job]) -> None:
-        """Is there anything to flush? A batch tells only of what it has written itself. A single function may tell what
-        another process wrote and has not flushed yet."""
-        others = self._seen[1] if self._seen else -1
-        if any(job.kind is _Kind.SINGLE and self._told(job) for job in jobs):
-            others = tx.written_by_others
-        seen = tx.own_changes, others
-        if seen != self._seen:
-            self._seen, self._unflushed = seen, True
-
     def _refuse(self, jobs: list[_Job]) -> None:
         """Out of memory: every job without a result gets an error, since no caller may wait for ever. What was
         committed stays; a caller that tries again learns that from the fence."""
@@ -192,33 +194,74 @@ class ConnectionThread:
                 time.sleep(_MEMORY_PAUSE_SECONDS)
 
     def _serve(self, jobs: list[_Job]) -> list[Any]:
-        try:
-            return self._transaction(jobs)
-        except StoreError as error:  # the database itself failed: the same error for all
-            return [StoreError(*error.args) for _ in jobs]
-        except Exception as error:  # a bug that one of them hit: only that one gets it
-            return [error] if len(jobs) == 1 else [self._serve([job])[0] for job in jobs]
-
-    def _transaction(self, jobs: list[_Job]) -> list[Any]:
-        results: list[Any] = [None] * len(jobs)
-        by_function: dict[Callable[..., Any], list[int]] = {}
+        """Their results, in their order."""
+        groups: dict[object, list[int]] = {}
         for number, job in enumerate(jobs):
-            by_function.setdefault(job.function, []).append(number)
+            groups.setdefault(job.function if job.kind is _Kind.BATCH else number, []).append(number)
+        results: list[Any] = [None] * len(jobs)
+        failed: StoreError | None = None
+        for numbers in groups.values():
+            group = [jobs[number] for number in numbers]
+            found: list[Any] = []
+            if failed is None:
+                try:
+                    found = self._serve_group(group)
+                except StoreError as error:
+                    failed = error
+            if failed is not None:  # the database itself failed: the same error for all others
+                found = [StoreError(*failed.args) for _ in group]
+            for number, result in zip(numbers, found, strict=True):
+                results[number] = result
+        return results
+
+    def _serve_group(self, jobs: list[_Job]) -> list[Any]:
+        """Jobs for the same function. Raises StoreError when the database itself failed."""
         try:
-            with self._database.transaction(self._open(check=True)) as tx:
-                for numbers in by_function.values():
-                    found = _call(tx, [jobs[number] for number in numbers])
-                    for number, result in zip(numbers, found, strict=True):
-                        results[number] = result
-                self._note_changes(tx, jobs)
-                if crash_points.armed is not None:
-                    _reach(by_function, "uncommitted")
-            if crash_points.armed is not None:
-                _reach(by_function, "committed")
+            try:
+                return self._transaction(jobs, optimistic=True)
+            except Outdated:
+                return self._transaction(jobs, optimistic=False)
+        except StoreError:
+            raise
+        except Exception as error:  # a bug that one of them hit: only that one gets it
+            return [error] if len(jobs) == 1 else [self._serve_group([job])[0] for job in jobs]
+
+    def _transaction(self, jobs: list[_Job], *, optimistic: bool) -> list[Any]:
+        connection = self._open(check=True)
+        name = getattr(jobs[0].function, "__name__", "")
+        try:
+            with self._database.transaction(connection, optimistic=optimistic) as tx:
+                results = self._call(tx, jobs)
+                # A batch tells only of what it has written itself. A single function may tell what another process
+                # wrote and has not flushed yet.
+                others = tx.written_by_others if jobs[0].kind is _Kind.SINGLE and self._told(jobs[0]) else None
+                crash_points.reach(f"{name}:uncommitted")
+            crash_points.reach(f"{name}:committed")
+        except _Refused as refused:
+            return [refused.error]
+        except Outdated:
+            raise
         except BaseException:
             self._drop()  # its state is unknown
             raise
+        self._note_changes(connection, others)
         return results
+
+    def _call(self, tx: Tx, jobs: Sequence[_Job]) -> list[Any]:
+        job = jobs[0]
+        if job.kind is _Kind.BATCH:
+            return list(job.function(tx, [one.args[0] for one in jobs]))
+        try:
+            return [job.function(tx, *job.args, **job.kwargs)]
+        except SwarmError as error:
+            raise _Refused(error) from error
+
+    def _note_changes(self, connection: Connection, others: int | None) -> None:
+        """Is there anything to flush?"""
+        own = int(connection.connection.driver_connection.total_changes)  # type: ignore[union-attr]
+        seen = own, self._seen[1] if others is None and self._seen is not None else others
+        if seen != self._seen:
+            self._seen, self._unflushed = seen, True
 
     def _raw(self, job: _Job) -> Any:
         self._unflushed = True  # it may write anything, tables included
@@ -249,27 +292,6 @@ class ConnectionThread:
             self._flusher.close()
         if connection is not None:
             connection.close()
-
-
-def _call(tx: Tx, jobs: Sequence[_Job]) -> Sequence[Any]:
-    """The results of jobs for the same function; a SwarmError in place of a refused one's."""
-    function = jobs[0].function
-    if jobs[0].kind is _Kind.BATCH:
-        found: Sequence[Any] = function(tx, [job.args[0] for job in jobs])
-        return found
-    results: list[Any] = []
-    for job in jobs:
-        try:
-            with tx.savepoint():
-                results.append(function(tx, *job.args, **job.kwargs))
-        except SwarmError as error:
-            results.append(error)
-    return results
-
-
-def _reach(functions: Iterable[Callable[..., Any]], state: str) -> None:
-    for function in functions:
-        crash_points.reach(f"{getattr(function, '__name__', '')}:{state}")
 
 
 def _deliver(answers: list[tuple[_Job, Any]]) -> None:

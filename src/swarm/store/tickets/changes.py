@@ -170,6 +170,8 @@ class Changes:
         last = [(statement, rows.pop(statement, [])) for statement in (INSERT_ATTEMPT, INSERT_EVENT)]
         for statement, values in (*rows.items(), *last):
             self.tx.many(statement, values)
+        if self.isolating:
+            self.tx.write()  # an error is known by whose turn it is
 
     def transition(
         self,

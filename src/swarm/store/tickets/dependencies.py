@@ -27,6 +27,7 @@ NEEDS_OF_BLOCKED: Final = sa.text(
     "LEFT JOIN tickets x ON x.id = d.depends_on "
     f"WHERE t.state = 'blocked' AND t.{UNFINISHED}"
 )
+_DEPENDANTS: Final = sa.text("SELECT depends_on FROM ticket_dependencies WHERE depends_on IN :ids LIMIT 1")
 BLOCKED_DEPENDANTS: Final = sa.text(
     "SELECT DISTINCT d.ticket_id FROM ticket_dependencies d JOIN tickets t ON t.id = d.ticket_id "
     "WHERE d.depends_on IN :ids AND t.state = 'blocked'"
@@ -63,8 +64,10 @@ def _judge(rows: Sequence[Row]) -> dict[str, str | None]:
 def release(changes: Changes) -> None:
     """After tickets ended: start or fail those that depend on them, and in turn those that depend on these."""
     while changes.ended:
-        changes.flush()
         ended, changes.ended = changes.ended, {}
+        if not changes.tx.all_in(_DEPENDANTS, ended):  # asked before anything is written: this needs no lock
+            break
+        changes.flush()
         waiting = [row.ticket_id for row in changes.tx.all_in(BLOCKED_DEPENDANTS, ended)]
         _apply(changes, waiting, check(changes.tx, waiting))
     changes.flush()

@@ -1,0 +1,121 @@
+"""How long the write lock is held: not while a transaction reads and computes, and not when there is nothing to write.
+
+A `shell` here inserts like a program that waits for no lock.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+
+import pytest
+import sqlalchemy as sa
+
+from swarm.errors import Conflict
+from swarm.model import Succeeded
+from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.threads import ConnectionThread
+from swarm.store.store import Store
+from tests.store.databases import Outside, claim_one, insert
+
+TITLES = sa.text("SELECT title FROM tickets ORDER BY id")
+RENAME = sa.text("UPDATE tickets SET title = :title")
+
+
+@pytest.fixture
+async def thread(url: str) -> AsyncIterator[ConnectionThread]:
+    thread = ConnectionThread(Database(url, busy_timeout_seconds=0.0), write=True)
+    yield thread
+    await thread.close()
+
+
+def shell(url: str, id_: str) -> bool:
+    """Did its INSERT get in?"""
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=0, isolation_level=None)
+    try:
+        connection.execute("INSERT INTO tickets (id, title, state) VALUES (?, 'typed', 'ready')", (id_,))
+    except sqlite3.OperationalError as error:
+        assert error.sqlite_errorname == "SQLITE_BUSY"
+        return False
+    finally:
+        connection.close()
+    return True
+
+
+def titles(tx: Tx) -> list[str]:
+    return [row.title for row in tx.all(TITLES)]
+
+
+async def test_others_write_while_a_transaction_reads(url: str, thread: ConnectionThread) -> None:
+    """What it has read is outdated then: it runs again, with the lock from the start, on what is there now."""
+    got_in: list[bool] = []
+    undone: list[int] = []
+
+    def rename(tx: Tx) -> list[str]:
+        found = titles(tx)
+        got_in.append(shell(url, f"t{len(got_in)}"))
+        tx.if_undone(lambda: undone.append(len(got_in)))
+        tx.run(RENAME, title="renamed")
+        return found
+
+    assert await thread.call(rename) == ["typed"]
+    assert got_in == [True, False]
+    assert undone == [1]
+    assert await thread.call(titles) == ["renamed"]
+
+
+async def test_changes_are_seen_by_the_next_read(url: str, thread: ConnectionThread) -> None:
+    """The lock is taken when a change is read back, and kept until the commit."""
+    shell(url, "t")
+
+    def rename(tx: Tx) -> tuple[bool, list[str], bool]:
+        tx.run(RENAME, title="renamed")
+        return shell(url, "u"), titles(tx), shell(url, "v")
+
+    assert await thread.call(rename) == (True, ["renamed", "renamed"], False)
+
+
+async def test_a_refused_function_changes_nothing(url: str, thread: ConnectionThread) -> None:
+    shell(url, "t")
+
+    def refuse(tx: Tx) -> None:
+        tx.run(RENAME, title="renamed")
+        titles(tx)
+        raise Conflict("no")
+
+    with pytest.raises(Conflict, match="no"):
+        await thread.call(refuse)
+    assert await thread.call(titles) == ["typed"]
+    assert shell(url, "u")
+
+
+async def test_a_claim_that_finds_nothing_needs_no_lock(store: Store, url: str) -> None:
+    while await store.claim("worker", lease_seconds=30.0):
+        pass
+    writer = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=0, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    try:
+        assert await store.claim("worker", lease_seconds=30.0) == []
+    finally:
+        writer.close()
+
+
+async def test_claim_and_finish_read_before_they_write(store: Store, outside: Outside) -> None:
+    """So they hold the lock while they write, and no longer."""
+    insert(outside, "s")
+    await claim_one(store)  # the connection is open, and its tables are checked
+    insert(outside, "t")
+    order: list[str] = []
+
+    def trace(connection: sqlite3.Connection) -> None:
+        connection.set_trace_callback(lambda sql: order.append(sql.split(maxsplit=1)[0]))
+
+    await store._write.call_raw(lambda connection: trace(connection.connection.driver_connection))  # type: ignore
+    claim = await claim_one(store)
+    claimed, order[:] = list(order), []
+    await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=0)
+    for statements in (claimed, order):
+        # A trigger's own statements are traced as comments.
+        kinds = ["W" if one in ("INSERT", "UPDATE", "DELETE") else one[0] for one in statements if one != "--"]
+        assert set(kinds) == set("BSWC"), statements
+        assert "".join(kinds) == "".join(sorted(kinds, key="BSWC".index)), statements
