@@ -204,8 +204,9 @@ def test_cleanup_is_safe_on_a_clean_host(swarm: Run) -> None:
 def test_doctor_reports_each_check(swarm: Run, tmp_path: Path) -> None:
     done = swarm("swarm", "doctor", "--json")
     checks = {check["name"]: check for check in json.loads(done.stdout)}
-    for name in ("rights", "kernel: tap", "kernel: bridge", "kernel: veth", "kernel: nftables NAT", "subnet",
-                 "database", "registry", "agents", "ip_forward", "memory", "disk: VMs", "program nft"):  # fmt: skip
+    for name in ("rights", "kernel: tap", "kernel: bridge", "kernel: veth", "kernel: nftables address rewriting",
+                 "subnet", "database", "registry", "agents", "ip_forward", "memory", "disk: VMs",
+                 "program nft"):  # fmt: skip
         assert checks[name]["status"] == "ok", checks[name]
     assert done.returncode == any(check["status"] == "fail" for check in checks.values())
     nowhere = run("swarm", "doctor", home=tmp_path / "none")

@@ -12,6 +12,10 @@ from typing import Final
 _TRY_SECONDS: Final = 1.0  # a lost SYN is resent only after 1 s; by then newer tries have started
 _FIRST_PAUSE, LAST_PAUSE = 0.005, 0.050
 _PATIENCE: Final = 0.25
+# The host may have a firewall that remembers connections and lets only answers in. If it forgets ours (`conntrack -F`,
+# a reload, its timeout), what the guest sends is dropped until the host sends something: so it does after 5 s. No
+# answer ends a connection only after 127 tries, ten minutes: a network that is being mended must not end a ticket.
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 127))
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -86,6 +90,9 @@ async def _try(endpoint: Endpoint, seconds: float) -> Streams:
 async def _connected(endpoint: Endpoint) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         if endpoint.interface:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, endpoint.interface.encode())
         await asyncio.get_running_loop().sock_connect(sock, (endpoint.host, endpoint.port))

@@ -49,10 +49,10 @@ _KERNEL_FEATURES: Sequence[tuple[str, str, tuple[str, ...], str]] = (
     ("bridge", "bridge", ("ip", "link", "add", "probe", "type", "bridge"), ""),
     ("veth", "veth", ("ip", "link", "add", "probe", "type", "veth", "peer", "name", "probe2"), ""),
     (
-        "nftables NAT",
-        "nft_chain_nat nft_nat",
+        "nftables address rewriting",
+        "nf_tables",
         ("nft", "-f", "-"),
-        "table ip probe {\n chain c {\n type nat hook prerouting priority dstnat;\n dnat to 192.0.2.1\n }\n}\n",
+        "table ip probe {\n chain c {\n type filter hook prerouting priority raw;\n ip daddr set 192.0.2.1\n }\n}\n",
     ),
     (
         "nftables ingress",

@@ -158,8 +158,8 @@ async def _routing(vm: ExaminedVm, recreate: str) -> Check:
         return fail(name, f"{vm.netns} has no default route: the guest's answers are lost", recreate)
     rules = await _output("nft", "list", "ruleset", netns=vm.netns)
     for what, rule in (
-        ("to the guest", rf"ip daddr {re.escape(str(vm.address))} dnat to {re.escape(str(GUEST_ADDRESS))}"),
-        ("from the guest", rf"ip saddr {re.escape(str(GUEST_ADDRESS))} snat to {re.escape(str(vm.address))}"),
+        ("to the guest", rf"ip daddr set {re.escape(str(GUEST_ADDRESS))}\b"),
+        ("from the guest", rf"ip saddr {re.escape(str(GUEST_ADDRESS))} ip saddr set {re.escape(str(vm.address))}\b"),
     ):
         if not re.search(rule, rules):
             return fail(name, f"{vm.netns} does not translate addresses {what}: its nft rule is missing", recreate)

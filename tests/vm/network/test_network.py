@@ -483,8 +483,6 @@ async def test_a_recycled_slot_is_as_good_as_new(network: Network) -> None:
         # The VM is gone; the connection is not closed on our side, and tries to reach it still.
         writer.write(b"are you there?")
         await network.recycle(1)
-        tracked = await process.run(["cat", "/proc/sys/net/netfilter/nf_conntrack_count"], netns=slot.netns)
-        assert int(tracked.stdout) <= 1  # that one's retransmission
         writer.transport.abort()
     assert max(seconds) < 0.9, seconds  # one lost SYN costs 1 s
 

@@ -1,7 +1,7 @@
-"""The three things that Swarm asks of netfilter directly, over its netlink protocol: ~0.1 ms instead of a process each.
+"""The two things that Swarm asks of netfilter directly, over its netlink protocol: ~0.1 ms instead of a process each.
 
-Call these in a thread that is in the right network namespace. Numbers are from linux/netfilter/nfnetlink.h,
-nfnetlink_conntrack.h and nf_tables.h.
+Call these in a thread that is in the right network namespace. Numbers are from linux/netfilter/nfnetlink.h and
+nf_tables.h.
 """
 
 from __future__ import annotations
@@ -11,17 +11,11 @@ import socket
 import struct
 from collections.abc import Iterator
 
-_NFNL_CTNETLINK, _IPCTNL_MSG_CT_DELETE = 1, 2
 _NFNL_NFTABLES, _NFT_MSG_GETTABLE, _NFTA_TABLE_NAME, _NFTA_TABLE_USERDATA = 10, 1, 1, 6
 _NFT_MSG_GETOBJ, _NFT_MSG_GETOBJ_RESET, _NFT_OBJECT_COUNTER, _NFTA_COUNTER_PACKETS = 19, 21, 1, 2
 _NFTA_OBJ_TABLE, _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE, _NFTA_OBJ_DATA = 1, 2, 3, 4
 _NLMSG_ERROR, _NLM_F_REQUEST, _NLM_F_ACK, _NFPROTO_INET, _NFPROTO_NETDEV = 2, 1, 4, 1, 5
 _NETLINK_NETFILTER = 12
-
-
-def forget_connections() -> None:
-    """Drop every tracked connection of this namespace (ctnetlink: a DELETE without attributes deletes all)."""
-    _request(_NFNL_CTNETLINK, _IPCTNL_MSG_CT_DELETE, family=socket.AF_INET)
 
 
 def table_comment(table: str) -> str | None:

@@ -139,8 +139,8 @@ class Network:
         """Reset slot n for another VM: nothing of the last VM remains. At least 4 ms.
 
         All neighbours are permanent, ports learn nothing, and the kernel empties a tap's queue when its VMM closes it.
-        So only the namespace's tracked connections and its counter of refused frames have to be reset. Raises Conflict
-        while a VMM still has the tap open, NotFound if the slot is missing or incomplete (then destroy and create it).
+        So only the namespace's counter of refused frames has to be reset. Raises Conflict while a VMM still has the tap
+        open, NotFound if the slot is missing or incomplete (then destroy and create it).
         """
         require_root()
         slot = self.slot(n)
@@ -287,7 +287,6 @@ class Network:
                     raise NotFound(incomplete)
                 if tap["flags"] & _IFF_LOWER_UP:
                     raise Conflict(f"slot {slot.n} is in use: a VMM still has {TAP_NAME} open in {slot.netns}")
-                netfilter.forget_connections()
                 try:
                     netfilter.counter(rules.TABLE, rules.REFUSED, reset=True)
                 except FileNotFoundError:

@@ -4,6 +4,9 @@ A VM is confined twice. Its own namespace drops connections that the guest opens
 source; the host drops the same again at the bridge, in case the first barrier has a hole. The guest can connect only
 to two ports (gateway, proxy) at its namespace's end of the tap. They are open only while its attempt runs and its
 agent's policy allows it, and the engine makes every connection that leaves the host.
+
+No rule remembers connections: what `conntrack -F`, a full table or a short timeout forgets would end a running ticket.
+An answer is recognized by itself instead: TCP with ACK or RST, which opens no connection, or the echo of a ping.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ TABLE = "swarm"
 REFUSED = "refused"  # the counter of frames dropped at a namespace's tap
 _OWNER = "swarm-engine"
 _ETH_P_RARP = 0x8035  # linux/if_ether.h
+_ANSWERS = ("tcp flags & (ack | rst) != 0", "icmp type echo-reply")
 
 
 def for_host(subnet: IPv4Network, bridge: str) -> str:
@@ -36,15 +40,13 @@ def for_host(subnet: IPv4Network, bridge: str) -> str:
     body = f"""
   chain input {{
     type filter hook input priority filter; policy accept;
-    iifname "{bridge}" ct state established,related accept
+    iifname "{bridge}" {_ANSWERS[0]} accept
+    iifname "{bridge}" {_ANSWERS[1]} accept
     iifname "{bridge}" drop
   }}
   chain forward {{
     type filter hook forward priority filter; policy accept;
-    iifname "{bridge}" oifname "{bridge}" drop
-    iifname "{bridge}" ct state established,related accept
     iifname "{bridge}" drop
-    oifname "{bridge}" ct state established,related accept
     oifname "{bridge}" drop
   }}
   chain output {{
@@ -66,7 +68,7 @@ def is_ours(comment: str) -> bool:
 
 
 def for_vm(address: IPv4Address, uplink: str) -> str:
-    """Tables of one namespace: ``netdev swarm`` filters at the tap, ``ip swarm`` maps addresses 1:1 and filters.
+    """Tables of one namespace: ``netdev swarm`` filters at the tap, ``ip swarm`` rewrites addresses 1:1 and filters.
 
     Frames dropped at the tap (another source address, MAC or protocol than the guest's own) are counted: REFUSED. RARP
     is not counted, since QEMU itself announces each clone by it."""
@@ -83,17 +85,19 @@ table netdev {TABLE} {{
 }}
 table ip {TABLE} {{
   chain prerouting {{
-    type nat hook prerouting priority dstnat; policy accept;
-    iifname "{uplink}" ip daddr {address} dnat to {GUEST_ADDRESS}
+    type filter hook prerouting priority raw; policy accept;
+    iifname "{uplink}" ip daddr != {address} drop
+    iifname "{uplink}" ip daddr set {GUEST_ADDRESS}
   }}
   chain postrouting {{
-    type nat hook postrouting priority srcnat; policy accept;
-    oifname "{uplink}" ip saddr {GUEST_ADDRESS} snat to {address}
+    type filter hook postrouting priority srcnat; policy accept;
+    oifname "{uplink}" ip saddr {GUEST_ADDRESS} ip saddr set {address}
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
-    ct state established,related accept
-    iifname "{uplink}" oifname "{TAP_NAME}" ip daddr {GUEST_ADDRESS} ct status dnat accept
+    iifname "{uplink}" oifname "{TAP_NAME}" accept
+    iifname "{TAP_NAME}" oifname "{uplink}" {_ANSWERS[0]} accept
+    iifname "{TAP_NAME}" oifname "{uplink}" {_ANSWERS[1]} accept
   }}
   chain input {{
     type filter hook input priority filter; policy drop;

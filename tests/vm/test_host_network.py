@@ -1,0 +1,160 @@
+"""The host's network changes while VMs run: what is forgotten, removed or added, and that work goes on or says why."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from swarm.base import process
+from swarm.channel.dial import dial
+from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_MAC, Slot
+from swarm.vm.network import netns
+from swarm.vm.network.network import Network
+from tests.vm.standin import Guest, nft
+
+pytestmark = pytest.mark.needs("netns")
+
+# As ufw and firewalld have it: nothing comes in but answers. (Also, a rule with `ct` makes the kernel track.)
+STATEFUL = """
+table inet foreign {
+  chain input {
+    type filter hook input priority 0; policy drop;
+    iifname "lo" accept
+    ct state invalid drop
+    ct state established,related accept
+  }
+}
+"""
+LOOSE = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_loose")
+TRACKING = "table inet foreign { chain input { type filter hook input priority 0; ct state new counter; }; }"
+
+
+def flush_connections() -> None:
+    """`conntrack -F` of this thread's namespace: a DELETE without attributes (nfnetlink_conntrack.h)."""
+    ctnetlink, delete, request, ack, netfilter = 1, 2, 1, 4, 12
+    message = struct.pack("=IHHII", 20, ctnetlink << 8 | delete, request | ack, 1, 0) + struct.pack("=BBH", 2, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netfilter) as sock:
+        sock.sendto(message, (0, 0))
+        (code,) = struct.unpack_from("=i", sock.recv(4096), 16)
+        assert code == 0, os.strerror(-code)
+
+
+def forget(loose: str, namespace: str | None = None) -> None:
+    if namespace:
+        netns.enter(namespace)
+    LOOSE.write_text(loose)
+    flush_connections()
+
+
+@contextlib.asynccontextmanager
+async def connected(slot: Slot) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that the engine would make to agentd: the host's reader, and the guest's writer."""
+    async with Guest(slot) as guest:
+        sock = await guest._inside(lambda: socket.create_server((str(GUEST_ADDRESS), AGENTD_PORT)))
+        accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        server = await asyncio.start_server(lambda _, writer: accepted.put_nowait(writer), sock=sock)
+        async with server:
+            reader, writer = await dial(slot.agentd, [""])
+            guests = await accepted.get()
+            guests.write(b"started\n")
+            assert await reader.readline() == b"started\n"
+            try:
+                yield reader, guests
+            finally:
+                writer.transport.abort()
+                guests.transport.abort()
+
+
+@pytest.fixture
+async def slot(network: Network) -> AsyncIterator[Slot]:
+    yield await network.create(1)
+    LOOSE.write_text("1")
+    with contextlib.suppress(Exception):
+        await process.run(["nft", "delete", "table", "inet", "foreign"])
+
+
+@pytest.mark.parametrize("loose", ["1", "0"], ids=["picks up", "picks up nothing"])
+async def test_what_connection_tracking_forgets_makes_no_difference(slot: Slot, loose: str) -> None:
+    """The guest sends its result when everybody has forgotten that there is a connection. `loose`: whether the kernel
+    takes a packet in the middle of a connection for the start of a new one."""
+    await nft(TRACKING)
+    async with connected(slot) as (reader, guest):
+        await netns.in_thread(functools.partial(forget, loose))
+        await netns.in_thread(functools.partial(forget, loose, slot.netns))
+        guest.write(b"the result\n")
+        async with asyncio.timeout(4):  # before the host sends anything by itself
+            assert await reader.readline() == b"the result\n"
+
+
+async def test_a_firewall_of_the_host_that_forgets_is_reminded(slot: Slot) -> None:
+    await nft(STATEFUL)
+    async with connected(slot) as (reader, guest):
+        flush_connections()
+        guest.write(b"the result\n")
+        async with asyncio.timeout(40):
+            assert await reader.readline() == b"the result\n"
+
+
+SYN, ACK, FIN, RST, PSH, URG = 0x02, 0x10, 0x01, 0x04, 0x08, 0x20
+
+
+@pytest.mark.parametrize("hole", ["", "vm"])
+async def test_only_answers_leave_a_vm(slot: Slot, hole: str) -> None:
+    """Without memory of connections: what could open one, or tell a listening port from a closed one, is dropped. With
+    a hole in the VM's own rules, the host's do it."""
+    if hole:
+        await nft("insert rule ip swarm forward accept\n", slot.netns)
+    await nft('table inet foreign { chain input { type filter hook input priority 10; iifname "br0" counter; }; }')
+
+    async def arrived() -> int:
+        listed = await process.run(["nft", "list", "table", "inet", "foreign"])
+        return int(listed.stdout.decode().split("counter packets ")[1].split()[0])
+
+    async with Guest(slot) as guest:
+        for frame in (
+            *(ipv4(6, tcp(flags)) for flags in (SYN, 0, FIN, PSH, URG, FIN | PSH | URG, SYN | FIN)),
+            ipv4(17, bytes.fromhex("0035003500080000")),
+            *(ipv4(1, icmp(kind)) for kind in (3, 5, 8, 11, 13)),
+            ipv4(6, tcp(ACK)[8:], offset=1),  # a fragment that would overwrite the flags of one before
+            ipv4(6, tcp(ACK)[:8], more=True),  # one too short to have any
+            ipv4(47, bytes(20)),
+        ):
+            guest.send(frame)
+        assert await arrived() == 0
+        for frame in (*(ipv4(6, tcp(flags)) for flags in (ACK, RST, SYN | ACK, FIN | ACK)), ipv4(1, icmp(0))):
+            guest.send(frame)
+        assert await arrived() == 5
+
+
+def checksum(data: bytes) -> bytes:
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack(">H", total ^ 0xFFFF)
+
+
+def ipv4(protocol: int, payload: bytes, *, offset: int = 0, more: bool = False) -> bytes:
+    """A frame of the guest for the host."""
+    fragment = offset | (0x2000 if more else 0)
+    addresses = GUEST_ADDRESS.packed + IPv4Address("10.0.0.1").packed
+    header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(payload), 7, fragment, 64, protocol, 0) + addresses
+    macs = bytes.fromhex("0600ac100001") + bytes.fromhex(GUEST_MAC.replace(":", ""))
+    return macs + b"\x08\x00" + header[:10] + checksum(header) + header[12:] + payload
+
+
+def tcp(flags: int) -> bytes:
+    return struct.pack(">HHIIBBHHH", 40000, 7000, 1, 1, 5 << 4, flags, 1000, 0, 0)
+
+
+def icmp(kind: int) -> bytes:
+    body = struct.pack(">BBHHH", kind, 0, 0, 1, 1) + bytes(20)
+    return body[:2] + checksum(body) + body[4:]
