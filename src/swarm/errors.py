@@ -21,6 +21,7 @@
         ├── ChannelError       the guest broke the protocol or the connection
         ├── AgentFailed        the agent's exit status, a signal, out of memory
         ├── AgentTimeout       the agent ran, or printed nothing, for too long
+        │   └── GuestSilent    and the guest did not end it
         ├── LayerMissing       the agent's requirements were not built
         ├── OutputInvalid      output.json is missing, too large, not JSON, or doesn't fit the schema
         ├── NotConfigured      a key or secret that the agent needs is not on this host
@@ -123,6 +124,10 @@ class AgentFailed(StepError):
 class AgentTimeout(StepError):
     reason = FailureReason.TIMEOUT
     retryable = True
+
+
+class GuestSilent(AgentTimeout):
+    pass
 
 
 class OutputInvalid(StepError):

@@ -19,7 +19,7 @@ from swarm.channel.dial import dial
 from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_MAC, Slot
 from swarm.vm.network import netns
 from swarm.vm.network.network import Network
-from tests.vm.standin import Guest, nft
+from tests.vm.standin import Guest, host_state, nft, talk
 
 pytestmark = pytest.mark.needs("netns")
 
@@ -70,8 +70,8 @@ async def connected(slot: Slot) -> AsyncIterator[tuple[asyncio.StreamReader, asy
             try:
                 yield reader, guests
             finally:
-                writer.transport.abort()
-                guests.transport.abort()
+                for each in (writer, guests, *(accepted.get_nowait() for _ in range(accepted.qsize()))):
+                    each.transport.abort()
 
 
 @pytest.fixture
@@ -101,6 +101,135 @@ async def test_a_firewall_of_the_host_that_forgets_is_reminded(slot: Slot) -> No
         flush_connections()
         guest.write(b"the result\n")
         async with asyncio.timeout(40):
+            assert await reader.readline() == b"the result\n"
+
+
+# What somebody may do to Swarm's part of the host's network, and what an error then says of it.
+LOSSES = {
+    "address": (["ip addr flush dev br0"], "br0 has lost its address 10.0.0.1"),
+    "down": (["ip link set br0 down"], "br0 is down"),
+    "down and up": (["ip link set br0 down", "ip link set br0 up"], ""),  # the neighbours are lost
+    "bridge": (["ip link del br0"], "br0 does not exist any more"),
+    "port": (["ip link set swarm1 nomaster"], "swarm1 is not on br0 any more"),
+    "port down": (["ip link set swarm1 down"], ""),
+    "route": (["ip route del 10.0.0.0/16 dev br0"], ""),
+    "neighbours": (["ip neigh flush dev br0 nud permanent"], ""),
+    "rules": (["nft flush ruleset"], ""),
+    "all": (["ip link del br0", "ip route flush proto 83", "nft flush ruleset"], "br0 does not exist any more"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+async def test_what_the_bridge_loses_is_put_back_and_connections_go_on(network: Network, slot: Slot, loss: str) -> None:
+    other = await network.create(2)
+    before = await host_state()
+    async with connected(slot) as (reader, guest), Guest(other) as second, second.listening(22):
+        assert not await network.mend(), "nothing is missing"
+        for line in LOSSES[loss][0]:
+            await process.run(line.split())
+        assert LOSSES[loss][1] in await network.fault(1)
+        guest.write(b"the result\n")
+        assert await network.mend()
+        assert await network.fault(1) == ""
+        async with asyncio.timeout(20):
+            assert await reader.readline() == b"the result\n"
+        assert await talk(other.address, 22) == b"hello"
+        assert not await second.reaches("10.0.0.1", 22) and not await second.reaches(str(slot.address), AGENTD_PORT)
+        after = await host_state()
+        assert {name: sorted(text.split()) for name, text in after.items()} == {
+            name: sorted(text.split()) for name, text in before.items()
+        }
+
+
+async def test_without_vms_nothing_is_made_again(network: Network) -> None:
+    await network.ensure_host()
+    await process.run(["ip", "link", "del", "br0"])
+    before = await host_state()
+    assert not await network.mend()
+    assert await host_state() == before
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        ("ip link del swarm1", "swarm1 from br0 to vm1 does not exist any more"),
+        ("ip netns del vm1", "namespace vm1 does not exist any more"),
+        ("ip -n vm1 link del tap0", "tap0 in vm1 does not exist any more"),
+        ("ip -n vm1 link set tap0 down", "tap0 in vm1 is down"),
+    ],
+)
+async def test_what_a_vm_has_lost_is_named(network: Network, slot: Slot, lost: str, says: str) -> None:
+    async with Guest(slot):
+        assert await network.fault(1) == ""
+        await process.run(lost.split())
+        assert says in await network.fault(1)
+
+
+# Another program's routes and rules that cover the VMs' addresses: VPNs, policy routing.
+ROUTES = {
+    "route": (["ip route add 10.0.0.0/24 dev vpn0"], "10.0.0.0/24 on vpn0"),
+    "two halves": (["ip route add 0.0.0.0/1 dev vpn0", "ip route add 128.0.0.0/1 dev vpn0"], ""),  # OpenVPN
+    "rule": (["ip route add 10.0.0.0/8 dev vpn0 table 52", "ip rule add pref 70 lookup 52"], "10.0.0.0/8 on vpn0"),
+    "rule to": (
+        ["ip route add 10.0.0.0/8 dev vpn0 table 52", "ip rule add pref 70 to 10.0.0.0/8 lookup 52"],
+        "10.0.0.0/8 on vpn0",
+    ),
+    "not fwmark": (  # as wg-quick makes it
+        ["ip route add 10.0.0.0/9 dev vpn0 table 52", "ip rule add pref 70 not fwmark 51820 lookup 52"],
+        "10.0.0.0/9 on vpn0",
+    ),
+    "default": (["ip route add default dev vpn0 table 52", "ip rule add pref 70 not fwmark 51820 lookup 52"], ""),
+    "refusal": (
+        ["ip route add blackhole 10.0.0.0/17 table 52", "ip rule add pref 70 lookup 52"],
+        "10.0.0.0/17",
+    ),
+}
+
+
+@pytest.mark.parametrize("strict", ["0", "1"], ids=["", "strict"])
+@pytest.mark.parametrize("kind", ROUTES)
+async def test_routes_and_rules_of_others_cost_no_connection(
+    network: Network, slot: Slot, kind: str, strict: str
+) -> None:
+    """With `rp_filter` 1, as some distributions have it, the kernel drops what comes by another way than the answer
+    would go: only routes that refuse the addresses altogether can do that to VMs. They are named."""
+    lines, says = ROUTES[kind]
+    filtering = Path("/proc/sys/net/ipv4/conf/all/rp_filter")
+    was = filtering.read_text()
+    await process.run(["ip", "link", "add", "vpn0", "type", "bridge"])
+    try:
+        filtering.write_text(strict)
+        await process.run(["ip", "link", "set", "vpn0", "up"])
+        async with connected(slot) as (reader, guest):
+            for line in lines:
+                await process.run(line.split())
+            assert says in await network.fault(1)
+            if kind != "refusal":
+                guest.write(b"the result\n")
+                async with asyncio.timeout(10):
+                    assert await reader.readline() == b"the result\n"
+                _, writer = await asyncio.wait_for(dial(slot.agentd, [""], listening=True), 10)
+                writer.transport.abort()
+    finally:
+        filtering.write_text(was)
+        await process.run(["ip", "link", "del", "vpn0"])
+        await process.run(["ip", "route", "flush", "table", "52"], check=False)
+        await process.run(["ip", "rule", "del", "pref", "70"], check=False)
+
+
+@pytest.mark.parametrize("action", ["blackhole", "unreachable", "prohibit"])
+@pytest.mark.parametrize("to", ["", "to 10.0.0.0/8"])
+async def test_a_rule_that_refuses_the_addresses_is_named(network: Network, slot: Slot, action: str, to: str) -> None:
+    """As long as it is there; then work goes on."""
+    async with connected(slot) as (reader, guest):
+        await process.run(["ip", "rule", "add", "pref", "70", *to.split(), action])
+        try:
+            assert "the rule 70 (blackhole, unreachable or prohibit" in await network.fault(1)
+            guest.write(b"the result\n")
+        finally:
+            await process.run(["ip", "rule", "del", "pref", "70"])
+        assert await network.fault(1) == ""
+        async with asyncio.timeout(20):
             assert await reader.readline() == b"the result\n"
 
 

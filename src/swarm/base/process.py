@@ -185,6 +185,13 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def is_stopped(pid: int) -> bool:
+    """Is it stopped, by SIGSTOP or a debugger?"""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
+
+
 def boot_id() -> str:
     """Names this boot of the host: pids and start times mean nothing after the next."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -15,7 +15,7 @@ from swarm.channel.files import File, batches, read_tree
 from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
 from swarm.channel.proof import GUEST, HOST, new_nonce, proof, shown
 from swarm.channel.values import Exit, Hello, Identity, Renewed, exit_of, final, state
-from swarm.errors import AgentFailed, AgentTimeout, ChannelError, OutputInvalid, UsageError
+from swarm.errors import AgentFailed, AgentTimeout, ChannelError, GuestSilent, OutputInvalid, UsageError
 from swarm.model import FailureReason
 
 PROTOCOL: Final = 2
@@ -324,7 +324,8 @@ class Channel:
         ``max_output_bytes`` (the rest is dropped). The program is also ended after ``idle_timeout_seconds`` without
         output.
 
-        Raises AgentTimeout, ChannelError, and AgentFailed if the program can't be started.
+        Raises AgentTimeout (GuestSilent, if only the host's timer ended it), ChannelError, and AgentFailed if the
+        program can't be started.
         """
         if len(stdin) > MAX_STDIN_BYTES:
             raise UsageError(f"stdin has {len(stdin)} bytes; the limit is {MAX_STDIN_BYTES}: put a file instead")
@@ -362,7 +363,7 @@ class Channel:
                 timed_out = frame.optional_text("timed_out")
                 ended = None if timed_out else exit_of(frame, started_at)
         except TimeoutError:
-            raise AgentTimeout(f"its time was up {_GRACE_SECONDS:g} s ago, and the guest did not stop it") from None
+            raise GuestSilent(f"its time was up {_GRACE_SECONDS:g} s ago, and the guest did not stop it") from None
         except _Refusal as refusal:
             if refusal.kind == "CannotStart":
                 raise AgentFailed(f"{printable(argv[0])} can't be started: {refusal.said}", retryable=False) from None

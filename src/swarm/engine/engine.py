@@ -27,6 +27,7 @@ from swarm.engine.egress import AttemptEgress, Egress
 from swarm.errors import (
     AgentFailed,
     AgentTimeout,
+    GuestSilent,
     HostError,
     ImageError,
     LeaseLost,
@@ -236,6 +237,9 @@ class Engine:
                 on_output=tail.add,
                 max_output_bytes=self._limits.printed_bytes,
             )
+        except GuestSilent as error:
+            why = await self._launcher.why_silent(live)
+            raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}: {why}") from error
         except AgentTimeout as error:
             raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}") from error
 

@@ -126,6 +126,9 @@ class Vm(Protocol):
     async def printed(self, text: bytes) -> None:
         """Return when the guest has printed ``text`` on its console. Waits for ever if it never does."""
 
+    async def doing(self) -> str:
+        """What its VMM does, in a sentence: it runs the guest, has paused it, or does not answer. Never raises."""
+
     async def snapshot(self, dir: Path) -> None:
         """Write memory and device state into ``dir`` and end this VM. Raises BootFailed."""
 

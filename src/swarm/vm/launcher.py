@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from swarm.base import files
-from swarm.base.aio import finish_uninterrupted, undoing
+from swarm.base.aio import cancel_all, finish_uninterrupted, undoing
 from swarm.base.clock import Timeline
 from swarm.base.process import start_time
 from swarm.channel import Channel, Identity, Renewed
@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 TOKEN_BYTES = 32
 TOKEN_FILE = "token"
+_ASK_SECONDS = 5.0
+_MEND_SECONDS = 2.0
 # After the channel broke, the VMM has this long to end, so that the error names the real cause.
 _EXIT_SECONDS = 2.0
 _PRELOAD_FACTOR = 4  # of the boot timeout
@@ -125,12 +127,14 @@ class Launcher:
     @asynccontextmanager
     async def keeping(self, slots: int, *, ahead: int = 0) -> AsyncIterator[None]:
         """For the length of the block, keep up to ``slots`` free slots for the next VMs; make ``ahead`` of them
-        now, in the background."""
+        now, in the background. Mends the network of VMs, see `Network.mend`."""
         self.slots.keep += slots
         making = asyncio.create_task(self._fill_slots(ahead), name="slots-ahead")
+        mending = asyncio.create_task(self._mend_network(), name="mend-network")
         try:
             yield
         finally:
+            await cancel_all([mending])
             making.cancel()
             await finish_uninterrupted(_closed(making, self.slots))
 
@@ -139,6 +143,36 @@ class Launcher:
             await self.slots.fill(count)
         except SwarmError as error:
             log.warning("no network slot could be made ahead", error=str(error))
+
+    async def _mend_network(self) -> None:
+        told = ""
+        while self._network is not None:
+            await asyncio.sleep(_MEND_SECONDS)
+            try:
+                if await self._network.mend():
+                    log.warning("the network of VMs had lost parts, which were put back")
+                told = ""
+            except (SwarmError, RuntimeError) as error:  # RuntimeError: no more threads
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("can't mend the network of VMs", error=told)
+
+    async def why_silent(self, live: LiveVm) -> str:
+        """Why a guest did not end its agent: what the VMM does, whether agentd answers, what the network lacks. If
+        agentd answers, an agent that still runs is killed."""
+        said = [await live.vm.doing()]
+        token = live.identity.token
+        try:
+            async with Channel.connect(live.vm.endpoint, token=token, timeout_seconds=_ASK_SECONDS) as channel:
+                if await channel.kill():
+                    said.append("agentd answers a new connection, but has not ended the agent")
+                else:
+                    said.append("agentd answers a new connection, and no agent runs: the connection to it was lost")
+        except SwarmError as error:
+            said.append(str(error))
+            if self._network is not None and (fault := await self._network.fault(live.n)):
+                said.append(fault)
+        return "; ".join(said)
 
     def attach(self, source: Source) -> None:
         """From now on, take VMs from ``source`` if it has any."""
@@ -242,7 +276,9 @@ class Launcher:
         vm = await self._started(start, vm_slot, assignment, undo)
         timeline.mark("running")
         identity, known_key = self.new_identity(lease.n, seeded=seeded, sshd_ready=outlive and seeded)
-        channel = await self._connect(vm, token, undo, listening=template is not None, preloads=bool(spec.preload))
+        channel = await self._connect(
+            vm, lease.n, token, undo, listening=template is not None, preloads=bool(spec.preload)
+        )
         timeline.mark("answered")
         renewed = await while_alive(vm, channel.renew(identity))
         check_renewed(renewed, identity, may_skip=not self._driver.networked)
@@ -276,7 +312,7 @@ class Launcher:
         return await finish_uninterrupted(create())
 
     async def _connect(
-        self, vm: Vm, token: bytes, undo: AsyncExitStack, *, listening: bool = False, preloads: bool = False
+        self, vm: Vm, n: int, token: bytes, undo: AsyncExitStack, *, listening: bool = False, preloads: bool = False
     ) -> Channel:
         """Wait for agentd's first answer: userspace is up. Raises BootFailed, with the end of the console."""
         # It answers after all preloads are imported; without KVM, a large package alone takes 15 seconds.
@@ -292,8 +328,8 @@ class Launcher:
         except (OutcomeUnknown, ChannelError) as error:
             last = last_lines(vm.console, lines=4)
             seen = f"; its console ends with: {' | '.join(last)}" if last and "console" not in str(error) else ""
-            if self._network and (clash := await self._network.clash()):
-                seen += f"; {clash}"
+            if self._network and (fault := await self._network.fault(n)):
+                seen += f"; {fault}"
             raise BootFailed(f"the VM did not come up: {error}{seen}") from error
 
     def new_identity(self, n: int, *, seeded: bool = True, sshd_ready: bool = False) -> tuple[Identity, str]:
@@ -322,7 +358,7 @@ class Launcher:
             start = self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True, token=first)
             vm = await self._started(start, vm_slot, Assignment(), undo)
             async with AsyncExitStack() as connection:
-                channel = await self._connect(vm, first, connection, preloads=bool(spec.preload))
+                channel = await self._connect(vm, vm_slot.lease.n, first, connection, preloads=bool(spec.preload))
                 if failed := (await while_alive(vm, channel.hello())).preload_failed:
                     said = "; ".join(f"{name}: {printable(why.encode())[:200]}" for name, why in failed.items())
                     raise BootFailed(f"preloads of the agent's manifest can't be imported: {said}", retryable=False)

@@ -310,6 +310,9 @@ class FirecrackerVm(VmmVm):
         finally:
             await self.kill()
 
+    async def _status(self) -> str:
+        return str((await self.api.get("/")).get("state"))
+
     def _how_it_ended(self, code: int) -> str:
         # When a vCPU fails, Firecracker still ends with status 0: only its log has the reason.
         for line in reversed(last_lines(self.dir / LOG_FILE, lines=20)):

@@ -55,6 +55,11 @@ class ProcessVm:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return f"agentd (pid {self.pid}) {how}"
 
+    async def doing(self) -> str:
+        if self._child.returncode is None and process.is_stopped(self.pid):
+            return f"agentd was stopped by a signal (`kill -CONT {self.pid}` continues it)"
+        return f"agentd {'runs' if self._child.returncode is None else 'has ended'}"
+
     async def printed(self, text: bytes) -> None:
         raise HostError("the process driver's VMs have no console: there is no guest to boot")
 

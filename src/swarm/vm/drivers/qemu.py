@@ -319,15 +319,21 @@ class QemuVm(VmmVm):
     async def _end_when_paused(self) -> None:
         """QEMU may stop a guest that it can't go on with (an error of KVM, of a disk). Nobody will continue it, and its
         process would live on, so it is ended: `wait` then says why."""
-        with contextlib.suppress(QMPError, OSError, EOFError):
+        with contextlib.suppress(QMPError, OSError, EOFError, HostError):
             with self._qmp.listener("STOP") as events:
                 await events.get()
             self._paused = "paused"
             async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
-                said = await self._qmp.execute("query-status")
-                self._paused = str(cast(dict[str, object], said).get("status"))
+                self._paused = await self._status()
         if self._paused:
             await process.kill(self._child)
+
+    async def _status(self) -> str:
+        try:
+            said = await self._qmp.execute("query-status")
+        except (QMPError, EOFError) as error:
+            raise HostError(str(error) or type(error).__name__) from error
+        return str(cast(dict[str, object], said).get("status"))
 
     async def _stop_watching(self) -> None:
         if self._watch is not None:

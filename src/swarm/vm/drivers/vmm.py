@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from swarm.base import process
 from swarm.channel.dial import Endpoint
+from swarm.errors import SwarmError
 from swarm.vm.driver import AGENTD_PORT, Slot
 from swarm.vm.drivers.console import Console, last_lines
+
+_ANSWER_SECONDS = 5.0
 
 
 class VmmVm:
@@ -39,6 +43,21 @@ class VmmVm:
 
     async def wait(self) -> str:
         return self._how_it_ended(await self._child.wait())
+
+    async def doing(self) -> str:
+        if self._child.returncode is not None:
+            return self._how_it_ended(self._child.returncode)
+        if process.is_stopped(self.pid):
+            return f"{self.vmm} was stopped by a signal (`kill -CONT {self.pid}` continues it)"
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return f"{self.vmm} says that the VM is {await self._status()!r}"
+        except (TimeoutError, OSError, SwarmError) as error:
+            return f"{self.vmm} (pid {self.pid}) does not answer{f': {error}' if str(error) else ''}"
+
+    async def _status(self) -> str:
+        """The VM's state, in the VMM's own word. Raises OSError, SwarmError."""
+        raise NotImplementedError
 
     def _how_it_ended(self, code: int) -> str:
         return f"{self.vmm} was killed by signal {-code}" if code < 0 else f"{self.vmm} ended with status {code}"

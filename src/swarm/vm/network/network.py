@@ -35,13 +35,13 @@ from swarm.vm.driver import GUEST_ADDRESS, GUEST_GATEWAY, GUEST_MAC, TAP_MAC, TA
 from swarm.vm.network import netfilter, netns, rules
 from swarm.vm.network.bridge import (
     BRIDGE_MAC,
-    MAX_PORTS,
     Bridge,
     host_errors,
     is_our_bridge,
     is_our_port,
     links_named,
     require_root,
+    uplink_mac,
 )
 
 log = structlog.get_logger(__name__)
@@ -50,8 +50,7 @@ UPLINK = "eth0"  # a namespace's own end of its veth pair
 # If both ends of a pair happen to have the same index, the kernel treats "carrier on" as not urgent, and the port drops
 # everything for up to a second (linkwatch_urgent_event, net/core/link_watch.c). The host's indexes never get this high.
 _UPLINK_INDEX = 1 << 30
-_NUD_NOARP, _NTF_MASTER = 0x40, 0x04  # linux/neighbour.h: a static entry in the bridge's own table
-_IFF_LOWER_UP = 0x10000  # linux/if.h: a process has the tap open
+_IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000  # linux/if.h; the second: a process has the tap open
 _NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}  # IN6_ADDR_GEN_MODE_NONE
 
 
@@ -90,9 +89,20 @@ class Network:
         """See `Bridge.remove`."""
         return await self._bridge.remove()
 
+    async def mend(self) -> bool:
+        """See `Bridge.mend`."""
+        return await self._bridge.mend()
+
+    async def fault(self, n: int) -> str:
+        """What is wrong between the host and VM n, for the message of one that can't be reached; or ''. That is what
+        Swarm made and somebody removed, or what else on this host now has the addresses of the VMs."""
+        try:
+            return await netns.in_thread(lambda: self._fault(n)) or await self.clash()
+        except HostError as error:
+            return str(error)
+
     async def clash(self) -> str:
-        """What else on this host now has the addresses of the VMs, for the message of one that can't be reached; or
-        ''."""
+        """What else on this host now has the addresses of the VMs; or ''."""
         try:
             await netns.in_thread(self._bridge.check_clashes)
         except HostError as error:
@@ -189,9 +199,33 @@ class Network:
             if await netns.in_thread(functools.partial(netns.enter_ours, netns_of(n)))
         ]
 
+    def _fault(self, n: int) -> str:
+        name = netns_of(n)
+        with host_errors(f"can't read the network of VM {n}"), netns.netlink() as host:
+            bridge, port = (next(iter(links_named(host, each)), None) for each in (self.bridge, f"swarm{n}"))
+            if bridge is None:
+                return f"the bridge {self.bridge} does not exist any more"
+            if not bridge["flags"] & _IFF_UP:
+                return f"the bridge {self.bridge} is down"
+            if not self._bridge.has_address(host, bridge["index"]):
+                return f"the bridge {self.bridge} has lost its address {self.gateway}"
+            if port is None:
+                return f"the link swarm{n} from {self.bridge} to {name} does not exist any more"
+            if port.get_attr("IFLA_MASTER") != bridge["index"]:
+                return f"swarm{n} is not on {self.bridge} any more"
+            with netns.netlink_in_ours(name) as here:
+                if here is None:
+                    return f"the network namespace {name} does not exist any more"
+                tap = next(iter(links_named(here, TAP_NAME)), None)
+                if tap is None:
+                    return f"{TAP_NAME} in {name} does not exist any more"
+                if not tap["flags"] & _IFF_UP or not tap["flags"] & _IFF_LOWER_UP:
+                    return f"{TAP_NAME} in {name} is down, or no VM is connected to it"
+        return ""
+
     def _create(self, slot: Slot, made: threading.Event) -> bool:
         """Runs in a thread of its own. False if the host's part is missing; then nothing was done."""
-        mac, port = _uplink_mac(slot.address), f"swarm{slot.n}"
+        mac, port = uplink_mac(slot.address), f"swarm{slot.n}"
         outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         with contextlib.ExitStack() as stack, host_errors(f"can't make the network of VM {slot.n}"):
             stack.callback(os.close, outside)
@@ -226,18 +260,7 @@ class Network:
 
             index = host.link_lookup(ifname=port)[0]
             host.link("set", index=index, ifalias=_port_alias(slot.n), IFLA_AF_SPEC=_NO_IPV6_ADDRESS)
-            try:
-                host.link("set", index=index, master=bridge)
-            except NetlinkError as error:
-                if error.code == errno.EXFULL:
-                    raise HostError(
-                        f"{self.bridge} is full: a Linux bridge has at most {MAX_PORTS} ports, so this host can run "
-                        f"at most {MAX_PORTS} VMs at once"
-                    ) from None
-                raise
-            # Frames pass only between this port and the bridge itself, by the entry made here.
-            host.brport("set", index=index, isolated=1, learning=0, unicast_flood=0, mcast_flood=0, bcast_flood=0)
-            host.fdb("add", ifindex=index, lladdr=mac, state=_NUD_NOARP, flags=_NTF_MASTER)
+            self._bridge.attach(host, bridge, index, slot.n)
             try:
                 host.link("property_add", index=index, altname=f"tap{slot.n}")
             except NetlinkError as error:
@@ -247,7 +270,6 @@ class Network:
                         f"number other than {slot.n}"
                     ) from None
                 raise
-            host.neigh("replace", ifindex=bridge, dst=str(slot.address), lladdr=mac, state="permanent")
             host.link("set", index=index, state="up")
             netns.await_up(host, index)
             netns.await_up(host, bridge)
@@ -309,11 +331,6 @@ def _ignoring_absence(call: Callable[..., object], *args: object, **kwargs: obje
 
 def _port_alias(n: int) -> str:
     return f"{netns.MARK} vm{n}"
-
-
-def _uplink_mac(address: IPv4Address) -> str:
-    """A locally administered address that no other VM of this host has."""
-    return "06:01:" + ":".join(f"{byte:02x}" for byte in address.packed)
 
 
 def _ms(seconds: float) -> float:
