@@ -12,7 +12,8 @@
     │   └── TicketWithdrawn    since somebody cancelled or deleted the ticket
     ├── StoreError             the database can't be used (locked, read-only, full, not migrated)
     ├── HostError              this host lacks something (a tool, a permission, a route, disk space)
-    │   └── CommandFailed      a program that Swarm ran exited with a status other than 0
+    │   ├── CommandFailed      a program that Swarm ran exited with a status other than 0
+    │   └── NoSpace            a disk is full or a quota used up: the same work may succeed later
     ├── ImageError             an image or template is missing or damaged, or can't be built
     │   └── NoImage            there is no default image
     └── StepError              an attempt failed, for a reason, and may be retryable
@@ -80,6 +81,10 @@ class CommandFailed(HostError):
         super().__init__(message)
         self.returncode = returncode
         self.stderr = stderr
+
+
+class NoSpace(HostError):
+    pass
 
 
 class ImageError(SwarmError):

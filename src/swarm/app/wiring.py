@@ -339,6 +339,12 @@ async def dispatcher(
     from swarm.base import process
     from swarm.engine.dispatch import Disk, Dispatcher, Memory
     from swarm.triggers.schedules import Scheduler
+    from swarm.vm.drivers.disk import WORK_DISK, used_bytes
+
+    vms = inventory(settings)
+
+    def used(n: int) -> int:
+        return used_bytes(vms.dir(n) / WORK_DISK)
 
     slots = {"keep_slots": max_vms, "slots_ahead": min(2, max_vms)}
     async with worker(settings, opened, warm=warm, **slots) as ours, opened.watching() as wake:
@@ -348,7 +354,7 @@ async def dispatcher(
             wake=wake,
             max_vms=max_vms,
             memory=None if settings.driver == "process" else Memory.of_this_host(),
-            disk=Disk(dir=settings.state_dir),
+            disk=Disk(dir=settings.state_dir, used_bytes=None if settings.driver == "process" else used),
             grace_seconds=grace_seconds,
             scheduler=Scheduler(store=opened, evaluator=opened.jail),
             info={

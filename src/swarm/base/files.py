@@ -16,6 +16,7 @@ from typing import Final
 
 from swarm.errors import HostError
 
+_NO_ROOM_BYTES = 64 << 10
 _BLOCK_BYTES: Final = 1 << 20
 _ZEROS: Final = bytes(_BLOCK_BYTES)
 
@@ -142,6 +143,15 @@ def sparse_sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> st
 def is_full(error: BaseException) -> bool:
     """Is it the error of a full disk, or of a used-up quota?"""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def has_no_room(place: Path) -> bool:
+    """Is its disk so full that hardly a small file fits?"""
+    try:
+        disk = os.statvfs(place)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < _NO_ROOM_BYTES or (disk.f_files > 0 and disk.f_favail < 1)
 
 
 def no_space(place: Path, consequence: str, *, setting: str = "") -> str:

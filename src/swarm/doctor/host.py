@@ -145,19 +145,25 @@ def _forwarding() -> Check:
 
 
 def disks(state_dir: Path, images_dir: Path, data_dir: Path) -> list[Check]:
-    """Free space for VMs and images; ``data_dir`` has the database."""
+    """Free space for VMs, images, the database with the engine's log (``data_dir``), and temporary files."""
     checks = []
-    for name, directory, wanted in (("disk: VMs", state_dir, 4 * _GIB), ("disk: images", images_dir, 2 * _GIB)):
+    for name, directory, wanted in (
+        ("disk: VMs", state_dir, 4 * _GIB),
+        ("disk: images", images_dir, 2 * _GIB),
+        ("disk: database", data_dir, _GIB),
+        ("disk: temporary files", Path(os.environ.get("TMPDIR") or "/tmp"), _GIB // 4),
+    ):
         there = _existing(directory)
         free = shutil.disk_usage(there).free
         detail = f"{free / _GIB:.1f} GiB free for {directory}"
         if directory == state_dir and there.stat().st_dev == _existing(data_dir).stat().st_dev:
             detail += "; the database is on the same disk, so VMs that fill it stop every ticket"
-        fix = f"free space on the disk of {there}, or move the directory (swarm.toml)"
+        move = "set TMPDIR to another" if name == "disk: temporary files" else "move the directory (swarm.toml)"
+        fix = f"free space on the disk of {there}, or {move}"
         if free < wanted / 8:
             checks.append(fail(name, detail, fix))
         elif free < wanted:
-            checks.append(warn(name, f"{detail}; {wanted / _GIB:.0f} GiB are recommended", fix))
+            checks.append(warn(name, f"{detail}; {wanted / _GIB:g} GiB are recommended", fix))
         else:
             checks.append(ok(name, detail))
     return checks

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from swarm.agents import Installed, check
-from swarm.base import jsontext
+from swarm.base import files, jsontext
 from swarm.base.aio import first
 from swarm.base.clock import Timeline
 from swarm.base.redact import Redactor, Stream
@@ -32,6 +32,7 @@ from swarm.errors import (
     ImageError,
     LeaseLost,
     NoImage,
+    NoSpace,
     NotFound,
     OutputInvalid,
     OverBudget,
@@ -60,6 +61,9 @@ _HOST_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 # Objects and lists in an output.json: each takes a few hundred bytes of memory, but may take only three in the file.
 MAX_CONTAINERS = 1_000_000
 SMALL_BYTES = 64 << 10
+# An attempt for which the host's disk has no room goes back uncounted, but not for ever: it may be the one that is too
+# large for the disk.
+_FULL_TRIES = 20
 
 
 class Watcher:
@@ -116,7 +120,7 @@ class Engine:
         """Run one attempt to its end. Returns Succeeded or Failed. The VM is gone in every case.
 
         Raises LeaseLost, CancelledError; HostError or StepError when the host is out of descriptors, memory or threads;
-        NoImage when the host lacks the default image.
+        NoSpace when a disk is full; NoImage when the host lacks the default image.
         """
         tail = _OutputTail(watcher)
         try:
@@ -124,6 +128,7 @@ class Engine:
         except StepError as error:
             if _host_exhausted(error):
                 raise
+            _raise_if_full(error, claim, timeline, self._launcher.state_dir)
             message = tail.redactor.text(str(error))
             if quoted := tail.quoted():
                 message += f"\nThe last that it printed:\n{quoted}"
@@ -138,6 +143,7 @@ class Engine:
         except SwarmError as error:
             if _host_exhausted(error):
                 raise
+            _raise_if_full(error, claim, timeline, self._launcher.state_dir)
             return Failed(reason=FailureReason.HOST_ERROR, message=str(error), retryable=True)
         except MemoryError:
             # This process hit its memory limit, perhaps because of this agent's output. Count the attempt, so that
@@ -148,6 +154,7 @@ class Engine:
         except Exception as error:
             if _host_exhausted(error):
                 raise HostError(f"this host can't go on running tickets: {error}") from error
+            _raise_if_full(error, claim, timeline, self._launcher.state_dir)
             # A bug in Swarm must not leave a ticket without an end, nor stop an engine that other tickets need.
             message = f"unexpected {type(error).__name__}: {error}"
             log.error(message, ticket=claim.ticket.id)
@@ -367,6 +374,22 @@ def _host_exhausted(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _raise_if_full(error: BaseException, claim: Claim, timeline: Timeline, place: Path) -> None:
+    """Raise NoSpace if the error is caused by a full disk of the host (or another limit that it calls so).
+
+    A program that could not write does not always say so. Until the agent starts, a full disk at ``place``, where the
+    files of VMs are, is reason enough."""
+    cause: BaseException | None = error
+    full = "renewed" not in timeline and files.has_no_room(place)
+    while cause is not None and claim.attempt_number < _FULL_TRIES:
+        if isinstance(cause, NoSpace):
+            raise NoSpace(str(error)) from error
+        full = full or files.is_full(cause)
+        cause = cause.__cause__
+    if full and claim.attempt_number < _FULL_TRIES:
+        raise NoSpace(files.no_space(place, str(error))) from error
 
 
 async def _send_files(live: LiveVm, claim: Claim, inputs: Any) -> None:

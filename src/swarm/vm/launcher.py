@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ T = TypeVar("T")
 TOKEN_BYTES = 32
 TOKEN_FILE = "token"
 _ASK_SECONDS = 5.0
-_MEND_SECONDS = 2.0
+_MEND_SECONDS, _MEND_SHARE = 2.0, 0.01  # how often to look, and how much of the time that may take
 # After the channel broke, the VMM has this long to end, so that the error names the real cause.
 _EXIT_SECONDS = 2.0
 _PRELOAD_FACTOR = 4  # of the boot timeout
@@ -102,6 +103,7 @@ class Launcher:
         self._driver, self._probe = choice.driver, choice.probe
         self._network = network if choice.driver.networked else None
         self._inventory = inventory
+        self.state_dir = inventory.state_dir
         self._templates = templates if choice.probe.snapshots else None
         self._ssh = ssh_dir
         self.slots = SlotPool(inventory=inventory, network=self._network, first=first_slot)
@@ -145,9 +147,10 @@ class Launcher:
             log.warning("no network slot could be made ahead", error=str(error))
 
     async def _mend_network(self) -> None:
-        told = ""
+        told, took = "", 0.0
         while self._network is not None:
-            await asyncio.sleep(_MEND_SECONDS)
+            await asyncio.sleep(max(_MEND_SECONDS, took / _MEND_SHARE))
+            began = time.monotonic()
             try:
                 if await self._network.mend():
                     log.warning("the network of VMs had lost parts, which were put back")
@@ -156,6 +159,7 @@ class Launcher:
                 if str(error) != told:
                     told = str(error)
                     log.warning("can't mend the network of VMs", error=told)
+            took = time.monotonic() - began
 
     async def why_silent(self, live: LiveVm) -> str:
         """Why a guest did not end its agent: what the VMM does, whether agentd answers, what the network lacks. If

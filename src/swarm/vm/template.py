@@ -26,7 +26,7 @@ import structlog
 
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
-from swarm.errors import BootFailed, HostError, NotFound
+from swarm.errors import BootFailed, HostError, NoSpace, NotFound
 from swarm.vm.driver import Driver, Probe, Template, VmSpec, host_tsc_khz
 from swarm.vm.image import staging
 
@@ -220,8 +220,8 @@ class Templates:
         await staging.discard(stage)
         return True
 
-    def _full(self, what: str) -> HostError:
-        return HostError(files.no_space(self.dir, what, setting="SWARM_TEMPLATES_DIR"))
+    def _full(self, what: str) -> NoSpace:
+        return NoSpace(files.no_space(self.dir, what, setting="SWARM_TEMPLATES_DIR"))
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:

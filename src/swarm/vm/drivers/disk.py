@@ -13,15 +13,16 @@ from pathlib import Path
 
 from swarm.base import files
 from swarm.base.process import run
-from swarm.errors import HostError
+from swarm.errors import HostError, NoSpace
 
 MIN_MB = 8
+WORK_DISK = "work.ext4"  # in the directory of its VM
 
 
 async def make_work_disk(path: Path, *, size_mb: int, cache: Path) -> None:
     """Write an empty ext4 of ``size_mb`` to ``path``. ``cache`` keeps one formatted file for each size.
 
-    Raises HostError if the host's disk is full.
+    Raises NoSpace, HostError.
     """
     blank = cache / f"work-v1-{size_mb}.ext4"
     if not blank.exists():
@@ -30,13 +31,13 @@ async def make_work_disk(path: Path, *, size_mb: int, cache: Path) -> None:
 
 
 async def copy_work_disk(source: Path, path: Path) -> None:
-    """Copy a work disk with its holes. Raises HostError if the host's disk is full."""
+    """Copy a work disk with its holes. Raises NoSpace, HostError."""
     try:
         await asyncio.to_thread(_copy_sparse, source, path)
     except OSError as error:
         path.unlink(missing_ok=True)
         if files.is_full(error):
-            raise HostError(files.no_space(path.parent, "can't make the VM's work disk")) from None
+            raise NoSpace(files.no_space(path.parent, "can't make the VM's work disk")) from None
         raise HostError(f"can't make the work disk {path}: {error}") from error
 
 
