@@ -98,7 +98,7 @@ class Disk:
     used_bytes: Callable[[int], int] | None = None
 
     def shortage(self, running: Iterable[Attempt] = ()) -> str:
-        """Why no VM may be started now; '' when there is enough space. ~10 µs, and 3 for each running VM."""
+        """Why no VM may be started now; '' when there is enough space. ~3 µs, and 7 for each running VM."""
         try:
             info = os.statvfs(self.dir)
         except OSError:  # making the VM's directory will give the better error
