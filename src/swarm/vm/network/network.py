@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network
+from typing import Any
 
 import structlog
 from pyroute2.netlink.exceptions import NetlinkError
@@ -259,7 +260,7 @@ class Network:
             here.route("add", dst="0.0.0.0/0", gateway=str(self.gateway))
 
             index = host.link_lookup(ifname=port)[0]
-            host.link("set", index=index, ifalias=_port_alias(slot.n), IFLA_AF_SPEC=_NO_IPV6_ADDRESS)
+            _name_port(host, index, slot.n)
             self._bridge.attach(host, bridge, index, slot.n)
             try:
                 host.link("property_add", index=index, altname=f"tap{slot.n}")
@@ -329,8 +330,15 @@ def _ignoring_absence(call: Callable[..., object], *args: object, **kwargs: obje
             raise
 
 
-def _port_alias(n: int) -> str:
-    return f"{netns.MARK} vm{n}"
+def _name_port(host: Any, index: int, n: int) -> None:
+    """Mark a port as Swarm's, and keep the kernel from giving it an IPv6 address."""
+    alias = f"{netns.MARK} vm{n}"
+    try:
+        host.link("set", index=index, ifalias=alias, IFLA_AF_SPEC=_NO_IPV6_ADDRESS)
+    except NetlinkError as error:
+        if error.code != errno.EAFNOSUPPORT:  # a kernel without IPv6 (ipv6.disable=1) has nothing to turn off
+            raise
+        host.link("set", index=index, ifalias=alias)
 
 
 def _ms(seconds: float) -> float:
