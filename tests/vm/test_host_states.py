@@ -53,6 +53,71 @@ def host(settings: Settings, image: Image) -> Host:
     return Host(settings, settings.state_dir)
 
 
+def mounted(script: str) -> tuple[str, ...]:
+    """A command with mounts of its own."""
+    return ("unshare", "--mount", "--", "sh", "-ec", f'{script}\nexec "$@"', "sh")
+
+
+# The user namespace of an unprivileged container: ids from 65,536 on don't exist. (unshare needs newuidmap for this.)
+_LXC = """
+import ctypes, os, sys
+ready, mapped = os.pipe(), os.pipe()
+pid = os.fork()
+if pid == 0:
+    assert ctypes.CDLL(None).unshare(0x10000000 | 0x00020000 | 0x40000000) == 0  # user, mount, net
+    os.write(ready[1], b"x")
+    os.read(mapped[0], 1)
+    os.execvp(sys.argv[1], sys.argv[1:])
+os.read(ready[0], 1)
+for name in ("uid_map", "gid_map"):
+    with open(f"/proc/{pid}/{name}", "w") as file:
+        file.write("0 0 65536")
+os.write(mapped[1], b"x")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+NO_TUN = mounted("mount -t tmpfs none /dev/net")
+READ_ONLY_PROC_SYS = mounted("mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys")
+LACKING = {
+    "no /dev/net/tun": (NO_TUN, "/dev/net/tun", "/dev/net/tun can't be opened: No such file"),
+    "/dev/net/tun is no device": (
+        mounted("mount -t tmpfs -o nodev none /dev/net; mknod /dev/net/tun c 10 200"), "/dev/net/tun", "can't be opened"
+    ),
+    "read-only /proc/sys": (READ_ONLY_PROC_SYS, "/proc/sys", "/proc/sys is read-only"),
+    "without CAP_NET_ADMIN": (
+        ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", "--"), "rights", "without CAP_NET_ADMIN"
+    ),
+    "65,536 ids": ((sys.executable, "-c", _LXC), "uids", "this user namespace has only 0 to 65535"),
+    "no nft": (mounted('mount --bind /etc/passwd "$(command -v nft)"'), "program nft", "nft"),
+    "no ext4 tools": (mounted('mount --bind /etc/passwd "$(command -v mkfs.ext4)"'), "program mkfs.ext4", "mkfs.ext4"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def waiting(host: Host) -> str:
+    host.ticket("waits-for-the-host")
+    return "waits-for-the-host"
+
+
+@pytest.mark.parametrize(("within", "check", "says"), LACKING.values(), ids=LACKING)
+def test_what_is_missing_is_said_before_the_first_vm(
+    host: Host, waiting: str, within: tuple[str, ...], check: str, says: str
+) -> None:
+    """By the command, with what to do, and by the doctor. The ticket is not touched."""
+    found = host.doctor(within)[check]
+    assert found["status"] == "fail" and found["fix"]
+    if check not in found["detail"] and not check.startswith("program"):
+        assert says in found["detail"]
+    done = host.run("swarm-engine", "run-ticket", waiting, "--wait", within=within)
+    assert done.returncode == 1 and done.stderr.startswith("error: this host can't run VMs: "), done.stderr
+    assert says in done.stderr and done.stderr.count("\n") == 1
+    assert host.state(waiting) == "ready"
+
+
+def test_the_ticket_runs_once_the_host_has_what_was_missing(host: Host, waiting: str) -> None:
+    assert host.run("swarm-engine", "run-ticket", waiting, "--wait").returncode == 0
+    assert host.state(waiting) == "done"
+
+
 @pytest.mark.needs("cc")
 def test_a_kernel_without_ipv6(host: Host, tmp_path: Path) -> None:
     shim = tmp_path / "without_ipv6.so"

@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swarm.base import cgroup
 from swarm.config import Settings
 from swarm.errors import HostError, ImageError, NotFound
 
@@ -103,6 +104,11 @@ def ssh_dir(settings: Settings) -> SshDir:
     return SshDir(settings.state_dir / "ssh")
 
 
+def default_max_vms() -> int:
+    """Two for each CPU that this process may use."""
+    return max(1, int(2 * cgroup.cpus()))
+
+
 async def choice(settings: Settings) -> Choice:
     """The driver that the settings name, or for `auto` the best one that works on this host. Raises HostError.
 
@@ -113,10 +119,12 @@ async def choice(settings: Settings) -> Choice:
     from swarm.vm.drivers.firecracker import FirecrackerDriver
     from swarm.vm.drivers.process import ProcessDriver
     from swarm.vm.drivers.qemu import QemuDriver
+    from swarm.vm.network import lacks
 
     if settings.driver == "process":
         process = ProcessDriver()
         return Choice(driver=process, probe=await process.probe())
+    lacks.check()  # before anything is booted: a probe boot has no network, and its failure would be kept
     disks = settings.state_dir / "blank"
     firecracker = FirecrackerDriver(disk_cache=disks, jailed=settings.jailer)
     if settings.driver == "firecracker":
@@ -385,7 +393,7 @@ async def run_ticket(
                 ours,
                 ticket_id,
                 timeout_seconds=timeout_seconds,
-                max_vms=2 * (os.cpu_count() or 1),
+                max_vms=default_max_vms(),
                 left_mb=None if settings.driver == "process" else Memory.of_this_host().left_mb,
                 waits=waits,
             )

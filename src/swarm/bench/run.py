@@ -21,7 +21,7 @@ from typing import Final
 import psutil
 
 from swarm.app import setup, wiring
-from swarm.base import process
+from swarm.base import cgroup, process
 from swarm.base.clock import Timeline
 from swarm.base.progress import Progress, silent
 from swarm.bench import baselines
@@ -82,7 +82,7 @@ async def bench(
 ) -> Report:
     """Run everything. Tickets are put into a separate database, which is removed afterwards; images, templates and the
     network are the host's. Raises HostError if this host can't run VMs."""
-    max_vms, load_before = max_vms or max(2, os.cpu_count() or 1), _load()
+    max_vms, load_before = max_vms or max(2, int(cgroup.cpus())), _load()
     with _on_disk(settings) as place, used(Path(place)):
         shared = {"images_dir": settings.images, "templates_dir": settings.templates}
         own = load(**{**settings.model_dump(), **shared, "home": Path(place) / "home", "database_url": ""})

@@ -33,7 +33,8 @@ async def bench(
         typer.Option("--modes", metavar="M,…", help="Of cold (boot each VM), restored (clone it), pool (kept ready)."),
     ] = "cold,restored,pool",
     max_vms: Annotated[
-        int | None, typer.Option("--max-vms", min=1, metavar="N", help="VMs at once. Default: one per CPU, at least 2.")
+        int | None,
+        typer.Option("--max-vms", min=1, metavar="N", help="VMs at once. Default: one per CPU, at least 2."),
     ] = None,
     plot: Annotated[
         Path | None,

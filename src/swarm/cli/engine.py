@@ -60,7 +60,7 @@ async def start_(
     ] = False,
     max_vms: Annotated[
         int | None,
-        typer.Option("--max-vms", min=1, max=60000, metavar="N", help="VMs at once. Default: 2 per CPU."),
+        typer.Option("--max-vms", min=1, max=60000, metavar="N", help="VMs at once. Default: 2 per usable CPU."),
     ] = None,
     grace: Annotated[
         float, typer.Option("--grace", min=0, metavar="S", help="Seconds that running tickets get after a stop.")
@@ -82,9 +82,10 @@ async def start_(
     After Ctrl+C or SIGTERM it starts no more tickets. Running ones get --grace seconds; then their VMs are killed,
     their steps go back to the queue, and the attempt is not counted. A second signal ends the grace at once.
     """
+    from swarm.app import wiring
     from swarm.cli import service
 
-    max_vms = max_vms or 2 * (os.cpu_count() or 1)
+    max_vms = max_vms or wiring.default_max_vms()
     keep_warm = _warm(warm)
     if not foreground:
         argv = [f"--max-vms={max_vms}", f"--grace={grace:g}", f"--warm={warm}"]

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from swarm.base import cgroup
 from swarm.base.clock import Timeline
+from swarm.engine.dispatch import available_bytes
 from swarm.vm.driver import VmSpec
 from swarm.vm.drivers.disk import used_bytes
 from swarm.vm.launcher import Assignment, Launcher
@@ -48,7 +50,7 @@ class Capacity:
     cost: Cost
     idle: Mapping[str, int]
     full: Mapping[str, int]
-    cores: int
+    cores: float
 
     @property
     def fits_idle(self) -> tuple[int, str]:
@@ -80,7 +82,9 @@ async def measure(launcher: Launcher, inventory: Inventory, spec: VmSpec) -> Cap
 def fit(cost: Cost, spec: VmSpec, state_dir: Path) -> Capacity:
     """How many VMs of this cost fit on the host as it is now."""
     memory = psutil.virtual_memory()
-    free_mb = (memory.available - memory.total * _RESERVE_SHARE) / _MB
+    limits = cgroup.memory_limits()
+    total = min(memory.total, *(limit.bytes for limit in limits), 1 << 62)
+    free_mb = (available_bytes(limits) - total * _RESERVE_SHARE) / _MB
     disk_mb = shutil.disk_usage(state_dir).free * (1 - _RESERVE_SHARE) / _MB
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     descriptors = hard if hard != resource.RLIM_INFINITY else _number("/proc/sys/fs/nr_open")
@@ -88,7 +92,7 @@ def fit(cost: Cost, spec: VmSpec, state_dir: Path) -> Capacity:
         "bridge ports": MAX_PORTS,
         "slots": MAX_SLOT,
         "open files": max(0, descriptors - 256) // max(1, cost.descriptors),
-        "threads": _number("/proc/sys/kernel/threads-max") // max(1, cost.threads),
+        "threads": _threads() // max(1, cost.threads),
     }
     # A VM in full use also needs memory for its VMM.
     full_mb = spec.memory_mb + min(cost.private_mb, 64)
@@ -103,7 +107,7 @@ def fit(cost: Cost, spec: VmSpec, state_dir: Path) -> Capacity:
             **common,
         },
         full={"memory": _times(free_mb, full_mb), "disk": _times(disk_mb, spec.disk_mb), **common},
-        cores=os.cpu_count() or 1,
+        cores=cgroup.cpus(),
     )
 
 
@@ -114,6 +118,11 @@ def _times(have: float, each: float) -> int:
 def _least(limits: Mapping[str, int]) -> tuple[int, str]:
     name = min(limits, key=lambda limit: limits[limit])
     return limits[name], name
+
+
+def _threads() -> int:
+    host, ours = _number("/proc/sys/kernel/threads-max"), cgroup.processes_left()
+    return host if ours is None else min(host, ours)
 
 
 def _descriptors() -> int:

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from swarm.base import cgroup
 from swarm.base.process import run, which
 from swarm.doctor.check import Check, Status, fail, ok, warn
+from swarm.engine.dispatch import available_bytes
 from swarm.errors import SwarmError
+from swarm.vm.network import lacks
 
-_AS_ROOT = "run it as root: sudo swarm …"
-# linux/capability.h. The VMM itself runs with none.
-_CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN", 7: "CAP_SETUID", 5: "CAP_KILL", 0: "CAP_CHOWN"}
 _KVM_GET_API_VERSION = 0xAE00  # linux/kvm.h
 _GIB = 1 << 30
+_THREADS_OF_A_VM = 16  # of QEMU with some for its disk, of the engine, and of what starts it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,22 +69,24 @@ _KERNEL_FEATURES: Sequence[tuple[str, str, tuple[str, ...], str]] = (
 async def examine(*, state_dir: Path, images_dir: Path, data_dir: Path) -> list[Check]:
     rights = _rights()
     # Without root each would be refused, whatever the kernel can do.
-    tried = _KERNEL_FEATURES if rights.status is Status.OK else ()
+    tried = _KERNEL_FEATURES if rights[0].status is Status.OK else ()
     tools, features = await asyncio.gather(
         asyncio.gather(*(_tool(tool) for tool in TOOLS)),
         asyncio.gather(*(_feature(*feature) for feature in tried)),
     )
     if not tried:
-        features = [warn("kernel", "its features were not tried: that needs root", _AS_ROOT)]
-    return [rights, *tools, _kvm(), *features, _forwarding(), *disks(state_dir, images_dir, data_dir), _memory()]
+        features = [warn("kernel", "its features were not tried: that needs root", rights[0].fix)]
+    places = disks(state_dir, images_dir, data_dir)
+    return [*rights, *tools, _kvm(), *features, _forwarding(), *places, _memory(), _cpus(), _processes()]
 
 
-def _rights() -> Check:
-    effective = int(re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.M)[1], 16)  # type: ignore[index]
-    missing = [name for bit, name in _CAPABILITIES.items() if not effective >> bit & 1]
-    if missing:
-        return fail("rights", f"VMs and namespaces can't be made without {', '.join(missing)}", _AS_ROOT)
-    return ok("rights", "root, with all needed capabilities")
+def _rights() -> list[Check]:
+    """What must be there before a VM can be made; the first is about root's rights."""
+    checks = []
+    for name, judge in lacks.CHECKS.items():
+        lack = judge()
+        checks.append(ok(name, "as VMs need it") if lack is None else fail(name, lack.what, lack.fix))
+    return checks
 
 
 async def _tool(tool: Tool) -> Check:
@@ -129,6 +134,8 @@ def _kvm() -> Check:
 
 async def _feature(name: str, modules: str, argv: tuple[str, ...], text: str) -> Check:
     name = f"kernel: {name}"
+    if which(argv[0]) is None:
+        return warn(name, f"was not tried: the program {argv[0]} is missing")
     try:
         await run(["unshare", "--net", "--", *argv], input=text.encode(), timeout_seconds=20)
     except SwarmError as error:
@@ -174,8 +181,36 @@ def _existing(directory: Path) -> Path:
 
 
 def _memory() -> Check:
-    available = int(re.search(r"^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(), re.M)[1]) << 10  # type: ignore[index]
+    host, limits = psutil.virtual_memory().available, cgroup.memory_limits()
+    available = available_bytes(limits)
     detail = f"{available / _GIB:.1f} GiB available; a VM with 256 MB uses 60 to 330 MB"
+    fix = "free memory, or add some: not one VM fits"
+    if available < host:
+        limit = min(limit.bytes for limit in limits)
+        detail += f"; the host has {host / _GIB:.1f} GiB, but a control group limits this process to {limit >> 20} MiB"
+        fix = "raise the limit of the control group (memory.max, systemd's MemoryMax, a container's --memory)"
     if available < 400 << 20:
-        return fail("memory", detail, "free memory, or add some: not one VM fits")
+        return fail("memory", detail, fix)
     return ok("memory", detail) if available > _GIB else warn("memory", detail)
+
+
+def _cpus() -> Check:
+    ours, host = cgroup.cpus(), os.cpu_count() or 1
+    if ours < host:
+        why = "an affinity mask or the quota of a control group says so"
+        return ok("CPUs", f"{ours:g} of the host's {host} may be used ({why}): --max-vms counts with those")
+    return ok("CPUs", f"{host}")
+
+
+def _processes() -> Check:
+    left = cgroup.processes_left()
+    if left is None:
+        return ok("processes", "no control group limits their number")
+    detail = f"control groups allow {left} more processes and threads; a VM takes up to {_THREADS_OF_A_VM}"
+    wanted = _THREADS_OF_A_VM * max(1, int(2 * cgroup.cpus()))
+    if left >= wanted:
+        return ok("processes", detail)
+    fix = "raise the limit (pids.max, systemd's TasksMax, a container's --pids-limit)"
+    if left < _THREADS_OF_A_VM:
+        return fail("processes", detail, fix)
+    return warn("processes", f"{detail}: fewer fit than --max-vms starts by default", fix)

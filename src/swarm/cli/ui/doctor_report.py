@@ -45,7 +45,7 @@ def show_capacity(out: Out, capacity: Capacity) -> None:
     out.table(("LIMIT", "IDLE VMS", "BUSY VMS"), rows)
     out.line()
     out.line(f"fits: {idle} idle VMs (limit: {idle_by}), {full} that use all their memory and disk (limit: {full_by})")
-    out.line(f"{capacity.cores} cores: more working VMs than that share them")
+    out.line(f"{capacity.cores:g} CPUs: more working VMs than that share them")
 
 
 def _vm(check: Check) -> str:
