@@ -1,4 +1,4 @@
-"""Commands where the host is not as usual: closed or narrow streams, odd paths, another host name."""
+"""Commands where the host is not as usual: streams, paths, its name, mounts, environment, limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from swarm import config
 from swarm.app import setup, wiring
 from swarm.base import process
 from swarm.cli import service
+from swarm.doctor import host
+from swarm.errors import HostError
 from swarm.model import Ticket
+from swarm.vm.drivers.jailer import Jail
 
 TITLE = "caf\u00e9 \u2603"
 
@@ -100,3 +103,69 @@ async def test_an_engine_is_found_after_the_host_got_another_name(place: Path, m
         await service.forget_dead(store)
         assert len(await store.workers()) == (0 if here else 1)
         await store.forget_worker("w")
+
+
+# --- mounts -----------------------------------------------------------------------------------------------------------
+
+
+def command_in(home: Path, script: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A program of Swarm's after a script of the shell: it changes mounts, the directory, limits."""
+    program = [sys.executable, "-m", {"swarm": "swarm.cli.main", "swarm-engine": "swarm.cli.engine"}[argv[0]]]
+    environment = os.environ | {
+        "SWARM_HOME": str(home), "SWARM_STATE_DIR": str(home / "state"), "SWARM_DRIVER": "process",
+    } | env  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "--mount", "--", "sh", "-ec", f'{script}\nexec "$@"', "sh", *program, *argv[1:]],
+        check=False, capture_output=True, text=True, env=environment, timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "unexpected" not in done.stderr, done.stderr
+    return done
+
+
+def doctor(home: Path, script: str, **env: str) -> dict[str, dict[str, str]]:
+    done = command_in(home, script, "swarm", "doctor", "--json", **env)
+    return {check["name"]: check for check in json.loads(done.stdout)}
+
+
+@pytest.mark.needs("root", "netns")
+@pytest.mark.parametrize("options", ["ro", "noexec", "nodev", "noexec,nodev", "nosuid"])
+def test_mounts_under_which_no_image_can_be_built(place: Path, tmp_path: Path, options: str) -> None:
+    images = tmp_path / "images"
+    (images / "swarm").mkdir(parents=True)
+    script = f"mount -t tmpfs -o {options} none '{images}'"
+    env = {"SWARM_IMAGES_DIR": str(images), "XDG_CACHE_HOME": str(images)}
+    checks, built = doctor(place, script, **env), command_in(place, script, "swarm", "image", "build", **env)
+    if options == "nosuid":  # nothing minds
+        assert "mount: images" not in checks and "mounted" not in built.stderr
+        return
+    found = checks["mount: images"]
+    assert found["status"] == ("fail" if options == "ro" else "warn") and found["fix"]
+    assert options.replace(",", ", ").replace("ro", "read-only") in found["detail"]
+    assert built.returncode == 1 and built.stderr.count("\n") == 1
+    named = "Read-only file system" if options == "ro" else f"is mounted {options.replace(',', ', ')}: "
+    assert named in built.stderr and str(images) in built.stderr
+
+
+@pytest.mark.needs("root", "netns")
+def test_a_read_only_home(place: Path) -> None:
+    """A service's ProtectSystem=strict, or a file system that the kernel set read-only after an error."""
+    script = f"mount --bind '{place}' '{place}'; mount -o remount,bind,ro '{place}'"
+    checks = doctor(place, script)
+    assert {checks[f"mount: {name}"]["status"] for name in ("VMs", "images", "database")} == {"fail"}
+    for line in ("swarm ticket list", "swarm ticket add t --agent echo", "swarm-engine start -f"):
+        done = command_in(place, script, *line.split())
+        assert done.returncode == 1 and "read-only" in done.stderr and str(place) in done.stderr, (line, done.stderr)
+
+
+@pytest.mark.needs("root", "netns")
+@pytest.mark.parametrize("options", ["noexec", "nodev"])
+def test_a_jail_where_nothing_can_run(tmp_path: Path, options: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(tmp_path)], check=True)
+    try:
+        with pytest.raises(HostError, match=f"jail is below .* is mounted {options}: .*SWARM_STATE_DIR"):
+            Jail(tmp_path / "1", slot=None, uid=1)
+        assert Jail(tmp_path / "1", slot=None, uid=1, jailed=False).root.is_dir()
+        (check,) = [c for c in host.disks(tmp_path, Path("/"), Path("/")) if c.name == "mount: VMs"]
+        assert check.status == "warn" and options in check.detail
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

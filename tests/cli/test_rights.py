@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from swarm.base import files
 from swarm.vm.slots.inventory import Inventory
 from swarm.vm.slots.ssh import SshDir
 from swarm.vm.template import Templates
@@ -35,10 +36,11 @@ def mode(path: Path) -> str:
     return f"{path.stat().st_mode & 0o777:o}"
 
 
-async def test_private_files(tmp_path: Path) -> None:
-    """They are private whatever the umask of the first command was."""
+@pytest.mark.parametrize("umask", [0, 0o027, 0o077], ids=oct)
+async def test_private_files(tmp_path: Path, umask: int) -> None:
+    """Files are private, or can be read by all and changed by none, whatever the umask of the first command was."""
     home, state = tmp_path / "home", tmp_path / "state"
-    before = os.umask(0)
+    before = os.umask(umask)
     try:
         assert run(home, BIN / "swarm", "init", "--no-image").returncode == 0
         place = Inventory(state_dir=state).reserve(1)
@@ -47,16 +49,21 @@ async def test_private_files(tmp_path: Path) -> None:
         ssh.know(IPv4Address("10.0.0.2"), "ssh-ed25519 AAAA")
         async with Templates(dir=tmp_path / "templates")._locked("key"):
             pass
+        files.make_directory(tmp_path / "a/b/private", 0o711)
+        files.write_atomically(tmp_path / "a/b/manifest.json", "{}")
     finally:
         os.umask(before)
-    found = {path.name: mode(path) for path in (home, home / "agents", state, state / "vms")}
-    assert found == {"home": "755", "agents": "755", "state": "755", "vms": "755"}
+    public = (home, home / "agents", state, state / "vms", tmp_path / "a", tmp_path / "a/b")
+    assert {mode(path) for path in public} == {"755"}
+    assert (mode(tmp_path / "a/b/private"), mode(tmp_path / "a/b/manifest.json")) == ("711", "644")
+    agents = [path for path in (home / "agents").rglob("*") if not path.name.startswith(".")]
+    assert agents and {mode(path) for path in agents} <= {"755", "555", "444"}
     private = [home / "data", state / "vms/1", state / "locks", state / "ssh", tmp_path / "templates"]
     assert {path.name: mode(path) for path in private} == dict.fromkeys(
         ("data", "1", "locks", "ssh", "templates"), "700"
     )
-    files = {path.name: mode(path) for path in [*(state / "ssh").iterdir(), *(state / "locks").iterdir()]}
-    assert {name for name, bits in files.items() if bits != "600"} <= {ssh.key.with_suffix(".pub").name}, files
+    found = {path.name: mode(path) for path in [*(state / "ssh").iterdir(), *(state / "locks").iterdir()]}
+    assert {name for name, bits in found.items() if bits != "600"} <= {ssh.key.with_suffix(".pub").name}, found
     place.release()
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,13 @@ LACKING = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def short(settings: Settings) -> Iterator[Path]:
+    """A directory with a short path, for Unix sockets below it."""
+    with tempfile.TemporaryDirectory(dir=settings.state_dir.parent, prefix="s") as place:
+        yield Path(place)
+
+
 @pytest.fixture(scope="module")
 def waiting(host: Host) -> str:
     host.ticket("waits-for-the-host")
@@ -116,6 +125,15 @@ def test_what_is_missing_is_said_before_the_first_vm(
 def test_the_ticket_runs_once_the_host_has_what_was_missing(host: Host, waiting: str) -> None:
     assert host.run("swarm-engine", "run-ticket", waiting, "--wait").returncode == 0
     assert host.state(waiting) == "done"
+
+
+def test_a_vm_made_under_umask_077(settings: Settings, image: Image, short: Path) -> None:
+    """Its VMM is not root, and needs some of what was made."""
+    host = Host(settings, short / "state")
+    host.ticket("umask")
+    done = host.run("swarm-engine", "run-ticket", "umask", "--wait", within=mounted("umask 077"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [path for path in short.rglob("*") if path.lstat().st_mode & 0o022 and path.is_dir()]
 
 
 @pytest.mark.needs("cc")

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from swarm.agents.package import MANIFEST, read
+from swarm.base import files
 from swarm.errors import Conflict, UsageError
 from swarm.fields import IN_WORDS, NAME
 from swarm.model import Agent
@@ -40,12 +41,12 @@ def install(directory: Path, into: Path) -> Agent:
     digest = bundle_digest(directory)
     target = into / f"{agent.name}-{agent.version}-{digest[:12]}"
     if not target.exists():
-        into.mkdir(parents=True, exist_ok=True)
+        files.make_directory(into)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=into))
         try:
             for path in _files(directory):
                 copy = partial / path.relative_to(directory)
-                copy.parent.mkdir(parents=True, exist_ok=True)
+                files.make_directory(copy.parent)
                 shutil.copyfile(path, copy)
                 copy.chmod(0o555 if os.access(path, os.X_OK) else 0o444)
             if bundle_digest(partial) != digest:

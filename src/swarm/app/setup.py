@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.app import wiring
+from swarm.base import files
 from swarm.base.progress import Progress, silent
 from swarm.config import SYSTEM_HOME, Settings
 from swarm.errors import Conflict, HostError, ImageError
@@ -60,7 +61,7 @@ async def ensure_image(settings: Settings, progress: Progress = silent) -> Image
 
 def _make(directory: Path, mode: int = 0o755) -> None:
     try:
-        directory.mkdir(mode, parents=True, exist_ok=True)
+        files.make_directory(directory, mode)
     except OSError as error:
         raise HostError(
             f"can't make {directory}: {error.strerror}; run as root, or choose a home with --home"

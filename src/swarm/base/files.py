@@ -21,19 +21,18 @@ _BLOCK_BYTES: Final = 1 << 20
 _ZEROS: Final = bytes(_BLOCK_BYTES)
 
 
-def write_atomically(path: Path, data: bytes | str, *, mode: int | None = None, flush: bool = False) -> None:
+def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o644, flush: bool = False) -> None:
     """Write or replace a file: a reader finds the old content or the new, never a part of it.
 
-    ``mode``: its permissions; None for what the umask says. ``flush``: the content is on disk before it has the name.
+    ``mode``: its permissions, whatever the umask. ``flush``: the content is on disk before it has the name.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     partial.unlink(missing_ok=True)  # of a dead process that had our pid
     try:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with open(fd, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
-            if mode is not None:
-                os.fchmod(fd, mode)
+            os.fchmod(fd, mode)
             if flush:
                 file.flush()
                 os.fsync(fd)
@@ -41,6 +40,35 @@ def write_atomically(path: Path, data: bytes | str, *, mode: int | None = None, 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def make_directory(path: Path, mode: int = 0o755) -> None:
+    """Make a directory with these permissions, and its missing parents with 0755, whatever the umask: 077 would keep
+    from agents and VMMs what they must read, and with 0 any user could change it. One that exists stays as it is."""
+    for parent in reversed(path.parents):
+        if not parent.exists():
+            _make(parent, 0o755)
+    _make(path, mode)
+
+
+def _make(path: Path, mode: int) -> None:
+    try:
+        path.mkdir(mode)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    else:
+        path.chmod(mode)
+
+
+_MOUNTED: Final = {"ro": os.ST_RDONLY, "noexec": os.ST_NOEXEC, "nodev": os.ST_NODEV}
+
+
+def mounted(place: Path, *forbidden: str) -> str:
+    """Which of these options ('ro', 'noexec', 'nodev') the file system has on which the place is or will be; or ''."""
+    there = next(path for path in (place, *place.parents) if path.exists())
+    flags = os.statvfs(there).f_flag
+    return ", ".join(name for name in forbidden if flags & _MOUNTED[name])
 
 
 def try_lock(path: Path, *, shared: bool = False, create: int | None = None) -> int | None:

@@ -28,6 +28,8 @@ _KEPT = (
     "PATH", "HOME", "LANG", "TZ", "TMPDIR", "TERM",
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "SSL_CERT_FILE",
 )  # fmt: skip
+# What package tools make is for agents to read, and for nobody else to change, whoever called `swarm`.
+_UMASK = 0o022
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -164,7 +166,7 @@ async def _start(argv: Sequence[str], **options: object) -> asyncio.subprocess.P
     if program is None:
         raise HostError(f"the program {argv[0]!r} is not installed; `swarm doctor` names its package")
     try:
-        return await asyncio.create_subprocess_exec(program, *argv[1:], **options)  # type: ignore[arg-type]
+        return await asyncio.create_subprocess_exec(program, *argv[1:], umask=_UMASK, **options)  # type: ignore[arg-type]
     except OSError as error:
         raise HostError(f"can't start {program}: {error}") from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from swarm.base import cgroup
+from swarm.base import cgroup, files
 from swarm.base.process import run, which
 from swarm.doctor.check import Check, Status, fail, ok, warn
 from swarm.engine.dispatch import available_bytes
@@ -173,6 +173,23 @@ def disks(state_dir: Path, images_dir: Path, data_dir: Path) -> list[Check]:
             checks.append(warn(name, f"{detail}; {wanted / _GIB:g} GiB are recommended", fix))
         else:
             checks.append(ok(name, detail))
+    return [*checks, *_mounts(state_dir, images_dir, data_dir)]
+
+
+def _mounts(state_dir: Path, images_dir: Path, data_dir: Path) -> list[Check]:
+    """Only what is wrong."""
+    checks = []
+    for name, directory in (("VMs", state_dir), ("images", images_dir), ("database", data_dir)):
+        if files.mounted(directory, "ro"):
+            fix = "`mount -o remount,rw …`; in a service, ReadWritePaths"
+            checks.append(fail(f"mount: {name}", f"{directory} is on a file system that is mounted read-only", fix))
+        elif directory != data_dir and (options := files.mounted(directory, "noexec", "nodev")):
+            needed = "Firecracker's jail is there (QEMU doesn't mind)"
+            if directory == images_dir:
+                needed = "images and layers can't be built there (those that are built can be used)"
+            fix = "`mount -o remount,exec,dev …`, or move the directory (swarm.toml)"
+            detail = f"{directory} is on a file system that is mounted {options}: {needed}"
+            checks.append(warn(f"mount: {name}", detail, fix))
     return checks
 
 

@@ -86,7 +86,7 @@ async def _cached_test_boot(
         result = await _test_boot(driver, probe, image, state_dir, timeout_seconds)
     except HostError as error:
         return _rejected(probe, driver, f"it could not be tested: {error}")
-    cache.mkdir(parents=True, exist_ok=True)
+    files.make_directory(cache)
     files.write_atomically(file, json.dumps(dataclasses.asdict(result)))
     return result
 
@@ -101,7 +101,7 @@ async def _test_boot(driver: Driver, probe: Probe, image: Image, state_dir: Path
         return _rejected(probe, driver, reason)
 
     spec = VmSpec(image=image, memory_mb=_PROBE_MEMORY_MB, disk_mb=64)
-    state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    files.make_directory(state_dir)
     async with undoing() as undo:
         directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=PROBE_PREFIX, dir=state_dir)))
         # Held until the boot is over or this process dies: a sweep leaves locked directories alone.

@@ -265,7 +265,7 @@ class Templates:
 
     def _try_lock(self, key: str) -> int | None:
         with self._explained("a template can't be locked"):
-            self.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.make_directory(self.dir, 0o700)
             return files.try_lock(self.dir / f".{key}.lock", create=0o600)
 
     @asynccontextmanager

@@ -180,6 +180,29 @@ async def test_an_agents_own_module_comes_with_its_layer(
     assert (there / "own.py").read_text() == "N = 1\n" and list(there.glob("__pycache__/own.*.pyc"))
 
 
+@pytest.mark.parametrize("umask", [0, 0o077], ids=oct)
+async def test_agents_can_read_it_and_nobody_change_it_whatever_the_umask(
+    layers: Layers, wheels: Path, image: Image, tmp_path: Path, umask: int
+) -> None:
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent/own.py").write_text(f"N = {umask}\n")
+    agent = an_agent("marked==1.0", packages=("greeter",), path=tmp_path / "agent", preload=("own", "marked"))
+    before = os.umask(umask)
+    try:
+        store = Layers(dir=tmp_path / "deep" / "layers", sources=layers._sources)
+        layer = await store.build(agent, image)
+    finally:
+        os.umask(before)
+    assert layer is not None
+    seen = tmp_path / "seen"
+    await run(["fsck.erofs", f"--extract={seen}", str(layer.path)])
+    places = [path for root in (seen, tmp_path / "deep") for path in (root, *root.rglob("*"))]
+    modes = {path: path.lstat().st_mode for path in places if path.is_dir() or path.is_file()}
+    assert any(path.name == "own.py" for path in modes) and any(path.name == "greeter" for path in modes)
+    wrong = {path.name: oct(mode) for path, mode in modes.items() if mode & 0o022 or not mode & 0o004}
+    assert set(wrong) <= {".lock", "Lock", "shadow", "gshadow"}, wrong  # ours; dpkg's, and Debian's
+
+
 async def test_two_at_once_then_damaged_then_removed(layers: Layers, wheels: Path, image: Image) -> None:
     other, before = an_agent("marked==1.0"), len(layers.list())
     one, two = await asyncio.gather(layers.build(other, image), layers.build(other, image))

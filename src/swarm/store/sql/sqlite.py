@@ -44,7 +44,8 @@ _ERRORS: Final = (
     ),
     (
         ("SQLITE_CANTOPEN",),
-        "can't open the database {place}; check that its directory exists and that this user may write there",
+        "can't open the database {place}; check that its directory exists, is not on a read-only file system, and that "
+        "this user may write there",
     ),
     (("SQLITE_IOERR_NOMEM",), OUT_OF_MEMORY),
     (("SQLITE_IOERR",), "the disk failed under the database {place} ({error}); see the kernel's log (`dmesg`)"),

@@ -64,7 +64,7 @@ def move_sparse(source: Path, target: Path) -> None:
 async def _format(blank: Path, size_mb: int) -> None:
     if size_mb < MIN_MB:
         raise HostError(f"a work disk of {size_mb} MB is too small for ext4: it needs at least {MIN_MB} MB")
-    blank.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    files.make_directory(blank.parent)
     partial = blank.with_name(f"{blank.name}.{os.getpid()}.{id(blank):x}.partial")
     try:
         try:

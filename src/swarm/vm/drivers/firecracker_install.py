@@ -83,7 +83,7 @@ async def install(
     progress("checking", 0.9)
     programs = await asyncio.to_thread(verified, data, release, version, machine, str(source or archive))
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        files.make_directory(target)
         return [_put(target / name, content) for name, content in programs.items()]
     except OSError as error:
         raise HostError(f"can't write to {target}: {error.strerror}; run as root, or give --to DIRECTORY") from error

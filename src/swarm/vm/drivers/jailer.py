@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from swarm.base.files import make_directory, mounted
 from swarm.base.libc import CLONE_NEWNS, MS_BIND, MS_RDONLY, MS_REC, MS_REMOUNT, MS_SLAVE, check, libc, mount
 from swarm.errors import HostError
 from swarm.vm.driver import Slot, VmSpec
@@ -64,8 +65,13 @@ class Jail:
         self.jailed = jailed
         # Also the name of a cgroup. Cgroups are shared by all state directories of the host: hence the random part.
         self.id = f"vm{slot.n if slot else 0}-{secrets.token_hex(3)}"
+        if jailed and (options := mounted(dir, "noexec", "nodev")):
+            raise HostError(
+                f"Firecracker's jail is below {dir.parent}, and that file system is mounted {options}: mount it "
+                "without (`mount -o remount,exec,dev …`), or choose another place (SWARM_STATE_DIR)"
+            )
         self.root = dir / "jail" / NAME / self.id / "root"
-        self.root.mkdir(parents=True, mode=0o711)
+        make_directory(self.root, 0o711)
 
     async def add(self, files: Sequence[JailFile]) -> int | None:
         """Put files into the chroot. Returns a descriptor of the mount namespace with them; None if not jailed."""

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from swarm.base import process
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.files import make_directory, mounted
 from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, HostError, ImageError
 from swarm.vm.image import kernel
@@ -128,13 +129,20 @@ def require_root(what: str) -> None:
 
 def check_host(*, for_base: bool, where: Path) -> None:
     """Raises HostError or ImageError, before anything is done, if a build can't succeed here."""
-    require("an image", _TOOLS if for_base else {t: _TOOLS[t] for t in ("mkfs.erofs", "tar", "setpriv")}, where)
+    tools = _TOOLS if for_base else {t: _TOOLS[t] for t in ("mkfs.erofs", "tar", "setpriv")}
+    require("an image", tools, where, setting="XDG_CACHE_HOME" if for_base else "SWARM_IMAGES_DIR")
 
 
-def require(what: str, tools: Mapping[str, str], where: Path) -> None:
-    """``tools``: program -> its Debian package. Raises HostError if one is missing, ImageError without 1 GB free."""
+def require(what: str, tools: Mapping[str, str], where: Path, *, setting: str = "SWARM_IMAGES_DIR") -> None:
+    """``tools``: program -> its Debian package. Raises HostError if one is missing or nothing can run in ``where``,
+    which ``setting`` chooses; ImageError without 1 GB free there."""
     if missing := sorted({package for tool, package in tools.items() if process.which(tool) is None}):
         raise HostError(f"building {what} needs programs that are missing here: apt-get install {' '.join(missing)}")
+    if options := mounted(where, "ro", "noexec", "nodev"):
+        raise HostError(
+            f"building {what} runs programs in a root below {where}, and that file system is mounted {options}: mount "
+            f"it without (`mount -o remount,rw,exec,dev …`), or choose another place ({setting})"
+        )
     if (free := shutil.disk_usage(where).free) < _NEEDED_BYTES:
         raise ImageError(f"{what} needs 1 GB below {where} while it is built, and only {free >> 20} MB are free there")
 
@@ -201,7 +209,7 @@ def _install(root: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
         if place := GUEST_FILES[name]:
             target = root / place
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(target.parent)
             target.write_bytes(data)
             target.chmod(0o755 if place.endswith("-init") else 0o644)
     for name, line in (

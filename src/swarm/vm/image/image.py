@@ -95,7 +95,7 @@ class Images:
             return image
         build.require_root("an image")
         with staging.build_errors("an image", self.dir, "an image needs 1 GB while it is built", setting=SETTING):
-            self.dir.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.dir)
             async with staging.lock(self.dir, progress):
                 if not force and (image := await self._find_complete(recipe)):
                     return image  # the build we waited for made it
@@ -218,7 +218,7 @@ class Images:
 
     async def _base(self, recipe: Recipe, force: bool, progress: Progress) -> Path:
         """The directory of the recipe's base, built if it is missing or torn, or if ``force``."""
-        self._cache.mkdir(parents=True, exist_ok=True)
+        files.make_directory(self._cache)
         final = self._cache / recipe.base_key
         async with staging.lock(self._cache, progress):
             await finish_uninterrupted(asyncio.to_thread(staging.sweep, self._cache))

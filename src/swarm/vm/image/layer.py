@@ -90,7 +90,7 @@ class Layers:
         if not force and (layer := await self._find_complete(key)):
             return layer
         with files.host_errors(f"can't make {self.dir}"):
-            self.dir.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.dir)
         layer_build.check_host(self.dir)
         with _build_errors(self.dir):
             async with staging.lock(self.dir, progress):
@@ -216,7 +216,7 @@ class HostLayers:
         if final.is_dir() and not force:
             return Layer(digest=final.name, path=final)
         with _build_errors(self.dir):
-            self.dir.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.dir)
             async with staging.lock(self.dir, progress), staging.staged(self.dir) as stage:
                 progress("installing requirements", 0.1)
                 python = f"Python {platform.python_version()} on this host"

@@ -103,8 +103,8 @@ async def build(
         await _install_wheels(requirements, root)
     for name, text in modules.items():
         file = root / _MODULES / f"{name}.py"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(text)
+        files.make_directory(file.parent)
+        files.write_atomically(file, text)
     progress("compiling", 0.7)
     places = [f"/{d.relative_to(root)}" for d in (*root.glob("usr/local/lib/python3*"), root / "usr/lib/python3")]
     # -S: a .pth file of a wheel would run its code. Hashes replace time stamps, which are all equal in the erofs.
@@ -130,7 +130,7 @@ async def build(
 async def _install_packages(packages: Sequence[str], root: Path, image: Image, etc: Path) -> None:
     """Fetch with the host's apt, by the guest's list of installed packages; install in the guest's root."""
     for place in _EXPECTED:
-        (root / place).mkdir(parents=True, exist_ok=True)
+        files.make_directory(root / place)
     release = _release(root)
     dir = root / _SCRATCH / "apt"
     # Packages of an archive on a local disk (file:) would be installed from there, which the chroot can't see.

@@ -81,7 +81,7 @@ def damage(parts: Sequence[Part], stamp: Path, *, flushed: bool = True) -> str:
         if seen == known:
             os.utime(stamp)  # see `last_used`
         else:
-            stamp.parent.mkdir(exist_ok=True)
+            files.make_directory(stamp.parent)
             _write_stamp(stamp, seen, flushed)
     return ""
 

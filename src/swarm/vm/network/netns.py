@@ -211,7 +211,7 @@ def _is_namespace(status: os.stat_result) -> bool:
 def _share_run_directory() -> None:
     """As iproute2 does: mounts and unmounts below /run/netns must reach the mount namespaces of other services.
     Otherwise a removed namespace would live on in them."""
-    RUN.mkdir(parents=True, exist_ok=True)
+    files.make_directory(RUN)
     path = bytes(RUN)
     try:
         mount(b"", path, MS_SHARED | MS_REC)

@@ -280,8 +280,8 @@ class Inventory:
         path = self._lock_path(n)
         with files.host_errors(f"can't use {self.state_dir} (SWARM_STATE_DIR)"):
             for directory in (self.state_dir, self._vms):
-                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self._locks.mkdir(mode=0o700, exist_ok=True)
+                files.make_directory(directory)
+            files.make_directory(self._locks, 0o700)
             while (fd := files.try_lock(path, create=0o600)) is not None and not _is_file(path, fd):
                 os.close(fd)  # its last owner removed it between our open and our lock
             return fd

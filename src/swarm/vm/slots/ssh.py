@@ -44,7 +44,7 @@ class SshDir:
         """The authorized_keys line of the client key, which is made if it is missing."""
         public = self.key.with_suffix(".pub")
         if not public.exists():
-            self.key.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.make_directory(self.key.parent, 0o700)
             with files.locked(self.key.parent):
                 if not public.exists():
                     pair = new_key()
@@ -54,7 +54,7 @@ class SshDir:
 
     def know(self, address: IPv4Address, public: str | None) -> None:
         """Remember the host key of the VM at ``address``; None forgets it."""
-        self.known_hosts.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.make_directory(self.known_hosts.parent, 0o700)
         with files.locked(self.known_hosts.parent):
             old = self.known_hosts.read_text().splitlines() if self.known_hosts.exists() else []
             lines = [line for line in old if line.split(" ", 1)[0] != str(address)]
