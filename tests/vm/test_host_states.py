@@ -16,7 +16,7 @@ from swarm.config import Settings
 from swarm.vm.driver import Image
 
 pytestmark = [pytest.mark.needs("qemu"), pytest.mark.slow]  # starts programs
-PROGRAM = {"swarm": "swarm.cli.main", "swarm-engine": "swarm.cli.engine"}
+BIN = Path(sys.executable).parent
 
 
 class Host:
@@ -31,10 +31,9 @@ class Host:
         }
 
     def run(self, *argv: str, within: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "-m", PROGRAM[argv[0]], *argv[1:]]
         done = subprocess.run(
-            [*within, *program], check=False, capture_output=True, text=True, timeout=180, env=self._env | env,
-            stdin=subprocess.DEVNULL,
+            [*within, str(BIN / argv[0]), *argv[1:]], check=False, capture_output=True, text=True, timeout=180,
+            env=self._env | env, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert "Traceback" not in done.stderr
         return done
@@ -127,13 +126,27 @@ def test_the_ticket_runs_once_the_host_has_what_was_missing(host: Host, waiting:
     assert host.state(waiting) == "done"
 
 
-def test_a_vm_made_under_umask_077(settings: Settings, image: Image, short: Path) -> None:
-    """Its VMM is not root, and needs some of what was made."""
+def test_a_vm_that_was_started_with_private_mounts(host: Host) -> None:
+    """As by a service with PrivateTmp or ProtectSystem: the name of the VM's namespace is in the mounts of that service
+    only."""
+    done = host.run("swarm-spawn-ns", "3", within=mounted("mount --make-rprivate /"))
+    assert done.returncode == 0, done.stderr
+    try:
+        checks = {name: check for name, check in host.doctor().items() if name.startswith("VM 3: ")}
+        assert len(checks) == 10 and {check["status"] for check in checks.values()} == {"ok"}, checks
+        assert "its engine's own mounts" in checks["VM 3: namespace"]["detail"]
+    finally:
+        assert host.run("swarm", "vm", "rm", "3").returncode == 0
+
+
+def test_a_vm_made_under_umask_0(settings: Settings, image: Image, short: Path) -> None:
+    """Nobody else can change what later VMs are made of."""
     host = Host(settings, short / "state")
     host.ticket("umask")
-    done = host.run("swarm-engine", "run-ticket", "umask", "--wait", within=mounted("umask 077"))
+    done = host.run("swarm-engine", "run-ticket", "umask", "--wait", within=mounted("umask 0"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not [path for path in short.rglob("*") if path.lstat().st_mode & 0o022 and path.is_dir()]
+    made = {path.name: path.lstat().st_mode for path in short.rglob("*")}
+    assert "blank" in made and not [name for name, mode in made.items() if mode & 0o022]
 
 
 @pytest.mark.needs("cc")

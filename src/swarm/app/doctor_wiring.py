@@ -45,6 +45,7 @@ async def examine(settings: Settings) -> Sequence[Check]:
             n=record.n,
             pid=record.pid,
             netns=record.netns,
+            owner_pid=record.owner_pid,
             address=wiring.network(settings).address(record.n),
             console=wiring.inventory(settings).dir(record.n) / "console.log",
             how_it_ended="" if record.alive else "it ended, or was killed",

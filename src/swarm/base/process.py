@@ -53,8 +53,9 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def in_netns(argv: Sequence[str], netns: str | None) -> list[str]:
-    """``argv``, run inside the named network namespace. Mounts are unchanged (`ip netns exec` would remount /sys)."""
-    return [*(("nsenter", f"--net=/run/netns/{netns}", "--") if netns else ()), *argv]
+    """``argv``, run inside the network namespace with this name or path. Mounts are unchanged (`ip netns exec` would
+    remount /sys)."""
+    return [*(("nsenter", f"--net={Path('/run/netns', netns)}", "--") if netns else ()), *argv]
 
 
 async def run(

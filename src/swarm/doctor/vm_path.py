@@ -45,6 +45,7 @@ class ExaminedVm:
     address: IPv4Address
     console: Path
     how_it_ended: str = ""
+    owner_pid: int = 0
     token: bytes | None = None
     manual: bool = True
 
@@ -62,7 +63,7 @@ async def examine(vm: ExaminedVm, *, bridge: str, subnet: IPv4Network) -> list[C
         return [fail(f"VM {vm.n}: process", end, f"swarm vm rm {vm.n}   (the console: {vm.console})")]
     checks = [ok(f"VM {vm.n}: process", f"{vm.pid}"), _namespace(vm, recreate)]
     if checks[-1].status is Status.OK:
-        host, inside = await asyncio.gather(_links(None), _links(vm.netns))
+        host, inside = await asyncio.gather(_links(None), _links(_inside(vm)))
         checks += [
             _bridge_port(vm, host, bridge, subnet, recreate),
             _tap(vm, inside, recreate),
@@ -83,13 +84,29 @@ async def examine(vm: ExaminedVm, *, bridge: str, subnet: IPv4Network) -> list[C
 
 def _namespace(vm: ExaminedVm, recreate: str) -> Check:
     name = f"VM {vm.n}: namespace"
-    try:
-        named, used = Path("/run/netns", vm.netns).stat(), Path(f"/proc/{vm.pid}/ns/net").stat()
-    except FileNotFoundError:
+    used = _identity(Path(_inside(vm)))
+    if used is not None and _identity(Path("/run/netns", vm.netns)) == used:
+        return ok(name, vm.netns)
+    # An engine with private mounts (a service's PrivateTmp or ProtectSystem) gave it a name that only it can see.
+    roots = (Path(f"/proc/{pid}/root/run/netns") for pid in (vm.owner_pid, vm.pid))
+    if used is not None and any(_identity(root / vm.netns) == used for root in roots):
+        return ok(name, f"{vm.netns}, named in its engine's own mounts: enter it by `nsenter -t {vm.pid} -n`")
+    if not Path("/run/netns", vm.netns).exists():
         return fail(name, f"the network namespace {vm.netns} does not exist", recreate)
-    if (named.st_dev, named.st_ino) != (used.st_dev, used.st_ino):
-        return fail(name, f"the VM's process is not in the namespace {vm.netns}", recreate)
-    return ok(name, vm.netns)
+    return fail(name, f"the VM's process is not in the namespace {vm.netns}", recreate)
+
+
+def _inside(vm: ExaminedVm) -> str:
+    """Its namespace, however it is named."""
+    return f"/proc/{vm.pid}/ns/net"
+
+
+def _identity(namespace: Path) -> tuple[int, int] | None:
+    try:
+        status = namespace.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _tap(vm: ExaminedVm, inside: Sequence[Link], recreate: str) -> Check:
@@ -146,17 +163,17 @@ def _uplink(vm: ExaminedVm, inside: Sequence[Link], recreate: str) -> Check:
 async def _routing(vm: ExaminedVm, recreate: str) -> Check:
     """Forwarding, the route to the guest and the one back, and the two rules that translate addresses."""
     name = f"VM {vm.n}: routing"
-    forward = await _output("cat", "/proc/sys/net/ipv4/ip_forward", netns=vm.netns)
+    forward = await _output("cat", "/proc/sys/net/ipv4/ip_forward", netns=_inside(vm))
     if forward.strip() != "1":
         fix = f"ip netns exec {vm.netns} sysctl -w net.ipv4.ip_forward=1"
         return fail(name, f"{vm.netns} does not forward packets (ip_forward is {forward.strip() or 'unreadable'})", fix)
-    to_guest = await _output("ip", "route", "get", str(GUEST_ADDRESS), netns=vm.netns)
+    to_guest = await _output("ip", "route", "get", str(GUEST_ADDRESS), netns=_inside(vm))
     if f"dev {TAP_NAME}" not in to_guest:
         return fail(name, f"{vm.netns} has no route to the guest over {TAP_NAME}", recreate)
-    default = await _output("ip", "route", "show", "default", netns=vm.netns)
+    default = await _output("ip", "route", "show", "default", netns=_inside(vm))
     if _UPLINK not in default:
         return fail(name, f"{vm.netns} has no default route: the guest's answers are lost", recreate)
-    rules = await _output("nft", "list", "ruleset", netns=vm.netns)
+    rules = await _output("nft", "list", "ruleset", netns=_inside(vm))
     for what, rule in (
         ("to the guest", rf"ip daddr set {re.escape(str(GUEST_ADDRESS))}\b"),
         ("from the guest", rf"ip saddr {re.escape(str(GUEST_ADDRESS))} ip saddr set {re.escape(str(vm.address))}\b"),
