@@ -32,6 +32,13 @@ async def fail(cli: Cli, how: Annotated[str, typer.Argument()]) -> int:
             raise HostError("from a group")
     if how == "bug":
         raise ZeroDivisionError("oops")
+    if how == "descriptors":
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
+        kept = [open("/dev/null") for _ in range(9)]
+    if how == "full":
+        with open("/dev/full", "w") as file:
+            file.write("x")
     if how == "status":
         return 3
     cli.out.dump({"how": how, "json": cli.out.json})
@@ -73,6 +80,12 @@ def run(program: Path, *argv: str) -> subprocess.CompletedProcess[str]:
         ("host", 1, "error: no tap: install it\n"),
         ("conflict", 2, "error: it is\N{REPLACEMENT CHARACTER}[31m taken\n"),
         ("group", 1, "error: from a group\n"),
+        (
+            "descriptors",
+            1,
+            "error: out of file descriptors: allow this process more (`ulimit -n`, systemd's LimitNOFILE)\n",
+        ),
+        ("full", 1, "error: no space left on a disk, or a quota is used up: see `df`\n"),
         ("bug", 1, "error: unexpected: ZeroDivisionError: oops (--debug shows where)\n"),
         ("status", 3, ""),
     ],

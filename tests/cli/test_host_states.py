@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from swarm.base import process
 from swarm.cli import service
 from swarm.doctor import host
 from swarm.errors import HostError
-from swarm.model import Ticket
+from swarm.model import ECHO_AGENT_ID, Ticket
 from swarm.vm.drivers.jailer import Jail
 
 TITLE = "caf\u00e9 \u2603"
@@ -169,3 +173,109 @@ def test_a_jail_where_nothing_can_run(tmp_path: Path, options: str) -> None:
         assert check.status == "warn" and options in check.detail
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# --- streams, environment, limits -------------------------------------------------------------------------------------
+
+WORKS = {
+    "stdin closed": "exec <&-",
+    "stdout closed": "exec >&-",
+    "stderr closed": "exec 2>&-",
+    "all closed": "exec <&- >&- 2>&-",
+    "stdin is a closed pipe": 'exec < /dev/null; mkfifo "$T/fifo"; exec 7<> "$T/fifo" 0< "$T/fifo" 7>&-',
+    "locale C": "export LANG=C LC_ALL=C",
+    "an unknown locale": "export LANG=nope LC_ALL=xx_YY.bad",
+    "an empty environment": 'for name in HOME TERM LANG USER LOGNAME SHELL PWD PATH; do unset "$name"; done',
+    "a deleted directory": 'mkdir "$T/gone"; cd "$T/gone"; rmdir "$T/gone"',
+    "no TMPDIR": 'export TMPDIR="$T/absent"',
+    "a full TMPDIR": 'mkdir "$T/full"; mount -t tmpfs -o size=4k none "$T/full"; export TMPDIR="$T/full"; '
+    'head -c 4096 /dev/zero > "$T/full/x"',
+    "a read-only TMPDIR": 'mkdir "$T/ro"; mount -t tmpfs -o ro none "$T/ro"; export TMPDIR="$T/ro"',
+    "64 descriptors": "ulimit -n 64",
+    "no core files, little stack": "ulimit -c 0; ulimit -s 512",
+    "no /dev": "mount -t tmpfs none /dev",
+    "no /sys": "mount -t tmpfs none /sys",
+}
+FAILS = {
+    "12 descriptors": ("ulimit -n 12", "out of file descriptors|Too many open files"),
+    "a limit of files' sizes": ("ulimit -f 64", "ulimit -f"),
+    "a full disk of the database": (
+        'cp -a "$SWARM_HOME/data" "$T/data"; mount -t tmpfs -o size=700k none "$SWARM_HOME/data"; '
+        'cp -a "$T/data/." "$SWARM_HOME/data"; head -c 999999 /dev/zero > "$SWARM_HOME/data/x" || true',
+        "no space",
+    ),
+}
+
+
+def ready(home: Path, id: str) -> None:
+    with sqlite3.connect(home / "data/swarm.db") as database:
+        row = (id, id, "ready", ECHO_AGENT_ID, '{"name": "x"}')
+        database.execute("INSERT INTO tickets (id, title, state, agent_id, inputs) VALUES (?, ?, ?, ?, ?)", row)
+    database.close()
+
+
+def state(home: Path, id: str) -> str:
+    database = sqlite3.connect(home / "data/swarm.db")
+    (found,) = database.execute("SELECT state FROM tickets WHERE id = ?", (id,)).fetchone()
+    database.close()
+    return str(found)
+
+
+@pytest.mark.needs("root", "netns")
+@pytest.mark.parametrize("script", WORKS.values(), ids=WORKS)
+def test_a_ticket_runs_all_the_same(place: Path, tmp_path: Path, script: str) -> None:
+    ready(place, script)
+    done = command_in(place, script, "swarm-engine", "run-ticket", script, "--wait", T=str(tmp_path))
+    assert (done.returncode, state(place, script)) == (0, "done"), done.stderr + done.stdout
+
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_V1 = {"pids": "pids.max", "cpu": "cpu.cfs_quota_us", "memory": "memory.limit_in_bytes"}
+_V2 = {"pids": "pids.max", "cpu": "cpu.max", "memory": "memory.max"}
+
+
+@contextlib.contextmanager
+def groups(**limits: str) -> Iterator[str]:
+    """Control groups with these limits, in the version that this host has; a script that enters them."""
+    places, name = set(), f"swarm-test-{os.getpid()}"
+    try:
+        for controller, limit in limits.items():
+            v1 = (_CGROUPS / controller).is_dir()
+            places.add(place := (_CGROUPS / controller if v1 else _CGROUPS) / name)
+            place.mkdir(exist_ok=True)
+            (place / (_V1 if v1 else _V2)[controller]).write_text(limit)
+        yield "; ".join(f"echo $$ > {place}/cgroup.procs" for place in places)
+    except PermissionError as error:
+        pytest.skip(f"control groups can't be made here: {error}")
+    finally:
+        for place in places:
+            with contextlib.suppress(FileNotFoundError):
+                place.rmdir()
+
+
+@pytest.mark.needs("root", "netns")
+def test_what_control_groups_leave_is_said(place: Path) -> None:
+    with groups(pids="2") as enter:
+        done = command_in(place, enter, "swarm", "ticket", "list")
+        assert done.returncode == 1 and "out of memory or threads" in done.stderr, done.stderr
+    with groups(pids="30", cpu="50000", memory=str(700 << 20)) as enter:
+        checks = doctor(place, enter)
+    assert re.search("control groups allow [12][0-9] more processes", checks["processes"]["detail"])
+    assert checks["CPUs"]["detail"].startswith("0.5 of the host's ")
+    assert "limits this process to 700 MiB" in checks["memory"]["detail"], checks["memory"]
+
+
+@pytest.mark.needs("root", "netns")
+@pytest.mark.parametrize(("script", "says"), FAILS.values(), ids=FAILS)
+def test_what_the_host_refuses_is_named_and_the_ticket_runs_when_it_is_over(
+    place: Path, tmp_path: Path, script: str, says: str
+) -> None:
+    ready(place, says)
+    done = command_in(place, script, "swarm-engine", "run-ticket", says, "--wait", T=str(tmp_path))
+    assert done.returncode == 1 and re.search(says, done.stderr), done.stderr + done.stdout
+    assert state(place, says) in ("ready", "in_progress")
+    with sqlite3.connect(place / "data/swarm.db") as database:
+        database.execute("UPDATE attempts SET lease_until = 1 WHERE outcome IS NULL")
+    database.close()
+    after = command_in(place, "true", "swarm-engine", "run-ticket", says, "--wait")
+    assert (after.returncode, state(place, says)) == (0, "done"), after.stderr

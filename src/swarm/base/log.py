@@ -86,6 +86,15 @@ class Lines:
                 self._changed.notify_all()
         return len(text)
 
+    def say(self, text: str) -> None:
+        """`write`, for what a command itself says: where no thread can be started, the line is written here."""
+        with self._changed:
+            started = self._started()
+        if started:
+            self.write(text)
+        else:
+            self._put(text)
+
     def flush(self) -> None:
         """For those who take this for a file. See `finish`."""
 

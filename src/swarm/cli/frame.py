@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import inspect
 import os
@@ -130,6 +131,7 @@ def perform(function: Command, values: dict[str, Any], *, home: Path | None, deb
 
 def _explain(error: BaseException, out: Out, debug: bool) -> int:
     """Print in one line what ended the command. Returns the exit status."""
+    from swarm.base.files import is_full
     from swarm.errors import SwarmError, no_more_threads
 
     match error:
@@ -143,6 +145,12 @@ def _explain(error: BaseException, out: Out, debug: bool) -> int:
             return 128 + error.number
         case MemoryError():
             out.error("out of memory: give this process more, or let it do less at once")
+            return 1
+        case OSError() if error.errno in (errno.EMFILE, errno.ENFILE):
+            out.error("out of file descriptors: allow this process more (`ulimit -n`, systemd's LimitNOFILE)")
+            return 1
+        case OSError() if is_full(error):
+            out.error(f"no space left on a disk, or a quota is used up: {error.filename or 'see `df`'}")
             return 1
         case RuntimeError() if no_more_threads(error):
             out.error(f"out of memory or threads ({error}): give this process more, or let it do less at once")

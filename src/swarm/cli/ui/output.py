@@ -184,7 +184,7 @@ class Out:
         from swarm.base.log import LINES
 
         if not sys.stderr.isatty():
-            LINES.write(f"{text}\n")
+            LINES.say(f"{text}\n")
         LINES.finish()
         if sys.stderr.isatty():
             with contextlib.suppress(OSError):

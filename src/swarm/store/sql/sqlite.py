@@ -31,7 +31,8 @@ _ERRORS: Final = (
     ),
     (
         ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"),
-        "no space for the database {place}: the disk (or a quota) is full; nothing of this transaction was written",
+        "no space for the database {place}: the disk (or a quota) is full, or this "
+        "process may not write so large a file (`ulimit -f`); nothing of this transaction was written",
     ),
     (
         ("SQLITE_NOTADB",),

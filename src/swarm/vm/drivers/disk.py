@@ -69,6 +69,7 @@ async def _format(blank: Path, size_mb: int) -> None:
     try:
         try:
             with partial.open("xb") as file:
+                os.fchmod(file.fileno(), 0o600)
                 file.truncate(size_mb << 20)
         except OSError as error:  # for example: too large for the host's file system
             raise HostError(f"can't make a work disk of {size_mb} MB in {blank.parent}: {error.strerror}") from error
