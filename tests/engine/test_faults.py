@@ -21,6 +21,7 @@ from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.errors import HostError, StoreError
 from swarm.model import RetryPolicy, Ticket
+from swarm.vm.driver import Image
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, running, serving
 
 DONE = "import json; json.dump({}, open('output.json', 'w'))"
@@ -260,3 +261,21 @@ async def test_the_database_locked_for_longer_than_it_waits(plain: Bench) -> Non
         engine.terminate()
         await log_until(engine, "engine stopped")
     await proved(plain)
+
+
+@pytest.mark.needs("qemu", "root")
+async def test_an_engine_goes_on_when_the_tun_device_is_back(plain: Bench, settings: Settings, image: Image) -> None:
+    """Also with a slot that it keeps, whose tap is opened again for each VM."""
+    agent = await plain.agent(DONE)
+    templates = str(settings.templates)
+    async with engine_process(plain, driver="qemu", SWARM_TEMPLATES_DIR=templates, stderr=subprocess.DEVNULL) as engine:
+        plain.insert("before", agent.id)
+        assert await ended(plain, "before", timeout_seconds=120) == ["done"]
+        with small_disk(Path("/dev/net"), 4):
+            plain.insert("without", agent.id)
+            assert await ended(plain, "without", timeout_seconds=120) == ["failed"]
+        plain.insert("after", agent.id)
+        assert await ended(plain, "after", timeout_seconds=120) == ["done"]
+        assert engine.returncode is None
+    ((error,),) = plain.sql("SELECT error FROM tickets WHERE id = 'without'")
+    assert "/dev/net/tun can't be opened" in str(error) and "modprobe tun" in str(error)

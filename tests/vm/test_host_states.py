@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from swarm.base.process import which
 from swarm.config import Settings
+from swarm.errors import HostError
 from swarm.vm.driver import Image
+from swarm.vm.network.network import Network
 
 pytestmark = [pytest.mark.needs("qemu"), pytest.mark.slow]  # starts programs
 BIN = Path(sys.executable).parent
@@ -147,6 +150,39 @@ def test_a_vm_made_under_umask_0(settings: Settings, image: Image, short: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     made = {path.name: path.lstat().st_mode for path in short.rglob("*")}
     assert "blank" in made and not [name for name, mode in made.items() if mode & 0o022]
+
+
+def shell(script: str) -> None:
+    """In the sandbox's own mounts, which an engine that runs sees too."""
+    subprocess.run(["sh", "-ec", script], check=True)
+
+
+GOES_AWAY = {
+    "/dev/net/tun": ("mount -t tmpfs none /dev/net", "umount /dev/net", "/dev/net/tun can't be opened.*modprobe tun"),
+    "/proc/sys": (
+        "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys",
+        "umount /proc/sys",
+        "/proc/sys is read-only.*remount,rw",
+    ),
+    "nft": (
+        f"mount --bind /etc/passwd {which('nft')}", f"umount {which('nft')}", "the program 'nft' is not installed"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("go", "come", "says"), GOES_AWAY.values(), ids=GOES_AWAY)
+async def test_a_slot_says_what_went_away_and_is_made_when_it_is_back(
+    network: Network, go: str, come: str, says: str
+) -> None:
+    await network.ensure_host()
+    shell(go)
+    try:
+        with pytest.raises(HostError, match=says):
+            await network.create(5)
+    finally:
+        shell(come)
+    assert [slot.n for slot in await network.list()] == []
+    await network.create(5)
 
 
 @pytest.mark.needs("cc")

@@ -55,7 +55,17 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 def in_netns(argv: Sequence[str], netns: str | None) -> list[str]:
     """``argv``, run inside the network namespace with this name or path. Mounts are unchanged (`ip netns exec` would
     remount /sys)."""
-    return [*(("nsenter", f"--net={Path('/run/netns', netns)}", "--") if netns else ()), *argv]
+    if not netns:
+        return list(argv)
+    _found(argv[0])  # here: nsenter would only say that it can't execute it
+    return ["nsenter", f"--net={Path('/run/netns', netns)}", "--", *argv]
+
+
+def _found(program: str) -> str:
+    path = which(program)
+    if path is None:
+        raise HostError(f"the program {program!r} is not installed; `swarm doctor` names its package")
+    return path
 
 
 async def run(
@@ -163,9 +173,7 @@ async def kill(process: asyncio.subprocess.Process, *, grace_seconds: float = 0.
 
 
 async def _start(argv: Sequence[str], **options: object) -> asyncio.subprocess.Process:
-    program = which(argv[0])
-    if program is None:
-        raise HostError(f"the program {argv[0]!r} is not installed; `swarm doctor` names its package")
+    program = _found(argv[0])
     try:
         return await asyncio.create_subprocess_exec(program, *argv[1:], umask=_UMASK, **options)  # type: ignore[arg-type]
     except OSError as error:

@@ -7,8 +7,8 @@ import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
-from swarm.errors import HostError
 from swarm.vm.driver import TAP_NAME
+from swarm.vm.network.bridge import host_errors
 from swarm.vm.network.netns import enter
 
 _TUNSETIFF = 0x400454CA
@@ -32,8 +32,8 @@ def open_tap(netns: str, name: str = TAP_NAME) -> int:
             raise
         return fd
 
-    try:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"tap-{netns}") as thread:
-            return thread.submit(attach).result()
-    except OSError as error:
-        raise HostError(f"can't open {name} in namespace {netns}: {error}") from error
+    with (
+        host_errors(f"can't open {name} in namespace {netns}"),
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"tap-{netns}") as thread,
+    ):
+        return thread.submit(attach).result()

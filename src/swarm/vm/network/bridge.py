@@ -20,7 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from swarm.base import process
 from swarm.errors import Conflict, HostError, UsageError
-from swarm.vm.network import netfilter, netns, rules
+from swarm.vm.network import lacks, netfilter, netns, rules
 
 # A bridge with this address is Swarm's. (06: locally administered; 53:57:41:52 spells SWAR.)
 BRIDGE_MAC = "06:00:53:57:41:52"
@@ -287,7 +287,8 @@ def host_errors(what: str) -> Iterator[None]:
         code = error.code if isinstance(error, NetlinkError) else error.errno
         named = isinstance(error, OSError) and error.filename
         detail = f"{os.strerror(code)} (errno {code})" if code and not named else str(error)
-        raise HostError(f"{what}: {detail}") from error
+        # What was there when the engine started may be gone since.
+        raise HostError(f"{what}: {missing if (missing := lacks.told()) else detail}") from error
 
 
 def links_named(host: Any, name: str) -> list[Any]:

@@ -36,9 +36,14 @@ class Lack:
 
 def check() -> None:
     """Raises HostError that names everything that is missing, and what to do."""
+    if found := told():
+        raise HostError(f"this host can't run VMs: {found}")
+
+
+def told() -> str:
+    """What is missing, and what to do about each; '' if nothing is."""
     found = [lack for judge in (*CHECKS.values(), _programs) if (lack := judge())]
-    if found:
-        raise HostError("this host can't run VMs: " + "; ".join(f"{lack.what} ({lack.fix})" for lack in found))
+    return "; ".join(f"{lack.what} ({lack.fix})" for lack in found)
 
 
 def _rights() -> Lack | None:
