@@ -193,6 +193,7 @@ WORKS = {
     "a read-only TMPDIR": 'mkdir "$T/ro"; mount -t tmpfs -o ro none "$T/ro"; export TMPDIR="$T/ro"',
     "64 descriptors": "ulimit -n 64",
     "no core files, little stack": "ulimit -c 0; ulimit -s 512",
+    "another monotonic clock": 'set -- unshare --time --monotonic 100000000 --boottime 100000000 "$@"',
     "no /dev": "mount -t tmpfs none /dev",
     "no /sys": "mount -t tmpfs none /sys",
 }
@@ -263,6 +264,15 @@ def test_what_control_groups_leave_is_said(place: Path) -> None:
     assert re.search("control groups allow [12][0-9] more processes", checks["processes"]["detail"])
     assert checks["CPUs"]["detail"].startswith("0.5 of the host's ")
     assert "limits this process to 700 MiB" in checks["memory"]["detail"], checks["memory"]
+
+
+@pytest.mark.needs("root", "netns")
+def test_the_doctor_names_limits_and_a_full_disk_of_the_database(place: Path, tmp_path: Path) -> None:
+    small = "ulimit -n 200; ulimit -f 100000; " + FAILS["a full disk of the database"][0]
+    checks = doctor(place, small, T=str(tmp_path))
+    found = {name: checks[name]["status"] for name in ("limit: open files", "limit: file size", "disk: database")}
+    assert found == {"limit: open files": "warn", "limit: file size": "fail", "disk: database": "fail"}
+    assert all(checks[name]["fix"] for name in found)
 
 
 @pytest.mark.needs("root", "netns")

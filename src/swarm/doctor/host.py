@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import re
+import resource
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from swarm.vm.network import lacks
 
 _KVM_GET_API_VERSION = 0xAE00  # linux/kvm.h
 _GIB = 1 << 30
+_DESCRIPTORS = 256
 _THREADS_OF_A_VM = 16  # of QEMU with some for its disk, of the engine, and of what starts it
 
 
@@ -77,7 +79,7 @@ async def examine(*, state_dir: Path, images_dir: Path, data_dir: Path) -> list[
     if not tried:
         features = [warn("kernel", "its features were not tried: that needs root", rights[0].fix)]
     places = disks(state_dir, images_dir, data_dir)
-    return [*rights, *tools, _kvm(), *features, _forwarding(), *places, _memory(), _cpus(), _processes()]
+    return [*rights, *tools, _kvm(), *features, _forwarding(), *places, _memory(), _cpus(), _processes(), *_ulimits()]
 
 
 def _rights() -> list[Check]:
@@ -231,3 +233,16 @@ def _processes() -> Check:
     if left < _THREADS_OF_A_VM:
         return fail("processes", detail, fix)
     return warn("processes", f"{detail}: fewer fit than --max-vms starts by default", fix)
+
+
+def _ulimits() -> list[Check]:
+    """Only what is wrong. An engine raises its own limit of descriptors to the hard one."""
+    checks = []
+    descriptors, size = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if descriptors != resource.RLIM_INFINITY and descriptors < _DESCRIPTORS:
+        detail = f"at most {descriptors} files can be open at once; a VM takes about 10, an engine 50"
+        checks.append(warn("limit: open files", detail, "raise it: `ulimit -n`, systemd's LimitNOFILE"))
+    if size != resource.RLIM_INFINITY:
+        detail = f"no file can grow beyond {size:,} bytes: neither the database nor disks and memory of VMs"
+        checks.append(fail("limit: file size", detail, "lift it: `ulimit -f unlimited`, systemd's LimitFSIZE"))
+    return checks
