@@ -19,6 +19,7 @@ import pytest
 from swarm.base.process import start_time
 from swarm.cli import service
 from swarm.model import RetryPolicy
+from swarm.vm.driver import OOM_SCORE
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
@@ -52,6 +53,8 @@ async def test_start_status_stop(plain: Bench) -> None:
     try:
         pidfile = json.loads((data / "engine.pid").read_text())
         assert start_time(pidfile["pid"]) == pidfile["started"] and str(pidfile["pid"]) in out
+        ours, its = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in ("self", pidfile["pid"]))
+        assert its == (ours or 100) < OOM_SCORE, "the kernel kills VMs first, then the engine"
         plain.insert("t", agent.id)
         assert await ended(plain, "t") == ["done"]
         told = json.loads((await command(plain, "swarm-engine", "status", "--json"))[1])

@@ -24,7 +24,8 @@ from swarm.base.aio import undoing
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError, NotFound
 from swarm.vm.driver import Image, Probe, Template, VmSpec
-from swarm.vm.drivers.qemu import MEMORY_FILE, STATE_FILE, QemuDriver
+from swarm.vm.drivers.qemu import QemuDriver
+from swarm.vm.drivers.qemu_vm import MEMORY_FILE, STATE_FILE
 from swarm.vm.launcher import Launcher
 from swarm.vm.template import MANIFEST, Templates, key_of, shape, stoppable
 

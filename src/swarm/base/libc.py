@@ -6,23 +6,51 @@ import ctypes
 import functools
 import os
 
-CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000  # linux/sched.h
-MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_SLAVE, MS_SHARED = 1, 32, 1 << 12, 1 << 14, 1 << 19, 1 << 20  # sys/mount.h
-MNT_DETACH = 2  # sys/mount.h
+CLONE_FS, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = (  # linux/sched.h
+    0x00000200, 0x00020000, 0x04000000, 0x08000000, 0x20000000, 0x40000000,
+)  # fmt: skip
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 1 << 12  # sys/mount.h
+MS_REC, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 14, 1 << 18, 1 << 19, 1 << 20
+MNT_DETACH = 2
+# The same numbers on every architecture. Debian 11's library has no functions for them.
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT = 428, 429
+_AT_FDCWD, _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = -100, 1, 4  # linux/fcntl.h, linux/mount.h
 
 
 @functools.cache
 def libc() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
-    library.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p)
+    library.mount.argtypes = (
+        ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p,
+    )  # fmt: skip
     library.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
     return library
 
 
-def mount(source: bytes | None, target: bytes, flags: int) -> None:
-    """mount(2), for flags that need no file system type. Raises OSError with both paths in its text."""
+def mount(source: bytes | None, target: bytes, flags: int, *, kind: bytes | None = None, data: bytes = b"") -> None:
+    """mount(2); ``kind`` is a file system type. Raises OSError with both paths in its text."""
     paths = [os.fsdecode(path) for path in (source, target) if path]
-    check(libc().mount(source, target, None, flags, None), f"mount {' '.join(paths)}")
+    check(libc().mount(source, target, kind, flags, data or None), f"mount {' '.join(paths)}")
+
+
+def pivot_root() -> None:
+    """Make the current directory, a mount point, the root of this mount namespace, and unmount the old root."""
+    check(libc().pivot_root(b".", b"."), "pivot_root")
+    check(libc().umount2(b".", MNT_DETACH), "umount of the old root")
+
+
+def open_tree(path: bytes) -> int:
+    """A descriptor of a bind mount of ``path`` that is attached nowhere. Linux 5.2."""
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    fd: int = libc().syscall(_SYS_OPEN_TREE, _AT_FDCWD, ctypes.c_char_p(path), flags)
+    check(min(fd, 0), f"open_tree {os.fsdecode(path)}")
+    return fd
+
+
+def attach_tree(tree: int, target: bytes) -> None:
+    """Attach what `open_tree` returned, in this thread's mount namespace."""
+    arguments = (tree, ctypes.c_char_p(b""), _AT_FDCWD, ctypes.c_char_p(target), _MOVE_MOUNT_F_EMPTY_PATH)
+    check(libc().syscall(_SYS_MOVE_MOUNT, *arguments), f"move_mount {os.fsdecode(target)}")
 
 
 def check(result: int, call: str) -> None:

@@ -16,6 +16,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
@@ -45,6 +46,14 @@ def which(program: str) -> str | None:
     return shutil.which(program) or shutil.which(program, path=_SYSTEM_PATH)
 
 
+def path_of(program: str) -> Path:
+    """As `which`. Raises HostError if it is not installed."""
+    path = which(program)
+    if path is None:
+        raise HostError(f"the program {program!r} is not installed; `swarm doctor` names its package")
+    return Path(path)
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     env = {k: os.environ[k] for k in _KEPT if k in os.environ}
     env["PATH"] = f"{env.get('PATH', '')}:{_SYSTEM_PATH}".lstrip(":")
@@ -57,15 +66,8 @@ def in_netns(argv: Sequence[str], netns: str | None) -> list[str]:
     remount /sys)."""
     if not netns:
         return list(argv)
-    _found(argv[0])  # here: nsenter would only say that it can't execute it
+    path_of(argv[0])  # here: nsenter would only say that it can't execute it
     return ["nsenter", f"--net={Path('/run/netns', netns)}", "--", *argv]
-
-
-def _found(program: str) -> str:
-    path = which(program)
-    if path is None:
-        raise HostError(f"the program {program!r} is not installed; `swarm doctor` names its package")
-    return path
 
 
 async def run(
@@ -153,7 +155,46 @@ async def spawn(
         )
 
 
-async def kill(process: asyncio.subprocess.Process, *, grace_seconds: float = 0.0) -> None:
+class Child(Protocol):
+    """A process of ours: `asyncio.subprocess.Process`, or a `ThreadsChild`."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    async def wait(self) -> int: ...
+
+
+class ThreadsChild:
+    """A process that another thread of ours started, for which asyncio is not told. Made in the event loop."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._fd = os.pidfd_open(pid)
+        self._loop.add_reader(self._fd, self._reap)
+
+    async def wait(self) -> int:
+        await self._ended.wait()
+        assert self.returncode is not None
+        return self.returncode
+
+    def leave(self) -> None:
+        """It will outlive us: stop watching it."""
+        if self.returncode is None and self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _reap(self) -> None:
+        self.leave()
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self._ended.set()
+
+
+async def kill(process: Child, *, grace_seconds: float = 0.0) -> None:
     """End a process and wait until it is dead. Idempotent. With a grace period, send SIGTERM first.
 
     `process.send_signal` isn't used because it polls, and may reap a child before asyncio does (status 255).
@@ -173,11 +214,17 @@ async def kill(process: asyncio.subprocess.Process, *, grace_seconds: float = 0.
 
 
 async def _start(argv: Sequence[str], **options: object) -> asyncio.subprocess.Process:
-    program = _found(argv[0])
+    program = path_of(argv[0])
     try:
         return await asyncio.create_subprocess_exec(program, *argv[1:], umask=_UMASK, **options)  # type: ignore[arg-type]
     except OSError as error:
         raise HostError(f"can't start {program}: {error}") from error
+
+
+def expendable(pid: int, score: int) -> None:
+    """When memory is short, the kernel kills processes with a higher oom_score_adj first (proc(5); up to 1000)."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(score))
 
 
 # --- processes that are not our children --------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from swarm.errors import BootFailed
 from swarm.vm.driver import AGENTD_PORT, GUEST_MAC, Image, Slot, Template, host_tsc_khz
 from swarm.vm.drivers.console import last_lines
 from swarm.vm.drivers.disk import copy_work_disk, make_work_disk
-from swarm.vm.drivers.qemu import DISK_FILE, EMULATED_CPU, MEMORY_FILE, PROGRAM, STATE_FILE
+from swarm.vm.drivers.qemu import EMULATED_CPU, PROGRAM
+from swarm.vm.drivers.qemu_vm import DISK_FILE, MEMORY_FILE, STATE_FILE
 from swarm.vm.drivers.tap import open_tap
 from swarm.vm.slots.ssh import new_key
 

@@ -31,6 +31,9 @@ app = new_app(
 )
 
 
+_OOM_SCORE = 100
+
+
 class LogFormat(StrEnum):
     AUTO = "auto"
     TEXT = "text"
@@ -127,7 +130,7 @@ async def _serve(
     with_view = live.wanted(log_format)
     configure(debug=cli.debug, info=not with_view, as_json=log_format is LogFormat.JSON)
     log = structlog.get_logger("swarm.engine")
-    _raise_limits()
+    _set_limits()
     view = live.View()
     async with (
         wiring.store(settings) as store,
@@ -145,11 +148,16 @@ async def _serve(
     log.info("engine stopped")  # and so have its VMs, slots and database connections
 
 
-def _raise_limits() -> None:
-    """Allow as many file descriptors as this host permits: a VM needs about ten."""
+def _set_limits() -> None:
+    """As many file descriptors as this host permits: a VM needs about ten. When memory is short, the kernel kills VMs
+    first, then the engine, then what else runs on the host, unless its operator has decided otherwise."""
+    from swarm.base import process
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if Path("/proc/self/oom_score_adj").read_text() == "0\n":
+        process.expendable(os.getpid(), _OOM_SCORE)
 
 
 @command(app, "stop", examples=["swarm-engine stop", "swarm-engine stop --now", "swarm-engine stop --timeout 10"])

@@ -24,6 +24,7 @@ GATEWAY_PORT = 8080
 PROXY_PORT = 3128
 # VM n's VMM runs as uid and gid BASE_UID + n: without an account, outside the ranges that adduser and systemd allocate.
 BASE_UID = 1_700_000_000
+OOM_SCORE = 900  # of a VMM: the kernel kills VMs before the engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

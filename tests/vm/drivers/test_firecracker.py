@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -203,6 +204,7 @@ async def test_the_jail(settings: Settings, fc: FirecrackerDriver, talking: VmSp
             limits = Path(f"/proc/{pid}/limits").read_text()
             assert re.search(r"Max core file size\s+0\s+0", limits)
             assert re.search(r"Max open files\s+256\s+256", limits)
+            assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) == driver.OOM_SCORE
             version, controllers = jailer.cgroup_controllers()
             mine = Path(f"/proc/{pid}/cgroup").read_text()
             assert mine.count(f"/{jailer.CGROUP_PARENT}/{name}") == len(
@@ -229,7 +231,7 @@ async def test_a_dead_owners_vm_is_swept(settings: Settings, fc: FirecrackerDriv
         name, died = vm.jail.id, death_of(vm.pid)
         assert jailer.holds(place, vm.pid)
         # As if its owner had died: the process that the death signal goes to.
-        vm._child.kill()
+        os.kill(vm._child.pid, signal.SIGKILL)
         async with asyncio.timeout(10):
             await died
         assert cgroups(name) or not jailer.cgroup_controllers()[1]

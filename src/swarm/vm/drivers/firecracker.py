@@ -281,6 +281,7 @@ class FirecrackerVm(VmmVm):
         except TimeoutError:
             raise BootFailed(f"Firecracker did not open its API within {_START_SECONDS:g} s") from None
         self._start_time = process.start_time(self.pid) or 0
+        process.expendable(self.pid, driver.OOM_SCORE)
         if self.jail.jailed and uid != self.jail.uid:
             raise BootFailed(f"Firecracker runs as uid {uid} instead of {self.jail.uid}")
 

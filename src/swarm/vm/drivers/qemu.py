@@ -1,8 +1,8 @@
 """Driver `qemu`: QEMU's microvm machine, with KVM where a guest really boots on it, otherwise without (TCG).
 
-QEMU runs as a uid of its own without capabilities, in its seccomp sandbox, and never opens a path: every file it needs
-is opened here and passed as a descriptor, so only root has access to the image and template directories. QMP runs over
-an inherited socket pair; nothing can connect to it later.
+QEMU runs as a uid of its own without capabilities, in its seccomp sandbox, in an empty root and namespaces of its own
+(see confine.py). Disks, tap and console are opened here and passed as descriptors, so only root has access to the image
+and template directories. QMP runs over an inherited socket pair; nothing can connect to it later.
 
 How clones work (measured in docs/adr/0008-templates.md): the template's memory is a file mapped shared; a clone maps it
 private, and QEMU's migration stream without RAM (x-ignore-shared) carries the ~70 KB of device state.
@@ -11,39 +11,34 @@ private, and QEMU's migration stream without RAM (x-ignore-shared) carries the ~
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import os
 import re
-import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, cast
 
-from qemu.qmp import QMPClient, QMPError
+from qemu.qmp import QMPError
 
 from swarm.base import process
 from swarm.errors import BootFailed, CommandFailed, HostError
 from swarm.vm import driver
 from swarm.vm.driver import BASE_UID, Probe, Slot, Template, VmSpec
+from swarm.vm.drivers import confine
 from swarm.vm.drivers.console import Console
-from swarm.vm.drivers.disk import copy_work_disk, make_work_disk, move_sparse
+from swarm.vm.drivers.disk import copy_work_disk, make_work_disk
+from swarm.vm.drivers.jailer import JailFile
+from swarm.vm.drivers.qemu_vm import DISK_FILE, MEMORY_FILE, START_SECONDS, STATE_FILE, QemuVm
 from swarm.vm.drivers.tap import open_tap
-from swarm.vm.drivers.vmm import VmmVm
 
 PROGRAM = "qemu-system-x86_64"
 MIN_VERSION = (7, 2)
-MEMORY_FILE = "memory"
-STATE_FILE = "state"
-DISK_FILE = "work"
-_RESTORE_TIMEOUT_SECONDS = 10.0
-_QMP_TIMEOUT_SECONDS = 30.0
+KERNEL, INITRAMFS = "kernel", "initramfs"
 # Each hook that the guest's kernel runs must first be translated, again in each clone. The VM is the security boundary,
 # so the guest kernel's own security modules and accounting are off.
 _LEAN = ("lsm=", "apparmor=0", "audit=0", "psi=0", "cgroup_disable=memory")
 # TCG translates `rep movsb` to a loop over bytes (erms), and each stac/clac (smap) ends a block of its translation.
 EMULATED_CPU = "max,-erms,-smap"
-_CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
 
 
 class QemuDriver:
@@ -99,8 +94,8 @@ class QemuDriver:
                 memory = launch.memory(_new_file(dir / MEMORY_FILE, spec.memory_mb << 20), shared=True)
             argv = [
                 *self._machine(spec, memory),
-                "-kernel", launch.file(image.kernel),
-                *(("-initrd", launch.file(image.initramfs)) if image.initramfs else ()),
+                "-kernel", launch.file(KERNEL, image.kernel),
+                *(("-initrd", launch.file(INITRAMFS, image.initramfs)) if image.initramfs else ()),
                 "-append", args,
                 *await self._devices(spec, launch, None),
             ]  # fmt: skip
@@ -122,14 +117,12 @@ class QemuDriver:
             launch.close()
             raise
         try:
-            async with asyncio.timeout(_RESTORE_TIMEOUT_SECONDS):
+            async with asyncio.timeout(START_SECONDS):
                 await vm.resume_from(state)
         except BaseException as error:
             await vm.kill()
             if isinstance(error, TimeoutError):
-                raise BootFailed(
-                    f"the clone did not run within {_RESTORE_TIMEOUT_SECONDS:g} s: {vm.last_output()}"
-                ) from None
+                raise BootFailed(f"the clone did not run within {START_SECONDS:g} s: {vm.last_output()}") from None
             if isinstance(error, QMPError):
                 raise BootFailed(f"QEMU could not restore the template: {error}; {vm.last_output()}") from error
             raise
@@ -155,7 +148,7 @@ class QemuDriver:
     def _machine(self, spec: VmSpec, memory: Sequence[str]) -> list[str]:
         backed = ",memory-backend=mem" if memory else ""
         return [
-            PROGRAM,
+            str(process.path_of(PROGRAM)),
             "-M", f"microvm,acpi=on,mem-merge=off,dump-guest-core=off{backed}",
             "-accel", self.accelerator if self.accelerator != "tcg" else "tcg,thread=single,tb-size=64",
             "-cpu", "host" if self.accelerator == "kvm" else EMULATED_CPU,
@@ -187,11 +180,11 @@ class _Launch:
 
     def __init__(self, dir: Path, slot: Slot | None, accelerator: str, outlive: bool) -> None:
         self.dir = dir
-        groups = _kvm_groups() if accelerator == "kvm" else []
-        self._groups = [f"--groups={groups[0]}"] if groups else ["--clear-groups"]
+        self._groups = _kvm_groups() if accelerator == "kvm" else []
         self.slot = slot
-        self._uid = BASE_UID + (slot.n if slot else 0)
         self._outlive = outlive
+        self._root = root_of(accelerator)
+        self._own: list[JailFile] = []
         self._fds: list[int] = []
         self._sets: list[str] = []
 
@@ -203,9 +196,12 @@ class _Launch:
         self._fds.append(fd)
         return fd
 
-    def file(self, path: Path) -> str:
-        """A path for a file that QEMU only reads, or maps, at start."""
-        return f"/proc/self/fd/{self.fd(path, os.O_RDONLY)}"
+    def file(self, name: str, path: Path, *, writable: bool = False) -> str:
+        """Its path in QEMU's root, for a file that QEMU opens itself."""
+        if not path.exists():
+            raise HostError(f"can't open {path}: No such file or directory")
+        self._own.append(JailFile(name, path, writable=writable))
+        return f"/{name}"
 
     def disk(self, name: str, path: Path, *, writable: bool = False) -> list[str]:
         file = self._set(self.fd(path, os.O_RDWR if writable else os.O_RDONLY))
@@ -217,10 +213,9 @@ class _Launch:
         ]  # fmt: skip
 
     def memory(self, path: Path, *, shared: bool) -> list[str]:
-        fd = self.fd(path, os.O_RDWR)
+        place = self.file(MEMORY_FILE, path, writable=True)
         share = "on" if shared else "off"
-        size = os.fstat(fd).st_size
-        return ["-object", f"memory-backend-file,id=mem,size={size},mem-path=/proc/self/fd/{fd},share={share}"]
+        return ["-object", f"memory-backend-file,id=mem,size={path.stat().st_size},mem-path={place},share={share}"]
 
     def tap(self) -> int:
         assert self.slot is not None
@@ -239,21 +234,21 @@ class _Launch:
             else:
                 chardev = f"socket,id=console,fd={console.fileno()}"
             full = [
-                "setpriv", f"--reuid={self._uid}", f"--regid={self._uid}", *self._groups,
-                "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all",
-                *(() if self._outlive else ("--pdeathsig=KILL",)),
-                "prlimit", "--core=0", f"--fsize={max(spec.disk_mb, spec.memory_mb) << 20}", "--nproc=64",
                 *argv, *self._sets,
                 "-chardev", chardev, "-serial", "chardev:console",
                 "-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control",
             ]  # fmt: skip
-            child = await process.spawn(
+            child = await confine.spawn(
                 full,
+                root=self._root,
+                own=self._own,
+                space=self.slot.netns if self.slot else None,
+                uid=BASE_UID + (self.slot.n if self.slot else 0),
+                groups=self._groups,
+                file_bytes=max(spec.disk_mb, spec.memory_mb) << 20,
                 output=self.dir / "qemu.log",
-                netns=self.slot.netns if self.slot else None,
                 pass_fds=[*self._fds, theirs.fileno(), *([console.fileno()] if console else [])],
-                die_with_parent=False,  # setpriv above does it, as a change of uid clears the death signal
-                deaf=not self._outlive,
+                outlive=self._outlive,
             )
         except BaseException:
             if console:
@@ -283,118 +278,21 @@ class _Launch:
         return f"/dev/fdset/{fd}"
 
 
-class QemuVm(VmmVm):
-    """See `swarm.vm.driver.Vm`."""
-
-    vmm = "QEMU"
-    logs: ClassVar = {"qemu.log": 5}
-
-    def __init__(
-        self,
-        *,
-        child: asyncio.subprocess.Process,
-        dir: Path,
-        console: Console | None,
-        slot: Slot | None,
-    ) -> None:
-        super().__init__(child=child, dir=dir, console=console, slot=slot)
-        self._qmp = QMPClient(f"vm{slot.n if slot else ''}")
-        self._paused = ""  # why QEMU stopped the guest by itself
-        self._watch: asyncio.Task[None] | None = None
-
-    async def connect(self, sock: socket.socket) -> None:
-        """Connect to QMP. Raises BootFailed with QEMU's last output if it ends instead."""
-        greeted = asyncio.ensure_future(self._qmp.connect(sock))
-        died = asyncio.ensure_future(self._child.wait())
-        try:
-            await asyncio.wait({greeted, died}, return_when=asyncio.FIRST_COMPLETED, timeout=_RESTORE_TIMEOUT_SECONDS)
-            if not greeted.done() or greeted.exception() is not None:
-                raise BootFailed(f"QEMU did not start: {self.last_output()}")
-        finally:
-            for task in (greeted, died):
-                task.cancel()
-            await asyncio.gather(greeted, died, return_exceptions=True)
-        self._watch = asyncio.create_task(self._end_when_paused(), name="qemu-paused")
-
-    async def _end_when_paused(self) -> None:
-        """QEMU may stop a guest that it can't go on with (an error of KVM, of a disk). Nobody will continue it, and its
-        process would live on, so it is ended: `wait` then says why."""
-        with contextlib.suppress(QMPError, OSError, EOFError, HostError):
-            with self._qmp.listener("STOP") as events:
-                await events.get()
-            self._paused = "paused"
-            async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
-                self._paused = await self._status()
-        if self._paused:
-            await process.kill(self._child)
-
-    async def _status(self) -> str:
-        try:
-            said = await self._qmp.execute("query-status")
-        except (QMPError, EOFError) as error:
-            raise HostError(str(error) or type(error).__name__) from error
-        return str(cast(dict[str, object], said).get("status"))
-
-    async def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-
-    async def resume_from(self, state: int) -> None:
-        """Load the device state from an inherited descriptor; return when the VM runs."""
-        await self._qmp.execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
-        with self._qmp.listener(("RESUME", "MIGRATION")) as events:
-            await self._qmp.execute("migrate-incoming", {"uri": f"fd:{state}"})
-            async for event in events:
-                if event["event"] == "RESUME":
-                    return
-                if cast(dict[str, str], event["data"])["status"] == "failed":
-                    raise BootFailed(f"QEMU could not restore the template: {self.last_output()}")
-
-    async def snapshot(self, dir: Path) -> None:
-        """Write memory and device state into ``dir`` and end this VM. It must have been booted for a template.
-
-        Migration, not Swarm, stops the guest: at its end, and it records that the guest was running, so a clone
-        continues by itself.
-        """
-        await self._stop_watching()
-        state = os.open(dir / STATE_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
-                await self._qmp.execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
-                self._qmp.send_fd_scm(state)
-                await self._qmp.execute("getfd", {"fdname": "state"})
-                with self._qmp.listener("MIGRATION") as events:
-                    await self._qmp.execute("migrate", {"uri": "fd:state"})
-                    async for event in events:
-                        status = cast(dict[str, str], event["data"])["status"]
-                        if status == "completed":
-                            break
-                        if status == "failed":
-                            raise BootFailed(f"QEMU could not write the template's state: {self.last_output()}")
-        except (QMPError, TimeoutError) as error:
-            raise BootFailed(f"QEMU could not write the template's state: {error!r}; {self.last_output()}") from error
-        finally:
-            os.close(state)
-            await self.kill()
-        for name, kept in ((MEMORY_FILE, MEMORY_FILE), ("work.ext4", DISK_FILE)):
-            await asyncio.to_thread(move_sparse, self.dir / name, dir / kept)
-
-    def _how_it_ended(self, code: int) -> str:
-        if self._paused:
-            return f"QEMU stopped the guest by itself ({self._paused}), so Swarm ended it: {self.last_output()}"
-        how = super()._how_it_ended(code)
-        if code == -signal.SIGBUS:  # a template's memory is a sparse file, which gets its blocks as the guest writes
-            return f"{how}, probably because no space is left on the disk with {self.dir}"
-        return how
-
-    async def kill(self) -> None:
-        await self._stop_watching()
-        await process.kill(self._child)
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            await self._qmp.disconnect()
-        if self._console_reader:
-            self._console_reader.close()
+@functools.cache
+def root_of(accelerator: str) -> confine.Root:
+    """What QEMU needs of the host: its modules are loaded, and its firmware is read, by path."""
+    program = process.path_of(PROGRAM)
+    prefix = program.parent.parent
+    modules = [
+        path for place in ("lib*", "lib/*") for path in prefix.glob(f"{place}/qemu/accel-{accelerator}-x86_64.so")
+    ]
+    firmware = [prefix / "share" / name for name in ("qemu", "seabios")]
+    return confine.Root(
+        programs=(program, *modules),
+        files=tuple(path for path in (*firmware, Path("/etc/ld.so.cache")) if path.exists()),
+        devices=("urandom", *(("kvm",) if accelerator == "kvm" else ())),
+        own=(KERNEL, INITRAMFS, MEMORY_FILE),
+    )
 
 
 async def version_of_qemu() -> str:
@@ -428,7 +326,7 @@ def _kvm_groups() -> list[int]:
 
 
 def _new_file(path: Path, size_bytes: int = 0) -> Path:
-    """Create a file that QEMU's uid can open again through /proc/self/fd, though not by its path."""
+    """Create a file that QEMU's uid can open in its root, though not where it is."""
     with path.open("xb") as file:
         os.fchmod(file.fileno(), 0o666)
         file.truncate(size_bytes)

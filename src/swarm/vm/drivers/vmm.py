@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from swarm.base import process
+from swarm.base.process import Child
 from swarm.channel.dial import Endpoint
 from swarm.errors import SwarmError
 from swarm.vm.driver import AGENTD_PORT, Slot
@@ -25,7 +25,7 @@ class VmmVm:
     def __init__(
         self,
         *,
-        child: asyncio.subprocess.Process,
+        child: Child,
         dir: Path,
         console: Console | None,
         slot: Slot | None,

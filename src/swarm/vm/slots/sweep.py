@@ -247,8 +247,7 @@ def _vmms(name: str, directory: Path | None) -> list[tuple[int, int]]:
 
 
 def _holds_tap(pid: int, space: tuple[int, int]) -> bool:
-    """Does it have our tap open? The descriptor tells, not the process's namespace: a VMM inherits the tap before
-    `nsenter` moves it into the namespace."""
+    """Does it have our tap open? The descriptor tells, whichever namespace the process itself is in."""
     for fd in Path(f"/proc/{pid}/fdinfo").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             # tun_chr_show_fdinfo, linux/drivers/net/tun.c
