@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from swarm.app import wiring
+from swarm.base.clock import Timeline
 from swarm.base.process import run
 from swarm.channel import Channel
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError
-from swarm.vm.driver import BASE_UID, Image, Template, VmSpec
+from swarm.vm.choose import Choice
+from swarm.vm.driver import BASE_UID, Image, Slot, Template, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
+from swarm.vm.launcher import Assignment
 from tests.base.test_process import blocked_signals
 from tests.vm.drivers.test_drivers import Guest, inside
+from tests.vm.drivers.test_firecracker import seconds_to_send, seconds_to_write
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -157,3 +163,40 @@ async def test_a_cancelled_start_leaves_no_process(driver: QemuDriver, spec: VmS
     if not start.cancelled() and start.exception() is None:
         await start.result().kill()
     assert inside(tmp_path) == []
+
+
+@pytest.mark.parametrize("clones", [False, True], ids=["booted", "restored"])
+async def test_the_limits_of_an_agent_hold(settings: Settings, image: Image, clones: bool) -> None:
+    """How long a guest takes at least to write, to be sent and to send; then the next VM of its slot, without limits.
+    The template has none either way."""
+    driver = QemuDriver(accelerator="tcg", disk_cache=settings.state_dir / "blank")
+    launcher = wiring.launcher(settings, Choice(driver=driver, probe=await driver.probe()), clones=clones)
+    await wiring.network(settings).ensure_host()
+    free = VmSpec(image=image)
+    async with launcher.keeping(1):
+        async with launcher.vm(
+            replace(free, disk_mb_per_second=1, network_mb_per_second=0.1), Assignment(), Timeline()
+        ) as live:
+            assert await seconds_to_write(live, blocks=5) > 1.5, "of 2.5 MB, 0.1 s pass at once, and the last block"
+            assert await seconds_to_send(live, megabytes=0.5) > 2, "of 0.5 MB, 128 KiB pass at once"
+            made = await live.channel.run(
+                ["/bin/dd", "if=/dev/urandom", "of=/work/made", "bs=1000", "count=500"], timeout_seconds=60
+            )
+            assert made.code == 0
+            began = time.monotonic()
+            assert len(await live.channel.get("/work/made", limit_bytes=500_000) or b"") == 500_000
+            assert time.monotonic() - began > 2
+            slot = live.vm_slot.slot
+            assert slot
+            assert await limits_of(slot) == ["qdisc tbf", "table netdev swarm-limit"]
+        async with launcher.vm(free, Assignment(), Timeline()) as live:
+            assert live.vm_slot.slot == slot
+            assert await limits_of(slot) == []
+
+
+async def limits_of(slot: Slot) -> list[str]:
+    said = [
+        (await run(argv, netns=slot.netns)).stdout.decode()
+        for argv in (["tc", "qdisc", "show", "dev", "tap0"], ["nft", "list", "tables"])
+    ]
+    return re.findall(r"qdisc tbf|table netdev swarm-limit", "".join(said))

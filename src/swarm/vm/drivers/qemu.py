@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import re
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qemu.qmp import QMPError
@@ -30,6 +32,7 @@ from swarm.vm.drivers.disk import copy_work_disk, make_work_disk
 from swarm.vm.drivers.jailer import JailFile
 from swarm.vm.drivers.qemu_vm import DISK_FILE, MEMORY_FILE, START_SECONDS, STATE_FILE, QemuVm
 from swarm.vm.drivers.tap import open_tap
+from swarm.vm.network.network import limit
 
 PROGRAM = "qemu-system-x86_64"
 MIN_VERSION = (7, 2)
@@ -86,6 +89,8 @@ class QemuDriver:
         token: bytes = b"",
     ) -> QemuVm:
         image = spec.image
+        if for_template:  # each clone sets its own limits
+            spec = replace(spec, disk_mb_per_second=None, network_mb_per_second=None)
         args = driver.kernel_command_line(spec, "console=ttyS0", "reboot=t", *_LEAN, *self._emulated(), token=token)
         launch = _Launch(dir, slot, self.accelerator, outlive)
         try:
@@ -164,10 +169,15 @@ class QemuDriver:
             await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
         else:
             await copy_work_disk(disk, work)
-        devices = [*launch.disk("root", spec.image.root), *launch.disk("work", work, writable=True)]
+        devices = [
+            *launch.disk("root", spec.image.root),
+            *launch.disk("work", work, writable=True, mb_per_second=spec.disk_mb_per_second),
+        ]
         if spec.layer:
             devices += launch.disk("layer", spec.layer.path)
         if launch.slot:
+            if spec.network_mb_per_second is not None:
+                await limit(launch.slot, spec.network_mb_per_second)
             card = f"virtio-net-device,netdev=net,mac={driver.GUEST_MAC},guest_announce=off"
             devices += ["-netdev", f"tap,id=net,fd={launch.tap()}", "-device", card]
         if spec.entropy:
@@ -203,13 +213,24 @@ class _Launch:
         self._own.append(JailFile(name, path, writable=writable))
         return f"/{name}"
 
-    def disk(self, name: str, path: Path, *, writable: bool = False) -> list[str]:
+    def disk(
+        self, name: str, path: Path, *, writable: bool = False, mb_per_second: float | None = None
+    ) -> Sequence[str]:
         file = self._set(self.fd(path, os.O_RDWR if writable else os.O_RDONLY))
         mode = "discard=unmap" if writable else "read-only=on"
+        raw = f"driver=raw,node-name={name},{mode},file.driver=file,file.locking=off,file.filename={file}"
+        limits: Sequence[str] = ()
+        if mb_per_second is not None:
+            group = {"bps-total": max(1, round(mb_per_second * 1e6))}
+            limits = [
+                "-object", json.dumps({"qom-type": "throttle-group", "id": "limit", "limits": group}),
+                "-blockdev", f"driver=throttle,node-name={name}-limited,{mode},throttle-group=limit,file={name}",
+            ]  # fmt: skip
         return [
-            "-blockdev", f"driver=raw,node-name={name},{mode},file.driver=file,file.locking=off,file.filename={file}",
+            "-blockdev", raw,
+            *limits,
             # A full disk of the host is an error in the guest. QEMU's default is to pause the VM, for ever.
-            "-device", f"virtio-blk-device,drive={name},werror=report,rerror=report",
+            "-device", f"virtio-blk-device,drive={name}{'-limited' if limits else ''},werror=report,rerror=report",
         ]  # fmt: skip
 
     def memory(self, path: Path, *, shared: bool) -> list[str]:

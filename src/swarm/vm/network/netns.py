@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
@@ -36,6 +38,7 @@ T = TypeVar("T")
 RUN = Path("/run/netns")
 LOCK = Path("/run/swarm-netns.lock")
 MARK = "swarm"
+QDISC = "tbf"  # what limits a tap
 
 _TUNSETIFF, _TUNSETPERSIST, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x400454CB, 0x0002, 0x1000  # linux/if_tun.h
 _SIOCGSKNS, _SYS_PIDFD_GETFD = 0x894C, 438  # linux/sockios.h; the same number on every architecture
@@ -232,6 +235,24 @@ def make_tap(name: str) -> int:
     finally:
         os.close(fd)
     return socket.if_nametoindex(name)
+
+
+def limit_receiving(tap: str, bytes_per_second: int, burst_bytes: int) -> None:
+    """Let a VM receive no more than this by its tap: what comes faster waits in a queue. Raises HostError."""
+    with netlink() as here:
+        index = here.link_lookup(ifname=tap)[0]
+        try:
+            here.tc(
+                "replace", QDISC, index, root=True,
+                rate=f"{8 * bytes_per_second}bit", burst=burst_bytes, limit=2 * burst_bytes,
+            )  # fmt: skip
+        except NetlinkError as error:
+            if error.code != errno.ENOENT:
+                raise
+            raise HostError(
+                "this host's kernel can't limit what a VM receives, which `network_mb_per_second` of the agent asks "
+                "for: load its module sch_tbf, or remove the limit"
+            ) from None
 
 
 def await_up(socket_: Any, index: int, *, seconds: float = 5.0) -> None:

@@ -52,6 +52,8 @@ UPLINK = "eth0"  # a namespace's own end of its veth pair
 # everything for up to a second (linkwatch_urgent_event, net/core/link_watch.c). The host's indexes never get this high.
 _UPLINK_INDEX = 1 << 30
 _IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000  # linux/if.h; the second: a process has the tap open
+# A card hands over up to 64 KB as one packet. The kernel counts bytes of a rate with 32 bits.
+_MIN_BURST_BYTES, _MAX_BURST_BYTES, _MAX_RATE = 128 << 10, 64 << 20, 4_000_000_000
 _NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}  # IN6_ADDR_GEN_MODE_NONE
 
 
@@ -150,12 +152,14 @@ class Network:
         """Reset slot n for another VM: nothing of the last VM remains. At least 4 ms.
 
         All neighbours are permanent, ports learn nothing, and the kernel empties a tap's queue when its VMM closes it.
-        So only the namespace's counter of refused frames has to be reset. Raises Conflict while a VMM still has the tap
-        open, NotFound if the slot is missing or incomplete (then destroy and create it).
+        So only the namespace's counter of refused frames has to be reset, and the limits of a VM that had some. Raises
+        Conflict while a VMM still has the tap open, NotFound if the slot is missing or incomplete (then destroy and
+        create it).
         """
         require_root()
         slot = self.slot(n)
-        await netns.in_thread(lambda: self._recycle(slot))
+        if await netns.in_thread(lambda: self._recycle(slot)):
+            await process.run(["nft", "-f", "-"], input=rules.NO_LIMIT.encode(), netns=slot.netns)
         return slot
 
     async def listen(self, slot: Slot, port: int) -> socket.socket:
@@ -297,7 +301,8 @@ class Network:
                     _ignoring_absence(host.neigh, "del", ifindex=link["index"], dst=str(address))
         return found
 
-    def _recycle(self, slot: Slot) -> None:
+    def _recycle(self, slot: Slot) -> bool:
+        """Whether its last VM had limits."""
         incomplete = f"slot {slot.n} is incomplete: destroy it and create it again"
         with host_errors(f"can't recycle slot {slot.n}"), netns.netlink() as host:
             bridge = self._bridge.index(host)
@@ -316,6 +321,27 @@ class Network:
                     raise NotFound(incomplete) from None
                 entry = {"lladdr": GUEST_MAC, "state": "permanent"}
                 here.neigh("replace", ifindex=tap["index"], dst=str(GUEST_ADDRESS), **entry)
+                limited: bool = tap.get_attr("IFLA_QDISC") == netns.QDISC
+                if limited:
+                    here.tc("del", index=tap["index"], root=True)
+                return limited
+
+
+async def limit(slot: Slot, mb_per_second: float) -> None:
+    """Limit what the slot's VM sends and receives, each, until the slot is recycled. A second's worth passes at once,
+    and what a card sends in one piece. Raises HostError."""
+    rate = max(1, round(mb_per_second * 1e6))
+    if rate > _MAX_RATE:
+        return
+    burst = min(max(rate, _MIN_BURST_BYTES), _MAX_BURST_BYTES)
+
+    def receiving() -> None:
+        netns.enter(slot.netns)
+        netns.limit_receiving(TAP_NAME, rate, burst)
+
+    with host_errors(f"can't limit the network of VM {slot.n}"):
+        await netns.in_thread(receiving)
+    await process.run(["nft", "-f", "-"], input=rules.for_sender(rate, burst).encode(), netns=slot.netns)
 
 
 def netns_of(n: int) -> str:

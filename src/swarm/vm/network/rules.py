@@ -25,6 +25,8 @@ from swarm.vm.driver import (
 )
 
 TABLE = "swarm"
+LIMIT_TABLE = "swarm-limit"  # in the namespace of a VM whose sending is limited
+NO_LIMIT = f"add table netdev {LIMIT_TABLE}\ndelete table netdev {LIMIT_TABLE}\n"
 REFUSED = "refused"  # the counter of frames dropped at a namespace's tap
 _OWNER = "swarm-engine"
 _ETH_P_RARP = 0x8035  # linux/if_ether.h
@@ -102,6 +104,18 @@ table ip {TABLE} {{
   chain input {{
     type filter hook input priority filter; policy drop;
     iifname "{TAP_NAME}" ip daddr {GUEST_GATEWAY} tcp dport {{ {GATEWAY_PORT}, {PROXY_PORT} }} accept
+  }}
+}}
+"""
+
+
+def for_sender(bytes_per_second: int, burst_bytes: int) -> str:
+    """A table that drops what a VM sends beyond a rate. (For what it receives see `netns.limit_receiving`.)"""
+    return f"""{NO_LIMIT}
+table netdev {LIMIT_TABLE} {{
+  chain tap {{
+    type filter hook ingress device "{TAP_NAME}" priority filter - 10; policy accept;
+    limit rate over {bytes_per_second} bytes/second burst {burst_bytes} bytes drop
   }}
 }}
 """
