@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     driver: Literal["auto", "firecracker", "qemu", "process"] = "auto"
     # False runs Firecracker as root, outside its jail: only for debugging a VMM, never for agents.
     jailer: bool = True
+    # True takes a Firecracker with known holes: only for Swarm's own tests, which run such a version.
+    firecracker_holes_allowed: bool = False
     # Digest of the guest image to use, or its first characters; '' is the newest image of this version of Swarm.
     image: str = ""
     subnet: IPv4Network = IPv4Network("10.0.0.0/16")

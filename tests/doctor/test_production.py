@@ -12,6 +12,7 @@ import pytest
 
 from swarm.doctor import Check, Status
 from swarm.doctor.production import examine
+from swarm.vm.drivers.firecracker import hole_in
 
 GOOD = {
     "proc/sys/kernel/osrelease": "6.1.0-56-amd64",
@@ -34,7 +35,7 @@ def host(root: Path, changes: Mapping[str, str | None] | None = None) -> list[Ch
         if content is not None:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(content + "\n")
-    return examine(jailed=True, jailer="1.12.1", root=root)
+    return examine(jailed=True, jailer="1.15.1", root=root)
 
 
 def test_a_host_as_recommended(tmp_path: Path) -> None:
@@ -51,7 +52,9 @@ def test_a_host_as_recommended(tmp_path: Path) -> None:
     [
         ("proc/sys/kernel/osrelease", "4.14.336", "kernel version", "fail", "4.14.336"),
         ("dev/kvm", None, "KVM", "fail", "/dev/kvm does not exist"),
+        ("dev/kvm", None, "KVM", "fail", "QEMU without KVM is no security boundary"),
         ("proc/cpuinfo", "flags\t\t: fpu sse\n", "KVM", "warn", "neither VMX nor SVM"),
+        ("proc/cpuinfo", "flags\t\t: fpu sse\n", "KVM", "warn", "QEMU without KVM is no security boundary"),
         ("sys/devices/system/cpu/smt/control", "on", "SMT", "fail", "share a core"),
         ("sys/kernel/mm/ksm/run", "1", "KSM", "fail", "merged"),
         ("proc/swaps", "Filename\n/dev/sda2 partition 1 0 -2", "swap", "fail", "/dev/sda2"),
@@ -81,11 +84,18 @@ def test_each_missed_recommendation(
 
 
 @pytest.mark.parametrize(
-    ("jailed", "version", "says"), [(False, "1.12.1", "switched off"), (True, None, "is not installed")]
+    ("jailed", "version", "says"),
+    [
+        (False, "1.15.1", "switched off"),
+        (True, None, "is not installed"),
+        (True, "1.12.1", "1.12.1 has a known hole: CVE-2026-1386"),
+    ],
 )
 def test_the_jailer(tmp_path: Path, jailed: bool, version: str | None, says: str) -> None:
     host(tmp_path)
-    [bad] = [c for c in examine(jailed=jailed, jailer=version, root=tmp_path) if c.status is not Status.OK]
+    hole = hole_in(version) if version else ""
+    checks = examine(jailed=jailed, jailer=version, hole=hole, root=tmp_path)
+    [bad] = [c for c in checks if c.status is not Status.OK]
     assert (bad.name, bad.status) == ("jailer", Status.FAIL)
     assert says in bad.detail
 

@@ -104,6 +104,7 @@ def with_firecracker(settings: Settings, image: Image) -> Settings:
         driver="firecracker",
         image=image.digest,
         boot_timeout_seconds=BOOT_TIMEOUT_SECONDS,
+        firecracker_holes_allowed=True,
     )
 
 

@@ -65,7 +65,7 @@ async def examine_production(settings: Settings) -> Sequence[Check]:
         jailer = await firecracker.version_of(firecracker.JAILER)
     except HostError:
         jailer = None
-    return production.examine(jailed=settings.jailer, jailer=jailer)
+    return production.examine(jailed=settings.jailer, jailer=jailer, hole=firecracker.hole_in(jailer or "99.0.0"))
 
 
 async def capacity(settings: Settings, *, memory_mb: int, disk_mb: int) -> Capacity:

@@ -126,7 +126,9 @@ async def choice(settings: Settings) -> Choice:
         return Choice(driver=process, probe=await process.probe())
     lacks.check()  # before anything is booted: a probe boot has no network, and its failure would be kept
     disks = settings.state_dir / "blank"
-    firecracker = FirecrackerDriver(disk_cache=disks, jailed=settings.jailer)
+    firecracker = FirecrackerDriver(
+        disk_cache=disks, jailed=settings.jailer, holes_allowed=settings.firecracker_holes_allowed
+    )
     if settings.driver == "firecracker":
         # Named in the settings, so no probe boot: the first VM shows whether guests run.
         probe = await firecracker.probe()

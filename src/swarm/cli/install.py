@@ -22,7 +22,7 @@ def group() -> None:
     "firecracker",
     examples=[
         "swarm install firecracker",
-        "swarm install firecracker --version 1.12.1 --from ./firecracker-v1.12.1-x86_64.tgz",
+        "swarm install firecracker --version 1.15.1 --from ./firecracker-v1.15.1-x86_64.tgz",
     ],
     json=True,
 )

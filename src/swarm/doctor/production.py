@@ -15,6 +15,8 @@ from swarm.doctor.check import Check, fail, ok, warn
 
 # What Firecracker's project tests on (docs/kernel-policy.md): 5.10 and newer long-term kernels.
 _MIN_KERNEL = (5, 10)
+# docs/system/security.rst of QEMU: users without virtualization must not rely on it to isolate guests.
+_EMULATION = "QEMU without KVM is no security boundary, by its own project's word"
 _CONTROLLERS = ("cpu", "io", "memory", "pids")
 _LOW_ENTROPY_BITS = 128  # since Linux 5.18 the pool reports 256 once it is seeded, and stays there
 
@@ -36,11 +38,13 @@ class _Host:
         return found[1] if found else None
 
 
-def examine(*, jailed: bool, jailer: str | None, root: Path = Path("/")) -> list[Check]:
-    """Every check. ``jailed`` is the setting; ``jailer`` the jailer's version, None if it is not installed."""
+def examine(*, jailed: bool, jailer: str | None, hole: str = "", root: Path = Path("/")) -> list[Check]:
+    """Every check. ``jailed`` is the setting; ``jailer`` the jailer's version, None if it is not installed; ``hole``:
+    what is known to be wrong with that version."""
     host = _Host(root)
     checks: list[Callable[[_Host], Check]] = [
-        _kernel, _kvm, _smt, _ksm, _swap, _huge_pages, _seccomp, lambda _: _jailer(jailed, jailer), _cgroups, _entropy,
+        _kernel, _kvm, _smt, _ksm, _swap, _huge_pages, _seccomp, lambda _: _jailer(jailed, jailer, hole), _cgroups,
+        _entropy,
     ]  # fmt: skip
     return [*(check(host) for check in checks), *_mitigations(host)]
 
@@ -62,13 +66,18 @@ def _kvm(host: _Host) -> Check:
     name = "KVM"
     if not (host.root / "dev/kvm").exists():
         return fail(
-            name, "/dev/kvm does not exist: Firecracker can't run guests", "use a host with hardware virtualisation"
+            name,
+            f"/dev/kvm does not exist: Firecracker can't run guests, and {_EMULATION}",
+            "use a host with hardware virtualisation",
         )
     if (
         not re.search(r"^(flags|Features)\s*:.*\b(vmx|svm)\b", host.read("proc/cpuinfo") or "", re.M)
         and not (host.root / "sys/firmware/devicetree/base").exists()
     ):
-        return warn(name, "/dev/kvm exists, but the CPU has neither VMX nor SVM: this KVM is not fit for production")
+        return warn(
+            name,
+            f"/dev/kvm exists, but the CPU has neither VMX nor SVM: this KVM is not fit for production; {_EMULATION}",
+        )
     return ok(name, "with hardware virtualisation")
 
 
@@ -133,7 +142,7 @@ def _seccomp(host: _Host) -> Check:
     )
 
 
-def _jailer(jailed: bool, version: str | None) -> Check:
+def _jailer(jailed: bool, version: str | None, hole: str) -> Check:
     name = "jailer"
     if not jailed:
         return fail(
@@ -143,6 +152,8 @@ def _jailer(jailed: bool, version: str | None) -> Check:
         )
     if version is None:
         return fail(name, "is not installed: Swarm does not use Firecracker without it", "swarm install firecracker")
+    if hole:
+        return fail(name, f"{version} has a known hole: {hole}", "swarm install firecracker")
     return ok(name, f"{version}: each VM has its own chroot, namespaces, cgroup and uid")
 
 

@@ -77,7 +77,7 @@ async def qemu_way(settings: Settings, image: Image, *, restored: bool) -> Way:
 async def firecracker_way(settings: Settings) -> Way:
     image = await firecracker_here.image(settings)
     settings = firecracker_here.with_firecracker(settings, image)
-    driver = FirecrackerDriver(disk_cache=settings.state_dir / "blank")
+    driver = FirecrackerDriver(disk_cache=settings.state_dir / "blank", holes_allowed=True)
     return await _way(driver, settings, firecracker_here.spec(image), restored=True, timeout_seconds=60)
 
 
@@ -331,7 +331,7 @@ async def owner(
     driver = {
         "process": "ProcessDriver()",
         "qemu": f"QemuDriver(accelerator='tcg', disk_cache={cache})",
-        "firecracker": f"FirecrackerDriver(disk_cache={cache})",
+        "firecracker": f"FirecrackerDriver(disk_cache={cache}, holes_allowed=True)",
     }[way.driver.name]
     source = PROGRAM.format(
         root=str(firecracker_here.ROOT),

@@ -61,7 +61,7 @@ def talking(fc_image: Image) -> VmSpec:
 
 @pytest.fixture
 def fc(settings: Settings) -> FirecrackerDriver:
-    return FirecrackerDriver(disk_cache=settings.state_dir / "blank")
+    return FirecrackerDriver(disk_cache=settings.state_dir / "blank", holes_allowed=True)
 
 
 @contextlib.asynccontextmanager
@@ -244,7 +244,7 @@ async def test_a_dead_owners_vm_is_swept(settings: Settings, fc: FirecrackerDriv
 
 
 async def test_without_the_jail_by_an_explicit_setting(settings: Settings, talking: VmSpec) -> None:
-    bare = FirecrackerDriver(disk_cache=settings.state_dir / "blank", jailed=False)
+    bare = FirecrackerDriver(disk_cache=settings.state_dir / "blank", jailed=False, holes_allowed=True)
     assert "NOT jailed" in (await bare.probe()).reason
     async with places(settings) as [(place, slot)]:
         vm = await bare.boot(talking, slot, place)
@@ -268,7 +268,7 @@ def frozen(settings: Settings, talking: VmSpec, tmp_path_factory: pytest.TempPat
     directory = tmp_path_factory.mktemp("frozen")
 
     async def freeze() -> None:
-        fc = FirecrackerDriver(disk_cache=settings.state_dir / "blank")
+        fc = FirecrackerDriver(disk_cache=settings.state_dir / "blank", holes_allowed=True)
         async with places(settings) as [(place, slot)]:
             vm = await fc.boot(talking, slot, place, for_template=True)
             try:
@@ -350,7 +350,7 @@ async def test_twenty_at_once(settings: Settings, fc: FirecrackerDriver, frozen:
 async def test_a_clone_answers(settings: Settings, fc_image: Image) -> None:
     """The template of the cache, whose guest is all there: restored, agentd reached, and how long each step takes."""
     ours = firecracker_here.with_firecracker(settings, fc_image)
-    fc = FirecrackerDriver(disk_cache=ours.state_dir / "blank")
+    fc = FirecrackerDriver(disk_cache=ours.state_dir / "blank", holes_allowed=True)
     template = await firecracker_here.template(ours)
     async with places(settings) as [(place, slot)]:
         vm = await fc.restore(template, slot, place)
@@ -446,11 +446,16 @@ async def test_auto_takes_firecracker_where_a_guest_gets_to_userspace(
         ("Firecracker v1.13.0", "Jailer v1.12.1", r"Firecracker is version 1\.13\.0 but its jailer 1\.12\.1"),
         ("hello", "Jailer v1.12.1", "printed no version: 'hello"),
         ("Firecracker v1.12.1", None, "jailer is not installed: run `swarm install firecracker`"),
+        ("Firecracker v1.12.1", "Jailer v1.12.1", r"1\.12\.1 has a known hole \(CVE-2026-1386\): run `swarm install"),
+        ("Firecracker v1.13.1", "Jailer v1.13.1", "CVE-2026-1386"),
+        ("Firecracker v1.13.2", "Jailer v1.13.2", ""),
+        ("Firecracker v1.14.0", "Jailer v1.14.0", "CVE-2026-1386"),
+        ("Firecracker v1.14.1", "Jailer v1.14.1", ""),
         ("Firecracker v2.0.1", "Jailer v2.0.1", ""),
     ],
 )
 async def test_versions(
-    fc: FirecrackerDriver,
+    settings: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     firecracker_says: str,
@@ -462,8 +467,8 @@ async def test_versions(
             (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")
             (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    probe = await fc.probe()
-    assert probe.usable == (not reason)
+    probe = await FirecrackerDriver(disk_cache=settings.state_dir / "blank").probe()
+    assert probe.usable == (not reason), probe.reason
     assert re.search(reason, probe.reason)
 
 

@@ -37,6 +37,7 @@ def shell(settings: Settings) -> Iterator[Shell]:
         env |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "SWARM_DRIVER": "firecracker",
+            "SWARM_FIRECRACKER_HOLES_ALLOWED": "1",
             "SWARM_IMAGE": image.digest,
             "SWARM_IMAGES_DIR": str(ours.images),
             "SWARM_TEMPLATES_DIR": str(ours.templates),

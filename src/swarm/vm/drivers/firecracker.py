@@ -41,6 +41,8 @@ log = structlog.get_logger(__name__)
 
 PROGRAM, JAILER = "firecracker", "jailer"
 MIN_VERSION = (1, 12)
+# First and last version with a hole, and its name.
+HOLES = (((0, 0, 0), (1, 13, 1), "CVE-2026-1386"), ((1, 14, 0), (1, 14, 0), "CVE-2026-1386"))
 MEMORY_FILE, STATE_FILE, LOG_FILE = "memory", "state", "firecracker.log"
 KERNEL, INITRAMFS, ROOT, WORK, LAYER, SOCKET = (
     "vmlinux", "initramfs", "root.erofs", "work.ext4", "layer.erofs", "api.sock",
@@ -59,14 +61,16 @@ Requests = dict[str, dict[str, Any]]  # API path -> body
 
 
 class FirecrackerDriver:
-    """See `swarm.vm.driver.Driver`. ``jailed`` False runs VMMs as root without a jail: only for debugging."""
+    """See `swarm.vm.driver.Driver`. ``jailed`` False runs VMMs as root without a jail: only for debugging.
+    ``holes_allowed`` takes versions with known holes: only for tests."""
 
     name = "firecracker"
     networked = True
 
-    def __init__(self, *, disk_cache: Path, jailed: bool = True) -> None:
+    def __init__(self, *, disk_cache: Path, jailed: bool = True, holes_allowed: bool = False) -> None:
         self._disk_cache = disk_cache
         self._jailed = jailed
+        self._holes_allowed = holes_allowed
 
     async def probe(self) -> Probe:
         def no(reason: str) -> Probe:
@@ -86,6 +90,8 @@ class FirecrackerDriver:
                 f"Firecracker is version {version} but its jailer {jailer_version}: "
                 "`swarm install firecracker` installs both"
             )
+        if (hole := hole_in(version)) and not self._holes_allowed:
+            return no(f"Firecracker {version} has a known hole ({hole}): run `swarm install firecracker`")
         return Probe(
             usable=True,
             reason=f"Firecracker {version}" + ("" if self._jailed else ", NOT jailed"),
@@ -368,6 +374,12 @@ def path_of(program: str) -> Path:
     if path is None:
         raise HostError(f"{program} is not installed: run `swarm install firecracker`")
     return Path(path).resolve()
+
+
+def hole_in(version: str) -> str:
+    """The names of a version's known holes; '' without."""
+    number = tuple(map(int, version.split(".")))
+    return ", ".join(name for first, last, name in HOLES if first <= number <= last)
 
 
 async def version_of(program: str) -> str:
