@@ -25,6 +25,15 @@ def memory_limits(root: Path = _ROOT, ours: Path = _OURS) -> list[Limit]:
     return list(_memory_limits(root, ours))
 
 
+def own_groups(ours: Path = _OURS) -> dict[str, str]:
+    """Version 1: controller -> the path of our group below where that controller is mounted."""
+    found: dict[str, str] = {}
+    for line in ours.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        found |= {name: path.lstrip("/") for name in controllers.split(",") if name}
+    return found
+
+
 def cpus(root: Path = _ROOT, ours: Path = _OURS) -> float:
     """How many CPUs' time this process gets: those it may run on, and no more than the quotas of its groups."""
     return min(float(len(os.sched_getaffinity(0))), *_cpu_quotas(root, ours), float("inf"))

@@ -41,6 +41,7 @@ TOOLS: Sequence[Tool] = (
     Tool(program="ip", package="iproute2", version=("-V",)),
     Tool(program="nsenter", package="util-linux", version=("--version",)),
     Tool(program="setpriv", package="util-linux", version=("--version",)),
+    Tool(program="ldd", package="libc-bin", version=("--version",)),
     Tool(program="mkfs.ext4", package="e2fsprogs", version=("-V",)),
     Tool(program="ssh", package="openssh-client", version=("-V",)),
     Tool(program="ping", package="iputils-ping", version=("-V",)),

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 import sysconfig
 from collections.abc import AsyncIterator
@@ -22,7 +23,7 @@ from swarm.base.libc import libc
 from swarm.config import Settings
 from swarm.errors import HostError
 from swarm.vm.driver import BASE_UID, OOM_SCORE, Image, Vm
-from swarm.vm.drivers import confine, qemu
+from swarm.vm.drivers import cgroups, confine, jailer, qemu
 from swarm.vm.drivers.jailer import JailFile
 from swarm.vm.network import netns
 from tests.vm.drivers.test_drivers import Host, Way, inside, qemu_way
@@ -47,11 +48,13 @@ async def started(way: Way, how: str) -> AsyncIterator[tuple[Vm, Path, str]]:
             vm = await way.driver.boot(way.spec, slot, place, for_template=True, token=secrets.token_bytes(32))
         else:
             vm = await host.way.start(place, slot, token=secrets.token_bytes(32))
+        groups = groups_of(vm.pid)
         try:
             yield vm, place, slot.netns
         finally:
             await vm.kill()
         assert inside(place) == []
+        assert [group for group in groups if group.exists()] == []
 
 
 def status(pid: int) -> dict[str, str]:
@@ -89,6 +92,15 @@ async def test_qemu_has_nothing_of_the_host_around_it(way: Way, how: str) -> Non
         for name, value in (("core file size", 0), ("file size", file_bytes), ("open files", 256), ("processes", 64)):
             assert re.search(rf"Max {name}\s+{value}\s+{value}\s", limits), limits
 
+        # QEMU's own memory, and no more threads than its disks may use; 0 groups only where the host has none to give.
+        groups = groups_of(pid)
+        assert len(groups) == len({"memory", "pids"} & set(cgroups.usable()[1])) or cgroups.usable()[0] == 2
+        for file, least, most in LIMITS:
+            for group in groups:
+                if (group / file).exists():
+                    assert least < int((group / file).read_text()) < most
+        assert {group.name for group in groups}.isdisjoint(group.name for group in groups_of(other.pid))
+
         root = Path(f"/proc/{pid}/root")
         allowed = {str(path) for path in await files_of(qemu.root_of("tcg"))}
         seen = {"/" + str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() or path.is_symlink()}
@@ -104,11 +116,34 @@ async def test_qemu_has_nothing_of_the_host_around_it(way: Way, how: str) -> Non
         assert str(place) not in Path("/proc/self/mountinfo").read_text(), "the host sees none of its mounts"
 
 
+LIMITS = [
+    ("memory.limit_in_bytes", 256 << 20, 640 << 20), ("memory.max", 256 << 20, 640 << 20), ("pids.max", 16, 128),
+]  # fmt: skip
+
+
+def groups_of(pid: int) -> list[Path]:
+    """The control groups of Swarm's that a process is in."""
+    lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    places = [Path("/sys/fs/cgroup", controllers, path.lstrip("/")) for _, controllers, path in lines]
+    return [place for place in places if place.parent.name == cgroups.PARENT]
+
+
 async def files_of(root: confine.Root) -> set[Path]:
     programs = (process.path_of("setpriv"), process.path_of("prlimit"), *root.programs)
     linked = await process.run(["ldd", *map(str, programs)])
     libraries = {Path(word) for word in linked.stdout.decode().split() if word.startswith("/") and ":" not in word}
     return {*programs, *root.files, *libraries, *(Path("/dev", name) for name in root.devices)}
+
+
+async def test_a_dead_owners_groups_are_swept(way: Way) -> None:
+    async with started(way, "restored") as (vm, place, _):
+        groups = groups_of(vm.pid)
+        os.kill(vm.pid, signal.SIGKILL)
+        await vm.wait()
+        assert [group for group in groups if not group.exists()] == []
+        jailer.remove(place)  # as swarm.vm.slots.sweep does
+        assert [group for group in groups if group.exists()] == []
+        jailer.remove(place)
 
 
 # --- a program in QEMU's place ----------------------------------------------------------------------------------------

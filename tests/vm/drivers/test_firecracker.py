@@ -26,7 +26,7 @@ from swarm.config import Settings
 from swarm.errors import BootFailed, HostError
 from swarm.vm import choose, driver
 from swarm.vm.driver import Image, Slot, Template, VmSpec
-from swarm.vm.drivers import firecracker, jailer
+from swarm.vm.drivers import cgroups, firecracker, jailer
 from swarm.vm.drivers.firecracker import FirecrackerDriver, FirecrackerVm
 from swarm.vm.drivers.firecracker_api import Refused
 from swarm.vm.drivers.jailer import JailFile
@@ -77,8 +77,8 @@ async def places(settings: Settings, count: int = 1) -> AsyncIterator[list[tuple
         yield found
 
 
-def cgroups(name: str) -> list[Path]:
-    return sorted(Path("/sys/fs/cgroup").glob(f"**/{jailer.CGROUP_PARENT}/{name}"))
+def groups_of(name: str) -> list[Path]:
+    return sorted(Path("/sys/fs/cgroup").glob(f"**/{cgroups.PARENT}/{name}"))
 
 
 def status(pid: int) -> dict[str, str]:
@@ -205,13 +205,13 @@ async def test_the_jail(settings: Settings, fc: FirecrackerDriver, talking: VmSp
             assert re.search(r"Max core file size\s+0\s+0", limits)
             assert re.search(r"Max open files\s+256\s+256", limits)
             assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) == driver.OOM_SCORE
-            version, controllers = jailer.cgroup_controllers()
+            version, controllers = cgroups.usable()
             mine = Path(f"/proc/{pid}/cgroup").read_text()
-            assert mine.count(f"/{jailer.CGROUP_PARENT}/{name}") == len(
-                {"cpu", "memory", "pids"} & set(controllers)
-            ) or (version == 2)
+            assert mine.count(f"/{cgroups.PARENT}/{name}") == len({"cpu", "memory", "pids"} & set(controllers)) or (
+                version == 2
+            )
             memory = {1: "memory.limit_in_bytes", 2: "memory.max"}[version]
-            for cgroup in cgroups(name):
+            for cgroup in groups_of(name):
                 if (cgroup / memory).exists():
                     assert 200 << 20 < int((cgroup / memory).read_text()) < 400 << 20
                 if (cgroup / "pids.max").exists():
@@ -219,7 +219,7 @@ async def test_the_jail(settings: Settings, fc: FirecrackerDriver, talking: VmSp
             assert "/jail/" not in Path("/proc/self/mountinfo").read_text(), "mounts stay in the jail's own namespace"
         finally:
             await vm.kill()
-        assert cgroups(name) == []
+        assert groups_of(name) == []
         assert not (place / "jail").exists()
         assert not running(name)
 
@@ -234,10 +234,10 @@ async def test_a_dead_owners_vm_is_swept(settings: Settings, fc: FirecrackerDriv
         os.kill(vm._child.pid, signal.SIGKILL)
         async with asyncio.timeout(10):
             await died
-        assert cgroups(name) or not jailer.cgroup_controllers()[1]
+        assert groups_of(name) or not cgroups.usable()[1]
         assert (place / "jail").exists()
         jailer.remove(place)
-        assert cgroups(name) == []
+        assert groups_of(name) == []
         assert not (place / "jail").exists()
         assert (talking.image.root).exists()
         await vm.kill()
@@ -344,7 +344,7 @@ async def test_twenty_at_once(settings: Settings, fc: FirecrackerDriver, frozen:
         for place, _ in found:
             assert inside(place) == []
             assert not (place / "jail").exists()
-    assert [group for vm in vms for group in cgroups(vm.jail.id)] == []
+    assert [group for vm in vms for group in groups_of(vm.jail.id)] == []
 
 
 async def test_a_clone_answers(settings: Settings, fc_image: Image) -> None:

@@ -98,12 +98,14 @@ async def spawn(
     output: Path,
     pass_fds: Sequence[int],
     outlive: bool,
+    join: Callable[[int], None] = lambda _: None,
 ) -> ThreadsChild:
     """Start a program in namespaces of its own and in ``root``, with the VM's ``own`` files there.
 
     ``space``: the network namespace; None for an empty one. ``file_bytes``: the size beyond which it can't write a
     file. stdout and stderr are appended to ``output``. Unless it is to ``outlive`` us, it ends with us, and gets no
-    SIGHUP, SIGINT and SIGTERM (see `process.spawn`). Raises HostError.
+    SIGHUP, SIGINT and SIGTERM (see `process.spawn`). ``join`` is called at once with its pid, in the thread. Raises
+    HostError.
     """
     base = await _base(root)
     setpriv, prlimit = _rights()
@@ -143,6 +145,7 @@ async def spawn(
                 child.returncode = 0  # it is waited for by ThreadsChild
                 pids.append(child.pid)
         process.expendable(child.pid, driver.OOM_SCORE)
+        join(child.pid)  # it is still being loaded: it has no memory to speak of, and no guest
 
     try:
         await _thread().run(start)

@@ -23,12 +23,9 @@ chroot, so the directory leads to them.
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +34,10 @@ from swarm.base.files import make_directory, mounted
 from swarm.base.libc import CLONE_NEWNS, MS_BIND, MS_RDONLY, MS_REC, MS_REMOUNT, MS_SLAVE, check, libc, mount
 from swarm.errors import HostError
 from swarm.vm.driver import Slot, VmSpec
+from swarm.vm.drivers import cgroups
 from swarm.vm.network import netns
 
 NAME = "firecracker"  # the jailer requires it in the binary's name, and makes it a part of the path
-CGROUP_PARENT = "swarm"
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
-# Firecracker's own heap, its device queues, the guest's page tables: 6 MB measured, more under load.
-_OVERHEAD_MB = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,25 +109,17 @@ class Jail:
             *(("--netns", f"/run/netns/{self.slot.netns}") if self.slot else ()),
             "--resource-limit", f"fsize={max(spec.disk_mb, spec.memory_mb, 64) << 20}",
             "--resource-limit", "no-file=256",
-            *_cgroup_arguments(spec),
+            *cgroups.jailer_arguments(spec),
             "--", *arguments,
         ]  # fmt: skip
 
 
 def remove(dir: Path) -> None:
-    """Remove the cgroups and chroots of the jails in a VM's directory. Their processes must be dead. Idempotent."""
+    """Remove what is left of a VM outside its directory, and its chroots. Its processes must be dead. Idempotent."""
+    cgroups.remove(dir)
     for chroot in dir.glob(f"jail/{NAME}/*"):
-        for parent in _cgroup_parents():
-            if (parent / chroot.name).is_dir():
-                _remove_cgroup(parent / chroot.name)
+        cgroups.remove_jailers(chroot.name)
     shutil.rmtree(dir / "jail", ignore_errors=True)
-
-
-def remove_parents() -> None:
-    """Remove the control groups that contain those of all jails, unless a jail is left (`swarm-cleanup`)."""
-    for parent in _cgroup_parents():
-        with contextlib.suppress(OSError):
-            parent.rmdir()
 
 
 def holds(dir: Path, pid: int) -> bool:
@@ -158,59 +144,3 @@ def _bind(root: Path, files: Sequence[JailFile]) -> int:
         if not file.writable:
             mount(None, target, MS_REMOUNT | MS_BIND | MS_RDONLY)
     return os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-
-
-# --- cgroups ----------------------------------------------------------------------------------------------------------
-
-
-def _cgroup_arguments(spec: VmSpec) -> list[str]:
-    """The jailer's options that limit this VM, as far as the host has controllers for them."""
-    # One CPU for each vCPU, and a fifth of one for the threads that serve disk and network.
-    quota, pids = spec.vcpus * 100_000 + 20_000, spec.vcpus + 16
-    memory = (spec.memory_mb + _OVERHEAD_MB) << 20
-    settings = {  # controller -> (version 1, version 2)
-        "cpu": (f"cpu.cfs_quota_us={quota}", f"cpu.max={quota} 100000"),
-        "memory": (f"memory.limit_in_bytes={memory}", f"memory.max={memory}"),
-        "pids": (f"pids.max={pids}", f"pids.max={pids}"),
-        "io": ("", "io.weight=100"),
-    }
-    version, controllers = cgroup_controllers()
-    values = [values[version - 1] for name, values in settings.items() if name in controllers]
-    options = [word for value in values if value for word in ("--cgroup", value)]
-    return ["--cgroup-version", str(version), "--parent-cgroup", CGROUP_PARENT, *options] if options else []
-
-
-@functools.cache
-def cgroup_controllers() -> tuple[int, tuple[str, ...]]:
-    """The version of this host's control groups, and the controllers that can be used."""
-    v1: dict[str, Path] = {}
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, mounted, kind, options, *_ = line.split()
-        place = Path(mounted)
-        if kind == "cgroup2" and place == _CGROUP_ROOT:
-            return 2, tuple((place / "cgroup.controllers").read_text().split())
-        if kind == "cgroup":
-            v1 |= {name: place for name in options.split(",") if name in place.name.split(",")}
-    return 1, tuple(name for name in v1 if os.access(v1[name], os.W_OK))
-
-
-def _cgroup_parents() -> list[Path]:
-    """Where the cgroups of all jails are: one directory for each hierarchy."""
-    version, controllers = cgroup_controllers()
-    roots = [_CGROUP_ROOT] if version == 2 else [_CGROUP_ROOT / name for name in controllers]
-    return [root / CGROUP_PARENT for root in roots]
-
-
-def _remove_cgroup(cgroup: Path, *, seconds: float = 2.0) -> None:
-    """A cgroup stays busy until the kernel has removed its last thread, perhaps shortly after we saw it die."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            cgroup.rmdir()
-            return
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise HostError(f"can't remove the control group {cgroup}: {error.strerror}") from error
-            time.sleep(0.002)

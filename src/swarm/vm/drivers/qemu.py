@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from swarm.base import process
 from swarm.errors import BootFailed, CommandFailed, HostError
 from swarm.vm import driver
 from swarm.vm.driver import BASE_UID, Probe, Slot, Template, VmSpec
-from swarm.vm.drivers import confine
+from swarm.vm.drivers import cgroups, confine
 from swarm.vm.drivers.console import Console
 from swarm.vm.drivers.disk import copy_work_disk, make_work_disk
 from swarm.vm.drivers.jailer import JailFile
@@ -194,6 +195,8 @@ class _Launch:
         self.slot = slot
         self._outlive = outlive
         self._root = root_of(accelerator)
+        # Control groups are shared by all state directories of the host: hence the random part.
+        self._name = f"vm{slot.n if slot else 0}-{secrets.token_hex(3)}"
         self._own: list[JailFile] = []
         self._fds: list[int] = []
         self._sets: list[str] = []
@@ -270,11 +273,13 @@ class _Launch:
                 output=self.dir / "qemu.log",
                 pass_fds=[*self._fds, theirs.fileno(), *([console.fileno()] if console else [])],
                 outlive=self._outlive,
+                join=lambda pid: cgroups.put(pid, self.dir, self._name, spec),
             )
         except BaseException:
             if console:
                 console.close()
             ours.close()
+            cgroups.remove(self.dir)
             raise
         finally:
             theirs.close()

@@ -13,8 +13,10 @@ from typing import ClassVar, cast
 from qemu.qmp import QMPClient, QMPError
 
 from swarm.base import process
+from swarm.base.aio import quietly
 from swarm.errors import BootFailed, HostError
 from swarm.vm.driver import Slot
+from swarm.vm.drivers import cgroups
 from swarm.vm.drivers.console import Console
 from swarm.vm.drivers.disk import move_sparse
 from swarm.vm.drivers.vmm import VmmVm
@@ -139,3 +141,4 @@ class QemuVm(VmmVm):
             await self._qmp.disconnect()
         if self._console_reader:
             self._console_reader.close()
+        await quietly(asyncio.to_thread(cgroups.remove, self.dir))

@@ -22,7 +22,7 @@ from swarm.base import files, process
 from swarm.errors import Conflict, NotFound, SwarmError
 from swarm.vm.choose import PROBE_PREFIX
 from swarm.vm.driver import TAP_NAME
-from swarm.vm.drivers import jailer
+from swarm.vm.drivers import cgroups, jailer
 from swarm.vm.network import netns
 from swarm.vm.network.network import Network, netns_of
 from swarm.vm.slots.inventory import Busy, Inventory, Kind, SlotLease, VmRecord, read_record
@@ -143,7 +143,7 @@ async def cleanup(inventory: Inventory, network: Network, *, force: bool = False
             description = f"namespace {slot.netns}, which had no directory in {inventory.state_dir}"
             await remove(inventory, slot.n, slot.netns, description, spare=True)
     removed += await asyncio.to_thread(_remove_probes, inventory.state_dir)
-    await asyncio.to_thread(jailer.remove_parents)
+    await asyncio.to_thread(cgroups.remove_parents)
     try:
         removed += await network.remove_host()
     except Conflict as conflict:
