@@ -181,15 +181,9 @@ class ThreadsChild:
         assert self.returncode is not None
         return self.returncode
 
-    def leave(self) -> None:
-        """It will outlive us: stop watching it."""
-        if self.returncode is None and self._fd >= 0:
-            self._loop.remove_reader(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-
     def _reap(self) -> None:
-        self.leave()
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
         self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self._ended.set()
 
