@@ -11,6 +11,7 @@
     ├── LeaseLost              this attempt no longer owns its step
     │   └── TicketWithdrawn    since somebody cancelled or deleted the ticket
     ├── StoreError             the database can't be used (locked, read-only, full, not migrated)
+    │   └── ChangeRefused      a trigger, an index or a constraint that Swarm did not make refused one change
     ├── HostError              this host lacks something (a tool, a permission, a route, disk space)
     │   ├── CommandFailed      a program that Swarm ran exited with a status other than 0
     │   └── NoSpace            a disk is full or a quota used up: the same work may succeed later
@@ -68,6 +69,16 @@ class TicketWithdrawn(LeaseLost):
 
 class StoreError(SwarmError):
     pass
+
+
+class ChangeRefused(StoreError):
+    """The database is well, but it refused one change, because of what another program added to it."""
+
+    def __init__(self, why: object) -> None:
+        super().__init__(
+            f"the database refused the change: {why}; look for a trigger, an index or a constraint that Swarm did not "
+            "make"
+        )
 
 
 class HostError(SwarmError):

@@ -105,6 +105,17 @@ def refused(answer: httpx.Response, status: int, said: str) -> None:
     assert said in answer.json()["error"] and "\n" not in answer.json()["error"]
 
 
+@pytest.mark.parametrize("body", ["SELECT RAISE(ABORT, 'not before noon')", "INSERT INTO nowhere SELECT 1"])
+async def test_a_trigger_that_refuses_the_ticket(server: Server, body: str) -> None:
+    with sqlite3.connect(server.settings.data_dir / "swarm.db") as db:
+        db.execute(f"CREATE TRIGGER no AFTER INSERT ON tickets BEGIN {body}; END")
+    answer = await server.post()
+    refused(answer, 503, "can't take it now")  # what the database says is in the log, not for senders
+    with sqlite3.connect(server.settings.data_dir / "swarm.db") as db:
+        db.execute("DROP TRIGGER no")
+    assert (await server.post()).status_code == 202
+
+
 async def test_a_request_becomes_a_ticket(server: Server) -> None:
     answer = await server.post(User_Agent="bot", Authorization="Bearer secret", X_Api_Key="k", X_Event="push")
     assert answer.status_code == 202, answer.text

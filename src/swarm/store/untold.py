@@ -6,11 +6,11 @@ from typing import Final
 
 from swarm.store.registry import schedules, secrets, workers
 from swarm.store.runs import artifacts
-from swarm.store.tickets import events, tickets
+from swarm.store.tickets import tickets
 
-# After a power failure no agent runs, so these tell nobody anything: what agents print, heartbeats; and, of a store's
-# own Finisher, leases and VM numbers.
-_WRITTEN: Final = (events.append, workers.heartbeat)
+# After a power failure no agent runs, so these tell nobody anything: heartbeats; and, of a store's own Finisher, what
+# agents print, leases and VM numbers.
+_WRITTEN: Final = (workers.heartbeat,)
 # What engines ask for themselves.
 _READ: Final = (tickets.due, schedules.due, secrets.of_names, artifacts.resolve_references)
 UNTOLD: Final = (*_WRITTEN, *_READ)

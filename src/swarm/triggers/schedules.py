@@ -15,7 +15,7 @@ from swarm import schema
 from swarm.cel import template
 from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import ExpressionError
-from swarm.errors import StoreError
+from swarm.errors import ChangeRefused, Conflict, StoreError
 from swarm.model import ExecutionMode, Ticket, TicketState
 from swarm.store.registry.schedules import DueSchedule, FireRequest, moment, ms
 from swarm.store.sql.rows import dump, iso, new_id
@@ -76,7 +76,7 @@ class Scheduler:
         self._evaluator = evaluator
         self._look = asyncio.Event()
         self._store_error = ""  # the last one, logged once
-        self._zone_missing: set[tuple[str, int, int]] = set()  # schedules whose row says so already
+        self._said: set[tuple[str, int, int]] = set()  # schedules whose row says why they wait
 
     def look(self) -> None:
         """There was a commit: there may be a new schedule."""
@@ -109,7 +109,17 @@ class Scheduler:
             request = await asyncio.to_thread(self._request, one, found.now_ms)
             if request is None:
                 held += 1
-            elif await self._store.fire_schedule(request):
+                continue
+            try:
+                fired = await self._store.fire_schedule(request)
+            except (ChangeRefused, Conflict) as error:  # an INSERT of its tickets, perhaps: it is tried again
+                held += 1
+                if (request := self._waits(one, error)) is not None:
+                    log.warning("schedule can't run", workflow=one.workflow, error=str(error))
+                    with contextlib.suppress(ChangeRefused):
+                        await self._store.fire_schedule(request)
+                continue
+            if fired:
                 (log.warning if request.error else log.info)(
                     "schedule can't run" if request.error else "schedule fired",
                     workflow=one.workflow,
@@ -117,6 +127,8 @@ class Scheduler:
                     dropped=request.dropped,
                     **({"error": request.error} if request.error else {}),
                 )
+        if found.stale:
+            raise StoreError("the database refuses changes of the table schedules, so some are not up to date")
         if held < len(found.due):
             return 0.0
         return None if found.next_ms is None else found.next_ms / 1000
@@ -131,10 +143,7 @@ class Scheduler:
             plan = schedule.plan(one, moment(due.next_at), moment(now_ms), due.before)
         except schedule.ZoneMissing as error:
             # Tried again at each look, from the same due time; its row and the log say so once.
-            if (key := (due.workflow, due.number, due.next_at)) in self._zone_missing:
-                return None
-            self._zone_missing = {*list(self._zone_missing)[-1000:], key}
-            return FireRequest(due=due, next_at=due.next_at, last_at=None, dropped=0, new=(), error=str(error))
+            return self._waits(due, error)
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError, OSError) as error:
             # A row that was edited. Ignored until it is changed.
             return FireRequest(due=due, next_at=None, last_at=None, dropped=0, new=(), error=str(error))
@@ -157,6 +166,13 @@ class Scheduler:
             dropped=plan.dropped,
             new=tickets,
         )
+
+    def _waits(self, due: DueSchedule, error: Exception) -> FireRequest | None:
+        """Its row says why, once, and it stays due."""
+        if (key := (due.workflow, due.number, due.next_at)) in self._said:
+            return None
+        self._said = {*list(self._said)[-1000:], key}
+        return FireRequest(due=due, next_at=due.next_at, last_at=None, dropped=0, new=(), error=str(error))
 
     def _ticket(
         self, flow: Workflow, due: DueSchedule, given: Mapping[str, Any], trigger: Mapping[str, Any], when: Any

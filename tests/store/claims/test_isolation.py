@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from swarm.errors import LeaseLost
-from swarm.model import Succeeded
+from swarm.errors import ChangeRefused, LeaseLost, StoreError
+from swarm.model import Succeeded, Ticket
 from swarm.store.registry import schedules
 from swarm.store.store import Store
-from tests.store.databases import LEASE, Outside, claim_one, claimed, insert
+from tests.store.databases import ECHO, LEASE, Outside, claim_one, claimed, insert
 from tests.store.flows import register
 
 pytestmark = pytest.mark.slow  # tries very many cases
@@ -76,6 +76,33 @@ async def test_a_ticket_that_can_not_even_fail_is_skipped(store: Store, outside:
     assert ((await store.due()).next_ms or 0) >= 1000  # no reason to ask all the time
     renewal = await store.renew([claim.attempt_id], lease_seconds=LEASE)
     assert not renewal.lost and not renewal.cancelled
+
+
+async def test_very_many_that_can_not_even_fail(store: Store, outside: Outside) -> None:
+    outside.execute("""CREATE TRIGGER no BEFORE UPDATE ON tickets WHEN NEW.id LIKE 'bad%'
+                    BEGIN SELECT RAISE(ABORT, 'frozen'); END""")
+    for number in range(150):
+        insert(outside, f"bad {number}", priority=1)
+    with pytest.raises(ChangeRefused, match="frozen"):  # an engine says so once, and asks again
+        await claimed(store, limit=5)
+    await other_runs(store, outside)
+
+
+@pytest.mark.parametrize("body", ["INSERT INTO nowhere SELECT 1", "SELECT status FROM tickets"])
+async def test_a_trigger_that_can_not_be_compiled(store: Store, outside: Outside, body: str) -> None:
+    outside.execute(f"CREATE TRIGGER no AFTER INSERT ON tickets BEGIN {body}; END")
+    with pytest.raises(ChangeRefused, match=r"no such (table|column)"):
+        await store.add_ticket(Ticket(id="new", title="t", state="ready", agent_id=ECHO.id))
+    outside.execute("DROP TRIGGER no")
+    outside.execute("ALTER TABLE schedules RENAME TO theirs")  # this one is Swarm's
+    with pytest.raises(StoreError, match="run `swarm init`"):
+        await store.schedules()
+
+
+async def test_a_trigger_that_ignores_changes(store: Store, outside: Outside) -> None:
+    outside.execute("CREATE TRIGGER no BEFORE INSERT ON tickets BEGIN SELECT RAISE(IGNORE); END")
+    with pytest.raises(ChangeRefused, match="ignored"):
+        await store.add_ticket(Ticket(id="new", title="t", state="ready", agent_id=ECHO.id))
 
 
 async def test_a_dependant_that_can_not_be_released_does_not_fail_what_it_depends_on(

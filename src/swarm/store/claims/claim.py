@@ -17,7 +17,7 @@ from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
 from swarm.store.registry.agents import IDS_OF_NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
-from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Dialect
 from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, milliseconds
 from swarm.store.sql.schema import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
@@ -57,27 +57,27 @@ RELEASE_DELAYED: Final = sa.text(
     "WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= :now_ms"
 )
 UNKNOWN_STATES: Final = sa.text(f"SELECT id, state FROM tickets WHERE {UNKNOWN_STATE} LIMIT :limit")
-INSERT_RUN: Final = sa.text(
+INSERT_RUN: Final = one_row(
     "INSERT INTO workflow_runs (id, ticket_id, status, trigger_type, trigger_data, started_at) "
     "VALUES (:run_id, :ticket_id, 'running', :trigger_type, :trigger_data, :now)"
 )
-INSERT_STEP: Final = sa.text(
+INSERT_STEP: Final = one_row(
     "INSERT INTO step_executions (id, run_id, step_id, agent_id, agent_name, agent_version, status, attempt_id, "
     "inputs, queued_at, started_at, max_attempts, timeout_seconds, priority, ticket_created_at) "
     "VALUES (:step_execution_id, :run_id, 'main', :agent_id, :agent_name, :agent_version, 'running', :attempt_id, "
     ":inputs, :queued_at, :now, :max_attempts, :timeout_seconds, :priority, :ticket_created_at)"
 )
-START_STEP: Final = sa.text(
+START_STEP: Final = one_row(
     "UPDATE step_executions SET status = 'running', attempt_id = :attempt_id, started_at = :now, error = NULL "
     "WHERE id = :step_execution_id"
 )
-START_TICKET: Final = sa.text(
+START_TICKET: Final = one_row(
     "UPDATE tickets SET state = 'in_progress', run_id = :run_id, started_at = :now, completed_at = NULL, error = NULL, "
     "outputs = NULL, updated_at = :now WHERE id = :id"
 )
 WORKFLOWS: Final = sa.text("SELECT id, name, version, enabled FROM workflows WHERE id IN :ids")
 WORKFLOWS_NAMED: Final = sa.text("SELECT id, name FROM workflows WHERE name = :name ORDER BY version")
-FAIL_STEP: Final = sa.text(
+FAIL_STEP: Final = one_row(
     "UPDATE step_executions SET status = 'failed', error = :error, completed_at = :now, available_at = NULL "
     "WHERE id = :id"
 )

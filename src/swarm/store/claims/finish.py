@@ -33,10 +33,11 @@ from swarm.store.registry.agents import Agents
 from swarm.store.runs import artifacts
 from swarm.store.runs.artifacts import Packed
 from swarm.store.runs.workflow_engine import WorkflowEngine, refresh_waiting
-from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import Renewal, storable_json
+from swarm.store.sql.database import Row, Tx, one_row
+from swarm.store.sql.rows import Renewal, event_values, storable_json
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, owns
+from swarm.store.tickets.events import APPEND
 from swarm.store.tickets.isolation import Isolation
 
 # A lost lease says nothing about the agent, only that its worker died or lost the database. So even a step with one try
@@ -44,7 +45,7 @@ from swarm.store.tickets.isolation import Isolation
 LOST_TRIES: Final = 3
 _SWEEP_LIMIT: Final = 500
 
-_EXTEND: Final = sa.text("UPDATE attempts SET lease_until = :lease_until WHERE id = :id")
+_EXTEND: Final = one_row("UPDATE attempts SET lease_until = :lease_until WHERE id = :id")
 _SET_VM: Final = sa.text("UPDATE attempts SET vm_id = :vm_id WHERE id = :id")
 _SET_STEP_VM: Final = sa.text("UPDATE step_executions SET vm_id = :vm_id WHERE id = :id")
 
@@ -194,6 +195,15 @@ class Finisher:
                 results[number] = None
             changes.flush()
         return list(results.values())
+
+    def append(self, tx: Tx, requests: Sequence[Sequence[Event]]) -> Sequence[None]:
+        """Add what attempts print and do. Events whose ticket was deleted are dropped."""
+        with self._isolation.of(tx) as changes:
+            new = [event for events in requests for event in events]
+            for event in changes.each(new, lambda event: event.ticket_id):
+                changes.add(APPEND, **event_values(event, tx.now))
+            changes.flush()
+        return [None] * len(requests)
 
 
 def _ask_for_budget(changes: Changes, row: Row, request: FinishRequest, error: str) -> None:

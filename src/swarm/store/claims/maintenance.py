@@ -14,7 +14,7 @@ from swarm.store.sql.database import Row
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.schema import UNFINISHED
 from swarm.store.tickets import dependencies, validation
-from swarm.store.tickets.changes import Changes, Culprit
+from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.isolation import fail_ticket
 
 AT_ONCE: Final = 100  # rows in one transaction
@@ -134,7 +134,7 @@ class Maintenance:
         _fail_what_nothing_continues(changes)
         disowned = [row.id for row in changes.tx.all(DISOWNED, limit=AT_ONCE)]
         for runs in [[one] for one in disowned] if changes.isolating else [disowned] if disowned else []:
-            for _ in changes.each([runs], lambda runs: Culprit("run", runs[0])):
+            for _ in changes.each([runs], lambda runs: changes.owner(runs[0])):
                 changes.cancel_runs(runs, error="the ticket was changed from outside")
         started = dependencies.recheck_blocked(changes)
         dependencies.release(changes)

@@ -16,7 +16,7 @@ from swarm.store.registry.agents import Agents
 from swarm.store.runs import artifacts
 from swarm.store.runs.decision import ALL_STEPS, STEPS, Decided, Run
 from swarm.store.runs.definitions import Definition
-from swarm.store.sql.database import Row
+from swarm.store.sql.database import Row, one_row
 from swarm.store.sql.rows import dump, ids_in_order, lenient, message, milliseconds, new_id, shallow
 from swarm.store.tickets.changes import Changes
 from swarm.workflow.definition import Step
@@ -37,17 +37,17 @@ from swarm.workflow.state import (
 _INSERT_DEFINITION: Final = sa.text(
     "INSERT INTO definitions (digest, definition) VALUES (:digest, :definition) ON CONFLICT DO NOTHING"
 )
-_INSERT_RUN: Final = sa.text(
+_INSERT_RUN: Final = one_row(
     "INSERT INTO workflow_runs (id, workflow_id, workflow_version, ticket_id, status, trigger_type, started_at, "
     "parent_step_id, root_run_id, path, definition, due_at, deadline_at) VALUES (:id, :workflow_id, :version, "
     ":ticket_id, 'running', 'workflow', :now, :parent_step_id, :root_run_id, :path, :definition, :deadline_at, "
     ":deadline_at)"
 )
-_SET_RUN: Final = sa.text(
+_SET_RUN: Final = one_row(
     "UPDATE workflow_runs SET definition = :definition, context = COALESCE(:context, context), progress = :progress, "
     "unprocessed = :unprocessed, due_at = :due_at, deadline_at = :deadline_at, revision = :revision WHERE id = :id"
 )
-_END_RUN: Final = sa.text(
+_END_RUN: Final = one_row(
     "UPDATE workflow_runs SET status = :status, error = :error, error_step = :error_step, completed_at = :now, "
     "unprocessed = NULL, due_at = NULL WHERE id = :id"
 )
@@ -58,7 +58,7 @@ _ADD_TOTALS: Final = sa.text(
     "WHERE id = :run_id) AS inner WHERE workflow_runs.id = :id"
 )
 _PARENT: Final = sa.text("SELECT run_id, step_id, status, started_at FROM step_executions WHERE id = :id")
-_END_PARENT: Final = sa.text(
+_END_PARENT: Final = one_row(
     "UPDATE step_executions SET status = :status, outputs = :outputs, error = :error, completed_at = :now, "
     "duration_ms = :duration_ms WHERE id = :id"
 )
@@ -77,13 +77,13 @@ _WRITTEN: Final = (
     "agent_id", "agent_name", "agent_version", "inputs", "outputs", "queued_at", "started_at", "completed_at",
     "duration_ms", "max_attempts", "timeout_seconds", "retry", "question", "fan_out",
 )  # fmt: skip
-_UPDATE_STEP: Final = sa.text(
+_UPDATE_STEP: Final = one_row(
     "UPDATE step_executions SET status = :status, error = :error, available_at = :available_at, "
     + ", ".join(f"{name} = COALESCE(:{name}, {name})" for name in _WRITTEN)
     + " WHERE id = :id"
 )
 _NEW: Final = ("id", "run_id", "step_id", "status", "error", "available_at", "priority", "ticket_created_at")
-_INSERT_STEP: Final = sa.text(
+_INSERT_STEP: Final = one_row(
     f"INSERT INTO step_executions ({', '.join((*_NEW, *_WRITTEN))}) "
     f"VALUES ({', '.join(f':{name}' for name in _NEW)}, "
     + ", ".join(f"COALESCE(:{name}, 1)" if name == "max_attempts" else f":{name}" for name in _WRITTEN)

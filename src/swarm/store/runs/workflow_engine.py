@@ -24,11 +24,11 @@ from swarm.store.runs import decision
 from swarm.store.runs.actions import carry_out, give_up
 from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, TransactionEvaluator
 from swarm.store.runs.definitions import Definitions, TooExpensive
-from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.rows import dump, lenient, new_id, shallow
 from swarm.store.sql.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.store.tickets import dependencies
-from swarm.store.tickets.changes import Changes, Culprit
+from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.isolation import Isolation
 from swarm.workflow.state import Ask, Verdict
 
@@ -38,12 +38,12 @@ PLANNING_SECONDS: Final = 0.05
 _DECIDING_MS: Final = 30_000
 _DUE_LIMIT: Final = 100
 
-INSERT_RUN: Final = sa.text(
+INSERT_RUN: Final = one_row(
     "INSERT INTO workflow_runs (id, workflow_id, workflow_version, ticket_id, status, trigger_type, trigger_data, "
     "started_at, due_at, deadline_at) VALUES (:id, :workflow_id, :version, :ticket_id, 'running', :trigger_type, "
     ":trigger_data, :now, :deadline_at, :deadline_at)"
 )
-_DEFER: Final = sa.text("UPDATE workflow_runs SET unprocessed = :unprocessed, due_at = :due_at WHERE id = :id")
+_DEFER: Final = one_row("UPDATE workflow_runs SET unprocessed = :unprocessed, due_at = :due_at WHERE id = :id")
 _DUE: Final = sa.text(
     f"SELECT id, unprocessed, deadline_at FROM workflow_runs WHERE {RUN_DUE} AND due_at <= :now_ms "
     "ORDER BY due_at LIMIT :limit"
@@ -114,7 +114,7 @@ class WorkflowEngine:
             changes.flush()
             run_id = next(iter(changes.pending_runs))
             keys = changes.pending_runs.pop(run_id)
-            for _ in changes.each([run_id], lambda run_id: Culprit("run", run_id)):
+            for _ in changes.each([run_id], changes.owner):
                 self._advance(changes, run_id, keys, deferred, began, take_up=take_up)
         changes.flush()
         dependencies.release(changes)
@@ -150,7 +150,7 @@ class WorkflowEngine:
         for row in changes.each(unanswered, lambda row: row.ticket_id):
             answer(changes, row, Verdict(approved=False, by="swarm", why="nobody answered in time"))
         due = tx.all(_DUE, now_ms=tx.now_ms, limit=_DUE_LIMIT)
-        for row in changes.each(due, lambda row: Culprit("run", row.id)):
+        for row in changes.each(due, lambda row: changes.owner(row.id)):
             late = row.deadline_at is not None and row.deadline_at <= tx.now_ms
             if late and TIME_IS_UP not in (row.unprocessed or ""):
                 run = decision.load_live(tx, row.id)
@@ -172,7 +172,7 @@ class WorkflowEngine:
 
     def _apply_one(self, tx: Tx, decided: Decided) -> bool:
         with self.isolation.of(tx) as changes:
-            for _ in changes.each([decided], lambda decided: Culprit("run", decided.run_id)):
+            for _ in changes.each([decided], lambda decided: changes.owner(decided.run_id)):
                 return self._apply(changes, decided)
         return False
 

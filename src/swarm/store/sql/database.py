@@ -12,7 +12,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import unquote
@@ -28,6 +28,7 @@ from swarm.errors import StoreError, UsageError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, explain
 from swarm.store.sql.rows import iso
+from swarm.store.sql.schema import metadata
 from swarm.store.sql.sqlite import SQLITE
 
 DIALECTS: Final = {SQLITE.name: SQLITE}
@@ -38,6 +39,16 @@ _FILE_IN_URL: Final = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", re.S)
 _PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in a text that was meant to be a URL
 
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
+
+
+_ONE_ROW: Final = set[sa.TextClause]()
+
+
+def one_row(sql: str) -> sa.TextClause:
+    """A statement that changes exactly one row, or else nothing of its transaction may count: see `Tx.many`."""
+    statement = sa.text(sql)
+    _ONE_ROW.add(statement)
+    return statement
 
 
 def _alembic(connection: Connection | None = None) -> Config:
@@ -102,7 +113,7 @@ class Tx:
         self.connection = connection
         self.dialect = dialect
         self._cursor = connection.connection.cursor()
-        self._unwritten: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
+        self._unwritten: list[tuple[sa.TextClause, Sequence[Mapping[str, Any]]]] = []
         self._if_undone: list[Callable[[], None]] = []
 
     @cached_property
@@ -132,15 +143,18 @@ class Tx:
         self.many(statement, [values])
 
     def many(self, statement: sa.TextClause, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The same statement for each row."""
+        """The same statement for each row. Raises the driver's error if one that is marked by `one_row` changed none:
+        a trigger with RAISE(IGNORE) drops a change without an error."""
         if rows:
-            self._unwritten.append((_driver_sql(statement, self.connection.dialect), rows))
+            self._unwritten.append((statement, rows))
 
     def write(self) -> None:
         """Write the changes made so far. Takes the write lock, if there are any."""
         unwritten, self._unwritten = self._unwritten, []
-        for sql, rows in unwritten:
-            self._cursor.executemany(sql, rows)
+        for statement, rows in unwritten:
+            self._cursor.executemany(_driver_sql(statement, self.connection.dialect), rows)
+            if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
+                raise self.dialect.driver_error("a trigger ignored it, or removed the row")
 
     def begin(self, statement: str) -> None:
         self._cursor.execute(statement)
@@ -192,6 +206,20 @@ class Tx:
             return []
         make = _row_type(tuple(column[0] for column in self._cursor.description))
         return [make(row) for row in rows]
+
+    def is_of_database(self, error: BaseException) -> bool:
+        """Is the database at fault, and not one statement?"""
+        complete = partial(_is_complete, self.connection, self.dialect)
+        return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
+
+
+def _is_complete(connection: Connection, dialect: Dialect) -> bool:
+    """Are all tables and columns that Swarm needs there?"""
+    try:
+        present = set(connection.connection.cursor().execute(dialect.columns).fetchall())
+    except (sa.exc.SQLAlchemyError, dialect.driver_error):
+        return False
+    return all((table.name, column.name) in present for table in metadata.tables.values() for column in table.columns)
 
 
 class Database:
@@ -278,7 +306,7 @@ class Database:
         begin = self.dialect.begin_read if optimistic else self._begin(connection)
         tx = Tx(connection, self.dialect)
         try:
-            with self.errors():
+            with self.errors(connection):
                 tx.begin(begin)
                 yield tx
                 tx.commit()
@@ -292,7 +320,7 @@ class Database:
         return self.dialect.begin_write if connection.info["write"] else self.dialect.begin_read
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
+    def errors(self, connection: Connection | None = None) -> Iterator[None]:
         """Turns errors of the database itself into StoreError.
 
         After some of them SQLite undoes the whole transaction, and the next error only says that a savepoint is gone.
@@ -304,7 +332,13 @@ class Database:
         except (sa.exc.SQLAlchemyError, self.dialect.driver_error, MemoryError) as error:
             one: BaseException | None = error
             while one is not None and one is not before:
-                known = explain(self.dialect, one, place=self.place, busy_timeout_seconds=self.busy_timeout_seconds)
+                known = explain(
+                    self.dialect,
+                    one,
+                    place=self.place,
+                    busy_timeout_seconds=self.busy_timeout_seconds,
+                    complete=lambda: connection is not None and _is_complete(connection, self.dialect),
+                )
                 if known is not None:
                     raise known from error
                 one = one.__context__

@@ -47,6 +47,7 @@ class Dialect:
     now_ms: str
     # SQL expression: a number that changes whenever another connection has changed the database.
     written_by_others: str
+    columns: str  # SQL that returns (table, column) for every table of the database
     begin_write: str  # starts a transaction that no other writer can get between
     begin_read: str
     on_connect: Callable[[Any, bool, float], None]  # (driver's connection, will write, busy timeout in seconds)
@@ -57,9 +58,19 @@ class Dialect:
     is_locked: Callable[[BaseException | None], bool]  # another transaction has, or had, the write lock
 
 
-def explain(dialect: Dialect, error: BaseException, *, place: str, busy_timeout_seconds: float) -> StoreError | None:
-    """None for an error that is due to the statement and not to the database."""
+def explain(
+    dialect: Dialect,
+    error: BaseException,
+    *,
+    place: str,
+    busy_timeout_seconds: float,
+    complete: Callable[[], bool] = lambda: False,
+) -> StoreError | None:
+    """None for an error that is due to the statement and not to the database. ``complete``: are Swarm's own tables all
+    there? Then it is another program's trigger that names a missing one."""
     cause = getattr(error, "orig", None) or error
     # MemoryError: Python's, or the driver's own
     text = OUT_OF_MEMORY if isinstance(cause, MemoryError) else dialect.explain(cause)
+    if text is NOT_MIGRATED and complete():
+        return None
     return StoreError(text.format(place=place, busy=busy_timeout_seconds, error=cause)) if text else None

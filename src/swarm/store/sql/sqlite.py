@@ -117,6 +117,7 @@ SQLITE: Final = Dialect(
     now_ms="CAST(round((julianday('now') - 2440587.5) * 86400000.0) + COALESCE((SELECT "
     "max(min(CAST(offset_ms AS REAL), 1e13), -1e12) FROM clock LIMIT 1), 0) AS INTEGER)",
     written_by_others="(SELECT data_version FROM pragma_data_version)",
+    columns="SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c WHERE t.type = 'table'",
     begin_write="BEGIN IMMEDIATE",
     begin_read="BEGIN",
     on_connect=_connected,

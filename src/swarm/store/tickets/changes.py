@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeVar
 import sqlalchemy as sa
 
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, RunStatus, StepStatus, TicketState
-from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.rows import dump, event_values, lenient, message, milliseconds
 
 T = TypeVar("T")
@@ -30,41 +30,44 @@ LEFT JOIN tickets t ON t.id = r.ticket_id
 FENCE_BY_ID: Final = sa.text(_FENCE + "WHERE a.id IN :ids")
 FENCE_EXPIRED: Final = sa.text(_FENCE + "WHERE a.outcome IS NULL AND a.lease_until <= :now_ms LIMIT :limit")
 
-INSERT_ATTEMPT: Final = sa.text(
+INSERT_ATTEMPT: Final = one_row(
     "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until, started_at) "
     "VALUES (:id, :step_execution_id, :number, :worker, :lease_until, :now)"
 )
-INSERT_EVENT: Final = sa.text(
+_INTO_EVENTS: Final = (
     "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "
     "VALUES (:ticket_id, :step_id, :attempt_id, :at, :kind, :data)"
 )
-_END_ATTEMPT: Final = sa.text(
+INSERT_EVENT: Final = sa.text(_INTO_EVENTS)
+_INSERT_TRANSITION: Final = one_row(_INTO_EVENTS)
+_END_ATTEMPT: Final = one_row(
     "UPDATE attempts SET outcome = :outcome, reason = :reason, error = :error, exit_code = :exit_code, "
     "timings = :timings, vm_id = COALESCE(:vm_id, vm_id), ended_at = :now WHERE id = :id"
 )
-_STEP_BACK: Final = sa.text(
+_STEP_BACK: Final = one_row(
     "UPDATE step_executions SET status = 'ready', attempt_id = NULL, vm_id = NULL, retry_count = :retry_count, "
     "available_at = :available_at, queued_at = :now, error = :error WHERE id = :id"
 )
-_ASK: Final = sa.text(
+_ASK: Final = one_row(
     "UPDATE step_executions SET status = 'waiting', vm_id = NULL, verdict = NULL, question = :question, error = :error "
     "WHERE id = :id"
 )
-_END_STEP: Final = sa.text(
+_END_STEP: Final = one_row(
     "UPDATE step_executions SET status = :status, outputs = :outputs, error = :error, completed_at = :now, "
     "duration_ms = :duration_ms, vm_id = COALESCE(:vm_id, vm_id), available_at = NULL WHERE id = :id"
 )
 _ADD_VM_TIME: Final = sa.text(
     "UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + :vm_time_ms WHERE id = :id"
 )
-_END_RUN: Final = sa.text(
+_END_RUN: Final = one_row(
     "UPDATE workflow_runs SET status = :status, completed_at = :now, error = :error, error_step = :error_step, "
     "total_vm_time_ms = total_vm_time_ms + :vm_time_ms WHERE id = :id"
 )
-_SET_TICKET: Final = sa.text(
+_SET_TICKET: Final = one_row(
     "UPDATE tickets SET state = :state, outputs = COALESCE(:outputs, outputs), error = :error, "
     "completed_at = :completed_at, updated_at = :now WHERE id = :id"
 )
+_TICKET_OF_RUN: Final = sa.text("SELECT ticket_id FROM workflow_runs WHERE id = :id")
 _LIVE_STEPS: Final = sa.text(
     "SELECT s.id, s.run_id, s.step_id, s.status, s.attempt_id, s.started_at, r.ticket_id "
     "FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
@@ -97,6 +100,7 @@ _CLOSE_TICKET: Final = sa.text(
     "WHERE id = :id AND state = 'cancelled' AND completed_at IS NULL"
 )
 
+_LAST: Final = (INSERT_ATTEMPT, INSERT_EVENT, _INSERT_TRANSITION)
 _RUNNING: Final = (TicketState.IN_PROGRESS, TicketState.WAITING)
 
 
@@ -161,13 +165,18 @@ class Changes:
         skips = self._skips
         return rows if skips is None else [row for row in rows if not skips(Culprit("ticket", ticket(row)))]
 
+    def owner(self, run_id: str) -> Culprit:
+        """The ticket of a run. (The run's own id is a new one at each try if the transaction that makes it fails.)"""
+        found = self.tx.first(_TICKET_OF_RUN, id=run_id)
+        return Culprit("ticket", found.ticket_id) if found is not None else Culprit("run", run_id)
+
     def add(self, statement: sa.TextClause, **values: Any) -> None:
         self._rows.setdefault(statement, []).append(values)
 
     def flush(self) -> None:
-        """Write the statements in the order of their first row, but new attempts and events at the end."""
+        """Write the statements in the order of their first row, but new attempts, events and transitions at the end."""
         rows, self._rows = self._rows, {}
-        last = [(statement, rows.pop(statement, [])) for statement in (INSERT_ATTEMPT, INSERT_EVENT)]
+        last = [(statement, rows.pop(statement, [])) for statement in _LAST]
         for statement, values in (*rows.items(), *last):
             self.tx.many(statement, values)
         if self.isolating:
@@ -186,7 +195,7 @@ class Changes:
     ) -> None:
         data = {"of": what, "from": before, "to": after, **{k: v for k, v in details.items() if v is not None}}
         self.add(
-            INSERT_EVENT,
+            _INSERT_TRANSITION,
             ticket_id=ticket_id,
             step_id=step_id,
             attempt_id=attempt_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,7 +10,7 @@ import sqlalchemy as sa
 from swarm.model import Event
 from swarm.store.sql import rows
 from swarm.store.sql.database import Tx
-from swarm.store.sql.rows import event_values, iso
+from swarm.store.sql.rows import iso
 
 _COLUMNS: Final = "e.seq, e.ticket_id, e.step_id, e.attempt_id, e.at, e.kind, e.data"
 # Output that arrives after its ticket was deleted is dropped.
@@ -38,11 +37,6 @@ _PRUNED_AT_ONCE: Final = 2000
 class Pruned:
     removed: int
     after: int | None  # where the next batch starts; None at the end
-
-
-def append(tx: Tx, requests: Sequence[Sequence[Event]]) -> Sequence[None]:
-    tx.many(APPEND, [event_values(event, tx.now) for events in requests for event in events])
-    return [None] * len(requests)
 
 
 def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Event]:

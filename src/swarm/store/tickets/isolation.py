@@ -19,10 +19,9 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 import sqlalchemy as sa
 import structlog
 
-from swarm.errors import Conflict, SwarmError
+from swarm.errors import ChangeRefused, SwarmError
 from swarm.model import TicketState
 from swarm.store.sql.database import Database, Tx
-from swarm.store.sql.dialect import explain
 from swarm.store.sql.rows import Due, lenient, message
 from swarm.store.sql.threads import Batch, ConnectionThread
 from swarm.store.tickets.changes import Changes, Culprit
@@ -91,8 +90,7 @@ class Isolation:
         except SwarmError:
             raise
         except Exception as error:
-            of_database = explain(changes.tx.dialect, error, place="", busy_timeout_seconds=0.0) is not None
-            if changes.culprit is None or of_database:
+            if changes.culprit is None or tx.is_of_database(error):
                 raise
             raise RowFault(changes.culprit, _sentence(changes.tx, error)) from error
 
@@ -167,10 +165,7 @@ class IsolatingThread:
         try:
             return await self._thread.call(function, *args, **kwargs)
         except self._refusal as error:
-            raise Conflict(
-                f"the database refused the change: {error}; look for a trigger, an index or a constraint that Swarm "
-                "did not make"
-            ) from error
+            raise ChangeRefused(error) from error
 
     async def call_batch(self, batch: Batch[Any, Result], request: Any) -> Result:
         result: Result = await self.submit_batch(batch, request)
@@ -219,9 +214,11 @@ class IsolatingThread:
                 await self._settle(error)
             try:
                 return await self._thread.call_batch(batch, request)
-            except RowFault as again:  # any other error: even in isolation nobody knows whose it is
+            except RowFault as again:
                 error = again
-        raise error
+            except self._refusal as final:  # even in isolation nobody knows whose it is
+                raise ChangeRefused(final) from final
+        raise ChangeRefused(error) from error  # of very many tickets: the next request goes on with them
 
     async def _settle(self, fault: RowFault) -> None:
         try:

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from swarm.errors import Conflict, NotFound, UsageError
+from swarm.errors import ChangeRefused, Conflict, NotFound, UsageError
 from swarm.model import TERMINAL_TICKET_STATES, Ticket, TicketState
 from swarm.store.sql import rows
-from swarm.store.sql.database import Tx
+from swarm.store.sql.database import Tx, one_row
 from swarm.store.sql.rows import (
     SUMMARY_COLUMNS,
     TICKET_COLUMNS,
@@ -43,7 +43,7 @@ _INSERT: Final = sa.text(
 _BY_ID: Final = sa.text(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
 _LIST: Final = "SELECT {} FROM tickets t WHERE 1 = 1"
 _LIVE_RUNS: Final = sa.text("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
-_RETRY: Final = sa.text(
+_RETRY: Final = one_row(
     "UPDATE tickets SET state = 'ready', error = NULL, outputs = NULL, run_id = NULL, started_at = NULL, "
     "completed_at = NULL, updated_at = :now WHERE id = :id"
 )
@@ -87,6 +87,8 @@ def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
     values["trigger_type"] = ticket.trigger_type or "ticket"
     row = tx.first(_INSERT, now=tx.now, **values)
     if row is None:
+        if tx.first(_BY_ID, id=ticket.id) is None:
+            raise ChangeRefused("a trigger ignored it")
         raise Conflict(f"the ticket id {validation.shown(ticket.id)} is taken; choose another one")
     dependencies.add(tx, ticket.id, depends_on)
     return rows.ticket(row)
