@@ -242,7 +242,7 @@ class Database:
         self.url: URL = parsed
         self.busy_timeout_seconds = busy_timeout_seconds
         self.file = self.dialect.file(parsed)
-        self._changed: files.Identity | None = None  # what was opened before the files were changed from outside
+        self._changed: files.OpenFiles | None = None  # what was opened before it was changed from outside
         self.place = str(self.file) if self.file else parsed.render_as_string(hide_password=True)
 
     def check_directory(self) -> None:
@@ -269,12 +269,17 @@ class Database:
             # gives its -wal and -shm files the same permissions. A file that is there keeps those that it has.
             with contextlib.suppress(OSError):  # SQLite will say what is wrong
                 os.close(os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        if write and self._changed is not None:
+            self._changed.check()
         engine = self._engine(write)
         with self.errors():
             connection = engine.connect()
         connection.info["write"] = write
         if write and self.file is not None:
-            connection.info["files"] = files.identity(self.file)
+            # What a crash left in the log is copied now, since only then `OpenFiles` sees every later change.
+            with self.errors():
+                connection.connection.cursor().execute(self.dialect.tidy)
+            connection.info["files"] = files.OpenFiles(self.file)
         return connection
 
     def _engine(self, write: bool) -> Engine:
@@ -297,9 +302,10 @@ class Database:
         ``optimistic``: begin without the write lock, and take it when something is written. What was read before must
         still be true then: else nothing is written, and Outdated is raised.
         """
-        if self.file is not None and (opened := connection.info.get("files")) is not None:
+        opened: files.OpenFiles | None = connection.info.get("files")
+        if opened is not None:
             try:
-                files.check(self.file, self._changed or opened)
+                (self._changed or opened).check()
             except StoreError:
                 self._changed = opened  # a new connection would write into whatever is there now
                 raise
@@ -315,6 +321,8 @@ class Database:
             if optimistic and isinstance(error, StoreError) and self.dialect.is_locked(error.__cause__):
                 raise Outdated from error
             raise
+        if opened is not None:
+            opened.note()
 
     def _begin(self, connection: Connection) -> str:
         return self.dialect.begin_write if connection.info["write"] else self.dialect.begin_read

@@ -48,6 +48,7 @@ class Dialect:
     # SQL expression: a number that changes whenever another connection has changed the database.
     written_by_others: str
     columns: str  # SQL that returns (table, column) for every table of the database
+    tidy: str  # a statement at the beginning of a writing connection
     begin_write: str  # starts a transaction that no other writer can get between
     begin_read: str
     on_connect: Callable[[Any, bool, float], None]  # (driver's connection, will write, busy timeout in seconds)

@@ -118,6 +118,7 @@ SQLITE: Final = Dialect(
     "max(min(CAST(offset_ms AS REAL), 1e13), -1e12) FROM clock LIMIT 1), 0) AS INTEGER)",
     written_by_others="(SELECT data_version FROM pragma_data_version)",
     columns="SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c WHERE t.type = 'table'",
+    tidy="PRAGMA wal_checkpoint(PASSIVE)",
     begin_write="BEGIN IMMEDIATE",
     begin_read="BEGIN",
     on_connect=_connected,

@@ -46,7 +46,7 @@ class Wake:
         self._version = 0
         self._connection = sqlite3.connect(f"{self._file.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=0)
         self._version = self._data_version()
-        self._opened = files.identity(self._file)
+        self._opened = files.OpenFiles(self._file)
 
     @classmethod
     @asynccontextmanager
@@ -72,7 +72,7 @@ class Wake:
             if self._written.is_set():
                 self._write_seen, self._after_commit = True, False
                 self._written.clear()
-            files.check(self._file, self._opened)
+            self._opened.check()
             if await self._check_until_visible(deadline):
                 return True
             left = deadline - loop.time()
