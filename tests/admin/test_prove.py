@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from swarm.admin.prove import Report, VmFact, judge
-from swarm.model import ECHO_AGENT_ID, Succeeded
+from swarm.model import ECHO_AGENT_ID, StepStatus, Succeeded
 from swarm.store.audit import AttemptFact, LogEntry, StepFact, TicketFact
 from swarm.store.store import Store
 from tests.store.databases import ECHO
@@ -48,6 +49,12 @@ class History:
 
     def running_steps(self) -> list[StepFact]:
         return self.steps
+
+    def loses_deletions(self) -> bool:
+        return False
+
+    def renamed(self) -> list[str]:
+        return []
 
 
 START = [("ticket", "ready", "in_progress", ""), ("step", "ready", "running", "a1")]
@@ -93,7 +100,11 @@ def lost(moves: list[tuple[str, str, str, str]], **values: object) -> History:
         (History([*START, *END, END[1]]), "finished_twice", "after it had ended as done"),
         (History([*START, *FAILED, END[1]]), "finished_twice", "after it had ended as failed"),
         (History([*START, *END, END[0]]), "finished_twice", "ended twice"),
-        (History([*START, ("step", "ready", "running", "a2")]), "finished_twice", "began while a1 ran it"),
+        (
+            History([*START, ("step", "ready", "running", "a2")], tries=[attempt(outcome=None)]),
+            "finished_twice",
+            "began while a1 ran it",
+        ),
         (History([*START, END[0], *AGAIN]), "finished_twice", "completed twice"),
         (History([*START, *END], tries=[attempt("a1"), attempt("a2")]), "finished_twice", "two attempts of one"),
         (History([*START, *END], ticket=None), "lost", "row is gone"),
@@ -103,7 +114,7 @@ def lost(moves: list[tuple[str, str, str, str]], **values: object) -> History:
         (lost([*START, *END]), "lost", "the log has it done"),
         (History([*START, *END], steps=[ORPHAN]), "lost", "no attempt runs it"),
         (History(START, stuck=["t"], ticket=LIVE), "lost", "nothing will continue it"),
-        (History([*START, *END], tries=[attempt(step_status="ready")]), "lost", "succeeded, but its step is ready"),
+        (History(START, tries=[attempt(step_status="ready")]), "lost", "succeeded, but its step is ready"),
         (History(START, tries=[attempt(outcome=None, expired_ms=90_000.0)], ticket=LIVE), "lost", "engine took over"),
         (History(START), "unrecorded", "its end is not in the log"),
         (History([*START, *END], ticket=replace(LIVE, state="done")), "unrecorded", "its run is still active"),
@@ -172,14 +183,31 @@ async def test_a_real_file(file: Path) -> None:
         ("UPDATE step_executions SET status = 'completed' WHERE status = 'running'", "open", "no step left"),
         ("UPDATE workflow_runs SET status = 'completed' WHERE status = 'running'", "open", "no active run"),
         ("DELETE FROM events WHERE data LIKE '%\"done\"%'", "good", "its end is not in the log"),
-        ("UPDATE step_executions SET status = 'ready' WHERE status = 'completed'", "good", "but its step is ready"),
+        (
+            "UPDATE step_executions SET status = 'ready' WHERE status = 'completed';"
+            "DELETE FROM events WHERE data LIKE '%\"completed\"%'",
+            "good",
+            "but its step is ready",
+        ),
+        (
+            "INSERT INTO events (ticket_id, step_id, attempt_id, kind, data) "
+            "SELECT 'open', 'main', 'other', kind, data FROM events "
+            "WHERE ticket_id = 'open' AND data LIKE '%\"running\"%'",
+            "open",
+            "began while",
+        ),
         (
             "INSERT INTO events (ticket_id, kind, data) SELECT ticket_id, kind, data FROM events "
             "WHERE ticket_id = 'good' AND data LIKE '%\"done\"%'",
             "good",
             "after it had ended as done",
         ),
-        ("DROP TRIGGER tickets_deleted; DELETE FROM tickets WHERE id = 'good'", "good", "the log has no deletion"),
+        (
+            "DROP TRIGGER tickets_deleted; DELETE FROM tickets WHERE id = 'good';"
+            "CREATE TRIGGER tickets_deleted AFTER DELETE ON tickets BEGIN SELECT 1; END",
+            "good",
+            "the log has no deletion",
+        ),
     ],
 )
 async def test_a_real_file_broken_on_purpose(file: Path, sql: str, who: str, says: str) -> None:
@@ -187,6 +215,73 @@ async def test_a_real_file_broken_on_purpose(file: Path, sql: str, who: str, say
         db.executescript(sql)
     report = await audited(file)
     assert any(o.id == who and says in o.what for o in report.violations), report.violations
+
+
+ARCHIVED = """CREATE TABLE archive AS SELECT * FROM tickets WHERE 0;
+    CREATE TRIGGER theirs AFTER UPDATE OF state ON tickets WHEN NEW.state IN ('done', 'failed') BEGIN
+    INSERT INTO archive SELECT * FROM tickets WHERE id = NEW.id; DELETE FROM tickets WHERE id = NEW.id; END"""
+REBUILT = """CREATE TABLE new AS SELECT * FROM tickets; CREATE UNIQUE INDEX pk ON new(id); DROP TABLE tickets;
+    ALTER TABLE new RENAME TO tickets"""
+OF_GOOD = "run_id = (SELECT run_id FROM tickets WHERE id = 'good')"
+ATTEMPT_OF_GOOD = f"step_execution_id IN (SELECT id FROM step_executions WHERE {OF_GOOD})"
+REPLACE = f"REPLACE INTO tickets (id, title, state, agent_id) VALUES ('%s', 't', '%s', '{ECHO_AGENT_ID}')"
+# What other programs do; True: `prove` must be content at once, before any engine has looked.
+OTHERS = {
+    **{f"REPLACE {id}, {state}": (REPLACE % (id, state), state in ("ready", "done", "draft", "cancelled"))
+       for id in ("good", "open") for state in ("ready", "done", "draft", "cancelled", "failed", "in_progress")},
+    "REPLACE, all columns": ("REPLACE INTO tickets SELECT * FROM tickets", False),
+    "REPLACE, another id": ("CREATE UNIQUE INDEX one ON tickets(project_id);"
+                            "UPDATE tickets SET project_id = 'p' WHERE id = 'good';"
+                            "REPLACE INTO tickets (id, title, project_id) VALUES ('new', 't', 'p')", True),
+    "another id": ("UPDATE tickets SET id = 'new' WHERE id = 'good'", True),
+    "archived at its end": (ARCHIVED, True),
+    "deleted": ("DELETE FROM tickets", True),
+    "deleted without trigger": ("DROP TRIGGER tickets_deleted; DELETE FROM tickets WHERE id = 'good'", True),
+    "rebuilt": (f"{REBUILT}; DELETE FROM tickets WHERE id = 'good'", False),
+    **{f"good is {state}": (f"UPDATE tickets SET state = '{state}' WHERE id = 'good'", False)
+       for state in ("ready", "in_progress", "waiting", "blocked", "draft", "failed", "bogus")},
+    **{f"open is {state}": (f"UPDATE tickets SET state = '{state}' WHERE id = 'open'", True)
+       for state in ("ready", "waiting", "blocked", "draft", "failed", "cancelled", "done", "bogus")},
+    **{f"good's step is {status}": (f"UPDATE step_executions SET status = '{status}' WHERE {OF_GOOD}", True)
+       for status in (*StepStatus, "bogus")},
+    **{f"good's attempt: {outcome}": (f"UPDATE attempts SET outcome = {outcome} WHERE {ATTEMPT_OF_GOOD}", True)
+       for outcome in ("'failed'", "'lost'", "'cancelled'", "'bogus'", "NULL")},
+    "good's attempt is gone": (f"DELETE FROM attempts WHERE {ATTEMPT_OF_GOOD}", True),
+    "good's step is gone": (f"DELETE FROM step_executions WHERE {OF_GOOD}", True),
+    "good's run is gone": ("DELETE FROM workflow_runs WHERE ticket_id = 'good'", True),
+    "good's run runs": ("UPDATE workflow_runs SET status = 'running' WHERE ticket_id = 'good'", False),
+    "open's attempt is gone": ("DELETE FROM attempts WHERE outcome IS NULL", False),
+    "open's step is gone": ("DELETE FROM step_executions WHERE status = 'running'", False),
+    "open's step and attempt are gone": ("DELETE FROM attempts; DELETE FROM step_executions", False),
+    "open's run is gone": ("DELETE FROM workflow_runs WHERE status = 'running'", False),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("foreign_keys", [False, True], ids=["", "foreign keys"])
+@pytest.mark.parametrize("change", OTHERS)
+async def test_what_other_programs_change_is_no_offence(file: Path, change: str, foreign_keys: bool) -> None:
+    sql, at_once = OTHERS[change]
+    with sqlite3.connect(file) as db:
+        db.execute(f"PRAGMA foreign_keys = {foreign_keys}")
+        with contextlib.suppress(sqlite3.IntegrityError):  # a foreign key refuses it
+            db.executescript(sql)
+    db.close()
+    if at_once:
+        report = await audited(file)
+        assert report.kept, report.violations
+    async with Store.open(f"sqlite:///{file}") as store:
+        for again in (False, True):
+            for _ in range(4):  # `open`'s worker is dead; another one does what there is, and the upkeep
+                for claim in await store.claim("w2", limit=5, lease_seconds=30):
+                    await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=0)
+                for id in ("good", "open", "new"):
+                    await store.claim("w2", lease_seconds=30, ticket_id=id)
+                await store.shift_clock(700_000)
+            report = await store.audit(lambda facts: judge(facts, engine_alive=True))
+            assert report.kept, report.violations
+            for ticket in await store.tickets(states=["failed", "cancelled"]) if not again else ():
+                await store.retry(ticket.id)
 
 
 async def test_what_other_tools_may_do_is_no_offence(file: Path) -> None:

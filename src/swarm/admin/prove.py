@@ -2,13 +2,14 @@
 
 The log has what happened in which order, the rows have the present state. Each violation names its ticket. Changes that
 other programs may make in plain SQL (take a ticket back, end it, delete it) are not violations, and neither is anything
-that would need events that were pruned or lie before ``since``.
+that would need events that were pruned or lie before ``since``. Where the log shows that another program changed rows
+that only Swarm writes (the log has a step's end, say, and its row another one), it is told apart: `changed_by_others`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,6 +31,8 @@ class AuditSource(Protocol):
     def attempts(self) -> Iterable[AttemptFact]: ...
     def running_steps(self) -> Iterable[StepFact]: ...
     def stalled(self) -> Iterable[str]: ...
+    def loses_deletions(self) -> bool: ...
+    def renamed(self) -> Iterable[str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,7 @@ class Report:
     lost: list[Violation] = field(default_factory=list)
     unrecorded: list[Violation] = field(default_factory=list)
     slots_leaked: list[Violation] = field(default_factory=list)
+    changed_by_others: list[Violation] = field(default_factory=list)  # no violations: other programs changed rows
 
     @property
     def violations(self) -> list[Violation]:
@@ -86,6 +90,8 @@ class _History:
     state: str = ""  # after the last transition
     steps: dict[str, str] = field(default_factory=dict)  # step → the attempt that runs it
     completed: set[str] = field(default_factory=set)  # steps, since the last start of the ticket
+    ended: dict[str, str] = field(default_factory=dict)  # attempt → the step's status that it left
+    overlaps: list[tuple[str, str]] = field(default_factory=list)  # an attempt that ran, and what began meanwhile
     deleted: bool = False
 
 
@@ -93,11 +99,24 @@ def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool 
     """Replay the log and compare it with the rows."""
     report = Report()
     histories = _replay(facts.log(), report)
-    _check_tickets(facts.tickets(), histories, report)
-    ended = _check_attempts(facts.attempts(), report, engine_alive=engine_alive)
+    # Rows of `tickets` that are gone without a trace: by whom?
+    others = dict.fromkeys(facts.renamed(), "it got another id")
+    why = (
+        "its row is gone; Swarm's trigger, which records deletions, is gone too, or a unique index let a REPLACE do it"
+    )
+    _check_tickets(facts.tickets(), histories, report, others, why if facts.loses_deletions() else "")
+    ended = _check_attempts(facts.attempts(), histories, report, engine_alive=engine_alive)
+    for id_, history in histories.items():
+        for attempt, what in history.overlaps:
+            # Swarm deletes no attempt of a ticket that it runs.
+            _add(report.finished_twice if attempt in ended else report.changed_by_others, id_, what)
     for step in facts.running_steps():
         if not step.attempt_alive:
-            _add(report.lost, step.ticket_id, f"its step {step.step_id!r} is running, but no attempt runs it")
+            what = f"its step {step.step_id!r} is running, but no attempt runs it"
+            known = histories.get(step.ticket_id or "", _History()).steps.get(step.step_id)
+            # Swarm deletes no run without its steps.
+            by_others = step.ticket_id is None or (step.ticket_ended and known is None)
+            _add(report.changed_by_others if by_others else report.lost, step.ticket_id, what)
     for ticket_id in facts.stalled():
         _add(report.lost, ticket_id, "its workflow is running, but nothing will continue it")
     report.slots_leaked += _leaked(vms, ended)
@@ -107,7 +126,6 @@ def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool 
 def _replay(log: Iterable[LogEntry], report: Report) -> dict[str, _History]:
     histories: dict[str, _History] = {}
     begun: Counter[str] = Counter()  # attempts by ticket
-    ended: set[str] = set()  # attempts
     for entry in log:
         history = histories.setdefault(entry.ticket_id, _History())
         if entry.kind == "refused":
@@ -119,7 +137,7 @@ def _replay(log: Iterable[LogEntry], report: Report) -> dict[str, _History]:
         elif entry.of == "ticket":
             _ticket_moves(history, entry, report)
         elif entry.of == "step":
-            begun[entry.ticket_id] += _step_moves(history, entry, ended, report)
+            begun[entry.ticket_id] += _step_moves(history, entry, report)
     report.attempts = sum(begun.values())
     report.most_attempts = max(begun.values(), default=0)
     report.tickets_seen = len(histories)
@@ -127,9 +145,10 @@ def _replay(log: Iterable[LogEntry], report: Report) -> dict[str, _History]:
 
 
 def _ticket_moves(history: _History, entry: LogEntry, report: Report) -> None:
-    history.deleted = False
+    if entry.before not in _RUNNING:  # else its end, in a transaction in which a trigger deleted (archived) it
+        history.deleted = False
     if entry.after in TERMINAL_TICKET_STATES:
-        if entry.before in _RUNNING and history.open is False:
+        if entry.before in _RUNNING and history.open is False and not entry.mended:
             what = f"ended as {entry.after} (event {entry.seq}) after it had ended as {history.state}"
             _add(report.finished_twice, entry.ticket_id, what)
         history.open = False
@@ -139,7 +158,7 @@ def _ticket_moves(history: _History, entry: LogEntry, report: Report) -> None:
     history.state = entry.after
 
 
-def _step_moves(history: _History, entry: LogEntry, ended: set[str], report: Report) -> bool:
+def _step_moves(history: _History, entry: LogEntry, report: Report) -> bool:
     """True when an attempt begins."""
     step, attempt = entry.step_id or "", entry.attempt_id or ""
     twice, at = report.finished_twice, f"(event {entry.seq})"
@@ -147,13 +166,13 @@ def _step_moves(history: _History, entry: LogEntry, ended: set[str], report: Rep
         if not attempt:
             return False  # other steps do its work
         if (other := history.steps.get(step)) is not None:
-            _add(twice, entry.ticket_id, f"attempt {attempt} of step {step!r} began while {other} ran it {at}")
+            history.overlaps.append((other, f"attempt {attempt} of step {step!r} began while {other} ran it {at}"))
         history.steps[step] = attempt
         return True
     if attempt and entry.before == StepStatus.RUNNING:
-        if attempt in ended:
+        if attempt in history.ended:
             _add(twice, entry.ticket_id, f"attempt {attempt} of step {step!r} ended twice {at}")
-        ended.add(attempt)
+        history.ended[attempt] = entry.after
         if history.steps.get(step) == attempt:
             del history.steps[step]
     if entry.after == StepStatus.COMPLETED:
@@ -163,7 +182,14 @@ def _step_moves(history: _History, entry: LogEntry, ended: set[str], report: Rep
     return False
 
 
-def _check_tickets(tickets: Iterable[TicketFact], histories: dict[str, _History], report: Report) -> None:
+def _check_tickets(
+    tickets: Iterable[TicketFact],
+    histories: dict[str, _History],
+    report: Report,
+    others: Mapping[str, str],
+    untraced: str,
+) -> None:
+    """``others``: what other programs did to tickets; ``untraced``: how they may have removed any of them."""
     with_row: set[str] = set()
     for ticket in tickets:
         with_row.add(ticket.id)
@@ -183,7 +209,10 @@ def _check_tickets(tickets: Iterable[TicketFact], histories: dict[str, _History]
     for id_, history in histories.items():
         # With ``since``, unchanged rows are left out, but then their transitions are left out too.
         if id_ not in with_row and not history.deleted and history.state:
-            _add(report.lost, id_, "its row is gone, but the log has no deletion")
+            if why := others.get(id_, untraced):
+                _add(report.changed_by_others, id_, why)
+            else:
+                _add(report.lost, id_, "its row is gone, but the log has no deletion")
 
 
 def _ticket_violations(ticket: TicketFact, history: _History, report: Report) -> Iterator[tuple[list[Violation], str]]:
@@ -196,12 +225,16 @@ def _ticket_violations(ticket: TicketFact, history: _History, report: Report) ->
             yield report.lost, f"it is {ticket.state}, but the log has it {history.state}"
     elif ticket.state == TicketState.DONE and ticket.run_status is not None:
         if ticket.run_status in (RunStatus.RUNNING, RunStatus.WAITING):
-            yield report.unrecorded, "it is done, but its run is still active"
+            by_others = history.open is not False or ticket.run_ended
+            what = "it is done, but its run is still active"
+            yield report.changed_by_others if by_others else report.unrecorded, what
         elif ticket.run_status == RunStatus.COMPLETED and history.open:
             yield report.unrecorded, "it is done, but its end is not in the log"
 
 
-def _check_attempts(attempts: Iterable[AttemptFact], report: Report, *, engine_alive: bool) -> dict[str, float | None]:
+def _check_attempts(
+    attempts: Iterable[AttemptFact], histories: Mapping[str, _History], report: Report, *, engine_alive: bool
+) -> dict[str, float | None]:
     """Attempts by id: how many ms ago each ended, None for those that run."""
     ended: dict[str, float | None] = {}
     succeeded: Counter[str] = Counter()
@@ -212,12 +245,17 @@ def _check_attempts(attempts: Iterable[AttemptFact], report: Report, *, engine_a
         elif attempt.outcome == AttemptOutcome.LOST:
             report.lost_leases += 1
         elif attempt.outcome == AttemptOutcome.SUCCEEDED:
+            left = histories.get(attempt.ticket_id or "", _History()).ended.get(attempt.id)
+            if left not in (None, StepStatus.COMPLETED):
+                what = f"attempt {attempt.id} succeeded, but the log has its step {left}"
+                _add(report.changed_by_others, attempt.ticket_id, what)
+                continue
             succeeded[attempt.step_execution_id] += 1
             if succeeded[attempt.step_execution_id] == 2:
                 _add(report.finished_twice, attempt.ticket_id, "two attempts of one step succeeded")
             if attempt.step_status not in (StepStatus.COMPLETED, None):
                 what = f"attempt {attempt.id} succeeded, but its step is {attempt.step_status}"
-                _add(report.lost, attempt.ticket_id, what)
+                _add(report.changed_by_others if left else report.lost, attempt.ticket_id, what)
     return ended
 
 

@@ -95,6 +95,7 @@ def show(out: Out, report: Report) -> None:
             "lost": len(report.lost),
             "not recorded": len(report.unrecorded),
             "slots leaked": len(report.slots_leaked),
+            "changed by others": len(report.changed_by_others),
         }
     )
     for violation in report.violations[:_SHOWN]:

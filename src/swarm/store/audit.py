@@ -13,16 +13,18 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from swarm.model import TERMINAL_TICKET_STATES
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import lenient, milliseconds
 from swarm.store.sql.schema import metadata
+from swarm.store.tickets.changes import HAS_OTHERS, MENDED
 
 LOG: Final = sa.text(
     "SELECT seq, ticket_id, step_id, attempt_id, at, kind, data FROM events "
     "WHERE kind IN ('transition', 'refused', 'deleted') AND at >= :since ORDER BY seq"
 )
 TICKETS: Final = sa.text(
-    "SELECT t.id, t.state, t.run_id, r.status AS run_status, "
+    "SELECT t.id, t.state, t.run_id, r.status AS run_status, r.completed_at IS NOT NULL AS run_ended, "
     "(SELECT count(*) FROM step_executions s WHERE s.run_id = t.run_id "
     "AND s.status IN ('pending', 'waiting', 'ready', 'running')) + (r.unprocessed IS NOT NULL) AS live_steps "
     "FROM tickets t LEFT JOIN workflow_runs r ON r.id = t.run_id AND r.ticket_id = t.id "
@@ -35,10 +37,9 @@ ATTEMPTS: Final = sa.text(
     "WHERE a.outcome IS NULL OR a.ended_at >= :since ORDER BY a.step_execution_id, a.id"
 )
 RUNNING_STEPS: Final = sa.text(
-    "SELECT s.id, s.step_id, s.attempt_id, r.ticket_id, a.outcome, a.id AS attempt, s.attempt_id IS NULL AND "
-    "(s.fan_out IS NOT NULL OR EXISTS (SELECT 1 FROM workflow_runs w WHERE w.parent_step_id = s.id "
-    "AND w.status IN ('running', 'waiting'))) AS has_others FROM step_executions s "
-    "LEFT JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN attempts a ON a.id = s.attempt_id "
+    f"SELECT s.id, s.step_id, s.attempt_id, r.ticket_id, t.state, a.outcome, a.id AS attempt, {HAS_OTHERS} "
+    "AS has_others FROM step_executions s LEFT JOIN workflow_runs r ON r.id = s.run_id "
+    "LEFT JOIN tickets t ON t.id = r.ticket_id LEFT JOIN attempts a ON a.id = s.attempt_id "
     "WHERE s.status = 'running'"
 )
 # Nothing would ever continue these: no decision is due, no step runs, and none waits for a worker or a person.
@@ -47,6 +48,15 @@ STALLED: Final = sa.text(
     "AND t.run_id = COALESCE(r.root_run_id, r.id) AND t.state IN ('in_progress', 'waiting') "
     "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND r.unprocessed IS NULL AND NOT EXISTS "
     "(SELECT 1 FROM step_executions s WHERE s.run_id = r.id AND s.status IN ('waiting', 'ready', 'running'))"
+)
+
+
+UNTRACED: Final = sa.text(
+    "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'tickets_deleted') "
+    "OR EXISTS (SELECT 1 FROM pragma_index_list('tickets') WHERE \"unique\" AND origin <> 'pk') AS untraced"
+)
+RENAMED: Final = sa.text(
+    "SELECT r.ticket_id FROM tickets t JOIN workflow_runs r ON r.id = t.run_id WHERE r.ticket_id <> t.id"
 )
 
 
@@ -60,6 +70,7 @@ class LogEntry:
     of: str = ""
     before: str | None = None
     after: str = ""
+    mended: bool = False  # by Swarm's upkeep, since another program had changed rows
     step_id: str | None = None
     attempt_id: str | None = None
 
@@ -71,6 +82,7 @@ class TicketFact:
     run_id: str | None = None
     run_status: str | None = None
     live_steps: int = 0
+    run_ended: bool = False  # it has the time of its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +101,13 @@ class AttemptFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFact:
-    """A running step. ``attempt_alive``: its attempt has no outcome, or other steps do its work."""
+    """A running step. ``attempt_alive``: its attempt has no outcome, or other steps do its work. ``ticket_ended``: so
+    nothing is lost with it."""
 
     step_id: str
     ticket_id: str | None
     attempt_alive: bool
+    ticket_ended: bool = False
 
 
 TRIGGERS: Final = ("tickets_deleted", "tickets_touched", "workflows_added", "workflows_changed", "workflows_removed")
@@ -113,6 +127,16 @@ class Audit:
         present = {row.name for row in self._tx.all(_NAMES)}
         return [str(name) for name in (*metadata.tables, *indexes, *TRIGGERS) if name not in present]
 
+    def loses_deletions(self) -> bool:
+        """Can a ticket's row be gone without a trace? Without our trigger, or by a REPLACE that meets a unique index of
+        another program, which runs no trigger."""
+        return bool(self._tx.first(UNTRACED).untraced)  # type: ignore[union-attr]
+
+    def renamed(self) -> Iterator[str]:
+        """The former ids of tickets that got another one."""
+        for row in self._tx.stream(RENAMED):
+            yield lenient(row.ticket_id) or ""
+
     def log(self) -> Iterator[LogEntry]:
         for row in self._tx.stream(LOG, since=self.since):
             data: Any = None
@@ -126,6 +150,7 @@ class Audit:
                 of=str(data.get("of", "")),
                 before=data.get("from"),
                 after=str(data.get("to", "")),
+                mended=data.get("why") == MENDED,
                 step_id=row.step_id,
                 attempt_id=row.attempt_id,
             )
@@ -138,6 +163,7 @@ class Audit:
                 run_id=row.run_id,
                 run_status=row.run_status,
                 live_steps=row.live_steps,
+                run_ended=bool(row.run_ended),
             )
 
     def attempts(self) -> Iterator[AttemptFact]:
@@ -159,6 +185,7 @@ class Audit:
             yield StepFact(
                 step_id=row.step_id,
                 ticket_id=lenient(row.ticket_id),
+                ticket_ended=row.state in TERMINAL_TICKET_STATES,
                 attempt_alive=bool(row.has_others) or (row.attempt is not None and row.outcome is None),
             )
 

@@ -14,7 +14,7 @@ from swarm.store.sql.database import Row
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.schema import UNFINISHED
 from swarm.store.tickets import dependencies, validation
-from swarm.store.tickets.changes import Changes
+from swarm.store.tickets.changes import HAS_OTHERS, MENDED, Changes
 from swarm.store.tickets.isolation import fail_ticket
 
 AT_ONCE: Final = 100  # rows in one transaction
@@ -61,9 +61,7 @@ UNATTENDED: Final = sa.text(
         joins="JOIN step_executions s ON s.run_id = r.id AND s.status = 'running' "
         "LEFT JOIN attempts a ON a.id = s.attempt_id"
     )
-    + "(a.id IS NULL OR a.outcome IS NOT NULL) AND NOT (s.attempt_id IS NULL AND (s.fan_out IS NOT NULL OR EXISTS "
-    "(SELECT 1 FROM workflow_runs w WHERE w.parent_step_id = s.id AND w.status IN ('running', 'waiting')))) "
-    "LIMIT :limit"
+    + f"(a.id IS NULL OR a.outcome IS NOT NULL) AND NOT {HAS_OTHERS} LIMIT :limit"
 )
 UNDONE: Final = sa.text(
     "SELECT t.id, t.state, s.step_id, s.id AS step "
@@ -122,7 +120,7 @@ class Maintenance:
                 f"only Swarm sets the state {validation.shown(row.state)}, and this ticket has no live run; "
                 "set the state to 'ready' to run it"
             )
-            fail_row(changes, row, error)
+            fail_row(changes, row, error, why=MENDED)
         mistyped = {row.ticket_id: row for row in changes.tx.all(MISTYPED, limit=AT_ONCE)}
         for row in changes.each(mistyped.values(), lambda row: row.ticket_id):
             step = f" of its step {validation.shown(row.step_id)}" if row.step_id is not None else " of its run"
@@ -171,12 +169,13 @@ def has_clean_id(id: object) -> bool:
     return isinstance(id, str) and validation.storable(id)
 
 
-def fail_row(changes: Changes, row: Row, error: str) -> None:
+def fail_row(changes: Changes, row: Row, error: str, *, why: str | None = None) -> None:
     """Fail a ticket that never ran. If its id isn't valid text, it is found by its bytes."""
     before = str(lenient(row.state))
     if has_clean_id(row.id):
-        changes.set_ticket(row.id, before, TicketState.FAILED, error=error)
+        changes.set_ticket(row.id, before, TicketState.FAILED, error=error, why=why)
         return
     raw = row.id if isinstance(row.id, bytes) else row.id.encode("utf-8", "surrogateescape")
     changes.add(FAIL_BY_BYTES, raw=raw, error=error, now=changes.tx.now)
-    changes.transition("ticket", before, TicketState.FAILED, ticket_id=str(lenient(row.id)), error=error)
+    id = str(lenient(row.id))
+    changes.transition("ticket", before, TicketState.FAILED, ticket_id=id, why=why, error=error)

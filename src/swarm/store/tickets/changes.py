@@ -101,6 +101,16 @@ _CLOSE_TICKET: Final = sa.text(
 )
 
 _LAST: Final = (INSERT_ATTEMPT, INSERT_EVENT, _INSERT_TRANSITION)
+# What the log says of a ticket that was failed since another program had changed its rows.
+MENDED: Final = "changed from outside"
+# SQL, of a running step `s` of a run `r`: no attempt of its own, but steps or a nested run that do its work.
+HAS_OTHERS: Final = (
+    "(s.attempt_id IS NULL AND (EXISTS (SELECT 1 FROM workflow_runs w WHERE w.parent_step_id = s.id "
+    "AND w.status IN ('running', 'waiting')) OR s.fan_out IS NOT NULL AND (r.unprocessed IS NOT NULL OR EXISTS "
+    "(SELECT 1 FROM step_executions c WHERE c.run_id = s.run_id AND c.step_id > s.step_id || '[' "
+    "AND c.step_id < s.step_id || '\\' AND (c.status IN ('ready', 'running') "
+    "OR c.status = 'waiting' AND c.question IS NOT NULL)))))"
+)
 _RUNNING: Final = (TicketState.IN_PROGRESS, TicketState.WAITING)
 
 
@@ -215,6 +225,7 @@ class Changes:
         *,
         error: str | None = None,
         outputs: str | None = None,
+        why: str | None = None,
     ) -> None:
         if after in TERMINAL_TICKET_STATES:
             self.ended[ticket_id] = after
@@ -229,7 +240,7 @@ class Changes:
             completed_at=done_at,
             now=self.tx.now,
         )
-        self.transition("ticket", before, after, ticket_id=ticket_id, error=error)
+        self.transition("ticket", before, after, ticket_id=ticket_id, why=why, error=error)
 
     def end_attempt(
         self,

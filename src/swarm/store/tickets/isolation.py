@@ -24,7 +24,7 @@ from swarm.model import TicketState
 from swarm.store.sql.database import Database, Tx
 from swarm.store.sql.rows import Due, lenient, message
 from swarm.store.sql.threads import Batch, ConnectionThread
-from swarm.store.tickets.changes import Changes, Culprit
+from swarm.store.tickets.changes import MENDED, Changes, Culprit
 from swarm.store.tickets.validation import shown
 
 log = structlog.get_logger(__name__)
@@ -123,7 +123,7 @@ class Isolation:
 def fail_ticket(changes: Changes, id: str, state: object, error: str) -> None:
     """Fail a ticket that is under way, and cancel its runs."""
     changes.cancel_runs([row.id for row in changes.tx.all(_LIVE_RUNS, id=id)], error=error)
-    changes.set_ticket(id, lenient(state), TicketState.FAILED, error=error)
+    changes.set_ticket(id, lenient(state), TicketState.FAILED, error=error, why=MENDED)
     changes.flush()
 
 
