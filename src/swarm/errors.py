@@ -11,7 +11,8 @@
     ├── LeaseLost              this attempt no longer owns its step
     │   └── TicketWithdrawn    since somebody cancelled or deleted the ticket
     ├── StoreError             the database can't be used (locked, read-only, full, not migrated)
-    │   └── ChangeRefused      a trigger, an index or a constraint that Swarm did not make refused one change
+    │   ├── ChangeRefused      a trigger, an index or a constraint that Swarm did not make refused one change
+    │   └── FilesChanged       its files were changed underneath an engine: exit status 3
     ├── HostError              this host lacks something (a tool, a permission, a route, disk space)
     │   ├── CommandFailed      a program that Swarm ran exited with a status other than 0
     │   └── NoSpace            a disk is full or a quota used up: the same work may succeed later
@@ -79,6 +80,13 @@ class ChangeRefused(StoreError):
             f"the database refused the change: {why}; look for a trigger, an index or a constraint that Swarm did not "
             "make"
         )
+
+
+class FilesChanged(StoreError):
+    """Somebody else removed, replaced or overwrote the database's files. A person must look before the next start, so a
+    supervisor must not start the engine again by itself."""
+
+    exit_status = 3
 
 
 class HostError(SwarmError):

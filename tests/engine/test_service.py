@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import contextlib
 import json
 import os
 import pty
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -176,6 +179,38 @@ async def test_a_stop_is_orderly_whatever_became_of_the_log(plain: Bench, log: s
     os.close(theirs)
     assert (await plain.store.ticket("t")).state == "done"
     assert len(await plain.attempts()) == 1
+
+
+async def test_a_database_that_was_replaced_needs_a_person(plain: Bench) -> None:
+    """A status that the unit does not start again."""
+    async with engine_process(plain) as engine:
+        await log_until(engine, "engine serves")
+        plain.database.write_bytes(plain.database.read_bytes())
+        await log_until(engine, "was changed from outside")
+        assert await engine.wait() == 3
+
+
+@pytest.mark.parametrize("home", ["home", "a home", "50 %h", 'quo"te', "back\\\\slash", "$HOME"])
+def test_the_unit(tmp_path: Path, home: str) -> None:
+    program = Path(sys.executable).parent / "swarm-engine"
+    argv = [str(program), "unit", "--grace=90", "--max-vms=3", "--warm=auto", "--home", str(tmp_path / home)]
+    text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    unit = configparser.RawConfigParser(strict=True, delimiters=("=",))
+    unit.optionxform = str  # type: ignore[assignment]
+    unit.read_string(text)
+    service = unit["Service"]
+    found = shlex.split(service["ExecStart"])
+    assert found == [str(program), "start", "--foreground", "--grace=90", "--max-vms=3", "--warm=auto"]
+    assert shlex.split(service["Environment"].replace("%%", "%")) == [f"SWARM_HOME={tmp_path / home}"]
+    assert (service["KillMode"], service["Restart"]) == ("mixed", "on-failure")
+    assert service["RestartPreventExitStatus"].split() == ["2", "3"]
+    assert int(service["TimeoutStopSec"]) > 90
+    if (analyze := shutil.which("systemd-analyze")) is not None:
+        file = tmp_path / "swarm-engine.service"
+        file.write_text(text)
+        checked = subprocess.run([analyze, "verify", str(file)], check=False, capture_output=True, text=True)
+        assert "swarm-engine.service" not in checked.stderr, checked.stderr
+        assert checked.returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

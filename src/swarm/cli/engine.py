@@ -13,6 +13,7 @@ import typer
 
 from swarm.cli.frame import Cli, command, new_app, start, stopped_by_signals
 from swarm.cli.ui import render
+from swarm.cli.unit import unit
 
 if TYPE_CHECKING:
     from swarm.config import Settings
@@ -271,6 +272,9 @@ async def status(cli: Cli) -> None:
             else None,
         }
     )
+
+
+command(app, "unit", examples=["swarm-engine unit", "swarm-engine unit --max-vms=8 --grace=120"])(unit)
 
 
 def _engine_line(row: WorkerRow, *, alive: bool) -> str:

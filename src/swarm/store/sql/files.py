@@ -18,7 +18,7 @@ import struct
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from swarm.errors import StoreError
+from swarm.errors import FilesChanged
 
 # The head of the -shm file (sqlite.org/walformat.html): in its first 48 bytes the page size, the number of frames in
 # the log and the log's salts; from byte 96 on, how many frames were copied into the database, and how many are to be.
@@ -65,7 +65,7 @@ class OpenFiles:
         self._compare()
 
     def check(self) -> None:
-        """Raises StoreError, from then on always, when one of the files is gone, or isn't what SQLite left."""
+        """Raises FilesChanged, from then on always, when one of the files is gone, or isn't what SQLite left."""
         if not self._fault:
             found = [_stat(path) for path in self._paths]
             for path, before, after in zip(self._paths, self._opened, map(_inode, found), strict=True):
@@ -79,7 +79,7 @@ class OpenFiles:
             if self._fault and _inode(found[0]) == self._opened[0]:
                 _keep_open(self._file)
         if self._fault:
-            raise StoreError(
+            raise FilesChanged(
                 f"{self._fault} while an engine was using it; nothing more is written: stop all engines, check the "
                 "database (one that is put back by hand needs its old -wal and -shm removed first), and start again"
             )
