@@ -90,7 +90,8 @@ class Isolation:
         except SwarmError:
             raise
         except Exception as error:
-            if changes.culprit is None or tx.is_of_database(error):
+            # A value that the driver can't bind is a bug of the caller, and no ticket's.
+            if changes.culprit is None or _is_bug(error) or tx.is_of_database(error):
                 raise
             raise RowFault(changes.culprit, _sentence(changes.tx, error)) from error
 
@@ -125,6 +126,10 @@ def fail_ticket(changes: Changes, id: str, state: object, error: str) -> None:
     changes.cancel_runs([row.id for row in changes.tx.all(_LIVE_RUNS, id=id)], error=error)
     changes.set_ticket(id, lenient(state), TicketState.FAILED, error=error, why=MENDED)
     changes.flush()
+
+
+def _is_bug(error: Exception) -> bool:
+    return type(error).__name__ in ("ProgrammingError", "InterfaceError")  # as PEP 249 names them
 
 
 def _sentence(tx: Tx, error: Exception) -> str:
@@ -217,6 +222,8 @@ class IsolatingThread:
             except RowFault as again:
                 error = again
             except self._refusal as final:  # even in isolation nobody knows whose it is
+                if _is_bug(final):
+                    raise
                 raise ChangeRefused(final) from final
         raise ChangeRefused(error) from error  # of very many tickets: the next request goes on with them
 
