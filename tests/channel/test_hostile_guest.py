@@ -103,6 +103,7 @@ HOSTILE: dict[str, tuple[Call, Callable[[int], Answer]]] = {
     "two truncations": (run, lambda n: [say(n, truncated=True)] * 2),
     "too much output": (run, lambda n: [say(n, started_ns=1), say(n, b"x" * 11, stream="stdout")]),
     "too much in pieces": (run, lambda n: [say(n, b"x", stream="stderr")] * 11),
+    "long headers": (run, lambda n: [say(n, b"x", stream="stdout", x=[[]] * 600)]),
     "endless empty output": (run, lambda n: [say(n, stream="stdout")] * 1000),
     "foreign stream": (run, lambda n: [say(n, b"x", stream="swarm")]),
     "stream is a list": (run, lambda n: [say(n, b"x", stream=["stdout"])]),
@@ -136,6 +137,31 @@ async def test_a_lie_is_a_channel_error(
                 await call(channel)
         assert len(str(caught.value)) < 2500
         assert str(caught.value).isprintable()
+
+
+async def test_many_small_frames_leave_turns_to_others(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """They have all arrived before the first one is read."""
+    turn, taken = 0, dict[int, int]()
+
+    async def others() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    def output(stream: str, data: bytes) -> None:
+        taken[turn] = taken.get(turn, 0) + 1
+
+    def answer(head: Mapping[str, Any]) -> Answer:
+        n = head["id"]
+        return [say(n, started_ns=1) + say(n, b"x", stream="stdout") * 5000 + ok(n, **EXIT)]
+
+    async with liar(tmp_path_factory.mktemp("l"), answer) as channel:
+        busy = asyncio.create_task(others())
+        await channel.run(["x"], timeout_seconds=60, on_output=output)
+        busy.cancel()
+    assert sum(taken.values()) == 5000
+    assert max(taken.values()) <= 33
 
 
 async def test_frames_that_nobody_asked_for(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -22,6 +22,7 @@ PROTOCOL: Final = 2
 MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES
 _GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and reap an agent after its time is up
 _STREAMS: Final = ("stdout", "stderr")
+_FRAMES_AT_ONCE: Final = 32  # of output, before other tasks get a turn
 
 
 class _Refusal(Exception):
@@ -335,7 +336,7 @@ class Channel:
         order = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "user": user, "warm": warm}
         limits = {"timeout": timeout_seconds, "idle_timeout": idle_timeout_seconds, "max_output": max_output_bytes}
         started_at: float | None = None
-        received = 0
+        received = taken = 0
         truncated = False
         silence = None if idle_timeout_seconds is None else idle_timeout_seconds + _GRACE_SECONDS
         try:
@@ -352,6 +353,8 @@ class Channel:
                             if received > max_output_bytes:
                                 raise ChannelError(f"the guest sent more than the limit of {max_output_bytes} bytes")
                             emit(str(head["stream"]), frame.payload)
+                            if (taken := taken + 1) % _FRAMES_AT_ONCE == 0:  # they may all have arrived already
+                                await asyncio.sleep(0)
                         elif "started_ns" in head and started_at is None:
                             started_at = time.monotonic()
                         elif head.get("truncated") is True and not truncated:

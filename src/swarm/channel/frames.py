@@ -17,6 +17,8 @@ from swarm.errors import ChannelError
 
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_PAYLOAD_BYTES: Final = 1 << 20
+# Of a frame from a guest that has a payload: it may send any number of these, each with one byte, say.
+MAX_DATA_HEADER_BYTES: Final = 1 << 10
 _PREFIX: Final = struct.Struct(">II")
 
 
@@ -84,6 +86,8 @@ async def read(reader: asyncio.StreamReader) -> Frame:
         header_bytes, payload_bytes = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
         if not 2 <= header_bytes <= MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
             raise ChannelError(f"the guest announced a frame of {header_bytes} + {payload_bytes} bytes")
+        if payload_bytes and header_bytes > MAX_DATA_HEADER_BYTES:
+            raise ChannelError(f"the guest announced a header of {header_bytes} bytes for a payload")
         head = json.loads(await reader.readexactly(header_bytes))
         payload = await reader.readexactly(payload_bytes)
     except asyncio.IncompleteReadError:
