@@ -9,6 +9,7 @@ their own. Nothing is asserted: figures are for people.
     flat         claim and finish with 0, 10⁵ and 10⁶ finished tickets in the file
     chain, fan   workflows: see bench_flows
     idle         CPU and memory of the real `swarm-engine start` while nothing happens
+    neighbour    a small ticket's time beside a tenant who does his worst: see bench_neighbour (many minutes)
     locked       share of INSERTs by a `sqlite3` shell, which does not wait, that meet the engine's write lock
 """
 
@@ -41,7 +42,7 @@ from swarm.engine.engine import Watcher
 from swarm.engine.worker import Worker
 from swarm.model import ECHO_AGENT_ID, Claim, Outcome, Succeeded
 from swarm.store.store import Store
-from tests.engine import bench_flows
+from tests.engine import bench_flows, bench_neighbour
 from tests.store.bench_queue import ECHO, insert, insert_history, out
 
 LEASE_SECONDS = 30.0
@@ -272,9 +273,12 @@ def _cpu_seconds(pid: int) -> float:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["wake", "throughput", "flat", "chain", "fan", "idle", "locked"])
+    parser.add_argument(
+        "names", nargs="*", default=["wake", "throughput", "flat", "chain", "fan", "idle", "neighbour", "locked"]
+    )
     parser.add_argument("--tickets", type=int, default=5000)
     parser.add_argument("--finished", type=int, nargs="*", default=[0, 100_000, 1_000_000])
+    parser.add_argument("--kinds", nargs="*", help="of neighbours; without it: all")
     parser.add_argument("--max-vms", type=int, default=128)
     parser.add_argument("--serve", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -298,6 +302,8 @@ async def main() -> None:
             await bench_flows.measure(directory, engines, "fan", bench_flows.FAN, 40)
         if "idle" in options.names:
             idle(directory, 10.0)
+        if "neighbour" in options.names:
+            await bench_neighbour.measure(directory, options.kinds or list(bench_neighbour.KINDS))
         if "locked" in options.names:
             await locked(directory, 1000)
 

@@ -17,6 +17,7 @@ from swarm.app import wiring
 from swarm.base.clock import Timeline
 from swarm.engine.dispatch import Dispatcher, Memory
 from swarm.engine.engine import Engine, Limits, Watcher
+from swarm.engine.values import Values
 from swarm.engine.worker import Ended, Worker
 from swarm.errors import NoImage, StoreError
 from swarm.model import Claim, Outcome, RetryPolicy, Succeeded
@@ -344,6 +345,7 @@ async def test_the_image_deleted_while_it_runs(plain: Bench) -> None:
             layers=wiring.layers(own),
             limits=Limits(),
             egress=egress,
+            values=Values(),
             installed=None,
         )
         worker = Worker(store=store, engine=engine, name="here", lease_seconds=30)
@@ -360,7 +362,15 @@ async def test_a_missing_image_that_one_agent_names_fails_only_its_ticket(plain:
     vms = wiring.launcher(plain.settings, await wiring.choice(plain.settings))
     images, layers = wiring.images(plain.settings), wiring.layers(plain.settings)
     async with wiring.egress(plain.settings, plain.store) as egress, plain.store.watching() as wake:
-        engine = Engine(launcher=vms, images=images, layers=layers, limits=Limits(), egress=egress, installed=None)
+        engine = Engine(
+            launcher=vms,
+            images=images,
+            layers=layers,
+            limits=Limits(),
+            egress=egress,
+            values=Values(),
+            installed=None,
+        )
         worker = Worker(store=plain.store, engine=engine, name="here", lease_seconds=30)
         dispatcher = Dispatcher(store=plain.store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
         plain.insert("t", agent.id)

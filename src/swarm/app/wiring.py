@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from swarm.engine.dispatch import Dispatcher
     from swarm.engine.egress import Egress
     from swarm.engine.engine import Engine
+    from swarm.engine.values import Values
     from swarm.engine.worker import Ended, Worker
     from swarm.gateway.forward import Gateway
     from swarm.gateway.proxy import EgressRules
@@ -162,7 +163,9 @@ def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Laun
     )
 
 
-def engine(settings: Settings, vms: Launcher, host_egress: Egress, *, registered: bool = True) -> Engine:
+def engine(
+    settings: Settings, vms: Launcher, host_egress: Egress, values: Values, *, registered: bool = True
+) -> Engine:
     """Runs one attempt in a VM of this launcher. Not ``registered``: agents from anywhere, for one-off runs."""
     from swarm.agents import Installed
     from swarm.engine.engine import Engine, Limits
@@ -173,6 +176,7 @@ def engine(settings: Settings, vms: Launcher, host_egress: Egress, *, registered
         layers=layers(settings),
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
         egress=host_egress,
+        values=values,
         installed=Installed(settings.agents) if registered else None,
     )
 
@@ -258,18 +262,21 @@ async def oneoff_engine(settings: Settings, *, vm: bool) -> AsyncIterator[Engine
     no root rights, and isolates nothing."""
     import tempfile
 
+    from swarm.engine.values import Values
+
     async with AsyncExitStack() as stack:
         # Secrets and bills are in the home's database. An author of agents may not have a home.
         has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
         opened = await stack.enter_async_context(store(settings)) if has_home else None
         host_egress = await stack.enter_async_context(egress(settings, opened, one_off=True))
+        values = await stack.enter_async_context(Values())
         if vm:
             await sweep(settings)
-            yield engine(settings, launcher(settings, await choice(settings)), host_egress, registered=False)
+            yield engine(settings, launcher(settings, await choice(settings)), host_egress, values, registered=False)
             return
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-"))
         own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
-        yield engine(own, launcher(own, await choice(own), clones=False), host_egress, registered=False)
+        yield engine(own, launcher(own, await choice(own), clones=False), host_egress, values, registered=False)
 
 
 # --- running tickets ------------------------------------------------------------------------------------------------
@@ -286,6 +293,7 @@ async def worker(
     """
     import structlog
 
+    from swarm.engine.values import Values
     from swarm.engine.worker import Worker
     from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
 
@@ -298,6 +306,7 @@ async def worker(
         with contextlib.suppress(HostError, ImageError, NotFound):  # the first ticket reports it
             stack.enter_context(source.used(await source.find()))
         host_egress = await stack.enter_async_context(egress(settings, opened))
+        values = await stack.enter_async_context(Values())
         await stack.enter_async_context(vms.keeping(keep_slots, ahead=slots_ahead))
         if warm != 0 and vms.choice.probe.snapshots:
             await stack.enter_async_context(await _pool(settings, vms, warm))
@@ -305,7 +314,7 @@ async def worker(
             log.warning("--warm changes nothing: this driver makes no clones", driver=vms.choice.driver.name)
         yield Worker(
             store=opened,
-            engine=engine(settings, vms, host_egress),
+            engine=engine(settings, vms, host_egress, values),
             name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
             lease_seconds=settings.lease_seconds,
             queue_timeout_seconds=settings.queue_timeout_seconds,

@@ -12,6 +12,8 @@ from typing import Any, Final, NoReturn
 
 # Python fails somewhere below 1,000 levels, depending on the caller. This leaves room for levels that expressions add.
 MAX_NESTING: Final = 256
+# Objects and lists in one value: each takes up to 80 bytes of memory, but may take only three in the text.
+MAX_CONTAINERS: Final = 1_000_000
 
 
 class TooDeep(ValueError):

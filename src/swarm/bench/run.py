@@ -28,6 +28,7 @@ from swarm.bench import baselines
 from swarm.bench.report import Cell, Figure, Report, percentiles
 from swarm.config import Settings, load
 from swarm.engine.dispatch import Dispatcher
+from swarm.engine.values import Values
 from swarm.engine.worker import Ended, Worker
 from swarm.errors import HostError, SwarmError
 from swarm.model import Succeeded
@@ -164,10 +165,14 @@ async def _cell(context: _Context, mode: str, count: int) -> Cell:
 async def _serving(
     context: _Context, launcher: Launcher, ended: Callable[[Ended], None]
 ) -> AsyncIterator[asyncio.Task[None]]:
-    async with wiring.egress(context.settings, context.store) as egress, context.store.watching() as wake:
+    async with (
+        wiring.egress(context.settings, context.store) as egress,
+        Values() as values,
+        context.store.watching() as wake,
+    ):
         worker = Worker(
             store=context.store,
-            engine=wiring.engine(context.settings, launcher, egress),
+            engine=wiring.engine(context.settings, launcher, egress, values),
             name=f"{socket.gethostname()}:{os.getpid()}:bench",
             lease_seconds=context.settings.lease_seconds,
         )

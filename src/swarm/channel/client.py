@@ -315,6 +315,7 @@ class Channel:
         stdin: bytes = b"",
         idle_timeout_seconds: float | None = None,
         on_output: Callable[[str, bytes], None] | None = None,
+        ready: Callable[[], Awaitable[None]] | None = None,
         max_output_bytes: int = 16 << 20,
     ) -> Exit:
         """Run a program to its end. Nothing that it started outlives it.
@@ -322,8 +323,8 @@ class Channel:
         ``warm``: ``argv[0]`` is a Python file, run in a fork of the guest's interpreter; otherwise it is executed.
         ``env`` is added to PATH, HOME, USER, LOGNAME, LANG, SWARM_WORK, SWARM_AGENT. ``on_output(stream, data)``
         receives 'stdout' and 'stderr' as they arrive, and 'swarm' once, with a note, when output exceeds
-        ``max_output_bytes`` (the rest is dropped). The program is also ended after ``idle_timeout_seconds`` without
-        output.
+        ``max_output_bytes`` (the rest is dropped). ``ready`` is awaited before more output is read. The program is also
+        ended after ``idle_timeout_seconds`` without output.
 
         Raises AgentTimeout (GuestSilent, if only the host's timer ended it), ChannelError, and AgentFailed if the
         program can't be started.
@@ -353,6 +354,8 @@ class Channel:
                             if received > max_output_bytes:
                                 raise ChannelError(f"the guest sent more than the limit of {max_output_bytes} bytes")
                             emit(str(head["stream"]), frame.payload)
+                            if ready is not None:
+                                await ready()
                             if (taken := taken + 1) % _FRAMES_AT_ONCE == 0:  # they may all have arrived already
                                 await asyncio.sleep(0)
                         elif "started_ns" in head and started_at is None:

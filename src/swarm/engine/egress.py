@@ -63,7 +63,8 @@ class AttemptEgress:
         self._listener: AttemptListener | None = None
         self._proxy: Proxy | None = None
         self.env: dict[str, str] = dict(grant.secrets)
-        self.redactor = Redactor(grant.secrets)
+        self.redacted = grant.secrets  # name → what is replaced by it
+        self.redactor = Redactor(self.redacted)
 
     def _record(self, kind: str, data: Mapping[str, object]) -> None:
         """A refusal quotes the request, which may contain a secret."""
@@ -87,7 +88,8 @@ class AttemptEgress:
             self.env |= self._proxy.env
         tokens = {"the gateway's token": self._listener.token if self._listener else ""}
         tokens |= {"the proxy's token": self._proxy.token if self._proxy else ""}
-        self.redactor = Redactor({**self._grant.secrets, **tokens})
+        self.redacted = {**self._grant.secrets, **tokens}
+        self.redactor = Redactor(self.redacted)
 
     async def exceeded(self) -> str:
         """Returns once a budget has stopped the attempt, with the amounts; otherwise never."""

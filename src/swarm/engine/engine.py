@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import structlog
 
-from swarm.agents import Installed, check
-from swarm.base import files, jsontext
+from swarm.agents import Installed
+from swarm.base import files
 from swarm.base.aio import first
 from swarm.base.clock import Timeline
 from swarm.base.redact import Redactor, Stream
 from swarm.channel import Exit
 from swarm.engine.egress import AttemptEgress, Egress
+from swarm.engine.values import OUTPUT_FILE, Values
 from swarm.errors import (
     AgentFailed,
     AgentTimeout,
@@ -48,19 +48,14 @@ from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
-
 WORK_DIR, AGENT_DIR = "/work", "/agent"
-INPUT_FILE, OUTPUT_FILE = "input.json", "output.json"
+INPUT_FILE = "input.json"
 # How long an agent may keep running after a budget has refused it a call.
 _OVER_BUDGET_SECONDS = 5.0
 # How much of the agent's output an error quotes.
 _QUOTED_LINES, _QUOTED_BYTES = 15, 4096
 # The next ticket would fail for the same reason.
 _HOST_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-# Objects and lists in an output.json: each takes a few hundred bytes of memory, but may take only three in the file.
-MAX_CONTAINERS = 1_000_000
-SMALL_BYTES = 64 << 10
 # An attempt for which the host's disk has no room goes back uncounted, but not for ever: it may be the one that is too
 # large for the disk.
 _FULL_TRIES = 20
@@ -77,6 +72,9 @@ class Watcher:
 
     def output(self, stream: str, data: bytes) -> None:
         """The agent printed ``data`` on ``stream`` ('stdout', 'stderr', or 'swarm' for a note). Must not block."""
+
+    async def ready(self) -> None:
+        """Awaited before more output is read: until then the agent waits, once its pipe is full."""
 
 
 class ImageSource(Protocol):
@@ -107,6 +105,7 @@ class Engine:
         layers: LayerSource,
         limits: Limits,
         egress: Egress,
+        values: Values,
         installed: Installed | None,
     ) -> None:
         self._installed = installed
@@ -114,6 +113,7 @@ class Engine:
         self._images = images
         self._layers = layers
         self._egress = egress
+        self._values = values
         self._limits = limits
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
@@ -167,8 +167,7 @@ class Engine:
         agent = claim.agent
         if self._installed is not None:
             await self._installed.check(agent)
-        # Checked before a VM is started. `inputs` fills in the defaults of the agent's schema.
-        inputs = await off_loop(len(claim.inputs), lambda: check.inputs(agent, json.loads(claim.inputs)))
+        given = await self._values.input_json(claim)  # checked before a VM is started
         grant = await self._egress.grant(claim)
         image = await self._image(agent)
         spec = VmSpec(
@@ -190,14 +189,14 @@ class Engine:
                 await watcher.placed(live.n)
                 await egress.open(lambda port: self._launcher.listen(live, port))
                 tail.redactor = egress.redactor
-                await live.while_alive(_send_files(live, claim, inputs))
+                await live.while_alive(_send_files(live, agent, given))
                 timeline.mark("renewed")
                 ended = await live.while_alive(self._run_within_budget(claim, live, tail, egress))
                 timeline.mark("started", int(ended.started_at * 1e9))
                 timeline.mark("ended", int(ended.ended_at * 1e9))
                 check_exit(ended)
                 made = await live.while_alive(self._collect(live))
-                outputs = await off_loop(len(made), lambda: self._checked(agent, made, egress.redactor))
+                outputs = await self._values.outputs(agent, made, egress.redacted, self._limits.output_json_bytes)
                 timeline.mark("collected")
             except StepError:
                 if (reason := egress.over_budget) is not None:  # the cause of any later failure of the agent
@@ -242,6 +241,7 @@ class Engine:
                 timeout_seconds=claim.timeout_seconds,
                 idle_timeout_seconds=agent.idle_timeout_seconds,
                 on_output=tail.add,
+                ready=tail.ready,
                 max_output_bytes=self._limits.printed_bytes,
             )
         except GuestSilent as error:
@@ -249,14 +249,6 @@ class Engine:
             raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}: {why}") from error
         except AgentTimeout as error:
             raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}") from error
-
-    def _checked(self, agent: Agent, made: bytes, redactor: Redactor) -> str:
-        """What the agent left, as it is stored. Raises OutputInvalid."""
-        outputs = _redacted(canonical_json(made), redactor)
-        check_stored(outputs, self._limits.output_json_bytes)
-        if agent.outputs_schema is not None:
-            check.outputs(agent, json.loads(outputs))
-        return outputs
 
     async def _collect(self, live: LiveVm) -> bytes:
         data = await live.channel.get(f"{WORK_DIR}/{OUTPUT_FILE}", limit_bytes=self._limits.output_json_bytes)
@@ -301,70 +293,6 @@ def guest_argv(agent: Agent) -> list[str]:
     return [program if program.startswith("/") else f"{AGENT_DIR}/{program}", *arguments]
 
 
-def _redacted(outputs: str, redactor: Redactor) -> str:
-    """JSON text without the secrets that the agent was given."""
-    if not redactor:
-        return outputs
-    value = json.loads(outputs)
-    clean = redactor.value(value)
-    return outputs if clean == value else canonical_json(json.dumps(clean).encode())
-
-
-def input_json(claim: Claim, inputs: Any) -> bytes:
-    """The agent's input.json."""
-    ticket = claim.ticket
-    document = {
-        "inputs": inputs,
-        "ticket": {
-            "id": ticket.id,
-            "title": ticket.title,
-            "description": ticket.description,
-            "project_id": ticket.project_id,
-        },
-        "step": {"id": claim.step_id, "attempt": claim.attempt_number},
-    }
-    return json.dumps(document).encode()  # ASCII: every text arrives unchanged, even a lone surrogate
-
-
-def canonical_json(data: bytes) -> str:
-    """An agent's output.json as compact JSON text. Raises OutputInvalid."""
-    if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
-        raise OutputInvalid(f"{OUTPUT_FILE} has more than {MAX_CONTAINERS:,} objects and lists")
-    try:
-        value = jsontext.loads(data.decode())
-        compact = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        # A lone surrogate ("\\ud800") is valid JSON, but databases refuse it as text, so it stays escaped.
-        return compact if _encodable(compact) else json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except UnicodeDecodeError as error:
-        raise OutputInvalid(f"{OUTPUT_FILE} is not UTF-8: {error}") from None
-    except jsontext.TooDeep as error:
-        raise OutputInvalid(f"{OUTPUT_FILE} is {error}") from None
-    except ValueError as error:
-        raise OutputInvalid(f"{OUTPUT_FILE} is not JSON: {error}") from None
-
-
-async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """The result of ``work``, whose time grows with ``size``: in a thread if that is large, so that other attempts get
-    their turns. (A small one takes less time than a thread's start.)"""
-    return await asyncio.to_thread(work) if size > SMALL_BYTES else work()
-
-
-def check_stored(outputs: str, limit_bytes: int) -> None:
-    """Raises OutputInvalid for outputs that are longer as they are stored: 1e15 becomes 1000000000000000.0, and a
-    secret its mark."""
-    if len(outputs) * 4 > limit_bytes and (size := len(outputs.encode())) > limit_bytes:
-        message = f"{OUTPUT_FILE} takes {size} bytes as it is stored; the limit is {limit_bytes}"
-        raise OutputInvalid(message, reason=FailureReason.OUTPUT_TOO_LARGE)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _host_exhausted(error: BaseException | None) -> bool:
     """Is the error caused by a host that is out of descriptors, memory or threads?"""
     while error is not None:
@@ -392,11 +320,11 @@ def _raise_if_full(error: BaseException, claim: Claim, timeline: Timeline, place
         raise NoSpace(files.no_space(place, str(error))) from error
 
 
-async def _send_files(live: LiveVm, claim: Claim, inputs: Any) -> None:
+async def _send_files(live: LiveVm, agent: Agent, given: bytes) -> None:
     """Send the agent's files and its input together, in one round trip."""
     await asyncio.gather(
-        live.channel.put_tree(Path(claim.agent.path), dest=AGENT_DIR, owner="root"),
-        live.channel.put({INPUT_FILE: input_json(claim, inputs)}, dest=WORK_DIR, owner="agent"),
+        live.channel.put_tree(Path(agent.path), dest=AGENT_DIR, owner="root"),
+        live.channel.put({INPUT_FILE: given}, dest=WORK_DIR, owner="agent"),
     )
 
 
@@ -417,6 +345,9 @@ class _OutputTail:
             data = self._streams[stream].feed(data)
         if data:
             self._pass_on(stream, data)
+
+    async def ready(self) -> None:
+        await self._watcher.ready()
 
     def end(self) -> None:
         """The agent has ended: what was held back is not the start of a secret."""

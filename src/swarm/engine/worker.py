@@ -37,6 +37,9 @@ CHUNK_BYTES = 16 * 1024
 # What an attempt's output may take in the database, as it is stored there: as JSON, \x01 takes six bytes, a byte that
 # isn't UTF-8 three, and a secret's mark more than the secret. An event's ids and times are counted too.
 STORED_BYTES = 64 << 20
+# An attempt with this much output that is not written yet, as it is stored, has to wait with more: else one transaction
+# would keep all others from the database for as long as a flood of output lasts.
+UNWRITTEN_BYTES = 1 << 20
 _EVENT_BYTES = 256
 # Up to this many output events, the order between an agent's streams is kept.
 _IN_ORDER = 1000
@@ -68,6 +71,8 @@ class Attempt:
         self.vm_id: int | None = None
         self.vm_recorded = False
         self.events: list[Event] = []  # not yet written
+        self.unwritten_bytes = 0  # of output
+        self.written = asyncio.Event()
         self.executing = True
         self.ended = False
         self.forced_outcome: Outcome | None = None
@@ -350,15 +355,19 @@ class Worker:
 
     async def _append_events(self) -> None:
         batch, self._events = self._events, []
-        taken = [(attempt, attempt.events) for attempt in self._running.values() if attempt.events]
-        for attempt, events in taken:
+        taken = [attempt for attempt in self._running.values() if attempt.events]
+        sizes = [attempt.unwritten_bytes for attempt in taken]
+        for attempt in taken:
+            batch += attempt.events
             attempt.events = []
-            batch += events
         try:
             await self._store.append(batch)
         except StoreError:
             self._events = batch + self._events
             raise
+        for attempt, size in zip(taken, sizes, strict=True):
+            attempt.unwritten_bytes -= size
+            attempt.written.set()
 
     async def _record_vm(self, attempt: Attempt) -> None:
         assert attempt.vm_id is not None
@@ -402,14 +411,22 @@ class _AttemptWatcher(Watcher):
         for at in range(0, len(data), CHUNK_BYTES):
             text = self._decoders[stream].decode(data[at : at + CHUNK_BYTES])
             # A lone surrogate, which would make an escape of every other character, never comes out of a decoder.
-            self._stored += len(dump(text).encode())
+            size = len(dump(text).encode())
+            self._stored += size
             if self._stored > STORED_BYTES:
                 if not self._full:
                     self._full = True
                     said = f"output truncated: stored, it takes more than {STORED_BYTES >> 20} MiB\n"
                     self.record("output", {"stream": "swarm", "text": said})
                 return
+            self._attempt.unwritten_bytes += size
             self._add(stream, text)
+
+    async def ready(self) -> None:
+        attempt = self._attempt
+        while attempt.unwritten_bytes > UNWRITTEN_BYTES:
+            attempt.written.clear()
+            await attempt.written.wait()
 
     def _add(self, stream: str, text: str) -> None:
         """Add a new event, or extend the last one of this stream: an agent that prints byte by byte must not cost an

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import sqlalchemy as sa
 
 from swarm.cel.jail import Jail
-from swarm.errors import ChangeRefused, StoreError
+from swarm.errors import ChangeRefused, StoreError, UsageError
 from swarm.ledger import Bill, Limit, Order, Reservation
 from swarm.model import (
     Agent,
@@ -35,9 +35,10 @@ from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRo
 from swarm.store.registry.secrets import Sealed, SecretRow
 from swarm.store.registry.webhooks import WebhookAnswer, WebhookCall
 from swarm.store.registry.workflows import WorkflowRow
-from swarm.store.runs import artifacts
+from swarm.store.runs import artifacts, packing
 from swarm.store.runs.artifacts import ArtifactRow
 from swarm.store.runs.background_planner import BackgroundPlanner
+from swarm.store.runs.packing import Packer
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
 from swarm.store.sql import database
 from swarm.store.sql.database import Database
@@ -61,6 +62,7 @@ class Store:
     def __init__(self, db: Database, *, over_budget: BudgetPolicy, planning_seconds: float) -> None:
         self._db, self.isolation = db, Isolation()
         self._workflows = WorkflowEngine(planning_seconds=planning_seconds, isolation=self.isolation)
+        self._packer = Packer()
         self._queue = Claimer(self._workflows)
         self._finisher = finish.Finisher(self._workflows, over_budget, self.isolation)
         untold = (*UNTOLD, self._finisher.append, self._finisher.renew, self._finisher.running)
@@ -112,6 +114,7 @@ class Store:
         await self._planner.close()
         await self._write.close()
         await self._read.close()
+        await asyncio.to_thread(self._packer.close)
 
     # --- the schema ---------------------------------------------------------------------------------------------------
 
@@ -307,11 +310,11 @@ class Store:
         Raises LeaseLost, and changes nothing, when the attempt no longer owns its step.
         """
         packed = None
-        if in_workflow and isinstance(outcome, Succeeded) and artifacts.worth_packing(outcome.outputs):
+        if in_workflow and isinstance(outcome, Succeeded) and packing.worth_packing(outcome.outputs):
             try:
-                packed = await asyncio.to_thread(artifacts.pack_text, outcome.outputs)
-            except RecursionError:  # not from an engine, which limits the nesting of outputs
-                outcome = Failed(reason=FailureReason.OUTPUT_INVALID, message="its outputs are nested too deeply")
+                packed = await asyncio.to_thread(self._packer.pack_text, outcome.outputs)
+            except UsageError as error:
+                outcome = Failed(reason=FailureReason.OUTPUT_INVALID, message=str(error))
         request = finish.FinishRequest(
             attempt_id=attempt_id,
             outcome=outcome,
@@ -330,7 +333,10 @@ class Store:
     async def resolve_references(self, text: str) -> str:
         """A step's inputs or outputs, with artifacts in place of references. Raises NotFound when an artifact is gone,
         UsageError when the result is too large."""
-        return await self._read.call(artifacts.resolve_references, text) if artifacts.MARK in text else text
+        if packing.MARK not in text:
+            return text
+        found = await self._read.call(artifacts.referred, text)
+        return await asyncio.to_thread(self._packer.resolve, text, found)
 
     async def artifact(self, digest: str) -> str:
         """The JSON text of the artifact whose digest starts with ``digest``. Raises NotFound."""

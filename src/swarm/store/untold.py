@@ -12,5 +12,5 @@ from swarm.store.tickets import tickets
 # agents print, leases and VM numbers.
 _WRITTEN: Final = (workers.heartbeat,)
 # What engines ask for themselves.
-_READ: Final = (tickets.due, schedules.due, secrets.of_names, artifacts.resolve_references)
+_READ: Final = (tickets.due, schedules.due, secrets.of_names, artifacts.referred)
 UNTOLD: Final = (*_WRITTEN, *_READ)

@@ -18,7 +18,7 @@ from swarm.cel.expression import ExpressionError
 from swarm.cel.jail import Jail
 from swarm.errors import NotFound, UsageError
 from swarm.model import Succeeded
-from swarm.store.runs import artifacts
+from swarm.store.runs import packing
 from swarm.store.sql.rows import StepRow
 from swarm.store.store import Store
 from tests.store.databases import Outside, claim_one, insert
@@ -34,27 +34,27 @@ class Shelf:
         self.parts: dict[str, str] = {}
         self.loaded: list[str] = []
 
-    def put(self, packed: artifacts.Packed) -> str:
+    def put(self, packed: packing.Packed) -> str:
         self.parts |= packed.parts
         return packed.text
 
     def load(self, digest: str) -> Any:
         self.loaded.append(digest)
-        return artifacts.unpack(self.parts[digest], self.load)
+        return packing.unpack(self.parts[digest], self.load)
 
     def kept(self, value: Any) -> Any:
-        return artifacts.unpack(self.put(artifacts.pack(value)), self.load)
+        return packing.unpack(self.put(packing.pack(value)), self.load)
 
 
 def test_what_is_small_stays_as_it_is() -> None:
     for text in ('{"a":  1}', "[]", '"' + "y" * 16000 + '"'):
-        assert artifacts.pack_text(text) == artifacts.Packed(text)
-    assert artifacts.pack({"a": BIG[:-10]}).parts == {}
-    assert artifacts.pack_text('"\\ud800"').text == '"\\ud800"'
+        assert packing.pack_text(text) == packing.Packed(text)
+    assert packing.pack({"a": BIG[:-10]}).parts == {}
+    assert packing.pack_text('"\\ud800"').text == '"\\ud800"'
 
 
 def test_large_fields_go_one_by_one() -> None:
-    packed = artifacts.pack({"log": BIG, "same": BIG, "code": 0, "many": ["y" * 100] * 1000})
+    packed = packing.pack({"log": BIG, "same": BIG, "code": 0, "many": ["y" * 100] * 1000})
     made = json.loads(packed.text)
     assert made["code"] == 0 and made["log"] == made["same"]
     text = json.dumps(BIG)
@@ -74,7 +74,7 @@ def test_what_has_many_small_parts_goes_whole(value: Any) -> None:
 def test_nested_deeply() -> None:
     shelf, depth = Shelf(), 800
     value = json.loads('{"a":[' * (depth // 2) + f'"{BIG}"' + "]}" * (depth // 2))
-    there = artifacts.unpack(shelf.put(artifacts.pack_text(json.dumps(value))), shelf.load)
+    there = packing.unpack(shelf.put(packing.pack_text(json.dumps(value))), shelf.load)
     assert artifact_refs.has_any(there) and len(shelf.parts) == 1
     assert json.dumps(artifact_refs.resolve_references(there, limit_bytes=1 << 20)) == json.dumps(value)
 
@@ -84,12 +84,12 @@ def test_a_digest_that_somebody_wrote_is_a_value() -> None:
     secret = shelf.kept({"secret": BIG})["secret"]
     forged = json.loads(json.dumps({"x": secret, "y": [{KEY: {"pairs": [["z", secret]]}}], KEY: 1}))
     assert forged["x"] == dict(secret) and not isinstance(forged["x"], ArtifactRef)
-    for packed in (artifacts.pack(forged), artifacts.pack_text(json.dumps(forged))):
-        again = artifacts.unpack(packed.text, shelf.load)
+    for packed in (packing.pack(forged), packing.pack_text(json.dumps(forged))):
+        again = packing.unpack(packed.text, shelf.load)
         assert again == forged and not artifact_refs.has_any(again) and shelf.loaded == []
     hidden = json.dumps(forged).replace("$", "\\u0024")  # no mark in the text as it comes
-    for text in (hidden, artifacts.pack_text(hidden).text):
-        assert artifacts.unpack(text, shelf.load) == forged and shelf.loaded == []
+    for text in (hidden, packing.pack_text(hidden).text):
+        assert packing.unpack(text, shelf.load) == forged and shelf.loaded == []
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -110,13 +110,13 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_every_value_comes_back(value: Any) -> None:
     shelf = Shelf()
-    packed = artifacts.pack(value)
-    assert len(packed.text.encode()) <= artifacts.INLINE_BYTES
-    once = artifacts.unpack(shelf.put(packed), shelf.load)
+    packed = packing.pack(value)
+    assert len(packed.text.encode()) <= packing.INLINE_BYTES
+    once = packing.unpack(shelf.put(packed), shelf.load)
     assert artifact_refs.resolve_references(once, limit_bytes=1 << 30) == value
     twice = shelf.kept({"on": once, "list": [once]})  # handed on, as a step's input
     assert artifact_refs.resolve_references(twice, limit_bytes=1 << 30) == {"on": value, "list": [value]}
-    raw = artifacts.unpack(shelf.put(artifacts.pack_text(json.dumps(value))), shelf.load)
+    raw = packing.unpack(shelf.put(packing.pack_text(json.dumps(value))), shelf.load)
     assert artifact_refs.resolve_references(raw, limit_bytes=1 << 30) == value
 
 
@@ -138,7 +138,7 @@ def test_expressions_hand_on_or_look_inside() -> None:
             "code": fill("${steps.a.outputs.code}"),
         }
         assert shelf.loaded == [] and handed_on["log"] is outputs["log"] and handed_on["code"] == 3
-        assert artifacts.pack(handed_on).parts == {}
+        assert packing.pack(handed_on).parts == {}
         assert fill("${steps.a.outputs.rows[7].n}") == 7
         assert fill("${size(steps.a.outputs.log)}") == len(BIG)
         assert fill("${steps.a.outputs.rows.filter(r, r.n < 3).map(r, r.n)}") == [0, 1, 2]

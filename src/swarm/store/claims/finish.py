@@ -30,8 +30,8 @@ from swarm.model import (
     Succeeded,
 )
 from swarm.store.registry.agents import Agents
-from swarm.store.runs import artifacts
-from swarm.store.runs.artifacts import Packed
+from swarm.store.runs import artifacts, packing
+from swarm.store.runs.packing import Packed
 from swarm.store.runs.workflow_engine import WorkflowEngine, refresh_waiting
 from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.rows import Renewal, event_values, storable_json
@@ -225,7 +225,7 @@ def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | S
         case Succeeded(outputs=outputs, exit_code=exit_code):
             end_attempt(AttemptOutcome.SUCCEEDED, exit_code=exit_code)
             if row.definition is not None:
-                packed = request.packed or artifacts.pack_text(outputs)
+                packed = request.packed or packing.pack_text(outputs)
                 artifacts.keep(changes.tx, row.ticket_id, packed.parts)
                 outputs = packed.text
             else:

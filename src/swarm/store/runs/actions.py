@@ -13,9 +13,10 @@ import sqlalchemy as sa
 
 from swarm.model import Agent, RunStatus, StepStatus, TicketState
 from swarm.store.registry.agents import Agents
-from swarm.store.runs import artifacts
+from swarm.store.runs import artifacts, packing
 from swarm.store.runs.decision import ALL_STEPS, STEPS, Decided, Run
 from swarm.store.runs.definitions import Definition
+from swarm.store.runs.packing import Packed
 from swarm.store.sql.database import Row, one_row
 from swarm.store.sql.rows import dump, ids_in_order, lenient, message, milliseconds, new_id, shallow
 from swarm.store.tickets.changes import Changes
@@ -225,7 +226,7 @@ class _Work:
 
     def _packed(self, value: Any) -> str:
         """JSON for a row; large values in it become artifacts."""
-        packed = artifacts.pack(value)
+        packed = value if isinstance(value, Packed) else packing.pack(value)  # large ones were packed before
         artifacts.keep(self._tx, self._run.row.ticket_id, packed.parts)
         return packed.text
 
@@ -331,7 +332,8 @@ class _Work:
             end = decision.end
             outputs = None
             if end.status is RunStatus.COMPLETED:
-                outputs = dump(end.outputs) if run.row.parent_step_id is None else self._packed(end.outputs)
+                inner = run.row.parent_step_id is not None
+                outputs = self._packed(end.outputs) if inner else _text(end.outputs)
             step = run.step_id(end.error_step) if end.error_step else None
             end_run(self._changes, run, end.status, outputs=outputs, error=end.error, error_step=step)
 
@@ -414,6 +416,10 @@ def give_up(changes: Changes, run: Run, error: str) -> None:
     """Fail the run now, and cancel all live steps in it."""
     changes.cancel_runs([run.id], error=error)
     end_run(changes, run, RunStatus.FAILED, error=error)
+
+
+def _text(value: Any) -> str:
+    return value.text if isinstance(value, Packed) else dump(value)
 
 
 def _retry(step: Step) -> str | None:

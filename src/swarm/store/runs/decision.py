@@ -15,12 +15,25 @@ from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound, StoreError
 from swarm.model import RunStatus
-from swarm.store.runs import artifacts
+from swarm.store.runs import artifacts, packing
 from swarm.store.runs.definitions import Definition, Definitions, TooExpensive
 from swarm.store.sql.database import Row, Tx
-from swarm.store.sql.rows import lenient, milliseconds
+from swarm.store.sql.rows import dump, lenient, milliseconds
 from swarm.workflow import plan, structure
-from swarm.workflow.state import Decision, End, FanOutState, RunContext, RunProgress, StepState, Verdict
+from swarm.workflow.state import (
+    Action,
+    Complete,
+    Decision,
+    End,
+    Expand,
+    FanOutState,
+    RunContext,
+    RunProgress,
+    Start,
+    StartWorkflow,
+    StepState,
+    Verdict,
+)
 from swarm.workflow.structure import Graph
 
 # What one decision may read and evaluate while the write lock is held.
@@ -137,8 +150,8 @@ class Steps(Mapping[str, StepState]):
             raise KeyError(key)
         return StepState(
             status=row.status,
-            inputs=artifacts.unpack(row.inputs, self._load),
-            outputs=artifacts.unpack(row.outputs, self._load),
+            inputs=packing.unpack(row.inputs, self._load),
+            outputs=packing.unpack(row.outputs, self._load),
             error=row.error,
             fan_out=FanOutState(**json.loads(row.fan_out)) if row.fan_out is not None else None,
             verdict=Verdict(**json.loads(row.verdict)) if row.verdict is not None else None,
@@ -209,6 +222,8 @@ def _decide(
         decision = plan.advance(graph, context, run.progress, steps, basis.processed, evaluator)
     if run.row.parent_step_id is None:
         decision = _resolve_outputs(decision, in_transaction=in_transaction)
+    if not in_transaction:
+        decision = _packed(decision, root=run.row.parent_step_id is None)
     return replace(
         basis,
         seen={key: row.status for key, row in steps.rows.items() if row is not None},
@@ -298,8 +313,35 @@ def _resolve(tx: Tx, text: str, *, in_transaction: bool) -> Any:
     def refuse(digest: str) -> Any:
         raise TooExpensive
 
-    given = artifacts.unpack(text, refuse if in_transaction else artifacts.loader(tx))
-    return artifact_refs.resolve_references(given, limit_bytes=artifacts.MAX_BYTES)
+    given = packing.unpack(text, refuse if in_transaction else artifacts.loader(tx))
+    return artifact_refs.resolve_references(given, limit_bytes=packing.MAX_BYTES)
+
+
+def _packed(decision: Decision, *, root: bool) -> Decision:
+    """With all values as they are stored, so that nobody waits for the write lock meanwhile."""
+    known: dict[int, packing.Packed] = {}  # an item's inputs are in two actions
+
+    def pack(value: Any) -> packing.Packed:
+        if id(value) not in known:
+            known[id(value)] = packing.pack(value)
+        return known[id(value)]
+
+    actions: list[Action] = []
+    for action in decision.actions:
+        match action:
+            case Start() | StartWorkflow():
+                actions.append(replace(action, inputs=pack(action.inputs)))
+            case Complete():
+                actions.append(replace(action, outputs=pack(action.outputs)))
+            case Expand():
+                children = tuple(replace(child, inputs=pack(child.inputs)) for child in action.children)
+                actions.append(replace(action, children=children))
+            case _:
+                actions.append(action)
+    end = decision.end
+    if end is not None and end.status is RunStatus.COMPLETED:
+        end = replace(end, outputs=packing.Packed(dump(end.outputs)) if root else pack(end.outputs))
+    return replace(decision, actions=tuple(actions), end=end)
 
 
 def _resolve_outputs(decision: Decision, *, in_transaction: bool) -> Decision:
@@ -310,7 +352,7 @@ def _resolve_outputs(decision: Decision, *, in_transaction: bool) -> Decision:
     if in_transaction:
         raise TooExpensive
     try:
-        outputs = artifact_refs.resolve_references(end.outputs, limit_bytes=artifacts.MAX_BYTES)
+        outputs = artifact_refs.resolve_references(end.outputs, limit_bytes=packing.MAX_BYTES)
     except ExpressionError as error:
         why = f"can't build the workflow's outputs: {error}"
         return replace(decision, end=End(status=RunStatus.FAILED, error=why))

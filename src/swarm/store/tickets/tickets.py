@@ -101,7 +101,8 @@ def check(ticket: Ticket) -> Ticket:
     values = asdict(ticket) | {"execution_mode": ticket.execution_mode or "agent"}
     try:
         checked = validation.strict_ticket(Ticket(**values))
-        validation.read_inputs(checked.inputs)
+        if validation.read_inputs(checked.inputs) != "{}":
+            validation.parsed_inputs(checked.inputs or "")  # here, before the write lock, large ones too
     except validation.BadRow as error:
         raise UsageError(f"bad ticket: {error}") from None
     return checked

@@ -25,6 +25,7 @@ MAX_BYTES: Final[Mapping[str, int]] = {
     "trigger_data": 16 * MIB,
 }
 MAX_OTHER_BYTES: Final = 64 * KIB  # of every other text column
+READ_BYTES: Final = 64 * KIB  # JSON up to this length is read while the row is claimed
 _ID_COLUMNS: Final = ("id", "agent_id", "assignee_id", "workflow_id", "assignee_type", "execution_mode")
 # Columns that Swarm itself writes: wrong values are no reason to refuse the ticket.
 _WRITTEN_BY_SWARM: Final = frozenset(
@@ -140,12 +141,27 @@ def _agent_id(ticket: Ticket) -> str:
 
 
 def read_inputs(text: str | None) -> str:
+    """Raises BadRow."""
     return _read_object("inputs", text)
+
+
+def parsed_inputs(text: str) -> dict[str, Any]:
+    """Raises BadRow, as `read_inputs` does for a text of any length."""
+    return _parsed_object("inputs", text)
 
 
 def _read_object(name: str, text: str | None) -> str:
     if text is None or not text.strip():
         return "{}"
+    # A large one is read by its attempt, in a confined process: here, all others would wait for the write lock.
+    if len(text) <= READ_BYTES:
+        _parsed_object(name, text)
+    return text
+
+
+def _parsed_object(name: str, text: str) -> dict[str, Any]:
+    if text.count("{") + text.count("[") > jsontext.MAX_CONTAINERS:
+        raise BadRow(f"{name} has more than {jsontext.MAX_CONTAINERS:,} objects and lists; put large data in a file")
     try:
         value = jsontext.loads(text)
     except jsontext.TooDeep as error:
@@ -155,7 +171,7 @@ def _read_object(name: str, text: str | None) -> str:
     if not isinstance(value, dict):
         kind = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
         raise BadRow(f'{name} is {kind}; it must be a JSON object, for example {{"value": …}}')
-    return text
+    return value
 
 
 def unknown_agent(agent_id: str, agents: Mapping[str, str]) -> BadRow:

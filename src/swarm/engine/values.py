@@ -1,0 +1,174 @@
+"""What an agent is given and what it leaves: JSON that may be large, hostile, or both.
+
+Small values are read where they are. Large ones are read in a confined process (this module run as a program): in a
+thread, Python's one lock would still make every other ticket wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+from swarm.agents import check
+from swarm.base import confined, jsontext
+from swarm.base.confined import Confined, Stopped
+from swarm.base.redact import Redactor
+from swarm.errors import OutputInvalid, StepError
+from swarm.model import Agent, Claim, FailureReason
+from swarm.store.tickets import validation
+from swarm.store.tickets.validation import BadRow
+
+OUTPUT_FILE: Final = "output.json"
+# Up to this size a value is read here: even one of small things takes less than 5 ms.
+SMALL_BYTES: Final = 64 << 10
+# Values up to this size never wait for larger ones: there are two processes.
+_MEDIUM_BYTES: Final = 1 << 20
+CPU_SECONDS: Final = 20.0
+MEMORY_BYTES: Final = 2 << 30
+_PATIENCE_SECONDS: Final = 120.0
+_NICE: Final = 10  # other tickets first
+
+
+class Values:
+    """``async with`` ends the processes, which start when they are first needed."""
+
+    def __init__(self) -> None:
+        self._processes = [
+            Confined(
+                "swarm.engine.values",
+                cpu_seconds=CPU_SECONDS,
+                memory_bytes=MEMORY_BYTES,
+                patience_seconds=_PATIENCE_SECONDS,
+            )
+            for _ in range(2)
+        ]
+        self._turns = [asyncio.Lock() for _ in self._processes]  # fair, and one thread for each process at most
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            await asyncio.to_thread(process.close)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that run now."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
+    async def input_json(self, claim: Claim) -> bytes:
+        """The agent's input.json. Raises StepError (INPUT_INVALID)."""
+        size = len(claim.inputs) + len(claim.ticket.description or "")
+        if size <= SMALL_BYTES:
+            return input_json(claim)
+        try:
+            return await self._ask(size, "input_json", claim)
+        except Stopped as error:
+            message = f"its inputs, of {size:,} characters, can't be read: that {error}"
+            raise StepError(message, reason=FailureReason.INPUT_INVALID, retryable=False) from None
+
+    async def outputs(self, agent: Agent, made: bytes, secrets: Mapping[str, str], limit_bytes: int) -> str:
+        """What the agent left, as it is stored. Raises OutputInvalid."""
+        if len(made) <= SMALL_BYTES:
+            return outputs(agent, made, secrets, limit_bytes).decode()
+        try:
+            return (await self._ask(len(made), "outputs", agent, made, secrets, limit_bytes)).decode()
+        except Stopped as error:
+            raise OutputInvalid(f"{OUTPUT_FILE}, of {len(made):,} bytes, can't be read: that {error}") from None
+
+    async def _ask(self, size: int, task: str, *arguments: Any) -> bytes:
+        number = 0 if size <= _MEDIUM_BYTES else 1
+        async with self._turns[number]:
+            reply, parts = await asyncio.to_thread(_ask, self._processes[number], task, arguments)
+        if error := reply.get("error"):
+            raise StepError(error["message"], reason=FailureReason(error["reason"]), retryable=error["retryable"])
+        return parts[0]
+
+
+def _ask(process: Confined, task: str, arguments: Sequence[Any]) -> confined.Message:
+    return process.ask({"task": task}, [pickle.dumps(arguments)])
+
+
+def input_json(claim: Claim) -> bytes:
+    """The agent's input.json. Raises StepError (INPUT_INVALID)."""
+    ticket = claim.ticket
+    try:
+        inputs = validation.parsed_inputs(claim.inputs)  # a claim doesn't read large ones
+    except BadRow as error:
+        raise StepError(str(error), reason=FailureReason.INPUT_INVALID, retryable=False) from None
+    document = {
+        "inputs": check.inputs(claim.agent, inputs),
+        "ticket": {
+            "id": ticket.id,
+            "title": ticket.title,
+            "description": ticket.description,
+            "project_id": ticket.project_id,
+        },
+        "step": {"id": claim.step_id, "attempt": claim.attempt_number},
+    }
+    return json.dumps(document).encode()  # ASCII: every text arrives unchanged, even a lone surrogate
+
+
+def outputs(agent: Agent, made: bytes, secrets: Mapping[str, str], limit_bytes: int) -> bytes:
+    """An agent's output.json, as it is stored. Raises OutputInvalid."""
+    value, text = _canonical(made)
+    redactor = Redactor(secrets)
+    if redactor and (clean := redactor.value(value)) != value:
+        value, text = clean, _compact(clean)
+    if len(text) > limit_bytes:  # 1e15 becomes 1000000000000000.0, and a secret its mark
+        message = f"{OUTPUT_FILE} takes {len(text)} bytes as it is stored; the limit is {limit_bytes}"
+        raise OutputInvalid(message, reason=FailureReason.OUTPUT_TOO_LARGE)
+    check.outputs(agent, value)
+    return text
+
+
+def _canonical(data: bytes) -> tuple[Any, bytes]:
+    """An agent's output.json, and the same as compact JSON text. Raises OutputInvalid."""
+    if data.count(b"{") + data.count(b"[") > jsontext.MAX_CONTAINERS:
+        raise OutputInvalid(f"{OUTPUT_FILE} has more than {jsontext.MAX_CONTAINERS:,} objects and lists")
+    try:
+        value = jsontext.loads(data.decode())
+        return value, _compact(value)
+    except UnicodeDecodeError as error:
+        raise OutputInvalid(f"{OUTPUT_FILE} is not UTF-8: {error}") from None
+    except jsontext.TooDeep as error:
+        raise OutputInvalid(f"{OUTPUT_FILE} is {error}") from None
+    except ValueError as error:
+        raise OutputInvalid(f"{OUTPUT_FILE} is not JSON: {error}") from None
+
+
+def _compact(value: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except UnicodeEncodeError:
+        # A lone surrogate ("\\ud800") is valid JSON, but databases refuse it as text, so it stays escaped.
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+# --- in the confined process ------------------------------------------------------------------------------------------
+
+_TASKS: Final[Mapping[str, Callable[..., bytes]]] = {"input_json": input_json, "outputs": outputs}
+
+
+def answer(request: dict[str, Any], parts: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+    try:
+        return {}, [_TASKS[request["task"]](*pickle.loads(parts.pop()))]  # pickled by `Values`, which started us
+    except StepError as error:
+        said = {"message": str(error), "reason": str(error.reason), "retryable": error.retryable}
+    except MemoryError:
+        reason = FailureReason.INPUT_INVALID if request["task"] == "input_json" else FailureReason.OUTPUT_INVALID
+        what = f"a value takes more than {MEMORY_BYTES >> 20} MiB of memory when it is read"
+        said = {"message": what, "reason": str(reason), "retryable": False}
+    return {"error": said}, []
+
+
+if __name__ == "__main__":
+    from swarm.schema import validator  # noqa: F401  loaded before the limits
+
+    confined.serve(answer, cpu_seconds=CPU_SECONDS, memory_bytes=MEMORY_BYTES, nice=_NICE)
