@@ -125,7 +125,7 @@ KINDS: Mapping[str, Kind] = {
         workflow="""
   - {id: one, agent: AGENT}
   - {id: two, agent: echo, needs: one, inputs: {n: "${size(steps.one.outputs.x) + size(steps.one.outputs)}"}}
-  - {id: three, agent: echo, needs: one, when: "steps.one.outputs.x[0][0][0] == 'y'", inputs: {n: 1}}
+  - {id: three, agent: echo, needs: one, when: "${steps.one.outputs.x[0][0][0] == 'y'}", inputs: {n: 1}}
 """,
     ),
     "fan-out": Kind(

@@ -14,7 +14,7 @@ import pytest
 from swarm.base import process
 from swarm.engine.run_once import run_ticket
 from swarm.engine.values import Values
-from swarm.model import ECHO_AGENT_ID, Agent
+from swarm.model import ECHO_AGENT_ID, Agent, RetryPolicy
 from tests.engine.conftest import Bench
 
 WRITE = "import json, os, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
@@ -124,6 +124,17 @@ async def test_large_values_are_read_in_a_confined_process(plain: Bench, case: s
     assert (ticket.state, (ticket.error or "")[: len(error)]) == ("failed" if error else "done", error)
     [attempt] = await plain.attempts()  # for bad inputs too: claims don't read large ones
     assert attempt.reason in ((None,) if not error else ("input_invalid", "output_invalid"))
+
+
+async def test_large_inputs_are_in_the_tickets_row_only(plain: Bench) -> None:
+    """Every change of a row writes all of it again, and meanwhile nobody else writes."""
+    code = WRITE + "given = json.load(open('input.json'))\nout(len(given['inputs']['x']))\n"
+    agent = await plain.agent(code + "sys.exit(given['step']['attempt'] == 1)", retry=RetryPolicy(max_attempts=2))
+    plain.insert("t", agent.id, inputs=json.dumps({"x": [[]] * LARGE}))
+    ticket = await run_ticket(plain.store, plain.worker, "t")
+    assert (ticket.state, ticket.outputs) == ("done", str(LARGE)), ticket.error
+    assert plain.sql("SELECT inputs FROM step_executions") == [(None,)]
+    assert len(await plain.attempts()) == 2, "the second one has them too"
 
 
 async def test_a_value_that_kills_its_reader_fails_its_own_ticket_only(plain: Bench) -> None:

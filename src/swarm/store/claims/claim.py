@@ -283,7 +283,8 @@ class _ClaimTransaction:
             fail_made_ready(self.changes, row)
         else:
             ticket = validation.strict_ticket(row)
-            return Work(ticket=ticket, agent_id=row.step_agent_id or "", inputs=row.step_inputs or "{}")
+            inputs = row.step_inputs or ("{}" if row.definition else validation.read_inputs(ticket.inputs))
+            return Work(ticket=ticket, agent_id=row.step_agent_id or "", inputs=inputs)
         self.bad_rows += 1
         return None
 
@@ -397,7 +398,7 @@ class _ClaimTransaction:
                 agent_name=agent.name,
                 agent_version=agent.version,
                 attempt_id=attempt_id,
-                inputs=work.inputs,
+                inputs=work.inputs if len(work.inputs) <= validation.READ_BYTES else None,  # else the ticket has them
                 queued_at=queued_at,
                 now=now,
                 max_attempts=validation.max_attempts_of(ticket, agent),
