@@ -135,7 +135,7 @@ KINDS: Mapping[str, Kind] = {
   - {id: two, agent: echo, needs: one, for_each: "${steps.one.outputs.x}", inputs: {all: "${item}"}, max_parallel: 1}
 """,
     ),
-    "long rows": Kind(columns={"description": "y" * (1 * MIB), "trigger_data": json.dumps({"x": "y" * (7 * MIB)})}),
+    "long rows": Kind(columns={"description": "y" * (1 * MIB), "trigger_data": f'{{"x": "{"y" * (2 * MIB - 100)}"}}'}),
     "refused long rows": Kind(columns={"description": "y" * (15 * MIB), "inputs": "{}"}),
     "gateway bodies": Kind(
         fields={"network": "gateway"},

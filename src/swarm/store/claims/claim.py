@@ -19,7 +19,7 @@ from swarm.store.registry.agents import IDS_OF_NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Dialect
-from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, milliseconds
+from swarm.store.sql.rows import READ_BYTES, TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, milliseconds
 from swarm.store.sql.schema import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
@@ -398,7 +398,7 @@ class _ClaimTransaction:
                 agent_name=agent.name,
                 agent_version=agent.version,
                 attempt_id=attempt_id,
-                inputs=work.inputs if len(work.inputs) <= validation.READ_BYTES else None,  # else the ticket has them
+                inputs=work.inputs if len(work.inputs) <= READ_BYTES else None,  # else the ticket has them
                 queued_at=queued_at,
                 now=now,
                 max_attempts=validation.max_attempts_of(ticket, agent),

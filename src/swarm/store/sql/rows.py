@@ -20,6 +20,7 @@ Value = TypeVar("Value", bound="DataclassInstance")
 
 MAX_ERROR_CHARS: Final = 16 * 1024
 SUMMARY_CHARS: Final = 500
+READ_BYTES: Final = 64 << 10  # JSON up to this length is read, and stored twice, while others wait for the lock
 
 
 def iso(ms: int) -> str:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, RunStatus, StepStatus, TicketState
 from swarm.store.sql.database import Row, Tx, one_row
-from swarm.store.sql.rows import dump, event_values, lenient, message, milliseconds
+from swarm.store.sql.rows import READ_BYTES, dump, event_values, lenient, message, milliseconds
 
 T = TypeVar("T")
 
@@ -330,11 +330,12 @@ class Changes:
         """The step ends, and in a plain ticket also the run and the ticket. In a workflow, the run needs a decision."""
         error, now = message(error), self.tx.now
         started, ended = milliseconds(row.started_at), self.tx.now_ms
+        once = outputs is None or row.definition is not None or len(outputs) <= READ_BYTES  # else the ticket has them
         self.add(
             _END_STEP,
             id=row.step_execution_id,
             status=str(status),
-            outputs=outputs,
+            outputs=outputs if once else None,
             error=error,
             now=now,
             duration_ms=max(0, ended - started) if started is not None else None,

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from swarm.base import jsontext
 from swarm.model import BOUNDS, Agent, BudgetPolicy, ExecutionMode, Ticket, TicketState
-from swarm.store.sql.rows import TICKET_FIELDS, lenient
+from swarm.store.sql.rows import READ_BYTES, TICKET_FIELDS, lenient
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -23,10 +23,9 @@ MAX_BYTES: Final[Mapping[str, int]] = {
     # Each transition of a ticket writes its whole row again, under the write lock: about a second for 30 MB.
     "description": 1 * MIB,
     "inputs": 16 * MIB,
-    "trigger_data": 8 * MIB,  # a webhook's body of 1 MiB, as JSON text
+    "trigger_data": 2 * MIB,  # a webhook's body of 1 MiB, with headers
 }
 MAX_OTHER_BYTES: Final = 64 * KIB  # of every other text column
-READ_BYTES: Final = 64 * KIB  # JSON up to this length is read while the row is claimed
 _ID_COLUMNS: Final = ("id", "agent_id", "assignee_id", "workflow_id", "assignee_type", "execution_mode")
 # Columns that Swarm itself writes: wrong values are no reason to refuse the ticket.
 _WRITTEN_BY_SWARM: Final = frozenset(
