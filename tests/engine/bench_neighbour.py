@@ -49,7 +49,7 @@ def parent(pid):
 def is_agentd(pid):
     return b"agentd.py" in open(f"/proc/{pid}/cmdline", "rb").read()
 pid = os.getpid()
-found, RUN = [], 4
+found, RUN = [], 5  # hello, renew, put, put, run
 while pid > 1:
     pid = parent(pid)
     if is_agentd(pid):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +19,12 @@ from swarm.cel.evaluate import MAX_DATA_BYTES
 from swarm.cel.expression import ExpressionError
 from swarm.cel.jail import Jail
 from swarm.errors import NotFound, UsageError
-from swarm.model import Succeeded
-from swarm.store.runs import packing
+from swarm.model import RunStatus, Succeeded
+from swarm.store.runs import decision, packing
 from swarm.store.sql.rows import StepRow
 from swarm.store.store import Store
+from swarm.workflow.definition import Step
+from swarm.workflow.state import Child, Complete, Decision, End, Expand, FanOutState, RunProgress, Start
 from tests.store.databases import Outside, claim_one, insert
 from tests.store.flows import Behaviour, claims, finish, gives, state, ticket
 
@@ -51,6 +55,45 @@ def test_what_is_small_stays_as_it_is() -> None:
         assert packing.pack_text(text) == packing.Packed(text)
     assert packing.pack({"a": BIG[:-10]}).parts == {}
     assert packing.pack_text('"\\ud800"').text == '"\\ud800"'
+
+
+def running(packer: packing.Packer) -> int | None:
+    return packer.pid
+
+
+def test_large_values_are_packed_and_resolved_in_a_confined_process() -> None:
+    """In a thread, they would hold up all tickets of the engine. The results are the same."""
+    made = {"log": BIG, "many": ["y" * 100] * 1000, "n": 1}
+    small, large = '{"a":1}', json.dumps(made)
+    with packing.Packer() as packer:
+        assert packer.pack_text(small) == packing.Packed(small)
+        assert packer.resolve(small, {}) == small
+        assert not running(packer)
+        packed = packer.pack_text(large)
+        assert packed == packing.pack_text(large) and packed.parts
+        first = running(packer)
+        assert first is not None
+        assert json.loads(packer.resolve(packed.text, packed.parts)) == made
+        with pytest.raises(UsageError, match="nested too deeply"):
+            packer.pack_text("[" * 100_000 + "]" * 100_000)
+        assert packer.pid == first, "an error of one value doesn't end it"
+        os.kill(first, signal.SIGKILL)
+        assert packer.pack_text(large) == packed, "one that was killed is replaced"
+
+
+def test_what_is_decided_outside_is_packed_there() -> None:
+    """Packing waits for no disk, but everybody would wait for it: it isn't done in the writing transaction."""
+    one = {"text": BIG}
+    start = Start(key="s[0]", step=Step(id="s", agent="echo@1"), agent="echo@1", inputs=one)
+    expand = Expand(key="s", children=(Child(key="s[0]", inputs=one),), fan_out=FanOutState(count=1))
+    complete = Complete(key="t", outputs=one)
+    end = End(status=RunStatus.COMPLETED, outputs=one)
+    made = Decision(actions=(expand, start, complete), progress=RunProgress(), end=end)
+    packed = decision.packed(made, root=True)
+    assert [type(action) for action in packed.actions] == [Expand, Start, Complete]
+    values = [packed.actions[0].children[0].inputs, packed.actions[1].inputs, packed.actions[2].outputs]  # type: ignore[union-attr]
+    assert all(value is values[0] and value == packing.pack(one) for value in values), "and each value once"
+    assert packed.end is not None and packed.end.outputs == packing.Packed(json.dumps(one, separators=(",", ":")))
 
 
 def test_large_fields_go_one_by_one() -> None:
@@ -259,7 +302,8 @@ async def test_plain_tickets_have_their_outputs_in_their_rows(store: Store, outs
     outputs = json.dumps({"log": LOG})
     await store.finish(claim.attempt_id, Succeeded(outputs=outputs), timings={}, vm_time_ms=1)
     (step,) = await store.steps("plain")
-    assert step.outputs == (await store.ticket("plain")).outputs == outputs and await store.artifacts() == []
+    assert (await store.ticket("plain")).outputs == outputs and await store.artifacts() == []
+    assert step.outputs is None, "once"
 
 
 async def test_they_go_with_their_last_ticket(store: Store, outside: Outside) -> None:

@@ -223,7 +223,7 @@ def _decide(
     if run.row.parent_step_id is None:
         decision = _resolve_outputs(decision, in_transaction=in_transaction)
     if not in_transaction:
-        decision = _packed(decision, root=run.row.parent_step_id is None)
+        decision = packed(decision, root=run.row.parent_step_id is None)
     return replace(
         basis,
         seen={key: row.status for key, row in steps.rows.items() if row is not None},
@@ -317,7 +317,7 @@ def _resolve(tx: Tx, text: str, *, in_transaction: bool) -> Any:
     return artifact_refs.resolve_references(given, limit_bytes=packing.MAX_BYTES)
 
 
-def _packed(decision: Decision, *, root: bool) -> Decision:
+def packed(decision: Decision, *, root: bool) -> Decision:
     """With all values as they are stored, so that nobody waits for the write lock meanwhile."""
     known: dict[int, packing.Packed] = {}  # an item's inputs are in two actions
 
