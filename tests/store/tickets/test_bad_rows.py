@@ -55,7 +55,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "budget": ({"budget_usd": -1}, "budget_usd is -1.0; it must be a number from 0"),
     "long title": ({"title": "x" * 65_537}, "title has 65,537 bytes, the limit is 65,536"),
     "long title in bytes": ({"title": "é" * 40_000}, "title has 80,000 bytes"),
-    "large description": ({"description": "x" * (MIB + 1)}, "description has 1,048,577 bytes"),
+    "large description": ({"description": "x" * (2 * MIB + 1)}, "description has 2,097,153 bytes"),
     "large trigger": ({"trigger_data": "x" * (2 * MIB + 1)}, "trigger_data has 2,097,153 bytes"),
     "large inputs": ({"inputs": "x" * (16 * MIB + 1)}, "inputs has 16,777,217 bytes"),
     "NUL in agent_id": ({"agent_id": "a\0b"}, "agent_id 'a\\x00b' contains a NUL character"),

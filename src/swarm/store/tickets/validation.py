@@ -21,7 +21,7 @@ MAX_ID_BYTES: Final = 512
 MAX_BYTES: Final[Mapping[str, int]] = {
     "id": MAX_ID_BYTES,
     # Each transition of a ticket writes its whole row again, under the write lock: about a second for 30 MB.
-    "description": 1 * MIB,
+    "description": 2 * MIB,
     "inputs": 16 * MIB,
     "trigger_data": 2 * MIB,  # a webhook's body of 1 MiB, with headers
 }
