@@ -279,6 +279,7 @@ class Claim:
     timeout_seconds: float
     queued_ms: float  # from the row's commit (or when it was first seen) to this claim, by the database's clock
     in_workflow: bool = False  # if so, `inputs` may refer to artifacts: `Store.resolve_references`
+    alone: bool = False  # engines died with this step: its worker takes nothing else while it runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

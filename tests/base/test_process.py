@@ -7,6 +7,7 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,40 @@ import pytest
 
 from swarm.base import process
 from swarm.errors import CommandFailed, HostError
+
+
+def test_who_has_surely_ended() -> None:
+    ours, now = os.getpid(), process.start_time(os.getpid())
+    for pid, started in ((ours, now), (1, process.start_time(1))):
+        assert not process.has_ended(pid, started)
+    assert process.has_ended(ours, (now or 0) - 1), "another process has its pid by now"
+    child = subprocess.Popen(["sleep", "60"])
+    started = process.start_time(child.pid)
+    assert not process.has_ended(child.pid, started)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process.has_ended(child.pid, started), "a zombie does nothing more"
+    child.wait()
+    assert process.has_ended(child.pid, started)
+
+
+@pytest.mark.parametrize("pid", [None, "1", 0, -1, 1.0, True, 1 << 40, 1 << 70])
+def test_what_can_not_be_told_has_not_ended(pid: object) -> None:
+    assert not process.has_ended(pid, 1)
+    assert not process.has_ended(os.getpid(), pid) or type(pid) is int
+
+
+@pytest.mark.needs("root")
+async def test_pids_of_another_namespace_are_not_ours() -> None:
+    """In a container, the same pid is another process. Where /proc is not the namespace's own, nothing can be said."""
+    code = "from swarm.base import process; print(process.machine(), end='')"
+    assert process.machine()
+    said = {
+        option: (await process.run(["unshare", "--pid", "--fork", *option, sys.executable, "-c", code])).stdout.decode()
+        for option in ((), ("--mount-proc",))
+    }
+    assert said[()] == ""
+    assert said[("--mount-proc",)] not in ("", process.machine())
 
 
 async def test_output_and_status() -> None:

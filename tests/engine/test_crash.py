@@ -9,12 +9,19 @@ import pytest
 
 from swarm.app import wiring
 from swarm.base import crash_points
-from tests.engine.conftest import Bench, ended, engine_process, log_until, proved
+from swarm.store.claims import suspects
+from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 
 # Long enough for events to be flushed and the lease (1.5 s) to be renewed.
 AGENT = "import json, time\nprint('up', flush=True)\ntime.sleep(0.8)\njson.dump({}, open('output.json', 'w'))"
+WAITS_AT_FIRST = (
+    "import json, os, time\nprint('up', flush=True)\n"
+    "first = json.load(open('input.json'))['step']['attempt'] == 1\n"
+    "while first: time.sleep(1)\n"
+    "json.dump({'first': first}, open('output.json', 'w'))"
+)
 HOUR_MS = 3_600_000
 
 
@@ -68,14 +75,63 @@ async def test_vms_of_a_killed_engine_die_with_it_and_are_swept(bench: Bench) ->
     assert bench.live_vms() == []
 
 
+async def test_the_steps_of_an_engine_killed_on_this_host_are_taken_over_at_once(plain: Bench) -> None:
+    """Its lease would last for an hour. Meanwhile a live engine keeps what is its own."""
+    agent = await plain.agent(WAITS_AT_FIRST)
+    plain.insert("t", agent.id)
+    async with engine_process(plain, SWARM_LEASE_SECONDS="3600") as engine:
+        await plain.until_it_prints()
+        async with serving(plain):
+            engine.kill()
+            assert await ended(plain, "t") == ["done"]
+    first, second = await plain.attempts()
+    assert (first.outcome, second.outcome) == ("lost", "succeeded")
+    assert await plain.store.workers() == []
+    await proved(plain)
+
+
+# Finds the engine above it, and kills it.
+GUILTY = """
+import os, signal
+pid = os.getpid()
+while b"swarm.cli.engine" not in open(f"/proc/{pid}/cmdline", "rb").read():
+    pid = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+os.kill(pid, signal.SIGKILL)
+"""
+
+
+async def test_a_ticket_that_kills_its_engine_each_time_is_given_up_and_no_other(plain: Bench) -> None:
+    guilty = await plain.agent(GUILTY, "guilty")
+    agent = await plain.agent(AGENT, "innocent")
+    innocent = [f"i{number}" for number in range(4)]
+    plain.insert("guilty", guilty.id)
+    for id_ in innocent:
+        plain.insert(id_, agent.id)
+    deaths = 0
+    while (await plain.store.ticket("guilty")).state != "failed":
+        async with engine_process(plain, SWARM_LEASE_SECONDS="3600") as engine:
+            ending = asyncio.create_task(ended(plain, "guilty"))
+            dying = asyncio.create_task(engine.communicate())
+            await asyncio.wait((ending, dying), return_when=asyncio.FIRST_COMPLETED)
+            deaths += dying.done()
+            for task in (ending, dying):
+                task.cancel()
+            await asyncio.gather(ending, dying, return_exceptions=True)
+        assert deaths <= suspects.SUSPECT_AFTER + suspects.ENOUGH
+    assert deaths == suspects.SUSPECT_AFTER + suspects.ENOUGH
+    assert "while they ran nothing else" in ((await plain.store.ticket("guilty")).error or "")
+    assert set(await restart(plain, *innocent)) == {"done"}
+    alone = plain.sql("SELECT id, worker FROM attempts WHERE reason = 'alone' AND outcome = 'lost'")
+    assert len(alone) == suspects.ENOUGH
+    for attempt, worker in alone:  # nothing else of that engine was lost with it, or ran on after it began
+        beside = "SELECT count(*) FROM attempts WHERE worker = ? AND id <> ? AND (outcome = 'lost' OR id > ?)"
+        assert plain.sql(beside, worker, attempt, attempt) == [(0,)]
+    await proved(plain)
+
+
 async def test_a_stopped_engine_that_comes_back_can_write_nothing(plain: Bench) -> None:
     """SIGSTOP for longer than its lease, then SIGCONT: it kills its VM itself, and the log tells of the refusal."""
-    agent = await plain.agent(
-        "import json, os, time\nprint('up', flush=True)\n"
-        "first = json.load(open('input.json'))['step']['attempt'] == 1\n"
-        "while first: time.sleep(1)\n"
-        "json.dump({'first': first}, open('output.json', 'w'))"
-    )
+    agent = await plain.agent(WAITS_AT_FIRST)
     plain.insert("t", agent.id)
     async with engine_process(plain) as engine:
         await plain.until_it_prints()

@@ -93,8 +93,10 @@ def insert(outside: Outside, id: str, **columns: Any) -> None:
     outside.execute(f"INSERT INTO tickets ({names}) VALUES ({', '.join(':' + name for name in values)})", values)
 
 
-async def claimed(store: Store, worker: str = "worker", *, limit: int = 1, seconds: float = LEASE) -> list[Claim]:
-    return await store.claim(worker, limit=limit, lease_seconds=seconds)
+async def claimed(
+    store: Store, worker: str = "worker", *, limit: int = 1, seconds: float = LEASE, **options: Any
+) -> list[Claim]:
+    return await store.claim(worker, limit=limit, lease_seconds=seconds, **options)
 
 
 async def claim_one(store: Store, worker: str = "worker", **options: Any) -> Claim:

@@ -7,7 +7,7 @@ import asyncio
 import tempfile
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from swarm.admin.prove import judge
 from swarm.errors import Conflict, LeaseLost, NotFound
 from swarm.model import Failed, FailureReason, Interrupted, Outcome, Succeeded
-from swarm.store.claims.finish import LOST_TRIES
+from swarm.store.claims import suspects
 from swarm.store.store import Store
 from tests.store.databases import SqliteBackend, SqliteOutside, claimed, insert, left_overs
 
@@ -43,7 +43,14 @@ class Row:
     state: str = "ready"
     owner: str | None = None  # the attempt that may write
     lease_until: float = 0.0
-    counted: int = 0  # tries that count: lost ones, here
+    lost: list[bool] = field(default_factory=list)  # for each loss: did it run alone?
+    alone: bool = False  # its present or last attempt
+    queued: float = 0.0
+    ready_at: float = 0.0
+
+    @property
+    def suspect(self) -> bool:
+        return len(self.lost) >= suspects.SUSPECT_AFTER
 
     @property
     def shown(self) -> str:
@@ -90,22 +97,44 @@ class StoreMachine(RuleBasedStateMachine):
         self.rows[id_] = Row()
         return id_
 
-    @rule(target=attempts, worker=st.sampled_from("ab"), limit=st.integers(1, 3))
-    def claim(self, worker: str, limit: int) -> Any:
-        claims = self.run(claimed(self.store, worker, limit=limit, seconds=LEASE_SECONDS))
-        for row in self.rows.values():
+    @rule(
+        target=attempts, worker=st.sampled_from("ab"), limit=st.integers(1, 3), idle=st.booleans(), drain=st.booleans()
+    )
+    def claim(self, worker: str, limit: int, idle: bool, drain: bool) -> Any:
+        claims = self.run(claimed(self.store, worker, limit=limit, seconds=LEASE_SECONDS, idle=idle, drain=drain))
+        for id_, row in self.rows.items():
             if row.owner is not None and row.lease_until <= self.clock:
-                row.owner = None
-                row.counted += 1
-                row.state = "again" if row.counted < LOST_TRIES else "failed"
-        ready = {id_ for id_, row in self.rows.items() if row.state in ("ready", "again")}
+                self.lose(id_, row)
+        ready = {
+            id_: row for id_, row in self.rows.items()
+            if row.state in ("ready", "again") and row.ready_at <= self.clock
+        }  # fmt: skip
+        plain = {id_ for id_, row in ready.items() if not row.suspect}
+        waited = any(r.suspect and r.queued + suspects.PATIENCE_SECONDS <= self.clock for r in ready.values())
         got = {claim.ticket.id for claim in claims}
-        assert got <= ready and len(got) == len(claims) == min(limit, len(ready))
+        if any(claim.alone for claim in claims):
+            assert idle and len(claims) == 1 and ready[claims[0].ticket.id].suspect
+        else:
+            assert got <= plain and len(got) == len(claims) <= min(limit, len(plain))
+            assert len(got) == min(limit, len(plain)) or (drain and waited)
+            assert got or not (idle and ready), "an idle worker gets what there is"
         for claim in claims:
             row = self.rows[claim.ticket.id]
             row.state, row.owner, row.lease_until = "in_progress", claim.attempt_id, self.clock + LEASE_SECONDS
+            row.alone = claim.alone
             self.of[claim.attempt_id] = claim.ticket.id
         return multiple(*(claim.attempt_id for claim in claims))
+
+    def lose(self, id_: str, row: Row) -> None:
+        row.owner, row.queued = None, self.clock
+        row.lost.append(row.alone)
+        row.ready_at = self.clock + suspects.delay_ms(len(row.lost)) / 1000
+        ((state,),) = self.outside.execute("SELECT state FROM tickets WHERE id = ?", (id_,))
+        if row.lost.count(True) < suspects.ENOUGH:
+            assert state == "in_progress", "convicted without evidence"
+        if len(row.lost) >= suspects.MOST:
+            assert state == "failed", "it may go on for ever"
+        row.state = "failed" if state == "failed" else "again"
 
     def owned(self, attempt: str) -> Row | None:
         row = self.rows.get(self.of[attempt])
@@ -118,7 +147,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.refused(work, LeaseLost)
             return
         self.run(work)
-        row.state, row.owner = how, None
+        row.state, row.owner, row.queued = how, None, self.clock
 
     @rule(attempt=attempts)
     def record_vm(self, attempt: str) -> None:
@@ -157,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.refused(work, Conflict)
         else:
             self.run(work)
-            row.state, row.owner, row.counted = "ready", None, 0
+            self.rows[ticket] = Row()
 
     @rule(ticket=tickets)
     def cancel_from_outside(self, ticket: str) -> None:

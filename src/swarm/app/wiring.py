@@ -300,6 +300,7 @@ async def worker(
     log = structlog.get_logger(__name__)
 
     await sweep(settings)
+    await opened.bury_dead_workers()
     vms = launcher(settings, await choice(settings))
     source = image_source(settings)
     async with AsyncExitStack() as stack:

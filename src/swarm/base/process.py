@@ -250,8 +250,30 @@ def boot_id() -> str:
 
 
 def machine() -> str:
-    """Names what pids are counted in: this boot of the host, and its namespace of pids."""
-    return f"{boot_id()} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116
+    """Names what pids and start times are counted in: this boot of the host, and its namespaces of pids and time. ''
+    if /proc is of another namespace of pids than this process, and says nothing about its neighbours."""
+    if os.readlink("/proc/self") != str(os.getpid()):  # noqa: PTH115
+        return ""
+    spaces = [os.stat(place).st_ino for name in ("pid", "time") if os.path.exists(place := f"/proc/self/ns/{name}")]  # noqa: PTH110, PTH116
+    return " ".join([boot_id(), *map(str, spaces)])
+
+
+def has_ended(pid: object, started: object) -> bool:
+    """Has the process with this pid and start time surely ended? False if that can't be told: another user's /proc may
+    be hidden (hidepid), and the values may be anything."""
+    if type(pid) is not int or type(started) is not int or not 0 < pid < 1 << 31:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0] in "ZX" or int(fields[19]) != started
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def _pidfd(pid: int) -> int | None:

@@ -167,6 +167,8 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._request: _ClaimRequest | None = None
         self._finishing: set[str] = set()  # running tasks' attempts whose VM is gone
+        self._alone: str | None = None  # the attempt beside which nothing may run
+        self._others_until = 0.0  # after it, others get as much time as it took
         self._ended_at: deque[float] = deque()  # of the attempts of the last minute
         self._look = asyncio.Event()  # something happened: look at the queue
         self._stop_now = asyncio.Event()
@@ -259,6 +261,9 @@ class Dispatcher:
                 await asyncio.sleep(0)  # each task registers itself in `running`, which counts for memory
                 if claims and not self._more:
                     return LOOK_SECONDS  # our own commit wakes the loop, which then asks what is due
+                if not claims and self._others_until:
+                    self._others_until, self._more = 0.0, True  # no others are ready
+                    continue
                 if not claims and not self._more:
                     due = await self._store.due()
                     if due.ready and request.disk_shortage:
@@ -280,7 +285,7 @@ class Dispatcher:
 
     @property
     def _free(self) -> int:
-        return self.max_vms - len(self._tasks) + len(self._finishing)
+        return self.max_vms - len(self._tasks) + len(self._finishing) if self._alone is None else 0
 
     async def _idle_seconds(self) -> float | None:
         """How long to wait before the next claim; None when a claim may find work.
@@ -309,7 +314,10 @@ class Dispatcher:
         limit = 1 if shared else self._free
         most = self._memory.most_mb if self._memory else None
         self._committed, self._more, self._claimed_at = False, False, time.monotonic()
-        claims = self._worker.claim(limit=limit, memory_mb=memory_mb, most_memory_mb=most)
+        idle, drain = len(self._tasks) == len(self._finishing), time.monotonic() >= self._others_until
+        claims = self._worker.claim(
+            limit=limit, memory_mb=memory_mb, most_memory_mb=most, idle=idle and drain, drain=drain
+        )
         return _ClaimRequest(
             claims=asyncio.create_task(claims), limit=limit, memory_mb=memory_mb, disk_shortage=shortage
         )
@@ -340,6 +348,9 @@ class Dispatcher:
 
     def _begin(self, claim: Claim) -> None:
         log.info("ticket started", ticket=claim.ticket.id, attempt=claim.attempt_number, agent=claim.agent.name)
+        if claim.alone:
+            self._alone = claim.attempt_id
+            log.warning("runs alone: engines died or froze while they ran it", ticket=claim.ticket.id)
         task = asyncio.create_task(self._attempt(claim))
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
@@ -349,6 +360,7 @@ class Dispatcher:
         self._look.set()
 
     async def _attempt(self, claim: Claim) -> None:
+        began = time.monotonic()
         try:
             queued = functools.partial(self._outcome_queued, claim)
             ended = await self._worker.attempt(claim, outcome_queued=queued)
@@ -362,6 +374,8 @@ class Dispatcher:
             self._fail(error)
         finally:
             self._finishing.discard(claim.attempt_id)
+            if claim.attempt_id == self._alone:
+                self._alone, self._others_until = None, 2 * time.monotonic() - began
 
     def _back_off(self, error: NoSpace) -> None:
         """A disk is full, perhaps not the one that `Disk` looks at: try again later, and less and less often."""
@@ -413,6 +427,8 @@ class Dispatcher:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             with contextlib.suppress(StoreError):
                 await self._heartbeat()
+                if dead := await self._store.bury_dead_workers():
+                    log.warning("engines of this host are dead; their steps are taken over now", workers=dead)
 
     async def _heartbeat(self) -> None:
         info = {

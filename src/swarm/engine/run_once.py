@@ -79,7 +79,7 @@ async def run_ticket(
 async def _claim(
     worker: Worker, ticket_id: str, free: int, left_mb: Callable[[Mapping[str, Attempt]], int] | None
 ) -> list[Claim]:
-    if free <= 0:
+    if free <= 0 or any(attempt.claim.alone for attempt in worker.running.values()):
         return []
     if left_mb is None or not worker.running:
         return await worker.claim(ticket_id=ticket_id, limit=free if left_mb is None else 1)

@@ -168,8 +168,10 @@ class Worker:
         ticket_id: str | None = None,
         memory_mb: int | None = None,
         most_memory_mb: int | None = None,
+        idle: bool | None = None,
+        drain: bool = True,
     ) -> Coroutine[Any, Any, list[Claim]]:
-        """See `swarm.store.store.Store.claim`."""
+        """See `swarm.store.store.Store.claim`. ``idle`` None: if no attempt has begun and not ended."""
         request = self._store.claim(
             self.name,
             limit=limit,
@@ -178,6 +180,8 @@ class Worker:
             memory_mb=memory_mb,
             most_memory_mb=most_memory_mb,
             held=self._running.keys(),
+            idle=not self._running if idle is None else idle,
+            drain=drain,
             # A ticket that is claimed by its id is run however long it waited.
             queue_timeout_seconds=None if ticket_id else self._queue_timeout_seconds,
         )

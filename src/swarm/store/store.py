@@ -229,6 +229,8 @@ class Store:
         memory_mb: int | None = None,
         most_memory_mb: int | None = None,
         held: Collection[str] = (),
+        idle: bool = True,
+        drain: bool = True,
         queue_timeout_seconds: float | None = None,
     ) -> Coroutine[Any, Any, list[Claim]]:
         """Up to ``limit`` attempts for this worker, each under a lease; an empty list when nothing can run now. The
@@ -238,9 +240,11 @@ class Store:
         takes attempts of that ticket only. With ``memory_mb``, the agents' memory must fit into that; the first agent
         that does not fit ends the claim, so that small ones can't overtake a large one for ever. An agent that needs
         more than ``most_memory_mb`` can never run here, so its ticket fails. ``held`` are the attempts that this worker
-        is executing: if their leases have run out (a clock that jumped), they are extended, not swept. A ticket that
-        has waited longer than ``queue_timeout_seconds`` when its turn comes fails. When the caller is cancelled,
-        the claimed attempts are handed back, and don't count as tries.
+        is executing: if their leases have run out (a clock that jumped), they are extended, not swept. ``idle``: it is
+        executing none, so it may get a suspect, alone (`swarm.store.claims.suspects`); with ``drain``, it gets nothing
+        more before a suspect that has waited for long. A ticket that has waited longer than ``queue_timeout_seconds``
+        when its turn comes fails. When the caller is cancelled, the claimed attempts are handed back, and don't count
+        as tries.
         """
         request = ClaimRequest(
             worker=worker,
@@ -250,6 +254,8 @@ class Store:
             memory_mb=memory_mb,
             most_memory_mb=most_memory_mb,
             held=frozenset(held),
+            idle=idle,
+            drain=drain,
             queue_timeout_seconds=queue_timeout_seconds,
         )
         return self._claimed(request, self._write.submit_batch(self._queue.claim, request))
@@ -465,6 +471,13 @@ class Store:
 
     async def workers(self) -> list[WorkerRow]:
         return await self._read.call(workers.workers)
+
+    async def bury_dead_workers(self) -> list[str]:
+        """Take over from the workers of this host that have ended without a word: their leases end now. Returns their
+        names."""
+        if dead := await self._read.call(workers.dead):
+            await self._write.call(workers.bury, tuple(dead))
+        return dead
 
     async def forget_worker(self, worker: str) -> None:
         await self._write.call(workers.forget_worker, worker)

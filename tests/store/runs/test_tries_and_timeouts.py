@@ -8,6 +8,7 @@ import pytest
 
 from swarm.errors import LeaseLost
 from swarm.model import Claim, Failed, FailureReason, Interrupted
+from swarm.store.claims import suspects
 from swarm.store.store import Store
 from tests.store.databases import Outside, insert
 from tests.store.flows import claims, finish, gives, rows, run, state, statuses, ticket
@@ -170,13 +171,15 @@ async def test_a_lost_lease_gives_the_step_out_again(store: Store, outside: Outs
 
 
 @both_ways
-async def test_leases_lost_too_often_fail_the_step(store: Store, outside: Outside) -> None:
+async def test_what_engines_die_of_fails_the_step(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
-    for _ in range(3):
+    for _ in range(suspects.SUSPECT_AFTER + suspects.ENOUGH):
         (claim,) = await claims(store)
         assert claim.step_id == "first"
         await store.shift_clock(60_000)
+        assert await store.claim("sweeper", lease_seconds=1.0, ticket_id="nobody") == []
+        await store.shift_clock(60_000)  # the back-off
     assert await claims(store) == []
     found, why = await state(store)
-    assert found == "failed" and "that was try 3, and the last" in why
+    assert found == "failed" and "while they ran nothing else" in why
     assert await statuses(store) == {"first": "failed", "second": "skipped", "third": "skipped"}

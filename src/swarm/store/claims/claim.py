@@ -13,13 +13,14 @@ import sqlalchemy as sa
 
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
+from swarm.store.claims import suspects
 from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
 from swarm.store.registry.agents import IDS_OF_NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Dialect
-from swarm.store.sql.rows import READ_BYTES, TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, milliseconds
+from swarm.store.sql.rows import READ_BYTES, TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, iso, milliseconds
 from swarm.store.sql.schema import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
@@ -40,11 +41,12 @@ SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_
        s.ticket_created_at, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
        FROM attempts a WHERE a.step_execution_id = s.id AND (a.outcome IS NULL OR a.outcome = 'succeeded')) AS taken,
        r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
-       (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries,
+       (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries, {suspects.LOSSES} AS losses,
        r.ticket_id, t.id AS ticket, t.run_id AS ticket_run,
        {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
 FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
-WHERE s.status = 'ready' AND s.available_at IS NULL"""
+WHERE s.status = 'ready' AND s.available_at IS NULL
+  AND (:idle = 1 OR :drain = 1 AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
 READY_STEPS: Final = sa.text(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
 READY_STEP: Final = sa.text(_STEP + " AND r.ticket_id = :id LIMIT :limit")
 DELAYED: Final = sa.text(
@@ -108,6 +110,8 @@ class ClaimRequest:
     memory_mb: int | None = None
     most_memory_mb: int | None = None
     held: frozenset[str] = frozenset()  # attempts that this worker is executing
+    idle: bool = True  # it is executing none, so it may run a suspect
+    drain: bool = True  # it may take nothing more, until it is idle, for a suspect that has waited for long
     queue_timeout_seconds: float | None = None
 
 
@@ -161,8 +165,9 @@ class _ClaimTransaction:
         self.result, self.bad_rows = Claimed(), 0
         self.memory_left = request.memory_mb
         self.deferred = 0  # workflows that begin once their first decision is made, outside the transaction
-        # The next step in turn doesn't fit into memory. Those behind it wait too, so that it isn't starved.
-        self.memory_full = False
+        # The next step in turn doesn't fit into memory, or must run alone. Those behind it wait too, so that it isn't
+        # starved.
+        self.full = False
 
     def run(self) -> Claimed:
         probed = self.tx.first(probe(self.tx.dialect))
@@ -201,7 +206,7 @@ class _ClaimTransaction:
                 self.result.more = True
                 break
             more = self._round(missing)
-            if self.memory_full:
+            if self.full:
                 break
             if more:
                 continue
@@ -257,12 +262,21 @@ class _ClaimTransaction:
         return pending_runs or self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
 
     def _ready_rows(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
-        """Tickets, and steps of runs that have begun."""
+        """Tickets, and steps of runs that have begun; suspects only if they can run, or no longer wait patiently."""
         one = self.request.ticket_id
+        which = {"limit": limit, "idle": self._idle, "drain": self.request.drain, "patient_since": self._patient_since}
         if one is not None:
-            steps = self.tx.all(READY_STEP, id=one, limit=limit) if self.steps else []
+            steps = self.tx.all(READY_STEP, id=one, **which) if self.steps else []
             return self.tx.all(READY_TICKET, id=one), steps
-        return self.tx.all(READY_TICKETS, limit=limit), self.tx.all(READY_STEPS, limit=limit) if self.steps else []
+        return self.tx.all(READY_TICKETS, limit=limit), self.tx.all(READY_STEPS, **which) if self.steps else []
+
+    @property
+    def _idle(self) -> bool:
+        return self.request.idle and not self.result.claims
+
+    @property
+    def _patient_since(self) -> str:
+        return iso(self.tx.now_ms - round(suspects.PATIENCE_SECONDS * 1000))
 
     def _check_age(self, row: Row) -> None:
         limit = self.request.queue_timeout_seconds
@@ -321,23 +335,28 @@ class _ClaimTransaction:
         for candidate, work in self.changes.each(works, lambda one: one[0].ticket_id()):
             try:
                 if not work.agent_id and not candidate.is_step:
-                    if missing and not self.memory_full:
+                    if missing and not self.full:
                         self._begin(candidate.row, work)
                         missing -= 1
                     continue
                 agent = self._agent(work, agents)
                 if most is not None and agent.memory_mb > most:
-                    raise BadRow(_too_big(agent, most))  # else it would block the head of the queue for ever
+                    raise validation.too_big(agent, most)  # else it would block the head of the queue for ever
             except BadRow as error:
                 self._refuse(candidate, error)
                 continue
+            suspect = candidate.is_step and candidate.row.losses >= suspects.SUSPECT_AFTER
+            if suspect and not self._idle:
+                self.full |= self.request.drain and str(candidate.row.queued_at) <= self._patient_since
+                continue
             if self.memory_left is not None and agent.memory_mb > self.memory_left:
-                self.memory_full = True
-            if missing and not self.memory_full:
+                self.full = True
+            if missing and not self.full:
                 missing -= 1
                 if self.memory_left is not None:
                     self.memory_left -= agent.memory_mb
-                self.result.claims.append(self._attempt(candidate, work, agent))
+                self.result.claims.append(self._attempt(candidate, work, agent, alone=suspect))
+                self.full |= suspect
 
     def _begin(self, row: Row, work: Work) -> None:
         """The run of a workflow; its first steps are claimed in the next round, when it is their turn."""
@@ -368,7 +387,7 @@ class _ClaimTransaction:
             raise BadRow(str(agent))
         return agent
 
-    def _attempt(self, candidate: _Candidate, work: Work, agent: Agent) -> Claim:
+    def _attempt(self, candidate: _Candidate, work: Work, agent: Agent, *, alone: bool) -> Claim:
         row, ticket = candidate.row, work.ticket
         add, now, now_ms = self.changes.add, self.tx.now, self.tx.now_ms
         attempt_id = next(self.ids)
@@ -382,14 +401,8 @@ class _ClaimTransaction:
             run_id, step_execution_id, step_id, number = next(self.ids), next(self.ids), "main", 1
             queued_at = max(ticket.created_at or "", ticket.updated_at or "") or now
             timeout_seconds = validation.timeout_of(ticket, agent)
-            add(
-                INSERT_RUN,
-                run_id=run_id,
-                ticket_id=ticket.id,
-                trigger_type=ticket.trigger_type or "ticket",
-                trigger_data=ticket.trigger_data,
-                now=now,
-            )
+            trigger = {"trigger_type": ticket.trigger_type or "ticket", "trigger_data": ticket.trigger_data}
+            add(INSERT_RUN, run_id=run_id, ticket_id=ticket.id, **trigger, now=now)
             add(
                 INSERT_STEP,
                 step_execution_id=step_execution_id,
@@ -407,25 +420,18 @@ class _ClaimTransaction:
                 ticket_created_at=ticket.created_at,
             )
             self._start_ticket(ticket.id, run_id)
+        tried = {"number": number, "worker": self.request.worker}
         add(
             INSERT_ATTEMPT,
             id=attempt_id,
             step_execution_id=step_execution_id,
-            number=number,
-            worker=self.request.worker,
+            **tried,
             lease_until=now_ms + round(self.request.lease_seconds * 1000),
+            reason=suspects.ALONE if alone else None,
             now=now,
         )
-        self.changes.transition(
-            "step",
-            StepStatus.READY,
-            StepStatus.RUNNING,
-            ticket_id=ticket.id,
-            step_id=step_id,
-            attempt_id=attempt_id,
-            number=number,
-            worker=self.request.worker,
-        )
+        ids = {"ticket_id": ticket.id, "step_id": step_id, "attempt_id": attempt_id}
+        self.changes.transition("step", StepStatus.READY, StepStatus.RUNNING, **ids, **tried, alone=alone or None)
         since = milliseconds(queued_at)
         return Claim(
             attempt_id=attempt_id,
@@ -441,11 +447,5 @@ class _ClaimTransaction:
             timeout_seconds=timeout_seconds,
             queued_ms=float(max(0, now_ms - since)) if since is not None else 0.0,
             in_workflow=candidate.in_workflow,
+            alone=alone,
         )
-
-
-def _too_big(agent: Agent, most_mb: int) -> str:
-    return (
-        f"agent {agent.name} {agent.version} needs {agent.memory_mb} MB, and all VMs of this host together may take "
-        f"{max(0, most_mb)} MB; lower its memory_mb, or run the ticket on a host with more"
-    )

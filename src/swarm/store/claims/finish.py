@@ -29,6 +29,7 @@ from swarm.model import (
     StepStatus,
     Succeeded,
 )
+from swarm.store.claims import suspects
 from swarm.store.registry.agents import Agents
 from swarm.store.runs import artifacts, packing
 from swarm.store.runs.packing import Packed
@@ -40,9 +41,8 @@ from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, own
 from swarm.store.tickets.events import APPEND
 from swarm.store.tickets.isolation import Isolation
 
-# A lost lease says nothing about the agent, only that its worker died or lost the database. So even a step with one try
-# is given out again, but only this often: it may be the step that kills the workers.
-LOST_TRIES: Final = 3
+# A fault of the host says nothing about the agent: even a step with one try gets this many.
+HOST_TRIES: Final = 3
 _SWEEP_LIMIT: Final = 500
 
 _EXTEND: Final = one_row("UPDATE attempts SET lease_until = :lease_until WHERE id = :id")
@@ -262,8 +262,7 @@ def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None
     if outcome.reason is FailureReason.OVER_BUDGET:
         return None  # the next try has the same budget
     wanted = idempotent if outcome.reason is FailureReason.VM_DIED else outcome.reason in retry.on
-    # A fault of the host, like a lost lease, says nothing about the agent.
-    least = LOST_TRIES if outcome.reason is FailureReason.HOST_ERROR and outcome.retryable else 1
+    least = HOST_TRIES if outcome.reason is FailureReason.HOST_ERROR and outcome.retryable else 1
     if not wanted or tries >= max(row.max_attempts, least):
         return None
     seconds: float = min(retry.max_delay_seconds, retry.delay_seconds * retry.factor ** min(tries - 1, 64))
@@ -271,12 +270,13 @@ def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None
 
 
 def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) -> None:
-    """End attempts whose lease expired: their steps become ready again, or fail when they were lost too often.
+    """End attempts whose lease expired: their steps become ready again, or fail if they are what engines die of.
 
     Attempts ``held`` by the asking worker are extended to ``until_ms`` instead: it is alive. Else a clock that jumps
     ahead, which ends every lease at once, would make the worker start again what it is running.
     """
     rows = changes.tx.all(FENCE_EXPIRED, now_ms=changes.tx.now_ms, limit=_SWEEP_LIMIT)
+    before = suspects.losses(changes.tx, rows) if rows else {}
     for row in changes.each(rows, lambda row: row.ticket_id):
         if not owns(row):
             continue
@@ -284,13 +284,13 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
             changes.add(_EXTEND, id=row.id, lease_until=until_ms)
             continue
         error = f"the lease of worker {row.worker} ran out: it died, or lost touch with the database"
-        changes.end_attempt(row, AttemptOutcome.LOST, error=error)
-        tries = row.retry_count + 1
-        if tries < max(row.max_attempts, LOST_TRIES):
-            changes.step_back(row, why="lost", counted=True, error=error)
+        changes.end_attempt(row, AttemptOutcome.LOST, reason=row.reason, error=error)
+        earlier = before[row.step_execution_id]
+        if (convicted := suspects.verdict(changes.tx, row, earlier)) is not None:
+            changes.end_step(row, StepStatus.FAILED, why="lost", error=f"{error}; {convicted}")
         else:
-            error = f"{error}; that was try {tries}, and the last"
-            changes.end_step(row, StepStatus.FAILED, why="lost", error=error)
+            delay_ms = suspects.delay_ms(len(earlier) + 1)
+            changes.step_back(row, why="lost", counted=False, error=error, delay_ms=delay_ms)
     changes.flush()
     _cancel_orphans(changes, [row for row in rows if not owns(row)])
 

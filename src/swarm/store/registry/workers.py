@@ -1,13 +1,16 @@
-"""Workers and their last sign of life. For display; leases decide who owns an attempt."""
+"""Workers and their last sign of life. For display; leases decide who owns an attempt. Only an engine that has surely
+ended, on this host, need not be waited for until its leases do.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
 
+from swarm.base import process
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import WorkerRow, dump, milliseconds, value
 
@@ -17,6 +20,9 @@ _HEARTBEAT: Final = sa.text(
 )
 _ALL: Final = sa.text("SELECT id, host, pid, started_at, seen_at, info FROM workers ORDER BY started_at, id")
 _DELETE: Final = sa.text("DELETE FROM workers WHERE id = :id")
+_END_LEASES: Final = sa.text(
+    "UPDATE attempts SET lease_until = :now_ms WHERE outcome IS NULL AND worker = :id AND lease_until > :now_ms"
+)
 
 
 def heartbeat(tx: Tx, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> None:
@@ -29,10 +35,35 @@ def workers(tx: Tx) -> list[WorkerRow]:
             WorkerRow,
             row,
             seen_ms_ago=float(tx.now_ms - (milliseconds(row.seen_at) or 0)),
-            info=json.loads(row.info),
+            info=_info(row.info),
         )
         for row in tx.all(_ALL)
     ]
+
+
+def _info(text: object) -> dict[str, Any]:
+    """Another program may have written anything."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def dead(tx: Tx) -> list[str]:
+    """The workers whose process was counted where ours is (this boot, these namespaces), and has ended."""
+    here, found = process.machine(), []
+    for row in tx.all(_ALL):
+        info = _info(row.info)
+        if here and info.get("machine") == here and process.has_ended(row.pid, info.get("started")):
+            found.append(str(row.id))
+    return [id_ for id_ in found if id_.isascii()]
+
+
+def bury(tx: Tx, ids: Sequence[str]) -> None:
+    """End the leases of dead workers, so that the next claim takes their steps over, and forget them."""
+    tx.many(_END_LEASES, [{"id": id_, "now_ms": tx.now_ms} for id_ in ids])
+    tx.many(_DELETE, [{"id": id_} for id_ in ids])
 
 
 def forget_worker(tx: Tx, worker: str) -> None:

@@ -185,7 +185,7 @@ class RunRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRow:
-    """One step of a run. ``retry_count``: tries that failed or were lost, and were followed by another try."""
+    """One step of a run. ``retry_count``: tries that failed, and were followed by another."""
 
     id: str
     run_id: str

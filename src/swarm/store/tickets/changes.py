@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 # Left joins: other tools may have deleted any of these rows.
 _FENCE = """
-SELECT a.id, a.step_execution_id, a.number, a.worker, a.outcome, a.started_at,
+SELECT a.id, a.step_execution_id, a.number, a.worker, a.outcome, a.reason, a.started_at,
        s.run_id, s.step_id, s.agent_id, s.status, s.attempt_id, s.retry_count, s.max_attempts, s.retry AS step_retry,
        r.ticket_id, r.path, r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
        t.id AS ticket, t.state, t.run_id AS ticket_run, t.over_budget
@@ -31,8 +31,8 @@ FENCE_BY_ID: Final = sa.text(_FENCE + "WHERE a.id IN :ids")
 FENCE_EXPIRED: Final = sa.text(_FENCE + "WHERE a.outcome IS NULL AND a.lease_until <= :now_ms LIMIT :limit")
 
 INSERT_ATTEMPT: Final = one_row(
-    "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until, started_at) "
-    "VALUES (:id, :step_execution_id, :number, :worker, :lease_until, :now)"
+    "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until, reason, started_at) "
+    "VALUES (:id, :step_execution_id, :number, :worker, :lease_until, :reason, :now)"
 )
 _INTO_EVENTS: Final = (
     "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "

@@ -190,6 +190,13 @@ def disabled_workflow(name: str, version: str) -> BadRow:
     return BadRow(f"the workflow {name}@{version} is disabled; `swarm workflow enable {name}@{version}` enables it")
 
 
+def too_big(agent: Agent, most_mb: int) -> BadRow:
+    return BadRow(
+        f"agent {agent.name} {agent.version} needs {agent.memory_mb} MB, and all VMs of this host together may take "
+        f"{max(0, most_mb)} MB; lower its memory_mb, or run the ticket on a host with more"
+    )
+
+
 def unknown_state(value: object) -> str:
     guess = str(lenient(value)).strip().lower().replace("-", "_").replace(" ", "_")
     meant = guess if guess in tuple(TicketState) else TicketState.READY
