@@ -19,17 +19,18 @@ pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 SEED = int(os.environ.get("SWARM_CHAOS_SEED", "0")) or random.SystemRandom().randrange(1 << 31)
 
 
-async def run(settings: Settings, home: Path, driver: str, *, tickets: int, max_vms: int) -> None:
+async def run(settings: Settings, home: Path, driver: str, *, tickets: int, max_vms: int, kills: int = 0) -> None:
     values = {**settings.model_dump(), "home": home, "driver": driver, "templates_dir": settings.templates}
     own = config.load(**values)
     await setup.init(own, image=False)
-    report, strikes = await campaign(own, seed=SEED, tickets=tickets, max_vms=max_vms)
+    report, strikes = await campaign(own, seed=SEED, tickets=tickets, max_vms=max_vms, kills=kills)
     assert report.attempts >= tickets - report.cancelled - report.deleted
     assert strikes.total() > 0
+    assert strikes["kill_engine"] >= kills
 
 
 async def test_nothing_is_lost_on_plain_processes(settings: Settings, tmp_path: Path) -> None:
-    await run(settings, tmp_path / "h", "process", tickets=60, max_vms=3)
+    await run(settings, tmp_path / "h", "process", tickets=60, max_vms=3, kills=6)
 
 
 @pytest.mark.needs("qemu")

@@ -87,6 +87,7 @@ async def test_the_steps_of_an_engine_killed_on_this_host_are_taken_over_at_once
     first, second = await plain.attempts()
     assert (first.outcome, second.outcome) == ("lost", "succeeded")
     assert await plain.store.workers() == []
+    await wiring.sweep(plain.settings)
     await proved(plain)
 
 
