@@ -282,9 +282,8 @@ class _ClaimTransaction:
         limit = self.request.queue_timeout_seconds
         since = milliseconds(max(str(row.created_at or ""), str(row.updated_at or "")))
         if limit is not None and since is not None and self.tx.now_ms - since > limit * 1000:
-            raise BadRow(
-                f"it waited for longer than the queue timeout of {limit:g} s; `swarm ticket retry` queues it again"
-            )
+            why = f"it waited for longer than the queue timeout of {limit:g} s"
+            raise BadRow(f"{why}; `swarm ticket retry` queues it again")
 
     def _step(self, row: Row) -> Work | None:
         """A ready step of a run that has begun; None if another tool took its ticket: then the step ends too."""
@@ -324,9 +323,8 @@ class _ClaimTransaction:
 
     def _fail_step(self, row: Row, error: str) -> None:  # in a workflow: its run decides what follows
         self.changes.add(FAIL_STEP, id=row.step_execution_id, error=error, now=self.tx.now)
-        self.changes.transition(
-            "step", StepStatus.READY, StepStatus.FAILED, ticket_id=row.ticket_id, step_id=row.step_id, error=error
-        )
+        step = {"ticket_id": row.ticket_id, "step_id": row.step_id}
+        self.changes.transition("step", StepStatus.READY, StepStatus.FAILED, **step, error=error)
         self.changes.pending_runs.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
 
     def _start(self, works: Sequence[tuple[_Candidate, Work]], missing: int) -> None:
