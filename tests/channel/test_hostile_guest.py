@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -139,29 +140,60 @@ async def test_a_lie_is_a_channel_error(
         assert str(caught.value).isprintable()
 
 
-async def test_many_small_frames_leave_turns_to_others(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """They have all arrived before the first one is read."""
-    turn, taken = 0, dict[int, int]()
+# What takes long to parse, long to free, or much memory, in 64 KiB.
+BOMBS = {
+    "lists": b'"x":[' + b"[]," * 20_000 + b"[]]",
+    "deep lists": b'"x":[' + (b"[" * 900 + b"]" * 900 + b",") * 30 + b"1]",
+    "objects": b'"x":[' + b"{}," * 20_000 + b"{}]",
+    "names": b",".join(b'"%x":1' % n for n in range(6000)),
+    "numbers": b'"x":[' + b"1.5e9," * 10_000 + b"1]",
+    "after a text": b'"y":"",' + b'"x":[' + b"1," * 30_000 + b"1]",
+}
 
-    async def others() -> None:
-        nonlocal turn
-        while True:
-            turn += 1
-            await asyncio.sleep(0)
 
-    def output(stream: str, data: bytes) -> None:
-        taken[turn] = taken.get(turn, 0) + 1
-
-    def answer(head: Mapping[str, Any]) -> Answer:
-        n = head["id"]
-        return [say(n, started_ns=1) + say(n, b"x", stream="stdout") * 5000 + ok(n, **EXIT)]
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
+@pytest.mark.parametrize("kind", [b'"stream":"stdout"', b'"ok":true', b'"error":{}'])
+async def test_a_header_that_is_work_to_parse_is_not_parsed(
+    tmp_path_factory: pytest.TempPathFactory, kind: bytes, bomb: bytes
+) -> None:
+    def answer(head: dict[str, Any]) -> Answer:
+        return [say(head["id"], started_ns=1), frame(b'{"id":%d,%s,%s}' % (head["id"], kind, bomb), b"x")]
 
     async with liar(tmp_path_factory.mktemp("l"), answer) as channel:
-        busy = asyncio.create_task(others())
-        await channel.run(["x"], timeout_seconds=60, on_output=output)
-        busy.cancel()
-    assert sum(taken.values()) == 5000
-    assert max(taken.values()) <= 33
+        with pytest.raises(ChannelError, match="a header of too many values"):
+            await run(channel)
+
+
+async def test_long_headers_of_short_frames(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One byte of output each: they would cost the host a thousand times what its limit on output allows."""
+    async with liar(
+        tmp_path_factory.mktemp("l"), lambda head: [say(head["id"], b"x", stream="stdout", x="y" * 2000)]
+    ) as channel:
+        with pytest.raises(ChannelError, match=r"a header of 20\d\d bytes in the middle of run"):
+            await run(channel)
+
+
+async def test_thousands_of_frames_at_once_leave_others_their_turns(tmp_path_factory: pytest.TempPathFactory) -> None:
+    turns, frames_of_turn = 0, Counter[int]()
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def answer(head: dict[str, Any]) -> Answer:
+        return [b"".join([say(head["id"], started_ns=1), *[say(head["id"], b"x", stream="stdout")] * 3000])]
+
+    beside = asyncio.create_task(others())
+    async with liar(tmp_path_factory.mktemp("l"), answer) as channel:
+        with pytest.raises(ChannelError, match=r"closed|more than the limit"):
+            await channel.run(
+                ["x"], timeout_seconds=5, max_output_bytes=2999, on_output=lambda *_: frames_of_turn.update([turns])
+            )
+    beside.cancel()
+    assert frames_of_turn.total() == 2999
+    assert max(frames_of_turn.values()) <= 64
 
 
 async def test_frames_that_nobody_asked_for(tmp_path_factory: pytest.TempPathFactory) -> None:

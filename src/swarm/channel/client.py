@@ -22,7 +22,9 @@ PROTOCOL: Final = 2
 MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES
 _GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and reap an agent after its time is up
 _STREAMS: Final = ("stdout", "stderr")
-_FRAMES_AT_ONCE: Final = 32  # of output, before other tasks get a turn
+# Of a frame that is not the last of its reply: many may come, and honest ones take 50 bytes beside their payload.
+_MAX_PART_HEADER_BYTES: Final = 1024
+_FRAMES_PER_TURN: Final = 32
 
 
 class _Refusal(Exception):
@@ -147,13 +149,21 @@ class Channel:
                 request_id = self._last_id = self._unanswered = self._last_id + 1
                 await self._send(op, first, payload, limit_seconds or self._io_seconds)
 
+            heard = 0
+
             async def reply() -> Frame:
+                nonlocal heard
+                heard += 1
+                if heard % _FRAMES_PER_TURN == 0:  # thousands of short frames may be here already: others get a turn
+                    await asyncio.sleep(0)
                 frame = await frames.read(self._reader)
                 if frame.head.get("id") != request_id:
                     raise ChannelError(f"the guest's reply does not belong to this {op} request")
                 if (error := frame.head.get("error")) is not None:
                     said = error if isinstance(error, dict) else {}
                     raise _Refusal(op, printable(said.get("type")), printable(said.get("message"), limit=2000))
+                if not frame.head.get("ok") and frame.head_bytes > _MAX_PART_HEADER_BYTES:
+                    raise ChannelError(f"the guest sent a header of {frame.head_bytes} bytes in the middle of {op}")
                 return frame
 
             async with self._receiving:
@@ -337,7 +347,7 @@ class Channel:
         order = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "user": user, "warm": warm}
         limits = {"timeout": timeout_seconds, "idle_timeout": idle_timeout_seconds, "max_output": max_output_bytes}
         started_at: float | None = None
-        received = taken = 0
+        received = 0
         truncated = False
         silence = None if idle_timeout_seconds is None else idle_timeout_seconds + _GRACE_SECONDS
         try:
@@ -356,8 +366,6 @@ class Channel:
                             emit(str(head["stream"]), frame.payload)
                             if ready is not None:
                                 await ready()
-                            if (taken := taken + 1) % _FRAMES_AT_ONCE == 0:  # they may all have arrived already
-                                await asyncio.sleep(0)
                         elif "started_ns" in head and started_at is None:
                             started_at = time.monotonic()
                         elif head.get("truncated") is True and not truncated:
