@@ -244,6 +244,39 @@ async def test_calls_that_fail_do_not_fill_the_books(harness: Harness) -> None:
     assert [data["refused"] for _, data in harness.events] == ["failures"] * 4
 
 
+BAD = {
+    "no JSON": b'{"model": "m", "messages": [',
+    "no object": b"[1, 2, 3]",
+    "no model": b"{}",
+    "two models": b'{"model": "m", "model": "n"}',
+    "too deep": b"[" * 5000,
+    "no text": b'{"model": "\xff"}',
+    "a wrong limit": b'{"model": "m", "max_tokens": -1}',
+}
+
+
+@pytest.mark.parametrize("body", BAD.values(), ids=BAD.keys())
+async def test_requests_that_are_no_good_are_counted(harness: Harness, body: bytes) -> None:
+    """Each is work for the gateway, and costs the guest nothing."""
+    async with harness.listener(await harness.claim()) as listener:
+        listener.failed_calls = MAX_FAILED_CALLS - 3
+        said = [await post(listener, body) for _ in range(5)]
+        assert [status for status, _ in said] == [400] * 3 + [429] * 2
+        assert "too many calls of this attempt have failed" in said[3][1]
+        assert (await post(listener, json.dumps(ask()).encode()))[0] == 429
+    assert (harness.api.seen, harness.sql("SELECT 1 FROM model_calls")) == ([], [])
+    assert [data["refused"] for _, data in harness.events] == ["request"] * 3 + ["failures"] * 3
+
+
+async def test_large_requests_that_are_no_good_are_counted_by_their_bytes(harness: Harness) -> None:
+    """Parsing goes by bytes: after as many as two of the largest requests have, nothing of this attempt is parsed."""
+    async with harness.listener(await harness.claim()) as listener:
+        body = b'{"model": "m", "messages": "' + b"x" * 21_333_333 + b'", "model": "n"}'
+        assert [(await post(listener, body))[0] for _ in range(5)] == [400, 400, 400, 429, 429]
+        assert listener.failed_calls == 3
+    assert [data["bytes"] for _, data in harness.events if data["refused"] == "request"] == [len(body)] * 3
+
+
 async def test_calls_that_wait_for_budget_do_not_crowd_the_database(harness: Harness) -> None:
     """Only one call of a listener retries, the others wait their turn: tickets are claimed in the same database."""
     asked: Counter[str] = Counter()

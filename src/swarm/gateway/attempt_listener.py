@@ -35,8 +35,10 @@ Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an even
 # Open connections of one VM; more wait in the kernel's queue, which holds as many again.
 MAX_CONNECTIONS: Final = 128
 _MAX_HEADER_BYTES: Final = 32 * 1024
-# Failed calls of one attempt: each is a row in the database for good, although it cost nothing.
+# Failed calls of one attempt: each is work for the host, and most a row in the database for good, although it cost
+# nothing.
 MAX_FAILED_CALLS: Final = 1000
+MAX_INVALID_BYTES: Final = 64_000_000  # of request bodies that were parsed and refused
 MAX_REFUSALS: Final = 200  # recorded for one attempt: a hostile one must not fill the database
 _CLOSE_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 0.02  # how long an idle connection may stay when the server ends (0 would be for ever)
@@ -78,7 +80,9 @@ class AttemptListener:
         self.token = secrets.token_urlsafe(32)
         self.exceeded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.held_bytes = 0  # of request bodies in memory
-        self.failed_calls = 0
+        self.failed_calls = 0  # including requests that were refused as invalid
+        self.invalid_bytes = 0  # of the bodies of those
+        self.parse_lock = asyncio.Lock()
         self.reserve_lock = asyncio.Lock()  # held by the one call that retries its reservation
         self.calls: set[asyncio.Task[Any]] = set()
         self._services = services  # with their keys
@@ -102,6 +106,10 @@ class AttemptListener:
             for variable, text in upstream.env.items():
                 found[variable] = text.replace("{url}", url).replace("{token}", self.token)
         return found
+
+    @property
+    def too_many_failed(self) -> bool:
+        return self.failed_calls >= MAX_FAILED_CALLS or self.invalid_bytes >= MAX_INVALID_BYTES
 
     def refuse(self, what: str, **details: object) -> None:
         """Record a refused request."""

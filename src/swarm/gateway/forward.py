@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import socket
 import time
 import uuid
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, TypeVar
 
 import aiohttp
 import structlog
@@ -23,7 +24,7 @@ from aiohttp import web
 from swarm.base.aio import finish_uninterrupted
 from swarm.errors import LeaseLost, NotFound, StoreError, UsageError
 from swarm.gateway import wire
-from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AllowedRequest, AttemptListener, Record, error
+from swarm.gateway.attempt_listener import AllowedRequest, AttemptListener, Record, error
 from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
 from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, read
 from swarm.gateway.policy import Policy
@@ -39,6 +40,10 @@ _BODY_SECONDS: Final = 120.0  # in which a guest must have sent its request
 # How long a call waits until others release what they reserved of a budget.
 _BUSY_SECONDS: Final = 60.0
 _LOOK_AGAIN_SECONDS: Final = 0.25
+# Larger bodies are parsed in a thread, which takes longer to start than parsing a small one takes.
+_SMALL_BYTES: Final = 64 * 1024
+
+T = TypeVar("T")
 
 
 class Gateway:
@@ -97,11 +102,15 @@ class Gateway:
     # --- one call -----------------------------------------------------------------------------------------------------
 
     async def _forward(self, request: AllowedRequest) -> web.StreamResponse:
-        limit = int(request.upstream.body_mb * 1e6)
+        listener, limit = request.listener, int(request.upstream.body_mb * 1e6)
+        if request.metered and listener.too_many_failed:  # its body is not even read
+            listener.refuse("failures", path=request.target[:200])
+            why = f"gateway: too many calls of this attempt have failed ({listener.failed_calls})"
+            return error(429, "rate_limit_error", why, **{"x-should-retry": "false"})
         try:
             body = await _read_body(request, limit)
         except _BodyTooLarge:
-            request.listener.refuse("body", path=request.target[:200], limit_bytes=limit)
+            listener.refuse("body", path=request.target[:200], limit_bytes=limit)
             return error(413, "request_too_large", f"a request may have at most {limit} bytes")
         except _TooManyBytesHeld:
             return error(429, "rate_limit_error", "too many large requests at once", **{"retry-after": "1"})
@@ -112,18 +121,19 @@ class Gateway:
                 return await self._forward_metered(request, body)
             return await self._send(Call(None, None, self._ledger, request.upstream), request, body)
         finally:
-            request.listener.held_bytes -= len(body)
+            listener.held_bytes -= len(body)
 
     async def _forward_metered(self, request: AllowedRequest, body: bytes) -> web.StreamResponse:
         listener, upstream = request.listener, request.upstream
         try:
-            metered, body = read(body, upstream)
+            async with listener.parse_lock:  # one body of an attempt at a time: others have calls, too
+                work = functools.partial(read, body, upstream)
+                metered, body = await (asyncio.to_thread(work) if len(body) > _SMALL_BYTES else _now(work))
         except AmbiguousRequest as problem:
+            listener.failed_calls += 1
+            listener.invalid_bytes += len(body)
+            listener.refuse("request", why=str(problem), bytes=len(body))
             return error(400, "invalid_request_error", f"gateway: {problem}")
-        if listener.failed_calls >= MAX_FAILED_CALLS:
-            listener.refuse("failures", model=metered.model)
-            why = f"gateway: too many calls of this attempt have failed ({listener.failed_calls})"
-            return error(429, "rate_limit_error", why, **{"x-should-retry": "false"})
         price = self._prices.of(metered.model, metered.surcharge)
         order = self._order(listener.account, upstream, metered, price)
         try:
@@ -258,6 +268,10 @@ async def _next_chunk(content: aiohttp.StreamReader, idle_timeout: asyncio.Timeo
     chunk = await content.readany()
     idle_timeout.reschedule(None)
     return chunk
+
+
+async def _now(work: Callable[[], T]) -> T:
+    return work()
 
 
 class _BodyTooLarge(Exception):
