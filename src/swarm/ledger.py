@@ -46,7 +46,8 @@ class Spend:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """A call that is about to be made. ``most``: what it may cost at most; ``least``: with less it is not worth making.
-    ``day``: what all calls of a day (UTC) may cost together."""
+    ``day``: what all calls of a day (UTC) may cost together. ``counts``: the tokens of ``most`` by kind, as in `Bill`.
+    """
 
     id: str
     account: Account
@@ -55,6 +56,7 @@ class Order:
     most: Spend
     least: Spend
     day: Limit = field(default_factory=Limit)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

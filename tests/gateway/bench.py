@@ -2,11 +2,11 @@
 
     make bench-gateway                    or, in a sandbox: python -m tests.gateway.bench [--calls 300] [--streams 100]
 
-Server, gateway (its books in a real database) and client are a process each. A call is timed by the client; a streamed
-chunk carries the time when the server wrote it, so its way takes what the clock says when it arrives: CLOCK_MONOTONIC
-is one for all processes of a host. What the gateway's process computes for each is told apart: it says more than times
-do on a machine where others work. A chunk goes a third way, too: by a relay that knows no HTTP and only passes bytes
-on, in a process of its own. What that adds is what one more process on the way costs here.
+Server, gateway, engine (which keeps the books, in a real database) and client are a process each. A call is timed by
+the client; a streamed chunk carries the time when the server wrote it, so its way takes what the clock says when it
+arrives: CLOCK_MONOTONIC is one for all processes of a host. What gateway and engine compute for each is told apart: it
+says more than times do on a machine where others work. A chunk goes a third way, too: by a relay that knows no HTTP and
+only passes bytes on, in a process of its own. What that adds is what one more process on the way costs here.
 """
 # ruff: noqa: T201
 
@@ -47,11 +47,16 @@ async def main(calls: int, streams: int, chunks: int) -> None:
                     ways: dict[str, Way] = {"direct": direct, "relay": (relay, KEY)}
                     ways["gateway"] = tuple(gateway.split())  # type: ignore[assignment]
                     print(f"\n{'with a budget for the day' if budget else 'without budgets'}")
-                    own = psutil.Process(int(Path(f"{place}.pid").read_text()))
+                    pids = Path(f"{place}.pid").read_text().split()
+                    own = {
+                        name: psutil.Process(int(pid)) for name, pid in zip(("gateway", "engine"), pids, strict=True)
+                    }
                     await _compare(ways, own, calls=calls, streams=streams, chunks=chunks)
 
 
-async def _compare(ways: dict[str, Way], gateway: psutil.Process, *, calls: int, streams: int, chunks: int) -> None:
+async def _compare(
+    ways: dict[str, Way], own: dict[str, psutil.Process], *, calls: int, streams: int, chunks: int
+) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
         for way in ways.values():  # connections open, code loaded
@@ -59,24 +64,32 @@ async def _compare(ways: dict[str, Way], gateway: psutil.Process, *, calls: int,
                 await _call(session, way)
                 await _stream(session, way, 5, 0)
         called: dict[str, list[float]] = {name: [] for name in ways}
-        before = sum(gateway.cpu_times()[:2])
+        before = _computed(own)
         for _ in range(calls):
             for name, way in ways.items():
                 called[name].append(await _call(session, way))
         print(f"{'':34}{'p50':>12}{'p95':>12}")
         _show("a call", called, "ms")
-        print(f"{'  computed by the gateway':34}{(sum(gateway.cpu_times()[:2]) - before) / calls * 1000:>9.3f} ms")
+        _show_computed(own, before, calls)
         for count in (1, streams):
             took: dict[str, list[float]] = {name: [] for name in ways}
-            before = sum(gateway.cpu_times()[:2])
+            before = _computed(own)
             for _ in range(3 if count > 1 else 10):
                 for name, way in ways.items():
                     pause = 0.02 * max(1, count // 20)  # the server alone must be able to keep up
                     done = await asyncio.gather(*(_stream(session, way, chunks, pause) for _ in range(count)))
                     took[name] += [ms for one in done for ms in one]
             _show(f"a chunk, {count} stream{'s' if count > 1 else ''} at once", took, "ms")
-            used = (sum(gateway.cpu_times()[:2]) - before) / len(took["gateway"]) * 1000
-            print(f"{'  computed by the gateway':34}{used:>9.3f} ms")
+            _show_computed(own, before, len(took["gateway"]))
+
+
+def _computed(own: dict[str, psutil.Process]) -> dict[str, float]:
+    return {name: sum(process.cpu_times()[:2]) for name, process in own.items()}
+
+
+def _show_computed(own: dict[str, psutil.Process], before: dict[str, float], count: int) -> None:
+    for name, seconds in _computed(own).items():
+        print(f"{f'  computed by the {name}':34}{(seconds - before[name]) / count * 1000:>9.3f} ms")
 
 
 def _show(what: str, measured: dict[str, list[float]], unit: str) -> None:
@@ -171,7 +184,7 @@ async def _serve(upstream: str, at: Path, budget: str) -> None:
             open_harness(api, Path(scratch), day=day) as harness,
             harness.listener(await harness.claim()) as listener,
         ):
-            at.with_name(f"{at.name}.pid").write_text(str(os.getpid()))
+            at.with_name(f"{at.name}.pid").write_text(f"{harness.gateway.pid} {os.getpid()}")
             partial = at.with_name(f".{at.name}")
             partial.write_text(f"{listener.env['ANTHROPIC_BASE_URL']} {listener.token}")
             partial.rename(at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -19,8 +20,9 @@ from swarm.gateway import prices, upstreams
 from swarm.gateway.attempt_listener import AttemptListener
 from swarm.gateway.forward import Gateway
 from swarm.gateway.policy import Policy
-from swarm.gateway.upstreams import UpstreamKeys
-from swarm.ledger import Bill, Limit, Order, Reservation
+from swarm.gateway.process import GatewayProcess, Server
+from swarm.gateway.upstreams import Services, Upstream, UpstreamKeys
+from swarm.ledger import Bill, Ledger, Limit, Order, Reservation
 from swarm.model import Agent, Claim, Ticket
 from swarm.store.store import Store
 from tests.engine.conftest import plain as plain  # the fixture: agents as plain processes
@@ -54,13 +56,16 @@ class WatchedLedger:
 
 @dataclass
 class Harness:
-    """A gateway with its database. ``events``: recorded by its listeners."""
+    """A gateway, in its process, with its database. ``here``: another one, in this process, for tests that look into
+    it. ``events``: recorded by their listeners."""
 
     store: Store
     ledger: WatchedLedger
     database: Path
     api: MessagesApi
-    gateway: Gateway
+    services: Services
+    gateway: GatewayProcess
+    here: Gateway
     dir: Path
     events: list[tuple[str, Mapping[str, object]]] = field(default_factory=list)
 
@@ -74,17 +79,34 @@ class Harness:
         [claim] = await self.store.claim("worker", lease_seconds=600, ticket_id=ticket_id)
         return claim
 
+    async def _services(self, policy: Policy | None, fields: Mapping[str, Any]) -> dict[str, tuple[Upstream, str]]:
+        found = await self.services.of(policy or Policy(upstreams=("anthropic",)))
+        return {name: (upstream.model_copy(update=fields), key) for name, (upstream, key) in found.items()}
+
     @asynccontextmanager
     async def listener(
         self, claim: Claim, policy: Policy | None = None, **upstream_fields: Any
-    ) -> AsyncIterator[AttemptListener]:
+    ) -> AsyncIterator[Server]:
         """``upstream_fields`` replace those of its services."""
-        found = await self.gateway.services(policy or Policy(upstreams=("anthropic",)))
-        services = {n: (upstream.model_copy(update=upstream_fields), key) for n, (upstream, key) in found.items()}
-        sock = socket.create_server(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        listener = self.gateway.open_listener(
+        services, (sock, url) = await self._services(policy, upstream_fields), loopback()
+        listener = await self.gateway.open_listener(
             account_of(claim), services, sock=sock, url=url, record=lambda *event: self.events.append(event)
+        )
+        try:
+            yield listener
+        finally:
+            await listener.close()
+
+    @asynccontextmanager
+    async def listener_here(self, claim: Claim, **upstream_fields: Any) -> AsyncIterator[AttemptListener]:
+        services, (sock, url) = await self._services(None, upstream_fields), loopback()
+        listener = self.here.open_listener(
+            account_of(claim),
+            services,
+            sock=sock,
+            url=url,
+            token=secrets.token_urlsafe(32),
+            record=lambda *event: self.events.append(event),
         )
         try:
             yield listener
@@ -125,15 +147,35 @@ async def open_harness(
     async with Store.open(f"sqlite:///{database}") as store:
         await store.migrate()
         ledger = WatchedLedger(store)
-        gateway = Gateway(
-            upstreams=upstreams.load(None, environment),
-            prices=prices.load(None),
-            keys=UpstreamKeys(environment=environment),
-            ledger=ledger,
-            day=day or Limit(),
-        )
-        yield Harness(store=store, ledger=ledger, database=database, api=api, gateway=gateway, dir=dir)
+        table = upstreams.load(None, environment)
+        services = Services(upstreams=table, keys=UpstreamKeys(environment=environment))
+        async with open_gateways(ledger, day or Limit()) as (gateway, here):
+            yield Harness(
+                store=store,
+                ledger=ledger,
+                database=database,
+                api=api,
+                services=services,
+                gateway=gateway,
+                here=here,
+                dir=dir,
+            )
+
+
+@asynccontextmanager
+async def open_gateways(ledger: Ledger, day: Limit) -> AsyncIterator[tuple[GatewayProcess, Gateway]]:
+    gateway = GatewayProcess(ledger=ledger, prices=prices.load(None), day=day)
+    here = Gateway(prices=prices.load(None), ledger=ledger, day=day)
+    try:
+        yield gateway, here
+    finally:
+        await here.close()
         await gateway.close()
+
+
+def loopback() -> tuple[socket.socket, str]:
+    sock = socket.create_server(("127.0.0.1", 0))
+    return sock, f"http://127.0.0.1:{sock.getsockname()[1]}"
 
 
 @pytest.fixture
@@ -144,7 +186,7 @@ async def harness(api: MessagesApi, tmp_path: Path) -> AsyncIterator[Harness]:
 
 @asynccontextmanager
 async def client_of(
-    listener: AttemptListener, *, retries: int = 0, **options: Any
+    listener: AttemptListener | Server, *, retries: int = 0, **options: Any
 ) -> AsyncIterator[anthropic.AsyncAnthropic]:
     """The official SDK, with the environment that the VM would have."""
     env = listener.env

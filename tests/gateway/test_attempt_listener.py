@@ -87,7 +87,7 @@ async def test_paths_outside_the_table(harness: Harness, path: str) -> None:
 
 
 async def test_bodies_over_the_limit(harness: Harness, session: aiohttp.ClientSession) -> None:
-    async with harness.listener(await harness.claim(), body_mb=0.01) as listener:
+    async with harness.listener_here(await harness.claim(), body_mb=0.01) as listener:
         url = listener.env["ANTHROPIC_BASE_URL"]
         assert await post(session, url, listener.token, data=ask("x" * 20_000)) == (413, "request_too_large")
 
@@ -170,7 +170,7 @@ async def test_connections_of_one_vm_are_limited(harness: Harness, session: aioh
         call = asyncio.create_task(post(session, listener.env["ANTHROPIC_BASE_URL"], listener.token))
         await asyncio.sleep(0.2)
         assert not call.done()
-        tcp = [one for one in psutil.Process().net_connections("tcp") if one.laddr.port == int(port)]
+        tcp = [one for one in psutil.Process(harness.gateway.pid).net_connections("tcp") if one.laddr.port == int(port)]
         assert len(tcp) == MAX_CONNECTIONS + 1  # and the socket that listens
         for _, writer in idle:
             writer.close()
@@ -233,9 +233,9 @@ async def test_no_key_is_one_sentence(api: MessagesApi, tmp_path: Path) -> None:
         with pytest.raises(
             UsageError, match=r"no key for anthropic .*set ANTHROPIC_API_KEY .*swarm secret set anthropic_api"
         ):
-            await harness.gateway.services(Policy(upstreams=("anthropic",)))
+            await harness.services.of(Policy(upstreams=("anthropic",)))
         with pytest.raises(UsageError, match=r"no service 'other'; it knows anthropic, openai"):
-            await harness.gateway.services(Policy(upstreams=("other",)))
+            await harness.services.of(Policy(upstreams=("other",)))
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AttemptListener
 from swarm.gateway.policy import Policy
+from swarm.gateway.process import Server
 from swarm.gateway.usage import prompt_counts
 from swarm.ledger import Order
 from tests.gateway.conftest import KEY, Harness, ask
@@ -21,7 +22,7 @@ from tests.gateway.conftest import KEY, Harness, ask
 OUTPUT_USD = 5 / 1e6  # a token of claude-haiku-4-5
 
 
-async def send(listener: AttemptListener, body: bytes, *, path: str = "/v1/messages") -> asyncio.StreamWriter:
+async def send(listener: AttemptListener | Server, body: bytes, *, path: str = "/v1/messages") -> asyncio.StreamWriter:
     """A request of which no answer is awaited."""
     host, _, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
     _, writer = await asyncio.open_connection(host, int(port))
@@ -30,7 +31,7 @@ async def send(listener: AttemptListener, body: bytes, *, path: str = "/v1/messa
     return writer
 
 
-async def post(listener: AttemptListener, body: bytes, *, path: str = "/v1/messages") -> tuple[int, str]:
+async def post(listener: AttemptListener | Server, body: bytes, *, path: str = "/v1/messages") -> tuple[int, str]:
     async with (
         aiohttp.ClientSession() as session,
         session.post(
@@ -196,7 +197,7 @@ async def test_who_hangs_up_before_the_call_was_sent_holds_no_money(harness: Har
         await go_on.wait()
 
     harness.ledger.reserved = wait
-    async with harness.listener(await harness.claim()) as listener:
+    async with harness.listener_here(await harness.claim()) as listener:
         writer = await send(listener, json.dumps(ask(max_tokens=1000)).encode())
         await asyncio.wait_for(reserved.wait(), 20)
         [call] = listener.calls
@@ -216,7 +217,7 @@ async def test_who_hangs_up_before_the_call_was_sent_holds_no_money(harness: Har
 
 async def test_a_guest_that_reads_nothing_holds_no_descriptor(harness: Harness) -> None:
     """Its VM is gone: what was not sent by then never will be."""
-    async with harness.listener(await harness.claim()) as listener:
+    async with harness.listener_here(await harness.claim()) as listener:
         port = int(listener.env["ANTHROPIC_BASE_URL"].rpartition(":")[2])
         writer = await send(listener, json.dumps(ask("words=3000000")).encode())  # 15 MB
         writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -232,7 +233,7 @@ async def test_a_guest_that_reads_nothing_holds_no_descriptor(harness: Harness) 
 
 async def test_calls_that_fail_do_not_fill_the_books(harness: Harness) -> None:
     """A refusal costs nothing, but a row and an event for ever, and each call adds up the rows of its day."""
-    async with harness.listener(await harness.claim()) as listener:
+    async with harness.listener_here(await harness.claim()) as listener:
         listener.failed_calls = MAX_FAILED_CALLS - 5
         body = json.dumps(ask("scenario=429")).encode()
         said = [await post(listener, body) for _ in range(8)]
@@ -258,7 +259,7 @@ BAD = {
 @pytest.mark.parametrize("body", BAD.values(), ids=BAD.keys())
 async def test_requests_that_are_no_good_are_counted(harness: Harness, body: bytes) -> None:
     """Each is work for the gateway, and costs the guest nothing."""
-    async with harness.listener(await harness.claim()) as listener:
+    async with harness.listener_here(await harness.claim()) as listener:
         listener.failed_calls = MAX_FAILED_CALLS - 3
         said = [await post(listener, body) for _ in range(5)]
         assert [status for status, _ in said] == [400] * 3 + [429] * 2
@@ -270,7 +271,7 @@ async def test_requests_that_are_no_good_are_counted(harness: Harness, body: byt
 
 async def test_large_requests_that_are_no_good_are_counted_by_their_bytes(harness: Harness) -> None:
     """Parsing goes by bytes: after as many as two of the largest requests have, nothing of this attempt is parsed."""
-    async with harness.listener(await harness.claim()) as listener:
+    async with harness.listener_here(await harness.claim()) as listener:
         body = b'{"model": "m", "messages": "' + b"x" * 21_333_333 + b'", "model": "n"}'
         assert [(await post(listener, body))[0] for _ in range(5)] == [400, 400, 400, 429, 429]
         assert listener.failed_calls == 3

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from swarm.gateway import prices, upstreams
-from swarm.gateway.forward import Gateway
+from swarm.gateway import upstreams
 from swarm.gateway.policy import Policy
-from swarm.gateway.upstreams import UpstreamKeys
+from swarm.gateway.upstreams import Services, UpstreamKeys
 from swarm.ledger import Limit
 from swarm.store.store import Store
-from tests.gateway.conftest import Harness, WatchedLedger, ask, client_of
+from tests.gateway.conftest import Harness, WatchedLedger, ask, client_of, open_gateways
 from tests.gateway.messages_api import MessagesApi
 
 pytestmark = pytest.mark.skipif(
@@ -28,28 +27,24 @@ pytestmark = pytest.mark.skipif(
 async def test_a_real_call_is_what_it_was_booked_as(tmp_path: Path) -> None:
     async with Store.open(f"sqlite:///{tmp_path / 'swarm.db'}") as store:
         await store.migrate()
-        gateway = Gateway(
-            upstreams=upstreams.load(None, os.environ),
-            prices=prices.load(None),
-            keys=UpstreamKeys(),
-            ledger=store,
-            day=Limit(usd=0.05),
-        )
-        harness = Harness(
-            store=store,
-            ledger=WatchedLedger(store),
-            database=tmp_path / "swarm.db",
-            api=MessagesApi(key=""),
-            gateway=gateway,
-            dir=tmp_path,
-        )
-        async with (
-            harness.listener(await harness.claim(), Policy(upstreams=("anthropic",))) as listener,
-            client_of(listener) as client,
-        ):
-            async with client.messages.stream(**ask("Say hello.", max_tokens=20)) as stream:
-                message = await stream.get_final_message()
-            [(status, tokens, cost, note)] = await harness.booked(1)
-        await gateway.close()
+        services = Services(upstreams=upstreams.load(None, os.environ), keys=UpstreamKeys())
+        async with open_gateways(store, Limit(usd=0.05)) as (gateway, here):
+            harness = Harness(
+                store=store,
+                ledger=WatchedLedger(store),
+                database=tmp_path / "swarm.db",
+                api=MessagesApi(key=""),
+                services=services,
+                gateway=gateway,
+                here=here,
+                dir=tmp_path,
+            )
+            async with (
+                harness.listener(await harness.claim(), Policy(upstreams=("anthropic",))) as listener,
+                client_of(listener) as client,
+            ):
+                async with client.messages.stream(**ask("Say hello.", max_tokens=20)) as stream:
+                    message = await stream.get_final_message()
+                [(status, tokens, cost, note)] = await harness.booked(1)
     assert (status, tokens, note) == (200, message.usage.input_tokens + message.usage.output_tokens, None)
     assert 0 < cost < 0.01

@@ -71,6 +71,7 @@ class Site:
             ),
             sock=sock,
             address=f"127.0.0.1:{sock.getsockname()[1]}",
+            token="token-of-the-proxy",
             record=lambda kind, data: self.events.append(data),
             max_events=max_events,
             lookup_seconds=lookup_seconds,

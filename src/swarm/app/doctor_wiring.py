@@ -104,12 +104,12 @@ async def _models(settings: Settings) -> Check:
 
     try:
         async with wiring.store(settings) as opened:
-            gateway = wiring.gateway(settings, opened)
+            services, prices = wiring.services(settings, opened), wiring.prices(settings)
             try:
-                [(upstream, _)] = (await gateway.services(policy.parse("gateway"))).values()
+                [(upstream, _)] = (await services.of(policy.parse("gateway"))).values()
             except UsageError as missing:
                 return ok("models", f"{missing}; until then agents that call a model fail at once")
-            return ok("models", f"a key for {upstream.base_url}; prices as of {gateway.prices_of}")
+            return ok("models", f"a key for {upstream.base_url}; prices as of {prices.date}")
     except SwarmError as error:
         return fail("models", str(error), "fix that file (docs/claude.md)")
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from swarm.engine.engine import Engine
     from swarm.engine.values import Values
     from swarm.engine.worker import Ended, Worker
-    from swarm.gateway.forward import Gateway
-    from swarm.gateway.proxy import EgressRules
-    from swarm.gateway.upstreams import Upstream
+    from swarm.gateway.prices import Prices
+    from swarm.gateway.process import GatewayProcess
+    from swarm.gateway.upstreams import Services, Upstream
     from swarm.model import Ticket
     from swarm.store.sql.rows import AttemptRow
     from swarm.store.store import Store
@@ -192,19 +192,31 @@ def templates(settings: Settings) -> Templates:
     return Templates(dir=settings.templates)
 
 
-def gateway(settings: Settings, opened: Store | None) -> Gateway:
-    """Without a store, no keys are read from Swarm's secrets, and no calls are booked."""
-    from swarm.gateway import prices
-    from swarm.gateway.forward import Gateway
-    from swarm.gateway.upstreams import UpstreamKeys
+def services(settings: Settings, opened: Store | None) -> Services:
+    """Without a store, no keys are read from Swarm's secrets."""
+    from swarm.gateway.upstreams import Services, UpstreamKeys
+
+    keys = UpstreamKeys(secret=None if opened is None else vault(settings, opened).get)
+    return Services(upstreams=_upstreams(settings), keys=keys)
+
+
+def prices(settings: Settings) -> Prices:
+    from swarm.gateway.prices import load
+
+    return load(_own_file(settings.prices, settings.home / "prices.toml"))
+
+
+def gateway(settings: Settings, opened: Store | None) -> GatewayProcess:
+    """Without a store, no calls are booked."""
+    from swarm.gateway.process import GatewayProcess
     from swarm.ledger import Limit, Unbooked
 
-    return Gateway(
-        upstreams=_upstreams(settings),
-        prices=prices.load(_own_file(settings.prices, settings.home / "prices.toml")),
-        keys=UpstreamKeys(secret=None if opened is None else vault(settings, opened).get),
+    return GatewayProcess(
         ledger=opened if opened is not None else Unbooked(),
+        prices=prices(settings),
         day=Limit(usd=settings.budget_usd_per_day, tokens=settings.budget_tokens_per_day),
+        within=settings.egress_private,
+        never=(settings.subnet,),
     )
 
 
@@ -212,14 +224,9 @@ def egress(settings: Settings, opened: Store | None, *, one_off: bool = False) -
     """What attempts may reach beyond their VMs: `async with` it. ``one_off``: attempts without a ticket."""
     from swarm.engine.egress import Egress
 
-    def rules() -> EgressRules:
-        from swarm.gateway.proxy import EgressRules
-
-        return EgressRules(within=settings.egress_private, never=(settings.subnet,))
-
     return Egress(
+        services=lambda: services(settings, opened),
         gateway=lambda: gateway(settings, opened),
-        rules=rules,
         secrets=None if opened is None else vault(settings, opened),
         one_off=one_off,
     )

@@ -1,7 +1,7 @@
 """What one attempt may reach and know beyond its VM: the gateway's services, allowed domains, its agent's secrets.
 
 Missing services and secrets are reported before a VM is started. Listeners stop the moment the attempt ends; the last
-bills are written when its VM is gone. The gateway and its libraries are loaded when the first attempt needs them.
+bills are written when its VM is gone. The gateway is a process of its own, started when the first attempt needs it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from swarm.model import Agent, Claim
 from swarm.vm.driver import GATEWAY_PORT, PROXY_PORT
 
 if TYPE_CHECKING:
-    from swarm.gateway.attempt_listener import AttemptListener
-    from swarm.gateway.forward import Gateway
-    from swarm.gateway.proxy import EgressRules, Proxy
-    from swarm.gateway.upstreams import Upstream
+    from swarm.gateway.process import GatewayProcess, Server
+    from swarm.gateway.upstreams import Services, Upstream
 
 Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the ticket
 # From a port in the VM's namespace to a socket that listens there, and its address as the VM sees it.
@@ -53,15 +51,12 @@ class Grant:
 class AttemptEgress:
     """One attempt's gateway listener and proxy. ``env``: the variables its programs need for them, and its secrets."""
 
-    def __init__(
-        self, grant: Grant, gateway: Callable[[], Gateway], rules: Callable[[], EgressRules], record: Record
-    ) -> None:
+    def __init__(self, grant: Grant, gateway: Callable[[], GatewayProcess], record: Record) -> None:
         self._grant = grant
         self._gateway = gateway
-        self._rules = rules
         self._record_unredacted = record
-        self._listener: AttemptListener | None = None
-        self._proxy: Proxy | None = None
+        self._listener: Server | None = None
+        self._proxy: Server | None = None
         self.env: dict[str, str] = dict(grant.secrets)
         self.redacted = grant.secrets  # name → what is replaced by it
         self.redactor = Redactor(self.redacted)
@@ -71,19 +66,17 @@ class AttemptEgress:
         self._record_unredacted(kind, self.redactor.value(dict(data)))
 
     async def open(self, listen: Listen) -> None:
-        """``listen`` opens sockets in the namespace of the attempt's VM. Raises HostError."""
+        """``listen`` opens sockets in the namespace of the attempt's VM. Raises HostError, UsageError."""
         if self._grant.services:
             sock, address = await listen(GATEWAY_PORT)
-            self._listener = self._gateway().open_listener(
+            self._listener = await self._gateway().open_listener(
                 self._grant.account, self._grant.services, sock=sock, url=f"http://{address}", record=self._record
             )
             self.env |= self._listener.env
         if self._grant.policy.proxied:
-            from swarm.gateway.proxy import Proxy
-
             sock, address = await listen(PROXY_PORT)
-            self._proxy = Proxy(
-                policy=self._grant.policy, rules=self._rules(), sock=sock, address=address, record=self._record
+            self._proxy = await self._gateway().open_proxy(
+                self._grant.policy, sock=sock, address=address, record=self._record
             )
             self.env |= self._proxy.env
         tokens = {"the gateway's token": self._listener.token if self._listener else ""}
@@ -115,20 +108,21 @@ class AttemptEgress:
 
 
 class Egress:
-    """``gateway`` makes the gateway, once at most; ``async with`` closes it. ``rules``: which addresses proxies may
-    connect to. ``one_off``: attempts here have no ticket."""
+    """``services`` and ``gateway`` make what their types say, once at most; ``async with`` closes it. ``one_off``:
+    attempts here have no ticket."""
 
     def __init__(
         self,
         *,
-        gateway: Callable[[], Gateway],
-        rules: Callable[[], EgressRules],
+        services: Callable[[], Services],
+        gateway: Callable[[], GatewayProcess],
         secrets: Secrets | None = None,
         one_off: bool = False,
     ) -> None:
+        self._make_services = services
         self._make_gateway = gateway
-        self._rules = rules
-        self._made: Gateway | None = None
+        self._services: Services | None = None
+        self._made: GatewayProcess | None = None
         self._secrets = secrets
         self._one_off = one_off
 
@@ -141,7 +135,7 @@ class Egress:
         if self._made is not None:
             await self._made.close()
 
-    def _gateway(self) -> Gateway:
+    def _gateway(self) -> GatewayProcess:
         if self._made is None:
             self._made = self._make_gateway()
         return self._made
@@ -151,7 +145,12 @@ class Egress:
         agent = claim.agent
         try:
             allowed = policy.parse(agent.network)
-            services = await self._gateway().services(allowed) if allowed.upstreams else {}
+            services: Mapping[str, tuple[Upstream, str]] = {}
+            if allowed.upstreams:
+                self._services = self._services or self._make_services()
+                services = await self._services.of(allowed)
+            if allowed.upstreams or allowed.proxied:
+                self._gateway().start()  # while the VM starts
             secrets: Mapping[str, str] = {}
             if agent.secrets:
                 if self._secrets is None:
@@ -165,7 +164,7 @@ class Egress:
     @asynccontextmanager
     async def attempt(self, grant: Grant, record: Record) -> AsyncIterator[AttemptEgress]:
         """To be opened within the block. Leave the block when the VM is gone: that waits for the last bills."""
-        egress = AttemptEgress(grant, self._gateway, self._rules, record)
+        egress = AttemptEgress(grant, self._gateway, record)
         try:
             yield egress
         finally:

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import secrets
 import socket
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
@@ -25,7 +24,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from swarm.gateway.connection_acceptor import ConnectionAcceptor
-from swarm.gateway.upstreams import Upstream
+from swarm.gateway.upstreams import Upstream, environment
 from swarm.ledger import Account
 
 log = structlog.get_logger(__name__)
@@ -73,11 +72,12 @@ class AttemptListener:
         services: Mapping[str, tuple[Upstream, str]],
         sock: socket.socket,
         url: str,
+        token: str,
         record: Record,
         forward: Callable[[AllowedRequest], Awaitable[web.StreamResponse]],
     ) -> None:
         self.account = account
-        self.token = secrets.token_urlsafe(32)
+        self.token = token
         self.exceeded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.held_bytes = 0  # of request bodies in memory
         self.failed_calls = 0  # including requests that were refused as invalid
@@ -99,13 +99,7 @@ class AttemptListener:
 
     @property
     def env(self) -> dict[str, str]:
-        """The variables by which the agent's programs find the services. The first service has the plain URL."""
-        found = {}
-        for number, (name, (upstream, _)) in enumerate(self._services.items()):
-            url = self._url if number == 0 else f"{self._url}/{name}"
-            for variable, text in upstream.env.items():
-                found[variable] = text.replace("{url}", url).replace("{token}", self.token)
-        return found
+        return environment(self._services, url=self._url, token=self.token)
 
     @property
     def too_many_failed(self) -> bool:

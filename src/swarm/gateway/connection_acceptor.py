@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -59,7 +60,11 @@ class ConnectionAcceptor:
             connection, _ = self._socket.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as problem:  # out of descriptors: some may be closed soon
+        except OSError as problem:
+            if problem.errno == errno.EINVAL:  # the engine has shut it down, and will say so
+                self._loop.remove_reader(self._socket)
+                return
+            # Out of descriptors: some may be closed soon.
             log.warning("can't accept a VM's connection", error=str(problem))
             self._loop.remove_reader(self._socket)
             self._loop.call_later(0.1, self._listen)

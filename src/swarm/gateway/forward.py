@@ -13,7 +13,7 @@ import io
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, TypeVar
 
 import aiohttp
@@ -22,15 +22,14 @@ import yarl
 from aiohttp import web
 
 from swarm.base.aio import finish_uninterrupted
-from swarm.errors import LeaseLost, NotFound, StoreError, UsageError
+from swarm.errors import LeaseLost, NotFound, StoreError
 from swarm.gateway import wire
 from swarm.gateway.attempt_listener import AllowedRequest, AttemptListener, Record, error
 from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
 from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, read
-from swarm.gateway.policy import Policy
 from swarm.gateway.prices import Price, Prices
-from swarm.gateway.upstreams import Upstream, UpstreamKeys
-from swarm.gateway.usage import total
+from swarm.gateway.upstreams import Upstream
+from swarm.gateway.usage import COUNTS, total
 from swarm.ledger import Account, Busy, Ledger, Limit, Order, Refused, Reservation, Spend
 
 log = structlog.get_logger(__name__)
@@ -50,39 +49,16 @@ class Gateway:
     """`open_listener` opens it for one attempt. ``day``: what all calls of a day may cost together. Close all listeners
     before the gateway."""
 
-    def __init__(
-        self, *, upstreams: Mapping[str, Upstream], prices: Prices, keys: UpstreamKeys, ledger: Ledger, day: Limit
-    ) -> None:
-        self._upstreams = upstreams
+    def __init__(self, *, prices: Prices, ledger: Ledger, day: Limit) -> None:
         self._prices = prices
-        self._keys = keys
         self._ledger = ledger
         self._day = day
         self._session: aiohttp.ClientSession | None = None
         self._budget_freed = asyncio.Event()  # a call has released its reservation
 
-    @property
-    def prices_of(self) -> str:
-        """The date of the price list."""
-        return self._prices.date
-
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
-
-    async def services(self, policy: Policy) -> dict[str, tuple[Upstream, str]]:
-        """The services of a policy, each with its key. Raises UsageError: one sentence on what is missing."""
-        found = {}
-        for name in policy.upstreams:
-            upstream = self._upstreams.get(name)
-            if upstream is None:
-                known = ", ".join(sorted(self._upstreams))
-                raise UsageError(f"the gateway knows no service {name!r}; it knows {known} (docs/claude.md)")
-            key = await self._keys.find(upstream)
-            if key is None:
-                raise UsageError(f"no key for {name} on this host: {UpstreamKeys.how_to_set(upstream)}")
-            found[name] = (upstream, key)
-        return found
 
     def open_listener(
         self,
@@ -91,12 +67,19 @@ class Gateway:
         *,
         sock: socket.socket,
         url: str,
+        token: str,
         record: Record,
     ) -> AttemptListener:
         """Serve one attempt's calls of these services until the caller closes the listener. ``sock`` listens where only
         the attempt's VM can connect, and is closed with the listener; ``url`` is its address as the VM sees it."""
         return AttemptListener(
-            account=account, services=services, sock=sock, url=url, record=record, forward=self._forward
+            account=account,
+            services=services,
+            sock=sock,
+            url=url,
+            token=token,
+            record=record,
+            forward=self._forward,
         )
 
     # --- one call -----------------------------------------------------------------------------------------------------
@@ -167,6 +150,7 @@ class Gateway:
             counts = {**metered.prompt, "output": output}
             return Spend(tokens=total(counts), usd=None if price is None else price.usd(counts))
 
+        worst = {**metered.prompt, "output": metered.max_output}
         most = spend(metered.max_output)
         # A stream can be cut when its budget is used up; any other answer is paid for in full once the call is sent.
         least = spend(min(metered.max_output, LEAST_OUTPUT_TOKENS)) if metered.streams else most
@@ -175,6 +159,7 @@ class Gateway:
             account=account,
             upstream=upstream.name,
             model=metered.model + metered.surcharge,
+            counts={kind: count for kind, count in worst.items() if kind in COUNTS},
             most=most,
             least=least,
             day=self._day,
@@ -224,19 +209,21 @@ class Gateway:
                 )
                 if answer.content_length is not None and "content-encoding" not in answer.headers:
                     response.content_length = answer.content_length
-                await response.prepare(request.http)
+                await _to_guest(response.prepare(request.http))
                 while chunk := await _next_chunk(answer.content, idle_timeout, upstream.idle_seconds):
                     if out := masker.feed(call.feed(chunk)):
-                        await response.write(out)
+                        await _to_guest(response.write(out))
                     if (reason := call.cut_reason()) is not None:
                         request.listener.exceed(reason)
-                        await response.write(wire.event("billing_error", reason))
+                        await _to_guest(response.write(wire.event("billing_error", reason)))
                         break
                 else:
                     if rest := masker.feed(call.end()) + masker.end():
-                        await response.write(rest)
-            await response.write_eof()
+                        await _to_guest(response.write(rest))
+            await _to_guest(response.write_eof())
             return response
+        except _GuestGone:  # before this call was cancelled for it; the service is not to blame
+            return response or web.Response()
         except (aiohttp.ClientError, TimeoutError, OSError) as problem:
             call.sent = not isinstance(
                 problem, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.ClientHttpProxyError
@@ -268,6 +255,17 @@ async def _next_chunk(content: aiohttp.StreamReader, idle_timeout: asyncio.Timeo
     chunk = await content.readany()
     idle_timeout.reschedule(None)
     return chunk
+
+
+class _GuestGone(Exception):
+    """It reads no more of the answer."""
+
+
+async def _to_guest(write: Awaitable[object]) -> None:
+    try:
+        await write
+    except ConnectionError:  # aiohttp's is a ClientError as well, like those of the connection to the service
+        raise _GuestGone from None
 
 
 async def _now(work: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from swarm.errors import UsageError
 from swarm.fields import no_domain
 
 DEFAULT_UPSTREAM: Final = "anthropic"
+PROXY_USER: Final = "swarm"
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 
@@ -37,6 +38,14 @@ class Policy:
         return self.open or any(
             name.endswith(domain[1:]) if domain.startswith("*.") else name == domain for domain in self.allow
         )
+
+
+def proxy_environment(address: str, token: str) -> dict[str, str]:
+    """The variables that HTTP clients read. The gateway's services are not behind the proxy."""
+    url = f"http://{PROXY_USER}:{token}@{address}"
+    direct = f"localhost,127.0.0.1,{address.partition(':')[0]}"
+    names = {"http_proxy": url, "https_proxy": url, "no_proxy": direct}
+    return names | {name.upper(): value for name, value in names.items()}
 
 
 def parse(text: str) -> Policy:

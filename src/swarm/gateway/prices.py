@@ -65,13 +65,13 @@ class _Table(pydantic.BaseModel):
 
 class Prices:
     def __init__(self, models: Mapping[str, Price], *, date: str) -> None:
-        self._models = models
+        self.models = models
         self.date = date
 
     def of(self, model: str, surcharge: str = "") -> Price | None:
         """By name, or by name without the date at its end. ``surcharge`` follows the name in the table
         (" speed=fast")."""
-        return self._models.get(model + surcharge) or self._models.get(_DATED.sub("", model) + surcharge)
+        return self.models.get(model + surcharge) or self.models.get(_DATED.sub("", model) + surcharge)
 
 
 def load(own: Path | None) -> Prices:

@@ -12,7 +12,6 @@ import base64
 import contextlib
 import hmac
 import ipaddress
-import secrets
 import socket
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ from swarm.base.aio import cancel_all
 from swarm.gateway import hello
 from swarm.gateway.attempt_listener import Record
 from swarm.gateway.connection_acceptor import ConnectionAcceptor
-from swarm.gateway.policy import Policy
+from swarm.gateway.policy import PROXY_USER, Policy, proxy_environment
 from swarm.gateway.resolver import LOOKUP_SECONDS, Address, Lookups, Resolve, resolved
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -46,7 +45,6 @@ MAX_EVENTS: Final[Mapping[str, int]] = {"made": 1000, "refused": 200}
 _MAX_HOSTS: Final = 200
 _SUMMED: Final = ("made", "refused", "sent_bytes", "received_bytes")
 _CHUNK_BYTES: Final = 64 * 1024
-_USER: Final = "swarm"
 # The public IPv6 addresses that IANA has assigned; and of these, the ones that contain an IPv4 address: Teredo, 6to4.
 _PUBLIC_V6: Final = ipaddress.IPv6Network("2000::/3")
 _EMBEDDED_V4: Final = tuple(map(ipaddress.ip_network, ("2001::/32", "2002::/16")))
@@ -117,6 +115,7 @@ class Proxy:
         rules: EgressRules,
         sock: socket.socket,
         address: str,
+        token: str,
         record: Record,
         max_events: Mapping[str, int] = MAX_EVENTS,
         lookup_seconds: float = LOOKUP_SECONDS,
@@ -129,17 +128,13 @@ class Proxy:
         self._connections: Counter[str] = Counter()  # by kind: made, refused
         self._unrecorded: dict[str, Counter[str]] = {}  # by host
         self._address = address
-        self.token = secrets.token_urlsafe(32)
-        self._credentials = base64.b64encode(f"{_USER}:{self.token}".encode())
+        self.token = token
+        self._credentials = base64.b64encode(f"{PROXY_USER}:{token}".encode())
         self._acceptor = ConnectionAcceptor(sock, max_connections=_MAX_CONNECTIONS, handle=self._handle)
 
     @property
     def env(self) -> dict[str, str]:
-        """The variables that HTTP clients read. The gateway's services are not behind the proxy."""
-        url = f"http://{_USER}:{self.token}@{self._address}"
-        direct = f"localhost,127.0.0.1,{self._address.partition(':')[0]}"
-        names = {"http_proxy": url, "https_proxy": url, "no_proxy": direct}
-        return names | {name.upper(): value for name, value in names.items()}
+        return proxy_environment(self._address, self.token)
 
     def stop(self) -> None:
         self._acceptor.stop()

@@ -14,6 +14,7 @@ import pydantic
 from pydantic import Field, StringConstraints
 
 from swarm.errors import UsageError
+from swarm.gateway.policy import Policy
 
 SHIPPED: Final = Path(__file__).with_name("upstreams.toml")
 _MAX_KEY_BYTES: Final = 16 * 1024
@@ -131,6 +132,38 @@ class UpstreamKeys:
             f"set {upstream.key_env} in the environment of the engine, or run `swarm secret set {upstream.key}` "
             "(the VM never gets it: the gateway adds it)"
         )
+
+
+class Services:
+    """Which services attempts may use, each with its key."""
+
+    def __init__(self, *, upstreams: Mapping[str, Upstream], keys: UpstreamKeys) -> None:
+        self._upstreams = upstreams
+        self._keys = keys
+
+    async def of(self, policy: Policy) -> dict[str, tuple[Upstream, str]]:
+        """The services of a policy, each with its key. Raises UsageError: one sentence on what is missing."""
+        found = {}
+        for name in policy.upstreams:
+            upstream = self._upstreams.get(name)
+            if upstream is None:
+                known = ", ".join(sorted(self._upstreams))
+                raise UsageError(f"the gateway knows no service {name!r}; it knows {known} (docs/claude.md)")
+            key = await self._keys.find(upstream)
+            if key is None:
+                raise UsageError(f"no key for {name} on this host: {UpstreamKeys.how_to_set(upstream)}")
+            found[name] = (upstream, key)
+        return found
+
+
+def environment(services: Mapping[str, tuple[Upstream, str]], *, url: str, token: str) -> dict[str, str]:
+    """The variables by which an agent's programs find services. The first service has the plain URL."""
+    found = {}
+    for number, (name, (upstream, _)) in enumerate(services.items()):
+        base = url if number == 0 else f"{url}/{name}"
+        for variable, text in upstream.env.items():
+            found[variable] = text.replace("{url}", base).replace("{token}", token)
+    return found
 
 
 def _read(file: Path, where: str) -> str:

@@ -1,0 +1,41 @@
+"""Gives up, for good, what a process that reads hostile input does not need."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from swarm.base.libc import check, libc
+
+# A user of no file, no name and no other process of this host: above the ids that systemd hands out, below nobody's.
+UID: Final = 65533
+_PDEATHSIG, _DUMPABLE, _CAPBSET_DROP, _NO_NEW_PRIVS = 1, 4, 24, 38  # linux/prctl.h
+
+
+def drop(limits: Mapping[int, int]) -> None:
+    """Become `UID`, if this is root, without groups and capabilities. Whoever this is: no program gains rights again,
+    no other process reads or traces this one, the kernel kills it when its parent dies, and ``limits`` hold.
+
+    What is imported later must be readable for that user, so import first. Raises OSError.
+    """
+    if os.geteuid() == 0:
+        for capability in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
+            _prctl(_CAPBSET_DROP, capability)
+        os.setgroups([])
+        os.setresgid(UID, UID, UID)
+        os.setresuid(UID, UID, UID)  # the kernel empties the other sets of capabilities
+    _prctl(_NO_NEW_PRIVS, 1)
+    _prctl(_DUMPABLE, 0)
+    _prctl(_PDEATHSIG, signal.SIGKILL)  # not before: a change of user clears it
+    for limit, value in limits.items():
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+
+
+def _prctl(option: int, value: int) -> None:
+    check(libc().prctl(option, value, 0, 0, 0), f"prctl({option}, {value})")

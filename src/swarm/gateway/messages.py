@@ -1,0 +1,87 @@
+"""What the gateway's process may say to the engine. It reads hostile input, so each field is bounded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+import pydantic
+from pydantic import Field
+
+_Usd = Annotated[float, Field(ge=0, le=1e9)]
+_Count = Annotated[int, Field(ge=0, le=10**12)]
+_Text = Annotated[str, Field(max_length=4000)]
+_Counts = Annotated[dict[Literal["input", "output", "cache_read", "cache_write"], _Count], Field(max_length=4)]
+
+
+class _Said(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Spend(_Said):
+    tokens: _Count
+    usd: _Usd | None
+
+
+class Reserve(_Said):
+    op: Literal["reserve"]
+    id: int
+    n: int
+    call: str = Field(pattern=r"^[0-9a-f]{32}$")
+    upstream: _Text
+    model: _Text
+    most: _Spend
+    least: _Spend
+    counts: _Counts
+
+
+class Booked(_Said):
+    model: _Text
+    status: int = Field(ge=0, le=999)
+    counts: _Counts
+    cost_usd: _Usd | None
+    latency_ms: float = Field(ge=0)
+    first_byte_ms: float | None
+    streamed: bool
+    estimated: bool
+    note: _Text
+
+
+class Book(_Said):
+    op: Literal["book"]
+    id: int
+    n: int
+    call: _Text
+    bill: Booked
+
+
+class Event(_Said):
+    op: Literal["event"]
+    n: int
+    data: dict[str, Any]
+
+
+class Exceeded(_Said):
+    op: Literal["exceeded"]
+    n: int
+    message: _Text
+
+
+class Closed(_Said):
+    op: Literal["closed"]
+    n: int
+
+
+class Log(_Said):
+    op: Literal["log"]
+    level: Literal["warning", "error", "critical", "exception"]
+    event: _Text
+    more: _Text
+
+
+class Ready(_Said):
+    op: Literal["ready"]
+
+
+ADAPTER: Final = pydantic.TypeAdapter[Any](
+    Annotated[Reserve | Book | Event | Exceeded | Closed | Log | Ready, Field(discriminator="op")]
+)
