@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.base import process
+from swarm.base import privileges, process
 from swarm.cel import template
 from swarm.cel.evaluate import referred
 from swarm.cel.expression import MAX_CHARS, ExpressionError, parse
@@ -193,7 +193,7 @@ def test_the_inmate_has_no_powers(jail: Jail) -> None:
         line.split(":\t", 1) for line in Path(f"/proc/{jail.pid}/status").read_text().splitlines() if ":\t" in line
     )
     if os.geteuid() == 0:
-        assert set(status["Uid"].split()) == {"65534"} and set(status["Gid"].split()) == {"65534"}
+        assert set(status["Uid"].split()) == set(status["Gid"].split()) == {str(privileges.UID)}
         assert status["CapEff"].strip("0") == ""
     limits = Path(f"/proc/{jail.pid}/limits").read_text()
     for name in ("Max open files", "Max processes", "Max file size"):

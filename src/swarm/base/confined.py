@@ -1,10 +1,10 @@
 """Work on hostile data in a process of its own: Python's own threads share one lock, so that a large value that is read
 in a thread holds up the event loop, and with it every other ticket.
 
-The process is kept warm, runs as nobody if this one is root, can't open or write files or start programs, and is
-bounded by the kernel: RLIMIT_AS, and for each request CPU time (ITIMER_VIRTUAL, so that a busy host fails no honest
-one). What exceeds a limit is killed, and the next request starts a new process. Requests and replies are a JSON object
-and, beside it, blocks of bytes. `serve` is the process's own side.
+The process is kept warm, runs without rights if this one is root (`privileges`), can't open or write files or start
+programs, and is bounded by the kernel: RLIMIT_AS, and for each request CPU time (ITIMER_VIRTUAL, so that a busy host
+fails no honest one). What exceeds a limit is killed, and the next request starts a new process. Requests and replies
+are a JSON object and, beside it, blocks of bytes. `serve` is the process's own side.
 
 It isn't started by `swarm.base.process`, because calls are synchronous (threads of the store wait for answers) and the
 child has no output to keep.
@@ -28,14 +28,13 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
-from swarm.base import process
+from swarm.base import privileges, process
 
 Message: TypeAlias = tuple[dict[str, Any], list[bytes]]
 
 # Only for a host that hangs: requests are bounded by their CPU time.
 PATIENCE_SECONDS: Final = 30.0
 MAX_BYTES: Final = 128 << 20  # of one message
-_NOBODY: Final = 65534
 _PREFIX: Final = struct.Struct(">I")
 _CHUNK: Final = 1 << 20
 
@@ -219,19 +218,9 @@ def serve(
 
 
 def _confine(memory_bytes: int, nice: int) -> None:
-    for limit, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-    ):
-        resource.setrlimit(limit, (value, value))
     os.nice(nice)
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    privileges.drop({**limits, resource.RLIMIT_NPROC: 0, resource.RLIMIT_NOFILE: 0})
 
 
 def _let_die(child: subprocess.Popen[bytes]) -> None:

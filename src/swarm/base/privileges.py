@@ -18,7 +18,7 @@ _PDEATHSIG, _DUMPABLE, _CAPBSET_DROP, _NO_NEW_PRIVS = 1, 4, 24, 38  # linux/prct
 
 def drop(limits: Mapping[int, int]) -> None:
     """Become `UID`, if this is root, without groups and capabilities. Whoever this is: no program gains rights again,
-    no other process reads or traces this one, the kernel kills it when its parent dies, and ``limits`` hold.
+    no other process reads or traces this one, and ``limits`` hold.
 
     What is imported later must be readable for that user, so import first. Raises OSError.
     """
@@ -30,11 +30,16 @@ def drop(limits: Mapping[int, int]) -> None:
         os.setresuid(UID, UID, UID)  # the kernel empties the other sets of capabilities
     _prctl(_NO_NEW_PRIVS, 1)
     _prctl(_DUMPABLE, 0)
-    _prctl(_PDEATHSIG, signal.SIGKILL)  # not before: a change of user clears it
     for limit, value in limits.items():
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when the thread that started it ends. Call it after `drop`: a change of user clears
+    it."""
+    _prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -191,6 +191,7 @@ def _confine() -> None:
     socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)  # loads the resolver's libraries
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     privileges.drop({resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: files})
+    privileges.die_with_parent()
     if os.geteuid() == privileges.UID:  # nobody else has it, so these are threads of the gateways of this host
         resource.setrlimit(resource.RLIMIT_NPROC, (_THREADS, _THREADS))
 
