@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from swarm.errors import Conflict, LeaseLost
 from swarm.model import Cancelled, Interrupted, Outcome, Succeeded
+from swarm.store.claims import suspects
 from swarm.store.store import Store
 from tests.store.databases import ECHO, LEASE, RETRY, Backend, claimed, failed, insert, left_overs
 
@@ -88,7 +89,12 @@ class Expected:
         self.owner: str | None = None  # the attempt that may write
         self.lease_until = 0.0
         self.tries = 0  # counted ones
-        self.delayed = (0.0, 0.0)  # a retry's back-off ends between these moments
+        self.lost = 0  # leases, since an attempt ended otherwise
+        self.delayed = (0.0, 0.0)  # a back-off ends between these moments
+
+    @property
+    def suspect(self) -> bool:
+        return self.lost >= suspects.SUSPECT_AFTER
 
 
 class Queue(RuleBasedStateMachine):
@@ -122,17 +128,22 @@ class Queue(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 5))
     def claim(self, limit: int) -> None:
-        for one in self.expected.values():  # the sweep
+        claims = self.runner.run(claimed(self.store, limit=limit, drain=False))
+        for id, one in self.expected.items():  # the sweep
             if one.owner and one.lease_until <= self.now:
-                one.owner, one.tries, one.delayed = None, one.tries + 1, (0.0, 0.0)
-                if one.tries >= max(one.max_attempts, 3):
-                    one.state = "failed"
+                delay = suspects.delay_ms(one.lost + 1) / 1000
+                one.owner, one.lost, one.delayed = None, one.lost + 1, (self.now + delay, self.now + delay + 0.9)
+                if one.lost >= suspects.SUSPECT_AFTER + suspects.ENOUGH:  # test_suspects.py says when
+                    ((one.state,),) = self.outside.execute("SELECT state FROM tickets WHERE id = ?", (id,))
         waiting = {i: e for i, e in self.expected.items() if e.state in ("ready", "in_progress") and not e.owner}
-        claims = self.runner.run(claimed(self.store, limit=limit))
         ids = {claim.ticket.id for claim in claims}
         assert len(ids) == len(claims) <= limit
         assert ids <= {i for i, e in waiting.items() if e.delayed[0] <= self.now}
-        assert len(ids) >= min(limit, sum(e.delayed[1] <= self.now for e in waiting.values()))
+        if any(claim.alone for claim in claims):
+            assert len(claims) == 1 and waiting[claims[0].ticket.id].suspect
+        else:
+            assert not any(waiting[id].suspect for id in ids)
+            assert len(ids) >= min(limit, sum(e.delayed[1] <= self.now and not e.suspect for e in waiting.values()))
         for claim in claims:
             one = self.expected[claim.ticket.id]
             one.state, one.owner, one.lease_until = "in_progress", claim.attempt_id, self.now + LEASE
@@ -177,7 +188,7 @@ class Queue(RuleBasedStateMachine):
             case Interrupted():
                 one.delayed = (0.0, 0.0)
             case _:
-                one.tries += 1
+                one.tries, one.lost = one.tries + 1, 0
                 most = min(15.0, 10.0 * 2 ** (one.tries - 1))
                 one.delayed = (self.now + most / 2, self.now + most)
                 if one.tries >= one.max_attempts:
