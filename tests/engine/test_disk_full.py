@@ -57,14 +57,17 @@ async def test_an_engine_that_found_no_space_waits_for_it(settings: Settings, tm
                 ballast = fill(disk)
                 bench.insert("t", agent.id)
 
+                async def outcomes() -> list[str]:
+                    return [attempt.outcome for attempt in await bench.attempts() if attempt.outcome is not None]
+
                 async def waits() -> bool:
-                    return dispatcher.waits_for.startswith("disk: ") and len(await bench.attempts()) >= 2
+                    return dispatcher.waits_for.startswith("disk: ") and len(await outcomes()) >= 2
 
                 await bench.until(waits)
                 assert str(disk) in dispatcher.waits_for
-                assert {attempt.outcome for attempt in await bench.attempts()} == {"interrupted"}
+                assert set(await outcomes()) == {"interrupted"}
                 (step,) = await bench.store.steps("t")
-                assert (step.status, step.retry_count) == ("ready", 0)
+                assert step.retry_count == 0
                 ballast.unlink()
                 assert await ended(bench, "t") == ["done"]
             await proved(bench)

@@ -62,7 +62,7 @@ async def examine(vm: ExaminedVm, *, bridge: str, subnet: IPv4Network) -> list[C
         end = f"process {vm.pid} does not run: {vm.how_it_ended}"
         return [fail(f"VM {vm.n}: process", end, f"swarm vm rm {vm.n}   (the console: {vm.console})")]
     checks = [ok(f"VM {vm.n}: process", f"{vm.pid}"), _namespace(vm, recreate)]
-    if checks[-1].status is Status.OK:
+    if checks[-1].status is not Status.FAIL:
         host, inside = await asyncio.gather(_links(None), _links(_inside(vm)))
         checks += [
             _bridge_port(vm, host, bridge, subnet, recreate),
@@ -84,14 +84,17 @@ async def examine(vm: ExaminedVm, *, bridge: str, subnet: IPv4Network) -> list[C
 
 def _namespace(vm: ExaminedVm, recreate: str) -> Check:
     name = f"VM {vm.n}: namespace"
-    used = _identity(Path(_inside(vm)))
-    if used is not None and _identity(Path("/run/netns", vm.netns)) == used:
+    used, named = _identity(Path(_inside(vm))), _identity(Path("/run/netns", vm.netns))
+    if used is not None and named == used:
         return ok(name, vm.netns)
     # An engine with private mounts (a service's PrivateTmp or ProtectSystem) gave it a name that only it can see.
     roots = (Path(f"/proc/{pid}/root/run/netns") for pid in (vm.owner_pid, vm.pid))
     if used is not None and any(_identity(root / vm.netns) == used for root in roots):
         return ok(name, f"{vm.netns}, named in its engine's own mounts: enter it by `nsenter -t {vm.pid} -n`")
-    if not Path("/run/netns", vm.netns).exists():
+    if used is None or named is None or named[0] != used[0]:  # on another file system: a name without its mount
+        if used is not None and used != _identity(Path("/proc/self/ns/net")):
+            said = f"nothing here is named {vm.netns}: its name was deleted, or is gone with the mounts it was in"
+            return warn(name, f"{said}; enter the VM's namespace by `nsenter -t {vm.pid} -n`", recreate)
         return fail(name, f"the network namespace {vm.netns} does not exist", recreate)
     return fail(name, f"the VM's process is not in the namespace {vm.netns}", recreate)
 
