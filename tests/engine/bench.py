@@ -10,7 +10,8 @@ their own. Nothing is asserted: figures are for people.
     chain, fan   workflows: see bench_flows
     idle         CPU and memory of the real `swarm-engine start` while nothing happens
     neighbour    a small ticket's time beside a tenant who does his worst: see bench_neighbour (many minutes)
-    locked       share of INSERTs by a `sqlite3` shell, which does not wait, that meet the engine's write lock
+    locked       share of INSERTs by a `sqlite3` shell, which does not wait, that meet the engine's write lock; also
+                 beside the real engine
 """
 
 from __future__ import annotations
@@ -196,40 +197,58 @@ async def flat(directory: Path, sizes: list[int], rounds: int) -> None:
         out(f"{size:>9,} finished  claim {claim_ms:.3f} ms (× {claim_ms / first / 1e3:.2f}), finish {finish_ms:.3f} ms")
 
 
-def idle(directory: Path, seconds: float) -> None:
+@contextlib.contextmanager
+def real_engine(directory: Path) -> Iterator[tuple[int, Path]]:
+    """`swarm-engine start` on plain processes: its pid, and its database."""
     home = directory / "home"
     env = {**os.environ, "SWARM_STATE_DIR": str(directory / "state")}
     swarm = [sys.executable, "-m", "swarm.cli.main", "init", "--no-image", "--home", str(home)]
     subprocess.run(swarm, env=env, check=True, stdout=subprocess.DEVNULL)
     argv = [sys.executable, "-m", "swarm.cli.engine", "start", "--foreground", "--driver=process", "--home", str(home)]
-    running = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
+    with (directory / "engine.log").open("wb") as log:
+        running = subprocess.Popen(argv, env=env, stderr=log)
     try:
-        assert running.stderr is not None
-        running.stderr.readline()
+        while b"engine serves" not in (directory / "engine.log").read_bytes():
+            assert running.poll() is None, (directory / "engine.log").read_text()
+            time.sleep(0.05)
+        yield running.pid, home / "data" / "swarm.db"
+    finally:
+        running.terminate()
+        running.wait()
+
+
+def idle(directory: Path, seconds: float) -> None:
+    with real_engine(directory) as (pid, _):
         time.sleep(2)
-        before = _cpu_seconds(running.pid)
+        before = _cpu_seconds(pid)
         time.sleep(seconds)
-        share = (_cpu_seconds(running.pid) - before) / seconds
+        share = (_cpu_seconds(pid) - before) / seconds
         memory = next(
             int(line.split()[1]) >> 10
-            for line in Path(f"/proc/{running.pid}/status").read_text().splitlines()
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
             if line.startswith("VmRSS")
         )
         out(f"idle engine         {share:.2%} of a core, {memory} MB resident")
-    finally:
-        running.terminate()
-        running.communicate()
 
 
 async def locked(directory: Path, shells: int) -> None:
+    def refused(file: Path) -> str:
+        count = sum(not _typed(file, f"shell-{number}") for number in range(shells))
+        return f"{count / shells:6.1%} of {shells} INSERTs refused"
+
     for per_second in (0, 20, 100, None):
         name = "as many as it can" if per_second is None else f"{per_second} a second"
         file = await database(directory, f"locked-{per_second}")
         if per_second is None:
             insert(file, "new", 60_000)
         with engines(file, 1, 64, []), _paced(file, per_second or 0):
-            refused = sum(not _typed(file, f"shell-{number}") for number in range(shells))
-        out(f"locked              {name + ' no-op tickets:':35} {refused / shells:6.1%} of {shells} INSERTs refused")
+            out(f"locked              {name + ' no-op tickets:':35} {refused(file)}")
+    real = directory / "locked"
+    real.mkdir()
+    with real_engine(real) as (_, file), _paced(file, 10):
+        out(f"locked              {'10 tickets a second on processes:':35} {refused(file)}")
+        done = sqlite3.connect(file).execute("SELECT count(*) FROM tickets WHERE state = 'done'").fetchone()[0]
+        out(f"                    ({done} of them done meanwhile)")
 
 
 def _typed(file: Path, id_: str) -> bool:
