@@ -359,7 +359,8 @@ class Worker:
 
     async def _append_events(self) -> None:
         batch, self._events = self._events, []
-        taken = [attempt for attempt in self._running.values() if attempt.events]
+        # Also those whose events are in `self._events`, since they could not be written before: they wait for it.
+        taken = [attempt for attempt in self._running.values() if attempt.events or attempt.unwritten_bytes]
         sizes = [attempt.unwritten_bytes for attempt in taken]
         for attempt in taken:
             batch += attempt.events

@@ -313,7 +313,8 @@ class Store:
         outputs are packed before the write lock is taken. ``queued`` is called once the request is queued; later
         requests run after it, or in its transaction.
 
-        Raises LeaseLost, and changes nothing, when the attempt no longer owns its step.
+        Raises LeaseLost, and changes nothing, when the attempt no longer owns its step. StoreError also when no process
+        can be started for the packing.
         """
         packed = None
         if in_workflow and isinstance(outcome, Succeeded) and packing.worth_packing(outcome.outputs):
@@ -321,6 +322,8 @@ class Store:
                 packed = await asyncio.to_thread(self._packer.pack_text, outcome.outputs)
             except UsageError as error:
                 outcome = Failed(reason=FailureReason.OUTPUT_INVALID, message=str(error))
+            except OSError as error:  # no descriptor, no process: the work is done, and can be stored later
+                raise StoreError(f"can't pack the outputs of the attempt {attempt_id}: {error}") from error
         request = finish.FinishRequest(
             attempt_id=attempt_id,
             outcome=outcome,

@@ -169,3 +169,19 @@ async def test_many_waiting_suspects_hide_nobody(store: Store, outside: Outside)
 def test_back_off_is_bounded(losses: int) -> None:
     delay = suspects.delay_ms(losses)
     assert 0 <= delay <= 60_000 and (delay == 0) == (losses < suspects.SUSPECT_AFTER)
+
+
+async def test_engines_that_die_at_once_are_no_proof(store: Store, outside: Outside) -> None:
+    """As when the host loses power: one sweep sees all of their leases end."""
+    insert(outside, "t")
+    for number in range(suspects.SUSPECT_AFTER + suspects.ENOUGH):
+        (claim,) = await claimed(store, f"w{number}")
+        await store.shift_clock(1)
+        if number == suspects.SUSPECT_AFTER + suspects.ENOUGH - 1:
+            assert claim.alone
+            insert(outside, "other")
+            await claimed(store, "beside", ticket_id="other")
+        await store.shift_clock(EXPIRED_MS)
+        assert await claimed(store, "sweeper", ticket_id="nobody") == []
+        await store.shift_clock(BACK_OFF_MS)
+    assert (await store.ticket("t")).state == "in_progress"

@@ -5,13 +5,15 @@ A `shell` here inserts like a program that waits for no lock.
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import sqlalchemy as sa
 
-from swarm.errors import Conflict
+from swarm.errors import Conflict, StoreError
 from swarm.model import Succeeded
 from swarm.store.sql.database import Database, Tx
 from swarm.store.sql.threads import ConnectionThread
@@ -119,3 +121,27 @@ async def test_claim_and_finish_read_before_they_write(store: Store, outside: Ou
         kinds = ["W" if one in ("INSERT", "UPDATE", "DELETE") else one[0] for one in statements if one != "--"]
         assert set(kinds) == set("BSWC"), statements
         assert "".join(kinds) == "".join(sorted(kinds, key="BSWC".index)), statements
+
+
+async def test_what_was_committed_is_told_whatever_hits_the_others(url: str, thread: ConnectionThread) -> None:
+    """Three requests share a transaction that fails; by themselves, the first succeeds, and the disk is full then."""
+    gate = threading.Event()
+
+    def insert_all(tx: Tx, ids: Sequence[str]) -> list[str]:
+        if len(ids) > 1:
+            raise ValueError("a trigger of somebody's")
+        if ids == ["full"]:
+            raise StoreError("no space")
+        shell(url, ids[0])
+        return list(ids)
+
+    blocked = asyncio.ensure_future(thread.call_raw(lambda _: gate.wait()))
+    await asyncio.sleep(0)
+    results = asyncio.gather(
+        *(thread.submit_batch(insert_all, id_) for id_ in ("first", "full", "last")), return_exceptions=True
+    )
+    gate.set()
+    await blocked
+    first, full, last = await results
+    assert first == "first"
+    assert (type(full), type(last)) == (StoreError, StoreError)

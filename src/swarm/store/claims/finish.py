@@ -277,6 +277,7 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
     """
     rows = changes.tx.all(FENCE_EXPIRED, now_ms=changes.tx.now_ms, limit=_SWEEP_LIMIT)
     before = suspects.losses(changes.tx, rows) if rows else {}
+    lost: list[tuple[Row, str]] = []
     for row in changes.each(rows, lambda row: row.ticket_id):
         if not owns(row):
             continue
@@ -285,6 +286,9 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
             continue
         error = f"the lease of worker {row.worker} ran out: it died, or lost touch with the database"
         changes.end_attempt(row, AttemptOutcome.LOST, reason=row.reason, error=error)
+        lost.append((row, error))
+    changes.flush()  # a verdict counts the other engines that died, also those whose leases are seen to end now
+    for row, error in changes.each(lost, lambda one: one[0].ticket_id):
         earlier = before[row.step_execution_id]
         if (convicted := suspects.verdict(changes.tx, row, earlier)) is not None:
             changes.end_step(row, StepStatus.FAILED, why="lost", error=f"{error}; {convicted}")

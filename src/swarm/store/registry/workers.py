@@ -52,7 +52,11 @@ def _info(text: object) -> dict[str, Any]:
 
 def dead(tx: Tx) -> list[str]:
     """The workers whose process was counted where ours is (this boot, these namespaces), and has ended."""
-    here, found = process.machine(), []
+    try:
+        here = process.machine()
+    except OSError:  # no descriptor left: it can't be told now
+        return []
+    found = []
     for row in tx.all(_ALL):
         info = _info(row.info)
         if here and info.get("machine") == here and process.has_ended(row.pid, info.get("started")):

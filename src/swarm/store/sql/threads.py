@@ -17,6 +17,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -200,7 +201,9 @@ class ConnectionThread:
             groups.setdefault(job.function if job.kind is _Kind.BATCH else number, []).append(number)
         results: list[Any] = [None] * len(jobs)
         failed: StoreError | None = None
-        for numbers in groups.values():
+        waiting = deque(groups.values())
+        while waiting:
+            numbers = waiting.popleft()
             group = [jobs[number] for number in numbers]
             found: list[Any] = []
             if failed is None:
@@ -208,7 +211,12 @@ class ConnectionThread:
                     found = self._serve_group(group)
                 except StoreError as error:
                     failed = error
-            if failed is not None:  # the database itself failed: the same error for all others
+                except Exception as error:
+                    if len(group) > 1:  # one of them hit a bug: each runs by itself, so that only that one gets it
+                        waiting.extendleft([number] for number in reversed(numbers))
+                        continue
+                    found = [error]
+            if failed is not None:  # the database itself failed: the same error for all that is not done
                 found = [StoreError(*failed.args) for _ in group]
             for number, result in zip(numbers, found, strict=True):
                 results[number] = result
@@ -217,14 +225,9 @@ class ConnectionThread:
     def _serve_group(self, jobs: list[_Job]) -> list[Any]:
         """Jobs for the same function. Raises StoreError when the database itself failed."""
         try:
-            try:
-                return self._transaction(jobs, optimistic=True)
-            except Outdated:
-                return self._transaction(jobs, optimistic=False)
-        except StoreError:
-            raise
-        except Exception as error:  # a bug that one of them hit: only that one gets it
-            return [error] if len(jobs) == 1 else [self._serve_group([job])[0] for job in jobs]
+            return self._transaction(jobs, optimistic=True)
+        except Outdated:
+            return self._transaction(jobs, optimistic=False)
 
     def _transaction(self, jobs: list[_Job], *, optimistic: bool) -> list[Any]:
         connection = self._open(check=True)
