@@ -55,6 +55,20 @@ def test_wrong_use(tmp_path: Path) -> None:
     assert "usage" in done.stderr
 
 
+@pytest.mark.slow  # makes a virtual environment
+def test_packages_that_can_not_be_installed(tmp_path: Path) -> None:
+    """An installation without the package must not look like one."""
+    venv = tmp_path / "venv"
+    environment = {"PATH": os.environ["PATH"], "SWARM_VENV": str(venv), "PIP_NO_INDEX": "1"}
+    script = str(ROOT / "tools" / "bootstrap")
+    done = subprocess.run(
+        ["sh", script, "system"], check=False, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 1
+    assert "Python packages: failed with status" in done.stderr
+    assert not (venv / "swarm-stamp").exists()
+
+
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("words", [["venv/bin/swarm-engine", "start"], ["-m", "swarm.cli.engine", "start"]])
 def test_an_installation_under_a_running_engine_is_not_replaced(tmp_path: Path, words: list[str]) -> None:

@@ -129,6 +129,14 @@ def test_the_ticket_runs_once_the_host_has_what_was_missing(host: Host, waiting:
     assert host.state(waiting) == "done"
 
 
+def test_qemu_behind_a_link(host: Host, tmp_path: Path) -> None:
+    """As /usr/local/bin and Nix profiles have it: its modules are beside the file, not beside the link."""
+    (tmp_path / "qemu-system-x86_64").symlink_to(str(which("qemu-system-x86_64")))
+    host.ticket("linked")
+    done = host.run("swarm-engine", "run-ticket", "linked", "--wait", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_vm_that_was_started_with_private_mounts(host: Host) -> None:
     """As by a service with PrivateTmp or ProtectSystem: the name of the VM's namespace was in the mounts of that
     service only, and is gone with them. All the rest of its path is looked at, and is well."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from swarm.app import wiring
 from swarm.config import Settings
-from swarm.errors import HostError, LayerMissing, SwarmError, UsageError
+from swarm.errors import HostError, LayerMissing, StoreError, SwarmError, UsageError
 
 if TYPE_CHECKING:
     from swarm.doctor import Check
@@ -110,6 +110,8 @@ async def _models(settings: Settings) -> Check:
             except UsageError as missing:
                 return ok("models", f"{missing}; until then agents that call a model fail at once")
             return ok("models", f"a key for {upstream.base_url}; prices as of {prices.date}")
+    except StoreError as error:
+        return fail("models", str(error), "see `database`")
     except SwarmError as error:
         return fail("models", str(error), "fix that file (docs/claude.md)")
 

@@ -154,7 +154,7 @@ class QemuDriver:
     def _machine(self, spec: VmSpec, memory: Sequence[str]) -> list[str]:
         backed = ",memory-backend=mem" if memory else ""
         return [
-            str(process.path_of(PROGRAM)),
+            str(_program()),
             "-M", f"microvm,acpi=on,mem-merge=off,dump-guest-core=off{backed}",
             "-accel", self.accelerator if self.accelerator != "tcg" else "tcg,thread=single,tb-size=64",
             "-cpu", "host" if self.accelerator == "kvm" else EMULATED_CPU,
@@ -304,10 +304,15 @@ class _Launch:
         return f"/dev/fdset/{fd}"
 
 
+def _program() -> Path:
+    """The file itself, not a link on PATH: QEMU finds its modules by where it is. Raises HostError."""
+    return process.path_of(PROGRAM).resolve()
+
+
 @functools.cache
 def root_of(accelerator: str) -> confine.Root:
     """What QEMU needs of the host: its modules are loaded, and its firmware is read, by path."""
-    program = process.path_of(PROGRAM)
+    program = _program()
     prefix = program.parent.parent
     modules = [
         path for place in ("lib*", "lib/*") for path in prefix.glob(f"{place}/qemu/accel-{accelerator}-x86_64.so")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +18,7 @@ from swarm.vm.drivers.console import Console, last_lines
 _ANSWER_SECONDS = 5.0
 
 
-class VmmVm:
+class VmmVm(ABC):
     """The common part of `QemuVm` and `FirecrackerVm`. See `swarm.vm.driver.Vm`."""
 
     vmm: ClassVar[str]  # its name, for messages
@@ -56,9 +57,9 @@ class VmmVm:
         except (TimeoutError, OSError, SwarmError) as error:
             return f"{self.vmm} (pid {self.pid}) does not answer{f': {error}' if str(error) else ''}"
 
+    @abstractmethod
     async def _status(self) -> str:
         """The VM's state, in the VMM's own word. Raises OSError, SwarmError."""
-        raise NotImplementedError
 
     def _how_it_ended(self, code: int) -> str:
         return f"{self.vmm} was killed by signal {-code}" if code < 0 else f"{self.vmm} ended with status {code}"
