@@ -17,6 +17,7 @@ import pydantic
 import pytest
 
 from swarm.base import privileges, process
+from swarm.engine.egress import account_of
 from swarm.errors import UsageError
 from swarm.gateway import messages
 from swarm.gateway.link import MAX_BYTES, Link
@@ -147,7 +148,7 @@ async def test_killed_in_the_middle_of_a_call(harness: Harness, streams: bool) -
         [(status, tokens, cost, note)] = await harness.booked(1)
         assert (status, note) == (
             0,
-            "the gateway's process died during the call: counted with all that it may have cost",
+            "the gateway's process gave no bill for the call: counted with all that it may have cost",
         )
         assert tokens > 2000 and cost >= 2000 * 5 / 1e6
         [event] = [e for e in await harness.store.events("t") if e.kind == "model_call"]
@@ -298,7 +299,7 @@ async def test_messages_to_one_that_does_not_listen_wait() -> None:
         if message["n"] == 1999:
             done.set()
 
-    listening = Link(theirs, received, lambda: ended.append(2))
+    listening = Link(theirs, received, lambda: ended.append(2), descriptors=True)
     await asyncio.wait_for(done.wait(), 60)
     assert heard == list(range(2000))
     assert os.read(read, 100).split() == [b"0", b"500", b"1000", b"1500"]
@@ -307,6 +308,45 @@ async def test_messages_to_one_that_does_not_listen_wait() -> None:
     sending.close()
     listening.close()
     assert ended == []
+
+
+async def test_an_end_that_takes_no_descriptors_ends_when_it_is_sent_one() -> None:
+    """The gateway's process must not use up those of the engine."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ended, heard = asyncio.Event(), list[object]()
+    link = Link(ours, lambda *said: heard.append(said), ended.set)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    socket.send_fds(theirs, [b'{"op":"ready"}'], [0])
+    await asyncio.wait_for(ended.wait(), 60)
+    assert heard == [] and link.closed
+    assert len(list(Path("/proc/self/fd").iterdir())) == before - 1
+    theirs.close()
+
+
+async def test_what_waits_for_one_that_reads_nothing_is_bounded() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ended = asyncio.Event()
+    link = Link(ours, lambda *_: None, ended.set)
+    for number in range(50_000):
+        link.send({"n": number})
+    await asyncio.wait_for(ended.wait(), 60)
+    theirs.close()
+
+
+async def test_a_closed_listener_takes_no_more_calls(harness: Harness) -> None:
+    """However many the process asks for: the end of a ticket waits for what is under way."""
+    account = account_of(await harness.claim("flood"))
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = await harness.gateway.open_listener(account, {}, sock=sock, url="", record=lambda *_: None)
+    spend = {"tokens": 1, "usd": 0.0}
+    harness.gateway._received({"op": "closed", "n": server.n})
+    for number in range(100):
+        call = {"call": f"{number:032x}", "upstream": "anthropic", "model": "m", "counts": {}}
+        harness.gateway._received(
+            {"op": "reserve", "id": 10**6 + number, "n": server.n, "most": spend, "least": spend, **call}
+        )
+    assert not server.tasks
+    await asyncio.wait_for(server.close(), 60)
 
 
 async def test_a_policy_that_is_too_long_for_a_message(harness: Harness) -> None:

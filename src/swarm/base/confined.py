@@ -144,7 +144,10 @@ class _Pipes:
                 view = view[os.write(self._to, view[:_CHUNK]) :]
 
     def receive(self) -> Message:
-        return unpacked(self._read)
+        try:
+            return unpacked(self._read)
+        except (ValueError, TypeError, LookupError, RecursionError) as error:  # the process isn't trusted
+            raise EOFError("no message") from error
 
     def _read(self, length: int) -> bytes:
         data = bytearray()
@@ -157,7 +160,12 @@ class _Pipes:
         return bytes(data)
 
     def _wait(self, readable: list[int], writable: list[int]) -> None:
-        if not any(select.select(readable, writable, [], max(0.0, self._deadline - time.monotonic()))):
+        poll = select.poll()  # `select` takes no descriptor above 1023
+        for descriptor in readable:
+            poll.register(descriptor, select.POLLIN)
+        for descriptor in writable:
+            poll.register(descriptor, select.POLLOUT)
+        if not poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000):
             raise TimeoutError
 
 
@@ -175,7 +183,7 @@ def unpacked(read: Callable[[int], bytes]) -> Message:
     if length > MAX_BYTES:
         raise EOFError
     found = json.loads(read(length))
-    if sum(found["parts"]) > MAX_BYTES:
+    if sum(found["parts"]) > MAX_BYTES or min(found["parts"], default=0) < 0:
         raise EOFError
     return found["head"], [read(size) for size in found["parts"]]
 

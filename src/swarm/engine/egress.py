@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+from swarm.base.aio import finish_uninterrupted
 from swarm.base.redact import Redactor
 from swarm.errors import HostError, NotConfigured, NotFound, UsageError
 from swarm.gateway import policy
@@ -102,9 +103,8 @@ class AttemptEgress:
                 server.stop()
 
     async def close(self) -> None:
-        for server in (self._listener, self._proxy):
-            if server is not None:
-                await server.close()
+        self.stop()
+        await asyncio.gather(*(server.close() for server in (self._listener, self._proxy) if server is not None))
 
 
 class Egress:
@@ -168,7 +168,7 @@ class Egress:
         try:
             yield egress
         finally:
-            await egress.close()
+            await finish_uninterrupted(egress.close())  # it bounds its time; half-way, a listener would stay for ever
 
 
 def account_of(claim: Claim, *, one_off: bool = False) -> Account:

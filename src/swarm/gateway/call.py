@@ -9,7 +9,7 @@ from typing import Final
 import aiohttp
 import structlog
 
-from swarm.errors import StoreError
+from swarm.errors import NotFound, StoreError
 from swarm.gateway.metering_request import MeteredRequest
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
@@ -139,6 +139,8 @@ class Call:
         for attempt in range(1, _BOOK_TRIES + 1):
             try:
                 await self._ledger.book(bill)
+                return
+            except NotFound:  # its listener is closed: the engine has booked what it might have cost
                 return
             except StoreError as problem:
                 if attempt == _BOOK_TRIES:

@@ -86,7 +86,7 @@ class Served:
 
     def __init__(self, sock: socket.socket, ended: Callable[[int], None]) -> None:
         self._ended = ended
-        self.link = Link(sock, self._received, lambda: ended(0))
+        self.link = Link(sock, self._received, lambda: ended(0), descriptors=True)
         self._ledger = Ledger(self.link)
         self._prices: dict[str, Price] = {}
         self._rules = EgressRules()

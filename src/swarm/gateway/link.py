@@ -2,7 +2,7 @@
 
 A message may carry one descriptor. Sending never blocks: what the other side does not take yet waits here, so a process
 that is stopped stops nobody else. What waits is bounded by what each side does: the engine opens and closes listeners,
-the gateway has a bounded number of calls under way.
+the gateway has a bounded number of calls under way, and an end with very much waiting ends.
 """
 
 from __future__ import annotations
@@ -22,17 +22,25 @@ _MAX_BRACKETS: Final = 1024
 _MAX_COMMAS: Final = 8192
 _BUFFER_BYTES: Final = 1 << 20
 _MESSAGES_PER_TURN: Final = 32
+_MAX_WAITING: Final = 20_000  # messages: more than all honest listeners are handed over and answered
 
 Message = dict[str, Any]
 
 
 class Link:
-    """One end. ``received`` is called with each message and its descriptor, ``ended`` once, when the other end is gone
-    or sent what is no message. The caller closes it."""
+    """One end. ``received`` is called with each message and its descriptor, ``ended`` once, when the other end is gone,
+    sent what is no message, or takes none. The caller closes it. ``descriptors``: does it take any? One that doesn't
+    ends when it is sent some."""
 
     def __init__(
-        self, sock: socket.socket, received: Callable[[Message, int | None], None], ended: Callable[[], None]
+        self,
+        sock: socket.socket,
+        received: Callable[[Message, int | None], None],
+        ended: Callable[[], None],
+        *,
+        descriptors: bool = False,
     ) -> None:
+        self._descriptors = int(descriptors)
         self._socket = sock
         self._received = received
         self._ended = ended
@@ -48,7 +56,9 @@ class Link:
         """Never blocks; dropped if the link has ended. ``descriptor`` may be closed afterwards. Raises ValueError for
         what is too long."""
         data = encode(message)
-        if not self.closed:
+        if len(self._waiting) >= _MAX_WAITING:
+            self._loop.call_soon(self._end)
+        elif not self.closed:
             self._waiting.append((data, None if descriptor is None else os.dup(descriptor)))
             if len(self._waiting) == 1:
                 self._write()
@@ -85,7 +95,9 @@ class Link:
     def _read(self) -> None:
         for _ in range(_MESSAGES_PER_TURN):  # the rest after what else the loop has to do
             try:
-                data, descriptors, flags, _ = socket.recv_fds(self._socket, MAX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                data, descriptors, flags, _ = socket.recv_fds(
+                    self._socket, MAX_BYTES, self._descriptors, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 return
             except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Final, Literal
 
 import pydantic
@@ -9,8 +10,16 @@ from pydantic import Field
 
 _Usd = Annotated[float, Field(ge=0, le=1e9)]
 _Count = Annotated[int, Field(ge=0, le=10**12)]
+_Number = Annotated[int, Field(ge=0, le=2**53)]
 _Text = Annotated[str, Field(max_length=4000)]
+_MAX_EVENT_BYTES: Final = 64 * 1024
 _Counts = Annotated[dict[Literal["input", "output", "cache_read", "cache_write"], _Count], Field(max_length=4)]
+
+
+def _bounded(data: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(data, allow_nan=False)) > _MAX_EVENT_BYTES:
+        raise ValueError("an event is too long")
+    return data
 
 
 class _Said(pydantic.BaseModel):
@@ -24,8 +33,8 @@ class _Spend(_Said):
 
 class Reserve(_Said):
     op: Literal["reserve"]
-    id: int
-    n: int
+    id: _Number
+    n: _Number
     call: str = Field(pattern=r"^[0-9a-f]{32}$")
     upstream: _Text
     model: _Text
@@ -48,27 +57,27 @@ class Booked(_Said):
 
 class Book(_Said):
     op: Literal["book"]
-    id: int
-    n: int
+    id: _Number
+    n: _Number
     call: _Text
     bill: Booked
 
 
 class Event(_Said):
     op: Literal["event"]
-    n: int
-    data: dict[str, Any]
+    n: _Number
+    data: Annotated[dict[str, Any], pydantic.AfterValidator(_bounded)]
 
 
 class Exceeded(_Said):
     op: Literal["exceeded"]
-    n: int
+    n: _Number
     message: _Text
 
 
 class Closed(_Said):
     op: Literal["closed"]
-    n: int
+    n: _Number
 
 
 class Log(_Said):

@@ -200,8 +200,11 @@ class GatewayProcess:
                 log.error("the gateway's process hangs, and is ended")
                 self._end.set()
                 await server.closed.wait()  # soon: the process is killed
+        server.closed.set()  # what it says of this one from now on is refused, so this ends
         while server.tasks:  # each is bounded
             await asyncio.wait(set(server.tasks))
+        calls, server.calls = server.calls, {}  # the process gave up on them
+        await asyncio.gather(*(self._book_broken(order, since) for order, since in calls.values()))
         self._servers.pop(server.n, None)
         server.sock.close()
 
@@ -257,8 +260,8 @@ class GatewayProcess:
 
     def _hand_over(self, server: Server) -> None:
         if self._link is not None:
-            server.link = self._link
             self._link.send({**server.order, "failed": server.failed}, server.sock.fileno())
+            server.link = self._link  # only now does the process know it
 
     def _change(self) -> None:
         self._changed.set()
@@ -275,7 +278,7 @@ class GatewayProcess:
 
     async def _book_broken(self, order: Order, since: float, *, sent: bool = True) -> None:
         """As the rule for broken calls is: what may have been sent counts with all that it may have cost."""
-        note = "the gateway's process died during the call: counted with all that it may have cost"
+        note = "the gateway's process gave no bill for the call: counted with all that it may have cost"
         bill = Bill(
             id=order.id,
             account=order.account,
@@ -306,6 +309,8 @@ class GatewayProcess:
         except (pydantic.ValidationError, RecursionError) as error:
             log.error("the gateway's process said what makes no sense, and is ended", error=str(error)[:500])
             self._end.set()
+            if self._link is not None:
+                self._link.close()
             return
         if isinstance(said, messages.Log):
             self._lines, self._last_line = self._lines + 1, f": {said.event}: {said.more}"[:500]
@@ -315,14 +320,22 @@ class GatewayProcess:
         if isinstance(said, messages.Ready):
             self._ready = self._was_ready = True
             self._change()
-            for waiting in self._servers.values():
-                if not waiting.stopped:
-                    self._hand_over(waiting)
+            try:
+                for waiting in self._servers.values():
+                    if not waiting.stopped:
+                        self._hand_over(waiting)
+            except OSError as error:  # no descriptor left: the next process is handed them after a pause
+                log.error("the gateway's process can't be handed its listeners, and is ended", error=str(error))
+                self._end.set()
             return
         server, link = self._servers.get(said.n), self._link
-        if server is None or link is None:
+        if link is None:
             return
-        if len(server.tasks) > _MAX_TASKS:
+        if server is None or server.closed.is_set():
+            if isinstance(said, messages.Reserve | messages.Book):
+                link.send({"op": "answer", "id": said.id, "error": "NotFound", "message": "its listener is closed"})
+            return
+        if len(server.tasks) + len(server.calls) > _MAX_TASKS:
             log.error("the gateway's process asks for too much at once, and is ended")
             self._end.set()
             return
@@ -364,8 +377,9 @@ class GatewayProcess:
             link.send(answer | {"error": kind.__name__, "message": str(problem)[:4000]})
             return
         if isinstance(reservation, Granted):
-            if link.closed:
+            if link.closed or server.closed.is_set():
                 await self._book_broken(order, since, sent=False)
+                link.send(answer | {"error": "NotFound", "message": "its listener is closed"})
                 return
             server.calls[order.id] = order, since
         link.send(answer | _verdict(reservation))

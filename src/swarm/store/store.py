@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 
+from swarm.base.aio import finish_uninterrupted
 from swarm.cel.jail import Jail
 from swarm.errors import ChangeRefused, StoreError, UsageError
 from swarm.ledger import Bill, Limit, Order, Reservation
@@ -63,6 +64,7 @@ class Store:
         self._db, self.isolation = db, Isolation()
         self._workflows = WorkflowEngine(planning_seconds=planning_seconds, isolation=self.isolation)
         self._packer = Packer()
+        self._packing = asyncio.Lock()  # one thread waits for the packer: threads are few, and shared
         self._queue = Claimer(self._workflows)
         self._finisher = finish.Finisher(self._workflows, over_budget, self.isolation)
         untold = (*UNTOLD, self._finisher.append, self._finisher.renew, self._finisher.running)
@@ -319,7 +321,8 @@ class Store:
         packed = None
         if in_workflow and isinstance(outcome, Succeeded) and packing.worth_packing(outcome.outputs):
             try:
-                packed = await asyncio.to_thread(self._packer.pack_text, outcome.outputs)
+                async with self._packing:
+                    packed = await finish_uninterrupted(asyncio.to_thread(self._packer.pack_text, outcome.outputs))
             except UsageError as error:
                 outcome = Failed(reason=FailureReason.OUTPUT_INVALID, message=str(error))
             except OSError as error:  # no descriptor, no process: the work is done, and can be stored later
@@ -345,7 +348,8 @@ class Store:
         if packing.MARK not in text:
             return text
         found = await self._read.call(artifacts.referred, text)
-        return await asyncio.to_thread(self._packer.resolve, text, found)
+        async with self._packing:
+            return await finish_uninterrupted(asyncio.to_thread(self._packer.resolve, text, found))
 
     async def artifact(self, digest: str) -> str:
         """The JSON text of the artifact whose digest starts with ``digest``. Raises NotFound."""

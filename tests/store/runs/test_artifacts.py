@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 from dataclasses import replace
 from typing import Any
@@ -380,3 +381,27 @@ async def test_outputs_nested_too_deeply_fail_the_attempt(store: Store, outside:
     assert (await state(store))[0] == "failed"
     (attempt,) = await store.attempts("t")
     assert attempt.error == "its outputs are nested too deeply"
+
+
+def test_large_values_are_packed_beside_a_thousand_open_files() -> None:
+    """As an engine with a hundred VMs has them: `select` takes no descriptor above 1023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        with packing.Packer() as packer:
+            assert packer.pack_text(json.dumps({"x": "y" * 100_000})).parts
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_what_is_nested_too_deeply_to_be_read_again(store: Store) -> None:
+    """Escaping multiplies the levels of a value that has `$artifact` in it."""
+    value: object = 1
+    for _ in range(256):
+        value = {"$artifact": value}
+    text = packing.pack_text(json.dumps(value)).text
+    with pytest.raises(UsageError, match="nested too deeply"):
+        await store.resolve_references(text)

@@ -161,6 +161,8 @@ def _resolve(text: str, found: Mapping[str, str]) -> list[str]:
         return [resolve(text, load)]
     except ExpressionError as error:
         raise UsageError(str(error)) from None
+    except RecursionError:
+        raise UsageError("it is nested too deeply") from None
 
 
 _TASKS: Final[Mapping[str, Callable[..., list[str]]]] = {"pack_text": _pack_text, "resolve": _resolve}
