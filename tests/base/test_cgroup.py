@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.base.cgroup import Limit, cpus, memory_limits, processes_left
+from swarm.base.cgroup import Limit, cpus, memory_limits, own_groups, processes_left
 from swarm.engine.dispatch import available_bytes
 
 
@@ -35,6 +35,11 @@ def test_every_limit_around_it_counts(
         (group / "memory.stat").write_text("anon 5\ninactive_file 10\ntotal_inactive_file 20\n")
     found = memory_limits(tmp_path, tmp_path / "ours")
     assert [(limit.bytes, limit.used) for limit in found] == limits
+
+
+def test_a_kernel_without_groups(tmp_path: Path) -> None:
+    assert own_groups(tmp_path / "missing") == {}
+    assert memory_limits(tmp_path, tmp_path / "missing") == []
 
 
 def test_no_more_than_the_tightest_group_leaves() -> None:

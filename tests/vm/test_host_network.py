@@ -16,6 +16,7 @@ import pytest
 
 from swarm.base import process
 from swarm.channel.dial import dial
+from swarm.errors import HostError
 from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_MAC, Slot
 from swarm.vm.network import netns
 from swarm.vm.network.network import Network
@@ -141,6 +142,24 @@ async def test_what_the_bridge_loses_is_put_back_and_connections_go_on(network: 
         assert {name: sorted(text.split()) for name, text in after.items()} == {
             name: sorted(text.split()) for name, text in before.items()
         }
+
+
+async def test_somebody_elses_bridge_of_its_name_is_left_alone(network: Network, slot: Slot) -> None:
+    """As netplan or libvirt make one for the LAN: it gets no address, no rules and no VMs."""
+    await process.run(["ip", "link", "del", "br0"])
+    await process.run(["nft", "delete", "table", "inet", "swarm"])
+    await process.run(["ip", "link", "add", "br0", "type", "bridge"])
+    try:
+        for _ in range(2):
+            with pytest.raises(HostError, match="br0"):
+                await network.mend()
+        shown = (await process.run(["ip", "-d", "link", "show", "br0"])).stdout.decode()
+        assert "alias" not in shown and "state DOWN" in shown
+        assert b"inet" not in (await process.run(["ip", "addr", "show", "dev", "br0"])).stdout
+        assert b"swarm" not in (await process.run(["nft", "list", "tables", "inet"])).stdout
+    finally:
+        await process.run(["ip", "link", "del", "br0"])
+    assert await network.mend(), "and once it is gone, ours is put back"
 
 
 async def test_without_vms_nothing_is_made_again(network: Network) -> None:

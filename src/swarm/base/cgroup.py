@@ -28,7 +28,7 @@ def memory_limits(root: Path = _ROOT, ours: Path = _OURS) -> list[Limit]:
 def own_groups(ours: Path = _OURS) -> dict[str, str]:
     """Version 1: controller -> the path of our group below where that controller is mounted."""
     found: dict[str, str] = {}
-    for line in ours.read_text().splitlines():
+    for line in ours.read_text().splitlines() if ours.exists() else ():  # a kernel without control groups
         _, controllers, path = line.split(":", 2)
         found |= {name: path.lstrip("/") for name in controllers.split(",") if name}
     return found

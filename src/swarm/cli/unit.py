@@ -66,7 +66,7 @@ async def unit(
         raise UsageError(f"--warm takes a number of VMs, or auto, not {warm!r}")
     program = Path(sys.executable).parent / "swarm-engine"
     text = _UNIT.format(
-        program=_quoted(str(program)).replace("$", "$$"),
+        program=_quoted(str(program)),  # systemd takes a $ in it as it is
         home=_quoted(f"SWARM_HOME={cli.settings.home.absolute()}"),
         grace=grace,
         options=options,

@@ -89,7 +89,7 @@ async def test_qemu_has_nothing_of_the_host_around_it(way: Way, how: str) -> Non
         assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) == OOM_SCORE
         limits = Path(f"/proc/{pid}/limits").read_text()
         file_bytes = max(way.spec.disk_mb, way.spec.memory_mb) << 20
-        for name, value in (("core file size", 0), ("file size", file_bytes), ("open files", 256), ("processes", 64)):
+        for name, value in (("core file size", 0), ("file size", file_bytes), ("open files", 256), ("processes", 512)):
             assert re.search(rf"Max {name}\s+{value}\s+{value}\s", limits), limits
 
         # QEMU's own memory, and no more threads than its disks may use; 0 groups only where the host has none to give.

@@ -48,12 +48,12 @@ def put(pid: int, dir: Path, name: str, spec: VmSpec) -> None:
     Without them (it says so once) the VM runs all the same. `remove` finds them by the VM's directory.
     """
     version, controllers = usable()
-    settings = _settings(spec, version, _QEMU_MB, _QEMU_THREADS)
+    settings = _settings(spec, version, _QEMU_MB, _QEMU_THREADS + spec.vcpus)
     if version == 1:  # not `cpu`: there all VMs together would weigh as much as one other process of the host
         own = cgroup.own_groups()
         wanted = [it for it in settings if it != "cpu" and it in controllers and it in own]
         places = {it: _ROOT / it / own[it] for it in wanted}
-    elif cgroup.memory_limits():
+    elif cgroup.memory_limits() or cgroup.cpus() < (os.cpu_count() or 1):
         places = {}
     else:
         places = {it: _ROOT for it in settings if it in controllers}
@@ -69,7 +69,10 @@ def put(pid: int, dir: Path, name: str, spec: VmSpec) -> None:
                 group.mkdir()
         for it, group in groups.items():
             file, _, value = settings[it].partition("=")
-            (group / file).write_text(value)
+            try:
+                (group / file).write_text(value)
+            except OSError as error:  # this kernel may lack one; the others hold all the same
+                _warn_once(str(error))
         for group in set(groups.values()):
             (group / "cgroup.procs").write_text(str(pid))
     except ProcessLookupError:  # it has ended
@@ -136,7 +139,6 @@ def _settings(spec: VmSpec, version: int, overhead_mb: int, pids: int) -> dict[s
         "cpu": f"cpu.max={quota} 100000",
         "memory": f"memory.max={memory}",
         "pids": f"pids.max={pids}",
-        "io": "io.weight=100",
     }
 
 

@@ -67,6 +67,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _HOST_NAME = b"vm"
+_THREADS = 512  # of its uid. QEMU may use 64 for disks, beside its CPUs, and ends when it gets none
 _SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
 _NAMESPACES = {
     "mnt": CLONE_NEWNS, "pid": CLONE_NEWPID, "ipc": CLONE_NEWIPC, "uts": CLONE_NEWUTS, "net": CLONE_NEWNET,
@@ -114,7 +115,7 @@ async def spawn(
         f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups",
         "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all",
         *(() if outlive else ("--pdeathsig=KILL",)),  # here, since a change of uid clears it
-        str(prlimit), "--core=0", f"--fsize={file_bytes}", "--nproc=64", "--nofile=256",
+        str(prlimit), "--core=0", f"--fsize={file_bytes}", f"--nproc={_THREADS}", "--nofile=256",
         *argv,
     ]  # fmt: skip
     log.debug("spawn", argv=shlex.join(argv), output=str(output))

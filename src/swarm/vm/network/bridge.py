@@ -74,12 +74,16 @@ class Bridge:
 
     async def mend(self) -> bool:
         """If VMs have ports, put back what the bridge lost, and the ports it lost (somebody removed it, set it down,
-        flushed its addresses or neighbours). Connections go on. Returns whether anything was missing. ~3 ms."""
+        flushed its addresses or neighbours). Connections go on. Returns whether anything was missing. ~3 ms.
+
+        Raises HostError, and changes nothing, when something else on this host conflicts.
+        """
         if await netns.in_thread(self._is_whole):
             return False
         async with netns.locked(exclusive=True):
             if await netns.in_thread(self._is_whole):  # a port was just being made
                 return False
+            await netns.in_thread(self.check_clashes)  # what has its name now may be somebody else's
             await process.run(["nft", "-f", "-"], input=self._rules.encode())
             await netns.in_thread(self._ensure)
         return True
@@ -121,7 +125,8 @@ class Bridge:
     def _is_whole(self) -> bool:
         """Is everything there that VMs with ports need? True also without any VM."""
         with host_errors("can't read the host's network"), netns.netlink() as host:
-            ports = {n: link for link in host.link("dump") if (n := port_of(link)) is not None}
+            last = self.subnet.num_addresses - 3  # others' may be beyond this subnet: `_ensure` leaves those alone
+            ports = {n: it for it in host.link("dump") if (n := port_of(it)) is not None and n <= last}
             if not ports:
                 return True
             if (bridge := self.index(host)) is None:
