@@ -163,7 +163,13 @@ class NotConfigured(StepError):
 
 
 class OverBudget(StepError):
+    """``outputs``: JSON text of what the agent left all the same, when a refused call made it end."""
+
     reason = FailureReason.OVER_BUDGET
+
+    def __init__(self, message: str, *, outputs: str | None = None) -> None:
+        super().__init__(message)
+        self.outputs = outputs
 
 
 class OutcomeUnknown(StepError):

@@ -291,12 +291,15 @@ class Succeeded:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """``retryable``: whether the cause says that another attempt could succeed. The retry policy decides by ``reason``,
-    except that a retryable HOST_ERROR gets a few attempts under any policy (`store.claims.finish`)."""
+    except that a retryable HOST_ERROR gets a few attempts under any policy (`store.claims.finish`).
+
+    ``outputs``: JSON text that the agent left although it failed (over budget); it was paid for."""
 
     reason: FailureReason
     message: str
     retryable: bool = False
     exit_code: int | None = None
+    outputs: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

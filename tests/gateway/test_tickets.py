@@ -170,7 +170,7 @@ async def test_no_key_is_said_before_a_vm_is_started(gated: Bench, monkeypatch: 
 
 async def test_over_budget_fails_the_ticket_with_the_sums_and_is_not_tried_again(gated: Bench) -> None:
     """Also when the agent takes no notice and says that it is done."""
-    code = PRELUDE + "said = ''\nwhile 'over budget' not in said: said = call('words=100')\nprint(said)\ndone({})"
+    code = PRELUDE + "said = ''\nwhile 'over budget' not in said: said = call('words=100')\ndone({'half': said})"
     agent = await gated.agent(
         code, network="gateway", retry=RetryPolicy(max_attempts=5, delay_seconds=0.01, on=frozenset(FailureReason))
     )
@@ -184,10 +184,13 @@ async def test_over_budget_fails_the_ticket_with_the_sums_and_is_not_tried_again
     assert 0.001 < attempt.cost_usd < 0.002
     refused = [e.data for e in await gated.store.events("t") if e.kind == "egress"]
     assert [data["refused"] for data in refused] == ["budget"]
+    assert json.loads(ticket.outputs or "{}")["half"].startswith("over budget"), "what it left was paid for"
+    await proved(gated)
 
 
 async def test_over_budget_waits_for_a_higher_one_by_policy(gated: Bench) -> None:
-    agent = await gated.agent(PRELUDE + "done({'text': call('Write a haiku')})", network="gateway", over_budget="wait")
+    code = PRELUDE + "done({'text': call('Write a haiku')})"
+    agent = await gated.agent(code, network="gateway", over_budget="wait")
     gated.insert("t", agent.id, budget_usd=0.00001)
     running = asyncio.create_task(run_ticket(gated.store, gated.worker, "t", timeout_seconds=60))
 
@@ -195,7 +198,9 @@ async def test_over_budget_waits_for_a_higher_one_by_policy(gated: Bench) -> Non
         return running.done() or (await gated.store.ticket("t")).state == "waiting"
 
     await gated.until(waits)
-    assert ((await gated.store.ticket("t")).error or "").startswith("over budget: the ticket's budget is $0.00001, $0 ")
+    waiting = await gated.store.ticket("t")
+    assert (waiting.error or "").startswith("over budget: the ticket's budget is $0.00001, $0 ")
+    assert json.loads(waiting.outputs or "{}")["text"].startswith("over budget"), "what there is, for who decides"
     await proved(gated)
 
     async def swarm(*words: str) -> str:

@@ -51,7 +51,7 @@ log = structlog.get_logger(__name__)
 WORK_DIR, AGENT_DIR = "/work", "/agent"
 INPUT_FILE = "input.json"
 # How long an agent may keep running after a budget has refused it a call.
-_OVER_BUDGET_SECONDS = 5.0
+_OVER_BUDGET_SECONDS = 20.0
 # How much of the agent's output an error quotes.
 _QUOTED_LINES, _QUOTED_BYTES = 15, 4096
 # The next ticket would fail for the same reason.
@@ -133,7 +133,8 @@ class Engine:
             if quoted := tail.quoted():
                 message += f"\nThe last that it printed:\n{quoted}"
             code = error.exit_code if isinstance(error, BadExit) else None
-            return Failed(reason=error.reason, message=message, retryable=error.retryable, exit_code=code)
+            left = error.outputs if isinstance(error, OverBudget) else None
+            return Failed(reason=error.reason, message=message, retryable=error.retryable, exit_code=code, outputs=left)
         except (LeaseLost, NoImage):
             raise
         except UsageError as error:  # the agent's files, arguments or environment can't be sent
@@ -207,7 +208,7 @@ class Engine:
                 if frames := await self._launcher.refused(live):
                     watcher.record("egress", {"via": "tap", "refused": "source", "frames": frames})
         if (reason := egress.over_budget) is not None:
-            raise OverBudget(reason)
+            raise OverBudget(reason, outputs=outputs)
         return outputs
 
     async def _image(self, agent: Agent) -> Image:

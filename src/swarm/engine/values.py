@@ -110,7 +110,7 @@ def input_json(claim: Claim) -> bytes:
             "description": ticket.description,
             "project_id": ticket.project_id,
         },
-        "step": {"id": claim.step_id, "attempt": claim.attempt_number},
+        "step": {"id": claim.step_id, "attempt": claim.attempt_number, "timeout_seconds": claim.timeout_seconds},
     }
     return json.dumps(document).encode()  # ASCII: every text arrives unchanged, even a lone surrogate
 

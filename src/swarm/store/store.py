@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
@@ -319,12 +320,14 @@ class Store:
         can be started for the packing.
         """
         packed = None
-        if in_workflow and isinstance(outcome, Succeeded) and packing.worth_packing(outcome.outputs):
+        outputs = outcome.outputs if isinstance(outcome, Succeeded | Failed) else None
+        if in_workflow and outputs is not None and packing.worth_packing(outputs):
             try:
                 async with self._packing:
-                    packed = await finish_uninterrupted(asyncio.to_thread(self._packer.pack_text, outcome.outputs))
+                    packed = await finish_uninterrupted(asyncio.to_thread(self._packer.pack_text, outputs))
             except UsageError as error:
-                outcome = Failed(reason=FailureReason.OUTPUT_INVALID, message=str(error))
+                why = Failed(reason=FailureReason.OUTPUT_INVALID, message=str(error))
+                outcome = replace(outcome, outputs=None) if isinstance(outcome, Failed) else why
             except OSError as error:  # no descriptor, no process: the work is done, and can be stored later
                 raise StoreError(f"can't pack the outputs of the attempt {attempt_id}: {error}") from error
         request = finish.FinishRequest(

@@ -214,7 +214,8 @@ def _ask_for_budget(changes: Changes, row: Row, request: FinishRequest, error: s
     )
     question = f"{error.partition(chr(10))[0]}. Raise that budget and approve, or reject"
     changes.ask(row, why=why, question=question, error=error, vm_time_ms=request.vm_time_ms)
-    refresh_waiting(changes, row, error=error)
+    left = request.outcome.outputs if isinstance(request.outcome, Failed) and row.definition is None else None
+    refresh_waiting(changes, row, error=error, outputs=storable_json(left) if left is not None else None)
 
 
 def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | StoreError | None) -> None:
@@ -224,18 +225,13 @@ def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | S
     match request.outcome:
         case Succeeded(outputs=outputs, exit_code=exit_code):
             end_attempt(AttemptOutcome.SUCCEEDED, exit_code=exit_code)
-            if row.definition is not None:
-                packed = request.packed or packing.pack_text(outputs)
-                artifacts.keep(changes.tx, row.ticket_id, packed.parts)
-                outputs = packed.text
-            else:
-                outputs = storable_json(outputs)
-            end_step(StepStatus.COMPLETED, why="succeeded", outputs=outputs)
+            end_step(StepStatus.COMPLETED, why="succeeded", outputs=_stored(changes, row, request, outputs))
         case Failed(reason=reason, message=error, exit_code=exit_code) as failed:
             end_attempt(AttemptOutcome.FAILED, reason=str(reason), error=error, exit_code=exit_code)
             delay_ms = retry_delay_ms(row, failed, agent if isinstance(agent, Agent) else None)
             if delay_ms is None:
-                end_step(StepStatus.FAILED, why=str(reason), error=error)
+                left = _stored(changes, row, request, failed.outputs) if failed.outputs is not None else None
+                end_step(StepStatus.FAILED, why=str(reason), error=error, outputs=left)
             else:
                 step_back(why=str(reason), counted=True, error=error, delay_ms=delay_ms)
         case Cancelled(message=error):
@@ -244,6 +240,15 @@ def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | S
         case Interrupted(message=error):
             end_attempt(AttemptOutcome.INTERRUPTED, error=error)
             step_back(why="interrupted", counted=False, error=error)
+
+
+def _stored(changes: Changes, row: Row, request: FinishRequest, outputs: str) -> str:
+    """What the step's row holds of an agent's outputs."""
+    if row.definition is None:
+        return storable_json(outputs)
+    packed = request.packed or packing.pack_text(outputs)
+    artifacts.keep(changes.tx, row.ticket_id, packed.parts)
+    return packed.text
 
 
 def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None:

@@ -215,10 +215,10 @@ def answer(changes: Changes, row: Row, verdict: Verdict) -> None:
     refresh_waiting(changes, row)
 
 
-def refresh_waiting(changes: Changes, row: Row, *, error: str | None = None) -> None:
+def refresh_waiting(changes: Changes, row: Row, *, error: str | None = None, outputs: str | None = None) -> None:
     """Set a live ticket and its run to `waiting` while a step of it waits for a person, else back to running.
 
-    ``error``: why the ticket waits, if it begins to wait now.
+    ``error``: why the ticket waits, if it begins to wait now; ``outputs``: what there is for that person to see.
     """
     if row.ticket_id in changes.ended:
         return
@@ -230,5 +230,5 @@ def refresh_waiting(changes: Changes, row: Row, *, error: str | None = None) -> 
     if waiting == (found.state == TicketState.WAITING):
         return
     after = TicketState.WAITING if waiting else TicketState.IN_PROGRESS
-    changes.set_ticket(row.ticket_id, lenient(found.state), after, error=error if waiting else None)
+    changes.set_ticket(row.ticket_id, lenient(found.state), after, error=error if waiting else None, outputs=outputs)
     changes.add(_SET_ROOT, id=row.root_run, status=str(RunStatus.WAITING if waiting else RunStatus.RUNNING))
