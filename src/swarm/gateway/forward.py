@@ -97,6 +97,9 @@ class Gateway:
             return error(413, "request_too_large", f"a request may have at most {limit} bytes")
         except _TooManyBytesHeld:
             return error(429, "rate_limit_error", "too many large requests at once", **{"retry-after": "1"})
+        except wire.UnreadableBody as problem:
+            listener.refuse("encoding", path=request.target[:200], why=str(problem))
+            return error(415, "invalid_request_error", f"gateway: {problem}")
         except TimeoutError:
             return error(408, "invalid_request_error", "the request did not arrive completely in time")
         try:
@@ -183,7 +186,7 @@ class Gateway:
 
     async def _send(self, call: Call, request: AllowedRequest, body: bytes) -> web.StreamResponse:
         upstream = request.upstream
-        headers = wire.forwarded(request.http, upstream, request.key)
+        headers = wire.forwarded(request.http, upstream, request.key, decompressed=request.metered)
         masker = wire.KeyMasker(request.key)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, connect=_CONNECT_SECONDS)
         url = yarl.URL(upstream.base_url + request.target, encoded=True)
@@ -207,7 +210,7 @@ class Gateway:
                 response = web.StreamResponse(
                     status=answer.status, reason=answer.reason, headers=wire.returned(answer, masker)
                 )
-                if answer.content_length is not None and "content-encoding" not in answer.headers:
+                if answer.content_length is not None and not wire.is_decompressed(answer):
                     response.content_length = answer.content_length
                 await _to_guest(response.prepare(request.http))
                 while chunk := await _next_chunk(answer.content, idle_timeout, upstream.idle_seconds):
@@ -281,21 +284,35 @@ class _TooManyBytesHeld(Exception):
 
 
 async def _read_body(request: AllowedRequest, limit: int) -> bytes:
-    """Raises _BodyTooLarge, _TooManyBytesHeld, TimeoutError."""
-    listener = request.listener
+    """The whole body, of metered calls decompressed, and counted in ``held_bytes``. Raises _BodyTooLarge,
+    _TooManyBytesHeld, UnreadableBody, TimeoutError."""
+    listener, held = request.listener, 0
+
+    def hold(size: int) -> None:
+        nonlocal held
+        held += size
+        listener.held_bytes += size
+        if held > limit:
+            raise _BodyTooLarge
+        if listener.held_bytes > 4 * limit:
+            raise _TooManyBytesHeld
+
     if (request.http.content_length or 0) > limit:
         raise _BodyTooLarge
+    await wire.answer_expectation(request.http)
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for chunk in request.http.content.iter_any():
                 body += chunk
-                listener.held_bytes += len(chunk)
-                if len(body) > limit:
-                    raise _BodyTooLarge
-                if listener.held_bytes > 4 * limit:
-                    raise _TooManyBytesHeld
+                hold(len(chunk))
+        encoding = request.http.headers.get("content-encoding", "identity")
+        if not request.metered or encoding.lower() == "identity":
+            return bytes(body)
+        async with listener.parse_lock:
+            plain = await asyncio.to_thread(wire.decompressed, bytes(body), encoding, limit + 1)
+            hold(len(plain) - held)
+        return plain
     except BaseException:
-        listener.held_bytes -= len(body)
+        listener.held_bytes -= held
         raise
-    return bytes(body)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Awaitable, Callable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -14,14 +12,23 @@ import pydantic
 from pydantic import Field, StringConstraints
 
 from swarm.errors import UsageError
+from swarm.gateway import routes
 from swarm.gateway.policy import Policy
 
 SHIPPED: Final = Path(__file__).with_name("upstreams.toml")
 _MAX_KEY_BYTES: Final = 16 * 1024
 
+
+def _route(text: str) -> str:
+    if why := routes.why_not(text):
+        raise ValueError(why)
+    return text
+
+
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 _Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")]
-_Route = Annotated[str, StringConstraints(pattern=r"^(GET|POST|PUT|PATCH|DELETE) /[A-Za-z0-9/._~*-]*$")]
+_Route = Annotated[str, pydantic.AfterValidator(_route)]
+_BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s?#]+$"), pydantic.AfterValidator(lambda url: url.rstrip("/"))]
 _Surcharge = Annotated[str, StringConstraints(pattern=r"^[a-z_.]+=[a-z0-9_-]+$")]
 Kind = Literal["model", "input", "output", "cache_read", "cache_write", "cache_write_1h", "web_search"]
 
@@ -32,7 +39,9 @@ class Upstream(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     name: _Name
-    base_url: str = Field(pattern=r"^https?://[^\s?#]+$")
+    base_url: Annotated[
+        str, Field(pattern=r"^https?://[^\s?#]+$"), pydantic.AfterValidator(lambda url: url.rstrip("/"))
+    ]
     base_url_env: str = ""
     key: _Name
     header: dict[_Header, str] = Field(min_length=1)
@@ -55,17 +64,12 @@ class Upstream(pydantic.BaseModel):
         return self.key.upper().replace("-", "_")
 
     def route(self, method: str, path: str) -> Literal["metered", "plain"] | None:
-        """The kind of this call; None when the path is not allowed. ``path`` is the raw path: nothing in it is decoded,
-        and paths that servers might read differently are not allowed."""
-        if not re.fullmatch(r"(/[A-Za-z0-9._~:@-]+)+", path) or re.search(r"/\.{1,2}(/|$)", path):
+        """The kind of this call; None when the path is not allowed. ``path`` is the raw path."""
+        if routes.find(method, path, self.metered):
+            return "metered"
+        if not routes.find(method, path, self.paths):
             return None
-        call = f"{method} {path}"
-        # A star stands for one part of a path.
-        for routes, kind in ((self.metered, "metered"), (self.paths, "plain")):
-            for route in routes:
-                if fnmatchcase(call, route) and call.count("/") == route.count("/"):
-                    return kind  # type: ignore[return-value]
-        return None
+        return "metered" if routes.might_mean(method, path, self.metered) else "plain"
 
 
 def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream]:
@@ -86,7 +90,7 @@ def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream
             upstream = Upstream.model_validate({**fields, "name": name})
             override = environment.get(upstream.base_url_env, "") if upstream.base_url_env else ""
             if override:
-                upstream = Upstream.model_validate({**fields, "name": name, "base_url": override.rstrip("/")})
+                upstream = Upstream.model_validate({**fields, "name": name, "base_url": override})
         except pydantic.ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}" for e in error.errors())
             raise UsageError(f"the table of upstreams {own or SHIPPED}: [{name}]: {wrong}") from None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import json
 import urllib.request
+import zlib
 from collections.abc import Mapping, Set
 from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
 from swarm.gateway.upstreams import Upstream
@@ -22,17 +23,53 @@ _HOP_BY_HOP: Final = frozenset(
         "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
-# The gateway adds the key and the length itself. It can't read compressed answers.
+# The gateway adds the key and the length itself, and masks the key in answers, which it can't if they are compressed.
+# The last ones make some servers take a call for one of another method or path.
 _NOT_FORWARDED: Final = _HOP_BY_HOP | {
-    "host", "content-length", "content-encoding", "accept-encoding", "authorization", "x-api-key", "cookie", "expect",
+    "host", "content-length", "accept-encoding", "authorization", "x-api-key", "cookie", "expect",
     "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip",
+    "x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url",
 }  # fmt: skip
-_NOT_RETURNED: Final = _HOP_BY_HOP | {"content-encoding", "set-cookie", "alt-svc"}
+_NOT_RETURNED: Final = _HOP_BY_HOP | {"set-cookie", "alt-svc"}
 
 
-def forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> CIMultiDict[str]:
-    """The guest's headers, as sent to the service. Repeated headers stay repeated."""
-    ours = {name.lower() for name in upstream.header}
+class UnreadableBody(Exception):
+    """The message is for the guest."""
+
+
+async def answer_expectation(request: web.BaseRequest) -> None:
+    """A client that asked whether to send its body (curl, with more than a megabyte) is told to."""
+    if request.version >= HttpVersion11 and request.headers.get("expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # else a failure before the answer would count as one within it
+
+
+def decompressed(body: bytes, encoding: str, most: int) -> bytes:
+    """The body as its sender meant it, or its first ``most`` bytes. Raises UnreadableBody."""
+    if encoding.lower() not in ("gzip", "x-gzip", "deflate"):
+        raise UnreadableBody(
+            f"a request with content-encoding {encoding[:50]} can't be counted: send it as gzip or plain"
+        )
+    decoder = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # of either kind
+    try:
+        plain = decoder.decompress(body, most)
+    except zlib.error:
+        raise UnreadableBody(f"the request's body is not {encoding[:50]}, as its content-encoding says") from None
+    if len(plain) < most and (not decoder.eof or decoder.unused_data):
+        raise UnreadableBody(f"the request's body ends within its {encoding[:50]}, or behind it")
+    return plain
+
+
+def is_decompressed(answer: aiohttp.ClientResponse) -> bool:
+    """Has aiohttp undone the answer's compression? (We ask for none, but some services compress all the same.)"""
+    return answer.headers.get("content-encoding", "").lower() in ("gzip", "deflate", "br", "zstd")
+
+
+def forwarded(
+    request: web.BaseRequest, upstream: Upstream, key: str, *, decompressed: bool = False
+) -> CIMultiDict[str]:
+    """The guest's headers, as sent to the service. Repeated headers stay repeated. ``decompressed``: is the body?"""
+    ours = {name.lower() for name in upstream.header} | ({"content-encoding"} if decompressed else set())
     headers = _passed(request.headers, _NOT_FORWARDED | ours)
     for name, text in upstream.header.items():
         headers[name] = text.replace("{key}", key)
@@ -41,7 +78,8 @@ def forwarded(request: web.BaseRequest, upstream: Upstream, key: str) -> CIMulti
 
 
 def returned(answer: aiohttp.ClientResponse, masker: KeyMasker) -> CIMultiDict[str]:
-    headers = _passed(answer.headers, _NOT_RETURNED | {"content-length"})
+    undone = {"content-encoding"} if is_decompressed(answer) else set()
+    headers = _passed(answer.headers, _NOT_RETURNED | {"content-length"} | undone)
     return CIMultiDict((name, masker.text(value)) for name, value in headers.items())
 
 
