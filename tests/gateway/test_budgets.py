@@ -58,7 +58,7 @@ async def test_a_stream_is_cut_when_its_money_is_at_an_end(harness: Harness) -> 
         [(_, _, cost, note)] = await harness.booked(1)
     # By no more than what had come when it was seen.
     assert budget < cost < budget * 1.1
-    assert note.startswith("cut by the budget")
+    assert note.startswith("estimated: cut by the budget")
 
 
 @pytest.mark.parametrize("budget", [None, 1.0])

@@ -140,7 +140,7 @@ async def test_an_answer_that_is_no_json_comes_through_and_is_counted(harness: H
             assert await answer.read() == b'{"type": "message", "content": ['
         [(_, tokens, _, note)] = await harness.booked(1)
         assert tokens > 0
-        assert note == "the answer did not say what it used"
+        assert note == "estimated: the answer did not say what it used"
 
 
 async def test_a_guest_that_hangs_up_ends_the_call_and_pays_for_what_came(harness: Harness) -> None:
@@ -189,7 +189,9 @@ async def test_a_stream_may_take_long_but_not_fall_silent(harness: Harness) -> N
         with pytest.raises(anthropic.APIStatusError, match="silent for too long"):
             async with client.messages.stream(**ask("words=8 delay=30")) as stream:
                 await stream.get_final_text()
-        assert [note for *_, note in await harness.booked(2)][1] == "anthropic was silent for too long: TimeoutError"
+        assert [note for *_, note in await harness.booked(2)][
+            1
+        ] == "estimated: anthropic was silent for too long: TimeoutError"
 
 
 async def test_paths_that_cost_nothing_are_not_booked(harness: Harness) -> None:

@@ -52,7 +52,7 @@ async def test_who_hangs_up_on_an_answer_in_one_piece_pays_for_it(harness: Harne
         harness.api.release.set()
     assert tokens > 1000
     assert cost > 1000 * OUTPUT_USD
-    assert note == "the answer was not seen to its end: counted with all that it may have cost"
+    assert note == "estimated: the answer was not seen to its end: counted with all that it may have cost"
     [event] = [e for e in await harness.store.events("t") if e.kind == "model_call"]
     assert event.data["estimated"] is True
 

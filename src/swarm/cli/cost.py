@@ -51,6 +51,11 @@ def register(app: typer.Typer) -> None:
             lines.append(("total", *map(sum, zip(*counts, strict=True))))  # type: ignore[arg-type]
         columns = (by.value.upper(), "CALLS", "INPUT", "OUTPUT", "CACHE READ", "CACHE WRITE", "USD")
         cli.out.table(columns, [(*line[:-1], f"{line[-1]:.4f}") for line in lines], empty="no model calls")
+        if estimated := sum(r.estimated_calls for r in rows):
+            usd = sum(r.estimated_usd for r in rows)
+            cli.out.note(
+                f"{estimated} of the calls (${usd:.4f}) are estimates: their answers broke off (docs/claude.md)"
+            )
         if unpriced := sum(r.unpriced_calls for r in rows):
             cli.out.note(f"{unpriced} calls are not priced: their model is in no price list (docs/claude.md)")
         if still_open := sum(r.open_calls for r in rows):

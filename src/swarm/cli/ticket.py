@@ -128,10 +128,14 @@ async def show(cli: Cli, id: _Id) -> None:
     async with cli.store() as store:
         ticket, runs = await store.ticket(id), await store.runs(id)
         steps, attempts = await store.steps(id), await store.attempts(id)
+        calls, usd = await store.estimates(id)
     if cli.out.json:
-        cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts})
+        estimated = {"calls": calls, "usd": usd}
+        cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts, "estimated": estimated})
         return
     render.show_ticket(cli.out, ticket)
+    if calls:
+        cli.out.line(f"{calls} of its model calls (${usd:.4f}) are estimates: `swarm ticket logs {id} --json` says why")
     if ticket.execution_mode == ExecutionMode.WORKFLOW or ticket.state == TicketState.WAITING:
         render.show_steps(cli.out, ticket, runs, steps)
     if ticket.execution_mode == ExecutionMode.WORKFLOW:

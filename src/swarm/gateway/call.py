@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import re
 import time
 from typing import Final
 
@@ -13,13 +15,15 @@ from swarm.errors import NotFound, StoreError
 from swarm.gateway.metering_request import MeteredRequest
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
-from swarm.gateway.usage import COUNTS, Meter, text_tokens, total
+from swarm.gateway.usage import COUNTS, LEAST_OUTPUT_TOKENS, Meter, Share, total
 from swarm.ledger import Bill, Granted, Ledger, Order
 
 log = structlog.get_logger(__name__)
 
-# A call that streams is made only if the budget allows an answer of this length.
-LEAST_OUTPUT_TOKENS: Final = 64
+# A kept connection that the service had closed breaks as soon as it is used: within this time.
+_STALE_SECONDS: Final = 5.0
+_UNSEEN: Final = "the answer was not seen to its end: counted with all that it may have cost"
+_MAX_USD: Final = 1e9  # of one call, for the engine
 _BOOK_TRIES, _BOOK_AGAIN_SECONDS = 20, 0.5
 
 
@@ -46,23 +50,49 @@ class Call:
         self._first_byte_ms: float | None = None
         self._status = 0
         self._meter: Meter | None = None
-        self._bytes = 0
         self._complete = False
+        self._unsent_bytes: int | None = None  # of the request's body; None before its head was sent
+        self._sent_at = 0.0
+        self._kept = False  # was it sent over a connection that had served another call?
+        self._stale = False
         self.sse = False
-        self.sent = True  # the service may have received it
         self.note = ""
+        self._cost_something = True
+
+    def sending(self, body_bytes: int, *, kept: bool = False) -> None:
+        self._kept = self._kept or kept
+        self._unsent_bytes = body_bytes
+
+    def body_sent(self, size: int) -> None:
+        if self._unsent_bytes is not None:
+            self._unsent_bytes -= size
+            self._sent_at = time.monotonic()
+
+    @property
+    def sent(self) -> bool:
+        """May the service have received it? No service works on a part of a request."""
+        return self._unsent_bytes is not None and self._unsent_bytes <= 0
+
+    def connection_lost(self) -> None:
+        """The service has closed the connection without a byte of an answer."""
+        self._stale = self._kept and time.monotonic() - self._sent_at < _STALE_SECONDS
 
     def answer_started(self, answer: aiohttp.ClientResponse) -> None:
         self._status = answer.status
         self.sse = answer.content_type == "text/event-stream"
-        if self._metered is not None and answer.status < 300:
-            estimate = total(self._metered.prompt)
-            self._meter = Meter(self._upstream, model=self._metered.model, sse=self.sse, estimated_input=estimate)
+        if self._metered is not None:
+            self._meter = Meter(
+                self._upstream,
+                model=self._metered.model,
+                prompt=self._metered.prompt,
+                max_output=self._metered.max_output,
+                streams=self._metered.streams,
+                sse=self.sse,
+            )
 
     def feed(self, chunk: bytes) -> bytes:
         if self._first_byte_ms is None:
             self._first_byte_ms = (time.monotonic() - self._began) * 1000
-        self._bytes += len(chunk)
         return self._meter.feed(chunk) if self._meter is not None else chunk
 
     def cut_reason(self) -> str | None:
@@ -84,44 +114,95 @@ class Call:
         self._complete = True
         return self._meter.end() if self._meter is not None else b""
 
-    def _counts(self, metered: MeteredRequest) -> tuple[dict[str, int], bool]:
-        """Tokens by kind, and whether they are an estimate."""
+    def _used(self, metered: MeteredRequest) -> tuple[list[Share], bool]:
+        """What the service bills, and whether that is an estimate."""
         meter = self._meter
-        if meter is None and (self._status or not self.sent):  # refused, or never sent
-            return {}, False
-        if meter is None or not (self.sse or self._complete):
+        if meter is None and not self.sent:
+            self.note = self.note or "it was not sent"
+            return [], False
+        if meter is None and self._stale:
+            self.note = "the service had closed the connection before the call: counted as not received"
+            return [], True
+        if meter is None:
             # The service works on a request even when its client has disconnected.
-            self.note = self.note or "the answer was not seen to its end: counted with all that it may have cost"
+            self.note = self.note or _UNSEEN
             output = min(metered.max_output, LEAST_OUTPUT_TOKENS) if metered.streams else metered.max_output
-            return {**metered.prompt, "output": output}, True
-        if self._complete and meter.usage_reported:
-            return meter.counts(complete=True), False
-        counts = meter.counts(complete=False)
+            return [Share(model="", counts={**metered.prompt, "output": output})], True
+        if meter.usage_reported(ended=self._complete):
+            shares = meter.reported()
+            if meter.doubted:
+                self.note = self.note or "the answer reports numbers that can't be right"
+            return shares, meter.doubted
+        if self._status >= 300:
+            return [], False
+        if meter.error and (self.sse or self._complete):
+            self.note = self.note or f"the service answered with an error: {meter.error}"
+            return [], False
         if self._complete:
-            self.note = self.note or "the answer did not say what it used"
-            counts |= {"input": meter.estimated_input, "output": text_tokens(self._bytes)}
-        return counts, True
+            why = f"broke off with an error: {meter.failure}" if meter.failure else "did not say what it used"
+            self.note = self.note or f"the answer {why}"
+        elif not self.sse:
+            self.note = self.note or _UNSEEN
+        return [Share(model="", counts=meter.estimated(ended=self._complete))], True
 
     @property
     def failed(self) -> bool:
-        return not 200 <= self._status < 300
+        return not 200 <= self._status < 300 or not self._cost_something
 
     def abandon(self) -> None:
         """The client disconnected before the call was sent."""
-        self.sent = False
         self.note = "the client disconnected before the call was sent"
+
+    def _surcharge(self, metered: MeteredRequest) -> str:
+        """That of the request, as far as the answer doesn't say how the call was served in truth."""
+        found = dict(word.split("=", 1) for word in metered.surcharge.split())
+        for field, value in (self._meter.words if self._meter is not None else {}).items():
+            if f"{field}={value}" in self._upstream.list_price:
+                found.pop(field, None)
+            elif re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", value):
+                found[field] = value
+        order = [surcharge.partition("=")[0] for surcharge in self._upstream.surcharges]  # as in price lists
+        found = dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+        return "".join(f" {field}={value}" for field, value in found.items())
+
+    def _price_of(
+        self, model: str, surcharge: str, metered: MeteredRequest, prices: Prices, *, part: bool
+    ) -> tuple[Price | None, str]:
+        """The price, and why it is not quite the right one. ``part``: is the model another one than the answer's?"""
+        if (price := prices.of(model, surcharge)) is not None:
+            return price, ""
+        why = f"no price for {model}{surcharge} in the list of {prices.date}: counted at"
+        if surcharge != metered.surcharge:  # not asked for, so no budget could refuse it: a lower price is better
+            kept = ""
+            for word in surcharge.split():
+                kept += f" {word}" if prices.of(model, f"{kept} {word}") is not None else ""
+            if (price := prices.of(model, kept) or self._price) is not None:
+                return price, f"{why} that of {model}{kept}"
+        return self._price, f"{why} that of {metered.model}" if part else ""
 
     async def book(self, prices: Prices) -> None:
         assert self._order is not None
         assert self._metered is not None
-        order, meter, surcharge = self._order, self._meter, self._metered.surcharge
-        counts, estimated = self._counts(self._metered)
-        name = meter.model if meter is not None else self._metered.model
-        model, price = name + surcharge, prices.of(name, surcharge) or self._price
-        cost = price.usd(counts) if price is not None else None if total(counts) else 0.0
-        if cost is None:
+        order, metered = self._order, self._metered
+        shares, estimated = self._used(metered)
+        name = metered.model if self._meter is None else self._meter.model
+        surcharge = self._surcharge(metered)
+        model, cost = name + surcharge, 0.0
+        for share in shares:
+            price, why = self._price_of(
+                share.model or name, surcharge, metered, prices, part=share.model not in ("", name)
+            )
+            if why:
+                estimated, self.note = True, self.note or why
+            if price is not None:
+                cost += price.usd(share.counts)
+            elif total(share.counts):
+                cost = math.nan
+        unpriced = math.isnan(cost)
+        if unpriced:
             self.note = self.note or f"no price for {model} in the list of {prices.date}"
-        counts = {kind: count for kind, count in counts.items() if kind in COUNTS}
+        counts = {kind: sum(share.counts.get(kind, 0) for share in shares) for kind in COUNTS}
+        self._cost_something = bool(total(counts))
         bill = Bill(
             id=order.id,
             account=order.account,
@@ -129,7 +210,7 @@ class Call:
             model=model,
             status=self._status,
             counts=counts,
-            cost_usd=cost,
+            cost_usd=None if unpriced else min(cost, _MAX_USD),
             latency_ms=(time.monotonic() - self._began) * 1000,
             first_byte_ms=self._first_byte_ms,
             streamed=self.sse,

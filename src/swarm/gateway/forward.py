@@ -14,6 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from types import SimpleNamespace
 from typing import Final, TypeVar
 
 import aiohttp
@@ -25,11 +26,11 @@ from swarm.base.aio import finish_uninterrupted
 from swarm.errors import LeaseLost, NotFound, StoreError
 from swarm.gateway import wire
 from swarm.gateway.attempt_listener import AllowedRequest, AttemptListener, Record, error
-from swarm.gateway.call import LEAST_OUTPUT_TOKENS, Call
+from swarm.gateway.call import Call
 from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, read
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
-from swarm.gateway.usage import COUNTS, total
+from swarm.gateway.usage import COUNTS, LEAST_OUTPUT_TOKENS, total
 from swarm.ledger import Account, Busy, Ledger, Limit, Order, Refused, Reservation, Spend
 
 log = structlog.get_logger(__name__)
@@ -204,6 +205,7 @@ class Gateway:
                     allow_redirects=False,  # a key goes only to the service that it is for
                     timeout=timeout,
                     proxy=wire.proxy_of(upstream.base_url),
+                    trace_request_ctx=(call, len(body)),
                 ) as answer,
             ):
                 call.answer_started(answer)
@@ -228,9 +230,8 @@ class Gateway:
         except _GuestGone:  # before this call was cancelled for it; the service is not to blame
             return response or web.Response()
         except (aiohttp.ClientError, TimeoutError, OSError) as problem:
-            call.sent = not isinstance(
-                problem, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.ClientHttpProxyError
-            )
+            if response is None and isinstance(problem, aiohttp.ServerDisconnectedError | ConnectionError):
+                call.connection_lost()
             late = isinstance(problem, TimeoutError)
             why = f"{upstream.name} was silent for too long" if late else f"{upstream.name} can't be reached"
             call.note = f"{why}: {type(problem).__name__}"
@@ -247,9 +248,34 @@ class Gateway:
             # No limit here: each listener limits the connections of its VM.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
             self._session = aiohttp.ClientSession(
-                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), skip_auto_headers=("User-Agent",)
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                skip_auto_headers=("User-Agent",),
+                trace_configs=[_watch()],
             )
         return self._session
+
+
+def _watch() -> aiohttp.TraceConfig:
+    """Tells calls how far their requests have come: which of them are billed depends on it."""
+
+    async def reused(_: object, context: SimpleNamespace, params: object) -> None:
+        call, size = context.trace_request_ctx
+        call.sending(size, kept=True)
+
+    async def headers_sent(_: object, context: SimpleNamespace, params: object) -> None:
+        call, size = context.trace_request_ctx
+        call.sending(size)
+
+    async def chunk_sent(_: object, context: SimpleNamespace, params: aiohttp.TraceRequestChunkSentParams) -> None:
+        call, _ = context.trace_request_ctx
+        call.body_sent(len(params.chunk))
+
+    watch = aiohttp.TraceConfig()
+    watch.on_connection_reuseconn.append(reused)
+    watch.on_request_headers_sent.append(headers_sent)
+    watch.on_request_chunk_sent.append(chunk_sent)
+    return watch
 
 
 async def _next_chunk(content: aiohttp.StreamReader, idle_timeout: asyncio.Timeout, seconds: float) -> bytes:

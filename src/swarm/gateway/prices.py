@@ -17,6 +17,7 @@ SHIPPED: Final = Path(__file__).with_name("prices.toml")
 _DATED: Final = re.compile(r"(-\d{8}|-latest|\[\w+\])$")
 
 _Usd = Annotated[float, Field(ge=0, le=1e6)]
+_Factor = Annotated[float, Field(gt=0, le=100)]
 
 
 class _Rates(pydantic.BaseModel):
@@ -35,10 +36,13 @@ class _Above(_Rates):
 
 
 class Price(_Rates):
-    """USD per 10^6 tokens of each kind. ``each``: USD per unit of things that are not tokens."""
+    """USD per 10^6 tokens of each kind. ``each``: USD per unit of things that are not tokens. ``times``: surcharges
+    that multiply the price of all tokens; ``factor``: the product of those that apply."""
 
     above: _Above | None = None
     each: dict[str, _Usd] = Field(default_factory=dict)
+    times: dict[str, _Factor] = Field(default_factory=dict)
+    factor: _Factor = 1
 
     def usd(self, counts: Mapping[str, int]) -> float:
         """``counts`` as in `swarm.ledger.Bill`; ``cache_write_1h`` is the part of ``cache_write`` kept for an hour."""
@@ -51,7 +55,7 @@ class Price(_Rates):
         per_write = rates.input if rates.cache_write is None else rates.cache_write
         total += (write - hour) * per_write
         total += hour * (per_write if rates.cache_write_1h is None else rates.cache_write_1h)
-        return total / 1e6 + sum(counts.get(kind, 0) * usd for kind, usd in self.each.items())
+        return total * self.factor / 1e6 + sum(counts.get(kind, 0) * usd for kind, usd in self.each.items())
 
 
 class _Table(pydantic.BaseModel):
@@ -60,6 +64,7 @@ class _Table(pydantic.BaseModel):
     date: str = ""
     source: str = ""
     each: dict[str, _Usd] = Field(default_factory=dict)
+    times: dict[str, _Factor] = Field(default_factory=dict)
     models: dict[str, Price] = Field(default_factory=dict)
 
 
@@ -70,17 +75,28 @@ class Prices:
 
     def of(self, model: str, surcharge: str = "") -> Price | None:
         """By name, or by name without the date at its end. ``surcharge`` follows the name in the table
-        (" speed=fast")."""
-        return self.models.get(model + surcharge) or self.models.get(_DATED.sub("", model) + surcharge)
+        (" speed=fast"); one that multiplies prices needs no price of its own."""
+        for name in (model, _DATED.sub("", model)):
+            if price := self.models.get(name + surcharge):
+                return price
+            for at in (words := surcharge.split()):
+                rest = "".join(f" {word}" for word in words if word != at)
+                price = self.of(name, rest)
+                if price is not None and at in price.times:
+                    return price.model_copy(update={"factor": price.factor * price.times[at]})
+        return None
 
 
 def load(own: Path | None) -> Prices:
     """Raises UsageError with the file and the field."""
     table = _table(SHIPPED)
     given = _table(own) if own is not None else _Table()
-    each = {**table.each, **given.each}
+    each, times = {**table.each, **given.each}, {**table.times, **given.times}
     models = {**table.models, **given.models}
-    priced = {name: price.model_copy(update={"each": {**each, **price.each}}) for name, price in models.items()}
+    priced = {
+        name: price.model_copy(update={"each": {**each, **price.each}, "times": {**times, **price.times}})
+        for name, price in models.items()
+    }
     return Prices(priced, date=given.date or table.date)
 
 

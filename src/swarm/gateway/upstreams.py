@@ -30,7 +30,11 @@ _Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")]
 _Route = Annotated[str, pydantic.AfterValidator(_route)]
 _BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s?#]+$"), pydantic.AfterValidator(lambda url: url.rstrip("/"))]
 _Surcharge = Annotated[str, StringConstraints(pattern=r"^[a-z_.]+=[a-z0-9_-]+$")]
-Kind = Literal["model", "input", "output", "cache_read", "cache_write", "cache_write_1h", "web_search"]
+_Condition = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.]+=[a-z0-9_-]+$")]
+Kind = Literal[
+    "model", "input", "output", "total", "reasoning", "cache_read", "cache_write", "cache_write_1h", "web_search",
+    "speed", "inference_geo", "service_tier",
+]  # fmt: skip
 
 
 class Upstream(pydantic.BaseModel):
@@ -54,6 +58,10 @@ class Upstream(pydantic.BaseModel):
     output_default: int = Field(default=8192, gt=0)
     answers: tuple[str, ...] = ()
     surcharges: tuple[_Surcharge, ...] = ()
+    list_price: tuple[_Surcharge, ...] = ()
+    finished: tuple[str, ...] = ()
+    iterations: tuple[str, ...] = ()
+    searched: tuple[_Condition, ...] = ()
     text: tuple[str, ...] = ()
     cache_in_input: bool = False
     stream_body: dict[str, Any] = Field(default_factory=dict)

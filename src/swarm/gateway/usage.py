@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from swarm.gateway.upstreams import Upstream
@@ -15,12 +17,19 @@ _IMAGE_TOKENS: Final = 2000
 _DOCUMENT_BYTES_PER_TOKEN: Final = 20
 # For a document that the service fetches or has stored, whose size is unknown: ten pages of text and images.
 _UNSEEN_DOCUMENT_TOKENS: Final = 30_000
-_MAX_COUNT: Final = 10**12
+# More tokens than any answer has; and small enough that its price, at the highest that a price list may have, is one
+# that the engine accepts.
+_MAX_COUNT: Final = 10**8
+_MAX_ITERATIONS: Final = 1000
+# A call that streams is made only if the budget allows an answer of this length.
+LEAST_OUTPUT_TOKENS: Final = 64
 # Larger answers and events are passed on without being parsed.
 _MAX_PARSED_BYTES: Final = 64 << 20
 _MAX_EVENT_BYTES: Final = 4 << 20
 
 COUNTS: Final = ("input", "output", "cache_read", "cache_write")
+# What answers say in words, not in numbers, besides the model: how the call was served.
+_WORDS: Final = ("speed", "inference_geo", "service_tier")
 
 
 def dig(value: Any, path: str) -> Any:
@@ -78,22 +87,54 @@ def text_tokens(size: int) -> int:
     return -(-size // _BYTES_PER_TOKEN)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Tokens by kind, how many of ``cache_write`` are for an hour, and searches; of one model ('': the answer's)."""
+
+    model: str
+    counts: Mapping[str, int]
+
+
 class Meter:
     """Reads one answer while it passes. ``feed`` returns what may be passed on: of a stream only whole events, so that
-    the gateway can append one. Events are parsed lazily, so forwarding never waits for parsing."""
+    the gateway can append one. Events are parsed lazily, so forwarding never waits for parsing.
 
-    def __init__(self, upstream: Upstream, *, model: str, sse: bool, estimated_input: int) -> None:
+    What a service says is not believed blindly: a number that can't be right is no report, and makes the bill an
+    estimate (`doubted`)."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        model: str,
+        prompt: Mapping[str, int],
+        max_output: int,
+        streams: bool,
+        sse: bool,
+    ) -> None:
+        """All but ``sse`` as in `swarm.gateway.metering_request.MeteredRequest`; ``sse``: is the answer a stream?"""
         self._upstream = upstream
+        self._prompt = prompt
+        self._max_output = max_output
+        self._streams = streams
         self._sse = sse
-        self.estimated_input = estimated_input
         self._buffer = bytearray()
         self._unparsed: list[bytes] = []
         self._too_large = False
+        self._bytes = 0
         self._text_bytes = 0
-        self._usage_fields = {path.partition(".")[0] for paths in upstream.usage.values() for path in paths}
+        paths = itertools.chain(*upstream.usage.values(), upstream.iterations, ["error"])
+        self._usage_fields = {path.partition(".")[0] for path in paths}
+        self._searched = [condition.split("=", 1) for condition in upstream.searched]
         self._counts: dict[str, int] = {}
+        self._words: dict[str, str] = {}
+        self._iterations: list[dict[str, int | str]] = []
+        self._searches = 0
         self._model = model
-        self._usage_reported = False
+        self._finished = False
+        self._final = False  # the usage was reported when, or after, the answer had ended
+        self._error = ""
+        self._doubted = False
 
     @property
     def model(self) -> str:
@@ -102,12 +143,39 @@ class Meter:
         return self._model
 
     @property
-    def usage_reported(self) -> bool:
-        """Has the service reported the size of its answer?"""
+    def words(self) -> Mapping[str, str]:
+        """How the service says that it served the call: `speed`, `inference_geo`, `service_tier`."""
         self._parse_events()
-        return self._usage_reported
+        return self._words
+
+    @property
+    def doubted(self) -> bool:
+        """Did the service report something that can't be right?"""
+        self._parse_events()
+        return self._doubted
+
+    def usage_reported(self, *, ended: bool) -> bool:
+        """Has the service reported what it bills for the whole answer? ``ended``: was the answer seen to its end?"""
+        self._parse_events()
+        return self._final if self._sse and self._upstream.finished else ended and self._reported
+
+    @property
+    def _reported(self) -> bool:
+        return "input" in self._counts and ("output" in self._counts or "total" in self._counts)
+
+    @property
+    def error(self) -> str:
+        """The error that the service answered with instead of an answer; '' when there was some answer before it."""
+        self._parse_events()
+        return "" if self._counts or self._text_bytes else self._error
+
+    @property
+    def failure(self) -> str:
+        """The error that the answer broke off with, whatever came before it."""
+        return self._error
 
     def feed(self, data: bytes) -> bytes:
+        self._bytes += len(data)
         if not self._sse:
             if len(self._buffer) + len(data) <= _MAX_PARSED_BYTES:
                 self._buffer += data
@@ -132,6 +200,7 @@ class Meter:
         """The answer has ended. Returns what is left to pass on."""
         rest, self._buffer = bytes(self._buffer), bytearray()
         if self._sse:
+            self._unparsed.append(rest)  # the last event, of a service that ends it with the stream
             return rest
         if not self._too_large:
             self._parse(rest)
@@ -140,45 +209,128 @@ class Meter:
     def _parse_events(self) -> None:
         unparsed, self._unparsed = self._unparsed, []
         for events in unparsed:
-            for line in events.splitlines():
-                if line.startswith(b"data:") and len(line) <= _MAX_EVENT_BYTES:
-                    self._parse(line[5:])
+            data: list[bytes] = []
+            for line in (*events.splitlines(), b""):
+                if line.startswith(b"data:"):
+                    data.append(line[5:])
+                elif not line and data:  # the end of an event
+                    if sum(map(len, data)) <= _MAX_EVENT_BYTES:
+                        self._parse(b"\n".join(data))
+                    data = []
 
     def _parse(self, text: bytes) -> None:
         try:
             event = json.loads(text)
-        except (ValueError, RecursionError):  # "[DONE]", or not JSON
+        except (ValueError, RecursionError):
+            if text.strip() == b"[DONE]":  # of one dialect, at the end of its streams
+                self._finished, self._final = True, self._reported
             return
         if not isinstance(event, dict):
             return
         # A fast check first: most of a stream's many events have only text.
-        for kind, paths in self._upstream.usage.items() if self._usage_fields & event.keys() else ():
-            found = first(event, paths)
-            if kind == "model":
-                if isinstance(found, str) and found:
-                    self._model = found[:200]
-            elif isinstance(found, int) and 0 <= found <= _MAX_COUNT:
-                self._counts[kind] = found
-                self._usage_reported = self._usage_reported or kind == "output"
+        if self._usage_fields & event.keys():
+            self._read(event)
+        self._finished = self._finished or first(event, self._upstream.finished) is not None
+        self._final = self._finished and self._reported
+        self._searches += sum(dig(event, path) == word for path, word in self._searched)
         for path in self._upstream.text:
             if isinstance(found := dig(event, path), str):
                 self._text_bytes += len(found.encode(errors="replace"))
 
+    def _read(self, event: dict[str, Any]) -> None:
+        for kind, value in self._values(event).items():
+            if kind == "model":
+                self._model = str(value)
+            elif isinstance(value, str):
+                self._words[kind] = value
+            # Counts are sums so far, so an input of 0 after another one says nothing.
+            elif value or kind == "output" or kind not in self._counts:
+                self._counts[kind] = value
+        if (iterations := first(event, self._upstream.iterations)) is not None:
+            self._iterations = self._read_iterations(iterations)
+        if not self._error and (error := event.get("error")) is not None:
+            self._error = str(dig(error, "type") or dig(error, "code") or dig(error, "message") or error)[:200]
+
+    def _values(self, event: dict[str, Any]) -> dict[str, int | str]:
+        """What an event reports. A value that can't be right is left out, and makes the rest doubtful."""
+        values: dict[str, int | str] = {}
+        for kind, paths in self._upstream.usage.items():
+            found = first(event, paths)
+            if found is None:
+                continue
+            if kind == "model" or kind in _WORDS:
+                if isinstance(found, str) and found:
+                    values[kind] = found[:200]
+                continue
+            if isinstance(found, float) and found.is_integer():
+                found = int(found)
+            if isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= _MAX_COUNT:
+                values[kind] = found
+            else:
+                self._doubted = True
+        return values
+
+    def _read_iterations(self, given: Any) -> list[dict[str, int | str]]:
+        if not isinstance(given, list) or len(given) > _MAX_ITERATIONS:
+            self._doubted = True
+            return []
+        found = []
+        for one in given:
+            values = self._values({"usage": one, "model": dig(one, "model")})
+            self._doubted = self._doubted or not {"input", "output"} <= values.keys()
+            found.append(values)
+        return found
+
     def counts_so_far(self) -> dict[str, int]:
         """For a running stream: output is counted from the text so far, as services report it only at the end."""
-        return self.counts(complete=True) | {"output": text_tokens(self._text_bytes)}
-
-    def counts(self, *, complete: bool) -> dict[str, int]:
-        """Tokens by kind, how many of ``cache_write`` are for an hour, and searches. Unless the answer is ``complete``,
-        its output is at least the text that arrived: services report the output only at the end."""
         self._parse_events()
-        counts = {kind: self._counts.get(kind, 0) for kind in (*COUNTS, "cache_write_1h", "web_search")}
+        return self._normal(self._counts) | {"output": text_tokens(self._text_bytes)}
+
+    def reported(self) -> list[Share]:
+        """What the service bills, by its own word: `usage_reported`. An answer that was made in several runs of a model
+        (compaction, advisor, fallback) is billed by run, and its usage alone leaves some of them out."""
+        whole = self._normal(self._counts)
+        if not self._iterations:
+            return [Share(model="", counts=whole)]
+        shares = [Share(model=str(one.get("model", "")), counts=self._normal(one)) for one in self._iterations]
+        for kind in COUNTS:
+            missing = whole[kind] - sum(share.counts.get(kind, 0) for share in shares)
+            if missing > 0:
+                self._doubted = True
+                shares.append(Share(model="", counts={kind: missing}))
+        return [*shares, Share(model="", counts={"web_search": whole["web_search"]})]
+
+    def estimated(self, *, ended: bool) -> dict[str, int]:
+        """What an answer may have cost that did not report it, or not all of it. Has it ``ended``?"""
+        self._parse_events()
+        if not ended and self._sse and self._buffer:
+            self._unparsed.append(bytes(self._buffer))
+            self._parse_events()
+        counts, most = self._normal(self._counts), self._max_output
+        came = text_tokens(self._text_bytes if self._sse else self._bytes if ended else 0)
+        if not ended and not came:
+            # The service works on a request even when its client has disconnected; a stream it ends soon. The length
+            # of an answer in one piece says little: it may have thought unseen.
+            came = min(most, LEAST_OUTPUT_TOKENS) if self._streams else most
+        counts["output"] = max(counts["output"], min(came, most))
+        counts["web_search"] = max(counts["web_search"], self._searches)
+        if not any(counts[kind] for kind in ("input", "cache_read", "cache_write")):
+            counts |= self._prompt
+        return counts
+
+    def _normal(self, reported: Mapping[str, Any]) -> dict[str, int]:
+        """Each token once: services count parts of a kind again, or leave some out."""
+        counts = {kind: int(reported.get(kind, 0)) for kind in (*COUNTS, "cache_write_1h", "web_search")}
+        unexplained = int(reported.get("total", 0)) - counts["input"] - counts["output"]
+        if unexplained > 0:  # some services leave the hidden reasoning out of the output, and bill it
+            self._doubted = self._doubted or ("output" in reported and unexplained != reported.get("reasoning"))
+            counts["output"] += unexplained
+        counts["cache_write"] = max(counts["cache_write"], counts["cache_write_1h"])
         if self._upstream.cache_in_input:
-            counts["input"] = max(0, counts["input"] - counts["cache_read"])
-        if not complete:
-            counts["output"] = max(counts["output"], text_tokens(self._text_bytes))
-            if not any(counts[kind] for kind in ("input", "cache_read", "cache_write")):
-                counts["input"] = self.estimated_input
+            if counts["cache_read"] > counts["input"]:
+                self._doubted = True
+                counts["cache_read"] = counts["input"]
+            counts["input"] -= counts["cache_read"]
         return counts
 
 

@@ -63,6 +63,9 @@ _ADD_TO_RUN: Final = sa.text(
 )
 _TICKET: Final = sa.text("SELECT id FROM tickets WHERE id = :id")
 
+# How a row's note begins when its tokens and cost are an estimate.
+_ESTIMATED: Final = "estimated: "
+
 By = Literal["ticket", "agent", "workflow", "model", "day"]
 _GROUPS: Final[dict[By, str]] = {
     "ticket": "COALESCE(c.ticket_id, '(one-off runs)')",
@@ -76,9 +79,16 @@ SELECT {group} AS name, count(*) AS calls, COALESCE(SUM(c.input_tokens), 0) AS i
   COALESCE(SUM(c.output_tokens), 0) AS output_tokens, COALESCE(SUM(c.cache_read_tokens), 0) AS cache_read_tokens,
   COALESCE(SUM(c.cache_write_tokens), 0) AS cache_write_tokens, COALESCE(SUM(c.cost_usd), 0) AS cost_usd,
   SUM(CASE WHEN c.status IS NOT NULL AND c.cost_usd IS NULL AND c.tokens > 0 THEN 1 ELSE 0 END) AS unpriced_calls,
-  SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS open_calls
+  SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS open_calls,
+  SUM(CASE WHEN c.note LIKE 'estimated:%' THEN 1 ELSE 0 END) AS estimated_calls,
+  COALESCE(SUM(CASE WHEN c.note LIKE 'estimated:%' THEN c.cost_usd END), 0) AS estimated_usd
 FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC, name
 """
+
+_ESTIMATES: Final = sa.text(
+    "SELECT count(*) AS calls, COALESCE(SUM(cost_usd), 0) AS usd FROM model_calls WHERE note LIKE 'estimated:%' "
+    "AND run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)"
+)
 
 
 def reserve(tx: Tx, order: Order) -> Reservation:
@@ -193,7 +203,7 @@ def book(tx: Tx, bill: Bill) -> None:
         tokens=bill.tokens,
         cost_usd=bill.cost_usd,
         latency_ms=round(bill.latency_ms, 3),
-        note=message(bill.note) or None,
+        note=message(f"{_ESTIMATED}{bill.note}" if bill.estimated else bill.note) or None,
         **counts,
     )
     if booked is None:
@@ -232,7 +242,8 @@ def _event(bill: Bill, ticket_id: str, counts: dict[str, int]) -> Event:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """Calls of a ticket, agent, workflow, model or day. ``cost_usd`` leaves out ``unpriced_calls``, whose model has no
-    price, and ``open_calls``, which still run or were cut off when their engine died."""
+    price, and ``open_calls``, which still run or were cut off when their engine died. Of it, ``estimated_usd`` are
+    estimates: those of ``estimated_calls``, whose answers didn't say what they cost."""
 
     name: str
     calls: int
@@ -243,6 +254,8 @@ class Costs:
     cost_usd: float
     unpriced_calls: int
     open_calls: int
+    estimated_calls: int
+    estimated_usd: float
 
 
 def costs(tx: Tx, by: By, *, since: str) -> list[Costs]:
@@ -250,3 +263,9 @@ def costs(tx: Tx, by: By, *, since: str) -> list[Costs]:
     rows = tx.all(sa.text(_COSTS.format(group=_GROUPS[by])), since=since)
     found = [Costs(**row._asdict()) for row in rows]
     return sorted(found, key=lambda c: c.name) if by == "day" else found
+
+
+def estimates(tx: Tx, ticket_id: str) -> tuple[int, float]:
+    """How many of a ticket's calls are estimates, and their USD."""
+    row = tx.first(_ESTIMATES, ticket_id=ticket_id)
+    return (row.calls, row.usd) if row is not None else (0, 0.0)

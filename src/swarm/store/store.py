@@ -402,6 +402,10 @@ class Store:
         """Sums of the model calls since then (ISO-8601)."""
         return await self._read.call(spending.costs, by, since=since)
 
+    async def estimates(self, ticket_id: str) -> tuple[int, float]:
+        """How many of a ticket's model calls are estimates, and their USD."""
+        return await self._read.call(spending.estimates, ticket_id)
+
     # --- secrets, sealed (swarm.admin.vault) --------------------------------------------------------------------------
 
     async def put_secret(self, secret: Sealed) -> None:
