@@ -11,6 +11,9 @@ from typing import Final
 # The built-in agent `echo` has the same id on every host.
 ECHO_AGENT_ID: Final = "0d72b1b5-a98e-4356-bf52-f654d0509dc4"
 
+# In a step's inputs and in what an agent left: the trees of files that belong to it, by place (docs/agents.md).
+FILES: Final = "$files"
+
 # Packages that an agent may require: pinned for PyPI, and never an option, a path or an address for pip or apt.
 REQUIREMENT: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
 DEBIAN_PACKAGE: Final = r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$"

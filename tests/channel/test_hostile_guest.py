@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 
 from swarm.channel import Channel, frames
+from swarm.channel.client import PROTOCOL
 from swarm.channel.dial import Endpoint
 from swarm.channel.proof import GUEST, proof
 from swarm.errors import AgentTimeout, ChannelError
@@ -23,10 +25,13 @@ STATE = {
     "boot_id": "b", "generation": "g1", "crng_ready": True, "sshd": False, "hostname": "h", "machine_id": "m",
     "clock_ns": 1,
 }  # fmt: skip
-HELLO = {**STATE, "protocol": 2, "mode": "vm", "python": "3", "kernel": "6", "preload_failed": {}, "uptime_ms": 1}
+HELLO = {
+    **STATE, "protocol": PROTOCOL, "mode": "vm", "python": "3", "kernel": "6", "preload_failed": {}, "uptime_ms": 1,
+}  # fmt: skip
 EXIT = {
     "code": 0, "signal": None, "oom": False, "cpu_ms": 1, "max_rss_kb": 1, "stdout_bytes": 0, "stderr_bytes": 0,
-    "dropped_bytes": 0, "received_ns": 1, "started_ns": 1, "ended_ns": 1, "clean": True, "timed_out": None,
+    "dropped_bytes": 0, "received_ns": 1, "started_ns": 1, "ended_ns": 1, "clean": True, "out": False,
+    "timed_out": None,
 }  # fmt: skip
 Answer = list[bytes]
 
@@ -85,6 +90,11 @@ def renew(channel: Channel) -> Awaitable[object]:
     return channel.renew(identity())
 
 
+async def tree(channel: Channel) -> object:
+    with tempfile.TemporaryFile() as spool:
+        return await channel.get_tree("/work/out", limit_bytes=10, limit_entries=10, spool=cast("BinaryIO", spool))
+
+
 def put(channel: Channel) -> Awaitable[object]:
     return channel.put({"x": b""}, dest="/work")
 
@@ -123,6 +133,11 @@ HOSTILE: dict[str, tuple[Call, Callable[[int], Answer]]] = {
     "wrong size": (get, lambda n: [say(n, b"x", stream="data"), ok(n, found=True, too_large=False, size=2)]),
     "empty data": (get, lambda n: [say(n, stream="data")] * 1000),
     "found is a text": (get, lambda n: [ok(n, found="yes")]),
+    "more of a directory": (tree, lambda n: [say(n, b"x" * (1 << 20), stream="data")] * 4),
+    "a directory in empty pieces": (tree, lambda n: [say(n, stream="data")] * 1000),
+    "foreign stream of a directory": (tree, lambda n: [say(n, b"x", stream="stdout")]),
+    "complete is a text": (tree, lambda n: [ok(n, found=True, complete="yes")]),
+    "out is a text": (run, lambda n: [say(n, started_ns=1), ok(n, **(EXIT | {"out": "yes"}))]),
     "other generation": (renew, lambda n: [ok(n, **(STATE | {"generation": "old"}), done=[], skipped=[])]),
     "done is not a list": (renew, lambda n: [ok(n, **STATE, done="all", skipped=[])]),
 }
@@ -242,7 +257,7 @@ async def test_a_guest_that_never_ends_its_agent(tmp_path_factory: pytest.TempPa
 
 async def test_another_protocol_version_is_said_so(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(hello((await frames.read(reader)).head, protocol=3))
+        writer.write(hello((await frames.read(reader)).head, protocol=PROTOCOL + 1))
         await reader.read()
 
     async with serving(tmp_path / "s", serve):

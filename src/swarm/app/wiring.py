@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from swarm.engine.dispatch import Dispatcher
     from swarm.engine.egress import Egress
     from swarm.engine.engine import Engine
+    from swarm.engine.files import FileStore
     from swarm.engine.values import Values
     from swarm.engine.worker import Ended, Worker
     from swarm.gateway.prices import Prices
@@ -164,9 +165,10 @@ def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Laun
 
 
 def engine(
-    settings: Settings, vms: Launcher, host_egress: Egress, values: Values, *, registered: bool = True
+    settings: Settings, vms: Launcher, host_egress: Egress, values: Values, *, files: FileStore | None
 ) -> Engine:
-    """Runs one attempt in a VM of this launcher. Not ``registered``: agents from anywhere, for one-off runs."""
+    """Runs one attempt in a VM of this launcher. ``files``: of tickets, whose agents are registered; None: agents from
+    anywhere, for one-off runs."""
     from swarm.agents import Installed
     from swarm.engine.engine import Engine, Limits
 
@@ -177,7 +179,8 @@ def engine(
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
         egress=host_egress,
         values=values,
-        installed=Installed(settings.agents) if registered else None,
+        installed=Installed(settings.agents) if files is not None else None,
+        files=files,
     )
 
 
@@ -279,11 +282,11 @@ async def oneoff_engine(settings: Settings, *, vm: bool) -> AsyncIterator[Engine
         values = await stack.enter_async_context(Values())
         if vm:
             await sweep(settings)
-            yield engine(settings, launcher(settings, await choice(settings)), host_egress, values, registered=False)
+            yield engine(settings, launcher(settings, await choice(settings)), host_egress, values, files=None)
             return
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-"))
         own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
-        yield engine(own, launcher(own, await choice(own), clones=False), host_egress, values, registered=False)
+        yield engine(own, launcher(own, await choice(own), clones=False), host_egress, values, files=None)
 
 
 # --- running tickets ------------------------------------------------------------------------------------------------
@@ -322,7 +325,7 @@ async def worker(
             log.warning("--warm changes nothing: this driver makes no clones", driver=vms.choice.driver.name)
         yield Worker(
             store=opened,
-            engine=engine(settings, vms, host_egress, values),
+            engine=engine(settings, vms, host_egress, values, files=opened),
             name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
             lease_seconds=settings.lease_seconds,
             queue_timeout_seconds=settings.queue_timeout_seconds,

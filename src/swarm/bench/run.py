@@ -172,7 +172,7 @@ async def _serving(
     ):
         worker = Worker(
             store=context.store,
-            engine=wiring.engine(context.settings, launcher, egress, values),
+            engine=wiring.engine(context.settings, launcher, egress, values, files=context.store),
             name=f"{socket.gethostname()}:{os.getpid()}:bench",
             lease_seconds=context.settings.lease_seconds,
         )

@@ -7,24 +7,26 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
+from swarm.base.trees import Entry
 from swarm.channel import frames
 from swarm.channel.dial import LAST_PAUSE, Endpoint, dial
-from swarm.channel.files import File, batches, read_tree
+from swarm.channel.files import ENTRY, MAX_NAMES_BYTES, File, batches, read_tree, tables
 from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
 from swarm.channel.proof import GUEST, HOST, new_nonce, proof, shown
 from swarm.channel.values import Exit, Hello, Identity, Renewed, exit_of, final, state
 from swarm.errors import AgentFailed, AgentTimeout, ChannelError, GuestSilent, OutputInvalid, UsageError
 from swarm.model import FailureReason
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES
 _GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and reap an agent after its time is up
 _STREAMS: Final = ("stdout", "stderr")
 # Of a frame that is not the last of its reply: many may come, and honest ones take 50 bytes beside their payload.
 _MAX_PART_HEADER_BYTES: Final = 1024
 _FRAMES_PER_TURN: Final = 32
+_Rest = tuple[AsyncIterator[bytes], int]  # the rest of a payload, and its size
 
 
 class _Refusal(Exception):
@@ -130,9 +132,16 @@ class Channel:
 
     @contextlib.asynccontextmanager
     async def _call(
-        self, op: str, payload: bytes, fields: Mapping[str, object], *, limit_seconds: float | None = None
+        self,
+        op: str,
+        payload: bytes,
+        fields: Mapping[str, object],
+        *,
+        limit_seconds: float | None = None,
+        rest: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[Callable[[], Awaitable[Frame]]]:
-        """Send a request, and yield a function that returns the next reply, or raises _Refusal for an error.
+        """Send a request, and yield a function that returns the next reply, or raises _Refusal for an error. ``rest``:
+        more of the payload, in pieces of at most 1 MiB.
 
         If the block is left by any exception but a _Refusal, the connection is closed, since its state is unknown.
         """
@@ -147,7 +156,7 @@ class Channel:
                 except ValueError as error:
                     raise UsageError(f"{op}: names, arguments and environment are too long: {error}") from None
                 request_id = self._last_id = self._unanswered = self._last_id + 1
-                await self._send(op, first, payload, limit_seconds or self._io_seconds)
+                await self._send(op, first, payload, limit_seconds or self._io_seconds, rest)
 
             heard = 0
 
@@ -185,7 +194,9 @@ class Channel:
             if self._unanswered == request_id:
                 self._unanswered = None
 
-    async def _send(self, op: str, first: bytes, payload: bytes, limit_seconds: float) -> None:
+    async def _send(
+        self, op: str, first: bytes, payload: bytes, limit_seconds: float, rest: AsyncIterator[bytes] | None
+    ) -> None:
         try:
             async with asyncio.timeout(limit_seconds):
                 self._writer.write(first)
@@ -193,18 +204,22 @@ class Channel:
                     await self._writer.drain()
                     chunk = payload[at : at + MAX_PAYLOAD_BYTES]
                     self._writer.write(frames.encode({"id": self._last_id, "op": "data"}, chunk))
+                if rest is not None:
+                    async for chunk in rest:
+                        await self._writer.drain()
+                        self._writer.write(frames.encode({"id": self._last_id, "op": "data"}, chunk))
                 await self._writer.drain()
         except TimeoutError:
             raise ChannelError(f"the guest did not take {op} within {limit_seconds:g} s") from None
         except OSError as error:
             raise ChannelError(f"the connection to the guest broke: {error}") from None
 
-    async def _ask(self, op: str, payload: bytes = b"", **fields: object) -> Frame:
+    async def _ask(self, op: str, payload: bytes = b"", *, rest: _Rest | None = None, **fields: object) -> Frame:
         """A request with one reply."""
         # A guest that takes less than 1 MiB/s counts as dead.
-        limit = self._io_seconds + len(payload) / (1 << 20)
+        limit = self._io_seconds + (len(payload) + (rest[1] if rest else 0)) / (1 << 20)
         try:
-            async with self._call(op, payload, fields, limit_seconds=limit) as reply:
+            async with self._call(op, payload, fields, limit_seconds=limit, rest=rest and rest[0]) as reply:
                 return final(await reply())
         except _Refusal as refusal:
             raise ChannelError(f"agentd refused {refusal}") from None
@@ -272,7 +287,8 @@ class Channel:
 
     async def put_tree(self, dir: Path, *, dest: str, owner: str = "root") -> int:
         """Copy a directory's files to ``dest``; returns how many. Of their modes only the execute bit is kept;
-        __pycache__ is left out. Raises UsageError for a link, a special file, or more than 256 MiB."""
+        __pycache__ is left out. Raises UsageError for a link that leads out of it, a special file, or more than 256
+        MiB."""
         files = await asyncio.to_thread(read_tree, dir)
         await self._put(files, dest, owner)
         return len(files)
@@ -281,6 +297,40 @@ class Channel:
         for batch in batches(files):
             table = [[name, len(data), mode] for name, data, mode in batch]
             await self._ask("put", b"".join(data for _, data, _ in batch), dest=dest, owner=owner, files=table)
+
+    async def put_entries(
+        self,
+        entries: Sequence[Entry],
+        contents: Callable[[int, int], AsyncIterator[bytes]],
+        *,
+        dest: str,
+        owner: str = "agent",
+    ) -> None:
+        """`put` of files, links and directories; ``contents(offset, size)`` yields what is in them, one after the
+        other, in pieces of at most 1 MiB."""
+        at = 0
+        for batch in tables(entries):
+            table = [[entry.name, entry.size, entry.mode] for entry in batch]
+            size = sum(entry.size for entry in batch)
+            await self._ask("put", rest=(contents(at, size), size), dest=dest, owner=owner, files=table)
+            at += size
+
+    async def get_tree(self, path: str, *, limit_bytes: int, limit_entries: int, spool: BinaryIO) -> bool:
+        """Receive a directory into ``spool``, a file that `Received` reads. False if there was more than the limits
+        allow (2 MiB of names is one). A directory that doesn't exist is empty."""
+        most = limit_bytes + MAX_NAMES_BYTES + limit_entries * ENTRY.size
+        fields = {"path": path, "limit": limit_bytes, "entries": limit_entries, "names": MAX_NAMES_BYTES}
+        received = 0
+        try:
+            async with self._call("tree", b"", fields, limit_seconds=self._io_seconds + most / (1 << 20)) as reply:
+                while not (frame := await reply()).head.get("ok"):
+                    received += len(frame.payload)
+                    if frame.head.get("stream") != "data" or not frame.payload or received > most:
+                        raise ChannelError("the guest sent more of a directory than it may")
+                    await asyncio.to_thread(spool.write, frame.payload)
+                return frame.flag("complete")
+        except _Refusal as refusal:
+            raise ChannelError(f"agentd refused {refusal}") from None
 
     async def get(self, path: str, *, limit_bytes: int) -> bytes | None:
         """A regular file's contents; None if it doesn't exist.
@@ -309,8 +359,8 @@ class Channel:
                 raise OutputInvalid(refusal.said) from None
             raise ChannelError(f"agentd refused {refusal}") from None
         if too_large:
-            message = f"{path} has {size} bytes; the limit is {limit_bytes}"
-            raise OutputInvalid(message, reason=FailureReason.OUTPUT_TOO_LARGE)
+            said = f"{path} has {size} bytes; the limit is {limit_bytes}"
+            raise OutputInvalid(said, reason=FailureReason.OUTPUT_TOO_LARGE)
         return bytes(data) if found else None
 
     async def run(

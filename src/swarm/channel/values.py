@@ -63,7 +63,8 @@ class Exit:
     """How a program ended. Exactly one of ``code`` and ``signal`` is set. Sizes count what it wrote, including the
     ``dropped_bytes`` beyond max_output_bytes. ``cpu_ms`` includes all descendants. ``started_ns``, ``ended_ns`` and
     ``received_ns`` (the request's arrival) are the guest's CLOCK_MONOTONIC; ``started_at`` and ``ended_at`` are the
-    host's ``time.monotonic()`` when the frame arrived. ``clean``: no descendant survived."""
+    host's ``time.monotonic()`` when the frame arrived. ``clean``: no descendant survived. ``out``: it left files in
+    /work/out."""
 
     code: int | None
     signal: int | None
@@ -79,6 +80,7 @@ class Exit:
     started_at: float
     ended_at: float
     clean: bool
+    out: bool
 
 
 class StateFields(TypedDict):
@@ -129,4 +131,5 @@ def exit_of(reply: Frame, started_at: float | None) -> Exit:
         started_at=started_at,
         ended_at=time.monotonic(),
         clean=reply.flag("clean"),
+        out=reply.flag("out"),
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Input, InputJson, Inputs, read_inputs
+from swarm.cli.inputs import Input, InputJson, Inputs, read_inputs, schema_of
 
 if TYPE_CHECKING:
     from swarm.agents import Package
@@ -234,9 +234,9 @@ async def run(
     from swarm.engine import oneoff
     from swarm.model import Failed, Succeeded
 
-    given = read_inputs(inputs, input_json, input)
     with ExitStack() as stack:
         package = await _package(cli, source, stack, vm=vm)
+        given = read_inputs(inputs, input_json, input, schema_of(package.agent, None))
         await _build(cli, package.agent, vm=vm)
 
         def printed(_stream: str, data: bytes) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from swarm.base import jsontext
 from swarm.errors import UsageError
+
+if TYPE_CHECKING:
+    from swarm.model import Agent
+    from swarm.store.registry.workflows import WorkflowRow
 
 Inputs = Annotated[
     str | None, typer.Option("--inputs", metavar="JSON|@FILE", help="All inputs, as a JSON object. @- is stdin.")
@@ -19,7 +25,12 @@ Inputs = Annotated[
 InputJson = Annotated[Path | None, typer.Option("--input-json", metavar="FILE", help="The same as --inputs @FILE.")]
 Input = Annotated[
     list[str] | None,
-    typer.Option("--input", "-i", metavar="NAME=VALUE", help="One input. VALUE is JSON, or else text."),
+    typer.Option(
+        "--input",
+        "-i",
+        metavar="NAME=VALUE",
+        help="One input. VALUE is text where its schema says so, else JSON or text. @FILE reads it from a file.",
+    ),
 ]
 NewId = Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")]
 Priority = Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")]
@@ -29,7 +40,23 @@ Limit = Annotated[int, typer.Option("--limit", "-n", min=1, metavar="N", help="A
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-def read_inputs(inputs: str | None, input_json: Path | None, single: list[str] | None) -> dict[str, object]:
+def schema_of(agent: Agent | None, workflow: WorkflowRow | None) -> Mapping[str, Any]:
+    """Of the inputs; {} if it says nothing, or is broken."""
+    from swarm import schema
+    from swarm.errors import StoreError
+
+    found: Any = None
+    if workflow is not None:
+        with contextlib.suppress(StoreError):  # the ticket will fail, and say why
+            found = workflow.parsed().inputs_schema
+    elif agent is not None and agent.inputs_schema is not None:
+        found = schema.parsed(agent.inputs_schema)
+    return found if isinstance(found, Mapping) else {}
+
+
+def read_inputs(
+    inputs: str | None, input_json: Path | None, single: list[str] | None, schema: Mapping[str, Any]
+) -> dict[str, object]:
     """The inputs given by ``--inputs`` or ``--input-json``, overridden by each ``--input``. Raises UsageError."""
     if inputs is not None and input_json is not None:
         raise UsageError("--inputs and --input-json both give all inputs: use one of them")
@@ -52,11 +79,37 @@ def read_inputs(inputs: str | None, input_json: Path | None, single: list[str] |
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise UsageError(f"--input {pair!r}: write NAME=VALUE")
-        try:
-            result[name] = jsontext.loads(text)
-        except ValueError:
-            result[name] = text
+        result[name] = _value(name, text, schema)
     return result
+
+
+def _value(name: str, text: str, schema: Mapping[str, Any]) -> object:
+    """As JSON or as text: what fits the schema. If both do, JSON; `1.10` is text only where no number may be."""
+    if text.startswith("@@"):
+        text = text[1:]
+    elif text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--input {name}={text}: {error}; @@ stands for an @ at the beginning") from None
+    try:
+        value = jsontext.loads(text)
+    except ValueError:
+        return text
+    return value if _fits(name, value, schema) or not _fits(name, text, schema) else text
+
+
+def _fits(name: str, value: object, whole: Mapping[str, Any]) -> bool:
+    from swarm import schema
+
+    one = (whole.get("properties") or {}).get(name)
+    if one is None:
+        return True
+    defs = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
+    try:
+        return not schema.issues({name: value}, schema.text({**defs, "type": "object", "properties": {name: one}}))
+    except schema.SchemaError:
+        return True
 
 
 def age_seconds(text: str) -> float:

@@ -11,6 +11,7 @@ from swarm.cli import (
     artifact,
     bench,
     cost,
+    files,  # noqa: F401  commands of `ticket`
     image,
     install,
     prove,

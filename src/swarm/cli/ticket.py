@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.cli import sending
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Input, Inputs, Limit, NewId, Priority, Timeout, read_inputs
+from swarm.cli.inputs import Input, Inputs, Limit, NewId, Priority, Timeout, read_inputs, schema_of
+from swarm.cli.sending import AllFiles, FileOptions
 from swarm.cli.ui import render
-from swarm.model import TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
+from swarm.model import FILES, TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
 
 if TYPE_CHECKING:
     from swarm.ledger import Limit as Budget
@@ -29,6 +31,7 @@ _Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")]
     examples=[
         'swarm ticket add "Say hello" --agent echo --input name=world',
         "swarm ticket add Report --agent echo --inputs @inputs.json --id report-7",
+        'swarm ticket add Test --agent shell --file repo/=./repo --input commands="cd repo && make test"',
         "swarm ticket add Chain --workflow echo-chain --priority 5",
     ],
     json=True,
@@ -49,6 +52,8 @@ async def add(
     ] = None,
     inputs: Inputs = None,
     input: Input = None,  # noqa: A002
+    file: FileOptions = None,
+    all_files: AllFiles = False,
     id: NewId = None,
     project: Annotated[
         str | None, typer.Option("--project", metavar="NAME", help="Any text to group tickets by.")
@@ -76,9 +81,14 @@ async def add(
         chosen_agent = await store.agent(agent) if agent is not None else None
         chosen_workflow = await store.workflow(workflow) if workflow is not None else None
         agent_id = chosen_agent.id if chosen_agent else None
+        schema = schema_of(chosen_agent, chosen_workflow)
+        given = read_inputs(inputs, None, input, schema)
+        id = id or str(uuid.uuid4())
+        if file:
+            given[FILES] = await sending.send(store, id, file, all_files=all_files)
         ticket = await store.add_ticket(
             Ticket(
-                id=id or str(uuid.uuid4()),
+                id=id,
                 title=title,
                 description=description,
                 state=TicketState.DRAFT if draft else TicketState.READY,
@@ -88,7 +98,7 @@ async def add(
                 assignee_type="agent" if agent_id else None,
                 execution_mode=ExecutionMode.AGENT if agent_id else ExecutionMode.WORKFLOW,
                 workflow_id=chosen_workflow.id if chosen_workflow else None,
-                inputs=json.dumps(read_inputs(inputs, None, input), ensure_ascii=False),
+                inputs=json.dumps(given, ensure_ascii=False),
                 priority=priority,
                 timeout_seconds=timeout,
                 budget_usd=budget_usd,

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.cli import sending
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Input, InputJson, Inputs, NewId, Priority, Timeout, read_inputs
+from swarm.cli.inputs import Input, InputJson, Inputs, NewId, Priority, Timeout, read_inputs, schema_of
+from swarm.cli.sending import AllFiles, FileOptions
 
 if TYPE_CHECKING:
     from swarm.store.registry.schedules import ScheduleRow
@@ -201,6 +203,8 @@ async def run(
     inputs: Inputs = None,
     input_json: InputJson = None,
     input: Input = None,  # noqa: A002
+    file: FileOptions = None,
+    all_files: AllFiles = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow it until it has ended; if no engine runs, run it here.")
     ] = False,
@@ -211,18 +215,21 @@ async def run(
     """Run a workflow: add a ticket for it and print its id. Exit status with --wait: 0 if it is done, 1 otherwise."""
     from swarm.cli import follow
     from swarm.errors import Conflict
-    from swarm.model import ExecutionMode, Ticket, TicketState
+    from swarm.model import FILES, ExecutionMode, Ticket, TicketState
 
-    given = read_inputs(inputs, input_json, input)
     async with cli.store() as store:
         row = await store.workflow(workflow)
+        given = read_inputs(inputs, input_json, input, schema_of(None, row))
         if not row.enabled:
             name = f"{row.name}@{row.version}"
             raise Conflict(f"the workflow {name} is disabled; `swarm workflow enable {name}` enables it")
         _check_inputs(row.parsed(), given)
+        id = id or str(uuid.uuid4())
+        if file:
+            given[FILES] = await sending.send(store, id, file, all_files=all_files)
         ticket = await store.add_ticket(
             Ticket(
-                id=id or str(uuid.uuid4()),
+                id=id,
                 title=row.name,
                 state=TicketState.READY,
                 execution_mode=ExecutionMode.WORKFLOW,

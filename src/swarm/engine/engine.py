@@ -7,6 +7,7 @@ drivers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 from collections import deque
 from collections.abc import Mapping
@@ -22,7 +23,9 @@ from swarm.base.aio import first
 from swarm.base.clock import Timeline
 from swarm.base.redact import Redactor, Stream
 from swarm.channel import Exit
+from swarm.engine import files as ticket_files
 from swarm.engine.egress import AttemptEgress, Egress
+from swarm.engine.files import FileStore, Left
 from swarm.engine.values import OUTPUT_FILE, Values
 from swarm.errors import (
     AgentFailed,
@@ -92,10 +95,12 @@ class Limits:
 
     output_json_bytes: int = 16 << 20
     printed_bytes: int = 64 << 20
+    files_bytes: int = 64 << 20  # in /work/out
 
 
 class Engine:
-    """``installed``: which agents may run, whatever their rows say; None for agents that don't come from rows."""
+    """``installed``: which agents may run, whatever their rows say; None for agents that don't come from rows.
+    ``files``: where tickets' files are kept; None for runs without a ticket."""
 
     def __init__(
         self,
@@ -107,8 +112,10 @@ class Engine:
         egress: Egress,
         values: Values,
         installed: Installed | None,
+        files: FileStore | None = None,
     ) -> None:
         self._installed = installed
+        self._files = files
         self._launcher = launcher
         self._images = images
         self._layers = layers
@@ -168,7 +175,7 @@ class Engine:
         agent = claim.agent
         if self._installed is not None:
             await self._installed.check(agent)
-        given = await self._values.input_json(claim)  # checked before a VM is started
+        given, places = await self._values.input_json(claim)  # checked before a VM is started
         grant = await self._egress.grant(claim)
         image = await self._image(agent)
         spec = VmSpec(
@@ -191,13 +198,27 @@ class Engine:
                 await egress.open(lambda port: self._launcher.listen(live, port))
                 tail.redactor = egress.redactor
                 await live.while_alive(_send_files(live, agent, given))
+                if places:
+                    await live.while_alive(ticket_files.send(live.channel, self._files, claim.ticket.id, places))
                 timeline.mark("renewed")
-                ended = await live.while_alive(self._run_within_budget(claim, live, tail, egress))
+                try:
+                    ended = await live.while_alive(self._run_within_budget(claim, live, tail, egress))
+                except AgentTimeout:
+                    with contextlib.suppress(SwarmError):  # why it was stopped matters more
+                        await live.while_alive(self._keep_files(claim, live, watcher))
+                    raise
                 timeline.mark("started", int(ended.started_at * 1e9))
                 timeline.mark("ended", int(ended.ended_at * 1e9))
+                left = await live.while_alive(self._keep_files(claim, live, watcher)) if ended.out else None
                 check_exit(ended)
                 made = await live.while_alive(self._collect(live))
-                outputs = await self._values.outputs(agent, made, egress.redacted, self._limits.output_json_bytes)
+                outputs = await self._values.outputs(
+                    agent,
+                    made,
+                    egress.redacted,
+                    self._limits.output_json_bytes,
+                    {ticket_files.OUT: left.digest} if left is not None else {},
+                )
                 timeline.mark("collected")
             except StepError:
                 if (reason := egress.over_budget) is not None:  # the cause of any later failure of the agent
@@ -250,6 +271,21 @@ class Engine:
             raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}: {why}") from error
         except AgentTimeout as error:
             raise AgentTimeout(f"the agent {agent.name!r} was stopped: {error}") from error
+
+    async def _keep_files(self, claim: Claim, live: LiveVm, watcher: Watcher) -> Left | None:
+        """What the agent left in /work/out, also if it failed."""
+        if self._files is None:
+            return None
+        left = await ticket_files.collect(
+            live.channel,
+            self._files,
+            claim.ticket.id,
+            limit_bytes=self._limits.files_bytes,
+            scratch=self._launcher.state_dir,
+        )
+        if left is not None:
+            watcher.record("files", left.event)
+        return left
 
     async def _collect(self, live: LiveVm) -> bytes:
         data = await live.channel.get(f"{WORK_DIR}/{OUTPUT_FILE}", limit_bytes=self._limits.output_json_bytes)

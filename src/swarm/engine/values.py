@@ -17,8 +17,9 @@ from swarm.agents import check
 from swarm.base import confined, jsontext
 from swarm.base.confined import Confined, Stopped
 from swarm.base.redact import Redactor
+from swarm.engine import files
 from swarm.errors import OutputInvalid, StepError
-from swarm.model import Agent, Claim, FailureReason
+from swarm.model import FILES, Agent, Claim, FailureReason
 from swarm.store.tickets import validation
 from swarm.store.tickets.validation import BadRow
 
@@ -62,46 +63,60 @@ class Values:
         """Of the processes that run now."""
         return [process.pid for process in self._processes if process.pid is not None]
 
-    async def input_json(self, claim: Claim) -> bytes:
-        """The agent's input.json. Raises StepError (INPUT_INVALID)."""
+    async def input_json(self, claim: Claim) -> tuple[bytes, dict[str, str]]:
+        """The agent's input.json, and the files that it is given (`files.places`). Raises StepError (INPUT_INVALID)."""
         size = len(claim.inputs) + len(claim.ticket.description or "")
         if size <= SMALL_BYTES:
-            return input_json(claim)
+            given, places = input_json(claim)
+        else:
+            given, places = await self._ask_for_input(size, claim)
+        return given, json.loads(places)
+
+    async def _ask_for_input(self, size: int, claim: Claim) -> list[bytes]:
         try:
             return await self._ask(size, "input_json", claim)
         except Stopped as error:
             message = f"its inputs, of {size:,} characters, can't be read: that {error}"
             raise StepError(message, reason=FailureReason.INPUT_INVALID, retryable=False) from None
 
-    async def outputs(self, agent: Agent, made: bytes, secrets: Mapping[str, str], limit_bytes: int) -> str:
-        """What the agent left, as it is stored. Raises OutputInvalid."""
+    async def outputs(
+        self,
+        agent: Agent,
+        made: bytes,
+        secrets: Mapping[str, str],
+        limit_bytes: int,
+        trees: Mapping[str, str] | None = None,
+    ) -> str:
+        """What the agent left, as it is stored. ``trees``: its files, by place. Raises OutputInvalid."""
+        given = (agent, made, secrets, limit_bytes, trees)
         if len(made) <= SMALL_BYTES:
-            return outputs(agent, made, secrets, limit_bytes).decode()
+            return outputs(*given)[0].decode()
         try:
-            return (await self._ask(len(made), "outputs", agent, made, secrets, limit_bytes)).decode()
+            return (await self._ask(len(made), "outputs", *given))[0].decode()
         except Stopped as error:
             raise OutputInvalid(f"{OUTPUT_FILE}, of {len(made):,} bytes, can't be read: that {error}") from None
 
-    async def _ask(self, size: int, task: str, *arguments: Any) -> bytes:
+    async def _ask(self, size: int, task: str, *arguments: Any) -> list[bytes]:
         number = 0 if size <= _MEDIUM_BYTES else 1
         async with self._turns[number]:
             reply, parts = await asyncio.to_thread(_ask, self._processes[number], task, arguments)
         if error := reply.get("error"):
             raise StepError(error["message"], reason=FailureReason(error["reason"]), retryable=error["retryable"])
-        return parts[0]
+        return parts
 
 
 def _ask(process: Confined, task: str, arguments: Sequence[Any]) -> confined.Message:
     return process.ask({"task": task}, [pickle.dumps(arguments)])
 
 
-def input_json(claim: Claim) -> bytes:
-    """The agent's input.json. Raises StepError (INPUT_INVALID)."""
+def input_json(claim: Claim) -> list[bytes]:
+    """The agent's input.json, and its files as JSON. Raises StepError (INPUT_INVALID)."""
     ticket = claim.ticket
     try:
         inputs = validation.parsed_inputs(claim.inputs)  # a claim doesn't read large ones
     except BadRow as error:
         raise StepError(str(error), reason=FailureReason.INPUT_INVALID, retryable=False) from None
+    places = files.places(inputs)
     document = {
         "inputs": check.inputs(claim.agent, inputs),
         "ticket": {
@@ -112,12 +127,18 @@ def input_json(claim: Claim) -> bytes:
         },
         "step": {"id": claim.step_id, "attempt": claim.attempt_number, "timeout_seconds": claim.timeout_seconds},
     }
-    return json.dumps(document).encode()  # ASCII: every text arrives unchanged, even a lone surrogate
+    # ASCII: every text arrives unchanged, even a lone surrogate
+    return [json.dumps(document).encode(), json.dumps(places).encode()]
 
 
-def outputs(agent: Agent, made: bytes, secrets: Mapping[str, str], limit_bytes: int) -> bytes:
+def outputs(
+    agent: Agent, made: bytes, secrets: Mapping[str, str], limit_bytes: int, trees: Mapping[str, str] | None
+) -> list[bytes]:
     """An agent's output.json, as it is stored. Raises OutputInvalid."""
     value, text = _canonical(made)
+    if isinstance(value, dict) and FILES in value:  # only the engine writes it
+        del value[FILES]
+        text = _compact(value)
     redactor = Redactor(secrets)
     if redactor and (clean := redactor.value(value)) != value:
         value, text = clean, _compact(clean)
@@ -125,7 +146,9 @@ def outputs(agent: Agent, made: bytes, secrets: Mapping[str, str], limit_bytes: 
         message = f"{OUTPUT_FILE} takes {len(text)} bytes as it is stored; the limit is {limit_bytes}"
         raise OutputInvalid(message, reason=FailureReason.OUTPUT_TOO_LARGE)
     check.outputs(agent, value)
-    return text
+    if trees and isinstance(value, dict):
+        text = _compact({**value, FILES: dict(trees)})
+    return [text]
 
 
 def _canonical(data: bytes) -> tuple[Any, bytes]:
@@ -153,12 +176,12 @@ def _compact(value: Any) -> bytes:
 
 # --- in the confined process ------------------------------------------------------------------------------------------
 
-_TASKS: Final[Mapping[str, Callable[..., bytes]]] = {"input_json": input_json, "outputs": outputs}
+_TASKS: Final[Mapping[str, Callable[..., list[bytes]]]] = {"input_json": input_json, "outputs": outputs}
 
 
 def answer(request: dict[str, Any], parts: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
     try:
-        return {}, [_TASKS[request["task"]](*pickle.loads(parts.pop()))]  # pickled by `Values`, which started us
+        return {}, _TASKS[request["task"]](*pickle.loads(parts.pop()))  # pickled by `Values`, which started us
     except StepError as error:
         said = {"message": str(error), "reason": str(error.reason), "retryable": error.retryable}
     except MemoryError:

@@ -39,7 +39,7 @@ import time
 from _blake2 import blake2b  # hashlib.blake2b, without importing OpenSSL
 from _operator import _compare_digest  # hmac.compare_digest, likewise
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_HEADER = 64 << 10
 MAX_PAYLOAD = 1 << 20
 MAX_PUT = 256 << 20  # bytes of one put request
@@ -228,6 +228,16 @@ def make_dir(parent: int, name: str, owner: tuple[int, int] | None) -> None:
         os.mkdir(name, 0o755, dir_fd=parent)
     except FileExistsError:
         return
+    if owner:
+        os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
+
+
+def make_link(parent: int, name: str, target: bytes, owner: tuple[int, int] | None) -> None:
+    try:
+        os.unlink(name, dir_fd=parent)
+    except FileNotFoundError:
+        pass
+    os.symlink(target, os.fsencode(name), dir_fd=parent)
     if owner:
         os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
 
@@ -732,6 +742,7 @@ class Agentd:
     def serve(self, host: str, port: int) -> None:
         """Listen and answer until SIGTERM or `poweroff`."""
         if self.unix:
+            os.makedirs(f"{self.root}/work/out", exist_ok=True)  # as on a VM's work disk
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(self.unix)
             os.chmod(self.unix, 0o600)
@@ -1018,7 +1029,8 @@ class Agentd:
 
     def put(self, connection: Connection, head: Header, payload: bytes) -> Header:
         """Write files below ``dest``: ``files`` is [[relative path, size, mode], …]; a path that ends in '/' is a
-        directory. The contents are concatenated in the payload and the `data` frames after it."""
+        directory, and what has a link's mode (S_IFLNK) has its target as contents. The contents are concatenated in the
+        payload and the `data` frames after it."""
         dest, files, owner = text(head, "dest"), head.get("files"), self.owner(head)
         if not isinstance(files, list) or sum(size for _, size, _ in files) > MAX_PUT:
             raise Refused(f"files must be a list of at most {MAX_PUT >> 20} MiB in all")
@@ -1027,6 +1039,12 @@ class Agentd:
             try:
                 if path.endswith("/"):
                     make_dir(parent, name, owner)
+                    continue
+                if stat.S_ISLNK(mode):
+                    while len(payload) < size:
+                        payload += self.more(connection, head)
+                    target, payload = payload[:size], payload[size:]
+                    make_link(parent, name, target, owner)
                     continue
                 fd = create(parent, name)
                 try:
@@ -1090,6 +1108,31 @@ class Agentd:
                 sent += len(data)
         return {"found": True, "size": sent, "too_large": False}
 
+    def tree(self, connection: Connection, head: Header, _: bytes) -> Header:
+        """Send what is below a directory, as a stream of entries (`Sender`): files of at most ``limit`` bytes together,
+        ``entries`` of them, whose names have ``names`` bytes."""
+        path = text(head, "path")
+        limit, entries, names = (int(number(head, name)) for name in ("limit", "entries", "names"))
+        sender = Sender(connection, head["id"], limit, entries, names, self.in_vm)
+        try:
+            sender.send_all(path, self.root)
+        except (FileNotFoundError, NotADirectoryError):
+            return {"found": False, "complete": True}
+        sender.flush(0)
+        return {"found": True, "complete": sender.complete}
+
+    def has_out(self) -> bool:
+        """Did the agent leave anything in /work/out?"""
+        try:
+            fd = os.open(self.inside("/work/out"), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            with os.scandir(fd) as found:
+                return next(found, None) is not None
+        finally:
+            os.close(fd)
+
     def run(self, connection: Connection, head: Header, payload: bytes) -> Header:
         if not self.busy.acquire(blocking=False):
             raise Refused("an agent is already running here")
@@ -1115,6 +1158,7 @@ class Agentd:
         "sshd_ready": sshd_ready,
         "put": put,
         "get": get,
+        "tree": tree,
         "run": run,
         "kill": kill,
         "poweroff": poweroff,
@@ -1169,6 +1213,98 @@ class Agentd:
     def inside(self, path: str) -> str:
         """The real path of the guest's /work and /agent, which may be below ``root``."""
         return self.root + path if self.root and path.startswith(("/work", "/agent")) else path
+
+
+class Sender:
+    """Sends a directory tree. Each entry is its header (>IIQ: length of its name, mode, size), its name, its contents;
+    of a link, the target. A mode without a type stands for what was left out. Empty directories are entries too."""
+
+    def __init__(
+        self, connection: Connection, request_id: object, limit: int, entries: int, names: int, shared: bool
+    ) -> None:
+        self.connection = connection
+        self.id = request_id
+        self.bytes, self.entries, self.names = limit, entries, names  # what is left of each
+        self.shared = shared  # may files have several names?
+        self.complete = True
+        self.unsent = bytearray()
+
+    def send_all(self, top: str, root: str) -> None:
+        left = [""]
+        while left:
+            below = left.pop()
+            if not self.entries or len(os.fsencode(below)) > 3800:
+                self.complete = False
+                continue
+            self.entries -= 1
+            parent, name = open_parent(root, f"{top}/{below}")
+            try:
+                here = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            finally:
+                os.close(parent)
+            try:
+                children = self.children(here)
+                if not children and below:
+                    self.add(f"{below}/", os.fstat(here).st_mode, 0)
+                prefix = f"{below}/" if below else ""
+                dirs = [f"{prefix}{child}" for child in children if self.send(here, child, f"{prefix}{child}")]
+            finally:
+                os.close(here)
+            left += reversed(dirs)
+
+    def children(self, here: int) -> list[str]:
+        found: list[str] = []
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if len(found) > self.entries:  # a hostile directory may have millions
+                    self.complete = False
+                    break
+                found.append(entry.name)
+        return sorted(found)
+
+    def send(self, here: int, name: str, path: str) -> bool:
+        """True for a directory, which is yet to be sent."""
+        status = os.lstat(name, dir_fd=here)
+        if stat.S_ISDIR(status.st_mode):
+            return True
+        size = status.st_size
+        if stat.S_ISLNK(status.st_mode):
+            target = os.readlink(os.fsencode(name), dir_fd=here)
+            if self.add(path, status.st_mode, len(target)):
+                self.write(target)
+            return False
+        regular = stat.S_ISREG(status.st_mode) and (self.shared or status.st_nlink == 1)
+        if not regular or size > self.bytes:
+            self.add(path, 0, size)
+        elif self.add(path, status.st_mode, size):
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=here)
+            with open(fd, "rb", buffering=0) as file:
+                while size and (data := file.read(min(MAX_PAYLOAD, size))):
+                    self.write(data)
+                    size -= len(data)
+            if size:
+                raise RuntimeError(f"{path:.200} shrank while it was read")
+        return False
+
+    def add(self, path: str, mode: int, size: int) -> bool:
+        name = os.fsencode(path)
+        if not self.entries or len(name) > self.names:
+            self.complete = False
+            return False
+        self.entries, self.names = self.entries - 1, self.names - len(name)
+        self.bytes -= size if mode else 0
+        self.write(struct.pack(">IIQ", len(name), mode, size) + name)
+        return True
+
+    def write(self, data: bytes) -> None:
+        self.unsent += data
+        self.flush(MAX_PAYLOAD)
+
+    def flush(self, least: int) -> None:
+        while len(self.unsent) > least or (self.unsent and not least):
+            data = bytes(self.unsent[:MAX_PAYLOAD])
+            del self.unsent[:MAX_PAYLOAD]
+            self.connection.send({"id": self.id, "stream": "data"}, data)
 
 
 class AgentLinks:
@@ -1281,6 +1417,7 @@ class Run:
             "stdout_bytes": self.sizes["stdout"],
             "stderr_bytes": self.sizes["stderr"],
             "dropped_bytes": self.dropped,
+            "out": self.agentd.has_out(),
             "received_ns": self.received_ns,
             "started_ns": self.started_ns,
             "ended_ns": self.exit["ended_ns"],

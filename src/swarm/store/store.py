@@ -48,6 +48,7 @@ from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, 
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
 from swarm.store.tickets import dependencies, events, tickets
+from swarm.store.tickets.events import LeftFiles
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.store.untold import UNTOLD
 from swarm.workflow.definition import Workflow
@@ -357,6 +358,19 @@ class Store:
     async def artifact(self, digest: str) -> str:
         """The JSON text of the artifact whose digest starts with ``digest``. Raises NotFound."""
         return await self._read.call(artifacts.data, digest)
+
+    async def artifact_of(self, ticket_id: str, digest: str) -> str:
+        """The text of an artifact, if this ticket uses it. Raises NotFound."""
+        return await self._read.call(artifacts.of_ticket, ticket_id, digest)
+
+    async def keep_artifacts(self, ticket_id: str, parts: Mapping[str, str]) -> None:
+        """Keep texts by their digests, for as long as this ticket is there. It may be added afterwards."""
+        await self._write.call(artifacts.keep, ticket_id, parts)
+
+    async def files(self, ticket_id: str) -> list[LeftFiles]:
+        """What its agents left, by step. Raises NotFound."""
+        await self.ticket(ticket_id)
+        return await self._read.call(events.files, ticket_id)
 
     async def artifacts(self, *, ticket_id: str | None = None, limit: int = 50) -> list[ArtifactRow]:
         """Those of one ticket, oldest first; without ``ticket_id``, the largest of all."""

@@ -11,7 +11,7 @@ from swarm import schema
 from swarm.cel import template
 from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import ExpressionError
-from swarm.model import StepStatus
+from swarm.model import FILES, StepStatus
 from swarm.workflow.definition import Join, Step
 from swarm.workflow.state import (
     WAITING,
@@ -117,7 +117,11 @@ class PlannerBase:
         return value
 
     def _inputs(self, step: Step, names: Mapping[str, Any], budget: template.Budget | None = None) -> Any:
-        return self._fill("inputs", dict(step.inputs), names, budget)
+        filled = self._fill("inputs", dict(step.inputs), names, budget)
+        given = self._context.inputs
+        if FILES in step.inputs or not isinstance(given, Mapping) or FILES not in given:
+            return filled
+        return {**filled, FILES: given[FILES]}  # a step that names none has the files of its run
 
     def _fill(self, field: str, value: Any, names: Mapping[str, Any], budget: template.Budget | None = None) -> Any:
         """A field of a step or workflow, with its expressions evaluated. Errors name the field."""

@@ -10,6 +10,7 @@ from swarm import schema
 from swarm.cel import template
 from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import ExpressionError
+from swarm.model import FILES
 from swarm.workflow.definition import Step, Workflow
 from swarm.workflow.state import RunContext
 
@@ -63,11 +64,15 @@ def run_context(
 
     Raises ExpressionError, with a sentence for the run's `error`, when the inputs don't fit or a variable has no value.
     """
+    files = {FILES: inputs[FILES]} if isinstance(inputs, Mapping) and FILES in inputs else {}
     if workflow.inputs_schema is not None:
+        if files:
+            inputs = {name: value for name, value in inputs.items() if name != FILES}
         inputs = schema.with_defaults(inputs, workflow.inputs_schema)
         wrong = schema.issues(inputs, schema.text(workflow.inputs_schema))
         if wrong:
             raise ExpressionError("the inputs don't fit the workflow: " + "; ".join(map(str, wrong)))
+        inputs = {**inputs, **files} if files else inputs
     names = {"inputs": inputs, "trigger": trigger, "ticket": ticket}
     variables = template.fill({"variables": dict(workflow.variables)}, names, evaluator)["variables"]
     return RunContext(inputs=inputs, variables=variables, trigger=trigger, ticket=ticket)

@@ -17,6 +17,7 @@ from swarm.base.manifest import Document, Invalid, KeyPath, Problem
 from swarm.cel import template
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound
+from swarm.model import FILES
 from swarm.workflow import parse
 from swarm.workflow.definition import Schedule, Step, Webhook, Workflow
 from swarm.workflow.pinning import Registry, TooLarge, count_steps, pin
@@ -239,6 +240,8 @@ class _Checker:
     def _fits(self, name: str, given: Mapping[str, Any], wanted: Any, path: KeyPath, scope: _Scope) -> None:
         properties = wanted.get("properties") or {}
         for key, value in given.items():
+            if key == FILES:
+                continue
             inner = schema.at(wanted, (key,))
             if inner is False:
                 known = f"; it has {', '.join(properties)}" if properties else ""

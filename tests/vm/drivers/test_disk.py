@@ -17,9 +17,14 @@ async def test_a_disk_is_a_sound_empty_ext4(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_size == 2048 << 20
     assert used_bytes(tmp_path / "a") < 1 << 20
     await run(["e2fsck", "-f", "-n", str(tmp_path / "a")])
+    listed = (await run(["debugfs", "-R", "ls -p /", str(tmp_path / "a")])).stdout.decode().split()
+    # No lost+found, which only root could read; /work/out belongs to the agent.
+    assert [line.split("/")[2:6] for line in listed if line.split("/")[5] not in (".", "..")] == [
+        ["040755", "1000", "1000", "out"]
+    ]
     with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("rb") as b:
         assert a.read(1 << 16) == b.read(1 << 16)
-    assert [f.name for f in (tmp_path / "cache").iterdir()] == ["work-v1-2048.ext4"]
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == ["work-v2-2048.ext4"]
 
 
 async def test_too_small(tmp_path: Path) -> None:

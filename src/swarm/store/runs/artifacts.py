@@ -25,6 +25,10 @@ _USE: Final = sa.text(
     "INSERT INTO artifact_uses (ticket_id, digest) VALUES (:ticket_id, :digest) "
     "ON CONFLICT (ticket_id, digest) DO NOTHING"
 )
+_DATA_OF_TICKET: Final = sa.text(
+    "SELECT a.data FROM artifact_uses u JOIN artifacts a ON a.digest = u.digest "
+    "WHERE u.ticket_id = :ticket_id AND u.digest = :digest"
+)
 _OF_TICKET: Final = sa.text(
     "SELECT a.digest, a.bytes, a.created_at FROM artifact_uses u JOIN artifacts a ON a.digest = u.digest "
     "WHERE u.ticket_id = :ticket_id ORDER BY a.created_at, a.digest"
@@ -61,6 +65,14 @@ def keep(tx: Tx, ticket_id: str, parts: Mapping[str, str]) -> None:
     for digest, text in parts.items():
         tx.run(_PUT, digest=digest, bytes=len(text.encode()), data=text, now=tx.now)
         tx.run(_USE, ticket_id=ticket_id, digest=digest)
+
+
+def of_ticket(tx: Tx, ticket_id: str, digest: str) -> str:
+    """The text of an artifact that the ticket uses. Raises NotFound."""
+    row = tx.first(_DATA_OF_TICKET, ticket_id=ticket_id, digest=digest)
+    if row is None:
+        raise NotFound(f"the ticket {ticket_id} has no artifact {digest[:12]}")
+    return str(row.data)
 
 
 def loader(tx: Tx) -> Callable[[str], Any]:

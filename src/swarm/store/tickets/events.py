@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from typing import Final
 
 import sqlalchemy as sa
 
-from swarm.model import Event
+from swarm.model import Event, ExecutionMode
 from swarm.store.sql import rows
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import iso
@@ -24,8 +26,15 @@ OF_TICKET: Final = sa.text(
     "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
 )
 OF_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
-_OLDEST: Final = sa.text("SELECT seq, at, ticket_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
+# What an attempt left, once it has ended. That of a lost one is another's by now.
+_FILES: Final = sa.text(
+    "SELECT e.step_id, e.data, t.execution_mode FROM events e JOIN attempts a ON a.id = e.attempt_id "
+    "JOIN tickets t ON t.id = e.ticket_id WHERE e.ticket_id = :id AND e.kind = 'files' "
+    "AND a.outcome IS NOT NULL AND a.outcome <> 'lost' ORDER BY e.seq"
+)
+_OLDEST: Final = sa.text("SELECT seq, at, ticket_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
 _UNFINISHED: Final = sa.text("SELECT id FROM tickets WHERE id IN :ids AND state NOT IN ('done', 'failed', 'cancelled')")
+_EXISTING: Final = sa.text("SELECT id FROM tickets WHERE id IN :ids")
 _DELETE: Final = sa.text("DELETE FROM events WHERE seq = :seq")
 PRUNE_DEFINITIONS: Final = sa.text(
     "DELETE FROM definitions WHERE NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.definition = definitions.digest)"
@@ -47,13 +56,47 @@ def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Eve
     return [rows.event(row) for row in found]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftFiles:
+    """What the last attempt of a step left in /work/out. ``prefix``: of its names in the ticket. ``left_out``: names
+    and sizes of some that were not kept; not ``complete``: there were more."""
+
+    digest: str
+    prefix: str
+    left_out: tuple[tuple[str, int], ...]
+    complete: bool
+
+
+def files(tx: Tx, ticket_id: str) -> list[LeftFiles]:
+    found: dict[str, LeftFiles] = {}
+    for row in tx.all(_FILES, id=ticket_id):
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):  # another program wrote it
+            data = json.loads(row.data)
+            left_out = tuple((str(one["name"]), int(one["bytes"])) for one in data["left_out"])
+            (digest,) = data["trees"].values()
+            found[row.step_id] = LeftFiles(
+                digest=str(digest),
+                prefix=f"{row.step_id}/" if row.execution_mode == ExecutionMode.WORKFLOW else "",
+                left_out=left_out,
+                complete=data["complete"] is True and data["left_out_files"] == len(left_out),
+            )
+    return list(found.values())
+
+
 def prune(tx: Tx, *, older_than_seconds: float, after: int) -> Pruned:
-    """One batch, so that other writers get a turn in between. Tickets that have not ended keep their history."""
+    """One batch, so that other writers get a turn in between. Tickets that have not ended keep their history, and all
+    keep the lists of their files."""
     before = iso(tx.now_ms - round(older_than_seconds * 1000))
     oldest = tx.all(_OLDEST, after=after, limit=_PRUNED_AT_ONCE)
     old = [row for row in oldest if row.at < before]
     kept = {row.id for row in tx.all_in(_UNFINISHED, {row.ticket_id for row in old if isinstance(row.ticket_id, str)})}
-    gone = [{"seq": row.seq} for row in old if row.ticket_id not in kept]
+    lists = {row.ticket_id for row in old if row.kind == "files" and isinstance(row.ticket_id, str)}
+    named = {row.id for row in tx.all_in(_EXISTING, lists)} if lists else set()
+    gone = [
+        {"seq": row.seq}
+        for row in old
+        if row.ticket_id not in kept and not (row.kind == "files" and row.ticket_id in named)
+    ]
     tx.many(_DELETE, gone)
     more = len(oldest) == _PRUNED_AT_ONCE and len(old) == len(oldest)
     if not more:

@@ -16,6 +16,14 @@ from swarm.base.process import run
 from swarm.errors import HostError, NoSpace
 
 MIN_MB = 8
+# Without lost+found, which only root may read: `find`, `grep -r` and `tar` of an agent would fail because of it. With
+# the directory whose files are kept.
+_CONTENTS = b"""\
+rmdir lost+found
+mkdir out
+set_inode_field out uid 1000
+set_inode_field out gid 1000
+"""
 WORK_DISK = "work.ext4"  # in the directory of its VM
 
 
@@ -24,7 +32,7 @@ async def make_work_disk(path: Path, *, size_mb: int, cache: Path) -> None:
 
     Raises NoSpace, HostError.
     """
-    blank = cache / f"work-v1-{size_mb}.ext4"
+    blank = cache / f"work-v2-{size_mb}.ext4"
     if not blank.exists():
         await _format(blank, size_mb)
     await copy_work_disk(blank, path)
@@ -78,6 +86,7 @@ async def _format(blank: Path, size_mb: int) -> None:
         options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=1000:1000"
         features = "^has_journal,^resize_inode,sparse_super2"
         await run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", features, "-E", options, "-L", "work", str(partial)])
+        await run(["debugfs", "-w", "-f", "-", str(partial)], input=_CONTENTS)
         partial.rename(blank)
     finally:
         partial.unlink(missing_ok=True)

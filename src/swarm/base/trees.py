@@ -1,0 +1,318 @@
+"""Directory trees as values: packed into a manifest and parts that a database can hold, and written to a disk again.
+
+The manifest is JSON: ``{"tree": [[name, mode, size], …], "parts": [digest, …]}``. A mode has the type of its file in it
+(`stat`), and a directory's name ends in '/'; only empty ones are listed. The parts are the contents of all files (of a
+link: its target), one after the other, cut every MiB, compressed, as JSON texts. Both are named by their SHA-256, so
+the same tree is kept once.
+
+Whoever wrote a tree, it is checked when it is read: a guest chooses names, and other programs write the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from swarm.errors import Conflict, StoreError, UsageError
+
+PART_BYTES: Final = 1 << 20
+MAX_BYTES: Final = 256 << 20  # of a tree's files together; also agentd's limit for one request
+MAX_ENTRIES: Final = 50_000
+_MAX_NAME_BYTES: Final = 4000
+_MAX_MANIFEST_BYTES: Final = 16 << 20
+DIR: Final = stat.S_IFDIR | 0o755
+_TYPES: Final = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file, a link or an empty directory. ``size`` is that of its contents, or of a link's target."""
+
+    name: str
+    mode: int
+    size: int
+
+    @property
+    def is_link(self) -> bool:
+        return stat.S_ISLNK(self.mode)
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    entries: Sequence[Entry]
+    parts: Sequence[str]  # digests
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.size for entry in self.entries)
+
+    def offsets(self) -> Iterator[tuple[Entry, int]]:
+        """Each entry, and where its contents begin."""
+        at = 0
+        for entry in self.entries:
+            yield entry, at
+            at += entry.size
+
+
+Part = tuple[str, str]  # digest and text
+
+
+def is_plain(name: str) -> bool:
+    """Is this a relative path that leads nowhere else?"""
+    parts = name.removesuffix("/").split("/")
+    try:
+        fits = len(os.fsencode(name)) <= _MAX_NAME_BYTES and all(len(os.fsencode(part)) <= 255 for part in parts)
+    except UnicodeEncodeError:
+        return False
+    return fits and "\0" not in name and not any(part in ("", ".", "..") for part in parts)
+
+
+def stays_within(name: str, target: str) -> bool:
+    """Does the link ``name`` lead to a place below the top of its tree, whatever else is a link there? Only if '..'
+    stands nowhere but at the beginning: behind a name, it leaves what that name, perhaps a link, leads to."""
+    parts = target.split("/")
+    ups = 0
+    while ups < len(parts) and parts[ups] in ("..", "."):
+        ups += 1
+    plain = ".." not in parts[ups:] and "\0" not in target and target != ""
+    return plain and not target.startswith("/") and parts[:ups].count("..") <= name.count("/")
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def pack(files: Iterable[tuple[Entry, Iterable[bytes]]]) -> Iterator[Part]:
+    """The parts of these files as they are read, and the manifest at last. Raises UsageError."""
+    entries: list[list[object]] = []
+    parts: list[str] = []
+    data, total = bytearray(), 0
+    for entry, contents in files:
+        if not is_plain(entry.name):
+            raise UsageError(f"{ascii(entry.name)[:300]} can't be sent: the name is too long")
+        entries.append([entry.name, entry.mode, entry.size])
+        total += entry.size
+        if len(entries) > MAX_ENTRIES:
+            raise UsageError(f"there are more than {MAX_ENTRIES:,} files; the limit is {MAX_ENTRIES:,}")
+        if total > MAX_BYTES:
+            raise UsageError(f"the files have more than {MAX_BYTES >> 20} MiB together; the limit is that")
+        left = entry.size
+        for piece in contents:
+            data += piece
+            left -= len(piece)
+            while len(data) >= PART_BYTES:
+                part = _part(bytes(data[:PART_BYTES]))
+                del data[:PART_BYTES]
+                parts.append(part[0])
+                yield part
+        if left:
+            raise UsageError(f"{ascii(entry.name)[:300]} changed while it was read; try again")
+    if data:
+        part = _part(bytes(data))
+        parts.append(part[0])
+        yield part
+    text = json.dumps({"tree": entries, "parts": parts}, separators=(",", ":"))
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise UsageError(f"the names of the files take more than {_MAX_MANIFEST_BYTES >> 20} MiB")
+    yield hashlib.sha256(text.encode()).hexdigest(), text
+
+
+def _part(data: bytes) -> Part:
+    text = f'"{base64.b64encode(zlib.compress(data, 1)).decode()}"'
+    return hashlib.sha256(text.encode()).hexdigest(), text
+
+
+def manifest(text: str) -> Tree:
+    """Raises UsageError."""
+    try:
+        if len(text) > _MAX_MANIFEST_BYTES:
+            raise ValueError("too large")
+        value = json.loads(text)
+        entries = [Entry(name, mode, size) for name, mode, size in value["tree"]]
+        parts = list(value["parts"])
+        sane = all(isinstance(part, str) and len(part) == 64 for part in parts) and len(entries) <= MAX_ENTRIES
+        if not sane or not all(map(is_sane, entries)):
+            raise ValueError("a value is out of its bounds")
+        tree = Tree(entries, parts)
+        if tree.bytes > MAX_BYTES or -(-tree.bytes // PART_BYTES) != len(parts):
+            raise ValueError("sizes and parts don't fit")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UsageError(f"that artifact is no list of files: {error}") from None
+    return tree
+
+
+def is_sane(entry: Entry) -> bool:
+    """Is this what a manifest may hold?"""
+    if not isinstance(entry.name, str) or not all(type(one) is int and one >= 0 for one in (entry.mode, entry.size)):
+        return False
+    known = stat.S_IFMT(entry.mode) in _TYPES and entry.is_dir == entry.name.endswith("/") and is_plain(entry.name)
+    return known and not (entry.is_dir and entry.size) and (entry.size < 4096 or not entry.is_link)
+
+
+def content(digest: str, text: str) -> bytes:
+    """What is in a part. Raises StoreError if it is damaged."""
+    try:
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise ValueError
+        reader = zlib.decompressobj()
+        data = reader.decompress(base64.b64decode(text[1:-1], validate=True), PART_BYTES)
+        if not reader.eof:
+            raise ValueError
+        return data
+    except (ValueError, binascii.Error, zlib.error):
+        raise StoreError(f"the artifact {digest[:12]} in the table artifacts is damaged") from None
+
+
+class Contents:
+    """Reads contents of a tree, part by part. ``load`` gets a digest and returns the part's text."""
+
+    def __init__(self, parts: Sequence[str], load: Callable[[str], Awaitable[str]]) -> None:
+        self._parts = parts
+        self._load = load
+        self._number, self._data = -1, b""
+
+    async def chunks(self, offset: int, size: int) -> AsyncIterator[bytes]:
+        while size > 0:
+            number, within = divmod(offset, PART_BYTES)
+            if number != self._number:
+                digest = self._parts[number]
+                self._number, self._data = number, await asyncio.to_thread(content, digest, await self._load(digest))
+            piece = self._data[within : within + size]
+            if not piece:
+                raise StoreError(f"the artifact {self._parts[number][:12]} in the table artifacts is too short")
+            yield piece
+            offset, size = offset + len(piece), size - len(piece)
+
+
+# --- a directory of this host -----------------------------------------------------------------------------------------
+
+
+def walk(top: Path) -> Iterator[str]:
+    """The names of all files, links and empty directories below ``top``, sorted."""
+    for here, dirs, files in os.walk(top, onerror=_raise):
+        dirs.sort()
+        below = Path(here).relative_to(top).as_posix()
+        prefix = "" if below == "." else f"{below}/"
+        links = [name for name in dirs if (Path(here) / name).is_symlink()]
+        yield from (f"{prefix}{name}" for name in sorted([*files, *links]))
+        if not dirs and not files and prefix:
+            yield prefix
+
+
+def read(top: Path, names: Iterable[str], *, prefix: str = "") -> Iterator[tuple[Entry, Iterable[bytes]]]:
+    """For `pack`. Raises UsageError for a special file, and a link that leads out of ``top``."""
+    for name in names:
+        path = top / name
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            yield Entry(f"{prefix}{name.rstrip('/')}/", DIR, 0), ()
+        elif stat.S_ISLNK(found.st_mode):
+            target = os.readlink(path)  # noqa: PTH115  its text, as it stands
+            if not stays_within(name, target):
+                raise UsageError(f"{path} is a link to {target!r}, which leads out of {top}: it can't be sent to a VM")
+            data = os.fsencode(target)
+            yield Entry(f"{prefix}{name}", stat.S_IFLNK | 0o777, len(data)), (data,)
+        elif stat.S_ISREG(found.st_mode):
+            mode = stat.S_IFREG | stat.S_IMODE(found.st_mode) & 0o777
+            yield Entry(f"{prefix}{name}", mode, found.st_size), _read(path, found.st_size)
+        else:
+            raise UsageError(f"{path} is a socket, a device or a pipe: it can't be sent to a VM")
+
+
+def _read(path: Path, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while size > 0 and (data := file.read(min(size, PART_BYTES))):
+            size -= len(data)
+            yield data
+
+
+def _raise(error: OSError) -> None:
+    raise UsageError(f"{error.filename} can't be read: {error.strerror}") from None
+
+
+class Target:
+    """A directory of this host into which files of a tree are written: never outside it, and through no link."""
+
+    def __init__(self, top: Path) -> None:
+        top.mkdir(parents=True, exist_ok=True)
+        self._top = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.path = top
+
+    def close(self) -> None:
+        os.close(self._top)
+
+    def holds(self, entry: Entry) -> bool:
+        """Would writing it replace something?"""
+        here, name = self._parent(entry.name, create=False)
+        if here is None:
+            return False
+        try:
+            found = os.lstat(name, dir_fd=here)
+            return not (entry.is_dir and stat.S_ISDIR(found.st_mode))
+        except FileNotFoundError:
+            return False
+        finally:
+            os.close(here)
+
+    async def write(self, entry: Entry, chunks: AsyncIterator[bytes]) -> None:
+        """Raises Conflict where a directory or a link is in the way. Replaces a file. Who calls it has asked
+        `stays_within` about a link."""
+        here, name = self._parent(entry.name, create=True)
+        assert here is not None
+        try:
+            if entry.is_dir:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, stat.S_IMODE(entry.mode) & 0o777 | 0o700, dir_fd=here)
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=here)
+            if entry.is_link:
+                os.symlink(os.fsdecode(b"".join([chunk async for chunk in chunks])), name, dir_fd=here)
+                return
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=here)
+            try:
+                async for chunk in chunks:
+                    data = memoryview(chunk)
+                    while data:
+                        data = data[os.write(fd, data) :]
+                os.fchmod(fd, entry.mode & 0o777)
+            finally:
+                os.close(fd)
+        except (IsADirectoryError, PermissionError):
+            raise Conflict(f"{self.path / entry.name} is a directory") from None
+        finally:
+            os.close(here)
+
+    def _parent(self, path: str, *, create: bool) -> tuple[int | None, str]:
+        if not is_plain(path):
+            raise Conflict(f"{ascii(path)[:300]} is not a name below {self.path}")
+        *parents, name = path.rstrip("/").split("/")
+        here = os.dup(self._top)
+        for part in parents:
+            try:
+                if create:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, 0o755, dir_fd=here)
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+            except FileNotFoundError:
+                return None, name
+            except NotADirectoryError:  # also a link
+                raise Conflict(f"{self.path / path} can't be written: {part!r} is a link or a file there") from None
+            finally:
+                os.close(here)
+            here = below
+        return here, name

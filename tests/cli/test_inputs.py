@@ -1,0 +1,55 @@
+"""`--input NAME=VALUE`: what a user types is what the agent gets, by the schema of its inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swarm import schema
+from swarm.cli.inputs import read_inputs
+from swarm.errors import UsageError
+
+SCHEMA = schema.expand(
+    {
+        "text": "string",
+        "number": "number",
+        "flag": "boolean",
+        "list": ["string"],
+        "either": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        "choice": {"enum": ["1", "two"]},
+        "maybe": {"type": ["string", "null"]},
+        "named": {"$ref": "#/$defs/version"},
+    }
+) | {"$defs": {"version": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("text=1.10", "1.10"), ("text=007", "007"), ("text=true", "true"), ("text=null", "null"), ("text=", ""),
+        ("text=[1]", "[1]"), ('text={"a": 1}', '{"a": 1}'), ('text="quoted"', "quoted"), ("text=a=b", "a=b"),
+        ("number=1.10", 1.1), ("number=x", "x"), ("flag=true", True), ('list=["a"]', ["a"]), ("either=1.10", "1.10"),
+        ("either=true", "true"), ('either=["a"]', ["a"]), ("choice=1", "1"), ("maybe=null", None), ("maybe=3", "3"),
+        ("named=1.10", "1.10"), ("unknown=1.10", 1.1), ("unknown=x", "x"), ("text=@@home", "@home"),
+    ],
+)  # fmt: skip
+def test_values(given: str, value: object) -> None:
+    found = read_inputs(None, None, [given], SCHEMA)
+    assert list(found.values()) == [value] and type(next(iter(found.values()))) is type(value)
+
+
+def test_without_a_schema_it_is_json_or_text() -> None:
+    assert read_inputs(None, None, ["a=1.10", "b=x"], {}) == {"a": 1.1, "b": "x"}
+
+
+def test_from_files(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("1.10\n")
+    (tmp_path / "list").write_text(json.dumps(["a", "b"]))
+    (tmp_path / "binary").write_bytes(b"\xff")
+    given = [f"text=@{tmp_path / 'text'}", f"list=@{tmp_path / 'list'}"]
+    assert read_inputs(None, None, given, SCHEMA) == {"text": "1.10\n", "list": ["a", "b"]}
+    for name in ("binary", "not-there"):
+        with pytest.raises(UsageError, match="@@ stands for"):
+            read_inputs(None, None, [f"text=@{tmp_path / name}"], SCHEMA)
