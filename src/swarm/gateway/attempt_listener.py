@@ -174,6 +174,8 @@ class AttemptListener:
         if kind is None or not _is_plain_query(query):
             self.refuse("path", **shown)
             return error(404, "not_found_error", f"the gateway does not forward {request.method} {path[:200]}")
+        if kind == "metered":
+            upstream = upstream.dialect(request.method, rest)
         target = f"{rest}?{query}" if query else rest
         allowed = AllowedRequest(
             listener=self, http=request, upstream=upstream, key=key, target=target, metered=kind == "metered"

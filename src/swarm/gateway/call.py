@@ -15,7 +15,7 @@ from swarm.errors import NotFound, StoreError
 from swarm.gateway.metering_request import MeteredRequest
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
-from swarm.gateway.usage import COUNTS, LEAST_OUTPUT_TOKENS, Meter, Share, total
+from swarm.gateway.usage import COUNTS, LEAST_OUTPUT_TOKENS, Meter, Share, total, without_usage
 from swarm.ledger import Bill, Granted, Ledger, Order
 
 log = structlog.get_logger(__name__)
@@ -93,7 +93,15 @@ class Call:
     def feed(self, chunk: bytes) -> bytes:
         if self._first_byte_ms is None:
             self._first_byte_ms = (time.monotonic() - self._began) * 1000
-        return self._meter.feed(chunk) if self._meter is not None else chunk
+        return self._shown(self._meter.feed(chunk)) if self._meter is not None else chunk
+
+    def _shown(self, events: bytes) -> bytes:
+        """What the client asked for."""
+        return without_usage(events) if self.changes_answer else events
+
+    @property
+    def changes_answer(self) -> bool:
+        return self.sse and self._metered is not None and self._metered.unasked_usage
 
     def cut_reason(self) -> str | None:
         """Why a stream must be cut now; None while it is within its budget."""
@@ -112,7 +120,7 @@ class Call:
 
     def end(self) -> bytes:
         self._complete = True
-        return self._meter.end() if self._meter is not None else b""
+        return self._shown(self._meter.end()) if self._meter is not None else b""
 
     def _used(self, metered: MeteredRequest) -> tuple[list[Share], bool]:
         """What the service bills, and whether that is an estimate."""

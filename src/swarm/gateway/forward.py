@@ -212,7 +212,7 @@ class Gateway:
                 response = web.StreamResponse(
                     status=answer.status, reason=answer.reason, headers=wire.returned(answer, masker)
                 )
-                if answer.content_length is not None and not wire.is_decompressed(answer):
+                if answer.content_length is not None and not (call.changes_answer or wire.is_decompressed(answer)):
                     response.content_length = answer.content_length
                 await _to_guest(response.prepare(request.http))
                 while chunk := await _next_chunk(answer.content, idle_timeout, upstream.idle_seconds):

@@ -27,13 +27,15 @@ class AmbiguousRequest(Exception):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeteredRequest:
     """``prompt``: its estimated tokens by kind. ``max_output``: tokens of all answers together. ``surcharge``: options
-    that cost more than the list price, written as price lists write them after the model's name."""
+    that cost more than the list price, written as price lists write them after the model's name. ``unasked_usage``: an
+    event reports the usage that only we asked for, so the client must not see it."""
 
     model: str
     streams: bool
     prompt: Mapping[str, int]
     max_output: int
     surcharge: str = ""
+    unasked_usage: bool = False
 
 
 def read(body: bytes, upstream: Upstream) -> tuple[MeteredRequest, bytes]:
@@ -47,9 +49,12 @@ def read(body: bytes, upstream: Upstream) -> tuple[MeteredRequest, bytes]:
             raise TypeError
     except (ValueError, RecursionError, TypeError, KeyError):
         raise AmbiguousRequest("the request must be a JSON object with a model, and without duplicate names") from None
+    if why := _refusal(given, upstream):
+        raise AmbiguousRequest(why)
     streams = given.get("stream") is True
-    if streams and upstream.stream_body:
-        body = json.dumps({**given, **upstream.stream_body}).encode()
+    sent = _merged(given, upstream.stream_body) if streams else given
+    if sent != given:
+        body = json.dumps(sent).encode()
     limits = [_number(given, path, _MAX_TOKENS) for path in upstream.output_limit]
     answers = [_number(given, path, _MAX_ANSWERS) for path in upstream.answers]
     per_answer = max((limit for limit in limits if limit), default=upstream.output_default)
@@ -60,7 +65,39 @@ def read(body: bytes, upstream: Upstream) -> tuple[MeteredRequest, bytes]:
         prompt=prompt_counts(len(body), given),
         max_output=per_answer * max((count for count in answers if count), default=1),
         surcharge="".join(f" {one}" for one in surcharges),
+        unasked_usage=sent != given,
     ), body
+
+
+def _merged(given: Any, ours: Any) -> Any:
+    """What was given, with ours in it: its other fields are the client's to choose."""
+    if not isinstance(ours, dict):
+        return ours
+    kept = given if isinstance(given, dict) else {}
+    return {**kept, **{name: _merged(kept.get(name), value) for name, value in ours.items()}}
+
+
+def _refusal(given: Mapping[str, Any], upstream: Upstream) -> str:
+    """Why this request can't be counted; '' if it can."""
+    for path in upstream.refused:
+        if dig(given, path):
+            return f"{path} is not allowed: what the service then reads or bills, the gateway does not see"
+    if upstream.client_tools:
+        items = given.get("input")
+        holders = [given, *(items if isinstance(items, list) else ())]  # a list of tools may also be an item
+        while holders:
+            holder = holders.pop()
+            tools = holder.get("tools") if isinstance(holder, dict) else None
+            for tool in tools if isinstance(tools, list) else ():
+                kind = tool.get("type") if isinstance(tool, dict) else tool
+                at_client = kind in upstream.client_tools and dig(tool, "environment.type") in (None, "local")
+                if not at_client:
+                    return (
+                        f"the tool {str(kind)[:50]!r} is not allowed: the service runs it, and bills it by more than "
+                        "tokens; turn it off"
+                    )
+                holders.append(tool)  # a namespace has tools of its own
+    return ""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -66,6 +66,22 @@ class Upstream(pydantic.BaseModel):
     cache_in_input: bool = False
     stream_body: dict[str, Any] = Field(default_factory=dict)
     usage: dict[Kind, tuple[str, ...]] = Field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    client_tools: tuple[str, ...] = ()
+    differs: dict[_Route, dict[str, Any]] = Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _check_differs(self) -> Upstream:
+        for route, fields in self.differs.items():
+            if route not in self.metered:
+                raise ValueError(f"differs has {route!r}, which is not in metered")
+            Upstream.model_validate({**self.model_dump(exclude={"differs"}), **fields})
+        return self
+
+    def dialect(self, method: str, path: str) -> Upstream:
+        """This service, as it is for a call that `route` found to be metered."""
+        route = routes.find(method, path, self.differs) or routes.might_mean(method, path, self.differs)
+        return self.model_copy(update=self.differs[route]) if route else self
 
     @property
     def key_env(self) -> str:
@@ -91,7 +107,12 @@ def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream
         for name, fields in given.items():
             if not isinstance(fields, dict):
                 raise UsageError(f"the table of upstreams {own}: {name} must be a table: [{name}]")
-            table[name] = {**table.get(name, {}), **fields}
+            like = fields.pop("like", name)
+            if like != name and like not in table:
+                raise UsageError(
+                    f"the table of upstreams {own}: [{name}] is to be like {like!r}, which is not above it"
+                )
+            table[name] = {**table.get(like, {}), **fields}
     found = {}
     for name, fields in table.items():
         try:
@@ -169,12 +190,15 @@ class Services:
 
 
 def environment(services: Mapping[str, tuple[Upstream, str]], *, url: str, token: str) -> dict[str, str]:
-    """The variables by which an agent's programs find services. The first service has the plain URL."""
-    found = {}
+    """The variables by which an agent's programs find services. The first service has the plain URL, and of services
+    with the same variables the first has these; those of the others begin with the service's name: ``VLLM_OPENAI_…``"""
+    found: dict[str, str] = {}
     for number, (name, (upstream, _)) in enumerate(services.items()):
         base = url if number == 0 else f"{url}/{name}"
+        taken = not found.keys().isdisjoint(upstream.env)
         for variable, text in upstream.env.items():
-            found[variable] = text.replace("{url}", base).replace("{token}", token)
+            own = f"{name.upper().replace('-', '_')}_{variable}" if taken else variable
+            found.setdefault(own, text.replace("{url}", base).replace("{token}", token))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,6 +27,10 @@ LEAST_OUTPUT_TOKENS: Final = 64
 # Larger answers and events are passed on without being parsed.
 _MAX_PARSED_BYTES: Final = 64 << 20
 _MAX_EVENT_BYTES: Final = 4 << 20
+
+_MAX_REPORT_BYTES: Final = 64 * 1024
+_NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_EVENT_END: Final = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")
 
 COUNTS: Final = ("input", "output", "cache_read", "cache_write")
 # What answers say in words, not in numbers, besides the model: how the call was served.
@@ -93,6 +98,23 @@ class Share:
 
     model: str
     counts: Mapping[str, int]
+
+
+def without_usage(events: bytes) -> bytes:
+    """Whole events of a stream of Chat Completions, without one that has nothing but the usage: clients that did not
+    ask for it take the first of its choices, which it doesn't have."""
+    if not _NO_CHOICES.search(events):
+        return events
+    return b"".join(event for event in _EVENT_END.split(events) if not _is_usage(event))
+
+
+def _is_usage(event: bytes) -> bool:
+    data = b"".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
+    try:
+        said = json.loads(data) if len(data) <= _MAX_REPORT_BYTES else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get("choices") == [] and isinstance(said.get("usage"), dict)
 
 
 class Meter:
