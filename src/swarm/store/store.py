@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -98,11 +98,17 @@ class Store:
         finally:
             await asyncio.shield(store._close())
 
-    def watching(self) -> AbstractAsyncContextManager[Wake]:
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[Wake]:
         """Notices commits by any process. Raises StoreError."""
         if self._db.file is None:
             raise StoreError(f"can't watch {self._db.place}: only SQLite files can be watched")
-        return Wake.watching(self._db.file)
+        async with Wake.watching(self._db.file) as wake:
+            self._db.wakes.append(wake)
+            try:
+                yield wake
+            finally:
+                self._db.wakes.remove(wake)
 
     @property
     def url(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import sqlite3
 import statistics
 import subprocess
@@ -11,10 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from asyncinotify import Mask
 
-from swarm.errors import StoreError
+from swarm.errors import Conflict, StoreError
+from swarm.store.sql.database import Tx
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
+
+INSERT_TICKET = sa.text("INSERT INTO tickets (id) VALUES (:id)")
 
 
 @pytest.fixture
@@ -74,6 +81,46 @@ async def test_a_commit_between_two_calls_is_not_missed(file: Path) -> None:
         connection.execute("COMMIT")
         assert await wake.changed(timeout_seconds=5)
     connection.close()
+
+
+async def test_own_commits_are_noticed_once_the_lock_is_released(file: Path) -> None:
+    """Not before: the event loop would take time from the thread that holds the lock."""
+    before, within, undone = list[str](), list[str](), list[str]()
+
+    def insert(tx: Tx, id_: str, seen: list[str]) -> None:
+        tx.run(INSERT_TICKET, id=id_)
+        before.extend(noticed())
+        tx.write()
+        seen.extend(noticed())
+        if seen is undone:
+            raise Conflict("no")
+
+    async with Store.open(f"sqlite:///{file}") as store, store.watching() as wake:
+        await wake.changed(timeout_seconds=0)
+        await asyncio.sleep(0)  # it listens
+        assert noticed() == ["writes"]
+        await store._write.call(insert, "own", within)
+        assert noticed() == ["writes"]
+        assert await wake.changed(timeout_seconds=10)
+        with pytest.raises(Conflict):
+            await store._write.call(insert, "undone", undone)
+        assert noticed() == ["writes"]
+        while await wake.changed(timeout_seconds=0.2):
+            pass
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("INSERT INTO tickets (id) VALUES ('other')")
+        assert await wake.changed(timeout_seconds=10)
+    assert (before, within, undone) == (["writes", "writes"], ["files"], ["files"])
+
+
+def noticed() -> list[str]:
+    """What this process's inotify descriptors report now, as the kernel says."""
+    found = []
+    for info in Path("/proc/self/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            masks = re.findall(r"^inotify .* mask:([0-9a-f]+)", info.read_text(), re.M)
+            found += ["writes" if int(mask, 16) & Mask.MODIFY else "files" for mask in masks]
+    return found
 
 
 DEAF = """

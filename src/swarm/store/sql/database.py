@@ -30,6 +30,7 @@ from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, explain
 from swarm.store.sql.rows import iso
 from swarm.store.sql.schema import metadata
 from swarm.store.sql.sqlite import SQLITE
+from swarm.store.sql.wake import Wake
 
 DIALECTS: Final = {SQLITE.name: SQLITE}
 MIGRATIONS: Final = Path(__file__).parents[1] / "migrations"
@@ -109,9 +110,10 @@ class Tx:
     SQLAlchemy compiles each statement once; then the driver's cursor runs it directly, in a fifth of the time.
     """
 
-    def __init__(self, connection: Connection, dialect: Dialect) -> None:
+    def __init__(self, connection: Connection, dialect: Dialect, wakes: Iterable[Wake] = ()) -> None:
         self.connection = connection
         self.dialect = dialect
+        self._wakes, self._muted = wakes, list[Wake]()
         self._cursor = connection.connection.cursor()
         self._unwritten: list[tuple[sa.TextClause, Sequence[Mapping[str, Any]]]] = []
         self._if_undone: list[Callable[[], None]] = []
@@ -151,6 +153,10 @@ class Tx:
     def write(self) -> None:
         """Write the changes made so far. Takes the write lock, if there are any."""
         unwritten, self._unwritten = self._unwritten, []
+        if unwritten and not self._muted:
+            self._muted = list(self._wakes)
+            for wake in self._muted:
+                wake.mute()
         for statement, rows in unwritten:
             self._cursor.executemany(_driver_sql(statement, self.connection.dialect), rows)
             if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
@@ -171,6 +177,12 @@ class Tx:
         for undo in self._if_undone:
             undo()
         self.connection.connection.rollback()
+
+    def unmute(self) -> None:
+        """The transaction is over."""
+        muted, self._muted = self._muted, []
+        for wake in muted:
+            wake.unmute()
 
     def all_in(self, statement: sa.TextClause, ids: Iterable[str], **others: Any) -> list[Row]:
         """Rows of a statement with ``IN :ids``, for any number of ids.
@@ -242,6 +254,7 @@ class Database:
         self.url: URL = parsed
         self.busy_timeout_seconds = busy_timeout_seconds
         self.file = self.dialect.file(parsed)
+        self.wakes = list[Wake]()  # of this process: they are muted while a transaction writes
         self._changed: files.OpenFiles | None = None  # what was opened before it was changed from outside
         self.place = str(self.file) if self.file else parsed.render_as_string(hide_password=True)
 
@@ -310,7 +323,7 @@ class Database:
                 self._changed = opened  # a new connection would write into whatever is there now
                 raise
         begin = self.dialect.begin_read if optimistic else self._begin(connection)
-        tx = Tx(connection, self.dialect)
+        tx = Tx(connection, self.dialect, self.wakes)
         try:
             with self.errors(connection):
                 tx.begin(begin)
@@ -321,6 +334,8 @@ class Database:
             if optimistic and isinstance(error, StoreError) and self.dialect.is_locked(error.__cause__):
                 raise Outdated from error
             raise
+        finally:
+            tx.unmute()
         if opened is not None:
             opened.note()
 

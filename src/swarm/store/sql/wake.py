@@ -9,7 +9,9 @@ are reached), every ``POLL_SECONDS``, with a line in the log.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,13 +26,14 @@ log = structlog.get_logger(__name__)
 
 # Checks after a write event until the commit is visible: that takes 20 µs, or an fsync with synchronous=FULL (the
 # default of the sqlite3 shell). A check costs 10 µs, a timer of the event loop 1 to 2 ms: so the first checks use no
-# timer, only a turn of the loop each. They are skipped after a commit that was seen: a further write event rarely
-# belongs to another commit, and turns of the loop take time from the writing thread.
-_IMMEDIATE_CHECKS = 30
-_LATER_CHECKS_SECONDS = (*[0.001] * 20, *[0.005] * 6)
+# timer, only a turn of the loop each. After a commit that was seen they are ever rarer: a further write event seldom
+# belongs to another commit, and every check takes time from the writing thread.
+_CHECKS_SECONDS = (*[0.0] * 30, *[0.001] * 20, *[0.005] * 6)
+_CHECKS_AFTER_COMMIT_SECONDS = tuple(0.001 * 2**n for n in range(9))
 FALLBACK_SECONDS = 1.0
 POLL_SECONDS = 0.05
-_MASK = Mask.MODIFY | Mask.CREATE | Mask.MOVED_TO | Mask.DELETE
+_FILES = Mask.CREATE | Mask.MOVED_TO | Mask.DELETE
+_MASK = Mask.MODIFY | _FILES
 
 
 class Wake:
@@ -44,6 +47,9 @@ class Wake:
         self._after_commit = False  # the last write event led to a commit that was seen
         self._check_seconds = FALLBACK_SECONDS
         self._version = 0
+        self._loop = asyncio.get_running_loop()
+        self._inotify: Inotify | None = None
+        self._changing = threading.Lock()  # another thread changes the watch: not while it is closed
         self._connection = sqlite3.connect(f"{self._file.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=0)
         self._version = self._data_version()
         self._opened = files.OpenFiles(self._file)
@@ -62,6 +68,23 @@ class Wake:
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
             wake._connection.close()
+
+    def mute(self) -> None:
+        """Notice no writes until `unmute`. A thread of this process calls it when it is about to take the write lock,
+        under which nobody else writes. A commit is some 30 writes; each would wake the event loop, which then takes the
+        CPU and the GIL from that thread, and the lock is held for twice as long."""
+        self._watch(_FILES)
+
+    def unmute(self) -> None:
+        """The lock was released: look once, for that commit and for what others wrote just before and after it."""
+        self._watch(_MASK)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            self._loop.call_soon_threadsafe(self._written.set)
+
+    def _watch(self, mask: Mask) -> None:
+        with self._changing, contextlib.suppress(OSError):  # the directory is gone: `changed` says so
+            if self._inotify is not None:
+                self._inotify.add_watch(self._file.parent, mask)  # if it is watched already, this changes the mask
 
     async def changed(self, *, timeout_seconds: float) -> bool:
         """True as soon as a commit is visible that the last call did not see; False after ``timeout_seconds``. Raises
@@ -87,8 +110,9 @@ class Wake:
     async def _check_until_visible(self, deadline: float) -> bool:
         """Check until a commit is visible or can't be on its way. Stops at a new write event."""
         loop = asyncio.get_running_loop()
-        immediate, self._after_commit = 0 if self._after_commit else _IMMEDIATE_CHECKS, False
-        for pause in (*[0.0] * immediate, *_LATER_CHECKS_SECONDS):
+        pauses = _CHECKS_AFTER_COMMIT_SECONDS if self._after_commit else _CHECKS_SECONDS
+        self._after_commit = False
+        for pause in pauses:
             if self._version_changed():
                 self._after_commit = True
                 return True
@@ -127,9 +151,14 @@ class Wake:
         try:
             with Inotify() as inotify:
                 inotify.add_watch(self._file.parent, _MASK)
-                async for event in inotify:
-                    if event.name is not None and event.name.name in self._names:
-                        self._written.set()
+                self._inotify = inotify
+                try:
+                    async for event in inotify:
+                        if event.name is not None and event.name.name in self._names:
+                            self._written.set()
+                finally:
+                    with self._changing:
+                        self._inotify = None
         except OSError as error:
             self._check_seconds = POLL_SECONDS
             self._written.set()
