@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import stat
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from swarm import agents
 from swarm.agents import bundle, check
 from swarm.base import versions
 from swarm.base.manifest import Invalid
+from swarm.channel import files as channel_files
 from swarm.errors import OutputInvalid, StepError, UsageError
 from swarm.model import FailureReason
 from swarm.schema import parsed
@@ -82,6 +84,7 @@ examples:
         ("env: {A: 1.0}", "env.A: must be text, but is the number 1.0: put it in quotes"),
         ("preload: json", 'preload: must be a list, but is "json"'),
         ("examples: [{input: {}}]", "examples.0.input"),
+        ("outputs: {n: {type: integer, description: the first, or 0}}", "'or 0' has no value; put a text with a comma"),
         ("version: 2.0.0", "line 4, column 1: the key 'version' is here twice"),
     ],
 )
@@ -102,6 +105,31 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "colour: unknown field",
     ]
     assert [problem.line for problem in caught.value.problems] == [1, 2, 3, 4]
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def test_links_within_an_agent_are_installed_as_links(tmp_path: Path) -> None:
+    source = make(tmp_path / "a")
+    (source / "bin").mkdir()
+    (source / "bin/tool").symlink_to("../main.py")
+    before = bundle.bundle_digest(source)
+    path = bundle.install(source, tmp_path / "agents").path
+    assert (path / "bin/tool").readlink() == Path("../main.py") and (path / "bin/tool").read_text() == "print(1)\n"
+    assert ("bin/tool", b"../main.py", stat.S_IFLNK | 0o777) in channel_files.read_tree(path)
+    (source / "bin/tool").unlink()
+    (source / "bin/tool").symlink_to("main.py")
+    assert bundle.bundle_digest(source) != before
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../x", "../bin/../../x"])
+def test_links_that_lead_out_of_an_agent_are_refused(tmp_path: Path, target: str) -> None:
+    source = make(tmp_path / "a")
+    (source / "bin").mkdir()
+    (source / "bin/tool").symlink_to(target)
+    with pytest.raises(UsageError, match="leads out of"):
+        bundle.install(source, tmp_path / "agents")
 
 
 # --- archives ---------------------------------------------------------------------------------------------------------

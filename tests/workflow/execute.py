@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -56,9 +58,18 @@ def run_agent(found: Agent, inputs: Any, work: Path) -> Any:
     (work / "input.json").write_text(json.dumps(given))
     entry = [word.replace("/agent/", f"{work}/") for word in found.entry]
     argv = [sys.executable, "-I", *entry] if found.runtime == "python" else entry
-    done = subprocess.run(argv, cwd=work, capture_output=True, env={"PATH": os.environ["PATH"]}, timeout=60)
-    if done.returncode != 0:
-        raise StepError(f"the agent ended with status {done.returncode}: {done.stderr.decode()[-500:]}")
+    env = {"PATH": os.environ["PATH"]}
+    with subprocess.Popen(
+        argv, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as child:  # fmt: skip
+        try:
+            _, said = child.communicate(timeout=60)
+        finally:  # as agentd does: what it left in the background goes with it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+    if child.returncode != 0:
+        raise StepError(f"the agent ended with status {child.returncode}: {said.decode()[-500:]}")
     made = json.loads((work / "output.json").read_text())
     check.outputs(found, made)
     return made

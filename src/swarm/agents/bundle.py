@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from swarm.agents.package import MANIFEST, read
-from swarm.base import files
+from swarm.base import files, trees
 from swarm.errors import Conflict, UsageError
 from swarm.fields import IN_WORDS, NAME
 from swarm.model import Agent
@@ -47,6 +47,9 @@ def install(directory: Path, into: Path) -> Agent:
             for path in _files(directory):
                 copy = partial / path.relative_to(directory)
                 files.make_directory(copy.parent)
+                if path.is_symlink():
+                    copy.symlink_to(path.readlink())
+                    continue
                 shutil.copyfile(path, copy)
                 copy.chmod(0o555 if os.access(path, os.X_OK) else 0o444)
             if bundle_digest(partial) != digest:
@@ -63,15 +66,19 @@ def install(directory: Path, into: Path) -> Agent:
 
 
 def bundle_digest(directory: Path) -> str:
-    """SHA-256 of the names, execute bits and contents of an agent's files; independent of their location."""
+    """SHA-256 of the names, execute bits, contents and links of an agent's files; independent of their location."""
     digest = hashlib.sha256()
     total = 0
     for count, path in enumerate(_files(directory), 1):
-        total += path.stat().st_size
+        total += path.lstat().st_size
         if count > MAX_FILES or total > MAX_BUNDLE_BYTES:
             raise UsageError(
                 f"{directory} is too large for an agent: at most {MAX_FILES} files and {MAX_BUNDLE_BYTES >> 20} MiB"
             )
+        if path.is_symlink():
+            name = json.dumps(path.relative_to(directory).as_posix())
+            digest.update(f"{name} link {json.dumps(os.readlink(path))}\n".encode())  # noqa: PTH115  as it stands
+            continue
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         name = json.dumps(path.relative_to(directory).as_posix())
@@ -89,20 +96,23 @@ def _packages(kind: str) -> list[Path]:
     return sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    """Every file of an agent, in a fixed order."""
+def _files(directory: Path, top: Path | None = None) -> Iterator[Path]:
+    """Every file and link of an agent, in a fixed order. Links stay within ``top``, the agent's directory."""
+    top = top or directory
     for path in sorted(directory.iterdir()):
         if path.name in _IGNORED or path.name.endswith(".pyc"):
             continue
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
-            yield from _files(path)
+            yield from _files(path, top)
         elif stat.S_ISREG(mode):
             yield path
+        elif not stat.S_ISLNK(mode):
+            raise UsageError(f"{path} is a special file; an agent can only have files, directories and links to them")
+        elif not trees.stays_within(path.relative_to(top).as_posix(), os.readlink(path)):  # noqa: PTH115
+            raise UsageError(f"{path} is a link that leads out of {top}; in an agent, links stay within its directory")
         else:
-            raise UsageError(
-                f"{path} is a link or a special file; an agent can only have regular files and directories"
-            )
+            yield path
 
 
 def templates() -> list[str]:

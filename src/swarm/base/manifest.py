@@ -173,6 +173,9 @@ class _Reader:
             if key.value in seen:
                 self._bad(key, f"the key {key.value!r} is here twice")
             seen.add(key.value)
+            if node.flow_style and isinstance(value, yaml.ScalarNode) and not (value.value or value.style):
+                # {description: the first, or 0} is two keys, of which the second is 'or 0'.
+                self._bad(key, f"{key.value!r} has no value; put a text with a comma in it in quotes")
             self.keys[(*path, key.value)] = _position(key)
             yield key.value, self.read(value, (*path, key.value), depth + 1)
 
