@@ -263,6 +263,95 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         assert str(own) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://localhost:99999", "its port '99999' is no number from 1 to 65535"),
+        ("http://localhost:0/v1", "its port '0' is no number"),
+        ("http://localhost:", "its port '' is no number"),
+        ("http://localhost:http", "its port 'http' is no number"),
+        ("https://api.example.com:-1", "its port '-1' is no number"),
+        ("https://me:secret@api.example.com:70000", "its port '70000' is no number"),
+        ("ftp://api.example.com", "must begin with http:// or https://"),
+        ("api.example.com", "must begin with http:// or https://"),
+        ("localhost:8080", "must begin with http:// or https://"),
+        ("https:/api.example.com", "must begin with http:// or https://"),
+        ("http://", "must be a host"),
+        ("http:///v1", "must be a host"),
+        ("http://:80", "must be a host"),
+        ("http://[::1", "must be a host"),
+        ("http://a:1:2", "must be a host"),
+        ("http://[zz]:1", "is no name or address of a host"),
+        ("http://300.1.1.1", "is no name or address of a host"),
+        ("http://a..b", "is no name or address of a host"),
+        (f"http://{'a' * 64}.com", "is no name or address of a host"),
+        ("http://a b", "can't have spaces"),
+        ("http://a\n", "can't have spaces"),
+        ("http://a/v1?x=1", "can't have spaces"),
+        ("http://exa$mple.com", "is no name or address of a host"),
+    ],
+)
+def test_a_base_url_that_no_call_could_use_is_refused_in_a_sentence(tmp_path: Path, url: str, says: str) -> None:
+    """When the table is read, which is before any VM is started, wherever the URL is from."""
+    own = tmp_path / "upstreams.toml"
+    own.write_text(f"[anthropic]\nbase_url = {json.dumps(url)}\n")
+    for where, environment in ((own, {}), (None, {"ANTHROPIC_BASE_URL": url})):
+        with pytest.raises(UsageError) as caught:
+            upstreams.load(where, environment)
+        said = str(caught.value)
+        assert says in said and "[anthropic]: base_url: " in said
+        assert ("ANTHROPIC_BASE_URL" in said) == bool(environment)
+        assert "secret" not in said and "pattern" not in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost", "https://api.example.com/anthropic", "http://10.0.0.1:1", "http://[::1]:65535/v1",
+        "https://bücher.example", "http://my_proxy:4000", "https://me:word@proxy.example:8443/x%20y", "http://a.b.",
+    ],
+)  # fmt: skip
+def test_a_base_url_that_calls_can_use(url: str) -> None:
+    assert upstreams.load(None, {"ANTHROPIC_BASE_URL": f"{url}/"})["anthropic"].base_url == url
+
+
+def test_one_authorization_header_is_enough() -> None:
+    with pytest.raises(UsageError, match="`header` has another"):
+        upstreams.load(None, {"OPENAI_BASE_URL_HOST": "http://me:word@localhost"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ("paths = ['POST /v1/messages/batches']", "no budget can bound"),
+        ("paths = ['POST /v1/messages/*']", "allows POST /v1/messages/batches, which no budget can bound"),
+        ("paths = ['POST /v1/**']", "allows POST /v1/complete, which is billed"),
+        ("paths = ['POST /v1/Messages/Batches']", "no budget can bound"),
+        ("metered = ['POST /v1/messages/batches']", "no budget can bound"),
+        ("metered = ['POST /v1/messages', 'POST /v1/*']", "allows POST /v1/batches, which no budget can bound"),
+        ("metered = []\npaths = ['POST /v1/messages']", "is billed: it belongs in `metered`"),
+        ("paths = ['POST /v1/embeddings']", "is billed: it belongs in `metered`"),
+        ("base_url = 'https://x.example/v1'\npaths = ['POST /audio/speech']", "is billed"),
+        ("paths = ['POST /v1/sessions/*/events']", "no budget can bound"),
+    ],
+)
+def test_what_is_billed_is_never_free(tmp_path: Path, fields: str, says: str) -> None:
+    """It would be in no book, and count against no budget."""
+    own = tmp_path / "upstreams.toml"
+    own.write_text(f"[anthropic]\n{fields}\n")
+    with pytest.raises(UsageError, match=r"\[anthropic\]: 'POST ") as caught:
+        upstreams.load(own, {})
+    assert says in str(caught.value)
+
+
+def test_what_costs_nothing_stays_allowed(tmp_path: Path) -> None:
+    own = tmp_path / "upstreams.toml"
+    free = "paths = ['GET /v1/messages/batches/*', 'POST /v1/files', 'POST /v1/messages/count_tokens', 'GET /v1/**']"
+    other = "base_url = 'https://chat.example'\nkey = 'k'\nheader = { a = '{key}' }\npaths = ['POST /**']"
+    own.write_text(f"[anthropic]\n{free}\n[chat]\n{other}\n[openai]\nmetered = ['POST /v1/embeddings']\n")
+    assert upstreams.load(own, {})["chat"].route("POST", "/api/messages") == "plain"
+
+
 def test_prices(tmp_path: Path) -> None:
     own = tmp_path / "prices.toml"
     own.write_text(

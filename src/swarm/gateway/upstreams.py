@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import Field, StringConstraints
@@ -17,6 +20,17 @@ from swarm.gateway.policy import Policy
 
 SHIPPED: Final = Path(__file__).with_name("upstreams.toml")
 _MAX_KEY_BYTES: Final = 16 * 1024
+_AUTHORITY: Final = re.compile(r"(?:[^@]*@)?(?P<host>\[[^\]]*\]|[^:@\[\]]+)(?::(?P<port>[0-9A-Za-z-]*))?")
+# What services of the known dialects bill: nothing of it may be among the paths that cost nothing. What can't be booked
+# is billed later, or in units that no answer reports.
+_BILLED: Final = (
+    "/messages", "/complete", "/chat/completions", "/completions", "/responses", "/embeddings", "/images/generations",
+    "/images/edits", "/images/variations", "/audio/speech", "/audio/transcriptions", "/audio/translations",
+)  # fmt: skip
+_UNBOOKABLE: Final = (
+    "/messages/batches", "/batches", "/fine_tuning/jobs", "/videos", "/evals/x/runs", "/threads/runs",
+    "/threads/x/runs", "/sessions", "/sessions/x/events", "/realtime/sessions", "/realtime/client_secrets",
+)  # fmt: skip
 
 
 def _route(text: str) -> str:
@@ -25,10 +39,37 @@ def _route(text: str) -> str:
     return text
 
 
+def _base_url(text: str) -> str:
+    """Without slashes at its end. One that no call could use is refused here: later, each call would fail."""
+    if not text.startswith(("http://", "https://")):
+        raise ValueError("it must begin with http:// or https://")
+    if re.search(r"[\s?#\\]", text) or not text.isprintable():
+        raise ValueError("it can't have spaces, backslashes, a query (?) or a fragment (#)")
+    found = _AUTHORITY.fullmatch(text.split("/")[2])
+    if found is None:
+        raise ValueError("between // and the next slash must be a host, or HOST:PORT")
+    host, port = found["host"], found["port"]
+    if port is not None and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65_536):
+        raise ValueError(f"its port {port[:20]!r} is no number from 1 to 65535")
+    if not _is_host(host):
+        raise ValueError(f"its host {host[:100]!r} is no name or address of a host")
+    return text.rstrip("/")
+
+
+def _is_host(host: str) -> bool:
+    try:
+        if host.startswith("[") or re.fullmatch(r"[0-9.]+", host):
+            return bool(ipaddress.ip_address(host.strip("[]")))
+        name = host.encode("idna").decode()
+    except (ValueError, UnicodeError):  # a label may be empty, or longer than 63
+        return False
+    return bool(re.fullmatch(r"[A-Za-z0-9_.-]{1,253}", name))
+
+
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 _Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")]
 _Route = Annotated[str, pydantic.AfterValidator(_route)]
-_BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s?#]+$"), pydantic.AfterValidator(lambda url: url.rstrip("/"))]
+_BaseUrl = Annotated[str, pydantic.AfterValidator(_base_url)]
 _Surcharge = Annotated[str, StringConstraints(pattern=r"^[a-z_.]+=[a-z0-9_-]+$")]
 _Condition = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.]+=[a-z0-9_-]+$")]
 Kind = Literal[
@@ -43,9 +84,7 @@ class Upstream(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     name: _Name
-    base_url: Annotated[
-        str, Field(pattern=r"^https?://[^\s?#]+$"), pydantic.AfterValidator(lambda url: url.rstrip("/"))
-    ]
+    base_url: _BaseUrl
     base_url_env: str = ""
     key: _Name
     header: dict[_Header, str] = Field(min_length=1)
@@ -83,6 +122,14 @@ class Upstream(pydantic.BaseModel):
         route = routes.find(method, path, self.differs) or routes.might_mean(method, path, self.differs)
         return self.model_copy(update=self.differs[route]) if route else self
 
+    @pydantic.model_validator(mode="after")
+    def _one_authorization(self) -> Upstream:
+        if "@" in self.base_url.split("/")[2] and "authorization" in map(str.lower, self.header):
+            raise ValueError(
+                "base_url: a user and a password in it are an authorization header, and `header` has another"
+            )
+        return self
+
     @property
     def key_env(self) -> str:
         return self.key.upper().replace("-", "_")
@@ -112,19 +159,52 @@ def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream
                 raise UsageError(
                     f"the table of upstreams {own}: [{name}] is to be like {like!r}, which is not above it"
                 )
-            table[name] = {**table.get(like, {}), **fields}
+            merged = {**table.get(like, {}), **fields}
+            if "differs" not in fields:  # what is no longer metered differs in nothing
+                kept = merged.get("metered", ())
+                merged["differs"] = {route: more for route, more in merged.get("differs", {}).items() if route in kept}
+            table[name] = merged
     found = {}
     for name, fields in table.items():
+        where = f"the table of upstreams {own or SHIPPED}: [{name}]"
         try:
-            upstream = Upstream.model_validate({**fields, "name": name})
-            override = environment.get(upstream.base_url_env, "") if upstream.base_url_env else ""
-            if override:
-                upstream = Upstream.model_validate({**fields, "name": name, "base_url": override})
+            variable = str(fields.get("base_url_env", ""))
+            if override := environment.get(variable, "") if variable else "":
+                fields, where = {**fields, "base_url": override}, f"{variable}, or {where}"
+            found[name] = Upstream.model_validate({**fields, "name": name})
         except pydantic.ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}" for e in error.errors())
-            raise UsageError(f"the table of upstreams {own or SHIPPED}: [{name}]: {wrong}") from None
-        found[name] = upstream
+            wrong = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or name}: {e['msg'].removeprefix('Value error, ')}"
+                for e in error.errors()
+            )
+            raise UsageError(f"{where}: {wrong}") from None
+        if why := _unbooked(found[name]):
+            raise UsageError(f"{where}: {why}")
     return found
+
+
+def _unbooked(upstream: Upstream) -> str:
+    """Which of its routes allows a call that is billed and not booked; '' if none does."""
+    host = urlsplit(upstream.base_url).hostname or ""
+    if not upstream.metered and not host.endswith(("anthropic.com", "openai.com")):
+        return ""
+    for path in (f"{prefix}{tail}" for tail in (*_BILLED, *_UNBOOKABLE) for prefix in ("/v1", "")):
+        free = [route for route in upstream.paths if _allows(route, path)]
+        metered = [route for route in upstream.metered if _allows(route, path)]
+        if path.removeprefix("/v1") in _UNBOOKABLE and (free or metered):
+            return (
+                f"{(free + metered)[0]!r} allows POST {path}, which no budget can bound: no answer says what it costs"
+            )
+        if free and not metered:
+            return f"{free[0]!r} in `paths` allows POST {path}, which is billed: it belongs in `metered`, or nowhere"
+    return ""
+
+
+def _allows(route: str, path: str) -> bool:
+    """Also if it spells the path in a way that only some servers read as that one."""
+    method, _, spelled = route.partition(" ")
+    odd = method == "POST" and "*" not in spelled and routes.might_mean("POST", spelled, [f"POST {path}"])
+    return bool(odd or routes.find("POST", path, [route]))
 
 
 def variables(table: Mapping[str, Upstream]) -> frozenset[str]:
