@@ -19,6 +19,8 @@ ready:
 	@tools/bootstrap dev
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm image build
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/claude
+	-@SWARM_CONFIG=/dev/null SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/mini-swe
+	-@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/mini-swe
 	-@$(BIN)/python tools/fetch-firecracker
 
 test: ready  ## set up, then run all tests in network namespaces of their own (ARGS='-k echo' runs some)

@@ -4,7 +4,8 @@ What it answers is chosen by words in the last message, ``scenario=NAME`` and ``
 
     haiku (default)   a haiku, or ``words=N`` words, ``delay=SECONDS`` between chunks
     tool              asks for the first tool of the request, until a tool_result is among the messages
-    script            the tool calls of ``script=JSON``, a list for each turn ([{name, input}, …]), then a haiku
+    script            the tool calls of ``script=JSON``, a list for each turn ([{name, input}, …]), then a haiku; in
+                      place of a list ``{"status": N, "times": N, "then": […]}`` is a turn that fails first, or for ever
     429 529 500       an error with its headers; ``times=N``: so often, then a haiku
     cut               a stream that breaks off in its middle
     silent            never answers
@@ -37,6 +38,11 @@ from typing import Any
 from aiohttp import web
 
 HAIKU = "Clocks drift far apart\nOne node waits, another writes\nThe log heals them all"
+ERRORS = {
+    400: ("invalid_request_error", "prompt is too long: 210000 tokens > 200000 maximum"),
+    429: ("rate_limit_error", "slow down"),
+    529: ("overloaded_error", "Overloaded"),
+}
 RATE_LIMITS = {
     "anthropic-ratelimit-requests-limit": "50",
     "anthropic-ratelimit-requests-remaining": "49",
@@ -121,6 +127,8 @@ class MessagesApi:
             return await self._echo(request, int(words["cut"]))
         if scenario == "malformed":
             return web.Response(body=b'{"type": "message", "content": [', content_type="application/json")
+        if scenario == "script" and (status := self._fails(asked)):
+            return _error(status, *ERRORS.get(status, ("api_error", "Internal server error")))
         blocks, stop = self._answer(asked, words, scenario)
         said = sum(len(json.dumps(b)) for b in blocks) // 4
         usage = {
@@ -169,13 +177,21 @@ class MessagesApi:
             given = json.loads(_last_text(asked).partition("input=")[2] or "{}")
             return [{"type": "tool_use", "id": "toolu_test", "name": name, "input": given}], "tool_use"
         if scenario == "script":
-            turns = json.loads(_last_text(asked).partition("script=")[2])
-            turn = sum(m["role"] == "assistant" for m in asked["messages"])
-            if turn < len(turns):
-                calls = [{"type": "tool_use", "id": f"toolu_{turn}_{i}", **call} for i, call in enumerate(turns[turn])]
-                return [{"type": "text", "text": f"Turn {turn}."}, *calls], "tool_use"
+            turn, now = _turn(asked)
+            if now:
+                calls = now["then"] if isinstance(now, dict) else now
+                blocks = [{"type": "tool_use", "id": f"toolu_{turn}_{i}", **call} for i, call in enumerate(calls)]
+                return [{"type": "text", "text": f"Turn {turn}."}, *blocks], "tool_use"
         count = int(words.get("words", 0))
         return [{"type": "text", "text": "word " * count if count else HAIKU}], "end_turn"
+
+    def _fails(self, asked: dict[str, Any]) -> int:
+        """The status with which this turn of a script fails, or 0."""
+        turn, now = _turn(asked)
+        if not isinstance(now, dict):
+            return 0
+        self._times[f"{turn} of {_last_text(asked)}"] += 1
+        return 0 if self._times[f"{turn} of {_last_text(asked)}"] > now.get("times", 1_000_000) else int(now["status"])
 
     async def _stream(
         self, request: web.Request, message: dict[str, Any], words: dict[str, str], scenario: str
@@ -246,6 +262,13 @@ def _last_text(asked: dict[str, Any]) -> str:
             content if isinstance(content, str) else " ".join(b.get("text", "") for b in content if isinstance(b, dict))
         )
     return ""
+
+
+def _turn(asked: dict[str, Any]) -> tuple[int, Any]:
+    """Which turn of its script a conversation is at, and what is there; None after the last."""
+    turns, _ = json.JSONDecoder().raw_decode(_last_text(asked).partition("script=")[2])
+    turn = sum(m["role"] == "assistant" for m in asked["messages"])
+    return turn, turns[turn] if turn < len(turns) else None
 
 
 def _refusal(scenario: str) -> web.Response:

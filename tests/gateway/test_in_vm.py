@@ -17,7 +17,9 @@ from swarm.app import setup, wiring
 from swarm.base import process
 from swarm.config import Settings
 from swarm.engine.run_once import run_ticket
+from swarm.errors import LayerMissing
 from swarm.vm.driver import Image
+from tests.conftest import REQUIRED
 from tests.engine.conftest import Bench
 from tests.gateway.conftest import KEY
 from tests.gateway.messages_api import HAIKU, MessagesApi
@@ -244,17 +246,34 @@ async def test_the_sdk_and_the_shipped_agents_in_vms(gated: Bench, api: Messages
     printed = [e for e in await gated.store.events("haiku") if e.kind == "output"]
     assert len(printed) >= 3 and printed[0].at != printed[-1].at, "while it came"
 
-    worker = await gated.store.agent("claude-agent")
+
+async def test_mini_swe_in_a_vm(gated: Bench, image: Image) -> None:
+    """From files to a patch and a branch: mini-swe-agent, git and a compiler in the layer, LiteLLM by the gateway."""
+    agent = await gated.store.agent("mini-swe")
+    try:
+        await wiring.layers(gated.settings).find(agent, image)
+    except LayerMissing:
+        why = "needs the layer of mini-swe: run `make ready`"
+        pytest.fail(why, pytrace=False) if "mini-swe" in REQUIRED else pytest.skip(why)
+    program = "int main(void) { return 42; }"
     turns = [
-        [{"name": "run_command", "input": {"command": "id -un; cat a.txt"}}],
-        [{"name": "edit_file", "input": {"path": "a.txt", "old": "one", "new": "two"}}],
+        [f"echo '{program}' > a.c && gcc a.c -o /tmp/a && /tmp/a; echo $? > b.txt; id -un >> b.txt; rg one a.txt"],
+        ["sed -i s/one/two/ a.txt && python3 -m pip --version && git commit -qam mine"],
+        ["echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"],
     ]
-    inputs = {"prompt": f"scenario=script script={json.dumps(turns)}", "files": {"a.txt": "one\n"}}
-    gated.insert("work", worker.id, inputs=json.dumps(inputs))
+    script = [[{"name": "bash", "input": {"command": line}} for line in turn] for turn in turns]
+    inputs = {"prompt": f"scenario=script script={json.dumps(script)}", "files": {"a.txt": "one\n"}}
+    gated.insert("work", agent.id, inputs=json.dumps(inputs))
     work = await run_ticket(gated.store, gated.worker, "work")
     made = json.loads(work.outputs or "{}")
-    assert made.get("changes") == {"a.txt": "changed"} and "-one\n+two\n" in made["diff"], work.error
-    assert api.seen[-1]["body"]["messages"][2]["content"][0]["content"].startswith("agent\none\n")
+    assert made.get("finished"), (work.error, made)
+    assert {change["path"]: change["status"] for change in made["changes"]} == {
+        "a.txt": "changed", "a.c": "added", "b.txt": "added"
+    }  # fmt: skip
+    assert "-one\n+two\n" in made["diff"] and "+42\n+agent\n" in made["diff"]
+    assert made["patch"] and made["bundle"] and made["commits"] == 2
+    calls = [e.data for e in await gated.store.events("work") if e.kind == "model_call"]
+    assert [call["status"] for call in calls] == [200] * 3
 
 
 async def test_http_fetch_in_a_vm(gated: Bench) -> None:

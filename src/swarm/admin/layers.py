@@ -23,14 +23,22 @@ async def build(
     return await layers.build(agent, await images.find(agent.image), force=force, progress=progress)
 
 
+def on_request(agent: Agent) -> bool:
+    """Is this one that ships, whose layer (a compiler, hundreds of megabytes) is built only when somebody asks?"""
+    return bool(agent.packages) and agent.id in {agents.read(directory).id for directory in agents.builtin()}
+
+
 async def shipped(store: Store, images: ImageSource, layers: Layers | HostLayers, progress: Progress) -> list[str]:
-    """Build the layers of the built-in agents. Returns a line for each; a failure doesn't stop the installation."""
+    """Build the layers of the built-in agents, but for the large ones. Returns a line for each; a failure doesn't stop
+    the installation."""
     agents_by_content: dict[tuple[frozenset[object], ...], list[Agent]] = {}
+    lines = []
     for one in map(agents.read, agents.builtin()):
-        if one.needs_layer:
+        if on_request(one):
+            lines.append(f"layer      of {one.name} {one.version} is large: `swarm agent build {one.name}` makes it")
+        elif one.needs_layer:
             content = frozenset(one.requirements), frozenset(one.packages), frozenset(own_modules(one).items())
             agents_by_content.setdefault(content, []).append(await store.agent(one.id))
-    lines = []
     for users in agents_by_content.values():
         names = " and ".join(f"{one.name} {one.version}" for one in users)
         try:

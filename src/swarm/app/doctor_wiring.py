@@ -144,10 +144,11 @@ async def _database(settings: Settings) -> list[Check]:
 
 
 async def _layers(settings: Settings, opened: Store) -> list[Check]:
-    """Layers that registered agents need and that are not built."""
+    """Layers that registered agents need and that are not built, but for those that nobody has asked for."""
+    from swarm.admin.layers import on_request
     from swarm.doctor.check import ok, warn
 
-    layered = [agent for agent in await opened.agents(broken=False) if agent.needs_layer]
+    layered = [agent for agent in await opened.agents(broken=False) if agent.needs_layer and not on_request(agent)]
     checks = []
     for agent in layered:
         try:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MAX_FILE_BYTES = 32 << 20  # a larger file that was added or changed is left out, and named
-MAX_NEW_BYTES = 128 << 20  # of all of them together; the largest are left out first
+MAX_FILE_BYTES = 16 << 20  # a larger file that was added or changed is left out, and named
+MAX_NEW_BYTES = 24 << 20  # of all together, largest first: patch and bundle must fit into the 64 MiB of /work/out
 SECONDS = 1800.0
 
 EXCLUDED = "__pycache__/ *.pyc node_modules/ .venv/ .tox/ .nox/ .mypy_cache/ .pytest_cache/ .ruff_cache/ .hypothesis/"

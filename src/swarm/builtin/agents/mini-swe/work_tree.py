@@ -43,6 +43,8 @@ from snapshots import (
     to_lines,
 )
 
+__all__ = ["WorkTreeError", "collect", "home", "prepare"]
+
 MAX_DIFF_BYTES = 256 << 10  # of the text in the result; the patch is whole
 MAX_CHANGES = 5000  # in the list; the patch has all
 MAX_NESTED = 50
