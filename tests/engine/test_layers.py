@@ -34,7 +34,8 @@ def test_init_without_a_registry(
     (images / image.digest).symlink_to(image.dir)
     own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "images_dir": images})
     said = asyncio.run(setup.init(own))
-    (line,) = (line for line in said if line.startswith("layer"))
+    large, line = (line for line in said if line.startswith("layer"))
+    assert large == "layer      of mini-swe 1.0.0 is large: `swarm agent build mini-swe` makes it"
     for words in ("claude 1.1.0 and claude-agent 1.1.0", "can't reach the package index", "`swarm agent build`"):
         assert words in line
     assert any(line.startswith("image") for line in said)
