@@ -21,6 +21,8 @@ ready:
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/claude
 	-@SWARM_CONFIG=/dev/null SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/mini-swe
 	-@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/mini-swe
+	-@SWARM_CONFIG=/dev/null SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/claude-code
+	-@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/claude-code
 	-@$(BIN)/python tools/fetch-firecracker
 
 test: ready  ## set up, then run all tests in network namespaces of their own (ARGS='-k echo' runs some)

@@ -7,6 +7,7 @@
 - ``qemu``: netns, and qemu-system-x86_64
 - ``cc``: a C compiler
 - ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
+- ``claude-code``: what the agent of this name requires, from PyPI, in the cache (`make ready` puts it there)
 
 Write ``pytestmark = pytest.mark.needs("netns", "qemu")`` for a module, or call ``need("qemu")`` in a test or fixture.
 If something is missing, the test is skipped with the reason, or fails if ``SWARM_REQUIRE`` (comma-separated, as in CI)
@@ -47,11 +48,15 @@ def lacks(thing: str) -> str:
         return lacks("netns") or (
             "" if which("qemu-system-x86_64") else "needs qemu-system-x86_64: run tools/bootstrap"
         )
+    if thing == "claude-code":
+        from tests.agents import claude_code_here
+
+        return claude_code_here.lacks()
     if thing == "firecracker":
         from tests.vm import firecracker_here
 
         return lacks("netns") or firecracker_here.lacks()
-    raise LookupError(f"unknown need {thing!r}: use root, cc, netns, qemu or firecracker")
+    raise LookupError(f"unknown need {thing!r}: use root, cc, netns, qemu, firecracker or claude-code")
 
 
 def need(*things: str) -> None:
@@ -64,7 +69,7 @@ def need(*things: str) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "needs(*things): what the test can't run without: root, cc, netns, qemu, firecracker"
+        "markers", "needs(*things): what the test can't run without: root, cc, netns, qemu, firecracker, claude-code"
     )
     config.addinivalue_line("markers", "slow: starts programs, or tries very many cases; not in `make test-quick`")
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox

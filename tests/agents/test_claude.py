@@ -1,18 +1,17 @@
-"""The agents claude and claude-agent: their programs, with Anthropic's own SDK, before a real HTTP server.
+"""The agent claude: its program, with Anthropic's own SDK, before a real HTTP server.
 
-As plain processes. In a VM, through the gateway, they are run by tests of the gateway.
+As a plain process. In a VM, through the gateway, tests of the gateway run it.
 """
 
 from __future__ import annotations
 
-import base64
-import io
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
-import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from swarm import agents
 from swarm.agents import check
 from swarm.channel import Channel
 from swarm.channel.dial import Endpoint
+from swarm.config import Settings
 from swarm.errors import StepError
 from swarm.model import Agent
 from swarm.vm.drivers.process import AGENTD
@@ -32,7 +32,7 @@ from tests.gateway.messages_api import HAIKU, MessagesApi
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 
-CLAUDE, WORKER = (agents.read(next(d for d in agents.builtin() if d.name == n)) for n in ("claude", "claude-agent"))
+CLAUDE = agents.read(next(directory for directory in agents.builtin() if directory.name == "claude"))
 
 
 @dataclass
@@ -152,16 +152,14 @@ async def test_it_prints_while_the_answer_comes(run: Run, root: Path) -> None:
     ("agent", "inputs", "env", "code", "said"),
     [
         (CLAUDE, {"prompt": "scenario=429"}, {}, 3, "429 rate_limit_error: slow down"),
-        (WORKER, {"prompt": "scenario=529"}, {}, 3, "529 overloaded_error: Overloaded"),
+        (CLAUDE, {"prompt": "scenario=529"}, {}, 3, "529 overloaded_error: Overloaded"),
         (CLAUDE, {"prompt": "scenario=cut"}, {}, 4, "the answer is incomplete"),
-        (WORKER, {"prompt": "scenario=cut"}, {}, 4, "the answer is incomplete"),
         (CLAUDE, {"prompt": "scenario=malformed"}, {}, 4, "the answer is incomplete"),
         (CLAUDE, {"prompt": "hi"}, {"ANTHROPIC_API_KEY": "dead"}, 3, "401 authentication_error: invalid x-api-key"),
         (CLAUDE, {"prompt": "hi"}, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}, 4, "can't be reached"),
         (CLAUDE, {"prompt": "hi"}, {"ANTHROPIC_BASE_URL": ""}, 2, "can't reach a model: the gateway has not set"),
-        (WORKER, {"prompt": "hi"}, {"ANTHROPIC_API_KEY": ""}, 2, "can't reach a model: the gateway has not set"),
+        (CLAUDE, {"prompt": "hi"}, {"ANTHROPIC_API_KEY": ""}, 2, "can't reach a model: the gateway has not set"),
         (CLAUDE, {"prompt": "  "}, {}, 2, "nothing to ask"),
-        (WORKER, {}, {}, 2, "nothing to do"),
     ],
 )
 async def test_failures_are_one_line_and_a_status(
@@ -190,101 +188,6 @@ async def test_a_busy_api_is_asked_again(run: Run, api: MessagesApi) -> None:
 def test_inputs_that_make_no_sense(inputs: dict[str, Any]) -> None:
     with pytest.raises(StepError, match="don't fit the agent claude"):
         check.inputs(CLAUDE, inputs)
-
-
-# --- claude-agent -----------------------------------------------------------------------------------------------------
-
-
-def script(*turns: list[dict[str, Any]]) -> str:
-    return f"scenario=script script={json.dumps(turns)}"
-
-
-def call(name: str, **given: Any) -> dict[str, Any]:
-    return {"name": name, "input": given}
-
-
-async def test_it_works_with_its_tools(run: Run, api: MessagesApi) -> None:
-    turns = script(
-        [
-            call("read_file", path="notes.txt"),
-            call("run_command", command="cat notes.txt | wc -l; env | grep -c ANTHRO"),
-        ],
-        [
-            call("edit_file", path="notes.txt", old="two", new="2"),
-            call("write_file", path="new/deep.txt", text="fresh\n"),
-        ],
-        [call("run_command", command="rm gone.txt; printf '\\0' > binary; ls new")],
-    )
-    inputs = {
-        "prompt": turns,
-        "files": {"notes.txt": "one\ntwo\n", "gone.txt": "x\n", "same.txt": "s"},
-        "archive": True,
-    }
-    ran = await run(WORKER, inputs)
-    out = ran.outputs
-    assert (out["text"], out["finished"], out["stop_reason"], out["turns"]) == (HAIKU, True, "end_turn", 4)
-    assert out["changes"] == {
-        "notes.txt": "changed", "new/deep.txt": "added", "binary": "added", "gone.txt": "removed"
-    }  # fmt: skip
-    assert out["files"] == {"notes.txt": "one\n2\n", "new/deep.txt": "fresh\n"}
-    assert "--- a/notes.txt\n+++ b/notes.txt\n@@ -1,2 +1,2 @@\n one\n-two\n+2\n" in out["diff"]
-    assert "--- /dev/null\n+++ b/new/deep.txt\n@@ -0,0 +1 @@\n+fresh\n" in out["diff"]
-    assert "--- a/gone.txt\n+++ /dev/null\n" in out["diff"] and "same.txt" not in out["diff"]
-    assert out["truncated"] is True, "the binary file is not in the diff"
-    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(out["archive"]))) as archive:
-        assert archive.getnames() == ["binary", "new/deep.txt", "notes.txt"]
-    # What was sent to Claude, turn by turn; nothing that the SDK added is sent back.
-    last = api.seen[-1]["body"]
-    assert [m["role"] for m in last["messages"]] == ["user", "assistant"] * 3 + ["user"]
-    first, second = last["messages"][2]["content"]
-    assert first == {"type": "tool_result", "tool_use_id": "toolu_0_0", "content": "one\ntwo\n"}
-    assert second["content"] == "2\n0\n\n[exit status 1]", "no token in what it runs"
-    assert set(last["messages"][1]["content"][0]) == {"type", "text"}
-    assert out["usage"]["input_tokens"] == sum(len(json.dumps(s["body"]["messages"])) // 4 for s in api.seen)
-    assert "$ rm gone.txt" in ran.printed and "wrote new/deep.txt" in ran.printed and "Turn 0." in ran.printed
-
-
-async def test_tools_that_are_used_wrongly_say_so(run: Run, root: Path, api: MessagesApi) -> None:
-    (root / "outside").write_text("secret")
-    wrong = [
-        call("read_file", path="../outside"), call("read_file", path="/etc/passwd"), call("read_file", path="none"),
-        call("write_file", path="../outside", text="x"), call("write_file", path="link/x", text="x"),
-        call("edit_file", path="a.txt", old="a", new="b"), call("edit_file", path="a.txt", old="", new="b"),
-        call("run_command"), call("run_command", command="sleep 60", timeout_seconds=1), call("dance"),
-    ]  # fmt: skip
-    turns = script([call("run_command", command=f"ln -s {root} link")], wrong)
-    ran = await run(WORKER, {"prompt": turns, "files": {"a.txt": "aa"}})
-    answers = api.seen[-1]["body"]["messages"][4]["content"]
-    assert [bool(answer.get("is_error")) for answer in answers] == [True] * 8 + [False, True]
-    assert all("not below the work directory" in answers[i]["content"] for i in (0, 1, 3, 4))
-    assert "2 times, not once" in answers[5]["content"] and "killed after 1 seconds" in answers[8]["content"]
-    assert (root / "outside").read_text() == "secret" and ran.outputs["finished"]
-
-
-async def test_much_output_is_cut_in_the_middle(run: Run, api: MessagesApi) -> None:
-    turns = script([call("run_command", command="echo first; head -c 100000 /dev/zero | tr '\\0' x; echo; echo last")])
-    await run(WORKER, {"prompt": turns})
-    (answer,) = api.seen[-1]["body"]["messages"][2]["content"]
-    assert len(answer["content"]) < 31_000 and "bytes left out" in answer["content"]
-    assert answer["content"].startswith("first\n") and "last\n" in answer["content"]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "limit"),
-    [({"max_turns": 2}, "max_turns"), ({"max_total_tokens": 10}, "max_total_tokens")],
-)
-async def test_limits_end_it(run: Run, api: MessagesApi, inputs: dict[str, Any], limit: str) -> None:
-    turns = script(*[[call("write_file", path=f"{n}.txt", text="x")] for n in range(9)])
-    ran = await run(WORKER, {"prompt": turns, **inputs})
-    assert ran.code == 1 and f"not finished after {len(api.seen)} turns: {limit}" in ran.said
-    kept = await run(WORKER, {"prompt": turns, "on_limit": "keep", **inputs})
-    assert (kept.outputs["finished"], kept.outputs["stop_reason"]) == (False, limit)
-    assert "0.txt" in kept.outputs["files"]
-
-
-async def test_files_that_would_lie_elsewhere_are_refused(run: Run, api: MessagesApi) -> None:
-    ran = await run(WORKER, {"prompt": "hi", "files": {"../x": "y"}})
-    assert ran.code == 2 and "not below the work directory" in ran.said and not api.seen
 
 
 # What an agent finds that is forked from an interpreter which has made its first call, and has called once itself.
@@ -319,12 +222,13 @@ async def test_what_the_first_call_leaves_to_every_agent(run: Run, root: Path, t
     assert one["made"] == [True, True] and one["threads"] == 1
     assert one["sockets"] == one["open"] == []
     assert one["key"] != two["key"] and one["random"] != two["random"]
-    own = [agent.path / "first_call.py" for agent in (CLAUDE, WORKER)]
-    assert own[0].read_bytes() == own[1].read_bytes() and CLAUDE.preload == WORKER.preload, "one template for both"
 
 
-def test_who_is_meant_by_claude() -> None:
-    """`WHERE name LIKE '%claude%' LIMIT 1` finds the one that was registered first."""
-    names = [agents.read(directory).name for directory in agents.builtin()]
-    assert names.index("claude") < names.index("claude-agent")
-    assert CLAUDE.network == WORKER.network == "gateway" and CLAUDE.requirements == WORKER.requirements
+async def test_who_is_meant_by_claude(settings: Settings) -> None:
+    """By what users type: the one that asks once, though others have it in their names."""
+    with contextlib.closing(sqlite3.connect(settings.data_dir / "swarm.db")) as database:
+        named = "SELECT name FROM agents WHERE name LIKE '%claude%'"
+        assert database.execute(f"{named} LIMIT 1").fetchall() == [("claude",)]
+        assert ("claude-code",) in database.execute(named).fetchall()
+        columns = database.execute("SELECT id, name FROM agents WHERE name LIKE '%claude%' LIMIT 1").fetchone()
+    assert columns == (CLAUDE.id, "claude") and CLAUDE.network == "gateway"

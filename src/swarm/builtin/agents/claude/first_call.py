@@ -3,9 +3,6 @@
 The call makes the SDK build what it then keeps, mainly the schemas of its models. It doesn't leave the process, since
 its transport answers directly: it leaves no socket, key or thread behind. The client is closed, and the SDK creates
 random values (idempotency keys) anew for each request.
-
-claude and claude-agent each have this file, because a package holds all its files: it is installed, digested and copied
-as one directory. The copies must be equal (a test checks it), so that both agents share a layer and a template.
 """
 
 import json
@@ -56,7 +53,7 @@ def _call() -> None:
     tool = {"name": "wait", "description": "waits", "input_schema": {"type": "object", "properties": {}}}
     call: dict[str, Any] = {"model": "none", "max_tokens": 1, "system": "none", "messages": messages, "tools": [tool]}
     with anthropic.Anthropic(api_key=_FAKE_KEY, base_url="http://127.0.0.1", http_client=http) as client:
-        for _ in range(2):  # the second call sends the answer back, as claude-agent does
+        for _ in range(2):  # the second call sends the answer back, as in a conversation
             with client.messages.stream(**call) as stream:
                 for _ in stream.text_stream:
                     pass
