@@ -133,7 +133,7 @@ class Agent(warm.default.DefaultAgent):  # type: ignore[misc]
 def main() -> None:
     given = json.loads(Path("input.json").read_text(encoding="utf-8"))
     inputs = given["inputs"]
-    prompt = inputs.get("prompt", given["ticket"].get("description")) or ""
+    prompt = inputs.get("prompt") or given["ticket"].get("description") or given["ticket"].get("title") or ""
     if not prompt.strip():
         fail(2, "nothing to do: give inputs.prompt, or the ticket a description")
     address = os.environ.get("ANTHROPIC_BASE_URL", "")
