@@ -650,3 +650,14 @@ async def test_an_estimate_is_seen_by_whoever_asks_what_was_spent(harness: Harne
     [row] = json.loads(await swarm("cost", "--by", "ticket", "--json"))
     assert (row["estimated_calls"], row["estimated_usd"]) == (1, pytest.approx(guessed))
     assert json.loads(await swarm("ticket", "show", "t", "--json"))["estimated"]["calls"] == 1
+
+
+async def test_no_request_is_too_large_for_the_books(harness: Harness) -> None:
+    """A guest asks for as much as a request may. To the engine, that is no reason to end the gateway of all others."""
+    async with Service().serving() as service, calling(harness, service) as call:
+        service.answers["0"] = whole(chat(tokens()))
+        pid = harness.gateway.pid
+        most = Case(answer=b"", dialect="openai", request={"n": 1000, "max_completion_tokens": 10**9})
+        assert json.loads(await call("0", most))["usage"] == tokens()
+        assert harness.gateway.pid == pid
+    assert harness.sql("SELECT cost_usd FROM model_calls") == [(pytest.approx(COST),)]

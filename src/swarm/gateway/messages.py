@@ -8,8 +8,9 @@ from typing import Annotated, Any, Final, Literal
 import pydantic
 from pydantic import Field
 
-_Usd = Annotated[float, Field(ge=0, le=1e9)]
-_Count = Annotated[int, Field(ge=0, le=10**12)]
+# More than a request may ask for (1,000 answers of 10^9 tokens), at the highest price that a price list may have.
+_Usd = Annotated[float, Field(ge=0, le=1e15)]
+_Count = Annotated[int, Field(ge=0, le=10**15)]
 _Number = Annotated[int, Field(ge=0, le=2**53)]
 _Text = Annotated[str, Field(max_length=4000)]
 _MAX_EVENT_BYTES: Final = 64 * 1024
