@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Mapping
 from typing import Final
 
 import aiohttp
@@ -15,7 +16,7 @@ from swarm.errors import NotFound, StoreError
 from swarm.gateway.metering_request import MeteredRequest
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
-from swarm.gateway.usage import COUNTS, LEAST_OUTPUT_TOKENS, Meter, Share, total, without_usage
+from swarm.gateway.usage import BYTES_PER_TOKEN, COUNTS, LEAST_OUTPUT_TOKENS, Meter, Share, total, without_usage
 from swarm.ledger import Bill, Granted, Ledger, Order
 
 log = structlog.get_logger(__name__)
@@ -50,6 +51,7 @@ class Call:
         self._first_byte_ms: float | None = None
         self._status = 0
         self._meter: Meter | None = None
+        self._room_bytes = 0.0  # so many may pass before the budget has to be looked at
         self._complete = False
         self._unsent_bytes: int | None = None  # of the request's body; None before its head was sent
         self._sent_at = 0.0
@@ -93,7 +95,12 @@ class Call:
     def feed(self, chunk: bytes) -> bytes:
         if self._first_byte_ms is None:
             self._first_byte_ms = (time.monotonic() - self._began) * 1000
-        return self._shown(self._meter.feed(chunk)) if self._meter is not None else chunk
+        if self._meter is None:
+            return chunk
+        events = self._meter.feed(chunk)
+        # A report of usage can cost more than its bytes.
+        self._room_bytes = 0 if b"usage" in events else self._room_bytes - len(events)
+        return self._shown(events)
 
     def _shown(self, events: bytes) -> bytes:
         """What the client asked for."""
@@ -105,18 +112,30 @@ class Call:
 
     def cut_reason(self) -> str | None:
         """Why a stream must be cut now; None while it is within its budget."""
-        if not self.sse or self._meter is None or self._granted is None:
+        if not self.sse or self._meter is None or self._granted is None or self._room_bytes > 0:
             return None
         counts = self._meter.counts_so_far()
         usd = self._price.usd(counts) if self._price is not None else None
         too_expensive = usd is not None and self._granted.usd is not None and usd > self._granted.usd
         too_long = self._granted.tokens is not None and total(counts) > self._granted.tokens
         if not too_expensive and not too_long:
+            self._room_bytes = self._room(counts)
             return None
         spent = f"${usd:.6f}" if too_expensive else f"{total(counts):,} tokens"
         left = f"${self._granted.usd:.6f}" if too_expensive else f"{self._granted.tokens:,} tokens"
         self.note = f"cut by the budget: the answer has cost about {spent}, of {left} that were left"
         return f"over budget: an answer of {self._meter.model} was cut when it had cost about {spent}, of {left} left"
+
+    def _room(self, counts: Mapping[str, int]) -> float:
+        """How many bytes of text the budget has room for beside ``counts``: parsing each event as it passes would take
+        longer than passing it on."""
+        assert self._granted is not None
+        tokens = math.inf if self._granted.tokens is None else self._granted.tokens - total(counts)
+        if self._price is not None and self._granted.usd is not None:
+            usd = self._price.usd(counts)
+            thousand = self._price.usd({**counts, "output": counts["output"] + 1000}) - usd
+            tokens = min(tokens, (self._granted.usd - usd) / thousand * 1000 - 1 if thousand > 0 else math.inf)
+        return tokens * BYTES_PER_TOKEN
 
     def end(self) -> bytes:
         self._complete = True

@@ -28,6 +28,7 @@ from swarm.gateway import wire
 from swarm.gateway.attempt_listener import AllowedRequest, AttemptListener, Record, error
 from swarm.gateway.call import Call
 from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, read
+from swarm.gateway.passage import GuestGone, Passage
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
 from swarm.gateway.usage import COUNTS, LEAST_OUTPUT_TOKENS, total
@@ -193,8 +194,6 @@ class Gateway:
         url = yarl.URL(upstream.base_url + request.target, encoded=True)
         response: web.StreamResponse | None = None
         try:
-            # Not aiohttp's own `sock_read`: it resets a timer before each chunk is passed on, which takes longer than
-            # passing the chunk on.
             async with (
                 asyncio.timeout(upstream.idle_seconds) as idle_timeout,
                 self._client().request(
@@ -214,20 +213,19 @@ class Gateway:
                 )
                 if answer.content_length is not None and not (call.changes_answer or wire.is_decompressed(answer)):
                     response.content_length = answer.content_length
+                idle_timeout.reschedule(None)  # from here on, `Passage` has an eye on it
                 await _to_guest(response.prepare(request.http))
-                while chunk := await _next_chunk(answer.content, idle_timeout, upstream.idle_seconds):
-                    if out := masker.feed(call.feed(chunk)):
-                        await _to_guest(response.write(out))
-                    if (reason := call.cut_reason()) is not None:
-                        request.listener.exceed(reason)
-                        await _to_guest(response.write(wire.event("billing_error", reason)))
-                        break
-                else:
-                    if rest := masker.feed(call.end()) + masker.end():
-                        await _to_guest(response.write(rest))
+                chunked = response.headers.get("transfer-encoding") == "chunked"
+                passage = Passage(call, masker, answer, guest=request.http, chunked=chunked)
+                reason = await passage.run(idle_seconds=upstream.idle_seconds)
+                if reason is not None:
+                    request.listener.exceed(reason)
+                    passage.write(wire.event("billing_error", reason))
+                elif rest := masker.feed(call.end()) + masker.end():
+                    passage.write(rest)
             await _to_guest(response.write_eof())
             return response
-        except _GuestGone:  # before this call was cancelled for it; the service is not to blame
+        except GuestGone:  # before this call was cancelled for it; the service is not to blame
             return response or web.Response()
         except (aiohttp.ClientError, TimeoutError, OSError) as problem:
             if response is None and isinstance(problem, aiohttp.ServerDisconnectedError | ConnectionError):
@@ -278,23 +276,11 @@ def _watch() -> aiohttp.TraceConfig:
     return watch
 
 
-async def _next_chunk(content: aiohttp.StreamReader, idle_timeout: asyncio.Timeout, seconds: float) -> bytes:
-    """b"" at the end. The timeout covers only the service's silence, not the time that the guest takes to read."""
-    idle_timeout.reschedule(asyncio.get_running_loop().time() + seconds)
-    chunk = await content.readany()
-    idle_timeout.reschedule(None)
-    return chunk
-
-
-class _GuestGone(Exception):
-    """It reads no more of the answer."""
-
-
 async def _to_guest(write: Awaitable[object]) -> None:
     try:
         await write
     except ConnectionError:  # aiohttp's is a ClientError as well, like those of the connection to the service
-        raise _GuestGone from None
+        raise GuestGone from None
 
 
 async def _now(work: Callable[[], T]) -> T:

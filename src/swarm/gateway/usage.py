@@ -12,7 +12,7 @@ from typing import Any, Final
 from swarm.gateway.upstreams import Upstream
 
 # English has about four bytes per token, code and other languages fewer: three overestimates English.
-_BYTES_PER_TOKEN: Final = 3
+BYTES_PER_TOKEN: Final = 3
 # The most that an image costs, whatever its size (the service scales it down). Documents are counted by their size.
 _IMAGE_TOKENS: Final = 2000
 _DOCUMENT_BYTES_PER_TOKEN: Final = 20
@@ -27,6 +27,7 @@ LEAST_OUTPUT_TOKENS: Final = 64
 # Larger answers and events are passed on without being parsed.
 _MAX_PARSED_BYTES: Final = 64 << 20
 _MAX_EVENT_BYTES: Final = 4 << 20
+_MAX_UNPARSED_BYTES: Final = 64 * 1024  # of events, kept until someone asks what they say: a millisecond or two
 
 _MAX_REPORT_BYTES: Final = 64 * 1024
 _NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
@@ -83,13 +84,13 @@ def prompt_counts(size: int, body: Any) -> dict[str, int]:
                     document_bytes += len(data)
             else:
                 pending += value.values()
-    tokens = max(0, size - attached_bytes) // _BYTES_PER_TOKEN + 1 + images * _IMAGE_TOKENS
+    tokens = max(0, size - attached_bytes) // BYTES_PER_TOKEN + 1 + images * _IMAGE_TOKENS
     tokens += document_bytes // _DOCUMENT_BYTES_PER_TOKEN + unseen_documents * _UNSEEN_DOCUMENT_TOKENS
     return dict.fromkeys(kinds or ("input",), tokens)
 
 
 def text_tokens(size: int) -> int:
-    return -(-size // _BYTES_PER_TOKEN)
+    return -(-size // BYTES_PER_TOKEN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +143,7 @@ class Meter:
         self._sse = sse
         self._buffer = bytearray()
         self._unparsed: list[bytes] = []
+        self._unparsed_bytes = 0
         self._too_large = False
         self._bytes = 0
         self._text_bytes = 0
@@ -205,7 +207,7 @@ class Meter:
                 self._too_large = True
             return data
         if not self._buffer and data.endswith((b"\n\n", b"\r\n\r\n")):  # whole events, as services usually send
-            self._unparsed.append(data)
+            self._keep(data)
             return data
         self._buffer += data
         end = max(self._buffer.rfind(b"\n\n") + 2, self._buffer.rfind(b"\r\n\r\n") + 4)
@@ -215,8 +217,14 @@ class Meter:
             end = len(self._buffer)
         events = bytes(self._buffer[:end])
         del self._buffer[:end]
-        self._unparsed.append(events)
+        self._keep(events)
         return events
+
+    def _keep(self, events: bytes) -> None:
+        self._unparsed.append(events)
+        self._unparsed_bytes += len(events)
+        if self._unparsed_bytes > _MAX_UNPARSED_BYTES:
+            self._parse_events()
 
     def end(self) -> bytes:
         """The answer has ended. Returns what is left to pass on."""
@@ -229,7 +237,7 @@ class Meter:
         return b""
 
     def _parse_events(self) -> None:
-        unparsed, self._unparsed = self._unparsed, []
+        unparsed, self._unparsed, self._unparsed_bytes = self._unparsed, [], 0
         for events in unparsed:
             data: list[bytes] = []
             for line in (*events.splitlines(), b""):
