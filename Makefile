@@ -42,7 +42,7 @@ bench-engine:  ## measure the engine without VMs: wake-up, no-op tickets per sec
 	@tools/bootstrap dev
 	@$(BIN)/python -m tests.engine.bench $(ARGS)
 
-bench-gateway:  ## measure model calls through the gateway and direct ones: per call, per streamed chunk, 100 at once
+bench-gateway:  ## measure model calls through the gateway beside a bare relay: chunks, calls a second (ARGS=--write-docs)
 	@tools/bootstrap dev
 	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.gateway.bench $(ARGS)
 
