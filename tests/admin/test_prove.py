@@ -56,6 +56,9 @@ class History:
     def renamed(self) -> list[str]:
         return []
 
+    def without_artifacts(self) -> list[tuple[str, int]]:
+        return []
+
 
 START = [("ticket", "ready", "in_progress", ""), ("step", "ready", "running", "a1")]
 END = [("step", "running", "completed", "a1"), ("ticket", "in_progress", "done", "")]
@@ -196,6 +199,7 @@ async def test_a_real_file(file: Path) -> None:
             "open",
             "began while",
         ),
+        ("INSERT INTO artifact_uses VALUES ('good', 'd')", "good", "1 of its artifacts (files, large values) are gone"),
         (
             "INSERT INTO events (ticket_id, kind, data) SELECT ticket_id, kind, data FROM events "
             "WHERE ticket_id = 'good' AND data LIKE '%\"done\"%'",

@@ -33,6 +33,7 @@ class AuditSource(Protocol):
     def stalled(self) -> Iterable[str]: ...
     def loses_deletions(self) -> bool: ...
     def renamed(self) -> Iterable[str]: ...
+    def without_artifacts(self) -> Iterable[tuple[str, int]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,8 @@ def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool 
             _add(report.changed_by_others if by_others else report.lost, step.ticket_id, what)
     for ticket_id in facts.stalled():
         _add(report.lost, ticket_id, "its workflow is running, but nothing will continue it")
+    for ticket_id, gone in facts.without_artifacts():
+        _add(report.lost, ticket_id, f"{gone} of its artifacts (files, large values) are gone from the database")
     report.slots_leaked += _leaked(vms, ended)
     return report
 

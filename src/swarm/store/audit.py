@@ -55,6 +55,11 @@ UNTRACED: Final = sa.text(
     "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'tickets_deleted') "
     "OR EXISTS (SELECT 1 FROM pragma_index_list('tickets') WHERE \"unique\" AND origin <> 'pk') AS untraced"
 )
+# Files and large values: Swarm deletes none that a ticket uses.
+WITHOUT_ARTIFACTS: Final = sa.text(
+    "SELECT t.id, count(*) AS gone FROM artifact_uses u JOIN tickets t ON t.id = u.ticket_id "
+    "WHERE NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.digest = u.digest) GROUP BY t.id"
+)
 RENAMED: Final = sa.text(
     "SELECT r.ticket_id FROM tickets t JOIN workflow_runs r ON r.id = t.run_id WHERE r.ticket_id <> t.id"
 )
@@ -136,6 +141,11 @@ class Audit:
         """The former ids of tickets that got another one."""
         for row in self._tx.stream(RENAMED):
             yield lenient(row.ticket_id) or ""
+
+    def without_artifacts(self) -> Iterator[tuple[str, int]]:
+        """Tickets that use artifacts which are gone, and how many."""
+        for row in self._tx.stream(WITHOUT_ARTIFACTS):
+            yield lenient(row.id) or "", row.gone
 
     def log(self) -> Iterator[LogEntry]:
         for row in self._tx.stream(LOG, since=self.since):
