@@ -1034,33 +1034,42 @@ class Agentd:
         dest, files, owner = text(head, "dest"), head.get("files"), self.owner(head)
         if not isinstance(files, list) or sum(size for _, size, _ in files) > MAX_PUT:
             raise Refused(f"files must be a list of at most {MAX_PUT >> 20} MiB in all")
-        for path, size, mode in files:
-            parent, name = open_parent(self.root, f"{dest}/{path}", owner, create=True)
-            try:
+        left = memoryview(payload)  # a slice of bytes would be a copy: of a MiB, for each small file
+        parent, opened = -1, ""  # of the last file: the next is most often beside it
+        try:
+            for path, size, mode in files:
+                folder, _, name = path.rstrip("/").rpartition("/")
+                if parent < 0 or folder != opened or name in ("", ".", "..") or "\0" in name:
+                    if parent >= 0:
+                        os.close(parent)
+                        parent = -1
+                    parent, name = open_parent(self.root, f"{dest}/{path}", owner, create=True)
+                    opened = folder
                 if path.endswith("/"):
                     make_dir(parent, name, owner)
                     continue
                 if stat.S_ISLNK(mode):
-                    while len(payload) < size:
-                        payload += self.more(connection, head)
-                    target, payload = payload[:size], payload[size:]
+                    target = b""
+                    while len(target) < size:
+                        left = left or memoryview(self.more(connection, head))
+                        target, left = target + bytes(left[: size - len(target)]), left[size - len(target) :]
                     make_link(parent, name, target, owner)
                     continue
                 fd = create(parent, name)
                 try:
                     while size > 0:
-                        if not payload:
-                            payload = self.more(connection, head)
-                        written = os.write(fd, payload[:size])
-                        payload, size = payload[written:], size - written
+                        left = left or memoryview(self.more(connection, head))
+                        written = os.write(fd, left[:size])
+                        left, size = left[written:], size - written
                     os.fchmod(fd, mode & 0o777)
                     if owner and owner != (0, 0):  # new files belong to root already
                         os.fchown(fd, *owner)
                 finally:
                     os.close(fd)
-            finally:
+        finally:
+            if parent >= 0:
                 os.close(parent)
-        if payload:
+        if left:
             raise Broken("more data than the files hold")
         return {"files": len(files)}
 
