@@ -24,6 +24,7 @@ ready:
 	-@SWARM_CONFIG=/dev/null SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/claude-code
 	-@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/claude-code
 	-@$(BIN)/python tools/fetch-firecracker
+	-@$(BIN)/python -m tests.clients_here
 
 test: ready  ## set up, then run all tests in network namespaces of their own (ARGS='-k echo' runs some)
 	@$(BIN)/python $(if $(ARGS),tools/sandbox.py,tools/parallel_tests.py) $(PYTEST) $(ARGS)

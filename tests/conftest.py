@@ -6,6 +6,7 @@
 - ``netns``: a network namespace of its own, as `make test` and tools/sandbox.py give one
 - ``qemu``: netns, and qemu-system-x86_64
 - ``cc``: a C compiler
+- ``clients``: real clients of model services, in the cache (tests/clients_here.py; `make ready` fetches them)
 - ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
 - ``claude-code``: what the agent of this name requires, from PyPI, in the cache (`make ready` puts it there)
 
@@ -52,11 +53,15 @@ def lacks(thing: str) -> str:
         from tests.agents import claude_code_here
 
         return claude_code_here.lacks()
+    if thing == "clients":
+        from tests import clients_here
+
+        return clients_here.lacks()
     if thing == "firecracker":
         from tests.vm import firecracker_here
 
         return lacks("netns") or firecracker_here.lacks()
-    raise LookupError(f"unknown need {thing!r}: use root, cc, netns, qemu, firecracker or claude-code")
+    raise LookupError(f"unknown need {thing!r}: use root, cc, netns, qemu, clients, firecracker or claude-code")
 
 
 def need(*things: str) -> None:
@@ -69,7 +74,8 @@ def need(*things: str) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "needs(*things): what the test can't run without: root, cc, netns, qemu, firecracker, claude-code"
+        "markers",
+        "needs(*things): what the test can't run without: root, cc, netns, qemu, clients, firecracker, claude-code",
     )
     config.addinivalue_line("markers", "slow: starts programs, or tries very many cases; not in `make test-quick`")
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox

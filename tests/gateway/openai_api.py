@@ -21,13 +21,14 @@ INPUT_TOKENS, CACHED_TOKENS = 30, 10
 
 @dataclass
 class OpenAiApi:
-    """``seen``: path, headers and parsed body of every request. ``ends``: how a response ends: completed, incomplete,
-    failed."""
+    """``seen``: path, headers and parsed body of every request. ``used``: what was said of its tokens. ``ends``: how a
+    response ends: completed, incomplete, failed."""
 
     key: str
     script: list[str] = field(default_factory=list)
     ends: str = "completed"
     seen: list[dict[str, Any]] = field(default_factory=list)
+    used: list[dict[str, int]] = field(default_factory=list)
     url: str = ""
 
     @contextlib.asynccontextmanager
@@ -74,6 +75,7 @@ class OpenAiApi:
                 "arguments": json.dumps(arguments), "status": "completed",
             }  # fmt: skip
         output_tokens = len(json.dumps(item)) // 4
+        self.used.append({"input": INPUT_TOKENS, "output": output_tokens})
         usage = {
             "input_tokens": INPUT_TOKENS, "input_tokens_details": {"cached_tokens": CACHED_TOKENS},
             "output_tokens": output_tokens, "output_tokens_details": {"reasoning_tokens": 0},
@@ -134,6 +136,7 @@ class OpenAiApi:
         elif command is not None:
             message["content"] = f"THOUGHT: a command.\n\n```mswea_bash_command\n{command}\n```"
         output_tokens = len(json.dumps(message)) // 4
+        self.used.append({"input": INPUT_TOKENS, "output": output_tokens})
         usage = {
             "prompt_tokens": INPUT_TOKENS, "completion_tokens": output_tokens,
             "total_tokens": INPUT_TOKENS + output_tokens, "prompt_tokens_details": {"cached_tokens": CACHED_TOKENS},
