@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from swarm.gateway.attempt_listener import AttemptListener
 from swarm.gateway.process import Server
 from tests.gateway.conftest import Harness, ask
 from tests.gateway.messages_api import HAIKU
@@ -61,7 +62,9 @@ async def shop_of(harness: Harness) -> AsyncIterator[Server]:
             yield listener
 
 
-async def exchange(listener: Server, *pieces: bytes, pause: str = "", to_end: bool = True, close: bool = True) -> bytes:
+async def exchange(
+    listener: Server | AttemptListener, *pieces: bytes, pause: str = "", to_end: bool = True, close: bool = True
+) -> bytes:
     """Sends these bytes as they are, and returns all that comes back. ``pause``: what must have come before the second
     piece is sent."""
     host, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").split(":")
@@ -182,7 +185,7 @@ async def test_a_header_that_would_change_method_or_path_is_not_passed_on(harnes
             assert name.lower() not in seen["headers"]  # type: ignore[operator]
 
 
-async def post(listener: Server, body: bytes, encoding: str) -> Answer:
+async def post(listener: Server | AttemptListener, body: bytes, encoding: str) -> Answer:
     head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nTOKEN\r\ncontent-encoding: {encoding}\r\n"
     return parsed(await exchange(listener, head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body))
 
@@ -209,10 +212,11 @@ BAD = {
 
 
 async def test_a_compressed_body_that_can_not_be_read_is_refused_with_a_reason(harness: Harness) -> None:
-    async with harness.listener(await harness.claim(), body_mb=1) as listener:
+    async with harness.listener_here(await harness.claim(), body_mb=1) as listener:
         for kind, (encoding, body, expected) in BAD.items():
             for _ in range(5):  # more than may be held at once
                 status, _, said = await post(listener, body, encoding)
                 assert status == expected, (kind, said)
                 assert json.loads(said)["error"]["message"]
         assert harness.api.seen == []
+        assert listener.failed_calls == 5 * len(BAD)

@@ -322,8 +322,12 @@ async def _read_body(request: AllowedRequest, limit: int) -> bytes:
         if not request.metered or encoding.lower() == "identity":
             return bytes(body)
         async with listener.parse_lock:
-            plain = await asyncio.to_thread(wire.decompressed, bytes(body), encoding, limit + 1)
-            hold(len(plain) - held)
+            try:
+                plain = await asyncio.to_thread(wire.decompressed, bytes(body), encoding, limit + 1)
+                hold(len(plain) - held)
+            except (wire.UnreadableBody, _BodyTooLarge):
+                listener.failed_calls += 1  # it was work, and few bytes make much of it
+                raise
         return plain
     except BaseException:
         listener.held_bytes -= held
