@@ -164,4 +164,4 @@ async def test_a_client_gives_up_when_its_budget_is_used_up(
         status, said = await run(argv, client, listener, tmp_path, IS_SANDBOX="1", CODEX_HOME=str(tmp_path))
         assert (status != 0, "budget" in said) == (True, True), said
         assert listener.exceeded.done()
-    assert harness.api.seen == []
+    assert [one["path"] for one in harness.api.seen if "_tokens" not in one["path"]] == []  # counting costs nothing
