@@ -61,10 +61,13 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Granted:
-    """The call may spend up to this: what the budgets have left. The reservation is at most the order's ``most``."""
+    """The call may spend up to this: what the budgets have left. The reservation is at most the order's ``most``.
+    ``short``: which budget can't pay for all of ``most``, with the sums; '' if there is none, or only calls under way
+    hold the rest."""
 
     usd: float | None
     tokens: int | None
+    short: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

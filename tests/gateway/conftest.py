@@ -113,6 +113,10 @@ class Harness:
         finally:
             await listener.close()
 
+    def seen(self) -> list[dict[str, Any]]:
+        """The calls that the service had, without those that only count tokens."""
+        return [one for one in self.api.seen if "count_tokens" not in one["path"]]
+
     def sql(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self.database, timeout=30)
         with connection:

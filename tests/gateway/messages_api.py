@@ -15,7 +15,7 @@ What it answers is chosen by words in the last message, ``scenario=NAME`` and ``
     echo              an error that shows the key that was sent, in two pieces, the first with ``cut=N`` bytes of it
     stamped           each streamed word is the time when it was sent (ns, CLOCK_MONOTONIC)
     (any)             ``searches=N``, ``read=N``, ``written=N``: what its usage says of these
-    long              says that its output is ``output=N`` tokens, whatever it sent
+    long              says that its output is ``output=N`` tokens (if ``max_tokens`` allows it), whatever it sent
 
 ``python -m tests.gateway.messages_api --key KEY --port-file FILE`` serves on loopback until killed. ``GET /_seen`` says
 what came: for tests in other processes.
@@ -130,10 +130,13 @@ class MessagesApi:
         if scenario == "script" and (status := self._fails(asked)):
             return _error(status, *ERRORS.get(status, ("api_error", "Internal server error")))
         blocks, stop = self._answer(asked, words, scenario)
+        limit = asked.get("max_tokens", 1 << 30)
+        if blocks[0]["type"] == "text" and sum(len(json.dumps(b)) for b in blocks) // 4 > limit:
+            blocks, stop = [{**blocks[0], "text": blocks[0]["text"][: 4 * limit]}], "max_tokens"
         said = sum(len(json.dumps(b)) for b in blocks) // 4
         usage = {
             "input_tokens": max(1, len(json.dumps(asked.get("messages", []))) // 4),
-            "output_tokens": int(words.get("output", min(said, asked.get("max_tokens", said)))),
+            "output_tokens": min(int(words.get("output", said)), limit),
             "cache_creation_input_tokens": int(words.get("written", 0)),
             "cache_read_input_tokens": int(words.get("read", 0)),
             "server_tool_use": {"web_search_requests": int(words.get("searches", 0))},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -24,40 +25,82 @@ def spent(harness: Harness) -> float:
     return float(usd)
 
 
+async def until_refused(client: anthropic.AsyncAnthropic, **asked: object) -> anthropic.APIStatusError:
+    while True:
+        try:
+            await client.messages.create(**ask(**asked))  # type: ignore[arg-type]
+        except anthropic.APIStatusError as error:
+            return error
+
+
 async def test_a_call_that_does_not_fit_is_refused_with_the_sums(harness: Harness) -> None:
     claim = await harness.claim(budget_usd=0.001)
     async with harness.listener(claim) as listener, client_of(listener, retries=2) as client:
-        await client.messages.create(**ask(max_tokens=100))
-        with pytest.raises(anthropic.APIStatusError, match="over budget") as caught:
-            await client.messages.create(**ask(max_tokens=1000))
-        assert caught.value.response.status_code == 402
-        assert caught.value.body["error"]["type"] == "billing_error"  # type: ignore[index]
-        assert len(harness.api.seen) == 1  # refused here, and not tried again by the SDK
+        error = await until_refused(client, max_tokens=100)
+        assert "over budget" in str(error)
+        assert error.response.status_code == 402
+        assert error.body["error"]["type"] == "billing_error"  # type: ignore[index]
+        seen = len(harness.seen())
+        await until_refused(client, max_tokens=100)
+        assert len(harness.seen()) == seen  # refused here, and not tried again by the SDK
         said = await asyncio.wait_for(listener.exceeded, 60)
     assert "the ticket's budget is $0.001" in said
-    assert "needs at least $0.005" in said
-    assert [data["refused"] for _, data in harness.events] == ["budget"]
+    assert "needs at least $0.0003" in said
+    assert {data["refused"] for _, data in harness.events} == {"budget"}
 
 
 async def test_a_budget_in_tokens(harness: Harness) -> None:
-    async with harness.listener(await harness.claim(budget_tokens=150)) as listener, client_of(listener) as client:
-        await client.messages.create(**ask(max_tokens=60))
-        with pytest.raises(anthropic.APIStatusError, match=r"budget is 150 tokens, \d+ of them are spent"):
-            await client.messages.create(**ask(max_tokens=100))
+    async with harness.listener(await harness.claim(budget_tokens=250)) as listener, client_of(listener) as client:
+        error = await until_refused(client, max_tokens=60)
+        assert re.search(r"budget is 250 tokens, \d+ of them are spent", str(error))
 
 
-async def test_a_stream_is_cut_when_its_money_is_at_an_end(harness: Harness) -> None:
-    """Its least fits, so it is begun; what it costs is seen as it comes."""
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_is_as_long_as_the_budget_affords(harness: Harness, stream: bool) -> None:
+    """Its limit is lowered before it is sent, so it needs no cutting, and what is hidden of it is bounded too."""
     budget = 0.002
     async with harness.listener(await harness.claim(budget_usd=budget)) as listener, client_of(listener) as client:
+        asked = ask("words=5000", max_tokens=128_000)
+        if stream:
+            async with client.messages.stream(**asked) as streaming:
+                message = await streaming.get_final_message()
+        else:
+            message = await client.messages.create(**asked, timeout=60)
+        [(_, _, cost, note)] = await harness.booked(1)
+        said = await asyncio.wait_for(listener.exceeded, 60)
+    [sent] = harness.seen()
+    assert message.stop_reason == "max_tokens"
+    assert message.usage.output_tokens == sent["body"]["max_tokens"]
+    assert budget * 0.9 < cost <= budget
+    assert re.search(r"ended at \d+ tokens, of 128,000 asked for", note)
+    assert re.match(
+        r"over budget: an answer of .* ended at \d+ tokens, because the ticket's budget is \$0.002, and", said
+    )
+
+
+async def test_an_answer_that_has_ended_is_whole(harness: Harness) -> None:
+    """Its last event may say that it was dearer than all that was left: that is spent, and cutting would lose it."""
+    async with harness.listener(await harness.claim(budget_usd=0.002)) as listener, client_of(listener) as client:
+        async with client.messages.stream(**ask("searches=10")) as stream:
+            message = await stream.get_final_message()
+        assert (message.stop_reason, message.usage.server_tool_use) != ("end_turn", None)
+        [(_, _, cost, note)] = await harness.booked(1)
+    assert (cost > 0.1, note) == (True, None)
+
+
+async def test_a_service_without_a_limit_is_cut_when_its_money_is_at_an_end(harness: Harness) -> None:
+    """It is begun when its least fits; what it costs is seen as it comes."""
+    budget = 0.002
+    claim = await harness.claim(budget_usd=budget)
+    async with harness.listener(claim, output_limit=(), count="") as listener, client_of(listener) as client:
+        asked = ask("words=5000 delay=0.0005", max_tokens=8000)
         with pytest.raises(anthropic.APIError, match="over budget: an answer of claude-haiku-4-5 was cut") as caught:
-            async with client.messages.stream(**ask("words=5000 delay=0.0005", max_tokens=8000)) as stream:
+            async with client.messages.stream(**asked) as stream:
                 async for _ in stream.text_stream:
                     pass
         assert "billing_error" in str(caught.value.body)
         [(_, _, cost, note)] = await harness.booked(1)
-    # By no more than what had come when it was seen.
-    assert budget < cost < budget * 1.1
+    assert cost > budget
     assert note.startswith("estimated: cut by the budget")
 
 
@@ -169,7 +212,7 @@ async def test_a_model_without_a_price_can_have_no_budget_in_money(harness: Harn
     async with harness.listener(await harness.claim(budget_usd=1)) as listener, client_of(listener) as client:
         with pytest.raises(anthropic.APIStatusError, match=r"price of model 'unheard-of' is unknown.*in tokens"):
             await client.messages.create(**ask(model="unheard-of"))
-    assert harness.api.seen == []
+    assert harness.seen() == []
 
 
 async def test_a_budget_that_is_no_number_is_no_money(harness: Harness) -> None:

@@ -15,7 +15,6 @@ import pytest
 from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AttemptListener
 from swarm.gateway.policy import Policy
 from swarm.gateway.process import Server
-from swarm.gateway.usage import prompt_counts
 from swarm.ledger import Order
 from tests.gateway.conftest import KEY, Harness, ask
 
@@ -74,6 +73,22 @@ async def test_who_hangs_up_on_a_stream_pays_for_the_prompt(harness: Harness) ->
     assert tokens >= 10_000
 
 
+async def test_who_hangs_up_on_a_stream_pays_for_what_may_have_been_thought(harness: Harness) -> None:
+    """Nothing of it is seen: 300 tokens a second are counted, up to the request's limit."""
+    async with harness.listener(await harness.claim()) as listener:
+        for limit in (10_000, 100):
+            harness.api.held.clear()
+            body = json.dumps({**ask("scenario=hold", max_tokens=limit), "stream": True}).encode()
+            writer = await send(listener, body)
+            await asyncio.wait_for(harness.api.held.wait(), 20)
+            await asyncio.sleep(1)  # it thinks for a second at least
+            writer.transport.abort()
+        (_, _, cost, _), (_, _, little, _) = await harness.booked(2)
+        harness.api.release.set()
+    assert cost > 300 * OUTPUT_USD
+    assert 100 * OUTPUT_USD < little < 300 * OUTPUT_USD
+
+
 async def test_a_service_that_falls_silent_may_have_worked(harness: Harness) -> None:
     async with harness.listener(await harness.claim(), idle_seconds=0.2) as listener:
         status, _ = await post(listener, json.dumps(ask("scenario=silent", max_tokens=1000)).encode())
@@ -104,7 +119,8 @@ async def test_what_the_service_might_read_in_another_way(harness: Harness, twis
 async def test_a_limit_that_is_a_whole_number_with_a_point_counts_as_that_number(harness: Harness) -> None:
     async with harness.listener(await harness.claim(budget_usd=0.01)) as listener:
         status, said = await post(listener, b'{"model": "claude-haiku-4-5", "messages": [], "max_tokens": 100000.0}')
-    assert status == 402, said
+    assert status == 200, said
+    assert 1900 < harness.seen()[0]["body"]["max_tokens"] < 2000
 
 
 @pytest.mark.parametrize(
@@ -118,10 +134,12 @@ async def test_many_answers_and_other_ways_to_ask_for_more(harness: Harness, dea
         path = "/openai/v1/chat/completions"
         assert (await post(listener, json.dumps(body).encode(), path=path))[0] == 200
         status, said = await post(listener, json.dumps({**body, **dearer}).encode(), path=path)
-        assert status == 402, said
+        assert status == 200, said
         status, _ = await post(listener, json.dumps({**body, "n": "100"}).encode(), path=path)
         assert status == 400
-    assert len(harness.api.seen) == 1
+    _, sent = (one["body"] for one in harness.seen())
+    limits = [sent[name] for name in ("max_tokens", "max_completion_tokens") if name in sent]
+    assert 19_000 < max(limits) * sent.get("n", 1) < 20_000
 
 
 async def test_what_is_written_to_the_cache_is_reserved_at_its_price(harness: Harness) -> None:
@@ -131,19 +149,6 @@ async def test_what_is_written_to_the_cache_is_reserved_at_its_price(harness: Ha
             block = {"type": "text", "text": "x" * 300_000, "cache_control": kept}
             status, said = await post(listener, json.dumps({**ask(), "system": [block]}).encode())
             assert status == expected, said
-
-
-@pytest.mark.parametrize(
-    ("block", "tokens"),
-    [
-        ({"type": "image", "source": {"type": "url", "url": "http://x/a.png"}}, 2_000),
-        ({"type": "document", "source": {"type": "url", "url": "http://x/a.pdf"}}, 30_000),
-        ({"type": "document", "source": {"type": "file", "file_id": "f"}}, 30_000),
-    ],
-)
-def test_what_the_service_fetches_is_reserved_at_a_guess(block: dict[str, Any], tokens: int) -> None:
-    body = {"messages": [{"role": "user", "content": [block, {"type": "tool_result", "content": [block]}]}]}
-    assert 2 * tokens < prompt_counts(200, body)["input"] < 2 * tokens + 100
 
 
 async def test_a_surcharge_is_no_list_price(harness: Harness) -> None:
@@ -219,7 +224,7 @@ async def test_a_guest_that_reads_nothing_holds_no_descriptor(harness: Harness) 
     """Its VM is gone: what was not sent by then never will be."""
     async with harness.listener_here(await harness.claim()) as listener:
         port = int(listener.env["ANTHROPIC_BASE_URL"].rpartition(":")[2])
-        writer = await send(listener, json.dumps(ask("words=3000000")).encode())  # 15 MB
+        writer = await send(listener, json.dumps(ask("words=3000000", max_tokens=10**9)).encode())  # 15 MB
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         async with asyncio.timeout(20):
             while True:
@@ -285,7 +290,7 @@ async def test_calls_that_wait_for_budget_do_not_crowd_the_database(harness: Har
 
     async def count(order: Order) -> None:
         asked[order.id] += 1
-        if asked.total() >= 30:
+        if asked.total() >= 50:
             enough.set()
 
     async with harness.listener(await harness.claim(budget_tokens=1500)) as listener:
@@ -296,7 +301,8 @@ async def test_calls_that_wait_for_budget_do_not_crowd_the_database(harness: Har
         others = [asyncio.create_task(post(listener, body)) for _ in range(20)]
         await asyncio.wait_for(enough.wait(), 30)
         assert len(asked) == 20
-        assert sum(1 for times in asked.values() if times > 1) == 1
+        # Each is asked for as it is, and with less.
+        assert sum(1 for times in asked.values() if times > 2) == 1
         harness.api.release.set()
         assert (await held)[0] == 200
         statuses = [(await task)[0] for task in others]

@@ -107,14 +107,16 @@ async def test_one_off_runs_are_booked_and_stopped(gated: Bench, api: MessagesAp
     # The budget of the day, and the agent's own.
     day = await swarm(*run, 'prompts=["a"]', SWARM_BUDGET_TOKENS_PER_DAY=str(tokens))
     assert day.returncode == 1 and "over budget: this installation's budget for today (UTC)" in day.stderr
-    own = await swarm(*run, f"prompts={json.dumps(['scenario=long output=900', 'a'])}")
-    assert own.returncode == 1 and "over budget: the budget of agent tried for a step is 1,000 tokens" in own.stderr
-    assert len(gated.sql("SELECT 1 FROM model_calls")) == 2, "what was refused was not made"
+    own = await swarm(*run, f"prompts={json.dumps(['words=80'] * 12)}")
+    assert own.returncode == 1 and "over budget: " in own.stderr
+    assert "the budget of agent tried for a step is 1,000 tokens" in own.stderr
+    made = sum(one["path"] == "/v1/messages" for one in api.seen)
+    assert len(gated.sql("SELECT 1 FROM model_calls")) == made < 13, "what was refused was not made"
     # Without a key: one sentence, and nothing is started.
     none = await swarm(*run, 'prompts=["a"]', ANTHROPIC_API_KEY="")
     [said] = [line for line in none.stderr.splitlines() if not line.startswith("note: it runs without a VM")]
     assert none.returncode == 1 and "no key for anthropic on this host" in said and "swarm secret set" in said
-    assert len(api.seen) == 2
+    assert sum(one["path"] == "/v1/messages" for one in api.seen) == made
 
 
 async def test_a_service_of_ones_own_has_its_key_outside_too(gated: Bench) -> None:
@@ -178,7 +180,7 @@ async def test_over_budget_fails_the_ticket_with_the_sums_and_is_not_tried_again
     ticket = await run_ticket(gated.store, gated.worker, "t")
     assert ticket.state == "failed"
     assert ticket.error is not None
-    assert ticket.error.startswith("over budget: the ticket's budget is $0.002, $0.00")
+    assert ticket.error.startswith("over budget: ") and "the ticket's budget is $0.002, " in ticket.error
     [attempt] = await gated.attempts()
     assert attempt.reason == "over_budget"
     assert 0.001 < attempt.cost_usd < 0.002
@@ -241,7 +243,7 @@ async def test_what_an_agent_prints_of_its_token_is_not_kept(gated: Bench) -> No
 async def test_an_engine_that_dies_in_the_middle_of_a_call(gated: Bench, api: MessagesApi) -> None:
     """The cost of that call is unknown: its whole reservation counts, so the next attempt is over budget."""
     agent = await gated.agent(PRELUDE + "done(call('scenario=hold'))", network="gateway")
-    gated.insert("t", agent.id, budget_usd=0.0009)  # a call may cost $0.0005 and some
+    gated.insert("t", agent.id, budget_usd=0.0007)  # a call may cost $0.0005 and some
     async with engine_process(gated, SWARM_LEASE_SECONDS="1.5") as engine:
         await asyncio.wait_for(api.held.wait(), 60)
         engine.kill()
@@ -252,7 +254,7 @@ async def test_an_engine_that_dies_in_the_middle_of_a_call(gated: Bench, api: Me
     assert (ticket.state, (ticket.error or "")[:11]) == ("failed", "over budget")
     assert [a.reason for a in await gated.attempts()] == [None, "over_budget"]
     assert gated.sql("SELECT status FROM model_calls") == [(None,)]
-    assert len(api.seen) == 1
+    assert sum(one["path"] == "/v1/messages" for one in api.seen) == 1
 
 
 async def test_a_policy_that_nobody_knows(gated: Bench) -> None:

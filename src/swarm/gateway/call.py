@@ -25,11 +25,14 @@ log = structlog.get_logger(__name__)
 _STALE_SECONDS: Final = 5.0
 _UNSEEN: Final = "the answer was not seen to its end: counted with all that it may have cost"
 _MAX_USD: Final = 1e9  # of one call, for the engine
+# How quickly models write, at most: nobody sees how much they have thought when an answer breaks off.
+_TOKENS_PER_SECOND: Final = 300
 _BOOK_TRIES, _BOOK_AGAIN_SECONDS = 20, 0.5
 
 
 class Call:
-    """``order`` and ``metered`` are None for calls that cost nothing."""
+    """``order`` and ``metered`` are None for calls that cost nothing. ``asked_output``: the limit of an answer that
+    the request had, if the budget affords only a lower one."""
 
     def __init__(
         self,
@@ -40,7 +43,9 @@ class Call:
         *,
         granted: Granted | None = None,
         price: Price | None = None,
+        asked_output: int = 0,
     ) -> None:
+        self._asked_output = asked_output  # 0: the request's own limit was kept
         self._order = order
         self._metered = metered
         self._ledger = ledger
@@ -86,8 +91,8 @@ class Call:
             self._meter = Meter(
                 self._upstream,
                 model=self._metered.model,
-                prompt=self._metered.prompt,
-                max_output=self._metered.max_output,
+                prompt=self._metered.likely_prompt,
+                max_output=self._most_output,
                 streams=self._metered.streams,
                 sse=self.sse,
             )
@@ -111,14 +116,18 @@ class Call:
         return self.sse and self._metered is not None and self._metered.unasked_usage
 
     def cut_reason(self) -> str | None:
-        """Why a stream must be cut now; None while it is within its budget."""
+        """Why a stream must be cut now; None while it is within its budget, and when it has ended."""
         if not self.sse or self._meter is None or self._granted is None or self._room_bytes > 0:
             return None
+        if self._granted.usd is None and self._granted.tokens is None:
+            return None
         counts = self._meter.counts_so_far()
+        if self._upstream.output_limit:  # the service keeps it, and bytes say less than it does
+            counts["output"] = min(counts["output"], self._most_output)
         usd = self._price.usd(counts) if self._price is not None else None
         too_expensive = usd is not None and self._granted.usd is not None and usd > self._granted.usd
         too_long = self._granted.tokens is not None and total(counts) > self._granted.tokens
-        if not too_expensive and not too_long:
+        if self._meter.ended or (not too_expensive and not too_long):
             self._room_bytes = self._room(counts)
             return None
         spent = f"${usd:.6f}" if too_expensive else f"{total(counts):,} tokens"
@@ -137,6 +146,23 @@ class Call:
             tokens = min(tokens, (self._granted.usd - usd) / thousand * 1000 - 1 if thousand > 0 else math.inf)
         return tokens * BYTES_PER_TOKEN
 
+    @property
+    def _most_output(self) -> int:
+        return self._metered.counts()["output"] if self._metered is not None else 0
+
+    def limit_reached(self) -> str | None:
+        """Why the budget is used up by a whole answer, which ended at the limit that the budget set."""
+        meter, granted = self._meter, self._granted
+        if not self._asked_output or meter is None or granted is None or not meter.usage_reported(ended=True):
+            return None
+        if sum(share.counts["output"] for share in meter.reported() if "output" in share.counts) < self._most_output:
+            return None
+        limit = "" if self._metered is None else f"{self._metered.max_output:,}"
+        self.note = f"the answer ended at {limit} tokens, of {self._asked_output:,} asked for: the budget had no more"
+        if not granted.short:  # there is more when the calls under way have ended
+            return None
+        return f"over budget: an answer of {meter.model} ended at {limit} tokens, because {granted.short}"
+
     def end(self) -> bytes:
         self._complete = True
         return self._shown(self._meter.end()) if self._meter is not None else b""
@@ -153,8 +179,9 @@ class Call:
         if meter is None:
             # The service works on a request even when its client has disconnected.
             self.note = self.note or _UNSEEN
-            output = min(metered.max_output, LEAST_OUTPUT_TOKENS) if metered.streams else metered.max_output
-            return [Share(model="", counts={**metered.prompt, "output": output})], True
+            most = metered.counts()
+            least = max(min(most["output"], LEAST_OUTPUT_TOKENS), self._written) if metered.streams else most["output"]
+            return [Share(model="", counts={**most, "output": least})], True
         if meter.usage_reported(ended=self._complete):
             shares = meter.reported()
             if meter.doubted:
@@ -170,7 +197,18 @@ class Call:
             self.note = self.note or f"the answer {why}"
         elif not self.sse:
             self.note = self.note or _UNSEEN
-        return [Share(model="", counts=meter.estimated(ended=self._complete))], True
+        counts = meter.estimated(ended=self._complete)
+        if not self._complete:
+            # What came may be less than what was written: thinking is hidden or summarized, and text can be dense.
+            counts["output"] = max(counts["output"], self._written)
+            if not meter.prompt_reported:
+                counts |= {kind: count for kind, count in metered.counts().items() if kind != "output"}
+        return [Share(model="", counts=counts)], True
+
+    @property
+    def _written(self) -> int:
+        """The most that the model can have written by now."""
+        return min(self._most_output, round((time.monotonic() - self._began) * _TOKENS_PER_SECOND))
 
     @property
     def failed(self) -> bool:

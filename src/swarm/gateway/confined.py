@@ -54,7 +54,7 @@ class Ledger:
             counts=order.counts,
         )
         if answer["verdict"] == "granted":
-            return Granted(usd=answer["usd"], tokens=answer["tokens"])
+            return Granted(usd=answer["usd"], tokens=answer["tokens"], short=answer["short"])
         return (Busy if answer["verdict"] == "busy" else Refused)(message=answer["message"])
 
     async def book(self, bill: Bill) -> None:

@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import functools
 import io
+import json
 import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Final, TypeVar
 
@@ -27,12 +29,12 @@ from swarm.errors import LeaseLost, NotFound, StoreError
 from swarm.gateway import wire
 from swarm.gateway.attempt_listener import AllowedRequest, AttemptListener, Record, error
 from swarm.gateway.call import Call
-from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, read
+from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, countable, lowered, read
 from swarm.gateway.passage import GuestGone, Passage
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
-from swarm.gateway.usage import COUNTS, LEAST_OUTPUT_TOKENS, total
-from swarm.ledger import Account, Busy, Ledger, Limit, Order, Refused, Reservation, Spend
+from swarm.gateway.usage import COUNTS, total
+from swarm.ledger import Account, Busy, Granted, Ledger, Limit, Order, Refused, Reservation, Spend
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +43,9 @@ _BODY_SECONDS: Final = 120.0  # in which a guest must have sent its request
 # How long a call waits until others release what they reserved of a budget.
 _BUSY_SECONDS: Final = 60.0
 _LOOK_AGAIN_SECONDS: Final = 0.25
+_COUNT_SECONDS: Final = 15.0  # in which a service must have counted a prompt
+_COUNT_BYTES: Final = 64 * 1024
+_MOST_USD: Final = 1e9  # of one call: what the books take
 # Larger bodies are parsed in a thread, which takes longer to start than parsing a small one takes.
 _SMALL_BYTES: Final = 64 * 1024
 
@@ -114,9 +119,7 @@ class Gateway:
     async def _forward_metered(self, request: AllowedRequest, body: bytes) -> web.StreamResponse:
         listener, upstream = request.listener, request.upstream
         try:
-            async with listener.parse_lock:  # one body of an attempt at a time: others have calls, too
-                work = functools.partial(read, body, upstream)
-                metered, body = await (asyncio.to_thread(work) if len(body) > _SMALL_BYTES else _now(work))
+            metered, body = await self._parsed(listener, body, functools.partial(read, body, upstream))
         except AmbiguousRequest as problem:
             listener.failed_calls += 1
             listener.invalid_bytes += len(body)
@@ -125,7 +128,7 @@ class Gateway:
         price = self._prices.of(metered.model, metered.surcharge)
         order = self._order(listener.account, upstream, metered, price)
         try:
-            granted = await self._reserve(listener, order)
+            metered, order, granted = await self._afford(request, body, metered, price, order)
         except asyncio.CancelledError:
             call = Call(order, metered, self._ledger, upstream)
             call.abandon()
@@ -142,23 +145,34 @@ class Gateway:
             return error(402, "billing_error", granted.message, **{"x-should-retry": "false"})
         if isinstance(granted, Busy):
             return error(429, "rate_limit_error", granted.message, **{"retry-after": "5"})
-        call = Call(order, metered, self._ledger, upstream, granted=granted, price=price)
+        asked = metered
+        call = Call(order, metered, self._ledger, upstream)
+        call.abandon()  # until it is sent
         try:
-            return await self._send(call, request, body)
+            metered = metered.fitted(lambda counts: _fits(_spend(counts, price), order.most, granted))
+            if not upstream.output_limit:  # nothing says where
+                metered = replace(metered, max_output=asked.max_output)
+            limited = granted.usd is not None or granted.tokens is not None
+            if limited and (metered != asked or metered.open_ended):
+                body = await self._parsed(listener, body, functools.partial(lowered, body, upstream, metered))
+            less = asked.max_output if metered.max_output < asked.max_output else 0
+            call = Call(order, metered, self._ledger, upstream, granted=granted, price=price, asked_output=less)
+            response = await self._send(call, request, body)
+            if (reason := call.limit_reached()) is not None:
+                listener.exceed(reason)
+            return response
         finally:
             listener.failed_calls += call.failed
             await finish_uninterrupted(call.book(self._prices))
             self._budget_freed.set()
 
-    def _order(self, account: Account, upstream: Upstream, metered: MeteredRequest, price: Price | None) -> Order:
-        def spend(output: int) -> Spend:
-            counts = {**metered.prompt, "output": output}
-            return Spend(tokens=total(counts), usd=None if price is None else price.usd(counts))
+    async def _parsed(self, listener: AttemptListener, body: bytes, work: Callable[[], T]) -> T:
+        async with listener.parse_lock:  # one body of an attempt at a time: others have calls, too
+            return await (asyncio.to_thread(work) if len(body) > _SMALL_BYTES else _now(work))
 
-        worst = {**metered.prompt, "output": metered.max_output}
-        most = spend(metered.max_output)
-        # A stream can be cut when its budget is used up; any other answer is paid for in full once the call is sent.
-        least = spend(min(metered.max_output, LEAST_OUTPUT_TOKENS)) if metered.streams else most
+    def _order(self, account: Account, upstream: Upstream, metered: MeteredRequest, price: Price | None) -> Order:
+        worst = metered.counts()
+        most = _spend(worst, price)
         return Order(
             id=uuid.uuid4().hex,
             account=account,
@@ -166,9 +180,51 @@ class Gateway:
             model=metered.model + metered.surcharge,
             counts={kind: count for kind, count in worst.items() if kind in COUNTS},
             most=most,
-            least=least,
+            least=most,
             day=self._day,
         )
+
+    async def _afford(
+        self, request: AllowedRequest, body: bytes, metered: MeteredRequest, price: Price | None, order: Order
+    ) -> tuple[MeteredRequest, Order, Reservation]:
+        """Reserve the call as it is, or else with less output and fewer uses of tools than it asks for."""
+        granted = await finish_uninterrupted(self._ledger.reserve(order))
+        if isinstance(granted, Granted):
+            return metered, order, granted
+        if (tokens := await self._counted(request, body)) is not None:
+            metered = metered.counted(tokens)
+            exact = self._order(order.account, request.upstream, metered, price)
+            order = replace(exact, id=order.id)
+        for least in (metered.enough, metered.least):
+            order = replace(order, least=_spend(least, price))
+            granted = await self._reserve(request.listener, order)
+            if not isinstance(granted, Refused):
+                break
+        return metered, order, granted
+
+    async def _counted(self, request: AllowedRequest, body: bytes) -> int | None:
+        """The tokens of the prompt, as the service counts them; None if it doesn't."""
+        upstream = request.upstream
+        if not upstream.count:
+            return None
+        asked = await self._parsed(request.listener, body, functools.partial(countable, body, upstream))
+        query = request.target.partition("?")[2]
+        url = yarl.URL(upstream.base_url + upstream.count + (f"?{query}" if query else ""), encoded=True)
+        try:
+            async with self._client().post(
+                url,
+                headers=wire.forwarded(request.http, upstream, request.key, decompressed=True),
+                data=io.BytesIO(asked),
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=_COUNT_SECONDS, sock_connect=_CONNECT_SECONDS),
+                proxy=wire.proxy_of(upstream.base_url),
+                trace_request_ctx=(Call(None, None, self._ledger, upstream), len(asked)),
+            ) as answer:
+                said = json.loads(await answer.content.read(_COUNT_BYTES)) if answer.status == 200 else {}
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError):
+            return None
+        tokens = said.get("input_tokens") if isinstance(said, dict) else None
+        return tokens if isinstance(tokens, int) and 0 < tokens <= upstream.context_tokens else None
 
     async def _reserve(self, listener: AttemptListener, order: Order) -> Reservation:
         deadline = time.monotonic() + _BUSY_SECONDS
@@ -281,6 +337,18 @@ async def _to_guest(write: Awaitable[object]) -> None:
         await write
     except ConnectionError:  # aiohttp's is a ClientError as well, like those of the connection to the service
         raise GuestGone from None
+
+
+def _spend(counts: Mapping[str, int], price: Price | None) -> Spend:
+    return Spend(tokens=total(counts), usd=None if price is None else min(price.usd(counts), _MOST_USD))
+
+
+def _fits(spend: Spend, most: Spend, granted: Granted) -> bool:
+    """Is it within what was reserved, of ``most``, when that much was granted?"""
+    fits = granted.tokens is None or spend.tokens <= min(most.tokens, granted.tokens)
+    if granted.usd is None or spend.usd is None or most.usd is None:
+        return fits
+    return fits and spend.usd <= min(most.usd, granted.usd)
 
 
 async def _now(work: Callable[[], T]) -> T:

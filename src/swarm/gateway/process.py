@@ -408,6 +408,7 @@ class GatewayProcess:
 
 def _verdict(reservation: Reservation) -> dict[str, object]:
     if isinstance(reservation, Granted):
-        return {"verdict": "granted", "usd": reservation.usd, "tokens": reservation.tokens}
+        left = {"usd": reservation.usd, "tokens": reservation.tokens, "short": reservation.short[:4000]}
+        return {"verdict": "granted", **left}
     kind = "busy" if isinstance(reservation, Busy) else "refused"
     return {"verdict": kind, "message": reservation.message[:4000]}

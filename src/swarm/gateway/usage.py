@@ -1,4 +1,4 @@
-"""The tokens that a call will use, estimated from its request, and those it used, read from its answer."""
+"""The tokens that a call used, read from its answer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from swarm.gateway.upstreams import Upstream
 
 # English has about four bytes per token, code and other languages fewer: three overestimates English.
 BYTES_PER_TOKEN: Final = 3
-# The most that an image costs, whatever its size (the service scales it down). Documents are counted by their size.
-_IMAGE_TOKENS: Final = 2000
-_DOCUMENT_BYTES_PER_TOKEN: Final = 20
-# For a document that the service fetches or has stored, whose size is unknown: ten pages of text and images.
-_UNSEEN_DOCUMENT_TOKENS: Final = 30_000
 # More tokens than any answer has; and small enough that its price, at the highest that a price list may have, is one
 # that the engine accepts.
 _MAX_COUNT: Final = 10**8
 _MAX_ITERATIONS: Final = 1000
-# A call that streams is made only if the budget allows an answer of this length.
+# A call is made only if the budget allows an answer of this length.
 LEAST_OUTPUT_TOKENS: Final = 64
 # Larger answers and events are passed on without being parsed.
 _MAX_PARSED_BYTES: Final = 64 << 20
@@ -52,41 +47,6 @@ def dig(value: Any, path: str) -> Any:
 
 def first(value: Any, paths: Iterable[str]) -> Any:
     return next((found for path in paths if (found := dig(value, path)) is not None), None)
-
-
-def prompt_counts(size: int, body: Any) -> dict[str, int]:
-    """Estimates the tokens of a request by kind, too many rather than too few. ``size``: its bytes. If any part is to
-    be cached, all of it counts as written to the cache."""
-    images = document_bytes = unseen_documents = attached_bytes = 0
-    kinds: dict[str, int] = {}
-    pending = [body]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, list):
-            pending += value
-        elif isinstance(value, dict):
-            if cached := value.get("cache_control"):
-                kinds["cache_write"] = 1
-                if isinstance(cached, dict) and cached.get("ttl") == "1h":
-                    kinds["cache_write_1h"] = 1
-            source = value.get("source")
-            if isinstance(source, dict) and source.get("type") in ("url", "file"):
-                if value.get("type") == "image":
-                    images += 1
-                else:
-                    unseen_documents += 1
-            data = value.get("data")
-            if value.get("type") == "base64" and isinstance(data, str):
-                attached_bytes += len(data)
-                if str(value.get("media_type", "")).startswith("image/"):
-                    images += 1
-                else:
-                    document_bytes += len(data)
-            else:
-                pending += value.values()
-    tokens = max(0, size - attached_bytes) // BYTES_PER_TOKEN + 1 + images * _IMAGE_TOKENS
-    tokens += document_bytes // _DOCUMENT_BYTES_PER_TOKEN + unseen_documents * _UNSEEN_DOCUMENT_TOKENS
-    return dict.fromkeys(kinds or ("input",), tokens)
 
 
 def text_tokens(size: int) -> int:
@@ -135,7 +95,8 @@ class Meter:
         streams: bool,
         sse: bool,
     ) -> None:
-        """All but ``sse`` as in `swarm.gateway.metering_request.MeteredRequest`; ``sse``: is the answer a stream?"""
+        """``prompt``: what it has, by kind, as long as the answer doesn't say; ``max_output``: of all answers together;
+        ``streams``: was a stream asked for; ``sse``: is the answer one?"""
         self._upstream = upstream
         self._prompt = prompt
         self._max_output = max_output
@@ -182,6 +143,17 @@ class Meter:
         """Has the service reported what it bills for the whole answer? ``ended``: was the answer seen to its end?"""
         self._parse_events()
         return self._final if self._sse and self._upstream.finished else ended and self._reported
+
+    @property
+    def ended(self) -> bool:
+        """Has a stream said that its answer is complete?"""
+        self._parse_events()
+        return self._finished
+
+    @property
+    def prompt_reported(self) -> bool:
+        counts = self.counts_so_far()
+        return any(counts[kind] for kind in ("input", "cache_read", "cache_write"))
 
     @property
     def _reported(self) -> bool:

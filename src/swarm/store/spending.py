@@ -123,7 +123,7 @@ def reserve(tx: Tx, order: Order) -> Reservation:
     # A stream ends at what is left of the budget, not at its own reservation: it may cost more than estimated.
     left_usd: float | None = None
     left_tokens: int | None = None
-    busy = ""
+    busy = short = ""
     for name, limit, statement, values in scopes:
         if limit.usd is None and limit.tokens is None:
             continue
@@ -133,10 +133,14 @@ def reserve(tx: Tx, order: Order) -> Reservation:
             return Refused(message=refusal)
         if limit.usd is not None and usd is not None:
             left = limit.usd - sums.spent_usd - sums.held_usd
+            if limit.usd - sums.spent_usd < (order.most.usd or 0):
+                short = short or f"{name} is {_usd(limit.usd)}, and {_usd(sums.spent_usd)} of it was spent before"
             left_usd, usd = min(left, left if left_usd is None else left_usd), min(usd, left)
             busy = busy or (f"calls under way have reserved the rest of {name}" if usd < (order.least.usd or 0) else "")
         if limit.tokens is not None:
             rest = limit.tokens - sums.spent_tokens - sums.held_tokens
+            if limit.tokens - sums.spent_tokens < order.most.tokens:
+                short = short or f"{name} is {limit.tokens:,} tokens, and {sums.spent_tokens:,} were spent before"
             left_tokens, tokens = min(rest, rest if left_tokens is None else left_tokens), min(tokens, rest)
             busy = busy or (f"calls under way have reserved the rest of {name}" if tokens < order.least.tokens else "")
     if busy:
@@ -156,7 +160,7 @@ def reserve(tx: Tx, order: Order) -> Reservation:
         usd=usd,
         tokens=tokens,
     )
-    return Granted(usd=left_usd, tokens=left_tokens)
+    return Granted(usd=left_usd, tokens=left_tokens, short=short)
 
 
 def _limit(usd: object, tokens: object) -> Limit:
