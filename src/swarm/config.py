@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from ipaddress import IPv4Network, IPv6Network
@@ -11,13 +12,7 @@ from typing import Any, Final, Literal
 from urllib.parse import quote
 
 import pydantic
-from pydantic import Field
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic import BaseModel, ConfigDict, Field
 
 from swarm.errors import UsageError
 from swarm.model import BOUNDS, BudgetPolicy
@@ -26,6 +21,7 @@ SYSTEM_HOME = Path("/opt/swarm-platform")
 SYSTEM_REGISTRY = Path("/opt/swarm-registry")
 CONFIG_FILE = Path("/etc/swarm/swarm.toml")
 
+_LISTS: Final = {"egress_private"}
 # Smallest and largest allowed value of each numeric setting, which is a whole number if both of them are.
 RANGES: Final[dict[str, tuple[float, float]]] = {
     "first_engine_slot": (1, 65_533),  # of the slots that exist: vm/slots/inventory.py
@@ -44,10 +40,10 @@ def _number(name: str, default: Any) -> Any:
     return Field(default=default, ge=least, le=most)
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """All settings. Each field is ``SWARM_<NAME>`` in the environment and ``<name>`` in the file."""
 
-    model_config = SettingsConfigDict(env_prefix="SWARM_", env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     home: Path = SYSTEM_HOME
     database_url: str = ""  # default: sqlite at home/data/swarm.db
@@ -88,17 +84,6 @@ class Settings(BaseSettings):
     max_output_mb: int = _number("max_output_mb", 16)
     busy_timeout_seconds: float = _number("busy_timeout_seconds", 30.0)
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file()))
-
     @property
     def data_dir(self) -> Path:
         return self.home / "data"
@@ -131,16 +116,30 @@ class Settings(BaseSettings):
         return self.home / "agents"
 
 
-def _check_names(file: Path) -> None:
+def _from_file(file: Path) -> dict[str, Any]:
     """Raises UsageError for an unknown setting: ignoring it would hide a spelling mistake."""
     try:
-        names = tomllib.loads(file.read_text())
+        values = tomllib.loads(file.read_text())
     except FileNotFoundError:
-        return
-    for name in names.keys() - Settings.model_fields.keys():
+        return {}
+    for name in values.keys() - Settings.model_fields.keys():
         near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(Settings.model_fields))}"
         raise UsageError(f"{file}: unknown setting {name!r}; {hint}")
+    return values
+
+
+def _from_environment() -> dict[str, Any]:
+    """An empty variable counts as not set. Raises UsageError for a list that isn't JSON."""
+    found: dict[str, Any] = {n: v for n in Settings.model_fields if (v := os.environ.get(f"SWARM_{n.upper()}"))}
+    for name in _LISTS & found.keys():
+        try:
+            found[name] = json.loads(found[name])
+        except ValueError:
+            raise UsageError(
+                f'SWARM_{name.upper()} is {found[name]!r}; it must be a list in JSON, like ["192.168.7.0/24"]'
+            ) from None
+    return found
 
 
 def config_file() -> Path:
@@ -150,8 +149,8 @@ def config_file() -> Path:
 def load(**flags: object) -> Settings:
     """Read the settings; a flag that is None was not given. Raises UsageError that names each bad value."""
     try:
-        _check_names(config_file())
-        return Settings(**{k: v for k, v in flags.items() if v is not None})  # type: ignore[arg-type]
+        given = {k: v for k, v in flags.items() if v is not None}
+        return Settings.model_validate(_from_file(config_file()) | _from_environment() | given)
     except pydantic.ValidationError as error:
         raise UsageError("bad settings: " + "; ".join(dict.fromkeys(map(_sentence, error.errors())))) from None
     except (OSError, ValueError) as error:  # TOML's own errors, and bytes that are not UTF-8

@@ -14,7 +14,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from swarm.base import jsontext
+from swarm.base.log import logger
 from swarm.cel.evaluate import Evaluator
 from swarm.errors import Conflict, HostError, NotFound, StoreError
 from swarm.store.registry.webhooks import WebhookCall
@@ -33,7 +33,7 @@ from swarm.triggers import schedules
 from swarm.triggers.schedules import InputsRefused
 from swarm.workflow.definition import Webhook
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 MAX_BODY_BYTES: Final = 1 << 20
 MAX_KEY_CHARS: Final = 255

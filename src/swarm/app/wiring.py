@@ -301,13 +301,12 @@ async def worker(
     ``warm``: how many VMs to keep ready of each template in use; None follows the demand. ``keep_slots``: how many free
     network slots to keep; ``slots_ahead`` of them are made at the start.
     """
-    import structlog
-
+    from swarm.base.log import logger
     from swarm.engine.values import Values
     from swarm.engine.worker import Worker
     from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
 
-    log = structlog.get_logger(__name__)
+    log = logger(__name__)
 
     await sweep(settings)
     await opened.bury_dead_workers()

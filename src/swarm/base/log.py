@@ -17,9 +17,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, TextIO, cast
-
-import structlog
 
 from swarm.base.printable import escaped
 
@@ -147,10 +146,44 @@ def _json(entry: object, **options: Any) -> str:
     return escaped(json.dumps(entry, ensure_ascii=False, **options))
 
 
-def configure(*, debug: bool = False, info: bool = False, as_json: bool = False) -> None:
-    """Set up logging for this process. ``info`` also logs what an engine does."""
+class _Logger:
+    """Loads structlog with the first line: most commands log none, and it takes longer to import than they take."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, level: str) -> Any:
+        global _later
+        import structlog
+
+        if _later is not None:
+            apply, _later = _later, None
+            apply()
+        return getattr(structlog.get_logger(self._name), level)
+
+
+def logger(name: str) -> Any:
+    """A structlog logger."""
+    return _Logger(name)
+
+
+_later: Callable[[], None] | None = None  # the configuration, until something is logged
+
+
+def configure(*, debug: bool = False, info: bool = False, as_json: bool = False, lazily: bool = False) -> None:
+    """Set up logging for this process. ``info`` also logs what an engine does. ``lazily``: when the first line is
+    logged, which an engine must not wait for: it may have no file descriptors left by then."""
+    global _later
     if sys.stderr is None:  # started with 2>&-: a database that got descriptor 2 would be written to by libraries
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    # The libraries (alembic, qemu.qmp, pyroute2) use the standard library's logging, and log too much.
+    logging.basicConfig(level=logging.WARNING if debug else logging.CRITICAL, stream=cast(TextIO, LINES))
+    if lazily:
+        _later = partial(configure, debug=debug, info=info, as_json=as_json)
+        return
+    import structlog
+
+    _later = None
     level = logging.DEBUG if debug else logging.INFO if info else logging.WARNING
     colors = sys.stderr.isatty()
     renderer: Any = structlog.dev.ConsoleRenderer(
@@ -182,5 +215,3 @@ def configure(*, debug: bool = False, info: bool = False, as_json: bool = False)
         logger_factory=structlog.WriteLoggerFactory(cast(TextIO, LINES)),
         cache_logger_on_first_use=False,
     )
-    # The libraries (alembic, qemu.qmp, pyroute2) use the standard library's logging, and log too much.
-    logging.basicConfig(level=logging.WARNING if debug else logging.CRITICAL, stream=cast(TextIO, LINES))

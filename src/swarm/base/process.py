@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import structlog
-
+from swarm.base.log import logger
 from swarm.errors import CommandFailed, HostError
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 # The variables that a child inherits. The last six let package tools reach their registries as the host does.
 _KEPT = (

@@ -118,11 +118,9 @@ def _warm(text: str) -> int | None:
 async def _serve(
     cli: Cli, settings: Settings, *, max_vms: int, grace_seconds: float, warm: int | None, log_format: LogFormat
 ) -> None:
-    import structlog
-
     from swarm.app import wiring
     from swarm.base import crash_points
-    from swarm.base.log import configure
+    from swarm.base.log import configure, logger
     from swarm.cli import service
     from swarm.cli.ui import live
 
@@ -130,7 +128,7 @@ async def _serve(
         crash_points.arm(os.environ["SWARM_FAULT"])
     with_view = live.wanted(log_format)
     configure(debug=cli.debug, info=not with_view, as_json=log_format is LogFormat.JSON)
-    log = structlog.get_logger("swarm.engine")
+    log = logger("swarm.engine")
     _set_limits()
     view = live.View()
     async with (

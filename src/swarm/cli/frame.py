@@ -114,7 +114,7 @@ def perform(function: Command, values: dict[str, Any], *, home: Path | None, deb
         from swarm import config
         from swarm.base.log import configure
 
-        configure(debug=debug)
+        configure(debug=debug, lazily=not debug)
         cli = Cli(settings=config.load(home=home and home.absolute()), out=out, debug=debug)
         status = asyncio.run(_until_signalled(function(cli, **values)))
         sys.stdout.flush()

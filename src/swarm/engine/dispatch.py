@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import structlog
 
 from swarm.base.aio import cancel_all, finish_uninterrupted, first
 from swarm.base.cgroup import Limit, memory_limits
+from swarm.base.log import logger
 from swarm.engine.worker import Attempt, Ended, Worker
 from swarm.errors import NoSpace, StoreError
 from swarm.model import Claim, Interrupted
@@ -31,7 +31,7 @@ from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
 # The loop looks at least this often. (Leases and back-offs have exact end times, and are waited for.)

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import structlog
-
 from swarm.agents import Installed
 from swarm.base import files
 from swarm.base.aio import first
 from swarm.base.clock import Timeline
+from swarm.base.log import logger
 from swarm.base.redact import Redactor, Stream
 from swarm.channel import Exit
 from swarm.engine import files as ticket_files
@@ -49,7 +48,7 @@ from swarm.vm.driver import Image, Layer, VmSpec
 from swarm.vm.drivers.console import printable
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 WORK_DIR, AGENT_DIR = "/work", "/agent"
 INPUT_FILE = "input.json"

@@ -15,18 +15,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import structlog
-
 from swarm.base import crash_points
 from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.base.clock import Timeline
+from swarm.base.log import logger
 from swarm.engine.engine import Watcher
 from swarm.errors import HostError, LeaseLost, StoreError, SwarmError, TicketWithdrawn
 from swarm.model import Cancelled, Claim, Event, Failed, FailureReason, Interrupted, Outcome
 from swarm.store.sql.rows import dump
 from swarm.store.store import Store
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 # The next renewal sees a cancellation from outside, so this bounds how long a cancelled agent keeps running.
 RENEW_EVERY_SECONDS = 1.0

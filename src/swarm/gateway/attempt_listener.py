@@ -18,16 +18,16 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
+from swarm.base.log import logger
 from swarm.gateway.connection_acceptor import ConnectionAcceptor
 from swarm.gateway.upstreams import Upstream, environment
 from swarm.ledger import Account
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the ticket
 

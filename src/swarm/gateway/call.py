@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Final
 
 import aiohttp
-import structlog
 
+from swarm.base.log import logger
 from swarm.errors import NotFound, StoreError
 from swarm.gateway.metering_request import MeteredRequest
 from swarm.gateway.prices import Price, Prices
@@ -19,7 +19,7 @@ from swarm.gateway.upstreams import Upstream
 from swarm.gateway.usage import BYTES_PER_TOKEN, COUNTS, LEAST_OUTPUT_TOKENS, Meter, Share, total, without_usage
 from swarm.ledger import Bill, Granted, Ledger, Order
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 # A kept connection that the service had closed breaks as soon as it is used: within this time.
 _STALE_SECONDS: Final = 5.0

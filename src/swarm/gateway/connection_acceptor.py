@@ -8,9 +8,9 @@ import errno
 import socket
 from collections.abc import Awaitable, Callable
 
-import structlog
+from swarm.base.log import logger
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 
 class ConnectionAcceptor:

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 from typing import Final, TypeVar
 
 import aiohttp
-import structlog
 import yarl
 from aiohttp import web
 
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.log import logger
 from swarm.errors import LeaseLost, NotFound, StoreError
 from swarm.gateway import wire
 from swarm.gateway.attempt_listener import AllowedRequest, AttemptListener, Record, error
@@ -36,7 +36,7 @@ from swarm.gateway.upstreams import Upstream
 from swarm.gateway.usage import COUNTS, total
 from swarm.ledger import Account, Busy, Granted, Ledger, Limit, Order, Refused, Reservation, Spend
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 _CONNECT_SECONDS: Final = 10.0
 _BODY_SECONDS: Final = 120.0  # in which a guest must have sent its request

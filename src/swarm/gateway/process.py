@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import pydantic
-import structlog
 
 from swarm.base import process
 from swarm.base.aio import cancel_all
+from swarm.base.log import logger
 from swarm.errors import HostError, LeaseLost, NotFound, StoreError, UsageError
 from swarm.gateway import messages, policy, upstreams
 from swarm.gateway.link import Link, Message, encode
@@ -33,7 +33,7 @@ from swarm.gateway.prices import Prices
 from swarm.gateway.upstreams import Upstream
 from swarm.ledger import Account, Bill, Busy, Granted, Ledger, Limit, Order, Reservation, Spend
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the ticket
 

@@ -11,39 +11,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import sqlalchemy as sa
-
 from swarm.model import TERMINAL_TICKET_STATES
 from swarm.store.sql.database import Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, milliseconds
-from swarm.store.sql.schema import metadata
 from swarm.store.tickets.changes import HAS_OTHERS, MENDED
 
-LOG: Final = sa.text(
+LOG: Final = Sql(
     "SELECT seq, ticket_id, step_id, attempt_id, at, kind, data FROM events "
     "WHERE kind IN ('transition', 'refused', 'deleted') AND at >= :since ORDER BY seq"
 )
-TICKETS: Final = sa.text(
+TICKETS: Final = Sql(
     "SELECT t.id, t.state, t.run_id, r.status AS run_status, r.completed_at IS NOT NULL AS run_ended, "
     "(SELECT count(*) FROM step_executions s WHERE s.run_id = t.run_id "
     "AND s.status IN ('pending', 'waiting', 'ready', 'running')) + (r.unprocessed IS NOT NULL) AS live_steps "
     "FROM tickets t LEFT JOIN workflow_runs r ON r.id = t.run_id AND r.ticket_id = t.id "
     "WHERE t.updated_at >= :since OR t.state IN ('in_progress', 'waiting')"
 )
-ATTEMPTS: Final = sa.text(
+ATTEMPTS: Final = Sql(
     "SELECT a.id, a.step_execution_id, a.outcome, a.lease_until, a.ended_at, s.status AS step_status, "
     "s.attempt_id AS owner, r.ticket_id FROM attempts a LEFT JOIN step_executions s ON s.id = a.step_execution_id "
     "LEFT JOIN workflow_runs r ON r.id = s.run_id "
     "WHERE a.outcome IS NULL OR a.ended_at >= :since ORDER BY a.step_execution_id, a.id"
 )
-RUNNING_STEPS: Final = sa.text(
+RUNNING_STEPS: Final = Sql(
     f"SELECT s.id, s.step_id, s.attempt_id, r.ticket_id, t.state, a.outcome, a.id AS attempt, {HAS_OTHERS} "
     "AS has_others FROM step_executions s LEFT JOIN workflow_runs r ON r.id = s.run_id "
     "LEFT JOIN tickets t ON t.id = r.ticket_id LEFT JOIN attempts a ON a.id = s.attempt_id "
     "WHERE s.status = 'running'"
 )
 # Nothing would ever continue these: no decision is due, no step runs, and none waits for a worker or a person.
-STALLED: Final = sa.text(
+STALLED: Final = Sql(
     "SELECT r.ticket_id, r.path FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id "
     "AND t.run_id = COALESCE(r.root_run_id, r.id) AND t.state IN ('in_progress', 'waiting') "
     "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND r.unprocessed IS NULL AND NOT EXISTS "
@@ -51,16 +49,16 @@ STALLED: Final = sa.text(
 )
 
 
-UNTRACED: Final = sa.text(
+UNTRACED: Final = Sql(
     "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'tickets_deleted') "
     "OR EXISTS (SELECT 1 FROM pragma_index_list('tickets') WHERE \"unique\" AND origin <> 'pk') AS untraced"
 )
 # Files and large values: Swarm deletes none that a ticket uses.
-WITHOUT_ARTIFACTS: Final = sa.text(
+WITHOUT_ARTIFACTS: Final = Sql(
     "SELECT t.id, count(*) AS gone FROM artifact_uses u JOIN tickets t ON t.id = u.ticket_id "
     "WHERE NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.digest = u.digest) GROUP BY t.id"
 )
-RENAMED: Final = sa.text(
+RENAMED: Final = Sql(
     "SELECT r.ticket_id FROM tickets t JOIN workflow_runs r ON r.id = t.run_id WHERE r.ticket_id <> t.id"
 )
 
@@ -116,7 +114,7 @@ class StepFact:
 
 
 TRIGGERS: Final = ("tickets_deleted", "tickets_touched", "workflows_added", "workflows_changed", "workflows_removed")
-_NAMES: Final = sa.text("SELECT name FROM sqlite_master WHERE type IN ('table', 'index', 'trigger')")
+_NAMES: Final = Sql("SELECT name FROM sqlite_master WHERE type IN ('table', 'index', 'trigger')")
 
 
 class Audit:
@@ -128,6 +126,8 @@ class Audit:
 
     def missing(self) -> list[str]:
         """Swarm's tables, indexes and triggers that are gone: a program that rebuilds a table drops its triggers."""
+        from swarm.store.sql.schema import metadata  # and with it SQLAlchemy
+
         indexes = [index.name for table in metadata.tables.values() for index in table.indexes]
         present = {row.name for row in self._tx.all(_NAMES)}
         return [str(name) for name in (*metadata.tables, *indexes, *TRIGGERS) if name not in present]

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-import sqlalchemy as sa
-
 from swarm.errors import LeaseLost, NotFound
 from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Reservation
 from swarm.model import Event
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import event_values, iso, message
 from swarm.store.tickets.changes import INSERT_EVENT
 
@@ -32,36 +31,36 @@ FROM model_calls c LEFT JOIN attempts a ON a.id = c.attempt_id AND c.status IS N
 """
 _ONE_OFF_MAX_MS: Final = 3_600_000  # a call of a one-off run that is older no longer counts as under way
 # By run, not by ticket id: a new ticket with the id of a deleted one starts with nothing spent.
-_OF_TICKET: Final = sa.text(_SUMS + "WHERE c.run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)")
-_OF_RUN: Final = sa.text(_SUMS + "WHERE c.run_id = :run_id")
-_OF_STEP: Final = sa.text(_SUMS + "WHERE c.step_execution_id = :step_execution_id")
-_OF_DAY: Final = sa.text(_SUMS + "WHERE c.at >= :day")
-_LIMITS: Final = sa.text(
+_OF_TICKET: Final = Sql(_SUMS + "WHERE c.run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)")
+_OF_RUN: Final = Sql(_SUMS + "WHERE c.run_id = :run_id")
+_OF_STEP: Final = Sql(_SUMS + "WHERE c.step_execution_id = :step_execution_id")
+_OF_DAY: Final = Sql(_SUMS + "WHERE c.at >= :day")
+_LIMITS: Final = Sql(
     "SELECT t.id, t.budget_usd, t.budget_tokens, a.budget_usd AS agent_usd, a.budget_tokens AS agent_tokens, "
     "w.budget_usd AS workflow_usd, w.budget_tokens AS workflow_tokens, w.name AS workflow, x.outcome "
     "FROM workflow_runs r JOIN tickets t ON t.id = r.ticket_id JOIN attempts x ON x.id = :attempt_id "
     "LEFT JOIN workflows w ON w.id = r.workflow_id "
     "LEFT JOIN agents a ON a.id = :agent_id WHERE r.id = :run_id"
 )
-_RESERVE: Final = sa.text(
+_RESERVE: Final = Sql(
     "INSERT INTO model_calls (id, at, ticket_id, run_id, step_execution_id, attempt_id, agent, workflow, upstream, "
     "model, reserved_usd, reserved_tokens) VALUES (:id, :now, :ticket_id, :run_id, :step_execution_id, :attempt_id, "
     ":agent, :workflow, :upstream, :model, :usd, :tokens)"
 )
-_BOOK: Final = sa.text(
+_BOOK: Final = Sql(
     "UPDATE model_calls SET model = :model, status = :status, input_tokens = :input, output_tokens = :output, "
     "cache_read_tokens = :cache_read, cache_write_tokens = :cache_write, tokens = :tokens, cost_usd = :cost_usd, "
     "latency_ms = :latency_ms, note = :note WHERE id = :id AND status IS NULL RETURNING id"
 )
-_ADD_TO_ATTEMPT: Final = sa.text(
+_ADD_TO_ATTEMPT: Final = Sql(
     "UPDATE attempts SET api_tokens_used = api_tokens_used + :tokens, cost_usd = cost_usd + :usd WHERE id = :id"
 )
-_ADD_TO_STEP: Final = sa.text("UPDATE step_executions SET api_tokens_used = api_tokens_used + :tokens WHERE id = :id")
-_ADD_TO_RUN: Final = sa.text(
+_ADD_TO_STEP: Final = Sql("UPDATE step_executions SET api_tokens_used = api_tokens_used + :tokens WHERE id = :id")
+_ADD_TO_RUN: Final = Sql(
     "UPDATE workflow_runs SET total_api_tokens = total_api_tokens + :tokens, total_cost_usd = total_cost_usd + :usd "
     "WHERE id = :id"
 )
-_TICKET: Final = sa.text("SELECT id FROM tickets WHERE id = :id")
+_TICKET: Final = Sql("SELECT id FROM tickets WHERE id = :id")
 
 # How a row's note begins when its tokens and cost are an estimate.
 _ESTIMATED: Final = "estimated: "
@@ -85,7 +84,7 @@ SELECT {group} AS name, count(*) AS calls, COALESCE(SUM(c.input_tokens), 0) AS i
 FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC, name
 """
 
-_ESTIMATES: Final = sa.text(
+_ESTIMATES: Final = Sql(
     "SELECT count(*) AS calls, COALESCE(SUM(cost_usd), 0) AS usd FROM model_calls WHERE note LIKE 'estimated:%' "
     "AND run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)"
 )
@@ -100,7 +99,7 @@ def reserve(tx: Tx, order: Order) -> Reservation:
     account = order.account
     of_agent = f"the budget of agent {account.agent_name} for a step"
     of_step = {"step_execution_id": account.step_execution_id}
-    scopes: list[tuple[str, Limit, sa.TextClause, dict[str, Any]]]
+    scopes: list[tuple[str, Limit, Sql, dict[str, Any]]]
     if account.ticket_id is None:
         workflow = None
         scopes = [(of_agent, account.agent_budget, _OF_STEP, of_step)]
@@ -264,7 +263,7 @@ class Costs:
 
 def costs(tx: Tx, by: By, *, since: str) -> list[Costs]:
     """Most expensive first; days in order."""
-    rows = tx.all(sa.text(_COSTS.format(group=_GROUPS[by])), since=since)
+    rows = tx.all(Sql(_COSTS.format(group=_GROUPS[by])), since=since)
     found = [Costs(**row._asdict()) for row in rows]
     return sorted(found, key=lambda c: c.name) if by == "day" else found
 

@@ -11,8 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-import sqlalchemy as sa
-
 from swarm.base.aio import finish_uninterrupted
 from swarm.cel.jail import Jail
 from swarm.errors import ChangeRefused, StoreError, UsageError
@@ -44,6 +42,7 @@ from swarm.store.runs.packing import Packer
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
 from swarm.store.sql import database
 from swarm.store.sql.database import Database
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, TicketSummary, WorkerRow
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
@@ -55,7 +54,7 @@ from swarm.workflow.definition import Workflow
 
 T = TypeVar("T")
 
-_SHIFT_CLOCK: Final = sa.text("UPDATE clock SET offset_ms = offset_ms + :ms")
+_SHIFT_CLOCK: Final = Sql("UPDATE clock SET offset_ms = offset_ms + :ms")
 
 
 class Store:
@@ -113,7 +112,7 @@ class Store:
     @property
     def url(self) -> str:
         """Where the database is, without its password."""
-        return self._db.url.render_as_string(hide_password=True)
+        return self._db.url
 
     @property
     def jail(self) -> Jail:
@@ -131,7 +130,7 @@ class Store:
     @staticmethod
     def head() -> str:
         """The revision that this version of Swarm needs."""
-        return database.head()
+        return database.HEAD
 
     async def migrate(self) -> None:
         """Create the database, or upgrade it to `head()`. Idempotent; several processes may call it at once."""

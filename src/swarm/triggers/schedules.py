@@ -9,9 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-import structlog
-
 from swarm import schema
+from swarm.base.log import logger
 from swarm.cel import template
 from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import ExpressionError
@@ -23,7 +22,7 @@ from swarm.store.store import Store
 from swarm.workflow import definition, schedule
 from swarm.workflow.definition import Workflow
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 # Due times are wall-clock times, but the wait uses another clock. Look this often in case the wall clock was changed.
 LOOK_SECONDS: Final = 30.0

@@ -16,15 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from swarm.base import files
 from swarm.base.aio import first, undoing
+from swarm.base.log import logger
 from swarm.base.process import boot_id
 from swarm.errors import HostError, SwarmError
 from swarm.vm.driver import Driver, Image, Probe, VmSpec
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 # The guest's init prints this once userspace is up; its error messages begin differently.
 _USERSPACE = b"swarm-init: up after"

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import structlog
-
 from swarm.base import files
 from swarm.base.aio import cancel_all, finish_uninterrupted, undoing
 from swarm.base.clock import Timeline
+from swarm.base.log import logger
 from swarm.base.process import start_time
 from swarm.channel import Channel, Identity, Renewed
 from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, StepError, SwarmError
@@ -37,7 +36,7 @@ from swarm.vm.slots.slot_pool import SlotPool, VmSlot
 from swarm.vm.template import Templates, shape
 from swarm.vm.warmup import COMMON_MODULES, SEED_BYTES, warm_template
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 T = TypeVar("T")
 

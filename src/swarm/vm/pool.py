@@ -23,15 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-import structlog
-
 from swarm.base.aio import finish_uninterrupted, quietly, undoing
+from swarm.base.log import logger
 from swarm.errors import HostError, SwarmError
 from swarm.vm.driver import Template, VmSpec
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.warmup import warm_vm
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 MAX_AGE_SECONDS: Final = 600.0
 CLOCK_ERROR_SECONDS: Final = 0.5

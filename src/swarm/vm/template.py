@@ -22,15 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
-
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.log import logger
 from swarm.errors import BootFailed, HostError, NoSpace, NotFound
 from swarm.vm.driver import Driver, Probe, Template, VmSpec, host_tsc_khz
 from swarm.vm.image import staging
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 T = TypeVar("T")
 

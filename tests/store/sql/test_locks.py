@@ -11,17 +11,17 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
-import sqlalchemy as sa
 
 from swarm.errors import Conflict, StoreError
 from swarm.model import Succeeded
 from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.store import Store
 from tests.store.databases import Outside, claim_one, insert
 
-TITLES = sa.text("SELECT title FROM tickets ORDER BY id")
-RENAME = sa.text("UPDATE tickets SET title = :title")
+TITLES = Sql("SELECT title FROM tickets ORDER BY id")
+RENAME = Sql("UPDATE tickets SET title = :title")
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ async def test_claim_and_finish_read_before_they_write(store: Store, outside: Ou
     def trace(connection: sqlite3.Connection) -> None:
         connection.set_trace_callback(lambda sql: order.append(sql.split(maxsplit=1)[0]))
 
-    await store._write.call_raw(lambda connection: trace(connection.connection.driver_connection))  # type: ignore
+    await store._write.call_raw(lambda connection: trace(connection.driver))
     claim = await claim_one(store)
     claimed, order[:] = list(order), []
     await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=0)

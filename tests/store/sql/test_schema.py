@@ -11,11 +11,15 @@ from pkgutil import walk_packages
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
 
 from swarm import store as package
 from swarm.store.claims.claim import probe
+from swarm.store.sql.database import HEAD
+from swarm.store.sql.dialect import Sql
+from swarm.store.sql.migrate import MIGRATIONS
 from swarm.store.sql.schema import metadata
 from swarm.store.sql.sqlite import SQLITE
 from swarm.store.store import Store
@@ -27,17 +31,17 @@ MODULES = [
     for module in walk_packages(package.__path__, "swarm.store.")
     if not module.ispkg and ".migrations" not in module.name and module.name != "swarm.store.audit"
 ]
-STATEMENTS: dict[str, sa.TextClause] = {
+STATEMENTS: dict[str, Sql] = {
     f"{module.rpartition('.')[2]}.{name}": value
     for module in MODULES
     for name, value in vars(import_module(module)).items()
-    if isinstance(value, sa.TextClause)
+    if isinstance(value, Sql)
 } | {"claim.probe": probe(SQLITE)}
 
 # Intended scans of whole tables: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
     r"SCAN (agents|secrets|workflows|definitions|schedules|s|workers|clock|moment|pragma_data_version|"
-    r"CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
+    r"sqlite_master|alembic_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(
     r"SCAN \w+ USING (COVERING )?INDEX "
@@ -49,9 +53,8 @@ LIVE_ONLY = re.compile(
 POSTGRESQL: Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 
-def driver_sql(statement: sa.TextClause) -> str:
-    sql = str(statement.compile(dialect=sqlite.dialect(paramstyle="named")))
-    return sql.replace("IN :ids", "IN (:id_0, :id_1)")
+def driver_sql(statement: Sql) -> str:
+    return statement.replace("IN :ids", "IN (:id_0, :id_1)")
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
@@ -101,6 +104,10 @@ def test_migrations_create_what_schema_says(outside: Outside, tmp_path: Path) ->
 
 def _words(sql: str | None) -> str:
     return " ".join((sql or "").split())
+
+
+def test_the_head_is_the_newest_migration() -> None:
+    assert ScriptDirectory(str(MIGRATIONS)).get_current_head() == HEAD
 
 
 def test_schema_compiles_for_postgresql() -> None:

@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 from asyncinotify import Mask
 
 from swarm.errors import Conflict, StoreError
 from swarm.store.sql.database import Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 
-INSERT_TICKET = sa.text("INSERT INTO tickets (id) VALUES (:id)")
+INSERT_TICKET = Sql("INSERT INTO tickets (id) VALUES (:id)")
 
 
 @pytest.fixture

@@ -5,26 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.errors import Conflict, UsageError
 from swarm.ledger import Limit
 from swarm.model import Event, FailureReason, StepStatus, Ticket
 from swarm.store.runs.workflow_engine import WAITING_COLUMNS, WorkflowEngine, answer, refresh_waiting
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, message, shallow
 from swarm.store.tickets import dependencies, tickets
 from swarm.store.tickets.changes import FENCE_BY_ID, Changes
 from swarm.store.tickets.validation import BadRow, check_budget, shown
 from swarm.workflow.state import Verdict
 
-WAITING_STEPS: Final = sa.text(
+WAITING_STEPS: Final = Sql(
     f"SELECT {WAITING_COLUMNS} FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
     "JOIN tickets t ON t.id = r.ticket_id WHERE r.ticket_id = :id AND r.status IN ('running', 'waiting') "
     "AND t.run_id = COALESCE(r.root_run_id, r.id) AND t.state IN ('in_progress', 'waiting') "
     "AND s.status = 'waiting' AND s.verdict IS NULL ORDER BY s.id"
 )
-_RAISE_BUDGET: Final = sa.text(
+_RAISE_BUDGET: Final = Sql(
     "UPDATE tickets SET budget_usd = COALESCE(:usd, budget_usd), budget_tokens = COALESCE(:tokens, budget_tokens), "
     "updated_at = :now WHERE id = :id"
 )

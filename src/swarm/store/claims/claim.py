@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
 from swarm.store.claims import suspects
@@ -18,10 +16,10 @@ from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
 from swarm.store.registry.agents import IDS_OF_NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
+from swarm.store.sql.conditions import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.sql.database import Row, Tx, one_row
-from swarm.store.sql.dialect import Dialect
+from swarm.store.sql.dialect import Dialect, Sql
 from swarm.store.sql.rows import READ_BYTES, TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, iso, milliseconds
-from swarm.store.sql.schema import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.validation import BadRow, Work
@@ -30,11 +28,11 @@ BAD_ROWS: Final = 1000  # at most in one transaction; the next claim handles the
 # live_run: set when another tool made the ticket ready again while it ran.
 _READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
-READY_TICKETS: Final = sa.text(
+READY_TICKETS: Final = Sql(
     f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
     "ORDER BY t.priority DESC, t.created_at LIMIT :limit"
 )
-READY_TICKET: Final = sa.text(f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.id = :id AND t.state = 'ready'")
+READY_TICKET: Final = Sql(f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.id = :id AND t.state = 'ready'")
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
        s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
@@ -47,18 +45,18 @@ SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_
 FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
 WHERE s.status = 'ready' AND s.available_at IS NULL
   AND (:idle = 1 OR :drain = 1 AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
-READY_STEPS: Final = sa.text(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
-READY_STEP: Final = sa.text(_STEP + " AND r.ticket_id = :id LIMIT :limit")
-DELAYED: Final = sa.text(
+READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
+READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit")
+DELAYED: Final = Sql(
     "SELECT s.id, r.ticket_id FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
     "WHERE s.status = 'ready' AND s.available_at IS NOT NULL AND s.available_at <= :now_ms"
 )
-RELEASE: Final = sa.text("UPDATE step_executions SET available_at = NULL WHERE id = :id")
-RELEASE_DELAYED: Final = sa.text(
+RELEASE: Final = Sql("UPDATE step_executions SET available_at = NULL WHERE id = :id")
+RELEASE_DELAYED: Final = Sql(
     "UPDATE step_executions SET available_at = NULL "
     "WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= :now_ms"
 )
-UNKNOWN_STATES: Final = sa.text(f"SELECT id, state FROM tickets WHERE {UNKNOWN_STATE} LIMIT :limit")
+UNKNOWN_STATES: Final = Sql(f"SELECT id, state FROM tickets WHERE {UNKNOWN_STATE} LIMIT :limit")
 INSERT_RUN: Final = one_row(
     "INSERT INTO workflow_runs (id, ticket_id, status, trigger_type, trigger_data, started_at) "
     "VALUES (:run_id, :ticket_id, 'running', :trigger_type, :trigger_data, :now)"
@@ -77,8 +75,8 @@ START_TICKET: Final = one_row(
     "UPDATE tickets SET state = 'in_progress', run_id = :run_id, started_at = :now, completed_at = NULL, error = NULL, "
     "outputs = NULL, updated_at = :now WHERE id = :id"
 )
-WORKFLOWS: Final = sa.text("SELECT id, name, version, enabled FROM workflows WHERE id IN :ids")
-WORKFLOWS_NAMED: Final = sa.text("SELECT id, name FROM workflows WHERE name = :name ORDER BY version")
+WORKFLOWS: Final = Sql("SELECT id, name, version, enabled FROM workflows WHERE id IN :ids")
+WORKFLOWS_NAMED: Final = Sql("SELECT id, name FROM workflows WHERE name = :name ORDER BY version")
 FAIL_STEP: Final = one_row(
     "UPDATE step_executions SET status = 'failed', error = :error, completed_at = :now, available_at = NULL "
     "WHERE id = :id"
@@ -86,9 +84,9 @@ FAIL_STEP: Final = one_row(
 
 
 @cache
-def probe(dialect: Dialect) -> sa.TextClause:
+def probe(dialect: Dialect) -> Sql:
     """One statement for the time and for which of the rarer duties are due, each by one index lookup."""
-    return sa.text(f"""
+    return Sql(f"""
         SELECT now_ms, {dialect.written_by_others} AS written_by_others,
           EXISTS (SELECT 1 FROM attempts WHERE outcome IS NULL AND lease_until <= now_ms) AS expired,
           EXISTS (SELECT 1 FROM step_executions

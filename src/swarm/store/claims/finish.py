@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.errors import LeaseLost, StoreError, SwarmError, TicketWithdrawn
 from swarm.model import (
     Agent,
@@ -35,6 +33,7 @@ from swarm.store.runs import artifacts, packing
 from swarm.store.runs.packing import Packed
 from swarm.store.runs.workflow_engine import WorkflowEngine, refresh_waiting
 from swarm.store.sql.database import Row, Tx, one_row
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Renewal, event_values, storable_json
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, owns
@@ -46,8 +45,8 @@ HOST_TRIES: Final = 3
 _SWEEP_LIMIT: Final = 500
 
 _EXTEND: Final = one_row("UPDATE attempts SET lease_until = :lease_until WHERE id = :id")
-_SET_VM: Final = sa.text("UPDATE attempts SET vm_id = :vm_id WHERE id = :id")
-_SET_STEP_VM: Final = sa.text("UPDATE step_executions SET vm_id = :vm_id WHERE id = :id")
+_SET_VM: Final = Sql("UPDATE attempts SET vm_id = :vm_id WHERE id = :id")
+_SET_STEP_VM: Final = Sql("UPDATE step_executions SET vm_id = :vm_id WHERE id = :id")
 
 
 _SKIPPED: Final = LeaseLost("the database refuses all changes of its ticket (the log and `swarm doctor` say why)")

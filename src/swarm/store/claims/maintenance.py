@@ -6,13 +6,12 @@ import time
 from functools import partial
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.model import TicketState
 from swarm.store.runs.workflow_engine import DISOWNED
+from swarm.store.sql.conditions import UNFINISHED
 from swarm.store.sql.database import Row
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
-from swarm.store.sql.schema import UNFINISHED
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import HAS_OTHERS, MENDED, Changes
 from swarm.store.tickets.isolation import fail_ticket
@@ -20,14 +19,14 @@ from swarm.store.tickets.isolation import fail_ticket
 AT_ONCE: Final = 100  # rows in one transaction
 
 # Manually set to a state that only Swarm sets: the ticket has no run, so nothing would ever change it.
-STUCK: Final = sa.text(
+STUCK: Final = Sql(
     f"SELECT t.id, t.state FROM tickets t WHERE t.{UNFINISHED} AND t.state <> 'blocked' "
     "AND NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.id = t.run_id AND r.ticket_id = t.id "
     "AND r.status IN ('running', 'waiting')) LIMIT :limit"
 )
 # Times that only Swarm writes, but which are no numbers. Text sorts after all numbers, so an index finds it; it would
 # never come due.
-MISTYPED: Final = sa.text("""
+MISTYPED: Final = Sql("""
     SELECT r.ticket_id, t.state, 'available_at' AS name, s.available_at AS value, s.step_id
       FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id JOIN tickets t ON t.id = r.ticket_id
       WHERE s.status = 'ready' AND s.available_at IS NOT NULL AND s.available_at >= ''
@@ -49,13 +48,13 @@ _UNDER_WAY: Final = (
     "FROM tickets t CROSS JOIN workflow_runs r ON r.ticket_id = t.id AND COALESCE(r.root_run_id, r.id) = t.run_id "
     f"{{joins}} WHERE t.{UNFINISHED} AND t.state <> 'blocked' AND r.status IN ('running', 'waiting') AND "
 )
-STALLED: Final = sa.text(
+STALLED: Final = Sql(
     "SELECT t.id, t.state, NULL AS step_id, NULL AS step "
     + _UNDER_WAY.format(joins="")
     + "r.unprocessed IS NULL AND NOT EXISTS (SELECT 1 FROM step_executions s WHERE s.run_id = r.id "
     "AND (s.status IN ('ready', 'running') OR s.status = 'waiting' AND s.question IS NOT NULL)) LIMIT :limit"
 )
-UNATTENDED: Final = sa.text(
+UNATTENDED: Final = Sql(
     "SELECT t.id, t.state, s.step_id, NULL AS step "
     + _UNDER_WAY.format(
         joins="JOIN step_executions s ON s.run_id = r.id AND s.status = 'running' "
@@ -63,7 +62,7 @@ UNATTENDED: Final = sa.text(
     )
     + f"(a.id IS NULL OR a.outcome IS NOT NULL) AND NOT {HAS_OTHERS} LIMIT :limit"
 )
-UNDONE: Final = sa.text(
+UNDONE: Final = Sql(
     "SELECT t.id, t.state, s.step_id, s.id AS step "
     + _UNDER_WAY.format(
         joins="JOIN step_executions s ON s.run_id = r.id AND s.status <> 'completed' "
@@ -76,11 +75,11 @@ _WHY: Final = (
     (UNATTENDED, "its step {step} is running, but no attempt runs it: another program changed or deleted rows"),
     (STALLED, "nothing would continue its run: another program changed or deleted rows of its steps"),
 )
-_COMPLETED: Final = sa.text(
+_COMPLETED: Final = Sql(
     "UPDATE step_executions SET status = 'completed' WHERE id = :id AND EXISTS "
     "(SELECT 1 FROM attempts WHERE step_execution_id = :id AND outcome = 'succeeded')"
 )
-FAIL_BY_BYTES: Final = sa.text(
+FAIL_BY_BYTES: Final = Sql(
     "UPDATE tickets SET state = 'failed', error = :error, completed_at = :now, updated_at = :now "
     "WHERE id = :raw OR id = CAST(:raw AS TEXT)"
 )

@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.errors import Conflict, UsageError
 from swarm.model import StepStatus, TicketState
 from swarm.store.claims.claim import START_TICKET
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, ids_in_order, new_id
 from swarm.store.tickets import tickets
 from swarm.store.tickets.changes import Changes
@@ -20,14 +19,14 @@ from swarm.store.tickets.validation import shown
 from swarm.workflow import definition
 from swarm.workflow.structure import Graph
 
-_LAST_RUN: Final = sa.text(
+_LAST_RUN: Final = Sql(
     "SELECT r.id, d.definition FROM workflow_runs r JOIN definitions d ON d.digest = r.definition "
     "WHERE r.id = :id AND r.context IS NOT NULL"
 )
-_STEPS: Final = sa.text(
+_STEPS: Final = Sql(
     "SELECT id, step_id, status, inputs, fan_out FROM step_executions WHERE run_id = :run_id ORDER BY id"
 )
-_COPY_RUN: Final = sa.text(
+_COPY_RUN: Final = Sql(
     "INSERT INTO workflow_runs (id, workflow_id, workflow_version, ticket_id, status, trigger_type, trigger_data, "
     "started_at, definition, context, unprocessed, due_at, deadline_at) "
     "SELECT :id, workflow_id, workflow_version, ticket_id, 'running', trigger_type, trigger_data, :now, definition, "
@@ -38,18 +37,18 @@ _COLUMNS: Final = (
     "completed_at, duration_ms, error, retry_count, max_attempts, timeout_seconds, priority, ticket_created_at, "
     "retry, question, verdict, fan_out"
 )
-_COPY_STEP: Final = sa.text(
+_COPY_STEP: Final = Sql(
     f"INSERT INTO step_executions (id, run_id, {_COLUMNS}) SELECT :id, :run_id, {_COLUMNS} FROM step_executions "
     "WHERE id = :former"
 )
 # Copies a fan-out step of which only some items run again; _COPY_PENDING copies those items.
-_COPY_FAN_OUT: Final = sa.text(
+_COPY_FAN_OUT: Final = Sql(
     "INSERT INTO step_executions (id, run_id, step_id, status, inputs, queued_at, started_at, max_attempts, priority, "
     "ticket_created_at, question, verdict, fan_out) "
     "SELECT :id, :run_id, step_id, 'running', inputs, queued_at, :now, max_attempts, priority, "
     "ticket_created_at, question, verdict, :fan_out FROM step_executions WHERE id = :former"
 )
-_COPY_PENDING: Final = sa.text(
+_COPY_PENDING: Final = Sql(
     "INSERT INTO step_executions (id, run_id, step_id, status, inputs, priority, ticket_created_at) "
     "SELECT :id, :run_id, step_id, 'pending', inputs, priority, ticket_created_at FROM step_executions "
     "WHERE id = :former"

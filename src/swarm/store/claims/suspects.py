@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.model import AttemptOutcome
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 
 SUSPECT_AFTER: Final = 2  # losses; the next attempt runs alone
 ALONE: Final = "alone"  # `attempts.reason` of an attempt with nothing beside it, until it ends otherwise
@@ -29,12 +28,12 @@ _MAX_DELAY_SECONDS: Final = 60.0
 LOSSES: Final = """(SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id AND a.outcome = 'lost'
     AND a.number > COALESCE((SELECT max(b.number) FROM attempts b
                              WHERE b.step_execution_id = s.id AND b.outcome = 'failed'), 0))"""
-_ATTEMPTS: Final = sa.text(
+_ATTEMPTS: Final = Sql(
     "SELECT id, step_execution_id, worker, outcome, reason FROM attempts WHERE step_execution_id IN :ids "
     "AND outcome IN ('lost', 'failed') ORDER BY number"
 )
 # Ids are in the order of time. A step is lost with at most `MOST` workers of its own.
-_DEAD_SINCE: Final = sa.text(
+_DEAD_SINCE: Final = Sql(
     f"SELECT DISTINCT worker FROM attempts WHERE id > :since AND outcome = 'lost' LIMIT {MOST + 1}"
 )
 

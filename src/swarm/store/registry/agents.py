@@ -9,8 +9,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
 
-import sqlalchemy as sa
-
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
 from swarm.fields import IN_WORDS, MODULE, NAME, NO_NUL, VARIABLE, VERSION
@@ -25,6 +23,7 @@ from swarm.model import (
     RetryPolicy,
 )
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
@@ -50,25 +49,25 @@ _MOST_CHARS: Final = 4096
 _REQUIRED: Final = ("memory_mb", "vcpus", "disk_mb", "timeout_seconds")  # the other numbers may be NULL
 _RETRY_NUMBERS: Final = ("max_attempts", "delay_seconds", "factor", "max_delay_seconds")
 
-BY_IDS: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE id IN :ids")
-_BY_VERSION: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE name = :name AND version = :version")
-_BY_ID: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE id = :ref")
-_BY_NAME: Final = sa.text(f"SELECT {_COLUMNS} FROM agents WHERE name = :ref")
-_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM agents ORDER BY name, version")
-IDS_OF_NAMES: Final = sa.text("SELECT name, id FROM agents WHERE name IN :ids ORDER BY version")
-_INSERT: Final = sa.text(f"INSERT INTO agents ({_COLUMNS}) VALUES ({', '.join(':' + name for name in AGENT_FIELDS)})")
-_UPDATE: Final = sa.text(
+BY_IDS: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE id IN :ids")
+_BY_VERSION: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE name = :name AND version = :version")
+_BY_ID: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE id = :ref")
+_BY_NAME: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE name = :ref")
+_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM agents ORDER BY name, version")
+IDS_OF_NAMES: Final = Sql("SELECT name, id FROM agents WHERE name IN :ids ORDER BY version")
+_INSERT: Final = Sql(f"INSERT INTO agents ({_COLUMNS}) VALUES ({', '.join(':' + name for name in AGENT_FIELDS)})")
+_UPDATE: Final = Sql(
     f"UPDATE agents SET {', '.join(f'{name} = :{name}' for name in AGENT_FIELDS if name != 'id')}, updated_at = :now "
     "WHERE id = :id"
 )
-_DELETE: Final = sa.text("DELETE FROM agents WHERE id = :id")
+_DELETE: Final = Sql("DELETE FROM agents WHERE id = :id")
 # Live workflow runs pin agents in their definition; their steps name the agent only when they start.
-_RUNS_THAT_NEED: Final = sa.text(
+_RUNS_THAT_NEED: Final = Sql(
     "SELECT DISTINCT r.ticket_id AS id FROM workflow_runs r JOIN definitions d ON d.digest = r.definition "
     "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND instr(d.definition, :pinned) > 0 LIMIT 3"
 )
 _ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
-_TICKETS_THAT_NEED: Final = sa.text(
+_TICKETS_THAT_NEED: Final = Sql(
     "SELECT id FROM tickets WHERE (agent_id = :id OR (assignee_id = :id AND coalesce(agent_id, '') = '' AND "
     f"coalesce(nullif(assignee_type, ''), 'agent') = 'agent')) AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
 )

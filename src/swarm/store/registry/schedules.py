@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.base import versions
 from swarm.model import Ticket, TicketState
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import flag, iso, milliseconds, value
 from swarm.store.tickets import tickets
 from swarm.store.tickets.changes import Changes
@@ -39,10 +38,10 @@ _COLUMNS: Final = (
     "workflow, number, workflow_id, cron, time_zone, missed, next_at, computed_at, last_at, last_ticket_id, "
     "missed_count, error"
 )
-_OF: Final = sa.text(f"SELECT {_COLUMNS} FROM schedules WHERE workflow = :workflow ORDER BY number")
-_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM schedules WHERE workflow <> '' ORDER BY workflow, number")
-_DELETE: Final = sa.text("DELETE FROM schedules WHERE workflow = :workflow")
-_INSERT: Final = sa.text(
+_OF: Final = Sql(f"SELECT {_COLUMNS} FROM schedules WHERE workflow = :workflow ORDER BY number")
+_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM schedules WHERE workflow <> '' ORDER BY workflow, number")
+_DELETE: Final = Sql("DELETE FROM schedules WHERE workflow = :workflow")
+_INSERT: Final = Sql(
     f"INSERT INTO schedules ({_COLUMNS}) VALUES (:workflow, :number, :workflow_id, :cron, :time_zone, :missed, "
     ":next_at, :computed_at, :last_at, :last_ticket_id, :missed_count, :error)"
 )
@@ -50,19 +49,19 @@ _INSERT: Final = sa.text(
 _VERSION: Final = (
     "SELECT id, name, version, enabled, CASE WHEN steps LIKE '%\"schedule\"%' THEN steps END AS steps FROM workflows"
 )
-_VERSIONS: Final = sa.text(f"{_VERSION} WHERE name = :workflow")
-_ALL_VERSIONS: Final = sa.text(_VERSION)
-_NAMES: Final = sa.text("SELECT DISTINCT workflow FROM schedules WHERE workflow <> ''")
+_VERSIONS: Final = Sql(f"{_VERSION} WHERE name = :workflow")
+_ALL_VERSIONS: Final = Sql(_VERSION)
+_NAMES: Final = Sql("SELECT DISTINCT workflow FROM schedules WHERE workflow <> ''")
 # The table is small (one row per schedule), so it is read as a whole.
-_DUE: Final = sa.text(
+_DUE: Final = Sql(
     "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.computed_at, w.name, w.version, w.enabled, w.steps, "
     "t.state AS last_state, t.completed_at AS last_completed_at FROM schedules s "
     "LEFT JOIN workflows w ON w.id = s.workflow_id LEFT JOIN tickets t ON t.id = s.last_ticket_id "
     "WHERE s.next_at <= :now_ms OR s.next_at >= '' OR s.computed_at > :latest_ms "
     "ORDER BY s.next_at, s.workflow, s.number"
 )
-_NEXT: Final = sa.text("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms AND next_at < ''")
-_FIRE: Final = sa.text(
+_NEXT: Final = Sql("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms AND next_at < ''")
+_FIRE: Final = Sql(
     "UPDATE schedules SET next_at = :next_at, computed_at = :now_ms, last_at = COALESCE(:last_at, last_at), "
     "last_ticket_id = COALESCE(:last_ticket_id, last_ticket_id), missed_count = missed_count + :dropped, "
     "error = :error WHERE workflow = :workflow AND number = :number AND workflow_id = :workflow_id "

@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.errors import NotFound
 from swarm.store.sql.database import Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import value
 
-_PUT: Final = sa.text(
+_PUT: Final = Sql(
     "INSERT INTO secrets (name, scope, sealed, created_at, updated_at) VALUES (:name, :scope, :sealed, :now, :now) "
     "ON CONFLICT (name, scope) DO UPDATE SET sealed = excluded.sealed, updated_at = excluded.updated_at"
 )
-_LIST: Final = sa.text("SELECT name, scope, updated_at FROM secrets ORDER BY name, scope")
-_OF_NAMES: Final = sa.text("SELECT name, scope, sealed FROM secrets WHERE name IN :ids")
-_ONE: Final = sa.text("SELECT name FROM secrets WHERE name = :name AND scope = :scope")
-_DELETE: Final = sa.text("DELETE FROM secrets WHERE name = :name AND scope = :scope")
+_LIST: Final = Sql("SELECT name, scope, updated_at FROM secrets ORDER BY name, scope")
+_OF_NAMES: Final = Sql("SELECT name, scope, sealed FROM secrets WHERE name IN :ids")
+_ONE: Final = Sql("SELECT name FROM secrets WHERE name = :name AND scope = :scope")
+_DELETE: Final = Sql("DELETE FROM secrets WHERE name = :name AND scope = :scope")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,24 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.errors import Conflict
 from swarm.model import Ticket
 from swarm.store.registry import schedules
 from swarm.store.sql.database import Tx
+from swarm.store.sql.dialect import Sql
 
 KEPT_DAYS: Final = 30
 _DELETED_AT_ONCE: Final = 100
 
-_KNOWN: Final = sa.text(
+_KNOWN: Final = Sql(
     "SELECT key, digest, ticket_id FROM webhook_calls WHERE workflow = :workflow AND key IN (:signature, :key)"
 )
-_INSERT: Final = sa.text(
+_INSERT: Final = Sql(
     "INSERT INTO webhook_calls (workflow, key, digest, ticket_id, at) "
     "VALUES (:workflow, :key, :digest, :ticket_id, :at)"
 )
-_DELETE_OLD: Final = sa.text(
+_DELETE_OLD: Final = Sql(
     "DELETE FROM webhook_calls WHERE (workflow, key) IN "
     "(SELECT workflow, key FROM webhook_calls WHERE at < :before ORDER BY at LIMIT :limit)"
 )

@@ -8,19 +8,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import sqlalchemy as sa
-
 from swarm.base import process
 from swarm.store.sql.database import Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import WorkerRow, dump, milliseconds, value
 
-_HEARTBEAT: Final = sa.text(
+_HEARTBEAT: Final = Sql(
     "INSERT INTO workers (id, host, pid, started_at, seen_at, info) VALUES (:id, :host, :pid, :now, :now, :info) "
     "ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at, info = excluded.info"
 )
-_ALL: Final = sa.text("SELECT id, host, pid, started_at, seen_at, info FROM workers ORDER BY started_at, id")
-_DELETE: Final = sa.text("DELETE FROM workers WHERE id = :id")
-_END_LEASES: Final = sa.text(
+_ALL: Final = Sql("SELECT id, host, pid, started_at, seen_at, info FROM workers ORDER BY started_at, id")
+_DELETE: Final = Sql("DELETE FROM workers WHERE id = :id")
+_END_LEASES: Final = Sql(
     "UPDATE attempts SET lease_until = :now_ms WHERE outcome IS NULL AND worker = :id AND lease_until > :now_ms"
 )
 

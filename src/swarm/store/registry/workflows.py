@@ -7,12 +7,11 @@ import uuid
 from dataclasses import dataclass
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
 from swarm.store.registry import schedules
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, flag, value
 from swarm.workflow import definition
 from swarm.workflow.definition import Workflow
@@ -21,18 +20,18 @@ from swarm.workflow.definition import Workflow
 _NAMESPACE: Final = uuid.UUID("0f0c0d57-5e9e-5c0b-8a55-4d6d2f4a1b3e")
 
 _COLUMNS: Final = "id, name, version, description, steps, enabled, created_at, updated_at"
-_BY_ID: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows WHERE id = :ref")
-_BY_NAME: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows WHERE name = :ref")
-_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM workflows ORDER BY name, version")
-_INSERT: Final = sa.text(
+_BY_ID: Final = Sql(f"SELECT {_COLUMNS} FROM workflows WHERE id = :ref")
+_BY_NAME: Final = Sql(f"SELECT {_COLUMNS} FROM workflows WHERE name = :ref")
+_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM workflows ORDER BY name, version")
+_INSERT: Final = Sql(
     "INSERT INTO workflows (id, name, version, description, steps, variables, budget_usd, budget_tokens) "
     "VALUES (:id, :name, :version, :description, :steps, :variables, :budget_usd, :budget_tokens)"
 )
-_UPDATE: Final = sa.text(
+_UPDATE: Final = Sql(
     "UPDATE workflows SET name = :name, version = :version, description = :description, steps = :steps, "
     "variables = :variables, budget_usd = :budget_usd, budget_tokens = :budget_tokens, updated_at = :now WHERE id = :id"
 )
-_ENABLE: Final = sa.text("UPDATE workflows SET enabled = :enabled, updated_at = :now WHERE id = :id")
+_ENABLE: Final = Sql("UPDATE workflows SET enabled = :enabled, updated_at = :now WHERE id = :id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

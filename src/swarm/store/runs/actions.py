@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import sqlalchemy as sa
-
 from swarm.model import Agent, RunStatus, StepStatus, TicketState
 from swarm.store.registry.agents import Agents
 from swarm.store.runs import artifacts, packing
@@ -18,6 +16,7 @@ from swarm.store.runs.decision import ALL_STEPS, STEPS, Decided, Run
 from swarm.store.runs.definitions import Definition
 from swarm.store.runs.packing import Packed
 from swarm.store.sql.database import Row, one_row
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, ids_in_order, lenient, message, milliseconds, new_id, shallow
 from swarm.store.tickets.changes import Changes
 from swarm.workflow.definition import Step
@@ -35,7 +34,7 @@ from swarm.workflow.state import (
     Update,
 )
 
-_INSERT_DEFINITION: Final = sa.text(
+_INSERT_DEFINITION: Final = Sql(
     "INSERT INTO definitions (digest, definition) VALUES (:digest, :definition) ON CONFLICT DO NOTHING"
 )
 _INSERT_RUN: Final = one_row(
@@ -52,24 +51,24 @@ _END_RUN: Final = one_row(
     "UPDATE workflow_runs SET status = :status, error = :error, error_step = :error_step, completed_at = :now, "
     "unprocessed = NULL, due_at = NULL WHERE id = :id"
 )
-_ADD_TOTALS: Final = sa.text(
+_ADD_TOTALS: Final = Sql(
     "UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + inner.vm, "
     "total_api_tokens = total_api_tokens + inner.tokens, total_cost_usd = total_cost_usd + inner.cost "
     "FROM (SELECT total_vm_time_ms AS vm, total_api_tokens AS tokens, total_cost_usd AS cost FROM workflow_runs "
     "WHERE id = :run_id) AS inner WHERE workflow_runs.id = :id"
 )
-_PARENT: Final = sa.text("SELECT run_id, step_id, status, started_at FROM step_executions WHERE id = :id")
+_PARENT: Final = Sql("SELECT run_id, step_id, status, started_at FROM step_executions WHERE id = :id")
 _END_PARENT: Final = one_row(
     "UPDATE step_executions SET status = :status, outputs = :outputs, error = :error, completed_at = :now, "
     "duration_ms = :duration_ms WHERE id = :id"
 )
-_RUNS_OF_STEPS: Final = sa.text(
+_RUNS_OF_STEPS: Final = Sql(
     "SELECT id FROM workflow_runs WHERE parent_step_id IN :ids AND status IN ('running', 'waiting')"
 )
-_CANCEL_ATTEMPT: Final = sa.text(
+_CANCEL_ATTEMPT: Final = Sql(
     "UPDATE attempts SET outcome = 'cancelled', error = :error, ended_at = :now WHERE id = :id AND outcome IS NULL"
 )
-_CHILDREN: Final = sa.text(
+_CHILDREN: Final = Sql(
     "SELECT step_id FROM step_executions WHERE run_id = :run_id AND substr(step_id, 1, length(:prefix)) = :prefix "
     "AND status IN ('pending', 'waiting', 'ready', 'running')"
 )

@@ -9,42 +9,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import sqlalchemy as sa
-
 from swarm.cel.expression import ExpressionError
 from swarm.errors import NotFound, UsageError
 from swarm.store.runs.packing import MAX_BYTES, REFERENCE, Gone, resolve, unpack
 from swarm.store.sql.database import Tx
+from swarm.store.sql.dialect import Sql
 
-_DATA: Final = sa.text("SELECT data FROM artifacts WHERE digest = :digest")
-_PUT: Final = sa.text(
+_DATA: Final = Sql("SELECT data FROM artifacts WHERE digest = :digest")
+_PUT: Final = Sql(
     "INSERT INTO artifacts (digest, bytes, data, created_at) VALUES (:digest, :bytes, :data, :now) "
     "ON CONFLICT (digest) DO NOTHING"
 )
-_USE: Final = sa.text(
+_USE: Final = Sql(
     "INSERT INTO artifact_uses (ticket_id, digest) VALUES (:ticket_id, :digest) "
     "ON CONFLICT (ticket_id, digest) DO NOTHING"
 )
-_DATA_OF_TICKET: Final = sa.text(
+_DATA_OF_TICKET: Final = Sql(
     "SELECT a.data FROM artifact_uses u JOIN artifacts a ON a.digest = u.digest "
     "WHERE u.ticket_id = :ticket_id AND u.digest = :digest"
 )
-_OF_TICKET: Final = sa.text(
+_OF_TICKET: Final = Sql(
     "SELECT a.digest, a.bytes, a.created_at FROM artifact_uses u JOIN artifacts a ON a.digest = u.digest "
     "WHERE u.ticket_id = :ticket_id ORDER BY a.created_at, a.digest"
 )
-_LARGEST: Final = sa.text(
+_LARGEST: Final = Sql(
     "SELECT a.digest, a.bytes, a.created_at, "
     "(SELECT count(*) FROM artifact_uses u WHERE u.digest = a.digest) AS tickets "
     "FROM artifacts a ORDER BY a.bytes DESC, a.digest LIMIT :limit"
 )
-_BY_PREFIX: Final = sa.text(
-    "SELECT digest FROM artifacts WHERE digest >= :low AND digest < :high ORDER BY digest LIMIT 2"
-)
-_UNUSED: Final = sa.text(
+_BY_PREFIX: Final = Sql("SELECT digest FROM artifacts WHERE digest >= :low AND digest < :high ORDER BY digest LIMIT 2")
+_UNUSED: Final = Sql(
     "DELETE FROM artifacts WHERE NOT EXISTS (SELECT 1 FROM artifact_uses u WHERE u.digest = artifacts.digest)"
 )
-_USES_WITHOUT_TICKET: Final = sa.text(
+_USES_WITHOUT_TICKET: Final = Sql(
     "DELETE FROM artifact_uses WHERE NOT EXISTS (SELECT 1 FROM tickets t WHERE t.id = artifact_uses.ticket_id)"
 )
 

@@ -6,19 +6,17 @@ import asyncio
 import contextlib
 from collections.abc import Iterable
 
-import sqlalchemy as sa
-import structlog
-
 from swarm.base import crash_points
+from swarm.base.log import logger
 from swarm.errors import SwarmError
 from swarm.store.runs.decision import Decided
 from swarm.store.runs.workflow_engine import WorkflowEngine
-from swarm.store.sql.database import Database
+from swarm.store.sql.database import Connection, Database
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.tickets.changes import Culprit
 from swarm.store.tickets.isolation import IsolatingThread, RowFault, sentence
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 
 class BackgroundPlanner:
@@ -56,7 +54,7 @@ class BackgroundPlanner:
     async def _advance(self, run: str) -> None:
         self._reader = self._reader or ConnectionThread(self._db, write=False)
 
-        def decide(connection: sa.Connection) -> Decided | None:
+        def decide(connection: Connection) -> Decided | None:
             with self._db.transaction(connection) as tx:
                 return self._workflows.decide(tx, run)
 

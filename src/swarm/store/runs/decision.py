@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import sqlalchemy as sa
-
 from swarm.base.manifest import Invalid
 from swarm.cel import artifact_refs, evaluate
 from swarm.cel.evaluate import Evaluator
@@ -18,6 +16,7 @@ from swarm.model import RunStatus
 from swarm.store.runs import artifacts, packing
 from swarm.store.runs.definitions import Definition, Definitions, TooExpensive
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient, milliseconds
 from swarm.workflow import plan, structure
 from swarm.workflow.state import (
@@ -44,24 +43,24 @@ _TRANSACTION_EXPRESSIONS: Final = 500
 TIME_IS_UP: Final = "!deadline"  # in a run's `unprocessed`, beside keys of steps, none of which can have this name
 ON_ERROR_MS: Final = 600_000  # for all on_error steps together, once the run's own time is over
 
-_RUN: Final = sa.text(
+_RUN: Final = Sql(
     "SELECT r.id, r.ticket_id, r.workflow_id, r.status, r.trigger_type, r.trigger_data, r.started_at, "
     "r.parent_step_id, COALESCE(r.root_run_id, r.id) AS root_run, r.path, r.definition, r.progress, r.unprocessed, "
     "r.revision, r.due_at, r.deadline_at, t.id AS ticket, t.state, t.run_id AS ticket_run, t.title, t.description, "
     "t.project_id, t.priority, t.max_attempts, t.created_at AS ticket_created_at "
     "FROM workflow_runs r LEFT JOIN tickets t ON t.id = r.ticket_id WHERE r.id = :id"
 )
-_CONTEXT: Final = sa.text("SELECT context FROM workflow_runs WHERE id = :id")
-_TICKET_INPUTS: Final = sa.text("SELECT inputs FROM tickets WHERE id = :id")
-_STEP_INPUTS: Final = sa.text("SELECT inputs FROM step_executions WHERE id = :id")
+_CONTEXT: Final = Sql("SELECT context FROM workflow_runs WHERE id = :id")
+_TICKET_INPUTS: Final = Sql("SELECT inputs FROM tickets WHERE id = :id")
+_STEP_INPUTS: Final = Sql("SELECT inputs FROM step_executions WHERE id = :id")
 _STEP_COLUMNS: Final = (
     "id, step_id, status, inputs, outputs, error, fan_out, verdict, attempt_id, started_at, queued_at, available_at"
 )
-_HAS_HANDLERS: Final = sa.text(
+_HAS_HANDLERS: Final = Sql(
     "SELECT definition LIKE '%\"on_error\"%' AS has_handlers FROM definitions WHERE digest = :digest"
 )
-STEPS: Final = sa.text(f"SELECT {_STEP_COLUMNS} FROM step_executions WHERE run_id = :run_id AND step_id IN :ids")
-ALL_STEPS: Final = sa.text(f"SELECT {_STEP_COLUMNS} FROM step_executions WHERE run_id = :run_id")
+STEPS: Final = Sql(f"SELECT {_STEP_COLUMNS} FROM step_executions WHERE run_id = :run_id AND step_id IN :ids")
+ALL_STEPS: Final = Sql(f"SELECT {_STEP_COLUMNS} FROM step_executions WHERE run_id = :run_id")
 
 
 @dataclass(slots=True, kw_only=True)

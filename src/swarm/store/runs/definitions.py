@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-import sqlalchemy as sa
-
 from swarm.base import versions
 from swarm.cel import template
 from swarm.errors import StoreError
 from swarm.store.registry import agents, workflows
 from swarm.store.registry.workflows import WorkflowRow
 from swarm.store.sql.database import Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.tickets import validation
 from swarm.workflow import definition, pinning
 from swarm.workflow.definition import Workflow
@@ -31,8 +30,8 @@ from swarm.workflow.structure import Graph
 T = TypeVar("T")
 
 _CACHED: Final = 256
-_TEXT: Final = sa.text("SELECT definition FROM definitions WHERE digest = :digest")
-NAMED: Final = sa.text("SELECT id, name, version FROM agents WHERE name IN :ids")
+_TEXT: Final = Sql("SELECT definition FROM definitions WHERE digest = :digest")
+NAMED: Final = Sql("SELECT id, name, version FROM agents WHERE name IN :ids")
 
 
 class TooExpensive(Exception):

@@ -15,8 +15,6 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.cel.jail import Jail
 from swarm.model import Event, RunStatus, TicketState
 from swarm.store.registry.agents import Agents
@@ -24,9 +22,10 @@ from swarm.store.runs import decision
 from swarm.store.runs.actions import carry_out, give_up
 from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, TransactionEvaluator
 from swarm.store.runs.definitions import Definitions, TooExpensive
+from swarm.store.sql.conditions import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.store.sql.database import Row, Tx, one_row
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient, new_id, shallow
-from swarm.store.sql.schema import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.isolation import Isolation
@@ -44,28 +43,28 @@ INSERT_RUN: Final = one_row(
     ":trigger_data, :now, :deadline_at, :deadline_at)"
 )
 _DEFER: Final = one_row("UPDATE workflow_runs SET unprocessed = :unprocessed, due_at = :due_at WHERE id = :id")
-_DUE: Final = sa.text(
+_DUE: Final = Sql(
     f"SELECT id, unprocessed, deadline_at FROM workflow_runs WHERE {RUN_DUE} AND due_at <= :now_ms "
     "ORDER BY due_at LIMIT :limit"
 )
-_SET_DUE: Final = sa.text("UPDATE workflow_runs SET due_at = :due_at WHERE id = :id")
+_SET_DUE: Final = Sql("UPDATE workflow_runs SET due_at = :due_at WHERE id = :id")
 WAITING_COLUMNS: Final = (
     "s.id, s.run_id, s.step_id, s.attempt_id, s.error, s.question, s.verdict, r.ticket_id, r.path, r.definition, "
     "COALESCE(r.root_run_id, r.id) AS root_run"
 )
-_UNANSWERED: Final = sa.text(
+_UNANSWERED: Final = Sql(
     f"SELECT {WAITING_COLUMNS} FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
     "JOIN tickets t ON t.id = r.ticket_id "
     f"WHERE s.{STEP_WAITING} AND s.available_at <= :now_ms LIMIT :limit"
 )
-SET_VERDICT: Final = sa.text("UPDATE step_executions SET verdict = :verdict, available_at = NULL WHERE id = :id")
-_WAITING: Final = sa.text(
+SET_VERDICT: Final = Sql("UPDATE step_executions SET verdict = :verdict, available_at = NULL WHERE id = :id")
+_WAITING: Final = Sql(
     "SELECT t.state, EXISTS (SELECT 1 FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE "
     "r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND s.status = 'waiting' AND s.verdict IS NULL) "
     "AS waiting FROM tickets t WHERE t.id = :ticket_id"
 )
-_SET_ROOT: Final = sa.text("UPDATE workflow_runs SET status = :status WHERE id = :id")
-DISOWNED: Final = sa.text(
+_SET_ROOT: Final = Sql("UPDATE workflow_runs SET status = :status WHERE id = :id")
+DISOWNED: Final = Sql(
     "SELECT r.id FROM workflow_runs r LEFT JOIN tickets t ON t.id = r.ticket_id "
     f"WHERE {LIVE_RUN.replace('status', 'r.status')} AND r.root_run_id IS NULL AND (t.id IS NULL "
     "OR t.state NOT IN ('in_progress', 'waiting') OR t.run_id <> r.id OR t.run_id IS NULL) LIMIT :limit"

@@ -12,82 +12,57 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from pathlib import Path
 from typing import Any, Final, TypeAlias
-from urllib.parse import unquote
-
-import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from swarm.errors import StoreError, UsageError
 from swarm.store.sql import files
-from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, explain
+from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain
 from swarm.store.sql.rows import iso
-from swarm.store.sql.schema import metadata
 from swarm.store.sql.sqlite import SQLITE
 from swarm.store.sql.wake import Wake
 
 DIALECTS: Final = {SQLITE.name: SQLITE}
-MIGRATIONS: Final = Path(__file__).parents[1] / "migrations"
+# The revision that this version of Swarm needs: the newest of migrations/versions.
+HEAD: Final = "v0_1_0"
 _IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
-_FILE_IN_URL: Final = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", re.S)
+_URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)
 _PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in a text that was meant to be a URL
 
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
 
 
-_ONE_ROW: Final = set[sa.TextClause]()
+_ONE_ROW: Final = set[Sql]()
 
 
-def one_row(sql: str) -> sa.TextClause:
+def one_row(sql: str) -> Sql:
     """A statement that changes exactly one row, or else nothing of its transaction may count: see `Tx.many`."""
-    statement = sa.text(sql)
+    statement = Sql(sql)
     _ONE_ROW.add(statement)
     return statement
 
 
-def _alembic(connection: Connection | None = None) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    return config
+@cache
+def _in(statement: Sql, count: int) -> str:
+    """A statement with ``IN :ids``, for ``count`` values."""
+    return statement.replace(":ids", f"({', '.join(f':id_{n}' for n in range(count))})")
+
+
+_HAS_REVISION: Final = Sql("SELECT name FROM sqlite_master WHERE name = 'alembic_version'")
+_REVISION: Final = Sql("SELECT version_num FROM alembic_version")
+_WRITE_NOTHING: Final = Sql("DELETE FROM alembic_version WHERE 1 = 0")
 
 
 @cache
-def head() -> str:
-    """The revision that this version of Swarm needs. Cached, so that a process that has run out of file descriptors
-    can still connect."""
-    revision = ScriptDirectory.from_config(_alembic()).get_current_head()
-    assert revision is not None
-    return revision
+def _now_ms(dialect: Dialect) -> Sql:
+    return Sql(f"SELECT {dialect.now_ms} AS now_ms")
 
 
 @cache
-def _driver_sql(statement: sa.TextClause, dialect: sa.Dialect) -> str:
-    """The SQL text for the driver, with named parameters."""
-    return str(statement.compile(dialect=dialect))
-
-
-@cache
-def _driver_sql_in(statement: sa.TextClause, dialect: sa.Dialect, count: int) -> str:
-    """The same for a statement with ``IN :ids``, for ``count`` values."""
-    return _driver_sql(statement, dialect).replace(":ids", f"({', '.join(f':id_{n}' for n in range(count))})")
-
-
-@cache
-def _now_ms(dialect: Dialect) -> sa.TextClause:
-    return sa.text(f"SELECT {dialect.now_ms} AS now_ms")
-
-
-@cache
-def _written_by_others(dialect: Dialect) -> sa.TextClause:
-    return sa.text(f"SELECT {dialect.written_by_others} AS number")
+def _written_by_others(dialect: Dialect) -> Sql:
+    return Sql(f"SELECT {dialect.written_by_others} AS number")
 
 
 @cache
@@ -95,6 +70,18 @@ def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
     row: Any = namedtuple("Row", columns)  # type: ignore[misc]  # the names come from our own statements
     make: Callable[[Iterable[Any]], Any] = row._make
     return make
+
+
+@dataclass(slots=True)
+class Connection:
+    """The driver's connection, of one thread. ``opened``: the files as they were then, to which it may write."""
+
+    driver: Any
+    write: bool
+    opened: files.OpenFiles | None = None
+
+    def close(self) -> None:
+        self.driver.close()
 
 
 class Outdated(Exception):
@@ -106,16 +93,14 @@ class Tx:
 
     Changes are written before the next read, or else together with the commit: while a transaction reads and computes,
     it holds no lock that another program's INSERT could meet.
-
-    SQLAlchemy compiles each statement once; then the driver's cursor runs it directly, in a fifth of the time.
     """
 
     def __init__(self, connection: Connection, dialect: Dialect, wakes: Iterable[Wake] = ()) -> None:
         self.connection = connection
         self.dialect = dialect
         self._wakes, self._muted = wakes, list[Wake]()
-        self._cursor = connection.connection.cursor()
-        self._unwritten: list[tuple[sa.TextClause, Sequence[Mapping[str, Any]]]] = []
+        self._cursor = connection.driver.cursor()
+        self._unwritten: list[tuple[Sql, Sequence[Mapping[str, Any]]]] = []
         self._if_undone: list[Callable[[], None]] = []
 
     @cached_property
@@ -131,20 +116,21 @@ class Tx:
     @property
     def written_by_others(self) -> int:
         """Another number than before whenever another connection has changed the database."""
-        sql = _driver_sql(_written_by_others(self.dialect), self.connection.dialect)
-        return int(self._cursor.execute(sql).fetchone()[0])  # own changes don't matter to it
+        return int(
+            self._cursor.execute(_written_by_others(self.dialect)).fetchone()[0]
+        )  # own changes don't matter to it
 
-    def all(self, statement: sa.TextClause, **values: Any) -> list[Row]:
-        return self._rows(_driver_sql(statement, self.connection.dialect), values)
+    def all(self, statement: Sql, **values: Any) -> list[Row]:
+        return self._rows(statement, values)
 
-    def first(self, statement: sa.TextClause, **values: Any) -> Row | None:
+    def first(self, statement: Sql, **values: Any) -> Row | None:
         rows = self.all(statement, **values)
         return rows[0] if rows else None
 
-    def run(self, statement: sa.TextClause, **values: Any) -> None:
+    def run(self, statement: Sql, **values: Any) -> None:
         self.many(statement, [values])
 
-    def many(self, statement: sa.TextClause, rows: Sequence[Mapping[str, Any]]) -> None:
+    def many(self, statement: Sql, rows: Sequence[Mapping[str, Any]]) -> None:
         """The same statement for each row. Raises the driver's error if one that is marked by `one_row` changed none:
         a trigger with RAISE(IGNORE) drops a change without an error."""
         if rows:
@@ -158,7 +144,7 @@ class Tx:
             for wake in self._muted:
                 wake.mute()
         for statement, rows in unwritten:
-            self._cursor.executemany(_driver_sql(statement, self.connection.dialect), rows)
+            self._cursor.executemany(statement, rows)
             if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
                 raise self.dialect.driver_error("a trigger ignored it, or removed the row")
 
@@ -167,7 +153,7 @@ class Tx:
 
     def commit(self) -> None:
         self.write()
-        self.connection.connection.commit()
+        self.connection.driver.commit()
 
     def if_undone(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` unless this transaction is committed: it may run again."""
@@ -176,7 +162,7 @@ class Tx:
     def roll_back(self) -> None:
         for undo in self._if_undone:
             undo()
-        self.connection.connection.rollback()
+        self.connection.driver.rollback()
 
     def unmute(self) -> None:
         """The transaction is over."""
@@ -184,7 +170,7 @@ class Tx:
         for wake in muted:
             wake.unmute()
 
-    def all_in(self, statement: sa.TextClause, ids: Iterable[str], **others: Any) -> list[Row]:
+    def all_in(self, statement: Sql, ids: Iterable[str], **others: Any) -> list[Row]:
         """Rows of a statement with ``IN :ids``, for any number of ids.
 
         The number of parameters is rounded up to a power of two, by repeating the last id: so there are only a few
@@ -196,15 +182,14 @@ class Tx:
             count = 1 << (len(chunk) - 1).bit_length()
             chunk += chunk[-1:] * (count - len(chunk))
             values = {f"id_{number}": value for number, value in enumerate(chunk)}
-            sql = _driver_sql_in(statement, self.connection.dialect, count)
-            found += self._rows(sql, values | others)
+            found += self._rows(_in(statement, count), values | others)
         return found
 
-    def stream(self, statement: sa.TextClause, **values: Any) -> Iterator[Row]:
+    def stream(self, statement: Sql, **values: Any) -> Iterator[Row]:
         """Rows one by one, on a separate cursor, for results that may not fit into memory."""
         self.write()
-        cursor = self.connection.connection.cursor()
-        cursor.execute(_driver_sql(statement, self.connection.dialect), values)
+        cursor = self.connection.driver.cursor()
+        cursor.execute(statement, values)
         make = _row_type(tuple(column[0] for column in cursor.description))
         while rows := cursor.fetchmany(1000):
             yield from map(make, rows)
@@ -227,36 +212,35 @@ class Tx:
 
 def _is_complete(connection: Connection, dialect: Dialect) -> bool:
     """Are all tables and columns that Swarm needs there?"""
+    from swarm.store.sql.schema import metadata
+
     try:
-        present = set(connection.connection.cursor().execute(dialect.columns).fetchall())
-    except (sa.exc.SQLAlchemyError, dialect.driver_error):
+        present = set(connection.driver.cursor().execute(dialect.columns).fetchall())
+    except dialect.driver_error:
         return False
     return all((table.name, column.name) in present for table in metadata.tables.values() for column in table.columns)
 
 
 class Database:
-    """``url`` in SQLAlchemy's form. Raises UsageError for an invalid or unsupported one."""
+    """``url`` as SQLAlchemy has it: `sqlite:////path/swarm.db`. Raises UsageError for an invalid or unsupported one."""
 
     def __init__(self, url: str, *, busy_timeout_seconds: float) -> None:
-        try:
-            parsed = make_url(url)
-        except sa.exc.ArgumentError:
+        self.url = _PASSWORD.sub("***", url)
+        if (found := _URL.fullmatch(url)) is None:
             raise UsageError(
-                f"bad database URL {_PASSWORD.sub('***', url)!r}; it looks like sqlite:////opt/swarm-platform/data/swarm.db"
-            ) from None
-        name = parsed.get_backend_name()
-        if name not in DIALECTS:
-            shown = parsed.render_as_string(hide_password=True)
-            raise UsageError(f"the database {name!r} is not supported; use {', '.join(DIALECTS)} (got {shown!r})")
-        if (found := _FILE_IN_URL.fullmatch(url)) is not None:  # SQLAlchemy decodes it from 2.1 on only
-            parsed = parsed.set(database=unquote(found[1]))
-        self.dialect = DIALECTS[name]
-        self.url: URL = parsed
+                f"bad database URL {self.url!r}; it looks like sqlite:////opt/swarm-platform/data/swarm.db"
+            )
+        if found["name"] not in DIALECTS:
+            raise UsageError(
+                f"the database {found['name']!r} is not supported; use {', '.join(DIALECTS)} (got {self.url!r})"
+            )
+        self._url = url
+        self.dialect = DIALECTS[found["name"]]
         self.busy_timeout_seconds = busy_timeout_seconds
-        self.file = self.dialect.file(parsed)
         self.wakes = list[Wake]()  # of this process: they are muted while a transaction writes
+        self.file = self.dialect.file(url)
         self._changed: files.OpenFiles | None = None  # what was opened before it was changed from outside
-        self.place = str(self.file) if self.file else parsed.render_as_string(hide_password=True)
+        self.place = str(self.file) if self.file else self.url
 
     def check_directory(self) -> None:
         if self.file is not None and not self._test(self.file.parent.is_dir):
@@ -277,36 +261,21 @@ class Database:
     def connect(self, *, write: bool) -> Connection:
         """A connection for the calling thread. ``write`` False: a read-only one. Raises StoreError."""
         self.check_directory()
-        if write and self.file is not None and not str(self.url.database).startswith("file:"):
+        if write and self.file is not None:
             # Only its owner may read what tickets and agents say, whatever the directory and the umask allow. SQLite
             # gives its -wal and -shm files the same permissions. A file that is there keeps those that it has.
             with contextlib.suppress(OSError):  # SQLite will say what is wrong
                 os.close(os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         if write and self._changed is not None:
             self._changed.check()
-        engine = self._engine(write)
         with self.errors():
-            connection = engine.connect()
-        connection.info["write"] = write
+            connection = Connection(self.dialect.connect(self._url, write, self.busy_timeout_seconds), write)
         if write and self.file is not None:
             # What a crash left in the log is copied now, since only then `OpenFiles` sees every later change.
             with self.errors():
-                connection.connection.cursor().execute(self.dialect.tidy)
-            connection.info["files"] = files.OpenFiles(self.file)
+                connection.driver.cursor().execute(self.dialect.tidy)
+            connection.opened = files.OpenFiles(self.file)
         return connection
-
-    def _engine(self, write: bool) -> Engine:
-        engine = sa.create_engine(self.url, poolclass=sa.NullPool, paramstyle="named")
-
-        def prepare(connection: Any, record: object) -> None:
-            self.dialect.on_connect(connection, write, self.busy_timeout_seconds)
-
-        def begun(connection: Connection) -> None:
-            connection.exec_driver_sql(self._begin(connection))
-
-        sa.event.listen(engine, "connect", prepare)
-        sa.event.listen(engine, "begin", begun)
-        return engine
 
     @contextmanager
     def transaction(self, connection: Connection, *, optimistic: bool = False) -> Iterator[Tx]:
@@ -315,7 +284,7 @@ class Database:
         ``optimistic``: begin without the write lock, and take it when something is written. What was read before must
         still be true then: else nothing is written, and Outdated is raised.
         """
-        opened: files.OpenFiles | None = connection.info.get("files")
+        opened = connection.opened
         if opened is not None:
             try:
                 (self._changed or opened).check()
@@ -340,7 +309,7 @@ class Database:
             opened.note()
 
     def _begin(self, connection: Connection) -> str:
-        return self.dialect.begin_write if connection.info["write"] else self.dialect.begin_read
+        return self.dialect.begin_write if connection.write else self.dialect.begin_read
 
     @contextmanager
     def errors(self, connection: Connection | None = None) -> Iterator[None]:
@@ -352,7 +321,7 @@ class Database:
         before = sys.exception()
         try:
             yield
-        except (sa.exc.SQLAlchemyError, self.dialect.driver_error, MemoryError) as error:
+        except (self.dialect.driver_error, MemoryError) as error:
             one: BaseException | None = error
             while one is not None and one is not before:
                 known = explain(
@@ -369,30 +338,34 @@ class Database:
 
     def revision(self, connection: Connection) -> str | None:
         """The revision of the database; None if it is empty."""
-        with self.errors(), connection.begin():
-            return MigrationContext.configure(connection).get_current_revision()
+        with self.transaction(connection) as tx:
+            if not tx.all(_HAS_REVISION):
+                return None
+            found = tx.first(_REVISION)
+            return found.version_num if found else None
 
     def check_revision(self, connection: Connection) -> None:
-        """Raises StoreError unless the database is at `head`."""
-        found, needed = self.revision(connection), head()
-        if found != needed:
-            why = f"it is at {found}, this Swarm needs {needed}" if found else "it is empty"
+        """Raises StoreError unless the database is at `HEAD`."""
+        found = self.revision(connection)
+        if found != HEAD:
+            why = f"it is at {found}, this Swarm needs {HEAD}" if found else "it is empty"
             raise StoreError(NOT_MIGRATED.format(place=self.place, error=why))
 
     def check_writable(self, connection: Connection) -> None:
         """Raises StoreError for a read-only file. SQLite lets a write transaction begin on one without an error, so an
         idle queue would not notice for hours."""
         with self.transaction(connection) as tx:
-            tx.run(sa.text("DELETE FROM alembic_version WHERE 1 = 0"))
+            tx.run(_WRITE_NOTHING)
 
     def migrate(self, connection: Connection) -> None:
-        """Upgrade to `head`, in one transaction. Others that call it meanwhile wait, and then find nothing to do."""
-        with self.errors(), connection.begin():
-            found = MigrationContext.configure(connection).get_current_revision()
-            known = {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
-            if found is not None and found not in known:
+        """Upgrade to `HEAD`, in one transaction. Others that call it meanwhile wait, and then find nothing to do."""
+        from swarm.store.sql.migrate import UnknownRevision, upgrade
+
+        with self.errors():
+            try:
+                upgrade(connection.driver, self.dialect)
+            except UnknownRevision as error:
                 raise StoreError(
-                    f"the database {self.place} is at revision {found}, which this version of Swarm does not know: "
+                    f"the database {self.place} is at revision {error}, which this version of Swarm does not know: "
                     "a newer version made it, or one from before 0.1.0; use that one, or another database"
-                )
-            command.upgrade(_alembic(connection), "head")
+                ) from None

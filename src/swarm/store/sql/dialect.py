@@ -9,11 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy.engine import URL
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import Text
-
 from swarm.errors import StoreError
 
 # Messages with the fields of `explain`.
@@ -23,21 +18,10 @@ NOT_MIGRATED: Final = (
 OUT_OF_MEMORY: Final = "out of memory in the database {place}"
 
 
-class utc_now(FunctionElement[str]):
-    """ISO-8601 UTC text with milliseconds, by the database's clock: the default of every column that people read."""
+class Sql(str):
+    """A statement, with `:name` for its parameters. Made once, at import: the driver prepares equal texts once."""
 
-    type = Text()
-    inherit_cache = True
-
-
-@compiles(utc_now, "sqlite")
-def _(element: utc_now, compiler: Any, **options: Any) -> str:
-    return "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
-
-
-@compiles(utc_now, "postgresql")
-def _(element: utc_now, compiler: Any, **options: Any) -> str:
-    return "to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +35,8 @@ class Dialect:
     tidy: str  # a statement at the beginning of a writing connection
     begin_write: str  # starts a transaction that no other writer can get between
     begin_read: str
-    on_connect: Callable[[Any, bool, float], None]  # (driver's connection, will write, busy timeout in seconds)
-    file: Callable[[URL], Path | None]  # None: this database is not a file. Raises UsageError
+    connect: Callable[[str, bool, float], Any]  # (URL, will write, busy timeout in seconds): the driver's connection
+    file: Callable[[str], Path | None]  # of a URL. None: this database is not a file. Raises UsageError
     driver_error: type[Exception]  # the base class of the driver's exceptions
     # The message for an error of the database itself, None for all others.
     explain: Callable[[BaseException], str | None]
@@ -69,9 +53,8 @@ def explain(
 ) -> StoreError | None:
     """None for an error that is due to the statement and not to the database. ``complete``: are Swarm's own tables all
     there? Then it is another program's trigger that names a missing one."""
-    cause = getattr(error, "orig", None) or error
     # MemoryError: Python's, or the driver's own
-    text = OUT_OF_MEMORY if isinstance(cause, MemoryError) else dialect.explain(cause)
+    text = OUT_OF_MEMORY if isinstance(error, MemoryError) else dialect.explain(error)
     if text is NOT_MIGRATED and complete():
         return None
-    return StoreError(text.format(place=place, busy=busy_timeout_seconds, error=cause)) if text else None
+    return StoreError(text.format(place=place, busy=busy_timeout_seconds, error=error)) if text else None

@@ -11,24 +11,40 @@ from __future__ import annotations
 from typing import Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
-from swarm.model import TicketState
-from swarm.store.sql.dialect import utc_now
+from swarm.store.sql.conditions import (
+    ATTEMPT_LIVE,
+    LIVE_RUN,
+    RUN_DUE,
+    STEP_DELAYED,
+    STEP_READY,
+    STEP_WAITING,
+    UNFINISHED,
+    UNKNOWN_STATE,
+)
 
 metadata: Final = sa.MetaData()
 
 BIG: Final = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite generates row numbers only for INTEGER
 
-# Statements repeat these conditions: SQLite uses a partial index only when the query contains its condition.
-UNKNOWN_STATE: Final = "state NOT IN (" + ", ".join(f"'{s}'" for s in TicketState) + ")"
-UNFINISHED: Final = "state IN ('in_progress', 'waiting', 'blocked')"
-STEP_READY: Final = "status = 'ready' AND available_at IS NULL"
-STEP_DELAYED: Final = "status = 'ready' AND available_at IS NOT NULL"
-STEP_WAITING: Final = "status = 'waiting' AND available_at IS NOT NULL"
-RUN_DUE: Final = "due_at IS NOT NULL"
-# Runs that may have no attempt: those of workflows, and those that wait for a person.
-LIVE_RUN: Final = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('running', 'waiting')"
-ATTEMPT_LIVE: Final = "outcome IS NULL"
+
+class utc_now(FunctionElement[str]):
+    """ISO-8601 UTC text with milliseconds, by the database's clock: the default of every column that people read."""
+
+    type = sa.Text()
+    inherit_cache = True
+
+
+@compiles(utc_now, "sqlite")
+def _(element: utc_now, compiler: Any, **options: Any) -> str:
+    return "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
+
+
+@compiles(utc_now, "postgresql")
+def _(element: utc_now, compiler: Any, **options: Any) -> str:
+    return "to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
 
 
 def _text(name: str, *, null: bool = True, default: str | None = None) -> sa.Column[str]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
-from sqlalchemy.engine import URL
-
 from swarm.errors import UsageError
 from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect
 
@@ -53,19 +51,36 @@ _ERRORS: Final = (
 )
 
 
-def _file(url: URL) -> Path | None:
-    """Without the `file:` of SQLite's URI form. Raises UsageError."""
-    if not url.database or url.database == ":memory:":
-        raise UsageError(
-            f"a database in memory can't be shared ({url.render_as_string()!r}); name a file: sqlite:////path/swarm.db"
-        )
-    if url.database.startswith("file:"):
-        return Path(unquote(url.database.removeprefix("file:"))).absolute()
-    return Path(url.database).absolute()
+def _parts(url: str) -> tuple[str, str]:
+    """Path and query of `sqlite:///path?query`. SQLite's own form `file:…` keeps its prefix. Raises UsageError."""
+    path, _, query = url.partition("://")[2].partition("?")
+    if path and not path.startswith("/"):
+        raise UsageError(f"bad database URL {url!r}: a file's has three slashes, sqlite:////path/swarm.db")
+    path = unquote(path[1:])
+    if not path or path == ":memory:":
+        raise UsageError(f"a database in memory can't be shared ({url!r}); name a file: sqlite:////path/swarm.db")
+    return path, query
 
 
-def _connected(connection: sqlite3.Connection, write: bool, busy_timeout_seconds: float) -> None:
-    connection.isolation_level = None  # transactions begin when we say so, not when the driver thinks so
+def _file(url: str) -> Path | None:
+    return Path(unquote(_parts(url)[0].removeprefix("file:"))).absolute()
+
+
+def _connect(url: str, write: bool, busy_timeout_seconds: float) -> sqlite3.Connection:
+    path, query = _parts(url)
+    if uri := path.startswith("file:"):
+        path = f"{path}?{query}"
+    # Transactions begin when we say so, not when the driver thinks so.
+    connection = sqlite3.connect(path, uri=uri, isolation_level=None, check_same_thread=False)
+    try:
+        _prepare(connection, write, busy_timeout_seconds)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, write: bool, busy_timeout_seconds: float) -> None:
     connection.text_factory = _decode
     pragmas = [f"busy_timeout = {int(busy_timeout_seconds * 1000)}", "foreign_keys = ON", "cache_size = -16000"]
     if write:
@@ -108,7 +123,7 @@ def _explain(error: BaseException) -> str | None:
 
 
 def _is_locked(error: BaseException | None) -> bool:
-    return getattr(getattr(error, "orig", None) or error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+    return getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
 
 
 SQLITE: Final = Dialect(
@@ -121,7 +136,7 @@ SQLITE: Final = Dialect(
     tidy="PRAGMA wal_checkpoint(PASSIVE)",
     begin_write="BEGIN IMMEDIATE",
     begin_read="BEGIN",
-    on_connect=_connected,
+    connect=_connect,
     file=_file,
     driver_error=sqlite3.Error,
     explain=_explain,

@@ -23,11 +23,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from sqlalchemy.engine import Connection
-
 from swarm.base import crash_points
 from swarm.errors import StoreError, SwarmError
-from swarm.store.sql.database import Database, Outdated, Tx
+from swarm.store.sql.database import Connection, Database, Outdated, Tx
 from swarm.store.sql.flush import Flusher
 
 P = ParamSpec("P")
@@ -261,7 +259,7 @@ class ConnectionThread:
 
     def _note_changes(self, connection: Connection, others: int | None) -> None:
         """Is there anything to flush?"""
-        own = int(connection.connection.driver_connection.total_changes)  # type: ignore[union-attr]
+        own = int(connection.driver.total_changes)
         seen = own, self._seen[1] if others is None and self._seen is not None else others
         if seen != self._seen:
             self._seen, self._unflushed = seen, True

@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import structlog
 from asyncinotify import Inotify, Mask
 
+from swarm.base.log import logger
 from swarm.errors import StoreError
 from swarm.store.sql import files
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 # Checks after a write event until the commit is visible: that takes 20 µs, or an fsync with synchronous=FULL (the
 # default of the sqlite3 shell). A check costs 10 µs, a timer of the event loop 1 to 2 ms: so the first checks use no

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-import sqlalchemy as sa
-
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, RunStatus, StepStatus, TicketState
 from swarm.store.sql.database import Row, Tx, one_row
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import READ_BYTES, dump, event_values, lenient, message, milliseconds
 
 T = TypeVar("T")
@@ -27,8 +26,8 @@ LEFT JOIN step_executions s ON s.id = a.step_execution_id
 LEFT JOIN workflow_runs r ON r.id = s.run_id
 LEFT JOIN tickets t ON t.id = r.ticket_id
 """
-FENCE_BY_ID: Final = sa.text(_FENCE + "WHERE a.id IN :ids")
-FENCE_EXPIRED: Final = sa.text(_FENCE + "WHERE a.outcome IS NULL AND a.lease_until <= :now_ms LIMIT :limit")
+FENCE_BY_ID: Final = Sql(_FENCE + "WHERE a.id IN :ids")
+FENCE_EXPIRED: Final = Sql(_FENCE + "WHERE a.outcome IS NULL AND a.lease_until <= :now_ms LIMIT :limit")
 
 INSERT_ATTEMPT: Final = one_row(
     "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until, reason, started_at) "
@@ -38,7 +37,7 @@ _INTO_EVENTS: Final = (
     "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "
     "VALUES (:ticket_id, :step_id, :attempt_id, :at, :kind, :data)"
 )
-INSERT_EVENT: Final = sa.text(_INTO_EVENTS)
+INSERT_EVENT: Final = Sql(_INTO_EVENTS)
 _INSERT_TRANSITION: Final = one_row(_INTO_EVENTS)
 _END_ATTEMPT: Final = one_row(
     "UPDATE attempts SET outcome = :outcome, reason = :reason, error = :error, exit_code = :exit_code, "
@@ -56,9 +55,7 @@ _END_STEP: Final = one_row(
     "UPDATE step_executions SET status = :status, outputs = :outputs, error = :error, completed_at = :now, "
     "duration_ms = :duration_ms, vm_id = COALESCE(:vm_id, vm_id), available_at = NULL WHERE id = :id"
 )
-_ADD_VM_TIME: Final = sa.text(
-    "UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + :vm_time_ms WHERE id = :id"
-)
+_ADD_VM_TIME: Final = Sql("UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + :vm_time_ms WHERE id = :id")
 _END_RUN: Final = one_row(
     "UPDATE workflow_runs SET status = :status, completed_at = :now, error = :error, error_step = :error_step, "
     "total_vm_time_ms = total_vm_time_ms + :vm_time_ms WHERE id = :id"
@@ -67,35 +64,35 @@ _SET_TICKET: Final = one_row(
     "UPDATE tickets SET state = :state, outputs = COALESCE(:outputs, outputs), error = :error, "
     "completed_at = :completed_at, updated_at = :now WHERE id = :id"
 )
-_TICKET_OF_RUN: Final = sa.text("SELECT ticket_id FROM workflow_runs WHERE id = :id")
-_LIVE_STEPS: Final = sa.text(
+_TICKET_OF_RUN: Final = Sql("SELECT ticket_id FROM workflow_runs WHERE id = :id")
+_LIVE_STEPS: Final = Sql(
     "SELECT s.id, s.run_id, s.step_id, s.status, s.attempt_id, s.started_at, r.ticket_id "
     "FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
     "WHERE s.run_id IN :ids AND s.status IN ('pending', 'waiting', 'ready', 'running')"
 )
-_CANCEL_ATTEMPTS: Final = sa.text(
+_CANCEL_ATTEMPTS: Final = Sql(
     "UPDATE attempts SET outcome = 'cancelled', error = :error, ended_at = :now "
     "WHERE outcome IS NULL AND step_execution_id IN (SELECT id FROM step_executions WHERE run_id = :run_id)"
 )
-_CANCEL_STEPS: Final = sa.text(
+_CANCEL_STEPS: Final = Sql(
     "UPDATE step_executions SET status = 'cancelled', error = :error, completed_at = :now, available_at = NULL "
     "WHERE run_id = :run_id AND status IN ('pending', 'waiting', 'ready', 'running')"
 )
-_CANCEL_RUN: Final = sa.text(
+_CANCEL_RUN: Final = Sql(
     "UPDATE workflow_runs SET status = 'cancelled', error = :error, completed_at = :now, unprocessed = NULL, "
     "due_at = NULL "
     "WHERE id = :run_id AND status IN ('running', 'waiting')"
 )
-_NESTED_RUNS: Final = sa.text(
+_NESTED_RUNS: Final = Sql(
     "SELECT r.id FROM step_executions s JOIN workflow_runs r ON r.parent_step_id = s.id WHERE s.run_id IN :ids"
 )
-_DELETE_ATTEMPTS: Final = sa.text(
+_DELETE_ATTEMPTS: Final = Sql(
     "DELETE FROM attempts WHERE step_execution_id IN (SELECT id FROM step_executions WHERE run_id = :run_id)"
 )
-_DELETE_STEPS: Final = sa.text("DELETE FROM step_executions WHERE run_id = :run_id")
-_DELETE_RUN: Final = sa.text("DELETE FROM workflow_runs WHERE id = :run_id")
-_DELETE_ATTEMPT: Final = sa.text("DELETE FROM attempts WHERE id = :id")
-_CLOSE_TICKET: Final = sa.text(
+_DELETE_STEPS: Final = Sql("DELETE FROM step_executions WHERE run_id = :run_id")
+_DELETE_RUN: Final = Sql("DELETE FROM workflow_runs WHERE id = :run_id")
+_DELETE_ATTEMPT: Final = Sql("DELETE FROM attempts WHERE id = :id")
+_CLOSE_TICKET: Final = Sql(
     "UPDATE tickets SET completed_at = COALESCE(completed_at, :now), updated_at = :now "
     "WHERE id = :id AND state = 'cancelled' AND completed_at IS NULL"
 )
@@ -146,7 +143,7 @@ class Changes:
         self.ended: dict[str, TicketState] = {}  # by this transaction; other tickets may depend on them
         # Runs that need a decision, each with the steps that ended or were answered; see `advance_workflows`.
         self.pending_runs: dict[str, list[str]] = {}
-        self._rows: dict[sa.TextClause, list[Mapping[str, Any]]] = {}
+        self._rows: dict[Sql, list[Mapping[str, Any]]] = {}
 
     @property
     def isolating(self) -> bool:
@@ -180,7 +177,7 @@ class Changes:
         found = self.tx.first(_TICKET_OF_RUN, id=run_id)
         return Culprit("ticket", found.ticket_id) if found is not None else Culprit("run", run_id)
 
-    def add(self, statement: sa.TextClause, **values: Any) -> None:
+    def add(self, statement: Sql, **values: Any) -> None:
         self._rows.setdefault(statement, []).append(values)
 
     def flush(self) -> None:

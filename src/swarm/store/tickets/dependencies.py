@@ -9,35 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.model import TicketState
+from swarm.store.sql.conditions import UNFINISHED
 from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
-from swarm.store.sql.schema import UNFINISHED
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.validation import shown
 
 _NEEDS: Final = "d.ticket_id, d.depends_on, x.id AS found, x.state"
-NEEDS_OF: Final = sa.text(
+NEEDS_OF: Final = Sql(
     f"SELECT {_NEEDS} FROM ticket_dependencies d LEFT JOIN tickets x ON x.id = d.depends_on WHERE d.ticket_id IN :ids"
 )
-NEEDS_OF_BLOCKED: Final = sa.text(
+NEEDS_OF_BLOCKED: Final = Sql(
     f"SELECT t.id, {_NEEDS} FROM tickets t LEFT JOIN ticket_dependencies d ON d.ticket_id = t.id "
     "LEFT JOIN tickets x ON x.id = d.depends_on "
     f"WHERE t.state = 'blocked' AND t.{UNFINISHED}"
 )
-_DEPENDANTS: Final = sa.text("SELECT depends_on FROM ticket_dependencies WHERE depends_on IN :ids LIMIT 1")
-BLOCKED_DEPENDANTS: Final = sa.text(
+_DEPENDANTS: Final = Sql("SELECT depends_on FROM ticket_dependencies WHERE depends_on IN :ids LIMIT 1")
+BLOCKED_DEPENDANTS: Final = Sql(
     "SELECT DISTINCT d.ticket_id FROM ticket_dependencies d JOIN tickets t ON t.id = d.ticket_id "
     "WHERE d.depends_on IN :ids AND t.state = 'blocked'"
 )
 
 # Another tool may have written some of them before the ticket itself.
-INSERT: Final = sa.text(
+INSERT: Final = Sql(
     "INSERT INTO ticket_dependencies (ticket_id, depends_on) VALUES (:ticket_id, :depends_on) ON CONFLICT DO NOTHING"
 )
-OF_TICKET: Final = sa.text("SELECT depends_on FROM ticket_dependencies WHERE ticket_id = :id ORDER BY depends_on")
+OF_TICKET: Final = Sql("SELECT depends_on FROM ticket_dependencies WHERE ticket_id = :id ORDER BY depends_on")
 
 
 def check(tx: Tx, ids: Iterable[str]) -> dict[str, str | None]:

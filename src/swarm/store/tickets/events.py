@@ -7,36 +7,35 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-import sqlalchemy as sa
-
 from swarm.model import Event, ExecutionMode
 from swarm.store.sql import rows
 from swarm.store.sql.database import Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import iso
 
 _COLUMNS: Final = "e.seq, e.ticket_id, e.step_id, e.attempt_id, e.at, e.kind, e.data"
 # Output that arrives after its ticket was deleted is dropped.
-APPEND: Final = sa.text(
+APPEND: Final = Sql(
     "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "
     "SELECT id, :step_id, :attempt_id, :at, :kind, :data FROM tickets WHERE id = :ticket_id"
 )
 # An id may be used again after its ticket was deleted: events of the old ticket are left out.
-OF_TICKET: Final = sa.text(
+OF_TICKET: Final = Sql(
     f"SELECT {_COLUMNS} FROM events e WHERE e.ticket_id = :id AND e.seq > :after AND e.seq > COALESCE("
     "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
 )
-OF_ALL: Final = sa.text(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
+OF_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
 # What an attempt left, once it has ended. That of a lost one is another's by now.
-_FILES: Final = sa.text(
+_FILES: Final = Sql(
     "SELECT e.step_id, e.data, t.execution_mode FROM events e JOIN attempts a ON a.id = e.attempt_id "
     "JOIN tickets t ON t.id = e.ticket_id WHERE e.ticket_id = :id AND e.kind = 'files' "
     "AND a.outcome IS NOT NULL AND a.outcome <> 'lost' ORDER BY e.seq"
 )
-_OLDEST: Final = sa.text("SELECT seq, at, ticket_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
-_UNFINISHED: Final = sa.text("SELECT id FROM tickets WHERE id IN :ids AND state NOT IN ('done', 'failed', 'cancelled')")
-_EXISTING: Final = sa.text("SELECT id FROM tickets WHERE id IN :ids")
-_DELETE: Final = sa.text("DELETE FROM events WHERE seq = :seq")
-PRUNE_DEFINITIONS: Final = sa.text(
+_OLDEST: Final = Sql("SELECT seq, at, ticket_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
+_UNFINISHED: Final = Sql("SELECT id FROM tickets WHERE id IN :ids AND state NOT IN ('done', 'failed', 'cancelled')")
+_EXISTING: Final = Sql("SELECT id FROM tickets WHERE id IN :ids")
+_DELETE: Final = Sql("DELETE FROM events WHERE seq = :seq")
+PRUNE_DEFINITIONS: Final = Sql(
     "DELETE FROM definitions WHERE NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.definition = definitions.digest)"
 )
 _PRUNED_AT_ONCE: Final = 2000

@@ -16,18 +16,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-import sqlalchemy as sa
-import structlog
-
+from swarm.base.log import logger
 from swarm.errors import ChangeRefused, SwarmError
 from swarm.model import TicketState
 from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Due, lenient, message
 from swarm.store.sql.threads import Batch, ConnectionThread
 from swarm.store.tickets.changes import MENDED, Changes, Culprit
 from swarm.store.tickets.validation import shown
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -36,9 +35,9 @@ ISOLATED_SECONDS: Final = 60.0  # after a fault; a skipped ticket is tried again
 _ROUNDS: Final = 100  # faults that one request may uncover
 _SHOWN: Final = 20
 
-_TICKET_OF_RUN: Final = sa.text("SELECT ticket_id FROM workflow_runs WHERE id = :id")
-_STATE: Final = sa.text("SELECT state FROM tickets WHERE id = :id")
-_LIVE_RUNS: Final = sa.text("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
+_TICKET_OF_RUN: Final = Sql("SELECT ticket_id FROM workflow_runs WHERE id = :id")
+_STATE: Final = Sql("SELECT state FROM tickets WHERE id = :id")
+_LIVE_RUNS: Final = Sql("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
 _ENDED: Final = (TicketState.DONE, TicketState.FAILED, TicketState.CANCELLED)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-import sqlalchemy as sa
-
 from swarm.errors import ChangeRefused, Conflict, NotFound, UsageError
 from swarm.model import TERMINAL_TICKET_STATES, Ticket, TicketState
 from swarm.store.sql import rows
+from swarm.store.sql.conditions import UNFINISHED
 from swarm.store.sql.database import Tx, one_row
+from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import (
     SUMMARY_COLUMNS,
     TICKET_COLUMNS,
@@ -25,7 +25,6 @@ from swarm.store.sql.rows import (
     TicketSummary,
     milliseconds,
 )
-from swarm.store.sql.schema import UNFINISHED
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import Changes
 
@@ -35,28 +34,28 @@ _GIVEN: Final = (
     "workflow_id", "inputs", "priority", "timeout_seconds", "max_attempts", "budget_usd", "budget_tokens",
     "over_budget", "trigger_type", "trigger_data",
 )  # fmt: skip
-_INSERT: Final = sa.text(
+_INSERT: Final = Sql(
     f"INSERT INTO tickets ({', '.join(_GIVEN)}, created_at, updated_at) "
     f"VALUES ({', '.join(':' + name for name in _GIVEN)}, :now, :now) "
     f"ON CONFLICT (id) DO NOTHING RETURNING {', '.join(TICKET_FIELDS)}"
 )
-_BY_ID: Final = sa.text(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
+_BY_ID: Final = Sql(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
 _LIST: Final = "SELECT {} FROM tickets t WHERE 1 = 1"
-_LIVE_RUNS: Final = sa.text("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
+_LIVE_RUNS: Final = Sql("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
 _RETRY: Final = one_row(
     "UPDATE tickets SET state = 'ready', error = NULL, outputs = NULL, run_id = NULL, started_at = NULL, "
     "completed_at = NULL, updated_at = :now WHERE id = :id"
 )
-_RUNS: Final = sa.text("SELECT * FROM workflow_runs WHERE ticket_id = :id ORDER BY id")
-_STEPS: Final = sa.text(
+_RUNS: Final = Sql("SELECT * FROM workflow_runs WHERE ticket_id = :id ORDER BY id")
+_STEPS: Final = Sql(
     "SELECT s.* FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE r.ticket_id = :id ORDER BY s.id"
 )
-_ATTEMPTS: Final = sa.text(
+_ATTEMPTS: Final = Sql(
     "SELECT a.*, s.step_id FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
     "JOIN attempts a ON a.step_execution_id = s.id WHERE r.ticket_id = :id ORDER BY a.id"
 )
 # `|| ''`: without it, SQLite would search the index of all tickets by age, past every finished one.
-QUEUE: Final = sa.text(f"""
+QUEUE: Final = Sql(f"""
     SELECT (SELECT count(*) FROM tickets WHERE state = 'ready') AS ready_tickets,
       (SELECT min(created_at || '') FROM tickets WHERE state = 'ready') AS oldest_ticket,
       (SELECT count(*) FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS ready_steps,
@@ -72,7 +71,7 @@ QUEUE: Final = sa.text(f"""
       (SELECT count(*) FROM tickets WHERE state = 'waiting' AND {UNFINISHED}) AS waiting
 """)
 
-NEXT_DUE: Final = sa.text("""
+NEXT_DUE: Final = Sql("""
     SELECT (SELECT min(available_at) FROM step_executions WHERE status = 'ready' AND available_at IS NOT NULL) AS step,
       (SELECT min(lease_until) FROM attempts WHERE outcome IS NULL) AS lease,
       (SELECT min(due_at) FROM workflow_runs WHERE due_at IS NOT NULL) AS run,
@@ -134,7 +133,7 @@ def _listed(
     if project_id is not None:
         sql += " AND t.project_id = :project_id"
         values["project_id"] = project_id
-    return tx.all(sa.text(sql + " ORDER BY t.created_at DESC LIMIT :limit"), **values)
+    return tx.all(Sql(sql + " ORDER BY t.created_at DESC LIMIT :limit"), **values)
 
 
 def runs(tx: Tx, id: str) -> list[RunRow]:

@@ -16,13 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import structlog
-
 from swarm.base import cgroup
+from swarm.base.log import logger
 from swarm.errors import HostError
 from swarm.vm.driver import VmSpec
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 PARENT = "swarm"
 FILE = "cgroups"  # in a VM's directory: the paths of the groups made here, each on its line

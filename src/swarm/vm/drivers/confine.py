@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import structlog
-
 from swarm.base import process
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.libc import (
@@ -56,13 +54,14 @@ from swarm.base.libc import (
     open_tree,
     pivot_root,
 )
+from swarm.base.log import logger
 from swarm.base.process import ThreadsChild
 from swarm.errors import HostError
 from swarm.vm import driver
 from swarm.vm.drivers.jailer import JailFile
 from swarm.vm.network import netns
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 T = TypeVar("T")
 

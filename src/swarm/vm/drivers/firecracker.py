@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import structlog
-
 from swarm.base import process
 from swarm.base.aio import quietly
+from swarm.base.log import logger
 from swarm.errors import BootFailed, HostError, SwarmError
 from swarm.vm import driver
 from swarm.vm.driver import Probe, Slot, Template, VmSpec
@@ -37,7 +36,7 @@ from swarm.vm.drivers.vmm import VmmVm
 if TYPE_CHECKING:
     from swarm.vm.drivers.firecracker_api import Api
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 PROGRAM, JAILER = "firecracker", "jailer"
 MIN_VERSION = (1, 12)

@@ -14,14 +14,13 @@ import signal
 import sys
 from pathlib import Path
 
-import structlog
-
 from swarm.base import process
+from swarm.base.log import logger
 from swarm.channel.dial import Endpoint
 from swarm.errors import BootFailed, HostError, SwarmError
 from swarm.vm.driver import Image, Probe, Slot, Template, VmSpec
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 AGENTD = Path(__file__).parents[2] / "guest" / "agentd.py"
 _MAX_SOCKET_PATH = 107  # bytes; sun_path of unix(7)

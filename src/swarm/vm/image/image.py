@@ -27,10 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, NotFound
 from swarm.vm.driver import Image
@@ -38,7 +37,7 @@ from swarm.vm.image import build, staging
 from swarm.vm.image.base import build_base
 from swarm.vm.image.build import Recipe
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 GUEST: Final = Path(__file__).resolve().parents[2] / "guest"
 _MANIFEST: Final = "manifest.json"

@@ -28,17 +28,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, LayerMissing, NotFound
 from swarm.model import Agent
 from swarm.vm.driver import Image, Layer
 from swarm.vm.image import layer_build, pip, staging
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 _MANIFEST: Final = "layer.json"
 _FILE: Final = "layer.erofs"

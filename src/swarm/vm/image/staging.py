@@ -22,16 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.log import logger
 from swarm.base.process import boot_id
 from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, HostError, ImageError
 from swarm.vm.image.apt import FULL_DISK
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 BUILDING: Final = ".building-"
 VERIFIED: Final = ".verified"  # the directory of the stamps of images and layers

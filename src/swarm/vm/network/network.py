@@ -26,11 +26,11 @@ from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from swarm.base import process
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.log import logger
 from swarm.errors import Conflict, HostError, NotFound, UsageError
 from swarm.vm.driver import GUEST_ADDRESS, GUEST_GATEWAY, GUEST_MAC, TAP_MAC, TAP_NAME, Slot
 from swarm.vm.network import netfilter, netns, rules
@@ -45,7 +45,7 @@ from swarm.vm.network.bridge import (
     uplink_mac,
 )
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 UPLINK = "eth0"  # a namespace's own end of its veth pair
 # If both ends of a pair happen to have the same index, the kernel treats "carrier on" as not urgent, and the port drops

@@ -15,15 +15,14 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import structlog
-
 from swarm.base.aio import finish_uninterrupted, quietly
+from swarm.base.log import logger
 from swarm.errors import Conflict
 from swarm.vm.driver import Slot
 from swarm.vm.network.network import Network
 from swarm.vm.slots.inventory import Inventory, SlotLease, VmRecord
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 _TRIES = 64  # numbers in a row that others may have taken
 

@@ -16,9 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from swarm.base import files, process
+from swarm.base.log import logger
 from swarm.errors import Conflict, NotFound, SwarmError
 from swarm.vm.choose import PROBE_PREFIX
 from swarm.vm.driver import TAP_NAME
@@ -27,7 +26,7 @@ from swarm.vm.network import netns
 from swarm.vm.network.network import Network, netns_of
 from swarm.vm.slots.inventory import Busy, Inventory, Kind, SlotLease, VmRecord, read_record
 
-log = structlog.get_logger(__name__)
+log = logger(__name__)
 
 _PROBE_LOCKED_SECONDS = 5.0  # a live probe boot locks its directory long before it is this old
 

@@ -1,0 +1,18 @@
+"""The conditions of the partial indexes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from swarm.model import TicketState
+
+# Statements repeat these conditions: SQLite uses a partial index only when the query contains its condition.
+UNKNOWN_STATE: Final = "state NOT IN (" + ", ".join(f"'{s}'" for s in TicketState) + ")"
+UNFINISHED: Final = "state IN ('in_progress', 'waiting', 'blocked')"
+STEP_READY: Final = "status = 'ready' AND available_at IS NULL"
+STEP_DELAYED: Final = "status = 'ready' AND available_at IS NOT NULL"
+STEP_WAITING: Final = "status = 'waiting' AND available_at IS NOT NULL"
+RUN_DUE: Final = "due_at IS NOT NULL"
+# Runs that may have no attempt: those of workflows, and those that wait for a person.
+LIVE_RUN: Final = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('running', 'waiting')"
+ATTEMPT_LIVE: Final = "outcome IS NULL"

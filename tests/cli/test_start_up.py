@@ -1,0 +1,65 @@
+"""What commands import before they do anything: it is most of the time that a short one takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Packages of others that a command which only reads may load. Each costs every such command its import.
+ALLOWED = {
+    "annotated_doc",
+    "annotated_types",
+    "asyncinotify",
+    "cel_expr_python",
+    "cython_runtime",
+    "cronsim",
+    "pydantic",
+    "pydantic_core",
+    "shellingham",
+    "typer",
+    "typing_extensions",
+    "typing_inspection",
+    "yaml",
+}
+READING = [
+    ["ticket", "list"],
+    ["ticket", "show", "nobody"],
+    ["ticket", "logs", "nobody"],
+    ["agent", "list"],
+    ["workflow", "list"],
+    ["workflow", "show", "echo-chain"],
+    ["artifact", "list"],
+    ["secret", "list"],
+    ["cost"],
+]
+PROGRAM = """
+import atexit, json, sys
+def tell():
+    print("\\nMODULES", json.dumps(sorted(sys.modules)), file=sys.stderr)
+atexit.register(tell)
+from swarm.cli.main import run
+run()
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    init = [sys.executable, "-m", "swarm.cli.main", "init", "--no-image", "--home", str(home)]
+    subprocess.run(init, check=True, capture_output=True)
+    return home
+
+
+@pytest.mark.parametrize("words", READING, ids=" ".join)
+def test_a_command_that_reads_loads_little(words: list[str], home: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, *words, "--home", str(home), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    modules = json.loads(done.stderr.rpartition("\nMODULES ")[2])
+    packages = {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
+    ours = {name for name in modules if name.startswith("swarm.")}
+    assert {each for each in packages if not each.startswith("_")} - ALLOWED == {"swarm"}
+    assert not [each for each in ours if each.startswith(("swarm.vm.", "swarm.engine.", "swarm.gateway."))]
