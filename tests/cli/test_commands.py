@@ -102,7 +102,7 @@ def test_add_list_show_logs(swarm: Run) -> None:
     listed = json.loads(swarm("swarm", "ticket", "list", "--project", "p-1", "--state", "draft", "--json").stdout)
     assert [t["id"] for t in listed] == ["cli-1"]
     shown = json.loads(swarm("swarm", "ticket", "show", "cli-1", "--json").stdout)
-    assert json.loads(shown["ticket"]["inputs"]) == {"a": 1, "b": [2], "c": "text"}
+    assert shown["ticket"]["inputs"] == {"a": 1, "b": [2], "c": "text"}
     assert shown["ticket"]["agent_id"] == ECHO_AGENT_ID and shown["steps"] == shown["attempts"] == []
     assert "Say hello" in swarm("swarm", "ticket", "show", "cli-1").stdout
     logs = swarm("swarm", "ticket", "logs", "cli-1")
@@ -115,7 +115,7 @@ def test_inputs_from_a_file_and_from_stdin(swarm: Run, tmp_path: Path) -> None:
     file.write_text('{"from": "file"}')
     for source, stdin in ((f"@{file}", ""), ("@-", '{"from": "file"}')):
         added = swarm("swarm", "ticket", "add", "t", "-a", "echo", "--draft", "--inputs", source, "--json", stdin=stdin)
-        assert json.loads(json.loads(added.stdout)["inputs"]) == {"from": "file"}
+        assert json.loads(added.stdout)["inputs"] == {"from": "file"}
 
 
 @pytest.mark.parametrize(
@@ -242,3 +242,55 @@ def test_nothing_is_fetched_once_swarm_is_installed(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
     assert not calls.exists(), calls.read_text()
+
+
+def test_the_home_may_stand_anywhere(home: Path, tmp_path: Path) -> None:
+    wanted = ["ticket", "list", "--project", "nobody's"]
+    for number in range(3):
+        argv = [*wanted[:number], "--home", str(home), *wanted[number:]]
+        done = run("swarm", *argv, home=tmp_path / "another")
+        assert (done.returncode, done.stdout) == (0, "no tickets\n"), done.stderr
+    nearest = run("swarm", "--home", str(home), *wanted, "--home", str(tmp_path / "none"))
+    assert nearest.returncode == 1 and str(tmp_path / "none") in nearest.stderr
+
+
+JSON_OR_NOT = [
+    ('{"a": [1, {"b": null}], "c": 1.5}', {"a": [1, {"b": None}], "c": 1.5}),
+    ("{broken", "{broken"),
+    ("NaN", "NaN"),
+    ('{"e": 1e999}', '{"e": 1e999}'),
+    ("[" * 5000 + "]" * 5000, "[" * 5000 + "]" * 5000),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("stored", "shown"), JSON_OR_NOT, ids=["object", "broken", "nan", "large", "deep", "null"])
+def test_json_holds_json_and_no_text_of_it(home: Path, swarm: Run, stored: str | None, shown: object) -> None:
+    id_ = f"cli-json-{abs(hash(stored))}"
+    with sqlite3.connect(home / "data/swarm.db") as db:
+        db.execute(
+            "INSERT INTO tickets (id, title, state, inputs, outputs, trigger_data, completed_at) "
+            "VALUES (:id, 't', 'done', :text, :text, :text, '2026-01-01')",
+            {"id": id_, "text": stored},
+        )
+    ticket = json.loads(swarm("swarm", "ticket", "show", id_, "--json").stdout)["ticket"]
+    assert [ticket[name] for name in ("inputs", "outputs", "trigger_data")] == [shown] * 3
+
+
+def test_the_schemas_of_agents_and_the_definitions_of_workflows_are_json(swarm: Run) -> None:
+    echo = json.loads(swarm("swarm", "agent", "show", "shell", "--json").stdout)
+    assert echo["inputs_schema"]["type"] == "object"
+    for one in json.loads(swarm("swarm", "workflow", "list", "--json").stdout):
+        assert one["definition"]["name"] == one["name"]
+
+
+@pytest.mark.parametrize("program", ["swarm", "swarm-engine"])
+def test_shells_complete_commands(program: str) -> None:
+    words = {"swarm": "swarm tick", "swarm-engine": "swarm-engine run-"}[program]
+    env = {f"_{program.upper().replace('-', '_')}_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "1"}
+    done = subprocess.run([BIN / program], env=os.environ | env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [{"swarm": "ticket", "swarm-engine": "run-ticket"}[program]], done.stderr
+
+
+def test_each_program_names_the_other() -> None:
+    assert "`swarm-engine`" in run("swarm", "--help").stdout and "`swarm`" in run("swarm-engine", "--help").stdout

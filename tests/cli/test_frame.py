@@ -115,6 +115,13 @@ def test_json_and_bad_settings(program: Path) -> None:
     assert bad.returncode == 2 and "lease_seconds" in bad.stderr and "'soon'" in bad.stderr
 
 
+def test_common_options_may_stand_before_the_command(program: Path) -> None:
+    assert run(program, "--json", "fail", "not").stdout == run(program, "fail", "not", "--json").stdout
+    assert "Traceback" in run(program, "--debug", "fail", "bug").stderr
+    refused = run(program, "--json", "wait")
+    assert (refused.returncode, refused.stderr) == (2, "error: `demo wait` prints no JSON: leave out --json\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cleans_up_and_is_the_status(program: Path, number: signal.Signals) -> None:
     argv = ["env", "--default-signal", sys.executable, str(program), "wait"]  # also under `nohup`, which ignores SIGHUP

@@ -168,7 +168,7 @@ def test_a_ticket_from_a_plain_insert_to_its_outputs(run: Run, settings: Setting
     done = run("swarm-engine", "run-ticket", "vm-echo", "--wait", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
-    assert json.loads(result["ticket"]["outputs"])["echo"] == {"n": 1}
+    assert result["ticket"]["outputs"]["echo"] == {"n": 1}
     assert result["attempts"][-1]["timings"]["total"] > 0
     assert run("swarm", "ticket", "logs", "vm-echo").stdout == "echo: ticket vm-echo, attempt 1\n"
     assert "attempt 1: succeeded" in run("swarm", "ticket", "show", "vm-echo").stdout

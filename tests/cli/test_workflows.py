@@ -48,7 +48,7 @@ def test_run_and_follow(swarm: Swarm, tmp_path: Path) -> None:
     done = swarm("swarm workflow run echo-chain --wait --json --id t --input-json", str(tmp_path / "inputs.json"))
     said = json.loads(done.stdout)
     assert said["ticket"]["state"] == "done"
-    assert json.loads(said["ticket"]["outputs"])["heard"] == "good day"
+    assert said["ticket"]["outputs"]["heard"] == "good day"
     assert [run["trigger_type"] for run in said["runs"]] == ["manual"]
     for line in ("no engine runs: ticket t runs here", "running    first", "completed  second"):
         assert line in done.stderr

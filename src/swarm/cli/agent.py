@@ -80,7 +80,9 @@ async def show(cli: Cli, agent: _Ref) -> None:
     if cli.out.json:
         cli.out.dump(found)
         return
-    cli.out.fields({name: _shown(value) for name, value in plain(found).items() if value not in ([], {}, "")})
+    texts = {"inputs_schema": found.inputs_schema, "outputs_schema": found.outputs_schema}
+    values = plain(found) | texts
+    cli.out.fields({name: _shown(value) for name, value in values.items() if value not in ([], {}, "")})
 
 
 @command(app, "rm", examples=["swarm agent rm word-count@1.2.0"])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 app = new_app(
     "swarm-engine",
-    "Run tickets, each in its own microVM.",
+    "Run tickets, each in its own microVM. `swarm` adds, shows and cancels them, and does all else.",
     examples=[
         "swarm-engine start --foreground --max-vms=2",
         "swarm-engine run-ticket test-echo-002 --wait",

@@ -68,16 +68,23 @@ Command = Callable[..., Awaitable[int | None]]
 
 def new_app(name: str, help: str, *, examples: Sequence[str] = (), many: bool = True) -> typer.Typer:  # noqa: A002
     """A program or a group of commands. ``many`` is False for a program that is a single command."""
-    return typer.Typer(
+    app = typer.Typer(
         name=name,
         help=help,
         epilog=_epilog(examples),
         no_args_is_help=many,
-        add_completion=False,
+        add_completion=many,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    if many:
+        app.callback()(_before)
+    return app
+
+
+def _before(home: _Home = None, debug: _Debug = False, as_json: _Json = False) -> None:
+    """The common options before the name of a command: `perform` finds them in the context."""
 
 
 def command(
@@ -94,17 +101,32 @@ def command(
         ]
 
         @functools.wraps(function)
-        def run(*, home: Path | None, debug: bool, as_json: bool = False, **values: Any) -> None:
-            sys.exit(perform(function, values, home=home, debug=debug, as_json=as_json))
+        def run(ctx: typer.Context, **values: Any) -> None:
+            given = {name: _nearest(ctx, name) for name in ("home", "debug", "as_json")}
+            if given["as_json"] and not json:
+                Out().error(f"`{ctx.command_path}` prints no JSON: leave out --json")
+                sys.exit(2)
+            sys.exit(perform(function, {p.name: values[p.name] for p in own}, **given))
 
         run.__doc__ = _one_line_per_paragraph(function)
-        run.__signature__ = inspect.Signature([p.replace(kind=kind) for p in own] + extra)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in own} | common
+        context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        parameters = [context, *(p.replace(kind=kind) for p in own), *extra]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {"ctx": typer.Context} | {p.name: p.annotation for p in own} | common
         del run.__wrapped__  # otherwise Typer would read the signature of ``function``
         app.command(name, epilog=_epilog(examples))(run)
         return function
 
     return register
+
+
+def _nearest(ctx: Any, option: str) -> Any:
+    """The value of a common option, which may stand behind the command or before it."""
+    while ctx is not None:
+        if value := ctx.params.get(option):
+            return value
+        ctx = ctx.parent
+    return None if option == "home" else False
 
 
 def perform(function: Command, values: dict[str, Any], *, home: Path | None, debug: bool, as_json: bool) -> int:

@@ -26,7 +26,7 @@ from swarm.cli.frame import Cli, command, new_app, start
 
 app = new_app(
     "swarm",
-    "Run tickets with agents, each in its own throw-away microVM. `swarm-engine` serves tickets continuously.",
+    "Add tickets, agents and workflows, and see what came of them. `swarm-engine` runs the tickets, each in a microVM.",
     examples=[
         "swarm init",
         'swarm ticket add "Say hello" --agent echo --input name=world --id hello',

@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TextIO
 
+from swarm.base import jsontext
 from swarm.base.printable import escaped
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ STATE_STYLES = {
 }  # fmt: skip
 
 
+# Columns that hold JSON as text.
+_JSON_TEXTS = frozenset(
+    {"inputs", "outputs", "trigger_data", "verdict", "inputs_schema", "outputs_schema", "definition"}
+)
+
+
 def clean(text: object, *, one_line: bool = True) -> str:
     """Text without control characters, so that a hostile title can't move the cursor or fake a line."""
     keep = "" if one_line else "\n\t"
@@ -39,11 +46,13 @@ def clean(text: object, *, one_line: bool = True) -> str:
 
 
 def plain(value: object) -> Any:
-    """A value as JSON has it: dataclasses as objects, enums by value, paths and addresses as text."""
+    """A value as JSON has it: dataclasses as objects, enums by value, paths and addresses as text; and what a row holds
+    as JSON text as that JSON, unless it is none: other programs write rows too."""
     if isinstance(value, Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        named = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: _parsed(each) if name in _JSON_TEXTS else plain(each) for name, each in named}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -51,6 +60,13 @@ def plain(value: object) -> Any:
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
     return str(value) if not isinstance(value, PurePath) else value.as_posix()
+
+
+def _parsed(value: object) -> Any:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return jsontext.loads(value)
+    return plain(value)
 
 
 def _ascii_only() -> bool:
