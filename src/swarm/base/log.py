@@ -154,12 +154,18 @@ class _Logger:
 
     def __getattr__(self, level: str) -> Any:
         global _later
+        if _later is not None and level in ("debug", "info"):  # `configure` is eager where these are logged
+            return _ignore
         import structlog
 
         if _later is not None:
             apply, _later = _later, None
             apply()
         return getattr(structlog.get_logger(self._name), level)
+
+
+def _ignore(*_args: object, **_fields: object) -> None:
+    pass
 
 
 def logger(name: str) -> Any:
@@ -171,15 +177,15 @@ _later: Callable[[], None] | None = None  # the configuration, until something i
 
 
 def configure(*, debug: bool = False, info: bool = False, as_json: bool = False, lazily: bool = False) -> None:
-    """Set up logging for this process. ``info`` also logs what an engine does. ``lazily``: when the first line is
-    logged, which an engine must not wait for: it may have no file descriptors left by then."""
+    """Set up logging for this process. ``info`` also logs what an engine does. ``lazily``: only warnings and errors,
+    when the first one is logged; an engine must not wait for that, since it may have no file descriptors then."""
     global _later
     if sys.stderr is None:  # started with 2>&-: a database that got descriptor 2 would be written to by libraries
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     # The libraries (alembic, qemu.qmp, pyroute2) use the standard library's logging, and log too much.
     logging.basicConfig(level=logging.WARNING if debug else logging.CRITICAL, stream=cast(TextIO, LINES))
     if lazily:
-        _later = partial(configure, debug=debug, info=info, as_json=as_json)
+        _later = partial(configure, as_json=as_json)
         return
     import structlog
 
