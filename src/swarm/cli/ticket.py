@@ -20,9 +20,10 @@ from swarm.model import FILES, TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMo
 if TYPE_CHECKING:
     from swarm.ledger import Limit as Budget
 
-app = new_app("ticket", "Add, show, approve, reject, cancel and retry tickets; read their logs.")
+app = new_app("ticket", "Add, show, wait for, approve, reject, cancel, retry and remove tickets; read their logs.")
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")]
+_Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tickets.")]
 
 
 @command(
@@ -33,6 +34,8 @@ _Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")]
         "swarm ticket add Report --agent echo --inputs @inputs.json --id report-7",
         'swarm ticket add Test --agent shell --file repo/=./repo --input commands="cd repo && make test"',
         "swarm ticket add Chain --workflow echo-chain --priority 5",
+        'swarm ticket add "Say hello" --agent echo --input name=world --wait',
+        "swarm ticket add Publish --workflow release --after report-7 --after tests-7",
     ],
     json=True,
 )
@@ -70,10 +73,21 @@ async def add(
     over_budget: Annotated[
         BudgetPolicy | None, typer.Option("--over-budget", help="Then fail, or wait for a person's approval.")
     ] = None,
+    after: Annotated[
+        list[str] | None,
+        typer.Option("--after", metavar="ID", help="Run it when this ticket is done; can be repeated."),
+    ] = None,
     draft: Annotated[bool, typer.Option("--draft", help="Add it in state 'draft': it does not run yet.")] = False,
-) -> None:
-    """Add a ticket and print its id."""
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="Wait for its end and print its outputs; if no engine runs, run it here."),
+    ] = False,
+) -> int:
+    """Add a ticket and print its id. Exit status with --wait: 0 if it is done, 1 otherwise."""
     from swarm.errors import UsageError
+
+    if wait and draft:
+        raise UsageError("a draft does not run, so --wait would wait for ever: leave out one of --draft and --wait")
 
     if (agent is None) == (workflow is None):
         raise UsageError("a ticket runs either an agent or a workflow: give one of --agent and --workflow")
@@ -83,6 +97,7 @@ async def add(
         agent_id = chosen_agent.id if chosen_agent else None
         schema = schema_of(chosen_agent, chosen_workflow)
         given = read_inputs(inputs, None, input, schema)
+        needs = [(await store.ticket(one)).id for one in after or ()]
         id = id or str(uuid.uuid4())
         if file:
             given[FILES] = await sending.send(store, id, file, all_files=all_files)
@@ -104,9 +119,16 @@ async def add(
                 budget_usd=budget_usd,
                 budget_tokens=budget_tokens,
                 over_budget=over_budget,
-            )
+            ),
+            depends_on=needs,
         )
+    if wait:
+        from swarm.cli import follow
+
+        cli.out.note(f"ticket {ticket.id}")
+        return await follow.to_the_end(cli, ticket, only_outputs=True)
     cli.out.result(ticket, ticket.id)
+    return 0
 
 
 @command(
@@ -193,6 +215,60 @@ async def logs(
             if wake is None or ended:
                 return
             await wake.changed(timeout_seconds=60.0)
+
+
+@command(
+    app,
+    "wait",
+    examples=["swarm ticket wait report-7", "swarm ticket wait report-7 report-8 --timeout 600 && make publish"],
+    json=True,
+)
+async def wait_(
+    cli: Cli,
+    ids: _Ids,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=0, metavar="S", help="Wait at most this many seconds.")
+    ] = None,
+) -> int:
+    """Wait until tickets have ended, and print how. Exit status 0 if all are done, 1 otherwise.
+
+    1 means that one failed, was cancelled or deleted, or that --timeout came first.
+    """
+    from swarm.cli import follow
+
+    return await follow.all_ended(cli, ids, timeout_seconds=timeout)
+
+
+@command(app, "ready", examples=["swarm ticket ready report-7"], json=True)
+async def ready(cli: Cli, id: _Id) -> None:
+    """Let a draft run."""
+
+    async with cli.store() as store:
+        id = (await store.ticket(id)).id
+        await store.make_ready(id)
+        _show_state(cli, await store.ticket(id))
+
+
+@command(app, "rm", examples=["swarm ticket rm report-7", "swarm ticket rm report-7 report-8 --force"], json=True)
+async def rm(
+    cli: Cli,
+    ids: _Ids,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one that runs (it is cancelled) or that others depend on (they fail).")
+    ] = False,
+) -> None:
+    """Remove tickets, with their runs, outputs and files. All of these tickets, or none.
+
+    It is what a DELETE of the row does: their events stay until `swarm prune`, and files that other tickets use stay.
+    """
+
+    async with cli.store() as store:
+        found = list(dict.fromkeys([(await store.ticket(id)).id for id in ids]))
+        await store.remove_tickets(found, force=force, by=getpass.getuser())
+    if cli.out.json:
+        cli.out.dump({"removed": found})
+    for id in () if cli.out.json else found:
+        cli.out.line(f"removed {id}")
 
 
 @command(app, "cancel", examples=["swarm ticket cancel report-7"], json=True)

@@ -183,6 +183,20 @@ class Store:
         nothing when it is already cancelled. Raises NotFound, and Conflict when it is done or failed."""
         await self._write.call(tickets.cancel, ticket_id, by=by)
 
+    async def ticket_states(self, ids: Sequence[str]) -> dict[str, str]:
+        """Of those of these tickets that exist."""
+        return await self._read.call(tickets.states, tuple(ids))
+
+    async def make_ready(self, ticket_id: str) -> None:
+        """draft → ready. Does nothing when it is ready. Raises NotFound, and Conflict in any other state."""
+        await self._write.call(tickets.make_ready, ticket_id)
+
+    async def remove_tickets(self, ids: Sequence[str], *, by: str, force: bool = False) -> None:
+        """Delete them, all or none; their runs and artifacts go too, an event `deleted` stays. Raises NotFound, and
+        Conflict for one that runs or that a blocked ticket depends on; with ``force``, such a one is cancelled, and
+        its worker learns that as from `cancel`."""
+        await self._write.call(tickets.remove, tuple(ids), force=force, by=by)
+
     async def retry(self, ticket_id: str, *, step: str | None = None) -> None:
         """failed or cancelled → ready, for a new run. Raises NotFound, and Conflict in any other state.
 

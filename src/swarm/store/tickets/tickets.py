@@ -46,6 +46,8 @@ _RETRY: Final = one_row(
     "UPDATE tickets SET state = 'ready', error = NULL, outputs = NULL, run_id = NULL, started_at = NULL, "
     "completed_at = NULL, updated_at = :now WHERE id = :id"
 )
+_STATES: Final = Sql("SELECT id, state FROM tickets WHERE id IN :ids")
+_DELETE: Final = Sql("DELETE FROM tickets WHERE id = :id")
 _RUNS: Final = Sql("SELECT * FROM workflow_runs WHERE ticket_id = :id ORDER BY id")
 _STEPS: Final = Sql(
     "SELECT s.* FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE r.ticket_id = :id ORDER BY s.id"
@@ -161,6 +163,45 @@ def cancel(tx: Tx, id: str, *, by: str) -> None:
         changes.cancel_runs(live, error=error)
     changes.set_ticket(found.id, found.state, TicketState.CANCELLED, error=error)
     dependencies.release(changes)
+
+
+def states(tx: Tx, ids: Sequence[str]) -> dict[str, str]:
+    """Of those that exist."""
+    return {row.id: rows.lenient(row.state) or "" for row in tx.all_in(_STATES, ids)}
+
+
+def make_ready(tx: Tx, id: str) -> None:
+    """draft → ready. Does nothing if it is ready."""
+    found = ticket(tx, id)
+    if found.state == TicketState.READY:
+        return
+    if found.state != TicketState.DRAFT:
+        raise Conflict(f"the ticket {validation.shown(found.id)} is {found.state}: only a draft can be made ready")
+    changes = Changes(tx)
+    changes.set_ticket(found.id, found.state, TicketState.READY, why="by hand")
+    changes.flush()
+
+
+def remove(tx: Tx, ids: Sequence[str], *, force: bool, by: str) -> None:
+    """Delete tickets as a DELETE does, all or none. ``force`` cancels those that run, and fails those that depend on
+    them."""
+    found = [ticket(tx, id) for id in ids]
+    ours = {one.id for one in found}
+    for one in found:
+        if force:
+            if one.state not in TERMINAL_TICKET_STATES:
+                cancel(tx, one.id, by=by)
+            continue
+        if one.state in (TicketState.IN_PROGRESS, TicketState.WAITING):
+            raise Conflict(f"the ticket {validation.shown(one.id)} is {one.state}: --force cancels it first")
+        needed = [row.ticket_id for row in tx.all_in(dependencies.BLOCKED_DEPENDANTS, [one.id])]
+        if others := sorted({str(rows.lenient(other)) for other in needed} - ours):
+            raise Conflict(
+                f"{validation.shown(others[0])} depends on the ticket {validation.shown(one.id)} and would fail: "
+                "remove both, or give --force"
+            )
+    for one in found:
+        tx.run(_DELETE, id=one.id)
 
 
 def retry(tx: Tx, id: str) -> None:
