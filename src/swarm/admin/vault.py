@@ -76,7 +76,8 @@ class Vault:
         NotFound; UsageError for a key of the gateway."""
         scopes = [f"agent:{agent.name}"]
         if workflow_id:
-            scopes += [f"workflow:{workflow_id}", f"workflow:{(await self._store.workflow(workflow_id)).name}"]
+            workflow = await self._store.workflow(workflow_id)  # by id, or by name as another tool may write it
+            scopes += [f"workflow:{workflow.id}", f"workflow:{workflow.name}"]
         scopes.append(ALL)
         rows = {(row.name, row.scope): row for row in await self._store.sealed_secrets(names)}
         found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
@@ -30,6 +31,15 @@ def pick(reference: str, among: Iterable[_R]) -> _R | None:
     name, _, wanted = reference.partition("@")
     matching = [one for one in found if one.name == name and _matches(one.version, wanted)]
     return max(matching, key=lambda one: ("-" not in one.version, order(one.version)), default=None)
+
+
+def did_you_mean(reference: str, names: Iterable[str]) -> str:
+    """The end of an error: '; did you mean …?' if one of these is near, else ''. Texts of any length may be given."""
+    import difflib
+
+    known = list(itertools.islice(names, 500))
+    near = difflib.get_close_matches(reference, known, n=1) if len(reference) <= 80 else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _matches(version: str, wanted: str) -> bool:

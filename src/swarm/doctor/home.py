@@ -29,9 +29,7 @@ async def database(place: str, store: OpenStore, head: str) -> list[Check]:
     checks = [ok("database", f"{place} can be opened, at migration {head}")]
     if missing := await store.audit(lambda facts: facts.missing()):
         what = f"{place} has lost {', '.join(missing)}: a program that rebuilt a table dropped them"
-        return [
-            fail("database", what, "create them again, as in swarm/store/migrations/versions/0001_first.sqlite.sql")
-        ]
+        return [fail("database", what, "create them again, as in swarm/store/migrations/versions")]
     agents = await store.agents()
     if not any(agent.id == ECHO_AGENT_ID for agent in agents):
         checks.append(warn("agents", "the echo agent is not registered", "swarm init"))

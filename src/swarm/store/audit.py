@@ -113,7 +113,10 @@ class StepFact:
     ticket_ended: bool = False
 
 
-TRIGGERS: Final = ("tickets_deleted", "tickets_touched", "workflows_added", "workflows_changed", "workflows_removed")
+TRIGGERS: Final = (
+    *("tickets_deleted", "tickets_touched", "tickets_inserted", "tickets_created_changed"),
+    *("workflows_added", "workflows_changed", "workflows_removed"),
+)
 _NAMES: Final = Sql("SELECT name FROM sqlite_master WHERE type IN ('table', 'index', 'trigger')")
 
 

@@ -165,8 +165,8 @@ def reserve(tx: Tx, order: Order) -> Reservation:
 def _limit(usd: object, tokens: object) -> Limit:
     """A budget from a row that any tool may have written; a value that is not a number counts as 0."""
     return Limit(
-        usd=None if usd is None else float(usd) if isinstance(usd, int | float) else 0.0,
-        tokens=None if tokens is None else int(tokens) if isinstance(tokens, int | float) else 0,
+        usd=None if usd in (None, "") else float(usd) if isinstance(usd, int | float) else 0.0,
+        tokens=None if tokens in (None, "") else int(tokens) if isinstance(tokens, int | float) else 0,
     )
 
 

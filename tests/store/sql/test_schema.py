@@ -127,9 +127,8 @@ def test_few_columns_need_values(outside: Outside) -> None:
     )
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", created) and created == updated
     assert (mode, state) == ("agent", "draft")
-    for bad in ("INSERT INTO tickets (title) VALUES ('no id')", "INSERT INTO tickets (id) VALUES ('t')"):
-        with pytest.raises(sqlite3.IntegrityError):
-            outside.execute(bad)
+    with pytest.raises(sqlite3.IntegrityError):
+        outside.execute("INSERT INTO tickets (id) VALUES ('t')")
 
 
 @pytest.mark.parametrize("there", [None, 0o640])

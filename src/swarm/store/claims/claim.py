@@ -14,7 +14,8 @@ from swarm.model import Agent, Claim, StepStatus, TicketState
 from swarm.store.claims import suspects
 from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
-from swarm.store.registry.agents import IDS_OF_NAMES, Agents
+from swarm.store.registry import workflows
+from swarm.store.registry.agents import NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.conditions import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.sql.database import Row, Tx, one_row
@@ -25,6 +26,7 @@ from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.validation import BadRow, Work
 
 BAD_ROWS: Final = 1000  # at most in one transaction; the next claim handles the others
+HINTS: Final = 20
 # live_run: set when another tool made the ticket ready again while it ran.
 _READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
@@ -75,8 +77,6 @@ START_TICKET: Final = one_row(
     "UPDATE tickets SET state = 'in_progress', run_id = :run_id, started_at = :now, completed_at = NULL, error = NULL, "
     "outputs = NULL, updated_at = :now WHERE id = :id"
 )
-WORKFLOWS: Final = Sql("SELECT id, name, version, enabled FROM workflows WHERE id IN :ids")
-WORKFLOWS_NAMED: Final = Sql("SELECT id, name FROM workflows WHERE name = :name ORDER BY version")
 FAIL_STEP: Final = one_row(
     "UPDATE step_executions SET status = 'failed', error = :error, completed_at = :now, available_at = NULL "
     "WHERE id = :id"
@@ -249,7 +249,8 @@ class _ClaimTransaction:
                 elif row.id in waits:
                     self._wait(row, waits[row.id])
                 else:
-                    self._check_age(row)
+                    if (patience := self.request.queue_timeout_seconds) is not None:
+                        validation.check_age(row, self.tx.now_ms, patience)
                     works.append((candidate, validation.read(row)))
             except BadRow as error:
                 self._refuse(candidate, error)
@@ -275,13 +276,6 @@ class _ClaimTransaction:
     @property
     def _patient_since(self) -> str:
         return iso(self.tx.now_ms - round(suspects.PATIENCE_SECONDS * 1000))
-
-    def _check_age(self, row: Row) -> None:
-        limit = self.request.queue_timeout_seconds
-        since = milliseconds(max(str(row.created_at or ""), str(row.updated_at or "")))
-        if limit is not None and since is not None and self.tx.now_ms - since > limit * 1000:
-            why = f"it waited for longer than the queue timeout of {limit:g} s"
-            raise BadRow(f"{why}; `swarm ticket retry` queues it again")
 
     def _step(self, row: Row) -> Work | None:
         """A ready step of a run that has begun; None if another tool took its ticket: then the step ends too."""
@@ -357,13 +351,13 @@ class _ClaimTransaction:
     def _begin(self, row: Row, work: Work) -> None:
         """The run of a workflow; its first steps are claimed in the next round, when it is their turn."""
         wanted, ticket = work.ticket.workflow_id or "", work.ticket
-        found = next(iter(self.tx.all_in(WORKFLOWS, [wanted])), None)
+        found = workflows.find(self.tx, wanted)
         if found is None:
-            raise validation.unknown_workflow(wanted, [r.id for r in self.tx.all(WORKFLOWS_NAMED, name=wanted)])
+            raise validation.unknown("workflow", wanted, self._names(workflows.NAMES))
         if not flag(found.enabled):
             raise validation.disabled_workflow(found.name, found.version)
         self._end_former(row)
-        run_id = self.claimer.workflows.begin(self.changes, ticket, workflow_version=found.version)
+        run_id = self.claimer.workflows.begin(self.changes, ticket, found)
         self._start_ticket(ticket.id, run_id)
 
     def _start_ticket(self, ticket_id: str, run_id: str) -> None:
@@ -377,11 +371,14 @@ class _ClaimTransaction:
     def _agent(self, work: Work, agents: Mapping[str, Agent | StoreError]) -> Agent:
         agent = agents.get(work.agent_id)
         if agent is None:
-            names = {row.name: row.id for row in self.tx.all_in(IDS_OF_NAMES, [work.agent_id])}
-            raise validation.unknown_agent(work.agent_id, names)
+            raise validation.unknown("agent", work.agent_id, self._names(NAMES))
         if isinstance(agent, StoreError):
             raise BadRow(str(agent))
         return agent
+
+    def _names(self, statement: Sql) -> list[str]:
+        """For a hint; not for each of a thousand bad rows, under the write lock."""
+        return [row.name for row in self.tx.all(statement)] if self.bad_rows < HINTS else []
 
     def _attempt(self, candidate: _Candidate, work: Work, agent: Agent, *, alone: bool) -> Claim:
         row, ticket = candidate.row, work.ticket

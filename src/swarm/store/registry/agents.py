@@ -22,7 +22,7 @@ from swarm.model import (
     FailureReason,
     RetryPolicy,
 )
-from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump
 
@@ -53,8 +53,9 @@ BY_IDS: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE id IN :ids")
 _BY_VERSION: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE name = :name AND version = :version")
 _BY_ID: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE id = :ref")
 _BY_NAME: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE name = :ref")
+_BY_BEGINNING: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE id >= :ref AND id < :end ORDER BY id LIMIT 6")
 _ALL: Final = Sql(f"SELECT {_COLUMNS} FROM agents ORDER BY name, version")
-IDS_OF_NAMES: Final = Sql("SELECT name, id FROM agents WHERE name IN :ids ORDER BY version")
+NAMES: Final = Sql("SELECT DISTINCT name FROM agents LIMIT 500")
 _INSERT: Final = Sql(f"INSERT INTO agents ({_COLUMNS}) VALUES ({', '.join(':' + name for name in AGENT_FIELDS)})")
 _UPDATE: Final = Sql(
     f"UPDATE agents SET {', '.join(f'{name} = :{name}' for name in AGENT_FIELDS if name != 'id')}, updated_at = :now "
@@ -67,9 +68,11 @@ _RUNS_THAT_NEED: Final = Sql(
     "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND instr(d.definition, :pinned) > 0 LIMIT 3"
 )
 _ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
-_TICKETS_THAT_NEED: Final = Sql(
-    "SELECT id FROM tickets WHERE (agent_id = :id OR (assignee_id = :id AND coalesce(agent_id, '') = '' AND "
-    f"coalesce(nullif(assignee_type, ''), 'agent') = 'agent')) AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
+_TICKETS_THAT_NEED: Final = Sql(  # or may need it: those that name another version, too
+    "SELECT id, ref FROM (SELECT id, created_at, coalesce(nullif(agent_id, ''), assignee_id) AS ref FROM tickets "
+    "WHERE (agent_id <> '' OR coalesce(nullif(assignee_type, ''), 'agent') = 'agent') "
+    f"AND state NOT IN ({_ENDED})) AS t "
+    "WHERE ref = :id OR ref = :name OR substr(ref, 1, length(:name) + 1) = :name || '@' ORDER BY created_at"
 )
 
 
@@ -80,8 +83,14 @@ class Agents:
         self._parsed: dict[str, tuple[Row, Agent | StoreError]] = {}
 
     def load(self, tx: Tx, ids: Iterable[str]) -> dict[str, Agent | StoreError]:
-        """The agents that exist; a StoreError in place of one with a broken row."""
-        return {row.id: self._parse(row) for row in tx.all_in(BY_IDS, ids)}
+        """The agents that exist; a StoreError in place of one with a broken row. What is no id is a name, with or
+        without a version."""
+        wanted = set(ids)
+        found = {row.id: self._parse(row) for row in tx.all_in(BY_IDS, wanted)}
+        for ref in wanted - found.keys():
+            if (row := _named(tx, ref)) is not None:
+                found[ref] = self._parse(row)
+        return found
 
     def named(self, tx: Tx, pinned: str) -> Agent | StoreError | None:
         """By ``name@version``, with the full version."""
@@ -213,7 +222,10 @@ def remove_agent(tx: Tx, ref: str) -> Agent:
     """Unregister and return one. Raises NotFound, and Conflict while a ticket that has not ended needs it."""
     removed = agent(tx, ref)
     pinned = f'"agent":"{removed.name}@{removed.version}"'
-    rows = [*tx.all(_TICKETS_THAT_NEED, id=removed.id), *tx.all(_RUNS_THAT_NEED, pinned=pinned)]
+    rows = tx.all(_TICKETS_THAT_NEED, id=removed.id, name=removed.name)
+    named = {ref: _named(tx, ref) for ref in {row.ref for row in rows} - {removed.id}}
+    rows = [row for row in rows if row.ref == removed.id or ((one := named[row.ref]) and one.id == removed.id)]
+    rows = [*rows[:3], *tx.all(_RUNS_THAT_NEED, pinned=pinned)]
     if tickets := [row.id for row in rows]:
         raise Conflict(
             f"tickets that have not ended need the agent {removed.name}@{removed.version} ({', '.join(tickets)}); "
@@ -224,14 +236,16 @@ def remove_agent(tx: Tx, ref: str) -> Agent:
 
 
 def agent(tx: Tx, ref: str) -> Agent:
-    """By id, name (newest version), name@1 (newest 1.x) or name@1.0.0. Raises NotFound."""
-    row = tx.first(_BY_ID, ref=ref)
-    if row is not None:
-        return parse(row)
-    found = versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
-    if found is None:
-        raise NotFound(f"no agent {ref!r}; `swarm agent list` shows all")
-    return parse(found)
+    """By id, name (newest version), name@1 (newest 1.x), name@1.0.0 or a unique beginning of an id. Raises NotFound."""
+    row = tx.first(_BY_ID, ref=ref) or _named(tx, ref) or unique(tx, _BY_BEGINNING, ref, "agents")
+    if row is None:
+        hint = versions.did_you_mean(ref, [one.name for one in tx.all(NAMES)])
+        raise NotFound(f"no agent {ref!r}{hint or '; `swarm agent list` shows all'}")
+    return parse(row)
+
+
+def _named(tx: Tx, ref: str) -> Row | None:
+    return versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
 
 
 def agents(tx: Tx, *, broken: bool) -> list[Agent]:

@@ -10,7 +10,7 @@ from typing import Final
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
 from swarm.store.registry import schedules
-from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, flag, value
 from swarm.workflow import definition
@@ -22,6 +22,8 @@ _NAMESPACE: Final = uuid.UUID("0f0c0d57-5e9e-5c0b-8a55-4d6d2f4a1b3e")
 _COLUMNS: Final = "id, name, version, description, steps, enabled, created_at, updated_at"
 _BY_ID: Final = Sql(f"SELECT {_COLUMNS} FROM workflows WHERE id = :ref")
 _BY_NAME: Final = Sql(f"SELECT {_COLUMNS} FROM workflows WHERE name = :ref")
+_BY_BEGINNING: Final = Sql(f"SELECT {_COLUMNS} FROM workflows WHERE id >= :ref AND id < :end ORDER BY id LIMIT 6")
+NAMES: Final = Sql("SELECT DISTINCT name FROM workflows LIMIT 500")
 _ALL: Final = Sql(f"SELECT {_COLUMNS} FROM workflows ORDER BY name, version")
 _INSERT: Final = Sql(
     "INSERT INTO workflows (id, name, version, description, steps, variables, budget_usd, budget_tokens) "
@@ -100,11 +102,17 @@ def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
 
 
 def workflow(tx: Tx, ref: str) -> WorkflowRow:
-    """By id, name (newest version), name@1 (newest 1.x) or name@1.0.0. Raises NotFound."""
-    row = tx.first(_BY_ID, ref=ref) or versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
+    """By id, name (newest version), name@1 (newest 1.x), name@1.0.0 or a unique beginning of an id. Raises NotFound."""
+    row = find(tx, ref) or unique(tx, _BY_BEGINNING, ref, "workflows")
     if row is None:
-        raise NotFound(f"no workflow {ref!r}; `swarm workflow list` shows all")
+        hint = versions.did_you_mean(ref, [one.name for one in tx.all(NAMES)])
+        raise NotFound(f"no workflow {ref!r}{hint or '; `swarm workflow list` shows all'}")
     return _row(row)
+
+
+def find(tx: Tx, ref: str) -> Row | None:
+    """By id or name, with or without a version."""
+    return tx.first(_BY_ID, ref=ref) or versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
 
 
 def workflows(tx: Tx) -> list[WorkflowRow]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from swarm.cel.jail import Jail
-from swarm.model import Event, RunStatus, TicketState
+from swarm.model import Event, ExecutionMode, RunStatus, TicketState
 from swarm.store.registry.agents import Agents
 from swarm.store.runs import decision
 from swarm.store.runs.actions import carry_out, give_up
@@ -37,6 +37,7 @@ PLANNING_SECONDS: Final = 0.05
 _DECIDING_MS: Final = 30_000
 _DUE_LIMIT: Final = 100
 
+_SET_MODE: Final = one_row("UPDATE tickets SET execution_mode = 'workflow' WHERE id = :id")
 INSERT_RUN: Final = one_row(
     "INSERT INTO workflow_runs (id, workflow_id, workflow_version, ticket_id, status, trigger_type, trigger_data, "
     "started_at, due_at, deadline_at) VALUES (:id, :workflow_id, :version, :ticket_id, 'running', :trigger_type, "
@@ -89,20 +90,22 @@ class WorkflowEngine:
 
     # --- on the writing thread ----------------------------------------------------------------------------------------
 
-    def begin(self, changes: Changes, row: Row, *, workflow_version: str) -> str:
+    def begin(self, changes: Changes, row: Row, workflow: Row) -> str:
         """Add a run for a ready ticket, and queue its first decision. Returns the run's id."""
         id_, seconds = new_id(changes.tx.now_ms), row.timeout_seconds
         changes.add(
             INSERT_RUN,
             id=id_,
-            workflow_id=row.workflow_id,
-            version=workflow_version,
+            workflow_id=workflow.id,
+            version=workflow.version,
             ticket_id=row.id,
             trigger_type=row.trigger_type or "ticket",
             trigger_data=row.trigger_data,
             now=changes.tx.now,
             deadline_at=changes.tx.now_ms + round(seconds * 1000) if seconds else None,
         )
+        if row.execution_mode != ExecutionMode.WORKFLOW:
+            changes.add(_SET_MODE, id=row.id)
         changes.pending_runs[id_] = []
         return id_
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, Final, TypeAlias
 
-from swarm.errors import StoreError, UsageError
+from swarm.errors import Conflict, StoreError, UsageError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain
 from swarm.store.sql.rows import iso
@@ -25,7 +25,7 @@ from swarm.store.sql.wake import Wake
 
 DIALECTS: Final = {SQLITE.name: SQLITE}
 # The revision that this version of Swarm needs: the newest of migrations/versions.
-HEAD: Final = "v0_1_0"
+HEAD: Final = "v0_2_0"
 _IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
 _URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)
@@ -208,6 +208,18 @@ class Tx:
         """Is the database at fault, and not one statement?"""
         complete = partial(_is_complete, self.connection, self.dialect)
         return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
+
+
+def unique(tx: Tx, statement: Sql, ref: str, what: str) -> Row | None:
+    """The row whose id alone begins with ``ref``, of at least four characters. Raises Conflict if several do.
+    ``statement``: rows with :ref <= id < :end."""
+    if len(ref) < 4:
+        return None
+    rows = tx.all(statement, ref=ref, end=f"{ref}\U0010ffff")
+    if len(rows) > 1:
+        some = ", ".join(str(row.id) for row in rows[:5]) + (", …" if len(rows) > 5 else "")
+        raise Conflict(f"the ids of several {what} begin with {ref!r}: {some}; write more of it")
+    return rows[0] if rows else None
 
 
 def _is_complete(connection: Connection, dialect: Dialect) -> bool:

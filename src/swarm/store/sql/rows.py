@@ -129,6 +129,11 @@ def value(kind: type[Value], row: Any, **computed: Any) -> Value:
     return kind(**{name: getattr(row, name) for name in names}, **computed)
 
 
+def columns(kind: type[DataclassInstance], alias: str, *computed: str) -> str:
+    """For `value`, by name: a user's own columns may have any name, and a row's attributes must be identifiers."""
+    return ", ".join(f"{alias}.{field.name}" for field in fields(kind) if field.name not in computed)
+
+
 def ticket(row: Any) -> Ticket:
     """A ticket for display: values of a wrong type are converted where possible."""
     return Ticket(**{name: _TICKET_READERS.get(name, lenient)(getattr(row, name)) for name in TICKET_FIELDS})

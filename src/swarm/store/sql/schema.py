@@ -47,6 +47,23 @@ def _(element: utc_now, compiler: Any, **options: Any) -> str:
     return "to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
 
 
+class random_id(FunctionElement[str]):
+    """The id of a row that another tool inserts without one."""
+
+    type = sa.Text()
+    inherit_cache = True
+
+
+@compiles(random_id, "sqlite")
+def _(element: random_id, compiler: Any, **options: Any) -> str:
+    return "lower(hex(randomblob(16)))"
+
+
+@compiles(random_id, "postgresql")
+def _(element: random_id, compiler: Any, **options: Any) -> str:
+    return "gen_random_uuid()::text"
+
+
 def _text(name: str, *, null: bool = True, default: str | None = None) -> sa.Column[str]:
     return sa.Column(name, sa.Text(), nullable=null, server_default=default)
 
@@ -67,7 +84,15 @@ def _index(name: str, *columns: str, where: str) -> sa.Index:
 tickets = sa.Table(
     "tickets",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    # REPLACE: a NULL by the default
+    sa.Column(
+        "id",
+        sa.Text(),
+        primary_key=True,
+        nullable=False,
+        server_default=random_id(),
+        sqlite_on_conflict_not_null="REPLACE",
+    ),
     _text("project_id"),
     _text("title", null=False, default=""),
     _text("description"),

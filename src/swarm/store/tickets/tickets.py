@@ -48,13 +48,15 @@ _RETRY: Final = one_row(
 )
 _STATES: Final = Sql("SELECT id, state FROM tickets WHERE id IN :ids")
 _DELETE: Final = Sql("DELETE FROM tickets WHERE id = :id")
-_RUNS: Final = Sql("SELECT * FROM workflow_runs WHERE ticket_id = :id ORDER BY id")
+_RUNS: Final = Sql(f"SELECT {rows.columns(RunRow, 'r')} FROM workflow_runs r WHERE r.ticket_id = :id ORDER BY r.id")
 _STEPS: Final = Sql(
-    "SELECT s.* FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE r.ticket_id = :id ORDER BY s.id"
+    f"SELECT {rows.columns(StepRow, 's')} FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
+    "WHERE r.ticket_id = :id ORDER BY s.id"
 )
 _ATTEMPTS: Final = Sql(
-    "SELECT a.*, s.step_id FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
-    "JOIN attempts a ON a.step_execution_id = s.id WHERE r.ticket_id = :id ORDER BY a.id"
+    f"SELECT {rows.columns(AttemptRow, 'a', 'step_id')}, s.step_id FROM workflow_runs r "
+    "JOIN step_executions s ON s.run_id = r.id JOIN attempts a ON a.step_execution_id = s.id "
+    "WHERE r.ticket_id = :id ORDER BY a.id"
 )
 # `|| ''`: without it, SQLite would search the index of all tickets by age, past every finished one.
 QUEUE: Final = Sql(f"""

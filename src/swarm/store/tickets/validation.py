@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from swarm.base import jsontext
+from swarm.base import jsontext, versions
 from swarm.model import BOUNDS, Agent, BudgetPolicy, ExecutionMode, Ticket, TicketState
-from swarm.store.sql.rows import READ_BYTES, TICKET_FIELDS, lenient
+from swarm.store.sql.rows import READ_BYTES, TICKET_FIELDS, lenient, milliseconds
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -52,10 +52,12 @@ def read(row: Any) -> Work:
     mode = ticket.execution_mode or ExecutionMode.AGENT
     if mode not in tuple(ExecutionMode):
         raise BadRow(f"execution_mode {shown(mode)} is unknown; use 'agent' or 'workflow'")
+    if ticket.workflow_id and not _agent_of(ticket):  # 'agent' is only the column's default
+        mode = ExecutionMode.WORKFLOW
     inputs = read_inputs(ticket.inputs)
     if mode == ExecutionMode.WORKFLOW:
         if not ticket.workflow_id:
-            raise BadRow("execution_mode is 'workflow' but workflow_id is empty; set it to the id of a workflow")
+            raise BadRow("execution_mode is 'workflow' but workflow_id is empty; set it to a workflow's name or id")
         _read_object("trigger_data", ticket.trigger_data)
         return Work(ticket=ticket, agent_id="", inputs=inputs)
     return Work(ticket=ticket, agent_id=_agent_id(ticket), inputs=inputs)
@@ -77,6 +79,7 @@ def strict_ticket(row: Any) -> Ticket:
             raise BadRow(f"{name} {shown(values[name])} contains a NUL character; remove it")
     if not values["id"].strip():
         raise BadRow("id is empty; give the ticket an id")
+    values["over_budget"] = values["over_budget"] or None
     if values["over_budget"] not in (None, *BudgetPolicy):
         raise BadRow(f"over_budget {shown(values['over_budget'])} is unknown; use 'fail' or 'wait', or NULL")
     return Ticket(**values)
@@ -105,7 +108,7 @@ def strict_text(name: str, value: object) -> str | None:
 
 def _number(name: str, value: object) -> Any:
     least, most = BOUNDS[name]
-    if value is None:
+    if value is None or value == "":  # an empty field of a CSV file
         return 0 if name == "priority" else None
     integral = isinstance(least, int)
     if isinstance(value, int | float) and math.isfinite(value) and least <= value <= most:
@@ -120,24 +123,34 @@ def _number(name: str, value: object) -> Any:
 _NUMBERS: Final = ("priority", "max_attempts", "timeout_seconds", "budget_usd", "budget_tokens")
 
 
+def check_age(row: Any, now_ms: int, limit_seconds: float) -> None:
+    """Raises BadRow for one that has waited for longer."""
+    times = [ms for ms in (milliseconds(row.created_at), milliseconds(row.updated_at)) if ms is not None]
+    if times and now_ms - max(times) > limit_seconds * 1000:
+        why = f"it waited for longer than the queue timeout of {limit_seconds:g} s"
+        raise BadRow(f"{why}; `swarm ticket retry` queues it again")
+
+
 def check_budget(name: str, value: object) -> None:
     """``name``: the column. Raises BadRow."""
     _number(name, value)
 
 
-def _agent_id(ticket: Ticket) -> str:
-    if ticket.agent_id:
+def _agent_of(ticket: Ticket) -> str | None:
+    if ticket.agent_id or (ticket.assignee_type or "agent") != "agent":
         return ticket.agent_id
-    if ticket.assignee_id and (ticket.assignee_type or "agent") == "agent":
-        return ticket.assignee_id
+    return ticket.assignee_id
+
+
+def _agent_id(ticket: Ticket) -> str:
+    if agent := _agent_of(ticket):
+        return agent
     if ticket.assignee_id:
         raise BadRow(
             f"the ticket is assigned to {shown(ticket.assignee_id)}, a {shown(ticket.assignee_type)} and not an agent; "
             "set agent_id (`swarm agent list` shows the agents)"
         )
-    if ticket.workflow_id:
-        raise BadRow("workflow_id is set but execution_mode is 'agent'; set execution_mode to 'workflow', or agent_id")
-    raise BadRow("no agent: set agent_id to the id of a registered agent (`swarm agent list` shows them)")
+    raise BadRow("no agent: set agent_id to the name or id of a registered agent (`swarm agent list` shows them)")
 
 
 def read_inputs(text: str | None) -> str:
@@ -174,16 +187,10 @@ def _parsed_object(name: str, text: str) -> dict[str, Any]:
     return value
 
 
-def unknown_agent(agent_id: str, agents: Mapping[str, str]) -> BadRow:
-    """``agents``: name → id, of agents whose name equals this id."""
-    hint = f"; did you mean {agents[agent_id]!r} (its name is {agent_id!r})?" if agent_id in agents else ""
-    return BadRow(f"no agent has the id {shown(agent_id)}{hint or '; `swarm agent list` shows all'}")
-
-
-def unknown_workflow(workflow_id: str, ids: Sequence[str]) -> BadRow:
-    """``ids``: of workflows whose name equals this id."""
-    hint = f"; did you mean {ids[-1]!r} (its name is {workflow_id!r})?" if ids else ""
-    return BadRow(f"no workflow has the id {shown(workflow_id)}{hint or '; `swarm workflow list` shows all'}")
+def unknown(what: str, ref: str, names: Sequence[str]) -> BadRow:
+    """``what``: agent or workflow. ``names``: of those that there are."""
+    hint = versions.did_you_mean(ref, names) or f"; `swarm {what} list` shows all"
+    return BadRow(f"no {what} has the id or name {shown(ref)}{hint}")
 
 
 def disabled_workflow(name: str, version: str) -> BadRow:
