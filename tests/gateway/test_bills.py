@@ -646,8 +646,8 @@ async def test_an_estimate_is_seen_by_whoever_asks_what_was_spent(harness: Harne
         done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, timeout=60, env=env)
         return done.stdout + done.stderr
 
-    assert f"1 of the calls (${guessed:.4f}) are estimates" in await swarm("cost")
-    assert f"1 of its model calls (${guessed:.4f}) are estimates" in await swarm("ticket", "show", "t")
+    assert f"estimated: 1 call (${guessed:.4f})" in await swarm("cost")
+    assert f"estimated: 1 model call (${guessed:.4f})" in await swarm("ticket", "show", "t")
     [row] = json.loads(await swarm("cost", "--by", "ticket", "--json"))
     assert (row["estimated_calls"], row["estimated_usd"]) == (1, pytest.approx(guessed))
     assert json.loads(await swarm("ticket", "show", "t", "--json"))["estimated"]["calls"] == 1

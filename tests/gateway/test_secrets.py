@@ -315,6 +315,6 @@ def test_cost(home: Path) -> None:
         assert json.loads(swarm(home, "cost", "--by", by, "--json").stdout)[0]["name"] == name
     since = swarm(home, "cost", "--by", "ticket", "--since", "2026-01-02")
     assert [line.split()[0] for line in since.stdout.decode().splitlines()] == ["TICKET", "t2"]
-    assert b"1 calls are not priced: their model is in no price list" in since.stderr
+    assert b"not priced: 1 call, whose model is in no price list" in since.stderr
     assert swarm(home, "cost", "--since", "yesterday").returncode == 2
     assert json.loads(swarm(home, "cost", "--json").stdout)[0]["calls"] == 2

@@ -1,8 +1,9 @@
-"""Measures each attempt from its row to its result, with one monotonic clock."""
+"""Times as text; and the clock of an attempt, from its row to its result, which is monotonic."""
 
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Final
 
 # The marks of an attempt, in order, each with the name of the phase that it ends.
@@ -19,6 +20,12 @@ MARKS: Final = (
     ("stopped", "stop"),  # → the VM and its resources are gone
 )
 PHASES: Final = tuple(phase for _, phase in MARKS)
+
+
+def iso(ms: float | None = None) -> str:
+    """Milliseconds since the epoch, or now, as ISO-8601 UTC: 2026-01-31T12:00:00.000Z, like every time we print."""
+    ms = time.time() * 1000 if ms is None else ms
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 class Timeline:

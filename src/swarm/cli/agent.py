@@ -11,6 +11,7 @@ import typer
 
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import Input, InputJson, Inputs, read_inputs, schema_of
+from swarm.cli.ui.table import Column
 
 if TYPE_CHECKING:
     from swarm.agents import Package
@@ -66,7 +67,10 @@ async def list_(cli: Cli) -> None:
     async with cli.store() as store:
         agents = await store.agents()
     rows = [(a.name, a.version, a.id, a.runtime, f"{a.memory_mb} MB", a.network, a.description) for a in agents]
-    columns = ("NAME", "VERSION", "ID", "RUNTIME", "MEMORY", "NETWORK", "DESCRIPTION")
+    columns = (
+        "NAME", "VERSION", Column("ID", drop=5), Column("RUNTIME", drop=1), Column("MEMORY", drop=2, right=True),
+        Column("NETWORK", drop=3, least=10), Column("DESCRIPTION", drop=4, least=16),
+    )  # fmt: skip
     cli.out.listing(agents, columns, rows, empty="no agents: run `swarm init`")
 
 
@@ -159,7 +163,7 @@ async def layers_(
     values = [{**asdict(info), "agents": users} for info, users in found]
     rows = [
         (
-            i.key[:12],
+            i.key,
             i.built_at,
             render.size(i.size_bytes),
             " ".join(users) or "-",
@@ -167,7 +171,11 @@ async def layers_(
         )
         for i, users in found
     ]
-    cli.out.listing(values, ("LAYER", "BUILT", "SIZE", "AGENTS", "CONTENT"), rows, empty="no layers")
+    columns = (
+        Column("LAYER", digest=True), Column("BUILT", drop=1), Column("SIZE", drop=2, right=True),
+        Column("AGENTS", least=16), Column("CONTENT", drop=3, least=16),
+    )  # fmt: skip
+    cli.out.listing(values, columns, rows, empty="no layers")
 
 
 _Source = Annotated[str, typer.Argument(metavar="DIR|AGENT", help="A directory, a .tar.gz or a registered agent.")]
@@ -188,6 +196,7 @@ async def test(
     may have written, a .tar.gz or a registered agent, runs in VMs (which needs root and the image), unless --no-vm is.
     """
     from swarm.app import wiring
+    from swarm.cli.ui.output import GREEN, RED
     from swarm.engine import oneoff
     from swarm.errors import UsageError
 
@@ -204,7 +213,7 @@ async def test(
             async for example, wrong in oneoff.examples(engine, package):
                 results.append({"example": example.name, "passed": not wrong, "wrong": wrong})
                 if not cli.out.json:
-                    cli.out.marked("fail" if wrong else "ok  ", "red" if wrong else "green", example.name)
+                    cli.out.marked("fail" if wrong else "ok  ", RED if wrong else GREEN, example.name)
                     for line in wrong:
                         cli.out.line(f"      {line}")
     if cli.out.json:

@@ -8,6 +8,7 @@ import typer
 
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import Limit
+from swarm.cli.ui.table import Column
 
 app = new_app("artifact", "List and show artifacts: large values that workflow steps produced.")
 
@@ -25,7 +26,11 @@ async def list_(
             await store.ticket(ticket)  # raises NotFound
         found = await store.artifacts(ticket_id=ticket, limit=limit)
     rows = [(one.digest, one.bytes, one.tickets, one.created_at) for one in found]
-    cli.out.listing(found, ("DIGEST", "BYTES", "TICKETS", "CREATED"), rows, empty="no artifacts")
+    columns = (
+        Column("DIGEST", digest=True), Column("BYTES", right=True), Column("TICKETS", drop=2, right=True),
+        Column("CREATED", drop=1),
+    )  # fmt: skip
+    cli.out.listing(found, columns, rows, empty="no artifacts")
 
 
 @command(app, "show", examples=["swarm artifact show 481c37e5", "swarm artifact show 481c37e5 > value.json"])

@@ -9,6 +9,7 @@ import typer
 
 from swarm.cli.frame import Cli, command
 from swarm.cli.ui.output import Out, plain
+from swarm.cli.ui.table import Column
 
 if TYPE_CHECKING:
     from swarm.bench import Report
@@ -89,7 +90,11 @@ def _show(out: Out, report: Report, *, as_markdown: bool) -> None:
         return
     out.line(", ".join(f"{name} {value}" for name, value in report.host.items()))
     out.line()
-    columns = ("MODE", "TICKETS", "N", "P50", "P95", "P99", "PER S", "ENGINE CPU", "FAILED")
+    columns = (
+        "MODE", Column("TICKETS", right=True), Column("N", drop=1, right=True), Column("P50", right=True),
+        Column("P95", right=True), Column("P99", drop=3, right=True), Column("PER S", drop=4, right=True),
+        Column("ENGINE CPU", drop=2, right=True), Column("FAILED", right=True),
+    )  # fmt: skip
     rows = [
         (
             c.mode, c.tickets, c.n, *(f"{c.insert_to_done[p]:.0f} ms" for p in ("p50", "p95", "p99")), c.per_second,
@@ -106,6 +111,6 @@ def _show(out: Out, report: Report, *, as_markdown: bool) -> None:
     ]
     names = [f"{c.mode} x {c.tickets}" for c in report.cells]
     rows_of_times = [(name, *cells) for name, cells in zip(names, times, strict=True)]
-    out.table(("P50 / P95 ms", *(name.upper() for name in phases)), rows_of_times)
+    out.table(("P50 / P95 ms", *(Column(name.upper(), right=True) for name in phases)), rows_of_times)
     out.line()
     out.table(("FIGURE", "OURS", "BARE", "RATIO", "TARGET"), [figure.row() for figure in report.figures])

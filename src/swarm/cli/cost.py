@@ -9,6 +9,8 @@ import typer
 
 from swarm.cli.frame import Cli, command
 from swarm.cli.inputs import moment
+from swarm.cli.ui.render import counted
+from swarm.cli.ui.table import Column
 
 
 class By(StrEnum):
@@ -49,14 +51,18 @@ def register(app: typer.Typer) -> None:
         lines = [(row.name, *numbers) for row, numbers in zip(rows, counts, strict=True)]
         if len(lines) > 1:
             lines.append(("total", *map(sum, zip(*counts, strict=True))))  # type: ignore[arg-type]
-        columns = (by.value.upper(), "CALLS", "INPUT", "OUTPUT", "CACHE READ", "CACHE WRITE", "USD")
+        columns = (
+            Column(by.value.upper()), Column("CALLS", drop=5, right=True), Column("INPUT", drop=4, right=True),
+            Column("OUTPUT", drop=3, right=True), Column("CACHE READ", drop=2, right=True),
+            Column("CACHE WRITE", drop=1, right=True), Column("USD", right=True),
+        )  # fmt: skip
         cli.out.table(columns, [(*line[:-1], f"{line[-1]:.4f}") for line in lines], empty="no model calls")
         if estimated := sum(r.estimated_calls for r in rows):
             usd = sum(r.estimated_usd for r in rows)
             cli.out.note(
-                f"{estimated} of the calls (${usd:.4f}) are estimates: their answers broke off (docs/claude.md)"
+                f"estimated: {counted(estimated, 'call')} (${usd:.4f}), of which the answer broke off (docs/claude.md)"
             )
         if unpriced := sum(r.unpriced_calls for r in rows):
-            cli.out.note(f"{unpriced} calls are not priced: their model is in no price list (docs/claude.md)")
+            cli.out.note(f"not priced: {counted(unpriced, 'call')}, whose model is in no price list (docs/claude.md)")
         if still_open := sum(r.open_calls for r in rows):
-            cli.out.note(f"{still_open} calls are not included: they still run, or their engine died")
+            cli.out.note(f"not included: {counted(still_open, 'call')}, still running or of an engine that died")

@@ -13,6 +13,7 @@ import typer
 
 from swarm.cli.frame import Cli, command
 from swarm.cli.ticket import app
+from swarm.cli.ui.table import Column
 
 if TYPE_CHECKING:
     from swarm.base.trees import Contents, Entry
@@ -48,7 +49,8 @@ async def files(cli: Cli, id: _Id) -> None:
                 for name, size in one.left_out
             ]
     rows = [(one.name, one.bytes, one.kind, one.mode) for one in listed]
-    cli.out.listing(listed, ("NAME", "BYTES", "KIND", "MODE"), rows, empty="it left no files in /work/out")
+    columns = ("NAME", Column("BYTES", drop=3, right=True), Column("KIND", drop=2), Column("MODE", drop=1))
+    cli.out.listing(listed, columns, rows, empty="it left no files in /work/out")
     if not complete:
         cli.out.note("There was more than this in /work/out: it was not kept (docs/agents.md has the limits).")
 

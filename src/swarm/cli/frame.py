@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from swarm.cli.ui.help import Group, One
 from swarm.cli.ui.output import Out
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ _PANEL = "Common options"
 
 _Home = Annotated[
     Path | None,
-    typer.Option("--home", help="Directory of tickets, agents and images (SWARM_HOME).", rich_help_panel=_PANEL),
+    typer.Option(
+        "--home",
+        metavar="DIR",
+        help="Where tickets, agents and images are kept. Default: SWARM_HOME, or /opt/swarm-platform.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 _Debug = Annotated[bool, typer.Option("--debug", help="Log every step; print tracebacks.", rich_help_panel=_PANEL)]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_PANEL)]
@@ -76,6 +82,7 @@ def new_app(name: str, help: str, *, examples: Sequence[str] = (), many: bool = 
         add_completion=many,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
+        cls=Group,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     if many:
@@ -114,7 +121,7 @@ def command(
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {"ctx": typer.Context} | {p.name: p.annotation for p in own} | common
         del run.__wrapped__  # otherwise Typer would read the signature of ``function``
-        app.command(name, epilog=_epilog(examples))(run)
+        app.command(name, cls=One, epilog=_epilog(examples))(run)
         return function
 
     return register

@@ -9,6 +9,7 @@ import typer
 
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.ui import render
+from swarm.cli.ui.table import Column
 
 app = new_app("image", "Build, list and remove guest images.")
 
@@ -52,8 +53,12 @@ async def list_(cli: Cli) -> None:
     from swarm.app import wiring
 
     found = wiring.images(cli.settings).list()
-    rows = [(i.digest[:12], i.built_at, render.size(i.size_bytes), i.kernel_version) for i in found]
-    cli.out.listing(found, ("DIGEST", "BUILT", "SIZE", "KERNEL"), rows, empty="no image: run `swarm image build`")
+    rows = [(i.digest, i.built_at, render.size(i.size_bytes), i.kernel_version) for i in found]
+    columns = (
+        Column("DIGEST", digest=True), Column("BUILT", drop=2), Column("SIZE", drop=1, right=True),
+        Column("KERNEL", drop=3, least=8),
+    )  # fmt: skip
+    cli.out.listing(found, columns, rows, empty="no image: run `swarm image build`")
 
 
 @command(app, "rm", examples=["swarm image rm 4be1b6c3a8d2"])

@@ -9,6 +9,7 @@ import typer
 from swarm.cli.frame import Cli, command
 from swarm.cli.inputs import age_seconds, moment
 from swarm.cli.ui.output import Out, plain
+from swarm.cli.ui.render import counted
 
 if TYPE_CHECKING:
     from swarm.admin.prove import Report
@@ -40,7 +41,7 @@ async def prune(
     seconds = age_seconds(older_than)
     async with cli.store() as store:
         removed = await store.prune(seconds)
-    cli.out.result({"removed": removed}, f"removed {removed} events")
+    cli.out.result({"removed": removed}, f"removed {counted(removed, 'event')}")
 
 
 async def prove_(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app
+from swarm.cli.ui.table import Column
 
 app = new_app(
     "secret", "Set, list and remove secrets. They are encrypted at rest; an agent gets those that its manifest names."
@@ -67,7 +68,7 @@ async def list_(cli: Cli) -> None:
     async with cli.store() as store:
         rows = await wiring.vault(cli.settings, store).list()
     lines = [(row.name, row.scope, row.updated_at) for row in rows]
-    cli.out.listing(rows, ("NAME", "SCOPE", "UPDATED"), lines, empty="no secrets")
+    cli.out.listing(rows, ("NAME", "SCOPE", Column("UPDATED", drop=1)), lines, empty="no secrets")
 
 
 @command(app, "rm", examples=["swarm secret rm GITHUB_TOKEN --agent release"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Annotated
 
 import typer
 
+from swarm.base.clock import iso
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.ui import render
+from swarm.cli.ui.table import Column
 
 _MODULE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"  # as in an agent's manifest
 app = new_app("template", "Build, list and remove templates, from which VMs are cloned.")
@@ -21,21 +22,24 @@ async def list_(cli: Cli) -> None:
     from swarm.app import wiring
 
     found = sorted(wiring.templates(cli.settings).all(), key=lambda t: -t.used_at)
-    now = time.time()
     rows = [
         (
-            t.key[:12],
+            t.key,
             t.driver,
-            t.image[:12],
+            t.image,
             f"{t.vcpus} CPU, {t.memory_mb} MB, disk {t.disk_mb} MB",
             ",".join(t.preload) or None,
             render.size(t.size_bytes),
-            _ago(now - t.created_at),
-            _ago(now - t.used_at),
+            iso(t.created_at * 1000),
+            iso(t.used_at * 1000),
         )
         for t in found
     ]
-    columns = ("KEY", "DRIVER", "IMAGE", "VM", "PRELOADED", "SIZE", "BUILT", "USED")
+    columns = (
+        Column("KEY", digest=True), Column("DRIVER", drop=4), Column("IMAGE", drop=2, digest=True), "VM",
+        Column("PRELOADED", drop=3, least=12), Column("SIZE", drop=6, right=True), Column("BUILT", drop=1),
+        Column("USED", drop=5),
+    )  # fmt: skip
     cli.out.listing(found, columns, rows, empty="no templates: the first ticket builds one, or `swarm template build`")
 
 
@@ -93,10 +97,3 @@ async def rm(
     if unused is not None:
         for each in await templates.collect(unused_seconds=unused * 86400):
             cli.out.line(f"removed {each[:12]}")
-
-
-def _ago(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return "just now"

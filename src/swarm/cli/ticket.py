@@ -15,6 +15,7 @@ from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import Input, Inputs, Limit, NewId, Priority, Timeout, read_inputs, schema_of
 from swarm.cli.sending import AllFiles, FileOptions
 from swarm.cli.ui import render
+from swarm.cli.ui.table import Column
 from swarm.model import FILES, TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
 
 if TYPE_CHECKING:
@@ -140,7 +141,10 @@ async def add(
 async def list_(
     cli: Cli,
     state: Annotated[
-        list[TicketState] | None, typer.Option("--state", "-s", help="Only in this state; can be repeated.")
+        list[TicketState] | None,
+        typer.Option(
+            "--state", "-s", metavar="STATE", help=f"Only in this state, of {', '.join(TicketState)}; can be repeated."
+        ),
     ] = None,
     project: Annotated[str | None, typer.Option("--project", metavar="NAME", help="Only of this project.")] = None,
     limit: Limit = 50,
@@ -150,7 +154,8 @@ async def list_(
     async with cli.store() as store:
         tickets = await store.ticket_summaries(states=tuple(state or ()), project_id=project, limit=limit)
     rows = [(t.id, t.state, t.title, t.created_at, (t.error or "").split("\n")[0]) for t in tickets]
-    cli.out.listing(tickets, ("ID", "STATE", "TITLE", "CREATED", "ERROR"), rows, empty="no tickets")
+    columns = ("ID", "STATE", Column("TITLE", least=8), Column("CREATED", drop=2), Column("ERROR", drop=1, least=16))
+    cli.out.listing(tickets, columns, rows, empty="no tickets")
 
 
 @command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
@@ -167,7 +172,9 @@ async def show(cli: Cli, id: _Id) -> None:
         return
     render.show_ticket(cli.out, ticket)
     if calls:
-        cli.out.line(f"{calls} of its model calls (${usd:.4f}) are estimates: `swarm ticket logs {id} --json` says why")
+        cli.out.line(
+            f"estimated: {render.counted(calls, 'model call')} (${usd:.4f}); `swarm ticket logs {id} --json` says why"
+        )
     if ticket.execution_mode == ExecutionMode.WORKFLOW or ticket.state == TicketState.WAITING:
         render.show_steps(cli.out, ticket, runs, steps)
     if ticket.execution_mode == ExecutionMode.WORKFLOW:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app, start
+from swarm.cli.ui.table import Column
 from swarm.errors import NotFound
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ async def list_(cli: Cli) -> None:
 
     records = wiring.inventory(cli.settings).records()
     rows = [(r.n, r.address, r.kind, _state(r), r.driver, r.pid or None, r.ticket_id, r.created_at) for r in records]
-    columns = ("VM", "ADDRESS", "KIND", "STATE", "DRIVER", "PID", "TICKET", "CREATED")
+    columns = (
+        "VM", "ADDRESS", Column("KIND", drop=3), "STATE", Column("DRIVER", drop=2), Column("PID", drop=1),
+        Column("TICKET", drop=5), Column("CREATED", drop=4),
+    )  # fmt: skip
     cli.out.listing(records, columns, rows, empty="no VMs")
 
 

@@ -14,6 +14,8 @@ from swarm.cli import sending
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import Input, InputJson, Inputs, NewId, Priority, Timeout, read_inputs, schema_of
 from swarm.cli.sending import AllFiles, FileOptions
+from swarm.cli.ui import render
+from swarm.cli.ui.table import Column
 
 if TYPE_CHECKING:
     from swarm.store.registry.schedules import ScheduleRow
@@ -40,7 +42,7 @@ async def validate(cli: Cli, file: _File) -> int:
             cli.out.dump({"valid": False, "problems": error.problems})
             return error.exit_status
     count = sum(1 for _ in found.all_steps())
-    line = f"{file}: {found.name} {found.version} is valid, {count} {'step' if count == 1 else 'steps'}"
+    line = f"{file}: {found.name} {found.version} is valid, {render.counted(count, 'step')}"
     cli.out.result({"valid": True, "problems": []}, line)
     return 0
 
@@ -100,7 +102,7 @@ async def list_(cli: Cli) -> None:
     async with cli.store() as store:
         found = await store.workflows()
     rows = [(w.name, w.version, w.id, "enabled" if w.enabled else "disabled", w.description) for w in found]
-    columns = ("NAME", "VERSION", "ID", "STATE", "DESCRIPTION")
+    columns = ("NAME", "VERSION", Column("ID", drop=2), "STATE", Column("DESCRIPTION", drop=1, least=16))
     cli.out.listing(found, columns, rows, empty="no workflows: run `swarm init`")
 
 
@@ -156,7 +158,10 @@ async def schedules(cli: Cli) -> None:
          one.last_ticket_id, one.missed_count or None)
         for one in found
     ]  # fmt: skip
-    columns = ("WORKFLOW", "CRON", "ZONE", "NEXT", "LAST", "TICKET", "MISSED")
+    columns = (
+        "WORKFLOW", Column("CRON", drop=4), Column("ZONE", drop=2), Column("NEXT", least=16), Column("LAST", drop=3),
+        Column("TICKET", drop=1), Column("MISSED", drop=5, right=True),
+    )  # fmt: skip
     cli.out.listing(found, columns, rows, empty="no workflow has a schedule")
 
 

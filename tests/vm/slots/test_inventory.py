@@ -63,7 +63,7 @@ def test_a_slot_is_reserved_used_and_released(inventory: Inventory) -> None:
     assert lease.dir == inventory.dir(7) and lease.dir.stat().st_mode & 0o777 == 0o700
     (intent,) = inventory.records()
     assert (intent.n, intent.kind, intent.pid, intent.owner_pid) == (7, Kind.ATTEMPT, 0, os.getpid())
-    assert intent.owner_alive and not intent.alive and intent.created_at.endswith("+00:00")
+    assert intent.owner_alive and not intent.alive and intent.created_at.endswith("Z")
 
     me = os.getpid(), process.start_time(os.getpid()) or 0
     lease.record(VmRecord(n=7, pid=me[0], started=me[1], driver="qemu", ticket_id="t'\"\n", attempt_id="a"))

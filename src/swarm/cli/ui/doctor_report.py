@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-from swarm.cli.ui.output import Out
+from swarm.cli.ui.output import GREEN, ORANGE, RED, Out
+from swarm.cli.ui.render import counted
+from swarm.cli.ui.table import Column
 from swarm.doctor import Check, Status
 from swarm.doctor.capacity import Capacity
 
-_MARKS = {Status.OK: ("ok  ", "green"), Status.WARN: ("warn", "yellow"), Status.FAIL: ("FAIL", "red")}
+_MARKS = {Status.OK: ("ok  ", GREEN), Status.WARN: ("warn", ORANGE), Status.FAIL: ("FAIL", RED)}
 
 
 def show(out: Out, checks: Sequence[Check]) -> None:
@@ -28,7 +30,7 @@ def show(out: Out, checks: Sequence[Check]) -> None:
     bad = sum(check.status is Status.FAIL for check in checks)
     warnings = sum(check.status is Status.WARN for check in checks)
     out.line()
-    out.line(f"{len(checks)} checks: {bad} failed, {warnings} warnings")
+    out.line(f"{counted(len(checks), 'check')}: {bad} failed, {counted(warnings, 'warning')}")
 
 
 def show_capacity(out: Out, capacity: Capacity) -> None:
@@ -42,7 +44,7 @@ def show_capacity(out: Out, capacity: Capacity) -> None:
     out.line(f"  ({cost.shared_mb} MB more are shared with its template and other clones)")
     out.line()
     rows = [(name, capacity.idle[name], capacity.full[name]) for name in capacity.idle]
-    out.table(("LIMIT", "IDLE VMS", "BUSY VMS"), rows)
+    out.table(("LIMIT", Column("IDLE VMS", right=True), Column("BUSY VMS", right=True)), rows)
     out.line()
     out.line(f"fits: {idle} idle VMs (limit: {idle_by}), {full} that use all their memory and disk (limit: {full_by})")
     out.line(f"{capacity.cores:g} CPUs: more working VMs than that share them")

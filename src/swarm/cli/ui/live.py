@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import select
+import shutil
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from swarm.cli.ui.output import STATE_STYLES, clean
+from swarm.cli.ui.output import STATE_STYLES, clean, joined
 from swarm.cli.ui.render import duration
+from swarm.cli.ui.table import Column, laid_out
 from swarm.errors import StoreError
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from swarm.store.store import Store
 
 REFRESH_SECONDS = 0.25
+_COLUMNS = (
+    Column("TICKET", least=36), Column("AGENT", drop=3), Column("ATTEMPT", drop=1, right=True),
+    Column("VM", drop=2, right=True), Column("PHASE"), Column("TIME", right=True),
+)  # fmt: skip
 _ENDS = 8
 _RUNNING = 24
 
@@ -70,10 +76,6 @@ class View:
             await asyncio.sleep(REFRESH_SECONDS)
 
     def render(self, dispatcher: Dispatcher, queue: QueueStatus | None) -> RenderableType:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
         running = list(dispatcher.running.values())
         head = f"{'stopping, ' if dispatcher.stopping else ''}{len(running)} of {dispatcher.max_vms} VMs"
         if queue is not None:
@@ -85,28 +87,31 @@ class View:
         head += f" · {dispatcher.per_minute} ended in the last minute"
         if dispatcher.waits_for and queue is not None and queue.ready:
             head += f" · waiting for {dispatcher.waits_for}"
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("TICKET", "AGENT", "ATTEMPT", "VM", "PHASE", "TIME"):
-            table.add_column(column, overflow="ellipsis", no_wrap=True)
-        for attempt in running[:_RUNNING]:
-            claim, age = attempt.claim, attempt.timeline.since_ms("claimed")
-            cells = (
-                _name(claim),
-                claim.agent.name,
-                claim.attempt_number,
-                attempt.vm_id or "",
-                attempt.timeline.last,
-            )
-            table.add_row(*(Text(clean(cell)) for cell in cells), Text(duration(age)))
-        for ended in reversed(self._ends):
-            outcome = type(ended.outcome).__name__.lower() if ended.outcome else "lost"
-            past = (_name(ended.claim), ended.claim.agent.name, ended.claim.attempt_number, ended.vm_id or "")
-            table.add_row(
-                *(Text(clean(cell), style="dim") for cell in past),
-                Text(outcome, style=STATE_STYLES.get(outcome, "")),
-                Text(duration(ended.timings.get("total")), style="dim"),
-            )
-        return Group(Text(clean(head), style="bold"), table)
+        rows = [_row(a.claim, a.vm_id, a.timeline.last, a.timeline.since_ms("claimed")) for a in running[:_RUNNING]] + [
+            _row(e.claim, e.vm_id, type(e.outcome).__name__.lower() if e.outcome else "lost", e.timings.get("total"))
+            for e in reversed(self._ends)
+        ]
+        return drawn(head, rows, shutil.get_terminal_size().columns)
+
+
+def drawn(head: str, rows: Sequence[Sequence[str]], width: int) -> RenderableType:
+    """A line about the engine, and a table of attempts: those that run, and those that ended lately."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines, _ = laid_out(_COLUMNS, rows, width)
+    return Group(
+        Text(clean(head), style="bold"),
+        *(
+            joined([(text, STATE_STYLES.get(given, "") if number else "bold") for text, given in line])
+            for number, line in enumerate(lines)
+        ),
+    )
+
+
+def _row(claim: Claim, vm: int | None, phase: str, ms: float | None) -> list[str]:
+    cells = (_name(claim), claim.agent.name, claim.attempt_number, "" if vm is None else vm, phase, duration(ms))
+    return [clean(cell) for cell in cells]
 
 
 def _name(claim: Claim) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,14 +24,19 @@ from swarm.base.printable import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from swarm.base.progress import Progress
+    from swarm.cli.ui.table import Column
 
+# Each can be read on black and on white (tests/cli/test_golden.py computes the contrasts). The terminal's own yellow,
+# cyan and green can't be on white, nor "dim" on grey.
+GREEN, RED, TEAL, ORANGE = "color(28)", "color(196)", "color(30)", "color(130)"
 STATE_STYLES = {
-    "done": "green", "completed": "green", "succeeded": "green", "ok": "green",
-    "failed": "red", "fail": "red", "lost": "red",
-    "in_progress": "cyan", "running": "cyan",
-    "warn": "yellow", "cancelled": "yellow", "blocked": "yellow", "waiting": "yellow", "interrupted": "yellow",
+    "done": GREEN, "completed": GREEN, "succeeded": GREEN, "ok": GREEN,
+    "failed": RED, "fail": RED, "lost": RED, "dead": RED,
+    "in_progress": TEAL, "running": TEAL,
+    "warn": ORANGE, "cancelled": ORANGE, "blocked": ORANGE, "waiting": ORANGE, "interrupted": ORANGE,
 }  # fmt: skip
 
 
@@ -43,6 +50,16 @@ def clean(text: object, *, one_line: bool = True) -> str:
     """Text without control characters, so that a hostile title can't move the cursor or fake a line."""
     keep = "" if one_line else "\n\t"
     return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def _cell(value: object, column: Column, now: datetime | None) -> str:
+    """The text of a cell; ``now``: for a person who looks at it then."""
+    text = "" if value is None else clean(value)
+    if now is None:
+        return text
+    from swarm.cli.ui import table
+
+    return text[:12] if column.digest else table.ago(text, now)
 
 
 def plain(value: object) -> Any:
@@ -74,6 +91,15 @@ def _ascii_only() -> bool:
     return (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
 
 
+def joined(line: Sequence[tuple[str, str]]) -> Text:
+    """Texts with their styles, two spaces apart."""
+    from rich.text import Text
+
+    whole = Text("  ").join(Text(text, style=style) for text, style in line)
+    whole.rstrip()
+    return whole
+
+
 class Out:
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
@@ -85,12 +111,7 @@ class Out:
 
     def marked(self, mark: str, style: str, text: str) -> None:
         """Print a line that begins with a coloured mark."""
-        if not sys.stdout.isatty():
-            self.line(f"{mark}  {text}")
-            return
-        from rich.text import Text
-
-        self._console().print(Text.assemble((mark, style), "  ", clean(text)), soft_wrap=True)
+        self._print_styled([[(mark, style), (clean(text), "")]])
 
     def text(self, text: str) -> None:
         """Print text as it came, without control characters other than line ends and tabs."""
@@ -98,31 +119,32 @@ class Out:
 
     def error(self, text: str) -> None:
         first, *rest = clean(text, one_line=False).strip().split("\n")
-        self._remark("\n".join([f"error: {first}", *(f"  {line}" for line in rest)]), style="red")
+        self._remark("\n".join([f"error: {first}", *(f"  {line}" for line in rest)]), style=RED)
 
     def note(self, text: str) -> None:
         """Print a remark, on stderr: it must not end up in a pipe."""
         self._remark(clean(text))
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
-        """Print a table, states in colour. Off a terminal: without colour, and with every cell in full."""
+    def table(self, columns: Sequence[str | Column], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
+        """Print a table. On a terminal it fits the width: columns leave or are shortened as each says, states have a
+        colour, times are ages. Anywhere else every cell is whole, for programs: nothing depends on who reads it.
+        """
         if not rows:
             self.line(empty)
             return
-        from rich.table import Table
-        from rich.text import Text
+        from swarm.cli.ui import table
 
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in columns:
-            table.add_column(clean(column), overflow="ellipsis" if sys.stdout.isatty() else "fold", no_wrap=True)
-        for row in rows:
-            cells = ["" if cell is None else clean(cell) for cell in row]
-            table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
-        # Rendered before it is written: Rich itself would end the process when the pipe is closed.
-        console = self._console()
-        with console.capture() as capture:
-            console.print(table)
-        sys.stdout.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+        terminal = sys.stdout.isatty()
+        named = [table.Column(one) if isinstance(one, str) else one for one in columns]
+        now = datetime.now(UTC) if terminal else None
+        cells = [[_cell(value, column, now) for value, column in zip(row, named, strict=True)] for row in rows]
+        lines, gone = table.laid_out(named, cells, shutil.get_terminal_size().columns if terminal else None)
+        self._print_styled(
+            [[(text, STATE_STYLES.get(given, "") if number else "bold") for text, given in line]
+             for number, line in enumerate(lines)]
+        )  # fmt: skip
+        if gone:
+            self.note(f"no room for {', '.join(gone)}: a wider terminal or --json shows all")
 
     def fields(self, pairs: Mapping[str, object]) -> None:
         """Print a name and its value per line, without those that are None; further lines of a value are indented."""
@@ -175,7 +197,7 @@ class Out:
             self.line(line)
 
     def listing(
-        self, values: Sequence[object], columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str
+        self, values: Sequence[object], columns: Sequence[str | Column], rows: Sequence[Sequence[object]], *, empty: str
     ) -> None:
         """Print the values with --json, otherwise a table with a row for each."""
         if self.json:
@@ -216,6 +238,16 @@ class Out:
         from rich.text import Text
 
         self._console(file).print(Text(text, style=style), soft_wrap=True)
+
+    def _print_styled(self, lines: Sequence[Sequence[tuple[str, str]]]) -> None:
+        """Print lines of texts, each with its style, two spaces apart."""
+        if not sys.stdout.isatty():
+            for line in lines:
+                self._print("  ".join(text for text, _ in line).rstrip())
+            return
+        console = self._console()
+        for line in lines:
+            console.print(joined(line), soft_wrap=True)
 
     @staticmethod
     def _console(file: TextIO | None = None) -> Console:

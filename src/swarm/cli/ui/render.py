@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from swarm.cli.ui.output import Out
+from swarm.cli.ui.table import Column
 from swarm.model import Ticket
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence
         )
         for step in current[:_SHOWN_STEPS]
     ]
-    out.table(("STEP", "STATE", "AGENT", "TRIES", "TIME", ""), rows)
+    columns = (
+        "STEP", "STATE", Column("AGENT", drop=2), Column("TRIES", drop=1, right=True),
+        Column("TIME", drop=3, right=True), Column("NOTE", least=16, whole=True),
+    )  # fmt: skip
+    out.table(columns, rows)
     if len(current) > _SHOWN_STEPS:
         out.line(f"… {len(current) - _SHOWN_STEPS} more: --json shows all")
     if waiting := [step.step_id for step in current if step.status == "waiting" and step.verdict is None]:
@@ -89,6 +94,10 @@ def duration(ms: float | None) -> str:
     if ms is None:
         return ""
     return f"{ms:.1f} ms" if ms < 100 else f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.2f} s"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(count: float) -> str:

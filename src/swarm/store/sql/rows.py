@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from swarm.base.clock import iso as iso
 from swarm.model import Event, Ticket
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ Value = TypeVar("Value", bound="DataclassInstance")
 MAX_ERROR_CHARS: Final = 16 * 1024
 SUMMARY_CHARS: Final = 500
 READ_BYTES: Final = 64 << 10  # JSON up to this length is read, and stored twice, while others wait for the lock
-
-
-def iso(ms: int) -> str:
-    """ISO-8601 UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def milliseconds(text: object) -> int | None:

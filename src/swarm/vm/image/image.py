@@ -23,12 +23,12 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.clock import iso
 from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, NotFound
@@ -250,7 +250,7 @@ class Images:
                 "recipe": recipe.key,
                 "base": recipe.base_key,
                 "builder_version": build.BUILDER_VERSION,
-                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "created_at": iso(),
                 "boot_args": recipe.boot_args,
                 "kernel_version": base_manifest["kernel_version"] if kernel is None else f"given: {kernel.name}",
                 "packages": base_manifest["packages"],

@@ -24,12 +24,12 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.clock import iso
 from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, LayerMissing, NotFound
@@ -181,7 +181,7 @@ class Layers:
             "installed": asdict(installed),
             "sha256": files.sha256_of(file),
             "size_bytes": file.stat().st_size,
-            "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "built_at": iso(),
         }
         staging.write_manifest(stage / _MANIFEST, manifest)
         stage.chmod(0o755)

@@ -21,11 +21,11 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
 from swarm.base import files, process
+from swarm.base.clock import iso
 from swarm.errors import Conflict, HostError, UsageError
 
 MAX_SLOT = 65533
@@ -92,7 +92,7 @@ class SlotLease:
         self.record(
             VmRecord(
                 n=self.n,
-                created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                created_at=iso(),
                 owner_pid=pid,
                 owner_started=process.start_time(pid) or 0,
                 boot_id=process.boot_id(),

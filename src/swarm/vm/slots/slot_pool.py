@@ -13,9 +13,9 @@ import asyncio
 import shutil
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from swarm.base.aio import finish_uninterrupted, quietly
+from swarm.base.clock import iso
 from swarm.base.log import logger
 from swarm.errors import Conflict
 from swarm.vm.driver import Slot
@@ -133,8 +133,7 @@ class SlotPool:
 
 def _empty(lease: SlotLease) -> None:
     """Remove what the last VM left in its directory. The record stays, but no longer names a VM."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    lease.record(VmRecord(n=lease.n, created_at=now))
+    lease.record(VmRecord(n=lease.n, created_at=iso()))
     for entry in lease.dir.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
