@@ -162,3 +162,45 @@ def test_add_after_others(swarm: Swarm, db: sqlite3.Connection) -> None:
     assert "are not done" in swarm("ticket add Late --agent echo --id d --after b --wait", status=2).stderr
     assert "nobody" in swarm("ticket add Lost --agent echo --id e --after nobody", status=2).stderr
     assert ids(db) == {"a", "b", "c", "d"}
+
+
+WORD = '#!/bin/sh\necho begun\n%s\necho \'{"word": "%s"}\' > output.json\n'
+
+
+def test_an_agent_is_replaced_while_it_is_written(
+    env: dict[str, str], swarm: Swarm, db: sqlite3.Connection, tmp_path: Path
+) -> None:
+    agent, go = tmp_path / "word", tmp_path / "go"
+    agent.mkdir()
+    (agent / "agent.yaml").write_text("name: word\nversion: 0.1.0\nruntime: exec\nentry: [main.sh]\n")
+
+    def write(word: str, before: str = "") -> None:
+        (agent / "main.sh").write_text(WORD % (before, word))
+        (agent / "main.sh").chmod(0o755)
+
+    def copies() -> int:
+        return len(list(Path(env["SWARM_HOME"], "agents").glob("word-0.1.0-*")))
+
+    write("one", f"while [ ! -e {go} ]; do sleep 0.1; done")
+    for _ in range(2):
+        swarm("agent add --dev", str(agent))
+    swarm("ticket add Slow --agent word --id slow")
+    work = [str(BIN / "swarm-engine"), "run-ticket", "slow", "--wait"]
+    with (
+        subprocess.Popen(work, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as engine,
+        subprocess.Popen([BIN / "swarm", "ticket", "logs", "-f", "slow"], env=env, stdout=subprocess.PIPE) as logs,
+    ):
+        assert logs.stdout is not None and logs.stdout.readline() == b"begun\n"
+        write("two")
+        assert "swarm agent add --dev" in swarm("agent add", str(agent), status=2).stderr
+        swarm("agent add --dev", str(agent))
+        assert copies() == 2  # the old one is in use
+        go.touch()
+        assert engine.communicate(timeout=60) and engine.returncode == 0
+    assert json.loads(swarm("ticket show slow --json").stdout)["ticket"]["outputs"] == {"word": "one"}
+    assert json.loads(swarm("ticket add Next --agent word --wait").stdout) == {"word": "two"}
+    write("three")
+    swarm("agent add --dev", str(agent))
+    assert json.loads(swarm("ticket add Next --agent word --wait").stdout) == {"word": "three"}
+    assert copies() == 2  # that of the second was removed
+    swarm("prove")

@@ -39,17 +39,26 @@ async def ship(store: Store, into: Path) -> list[str]:
     return lines
 
 
-async def add_agent(store: Store, directory: Path, into: Path) -> Agent:
+async def add_agent(store: Store, directory: Path, into: Path, *, replace: bool = False) -> Agent:
     """Copy an agent's files below ``into`` and register it. Does nothing if it is registered already.
 
-    Raises UsageError for a bad package, Conflict when that name and version is registered with other content.
+    Raises UsageError for a bad package, Conflict when that name and version is registered with other content: that is
+    replaced if ``replace``.
     """
     agent = await asyncio.to_thread(agents.install, directory, into)
+    replaced = None
+    if replace:
+        with contextlib.suppress(NotFound, StoreError):
+            replaced = await store.agent(agent.id)
     try:
-        return await store.put_agent(agent)
+        added = await store.put_agent(agent, replace=replace)
     except Conflict:
         await _remove_files(store, agent, into)
         raise
+    # A step that was claimed before may read the old files yet.
+    if replaced is not None and replaced.path != added.path and not (await store.queue()).running:
+        await _remove_files(store, replaced, into)
+    return added
 
 
 async def remove_agent(store: Store, reference: str, into: Path) -> Agent:

@@ -41,14 +41,28 @@ async def init(
     )
 
 
-@command(app, "add", examples=["swarm agent add word-count/", "swarm agent add word-count.tar.gz"], json=True)
+@command(
+    app,
+    "add",
+    examples=[
+        "swarm agent add word-count/",
+        "swarm agent add word-count.tar.gz",
+        "swarm agent add --dev word-count/ && swarm ticket add Try --agent word-count --input text=hi --wait",
+    ],
+    json=True,
+)
 async def add(
     cli: Cli,
     source: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A directory or a .tar.gz.")],
+    dev: Annotated[
+        bool, typer.Option("--dev", help="While you write it: replace this version, if it is registered.")
+    ] = False,
 ) -> None:
     """Register an agent, after building the layer for its requirements and packages.
 
-    Registering it again changes nothing; other content with a registered version is refused.
+    Registering it again changes nothing; other content with a registered version is refused, unless --dev is given.
+    Steps that run then end with the files they began with. All later ones, retries and those of workflows that run
+    among them, get the new files.
     """
     from swarm import agents
     from swarm.admin import packages
@@ -56,7 +70,7 @@ async def add(
     with agents.opened(source) as directory:
         await _build(cli, agents.read(directory))  # first, so that an agent that can't run is not registered
         async with cli.store() as store:
-            agent = await packages.add_agent(store, directory, cli.settings.agents)
+            agent = await packages.add_agent(store, directory, cli.settings.agents, replace=dev)
     cli.out.result(agent, f"{agent.name}@{agent.version}, id {agent.id}")
 
 

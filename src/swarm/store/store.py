@@ -457,9 +457,10 @@ class Store:
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 
-    async def put_agent(self, agent: Agent) -> Agent:
-        """Register. Raises Conflict when its name and version are registered with other content or another id."""
-        return await self._write.call(agents.put_agent, agent)
+    async def put_agent(self, agent: Agent, *, replace: bool = False) -> Agent:
+        """Register. Raises Conflict when its name and version are registered with another id; with other content, too,
+        unless it may ``replace`` that."""
+        return await self._write.call(agents.put_agent, agent, replace=replace)
 
     async def agent(self, ref: str) -> Agent:
         """By id, name, name@1 or name@1.0.0. Raises NotFound."""

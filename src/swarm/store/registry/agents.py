@@ -180,9 +180,10 @@ def _to_row(agent: Agent) -> dict[str, Any]:
     return {name: dump(value) if name in _JSON else value for name, value in values.items()}
 
 
-def put_agent(tx: Tx, agent: Agent) -> Agent:
+def put_agent(tx: Tx, agent: Agent, *, replace: bool = False) -> Agent:
     """Register. An identical agent changes nothing; another version under the same id replaces it. A changed agent
-    under a registered name and version is a Conflict, since runs refer to agents by these. Only `path` may change."""
+    under a registered name and version is a Conflict, since runs refer to agents by these. Only `path` may change,
+    unless it is to ``replace`` that one."""
     row = tx.first(_BY_ID, ref=agent.id)
     namesakes = [other for other in tx.all(_BY_NAME, ref=agent.name) if other.version == agent.version]
     if namesakes and namesakes[0].id != agent.id:
@@ -199,14 +200,14 @@ def put_agent(tx: Tx, agent: Agent) -> Agent:
         registered = None  # a broken row is replaced
     if registered == agent:
         return agent
-    if registered is not None and (registered.name, registered.version) == (agent.name, agent.version):
+    if not replace and registered is not None and (registered.name, registered.version) == (agent.name, agent.version):
         changed = [n for n in AGENT_FIELDS if n != "path" and getattr(registered, n) != getattr(agent, n)]
         if _digest(registered) != _digest(agent) and _digest(registered) and _digest(agent):
             changed.append("program (its files differ)")
         if changed:
             raise Conflict(
                 f"the agent {agent.name}@{agent.version} is already registered with another {', '.join(changed)}; "
-                "give the changed agent a new version"
+                "give the changed agent a new version (while you write it, `swarm agent add --dev` replaces it)"
             )
     tx.run(_UPDATE, now=tx.now, **_to_row(agent))
     return agent
