@@ -17,10 +17,10 @@ BEGIN, END = "<!-- layers: made by `make docs` -->\n", "<!-- layers end -->\n"
 LAYERS: Final[list[tuple[tuple[str, ...], str]]] = [
     (("model",), "nouns, states and transitions: values only"),
     (("errors",), "the error tree"),
+    (("fields",), "what files and settings from users have in common: names, bounds, errors in plain words"),
     (("config", "base", "ledger"), "settings; helpers that know no noun of Swarm's; bills of model calls as values"),
     (("cel",), "`${…}` expressions"),
     (("schema",), "JSON Schema checks with a bounded cost"),
-    (("fields",), "what agent manifests and workflow files have in common"),
     (("workflow",), "workflows read, checked and planned; pure"),
     (("channel",), "the host's side of the protocol with agentd"),
     (("vm.driver",), "what a VM driver must offer, and the values passed to it"),

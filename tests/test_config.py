@@ -16,10 +16,10 @@ def test_a_broken_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = tmp_path / "swarm.toml"
     file.write_text("[bad")
     monkeypatch.setenv("SWARM_CONFIG", str(file))
-    with pytest.raises(UsageError, match=f"can't read the settings in {file}: Expected"):
+    with pytest.raises(UsageError, match=f"can't read the settings in {file}: it is not TOML: expected"):
         config.load()
     file.write_text('subnet = "10.0.0.1/16"')
-    with pytest.raises(UsageError, match=r"subnet: .*10\.0\.0\.1/16"):
+    with pytest.raises(UsageError, match=r"subnet must be a network .*10\.0\.0\.1/16"):
         config.load()
 
 

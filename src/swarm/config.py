@@ -130,7 +130,14 @@ def _from_file(file: Path) -> dict[str, Any]:
 
 
 def _from_environment() -> dict[str, Any]:
-    """An empty variable counts as not set. Raises UsageError for a list that isn't JSON."""
+    """An empty variable counts as not set. Raises UsageError for a list that isn't JSON, and a name that is nearly one
+    of ours: ignoring it would hide a spelling mistake."""
+    for variable in os.environ:
+        name = variable.removeprefix("SWARM_").lower()
+        if variable.startswith("SWARM_") and name not in Settings.model_fields:
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.85)
+            if near:  # others may use SWARM_… for something else
+                raise UsageError(f"unknown setting {variable}; did you mean SWARM_{near[0].upper()}?")
     found: dict[str, Any] = {n: v for n in Settings.model_fields if (v := os.environ.get(f"SWARM_{n.upper()}"))}
     for name in _LISTS & found.keys():
         try:
@@ -152,20 +159,27 @@ def load(**flags: object) -> Settings:
         given = {k: v for k, v in flags.items() if v is not None}
         return Settings.model_validate(_from_file(config_file()) | _from_environment() | given)
     except pydantic.ValidationError as error:
-        raise UsageError("bad settings: " + "; ".join(dict.fromkeys(map(_sentence, error.errors())))) from None
+        places: dict[str, list[Any]] = {}
+        for one in error.errors():
+            places.setdefault(str(one["loc"][0]) if one["loc"] else "settings", []).append(one)
+        raise UsageError("bad settings: " + "; ".join(_sentence(*place) for place in places.items())) from None
     except (OSError, ValueError) as error:  # TOML's own errors, and bytes that are not UTF-8
-        why = error.strerror if isinstance(error, OSError) else error
+        from swarm.fields import reason
+
         message = (
-            f"can't read the settings in {config_file()}: {why}; fix the file, or point SWARM_CONFIG at another one"
+            f"can't read the settings in {config_file()}: {reason(error)}; "
+            "fix the file, or point SWARM_CONFIG at another one"
         )
         raise UsageError(message) from None
 
 
-def _sentence(error: Any) -> str:
-    """One of pydantic's errors, with the setting's name, its value, and what it must be."""
-    name = str(error["loc"][0]) if error["loc"] else "settings"
+def _sentence(name: str, errors: list[Any]) -> str:
+    """Pydantic's errors with one setting: its name, its value, and what it must be."""
+    from swarm.fields import complaint
+
+    error = errors[0]
     if name in RANGES:
         least, most = RANGES[name]
         whole = "whole " if isinstance(least, int) and isinstance(most, int) else ""
         return f"{name} is {error['input']!r}; it must be a {whole}number from {least:,.16g} to {most:,.16g}"
-    return f"{name}: {error['msg']} (got {error['input']!r})"
+    return f"{name} {complaint(errors)}"

@@ -1,12 +1,15 @@
-"""What agent manifests and workflow files have in common: names, versions, bounded numbers, and error messages."""
+"""What files and settings from users have in common: names, versions, bounded numbers, and pydantic's errors in our
+words, which quote no pattern and no class."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Final, get_args
 
+import pydantic
 from pydantic import BaseModel, Field, StringConstraints
 
 from swarm.model import BOUNDS, DEBIAN_PACKAGE, REQUIREMENT, RetryPolicy
@@ -18,6 +21,11 @@ NO_NUL: Final = r"^[^\x00]*$"
 MODULE: Final = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 DOMAIN: Final = r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}$"
 SERVICE: Final = r"^[a-z][a-z0-9_-]{0,62}$"
+STEP: Final = r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$"
+REFERENCE: Final = r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,80}(@[0-9A-Za-z.+-]{1,60})?$"
+HEADER: Final = r"^[A-Za-z][A-Za-z0-9-]{0,63}$"
+PRICED: Final = r"^[a-z0-9_.]+=[a-z0-9_-]+$"
+PATH: Final = r"^(/[A-Za-z0-9._~/-]+)?$"
 # Each pattern in words, as "must be …". Error messages show these, never the pattern.
 IN_WORDS: Final = {
     NAME: "lower-case letters, digits and inner hyphens, at most 63",
@@ -28,6 +36,11 @@ IN_WORDS: Final = {
     DOMAIN: "a domain such as api.example.com, or *.example.com for all below it",
     SERVICE: "lower-case letters, digits, hyphens and underscores, at most 63, with a letter first",
     REQUIREMENT: "a PyPI package with its exact version, such as requests==2.32.3",
+    STEP: "letters, digits, underscores and hyphens, at most 64, with a letter or an underscore first",
+    REFERENCE: "a name, or NAME@VERSION",
+    HEADER: "the name of an HTTP header, such as X-Event",
+    PRICED: "NAME=VALUE in lower case, such as speed=fast",
+    PATH: "a path such as /v1/count, or nothing",
     DEBIAN_PACKAGE: "a Debian package such as git, or with its version, nodejs=18.19.0+dfsg-6",
 }
 
@@ -71,11 +84,12 @@ class RetryFields(BaseModel):
     max_delay_seconds: float = bounded("max_delay_seconds", RetryPolicy().max_delay_seconds)
 
 
-# --- pydantic's errors in the words of the file -----------------------------------------------------------------------
+# --- pydantic's errors in our words -----------------------------------------------------------------------------------
 
 _KINDS: Final = {
     "string": "text", "int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false",
     "tuple": "a list", "list": "a list", "dict": "a mapping", "model": "a mapping", "uuid": "a UUID",
+    "path": "a path", "ip": "a network such as 192.168.7.0/24",
 }  # fmt: skip
 
 
@@ -95,13 +109,57 @@ def complaint(errors: Sequence[Any]) -> str:
     own = [str(one["msg"]).removeprefix("Value error, ") for one in errors if one["type"] == "value_error"]
     if own:
         return "; ".join(own)
-    given = errors[0]["input"]
+    given, kinds = errors[0]["input"], {one["type"] for one in errors}
     wanted = f"must be {', or '.join(dict.fromkeys(map(_wanted, errors)))}"
     if not isinstance(given, str | int | float | bool):
         return wanted
     if isinstance(given, int | float) and not isinstance(given, bool) and errors[0]["type"] == "string_type":
         return f"{wanted}, but is the number {given}: put it in quotes"
-    return f"{wanted}, but is {json.dumps(given, ensure_ascii=False)[:80]}"
+    shown = json.dumps(given, ensure_ascii=False)[:80]
+    hint = f": write [{shown}]" if isinstance(given, str) and kinds & {"tuple_type", "list_type"} else ""
+    return f"{wanted}, but is {shown}{hint}"
+
+
+def unknown(name: str, known: Iterable[str], *, page: str = "") -> str:
+    """What to say of a field that doesn't exist: the nearest that does, or all, or the page that lists them."""
+    names = sorted(set(known) - {name})
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"unknown field; did you mean {near[0]!r}?"
+    return f"unknown field; {page} lists all" if page else f"unknown field; there are {', '.join(names)}"
+
+
+def sentence(error: pydantic.ValidationError, model: type[BaseModel]) -> str:
+    """The errors of a value that has no lines, such as a table in TOML: each with its key."""
+    found: dict[str, list[Any]] = {}
+    for one in error.errors():
+        found.setdefault(".".join(map(str, one["loc"])), []).append(one)
+    return "; ".join(f"{where}: {_sentence(errors, model)}".removeprefix(": ") for where, errors in found.items())
+
+
+def _sentence(errors: list[Any], model: type[BaseModel]) -> str:
+    match errors[0]["type"]:
+        case "missing":
+            return "is missing"
+        case "extra_forbidden":
+            return unknown(str(errors[0]["loc"][-1]), _names(model, errors[0]["loc"]))
+    return complaint(errors)
+
+
+def _names(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
+    """The fields at the place of an error: of the model that is nested there."""
+    for part in loc[:-1]:
+        inner = model.model_fields.get(str(part))
+        inside = _classes(inner.annotation) if inner else [model]
+        model = inside[0] if inside else model
+    return set(model.model_fields)
+
+
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The models in ``dict[str, Model]``, ``Model | None`` and the like."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [one for part in get_args(annotation) for one in _classes(part)]
 
 
 def _wanted(error: Any) -> str:
@@ -122,4 +180,18 @@ def _wanted(error: Any) -> str:
         least, most = BOUNDS[name]
         whole = "whole " if isinstance(least, int) and isinstance(most, int) else ""
         return f"a {whole}number from {least:,.16g} to {most:,.16g}"
-    return _KINDS.get(kind.partition("_")[0], str(error["msg"]))
+    for bound, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
+        if bound in context:
+            return f"{words} {context[bound]:,.16g}"
+    return _KINDS.get(kind.partition("_")[0], "of another kind")
+
+
+def reason(error: Exception) -> str:
+    """Why a file in TOML can't be read, with advice for what is often meant."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8"
+    said = str(error)
+    advice = '; texts need quotes, as in NAME = "VALUE"' if said.startswith("Invalid value") else ""
+    return f"it is not TOML: {said[:1].lower()}{said[1:]}{advice}"

@@ -102,7 +102,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         'name: must be lower-case letters, digits and inner hyphens, at most 63, but is "Bad Name"',
         'version: must be a version such as 1.2.3 or 1.2.3-rc1, but is "one"',
         "entry: must be a list that isn't empty",
-        "colour: unknown field",
+        "colour: unknown field; docs/agents.md lists all",
     ]
     assert [problem.line for problem in caught.value.problems] == [1, 2, 3, 4]
 

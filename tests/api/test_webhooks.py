@@ -215,6 +215,11 @@ async def test_bodies_that_are_wrong(server: Server, body: bytes, status: int, s
     assert await server.tickets() == []
 
 
+async def test_a_form_is_told_what_is_wanted(server: Server) -> None:
+    answer = await server.post(b"payload=%7B%7D", Content_Type="application/x-www-form-urlencoded")
+    refused(answer, 400, "but application/x-www-form-urlencoded: send it with Content-Type: application/json")
+
+
 async def test_odd_texts_are_kept(server: Server) -> None:
     for branch in ("\u0000", "\ud800", "\U0001f41d", "${trigger.body}", "'; DROP TABLE tickets; --"):
         assert (await server.post(json.dumps({"branch": branch}).encode())).status_code == 202

@@ -132,8 +132,8 @@ def test_inputs_from_a_file_and_from_stdin(swarm: Run, tmp_path: Path) -> None:
         (["image", "rm", "0000"], "0000"),
         (["vm", "ssh", "777"], "no VM 777"),
         (["vm", "rm", "777"], "no VM 777"),
-        (["vm", "spawn", "0"], "equal to 1"),
-        (["vm", "spawn", "65534"], "65533"),
+        (["vm", "spawn", "0"], "at least 1"),
+        (["vm", "spawn", "65534"], "65,533"),
     ],
 )
 def test_wrong_use_is_status_2_and_one_sentence(swarm: Run, argv: list[str], said: str) -> None:

@@ -143,9 +143,10 @@ def test_everything() -> None:
     ("text", "said"),
     [
         ("", ["line 1, column 1: must be a mapping of fields, such as `name: my-workflow`"]),
-        ("name: [", ["line 1, column 8: not YAML: expected the node content, but found '<stream end>'"]),
+        ("name: [", ["line 1, column 8: not YAML: expected the node content, but found '<stream end>'; "
+                     "a [ or { is not closed"]),
         (HEAD, ["line 1, column 1: the field 'steps' is missing"]),
-        (HEAD + "steps: []\n", ["line 3, column 8: List should have at least 1 item after validation, not 0"]),
+        (HEAD + "steps: []\n", ["line 3, column 8: steps must be a list that isn't empty"]),
         (HEAD + "name: x\nsteps: [{id: a, agent: echo}]\n", ["line 3, column 1: the key 'name' is here twice"]),
         (HEAD + "steps: [{id: a, agent: echo, needs: [a]}]\n", ["line 3, column 38: the step 'a' needs itself"]),
         (HEAD + "steps: [{id: a, agent: nope}]\n",
@@ -179,7 +180,7 @@ def test_everything() -> None:
          ["line 4, column 43: trigger has no 'body'; there are type, time, cron, time_zone, missed"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nwebhook: {secret: K, timestamp: no one, "
          "inputs: {x: '${trigger.bdoy.x + trigger.body.x}'}}\n",
-         ['line 4, column 33: should be a valid boolean, and is "no one"',
+         ['line 4, column 33: timestamp must be true or false, but is "no one"',
           "line 4, column 56: trigger has no 'bdoy'; did you mean 'body'?"]),
         (HEAD + "steps: [{id: a, agent: echo}]\nwebhook: {secret: K, inputs: {x: '${trigger.bdoy.x}'}}\n",
          ["line 4, column 37: trigger has no 'bdoy'; did you mean 'body'?"]),
@@ -254,7 +255,7 @@ outputs: {x: "${steps.f.outputs}"}
         "line 10, column 13: the input 'repo' of typed has the wrong type: it is an integer, but must be a string",
         "line 11, column 7: typed has no input 'dept'; it has depth, repo",
         "line 13, column 5: unknown field 'agnet'; did you mean 'agent'?",
-        "line 14, column 22: should be greater than or equal to 0.001, and is -1",
+        "line 14, column 22: timeout_seconds must be a number from 0.001 to 2,592,000, but is -1",
         "line 17, column 12: a cycle: c needs d needs c",
         "line 21, column 47: 'item' is unknown outside of a for_each",
         "line 25, column 11: when must be true or false: it is an integer, but must be a boolean",

@@ -167,7 +167,15 @@ def unpack(archive: Path, into: Path) -> Path:
             with tarfile.open(fileobj=reader, mode="r:", errorlevel=1) as tar:
                 _unpack(tar, into, archive)
     except FileNotFoundError:
-        raise UsageError(f"{archive} does not exist") from None
+        raise UsageError(f"{archive} does not exist; name an agent's directory, or a .tar.gz of one") from None
+    except gzip.BadGzipFile:
+        if archive.name.endswith((".gz", ".tgz")):
+            raise UsageError(f"{archive} can't be unpacked: it is not gzipped; make it by `tar -czf`") from None
+        own = (archive.parent / MANIFEST).is_file()
+        what = f"name its directory, {archive.parent}" if own else f"name an agent's directory (it has {MANIFEST})"
+        raise UsageError(
+            f"{archive} is a file, not an agent: {what}, or a .tar.gz of one; `swarm agent init` makes a new agent"
+        ) from None
     except RecursionError:  # tarfile recurses for each header that belongs to the next one
         raise UsageError(f"{archive} can't be unpacked: too many headers before one file") from None
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import uuid
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import pydantic
-from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from swarm.base import manifest as yaml_manifest
 from swarm.errors import UsageError
@@ -27,6 +26,7 @@ from swarm.fields import (
     complaint,
     no_domain,
     place,
+    unknown,
 )
 from swarm.model import DEBIAN_PACKAGE, REQUIREMENT, Agent, FailureReason, RetryPolicy
 from swarm.schema import SchemaError, check_schema, expand
@@ -216,15 +216,19 @@ def _problems(document: yaml_manifest.Document, error: pydantic.ValidationError)
     for path, errors in found.items():
         if any(len(other) > len(path) and other[: len(path)] == path for other in found):
             continue
-        unknown = errors[0]["type"] == "extra_forbidden"
-        if unknown:
-            near = difflib.get_close_matches(str(path[-1]), list(Manifest.model_fields), n=1)
-            message = "unknown field" + (f"; did you mean {near[0]!r}?" if near else "")
+        is_unknown = errors[0]["type"] == "extra_forbidden"
+        if is_unknown:
+            message = unknown(str(path[-1]), _fields(path), page="docs/agents.md")
         else:
             message = "is missing" if errors[0]["type"] == "missing" else complaint(errors)
         named = ".".join(map(str, path)) or "agent"
-        problems.append(document.problem(path, f"{named}: {message}", at_key=unknown))
+        problems.append(document.problem(path, f"{named}: {message}", at_key=is_unknown))
     return problems
+
+
+def _fields(path: yaml_manifest.KeyPath) -> list[str]:
+    inner: dict[str, type[BaseModel]] = {"network": _Network, "retry": RetryFields, "examples": _Example}
+    return list(inner.get(str(path[0]) if len(path) > 1 else "", Manifest).model_fields)
 
 
 def _check_entry(manifest: Manifest, directory: Path) -> None:

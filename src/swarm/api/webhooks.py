@@ -130,7 +130,7 @@ class Hooks:
         trigger = {
             "type": "webhook",
             "time": iso(now_ms),
-            "body": _json(body),
+            "body": _json(body, request.headers.get("content-type", "")),
             "headers": _trigger_headers(request.headers, hook),
             "key": key,
         }
@@ -227,13 +227,18 @@ def _key(headers: Mapping[str, str], hook: Webhook) -> str | None:
     return key
 
 
-def _json(body: bytes) -> Any:
+def _json(body: bytes, content_type: str) -> Any:
     try:
         return jsontext.loads(body.decode("utf-8"))
     except jsontext.TooDeep as error:
         raise HTTPException(400, f"the body is {error}") from None
     except ValueError as error:
-        raise HTTPException(400, f"the body is not JSON in UTF-8: {error}") from None
+        kind = content_type.partition(";")[0].strip().lower()[:80]
+        if kind and "json" not in kind:
+            why = f"but {kind}: send it with Content-Type: application/json (GitHub: set the content type of the hook)"
+            raise HTTPException(400, f"the body must be JSON in UTF-8, {why}") from None
+        what = "is empty, not JSON" if not body else f"is not JSON in UTF-8 ({error})"
+        raise HTTPException(400, f"the body {what}: send a JSON value, such as {{}}") from None
 
 
 def _trigger_headers(headers: Mapping[str, str], hook: Webhook) -> dict[str, str]:

@@ -132,12 +132,32 @@ def load(text: str | bytes, *, name: str) -> Document:
 
 
 def _hint(said: str, line: str) -> str:
-    """Advice for common mistakes with expressions in YAML."""
+    """Advice for common mistakes."""
+    if "character '\\t'" in said:
+        return "; indent with spaces, not with tabs"
+    if begins := _FIRST.search(said):
+        return f"; put a text that begins with {begins[1]} in quotes"
+    if ("alphabetic or numeric" in said or "undefined alias" in said) and "*" in line:
+        return "; put a text that begins with * in quotes, such as a schedule: '*/5 * * * *'"
     if "got '?'" in said:
         return "; inside {} and [], put a text with '?' in quotes"
-    if "mapping values are not allowed" in said and "${" in line:
-        return "; put an expression with ': ' in quotes"
-    return ""
+    if "${" in line and ("mapping values are not allowed" in said or "but got '{'" in said):
+        return "; put an expression with ': ' in quotes" if ": " in line.partition("${")[2] else _QUOTE
+    return next((f"; {advice}" for part, advice in _ADVICE.items() if part in said), "")
+
+
+_FIRST: Final = re.compile(r"found character ('.'|\"'\") that cannot start")
+_QUOTE: Final = "; put the expression in quotes"
+_ADVICE: Final = {
+    "mapping values are not allowed": "put a text with ': ' in quotes, and begin the fields of a mapping in one column",
+    "could not find expected ':'": "each line needs a key and a colon, as in `name: my-name`",
+    "'<stream end>'": "a [ or { is not closed",
+    "unexpected end of stream": "a quote is not closed",
+    "another document": "remove what follows the line ---",
+    "expected <block end>": "begin the fields of a mapping, and the items of a list, in one column",
+    "unknown escape character": "put a text with backslashes in single quotes",
+    "alphabetic or numeric": "put a text that begins with & in quotes",
+}
 
 
 class _Reader:

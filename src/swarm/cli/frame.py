@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import errno
 import functools
 import inspect
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import pydantic
 import typer
 
 from swarm.cli.ui.help import Group, One
@@ -250,8 +252,36 @@ def start(app: typer.Typer, name: str) -> None:
 
         typer.echo(f"{name} {version('swarm-engine')}")
         return
-    with contextlib.suppress(BrokenPipeError):
-        app(prog_name=name)
+    try:
+        sys.exit(app(prog_name=name, standalone_mode=False))
+    except BrokenPipeError:
+        return
+    except typer.Abort:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:  # Typer has one base class of wrong use, and it is not public
+        if not hasattr(error, "format_message"):
+            raise
+        Out().error(_wrong_use(error))
+        sys.exit(2)
+
+
+def _wrong_use(error: Any) -> str:
+    """Typer's error with the command line, in one sentence of ours."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    where = f"; `{context.command_path} -h` shows how" if context is not None else ""
+    option, others = getattr(error, "option_name", ""), getattr(error, "possibilities", None)
+    if others is not None and option:
+        near = difflib.get_close_matches(option, others, n=1) or list(others)[:1]
+        return f"no such option: {option}" + (f"; did you mean {near[0]}?" if near else where)
+    if parameter is not None and isinstance(error.__cause__, pydantic.ValidationError):
+        from swarm.fields import complaint
+
+        name = max(getattr(parameter, "opts", None) or [str(parameter.name)], key=len)
+        name = name if name.startswith("-") else name.upper()
+        said = complaint(error.__cause__.errors())
+        return f"{name} {said}{where}" if said.startswith("must be") else f"{name}: {said.rstrip('.')}{where}"
+    said = " ".join(error.format_message().split())
+    return said[:1].lower() + said[1:].rstrip(".?") + ("?" if said.endswith("?") else where)
 
 
 def _usable_streams() -> None:

@@ -35,8 +35,9 @@ Input = Annotated[
 NewId = Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")]
 Priority = Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)]
-Limit = Annotated[int, typer.Option("--limit", "-n", min=1, metavar="N", help="At most this many.")]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10**9, metavar="N", help="At most this many.")]
 
+MAX_AGE_SECONDS: Final = 100 * 365 * 86_400  # a time before year 1 has no date
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -91,7 +92,8 @@ def _value(name: str, text: str, schema: Mapping[str, Any]) -> object:
         try:
             text = Path(text[1:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--input {name}={text}: {error}; @@ stands for an @ at the beginning") from None
+            why = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
+            raise UsageError(f"--input {name}={text}: {why}; @@ stands for an @ at the beginning") from None
     try:
         value = jsontext.loads(text)
     except ValueError:
@@ -115,8 +117,8 @@ def _fits(name: str, value: object, whole: Mapping[str, Any]) -> bool:
 def age_seconds(text: str) -> float:
     """'30d', '12h', '90m', '60s' or '2w' in seconds. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is not an age: write a number and s, m, h, d or w, such as 30d")
+    if match is None or float(match[1]) * _UNITS[match[2]] > MAX_AGE_SECONDS:
+        raise UsageError(f"{text!r} is not an age up to a century: write a number and s, m, h, d or w, such as 30d")
     return float(match[1]) * _UNITS[match[2]]
 
 

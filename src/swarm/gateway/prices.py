@@ -12,6 +12,7 @@ import pydantic
 from pydantic import Field
 
 from swarm.errors import UsageError
+from swarm.fields import reason, sentence
 
 SHIPPED: Final = Path(__file__).with_name("prices.toml")
 _DATED: Final = re.compile(r"(-\d{8}|-latest|\[\w+\])$")
@@ -104,7 +105,6 @@ def _table(file: Path) -> _Table:
     try:
         return _Table.model_validate(tomllib.loads(file.read_text()))
     except pydantic.ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UsageError(f"the price list {file}: {wrong}") from None
+        raise UsageError(f"the price list {file}: {sentence(error, _Table)}") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"the price list {file} can't be read: {error}") from None
+        raise UsageError(f"the price list {file} can't be read: {reason(error)}; correct it") from None

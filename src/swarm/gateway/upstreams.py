@@ -15,6 +15,7 @@ import pydantic
 from pydantic import Field, StringConstraints
 
 from swarm.errors import UsageError
+from swarm.fields import HEADER, PATH, PRICED, SERVICE, reason, sentence
 from swarm.gateway import routes
 from swarm.gateway.policy import Policy
 
@@ -66,12 +67,12 @@ def _is_host(host: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9_.-]{1,253}", name))
 
 
-_Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
-_Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")]
+_Name = Annotated[str, StringConstraints(pattern=SERVICE)]
+_Header = Annotated[str, StringConstraints(pattern=HEADER)]
 _Route = Annotated[str, pydantic.AfterValidator(_route)]
 _BaseUrl = Annotated[str, pydantic.AfterValidator(_base_url)]
-_Surcharge = Annotated[str, StringConstraints(pattern=r"^[a-z_.]+=[a-z0-9_-]+$")]
-_Condition = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.]+=[a-z0-9_-]+$")]
+_Surcharge = Annotated[str, StringConstraints(pattern=PRICED)]
+_Condition = Annotated[str, StringConstraints(pattern=PRICED)]
 Kind = Literal[
     "model", "input", "output", "total", "reasoning", "cache_read", "cache_write", "cache_write_1h", "web_search",
     "speed", "inference_geo", "service_tier",
@@ -103,7 +104,7 @@ class Upstream(pydantic.BaseModel):
     stored_prompts: tuple[str, ...] = ()
     context_tokens: int = Field(default=1_000_000, gt=0, le=10**9)
     image_tokens: int = Field(default=5_000, ge=0, le=10**9)
-    count: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~/-]+)?$")
+    count: str = Field(default="", pattern=PATH)
     count_fields: tuple[str, ...] = ()
     list_price: tuple[_Surcharge, ...] = ()
     finished: tuple[str, ...] = ()
@@ -158,11 +159,13 @@ def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream
         try:
             given = tomllib.loads(own.read_text())
         except (OSError, ValueError) as error:
-            raise UsageError(f"the table of upstreams {own} can't be read: {error}") from None
+            raise UsageError(f"the table of upstreams {own} can't be read: {reason(error)}; correct it") from None
         for name, fields in given.items():
             if not isinstance(fields, dict):
                 raise UsageError(f"the table of upstreams {own}: {name} must be a table: [{name}]")
             like = fields.pop("like", name)
+            if not isinstance(like, str):
+                raise UsageError(f"the table of upstreams {own}: [{name}]: `like` must be the name of a service above")
             if like != name and like not in table:
                 raise UsageError(
                     f"the table of upstreams {own}: [{name}] is to be like {like!r}, which is not above it"
@@ -181,11 +184,7 @@ def load(own: Path | None, environment: Mapping[str, str]) -> dict[str, Upstream
                 fields, where = {**fields, "base_url": override}, f"{variable}, or {where}"
             found[name] = Upstream.model_validate({**fields, "name": name})
         except pydantic.ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or name}: {e['msg'].removeprefix('Value error, ')}"
-                for e in error.errors()
-            )
-            raise UsageError(f"{where}: {wrong}") from None
+            raise UsageError(f"{where}: {sentence(error, Upstream)}") from None
         if why := _unbooked(found[name]):
             raise UsageError(f"{where}: {why}")
     return found

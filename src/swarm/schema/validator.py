@@ -47,7 +47,12 @@ def check_schema(schema: Any) -> None:
     _walk(schema, schema, (), 0)
     error = jsonschema.exceptions.best_match(_meta().iter_errors(schema))
     if error is not None:
-        raise SchemaError(f"not a JSON Schema: {error.message}", tuple(error.absolute_path))
+        path = tuple(error.absolute_path)
+        why = f"type must be one of {', '.join(_TYPES)}, or a list of them" if path[-1:] == ("type",) else error.message
+        raise SchemaError(f"not a JSON Schema: {why}", path)
+
+
+_TYPES: Final = ("string", "integer", "number", "boolean", "object", "array", "null")
 
 
 def _walk(schema: Any, root: Any, path: tuple[str | int, ...], depth: int) -> None:

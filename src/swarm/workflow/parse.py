@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +16,18 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from swarm.base import manifest
 from swarm.base.manifest import Document, Problem
-from swarm.fields import Name, RetryFields, Variable, Version, bounded
+from swarm.fields import (
+    HEADER,
+    REFERENCE,
+    STEP,
+    Name,
+    RetryFields,
+    Variable,
+    Version,
+    bounded,
+    complaint,
+    unknown,
+)
 from swarm.model import FailureReason, RetryPolicy
 from swarm.schema import SchemaError, check_schema, expand
 from swarm.workflow import schedule
@@ -31,9 +40,9 @@ MAX_DEPTH: Final = 8  # of nested workflows
 MAX_SCHEDULES: Final = 20
 
 _M = TypeVar("_M", bound=pydantic.BaseModel)
-_Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
-_Ref = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,80}(@[0-9A-Za-z.+-]{1,60})?$")]
-_Header = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$")]
+_Id = Annotated[str, StringConstraints(pattern=STEP)]
+_Ref = Annotated[str, StringConstraints(pattern=REFERENCE)]
+_Header = Annotated[str, StringConstraints(pattern=HEADER)]
 _Text = Annotated[str, StringConstraints(max_length=4096)]
 _Expression = Annotated[str, StringConstraints(max_length=5000)]
 _Join = Literal["all", "any", "first_success"] | Annotated[int, Field(ge=1, le=MAX_STEPS)]
@@ -336,6 +345,12 @@ def _repaired(value: dict[str, Any], error: pydantic.ValidationError) -> dict[st
     return copied
 
 
+# What other systems call a field of ours.
+_ELSEWHERE: Final = {
+    "if": "when", "on": "schedule", "triggers": "schedule", "cron": "schedule", "depends_on": "needs", "uses": "agent",
+    "with": "inputs", "timeout": "timeout_seconds", "jobs": "steps", "tasks": "steps", "params": "inputs",
+}  # fmt: skip
+
 # --- pydantic's errors, as sentences with a place --------------------------------------------------------------------
 
 
@@ -347,31 +362,37 @@ def _problems(
     model: type[pydantic.BaseModel],
 ) -> list[Problem]:
     """One problem for each place. Of a union's branches, only those that got furthest count."""
-    at: dict[manifest.KeyPath, list[tuple[str, str]]] = {}
+    at: dict[manifest.KeyPath, list[tuple[Any, list[str | int]]]] = {}
     for one in error.errors():
         inner, rest = _place(value, one["loc"])
-        kind = one["type"]
-        if kind == "missing":
-            message = f"the field {rest[-1]!r} is missing" if rest else "a field is missing"
-        elif kind == "extra_forbidden":
-            near = difflib.get_close_matches(str(inner[-1]), sorted(_fields(model)), n=1)
-            message = f"unknown field {inner[-1]!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        else:
-            message = one["msg"].removeprefix("Value error, ").replace("Input should", "should")
-            given = one["input"]
-            if isinstance(given, str | int | float | bool) or given is None:
-                message += f", and is {json.dumps(given, ensure_ascii=False)[:80]}"
-        at.setdefault(inner, []).append((kind, message))
+        at.setdefault(inner, []).append((one, rest))
     problems = []
     for inner, found in at.items():
         deeper = any(len(other) > len(inner) and other[: len(inner)] == inner for other in at)
-        if deeper and all(kind.endswith("_type") for kind, _ in found):
+        if deeper and all(one["type"].endswith("_type") for one, _ in found):
             continue
-        unknown = any(kind == "extra_forbidden" for kind, _ in found)
-        # The same place in several branches of a union: prefer messages about the value to those about its type.
-        messages = [m for kind, m in found if not kind.endswith("_type")] or [m for _, m in found]
-        problems.append(document.problem((*path, *inner), "; or ".join(dict.fromkeys(messages)), at_key=unknown))
+        missing = [f"the field {rest[-1]!r} is missing" for one, rest in found if one["type"] == "missing" and rest]
+        is_unknown = any(one["type"] == "extra_forbidden" for one, _ in found)
+        if missing:
+            message = "; ".join(dict.fromkeys(missing))
+        elif is_unknown:
+            message = _unknown(str(inner[-1]), model)
+        else:
+            # The same place in several branches of a union: prefer errors about the value to those about its type.
+            errors = [one for one, _ in found]
+            about = complaint([one for one in errors if not one["type"].endswith("_type")] or errors)
+            name = next((str(part) for part in reversed((*path, *inner)) if isinstance(part, str)), "")
+            each = "each of " if inner and isinstance(inner[-1], int) else ""
+            message = f"{each}{name} {about}" if about.startswith("must be ") and name else about
+        problems.append(document.problem((*path, *inner), message, at_key=is_unknown))
     return problems
+
+
+def _unknown(name: str, model: type[pydantic.BaseModel]) -> str:
+    meant = _ELSEWHERE.get(name)
+    if meant:
+        return f"unknown field {name!r}; here it is {meant!r}"
+    return unknown(name, _fields(model), page="docs/workflows.md").replace("field", f"field {name!r}", 1)
 
 
 def _place(value: Any, loc: Sequence[str | int]) -> tuple[manifest.KeyPath, list[str | int]]:
