@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +112,7 @@ LIKE_PYTHON = {
 async def test_a_warm_agent_behaves_as_under_python3(guest: Guest, source: str) -> None:
     source = textwrap.dedent(source)
     ended = await guest.python(source, "an argument", "é\n$x")
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(guest.work), "LANG": "C.UTF-8"}
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(guest.work), "LANG": "C.UTF-8", "PYTHONFAULTHANDLER": "1"}
     unbuffered = ["-u"] if source.startswith(("import os; print('lost')", "import os\nif os.fork()")) else []
     argv = [sys.executable, "-B", *unbuffered, str(guest.agent / "main.py"), "an argument", "é\n$x"]
     cold = await asyncio.to_thread(
@@ -119,7 +120,8 @@ async def test_a_warm_agent_behaves_as_under_python3(guest: Guest, source: str) 
     )
     code = ended.code if ended.signal is None else -ended.signal
     assert (code, guest.output["stdout"]) == (cold.returncode, cold.stdout)
-    assert guest.output["stderr"].replace(b"\r", b"") == cold.stderr
+    ours = re.compile(rb'  File "[^"]*agentd.py", line \d+ in \S+\n|0x[0-9a-f]{16}')  # frames, a thread's number
+    assert ours.sub(b"", guest.output["stderr"].replace(b"\r", b"")) == ours.sub(b"", cold.stderr)
     if "left-open" in source:
         assert (guest.work / "left-open.txt").read_text() == "flushed at exit"
 
@@ -174,7 +176,8 @@ async def test_nothing_of_ours_is_inherited(guest: Guest) -> None:
     )
     fds, env, limits, session = guest.output["stdout"].decode().splitlines()
     assert fds == "['0', '1', '2']"
-    assert env == "['GIVEN', 'HOME', 'LANG', 'LOGNAME', 'PATH', 'SWARM_AGENT', 'SWARM_WORK', 'USER']"
+    names = "GIVEN HOME LANG LOGNAME PATH PYTHONFAULTHANDLER SWARM_AGENT SWARM_WORK USER"
+    assert env == str(names.split())
     assert limits == "500 (0, 0)"
     assert session == "True 0o22"
 
@@ -280,6 +283,61 @@ async def test_silence(guest: Guest) -> None:
     with pytest.raises(AgentTimeout, match=r"printed nothing for 0\.2 s"):
         await guest.sh("echo $$; sleep 1000", timeout_seconds=60, idle_timeout_seconds=0.2)
     assert not alive(guest.output["stdout"])
+
+
+HANG = """
+import sys, threading, time
+def lock_up():
+    print("here")
+    while True: time.sleep(0.01)
+threading.Thread(target=lock_up, name="other", daemon=True).start()
+def wait_for_ever(): threading.Event().wait()
+wait_for_ever()
+"""
+
+
+@pytest.mark.parametrize("limit", ["timeout_seconds", "idle_timeout_seconds"])
+@pytest.mark.parametrize("warm", [True, False])
+async def test_the_stacks_of_what_hangs_are_printed(guest: Guest, warm: bool, limit: str) -> None:
+    await guest.channel.put({"main.py": HANG.encode()}, dest="/agent", owner="root")
+    argv = ["/agent/main.py"] if warm else [sys.executable, str(guest.agent / "main.py")]
+    with pytest.raises(AgentTimeout):
+        await guest.channel.run(argv, warm=warm, on_output=guest.hear, **{"timeout_seconds": 60, limit: 1})  # type: ignore[arg-type]
+    said = guest.output["stderr"].decode()
+    assert "in wait_for_ever" in said and "in lock_up" in said
+    assert (await guest.sh("exit 4")).code == 4  # the connection still works
+
+
+DEAF = """
+import signal
+signal.signal(signal.SIGABRT, lambda *_: print("no", flush=True))
+print("here", flush=True)
+while True: signal.pause()
+"""
+
+
+async def test_what_goes_on_instead_of_telling_its_stacks_is_killed(guest: Guest) -> None:
+    with pytest.raises(AgentTimeout, match="longer"):
+        await guest.python(DEAF, timeout_seconds=1)
+    assert guest.output["stdout"] == b"here\nno\n"
+
+
+CRASH = """
+import ctypes
+def crash(): ctypes.string_at(0)
+def outer(): crash()
+outer()
+"""
+
+
+@pytest.mark.parametrize("warm", [True, False])
+async def test_the_stack_of_what_crashes_is_printed(guest: Guest, warm: bool) -> None:
+    await guest.channel.put({"main.py": CRASH.encode()}, dest="/agent", owner="root")
+    argv = ["/agent/main.py"] if warm else [sys.executable, str(guest.agent / "main.py")]
+    ended = await guest.channel.run(argv, warm=warm, timeout_seconds=30, on_output=guest.hear)
+    assert ended.signal == signal.SIGSEGV
+    said = guest.output["stderr"].decode()
+    assert "Segmentation fault" in said and said.index("in crash") < said.index("in outer")
 
 
 async def test_dropped_output_is_no_silence(guest: Guest) -> None:

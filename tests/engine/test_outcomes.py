@@ -6,9 +6,12 @@ import asyncio
 import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
+from swarm.base import process
 from swarm.base.clock import PHASES
 from swarm.engine.run_once import run_ticket
 from tests.engine.conftest import Bench
@@ -35,7 +38,9 @@ async def test_done_with_its_outputs_and_its_clock(bench: Bench) -> None:
     [
         ("print('oh no'); sys.exit(3)", "agent_failed", ["ended with status 3", "oh no"]),
         ("out({}); raise KeyError('lost')", "agent_failed", ["ended with status 1", "KeyError: 'lost'"]),
-        ("out({}); os.kill(os.getpid(), 9)", "agent_failed", ["killed by signal 9"]),
+        ("out({}); os.kill(os.getpid(), 9)", "agent_failed", ["killed by signal 9 (SIGKILL)"]),
+        ("def f(): __import__('ctypes').string_at(0)\nf()", "agent_failed", ["signal 11 (SIGSEGV)", "main.py", "in f"]),
+        ("sys.exit(os.system('kill -SEGV $$') and 139)", "agent_failed", ["status 139", "signal 11 (SIGSEGV)"]),
         ("print('fine')", "no_output", ["left no output.json"]),
         ("open('output.json','w').write('{oops')", "output_invalid", ["not JSON"]),
         ("open('output.json','w').write('NaN')", "output_invalid", ["NaN is not JSON"]),
@@ -64,10 +69,12 @@ async def test_the_word_error_in_an_output_is_not_a_failure(bench: Bench) -> Non
 
 
 async def test_timeout(bench: Bench) -> None:
-    ticket = await bench.run(WRITE + "print('working', flush=True); time.sleep(600)", timeout_seconds=1.0)
+    code = "def wait():\n    time.sleep(600)\nprint('working', flush=True); wait()"
+    ticket = await bench.run(WRITE + code, timeout_seconds=1.0)
     (attempt,) = await bench.attempts()
     assert (ticket.state, attempt.reason) == ("failed", "timeout")
     assert ticket.error and "working" in ticket.error
+    assert 'main.py", line 4 in wait' in ticket.error  # where it hung
 
 
 async def test_silence_is_a_timeout_of_its_own(bench: Bench) -> None:
@@ -112,6 +119,18 @@ out({'uid': os.getuid(), 'cwd': os.getcwd(), 'env': sorted(os.environ),
     assert seen["cwd"] == "/work"
     assert all(seen[k] for k in ("shadow", "agent", "agentd", "init", "host")), seen
     assert not [name for name in seen["env"] if "TOKEN" in name or "KEY" in name]
+
+
+async def test_a_person_can_log_in_while_it_runs(bench: Bench) -> None:
+    code = "print('up', flush=True)\nwhile not os.path.exists('/work/go'): time.sleep(0.05)\nout({})"
+    bench.insert("t", (await bench.agent(WRITE + code)).id)
+    running = asyncio.create_task(run_ticket(bench.store, bench.worker, "t"))
+    await bench.until_it_prints()
+    [record] = bench.vms()
+    env = {"SWARM_HOME": str(bench.settings.home), "SWARM_STATE_DIR": str(bench.settings.state_dir)}
+    ssh = [str(Path(sys.executable).with_name("swarm")), "vm", "ssh", str(record.n), "--", "touch", "/work/go"]
+    await process.run(ssh, env=env)
+    assert (await running).state == "done"
 
 
 async def _while_running(bench: Bench, code: str, act: object) -> str:

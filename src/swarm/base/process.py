@@ -69,6 +69,19 @@ def in_netns(argv: Sequence[str], netns: str | None) -> list[str]:
     return ["nsenter", f"--net={Path('/run/netns', netns)}", "--", *argv]
 
 
+def signal_name(number: int) -> str:
+    """As in `signal 11 (SIGSEGV)`."""
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def how_it_ended(code: int) -> str:
+    """``code``: a subprocess's returncode."""
+    return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with status {code}"
+
+
 async def run(
     argv: Sequence[str],
     *,
@@ -113,7 +126,7 @@ async def run(
     if check and code != 0:
         tail = stderr[-4096:].decode(errors="replace").strip()
         said = tail or stdout[-1024:].decode(errors="replace").strip() or "it printed nothing"
-        raise CommandFailed(f"{shlex.join(argv)} ended with status {code}: {said}", returncode=code, stderr=tail)
+        raise CommandFailed(f"{shlex.join(argv)} {how_it_ended(code)}: {said}", returncode=code, stderr=tail)
     return Completed(returncode=code, stdout=stdout, stderr=stderr)
 
 

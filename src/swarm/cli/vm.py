@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -83,15 +84,24 @@ async def ssh(
     n: _N,
     argv: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="Run this instead of a shell.")] = None,
 ) -> None:
-    """Log in to VM N as root, or run a command there."""
+    """Log in to VM N as root, or run a command there. VMs of engines end with their ticket."""
     from swarm.app import wiring
     from swarm.base.process import which
 
     record = _record(cli, n)
+    if not record.alive:
+        raise NotFound(f"VM {n} does not run; see `swarm vm list`")
+    if not record.address:
+        raise NotFound(
+            f"VM {n} is a plain process of this host (driver {record.driver}): there is nothing to log in to"
+        )
     program = which("ssh")
     if program is None:
         raise NotFound("the program 'ssh' is not installed: apt-get install openssh-client")
-    options = wiring.ssh_dir(cli.settings).options()
+    keys = wiring.ssh_dir(cli.settings)
+    if record.host_key:  # engines start too many VMs to write all of them down
+        keys.know(IPv4Address(record.address), record.host_key)
+    options = keys.options()
     # ssh passes the command to the guest's shell, so every word is quoted for that.
     remote = [shlex.join(argv)] if argv else []
     os.execv(program, ["ssh", "-o", "ConnectTimeout=10", *options, f"root@{record.address}", *remote])

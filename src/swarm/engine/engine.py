@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import signal
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from swarm.base import files
 from swarm.base.aio import first
 from swarm.base.clock import Timeline
 from swarm.base.log import logger
+from swarm.base.process import how_it_ended, signal_name
 from swarm.base.redact import Redactor, Stream
 from swarm.channel import Exit
 from swarm.engine import files as ticket_files
@@ -61,6 +63,7 @@ _HOST_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 # An attempt for which the host's disk has no room goes back uncounted, but not for ever: it may be the one that is too
 # large for the disk.
 _FULL_TRIES = 20
+_BY_SIGNAL = 128  # a shell's status after a program that a signal ended, less the signal's number
 
 
 class Watcher:
@@ -313,14 +316,12 @@ def check_exit(ended: Exit) -> None:
             exit_code=ended.code,
             reason=FailureReason.OUT_OF_MEMORY,
         )
-    if ended.signal is not None:
-        raise BadExit(
-            f"the agent was killed by signal {ended.signal}", exit_code=None, reason=FailureReason.AGENT_FAILED
-        )
-    if ended.code != 0:
-        raise BadExit(
-            f"the agent ended with status {ended.code}", exit_code=ended.code, reason=FailureReason.AGENT_FAILED
-        )
+    if ended.code == 0:
+        return
+    how = how_it_ended(ended.code if ended.code is not None else -(ended.signal or 0))
+    if ended.code is not None and ended.code - _BY_SIGNAL in signal.valid_signals():
+        how += f", by which shells mean {signal_name(ended.code - _BY_SIGNAL)}"
+    raise BadExit(f"the agent {how}", exit_code=ended.code, reason=FailureReason.AGENT_FAILED)
 
 
 def guest_argv(agent: Agent) -> list[str]:

@@ -250,7 +250,7 @@ class GatewayProcess:
             self.pid = None
             self._break_calls()
         code = child.returncode or 0
-        return f"signal {-code}" if code < 0 else f"status {code}{self._last_line}"
+        return process.signal_name(-code) if code < 0 else f"status {code}{self._last_line}"
 
     def _configure(self, link: Link) -> None:
         models = [(name, price.model_dump(mode="json")) for name, price in self._prices.models.items()]

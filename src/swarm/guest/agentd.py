@@ -23,6 +23,7 @@ import _thread
 import atexit
 import ctypes
 import errno
+import faulthandler
 import fcntl
 import gc
 import io
@@ -49,6 +50,7 @@ MAX_SSH = 16
 CHUNK = 64 << 10  # a pipe's capacity
 FIRST_FRAME_SECONDS = 10.0
 IO_SECONDS = 60.0  # how long the peer may stall inside a request
+STACK_SECONDS = 2.0  # for the stacks of an agent whose time is up
 KILL_SECONDS = 20.0  # from SIGKILL to the end of all descendants: hundreds that used all memory need that long
 DRAIN_SECONDS = 2.0  # from the end of all descendants to the end of their pipes
 
@@ -264,6 +266,7 @@ class Zygote:
         self.report = -1
         self.status: int | None = None
         self.ended_ns = self.cpu_us = self.max_rss_kb = 0
+        faulthandler.enable(2)  # every agent inherits it: the stacks of one that crashes are in its stderr
         self.wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number_, signal.SIG_IGN)
@@ -297,6 +300,8 @@ class Zygote:
                     job = self.fork(order, fds)
                     if job is not None:
                         return job
+                elif order["op"] == "abort" and self.main and self.status is None:
+                    os.kill(self.main, signal.SIGABRT)
                 elif order["op"] == "kill" and self.main and self.status is None:
                     os.kill(self.main, signal.SIGKILL)  # our child, not yet waited for: the pid can't be reused
                     if self.in_vm and self.uid:  # or hundreds of its children leave it no CPU time in which to die
@@ -1210,6 +1215,7 @@ class Agentd:
             "USER": user,
             "LOGNAME": user,
             "LANG": "C.UTF-8",
+            "PYTHONFAULTHANDLER": "1",  # as in warm agents
             "SWARM_WORK": self.inside("/work"),
             "SWARM_AGENT": self.inside("/agent"),
         }
@@ -1378,6 +1384,7 @@ class Run:
         self.sizes = {"stdout": 0, "stderr": 0}
         self.dropped = 0
         self.timed_out: str | None = None
+        self.stacks_by: float | None = None  # when it has to be gone, after SIGABRT
         self.killed_at: float | None = None
         self.started_ns: object = None
         self.cannot: object = None
@@ -1420,7 +1427,7 @@ class Run:
             "signal": -code if code < 0 else None,
             "cpu_ms": max(0, int(str(self.exit["cpu_us"])) - links.cpu_us) // 1000,
             "max_rss_kb": self.exit["max_rss_kb"],
-            "oom": code != 0 and self.agentd.more_ooms() and not self.killed_at,
+            "oom": code != 0 and self.agentd.more_ooms() and not self.timed_out and not self.killed_at,
             "timed_out": self.timed_out,
             "clean": self.exit["clean"],
             "stdout_bytes": self.sizes["stdout"],
@@ -1491,8 +1498,8 @@ class Run:
             raise CannotStart(str(self.cannot))
 
     def patience_ms(self, now: float) -> int:
-        until = [now + 1.0, self.deadline if self.killed_at is None else now + 1.0]
-        if self.idle_timeout is not None:
+        until = [now + 1.0, self.stacks_by or self.deadline if self.killed_at is None else now + 1.0]
+        if self.idle_timeout is not None and self.timed_out is None:
             until.append(self.last_output + self.idle_timeout)
         return max(1, int((min(until) - now) * 1000) + 1)
 
@@ -1500,12 +1507,18 @@ class Run:
         if self.killed_at is not None:
             if now > self.killed_at + KILL_SECONDS:
                 raise RuntimeError(f"the agent is not gone {KILL_SECONDS:g} s after SIGKILL")
+        elif self.stacks_by is not None:
+            if now > self.stacks_by:
+                self.kill(now)
         elif now > self.deadline:
-            self.timed_out = "run"
-            self.kill(now)
+            self.time_out("run", now)
         elif self.idle_timeout is not None and now > self.last_output + self.idle_timeout:
-            self.timed_out = "idle"
-            self.kill(now)
+            self.time_out("idle", now)
+
+    def time_out(self, how: str, now: float) -> None:
+        """End it by SIGABRT, at which Python (and Go) print where each thread is; others just die."""
+        self.timed_out, self.stacks_by = how, now + STACK_SECONDS
+        self.agentd.order({"op": "abort"})
 
     def kill(self, now: float) -> None:
         self.killed_at = now

@@ -272,13 +272,13 @@ class Launcher:
         lease, slot = vm_slot.lease, vm_slot.slot
         timeline.mark("slot")
         token = template.token if template else secrets.token_bytes(TOKEN_BYTES)
+        identity, host_key = self.new_identity(lease.n, seeded=seeded, sshd_ready=outlive and seeded)
         if template is None:
             start = self._driver.boot(spec, slot, lease.dir, outlive=outlive, token=token)
         else:
             start = self._driver.restore(template, slot, lease.dir, outlive=outlive)
-        vm = await self._started(start, vm_slot, assignment, undo)
+        vm = await self._started(start, vm_slot, assignment, undo, host_key)
         timeline.mark("running")
-        identity, known_key = self.new_identity(lease.n, seeded=seeded, sshd_ready=outlive and seeded)
         channel = await self._connect(
             vm, lease.n, token, undo, listening=template is not None, preloads=bool(spec.preload)
         )
@@ -288,16 +288,16 @@ class Launcher:
         if outlive:
             files.write_atomically(lease.dir / TOKEN_FILE, identity.token, mode=0o600)
             if slot:
-                await asyncio.to_thread(self._ssh.know, slot.address, known_key)
+                await asyncio.to_thread(self._ssh.know, slot.address, host_key)
         return LiveVm(n=lease.n, vm=vm, channel=channel, renewed=renewed, vm_slot=vm_slot, identity=identity)
 
     async def _started(
-        self, start: Coroutine[Any, Any, Vm], vm_slot: VmSlot, assignment: Assignment, undo: AsyncExitStack
+        self, start: Coroutine[Any, Any, Vm], vm_slot: VmSlot, assignment: Assignment, undo: AsyncExitStack, key: str
     ) -> Vm:
         async def run() -> Vm:
             vm = await start
             undo.push_async_callback(vm.kill)
-            _record(vm_slot, vm, self._driver.name, assignment)
+            _record(vm_slot, vm, self._driver.name, assignment, key)
             return vm
 
         return await finish_uninterrupted(run())
@@ -359,7 +359,7 @@ class Launcher:
             vm_slot = await self.slots.take(undo)
             first = secrets.token_bytes(TOKEN_BYTES)  # clones' agents can read it, and it opens none of them
             start = self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True, token=first)
-            vm = await self._started(start, vm_slot, Assignment(), undo)
+            vm = await self._started(start, vm_slot, Assignment(), undo, "")
             async with AsyncExitStack() as connection:
                 channel = await self._connect(vm, vm_slot.lease.n, first, connection, preloads=bool(spec.preload))
                 if failed := (await while_alive(vm, channel.hello())).preload_failed:
@@ -422,7 +422,7 @@ def check_renewed(renewed: Renewed, identity: Identity, *, may_skip: bool = Fals
         raise BootFailed(f"the guest did not take its new {', '.join(wrong)}")
 
 
-def _record(vm_slot: VmSlot, vm: Vm, driver: str, assignment: Assignment) -> None:
+def _record(vm_slot: VmSlot, vm: Vm, driver: str, assignment: Assignment, host_key: str = "") -> None:
     slot = vm_slot.slot
     vm_slot.lease.record(
         VmRecord(
@@ -433,6 +433,7 @@ def _record(vm_slot: VmSlot, vm: Vm, driver: str, assignment: Assignment) -> Non
             driver=driver,
             netns=slot.netns if slot else "",
             address=str(slot.address) if slot else "",
+            host_key=host_key,
             ticket_id=assignment.ticket_id,
             attempt_id=assignment.attempt_id,
         )

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -50,9 +49,7 @@ class ProcessVm:
         self._child = child
 
     async def wait(self) -> str:
-        code = await self._child.wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        return f"agentd (pid {self.pid}) {how}"
+        return f"agentd (pid {self.pid}) {process.how_it_ended(await self._child.wait())}"
 
     async def doing(self) -> str:
         if self._child.returncode is None and process.is_stopped(self.pid):

@@ -62,7 +62,7 @@ class VmmVm(ABC):
         """The VM's state, in the VMM's own word. Raises OSError, SwarmError."""
 
     def _how_it_ended(self, code: int) -> str:
-        return f"{self.vmm} was killed by signal {-code}" if code < 0 else f"{self.vmm} ended with status {code}"
+        return f"{self.vmm} {process.how_it_ended(code)}"
 
     def last_output(self) -> str:
         """What the VMM printed last, or else the guest, for an error message."""

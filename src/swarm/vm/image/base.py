@@ -93,7 +93,7 @@ async def _base_root(
     if child.returncode:
         text = log.read_text(errors="replace")
         failed = CommandFailed(
-            f"mmdebstrap ended with status {child.returncode}", returncode=child.returncode, stderr=text
+            f"mmdebstrap {process.how_it_ended(child.returncode)}", returncode=child.returncode, stderr=text
         )
         raise apt.explain(failed, where=scratch)
     packages = apt.installed((root / "var/lib/dpkg/status").read_text())

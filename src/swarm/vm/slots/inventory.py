@@ -51,6 +51,7 @@ class VmRecord:
     driver: str = ""
     netns: str = ""
     address: str = ""
+    host_key: str = ""  # of its sshd: a line of known_hosts, without the address
     ticket_id: str | None = None
     attempt_id: str | None = None
     created_at: str = ""  # ISO-8601, UTC
@@ -111,7 +112,7 @@ class SlotLease:
         if self.last is not None:
             kept = {
                 name: getattr(record, name) or getattr(self.last, name)
-                for name in ("created_at", "owner_pid", "owner_started", "boot_id")
+                for name in ("created_at", "owner_pid", "owner_started", "boot_id", "host_key")
             }
             record = dataclasses.replace(record, **kept)
         with files.host_errors(f"can't write {self.dir / 'vm.json'}"):
