@@ -19,10 +19,10 @@ ready:
 	@tools/bootstrap dev
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm image build
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/claude
-	-@SWARM_CONFIG=/dev/null SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/mini-swe
-	-@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/mini-swe
-	-@SWARM_CONFIG=/dev/null SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/claude-code
-	-@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/claude-code
+	@# For this host and for VMs at the same time, in another order: what one has fetched, pip need not fetch again.
+	-@SWARM_CONFIG=/dev/null; SWARM_IMAGES_DIR="$(IMAGES)"; export SWARM_CONFIG SWARM_IMAGES_DIR; \
+	for name in claude-code mini-swe; do SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/$$name; done & \
+	for name in mini-swe claude-code; do $(BIN)/swarm agent build src/swarm/builtin/agents/$$name; done; wait
 	-@$(BIN)/python tools/fetch-firecracker
 	-@$(BIN)/python -m tests.clients_here
 

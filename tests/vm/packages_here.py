@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ def wheel(
     name: str,
     version: str = "1.0",
     *,
-    files: Mapping[str, str],
+    files: Mapping[str, str | bytes],
     requires: Sequence[str] = (),
     scripts: Mapping[str, str] | None = None,
     tag: str = "py3-none-any",
@@ -27,7 +28,7 @@ def wheel(
     """Write a wheel; ``scripts``: name -> `module:function`."""
     info = f"{name}-{version}.dist-info"
     head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    whole = {
+    whole: dict[str, str | bytes] = {
         **files,
         f"{info}/METADATA": head + "".join(f"Requires-Dist: {one}\n" for one in requires),
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: {tag}\n",
@@ -44,8 +45,22 @@ def wheel(
     return path
 
 
-def _digest(text: str) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+def _digest(text: str | bytes) -> str:
+    data = text.encode() if isinstance(text, str) else text
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def shared_object(*needs: str, machine: int = 62) -> bytes:
+    """An ELF file that is linked with these libraries, with nothing to run in it."""
+    names = b"\0" + b"".join(name.encode() + b"\0" for name in needs)
+    at, base = 64 + 2 * 56, 0x1000
+    entries = [(1, names.index(b"\0" + name.encode() + b"\0") + 1) for name in needs]
+    tags = b"".join(struct.pack("<qQ", *entry) for entry in [*entries, (5, base + at), (0, 0)])
+    load = struct.pack("<IIQQQQQQ", 1, 4, at, base + at, base + at, len(names), len(names), 4096)
+    dynamic = struct.pack("<IIQQQQQQ", 2, 6, at + len(names), 0, 0, len(tags), len(tags), 8)
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    head = struct.pack("<16sHHIQQQIHHHHHH", ident, 3, machine, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    return head + load + dynamic + names + tags
 
 
 @contextmanager

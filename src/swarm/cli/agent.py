@@ -312,7 +312,10 @@ async def _build(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False
     settings = cli.settings if vm else cli.settings.model_copy(update={"driver": "process"})
     with cli.out.progress(f"layer of {agent.name}") as progress:
         source = wiring.image_source(settings)
-        return await layers.build(agent, source, wiring.layers(settings), force=force, progress=progress)
+        layer = await layers.build(agent, source, wiring.layers(settings), force=force, progress=progress)
+    for one in layer.lacks if layer else ():
+        cli.out.note(f"layer of {agent.name}: {one}")
+    return layer
 
 
 def _shown(value: object) -> object:

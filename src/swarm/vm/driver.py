@@ -53,11 +53,12 @@ class Layer:
     """What an agent's `requirements` and `packages` add to an image's root, read-only. ``digest`` is of its content.
 
     ``path`` is an erofs file, which the guest's init lays over the root; for the `process` driver it is a directory of
-    Python modules.
+    Python modules. ``lacks``: shared libraries that something in it needs and that are not there, each with what to do.
     """
 
     digest: str
     path: Path
+    lacks: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from swarm.vm.driver import Image, Layer, VmSpec
 from swarm.vm.drivers import firecracker
 from swarm.vm.image.layer import HostLayers, Layers
 from swarm.vm.launcher import Assignment
-from tests.vm.packages_here import archive, deb, wheel, wheels_from
+from tests.vm.packages_here import archive, deb, shared_object, wheel, wheels_from
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -52,7 +53,9 @@ def wheels(tmp_path_factory: pytest.TempPathFactory, image: Image) -> Iterator[P
         place,
         "greet",
         files={
-            "greet/__init__.py": "import os\nfrom marked import WORD\nPID = os.getpid()\ndef main():\n    print(WORD)\n"
+            "greet/__init__.py": "import os\nfrom marked import WORD\nPID = os.getpid()\n\n\ndef main(): print(WORD)\n",
+            "greet/fast.so": shared_object("libc.so.6", "libstdc++.so.6", "libbrought-1a.so.2", "libGL.so.1"),
+            "greet.libs/libbrought-1a.so.2": shared_object("libstdc++.so.6"),
         },
         scripts={"greet": "greet:main"},
         # The guest's Python decides, not the one that Swarm runs on.
@@ -158,6 +161,14 @@ async def test_built_once_listed_found_and_removed(layers: Layers, layer: Layer,
     wheels_only = an_agent("greet==1.0")
     assert layers.key(wheels_only, image) == layers.key(wheels_only, updated) != layers.key(WANTS, image)
     assert not list(layers.dir.glob(".building-*"))
+
+
+async def test_libraries_that_nobody_brings_are_named(layers: Layers, layer: Layer, image: Image) -> None:
+    """Once it is built and whenever it is found; libstdc++, which most compiled wheels need, is in the guest."""
+    said = "neither the guest nor the layer has libGL.so.1, which %s needs: try `packages: [libgl1]`"
+    [lack] = layer.lacks
+    assert re.fullmatch(re.escape(said) % r"usr/local/lib/python3\.\d+/dist-packages/greet/fast\.so", lack)
+    assert await layers.find(WANTS, image) == layer
 
 
 async def test_an_agents_own_module_comes_with_its_layer(

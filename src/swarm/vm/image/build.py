@@ -32,9 +32,10 @@ from swarm.vm.image.staging import digest_of
 BUILDER_VERSION: Final = 1
 # Every time stamp in an image (2023-11-14). Python's compiled files contain it, so there must be one.
 EPOCH: Final = 1_700_000_000
+# libstdc++6: most compiled wheels (numpy, pandas) and Node need it, and no Python package says so.
 PACKAGES: Final = (
-    "busybox-static", "ca-certificates", "iproute2", "libpython3-stdlib", "mount", "openssh-server", "python3-minimal",
-    "tzdata",
+    "busybox-static", "ca-certificates", "iproute2", "libpython3-stdlib", "libstdc++6", "mount", "openssh-server",
+    "python3-minimal", "tzdata",
 )  # fmt: skip
 # Modules that a guest's kernel needs; their dependencies are resolved, and built-in ones skipped.
 MODULES: Final = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "overlay", "erofs", "ext4")

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from swarm.base import files
+from swarm.base import files, process
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.clock import iso
 from swarm.base.log import logger
@@ -35,7 +35,7 @@ from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, LayerMissing, NotFound
 from swarm.model import Agent
 from swarm.vm.driver import Image, Layer
-from swarm.vm.image import layer_build, pip, staging
+from swarm.vm.image import elf, layer_build, pip, staging
 
 log = logger(__name__)
 
@@ -167,11 +167,12 @@ class Layers:
         try:
             manifest = json.loads(text)
             part = staging.Part(path=place / _FILE, size_bytes=manifest["size_bytes"], sha256=manifest["sha256"])
-        except (ValueError, KeyError, TypeError) as error:
+            lacks = sorted(elf.explained(*one) for one in manifest["installed"].get("lacks", {}).items())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ImageError(f"{place / _MANIFEST} can't be read ({error!r})") from error
         if wrong := staging.damage([part], self.dir / staging.VERIFIED / key):
             raise ImageError(wrong)
-        return Layer(digest=part.sha256, path=part.path)
+        return Layer(digest=part.sha256, path=part.path, lacks=tuple(lacks))
 
     def _move_in(self, stage: Path, key: str, shape: Mapping[str, Any], installed: layer_build.Installed) -> None:
         file = stage / _FILE
@@ -220,11 +221,17 @@ class HostLayers:
                 progress("installing requirements", 0.1)
                 python = f"Python {platform.python_version()} on this host"
                 await pip.run(
-                    [sys.executable, str(pip.location()), "install", *pip.OPTIONS, "--no-cache-dir", "--target",
+                    [sys.executable, str(pip.location()), "install", *pip.OPTIONS, "--no-compile", "--target",
                      str(stage / "new"), "--", *agent.requirements],
                     where=stage,
                     python=python,
                 )  # fmt: skip
+                progress("compiling", 0.7)
+                await process.run(  # on all CPUs, which pip does not; a file that can't be compiled is not an error
+                    [sys.executable, "-I", "-S", "-m", "compileall", "-q", "-j", "0", str(stage / "new")],
+                    timeout_seconds=pip.TIMEOUT_SECONDS,
+                    check=False,
+                )
                 await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage / "new", final))
         return Layer(digest=final.name, path=final)
 

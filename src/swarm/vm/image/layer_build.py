@@ -25,7 +25,7 @@ from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, ImageError, UsageError
 from swarm.model import DEBIAN_PACKAGE
 from swarm.vm.driver import Image
-from swarm.vm.image import apt, pip
+from swarm.vm.image import apt, elf, pip
 from swarm.vm.image.base import UNWANTED_PATHS
 from swarm.vm.image.build import EPOCH, below, remove, require, require_root, tool
 from swarm.vm.image.pip import NOT_BUILT
@@ -51,10 +51,12 @@ _NOISE: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """The contents of a layer, name -> version: wheels and Debian packages, with all dependencies."""
+    """The contents of a layer, name -> version: wheels and Debian packages, with all dependencies. ``lacks``: shared
+    library -> a file that needs it."""
 
     python: Mapping[str, str]
     debian: Mapping[str, str]
+    lacks: Mapping[str, str]
 
 
 def check_host(where: Path) -> None:
@@ -111,8 +113,10 @@ async def build(
     # -j 0: on all CPUs. A file that can't be compiled is not an error here.
     await _in(root, "/usr/bin/python3", "-I", "-S", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode",
               "unchecked-hash", *places, check=False)  # fmt: skip
+    new = [path for path in below(root) if str(path.relative_to(root)) not in before]
     installed = Installed(
         python=await asyncio.to_thread(_wheels, root),
+        lacks=await asyncio.to_thread(elf.lacks, root, new),
         debian={name: version for name, version in _debian(root).items() if old.get(name) != version},
     )
     progress("packing", 0.85)
