@@ -19,6 +19,7 @@ import termios
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -217,13 +218,7 @@ def printed(home: Path, width: int | None, **env: str) -> dict[str, str]:
         )
         text = done.stdout.decode()
     else:
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
-        os.close(theirs)
-        text = b"".join(_read(ours)).decode().replace("\r\n", "\n")
-        os.close(ours)
-        assert child.wait() == 0, text
+        text = on_terminal(command, width, environment)
     text = _TIME.sub(_THEN, text).replace(str(home), "/opt/swarm-platform")
     found = dict(each.split("\n", 1) for each in text.split("\x1e")[1:])
     return {name: _stripped(shown) for name, shown in found.items()}
@@ -235,6 +230,17 @@ def _stripped(text: str) -> str:
 
 def without_attributes(text: str) -> str:
     return _stripped(_SGR.sub("", text))
+
+
+def on_terminal(command: list[str], width: int, env: dict[str, str]) -> str:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    child = subprocess.Popen(command, cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text = b"".join(_read(ours)).decode().replace("\r\n", "\n")
+    os.close(ours)
+    assert child.wait() == 0, text
+    return text
 
 
 def _read(fd: int) -> Iterator[bytes]:
@@ -298,6 +304,42 @@ def test_colours_can_be_read_on_black_and_on_white(coloured: dict[str, dict[str,
         assert found, f"{code!r} is as readable as the terminal's theme makes it"
         light = _luminance(int(found[1]))
         assert (light + 0.05) / 0.05 >= 3.9 and 1.05 / (light + 0.05) >= 3.9, f"colour {found[1]}"
+
+
+DRAWING = """
+import sys
+from swarm.cli.ui import live
+from swarm.cli.ui.output import Out
+print("live", live.wanted("auto"))
+with Out().progress("layer") as progress:
+    progress("packages", 0.5)
+print(Out()._console(sys.stderr).get_style("progress.elapsed").color)
+"""
+
+
+@pytest.mark.parametrize(("term", "draws"), [("xterm", True), ("dumb", False), ("unknown", False)])
+def test_on_a_dumb_terminal_lines_replace_what_is_drawn(term: str, draws: bool) -> None:
+    said = on_terminal([sys.executable, "-c", DRAWING], 80, os.environ | {"TERM": term})
+    assert f"live {draws}\n" in said and said.endswith("None\n")
+    assert ("layer: packages\n" in said, "\x1b" in said) == (not draws, draws)
+
+
+def test_flags_have_no_type() -> None:
+    """Of every command of every program: a flag takes no value."""
+    import typer
+
+    from swarm.cli import cleanup, engine, main, vm
+
+    seen = 0
+    todo: list[Any] = [typer.main.get_command(app) for app in (main.app, engine.app, vm.spawn_ns, cleanup.app)]
+    for command in todo:
+        todo += getattr(command, "commands", {}).values()
+        with command.make_context(command.name, [], resilient_parsing=True) as ctx:
+            for param in command.get_params(ctx):
+                if getattr(param, "is_flag", False):
+                    seen += 1
+                    assert param.display_type_rich(ctx) == "", (command.name, param.name)
+    assert seen > 100
 
 
 def _luminance(number: int) -> float:

@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "ticket-list": "swarm ticket list",
     "ticket-logs": "swarm ticket logs 019c1f6e-0000-7000-8000-000000000001",
     "ticket-show": "swarm ticket show 019c1f6e-0000-7000-8000-000000000001",
+    "ticket-show-failed": "swarm ticket show 019c1f6e-0000-7000-8000-000000000002",
     "ticket-show-workflow": "swarm ticket show release-3",
     "usage-error": "swarm ticket list --nope",
     "vm-list": "swarm vm list",

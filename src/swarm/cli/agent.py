@@ -321,4 +321,8 @@ async def _build(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False
 def _shown(value: object) -> object:
     if isinstance(value, dict):
         return ", ".join(f"{name}={_shown(each)}" for name, each in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else value

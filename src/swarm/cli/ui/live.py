@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from swarm.cli.ui.output import STATE_STYLES, clean, joined
+from swarm.cli.ui.output import STATE_STYLES, can_draw, clean, joined
 from swarm.cli.ui.render import duration
 from swarm.cli.ui.table import Column, laid_out
 from swarm.errors import StoreError
@@ -126,4 +126,4 @@ def _terminal_reads() -> bool:
 
 
 def wanted(log_format: str) -> bool:
-    return log_format == "auto" and sys.stdout.isatty()
+    return log_format == "auto" and can_draw(sys.stdout)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,11 @@ STATE_STYLES = {
 _JSON_TEXTS = frozenset(
     {"inputs", "outputs", "trigger_data", "verdict", "inputs_schema", "outputs_schema", "definition"}
 )
+
+
+def can_draw(file: TextIO) -> bool:
+    """Can what was printed be drawn over? Rich draws nothing at all on a dumb terminal."""
+    return file.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 def clean(text: object, *, one_line: bool = True) -> str:
@@ -163,7 +169,7 @@ class Out:
 
         ``text`` names the operation; without it the steps stand alone.
         """
-        if not sys.stderr.isatty():
+        if not can_draw(sys.stderr):
             last = ""
 
             def say(step: str, _share: float) -> None:
@@ -252,6 +258,9 @@ class Out:
     @staticmethod
     def _console(file: TextIO | None = None) -> Console:
         from rich.console import Console
+        from rich.theme import Theme
 
         file = file or sys.stdout
-        return Console(file=file, highlight=False, markup=False, emoji=False, width=None if file.isatty() else 10_000)
+        width = None if file.isatty() else 10_000
+        theme = Theme({"progress.elapsed": "none"})  # yellow, otherwise
+        return Console(file=file, highlight=False, markup=False, emoji=False, width=width, theme=theme)
