@@ -202,3 +202,44 @@ def test_every_command_in_the_docs_exists(page: str) -> None:
     groups = [group.typer_instance for group in main.app.registered_groups]
     there = {f"swarm {app.info.name} {one.name}" for app in groups if app for one in app.registered_commands}
     assert len(named) >= 7 and named <= there, named - there
+
+
+def test_a_new_workflow_is_written_and_runs_as_it_is(swarm: Run, tmp_path: Path) -> None:
+    ok(swarm("workflow", "init", "first-try"))
+    assert "is valid, 2 steps" in ok(swarm("workflow", "validate", "first-try.yaml"))
+    refused = swarm("workflow", "init", "first-try")
+    assert refused.returncode == 2 and "first-try.yaml exists" in refused.stderr
+    assert swarm("workflow", "init", "../x").returncode == 2 and sorted(tmp_path.iterdir()) == [
+        tmp_path / "first-try.yaml"
+    ]
+    ok(swarm("workflow", "add", "first-try.yaml"))
+    ran = ok(swarm("workflow", "run", "first-try", "--wait", "--json", SWARM_DRIVER="process"))
+    assert json.loads(ran)["ticket"]["outputs"] == {"text": "it has 2 lines, 1 times"}
+    ok(swarm("workflow", "rm", "first-try"))
+
+
+def test_a_workflow_is_removed_once_nothing_needs_it(swarm: Run, tmp_path: Path) -> None:
+    def add(name: str, version: str, more: str = "", step: str = "agent: echo@1") -> None:
+        text = f"name: {name}\nversion: {version}\n{more}\nsteps:\n  - {{id: a, {step}}}\n"
+        (tmp_path / "w.yaml").write_text(text)
+        ok(swarm("workflow", "add", "w.yaml"))
+
+    def refused(name: str) -> str:
+        done = swarm("workflow", "rm", name)
+        assert done.returncode == 2
+        return done.stderr
+
+    add("inner", "1.0.0")
+    add("outer", "1.0.0", step="workflow: inner@1")
+    assert "outer@1.0.0 names the workflow 'inner@1'" in refused("inner")
+    add("inner", "1.1.0", 'schedule: "0 5 * * *"')
+    assert "a schedule starts" in refused("inner@1.1.0")
+    ok(swarm("workflow", "disable", "inner@1.1.0"))
+    ok(swarm("ticket", "add", "Run", "--workflow", "inner@1.1.0", "--id", "rm-1"))
+    assert "(rm-1)" in refused("inner@1.1.0")
+    ok(swarm("ticket", "cancel", "rm-1"))
+    assert ok(swarm("workflow", "rm", "inner")) == "removed inner@1.1.0\n"
+    assert '"inner"' not in ok(swarm("workflow", "schedules", "--json"))
+    for name in ("outer", "inner"):
+        ok(swarm("workflow", "rm", name))
+    assert "no workflow 'inner'" in refused("inner")

@@ -83,6 +83,21 @@ async def add_workflow(store: Store, text: bytes, *, name: str) -> WorkflowRow:
     return await store.put_workflow(validate.checked(text, await registry(store), name=name))
 
 
+async def remove_workflow(store: Store, reference: str) -> WorkflowRow:
+    """Unregister a workflow. Raises NotFound; Conflict while a ticket, a schedule or another workflow needs it."""
+    found = await store.workflow(reference)
+    others = [row for row in await store.workflows() if row.id != found.id]
+    for row in others:
+        with contextlib.suppress(StoreError):  # as in `remove_agent`
+            for wanted in row.parsed().workflows():
+                if versions.pick(wanted, [found, *others]) == found and versions.pick(wanted, others) is None:
+                    raise Conflict(
+                        f"the workflow {row.name}@{row.version} names the workflow {wanted!r}, and only "
+                        f"{found.name}@{found.version} fits"
+                    )
+    return await store.remove_workflow(found.id)
+
+
 async def registry(store: Store) -> Registry:
     """A snapshot of the registered agents and workflows, to resolve references in."""
     known, rows = await store.agents(broken=False), await store.workflows()

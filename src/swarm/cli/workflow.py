@@ -22,10 +22,22 @@ if TYPE_CHECKING:
     from swarm.store.store import Store
     from swarm.workflow.definition import Schedule, Workflow
 
-app = new_app("workflow", "Check, draw, register, show, run, enable and disable workflows.")
+app = new_app("workflow", "Write, check, draw, register, show, run, enable, disable and remove workflows.")
 
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A workflow file.")]
 _Ref = Annotated[str, typer.Argument(metavar="WORKFLOW", help="Name, name@version or id.")]
+
+
+@command(app, "init", examples=["swarm workflow init release"])
+async def init(
+    cli: Cli, name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the workflow, and of the new file.")]
+) -> None:
+    """Write a new workflow, ready to run and change, into the file NAME.yaml."""
+    from swarm import workflow
+
+    file = Path(f"{name}.yaml")
+    _write_new(file, workflow.template(name))
+    cli.out.line(f"wrote {file}; change it, then run `swarm workflow validate {file}` and `swarm workflow add {file}`")
 
 
 @command(app, "validate", examples=["swarm workflow validate release.yaml"], json=True)
@@ -265,6 +277,20 @@ def _check_inputs(workflow: Workflow, given: dict[str, object]) -> None:
             )
 
 
+@command(app, "rm", examples=["swarm workflow rm release@1.2.0"], json=True)
+async def rm(cli: Cli, workflow: _Ref) -> None:
+    """Remove a workflow. Refused while an unfinished ticket, a schedule or another workflow needs it.
+
+    Runs that have ended keep their history. Without @VERSION it is the newest one, and the one before it, if there is
+    one, becomes the newest: its schedule counts again, unless it is disabled.
+    """
+    from swarm.admin import packages
+
+    async with cli.store() as store:
+        removed = await packages.remove_workflow(store, workflow)
+    cli.out.result(removed, f"removed {removed.name}@{removed.version}")
+
+
 @command(app, "enable", examples=["swarm workflow enable echo-chain"])
 async def enable(cli: Cli, workflow: _Ref) -> None:
     """Enable a workflow: new runs may start."""
@@ -289,6 +315,18 @@ async def _from_file(store: Store, file: Path) -> Workflow:
     from swarm.workflow import validate
 
     return validate.checked(_read(file), await packages.registry(store), name=str(file))
+
+
+def _write_new(file: Path, text: str) -> None:
+    from swarm.errors import Conflict, UsageError
+
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError:
+        raise Conflict(f"{file} exists: choose another name, or remove it") from None
+    except OSError as error:
+        raise UsageError(f"{file} can't be written: {error.strerror}") from None
 
 
 def _read(file: Path) -> bytes:

@@ -485,6 +485,11 @@ class Store:
     async def workflows(self) -> list[WorkflowRow]:
         return await self._read.call(workflows.workflows)
 
+    async def remove_workflow(self, ref: str) -> WorkflowRow:
+        """Unregister and return a workflow. Raises NotFound, and Conflict while a ticket that has not ended needs it,
+        or a schedule starts it."""
+        return await self._write.call(workflows.remove, ref)
+
     async def enable_workflow(self, ref: str, *, enabled: bool) -> WorkflowRow:
         """Raises NotFound."""
         return await self._write.call(workflows.enable, ref, enabled=enabled)

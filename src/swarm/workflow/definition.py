@@ -127,6 +127,14 @@ class Workflow:
             elif isinstance(step.workflow, Workflow):
                 yield from step.workflow.agents()
 
+    def workflows(self) -> Iterator[str]:
+        """The references to registered workflows, also those in nested definitions."""
+        for step in self.all_steps():
+            if isinstance(step.workflow, str):
+                yield step.workflow
+            elif step.workflow is not None:
+                yield from step.workflow.workflows()
+
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,11 @@ from typing import Final
 
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
+from swarm.model import TERMINAL_TICKET_STATES
 from swarm.store.registry import schedules
 from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import dump, flag, value
+from swarm.store.sql.rows import dump, flag, lenient, value
 from swarm.workflow import definition
 from swarm.workflow.definition import Workflow
 
@@ -33,6 +34,12 @@ _UPDATE: Final = Sql(
     "UPDATE workflows SET name = :name, version = :version, description = :description, steps = :steps, "
     "variables = :variables, budget_usd = :budget_usd, budget_tokens = :budget_tokens, updated_at = :now WHERE id = :id"
 )
+_DELETE: Final = Sql("DELETE FROM workflows WHERE id = :id")
+_ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
+_TICKETS_THAT_NEED: Final = Sql(
+    f"SELECT id FROM tickets WHERE workflow_id IN :ids AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
+)
+_SCHEDULED: Final = Sql("SELECT number FROM schedules WHERE workflow_id = :id AND next_at IS NOT NULL LIMIT 1")
 _ENABLE: Final = Sql("UPDATE workflows SET enabled = :enabled, updated_at = :now WHERE id = :id")
 
 
@@ -99,6 +106,26 @@ def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
         schedules.sync(tx, registered.name)
     schedules.sync(tx, new.name)
     return workflow(tx, id_)
+
+
+def remove(tx: Tx, ref: str) -> WorkflowRow:
+    """Unregister and return one. Raises NotFound, and Conflict while a ticket that has not ended needs it, or it is
+    started by time."""
+    removed = workflow(tx, ref)
+    name = f"{removed.name}@{removed.version}"
+    ids = [removed.id, name]
+    if workflow(tx, removed.name).id == removed.id:  # the newest is what a row means that names no version
+        ids.append(removed.name)
+    if needed := [str(lenient(row.id)) for row in tx.all_in(_TICKETS_THAT_NEED, ids)]:
+        raise Conflict(
+            f"tickets that have not ended need the workflow {name} ({', '.join(needed)}); wait for them, or cancel "
+            "them with `swarm ticket cancel`"
+        )
+    if tx.first(_SCHEDULED, id=removed.id) is not None:
+        raise Conflict(f"a schedule starts the workflow {name}; `swarm workflow disable {name}` stops that")
+    tx.run(_DELETE, id=removed.id)
+    schedules.sync(tx, removed.name)
+    return removed
 
 
 def workflow(tx: Tx, ref: str) -> WorkflowRow:
