@@ -371,7 +371,7 @@ class Database:
 
     def migrate(self, connection: Connection) -> None:
         """Upgrade to `HEAD`, in one transaction. Others that call it meanwhile wait, and then find nothing to do."""
-        from swarm.store.sql.migrate import UnknownRevision, upgrade
+        from swarm.store.sql.migrate import RevisionLost, UnknownRevision, upgrade
 
         with self.errors():
             try:
@@ -380,4 +380,10 @@ class Database:
                 raise StoreError(
                     f"the database {self.place} is at revision {error}, which this version of Swarm does not know: "
                     "a newer version made it, or one from before 0.1.0; use that one, or another database"
+                ) from None
+            except RevisionLost:
+                raise StoreError(
+                    f"the database {self.place} has tables, but no row in alembic_version, which says what made them: "
+                    "put back a backup, or move the database away and run `swarm init` again; if this version of Swarm "
+                    f"made them: INSERT INTO alembic_version VALUES ('{HEAD}')"
                 ) from None

@@ -22,10 +22,14 @@ class UnknownRevision(Exception):
     """The database's revision, which none of the migrations is."""
 
 
+class RevisionLost(Exception):
+    """There are tables, and no row that says which revision they are."""
+
+
 def upgrade(driver: Any, dialect: Dialect) -> None:
     """Bring the database behind the driver's connection to the newest revision, in one transaction.
 
-    Raises UnknownRevision, and the driver's errors.
+    Raises UnknownRevision, RevisionLost, and the driver's errors.
     """
     engine = sa.create_engine(f"{dialect.name}://", creator=lambda: driver, poolclass=sa.StaticPool)
     sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(dialect.begin_write) and None)
@@ -38,6 +42,8 @@ def upgrade(driver: Any, dialect: Dialect) -> None:
             found = MigrationContext.configure(connection).get_current_revision()
             if found is not None and found not in known:
                 raise UnknownRevision(found)
+            if found is None and sa.inspect(connection).has_table("tickets"):
+                raise RevisionLost
             command.upgrade(config, "head")
     except sa.exc.DBAPIError as error:
         raise error.orig or error from error
