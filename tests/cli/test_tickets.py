@@ -204,3 +204,17 @@ def test_an_agent_is_replaced_while_it_is_written(
     assert json.loads(swarm("ticket add Next --agent word --wait").stdout) == {"word": "three"}
     assert copies() == 2  # that of the second was removed
     swarm("prove")
+
+
+def test_run_ticket_takes_a_driver(env: dict[str, str], swarm: Swarm, db: sqlite3.Connection) -> None:
+    swarm("ticket add Hello --agent echo --id d")
+    command = [str(BIN / "swarm-engine"), "run-ticket", "d", "--wait", "--driver", "process"]
+    done = subprocess.run(command, env=env | {"SWARM_DRIVER": "firecracker"}, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["MAX_VMS", "GRACE", "WARM"])
+def test_flags_of_start_are_settings(env: dict[str, str], name: str) -> None:
+    bad = env | {f"SWARM_{name}": "many"}
+    done = subprocess.run([BIN / "swarm-engine", "start"], env=bad, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "many" in done.stderr

@@ -430,7 +430,7 @@ async def run_ticket_in_background(settings: Settings, ticket_id: str, *, timeou
     async with store(settings) as opened:
         run_once.check(await opened.ticket(ticket_id))
     log = settings.data_dir / "run-ticket.log"
-    argv = [sys.executable, "-m", "swarm.cli.engine", "run-ticket", "--wait", "--json"]
+    argv = [sys.executable, "-m", "swarm.cli.engine", "run-ticket", "--wait", "--json", "--driver", settings.driver]
     if timeout_seconds is not None:
         argv += ["--timeout", f"{timeout_seconds:g}"]
     # With the keys of the gateway's services: the gateway runs in that process.

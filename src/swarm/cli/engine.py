@@ -48,6 +48,9 @@ class DriverName(StrEnum):
     PROCESS = "process"
 
 
+_Driver = Annotated[DriverName | None, typer.Option("--driver", help="Driver that runs the VMs (SWARM_DRIVER).")]
+
+
 @command(
     app,
     "start",
@@ -64,21 +67,34 @@ async def start_(
     ] = False,
     max_vms: Annotated[
         int | None,
-        typer.Option("--max-vms", min=1, max=60000, metavar="N", help="VMs at once. Default: 2 per usable CPU."),
+        typer.Option(
+            "--max-vms",
+            envvar="SWARM_MAX_VMS",
+            min=1,
+            max=60000,
+            metavar="N",
+            help="VMs at once. Default: 2 per usable CPU.",
+        ),
     ] = None,
     grace: Annotated[
-        float, typer.Option("--grace", min=0, metavar="S", help="Seconds that running tickets get after a stop.")
+        float,
+        typer.Option(
+            "--grace", envvar="SWARM_GRACE", min=0, metavar="S", help="Seconds that running tickets get after a stop."
+        ),
     ] = 60.0,
     warm: Annotated[
         str,
-        typer.Option("--warm", metavar="N|auto", help="VMs of each kind in use to keep ready. auto: by demand."),
+        typer.Option(
+            "--warm",
+            envvar="SWARM_WARM",
+            metavar="N|auto",
+            help="VMs of each kind in use to keep ready. auto: by demand.",
+        ),
     ] = "0",
     log_format: Annotated[
         LogFormat, typer.Option("--log-format", help="auto: a live view on a terminal, otherwise text.")
     ] = (LogFormat.AUTO),
-    driver: Annotated[
-        DriverName | None, typer.Option("--driver", help="Driver that runs the VMs (SWARM_DRIVER).")
-    ] = None,
+    driver: _Driver = None,
     pid_file: Annotated[Path | None, typer.Option("--pid-file", hidden=True)] = None,
 ) -> None:
     """Run all ready tickets, until stopped. Without --foreground, in the background: see status and stop.
@@ -99,9 +115,13 @@ async def start_(
             ours = await service.start(cli.settings, store, argv)
         cli.out.line(f"the engine runs in process {ours.pid}; its log is {service.log_file(cli.settings)}")
         return
-    settings = cli.settings.model_copy(update={"driver": str(driver)}) if driver else cli.settings
+    settings = _with_driver(cli.settings, driver)
     with service.pid_written(pid_file):
         await _serve(cli, settings, max_vms=max_vms, grace_seconds=grace, warm=keep_warm, log_format=log_format)
+
+
+def _with_driver(settings: Settings, driver: DriverName | None) -> Settings:
+    return settings.model_copy(update={"driver": str(driver)}) if driver else settings
 
 
 def _warm(text: str) -> int | None:
@@ -206,12 +226,14 @@ async def run_ticket(
             "--timeout", min=0.001, metavar="S", help="Stop it after this many seconds; its steps go back to the queue."
         ),
     ] = None,
+    driver: _Driver = None,
 ) -> int:
     """Run one ticket now; without --wait, in the background. Exit status with --wait: 0 if it is done, 1 otherwise."""
     from swarm.app import wiring
 
+    settings = _with_driver(cli.settings, driver)
     if not wait:
-        pid = await wiring.run_ticket_in_background(cli.settings, id, timeout_seconds=timeout)
+        pid = await wiring.run_ticket_in_background(settings, id, timeout_seconds=timeout)
         line = f"ticket {id} runs in process {pid}; `swarm ticket show {id}` shows its state"
         cli.out.result({"ticket_id": id, "pid": pid}, line)
         return 0
@@ -219,7 +241,7 @@ async def run_ticket(
     def waits(ticket: Ticket) -> None:
         cli.out.note(f"ticket {ticket.id} waits for a person: `swarm ticket show {ticket.id}` shows for what")
 
-    ticket, attempts = await wiring.run_ticket(cli.settings, id, timeout_seconds=timeout, waits=waits)
+    ticket, attempts = await wiring.run_ticket(settings, id, timeout_seconds=timeout, waits=waits)
     async with cli.store() as store:
         runs, steps = await store.runs(id), await store.steps(id)
     if cli.out.json:
