@@ -54,7 +54,7 @@ def test_run_and_follow(swarm: Swarm, tmp_path: Path) -> None:
         assert line in done.stderr
     shown = swarm("swarm ticket show t").stdout
     assert "first " in shown and "echo@1.0.0" in shown
-    refused = swarm("swarm workflow run echo-chain --input message=7", status=2)
+    refused = swarm("swarm workflow run echo-chain --inputs", '{"message": 7}', status=2)
     assert "$.message: 7 is not of type 'string'" in refused.stderr
     swarm("swarm workflow disable echo-chain")
     refused = swarm("swarm workflow run echo-chain --input-json /dev/null --inputs {}", status=2)
