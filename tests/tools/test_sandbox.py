@@ -73,6 +73,18 @@ def test_a_sandbox_inside_a_sandbox_leaves_its_neighbours_alone() -> None:
     assert [line.split()[4:] for line in done.stderr.splitlines()] == [["sleep", "601"]]
 
 
+def test_two_at_once_leave_each_other_alone() -> None:
+    argv = [sys.executable, TOOL, "sh", "-c", "sleep 602 & echo $!; read line; kill $! && echo alive; wait"]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as one:
+        assert one.stdout is not None and one.stdout.readline().strip().isdigit()
+        other = sh("sleep 603 &")
+        assert [line.split()[4:] for line in other.stderr.splitlines()] == [["sleep", "603"]]
+        out, err = one.communicate("go on\n", timeout=60)
+    assert (out, err, one.returncode) == ("alive\n", "", 0)
+
+
 def test_the_command_does_not_inherit_an_ignored_ctrl_c() -> None:
     script = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     ignoring = ["env", "--ignore-signal=INT,QUIT"]  # as `nohup make test &` has it in a script
