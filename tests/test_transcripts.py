@@ -179,6 +179,7 @@ def shell_in(place: Path, settings: Settings) -> Iterator[Shell]:
         try:
             with Shell(place, env) as shell:
                 shell(". .demo/env")
+                shell("SWARM_DRIVER=qemu swarm template build")  # `make demo` and `swarm init` make it
                 yield shell
         finally:
             engine = [sys.executable, "-m", "swarm.cli.engine", "stop", "--home", str(home)]

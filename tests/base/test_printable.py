@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from swarm.base import log
 from swarm.base.printable import escaped
-from swarm.cli.ui.output import Out
+from swarm.cli.ui.output import Out, first_line
 
 # One of each kind: C0, DEL, C1 (CSI, NEL), bidi, line and paragraph ends, zero width, a lone surrogate, unassigned.
 HOSTILE = "\x00\x1b[2J\x07\r\x7f\x85\x9b2J\u202e\u2066\u2028\u2029\u200b\ufeff\ud800\U000e0001\U0010ffff"
@@ -58,6 +58,22 @@ def test_every_way_to_print(print_: str, capsys: pytest.CaptureFixture[str]) -> 
     shown(printed.out + printed.err)
     if print_ in ("dump", "dump_line", "json_text"):
         assert json.loads(printed.out) == value
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_every_line_end_is_shown_as_one(end: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out, text = Out(), f"Publish?{end}second{end}third\x1b[2J"
+    out.note(text)
+    out.error(text)
+    out.fields({"asks": text})
+    out.text(text)
+    out.line(text)
+    printed = capsys.readouterr()
+    hostile = "third\N{REPLACEMENT CHARACTER}[2J"
+    assert printed.err == f"Publish?\n  second\n  {hostile}\nerror: Publish?\n  second\n  {hostile}\n"
+    as_fields, as_text = f"asks  Publish?\n      second\n      {hostile}\n", f"Publish?\nsecond\n{hostile}"
+    assert printed.out == f"{as_fields}{as_text}Publish? second {hostile}\n"
+    assert first_line(f"{end}{text}") == "Publish?"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

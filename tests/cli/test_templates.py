@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,6 +63,35 @@ def test_odd_arguments_are_refused(swarm: Callable[..., str]) -> None:
     for option in (("--memory", "64"), ("--memory", "9999999"), ("--vcpus", "1000"), ("--disk", "99999999")):
         assert option[0] in swarm("template", "build", *option, status=2)
     assert "--memory" in swarm("doctor", "--capacity", "--memory", "9999999", status=2)
+
+
+def test_init_makes_the_template_and_a_ticket_says_when_it_has_to(
+    settings: Settings, image: Image, tmp_path: Path
+) -> None:
+    env = os.environ | {
+        "SWARM_HOME": str(tmp_path / "home"),
+        "SWARM_IMAGES_DIR": str(settings.images),
+        "SWARM_STATE_DIR": str(settings.state_dir),
+        "SWARM_TEMPLATES_DIR": str(tmp_path / "templates"),
+    }
+    made = "making a template of the VM, once per image and agent size: about "
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", *command.split()]
+        return subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env)
+
+    assert "\ntemplate " not in run("swarm.cli.main init --no-image").stdout
+    done = run("swarm.cli.main init")
+    assert "\ntemplate   " in done.stdout and "not made" not in done.stdout, done.stdout
+    assert "template of the VM: about " in done.stderr
+    assert "template of the VM" not in run("swarm.cli.main init").stderr, "it exists"
+    for id_ in ("first", "second"):
+        run(f"swarm.cli.main ticket add t --agent shell --input commands=id --id {id_}")
+        if id_ == "second":
+            shutil.rmtree(tmp_path / "templates")
+        done = run(f"swarm.cli.engine run-ticket {id_} --wait")
+        assert (made in done.stderr) == (id_ == "second"), done.stderr
+        assert "(agent)" in done.stderr, "what the agent printed"
 
 
 def test_a_driver_without_templates_says_so(swarm: Callable[..., str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.base import cgroup
+from swarm.base.progress import Progress, silent
 from swarm.config import Settings
 from swarm.errors import HostError, ImageError, NotFound
 
@@ -111,7 +112,7 @@ def default_max_vms() -> int:
     return max(1, int(2 * cgroup.cpus()))
 
 
-async def choice(settings: Settings) -> Choice:
+async def choice(settings: Settings, progress: Progress = silent) -> Choice:
     """The driver that the settings name, or for `auto` the best one that works on this host. Raises HostError.
 
     To find out what works, the image is booted once (some seconds). The result is kept until host, VMM or image change.
@@ -146,6 +147,7 @@ async def choice(settings: Settings) -> Choice:
         state_dir=settings.state_dir,
         cache=settings.images / ".probes",
         timeout_seconds=settings.boot_timeout_seconds,
+        progress=progress,
     )
 
 
@@ -294,12 +296,18 @@ async def oneoff_engine(settings: Settings, *, vm: bool) -> AsyncIterator[Engine
 
 @asynccontextmanager
 async def worker(
-    settings: Settings, opened: Store, *, warm: int | None = 0, keep_slots: int = 1, slots_ahead: int = 0
+    settings: Settings,
+    opened: Store,
+    *,
+    warm: int | None = 0,
+    slots: int = 1,
+    ahead: int = 0,
+    progress: Progress = silent,
 ) -> AsyncIterator[Worker]:
     """A worker on this host, with a unique name. Leftovers of dead workers are removed first.
 
-    ``warm``: how many VMs to keep ready of each template in use; None follows the demand. ``keep_slots``: how many free
-    network slots to keep; ``slots_ahead`` of them are made at the start.
+    ``warm``: how many VMs to keep ready of each template in use; None follows the demand. ``slots``: how many network
+    slots to keep free; ``ahead`` of them are made at the start.
     """
     from swarm.base.log import logger
     from swarm.engine.values import Values
@@ -307,17 +315,16 @@ async def worker(
     from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
 
     log = logger(__name__)
-
     await sweep(settings)
     await opened.bury_dead_workers()
-    vms = launcher(settings, await choice(settings))
+    vms = launcher(settings, await choice(settings, progress))
     source = image_source(settings)
     async with AsyncExitStack() as stack:
         with contextlib.suppress(HostError, ImageError, NotFound):  # the first ticket reports it
             stack.enter_context(source.used(await source.find()))
         host_egress = await stack.enter_async_context(egress(settings, opened))
         values = await stack.enter_async_context(Values())
-        await stack.enter_async_context(vms.keeping(keep_slots, ahead=slots_ahead))
+        await stack.enter_async_context(vms.keeping(slots, ahead=ahead))
         if warm != 0 and vms.choice.probe.snapshots:
             await stack.enter_async_context(await _pool(settings, vms, warm))
         elif warm != 0:
@@ -375,8 +382,8 @@ async def dispatcher(
     def used(n: int) -> int:
         return used_bytes(vms.dir(n) / WORK_DISK)
 
-    slots = {"keep_slots": max_vms, "slots_ahead": min(2, max_vms)}
-    async with worker(settings, opened, warm=warm, **slots) as ours, opened.watching() as wake:
+    slots, ahead = max_vms, min(2, max_vms)
+    async with worker(settings, opened, warm=warm, slots=slots, ahead=ahead) as ours, opened.watching() as wake:
         yield Dispatcher(
             store=opened,
             worker=ours,
@@ -401,6 +408,7 @@ async def run_ticket(
     *,
     timeout_seconds: float | None = None,
     waits: Callable[[Ticket], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> tuple[Ticket, list[AttemptRow]]:
     """Run one ticket to its end in this process. See `swarm.engine.run_once.run_ticket`."""
     from swarm.engine import run_once
@@ -408,7 +416,7 @@ async def run_ticket(
 
     async with store(settings) as opened:
         run_once.check(await opened.ticket(ticket_id))  # before the worker is prepared
-        async with worker(settings, opened) as ours:
+        async with worker(settings, opened, progress=progress) as ours:
             ticket = await run_once.run_ticket(
                 opened,
                 ours,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final
 
@@ -13,7 +15,8 @@ MARKS: Final = (
     ("slot", "network"),  # → its network slot is ready
     ("running", "vmm"),  # → the VMM runs the VM (booted or restored)
     ("answered", "boot"),  # → agentd answered: userspace is up
-    ("renewed", "connect"),  # → the guest has its own identity, clock and randomness; agent and input are there
+    ("renewed", "connect"),  # → the guest has its own identity, clock and randomness, and its way to the gateway
+    ("sent", "upload"),  # → the agent, its input and the ticket's files are there
     ("started", "start"),  # → the agent's first instruction
     ("ended", "agent"),  # → the agent has ended
     ("collected", "collect"),  # → its output is on the host, checked
@@ -34,29 +37,47 @@ class Timeline:
     def __init__(self, *, queued_ms: float = 0.0) -> None:
         self._queued_ms = queued_ms
         self._marks: dict[str, int] = {"claimed": time.monotonic_ns()}
+        self._cuts: dict[str, int] = {}
 
     def mark(self, name: str, at_ns: int | None = None) -> None:
         self._marks[name] = time.monotonic_ns() if at_ns is None else at_ns
 
+    def cut(self) -> None:
+        """The current phase ends before its mark, by a time-out, say: what it took until now is counted as its own,
+        instead of as the next one's."""
+        mark = MARKS[PHASES.index(self.last)][0]
+        if mark != "stopped":
+            self._cuts[mark] = time.monotonic_ns()
+
+    @contextmanager
+    def cut_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.cut()
+            raise
+
     def __contains__(self, name: str) -> bool:
+        """Was the mark reached?"""
         return name in self._marks
 
     @property
     def last(self) -> str:
         """The current phase: the one after the last mark."""
-        passed = max(i for i, (mark, _) in enumerate(MARKS) if mark in self._marks)
+        passed = max(i for i, (mark, _) in enumerate(MARKS) if mark in self._cuts | self._marks)
         return PHASES[min(passed + 1, len(PHASES) - 1)]
 
     def since_ms(self, mark: str) -> float:
         return (time.monotonic_ns() - self._marks[mark]) / 1e6 if mark in self._marks else 0.0
 
     def phases(self) -> dict[str, float]:
-        """Milliseconds of each completed phase, in order, and their ``total``. If a mark was never reached, its phase
-        is left out and its time counts towards the next phase."""
+        """Milliseconds of each phase that has ended, in order, and their ``total``. If a mark was neither reached nor
+        cut, its phase is left out and its time counts towards the next phase."""
         result = {"queue": round(self._queued_ms, 2)}
-        before = self._marks["claimed"]
+        marks = self._cuts | self._marks
+        before = marks["claimed"]
         for mark, phase in MARKS[1:]:
-            if mark in self._marks:
-                result[phase] = round(max(0, self._marks[mark] - before) / 1e6, 2)
-                before = max(before, self._marks[mark])
+            if mark in marks:
+                result[phase] = round(max(0, marks[mark] - before) / 1e6, 2)
+                before = max(before, marks[mark])
         return result | {"total": round(self._queued_ms + (before - self._marks["claimed"]) / 1e6, 2)}

@@ -111,9 +111,10 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-# One for each phase: Okabe and Ito's palette, which colour-blind readers can tell apart.
+# One for each phase: Okabe and Ito's palette, which colour-blind readers can tell apart, and two greys.
 _COLOURS: Final = (
-    "#999999", "#ccbb44", "#56b4e9", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#f0e442", "#000000",
+    "#999999", "#ccbb44", "#56b4e9", "#e69f00", "#0072b2", "#cc79a7", "#555555", "#009e73", "#d55e00", "#f0e442",
+    "#000000",
 )  # fmt: skip
 _WIDTH, _LEFT, _BAR, _GAP, _TOP = 960, 150, 22, 12, 74
 

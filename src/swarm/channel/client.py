@@ -374,6 +374,7 @@ class Channel:
         user: str = "agent",
         stdin: bytes = b"",
         idle_timeout_seconds: float | None = None,
+        on_start: Callable[[], None] | None = None,
         on_output: Callable[[str, bytes], None] | None = None,
         ready: Callable[[], Awaitable[None]] | None = None,
         max_output_bytes: int = 16 << 20,
@@ -381,10 +382,10 @@ class Channel:
         """Run a program to its end. Nothing that it started outlives it.
 
         ``warm``: ``argv[0]`` is a Python file, run in a fork of the guest's interpreter; otherwise it is executed.
-        ``env`` is added to PATH, HOME, USER, LOGNAME, LANG, SWARM_WORK, SWARM_AGENT. ``on_output(stream, data)``
-        receives 'stdout' and 'stderr' as they arrive, and 'swarm' once, with a note, when output exceeds
-        ``max_output_bytes`` (the rest is dropped). ``ready`` is awaited before more output is read. The program is also
-        ended after ``idle_timeout_seconds`` without output.
+        ``env`` is added to PATH, HOME, USER, LOGNAME, LANG, SWARM_WORK, SWARM_AGENT. ``on_start`` is called once, when
+        the program runs. ``on_output(stream, data)`` receives 'stdout' and 'stderr' as they arrive, and 'swarm' once,
+        with a note, when output exceeds ``max_output_bytes`` (the rest is dropped). ``ready`` is awaited before more
+        output is read. The program is also ended after ``idle_timeout_seconds`` without output.
 
         Raises AgentTimeout (GuestSilent, if only the host's timer ended it), ChannelError, and AgentFailed if the
         program can't be started.
@@ -418,6 +419,8 @@ class Channel:
                                 await ready()
                         elif "started_ns" in head and started_at is None:
                             started_at = time.monotonic()
+                            if on_start is not None:
+                                on_start()
                         elif head.get("truncated") is True and not truncated:
                             truncated = True
                             silence = None  # from here on only the guest can tell silence from dropped output

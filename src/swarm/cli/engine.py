@@ -228,8 +228,12 @@ async def run_ticket(
     ] = None,
     driver: _Driver = None,
 ) -> int:
-    """Run one ticket now; without --wait, in the background. Exit status with --wait: 0 if it is done, 1 otherwise."""
+    """Run one ticket now; without --wait, in the background. Exit status with --wait: 0 if it is done, 1 otherwise.
+
+    With --wait, what its agents print goes to stderr while it runs, the result to stdout.
+    """
     from swarm.app import wiring
+    from swarm.cli import follow
 
     settings = _with_driver(cli.settings, driver)
     if not wait:
@@ -241,8 +245,15 @@ async def run_ticket(
     def waits(ticket: Ticket) -> None:
         cli.out.note(f"ticket {ticket.id} waits for a person: `swarm ticket show {ticket.id}` shows for what")
 
-    ticket, attempts = await wiring.run_ticket(settings, id, timeout_seconds=timeout, waits=waits)
+    def says(step: str, _share: float) -> None:
+        if not cli.out.json:
+            cli.out.note(step)
+
     async with cli.store() as store:
+        async with follow.live(cli, store, id):
+            ticket, attempts = await wiring.run_ticket(
+                settings, id, timeout_seconds=timeout, waits=waits, progress=says
+            )
         runs, steps = await store.runs(id), await store.steps(id)
     if cli.out.json:
         cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts})

@@ -1,15 +1,22 @@
 """Wait for tickets: `swarm ticket wait`; and `--wait` of `swarm ticket add` and `swarm workflow run`, which prints a
-line for each step that starts, waits or ends, and runs the ticket itself if no engine does."""
+line for each step that starts, waits or ends, and runs the ticket itself if no engine does. What agents print, and how
+to have a ticket run that nothing runs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import shlex
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from swarm.base.log import LINES
 from swarm.cli import service
 from swarm.cli.frame import Cli
 from swarm.cli.ui import render
+from swarm.cli.ui.output import LINE_END, clean, first_line
+from swarm.errors import SwarmError
 from swarm.model import TERMINAL_TICKET_STATES, Event, StepStatus, Ticket, TicketState
 
 if TYPE_CHECKING:
@@ -17,6 +24,10 @@ if TYPE_CHECKING:
 
 _SHOWN = frozenset(StepStatus) - {StepStatus.PENDING, StepStatus.READY}
 _POLL_SECONDS = 1.0  # in case no commit is noticed
+_EVENTS = 64  # at once: each may be 16 KiB of text, and leases are renewed meanwhile
+# A line is shown when it ends, or is this long.
+_LINE_CHARS = 4096
+_IDLE = frozenset({TicketState.READY, TicketState.BLOCKED, TicketState.IN_PROGRESS})
 
 
 async def to_the_end(cli: Cli, ticket: Ticket, *, only_outputs: bool = False) -> int:
@@ -26,9 +37,11 @@ async def to_the_end(cli: Cli, ticket: Ticket, *, only_outputs: bool = False) ->
 
     here = None
     async with cli.store() as store:
-        if not any(service.is_alive(row) for row in await store.workers()):
+        if not await service.has_engine(store):
             cli.out.note(f"no engine runs: ticket {ticket.id} runs here")
-            here = asyncio.create_task(wiring.run_ticket(cli.settings, ticket.id))
+            here = asyncio.create_task(
+                wiring.run_ticket(cli.settings, ticket.id, progress=lambda step, _: cli.out.note(step))
+            )
         try:
             ended = await _follow(cli, store, ticket.id, here)
         finally:
@@ -81,7 +94,7 @@ async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | No
 
 def _say_end(cli: Cli, ticket: Ticket) -> None:
     if not cli.out.json:
-        why = (ticket.error or "").partition("\n")[0]
+        why = first_line(ticket.error)
         cli.out.line(f"ticket {ticket.id} is {ticket.state}{f': {why}' if why else ''}")
 
 
@@ -93,7 +106,7 @@ async def _say_what_lacks(cli: Cli, store: Store, states: dict[str, str], said: 
     }
     notes = [f"ticket {id_} {words[TicketState(s)].format(id_)}" for id_, s in states.items() if s in words]
     queued = [id_ for id_, state in states.items() if state in (TicketState.READY, TicketState.BLOCKED)]
-    if queued and not any(service.is_alive(row) for row in await store.workers()):
+    if queued and not await service.has_engine(store):
         notes.append("no engine runs, so tickets stay ready: `swarm-engine start` runs them")
     for note in notes:
         if note not in said:
@@ -122,7 +135,8 @@ async def _follow(cli: Cli, store: Store, id_: str, here: asyncio.Task[object] |
                 for step in await store.steps(id_):
                     if step.status == StepStatus.WAITING:
                         asked = f"step {step.step_id} asks: {step.question}" if step.question else step.step_id
-                        cli.out.note(f"{asked}\n`swarm ticket approve {id_}`, or `swarm ticket reject {id_} --why …`")
+                        cli.out.note(asked)
+                        cli.out.note(f"`swarm ticket approve {id_}`, or `swarm ticket reject {id_} --why …`")
             waiting = ticket.state == TicketState.WAITING
             if here is not None and here.done():
                 here.result()
@@ -130,10 +144,112 @@ async def _follow(cli: Cli, store: Store, id_: str, here: asyncio.Task[object] |
 
 
 def _show(cli: Cli, event: Event) -> None:
+    if event.kind == "template":
+        cli.out.note(_template(event))
     to = event.data.get("to")
     if event.kind != "transition" or event.data.get("of") != "step" or to not in _SHOWN:
         return
     number = event.data.get("number")
     again = f" (try {number})" if isinstance(number, int) and number > 1 else ""
-    why = str(event.data.get("error") or "").partition("\n")[0]
+    why = first_line(str(event.data.get("error") or ""))
     cli.out.note(f"{event.at[11:19]}  {to:<9}  {event.step_id}{again}{f': {why}' if why else ''}")
+
+
+def _template(event: Event) -> str:
+    seconds = event.data.get("about_seconds")
+    about = f": about {seconds:.0f} s" if isinstance(seconds, int | float) else ""
+    return f"making a template of the VM, once per image and agent size{about}"
+
+
+async def say_if_unserved(cli: Cli, store: Store, ticket: Ticket) -> None:
+    """One line if the ticket is to run and nothing takes tickets: it would wait for ever, and nobody would know."""
+    if cli.out.json or ticket.state not in _IDLE or await service.is_served(cli.settings, store, ticket.id):
+        return
+    alone = ""
+    if ticket.state != TicketState.BLOCKED:
+        alone = f", or run this ticket: `swarm-engine run-ticket {shlex.quote(ticket.id)} --wait`"
+    cli.out.note(f"no engine serves {cli.settings.home}: start one with `swarm-engine start`{alone}")
+
+
+def status(cli: Cli, ticket: Ticket) -> int:
+    """Say how the followed ticket ended; the exit status."""
+    if not cli.out.json:
+        why = first_line(ticket.error)
+        cli.out.note(f"ticket {ticket.id} is {ticket.state}" + (f": {why}" if why else ""))
+    return 0 if ticket.state == TicketState.DONE else 1
+
+
+class Output:
+    """What a ticket's agents print, line by line: those of several steps, or of stdout and stderr, don't mix within a
+    line, and are named by their steps if there are several. `more` prints what is new."""
+
+    def __init__(self, cli: Cli, store: Store, id_: str, *, after: int = 0, write: Callable[[str], object]) -> None:
+        self._cli, self._store, self._id, self._after = cli, store, id_, after
+        self._write = write
+        self._begun: dict[tuple[str, str, str], str] = {}  # lines that have not ended, by step, attempt and stream
+        self._steps: set[str] = set()
+
+    async def more(self) -> None:
+        while events := await self._store.events(self._id, after=self._after, limit=_EVENTS):
+            if len(self._steps) < 2 and {event.step_id for event in events if event.kind == "output"} - self._steps:
+                self._steps = {step.step_id for step in await self._store.steps(self._id)}
+            self._after = events[-1].seq
+            for event in events:
+                self._add(event)
+
+    def _add(self, event: Event) -> None:
+        if self._cli.out.json:
+            self._cli.out.dump_line(event)
+        elif event.kind == "template":
+            self._cli.out.note(_template(event))
+        elif event.kind == "output":
+            key = (event.step_id or "", event.attempt_id or "", str(event.data.get("stream")))
+            text = self._begun.pop(key, "") + str(event.data.get("text", ""))
+            held = "\r" if text.endswith("\r") else ""  # the line end may be "\r\n"
+            *lines, rest = LINE_END.split(text.removesuffix(held))
+            for line in lines:
+                self._line(key[0], line)
+            if len(rest) > _LINE_CHARS:
+                self._line(key[0], rest)
+            elif rest or held:
+                self._begun[key] = rest + held
+        elif event.kind == "transition" and event.data.get("of") == "step":
+            for key in [key for key in self._begun if key[0] == event.step_id]:
+                self._line(key[0], self._begun.pop(key))
+
+    def _line(self, step: str, line: str) -> None:
+        name = f"{clean(step)} | " if len(self._steps) > 1 else ""
+        self._write(f"{name}{clean(line.removesuffix(chr(13)), one_line=False)}\n")
+
+    def end(self) -> None:
+        """Print what has no line end yet."""
+        for key, rest in self._begun.items():
+            self._line(key[0], rest)
+        self._begun.clear()
+
+
+@asynccontextmanager
+async def live(cli: Cli, store: Store, id_: str) -> AsyncIterator[None]:
+    """While the block runs, what the ticket's agents print from now on goes to stderr, written by a thread: a reader
+    that stalls holds up neither agents nor leases, and is told how many lines it missed."""
+    if cli.out.json:
+        yield
+        return
+    output = Output(cli, store, id_, after=await store.last_event(id_), write=LINES.write)
+
+    async def follow() -> None:
+        async with store.watching() as wake:
+            while True:
+                await output.more()
+                await wake.changed(timeout_seconds=_POLL_SECONDS)
+
+    task = asyncio.create_task(follow())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        with contextlib.suppress(SwarmError):  # to show it is not what the command is for
+            await output.more()
+        output.end()
+        LINES.finish()

@@ -55,12 +55,18 @@ async def init(
     image: Annotated[
         bool, typer.Option("--image/--no-image", help="Also build the guest image, if it doesn't exist.")
     ] = True,
+    template: Annotated[
+        bool,
+        typer.Option("--template/--no-template", help="With the image, also make the template of the default VM."),
+    ] = True,
 ) -> None:
-    """Create or update a home: database, registry, built-in agents and workflows, guest image. Safe to repeat."""
+    """Create or update a home: database, registry, built-in agents and workflows, guest image, template.
+
+    Safe to repeat: what exists is kept."""
     from swarm.app import setup
 
     with cli.out.progress() as progress:
-        done = await setup.init(cli.settings, image=image, progress=progress)
+        done = await setup.init(cli.settings, image=image, template=template, progress=progress)
     for line in done:
         cli.out.line(line)
 

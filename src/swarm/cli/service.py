@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # A live engine updates its row every 2 s; one that has not for this long is frozen, dead, or on a host that is down.
 SILENT_AFTER_SECONDS = 15.0
 _PROGRAMS = ("swarm-engine", "swarm.cli.engine")
+_ONE_TICKET = (*_PROGRAMS, "swarm", "swarm.cli.main")
 _SECOND_SIGNAL_SECONDS = 0.2
 _START_SECONDS = 180.0  # at worst it boots a VM with every driver first
 
@@ -47,6 +48,44 @@ class Process:
 
 def is_alive(row: WorkerRow) -> bool:
     return row.seen_ms_ago < SILENT_AFTER_SECONDS * 1000
+
+
+async def has_engine(store: Store) -> bool:
+    return any(is_alive(row) and not _has_ended(row) for row in await store.workers())
+
+
+async def is_served(settings: Settings, store: Store, ticket_id: str) -> bool:
+    """Does anything take this ticket: a live engine, or a command of this host that runs it itself?"""
+    return await has_engine(store) or await asyncio.to_thread(_is_run_here, settings, ticket_id)
+
+
+def _has_ended(row: WorkerRow) -> bool:
+    """Surely, and so before it has been silent for long: it was killed on this host."""
+    return _is_here(row) and process.has_ended(row.pid, row.info.get("started"))
+
+
+def _is_run_here(settings: Settings, ticket_id: str) -> bool:
+    """Does a process of this host run this one ticket, or one with an id that its arguments don't name? Such a process
+    is no engine, and in no table. One that was started in the background names the home, also before it has opened the
+    database."""
+    database = _database(settings)
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            argv = place.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        runs = ticket_id in argv if "run-ticket" in argv else "--wait" in argv
+        if runs and int(place.parent.name) != os.getpid():
+            one = Process(pid=int(place.parent.name), started=process.start_time(int(place.parent.name)) or 0)
+            if str(settings.home) in argv or _has_open(one, database, _ONE_TICKET):
+                return True
+    return False
+
+
+def _database(settings: Settings) -> Path | None:
+    from swarm.store.sql.database import Database
+
+    return Database(settings.database, busy_timeout_seconds=settings.busy_timeout_seconds).file
 
 
 def pid_file(settings: Settings) -> Path:
@@ -97,13 +136,17 @@ def of_row(row: WorkerRow) -> Process | None:
 
 def is_engine(one: Process, database: Path | None) -> bool:
     """Is it really an engine, with this database open? A row or a pid file may name any process of the host."""
+    return _has_open(one, database, _PROGRAMS, word="start")
+
+
+def _has_open(one: Process, database: Path | None, programs: Sequence[str], *, word: str = "") -> bool:
     place = Path(f"/proc/{one.pid}")
     try:
         argv = place.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
         descriptors = list(place.joinpath("fd").iterdir())
     except OSError:  # it has ended, or is not ours
         return False
-    named = any(Path(word).name in _PROGRAMS for word in argv[:4]) and "start" in argv
+    named = any(Path(part).name in programs for part in argv[:4]) and (not word or word in argv)
     has_it = database is None or any(_opens(one, os.path.realpath(database)) for one in descriptors)
     return named and has_it and one.alive
 
@@ -162,12 +205,11 @@ async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Proces
 async def engines(settings: Settings) -> list[Process]:
     """Every live engine of this home on this host. If the database can't be read: only the one in the pid file."""
     from swarm.app import wiring
-    from swarm.store.sql.database import Database
 
     # Its pid file is written before it opens the database.
     found = {ours.pid: ours for ours in [in_background(settings)] if ours is not None and is_engine(ours, None)}
     with contextlib.suppress(StoreError):
-        file = Database(settings.database, busy_timeout_seconds=settings.busy_timeout_seconds).file
+        file = _database(settings)
         async with wiring.store(settings) as store:
             for row in await store.workers():
                 if (one := of_row(row)) is not None and is_engine(one, file):

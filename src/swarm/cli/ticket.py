@@ -15,11 +15,13 @@ from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import Input, Inputs, Limit, NewId, Priority, Timeout, read_inputs, schema_of
 from swarm.cli.sending import AllFiles, FileOptions
 from swarm.cli.ui import render
+from swarm.cli.ui.output import first_line
 from swarm.cli.ui.table import Column
 from swarm.model import FILES, TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
 
 if TYPE_CHECKING:
     from swarm.ledger import Limit as Budget
+    from swarm.store.store import Store
 
 app = new_app("ticket", "Add, show, wait for, approve, reject, cancel, retry and remove tickets; read their logs.")
 
@@ -123,12 +125,14 @@ async def add(
             ),
             depends_on=needs,
         )
+        if not wait:
+            cli.out.result(ticket, ticket.id)
+            await _say_if_unserved(cli, store, ticket)
     if wait:
         from swarm.cli import follow
 
         cli.out.note(f"ticket {ticket.id}")
         return await follow.to_the_end(cli, ticket, only_outputs=True)
-    cli.out.result(ticket, ticket.id)
     return 0
 
 
@@ -153,7 +157,7 @@ async def list_(
 
     async with cli.store() as store:
         tickets = await store.ticket_summaries(states=tuple(state or ()), project_id=project, limit=limit)
-    rows = [(t.id, t.state, t.title, t.created_at, (t.error or "").split("\n")[0]) for t in tickets]
+    rows = [(t.id, t.state, t.title, t.created_at, first_line(t.error)) for t in tickets]
     columns = ("ID", "STATE", Column("TITLE", least=8), Column("CREATED", drop=2), Column("ERROR", drop=1, least=16))
     cli.out.listing(tickets, columns, rows, empty="no tickets")
 
@@ -166,6 +170,7 @@ async def show(cli: Cli, id: _Id) -> None:
         ticket, runs = await store.ticket(id), await store.runs(id)
         steps, attempts = await store.steps(id), await store.attempts(id)
         calls, usd = await store.estimates(id)
+        await _say_if_unserved(cli, store, ticket)
     if cli.out.json:
         estimated = {"calls": calls, "usd": usd}
         cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts, "estimated": estimated})
@@ -200,27 +205,33 @@ async def logs(
     cli: Cli,
     id: _Id,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the ticket has ended.")] = False,
-) -> None:
-    """Print what the ticket's agents printed; with --json, all of its events, one per line."""
+) -> int:
+    """Print what the ticket's agents printed; with --json, all of its events, one per line.
+
+    With --follow, the exit status is 0 if the ticket is done, 1 if it failed or was cancelled.
+    """
     from contextlib import AsyncExitStack
+
+    from swarm.cli.follow import Output, say_if_unserved, status
 
     async with cli.store() as store, AsyncExitStack() as stack:
         wake = await stack.enter_async_context(store.watching()) if follow else None
-        after = 0
+        output = Output(cli, store, id, write=sys.stdout.write)
+        told = False
         while True:
-            ended = (
-                await store.ticket(id)
-            ).state in TERMINAL_TICKET_STATES  # read before its events, since it has none after its end
-            while events := await store.events(id, after=after):
-                after = events[-1].seq
-                for event in events:
-                    if cli.out.json:
-                        cli.out.dump_line(event)
-                    elif event.kind == "output":
-                        cli.out.text(str(event.data.get("text", "")))
-            sys.stdout.flush()
+            ticket = await store.ticket(id)  # read before its events, since it has none after its end
+            await output.more()
+            ended = ticket.state in TERMINAL_TICKET_STATES
             if wake is None or ended:
-                return
+                output.end()
+            sys.stdout.flush()
+            if wake is None:
+                return 0
+            if ended:
+                return status(cli, ticket)
+            if not told:
+                told = True
+                await say_if_unserved(cli, store, ticket)
             await wake.changed(timeout_seconds=60.0)
 
 
@@ -309,7 +320,9 @@ async def retry(
 
     async with cli.store() as store:
         await store.retry(id, step=step)
-        _show_state(cli, await store.ticket(id))
+        ticket = await store.ticket(id)
+        _show_state(cli, ticket)
+        await _say_if_unserved(cli, store, ticket)
 
 
 _Step = Annotated[str | None, typer.Option("--step", metavar="STEP", help="The step, if several wait.")]
@@ -365,9 +378,17 @@ async def _answer(
         who = by or getpass.getuser()
         answered = await store.answer(id_, step=step, approved=approved, by=who, why=why, budget=budget)
         ticket = await store.ticket(id_)
-    answer = "approved" if approved else "rejected"
-    line = f"step {answered} is {answer}; ticket {ticket.id} is {ticket.state}"
-    cli.out.result({"ticket": ticket, "step": answered}, line)
+        answer = "approved" if approved else "rejected"
+        line = f"step {answered} is {answer}; ticket {ticket.id} is {ticket.state}"
+        cli.out.result({"ticket": ticket, "step": answered}, line)
+        await _say_if_unserved(cli, store, ticket)
+
+
+async def _say_if_unserved(cli: Cli, store: Store, ticket: Ticket) -> None:
+    from swarm.cli.follow import say_if_unserved
+
+    sys.stdout.flush()
+    await say_if_unserved(cli, store, ticket)
 
 
 def _show_state(cli: Cli, ticket: Ticket) -> None:

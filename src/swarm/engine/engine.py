@@ -193,23 +193,29 @@ class Engine:
         assignment = Assignment(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
         async with (
             self._egress.attempt(grant, watcher.record) as egress,
-            self._launcher.vm(spec, assignment, timeline) as live,
+            self._launcher.vm(
+                spec,
+                assignment,
+                timeline,
+                on_build=lambda seconds: watcher.record("template", {"about_seconds": seconds}),
+            ) as live,
         ):
             try:
                 await watcher.placed(live.n)
                 await egress.open(lambda port: self._launcher.listen(live, port))
                 tail.redactor = egress.redactor
+                timeline.mark("renewed")
                 await live.while_alive(_send_files(live, agent, given))
                 if places:
                     await live.while_alive(ticket_files.send(live.channel, self._files, claim.ticket.id, places))
-                timeline.mark("renewed")
+                timeline.mark("sent")
                 try:
-                    ended = await live.while_alive(self._run_within_budget(claim, live, tail, egress))
+                    ended = await live.while_alive(self._run_within_budget(claim, live, tail, egress, timeline))
                 except AgentTimeout:
+                    timeline.cut()
                     with contextlib.suppress(SwarmError):  # why it was stopped matters more
                         await live.while_alive(self._keep_files(claim, live, watcher))
                     raise
-                timeline.mark("started", int(ended.started_at * 1e9))
                 timeline.mark("ended", int(ended.ended_at * 1e9))
                 left = await live.while_alive(self._keep_files(claim, live, watcher)) if ended.out else None
                 check_exit(ended)
@@ -242,7 +248,9 @@ class Engine:
                 raise NoImage(str(error)) from error
             raise
 
-    async def _run_within_budget(self, claim: Claim, live: LiveVm, tail: _OutputTail, egress: AttemptEgress) -> Exit:
+    async def _run_within_budget(
+        self, claim: Claim, live: LiveVm, tail: _OutputTail, egress: AttemptEgress, timeline: Timeline
+    ) -> Exit:
         """The agent sees its call refused by the budget, and gets a moment to end by itself."""
 
         async def over_budget() -> Exit:
@@ -251,11 +259,13 @@ class Engine:
             raise OverBudget(reason)
 
         try:
-            return await first(self._run_agent(claim, live, tail, egress.env), over_budget())
+            return await first(self._run_agent(claim, live, tail, egress.env, timeline), over_budget())
         finally:
             tail.end()
 
-    async def _run_agent(self, claim: Claim, live: LiveVm, tail: _OutputTail, env: Mapping[str, str]) -> Exit:
+    async def _run_agent(
+        self, claim: Claim, live: LiveVm, tail: _OutputTail, env: Mapping[str, str], timeline: Timeline
+    ) -> Exit:
         agent = claim.agent
         try:
             return await live.channel.run(
@@ -264,6 +274,7 @@ class Engine:
                 warm=agent.runtime == "python",
                 timeout_seconds=claim.timeout_seconds,
                 idle_timeout_seconds=agent.idle_timeout_seconds,
+                on_start=lambda: timeline.mark("started"),
                 on_output=tail.add,
                 ready=tail.ready,
                 max_output_bytes=self._limits.printed_bytes,
@@ -347,7 +358,7 @@ def _raise_if_full(error: BaseException, claim: Claim, timeline: Timeline, place
     A program that could not write does not always say so. Until the agent starts, a full disk at ``place``, where the
     files of VMs are, is reason enough."""
     cause: BaseException | None = error
-    full = "renewed" not in timeline and files.has_no_room(place)
+    full = "sent" not in timeline and files.has_no_room(place)
     while cause is not None and claim.attempt_number < _FULL_TRIES:
         if isinstance(cause, NoSpace):
             raise NoSpace(str(error)) from error

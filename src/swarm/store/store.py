@@ -406,6 +406,10 @@ class Store:
         """Events with ``seq`` > ``after``, in order. ``ticket_id`` None: of all tickets, including deleted ones."""
         return await self._read.call(events.events, ticket_id, after=after, limit=limit)
 
+    async def last_event(self, ticket_id: str) -> int:
+        """The ``seq`` of its newest event; 0 if it has none."""
+        return await self._read.call(events.last_event, ticket_id)
+
     async def audit(self, judge: Callable[[audit.Audit], T], *, since: str = "") -> T:
         """The result of ``judge``, which runs on the reading thread, in one transaction. ``since``: ISO-8601."""
         return await self._read.call(lambda tx: judge(audit.Audit(tx, since)))

@@ -20,6 +20,7 @@ from swarm.base import files
 from swarm.base.aio import first, undoing
 from swarm.base.log import logger
 from swarm.base.process import boot_id
+from swarm.base.progress import Progress, silent
 from swarm.errors import HostError, SwarmError
 from swarm.vm.driver import Driver, Image, Probe, VmSpec
 
@@ -46,7 +47,13 @@ class Choice:
 
 
 async def choose(
-    candidates: Sequence[Driver], image: Image, *, state_dir: Path, cache: Path, timeout_seconds: float = 60.0
+    candidates: Sequence[Driver],
+    image: Image,
+    *,
+    state_dir: Path,
+    cache: Path,
+    timeout_seconds: float = 60.0,
+    progress: Progress = silent,
 ) -> Choice:
     """The first usable candidate. Raises HostError with the reasons of all candidates if none is usable.
 
@@ -57,7 +64,7 @@ async def choose(
     for driver in candidates:
         probe = await driver.probe()
         if probe.usable:
-            probe = await _cached_test_boot(driver, probe, image, state_dir, cache, timeout_seconds)
+            probe = await _cached_test_boot(driver, probe, image, state_dir, cache, timeout_seconds, progress)
         if probe.usable:
             return Choice(driver=driver, probe=probe, rejected=tuple(rejected))
         rejected.append(f"{_title(driver, probe)} can't be used: {probe.reason}")
@@ -69,7 +76,13 @@ def _title(driver: Driver, probe: Probe) -> str:
 
 
 async def _cached_test_boot(
-    driver: Driver, probe: Probe, image: Image, state_dir: Path, cache: Path, timeout_seconds: float
+    driver: Driver,
+    probe: Probe,
+    image: Image,
+    state_dir: Path,
+    cache: Path,
+    timeout_seconds: float,
+    progress: Progress,
 ) -> Probe:
     """``probe``, but not usable if the driver can't boot the image to userspace.
 
@@ -81,6 +94,7 @@ async def _cached_test_boot(
         return Probe(**json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError):
         pass
+    progress(f"trying {_title(driver, probe)}, once after each boot of this host", 0.0)
     try:
         result = await _test_boot(driver, probe, image, state_dir, timeout_seconds)
     except HostError as error:

@@ -33,7 +33,7 @@ from swarm.vm.network.network import Network
 from swarm.vm.slots import ssh, sweep
 from swarm.vm.slots.inventory import Inventory, Kind, SlotLease, VmRecord
 from swarm.vm.slots.slot_pool import SlotPool, VmSlot
-from swarm.vm.template import Templates, shape
+from swarm.vm.template import OnBuild, Templates, shape
 from swarm.vm.warmup import COMMON_MODULES, SEED_BYTES, warm_template
 
 log = logger(__name__)
@@ -110,20 +110,23 @@ class Launcher:
         self._boot_timeout_seconds = boot_timeout_seconds
 
     @asynccontextmanager
-    async def vm(self, spec: VmSpec, assignment: Assignment, timeline: Timeline) -> AsyncIterator[LiveVm]:
+    async def vm(
+        self, spec: VmSpec, assignment: Assignment, timeline: Timeline, *, on_build: OnBuild | None = None
+    ) -> AsyncIterator[LiveVm]:
         """A VM for the length of the block. Raises BootFailed, HostError."""
-        template = await self.template(spec)
-        timeline.mark("template")
         async with undoing() as undo:
-            live = await self._source.take(template, assignment, undo) if self._source and template else None
-            if live is not None:
-                for mark in ("slot", "running", "answered"):
-                    timeline.mark(mark)
-            else:
-                vm_slot = await self.slots.take(undo)
-                live = await self._launch(spec, template, vm_slot, assignment, timeline, undo)
-            undo.callback(_report, live, spec, assignment)  # before the VM is removed
-            yield live
+            with timeline.cut_by_errors():
+                template = await self.template(spec, on_build=on_build)
+                timeline.mark("template")
+                live = await self._source.take(template, assignment, undo) if self._source and template else None
+                if live is not None:
+                    for mark in ("slot", "running", "answered"):
+                        timeline.mark(mark)
+                else:
+                    vm_slot = await self.slots.take(undo)
+                    live = await self._launch(spec, template, vm_slot, assignment, timeline, undo)
+                undo.callback(_report, live, spec, assignment)  # before the VM is removed
+                yield live
 
     @asynccontextmanager
     async def keeping(self, slots: int, *, ahead: int = 0) -> AsyncIterator[None]:
@@ -219,7 +222,7 @@ class Launcher:
         """Record what a VM is used for from now on."""
         _record(live.vm_slot, live.vm, self._driver.name, assignment)
 
-    async def template(self, spec: VmSpec, *, build: bool = True) -> Template | None:
+    async def template(self, spec: VmSpec, *, build: bool = True, on_build: OnBuild | None = None) -> Template | None:
         """The template for this shape, built now if it is missing; None if this launcher makes no clones, or if it is
         missing and ``build`` is false."""
         if self._templates is None:
@@ -227,7 +230,7 @@ class Launcher:
         parts = shape(spec, driver=self._driver, probe=self._probe)
         if not build:
             return await self._templates.find(spec, parts)
-        return await self._templates.get(spec, parts, lambda dir: self._build_template(spec, dir))
+        return await self._templates.get(spec, parts, lambda dir: self._build_template(spec, dir), on_build)
 
     async def spawn(self, n: int, spec: VmSpec, *, seeded: bool = True) -> VmRecord:
         """Start VM ``n`` manually: it outlives this process. It replaces an older manual VM ``n``; raises Conflict if a

@@ -32,6 +32,7 @@ from swarm.vm.image import staging
 log = logger(__name__)
 
 T = TypeVar("T")
+OnBuild = Callable[[int], None]  # called before a template is made, with about how many seconds that takes
 
 FORMAT = 3
 MANIFEST = "template.json"
@@ -93,14 +94,22 @@ class Templates:
         return await stoppable(functools.partial(self._verified, key_of(parts), spec))
 
     async def get(
-        self, spec: VmSpec, parts: Mapping[str, object], build: Callable[[Path], Awaitable[bytes]]
+        self,
+        spec: VmSpec,
+        parts: Mapping[str, object],
+        build: Callable[[Path], Awaitable[bytes]],
+        on_build: OnBuild | None = None,
     ) -> Template:
         """The template of this shape: verified, or built now by ``build(dir)``, which fills an empty directory and
-        returns the token that the template's agentd knows. Concurrent callers, in any process, build it once."""
+        returns the token that the template's agentd knows. Concurrent callers, in any process, build it once;
+        ``on_build`` is called in each of them before it waits."""
         key = key_of(parts)
         verified = functools.partial(self._verified, key, spec)
         if found := await stoppable(verified):
             return found
+        if on_build is not None:
+            # On an idle machine; a large package to preload takes as long again.
+            on_build((3 if parts.get("accelerator") == "kvm" else 15) * (2 if spec.preload else 1))
         async with self._locked(key):
             if found := await stoppable(verified):
                 return found

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ STATE_STYLES = {
 _JSON_TEXTS = frozenset(
     {"inputs", "outputs", "trigger_data", "verdict", "inputs_schema", "outputs_schema", "definition"}
 )
+LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def can_draw(file: TextIO) -> bool:
@@ -53,9 +55,22 @@ def can_draw(file: TextIO) -> bool:
 
 
 def clean(text: object, *, one_line: bool = True) -> str:
-    """Text without control characters, so that a hostile title can't move the cursor or fake a line."""
+    """Text without control characters, so that a hostile title can't move the cursor or fake a line. Line ends (of
+    Unix, Windows and progress bars) are kept as they are meant; on one line, each is a space."""
+    if isinstance(text, str) and text.isprintable():
+        return str(text)
     keep = "" if one_line else "\n\t"
-    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    text = LINE_END.sub(" " if one_line else "\n", str(text))
+    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def first_line(text: str | None) -> str:
+    """For a place that has room for one."""
+    return LINE_END.split((text or "").strip(), maxsplit=1)[0]
+
+
+def _indented(text: str) -> str:
+    return clean(text, one_line=False).rstrip().replace("\n", "\n  ")
 
 
 def _cell(value: object, column: Column, now: datetime | None) -> str:
@@ -124,12 +139,12 @@ class Out:
         sys.stdout.write(clean(text, one_line=False))
 
     def error(self, text: str) -> None:
-        first, *rest = clean(text, one_line=False).strip().split("\n")
-        self._remark("\n".join([f"error: {first}", *(f"  {line}" for line in rest)]), style=RED)
+        self._remark(_indented(f"error: {text.strip()}"), style=RED)
 
     def note(self, text: str) -> None:
-        """Print a remark, on stderr: it must not end up in a pipe."""
-        self._remark(clean(text))
+        """Print a remark, on stderr: it must not end up in a pipe. What it quotes can't begin a line: further lines are
+        indented."""
+        self._remark(_indented(text))
 
     def table(self, columns: Sequence[str | Column], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
         """Print a table. On a terminal it fits the width: columns leave or are shortened as each says, states have a
@@ -141,7 +156,7 @@ class Out:
         from swarm.cli.ui import table
 
         terminal = sys.stdout.isatty()
-        named = [table.Column(one) if isinstance(one, str) else one for one in columns]
+        named = [table.Column(clean(one)) if isinstance(one, str) else one for one in columns]
         now = datetime.now(UTC) if terminal else None
         cells = [[_cell(value, column, now) for value, column in zip(row, named, strict=True)] for row in rows]
         lines, gone = table.laid_out(named, cells, shutil.get_terminal_size().columns if terminal else None)

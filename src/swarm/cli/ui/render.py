@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from swarm.cli.ui.output import Out
+from swarm.cli.ui.output import Out, first_line
 from swarm.cli.ui.table import Column
 from swarm.model import Ticket
 
@@ -51,7 +51,7 @@ def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence
             f"{step.agent_name}@{step.agent_version}" if step.agent_name else "",
             step.retry_count + 1 if step.started_at and step.agent_name else "",
             duration(step.duration_ms),
-            (step.error or (step.question if step.status == "waiting" else "") or "").split("\n")[0],
+            first_line(step.error or (step.question if step.status == "waiting" else "")),
         )
         for step in current[:_SHOWN_STEPS]
     ]
@@ -62,6 +62,9 @@ def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence
     out.table(columns, rows)
     if len(current) > _SHOWN_STEPS:
         out.line(f"… {len(current) - _SHOWN_STEPS} more: --json shows all")
+    for step in current[:_SHOWN_STEPS]:
+        if step.status == "waiting" and step.question and first_line(step.question) != step.question.strip():
+            out.fields({f"{step.step_id} asks": shorten(step.question.strip())})
     if waiting := [step.step_id for step in current if step.status == "waiting" and step.verdict is None]:
         which = "" if len(waiting) == 1 else " --step STEP"
         out.line(f"{', '.join(waiting)}: `swarm ticket approve {ticket.id}{which}`, or reject, continues it")

@@ -24,6 +24,7 @@ OF_TICKET: Final = Sql(
     f"SELECT {_COLUMNS} FROM events e WHERE e.ticket_id = :id AND e.seq > :after AND e.seq > COALESCE("
     "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
 )
+_LAST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE ticket_id = :id")
 OF_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
 # What an attempt left, once it has ended. That of a lost one is another's by now.
 _FILES: Final = Sql(
@@ -53,6 +54,11 @@ def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Eve
     else:
         found = tx.all(OF_TICKET, id=ticket_id, after=after, limit=limit)
     return [rows.event(row) for row in found]
+
+
+def last_event(tx: Tx, ticket_id: str) -> int:
+    (row,) = tx.all(_LAST, id=ticket_id)
+    return int(row.seq)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

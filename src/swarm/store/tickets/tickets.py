@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 from swarm.errors import ChangeRefused, Conflict, NotFound, UsageError
-from swarm.model import TERMINAL_TICKET_STATES, Ticket, TicketState
+from swarm.model import TERMINAL_TICKET_STATES, StepStatus, Ticket, TicketState
 from swarm.store.sql import rows
 from swarm.store.sql.conditions import UNFINISHED
 from swarm.store.sql.database import Tx, one_row
@@ -145,12 +145,28 @@ def runs(tx: Tx, id: str) -> list[RunRow]:
 
 
 def steps(tx: Tx, id: str) -> list[StepRow]:
-    return [rows.value(StepRow, row) for row in tx.all(_STEPS, id=id)]
+    """``duration_ms`` of a step that runs is what it has taken so far."""
+    found = [rows.value(StepRow, row) for row in tx.all(_STEPS, id=id)]
+    return [
+        replace(one, duration_ms=_so_far(tx, one.started_at)) if one.status == StepStatus.RUNNING else one
+        for one in found
+    ]
 
 
 def attempts(tx: Tx, id: str) -> list[AttemptRow]:
-    found = tx.all(_ATTEMPTS, id=id)
-    return [rows.value(AttemptRow, row, timings=json.loads(row.timings or "{}")) for row in found]
+    """``timings`` of one that runs: its total so far, as its phases are written when it ends."""
+    found = []
+    for row in tx.all(_ATTEMPTS, id=id):
+        timings = json.loads(row.timings or "{}")
+        if row.outcome is None and (spent := _so_far(tx, row.started_at)) is not None:
+            timings = {"total": spent}
+        found.append(rows.value(AttemptRow, row, timings=timings))
+    return found
+
+
+def _so_far(tx: Tx, started_at: str | None) -> float | None:
+    since = milliseconds(started_at)
+    return None if since is None else float(max(0, tx.now_ms - since))
 
 
 def cancel(tx: Tx, id: str, *, by: str) -> None:
