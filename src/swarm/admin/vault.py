@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from swarm.base import versions
 from swarm.base.redact import SHORTEST
 from swarm.errors import HostError, NotFound, UsageError
 from swarm.model import Agent
@@ -84,8 +85,10 @@ class Vault:
         for name in names:
             row = next((rows[name, scope] for scope in scopes if (name, scope) in rows), None)
             if row is None:
+                near = versions.did_you_mean(name, {row.name: row for row in await self.list()})
                 raise NotFound(
-                    f"it needs the secret {name!r}, which is not set: `swarm secret set {name} --agent {agent.name}`"
+                    f"it needs the secret {name!r}, which is not set{near}: "
+                    f"`swarm secret set {name} --agent {agent.name}`"
                 )
             if row.scope == ALL and (service := self._gateway_keys().get(name)):
                 raise UsageError(

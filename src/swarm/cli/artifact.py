@@ -23,7 +23,7 @@ async def list_(
 
     async with cli.store() as store:
         if ticket is not None:
-            await store.ticket(ticket)  # raises NotFound
+            ticket = await store.ticket_id(ticket)
         found = await store.artifacts(ticket_id=ticket, limit=limit)
     rows = [(one.digest, one.bytes, one.tickets, one.created_at) for one in found]
     columns = (

@@ -218,7 +218,7 @@ async def stop(
 )
 async def run_ticket(
     cli: Cli,
-    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")],
+    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or a unique beginning of it.")],
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended, and print the result.")] = False,
     timeout: Annotated[
         float | None,
@@ -236,6 +236,8 @@ async def run_ticket(
     from swarm.cli import follow
 
     settings = _with_driver(cli.settings, driver)
+    async with cli.store() as store:
+        id = await store.ticket_id(id)
     if not wait:
         pid = await wiring.run_ticket_in_background(settings, id, timeout_seconds=timeout)
         line = f"ticket {id} runs in process {pid}; `swarm ticket show {id}` shows its state"

@@ -30,7 +30,7 @@ class TicketFile:
     mode: str
 
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or a unique beginning of it.")]
 
 
 @command(app, "files", examples=["swarm ticket files report-7", "swarm ticket files report-7 --json"], json=True)
@@ -39,6 +39,7 @@ async def files(cli: Cli, id: _Id) -> None:
     listed: list[TicketFile] = []
     complete = True
     async with cli.store() as store:
+        id = await store.ticket_id(id)
         async for name, entry, _, _ in _entries(store, id):
             mode = f"{stat.S_IMODE(entry.mode):04o}"
             listed.append(TicketFile(name=name, kind=_kind(entry), bytes=entry.size, mode=mode))
@@ -80,6 +81,7 @@ async def get(
     from swarm.errors import Conflict, NotFound
 
     async with cli.store() as store:
+        id = await store.ticket_id(id)
         found = [one async for one in _entries(store, id) if pattern is None or _matches(one[0], pattern)]
         if not found:
             what = "left no files in /work/out" if pattern is None else f"left nothing that is named {pattern!r}"

@@ -64,7 +64,7 @@ async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | No
     """Print each of these tickets when it has ended. The exit status: 1 if one was not done, or not in time."""
     left, said, done, ended = dict.fromkeys(ids), set[str](), True, list[Ticket]()
     async with cli.store() as store, store.watching() as wake:
-        left = dict.fromkeys([(await store.ticket(id_)).id for id_ in left])
+        left = dict.fromkeys([await store.ticket_id(id_) for id_ in left])
         try:
             async with asyncio.timeout(timeout_seconds):
                 while True:

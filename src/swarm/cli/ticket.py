@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 app = new_app("ticket", "Add, show, wait for, approve, reject, cancel, retry and remove tickets; read their logs.")
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id.")]
-_Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tickets.")]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or a unique beginning of it.")]
+_Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tickets, or unique beginnings.")]
 
 
 @command(
@@ -100,7 +100,7 @@ async def add(
         agent_id = chosen_agent.id if chosen_agent else None
         schema = schema_of(chosen_agent, chosen_workflow)
         given = read_inputs(inputs, None, input, schema)
-        needs = [(await store.ticket(one)).id for one in after or ()]
+        needs = [await store.ticket_id(one) for one in after or ()]
         id = id or str(uuid.uuid4())
         if file:
             given[FILES] = await sending.send(store, id, file, all_files=all_files)
@@ -167,6 +167,7 @@ async def show(cli: Cli, id: _Id) -> None:
     """Show a ticket: its task, its result, each step or attempt, and where its time went."""
 
     async with cli.store() as store:
+        id = await store.ticket_id(id)
         ticket, runs = await store.ticket(id), await store.runs(id)
         steps, attempts = await store.steps(id), await store.attempts(id)
         calls, usd = await store.estimates(id)
@@ -216,6 +217,7 @@ async def logs(
 
     async with cli.store() as store, AsyncExitStack() as stack:
         wake = await stack.enter_async_context(store.watching()) if follow else None
+        id = await store.ticket_id(id)
         output = Output(cli, store, id, write=sys.stdout.write)
         told = False
         while True:
@@ -262,7 +264,7 @@ async def ready(cli: Cli, id: _Id) -> None:
     """Let a draft run."""
 
     async with cli.store() as store:
-        id = (await store.ticket(id)).id
+        id = await store.ticket_id(id)
         await store.make_ready(id)
         _show_state(cli, await store.ticket(id))
 
@@ -281,7 +283,7 @@ async def rm(
     """
 
     async with cli.store() as store:
-        found = list(dict.fromkeys([(await store.ticket(id)).id for id in ids]))
+        found = list(dict.fromkeys([await store.ticket_id(id) for id in ids]))
         await store.remove_tickets(found, force=force, by=getpass.getuser())
     if cli.out.json:
         cli.out.dump({"removed": found})
@@ -294,6 +296,7 @@ async def cancel(cli: Cli, id: _Id) -> None:
     """Cancel a ticket. If it runs, its VM is killed within two seconds."""
 
     async with cli.store() as store:
+        id = await store.ticket_id(id)
         await store.cancel(id, getpass.getuser())
         _show_state(cli, await store.ticket(id))
 
@@ -319,6 +322,7 @@ async def retry(
     """
 
     async with cli.store() as store:
+        id = await store.ticket_id(id)
         await store.retry(id, step=step)
         ticket = await store.ticket(id)
         _show_state(cli, ticket)
@@ -376,6 +380,7 @@ async def _answer(
 
     async with cli.store() as store:
         who = by or getpass.getuser()
+        id_ = await store.ticket_id(id_)
         answered = await store.answer(id_, step=step, approved=approved, by=who, why=why, budget=budget)
         ticket = await store.ticket(id_)
         answer = "approved" if approved else "rejected"

@@ -155,6 +155,15 @@ class Store:
         """Raises NotFound."""
         return await self._read.call(tickets.ticket, id)
 
+    async def ticket_id(self, ref: str) -> str:
+        """What a person typed: an id, or at least four characters of its beginning. Raises NotFound, and Conflict if
+        several ids begin with it."""
+        return await self._read.call(tickets.ticket_id, ref)
+
+    async def names(self, ids: Collection[str | None]) -> Mapping[str, str]:
+        """name@version of those of these ids that are of registered agents and workflows."""
+        return await self._read.call(tickets.names, sorted({id for id in ids if id}))
+
     async def tickets(
         self, *, states: Sequence[str] = (), project_id: str | None = None, limit: int = 50
     ) -> list[Ticket]:

@@ -69,6 +69,8 @@ def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
         reads.remove("SCAN ticket_dependencies USING COVERING INDEX ticket_dependencies_depends_on")
     if name == "agents._TICKETS_THAT_NEED":  # drafts are in no index; runs only when an agent is removed
         reads.remove("SCAN tickets USING INDEX tickets_created")
+    if name == "tickets._NEWEST_IDS":  # ends at its LIMIT
+        reads.remove("SCAN tickets USING INDEX tickets_created")
     if name in (
         "artifacts._LARGEST",
         "artifacts._UNUSED",

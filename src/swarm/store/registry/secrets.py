@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from swarm.base import versions
 from swarm.errors import NotFound
 from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
@@ -52,5 +53,9 @@ def of_names(tx: Tx, names: Sequence[str]) -> list[Sealed]:
 
 def remove(tx: Tx, name: str, scope: str) -> None:
     if tx.first(_ONE, name=name, scope=scope) is None:
-        raise NotFound(f"no secret {name!r} for {scope}; `swarm secret list` shows all")
+        rows = tx.all(_LIST)
+        near = versions.did_you_mean(name, dict.fromkeys(row.name for row in rows))
+        if scopes := [row.scope for row in rows if row.name == name]:
+            near = f"; it is set for {', '.join(scopes)}"
+        raise NotFound(f"no secret {name!r} for {scope}{near or '; `swarm secret list` shows all'}")
     tx.run(_DELETE, name=name, scope=scope)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
+from swarm.base import versions
 from swarm.errors import ChangeRefused, Conflict, NotFound, UsageError
 from swarm.model import TERMINAL_TICKET_STATES, StepStatus, Ticket, TicketState
 from swarm.store.sql import rows
 from swarm.store.sql.conditions import UNFINISHED
-from swarm.store.sql.database import Tx, one_row
+from swarm.store.sql.database import Tx, one_row, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import (
     SUMMARY_COLUMNS,
@@ -40,6 +41,13 @@ _INSERT: Final = Sql(
     f"ON CONFLICT (id) DO NOTHING RETURNING {', '.join(TICKET_FIELDS)}"
 )
 _BY_ID: Final = Sql(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
+_ID: Final = Sql("SELECT id FROM tickets WHERE id = :id")
+_IDS_FROM: Final = Sql("SELECT id FROM tickets WHERE id >= :ref AND id < :end ORDER BY id LIMIT 6")
+_NEWEST_IDS: Final = Sql("SELECT id FROM tickets ORDER BY created_at DESC LIMIT 500")
+_NAMES: Final = Sql(
+    "SELECT id, name, version FROM agents WHERE id IN :ids "
+    "UNION ALL SELECT id, name, version FROM workflows WHERE id IN :ids"
+)
 _LIST: Final = "SELECT {} FROM tickets t WHERE 1 = 1"
 _LIVE_RUNS: Final = Sql("SELECT id FROM workflow_runs WHERE ticket_id = :id AND status IN ('running', 'waiting')")
 _RETRY: Final = one_row(
@@ -116,6 +124,22 @@ def ticket(tx: Tx, id: str) -> Ticket:
     if row is None:
         raise NotFound(f"no ticket {validation.shown(id)}; `swarm ticket list` shows the newest")
     return rows.ticket(row)
+
+
+def ticket_id(tx: Tx, ref: str) -> str:
+    """A ticket's id, or the beginning of only one. Raises NotFound, and Conflict if several begin with it."""
+    row = None
+    if validation.storable(ref):
+        row = tx.first(_ID, id=ref) or unique(tx, _IDS_FROM, ref, "tickets")
+    if row is None:
+        hint = versions.did_you_mean(ref, [str(one.id) for one in tx.all(_NEWEST_IDS)])
+        raise NotFound(f"no ticket {validation.shown(ref)}{hint or '; `swarm ticket list` shows the newest'}")
+    return str(row.id)
+
+
+def names(tx: Tx, ids: Sequence[str]) -> dict[str, str]:
+    """name@version of those of these ids that are of registered agents and workflows."""
+    return {row.id: f"{row.name}@{row.version}" for row in tx.all_in(_NAMES, ids)}
 
 
 def tickets(tx: Tx, /, **which: Any) -> list[Ticket]:
