@@ -93,7 +93,9 @@ def _tickets(db: sqlite3.Connection) -> None:
         ("t-5", "cancelled", "", "2025-06-01T08:00:00.000Z", "cancelled by ann"),
     ):
         _insert(
-            db, "tickets", id=id_, title=title, state=state, error=error, created_at=age, agent_id=None,
+            db, "tickets", id=id_, title=title, state=state, error=error, created_at=age,
+            agent_id={ID: "0d72b1b5-a98e-4356-bf52-000000000000", "t-4": "greeter@1"}.get(id_),
+            workflow_id="release" if id_ == "release-3" else None,
             inputs='{"text": "a b", "files": ["one.txt"]}' if id_ == ID else None,
             outputs='{"words": 2}' if id_ == ID else None, run_id="run-3" if id_ == "release-3" else None,
             execution_mode="workflow" if id_ == "release-3" else "agent",

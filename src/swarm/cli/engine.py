@@ -257,10 +257,11 @@ async def run_ticket(
                 settings, id, timeout_seconds=timeout, waits=waits, progress=says
             )
         runs, steps = await store.runs(id), await store.steps(id)
+        names = await store.names((ticket.agent_id, ticket.workflow_id))
     if cli.out.json:
         cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts})
     else:
-        render.show_ticket(cli.out, ticket)
+        render.show_ticket(cli.out, ticket, names)
         if ticket.execution_mode == "workflow":
             render.show_steps(cli.out, ticket, runs, steps)
         elif attempts:

@@ -49,10 +49,11 @@ async def to_the_end(cli: Cli, ticket: Ticket, *, only_outputs: bool = False) ->
                 here.cancel()
                 await asyncio.gather(here, return_exceptions=True)
         runs, steps = await store.runs(ticket.id), await store.steps(ticket.id)
+        names = await store.names((ended.agent_id, ended.workflow_id))
     if cli.out.json:
         cli.out.dump({"ticket": ended, "runs": runs, "steps": steps})
     elif not only_outputs:
-        render.show_ticket(cli.out, ended)
+        render.show_ticket(cli.out, ended, names)
     elif ended.state == TicketState.DONE:
         cli.out.json_text(render.pretty(ended.outputs) or "{}")
     else:

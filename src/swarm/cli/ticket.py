@@ -157,8 +157,12 @@ async def list_(
 
     async with cli.store() as store:
         tickets = await store.ticket_summaries(states=tuple(state or ()), project_id=project, limit=limit)
-    rows = [(t.id, t.state, t.title, t.created_at, first_line(t.error)) for t in tickets]
-    columns = ("ID", "STATE", Column("TITLE", least=8), Column("CREATED", drop=2), Column("ERROR", drop=1, least=16))
+        names = await store.names({ref for t in tickets for ref in (t.agent_id, t.assignee_id, t.workflow_id)})
+    rows = [(t.id, t.state, t.title, render.runs(t, names), t.created_at, first_line(t.error)) for t in tickets]
+    columns = (
+        "ID", "STATE", Column("TITLE", least=8), Column("RUNS", drop=3, least=8), Column("CREATED", drop=2),
+        Column("ERROR", drop=1, least=16),
+    )  # fmt: skip
     cli.out.listing(tickets, columns, rows, empty="no tickets")
 
 
@@ -172,11 +176,12 @@ async def show(cli: Cli, id: _Id) -> None:
         steps, attempts = await store.steps(id), await store.attempts(id)
         calls, usd = await store.estimates(id)
         await _say_if_unserved(cli, store, ticket)
+        names = await store.names((ticket.agent_id, ticket.workflow_id))
     if cli.out.json:
         estimated = {"calls": calls, "usd": usd}
         cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts, "estimated": estimated})
         return
-    render.show_ticket(cli.out, ticket)
+    render.show_ticket(cli.out, ticket, names)
     if calls:
         cli.out.line(
             f"estimated: {render.counted(calls, 'model call')} (${usd:.4f}); `swarm ticket logs {id} --json` says why"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from swarm.cli.ui.output import Out, first_line
 from swarm.cli.ui.table import Column
-from swarm.model import Ticket
+from swarm.model import ExecutionMode, Ticket
 
 if TYPE_CHECKING:
-    from swarm.store.sql.rows import RunRow, StepRow
+    from swarm.store.sql.rows import RunRow, StepRow, TicketSummary
 
 _BAR = 40
 # Longer values and lists are cut off; `--json` prints all of them.
@@ -19,14 +19,23 @@ _SHOWN_CHARACTERS = 4000
 _SHOWN_STEPS = 200
 
 
-def show_ticket(out: Out, ticket: Ticket) -> None:
+def runs(ticket: Ticket | TicketSummary, names: Mapping[str, str]) -> str:
+    """The name of the agent or workflow that a ticket runs; what its row holds if that is of none."""
+    agent = ticket.agent_id or (ticket.assignee_id if (ticket.assignee_type or "agent") == "agent" else None)
+    of_workflow = ticket.workflow_id and (not agent or ticket.execution_mode == ExecutionMode.WORKFLOW)
+    ref = (ticket.workflow_id if of_workflow else agent) or ""
+    return names[ref].partition("@")[0] if ref in names else ref
+
+
+def show_ticket(out: Out, ticket: Ticket, names: Mapping[str, str]) -> None:
+    """``names``: name@version of agents and workflows, by id."""
     fields = {
         "ticket": ticket.id,
         "title": ticket.title,
         "state": ticket.state,
         "project": ticket.project_id,
-        "agent": ticket.agent_id,
-        "workflow": ticket.workflow_id,
+        "agent": ticket.agent_id and names.get(ticket.agent_id, ticket.agent_id),
+        "workflow": ticket.workflow_id and names.get(ticket.workflow_id, ticket.workflow_id),
         "description": ticket.description,
         "inputs": pretty(ticket.inputs),
         "outputs": pretty(ticket.outputs),
