@@ -13,6 +13,7 @@ import pytest
 pytestmark = pytest.mark.slow  # starts programs
 
 BIN = Path(sys.executable).parent
+ONE_AND_TWO = "0199aaaa-0000-4000-8000-000000000001", "0199bbbb-0000-4000-8000-000000000002"
 TAKE_IDS = [
     "swarm ticket show ID",
     "swarm ticket logs ID",
@@ -45,20 +46,21 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("ids")
     assert run("swarm init --no-image", home).returncode == 0
     with sqlite3.connect(home / "data/swarm.db") as db:
-        for id in ("report-one", "report-two"):
+        for id in ONE_AND_TWO:
             db.execute("INSERT INTO tickets (id, state, agent_id) VALUES (?, 'draft', 'echo')", (id,))
     return home
 
 
 @pytest.mark.parametrize("line", TAKE_IDS)
 def test_an_id_by_its_beginning(line: str, filled: Path) -> None:
-    done = run(line.replace("ID", "repor"), filled)
-    assert done.returncode == 2 and "begin with 'repor': report-one, report-two; write more" in done.stderr
+    done = run(line.replace("ID", "0199"), filled)
+    assert done.returncode == 2 and f"begin with '0199': {', '.join(ONE_AND_TWO)}; write more" in done.stderr
 
 
 def test_one_is_found(filled: Path) -> None:
-    assert "ticket  report-one" in run("swarm ticket show report-o", filled).stdout.replace("   ", "  ")
-    done = run("swarm ticket ready report-t", filled)
-    assert (done.returncode, done.stdout) == (0, "ticket report-two is ready\n")
+    one, two = ONE_AND_TWO
+    assert one in run(f"swarm ticket show {one[:5]}", filled).stdout
+    done = run(f"swarm ticket ready {two[:5]}", filled)
+    assert (done.returncode, done.stdout) == (0, f"ticket {two} is ready\n")
     listed = run("swarm ticket list", filled).stdout
     assert listed.count(" echo ") == 2

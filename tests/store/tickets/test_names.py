@@ -14,31 +14,23 @@ from swarm.store.store import Store
 from tests.store import flows
 from tests.store.databases import ECHO, Outside, insert
 
-IDS = (
-    "report",
-    "report-7",
-    "report-71",
-    "0199aaaa-1",
-    "0199bbbb-2",
-    "0199bbbb-3",
-    "abc",
-    "GROẞ-1",
-    "100%_x",
-    "x\U0010ffffy",
-)
+A, B, C = "0199aaaa-0000-4000-8000-000000000001", "0199bbbb-0000-4000-8000-000000000002", "0199bbbb" + "0" * 24
+IDS = ("report", "report-7", "test-10", A, B, C, "abc", "GROẞ-1", "100%_x", "x\U0010ffffy", "0199aaaa-mine")
 FOUND = {
-    "report": "report",  # itself, though others begin with it
+    "report": "report",
     "report-7": "report-7",
-    "report-71": "report-71",
-    "0199a": "0199aaaa-1",
-    "0199bbbb-2": "0199bbbb-2",
+    "0199a": A,  # and not the one that somebody named
+    "0199bbbb-": B,
+    "0199bbbb0": C,
+    C: C,
     "abc": "abc",
-    "GROẞ": "GROẞ-1",
-    "100%": "100%_x",
+    "100%_x": "100%_x",
 }
 UNKNOWN = {
     "ab": "no ticket 'ab'",  # too short to be a beginning
     "010": "no ticket '010'",
+    "test-1": "no ticket 'test-1'; did you mean 'test-10'?",  # `ticket rm test-1` must not mean it
+    "0199aaaa-m": "no ticket",
     "0%_%": "no ticket '0%_%'",  # no pattern
     "groẞ": "no ticket",  # case counts
     "reprot-7": "no ticket 'reprot-7'; did you mean 'report-7'?",
@@ -69,21 +61,22 @@ async def test_a_ticket_that_there_is_not(filled: Store, ref: str) -> None:
 
 
 async def test_several_tickets_begin_like_that(filled: Store, outside: Outside) -> None:
-    with pytest.raises(Conflict, match="several tickets begin with '0199b': 0199bbbb-2, 0199bbbb-3; write more of it"):
+    with pytest.raises(Conflict, match=f"several tickets begin with '0199b': {B}, {C}; write more of it"):
         await filled.ticket_id("0199b")
-    for number in range(9):
-        insert(outside, f"many-{number}")
-    with pytest.raises(Conflict, match=r"many-0, many-1, many-2, many-3, many-4, …; write more"):
-        await filled.ticket_id("many")
+    many = [f"feed{number:028x}" for number in range(9)]
+    for id in many:
+        insert(outside, id)
+    with pytest.raises(Conflict, match=f"{', '.join(many[:5])}, …; write more"):
+        await filled.ticket_id("feed")
 
 
 async def test_agents_and_workflows_by_the_beginning_of_an_id(store: Store) -> None:
-    await store.put_agent(replace(ECHO, id="f00dcafe-1", name="other"))
-    await store.put_agent(replace(ECHO, id="f00dbeef-1", name="another"))
+    await store.put_agent(replace(ECHO, id=f"f00dcafe{A[8:]}", name="other"))
+    await store.put_agent(replace(ECHO, id=f"f00dbeef{A[8:]}", name="another"))
     flow = await flows.register(store, "steps: [{id: only, agent: echo@1}]")
     assert (await store.agent("f00dc")).name == "other"
     assert (await store.workflow(flow[:8])).name == "flow"
-    with pytest.raises(Conflict, match="several agents begin with 'f00d': f00dbeef-1, f00dcafe-1"):
+    with pytest.raises(Conflict, match=r"several agents begin with 'f00d': f00dbeef-.*, f00dcafe-"):
         await store.agent("f00d")
     assert await store.names([ECHO.id, flow, "nobody", None]) == {ECHO.id: "echo@1.0.0", flow: "flow@1.0.0"}
     assert await store.names([]) == {}

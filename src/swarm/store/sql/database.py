@@ -29,6 +29,7 @@ HEAD: Final = "v0_2_0"
 _IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
 _URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)
+_GENERATED: Final = re.compile(r"[0-9a-f]{8}(-?)(?:[0-9a-f]{4}\1){3}[0-9a-f]{12}")
 _PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in a text that was meant to be a URL
 
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
@@ -212,10 +213,12 @@ class Tx:
 
 def unique(tx: Tx, statement: Sql, ref: str, what: str) -> Row | None:
     """The row whose id alone begins with ``ref``, of at least four characters. Raises Conflict if several do.
-    ``statement``: rows with :ref <= id < :end."""
+    ``statement``: rows with :ref <= id < :end.
+
+    Only ids that were generated: `ticket rm test-1` must never mean test-10."""
     if len(ref) < 4:
         return None
-    rows = tx.all(statement, ref=ref, end=f"{ref}\U0010ffff")
+    rows = [row for row in tx.all(statement, ref=ref, end=f"{ref}\U0010ffff") if _GENERATED.fullmatch(str(row.id))]
     if len(rows) > 1:
         some = ", ".join(str(row.id) for row in rows[:5]) + (", …" if len(rows) > 5 else "")
         raise Conflict(f"the ids of several {what} begin with {ref!r}: {some}; write more of it")

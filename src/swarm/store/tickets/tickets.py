@@ -42,7 +42,7 @@ _INSERT: Final = Sql(
 )
 _BY_ID: Final = Sql(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
 _ID: Final = Sql("SELECT id FROM tickets WHERE id = :id")
-_IDS_FROM: Final = Sql("SELECT id FROM tickets WHERE id >= :ref AND id < :end ORDER BY id LIMIT 6")
+_IDS_FROM: Final = Sql("SELECT id FROM tickets WHERE id >= :ref AND id < :end ORDER BY id LIMIT 100")
 _NEWEST_IDS: Final = Sql("SELECT id FROM tickets ORDER BY created_at DESC LIMIT 500")
 _NAMES: Final = Sql(
     "SELECT id, name, version FROM agents WHERE id IN :ids "
