@@ -51,6 +51,8 @@ LINES: list[tuple[str, dict[str, str], str]] = [
     ("swarm prune", {}, "missing option '--older-than'; `swarm prune -h`"),
     ("swarm tikcet list", {}, "Did you mean 'ticket'?"),
     ("swarm ticket lst", {}, "Did you mean 'list'?"),
+    ("swarm start", {}, "swarm has no command 'start'; it is `swarm-engine start`"),
+    ("swarm-engine ticket list", {}, "swarm-engine has no command 'ticket'; it is `swarm ticket`"),
     ("swarm ticket frobnicate", {}, "no such command 'frobnicate'; `swarm ticket -h` shows how"),
     ("swarm ticket list --stat ready", {}, "no such option: --stat; did you mean --state?"),
     ("swarm ticket list --state redy", {}, "--state: 'redy' is not one of 'draft', 'ready'"),

@@ -23,12 +23,14 @@ import errno
 import functools
 import inspect
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -281,7 +283,19 @@ def _wrong_use(error: Any) -> str:
         said = complaint(error.__cause__.errors())
         return f"{name} {said}{where}" if said.startswith("must be") else f"{name}: {said.rstrip('.')}{where}"
     said = " ".join(error.format_message().split())
+    found = re.match(r"No such command '([\w-]+)'", said)
+    if found and context is not None and (other := _elsewhere(context.command_path, found[1])):
+        return f"{context.command_path} has no command {found[1]!r}; it is `{other} {found[1]}`"
     return said[:1].lower() + said[1:].rstrip(".?") + ("?" if said.endswith("?") else where)
+
+
+def _elsewhere(program: str, name: str) -> str | None:
+    """The program that has this command, if another one has."""
+    other, module = {
+        "swarm": ("swarm-engine", "swarm.cli.engine"),
+        "swarm-engine": ("swarm", "swarm.cli.main"),
+    }.get(program, (None, ""))
+    return other if other and name in typer.main.get_command(import_module(module).app).commands else None  # type: ignore[attr-defined]
 
 
 def _usable_streams() -> None:
