@@ -136,6 +136,7 @@ def sent(name: bytes, mode: int = FILE, contents: bytes = b"", size: int | None 
         sent(b"a", size=5), sent(b"a", mode=stat.S_IFCHR), sent(b"a", mode=stat.S_IFDIR), sent(b"a/"),
         sent(b"a", mode=LINK, size=1 << 20), sent(b"a", size=1 << 63), sent(b"a\0"),
         struct.pack(">IIQ", 1 << 31, FILE, 0), b"".join(sent(b"%d" % i) for i in range(trees.MAX_ENTRIES + 1)),
+        b"".join(sent(b"%d" % i, mode=0) for i in range(trees.MAX_ENTRIES + 1)),
     ],
 )  # fmt: skip
 def test_a_hostile_guest_is_refused(stream: bytes) -> None:

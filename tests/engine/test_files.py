@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from swarm.base import trees
 from swarm.cli import files as cli_files
 from swarm.cli import sending
 from swarm.cli.frame import Cli
@@ -164,13 +166,22 @@ def repository(top: Path) -> Path:
 
 async def sent(bench: Bench, tmp_path: Path, *files: str, all_files: bool = False) -> Path:
     """The directory /work of a ticket that is given these files, as its agent finds it."""
-    await bench.agent("import shutil; shutil.copytree('repo', 'out', symlinks=True, dirs_exist_ok=True); "
-                      "open('output.json', 'w').write('{}')", "copies")  # fmt: skip
+    code = """
+import os, shutil
+shutil.copytree("repo", "out", symlinks=True, dirs_exist_ok=True)
+for here, dirs, files in os.walk("out", topdown=False):
+    if ".git" in dirs + files:
+        os.rename(f"{here}/.git", f"{here}/dot-git")  # that name would not be brought back
+open("output.json", "w").write("{}")
+"""
+    await bench.agent(code, "copies")
     given = await sending.send(bench.store, "s", files, all_files=all_files)
     bench.insert("s", "copies", inputs=json.dumps({"$files": given}))
     done = await run_ticket(bench.store, bench.worker, "s")
     assert done.state == "done", done.error
     await get(bench, "s", tmp_path / "got")
+    for path in (tmp_path / "got").rglob("dot-git"):
+        path.rename(path.with_name(".git"))
     return tmp_path / "got"
 
 
@@ -196,6 +207,160 @@ async def test_a_linked_work_tree_and_a_repository_without_commits(plain: Bench,
     (tmp_path / "empty").mkdir()
     git(tmp_path / "empty", "init", "-q")
     assert list(await sending.send(plain.store, "e", [str(tmp_path / "empty")], all_files=False)) == ["empty/"]
+
+
+async def names_sent(bench: Bench, path: Path, id: str = "n") -> list[str]:
+    digests = await sending.send(bench.store, id, [f"x/={path}"], all_files=False)
+    return [entry.name for entry in trees.manifest(await bench.store.artifact_of(id, digests["x/"])).entries]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+async def test_a_hostile_repository_runs_nothing(plain: Bench, tmp_path: Path, partial: bool) -> None:
+    repo = repository(tmp_path / "repo")
+    evil = tmp_path / "evil.sh"
+    evil.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\nexit 1\n")
+    evil.chmod(0o755)
+    if partial:  # the index needs a tree that is to be fetched
+        blob = git(repo, "rev-parse", "HEAD:kept")
+        git(repo, "config", "remote.origin.url", str(repo))
+        git(repo, "config", "remote.origin.promisor", "true")
+        git(repo, "config", "remote.origin.uploadpack", str(evil))
+        (repo / ".git/objects" / blob[:2] / blob[2:]).unlink()
+        with contextlib.suppress(subprocess.CalledProcessError):
+            git(repo, "cat-file", "-p", blob)
+    else:
+        git(repo, "config", "core.fsmonitor", str(evil))
+        git(repo, "status")
+    assert (tmp_path / "ran").exists()  # git does it by itself
+    (tmp_path / "ran").unlink()
+    if partial:
+        with pytest.raises(UsageError, match=r"partial clone.*--all-files"):
+            await names_sent(plain, repo)
+    else:
+        assert "kept" in await names_sent(plain, repo)
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_names_behind_links_stay_here(plain: Bench, tmp_path: Path) -> None:
+    repo = repository(tmp_path / "repo")
+    for name in ("d", "sub"):
+        (repo / name).mkdir()
+        (repo / name / "id_rsa").write_text("mine")
+    git(repo / "sub", "init", "-q")
+    git(repo / "sub", "add", ".")
+    git(repo / "sub", "commit", "-qm", "x")
+    head = git(repo / "sub", "rev-parse", "HEAD")
+    git(repo, "add", "d")
+    git(repo, "update-index", "--add", "--cacheinfo", f"160000,{head},d/sub")
+    (tmp_path / "secret").mkdir()
+    (repo / "sub").rename(tmp_path / "secret/sub")
+    (repo / "d/id_rsa").rename(tmp_path / "secret/id_rsa")
+    (repo / "d").rmdir()
+    (repo / "d").symlink_to("kept")
+    before = await names_sent(plain, repo)
+    (repo / "d").unlink()
+    (repo / "d").symlink_to("../secret")
+    (repo / ".git/info/exclude").write_text("/d\n")
+    names = await names_sent(plain, repo, "m")
+    assert "d" in before and not [name for name in names if name.startswith("d")]
+
+
+@pytest.mark.parametrize("how", ["link", "gitfile", "forged", "commondir", "refs"])
+async def test_the_history_of_another_repository_is_not_sent(plain: Bench, tmp_path: Path, how: str) -> None:
+    other, repo = repository(tmp_path / "other"), tmp_path / "repo"
+    repo.mkdir()
+    (repo / "x").write_text("x")
+    if how == "link":
+        (repo / ".git").symlink_to("../other/.git")
+    elif how == "gitfile":
+        (repo / ".git").write_text("gitdir: ../other/.git\n")
+    elif how == "forged":  # it leads back, and on to the other
+        (repo / "a/worktrees/b").mkdir(parents=True)
+        (repo / ".git").write_text("gitdir: a/worktrees/b\n")
+        for name, text in (
+            ("gitdir", f"{repo}/.git"),
+            ("commondir", f"{other}/.git"),
+            ("HEAD", "ref: refs/heads/main"),
+        ):
+            (repo / "a/worktrees/b" / name).write_text(f"{text}\n")
+    else:
+        git(repo, "init", "-q")
+        if how == "refs":
+            shutil.rmtree(repo / ".git/refs")
+            (repo / ".git/refs").symlink_to(other / ".git/refs")
+        else:
+            (repo / ".git/commondir").write_text(str(other / ".git"))
+    with pytest.raises(UsageError, match="a repository elsewhere; --all-files"):
+        await names_sent(plain, repo)
+
+
+async def test_submodules_and_nested_repositories_go_without_what_they_ignore(plain: Bench, tmp_path: Path) -> None:
+    repo, lib = repository(tmp_path / "repo"), repository(tmp_path / "lib")
+    git(repo, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(lib), "lib")
+    for top in (repo / "lib", repository(repo / "nested"), repository(repo / "nested/deeper")):
+        (top / ".gitignore").write_text(".env\n")
+        (top / ".env").write_text("secret")
+    names = await names_sent(plain, repo)
+    assert {"lib/kept", "nested/kept", "nested/new", "nested/deeper/kept"} <= set(names)
+    assert not [name for name in names if name.endswith(".env") or "/.git/" in name]
+    # A submodule alone is a repository, whose gitfile leads to a place that leads back.
+    assert ".git/HEAD" in await names_sent(plain, repo / "lib", "alone")
+
+
+async def test_a_directory_that_is_ignored_goes_as_it_is(plain: Bench, tmp_path: Path) -> None:
+    repo = repository(tmp_path / "repo")
+    assert await names_sent(plain, repo / "build") == ["x"]
+    (repo / "objects").mkdir()
+    (repo / "objects/a.o").touch()
+    with pytest.raises(UsageError, match="--all-files sends them"):
+        await names_sent(plain, repo / "objects")
+
+
+async def test_a_branch_without_commits_beside_others(plain: Bench, tmp_path: Path) -> None:
+    repo = repository(tmp_path / "repo")
+    git(repo, "checkout", "-q", "--orphan", "fresh")
+    assert "new" in await names_sent(plain, repo)
+
+
+async def test_an_id_that_is_taken_keeps_nothing(plain: Bench, tmp_path: Path) -> None:
+    await plain.agent("", "any")
+    plain.insert("taken", "any")
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(Conflict, match="taken"):
+        await sending.send(plain.store, "taken", [f"x={tmp_path / 'x'}"], all_files=False)
+    assert plain.sql("SELECT count(*) FROM artifacts") == [(0,)]
+
+
+async def test_git_settings_of_an_agent_do_not_come_back(
+    plain: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+import os
+for name in ("out/.git/hooks/pre-commit", "out/lib/.GIT/config", "out/.github/x", "out/a"):
+    os.makedirs(os.path.dirname(name), exist_ok=True)
+    open(name, "w").write("x")
+open("output.json", "w").write("{}")
+"""
+    assert (await plain.run(code)).state == "done"
+    await get(plain, "t", tmp_path / "got")
+    assert sorted(content(tmp_path / "got")) == [".github", ".github/x", "a"]
+    assert "left out: .git/hooks/pre-commit and 1 more" in capfd.readouterr().err
+
+
+async def test_a_name_that_is_too_long_is_left_out(plain: Bench) -> None:
+    code = """
+import os
+open("out/a", "w").close()
+os.chdir("out")
+for _ in range(18):
+    os.mkdir("d" * 210)
+    os.chdir("d" * 210)
+open("f" * 250, "w").close()
+os.chdir(os.environ.get("HOME", "/"))
+"""
+    done = await plain.run(f"import os\nopen('output.json', 'w').write('{{}}')\n{code}")
+    assert done.state == "done", done.error
+    assert [one["name"] for one in await files_of(plain, "t")] == ["a"]
 
 
 async def test_all_files(plain: Bench, tmp_path: Path) -> None:

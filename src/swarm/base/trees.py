@@ -82,6 +82,11 @@ def is_plain(name: str) -> bool:
     return fits and "\0" not in name and not any(part in ("", ".", "..") for part in parts)
 
 
+def names_git(name: str) -> bool:
+    """Is this a .git, or in one? Its hooks and settings name programs, which git runs."""
+    return ".git" in name.lower().split("/")
+
+
 def stays_within(name: str, target: str) -> bool:
     """Does the link ``name`` lead to a place below the top of its tree, whatever else is a link there? Only if '..'
     stands nowhere but at the beginning: behind a name, it leaves what that name, perhaps a link, leads to."""

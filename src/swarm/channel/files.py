@@ -108,6 +108,8 @@ class Received:
             name = os.fsdecode(self._spool.read(min(length, MAX_NAMES_BYTES)))
             if not trees.is_plain(name) or name in seen:
                 raise ChannelError(f"the guest sent a file named {printable(name)!r}")
+            if len(seen) >= trees.MAX_ENTRIES:
+                raise ChannelError(f"the guest sent more than {trees.MAX_ENTRIES:,} files")
             seen.add(name)
             if mode == 0:
                 self.left_out.append((name, size))

@@ -77,7 +77,7 @@ async def get(
     """Bring back what the ticket's agents left in /work/out; `swarm ticket files` lists it. Prints each name."""
     from dataclasses import replace
 
-    from swarm.base.trees import Target, stays_within
+    from swarm.base.trees import Target, names_git, stays_within
     from swarm.errors import Conflict, NotFound
 
     async with cli.store() as store:
@@ -86,6 +86,10 @@ async def get(
         if not found:
             what = "left no files in /work/out" if pattern is None else f"left nothing that is named {pattern!r}"
             raise NotFound(f"the ticket {id} {what}; `swarm ticket files {id}` lists what there is")
+        if unsafe := [name for name, _, _, _ in found if names_git(name)]:
+            more = f" and {len(unsafe) - 1} more" if len(unsafe) > 1 else ""
+            cli.out.note(f"left out: {unsafe[0]}{more}: git would run what is in a .git here; an archive can hold it")
+            found = [one for one in found if not names_git(one[0])]
         target = Target(to)
         try:
             there = [name for name, entry, _, _ in found if target.holds(replace(entry, name=name))]

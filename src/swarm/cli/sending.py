@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 if TYPE_CHECKING:
+    from swarm.base.process import Completed
     from swarm.base.trees import Part
     from swarm.store.store import Store
 
@@ -28,6 +30,7 @@ AllFiles = Annotated[
 ]
 _SEND_BYTES: Final = 4 << 20  # in one transaction
 _GIT_SECONDS: Final = 300.0
+_MAX_DEPTH: Final = 16  # of repositories in each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,14 @@ class _Source:
 
 
 async def send(store: Store, ticket_id: str, given: Sequence[str], *, all_files: bool) -> dict[str, str]:
-    """Keep these files for a ticket that is about to be added. Returns its ``$files``. Raises UsageError."""
+    """Keep these files for a ticket that is about to be added. Returns its ``$files``. Raises
+    UsageError, and Conflict when there is a ticket with this id."""
     from swarm.base import trees
-    from swarm.errors import UsageError
+    from swarm.errors import Conflict, NotFound, UsageError
 
+    with contextlib.suppress(NotFound):
+        await store.ticket(ticket_id)
+        raise Conflict(f"the ticket id {ticket_id!r} is taken; choose another one")
     found: dict[str, str] = {}
     for option in given:
         place, path = _parsed(option)
@@ -101,58 +108,134 @@ async def _sources(path: Path, stack: AsyncExitStack, *, all_files: bool) -> lis
 
 class _Git:
     """What belongs to a work tree: tracked and new files, not ignored ones; and its history, in a new repository that
-    has no hooks, remotes, stashes or settings of the old one: there may be passwords in them."""
+    has no hooks, remotes, stashes or settings of the old one: there may be passwords in them.
+
+    A repository may be hostile: its settings name programs, and its index, links and gitfiles can lead to other places.
+    """
 
     def __init__(self, path: Path, scratch: Path) -> None:
         self._path = path
-        # The user has named this directory, whoever owns it. What its settings could run is switched off.
+        # The user has named this directory, whoever owns it.
         quoted = str(path).replace("\\", "\\\\").replace('"', '\\"')
         config = scratch / "gitconfig"
-        safe = f'directory = "{quoted}"\ndirectory = "{quoted}/.git"'
-        config.write_text(f"[safe]\n{safe}\n[core]\nfsmonitor = false\n")
-        self._env = {"GIT_CONFIG_GLOBAL": str(config), "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
+        config.write_text(f'[safe]\ndirectory = "{quoted}"\ndirectory = "{quoted}/.git"\n')
+        # What its settings could run is switched off where they can't switch it on again.
+        off = {"core.fsmonitor": "false", "core.hooksPath": os.devnull}
+        self._env = {
+            "GIT_CONFIG_GLOBAL": str(config),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_NO_LAZY_FETCH": "1",
+            "GIT_CONFIG_COUNT": str(len(off)),
+        }
+        for number, (key, value) in enumerate(off.items()):
+            self._env |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
         self._clone = scratch / "git"
 
     async def work_tree(self) -> list[_Source]:
         from swarm.base import trees
+        from swarm.errors import UsageError
 
-        listed = await self._git("-C", str(self._path), "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-        names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
-        sources = [_Source(self._path, await asyncio.to_thread(self._present, names))]
-        if (self._path / ".git").exists():
+        whole = os.path.lexists(self._path / ".git")
+        if whole:
+            await self._check_its_own()
+        elif (await self._run("-C", str(self._path), "check-ignore", "-q", ".")).returncode == 0:
+            return [_Source(self._path, await asyncio.to_thread(lambda: list(trees.walk(self._path))))]
+        names = await self._list(self._path)
+        if not whole and not names and any(self._path.iterdir()):
+            raise UsageError(f"git ignores all files in {self._path}; --all-files sends them")
+        sources = [_Source(self._path, names)]
+        if whole:
             await self._git(
-                "clone", "--quiet", "--bare", "--no-local", "--template=", "--", str(self._path), str(self._clone)
-            )
+                "clone", "--quiet", "--bare", "--no-local", "--template=", "--", str(self._path), str(self._clone),
+                protocol="file",
+            )  # fmt: skip
             inside = f"--git-dir={self._clone}"
             await self._git(inside, "config", "core.bare", "false")
             await self._git(inside, "config", "--remove-section", "remote.origin")
-            if (await self._git(inside, "for-each-ref", "--count=1")).strip():
+            if (await self._run(inside, "rev-parse", "-q", "--verify", "HEAD")).returncode == 0:
                 await self._git(inside, "read-tree", "HEAD")
             sources.append(_Source(self._clone, list(trees.walk(self._clone)), ".git/"))
         return sources
 
-    def _present(self, names: Sequence[str]) -> list[str]:
-        """Without those deleted; submodules and nested repositories with the files that are in them."""
-        from swarm.base import trees
+    async def _check_its_own(self) -> None:
+        """Is its history its own, and not that of a repository elsewhere, to which something in it only leads?"""
+        from swarm.errors import UsageError
 
+        place = self._path / ".git"
+        gitdir, own = place, place.is_dir() and not os.path.lexists(place / "commondir")
+        if place.is_file():
+            text = place.read_bytes()[:5000].removeprefix(b"gitdir:").strip()
+            gitdir = (self._path / os.fsdecode(text)).resolve()
+            set_ = await self._run("config", "--file", str(gitdir / "config"), "core.worktree")
+            if set_.returncode == 0:  # a submodule
+                own = (gitdir / os.fsdecode(set_.stdout[:-1])).resolve() == self._path
+                own = own and not os.path.lexists(gitdir / "commondir")
+            else:  # a linked work tree
+                with contextlib.suppress(FileNotFoundError):
+                    both = [os.fsdecode((gitdir / one).read_bytes().strip()) for one in ("gitdir", "commondir")]
+                    own = [(gitdir / one).resolve() for one in both] == [place, gitdir.parent.parent]
+                gitdir = gitdir.parent.parent
+        parts = ("HEAD", "packed-refs", "refs", "objects", "refs/**/*", "objects/*")
+        links = place.is_symlink() or (own and any(one.is_symlink() for part in parts for one in gitdir.glob(part)))
+        if links or not own:
+            raise UsageError(f"{place} leads to a repository elsewhere; --all-files sends the directory as it is")
+
+    async def _list(self, path: Path, depth: int = 0) -> list[str]:
+        """Without names deleted; submodules and nested repositories with what belongs to them."""
+        from swarm.base import trees
+        from swarm.errors import UsageError
+
+        if depth > _MAX_DEPTH:
+            raise UsageError(f"{path} is nested in more than {_MAX_DEPTH} repositories; --all-files sends it")
+        # A nested repository must not be one only for us: without the options, git would take the outer one.
+        at = ["-C", str(path), *(["--git-dir=.git", "--work-tree=."] if depth else [])]
+        partial = r"^(extensions\.partialclone|remote\..*\.(promisor|partialclonefilter))$"
+        if (await self._run(*at, "config", "--get-regexp", partial)).returncode == 0:
+            raise UsageError(
+                f"{path} is a partial clone, of which git would fetch the rest; --all-files sends it as it is"
+            )
+        listed = await self._git(*at, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+        names = sorted({os.fsdecode(name).rstrip("/") for name in listed.split(b"\0") if name})
         found: list[str] = []
+        known: dict[str, bool] = {}
         for name in names:
-            path = self._path / name
-            if path.is_dir() and not path.is_symlink():
-                found += [f"{name.rstrip('/')}/{one}" for one in trees.walk(path) if ".git" not in one.split("/")]
-            elif os.path.lexists(path):
-                found.append(name)
+            # A hostile index can name anything; what is behind a link is deleted, for git.
+            if not trees.is_plain(name) or trees.names_git(name) or not _is_real(path, name, known):
+                continue
+            one = path / name
+            if one.is_symlink() or not one.is_dir():
+                found += [name] if os.path.lexists(one) else []
+            elif os.path.lexists(one / ".git"):
+                found += [f"{name}/{below}" for below in await self._list(one, depth + 1)]
+            else:
+                found += [f"{name}/{below}" for below in trees.walk(one) if not trees.names_git(below)]
         return found
 
-    async def _git(self, *arguments: str) -> bytes:
-        from swarm.base.process import run
-        from swarm.errors import CommandFailed, UsageError
+    async def _git(self, *arguments: str, protocol: str = "none") -> bytes:
+        from swarm.errors import UsageError
 
-        try:
-            done = await run(["git", *arguments], env=self._env, timeout_seconds=_GIT_SECONDS)
-        except CommandFailed as error:
-            raise UsageError(f"git can't read {self._path}: {error}") from None
+        done = await self._run(*arguments, protocol=protocol)
+        if done.returncode:
+            why = done.stderr.decode(errors="replace").strip()[-1000:]
+            raise UsageError(f"git can't read {self._path}: {why}; --all-files sends it as it is")
         return done.stdout
+
+    async def _run(self, *arguments: str, protocol: str = "none") -> Completed:
+        from swarm.base.process import run
+
+        env = self._env | {"GIT_ALLOW_PROTOCOL": protocol}
+        return await run(["git", *arguments], env=env, timeout_seconds=_GIT_SECONDS, check=False)
+
+
+def _is_real(top: Path, name: str, known: dict[str, bool]) -> bool:
+    """Is the directory of this file below ``top`` reached without a link?"""
+    for end in (place for place, letter in enumerate(name) if letter == "/"):
+        if (parent := name[:end]) not in known:
+            known[parent] = (top / parent).is_dir() and not (top / parent).is_symlink()
+        if not known[parent]:
+            return False
+    return True
 
 
 def _take(parts: Iterator[Part]) -> list[Part]:

@@ -44,6 +44,7 @@ PROTOCOL = 3
 MAX_HEADER = 64 << 10
 MAX_PAYLOAD = 1 << 20
 MAX_PUT = 256 << 20  # bytes of one put request
+MAX_NAME = 4000  # bytes of a file's name in a directory that is sent
 MAX_ORDER = 4 * MAX_HEADER  # an order is a request's header in ASCII, which may be three times as long
 MAX_CONNECTIONS = 8
 MAX_SSH = 16
@@ -1303,7 +1304,7 @@ class Sender:
 
     def add(self, path: str, mode: int, size: int) -> bool:
         name = os.fsencode(path)
-        if not self.entries or len(name) > self.names:
+        if not self.entries or len(name) > min(self.names, MAX_NAME):
             self.complete = False
             return False
         self.entries, self.names = self.entries - 1, self.names - len(name)
