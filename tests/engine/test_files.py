@@ -21,7 +21,7 @@ from swarm.cli.frame import Cli
 from swarm.cli.ui.output import Out
 from swarm.engine.run_once import run_ticket
 from swarm.errors import Conflict, NotFound, UsageError
-from swarm.model import Ticket
+from swarm.model import Ticket, TicketState
 from tests.engine.conftest import Bench, proved
 
 LIST = """
@@ -175,7 +175,7 @@ for here, dirs, files in os.walk("out", topdown=False):
 open("output.json", "w").write("{}")
 """
     await bench.agent(code, "copies")
-    given = await sending.send(bench.store, "s", files, all_files=all_files)
+    given, _ = await sending.send(bench.store, "s", files, all_files=all_files)
     bench.insert("s", "copies", inputs=json.dumps({"$files": given}))
     done = await run_ticket(bench.store, bench.worker, "s")
     assert done.state == "done", done.error
@@ -206,11 +206,12 @@ async def test_a_linked_work_tree_and_a_repository_without_commits(plain: Bench,
     assert git(got, "symbolic-ref", "--short", "HEAD") == "other" and git(got, "status", "--short") == ""
     (tmp_path / "empty").mkdir()
     git(tmp_path / "empty", "init", "-q")
-    assert list(await sending.send(plain.store, "e", [str(tmp_path / "empty")], all_files=False)) == ["empty/"]
+    given, _ = await sending.send(plain.store, "e", [str(tmp_path / "empty")], all_files=False)
+    assert list(given) == ["empty/"]
 
 
 async def names_sent(bench: Bench, path: Path, id: str = "n") -> list[str]:
-    digests = await sending.send(bench.store, id, [f"x/={path}"], all_files=False)
+    digests, _ = await sending.send(bench.store, id, [f"x/={path}"], all_files=False)
     return [entry.name for entry in trees.manifest(await bench.store.artifact_of(id, digests["x/"])).entries]
 
 
@@ -331,6 +332,25 @@ async def test_an_id_that_is_taken_keeps_nothing(plain: Bench, tmp_path: Path) -
     assert plain.sql("SELECT count(*) FROM artifacts") == [(0,)]
 
 
+@pytest.mark.parametrize("pruned", ["", "before", "between"])
+async def test_files_that_prune_took_before_their_ticket_was_there(plain: Bench, tmp_path: Path, pruned: str) -> None:
+    await plain.agent("", "any")
+    (tmp_path / "x").write_text("x")
+    given, uses = await sending.send(plain.store, "t", [f"x={tmp_path / 'x'}"], all_files=False)
+    assert uses == 2
+    if pruned:
+        await plain.store.prune(0)
+    if pruned == "between":  # of the two, the part is gone
+        await plain.store.keep_artifacts("t", {given["x"]: "{}"})
+    ticket = Ticket(id="t", title="t", state=TicketState.READY, agent_id="any", inputs=json.dumps({"$files": given}))
+    if pruned:
+        with pytest.raises(Conflict, match="were removed meanwhile; add it again"):
+            await plain.store.add_ticket(ticket, uses=uses)
+        assert plain.sql("SELECT count(*) FROM tickets") == [(0,)]
+    else:
+        assert (await plain.store.add_ticket(ticket, uses=uses)).id == "t"
+
+
 async def test_git_settings_of_an_agent_do_not_come_back(
     plain: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,7 +436,7 @@ async def test_bad_files_in_a_row_fail_with_the_reason(plain: Bench, files: obje
 
 async def test_another_tickets_files_are_not_given(plain: Bench, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
-    given = await sending.send(plain.store, "mine", [f"x={tmp_path / 'x'}"], all_files=False)
+    given, _ = await sending.send(plain.store, "mine", [f"x={tmp_path / 'x'}"], all_files=False)
     done = await plain.run("raise SystemExit('ran')", inputs={"$files": given})
     assert done.state == "failed" and "has no artifact" in (done.error or "")
     # A program that may write the database says so: one row for each artifact.
@@ -506,7 +526,7 @@ json.dump({"work": sorted(os.listdir(".")), "owner": os.stat("repo/src").st_uid}
 """
     await bench.agent(code, "passes")
     repo = odd_tree(tmp_path / "repo")
-    given = await sending.send(bench.store, "t", [f"repo={repo}"], all_files=False)
+    given, _ = await sending.send(bench.store, "t", [f"repo={repo}"], all_files=False)
     bench.insert("t", "passes", inputs=json.dumps({"$files": given}))
     done: Ticket = await run_ticket(bench.store, bench.worker, "t")
     assert done.state == "done", done.error

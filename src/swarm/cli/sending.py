@@ -42,9 +42,9 @@ class _Source:
     prefix: str = ""
 
 
-async def send(store: Store, ticket_id: str, given: Sequence[str], *, all_files: bool) -> dict[str, str]:
-    """Keep these files for a ticket that is about to be added. Returns its ``$files``. Raises
-    UsageError, and Conflict when there is a ticket with this id."""
+async def send(store: Store, ticket_id: str, given: Sequence[str], *, all_files: bool) -> tuple[dict[str, str], int]:
+    """Keep these files for a ticket that is about to be added. Returns its ``$files``, and how many
+    artifacts they are, for `Store.add_ticket`. Raises UsageError, and Conflict when there is a ticket with this id."""
     from swarm.base import trees
     from swarm.errors import Conflict, NotFound, UsageError
 
@@ -52,6 +52,7 @@ async def send(store: Store, ticket_id: str, given: Sequence[str], *, all_files:
         await store.ticket(ticket_id)
         raise Conflict(f"the ticket id {ticket_id!r} is taken; choose another one")
     found: dict[str, str] = {}
+    kept: set[str] = set()
     for option in given:
         place, path = _parsed(option)
         if place in found:
@@ -63,12 +64,13 @@ async def send(store: Store, ticket_id: str, given: Sequence[str], *, all_files:
                 parts = trees.pack(files)
                 while batch := await asyncio.to_thread(_take, parts):
                     await store.keep_artifacts(ticket_id, dict(batch))
+                    kept.update(digest for digest, _ in batch)
                     found[place] = batch[-1][0]  # at last, that of the manifest
             except UsageError as error:
                 raise UsageError(f"--file {option}: {error}") from None
             except OSError as error:
                 raise UsageError(f"--file {option}: {error.filename} can't be read: {error.strerror}") from None
-    return found
+    return found, len(kept)
 
 
 def _parsed(option: str) -> tuple[str, Path]:

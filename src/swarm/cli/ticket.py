@@ -102,8 +102,9 @@ async def add(
         given = read_inputs(inputs, None, input, schema)
         needs = [await store.ticket_id(one) for one in after or ()]
         id = id or str(uuid.uuid4())
+        uses = 0
         if file:
-            given[FILES] = await sending.send(store, id, file, all_files=all_files)
+            given[FILES], uses = await sending.send(store, id, file, all_files=all_files)
         ticket = await store.add_ticket(
             Ticket(
                 id=id,
@@ -124,6 +125,7 @@ async def add(
                 over_budget=over_budget,
             ),
             depends_on=needs,
+            uses=uses,
         )
         if not wait:
             cli.out.result(ticket, ticket.id)

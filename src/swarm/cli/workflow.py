@@ -242,8 +242,9 @@ async def run(
             raise Conflict(f"the workflow {name} is disabled; `swarm workflow enable {name}` enables it")
         _check_inputs(row.parsed(), given)
         id = id or str(uuid.uuid4())
+        uses = 0
         if file:
-            given[FILES] = await sending.send(store, id, file, all_files=all_files)
+            given[FILES], uses = await sending.send(store, id, file, all_files=all_files)
         ticket = await store.add_ticket(
             Ticket(
                 id=id,
@@ -256,7 +257,8 @@ async def run(
                 timeout_seconds=timeout,
                 trigger_type="manual",
                 trigger_data=json.dumps({"by": getpass.getuser()}),
-            )
+            ),
+            uses=uses,
         )
     if wait:
         return await follow.to_the_end(cli, ticket)

@@ -146,10 +146,11 @@ class Store:
 
     # --- tickets ------------------------------------------------------------------------------------------------------
 
-    async def add_ticket(self, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
+    async def add_ticket(self, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0) -> Ticket:
         """Raises UsageError for a ticket that could never run, Conflict when its id is taken. A workflow's expressions
-        see ``trigger_type`` and ``trigger_data`` (JSON) as `trigger`."""
-        return await self._write.call(tickets.add, tickets.check(ticket), depends_on=tuple(depends_on))
+        see ``trigger_type`` and ``trigger_data`` (JSON) as `trigger`. ``uses``: how many artifacts were kept for it; a
+        Conflict if `prune` has removed some, since it had no ticket yet."""
+        return await self._write.call(tickets.add, tickets.check(ticket), depends_on=tuple(depends_on), uses=uses)
 
     async def ticket(self, id: str) -> Ticket:
         """Raises NotFound."""

@@ -41,6 +41,7 @@ _INSERT: Final = Sql(
     f"ON CONFLICT (id) DO NOTHING RETURNING {', '.join(TICKET_FIELDS)}"
 )
 _BY_ID: Final = Sql(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
+_USES: Final = Sql("SELECT count(*) AS uses FROM artifact_uses WHERE ticket_id = :id")
 _ID: Final = Sql("SELECT id FROM tickets WHERE id = :id")
 _IDS_FROM: Final = Sql("SELECT id FROM tickets WHERE id >= :ref AND id < :end ORDER BY id LIMIT 100")
 _NEWEST_IDS: Final = Sql("SELECT id FROM tickets ORDER BY created_at DESC LIMIT 500")
@@ -93,7 +94,7 @@ NEXT_DUE: Final = Sql("""
 """)
 
 
-def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
+def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0) -> Ticket:
     values = {name: getattr(ticket, name) for name in _GIVEN}
     values["trigger_type"] = ticket.trigger_type or "ticket"
     row = tx.first(_INSERT, now=tx.now, **values)
@@ -101,6 +102,8 @@ def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = ()) -> Ticket:
         if tx.first(_BY_ID, id=ticket.id) is None:
             raise ChangeRefused("a trigger ignored it")
         raise Conflict(f"the ticket id {validation.shown(ticket.id)} is taken; choose another one")
+    if uses and tx.all(_USES, id=ticket.id)[0].uses < uses:
+        raise Conflict(f"files of the ticket {validation.shown(ticket.id)} were removed meanwhile; add it again")
     dependencies.add(tx, ticket.id, depends_on)
     return rows.ticket(row)
 
