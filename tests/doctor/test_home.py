@@ -33,4 +33,7 @@ async def test_what_a_rebuilt_table_lost_is_named(tmp_path: Path) -> None:
             gui.execute("ALTER TABLE rebuilt RENAME TO tickets")
         (check,) = await home.database("here", store, store.head())
     assert check.status == "fail"
-    assert "tickets_ready" in check.detail and "tickets_deleted, tickets_touched:" in check.detail
+    assert (
+        "tickets_ready" in check.detail
+        and "tickets_deleted, tickets_touched, tickets_inserted, tickets_created_changed:" in check.detail
+    )
