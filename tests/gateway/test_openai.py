@@ -221,8 +221,8 @@ def test_a_service_like_another(tmp_path: Path) -> None:
     for text, says in (
         ('[x]\nlike = "nobody"\n', r"\[x\] is to be like 'nobody', which is not above it"),
         ('[openai.differs."POST /v1/other"]\nbody_mb = 1\n', "which is not in metered"),
-        ('[openai.differs."POST /v1/responses"]\nbody_mb = -1\n', "greater than 0"),
-        ('[openai.differs."POST /v1/responses"]\nbodymb = 1\n', "not permitted"),
+        ('[openai.differs."POST /v1/responses"]\nbody_mb = -1\n', "must be more than 0, but is -1"),
+        ('[openai.differs."POST /v1/responses"]\nbodymb = 1\n', "bodymb"),
     ):
         own.write_text(text)
         with pytest.raises(UsageError, match=says):
