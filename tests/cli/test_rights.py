@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from swarm.base import files
+from swarm.store.sql.database import HEAD
 from swarm.vm.slots.inventory import Inventory
 from swarm.vm.slots.ssh import SshDir
 from swarm.vm.template import Templates
@@ -109,7 +110,7 @@ def test_doctor_on_another_migration(tmp_path: Path) -> None:
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "doctor", "--json")
     [check] = [check for check in json.loads(done.stdout) if check["name"] == "database"]
     assert check["status"] == "fail" and check["fix"] == "swarm init"
-    assert "0000_older" in check["detail"] and "this version of Swarm needs v0_1_0" in check["detail"]
+    assert "0000_older" in check["detail"] and f"this version of Swarm needs {HEAD}" in check["detail"]
     listed = run(tmp_path, BIN / "swarm", "ticket", "list")
     assert listed.returncode == 1 and "0000_older" in listed.stderr and "swarm init" in listed.stderr
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarm.admin.prove import judge
 from swarm.cel import artifact_refs, template
 from swarm.cel.artifact_refs import KEY, ArtifactRef
 from swarm.cel.evaluate import MAX_DATA_BYTES
@@ -342,6 +343,10 @@ async def test_one_that_is_gone_fails_what_looks_into_it(store: Store, outside: 
         await store.resolve_references(steps["pass_on"].inputs)
     look = (await rows(store))["look"]
     assert look.status == "failed" and "is gone" in (look.error or "")
+    assert [one.what for one in (await store.audit(judge)).violations] == [
+        "1 of its artifacts (files, large values) are gone from the database"
+    ]
+    outside.execute("DELETE FROM artifact_uses")  # otherwise what follows every test would say so, too
 
 
 async def test_more_than_there_may_be(store: Store, outside: Outside) -> None:

@@ -63,7 +63,8 @@ def _parts(url: str) -> tuple[str, str]:
 
 
 def _file(url: str) -> Path | None:
-    return Path(unquote(_parts(url)[0].removeprefix("file:"))).absolute()
+    path, _ = _parts(url)
+    return Path(unquote(path.removeprefix("file:")) if path.startswith("file:") else path).absolute()
 
 
 def _connect(url: str, write: bool, busy_timeout_seconds: float) -> sqlite3.Connection:
