@@ -153,13 +153,17 @@ def perform(function: Command, values: dict[str, Any], *, home: Path | None, deb
         sys.stdout.flush()
         return status or 0
     except BrokenPipeError:
-        # Python flushes stdout at exit, and would print the error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _reader_gone()
     except (Exception, KeyboardInterrupt, _Stopped) as error:
         if debug:
             traceback.print_exc()
         return _explain(_only(error), out, debug)
+
+
+def _reader_gone() -> int:
+    # Python flushes stdout at exit, and would print the error again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _explain(error: BaseException, out: Out, debug: bool) -> int:
@@ -249,15 +253,20 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 def start(app: typer.Typer, name: str) -> None:
     """Run a program: the body of every entry point."""
     _usable_streams()
-    if sys.argv[1:] == ["--version"]:  # here, since Typer has no place for it in a program that is a single command
-        from importlib.metadata import version
-
-        typer.echo(f"{name} {version('swarm-engine')}")
-        return
     try:
+        if sys.argv[1:] == ["--version"]:  # here, since Typer has no place for it in a program that is a single command
+            from importlib.metadata import version
+
+            typer.echo(f"{name} {version('swarm-engine')}")
+            sys.stdout.flush()
+            return
         sys.exit(app(prog_name=name, standalone_mode=False))
     except BrokenPipeError:
-        return
+        sys.exit(_reader_gone())
+    except OSError as error:  # help that can't be printed
+        status = _explain(error, Out(), debug=False)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(status)
     except typer.Abort:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:  # Typer has one base class of wrong use, and it is not public

@@ -21,13 +21,13 @@ BEGIN
   UPDATE tickets SET {", ".join(f"{name} = nullif(NEW.{name}, '')" for name in _NUMBERS)},
     priority = CASE NEW.priority WHEN '' THEN 0 ELSE NEW.priority END,
     {_CREATED}
-  WHERE rowid = NEW.rowid;
+  WHERE id = NEW.id;
 END"""
 _CREATED_CHANGED = f"""
 CREATE TRIGGER tickets_created_changed AFTER UPDATE OF created_at ON tickets
 WHEN {_ODD} AND NEW.created_at IS NOT OLD.created_at
 BEGIN
-  UPDATE tickets SET {_CREATED} WHERE rowid = NEW.rowid;
+  UPDATE tickets SET {_CREATED} WHERE id = NEW.id;
 END"""
 
 
