@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from swarm.gateway import prices, upstreams
 from swarm.gateway.forward import _fits, _spend
-from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, countable, lowered, read
+from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, _surcharge, countable, lowered, read
 from swarm.gateway.prices import Price
 from swarm.gateway.upstreams import Upstream
+from swarm.gateway.usage import dig
 from swarm.ledger import Granted
 
 TABLE = upstreams.load(None, {})
@@ -174,7 +176,7 @@ DEAR: dict[str, tuple[dict[str, Any], int]] = {
     "web search": (message(tools=[{"type": "web_search_20250305", "max_uses": 1000}]), 900_000_000),
     "web search without a limit": (message(tools=[{"type": "web_search_20250305"}]), 1_000_000),
     "code execution": (message(tools=[{"type": "code_execution_20250825"}]), 1_000_000),
-    "a remote tool": (message(mcp_servers=[{"url": "https://example.org"}]), 1_000_000),
+    "a remote tool": (message(mcp_servers=[{"url": "https://example.org"}]), 11_000_000),
     "compaction": (
         message({"type": "text", "text": "x" * 90_000}, context_management={"edits": [{"type": "compact_20260112"}]}),
         180_000,
@@ -208,6 +210,36 @@ def test_what_is_not_known_to_cost_the_list_price_has_no_price(more: dict[str, A
     found = measured(message(**more)).surcharge
     assert found == surcharge
     assert (PRICES.of("claude-haiku-4-5", found) is None) == bool(surcharge)
+
+
+class Counted(dict[str, Any]):
+    """How many of its items were looked at."""
+
+    looked_at = 0
+
+    def items(self) -> Any:
+        for item in super().items():
+            self.looked_at += 1
+            yield item
+
+
+def test_many_unknown_fields_are_not_all_compared() -> None:
+    given = Counted({f"{number:x}": 0 for number in range(9000)})
+    assert _surcharge(given, ANTHROPIC, []) == " surcharges=many"
+    assert given.looked_at < 10
+
+
+@pytest.mark.parametrize("limits", [("max_tokens",), ("max_completion_tokens", "max_tokens"), ("a.b.limit", "limit")])
+def test_a_limit_of_null_is_none(limits: tuple[str, ...]) -> None:
+    upstream = ANTHROPIC.model_copy(update={"output_limit": limits})
+    *parents, name = limits[0].split(".")
+    for depth in range(len(parents) + 1):
+        given: Any = None
+        for parent in reversed([*parents, name][: depth + 1]):
+            given = {parent: given}
+        body = json.dumps({"model": "m", "messages": [], **given}).encode()
+        metered = replace(read(body, upstream)[0], max_output=77)
+        assert dig(json.loads(lowered(body, upstream, metered)), limits[0]) == 77
 
 
 def test_other_dialects_multipliers() -> None:

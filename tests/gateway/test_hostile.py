@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,7 @@ import aiohttp
 import psutil
 import pytest
 
-from swarm.gateway.attempt_listener import MAX_FAILED_CALLS, AttemptListener
+from swarm.gateway.attempt_listener import MAX_CONNECTIONS, MAX_FAILED_CALLS, AttemptListener
 from swarm.gateway.policy import Policy
 from swarm.gateway.process import Server
 from swarm.ledger import Order
@@ -26,7 +27,7 @@ async def send(listener: AttemptListener | Server, body: bytes, *, path: str = "
     host, _, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").partition(":")
     _, writer = await asyncio.open_connection(host, int(port))
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {listener.token}\r\ncontent-length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+    writer.write(head.encode(errors="surrogateescape") + body)
     return writer
 
 
@@ -217,6 +218,7 @@ async def test_who_hangs_up_before_the_call_was_sent_holds_no_money(harness: Har
         assert harness.sql("SELECT status, cost_usd, note FROM model_calls") == [
             (0, 0, "the client disconnected before the call was sent")
         ]
+        assert listener.failed_calls == 1
     assert harness.api.seen == []
 
 
@@ -258,6 +260,8 @@ BAD = {
     "too deep": b"[" * 5000,
     "no text": b'{"model": "\xff"}',
     "a wrong limit": b'{"model": "m", "max_tokens": -1}',
+    "half of a character": b'{"model": "\\ud800", "max_tokens": 5, "messages": []}',
+    "lines": b'{"model": "m\\nn", "max_tokens": 5, "messages": []}',
 }
 
 
@@ -307,3 +311,64 @@ async def test_calls_that_wait_for_budget_do_not_crowd_the_database(harness: Har
         assert (await held)[0] == 200
         statuses = [(await task)[0] for task in others]
     assert set(statuses) <= {200, 402}
+
+
+async def test_what_is_no_text_breaks_nobodys_calls(harness: Harness) -> None:
+    """Also in what is recorded of a refusal: the engine takes only text."""
+    async with harness.listener(await harness.claim()) as listener:
+        pid = harness.gateway.pid
+        assert (await post(listener, BAD["half of a character"]))[0] == 400
+        writer = await send(listener, b"", path="/\udcff")
+        await writer.drain()
+        assert (await post(listener, json.dumps(ask()).encode()))[0] == 200
+        assert harness.gateway.pid == pid
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": None}, {}])
+async def test_no_limit_under_a_budget(harness: Harness, given: dict[str, Any]) -> None:
+    asked = {name: value for name, value in ask().items() if name != "max_tokens"} | given
+    async with harness.listener(await harness.claim(budget_usd=1.0)) as listener:
+        assert (await post(listener, json.dumps(asked).encode()))[0] == 200
+    [seen] = harness.seen()
+    assert seen["body"]["max_tokens"] > 64
+
+
+async def test_a_call_of_nobody_holds_its_bytes_until_its_thread_has_ended(harness: Harness) -> None:
+    """Who asks and hangs up, again and again, has no more threads at work than others."""
+    go_on, at_work = threading.Event(), threading.Event()
+
+    def work() -> None:
+        at_work.set()
+        go_on.wait(30)
+        raise ValueError("dropped")
+
+    async with harness.listener_here(await harness.claim()) as listener:
+        call = asyncio.create_task(harness.here._parsed(listener, b"x" * 100_000, work))
+        await asyncio.to_thread(at_work.wait, 20)
+        for _ in range(3):
+            call.cancel()
+            assert not (await asyncio.wait({call}, timeout=0.05))[0]
+        assert listener.parse_lock.locked()
+        go_on.set()
+        await asyncio.wait({call}, timeout=20)
+        assert call.cancelled() and not listener.parse_lock.locked()
+
+
+async def test_calls_that_linger_are_bounded(harness: Harness) -> None:
+    async with harness.listener_here(await harness.claim()) as listener:
+        lingering = {asyncio.create_task(asyncio.Event().wait()) for _ in range(2 * MAX_CONNECTIONS)}
+        listener.calls |= lingering
+        status, text = await post(listener, json.dumps(ask()).encode())
+        assert (status, "too many calls at once" in text) == (429, True)
+        lingering.pop().cancel()
+        listener.calls &= lingering
+        assert (await post(listener, json.dumps(ask()).encode()))[0] == 200
+        listener.stop()
+
+
+async def test_a_fault_of_ours_does_not_fill_the_log(harness: Harness, capsys: pytest.CaptureFixture[str]) -> None:
+    async with harness.listener_here(await harness.claim()) as listener:
+        for _ in range(50):
+            listener._server_error(ZeroDivisionError("a fault"))
+    assert capsys.readouterr().out.count("the gateway failed") == 10

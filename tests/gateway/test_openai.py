@@ -149,6 +149,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "from_the_future"}]}, "'from_the_future'"),
     ({"tools": [{"name": "no type"}]}, "'None'"),
     ({"tools": ["web_search"]}, "'web_search'"),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "item_reference"),
+    ({"input": [{"type": "message", "content": "a"}, {"id": "msg_1"}]}, "item_reference"),
+    ({"input": [{"type": None, "id": "msg_1", "content": None}]}, "item_reference"),
     ({"input": [{"type": "tool_search_output", "tools": [{"type": "mcp"}]}]}, "'mcp'"),
 ]
 ALLOWED: list[dict[str, Any]] = [
@@ -157,6 +160,8 @@ ALLOWED: list[dict[str, Any]] = [
     {"tools": [{"type": "shell", "environment": {"type": "local"}}, {"type": "local_shell"}], "store": False},
     {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]}]},
     {"input": [{"type": "message", "role": "user", "content": "tools"}], "tools": None},
+    {"input": [{"id": "msg_1", "role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]},
+    {"input": [{"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": "{}"}]},
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -20,9 +21,10 @@ from swarm.base import privileges, process
 from swarm.engine.egress import account_of
 from swarm.errors import UsageError
 from swarm.gateway import messages
-from swarm.gateway.link import MAX_BYTES, Link
+from swarm.gateway.link import MAX_BYTES, Link, encode
 from swarm.gateway.policy import Policy
 from swarm.gateway.process import Server
+from swarm.ledger import Limit, Order, Spend
 from tests.gateway.conftest import KEY, Harness, ask, client_of
 from tests.gateway.messages_api import HAIKU
 
@@ -347,6 +349,29 @@ async def test_a_closed_listener_takes_no_more_calls(harness: Harness) -> None:
         )
     assert not server.tasks
     await asyncio.wait_for(server.close(), 60)
+
+
+async def test_one_listener_with_too_many_calls_breaks_none_of_others(harness: Harness) -> None:
+    claim = await harness.claim("many")
+    async with harness.listener(claim) as many, harness.listener(await harness.claim("few")) as few:
+        pid = pid_of(harness)
+        order = Order(
+            id="", account=account_of(claim), upstream="anthropic", model="m", counts={},
+            most=Spend(tokens=1, usd=0.0), least=Spend(tokens=1, usd=0.0), day=Limit(),
+        )  # fmt: skip
+        many.calls |= {str(number): (order, 0.0) for number in range(1001)}
+        with pytest.raises(anthropic.InternalServerError, match="try again"):
+            await call(many)
+        assert await call(few) == HAIKU
+        many.calls.clear()
+        assert await call(many) == HAIKU
+        assert pid_of(harness) == pid
+
+
+def test_half_of_a_character_is_no_text_for_the_engine() -> None:
+    """A hostile service may put it into its answer: the bill of one call must not end those of others."""
+    said = json.loads(encode({"op": "exceeded", "n": 1, "message": "an answer of m\ud800\U0001f600"}))
+    assert messages.ADAPTER.validate_python(said).message == "an answer of m?\U0001f600"
 
 
 async def test_a_policy_that_is_too_long_for_a_message(harness: Harness) -> None:

@@ -38,6 +38,9 @@ _MAX_HEADER_BYTES: Final = 32 * 1024
 # nothing.
 MAX_FAILED_CALLS: Final = 1000
 MAX_INVALID_BYTES: Final = 64_000_000  # of request bodies that were parsed and refused
+# A call lingers after its client has gone, until the engine has answered; then its connection is another's.
+_MAX_CALLS: Final = 2 * MAX_CONNECTIONS
+_MAX_ERRORS: Final = 10  # logged for one attempt
 MAX_REFUSALS: Final = 200  # recorded for one attempt: a hostile one must not fill the database
 _CLOSE_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 0.02  # how long an idle connection may stay when the server ends (0 would be for ever)
@@ -89,6 +92,7 @@ class AttemptListener:
         self._url = url
         self._record = record
         self._refusals = 0
+        self._errors = 0
         self._forward = forward
         self._transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self._acceptor = ConnectionAcceptor(sock, max_connections=MAX_CONNECTIONS, handle=self._serve)
@@ -117,7 +121,9 @@ class AttemptListener:
         """An error that the HTTP server reports: the client didn't send valid HTTP, or there is a bug in Swarm."""
         if isinstance(problem, HttpProcessingError):
             self.refuse("request", why=problem.message.partition("\n")[0][:200])
-        else:
+            return
+        self._errors += 1
+        if self._errors <= _MAX_ERRORS:
             log.error("the gateway failed", attempt=self.account.attempt_id, exc_info=problem)
 
     def exceed(self, message: str) -> None:
@@ -151,6 +157,8 @@ class AttemptListener:
         assert call is not None
         self.calls.add(call)
         try:
+            if len(self.calls) > _MAX_CALLS:
+                return error(429, "rate_limit_error", "too many calls at once", **{"retry-after": "1"})
             return await self._authorize_and_forward(request)
         finally:
             self.calls.discard(call)

@@ -120,6 +120,10 @@ class Gateway:
         listener, upstream = request.listener, request.upstream
         try:
             metered, body = await self._parsed(listener, body, functools.partial(read, body, upstream))
+        except asyncio.CancelledError:
+            listener.failed_calls += 1
+            listener.invalid_bytes += len(body)
+            raise
         except AmbiguousRequest as problem:
             listener.failed_calls += 1
             listener.invalid_bytes += len(body)
@@ -130,6 +134,7 @@ class Gateway:
         try:
             metered, order, granted = await self._afford(request, body, metered, price, order)
         except asyncio.CancelledError:
+            listener.failed_calls += 1
             call = Call(order, metered, self._ledger, upstream)
             call.abandon()
             await finish_uninterrupted(call.book(self._prices))
@@ -168,7 +173,7 @@ class Gateway:
 
     async def _parsed(self, listener: AttemptListener, body: bytes, work: Callable[[], T]) -> T:
         async with listener.parse_lock:  # one body of an attempt at a time: others have calls, too
-            return await (asyncio.to_thread(work) if len(body) > _SMALL_BYTES else _now(work))
+            return await (_in_thread(work) if len(body) > _SMALL_BYTES else _now(work))
 
     def _order(self, account: Account, upstream: Upstream, metered: MeteredRequest, price: Price | None) -> Order:
         worst = metered.counts()
@@ -351,6 +356,21 @@ def _fits(spend: Spend, most: Spend, granted: Granted) -> bool:
     return fits and spend.usd <= min(most.usd, granted.usd)
 
 
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Also if it is cancelled, it ends when the thread has: what that works on counts as held until then."""
+
+    def outcome() -> tuple[T, None] | tuple[None, Exception]:
+        try:
+            return work(), None
+        except Exception as problem:
+            return None, problem
+
+    done = await finish_uninterrupted(asyncio.to_thread(outcome))
+    if done[1] is not None:
+        raise done[1]
+    return done[0]
+
+
 async def _now(work: Callable[[], T]) -> T:
     return work()
 
@@ -391,7 +411,7 @@ async def _read_body(request: AllowedRequest, limit: int) -> bytes:
             return bytes(body)
         async with listener.parse_lock:
             try:
-                plain = await asyncio.to_thread(wire.decompressed, bytes(body), encoding, limit + 1)
+                plain = await _in_thread(functools.partial(wire.decompressed, bytes(body), encoding, limit + 1))
                 hold(len(plain) - held)
             except (wire.UnreadableBody, _BodyTooLarge):
                 listener.failed_calls += 1  # it was work, and few bytes make much of it

@@ -121,7 +121,8 @@ class Link:
 
 def encode(message: Mapping[str, object]) -> bytes:
     """Raises ValueError for what is too long."""
-    data = json.dumps(message, separators=(",", ":")).encode()
+    # Half of a surrogate pair is no text to the other end; hostile guests and services may send one.
+    data = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
     _check(data)
     return data
 

@@ -123,6 +123,8 @@ def read(body: bytes, upstream: Upstream) -> tuple[MeteredRequest, bytes]:
             raise TypeError
     except (ValueError, RecursionError, TypeError, KeyError):
         raise AmbiguousRequest("the request must be a JSON object with a model, and without duplicate names") from None
+    if not model.isprintable():
+        raise AmbiguousRequest("the model's name must be printable")
     if why := _refusal(given, upstream):
         raise AmbiguousRequest(why)
     streams = given.get("stream") is True
@@ -171,7 +173,12 @@ def _refusal(given: Mapping[str, Any], upstream: Upstream) -> str:
             return f"{path} is not allowed: what the service then reads or bills, the gateway does not see"
     if upstream.client_tools:
         items = given.get("input")
-        holders = [given, *(items if isinstance(items, list) else ())]  # a list of tools may also be an item
+        items = items if isinstance(items, list) else []
+        for item in items:
+            kind = item.get("type") if isinstance(item, dict) else ""
+            if kind == "item_reference" or (kind is None and item.get("id") and item.get("content") is None):
+                return "item_reference is not allowed: what the service then reads, the gateway does not see"
+        holders = [given, *items]  # a list of tools may also be an item
         while holders:
             holder = holders.pop()
             tools = holder.get("tools") if isinstance(holder, dict) else None
@@ -196,8 +203,10 @@ def lowered(body: bytes, upstream: Upstream, metered: MeteredRequest) -> bytes:
         *parents, name = path.split(".")
         place = given
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = min(int(place.get(name, limit)), limit)
+            if not isinstance(place.get(parent), dict):  # null is as good as absent
+                place[parent] = {}
+            place = place[parent]
+        place[name] = limit if place.get(name) is None else min(int(place[name]), limit)
     thinking = given.get("thinking")
     if isinstance(thinking, dict) and isinstance(budget := thinking.get("budget_tokens"), int | float):
         asked = first(given, upstream.output_limit)
@@ -239,6 +248,8 @@ def _surcharge(given: Mapping[str, Any], upstream: Upstream, tools: list[str]) -
     found = [one for one in upstream.surcharges if dig(given, one.partition("=")[0]) == one.partition("=")[2]]
     plain = {*upstream.fields, *upstream.list_price}
     for name, value in given.items() if upstream.fields else ():
+        if len(found) > _MAX_SURCHARGES:  # more change nothing, and are looked for in what was found
+            break
         shown = f"{name}={value if isinstance(value, str) else 'given'}"
         if value is not None and name not in plain and shown not in plain and shown not in found:
             found.append(shown)
@@ -304,6 +315,7 @@ def _summarizes(given: Mapping[str, Any]) -> bool:
 
 def _prompt(body: bytes, given: Mapping[str, Any], upstream: Upstream, described: int) -> dict[str, Any]:
     attached, tokens, unseen = 0, 0, any(given.get(name) for name in upstream.stored_prompts)
+    unseen = unseen or bool(upstream.tools and given.get("mcp_servers"))  # their tools' descriptions are in the prompt
     for block in _blocks(given):
         size, is_image, is_unseen = _attachment(block)
         attached += size

@@ -335,11 +335,10 @@ class GatewayProcess:
             if isinstance(said, messages.Reserve | messages.Book):
                 link.send({"op": "answer", "id": said.id, "error": "NotFound", "message": "its listener is closed"})
             return
-        if len(server.tasks) + len(server.calls) > _MAX_TASKS:
-            log.error("the gateway's process asks for too much at once, and is ended")
-            self._end.set()
-            return
         match said:
+            case messages.Reserve() if len(server.tasks) + len(server.calls) > _MAX_TASKS:
+                why = "too many calls of this attempt at once"
+                link.send({"op": "answer", "id": said.id, "error": "StoreError", "message": why})
             case messages.Reserve():
                 self._spawn(server, self._reserve(link, server, said))
             case messages.Book():
