@@ -89,6 +89,8 @@ def test_wait_is_woken_and_says_what_lacks(env: dict[str, str], db: sqlite3.Conn
 
 def test_wait_takes_a_time_limit(swarm: Swarm, db: sqlite3.Connection) -> None:
     put(db, a="done", **{f"t{n:02}": "in_progress" for n in range(12)})
+    assert swarm("ticket wait a --timeout 0").stdout == "ticket a is done\n"
+    assert "not ended within 0 s: t00" in swarm("ticket wait t00 --timeout 0", status=1).stderr
     late = swarm("ticket wait a --timeout 0.5", *(f"t{n:02}" for n in range(12)), status=1)
     assert late.stdout == "ticket a is done\n"
     assert "not ended within 0.5 s: t00, " in late.stderr and late.stderr.endswith("t09 and 2 more\n")

@@ -66,8 +66,9 @@ async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | No
     left, said, done, ended = dict.fromkeys(ids), set[str](), True, list[Ticket]()
     async with cli.store() as store, store.watching() as wake:
         left = dict.fromkeys([await store.ticket_id(id_) for id_ in left])
+        end = None if timeout_seconds is None else asyncio.get_running_loop().time() + timeout_seconds
         try:
-            async with asyncio.timeout(timeout_seconds):
+            async with asyncio.timeout(None) as limit:
                 while True:
                     states = await store.ticket_states(list(left))
                     for id_ in list(left):
@@ -82,6 +83,7 @@ async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | No
                         done = done and states.get(id_) == TicketState.DONE
                     if not left:
                         break
+                    limit.reschedule(end)  # after the first look: with 0 s, too, a ticket that has ended is found
                     await _say_what_lacks(cli, store, {id_: states[id_] for id_ in left}, said)
                     # An engine that was killed commits nothing: then it is looked at once it has been silent for long.
                     await wake.changed(timeout_seconds=service.SILENT_AFTER_SECONDS)

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from swarm.model import Succeeded, Ticket
+from swarm.errors import Conflict
+from swarm.model import Succeeded, Ticket, TicketState
 from swarm.store.store import Store
 from tests.store.databases import ECHO, LEASE, Outside, claim_one, failed, insert
 
@@ -42,6 +43,30 @@ async def test_order_follows_the_dependencies(store: Store, outside: Outside) ->
         "in_progress",
         "done",
     ]
+
+
+@pytest.mark.parametrize("ids", ["abc", "cba"])
+async def test_tickets_that_need_each_other_are_removed_in_any_order(store: Store, outside: Outside, ids: str) -> None:
+    for name in "abc":
+        insert(outside, name)
+    needs(outside, b="a", c="b")
+    (claim,) = await store.claim("w", limit=9, lease_seconds=LEASE)
+    assert claim.ticket.id == "a"
+    await store.remove_tickets(list(ids), by="test", force=True)
+    assert await states(store) == {}
+
+
+@pytest.mark.parametrize("state", list(TicketState))
+async def test_a_ticket_that_another_needs_is_not_removed(store: Store, outside: Outside, state: TicketState) -> None:
+    insert(outside, "a", state="done")
+    insert(outside, "b", state=state)
+    needs(outside, b="a")
+    if state in ("draft", "ready", "blocked"):
+        with pytest.raises(Conflict, match="'b' depends on the ticket 'a'"):
+            await store.remove_tickets(["a"], by="test")
+        await store.remove_tickets(["a", "b"], by="test")
+    else:
+        await store.remove_tickets(["a"], by="test")
 
 
 async def test_blocked_while_running(store: Store, outside: Outside) -> None:

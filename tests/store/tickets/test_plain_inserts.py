@@ -69,6 +69,27 @@ async def test_an_agent_that_a_ticket_names_is_not_removed(store: Store, outside
         await store.remove_agent("echo@1.0.0")
 
 
+async def test_an_agent_that_a_step_has_begun_with_is_not_removed(store: Store, outside: Outside) -> None:
+    insert(outside, "runs", agent_id="echo")
+    await claim_one(store)
+    await store.put_agent(NEWEST)  # now `echo` means this one
+    with pytest.raises(Conflict, match="runs"):
+        await store.remove_agent("echo@1.0.0")
+    await store.cancel("runs", by="test")
+    await store.remove_agent("echo@1.0.0")
+
+
+@pytest.mark.parametrize("ref", ["flow", "flow@1", "flow@1.0", "flow@1.0.0"])
+async def test_a_workflow_that_a_ticket_names_is_not_removed(store: Store, outside: Outside, ref: str) -> None:
+    await flows.register(store, FLOW)
+    insert(outside, "other", agent_id=None, workflow_id="flow-2@1", state="draft")
+    insert(outside, "old", agent_id=None, workflow_id=ref, state="draft")
+    with pytest.raises(Conflict, match=r"\(old\)"):
+        await store.remove_workflow("flow")
+    outside.execute("UPDATE tickets SET state = 'cancelled' WHERE id = 'old'")
+    await store.remove_workflow("flow")
+
+
 async def test_a_ticket_without_an_id_gets_one(store: Store, outside: Outside) -> None:
     outside.execute("INSERT INTO tickets (title, state, agent_id) VALUES ('a', 'ready', 'echo')")
     outside.execute("INSERT INTO tickets (id, title, state, agent_id) VALUES (NULL, 'b', 'ready', 'echo')")

@@ -24,7 +24,7 @@ from swarm.model import (
 )
 from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import dump
+from swarm.store.sql.rows import dump, lenient
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
 _COLUMNS: Final = ", ".join(AGENT_FIELDS)
@@ -66,6 +66,12 @@ _DELETE: Final = Sql("DELETE FROM agents WHERE id = :id")
 _RUNS_THAT_NEED: Final = Sql(
     "SELECT DISTINCT r.ticket_id AS id FROM workflow_runs r JOIN definitions d ON d.digest = r.definition "
     "WHERE r.progress IS NOT NULL AND r.status IN ('running', 'waiting') AND instr(d.definition, :pinned) > 0 LIMIT 3"
+)
+# A ticket that names no version keeps the one that its step has begun with, though a newer one may be there by now.
+_STEPS_THAT_NEED: Final = Sql(
+    "SELECT DISTINCT r.ticket_id AS id FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
+    "WHERE r.status IN ('running', 'waiting') AND s.agent_id = :id "
+    "AND s.status NOT IN ('completed', 'failed', 'skipped', 'cancelled') LIMIT 3"
 )
 _ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
 _TICKETS_THAT_NEED: Final = Sql(  # or may need it: those that name another version, too
@@ -226,8 +232,8 @@ def remove_agent(tx: Tx, ref: str) -> Agent:
     rows = tx.all(_TICKETS_THAT_NEED, id=removed.id, name=removed.name)
     named = {ref: _named(tx, ref) for ref in {row.ref for row in rows} - {removed.id}}
     rows = [row for row in rows if row.ref == removed.id or ((one := named[row.ref]) and one.id == removed.id)]
-    rows = [*rows[:3], *tx.all(_RUNS_THAT_NEED, pinned=pinned)]
-    if tickets := [row.id for row in rows]:
+    rows = [*rows[:3], *tx.all(_RUNS_THAT_NEED, pinned=pinned), *tx.all(_STEPS_THAT_NEED, id=removed.id)]
+    if tickets := list(dict.fromkeys(str(lenient(row.id)) for row in rows)):
         raise Conflict(
             f"tickets that have not ended need the agent {removed.name}@{removed.version} ({', '.join(tickets)}); "
             "wait for them, or cancel them with `swarm ticket cancel`"

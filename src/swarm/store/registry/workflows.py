@@ -37,7 +37,9 @@ _UPDATE: Final = Sql(
 _DELETE: Final = Sql("DELETE FROM workflows WHERE id = :id")
 _ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
 _TICKETS_THAT_NEED: Final = Sql(
-    f"SELECT id FROM tickets WHERE workflow_id IN :ids AND state NOT IN ({_ENDED}) ORDER BY created_at LIMIT 3"
+    "SELECT id, workflow_id AS ref FROM tickets "
+    "WHERE (workflow_id = :id OR workflow_id = :name OR substr(workflow_id, 1, length(:name) + 1) = :name || '@') "
+    f"AND state NOT IN ({_ENDED}) ORDER BY created_at"
 )
 _SCHEDULED: Final = Sql("SELECT number FROM schedules WHERE workflow_id = :id AND next_at IS NOT NULL LIMIT 1")
 _ENABLE: Final = Sql("UPDATE workflows SET enabled = :enabled, updated_at = :now WHERE id = :id")
@@ -113,10 +115,10 @@ def remove(tx: Tx, ref: str) -> WorkflowRow:
     started by time."""
     removed = workflow(tx, ref)
     name = f"{removed.name}@{removed.version}"
-    ids = [removed.id, name]
-    if workflow(tx, removed.name).id == removed.id:  # the newest is what a row means that names no version
-        ids.append(removed.name)
-    if needed := [str(lenient(row.id)) for row in tx.all_in(_TICKETS_THAT_NEED, ids)]:
+    rows = tx.all(_TICKETS_THAT_NEED, id=removed.id, name=removed.name)
+    meant = {ref: find(tx, ref) for ref in {row.ref for row in rows}}  # `name`, `name@1` and `name@1.0` mean the newest
+    rows = [row for row in rows if (one := meant[row.ref]) and one.id == removed.id]
+    if needed := [str(lenient(row.id)) for row in rows[:3]]:
         raise Conflict(
             f"tickets that have not ended need the workflow {name} ({', '.join(needed)}); wait for them, or cancel "
             "them with `swarm ticket cancel`"

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 
 from swarm.errors import Conflict, StoreError, UsageError
 from swarm.store.sql import files
-from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain
+from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain, without_password
 from swarm.store.sql.rows import iso
 from swarm.store.sql.sqlite import SQLITE
 from swarm.store.sql.wake import Wake
@@ -30,7 +30,6 @@ _IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every d
 
 _URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)
 _GENERATED: Final = re.compile(r"[0-9a-f]{8}(-?)(?:[0-9a-f]{4}\1){3}[0-9a-f]{12}")
-_PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in a text that was meant to be a URL
 
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
 
@@ -240,7 +239,7 @@ class Database:
     """``url`` as SQLAlchemy has it: `sqlite:////path/swarm.db`. Raises UsageError for an invalid or unsupported one."""
 
     def __init__(self, url: str, *, busy_timeout_seconds: float) -> None:
-        self.url = _PASSWORD.sub("***", url)
+        self.url = without_password(url)
         if (found := _URL.fullmatch(url)) is None:
             raise UsageError(
                 f"bad database URL {self.url!r}; it looks like sqlite:////opt/swarm-platform/data/swarm.db"

@@ -4,6 +4,7 @@ all of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,13 @@ NOT_MIGRATED: Final = (
     "the database {place} doesn't have the tables this version of Swarm needs ({error}); run `swarm init`"
 )
 OUT_OF_MEMORY: Final = "out of memory in the database {place}"
+
+# In a text that was meant to be a URL: all between the user's name and the last @.
+_PASSWORD: Final = re.compile(r"^((?:[^:]*://)?+[^:]*):.*(?=@)", re.S)
+
+
+def without_password(url: str) -> str:
+    return _PASSWORD.sub(r"\1:***", url)
 
 
 class Sql(str):

@@ -10,7 +10,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from swarm.errors import UsageError
-from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect
+from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, without_password
 
 # Bytes that are not UTF-8 come back as lone surrogates instead of an exception: another tool may have written anything.
 _decode: Final = partial(str, encoding="utf-8", errors="surrogateescape")
@@ -55,10 +55,14 @@ def _parts(url: str) -> tuple[str, str]:
     """Path and query of `sqlite:///path?query`. SQLite's own form `file:…` keeps its prefix. Raises UsageError."""
     path, _, query = url.partition("://")[2].partition("?")
     if path and not path.startswith("/"):
-        raise UsageError(f"bad database URL {url!r}: a file's has three slashes, sqlite:////path/swarm.db")
+        raise UsageError(
+            f"bad database URL {without_password(url)!r}: a file's has three slashes, sqlite:////path/swarm.db"
+        )
     path = unquote(path[1:])
     if not path or path == ":memory:":
-        raise UsageError(f"a database in memory can't be shared ({url!r}); name a file: sqlite:////path/swarm.db")
+        raise UsageError(
+            f"a database in memory can't be shared ({without_password(url)!r}); name a file: sqlite:////path/swarm.db"
+        )
     return path, query
 
 

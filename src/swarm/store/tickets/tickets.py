@@ -234,12 +234,12 @@ def remove(tx: Tx, ids: Sequence[str], *, force: bool, by: str) -> None:
     ours = {one.id for one in found}
     for one in found:
         if force:
-            if one.state not in TERMINAL_TICKET_STATES:
+            if ticket(tx, one.id).state not in TERMINAL_TICKET_STATES:  # it failed if one of them that it needs ended
                 cancel(tx, one.id, by=by)
             continue
         if one.state in (TicketState.IN_PROGRESS, TicketState.WAITING):
             raise Conflict(f"the ticket {validation.shown(one.id)} is {one.state}: --force cancels it first")
-        needed = [row.ticket_id for row in tx.all_in(dependencies.BLOCKED_DEPENDANTS, [one.id])]
+        needed = [row.ticket_id for row in tx.all_in(dependencies.OPEN_DEPENDANTS, [one.id])]
         if others := sorted({str(rows.lenient(other)) for other in needed} - ours):
             raise Conflict(
                 f"{validation.shown(others[0])} depends on the ticket {validation.shown(one.id)} and would fail: "
