@@ -6,6 +6,8 @@ BIN := .venv/bin
 # The image cache, shared by all checkouts on this machine; images are named by content.
 IMAGES := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/swarm/images
 PYTEST := $(BIN)/python -m pytest
+# Large built-in agents whose layers are built for tests; those of the others are skipped. mini-swe: 2 GB, some minutes.
+AGENTS := claude-code
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,10 +21,10 @@ ready:
 	@tools/bootstrap dev
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm image build
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm agent build src/swarm/builtin/agents/claude
-	@# For this host and for VMs at the same time, in another order: what one has fetched, pip need not fetch again.
+	@# For this host and for VMs at the same time.
 	-@SWARM_CONFIG=/dev/null; SWARM_IMAGES_DIR="$(IMAGES)"; export SWARM_CONFIG SWARM_IMAGES_DIR; \
-	for name in claude-code mini-swe; do SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/$$name; done & \
-	for name in mini-swe claude-code; do $(BIN)/swarm agent build src/swarm/builtin/agents/$$name; done; wait
+	for name in $(AGENTS); do SWARM_DRIVER=process $(BIN)/swarm agent build src/swarm/builtin/agents/$$name; done & \
+	for name in $(AGENTS); do $(BIN)/swarm agent build src/swarm/builtin/agents/$$name; done; wait
 	-@$(BIN)/python tools/fetch-firecracker
 	-@$(BIN)/python -m tests.clients_here
 

@@ -42,7 +42,7 @@ def modules() -> Path:
     try:
         layer = asyncio.run(wiring.layers(config.load(driver="process")).find(SWE, SPEC.image))
     except LayerMissing:
-        why = "needs mini-swe-agent, 150 MB from PyPI: run `make ready`"
+        why = "needs mini-swe-agent, 150 MB from PyPI: run `make ready AGENTS=mini-swe`"
         pytest.fail(why, pytrace=False) if "mini-swe" in REQUIRED else pytest.skip(why)
     assert layer is not None
     return layer.path

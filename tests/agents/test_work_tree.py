@@ -23,7 +23,9 @@ pytestmark = pytest.mark.slow  # starts git, very often
 OWN = ("work_tree.py", "snapshots.py")
 SWE = Path(agents.__file__).parent.parent / "builtin/agents/mini-swe"
 BUILDER = {f"GIT_{role}_{what}": "b@c.invalid" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-ENV = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "GIT_CONFIG_NOSYSTEM": "1", **BUILDER}
+# Without gc in the background, which takes files away from a clone that links them.
+NO_GC = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "gc.auto", "GIT_CONFIG_VALUE_0": "0"}
+ENV = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "GIT_CONFIG_NOSYSTEM": "1", **BUILDER, **NO_GC}
 
 Tree = dict[bytes, tuple[str, bytes]]
 

@@ -253,7 +253,7 @@ async def test_mini_swe_in_a_vm(gated: Bench, image: Image) -> None:
     try:
         await wiring.layers(gated.settings).find(agent, image)
     except LayerMissing:
-        why = "needs the layer of mini-swe: run `make ready`"
+        why = "needs the layer of mini-swe: run `make ready AGENTS=mini-swe`"
         pytest.fail(why, pytrace=False) if "mini-swe" in REQUIRED else pytest.skip(why)
     program = "int main(void) { return 42; }"
     turns = [
