@@ -174,7 +174,7 @@ def test_no_connection_of_the_template_survives(eight: list[Twin]) -> None:
 
 
 def test_a_clone_starts_with_an_empty_disk_of_its_own(eight: list[Twin]) -> None:
-    assert all(twin.said["files"] == ["lost+found"] for twin in eight)
+    assert all(twin.said["files"] == ["out"] for twin in eight)
 
 
 def test_hard_writing_clones_change_neither_the_template_nor_each_other(

@@ -88,7 +88,7 @@ async def test_a_ready_vm_is_used_and_replaced(launcher: Launcher, spec: VmSpec,
             [record] = [r for r in inventory.records() if r.n == taken.n]
             assert (record.ticket_id, record.attempt_id) == ("t1", "a1")
             assert "running" in timeline
-            assert await hello_world(taken) == "hello ['lost+found'] ['main.py']\n", "no trace of the warm-up"
+            assert await hello_world(taken) == "hello ['out'] ['main.py']\n", "no trace of the warm-up"
             await pool.filled()
             assert len([r for r in inventory.records() if r.pid]) == 2
         assert (pool.hits, pool.misses) == (1, 0)

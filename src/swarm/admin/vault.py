@@ -85,7 +85,7 @@ class Vault:
         for name in names:
             row = next((rows[name, scope] for scope in scopes if (name, scope) in rows), None)
             if row is None:
-                near = versions.did_you_mean(name, {row.name: row for row in await self.list()})
+                near = versions.did_you_mean(name, {row.name: row for row in await self.list() if row.name != name})
                 raise NotFound(
                     f"it needs the secret {name!r}, which is not set{near}: "
                     f"`swarm secret set {name} --agent {agent.name}`"

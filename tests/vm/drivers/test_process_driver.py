@@ -100,7 +100,6 @@ async def test_what_runs_dies_too(place: Path, how: str) -> None:
     said: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
     script = "trap '' TERM INT HUP; setsid sleep 1000 </dev/null & echo $$ $!; wait"
     async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=10) as channel:
-        (place / "root" / "work").mkdir()
         run = asyncio.create_task(
             channel.run(["/bin/sh", "-c", script], timeout_seconds=60, on_output=lambda _, data: said.set_result(data))
         )
