@@ -261,6 +261,9 @@ def start(app: typer.Typer, name: str) -> None:
             sys.stdout.flush()
             return
         sys.exit(app(prog_name=name, standalone_mode=False))
+    except MemoryError:  # while another error was told: there is none left for a traceback either
+        os.write(2, b"error: out of memory: give this process more, or let it do less at once\n")
+        os._exit(1)
     except BrokenPipeError:
         sys.exit(_reader_gone())
     except OSError as error:  # help that can't be printed

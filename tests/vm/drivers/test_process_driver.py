@@ -106,7 +106,7 @@ async def test_what_runs_dies_too(place: Path, how: str) -> None:
         pids = [int(word) for word in (await said).split()]
         if how == "SIGKILL":
             os.kill(vm.pid, signal.SIGKILL)
-            assert await vm.wait() == f"agentd (pid {vm.pid}) was killed by SIGKILL"
+            assert await vm.wait() == f"agentd (pid {vm.pid}) was killed by signal 9 (SIGKILL)"
         await vm.kill()
         await asyncio.gather(run, return_exceptions=True)
     assert [process.start_time(pid) for pid in pids] == [None, None]

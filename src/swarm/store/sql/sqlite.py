@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import time
 from functools import partial
@@ -15,6 +17,10 @@ from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, withou
 # Bytes that are not UTF-8 come back as lone surrogates instead of an exception: another tool may have written anything.
 _decode: Final = partial(str, encoding="utf-8", errors="surrogateescape")
 
+_FEW_DESCRIPTORS: Final = (
+    "out of file descriptors, so the database {place} can't be opened: allow this process more (`ulimit -n`, systemd's "
+    "LimitNOFILE)"
+)
 # The first match of the error's name counts (sqlite3.h's result codes, extended ones included). {place} is the file.
 _ERRORS: Final = (
     (
@@ -117,8 +123,24 @@ def _to_wal(connection: sqlite3.Connection, timeout_seconds: float) -> None:
             time.sleep(0.002)
 
 
+def _few_descriptors() -> bool:
+    """Are there fewer than SQLite opens for a database, its log, the log's index and their directory?"""
+    opened = list[int]()
+    try:
+        for _ in range(4):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    finally:
+        for fd in opened:
+            os.close(fd)
+    return False
+
+
 def _explain(error: BaseException) -> str | None:
     name = getattr(error, "sqlite_errorname", "")
+    if name.startswith("SQLITE_CANTOPEN") and _few_descriptors():  # SQLite doesn't tell
+        return _FEW_DESCRIPTORS
     for prefixes, text in _ERRORS:
         if name.startswith(prefixes):
             return text
