@@ -140,8 +140,8 @@ def test_a_repeated_mode_is_run_once(image: Image, tmp_path: Path) -> None:
 
 @pytest.mark.needs("qemu")
 def test_a_failing_engine_ends_the_benchmark(image: Image, tmp_path: Path) -> None:
-    """The process has too few descriptors for 25 VMs at once."""
-    few = ("prlimit", "--nofile=64", "--")
+    """The process has too few descriptors for even one more VM."""
+    few = ("prlimit", "--nofile=32", "--")
     ended = bench(tmp_path, "--tickets", "25", "--modes", "restored", "--max-vms", "25", before=few)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("error: ")
