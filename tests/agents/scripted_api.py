@@ -23,6 +23,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.serving import serving
+
 Answer = dict[str, Any]
 INPUT_TOKENS, OUTPUT_TOKENS = 1000, 100  # of every answer
 
@@ -40,16 +42,8 @@ class ScriptedApi:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[ScriptedApi]:
-        app = web.Application(client_max_size=1 << 28)
-        app.router.add_route("*", "/{path:.*}", self._serve)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with serving(self._serve, handler_cancellation=True) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     @property
     def last_result(self) -> str:

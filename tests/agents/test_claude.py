@@ -6,14 +6,9 @@ As a plain process. In a VM, through the gateway, tests of the gateway run it.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +16,10 @@ import pytest
 
 from swarm import agents
 from swarm.agents import check
-from swarm.channel import Channel
-from swarm.channel.dial import Endpoint
 from swarm.config import Settings
 from swarm.errors import StepError
 from swarm.model import Agent
-from swarm.vm.drivers.process import AGENTD
-from tests.channel.agentd_here import TOKEN, identity
+from tests.agents.warm import Ran, connected, perform, warmed
 from tests.gateway.messages_api import HAIKU, MessagesApi
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
@@ -35,27 +27,11 @@ pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 CLAUDE = agents.read(next(directory for directory in agents.builtin() if directory.name == "claude"))
 
 
-@dataclass
-class Ran:
-    code: int | None
-    printed: str
-    said: str
-    outputs: dict[str, Any] = field(default_factory=dict)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An agentd of this host, its warm interpreter with all that the manifest preloads: each run is a fork of it."""
-    place = tmp_path_factory.mktemp("warm")
-    (place / "root").mkdir()
-    argv = [sys.executable, "-P", "-s", "-S", "-B", str(AGENTD), "--unix", str(place / "s")]
-    argv += ["--root", str(place / "root"), "--preload", ",".join(CLAUDE.preload)]
-    env = {**os.environ, "PYTHONPATH": str(CLAUDE.path)}  # in a VM its own module comes with the layer
-    with (place / "log").open("wb") as log:
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=log, env=env)
-    yield place / "root"
-    child.terminate()
-    child.wait(30)
+    with warmed(CLAUDE, tmp_path_factory.mktemp("warm")) as place:
+        yield place
 
 
 @pytest.fixture
@@ -79,29 +55,18 @@ async def run(root: Path, api: MessagesApi) -> AsyncIterator[Run]:
         heard: Callable[[str, bytes], None] = lambda *_: None,
         **env: str,
     ) -> Ran:
-        for left in root.glob("work/*"):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        given = {"inputs": check.inputs(agent, dict(inputs)), "ticket": {"description": description}}
-        printed = {"stdout": b"", "stderr": b""}
+        return await perform(
+            channel,
+            root,
+            agent,
+            inputs,
+            ticket={"description": description},
+            env={"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": "token", **env},
+            timeout_seconds=60,
+            heard=heard,
+        )
 
-        def hear(stream: str, data: bytes) -> None:
-            printed[stream] += data
-            heard(stream, data)
-
-        await channel.put_tree(agent.path, dest="/agent", owner="root")
-        await channel.put({"input.json": json.dumps(given).encode()}, dest="/work", owner="agent")
-        ways = {"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": "token", **env}
-        ended = await channel.run([f"/agent/{agent.entry[0]}"], env=ways, warm=True, timeout_seconds=60, on_output=hear)
-        ran = Ran(code=ended.code, printed=printed["stdout"].decode(), said=printed["stderr"].decode())
-        assert "Traceback" not in ran.said, ran.said
-        if ran.code == 0:
-            ran.outputs = json.loads((root / "work/output.json").read_text())
-            check.outputs(agent, ran.outputs)
-        return ran
-
-    async with Channel.connect(Endpoint(unix=root.parent / "s"), token=TOKEN, timeout_seconds=60) as channel:
-        assert (await channel.hello()).preload_failed == {}
-        await channel.renew(identity())
+    async with connected(root, seconds=60) as channel:
         yield run
 
 

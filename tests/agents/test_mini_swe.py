@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swarm import agents, config
-from swarm.agents import check
 from swarm.app import wiring
-from swarm.channel import Channel
-from swarm.channel.dial import Endpoint
 from swarm.errors import LayerMissing
-from swarm.vm.drivers.process import AGENTD
-from tests.channel.agentd_here import SPEC, TOKEN, identity
+from tests.agents.warm import Ran, connected, perform, warmed
+from tests.channel.agentd_here import SPEC
 from tests.conftest import REQUIRED
 from tests.gateway.messages_api import MessagesApi
 
@@ -51,24 +43,8 @@ def modules() -> Path:
 @pytest.fixture(scope="module")
 def root(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An agentd of this host that has made the agent's imports, as in a template: each run is a fork of it."""
-    place = tmp_path_factory.mktemp("warm")
-    (place / "root").mkdir()
-    argv = [sys.executable, "-P", "-s", "-S", "-B", str(AGENTD), "--unix", str(place / "s")]
-    argv += ["--root", str(place / "root"), "--preload", ",".join(SWE.preload)]
-    env = {**os.environ, "PYTHONPATH": f"{modules}:{SWE.path}"}
-    with (place / "log").open("wb") as log:
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=log, env=env)
-    yield place / "root"
-    child.terminate()
-    child.wait(30)
-
-
-@dataclass
-class Ran:
-    code: int | None
-    printed: str
-    said: str
-    outputs: dict[str, Any] = field(default_factory=dict)
+    with warmed(SWE, tmp_path_factory.mktemp("warm"), modules) as place:
+        yield place
 
 
 Run = Callable[..., Awaitable[Ran]]
@@ -85,28 +61,18 @@ async def run(root: Path, api: MessagesApi) -> AsyncIterator[Run]:
     async def run(*turns: Any, seconds: float = 120, key: str = "token", **inputs: Any) -> Ran:
         if turns:
             inputs["prompt"] = f"scenario=script script={json.dumps(turns)}"
-        for left in (root / "work").iterdir():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        given = {"inputs": check.inputs(SWE, inputs), "ticket": {}, "step": {"timeout_seconds": seconds}}
-        printed = {"stdout": b"", "stderr": b""}
+        return await perform(
+            channel,
+            root,
+            SWE,
+            inputs,
+            ticket={},
+            step={"timeout_seconds": seconds},
+            env={"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": key},
+            timeout_seconds=240,
+        )
 
-        def hear(stream: str, data: bytes) -> None:
-            printed[stream] += data
-
-        await channel.put_tree(SWE.path, dest="/agent", owner="root")
-        await channel.put({"input.json": json.dumps(given).encode()}, dest="/work", owner="agent")
-        ways = {"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": key}
-        ended = await channel.run([f"/agent/{SWE.entry[0]}"], env=ways, warm=True, timeout_seconds=240, on_output=hear)
-        ran = Ran(code=ended.code, printed=printed["stdout"].decode(), said=printed["stderr"].decode())
-        assert "Traceback" not in ran.said, ran.said
-        if ran.code == 0:
-            ran.outputs = json.loads((root / "work/output.json").read_text())
-            check.outputs(SWE, ran.outputs)
-        return ran
-
-    async with Channel.connect(Endpoint(unix=root.parent / "s"), token=TOKEN, timeout_seconds=180) as channel:
-        assert (await channel.hello()).preload_failed == {}
-        await channel.renew(identity())
+    async with connected(root, seconds=180) as channel:
         yield run
 
 

@@ -420,4 +420,5 @@ def test_branch_names_that_git_takes(work_tree: Any, name: str, tmp_path: Path) 
 
 def test_agents_have_the_same_copies() -> None:
     copies = [place for name in OWN for place in SWE.parent.glob(f"*/{name}")]
+    assert len(copies) == 2 * len(OWN)
     assert {place.read_bytes() for place in copies} == {(SWE / name).read_bytes() for name in OWN}

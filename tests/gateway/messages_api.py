@@ -37,6 +37,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.serving import serving
+
 HAIKU = "Clocks drift far apart\nOne node waits, another writes\nThe log heals them all"
 ERRORS = {
     400: ("invalid_request_error", "prompt is too long: 210000 tokens > 200000 maximum"),
@@ -63,24 +65,12 @@ class MessagesApi:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[MessagesApi]:
-        app = web.Application(client_max_size=1 << 30)
-        app.router.add_get("/_seen", self._tell)
-        app.router.add_route("*", "/{path:.*}", self._serve)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            port = runner.addresses[0][1]
-            self.url = f"http://127.0.0.1:{port}"
+        async with serving(self._serve, handler_cancellation=True) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
-
-    async def _tell(self, request: web.Request) -> web.Response:
-        return web.json_response(self.seen)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/_seen":
+            return web.json_response(self.seen)
         body = await request.read()
         try:
             asked = json.loads(body) if body else {}

@@ -15,6 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from tests.gateway.messages_api import HAIKU
+from tests.serving import serving
 
 INPUT_TOKENS, CACHED_TOKENS = 30, 10
 
@@ -33,16 +34,8 @@ class OpenAiApi:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[OpenAiApi]:
-        app = web.Application(client_max_size=1 << 30)
-        app.router.add_route("*", "/{path:.*}", self._serve)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with serving(self._serve) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()

@@ -15,6 +15,7 @@ from swarm.gateway.attempt_listener import AttemptListener
 from swarm.gateway.process import Server
 from tests.gateway.conftest import Harness, ask
 from tests.gateway.messages_api import HAIKU
+from tests.serving import serving
 
 BODY = json.dumps(ask()).encode()
 Answer = tuple[int, dict[str, str], bytes]
@@ -29,16 +30,8 @@ class Shop:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Shop]:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._serve)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, auto_decompress=False)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with serving(self._serve, auto_decompress=False) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     async def _serve(self, request: web.Request) -> web.Response:
         body = await request.read()

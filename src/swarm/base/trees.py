@@ -30,6 +30,7 @@ PART_BYTES: Final = 1 << 20
 MAX_BYTES: Final = 256 << 20  # of a tree's files together; also agentd's limit for one request
 MAX_ENTRIES: Final = 50_000
 _MAX_NAME_BYTES: Final = 4000
+_BATCH_CHARS: Final = 4 << 20
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 DIR: Final = stat.S_IFDIR | 0o755
 _TYPES: Final = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR)
@@ -134,6 +135,18 @@ def pack(files: Iterable[tuple[Entry, Iterable[bytes]]]) -> Iterator[Part]:
     if len(text) > _MAX_MANIFEST_BYTES:
         raise UsageError(f"the names of the files take more than {_MAX_MANIFEST_BYTES >> 20} MiB")
     yield hashlib.sha256(text.encode()).hexdigest(), text
+
+
+def batch(parts: Iterator[Part]) -> list[Part]:
+    """The next parts, for one transaction. Empty at the end."""
+    taken: list[Part] = []
+    size = 0
+    for part in parts:
+        taken.append(part)
+        size += len(part[1])
+        if size >= _BATCH_CHARS:
+            break
+    return taken
 
 
 def _part(data: bytes) -> Part:

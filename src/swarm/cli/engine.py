@@ -218,7 +218,7 @@ async def stop(
 )
 async def run_ticket(
     cli: Cli,
-    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or a unique beginning of it.")],
+    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or the beginning of a generated one.")],
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended, and print the result.")] = False,
     timeout: Annotated[
         float | None,

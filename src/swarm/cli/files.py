@@ -30,7 +30,7 @@ class TicketFile:
     mode: str
 
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or a unique beginning of it.")]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or the beginning of a generated one.")]
 
 
 @command(app, "files", examples=["swarm ticket files report-7", "swarm ticket files report-7 --json"], json=True)

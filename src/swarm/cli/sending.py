@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ import typer
 
 if TYPE_CHECKING:
     from swarm.base.process import Completed
-    from swarm.base.trees import Part
     from swarm.store.store import Store
 
 FileOptions = Annotated[
@@ -28,7 +27,6 @@ AllFiles = Annotated[
     bool,
     typer.Option("--all-files", help="Of a git work tree, send ignored files and .git as they are, too."),
 ]
-_SEND_BYTES: Final = 4 << 20  # in one transaction
 _GIT_SECONDS: Final = 300.0
 _MAX_DEPTH: Final = 16  # of repositories in each other
 
@@ -62,7 +60,7 @@ async def send(store: Store, ticket_id: str, given: Sequence[str], *, all_files:
                 sources = await _sources(path, stack, all_files=all_files)
                 files = (file for one in sources for file in trees.read(one.top, one.names, prefix=one.prefix))
                 parts = trees.pack(files)
-                while batch := await asyncio.to_thread(_take, parts):
+                while batch := await asyncio.to_thread(trees.batch, parts):
                     await store.keep_artifacts(ticket_id, dict(batch))
                     kept.update(digest for digest, _ in batch)
                     found[place] = batch[-1][0]  # at last, that of the manifest
@@ -238,14 +236,3 @@ def _is_real(top: Path, name: str, known: dict[str, bool]) -> bool:
         if not known[parent]:
             return False
     return True
-
-
-def _take(parts: Iterator[Part]) -> list[Part]:
-    batch: list[Part] = []
-    size = 0
-    for part in parts:
-        batch.append(part)
-        size += len(part[1])
-        if size >= _SEND_BYTES:
-            break
-    return batch

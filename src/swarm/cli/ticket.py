@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 app = new_app("ticket", "Add, show, wait for, approve, reject, cancel, retry and remove tickets; read their logs.")
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or a unique beginning of it.")]
-_Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tickets, or unique beginnings.")]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or the beginning of a generated one.")]
+_Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tickets, or beginnings of generated ones.")]
 
 
 @command(

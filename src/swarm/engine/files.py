@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, cast
 
 from swarm.base import trees
-from swarm.base.trees import Contents, Entry, Part, Tree
+from swarm.base.trees import Contents, Entry, Tree
 from swarm.channel import Channel
 from swarm.channel.files import Received
 from swarm.channel.frames import printable
@@ -26,7 +26,6 @@ OUT: Final = "out/"
 MAX_PLACES: Final = 100
 _RESERVED: Final = ("input.json", "output.json")
 _NAMED: Final = 20  # files that an event names
-_AT_ONCE_BYTES: Final = 4 << 20  # in one transaction
 _PATIENCE_SECONDS: Final = 30.0
 _PAUSE_SECONDS: Final = 0.5
 
@@ -117,7 +116,7 @@ async def collect(
         received = Received(spool)
         parts = trees.pack(received.entries())
         digest = text = ""
-        while batch := await asyncio.to_thread(_take, parts):
+        while batch := await asyncio.to_thread(trees.batch, parts):
             await _keep(store, ticket_id, dict(batch))
             digest, text = batch[-1]  # at last, the manifest
     tree = await asyncio.to_thread(trees.manifest, text)
@@ -130,17 +129,6 @@ async def collect(
         left_out=tuple(received.left_out),
         complete=complete,
     )
-
-
-def _take(parts: Iterator[Part]) -> list[Part]:
-    batch: list[Part] = []
-    size = 0
-    for part in parts:
-        batch.append(part)
-        size += len(part[1])
-        if size >= _AT_ONCE_BYTES:
-            break
-    return batch
 
 
 async def _keep(store: FileStore, ticket_id: str, parts: Mapping[str, str]) -> None:
