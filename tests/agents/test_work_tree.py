@@ -115,6 +115,8 @@ def test_whatever_was_changed_comes_back(
         for place in (there, mine):
             place.mkdir(parents=True)
             make(place, start)
+        # Git itself would make all line ends of a file equal then: see below.
+        history = history and b"crlf" not in start.get(b".gitattributes", ("", b""))[1]
         if history:
             git(there, "init", "-q", "-b", "main")
             git(there, "-c", "core.autocrlf=false", "add", "-A")
@@ -205,6 +207,50 @@ def test_only_commits_of_the_agents_own(work_tree: Any, repo: Path, tmp_path: Pa
     found = work_tree.collect(repo, base)
     assert (found["commit"], found["commits"], statuses(found)) == (last, 2, {"a": "changed"})
     assert "-1\n+3\n" in found["diff"] and not found["diff_cut"]
+
+
+ATTRIBUTES = {
+    "* text=auto eol=crlf": (b"1\r\n2\r\n", b"1\r\n3\r\n"),
+    "* text=auto": (b"1\n2\n", b"1\n3\n"),
+    "* text ident": (b"$Id: 0 $\n2\n", b"$Id: 0 $\n3\n"),
+    "* text working-tree-encoding=UTF-16": ("1\n2\n".encode("utf-16"), "1\n3\n".encode("utf-16")),
+}
+
+
+@pytest.mark.parametrize("attributes", ATTRIBUTES)
+def test_a_branch_has_files_as_the_owners_git_has_them(
+    work_tree: Any, repo: Path, tmp_path: Path, attributes: str
+) -> None:
+    """And so changes what the agent changed: not every line end, or the encoding of a file."""
+    before, after = ATTRIBUTES[attributes]
+    git(repo, "init", "-q", "-b", "main")
+    (repo / ".gitattributes").write_text(f"[ab] {attributes.removeprefix('* ')}\n")
+    for name in ("a", "b"):
+        (repo / name).write_bytes(before)
+    commit(repo, "start")
+    git(tmp_path, "clone", "-q", str(repo), "mine")
+    mine = tmp_path / "mine"
+    base = work_tree.prepare(repo)
+    (repo / "a").write_bytes(after)
+    found = work_tree.collect(repo, base)
+    assert statuses(found) == {"a": "changed"} and found["left_out"] == [] and found["commits"] == 1
+    fetched(mine, repo.parent / "out/branch.bundle", found["branch"], tmp_path / "aside")
+    assert git(mine, "diff", "--numstat", "main", "theirs").split() == [b"1", b"1", b"a"]
+    assert git(tmp_path / "aside", "status", "--porcelain") == b""
+    applied(mine, repo.parent / "out/changes.patch")
+    assert git(mine, "diff", "theirs") == b""
+
+
+def test_what_cannot_be_converted_comes_back_as_it_is(work_tree: Any, repo: Path, tmp_path: Path) -> None:
+    git(repo, "init", "-q", "-b", "main")
+    (repo / ".gitattributes").write_text("a text working-tree-encoding=UTF-16\n")
+    (repo / "a").write_bytes("1\n".encode("utf-16"))
+    commit(repo, "start")
+    base = work_tree.prepare(repo)
+    (repo / "a").write_bytes(b"no UTF-16")
+    found = work_tree.collect(repo, base)
+    assert statuses(found) == {"a": "changed"} and found["left_out"] == []
+    assert git(repo, "-C", str(base.store), "show", f"{found['commit']}:a") == b"no UTF-16"
 
 
 @pytest.mark.parametrize("how", ["removed", "another", "amended", "broken"])

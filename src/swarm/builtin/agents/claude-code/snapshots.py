@@ -16,9 +16,13 @@ from typing import Any
 MAX_FILE_BYTES = 16 << 20  # a larger file that was added or changed is left out, and named
 MAX_NEW_BYTES = 24 << 20  # of all together, largest first: patch and bundle must fit into the 64 MiB of /work/out
 SECONDS = 1800.0
+TOO_LARGE = "too large"
 
 EXCLUDED = "__pycache__/ *.pyc node_modules/ .venv/ .tox/ .nox/ .mypy_cache/ .pytest_cache/ .ruff_cache/ .hypothesis/"
-ATTRIBUTES = "* -text !eol -ident -filter !working-tree-encoding !diff\n"  # above those of any .gitattributes
+# Above those of any .gitattributes: files as they are; or with line ends, $Id$ and encodings as their owner's git has
+# them in its work tree. Filters, which are programs, never.
+AS_THEY_ARE = "* -text !eol -ident -filter !working-tree-encoding !diff\n"
+CONVERTED = "* -filter !diff\n"
 SETTINGS = {
     "core.fsmonitor": "false", "core.hooksPath": "/dev/null", "core.autocrlf": "false", "core.fileMode": "true",
     "core.symlinks": "true", "core.ignoreCase": "false", "core.logAllRefUpdates": "false", "gc.auto": "0",
@@ -39,6 +43,7 @@ class Base:
     directory: Path
     store: Path  # our git directory
     had_git: bool = False
+    converted: bool = False
     commit: str = ""  # "": nothing was there
     known: list[str] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)
@@ -93,13 +98,25 @@ def snapshot(base: Base, *, limited: bool = True) -> State:
     for path, size in sorted(sizes.items(), key=lambda item: -item[1]) if limited else ():
         if size <= MAX_FILE_BYTES and total <= MAX_NEW_BYTES:
             break
-        left_out[path] = f"too large: {size} bytes"
+        left_out[path] = f"{TOO_LARGE}: {size} bytes"
         total -= size
     update(base, "--force-remove", gone)
     stage(base, [path for path in sizes if path not in left_out], left_out)
     held = set(to_names(run_git(base, "ls-files", "-z")))
     left_out |= {path: "git can't hold a file of this name" for path in sizes if path not in held | left_out.keys()}
     return State(nested=sorted(set(nested)), links=links, left_out=left_out)
+
+
+def use_attributes(base: Base, *, converted: bool) -> None:
+    base.converted = converted
+    (base.store / "info/attributes").write_text(CONVERTED if converted else AS_THEY_ARE)
+
+
+def convert(base: Base, tree: str, *, on: bool, limited: bool) -> State:
+    """A snapshot upon ``tree`` with or without conversions."""
+    use_attributes(base, converted=on)
+    run_git(base, "read-tree", tree)  # with no file's date, so that all are looked at
+    return snapshot(base, limited=limited)
 
 
 def stage(base: Base, paths: list[bytes], left_out: dict[bytes, str]) -> None:

@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from snapshots import (
-    ATTRIBUTES,
     EXCLUDED,
+    TOO_LARGE,
     WHO,
     Base,
+    State,
     WorkTreeError,
     as_text,
     below,
     borrow_objects,
     branch_name,
+    convert,
     existing,
     git_dir,
     git_line,
@@ -41,6 +43,7 @@ from snapshots import (
     set_link,
     snapshot,
     to_lines,
+    use_attributes,
 )
 
 __all__ = ["WorkTreeError", "collect", "home", "prepare"]
@@ -138,9 +141,7 @@ def _at_start(directory: Path, own: Path) -> Base:
             ours.write((git / "info/exclude").read_bytes())
         base.refs, head = refs_of(git), head_of(git)
     base.known = existing(base, {*base.refs.values(), *([head] if head else [])})
-    if head:
-        run_git(base, "read-tree", head)
-    state = snapshot(base, limited=False)
+    state = _first_snapshot(base, head) if head else snapshot(base, limited=False)
     for path in state.nested[:MAX_NESTED]:
         base.nested[path] = _at_start(below(directory, path), own)
         set_link(base, state, path, base.nested[path].commit)
@@ -148,6 +149,25 @@ def _at_start(directory: Path, own: Path) -> Base:
     clean = head and tree == git_line(base, "rev-parse", f"{head}^{{tree}}")
     base.commit = head if clean else make_commit(base, tree, [head] if head else [], "The state at the start")
     return base
+
+
+def _first_snapshot(base: Base, head: str) -> State:
+    """With conversions if that is what makes the files those of ``head``, as with `* text eol=crlf`: otherwise the
+    branch would change every line end, and the patch would not apply. Else byte by byte, whatever attributes say."""
+    state = convert(base, head, on=False, limited=False)
+    changed = _count_changed(base, head)
+    if changed and run_git(base, "ls-files", "--", ".gitattributes", "*/.gitattributes"):
+        index = (base.store / "index").read_bytes()
+        converted = convert(base, head, on=True, limited=False)
+        if not converted.left_out and _count_changed(base, head) < changed:
+            return converted
+        use_attributes(base, converted=False)
+        (base.store / "index").write_bytes(index)
+    return state
+
+
+def _count_changed(base: Base, head: str) -> int:
+    return run_git(base, "diff-index", "--cached", "--name-only", "-z", head).count(b"\0")
 
 
 def _as_cloned(directory: Path, own: Path) -> Base:
@@ -176,9 +196,10 @@ def _open(directory: Path, own: Path) -> tuple[Base, Path | None]:
     store = own / str(len(list(own.iterdir())))
     run_git(None, "init", "-q", "--bare", "--template=", f"--object-format={kind}", str(store))
     (store / "info").mkdir(exist_ok=True)
-    (store / "info/attributes").write_text(ATTRIBUTES)
     (store / "info/exclude").write_text("\n".join(EXCLUDED.split()) + "\n")
-    return Base(directory=directory, store=store, had_git=git is not None), git
+    base = Base(directory=directory, store=store, had_git=git is not None)
+    use_attributes(base, converted=False)
+    return base, git
 
 
 def _make_repository(base: Base) -> None:
@@ -238,6 +259,8 @@ def _collect(
             head, refs = head_of(git), refs_of(git)
         head = head if head and existing(base, {head}) else ""
     state = snapshot(base)
+    if base.converted and not all(why.startswith(TOO_LARGE) for why in state.left_out.values()):
+        state = convert(base, base.commit, on=False, limited=True)  # what can't be converted is brought back as it is
     for path, why in state.left_out.items():
         leave(path, why)
     for number, path in enumerate(state.nested):
