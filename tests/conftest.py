@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -67,9 +68,14 @@ def lacks(thing: str) -> str:
 def need(*things: str) -> None:
     for thing in things:
         if reason := lacks(thing):
-            if thing in REQUIRED:
-                pytest.fail(f"SWARM_REQUIRE names {thing}: {reason}", pytrace=False)
-            pytest.skip(reason)
+            missing(thing, reason)
+
+
+def missing(thing: str, reason: str) -> NoReturn:
+    """End a test that needs it."""
+    if thing in REQUIRED:
+        pytest.fail(f"SWARM_REQUIRE names {thing}: {reason}", pytrace=False)
+    pytest.skip(reason)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,7 +19,7 @@ from swarm.app import wiring
 from swarm.errors import LayerMissing
 from tests.agents.warm import Ran, connected, perform, warmed
 from tests.channel.agentd_here import SPEC
-from tests.conftest import REQUIRED
+from tests.conftest import missing
 from tests.gateway.messages_api import MessagesApi
 
 pytestmark = pytest.mark.slow  # starts programs that import for seconds
@@ -34,8 +34,7 @@ def modules() -> Path:
     try:
         layer = asyncio.run(wiring.layers(config.load(driver="process")).find(SWE, SPEC.image))
     except LayerMissing:
-        why = "needs mini-swe-agent, 150 MB from PyPI: run `make ready AGENTS=mini-swe`"
-        pytest.fail(why, pytrace=False) if "mini-swe" in REQUIRED else pytest.skip(why)
+        missing("mini-swe", "needs mini-swe-agent, 150 MB from PyPI: run `make ready AGENTS=mini-swe`")
     assert layer is not None
     return layer.path
 

@@ -15,6 +15,8 @@ import pytest
 
 import swarm
 
+pytestmark = pytest.mark.slow  # starts programs
+
 MAIN = Path(swarm.__file__).parent / "builtin/agents/shell/main.py"
 
 

@@ -107,6 +107,11 @@ def test_wrong_use_is_status_2(program: Path, argv: list[str]) -> None:
     assert "-h` shows how" in done.stderr or "did you mean" in done.stderr
 
 
+def test_without_arguments_there_is_help_alone(program: Path) -> None:
+    done = run(program)
+    assert done.returncode == 2 and "Usage" in done.stdout and done.stderr == ""
+
+
 def test_json_and_bad_settings(program: Path) -> None:
     assert run(program, "fail", "not", "--json").stdout == '{\n  "how": "not",\n  "json": true\n}\n'
     bad = subprocess.run(

@@ -28,6 +28,8 @@ from swarm.app import setup
 from swarm.base import process, trees
 from tests.cli import views
 
+pytestmark = pytest.mark.slow  # starts programs
+
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parents[2]
 ID = "019c1f6e-0000-7000-8000-000000000001"

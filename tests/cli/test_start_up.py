@@ -38,6 +38,8 @@ READING = [
 ]
 PROGRAM = """
 import atexit, json, sys
+
+pytestmark = pytest.mark.slow  # starts programs
 def tell():
     print("\\nMODULES", json.dumps(sorted(sys.modules)), file=sys.stderr)
 atexit.register(tell)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts programs
+
 BIN = Path(sys.executable).parent
 Swarm = Callable[..., subprocess.CompletedProcess[str]]
 

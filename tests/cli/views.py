@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from swarm.cli import engine, main
+from swarm.cli.frame import start
 from swarm.cli.ui import doctor_report, live, output
 from swarm.doctor import Check, Status
 from swarm.doctor.capacity import Capacity, Cost
@@ -98,8 +99,9 @@ def print_all() -> None:
     for name, command in COMMANDS.items():
         _begin(name)
         program, *words = shlex.split(command)
+        sys.argv = [program, *words]
         with contextlib.suppress(SystemExit):
-            programs[program](words, prog_name=program)
+            start(programs[program], program)
     for name, show in OTHERS.items():
         if name != "engine-view" or sys.stdout.isatty():  # it is only shown on a terminal
             _begin(name)

@@ -414,7 +414,10 @@ async def test_what_can_not_be_sent_is_said(plain: Bench, tmp_path: Path) -> Non
         file.truncate(257 << 20)
     assert "more than 256 MiB" in await why(f"x/={tmp_path}")
     (tmp_path / "huge").unlink()
-    assert "no place below /work" in await why(f"../x={tmp_path}")
+    assert "is not below /work" in await why(f"../x={tmp_path}")
+    for own in ("input.json", "output.json/"):
+        assert "is the agent's own" in await why(f"{own}={tmp_path}")
+    assert "more in it than its size says" in await why("x=/proc/cpuinfo")
     (tmp_path / "d").mkdir()
     assert "has the place 'x/' too" in await why(f"x={tmp_path / 'd'}", f"x/={tmp_path / 'd'}")
 

@@ -13,6 +13,8 @@ from swarm.cli import service
 from tests.engine.conftest import Bench, ended, engine_process, log_until
 from tests.engine.test_service import command
 
+pytestmark = pytest.mark.slow  # starts programs
+
 UNSERVED = "no engine serves "
 Swarm = Callable[..., Coroutine[Any, Any, tuple[int, str, str]]]
 ASKS = """

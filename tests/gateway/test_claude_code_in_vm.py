@@ -14,6 +14,7 @@ from swarm.engine.run_once import run_ticket
 from swarm.vm.driver import Image
 from tests.agents import claude_code_here
 from tests.agents.scripted_api import Answer, ScriptedApi
+from tests.conftest import missing
 from tests.engine.conftest import Bench
 from tests.gateway.conftest import KEY
 
@@ -35,7 +36,7 @@ async def test_claude_code_in_a_vm(
 ) -> None:
     """It works, costs what is booked, and leaves its work when the budget ends it."""
     if lacks := await claude_code_here.guest_lacks(settings, image):
-        pytest.skip(lacks)
+        missing("claude-code", lacks)
     script = [bash(LOOK), bash(EDIT), {"text": "All done."}, bash(EDIT, input_tokens=99_000), {"text": "Never."}]
     async with ScriptedApi(script, key=KEY).serving() as api:
         monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)

@@ -19,7 +19,7 @@ from swarm.config import Settings
 from swarm.engine.run_once import run_ticket
 from swarm.errors import LayerMissing
 from swarm.vm.driver import Image
-from tests.conftest import REQUIRED
+from tests.conftest import missing
 from tests.engine.conftest import Bench
 from tests.gateway.conftest import KEY
 from tests.gateway.messages_api import HAIKU, MessagesApi
@@ -253,8 +253,7 @@ async def test_mini_swe_in_a_vm(gated: Bench, image: Image) -> None:
     try:
         await wiring.layers(gated.settings).find(agent, image)
     except LayerMissing:
-        why = "needs the layer of mini-swe: run `make ready AGENTS=mini-swe`"
-        pytest.fail(why, pytrace=False) if "mini-swe" in REQUIRED else pytest.skip(why)
+        missing("mini-swe", "needs the layer of mini-swe: run `make ready AGENTS=mini-swe`")
     program = "int main(void) { return 42; }"
     turns = [
         [f"echo '{program}' > a.c && gcc a.c -o /tmp/a && /tmp/a; echo $? > b.txt; id -un >> b.txt; rg one a.txt"],

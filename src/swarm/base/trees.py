@@ -83,6 +83,11 @@ def is_plain(name: str) -> bool:
     return fits and "\0" not in name and not any(part in ("", ".", "..") for part in parts)
 
 
+def is_place(name: str) -> bool:
+    """May files be put there, below /work? ``input.json`` and ``output.json`` are the agent's own."""
+    return is_plain(name) and name.rstrip("/") not in ("input.json", "output.json")
+
+
 def names_git(name: str) -> bool:
     """Is this a .git, or in one? Its hooks and settings name programs, which git runs."""
     return ".git" in name.lower().split("/")
@@ -256,6 +261,8 @@ def _read(path: Path, size: int) -> Iterator[bytes]:
         while size > 0 and (data := file.read(min(size, PART_BYTES))):
             size -= len(data)
             yield data
+        if file.read(1):  # one that grows, or one of /proc, whose size is 0 whatever is in it
+            raise UsageError(f"{path} has more in it than its size says: copy it, and send the copy")
 
 
 def _raise(error: OSError) -> None:

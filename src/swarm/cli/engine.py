@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.frame import Cli, command, new_app, start, stopped_by_signals
+from swarm.cli.inputs import TicketId
 from swarm.cli.ui import render
 from swarm.cli.unit import unit
 
@@ -218,7 +219,7 @@ async def stop(
 )
 async def run_ticket(
     cli: Cli,
-    id: Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or the beginning of a generated one.")],
+    id: TicketId,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended, and print the result.")] = False,
     timeout: Annotated[
         float | None,

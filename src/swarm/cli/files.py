@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 import stat
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.cli.frame import Cli, command
+from swarm.cli.inputs import TicketId
 from swarm.cli.ticket import app
 from swarm.cli.ui.table import Column
 
@@ -30,11 +31,8 @@ class TicketFile:
     mode: str
 
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or the beginning of a generated one.")]
-
-
 @command(app, "files", examples=["swarm ticket files report-7", "swarm ticket files report-7 --json"], json=True)
-async def files(cli: Cli, id: _Id) -> None:
+async def files(cli: Cli, id: TicketId) -> None:
     """List what the ticket's agents left in /work/out; of a workflow, below the name of each step."""
     listed: list[TicketFile] = []
     complete = True
@@ -67,7 +65,7 @@ async def files(cli: Cli, id: _Id) -> None:
 )
 async def get(
     cli: Cli,
-    id: _Id,
+    id: TicketId,
     pattern: Annotated[
         str | None, typer.Argument(metavar="PATTERN", help="Only these: a name, a directory, or a pattern with *.")
     ] = None,
@@ -75,8 +73,6 @@ async def get(
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Bring back what the ticket's agents left in /work/out; `swarm ticket files` lists it. Prints each name."""
-    from dataclasses import replace
-
     from swarm.base.trees import Target, names_git, stays_within
     from swarm.errors import Conflict, NotFound
 

@@ -27,7 +27,7 @@ _POLL_SECONDS = 1.0  # in case no commit is noticed
 _EVENTS = 64  # at once: each may be 16 KiB of text, and leases are renewed meanwhile
 # A line is shown when it ends, or is this long.
 _LINE_CHARS = 4096
-_IDLE = frozenset({TicketState.READY, TicketState.BLOCKED, TicketState.IN_PROGRESS})
+_NEEDS_ENGINE = frozenset({TicketState.READY, TicketState.BLOCKED, TicketState.IN_PROGRESS})
 
 
 async def to_the_end(cli: Cli, ticket: Ticket, *, only_outputs: bool = False) -> int:
@@ -63,9 +63,9 @@ async def to_the_end(cli: Cli, ticket: Ticket, *, only_outputs: bool = False) ->
 
 async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | None) -> int:
     """Print each of these tickets when it has ended. The exit status: 1 if one was not done, or not in time."""
-    left, said, done, ended = dict.fromkeys(ids), set[str](), True, list[Ticket]()
+    said, done, ended = set[str](), True, list[Ticket]()
     async with cli.store() as store, store.watching() as wake:
-        left = dict.fromkeys([await store.ticket_id(id_) for id_ in left])
+        left = dict.fromkeys([await store.ticket_id(id_) for id_ in ids])
         end = None if timeout_seconds is None else asyncio.get_running_loop().time() + timeout_seconds
         try:
             async with asyncio.timeout(None) as limit:
@@ -76,7 +76,8 @@ async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | No
                             cli.out.error(f"ticket {id_} was deleted")
                         elif states[id_] in TERMINAL_TICKET_STATES:
                             ended.append(await store.ticket(id_))
-                            _say_end(cli, ended[-1])
+                            if not cli.out.json:
+                                cli.out.line(_how_it_ended(ended[-1]))
                         else:
                             continue
                         del left[id_]
@@ -95,10 +96,9 @@ async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | No
     return 0 if done else 1
 
 
-def _say_end(cli: Cli, ticket: Ticket) -> None:
-    if not cli.out.json:
-        why = first_line(ticket.error)
-        cli.out.line(f"ticket {ticket.id} is {ticket.state}{f': {why}' if why else ''}")
+def _how_it_ended(ticket: Ticket) -> str:
+    why = first_line(ticket.error)
+    return f"ticket {ticket.id} is {ticket.state}{f': {why}' if why else ''}"
 
 
 async def _say_what_lacks(cli: Cli, store: Store, states: dict[str, str], said: set[str]) -> None:
@@ -166,7 +166,7 @@ def _template(event: Event) -> str:
 
 async def say_if_unserved(cli: Cli, store: Store, ticket: Ticket) -> None:
     """One line if the ticket is to run and nothing takes tickets: it would wait for ever, and nobody would know."""
-    if cli.out.json or ticket.state not in _IDLE or await service.is_served(cli.settings, store, ticket.id):
+    if cli.out.json or ticket.state not in _NEEDS_ENGINE or await service.is_served(cli.settings, store, ticket.id):
         return
     alone = ""
     if ticket.state != TicketState.BLOCKED:
@@ -177,8 +177,7 @@ async def say_if_unserved(cli: Cli, store: Store, ticket: Ticket) -> None:
 def status(cli: Cli, ticket: Ticket) -> int:
     """Say how the followed ticket ended; the exit status."""
     if not cli.out.json:
-        why = first_line(ticket.error)
-        cli.out.note(f"ticket {ticket.id} is {ticket.state}" + (f": {why}" if why else ""))
+        cli.out.note(_how_it_ended(ticket))
     return 0 if ticket.state == TicketState.DONE else 1
 
 

@@ -275,7 +275,8 @@ def start(app: typer.Typer, name: str) -> None:
     except Exception as error:  # Typer has one base class of wrong use, and it is not public
         if not hasattr(error, "format_message"):
             raise
-        Out().error(_wrong_use(error))
+        if error.format_message():  # without arguments there is none: the help is printed
+            Out().error(_wrong_use(error))
         sys.exit(2)
 
 

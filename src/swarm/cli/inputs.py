@@ -32,6 +32,7 @@ Input = Annotated[
         help="One input. VALUE is text where its schema says so, else JSON or text. @FILE reads it from a file.",
     ),
 ]
+TicketId = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or the beginning of a generated one.")]
 NewId = Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")]
 Priority = Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)]

@@ -86,8 +86,8 @@ def _parsed(option: str) -> tuple[str, Path]:
         place = f"{(place or name).rstrip('/')}/"
     elif not place or place.endswith("/"):
         place += name
-    if not trees.is_plain(place):
-        raise UsageError(f"--file {option}: {place!r} is no place below /work")
+    if not trees.is_place(place):
+        raise UsageError(f"--file {option}: {place!r} is not below /work, or is the agent's own; choose another place")
     return place, path
 
 
@@ -159,7 +159,7 @@ class _Git:
         return sources
 
     async def _check_its_own(self) -> None:
-        """Is its history its own, and not that of a repository elsewhere, to which something in it only leads?"""
+        """Raises UsageError if its history is that of a repository elsewhere, to which something in it leads."""
         from swarm.errors import UsageError
 
         place = self._path / ".git"

@@ -12,7 +12,7 @@ import typer
 
 from swarm.cli import sending
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Input, Inputs, Limit, NewId, Priority, Timeout, read_inputs, schema_of
+from swarm.cli.inputs import Input, Inputs, Limit, NewId, Priority, TicketId, Timeout, read_inputs, schema_of
 from swarm.cli.sending import AllFiles, FileOptions
 from swarm.cli.ui import render
 from swarm.cli.ui.output import first_line
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 app = new_app("ticket", "Add, show, wait for, approve, reject, cancel, retry and remove tickets; read their logs.")
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or the beginning of a generated one.")]
 _Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tickets, or beginnings of generated ones.")]
 
 
@@ -169,7 +168,7 @@ async def list_(
 
 
 @command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
-async def show(cli: Cli, id: _Id) -> None:
+async def show(cli: Cli, id: TicketId) -> None:
     """Show a ticket: its task, its result, each step or attempt, and where its time went."""
 
     async with cli.store() as store:
@@ -211,7 +210,7 @@ async def show(cli: Cli, id: _Id) -> None:
 )
 async def logs(
     cli: Cli,
-    id: _Id,
+    id: TicketId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the ticket has ended.")] = False,
 ) -> int:
     """Print what the ticket's agents printed; with --json, all of its events, one per line.
@@ -267,13 +266,15 @@ async def wait_(
 
 
 @command(app, "ready", examples=["swarm ticket ready report-7"], json=True)
-async def ready(cli: Cli, id: _Id) -> None:
+async def ready(cli: Cli, id: TicketId) -> None:
     """Let a draft run."""
 
     async with cli.store() as store:
         id = await store.ticket_id(id)
         await store.make_ready(id)
-        _show_state(cli, await store.ticket(id))
+        ticket = await store.ticket(id)
+        _show_state(cli, ticket)
+        await _say_if_unserved(cli, store, ticket)
 
 
 @command(app, "rm", examples=["swarm ticket rm report-7", "swarm ticket rm report-7 report-8 --force"], json=True)
@@ -294,12 +295,13 @@ async def rm(
         await store.remove_tickets(found, force=force, by=getpass.getuser())
     if cli.out.json:
         cli.out.dump({"removed": found})
-    for id in () if cli.out.json else found:
+        return
+    for id in found:
         cli.out.line(f"removed {id}")
 
 
 @command(app, "cancel", examples=["swarm ticket cancel report-7"], json=True)
-async def cancel(cli: Cli, id: _Id) -> None:
+async def cancel(cli: Cli, id: TicketId) -> None:
     """Cancel a ticket. If it runs, its VM is killed within two seconds."""
 
     async with cli.store() as store:
@@ -313,7 +315,7 @@ async def cancel(cli: Cli, id: _Id) -> None:
 )
 async def retry(
     cli: Cli,
-    id: _Id,
+    id: TicketId,
     step: Annotated[
         str | None,
         typer.Option(
@@ -350,7 +352,7 @@ _By = Annotated[
 )
 async def approve(
     cli: Cli,
-    id: _Id,
+    id: TicketId,
     step: _Step = None,
     by: _By = None,
     why: Annotated[str, typer.Option("--why", metavar="TEXT", help="A reason, kept with the answer.")] = "",
@@ -372,7 +374,7 @@ async def approve(
 @command(app, "reject", examples=['swarm ticket reject release-3 --why "not before Monday"'], json=True)
 async def reject(
     cli: Cli,
-    id: _Id,
+    id: TicketId,
     why: Annotated[str, typer.Option("--why", metavar="TEXT", help="The reason, kept with the answer.")],
     step: _Step = None,
     by: _By = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -260,10 +261,11 @@ async def run(
             ),
             uses=uses,
         )
-    if wait:
-        return await follow.to_the_end(cli, ticket)
-    cli.out.result(ticket, ticket.id)
-    return 0
+        if not wait:
+            cli.out.result(ticket, ticket.id)
+            sys.stdout.flush()
+            await follow.say_if_unserved(cli, store, ticket)
+    return await follow.to_the_end(cli, ticket) if wait else 0
 
 
 def _check_inputs(workflow: Workflow, given: dict[str, object]) -> None:

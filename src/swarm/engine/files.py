@@ -24,7 +24,6 @@ from swarm.model import FILES, FailureReason
 
 OUT: Final = "out/"
 MAX_PLACES: Final = 100
-_RESERVED: Final = ("input.json", "output.json")
 _NAMED: Final = 20  # files that an event names
 _PATIENCE_SECONDS: Final = 30.0
 _PAUSE_SECONDS: Final = 0.5
@@ -69,7 +68,7 @@ def places(inputs: Any) -> dict[str, str]:
     if not isinstance(given, dict) or len(given) > MAX_PLACES:
         raise _bad(f"must be an object of at most {MAX_PLACES} places")
     for place, digest in given.items():
-        if not trees.is_plain(place) or place in _RESERVED:
+        if not trees.is_place(place):
             raise _bad(f"names the place {printable(place)!r}, which is not below /work, or is the agent's own")
         if not isinstance(digest, str) or len(digest) != 64:
             raise _bad(f"names {printable(str(digest))!r} for {printable(place)!r}, which is no digest")

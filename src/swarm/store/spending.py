@@ -64,6 +64,7 @@ _TICKET: Final = Sql("SELECT id FROM tickets WHERE id = :id")
 
 # How a row's note begins when its tokens and cost are an estimate.
 _ESTIMATED: Final = "estimated: "
+_IS_ESTIMATE: Final = f"note LIKE '{_ESTIMATED}%'"
 
 By = Literal["ticket", "agent", "workflow", "model", "day"]
 _GROUPS: Final[dict[By, str]] = {
@@ -79,14 +80,14 @@ SELECT {group} AS name, count(*) AS calls, COALESCE(SUM(c.input_tokens), 0) AS i
   COALESCE(SUM(c.cache_write_tokens), 0) AS cache_write_tokens, COALESCE(SUM(c.cost_usd), 0) AS cost_usd,
   SUM(CASE WHEN c.status IS NOT NULL AND c.cost_usd IS NULL AND c.tokens > 0 THEN 1 ELSE 0 END) AS unpriced_calls,
   SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS open_calls,
-  SUM(CASE WHEN c.note LIKE 'estimated:%' THEN 1 ELSE 0 END) AS estimated_calls,
-  COALESCE(SUM(CASE WHEN c.note LIKE 'estimated:%' THEN c.cost_usd END), 0) AS estimated_usd
+  SUM(CASE WHEN c.{is_estimate} THEN 1 ELSE 0 END) AS estimated_calls,
+  COALESCE(SUM(CASE WHEN c.{is_estimate} THEN c.cost_usd END), 0) AS estimated_usd
 FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC, name
 """
 
 _ESTIMATES: Final = Sql(
-    "SELECT count(*) AS calls, COALESCE(SUM(cost_usd), 0) AS usd FROM model_calls WHERE note LIKE 'estimated:%' "
-    "AND run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)"
+    "SELECT count(*) AS calls, COALESCE(SUM(cost_usd), 0) AS usd FROM model_calls "
+    f"WHERE {_IS_ESTIMATE} AND run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)"
 )
 
 
@@ -263,7 +264,7 @@ class Costs:
 
 def costs(tx: Tx, by: By, *, since: str) -> list[Costs]:
     """Most expensive first; days in order."""
-    rows = tx.all(Sql(_COSTS.format(group=_GROUPS[by])), since=since)
+    rows = tx.all(Sql(_COSTS.format(group=_GROUPS[by], is_estimate=_IS_ESTIMATE)), since=since)
     found = [Costs(**row._asdict()) for row in rows]
     return sorted(found, key=lambda c: c.name) if by == "day" else found
 

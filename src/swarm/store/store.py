@@ -157,8 +157,8 @@ class Store:
         return await self._read.call(tickets.ticket, id)
 
     async def ticket_id(self, ref: str) -> str:
-        """What a person typed: an id, or at least four characters of its beginning. Raises NotFound, and Conflict if
-        several ids begin with it."""
+        """What a person typed: an id, or the beginning of a generated one, of at least four characters. Raises
+        NotFound, and Conflict if several begin with it."""
         return await self._read.call(tickets.ticket_id, ref)
 
     async def names(self, ids: Collection[str | None]) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ import pytest
 
 from swarm.errors import Conflict, StoreError
 from swarm.model import Succeeded
-from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.database import Database, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.store import Store
@@ -121,6 +121,15 @@ async def test_claim_and_finish_read_before_they_write(store: Store, outside: Ou
         kinds = ["W" if one in ("INSERT", "UPDATE", "DELETE") else one[0] for one in statements if one != "--"]
         assert set(kinds) == set("BSWC"), statements
         assert "".join(kinds) == "".join(sorted(kinds, key="BSWC".index)), statements
+
+
+async def test_one_text_may_be_two_statements(thread: ConnectionThread) -> None:
+    """Of which one must change a row: events are written by both kinds."""
+    text = "UPDATE tickets SET title = :title WHERE id = 'nobody'"
+    often, once = Sql(text), one_row(text)
+    await thread.call(lambda tx: tx.run(often, title="x"))
+    with pytest.raises(sqlite3.Error, match="a trigger ignored it"):
+        await thread.call(lambda tx: tx.run(once, title="x"))
 
 
 async def test_what_was_committed_is_told_whatever_hits_the_others(url: str, thread: ConnectionThread) -> None:

@@ -8,14 +8,12 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 # Typer's own are yellow, cyan and "dim".
 _BOLD: Final = (
-    "OPTION", "SWITCH", "NEGATIVE_OPTION", "NEGATIVE_SWITCH", "USAGE", "REQUIRED_SHORT", "ERRORS_PANEL_BORDER",
-    "COMMANDS_TABLE_FIRST_COLUMN",
+    "OPTION", "SWITCH", "NEGATIVE_OPTION", "NEGATIVE_SWITCH", "USAGE", "REQUIRED_SHORT", "COMMANDS_TABLE_FIRST_COLUMN",
 )  # fmt: skip
 _PLAIN: Final = (
     "TYPES", "TYPES_SEPARATOR", "METAVAR", "METAVAR_SEPARATOR", "HELPTEXT", "OPTION_DEFAULT", "OPTION_ENVVAR",
-    "REQUIRED_LONG", "OPTIONS_PANEL_BORDER", "COMMANDS_PANEL_BORDER", "DEPRECATED_COMMAND", "ERRORS_SUGGESTION",
+    "REQUIRED_LONG", "OPTIONS_PANEL_BORDER", "COMMANDS_PANEL_BORDER", "DEPRECATED_COMMAND",
 )  # fmt: skip
-_TRY: Final = "Try '{command_path} {help_option}' for help."
 
 
 def _set_styles() -> None:
@@ -24,11 +22,10 @@ def _set_styles() -> None:
     for name in (*_BOLD, *_PLAIN):
         if hasattr(rich_utils, f"STYLE_{name}"):  # versions of Typer differ
             setattr(rich_utils, f"STYLE_{name}", "bold" if name in _BOLD else "")
-    rich_utils.RICH_HELP = _TRY
 
 
 class _Shown:
-    """Mixed into commands and groups; both print help, and both print errors of use."""
+    """Mixed into commands and groups: both print help."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         for param in self.params:  # type: ignore[attr-defined]
@@ -45,10 +42,6 @@ class _Shown:
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _set_styles()
         super().format_help(ctx, formatter)  # type: ignore[misc]
-
-    def get_usage(self, ctx: Any) -> str:  # before an error of use is printed
-        _set_styles()
-        return str(super().get_usage(ctx))  # type: ignore[misc]
 
 
 class One(_Shown, TyperCommand):

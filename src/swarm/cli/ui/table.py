@@ -63,7 +63,10 @@ def fit(columns: Sequence[Column], natural: Sequence[int], room: int) -> dict[in
         return room - sum(shown.values()) - _GAP * (len(shown) - 1)
 
     leaving = sorted((i for i, c in enumerate(columns) if c.drop), key=lambda i: columns[i].drop)
-    gone = [index for index in leaving if left() < 0 and shown.pop(index) >= 0]
+    gone = []
+    while leaving and left() < 0:
+        gone.append(leaving.pop(0))
+        del shown[gone[-1]]
     for index in reversed(gone):  # the last to leave took more than was needed: is there room for it, or for another?
         if left() >= least[index] + _GAP:
             shown[index] = least[index]

@@ -53,7 +53,9 @@ BY_IDS: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE id IN :ids")
 _BY_VERSION: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE name = :name AND version = :version")
 _BY_ID: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE id = :ref")
 _BY_NAME: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE name = :ref")
-_BY_BEGINNING: Final = Sql(f"SELECT {_COLUMNS} FROM agents WHERE id >= :ref AND id < :end ORDER BY id LIMIT 100")
+_BY_BEGINNING: Final = Sql(
+    f"SELECT {_COLUMNS} FROM agents WHERE id >= :ref AND id < :end AND length(id) IN (32, 36) ORDER BY id LIMIT 100"
+)
 _ALL: Final = Sql(f"SELECT {_COLUMNS} FROM agents ORDER BY name, version")
 NAMES: Final = Sql("SELECT DISTINCT name FROM agents LIMIT 500")
 _INSERT: Final = Sql(f"INSERT INTO agents ({_COLUMNS}) VALUES ({', '.join(':' + name for name in AGENT_FIELDS)})")
@@ -230,8 +232,8 @@ def remove_agent(tx: Tx, ref: str) -> Agent:
     removed = agent(tx, ref)
     pinned = f'"agent":"{removed.name}@{removed.version}"'
     rows = tx.all(_TICKETS_THAT_NEED, id=removed.id, name=removed.name)
-    named = {ref: _named(tx, ref) for ref in {row.ref for row in rows} - {removed.id}}
-    rows = [row for row in rows if row.ref == removed.id or ((one := named[row.ref]) and one.id == removed.id)]
+    meant = {ref: _find(tx, ref) for ref in {row.ref for row in rows}}  # `name` and `name@1` mean the newest
+    rows = [row for row in rows if (one := meant[row.ref]) and one.id == removed.id]
     rows = [*rows[:3], *tx.all(_RUNS_THAT_NEED, pinned=pinned), *tx.all(_STEPS_THAT_NEED, id=removed.id)]
     if tickets := list(dict.fromkeys(str(lenient(row.id)) for row in rows)):
         raise Conflict(
@@ -244,11 +246,15 @@ def remove_agent(tx: Tx, ref: str) -> Agent:
 
 def agent(tx: Tx, ref: str) -> Agent:
     """By id, name (newest version), name@1 (newest 1.x), name@1.0.0 or a unique beginning of an id. Raises NotFound."""
-    row = tx.first(_BY_ID, ref=ref) or _named(tx, ref) or unique(tx, _BY_BEGINNING, ref, "agents")
+    row = _find(tx, ref) or unique(tx, _BY_BEGINNING, ref, "agents")
     if row is None:
         hint = versions.did_you_mean(ref, [one.name for one in tx.all(NAMES)])
         raise NotFound(f"no agent {ref!r}{hint or '; `swarm agent list` shows all'}")
     return parse(row)
+
+
+def _find(tx: Tx, ref: str) -> Row | None:
+    return tx.first(_BY_ID, ref=ref) or _named(tx, ref)
 
 
 def _named(tx: Tx, ref: str) -> Row | None:

@@ -23,7 +23,9 @@ _NAMESPACE: Final = uuid.UUID("0f0c0d57-5e9e-5c0b-8a55-4d6d2f4a1b3e")
 _COLUMNS: Final = "id, name, version, description, steps, enabled, created_at, updated_at"
 _BY_ID: Final = Sql(f"SELECT {_COLUMNS} FROM workflows WHERE id = :ref")
 _BY_NAME: Final = Sql(f"SELECT {_COLUMNS} FROM workflows WHERE name = :ref")
-_BY_BEGINNING: Final = Sql(f"SELECT {_COLUMNS} FROM workflows WHERE id >= :ref AND id < :end ORDER BY id LIMIT 100")
+_BY_BEGINNING: Final = Sql(
+    f"SELECT {_COLUMNS} FROM workflows WHERE id >= :ref AND id < :end AND length(id) IN (32, 36) ORDER BY id LIMIT 100"
+)
 NAMES: Final = Sql("SELECT DISTINCT name FROM workflows LIMIT 500")
 _ALL: Final = Sql(f"SELECT {_COLUMNS} FROM workflows ORDER BY name, version")
 _INSERT: Final = Sql(

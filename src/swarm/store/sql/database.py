@@ -116,9 +116,8 @@ class Tx:
     @property
     def written_by_others(self) -> int:
         """Another number than before whenever another connection has changed the database."""
-        return int(
-            self._cursor.execute(_written_by_others(self.dialect)).fetchone()[0]
-        )  # own changes don't matter to it
+        sql = _written_by_others(self.dialect)  # own changes don't matter to it
+        return int(self._cursor.execute(sql).fetchone()[0])
 
     def all(self, statement: Sql, **values: Any) -> list[Row]:
         return self._rows(statement, values)

@@ -27,9 +27,13 @@ def without_password(url: str) -> str:
 
 
 class Sql(str):
-    """A statement, with `:name` for its parameters. Made once, at import: the driver prepares equal texts once."""
+    """A statement, with `:name` for its parameters. Made once, at import. Two of the same text are two: `one_row` may
+    mark one of them."""
 
     __slots__ = ()
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

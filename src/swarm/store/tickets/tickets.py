@@ -43,7 +43,9 @@ _INSERT: Final = Sql(
 _BY_ID: Final = Sql(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
 _USES: Final = Sql("SELECT count(*) AS uses FROM artifact_uses WHERE ticket_id = :id")
 _ID: Final = Sql("SELECT id FROM tickets WHERE id = :id")
-_IDS_FROM: Final = Sql("SELECT id FROM tickets WHERE id >= :ref AND id < :end ORDER BY id LIMIT 100")
+_IDS_FROM: Final = Sql(
+    "SELECT id FROM tickets WHERE id >= :ref AND id < :end AND length(id) IN (32, 36) ORDER BY id LIMIT 100"
+)
 _NEWEST_IDS: Final = Sql("SELECT id FROM tickets ORDER BY created_at DESC LIMIT 500")
 _NAMES: Final = Sql(
     "SELECT id, name, version FROM agents WHERE id IN :ids "
@@ -130,7 +132,7 @@ def ticket(tx: Tx, id: str) -> Ticket:
 
 
 def ticket_id(tx: Tx, ref: str) -> str:
-    """A ticket's id, or the beginning of only one. Raises NotFound, and Conflict if several begin with it."""
+    """An id, or the beginning of a generated one. Raises NotFound, and Conflict if several begin with it."""
     row = None
     if validation.storable(ref):
         row = tx.first(_ID, id=ref) or unique(tx, _IDS_FROM, ref, "tickets")
