@@ -109,6 +109,11 @@ class Bill:
     def tokens(self) -> int:
         return sum(self.counts.values())
 
+    @property
+    def failed(self) -> bool:
+        """It was work for the gateway, and cost the agent nothing, or had no answer."""
+        return not 200 <= self.status < 300 or not self.tokens
+
 
 class Ledger(Protocol):
     """Where calls are reserved and booked: the store, or `Unbooked`."""

@@ -504,8 +504,8 @@ async def post(session: aiohttp.ClientSession, env: dict[str, str], name: str, c
         **case.request,
     }
     body |= {"stream": True} if case.stream else {}
-    url = f"{env['OPENAI_BASE_URL']}/chat/completions"
-    url = f"{env['ANTHROPIC_BASE_URL']}/v1/messages" if case.dialect == "anthropic" else url
+    anthropic = case.dialect == "anthropic"
+    url = f"{env['ANTHROPIC_BASE_URL']}/v1/messages" if anthropic else f"{env['OPENAI_BASE_URL']}/chat/completions"
     headers = {"x-api-key": env["ANTHROPIC_API_KEY"], "x-case": name}
     sent = io.BytesIO(json.dumps(body).encode())
     with contextlib.suppress(aiohttp.ClientError):  # of answers that break off
@@ -561,6 +561,24 @@ async def test_what_is_booked_is_what_is_billed_or_is_marked(harness: Harness) -
         ):
             wrong.append(f"{name}: booked {cost}, {marked=}, {note=}; wanted {case.bill or (case.least, case.most)}")
     assert not wrong, "\n".join(wrong)
+
+
+async def test_an_answer_that_costs_nothing_counts_as_failed(harness: Harness) -> None:
+    """Of failed calls there is a limit, since each makes a row."""
+    paid, free = whole(message(usage())), whole(BLOCKED)
+    async with (
+        Service().serving() as service,
+        harness.listener_here(await harness.claim(), base_url=service.url) as listener,
+        aiohttp.ClientSession() as session,
+    ):
+        for number, (answer, failed) in enumerate([(paid, 0), (free, 1), (paid, 1), (free, 2)], 1):
+            service.answers[str(number)] = answer
+            await post(session, listener.env, str(number), exact(answer, 0))
+            await harness.booked(number)
+            async with asyncio.timeout(20):
+                while listener.calls:
+                    await asyncio.wait(listener.calls)
+            assert listener.failed_calls == failed
 
 
 # --- calls that never get an answer -----------------------------------------------------------------------------------

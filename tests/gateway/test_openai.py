@@ -216,6 +216,8 @@ def test_a_service_like_another(tmp_path: Path) -> None:
     own.write_text('[vllm]\nlike = "openai"\nbase_url = "http://10.1.2.3:8000"\nkey = "vllm_key"\nbase_url_env = ""\n')
     vllm = upstreams.load(own, {})["vllm"]
     openai = upstreams.load(None, {})["openai"]
+    own.write_text('[openai.differs."POST /v1/responses"]\nbody_mb = "5"\n')
+    assert upstreams.load(own, {})["openai"].dialect("POST", "/v1/responses").body_mb == 5.0, "a number"
     assert (vllm.name, vllm.base_url, vllm.key, vllm.usage) == (
         "vllm",
         "http://10.1.2.3:8000",

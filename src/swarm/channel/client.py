@@ -12,7 +12,7 @@ from typing import BinaryIO, Final
 from swarm.base.trees import Entry
 from swarm.channel import frames
 from swarm.channel.dial import LAST_PAUSE, Endpoint, dial
-from swarm.channel.files import ENTRY, MAX_NAMES_BYTES, File, batches, read_tree, tables
+from swarm.channel.files import ENTRY, MAX_NAMES_BYTES, File, batches, read_tree
 from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
 from swarm.channel.proof import GUEST, HOST, new_nonce, proof, shown
 from swarm.channel.values import Exit, Hello, Identity, Renewed, exit_of, final, state
@@ -294,7 +294,7 @@ class Channel:
         return len(files)
 
     async def _put(self, files: Sequence[File], dest: str, owner: str) -> None:
-        for batch in batches(files):
+        for batch in batches(files, lambda file: (file[0], len(file[1]))):
             table = [[name, len(data), mode] for name, data, mode in batch]
             await self._ask("put", b"".join(data for _, data, _ in batch), dest=dest, owner=owner, files=table)
 
@@ -309,7 +309,7 @@ class Channel:
         """`put` of files, links and directories; ``contents(offset, size)`` yields what is in them, one after the
         other, in pieces of at most 1 MiB."""
         at = 0
-        for batch in tables(entries):
+        for batch in batches(entries, lambda entry: (entry.name, entry.size)):
             table = [[entry.name, entry.size, entry.mode] for entry in batch]
             size = sum(entry.size for entry in batch)
             await self._ask("put", rest=(contents(at, size), size), dest=dest, owner=owner, files=table)

@@ -1,4 +1,4 @@
-"""Prepare files for sending to a guest."""
+"""Files on their way to a guest, and a directory that came from one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, TypeVar
 
 from swarm.base import trees
 from swarm.base.trees import Entry
@@ -19,6 +19,7 @@ MAX_PUT_BYTES: Final = 256 << 20  # agentd's limit for one request
 MAX_NAMES_BYTES: Final = 2 << 20  # of all files that an agent leaves
 ENTRY: Final = struct.Struct(">IIQ")
 
+T = TypeVar("T")
 File = tuple[str, bytes, int]  # relative path (a directory's ends in '/'), contents, mode
 
 
@@ -49,18 +50,20 @@ def read_tree(top: Path) -> list[File]:
     return files
 
 
-def batches(files: Sequence[File]) -> Iterator[list[File]]:
-    """Split into requests whose file table fits into a header and whose contents fit agentd's limit."""
-    batch: list[File] = []
+def batches(items: Iterable[T], about: Callable[[T], tuple[str, int]]) -> Iterator[list[T]]:
+    """Split into requests whose file table fits into a header and whose contents fit agentd's limit. ``about``: an
+    item's name and size. Raises UsageError for what can't be sent."""
+    batch: list[T] = []
     names = contents = 0
-    for name, data, mode in files:
-        check(name, len(data))
+    for item in items:
+        name, size = about(item)
+        check(name, size)
         length = len(json.dumps(name)) + 32
-        if batch and (names + length > MAX_HEADER_BYTES // 2 or contents + len(data) > MAX_PUT_BYTES):
+        if batch and (names + length > MAX_HEADER_BYTES // 2 or contents + size > MAX_PUT_BYTES):
             yield batch
             batch, names, contents = [], 0, 0
-        batch.append((name, data, mode))
-        names, contents = names + length, contents + len(data)
+        batch.append(item)
+        names, contents = names + length, contents + size
     if batch:
         yield batch
 
@@ -71,22 +74,6 @@ def check(name: str, size: int) -> None:
         raise UsageError(f"{printable(name)!r} is not a plain relative path")
     if size > MAX_PUT_BYTES:
         raise UsageError(f"{printable(name)} has {size} bytes; the limit is {MAX_PUT_BYTES}")
-
-
-def tables(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """The same for entries whose contents are streamed."""
-    batch: list[Entry] = []
-    names = contents = 0
-    for entry in entries:
-        check(entry.name, entry.size)
-        length = len(json.dumps(entry.name)) + 32
-        if batch and (names + length > MAX_HEADER_BYTES // 2 or contents + entry.size > MAX_PUT_BYTES):
-            yield batch
-            batch, names, contents = [], 0, 0
-        batch.append(entry)
-        names, contents = names + length, contents + entry.size
-    if batch:
-        yield batch
 
 
 class Received:

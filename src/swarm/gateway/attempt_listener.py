@@ -25,6 +25,7 @@ from aiohttp.web_protocol import RequestHandler
 from swarm.base.log import logger
 from swarm.gateway.connection_acceptor import ConnectionAcceptor
 from swarm.gateway.upstreams import Upstream, environment
+from swarm.gateway.wire import error
 from swarm.ledger import Account
 
 log = logger(__name__)
@@ -44,12 +45,6 @@ _MAX_ERRORS: Final = 10  # logged for one attempt
 MAX_REFUSALS: Final = 200  # recorded for one attempt: a hostile one must not fill the database
 _CLOSE_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 0.02  # how long an idle connection may stay when the server ends (0 would be for ever)
-
-
-def error(status: int, kind: str, message: str, **headers: str) -> web.Response:
-    """An error in the Messages API's format, which the SDKs of both dialects understand."""
-    body = {"type": "error", "error": {"type": kind, "message": message}}
-    return web.json_response(body, status=status, headers=headers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

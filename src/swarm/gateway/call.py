@@ -64,7 +64,7 @@ class Call:
         self._stale = False
         self.sse = False
         self.note = ""
-        self._cost_something = True
+        self.failed = True  # until a bill says otherwise
 
     def sending(self, body_bytes: int, *, kept: bool = False) -> None:
         self._kept = self._kept or kept
@@ -210,10 +210,6 @@ class Call:
         """The most that the model can have written by now."""
         return min(self._most_output, round((time.monotonic() - self._began) * _TOKENS_PER_SECOND))
 
-    @property
-    def failed(self) -> bool:
-        return not 200 <= self._status < 300 or not self._cost_something
-
     def abandon(self) -> None:
         """The client disconnected before the call was sent."""
         self.note = "the client disconnected before the call was sent"
@@ -267,7 +263,6 @@ class Call:
         if unpriced:
             self.note = self.note or f"no price for {model} in the list of {prices.date}"
         counts = {kind: sum(share.counts.get(kind, 0) for share in shares) for kind in COUNTS}
-        self._cost_something = bool(total(counts))
         bill = Bill(
             id=order.id,
             account=order.account,
@@ -282,6 +277,7 @@ class Call:
             estimated=estimated,
             note=self.note,
         )
+        self.failed = bill.failed
         for attempt in range(1, _BOOK_TRIES + 1):
             try:
                 await self._ledger.book(bill)

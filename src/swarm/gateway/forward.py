@@ -1,7 +1,8 @@
 """The gateway: adds the key to an agent's calls, forwards them, streams the answers back, counts and books them.
 
 A call's budget is reserved before it is sent, and booked when its answer has ended, for whatever reason. The guest's
-request is bounded and checked; the service's answer is passed on unchanged, errors and rate limits included.
+request is bounded, checked, and lowered to what a budget affords. The service's answer is passed on, errors and rate
+limits included, without the key and without a report of usage that only the gateway asked for; a budget may cut it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Final, TypeVar
@@ -27,13 +28,14 @@ from swarm.base.aio import finish_uninterrupted
 from swarm.base.log import logger
 from swarm.errors import LeaseLost, NotFound, StoreError
 from swarm.gateway import wire
-from swarm.gateway.attempt_listener import AllowedRequest, AttemptListener, Record, error
+from swarm.gateway.attempt_listener import AllowedRequest, AttemptListener, Record
 from swarm.gateway.call import Call
 from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, countable, lowered, read
-from swarm.gateway.passage import GuestGone, Passage
+from swarm.gateway.passage import GuestGone, Passage, to_guest
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
 from swarm.gateway.usage import COUNTS, total
+from swarm.gateway.wire import error
 from swarm.ledger import Account, Busy, Granted, Ledger, Limit, Order, Refused, Reservation, Spend
 
 log = logger(__name__)
@@ -167,13 +169,15 @@ class Gateway:
                 listener.exceed(reason)
             return response
         finally:
-            listener.failed_calls += call.failed
-            await finish_uninterrupted(call.book(self._prices))
-            self._budget_freed.set()
+            try:
+                await finish_uninterrupted(call.book(self._prices))
+            finally:  # only now is it known whether the call cost anything
+                listener.failed_calls += call.failed
+                self._budget_freed.set()
 
     async def _parsed(self, listener: AttemptListener, body: bytes, work: Callable[[], T]) -> T:
         async with listener.parse_lock:  # one body of an attempt at a time: others have calls, too
-            return await (_in_thread(work) if len(body) > _SMALL_BYTES else _now(work))
+            return await _in_thread(work) if len(body) > _SMALL_BYTES else work()
 
     def _order(self, account: Account, upstream: Upstream, metered: MeteredRequest, price: Price | None) -> Order:
         worst = metered.counts()
@@ -275,7 +279,7 @@ class Gateway:
                 if answer.content_length is not None and not (call.changes_answer or wire.is_decompressed(answer)):
                     response.content_length = answer.content_length
                 idle_timeout.reschedule(None)  # from here on, `Passage` has an eye on it
-                await _to_guest(response.prepare(request.http))
+                await to_guest(response.prepare(request.http))
                 chunked = response.headers.get("transfer-encoding") == "chunked"
                 passage = Passage(call, masker, answer, guest=request.http, chunked=chunked)
                 reason = await passage.run(idle_seconds=upstream.idle_seconds)
@@ -284,7 +288,7 @@ class Gateway:
                     passage.write(wire.event("billing_error", reason))
                 elif rest := masker.feed(call.end()) + masker.end():
                     passage.write(rest)
-            await _to_guest(response.write_eof())
+            await to_guest(response.write_eof())
             return response
         except GuestGone:  # before this call was cancelled for it; the service is not to blame
             return response or web.Response()
@@ -337,13 +341,6 @@ def _watch() -> aiohttp.TraceConfig:
     return watch
 
 
-async def _to_guest(write: Awaitable[object]) -> None:
-    try:
-        await write
-    except ConnectionError:  # aiohttp's is a ClientError as well, like those of the connection to the service
-        raise GuestGone from None
-
-
 def _spend(counts: Mapping[str, int], price: Price | None) -> Spend:
     return Spend(tokens=total(counts), usd=None if price is None else min(price.usd(counts), _MOST_USD))
 
@@ -369,10 +366,6 @@ async def _in_thread(work: Callable[[], T]) -> T:
     if done[1] is not None:
         raise done[1]
     return done[0]
-
-
-async def _now(work: Callable[[], T]) -> T:
-    return work()
 
 
 class _BodyTooLarge(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Final
 
 import aiohttp
@@ -14,6 +15,13 @@ from swarm.gateway.wire import KeyMasker
 
 class GuestGone(Exception):
     """It reads no more of the answer."""
+
+
+async def to_guest(write: Awaitable[object]) -> None:
+    try:
+        await write
+    except ConnectionError:  # aiohttp's is a ClientError as well, like those of the connection to the service
+        raise GuestGone from None
 
 
 class Passage(asyncio.Protocol):
@@ -76,10 +84,7 @@ class Passage(asyncio.Protocol):
         self._reason = self._call.cut_reason()
 
     async def _guest_has_read(self) -> None:
-        try:
-            await self._guest.writer.drain()
-        except ConnectionError:  # aiohttp's is a ClientError as well, like those of the connection to the service
-            raise GuestGone from None
+        await to_guest(self._guest.writer.drain())
         if self._guest.transport is None or self._guest.transport.is_closing():
             raise GuestGone
 

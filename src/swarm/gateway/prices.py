@@ -24,12 +24,12 @@ _Factor = Annotated[float, Field(gt=0, le=100)]
 class _Rates(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    input: float = Field(ge=0, le=1e6)
-    output: float = Field(ge=0, le=1e6)
+    input: _Usd
+    output: _Usd
     # Cached tokens cost the same as plain input, unless the table says otherwise.
-    cache_read: float | None = Field(default=None, ge=0, le=1e6)
-    cache_write: float | None = Field(default=None, ge=0, le=1e6)
-    cache_write_1h: float | None = Field(default=None, ge=0, le=1e6)
+    cache_read: _Usd | None = None
+    cache_write: _Usd | None = None
+    cache_write_1h: _Usd | None = None
 
 
 class _Above(_Rates):
@@ -80,11 +80,10 @@ class Prices:
         for name in (model, _DATED.sub("", model)):
             if price := self.models.get(name + surcharge):
                 return price
-            for at in (words := surcharge.split()):
-                rest = "".join(f" {word}" for word in words if word != at)
-                price = self.of(name, rest)
-                if price is not None and at in price.times:
-                    return price.model_copy(update={"factor": price.factor * price.times[at]})
+            for word in (words := surcharge.split()):
+                price = self.of(name, "".join(f" {other}" for other in words if other != word))
+                if price is not None and word in price.times:
+                    return price.model_copy(update={"factor": price.factor * price.times[word]})
         return None
 
 

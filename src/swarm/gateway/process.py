@@ -289,7 +289,7 @@ class GatewayProcess:
             cost_usd=order.most.usd if sent else 0.0,
             latency_ms=(time.monotonic() - since) * 1000,
             estimated=sent,
-            note=note if sent else "the gateway's process died before the call was sent",
+            note=note if sent else "not sent: the gateway's process had died, or its listener was closed",
         )
         for number in range(1, _BOOK_TRIES + 1):
             try:
@@ -390,7 +390,7 @@ class GatewayProcess:
             bill = Bill(id=order.id, account=order.account, upstream=order.upstream, **said.bill.model_dump())
             try:
                 await self._ledger.book(bill)
-                server.failed += not 200 <= bill.status < 300
+                server.failed += bill.failed
             except StoreError as problem:
                 if link.closed:  # nobody will say it again
                     await self._book_broken(order, since)

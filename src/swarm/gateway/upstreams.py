@@ -71,8 +71,7 @@ _Name = Annotated[str, StringConstraints(pattern=SERVICE)]
 _Header = Annotated[str, StringConstraints(pattern=HEADER)]
 _Route = Annotated[str, pydantic.AfterValidator(_route)]
 _BaseUrl = Annotated[str, pydantic.AfterValidator(_base_url)]
-_Surcharge = Annotated[str, StringConstraints(pattern=PRICED)]
-_Condition = Annotated[str, StringConstraints(pattern=PRICED)]
+_Condition = Annotated[str, StringConstraints(pattern=PRICED)]  # FIELD=VALUE
 Kind = Literal[
     "model", "input", "output", "total", "reasoning", "cache_read", "cache_write", "cache_write_1h", "web_search",
     "speed", "inference_geo", "service_tier",
@@ -97,7 +96,7 @@ class Upstream(pydantic.BaseModel):
     output_limit: tuple[str, ...] = ()
     output_default: int = Field(default=8192, gt=0)
     answers: tuple[str, ...] = ()
-    surcharges: tuple[_Surcharge, ...] = ()
+    surcharges: tuple[_Condition, ...] = ()
     fields: tuple[str, ...] = ()
     tools: dict[str, Annotated[int, Field(ge=0, le=10**9)]] = Field(default_factory=dict)
     limited_tools: tuple[str, ...] = ()
@@ -106,7 +105,7 @@ class Upstream(pydantic.BaseModel):
     image_tokens: int = Field(default=5_000, ge=0, le=10**9)
     count: str = Field(default="", pattern=PATH)
     count_fields: tuple[str, ...] = ()
-    list_price: tuple[_Surcharge, ...] = ()
+    list_price: tuple[_Condition, ...] = ()
     finished: tuple[str, ...] = ()
     iterations: tuple[str, ...] = ()
     searched: tuple[_Condition, ...] = ()
@@ -123,7 +122,8 @@ class Upstream(pydantic.BaseModel):
         for route, fields in self.differs.items():
             if route not in self.metered:
                 raise ValueError(f"differs has {route!r}, which is not in metered")
-            Upstream.model_validate({**self.model_dump(exclude={"differs"}), **fields})
+            whole = Upstream.model_validate({**self.model_dump(exclude={"differs"}), **fields})
+            self.differs[route] = {name: getattr(whole, name) for name in fields}  # `dialect` validates nothing
         return self
 
     def dialect(self, method: str, path: str) -> Upstream:

@@ -316,7 +316,7 @@ class Meter:
             came = min(most, LEAST_OUTPUT_TOKENS) if self._streams else most
         counts["output"] = max(counts["output"], min(came, most))
         counts["web_search"] = max(counts["web_search"], self._searches)
-        if not any(counts[kind] for kind in ("input", "cache_read", "cache_write")):
+        if not self.prompt_reported:
             counts |= self._prompt
         return counts
 

@@ -122,10 +122,18 @@ def _passed(headers: Mapping[str, str], kept_back: Set[str]) -> CIMultiDict[str]
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in gone)
 
 
+def error(status: int, kind: str, message: str, **headers: str) -> web.Response:
+    """An error in the Messages API's format, which the SDKs of both dialects understand."""
+    return web.json_response(_error(kind, message), status=status, headers=headers)
+
+
 def event(kind: str, message: str) -> bytes:
-    """An error inside a stream, as the Messages API sends it."""
-    body = {"type": "error", "error": {"type": kind, "message": message}}
-    return f"event: error\ndata: {json.dumps(body)}\n\n".encode()
+    """The same inside a stream."""
+    return f"event: error\ndata: {json.dumps(_error(kind, message))}\n\n".encode()
+
+
+def _error(kind: str, message: str) -> dict[str, object]:
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def proxy_of(base_url: str) -> str | None:

@@ -1499,7 +1499,9 @@ class Run:
             raise CannotStart(str(self.cannot))
 
     def patience_ms(self, now: float) -> int:
-        until = [now + 1.0, self.stacks_by or self.deadline if self.killed_at is None else now + 1.0]
+        until = [now + 1.0]
+        if self.killed_at is None:
+            until.append(self.stacks_by or self.deadline)
         if self.idle_timeout is not None and self.timed_out is None:
             until.append(self.last_output + self.idle_timeout)
         return max(1, int((min(until) - now) * 1000) + 1)

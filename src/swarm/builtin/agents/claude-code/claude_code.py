@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import work_tree
-from snapshots import WorkTreeError
 
 STARTED = time.monotonic()
 HOME, REPOSITORY, OUT = Path(".home"), Path("repo"), Path("out")
@@ -80,7 +79,7 @@ def main() -> None:
     home = work_tree.home(HOME.absolute())
     try:
         base = work_tree.prepare(REPOSITORY, inputs.get("files"))
-    except WorkTreeError as error:
+    except work_tree.WorkTreeError as error:
         fail(2, str(error))
     seconds = given["step"]["timeout_seconds"]
     session = Session(id=str(uuid.uuid4()), until=STARTED + seconds - min(180.0, seconds / 4))
@@ -224,9 +223,9 @@ def lines(child: subprocess.Popen[bytes], until: float) -> Iterator[bytes]:
 
 def end(child: subprocess.Popen[bytes]) -> int:
     assert child.stdout is not None
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    for seconds, how in ((1.0, signal.SIGTERM), (KILL_SECONDS, signal.SIGKILL)):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(1.0 if how == signal.SIGTERM else KILL_SECONDS)
+            child.wait(seconds)
             break
         child.send_signal(how)
     with contextlib.suppress(OSError):  # also what its tools left running: files must not change while they are read

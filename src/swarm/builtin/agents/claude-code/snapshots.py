@@ -18,7 +18,18 @@ MAX_NEW_BYTES = 24 << 20  # of all together, largest first: patch and bundle mus
 SECONDS = 1800.0
 TOO_LARGE = "too large"
 
-EXCLUDED = "__pycache__/ *.pyc node_modules/ .venv/ .tox/ .nox/ .mypy_cache/ .pytest_cache/ .ruff_cache/ .hypothesis/"
+EXCLUDED = """\
+__pycache__/
+*.pyc
+node_modules/
+.venv/
+.tox/
+.nox/
+.mypy_cache/
+.pytest_cache/
+.ruff_cache/
+.hypothesis/
+"""
 # Above those of any .gitattributes: files as they are; or with line ends, $Id$ and encodings as their owner's git has
 # them in its work tree. Filters, which are programs, never.
 AS_THEY_ARE = "* -text !eol -ident -filter !working-tree-encoding !diff\n"
@@ -236,6 +247,10 @@ def to_names(said: bytes) -> list[bytes]:
 
 def to_lines(words: list[str]) -> bytes:
     return "".join(f"{word}\n" for word in words).encode(errors="surrogateescape")
+
+
+def tree_of(base: Base, commit: str) -> str:
+    return git_line(base, "rev-parse", f"{commit}^{{tree}}")
 
 
 def git_line(base: Base, *words: str) -> str:

@@ -35,12 +35,6 @@ MAX_PAUSE_SECONDS = 60.0
 MAX_CALL_SECONDS = 900.0
 MAX_FORMAT_ERRORS = 10  # in a row: answers without a command, or with half of one
 SHOWN = 5000  # characters of each end of what a command printed; mini-swe-agent's own templates send as much
-REASONS = {
-    "Submitted": "submitted",
-    "LimitsExceeded": "max_turns",
-    "TimeExceeded": "time",
-    "RepeatedFormatError": "format",
-}
 TASK = """{prompt}
 
 (The work directory is a git repository on a fresh Debian machine; you are an unprivileged user. Nothing can be \
@@ -61,12 +55,12 @@ class Model(warm.litellm_model.LitellmModel):  # type: ignore[misc]
     def _query(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         pause, began = 1.0, time.monotonic()
         while True:
-            left = min(self.until, began + PATIENCE_SECONDS) - time.monotonic()
             try:
                 timeout = max(5.0, min(MAX_CALL_SECONDS, self.until - time.monotonic()))
                 answer = super()._query(messages, timeout=timeout, **options)
                 break
             except Exception as error:
+                left = min(self.until, began + PATIENCE_SECONDS) - time.monotonic()
                 if not passes(error) or left <= pause:
                     raise
                 print(f"[{first_line(error)}; again in {pause:g} s]", flush=True)
@@ -206,7 +200,7 @@ def made_of(inputs: dict[str, Any], address: str, home: Path, until: float) -> A
 
 def work(agent: Any, prompt: str) -> tuple[str, str]:
     """Returns the stop reason, and why it has not finished; '' if it has."""
-    os.environ["MSWEA_MODEL_RETRY_STOP_AFTER_ATTEMPT"] = "1"
+    os.environ["MSWEA_MODEL_RETRY_STOP_AFTER_ATTEMPT"] = "1"  # looked for at each call; `Model` repeats them
     litellm.suppress_debug_info = True
     try:
         ended = agent.run(clean(TASK.format(prompt=prompt)))
@@ -217,12 +211,12 @@ def work(agent: Any, prompt: str) -> tuple[str, str]:
     if status == "Submitted":
         return "submitted", ""
     turns = f"after {agent.model.answers} answers"
-    words = {
-        "LimitsExceeded": f"max_turns was reached {turns}",
-        "TimeExceeded": f"the ticket's time was nearly used up {turns}",
-        "RepeatedFormatError": f"{MAX_FORMAT_ERRORS} answers in a row had no complete command",
+    ends = {
+        "LimitsExceeded": ("max_turns", f"max_turns was reached {turns}"),
+        "TimeExceeded": ("time", f"the ticket's time was nearly used up {turns}"),
+        "RepeatedFormatError": ("format", f"{MAX_FORMAT_ERRORS} answers in a row had no complete command"),
     }
-    return REASONS.get(status, status), words.get(status, f"{status} {turns}")
+    return ends.get(status, (status, f"{status} {turns}"))
 
 
 def passes(error: Exception) -> bool:

@@ -12,8 +12,6 @@ os.environ |= {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "MSWEA_GLOBAL_CONFIG_DIR": _PLACE,
     "MSWEA_SILENT_STARTUP": "1",
-    "MSWEA_COST_TRACKING": "ignore_errors",  # what a call costs is what the gateway books
-    "MSWEA_MODEL_RETRY_STOP_AFTER_ATTEMPT": "1",  # swe.py repeats calls
 }
 
 import h11  # noqa: E402

@@ -43,6 +43,7 @@ from snapshots import (
     set_link,
     snapshot,
     to_lines,
+    tree_of,
     use_attributes,
 )
 
@@ -146,7 +147,7 @@ def _at_start(directory: Path, own: Path) -> Base:
         base.nested[path] = _at_start(below(directory, path), own)
         set_link(base, state, path, base.nested[path].commit)
     tree = git_line(base, "write-tree")
-    clean = head and tree == git_line(base, "rev-parse", f"{head}^{{tree}}")
+    clean = head and tree == tree_of(base, head)
     base.commit = head if clean else make_commit(base, tree, [head] if head else [], "The state at the start")
     return base
 
@@ -196,7 +197,7 @@ def _open(directory: Path, own: Path) -> tuple[Base, Path | None]:
     store = own / str(len(list(own.iterdir())))
     run_git(None, "init", "-q", "--bare", "--template=", f"--object-format={kind}", str(store))
     (store / "info").mkdir(exist_ok=True)
-    (store / "info/exclude").write_text("\n".join(EXCLUDED.split()) + "\n")
+    (store / "info/exclude").write_text(EXCLUDED)
     base = Base(directory=directory, store=store, had_git=git is not None)
     use_attributes(base, converted=False)
     return base, git
@@ -208,7 +209,7 @@ def _make_repository(base: Base) -> None:
     run_git(None, "init", "-q", "-b", "main", str(base.directory))
     keep_objects(base.store, git)
     (git / "info").mkdir(exist_ok=True)
-    (git / "info/exclude").write_text("\n".join(EXCLUDED.split()) + "\n")
+    (git / "info/exclude").write_text(EXCLUDED)
     (git / "refs/heads/main").write_text(base.commit + "\n")
     shutil.copyfile(base.store / "index", git / "index")
     base.refs = {"refs/heads/main": base.commit}
@@ -297,12 +298,10 @@ def _collect(
 def _result(base: Base, head: str, tree: str) -> str:
     """The commit of ``tree``: the agent's own, or one upon it and the base."""
     on_base = bool(head) and (not base.commit or is_ancestor(base, base.commit, head))
-    if head and on_base and tree == git_line(base, "rev-parse", f"{head}^{{tree}}"):
+    if on_base and tree == tree_of(base, head):
         return head
-    if base.commit and not head and tree == git_line(base, "rev-parse", f"{base.commit}^{{tree}}"):
-        return base.commit
-    if base.commit and head in base.known and tree == git_line(base, "rev-parse", f"{base.commit}^{{tree}}"):
-        return base.commit  # it had changes at the start that were not committed, and has the same now
+    if base.commit and (not head or head in base.known) and tree == tree_of(base, base.commit):
+        return base.commit  # as at the start, with what was not committed then
     parents = [] if on_base or not base.commit else [base.commit]
     if head and not (parents and is_ancestor(base, head, base.commit)):
         parents.append(head)
