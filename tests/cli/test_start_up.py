@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts programs
 # Packages of others that a command which only reads may load. Each costs every such command its import.
 ALLOWED = {
     "annotated_doc",
@@ -38,8 +39,6 @@ READING = [
 ]
 PROGRAM = """
 import atexit, json, sys
-
-pytestmark = pytest.mark.slow  # starts programs
 def tell():
     print("\\nMODULES", json.dumps(sorted(sys.modules)), file=sys.stderr)
 atexit.register(tell)
