@@ -40,6 +40,7 @@ LAYERS: Final[list[tuple[tuple[str, ...], str]]] = [
     (("triggers",), "what makes tickets by itself: schedules"),
     (("engine",), "one attempt in one VM; workers, dispatch"),
     (("admin", "api"), "packages, layers, secrets, the audit; HTTP"),
+    (("dashboard",), "pages for people"),
     (("doctor",), "looks at everything, changes nothing"),
     (("app",), "wiring: the only place that names concrete classes"),
     (("bench",), "measures tickets beside the bare parts"),

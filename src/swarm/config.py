@@ -99,6 +99,11 @@ class Settings(BaseModel):
         return (SYSTEM_REGISTRY if self.home == SYSTEM_HOME else self.home / "registry") / "registry.db"
 
     @property
+    def api_socket(self) -> Path:
+        """Where `swarm serve` listens for this user's own commands."""
+        return self.data_dir / "api.sock"
+
+    @property
     def images(self) -> Path:
         return self.images_dir or self.home / "images"
 

@@ -99,6 +99,14 @@ class ExecutionMode(StrEnum):
     WORKFLOW = "workflow"
 
 
+class Role(StrEnum):
+    """What the holder of a token may do; each may also do what those before it may."""
+
+    VIEWER = "viewer"  # read
+    OPERATOR = "operator"  # add, cancel, retry, answer and delete tickets
+    ADMIN = "admin"  # agents, workflows, schedules, secrets, tokens
+
+
 TICKET_TRANSITIONS: Final[Mapping[TicketState, frozenset[TicketState]]] = {
     TicketState.DRAFT: frozenset({TicketState.READY, TicketState.CANCELLED}),
     TicketState.READY: frozenset(

@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 
 from swarm import config
 from swarm.api import webhooks
@@ -101,8 +102,8 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 def refused(answer: httpx.Response, status: int, said: str) -> None:
     assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json" and set(answer.json()) == {"error"}
-    assert said in answer.json()["error"] and "\n" not in answer.json()["error"]
+    assert answer.headers["content-type"] == "application/problem+json" and answer.json()["status"] == status
+    assert said in answer.json()["detail"] and "\n" not in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("body", ["SELECT RAISE(ABORT, 'not before noon')", "INSERT INTO nowhere SELECT 1"])
@@ -242,7 +243,8 @@ async def test_a_body_that_does_not_come(server: Server) -> None:
     async def secret(name: str, workflow: str) -> str | None:
         return None
 
-    served_ = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), body_seconds=0.2).app()
+    hooks = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), body_seconds=0.2)
+    served_ = Starlette(routes=[hooks.route()])
     async with serving(served_, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(30):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
         signed = "".join(f"{name}: {text}\r\n" for name, text in server.signed(b"").items())
@@ -272,7 +274,7 @@ async def test_heads_that_never_come_are_cut_off(server: Server) -> None:
     async def secret(name: str, workflow: str) -> str | None:
         return None
 
-    app = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local()).app()
+    app = Starlette(routes=[webhooks.Hooks(store=server.store, secret=secret, evaluator=Local()).route()])
     async with serving(app, host="127.0.0.1", port=0, head_seconds=0.2) as (url, _), asyncio.timeout(30):
         for sent in (b"", b"POST /hooks/x HTTP/1.1\r\nHost: ", b"POST /hooks/x HTTP/1.1\r\nHost: x\r\n\r\nPOST /"):
             reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
@@ -293,10 +295,9 @@ async def test_who_takes_no_webhooks(server: Server) -> None:
     await server.store.put_workflow(Workflow(name="plain", version="1.0.0", steps=STEPS))
     for name in ("plain", "nobody", "Bad Name", "nightly@1.0.0"):
         refused(await server.post(name=name), 404, "takes webhooks")
-    refused(await server.post(name="..%2f..%2fetc"), 404, "POST /hooks/NAME")
-    refused(await server.client.post("/hooks/nightly/x"), 404, "POST /hooks/NAME")
-    refused(await server.client.get("/"), 404, "POST /hooks/NAME")
-    refused(await server.client.get("/hooks/nightly"), 405, "use POST here")
+    refused(await server.post(name="..%2f..%2fetc"), 404, "nothing at this address")
+    refused(await server.client.post("/hooks/nightly/x"), 404, "nothing at this address")
+    refused(await server.client.get("/hooks/nightly"), 405, "no such method")
     await server.store.enable_workflow("nightly", enabled=False)
     refused(await server.client.post("/hooks/nightly", content=BODY), 401, "X-Swarm-Signature")  # not told to anybody
     refused(await server.post(), 409, "disabled")
@@ -324,7 +325,7 @@ async def test_a_database_that_is_locked(server: Server) -> None:
             *(client.post("/hooks/nightly", content=BODY, headers=signed) for _ in range(60))
         )
         assert {one.status_code for one in answers} == {503}
-        assert {one.json()["error"].partition(":")[0] for one in answers} == {
+        assert {one.json()["detail"].partition(":")[0] for one in answers} == {
             "the database can't take it now",
             "too many requests at once",
         }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
@@ -82,6 +84,33 @@ async def serving(
 
     Raises HostError when the server can't listen there.
     """
+    bound = _bind(host, port)
+    address, number = bound.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    async with _serving(app, bound, head_seconds) as task:
+        yield f"http://{shown}:{number}", task
+
+
+@asynccontextmanager
+async def serving_locally(app: Any, path: Path) -> AsyncIterator[asyncio.Task[None] | None]:
+    """Serve an ASGI app on a Unix socket that only this user can open; yields the task that ends if the server does,
+    or None if another server of this home has the socket, which is as good.
+
+    Raises HostError when the server can't listen there.
+    """
+    bound = _bind_locally(path)
+    if bound is None:
+        yield None
+        return
+    try:
+        async with _serving(app, bound, HEAD_SECONDS) as task:
+            yield task
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def _serving(app: Any, bound: socket.socket, head_seconds: float) -> AsyncIterator[asyncio.Task[None]]:
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -96,12 +125,10 @@ async def serving(
         timeout_keep_alive=5,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    server, bound = _Server(config), _bind(host, port)
+    server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[bound]))
     try:
-        address, number = bound.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        yield f"http://{shown}:{number}", task
+        yield task
     finally:
         server.should_exit = True
         await finish_uninterrupted(_ended(task))
@@ -127,3 +154,35 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.close()
         raise HostError(f"can't listen on {host}, port {port}: {error.strerror}; choose another --port") from None
     return bound
+
+
+def _bind_locally(path: Path) -> socket.socket | None:
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with short_path(path) as short:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                other.connect(short)
+                bound.close()
+                return None
+            path.unlink(missing_ok=True)  # left by a server that was killed
+            mask = os.umask(0o177)
+            try:
+                bound.bind(short)
+            finally:
+                os.umask(mask)
+        bound.listen(128)
+        bound.setblocking(False)
+    except OSError as error:
+        bound.close()
+        raise HostError(f"can't listen on {path}: {error.strerror or error}") from None
+    return bound
+
+
+@contextlib.contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """A name for a Unix socket that is short enough for the kernel (107 bytes), however deep its directory is."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)

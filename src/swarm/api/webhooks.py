@@ -1,7 +1,7 @@
 """`POST /hooks/NAME`: a signed request becomes a ticket that runs the workflow NAME.
 
-202 with the ticket's id; all other answers are `{"error": "one sentence"}`. Nothing of a request is trusted or stored
-before its signature is verified.
+202 with the ticket's id; all other answers are problems (`swarm.api.problem`). Nothing of a request is trusted or
+stored before its signature is verified.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from swarm.api import body as bodies
+from swarm.api.endpoint import guarded
+from swarm.api.problem import RETRY_SECONDS, Refused
 from swarm.base import jsontext
 from swarm.base.log import logger
 from swarm.cel.evaluate import Evaluator
@@ -42,9 +43,7 @@ MAX_AT_ONCE: Final = 32
 MAX_WAITING: Final = 64  # requests whose body has not arrived; nobody knows yet whether they are signed
 TIMESTAMP_HEADER: Final = "X-Swarm-Timestamp"
 TIMESTAMP_SECONDS: Final = 300  # allowed clock difference and transmission time
-RETRY_SECONDS: Final = 2
 
-_CLOSE: Final = {"connection": "close"}  # of an answer that doesn't wait for the body
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # Headers whose names suggest that their values are confidential.
 _CONFIDENTIAL: Final = re.compile(r"auth|cookie|key|pass|secret|signature|token")
@@ -74,9 +73,11 @@ class Hooks:
         self._busy = 0
         self._bodies: dict[asyncio.Timeout, None] = {}  # the oldest first
 
-    def app(self) -> Starlette:
-        routes = [Route("/hooks/{name}", self._post, methods=["POST"])]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _refused})
+    def route(self) -> Route:
+        async def post(request: Request) -> Response:
+            return await guarded(lambda: self._post(request))
+
+        return Route("/hooks/{name}", post, methods=["POST"])
 
     async def _post(self, request: Request) -> Response:
         try:
@@ -84,11 +85,6 @@ class Hooks:
         except StoreError as error:
             log.warning("a webhook could not be served", error=str(error))
             raise _try_again("the database can't take it now") from None
-        except HTTPException:
-            raise
-        except Exception as error:
-            log.error("a webhook failed by a bug in Swarm", error=f"{type(error).__name__}: {error}")
-            raise HTTPException(500, "an internal error; the server's log has details") from None
 
     async def _receive(self, request: Request) -> Response:
         """Only a request that has arrived whole takes a place."""
@@ -108,12 +104,12 @@ class Hooks:
             async with asyncio.timeout(self._body_seconds) as timeout:
                 self._bodies[timeout] = None
                 try:
-                    return await _body(request)
+                    return await bodies.read(request, MAX_BODY_BYTES)
                 finally:
                     del self._bodies[timeout]
         except TimeoutError:
             why = f"the body did not arrive within {self._body_seconds:g} s, or while many others waited"
-            raise HTTPException(408, why, headers=_CLOSE) from None
+            raise Refused(408, why, headers=bodies.CLOSE) from None
 
     async def _serve(self, request: Request, body: bytes) -> Response:
         row, flow = await self._workflow(request.path_params["name"])
@@ -124,7 +120,7 @@ class Hooks:
         signature = _check_signature(request.headers, hook, secret, body)
         # From here on the sender is authenticated.
         if not row.enabled:
-            raise HTTPException(409, f"the workflow {row.name}@{row.version} is disabled")
+            raise Refused(409, f"the workflow {row.name}@{row.version} is disabled")
         key = _key(request.headers, hook)
         now_ms = time.time_ns() // 1_000_000
         trigger = {
@@ -149,9 +145,9 @@ class Hooks:
             call = WebhookCall(workflow=row.name, signature=signature, key=key, digest=digest, ticket=ticket)
             answer = await self._store.call_webhook(call)
         except InputsRefused as error:
-            raise HTTPException(422, str(error)) from None
+            raise Refused(422, str(error)) from None
         except Conflict as error:
-            raise HTTPException(409, str(error)) from None
+            raise Refused(409, str(error)) from None
         log.info("webhook", workflow=row.name, ticket=answer.ticket_id, repeated=answer.repeated)
         shown = {"ticket_id": answer.ticket_id, "workflow": f"{row.name}@{row.version}", "repeated": answer.repeated}
         return JSONResponse(shown, status_code=202)
@@ -167,7 +163,7 @@ class Hooks:
             return row, row.parsed()
         except StoreError as error:  # this row is broken, not the database
             log.error("a webhook's workflow is broken", workflow=name, error=str(error))
-            raise HTTPException(500, f"the workflow {name} is broken here; its owner must add it again") from None
+            raise Refused(500, f"the workflow {name} is broken here; its owner must add it again") from None
 
     async def _secret(self, name: str, hook: Webhook) -> bytes:
         found, why = b"", f"not set; `swarm workflow webhook {name}` makes it"
@@ -179,51 +175,34 @@ class Hooks:
             found, why = b"", f"it has fewer than {LEAST_SECRET_BYTES} bytes and could be guessed"
         if not found:
             log.error("a webhook has no secret", workflow=name, secret=hook.secret, error=why)
-            raise HTTPException(500, f"the webhook of {name} has no secret here; its owner must give it one")
+            raise Refused(500, f"the webhook of {name} has no secret here; its owner must give it one")
         return found
-
-
-async def _body(request: Request) -> bytes:
-    limit = f"the body has more than {MAX_BODY_BYTES:,} bytes"
-    announced = request.headers.get("content-length", "0")
-    if not announced.isdecimal() or int(announced[:12]) > MAX_BODY_BYTES:
-        raise HTTPException(413, limit, headers=_CLOSE)
-    parts, size = [], 0
-    try:
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                raise HTTPException(413, limit, headers=_CLOSE)
-    except ClientDisconnect:
-        raise HTTPException(400, "the connection ended before the body did") from None
-    return b"".join(parts)
 
 
 def _check_signature(headers: Mapping[str, str], hook: Webhook, secret: bytes, body: bytes) -> str:
     """Returns the verified signature."""
     given = headers.get(hook.header)
     if given is None:
-        raise HTTPException(401, f"the header {hook.header} is missing: sha256= and the HMAC-SHA256 in hex")
+        raise Refused(401, f"the header {hook.header} is missing: sha256= and the HMAC-SHA256 in hex")
     timestamp = headers.get(TIMESTAMP_HEADER) if hook.timestamp else None
     if hook.timestamp and timestamp is None:
-        raise HTTPException(401, f"the header {TIMESTAMP_HEADER} is missing: the seconds since 1970, signed too")
+        raise Refused(401, f"the header {TIMESTAMP_HEADER} is missing: the seconds since 1970, signed too")
     expected = sign(secret, body, timestamp)
     if not hmac.compare_digest(given.strip().lower().encode("latin-1"), expected.encode()):
         what = f"{TIMESTAMP_HEADER}, a dot and the body" if hook.timestamp else "the body"
-        raise HTTPException(401, f"the signature in {hook.header} is wrong: sign {what} with this hook's secret")
+        raise Refused(401, f"the signature in {hook.header} is wrong: sign {what} with this hook's secret")
     if timestamp is not None:
         if not re.fullmatch(r"[0-9]{1,12}", timestamp):
-            raise HTTPException(401, f"{TIMESTAMP_HEADER} must be the seconds since 1970, a whole number")
+            raise Refused(401, f"{TIMESTAMP_HEADER} must be the seconds since 1970, a whole number")
         if abs(time.time() - int(timestamp)) > TIMESTAMP_SECONDS:
-            raise HTTPException(401, f"{TIMESTAMP_HEADER} is more than {TIMESTAMP_SECONDS} s off: is a clock wrong?")
+            raise Refused(401, f"{TIMESTAMP_HEADER} is more than {TIMESTAMP_SECONDS} s off: is a clock wrong?")
     return expected
 
 
 def _key(headers: Mapping[str, str], hook: Webhook) -> str | None:
     key = headers.get(hook.idempotency)
     if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
-        raise HTTPException(400, f"the header {hook.idempotency} must have 1 to {MAX_KEY_CHARS} printable characters")
+        raise Refused(400, f"the header {hook.idempotency} must have 1 to {MAX_KEY_CHARS} printable characters")
     return key
 
 
@@ -231,14 +210,14 @@ def _json(body: bytes, content_type: str) -> Any:
     try:
         return jsontext.loads(body.decode("utf-8"))
     except jsontext.TooDeep as error:
-        raise HTTPException(400, f"the body is {error}") from None
+        raise Refused(400, f"the body is {error}") from None
     except ValueError as error:
         kind = content_type.partition(";")[0].strip().lower()[:80]
         if kind and "json" not in kind:
             why = f"but {kind}: send it with Content-Type: application/json (GitHub: set the content type of the hook)"
-            raise HTTPException(400, f"the body must be JSON in UTF-8, {why}") from None
+            raise Refused(400, f"the body must be JSON in UTF-8, {why}") from None
         what = "is empty, not JSON" if not body else f"is not JSON in UTF-8 ({error})"
-        raise HTTPException(400, f"the body {what}: send a JSON value, such as {{}}") from None
+        raise Refused(400, f"the body {what}: send a JSON value, such as {{}}") from None
 
 
 def _trigger_headers(headers: Mapping[str, str], hook: Webhook) -> dict[str, str]:
@@ -251,20 +230,10 @@ def _trigger_headers(headers: Mapping[str, str], hook: Webhook) -> dict[str, str
     }
 
 
-def _no_hook(name: str) -> HTTPException:
-    return HTTPException(404, f"no workflow {name!r} takes webhooks here")
+def _no_hook(name: str) -> Refused:
+    return Refused(404, f"no workflow {name!r} takes webhooks here")
 
 
-def _try_again(why: str) -> HTTPException:
+def _try_again(why: str) -> Refused:
     headers = {"retry-after": str(RETRY_SECONDS)}
-    return HTTPException(503, f"{why}: try again in {RETRY_SECONDS} s", headers=headers)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    routing_errors = {  # Starlette's own
-        (404, "Not Found"): "the only path here is POST /hooks/NAME",
-        (405, "Method Not Allowed"): "use POST here",
-    }
-    text = routing_errors.get((error.status_code, error.detail), error.detail)
-    return JSONResponse({"error": text}, status_code=error.status_code, headers=error.headers)
+    return Refused(503, f"{why}: try again in {RETRY_SECONDS} s", headers=headers)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import getpass
 import secrets
 from asyncio import Task
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from swarm.admin.vault import scope_of
 from swarm.api import server
+from swarm.api.app import application
+from swarm.api.auth import Auth, local
+from swarm.api.endpoint import Context
+from swarm.api.feed import Feed
 from swarm.api.webhooks import Hooks
 from swarm.app import wiring
 from swarm.cel.jail import Jail
 from swarm.config import Settings
+from swarm.dashboard import pages
 from swarm.errors import Conflict
 from swarm.store.store import Store
 
@@ -22,23 +29,37 @@ _BUSY_SECONDS = 5.0
 
 @asynccontextmanager
 async def served(settings: Settings, *, host: str, port: int, remote: bool) -> AsyncIterator[tuple[str, Task[None]]]:
-    """Run the HTTP server inside the block; yields its URL, and the task that ends if the server does.
+    """Run the HTTP server inside the block; yields its URL, and the task that ends if the server does. It also listens
+    on the Unix socket `Settings.api_socket`, for this user's own commands.
 
     Raises UsageError for an address that other hosts can reach, unless ``remote``; HostError, StoreError.
     """
     server.check_host(host, remote=remote)
     patience = min(settings.busy_timeout_seconds, _BUSY_SECONDS)
-    with Jail() as jail:
-        async with Store.open(settings.database, busy_timeout_seconds=patience) as opened:
-            await opened.workflows()  # reports a broken database now instead of to the first sender
-            vault = wiring.vault(settings, opened)
+    async with AsyncExitStack() as stack:
+        jail = stack.enter_context(Jail())
+        opened = await stack.enter_async_context(Store.open(settings.database, busy_timeout_seconds=patience))
+        await opened.workflows()  # reports a broken database now instead of to the first sender
+        vault = wiring.vault(settings, opened)
 
-            async def secret(name: str, workflow: str) -> str | None:
-                return await vault.get(name, scope=scope_of(None, None, workflow))
+        async def secret(name: str, workflow: str) -> str | None:
+            return await vault.get(name, scope=scope_of(None, None, workflow))
 
-            hooks = Hooks(store=opened, secret=secret, evaluator=jail)
-            async with server.serving(hooks.app(), host=host, port=port) as serving:
-                yield serving
+        feed = await stack.enter_async_context(Feed.of(opened))
+        context = Context(store=opened, feed=feed, auth=Auth(opened))
+        hooks = Hooks(store=opened, secret=secret, evaluator=jail)
+        app = application(context, hooks=hooks.route(), pages=pages.routes(context))
+        mine = local(app, getpass.getuser())
+        on_socket = await stack.enter_async_context(server.serving_locally(mine, settings.api_socket))
+        url, on_port = await stack.enter_async_context(server.serving(app, host=host, port=port))
+        stack.callback(feed.close)  # before the servers stop: they wait for open requests
+        yield url, asyncio.create_task(_either(*[task for task in (on_socket, on_port) if task is not None]))
+
+
+async def _either(*servers: Task[None]) -> None:
+    done, _ = await asyncio.wait(servers, return_when=asyncio.FIRST_COMPLETED)
+    for one in done:
+        one.result()
 
 
 async def new_secret(settings: Settings, name: str, workflow: str, *, replace: bool) -> str:

@@ -91,7 +91,7 @@ async def list_(cli: Cli) -> None:
 @command(app, "show", examples=["swarm agent show echo", "swarm agent show echo@1.0.0 --json"], json=True)
 async def show(cli: Cli, agent: _Ref) -> None:
     """Show an agent: its program, its limits, and where its files are."""
-    from swarm.cli.ui.output import plain
+    from swarm.base.plain import plain
 
     async with cli.store() as store:
         found = await store.agent(agent)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.base.plain import plain
 from swarm.cli.frame import Cli, command
-from swarm.cli.ui.output import Out, plain
+from swarm.cli.ui.output import Out
 from swarm.cli.ui.table import Column
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from swarm.cli import (
     serve,
     template,
     ticket,
+    token,
     vm,
     workflow,
 )
@@ -44,6 +45,7 @@ for group in (
     template.app,
     vm.app,
     secret.app,
+    token.app,
     install.app,
 ):
     app.add_typer(group)
@@ -109,6 +111,7 @@ prove.register(app)
 cost.register(app)
 bench.register(app)
 serve.register(app)
+token.register(app)
 
 
 def run() -> None:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.base.plain import plain
 from swarm.cli.frame import Cli, command
 from swarm.cli.inputs import age_seconds, moment
-from swarm.cli.ui.output import Out, plain
+from swarm.cli.ui.output import Out
 from swarm.cli.ui.render import counted
 
 if TYPE_CHECKING:

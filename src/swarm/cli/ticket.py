@@ -271,7 +271,7 @@ async def ready(cli: Cli, id: TicketId) -> None:
 
     async with cli.store() as store:
         id = await store.ticket_id(id)
-        await store.make_ready(id)
+        await store.make_ready(id, by=getpass.getuser())
         ticket = await store.ticket(id)
         _show_state(cli, ticket)
         await _say_if_unserved(cli, store, ticket)
@@ -332,7 +332,7 @@ async def retry(
 
     async with cli.store() as store:
         id = await store.ticket_id(id)
-        await store.retry(id, step=step)
+        await store.retry(id, step=step, by=getpass.getuser())
         ticket = await store.ticket(id)
         _show_state(cli, ticket)
         await _say_if_unserved(cli, store, ticket)

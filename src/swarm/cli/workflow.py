@@ -122,7 +122,7 @@ async def list_(cli: Cli) -> None:
 @command(app, "show", examples=["swarm workflow show echo-chain", "swarm workflow show echo-chain@1 --json"], json=True)
 async def show(cli: Cli, workflow: _Ref) -> None:
     """Show a workflow: its inputs, its steps, what starts it; with --json, its whole definition."""
-    from swarm.cli.ui.output import plain
+    from swarm.base.plain import plain
     from swarm.workflow import graph as draw
     from swarm.workflow.definition import to_json
 

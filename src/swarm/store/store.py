@@ -30,10 +30,11 @@ from swarm.model import (
 from swarm.store import audit, spending
 from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
-from swarm.store.registry import agents, schedules, secrets, webhooks, workers, workflows
+from swarm.store.registry import agents, schedules, secrets, tokens, webhooks, workers, workflows
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.registry.secrets import Sealed, SecretRow
-from swarm.store.registry.webhooks import WebhookAnswer, WebhookCall
+from swarm.store.registry.tokens import Actor, TokenRow
+from swarm.store.registry.webhooks import Once, WebhookAnswer, WebhookCall
 from swarm.store.registry.workflows import WorkflowRow
 from swarm.store.runs import artifacts, packing
 from swarm.store.runs.artifacts import ArtifactRow
@@ -46,9 +47,10 @@ from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, TicketSummary, WorkerRow
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
-from swarm.store.tickets import dependencies, events, tickets
+from swarm.store.tickets import dependencies, events, pages, tickets
 from swarm.store.tickets.events import LeftFiles
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
+from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
 from swarm.store.untold import UNTOLD
 from swarm.workflow.definition import Workflow
 
@@ -146,11 +148,25 @@ class Store:
 
     # --- tickets ------------------------------------------------------------------------------------------------------
 
-    async def add_ticket(self, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0) -> Ticket:
+    async def add_ticket(
+        self, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0, by: str | None = None
+    ) -> Ticket:
         """Raises UsageError for a ticket that could never run, Conflict when its id is taken. A workflow's expressions
         see ``trigger_type`` and ``trigger_data`` (JSON) as `trigger`. ``uses``: how many artifacts were kept for it; a
-        Conflict if `prune` has removed some, since it had no ticket yet."""
-        return await self._write.call(tickets.add, tickets.check(ticket), depends_on=tuple(depends_on), uses=uses)
+        Conflict if `prune` has removed some, since it had no ticket yet. ``by``: who adds it, for an event."""
+        return await self._write.call(
+            tickets.add, tickets.check(ticket), depends_on=tuple(depends_on), uses=uses, by=by
+        )
+
+    async def add_ticket_once(
+        self, ticket: Ticket, once: Once, *, depends_on: Sequence[str] = (), uses: int = 0, by: str
+    ) -> tuple[Ticket, bool]:
+        """The ticket, and whether this request had added it before: then nothing is added. Raises as `add_ticket`, and
+        Conflict for a key that was used for something else."""
+        checked = tickets.check(ticket)
+        return await self._write.call(
+            webhooks.add_once, checked, once=once, depends_on=tuple(depends_on), uses=uses, by=by
+        )
 
     async def ticket(self, id: str) -> Ticket:
         """Raises NotFound."""
@@ -175,6 +191,20 @@ class Store:
         """`tickets`, for lists: without inputs, outputs and other long columns."""
         return await self._read.call(tickets.summaries, **which)
 
+    async def ticket_page(self, which: TicketFilter, *, after: str | None = None, limit: int = 50) -> TicketPage:
+        """Newest first. ``after``: from the page before; raises UsageError if no page gave it."""
+        return await self._read.call(pages.page, which, after=after, limit=limit)
+
+    async def filtered_ids(
+        self, which: TicketFilter, *, after: str | None = None, limit: int = 1000
+    ) -> tuple[list[str], str | None]:
+        """The ids of a page, and where the next one starts."""
+        return await self._read.call(pages.ids, which, after=after, limit=limit)
+
+    async def count_tickets(self, which: TicketFilter) -> Count:
+        """Never reads more than some thousand tickets."""
+        return await self._read.call(pages.count, which)
+
     async def runs(self, ticket_id: str) -> list[RunRow]:
         """Oldest first, like `steps` and `attempts`. Empty for a ticket that never ran."""
         return await self._read.call(tickets.runs, ticket_id)
@@ -197,9 +227,9 @@ class Store:
         """Of those of these tickets that exist."""
         return await self._read.call(tickets.states, tuple(ids))
 
-    async def make_ready(self, ticket_id: str) -> None:
+    async def make_ready(self, ticket_id: str, *, by: str = "hand") -> None:
         """draft → ready. Does nothing when it is ready. Raises NotFound, and Conflict in any other state."""
-        await self._write.call(tickets.make_ready, ticket_id)
+        await self._write.call(tickets.make_ready, ticket_id, by=by)
 
     async def remove_tickets(self, ids: Sequence[str], *, by: str, force: bool = False) -> None:
         """Delete them, all or none; their runs and artifacts go too, an event `deleted` stays. Raises NotFound, and
@@ -207,7 +237,7 @@ class Store:
         its worker learns that as from `cancel`."""
         await self._write.call(tickets.remove, tuple(ids), force=force, by=by)
 
-    async def retry(self, ticket_id: str, *, step: str | None = None) -> None:
+    async def retry(self, ticket_id: str, *, step: str | None = None, by: str = "hand") -> None:
         """failed or cancelled → ready, for a new run. Raises NotFound, and Conflict in any other state.
 
         ``step`` names a step of its workflow: the new run uses the same frozen workflow and keeps all completed steps
@@ -216,9 +246,10 @@ class Store:
         which runs again with all later ones. Raises UsageError for an unknown step.
         """
         if step is None:
-            await self._write.call(tickets.retry, ticket_id)
+            await self._write.call(tickets.retry, ticket_id, by=by)
         else:
-            await self._write.call(retry_from.retry_from, retry_from.RetryRequest(ticket_id=ticket_id, step=step))
+            request = retry_from.RetryRequest(ticket_id=ticket_id, step=step, by=by)
+            await self._write.call(retry_from.retry_from, request)
 
     async def answer(
         self,
@@ -420,6 +451,10 @@ class Store:
         """The ``seq`` of its newest event; 0 if it has none."""
         return await self._read.call(events.last_event, ticket_id)
 
+    async def record(self, did: str, *, by: str, **details: Any) -> None:
+        """An event of a change that is of no ticket, such as 'agent.add': who, and what else is to be known."""
+        await self._write.call(events.record, did, by=by, **details)
+
     async def audit(self, judge: Callable[[audit.Audit], T], *, since: str = "") -> T:
         """The result of ``judge``, which runs on the reading thread, in one transaction. ``since``: ISO-8601."""
         return await self._read.call(lambda tx: judge(audit.Audit(tx, since)))
@@ -468,6 +503,39 @@ class Store:
     async def remove_secret(self, name: str, scope: str) -> None:
         """Raises NotFound."""
         await self._write.call(secrets.remove, name, scope)
+
+    # --- who may call the API (swarm.api.auth) ------------------------------------------------------------------------
+
+    async def add_token(
+        self, token: str, actor: Actor, *, by: str, kind: str = "token", expires_seconds: float | None = None
+    ) -> None:
+        """``kind``: 'token', or 'link', which is worth one session. Raises Conflict if a token has this name."""
+        await self._write.call(tokens.add, token, actor, kind=kind, by=by, expires_seconds=expires_seconds)
+
+    async def token_holder(self, token: str) -> Actor | None:
+        """Of a token or session that is known and has not expired."""
+        found = await self._read.call(tokens.find, token)
+        if found is None:
+            return None
+        actor, id, stale = found
+        if stale:
+            await self._write.call(tokens.use, id)
+        return actor
+
+    async def tokens(self) -> list[TokenRow]:
+        return await self._read.call(tokens.tokens)
+
+    async def revoke_token(self, ref: str, *, by: str) -> TokenRow:
+        """By name or id; the sessions that it began end too. Raises NotFound."""
+        return await self._write.call(tokens.revoke, ref, by=by)
+
+    async def open_session(self, given: str, session: str) -> Actor | None:
+        """Make ``session`` valid, in exchange for a link, which is then worth nothing more, or a token. None if what
+        was given is neither."""
+        return await self._write.call(tokens.open_session, given, session)
+
+    async def close_session(self, session: str) -> None:
+        await self._write.call(tokens.close_session, session)
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 

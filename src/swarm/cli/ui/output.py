@@ -8,7 +8,6 @@ instead of markup.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -17,11 +16,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from enum import Enum
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from swarm.base import jsontext
+from swarm.base.plain import plain
 from swarm.base.printable import escaped
 
 if TYPE_CHECKING:
@@ -42,10 +39,6 @@ STATE_STYLES = {
 }  # fmt: skip
 
 
-# Columns that hold JSON as text.
-_JSON_TEXTS = frozenset(
-    {"inputs", "outputs", "trigger_data", "verdict", "inputs_schema", "outputs_schema", "definition"}
-)
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -81,30 +74,6 @@ def _cell(value: object, column: Column, now: datetime | None) -> str:
     from swarm.cli.ui import table
 
     return text[:12] if column.digest else table.ago(text, now)
-
-
-def plain(value: object) -> Any:
-    """A value as JSON has it: dataclasses as objects, enums by value, paths and addresses as text; and what a row holds
-    as JSON text as that JSON, unless it is none: other programs write rows too."""
-    if isinstance(value, Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        named = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: _parsed(each) if name in _JSON_TEXTS else plain(each) for name, each in named}
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    if isinstance(value, (str, int, float, bool)) or value is None:
-        return value
-    return str(value) if not isinstance(value, PurePath) else value.as_posix()
-
-
-def _parsed(value: object) -> Any:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return jsontext.loads(value)
-    return plain(value)
 
 
 def _ascii_only() -> bool:

@@ -59,11 +59,12 @@ _COPY_PENDING: Final = Sql(
 class RetryRequest:
     ticket_id: str
     step: str
+    by: str
 
 
 def retry_from(tx: Tx, request: RetryRequest) -> None:
     """See `Store.retry`."""
-    ticket, changes = tickets.take_back(tx, request.ticket_id, done=True)
+    ticket, changes = tickets.take_back(tx, request.ticket_id, by=request.by, done=True)
     last = tx.first(_LAST_RUN, id=ticket.run_id) if ticket.run_id is not None else None
     if last is None:
         raise Conflict(f"the ticket {shown(ticket.id)} has no workflow run to continue; retry it without --from")

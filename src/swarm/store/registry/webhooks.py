@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +11,7 @@ from swarm.model import Ticket
 from swarm.store.registry import schedules
 from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.tickets import tickets
 
 KEPT_DAYS: Final = 30
 _DELETED_AT_ONCE: Final = 100
@@ -62,3 +64,28 @@ def call(tx: Tx, request: WebhookCall) -> WebhookAnswer:
             )
     tx.run(_DELETE_OLD, before=tx.now_ms - KEPT_DAYS * 86_400_000, limit=_DELETED_AT_ONCE)
     return WebhookAnswer(ticket_id=ticket_id, repeated=first is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Once:
+    """A request that a sender may repeat. ``scope``: whose ``key`` it is; ``digest``: of what was asked."""
+
+    scope: str
+    key: str
+    digest: str
+
+
+def add_once(
+    tx: Tx, ticket: Ticket, *, once: Once, depends_on: Sequence[str], uses: int, by: str
+) -> tuple[Ticket, bool]:
+    """Add a ticket, or return the one that this request added before, as it is now, and True. Raises Conflict if the
+    key was used for something else, NotFound if that ticket was deleted."""
+    known = tx.first(_KNOWN, workflow=once.scope, signature=None, key=f"key:{once.key}")
+    if known is not None:
+        if known.digest != once.digest:
+            raise Conflict(f"the key {once.key!r} was used for another request; use a different key for each")
+        return tickets.ticket(tx, known.ticket_id), True
+    added = tickets.add(tx, ticket, depends_on=depends_on, uses=uses, by=by)
+    tx.run(_INSERT, workflow=once.scope, key=f"key:{once.key}", digest=once.digest, ticket_id=added.id, at=tx.now_ms)
+    tx.run(_DELETE_OLD, before=tx.now_ms - KEPT_DAYS * 86_400_000, limit=_DELETED_AT_ONCE)
+    return added, False

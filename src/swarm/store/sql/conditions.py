@@ -9,6 +9,7 @@ from swarm.model import TicketState
 # Statements repeat these conditions: SQLite uses a partial index only when the query contains its condition.
 UNKNOWN_STATE: Final = "state NOT IN (" + ", ".join(f"'{s}'" for s in TicketState) + ")"
 UNFINISHED: Final = "state IN ('in_progress', 'waiting', 'blocked')"
+ENDED: Final = "state IN ('done', 'failed', 'cancelled')"
 STEP_READY: Final = "status = 'ready' AND available_at IS NULL"
 STEP_DELAYED: Final = "status = 'ready' AND available_at IS NOT NULL"
 STEP_WAITING: Final = "status = 'waiting' AND available_at IS NOT NULL"

@@ -16,6 +16,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from swarm.store.sql.conditions import (
     ATTEMPT_LIVE,
+    ENDED,
     LIVE_RUN,
     RUN_DUE,
     STEP_DELAYED,
@@ -121,7 +122,9 @@ tickets = sa.Table(
     _index("tickets_ready", "priority DESC", "created_at", where="state = 'ready'"),
     _index("tickets_unfinished", "state", where=UNFINISHED),
     _index("tickets_unknown_state", "state", where=UNKNOWN_STATE),
-    sa.Index("tickets_created", "created_at"),
+    # For lists, a page at a time.
+    sa.Index("tickets_created", "created_at", "id"),
+    _index("tickets_ended", "state", "created_at", "id", where=ENDED),
 )
 
 ticket_dependencies = sa.Table(
@@ -408,3 +411,20 @@ workers = sa.Table(
 
 # One row. The clock for leases is the database's plus this offset; only tests change it.
 clock = sa.Table("clock", metadata, _number("offset_ms", 0, kind=BIG))
+
+# Who may call the API. `kind`: 'token'; 'session' of a browser; 'link', which is worth one session.
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("name", null=False),
+    _text("kind", null=False),
+    _text("hash", null=False),  # SHA-256 of the token, which is kept nowhere
+    _text("role", null=False),
+    _text("project_id"),
+    _text("created_by", null=False),
+    _time("created_at"),
+    _number("expires_at", kind=BIG),  # ms; NULL: never
+    _text("last_used_at"),
+    sa.UniqueConstraint("hash", name="tokens_hash"),
+)

@@ -19,6 +19,7 @@ APPEND: Final = Sql(
     "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "
     "SELECT id, :step_id, :attempt_id, :at, :kind, :data FROM tickets WHERE id = :ticket_id"
 )
+RECORD: Final = Sql("INSERT INTO events (ticket_id, at, kind, data) VALUES (:ticket_id, :at, 'change', :data)")
 # An id may be used again after its ticket was deleted: events of the old ticket are left out.
 OF_TICKET: Final = Sql(
     f"SELECT {_COLUMNS} FROM events e WHERE e.ticket_id = :id AND e.seq > :after AND e.seq > COALESCE("
@@ -54,6 +55,12 @@ def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Eve
     else:
         found = tx.all(OF_TICKET, id=ticket_id, after=after, limit=limit)
     return [rows.event(row) for row in found]
+
+
+def record(tx: Tx, /, did: str, *, by: str, ticket_id: str = "", **details: object) -> None:
+    """Who changed what, such as 'agent.add': of a ticket, or of something else, whose events have no ticket."""
+    data = {"did": did, "by": by, **{name: each for name, each in details.items() if each is not None}}
+    tx.run(RECORD, ticket_id=ticket_id, at=tx.now, data=rows.dump(data))
 
 
 def last_event(tx: Tx, ticket_id: str) -> int:

@@ -26,7 +26,7 @@ from swarm.store.sql.rows import (
     TicketSummary,
     milliseconds,
 )
-from swarm.store.tickets import dependencies, validation
+from swarm.store.tickets import dependencies, events, validation
 from swarm.store.tickets.changes import Changes
 
 # Columns of a new ticket; Swarm writes the others, or they have defaults.
@@ -96,7 +96,7 @@ NEXT_DUE: Final = Sql("""
 """)
 
 
-def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0) -> Ticket:
+def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0, by: str | None = None) -> Ticket:
     values = {name: getattr(ticket, name) for name in _GIVEN}
     values["trigger_type"] = ticket.trigger_type or "ticket"
     row = tx.first(_INSERT, now=tx.now, **values)
@@ -107,6 +107,8 @@ def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0
     if uses and tx.all(_USES, id=ticket.id)[0].uses < uses:
         raise Conflict(f"files of the ticket {validation.shown(ticket.id)} were removed meanwhile; add it again")
     dependencies.add(tx, ticket.id, depends_on)
+    if by is not None:
+        events.record(tx, "ticket.add", by=by, ticket_id=ticket.id)
     return rows.ticket(row)
 
 
@@ -217,7 +219,7 @@ def states(tx: Tx, ids: Sequence[str]) -> dict[str, str]:
     return {row.id: rows.lenient(row.state) or "" for row in tx.all_in(_STATES, ids)}
 
 
-def make_ready(tx: Tx, id: str) -> None:
+def make_ready(tx: Tx, id: str, *, by: str) -> None:
     """draft → ready. Does nothing if it is ready."""
     found = ticket(tx, id)
     if found.state == TicketState.READY:
@@ -225,7 +227,7 @@ def make_ready(tx: Tx, id: str) -> None:
     if found.state != TicketState.DRAFT:
         raise Conflict(f"the ticket {validation.shown(found.id)} is {found.state}: only a draft can be made ready")
     changes = Changes(tx)
-    changes.set_ticket(found.id, found.state, TicketState.READY, why="by hand")
+    changes.set_ticket(found.id, found.state, TicketState.READY, why=f"by {by}")
     changes.flush()
 
 
@@ -248,15 +250,16 @@ def remove(tx: Tx, ids: Sequence[str], *, force: bool, by: str) -> None:
                 "remove both, or give --force"
             )
     for one in found:
+        events.record(tx, "ticket.delete", by=by, ticket_id=one.id)
         tx.run(_DELETE, id=one.id)
 
 
-def retry(tx: Tx, id: str) -> None:
+def retry(tx: Tx, id: str, *, by: str) -> None:
     """Make it ready for a new run; old runs stay as history. Raises Conflict unless it failed or was cancelled."""
-    take_back(tx, id)[1].flush()
+    take_back(tx, id, by=by)[1].flush()
 
 
-def take_back(tx: Tx, id: str, *, done: bool = False) -> tuple[Ticket, Changes]:
+def take_back(tx: Tx, id: str, *, by: str, done: bool = False) -> tuple[Ticket, Changes]:
     """Make a failed or cancelled ticket ready; with ``done``, any that has ended. Returns the ticket as it was, and the
     changes, which the caller must flush."""
     found = ticket(tx, id)
@@ -271,7 +274,7 @@ def take_back(tx: Tx, id: str, *, done: bool = False) -> tuple[Ticket, Changes]:
     if live := [row.id for row in tx.all(_LIVE_RUNS, id=id)]:  # another tool ended the ticket a moment ago
         changes.cancel_runs(live, error="the ticket was changed from outside")
     changes.add(_RETRY, id=id, now=tx.now)
-    changes.transition("ticket", found.state, TicketState.READY, ticket_id=id, why="by hand")
+    changes.transition("ticket", found.state, TicketState.READY, ticket_id=id, why=f"by {by}")
     return found, changes
 
 

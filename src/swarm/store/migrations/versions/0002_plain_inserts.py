@@ -1,4 +1,5 @@
-"""Tickets by plain INSERTs: an id by itself, and a created_at that sorts, however another tool writes it."""
+"""Tickets by plain INSERTs: an id by itself, and a created_at that sorts, however another tool writes it. Pages of
+tickets, and tokens for the API."""
 
 from alembic import op
 
@@ -30,6 +31,27 @@ BEGIN
   UPDATE tickets SET {_CREATED} WHERE id = NEW.id;
 END"""
 
+_PAGES = (
+    "DROP INDEX tickets_created",
+    "CREATE INDEX tickets_created ON tickets (created_at, id)",
+    "CREATE INDEX tickets_ended ON tickets (state, created_at, id) WHERE state IN ('done', 'failed', 'cancelled')",
+)
+_TOKENS = """
+CREATE TABLE tokens (
+	id TEXT NOT NULL,
+	name TEXT NOT NULL,
+	kind TEXT NOT NULL,
+	hash TEXT NOT NULL,
+	role TEXT NOT NULL,
+	project_id TEXT,
+	created_by TEXT NOT NULL,
+	created_at TEXT DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+	expires_at INTEGER,
+	last_used_at TEXT,
+	PRIMARY KEY (id),
+	CONSTRAINT tokens_hash UNIQUE (hash)
+)"""
+
 
 def upgrade() -> None:
     run = op.get_bind().exec_driver_sql
@@ -46,6 +68,9 @@ def upgrade() -> None:
     run("PRAGMA writable_schema = RESET")
     run(_INSERTED.lstrip())
     run(_CREATED_CHANGED.lstrip())
+    for statement in _PAGES:
+        run(statement)
+    run(_TOKENS.lstrip())
 
 
 def downgrade() -> None:

@@ -1,0 +1,74 @@
+"""The application: every route of the server, and what all answers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from swarm.api import openapi
+from swarm.api.endpoint import Context, Endpoint, guarded, route
+from swarm.api.problem import problem
+from swarm.api.v1 import events, tickets
+from swarm.model import Role
+
+ENDPOINTS: Final[Sequence[Endpoint]] = (*tickets.ENDPOINTS, *events.ENDPOINTS)
+
+_HEADERS: Final[Mapping[str, str]] = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; font-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+}
+
+
+def application(context: Context, *, hooks: Route, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
+    """``hooks``: POST /hooks/NAME; ``pages``: routes of the dashboard, which check who asks themselves."""
+    document = openapi.document(ENDPOINTS)
+
+    async def described(request: Request) -> Response:
+        async def answer() -> Response:
+            await context.auth.actor(request, Role.VIEWER)
+            return JSONResponse(document)
+
+        return await guarded(answer)
+
+    async def alive(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    routes: list[BaseRoute] = [
+        Route("/healthz", alive),
+        Route("/v1/openapi.json", described),
+        *(route(endpoint, context) for endpoint in ENDPOINTS),
+        hooks,
+        *pages,
+    ]
+    return _with_headers(Starlette(routes=routes, exception_handlers={HTTPException: _not_routed}))
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = {404: "there is nothing at this address", 405: "this address takes no such method"}
+    return problem(error.status_code, said.get(error.status_code, error.detail), headers=error.headers)
+
+
+def _with_headers(app: ASGIApp) -> ASGIApp:
+    added = [(name.encode(), text.encode()) for name, text in _HEADERS.items()]
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
+            await send(message)
+
+        await app(scope, receive, answer)
+
+    return serve

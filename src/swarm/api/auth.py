@@ -1,0 +1,144 @@
+"""Who asks, and what they may do.
+
+A request is one of three: it came through the Unix socket, which only the engine's own user can open, and may do all;
+it has a token (`Authorization: Bearer …`); or it has the cookie of a browser's session. A session is begun by a link
+that is good for one use (`swarm dashboard` prints it), or by a token that a person types in. Nobody else learns more
+than that there is a server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from starlette.requests import HTTPConnection
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from swarm.api.problem import Refused
+from swarm.model import Role
+from swarm.store.registry.tokens import SESSION_SECONDS, Actor, new_token
+from swarm.store.store import Store
+
+COOKIE: Final = "swarm_session"
+# Of one holder of a token.
+PER_SECOND: Final = 200.0
+BURST: Final = 400.0
+AT_ONCE: Final = 64  # requests, streams included
+_REFUSED_PER_SECOND: Final = 50.0  # wrong tokens, of all senders
+_HOLDERS: Final = 1000
+_LOCAL: Final = "swarm.local"
+_ROLES: Final = tuple(Role)
+_SAFE: Final = ("GET", "HEAD", "OPTIONS")
+
+
+def local(app: ASGIApp, user: str) -> ASGIApp:
+    """The app for the Unix socket: every request is from ``user``, who may do all."""
+    actor = Actor(name=user, role=Role.ADMIN)
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, _LOCAL: actor}, receive, send)
+
+    return serve
+
+
+def may(actor: Actor, role: Role) -> bool:
+    return _ROLES.index(actor.role) >= _ROLES.index(role)
+
+
+class _Bucket:
+    """At most so many a second, on average."""
+
+    def __init__(self, per_second: float, burst: float) -> None:
+        self._per_second, self._burst = per_second, burst
+        self._left, self._at = burst, time.monotonic()
+        self.at_once = 0
+
+    def take(self) -> bool:
+        now = time.monotonic()
+        self._left = min(self._burst, self._left + (now - self._at) * self._per_second)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Auth:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+        self._refusals = _Bucket(_REFUSED_PER_SECOND, _REFUSED_PER_SECOND)
+
+    async def actor(self, request: HTTPConnection, role: Role) -> Actor:
+        """Who asks for something that ``role`` may do. Raises Refused (401, 403, 429)."""
+        actor = await self.known(request)
+        if actor is None:
+            hint = "`swarm token create` makes one; a browser gets in by the link of `swarm dashboard`"
+            raise Refused(401, f"a valid token is needed: {hint}", headers={"www-authenticate": "Bearer"})
+        if not may(actor, role):
+            raise Refused(403, f"{actor.name} is {actor.role}: this needs {role}")
+        return actor
+
+    async def known(self, request: HTTPConnection) -> Actor | None:
+        """Who asks, if that is known. Raises Refused for another site's request with the cookie of a session."""
+        if (actor := request.scope.get(_LOCAL)) is not None:
+            return actor  # type: ignore[no-any-return]
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if token:
+            return await self._holder(token.strip()) if scheme.lower() == "bearer" else None
+        if not (session := request.cookies.get(COOKIE)):
+            return None
+        if request.scope.get("method") not in _SAFE or request.scope["type"] == "websocket":
+            check_origin(request)
+        return await self._holder(session)
+
+    async def _holder(self, token: str) -> Actor | None:
+        found = await self._store.token_holder(token[:200])
+        if found is None and not self._refusals.take():
+            raise Refused(429, "too many wrong tokens: try again later", headers={"retry-after": "2"})
+        return found
+
+    async def log_in(self, given: str, response: Response, *, secure: bool) -> bool:
+        """Begin a browser's session with a link's code or a token. False if it is worth none. Raises Refused."""
+        session = new_token()
+        if await self._store.open_session(given[:200], session) is None:
+            if not self._refusals.take():
+                raise Refused(429, "too many wrong tokens: try again later", headers={"retry-after": "2"})
+            return False
+        response.set_cookie(
+            COOKIE, session, max_age=SESSION_SECONDS, httponly=True, samesite="lax", secure=secure, path="/"
+        )
+        return True
+
+    async def log_out(self, request: HTTPConnection, response: Response) -> None:
+        if session := request.cookies.get(COOKIE):
+            check_origin(request)
+            await self._store.close_session(session[:200])
+        response.delete_cookie(COOKIE, path="/")
+
+    @contextmanager
+    def turn(self, actor: Actor) -> Iterator[None]:
+        """While a request of this holder is served. Raises Refused (429) if it sends too many."""
+        bucket = self._buckets.pop(actor.name, None) or _Bucket(PER_SECOND, BURST)
+        self._buckets[actor.name] = bucket
+        if len(self._buckets) > _HOLDERS:
+            self._buckets.popitem(last=False)
+        if bucket.at_once >= AT_ONCE or not bucket.take():
+            raise Refused(429, f"too many requests of {actor.name}: slow down", headers={"retry-after": "1"})
+        bucket.at_once += 1
+        try:
+            yield
+        finally:
+            bucket.at_once -= 1
+
+
+def check_origin(request: HTTPConnection) -> None:
+    """A browser says which site a form or a script came from; a cookie alone proves nothing. Raises Refused (403)."""
+    given: Any = request.headers.get("origin", "")
+    _, _, host = given.partition("://")
+    if not host or host != request.headers.get("host"):
+        raise Refused(403, "this request came from another site")

@@ -1,0 +1,195 @@
+"""One route of the API as a value: who may call it, what it takes and answers. The server's routes and its OpenAPI
+document are made from the same list."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final, get_origin
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from swarm.api import body
+from swarm.api.auth import Auth
+from swarm.api.feed import Feed
+from swarm.api.problem import Refused, of, problem
+from swarm.base import jsontext
+from swarm.base.log import logger
+from swarm.base.plain import plain
+from swarm.errors import SwarmError
+from swarm.fields import sentence
+from swarm.model import Role
+from swarm.store.registry.tokens import Actor
+from swarm.store.store import Store
+
+log = logger(__name__)
+
+MAX_BODY_BYTES: Final = 1 << 20
+BODY_SECONDS: Final = 30.0
+JSON: Final = "application/json"
+
+
+class Fields(BaseModel):
+    """The base of what a request may give, in its body or its query: nothing else is taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What handlers work with."""
+
+    store: Store
+    feed: Feed
+    auth: Auth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request, checked. ``query`` and ``body`` are of the endpoint's models."""
+
+    context: Context
+    request: Request
+    actor: Actor
+    path: Mapping[str, str]
+    query: Any
+    body: Any
+
+    @property
+    def store(self) -> Store:
+        return self.context.store
+
+
+Handler = Callable[[Call], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """``handler`` returns what `answer` describes (dataclasses as they are), or a Response. ``path`` as Starlette
+    writes it, such as '/v1/tickets/{id}'. ``errors``: statuses that it may answer besides those of every route."""
+
+    method: str
+    path: str
+    role: Role
+    summary: str
+    handler: Handler
+    query: type[Fields] | None = None
+    body: type[BaseModel] | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+    answer: Any = None  # a type; None: no content
+    status: int = 200
+    media_type: str = JSON
+    errors: Mapping[int, str] = field(default_factory=dict)
+
+
+def route(endpoint: Endpoint, context: Context) -> Route:
+    async def serve(request: Request) -> Response:
+        return await guarded(lambda: _serve(endpoint, context, request))
+
+    return Route(endpoint.path, serve, methods=[endpoint.method])
+
+
+async def guarded(work: Callable[[], Awaitable[Response]]) -> Response:
+    """What is raised becomes a problem: never a traceback, and nothing about this server."""
+    try:
+        return await work()
+    except SwarmError as error:
+        refused = of(error)
+        if refused.status >= 500:
+            log.warning("a request could not be served", error=str(error))
+    except Refused as error:
+        refused = error
+    except Exception as error:
+        log.error("a request failed by a bug in Swarm", error=f"{type(error).__name__}: {error}")
+        refused = Refused(500, "an internal error; the server's log has details")
+    return problem(refused.status, refused.detail, headers=refused.headers)
+
+
+async def _serve(endpoint: Endpoint, context: Context, request: Request) -> Response:
+    actor = await context.auth.actor(request, endpoint.role)
+    with ExitStack() as turn:
+        turn.enter_context(context.auth.turn(actor))
+        call = Call(
+            context=context,
+            request=request,
+            actor=actor,
+            path=request.path_params,
+            query=_query(endpoint.query, request) if endpoint.query is not None else None,
+            body=await _body(endpoint, request) if endpoint.body is not None else None,
+        )
+        answer = await endpoint.handler(call)
+        if isinstance(answer, StreamingResponse):  # it goes on after this function
+            held = turn.pop_all()
+            answer.background = BackgroundTask(held.close)
+            answer.body_iterator = _closing(answer.body_iterator, held)
+        if isinstance(answer, Response):
+            return answer
+        if endpoint.answer is None:
+            return Response(status_code=204)
+        text = await asyncio.to_thread(encode, answer)
+        return Response(text, status_code=endpoint.status, media_type=JSON, headers={"cache-control": "no-store"})
+
+
+async def _closing(parts: Any, held: ExitStack) -> Any:
+    """Also when the client goes away: then no background task runs."""
+    try:
+        async for part in parts:
+            yield part
+    finally:
+        held.close()
+
+
+def encode(value: object) -> bytes:
+    return json.dumps(plain(value), ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def _query(model: type[Fields], request: Request) -> Any:
+    given: dict[str, Any] = {}
+    for name in request.query_params:
+        field_ = model.model_fields.get(name)
+        many = field_ is not None and get_origin(field_.annotation) in (tuple, list)
+        values = request.query_params.getlist(name)
+        if not many and len(values) > 1:
+            raise Refused(400, f"{name}: give it once")
+        given[name] = values if many else values[0]
+    return _validated(model, given, "the query")
+
+
+async def _body(endpoint: Endpoint, request: Request) -> Any:
+    assert endpoint.body is not None
+    kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    if kind != JSON:
+        raise Refused(415, f"the body must be {JSON}, not {kind[:80]}", headers=body.CLOSE)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            data = await body.read(request, endpoint.max_body_bytes)
+    except TimeoutError:
+        raise Refused(408, f"the body did not arrive within {BODY_SECONDS:g} s", headers=body.CLOSE) from None
+    return await asyncio.to_thread(_parsed, endpoint.body, data)
+
+
+def _parsed(model: type[BaseModel], data: bytes) -> Any:
+    try:
+        given = jsontext.loads(data.decode("utf-8")) if data else {}
+    except jsontext.TooDeep as error:
+        raise Refused(400, f"the body is {error}") from None
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON in UTF-8 ({error})") from None
+    return _validated(model, given, "the body")
+
+
+def _validated(model: type[BaseModel], given: object, what: str) -> Any:
+    if not isinstance(given, dict):
+        raise Refused(400, f"{what} must be an object")
+    try:
+        return model.model_validate(given)
+    except pydantic.ValidationError as error:
+        raise Refused(400, f"{what}: {sentence(error, model)}") from None

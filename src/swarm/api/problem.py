@@ -1,0 +1,44 @@
+"""Errors as answers: RFC 9457 (application/problem+json), with the sentence that the command line prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Final
+
+from starlette.responses import Response
+
+from swarm.errors import ChangeRefused, Conflict, NotFound, StoreError, SwarmError, UsageError
+
+MEDIA_TYPE: Final = "application/problem+json"
+RETRY_SECONDS: Final = 2
+
+_STATUS: Final = (
+    (UsageError, 400),
+    (NotFound, 404),
+    (Conflict, 409),
+    (ChangeRefused, 409),
+    (StoreError, 503),
+    (SwarmError, 500),
+)
+
+
+class Refused(Exception):
+    """A request that is answered with an error which is no SwarmError, such as a missing token."""
+
+    def __init__(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, dict(headers or {})
+
+
+def problem(status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> Response:
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    text = json.dumps(body, ensure_ascii=False).encode(errors="replace")
+    return Response(text, status_code=status, media_type=MEDIA_TYPE, headers=dict(headers or {}))
+
+
+def of(error: SwarmError) -> Refused:
+    status = next(status for kind, status in _STATUS if isinstance(error, kind))
+    headers = {"retry-after": str(RETRY_SECONDS)} if status == 503 else {}
+    return Refused(status, str(error), headers=headers)

@@ -1,0 +1,113 @@
+"""`swarm token …`: who may call the API of `swarm serve`. `swarm dashboard`: let a browser in."""
+
+from __future__ import annotations
+
+import getpass
+import re
+from typing import Annotated
+
+import typer
+
+from swarm.cli.frame import Cli, command, new_app
+from swarm.cli.ui.table import Column
+from swarm.model import Role
+
+app = new_app("token", "Create, list and revoke tokens for the API of `swarm serve`.")
+
+_UNITS = {"m": 60, "h": 3600, "d": 86_400}
+
+
+@command(
+    app,
+    "create",
+    examples=[
+        "swarm token create --name ci --role operator",
+        "swarm token create --name grafana --role viewer --expires 90d",
+        "swarm token create --name team-a --role operator --project a",
+    ],
+    json=True,
+)
+async def create(
+    cli: Cli,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Whose it is; events name it.")],
+    role: Annotated[
+        Role,
+        typer.Option(
+            "--role",
+            help="viewer reads; operator also adds, cancels, retries, answers and deletes tickets; admin does all.",
+        ),
+    ] = Role.VIEWER,
+    project: Annotated[
+        str | None, typer.Option("--project", metavar="NAME", help="Only tickets of this project exist for it.")
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option("--expires", metavar="TIME", help="Such as 30d, 12h or 45m. Default: never.")
+    ] = None,
+) -> None:
+    """Create a token and print it: this is the only time that it is shown."""
+    from swarm.errors import UsageError
+    from swarm.store.registry.tokens import Actor, new_token
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}", name):
+        raise UsageError("--name takes up to 63 letters, digits and . _ @ -, with a letter or digit first")
+    token = new_token()
+    actor = Actor(name=name, role=role, project_id=project)
+    async with cli.store() as store:
+        await store.add_token(token, actor, by=getpass.getuser(), expires_seconds=_seconds(expires))
+    cli.out.result({"name": name, "role": role, "project": project, "token": token}, token)
+
+
+def _seconds(text: str | None) -> float | None:
+    from swarm.errors import UsageError
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9][0-9]{0,4})([mhd])", text)
+    if not found:
+        raise UsageError(f"--expires takes a number and m, h or d, such as 30d, not {text!r}")
+    return float(int(found[1]) * _UNITS[found[2]])
+
+
+@command(app, "list", examples=["swarm token list", "swarm token list --json"], json=True)
+async def list_(cli: Cli) -> None:
+    """List tokens: who has them, as what, and when they were used last. No command shows a token again."""
+    async with cli.store() as store:
+        rows = await store.tokens()
+    lines = [
+        (row.name, row.role, row.project_id, row.created_by, row.created_at, row.expires_at, row.last_used_at)
+        for row in rows
+    ]
+    columns = (
+        "NAME", "ROLE", "PROJECT", Column("CREATED BY", drop=2), Column("CREATED", drop=1), "EXPIRES", "LAST USED",
+    )  # fmt: skip
+    cli.out.listing(rows, columns, lines, empty="no tokens")
+
+
+@command(app, "revoke", examples=["swarm token revoke ci"])
+async def revoke(cli: Cli, name: Annotated[str, typer.Argument(metavar="NAME", help="Name or id of a token.")]) -> None:
+    """Revoke a token, and end the sessions of browsers that it let in. What it began goes on."""
+    async with cli.store() as store:
+        row = await store.revoke_token(name, by=getpass.getuser())
+    cli.out.line(f"token {row.name} is revoked")
+
+
+def register(program: typer.Typer) -> None:
+    command(program, examples=["swarm dashboard", "swarm dashboard --role viewer"], json=True)(dashboard)
+
+
+async def dashboard(
+    cli: Cli,
+    role: Annotated[Role, typer.Option("--role", help="What this browser may do.")] = Role.ADMIN,
+    url: Annotated[
+        str, typer.Option("--url", metavar="URL", help="Where `swarm serve` is reached.")
+    ] = "http://127.0.0.1:8420",
+) -> None:
+    """Print a link that lets a browser in, once, within five minutes."""
+    from swarm.store.registry.tokens import LINK_SECONDS, Actor, new_token
+
+    code, user = new_token(), getpass.getuser()
+    async with cli.store() as store:
+        actor = Actor(name=user, role=role)
+        await store.add_token(code, actor, by=user, kind="link", expires_seconds=LINK_SECONDS)
+    link = f"{url.rstrip('/')}/login?code={code}"
+    cli.out.result({"url": link, "seconds": LINK_SECONDS}, link)

@@ -1,0 +1,67 @@
+"""A browser's session: begun by a link or a token, ended by a button."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from swarm.api.auth import check_origin
+from swarm.api.endpoint import Context
+from swarm.api.problem import Refused
+from swarm.dashboard.render import html
+
+_FORM_BYTES: Final = 4096
+
+
+def routes(context: Context) -> list[BaseRoute]:
+    async def show(request: Request) -> Response:
+        """With ?code=, the link of `swarm dashboard`, it logs in; otherwise it asks for a token."""
+        if code := request.query_params.get("code"):
+            return await _enter(context, request, code, "/")
+        return html("login.html", actor=None, wrong="", next=_own(request.query_params.get("next")))
+
+    async def enter(request: Request) -> Response:
+        try:
+            check_origin(request)
+            if not request.headers.get("content-length", "").isdecimal():
+                raise Refused(411, "the length of the body must be given")
+            if int(request.headers["content-length"][:9]) > _FORM_BYTES:
+                raise Refused(413, "the form is too large")
+            form = await request.form(max_files=0, max_fields=4)
+        except Refused as error:
+            return html("login.html", actor=None, status=error.status, wrong=error.detail, next="/")
+        return await _enter(context, request, str(form.get("token", "")).strip(), _own(str(form.get("next", ""))))
+
+    async def leave(request: Request) -> Response:
+        response = RedirectResponse("/login", status_code=303)
+        try:
+            await context.auth.log_out(request, response)
+        except Refused as error:
+            return html("error.html", actor=None, status=error.status, detail=error.detail)
+        return response
+
+    return [
+        Route("/login", show, methods=["GET"]),
+        Route("/login", enter, methods=["POST"]),
+        Route("/logout", leave, methods=["POST"]),
+    ]
+
+
+async def _enter(context: Context, request: Request, given: str, to: str) -> Response:
+    response = RedirectResponse(to, status_code=303)
+    try:
+        if await context.auth.log_in(given, response, secure=request.url.scheme == "https"):
+            return response
+        wrong, status = "this token or link is not valid, or no longer", 401
+    except Refused as error:
+        wrong, status = error.detail, error.status
+    return html("login.html", actor=None, status=status, wrong=wrong, next=to)
+
+
+def _own(address: str | None) -> str:
+    """An address of this server, and no other."""
+    own = address or "/"
+    return own if own.startswith("/") and not own.startswith(("//", "/\\")) and own.isprintable() else "/"

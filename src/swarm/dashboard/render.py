@@ -1,0 +1,102 @@
+"""Templates, and how a page answers: to whom, with what, and with errors that a person can read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+from urllib.parse import quote
+
+import jinja2
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from swarm.api.auth import may
+from swarm.api.endpoint import Context
+from swarm.api.problem import Refused, of
+from swarm.base.log import logger
+from swarm.dashboard.visible import visible
+from swarm.errors import SwarmError
+from swarm.model import Role
+from swarm.store.registry.tokens import Actor
+
+log = logger(__name__)
+
+_TYPES: Final[Mapping[str, str]] = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_YEAR: Final = "public, max-age=31536000, immutable"
+
+Page = Callable[[Context, Request, Actor], Awaitable[Response]]
+
+
+@cache
+def environment() -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("swarm.dashboard", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["visible"] = visible
+    made.globals["static"] = address
+    made.globals["Role"] = Role
+    made.globals["may"] = may
+    return made
+
+
+def html(template: str, *, actor: Actor | None, status: int = 200, **values: Any) -> HTMLResponse:
+    """A page from a template, for whoever is logged in (None: nobody)."""
+    text = environment().get_template(template).render(actor=actor, **values)
+    return HTMLResponse(text, status_code=status, headers={"cache-control": "no-store"})
+
+
+def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, method: str = "GET") -> Route:
+    """A route that ``role`` may use. Who is not logged in is asked to be, and then comes back."""
+
+    async def serve(request: Request) -> Response:
+        actor: Actor | None = None
+        try:
+            actor = await context.auth.known(request)
+            if actor is None:
+                back = quote(request.url.path + (f"?{request.url.query}" if request.url.query else ""), safe="")
+                return RedirectResponse(f"/login?next={back}", status_code=303)
+            if not may(actor, role):
+                raise Refused(403, f"{actor.name} is {actor.role}: this needs {role}")
+            with context.auth.turn(actor):
+                return await work(context, request, actor)
+        except SwarmError as error:
+            refused = of(error)
+        except Refused as error:
+            refused = error
+        except Exception as error:
+            log.error("a page failed by a bug in Swarm", error=f"{type(error).__name__}: {error}")
+            refused = Refused(500, "an internal error; the server's log has details")
+        return html("error.html", actor=actor, status=refused.status, detail=refused.detail)
+
+    return Route(path, serve, methods=[method])
+
+
+@cache
+def _file(name: str) -> bytes | None:
+    """Of the directory static/, whose files don't change while the server runs."""
+    found = resources.files("swarm.dashboard").joinpath("static", name)
+    return found.read_bytes() if "/" not in name and found.is_file() else None
+
+
+@cache
+def address(name: str) -> str:
+    """Of a static file: another one whenever its content is, so that browsers may keep it."""
+    data = _file(name)
+    assert data is not None, name
+    return f"/static/{hashlib.sha256(data).hexdigest()[:12]}/{name}"
+
+
+async def static(request: Request) -> Response:
+    data = _file(request.path_params["name"])
+    if data is None:
+        return Response(status_code=404)
+    kind = _TYPES.get(request.path_params["name"].rpartition(".")[2], "application/octet-stream")
+    return Response(data, media_type=kind, headers={"cache-control": _YEAR})

@@ -1,0 +1,144 @@
+"""Tokens as rows: who may call the API, and as what. A token itself is kept nowhere, only its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+from swarm.base import versions
+from swarm.errors import Conflict, NotFound
+from swarm.model import Role
+from swarm.store.sql.database import Row, Tx, one_row
+from swarm.store.sql.dialect import Sql
+from swarm.store.sql.rows import iso, new_id, value
+from swarm.store.tickets import events
+
+SESSION_SECONDS: Final = 7 * 86_400
+LINK_SECONDS: Final = 300
+_USED_MS: Final = 60_000  # `last_used_at` is no more exact than that: a token is used often
+
+_COLUMNS: Final = "id, name, role, project_id, created_by, created_at, expires_at, last_used_at"
+_INSERT: Final = one_row(
+    "INSERT INTO tokens (id, name, kind, hash, role, project_id, created_by, created_at, expires_at) "
+    "VALUES (:id, :name, :kind, :hash, :role, :project_id, :created_by, :now, :expires_at)"
+)
+_NAMED: Final = Sql("SELECT id FROM tokens WHERE kind = 'token' AND name = :name")
+_LIST: Final = Sql(f"SELECT {_COLUMNS} FROM tokens WHERE kind = 'token' ORDER BY name, id")
+_BY_HASH: Final = Sql(f"SELECT {_COLUMNS}, kind FROM tokens WHERE hash = :hash")
+_USED: Final = Sql("UPDATE tokens SET last_used_at = :now WHERE id = :id")
+_DELETE: Final = Sql("DELETE FROM tokens WHERE id = :id")
+_DELETE_OLD: Final = Sql("DELETE FROM tokens WHERE kind <> 'token' AND expires_at < :now_ms")
+# With a token go the sessions that it began.
+_DELETE_MADE: Final = Sql("DELETE FROM tokens WHERE kind <> 'token' AND created_by = :id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actor:
+    """Who asks. ``name``: as events have it. With a ``project_id``, other projects don't exist for it."""
+
+    name: str
+    role: Role
+    project_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRow:
+    """What may be shown of a token. Times are ISO-8601."""
+
+    id: str
+    name: str
+    role: str
+    project_id: str | None
+    created_by: str
+    created_at: str | None
+    expires_at: str | None
+    last_used_at: str | None
+
+
+def new_token() -> str:
+    return f"swarm_{secrets.token_urlsafe(32)}"
+
+
+def digest(token: str) -> str:
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()
+
+
+def add(tx: Tx, token: str, actor: Actor, *, kind: str, by: str, expires_seconds: float | None) -> None:
+    """``kind``: 'token', 'session' or 'link'. Raises Conflict if a token has this name."""
+    if kind == "token" and tx.first(_NAMED, name=actor.name) is not None:
+        raise Conflict(f"there is a token {actor.name!r}; choose another name, or revoke that one first")
+    tx.run(
+        _INSERT,
+        id=new_id(tx.now_ms),
+        name=actor.name,
+        kind=kind,
+        hash=digest(token),
+        role=str(actor.role),
+        project_id=actor.project_id,
+        created_by=by,
+        now=tx.now,
+        expires_at=None if expires_seconds is None else tx.now_ms + round(expires_seconds * 1000),
+    )
+    if kind == "token":
+        events.record(tx, "token.create", by=by, name=actor.name, role=actor.role, project=actor.project_id)
+    tx.run(_DELETE_OLD, now_ms=tx.now_ms)
+
+
+def tokens(tx: Tx) -> list[TokenRow]:
+    return [_row(row) for row in tx.all(_LIST)]
+
+
+def find(tx: Tx, token: str) -> tuple[Actor, str, bool] | None:
+    """The holder of a token or session that has not expired, its id, and whether `use` should say that it is used."""
+    row = tx.first(_BY_HASH, hash=digest(token))
+    if row is None or row.kind == "link" or (row.expires_at is not None and row.expires_at <= tx.now_ms):
+        return None
+    stale = row.last_used_at is None or row.last_used_at < iso(tx.now_ms - _USED_MS)
+    return _actor(row), row.id, stale and row.kind == "token"
+
+
+def use(tx: Tx, id: str) -> None:
+    tx.run(_USED, id=id, now=tx.now)
+
+
+def open_session(tx: Tx, given: str, session: str) -> Actor | None:
+    """Make a session of a link, which is then worth nothing more, or of a token. None if it is neither."""
+    row = tx.first(_BY_HASH, hash=digest(given))
+    if row is None or row.kind == "session" or (row.expires_at is not None and row.expires_at <= tx.now_ms):
+        return None
+    if row.kind == "link":
+        tx.run(_DELETE, id=row.id)
+    left = SESSION_SECONDS if row.expires_at is None or row.kind == "link" else (row.expires_at - tx.now_ms) / 1000
+    actor = _actor(row)
+    add(tx, session, actor, kind="session", by=row.id, expires_seconds=min(SESSION_SECONDS, left))
+    return actor
+
+
+def close_session(tx: Tx, session: str) -> None:
+    row = tx.first(_BY_HASH, hash=digest(session))
+    if row is not None and row.kind == "session":
+        tx.run(_DELETE, id=row.id)
+
+
+def revoke(tx: Tx, ref: str, *, by: str) -> TokenRow:
+    """By name or id. Its sessions end too. Raises NotFound."""
+    known = tokens(tx)
+    found = next((row for row in known if ref in (row.name, row.id)), None)
+    if found is None:
+        hint = versions.did_you_mean(ref, [row.name for row in known])
+        raise NotFound(f"no token {ref[:80]!r}{hint or '; `swarm token list` shows all'}")
+    tx.run(_DELETE, id=found.id)
+    tx.run(_DELETE_MADE, id=found.id)
+    events.record(tx, "token.revoke", by=by, name=found.name)
+    return found
+
+
+def _actor(row: Row) -> Actor:
+    known = Role(row.role) if row.role in tuple(Role) else Role.VIEWER  # another program wrote it
+    return Actor(name=row.name, role=known, project_id=row.project_id)
+
+
+def _row(row: Row) -> TokenRow:
+    return value(TokenRow, row, expires_at=None if row.expires_at is None else iso(row.expires_at))

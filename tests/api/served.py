@@ -1,0 +1,83 @@
+"""A server of a test's own, over a real database, and clients of each role."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from swarm import config
+from swarm.api.server import short_path
+from swarm.app import serve, wiring
+from swarm.config import Settings
+from swarm.model import ECHO_AGENT_ID, Agent, Role, Ticket
+from swarm.store.registry.tokens import Actor, new_token
+from swarm.store.store import Store
+
+ECHO = Agent(id=ECHO_AGENT_ID, name="echo", version="1.0.0", path=Path("/nowhere"), entry=("main.py",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """``clients``: one for each role, with its token, and 'nobody' without one."""
+
+    settings: Settings
+    store: Store
+    url: str
+    tokens: Mapping[str, str]
+    clients: Mapping[str, httpx.AsyncClient]
+
+    @property
+    def viewer(self) -> httpx.AsyncClient:
+        return self.clients["viewer"]
+
+    @property
+    def operator(self) -> httpx.AsyncClient:
+        return self.clients["operator"]
+
+    @property
+    def admin(self) -> httpx.AsyncClient:
+        return self.clients["admin"]
+
+    @property
+    def nobody(self) -> httpx.AsyncClient:
+        return self.clients["nobody"]
+
+    async def add(self, id: str, **fields: Any) -> Ticket:
+        values = {"title": id, "state": "ready", "agent_id": ECHO.id, "execution_mode": "agent", **fields}
+        return await self.store.add_ticket(Ticket(id=id, **values))
+
+
+@asynccontextmanager
+async def serving(home: Path) -> AsyncIterator[Served]:
+    settings = config.load(home=home)
+    settings.data_dir.mkdir(parents=True)
+    async with wiring.store(settings) as store:
+        await store.migrate()
+        await store.put_agent(ECHO)
+        tokens = {str(role): new_token() for role in Role}
+        for role, token in tokens.items():
+            await store.add_token(token, Actor(name=f"the-{role}", role=Role(role)), by="test")
+        async with serve.served(settings, host="127.0.0.1", port=0, remote=False) as (url, _):
+            clients = {
+                role: httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=30)
+                for role, token in tokens.items()
+            }
+            clients["nobody"] = httpx.AsyncClient(base_url=url, timeout=30)
+            try:
+                yield Served(settings=settings, store=store, url=url, tokens=tokens, clients=clients)
+            finally:
+                for client in clients.values():
+                    await client.aclose()
+
+
+@asynccontextmanager
+async def on_the_socket(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    with short_path(settings.api_socket) as path:
+        transport = httpx.AsyncHTTPTransport(uds=path)
+        async with httpx.AsyncClient(transport=transport, base_url="http://swarm", timeout=30) as client:
+            yield client

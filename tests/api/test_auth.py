@@ -1,0 +1,156 @@
+"""Who may call: tokens, sessions of browsers, the Unix socket; and nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+
+import httpx
+import pytest
+
+from swarm.api.app import ENDPOINTS
+from swarm.api.auth import BURST, may
+from swarm.api.endpoint import Endpoint
+from swarm.model import Role
+from swarm.store.registry.tokens import Actor, new_token
+from tests.api.served import Served, on_the_socket
+
+
+def refused(answer: httpx.Response, status: int, said: str) -> None:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert body["status"] == status and said in body["detail"] and set(body) == {"type", "title", "status", "detail"}
+
+
+@pytest.mark.parametrize("role", ["nobody", *Role])
+async def test_every_route_asks_for_its_role(served: Served, role: str) -> None:
+    """Roles that are not enough learn nothing, and change nothing, whatever they send."""
+    for endpoint in ENDPOINTS:
+        if role != "nobody" and may(Actor(name="x", role=Role(role)), endpoint.role):
+            continue
+        answer = await _called(served.clients[role], endpoint)
+        refused(answer, 401 if role == "nobody" else 403, "a valid token" if role == "nobody" else "this needs")
+    assert await served.store.tickets() == []
+
+
+async def _called(client: httpx.AsyncClient, endpoint: Endpoint) -> httpx.Response:
+    path = endpoint.path
+    for name in ("id", "digest", "name", "path", "step", "number"):
+        path = path.replace(f"{{{name}}}", "x").replace(f"{{{name}:path}}", "x")
+    return await client.request(endpoint.method, path, json={} if endpoint.body is not None else None)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"authorization": "Bearer x"}, {"authorization": "Basic eDp5"}, {"cookie": "swarm_session=x"}],
+    ids=str,
+)
+async def test_no_valid_token(served: Served, headers: dict[str, str]) -> None:
+    for path in ("/v1/tickets", "/v1/openapi.json"):
+        refused(await served.nobody.get(path, headers=headers), 401, "a valid token is needed")
+    assert (await served.nobody.get("/healthz")).json() == {"status": "ok"}
+    answer = await served.nobody.get("/", headers=headers)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/login?next=%2F")
+
+
+async def test_a_token_expires_and_is_revoked(served: Served) -> None:
+    token = new_token()
+    headers = {"authorization": f"Bearer {token}"}
+    await served.store.add_token(token, Actor(name="ci", role=Role.VIEWER), by="anna", expires_seconds=60)
+    assert (await served.nobody.get("/v1/tickets", headers=headers)).status_code == 200
+    (row,) = [row for row in await served.store.tokens() if row.name == "ci"]
+    assert (row.role, row.created_by, row.last_used_at is not None) == ("viewer", "anna", True)
+    await served.store.shift_clock(61_000)
+    assert (await served.nobody.get("/v1/tickets", headers=headers)).status_code == 401
+    await served.store.shift_clock(-61_000)
+    assert (await served.nobody.get("/v1/tickets", headers=headers)).status_code == 200
+    await served.store.revoke_token("ci", by="anna")
+    assert (await served.nobody.get("/v1/tickets", headers=headers)).status_code == 401
+    changes = [event.data for event in await served.store.events(None) if event.kind == "change"]
+    assert {"did": "token.revoke", "by": "anna", "name": "ci"} in changes
+
+
+async def test_a_token_is_stored_nowhere(served: Served) -> None:
+    data = b"".join(path.read_bytes() for path in served.settings.data_dir.glob("swarm.db*"))
+    assert b"the-viewer" in data
+    assert not [token for token in served.tokens.values() if token.encode() in data]
+
+
+async def test_a_link_is_worth_one_session(served: Served) -> None:
+    code = new_token()
+    await served.store.add_token(
+        code, Actor(name="anna", role=Role.OPERATOR), by="anna", kind="link", expires_seconds=300
+    )
+    bearer = await served.nobody.get("/v1/tickets", headers={"authorization": f"Bearer {code}"})
+    assert bearer.status_code == 401  # it is no token
+    async with httpx.AsyncClient(base_url=served.url) as browser:
+        entered = await browser.get(f"/login?code={code}")
+        assert (entered.status_code, entered.headers["location"]) == (303, "/")
+        cookie = entered.headers["set-cookie"].lower()
+        assert "httponly" in cookie and "samesite=lax" in cookie and "path=/" in cookie
+        assert "anna" in (await browser.get("/")).text
+        assert (await browser.get("/v1/tickets")).status_code == 200
+        again = await served.nobody.get(f"/login?code={code}")
+        assert again.status_code == 401 and "set-cookie" not in again.headers
+        left = await browser.post("/logout", headers={"origin": served.url})
+        assert left.status_code == 303
+        session = entered.cookies["swarm_session"]
+    stale = await served.nobody.get("/v1/tickets", headers={"cookie": f"swarm_session={session}"})
+    assert stale.status_code == 401
+
+
+@pytest.mark.parametrize("origin", [None, "http://evil.example", "null", "http://127.0.0.1:1"])
+async def test_other_sites_use_no_session(served: Served, origin: str | None) -> None:
+    async with httpx.AsyncClient(base_url=served.url) as browser:
+        given = {"token": served.tokens["admin"], "next": "//evil.example"}
+        headers = {"origin": origin} if origin else {}
+        assert (await browser.post("/login", data=given, headers=headers)).status_code == 403
+        entered = await browser.post("/login", data=given, headers={"origin": served.url})
+        assert (entered.status_code, entered.headers["location"]) == (303, "/")
+        answer = await browser.post("/v1/tickets", json={"title": "x", "agent": "echo"}, headers=headers)
+        refused(answer, 403, "another site")
+        assert (await browser.post("/logout", headers=headers)).status_code == 403
+        own = await browser.post("/v1/tickets", json={"title": "x", "agent": "echo"}, headers={"origin": served.url})
+        assert own.status_code == 201
+
+
+async def test_a_session_ends_with_its_token(served: Served) -> None:
+    async with httpx.AsyncClient(base_url=served.url) as browser:
+        await browser.post("/login", data={"token": served.tokens["viewer"]}, headers={"origin": served.url})
+        assert (await browser.get("/v1/tickets")).status_code == 200
+        await served.store.revoke_token("the-viewer", by="anna")
+        assert (await browser.get("/v1/tickets")).status_code == 401
+
+
+async def test_the_socket_is_its_owners(served: Served) -> None:
+    mode = served.settings.api_socket.stat()
+    assert stat.S_IMODE(mode.st_mode) == 0o600 and mode.st_uid == os.getuid()
+    async with on_the_socket(served.settings) as client:
+        assert (await client.post("/v1/tickets", json={"title": "x", "agent": "echo"})).status_code == 201
+    (ticket,) = await served.store.tickets()
+    (event,) = [event for event in await served.store.events(ticket.id) if event.kind == "change"]
+    assert event.data["did"] == "ticket.add" and event.data["by"]
+
+
+async def test_a_project_is_all_that_its_token_sees(served: Served) -> None:
+    for id, project in (("a1", "a"), ("b1", "b"), ("none", None)):
+        await served.add(id, project_id=project)
+    token = new_token()
+    await served.store.add_token(token, Actor(name="team", role=Role.OPERATOR, project_id="a"), by="test")
+    async with httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"}) as team:
+        assert [one["id"] for one in (await team.get("/v1/tickets")).json()["tickets"]] == ["a1"]
+        assert [one["id"] for one in (await team.get("/v1/tickets?project=b")).json()["tickets"]] == ["a1"]
+        for other in ("b1", "none"):
+            refused(await team.get(f"/v1/tickets/{other}"), 404, "no ticket")
+            refused(await team.post(f"/v1/tickets/{other}/cancel"), 404, "no ticket")
+        made = (await team.post("/v1/tickets", json={"title": "x", "agent": "echo"})).json()
+        assert made["project_id"] == "a"
+        refused(await team.post("/v1/tickets", json={"title": "x", "agent": "echo", "project": "b"}), 400, "project")
+
+
+async def test_rates_are_bounded(served: Served) -> None:
+    answers = await asyncio.gather(*(served.viewer.get("/v1/tickets?limit=1") for _ in range(round(BURST) + 300)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert (await served.operator.get("/v1/tickets")).status_code == 200  # others are served

@@ -1,0 +1,134 @@
+"""The API of tickets and their events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from swarm.model import Event
+from tests.api.served import Served
+from tests.api.test_auth import refused
+
+
+async def ids(client: httpx.AsyncClient, query: str = "") -> list[str]:
+    """All pages."""
+    found, after = [], ""
+    while True:
+        answer = (await client.get(f"/v1/tickets?{query}&limit=2{after}")).json()
+        found += [one["id"] for one in answer["tickets"]]
+        if answer["after"] is None:
+            return found
+        after = f"&after={answer['after']}"
+
+
+async def test_a_ticket_is_submitted_once(served: Served) -> None:
+    body = {"title": "x", "agent": "echo", "inputs": {"name": "world"}}
+    first, again = [
+        await served.operator.post("/v1/tickets", json=body, headers={"idempotency-key": "k"}) for _ in range(2)
+    ]
+    assert first.status_code == again.status_code == 201
+    assert first.json()["id"] == again.json()["id"] and first.json()["inputs"] == {"name": "world"}
+    other = await served.operator.post("/v1/tickets", json={**body, "title": "y"}, headers={"idempotency-key": "k"})
+    refused(other, 409, "another request")
+    mine = await served.admin.post("/v1/tickets", json=body, headers={"idempotency-key": "k"})
+    assert mine.json()["id"] != first.json()["id"]  # a key is its sender's
+    assert len(await served.store.tickets()) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"title": "x"}, 400, "either an agent or a workflow"),
+        ({"title": "x", "agent": "ecko"}, 404, "did you mean"),
+        ({"title": "x", "agent": "echo", "nope": 1}, 400, "unknown field"),
+        ({"title": "x", "agent": "echo", "priority": "high"}, 400, "priority"),
+        ({"title": "x", "agent": "echo", "priority": 1 << 40}, 400, "priority"),
+        ({"agent": "echo"}, 400, "title: is missing"),
+        ([], 400, "must be an object"),
+    ],
+    ids=str,
+)
+async def test_bad_submissions(served: Served, body: Any, status: int, said: str) -> None:
+    refused(await served.operator.post("/v1/tickets", json=body), status, said)
+    assert await served.store.tickets() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "said"),
+    [
+        (b"{", {}, 400, "not JSON"),
+        (b"\xff", {}, 400, "not JSON"),
+        (b"[" * 100_000, {}, 400, "nested too deeply"),
+        (b"{}", {"content-type": "text/plain"}, 415, "must be application/json"),
+    ],
+    ids=["cut", "binary", "deep", "no JSON"],
+)
+async def test_bad_bodies(served: Served, content: bytes, headers: dict[str, str], status: int, said: str) -> None:
+    given = {"content-type": "application/json", **headers}
+    refused(await served.operator.post("/v1/tickets", content=content, headers=given), status, said)
+
+
+async def test_a_body_that_is_too_large_is_not_read(served: Served) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+    head = f"Host: x\r\nAuthorization: Bearer {served.tokens['operator']}\r\nContent-Length: 99999999\r\n\r\n"
+    writer.write(f"POST /v1/tickets HTTP/1.1\r\n{head}".encode())
+    async with asyncio.timeout(30):
+        answer = await reader.read()  # to its end: the server closes
+    assert b" 413 " in answer.partition(b"\r\n")[0] and b"the body has more than" in answer
+    writer.close()
+
+
+async def test_pages_and_filters(served: Served) -> None:
+    for number in range(7):
+        await served.add(f"t{number}", title=f"Report {number}", priority=number)
+    await served.store.cancel("t3", "anna")
+    newest = [f"t{number}" for number in reversed(range(7))]
+    assert await ids(served.viewer) == newest
+    assert await ids(served.viewer, "state=cancelled") == ["t3"]
+    assert await ids(served.viewer, "state=cancelled&state=ready") == newest
+    assert await ids(served.viewer, "text=report%205") == ["t5"]
+    assert await ids(served.viewer, "text=by%20anna") == ["t3"]
+    assert await ids(served.viewer, "text=%25") == []
+    assert await ids(served.viewer, "agent=echo") == newest
+    assert await ids(served.viewer, "before=2000-01-01") == []
+    refused(await served.viewer.get("/v1/tickets?after=nonsense"), 400, "after")
+    refused(await served.viewer.get("/v1/tickets?state=gone"), 400, "state")
+    refused(await served.viewer.get("/v1/tickets?limit=501"), 400, "limit")
+    refused(await served.viewer.get("/v1/tickets?sort=id"), 400, "unknown field")
+
+
+async def test_events_follow_live_without_gap_or_double(served: Served) -> None:
+    await served.add("t")
+
+    async def write() -> None:
+        for number in range(200):
+            await served.store.append([Event(ticket_id="t", kind="output", data={"text": f"{number}\n"})])
+        await served.store.cancel("t", "anna")
+
+    async def read(leave_after: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        while True:
+            headers = {"last-event-id": str(found[-1]["seq"])} if found else {}
+            async with served.viewer.stream("GET", "/v1/tickets/t/events/live", headers=headers) as stream:
+                taken = 0
+                async for line in stream.aiter_lines():
+                    if line == "event: end":
+                        return found
+                    if line.startswith("data: "):
+                        found.append(json.loads(line[6:]))
+                        taken += 1
+                        if taken == leave_after:
+                            break
+
+    async with asyncio.timeout(60):
+        _, *readers = await asyncio.gather(write(), *(read(n) for n in (1, 7, 1000)))
+    stored = [event.seq for event in await served.store.events("t")]
+    for found in readers:
+        assert [event["seq"] for event in found] == stored
+        assert [e["data"]["text"] for e in found if e["kind"] == "output"] == [f"{n}\n" for n in range(200)]
+    ranged = (await served.viewer.get(f"/v1/tickets/t/events?after={stored[9]}&limit=5")).json()
+    assert [event["seq"] for event in ranged["events"]] == stored[10:15] and ranged["after"] == stored[14]
