@@ -75,6 +75,7 @@ class Store:
         self._read = ConnectionThread(db, write=False, untold=untold)
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
         self._approvals = approvals.Approvals(self._workflows)
+        self._tokens_used = set[str]()  # of which that is being written
 
     @classmethod
     @asynccontextmanager
@@ -518,8 +519,11 @@ class Store:
         if found is None:
             return None
         actor, id, stale = found
-        if stale:
-            await self._write.call(tokens.use, id)
+        if stale and id not in self._tokens_used:  # nobody waits for that: reading needs no write lock, nor a free disk
+            self._tokens_used.add(id)
+            using = self._write.submit_batch(tokens.use, id)
+            using.add_done_callback(lambda _: self._tokens_used.discard(id))
+            using.add_done_callback(_ignore)
         return actor
 
     async def tokens(self) -> list[TokenRow]:

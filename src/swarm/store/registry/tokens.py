@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -99,8 +100,9 @@ def find(tx: Tx, token: str) -> tuple[Actor, str, bool] | None:
     return _actor(row), row.id, stale and row.kind == "token"
 
 
-def use(tx: Tx, id: str) -> None:
-    tx.run(_USED, id=id, now=tx.now)
+def use(tx: Tx, ids: Sequence[str]) -> list[None]:
+    tx.many(_USED, [{"id": id, "now": tx.now} for id in ids])
+    return [None for _ in ids]
 
 
 def open_session(tx: Tx, given: str, session: str) -> Actor | None:
