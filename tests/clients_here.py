@@ -20,6 +20,8 @@ CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") 
 CLIENTS: Final[dict[str, tuple[list[str], list[str]]]] = {
     "openai": ([], ["openai==3.57.0"]),
     "codex": (["openai-codex-cli-bin==0.163.0"], []),
+    # Only its copy of axe-core, the script that looks for faults of accessibility in a page.
+    "axe": (["axe-playwright-python==0.1.8"], []),
     "claude-agent-sdk": ([], ["claude-agent-sdk==0.2.189"]),
     "mini-swe-agent": (
         ["mini-swe-agent==2.4.6"],

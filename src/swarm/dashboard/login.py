@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 from swarm.api.auth import check_origin
 from swarm.api.endpoint import Context
 from swarm.api.problem import Refused
-from swarm.dashboard.render import html
+from swarm.dashboard.render import form, html
 
 _FORM_BYTES: Final = 4096
 
@@ -26,14 +26,10 @@ def routes(context: Context) -> list[BaseRoute]:
     async def enter(request: Request) -> Response:
         try:
             check_origin(request)
-            if not request.headers.get("content-length", "").isdecimal():
-                raise Refused(411, "the length of the body must be given")
-            if int(request.headers["content-length"][:9]) > _FORM_BYTES:
-                raise Refused(413, "the form is too large")
-            form = await request.form(max_files=0, max_fields=4)
+            given = await form(request, limit=_FORM_BYTES, fields=4)
         except Refused as error:
             return html("login.html", actor=None, status=error.status, wrong=error.detail, next="/")
-        return await _enter(context, request, str(form.get("token", "")).strip(), _own(str(form.get("next", ""))))
+        return await _enter(context, request, str(given.get("token", "")).strip(), _own(str(given.get("next", ""))))
 
     async def leave(request: Request) -> Response:
         response = RedirectResponse("/login", status_code=303)

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import jinja2
+from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -18,13 +19,21 @@ from swarm.api.auth import may
 from swarm.api.endpoint import Context
 from swarm.api.problem import Refused, of
 from swarm.base.log import logger
-from swarm.dashboard.visible import visible
+from swarm.dashboard import text
+from swarm.dashboard.visible import slug, visible
 from swarm.errors import SwarmError
 from swarm.model import Role
 from swarm.store.registry.tokens import Actor
 
 log = logger(__name__)
 
+# The pages of the top line: name, address, and the key that follows `g`.
+SECTIONS: Final = (
+    ("Now", "/", "n"), ("Tickets", "/tickets", "t"), ("Approvals", "/approvals", "a"),
+    ("Workflows", "/workflows", "w"), ("Agents", "/agents", "e"), ("Schedules", "/schedules", "s"),
+    ("Costs", "/costs", "c"), ("Hosts", "/hosts", "h"),
+)  # fmt: skip
+_FORM_BYTES: Final = 256 << 10
 _TYPES: Final[Mapping[str, str]] = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _YEAR: Final = "public, max-age=31536000, immutable"
 
@@ -41,6 +50,10 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters["visible"] = visible
+    made.filters["slug"] = slug
+    for name in ("age", "duration", "money", "size", "stamp", "words"):
+        made.filters[name] = getattr(text, name)
+    made.globals["sections"] = SECTIONS
     made.globals["static"] = address
     made.globals["Role"] = Role
     made.globals["may"] = may
@@ -49,8 +62,8 @@ def environment() -> jinja2.Environment:
 
 def html(template: str, *, actor: Actor | None, status: int = 200, **values: Any) -> HTMLResponse:
     """A page from a template, for whoever is logged in (None: nobody)."""
-    text = environment().get_template(template).render(actor=actor, **values)
-    return HTMLResponse(text, status_code=status, headers={"cache-control": "no-store"})
+    made = environment().get_template(template).render(actor=actor, **values)
+    return HTMLResponse(made, status_code=status, headers={"cache-control": "no-store"})
 
 
 def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, method: str = "GET") -> Route:
@@ -60,6 +73,8 @@ def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, m
         actor: Actor | None = None
         try:
             actor = await context.auth.known(request)
+            if actor is None and "hx-request" in request.headers:  # a part of a page whose session has ended
+                return Response(status_code=401, headers={"hx-refresh": "true"})
             if actor is None:
                 back = quote(request.url.path + (f"?{request.url.query}" if request.url.query else ""), safe="")
                 return RedirectResponse(f"/login?next={back}", status_code=303)
@@ -77,6 +92,23 @@ def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, m
         return html("error.html", actor=actor, status=refused.status, detail=refused.detail)
 
     return Route(path, serve, methods=[method])
+
+
+async def form(request: Request, *, limit: int = _FORM_BYTES, fields: int = 1000) -> FormData:
+    """What a page's form sends. Raises Refused."""
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal():
+        raise Refused(411, "the length of the body must be given")
+    if int(length[:12]) > limit:
+        raise Refused(413, "the form is too large")
+    return await request.form(max_files=0, max_fields=fields)
+
+
+def here(request: Request, **changed: str | None) -> str:
+    """The address of a page, with some of its query changed; None leaves one out."""
+    query = [(name, value) for name, value in request.query_params.multi_items() if name not in changed]
+    query += [(name, value) for name, value in changed.items() if value is not None]
+    return request.url.path + (f"?{urlencode(query)}" if query else "")
 
 
 @cache

@@ -19,6 +19,11 @@ def visible(text: object, *, limit: int = 2000, lines: bool = False) -> str:
     return "".join(c if _is_plain(c, lines) else f"⟨U+{ord(c):04X}⟩" for c in shown)
 
 
+def slug(name: object) -> str:
+    """A name of a state, as a part of a class's name: other programs write states too."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in str(name)[:40].lower())
+
+
 def _is_plain(c: str, lines: bool) -> bool:
     if c in _KEPT:
         return lines

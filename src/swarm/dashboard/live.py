@@ -1,0 +1,60 @@
+"""Tells an open page that what it shows has changed, at most once a second: it then fetches its parts again. What is
+sent tells nothing about what has changed, so all that may read a page may follow it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final
+
+from pydantic import Field
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
+from swarm.api.endpoint import Call, Context, Endpoint, Fields, route
+from swarm.api.v1.events import KEEP_ALIVE_SECONDS
+from swarm.model import Role
+
+LEAST_SECONDS: Final = 1.0
+
+
+class _Query(Fields):
+    ticket: str | None = Field(default=None, max_length=200, description="only changes of this one")
+
+
+async def _follow(call: Call) -> StreamingResponse:
+    return StreamingResponse(
+        _stream(call.context, call.query.ticket), media_type="text/event-stream", headers={"cache-control": "no-store"}
+    )
+
+
+async def _stream(context: Context, ticket_id: str | None) -> AsyncIterator[bytes]:
+    """Once at the beginning: something may have changed since the page was made."""
+    seen: object = None
+    while not context.feed.closed:
+        since = context.feed.now()
+        state = object() if ticket_id is None else await _state(context, ticket_id)
+        if state != seen:
+            seen = state
+            yield b"event: update\ndata: 1\n\n"
+            await asyncio.sleep(LEAST_SECONDS)
+        if not await context.feed.changed(since, timeout_seconds=KEEP_ALIVE_SECONDS) and not context.feed.closed:
+            yield b": \n\n"
+
+
+async def _state(context: Context, ticket_id: str) -> tuple[str, int]:
+    states = await context.store.ticket_states([ticket_id])  # none: it was deleted
+    return states.get(ticket_id, ""), await context.store.last_event(ticket_id)
+
+
+def live(context: Context) -> Route:
+    endpoint = Endpoint(
+        method="GET",
+        path="/live",
+        role=Role.VIEWER,
+        summary="Tells a page of changes (Server-Sent Events)",
+        handler=_follow,
+        query=_Query,
+        media_type="text/event-stream",
+    )
+    return route(endpoint, context)
