@@ -373,7 +373,7 @@ async def test_the_command_serves_until_it_is_told_to_stop(server: Server, numbe
     )  # fmt: skip
     assert process.stdout is not None
     async with asyncio.timeout(60):
-        url = (await process.stdout.readline()).decode().split()[2].partition("/hooks")[0]
+        url = (await process.stdout.readline()).decode().split()[1].rstrip(";")
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             assert (await client.post("/hooks/nightly", content=BODY, headers=server.signed(BODY))).status_code == 202
             # A request that is on its way when the end comes is answered.
@@ -403,7 +403,7 @@ async def test_a_log_that_takes_no_lines_changes_no_answer(server: Server) -> No
     os.close(full)
     assert process.stdout is not None
     async with asyncio.timeout(60):
-        url = (await process.stdout.readline()).decode().split()[2].partition("/hooks")[0]
+        url = (await process.stdout.readline()).decode().split()[1].rstrip(";")
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             assert (await client.post("/hooks/nightly", content=BODY, headers=server.signed(BODY))).status_code == 202
         process.terminate()

@@ -16,9 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from swarm.app import address
 from swarm.base.process import start_time
 from swarm.cli import service
 from swarm.model import RetryPolicy
@@ -73,6 +75,37 @@ async def test_start_status_stop(plain: Bench) -> None:
     assert "ticket ended" in (data / "engine.log").read_text()
     assert await plain.store.workers() == []
     assert (await command(plain, "swarm-engine", "stop"))[1] == "no engine runs\n"
+
+
+async def test_an_engine_with_a_server(plain: Bench) -> None:
+    """`--serve`: one process more, started again when it ends, and gone with the engine; a browser is let in."""
+    status, out, err = await command(plain, "swarm-engine", "start", "--serve", "--serve-port=0")
+    assert status == 0, err
+    try:
+        first = address.running(plain.settings)
+        assert first is not None and first.url in out
+        told = json.loads((await command(plain, "swarm-engine", "status", "--json"))[1])
+        assert told["server"] == {"url": first.url, "pid": first.pid, "started": first.started}
+        assert psutil.Process(first.pid).ppid() == told["engines"][0]["pid"], "not the engine's own process"
+        os.kill(first.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while (again := address.running(plain.settings)) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert again.pid != first.pid
+        assert again.url in (await command(plain, "swarm-engine", "status"))[1]
+        status, out, _ = await command(plain, "swarm", "dashboard", "--no-open")
+        assert status == 0 and out.startswith(f"{again.url}/login?code=")
+        async with httpx.AsyncClient() as browser:
+            assert (await browser.get(out.strip())).headers["location"] == "/"
+            assert (await browser.get(again.url)).status_code == 200
+    finally:
+        status, out, _ = await command(plain, "swarm-engine", "stop")
+    assert status == 0 and address.running(plain.settings) is None
+    assert not address.file(plain.settings).exists() and not plain.settings.api_socket.exists()
+    log = (plain.settings.data_dir / "engine.log").read_text()
+    assert "the server ended; it is started again" in log and log.count("server serves") == 2
+    status, _, err = await command(plain, "swarm", "dashboard")
+    assert status == 2 and "swarm serve" in err
 
 
 async def test_a_pid_file_of_another_process_means_nothing(plain: Bench) -> None:
@@ -193,14 +226,15 @@ async def test_a_database_that_was_replaced_needs_a_person(plain: Bench) -> None
 @pytest.mark.parametrize("home", ["home", "a home", "50 %h", 'quo"te', "back\\\\slash", "$HOME"])
 def test_the_unit(tmp_path: Path, home: str) -> None:
     program = Path(sys.executable).parent / "swarm-engine"
-    argv = [str(program), "unit", "--grace=90", "--max-vms=3", "--warm=auto", "--home", str(tmp_path / home)]
+    argv = [str(program), "unit", "--grace=90", "--max-vms=3", "--warm=auto", "--serve", "--home", str(tmp_path / home)]
     text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     unit = configparser.RawConfigParser(strict=True, delimiters=("=",))
     unit.optionxform = str  # type: ignore[assignment]
     unit.read_string(text)
     service = unit["Service"]
     found = shlex.split(service["ExecStart"])
-    assert found == [str(program), "start", "--foreground", "--grace=90", "--max-vms=3", "--warm=auto"]
+    words = "start --foreground --grace=90 --max-vms=3 --warm=auto --serve"
+    assert shlex.join(found) == f"{shlex.quote(str(program))} {words}"
     assert shlex.split(service["Environment"].replace("%%", "%")) == [f"SWARM_HOME={tmp_path / home}"]
     assert (service["KillMode"], service["Restart"]) == ("mixed", "on-failure")
     assert service["RestartPreventExitStatus"].split() == ["2", "3"]

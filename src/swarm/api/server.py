@@ -20,6 +20,7 @@ from swarm.errors import HostError, UsageError
 
 # How long running requests may take when the server stops.
 GRACE_SECONDS: Final = 10
+_UNREAD_SECONDS: Final = 1.0  # then, for answers that their clients don't read
 HEAD_SECONDS: Final = 10.0
 _MAX_WITHOUT_HEAD: Final = 128  # connections that have not sent one; the oldest makes room
 
@@ -131,7 +132,19 @@ async def _serving(app: Any, bound: socket.socket, head_seconds: float) -> Async
         yield task
     finally:
         server.should_exit = True
-        await finish_uninterrupted(_ended(task))
+        timer = asyncio.get_running_loop().call_later(_UNREAD_SECONDS, _drop_unread, server)
+        try:
+            await finish_uninterrupted(_ended(task))
+        finally:
+            timer.cancel()
+
+
+def _drop_unread(server: uvicorn.Server) -> None:
+    """Connections whose client doesn't read what is sent to it, such as a stream of events: nothing would end them."""
+    for connection in list(server.server_state.connections):
+        transport = connection.transport
+        if transport is not None and transport.get_write_buffer_size():
+            transport.abort()
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -30,6 +30,7 @@ async def examine(settings: Settings) -> Sequence[Check]:
     checks.append(await home.attempt("VM driver", "see the cause", lambda: _driver(settings)))
     checks += await _database(settings)
     checks.append(await _models(settings))
+    checks.append(_server(settings))
     try:
         records = wiring.inventory(settings).records()
     except HostError as error:
@@ -95,6 +96,16 @@ async def _subnet(settings: Settings) -> str:
     bridge = Bridge(subnet=settings.subnet, name=settings.bridge)
     await netns.in_thread(bridge.check_clashes)
     return f"{settings.subnet} on {settings.bridge} is free for VMs"
+
+
+def _server(settings: Settings) -> Check:
+    """That none runs is no fault: tickets don't need one."""
+    from swarm.app import address
+    from swarm.doctor.check import ok
+
+    found = address.running(settings)
+    how = "none runs: `swarm serve` starts one" if found is None else f"{found.url}, process {found.pid}"
+    return ok("server", how)
 
 
 async def _models(settings: Settings) -> Check:

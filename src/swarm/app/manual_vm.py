@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.app import wiring
 from swarm.base.progress import Progress, silent
 from swarm.config import Settings
+from swarm.errors import HostError
 
 if TYPE_CHECKING:
     from swarm.vm.slots.inventory import VmRecord
@@ -49,9 +50,15 @@ async def remove(settings: Settings, n: int) -> None:
 
 
 async def cleanup(settings: Settings, *, force: bool = False) -> CleanupReport:
+    from swarm.app import address
     from swarm.vm.slots import sweep
 
-    return await sweep.cleanup(wiring.inventory(settings), wiring.network(settings), force=force)
+    swept = await sweep.cleanup(wiring.inventory(settings), wiring.network(settings), force=force)
+    try:
+        left = tuple(f"{path}, of a server that was killed" for path in address.forget_dead(settings))
+        return replace(swept, removed=swept.removed + left)
+    except HostError as error:
+        return replace(swept, failed=(*swept.failed, str(error)))
 
 
 async def install_firecracker(

@@ -133,7 +133,7 @@ async def run(
 async def spawn(
     argv: Sequence[str],
     *,
-    output: Path,
+    output: Path | None,
     stdout: int | None = None,
     netns: str | None = None,
     env: Mapping[str, str] | None = None,
@@ -142,7 +142,8 @@ async def spawn(
     die_with_parent: bool = True,
     deaf: bool = False,
 ) -> asyncio.subprocess.Process:
-    """Start a program in a session of its own, and return. Its stdout and stderr are appended to ``output``.
+    """Start a program in a session of its own, and return. Its stdout and stderr are appended to ``output``; with
+    None they go to our stderr.
 
     With ``stdout``, its stdout goes to that descriptor instead. With ``die_with_parent`` the kernel kills it when this
     process dies, however it dies. With ``deaf``, it and its descendants never get SIGHUP, SIGINT and SIGTERM: a
@@ -154,7 +155,7 @@ async def spawn(
     if die_with_parent:
         argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
     log.debug("spawn", argv=shlex.join(argv), output=str(output))
-    with output.open("ab") as out:
+    with output.open("ab") if output is not None else contextlib.nullcontext(2) as out:
         return await _start(
             argv,
             stdin=asyncio.subprocess.DEVNULL,

@@ -29,8 +29,9 @@ async def cleanup(
 ) -> int:
     """Remove Swarm's VMs, namespaces, taps, bridge and work files from this host.
 
-    VMs in use by a live engine stay, and so does their bridge, unless --force is given. Safe to repeat, and on a clean
-    host. Tickets, agents and images are not touched. Exit status 1 if something could not be removed.
+    VMs in use by a live engine stay, and so does their bridge, unless --force is given. The address and the socket of a
+    server that was killed go too. Safe to repeat, and on a clean host. Tickets, agents and images are not touched. Exit
+    status 1 if something could not be removed.
     """
     from swarm.app import manual_vm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 from enum import StrEnum
@@ -17,6 +18,7 @@ from swarm.cli.ui import render
 from swarm.cli.unit import unit
 
 if TYPE_CHECKING:
+    from swarm.app.address import Address
     from swarm.config import Settings
     from swarm.model import Ticket
     from swarm.store.sql.rows import WorkerRow
@@ -58,6 +60,7 @@ _Driver = Annotated[DriverName | None, typer.Option("--driver", help="Driver tha
     examples=[
         "swarm-engine start --foreground --max-vms=2",
         "swarm-engine start --max-vms=8 --warm=2 --grace=120",
+        "swarm-engine start --serve",
         "swarm-engine start --foreground --log-format=json",
     ],
 )
@@ -96,6 +99,12 @@ async def start_(
         LogFormat, typer.Option("--log-format", help="auto: a live view on a terminal, otherwise text.")
     ] = (LogFormat.AUTO),
     driver: _Driver = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Also run `swarm serve` on this host's loopback, until the engine ends.")
+    ] = False,
+    serve_port: Annotated[
+        int, typer.Option("--serve-port", min=0, max=65535, metavar="N", help="Its port; 0 takes a free one.")
+    ] = 8420,
     pid_file: Annotated[Path | None, typer.Option("--pid-file", hidden=True)] = None,
 ) -> None:
     """Run all ready tickets, until stopped. Without --foreground, in the background: see status and stop.
@@ -112,13 +121,21 @@ async def start_(
         argv = [f"--max-vms={max_vms}", f"--grace={grace:g}", f"--warm={warm}"]
         argv += [f"--driver={driver}"] if driver else []
         argv += ["--log-format=json"] if log_format is LogFormat.JSON else []
+        argv += ["--serve", f"--serve-port={serve_port}"] if serve else []
         async with cli.store() as store:
             ours = await service.start(cli.settings, store, argv)
         cli.out.line(f"the engine runs in process {ours.pid}; its log is {service.log_file(cli.settings)}")
+        if serve:
+            server = await service.server_ready(cli.settings)
+            said = "the server does not answer yet: see the log" if server is None else _server_line(server)
+            cli.out.line(said)
         return
     settings = _with_driver(cli.settings, driver)
     with service.pid_written(pid_file):
-        await _serve(cli, settings, max_vms=max_vms, grace_seconds=grace, warm=keep_warm, log_format=log_format)
+        await _serve(
+            cli, settings, max_vms=max_vms, grace_seconds=grace, warm=keep_warm, log_format=log_format,
+            port=serve_port if serve else None,
+        )  # fmt: skip
 
 
 def _with_driver(settings: Settings, driver: DriverName | None) -> Settings:
@@ -137,8 +154,16 @@ def _warm(text: str) -> int | None:
 
 
 async def _serve(
-    cli: Cli, settings: Settings, *, max_vms: int, grace_seconds: float, warm: int | None, log_format: LogFormat
+    cli: Cli,
+    settings: Settings,
+    *,
+    max_vms: int,
+    grace_seconds: float,
+    warm: int | None,
+    log_format: LogFormat,
+    port: int | None,
 ) -> None:
+    """``port``: of the HTTP server; None: there is none."""
     from swarm.app import wiring
     from swarm.base import crash_points
     from swarm.base.log import configure, logger
@@ -152,8 +177,13 @@ async def _serve(
     log = logger("swarm.engine")
     _set_limits()
     view = live.View()
+    as_json = log_format is LogFormat.JSON
+    output = service.log_file(settings) if with_view else None  # lines would tear the view
     async with (
         wiring.store(settings) as store,
+        service.with_server(settings, port, as_json=as_json, output=output)
+        if port is not None
+        else contextlib.nullcontext(),
         wiring.dispatcher(
             settings, store, max_vms=max_vms, grace_seconds=grace_seconds, ended=view.ended, warm=warm
         ) as dispatcher,
@@ -180,7 +210,16 @@ def _set_limits() -> None:
         process.expendable(os.getpid(), _OOM_SCORE)
 
 
-@command(app, "stop", examples=["swarm-engine stop", "swarm-engine stop --now", "swarm-engine stop --timeout 10"])
+@command(
+    app,
+    "stop",
+    examples=[
+        "swarm-engine stop",
+        "swarm-engine stop --now",
+        "swarm-engine stop --timeout 10",
+        "swarm-engine stop --serve",
+    ],
+)
 async def stop(
     cli: Cli,
     now: Annotated[
@@ -189,8 +228,9 @@ async def stop(
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="S", help="Wait at most this many seconds.")
     ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Also stop a `swarm serve` that runs by itself.")] = False,
 ) -> int:
-    """Stop every engine of this home on this host, and wait until it has ended.
+    """Stop every engine of this home on this host, and wait until it has ended; so has its server.
 
     Running tickets get the grace that the engine was started with. Exit status 1 if an engine still runs.
     """
@@ -205,6 +245,12 @@ async def stop(
             cli.out.line(f"engine {one.pid} stopped")
         else:
             cli.out.error(f"engine {one.pid} still runs after {timeout:g} s: use --now, or wait longer")
+    if serve and (server := service.server(cli.settings)) is not None:
+        if await service.stop(server, now=False, timeout_seconds=timeout):
+            cli.out.line(f"server {server.pid} stopped")
+        else:
+            cli.out.error(f"server {server.pid} still runs after {timeout:g} s: wait longer")
+            return 1
     return 0 if all(ended) else 1
 
 
@@ -273,24 +319,27 @@ async def run_ticket(
 
 @command(app, "status", examples=["swarm-engine status", "swarm-engine status --json"], json=True)
 async def status(cli: Cli) -> None:
-    """Show the engines, the queue, and the number of VMs on this host."""
+    """Show the engines, the server, the queue, and the number of VMs on this host."""
     from dataclasses import asdict
 
-    from swarm.app import wiring
+    from swarm.app import address, wiring
     from swarm.cli import service
 
     async with cli.store() as store:
         queue, workers = await store.queue(), await store.workers()
     vms = wiring.inventory(cli.settings).records()
     alive = {row.id: service.is_alive(row) for row in workers}
+    server = address.running(cli.settings)
     if cli.out.json:
         engines = [{**asdict(row), "alive": alive[row.id]} for row in workers]
-        cli.out.dump({"queue": queue, "vms": vms, "engines": engines})
+        cli.out.dump({"queue": queue, "vms": vms, "engines": engines, "server": server})
         return
     for row in workers:
         cli.out.line(_engine_line(row, alive=alive[row.id]))
     if not workers:
         cli.out.line("no engine runs; start one with `swarm-engine start`")
+    if server is not None:
+        cli.out.line(_server_line(server))
     oldest = queue.oldest_ready_ms
     cli.out.fields(
         {
@@ -310,6 +359,10 @@ async def status(cli: Cli) -> None:
 
 
 command(app, "unit", examples=["swarm-engine unit", "swarm-engine unit --max-vms=8 --grace=120"])(unit)
+
+
+def _server_line(server: Address) -> str:
+    return f"server {server.pid} serves {server.url}; `swarm dashboard` lets a browser in"
 
 
 def _engine_line(row: WorkerRow, *, alive: bool) -> str:

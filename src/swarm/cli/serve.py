@@ -1,4 +1,4 @@
-"""`swarm serve`: the HTTP server for webhooks."""
+"""`swarm serve`: the HTTP server."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ async def serve(
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Allow a --host that other hosts can reach.")
     ] = False,
+    json_log: Annotated[bool, typer.Option("--json-log", hidden=True, help="Log lines as JSON.")] = False,
 ) -> None:
-    """Serve webhooks: a signed POST /hooks/NAME adds a ticket that runs the workflow NAME.
+    """Serve the dashboard, the API, webhooks and metrics over HTTP.
 
-    Nothing else is served. The tickets are run by an engine (`swarm-engine start`). Ctrl+C or SIGTERM stops the server,
-    once open requests are answered.
+    `swarm dashboard` lets a browser in, `swarm token create` a program; a signed POST /hooks/NAME adds a ticket that
+    runs the workflow NAME. Tickets are run by an engine: `swarm-engine start`, which with --serve runs this server too.
+    Ctrl+C or SIGTERM stops the server, once open requests are answered.
     """
-    from swarm.app import serve
-    from swarm.base.log import configure
+    from swarm.app import address, serve
+    from swarm.base.log import configure, logger
 
-    configure(debug=cli.debug, info=True)
+    configure(debug=cli.debug, info=True, as_json=json_log)
     async with serve.served(cli.settings, host=host, port=port, remote=allow_remote) as (url, served):
-        cli.out.line(f"serving POST {url}/hooks/NAME; Ctrl+C stops it")
-        stop = asyncio.Event()
-        with stopped_by_signals(stop.set):
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait({stopping, served}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
+        with address.written(cli.settings, url):
+            logger("swarm.serve").info("server serves", url=url)
+            cli.out.line(f"serving {url}; `swarm dashboard` lets a browser in; Ctrl+C stops it")
+            stop = asyncio.Event()
+            with stopped_by_signals(stop.set):
+                stopping = asyncio.create_task(stop.wait())
+                await asyncio.wait({stopping, served}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
     if served.done() and not stop.is_set():
         served.result()

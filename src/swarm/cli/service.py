@@ -13,15 +13,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swarm.app import address
 from swarm.base import files, process
+from swarm.base.aio import cancel_all
+from swarm.base.log import logger
 from swarm.errors import Conflict, HostError, StoreError
 
 if TYPE_CHECKING:
+    from swarm.app.address import Address
     from swarm.config import Settings
     from swarm.store.sql.rows import WorkerRow
     from swarm.store.store import Store
@@ -32,6 +37,11 @@ _PROGRAMS = ("swarm-engine", "swarm.cli.engine")
 _ONE_TICKET = (*_PROGRAMS, "swarm", "swarm.cli.main")
 _SECOND_SIGNAL_SECONDS = 0.2
 _START_SECONDS = 180.0  # at worst it boots a VM with every driver first
+_SERVER_SECONDS = 15.0  # until the server has its address
+_SERVER_GRACE_SECONDS = 11.0  # requests get 10 s to end
+_SERVER_PAUSE_SECONDS = (1.0, 60.0)  # before a server that ended is started again: doubled each time
+
+log = logger("swarm.engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +210,58 @@ async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Proces
     finally:
         dead.cancel()
     return found
+
+
+@contextlib.asynccontextmanager
+async def with_server(settings: Settings, port: int, *, as_json: bool, output: Path | None) -> AsyncIterator[None]:
+    """Run `swarm serve` beside the block, in a process of its own, which is started again whenever it ends. That it
+    can't run ends nothing else. ``output``: of its log; None: our stderr."""
+    task = asyncio.create_task(_keep_serving(settings, port, as_json=as_json, output=output))
+    try:
+        yield
+    finally:
+        await cancel_all([task])
+
+
+async def _keep_serving(settings: Settings, port: int, *, as_json: bool, output: Path | None) -> None:
+    argv = [sys.executable, "-m", "swarm.cli.main", "serve", f"--port={port}", "--home", str(settings.home)]
+    argv += ["--json-log"] if as_json else []
+    least, most = _SERVER_PAUSE_SECONDS
+    pause = least
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        while True:
+            began = time.monotonic()
+            try:
+                child = await process.spawn(argv, output=output, stdout=null, env=dict(os.environ))
+                try:
+                    how = process.how_it_ended(await child.wait())
+                finally:
+                    await process.kill(child, grace_seconds=_SERVER_GRACE_SECONDS)
+            except HostError as error:
+                how = str(error)
+            pause = least if time.monotonic() - began > most else pause
+            log.warning("the server ended; it is started again", how=how, in_seconds=pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, most)
+    finally:
+        os.close(null)
+
+
+async def server_ready(settings: Settings) -> Address | None:
+    """The home's server, once it serves; None if it doesn't within some seconds."""
+    for _ in range(round(_SERVER_SECONDS / 0.05)):
+        if (found := address.running(settings)) is not None:
+            return found
+        await asyncio.sleep(0.05)
+    return None
+
+
+def server(settings: Settings) -> Process | None:
+    """The home's server, if it is one: the file could name any process."""
+    found = address.running(settings)
+    one = None if found is None else Process(pid=found.pid, started=found.started)
+    return one if one and _has_open(one, _database(settings), ("swarm", "swarm.cli.main"), word="serve") else None
 
 
 async def engines(settings: Settings) -> list[Process]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import getpass
+import html
+import os
 import re
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -92,22 +96,53 @@ async def revoke(cli: Cli, name: Annotated[str, typer.Argument(metavar="NAME", h
 
 
 def register(program: typer.Typer) -> None:
-    command(program, examples=["swarm dashboard", "swarm dashboard --role viewer"], json=True)(dashboard)
+    examples = ["swarm dashboard", "swarm dashboard --role viewer", "swarm dashboard --no-open"]
+    command(program, examples=examples, json=True)(dashboard)
 
 
 async def dashboard(
     cli: Cli,
     role: Annotated[Role, typer.Option("--role", help="What this browser may do.")] = Role.ADMIN,
     url: Annotated[
-        str, typer.Option("--url", metavar="URL", help="Where `swarm serve` is reached.")
-    ] = "http://127.0.0.1:8420",
+        str | None,
+        typer.Option("--url", metavar="URL", help="Where the server is reached, if by another address than its own."),
+    ] = None,
+    open_: Annotated[
+        bool | None,
+        typer.Option("--open/--no-open", help="Open a browser. Default: at a terminal with a display."),
+    ] = None,
 ) -> None:
-    """Print a link that lets a browser in, once, within five minutes."""
+    """Print a link that lets a browser in, once, within five minutes; open it where there is a display."""
+    from swarm.app import address
+    from swarm.errors import NotFound
     from swarm.store.registry.tokens import LINK_SECONDS, Actor, new_token
 
+    server = address.running(cli.settings)
+    if url is None and server is None:
+        raise NotFound("no server of this home runs: start one with `swarm serve`, or `swarm-engine start --serve`")
     code, user = new_token(), getpass.getuser()
     async with cli.store() as store:
         actor = Actor(name=user, role=role)
         await store.add_token(code, actor, by=user, kind="link", expires_seconds=LINK_SECONDS)
-    link = f"{url.rstrip('/')}/login?code={code}"
+    place = url or (server.url if server is not None else "")
+    link = f"{place.rstrip('/')}/login?code={code}"
     cli.out.result({"url": link, "seconds": LINK_SECONDS}, link)
+    at_a_display = sys.stdout.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if open_ or (open_ is None and at_a_display and not cli.out.json and "SUDO_USER" not in os.environ):
+        await _open(cli, link)
+
+
+async def _open(cli: Cli, link: str) -> None:
+    """By way of a file that only this user can read: every user of this host sees the arguments of a program."""
+    from swarm.base import files, process
+    from swarm.errors import HostError
+
+    page = cli.settings.data_dir / "dashboard.html"
+    text = f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(link)}"><title>Swarm</title>'
+    try:
+        with files.host_errors(f"can't write {page}"):
+            files.write_atomically(page, text, mode=0o600)
+        argv = ["xdg-open", page.as_uri()]
+        await process.spawn(argv, output=Path(os.devnull), env=dict(os.environ), die_with_parent=False)
+    except HostError as error:
+        cli.out.note(f"no browser is opened ({error}): open the link yourself")

@@ -58,10 +58,12 @@ async def unit(
         int | None, typer.Option("--max-vms", min=1, max=60000, metavar="N", help="As of start.")
     ] = None,
     warm: Annotated[str | None, typer.Option("--warm", metavar="N|auto", help="As of start.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="As of start.")] = False,
 ) -> None:
     """Print a systemd unit for an engine of this home: for /etc/systemd/system/swarm-engine.service."""
     given = {"--max-vms": max_vms, "--warm": warm}
     options = "".join(f" {name}={value}" for name, value in given.items() if value is not None)
+    options += " --serve" if serve else ""
     if warm is not None and not (warm == "auto" or warm.isdecimal()):
         raise UsageError(f"--warm takes a number of VMs, or auto, not {warm!r}")
     program = Path(sys.executable).parent / "swarm-engine"

@@ -1,0 +1,77 @@
+"""Where the server of a home is: `data/serve.json` in the home, for as long as it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.base import files, process
+from swarm.config import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """A live server. ``started``: clock ticks since boot; with the pid, it names the process for ever."""
+
+    url: str
+    pid: int
+    started: int
+
+
+def file(settings: Settings) -> Path:
+    return settings.data_dir / "serve.json"
+
+
+def running(settings: Settings) -> Address | None:
+    """The server of this home; of several, the one that started last."""
+    try:
+        value = json.loads(file(settings).read_text())
+        found = Address(url=str(value["url"]), pid=int(value["pid"]), started=int(value["started"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if process.start_time(found.pid) == found.started else None
+
+
+@contextlib.contextmanager
+def written(settings: Settings, url: str) -> Iterator[None]:
+    """Say that this process serves there, for the length of the block. Raises HostError."""
+    path = file(settings)
+    ours = {"url": url, "pid": os.getpid(), "started": process.start_time(os.getpid())}
+    with files.host_errors(f"can't write {path}"):
+        files.write_atomically(path, json.dumps(ours))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_text()) == ours:  # a server that started later may have replaced it
+                path.unlink()
+
+
+def forget_dead(settings: Settings) -> list[Path]:
+    """Remove what a server that was killed has left. Returns what is removed. Raises HostError."""
+    if running(settings) is not None:
+        return []
+    removed = []
+    for path in (file(settings), settings.api_socket):
+        if path == settings.api_socket and _answers(path):
+            continue
+        with files.host_errors(f"can't remove {path}"), contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            removed.append(path)
+    return removed
+
+
+def _answers(path: Path) -> bool:
+    import socket
+
+    from swarm.api.server import short_path
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        with short_path(path) as short:
+            probe.connect(short)
+        return True
+    return False

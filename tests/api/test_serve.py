@@ -1,0 +1,138 @@
+"""`swarm serve` as a process: where it is, how a browser gets in, how it ends, what it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from swarm import config
+from swarm.app import address, wiring
+from swarm.config import Settings
+from swarm.model import Event, Role, Ticket
+from swarm.store.registry.tokens import Actor, new_token
+from tests.api.served import ECHO
+
+
+@asynccontextmanager
+async def server(settings: Settings) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "swarm.cli.main", "serve", "--port=0", "--home", str(settings.home),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            yield (await process.stdout.readline()).decode().split()[1].rstrip(";"), process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def run(settings: Settings, *argv: str, program: str = "main", **environment: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", f"swarm.cli.{program}", *argv, "--home", str(settings.home),
+        env=os.environ | {"SWARM_STATE_DIR": str(settings.home / "state")} | environment,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode or 0, out.decode()
+
+
+@pytest.fixture
+async def settings(tmp_path: Path) -> Settings:
+    settings = config.load(home=tmp_path / "home")
+    settings.data_dir.mkdir(parents=True)
+    async with wiring.store(settings) as store:
+        await store.migrate()
+        await store.put_agent(ECHO)
+    return settings
+
+
+async def test_it_ends_at_once_with_streams_open(settings: Settings) -> None:
+    """Neither a stream that waits for news holds it up, nor one whose reader reads nothing."""
+    token = new_token()
+    async with wiring.store(settings) as store:
+        await store.add_token(token, Actor(name="ci", role=Role.VIEWER), by="test")
+        for id in ("quiet", "long"):
+            await store.add_ticket(Ticket(id=id, title=id, state="ready", agent_id=ECHO.id, execution_mode="agent"))
+        text = {"stream": "stdout", "text": "x" * 16_000}
+        await store.append([Event(ticket_id="long", kind="output", data=text) for _ in range(600)])
+    headers = {"authorization": f"Bearer {token}"}
+    async with server(settings) as (url, process):
+        port = int(url.rsplit(":", 1)[1])
+        stalled = socket.socket()
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(("127.0.0.1", port))
+        head = f"GET /v1/tickets/long/events/live HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
+        stalled.sendall(head.encode())
+        async with (
+            httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as client,
+            client.stream("GET", "/v1/tickets/quiet/events/live") as answer,
+        ):
+            lines = answer.aiter_lines()
+            assert await anext(lines) == ": open"
+            assert stalled.recv(15) == b"HTTP/1.1 200 OK"
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+            assert time.monotonic() - began < 8, "an answer has 10 s; a stream has none"
+        stalled.close()
+
+
+async def test_where_it_is(settings: Settings) -> None:
+    assert (await run(settings, "dashboard"))[0] == 2
+    async with server(settings) as (url, process):
+        found = address.running(settings)
+        assert found is not None and (found.url, found.pid) == (url, process.pid)
+        status, said = await run(settings, "dashboard", "--json")
+        assert status == 0 and json.loads(said)["url"].startswith(f"{url}/login?code=")
+        assert url in (await run(settings, "status", program="engine"))[1]
+        status, said = await run(settings, "stop", "--serve", program="engine")
+        assert status == 0 and f"server {process.pid} stopped" in said
+        assert await process.wait() == 0
+    assert not address.file(settings).exists() and not settings.api_socket.exists()
+
+
+async def test_a_browser_is_opened_by_no_argument_that_lets_others_in(settings: Settings, tmp_path: Path) -> None:
+    programs, told = tmp_path / "bin", tmp_path / "told"
+    programs.mkdir()
+    opener = programs / "xdg-open"
+    opener.write_text(f'#!/bin/sh\necho "$1" > {told}.part\nmv {told}.part {told}\n')
+    opener.chmod(0o755)
+    async with server(settings) as (url, _):
+        status, said = await run(settings, "dashboard", "--open", PATH=f"{programs}:{os.environ['PATH']}")
+        assert status == 0
+        async with asyncio.timeout(30):
+            while not told.exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        page = Path(told.read_text().strip().removeprefix("file://"))
+        assert said.strip().startswith(url) and said.strip() in page.read_text()
+        assert stat.S_IMODE(page.stat().st_mode) == 0o600
+        assert "code=" not in told.read_text()
+
+
+async def test_what_a_killed_server_leaves_is_removed(settings: Settings) -> None:
+    async with server(settings) as (_, process):
+        process.kill()
+        await process.wait()
+    assert address.file(settings).exists() and settings.api_socket.exists()
+    assert address.running(settings) is None
+    removed = address.forget_dead(settings)
+    assert set(removed) == {address.file(settings), settings.api_socket} and not any(p.exists() for p in removed)
+    async with server(settings):
+        assert address.forget_dead(settings) == [] and settings.api_socket.exists()
+        address.file(settings).unlink()
+        assert address.forget_dead(settings) == [] and settings.api_socket.exists()
