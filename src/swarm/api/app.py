@@ -15,10 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from swarm.api import openapi
 from swarm.api.endpoint import Context, Endpoint, guarded, route
 from swarm.api.problem import problem
-from swarm.api.v1 import events, tickets
+from swarm.api.v1 import actions, events, tickets
 from swarm.model import Role
 
-ENDPOINTS: Final[Sequence[Endpoint]] = (*tickets.ENDPOINTS, *events.ENDPOINTS)
+ENDPOINTS: Final[Sequence[Endpoint]] = (*actions.ENDPOINTS, *tickets.ENDPOINTS, *events.ENDPOINTS)
 
 _HEADERS: Final[Mapping[str, str]] = {
     "x-content-type-options": "nosniff",

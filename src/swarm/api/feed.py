@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Final
 
+from swarm.errors import StoreError
+from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 
 _CHECK_SECONDS: Final = 30.0
+_ALL_SECONDS: Final = 1.0  # since another program may change a ticket without an event
+_EVENTS: Final = 1000
 
 
 class Feed:
     def __init__(self) -> None:
         self._changed = asyncio.Event()
+        self._of_tickets: dict[str, asyncio.Event] = {}
         self.closed = False
 
     @classmethod
@@ -24,25 +30,19 @@ class Feed:
         """Raises StoreError."""
         feed = cls()
         async with store.watching() as wake:
-
-            async def watch() -> None:
-                try:
-                    while True:
-                        await wake.changed(timeout_seconds=_CHECK_SECONDS)
-                        feed._tell()
-                finally:  # the files were replaced: requests find out what is wrong themselves
-                    feed._tell()
-
-            task = asyncio.create_task(watch())
+            task = asyncio.create_task(feed._watch(store, wake))
             try:
                 yield feed
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    def now(self) -> asyncio.Event:
-        """To be taken before the database is read: it is set by the first commit after that."""
-        return self._changed
+    def now(self, ticket_id: str | None = None) -> asyncio.Event:
+        """To be taken before the database is read: it is set by the first commit after that. With ``ticket_id``, by the
+        first that tells of this ticket; and now and then by others."""
+        if ticket_id is None or self.closed:
+            return self._changed
+        return self._of_tickets.setdefault(ticket_id, asyncio.Event())
 
     async def changed(self, since: asyncio.Event, *, timeout_seconds: float) -> bool:
         """Wait for a commit after `now` gave ``since``; False if none came in time, or if the server stops."""
@@ -55,9 +55,35 @@ class Feed:
         """Let all that wait go: the server stops."""
         self.closed = True
         self._tell()
+        self._changed.set()
+        self._tell_of(list(self._of_tickets))
+
+    async def _watch(self, store: Store, wake: Wake) -> None:
+        """One read for all tickets that somebody waits for, instead of one for each of them at every commit."""
+        told = 0.0  # when all were
+        after: int | None = None  # the newest event that was seen; None: unknown
+        try:
+            while True:
+                await wake.changed(timeout_seconds=_CHECK_SECONDS)
+                self._tell()
+                if not self._of_tickets:
+                    after = None
+                    continue
+                changed: Collection[str] | None = None
+                with contextlib.suppress(StoreError):  # requests find out what is wrong themselves
+                    after, changed = await store.tickets_with_events(after, limit=_EVENTS)
+                if changed is None or time.monotonic() - told >= _ALL_SECONDS:
+                    changed, told = list(self._of_tickets), time.monotonic()
+                self._tell_of(changed)
+        finally:  # the files were replaced: requests find out what is wrong themselves
+            self._tell()
+            self._tell_of(list(self._of_tickets))
 
     def _tell(self) -> None:
         told, self._changed = self._changed, asyncio.Event()
         told.set()
-        if self.closed:
-            self._changed.set()
+
+    def _tell_of(self, ticket_ids: Collection[str]) -> None:
+        for id in ticket_ids:
+            if (told := self._of_tickets.pop(id, None)) is not None:
+                told.set()

@@ -81,7 +81,7 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Any]) -> dict[s
     }
     if endpoint.body is not None:
         operation["requestBody"] = {
-            "required": True,
+            "required": any(one.is_required() for one in endpoint.body.model_fields.values()),
             "content": {JSON: {"schema": _schema(endpoint.body, schemas)}},
         }
     return operation

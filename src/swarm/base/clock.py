@@ -1,12 +1,15 @@
-"""Times as text; and the clock of an attempt, from its row to its result, which is monotonic."""
+"""Times and ages as text; and the clock of an attempt, from its row to its result, which is monotonic."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
+
+from swarm.errors import UsageError
 
 # The marks of an attempt, in order, each with the name of the phase that it ends.
 MARKS: Final = (
@@ -24,11 +27,37 @@ MARKS: Final = (
 )
 PHASES: Final = tuple(phase for _, phase in MARKS)
 
+MAX_AGE_SECONDS: Final = 100 * 365 * 86_400  # a time before year 1 has no date
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
 
 def iso(ms: float | None = None) -> str:
     """Milliseconds since the epoch, or now, as ISO-8601 UTC: 2026-01-31T12:00:00.000Z, like every time we print."""
     ms = time.time() * 1000 if ms is None else ms
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def age_seconds(text: str) -> float:
+    """'30d', '12h', '90m', '60s' or '2w' in seconds. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text.strip())
+    if match is None or float(match[1]) * _UNITS[match[2]] > MAX_AGE_SECONDS:
+        raise UsageError(f"{text!r} is not an age up to a century: write a number and s, m, h, d or w, such as 30d")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def moment(text: str) -> str:
+    """An ISO-8601 time, or an age before now, as the database writes times; '' for ''. Raises UsageError."""
+    if not text:
+        return ""
+    try:
+        try:
+            at = datetime.fromisoformat(text)
+        except ValueError:
+            at = datetime.now(UTC) - timedelta(seconds=age_seconds(text))
+        at = (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC)
+    except (UsageError, OverflowError):
+        raise UsageError(f"{text!r} is not a time: write 2026-01-31, 2026-01-31T12:00, or an age such as 7d") from None
+    return at.isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 class Timeline:

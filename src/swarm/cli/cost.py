@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from swarm.base.clock import moment
 from swarm.cli.frame import Cli, command
-from swarm.cli.inputs import moment
 from swarm.cli.ui.render import counted
 from swarm.cli.ui.table import Column
 

@@ -1,14 +1,12 @@
-"""Options that several commands have, and the values as they are typed: inputs of a ticket, ages and times."""
+"""Options that several commands have, and the values as they are typed: inputs of a ticket."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,9 +35,6 @@ NewId = Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the
 Priority = Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10**9, metavar="N", help="At most this many.")]
-
-MAX_AGE_SECONDS: Final = 100 * 365 * 86_400  # a time before year 1 has no date
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def schema_of(agent: Agent | None, workflow: WorkflowRow | None) -> Mapping[str, Any]:
@@ -113,26 +108,3 @@ def _fits(name: str, value: object, whole: Mapping[str, Any]) -> bool:
         return not schema.issues({name: value}, schema.text({**defs, "type": "object", "properties": {name: one}}))
     except schema.SchemaError:
         return True
-
-
-def age_seconds(text: str) -> float:
-    """'30d', '12h', '90m', '60s' or '2w' in seconds. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text.strip())
-    if match is None or float(match[1]) * _UNITS[match[2]] > MAX_AGE_SECONDS:
-        raise UsageError(f"{text!r} is not an age up to a century: write a number and s, m, h, d or w, such as 30d")
-    return float(match[1]) * _UNITS[match[2]]
-
-
-def moment(text: str) -> str:
-    """An ISO-8601 time, or an age before now, as the database writes times; '' for ''. Raises UsageError."""
-    if not text:
-        return ""
-    try:
-        try:
-            at = datetime.fromisoformat(text)
-        except ValueError:
-            at = datetime.now(UTC) - timedelta(seconds=age_seconds(text))
-        at = (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC)
-    except (UsageError, OverflowError):
-        raise UsageError(f"{text!r} is not a time: write 2026-01-31, 2026-01-31T12:00, or an age such as 7d") from None
-    return at.isoformat(timespec="milliseconds")[:-6] + "Z"

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.base.clock import age_seconds, moment
 from swarm.base.plain import plain
 from swarm.cli.frame import Cli, command
-from swarm.cli.inputs import age_seconds, moment
 from swarm.cli.ui.output import Out
 from swarm.cli.ui.render import counted
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import sys
 import uuid
 from typing import TYPE_CHECKING, Annotated
@@ -87,36 +86,27 @@ async def add(
 ) -> int:
     """Add a ticket and print its id. Exit status with --wait: 0 if it is done, 1 otherwise."""
     from swarm.errors import UsageError
+    from swarm.store import submission
 
     if wait and draft:
         raise UsageError("a draft does not run, so --wait would wait for ever: leave out one of --draft and --wait")
-
-    if (agent is None) == (workflow is None):
-        raise UsageError("a ticket runs either an agent or a workflow: give one of --agent and --workflow")
     async with cli.store() as store:
-        chosen_agent = await store.agent(agent) if agent is not None else None
-        chosen_workflow = await store.workflow(workflow) if workflow is not None else None
-        agent_id = chosen_agent.id if chosen_agent else None
-        schema = schema_of(chosen_agent, chosen_workflow)
-        given = read_inputs(inputs, None, input, schema)
+        runner = await submission.runner(store, agent, workflow)
+        given = read_inputs(inputs, None, input, schema_of(*runner))
         needs = [await store.ticket_id(one) for one in after or ()]
         id = id or str(uuid.uuid4())
         uses = 0
         if file:
             given[FILES], uses = await sending.send(store, id, file, all_files=all_files)
         ticket = await store.add_ticket(
-            Ticket(
+            submission.new_ticket(
+                *runner,
                 id=id,
                 title=title,
                 description=description,
-                state=TicketState.DRAFT if draft else TicketState.READY,
+                inputs=given,
+                draft=draft,
                 project_id=project,
-                agent_id=agent_id,
-                assignee_id=agent_id,
-                assignee_type="agent" if agent_id else None,
-                execution_mode=ExecutionMode.AGENT if agent_id else ExecutionMode.WORKFLOW,
-                workflow_id=chosen_workflow.id if chosen_workflow else None,
-                inputs=json.dumps(given, ensure_ascii=False),
                 priority=priority,
                 timeout_seconds=timeout,
                 budget_usd=budget_usd,
@@ -173,25 +163,22 @@ async def show(cli: Cli, id: TicketId) -> None:
 
     async with cli.store() as store:
         id = await store.ticket_id(id)
-        ticket, runs = await store.ticket(id), await store.runs(id)
-        steps, attempts = await store.steps(id), await store.attempts(id)
-        calls, usd = await store.estimates(id)
+        found = await store.details(id)
+        ticket = found.ticket
         await _say_if_unserved(cli, store, ticket)
         names = await store.names((ticket.agent_id, ticket.workflow_id))
     if cli.out.json:
-        estimated = {"calls": calls, "usd": usd}
-        cli.out.dump({"ticket": ticket, "runs": runs, "steps": steps, "attempts": attempts, "estimated": estimated})
+        cli.out.dump(found)
         return
     render.show_ticket(cli.out, ticket, names)
-    if calls:
-        cli.out.line(
-            f"estimated: {render.counted(calls, 'model call')} (${usd:.4f}); `swarm ticket logs {id} --json` says why"
-        )
+    if found.estimated.calls:
+        counted = render.counted(found.estimated.calls, "model call")
+        cli.out.line(f"estimated: {counted} (${found.estimated.usd:.4f}); `swarm ticket logs {id} --json` says why")
     if ticket.execution_mode == ExecutionMode.WORKFLOW or ticket.state == TicketState.WAITING:
-        render.show_steps(cli.out, ticket, runs, steps)
+        render.show_steps(cli.out, ticket, found.runs, found.steps)
     if ticket.execution_mode == ExecutionMode.WORKFLOW:
         return
-    for number, attempt in enumerate(attempts, 1):
+    for number, attempt in enumerate(found.attempts, 1):
         cli.out.line()
         vm = "" if attempt.vm_id is None else f", VM {attempt.vm_id}"
         cli.out.line(f"attempt {number}: {attempt.outcome or 'running'}{vm}, by {attempt.worker}")

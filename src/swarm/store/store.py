@@ -27,9 +27,10 @@ from swarm.model import (
     Succeeded,
     Ticket,
 )
-from swarm.store import audit, spending
+from swarm.store import audit, details, spending
 from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
+from swarm.store.details import TicketDetails
 from swarm.store.registry import agents, schedules, secrets, tokens, webhooks, workers, workflows
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.registry.secrets import Sealed, SecretRow
@@ -42,7 +43,7 @@ from swarm.store.runs.background_planner import BackgroundPlanner
 from swarm.store.runs.packing import Packer
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
 from swarm.store.sql import database
-from swarm.store.sql.database import Database
+from swarm.store.sql.database import Database, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, TicketSummary, WorkerRow
 from swarm.store.sql.threads import ConnectionThread
@@ -202,9 +203,17 @@ class Store:
         """The ids of a page, and where the next one starts."""
         return await self._read.call(pages.ids, which, after=after, limit=limit)
 
-    async def count_tickets(self, which: TicketFilter) -> Count:
-        """Never reads more than some thousand tickets."""
-        return await self._read.call(pages.count, which)
+    async def count_tickets(self, which: TicketFilter, *, after: str | None = None) -> Count:
+        """Never reads more than some thousand tickets. ``after``: as of `ticket_page`."""
+        return await self._read.call(pages.count, which, after=after)
+
+    async def ticket_counts(self, which: TicketFilter) -> dict[str, Count]:
+        """The same for each state, or for each of those that are asked for."""
+        return await self._read.call(pages.counts, which)
+
+    async def details(self, id: str) -> TicketDetails:
+        """A ticket with its runs, steps and attempts. Raises NotFound."""
+        return await self._read.call(details.details, id)
 
     async def runs(self, ticket_id: str) -> list[RunRow]:
         """Oldest first, like `steps` and `attempts`. Empty for a ticket that never ran."""
@@ -227,6 +236,11 @@ class Store:
     async def ticket_states(self, ids: Sequence[str]) -> dict[str, str]:
         """Of those of these tickets that exist."""
         return await self._read.call(tickets.states, tuple(ids))
+
+    async def for_each(self, ids: Sequence[str], act: Callable[[Tx, str], None]) -> dict[str, str]:
+        """``act``, such as `tickets.cancel`, on each of these tickets, in one transaction; why not, of those of which
+        it was refused. Raises ChangeRefused when a trigger did: then nothing was done."""
+        return await self._write.call(tickets.for_each, tuple(ids), act)
 
     async def make_ready(self, ticket_id: str, *, by: str = "hand") -> None:
         """draft → ready. Does nothing when it is ready. Raises NotFound, and Conflict in any other state."""
@@ -451,6 +465,11 @@ class Store:
     async def last_event(self, ticket_id: str) -> int:
         """The ``seq`` of its newest event; 0 if it has none."""
         return await self._read.call(events.last_event, ticket_id)
+
+    async def tickets_with_events(self, after: int | None, *, limit: int) -> tuple[int, Collection[str] | None]:
+        """The newest event's ``seq``, and the tickets of those after ``after``; None if it is None, or they are more
+        than ``limit``."""
+        return await self._read.call(events.tickets_with_events, after=after, limit=limit)
 
     async def record(self, did: str, *, by: str, **details: Any) -> None:
         """An event of a change that is of no ticket, such as 'agent.add': who, and what else is to be known."""

@@ -26,6 +26,8 @@ OF_TICKET: Final = Sql(
     "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
 )
 _LAST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE ticket_id = :id")
+_NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events")
+_TICKETS: Final = Sql("SELECT seq, ticket_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
 OF_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
 # What an attempt left, once it has ended. That of a lost one is another's by now.
 _FILES: Final = Sql(
@@ -66,6 +68,16 @@ def record(tx: Tx, /, did: str, *, by: str, ticket_id: str = "", **details: obje
 def last_event(tx: Tx, ticket_id: str) -> int:
     (row,) = tx.all(_LAST, id=ticket_id)
     return int(row.seq)
+
+
+def tickets_with_events(tx: Tx, *, after: int | None, limit: int) -> tuple[int, set[str] | None]:
+    """The newest event, and the tickets of those after ``after``; None if they are not known, or too many."""
+    if after is not None:
+        found = tx.all(_TICKETS, after=after, limit=limit)
+        if len(found) < limit:
+            return found[-1].seq if found else after, {row.ticket_id for row in found}
+    (row,) = tx.all(_NEWEST)
+    return int(row.seq), None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

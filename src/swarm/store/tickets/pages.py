@@ -5,31 +5,48 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from swarm.errors import UsageError
-from swarm.model import TERMINAL_TICKET_STATES
+from swarm.model import TERMINAL_TICKET_STATES, TicketState
 from swarm.store.sql import rows
+from swarm.store.sql.conditions import ENDED, UNFINISHED
 from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import SUMMARY_COLUMNS, TicketSummary
+from swarm.store.tickets import validation
 
-SCANNED: Final = 10_000  # tickets that one page may look at
+SCANNED: Final = 10_000  # tickets that one page or count may look at
 COUNTED: Final = 10_000  # "more than that" is all that a person needs to know
+_RARE: Final = 1000  # so many tickets in live states are read all, and then sorted
 
 _FILTERED: Final = "t.id, t.created_at, t.state, t.project_id, t.agent_id, t.workflow_id"
+_SEARCHED: Final = ", substr(t.title, 1, 500) AS title, substr(t.error, 1, 500) AS error"
 _SUMMARIES: Final = Sql(f"SELECT {SUMMARY_COLUMNS} FROM tickets t WHERE t.id IN :ids")
+# The states of tickets that live and have an index, and its condition.
+_LIVE: Final[Mapping[str, str]] = {
+    TicketState.READY: "t.state = 'ready'",
+    **{
+        state: f"t.state = '{state}' AND t.{UNFINISHED}"
+        for state in (TicketState.IN_PROGRESS, TicketState.WAITING, TicketState.BLOCKED)
+    },
+}
+_NUMBER: Final = {
+    state: Sql(f"SELECT count(*) AS number FROM (SELECT 1 FROM tickets t WHERE {where} LIMIT :limit)")
+    for state, where in _LIVE.items()
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TicketFilter:
-    """Which tickets. ``agent_ids`` and ``workflow_ids``: of any of these; ``text``: in the title or the error, or at
-    the beginning of the id; ``since`` and ``before``: when they were made, ISO-8601."""
+    """Which tickets. ``ids``, ``agent_ids`` and ``workflow_ids``: of any of these; ``text``: in the title or the error,
+    or at the beginning of the id; ``since`` and ``before``: when they were made, ISO-8601."""
 
     states: tuple[str, ...] = ()
     project_id: str | None = None
+    ids: tuple[str, ...] = ()
     agent_ids: tuple[str, ...] = ()
     workflow_ids: tuple[str, ...] = ()
     text: str = ""
@@ -56,100 +73,142 @@ class Count:
 
 def page(tx: Tx, which: TicketFilter, *, after: str | None, limit: int) -> TicketPage:
     """Raises UsageError for an ``after`` that no page gave."""
-    found, more = _matching(tx, which, after=after, limit=limit)
-    whole = {row.id: row for row in tx.all_in(_SUMMARIES, [row.id for row in found])}
-    return TicketPage(tickets=[rows.ticket_summary(whole[row.id]) for row in found], after=more)
+    found, more = ids(tx, which, after=after, limit=limit)
+    whole = {row.id: row for row in tx.all_in(_SUMMARIES, found)}
+    return TicketPage(tickets=[rows.ticket_summary(whole[id]) for id in found], after=more)
 
 
 def ids(tx: Tx, which: TicketFilter, *, after: str | None, limit: int) -> tuple[list[str], str | None]:
     """The ids of a page, and where the next one starts."""
-    found, more = _matching(tx, which, after=after, limit=limit)
-    return [row.id for row in found], more
-
-
-def count(tx: Tx, which: TicketFilter) -> Count:
-    """At most `COUNTED`."""
-    found, more = _matching(tx, which, after=None, limit=COUNTED)
-    return Count(number=len(found), exact=more is None)
-
-
-def _matching(tx: Tx, which: TicketFilter, *, after: str | None, limit: int) -> tuple[list[Any], str | None]:
-    """Rows of `_FILTERED`, and where the rest begins. Ended tickets of one state come from an index of their own; all
-    others are looked for among those made last."""
-    sources = _sources(which.states)
     found, end = list[Any](), list[Any]()
-    for states, indexed in sources:
-        some, last = _from(tx, which, states, indexed, after=after, limit=limit)
+    sources = _sources(tx, which)
+    for source in sources:
+        some, last = _from(tx, which, source, after=after, limit=limit, scanned=SCANNED // len(sources))
         found += some
         end += [last] if last is not None else []
-    found.sort(key=lambda row: (row.created_at or "", row.id), reverse=True)
+    found.sort(key=_place, reverse=True)
     # A source that was not read to its end may have more before its last row: nothing older than that is shown yet.
-    edge = max(((row.created_at or "", row.id) for row in end), default=None)
+    edge = max(map(_place, end), default=None)
     if edge is not None:
-        found = [row for row in found if (row.created_at or "", row.id) >= edge]
+        found = [row for row in found if _place(row) >= edge]
     if len(found) > limit:
         found = found[:limit]
-        edge = (found[-1].created_at or "", found[-1].id)
-    return found, None if edge is None else _cursor(*edge)
+        edge = _place(found[-1])
+    return [row.id for row in found if _has_address(row.id)], None if edge is None else _cursor(*edge)
 
 
-def _sources(states: Sequence[str]) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """Groups of states, and whether they are read by the index of ended tickets."""
-    for state in dict.fromkeys(states):
+def count(tx: Tx, which: TicketFilter, *, after: str | None = None) -> Count:
+    """At most `COUNTED`; not exact either if there is more to look at than may be."""
+    sources = _sources(tx, which, in_order=False)
+    counted, exact = 0, True
+    for source in sources:
+        read = _Read(which, source, after=after)
+        scanned = SCANNED // len(sources) if read.conditions else COUNTED
+        (row,) = tx.all(
+            Sql(
+                f"SELECT count(CASE WHEN {read.matches} THEN 1 END) AS number, count(*) AS seen "
+                f"FROM ({read.all} LIMIT :scanned) t"
+            ),
+            scanned=scanned + 1,
+            **read.values,
+        )
+        counted += min(row.number, scanned)
+        exact = exact and row.seen <= scanned
+    return Count(number=min(counted, COUNTED), exact=exact and counted <= COUNTED)
+
+
+def counts(tx: Tx, which: TicketFilter) -> dict[str, Count]:
+    """Of each state, or of each of the filter's."""
+    return {str(state): count(tx, replace(which, states=(str(state),))) for state in which.states or TicketState}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Tickets that an index finds by ``where``. ``states``: only these of them. Not ``newest_first``: in no order."""
+
+    where: str
+    states: tuple[str, ...] = ()
+    newest_first: bool = True
+
+
+def _sources(tx: Tx, which: TicketFilter, *, in_order: bool = True) -> list[_Source]:
+    """Ended tickets of one state come from an index of their own; those in a live state too, while they are few enough
+    to be sorted; all others are looked for among those made last."""
+    if which.ids:
+        return [_Source(where=f"t.id IN {_in('id', which.ids)}", states=which.states, newest_first=False)]
+    if not which.states:
+        return [_Source(where="1 = 1")]
+    found, others = list[_Source](), list[str]()
+    for state in dict.fromkeys(which.states):
         if state in TERMINAL_TICKET_STATES:
-            yield (state,), True
-    if others := tuple(state for state in dict.fromkeys(states) if state not in TERMINAL_TICKET_STATES):
-        yield others, False
-    if not states:
-        yield (), False
+            found.append(_Source(where=f"t.state = '{TicketState(state)}' AND t.{ENDED}"))
+        elif state in _LIVE and (not in_order or tx.all(_NUMBER[state], limit=_RARE + 1)[0].number <= _RARE):
+            found.append(_Source(where=_LIVE[state], newest_first=False))
+        else:
+            others.append(state)
+    if others:
+        found.append(_Source(where="1 = 1", states=tuple(others)))
+    return found
+
+
+class _Read:
+    """SQL that reads a source, in the order of its index: ``all``, the rows to look at; ``keys``, the same by the index
+    alone; ``matches``: what is wanted of them."""
+
+    def __init__(self, which: TicketFilter, source: _Source, *, after: str | None) -> None:
+        window, self.values = _window(which, after)
+        self.conditions, named = _conditions(which, source.states)
+        self.values |= named
+        self.matches = " AND ".join([*self.conditions, *window]) or "1 = 1"
+        inside = " AND ".join([source.where, *(window if source.newest_first else [])])
+        order = " ORDER BY t.created_at DESC, t.id DESC" if source.newest_first else ""
+        columns = f"{_FILTERED}{_SEARCHED if which.text else ''}" if self.conditions else "t.id, t.created_at"
+        self.all = f"SELECT {columns} FROM tickets t WHERE {inside}{order}"
+        self.keys = f"SELECT t.id, t.created_at FROM tickets t WHERE {inside}{order}"
 
 
 def _from(
-    tx: Tx, which: TicketFilter, states: tuple[str, ...], indexed: bool, *, after: str | None, limit: int
+    tx: Tx, which: TicketFilter, source: _Source, *, after: str | None, limit: int, scanned: int
 ) -> tuple[list[Any], Any]:
     """The first matching rows of one source, and the last row looked at if there may be more."""
-    values: dict[str, Any] = {"scanned": SCANNED, "limit": limit}
-    window = ["t.created_at >= :since"] if which.since else []
-    if which.since:
-        values["since"] = which.since
-    if which.before:
-        window.append("t.created_at < :before")
-        values["before"] = which.before
-    if after is not None:
-        values["created"], values["id"] = _read_cursor(after)
-        window.append("(t.created_at < :created OR t.created_at = :created AND t.id < :id)")
-        window.append("t.created_at <= :created")  # the index starts there
-    if indexed:
-        values["state"] = states[0]
-        window.append("t.state = :state AND t.state IN ('done', 'failed', 'cancelled')")
-    where, named = _conditions(which, () if indexed else states)
-    values |= named
-    in_window = f"FROM tickets t WHERE {' AND '.join(window) or '1 = 1'} ORDER BY t.created_at DESC, t.id DESC"
-    text = ", substr(t.title, 1, 500) AS title, substr(t.error, 1, 500) AS error" if which.text else ""
+    read = _Read(which, source, after=after)
     found = tx.all(
         Sql(
-            f"SELECT t.id, t.created_at FROM (SELECT {_FILTERED}{text} {in_window} LIMIT :scanned) t "
-            f"WHERE {where} ORDER BY t.created_at DESC, t.id DESC LIMIT :limit"
+            f"SELECT t.id, t.created_at FROM ({read.all} LIMIT :scanned) t "
+            f"WHERE {read.matches} ORDER BY t.created_at DESC, t.id DESC LIMIT :limit"
         ),
-        **values,
+        scanned=scanned if source.newest_first else -1,
+        limit=limit,
+        **read.values,
     )
     if len(found) == limit:
         return found, found[-1]
-    last = tx.all(Sql(f"SELECT t.id, t.created_at {in_window} LIMIT 1 OFFSET {SCANNED - 1}"), **_without(values))
-    return found, last[0] if last else None
+    if not source.newest_first:
+        return found, None
+    return found, tx.first(Sql(f"{read.keys} LIMIT 1 OFFSET :skipped"), skipped=scanned - 1, **read.values)
 
 
-def _without(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: each for name, each in values.items() if name in ("since", "before", "created", "id", "state")}
+def _window(which: TicketFilter, after: str | None) -> tuple[list[str], dict[str, Any]]:
+    terms, values = list[str](), dict[str, Any]()
+    if which.since:
+        terms, values = ["t.created_at >= :since"], {"since": which.since}
+    if which.before:
+        terms.append("t.created_at < :before")
+        values["before"] = which.before
+    if after is not None:
+        values["created"], values["after_id"] = _read_cursor(after)
+        terms.append("(t.created_at < :created OR t.created_at = :created AND t.id < :after_id)")
+        terms.append("t.created_at <= :created")  # the index starts there
+    return terms, values
 
 
-def _conditions(which: TicketFilter, states: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    terms, values = ["1 = 1"], dict[str, Any]()
+def _conditions(which: TicketFilter, states: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    terms, values = list[str](), dict[str, Any]()
+    values |= _named("id", which.ids)
     for name, some in (("state", states), ("agent_id", which.agent_ids), ("workflow_id", which.workflow_ids)):
         if some:
-            names = {f"{name}_{number}": str(one) for number, one in enumerate(some)}
-            terms.append(f"t.{name} IN ({', '.join(':' + one for one in names)})")
-            values |= names
+            terms.append(f"t.{name} IN {_in(name, some)}")
+            values |= _named(name, some)
     if which.project_id is not None:
         terms.append("t.project_id = :project_id")
         values["project_id"] = which.project_id
@@ -160,11 +219,33 @@ def _conditions(which: TicketFilter, states: tuple[str, ...]) -> tuple[str, dict
         )
         escaped = "".join(f"!{c}" if c in "!%_" else c for c in which.text.lower())
         values |= {"text": f"%{escaped}%", "id_text": f"{escaped}%"}
-    return " AND ".join(terms), values
+    return terms, values
+
+
+def _named(name: str, some: Sequence[str]) -> dict[str, str]:
+    return {f"{name}_{number}": str(one) for number, one in enumerate(some)}
+
+
+def _in(name: str, some: Sequence[str]) -> str:
+    return f"({', '.join(':' + one for one in _named(name, some))})"
+
+
+def _place(row: Any) -> tuple[str, str]:
+    """Where a row stands in the order. Other programs may have written bytes, which the database has above all text."""
+    created_at, id = (
+        f"\U0010ffff{each!r}" if isinstance(each, bytes) else each or "" for each in (row.created_at, row.id)
+    )
+    return created_at, id
+
+
+def _has_address(id: object) -> bool:
+    return isinstance(id, str) and validation.storable(id)
 
 
 def _cursor(created_at: str, id: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([created_at, id]).encode()).decode().rstrip("=")
+    return (
+        base64.urlsafe_b64encode(json.dumps([rows.lenient(created_at), rows.lenient(id)]).encode()).decode().rstrip("=")
+    )
 
 
 def _read_cursor(text: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -212,6 +212,17 @@ def cancel(tx: Tx, id: str, *, by: str) -> None:
         changes.cancel_runs(live, error=error)
     changes.set_ticket(found.id, found.state, TicketState.CANCELLED, error=error)
     dependencies.release(changes)
+
+
+def for_each(tx: Tx, ids: Sequence[str], act: Callable[[Tx, str], None]) -> dict[str, str]:
+    """Why ``act`` was refused, by id. It must find that before it changes anything."""
+    refused = {}
+    for id in ids:
+        try:
+            act(tx, id)
+        except (NotFound, Conflict) as error:
+            refused[id] = str(error)
+    return refused
 
 
 def states(tx: Tx, ids: Sequence[str]) -> dict[str, str]:
