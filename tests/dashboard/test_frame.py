@@ -24,7 +24,7 @@ def test_files_from_elsewhere_are_the_ones_that_were_looked_at() -> None:
     assert len(listed) == 3
     for digest, name in listed:
         assert hashlib.sha256((_PLACE / "static" / name).read_bytes()).hexdigest() == digest, name
-    own = {"swarm.css", "swarm.js", "icon.svg", "VENDORED.md"}
+    own = {"swarm.css", "pictures.css", "swarm.js", "icon.svg", "VENDORED.md"}
     assert {one.name for one in (_PLACE / "static").iterdir()} == own | {name for _, name in listed}
 
 

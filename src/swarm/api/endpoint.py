@@ -8,7 +8,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final, get_origin
+from typing import TYPE_CHECKING, Any, Final, get_origin
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +30,11 @@ from swarm.model import Role
 from swarm.store.registry.tokens import Actor
 from swarm.store.store import Store
 
+if TYPE_CHECKING:
+    from swarm.config import Settings
+    from swarm.vm.image.image import Images
+    from swarm.vm.template import Templates
+
 log = logger(__name__)
 
 MAX_BODY_BYTES: Final = 1 << 20
@@ -50,6 +55,9 @@ class Context:
     store: Store
     feed: Feed
     auth: Auth
+    settings: Settings
+    images: Images
+    templates: Templates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,14 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
             return await vault.get(name, scope=scope_of(None, None, workflow))
 
         feed = await stack.enter_async_context(Feed.of(opened))
-        context = Context(store=opened, feed=feed, auth=Auth(opened))
+        context = Context(
+            store=opened,
+            feed=feed,
+            auth=Auth(opened),
+            settings=settings,
+            images=wiring.images(settings),
+            templates=wiring.templates(settings),
+        )
         hooks = Hooks(store=opened, secret=secret, evaluator=jail)
         app = application(context, hooks=hooks.route(), pages=pages.routes(context))
         mine = local(app, getpass.getuser())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -37,6 +38,9 @@ _FORM_BYTES: Final = 256 << 10
 _TYPES: Final[Mapping[str, str]] = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _YEAR: Final = "public, max-age=31536000, immutable"
 
+# Tickets that wait for a person, as the top of every page says to who asks for one.
+_waiting: Final[ContextVar[int]] = ContextVar("waiting", default=0)
+
 Page = Callable[[Context, Request, Actor], Awaitable[Response]]
 
 
@@ -62,7 +66,7 @@ def environment() -> jinja2.Environment:
 
 def html(template: str, *, actor: Actor | None, status: int = 200, **values: Any) -> HTMLResponse:
     """A page from a template, for whoever is logged in (None: nobody)."""
-    made = environment().get_template(template).render(actor=actor, **values)
+    made = environment().get_template(template).render(actor=actor, waiting_tickets=_waiting.get(), **values)
     return HTMLResponse(made, status_code=status, headers={"cache-control": "no-store"})
 
 
@@ -80,6 +84,7 @@ def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, m
                 return RedirectResponse(f"/login?next={back}", status_code=303)
             if not may(actor, role):
                 raise Refused(403, f"{actor.name} is {actor.role}: this needs {role}")
+            _waiting.set(await context.store.count_waiting(project_id=actor.project_id))
             with context.auth.turn(actor):
                 return await work(context, request, actor)
         except SwarmError as error:

@@ -85,6 +85,16 @@ SELECT {group} AS name, count(*) AS calls, COALESCE(SUM(c.input_tokens), 0) AS i
 FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC, name
 """
 
+# The newest calls of a range by all that they can be summed by: one read, of a bounded length, for all pictures.
+_RECENT: Final = Sql(
+    "SELECT c.day, c.agent, c.workflow, c.model, count(*) AS calls, COALESCE(SUM(c.tokens), 0) AS tokens, "
+    "COALESCE(SUM(c.cost_usd), 0) AS cost_usd, min(c.at) AS first, "
+    "SUM(CASE WHEN c.status IS NOT NULL AND c.cost_usd IS NULL AND c.tokens > 0 THEN 1 ELSE 0 END) AS unpriced, "
+    "SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS under_way FROM "
+    "(SELECT at, substr(at, 1, 10) AS day, agent, workflow, model, status, tokens, cost_usd FROM model_calls "
+    "WHERE at >= :since AND at < :before ORDER BY at DESC LIMIT :most) c "
+    "GROUP BY c.day, c.agent, c.workflow, c.model"
+)
 _ESTIMATES: Final = Sql(
     "SELECT count(*) AS calls, COALESCE(SUM(cost_usd), 0) AS usd FROM model_calls "
     f"WHERE {_IS_ESTIMATE} AND run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)"
@@ -267,6 +277,27 @@ def costs(tx: Tx, by: By, *, since: str) -> list[Costs]:
     rows = tx.all(Sql(_COSTS.format(group=_GROUPS[by], is_estimate=_IS_ESTIMATE)), since=since)
     found = [Costs(**row._asdict()) for row in rows]
     return sorted(found, key=lambda c: c.name) if by == "day" else found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Calls of one day, agent, workflow and model. ``unpriced`` and ``under_way`` ones are not in ``cost_usd``."""
+
+    day: str
+    agent: str | None
+    workflow: str | None
+    model: str | None
+    calls: int
+    tokens: int
+    cost_usd: float
+    first: str
+    unpriced: int
+    under_way: int
+
+
+def recent(tx: Tx, *, since: str, before: str, most: int) -> list[Spent]:
+    """The newest ``most`` calls of a range. If there are so many in the result, there may be older ones."""
+    return [Spent(**row._asdict()) for row in tx.all(_RECENT, since=since, before=before, most=most)]
 
 
 def estimates(tx: Tx, ticket_id: str) -> tuple[int, float]:

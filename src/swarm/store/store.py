@@ -37,10 +37,11 @@ from swarm.store.registry.secrets import Sealed, SecretRow
 from swarm.store.registry.tokens import Actor, TokenRow
 from swarm.store.registry.webhooks import Once, WebhookAnswer, WebhookCall
 from swarm.store.registry.workflows import WorkflowRow
-from swarm.store.runs import artifacts, packing
+from swarm.store.runs import artifacts, packing, views
 from swarm.store.runs.artifacts import ArtifactRow
 from swarm.store.runs.background_planner import BackgroundPlanner
 from swarm.store.runs.packing import Packer
+from swarm.store.runs.views import RunStates, StepDetails, TryView, WaitingStep
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
 from swarm.store.sql import database
 from swarm.store.sql.database import Database, Tx
@@ -215,6 +216,10 @@ class Store:
         """A ticket with its runs, steps and attempts. Raises NotFound."""
         return await self._read.call(details.details, id)
 
+    async def recent_states(self, *, project_id: str | None = None) -> Mapping[str, Mapping[str, int]]:
+        """Of some thousand of the newest tickets: how many in each state, by their agent's or workflow's id."""
+        return await self._read.call(views.recent_states, project_id=project_id)
+
     async def runs(self, ticket_id: str) -> list[RunRow]:
         """Oldest first, like `steps` and `attempts`. Empty for a ticket that never ran."""
         return await self._read.call(tickets.runs, ticket_id)
@@ -224,6 +229,31 @@ class Store:
 
     async def attempts(self, ticket_id: str) -> list[AttemptRow]:
         return await self._read.call(tickets.attempts, ticket_id)
+
+    async def run_states(self, ticket_id: str, *, run_id: str | None = None, path: str = "") -> RunStates:
+        """The newest run of a ticket, or the one named, with its steps' states; ``path``: of the run nested in it
+        there, such as 'fix[0]/'. Raises NotFound."""
+        return await self._read.call(views.states, ticket_id, run_id=run_id, path=path)
+
+    async def step_details(self, ids: Sequence[str]) -> tuple[list[StepDetails], list[TryView]]:
+        """Of some steps, with texts shortened, and their attempts."""
+        return await self._read.call(views.details, tuple(ids))
+
+    async def step_texts(self, ticket_id: str, *, run_id: str, step_id: str) -> tuple[str, str | None, str | None]:
+        """The id of a step's row, its inputs and its outputs. Raises NotFound."""
+        return await self._read.call(views.step, ticket_id, run_id=run_id, step_id=step_id)
+
+    async def frozen_workflow(self, digest: str) -> str:
+        """The text of a run's workflow. Raises NotFound."""
+        return await self._read.call(views.frozen, digest)
+
+    async def waiting_steps(self, *, project_id: str | None = None) -> tuple[list[WaitingStep], bool]:
+        """The steps that wait for a person, longest first; and whether there are more."""
+        return await self._read.call(views.waiting, project_id=project_id)
+
+    async def count_waiting(self, *, project_id: str | None = None) -> int:
+        """Tickets that wait for a person."""
+        return await self._read.call(views.count_waiting, project_id=project_id)
 
     async def depends_on(self, ticket_id: str) -> list[str]:
         return await self._read.call(dependencies.depends_on, ticket_id)
@@ -503,6 +533,10 @@ class Store:
     async def costs(self, by: spending.By, *, since: str = "") -> list[spending.Costs]:
         """Sums of the model calls since then (ISO-8601)."""
         return await self._read.call(spending.costs, by, since=since)
+
+    async def recent_costs(self, *, since: str, before: str = "9", most: int) -> list[spending.Spent]:
+        """Sums of the newest ``most`` model calls of a range."""
+        return await self._read.call(spending.recent, since=since, before=before, most=most)
 
     async def estimates(self, ticket_id: str) -> tuple[int, float]:
         """How many of a ticket's model calls are estimates, and their USD."""

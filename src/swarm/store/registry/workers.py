@@ -13,6 +13,9 @@ from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import WorkerRow, dump, milliseconds, value
 
+# A live engine updates its row every 2 s; one that has not for this long is frozen, dead, or on a host that is down.
+SILENT_AFTER_SECONDS: Final = 15.0
+
 _HEARTBEAT: Final = Sql(
     "INSERT INTO workers (id, host, pid, started_at, seen_at, info) VALUES (:id, :host, :pid, :now, :now, :info) "
     "ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at, info = excluded.info"
@@ -38,6 +41,10 @@ def workers(tx: Tx) -> list[WorkerRow]:
         )
         for row in tx.all(_ALL)
     ]
+
+
+def is_alive(row: WorkerRow) -> bool:
+    return row.seen_ms_ago < SILENT_AFTER_SECONDS * 1000
 
 
 def _info(text: object) -> dict[str, Any]:

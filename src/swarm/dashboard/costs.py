@@ -1,0 +1,136 @@
+"""What model calls cost, by day, agent, workflow and model, and how much of the budgets is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from swarm.api.endpoint import Context
+from swarm.api.problem import Refused
+from swarm.base.clock import iso
+from swarm.dashboard import svg, text
+from swarm.dashboard.render import here, html
+from swarm.store.registry.tokens import Actor
+from swarm.store.spending import Spent
+
+# Calls that one page sums: some 25 ms. A page says so if there are more, and leads to the older ones.
+MOST_CALLS: Final = 20_000
+RANGES: Final = {"24h": 1, "7d": 7, "30d": 30}
+_BARS: Final = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    name: str
+    calls: int
+    tokens: int
+    cost_usd: float
+
+
+async def show(context: Context, request: Request, actor: Actor) -> Response:
+    if actor.project_id is not None:
+        raise Refused(403, f"{actor.name} is of one project, and costs are of all")
+    chosen = request.query_params.get("range", "7d")
+    days = RANGES.get(chosen, 7)
+    now = datetime.now(UTC)
+    before = _moment(request.query_params.get("before"))
+    since = iso((now - timedelta(days=days)).timestamp() * 1000)
+    rows = await context.store.recent_costs(since=since, before=before or "9", most=MOST_CALLS)
+    calls = sum(row.calls for row in rows)
+    first = min((row.first for row in rows), default=None)
+    complete = calls < MOST_CALLS
+    settings = context.settings
+    today = iso(now.timestamp() * 1000)[:10]
+    spent = [row for row in rows if row.day == today]
+    sums = {
+        "day": _sums(rows, lambda row: row.day),
+        "agent": _sums(rows, lambda row: row.agent or "(none)"),
+        "workflow": _sums(rows, lambda row: row.workflow or "(none)"),
+        "model": _sums(rows, lambda row: row.model or "(unknown)"),
+    }
+    sums["day"].sort(key=lambda line: line.name)
+    agents = await context.store.agents(broken=False)
+    return html(
+        "costs.html",
+        actor=actor,
+        here=here(request),
+        ranges=[(name, here(request, range=name, before=None)) for name in RANGES],
+        chosen=chosen if chosen in RANGES else "7d",
+        before=before,
+        since=since if complete else first,
+        complete=complete,
+        older=None if complete else here(request, before=first),
+        calls=calls,
+        most=MOST_CALLS,
+        cost=sum(row.cost_usd for row in rows),
+        tokens=sum(row.tokens for row in rows),
+        unpriced=sum(row.unpriced for row in rows),
+        under_way=sum(row.under_way for row in rows),
+        sums=sums,
+        pictures={name: _picture(name, lines) for name, lines in sums.items()},
+        day_budget=None if before else _day(settings, spent, whole=complete or (first or "")[:10] < today),
+        budgets=[one for one in agents if one.budget_usd is not None or one.budget_tokens is not None],
+        workflows=[
+            (row, parsed)
+            for row in await context.store.workflows()
+            if '"budget_' in row.definition
+            and ((parsed := row.parsed()).budget_usd is not None or parsed.budget_tokens is not None)
+        ],
+    )
+
+
+def _sums(rows: Iterable[Spent], name: Callable[[Spent], str]) -> list[Line]:
+    found: dict[str, list[Spent]] = {}
+    for row in rows:
+        found.setdefault(name(row), []).append(row)
+    lines = [
+        Line(
+            name=key,
+            calls=sum(row.calls for row in some),
+            tokens=sum(row.tokens for row in some),
+            cost_usd=sum(row.cost_usd for row in some),
+        )
+        for key, some in found.items()
+    ]
+    return sorted(lines, key=lambda line: (-line.cost_usd, line.name))
+
+
+def _picture(by: str, lines: list[Line]) -> Any:
+    said = [(line.name, line.cost_usd, f"{text.money(line.cost_usd)}, {line.calls:,} calls") for line in lines]
+    if by == "day":
+        return svg.columns(said, name="Cost by day")
+    return svg.bars([(name, cost, money.partition(",")[0]) for name, cost, money in said[:_BARS]], name=f"Cost by {by}")
+
+
+def _day(settings: Any, spent: list[Spent], *, whole: bool) -> dict[str, Any] | None:
+    """How much of this installation's budget for a day is used; None if it has none."""
+    usd, tokens = settings.budget_usd_per_day, settings.budget_tokens_per_day
+    if usd is None and tokens is None:
+        return None
+    used, used_tokens = sum(row.cost_usd for row in spent), sum(row.tokens for row in spent)
+    return {
+        "usd": usd,
+        "tokens": tokens,
+        "used_usd": used,
+        "used_tokens": used_tokens,
+        "whole": whole,
+        "usd_meter": svg.meter(used, usd, name=f"{text.money(used)} of {text.money(usd)}") if usd is not None else None,
+        "token_meter": svg.meter(used_tokens, tokens, name=f"{used_tokens:,} of {tokens:,} tokens")
+        if tokens is not None
+        else None,
+    }
+
+
+def _moment(given: str | None) -> str | None:
+    """A time from an address. Raises Refused."""
+    if not given:
+        return None
+    found = text.moment(given[:40])
+    if found is None:
+        raise Refused(400, "`before` must be a time")
+    return iso(found.timestamp() * 1000)
