@@ -63,9 +63,10 @@ check:  ## check style, format, types, and which package imports which
 	$(BIN)/mypy
 	$(PYTEST) -q tests/test_imports.py
 
-docs:  ## write the parts of the pages that are generated from code
+docs:  ## write what is generated from code: parts of the pages, the SDK's synchronous client
 	@tools/bootstrap dev
 	$(BIN)/python -m tests.layers
+	$(BIN)/python -m tests.client.made
 
 format:  ## fix what ruff can fix, and format the code
 	@tools/bootstrap dev

@@ -96,7 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Directories whose tests start commands, engines or servers, most of them one each.
-SLOW = frozenset({"api", "bench", "chaos", "cli", "dashboard", "engine", "gateway"})
+SLOW = frozenset({"api", "bench", "chaos", "cli", "client", "dashboard", "engine", "gateway"})
 
 
 @pytest.hookimpl(tryfirst=True)

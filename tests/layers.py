@@ -44,7 +44,7 @@ LAYERS: Final[list[tuple[tuple[str, ...], str]]] = [
     (("doctor",), "looks at everything, changes nothing"),
     (("app",), "wiring: the only place that names concrete classes"),
     (("bench",), "measures tickets beside the bare parts"),
-    (("cli",), "the commands"),
+    (("cli", "client"), "the commands; the SDK, which imports nothing of ours"),
 ]
 # They run inside a VM: they import nothing of ours, and the host never imports them.
 STAND_ALONE: Final = {"guest", "builtin"}

@@ -1,0 +1,313 @@
+"""`AsyncSwarm`. sync.py, with `Swarm`, is made from this file by `make docs`: change this one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Self, Unpack
+
+import httpx
+
+from swarm.client import calls
+from swarm.client.archive import packed, text_of
+from swarm.client.errors import TicketFailed, TimedOut
+from swarm.client.stream import Following, Lines
+from swarm.client.values import (
+    Agent,
+    ApprovalFields,
+    Costs,
+    Details,
+    Event,
+    Filters,
+    Line,
+    Problem,
+    Submission,
+    TicketFields,
+    Workflow,
+    read,
+    read_all,
+)
+from swarm.client.where import LIMITS, ShortPath, find, options
+
+
+class AsyncSwarm:
+    """A server. Without arguments: that of `SWARM_URL` and `SWARM_TOKEN`, else the one of this host, by its Unix
+    socket. Close it, or use it in a `with`.
+
+    ``timeout_seconds``: for one answer; ``retry_seconds``: how long a call that fails because of the network, or of a
+    server that starts anew or has too much to do, is sent again. Raises Unreachable, Invalid.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: str | None = None,
+        home: str | os.PathLike[str] | None = None,
+        timeout_seconds: float = 30.0,
+        retry_seconds: float = 30.0,
+    ) -> None:
+        where = find(url, token, home)
+        self._server = calls.Server(where=where, retry_seconds=retry_seconds)
+        self._path = ShortPath(where.socket) if where.socket is not None else None
+        transport = httpx.AsyncHTTPTransport(uds=self._path.name, limits=LIMITS) if self._path is not None else None
+        self._http = httpx.AsyncClient(**options(where, timeout_seconds), transport=transport, limits=LIMITS)
+        self.tickets = AsyncTickets(self)
+        self.agents = AsyncAgents(self)
+        self.workflows = AsyncWorkflows(self)
+        self.approvals = AsyncApprovals(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+        if self._path is not None:
+            self._path.close()
+
+    async def costs(self, by: str = "agent", *, since: str = "") -> list[Costs]:
+        """Of model calls, by agent, workflow, ticket, model or day; ``since``: a time, or an age such as 7d."""
+        return read_all(Costs, await self._do(calls.get("/v1/costs", by=by, since=since)))
+
+    async def status(self) -> dict[str, Any]:
+        """What runs and what waits, as `swarm-engine status --json` prints it."""
+        return dict(await self._do(calls.get("/v1/status")))
+
+    async def _do(self, call: calls.Call) -> Any:
+        tries = self._server.tries(call)
+        while True:
+            delay: float | None
+            try:
+                response = await self._http.send(call.request(self._http))
+            except httpx.TransportError as error:
+                delay = tries.broke(error)
+            else:
+                if (delay := tries.answered(response)) is None:
+                    return tries.value(response)
+            await asyncio.sleep(delay)
+
+    async def _follow(self, id: str, after: int) -> AsyncIterator[Event]:
+        following = Following(id, after)
+        tries = self._server.tries(following.call)
+        while not following.ended:
+            delay: float | None
+            try:
+                response = await self._http.send(following.call.request(self._http), stream=True)
+                async with aclosing(response):
+                    if (delay := tries.answered(response)) is None:
+                        if response.status_code != 200:
+                            await response.aread()
+                            tries.value(response)
+                        following.check(response.headers.get("content-type", ""))
+                        async for data in response.aiter_bytes():
+                            for event in following.take(data):
+                                yield event
+                            if following.flows:
+                                tries.went_well()
+                        delay = tries.cut() if not following.ended else 0.0
+            except httpx.TransportError as error:
+                delay = tries.broke(error)
+            await asyncio.sleep(delay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsyncTicket(TicketFields):
+    """A ticket as it was when the server answered; its methods ask the server again. One from a list has no inputs and
+    outputs: `refresh` reads them."""
+
+    _swarm: AsyncSwarm = field(repr=False, compare=False)
+
+    async def refresh(self) -> AsyncTicket:
+        return await self._swarm.tickets.get(self.id)
+
+    async def details(self) -> Details:
+        """Its runs, steps and attempts."""
+        return Details.of(await self._swarm._do(calls.get(calls.ticket(self.id))))
+
+    async def wait(self, timeout: float | None = None, *, raise_on_failure: bool = False) -> AsyncTicket:
+        """Return it when it has ended. Raises TimedOut after so many seconds (it goes on); with ``raise_on_failure``,
+        TicketFailed unless it is done."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = calls.POLL_SECONDS if end is None else end - time.monotonic()
+            data = await self._swarm._do(calls.wait(self.id, max(0.0, min(left, calls.POLL_SECONDS))))
+            ticket = read(AsyncTicket, data["ticket"], _swarm=self._swarm)
+            if ticket.ended:
+                if raise_on_failure and ticket.state != "done":
+                    raise TicketFailed(ticket)
+                return ticket
+            if left <= 0:
+                raise TimedOut(f"the ticket {self.id} has not ended within {timeout:g} s: it is {ticket.state}")
+
+    async def result(self, timeout: float | None = None) -> Any:
+        """Its outputs, when it is done. Raises TicketFailed, TimedOut."""
+        return (await self.wait(timeout, raise_on_failure=True)).outputs
+
+    async def events(self, *, after: int = 0, follow: bool = True) -> AsyncIterator[Event]:
+        """What happened to it, and happens, until it has ended; with ``follow`` False, until now. Each event once, also
+        if the server starts anew. ``after``: only those with a greater `seq`."""
+        if follow:
+            async for event in self._swarm._follow(self.id, after):
+                yield event
+            return
+        while True:
+            page = await self._swarm._do(calls.get(calls.ticket(self.id, "events"), after=after))
+            for event in read_all(Event, page["events"]):
+                yield event
+            if not page["events"]:
+                return
+            after = page["after"]
+
+    async def output(self, *, follow: bool = True) -> AsyncIterator[Line]:
+        """What its agents print, line by line, until it has ended; with ``follow`` False, until now."""
+        lines = Lines()
+        async for event in self.events(follow=follow):
+            for line in lines.take(event):
+                yield line
+        for line in lines.end():
+            yield line
+
+    async def cancel(self) -> AsyncTicket:
+        return await self._told(calls.cancel(self.id))
+
+    async def retry(self, *, step: str | None = None) -> AsyncTicket:
+        """Run it once more; with ``step``, from that step of its workflow on."""
+        return await self._told(calls.act(self.id, "retry", step=step))
+
+    async def ready(self) -> AsyncTicket:
+        """Let a draft run."""
+        return await self._told(calls.act(self.id, "ready"))
+
+    async def approve(
+        self,
+        why: str = "",
+        *,
+        step: str | None = None,
+        budget_usd: float | None = None,
+        budget_tokens: int | None = None,
+    ) -> AsyncTicket:
+        """Let the step that waits go on; with a new budget if it used up the old one. ``step``: if several wait."""
+        more = {"budget_usd": budget_usd, "budget_tokens": budget_tokens}
+        return await self._told(calls.act(self.id, "approve", step=step, why=why, **more))
+
+    async def reject(self, why: str, *, step: str | None = None) -> AsyncTicket:
+        """Let the step that waits fail."""
+        return await self._told(calls.act(self.id, "reject", step=step, why=why))
+
+    async def delete(self, *, force: bool = False) -> None:
+        """Delete it and all that it left. ``force``: also if it runs, or others need it."""
+        await self._swarm._do(calls.delete(self.id, force=force))
+
+    async def _told(self, call: calls.Call) -> AsyncTicket:
+        data = await self._swarm._do(call)
+        return read(AsyncTicket, data.get("ticket", data), _swarm=self._swarm)
+
+
+class AsyncTickets:
+    def __init__(self, swarm: AsyncSwarm) -> None:
+        self._swarm = swarm
+
+    async def submit(self, agent: str | None = None, /, **given: Unpack[Submission]) -> AsyncTicket:
+        """A new ticket for this agent, or for the `workflow` that is given. It is submitted once, also if the
+        connection breaks. Raises NotFound, Invalid."""
+        return read(AsyncTicket, await self._swarm._do(calls.submit(agent, given)), _swarm=self._swarm)
+
+    async def get(self, id: str) -> AsyncTicket:
+        """``id``: or how it begins. Raises NotFound."""
+        return read(AsyncTicket, (await self._swarm._do(calls.get(calls.ticket(id))))["ticket"], _swarm=self._swarm)
+
+    async def list(self, **filters: Unpack[Filters]) -> AsyncIterator[AsyncTicket]:
+        """All that fit, newest first, a page at a time."""
+        after = None
+        while True:
+            page = await self._swarm._do(calls.page(filters, after))
+            for ticket in read_all(AsyncTicket, page["tickets"], _swarm=self._swarm):
+                yield ticket
+            if (after := page.get("after")) is None:
+                return
+
+
+class AsyncAgents:
+    def __init__(self, swarm: AsyncSwarm) -> None:
+        self._swarm = swarm
+
+    async def get(self, agent: str) -> Agent:
+        """By name, name@version or id. Raises NotFound."""
+        return read(Agent, await self._swarm._do(calls.get(calls.named("agents", agent))))
+
+    async def upload(self, directory: str | os.PathLike[str], *, dev: bool = False) -> Agent:
+        """Register the agent in this directory; its packages are installed first, which may take minutes. ``dev``:
+        replace this version if it has another content. Raises Invalid with each problem, Conflict."""
+        archive = await asyncio.to_thread(packed, directory)
+        return read(Agent, await self._swarm._do(calls.upload_agent(archive, dev=dev)))
+
+    async def list(self) -> Sequence[Agent]:
+        """Each version of each."""
+        return read_all(Agent, await self._swarm._do(calls.get("/v1/agents")))
+
+
+class AsyncWorkflows:
+    def __init__(self, swarm: AsyncSwarm) -> None:
+        self._swarm = swarm
+
+    async def run(self, workflow: str, /, **inputs: Any) -> AsyncTicket:
+        """A new ticket that runs it, once, as `tickets.submit`; which, with `workflow=…`, also takes a title, a budget
+        and so on. Raises NotFound, Invalid."""
+        return read(AsyncTicket, await self._swarm._do(calls.run(workflow, inputs)), _swarm=self._swarm)
+
+    async def get(self, workflow: str) -> Workflow:
+        """By name, name@version or id. Raises NotFound."""
+        return read(Workflow, await self._swarm._do(calls.get(calls.named("workflows", workflow))))
+
+    async def add(self, file: str | os.PathLike[str]) -> Workflow:
+        """Register this file. Raises Invalid with each problem, and Conflict if this version has another content."""
+        return read(Workflow, await self._swarm._do(calls.upload_workflow(await asyncio.to_thread(text_of, file))))
+
+    async def validate(self, file: str | os.PathLike[str]) -> Sequence[Problem]:
+        """What is wrong with this file; nothing is registered."""
+        call = calls.upload_workflow(await asyncio.to_thread(text_of, file), "/validate")
+        return read_all(Problem, (await self._swarm._do(call))["problems"])
+
+    async def list(self) -> Sequence[Workflow]:
+        """Each version of each."""
+        return read_all(Workflow, await self._swarm._do(calls.get("/v1/workflows")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsyncApproval(ApprovalFields):
+    _swarm: AsyncSwarm = field(repr=False, compare=False)
+
+    async def approve(self, why: str = "") -> AsyncTicket:
+        return await self._told("approve", why)
+
+    async def reject(self, why: str) -> AsyncTicket:
+        return await self._told("reject", why)
+
+    async def _told(self, verb: str, why: str) -> AsyncTicket:
+        data = await self._swarm._do(calls.act(self.ticket_id, verb, step=self.step_id, why=why))
+        return read(AsyncTicket, data["ticket"], _swarm=self._swarm)
+
+
+class AsyncApprovals:
+    def __init__(self, swarm: AsyncSwarm) -> None:
+        self._swarm = swarm
+
+    async def list(self) -> AsyncIterator[AsyncApproval]:
+        """Each step that waits for a person."""
+        async for ticket in self._swarm.tickets.list(state="waiting"):
+            for step in (await ticket.details()).steps:
+                if step.status == "waiting":
+                    yield AsyncApproval(
+                        ticket_id=ticket.id,
+                        title=ticket.title,
+                        step_id=step.step_id,
+                        question=step.question,
+                        _swarm=self._swarm,
+                    )

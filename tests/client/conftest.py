@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from swarm.app import serve
+from swarm.client import AsyncSwarm
+from tests.api.served import Served, serving
+from tests.engine import conftest as engine
+from tests.engine.conftest import Bench
+from tests.engine.conftest import plain as plain  # the fixture: agents as plain processes
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    async with serving(tmp_path / "home") as served:
+        yield served
+
+
+@pytest.fixture
+async def at_work(plain: Bench) -> AsyncIterator[Bench]:
+    """An engine that runs tickets, and a server."""
+    async with engine.serving(plain), serve.served(plain.settings, host="127.0.0.1", port=0, remote=False):
+        yield plain
+
+
+@pytest.fixture
+async def s(at_work: Bench) -> AsyncIterator[AsyncSwarm]:
+    async with AsyncSwarm(home=at_work.settings.home) as s:
+        yield s

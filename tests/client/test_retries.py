@@ -1,0 +1,146 @@
+"""What is sent again, and what is not: what may have been done is done once."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from swarm.client import (
+    AsyncSwarm,
+    Conflict,
+    Forbidden,
+    Invalid,
+    NotFound,
+    RateLimited,
+    ServerError,
+    Swarm,
+    SwarmError,
+    Unauthorized,
+    Unreachable,
+)
+from tests.client.faulty import CUT, DROP, SILENCE, Answer, faulty
+
+TICKET = {"id": "t", "state": "ready", "title": "x", "what a newer server says": {"more": 1}}
+BUSY = Answer(503, {"detail": "the database is locked"}, {"Retry-After": "0"})
+FULL = Answer(429, {"detail": "too many requests: slow down"}, {"Retry-After": "0"})
+FOUND = Answer(200, {"ticket": TICKET})
+DONE = Answer(200, TICKET)
+GONE = Answer(404, {"detail": "no ticket t"})
+
+Act = Callable[[AsyncSwarm], Awaitable[Any]]
+
+
+async def show(s: AsyncSwarm) -> Any:
+    return (await s.tickets.get("t")).state
+
+
+async def submit(s: AsyncSwarm) -> Any:
+    return (await s.tickets.submit("echo")).state
+
+
+async def cancel(s: AsyncSwarm) -> Any:
+    return (await (await s.tickets.get("t")).cancel()).state
+
+
+async def approve(s: AsyncSwarm) -> Any:
+    return (await (await s.tickets.get("t")).approve()).state
+
+
+async def delete(s: AsyncSwarm) -> Any:
+    return await (await s.tickets.get("t")).delete()
+
+
+@pytest.mark.parametrize(
+    ("act", "plan", "requests", "outcome"),
+    [
+        (show, [DROP, CUT, BUSY, FULL, FOUND], 5, "ready"),
+        (show, [SILENCE, FOUND], 2, "ready"),
+        (submit, [DROP, CUT, BUSY, FULL, Answer(201, TICKET)], 5, "ready"),
+        (submit, [SILENCE, Answer(201, TICKET)], 2, "ready"),
+        (cancel, [FOUND, DROP, BUSY, DONE], 4, "ready"),
+        # The server refused it at once: it wasn't done.
+        (approve, [FOUND, FULL, FULL, DONE], 4, "ready"),
+        # It may have been done: the caller decides.
+        (approve, [FOUND, DROP, DONE], 2, Unreachable),
+        (approve, [FOUND, CUT, DONE], 2, Unreachable),
+        (approve, [FOUND, SILENCE, DONE], 2, Unreachable),
+        (approve, [FOUND, BUSY, DONE], 2, ServerError),
+        (delete, [FOUND, Answer(204, b"")], 2, None),
+        (delete, [FOUND, DROP, GONE], 3, None),  # the first try did it
+        (delete, [FOUND, GONE], 2, NotFound),
+        (delete, [FOUND, FULL, GONE], 3, NotFound),
+        # Nothing becomes better by asking again.
+        (show, [Answer(401, {"detail": "a valid token is needed"})], 1, Unauthorized),
+        (show, [Answer(403, {"detail": "ci is viewer"})], 1, Forbidden),
+        (show, [GONE], 1, NotFound),
+        (show, [Answer(409, {"detail": "it is done"})], 1, Conflict),
+        (show, [Answer(413, {"detail": "too large"})], 1, Invalid),
+        (show, [Answer(500, {"detail": "an internal error"})], 1, ServerError),
+        (show, [Answer(200, b"<html>")], 1, ServerError),
+        (show, [Answer(404, b"<html>no such page")], 1, NotFound),
+        (show, [Answer(400, [1])], 1, Invalid),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+async def test_what_is_sent_again(act: Act, plan: list[Any], requests: int, outcome: Any) -> None:
+    async with faulty(plan) as server, AsyncSwarm(server.url, token="x", timeout_seconds=1) as s:
+        if isinstance(outcome, type):
+            with pytest.raises(outcome) as raised:
+                await act(s)
+            last = plan[-1]
+            if isinstance(last, Answer) and isinstance(last.body, dict) and "detail" in last.body:
+                error = raised.value
+                assert isinstance(error, SwarmError) and error.status == last.status
+                assert str(error) == last.body["detail"]
+            if isinstance(raised.value, Unreachable):
+                assert raised.value.may_be_done and "nobody knows" in str(raised.value)
+        else:
+            assert await act(s) == outcome
+    assert len(server.requests) == requests
+    sent = [headers.get("idempotency-key") for line, headers, _ in server.requests if line == "POST /v1/tickets"]
+    assert len(set(sent)) <= 1 and None not in sent, "all tries of a submission have one key"
+
+
+async def test_each_submission_has_a_key_of_its_own() -> None:
+    async with faulty([Answer(201, TICKET)]) as server, AsyncSwarm(server.url) as s:
+        await s.tickets.submit("echo")
+        await s.tickets.submit("echo")
+        await s.tickets.submit("echo", key="mine")
+    first, second, third = [headers["idempotency-key"] for _, headers, _ in server.requests]
+    assert first != second and third == "mine"
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (FULL, RateLimited),
+        (BUSY, ServerError),
+        (DROP, Unreachable),
+        (Answer(503, {"detail": "later"}, {"Retry-After": "9999999999999999999999"}), ServerError),
+    ],
+    ids=["429", "503", "drop", "never"],
+)
+async def test_it_ends(answer: Any, kind: type[SwarmError]) -> None:
+    async with faulty([answer]) as server, AsyncSwarm(server.url, retry_seconds=0.5) as s:
+        with pytest.raises(kind):
+            await s.tickets.get("t")
+    assert 1 <= len(server.requests) <= 4
+
+
+async def test_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+    def ask() -> None:
+        with Swarm(url) as s:
+            s.tickets.get("t")
+
+    # Long before `retry_seconds`: it never answered, so it isn't running.
+    with pytest.raises(Unreachable, match="is `swarm serve` running there") as raised:
+        async with asyncio.timeout(20):
+            await asyncio.to_thread(ask)
+    assert not raised.value.may_be_done

@@ -1,0 +1,45 @@
+"""The files of the SDK: what they import, and that the two clients are one text."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import typing
+
+import pytest
+
+import swarm
+from swarm import client
+from swarm.client import aio, sync
+from tests.client.made import CLIENT, MADE, made
+
+
+def test_the_synchronous_client_is_made_from_the_other() -> None:
+    assert MADE.read_text(encoding="utf-8") == made(), "src/swarm/client/sync.py is stale: run `make docs`"
+    assert "async" not in MADE.read_text(encoding="utf-8").lower().replace("aio.py", "")
+
+
+@pytest.mark.parametrize("path", [*sorted(CLIENT.glob("*.py")), CLIENT.parent / "__init__.py"], ids=lambda p: p.name)
+def test_it_needs_httpx_alone(path: typing.Any) -> None:
+    modules = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules |= {one.name for one in node.names} if isinstance(node, ast.Import) else set()
+        modules |= {str(node.module)} if isinstance(node, ast.ImportFrom) else set()
+    others = {name for name in modules if name.partition(".")[0] not in sys.stdlib_module_names}
+    allowed = ("httpx", "swarm.client") if path.parent == CLIENT else ()
+    assert not [name for name in others if not name.startswith(allowed)]
+    assert swarm.__doc__
+
+
+def test_both_clients_have_the_same_methods_with_the_same_types() -> None:
+    for name in ("Swarm", "Ticket", "Tickets", "Workflows", "Approval", "Approvals"):
+        one, other = getattr(sync, name), getattr(aio, f"Async{name}")
+        ours = {method for method in vars(one) if not method.startswith("_")}
+        assert ours == {method for method in vars(other) if not method.startswith("_")}
+        for method in ours:
+            if inspect.isfunction(vars(one)[method]):
+                assert list(inspect.signature(vars(one)[method]).parameters) == list(
+                    inspect.signature(vars(other)[method]).parameters
+                )
+    assert sorted(client.__all__) == client.__all__ and all(hasattr(client, name) for name in client.__all__)
