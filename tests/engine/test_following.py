@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from swarm.cli import service
+from swarm.store.registry.workers import is_alive
 from tests.engine.conftest import Bench, ended, engine_process, log_until
 from tests.engine.test_service import command
 
@@ -65,7 +65,7 @@ async def test_with_an_engine_none_says_anything(plain: Bench, swarm: Swarm) -> 
         engine.kill()
         await engine.wait()
     (row,) = await plain.store.workers()
-    assert service.is_alive(row), "its heartbeat is young"
+    assert is_alive(row), "its heartbeat is young"
     _, _, said = await swarm("swarm", "ticket", "add", "t", "--agent", "echo", "--id", "u")
     assert UNSERVED in said, "but its process has ended"
 

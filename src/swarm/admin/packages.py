@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from swarm import agents, workflow
@@ -18,28 +19,31 @@ from swarm.workflow.definition import Workflow
 from swarm.workflow.pinning import Registry
 
 
-async def ship(store: Store, into: Path) -> list[str]:
-    """Register the agents and workflows that ship with Swarm. Returns a line for each.
+async def ship(store: Store, into: Path, *, by: str | None = None) -> list[str]:
+    """Register the agents and workflows that ship with Swarm. Returns a line for each. ``by``, here and below: who does
+    it, for events.
 
     One that is registered with the same version but other content (of another build of Swarm) is kept.
     """
     lines = []
     for directory in agents.builtin():
         try:
-            agent = await add_agent(store, directory, into)
+            agent = await add_agent(store, directory, into, by=by)
             lines.append(f"agent      {agent.name} {agent.version}, id {agent.id}")
         except Conflict as error:
             lines.append(f"agent      {directory.name} is kept unchanged: {error}")
     for file in workflow.builtin():
         try:
-            row = await add_workflow(store, file.read_bytes(), name=file.name)
+            row = await add_workflow(store, file.read_bytes(), name=file.name, by=by)
             lines.append(f"workflow   {row.name} {row.version}, id {row.id}")
         except Conflict as error:
             lines.append(f"workflow   {file.stem} is kept unchanged: {error}")
     return lines
 
 
-async def add_agent(store: Store, directory: Path, into: Path, *, replace: bool = False) -> Agent:
+async def add_agent(
+    store: Store, directory: Path, into: Path, *, replace: bool = False, by: str | None = None
+) -> Agent:
     """Copy an agent's files below ``into`` and register it. Does nothing if it is registered already.
 
     Raises UsageError for a bad package, Conflict when that name and version is registered with other content: that is
@@ -51,7 +55,7 @@ async def add_agent(store: Store, directory: Path, into: Path, *, replace: bool 
         with contextlib.suppress(NotFound, StoreError):
             replaced = await store.agent(agent.id)
     try:
-        added = await store.put_agent(agent, replace=replace)
+        added = await store.put_agent(agent, replace=replace, by=by)
     except Conflict:
         await _remove_files(store, agent, into)
         raise
@@ -61,41 +65,53 @@ async def add_agent(store: Store, directory: Path, into: Path, *, replace: bool 
     return added
 
 
-async def remove_agent(store: Store, reference: str, into: Path) -> Agent:
+async def remove_agent(store: Store, reference: str, into: Path, *, by: str | None = None) -> Agent:
     """Unregister an agent and remove its files. Raises NotFound; Conflict while a ticket or a workflow needs it."""
     agent = await store.agent(reference)
     others = [one for one in await store.agents(broken=False) if one.id != agent.id]
-    for row in await store.workflows():
-        with contextlib.suppress(StoreError):  # a row that was written by another program and can't be run
-            for wanted in row.parsed().agents():
-                if versions.pick(wanted, [agent, *others]) == agent and versions.pick(wanted, others) is None:
-                    raise Conflict(
-                        f"the workflow {row.name}@{row.version} names the agent {wanted!r}, and only "
-                        f"{agent.name}@{agent.version} fits"
-                    )
-    await store.remove_agent(agent.id)
+    await asyncio.to_thread(
+        _check_unneeded, agent, others, await store.workflows(), kind="agent", needs=Workflow.agents
+    )
+    await store.remove_agent(agent.id, by=by)
     await _remove_files(store, agent, into)
     return agent
 
 
-async def add_workflow(store: Store, text: bytes, *, name: str) -> WorkflowRow:
+async def add_workflow(store: Store, text: bytes, *, name: str, by: str | None = None) -> WorkflowRow:
     """Check and register a workflow's file. Raises manifest.Invalid with every problem, Conflict like `add_agent`."""
-    return await store.put_workflow(validate.checked(text, await registry(store), name=name))
+    return await store.put_workflow(await checked_workflow(store, text, name=name), by=by)
 
 
-async def remove_workflow(store: Store, reference: str) -> WorkflowRow:
+async def checked_workflow(store: Store, text: bytes, *, name: str) -> Workflow:
+    """A workflow's file, checked against what is registered. Raises manifest.Invalid with every problem."""
+    return await asyncio.to_thread(validate.checked, text, await registry(store), name=name)
+
+
+async def remove_workflow(store: Store, reference: str, *, by: str | None = None) -> WorkflowRow:
     """Unregister a workflow. Raises NotFound; Conflict while a ticket, a schedule or another workflow needs it."""
     found = await store.workflow(reference)
     others = [row for row in await store.workflows() if row.id != found.id]
-    for row in others:
-        with contextlib.suppress(StoreError):  # as in `remove_agent`
-            for wanted in row.parsed().workflows():
-                if versions.pick(wanted, [found, *others]) == found and versions.pick(wanted, others) is None:
+    await asyncio.to_thread(_check_unneeded, found, others, others, kind="workflow", needs=Workflow.workflows)
+    return await store.remove_workflow(found.id, by=by)
+
+
+def _check_unneeded(
+    one: Agent | WorkflowRow,
+    others: Sequence[Agent | WorkflowRow],
+    rows: Sequence[WorkflowRow],
+    *,
+    kind: str,
+    needs: Callable[[Workflow], Iterable[str]],
+) -> None:
+    """Raises Conflict if a workflow names something that only ``one`` is."""
+    for row in rows:
+        with contextlib.suppress(StoreError):  # a row that was written by another program and can't be run
+            for wanted in needs(row.parsed()):
+                if versions.pick(wanted, [one, *others]) == one and versions.pick(wanted, others) is None:
                     raise Conflict(
-                        f"the workflow {row.name}@{row.version} names the workflow {wanted!r}, and only "
-                        f"{found.name}@{found.version} fits"
+                        f"the workflow {row.name}@{row.version} names the {kind} {wanted!r}, and only "
+                        f"{one.name}@{one.version} fits"
                     )
-    return await store.remove_workflow(found.id)
 
 
 async def registry(store: Store) -> Registry:

@@ -6,6 +6,7 @@ A sealed value is bound to its name and scope, so that a row copied to another n
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -49,22 +50,27 @@ class Vault:
         self._key_file = key_file
         self._gateway_keys = gateway_keys
 
-    async def set(self, name: str, value: str, *, scope: str = ALL) -> None:
-        """Raises UsageError, which never quotes the value."""
+    async def set(self, name: str, value: str, *, scope: str = ALL, by: str | None = None) -> None:
+        """``by``: who sets it, for an event. Raises UsageError, which never quotes the value."""
         if not _NAME.fullmatch(name):
             raise UsageError(f"{name!r} is not a valid name for a secret: use letters, digits and '_', no digit first")
         if "\0" in value or len(value) < SHORTEST or len(value.encode(errors="replace")) > MAX_BYTES:
             raise UsageError(f"a secret must have {SHORTEST} to {MAX_BYTES} characters, and no NUL")
         nonce = os.urandom(_NONCE_BYTES)
-        sealed = nonce + self._cipher(make=True).encrypt(nonce, value.encode(), _bound(name, scope))
-        await self._store.put_secret(Sealed(name=name, scope=scope, sealed=base64.b64encode(sealed).decode()))
+        cipher = await asyncio.to_thread(self._cipher, make=True)  # reads the key, or makes it
+        try:
+            sealed = nonce + cipher.encrypt(nonce, value.encode(), _bound(name, scope))
+        except UnicodeEncodeError:
+            raise UsageError("a secret must be text that UTF-8 can hold") from None
+        row = Sealed(name=name, scope=scope, sealed=base64.b64encode(sealed).decode())
+        await self._store.put_secret(row, by=by)
 
     async def list(self) -> list[SecretRow]:
         return await self._store.secrets()
 
-    async def remove(self, name: str, *, scope: str = ALL) -> None:
+    async def remove(self, name: str, *, scope: str = ALL, by: str | None = None) -> None:
         """Raises NotFound."""
-        await self._store.remove_secret(name, scope)
+        await self._store.remove_secret(name, scope, by=by)
 
     async def get(self, name: str, *, scope: str = ALL) -> str | None:
         """A secret for Swarm itself: a key of a gateway service, or of a webhook. Raises HostError when it can't be

@@ -1,1 +1,1 @@
-"""Swarm over HTTP: for now `POST /hooks/NAME`, which starts a workflow. Imports the store; the wiring imports it."""
+"""Swarm over HTTP: the API (`/v1`) and webhooks (`POST /hooks/NAME`). The wiring imports it."""

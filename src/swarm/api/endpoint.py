@@ -29,10 +29,14 @@ from swarm.fields import sentence
 from swarm.model import Role
 from swarm.store.registry.tokens import Actor
 from swarm.store.store import Store
+from swarm.store.tickets.validation import shown
 
 if TYPE_CHECKING:
+    from swarm.admin.uploads import Uploads
+    from swarm.admin.vault import Vault
     from swarm.config import Settings
     from swarm.vm.image.image import Images
+    from swarm.vm.slots.inventory import Inventory
     from swarm.vm.template import Templates
 
 log = logger(__name__)
@@ -56,8 +60,11 @@ class Context:
     feed: Feed
     auth: Auth
     settings: Settings
+    vault: Vault
+    uploads: Uploads
     images: Images
     templates: Templates
+    inventory: Inventory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +89,9 @@ Handler = Callable[[Call], Awaitable[Any]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """``handler`` returns what `answer` describes (dataclasses as they are), or a Response. ``path`` as Starlette
-    writes it, such as '/v1/tickets/{id}'. ``errors``: statuses that it may answer besides those of every route."""
+    writes it, such as '/v1/tickets/{id}'. ``errors``: statuses that it may answer besides those of every route.
+    ``upload``: the content types of a body that is no JSON, which the handler reads. ``shared``: it tells of all
+    projects, or changes what they share, so a token of one project gets 403."""
 
     method: str
     path: str
@@ -91,6 +100,8 @@ class Endpoint:
     handler: Handler
     query: type[Fields] | None = None
     body: type[BaseModel] | None = None
+    upload: tuple[str, ...] = ()
+    shared: bool = False
     max_body_bytes: int = MAX_BODY_BYTES
     answer: Any = None  # a type; None: no content
     status: int = 200
@@ -123,8 +134,12 @@ async def guarded(work: Callable[[], Awaitable[Response]]) -> Response:
 
 async def _serve(endpoint: Endpoint, context: Context, request: Request) -> Response:
     actor = await context.auth.actor(request, endpoint.role)
+    if endpoint.shared and actor.project_id is not None:
+        raise Refused(403, f"{actor.name} is of the project {shown(actor.project_id)}, and this is of all projects")
     with ExitStack() as turn:
         turn.enter_context(context.auth.turn(actor))
+        if endpoint.upload:
+            _check_type(request, endpoint.upload)
         call = Call(
             context=context,
             request=request,
@@ -173,15 +188,15 @@ def _query(model: type[Fields], request: Request) -> Any:
 
 async def _body(endpoint: Endpoint, request: Request) -> Any:
     assert endpoint.body is not None
-    kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
-    if kind != JSON:
-        raise Refused(415, f"the body must be {JSON}, not {kind[:80]}", headers=body.CLOSE)
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            data = await body.read(request, endpoint.max_body_bytes)
-    except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {BODY_SECONDS:g} s", headers=body.CLOSE) from None
+    _check_type(request, (JSON,))
+    data = await body.read_in_time(request, endpoint.max_body_bytes, seconds=BODY_SECONDS)
     return await asyncio.to_thread(_parsed, endpoint.body, data)
+
+
+def _check_type(request: Request, accepted: tuple[str, ...]) -> None:
+    kind = request.headers.get("content-type", accepted[0]).partition(";")[0].strip().lower()
+    if kind not in accepted:
+        raise Refused(415, f"the body must be {' or '.join(accepted)}, not {kind[:80]}", headers=body.CLOSE)
 
 
 def _parsed(model: type[BaseModel], data: bytes) -> Any:

@@ -74,7 +74,8 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Any]) -> dict[s
     operation: dict[str, Any] = {
         "operationId": _name(endpoint),
         "summary": endpoint.summary,
-        "description": f"For the role {endpoint.role} and above.",
+        "description": f"For the role {endpoint.role} and above."
+        + (" Not for tokens of one project." if endpoint.shared else ""),
         "tags": [path.split("/")[2]],
         "parameters": parameters,
         "responses": _responses(endpoint, schemas),
@@ -84,6 +85,9 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Any]) -> dict[s
             "required": any(one.is_required() for one in endpoint.body.model_fields.values()),
             "content": {JSON: {"schema": _schema(endpoint.body, schemas)}},
         }
+    elif endpoint.upload:
+        schema = {"type": "string", "contentMediaType": endpoint.upload[0]}
+        operation["requestBody"] = {"required": True, "content": {kind: {"schema": schema} for kind in endpoint.upload}}
     return operation
 
 
@@ -96,7 +100,8 @@ def _responses(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
     status = endpoint.status if endpoint.answer is not None or endpoint.media_type != JSON else 204
     found = {str(status): good}
     also = {404: "no such thing", 409: "its state forbids this"} if "{" in endpoint.path else {}
-    for code, why in sorted({**_ALWAYS, **also, **(_WITH_BODY if endpoint.body else {}), **endpoint.errors}.items()):
+    also |= _WITH_BODY if endpoint.body or endpoint.upload else {}
+    for code, why in sorted({**_ALWAYS, **also, **endpoint.errors}.items()):
         found[str(code)] = {
             "description": why,
             "content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="Problem")}}},
@@ -108,7 +113,7 @@ _WITH_BODY: Final = {
     408: "the body did not arrive in time",
     409: "its state forbids this",
     413: "the body is too large",
-    415: "the body must be JSON",
+    415: "the body has another content type",
 }
 
 

@@ -9,6 +9,7 @@ from asyncio import Task
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from swarm.admin.uploads import Uploads
 from swarm.admin.vault import scope_of
 from swarm.api import server
 from swarm.api.app import application
@@ -51,8 +52,11 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
             feed=feed,
             auth=Auth(opened),
             settings=settings,
+            vault=vault,
+            uploads=Uploads(into=settings.agents, images=wiring.image_source(settings), layers=wiring.layers(settings)),
             images=wiring.images(settings),
             templates=wiring.templates(settings),
+            inventory=wiring.inventory(settings),
         )
         hooks = Hooks(store=opened, secret=secret, evaluator=jail)
         app = application(context, hooks=hooks.route(), pages=pages.routes(context))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.app import wiring
-from swarm.base import files
+from swarm.base import files, process
 from swarm.base.progress import Progress, silent
 from swarm.config import SYSTEM_HOME, Settings
 from swarm.errors import Conflict, HostError, ImageError, SwarmError
@@ -41,7 +41,7 @@ async def init(
         if settings.database.startswith("sqlite:"):
             _link_registry(settings)
             lines.append(f"registry   {settings.registry_link} -> the same database")
-        lines += await packages.ship(opened, settings.agents)
+        lines += await packages.ship(opened, settings.agents, by=process.user())
     if settings.home == SYSTEM_HOME and os.geteuid() == 0:
         lines.append(f"ssh        {_write_client_config(settings)}: root reaches VMs by a plain `ssh root@<address>`")
     if image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import getpass
 import os
 import shlex
 import shutil
@@ -335,6 +336,14 @@ async def gone(pid: int, started: int, *, timeout_seconds: float | None = None) 
     finally:
         loop.remove_reader(fd)
         os.close(fd)
+
+
+def user() -> str:
+    """The name of this process's user, as events have it; its number if it has no name."""
+    try:
+        return getpass.getuser()
+    except OSError:
+        return f"uid {os.getuid()}"
 
 
 async def kill_stranger(pid: int, started: int, *, timeout_seconds: float = 5.0) -> None:

@@ -18,10 +18,10 @@ from swarm.cli.ui import render
 from swarm.cli.unit import unit
 
 if TYPE_CHECKING:
+    from swarm.admin.engines import Engine
     from swarm.app.address import Address
     from swarm.config import Settings
     from swarm.model import Ticket
-    from swarm.store.sql.rows import WorkerRow
 
 app = new_app(
     "swarm-engine",
@@ -320,23 +320,20 @@ async def run_ticket(
 @command(app, "status", examples=["swarm-engine status", "swarm-engine status --json"], json=True)
 async def status(cli: Cli) -> None:
     """Show the engines, the server, the queue, and the number of VMs on this host."""
-    from dataclasses import asdict
-
+    from swarm.admin import engines
     from swarm.app import address, wiring
-    from swarm.cli import service
+    from swarm.base.plain import plain
 
     async with cli.store() as store:
-        queue, workers = await store.queue(), await store.workers()
-    vms = wiring.inventory(cli.settings).records()
-    alive = {row.id: service.is_alive(row) for row in workers}
+        found = await engines.status(store, wiring.inventory(cli.settings))
     server = address.running(cli.settings)
     if cli.out.json:
-        engines = [{**asdict(row), "alive": alive[row.id]} for row in workers]
-        cli.out.dump({"queue": queue, "vms": vms, "engines": engines, "server": server})
+        cli.out.dump(plain(found) | {"server": server})
         return
-    for row in workers:
-        cli.out.line(_engine_line(row, alive=alive[row.id]))
-    if not workers:
+    queue, live = found.queue, [engine.info for engine in found.engines if engine.alive]
+    for engine in found.engines:
+        cli.out.line(_engine_line(engine))
+    if not found.engines:
         cli.out.line("no engine runs; start one with `swarm-engine start`")
     if server is not None:
         cli.out.line(_server_line(server))
@@ -349,9 +346,9 @@ async def status(cli: Cli) -> None:
             "blocked": queue.blocked,
             "waiting for a person": queue.waiting or None,
             "oldest ready": None if oldest is None else render.duration(oldest),
-            "VMs": sum(vm.alive for vm in vms),
-            "ended": f"{sum(int(row.info.get('per_minute') or 0) for row in workers if alive[row.id])} per minute",
-            "waiting for": next((why for row in workers if (why := str(row.info.get("waits_for") or ""))), None)
+            "VMs": sum(vm.alive for vm in found.vms),
+            "ended": f"{sum(int(info.get('per_minute') or 0) for info in live)} per minute",
+            "waiting for": next((why for info in live if (why := str(info.get("waits_for") or ""))), None)
             if queue.ready
             else None,
         }
@@ -365,10 +362,10 @@ def _server_line(server: Address) -> str:
     return f"server {server.pid} serves {server.url}; `swarm dashboard` lets a browser in"
 
 
-def _engine_line(row: WorkerRow, *, alive: bool) -> str:
-    info, where = row.info, f"engine {row.pid} on {row.host}"
-    if not alive:
-        silent = render.duration(row.seen_ms_ago)
+def _engine_line(engine: Engine) -> str:
+    info, where = engine.info, f"engine {engine.pid} on {engine.host}"
+    if not engine.alive:
+        silent = render.duration(engine.seen_ms_ago)
         return f"{where}: silent for {silent}; its steps go back to the queue when their leases end"
     doing = "stopping" if info.get("stopping") else "serving"
     return f"{where}: {doing}, {info.get('running')} of {info.get('max_vms')} VMs, driver {info.get('driver')}"

@@ -63,6 +63,8 @@ async def to_the_end(cli: Cli, ticket: Ticket, *, only_outputs: bool = False) ->
 
 async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | None) -> int:
     """Print each of these tickets when it has ended. The exit status: 1 if one was not done, or not in time."""
+    from swarm.store.registry.workers import SILENT_AFTER_SECONDS
+
     said, done, ended = set[str](), True, list[Ticket]()
     async with cli.store() as store, store.watching() as wake:
         left = dict.fromkeys([await store.ticket_id(id_) for id_ in ids])
@@ -87,7 +89,7 @@ async def all_ended(cli: Cli, ids: Sequence[str], *, timeout_seconds: float | No
                     limit.reschedule(end)  # after the first look: with 0 s, too, a ticket that has ended is found
                     await _say_what_lacks(cli, store, {id_: states[id_] for id_ in left}, said)
                     # An engine that was killed commits nothing: then it is looked at once it has been silent for long.
-                    await wake.changed(timeout_seconds=service.SILENT_AFTER_SECONDS)
+                    await wake.changed(timeout_seconds=SILENT_AFTER_SECONDS)
         except TimeoutError:
             cli.out.error(f"not ended within {timeout_seconds:g} s: {_some(list(left))}")
             done = False

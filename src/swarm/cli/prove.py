@@ -63,7 +63,7 @@ async def prove_(
 async def prove(settings: Settings, since: str = "") -> Report:
     from swarm.admin import prove as proof
     from swarm.app import wiring
-    from swarm.cli.service import is_alive
+    from swarm.store.registry.workers import is_alive
     from swarm.vm.slots.inventory import Kind
 
     vms = [

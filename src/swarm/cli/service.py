@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from swarm.store.sql.rows import WorkerRow
     from swarm.store.store import Store
 
-# A live engine updates its row every 2 s; one that has not for this long is frozen, dead, or on a host that is down.
-SILENT_AFTER_SECONDS = 15.0
 _PROGRAMS = ("swarm-engine", "swarm.cli.engine")
 _ONE_TICKET = (*_PROGRAMS, "swarm", "swarm.cli.main")
 _SECOND_SIGNAL_SECONDS = 0.2
@@ -56,11 +54,9 @@ class Process:
         return process.start_time(self.pid) == self.started
 
 
-def is_alive(row: WorkerRow) -> bool:
-    return row.seen_ms_ago < SILENT_AFTER_SECONDS * 1000
-
-
 async def has_engine(store: Store) -> bool:
+    from swarm.store.registry.workers import is_alive
+
     return any(is_alive(row) and not _has_ended(row) for row in await store.workers())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import html
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +16,6 @@ from swarm.cli.ui.table import Column
 from swarm.model import Role
 
 app = new_app("token", "Create, list and revoke tokens for the API of `swarm serve`.")
-
-_UNITS = {"m": 60, "h": 3600, "d": 86_400}
 
 
 @command(
@@ -49,27 +46,13 @@ async def create(
     ] = None,
 ) -> None:
     """Create a token and print it: this is the only time that it is shown."""
-    from swarm.errors import UsageError
-    from swarm.store.registry.tokens import Actor, new_token
+    from swarm.store.registry.tokens import Actor, checked_name, expires_seconds, new_token
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}", name):
-        raise UsageError("--name takes up to 63 letters, digits and . _ @ -, with a letter or digit first")
-    token = new_token()
-    actor = Actor(name=name, role=role, project_id=project)
+    token, seconds = new_token(), expires_seconds(expires) if expires is not None else None
+    actor = Actor(name=checked_name(name), role=role, project_id=project)
     async with cli.store() as store:
-        await store.add_token(token, actor, by=getpass.getuser(), expires_seconds=_seconds(expires))
+        await store.add_token(token, actor, by=getpass.getuser(), expires_seconds=seconds)
     cli.out.result({"name": name, "role": role, "project": project, "token": token}, token)
-
-
-def _seconds(text: str | None) -> float | None:
-    from swarm.errors import UsageError
-
-    if text is None:
-        return None
-    found = re.fullmatch(r"([1-9][0-9]{0,4})([mhd])", text)
-    if not found:
-        raise UsageError(f"--expires takes a number and m, h or d, such as 30d, not {text!r}")
-    return float(int(found[1]) * _UNITS[found[2]])
 
 
 @command(app, "list", examples=["swarm token list", "swarm token list --json"], json=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import json
 import sys
 import uuid
 from pathlib import Path
@@ -102,9 +100,10 @@ async def add(cli: Cli, file: _File) -> None:
     Registering it again changes nothing; other content with a registered version is refused.
     """
     from swarm.admin import packages
+    from swarm.base import process
 
     async with cli.store() as store:
-        row = await packages.add_workflow(store, _read(file), name=str(file))
+        row = await packages.add_workflow(store, _read(file), name=str(file), by=process.user())
     cli.out.result(row, f"{row.name}@{row.version}, id {row.id}")
 
 
@@ -231,54 +230,25 @@ async def run(
     timeout: Timeout = None,
 ) -> int:
     """Run a workflow: add a ticket for it and print its id. Exit status with --wait: 0 if it is done, 1 otherwise."""
+    from swarm.admin import runs
+    from swarm.base import process
     from swarm.cli import follow
-    from swarm.errors import Conflict
-    from swarm.model import FILES, ExecutionMode, Ticket, TicketState
+    from swarm.model import FILES
 
     async with cli.store() as store:
         row = await store.workflow(workflow)
         given = read_inputs(inputs, input_json, input, schema_of(None, row))
-        if not row.enabled:
-            name = f"{row.name}@{row.version}"
-            raise Conflict(f"the workflow {name} is disabled; `swarm workflow enable {name}` enables it")
-        _check_inputs(row.parsed(), given)
-        id = id or str(uuid.uuid4())
-        uses = 0
+        runs.check(row, given)
+        id, by, uses = id or str(uuid.uuid4()), process.user(), 0
         if file:
             given[FILES], uses = await sending.send(store, id, file, all_files=all_files)
-        ticket = await store.add_ticket(
-            Ticket(
-                id=id,
-                title=row.name,
-                state=TicketState.READY,
-                execution_mode=ExecutionMode.WORKFLOW,
-                workflow_id=row.id,
-                inputs=json.dumps(given, ensure_ascii=False),
-                priority=priority,
-                timeout_seconds=timeout,
-                trigger_type="manual",
-                trigger_data=json.dumps({"by": getpass.getuser()}),
-            ),
-            uses=uses,
-        )
+        new = runs.ticket(row, given, id=id, by=by, priority=priority, timeout_seconds=timeout)
+        ticket = await store.add_ticket(new, uses=uses, by=by)
         if not wait:
             cli.out.result(ticket, ticket.id)
             sys.stdout.flush()
             await follow.say_if_unserved(cli, store, ticket)
     return await follow.to_the_end(cli, ticket) if wait else 0
-
-
-def _check_inputs(workflow: Workflow, given: dict[str, object]) -> None:
-    """Checked before the ticket is added, since it would fail later. Raises UsageError."""
-    from swarm import schema
-    from swarm.errors import UsageError
-
-    if workflow.inputs_schema is not None:
-        full = schema.with_defaults(given, workflow.inputs_schema)
-        if wrong := schema.issues(full, schema.text(workflow.inputs_schema)):
-            raise UsageError(
-                f"the inputs don't fit the workflow {workflow.name}@{workflow.version}: {'; '.join(map(str, wrong))}"
-            )
 
 
 @command(app, "rm", examples=["swarm workflow rm release@1.2.0"], json=True)
@@ -289,9 +259,10 @@ async def rm(cli: Cli, workflow: _Ref) -> None:
     one, becomes the newest: its schedule counts again, unless it is disabled.
     """
     from swarm.admin import packages
+    from swarm.base import process
 
     async with cli.store() as store:
-        removed = await packages.remove_workflow(store, workflow)
+        removed = await packages.remove_workflow(store, workflow, by=process.user())
     cli.out.result(removed, f"removed {removed.name}@{removed.version}")
 
 
@@ -308,17 +279,17 @@ async def disable(cli: Cli, workflow: _Ref) -> None:
 
 
 async def _enable(cli: Cli, workflow: str, *, enabled: bool) -> None:
+    from swarm.base import process
 
     async with cli.store() as store:
-        row = await store.enable_workflow(workflow, enabled=enabled)
+        row = await store.enable_workflow(workflow, enabled=enabled, by=process.user())
     cli.out.line(f"{row.name}@{row.version} is {'enabled' if row.enabled else 'disabled'}")
 
 
 async def _from_file(store: Store, file: Path) -> Workflow:
     from swarm.admin import packages
-    from swarm.workflow import validate
 
-    return validate.checked(_read(file), await packages.registry(store), name=str(file))
+    return await packages.checked_workflow(store, _read(file), name=str(file))
 
 
 def _write_new(file: Path, text: str) -> None:

@@ -431,7 +431,7 @@ class Dispatcher:
                     log.warning("engines of this host are dead; their steps are taken over now", workers=dead)
 
     async def _heartbeat(self) -> None:
-        info = {
+        info: dict[str, object] = {
             **self._info,
             "max_vms": self.max_vms,
             "running": len(self._tasks),
@@ -440,4 +440,6 @@ class Dispatcher:
             "waits_for": self.waits_for,
             "skipped": dict(self._store.isolation.skipped),
         }
+        if self._memory is not None:
+            info |= {"memory_mb": self._memory.total_mb, "memory_free_mb": self._memory.available_mb()}
         await self._store.heartbeat(self._worker.name, host=socket.gethostname(), pid=os.getpid(), info=info)

@@ -37,9 +37,10 @@ from swarm.store.registry.secrets import Sealed, SecretRow
 from swarm.store.registry.tokens import Actor, TokenRow
 from swarm.store.registry.webhooks import Once, WebhookAnswer, WebhookCall
 from swarm.store.registry.workflows import WorkflowRow
-from swarm.store.runs import artifacts, packing, views
+from swarm.store.runs import artifacts, overview, packing, views
 from swarm.store.runs.artifacts import ArtifactRow
 from swarm.store.runs.background_planner import BackgroundPlanner
+from swarm.store.runs.overview import RunGraph
 from swarm.store.runs.packing import Packer
 from swarm.store.runs.views import RunStates, StepDetails, TryView, WaitingStep
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
@@ -223,6 +224,10 @@ class Store:
     async def runs(self, ticket_id: str) -> list[RunRow]:
         """Oldest first, like `steps` and `attempts`. Empty for a ticket that never ran."""
         return await self._read.call(tickets.runs, ticket_id)
+
+    async def run_graph(self, run_id: str) -> RunGraph:
+        """A run's workflow with the state of each step. Raises NotFound."""
+        return await asyncio.to_thread(overview.graph, await self._read.call(overview.read, run_id))
 
     async def steps(self, ticket_id: str) -> list[StepRow]:
         return await self._read.call(tickets.steps, ticket_id)
@@ -544,8 +549,8 @@ class Store:
 
     # --- secrets, sealed (swarm.admin.vault) --------------------------------------------------------------------------
 
-    async def put_secret(self, secret: Sealed) -> None:
-        await self._write.call(secrets.put, secret)
+    async def put_secret(self, secret: Sealed, *, by: str | None = None) -> None:
+        await self._write.call(secrets.put, secret, by=by)
 
     async def secrets(self) -> list[SecretRow]:
         return await self._read.call(secrets.secrets)
@@ -554,9 +559,9 @@ class Store:
         """Secrets with these names, in all scopes."""
         return await self._read.call(secrets.of_names, tuple(names))
 
-    async def remove_secret(self, name: str, scope: str) -> None:
+    async def remove_secret(self, name: str, scope: str, *, by: str | None = None) -> None:
         """Raises NotFound."""
-        await self._write.call(secrets.remove, name, scope)
+        await self._write.call(secrets.remove, name, scope, by=by)
 
     # --- who may call the API (swarm.api.auth) ------------------------------------------------------------------------
 
@@ -596,10 +601,10 @@ class Store:
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 
-    async def put_agent(self, agent: Agent, *, replace: bool = False) -> Agent:
+    async def put_agent(self, agent: Agent, *, replace: bool = False, by: str | None = None) -> Agent:
         """Register. Raises Conflict when its name and version are registered with another id; with other content, too,
-        unless it may ``replace`` that."""
-        return await self._write.call(agents.put_agent, agent, replace=replace)
+        unless it may ``replace`` that. ``by``, here and below: who changes it, for an event."""
+        return await self._write.call(agents.put_agent, agent, replace=replace, by=by)
 
     async def agent(self, ref: str) -> Agent:
         """By id, name, name@1 or name@1.0.0. Raises NotFound."""
@@ -609,13 +614,13 @@ class Store:
         """Raises StoreError for the first broken row; with ``broken`` False, broken rows are left out."""
         return await self._read.call(agents.agents, broken=broken)
 
-    async def remove_agent(self, ref: str) -> Agent:
+    async def remove_agent(self, ref: str, *, by: str | None = None) -> Agent:
         """Unregister and return an agent. Raises NotFound, and Conflict while a ticket that has not ended needs it."""
-        return await self._write.call(agents.remove_agent, ref)
+        return await self._write.call(agents.remove_agent, ref, by=by)
 
-    async def put_workflow(self, workflow: Workflow) -> WorkflowRow:
+    async def put_workflow(self, workflow: Workflow, *, by: str | None = None) -> WorkflowRow:
         """Register. Raises Conflict when its name and version are registered with other content."""
-        return await self._write.call(workflows.put_workflow, workflow)
+        return await self._write.call(workflows.put_workflow, workflow, by=by)
 
     async def workflow(self, ref: str) -> WorkflowRow:
         """By id, name, name@1 or name@1.0.0. Raises NotFound."""
@@ -624,14 +629,14 @@ class Store:
     async def workflows(self) -> list[WorkflowRow]:
         return await self._read.call(workflows.workflows)
 
-    async def remove_workflow(self, ref: str) -> WorkflowRow:
+    async def remove_workflow(self, ref: str, *, by: str | None = None) -> WorkflowRow:
         """Unregister and return a workflow. Raises NotFound, and Conflict while a ticket that has not ended needs it,
         or a schedule starts it."""
-        return await self._write.call(workflows.remove, ref)
+        return await self._write.call(workflows.remove, ref, by=by)
 
-    async def enable_workflow(self, ref: str, *, enabled: bool) -> WorkflowRow:
+    async def enable_workflow(self, ref: str, *, enabled: bool, by: str | None = None) -> WorkflowRow:
         """Raises NotFound."""
-        return await self._write.call(workflows.enable, ref, enabled=enabled)
+        return await self._write.call(workflows.enable, ref, enabled=enabled, by=by)
 
     async def schedules(self) -> list[ScheduleRow]:
         """Those of the newest version of each workflow."""

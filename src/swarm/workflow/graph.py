@@ -1,4 +1,4 @@
-"""Draws a workflow: as text for a terminal, as Mermaid, and as SVG with a small layered layout.
+"""Draws a workflow: as text for a terminal, as Mermaid, as data, and as SVG with a small layered layout.
 
 Everything from a file is escaped. ``status`` (step id -> status) shows the states of a run's steps.
 """
@@ -114,6 +114,60 @@ def notes(step: Step) -> list[str]:
     if step.continue_on_error:
         found.append("may fail")
     return found
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A step. ``part``: 'steps', 'on_success' or 'on_error'; ``layer``: steps of one part with equal numbers may run at
+    the same time, 1 first; ``kind``: 'agent', 'workflow' or 'approval'; ``what`` it runs and ``notes``, in a few words;
+    ``many``: it may have several executions."""
+
+    id: str
+    part: str
+    layer: int
+    kind: str
+    what: str
+    notes: list[str]
+    many: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """``target`` needs ``source``."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    name: str
+    version: str
+    nodes: list[Node]
+    edges: list[Edge]
+
+
+def data(workflow: Workflow) -> Graph:
+    nodes, edges = [], []
+    for name, steps in parts(workflow):
+        ranks = _ranks({step.id: step for step in steps})
+        for step in steps:
+            nodes.append(
+                Node(
+                    id=step.id,
+                    part=name or "steps",
+                    layer=ranks[step.id] + 1,
+                    kind="agent" if step.agent is not None else "workflow" if step.workflow else "approval",
+                    what=what(step),
+                    notes=notes(step),
+                    many=step.for_each is not None or step.repeat is not None,
+                )
+            )
+            edges += [Edge(source=need, target=step.id) for need in step.needs]
+    return Graph(name=workflow.name, version=workflow.version, nodes=nodes, edges=edges)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -119,14 +119,21 @@ async def submit_ticket(call: Call) -> Ticket:
         budget_tokens=body.budget_tokens,
         over_budget=body.over_budget,
     )
+    return await add_once(call, ticket, of=body.model_dump_json(), depends_on=needs)
+
+
+async def add_once(call: Call, ticket: Ticket, *, of: str, depends_on: Sequence[str] = ()) -> Ticket:
+    """Add a ticket: only once, if the request has an Idempotency-Key. ``of``: what is asked for; a key that was used
+    for something else is a Conflict."""
+    by = call.actor.name
     key = call.request.headers.get(KEY_HEADER)
     if key is None:
-        return await call.store.add_ticket(ticket, depends_on=needs, by=by)
+        return await call.store.add_ticket(ticket, depends_on=depends_on, by=by)
     if not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
         raise UsageError(f"the header Idempotency-Key must have 1 to {MAX_KEY_CHARS} printable characters")
-    digest = hashlib.sha256(body.model_dump_json().encode(errors="replace")).hexdigest()
+    digest = hashlib.sha256(of.encode(errors="replace")).hexdigest()
     once = Once(scope=f"api:{by}", key=key, digest=digest)
-    added, _ = await call.store.add_ticket_once(ticket, once, depends_on=needs, by=by)
+    added, _ = await call.store.add_ticket_once(ticket, once, depends_on=depends_on, by=by)
     return added
 
 

@@ -25,6 +25,7 @@ from swarm.model import (
 from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient
+from swarm.store.tickets import events
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
 _COLUMNS: Final = ", ".join(AGENT_FIELDS)
@@ -188,7 +189,7 @@ def _to_row(agent: Agent) -> dict[str, Any]:
     return {name: dump(value) if name in _JSON else value for name, value in values.items()}
 
 
-def put_agent(tx: Tx, agent: Agent, *, replace: bool = False) -> Agent:
+def put_agent(tx: Tx, agent: Agent, *, replace: bool = False, by: str | None = None) -> Agent:
     """Register. An identical agent changes nothing; another version under the same id replaces it. A changed agent
     under a registered name and version is a Conflict, since runs refer to agents by these. Only `path` may change,
     unless it is to ``replace`` that one."""
@@ -201,6 +202,7 @@ def put_agent(tx: Tx, agent: Agent, *, replace: bool = False) -> Agent:
         )
     if row is None:
         tx.run(_INSERT, **_to_row(agent))
+        _record(tx, "agent.add", agent, by)
         return agent
     try:
         registered: Agent | None = parse(row)
@@ -218,7 +220,13 @@ def put_agent(tx: Tx, agent: Agent, *, replace: bool = False) -> Agent:
                 "give the changed agent a new version (while you write it, `swarm agent add --dev` replaces it)"
             )
     tx.run(_UPDATE, now=tx.now, **_to_row(agent))
+    _record(tx, "agent.add", agent, by)
     return agent
+
+
+def _record(tx: Tx, did: str, agent: Agent, by: str | None) -> None:
+    if by is not None:
+        events.record(tx, did, by=by, name=f"{agent.name}@{agent.version}", id=agent.id)
 
 
 def _digest(agent: Agent) -> str:
@@ -227,7 +235,7 @@ def _digest(agent: Agent) -> str:
     return digest if re.fullmatch("[0-9a-f]{12}", digest) else ""
 
 
-def remove_agent(tx: Tx, ref: str) -> Agent:
+def remove_agent(tx: Tx, ref: str, *, by: str | None = None) -> Agent:
     """Unregister and return one. Raises NotFound, and Conflict while a ticket that has not ended needs it."""
     removed = agent(tx, ref)
     pinned = f'"agent":"{removed.name}@{removed.version}"'
@@ -241,6 +249,7 @@ def remove_agent(tx: Tx, ref: str) -> Agent:
             "wait for them, or cancel them with `swarm ticket cancel`"
         )
     tx.run(_DELETE, id=removed.id)
+    _record(tx, "agent.remove", removed, by)
     return removed
 
 

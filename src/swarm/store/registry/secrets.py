@@ -11,6 +11,7 @@ from swarm.errors import NotFound
 from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import value
+from swarm.store.tickets import events
 
 _PUT: Final = Sql(
     "INSERT INTO secrets (name, scope, sealed, created_at, updated_at) VALUES (:name, :scope, :sealed, :now, :now) "
@@ -38,8 +39,10 @@ class SecretRow:
     updated_at: str | None
 
 
-def put(tx: Tx, secret: Sealed) -> None:
+def put(tx: Tx, secret: Sealed, *, by: str | None = None) -> None:
     tx.run(_PUT, name=secret.name, scope=secret.scope, sealed=secret.sealed, now=tx.now)
+    if by is not None:
+        events.record(tx, "secret.set", by=by, name=secret.name, scope=secret.scope)
 
 
 def secrets(tx: Tx) -> list[SecretRow]:
@@ -51,7 +54,7 @@ def of_names(tx: Tx, names: Sequence[str]) -> list[Sealed]:
     return [value(Sealed, row) for row in tx.all_in(_OF_NAMES, names)]
 
 
-def remove(tx: Tx, name: str, scope: str) -> None:
+def remove(tx: Tx, name: str, scope: str, *, by: str | None = None) -> None:
     if tx.first(_ONE, name=name, scope=scope) is None:
         rows = tx.all(_LIST)
         near = versions.did_you_mean(name, dict.fromkeys(row.name for row in rows))
@@ -59,3 +62,5 @@ def remove(tx: Tx, name: str, scope: str) -> None:
             near = f"; it is set for {', '.join(scopes)}"
         raise NotFound(f"no secret {name!r} for {scope}{near or '; `swarm secret list` shows all'}")
     tx.run(_DELETE, name=name, scope=scope)
+    if by is not None:
+        events.record(tx, "secret.remove", by=by, name=name, scope=scope)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from swarm.base import versions
-from swarm.errors import Conflict, NotFound
+from swarm.errors import Conflict, NotFound, UsageError
 from swarm.model import Role
 from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
@@ -18,6 +19,8 @@ from swarm.store.tickets import events
 
 SESSION_SECONDS: Final = 7 * 86_400
 LINK_SECONDS: Final = 300
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
+_UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
 _USED_MS: Final = 60_000  # `last_used_at` is no more exact than that: a token is used often
 
 _COLUMNS: Final = "id, name, role, project_id, created_by, created_at, expires_at, last_used_at"
@@ -60,6 +63,21 @@ class TokenRow:
 
 def new_token() -> str:
     return f"swarm_{secrets.token_urlsafe(32)}"
+
+
+def checked_name(name: str) -> str:
+    """Raises UsageError."""
+    if not _NAME.fullmatch(name):
+        raise UsageError("a token's name has up to 63 letters, digits and . _ @ -, with a letter or digit first")
+    return name
+
+
+def expires_seconds(text: str) -> float:
+    """Raises UsageError."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})([mhd])", text)
+    if not found:
+        raise UsageError(f"a token expires after a number and m, h or d, such as 30d, not {text[:80]!r}")
+    return float(int(found[1]) * _UNITS[found[2]])
 
 
 def digest(token: str) -> str:

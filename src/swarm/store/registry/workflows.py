@@ -14,6 +14,7 @@ from swarm.store.registry import schedules
 from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, flag, lenient, value
+from swarm.store.tickets import events
 from swarm.workflow import definition
 from swarm.workflow.definition import Workflow
 
@@ -73,7 +74,7 @@ class WorkflowRow:
             ) from None
 
 
-def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
+def put_workflow(tx: Tx, new: Workflow, *, by: str | None = None) -> WorkflowRow:
     """Register, enabled. An identical workflow changes nothing; another version under the same id replaces it. Another
     definition under a registered name and version is a Conflict."""
     id_ = new.id or str(uuid.uuid5(_NAMESPACE, f"{new.name}@{new.version}"))
@@ -109,10 +110,16 @@ def put_workflow(tx: Tx, new: Workflow) -> WorkflowRow:
         tx.run(_UPDATE, now=tx.now, **values)
         schedules.sync(tx, registered.name)
     schedules.sync(tx, new.name)
-    return workflow(tx, id_)
+    return _recorded(tx, "workflow.add", workflow(tx, id_), by)
 
 
-def remove(tx: Tx, ref: str) -> WorkflowRow:
+def _recorded(tx: Tx, did: str, row: WorkflowRow, by: str | None) -> WorkflowRow:
+    if by is not None:
+        events.record(tx, did, by=by, name=f"{row.name}@{row.version}", id=row.id)
+    return row
+
+
+def remove(tx: Tx, ref: str, *, by: str | None = None) -> WorkflowRow:
     """Unregister and return one. Raises NotFound, and Conflict while a ticket that has not ended needs it, or it is
     started by time."""
     removed = workflow(tx, ref)
@@ -129,7 +136,7 @@ def remove(tx: Tx, ref: str) -> WorkflowRow:
         raise Conflict(f"a schedule starts the workflow {name}; `swarm workflow disable {name}` stops that")
     tx.run(_DELETE, id=removed.id)
     schedules.sync(tx, removed.name)
-    return removed
+    return _recorded(tx, "workflow.remove", removed, by)
 
 
 def workflow(tx: Tx, ref: str) -> WorkflowRow:
@@ -150,11 +157,12 @@ def workflows(tx: Tx) -> list[WorkflowRow]:
     return [_row(row) for row in tx.all(_ALL)]
 
 
-def enable(tx: Tx, ref: str, *, enabled: bool) -> WorkflowRow:
+def enable(tx: Tx, ref: str, *, enabled: bool, by: str | None = None) -> WorkflowRow:
     found = workflow(tx, ref)
     tx.run(_ENABLE, id=found.id, enabled=enabled, now=tx.now)
     schedules.sync(tx, found.name)
-    return workflow(tx, found.id)
+    did = "workflow.enable" if enabled else "workflow.disable"
+    return _recorded(tx, did, workflow(tx, found.id), by if enabled != found.enabled else None)
 
 
 def _row(row: Row) -> WorkflowRow:

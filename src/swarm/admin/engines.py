@@ -1,0 +1,96 @@
+"""The engines that say that they live, and what is known of their hosts: all that the database knows of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from swarm.store.registry.workers import is_alive
+from swarm.store.sql.rows import QueueStatus, WorkerRow
+from swarm.store.store import Store
+from swarm.vm.slots.inventory import Inventory, VmRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """Not ``alive``: silent for so long that it is frozen, dead, or on a host that is down. ``info``: its own words."""
+
+    id: str
+    host: str
+    pid: int | None
+    started_at: str
+    seen_at: str
+    seen_ms_ago: float
+    info: Mapping[str, Any]
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """As `swarm-engine status --json` prints it. ``vms``: those of this host."""
+
+    queue: QueueStatus
+    vms: list[VmRecord]
+    engines: list[Engine]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The engines of one host together; ``max_vms`` and what follows is of live ones alone. ``memory_mb`` and
+    ``memory_free_mb``: as the engine that was heard last says; None if none does."""
+
+    host: str
+    engines: int
+    alive: int
+    max_vms: int
+    running: int
+    ended_per_minute: int
+    drivers: list[str]
+    memory_mb: int | None
+    memory_free_mb: int | None
+    waits_for: list[str]
+    seen_ms_ago: float
+
+
+async def status(store: Store, inventory: Inventory) -> Status:
+    queue, found = await store.queue(), await engines(store)
+    return Status(queue=queue, vms=await asyncio.to_thread(inventory.records), engines=found)
+
+
+async def engines(store: Store) -> list[Engine]:
+    names = [field.name for field in fields(WorkerRow)]
+    return [
+        Engine(**{name: getattr(row, name) for name in names}, alive=is_alive(row)) for row in await store.workers()
+    ]
+
+
+def by_host(found: Sequence[Engine]) -> list[Host]:
+    """By name. What an engine says of itself may be anything: another program may have written the row."""
+    groups: dict[str, list[Engine]] = {}
+    for one in sorted(found, key=lambda engine: (engine.host, engine.seen_ms_ago)):
+        groups.setdefault(one.host, []).append(one)
+    return [_host(name, group) for name, group in groups.items()]
+
+
+def _host(name: str, group: Sequence[Engine]) -> Host:
+    live = [engine for engine in group if engine.alive]
+    said = [engine.info for engine in live]
+    return Host(
+        host=name,
+        engines=len(group),
+        alive=len(live),
+        max_vms=sum(_number(info.get("max_vms")) or 0 for info in said),
+        running=sum(_number(info.get("running")) or 0 for info in said),
+        ended_per_minute=sum(_number(info.get("per_minute")) or 0 for info in said),
+        drivers=sorted({str(info["driver"])[:80] for info in said if info.get("driver")}),
+        memory_mb=next((mb for info in said if (mb := _number(info.get("memory_mb"))) is not None), None),
+        memory_free_mb=next((mb for info in said if (mb := _number(info.get("memory_free_mb"))) is not None), None),
+        waits_for=[str(info["waits_for"])[:500] for info in said if info.get("waits_for")],
+        seen_ms_ago=min(engine.seen_ms_ago for engine in group),
+    )
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53 else None

@@ -1,0 +1,101 @@
+"""Agents that come as archives from other programs: kept in a temporary place, unpacked, checked, added."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from swarm import agents
+from swarm.admin import layers, packages
+from swarm.agents import bundle
+from swarm.base.aio import finish_uninterrupted
+from swarm.base.manifest import Invalid, Problem
+from swarm.base.progress import silent
+from swarm.engine.engine import ImageSource
+from swarm.errors import Conflict, HostError, UsageError
+from swarm.model import Agent
+from swarm.store.store import Store
+from swarm.vm.driver import Layer
+from swarm.vm.image.layer import HostLayers, Layers
+
+MAX_BYTES: Final = 128 << 20  # of an archive; unpacked, `bundle.MAX_BUNDLE_BYTES`
+AT_ONCE: Final = 2
+_NAME: Final = "agent.tar.gz"
+
+
+class Uploads:
+    """``into``: where agents' files are installed."""
+
+    def __init__(self, *, into: Path, images: ImageSource, layers: Layers | HostLayers) -> None:
+        self._into, self._images, self._layers = into, images, layers
+        self._open = 0
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[Path]:
+        """A name for an archive that is removed at the end, with what is unpacked beside it. Raises Conflict if there
+        are `AT_ONCE` already, HostError if there is no space."""
+        if self._open >= AT_ONCE:
+            raise Conflict(f"{AT_ONCE} agents are being uploaded: try again when they are done")
+        self._open += 1
+        try:
+            scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="swarm-upload-"))
+            try:
+                yield scratch / _NAME
+            finally:
+                await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True))
+        except OSError as error:
+            raise HostError(f"the uploaded agent can't be kept: {error.strerror or error}") from None
+        finally:
+            self._open -= 1
+
+    async def layer_of(self, agent: Agent) -> Layer | None:
+        """None if it needs none. Raises LayerMissing, ImageError."""
+        return await self._layers.find(agent, await self._images.find(agent.image)) if agent.needs_layer else None
+
+    async def problems(self, archive: Path) -> list[Problem]:
+        """What is wrong with an agent; its layer is not built."""
+        try:
+            with _named(archive):
+                agents.read_package(await _unpacked(archive))
+        except Invalid as error:
+            return list(error.problems)
+        except UsageError as error:
+            return [Problem(line=0, column=0, message=str(error))]
+        return []
+
+    async def add(self, store: Store, archive: Path, *, replace: bool, by: str) -> Agent:
+        """As `swarm agent add`: its layer is built first, so that an agent that can't run is not registered."""
+        with _named(archive):
+            directory = await _unpacked(archive)
+            agent = await asyncio.to_thread(agents.read, directory)
+        await layers.build(agent, self._images, self._layers, progress=silent)
+        with _named(archive):
+            return await packages.add_agent(store, directory, self._into, replace=replace, by=by)
+
+
+async def _unpacked(archive: Path) -> Path:
+    into = archive.parent / "files"
+    into.mkdir()
+    return await finish_uninterrupted(asyncio.to_thread(bundle.unpack, archive, into))
+
+
+@contextlib.contextmanager
+def _named(archive: Path) -> Iterator[None]:
+    """Errors name the archive and its files as its sender knows them."""
+    try:
+        yield
+    except UsageError as error:
+        said = str(error)
+        inner = sorted((str(one) for one in (archive.parent / "files").glob("*") if one.is_dir()), reverse=True)
+        for place in (*inner, str(archive.parent / "files")):
+            said = said.replace(f"{place}/", "").replace(place, "the archive")
+        said = said.replace(str(archive), "the archive")
+        if isinstance(error, Invalid):
+            raise Invalid(said.partition(":")[0], error.problems) from None
+        raise UsageError(said) from None

@@ -1,0 +1,145 @@
+"""What a token of one project sees: its own tickets, what all may read, and nothing that tells of other projects."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import httpx
+
+from swarm.api.app import ENDPOINTS
+from swarm.api.endpoint import Endpoint
+from swarm.model import Role, Ticket
+from swarm.store.registry.tokens import Actor, new_token
+from tests.api.served import Served
+
+OWN: Final = "own"  # the project's own; another project's does not exist
+SHARED: Final = "shared"  # it tells of all projects, or changes what they share: refused, to its admins too
+READ: Final = "read"  # of no project, and tells of none
+
+TABLE: Final[dict[tuple[str, str], str]] = {
+    ("GET", "/v1/tickets"): OWN,
+    ("POST", "/v1/tickets"): OWN,
+    ("GET", "/v1/tickets/{id}"): OWN,
+    ("POST", "/v1/tickets/{id}/cancel"): OWN,
+    ("GET", "/v1/tickets/{id}/events"): OWN,
+    ("GET", "/v1/tickets/{id}/events/live"): OWN,
+    ("GET", "/v1/runs/{id}/graph"): OWN,
+    ("GET", "/v1/workflows"): READ,
+    ("POST", "/v1/workflows"): SHARED,
+    ("POST", "/v1/workflows/validate"): READ,
+    ("GET", "/v1/workflows/{ref}"): READ,
+    ("DELETE", "/v1/workflows/{ref}"): SHARED,
+    ("POST", "/v1/workflows/{ref}/enable"): SHARED,
+    ("POST", "/v1/workflows/{ref}/disable"): SHARED,
+    ("POST", "/v1/workflows/{ref}/runs"): READ,
+    ("GET", "/v1/workflows/{ref}/graph"): READ,
+    ("GET", "/v1/workflows/{ref}/schedules"): SHARED,
+    ("GET", "/v1/workflows/{ref}/webhook"): READ,
+    ("GET", "/v1/webhooks"): READ,
+    ("GET", "/v1/schedules"): SHARED,
+    ("GET", "/v1/agents"): READ,
+    ("POST", "/v1/agents"): SHARED,
+    ("POST", "/v1/agents/validate"): SHARED,
+    ("GET", "/v1/agents/{ref}"): READ,
+    ("GET", "/v1/agents/{ref}/package"): READ,
+    ("GET", "/v1/agents/{ref}/check"): READ,
+    ("DELETE", "/v1/agents/{ref}"): SHARED,
+    ("GET", "/v1/secrets"): SHARED,
+    ("PUT", "/v1/secrets/{name}"): SHARED,
+    ("DELETE", "/v1/secrets/{name}"): SHARED,
+    ("GET", "/v1/status"): SHARED,
+    ("GET", "/v1/engines"): SHARED,
+    ("GET", "/v1/hosts"): SHARED,
+    ("GET", "/v1/costs"): SHARED,
+    ("GET", "/v1/images"): SHARED,
+    ("DELETE", "/v1/images/{digest}"): SHARED,
+    ("GET", "/v1/templates"): SHARED,
+    ("DELETE", "/v1/templates/{key}"): SHARED,
+    ("GET", "/v1/whoami"): READ,
+    ("GET", "/v1/tokens"): SHARED,
+    ("POST", "/v1/tokens"): SHARED,
+    ("DELETE", "/v1/tokens/{name}"): SHARED,
+}
+
+WORKFLOW: Final = b"""
+name: ours
+version: 1.0.0
+webhook: {secret: hook}
+steps: [{id: one, agent: echo}]
+"""
+
+
+def test_every_route_is_in_the_table() -> None:
+    """A new route needs a decision: what does a project's token get?"""
+    routes = {(one.method, one.path) for one in ENDPOINTS}
+    assert routes - set(TABLE) == set(), "add them to TABLE"
+    assert set(TABLE) - routes == set(), "they are gone"
+    shared = {(one.method, one.path) for one in ENDPOINTS if one.shared}
+    assert shared == {route for route, kind in TABLE.items() if kind == SHARED}
+
+
+async def test_what_a_projects_token_gets(served: Served) -> None:
+    """Even an admin's. What is of another project does not exist, also not in what is of no project."""
+    ids: dict[str, str] = {}
+    for project in ("mine", "theirs"):
+        await served.add(f"ticket-{project}", project_id=project, title=f"title of {project}")
+        async with await _holder(served, project) as holder:
+            workflow = holder if project == "mine" else served.admin
+            if project == "mine":
+                given = {"content-type": "application/yaml"}
+                assert (await served.admin.post("/v1/workflows", content=WORKFLOW, headers=given)).status_code == 201
+            made = await workflow.post("/v1/workflows/ours/runs", json={"project": project})
+            assert made.status_code == 201, made.text
+            ids[project] = await _run_of(served, Ticket(**{**made.json(), "inputs": "{}", "trigger_data": "{}"}))
+    async with await _holder(served, "mine") as mine:
+        for endpoint in ENDPOINTS:
+            kind = TABLE[endpoint.method, endpoint.path]
+            own = await _called(mine, endpoint, "mine", ids["mine"])
+            where = f"{endpoint.method} {endpoint.path}"
+            if kind == SHARED:
+                assert own.status_code == 403 and "of all projects" in own.text, where
+                continue
+            assert own.status_code in (200, 201, 204, 409), f"{where}: {own.text}"
+            assert "theirs" not in own.text, where
+            if kind == OWN and "{id}" in endpoint.path:
+                other = await _called(mine, endpoint, "theirs", ids["theirs"])
+                assert other.status_code == 404 and "title of" not in other.text, where
+    untouched = await served.store.ticket("ticket-theirs")
+    assert untouched.state == "ready"
+
+
+async def _holder(served: Served, project: str) -> httpx.AsyncClient:
+    token = new_token()
+    name = f"team-{len(await served.store.tokens())}"
+    await served.store.add_token(token, Actor(name=name, role=Role.ADMIN, project_id=project), by="test")
+    return httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"}, timeout=30)
+
+
+async def _run_of(served: Served, ticket: Ticket) -> str:
+    """Its run, once a worker has claimed its first step."""
+    claims = await served.store.claim("worker", lease_seconds=60, ticket_id=ticket.id)
+    while not claims:
+        await served.store.decided()
+        claims = await served.store.claim("worker", lease_seconds=60, ticket_id=ticket.id)
+    return claims[0].run_id
+
+
+async def _called(client: httpx.AsyncClient, endpoint: Endpoint, project: str, run: str) -> httpx.Response:
+    of = {"{id}": run if "/runs/" in endpoint.path else f"ticket-{project}"}
+    of |= {"{ref}": "ours" if "/workflows/" in endpoint.path else "echo"}
+    path = endpoint.path
+    for name, value in of.items():
+        path = path.replace(name, value)
+    sent: dict[str, Any] = {}
+    if endpoint.upload:
+        sent = {"content": WORKFLOW, "headers": {"content-type": endpoint.upload[0]}}
+    elif endpoint.body is not None:
+        sent = {"json": {"title": "x", "agent": "echo"} if path == "/v1/tickets" else {}}
+    if endpoint.media_type == "text/event-stream":
+        async with client.stream(endpoint.method, path, **sent) as stream:
+            if stream.status_code == 200:
+                line = await anext(stream.aiter_lines())  # it goes on for as long as the ticket does
+                return httpx.Response(200, text=line)
+            await stream.aread()
+            return httpx.Response(stream.status_code, text=stream.text)
+    return await client.request(endpoint.method, path, **sent)
