@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import secrets
 from asyncio import Task
 from collections.abc import AsyncIterator
@@ -18,6 +17,7 @@ from swarm.api.endpoint import Context
 from swarm.api.feed import Feed
 from swarm.api.webhooks import Hooks
 from swarm.app import wiring
+from swarm.base import process
 from swarm.cel.jail import Jail
 from swarm.config import Settings
 from swarm.dashboard import pages
@@ -60,7 +60,7 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
         )
         hooks = Hooks(store=opened, secret=secret, evaluator=jail)
         app = application(context, hooks=hooks.route(), pages=pages.routes(context))
-        mine = local(app, getpass.getuser())
+        mine = local(app, process.user())
         on_socket = await stack.enter_async_context(server.serving_locally(mine, settings.api_socket))
         url, on_port = await stack.enter_async_context(server.serving(app, host=host, port=port))
         stack.callback(feed.close)  # before the servers stop: they wait for open requests
@@ -81,5 +81,5 @@ async def new_secret(settings: Settings, name: str, workflow: str, *, replace: b
         if not replace and any((row.name, row.scope) == (name, scope) for row in await vault.list()):
             raise Conflict(f"the secret {name} of {workflow} exists, and is shown only once; --new makes another")
         value = secrets.token_hex(32)
-        await vault.set(name, value, scope=scope)
+        await vault.set(name, value, scope=scope, by=process.user())
         return value

@@ -1,0 +1,281 @@
+"""The API of what an installation has: secrets, tokens, engines, hosts, costs, images, templates; and that its JSON is
+the command line's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from typing import Any, Final
+
+import httpx
+
+from swarm.base import process
+from swarm.ledger import Account, Bill, Limit, Order, Spend
+from swarm.model import Agent, Role
+from swarm.vm.image import staging
+from tests.api.served import ECHO, Served
+from tests.api.test_auth import refused
+from tests.api.test_workflows import changes, put
+
+VALUE = "correct horse battery staple"
+PARTS = {"root": {"file": "root.erofs", "sha256": "", "size_bytes": 3}}
+DIGEST = staging.digest_of({"parts": {"root": ["root.erofs", "", 3]}, "boot_args": ""})
+KEY = "cd" * 16
+
+
+async def test_secrets_go_in_and_never_come_out(served: Served) -> None:
+    admin, said = served.admin, list[str]()
+    for body in ({"value": VALUE}, {"value": VALUE + " 2", "agent": "echo"}, {"value": VALUE, "workflow": "release"}):
+        answer = await admin.put("/v1/secrets/API_KEY", json=body)
+        assert answer.status_code == 204 and answer.content == b""
+    listed = await served.operator.get("/v1/secrets")
+    assert [(row["name"], row["scope"]) for row in listed.json()] == [
+        ("API_KEY", "agent:echo"),
+        ("API_KEY", "all"),
+        ("API_KEY", "workflow:release"),
+    ]
+    assert {name for row in listed.json() for name in row} == {"name", "scope", "updated_at"}
+    assert (await served.store.sealed_secrets(["API_KEY"]))[0].sealed
+    assert (await admin.delete("/v1/secrets/API_KEY?agent=echo")).status_code == 204
+    gone = await admin.delete("/v1/secrets/API_KEY?agent=echo")
+    refused(gone, 404, "it is set for all, workflow:release")
+    for event in await served.store.events(None):
+        said.append(json.dumps(dict(event.data)))
+    said += [listed.text, gone.text, *[(await admin.get(f"/v1/{path}")).text for path in ("secrets", "openapi.json")]]
+    assert VALUE not in "".join(said)
+    files = [path for path in served.settings.home.rglob("*") if path.is_file()]
+    assert not [path for path in files if VALUE.encode() in path.read_bytes()]
+    assert [(did, by) for did, by, _ in await changes(served)] == [("secret.set", "the-admin")] * 3 + [
+        ("secret.remove", "the-admin")
+    ]
+
+
+BAD_SECRETS: Final[list[Any]] = [
+    ("API_KEY", {"value": "hunter2 and more", "agent": "a", "workflow": "b"}, "one agent, workflow or webhook"),
+    ("API-KEY", {"value": "hunter2 and more"}, "not a valid name"),
+    ("API_KEY", {"value": "hun"}, "must have"),
+    ("API_KEY", {"value": "hunter2" * 10_000}, "must have"),
+    ("API_KEY", {"value": "hunter2 and \0"}, "no NUL"),
+    ("API_KEY", {"value": "hunter2 and \ud800"}, "UTF-8"),
+    ("API_KEY", {"value": ["hunter2 and more"]}, "must be text"),
+    ("API_KEY", {"value": 1_000_000_007}, "must be text"),
+    ("API_KEY", {"value": "hunter2 and more", "agent": "a b"}, "agent"),
+    ("API_KEY", {"valeu": "hunter2 and more"}, "did you mean 'value'"),
+    ("API_KEY", {}, "value: is missing"),
+]
+
+
+async def test_bad_secrets_are_not_repeated(served: Served) -> None:
+    for name, body, said in BAD_SECRETS:
+        headers = {"content-type": "application/json"}
+        answer = await served.admin.put(f"/v1/secrets/{name}", content=json.dumps(body), headers=headers)
+        refused(answer, 400, said)
+        assert "hunter2" not in answer.text and "1000000007" not in answer.text
+    assert (await served.operator.get("/v1/secrets")).json() == []
+
+
+async def test_a_token_is_shown_once(served: Served) -> None:
+    given = {"name": "ci", "role": "operator", "project": "a", "expires": "30d"}
+    made = await served.admin.post("/v1/tokens", json=given)
+    assert made.status_code == 201 and set(made.json()) == {"name", "role", "project", "token"}
+    headers = {"authorization": f"Bearer {made.json()['token']}"}
+    who = (await served.nobody.get("/v1/whoami", headers=headers)).json()
+    assert who == {"name": "ci", "role": "operator", "project_id": "a"}
+    listed = await served.admin.get("/v1/tokens")
+    (row,) = [row for row in listed.json() if row["name"] == "ci"]
+    assert (row["created_by"], row["project_id"], row["expires_at"][:2]) == ("the-admin", "a", "20")
+    assert made.json()["token"] not in listed.text
+    refused(await served.admin.post("/v1/tokens", json={"name": "ci"}), 409, "there is a token 'ci'")
+    assert (await served.admin.delete("/v1/tokens/ci")).json() == row | {"last_used_at": row["last_used_at"]}
+    refused(await served.nobody.get("/v1/whoami", headers=headers), 401, "a valid token")
+    refused(await served.admin.delete("/v1/tokens/ci"), 404, "no token 'ci'")
+
+
+BAD_TOKENS: Final[list[Any]] = [
+    ({"name": "ci "}, "a token's name"),
+    ({"name": "-ci"}, "a token's name"),
+    ({"name": "x" * 64}, "a token's name"),
+    ({"name": "ci", "role": "root"}, "role: must be 'viewer'"),
+    ({"name": "ci", "expires": "soon"}, "expires after a number"),
+    ({"name": "ci", "expires": "0d"}, "expires after a number"),
+    ({"name": "ci", "project": ""}, "project"),
+    ({"role": "viewer"}, "name: is missing"),
+]
+
+
+async def test_bad_tokens(served: Served) -> None:
+    for body, said in BAD_TOKENS:
+        refused(await served.admin.post("/v1/tokens", json=body), 400, said)
+    assert {row.name for row in await served.store.tokens()} == {f"the-{role}" for role in Role}
+
+
+async def test_engines_and_hosts(served: Served) -> None:
+    """Live and silent ones; and whatever another program wrote."""
+    info = {"driver": "qemu", "max_vms": 4, "running": 1, "per_minute": 7, "memory_mb": 8000, "memory_free_mb": 900}
+    await served.store.heartbeat("old", host="b", pid=1, info=info)
+    await served.store.shift_clock(20_000)
+    await served.store.heartbeat("one", host="a", pid=2, info={**info, "waits_for": "memory: 900 MB are free"})
+    await served.store.heartbeat("two", host="a", pid=3, info={**info, "driver": "firecracker"})
+    await served.store.heartbeat(
+        "odd", host="c", pid=4, info={"max_vms": "many", "running": True, "per_minute": -1, "memory_mb": 1e300}
+    )
+    engines = (await served.viewer.get("/v1/engines")).json()
+    assert {(one["id"], one["host"], one["alive"]) for one in engines} == {
+        ("old", "b", False),
+        ("one", "a", True),
+        ("two", "a", True),
+        ("odd", "c", True),
+    }
+    status = (await served.viewer.get("/v1/status")).json()
+    assert set(status) == {"queue", "vms", "engines"} and len(status["engines"]) == 4
+    hosts = {one["host"]: one for one in (await served.viewer.get("/v1/hosts")).json()}
+    a = {name: hosts["a"][name] for name in ("engines", "alive", "max_vms", "running", "ended_per_minute", "drivers")}
+    assert a == {
+        "engines": 2, "alive": 2, "max_vms": 8, "running": 2, "ended_per_minute": 14, "drivers": ["firecracker", "qemu"]
+    }  # fmt: skip
+    assert (hosts["a"]["memory_mb"], hosts["a"]["waits_for"]) == (8000, ["memory: 900 MB are free"])
+    assert (hosts["b"]["alive"], hosts["b"]["max_vms"], hosts["b"]["memory_mb"]) == (0, 0, None)
+    assert (hosts["c"]["alive"], hosts["c"]["max_vms"], hosts["c"]["memory_free_mb"]) == (1, 0, None)
+
+
+async def test_costs(served: Served) -> None:
+    await book(served)
+    (row,) = (await served.viewer.get("/v1/costs")).json()
+    assert (row["name"], row["calls"], row["input_tokens"], row["cost_usd"]) == ("echo", 1, 10, 0.25)
+    (row,) = (await served.viewer.get("/v1/costs?by=model&since=7d")).json()
+    assert row["name"] == "large"
+    assert (await served.viewer.get("/v1/costs?by=day&since=2100-01-01")).json() == []
+    for query, said in (("by=author", "by: must be"), ("since=soon", "is not a time"), ("until=7d", "unknown field")):
+        refused(await served.viewer.get(f"/v1/costs?{query}"), 400, said)
+
+
+async def book(served: Served) -> None:
+    await served.add("costly")
+    (claim,) = await served.store.claim("worker", lease_seconds=60)
+    account = Account(
+        ticket_id="costly", run_id=claim.run_id, step_execution_id=claim.step_execution_id, step_id=claim.step_id,
+        attempt_id=claim.attempt_id, agent_id=ECHO.id, agent_name="echo", agent_budget=Limit(),
+    )  # fmt: skip
+    most = Spend(usd=1.0, tokens=100)
+    order = Order(id="call", account=account, upstream="x", model="large", most=most, least=most, day=Limit())
+    await served.store.reserve(order)
+    bill = Bill(
+        id="call", account=account, upstream="x", model="large", status=200, counts={"input": 10, "output": 5},
+        cost_usd=0.25, latency_ms=1.0, first_byte_ms=None, streamed=False, note="", estimated=False,
+    )  # fmt: skip
+    await served.store.book(bill)
+
+
+async def test_images_and_templates(served: Served) -> None:
+    write_image(served)
+    (image,) = (await served.viewer.get("/v1/images")).json()
+    assert (image["digest"], image["kernel_version"], image["size_bytes"]) == (DIGEST, "6.1", 3)
+    refused(await served.admin.delete("/v1/images/ffff"), 404, "no image 'ffff'")
+    assert (await served.admin.delete(f"/v1/images/{DIGEST[:8]}")).status_code == 204
+    assert (await served.viewer.get("/v1/images")).json() == []
+    (template,) = (await served.viewer.get("/v1/templates")).json()
+    assert (template["key"], template["memory_mb"], template["image"]) == (KEY, 256, DIGEST)
+    refused(await served.admin.delete("/v1/templates/ffff"), 404, "no templates")
+    assert (await served.admin.delete(f"/v1/templates/{KEY[:8]}")).status_code == 204
+    assert (await served.viewer.get("/v1/templates")).json() == []
+    assert await changes(served) == [
+        ("image.remove", "the-admin", DIGEST),
+        ("template.remove", "the-admin", KEY),
+    ]
+
+
+def write_image(served: Served) -> None:
+    image, template = served.settings.images / DIGEST, served.settings.templates / KEY
+    image.mkdir(parents=True)
+    manifest = {
+        "format": 1, "recipe": "r", "created_at": "2026-01-31T12:00:00.000Z", "parts": PARTS, "kernel_version": "6.1",
+        "boot_args": "", "packages": {"libc6": "2.36"},
+    }  # fmt: skip
+    (image / "manifest.json").write_text(json.dumps(manifest))
+    template.mkdir(parents=True)
+    shape = {"driver": "qemu", "image": DIGEST, "memory_mb": 256, "vcpus": 1, "disk_mb": 64, "preload": ["ssl"]}
+    (template / "template.json").write_text(json.dumps({"key": KEY, "parts": shape, "files": [], "created_at": 1.0}))
+
+
+AS_THE_COMMAND_LINE = {
+    "/v1/agents": "swarm agent list",
+    "/v1/agents/echo": "swarm agent show echo",
+    "/v1/workflows": "swarm workflow list",
+    "/v1/workflows/release@1": "swarm workflow show release@1",
+    "/v1/schedules": "swarm workflow schedules",
+    "/v1/secrets": "swarm secret list",
+    "/v1/costs?by=model": "swarm cost --by model",
+    "/v1/images": "swarm image list",
+    "/v1/templates": "swarm template list",
+    "/v1/tokens": "swarm token list",
+    "/v1/status": "swarm-engine status",
+}
+PROGRAM = """
+import contextlib, shlex, sys
+from swarm.cli import engine, main
+from swarm.cli.frame import start
+for line in sys.stdin.read().splitlines():
+    print("\\x1e", end="", flush=True)
+    sys.argv = shlex.split(line)
+    with contextlib.suppress(SystemExit):
+        start({"swarm": main.app, "swarm-engine": engine.app}[sys.argv[0]], sys.argv[0])
+    sys.stdout.flush()
+"""
+
+
+async def test_the_json_is_the_command_lines(served: Served) -> None:
+    """And what the command line changes is recorded with its user."""
+    await put(served.admin)
+    await served.admin.put("/v1/secrets/API_KEY", json={"value": VALUE})
+    await book(served)
+    write_image(served)
+    await served.store.heartbeat("one", host=socket.gethostname(), pid=os.getpid(), info={"max_vms": 2})
+    await served.store.put_agent(Agent(**{**_fields(ECHO), "id": "other", "name": "other"}))
+    answers = {path: (await served.admin.get(path)).json() for path in AS_THE_COMMAND_LINE}
+    changing = [
+        "swarm workflow disable release", "swarm workflow enable release", "swarm workflow disable release",
+        "swarm workflow rm release", "swarm agent rm other", "swarm secret rm API_KEY",
+    ]  # fmt: skip
+    lines = [f"{line} --json --home {served.settings.home}" for line in AS_THE_COMMAND_LINE.values()]
+    lines += [f"{line} --home {served.settings.home}" for line in changing]
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PROGRAM, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(120):
+        out, _ = await child.communicate("\n".join(lines).encode())
+    printed = out.decode().split("\x1e")[1:]
+    for (path, answer), said in zip(answers.items(), printed, strict=False):
+        assert _steady(json.loads(said)) == _steady(answer), path
+        assert answer, path
+    user = process.user()
+    assert [(did, by) for did, by, _ in await changes(served) if by == user] == [
+        (did, user)
+        for did in (
+            "workflow.disable", "workflow.enable", "workflow.disable", "workflow.remove", "agent.remove",
+            "secret.remove",
+        )
+    ]  # fmt: skip
+
+
+def _fields(agent: Agent) -> dict[str, Any]:
+    return {name: getattr(agent, name) for name in ("version", "path", "entry")}
+
+
+def _steady(value: Any) -> Any:
+    """Without what is another a moment later."""
+    if isinstance(value, dict):
+        moving = ("seen_ms_ago", "oldest_ready_ms", "next_due_ms", "last_used_at", "used_at")
+        return {name: _steady(each) for name, each in value.items() if name not in moving}
+    return [_steady(each) for each in value] if isinstance(value, list) else value
+
+
+async def test_whoami_of_each(served: Served) -> None:
+    for role, client in served.clients.items():
+        answer: httpx.Response = await client.get("/v1/whoami")
+        if role == "nobody":
+            refused(answer, 401, "a valid token")
+        else:
+            assert answer.json() == {"name": f"the-{role}", "role": role, "project_id": None}
