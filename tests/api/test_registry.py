@@ -265,9 +265,9 @@ def _fields(agent: Agent) -> dict[str, Any]:
 
 
 def _steady(value: Any) -> Any:
-    """Without what is another a moment later."""
+    """Without what is another a moment later; and where the server is, which who asks it knows."""
     if isinstance(value, dict):
-        moving = ("seen_ms_ago", "oldest_ready_ms", "next_due_ms", "last_used_at", "used_at")
+        moving = ("seen_ms_ago", "oldest_ready_ms", "next_due_ms", "last_used_at", "used_at", "server")
         return {name: _steady(each) for name, each in value.items() if name not in moving}
     return [_steady(each) for each in value] if isinstance(value, list) else value
 

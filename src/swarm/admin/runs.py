@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from swarm import schema
 from swarm.errors import Conflict, UsageError
-from swarm.model import FILES, ExecutionMode, Ticket, TicketState
+from swarm.model import FILES, Ticket
+from swarm.store import submission
 from swarm.store.registry.workflows import WorkflowRow
 from swarm.workflow.definition import Workflow
 
@@ -31,26 +33,11 @@ def _check_inputs(workflow: Workflow, given: Mapping[str, object]) -> None:
 
 
 def ticket(
-    row: WorkflowRow,
-    inputs: Mapping[str, object],
-    *,
-    id: str,
-    by: str,
-    title: str | None = None,
-    priority: int = 0,
-    timeout_seconds: float | None = None,
-    project: str | None = None,
+    row: WorkflowRow, inputs: Mapping[str, object], *, by: str, title: str | None = None, **fields: Any
 ) -> Ticket:
-    return Ticket(
-        id=id,
-        title=title or row.name,
-        state=TicketState.READY,
-        project_id=project,
-        execution_mode=ExecutionMode.WORKFLOW,
-        workflow_id=row.id,
-        inputs=json.dumps(inputs, ensure_ascii=False),
-        priority=priority,
-        timeout_seconds=timeout_seconds,
-        trigger_type="manual",
-        trigger_data=json.dumps({"by": by}),
+    """``fields``: others of `submission.new_ticket`."""
+    trigger = json.dumps({"by": by})
+    title = title or row.name
+    return submission.new_ticket(
+        None, row, inputs=inputs, title=title, trigger_type="manual", trigger_data=trigger, **fields
     )

@@ -99,7 +99,7 @@ async def count_tickets(call: Call) -> Mapping[str, Count]:
 
 async def submit_ticket(call: Call) -> Ticket:
     body: Submission = call.body
-    project, by = call.actor.project_id, call.actor.name
+    project = call.actor.project_id
     if project is not None and body.project not in (None, project):
         raise UsageError(f"this token is of the project {shown(project)}: leave `project` out")
     runner = await submission.runner(call.store, body.agent, body.workflow)

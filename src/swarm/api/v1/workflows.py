@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -56,7 +55,7 @@ class WebhookInfo:
 class RunBody(Fields):
     inputs: dict[str, Any] = Field(default_factory=dict)
     title: str | None = Field(default=None, min_length=1, max_length=10_000, description="default: the workflow's name")
-    id: str | None = Field(default=None, description="of its ticket; default: a new one")
+    id: str | None = Field(default=None, min_length=1, description="of its ticket; default: a new one")
     project: str | None = None
     priority: int = 0
     timeout_seconds: float | None = None
@@ -115,12 +114,12 @@ def _ticket(call: Call, row: WorkflowRow) -> tuple[Ticket, str]:
     ticket = runs.ticket(
         row,
         given.inputs,
-        id=given.id if given.id is not None else str(uuid.uuid4()),
         by=call.actor.name,
+        id=given.id,
         title=given.title,
         priority=given.priority,
         timeout_seconds=given.timeout_seconds,
-        project=call.actor.project_id if call.actor.project_id is not None else given.project,
+        project_id=call.actor.project_id if call.actor.project_id is not None else given.project,
     )
     return ticket, f"{call.path['ref']} {given.model_dump_json()}"
 
