@@ -10,8 +10,8 @@ their own. Nothing is asserted: figures are for people.
     chain, fan   workflows: see bench_flows
     idle         CPU and memory of the real `swarm-engine start` while nothing happens
     neighbour    a small ticket's time beside a tenant who does his worst: see bench_neighbour (many minutes)
-    locked       share of INSERTs by a `sqlite3` shell, which does not wait, that meet the engine's write lock; also
-                 beside the real engine
+    locked       share of INSERTs by a `sqlite3` shell, which does not wait, that meet a lock; also beside the real
+                 engine. Whose lock it is: the engine's, or that of whoever inserts the tickets
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import json
 import os
 import random
 import resource
+import select
 import signal
 import sqlite3
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,14 +83,14 @@ async def serve(file: str, max_vms: int) -> None:
 
 
 @contextlib.contextmanager
-def engines(file: Path, count: int, max_vms: int, results: list[dict[str, object]]) -> Iterator[None]:
+def engines(file: Path, count: int, max_vms: int, results: list[dict[str, object]]) -> Iterator[list[int]]:
     argv = [sys.executable, "-m", "tests.engine.bench", "--serve", str(file), "--max-vms", str(max_vms)]
     running = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
         for one in running:
             assert one.stdout is not None
             one.stdout.readline()
-        yield
+        yield [one.pid for one in running]
     finally:
         for one in running:
             one.terminate()
@@ -232,23 +236,43 @@ def idle(directory: Path, seconds: float) -> None:
 
 
 async def locked(directory: Path, shells: int) -> None:
-    def refused(file: Path) -> str:
-        count = sum(not _typed(file, f"shell-{number}") for number in range(shells))
-        return f"{count / shells:6.1%} of {shells} INSERTs refused"
+    def refused(file: Path, engine: int) -> str:
+        argv = [sys.executable, "-m", "tests.engine.bench", "--whose-lock", str(file), "--pid", str(engine)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as looking:
+            count = sum(not _typed(file, f"shell-{number}") for number in range(shells))
+            held = looking.communicate()[0].strip()
+        return f"{count / shells:6.1%} of {shells} INSERTs refused; lock held {held}"
 
     for per_second in (0, 20, 100, None):
         name = "as many as it can" if per_second is None else f"{per_second} a second"
         file = await database(directory, f"locked-{per_second}")
         if per_second is None:
             insert(file, "new", 60_000)
-        with engines(file, 1, 64, []), _paced(file, per_second or 0):
-            out(f"locked              {name + ' no-op tickets:':35} {refused(file)}")
+        with engines(file, 1, 64, []) as (engine,), _paced(file, per_second or 0):
+            out(f"locked              {name + ' no-op tickets:':35} {refused(file, engine)}")
     real = directory / "locked"
     real.mkdir()
-    with real_engine(real) as (_, file), _paced(file, 10):
-        out(f"locked              {'10 tickets a second on processes:':35} {refused(file)}")
+    with real_engine(real) as (engine, file), _paced(file, 10):
+        out(f"locked              {'10 tickets a second on processes:':35} {refused(file, engine)}")
         done = sqlite3.connect(file).execute("SELECT count(*) FROM tickets WHERE state = 'done'").fetchone()[0]
         out(f"                    ({done} of them done meanwhile)")
+
+
+def whose_lock(file: str, engine: int) -> None:
+    """Until stdin is closed, look at random moments who holds the write lock, and first if real-time threads hold it:
+    else those moments would not be seen."""
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(2))
+    held, looks = Counter[int](), 0
+    with open(f"{file}-shm", "rb+") as shm:
+        while not select.select([sys.stdin], [], [], random.uniform(0.0002, 0.001))[0]:
+            # struct flock; 120 is WAL_WRITE_LOCK (sqlite.org/walformat.html, 2.3.1).
+            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 120, 1, 0)
+            kind, _, _, _, pid = struct.unpack("hhqqi4x", fcntl.fcntl(shm, fcntl.F_GETLK, asked))
+            looks += 1
+            if kind != fcntl.F_UNLCK:
+                held[pid] += 1
+    out(f"by the engine {held[engine] / looks:.2%} of the time, to insert the tickets {held[os.getppid()] / looks:.2%}")
 
 
 def _typed(file: Path, id_: str) -> bool:
@@ -300,7 +324,12 @@ async def main() -> None:
     parser.add_argument("--kinds", nargs="*", help="of neighbours; without it: all")
     parser.add_argument("--max-vms", type=int, default=128)
     parser.add_argument("--serve", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--whose-lock", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--pid", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.whose_lock:
+        whose_lock(options.whose_lock, options.pid)
+        return
     if options.serve:
         await serve(options.serve, options.max_vms)
         return

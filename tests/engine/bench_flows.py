@@ -26,7 +26,7 @@ from swarm.workflow.definition import Workflow
 from swarm.workflow.pinning import Registry
 from tests.store.bench_queue import ECHO, out
 
-Engines = Callable[[Path, int, int, list[dict[str, object]]], AbstractContextManager[None]]
+Engines = Callable[[Path, int, int, list[dict[str, object]]], AbstractContextManager[object]]
 CHAIN = """
 name: chain
 version: 1.0.0

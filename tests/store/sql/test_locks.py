@@ -6,9 +6,11 @@ A `shell` here inserts like a program that waits for no lock.
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from swarm.store.sql.database import Database, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.store import Store
+from tests.base.test_realtime import realtime_policy
 from tests.store.databases import Outside, claim_one, insert
 
 TITLES = Sql("SELECT title FROM tickets ORDER BY id")
@@ -121,6 +124,64 @@ async def test_claim_and_finish_read_before_they_write(store: Store, outside: Ou
         kinds = ["W" if one in ("INSERT", "UPDATE", "DELETE") else one[0] for one in statements if one != "--"]
         assert set(kinds) == set("BSWC"), statements
         assert "".join(kinds) == "".join(sorted(kinds, key="BSWC".index)), statements
+
+
+@pytest.mark.parametrize("what", ["claim", "finish"])
+async def test_nothing_is_read_under_the_lock(store: Store, outside: Outside, what: str) -> None:
+    """Though another program's INSERT has just emptied SQLite's cache. And no ordinary thread gets in between."""
+    insert(outside, "s")
+    await store.finish((await claim_one(store)).attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=0)
+    insert(outside, "t")
+    claim = await claim_one(store) if what == "finish" else None
+    insert(outside, "u", state="draft")
+    seen: list[tuple[str, int, int]] = []  # statement, read calls of this thread so far, its policy
+
+    def note(sql: str) -> None:
+        reads = int(Path("/proc/thread-self/io").read_text().split()[5])
+        seen.append((sql.split(maxsplit=1)[0], reads, os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK))
+
+    def trace(connection: sqlite3.Connection) -> None:
+        connection.set_trace_callback(note)
+        note("first")
+        note("second")
+
+    await store._write.call_raw(lambda connection: trace(connection.driver))
+    if claim is None:
+        await claim_one(store)
+    else:
+        await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=0)
+    await store._write.call_raw(lambda _: note("after"))
+    (_, before, _), (_, after, ordinary), *statements, (_, _, again) = seen
+    lock = next(n for n, (kind, _, _) in enumerate(statements) if kind == "UPDATE")
+    commit = next(n for n, (kind, _, _) in enumerate(statements) if kind == "COMMIT")
+    assert statements[commit][1] - statements[lock][1] == (commit - lock) * (after - before)  # only `note` has read
+    assert statements[lock][1] - statements[0][1] > lock * (after - before)  # before that, SQLite did
+    assert {policy for _, _, policy in statements[:lock]} == {ordinary} == {again}
+    assert {policy for _, _, policy in statements[lock : commit + 1]} == {realtime_policy()}
+
+
+async def test_statements_are_parsed_once(url: str, thread: ConnectionThread) -> None:
+    """Also after one of them came too late, since another program wrote first."""
+    ids = iter("ab")
+    parsed: list[str | None] = []
+
+    def rename(tx: Tx) -> None:
+        titles(tx)
+        if (id_ := next(ids, None)) is not None:
+            shell(url, id_)
+        tx.run(RENAME, title="renamed")
+
+    def note(action: int, table: str | None, *_: object) -> int:
+        parsed.append(table)
+        return sqlite3.SQLITE_OK
+
+    await thread.call(rename)
+    await thread.call_raw(lambda connection: connection.driver.set_authorizer(note))
+    await thread.call(rename)  # every statement is parsed again for the authorizer
+    assert "tickets" in parsed
+    parsed.clear()
+    await thread.call(rename)
+    assert "tickets" not in parsed
 
 
 async def test_one_text_may_be_two_statements(thread: ConnectionThread) -> None:

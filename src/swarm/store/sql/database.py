@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, Final, TypeAlias
 
+from swarm.base.realtime import ahead_of_others
 from swarm.errors import Conflict, StoreError, UsageError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain, without_password
@@ -102,6 +103,7 @@ class Tx:
         self._cursor = connection.driver.cursor()
         self._unwritten: list[tuple[Sql, Sequence[Mapping[str, Any]]]] = []
         self._if_undone: list[Callable[[], None]] = []
+        self._locked = False
 
     @cached_property
     def now_ms(self) -> int:
@@ -142,6 +144,10 @@ class Tx:
             self._muted = list(self._wakes)
             for wake in self._muted:
                 wake.mute()
+        if unwritten and not self._locked:
+            # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
+            self._cursor.execute(self.dialect.lock)
+            self._locked = True
         for statement, rows in unwritten:
             self._cursor.executemany(statement, rows)
             if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
@@ -149,10 +155,23 @@ class Tx:
 
     def begin(self, statement: str) -> None:
         self._cursor.execute(statement)
+        self._locked = statement == self.dialect.begin_write
 
     def commit(self) -> None:
-        self.write()
-        self.connection.driver.commit()
+        if not self._unwritten and not self._locked:
+            self.connection.driver.commit()
+            return
+        self._warm_up()
+        with ahead_of_others():
+            self.write()
+            self.connection.driver.commit()
+
+    def _warm_up(self) -> None:
+        """Read what will be written, before the lock is taken."""
+        ids = [rows[0]["ticket_id"] for _, rows in self._unwritten if "ticket_id" in rows[0]]
+        if ids and not self._locked:
+            with contextlib.suppress(self.dialect.driver_error):  # another program removed a table
+                self._cursor.execute(self.dialect.warm_up, {"ticket_id": ids[0]}).fetchall()
 
     def if_undone(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` unless this transaction is committed: it may run again."""

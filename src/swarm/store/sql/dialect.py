@@ -47,6 +47,8 @@ class Dialect:
     tidy: str  # a statement at the beginning of a writing connection
     begin_write: str  # starts a transaction that no other writer can get between
     begin_read: str
+    lock: str  # takes the write lock, and changes nothing
+    warm_up: str  # reads what changes of a :ticket_id are about to write
     connect: Callable[[str, bool, float], Any]  # (URL, will write, busy timeout in seconds): the driver's connection
     file: Callable[[str], Path | None]  # of a URL. None: this database is not a file. Raises UsageError
     driver_error: type[Exception]  # the base class of the driver's exceptions

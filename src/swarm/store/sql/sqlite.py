@@ -12,6 +12,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from swarm.errors import UsageError
+from swarm.store.sql.conditions import ATTEMPT_LIVE, ENDED, UNFINISHED
 from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, without_password
 
 # Bytes that are not UTF-8 come back as lone surrogates instead of an exception: another tool may have written anything.
@@ -153,6 +154,19 @@ def _is_locked(error: BaseException | None) -> bool:
     return getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
 
 
+# The pages that a claim, or the end of an attempt, writes: another program's INSERT has emptied SQLite's cache of them.
+# Ids and times grow, so most are the last of a table or index.
+_WARM_UP: Final = f"""SELECT
+  (SELECT max(rowid) FROM workflow_runs), (SELECT max(id) FROM workflow_runs),
+  (SELECT max(rowid) FROM step_executions), (SELECT max(id) FROM step_executions),
+  (SELECT max(run_id) FROM step_executions),
+  (SELECT max(rowid) FROM attempts), (SELECT max(id) FROM attempts), (SELECT max(step_execution_id) FROM attempts),
+  (SELECT max(lease_until) FROM attempts WHERE {ATTEMPT_LIVE}),
+  (SELECT max(seq) FROM events), (SELECT max(seq) FROM events WHERE ticket_id = :ticket_id),
+  (SELECT max(rowid) FROM sqlite_sequence), (SELECT state FROM tickets WHERE id = :ticket_id),
+  (SELECT max(rowid) FROM tickets WHERE {UNFINISHED} AND state = 'in_progress'),
+  (SELECT max(created_at) FROM tickets WHERE {ENDED} AND state = 'done')"""
+
 SQLITE: Final = Dialect(
     name="sqlite",
     # An offset that another program removed counts as 0, one beyond all dates as the last one possible.
@@ -163,6 +177,8 @@ SQLITE: Final = Dialect(
     tidy="PRAGMA wal_checkpoint(PASSIVE)",
     begin_write="BEGIN IMMEDIATE",
     begin_read="BEGIN",
+    lock="UPDATE clock SET offset_ms = 0 WHERE 0",
+    warm_up=_WARM_UP,
     connect=_connect,
     file=_file,
     driver_error=sqlite3.Error,
