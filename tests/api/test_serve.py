@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from swarm import config
+from swarm.api import server as api_server
 from swarm.app import address, wiring
 from swarm.config import Settings
 from swarm.model import Event, Role, Ticket
@@ -136,3 +137,19 @@ async def test_what_a_killed_server_leaves_is_removed(settings: Settings) -> Non
         assert address.forget_dead(settings) == [] and settings.api_socket.exists()
         address.file(settings).unlink()
         assert address.forget_dead(settings) == [] and settings.api_socket.exists()
+
+
+async def test_a_small_answer_is_not_held_back_until_the_one_before_is_acknowledged() -> None:
+    """asyncio turns Nagle's algorithm off only for a socket that says that it is TCP."""
+    off: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        off.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    bound = api_server._bind("127.0.0.1", 0)
+    async with await asyncio.start_server(connected, sock=bound):
+        _, writer = await asyncio.open_connection(*bound.getsockname())
+        assert await off
+        writer.close()
+        await writer.wait_closed()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
-from swarm.model import Failed, FailureReason, Succeeded, Ticket
+from swarm.model import Claim, Failed, FailureReason, Succeeded, Ticket
 from swarm.store.store import Store
 from swarm.workflow import parse
 from swarm.workflow.definition import Step, Workflow
@@ -35,16 +36,22 @@ async def run(store: Store, *, failing: tuple[str, ...] = (), only: tuple[str, .
         claims = await store.claim("tests", limit=50, lease_seconds=600)
         if not claims and not await store.decided():
             return
-        for claim in claims:
-            if only is not None and claim.step_id not in only:
-                await store.running(claim.attempt_id, 1000)
-                continue
-            outcome = (
-                Failed(reason=FailureReason.AGENT_FAILED, message=f"it broke: {HOSTILE}")
-                if claim.step_id in failing
-                else Succeeded(outputs=json.dumps({"said": claim.step_id}))
-            )
-            await store.finish(claim.attempt_id, outcome, timings={}, vm_time_ms=5.0, in_workflow=True)
+        await finish_all(store, claims, failing=failing, only=only)
+
+
+async def finish_all(
+    store: Store, claims: Sequence[Claim], *, failing: tuple[str, ...] = (), only: tuple[str, ...] | None = None
+) -> None:
+    for claim in claims:
+        if only is not None and claim.step_id not in only:
+            await store.running(claim.attempt_id, 1000)
+            continue
+        outcome = (
+            Failed(reason=FailureReason.AGENT_FAILED, message=f"it broke: {HOSTILE}")
+            if claim.step_id in failing
+            else Succeeded(outputs=json.dumps({"said": claim.step_id}))
+        )
+        await store.finish(claim.attempt_id, outcome, timings={}, vm_time_ms=5.0, in_workflow=True)
 
 
 def large(name: str, count: int, width: int = 20) -> Workflow:

@@ -8,6 +8,7 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -28,12 +29,14 @@ from swarm.store.registry.workflows import WorkflowRow
 from swarm.store.runs.views import RECENT
 from swarm.store.tickets.pages import TicketFilter
 from swarm.workflow import schedule
-from swarm.workflow.definition import Workflow, to_json
+from swarm.workflow.definition import Workflow
 
 _TICKETS: Final = 20
 _LOOKED_AT: Final = 100  # tickets of one agent or workflow that say how it fares
 _NEXT_TIMES: Final = 3
 _TIMETABLES: Final = 100
+_SHOWN_CHARS: Final = 40_000  # of a definition
+_SHOWN_STEPS: Final = 200
 _FORM_BYTES: Final = 1 << 20
 
 
@@ -123,16 +126,16 @@ async def _workflow(
     )
 
 
-def _drawn(row: WorkflowRow, keys: tuple[str, ...]) -> dict[str, Any]:
+@lru_cache(maxsize=32)
+def _drawn(row: WorkflowRow, keys: tuple[str, ...]) -> Mapping[str, Any]:
+    """What the page shows of a definition, which seldom changes."""
     address = f"/workflows/{quote(row.id, safe='')}"
-    definition, whole = text.pretty(row.definition, limit=200_000)
+    definition, whole = text.pretty(row.definition, limit=_SHOWN_CHARS)
     found: dict[str, Any] = {"definition": definition, "whole": whole, "graphs": [], "fields": [], "problem": ""}
     try:
         workflow = row.parsed()
     except StoreError as error:
         return found | {"problem": str(error), "workflow": None}
-    if whole:
-        found["definition"] = json.dumps(to_json(workflow), indent=2, ensure_ascii=False)
     steps = {one.id: one for one in svg_graph.outlines(workflow)}
     for part in dict.fromkeys(one.part for one in steps.values()):
         needs = {one.id: one.needs for one in steps.values() if one.part == part}
@@ -143,7 +146,12 @@ def _drawn(row: WorkflowRow, keys: tuple[str, ...]) -> dict[str, Any]:
 
         drawing = svg_graph.draw(picture, steps, name=f"Graph of {row.name} {part}", status={}, copies={}, link=link)
         found["graphs"].append(("" if part == "steps" else part, drawing, picture.hidden))
-    return found | {"workflow": workflow, "fields": _fields(workflow), "steps": list(steps.values())[:500]}
+    return found | {
+        "workflow": workflow,
+        "fields": _fields(workflow),
+        "steps": list(steps.values())[:_SHOWN_STEPS],
+        "more": max(len(steps) - _SHOWN_STEPS, 0),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -320,7 +320,7 @@ async def show_step(context: Context, request: Request, actor: Actor) -> Respons
     ticket = await own_ticket(context, actor, request.path_params["id"])
     query = request.query_params
     where = Where(ticket=ticket.id, run=query.get("run"), path=query.get("path", "")[:500])
-    run = await context.store.run_states(ticket.id, run_id=where.run, path=where.path)
+    run = await context.store.run_states(ticket.id, run_id=where.run, path=where.path, steps=False)
     id, inputs, outputs = await context.store.step_texts(
         ticket.id, run_id=run.run.id, step_id=query.get("step", "")[:1000]
     )

@@ -235,10 +235,12 @@ class Store:
     async def attempts(self, ticket_id: str) -> list[AttemptRow]:
         return await self._read.call(tickets.attempts, ticket_id)
 
-    async def run_states(self, ticket_id: str, *, run_id: str | None = None, path: str = "") -> RunStates:
-        """The newest run of a ticket, or the one named, with its steps' states; ``path``: of the run nested in it
-        there, such as 'fix[0]/'. Raises NotFound."""
-        return await self._read.call(views.states, ticket_id, run_id=run_id, path=path)
+    async def run_states(
+        self, ticket_id: str, *, run_id: str | None = None, path: str = "", steps: bool = True
+    ) -> RunStates:
+        """The newest run of a ticket, or the one named, with its steps' states, unless ``steps`` is False; ``path``: of
+        the run nested in it there, such as 'fix[0]/'. Raises NotFound."""
+        return await self._read.call(views.states, ticket_id, run_id=run_id, path=path, steps=steps)
 
     async def step_details(self, ids: Sequence[str]) -> tuple[list[StepDetails], list[TryView]]:
         """Of some steps, with texts shortened, and their attempts."""

@@ -101,7 +101,7 @@ class RunView:
     definition: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)  # there are thousands of them: made by position, and not frozen, for speed
 class StepState:
     id: str
     step_id: str  # with its run's path
@@ -176,8 +176,9 @@ class WaitingStep:
     over_budget: bool
 
 
-def states(tx: Tx, ticket_id: str, *, run_id: str | None, path: str) -> RunStates:
-    """The newest run of a ticket, or the one named; with ``path``, the run nested in it there. Raises NotFound."""
+def states(tx: Tx, ticket_id: str, *, run_id: str | None, path: str, steps: bool = True) -> RunStates:
+    """The newest run of a ticket, or the one named; with ``path``, the run nested in it there. ``steps`` False: without
+    its steps. Raises NotFound."""
     roots = [value(RunView, row) for row in tx.all(_ROOTS, ticket_id=ticket_id, most=MOST_RUNS)]
     found = next((one for one in roots if run_id in (None, one.id)), None)
     if found is not None and path:
@@ -185,12 +186,12 @@ def states(tx: Tx, ticket_id: str, *, run_id: str | None, path: str) -> RunState
         found = value(RunView, row) if row is not None else None
     if found is None:
         raise NotFound("this ticket has no such run" if run_id or path else "this ticket has not run yet")
-    steps = tx.all(_STATES, run_id=found.id, most=MOST_STEPS + 1)
+    rows = tx.all(_STATES, run_id=found.id, most=MOST_STEPS + 1) if steps else []
     return RunStates(
         run=found,
         runs=roots,
-        steps=[StepState(**row._asdict()) for row in steps[:MOST_STEPS]],
-        more=len(steps) > MOST_STEPS,
+        steps=[StepState(*row) for row in rows[:MOST_STEPS]],
+        more=len(rows) > MOST_STEPS,
         now=tx.now,
     )
 
