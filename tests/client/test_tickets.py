@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,17 @@ from swarm.client import (
     Unauthorized,
 )
 from tests.api.served import Served
+from tests.api.test_registry import book
 from tests.engine.conftest import Bench
 
+ASKS = """
+name: asks
+version: 1.0.0
+steps:
+  - {id: check, approval: "Publish ${inputs.what}?"}
+  - {id: say, agent: echo, needs: check, inputs: {message: "${inputs.what}"}}
+inputs: {type: object, properties: {what: {type: string}}}
+"""
 LOUD = r"""
 import json, sys
 inputs = json.load(open("input.json"))["inputs"]
@@ -86,6 +96,61 @@ async def test_a_draft_and_one_that_waits_for_it(s: AsyncSwarm) -> None:
     assert first.state == "draft" and (await second.details()).depends_on == (first.id,)
     await first.ready()
     assert (await second.wait(60)).state == "done"
+
+
+async def test_a_person_is_asked(s: AsyncSwarm, at_work: Bench, tmp_path: Path) -> None:
+    (tmp_path / "asks.yaml").write_text(ASKS)
+    assert await s.workflows.validate(tmp_path / "asks.yaml") == []
+    (tmp_path / "bad.yaml").write_text(ASKS.replace("echo", "ecko").replace("needs: check", "needs: chek"))
+    assert {problem.line for problem in await s.workflows.validate(tmp_path / "bad.yaml")} == {6}
+    with pytest.raises(Invalid, match="ecko"):
+        await s.workflows.add(tmp_path / "bad.yaml")
+    added = [await s.workflows.add(tmp_path / "asks.yaml") for _ in range(2)]
+    assert added[0] == added[1] == await s.workflows.get("asks") and added[0] in await s.workflows.list()
+    ticket, other = [await s.workflows.run("asks", what=what) for what in ("one", "two")]
+
+    async def both_wait() -> bool:
+        return len([one async for one in s.tickets.list(state="waiting")]) == 2
+
+    await at_work.until(both_wait)
+    asked = {one.question: one async for one in s.approvals.list()}
+    assert asked.keys() == {"Publish one?", "Publish two?"} and asked["Publish one?"].ticket_id == ticket.id
+    await asked["Publish one?"].approve("looks good")
+    assert (await ticket.result(60))["echo"] == {"message": "one"}
+    with pytest.raises(Conflict):
+        await ticket.approve()
+    await other.reject("not today")
+    assert (await other.wait(60)).state == "failed"
+    assert "not today" in str((await other.refresh()).error)
+
+
+async def test_an_agent_of_this_computer(s: AsyncSwarm, tmp_path: Path) -> None:
+    directory = tmp_path / "own"
+    (directory / ".git").mkdir(parents=True)
+    (directory / "main.py").write_text(LOUD)
+    (directory / "agent.yaml").write_text("name: own\nversion: 1.0.0\nentry: [main.py]\n")
+    (directory / ".git" / "config").write_text("secret")
+    added = await s.agents.upload(directory)
+    assert (added.name, added.version) == ("own", "1.0.0") and added == await s.agents.get("own@1")
+    assert added in await s.agents.list() and added == await s.agents.upload(directory)
+    (directory / "main.py").write_text("raise SystemExit(1)")
+    with pytest.raises(Conflict):
+        await s.agents.upload(directory)
+    assert (await s.agents.upload(directory, dev=True)).id == added.id
+    (directory / "agent.yaml").write_text("name: [")
+    with pytest.raises(Invalid, match=r"agent\.yaml"):
+        await s.agents.upload(directory)
+
+
+async def test_what_it_costs_and_what_runs(served: Served) -> None:
+    await book(served)
+    async with AsyncSwarm(served.url, token=served.tokens["viewer"]) as s:
+        (costs,) = await s.costs("model", since="7d")
+        assert (costs.name, costs.calls, costs.input_tokens, costs.cost_usd) == ("large", 1, 10, 0.25)
+        with pytest.raises(Invalid, match="by: must be"):
+            await s.costs("moon")
+        status = await s.status()
+        assert status["queue"]["running"] == 1 and status["engines"] == []
 
 
 async def test_lists(served: Served) -> None:
