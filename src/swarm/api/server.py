@@ -22,14 +22,18 @@ from swarm.errors import HostError, UsageError
 GRACE_SECONDS: Final = 10
 _UNREAD_SECONDS: Final = 1.0  # then, for answers that their clients don't read
 HEAD_SECONDS: Final = 10.0
+STALLED_SECONDS: Final = 60.0  # in which a client takes nothing of its answer
 _MAX_WITHOUT_HEAD: Final = 128  # connections that have not sent one; the oldest makes room
 
 
-def _protocol(head_seconds: float) -> type[H11Protocol]:
-    """uvicorn's, with a limit to the time that a request's head may take, and to how many may be waited for."""
+def _protocol(head_seconds: float, stalled_seconds: float) -> type[H11Protocol]:
+    """uvicorn's, with a limit to the time that a request's head may take, to how many may be waited for, and to the
+    time in which a client takes nothing of its answer."""
     waiting: dict[H11Protocol, asyncio.TimerHandle] = {}  # the oldest first
 
     class Protocol(H11Protocol):
+        stalled: asyncio.TimerHandle | None = None
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(waiting) >= _MAX_WITHOUT_HEAD:
@@ -43,8 +47,19 @@ def _protocol(head_seconds: float) -> type[H11Protocol]:
             elif self not in waiting:
                 self._wait()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.stalled = asyncio.get_running_loop().call_later(stalled_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self.stalled is not None:
+                self.stalled.cancel()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._wait_no_more()
+            if self.stalled is not None:
+                self.stalled.cancel()
             super().connection_lost(exc)
 
         def _wait(self) -> None:
@@ -79,7 +94,7 @@ def check_host(host: str, *, remote: bool) -> None:
 
 @asynccontextmanager
 async def serving(
-    app: Any, *, host: str, port: int, head_seconds: float = HEAD_SECONDS
+    app: Any, *, host: str, port: int, head_seconds: float = HEAD_SECONDS, stalled_seconds: float = STALLED_SECONDS
 ) -> AsyncIterator[tuple[str, asyncio.Task[None]]]:
     """Serve an ASGI app; yields its URL, and the task that ends if the server does. Port 0: any free port.
 
@@ -88,7 +103,7 @@ async def serving(
     bound = _bind(host, port)
     address, number = bound.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    async with _serving(app, bound, head_seconds) as task:
+    async with _serving(app, bound, head_seconds, stalled_seconds) as task:
         yield f"http://{shown}:{number}", task
 
 
@@ -104,19 +119,21 @@ async def serving_locally(app: Any, path: Path) -> AsyncIterator[asyncio.Task[No
         yield None
         return
     try:
-        async with _serving(app, bound, HEAD_SECONDS) as task:
+        async with _serving(app, bound, HEAD_SECONDS, STALLED_SECONDS) as task:
             yield task
     finally:
         path.unlink(missing_ok=True)
 
 
 @asynccontextmanager
-async def _serving(app: Any, bound: socket.socket, head_seconds: float) -> AsyncIterator[asyncio.Task[None]]:
+async def _serving(
+    app: Any, bound: socket.socket, head_seconds: float, stalled_seconds: float
+) -> AsyncIterator[asyncio.Task[None]]:
     config = uvicorn.Config(
         app,
         lifespan="off",
         ws="none",
-        http=_protocol(head_seconds),
+        http=_protocol(head_seconds, stalled_seconds),
         loop="none",
         log_config=None,
         access_log=False,

@@ -257,7 +257,7 @@ async def run(
 ) -> int:
     """Run an agent once, without a ticket. Its outputs go to stdout, as JSON; what it prints goes to stderr."""
     from swarm.app import wiring
-    from swarm.cli.ui.output import clean
+    from swarm.base.printable import clean
     from swarm.engine import oneoff
     from swarm.model import Failed, Succeeded
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shlex
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,10 @@ from swarm.base.log import LINES
 from swarm.cli import service
 from swarm.cli.frame import Cli
 from swarm.cli.ui import render
-from swarm.cli.ui.output import LINE_END, clean, first_line
+from swarm.cli.ui.output import first_line
 from swarm.errors import SwarmError
 from swarm.model import TERMINAL_TICKET_STATES, Event, StepStatus, Ticket, TicketState
+from swarm.store.tickets.output import OutputLines, shown
 
 if TYPE_CHECKING:
     from swarm.store.store import Store
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 _SHOWN = frozenset(StepStatus) - {StepStatus.PENDING, StepStatus.READY}
 _POLL_SECONDS = 1.0  # in case no commit is noticed
 _EVENTS = 64  # at once: each may be 16 KiB of text, and leases are renewed meanwhile
-# A line is shown when it ends, or is this long.
-_LINE_CHARS = 4096
 _NEEDS_ENGINE = frozenset({TicketState.READY, TicketState.BLOCKED, TicketState.IN_PROGRESS})
 
 
@@ -184,13 +183,13 @@ def status(cli: Cli, ticket: Ticket) -> int:
 
 
 class Output:
-    """What a ticket's agents print, line by line: those of several steps, or of stdout and stderr, don't mix within a
-    line, and are named by their steps if there are several. `more` prints what is new."""
+    """What a ticket's agents print, line by line, named by their steps if there are several. `more` prints what is
+    new."""
 
     def __init__(self, cli: Cli, store: Store, id_: str, *, after: int = 0, write: Callable[[str], object]) -> None:
         self._cli, self._store, self._id, self._after = cli, store, id_, after
         self._write = write
-        self._begun: dict[tuple[str, str, str], str] = {}  # lines that have not ended, by step, attempt and stream
+        self._lines = OutputLines()
         self._steps: set[str] = set()
 
     async def more(self) -> None:
@@ -206,30 +205,16 @@ class Output:
             self._cli.out.dump_line(event)
         elif event.kind == "template":
             self._cli.out.note(_template(event))
-        elif event.kind == "output":
-            key = (event.step_id or "", event.attempt_id or "", str(event.data.get("stream")))
-            text = self._begun.pop(key, "") + str(event.data.get("text", ""))
-            held = "\r" if text.endswith("\r") else ""  # the line end may be "\r\n"
-            *lines, rest = LINE_END.split(text.removesuffix(held))
-            for line in lines:
-                self._line(key[0], line)
-            if len(rest) > _LINE_CHARS:
-                self._line(key[0], rest)
-            elif rest or held:
-                self._begun[key] = rest + held
-        elif event.kind == "transition" and event.data.get("of") == "step":
-            for key in [key for key in self._begun if key[0] == event.step_id]:
-                self._line(key[0], self._begun.pop(key))
+        else:
+            self._print(self._lines.add(event))
 
-    def _line(self, step: str, line: str) -> None:
-        name = f"{clean(step)} | " if len(self._steps) > 1 else ""
-        self._write(f"{name}{clean(line.removesuffix(chr(13)), one_line=False)}\n")
+    def _print(self, lines: Iterable[tuple[str, str]]) -> None:
+        for step, line in lines:
+            self._write(shown(step, line, named=len(self._steps) > 1))
 
     def end(self) -> None:
         """Print what has no line end yet."""
-        for key, rest in self._begun.items():
-            self._line(key[0], rest)
-        self._begun.clear()
+        self._print(self._lines.end())
 
 
 @asynccontextmanager

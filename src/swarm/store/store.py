@@ -503,6 +503,15 @@ class Store:
         """The ``seq`` of its newest event; 0 if it has none."""
         return await self._read.call(events.last_event, ticket_id)
 
+    async def all_events(
+        self, *, after: int, limit: int, project_id: str | None = None, kinds: Sequence[str] = ()
+    ) -> tuple[list[Event], int]:
+        """Some of the events with ``seq`` > ``after``, in order, and where the next ones begin: ``after`` at the end.
+        ``project_id``: only of its tickets that exist. Never reads more than some thousand."""
+        return await self._read.call(
+            events.all_events, after=after, limit=limit, project_id=project_id, kinds=tuple(kinds)
+        )
+
     async def tickets_with_events(self, after: int | None, *, limit: int) -> tuple[int, Collection[str] | None]:
         """The newest event's ``seq``, and the tickets of those after ``after``; None if it is None, or they are more
         than ``limit``."""

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from swarm.cli.ui.output import STATE_STYLES, can_draw, clean, joined
+from swarm.base.printable import clean
+from swarm.cli.ui.output import STATE_STYLES, can_draw, joined
 from swarm.cli.ui.render import duration
 from swarm.cli.ui.table import Column, laid_out
 from swarm.errors import StoreError

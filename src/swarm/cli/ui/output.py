@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
 
 from swarm.base.plain import plain
-from swarm.base.printable import escaped
+from swarm.base.printable import LINE_END, clean, escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,22 +38,9 @@ STATE_STYLES = {
 }  # fmt: skip
 
 
-LINE_END = re.compile(r"\r\n|\r|\n")
-
-
 def can_draw(file: TextIO) -> bool:
     """Can what was printed be drawn over? Rich draws nothing at all on a dumb terminal."""
     return file.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
-
-
-def clean(text: object, *, one_line: bool = True) -> str:
-    """Text without control characters, so that a hostile title can't move the cursor or fake a line. Line ends (of
-    Unix, Windows and progress bars) are kept as they are meant; on one line, each is a space."""
-    if isinstance(text, str) and text.isprintable():
-        return str(text)
-    keep = "" if one_line else "\n\t"
-    text = LINE_END.sub(" " if one_line else "\n", str(text))
-    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def first_line(text: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +27,9 @@ OF_TICKET: Final = Sql(
     "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
 )
 _LAST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE ticket_id = :id")
+_LOOKED_AT: Final = "SELECT seq, ticket_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :scanned"
+_LAST_LOOKED_AT: Final = Sql(f"SELECT COALESCE(max(seq), :after) AS seq FROM ({_LOOKED_AT})")
+_SCANNED: Final = 2000
 _NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events")
 _TICKETS: Final = Sql("SELECT seq, ticket_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
 OF_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
@@ -68,6 +72,31 @@ def record(tx: Tx, /, did: str, *, by: str, ticket_id: str = "", **details: obje
 def last_event(tx: Tx, ticket_id: str) -> int:
     (row,) = tx.all(_LAST, id=ticket_id)
     return int(row.seq)
+
+
+def all_events(
+    tx: Tx, *, after: int, limit: int, project_id: str | None, kinds: Sequence[str]
+) -> tuple[list[Event], int]:
+    """Some of those after ``after``, and where the next ones begin."""
+    named = {f"kind_{number}": kind for number, kind in enumerate(kinds)}
+    terms = [f"s.kind IN ({', '.join(':' + name for name in named)})"] if kinds else []
+    if project_id is not None:
+        terms.append("EXISTS (SELECT 1 FROM tickets t WHERE t.id = s.ticket_id AND t.project_id = :project_id)")
+        named["project_id"] = project_id
+    found = tx.all(
+        Sql(
+            f"SELECT {_COLUMNS} FROM ({_LOOKED_AT}) s JOIN events e ON e.seq = s.seq "
+            f"WHERE {' AND '.join(terms) or '1 = 1'} ORDER BY s.seq LIMIT :limit"
+        ),
+        after=after,
+        scanned=_SCANNED,
+        limit=limit,
+        **named,
+    )
+    if len(found) == limit:
+        return [rows.event(row) for row in found], found[-1].seq
+    (last,) = tx.all(_LAST_LOOKED_AT, after=after, scanned=_SCANNED)
+    return [rows.event(row) for row in found], int(last.seq)
 
 
 def tickets_with_events(tx: Tx, *, after: int | None, limit: int) -> tuple[int, set[str] | None]:
