@@ -1,7 +1,7 @@
 """How long do pages take, and what does it cost an engine to be seen? `python -m tests.dashboard.bench [pages|seen]`.
 
-    pages   p50 and p95 of every page, as a client on loopback has them, of a server over 10⁶ ended tickets, 10⁶ model
-            calls and a run of 2,000 steps
+    pages   p50 and p95 of every page, as a client on loopback has them, and the server's CPU time a request: over 10⁶
+            ended tickets, 10⁶ model calls and a run of 2,000 steps
     seen    no-op tickets per second of an engine, alone and while a server has ten open pages, in turn; then CPU and
             memory of an idle server
 
@@ -130,16 +130,18 @@ async def pages(directory: Path, tickets: int) -> None:
         "/approvals", "/agents", f"/agents/{ECHO_AGENT_ID}", "/workflows", f"/workflows/{flow}", "/schedules",
         "/costs?range=24h", "/costs?range=30d", "/hosts",
     ]  # fmt: skip
-    with server(settings) as (_, port):
-        out("| page | p50 ms | p95 ms | KB |\n|---|---|---|---|")
+    with server(settings) as (pid, port):
+        out("| page | p50 ms | p95 ms | CPU ms | KB |\n|---|---|---|---|---|")
         for path in paths:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            before = cpu_seconds(pid)
             got = [get(connection, path, token) for _ in range(30)]
+            cpu = (cpu_seconds(pid) - before) / len(got) * 1e3
             times = sorted(one[0] * 1e3 for one in got)
             p95 = times[int(len(times) * 0.95)]
             said = path.replace(ECHO_AGENT_ID, "ID").replace(flow, "ID")
             failed = "" if got[-1][1] == 200 else f" (status {got[-1][1]})"
-            out(f"| `{said}`{failed} | {statistics.median(times):.1f} | {p95:.1f} | {got[-1][2] >> 10} |")
+            out(f"| `{said}`{failed} | {statistics.median(times):.1f} | {p95:.1f} | {cpu:.0f} | {got[-1][2] >> 10} |")
             connection.close()
 
 
@@ -165,15 +167,18 @@ def follow(port: int, token: str, path: str, stop: threading.Event, fetched: lis
 
 
 @contextlib.contextmanager
-def looked_at(settings: Settings, token: str) -> Iterator[list[int]]:
+def looked_at(settings: Settings, token: str, shares: list[float]) -> Iterator[list[int]]:
+    """``shares`` gets the server's share of a core."""
     fetched: list[int] = []
     stop = threading.Event()
-    with server(settings) as (_, port):
+    with server(settings) as (pid, port):
         open_ = [threading.Thread(target=follow, args=(port, token, path, stop, fetched), daemon=True) for path in OPEN]
         for one in open_:
             one.start()
         time.sleep(1)
+        began, cpu = time.perf_counter(), cpu_seconds(pid)
         yield fetched
+        shares.append((cpu_seconds(pid) - cpu) / (time.perf_counter() - began))
         stop.set()
     for one in open_:
         one.join()
@@ -182,14 +187,14 @@ def looked_at(settings: Settings, token: str) -> Iterator[list[int]]:
 async def seen(directory: Path, tickets: int, rounds: int) -> None:
     rates: dict[bool, list[float]] = {False: [], True: []}
     cpu: dict[bool, list[float]] = {False: [], True: []}
-    refetched = 0
+    refetched, shares = 0, list[float]()
     for number in range(rounds):
         for watched in (False, True):
             settings, token = await prepared(directory / f"home-{number}-{watched}", 0)
             file = settings.home / "data" / "swarm.db"
             results: list[dict[str, object]] = []
             with contextlib.ExitStack() as stack:
-                fetched = stack.enter_context(looked_at(settings, token)) if watched else []
+                fetched = stack.enter_context(looked_at(settings, token, shares)) if watched else []
                 stack.enter_context(engines(file, 1, 64, results))
                 began = time.perf_counter()
                 insert(file, "new", tickets)
@@ -203,7 +208,8 @@ async def seen(directory: Path, tickets: int, rounds: int) -> None:
             f"{statistics.median(cpu[watched]):.0f} µs CPU of the engine a ticket)"
         )
     share = statistics.median(rates[True]) / statistics.median(rates[False])
-    out(f"            {share:.1%} of the throughput; {refetched} pages were fetched again")
+    out(f"            {share:.1%} of the throughput; {refetched} pages were fetched again,")
+    out(f"            by {statistics.median(shares):.0%} of a core")
 
 
 def idle(seconds: float, settings: Settings, token: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from swarm import agents
 from swarm.base.progress import Progress
-from swarm.engine.engine import ImageSource
 from swarm.errors import SwarmError
 from swarm.model import Agent
 from swarm.store.store import Store
 from swarm.vm.driver import Layer
 from swarm.vm.image.layer import HostLayers, LayerInfo, Layers, own_modules
+
+if TYPE_CHECKING:
+    from swarm.engine.engine import ImageSource  # with all that runs a VM, which the server does not need
 
 
 async def build(

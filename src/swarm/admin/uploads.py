@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from swarm import agents
 from swarm.admin import layers, packages
@@ -17,12 +17,14 @@ from swarm.agents import bundle
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.manifest import Invalid, Problem
 from swarm.base.progress import silent
-from swarm.engine.engine import ImageSource
 from swarm.errors import Conflict, HostError, UsageError
 from swarm.model import Agent
 from swarm.store.store import Store
 from swarm.vm.driver import Layer
 from swarm.vm.image.layer import HostLayers, Layers
+
+if TYPE_CHECKING:
+    from swarm.engine.engine import ImageSource
 
 MAX_BYTES: Final = 128 << 20  # of an archive; unpacked, `bundle.MAX_BUNDLE_BYTES`
 AT_ONCE: Final = 2

@@ -18,8 +18,8 @@ from swarm.dashboard.render import here, html
 from swarm.store.registry.tokens import Actor
 from swarm.store.spending import Spent
 
-# Calls that one page sums: some 25 ms. A page says so if there are more, and leads to the older ones.
-MOST_CALLS: Final = 20_000
+# Calls that one page sums: some 15 ms. A page says so if there are more, and leads to the older ones.
+MOST_CALLS: Final = 10_000
 RANGES: Final = {"24h": 1, "7d": 7, "30d": 30}
 _BARS: Final = 12
 
