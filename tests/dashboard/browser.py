@@ -66,6 +66,18 @@ class Browser:
     async def open(self, url: str) -> None:
         await self._do("POST", "/url", {"url": url})
 
+    async def log_in(self, server: str, token: str) -> None:
+        """As somebody else than before, with nothing left of the test before."""
+        await self.open(f"{server}/login")
+        await self._do("DELETE", "/cookie")
+        await self.look()
+        await self.open(f"{server}/login")
+        await self.run("document.querySelector('input[name=token]').value = arguments[0]", token)
+        await self.click("main form button")
+        await self.until("document.querySelector('.who')")
+        await self.complaints()
+        await self.requested()
+
     async def url(self) -> str:
         return str(await self._do("GET", "/url"))
 

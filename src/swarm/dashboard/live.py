@@ -32,7 +32,7 @@ async def _stream(context: Context, ticket_id: str | None) -> AsyncIterator[byte
     """Once at the beginning: something may have changed since the page was made."""
     seen: object = None
     while not context.feed.closed:
-        since = context.feed.now()
+        since = context.feed.now(ticket_id)
         state = object() if ticket_id is None else await _state(context, ticket_id)
         if state != seen:
             seen = state

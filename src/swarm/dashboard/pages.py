@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from swarm.api.endpoint import Context
-from swarm.dashboard import approvals, costs, hosts, login, registry, run
+from swarm.dashboard import approvals, costs, hosts, login, registry, run, ticket, tickets
 from swarm.dashboard.live import live
-from swarm.dashboard.render import here, html, page, static
+from swarm.dashboard.now import Now
+from swarm.dashboard.render import page, static
 from swarm.model import Role
-from swarm.store.registry.tokens import Actor
 
 
 def routes(context: Context) -> list[BaseRoute]:
@@ -19,7 +17,9 @@ def routes(context: Context) -> list[BaseRoute]:
         Route("/static/{digest}/{name}", static, methods=["GET"]),
         *login.routes(context),
         live(context),
-        page(context, "/", _now),
+        page(context, "/", Now().page()),
+        *tickets.routes(context),
+        *ticket.routes(context),
         *_runs(context),
         *_registry(context),
     ]
@@ -47,7 +47,3 @@ def _registry(context: Context) -> list[BaseRoute]:
         page(context, "/costs", costs.show),
         page(context, "/hosts", hosts.show),
     ]
-
-
-async def _now(context: Context, request: Request, actor: Actor) -> Response:
-    return html("now.html", actor=actor, here=here(request), queue=await context.store.queue())

@@ -21,10 +21,12 @@ from swarm.api.endpoint import Context
 from swarm.api.problem import Refused, of
 from swarm.base.log import logger
 from swarm.dashboard import text
+from swarm.dashboard.history import told
 from swarm.dashboard.visible import slug, visible
-from swarm.errors import SwarmError
-from swarm.model import Role
+from swarm.errors import NotFound, SwarmError
+from swarm.model import Role, Ticket
 from swarm.store.registry.tokens import Actor
+from swarm.store.tickets.validation import shown
 
 log = logger(__name__)
 
@@ -57,6 +59,7 @@ def environment() -> jinja2.Environment:
     made.filters["slug"] = slug
     for name in ("age", "duration", "money", "size", "stamp", "words"):
         made.filters[name] = getattr(text, name)
+    made.filters["told"] = told
     made.globals["sections"] = SECTIONS
     made.globals["static"] = address
     made.globals["Role"] = Role
@@ -97,6 +100,15 @@ def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, m
         return html("error.html", actor=actor, status=refused.status, detail=refused.detail)
 
     return Route(path, serve, methods=[method])
+
+
+async def own_ticket(context: Context, actor: Actor, ref: str) -> Ticket:
+    """By its id, or the beginning of one. One of another project does not exist for whoever is bound to one. Raises
+    NotFound."""
+    ticket = await context.store.ticket(await context.store.ticket_id(ref))
+    if actor.project_id is not None and ticket.project_id != actor.project_id:
+        raise NotFound(f"no ticket {shown(ref)}")
+    return ticket
 
 
 async def form(request: Request, *, limit: int = _FORM_BYTES, fields: int = 1000) -> FormData:

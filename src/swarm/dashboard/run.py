@@ -18,13 +18,12 @@ from swarm.api.endpoint import Context
 from swarm.api.problem import Refused
 from swarm.dashboard import collapse, svg_gantt, svg_graph, text
 from swarm.dashboard.collapse import Box, Picture
-from swarm.dashboard.render import form, here, html
+from swarm.dashboard.render import form, here, html, own_ticket
 from swarm.dashboard.svg import ORDER
 from swarm.dashboard.svg_gantt import Row, Span
 from swarm.dashboard.svg_graph import Outline
-from swarm.errors import NotFound
 from swarm.ledger import Limit
-from swarm.model import TERMINAL_TICKET_STATES, Ticket
+from swarm.model import TERMINAL_TICKET_STATES
 from swarm.store.registry.tokens import Actor
 from swarm.store.runs.views import RunStates, StepDetails, StepState, TryView
 from swarm.store.sql.rows import milliseconds
@@ -35,14 +34,6 @@ _ROWS: Final = 50  # of the table, at a time
 _WITHIN: Final = 20  # spans within one row of the time line
 _OPEN_LEVELS: Final = 20
 _SHOWN_BYTES: Final = 200_000
-
-
-async def own_ticket(context: Context, actor: Actor, ref: str) -> Ticket:
-    """One of another project does not exist for who is bound to one. Raises NotFound."""
-    ticket = await context.store.ticket(await context.store.ticket_id(ref))
-    if actor.project_id is not None and ticket.project_id != actor.project_id:
-        raise NotFound(f"no ticket {shown(ref)}")
-    return ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,7 @@ def age(text: object, now: datetime | None = None) -> str:
 def money(usd: float | None) -> str:
     if usd is None:
         return ""
-    return f"${usd:,.2f}" if usd >= 1 or usd == 0 else f"${usd:.4f}"
+    return f"${usd:,.2f}" if usd >= 0.1 or usd == 0 else f"${usd:.3f}" if usd >= 0.001 else f"${usd:.5f}"
 
 
 def size(count: float) -> str:

@@ -50,7 +50,8 @@ from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, TicketSummary, WorkerRow
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
-from swarm.store.tickets import dependencies, events, pages, tickets
+from swarm.store.tickets import dependencies, display, events, pages, tickets
+from swarm.store.tickets.display import ModelCall, Question, RunningAttempt
 from swarm.store.tickets.events import LeftFiles
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
@@ -456,6 +457,25 @@ class Store:
         queued()
         await written
 
+    async def last_attempts(self, ticket_id: str, *, limit: int) -> list[AttemptRow]:
+        """Of all steps of all its runs, oldest first."""
+        return await self._read.call(display.attempts, ticket_id, limit=limit)
+
+    async def questions(self, ticket_id: str, *, limit: int = 20) -> list[Question]:
+        """Of the steps that wait for a person."""
+        return await self._read.call(display.questions, ticket_id, limit=limit)
+
+    async def step_names(self, run_id: str, *, limit: int = 500) -> list[str]:
+        return await self._read.call(display.step_names, run_id, limit=limit)
+
+    async def running_attempts(self, *, project_id: str | None = None, limit: int = 100) -> list[RunningAttempt]:
+        """Oldest first."""
+        return await self._read.call(display.running, project_id=project_id, limit=limit)
+
+    async def attempts_since(self, seconds: float) -> dict[str, int]:
+        """How many attempts that began in the last ``seconds`` have ended, by outcome; of some thousand of them."""
+        return await self._read.call(display.attempts_since, seconds)
+
     # --- artifacts --------------------------------------------------------------------------------------------------
 
     async def resolve_references(self, text: str) -> str:
@@ -517,6 +537,17 @@ class Store:
         than ``limit``."""
         return await self._read.call(events.tickets_with_events, after=after, limit=limit)
 
+    async def output(
+        self, ticket_id: str, *, after: int | None = None, before: int | None = None, limit: int = 200
+    ) -> tuple[list[Event], bool]:
+        """Events of what its agents printed, in order: the first ones after a ``seq``, the last ones before one, or the
+        last ones; and whether there are more in that direction."""
+        return await self._read.call(display.output, ticket_id, after=after, before=before, limit=limit)
+
+    async def history(self, ticket_id: str, *, limit: int = 200) -> list[Event]:
+        """The newest events that are no output, newest first."""
+        return await self._read.call(display.history, ticket_id, limit=limit)
+
     async def record(self, did: str, *, by: str, **details: Any) -> None:
         """An event of a change that is of no ticket, such as 'agent.add': who, and what else is to be known."""
         await self._write.call(events.record, did, by=by, **details)
@@ -557,6 +588,10 @@ class Store:
     async def estimates(self, ticket_id: str) -> tuple[int, float]:
         """How many of a ticket's model calls are estimates, and their USD."""
         return await self._read.call(spending.estimates, ticket_id)
+
+    async def model_calls(self, ticket_id: str, *, limit: int = 200) -> list[ModelCall]:
+        """Newest first."""
+        return await self._read.call(display.calls, ticket_id, limit=limit)
 
     # --- secrets, sealed (swarm.admin.vault) --------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
   const $ = (what, within = document) => within.querySelector(what);
   const all = (what, within = document) => [...within.querySelectorAll(what)];
   const whole = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+  const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium", hourCycle: "h23" });
   const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 
   const age = (seconds) => {
@@ -13,9 +14,12 @@
   const show = (time) => {
     const at = new Date(time.dateTime);
     if (isNaN(at)) return;
-    const text = "age" in time.dataset ? age((Date.now() - at) / 1000) : whole.format(at);
+    const { age: isAge, clock: isClock } = time.dataset;
+    const exact = whole.format(at);
+    const short = Date.now() - at < 43200000 ? clock.format(at) : exact;
+    const text = isAge !== undefined ? age((Date.now() - at) / 1000) : isClock !== undefined ? clock.format(at) : short;
     if (time.textContent !== text) time.textContent = text;
-    if ("age" in time.dataset) time.title = whole.format(at);
+    if (time.title !== exact) time.title = exact;
   };
   const times = () => all("time").forEach(show);
   setInterval(() => document.hidden || all("time[data-age]").forEach(show), 1000);
@@ -89,6 +93,9 @@
   });
   document.addEventListener("input", (event) => event.target.id === "find" && find());
   document.addEventListener("htmx:after:swap", () => { times(); output(); });
+  document.addEventListener("htmx:before:request", (event) => { // rows must not move below somebody who selects them
+    if (event.target.id === "list" && $("#list input:checked, #list input:focus")) event.preventDefault();
+  });
   times();
   output();
 })();

@@ -186,13 +186,14 @@ def steps(tx: Tx, id: str) -> list[StepRow]:
 
 def attempts(tx: Tx, id: str) -> list[AttemptRow]:
     """``timings`` of one that runs: its total so far, as its phases are written when it ends."""
-    found = []
-    for row in tx.all(_ATTEMPTS, id=id):
-        timings = json.loads(row.timings or "{}")
-        if row.outcome is None and (spent := _so_far(tx, row.started_at)) is not None:
-            timings = {"total": spent}
-        found.append(rows.value(AttemptRow, row, timings=timings))
-    return found
+    return [attempt(tx, row) for row in tx.all(_ATTEMPTS, id=id)]
+
+
+def attempt(tx: Tx, row: Any) -> AttemptRow:
+    timings = json.loads(row.timings or "{}")
+    if row.outcome is None and (spent := _so_far(tx, row.started_at)) is not None:
+        timings = {"total": spent}
+    return rows.value(AttemptRow, row, timings=timings)
 
 
 def _so_far(tx: Tx, started_at: str | None) -> float | None:

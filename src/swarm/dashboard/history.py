@@ -1,0 +1,43 @@
+"""An event as a line for people. Other programs write events too: nothing of their data is taken for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from swarm.dashboard.text import duration, words
+from swarm.model import Event
+
+_WHY: Final = ("why", "reason", "error")
+_CHARS: Final = 300
+
+
+def told(event: Event) -> str:
+    data = event.data
+    if event.kind == "transition":
+        before = words(data["from"]) if data.get("from") else "new"
+        return _joined(
+            f"{data.get('of', '')}: {before} → {words(data.get('to', ''))}", *(data.get(one) for one in _WHY)
+        )
+    if event.kind == "change":
+        return f"{data.get('did', '')} by {data.get('by', '')}"
+    if event.kind == "approval":
+        verdict = "approved" if data.get("approved") is True else "rejected"
+        return _joined(f"{verdict} by {data.get('by', '')}", data.get("why"))
+    if event.kind == "model_call":
+        status, took = data.get("status"), _ms(data, "latency_ms")
+        return _joined(str(data.get("model") or data.get("upstream") or ""), f"status {status}", took, data.get("note"))
+    if event.kind == "egress" and "host" in data:
+        port = f":{data['port']}" if data.get("port") else ""
+        return _joined(f"{data['host']}{port}", data.get("refused") or _ms(data, "ms"))
+    some = {name: value for name, value in data.items() if isinstance(value, str | int | float)}
+    return _joined(*(f"{name} {value}" for name, value in some.items()))
+
+
+def _ms(data: Mapping[str, object], name: str) -> str:
+    value = data.get(name)
+    return duration(value) if isinstance(value, int | float) else ""
+
+
+def _joined(*parts: object) -> str:
+    return ", ".join(str(one)[:_CHARS] for one in parts if one not in (None, ""))

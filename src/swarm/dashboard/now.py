@@ -1,0 +1,70 @@
+"""What runs, what waits, what failed in the last hour, and what it costs: for somebody who has five seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from swarm.api.endpoint import Context
+from swarm.dashboard.render import Page, here, html
+from swarm.store.registry.tokens import Actor
+from swarm.store.sql.rows import QueueStatus, WorkerRow
+from swarm.store.tickets.display import RunningAttempt
+
+SILENT_MS: Final = 15_000.0  # an engine that has not been heard of for so long is not counted on
+_SHOWN: Final = 50
+_HOUR_SECONDS: Final = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    queue: QueueStatus
+    running: list[RunningAttempt]
+    hour: dict[str, int]
+    engines: list[WorkerRow]
+    spent_usd: float
+    unpriced_calls: int
+
+
+class Now:
+    """Many open pages cost no more than one: what was read is shown to all until something has changed."""
+
+    def __init__(self) -> None:
+        self._read: tuple[asyncio.Event, Overview] | None = None
+        self._reading = asyncio.Lock()
+
+    def page(self) -> Page:
+        async def show(context: Context, request: Request, actor: Actor) -> Response:
+            if actor.project_id is not None:  # all else tells of other projects
+                running = await context.store.running_attempts(project_id=actor.project_id, limit=_SHOWN)
+                return html("now.html", actor=actor, here=here(request), whole=None, running=running, served=True)
+            whole = await self._overview(context)
+            served = any(engine.seen_ms_ago < SILENT_MS for engine in whole.engines)
+            return html("now.html", actor=actor, here=here(request), whole=whole, running=whole.running, served=served)
+
+        return show
+
+    async def _overview(self, context: Context) -> Overview:
+        async with self._reading:
+            since = context.feed.now()
+            if self._read is None or self._read[0].is_set():
+                self._read = since, await _overview(context)
+            return self._read[1]
+
+
+async def _overview(context: Context) -> Overview:
+    store = context.store
+    today = await store.costs("day", since=datetime.now(UTC).strftime("%Y-%m-%dT00:00:00.000Z"))
+    return Overview(
+        queue=await store.queue(),
+        running=await store.running_attempts(limit=_SHOWN),
+        hour=await store.attempts_since(_HOUR_SECONDS),
+        engines=await store.workers(),
+        spent_usd=sum(day.cost_usd for day in today),
+        unpriced_calls=sum(day.unpriced_calls for day in today),
+    )

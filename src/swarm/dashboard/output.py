@@ -1,0 +1,141 @@
+"""What a ticket's agents printed, a part at a time: the end, what came before it, and what comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from swarm.api.endpoint import Context
+from swarm.dashboard import ansi
+from swarm.dashboard.ansi import Part
+from swarm.dashboard.render import html, own_ticket
+from swarm.errors import UsageError
+from swarm.model import TERMINAL_TICKET_STATES, Event, Ticket
+from swarm.store.registry.tokens import Actor
+
+EVENTS: Final = 200
+_CHARS: Final = 256 << 10  # of one part: an event may have 16 KiB
+_AROUND: Final = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """``name``: of its address. ``step``, ``at``: of the first line of an event only."""
+
+    seq: int
+    name: str
+    at: str
+    step: str
+    stream: str
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """``before``: where earlier lines end; None if there are none. ``after``: where later ones begin, and ``more`` if
+    there are some already. ``follows``: some may come."""
+
+    lines: list[Line]
+    before: int | None
+    after: int
+    more: bool
+    follows: bool
+
+
+async def last(context: Context, ticket: Ticket, *, at: int | None = None) -> Output:
+    """The end; or what is around an event, for a link to a line."""
+    if at is None:
+        found, more = await context.store.output(ticket.id, limit=EVENTS)
+        found, cut = _fitting(found[::-1])
+        found.reverse()
+        return _output(ticket, found, before=more or cut, later=False)
+    earlier, more = await context.store.output(ticket.id, before=at + 1, limit=_AROUND)
+    later, further = await context.store.output(ticket.id, after=at, limit=_AROUND)
+    later, cut = _fitting(later)
+    return _output(ticket, [*earlier, *later], before=more, later=further or cut)
+
+
+async def show(context: Context, request: Request, actor: Actor) -> Response:
+    """A part of the log: lines after ``after``, or before ``before``."""
+    ticket = await own_ticket(context, actor, request.path_params["id"])
+    before, after = number(request, "before"), number(request, "after")
+    if before is not None:
+        found, more = await context.store.output(ticket.id, before=before, limit=EVENTS)
+        found, cut = _fitting(found[::-1])
+        part = _output(ticket, found[::-1], before=more or cut, later=False)
+        return html("lines_before.html", actor=actor, ticket=ticket, output=part)
+    if after is None:
+        raise UsageError("give `before` or `after`")
+    found, more = await context.store.output(ticket.id, after=after, limit=EVENTS)
+    found, cut = _fitting(found)
+    if not found and ticket.state not in TERMINAL_TICKET_STATES:
+        return Response(status_code=204)  # the page stays as it is, and asks again
+    part = _output(ticket, found, before=False, later=more or cut, after=after)
+    return html("lines_after.html", actor=actor, ticket=ticket, output=part)
+
+
+def number(request: Request, name: str) -> int | None:
+    """A `seq` in an address."""
+    text = request.query_params.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+
+
+def _fitting(events: Sequence[Event]) -> tuple[list[Event], bool]:
+    """The first ones that fit into a part, and whether there are others."""
+    left, found = _CHARS, list[Event]()
+    for event in events:
+        left -= len(str(event.data.get("text", "")))
+        if left < 0 and found:
+            return found, True
+        found.append(event)
+    return found, False
+
+
+def _output(ticket: Ticket, events: Sequence[Event], *, before: bool, later: bool, after: int = 0) -> Output:
+    return Output(
+        lines=_lines(events),
+        before=events[0].seq if before and events else None,
+        after=events[-1].seq if events else after,
+        more=later,
+        follows=ticket.state not in TERMINAL_TICKET_STATES,
+    )
+
+
+def _lines(events: Sequence[Event]) -> list[Line]:
+    """A line that was printed in pieces is put together again."""
+    found: list[Line] = []
+    open_at: dict[tuple[str | None, str], int] = {}  # lines without an end, by attempt and stream
+    step = None
+    for event in events:
+        text, stream = str(event.data.get("text", "")), str(event.data.get("stream", ""))
+        key = (event.attempt_id, stream)
+        last_line = None
+        for place, parts in enumerate(ansi.lines(text)):
+            begun = open_at.pop(key, None)
+            if place == 0 and begun is not None:
+                line = found[begun]
+                found[begun] = Line(
+                    seq=line.seq, name=line.name, at=line.at, step=line.step, stream=stream, parts=[*line.parts, *parts]
+                )
+                last_line = begun
+            else:
+                found.append(
+                    Line(
+                        seq=event.seq,
+                        name=f"L{event.seq}-{place + 1}",
+                        at=event.at if place == 0 else "",
+                        step=(event.step_id or "") if place == 0 and event.step_id != step else "",
+                        stream=stream,
+                        parts=parts,
+                    )
+                )
+                last_line = len(found) - 1
+            if place == 0:
+                step = event.step_id
+        if last_line is not None and not text.endswith(("\n", "\r")):
+            open_at[key] = last_line
+    return found
