@@ -13,6 +13,8 @@ SOURCE, MADE = CLIENT / "aio.py", CLIENT / "sync.py"
 _CHANGES: Final = (
     (r'\A""".*?"""', '"""`Swarm`. Made from aio.py by `make docs`: change that file."""'),
     (r"^import asyncio\n", ""),
+    (r"^import time\n", "import threading\nimport time\n"),
+    (r"asyncio\.Semaphore", "threading.Semaphore"),
     (r"asyncio\.sleep", "time.sleep"),
     (r"asyncio\.to_thread\((\w+), ", r"\1("),
     (r"\basync (?=def|for|with)", ""),

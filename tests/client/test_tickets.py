@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,26 @@ async def test_lists(served: Served) -> None:
                 next(s.tickets.list(state="broken"))
 
     await asyncio.to_thread(ask)
+
+
+async def test_many_at_once(served: Served) -> None:
+    """More than there are connections."""
+    async with AsyncSwarm(served.url, token=served.tokens["operator"]) as s:
+        tickets = await asyncio.gather(*(s.tickets.submit("echo", id=f"t{number}") for number in range(70)))
+        waits = [asyncio.create_task(ticket.wait()) for ticket in tickets]
+        seen = await asyncio.gather(*(s.tickets.get("t1") for _ in range(80)))
+        assert len(seen) == 80 and not any(task.done() for task in waits)
+        await asyncio.gather(*(ticket.cancel() for ticket in tickets))
+        assert {ticket.state for ticket in await asyncio.gather(*waits)} == {"cancelled"}
+    assert len(await served.store.tickets(limit=200)) == 70
+
+    def ask(s: Swarm) -> str:
+        return s.tickets.get("t1").wait().state
+
+    loop = asyncio.get_running_loop()  # its own threads are for the server
+    with Swarm(served.url, token=served.tokens["viewer"]) as other, ThreadPoolExecutor(20) as threads:
+        asked = [loop.run_in_executor(threads, ask, other) for _ in range(40)]
+        assert set(await asyncio.gather(*asked)) == {"cancelled"}
 
 
 async def test_who_may(served: Served) -> None:

@@ -56,6 +56,7 @@ class AsyncSwarm:
         self._path = ShortPath(where.socket) if where.socket is not None else None
         transport = httpx.AsyncHTTPTransport(uds=self._path.name, limits=LIMITS) if self._path is not None else None
         self._http = httpx.AsyncClient(**options(where, timeout_seconds), transport=transport, limits=LIMITS)
+        self._waits = asyncio.Semaphore(calls.WAITS)
         self.tickets = AsyncTickets(self)
         self.agents = AsyncAgents(self)
         self.workflows = AsyncWorkflows(self)
@@ -137,7 +138,8 @@ class AsyncTicket(TicketFields):
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             left = calls.POLL_SECONDS if end is None else end - time.monotonic()
-            data = await self._swarm._do(calls.wait(self.id, max(0.0, min(left, calls.POLL_SECONDS))))
+            async with self._swarm._waits:
+                data = await self._swarm._do(calls.wait(self.id, max(0.0, min(left, calls.POLL_SECONDS))))
             ticket = read(AsyncTicket, data["ticket"], _swarm=self._swarm)
             if ticket.ended:
                 if raise_on_failure and ticket.state != "done":

@@ -17,7 +17,9 @@ from swarm.client.errors import Invalid, NotFound, ServerError, Unreachable, ref
 from swarm.client.values import Filters, Submission
 from swarm.client.where import Where
 
-POLL_SECONDS: Final = 30.0
+# Of any number of waits, so many ask at a time, for so long: other calls find a connection.
+WAITS: Final = 32
+POLL_SECONDS: Final = 5.0
 PAGE: Final = 200
 _BUILD_SECONDS: Final = 3600.0  # of an agent's packages
 _FIRST_DELAY_SECONDS: Final = 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -55,6 +56,7 @@ class Swarm:
         self._path = ShortPath(where.socket) if where.socket is not None else None
         transport = httpx.HTTPTransport(uds=self._path.name, limits=LIMITS) if self._path is not None else None
         self._http = httpx.Client(**options(where, timeout_seconds), transport=transport, limits=LIMITS)
+        self._waits = threading.Semaphore(calls.WAITS)
         self.tickets = Tickets(self)
         self.agents = Agents(self)
         self.workflows = Workflows(self)
@@ -135,7 +137,8 @@ class Ticket(TicketFields):
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             left = calls.POLL_SECONDS if end is None else end - time.monotonic()
-            data = self._swarm._do(calls.wait(self.id, max(0.0, min(left, calls.POLL_SECONDS))))
+            with self._swarm._waits:
+                data = self._swarm._do(calls.wait(self.id, max(0.0, min(left, calls.POLL_SECONDS))))
             ticket = read(Ticket, data["ticket"], _swarm=self._swarm)
             if ticket.ended:
                 if raise_on_failure and ticket.state != "done":

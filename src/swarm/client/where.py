@@ -16,7 +16,8 @@ _HOME: Final = "/opt/swarm-platform"
 _DEFAULT_URL: Final = "http://127.0.0.1:8420"  # of `swarm serve`; a token alone is for this
 _MAX_SOCKET_BYTES: Final = 107  # of the kernel's
 # The server closes a connection that has been idle for 5 s: one that is about to be closed isn't used.
-LIMITS: Final = httpx.Limits(max_connections=64, max_keepalive_connections=16, keepalive_expiry=3.0)
+# The server serves 64 requests of one holder of a token at once, streams included.
+LIMITS: Final = httpx.Limits(max_connections=60, max_keepalive_connections=16, keepalive_expiry=3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def options(where: Where, timeout_seconds: float) -> dict[str, Any]:
     headers = {"user-agent": "swarm-client", "accept": "application/json, text/event-stream;q=0.9, */*;q=0.1"}
     if where.token is not None:
         headers["authorization"] = f"Bearer {where.token}"
-    timeout = httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, 10.0))
+    timeout = httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, 10.0), pool=None)
     # A proxy of the environment is not for servers of this host.
     trust_env = where.socket is None and not _is_loopback(httpx.URL(where.url).host)
     return {"base_url": where.url, "headers": headers, "timeout": timeout, "trust_env": trust_env}
