@@ -15,13 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from swarm.api import openapi
 from swarm.api.endpoint import Context, Endpoint, guarded, route
 from swarm.api.problem import problem
-from swarm.api.v1 import actions, agents, engines, events, images, secrets, tickets, tokens, workflows
+from swarm.api.v1 import actions, agents, engines, events, files, images, secrets, tickets, tokens, workflows
 from swarm.model import Role
 
 ENDPOINTS: Final[Sequence[Endpoint]] = (
     *actions.ENDPOINTS,
     *tickets.ENDPOINTS,
     *events.ENDPOINTS,
+    *files.ENDPOINTS,
     *workflows.ENDPOINTS,
     *agents.ENDPOINTS,
     *secrets.ENDPOINTS,

@@ -65,6 +65,7 @@ class Context:
     images: Images
     templates: Templates
     inventory: Inventory
+    tree_uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))  # at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

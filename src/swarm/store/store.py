@@ -491,6 +491,10 @@ class Store:
         """The JSON text of the artifact whose digest starts with ``digest``. Raises NotFound."""
         return await self._read.call(artifacts.data, digest)
 
+    async def artifact_of_project(self, digest: str, project_id: str) -> str:
+        """The same, by its whole digest, if a ticket of this project uses it. Raises NotFound."""
+        return await self._read.call(artifacts.of_project, digest, project_id)
+
     async def artifact_of(self, ticket_id: str, digest: str) -> str:
         """The text of an artifact, if this ticket uses it. Raises NotFound."""
         return await self._read.call(artifacts.of_ticket, ticket_id, digest)

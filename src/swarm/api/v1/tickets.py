@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from pydantic import Field
 
 from swarm.api.endpoint import Call, Endpoint, Fields
+from swarm.base import trees
 from swarm.base.clock import moment
 from swarm.errors import NotFound, UsageError
-from swarm.model import BudgetPolicy, Role, Ticket, TicketState
+from swarm.model import FILES, BudgetPolicy, Role, Ticket, TicketState
 from swarm.store import submission
 from swarm.store.details import TicketDetails
 from swarm.store.registry.webhooks import Once
@@ -126,15 +129,30 @@ async def add_once(call: Call, ticket: Ticket, *, of: str, depends_on: Sequence[
     """Add a ticket: only once, if the request has an Idempotency-Key. ``of``: what is asked for; a key that was used
     for something else is a Conflict."""
     by = call.actor.name
+    uses = len(await _files_of(call, ticket))
     key = call.request.headers.get(KEY_HEADER)
     if key is None:
-        return await call.store.add_ticket(ticket, depends_on=depends_on, by=by)
+        return await call.store.add_ticket(ticket, depends_on=depends_on, uses=uses, by=by)
     if not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
         raise UsageError(f"the header Idempotency-Key must have 1 to {MAX_KEY_CHARS} printable characters")
     digest = hashlib.sha256(of.encode(errors="replace")).hexdigest()
     once = Once(scope=f"api:{by}", key=key, digest=digest)
-    added, _ = await call.store.add_ticket_once(ticket, once, depends_on=depends_on, by=by)
+    added, _ = await call.store.add_ticket_once(ticket, once, depends_on=depends_on, uses=uses, by=by)
     return added
+
+
+async def _files_of(call: Call, ticket: Ticket) -> set[str]:
+    """The artifacts of the files that were sent for it. Raises NotFound for what was not."""
+    found = set[str]()
+    given = json.loads(ticket.inputs or "{}").get(FILES) if FILES in (ticket.inputs or "") else None
+    for digest in given.values() if isinstance(given, dict) else ():
+        try:
+            text = await call.store.artifact_of(ticket.id, str(digest))
+        except NotFound:
+            why = f"no files {shown(digest)} were sent for the ticket id {shown(ticket.id)}"
+            raise NotFound(f"{why}: POST /v1/files sends them, and says the id to use") from None
+        found |= {str(digest), *(await asyncio.to_thread(trees.manifest, text)).parts}
+    return found
 
 
 async def show_ticket(call: Call) -> TicketDetails:

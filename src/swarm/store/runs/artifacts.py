@@ -24,6 +24,10 @@ _USE: Final = Sql(
     "INSERT INTO artifact_uses (ticket_id, digest) VALUES (:ticket_id, :digest) "
     "ON CONFLICT (ticket_id, digest) DO NOTHING"
 )
+_USED_BY_PROJECT: Final = Sql(
+    "SELECT u.digest FROM artifact_uses u JOIN tickets t ON t.id = u.ticket_id "
+    "WHERE u.digest = :digest AND t.project_id = :project_id LIMIT 1"
+)
 _DATA_OF_TICKET: Final = Sql(
     "SELECT a.data FROM artifact_uses u JOIN artifacts a ON a.digest = u.digest "
     "WHERE u.ticket_id = :ticket_id AND u.digest = :digest"
@@ -123,6 +127,13 @@ def data(tx: Tx, prefix: str) -> str:
         raise NotFound(str(error)) from None
     except ExpressionError as error:
         raise UsageError(str(error)) from None
+
+
+def of_project(tx: Tx, digest: str, project_id: str) -> str:
+    """The same, by its whole digest, if a ticket of the project uses it. Raises NotFound."""
+    if len(digest) != 64 or tx.first(_USED_BY_PROJECT, digest=digest, project_id=project_id) is None:
+        raise NotFound(f"no artifact {digest[:80]!r} in the project; write its whole digest")
+    return data(tx, digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
