@@ -27,6 +27,7 @@ ready:
 	for name in $(AGENTS); do $(BIN)/swarm agent build src/swarm/builtin/agents/$$name; done; wait
 	-@$(BIN)/python tools/fetch-firecracker
 	-@$(BIN)/python -m tests.clients_here
+	-@$(BIN)/python -m tests.prometheus_here
 
 test: ready  ## set up, then run all tests in network namespaces of their own (ARGS='-k echo' runs some)
 	@$(BIN)/python $(if $(ARGS),tools/sandbox.py,tools/parallel_tests.py) $(PYTEST) $(ARGS)

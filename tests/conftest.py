@@ -9,6 +9,7 @@
 - ``clients``: real clients of model services, in the cache (tests/clients_here.py; `make ready` fetches them)
 - ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
 - ``browser``: netns, Debian's Chromium with its driver, and axe-core in the cache (tests/dashboard/browser.py)
+- ``prometheus``: Debian's Prometheus, in the cache (tests/prometheus_here.py; `make ready` fetches it)
 - ``claude-code``: what the agent of this name requires, from PyPI, in the cache (`make ready` puts it there)
 
 Write ``pytestmark = pytest.mark.needs("netns", "qemu")`` for a module, or call ``need("qemu")`` in a test or fixture.
@@ -63,13 +64,15 @@ def lacks(thing: str) -> str:
         from tests.dashboard import browser
 
         return lacks("netns") or browser.lacks()
+    if thing == "prometheus":
+        from tests import prometheus_here
+
+        return prometheus_here.lacks()
     if thing == "firecracker":
         from tests.vm import firecracker_here
 
         return lacks("netns") or firecracker_here.lacks()
-    raise LookupError(
-        f"unknown need {thing!r}: use root, cc, netns, qemu, clients, browser, firecracker or claude-code"
-    )
+    raise LookupError(f"unknown need {thing!r}: use root, cc, netns, qemu, clients, browser, prometheus, firecracker …")
 
 
 def need(*things: str) -> None:
@@ -88,7 +91,7 @@ def missing(thing: str, reason: str) -> NoReturn:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "needs(*things): what the test needs: root, cc, netns, qemu, clients, browser, firecracker, claude-code",
+        "needs(*things): what the test needs: root, cc, netns, qemu, clients, browser, prometheus, …",
     )
     config.addinivalue_line("markers", "slow: starts programs, or tries very many cases; not in `make test-quick`")
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox

@@ -56,6 +56,7 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("GET", "/v1/secrets"): SHARED,
     ("PUT", "/v1/secrets/{name}"): SHARED,
     ("DELETE", "/v1/secrets/{name}"): SHARED,
+    ("GET", "/metrics"): SHARED,
     ("GET", "/v1/status"): SHARED,
     ("GET", "/v1/engines"): SHARED,
     ("GET", "/v1/hosts"): SHARED,

@@ -89,9 +89,8 @@ async def test_an_engine_with_a_server(plain: Bench) -> None:
         assert psutil.Process(first.pid).ppid() == told["engines"][0]["pid"], "not the engine's own process"
         os.kill(first.pid, signal.SIGKILL)
         async with asyncio.timeout(60):
-            while (again := address.running(plain.settings)) is None:  # noqa: ASYNC110
+            while (again := address.running(plain.settings)) is None or again.pid == first.pid:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        assert again.pid != first.pid
         assert again.url in (await command(plain, "swarm-engine", "status"))[1]
         status, out, _ = await command(plain, "swarm", "dashboard", "--no-open")
         assert status == 0 and out.startswith(f"{again.url}/login?code=")

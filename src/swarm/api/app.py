@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swarm.api import openapi
+from swarm.api import metrics, openapi
 from swarm.api.endpoint import Context, Endpoint, guarded, route
 from swarm.api.problem import problem
 from swarm.api.v1 import actions, agents, engines, events, files, images, secrets, tickets, tokens, workflows
@@ -29,6 +29,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
     *engines.ENDPOINTS,
     *images.ENDPOINTS,
     *tokens.ENDPOINTS,
+    *metrics.ENDPOINTS,
 )
 
 _HEADERS: Final[Mapping[str, str]] = {

@@ -34,6 +34,7 @@ from swarm.store.tickets.validation import shown
 if TYPE_CHECKING:
     from swarm.admin.uploads import Uploads
     from swarm.admin.vault import Vault
+    from swarm.api.metrics import Metrics
     from swarm.config import Settings
     from swarm.vm.image.image import Images
     from swarm.vm.slots.inventory import Inventory
@@ -65,6 +66,7 @@ class Context:
     images: Images
     templates: Templates
     inventory: Inventory
+    metrics: Metrics
     tree_uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))  # at once
 
 

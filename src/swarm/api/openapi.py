@@ -76,7 +76,7 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Any]) -> dict[s
         "summary": endpoint.summary,
         "description": f"For the role {endpoint.role} and above."
         + (" Not for tokens of one project." if endpoint.shared else ""),
-        "tags": [path.split("/")[2]],
+        "tags": [path.removeprefix("/v1").split("/")[1]],
         "parameters": parameters,
         "responses": _responses(endpoint, schemas),
     }

@@ -15,9 +15,11 @@ from swarm.api.app import application
 from swarm.api.auth import Auth, local
 from swarm.api.endpoint import Context
 from swarm.api.feed import Feed
+from swarm.api.metrics import Metrics
 from swarm.api.webhooks import Hooks
 from swarm.app import wiring
 from swarm.base import process
+from swarm.base.aio import cancel_all
 from swarm.cel.jail import Jail
 from swarm.config import Settings
 from swarm.dashboard import pages
@@ -47,6 +49,7 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
             return await vault.get(name, scope=scope_of(None, None, workflow))
 
         feed = await stack.enter_async_context(Feed.of(opened))
+        metrics = Metrics(opened)
         context = Context(
             store=opened,
             feed=feed,
@@ -57,6 +60,7 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
             images=wiring.images(settings),
             templates=wiring.templates(settings),
             inventory=wiring.inventory(settings),
+            metrics=metrics,
         )
         hooks = Hooks(store=opened, secret=secret, evaluator=jail)
         app = application(context, hooks=hooks.route(), pages=pages.routes(context))
@@ -64,7 +68,9 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
         on_socket = await stack.enter_async_context(server.serving_locally(mine, settings.api_socket))
         url, on_port = await stack.enter_async_context(server.serving(app, host=host, port=port))
         stack.callback(feed.close)  # before the servers stop: they wait for open requests
-        yield url, asyncio.create_task(_either(*[task for task in (on_socket, on_port) if task is not None]))
+        loops = [asyncio.create_task(metrics.follow(feed))]
+        stack.push_async_callback(cancel_all, loops)
+        yield url, asyncio.create_task(_either(*[task for task in (on_socket, on_port, *loops) if task is not None]))
 
 
 async def _either(*servers: Task[None]) -> None:

@@ -325,8 +325,9 @@ async def worker(
         host_egress = await stack.enter_async_context(egress(settings, opened))
         values = await stack.enter_async_context(Values())
         await stack.enter_async_context(vms.keeping(slots, ahead=ahead))
-        if warm != 0 and vms.choice.probe.snapshots:
-            await stack.enter_async_context(await _pool(settings, vms, warm))
+        pool = await _pool(settings, vms, warm) if warm != 0 and vms.choice.probe.snapshots else None
+        if pool is not None:
+            await stack.enter_async_context(pool)
         elif warm != 0:
             log.warning("--warm changes nothing: this driver makes no clones", driver=vms.choice.driver.name)
         yield Worker(
@@ -335,6 +336,7 @@ async def worker(
             name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
             lease_seconds=settings.lease_seconds,
             queue_timeout_seconds=settings.queue_timeout_seconds,
+            kept_ready=lambda: 0 if pool is None else sum(len(one.ready) for one in pool.inspect()),
         )
 
 
@@ -393,11 +395,7 @@ async def dispatcher(
             disk=Disk(dir=settings.state_dir, used_bytes=None if settings.driver == "process" else used),
             grace_seconds=grace_seconds,
             scheduler=Scheduler(store=opened, evaluator=opened.jail),
-            info={
-                "driver": settings.driver,
-                "started": process.start_time(os.getpid()),
-                "machine": process.machine(),
-            },
+            info={"driver": settings.driver, "started": process.start_time(os.getpid()), "machine": process.machine()},
             ended=ended,
         )
 

@@ -439,6 +439,8 @@ class Dispatcher:
             "stopping": self.stopping,
             "waits_for": self.waits_for,
             "skipped": dict(self._store.isolation.skipped),
+            "kept_ready": self._worker.kept_ready(),
+            "store": self._store.use(),
         }
         if self._memory is not None:
             info |= {"memory_mb": self._memory.total_mb, "memory_free_mb": self._memory.available_mb()}

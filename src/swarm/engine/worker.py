@@ -117,12 +117,13 @@ class Worker:
         name: str,
         lease_seconds: float,
         queue_timeout_seconds: float | None = None,
+        kept_ready: Callable[[], int] = lambda: 0,
     ) -> None:
         self._store = store
         self._engine = engine
         self.name = name
-        self._lease_seconds = lease_seconds
-        self._queue_timeout_seconds = queue_timeout_seconds
+        self._lease_seconds, self._queue_timeout_seconds = lease_seconds, queue_timeout_seconds
+        self.kept_ready = kept_ready  # VMs of its pool
         self.stopping = False  # from now on, attempts that lose their VM are put back instead of failed
         self._running: dict[str, Attempt] = {}
         self._events: list[Event] = []  # of ended attempts

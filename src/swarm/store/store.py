@@ -50,9 +50,10 @@ from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, TicketSummary, WorkerRow
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.wake import Wake
-from swarm.store.tickets import dependencies, display, events, pages, tickets
+from swarm.store.tickets import dependencies, display, events, facts, pages, tickets
 from swarm.store.tickets.display import ModelCall, Question, RunningAttempt
 from swarm.store.tickets.events import LeftFiles
+from swarm.store.tickets.facts import Backlog, Facts
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
 from swarm.store.untold import UNTOLD
@@ -551,6 +552,21 @@ class Store:
     async def history(self, ticket_id: str, *, limit: int = 200) -> list[Event]:
         """The newest events that are no output, newest first."""
         return await self._read.call(display.history, ticket_id, limit=limit)
+
+    async def newest_event(self) -> int:
+        """The ``seq`` of the newest event of all; 0 if there is none."""
+        return await self._read.call(facts.newest)
+
+    async def facts(self, *, after: int, limit: int) -> Facts:
+        """What the next ``limit`` events say of tickets, attempts and model calls; output is not read."""
+        return await self._read.call(facts.facts, after=after, limit=limit)
+
+    async def backlog(self) -> Backlog:
+        return await self._read.call(facts.backlog)
+
+    def use(self) -> dict[str, dict[str, float]]:
+        """What 'write' and 'read' have done so far: see `threads.Use`."""
+        return {"write": self._write.use.numbers(), "read": self._read.use.numbers()}
 
     async def record(self, did: str, *, by: str, **details: Any) -> None:
         """An event of a change that is of no ticket, such as 'agent.add': who, and what else is to be known."""

@@ -40,7 +40,7 @@ STATEMENTS: dict[str, Sql] = {
 
 # Intended scans of whole tables: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
-    r"SCAN (agents|secrets|workflows|definitions|schedules|s|tokens|workers|clock|moment|pragma_data_version|"
+    r"SCAN (agents|notices|secrets|workflows|definitions|schedules|s|tokens|workers|clock|moment|pragma_data_version|"
     r"sqlite_master|alembic_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(

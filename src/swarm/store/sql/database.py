@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,11 +76,13 @@ def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
 
 @dataclass(slots=True)
 class Connection:
-    """The driver's connection, of one thread. ``opened``: the files as they were then, to which it may write."""
+    """The driver's connection, of one thread. ``opened``: the files as they were then, to which it may write.
+    ``lock_seconds``: waited for the write lock, in this transaction."""
 
     driver: Any
     write: bool
     opened: files.OpenFiles | None = None
+    lock_seconds: float = 0.0
 
     def close(self) -> None:
         self.driver.close()
@@ -146,16 +149,25 @@ class Tx:
                 wake.mute()
         if unwritten and not self._locked:
             # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
-            self._cursor.execute(self.dialect.lock)
-            self._locked = True
+            self._take_lock(self.dialect.lock)
         for statement, rows in unwritten:
             self._cursor.executemany(statement, rows)
             if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
                 raise self.dialect.driver_error("a trigger ignored it, or removed the row")
 
     def begin(self, statement: str) -> None:
-        self._cursor.execute(statement)
-        self._locked = statement == self.dialect.begin_write
+        if statement == self.dialect.begin_write:
+            self._take_lock(statement)
+        else:
+            self._cursor.execute(statement)
+
+    def _take_lock(self, statement: str) -> None:
+        began = time.monotonic()
+        try:
+            self._cursor.execute(statement)
+            self._locked = True
+        finally:
+            self.connection.lock_seconds += time.monotonic() - began
 
     def commit(self) -> None:
         if not self._unwritten and not self._locked:

@@ -63,6 +63,20 @@ class _Refused(Exception):
         self.error = error
 
 
+@dataclass(slots=True)
+class Use:
+    """What a thread has done so far. ``seconds``: in transactions, waits for the lock included, which are also counted
+    by themselves; ``repeated``: transactions that another program's write came before."""
+
+    transactions: int = 0
+    seconds: float = 0.0
+    lock_seconds: float = 0.0
+    repeated: int = 0
+
+    def numbers(self) -> dict[str, float]:
+        return {name: round(getattr(self, name), 6) for name in self.__slots__}
+
+
 class ConnectionThread:
     """One thread, one connection. ``close`` serves the requests made before it, then ends both.
 
@@ -81,6 +95,7 @@ class ConnectionThread:
         self._checked = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
+        self.use = Use()
         self._thread = threading.Thread(
             target=self._run, name=f"swarm-store-{'write' if write else 'read'}", daemon=True
         )
@@ -225,11 +240,13 @@ class ConnectionThread:
         try:
             return self._transaction(jobs, optimistic=True)
         except Outdated:
+            self.use.repeated += 1
             return self._transaction(jobs, optimistic=False)
 
     def _transaction(self, jobs: list[_Job], *, optimistic: bool) -> list[Any]:
         connection = self._open(check=True)
         name = getattr(jobs[0].function, "__name__", "")
+        began = time.monotonic()
         try:
             with self._database.transaction(connection, optimistic=optimistic) as tx:
                 results = self._call(tx, jobs)
@@ -245,6 +262,11 @@ class ConnectionThread:
         except BaseException:
             self._drop()  # its state is unknown
             raise
+        finally:
+            self.use.transactions += 1
+            self.use.seconds += time.monotonic() - began
+            self.use.lock_seconds += connection.lock_seconds
+            connection.lock_seconds = 0.0
         self._note_changes(connection, others)
         return results
 

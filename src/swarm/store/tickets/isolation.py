@@ -158,6 +158,7 @@ class IsolatingThread:
         self._tasks: set[asyncio.Task[None]] = set()
         self.call_raw = thread.call_raw
         self.close = thread.close
+        self.use = thread.use
 
     @property
     def closed(self) -> bool:

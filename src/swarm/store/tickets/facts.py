@@ -1,0 +1,110 @@
+"""What has happened, for those who follow all tickets: metrics, traces, notices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from swarm.model import Event
+from swarm.store.sql import rows
+from swarm.store.sql.database import Row, Tx
+from swarm.store.sql.dialect import Sql
+from swarm.store.sql.rows import milliseconds
+
+_NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events")
+# First where a bounded range ends: that reads no data, of which output has a lot.
+_UP_TO: Final = Sql(
+    "SELECT max(seq) AS seq FROM (SELECT seq FROM events WHERE seq > :after ORDER BY seq LIMIT :limit) e"
+)
+_FACTS: Final = Sql(
+    "SELECT seq, ticket_id, step_id, attempt_id, at, kind, data FROM events WHERE seq > :after AND seq <= :up_to "
+    "AND kind IN ('transition', 'model_call', 'approval', 'refused') ORDER BY seq"
+)
+_ATTEMPTS: Final = Sql(
+    "SELECT a.id, a.outcome, a.reason, a.timings, s.agent_name FROM attempts a "
+    "LEFT JOIN step_executions s ON s.id = a.step_execution_id WHERE a.id IN :ids"
+)
+# Of live rows only: they have partial indexes.
+_LIVE: Final = Sql(
+    "SELECT state, count(*) AS number, min(created_at || '') AS oldest FROM tickets "
+    "WHERE state IN ('in_progress', 'waiting', 'blocked') GROUP BY state "
+    "UNION ALL SELECT 'ready', count(*), min(created_at || '') FROM tickets WHERE state = 'ready'"
+)
+_STEPS: Final = Sql(
+    "SELECT (SELECT count(*) FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS ready, "
+    "(SELECT count(*) FROM step_executions WHERE status = 'ready' AND available_at IS NOT NULL) AS delayed, "
+    "(SELECT count(*) FROM attempts WHERE outcome IS NULL) AS running"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedAttempt:
+    agent: str | None
+    outcome: str | None
+    reason: str | None
+    timings: Mapping[str, float]  # ms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """``after``: for the next call; ``more``: there may be some at once. ``attempts``: those that ended, by id."""
+
+    events: list[Event]
+    attempts: Mapping[str, EndedAttempt]
+    after: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """Of tickets that have not ended: how many by state, and the age of the oldest of each in seconds."""
+
+    tickets: Mapping[str, int]
+    oldest_seconds: Mapping[str, float]
+    steps_ready: int
+    steps_delayed: int
+    attempts_running: int
+
+
+def newest(tx: Tx) -> int:
+    (row,) = tx.all(_NEWEST)
+    return int(row.seq)
+
+
+def facts(tx: Tx, *, after: int, limit: int) -> Facts:
+    """Of the ``limit`` events after that one, those that say what came of a ticket, a step or a model call."""
+    (end,) = tx.all(_UP_TO, after=after, limit=limit)
+    if end.seq is None:
+        return Facts(events=[], attempts={}, after=after, more=False)
+    found = [rows.event(row) for row in tx.all(_FACTS, after=after, up_to=end.seq)]
+    ids = {e.attempt_id for e in found if e.attempt_id and ends_attempt(e)}
+    attempts = {row.id: _attempt(row) for row in tx.all_in(_ATTEMPTS, ids)} if ids else {}
+    return Facts(events=found, attempts=attempts, after=end.seq, more=end.seq - after >= limit)
+
+
+def ends_attempt(event: Event) -> bool:
+    data = event.data
+    return event.kind == "transition" and data.get("of") == "step" and data.get("from") == "running"
+
+
+def backlog(tx: Tx) -> Backlog:
+    live = tx.all(_LIVE)
+    (steps,) = tx.all(_STEPS)
+    known = {row.state: milliseconds(row.oldest) for row in live}
+    return Backlog(
+        tickets={row.state: row.number for row in live},
+        oldest_seconds={state: max(0, tx.now_ms - ms) / 1000 for state, ms in known.items() if ms is not None},
+        steps_ready=steps.ready,
+        steps_delayed=steps.delayed,
+        attempts_running=steps.running,
+    )
+
+
+def _attempt(row: Row) -> EndedAttempt:
+    timings: dict[str, float] = {}
+    with contextlib.suppress(ValueError, TypeError, AttributeError):  # another program wrote it
+        timings = {str(name): float(ms) for name, ms in json.loads(row.timings).items()}
+    return EndedAttempt(agent=row.agent_name, outcome=row.outcome, reason=row.reason, timings=timings)
