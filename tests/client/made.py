@@ -16,7 +16,7 @@ _CHANGES: Final = (
     (r"^import time\n", "import threading\nimport time\n"),
     (r"asyncio\.Semaphore", "threading.Semaphore"),
     (r"asyncio\.sleep", "time.sleep"),
-    (r"asyncio\.to_thread\((\w+), ", r"\1("),
+    (r"asyncio\.to_thread\(([\w.]+), ", r"\1("),
     (r"\basync (?=def|for|with)", ""),
     (r"\bawait ", ""),
     (r"\bAsync(?=[A-Z])", ""),

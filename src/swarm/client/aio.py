@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Self, Unpack
+from pathlib import Path
+from typing import Any, BinaryIO, Self, Unpack
 
 import httpx
 
 from swarm.client import calls
-from swarm.client.archive import packed, text_of
+from swarm.client.archive import packed, placed, text_of, unpack
 from swarm.client.errors import TicketFailed, TimedOut
 from swarm.client.stream import Following, Lines
 from swarm.client.values import (
@@ -22,6 +24,7 @@ from swarm.client.values import (
     Costs,
     Details,
     Event,
+    File,
     Filters,
     Line,
     Problem,
@@ -92,6 +95,25 @@ class AsyncSwarm:
             else:
                 if (delay := tries.answered(response)) is None:
                     return tries.value(response)
+            await asyncio.sleep(delay)
+
+    async def _save(self, call: calls.Call, file: BinaryIO) -> None:
+        tries = self._server.tries(call)
+        while True:
+            delay: float | None
+            try:
+                response = await self._http.send(call.request(self._http), stream=True)
+                async with aclosing(response):
+                    if (delay := tries.answered(response)) is None:
+                        if response.status_code != 200:
+                            await response.aread()
+                            tries.value(response)
+                        file.truncate(file.seek(0))
+                        async for data in response.aiter_bytes():
+                            await asyncio.to_thread(file.write, data)
+                        return
+            except httpx.TransportError as error:
+                delay = tries.broke(error)
             await asyncio.sleep(delay)
 
     async def _follow(self, id: str, after: int) -> AsyncIterator[Event]:
@@ -176,6 +198,17 @@ class AsyncTicket(TicketFields):
         for line in lines.end():
             yield line
 
+    async def files(self) -> list[File]:
+        """What its agents left in /work/out; of a workflow, below the names of its steps."""
+        return read_all(File, (await self._swarm._do(calls.get(calls.ticket(self.id, "files"))))["files"])
+
+    async def download(self, to: str | os.PathLike[str], pattern: str = "", *, replace: bool = False) -> list[Path]:
+        """Write these files below the directory ``to``; returns their paths. ``pattern``: a name, a directory, or a
+        pattern with *. Raises Conflict for a file that is there, unless ``replace``."""
+        with tempfile.TemporaryFile() as file:
+            await self._swarm._save(calls.get(calls.ticket(self.id, "archive"), pattern=pattern), file)
+            return await asyncio.to_thread(unpack, file, to, replace=replace)
+
     async def cancel(self) -> AsyncTicket:
         return await self._told(calls.cancel(self.id))
 
@@ -219,7 +252,11 @@ class AsyncTickets:
     async def submit(self, agent: str | None = None, /, **given: Unpack[Submission]) -> AsyncTicket:
         """A new ticket for this agent, or for the `workflow` that is given. It is submitted once, also if the
         connection breaks. Raises NotFound, Invalid."""
-        return read(AsyncTicket, await self._swarm._do(calls.submit(agent, given)), _swarm=self._swarm)
+        sent, id = dict[str, str](), calls.new_id(given)
+        for place, path in given.get("files", {}).items():
+            archive = await asyncio.to_thread(packed, path)
+            sent[placed(place, path)] = (await self._swarm._do(calls.send_files(id, archive)))["digest"]
+        return read(AsyncTicket, await self._swarm._do(calls.submit(agent, given, id, sent)), _swarm=self._swarm)
 
     async def get(self, id: str) -> AsyncTicket:
         """``id``: or how it begins. Raises NotFound."""
@@ -247,7 +284,7 @@ class AsyncAgents:
     async def upload(self, directory: str | os.PathLike[str], *, dev: bool = False) -> Agent:
         """Register the agent in this directory; its packages are installed first, which may take minutes. ``dev``:
         replace this version if it has another content. Raises Invalid with each problem, Conflict."""
-        archive = await asyncio.to_thread(packed, directory)
+        archive = await asyncio.to_thread(packed, directory, mode="w:gz")
         return read(Agent, await self._swarm._do(calls.upload_agent(archive, dev=dev)))
 
     async def list(self) -> Sequence[Agent]:

@@ -1,22 +1,32 @@
-"""What is uploaded from this computer."""
+"""Files of this computer as archives for the server, and an archive of the server's as files of this computer."""
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, Literal
 
-_LEFT_OUT: Final = frozenset({"__pycache__", ".git"})
+from swarm.client.errors import Conflict, ServerError
+
+_LEFT_OUT: Final = frozenset({"__pycache__", ".git"})  # git's settings and history may hold passwords
 
 
 def text_of(file: str | os.PathLike[str]) -> bytes:
     return Path(file).read_bytes()
 
 
-def packed(directory: str | os.PathLike[str]) -> bytes:
-    """The directory as a .tar.gz, without owners and times."""
+def placed(place: str, path: str | os.PathLike[str]) -> str:
+    """A directory's place ends in '/', a file's doesn't."""
+    if Path(path).is_dir():
+        return f"{(place or Path(path).resolve().name).rstrip('/')}/"
+    return place + Path(path).resolve().name if place.endswith("/") or not place else place
+
+
+def packed(path: str | os.PathLike[str], *, mode: Literal["w", "w:gz"] = "w") -> bytes:
+    """What is in the directory, or the file, as a tar archive without owners and times."""
 
     def entry(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
         if info.name.rpartition("/")[2] in _LEFT_OUT:
@@ -25,8 +35,65 @@ def packed(directory: str | os.PathLike[str]) -> bytes:
         info.uname = info.gname = ""
         return info
 
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for path in sorted(Path(directory).iterdir()):
-            tar.add(path, arcname=path.name, filter=entry)
+    archive, top = io.BytesIO(), Path(path)
+    with tarfile.open(fileobj=archive, mode=mode, format=tarfile.PAX_FORMAT) as tar:
+        for one in sorted(top.iterdir()) if top.is_dir() else [top.resolve()]:
+            tar.add(one, arcname=one.name, filter=entry)
     return archive.getvalue()
+
+
+def unpack(archive: BinaryIO, to: str | os.PathLike[str], *, replace: bool) -> list[Path]:
+    """Write what is in the archive below ``to``, and nothing outside of it, whatever the names and links in it, which
+    an agent chose. Raises Conflict for a file that is there, unless ``replace``."""
+    top = Path(to)
+    top.mkdir(parents=True, exist_ok=True)
+    written, links = list[Path](), list[tuple[Path, str]]()
+    archive.seek(0)
+    try:
+        with tarfile.open(fileobj=archive, mode="r:") as tar:
+            for info in tar:
+                path = _below(top, info.name)
+                if info.isdir():
+                    _make(path)
+                elif info.issym():
+                    links.append((path, info.linkname))
+                elif (data := tar.extractfile(info)) is not None and info.isfile():
+                    _free(path, replace=replace)
+                    with path.open("xb") as file:
+                        shutil.copyfileobj(data, file)
+                    if info.mode & 0o100:
+                        path.chmod(path.stat().st_mode | 0o111)
+                    written.append(path)
+    except tarfile.TarError as error:
+        raise ServerError(f"the server's archive is damaged: {error}") from None
+    for path, target in links:  # at last, so that no file is written through one
+        inside = os.path.normpath(path.parent.relative_to(top) / target)
+        if inside.split("/")[0] not in ("", ".."):
+            _free(_below(top, str(path.relative_to(top))), replace=replace)
+            path.symlink_to(target)
+            written.append(path)
+    return written
+
+
+def _below(top: Path, name: str) -> Path:
+    path = top / name
+    if name.startswith("/") or ".." in Path(name).parts or path == top:
+        raise ServerError(f"the server's archive has a file named {name!r}")
+    _make(path.parent)
+    if path.parent.resolve() != top.resolve() / path.parent.relative_to(top):
+        raise Conflict(f"{path.parent} leads through a link")
+    return path
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise Conflict(f"{directory} can't be a directory: there is a file") from None
+
+
+def _free(path: Path, *, replace: bool) -> None:
+    if os.path.lexists(path):
+        if not replace or (path.is_dir() and not path.is_symlink()):
+            raise Conflict(f"{path} is there")
+        path.unlink()

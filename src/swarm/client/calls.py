@@ -154,14 +154,27 @@ def get(path: str, **query: Any) -> Call:
     return Call(method="GET", path=path, query=query, repeatable=True)
 
 
-def submit(agent: str | None, given: Submission) -> Call:
-    """Made once for all tries, so that they have one key."""
-    body: dict[str, Any] = {name: each for name, each in given.items() if name not in ("key", "prompt")}
+def new_id(given: Submission) -> str:
+    if given.get("files") and given.get("key"):
+        raise Invalid("give `files` or a `key`: files are sent for one ticket")
+    return given.get("id") or str(uuid.uuid4())
+
+
+def send_files(id: str, archive: bytes) -> Call:
+    """For the ticket that will have this id."""
+    return _upload("/v1/files", archive, "application/x-tar", {"ticket": id})
+
+
+def submit(agent: str | None, given: Submission, id: str, files: Mapping[str, str]) -> Call:
+    """Made once for all tries, so that they have one key. ``files``: digests by place, sent for this ``id``."""
+    body: dict[str, Any] = {name: each for name, each in given.items() if name not in ("key", "prompt", "files")}
     if agent is not None:
         body["agent"] = agent
     inputs = dict(given.get("inputs", {}))
     if (prompt := given.get("prompt")) is not None:
         inputs["prompt"] = prompt
+    if files:
+        inputs["$files"], body["id"] = files, id
     named = (prompt or "").strip().partition("\n")[0][:200]
     body["title"] = given.get("title") or named or agent or given.get("workflow") or ""
     body["inputs"] = inputs

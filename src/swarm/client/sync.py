@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Self, Unpack
+from pathlib import Path
+from typing import Any, BinaryIO, Self, Unpack
 
 import httpx
 
 from swarm.client import calls
-from swarm.client.archive import packed, text_of
+from swarm.client.archive import packed, placed, text_of, unpack
 from swarm.client.errors import TicketFailed, TimedOut
 from swarm.client.stream import Following, Lines
 from swarm.client.values import (
@@ -22,6 +24,7 @@ from swarm.client.values import (
     Costs,
     Details,
     Event,
+    File,
     Filters,
     Line,
     Problem,
@@ -92,6 +95,25 @@ class Swarm:
             else:
                 if (delay := tries.answered(response)) is None:
                     return tries.value(response)
+            time.sleep(delay)
+
+    def _save(self, call: calls.Call, file: BinaryIO) -> None:
+        tries = self._server.tries(call)
+        while True:
+            delay: float | None
+            try:
+                response = self._http.send(call.request(self._http), stream=True)
+                with closing(response):
+                    if (delay := tries.answered(response)) is None:
+                        if response.status_code != 200:
+                            response.read()
+                            tries.value(response)
+                        file.truncate(file.seek(0))
+                        for data in response.iter_bytes():
+                            file.write(data)
+                        return
+            except httpx.TransportError as error:
+                delay = tries.broke(error)
             time.sleep(delay)
 
     def _follow(self, id: str, after: int) -> Iterator[Event]:
@@ -171,6 +193,17 @@ class Ticket(TicketFields):
             yield from lines.take(event)
         yield from lines.end()
 
+    def files(self) -> list[File]:
+        """What its agents left in /work/out; of a workflow, below the names of its steps."""
+        return read_all(File, (self._swarm._do(calls.get(calls.ticket(self.id, "files"))))["files"])
+
+    def download(self, to: str | os.PathLike[str], pattern: str = "", *, replace: bool = False) -> list[Path]:
+        """Write these files below the directory ``to``; returns their paths. ``pattern``: a name, a directory, or a
+        pattern with *. Raises Conflict for a file that is there, unless ``replace``."""
+        with tempfile.TemporaryFile() as file:
+            self._swarm._save(calls.get(calls.ticket(self.id, "archive"), pattern=pattern), file)
+            return unpack(file, to, replace=replace)
+
     def cancel(self) -> Ticket:
         return self._told(calls.cancel(self.id))
 
@@ -214,7 +247,11 @@ class Tickets:
     def submit(self, agent: str | None = None, /, **given: Unpack[Submission]) -> Ticket:
         """A new ticket for this agent, or for the `workflow` that is given. It is submitted once, also if the
         connection breaks. Raises NotFound, Invalid."""
-        return read(Ticket, self._swarm._do(calls.submit(agent, given)), _swarm=self._swarm)
+        sent, id = dict[str, str](), calls.new_id(given)
+        for place, path in given.get("files", {}).items():
+            archive = packed(path)
+            sent[placed(place, path)] = (self._swarm._do(calls.send_files(id, archive)))["digest"]
+        return read(Ticket, self._swarm._do(calls.submit(agent, given, id, sent)), _swarm=self._swarm)
 
     def get(self, id: str) -> Ticket:
         """``id``: or how it begins. Raises NotFound."""
@@ -241,7 +278,7 @@ class Agents:
     def upload(self, directory: str | os.PathLike[str], *, dev: bool = False) -> Agent:
         """Register the agent in this directory; its packages are installed first, which may take minutes. ``dev``:
         replace this version if it has another content. Raises Invalid with each problem, Conflict."""
-        archive = packed(directory)
+        archive = packed(directory, mode="w:gz")
         return read(Agent, self._swarm._do(calls.upload_agent(archive, dev=dev)))
 
     def list(self) -> Sequence[Agent]:

@@ -4,6 +4,7 @@ send has its default. Times are ISO-8601 in UTC."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol, TypedDict, TypeVar
@@ -29,14 +30,16 @@ def read_all(kind: type[V], many: Iterable[Mapping[str, Any]], **more: Any) -> l
 
 class Submission(TypedDict, total=False):
     """What a new ticket may say besides its agent. ``prompt``: the input of that name; ``title``: by default the
-    prompt's first line, or the name of the agent or workflow. ``after``: tickets that must be done first. ``key``: the
-    same key submits one ticket, however often it is used; by default each call has its own."""
+    prompt's first line, or the name of the agent or workflow. ``after``: tickets that must be done first. ``files``: by
+    their places below /work, such as {"repo/": "./repo"}: files, or directories as they are, but without .git. ``key``:
+    the same key submits one ticket, however often it is used (without files); by default each call has its own."""
 
     workflow: str
     prompt: str
     title: str
     description: str
     inputs: Mapping[str, Any]
+    files: Mapping[str, str | os.PathLike[str]]
     id: str
     project: str
     priority: int
