@@ -93,7 +93,15 @@ async def approval(served: Served, id: str, *, title: str = "Release 4.2") -> No
 async def fill(served: Served) -> None:
     store = served.store
     await store.put_agent(CLAUDE)
-    info = {"max_vms": 8, "running": 2, "per_minute": 14, "driver": "firecracker", "stopping": False}
+    info = {
+        "max_vms": 8,
+        "running": 2,
+        "per_minute": 14,
+        "driver": "firecracker",
+        "stopping": False,
+        "memory_mb": 24_576,
+        "memory_free_mb": 19_200,
+    }
     await store.heartbeat("engine-1", host="build-7", pid=os.getpid(), info=info)
     for number, title in enumerate(_TITLES):
         await store.add_ticket(

@@ -16,30 +16,45 @@ from swarm.api.v1.events import KEEP_ALIVE_SECONDS
 from swarm.model import Role
 
 LEAST_SECONDS: Final = 1.0
+_AT_FULL_PACE: Final = 4  # pages
 
 
 class _Query(Fields):
     ticket: str | None = Field(default=None, max_length=200, description="only changes of this one")
 
 
-async def _follow(call: Call) -> StreamingResponse:
-    return StreamingResponse(
-        _stream(call.context, call.query.ticket), media_type="text/event-stream", headers={"cache-control": "no-store"}
-    )
+class Live:
+    """All open pages. The more there are, the rarer each is told: together they ask for about as much."""
 
+    def __init__(self) -> None:
+        self._open = 0
 
-async def _stream(context: Context, ticket_id: str | None) -> AsyncIterator[bytes]:
-    """Once at the beginning: something may have changed since the page was made."""
-    seen: object = None
-    while not context.feed.closed:
-        since = context.feed.now(ticket_id)
-        state = object() if ticket_id is None else await _state(context, ticket_id)
-        if state != seen:
-            seen = state
-            yield b"event: update\ndata: 1\n\n"
-            await asyncio.sleep(LEAST_SECONDS)
-        if not await context.feed.changed(since, timeout_seconds=KEEP_ALIVE_SECONDS) and not context.feed.closed:
-            yield b": \n\n"
+    async def follow(self, call: Call) -> StreamingResponse:
+        return StreamingResponse(
+            self._stream(call.context, call.query.ticket),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store"},
+        )
+
+    async def _stream(self, context: Context, ticket_id: str | None) -> AsyncIterator[bytes]:
+        """Once at the beginning: something may have changed since the page was made."""
+        seen: object = None
+        self._open += 1
+        try:
+            while not context.feed.closed:
+                since = context.feed.now(ticket_id)
+                state = object() if ticket_id is None else await _state(context, ticket_id)
+                if state != seen:
+                    seen = state
+                    yield b"event: update\ndata: 1\n\n"
+                    await asyncio.sleep(LEAST_SECONDS * max(1.0, self._open / _AT_FULL_PACE))
+                if (
+                    not await context.feed.changed(since, timeout_seconds=KEEP_ALIVE_SECONDS)
+                    and not context.feed.closed
+                ):
+                    yield b": \n\n"
+        finally:
+            self._open -= 1
 
 
 async def _state(context: Context, ticket_id: str) -> tuple[str, int]:
@@ -53,7 +68,7 @@ def live(context: Context) -> Route:
         path="/live",
         role=Role.VIEWER,
         summary="Tells a page of changes (Server-Sent Events)",
-        handler=_follow,
+        handler=Live().follow,
         query=_Query,
         media_type="text/event-stream",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -19,6 +20,7 @@ from swarm.store.tickets.display import RunningAttempt
 SILENT_MS: Final = 15_000.0  # an engine that has not been heard of for so long is not counted on
 _SHOWN: Final = 50
 _HOUR_SECONDS: Final = 3600.0
+_TOGETHER_SECONDS: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +34,12 @@ class Overview:
 
 
 class Now:
-    """Many open pages cost no more than one: what was read is shown to all until something has changed."""
+    """Many open pages cost no more than one: what was read a moment ago is shown to all of them."""
 
     def __init__(self) -> None:
-        self._read: tuple[asyncio.Event, Overview] | None = None
+        self._seen: asyncio.Event | None = None  # set when what was read is no longer so
+        self._read_at = 0.0
+        self._overview: Overview | None = None
         self._reading = asyncio.Lock()
 
     def page(self) -> Page:
@@ -43,18 +47,25 @@ class Now:
             if actor.project_id is not None:  # all else tells of other projects
                 running = await context.store.running_attempts(project_id=actor.project_id, limit=_SHOWN)
                 return html("now.html", actor=actor, here=here(request), whole=None, running=running, served=True)
-            whole = await self._overview(context)
+            whole = await self._whole(context, patient="hx-request" in request.headers)
             served = any(engine.seen_ms_ago < SILENT_MS for engine in whole.engines)
             return html("now.html", actor=actor, here=here(request), whole=whole, running=whole.running, served=served)
 
         return show
 
-    async def _overview(self, context: Context) -> Overview:
+    async def _whole(self, context: Context, *, patient: bool) -> Overview:
+        """``patient``: an open page asks again, and what was read is read again once a second for all of them."""
+        asked = time.monotonic()
+        if patient and (left := self._read_at + _TOGETHER_SECONDS - asked) > 0 and not self._is_current():
+            await asyncio.sleep(left)
         async with self._reading:
-            since = context.feed.now()
-            if self._read is None or self._read[0].is_set():
-                self._read = since, await _overview(context)
-            return self._read[1]
+            if self._overview is None or not (self._is_current() or self._read_at >= asked):
+                self._seen, self._read_at = context.feed.now(), time.monotonic()
+                self._overview = await _overview(context)
+            return self._overview
+
+    def _is_current(self) -> bool:
+        return self._seen is not None and not self._seen.is_set()
 
 
 async def _overview(context: Context) -> Overview:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
 
@@ -25,18 +29,40 @@ from swarm.fields import sentence
 from swarm.model import ExecutionMode, Role, TicketState
 from swarm.store.registry.tokens import Actor
 from swarm.store.sql.rows import TicketSummary
-from swarm.store.tickets.pages import Count, TicketPage
+from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
 
 _ROWS: Final = 50
+_OLD_SECONDS: Final = 5.0
+_FILTERS: Final = 100
 _PAGES_BACK: Final = 20  # cursors of newer pages in an address
 _MANY: Final = ("state", "agent", "workflow")
 _ONE: Final = ("project", "text", "since", "before")
 Pairs = Sequence[tuple[str, str]]
 
 
+class Counts:
+    """Of each state, for all that look at the same filter. An open page that asks again gets some that are up to
+    `_OLD_SECONDS` old: counting costs more than the page."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[TicketFilter, tuple[asyncio.Event, float, dict[str, Count]]] = OrderedDict()
+
+    async def of(self, context: Context, which: TicketFilter, *, patient: bool) -> dict[str, Count]:
+        if (kept := self._kept.get(which)) is not None:
+            seen, at, counts = kept
+            if not seen.is_set() or (patient and time.monotonic() - at < _OLD_SECONDS):
+                return counts
+        since, now = context.feed.now(), time.monotonic()
+        counts = await context.store.ticket_counts(which)
+        self._kept[which] = since, now, counts
+        if len(self._kept) > _FILTERS:
+            self._kept.popitem(last=False)
+        return counts
+
+
 def routes(context: Context) -> list[BaseRoute]:
     return [
-        page(context, "/tickets", _list),
+        page(context, "/tickets", partial(_list, Counts())),
         page(context, "/tickets/bulk", _ask, role=Role.OPERATOR),
         page(context, "/tickets/bulk", _change, role=Role.OPERATOR, method="POST"),
     ]
@@ -62,7 +88,7 @@ def _call(context: Context, request: Request, actor: Actor, body: Bulk | None = 
     return Call(context=context, request=request, actor=actor, path=request.path_params, query=None, body=body)
 
 
-async def _list(context: Context, request: Request, actor: Actor) -> Response:
+async def _list(counted: Counts, context: Context, request: Request, actor: Actor) -> Response:
     query = request.query_params
     given = _given(query.multi_items())
     problem = ""
@@ -71,7 +97,7 @@ async def _list(context: Context, request: Request, actor: Actor) -> Response:
     try:
         which = await filter_of(_call(context, request, actor), _filters(given))
         found = await context.store.ticket_page(which, after=query.get("after"), limit=_ROWS)
-        counts = await context.store.ticket_counts(replace(which, states=()))
+        counts = await counted.of(context, replace(which, states=()), patient="hx-request" in request.headers)
     except SwarmError as error:  # such as an agent that is not registered: the filter can be mended on the page
         problem = str(error)
     via = query.getlist("via")[-_PAGES_BACK:]
