@@ -11,7 +11,10 @@ import sys
 from typing import Any, Final
 
 import httpx
+import jsonschema
 
+from swarm.api.app import ENDPOINTS
+from swarm.api.endpoint import JSON
 from swarm.base import process
 from swarm.ledger import Account, Bill, Limit, Order, Spend
 from swarm.model import Agent, Role
@@ -270,6 +273,28 @@ def _steady(value: Any) -> Any:
         moving = ("seen_ms_ago", "oldest_ready_ms", "next_due_ms", "last_used_at", "used_at", "server")
         return {name: _steady(each) for name, each in value.items() if name not in moving}
     return [_steady(each) for each in value] if isinstance(value, list) else value
+
+
+async def test_answers_are_as_described(served: Served) -> None:
+    """By the OpenAPI document, whatever it is that all may read."""
+    await put(served.admin)
+    await served.admin.put("/v1/secrets/API_KEY", json={"value": VALUE})
+    await book(served)
+    write_image(served)
+    await served.store.heartbeat("one", host="a", pid=1, info={"max_vms": 2})
+    (run,) = await served.store.runs("costly")
+    document = (await served.viewer.get("/v1/openapi.json")).json()
+    for endpoint in ENDPOINTS:
+        if endpoint.method != "GET" or "/tickets" in endpoint.path or endpoint.media_type != JSON:
+            continue
+        ref = "release" if "/workflows/" in endpoint.path else "echo"
+        answer = await served.admin.get(endpoint.path.replace("{ref}", ref).replace("{id}", run.id))
+        assert answer.status_code == 200, f"{endpoint.path}: {answer.text}"
+        described = document["paths"][endpoint.path]["get"]["responses"]["200"]["content"][JSON]["schema"]
+        whole = {**described, "components": document["components"]}
+        errors = list(jsonschema.Draft202012Validator(whole).iter_errors(answer.json()))
+        assert not errors, f"{endpoint.path}: {errors[0].message} at {errors[0].json_path}"
+        assert answer.json() or endpoint.path == "/v1/webhooks", endpoint.path
 
 
 async def test_whoami_of_each(served: Served) -> None:
