@@ -19,21 +19,32 @@ from swarm.workflow import definition
 from swarm.workflow import graph as drawing
 from swarm.workflow.graph import Edge, Graph, Node
 
-MAX_EXECUTIONS: Final = 20_000  # that one answer counts
+MAX_EXECUTIONS: Final = 50_000  # of steps with several, that one answer counts
 MAX_NESTED: Final = 100  # ids of nested runs, of one step
+_MAX_STEPS: Final = 10_000
+_MAX_RUNS: Final = 2_000
 _ERROR_CHARS: Final = 500
 
 _RUN: Final = Sql(f"SELECT {rows.columns(RunRow, 'r')}, r.definition FROM workflow_runs r WHERE r.id = :id")
 _DEFINITION: Final = Sql("SELECT definition FROM definitions WHERE digest = :digest")
+# `name` is a step's within the run, without the run's path; that of an execution of a step with several has a bracket.
 _STEPS: Final = Sql(
-    "SELECT s.id, s.step_id, s.agent_name, s.status, s.queued_at, s.started_at, s.completed_at, s.duration_ms, "
-    f"substr(s.error, 1, {_ERROR_CHARS}) AS error, "
-    "(SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS attempts "
-    "FROM step_executions s WHERE s.run_id = :id ORDER BY s.id LIMIT :limit"
+    "SELECT s.id, substr(s.step_id, :from) AS name, s.agent_name, s.status, s.queued_at, s.started_at, s.completed_at, "
+    f"s.duration_ms, substr(s.error, 1, {_ERROR_CHARS}) AS error, "
+    "(SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS attempts FROM step_executions s "
+    f"WHERE s.run_id = :id AND instr(substr(s.step_id, :from), '[') = 0 ORDER BY s.id LIMIT {_MAX_STEPS}"
+)
+_EXECUTIONS: Final = Sql(
+    "SELECT substr(e.name, 1, instr(e.name, '[') - 1) AS base, e.status, count(*) AS number, "
+    "sum((SELECT count(*) FROM attempts a WHERE a.step_execution_id = e.id)) AS attempts "
+    "FROM (SELECT s.id, s.status, substr(s.step_id, :from) AS name FROM step_executions s "
+    f"WHERE s.run_id = :id AND instr(substr(s.step_id, :from), '[') > 0 LIMIT {MAX_EXECUTIONS + 1}) e "
+    "GROUP BY base, e.status ORDER BY base, e.status"
 )
 _NESTED: Final = Sql(
-    "SELECT r.id, r.parent_step_id FROM workflow_runs r JOIN step_executions s ON s.id = r.parent_step_id "
-    "WHERE s.run_id = :id AND r.parent_step_id IS NOT NULL ORDER BY r.id LIMIT :limit"
+    "SELECT r.id, substr(s.step_id, :from) AS name FROM workflow_runs r "
+    "JOIN step_executions s ON s.id = r.parent_step_id "
+    f"WHERE s.run_id = :id AND r.parent_step_id IS NOT NULL ORDER BY r.id LIMIT {_MAX_RUNS}"
 )
 
 
@@ -72,6 +83,7 @@ class Read:
     run: RunRow
     definition: str | None
     steps: Sequence[Any]
+    executions: Sequence[Any]
     nested: Sequence[Any]
     now_ms: int
 
@@ -87,11 +99,13 @@ def read(tx: Tx, run_id: str) -> Read:
         if found is None:
             raise StoreError(f"the frozen workflow {shown(row.definition)} is gone from the table definitions")
         text = found.definition
+    run, which = value(RunRow, row), {"id": run_id, "from": len(row.path) + 1}
     return Read(
-        run=value(RunRow, row),
+        run=run,
         definition=text,
-        steps=tx.all(_STEPS, id=run_id, limit=MAX_EXECUTIONS + 1),
-        nested=tx.all(_NESTED, id=run_id, limit=MAX_EXECUTIONS + 1),
+        steps=tx.all(_STEPS, **which),
+        executions=tx.all(_EXECUTIONS, **which),
+        nested=tx.all(_NESTED, **which),
         now_ms=tx.now_ms,
     )
 
@@ -99,29 +113,23 @@ def read(tx: Tx, run_id: str) -> Read:
 def graph(found: Read) -> RunGraph:
     """Raises StoreError for a definition that this version can't read."""
     plan = _plan(found)
-    own: dict[str, Any] = {}
-    executions: dict[str, Counter[str]] = {}
-    attempts: Counter[str] = Counter()
-    node_of: dict[str, str] = {}  # id of a step execution → its node
-    for row in found.steps[:MAX_EXECUTIONS]:
-        name = str(row.step_id).removeprefix(found.run.path)
-        base, bracket, _ = name.partition("[")
-        node_of[row.id] = base
-        attempts[base] += row.attempts
-        if bracket:
-            executions.setdefault(base, Counter())[lenient(row.status) or ""] += 1
-        else:
-            own[base] = row
+    own = {row.name: row for row in found.steps}
+    attempts = Counter({row.name: row.attempts for row in found.steps})
+    executions: dict[str, dict[str, int]] = {}
+    for row in found.executions:
+        executions.setdefault(row.base, {})[lenient(row.status) or ""] = row.number
+        attempts[row.base] += row.attempts
     nested: dict[str, list[str]] = {}
     for row in found.nested:
-        ids = nested.setdefault(node_of.get(row.parent_step_id, ""), [])
+        ids = nested.setdefault(row.name.partition("[")[0], [])
         if len(ids) < MAX_NESTED:
             ids.append(row.id)
     nodes = [
         _node(node, own.get(node.id), executions.get(node.id, {}), attempts[node.id], nested.get(node.id, []), found)
         for node in plan.nodes
     ]
-    return RunGraph(run=found.run, nodes=nodes, edges=plan.edges, complete=len(found.steps) <= MAX_EXECUTIONS)
+    complete = sum(row.number for row in found.executions) <= MAX_EXECUTIONS
+    return RunGraph(run=found.run, nodes=nodes, edges=plan.edges, complete=complete)
 
 
 def _plan(found: Read) -> Graph:
@@ -131,7 +139,7 @@ def _plan(found: Read) -> Graph:
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise StoreError(f"can't read the frozen workflow of the run {found.run.id}: {error}") from None
     nodes = [
-        Node(id=row.step_id, part="steps", layer=1, kind="agent", what=row.agent_name or "", notes=[], many=False)
+        Node(id=row.name, part="steps", layer=1, kind="agent", what=row.agent_name or "", notes=[], many=False)
         for row in found.steps[:1]  # a plain ticket's only step
     ]
     return Graph(name="", version="", nodes=nodes, edges=[])
@@ -141,7 +149,7 @@ def _node(
     node: Node, row: Any, executions: Mapping[str, int], attempts: int, nested: list[str], found: Read
 ) -> RunNode:
     known = {name: getattr(node, name) for name in ("id", "part", "layer", "kind", "what", "notes", "many")}
-    empty = RunNode(**known, attempts=attempts, executions=dict(sorted(executions.items())), runs=nested)
+    empty = RunNode(**known, attempts=attempts, executions=executions, runs=nested)
     if row is None:
         return empty
     began = milliseconds(row.started_at)
