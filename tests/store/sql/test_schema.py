@@ -54,6 +54,7 @@ WITHIN_LIMIT = {
     "views._WAITING_TICKETS": ("SCAN w",),
     "views._COUNT_WAITING": ("SCAN w",),
     "spending._RECENT": ("SCAN c",),
+    "overview._EXECUTIONS": ("SCAN e",),
     "views._RECENT": ("SCAN t", "SCAN tickets USING INDEX tickets_created"),
 }
 
