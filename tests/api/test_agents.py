@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import httpx
 
@@ -25,9 +25,9 @@ MANIFEST = "name: shout\nversion: 1.0.0\nentry: [main.py]\ndescription: loud\n"
 FILES = {"agent.yaml": MANIFEST, "main.py": "print('HEY')\n", "lib/words.txt": "hey\n"}
 
 
-def archive(files: Mapping[str, str | tarfile.TarInfo]) -> bytes:
+def archive(files: Mapping[str, str | tarfile.TarInfo], *, mode: Literal["w", "w:gz"] = "w:gz") -> bytes:
     made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w:gz") as tar:
+    with tarfile.open(fileobj=made, mode=mode) as tar:
         for name, content in files.items():
             if isinstance(content, tarfile.TarInfo):
                 tar.addfile(content)

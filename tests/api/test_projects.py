@@ -9,9 +9,11 @@ import httpx
 
 from swarm.api.app import ENDPOINTS
 from swarm.api.endpoint import Endpoint
+from swarm.api.v1.files import TAR
 from swarm.model import Role
 from swarm.store.registry.tokens import Actor, new_token
 from tests.api.served import Served
+from tests.api.test_agents import archive
 
 OWN: Final = "own"  # the project's own; another project's does not exist
 SHARED: Final = "shared"  # it tells of all projects, or changes what they share: refused, to its admins too
@@ -33,6 +35,12 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("GET", "/v1/tickets/{id}/events"): OWN,
     ("GET", "/v1/tickets/{id}/events/live"): OWN,
     ("GET", "/v1/tickets/{id}/output"): OWN,
+    ("GET", "/v1/tickets/{id}/files"): OWN,
+    ("GET", "/v1/tickets/{id}/files/{name:path}"): OWN,
+    ("GET", "/v1/tickets/{id}/archive"): OWN,
+    ("POST", "/v1/files"): OWN,
+    ("GET", "/v1/artifacts"): OWN,
+    ("GET", "/v1/artifacts/{digest}"): OWN,
     ("GET", "/v1/events"): OWN,
     ("GET", "/v1/events/live"): OWN,
     ("GET", "/v1/runs/{id}/graph"): OWN,
@@ -96,32 +104,40 @@ BODIES: Final[dict[str, dict[str, Any]]] = {
     "/v1/tickets/bulk": {"action": "cancel", "filter": {}, "confirm": True},
     "/v1/tickets/{id}/reject": {"why": "no"},
 }
+QUERIES: Final = {"/v1/tickets/{id}/wait": "?timeout_seconds=0", "/v1/artifacts": "?ticket={id}"}
+DIGESTS: Final = {"mine": "a" * 64, "theirs": "b" * 64}
 
 
 async def test_what_a_projects_token_gets(served: Served) -> None:
     """Even an admin's. What is of another project does not exist, also not in what is of no project."""
     await served.admin.post("/v1/workflows", content=WORKFLOW, headers={"content-type": "application/yaml"})
     runs = {project: await _run_of(served, project) for project in ("mine", "theirs")}
-    for project in ("theirs", None):
-        await served.add(f"ticket-{project}", project_id=project, title="title of theirs")
+    for project in ("mine", "theirs", None):
+        await served.add(f"ticket-{project}", project_id=project, title=f"title of {project or 'theirs'}")
+    for project, digest in DIGESTS.items():
+        await served.store.keep_artifacts(f"ticket-{project}", {digest: f'"title of {project}"'})
     async with await _holder(served, "mine") as mine:
         for number, endpoint in enumerate(ENDPOINTS):
             kind = TABLE[endpoint.method, endpoint.path]
             await served.add(f"ticket-{number}", project_id="mine")
-            own = await _called(mine, endpoint, runs["mine"] if "/runs/" in endpoint.path else f"ticket-{number}")
+            own = await _called(mine, endpoint, "mine", runs["mine"] if _is_run(endpoint) else f"ticket-{number}")
             where = f"{endpoint.method} {endpoint.path}: {own.text}"
             if kind == SHARED:
                 assert own.status_code == 403 and "of all projects" in own.text, where
                 continue
-            assert own.status_code in (200, 201, 204, 409), where
+            there = 404 if endpoint.path.endswith("{name:path}") and "left no file" in own.text else 200
+            assert own.status_code in (there, 201, 204, 409), where
             assert "theirs" not in own.text, where
-            if kind == OWN and "{id}" in endpoint.path:
-                others = [runs["theirs"]] if "/runs/" in endpoint.path else ["ticket-theirs", "ticket-None"]
-                for other in others:
-                    answer = await _called(mine, endpoint, other)
+            if kind == OWN and "{" in endpoint.path + QUERIES.get(endpoint.path, ""):
+                for other in [runs["theirs"]] if _is_run(endpoint) else ["ticket-theirs", "ticket-None"]:
+                    answer = await _called(mine, endpoint, "theirs", other)
                     assert answer.status_code == 404 and "title of" not in answer.text, where
     for id in ("ticket-theirs", "ticket-None"):
         assert (await served.store.ticket(id)).state == "ready"
+
+
+def _is_run(endpoint: Endpoint) -> bool:
+    return endpoint.path.startswith("/v1/runs/")
 
 
 async def _holder(served: Served, project: str) -> httpx.AsyncClient:
@@ -141,13 +157,16 @@ async def _run_of(served: Served, project: str) -> str:
             await served.store.decided()
 
 
-async def _called(client: httpx.AsyncClient, endpoint: Endpoint, id: str) -> httpx.Response:
+async def _called(client: httpx.AsyncClient, endpoint: Endpoint, project: str, id: str) -> httpx.Response:
     ref = "ours" if "/workflows/" in endpoint.path else "echo"
-    path = endpoint.path.replace("{id}", id).replace("{ref}", ref)
-    path += "?timeout_seconds=0" if path.endswith("/wait") else ""
+    path = endpoint.path + QUERIES.get(endpoint.path, "")
+    names = {"{id}": id, "{ref}": ref, "{digest}": DIGESTS[project], "{name:path}": "x"}
+    for name, given in names.items():
+        path = path.replace(name, given)
     sent: dict[str, Any] = {}
     if endpoint.upload:
-        sent = {"content": WORKFLOW, "headers": {"content-type": endpoint.upload[0]}}
+        content = archive({"file": "x"}, mode="w") if endpoint.upload[0] == TAR else WORKFLOW
+        sent = {"content": content, "headers": {"content-type": endpoint.upload[0]}}
     elif endpoint.body is not None:
         sent = {"json": BODIES.get(endpoint.path, {})}
     if endpoint.media_type == "text/event-stream":
