@@ -88,6 +88,8 @@ async def test_a_vm_is_not_started_when_it_would_not_fit(plain: Bench) -> None:
 
         await plain.until(said)
         assert (await plain.store.ticket("t")).state == "ready"
+        (row,) = await plain.store.workers()
+        assert (row.info["memory_mb"], row.info["memory_free_mb"]) == (10_000, 100), "as pages show of the host"
         free = 1000
         assert await ended(plain, "t") == ["done"]
 

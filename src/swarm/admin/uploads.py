@@ -15,9 +15,10 @@ from swarm import agents
 from swarm.admin import layers, packages
 from swarm.agents import bundle
 from swarm.base.aio import finish_uninterrupted
+from swarm.base.files import is_full
 from swarm.base.manifest import Invalid, Problem
 from swarm.base.progress import silent
-from swarm.errors import Conflict, HostError, UsageError
+from swarm.errors import Conflict, HostError, NoSpace, UsageError
 from swarm.model import Agent
 from swarm.store.store import Store
 from swarm.vm.driver import Layer
@@ -52,7 +53,8 @@ class Uploads:
             finally:
                 await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True))
         except OSError as error:
-            raise HostError(f"the uploaded agent can't be kept: {error.strerror or error}") from None
+            kind = NoSpace if is_full(error) else HostError
+            raise kind(f"the uploaded agent can't be kept: {error.strerror or error}") from None
         finally:
             self._open -= 1
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from starlette.responses import Response
 
-from swarm.errors import ChangeRefused, Conflict, NotFound, StoreError, SwarmError, UsageError
+from swarm.errors import ChangeRefused, Conflict, NoSpace, NotFound, StoreError, SwarmError, UsageError
 
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_SECONDS: Final = 2
@@ -20,6 +20,7 @@ _STATUS: Final = (
     (Conflict, 409),
     (ChangeRefused, 409),
     (StoreError, 503),
+    (NoSpace, 507),
     (SwarmError, 500),
 )
 

@@ -72,6 +72,16 @@ class Cli:
 
         return wiring.store(self.settings)
 
+    async def record(self, did: str, *, name: str) -> None:
+        """An event of what was changed outside the database, if this home has one."""
+        from swarm.base import process
+        from swarm.errors import StoreError
+
+        with contextlib.suppress(StoreError):  # it is done, all the same
+            async with self.store() as store:
+                if await store.revision() == store.head():
+                    await store.record(did, by=process.user(), name=name)
+
 
 Command = Callable[..., Awaitable[int | None]]
 

@@ -73,4 +73,5 @@ async def rm(
     for prefix in digest:
         image = await images.find(prefix)
         images.remove(image.digest)
+        await cli.record("image.remove", name=image.digest)
         cli.out.line(f"removed {image.digest[:12]}")

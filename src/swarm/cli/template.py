@@ -92,8 +92,13 @@ async def rm(
     if not key and unused is None:
         raise UsageError("name the templates to remove (see `swarm template list`), or use --unused DAYS")
     templates = wiring.templates(cli.settings)
+
+    async def say(removed: str) -> None:
+        await cli.record("template.remove", name=removed)
+        cli.out.line(f"removed {removed[:12]}")
+
     for prefix in key or ():  # printed one by one, in case a later one does not exist
-        cli.out.line(f"removed {(await templates.remove(prefix))[:12]}")
+        await say(await templates.remove(prefix))
     if unused is not None:
         for each in await templates.collect(unused_seconds=unused * 86400):
-            cli.out.line(f"removed {each[:12]}")
+            await say(each)

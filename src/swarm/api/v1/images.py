@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from swarm.api.endpoint import Call, Endpoint
+from swarm.errors import Conflict, ImageError
 from swarm.model import Role
 from swarm.vm.image.image import ImageInfo
 from swarm.vm.template import TemplateInfo
@@ -17,7 +18,10 @@ async def list_images(call: Call) -> list[ImageInfo]:
 
 
 async def remove_image(call: Call) -> None:
-    digest = await asyncio.to_thread(call.context.images.remove, call.path["digest"])
+    try:
+        digest = await asyncio.to_thread(call.context.images.remove, call.path["digest"])
+    except ImageError as error:  # several begin so
+        raise Conflict(str(error)) from None
     await call.store.record("image.remove", by=call.actor.name, name=digest)
 
 
