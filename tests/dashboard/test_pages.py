@@ -16,7 +16,9 @@ from swarm.dashboard import ansi, history, text, waterfall
 from swarm.model import Event, Failed, FailureReason, Role, Succeeded, Ticket
 from swarm.store.registry.tokens import Actor, new_token
 from tests.api.served import ECHO, Served
+from tests.api.test_files import left
 from tests.dashboard import scene
+from tests.store.flows import register
 
 HOSTILE = "<script>alert(1)</script>\u202e\x00\x1b]0;x\x07 https://evil.example/ \" onload='x' &amp;"
 
@@ -58,11 +60,12 @@ async def test_a_token_of_a_project_sees_that_project_alone(served: Served) -> N
         assert "Engines" not in now
         assert "OURS" in tickets
         assert "THEIRS" not in tickets
-        for path in ("", "/output?after=0", "/text/inputs", "/artifact/ab", "/file?name=x", "/cancel", "/retry"):
+        for path in ("", "/output?after=0", "/text/inputs", "/cancel", "/retry"):
             assert (await bound.get(f"/tickets/theirs{path}")).status_code == 404, path
         for action in ("cancel", "retry", "delete", "ready"):
             assert (await bound.post(f"/tickets/theirs/{action}", data={"x": ""})).status_code == 404, action
         for given in ({"id": "theirs"}, {"all": "1", "filter": "project=q"}):
+            assert (await bound.get("/live?ticket=theirs")).status_code == 404
             await bound.post("/tickets/bulk", data={"do": "cancel", "sure": "yes", **given})
     assert (await served.store.ticket("theirs")).state == "ready"
 
@@ -264,6 +267,63 @@ async def test_rows_that_another_program_wrote_are_shown(served: Served) -> None
         assert page.status_code == 200, path
         assert not re.search("<script>alert|<b>odd|<i>|\x1b|\x00", page.text), path
         assert len(page.content) < 100_000, path
+
+
+async def test_files_are_downloads(served: Served) -> None:
+    await served.add("t")
+    await left(served.store, {"a/b ü.txt": b"x", '<b>"&.html': b"<script>", "bad\udcff": b"y", "link": "a"})
+    page = (await served.viewer.get("/tickets/t")).text
+    links = [html.unescape(one) for one in re.findall(r'href="(/v1/tickets/t/(?:files|archive)[^"]*)"', page)]
+    assert len(links) == 4
+    assert "⟨U+DCFF⟩" in page
+    assert "huge (not kept)" in page
+    for link in links:
+        if link.endswith("%FF"):
+            continue  # no address can have such a name: the archive has the file
+        answer = await served.viewer.get(link)
+        assert answer.status_code == 200, link
+        assert answer.headers["content-disposition"].startswith("attachment")
+
+
+async def test_a_workflow_is_retried_from_a_step(served: Served) -> None:
+    workflow = await register(served.store, "steps:\n- {id: a, agent: echo}\n- {id: b, needs: [a], agent: echo}\n")
+    await served.add("w", agent_id=None, execution_mode="workflow", workflow_id=workflow)
+    for _ in range(2):
+        [claim] = await scene.claims(served.store, 1)
+        await served.store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=1.0)
+    assert await served.store.decided() in (True, False)
+    assert '<option value="b">' in (await served.operator.get("/tickets/w/retry")).text
+    assert (await _post(served, "/tickets/w/retry", {"step": "b"})).status_code == 303
+    [claim] = await scene.claims(served.store, 1)
+    assert claim.step_id == "b"
+    again = "b #1" in _shown(await served.viewer.get("/tickets/w"))
+    assert again
+    failure = Failed(reason=FailureReason.HOST_ERROR, message="no disk", retryable=True)
+    await served.store.finish(claim.attempt_id, failure, timings={}, vm_time_ms=1.0)
+    await served.store.heartbeat("e", host="h", pid=1, info={})
+    assert "b is tried again in" in _shown(await served.viewer.get("/tickets/w"))
+
+
+async def test_what_an_engine_says_may_be_anything(served: Served) -> None:
+    values: tuple[object, ...] = ("<b>", [], {"a": 1}, None, True, -1, 1e308)
+    for number, value in enumerate(values):
+        names = ("running", "max_vms", "waits_for", "per_minute", "driver", "memory_mb", "memory_free_mb", "stopping")
+        await served.store.heartbeat(f"e{number}", host="<b>", pid=1, info=dict.fromkeys(names, value))
+    page = await served.viewer.get("/")
+    assert page.status_code == 200
+    assert "<b>" not in page.text
+
+
+async def test_a_form_that_can_t_be_read_is_the_sender_s_fault(served: Served) -> None:
+    fields = "&".join(f"id={number}" for number in range(2000))
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    answer = await served.operator.post("/tickets/bulk", content=f"do=cancel&{fields}", headers=form)
+    assert answer.status_code == 400
+    broken = {"content-type": "multipart/form-data"}
+    assert (await served.operator.post("/tickets/bulk", content=b"x", headers=broken)).status_code == 400
+    many = "&".join("text=x" for _ in range(200))
+    data = {"do": "cancel", "all": "1", "filter": many}
+    assert (await _post(served, "/tickets/bulk", data)).status_code == 400
 
 
 @pytest.mark.parametrize(

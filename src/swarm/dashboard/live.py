@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from swarm.api.endpoint import Call, Context, Endpoint, Fields, route
 from swarm.api.v1.events import KEEP_ALIVE_SECONDS
+from swarm.dashboard.render import own_ticket
 from swarm.model import Role
 
 LEAST_SECONDS: Final = 1.0
@@ -30,6 +31,8 @@ class Live:
         self._open = 0
 
     async def follow(self, call: Call) -> StreamingResponse:
+        if call.query.ticket is not None:
+            await own_ticket(call.context, call.actor, call.query.ticket)
         return StreamingResponse(
             self._stream(call.context, call.query.ticket),
             media_type="text/event-stream",

@@ -14,7 +14,7 @@ from swarm.dashboard import ansi
 from swarm.dashboard.ansi import Part
 from swarm.dashboard.render import html, own_ticket
 from swarm.errors import UsageError
-from swarm.model import TERMINAL_TICKET_STATES, Event, Ticket
+from swarm.model import Event, Ticket
 from swarm.store.registry.tokens import Actor
 
 EVENTS: Final = 200
@@ -37,13 +37,12 @@ class Line:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """``before``: where earlier lines end; None if there are none. ``after``: where later ones begin, and ``more`` if
-    there are some already. ``follows``: some may come."""
+    there are some already."""
 
     lines: list[Line]
     before: int | None
     after: int
     more: bool
-    follows: bool
 
 
 async def last(context: Context, ticket: Ticket, *, at: int | None = None) -> Output:
@@ -52,11 +51,11 @@ async def last(context: Context, ticket: Ticket, *, at: int | None = None) -> Ou
         found, more = await context.store.output(ticket.id, limit=EVENTS)
         found, cut = _fitting(found[::-1])
         found.reverse()
-        return _output(ticket, found, before=more or cut, later=False)
+        return _output(found, before=more or cut, later=False)
     earlier, more = await context.store.output(ticket.id, before=at + 1, limit=_AROUND)
     later, further = await context.store.output(ticket.id, after=at, limit=_AROUND)
     later, cut = _fitting(later)
-    return _output(ticket, [*earlier, *later], before=more, later=further or cut)
+    return _output([*earlier, *later], before=more, later=further or cut)
 
 
 async def show(context: Context, request: Request, actor: Actor) -> Response:
@@ -66,15 +65,15 @@ async def show(context: Context, request: Request, actor: Actor) -> Response:
     if before is not None:
         found, more = await context.store.output(ticket.id, before=before, limit=EVENTS)
         found, cut = _fitting(found[::-1])
-        part = _output(ticket, found[::-1], before=more or cut, later=False)
+        part = _output(found[::-1], before=more or cut, later=False)
         return html("lines_before.html", actor=actor, ticket=ticket, output=part)
     if after is None:
         raise UsageError("give `before` or `after`")
     found, more = await context.store.output(ticket.id, after=after, limit=EVENTS)
     found, cut = _fitting(found)
-    if not found and ticket.state not in TERMINAL_TICKET_STATES:
+    if not found:
         return Response(status_code=204)  # the page stays as it is, and asks again
-    part = _output(ticket, found, before=False, later=more or cut, after=after)
+    part = _output(found, before=False, later=more or cut, after=after)
     return html("lines_after.html", actor=actor, ticket=ticket, output=part)
 
 
@@ -95,13 +94,12 @@ def _fitting(events: Sequence[Event]) -> tuple[list[Event], bool]:
     return found, False
 
 
-def _output(ticket: Ticket, events: Sequence[Event], *, before: bool, later: bool, after: int = 0) -> Output:
+def _output(events: Sequence[Event], *, before: bool, later: bool, after: int = 0) -> Output:
     return Output(
         lines=_lines(events),
         before=events[0].seq if before and events else None,
         after=events[-1].seq if events else after,
         more=later,
-        follows=ticket.state not in TERMINAL_TICKET_STATES,
     )
 
 

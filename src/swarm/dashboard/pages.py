@@ -9,21 +9,19 @@ from swarm.dashboard import approvals, costs, hosts, login, registry, run, ticke
 from swarm.dashboard.live import live
 from swarm.dashboard.now import Now
 from swarm.dashboard.render import page, static
-from swarm.dashboard.spent import Hours
 from swarm.model import Role
 
 
 def routes(context: Context) -> list[BaseRoute]:
-    hours = Hours()
     return [
         Route("/static/{digest}/{name}", static, methods=["GET"]),
         *login.routes(context),
         live(context),
-        page(context, "/", Now(hours).page()),
+        page(context, "/", Now().page()),
         *tickets.routes(context),
         *ticket.routes(context),
         *_runs(context),
-        *_registry(context, hours),
+        *_registry(context),
     ]
 
 
@@ -37,7 +35,7 @@ def _runs(context: Context) -> list[BaseRoute]:
     ]
 
 
-def _registry(context: Context, hours: Hours) -> list[BaseRoute]:
+def _registry(context: Context) -> list[BaseRoute]:
     return [
         page(context, "/agents", registry.show_agents),
         page(context, "/agents/{id}", registry.show_agent),
@@ -46,6 +44,6 @@ def _registry(context: Context, hours: Hours) -> list[BaseRoute]:
         page(context, "/workflows/{id}/start", registry.start, role=Role.OPERATOR, method="POST"),
         page(context, "/workflows/{id}/enable", registry.enable, role=Role.ADMIN, method="POST"),
         page(context, "/schedules", registry.show_schedules),
-        page(context, "/costs", costs.page(hours)),
+        page(context, "/costs", costs.show),
         page(context, "/hosts", hosts.show),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
@@ -12,12 +13,14 @@ from urllib.parse import quote, urlencode
 
 import jinja2
 from starlette.datastructures import FormData
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from swarm.api.auth import may
-from swarm.api.endpoint import Context
+from swarm.api.endpoint import BODY_SECONDS, Context
 from swarm.api.problem import Refused, of
 from swarm.base.log import logger
 from swarm.dashboard import text
@@ -57,7 +60,7 @@ def environment() -> jinja2.Environment:
     )
     made.filters["visible"] = visible
     made.filters["slug"] = slug
-    for name in ("age", "duration", "money", "size", "stamp", "words"):
+    for name in ("age", "duration", "money", "quoted", "size", "stamp", "words"):
         made.filters[name] = getattr(text, name)
     made.filters["told"] = told
     made.globals["sections"] = SECTIONS
@@ -118,7 +121,13 @@ async def form(request: Request, *, limit: int = _FORM_BYTES, fields: int = 1000
         raise Refused(411, "the length of the body must be given")
     if int(length[:12]) > limit:
         raise Refused(413, "the form is too large")
-    return await request.form(max_files=0, max_fields=fields)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.form(max_files=0, max_fields=fields)
+    except (HTTPException, MultiPartException, ClientDisconnect):
+        raise Refused(400, "the form can't be read, or has too many fields") from None
+    except TimeoutError:
+        raise Refused(408, f"the form did not arrive within {BODY_SECONDS:g} s") from None
 
 
 def here(request: Request, **changed: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from urllib.parse import quote
 
 from swarm.base import jsontext
 
@@ -66,6 +67,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def quoted(name: str) -> str:
+    """A file's name in an address: it may have bytes that are no UTF-8."""
+    return quote(name.encode("utf-8", "surrogateescape"), safe="/")
 
 
 def words(name: object) -> str:

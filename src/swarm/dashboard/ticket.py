@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute
 
 from swarm.api.auth import may
 from swarm.api.endpoint import Context
-from swarm.base import trees
-from swarm.base.trees import Contents, Entry
 from swarm.dashboard import output, waterfall
 from swarm.dashboard.now import SILENT_MS
 from swarm.dashboard.render import form, html, own_ticket, page
-from swarm.dashboard.text import pretty
+from swarm.dashboard.text import duration, pretty
 from swarm.dashboard.visible import visible
 from swarm.errors import NotFound
 from swarm.model import TERMINAL_TICKET_STATES, Event, ExecutionMode, Role, Ticket, TicketState
+from swarm.store import ticket_files
 from swarm.store.registry.tokens import Actor
 from swarm.store.sql.rows import QueueStatus
 
@@ -48,8 +48,6 @@ def routes(context: Context) -> list[BaseRoute]:
         page(context, of, _show),
         page(context, f"{of}/output", output.show),
         page(context, f"{of}/text/{{name}}", _download),
-        page(context, f"{of}/artifact/{{digest}}", _artifact),
-        page(context, f"{of}/file", _file),
         *(page(context, f"{of}/{name}", partial(_confirm, name), role=Role.OPERATOR) for name in ACTIONS),
         *(page(context, f"{of}/{name}", partial(_act, name), role=Role.OPERATOR, method="POST") for name in ACTIONS),
     ]
@@ -134,7 +132,11 @@ async def _why(context: Context, ticket: Ticket) -> str:
         return "No engine runs, so it stays as it is. Start one: swarm-engine start"
     if ticket.state == TicketState.READY:
         return _in_queue(await context.store.queue(), [str(one.info.get("waits_for") or "") for one in engines])
-    return ""
+    waiting = await context.store.next_steps(ticket.id)
+    return " ".join(
+        f"{step} is ready, and waits for a VM." if ms is None else f"{step} is tried again in {duration(ms)}."
+        for step, ms in waiting
+    )
 
 
 def _in_queue(queue: QueueStatus, waits_for: Sequence[str]) -> str:
@@ -162,60 +164,21 @@ class Listed:
     complete: bool
 
 
-async def _entries(context: Context, ticket: Ticket) -> AsyncIterator[tuple[str, Entry, Contents, int]]:
-    async def load(digest: str) -> str:
-        return await context.store.artifact_of(ticket.id, digest)
-
-    for one in await context.store.files(ticket.id):
-        tree = await asyncio.to_thread(trees.manifest, await load(one.digest))
-        contents = Contents(tree.parts, load)
-        for entry, offset in tree.offsets():
-            if not entry.is_dir and not entry.is_link:
-                yield f"{one.prefix}{entry.name}", entry, contents, offset
-
-
 async def _listed(context: Context, ticket: Ticket) -> Listed:
     files, complete = list[tuple[str, int]](), True
     try:
-        async for name, entry, _, _ in _entries(context, ticket):
-            if len(files) == _FILES:
-                complete = False
-                break
-            files.append((name, entry.size))
+        async with aclosing(ticket_files.entries(context.store, ticket.id)) as entries:
+            async for entry, _, _ in entries:
+                if len(files) == _FILES:
+                    complete = False
+                    break
+                if not entry.is_dir and not entry.is_link:
+                    files.append((entry.name, entry.size))
     except NotFound:  # deleted at this moment
         complete = False
     left = await context.store.files(ticket.id)
     left_out = [(f"{one.prefix}{name}", size) for one in left for name, size in one.left_out]
     return Listed(files=files, left_out=left_out[:_FILES], complete=complete and all(one.complete for one in left))
-
-
-def _attachment(name: str) -> dict[str, str]:
-    """Never shown by the browser, whatever it holds."""
-    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name.rpartition("/")[2])[-100:]
-    whole = quote(name.rpartition("/")[2].encode("utf-8", "surrogateescape")[-200:], safe="")
-    return {
-        "content-disposition": f"attachment; filename=\"{plain or 'file'}\"; filename*=UTF-8''{whole}",
-        "cache-control": "no-store",
-    }
-
-
-async def _file(context: Context, request: Request, actor: Actor) -> Response:
-    ticket = await own_ticket(context, actor, request.path_params["id"])
-    wanted = request.query_params.get("name", "")
-    async for name, entry, contents, offset in _entries(context, ticket):
-        if name == wanted:
-            headers = _attachment(name) | {"content-length": str(entry.size)}
-            return StreamingResponse(
-                contents.chunks(offset, entry.size), media_type="application/octet-stream", headers=headers
-            )
-    raise NotFound(f"the ticket left no file {visible(wanted, limit=200)!r}")
-
-
-async def _artifact(context: Context, request: Request, actor: Actor) -> Response:
-    ticket = await own_ticket(context, actor, request.path_params["id"])
-    digest = request.path_params["digest"]
-    text = await context.store.artifact_of(ticket.id, digest)
-    return Response(text, media_type="application/json", headers=_attachment(f"{digest[:12]}.json"))
 
 
 async def _download(context: Context, request: Request, actor: Actor) -> Response:
@@ -225,9 +188,8 @@ async def _download(context: Context, request: Request, actor: Actor) -> Respons
     if text is None:
         raise NotFound(f"the ticket has no {visible(name, limit=40)}")
     ending = "json" if name in _JSON else "txt"
-    return Response(
-        text.encode(errors="replace"), media_type="application/octet-stream", headers=_attachment(f"{name}.{ending}")
-    )
+    headers = {"content-disposition": f'attachment; filename="{name}.{ending}"', "cache-control": "no-store"}
+    return Response(text.encode(errors="replace"), media_type="application/octet-stream", headers=headers)
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------

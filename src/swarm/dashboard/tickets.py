@@ -173,7 +173,10 @@ async def _bulk(context: Context, request: Request, actor: Actor, given: MultiDi
     if given.get("do") not in list(BulkAction):
         raise Refused(400, f"there is nothing to do that is named {visible(given.get('do'), limit=40)!r}")
     whole = bool(given.get("all"))
-    pairs = _given(parse_qsl(given.get("filter", ""), max_num_fields=100) or given.multi_items())
+    try:
+        pairs = _given(parse_qsl(given.get("filter", ""), max_num_fields=100) or given.multi_items())
+    except ValueError:
+        raise UsageError("the filter has too many parts") from None
     ids = tuple(given.getlist("id"))
     if not whole and not ids:
         raise UsageError("no ticket is selected: select some, or take all that the filter finds")

@@ -466,6 +466,10 @@ class Store:
         """Of the steps that wait for a person."""
         return await self._read.call(display.questions, ticket_id, limit=limit)
 
+    async def next_steps(self, ticket_id: str, *, limit: int = 5) -> list[tuple[str, float | None]]:
+        """Its steps that are ready, and in how many ms each may run; None: now."""
+        return await self._read.call(display.next_steps, ticket_id, limit=limit)
+
     async def step_names(self, run_id: str, *, limit: int = 500) -> list[str]:
         return await self._read.call(display.step_names, run_id, limit=limit)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
 from swarm.base import trees
@@ -46,7 +46,7 @@ async def listed(store: Store, ticket_id: str) -> TicketFiles:
     return TicketFiles(files=found, complete=complete)
 
 
-async def entries(store: Store, ticket_id: str) -> AsyncIterator[tuple[Entry, Contents, int]]:
+async def entries(store: Store, ticket_id: str) -> AsyncGenerator[tuple[Entry, Contents, int]]:
     """Each file, and where its contents are. Raises NotFound."""
 
     async def load(digest: str) -> str:

@@ -51,6 +51,12 @@
     (hits.find((hit) => hit.offsetTop - base > top + 1) || hits[0]).scrollIntoView({ block: "start" });
   };
 
+  const stay = (event) => { // whoever looks at earlier lines is not taken away from them
+    if (event.type === "click" ? !event.target.closest(".earlier") : !event.target.closest("#log") || event.deltaY > 0) return;
+    if ($("#follow")) $("#follow").checked = false;
+  };
+  for (const name of ["click", "wheel", "touchmove"]) document.addEventListener(name, stay, { capture: true, passive: true });
+
   // --- keys ---
   let went = 0; // when `g` was pressed
   const links = () => all("a[data-open]");

@@ -42,6 +42,10 @@ _QUESTIONS: Final = Sql(
     "JOIN step_executions s ON s.run_id = r.id WHERE r.ticket_id = :id AND r.status IN ('running', 'waiting') "
     "AND s.status = 'waiting' AND s.verdict IS NULL ORDER BY s.id LIMIT :limit"
 )
+_NEXT: Final = Sql(
+    "SELECT s.step_id, s.available_at FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
+    "WHERE r.ticket_id = :id AND r.status IN ('running', 'waiting') AND s.status = 'ready' ORDER BY s.id LIMIT :limit"
+)
 _STEPS: Final = Sql("SELECT s.step_id FROM step_executions s WHERE s.run_id = :run_id ORDER BY s.id LIMIT :limit")
 _FROM: Final = Sql("SELECT COALESCE(max(d.seq), 0) AS seq FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'")
 _CALLS: Final = Sql(
@@ -121,6 +125,14 @@ def questions(tx: Tx, ticket_id: str, *, limit: int) -> list[Question]:
             over_budget=row.attempt_id is not None,
         )
         for row in tx.all(_QUESTIONS, id=ticket_id, limit=limit)
+    ]
+
+
+def next_steps(tx: Tx, ticket_id: str, *, limit: int) -> list[tuple[str, float | None]]:
+    """The steps that are ready, and in how many ms each may run; None: now."""
+    return [
+        (rows.lenient(row.step_id) or "", max(0.0, at - tx.now_ms) if isinstance(at := row.available_at, int) else None)
+        for row in tx.all(_NEXT, id=ticket_id, limit=limit)
     ]
 
 
