@@ -90,6 +90,10 @@ def test_it_is_installed_alone_and_beside_the_engine(tmp_path: Path) -> None:
         (place / "data" / "api.sock").touch(0o600)  # root's
         said, _ = run(*here, "-c", program.replace("/nonexistent", str(place)), env=env).splitlines()
         assert "is not this user's" in said and "SWARM_TOKEN" in said
+        (place / "data").chmod(0o700)
+        os.chown(place / "data", 0, 0)
+        said, _ = run(*here, "-c", program.replace("/nonexistent", str(place)), env=env).splitlines()
+        assert "is not this user's" in said and "SWARM_TOKEN" in said
     assert all(name.startswith("swarm.client") for name in loaded.split() if name != "swarm")
 
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]

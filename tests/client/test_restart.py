@@ -22,6 +22,7 @@ from tests.api.served import ECHO
 # httpcore leaves it to Python to close a Unix socket that can't be connected.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket.socket:ResourceWarning")
 LINES = 400
+PATIENCE = 600.0  # until a server is there again, on a slow machine
 
 
 @pytest.fixture
@@ -67,13 +68,13 @@ async def test_every_line_comes_once(store: tuple[Settings, Store]) -> None:
     at = asyncio.Event()
 
     async def follow() -> None:
-        async with AsyncSwarm(home=settings.home) as s:
+        async with AsyncSwarm(home=settings.home, retry_seconds=PATIENCE) as s:
             async for line in (await s.tickets.get("t")).output():
                 seen.append(line.text)
                 at.set()
 
     def follow_too() -> list[str]:
-        with Swarm(home=settings.home) as s:
+        with Swarm(home=settings.home, retry_seconds=PATIENCE) as s:
             return [str(line) for line in s.tickets.get("t").output()]
 
     async def until_seen(number: int) -> None:

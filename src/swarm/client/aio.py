@@ -159,8 +159,8 @@ class AsyncTicket(TicketFields):
         TicketFailed unless it is done."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = calls.POLL_SECONDS if end is None else end - time.monotonic()
             async with self._swarm._waits:
+                left = calls.POLL_SECONDS if end is None else end - time.monotonic()
                 data = await self._swarm._do(calls.wait(self.id, max(0.0, min(left, calls.POLL_SECONDS))))
             ticket = read(AsyncTicket, data["ticket"], _swarm=self._swarm)
             if ticket.ended:

@@ -158,8 +158,8 @@ class Ticket(TicketFields):
         TicketFailed unless it is done."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = calls.POLL_SECONDS if end is None else end - time.monotonic()
             with self._swarm._waits:
+                left = calls.POLL_SECONDS if end is None else end - time.monotonic()
                 data = self._swarm._do(calls.wait(self.id, max(0.0, min(left, calls.POLL_SECONDS))))
             ticket = read(Ticket, data["ticket"], _swarm=self._swarm)
             if ticket.ended:
