@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from swarm.admin.uploads import Uploads
 from swarm.admin.vault import scope_of
-from swarm.api import server
+from swarm.api import server, traces
 from swarm.api.app import application
 from swarm.api.auth import Auth, local
 from swarm.api.endpoint import Context
@@ -69,6 +69,8 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
         url, on_port = await stack.enter_async_context(server.serving(app, host=host, port=port))
         stack.callback(feed.close)  # before the servers stop: they wait for open requests
         loops = [asyncio.create_task(metrics.follow(feed))]
+        if (to := traces.target()) is not None:
+            loops.append(asyncio.create_task(traces.export(opened, feed, to)))
         stack.push_async_callback(cancel_all, loops)
         yield url, asyncio.create_task(_either(*[task for task in (on_socket, on_port, *loops) if task is not None]))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from swarm.agents import Installed
-from swarm.base import files
+from swarm.base import files, trace
 from swarm.base.aio import first
 from swarm.base.clock import Timeline
 from swarm.base.log import logger
@@ -270,7 +270,7 @@ class Engine:
         try:
             return await live.channel.run(
                 guest_argv(agent),
-                env={**agent.env, **env},
+                env={"TRACEPARENT": _traceparent(claim), **agent.env, **env},
                 warm=agent.runtime == "python",
                 timeout_seconds=claim.timeout_seconds,
                 idle_timeout_seconds=agent.idle_timeout_seconds,
@@ -413,3 +413,8 @@ class _OutputTail:
     def quoted(self) -> str:
         lines = printable(b"".join(self._last)[-_QUOTED_BYTES:]).split("\n")
         return "\n".join(f"  {line}" for line in [line for line in lines if line.strip()][-_QUOTED_LINES:])
+
+
+def _traceparent(claim: Claim) -> str:
+    """So that what the agent traces belongs to its attempt."""
+    return trace.traceparent(claim.ticket.id, claim.ticket.trigger_data, claim.attempt_id)

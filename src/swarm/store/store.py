@@ -565,6 +565,16 @@ class Store:
         """What the next ``limit`` events say of tickets, attempts and model calls; output is not read."""
         return await self._read.call(facts.facts, after=after, limit=limit)
 
+    async def position(self, name: str) -> int:
+        """Up to which event this follower is done. A new one begins with the next event."""
+        if (found := await self._read.call(facts.position, name)) is None:
+            await self._write.call(facts.begin, name)
+            found = await self._read.call(facts.position, name)
+        return found or 0
+
+    async def set_position(self, name: str, seq: int) -> None:
+        await self._write.call(facts.move, name, seq)
+
     async def backlog(self) -> Backlog:
         return await self._read.call(facts.backlog)
 

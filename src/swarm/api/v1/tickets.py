@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Final
 
 from pydantic import Field
 
 from swarm.api.endpoint import Call, Endpoint, Fields
-from swarm.base import trees
+from swarm.base import trace, trees
 from swarm.base.clock import moment
 from swarm.errors import NotFound, UsageError
 from swarm.model import FILES, BudgetPolicy, Role, Ticket, TicketState
@@ -122,6 +123,8 @@ async def submit_ticket(call: Call) -> Ticket:
         budget_tokens=body.budget_tokens,
         over_budget=body.over_budget,
     )
+    if trace.valid(parent := call.request.headers.get(trace.HEADER)):  # what made it is traced: so is the ticket, in it
+        ticket = replace(ticket, trigger_data=json.dumps({trace.HEADER: parent}))
     return await add_once(call, ticket, of=body.model_dump_json(), depends_on=needs)
 
 

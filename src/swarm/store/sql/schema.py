@@ -428,3 +428,11 @@ tokens = sa.Table(
     _text("last_used_at"),
     sa.UniqueConstraint("hash", name="tokens_hash"),
 )
+
+# Up to which event those who follow all of them are done: the export of traces, the notices.
+positions = sa.Table(
+    "positions",
+    metadata,
+    sa.Column("name", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("seq", BIG, nullable=False),
+)

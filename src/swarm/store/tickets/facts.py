@@ -39,6 +39,13 @@ _STEPS: Final = Sql(
     "(SELECT count(*) FROM attempts WHERE outcome IS NULL) AS running"
 )
 
+_POSITION: Final = Sql("SELECT seq FROM positions WHERE name = :name")
+_BEGIN: Final = Sql(
+    "INSERT INTO positions (name, seq) SELECT :name, COALESCE(max(seq), 0) FROM events WHERE true "
+    "ON CONFLICT (name) DO NOTHING"
+)
+_MOVE: Final = Sql("UPDATE positions SET seq = :seq WHERE name = :name AND seq < :seq")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndedAttempt:
@@ -88,6 +95,20 @@ def facts(tx: Tx, *, after: int, limit: int) -> Facts:
 def ends_attempt(event: Event) -> bool:
     data = event.data
     return event.kind == "transition" and data.get("of") == "step" and data.get("from") == "running"
+
+
+def position(tx: Tx, name: str) -> int | None:
+    row = tx.first(_POSITION, name=name)
+    return None if row is None else int(row.seq)
+
+
+def begin(tx: Tx, name: str) -> None:
+    """At the newest event, unless there is a position of this name."""
+    tx.run(_BEGIN, name=name)
+
+
+def move(tx: Tx, name: str, seq: int) -> None:
+    tx.run(_MOVE, name=name, seq=seq)
 
 
 def backlog(tx: Tx) -> Backlog:

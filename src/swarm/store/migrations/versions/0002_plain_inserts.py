@@ -52,6 +52,13 @@ CREATE TABLE tokens (
 	CONSTRAINT tokens_hash UNIQUE (hash)
 )"""
 
+_POSITIONS = """
+CREATE TABLE positions (
+	name TEXT NOT NULL,
+	seq INTEGER NOT NULL,
+	PRIMARY KEY (name)
+)"""
+
 
 def upgrade() -> None:
     run = op.get_bind().exec_driver_sql
@@ -71,6 +78,7 @@ def upgrade() -> None:
     for statement in _PAGES:
         run(statement)
     run(_TOKENS.lstrip())
+    run(_POSITIONS.lstrip())
 
 
 def downgrade() -> None:
