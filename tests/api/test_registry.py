@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -16,6 +17,7 @@ import jsonschema
 
 from swarm.api.app import ENDPOINTS
 from swarm.api.endpoint import JSON
+from swarm.api.v1 import agents, engines, images, secrets, tokens, workflows
 from swarm.base import process
 from swarm.ledger import Account, Bill, Limit, Order, Spend
 from swarm.model import Agent, Role
@@ -299,6 +301,17 @@ async def test_answers_are_as_described(served: Served) -> None:
         errors = list(jsonschema.Draft202012Validator(whole).iter_errors(answer.json()))
         assert not errors, f"{endpoint.path}: {errors[0].message} at {errors[0].json_path}"
         assert answer.json() or endpoint.path == "/v1/webhooks", endpoint.path
+
+
+def test_the_page_names_every_route() -> None:
+    """With its role, and whether a project's token may not."""
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8").splitlines()
+    for module in (agents, engines, images, secrets, tokens, workflows):
+        for one in module.ENDPOINTS:
+            path = re.sub(r"{(\w+)}", lambda name: name[1].upper(), one.path)
+            rows = [line for line in page if f"`{one.method} {path}`" in line and line.startswith("|")]
+            assert len(rows) == 1, f"{one.method} {path}"
+            assert rows[0].split("|")[2].strip() == f"{one.role}{', shared' if one.shared else ''}", rows[0]
 
 
 async def test_whoami_of_each(served: Served) -> None:
