@@ -14,18 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HERE = sysconfig.get_path("purelib")  # where pip and httpx are
-USES = """
-from typing import assert_type
-from swarm.client import AsyncSwarm, Swarm, Ticket
-
-def use(s: Swarm) -> None:
-    assert_type(s.tickets.submit("claude", prompt="x", priority=1).wait(timeout=3), Ticket)
-    for line in s.tickets.get("t").output():
-        assert_type(line.text, str)
-
-async def use_too(s: AsyncSwarm) -> None:
-    assert_type((await s.workflows.run("chain", n=1)).state, str)
-"""
 
 
 def run(*argv: str | Path, env: dict[str, str] | None = None, status: int = 0) -> str:
@@ -112,15 +100,6 @@ def test_it_is_installed_alone_and_beside_the_engine(tmp_path: Path) -> None:
     run(*pip, "install", "--no-deps", ROOT / "client", env=offline)
     (site / "zz_engine.pth").write_text(str(ROOT / "src"))
     assert run(*here, "-c", both, env=env).strip() == engines
-
-
-@pytest.mark.slow
-def test_a_type_checker_sees_its_types(tmp_path: Path) -> None:
-    (tmp_path / "uses.py").write_text(USES)
-    mypy = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "uses.py")]
-    run(*mypy, env={"MYPYPATH": ""})
-    (tmp_path / "uses.py").write_text(USES.replace("priority=1", "priority='high'"))
-    assert "priority" in run(*mypy, env={"MYPYPATH": ""}, status=1)
 
 
 def test_both_have_one_version() -> None:

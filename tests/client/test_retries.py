@@ -31,6 +31,15 @@ FOUND = Answer(200, {"ticket": TICKET})
 DONE = Answer(200, TICKET)
 GONE = Answer(404, {"detail": "no ticket t"})
 
+
+async def ask(s: AsyncSwarm) -> Any:
+    return (await s.request("GET", "/v1/x", query={"a": [1, 2], "b": None}))["id"]
+
+
+async def change(s: AsyncSwarm) -> Any:
+    return (await s.request("POST", "/v1/x", body={"a": 1}))["id"]
+
+
 Act = Callable[[AsyncSwarm], Awaitable[Any]]
 
 
@@ -73,6 +82,9 @@ async def delete(s: AsyncSwarm) -> Any:
         (delete, [FOUND, DROP, GONE], 3, None),  # the first try did it
         (delete, [FOUND, GONE], 2, NotFound),
         (delete, [FOUND, FULL, GONE], 3, NotFound),
+        (ask, [DROP, BUSY, DONE], 3, "t"),
+        (change, [FULL, DONE], 2, "t"),
+        (change, [DROP, DONE], 1, Unreachable),
         # Nothing becomes better by asking again.
         (show, [Answer(401, {"detail": "a valid token is needed"})], 1, Unauthorized),
         (show, [Answer(403, {"detail": "ci is viewer"})], 1, Forbidden),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-import typing
+from pathlib import Path
+from typing import assert_type
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_the_synchronous_client_is_made_from_the_other() -> None:
 
 
 @pytest.mark.parametrize("path", [*sorted(CLIENT.glob("*.py")), CLIENT.parent / "__init__.py"], ids=lambda p: p.name)
-def test_it_needs_httpx_alone(path: typing.Any) -> None:
+def test_it_needs_httpx_alone(path: Path) -> None:
     modules = set[str]()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         modules |= {one.name for one in node.names} if isinstance(node, ast.Import) else set()
@@ -43,3 +44,14 @@ def test_both_clients_have_the_same_methods_with_the_same_types() -> None:
                     inspect.signature(vars(other)[method]).parameters
                 )
     assert sorted(client.__all__) == client.__all__ and all(hasattr(client, name) for name in client.__all__)
+
+
+async def _types(s: client.Swarm, a: client.AsyncSwarm) -> None:
+    """For mypy, as `make check` runs it."""
+    assert_type(s.tickets.submit("claude", prompt="x", priority=1).wait(timeout=3), client.Ticket)
+    assert_type(await (await a.workflows.run("chain", n=1)).wait(), client.AsyncTicket)
+    assert_type([line.text for line in s.tickets.get("t").output()], list[str])
+    assert_type([one.question async for one in a.approvals.list()], list[str | None])
+    s.tickets.submit("claude", priority="high")  # type: ignore[arg-type]
+    s.tickets.submit("claude", prioritiy=1)  # type: ignore[call-arg]
+    list(s.tickets.list(states="done"))  # type: ignore[call-arg]

@@ -9,7 +9,7 @@ import pytest
 
 from swarm.model import Event, Succeeded
 from tests.api.served import Served
-from tests.dashboard import scene
+from tests.dashboard import flows, scene
 from tests.dashboard.browser import Browser
 
 pytestmark = pytest.mark.needs("netns", "browser")
@@ -145,6 +145,45 @@ async def test_a_step_that_waits_is_approved_in_place(served: Served, chromium: 
     [claim] = await scene.claims(served.store, 1)
     assert claim.step_id == "publish"
     await chromium.until("document.querySelector('#state').textContent.includes('publish #1')")
+    await _is_quiet(chromium, served)
+
+
+async def test_an_answer_is_typed_while_other_things_happen(served: Served, chromium: Browser) -> None:
+    ask: dict[str, object] = {"id": "ask", "approval": {"message": "Ship it?"}}
+    await flows.start(served.store, flows.workflow("release", ask), "t1")
+    await flows.start(served.store, flows.workflow("other", ask), "t2")
+    await flows.run(served.store)
+    await chromium.log_in(served.url, served.tokens["operator"])
+    await chromium.press("g", "a")
+    await chromium.until("location.pathname === '/approvals' && document.querySelectorAll('.card').length === 2")
+    await chromium.run("document.querySelector('.card:last-child input[name=why]').value = 'looks good'")
+    await served.store.answer("t1", approved=True, by="somebody else")
+    await chromium.until("document.querySelectorAll('.card').length === 1")
+    assert await chromium.run("return document.querySelector('input[name=why]').value") == "looks good"
+    await chromium.click("button[value=approve]")
+    await chromium.until("document.querySelector('#approvals').textContent.includes('No step waits')")
+    [event] = [event for event in await served.store.events("t2") if event.kind == "approval"]
+    assert event.data == {"approved": True, "by": "the-operator", "why": "looks good"}
+    await _is_quiet(chromium, served)
+
+
+async def test_a_graph_of_2000_steps_does_not_freeze_the_page(served: Served, chromium: Browser) -> None:
+    await flows.start(served.store, flows.large("big", 2000), "t")
+    await flows.run(served.store, only=("a", "s0"))
+    await chromium.log_in(served.url, served.tokens["viewer"])
+    await chromium.open(f"{served.url}/tickets/t/graph")
+    assert await chromium.run("return document.querySelectorAll('*').length") < 3000
+    assert await chromium.run("return document.querySelector('svg.graph').textContent.includes('1998 steps')")
+    [claim] = [one for one in await served.store.attempts("t") if one.step_id == "s20"]
+    await served.store.finish(claim.id, Succeeded(outputs="{}"), timings={}, vm_time_ms=1.0, in_workflow=True)
+    await chromium.until("document.querySelector('.chips').textContent.includes('completed 3')")
+    while await chromium.run("return document.querySelector('svg.graph .box + .box') !== null"):  # open what is closed
+        before = await chromium.url()
+        await chromium.run(
+            "document.querySelector('svg.graph a:has(.box + .box)').dispatchEvent(new MouseEvent('click'))"
+        )
+        await chromium.until(f"location.href !== {before!r} && document.querySelector('svg.graph')")
+    assert await chromium.run("return document.querySelectorAll('svg.graph a').length") > 1
     await _is_quiet(chromium, served)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.dashboard import costs
+from swarm.dashboard.spent import MOST_CALLS
 from swarm.model import ECHO_AGENT_ID
 from tests.api.served import Served, serving
 from tests.dashboard.flows import HOSTILE, echo, run, start, workflow
@@ -102,43 +102,65 @@ async def test_schedules_say_when_and_what_came_of_them(served: Served) -> None:
     assert "never: see the error" in await page(served.viewer, "/schedules")
 
 
-async def test_costs_are_read_up_to_a_bound(served: Served) -> None:
-    assert "No model calls" in await page(served.viewer, "/costs")
-    now = datetime.now(UTC)
-    rows = [
-        (f"m{n}", (now - timedelta(hours=n)).isoformat(timespec="milliseconds")[:-6] + "Z", HOSTILE, f"w{n % 2}", 0.5)
-        for n in range(200)
-    ]
+def calls(served: Served, rows: list[tuple[str, datetime, str, str, float]]) -> None:
+    """Model calls: id, time, agent, workflow, USD."""
     connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
     connection.executemany(
         "INSERT INTO model_calls (id, at, agent, workflow, model, status, tokens, cost_usd) "
         "VALUES (?, ?, ?, ?, 'm', 200, 10, ?)",
-        rows,
+        [(id, f"{at:%Y-%m-%dT%H:%M:%S}.000Z", agent, workflow, usd) for id, at, agent, workflow, usd in rows],
     )
+    connection.commit()
+    connection.close()
+
+
+async def test_costs_by_day_agent_workflow_and_model(served: Served) -> None:
+    now = datetime.now(UTC)
+    calls(served, [(f"m{n}", now - timedelta(hours=n), HOSTILE, f"w{n % 2}", 0.5) for n in range(200)])
+    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
     connection.execute("INSERT INTO model_calls (id, status, tokens) VALUES ('unpriced', 200, 10), ('open', NULL, 0)")
     connection.commit()
+    connection.close()
     shown = await page(served.viewer, "/costs?range=24h")
-    assert "$12.00" in shown and "26 model calls" in shown and shown.count("<svg") == 4
+    assert "$12.50" in shown and "27 model calls" in shown and shown.count("<svg") == 4
     assert "1 calls are of models without a price" in shown and "1 calls are under way" in shown
     assert "$100.00" in await page(served.viewer, "/costs?range=30d")
-    assert "$84.00" in await page(served.viewer, "/costs?range=nonsense")
-    await page(served.viewer, "/costs?before=nonsense", 400)
+    assert "$84.50" in await page(served.viewer, "/costs?range=nonsense")
+    calls(served, [("late", now, "a", "w", 1.0)])  # of the last hours, what is new counts at once
+    assert "$101.00" in await page(served.viewer, "/costs?range=30d")
     async with await of_project(served, "mine") as mine:
         await page(mine, "/costs", 403)
         await page(mine, "/hosts", 403)
         assert (await mine.post("/workflows/x/enable", data={"enabled": "no"})).status_code == 403
-    connection.executemany(
-        "INSERT INTO model_calls (id, at, status, tokens, cost_usd) VALUES (?, ?, 200, 1, 0.001)",
-        [(f"n{n}", rows[50][1]) for n in range(costs.MOST_CALLS)],
-    )
-    connection.commit()
-    connection.close()
-    shown = await page(served.viewer, "/costs?range=30d")
-    assert f"the {costs.MOST_CALLS:,} newest calls of this range" in shown
-    [older] = [one for one in links(shown) if "before=" in one and "range=30d" in one and one != "/costs?range=30d"][
-        -1:
-    ]
-    assert "and before" in await page(served.viewer, older)
+
+
+async def test_any_number_of_calls_is_summed_by_and_by(served: Served) -> None:
+    """What one request reads is bounded; the next one reads on, and no call counts twice."""
+    now, per_hour = datetime.now(UTC), MOST_CALLS // 4
+    start = (now - timedelta(hours=10)).replace(minute=0, second=0)
+    for hour in range(6):
+        some = [
+            (f"{hour}-{n}", start + timedelta(hours=hour, seconds=n % 3000), "a", "w", 0.001) for n in range(per_hour)
+        ]
+        calls(served, some)
+    seen = []
+    for _ in range(10):
+        answer = await served.viewer.get("/costs?range=24h")
+        [number] = re.findall(r"for ([\d,]+) model calls", answer.text)
+        seen.append(int(number.replace(",", "")))
+        if "refresh" not in answer.headers:
+            break
+        assert "this page comes again by itself" in answer.text
+    assert seen[-1] == 6 * per_hour and 2 <= len(seen) <= 6 and seen == sorted(seen)
+    assert "There are older calls" not in await page(served.viewer, "/costs?range=24h")
+    assert f"for {6 * per_hour:,} model" in await page(served.viewer, "/costs?range=30d")
+
+
+async def test_an_hour_with_more_calls_than_a_page_sums_is_said(served: Served) -> None:
+    at = datetime.now(UTC).replace(minute=0, second=0) - timedelta(hours=8)
+    calls(served, [(f"m{n}", at, "a", "w", 0.001) for n in range(MOST_CALLS + 5)])
+    answer = await served.viewer.get("/costs?range=24h")
+    assert "There are older calls in this range than a page sums" in answer.text and "refresh" not in answer.headers
 
 
 async def test_budgets_say_how_much_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +172,7 @@ async def test_budgets_say_how_much_is_used(tmp_path: Path, monkeypatch: pytest.
         connection.execute("INSERT INTO model_calls (id, status, tokens, cost_usd) VALUES ('m', 200, 10, 8.5)")
         connection.commit()
         connection.close()
-        shown = await page(served.viewer, "/costs")
+        assert "No model calls" not in (shown := await page(served.viewer, "/costs"))
         assert "$8.50 of $10.00" in shown and "fill st-waiting" in shown and "$2.50" in shown
 
 

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +83,11 @@ class Swarm:
     def status(self) -> dict[str, Any]:
         """What runs and what waits, as `swarm-engine status --json` prints it."""
         return dict(self._do(calls.get("/v1/status")))
+
+    def request(self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None) -> Any:
+        """Whatever else the API has (`/v1/openapi.json` describes it): what it answers, as JSON. What is no GET is not
+        sent again once it may have been done."""
+        return self._do(calls.Call(method=method, path=path, query=query or {}, body=body, repeatable=method == "GET"))
 
     def _do(self, call: calls.Call) -> Any:
         tries = self._server.tries(call)

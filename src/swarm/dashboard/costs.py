@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,14 +13,15 @@ from starlette.responses import Response
 
 from swarm.api.endpoint import Context
 from swarm.api.problem import Refused
-from swarm.base.clock import iso
 from swarm.dashboard import svg, text
-from swarm.dashboard.render import here, html
+from swarm.dashboard.render import Page, here, html
+from swarm.dashboard.spent import Hours
+from swarm.errors import StoreError
 from swarm.store.registry.tokens import Actor
+from swarm.store.registry.workflows import WorkflowRow
 from swarm.store.spending import Spent
+from swarm.workflow.definition import Workflow
 
-# Calls that one page sums: some 15 ms. A page says so if there are more, and leads to the older ones.
-MOST_CALLS: Final = 10_000
 RANGES: Final = {"24h": 1, "7d": 7, "30d": 30}
 _BARS: Final = 12
 
@@ -32,56 +34,60 @@ class Line:
     cost_usd: float
 
 
-async def show(context: Context, request: Request, actor: Actor) -> Response:
+def page(hours: Hours) -> Page:
+    async def show(context: Context, request: Request, actor: Actor) -> Response:
+        return await _show(hours, context, request, actor)
+
+    return show
+
+
+async def _show(hours: Hours, context: Context, request: Request, actor: Actor) -> Response:
     if actor.project_id is not None:
         raise Refused(403, f"{actor.name} is of one project, and costs are of all")
     chosen = request.query_params.get("range", "7d")
-    days = RANGES.get(chosen, 7)
     now = datetime.now(UTC)
-    before = _moment(request.query_params.get("before"))
-    since = iso((now - timedelta(days=days)).timestamp() * 1000)
-    rows = await context.store.recent_costs(since=since, before=before or "9", most=MOST_CALLS)
-    calls = sum(row.calls for row in rows)
-    first = min((row.first for row in rows), default=None)
-    complete = calls < MOST_CALLS
-    settings = context.settings
-    today = iso(now.timestamp() * 1000)[:10]
-    spent = [row for row in rows if row.day == today]
+    read = await hours.since(context.store, now - timedelta(days=RANGES.get(chosen, 7)))
+    rows = read.rows
+    today = now.strftime("%Y-%m-%d")
+    spent = [row for row in rows if row.hour[:10] == today]
     sums = {
-        "day": _sums(rows, lambda row: row.day),
+        "day": _sums(rows, lambda row: row.hour[:10]),
         "agent": _sums(rows, lambda row: row.agent or "(none)"),
         "workflow": _sums(rows, lambda row: row.workflow or "(none)"),
         "model": _sums(rows, lambda row: row.model or "(unknown)"),
     }
     sums["day"].sort(key=lambda line: line.name)
     agents = await context.store.agents(broken=False)
-    return html(
+    answer = html(
         "costs.html",
         actor=actor,
         here=here(request),
-        ranges=[(name, here(request, range=name, before=None)) for name in RANGES],
+        ranges=[(name, here(request, range=name)) for name in RANGES],
         chosen=chosen if chosen in RANGES else "7d",
-        before=before,
-        since=since if complete else first,
-        complete=complete,
-        older=None if complete else here(request, before=first),
-        calls=calls,
-        most=MOST_CALLS,
+        read=read,
+        calls=sum(row.calls for row in rows),
         cost=sum(row.cost_usd for row in rows),
         tokens=sum(row.tokens for row in rows),
         unpriced=sum(row.unpriced for row in rows),
         under_way=sum(row.under_way for row in rows),
         sums=sums,
         pictures={name: _picture(name, lines) for name, lines in sums.items()},
-        day_budget=None if before else _day(settings, spent, whole=complete or (first or "")[:10] < today),
+        day_budget=_day(context.settings, spent, whole=read.complete or read.since < today),
         budgets=[one for one in agents if one.budget_usd is not None or one.budget_tokens is not None],
-        workflows=[
-            (row, parsed)
-            for row in await context.store.workflows()
-            if '"budget_' in row.definition
-            and ((parsed := row.parsed()).budget_usd is not None or parsed.budget_tokens is not None)
-        ],
+        workflows=_with_budget(await context.store.workflows()),
     )
+    if read.more:
+        answer.headers["refresh"] = "1"  # works without scripts
+    return answer
+
+
+def _with_budget(rows: Iterable[WorkflowRow]) -> list[tuple[WorkflowRow, Workflow]]:
+    found = []
+    for row in rows:
+        if '"budget_' in row.definition:
+            with contextlib.suppress(StoreError):  # another program wrote it
+                found.append((row, row.parsed()))
+    return [(row, one) for row, one in found if one.budget_usd is not None or one.budget_tokens is not None]
 
 
 def _sums(rows: Iterable[Spent], name: Callable[[Spent], str]) -> list[Line]:
@@ -124,13 +130,3 @@ def _day(settings: Any, spent: list[Spent], *, whole: bool) -> dict[str, Any] | 
         if tokens is not None
         else None,
     }
-
-
-def _moment(given: str | None) -> str | None:
-    """A time from an address. Raises Refused."""
-    if not given:
-        return None
-    found = text.moment(given[:40])
-    if found is None:
-        raise Refused(400, "`before` must be a time")
-    return iso(found.timestamp() * 1000)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from swarm.api.endpoint import Context
 from swarm.dashboard.render import Page, here, html
+from swarm.dashboard.spent import Hours
 from swarm.store.registry.tokens import Actor
 from swarm.store.sql.rows import QueueStatus, WorkerRow
 from swarm.store.tickets.display import RunningAttempt
@@ -31,12 +32,14 @@ class Overview:
     engines: list[WorkerRow]
     spent_usd: float
     unpriced_calls: int
+    spent_is_all: bool
 
 
 class Now:
     """Many open pages cost no more than one: what was read a moment ago is shown to all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, hours: Hours) -> None:
+        self._hours = hours
         self._seen: asyncio.Event | None = None  # set when what was read is no longer so
         self._read_at = 0.0
         self._overview: Overview | None = None
@@ -61,21 +64,23 @@ class Now:
         async with self._reading:
             if self._overview is None or not (self._is_current() or self._read_at >= asked):
                 self._seen, self._read_at = context.feed.now(), time.monotonic()
-                self._overview = await _overview(context)
+                self._overview = await _overview(context, self._hours)
             return self._overview
 
     def _is_current(self) -> bool:
         return self._seen is not None and not self._seen.is_set()
 
 
-async def _overview(context: Context) -> Overview:
+async def _overview(context: Context, hours: Hours) -> Overview:
     store = context.store
-    today = await store.costs("day", since=datetime.now(UTC).strftime("%Y-%m-%dT00:00:00.000Z"))
+    today = await hours.since(store, datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0))
+    spent = [row for row in today.rows if row.hour[:10] == f"{datetime.now(UTC):%Y-%m-%d}"]
     return Overview(
         queue=await store.queue(),
         running=await store.running_attempts(limit=_SHOWN),
         hour=await store.attempts_since(_HOUR_SECONDS),
         engines=await store.workers(),
-        spent_usd=sum(day.cost_usd for day in today),
-        unpriced_calls=sum(day.unpriced_calls for day in today),
+        spent_usd=sum(row.cost_usd for row in spent),
+        unpriced_calls=sum(row.unpriced for row in spent),
+        spent_is_all=today.complete,
     )

@@ -9,19 +9,21 @@ from swarm.dashboard import approvals, costs, hosts, login, registry, run, ticke
 from swarm.dashboard.live import live
 from swarm.dashboard.now import Now
 from swarm.dashboard.render import page, static
+from swarm.dashboard.spent import Hours
 from swarm.model import Role
 
 
 def routes(context: Context) -> list[BaseRoute]:
+    hours = Hours()
     return [
         Route("/static/{digest}/{name}", static, methods=["GET"]),
         *login.routes(context),
         live(context),
-        page(context, "/", Now().page()),
+        page(context, "/", Now(hours).page()),
         *tickets.routes(context),
         *ticket.routes(context),
         *_runs(context),
-        *_registry(context),
+        *_registry(context, hours),
     ]
 
 
@@ -35,7 +37,7 @@ def _runs(context: Context) -> list[BaseRoute]:
     ]
 
 
-def _registry(context: Context) -> list[BaseRoute]:
+def _registry(context: Context, hours: Hours) -> list[BaseRoute]:
     return [
         page(context, "/agents", registry.show_agents),
         page(context, "/agents/{id}", registry.show_agent),
@@ -44,6 +46,6 @@ def _registry(context: Context) -> list[BaseRoute]:
         page(context, "/workflows/{id}/start", registry.start, role=Role.OPERATOR, method="POST"),
         page(context, "/workflows/{id}/enable", registry.enable, role=Role.ADMIN, method="POST"),
         page(context, "/schedules", registry.show_schedules),
-        page(context, "/costs", costs.show),
+        page(context, "/costs", costs.page(hours)),
         page(context, "/hosts", hosts.show),
     ]

@@ -87,13 +87,13 @@ FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC,
 
 # The newest calls of a range by all that they can be summed by: one read, of a bounded length, for all pictures.
 _RECENT: Final = Sql(
-    "SELECT c.day, c.agent, c.workflow, c.model, count(*) AS calls, COALESCE(SUM(c.tokens), 0) AS tokens, "
+    "SELECT c.hour, c.agent, c.workflow, c.model, count(*) AS calls, COALESCE(SUM(c.tokens), 0) AS tokens, "
     "COALESCE(SUM(c.cost_usd), 0) AS cost_usd, min(c.at) AS first, "
     "SUM(CASE WHEN c.status IS NOT NULL AND c.cost_usd IS NULL AND c.tokens > 0 THEN 1 ELSE 0 END) AS unpriced, "
     "SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS under_way FROM "
-    "(SELECT at, substr(at, 1, 10) AS day, agent, workflow, model, status, tokens, cost_usd FROM model_calls "
+    "(SELECT at, substr(at, 1, 13) AS hour, agent, workflow, model, status, tokens, cost_usd FROM model_calls "
     "WHERE at >= :since AND at < :before ORDER BY at DESC LIMIT :most) c "
-    "GROUP BY c.day, c.agent, c.workflow, c.model"
+    "GROUP BY c.hour, c.agent, c.workflow, c.model"
 )
 _ESTIMATES: Final = Sql(
     "SELECT count(*) AS calls, COALESCE(SUM(cost_usd), 0) AS usd FROM model_calls "
@@ -281,9 +281,10 @@ def costs(tx: Tx, by: By, *, since: str) -> list[Costs]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """Calls of one day, agent, workflow and model. ``unpriced`` and ``under_way`` ones are not in ``cost_usd``."""
+    """Calls of one hour ('2026-01-31T17'), agent, workflow and model. ``unpriced`` and ``under_way`` ones are not in
+    ``cost_usd``; ``first``: the time of the oldest of them."""
 
-    day: str
+    hour: str
     agent: str | None
     workflow: str | None
     model: str | None

@@ -97,29 +97,33 @@ def ids(tx: Tx, which: TicketFilter, *, after: str | None, limit: int) -> tuple[
     return [row.id for row in found if _has_address(row.id)], None if edge is None else _cursor(*edge)
 
 
-def count(tx: Tx, which: TicketFilter, *, after: str | None = None) -> Count:
-    """At most `COUNTED`; not exact either if there is more to look at than may be."""
+def count(tx: Tx, which: TicketFilter, *, after: str | None = None, scanned: int = SCANNED) -> Count:
+    """At most `COUNTED`; not exact either if there is more to look at than ``scanned`` tickets."""
     sources = _sources(tx, which, in_order=False)
     counted, exact = 0, True
     for source in sources:
         read = _Read(which, source, after=after)
-        scanned = SCANNED // len(sources) if read.conditions else COUNTED
+        most = scanned // len(sources) if read.conditions else COUNTED
         (row,) = tx.all(
             Sql(
                 f"SELECT count(CASE WHEN {read.matches} THEN 1 END) AS number, count(*) AS seen "
                 f"FROM ({read.all} LIMIT :scanned) t"
             ),
-            scanned=scanned + 1,
+            scanned=most + 1,
             **read.values,
         )
-        counted += min(row.number, scanned)
-        exact = exact and row.seen <= scanned
+        counted += min(row.number, most)
+        exact = exact and row.seen <= most
     return Count(number=min(counted, COUNTED), exact=exact and counted <= COUNTED)
 
 
 def counts(tx: Tx, which: TicketFilter) -> dict[str, Count]:
-    """Of each state, or of each of the filter's."""
-    return {str(state): count(tx, replace(which, states=(str(state),))) for state in which.states or TicketState}
+    """Of each state, or of each of the filter's: all of them together look at some `SCANNED` tickets."""
+    states = which.states or tuple(TicketState)
+    return {
+        str(state): count(tx, replace(which, states=(str(state),)), scanned=SCANNED // min(len(states), 4))
+        for state in states
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

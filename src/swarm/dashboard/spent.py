@@ -1,0 +1,81 @@
+"""Sums of model calls by hour. Each hour that is over is read once and kept, so that a page over a month of a million
+calls sums only the last hours anew; until all are read, each request reads some more of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from swarm.store.spending import Spent
+from swarm.store.store import Store
+
+MOST_CALLS: Final = 10_000  # that one read sums: some 15 ms
+_OPEN_HOURS: Final = 3  # a call is booked within an hour; of older hours, nothing changes
+_KEPT: Final = 50_000  # sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """``since``: no call after this time is missing. Not ``complete``: there may be older ones. ``more``: the next
+    request will have some of them."""
+
+    rows: Sequence[Spent]
+    since: str
+    complete: bool
+    more: bool = False
+
+
+class Hours:
+    def __init__(self) -> None:
+        self._known: dict[str, Sequence[Spent]] = {}  # by hour, '2026-01-31T17'
+        self._kept = 0
+        self._lock = asyncio.Lock()
+
+    async def since(self, store: Store, first: datetime) -> Sums:
+        """From the hour of ``first`` on."""
+        now = datetime.now(UTC)
+        count = int((now - first).total_seconds() // 3600) + 1
+        hours = [_name(first + timedelta(hours=number)) for number in range(count + 1) if first <= now]
+        hours = [hour for hour in hours if hour <= _name(now)]
+        over, recent = hours[:-_OPEN_HOURS], hours[-_OPEN_HOURS:]
+        async with self._lock:
+            fresh = await store.recent_costs(since=recent[0], most=MOST_CALLS)
+            whole = sum(row.calls for row in fresh) < MOST_CALLS
+            missing = [hour for hour in over if hour not in self._known]
+            more = False
+            if whole and missing and self._kept < _KEPT:
+                more = await self._read(store, missing, recent[0])
+        rows, since = list(fresh), recent[0] if whole else min((row.first for row in fresh), default=recent[0])
+        for hour in reversed(over) if whole else ():
+            if hour not in self._known:
+                return Sums(rows=rows, since=_time(since), complete=False, more=more)
+            rows += self._known[hour]
+            since = hour
+        return Sums(rows=rows, since=_time(since), complete=whole)
+
+    async def _read(self, store: Store, missing: Sequence[str], end: str) -> bool:
+        """The newest hours that are missing, as far as one read goes; False if that is not even one hour."""
+        before = next((hour for hour in sorted(self._known) if hour > missing[-1]), end)
+        rows = await store.recent_costs(since=missing[0], before=before, most=MOST_CALLS)
+        if sum(row.calls for row in rows) >= MOST_CALLS:  # of the oldest hour, some calls may be missing
+            oldest = min(row.hour for row in rows)
+            if any(row.hour > oldest for row in rows):
+                rows = [row for row in rows if row.hour > oldest]
+                missing = [hour for hour in missing if hour > oldest]
+            else:
+                return False
+        for hour in missing:
+            self._known[hour] = [row for row in rows if row.hour == hour]
+        self._kept += len(rows)
+        return True
+
+
+def _time(hour: str) -> str:
+    return f"{hour}:00:00Z" if len(hour) == len("2026-01-31T17") else hour
+
+
+def _name(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H")
