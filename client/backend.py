@@ -1,7 +1,6 @@
 """Builds the wheel of `swarm-client` from ../src/swarm/client (PEP 517, 427).
 
-It needs nothing but Python and writes nothing into the checkout, so that it works offline and for users who may only
-read it; setuptools and its kind would do neither, and don't take files from outside the project's directory.
+It needs nothing but Python, and writes nothing into the checkout: it works offline, and for users who may only read it.
 """
 
 from __future__ import annotations
