@@ -67,6 +67,7 @@ check:  ## check style, format, types, and which package imports which
 docs:  ## write what is generated from code: parts of the pages, the SDK's synchronous client
 	@tools/bootstrap dev
 	$(BIN)/python -m tests.layers
+	$(BIN)/python -m tests.api.described
 	$(BIN)/python -m tests.client.made
 
 format:  ## fix what ruff can fix, and format the code

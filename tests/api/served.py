@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
@@ -17,8 +17,11 @@ from swarm.config import Settings
 from swarm.model import ECHO_AGENT_ID, Agent, Role, Ticket
 from swarm.store.registry.tokens import Actor, new_token
 from swarm.store.store import Store
+from tests.api import described
 
 ECHO = Agent(id=ECHO_AGENT_ID, name="echo", version="1.0.0", path=Path("/nowhere"), entry=("main.py",))
+
+CHECKED: Final[Mapping[str, list[Any]]] = {"response": [described.check]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +67,12 @@ async def serving(home: Path) -> AsyncIterator[Served]:
             await store.add_token(token, Actor(name=f"the-{role}", role=Role(role)), by="test")
         async with serve.served(settings, host="127.0.0.1", port=0, remote=False) as (url, _):
             clients = {
-                role: httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=30)
+                role: httpx.AsyncClient(
+                    base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=30, event_hooks=CHECKED
+                )
                 for role, token in tokens.items()
             }
-            clients["nobody"] = httpx.AsyncClient(base_url=url, timeout=30)
+            clients["nobody"] = httpx.AsyncClient(base_url=url, timeout=30, event_hooks=CHECKED)
             try:
                 yield Served(settings=settings, store=store, url=url, tokens=tokens, clients=clients)
             finally:

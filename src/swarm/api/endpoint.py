@@ -94,7 +94,8 @@ class Endpoint:
     """``handler`` returns what `answer` describes (dataclasses as they are), or a Response. ``path`` as Starlette
     writes it, such as '/v1/tickets/{id}'. ``errors``: statuses that it may answer besides those of every route.
     ``upload``: the content types of a body that is no JSON, which the handler reads. ``shared``: it tells of all
-    projects, or changes what they share, so a token of one project gets 403."""
+    projects, or changes what they share, so a token of one project gets 403. ``ranges``: it answers a range of bytes
+    too (206). ``headers``: of the request, besides those of every one, with what they are for."""
 
     method: str
     path: str
@@ -105,6 +106,8 @@ class Endpoint:
     body: type[BaseModel] | None = None
     upload: tuple[str, ...] = ()
     shared: bool = False
+    ranges: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
     max_body_bytes: int = MAX_BODY_BYTES
     answer: Any = None  # a type; None: no content
     status: int = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter
 
@@ -37,7 +37,7 @@ _ALWAYS: Final = {
 
 def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """OpenAPI 3.1."""
-    schemas: dict[str, Any] = {"Problem": _PROBLEM}
+    schemas: dict[str, Any] = {"ProblemDetails": _PROBLEM}
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         path = re.sub(r"\{(\w+):\w+\}", r"{\1}", endpoint.path)
@@ -71,6 +71,10 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Any]) -> dict[s
                     **({"description": schema["description"]} if "description" in schema else {}),
                 }
             )
+    for name, why in {**endpoint.headers, **(_RANGE if endpoint.ranges else {})}.items():
+        parameters.append(
+            {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": why}
+        )
     operation: dict[str, Any] = {
         "operationId": _name(endpoint),
         "summary": endpoint.summary,
@@ -94,21 +98,26 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Any]) -> dict[s
 def _responses(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
     good: dict[str, Any] = {"description": HTTPStatus(endpoint.status).phrase}
     if endpoint.media_type != JSON:
-        good["content"] = {endpoint.media_type: {"schema": {"type": "string"}}}
+        stream = endpoint.media_type == "text/event-stream"  # OpenAPI 3.1 has no words for its parts
+        good["content"] = {endpoint.media_type: {} if stream else {"schema": {"type": "string"}}}
     elif endpoint.answer is not None:
-        good["content"] = {JSON: {"schema": _schema(endpoint.answer, schemas, mode="serialization")}}
+        good["content"] = {JSON: {"schema": _schema(endpoint.answer, schemas, answer=True)}}
     status = endpoint.status if endpoint.answer is not None or endpoint.media_type != JSON else 204
     found = {str(status): good}
+    if endpoint.ranges:
+        found["206"] = {**good, "description": HTTPStatus.PARTIAL_CONTENT.phrase}
     also = {404: "no such thing", 409: "its state forbids this"} if "{" in endpoint.path else {}
     also |= _WITH_BODY if endpoint.body or endpoint.upload else {}
+    also |= {416: "there is no such range"} if endpoint.ranges else {}
     for code, why in sorted({**_ALWAYS, **also, **endpoint.errors}.items()):
         found[str(code)] = {
             "description": why,
-            "content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="Problem")}}},
+            "content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemDetails")}}},
         }
     return found
 
 
+_RANGE: Final = {"Range": "one range of bytes, such as bytes=0-1023"}
 _WITH_BODY: Final = {
     408: "the body did not arrive in time",
     409: "its state forbids this",
@@ -117,20 +126,28 @@ _WITH_BODY: Final = {
 }
 
 
-def _schema(kind: Any, schemas: dict[str, Any], *, inline: bool = False, mode: Any = "validation") -> dict[str, Any]:
+def _schema(kind: Any, schemas: dict[str, Any], *, inline: bool = False, answer: bool = False) -> dict[str, Any]:
+    mode: Literal["serialization", "validation"] = "serialization" if answer else "validation"
     made = TypeAdapter(kind).json_schema(ref_template=_REF, mode=mode)
     for name, one in made.pop("$defs", {}).items():
-        schemas[name] = _as_sent(one)
+        _keep(schemas, name, _as_sent(one, answer=answer))
     if inline or "title" not in made or made.get("type") != "object":
-        return _as_sent(made)
+        return _as_sent(made, answer=answer)
     name = made["title"]
-    schemas[name] = _as_sent(made)
+    _keep(schemas, name, _as_sent(made, answer=answer))
     return {"$ref": _REF.format(model=name)}
 
 
-def _as_sent(schema: dict[str, Any]) -> dict[str, Any]:
-    """Columns that hold JSON as text are sent as that JSON."""
+def _keep(schemas: dict[str, Any], name: str, schema: dict[str, Any]) -> None:
+    if schemas.setdefault(name, schema) != schema:
+        raise ValueError(f"two classes of the API are named {name}")
+
+
+def _as_sent(schema: dict[str, Any], *, answer: bool) -> dict[str, Any]:
+    """Columns that hold JSON as text are sent as that JSON. What is sent has no defaults."""
     for name, one in schema.get("properties", {}).items():
+        if answer:
+            one.pop("default", None)
         if name in JSON_TEXTS and one.get("type") != "object" and "$ref" not in one:
             schema["properties"][name] = {"title": name, "description": "any JSON value"}
     return schema

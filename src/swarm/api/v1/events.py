@@ -213,6 +213,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         handler=follow_all_events,
         query=LiveKindsQuery,
         media_type="text/event-stream",
+        headers={"Last-Event-ID": "the last event that came: go on behind it"},
     ),
     Endpoint(
         method="GET",
@@ -231,6 +232,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         handler=follow_events,
         query=LiveQuery,
         media_type="text/event-stream",
+        headers={"Last-Event-ID": "the last event that came: go on behind it"},
     ),
     Endpoint(
         method="GET",

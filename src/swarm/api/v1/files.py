@@ -167,7 +167,6 @@ def _ranged(
     return StreamingResponse(chunks(start, end - start), status_code=status, media_type=kind, headers=headers)
 
 
-_RANGES: Final = {416: "there is no such range"}
 ENDPOINTS: Final[Sequence[Endpoint]] = (
     Endpoint(
         method="POST",
@@ -197,7 +196,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         summary="One of these files, or a range of it",
         handler=show_file,
         media_type=BYTES,
-        errors=_RANGES,
+        ranges=True,
     ),
     Endpoint(
         method="GET",
@@ -225,6 +224,6 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         summary="An artifact, or a range of its bytes",
         handler=show_artifact,
         answer=Any,
-        errors=_RANGES,
+        ranges=True,
     ),
 )

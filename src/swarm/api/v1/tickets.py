@@ -179,6 +179,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         role=Role.OPERATOR,
         summary="Submit a ticket; with the header Idempotency-Key, once",
         handler=submit_ticket,
+        headers={"Idempotency-Key": "of the sender's choice: a second request with it adds nothing"},
         body=Submission,
         max_body_bytes=MAX_TICKET_BYTES,
         answer=Ticket,
