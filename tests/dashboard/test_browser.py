@@ -140,7 +140,8 @@ async def test_a_step_that_waits_is_approved_in_place(served: Served, chromium: 
     await served.store.append([Event(ticket_id="release", kind="note", data={"text": "meanwhile"})])
     await chromium.until("document.querySelector('#state').textContent.includes('meanwhile')")
     await chromium.click("button[value=approve]")
-    await chromium.until("location.pathname === '/tickets/release' && document.querySelector('.pill')")
+    await chromium.until("document.querySelector('#state')?.textContent.includes('approved by')")
+    assert await chromium.run("return location.pathname") == "/tickets/release"
     assert "approved by the-operator, all is ready" in await chromium.text("#state")
     [claim] = await scene.claims(served.store, 1)
     assert claim.step_id == "publish"
