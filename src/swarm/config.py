@@ -21,7 +21,7 @@ SYSTEM_HOME = Path("/opt/swarm-platform")
 SYSTEM_REGISTRY = Path("/opt/swarm-registry")
 CONFIG_FILE = Path("/etc/swarm/swarm.toml")
 
-_LISTS: Final = {"egress_private"}
+_LISTS: Final = {"egress_private", "notices_private"}
 # Smallest and largest allowed value of each numeric setting, which is a whole number if both of them are.
 RANGES: Final[dict[str, tuple[float, float]]] = {
     "first_engine_slot": (1, 65_533),  # of the slots that exist: vm/slots/inventory.py
@@ -72,6 +72,8 @@ class Settings(BaseModel):
     over_budget: BudgetPolicy = BudgetPolicy.FAIL
     # Private networks in which agents may reach the hosts that their network policy names: '["192.168.7.0/24"]'.
     egress_private: tuple[IPv4Network | IPv6Network, ...] = ()
+    # The same for notices (docs/monitoring.md), which the server sends.
+    notices_private: tuple[IPv4Network | IPv6Network, ...] = ()
     # Tables that override the built-in ones (docs/claude.md): services behind the gateway, and prices. Default: the
     # files in the home, if they exist.
     upstreams: Path | None = None

@@ -49,7 +49,7 @@ LINES: list[tuple[str, dict[str, str], str]] = [
     ("swarm prune --older-than 99999999d", {}, "'99999999d' is not an age up to a century: write"),
     ("swarm prune --older-than soon", {}, "'soon' is not an age"),
     ("swarm prune", {}, "missing option '--older-than'; `swarm prune -h`"),
-    ("swarm tikcet list", {}, "Did you mean 'ticket'?"),
+    ("swarm tikcet list", {}, "Did you mean 'ticket'"),
     ("swarm ticket lst", {}, "Did you mean 'list'?"),
     ("swarm start", {}, "swarm has no command 'start'; it is `swarm-engine start`"),
     ("swarm-engine ticket list", {}, "swarm-engine has no command 'ticket'; it is `swarm ticket`"),

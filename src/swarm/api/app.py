@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from swarm.api import metrics, openapi
 from swarm.api.endpoint import Context, Endpoint, guarded, route
 from swarm.api.problem import problem
-from swarm.api.v1 import actions, agents, engines, events, files, images, secrets, tickets, tokens, workflows
+from swarm.api.v1 import actions, agents, engines, events, files, images, notices, secrets, tickets, tokens, workflows
 from swarm.model import Role
 
 ENDPOINTS: Final[Sequence[Endpoint]] = (
@@ -30,6 +30,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
     *images.ENDPOINTS,
     *tokens.ENDPOINTS,
     *metrics.ENDPOINTS,
+    *notices.ENDPOINTS,
 )
 
 _HEADERS: Final[Mapping[str, str]] = {

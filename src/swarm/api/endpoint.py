@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from swarm.admin.uploads import Uploads
     from swarm.admin.vault import Vault
     from swarm.api.metrics import Metrics
+    from swarm.api.notices import Sender
     from swarm.config import Settings
     from swarm.vm.image.image import Images
     from swarm.vm.slots.inventory import Inventory
@@ -67,6 +68,7 @@ class Context:
     templates: Templates
     inventory: Inventory
     metrics: Metrics
+    notices: Sender
     tree_uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))  # at once
 
 

@@ -16,6 +16,7 @@ from swarm.api.auth import Auth, local
 from swarm.api.endpoint import Context
 from swarm.api.feed import Feed
 from swarm.api.metrics import Metrics
+from swarm.api.notices import Sender
 from swarm.api.webhooks import Hooks
 from swarm.app import wiring
 from swarm.base import process
@@ -24,6 +25,7 @@ from swarm.cel.jail import Jail
 from swarm.config import Settings
 from swarm.dashboard import pages
 from swarm.errors import Conflict
+from swarm.gateway.proxy import EgressRules
 from swarm.store.store import Store
 
 # How long a request waits for a locked database.
@@ -61,6 +63,7 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
             templates=wiring.templates(settings),
             inventory=wiring.inventory(settings),
             metrics=metrics,
+            notices=sender(settings, opened),
         )
         hooks = Hooks(store=opened, secret=secret, evaluator=jail)
         app = application(context, hooks=hooks.route(), pages=pages.routes(context))
@@ -68,11 +71,16 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
         on_socket = await stack.enter_async_context(server.serving_locally(mine, settings.api_socket))
         url, on_port = await stack.enter_async_context(server.serving(app, host=host, port=port))
         stack.callback(feed.close)  # before the servers stop: they wait for open requests
-        loops = [asyncio.create_task(metrics.follow(feed))]
+        loops = [asyncio.create_task(metrics.follow(feed)), asyncio.create_task(context.notices.run(feed))]
         if (to := traces.target()) is not None:
             loops.append(asyncio.create_task(traces.export(opened, feed, to)))
         stack.push_async_callback(cancel_all, loops)
         yield url, asyncio.create_task(_either(*[task for task in (on_socket, on_port, *loops) if task is not None]))
+
+
+def sender(settings: Settings, opened: Store) -> Sender:
+    rules = EgressRules(within=settings.notices_private, never=(settings.subnet,))
+    return Sender(store=opened, vault=wiring.vault(settings, opened), rules=rules)
 
 
 async def _either(*servers: Task[None]) -> None:

@@ -14,6 +14,7 @@ from swarm.cli import (
     files,  # noqa: F401  commands of `ticket`
     image,
     install,
+    notice,
     prove,
     secret,
     serve,
@@ -46,6 +47,7 @@ for group in (
     vm.app,
     secret.app,
     token.app,
+    notice.app,
     install.app,
 ):
     app.add_typer(group)

@@ -31,7 +31,8 @@ from swarm.store import audit, details, spending
 from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
 from swarm.store.details import TicketDetails
-from swarm.store.registry import agents, schedules, secrets, tokens, webhooks, workers, workflows
+from swarm.store.registry import agents, notices, schedules, secrets, tokens, webhooks, workers, workflows
+from swarm.store.registry.notices import NoticeKind, NoticeRow
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.registry.secrets import Sealed, SecretRow
 from swarm.store.registry.tokens import Actor, TokenRow
@@ -678,6 +679,29 @@ class Store:
 
     async def close_session(self, session: str) -> None:
         await self._write.call(tokens.close_session, session)
+
+    # --- who is told (swarm.api.notices) ------------------------------------------------------------------------------
+
+    async def add_notice(self, *, url: str, kinds: Sequence[NoticeKind], project_id: str | None, by: str) -> NoticeRow:
+        """Of what happens from now on. Raises Conflict when there are too many."""
+        row = await self._write.call(notices.add, url=url, kinds=kinds, project_id=project_id, by=by)
+        await self.position(notices.position_of(row.id))
+        return row
+
+    async def notices(self) -> list[NoticeRow]:
+        return await self._read.call(notices.notices)
+
+    async def notice(self, ref: str) -> NoticeRow:
+        """By id, or its beginning. Raises NotFound."""
+        return await self._read.call(notices.notice, ref)
+
+    async def remove_notice(self, ref: str, *, by: str) -> NoticeRow:
+        """Raises NotFound."""
+        return await self._write.call(notices.remove, ref, by=by)
+
+    async def note_notice(self, id: str, error: str | None) -> None:
+        """How the last try ended; None: it was taken."""
+        await self._write.call(notices.note, id, error)
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 

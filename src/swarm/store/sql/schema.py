@@ -4,6 +4,8 @@ Rules: columns that other tools write (tickets, ticket_dependencies) have no for
 accepted, so that its `error` can say what is wrong. Columns that those tools leave out have defaults. Times for people
 are ISO-8601 UTC text; times that decide (`lease_until`, `available_at`) are ms of the database's clock.
 Every index that the engine works from is partial: it holds live rows only, however many finished ones there are.
+
+So many lines because every table is here.
 """
 
 from __future__ import annotations
@@ -435,4 +437,18 @@ positions = sa.Table(
     metadata,
     sa.Column("name", sa.Text(), primary_key=True, nullable=False),
     sa.Column("seq", BIG, nullable=False),
+)
+
+# Who is told what happens, by a signed POST.
+notices = sa.Table(
+    "notices",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("url", null=False),
+    _text("kinds", null=False, default="[]"),  # JSON list
+    _text("project_id"),
+    _text("created_by", null=False),
+    _time("created_at"),
+    _text("sent_at"),
+    _text("error"),
 )

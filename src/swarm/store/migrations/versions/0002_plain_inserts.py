@@ -59,6 +59,19 @@ CREATE TABLE positions (
 	PRIMARY KEY (name)
 )"""
 
+_NOTICES = """
+CREATE TABLE notices (
+	id TEXT NOT NULL,
+	url TEXT NOT NULL,
+	kinds TEXT DEFAULT '[]' NOT NULL,
+	project_id TEXT,
+	created_by TEXT NOT NULL,
+	created_at TEXT DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+	sent_at TEXT,
+	error TEXT,
+	PRIMARY KEY (id)
+)"""
+
 
 def upgrade() -> None:
     run = op.get_bind().exec_driver_sql
@@ -79,6 +92,7 @@ def upgrade() -> None:
         run(statement)
     run(_TOKENS.lstrip())
     run(_POSITIONS.lstrip())
+    run(_NOTICES.lstrip())
 
 
 def downgrade() -> None:

@@ -1,0 +1,239 @@
+"""Notices: signed POSTs to addresses of others when a ticket ends, a person is asked or a budget is used up.
+
+At least once, in order for each receiver: the position moves on when it has taken one, or a day has passed. An address
+is checked when it is connected to, so that nobody makes this server speak to its own network; redirects are not
+followed, and the answer's body is not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpx
+
+from swarm.admin.vault import Vault
+from swarm.api.feed import Feed
+from swarm.base.aio import cancel_all
+from swarm.base.log import logger
+from swarm.errors import NotFound, SwarmError, UsageError
+from swarm.gateway.proxy import EgressRules
+from swarm.gateway.resolver import Lookups
+from swarm.model import TERMINAL_TICKET_STATES, Event, Ticket
+from swarm.store.registry.notices import NoticeKind, NoticeRow, position_of
+from swarm.store.sql.rows import milliseconds
+from swarm.store.store import Store
+
+log = logger(__name__)
+
+SECRET: Final = "SIGNING_KEY"
+TIMEOUT_SECONDS: Final = 15.0
+GIVE_UP_SECONDS: Final = 86_400.0
+_PAUSE_SECONDS: Final = (1.0, 600.0)
+_AT_ONCE: Final = 8
+_EVENTS_AT_ONCE: Final = 500
+_CHECK_SECONDS: Final = 30.0
+_MAX_URL: Final = 2000
+
+
+def scope(id: str) -> str:
+    """Of its secret: no agent is given one of this scope."""
+    return f"notice:{id}"
+
+
+def check_url(url: str) -> str:
+    """Raises UsageError."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        fits = False
+    if not fits or len(url) > _MAX_URL or not url.isprintable() or not url.isascii() or " " in url or "@" in url:
+        raise UsageError("a notice goes to an http or https URL, without a user's name in it")
+    return url
+
+
+async def add(
+    store: Store, vault: Vault, *, url: str, kinds: Sequence[NoticeKind], project_id: str | None, by: str
+) -> tuple[NoticeRow, str]:
+    """The new notice, and the secret that its POSTs are signed with."""
+    if not kinds:
+        raise UsageError(f"a notice tells of something: give one or more of {', '.join(NoticeKind)}")
+    row = await store.add_notice(url=check_url(url), kinds=list(dict.fromkeys(kinds)), project_id=project_id, by=by)
+    value = secrets.token_hex(32)
+    try:
+        await vault.set(SECRET, value, scope=scope(row.id))
+    except SwarmError:
+        await store.remove_notice(row.id, by=by)
+        raise
+    return row, value
+
+
+async def remove(store: Store, vault: Vault, ref: str, *, by: str) -> NoticeRow:
+    row = await store.remove_notice(ref, by=by)
+    with contextlib.suppress(NotFound):
+        await vault.remove(SECRET, scope=scope(row.id))
+    return row
+
+
+def kinds_of(event: Event) -> set[NoticeKind]:
+    data, found = event.data, set[NoticeKind]()
+    if event.kind != "transition":
+        return found
+    if data.get("of") == "ticket" and data.get("to") in TERMINAL_TICKET_STATES:
+        found.add(NoticeKind.ENDED)
+        if data.get("to") == "failed":
+            found.add(NoticeKind.FAILED)
+    if data.get("of") == "step":
+        if data.get("to") == "waiting":
+            found.add(NoticeKind.APPROVAL)
+        if data.get("why") == "over_budget":
+            found.add(NoticeKind.BUDGET)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sender:
+    store: Store
+    vault: Vault
+    rules: EgressRules
+
+    async def send(self, row: NoticeRow, id: str, body: Mapping[str, Any]) -> str:
+        """Why it was not taken; '' when it was."""
+        try:
+            key = await self.vault.get(SECRET, scope=scope(row.id))
+            if key is None:
+                return "its secret is gone: remove this notice, and add it again"
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                return await self._post(row.url, key, id, json.dumps(body, ensure_ascii=True).encode())
+        except TimeoutError:
+            return f"no answer within {TIMEOUT_SECONDS:g} s"
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+            return f"{type(error).__name__}: {error}"
+        except SwarmError as error:
+            return str(error)
+
+    async def _post(self, url: str, key: str, id: str, body: bytes) -> str:
+        parts = urlsplit(check_url(url))
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        lookups = Lookups(self.rules.resolve)
+        try:
+            found = await lookups.addresses(host, port)
+        finally:
+            await lookups.close()
+        allowed = [one for one in found if not self.rules.why_not(one)]
+        if not allowed:
+            why = self.rules.why_not(found[0]) if found else "no address"
+            return f"{host} is {why}; SWARM_NOTICES_PRIVATE names networks that are allowed"
+        address = f"[{allowed[0]}]" if allowed[0].version == 6 else str(allowed[0])
+        now = str(int(time.time()))
+        signed = hmac.new(key.encode(), f"{now}.".encode() + body, hashlib.sha256).hexdigest()
+        headers = {
+            "host": parts.netloc,
+            "content-type": "application/json",
+            "user-agent": "swarm-notices",
+            "idempotency-key": id,
+            "x-swarm-timestamp": now,
+            "x-swarm-signature": f"sha256={signed}",
+        }
+        target = parts._replace(netloc=f"{address}:{port}", fragment="").geturl()
+        async with (
+            httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_SECONDS) as client,
+            client.stream("POST", target, content=body, headers=headers, extensions={"sni_hostname": host}) as answer,
+        ):  # its body is not read
+            return "" if 200 <= answer.status_code < 300 else f"it answered with status {answer.status_code}"
+
+    async def test(self, row: NoticeRow) -> str:
+        return await self.send(row, f"{row.id}-test-{secrets.token_hex(4)}", {"event": "test", "notice": row.id})
+
+    # --- following ------------------------------------------------------------------------------------------------
+
+    async def run(self, feed: Feed) -> None:
+        """Deliver what happens. Never ends by itself."""
+        tasks: dict[str, asyncio.Task[None]] = {}
+        turn = asyncio.Semaphore(_AT_ONCE)
+        try:
+            while True:
+                since = feed.now()
+                try:
+                    rows = {row.id: row for row in await self.store.notices()}
+                    for id in tasks.keys() - rows.keys():
+                        tasks.pop(id).cancel()
+                    for id, row in rows.items():
+                        if id not in tasks or tasks[id].done():
+                            tasks[id] = asyncio.create_task(self._follow(row, feed, turn))
+                except SwarmError as error:
+                    log.warning("can't read the notices", error=str(error))
+                await feed.changed(since, timeout_seconds=_CHECK_SECONDS)
+                await asyncio.sleep(1.0)
+        finally:
+            await cancel_all(tasks.values())
+
+    async def _follow(self, row: NoticeRow, feed: Feed, turn: asyncio.Semaphore) -> None:
+        name = position_of(row.id)
+        while True:
+            since = feed.now()
+            more = False
+            try:
+                after = await self.store.position(name)
+                facts = await self.store.facts(after=after, limit=_EVENTS_AT_ONCE)
+                more = facts.more
+                for event in facts.events:
+                    if wanted := kinds_of(event) & {NoticeKind(kind) for kind in row.kinds}:
+                        await self._deliver(row, event, wanted, turn)
+                        await self.store.set_position(name, event.seq)
+                if facts.after != after:
+                    await self.store.set_position(name, facts.after)
+            except SwarmError as error:
+                log.warning("can't follow what happens", notice=row.id, error=str(error))
+            if not more:
+                await feed.changed(since, timeout_seconds=_CHECK_SECONDS)
+            await asyncio.sleep(1.0)
+
+    async def _deliver(self, row: NoticeRow, event: Event, kinds: set[NoticeKind], turn: asyncio.Semaphore) -> None:
+        try:
+            ticket = await self.store.ticket(event.ticket_id)
+        except NotFound:  # deleted meanwhile
+            return
+        if row.project_id is not None and ticket.project_id != row.project_id:
+            return
+        pause, most = _PAUSE_SECONDS
+        began = milliseconds(event.at) or time.time() * 1000
+        while True:
+            async with turn:
+                why = await self.send(row, f"{row.id}-{event.seq}", _body(row, event, kinds, ticket))
+            await self.store.note_notice(row.id, why or None)
+            if not why:
+                return
+            if time.time() - began / 1000 + pause > GIVE_UP_SECONDS:
+                log.warning("a notice is given up after a day", notice=row.id, ticket=ticket.id, why=why)
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, most)
+
+
+def _body(row: NoticeRow, event: Event, kinds: set[NoticeKind], ticket: Ticket) -> dict[str, Any]:
+    first = next(kind for kind in reversed(NoticeKind) if kind in kinds)
+    return {
+        "id": f"{row.id}-{event.seq}",
+        "event": str(first),
+        "at": event.at,
+        "ticket": {
+            "id": ticket.id,
+            "title": ticket.title[:500],
+            "project_id": ticket.project_id,
+            "state": event.data.get("to") if event.data.get("of") == "ticket" else ticket.state,
+            "error": (ticket.error or "")[:1000] or None,
+        },
+        "step_id": event.step_id,
+        "why": event.data.get("why"),
+    }
