@@ -125,7 +125,9 @@ async def test_costs_by_day_agent_workflow_and_model(served: Served) -> None:
     assert "$12.50" in shown and "27 model calls" in shown and shown.count("<svg") == 4
     assert "1 calls are of models without a price" in shown and "1 calls are under way" in shown
     assert "$100.00" in await page(served.viewer, "/costs?range=30d")
-    assert "$84.50" in await page(served.viewer, "/costs?range=nonsense")
+    week = 7 * 24 + now.hour + 1  # from midnight on
+    assert f"${week * 0.5:.2f}" in await page(served.viewer, "/costs?range=nonsense")
+    assert f"${week * 0.5:.2f}" in await page(served.viewer, "/costs?range=7d")  # now by sums of whole days
     calls(served, [("late", now, "a", "w", 1.0)])  # of the last hours, what is new counts at once
     assert "$101.00" in await page(served.viewer, "/costs?range=30d")
     async with await of_project(served, "mine") as mine:

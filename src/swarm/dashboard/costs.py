@@ -46,7 +46,9 @@ async def _show(hours: Hours, context: Context, request: Request, actor: Actor) 
         raise Refused(403, f"{actor.name} is of one project, and costs are of all")
     chosen = request.query_params.get("range", "7d")
     now = datetime.now(UTC)
-    read = await hours.since(context.store, now - timedelta(days=RANGES.get(chosen, 7)))
+    days = RANGES.get(chosen, 7)
+    first = now - timedelta(days=days)  # of more than a day, whole days: they are kept as sums
+    read = await hours.since(context.store, first.replace(hour=0, minute=0) if days > 1 else first)
     rows = read.rows
     today = now.strftime("%Y-%m-%d")
     spent = [row for row in rows if row.hour[:10] == today]

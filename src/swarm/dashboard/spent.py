@@ -4,8 +4,8 @@ calls sums only the last hours anew; until all are read, each request reads some
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -31,6 +31,7 @@ class Sums:
 class Hours:
     def __init__(self) -> None:
         self._known: dict[str, Sequence[Spent]] = {}  # by hour, '2026-01-31T17'
+        self._days: dict[str, Sequence[Spent]] = {}  # of which all hours are known
         self._kept = 0
         self._lock = asyncio.Lock()
 
@@ -49,12 +50,28 @@ class Hours:
             if whole and missing and self._kept < _KEPT:
                 more = await self._read(store, missing, recent[0])
         rows, since = list(fresh), recent[0] if whole else min((row.first for row in fresh), default=recent[0])
-        for hour in reversed(over) if whole else ():
-            if hour not in self._known:
+        left = len(over) if whole else 0
+        while left:
+            hour = over[left - 1]
+            if left >= 24 and over[left - 24] == f"{hour[:10]}T00" and (day := self._day(over[left - 24 : left])):
+                rows += day
+                left -= 24
+            elif hour in self._known:
+                rows += self._known[hour]
+                left -= 1
+            else:
                 return Sums(rows=rows, since=_time(since), complete=False, more=more)
-            rows += self._known[hour]
-            since = hour
+            since = over[left]
         return Sums(rows=rows, since=_time(since), complete=whole)
+
+    def _day(self, hours: Sequence[str]) -> Sequence[Spent]:
+        """The sums of a day's 24 hours; empty if they are not known, or if there are none."""
+        name = hours[0][:10]
+        if name not in self._days:
+            if any(hour not in self._known for hour in hours):
+                return ()
+            self._days[name] = _joined(row for hour in hours for row in self._known[hour])
+        return self._days[name]
 
     async def _read(self, store: Store, missing: Sequence[str], end: str) -> bool:
         """The newest hours that are missing, as far as one read goes; False if that is not even one hour."""
@@ -71,6 +88,24 @@ class Hours:
             self._known[hour] = [row for row in rows if row.hour == hour]
         self._kept += len(rows)
         return True
+
+
+def _joined(rows: Iterable[Spent]) -> list[Spent]:
+    """Of the same agent, workflow and model: one sum."""
+    found: dict[tuple[str | None, ...], list[Spent]] = {}
+    for row in rows:
+        found.setdefault((row.agent, row.workflow, row.model), []).append(row)
+    return [
+        replace(
+            some[0],
+            calls=sum(row.calls for row in some),
+            tokens=sum(row.tokens for row in some),
+            cost_usd=sum(row.cost_usd for row in some),
+            unpriced=sum(row.unpriced for row in some),
+            under_way=sum(row.under_way for row in some),
+        )
+        for some in found.values()
+    ]
 
 
 def _time(hour: str) -> str:
