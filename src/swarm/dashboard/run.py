@@ -138,6 +138,7 @@ async def show(context: Context, request: Request, actor: Actor) -> Response:
     _, attempts = await context.store.step_details(single) if single else ([], [])
     gantt = await asyncio.to_thread(_gantt, run, states, drawn, attempts)
     ended = ticket.state in TERMINAL_TICKET_STATES
+    by_state = Counter([step.status for step in run.steps])
     return html(
         "run.html",
         actor=actor,
@@ -152,7 +153,7 @@ async def show(context: Context, request: Request, actor: Actor) -> Response:
         graphs=drawn.graphs,
         problem=drawn.problem,
         gantt=gantt,
-        counts={one: count for one in ORDER if (count := Counter(step.status for step in run.steps).get(one))},
+        counts={one: by_state[one] for one in ORDER if by_state[one]},
         steps=wanted,
         tries=_by_step(tries),
         outlines=drawn.steps,
