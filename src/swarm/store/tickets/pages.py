@@ -78,12 +78,15 @@ def page(tx: Tx, which: TicketFilter, *, after: str | None, limit: int) -> Ticke
     return TicketPage(tickets=[rows.ticket_summary(whole[id]) for id in found], after=more)
 
 
-def ids(tx: Tx, which: TicketFilter, *, after: str | None, limit: int) -> tuple[list[str], str | None]:
-    """The ids of a page, and where the next one starts."""
+def ids(
+    tx: Tx, which: TicketFilter, *, after: str | None, limit: int, scanned: int = SCANNED, rare: int = _RARE
+) -> tuple[list[str], str | None]:
+    """The ids of a page, and where the next one starts. It looks at most at ``scanned`` tickets, and sorts at most
+    ``rare`` of a state."""
     found, end = list[Any](), list[Any]()
-    sources = _sources(tx, which)
+    sources = _sources(tx, which, rare=rare)
     for source in sources:
-        some, last = _from(tx, which, source, after=after, limit=limit, scanned=SCANNED // len(sources))
+        some, last = _from(tx, which, source, after=after, limit=limit, scanned=max(1, scanned // len(sources)))
         found += some
         end += [last] if last is not None else []
     found.sort(key=_place, reverse=True)
@@ -99,7 +102,7 @@ def ids(tx: Tx, which: TicketFilter, *, after: str | None, limit: int) -> tuple[
 
 def count(tx: Tx, which: TicketFilter, *, after: str | None = None, scanned: int = SCANNED) -> Count:
     """At most `COUNTED`; not exact either if there is more to look at than ``scanned`` tickets."""
-    sources = _sources(tx, which, in_order=False)
+    sources = _sources(tx, which, rare=None)
     counted, exact = 0, True
     for source in sources:
         read = _Read(which, source, after=after)
@@ -135,9 +138,9 @@ class _Source:
     newest_first: bool = True
 
 
-def _sources(tx: Tx, which: TicketFilter, *, in_order: bool = True) -> list[_Source]:
-    """Ended tickets of one state come from an index of their own; those in a live state too, while they are few enough
-    to be sorted; all others are looked for among those made last."""
+def _sources(tx: Tx, which: TicketFilter, *, rare: int | None) -> list[_Source]:
+    """Ended tickets of one state come from an index of their own; those in a live state too, while they are at
+    most ``rare`` (None: any number); all others are looked for among those made last."""
     if which.ids:
         return [_Source(where=f"t.id IN {_in('id', which.ids)}", states=which.states, newest_first=False)]
     if not which.states:
@@ -146,7 +149,7 @@ def _sources(tx: Tx, which: TicketFilter, *, in_order: bool = True) -> list[_Sou
     for state in dict.fromkeys(which.states):
         if state in TERMINAL_TICKET_STATES:
             found.append(_Source(where=f"t.state = '{TicketState(state)}' AND t.{ENDED}"))
-        elif state in _LIVE and (not in_order or tx.all(_NUMBER[state], limit=_RARE + 1)[0].number <= _RARE):
+        elif state in _LIVE and (rare is None or tx.all(_NUMBER[state], limit=rare + 1)[0].number <= rare):
             found.append(_Source(where=_LIVE[state], newest_first=False))
         else:
             others.append(state)
