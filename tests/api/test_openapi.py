@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,13 @@ def test_what_was_there_stays() -> None:
             assert list(described.broken(old, described.document())) == []
             return
     pytest.skip("there is no other version in git's history")
+
+
+def test_the_page_names_every_route() -> None:
+    page = (described.PAGE.parent / "api.md").read_text(encoding="utf-8")
+    placed = [(one.method, re.sub(r"{(\w+)(:path)?}", lambda found: found[1].upper(), one.path)) for one in ENDPOINTS]
+    routes = {f"{method} {path}" for method, path in placed if path.startswith("/v1/")}
+    assert [one for one in sorted(routes) if f"`{one}`" not in page] == []
 
 
 def _at(*path: str) -> Callable[[Any], Any]:
