@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import sqlite3
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,14 +15,18 @@ from typing import Any
 
 import httpx
 import pytest
+from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
+from swarm.api import traces
+from swarm.api.feed import Feed
 from swarm.api.metrics import OTHER, VALUES, _Some
 from swarm.ledger import Account, Bill, Order, Spend
 from swarm.model import Failed, FailureReason, Role, Succeeded
 from swarm.store.registry.tokens import Actor, new_token
 from tests import prometheus_here
 from tests.api.served import Served
+from tests.serving import serving
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "docs" / "monitoring"
@@ -106,6 +112,57 @@ async def test_what_happens_is_counted(served: Served) -> None:
     assert lost.ticket.id == "left"
 
 
+HOSTILE = [
+    '{"of": "ticket", "to": ["done"]}', '{"of": "ticket", "to": {"a": 1}}', '{"of": ["ticket"]}', "[]", "3", "nonsense",
+    '{"of": "step", "from": "running", "to": []}', '{"of": "step", "to": "waiting", "why": ["over_budget"]}',
+]  # fmt: skip
+
+
+async def test_what_other_programs_write_ends_nothing(served: Served) -> None:
+    """Events and rows of any form: the server counts, traces and tells on."""
+    places: list[str] = []
+
+    async def collector(request: web.Request) -> web.Response:
+        body = await request.json()
+        spans = body["resourceSpans"][0]["scopeSpans"][0]["spans"]
+        places.append(spans[0]["attributes"][0]["value"]["stringValue"])
+        return web.Response(text="{}")
+
+    await served.add("t")
+    (claim,) = await served.store.claim("w", lease_seconds=60)
+    await served.store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings=TIMINGS, vm_time_ms=1)
+    async with serving(collector) as url, Feed.of(served.store) as feed:
+        await served.store.position(traces.POSITION)
+        notice = {"url": url, "on": ["ended", "approval", "budget", "failed"]}
+        assert (await served.admin.post("/v1/notices", json=notice)).status_code == 201
+        with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db")) as another:
+            for kind in ("transition", "model_call", "approval", "refused"):
+                for data in HOSTILE:
+                    values = ("t", claim.attempt_id, kind, data)
+                    another.execute(
+                        "INSERT INTO events (ticket_id, attempt_id, kind, data) VALUES (?, ?, ?, ?)", values
+                    )
+            another.execute('UPDATE attempts SET timings = \'{"boot": 1e400, "agent": -1, "queue": "x"}\'')
+            ended = '{"of": "ticket", "to": "done"}'
+            another.execute("INSERT INTO events (ticket_id, kind, data) VALUES ('t', 'transition', ?)", (ended,))
+            another.commit()
+        to = traces.target({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
+        assert to is not None
+        task = asyncio.create_task(traces.export(served.store, feed, to))
+        try:
+            newest = await served.store.newest_event()
+            async with asyncio.timeout(60):
+                while await served.store.position(traces.POSITION) < newest:
+                    assert not task.done()
+                    await asyncio.sleep(0.05)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    await until(served, 8, "swarm_writes_refused_total")
+    assert await value(served, "swarm_tickets_ended_total", state="done") == 2
+    assert (await served.viewer.get("/v1/tickets")).status_code == 200
+
+
 async def test_a_project_sees_no_metrics(served: Served) -> None:
     token = new_token()
     await served.store.add_token(token, Actor(name="team", role=Role.ADMIN, project_id="a"), by="test")
@@ -144,7 +201,7 @@ async def prometheus(served: Served, place: Path) -> AsyncIterator[httpx.AsyncCl
                     try:
                         if await _query(client, 'up{job="swarm"} == 1'):
                             break
-                    except httpx.TransportError:
+                    except (httpx.TransportError, ValueError):  # it starts
                         assert process.returncode is None, (place / "log").read_text()
                     await asyncio.sleep(0.1)
             yield client

@@ -29,7 +29,7 @@ from swarm.errors import StoreError
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, FailureReason, Role
 from swarm.store.sql.rows import WorkerRow
 from swarm.store.store import Store
-from swarm.store.tickets.facts import Backlog, EndedAttempt, ends_attempt
+from swarm.store.tickets.facts import Backlog, EndedAttempt, ended_as, ends_attempt
 
 log = logger(__name__)
 
@@ -120,8 +120,8 @@ class Metrics:
 
     def _count(self, event: Event, attempts: Mapping[str, EndedAttempt]) -> None:
         data = event.data
-        if event.kind == "transition" and data.get("of") == "ticket" and data.get("to") in TERMINAL_TICKET_STATES:
-            self._tickets.labels(str(data["to"])).inc()
+        if state := ended_as(event):
+            self._tickets.labels(state).inc()
         elif ends_attempt(event) and (attempt := attempts.get(event.attempt_id or "")) is not None:
             self._count_attempt(attempt)
         elif event.kind == "refused":
@@ -138,7 +138,7 @@ class Metrics:
         if outcome == AttemptOutcome.LOST:
             self._lost.inc()
         for phase in PHASES:
-            if (ms := attempt.timings.get(phase)) is not None and ms >= 0:
+            if (ms := attempt.timings.get(phase)) is not None:
                 self._phases.labels(phase).observe(ms / 1000)
 
     def _count_call(self, data: Mapping[str, object]) -> None:

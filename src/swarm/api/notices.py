@@ -28,10 +28,11 @@ from swarm.base.log import logger
 from swarm.errors import NotFound, SwarmError, UsageError
 from swarm.gateway.proxy import EgressRules
 from swarm.gateway.resolver import Lookups
-from swarm.model import TERMINAL_TICKET_STATES, Event, Ticket
+from swarm.model import Event, Ticket, TicketState
 from swarm.store.registry.notices import NoticeKind, NoticeRow, position_of
 from swarm.store.sql.rows import milliseconds
 from swarm.store.store import Store
+from swarm.store.tickets.facts import ended_as
 
 log = logger(__name__)
 
@@ -89,9 +90,9 @@ def kinds_of(event: Event) -> set[NoticeKind]:
     data, found = event.data, set[NoticeKind]()
     if event.kind != "transition":
         return found
-    if data.get("of") == "ticket" and data.get("to") in TERMINAL_TICKET_STATES:
+    if state := ended_as(event):
         found.add(NoticeKind.ENDED)
-        if data.get("to") == "failed":
+        if state == TicketState.FAILED:
             found.add(NoticeKind.FAILED)
     if data.get("of") == "step":
         if data.get("to") == "waiting":
@@ -235,5 +236,5 @@ def _body(row: NoticeRow, event: Event, kinds: set[NoticeKind], ticket: Ticket) 
             "error": (ticket.error or "")[:1000] or None,
         },
         "step_id": event.step_id,
-        "why": event.data.get("why"),
+        "why": str(event.data["why"])[:500] if event.data.get("why") else None,
     }

@@ -22,6 +22,7 @@ from swarm.model import TERMINAL_TICKET_STATES, Ticket
 from swarm.store.sql.rows import AttemptRow, RunRow, StepRow, milliseconds
 from swarm.store.store import Store
 from swarm.store.tickets.display import ModelCall
+from swarm.store.tickets.facts import LONGEST_MS, ended_as
 
 log = logger(__name__)
 
@@ -88,9 +89,11 @@ async def export(store: Store, feed: Feed, to: Target) -> None:
                 facts = await store.facts(after=after, limit=_EVENTS_AT_ONCE)
                 more = facts.more
                 for event in facts.events:
-                    data = event.data
-                    if data.get("of") == "ticket" and data.get("to") in TERMINAL_TICKET_STATES:
-                        await _send(store, client, to, event.ticket_id)
+                    if ended_as(event):
+                        try:
+                            await _send(store, client, to, event.ticket_id)
+                        except (ValueError, TypeError, OverflowError) as error:  # another program wrote its rows
+                            log.warning("a ticket makes no trace", ticket=event.ticket_id, error=str(error))
                 if facts.after != after:
                     await store.set_position(POSITION, facts.after)
                 pause = _EVERY_SECONDS
@@ -192,7 +195,7 @@ def spans(
         at = float(began) if began is not None else None
         for phase in PHASES:
             took = attempt.timings.get(phase)
-            if took is None or at is None:
+            if took is None or at is None or not 0 <= took < LONGEST_MS:
                 continue
             phase_start, at = (at - took, at) if phase == "queue" else (at, at + took)
             add(trace.span_id(attempt.id, phase), phase, own, phase_start, phase_start + took, None, _INTERNAL)

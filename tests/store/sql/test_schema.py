@@ -55,6 +55,7 @@ WITHIN_LIMIT = {
     "views._COUNT_WAITING": ("SCAN w",),
     "spending._RECENT": ("SCAN c",),
     "overview._EXECUTIONS": ("SCAN e",),
+    "display._ENDED_SINCE": ("SCAN a",),
     "views._RECENT": ("SCAN t", "SCAN tickets USING INDEX tickets_created"),
 }
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from swarm.model import Event
+from swarm.model import TERMINAL_TICKET_STATES, Event
 from swarm.store.sql import rows
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import milliseconds
+
+LONGEST_MS: Final = 1e11  # of a phase: three years
 
 _NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events")
 # First where a bounded range ends: that reads no data, of which output has a lot.
@@ -111,6 +113,13 @@ def move(tx: Tx, name: str, seq: int) -> None:
     tx.run(_MOVE, name=name, seq=seq)
 
 
+def ended_as(event: Event) -> str:
+    """The state in which a ticket ended; '' if the event doesn't say that. Another program may have written it."""
+    data = event.data
+    to = data.get("to") if event.kind == "transition" and data.get("of") == "ticket" else None
+    return to if isinstance(to, str) and to in TERMINAL_TICKET_STATES else ""
+
+
 def backlog(tx: Tx) -> Backlog:
     live = tx.all(_LIVE)
     (steps,) = tx.all(_STEPS)
@@ -126,6 +135,7 @@ def backlog(tx: Tx) -> Backlog:
 
 def _attempt(row: Row) -> EndedAttempt:
     timings: dict[str, float] = {}
-    with contextlib.suppress(ValueError, TypeError, AttributeError):  # another program wrote it
-        timings = {str(name): float(ms) for name, ms in json.loads(row.timings).items()}
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):  # another program wrote it
+        known = json.loads(row.timings).items()
+        timings = {name: float(ms) for name, ms in known if type(ms) in (int, float) and 0 <= ms < LONGEST_MS}
     return EndedAttempt(agent=row.agent_name, outcome=row.outcome, reason=row.reason, timings=timings)
