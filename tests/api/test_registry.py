@@ -108,6 +108,7 @@ BAD_TOKENS: Final[list[Any]] = [
     ({"name": "ci", "expires": "soon"}, "expires after a number"),
     ({"name": "ci", "expires": "0d"}, "expires after a number"),
     ({"name": "ci", "project": ""}, "project"),
+    ({"name": "ci", "project": "a\0"}, "project"),
     ({"role": "viewer"}, "name: is missing"),
 ]
 
@@ -301,6 +302,17 @@ async def test_answers_are_as_described(served: Served) -> None:
         errors = list(jsonschema.Draft202012Validator(whole).iter_errors(answer.json()))
         assert not errors, f"{endpoint.path}: {errors[0].message} at {errors[0].json_path}"
         assert answer.json() or endpoint.path == "/v1/webhooks", endpoint.path
+
+
+async def test_odd_names_are_nothing_that_exists(served: Served) -> None:
+    odd = ["%00", "%FF", "%ED%A0%80", "a%0Ab", "%2e%2e", "@", "echo@1@2", "%E2%80%AE", "*", "x" * 3000]
+    for module in (agents, images, secrets, tokens, workflows):
+        for one in module.ENDPOINTS:
+            sent: dict[str, Any] = {"json": {"value": VALUE}} if one.body is not None else {}
+            for name in odd if "{" in one.path else []:
+                answer = await served.admin.request(one.method, re.sub(r"{\w+}", name, one.path), **sent)
+                assert answer.status_code in (400, 404), f"{one.method} {one.path} {name}: {answer.text}"
+                assert answer.json()["detail"].isprintable()
 
 
 def test_the_page_names_every_route() -> None:

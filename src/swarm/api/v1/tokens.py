@@ -9,6 +9,7 @@ from typing import Final
 from pydantic import Field
 
 from swarm.api.endpoint import Call, Endpoint, Fields
+from swarm.fields import NO_NUL
 from swarm.model import Role
 from swarm.store.registry import tokens
 from swarm.store.registry.tokens import Actor, TokenRow
@@ -18,7 +19,11 @@ class NewToken(Fields):
     name: str = Field(description="whose it is; events name it")
     role: Role = Role.VIEWER
     project: str | None = Field(
-        default=None, min_length=1, max_length=200, description="only tickets of this project exist for it"
+        default=None,
+        min_length=1,
+        max_length=200,
+        pattern=NO_NUL,
+        description="only tickets of this project exist for it",
     )
     expires: str | None = Field(default=None, description="such as 30d, 12h or 45m; default: never")
 
