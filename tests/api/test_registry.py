@@ -290,6 +290,7 @@ async def test_answers_are_as_described(served: Served) -> None:
     await served.store.heartbeat("one", host="a", pid=1, info={"max_vms": 2})
     (run,) = await served.store.runs("costly")
     document = (await served.viewer.get("/v1/openapi.json")).json()
+    ours = [one for module in (agents, engines, images, secrets, tokens, workflows) for one in module.ENDPOINTS]
     for endpoint in ENDPOINTS:
         of_tickets = re.match("/v1/(tickets|artifacts|events)", endpoint.path)
         if endpoint.method != "GET" or of_tickets or endpoint.media_type != JSON:
@@ -301,7 +302,7 @@ async def test_answers_are_as_described(served: Served) -> None:
         whole = {**described, "components": document["components"]}
         errors = list(jsonschema.Draft202012Validator(whole).iter_errors(answer.json()))
         assert not errors, f"{endpoint.path}: {errors[0].message} at {errors[0].json_path}"
-        assert answer.json() or endpoint.path == "/v1/webhooks", endpoint.path
+        assert answer.json() or endpoint not in ours, endpoint.path
 
 
 async def test_odd_names_are_nothing_that_exists(served: Served) -> None:
