@@ -63,6 +63,12 @@ def test_every_step_can_be_reached_by_opening_boxes(name: str) -> None:
     raise AssertionError(f"{wanted} is still within a box after opening {keys}")
 
 
+def test_steps_side_by_side_are_drawn_in_rows() -> None:
+    needs = GRAPHS["side by side"]
+    [_, _, width, height] = re.findall(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', draw(opened(needs, ()), needs))[0]
+    assert float(width) < 1300 and float(height) < 900
+
+
 def test_what_others_imply_is_left_out_and_counted() -> None:
     picture = opened(GRAPHS["all on all"], ())
     assert sum(len(box.needs) for box in picture.boxes) + picture.hidden == 60 * 59 // 2

@@ -17,6 +17,7 @@ from swarm.workflow import graph
 from swarm.workflow.definition import Step, Workflow
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _PLACEHOLDER, _MARGIN = 190.0, 46.0, 46.0, 14.0, 6.0, 8.0
+_COLUMNS: Final = 5
 _CELLS: Final = 20  # executions of one step that are drawn one by one
 
 
@@ -69,6 +70,8 @@ def draw(
     where a box leads, an address of this server."""
     layers, routes = _layout(tuple((box.key, box.needs) for box in shown.boxes))
     boxes = {box.key: box for box in shown.boxes}
+    if not routes:  # nothing depends on anything: side by side, in rows
+        layers = [list(boxes)[number::_COLUMNS] for number in range(min(_COLUMNS, len(boxes)))]
     at: dict[str, tuple[float, float]] = {}
     tall = {
         number: sum(_HEIGHT if one in boxes else _PLACEHOLDER for one in layer) + _GAP_Y * (len(layer) - 1)
@@ -76,7 +79,7 @@ def draw(
     }
     height = max(tall.values(), default=0.0)
     for number, layer in enumerate(layers):
-        y = _MARGIN + (height - tall[number]) / 2
+        y = _MARGIN + ((height - tall[number]) / 2 if routes else 0)
         for one in layer:
             at[one] = (_MARGIN + number * (_WIDTH + _GAP_X), y)
             y += (_HEIGHT if one in boxes else _PLACEHOLDER) + _GAP_Y
