@@ -87,6 +87,8 @@ async def main(number: int, *, write: bool) -> None:
         async with serving(Path(directory) / "home") as served:
             await served.store.put_agent(replace(ECHO, id="rare-agent", name="rare"))
             await asyncio.to_thread(fill, served, number)
+            for path in ("/v1/tickets", "/v1/tickets/counts"):
+                await served.viewer.get(path)  # the first reads the file
             for parts in itertools.product(*FILTERS.values()):
                 query = "&".join(part for part in parts if part)
                 results.append((query or "none", *await measure(served.viewer, query)))

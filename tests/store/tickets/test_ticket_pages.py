@@ -130,6 +130,18 @@ def test_every_ticket_once_newest_first(
     assert few.number == len(rows) if few.exact else few.number <= len(rows)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 50])
+@pytest.mark.parametrize("scanned", [3, 4, 9, 10_000])
+@pytest.mark.parametrize("rare", [0, 1000])
+def test_three_states_at_once(tx: Tx, limit: int, scanned: int, rare: int) -> None:
+    """Each is read by its own index, as far as it may be looked at: of none are older ones shown too early."""
+    states = ["done"] * 6 + ["failed", "ready", "ready", "done", "failed", "waiting", "cancelled", "ready"]
+    rows = fill(tx, [(TIMES[0], state, None, None, None, "x") for state in states])
+    for asked in (("done", "failed", "waiting"), ("ready", "done", "cancelled"), ("failed", "done")):
+        wanted = [row["id"] for row in reversed(rows) if row["state"] in asked]
+        assert all_pages(tx, TicketFilter(states=asked), limit, scanned=scanned, rare=rare) == wanted
+
+
 def test_tickets_that_go_between_two_pages(tx: Tx) -> None:
     fill(tx, [(TIMES[number % 3], "done", None, None, None, "x") for number in range(20)])
     every = all_pages(tx, TicketFilter(), 50)
