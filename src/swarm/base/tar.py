@@ -13,10 +13,15 @@ from swarm.errors import UsageError
 
 _BLOCK: Final = 512
 _MAX_EXTENSION_BYTES: Final = 64 << 10  # a long name, or a PAX header
+_MAX_EXTENSIONS: Final = 8  # before one member
+_MAX_MEMBERS: Final = 2 * trees.MAX_ENTRIES  # files and directories
+_MAX_NAMES: Final = 16 << 20  # characters of all names, those of directories above them included
 _MAX_DEPTH: Final = 100
 _PIECE_BYTES: Final = 1 << 20
 _FILES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _PAX_KEYS: Final = ("path", "linkpath", "size")
+_SPARSE: Final = "GNU.sparse"  # how keys begin that describe a file with holes
+_MAX_LENGTH_DIGITS: Final = 6  # of a record in a PAX header
 
 
 def entries(file: BinaryIO) -> Iterator[tuple[Entry, Iterable[bytes]]]:
@@ -26,8 +31,14 @@ def entries(file: BinaryIO) -> Iterator[tuple[Entry, Iterable[bytes]]]:
     names: set[str] = set()
     parents: set[str] = set()
     directories: dict[str, None] = {}
-    for info in reader:
+    held = 0
+    for number, info in enumerate(reader):
         twice = False
+        if number >= _MAX_MEMBERS or max(len(parents), len(directories)) > trees.MAX_ENTRIES:
+            raise UsageError(
+                f"the archive has more than {_MAX_MEMBERS:,} files and directories together, or more than "
+                f"{trees.MAX_ENTRIES:,} directories"
+            )
         name = info.name.removeprefix("./").rstrip("/")
         if name in ("", "."):
             continue
@@ -37,10 +48,13 @@ def entries(file: BinaryIO) -> Iterator[tuple[Entry, Iterable[bytes]]]:
             raise UsageError(
                 f"the archive has {ascii(name)[:200]}, which is nested in more than {_MAX_DEPTH} directories"
             )
-        above = name
+        above, held = name, held + len(name)
         while (above := above.rpartition("/")[0]) and above not in parents:
             parents.add(above)
+            held += len(above)
             twice = twice or above in names
+        if held > _MAX_NAMES:
+            raise UsageError(f"the names in the archive take more than {_MAX_NAMES >> 20} MiB")
         if info.isdir():
             directories[name] = None
             continue
@@ -73,6 +87,7 @@ class _Reader:
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
         said: dict[str, str] = {}
+        extensions = 0
         while True:
             while self._left:
                 self._read(min(self._left, _PIECE_BYTES))
@@ -81,18 +96,21 @@ class _Reader:
                 return
             try:
                 info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-                if info.size < 0:
-                    raise ValueError("a negative size")
+                _check_size(info)
                 if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
+                    extensions += 1
+                    if extensions > _MAX_EXTENSIONS:
+                        raise ValueError(f"a member has more than {_MAX_EXTENSIONS} extended headers")
                     said |= self._extension(info)
                     continue
                 info.name, info.linkname = said.get("path", info.name), said.get("linkpath", info.linkname)
                 info.size = int(said.get("size", info.size))
+                _check_size(info)
             except (tarfile.TarError, ValueError) as error:
                 raise UsageError(f"that is not a tar archive: {error}") from None
-            if any(key.startswith("GNU.sparse") for key in said):
+            if _SPARSE in said:
                 info.type = tarfile.GNUTYPE_SPARSE
-            said = {}
+            said, extensions = {}, 0
             if info.type in _FILES:
                 self._left = -(-info.size // _BLOCK) * _BLOCK
             yield info
@@ -108,15 +126,18 @@ class _Reader:
             text = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
             return {"path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath": text}
         said = {}
-        while data:
-            length, _, _ = data.partition(b" ")
-            size = int(length)
-            if not len(length) < size <= len(data):
+        at = 0
+        while at < len(data):
+            space = data.find(b" ", at, at + _MAX_LENGTH_DIGITS + 1)
+            size = int(data[at:space]) if space > at else 0
+            if not space < at + size <= len(data):
                 raise ValueError("an extended header is damaged")
-            key, _, value = data[len(length) + 1 : size - 1].decode("utf-8", "surrogateescape").partition("=")
-            if key in _PAX_KEYS or key.startswith("GNU.sparse"):
+            key, _, value = data[space + 1 : at + size - 1].decode("utf-8", "surrogateescape").partition("=")
+            if key in _PAX_KEYS:
                 said[key] = value
-            data = data[size:]
+            elif key.startswith(_SPARSE):
+                said[_SPARSE] = ""
+            at += size
         return said
 
     def contents(self, size: int) -> Iterator[bytes]:
@@ -131,6 +152,11 @@ class _Reader:
             raise UsageError("the archive is cut off")
         self._left -= size
         return data
+
+
+def _check_size(info: tarfile.TarInfo) -> None:
+    if info.size < 0:
+        raise ValueError("a negative size")
 
 
 async def archive(files: AsyncIterator[tuple[Entry, AsyncIterator[bytes]]]) -> AsyncIterator[bytes]:

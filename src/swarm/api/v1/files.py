@@ -122,6 +122,8 @@ async def _kept(call: Call, id: str, file: BinaryIO) -> Uploaded:
     while batch := await asyncio.to_thread(trees.batch, parts):
         await call.store.keep_artifacts(id, dict(batch))
         digest, text = batch[-1]  # at last, the manifest
+        if await call.request.is_disconnected():
+            raise Refused(400, "the connection ended before the files were kept")
     tree = await asyncio.to_thread(trees.manifest, text)
     return Uploaded(id=id, digest=digest, files=len(tree.entries), bytes=tree.bytes)
 
