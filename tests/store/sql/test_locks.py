@@ -52,7 +52,7 @@ def titles(tx: Tx) -> list[str]:
 
 
 async def test_others_write_while_a_transaction_reads(url: str, thread: ConnectionThread) -> None:
-    """What it has read is outdated then: it runs again, with the lock from the start, on what is there now."""
+    """What it has read is outdated then: it runs again on what is there now, at last with the lock from the start."""
     got_in: list[bool] = []
     undone: list[int] = []
 
@@ -63,10 +63,34 @@ async def test_others_write_while_a_transaction_reads(url: str, thread: Connecti
         tx.run(RENAME, title="renamed")
         return found
 
-    assert await thread.call(rename) == ["typed"]
-    assert got_in == [True, False]
-    assert undone == [1]
-    assert await thread.call(titles) == ["renamed"]
+    assert await thread.call(rename) == ["typed"] * 3
+    assert got_in == [True, True, True, False]
+    assert undone == [1, 2, 3]
+    assert await thread.call(titles) == ["renamed"] * 3
+
+
+async def test_it_waits_for_another_programs_lock(url: str) -> None:
+    """And only then runs again, without it."""
+    thread = ConnectionThread(Database(url, busy_timeout_seconds=60.0), write=True)
+    writer = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=0, isolation_level=None, check_same_thread=False)
+    release = threading.Timer(0.05, writer.execute, ["COMMIT"])
+    runs: list[bool] = []
+
+    def rename(tx: Tx) -> None:
+        titles(tx)
+        if not runs:
+            writer.execute("BEGIN IMMEDIATE")
+            release.start()
+        runs.append(writer.in_transaction)
+        tx.run(RENAME, title="renamed")
+
+    try:
+        await thread.call(rename)
+    finally:
+        release.join()
+        writer.close()
+        await thread.close()
+    assert runs == [True, False]
 
 
 async def test_changes_are_seen_by_the_next_read(url: str, thread: ConnectionThread) -> None:

@@ -198,6 +198,8 @@ class _ClaimTransaction:
     def _claim(self, written_by_others: int) -> None:
         """Round by round, until the limit is reached or nothing is left; with maintenance when it is due."""
         maintenance, only_one = self.claimer.maintenance, self.request.ticket_id is not None
+        if maintenance.due(written_by_others, idle=False, required=False):
+            maintenance.run(self.changes, written_by_others)  # reads much: not after the claims, under the lock
         maintained = False
         while (missing := self.request.limit - len(self.result.claims) - self.deferred) > 0:
             if self.bad_rows >= BAD_ROWS:
@@ -215,8 +217,6 @@ class _ClaimTransaction:
             maintained = True
             if not maintenance.run(self.changes, written_by_others):
                 break
-        if not maintained and maintenance.due(written_by_others, idle=False, required=False):
-            maintenance.run(self.changes, written_by_others)
 
     def _advance(self) -> None:
         """Advance the workflows with ended steps, which may make other steps ready."""

@@ -352,6 +352,12 @@ class Database:
         if opened is not None:
             opened.note()
 
+    def wait_for_others(self, connection: Connection) -> None:
+        """Until no other program holds the write lock: what is read then is likely to stay true for a while."""
+        with self.errors(connection), ahead_of_others():
+            connection.driver.execute(self.dialect.begin_write)
+            connection.driver.rollback()
+
     def _begin(self, connection: Connection) -> str:
         return self.dialect.begin_write if connection.write else self.dialect.begin_read
 

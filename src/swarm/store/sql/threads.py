@@ -6,7 +6,8 @@ gets its own error and leaves the others alone. After an unexpected error the wh
 request runs again by itself.
 
 A transaction reads and computes without the write lock, so that other programs' INSERTs get in, and takes it for as
-long as it takes to write. If another program wrote meanwhile, the function runs again, with the lock from the start.
+long as it takes to write. If another program wrote meanwhile, the function runs again; the fourth time with the lock
+from the start.
 
 A result is handed out when what it tells is on the disk (`flush`), so that a power failure can't take it back.
 """
@@ -36,6 +37,7 @@ Result = TypeVar("Result")
 Batch = Callable[[Tx, Sequence[Request]], Sequence[Result | SwarmError]]
 
 _MEMORY_PAUSE_SECONDS: Final = 0.1
+_TRIES: Final = 3  # of a transaction without the lock, before it takes that from the start
 GROUP: Final = 256  # requests in one transaction: bounds how long other processes wait for the write lock
 
 
@@ -104,7 +106,7 @@ class ConnectionThread:
     async def call(
         self, function: Callable[Concatenate[Tx, P], Result], /, *args: P.args, **kwargs: P.kwargs
     ) -> Result:
-        """``function(tx, …)``; the result, once its transaction is committed. It may run twice (`Tx.if_undone`), and
+        """``function(tx, …)``; the result, once its transaction is committed. It may run again (`Tx.if_undone`), and
         never starts if the caller is cancelled before its turn."""
         result: Result = await self._submit(_Kind.SINGLE, function, *args, **kwargs)
         return result
@@ -237,11 +239,23 @@ class ConnectionThread:
 
     def _serve_group(self, jobs: list[_Job]) -> list[Any]:
         """Jobs for the same function. Raises StoreError when the database itself failed."""
+        for _ in range(_TRIES):
+            try:
+                return self._transaction(jobs, optimistic=True)
+            except Outdated:
+                self.use.repeated += 1
+                self._wait_for_others()
+        return self._transaction(jobs, optimistic=False)
+
+    def _wait_for_others(self) -> None:
+        connection, began = self._open(check=True), time.monotonic()
         try:
-            return self._transaction(jobs, optimistic=True)
-        except Outdated:
-            self.use.repeated += 1
-            return self._transaction(jobs, optimistic=False)
+            self._database.wait_for_others(connection)
+        except BaseException:
+            self._drop()
+            raise
+        finally:
+            self.use.lock_seconds += time.monotonic() - began
 
     def _transaction(self, jobs: list[_Job], *, optimistic: bool) -> list[Any]:
         connection = self._open(check=True)
