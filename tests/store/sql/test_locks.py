@@ -69,6 +69,26 @@ async def test_others_write_while_a_transaction_reads(url: str, thread: Connecti
     assert await thread.call(titles) == ["renamed"] * 3
 
 
+async def test_a_transaction_leaves_no_open_cursor(url: str, thread: ConnectionThread) -> None:
+    """One that failed is in a cycle of its traceback. If the garbage collector closed its cursor while the connection
+    waits for a lock, the whole process would stand still."""
+    left: list[Tx] = []
+
+    def fail(tx: Tx) -> None:
+        left.append(tx)
+        titles(tx)
+        shell(url, f"t{len(left)}")
+        tx.run(RENAME, title="renamed")
+        raise Conflict("no")
+
+    with pytest.raises(Conflict):
+        await thread.call(fail)
+    await thread.call(lambda tx: left.append(tx))
+    for tx in left:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
+            tx.all(TITLES)
+
+
 async def test_it_waits_for_another_programs_lock(url: str) -> None:
     """And only then runs again, without it."""
     thread = ConnectionThread(Database(url, busy_timeout_seconds=60.0), write=True)

@@ -194,8 +194,11 @@ class Tx:
             undo()
         self.connection.driver.rollback()
 
-    def unmute(self) -> None:
-        """The transaction is over."""
+    def end(self) -> None:
+        """The transaction is over. Its cursor is closed here: later, the garbage collector would do that on any thread,
+        and while the connection waits for another program's lock, wait for it with the GIL, so that all threads stand.
+        """
+        self._cursor.close()
         muted, self._muted = self._muted, []
         for wake in muted:
             wake.unmute()
@@ -348,7 +351,7 @@ class Database:
                 raise Outdated from error
             raise
         finally:
-            tx.unmute()
+            tx.end()
         if opened is not None:
             opened.note()
 
