@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Annotated, Any, Final, get_args
 
 import pydantic
@@ -84,6 +85,9 @@ class RetryFields(BaseModel):
     max_delay_seconds: float = bounded("max_delay_seconds", RetryPolicy().max_delay_seconds)
 
 
+_TOLD: Final = 20  # errors of one value: a field that doesn't exist is compared with all that do
+_NAME_CHARS: Final = 100
+
 # --- pydantic's errors in our words -----------------------------------------------------------------------------------
 
 _KINDS: Final = {
@@ -123,18 +127,20 @@ def complaint(errors: Sequence[Any]) -> str:
 def unknown(name: str, known: Iterable[str], *, page: str = "") -> str:
     """What to say of a field that doesn't exist: the nearest that does, or all, or the page that lists them."""
     names = sorted(set(known) - {name})
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name[:_NAME_CHARS], names, n=1)
     if near:
         return f"unknown field; did you mean {near[0]!r}?"
     return f"unknown field; {page} lists all" if page else f"unknown field; there are {', '.join(names)}"
 
 
 def sentence(error: pydantic.ValidationError, model: type[BaseModel]) -> str:
-    """The errors of a value that has no lines, such as a table in TOML: each with its key."""
+    """The errors of a value that has no lines, such as a table in TOML: each with its key, and at most `_TOLD`."""
     found: dict[str, list[Any]] = {}
-    for one in error.errors():
+    for one in error.errors(include_url=False):
         found.setdefault(".".join(map(str, one["loc"])), []).append(one)
-    return "; ".join(f"{where}: {_sentence(errors, model)}".removeprefix(": ") for where, errors in found.items())
+    told = [f"{where[:200]}: {_sentence(errors, model)}" for where, errors in islice(found.items(), _TOLD)]
+    more = [f"and {len(found) - _TOLD:,} more"] if len(found) > _TOLD else []
+    return "; ".join(one.removeprefix(": ") for one in (*told, *more))
 
 
 def _sentence(errors: list[Any], model: type[BaseModel]) -> str:

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swarm.api import metrics, openapi
-from swarm.api.endpoint import Context, Endpoint, guarded, route
+from swarm.api.endpoint import JSON, Context, Endpoint, encode, guarded, route
 from swarm.api.problem import problem
 from swarm.api.v1 import actions, agents, engines, events, files, images, notices, secrets, tickets, tokens, workflows
 from swarm.model import Role
@@ -45,12 +45,12 @@ _HEADERS: Final[Mapping[str, str]] = {
 
 def application(context: Context, *, hooks: Route, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
     """``hooks``: POST /hooks/NAME; ``pages``: routes of the dashboard, which check who asks themselves."""
-    document = openapi.document(ENDPOINTS)
+    document = encode(openapi.document(ENDPOINTS))
 
     async def described(request: Request) -> Response:
         async def answer() -> Response:
-            await context.auth.actor(request, Role.VIEWER)
-            return JSONResponse(document)
+            with context.auth.turn(await context.auth.actor(request, Role.VIEWER)):
+                return Response(document, media_type=JSON)
 
         return await guarded(answer)
 

@@ -45,6 +45,7 @@ log = logger(__name__)
 
 MAX_BODY_BYTES: Final = 1 << 20
 BODY_SECONDS: Final = 30.0
+_MAX_FIELDS: Final = 1000  # each that doesn't exist is an error with words of its own
 JSON: Final = "application/json"
 
 
@@ -220,6 +221,8 @@ def _parsed(model: type[BaseModel], data: bytes) -> Any:
 def _validated(model: type[BaseModel], given: object, what: str) -> Any:
     if not isinstance(given, dict):
         raise Refused(400, f"{what} must be an object")
+    if len(given) > _MAX_FIELDS:
+        raise Refused(400, f"{what} has more than {_MAX_FIELDS} fields")
     try:
         return model.model_validate(given)
     except pydantic.ValidationError as error:

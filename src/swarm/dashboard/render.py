@@ -90,8 +90,8 @@ def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, m
                 return RedirectResponse(f"/login?next={back}", status_code=303)
             if not may(actor, role):
                 raise Refused(403, f"{actor.name} is {actor.role}: this needs {role}")
-            _waiting.set(await context.store.count_waiting(project_id=actor.project_id))
             with context.auth.turn(actor):
+                _waiting.set(await context.store.count_waiting(project_id=actor.project_id))
                 return await work(context, request, actor)
         except SwarmError as error:
             refused = of(error)

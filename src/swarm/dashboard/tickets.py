@@ -34,6 +34,7 @@ from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
 _ROWS: Final = 50
 _OLD_SECONDS: Final = 5.0
 _FILTERS: Final = 100
+_PARTS: Final = 100  # of one filter: each becomes a link that has all others
 _PAGES_BACK: Final = 20  # cursors of newer pages in an address
 _MANY: Final = ("state", "agent", "workflow")
 _ONE: Final = ("project", "text", "since", "before")
@@ -69,8 +70,11 @@ def routes(context: Context) -> list[BaseRoute]:
 
 
 def _given(items: Iterable[tuple[str, str]]) -> Pairs:
-    """The filters of an address, without what a form left empty."""
-    return [(name, value) for name, value in items if name in (*_MANY, *_ONE) and value]
+    """The filters of an address, without what a form left empty. Raises UsageError."""
+    found = [(name, value) for name, value in items if name in (*_MANY, *_ONE) and value]
+    if len(found) > _PARTS:
+        raise UsageError("the filter has too many parts")
+    return found
 
 
 def _filters(given: Pairs) -> Filters:
@@ -174,7 +178,7 @@ async def _bulk(context: Context, request: Request, actor: Actor, given: MultiDi
         raise Refused(400, f"there is nothing to do that is named {visible(given.get('do'), limit=40)!r}")
     whole = bool(given.get("all"))
     try:
-        pairs = _given(parse_qsl(given.get("filter", ""), max_num_fields=100) or given.multi_items())
+        pairs = _given(parse_qsl(given.get("filter", ""), max_num_fields=_PARTS) or given.multi_items())
     except ValueError:
         raise UsageError("the filter has too many parts") from None
     ids = tuple(given.getlist("id"))

@@ -25,15 +25,19 @@ from swarm.store.tickets.validation import shown
 KEY_HEADER: Final = "idempotency-key"
 MAX_KEY_CHARS: Final = 255
 MAX_TICKET_BYTES: Final = 20 << 20
+MAX_OF_A_KIND: Final = 20  # each name is looked up, and each value is a part of the statement
+Reference = Annotated[str, Field(max_length=300)]
 
 
 class Filters(Fields):
     """Which tickets; of several given ones of a kind, any."""
 
-    state: tuple[TicketState, ...] = ()
+    state: tuple[TicketState, ...] = Field(default=(), max_length=MAX_OF_A_KIND)
     project: str | None = None
-    agent: tuple[str, ...] = Field(default=(), description="name, name@version or id")
-    workflow: tuple[str, ...] = Field(default=(), description="name, name@version or id")
+    agent: tuple[Reference, ...] = Field(default=(), max_length=MAX_OF_A_KIND, description="name, name@version or id")
+    workflow: tuple[Reference, ...] = Field(
+        default=(), max_length=MAX_OF_A_KIND, description="name, name@version or id"
+    )
     text: str = Field(default="", max_length=200, description="in the title or the error, or how the id begins")
     since: str = Field(default="", max_length=40, description="made at or after: a time, or an age such as 7d")
     before: str = Field(default="", max_length=40, description="made before: a time, or an age such as 7d")
@@ -69,10 +73,10 @@ class Submission(Fields):
 async def filter_of(call: Call, given: Filters) -> TicketFilter:
     """With names resolved, and within the caller's project. Raises NotFound for an unknown agent or workflow."""
     return TicketFilter(
-        states=tuple(given.state),
+        states=tuple(dict.fromkeys(given.state)),
         project_id=call.actor.project_id if call.actor.project_id is not None else given.project,
-        agent_ids=tuple([(await call.store.agent(ref)).id for ref in given.agent]),
-        workflow_ids=tuple([(await call.store.workflow(ref)).id for ref in given.workflow]),
+        agent_ids=tuple([(await call.store.agent(ref)).id for ref in dict.fromkeys(given.agent)]),
+        workflow_ids=tuple([(await call.store.workflow(ref)).id for ref in dict.fromkeys(given.workflow)]),
         text=given.text,
         since=moment(given.since),
         before=moment(given.before),
