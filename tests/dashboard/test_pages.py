@@ -221,6 +221,22 @@ async def test_a_long_output_is_bounded(served: Served) -> None:
     assert "Earlier lines" in page.text
 
 
+async def test_the_lines_and_colours_of_a_part_are_bounded(served: Served) -> None:
+    hostile = ("\n" * 16_000, "x\r" * 8000, "\x1b[31mx\x1b[32my" * 1300, "\x1b[31mx\n" * 2600)
+    for number in range(len(hostile)):
+        await served.add(f"t{number}")
+    for claim in await scene.claims(served.store, len(hostile)):
+        printed = hostile[int(claim.ticket.id[1:])]
+        await scene.output(served.store, claim, [printed] * 16)
+        seq = (await served.store.output(claim.ticket.id, limit=1))[0][0].seq
+        for path in ("", "/output?after=0", f"/output?before={seq}", f"?at={seq}"):
+            page = await served.viewer.get(f"/tickets/{claim.ticket.id}{path}")
+            assert page.status_code == 200
+            assert page.text.count('<div class="line') <= 4004
+            assert page.text.count('<span class="a') <= 4004
+            assert ("lines are left out here" in page.text) is (len(printed.splitlines()) > 1000)
+
+
 async def test_what_is_hostile_stays_text_on_every_page(served: Served) -> None:
     title = HOSTILE.replace("\x00", "") + "x" * 60_000
     await served.store.put_agent(scene.CLAUDE)

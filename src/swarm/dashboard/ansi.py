@@ -20,6 +20,7 @@ _COLOURS: Final = frozenset((*range(30, 38), *range(90, 98)))
 _WEIGHTS: Final = frozenset((1, 2, 3, 4))
 _ENDS: Final = {22: (1, 2), 23: (3,), 24: (4,)}
 _PARTS: Final = 500  # of one line: the rest has the last one's colour
+COLOURED: Final = 1000  # parts of one text: the rest is plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +35,12 @@ def lines(text: str) -> list[list[Part]]:
     """Colours go on from line to line."""
     found: list[list[Part]] = [[]]
     codes: frozenset[int] = frozenset()
-    at = 0
+    at, coloured = 0, 0
     for escape in _ESCAPE.finditer(text):
         _add(found, text[at : escape.start()], codes)
         if escape["final"] == "m":
-            codes = _after(codes, escape["values"])
+            coloured += 1
+            codes = _after(codes, escape["values"]) if coloured < COLOURED else frozenset()
         at = escape.end()
     _add(found, text[at:], codes)
     if not found[-1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -12,13 +13,15 @@ from starlette.responses import Response
 from swarm.api.endpoint import Context
 from swarm.dashboard import ansi
 from swarm.dashboard.ansi import Part
-from swarm.dashboard.render import html, own_ticket
+from swarm.dashboard.render import drawn, own_ticket
 from swarm.errors import UsageError
 from swarm.model import Event, Ticket
 from swarm.store.registry.tokens import Actor
 
 EVENTS: Final = 200
 _CHARS: Final = 256 << 10  # of one part: an event may have 16 KiB
+_LINES: Final = 2000  # of one part, and as many changes of colour
+_EVENT_LINES: Final = 1000  # of one event: of more, the first and the last half of these
 _AROUND: Final = 100
 
 
@@ -51,11 +54,12 @@ async def last(context: Context, ticket: Ticket, *, at: int | None = None) -> Ou
         found, more = await context.store.output(ticket.id, limit=EVENTS)
         found, cut = _fitting(found[::-1])
         found.reverse()
-        return _output(found, before=more or cut, later=False)
+        return await asyncio.to_thread(_output, found, before=more or cut, later=False)
     earlier, more = await context.store.output(ticket.id, before=at + 1, limit=_AROUND)
     later, further = await context.store.output(ticket.id, after=at, limit=_AROUND)
     later, cut = _fitting(later)
-    return _output([*earlier, *later], before=more, later=further or cut)
+    earlier, cut_before = _fitting(earlier[::-1])
+    return await asyncio.to_thread(_output, [*earlier[::-1], *later], before=more or cut_before, later=further or cut)
 
 
 async def show(context: Context, request: Request, actor: Actor) -> Response:
@@ -65,16 +69,16 @@ async def show(context: Context, request: Request, actor: Actor) -> Response:
     if before is not None:
         found, more = await context.store.output(ticket.id, before=before, limit=EVENTS)
         found, cut = _fitting(found[::-1])
-        part = _output(found[::-1], before=more or cut, later=False)
-        return html("lines_before.html", actor=actor, ticket=ticket, output=part)
+        part = await asyncio.to_thread(_output, found[::-1], before=more or cut, later=False)
+        return await drawn("lines_before.html", actor=actor, ticket=ticket, output=part)
     if after is None:
         raise UsageError("give `before` or `after`")
     found, more = await context.store.output(ticket.id, after=after, limit=EVENTS)
     found, cut = _fitting(found)
     if not found:
         return Response(status_code=204)  # the page stays as it is, and asks again
-    part = _output(found, before=False, later=more or cut, after=after)
-    return html("lines_after.html", actor=actor, ticket=ticket, output=part)
+    part = await asyncio.to_thread(_output, found, before=False, later=more or cut, after=after)
+    return await drawn("lines_after.html", actor=actor, ticket=ticket, output=part)
 
 
 def number(request: Request, name: str) -> int | None:
@@ -85,10 +89,13 @@ def number(request: Request, name: str) -> int | None:
 
 def _fitting(events: Sequence[Event]) -> tuple[list[Event], bool]:
     """The first ones that fit into a part, and whether there are others."""
-    left, found = _CHARS, list[Event]()
+    chars, lines, colours, found = _CHARS, _LINES, _LINES, list[Event]()
     for event in events:
-        left -= len(str(event.data.get("text", "")))
-        if left < 0 and found:
+        text = str(event.data.get("text", ""))
+        chars -= len(text)
+        lines -= min(text.count("\n") + text.count("\r") + 1, _EVENT_LINES)
+        colours -= min(text.count("\x1b"), ansi.COLOURED)
+        if min(chars, lines, colours) < 0 and found:
             return found, True
         found.append(event)
     return found, False
@@ -103,6 +110,16 @@ def _output(events: Sequence[Event], *, before: bool, later: bool, after: int = 
     )
 
 
+def _shortened(lines: list[list[Part]]) -> list[tuple[int, list[Part]]]:
+    """With their places. Of too many, those in the middle are left out, and one says so."""
+    numbered = list(enumerate(lines))
+    if len(lines) <= _EVENT_LINES:
+        return numbered
+    half = _EVENT_LINES // 2
+    said = Part(classes="a1", text=f"… {len(lines) - 2 * half:,} lines are left out here; `swarm ticket logs` has them")
+    return [*numbered[:half], (half, [said]), *numbered[-half:]]
+
+
 def _lines(events: Sequence[Event]) -> list[Line]:
     """A line that was printed in pieces is put together again."""
     found: list[Line] = []
@@ -112,7 +129,7 @@ def _lines(events: Sequence[Event]) -> list[Line]:
         text, stream = str(event.data.get("text", "")), str(event.data.get("stream", ""))
         key = (event.attempt_id, stream)
         last_line = None
-        for place, parts in enumerate(ansi.lines(text)):
+        for place, parts in _shortened(ansi.lines(text)):
             begun = open_at.pop(key, None)
             if place == 0 and begun is not None:
                 line = found[begun]

@@ -76,6 +76,11 @@ def html(template: str, *, actor: Actor | None, status: int = 200, **values: Any
     return HTMLResponse(made, status_code=status, headers={"cache-control": "no-store"})
 
 
+async def drawn(template: str, *, actor: Actor, **values: Any) -> HTMLResponse:
+    """`html`, for a page that may be large: others are answered meanwhile."""
+    return await asyncio.to_thread(html, template, actor=actor, **values)
+
+
 def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, method: str = "GET") -> Route:
     """A route that ``role`` may use. Who is not logged in is asked to be, and then comes back."""
 

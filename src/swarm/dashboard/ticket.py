@@ -18,7 +18,7 @@ from swarm.api.auth import may
 from swarm.api.endpoint import Context
 from swarm.dashboard import output, waterfall
 from swarm.dashboard.now import SILENT_MS
-from swarm.dashboard.render import form, html, own_ticket, page
+from swarm.dashboard.render import drawn, form, html, own_ticket, page
 from swarm.dashboard.text import duration, pretty
 from swarm.dashboard.visible import visible
 from swarm.errors import NotFound
@@ -65,7 +65,7 @@ async def _show(context: Context, request: Request, actor: Actor) -> Response:
         values["output"] = await output.last(context, ticket, at=at)
         values["at"] = at
     template = "ticket_state.html" if part else "ticket.html"
-    return html(template, actor=actor, ticket=ticket, part=part, can=_can(actor, ticket), **values)
+    return await drawn(template, actor=actor, ticket=ticket, part=part, can=_can(actor, ticket), **values)
 
 
 def _can(actor: Actor, ticket: Ticket) -> list[tuple[str, str]]:
