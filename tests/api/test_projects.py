@@ -10,9 +10,9 @@ import httpx
 from swarm.api.app import ENDPOINTS
 from swarm.api.endpoint import Endpoint
 from swarm.api.v1.files import TAR
-from swarm.model import Role
+from swarm.model import Role, Ticket
 from swarm.store.registry.tokens import Actor, new_token
-from tests.api.served import Served
+from tests.api.served import ECHO, Served
 from tests.api.test_agents import archive
 
 OWN: Final = "own"  # the project's own; another project's does not exist
@@ -138,6 +138,74 @@ async def test_what_a_projects_token_gets(served: Served) -> None:
                     assert answer.status_code == 404 and "title of" not in answer.text, where
     for id in ("ticket-theirs", "ticket-None"):
         assert (await served.store.ticket(id)).state == "ready"
+
+
+HERS: Final = "3f2b8c1e-1111-4222-8333-abcdefabcdef"
+HERS_TOO: Final = "3f2b8c1e-2222-4222-8333-abcdefabcdef"
+
+
+async def test_another_projects_ticket_is_as_none(served: Served) -> None:
+    """No answer differs from the one about an id that nobody has: not by a hint, a list, or a word."""
+    for id in (HERS, HERS_TOO, "release-secret-customer"):
+        await served.add(id, project_id="theirs")
+    pages = ("/tickets/{}", "/tickets/{}/graph", "/tickets/{}/output", "/live?ticket={}", "/v1/artifacts?ticket={}")
+    async with await _holder(served, "mine") as mine:
+        for ref in (HERS, "3f2b8c1e", "3f2b8c1e-11", "release-secret-customer", "release-secrt-customer"):
+            answers = [await mine.get(one.format(ref)) for one in ("/v1/tickets/{}", "/v1/tickets/{}/wait", *pages)]
+            sent = {"title": "x", "agent": "echo", "after": [ref]}
+            answers.append(await mine.post("/v1/tickets", json=sent))
+            nothing = ref[:-1] + ("0" if ref[-1] != "0" else "1")
+            for answer in answers:
+                assert answer.status_code == 404, answer.text
+                assert "release-secret" not in answer.text.replace(ref, "") and HERS not in answer.text.replace(ref, "")
+            plain = await mine.get(f"/v1/tickets/{nothing}")
+            assert plain.json()["detail"].replace(nothing, ref) == answers[0].json()["detail"] == f"no ticket '{ref}'"
+        await served.add("3f2b8c1e-3333-4222-8333-abcdefabcdef", project_id="mine")
+        assert (await mine.get("/v1/tickets/3f2b8c1e")).status_code == 200  # one alone of its own begins so
+    refused = await served.viewer.get("/v1/tickets/3f2b8c1e")
+    assert refused.status_code == 409 and HERS in refused.text
+
+
+async def test_what_depends_on_a_ticket_from_another_project(served: Served) -> None:
+    await served.add("own", project_id="mine")
+    await served.add("needed", project_id="theirs")
+    add = served.store.add_ticket
+    fields: dict[str, Any] = {"title": "x", "state": "ready", "agent_id": ECHO.id}
+    await add(Ticket(id="hers", project_id="theirs", **fields), depends_on=["own"])
+    await add(Ticket(id="waits", project_id="mine", **fields), depends_on=["needed", "own"])
+    async with await _holder(served, "mine") as mine:
+        for force in ("", "?force=true"):
+            refused = await mine.delete(f"/v1/tickets/own{force}")
+            assert refused.status_code == 409 and "hers" not in refused.text, refused.text
+        many = {"action": "delete", "ids": ["own"], "confirm": True, "force": True}
+        done = (await mine.post("/v1/tickets/bulk", json=many)).json()
+        assert (done["done"], done["skipped"]) == (0, 1) and "hers" not in str(done)
+        page = await mine.post("/tickets/own/delete", data={"x": ""})
+        assert page.status_code == 409 and "hers" not in page.text
+        assert (await mine.get("/v1/tickets/waits")).json()["depends_on"] == ["own"]
+        assert (await served.store.ticket("hers")).state == "ready"
+        assert (await served.store.ticket("hers")).error is None
+        await add(Ticket(id="own-too", project_id="mine", **fields))
+        await add(Ticket(id="needs-it", project_id="mine", **fields), depends_on=["own-too"])
+        refused = await mine.delete("/v1/tickets/own-too")
+        assert refused.status_code == 409 and "needs-it" in refused.text
+        assert (await mine.delete("/v1/tickets/own-too?force=true")).status_code == 204
+    assert (await served.viewer.get("/v1/tickets/waits")).json()["depends_on"] == ["needed", "own"]
+
+
+async def test_a_name_that_goes_to_another_project_takes_no_keys_along(served: Served) -> None:
+    made = []
+    for project in ("theirs", "mine", None):
+        token = new_token()
+        await served.store.add_token(token, Actor(name="ci", role=Role.OPERATOR, project_id=project), by="test")
+        headers = {"authorization": f"Bearer {token}", "idempotency-key": "nightly"}
+        sent = {"title": "x", "agent": "echo"}
+        answers = [await served.nobody.post("/v1/tickets", json=sent, headers=headers) for _ in range(2)]
+        assert answers[0].json() == answers[1].json()
+        assert answers[0].json()["project_id"] == project
+        made.append(answers[0].json()["id"])
+        await served.admin.delete("/v1/tokens/ci")
+    assert len(set(made)) == 3
 
 
 def _is_run(endpoint: Endpoint) -> bool:

@@ -298,7 +298,7 @@ async def test_who_takes_no_webhooks(server: Server) -> None:
     refused(await server.post(name="..%2f..%2fetc"), 404, "nothing at this address")
     refused(await server.client.post("/hooks/nightly/x"), 404, "nothing at this address")
     refused(await server.client.get("/hooks/nightly"), 405, "no such method")
-    await server.store.enable_workflow("nightly", enabled=False)
+    await server.store.enable_workflow("nightly", enabled=False, by="test")
     refused(await server.client.post("/hooks/nightly", content=BODY), 401, "X-Swarm-Signature")  # not told to anybody
     refused(await server.post(), 409, "disabled")
     assert await server.tickets() == []

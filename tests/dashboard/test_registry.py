@@ -69,6 +69,8 @@ async def test_a_workflow_is_started_from_a_form(served: Served) -> None:
     assert (await served.operator.post(f"{at}/enable", data={"enabled": "no"})).status_code == 403
     assert (await served.admin.post(f"{at}/enable", data={"enabled": "perhaps"})).status_code == 400
     assert (await served.admin.post(f"{at}/enable", data={"enabled": "no"})).status_code == 303
+    events = await served.store.events(None)
+    assert ("workflow.disable", "the-admin") in [(one.data.get("did"), one.data.get("by")) for one in events]
     assert "Start a run" not in await page(served.operator, at) and "Enable" in await page(served.admin, at)
     assert (await served.operator.post(f"{at}/start", data=good)).status_code == 400
 

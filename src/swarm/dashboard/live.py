@@ -31,10 +31,11 @@ class Live:
         self._open = 0
 
     async def follow(self, call: Call) -> StreamingResponse:
-        if call.query.ticket is not None:
-            await own_ticket(call.context, call.actor, call.query.ticket)
+        ticket = call.query.ticket
+        if ticket is not None:
+            ticket = (await own_ticket(call.context, call.actor, ticket)).id
         return StreamingResponse(
-            self._stream(call.context, call.query.ticket),
+            self._stream(call.context, ticket),
             media_type="text/event-stream",
             headers={"cache-control": "no-store"},
         )

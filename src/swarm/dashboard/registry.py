@@ -253,7 +253,7 @@ async def enable(context: Context, request: Request, actor: Actor) -> Response:
     wanted = (await form(request, limit=4096, fields=2)).get("enabled")
     if wanted not in ("yes", "no"):
         raise Refused(400, "the form must say 'yes' or 'no'")
-    await context.store.enable_workflow(row.id, enabled=wanted == "yes")
+    await context.store.enable_workflow(row.id, enabled=wanted == "yes", by=actor.name)
     return RedirectResponse(f"/workflows/{quote(row.id, safe='')}", status_code=303)
 
 

@@ -26,10 +26,9 @@ from swarm.base.log import logger
 from swarm.dashboard import text
 from swarm.dashboard.history import told
 from swarm.dashboard.visible import slug, visible
-from swarm.errors import NotFound, SwarmError
+from swarm.errors import SwarmError
 from swarm.model import Role, Ticket
 from swarm.store.registry.tokens import Actor
-from swarm.store.tickets.validation import shown
 
 log = logger(__name__)
 
@@ -113,10 +112,7 @@ def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, m
 async def own_ticket(context: Context, actor: Actor, ref: str) -> Ticket:
     """By its id, or the beginning of one. One of another project does not exist for whoever is bound to one. Raises
     NotFound."""
-    ticket = await context.store.ticket(await context.store.ticket_id(ref))
-    if actor.project_id is not None and ticket.project_id != actor.project_id:
-        raise NotFound(f"no ticket {shown(ref)}")
-    return ticket
+    return await context.store.visible_ticket(ref, project_id=actor.project_id)
 
 
 async def form(request: Request, *, limit: int = _FORM_BYTES, fields: int = 1000) -> FormData:

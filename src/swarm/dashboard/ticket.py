@@ -222,6 +222,6 @@ async def _act(action: str, context: Context, request: Request, actor: Actor) ->
     elif action == "retry":
         await store.retry(ticket.id, step=str(given.get("step") or "") or None, by=actor.name)
     else:
-        await store.remove_tickets([ticket.id], by=actor.name)
+        await store.remove_tickets([ticket.id], by=actor.name, project_id=actor.project_id)
         return RedirectResponse("/tickets", status_code=303)
     return RedirectResponse(f"/tickets/{quote(ticket.id, safe='')}", status_code=303)

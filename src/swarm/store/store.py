@@ -184,6 +184,11 @@ class Store:
         NotFound, and Conflict if several begin with it."""
         return await self._read.call(tickets.ticket_id, ref)
 
+    async def visible_ticket(self, ref: str, *, project_id: str | None) -> Ticket:
+        """The ticket that a user of the API means by ``ref``, as `ticket_id` finds it; with a ``project_id``, there are
+        no others. Raises NotFound, and Conflict if several begin with it."""
+        return await self._read.call(tickets.visible, ref, project_id=project_id)
+
     async def names(self, ids: Collection[str | None]) -> Mapping[str, str]:
         """name@version of those of these ids that are of registered agents and workflows."""
         return await self._read.call(tickets.names, sorted({id for id in ids if id}))
@@ -273,9 +278,9 @@ class Store:
         nothing when it is already cancelled. Raises NotFound, and Conflict when it is done or failed."""
         await self._write.call(tickets.cancel, ticket_id, by=by)
 
-    async def ticket_states(self, ids: Sequence[str]) -> dict[str, str]:
-        """Of those of these tickets that exist."""
-        return await self._read.call(tickets.states, tuple(ids))
+    async def ticket_states(self, ids: Sequence[str], *, project_id: str | None = None) -> dict[str, str]:
+        """Of those of these tickets that exist, in the project if one is given."""
+        return await self._read.call(tickets.states, tuple(ids), project_id=project_id)
 
     async def for_each(self, ids: Sequence[str], act: Callable[[Tx, str], None]) -> dict[str, str]:
         """``act``, such as `tickets.cancel`, on each of these tickets, in one transaction; why not, of those of which
@@ -286,11 +291,13 @@ class Store:
         """draft → ready. Does nothing when it is ready. Raises NotFound, and Conflict in any other state."""
         await self._write.call(tickets.make_ready, ticket_id, by=by)
 
-    async def remove_tickets(self, ids: Sequence[str], *, by: str, force: bool = False) -> None:
+    async def remove_tickets(
+        self, ids: Sequence[str], *, by: str, force: bool = False, project_id: str | None = None
+    ) -> None:
         """Delete them, all or none; their runs and artifacts go too, an event `deleted` stays. Raises NotFound, and
         Conflict for one that runs or that a blocked ticket depends on; with ``force``, such a one is cancelled, and
-        its worker learns that as from `cancel`."""
-        await self._write.call(tickets.remove, tuple(ids), force=force, by=by)
+        its worker learns that as from `cancel`. With a ``project_id``, nothing that is not of it may depend on them."""
+        await self._write.call(tickets.remove, tuple(ids), force=force, by=by, project_id=project_id)
 
     async def retry(self, ticket_id: str, *, step: str | None = None, by: str = "hand") -> None:
         """failed or cancelled → ready, for a new run. Raises NotFound, and Conflict in any other state.
@@ -738,7 +745,7 @@ class Store:
         or a schedule starts it."""
         return await self._write.call(workflows.remove, ref, by=by)
 
-    async def enable_workflow(self, ref: str, *, enabled: bool, by: str | None = None) -> WorkflowRow:
+    async def enable_workflow(self, ref: str, *, enabled: bool, by: str) -> WorkflowRow:
         """Raises NotFound."""
         return await self._write.call(workflows.enable, ref, enabled=enabled, by=by)
 

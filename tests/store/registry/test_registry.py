@@ -78,7 +78,7 @@ async def test_workflows(store: Store) -> None:
     newer = await store.put_workflow(replace(FLOW, version="1.10.0"))
     assert [await store.workflow(ref) for ref in ("flow", "flow@1.0", row.id)] == [newer, row, row]
     assert [one.version for one in await store.workflows()] == ["1.0.0", "1.10.0"]
-    off = await store.enable_workflow("flow@1.0.0", enabled=False)
+    off = await store.enable_workflow("flow@1.0.0", enabled=False, by="test")
     assert not off.enabled and not (await store.workflow(row.id)).enabled and (await store.workflow("flow")).enabled
     for ref in ("no", "flow@2", ""):
         with pytest.raises(NotFound):

@@ -84,10 +84,10 @@ async def test_rows_follow_what_is_registered(store: Store, outside: Outside) ->
     )
     assert await fire(store) == pytest.approx(1800, abs=30) and await made(store) == []
 
-    await store.enable_workflow("flow", enabled=False)
+    await store.enable_workflow("flow", enabled=False, by="test")
     assert (await only(store)).next_at is None and await fire(store) is None
     await store.shift_clock(3 * HOUR)  # while it is disabled, no time counts as missed
-    await store.enable_workflow("flow", enabled=True)
+    await store.enable_workflow("flow", enabled=True, by="test")
     assert (await only(store)).next_at == "2026-01-01T13:00:00.000Z" and await fire(store) and await made(store) == []
 
     await store.shift_clock(HOUR)  # a new version does not swallow a due time
@@ -341,7 +341,7 @@ async def test_one_that_was_disabled_meanwhile_does_not_run(store: Store) -> Non
     await store.put_workflow(FLOW)
     await store.shift_clock(HOUR)
     (due,) = (found := await store.due_schedules()).due
-    await store.enable_workflow("flow", enabled=False)
+    await store.enable_workflow("flow", enabled=False, by="test")
     request = Scheduler(store=store, evaluator=Local())._request(due, found.now_ms)
     assert request is not None and not await store.fire_schedule(request)
     assert await made(store) == []

@@ -315,14 +315,14 @@ async def test_an_unknown_or_disabled_workflow(store: Store, outside: Outside) -
     assert await claims(store) == []
     assert "no workflow has the id or name 'nowhere'" in (await state(store, "unknown"))[1]
     assert (await state(store, "misspelt"))[1] == "no workflow has the id or name 'flwo'; did you mean 'flow'?"
-    await store.enable_workflow("flow", enabled=False)
+    await store.enable_workflow("flow", enabled=False, by="test")
     insert(outside, "t", agent_id=None, execution_mode="workflow", workflow_id=id_)
     assert await claims(store) == []
     assert await state(store) == (
         "failed",
         "the workflow flow@1.0.0 is disabled; `swarm workflow enable flow@1.0.0` enables it",
     )
-    await store.enable_workflow("flow", enabled=True)
+    await store.enable_workflow("flow", enabled=True, by="test")
     await store.retry("t")
     assert await run(store) == ["first", "second", "third"]
 

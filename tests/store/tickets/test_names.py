@@ -88,7 +88,7 @@ MISSPELT: dict[str, tuple[Callable[[Store], Coroutine[Any, Any, Any]], str]] = {
     "agent, unlike any": (lambda store: store.agent("zzz"), "no agent 'zzz'; `swarm agent list` shows all"),
     "agent to remove": (lambda store: store.remove_agent("ech"), "did you mean 'echo'?"),
     "workflow": (lambda store: store.workflow("flwo"), "no workflow 'flwo'; did you mean 'flow'?"),
-    "workflow to enable": (lambda store: store.enable_workflow("flows", enabled=True), "did you mean 'flow'?"),
+    "workflow to enable": (lambda store: store.enable_workflow("flows", enabled=True, by="a"), "did you mean 'flow'?"),
     "secret": (lambda store: store.remove_secret("TOKNE", "all"), "no secret 'TOKNE' for all; did you mean 'TOKEN'?"),
     "scope": (lambda store: store.remove_secret("TOKEN", "all"), "no secret 'TOKEN' for all; it is set for agent:echo"),
 }

@@ -156,7 +156,9 @@ async def _answer(call: Call, body: Answer, *, why: str, budget: Limit | None = 
 
 async def delete_ticket(call: Call) -> None:
     ticket = await own_ticket(call)
-    await call.store.remove_tickets([ticket.id], by=call.actor.name, force=call.query.force)
+    await call.store.remove_tickets(
+        [ticket.id], by=call.actor.name, force=call.query.force, project_id=call.actor.project_id
+    )
 
 
 async def wait_for_ticket(call: Call) -> Waited:
@@ -181,7 +183,7 @@ async def change_tickets(call: Call) -> BulkDone:
     matched = await call.store.count_tickets(which, after=body.after)
     if not body.confirm:
         return BulkDone(matched=matched, done=0, skipped=0, reasons=[], left=matched, after=body.after)
-    act = _act(body, by=call.actor.name)
+    act = _act(body, by=call.actor.name, project_id=call.actor.project_id)
     after: str | None = body.after
     refused: dict[str, str] = {}
     ids: list[str] = []
@@ -218,9 +220,9 @@ async def _which(call: Call, body: Bulk) -> TicketFilter:
     return replace(which, states=tuple(states) or ("",))
 
 
-def _act(body: Bulk, *, by: str) -> Callable[[Tx, str], None]:
+def _act(body: Bulk, *, by: str, project_id: str | None) -> Callable[[Tx, str], None]:
     if body.action == BulkAction.DELETE:
-        return lambda tx, id: tickets.remove(tx, [id], force=body.force, by=by)
+        return lambda tx, id: tickets.remove(tx, [id], force=body.force, by=by, project_id=project_id)
     return partial(tickets.cancel if body.action == BulkAction.CANCEL else tickets.retry, by=by)
 
 

@@ -90,10 +90,7 @@ async def own_ticket(call: Call) -> Ticket:
 
 async def ticket_of(call: Call, ref: str) -> Ticket:
     """One of another project does not exist for a caller who is bound to one. Raises NotFound."""
-    ticket = await call.store.ticket(await call.store.ticket_id(ref))
-    if call.actor.project_id is not None and ticket.project_id != call.actor.project_id:
-        raise NotFound(f"no ticket {shown(ref)}")
-    return ticket
+    return await call.store.visible_ticket(ref, project_id=call.actor.project_id)
 
 
 async def list_tickets(call: Call) -> TicketPage:
@@ -143,7 +140,8 @@ async def add_once(call: Call, ticket: Ticket, *, of: str, depends_on: Sequence[
     if not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
         raise UsageError(f"the header Idempotency-Key must have 1 to {MAX_KEY_CHARS} printable characters")
     digest = hashlib.sha256(of.encode(errors="replace")).hexdigest()
-    once = Once(scope=f"api:{by}", key=key, digest=digest)
+    project = call.actor.project_id  # the next holder of this name may be of another
+    once = Once(scope=f"api:{by}" if project is None else f"api:{by}:{project}", key=key, digest=digest)
     added, _ = await call.store.add_ticket_once(ticket, once, depends_on=depends_on, uses=uses, by=by)
     return added
 
@@ -163,7 +161,11 @@ async def _files_of(call: Call, ticket: Ticket) -> set[str]:
 
 
 async def show_ticket(call: Call) -> TicketDetails:
-    return await call.store.details((await own_ticket(call)).id)
+    found = await call.store.details((await own_ticket(call)).id)
+    if (project := call.actor.project_id) is None or not found.depends_on:
+        return found
+    own = await call.store.ticket_states(found.depends_on, project_id=project)
+    return replace(found, depends_on=[id for id in found.depends_on if id in own])
 
 
 ENDPOINTS: Final[Sequence[Endpoint]] = (

@@ -157,7 +157,7 @@ def workflows(tx: Tx) -> list[WorkflowRow]:
     return [_row(row) for row in tx.all(_ALL)]
 
 
-def enable(tx: Tx, ref: str, *, enabled: bool, by: str | None = None) -> WorkflowRow:
+def enable(tx: Tx, ref: str, *, enabled: bool, by: str) -> WorkflowRow:
     found = workflow(tx, ref)
     tx.run(_ENABLE, id=found.id, enabled=enabled, now=tx.now)
     schedules.sync(tx, found.name)

@@ -243,14 +243,15 @@ class Tx:
         return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
 
 
-def unique(tx: Tx, statement: Sql, ref: str, what: str) -> Row | None:
+def unique(tx: Tx, statement: Sql, ref: str, what: str, **values: str) -> Row | None:
     """The row whose id alone begins with ``ref``, of at least four characters. Raises Conflict if several do.
-    ``statement``: rows with :ref <= id < :end.
+    ``statement``: rows with :ref <= id < :end; it may have further ``values``.
 
     Only ids that were generated: `ticket rm test-1` must never mean test-10."""
     if len(ref) < 4:
         return None
-    rows = [row for row in tx.all(statement, ref=ref, end=f"{ref}\U0010ffff") if _GENERATED.fullmatch(str(row.id))]
+    found = tx.all(statement, ref=ref, end=f"{ref}\U0010ffff", **values)
+    rows = [row for row in found if _GENERATED.fullmatch(str(row.id))]
     if len(rows) > 1:
         some = ", ".join(str(row.id) for row in rows[:5]) + (", …" if len(rows) > 5 else "")
         raise Conflict(f"the ids of several {what} begin with {ref!r}: {some}; write more of it")

@@ -32,7 +32,7 @@ BLOCKED_DEPENDANTS: Final = Sql(
     "WHERE d.depends_on IN :ids AND t.state = 'blocked'"
 )
 OPEN_DEPENDANTS: Final = Sql(  # a claim looks at what a ready one needs, too
-    "SELECT DISTINCT d.ticket_id FROM ticket_dependencies d JOIN tickets t ON t.id = d.ticket_id "
+    "SELECT DISTINCT d.ticket_id, t.project_id FROM ticket_dependencies d JOIN tickets t ON t.id = d.ticket_id "
     "WHERE d.depends_on IN :ids AND t.state IN ('draft', 'ready', 'blocked')"
 )
 

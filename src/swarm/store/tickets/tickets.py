@@ -46,6 +46,10 @@ _ID: Final = Sql("SELECT id FROM tickets WHERE id = :id")
 _IDS_FROM: Final = Sql(
     "SELECT id FROM tickets WHERE id >= :ref AND id < :end AND length(id) IN (32, 36) ORDER BY id LIMIT 100"
 )
+_OWN_IDS_FROM: Final = Sql(  # however many others begin like that
+    "SELECT id FROM (SELECT id, project_id FROM tickets WHERE id >= :ref AND id < :end AND length(id) IN (32, 36) "
+    "ORDER BY id LIMIT 10000) AS t WHERE t.project_id = :project_id ORDER BY id LIMIT 100"
+)
 _NEWEST_IDS: Final = Sql("SELECT id FROM tickets ORDER BY created_at DESC LIMIT 500")
 _NAMES: Final = Sql(
     "SELECT id, name, version FROM agents WHERE id IN :ids "
@@ -57,7 +61,7 @@ _RETRY: Final = one_row(
     "UPDATE tickets SET state = 'ready', error = NULL, outputs = NULL, run_id = NULL, started_at = NULL, "
     "completed_at = NULL, updated_at = :now WHERE id = :id"
 )
-_STATES: Final = Sql("SELECT id, state FROM tickets WHERE id IN :ids")
+_STATES: Final = Sql("SELECT id, state, project_id FROM tickets WHERE id IN :ids")
 _DELETE: Final = Sql("DELETE FROM tickets WHERE id = :id")
 _RUNS: Final = Sql(f"SELECT {rows.columns(RunRow, 'r')} FROM workflow_runs r WHERE r.ticket_id = :id ORDER BY r.id")
 _STEPS: Final = Sql(
@@ -144,6 +148,21 @@ def ticket_id(tx: Tx, ref: str) -> str:
     return str(row.id)
 
 
+def visible(tx: Tx, ref: str, *, project_id: str | None) -> Ticket:
+    """The ticket of an id, or of the beginning of a generated one, for another user: there are none but the project's,
+    if one is given. Raises as `ticket_id`, but tells nothing that it is not asked for, and costs little."""
+    row = tx.first(_BY_ID, id=ref) if validation.storable(ref) else None
+    if row is None or project_id not in (None, row.project_id):
+        row = None
+        if validation.storable(ref):
+            given, statement = ({}, _IDS_FROM) if project_id is None else ({"project_id": project_id}, _OWN_IDS_FROM)
+            found = unique(tx, statement, ref, "tickets", **given)
+            row = tx.first(_BY_ID, id=found.id) if found is not None else None
+    if row is None:
+        raise NotFound(f"no ticket {validation.shown(ref)}")
+    return rows.ticket(row)
+
+
 def names(tx: Tx, ids: Sequence[str]) -> dict[str, str]:
     """name@version of those of these ids that are of registered agents and workflows."""
     return {row.id: f"{row.name}@{row.version}" for row in tx.all_in(_NAMES, ids)}
@@ -226,9 +245,10 @@ def for_each(tx: Tx, ids: Sequence[str], act: Callable[[Tx, str], None]) -> dict
     return refused
 
 
-def states(tx: Tx, ids: Sequence[str]) -> dict[str, str]:
-    """Of those that exist."""
-    return {row.id: rows.lenient(row.state) or "" for row in tx.all_in(_STATES, ids)}
+def states(tx: Tx, ids: Sequence[str], *, project_id: str | None = None) -> dict[str, str]:
+    """Of those that exist, in the project if one is given."""
+    found = [row for row in tx.all_in(_STATES, ids) if project_id in (None, row.project_id)]
+    return {row.id: rows.lenient(row.state) or "" for row in found}
 
 
 def make_ready(tx: Tx, id: str, *, by: str) -> None:
@@ -243,20 +263,22 @@ def make_ready(tx: Tx, id: str, *, by: str) -> None:
     changes.flush()
 
 
-def remove(tx: Tx, ids: Sequence[str], *, force: bool, by: str) -> None:
+def remove(tx: Tx, ids: Sequence[str], *, force: bool, by: str, project_id: str | None = None) -> None:
     """Delete tickets as a DELETE does, all or none. ``force`` cancels those that run, and fails those that depend on
-    them."""
+    them. For whoever is bound to a project, what depends on them and is not of it is not named, and does not fail."""
     found = [ticket(tx, id) for id in ids]
     ours = {one.id for one in found}
     for one in found:
+        needed = tx.all_in(dependencies.OPEN_DEPENDANTS, [one.id]) if not force or project_id is not None else []
+        if project_id is not None and any(row.project_id != project_id for row in needed):
+            raise Conflict(f"something that this token can't see depends on the ticket {validation.shown(one.id)}")
         if force:
             if ticket(tx, one.id).state not in TERMINAL_TICKET_STATES:  # it failed if one of them that it needs ended
                 cancel(tx, one.id, by=by)
             continue
         if one.state in (TicketState.IN_PROGRESS, TicketState.WAITING):
             raise Conflict(f"the ticket {validation.shown(one.id)} is {one.state}: --force cancels it first")
-        needed = [row.ticket_id for row in tx.all_in(dependencies.OPEN_DEPENDANTS, [one.id])]
-        if others := sorted({str(rows.lenient(other)) for other in needed} - ours):
+        if others := sorted({str(rows.lenient(row.ticket_id)) for row in needed} - ours):
             raise Conflict(
                 f"{validation.shown(others[0])} depends on the ticket {validation.shown(one.id)} and would fail: "
                 "remove both, or give --force"
