@@ -12,7 +12,8 @@
     │   └── TicketWithdrawn    since somebody cancelled or deleted the ticket
     ├── StoreError             the database can't be used (locked, read-only, full, not migrated)
     │   ├── ChangeRefused      a trigger, an index or a constraint that Swarm did not make refused one change
-    │   └── FilesChanged       its files were changed underneath an engine: exit status 3
+    │   ├── Locked             another program holds its write lock: the same work may succeed later
+    │   └── FilesChanged       its files were changed underneath an engine or a server: exit status 3
     ├── HostError              this host lacks something (a tool, a permission, a route, disk space)
     │   ├── CommandFailed      a program that Swarm ran exited with a status other than 0
     │   └── NoSpace            a disk is full or a quota used up: the same work may succeed later
@@ -80,6 +81,10 @@ class ChangeRefused(StoreError):
             f"the database refused the change: {why}; look for a trigger, an index or a constraint that Swarm did not "
             "make"
         )
+
+
+class Locked(StoreError):
+    pass
 
 
 class FilesChanged(StoreError):

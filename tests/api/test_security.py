@@ -6,7 +6,9 @@ docs/security.md names these tests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -52,6 +54,22 @@ async def test_another_user_of_the_host_gets_nothing(served: Served) -> None:
     place.chmod(0o666)
     assert await connected(place, uid=65534) == "connected", "so the line before the last tests something"
     refused(await served.nobody.get("/v1/whoami"), 401, "a valid token")
+
+
+async def test_whether_it_is_well_is_told_to_anybody(served: Served) -> None:
+    """And how the database's files are called to nobody."""
+    file = served.settings.data_dir / "swarm.db"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert (await served.nobody.get("/healthz")).json() == {"status": "ok"}
+        other.execute("ROLLBACK")
+    shutil.copy(file, file.with_name("older.db"))
+    file.with_name("older.db").replace(file)
+    async with asyncio.timeout(30):
+        while (answer := await served.nobody.get("/healthz")).status_code == 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    refused(answer, 503, "the database can't be used")
+    assert str(served.settings.home) not in answer.text
 
 
 async def test_a_copy_of_the_database_lets_nobody_in(served: Served) -> None:

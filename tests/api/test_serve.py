@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -138,6 +140,67 @@ async def test_what_a_killed_server_leaves_is_removed(settings: Settings) -> Non
         assert address.forget_dead(settings) == [] and settings.api_socket.exists()
         address.file(settings).unlink()
         assert address.forget_dead(settings) == [] and settings.api_socket.exists()
+
+
+async def test_a_database_that_was_replaced_ends_the_server(settings: Settings) -> None:
+    """Its reads would go on in a file that has no name any more, with tokens that were revoked since."""
+    database = settings.data_dir / "swarm.db"
+    async with server(settings) as (_, process):
+        assert process.stderr is not None
+        shutil.copy(database, settings.home / "older.db")
+        (settings.home / "older.db").replace(database)
+        said = await asyncio.wait_for(process.stderr.read(), 30)
+        assert await process.wait() == 3 and b"was changed from outside" in said
+    assert not settings.api_socket.exists()
+
+
+def _answering(name: str, gate: asyncio.Event | None = None) -> Callable[..., Awaitable[None]]:
+    async def app(scope: object, receive: object, send: Callable[..., Awaitable[None]]) -> None:
+        if gate is not None:
+            await gate.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": name.encode()})
+
+    return app
+
+
+async def _ask(path: Path) -> str:
+    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path)), timeout=30) as client:
+        return (await client.get("http://swarm/")).text
+
+
+async def test_the_socket_is_taken_over_when_its_server_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    async with AsyncExitStack() as second:
+        async with api_server.serving_locally(_answering("first"), path):
+            await second.enter_async_context(api_server.serving_locally(_answering("second"), path))
+            assert await _ask(path) == "first"
+        async with asyncio.timeout(30):
+            while not path.exists() or await _ask(path) != "second":  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    assert not path.exists()
+
+
+async def test_a_server_that_still_answers_leaves_the_socket_of_its_successor(tmp_path: Path) -> None:
+    path, gate, begun = tmp_path / "api.sock", asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        await _answering("first", gate)(scope, receive, send)
+
+    async with AsyncExitStack() as first:
+        await first.enter_async_context(api_server.serving_locally(slow, path))
+        asked = asyncio.create_task(_ask(path))
+        await asyncio.wait_for(begun.wait(), 30)
+        ending = asyncio.create_task(first.aclose())
+        async with asyncio.timeout(30):
+            while api_server.listens(path):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            async with api_server.serving_locally(_answering("second"), path):
+                assert not ending.done()
+                gate.set()
+                await ending
+                assert await asked == "first" and await _ask(path) == "second"
 
 
 def test_the_server_loads_nothing_that_runs_vms() -> None:

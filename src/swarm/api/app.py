@@ -55,7 +55,9 @@ def application(context: Context, *, hooks: Route, pages: Sequence[BaseRoute] = 
         return await guarded(answer)
 
     async def alive(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        if await context.feed.well():
+            return JSONResponse({"status": "ok"})
+        return problem(503, "the database can't be used: the server's log says why")
 
     routes: list[BaseRoute] = [
         Route("/healthz", alive),

@@ -9,17 +9,25 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Final
 
-from swarm.errors import StoreError
+from swarm.errors import Locked, StoreError
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 
 _CHECK_SECONDS: Final = 30.0
 _ALL_SECONDS: Final = 1.0  # since another program may change a ticket without an event
 _EVENTS: Final = 1000
+_TRIED_SECONDS: Final = 1.0
 
 
 class Feed:
-    def __init__(self) -> None:
+    """``watch``: the task that watches the database. It ends with StoreError when the database's files were moved,
+    removed or replaced, after which reads would tell what no longer is: then the server must end."""
+
+    watch: asyncio.Task[None]
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tried, self._fault = 0.0, False
         self._changed = asyncio.Event()
         self._of_tickets: dict[str, asyncio.Event] = {}
         self.closed = False
@@ -28,14 +36,25 @@ class Feed:
     @asynccontextmanager
     async def of(cls, store: Store) -> AsyncIterator[Feed]:
         """Raises StoreError."""
-        feed = cls()
+        feed = cls(store)
         async with store.watching() as wake:
-            task = asyncio.create_task(feed._watch(store, wake))
+            feed.watch = asyncio.create_task(feed._watch(store, wake))
             try:
                 yield feed
             finally:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                feed.watch.cancel()
+                await asyncio.gather(feed.watch, return_exceptions=True)
+
+    async def well(self) -> bool:
+        """Can the database be read? As of a second ago, however many ask. That it is locked is no fault."""
+        if not self.watch.done() and time.monotonic() >= self._tried + _TRIED_SECONDS:
+            self._tried = time.monotonic()
+            try:
+                await self._store.newest_event()
+                self._fault = False
+            except StoreError as error:
+                self._fault = not isinstance(error, Locked)
+        return not self._fault and not self.watch.done()
 
     def now(self, ticket_id: str | None = None) -> asyncio.Event:
         """To be taken before the database is read: it is set by the first commit after that. With ``ticket_id``, by the
@@ -75,7 +94,7 @@ class Feed:
                 if changed is None or time.monotonic() - told >= _ALL_SECONDS:
                     changed, told = list(self._of_tickets), time.monotonic()
                 self._tell_of(changed)
-        finally:  # the files were replaced: requests find out what is wrong themselves
+        finally:
             self._tell()
             self._tell_of(list(self._of_tickets))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import ipaddress
 import os
 import socket
@@ -15,7 +16,7 @@ from typing import Any, Final
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from swarm.base.aio import finish_uninterrupted
+from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.errors import HostError, UsageError
 
 # How long running requests may take when the server stops.
@@ -23,6 +24,7 @@ GRACE_SECONDS: Final = 10
 _UNREAD_SECONDS: Final = 1.0  # then, for answers that their clients don't read
 HEAD_SECONDS: Final = 10.0
 STALLED_SECONDS: Final = 60.0  # in which a client takes nothing of its answer
+_TAKE_OVER_SECONDS: Final = 2.0
 _MAX_WITHOUT_HEAD: Final = 128  # connections that have not sent one; the oldest makes room
 
 
@@ -108,21 +110,31 @@ async def serving(
 
 
 @asynccontextmanager
-async def serving_locally(app: Any, path: Path) -> AsyncIterator[asyncio.Task[None] | None]:
-    """Serve an ASGI app on a Unix socket that only this user can open; yields the task that ends if the server does,
-    or None if another server of this home has the socket, which is as good.
+async def serving_locally(app: Any, path: Path) -> AsyncIterator[asyncio.Task[None]]:
+    """Serve an ASGI app on a Unix socket that only this user can open; yields the task that ends if the server does.
+    While another server of this home has the socket, that is as good; once it is gone, ours takes the socket over.
 
     Raises HostError when the server can't listen there.
     """
-    bound = _bind_locally(path)
-    if bound is None:
-        yield None
-        return
+    task = asyncio.create_task(_serve_locally(app, path, _bind_locally(path)))
     try:
-        async with _serving(app, bound, HEAD_SECONDS, STALLED_SECONDS) as task:
-            yield task
+        yield task
     finally:
-        path.unlink(missing_ok=True)
+        await cancel_all([task])
+
+
+async def _serve_locally(app: Any, path: Path, bound: socket.socket | None) -> None:
+    while bound is None:
+        await asyncio.sleep(_TAKE_OVER_SECONDS)
+        bound = _bind_locally(path)
+    ours = _inode(path)
+    async with _serving(app, bound, HEAD_SECONDS, STALLED_SECONDS) as task:
+        try:
+            await asyncio.wait({task})
+            task.result()
+        finally:  # while it still listens: as soon as it does not, the file may be another server's
+            if _inode(path) == ours:
+                path.unlink(missing_ok=True)
 
 
 @asynccontextmanager
@@ -188,25 +200,50 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _bind_locally(path: Path) -> socket.socket | None:
+    """None if another server has it."""
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with short_path(path) as short:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-                other.connect(short)
+        with short_path(path) as short, _alone(path.parent):
+            if listens(path):
                 bound.close()
                 return None
             path.unlink(missing_ok=True)  # left by a server that was killed
-            mask = os.umask(0o177)
-            try:
-                bound.bind(short)
-            finally:
-                os.umask(mask)
-        bound.listen(128)
+            bound.bind(short)
+            Path(short).chmod(0o600)  # nobody can connect before the next line
+            bound.listen(128)
         bound.setblocking(False)
     except OSError as error:
         bound.close()
         raise HostError(f"can't listen on {path}: {error.strerror or error}") from None
     return bound
+
+
+def listens(path: Path) -> bool:
+    """Does a server listen on this Unix socket?"""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        with short_path(path) as short, contextlib.suppress(BlockingIOError):  # it is there, and others wait
+            probe.connect(short)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Of the servers that take over a socket at once, the second must find what the first has made."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 @contextlib.contextmanager

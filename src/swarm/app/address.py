@@ -55,23 +55,13 @@ def forget_dead(settings: Settings) -> list[Path]:
     """Remove what a server that was killed has left. Returns what is removed. Raises HostError."""
     if running(settings) is not None:
         return []
+    from swarm.api.server import listens
+
     removed = []
     for path in (file(settings), settings.api_socket):
-        if path == settings.api_socket and _answers(path):
+        if path == settings.api_socket and listens(path):
             continue
         with files.host_errors(f"can't remove {path}"), contextlib.suppress(FileNotFoundError):
             path.unlink()
             removed.append(path)
     return removed
-
-
-def _answers(path: Path) -> bool:
-    import socket
-
-    from swarm.api.server import short_path
-
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        with short_path(path) as short:
-            probe.connect(short)
-        return True
-    return False

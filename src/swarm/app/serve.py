@@ -75,7 +75,7 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
         if (to := traces.target()) is not None:
             loops.append(asyncio.create_task(traces.export(opened, feed, to)))
         stack.push_async_callback(cancel_all, loops)
-        yield url, asyncio.create_task(_either(*[task for task in (on_socket, on_port, *loops) if task is not None]))
+        yield url, asyncio.create_task(_either(feed.watch, on_socket, on_port, *loops))
 
 
 def sender(settings: Settings, opened: Store) -> Sender:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from swarm.errors import StoreError
+from swarm.errors import Locked, StoreError
 
 # Messages with the fields of `explain`.
 NOT_MIGRATED: Final = (
@@ -71,4 +71,7 @@ def explain(
     text = OUT_OF_MEMORY if isinstance(error, MemoryError) else dialect.explain(error)
     if text is NOT_MIGRATED and complete():
         return None
-    return StoreError(text.format(place=place, busy=busy_timeout_seconds, error=error)) if text else None
+    if text is None:
+        return None
+    kind = Locked if isinstance(error, Exception) and dialect.is_locked(error) else StoreError
+    return kind(text.format(place=place, busy=busy_timeout_seconds, error=error))

@@ -80,7 +80,7 @@ class OpenFiles:
                 _keep_open(self._file)
         if self._fault:
             raise FilesChanged(
-                f"{self._fault} while an engine was using it; nothing more is written: stop all engines, check the "
+                f"{self._fault} while it was in use; nothing more is written: stop all engines and servers, check the "
                 "database (one that is put back by hand needs its old -wal and -shm removed first), and start again"
             )
 

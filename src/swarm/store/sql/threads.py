@@ -25,7 +25,7 @@ from enum import Enum, auto
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from swarm.base import crash_points
-from swarm.errors import StoreError, SwarmError
+from swarm.errors import FilesChanged, Locked, StoreError, SwarmError
 from swarm.store.sql.database import Connection, Database, Outdated, Tx
 from swarm.store.sql.flush import Flusher
 
@@ -232,7 +232,8 @@ class ConnectionThread:
                         continue
                     found = [error]
             if failed is not None:  # the database itself failed: the same error for all that is not done
-                found = [StoreError(*failed.args) for _ in group]
+                kind = type(failed) if isinstance(failed, Locked | FilesChanged) else StoreError
+                found = [kind(*failed.args) for _ in group]
             for number, result in zip(numbers, found, strict=True):
                 results[number] = result
         return results
