@@ -193,6 +193,28 @@ async def test_what_depends_on_a_ticket_from_another_project(served: Served) -> 
     assert (await served.viewer.get("/v1/tickets/waits")).json()["depends_on"] == ["needed", "own"]
 
 
+async def test_files_are_of_the_project_that_sent_them(served: Served) -> None:
+    """Not of whoever takes the id that they were sent for, before or afterwards."""
+    tar: dict[str, Any] = {"content": archive({"file": "x"}, mode="w"), "headers": {"content-type": TAR}}
+    async with await _holder(served, "theirs") as theirs, await _holder(served, "mine") as mine:
+        sent = (await theirs.post("/v1/files?ticket=shared", **tar)).json()
+        files = {"title": "x", "agent": "echo", "id": "shared", "inputs": {"$files": {"f": sent["digest"]}}}
+        for other in (mine, served.operator):
+            refused = await other.post("/v1/tickets", json=files)
+            assert refused.status_code == 404 and "no files" in refused.text
+        assert (await mine.post("/v1/tickets", json={**files, "inputs": {}})).status_code == 201
+        assert (await mine.get("/v1/artifacts?ticket=shared")).json() == []
+        assert (await mine.get(f"/v1/artifacts/{sent['digest']}")).status_code == 404
+        assert (await theirs.post("/v1/tickets", json=files)).status_code == 409
+        late = (await theirs.post("/v1/files", **tar)).json()
+        assert (await theirs.post("/v1/tickets", json={**files, "id": late["id"]})).status_code == 201
+        assert (await theirs.get(f"/v1/artifacts/{late['digest']}")).status_code == 200
+        assert len((await theirs.get(f"/v1/artifacts?ticket={late['id']}")).json()) == 2
+        await theirs.delete(f"/v1/tickets/{late['id']}")
+    await served.store.prune(0)
+    assert await served.store.artifacts() == []
+
+
 async def test_a_name_that_goes_to_another_project_takes_no_keys_along(served: Served) -> None:
     made = []
     for project in ("theirs", "mine", None):

@@ -156,23 +156,37 @@ class Store:
     # --- tickets ------------------------------------------------------------------------------------------------------
 
     async def add_ticket(
-        self, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0, by: str | None = None
+        self,
+        ticket: Ticket,
+        *,
+        depends_on: Sequence[str] = (),
+        uses: int = 0,
+        sent_as: str | None = None,
+        by: str | None = None,
     ) -> Ticket:
         """Raises UsageError for a ticket that could never run, Conflict when its id is taken. A workflow's expressions
         see ``trigger_type`` and ``trigger_data`` (JSON) as `trigger`. ``uses``: how many artifacts were kept for it; a
-        Conflict if `prune` has removed some, since it had no ticket yet. ``by``: who adds it, for an event."""
+        Conflict if `prune` has removed some, since it had no ticket yet. ``sent_as``: they were kept by this name
+        (`artifacts.sent_as`), and become the ticket's. ``by``: who adds it, for an event."""
         return await self._write.call(
-            tickets.add, tickets.check(ticket), depends_on=tuple(depends_on), uses=uses, by=by
+            tickets.add, tickets.check(ticket), depends_on=tuple(depends_on), uses=uses, sent_as=sent_as, by=by
         )
 
     async def add_ticket_once(
-        self, ticket: Ticket, once: Once, *, depends_on: Sequence[str] = (), uses: int = 0, by: str
+        self,
+        ticket: Ticket,
+        once: Once,
+        *,
+        depends_on: Sequence[str] = (),
+        uses: int = 0,
+        sent_as: str | None = None,
+        by: str,
     ) -> tuple[Ticket, bool]:
         """The ticket, and whether this request had added it before: then nothing is added. Raises as `add_ticket`, and
         Conflict for a key that was used for something else."""
         checked = tickets.check(ticket)
         return await self._write.call(
-            webhooks.add_once, checked, once=once, depends_on=tuple(depends_on), uses=uses, by=by
+            webhooks.add_once, checked, once=once, depends_on=tuple(depends_on), uses=uses, sent_as=sent_as, by=by
         )
 
     async def ticket(self, id: str) -> Ticket:

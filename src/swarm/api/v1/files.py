@@ -25,7 +25,7 @@ from swarm.base.trees import Entry
 from swarm.errors import Conflict, NotFound, UsageError
 from swarm.model import Role
 from swarm.store import ticket_files
-from swarm.store.runs.artifacts import ArtifactRow
+from swarm.store.runs.artifacts import ArtifactRow, sent_as
 from swarm.store.ticket_files import TicketFiles
 from swarm.store.tickets.validation import shown
 
@@ -120,7 +120,7 @@ async def _kept(call: Call, id: str, file: BinaryIO) -> Uploaded:
     parts = trees.pack(tar.entries(file))
     digest = text = ""
     while batch := await asyncio.to_thread(trees.batch, parts):
-        await call.store.keep_artifacts(id, dict(batch))
+        await call.store.keep_artifacts(sent_as(id, call.actor.project_id), dict(batch))
         digest, text = batch[-1]  # at last, the manifest
         if await call.request.is_disconnected():
             raise Refused(400, "the connection ended before the files were kept")

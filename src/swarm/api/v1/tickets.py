@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, Final
 
@@ -19,6 +20,7 @@ from swarm.model import FILES, BudgetPolicy, Role, Ticket, TicketState
 from swarm.store import submission
 from swarm.store.details import TicketDetails
 from swarm.store.registry.webhooks import Once
+from swarm.store.runs.artifacts import sent_as
 from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
 from swarm.store.tickets.validation import shown
 
@@ -132,17 +134,20 @@ async def submit_ticket(call: Call) -> Ticket:
 async def add_once(call: Call, ticket: Ticket, *, of: str, depends_on: Sequence[str] = ()) -> Ticket:
     """Add a ticket: only once, if the request has an Idempotency-Key. ``of``: what is asked for; a key that was used
     for something else is a Conflict."""
-    by = call.actor.name
-    uses = len(await _files_of(call, ticket))
+    by, project = call.actor.name, call.actor.project_id
+    files = await _files_of(call, ticket)
+    given: dict[str, Any] = {"depends_on": depends_on, "by": by}
+    if files:
+        given |= {"uses": len(files), "sent_as": sent_as(ticket.id, project)}
     key = call.request.headers.get(KEY_HEADER)
     if key is None:
-        return await call.store.add_ticket(ticket, depends_on=depends_on, uses=uses, by=by)
+        return await call.store.add_ticket(ticket, **given)
     if not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
         raise UsageError(f"the header Idempotency-Key must have 1 to {MAX_KEY_CHARS} printable characters")
     digest = hashlib.sha256(of.encode(errors="replace")).hexdigest()
-    project = call.actor.project_id  # the next holder of this name may be of another
+    # With the project: the next holder of this name may be of another.
     once = Once(scope=f"api:{by}" if project is None else f"api:{by}:{project}", key=key, digest=digest)
-    added, _ = await call.store.add_ticket_once(ticket, once, depends_on=depends_on, uses=uses, by=by)
+    added, _ = await call.store.add_ticket_once(ticket, once, **given)
     return added
 
 
@@ -152,12 +157,22 @@ async def _files_of(call: Call, ticket: Ticket) -> set[str]:
     given = json.loads(ticket.inputs or "{}").get(FILES) if FILES in (ticket.inputs or "") else None
     for digest in given.values() if isinstance(given, dict) else ():
         try:
-            text = await call.store.artifact_of(ticket.id, str(digest))
+            text = await _sent(call, ticket.id, str(digest))
         except NotFound:
             why = f"no files {shown(digest)} were sent for the ticket id {shown(ticket.id)}"
             raise NotFound(f"{why}: POST /v1/files sends them, and says the id to use") from None
         found |= {str(digest), *(await asyncio.to_thread(trees.manifest, text)).parts}
     return found
+
+
+async def _sent(call: Call, id: str, digest: str) -> str:
+    """The list of these files. Raises NotFound."""
+    project = call.actor.project_id
+    with suppress(NotFound):
+        return await call.store.artifact_of(sent_as(id, project), digest)
+    if (await call.store.visible_ticket(id, project_id=project)).id != id:  # it is there, if this was asked before
+        raise NotFound(f"no ticket {shown(id)}")
+    return await call.store.artifact_of(id, digest)
 
 
 async def show_ticket(call: Call) -> TicketDetails:

@@ -76,7 +76,7 @@ class Once:
 
 
 def add_once(
-    tx: Tx, ticket: Ticket, *, once: Once, depends_on: Sequence[str], uses: int, by: str
+    tx: Tx, ticket: Ticket, *, once: Once, depends_on: Sequence[str], uses: int, sent_as: str | None, by: str
 ) -> tuple[Ticket, bool]:
     """Add a ticket, or return the one that this request added before, as it is now, and True. Raises Conflict if the
     key was used for something else, NotFound if that ticket was deleted."""
@@ -85,7 +85,7 @@ def add_once(
         if known.digest != once.digest:
             raise Conflict(f"the key {once.key!r} was used for another request; use a different key for each")
         return tickets.ticket(tx, known.ticket_id), True
-    added = tickets.add(tx, ticket, depends_on=depends_on, uses=uses, by=by)
+    added = tickets.add(tx, ticket, depends_on=depends_on, uses=uses, sent_as=sent_as, by=by)
     tx.run(_INSERT, workflow=once.scope, key=f"key:{once.key}", digest=once.digest, ticket_id=added.id, at=tx.now_ms)
     tx.run(_DELETE_OLD, before=tx.now_ms - KEPT_DAYS * 86_400_000, limit=_DELETED_AT_ONCE)
     return added, False

@@ -5,6 +5,7 @@ References (see `packing`) stay within their ticket and are deleted with it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -66,6 +67,12 @@ def keep(tx: Tx, ticket_id: str, parts: Mapping[str, str]) -> None:
     for digest, text in parts.items():
         tx.run(_PUT, digest=digest, bytes=len(text.encode()), data=text, now=tx.now)
         tx.run(_USE, ticket_id=ticket_id, digest=digest)
+
+
+def sent_as(ticket_id: str, project_id: str | None) -> str:
+    """In place of a ticket's id, for what a caller of this project sends before the ticket is added: whoever takes the
+    id first, or meanwhile, gets only what its own project sent. No ticket has such an id, since none may have a NUL."""
+    return f"\0{json.dumps([project_id, ticket_id])}"
 
 
 def of_ticket(tx: Tx, ticket_id: str, digest: str) -> str:

@@ -42,6 +42,11 @@ _INSERT: Final = Sql(
 )
 _BY_ID: Final = Sql(f"SELECT {TICKET_COLUMNS} FROM tickets t WHERE t.id = :id")
 _USES: Final = Sql("SELECT count(*) AS uses FROM artifact_uses WHERE ticket_id = :id")
+_TAKE_USES: Final = Sql(
+    "INSERT INTO artifact_uses (ticket_id, digest) SELECT :id, u.digest FROM artifact_uses u WHERE u.ticket_id = :sent "
+    "ON CONFLICT DO NOTHING"
+)
+_DROP_USES: Final = Sql("DELETE FROM artifact_uses WHERE ticket_id = :sent")
 _ID: Final = Sql("SELECT id FROM tickets WHERE id = :id")
 _IDS_FROM: Final = Sql(
     "SELECT id FROM tickets WHERE id >= :ref AND id < :end AND length(id) IN (32, 36) ORDER BY id LIMIT 100"
@@ -100,7 +105,15 @@ NEXT_DUE: Final = Sql("""
 """)
 
 
-def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0, by: str | None = None) -> Ticket:
+def add(
+    tx: Tx,
+    ticket: Ticket,
+    *,
+    depends_on: Sequence[str] = (),
+    uses: int = 0,
+    sent_as: str | None = None,
+    by: str | None = None,
+) -> Ticket:
     values = {name: getattr(ticket, name) for name in _GIVEN}
     values["trigger_type"] = ticket.trigger_type or "ticket"
     row = tx.first(_INSERT, now=tx.now, **values)
@@ -108,6 +121,9 @@ def add(tx: Tx, ticket: Ticket, *, depends_on: Sequence[str] = (), uses: int = 0
         if tx.first(_BY_ID, id=ticket.id) is None:
             raise ChangeRefused("a trigger ignored it")
         raise Conflict(f"the ticket id {validation.shown(ticket.id)} is taken; choose another one")
+    if sent_as is not None:
+        tx.run(_TAKE_USES, id=ticket.id, sent=sent_as)
+        tx.run(_DROP_USES, sent=sent_as)
     if uses and tx.all(_USES, id=ticket.id)[0].uses < uses:
         raise Conflict(f"files of the ticket {validation.shown(ticket.id)} were removed meanwhile; add it again")
     dependencies.add(tx, ticket.id, depends_on)
