@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from swarm import agents
 from swarm.agents import bundle, check
-from swarm.base import versions
+from swarm.base import manifest, versions
 from swarm.base.manifest import Invalid
 from swarm.channel import files as channel_files
 from swarm.errors import OutputInvalid, StepError, UsageError
@@ -105,6 +105,13 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "colour: unknown field; docs/agents.md lists all",
     ]
     assert [problem.line for problem in caught.value.problems] == [1, 2, 3, 4]
+
+
+def test_a_file_of_problems_is_bounded(tmp_path: Path) -> None:
+    """Not compared with each other: 20,000 of them took minutes."""
+    with pytest.raises(Invalid, match="at least 100 problems") as caught:
+        agents.read(make(tmp_path, GOOD + "".join(f"k{number}: 1\n" for number in range(20_000))))
+    assert len(caught.value.problems) == manifest.MAX_PROBLEMS == 100
 
 
 # --- links ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ import json
 from typing import Any, Final
 
 import httpx
+import pytest
 
+from swarm.api.endpoint import Heavy
+from swarm.api.problem import Refused
 from swarm.model import Succeeded
 from swarm.workflow.parse import MAX_STEPS
 from tests.api.served import Served
@@ -112,6 +115,25 @@ async def test_files_are_bounded(served: Served) -> None:
     refused(await served.admin.post("/v1/workflows", json={}), 415, "application/yaml")
     steps = "".join(f"  - {{id: s{n}, agent: echo}}\n" for n in range(MAX_STEPS + 1))
     refused(await put(served.admin, f"name: large\nversion: 1.0.0\nsteps:\n{steps}"), 400, "at most")
+
+
+async def test_heavy_work_has_few_places() -> None:
+    heavy, begun, done = Heavy(wait_seconds=0.01), asyncio.Semaphore(0), asyncio.Event()
+
+    async def work() -> str:
+        begun.release()
+        await done.wait()
+        return "done"
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(heavy.run(work)) for _ in range(2)]
+        for _ in tasks:
+            await begun.acquire()
+        with pytest.raises(Refused, match="try again") as caught:
+            await heavy.run(work)
+        assert (caught.value.status, caught.value.headers) == (503, {"retry-after": "2"})
+        done.set()
+    assert [task.result() for task in tasks] == ["done", "done"] and await heavy.run(work) == "done"
 
 
 async def test_other_content_needs_another_version(served: Served) -> None:

@@ -78,6 +78,26 @@ def problems(text: str) -> list[str]:
     return []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"k{number}: 1\n" for number in range(20_000)),
+        HEAD + "steps:\n" + "".join(f"- {{id: s{number}}}\n" for number in range(1000)),
+        HEAD + f"steps:\n- {{id: s, agent: echo, needs: [{', '.join(f'no{number}' for number in range(5000))}]}}\n",
+        HEAD + "steps:\n" + "- {id: s, agent: echo, when: '${no}'}\n" * 1000,
+        HEAD + "steps:\n" + "- {id: s, workflow: {steps: [{id: s, agent: echo, bad: 1}]}}\n" * 1000,
+        "k: 1\n" * 20_000,
+        "- !x 1\n" * 20_000,
+    ],
+    ids=["unknown", "empty", "needs", "names", "nested", "twice", "tags"],
+)
+def test_a_file_of_problems_is_bounded(text: str) -> None:
+    """Each takes time to find and to describe: nobody reads thousands."""
+    with pytest.raises(Invalid, match="at least 100 problems") as caught:
+        validate.load(text, REGISTRY)
+    assert len(caught.value.problems) == manifest.MAX_PROBLEMS == 100
+
+
 EVERYTHING = """
 id: 6f1c0a52-3c7a-4f63-8a4e-2f1f9f0e7a11
 name: everything

@@ -66,7 +66,7 @@ class Uploads:
         """What is wrong with an agent; its layer is not built."""
         try:
             with _named(archive):
-                agents.read_package(await _unpacked(archive))
+                await asyncio.to_thread(agents.read_package, await _unpacked(archive))
         except Invalid as error:
             return list(error.problems)
         except UsageError as error:

@@ -212,10 +212,12 @@ def _problems(document: yaml_manifest.Document, error: pydantic.ValidationError)
     for one in error.errors():
         path = place(document.value, one["loc"])
         found.setdefault((*path, one["loc"][-1]) if one["type"] == "missing" else path, []).append(one)
-    problems = []
+    problems, outer = list[yaml_manifest.Problem](), yaml_manifest.around(found)
     for path, errors in found.items():
-        if any(len(other) > len(path) and other[: len(path)] == path for other in found):
+        if path in outer:
             continue
+        if len(problems) >= yaml_manifest.MAX_PROBLEMS:
+            break
         is_unknown = errors[0]["type"] == "extra_forbidden"
         if is_unknown:
             message = unknown(str(path[-1]), _fields(path), page="docs/agents.md")

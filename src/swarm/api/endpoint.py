@@ -8,7 +8,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, get_origin
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_origin
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -20,7 +20,7 @@ from starlette.routing import Route
 from swarm.api import body
 from swarm.api.auth import Auth
 from swarm.api.feed import Feed
-from swarm.api.problem import Refused, of, problem
+from swarm.api.problem import RETRY_SECONDS, Refused, of, problem
 from swarm.base import jsontext
 from swarm.base.log import logger
 from swarm.base.plain import plain
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from swarm.vm.template import Templates
 
 log = logger(__name__)
+_T = TypeVar("_T")
 
 MAX_BODY_BYTES: Final = 1 << 20
 BODY_SECONDS: Final = 30.0
@@ -53,6 +54,28 @@ class Fields(BaseModel):
     """The base of what a request may give, in its body or its query: nothing else is taken."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Heavy:
+    """Work that takes a processor for seconds, such as the check of a large file. It has its own places, so that the
+    threads in which answers are made are left to others."""
+
+    def __init__(self, *, at_once: int = 2, wait_seconds: float = 2.0) -> None:
+        self._places = asyncio.Semaphore(at_once)
+        self._wait_seconds = wait_seconds
+
+    async def run(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Raises Refused (503) when others have the places for too long."""
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                await self._places.acquire()
+        except TimeoutError:
+            headers = {"retry-after": str(RETRY_SECONDS)}
+            raise Refused(503, "others check or draw something large now: try again soon", headers=headers) from None
+        try:
+            return await work()
+        finally:
+            self._places.release()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +94,7 @@ class Context:
     metrics: Metrics
     notices: Sender
     tree_uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))  # at once
+    heavy: Heavy = field(default_factory=Heavy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

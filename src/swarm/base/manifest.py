@@ -6,6 +6,7 @@ number). Every error is a `Problem` with its place, and all of them are reported
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from swarm.errors import UsageError
 MAX_BYTES: Final = 1 << 20
 MAX_NODES: Final = 100_000  # an alias counts each time that it is used
 MAX_DEPTH: Final = 64
+MAX_PROBLEMS: Final = 100  # of one file: nobody reads more at once, and the search for each takes time
 
 KeyPath = tuple[str | int, ...]
 
@@ -49,12 +51,32 @@ class Problem:
         return f"line {self.line}, column {self.column}: {self.message}" if self.line else self.message
 
 
+class Problems(list[Problem]):
+    """Those that are found, until there are enough."""
+
+    def append(self, problem: Problem) -> None:
+        """Raises Enough."""
+        super().append(problem)
+        if len(self) >= MAX_PROBLEMS:
+            raise Enough
+
+    def extend(self, problems: Iterable[Problem]) -> None:
+        """Raises Enough; then it asks ``problems`` for no more."""
+        for one in problems:
+            self.append(one)
+
+
+class Enough(Exception):
+    """There are `MAX_PROBLEMS`: whoever looks for more stops."""
+
+
 class Invalid(UsageError):
-    """A file from a user has errors; ``problems`` has all of them, in the file's order."""
+    """A file from a user has errors; ``problems`` has all, in the file's order, or those that were found first."""
 
     def __init__(self, name: str, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(sorted(set(problems)))
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        self.problems = tuple(sorted(set(problems))[:MAX_PROBLEMS])
+        more = "at least " if len(self.problems) >= MAX_PROBLEMS else ""
+        count = "1 problem" if len(self.problems) == 1 else f"{more}{len(self.problems)} problems"
         super().__init__("\n".join([f"{name}: {count}", *map(str, self.problems)]))
 
 
@@ -104,6 +126,11 @@ class Document:
         return str(value)
 
 
+def around(paths: Iterable[KeyPath]) -> set[KeyPath]:
+    """Of all mappings and lists that the values at these paths are in."""
+    return {path[:length] for path in paths for length in range(len(path))}
+
+
 def load(text: str | bytes, *, name: str) -> Document:
     """Parse one YAML document. Raises Invalid if it isn't YAML, isn't a JSON value, or is too large."""
     if len(text) > MAX_BYTES:
@@ -124,8 +151,9 @@ def load(text: str | bytes, *, name: str) -> Document:
     except (yaml.YAMLError, RecursionError) as error:
         message = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {error}"
         raise Invalid(name, [Problem(line=0, column=0, message=message.replace("\n", " "))]) from None
-    reader = _Reader()
-    value = reader.read(root, (), 0) if root is not None else None
+    reader, value = _Reader(), None
+    with contextlib.suppress(Enough):
+        value = reader.read(root, (), 0) if root is not None else None
     if reader.problems:
         raise Invalid(name, reader.problems)
     return Document(value, reader.positions, reader.keys, text.splitlines())
@@ -164,15 +192,13 @@ class _Reader:
     def __init__(self) -> None:
         self.positions: dict[KeyPath, Position] = {}
         self.keys: dict[KeyPath, Position] = {}
-        self.problems: list[Problem] = []
+        self.problems = Problems()
         self._nodes = 0
 
     def read(self, node: yaml.Node, path: KeyPath, depth: int) -> Any:
         self._nodes += 1
         if self._nodes > MAX_NODES or depth > MAX_DEPTH:
-            if len(self.problems) < 100:
-                what = f"nested deeper than {MAX_DEPTH}" if depth > MAX_DEPTH else f"more than {MAX_NODES} values"
-                self._bad(node, what)
+            self._bad(node, f"nested deeper than {MAX_DEPTH}" if depth > MAX_DEPTH else f"more than {MAX_NODES} values")
             return None
         if node.tag not in _TAGS:
             self._bad(node, f"the tag {node.tag!r} is not supported here")

@@ -109,7 +109,7 @@ async def _workflow(
     page = await context.store.ticket_page(which, limit=_TICKETS)
     schedules = [one for one in await context.store.schedules() if one.workflow_id == row.id]
     keys = tuple(request.query_params.getlist("open")[:20])
-    drawn = await asyncio.to_thread(_drawn, row, keys)
+    drawn = await context.heavy.run(lambda: asyncio.to_thread(_drawn, row, keys))
     return html(
         "workflow.html",
         actor=actor,

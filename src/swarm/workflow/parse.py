@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -139,19 +140,22 @@ class _File(_Body):
 def read(text: str | bytes, *, name: str = FILE) -> tuple[Workflow | None, Document, list[Problem]]:
     """The workflow in a file, the places of its values, and every problem of shape.
 
-    With problems, the workflow has what could be read of the rest, so that more problems can be found in it. Raises
+    With problems, the workflow has what could be read of the rest, so that more problems can be found in it, unless
+    there are enough. Raises
     manifest.Invalid for a text that isn't YAML.
     """
     document = manifest.load(text, name=name)
-    builder = _Builder(document)
-    workflow = builder.file(document.value)
+    builder, workflow = _Builder(document), None
+    with contextlib.suppress(manifest.Enough):
+        workflow = builder.file(document.value)
     return workflow, document, builder.problems
 
 
 class _Builder:
     def __init__(self, document: Document) -> None:
         self._document = document
-        self.problems: list[Problem] = []
+        self.problems = manifest.Problems()
+        self._bad_at: set[manifest.KeyPath] = set()  # with all that is around it
 
     def file(self, value: Any) -> Workflow | None:
         raw = self._model(_File, value, ())
@@ -291,20 +295,19 @@ class _Builder:
             try:
                 return model.model_validate(value)
             except pydantic.ValidationError as error:
-                found = _problems(self._document, path, value, error, model)
-                # A field that is missing in a later round was removed by the repair.
-                self.problems += [one for one in found if round_ == 0 or not one.message.endswith("is missing")]
+                for where, message, at_key in _problems(path, value, error, model):
+                    # A field that is missing in a later round was removed by the repair.
+                    if round_ == 0 or not message.endswith("is missing"):
+                        self._bad(where, message, at_key=at_key)
                 value = _repaired(value, error)
         return None
 
     def _has_problem(self, path: manifest.KeyPath) -> bool:
         """Is there a problem at this place, or inside it?"""
-        place = self._document.positions.get(path)
-        inside = [self._document.positions[p] for p in self._document.positions if p[: len(path)] == path]
-        last = max((one.line for one in inside), default=0)
-        return place is not None and any(place.line <= problem.line <= last for problem in self.problems)
+        return path in self._bad_at
 
     def _bad(self, path: manifest.KeyPath, message: str, *, at_key: bool = False) -> None:
+        self._bad_at |= {path, *manifest.around((path,))}
         self.problems.append(self._document.problem(path, message, at_key=at_key))
 
 
@@ -355,21 +358,17 @@ _ELSEWHERE: Final = {
 
 
 def _problems(
-    document: Document,
-    path: manifest.KeyPath,
-    value: Any,
-    error: pydantic.ValidationError,
-    model: type[pydantic.BaseModel],
-) -> list[Problem]:
-    """One problem for each place. Of a union's branches, only those that got furthest count."""
+    path: manifest.KeyPath, value: Any, error: pydantic.ValidationError, model: type[pydantic.BaseModel]
+) -> Iterator[tuple[manifest.KeyPath, str, bool]]:
+    """One problem for each place: the place, the message, and whether it is about the key. Of a union's branches, only
+    those that got furthest count."""
     at: dict[manifest.KeyPath, list[tuple[Any, list[str | int]]]] = {}
-    for one in error.errors():
+    for one in error.errors(include_url=False):
         inner, rest = _place(value, one["loc"])
         at.setdefault(inner, []).append((one, rest))
-    problems = []
+    outer = manifest.around(at)
     for inner, found in at.items():
-        deeper = any(len(other) > len(inner) and other[: len(inner)] == inner for other in at)
-        if deeper and all(one["type"].endswith("_type") for one, _ in found):
+        if inner in outer and all(one["type"].endswith("_type") for one, _ in found):
             continue
         missing = [f"the field {rest[-1]!r} is missing" for one, rest in found if one["type"] == "missing" and rest]
         is_unknown = any(one["type"] == "extra_forbidden" for one, _ in found)
@@ -384,8 +383,7 @@ def _problems(
             name = next((str(part) for part in reversed((*path, *inner)) if isinstance(part, str)), "")
             each = "each of " if inner and isinstance(inner[-1], int) else ""
             message = f"{each}{name} {about}" if about.startswith("must be ") and name else about
-        problems.append(document.problem((*path, *inner), message, at_key=is_unknown))
-    return problems
+        yield (*path, *inner), message, is_unknown
 
 
 def _unknown(name: str, model: type[pydantic.BaseModel]) -> str:

@@ -6,14 +6,16 @@ ended by then; that agents and workflows exist; and types, where schemas make a 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import graphlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Final
 
 from swarm import schema
-from swarm.base.manifest import Document, Invalid, KeyPath, Problem
+from swarm.base.manifest import Document, Enough, Invalid, KeyPath, Problem, Problems
 from swarm.cel import template
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound
@@ -50,7 +52,7 @@ def checked(text: str | bytes, registry: Registry, *, name: str = parse.FILE) ->
     """Read and check a file; references stay as they are written. Raises manifest.Invalid with every problem."""
     workflow, document, problems = parse.read(text, name=name)
     if workflow is not None:
-        problems += validate(workflow, registry, document)
+        problems = [*problems, *validate(workflow, registry, document)]
     if problems or workflow is None:
         raise Invalid(name, problems)
     return workflow
@@ -58,9 +60,10 @@ def checked(text: str | bytes, registry: Registry, *, name: str = parse.FILE) ->
 
 def validate(workflow: Workflow, registry: Registry, document: Document) -> list[Problem]:
     checker = _Checker(registry, document)
-    checker.workflow(workflow, ())
-    if not checker.problems:
-        checker.check_size(workflow)
+    with contextlib.suppress(Enough):
+        checker.workflow(workflow, ())
+        if not checker.problems:
+            checker.check_size(workflow)
     return sorted(set(checker.problems))
 
 
@@ -78,7 +81,7 @@ class _Checker:
     def __init__(self, registry: Registry, document: Document) -> None:
         self._registry = registry
         self._document = document
-        self.problems: list[Problem] = []
+        self.problems = Problems()
 
     def workflow(self, flow: Workflow, path: KeyPath, within: tuple[str, ...] = ()) -> None:
         names: dict[str, Any] = {
@@ -376,7 +379,7 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _near(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(islice(known, 1000)), n=1) if len(name) <= 100 else []
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; there are {', '.join(list(known)[:12])}" if known else ""

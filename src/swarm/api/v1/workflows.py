@@ -66,12 +66,14 @@ async def list_workflows(call: Call) -> list[WorkflowRow]:
 
 
 async def add_workflow(call: Call) -> WorkflowRow:
-    return await packages.add_workflow(call.store, await _text(call), name=_FILE, by=call.actor.name)
+    text = await _text(call)
+    return await call.context.heavy.run(lambda: packages.add_workflow(call.store, text, name=_FILE, by=call.actor.name))
 
 
 async def validate_workflow(call: Call) -> Validity:
+    text = await _text(call)
     try:
-        await packages.checked_workflow(call.store, await _text(call), name=_FILE)
+        await call.context.heavy.run(lambda: packages.checked_workflow(call.store, text, name=_FILE))
     except Invalid as error:
         return Validity(valid=False, problems=list(error.problems))
     return Validity(valid=True, problems=[])
@@ -126,7 +128,7 @@ def _ticket(call: Call, row: WorkflowRow) -> tuple[Ticket, str]:
 
 async def show_workflow_graph(call: Call) -> graph.Graph:
     row = await call.store.workflow(call.path["ref"])
-    return await asyncio.to_thread(lambda: graph.data(row.parsed()))
+    return await call.context.heavy.run(lambda: asyncio.to_thread(lambda: graph.data(row.parsed())))
 
 
 async def list_workflow_schedules(call: Call) -> list[ScheduleRow]:
