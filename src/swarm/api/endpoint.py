@@ -165,10 +165,16 @@ async def guarded(work: Callable[[], Awaitable[Response]]) -> Response:
     return problem(refused.status, refused.detail, headers=refused.headers)
 
 
+def check_shared(actor: Actor) -> None:
+    """Raises Refused for who is bound to one project."""
+    if actor.project_id is not None:
+        raise Refused(403, f"{actor.name} is of the project {shown(actor.project_id)}, and this is of all projects")
+
+
 async def _serve(endpoint: Endpoint, context: Context, request: Request) -> Response:
     actor = await context.auth.actor(request, endpoint.role)
-    if endpoint.shared and actor.project_id is not None:
-        raise Refused(403, f"{actor.name} is of the project {shown(actor.project_id)}, and this is of all projects")
+    if endpoint.shared:
+        check_shared(actor)
     with ExitStack() as turn:
         turn.enter_context(context.auth.turn(actor))
         if endpoint.upload:

@@ -44,8 +44,8 @@ def _registry(context: Context, hours: Hours) -> list[BaseRoute]:
         page(context, "/workflows", registry.show_workflows),
         page(context, "/workflows/{id}", registry.show_workflow),
         page(context, "/workflows/{id}/start", registry.start, role=Role.OPERATOR, method="POST"),
-        page(context, "/workflows/{id}/enable", registry.enable, role=Role.ADMIN, method="POST"),
-        page(context, "/schedules", registry.show_schedules),
-        page(context, "/costs", costs.page(hours)),
-        page(context, "/hosts", hosts.show),
+        page(context, "/workflows/{id}/enable", registry.enable, role=Role.ADMIN, method="POST", shared=True),
+        page(context, "/schedules", registry.show_schedules, shared=True),
+        page(context, "/costs", costs.page(hours), shared=True),
+        page(context, "/hosts", hosts.show, shared=True),
     ]

@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from swarm.api.auth import may
-from swarm.api.endpoint import BODY_SECONDS, Context
+from swarm.api.endpoint import BODY_SECONDS, Context, check_shared
 from swarm.api.problem import Refused, of
 from swarm.base.log import logger
 from swarm.dashboard import text
@@ -38,6 +38,7 @@ SECTIONS: Final = (
     ("Workflows", "/workflows", "w"), ("Agents", "/agents", "e"), ("Schedules", "/schedules", "s"),
     ("Costs", "/costs", "c"), ("Hosts", "/hosts", "h"),
 )  # fmt: skip
+_SHARED: Final = ("/schedules", "/costs", "/hosts")  # not for one project alone
 _FORM_BYTES: Final = 256 << 10
 _TYPES: Final[Mapping[str, str]] = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _YEAR: Final = "public, max-age=31536000, immutable"
@@ -63,6 +64,7 @@ def environment() -> jinja2.Environment:
         made.filters[name] = getattr(text, name)
     made.filters["told"] = told
     made.globals["sections"] = SECTIONS
+    made.globals["shared_sections"] = _SHARED
     made.globals["static"] = address
     made.globals["Role"] = Role
     made.globals["may"] = may
@@ -80,8 +82,11 @@ async def drawn(template: str, *, actor: Actor, **values: Any) -> HTMLResponse:
     return await asyncio.to_thread(html, template, actor=actor, **values)
 
 
-def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, method: str = "GET") -> Route:
-    """A route that ``role`` may use. Who is not logged in is asked to be, and then comes back."""
+def page(
+    context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, method: str = "GET", shared: bool = False
+) -> Route:
+    """A route that ``role`` may use; ``shared``: but not for one project alone, as `Endpoint.shared`. Who is not logged
+    in is asked to be, and then comes back."""
 
     async def serve(request: Request) -> Response:
         actor: Actor | None = None
@@ -94,6 +99,8 @@ def page(context: Context, path: str, work: Page, *, role: Role = Role.VIEWER, m
                 return RedirectResponse(f"/login?next={back}", status_code=303)
             if not may(actor, role):
                 raise Refused(403, f"{actor.name} is {actor.role}: this needs {role}")
+            if shared:
+                check_shared(actor)
             with context.auth.turn(actor):
                 _waiting.set(await context.store.count_waiting(project_id=actor.project_id))
                 return await work(context, request, actor)

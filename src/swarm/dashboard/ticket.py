@@ -57,7 +57,7 @@ async def _show(context: Context, request: Request, actor: Actor) -> Response:
     """With ?part=state, all but the output, which grows by itself."""
     ticket = await own_ticket(context, actor, request.path_params["id"])
     part = request.query_params.get("part") == "state"
-    values = await _state(context, ticket)
+    values = await _state(context, actor, ticket)
     if not part:
         at, before = output.number(request, "at"), output.number(request, "before")
         if before is not None:
@@ -80,7 +80,7 @@ def _can(actor: Actor, ticket: Ticket) -> list[tuple[str, str]]:
     ]
 
 
-async def _state(context: Context, ticket: Ticket) -> dict[str, Any]:
+async def _state(context: Context, actor: Actor, ticket: Ticket) -> dict[str, Any]:
     store = context.store
     attempts = await store.last_attempts(ticket.id, limit=_ATTEMPTS)
     calls = await store.model_calls(ticket.id, limit=_CALLS)
@@ -100,8 +100,8 @@ async def _state(context: Context, ticket: Ticket) -> dict[str, Any]:
         "files": await _listed(context, ticket),
         "artifacts": (await store.artifacts(ticket_id=ticket.id))[:_FILES],
         "questions": await store.questions(ticket.id) if ticket.state == TicketState.WAITING else [],
-        "why": await _why(context, ticket),
-        "needs": await _needs(context, ticket) if ticket.state == TicketState.BLOCKED else [],
+        "why": await _why(context, actor, ticket),
+        "needs": await _needs(context, actor, ticket) if ticket.state == TicketState.BLOCKED else [],
         "ended": ticket.state in TERMINAL_TICKET_STATES,
         "of_workflow": ticket.execution_mode == ExecutionMode.WORKFLOW,
         "spent": sum(call.cost_usd or 0.0 for call in calls),
@@ -121,14 +121,16 @@ def _runs(ticket: Ticket, names: Mapping[str, str]) -> tuple[str, str, str]:
     return "workflow" if workflow else "agent", ref or "", names.get(ref or "", ref or "")
 
 
-async def _why(context: Context, ticket: Ticket) -> str:
-    """Why it doesn't run, in a sentence."""
+async def _why(context: Context, actor: Actor, ticket: Ticket) -> str:
+    """Why it doesn't run, in a sentence. Engines and the queue are of all projects."""
     if ticket.state == TicketState.DRAFT:
         return "It is a draft: it runs once somebody makes it ready."
     if ticket.state not in (TicketState.READY, TicketState.IN_PROGRESS, TicketState.BLOCKED):
         return ""
+    if ticket.state == TicketState.READY and actor.project_id is not None:
+        return "It is in the queue."
     engines = [one for one in await context.store.workers() if one.seen_ms_ago < SILENT_MS]
-    if not engines:
+    if not engines and actor.project_id is None:
         return "No engine runs, so it stays as it is. Start one: swarm-engine start"
     if ticket.state == TicketState.READY:
         return _in_queue(await context.store.queue(), [str(one.info.get("waits_for") or "") for one in engines])
@@ -145,11 +147,12 @@ def _in_queue(queue: QueueStatus, waits_for: Sequence[str]) -> str:
     return f"It is in the queue: {queue.running} run, {queue.ready} are ready.{why}"
 
 
-async def _needs(context: Context, ticket: Ticket) -> list[tuple[str, str]]:
-    """The tickets that it waits for, with their states."""
-    ids = await context.store.depends_on(ticket.id)
-    states = await context.store.ticket_states(ids[:1000])
-    return [(id, states.get(id, "missing")) for id in ids if states.get(id) != TicketState.DONE][:_NEEDED]
+async def _needs(context: Context, actor: Actor, ticket: Ticket) -> list[tuple[str, str]]:
+    """The tickets that it waits for, with their states. For who is bound to a project, those of it."""
+    ids, project = await context.store.depends_on(ticket.id), actor.project_id
+    states = await context.store.ticket_states(ids[:1000], project_id=project)
+    seen = ids if project is None else [id for id in ids if id in states]
+    return [(id, states.get(id, "missing")) for id in seen if states.get(id) != TicketState.DONE][:_NEEDED]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
