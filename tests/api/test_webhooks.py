@@ -21,9 +21,11 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 
 from swarm import config
 from swarm.api import webhooks
+from swarm.api.body import Strangers
 from swarm.api.server import serving
 from swarm.app import serve, wiring
 from swarm.config import Settings
@@ -243,7 +245,8 @@ async def test_a_body_that_does_not_come(server: Server) -> None:
     async def secret(name: str, workflow: str) -> str | None:
         return None
 
-    hooks = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), body_seconds=0.2)
+    strangers = Strangers(seconds=0.2)
+    hooks = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), strangers=strangers)
     served_ = Starlette(routes=[hooks.route()])
     async with serving(served_, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(30):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
@@ -255,26 +258,55 @@ async def test_a_body_that_does_not_come(server: Server) -> None:
         writer.close()
 
 
-@pytest.mark.parametrize("name", ["nobody", "nightly"])
-@pytest.mark.parametrize("signed", [False, True])
-async def test_bodies_that_never_come_keep_no_place(server: Server, name: str, signed: bool) -> None:
-    headers = server.signed(b"") if signed else {}
-    head = "".join(f"{key}: {value}\r\n" for key, value in {"Host": "x", "Content-Length": "10", **headers}.items())
+@pytest.mark.parametrize(
+    "path", ["/hooks/nobody", "/hooks/nightly", "/hooks/nightly?signed", "/login", "/logout", "/v1/tickets", "/healthz"]
+)
+async def test_bodies_that_never_come_keep_no_place(server: Server, path: str) -> None:
+    """More than the server takes connections: the oldest have made room, those that were answered too."""
+    headers = {"Host": "x", "Origin": "http://x", "Content-Length": "10"}
+    headers |= server.signed(b"") if "signed" in path else {}
+    head = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+    method = "GET" if path == "/healthz" else "POST"
     port, writers = server.client.base_url.port, []
-    for _ in range(webhooks.MAX_WAITING + webhooks.MAX_AT_ONCE):
+    for _ in range(300):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f"POST /hooks/{name} HTTP/1.1\r\n{head}\r\n".encode())
+        writer.write(f"{method} {path} HTTP/1.1\r\n{head}\r\na".encode())
         writers.append(writer)
+        await asyncio.sleep(0)
     assert (await server.post()).status_code == 202
     for writer in writers:
         writer.close()
+
+
+async def test_one_connection_too_many_is_told_by_a_problem() -> None:
+    begun = asyncio.Semaphore(0)
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.release()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async with serving(slow, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(60):
+        writers, port = [], int(url.rsplit(":", 1)[1])
+        for _ in range(256):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            writers.append(writer)
+            await begun.acquire()
+        async with httpx.AsyncClient(base_url=url) as client:
+            answer = await client.get("/")
+        refused(answer, 503, "connections already")
+        assert (answer.headers["retry-after"], answer.headers["connection"]) == ("2", "close")
+        for writer in writers:
+            writer.close()
 
 
 async def test_heads_that_never_come_are_cut_off(server: Server) -> None:
     async def secret(name: str, workflow: str) -> str | None:
         return None
 
-    app = Starlette(routes=[webhooks.Hooks(store=server.store, secret=secret, evaluator=Local()).route()])
+    hooks = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), strangers=Strangers())
+    app = Starlette(routes=[hooks.route()])
     async with serving(app, host="127.0.0.1", port=0, head_seconds=0.2) as (url, _), asyncio.timeout(30):
         for sent in (b"", b"POST /hooks/x HTTP/1.1\r\nHost: ", b"POST /hooks/x HTTP/1.1\r\nHost: x\r\n\r\nPOST /"):
             reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))

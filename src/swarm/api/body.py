@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -13,6 +14,31 @@ from swarm.api.problem import Refused
 
 CLOSE: Final[Mapping[str, str]] = {"connection": "close"}  # of an answer that doesn't wait for the body
 _WRITTEN_AT_ONCE: Final = 1 << 20
+
+
+class Strangers:
+    """Bodies of requests whose senders are not known before these have arrived: so many are waited for, and so long."""
+
+    def __init__(self, *, most: int = 32, seconds: float = 5.0) -> None:
+        self._most, self._seconds = most, seconds
+        self._waiting: dict[asyncio.Timeout, None] = {}  # the oldest first
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Raises Refused for a body that is late, or the oldest when there are others: to refuse new ones would help
+        whoever is slow."""
+        if len(self._waiting) >= self._most:
+            next(iter(self._waiting)).reschedule(asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout(self._seconds) as timeout:
+                self._waiting[timeout] = None
+                try:
+                    yield
+                finally:
+                    del self._waiting[timeout]
+        except TimeoutError:
+            why = f"the body did not arrive within {self._seconds:g} s, or while many others waited"
+            raise Refused(408, why, headers=CLOSE) from None
 
 
 async def read(request: Request, limit: int) -> bytes:

@@ -95,6 +95,7 @@ class Context:
     notices: Sender
     tree_uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))  # at once
     heavy: Heavy = field(default_factory=Heavy)
+    strangers: body.Strangers = field(default_factory=body.Strangers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

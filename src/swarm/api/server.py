@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from swarm.api.problem import RETRY_SECONDS, problem
 from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.errors import HostError, UsageError
 
@@ -25,21 +27,22 @@ _UNREAD_SECONDS: Final = 1.0  # then, for answers that their clients don't read
 HEAD_SECONDS: Final = 10.0
 STALLED_SECONDS: Final = 60.0  # in which a client takes nothing of its answer
 _TAKE_OVER_SECONDS: Final = 2.0
-_MAX_WITHOUT_HEAD: Final = 128  # connections that have not sent one; the oldest makes room
+_MAX_WITHOUT_HEAD: Final = 128  # connections that have not sent one, or no other; the oldest makes room
+_MAX_CONNECTIONS: Final = 256  # the app limits the requests
 
 
 def _protocol(head_seconds: float, stalled_seconds: float) -> type[H11Protocol]:
     """uvicorn's, with a limit to the time that a request's head may take, to how many may be waited for, and to the
     time in which a client takes nothing of its answer."""
-    waiting: dict[H11Protocol, asyncio.TimerHandle] = {}  # the oldest first
+    waiting: dict[Protocol, asyncio.TimerHandle] = {}  # the oldest first
 
     class Protocol(H11Protocol):
         stalled: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(waiting) >= _MAX_WITHOUT_HEAD:
-                next(iter(waiting)).transport.close()
+            if len(self.connections) > _MAX_CONNECTIONS:
+                self.app = _full
             self._wait()
 
         def data_received(self, data: bytes) -> None:
@@ -47,6 +50,13 @@ def _protocol(head_seconds: float, stalled_seconds: float) -> type[H11Protocol]:
             if self.cycle is not None and not self.cycle.response_complete:
                 self._wait_no_more()
             elif self not in waiting:
+                self._wait()
+
+        def on_response_complete(self) -> None:
+            """An answered connection that waits for nothing makes room too."""
+            super().on_response_complete()
+            idle = self.cycle.response_complete and not self.transport.get_write_buffer_size()
+            if idle and not self.transport.is_closing() and self not in waiting:
                 self._wait()
 
         def pause_writing(self) -> None:
@@ -65,6 +75,10 @@ def _protocol(head_seconds: float, stalled_seconds: float) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def _wait(self) -> None:
+            if len(waiting) >= _MAX_WITHOUT_HEAD:
+                oldest = next(iter(waiting))
+                oldest._wait_no_more()
+                oldest.transport.close()
             waiting[self] = asyncio.get_running_loop().call_later(head_seconds, self.transport.close)
 
         def _wait_no_more(self) -> None:
@@ -72,6 +86,12 @@ def _protocol(head_seconds: float, stalled_seconds: float) -> type[H11Protocol]:
                 timer.cancel()
 
     return Protocol
+
+
+async def _full(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = {"retry-after": str(RETRY_SECONDS), "connection": "close"}
+    refused = problem(503, f"there are {_MAX_CONNECTIONS} connections already: try again", headers=headers)
+    await refused(scope, receive, send)
 
 
 class _Server(uvicorn.Server):
@@ -151,7 +171,6 @@ async def _serving(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=256,  # connections; the app limits the requests
         timeout_keep_alive=5,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )

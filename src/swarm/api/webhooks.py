@@ -40,7 +40,6 @@ MAX_BODY_BYTES: Final = 1 << 20
 MAX_KEY_CHARS: Final = 255
 LEAST_SECRET_BYTES: Final = 16
 MAX_AT_ONCE: Final = 32
-MAX_WAITING: Final = 64  # requests whose body has not arrived; nobody knows yet whether they are signed
 TIMESTAMP_HEADER: Final = "X-Swarm-Timestamp"
 TIMESTAMP_SECONDS: Final = 300  # allowed clock difference and transmission time
 
@@ -64,14 +63,13 @@ class Hooks:
         store: Store,
         secret: Callable[[str, str], Awaitable[str | None]],
         evaluator: Evaluator,
-        body_seconds: float = 10.0,
+        strangers: bodies.Strangers,
     ) -> None:
         self._store = store
         self._get_secret = secret
         self._evaluator = evaluator
-        self._body_seconds = body_seconds
+        self._strangers = strangers
         self._busy = 0
-        self._bodies: dict[asyncio.Timeout, None] = {}  # the oldest first
 
     def route(self) -> Route:
         async def post(request: Request) -> Response:
@@ -88,7 +86,8 @@ class Hooks:
 
     async def _receive(self, request: Request) -> Response:
         """Only a request that has arrived whole takes a place."""
-        body = await self._body(request)
+        async with self._strangers.place():
+            body = await bodies.read(request, MAX_BODY_BYTES)
         if self._busy >= MAX_AT_ONCE:
             raise _try_again("too many requests at once")
         self._busy += 1
@@ -96,20 +95,6 @@ class Hooks:
             return await self._serve(request, body)
         finally:
             self._busy -= 1
-
-    async def _body(self, request: Request) -> bytes:
-        if len(self._bodies) >= MAX_WAITING:  # the slowest makes room: to refuse new ones would help whoever is slow
-            next(iter(self._bodies)).reschedule(asyncio.get_running_loop().time())
-        try:
-            async with asyncio.timeout(self._body_seconds) as timeout:
-                self._bodies[timeout] = None
-                try:
-                    return await bodies.read(request, MAX_BODY_BYTES)
-                finally:
-                    del self._bodies[timeout]
-        except TimeoutError:
-            why = f"the body did not arrive within {self._body_seconds:g} s, or while many others waited"
-            raise Refused(408, why, headers=bodies.CLOSE) from None
 
     async def _serve(self, request: Request, body: bytes) -> Response:
         row, flow = await self._workflow(request.path_params["name"])

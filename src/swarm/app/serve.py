@@ -65,7 +65,7 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
             metrics=metrics,
             notices=sender(settings, opened),
         )
-        hooks = Hooks(store=opened, secret=secret, evaluator=jail)
+        hooks = Hooks(store=opened, secret=secret, evaluator=jail, strangers=context.strangers)
         app = application(context, hooks=hooks.route(), pages=pages.routes(context))
         mine = local(app, process.user())
         on_socket = await stack.enter_async_context(server.serving_locally(mine, settings.api_socket))

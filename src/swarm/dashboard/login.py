@@ -9,6 +9,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from swarm.api.auth import check_origin
+from swarm.api.body import CLOSE
 from swarm.api.endpoint import Context
 from swarm.api.problem import Refused
 from swarm.dashboard.render import form, html
@@ -26,9 +27,12 @@ def routes(context: Context) -> list[BaseRoute]:
     async def enter(request: Request) -> Response:
         try:
             check_origin(request)
-            given = await form(request, limit=_FORM_BYTES, fields=4)
+            async with context.strangers.place():
+                given = await form(request, limit=_FORM_BYTES, fields=4)
         except Refused as error:
-            return html("login.html", actor=None, status=error.status, wrong=error.detail, next="/")
+            page = html("login.html", actor=None, status=error.status, wrong=error.detail, next="/")
+            page.headers.update(CLOSE)  # its body may be on its way yet
+            return page
         return await _enter(context, request, str(given.get("token", "")).strip(), _own(str(given.get("next", ""))))
 
     async def leave(request: Request) -> Response:
