@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import html
+import re
+import sqlite3
 from typing import Any, Final
 
 import httpx
@@ -191,6 +195,39 @@ async def test_what_depends_on_a_ticket_from_another_project(served: Served) -> 
         assert refused.status_code == 409 and "needs-it" in refused.text
         assert (await mine.delete("/v1/tickets/own-too?force=true")).status_code == 204
     assert (await served.viewer.get("/v1/tickets/waits")).json()["depends_on"] == ["needed", "own"]
+
+
+async def test_a_list_goes_on_behind_others_tickets_without_naming_them(served: Served) -> None:
+    """What a page looks at is bounded, so it may end at a ticket of another project."""
+    await served.add("oldest", project_id="mine")
+    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
+    with connection:
+        connection.execute(
+            "INSERT INTO tickets (id, title, state, project_id, created_at, updated_at) WITH RECURSIVE n(i) AS "
+            "(SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10050) SELECT 'hers-' || i, 'x', 'done', 'theirs', "
+            "'2999-01-01T00:00:00.000Z', '2999-01-01T00:00:00.000Z' FROM n"
+        )
+    connection.close()
+    async with await _holder(served, "mine") as mine, await _holder(served, "ours") as ours:
+        first = (await mine.get("/v1/tickets")).json()
+        assert first["tickets"] == [] and first["after"]
+        for bytes_ in (first["after"].encode(), base64.urlsafe_b64decode(first["after"])):
+            assert b"hers" not in bytes_ and b"2999" not in bytes_
+        second = (await mine.get("/v1/tickets", params={"after": first["after"]})).json()
+        assert [one["id"] for one in second["tickets"]] == ["oldest"] and second["after"] is None
+        page = await mine.get("/tickets")
+        older = re.search(r'href="([^"]+)" rel="next"', page.text)
+        assert older is not None and "oldest" not in page.text
+        assert "oldest" in (await mine.get(html.unescape(older[1]))).text
+        many = {"action": "cancel", "filter": {}, "confirm": True}
+        done = (await mine.post("/v1/tickets/bulk", json=many)).json()
+        assert done["done"] == 1 and done["after"] is None
+        theirs = (await served.viewer.get("/v1/tickets?limit=1")).json()["after"]
+        for client, wrong in ((ours, first["after"]), (mine, theirs), (mine, "x"), (mine, "\u00fc")):
+            refused = await client.get("/v1/tickets", params={"after": wrong})
+            assert refused.status_code == 400 and "`after` must be" in refused.text, wrong
+            refused = await client.post("/v1/tickets/bulk", json={**many, "after": wrong})
+            assert refused.status_code == 400, wrong
 
 
 async def test_files_are_of_the_project_that_sent_them(served: Served) -> None:

@@ -65,6 +65,23 @@ class Vault:
         row = Sealed(name=name, scope=scope, sealed=base64.b64encode(sealed).decode())
         await self._store.put_secret(row, by=by)
 
+    async def sealed(self, text: str, *, what: str) -> str:
+        """``text`` for somebody who may keep it but not read it, and give it back to `unsealed` with the same
+        ``what``."""
+        cipher, nonce = await asyncio.to_thread(self._cipher, make=True), os.urandom(_NONCE_BYTES)
+        return base64.urlsafe_b64encode(nonce + cipher.encrypt(nonce, text.encode(), what.encode())).decode()
+
+    async def unsealed(self, text: str, *, what: str) -> str | None:
+        """None for what `sealed` did not make."""
+        from cryptography.exceptions import InvalidTag
+
+        cipher = await asyncio.to_thread(self._cipher, make=True)
+        try:
+            data = base64.urlsafe_b64decode(text)
+            return cipher.decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], what.encode()).decode()
+        except (InvalidTag, ValueError):
+            return None
+
     async def list(self) -> list[SecretRow]:
         return await self._store.secrets()
 

@@ -21,7 +21,7 @@ from swarm.api.endpoint import Call, Context
 from swarm.api.problem import Refused
 from swarm.api.v1 import actions
 from swarm.api.v1.actions import Bulk, BulkAction, BulkDone
-from swarm.api.v1.tickets import Filters, filter_of
+from swarm.api.v1.tickets import Filters, cursor_for, filter_of, read_cursor
 from swarm.dashboard.render import form, here, html, page
 from swarm.dashboard.visible import visible
 from swarm.errors import SwarmError, UsageError
@@ -99,8 +99,10 @@ async def _list(counted: Counts, context: Context, request: Request, actor: Acto
     counts: dict[str, Count] = {}
     found = TicketPage(tickets=[], after=None)
     try:
-        which = await filter_of(_call(context, request, actor), _filters(given))
-        found = await context.store.ticket_page(which, after=query.get("after"), limit=_ROWS)
+        call = _call(context, request, actor)
+        which, after = await filter_of(call, _filters(given)), await read_cursor(call, query.get("after"))
+        found = await context.store.ticket_page(which, after=after, limit=_ROWS)
+        found = replace(found, after=await cursor_for(call, found.after))
         counts = await counted.of(context, replace(which, states=()), patient="hx-request" in request.headers)
     except SwarmError as error:  # such as an agent that is not registered: the filter can be mended on the page
         problem = str(error)

@@ -12,7 +12,7 @@ from typing import Annotated, Final, Self
 from pydantic import Field, model_validator
 
 from swarm.api.endpoint import Call, Endpoint, Fields
-from swarm.api.v1.tickets import Filters, filter_of, own_ticket
+from swarm.api.v1.tickets import MAX_CURSOR_CHARS, Filters, cursor_for, filter_of, own_ticket, read_cursor
 from swarm.errors import ChangeRefused
 from swarm.ledger import Limit
 from swarm.model import TERMINAL_TICKET_STATES, Role, Ticket, TicketState
@@ -88,7 +88,7 @@ class Bulk(Fields):
     filter: Filters | None = None
     confirm: bool = False
     count: int = Field(default=MAX_AT_ONCE, ge=1, description="act on at most this many: such as were confirmed")
-    after: str | None = Field(default=None, max_length=1000, description="`after` of the answer before")
+    after: str | None = Field(default=None, max_length=MAX_CURSOR_CHARS, description="`after` of the answer before")
     force: bool = Field(default=False, description="delete tickets that run or that others depend on, too")
 
     @model_validator(mode="after")
@@ -180,11 +180,11 @@ async def wait_for_ticket(call: Call) -> Waited:
 async def change_tickets(call: Call) -> BulkDone:
     body: Bulk = call.body
     which = await _which(call, body)
-    matched = await call.store.count_tickets(which, after=body.after)
+    after = await read_cursor(call, body.after)
+    matched = await call.store.count_tickets(which, after=after)
     if not body.confirm:
         return BulkDone(matched=matched, done=0, skipped=0, reasons=[], left=matched, after=body.after)
     act = _act(body, by=call.actor.name, project_id=call.actor.project_id)
-    after: str | None = body.after
     refused: dict[str, str] = {}
     ids: list[str] = []
     while True:
@@ -202,7 +202,7 @@ async def change_tickets(call: Call) -> BulkDone:
         skipped=len(refused),
         reasons=[Skipped(id=id, reason=reason) for id, reason in list(refused.items())[:_REASONS]],
         left=await call.store.count_tickets(which, after=after) if after is not None else Count(number=0),
-        after=after,
+        after=await cursor_for(call, after),
     )
 
 

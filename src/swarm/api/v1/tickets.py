@@ -27,6 +27,8 @@ from swarm.store.tickets.validation import shown
 KEY_HEADER: Final = "idempotency-key"
 MAX_KEY_CHARS: Final = 255
 MAX_TICKET_BYTES: Final = 20 << 20
+MAX_CURSOR_CHARS: Final = 4000
+_CURSOR: Final = "where a list goes on, in the project "
 MAX_OF_A_KIND: Final = 20  # each name is looked up, and each value is a part of the statement
 Reference = Annotated[str, Field(max_length=300)]
 
@@ -46,7 +48,7 @@ class Filters(Fields):
 
 
 class ListQuery(Filters):
-    after: str | None = Field(default=None, max_length=1000, description="`after` of the page before")
+    after: str | None = Field(default=None, max_length=MAX_CURSOR_CHARS, description="`after` of the page before")
     limit: int = Field(default=50, ge=1, le=500)
 
 
@@ -95,9 +97,28 @@ async def ticket_of(call: Call, ref: str) -> Ticket:
     return await call.store.visible_ticket(ref, project_id=call.actor.project_id)
 
 
+async def cursor_for(call: Call, after: str | None) -> str | None:
+    """Where a list goes on, for the caller: it may be at a ticket of another project, which is not told."""
+    if after is None or call.actor.project_id is None:
+        return after
+    return await call.context.vault.sealed(after, what=_CURSOR + call.actor.project_id)
+
+
+async def read_cursor(call: Call, after: str | None) -> str | None:
+    """What `cursor_for` gave. Raises UsageError."""
+    if after is None or call.actor.project_id is None:
+        return after
+    found = await call.context.vault.unsealed(after, what=_CURSOR + call.actor.project_id)
+    if found is None:
+        raise UsageError("`after` must be what the page before gave")
+    return found
+
+
 async def list_tickets(call: Call) -> TicketPage:
     query: ListQuery = call.query
-    return await call.store.ticket_page(await filter_of(call, query), after=query.after, limit=query.limit)
+    after = await read_cursor(call, query.after)
+    found = await call.store.ticket_page(await filter_of(call, query), after=after, limit=query.limit)
+    return replace(found, after=await cursor_for(call, found.after))
 
 
 async def count_tickets(call: Call) -> Mapping[str, Count]:
