@@ -21,7 +21,7 @@ from swarm.api.notices import Sender, check_url
 from swarm.app import serve
 from swarm.errors import UsageError
 from swarm.gateway.proxy import EgressRules
-from swarm.model import Failed, FailureReason, Succeeded
+from swarm.model import Event, Failed, FailureReason, Succeeded
 from swarm.store.registry.notices import position_of
 from tests.api.served import Served
 from tests.api.test_actions import waiting
@@ -64,10 +64,10 @@ def sender(served: Served, within: tuple[IPv4Network, ...] = LOOPBACK) -> Sender
 
 
 @asynccontextmanager
-async def sending(served: Served) -> AsyncIterator[None]:
+async def sending(served: Served, **more: int) -> AsyncIterator[None]:
     """As the server does, to this host too."""
     async with Feed.of(served.store) as feed:
-        task = asyncio.create_task(sender(served).run(feed))
+        task = asyncio.create_task(sender(served).run(feed, **more))
         try:
             yield
         finally:
@@ -104,7 +104,7 @@ async def test_who_is_told_what(served: Served) -> None:
             await waiting(served, "asks", "steps: [{id: a, agent: echo, approval: 'A?'}]")
             await receiver.until(7)
             async with asyncio.timeout(60):
-                while await served.store.position(position_of(id)) < await served.store.last_event("asks"):  # noqa: ASYNC110
+                while await served.store.position(position_of(id)) < seq_of(receiver.got, id):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
         told = [(body["event"], body["ticket"]["id"]) for body, _, _ in receiver.got if body["id"].startswith(id)]
         assert told == [
@@ -131,6 +131,27 @@ async def test_who_is_told_what(served: Served) -> None:
         assert (await served.admin.delete(f"/v1/notices/{id}")).status_code == 200
         assert [row["id"] for row in (await served.admin.get("/v1/notices")).json()] == [only]
         assert await served.store.sealed_secrets(["SIGNING_KEY"])
+
+
+def seq_of(got: list[tuple[dict[str, Any], dict[str, str], bytes]], id: str) -> int:
+    """Of the newest event that this notice has told of."""
+    return max(int(body["id"].rsplit("-", 1)[1]) for body, _, _ in got if body["id"].startswith(id))
+
+
+async def test_many_notices_read_what_happens_once(served: Served) -> None:
+    receiver = Receiver()
+    async with serving(receiver.answer) as url:
+        for number in range(20):
+            id, _ = await added(served, f"{url}/{number}", "ended")
+            await served.store.position(position_of(id))
+        await end(served, "first")
+        await served.store.append([Event(ticket_id="first", kind="note", data={}) for _ in range(500)])
+        await end(served, "last")
+        before = served.store.use()["read"]["transactions"]
+        async with sending(served, at_once=10):  # without a pause between two reads
+            await receiver.until(40)
+        assert served.store.use()["read"]["transactions"] - before < 300, "each of 20 notices for itself: 1000"
+    assert len({body["id"] for body, _, _ in receiver.got}) == 40
 
 
 async def test_never_to_where_they_may_not_go(served: Served) -> None:

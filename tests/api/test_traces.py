@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from aiohttp import web
 from swarm.api import traces
 from swarm.api.feed import Feed
 from swarm.base import trace
-from swarm.model import Failed, FailureReason, Succeeded
+from swarm.model import Event, Failed, FailureReason, Succeeded
 from tests.api.served import Served
 from tests.api.test_metrics import TIMINGS, work
+from tests.dashboard import flows
 from tests.serving import serving
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -31,12 +34,17 @@ class Collector:
         self.resources: list[Any] = []
         self.answers: list[int] = []
         self.taken = asyncio.Event()
+        self.never = ""  # what it has a fault with
+        self.asked = 0
 
     async def answer(self, request: web.Request) -> web.Response:
         assert request.path == "/v1/traces"
+        self.asked += 1
         if self.answers:
             return web.Response(status=self.answers.pop(0))
         body = await request.json()
+        if any(self.never and self.never in str(span) for span in body["resourceSpans"][0]["scopeSpans"][0]["spans"]):
+            return web.Response(status=500)
         (one,) = body["resourceSpans"]
         self.resources.append(one["resource"]["attributes"])
         self.spans += one["scopeSpans"][0]["spans"]
@@ -46,12 +54,14 @@ class Collector:
 
 
 @asynccontextmanager
-async def exporting(served: Served, collector: Collector, **env: str) -> AsyncIterator[None]:
+async def exporting(
+    served: Served, collector: Collector, env: Mapping[str, str] = {}, *, at_once: int = 5000, pause: float = 1.0
+) -> AsyncIterator[None]:
     async with serving(collector.answer) as url, Feed.of(served.store) as feed:
         to = traces.target({"OTEL_EXPORTER_OTLP_ENDPOINT": url, **env})
         assert to is not None
         await served.store.position(traces.POSITION)
-        task = asyncio.create_task(traces.export(served.store, feed, to))
+        task = asyncio.create_task(traces.export(served.store, feed, to, at_once=at_once, pause_seconds=pause))
         try:
             yield
         finally:
@@ -76,7 +86,7 @@ async def test_a_collector_receives_a_trace(served: Served) -> None:
     collector = Collector()
     collector.answers = [503]  # it is tried again, and nothing is lost
     env = {"OTEL_EXPORTER_OTLP_HEADERS": "x-key=a%20b", "OTEL_SERVICE_NAME": "night-shift"}
-    async with exporting(served, collector, **env):
+    async with exporting(served, collector, env):
         body = {"title": "t", "agent": "echo"}
         made = (await served.operator.post("/v1/tickets", json=body, headers={"traceparent": PARENT})).json()
         await work(served)  # claims two, of which the first is that one
@@ -119,6 +129,56 @@ async def test_a_collector_receives_a_trace(served: Served) -> None:
     assert {attributes(span).get("swarm.ticket.id") for span in again.spans if "ticket" in span["name"]} == {"left"}
 
 
+async def test_one_trace_that_is_never_taken_holds_up_no_other(served: Served) -> None:
+    collector = Collector()
+    collector.never = "bad-1"
+    async with exporting(served, collector, pause=0.01):
+        for id in ("good-0", "bad-1", "good-2"):
+            await served.add(id)
+            (claim,) = await served.store.claim("w", lease_seconds=60)
+            await served.store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=1)
+        async with asyncio.timeout(60):
+            while len(collector.headers) < 2:
+                collector.taken.clear()
+                await collector.taken.wait()
+    ids = [attributes(span)["swarm.ticket.id"] for span in collector.spans if "ticket" in span["name"]]
+    assert ids == ["good-0", "good-2"], "each once"
+    assert collector.asked == 2 + traces._TRIES
+
+
+async def test_a_backlog_is_sent_without_pauses(served: Served) -> None:
+    await served.store.position(traces.POSITION)
+    for number in range(100):
+        await served.store.append([Event(ticket_id="t", kind="note", data={"text": str(number)})])
+    await served.add("last")
+    await served.store.cancel("last", "ann")
+    collector = Collector()
+    async with exporting(served, collector, at_once=1, pause=5.0):
+        await until(collector, "echo@1.0.0")
+
+
+async def test_of_a_large_run_a_part_is_read(served: Served) -> None:
+    await flows.start(served.store, flows.large("large", 8), "t")
+    await flows.run(served.store)
+    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db")) as database, database:
+        database.execute("UPDATE step_executions SET error = ?", ("x" * 100_000,))
+        database.execute("UPDATE attempts SET error = ?, timings = ?", ("x" * 100_000, "nonsense"))
+    run_id = (await served.store.ticket("t")).run_id
+    found = await served.store.traced("t", run_id=run_id, limit=5)
+    assert (len(found.steps), len(found.attempts)) == (5, 5)
+    errors = [one.error or "" for one in found.steps] + [one.error or "" for one in found.attempts]
+    assert {len(error) for error in errors} == {1000}
+    assert (await served.store.traced("t", run_id="another", limit=5)).steps == []
+    ticket = await served.store.ticket("t")
+    assert len(traces.spans(ticket, await served.store.traced("t", run_id=run_id, limit=traces.SPANS), [], "x")) == 17
+
+
+@pytest.mark.parametrize("of", [0, 0.25, 0.123])
+def test_nanoseconds_are_exact(of: float) -> None:
+    for ms in range(1_764_372_190_000, 1_764_372_190_500):
+        assert int(traces.nanoseconds(ms + of)) == ms * 1_000_000 + round(of * 1_000_000)
+
+
 @pytest.mark.parametrize(
     ("env", "url"),
     [
@@ -128,6 +188,13 @@ async def test_a_collector_receives_a_trace(served: Served) -> None:
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_SDK_DISABLED": "true"}, None),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_TRACES_EXPORTER": "none"}, None),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "nonsense"}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://[::1"}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://"}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:99999"}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:x"}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c\n/"}, None),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "https://" + "a" * 70_000}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_HEADERS": "x=ü"}, None),
     ],
     ids=str,
 )

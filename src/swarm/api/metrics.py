@@ -116,7 +116,7 @@ class Metrics:
             self._gauges.behind = more
             if not more:
                 await feed.changed(since, timeout_seconds=_CHECK_SECONDS)
-            await asyncio.sleep(_EVERY_SECONDS)
+                await asyncio.sleep(_EVERY_SECONDS)
 
     def _count(self, event: Event, attempts: Mapping[str, EndedAttempt]) -> None:
         data = event.data

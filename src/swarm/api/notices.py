@@ -14,8 +14,10 @@ import hmac
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -41,7 +43,9 @@ TIMEOUT_SECONDS: Final = 15.0
 GIVE_UP_SECONDS: Final = 86_400.0
 _PAUSE_SECONDS: Final = (1.0, 600.0)
 _AT_ONCE: Final = 8
-_EVENTS_AT_ONCE: Final = 500
+_EVENTS_AT_ONCE: Final = 5000
+_EVENTS_KEPT: Final = 10_000  # for notices whose receivers are slower than others
+_SAVE_AFTER: Final = 500  # events that tell a notice nothing: a server that starts again reads so many again
 _CHECK_SECONDS: Final = 30.0
 _MAX_URL: Final = 2000
 
@@ -158,10 +162,10 @@ class Sender:
 
     # --- following ------------------------------------------------------------------------------------------------
 
-    async def run(self, feed: Feed) -> None:
+    async def run(self, feed: Feed, *, at_once: int = _EVENTS_AT_ONCE) -> None:
         """Deliver what happens. Never ends by itself."""
         tasks: dict[str, asyncio.Task[None]] = {}
-        turn = asyncio.Semaphore(_AT_ONCE)
+        turn, happened = asyncio.Semaphore(_AT_ONCE), _Happened(self.store, at_once)
         try:
             while True:
                 since = feed.now()
@@ -171,7 +175,7 @@ class Sender:
                         tasks.pop(id).cancel()
                     for id, row in rows.items():
                         if id not in tasks or tasks[id].done():
-                            tasks[id] = asyncio.create_task(self._follow(row, feed, turn))
+                            tasks[id] = asyncio.create_task(self._follow(row, feed, happened, turn))
                 except SwarmError as error:
                     log.warning("can't read the notices", error=str(error))
                 await feed.changed(since, timeout_seconds=_CHECK_SECONDS)
@@ -179,26 +183,30 @@ class Sender:
         finally:
             await cancel_all(tasks.values())
 
-    async def _follow(self, row: NoticeRow, feed: Feed, turn: asyncio.Semaphore) -> None:
-        name = position_of(row.id)
+    async def _follow(self, row: NoticeRow, feed: Feed, happened: _Happened, turn: asyncio.Semaphore) -> None:
+        name, own = position_of(row.id), {NoticeKind(kind) for kind in row.kinds}
+        after = saved = -1
         while True:
             since = feed.now()
             more = False
             try:
-                after = await self.store.position(name)
-                facts = await self.store.facts(after=after, limit=_EVENTS_AT_ONCE)
-                more = facts.more
-                for event in facts.events:
-                    if wanted := kinds_of(event) & {NoticeKind(kind) for kind in row.kinds}:
+                if after < 0:
+                    after = saved = await self.store.position(name)
+                found, up_to, more = await happened.after(after, since)
+                for event, kinds in found:
+                    if wanted := kinds & own:
                         await self._deliver(row, event, wanted, turn)
                         await self.store.set_position(name, event.seq)
-                if facts.after != after:
-                    await self.store.set_position(name, facts.after)
+                        after = saved = event.seq
+                after = up_to
+                if after - saved >= _SAVE_AFTER:
+                    await self.store.set_position(name, after)
+                    saved = after
             except SwarmError as error:
                 log.warning("can't follow what happens", notice=row.id, error=str(error))
             if not more:
                 await feed.changed(since, timeout_seconds=_CHECK_SECONDS)
-            await asyncio.sleep(1.0)
+                await asyncio.sleep(1.0)
 
     async def _deliver(self, row: NoticeRow, event: Event, kinds: set[NoticeKind], turn: asyncio.Semaphore) -> None:
         try:
@@ -220,6 +228,40 @@ class Sender:
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, most)
+
+
+class _Happened:
+    """What notices may tell of, read and parsed once for all that are up to date."""
+
+    def __init__(self, store: Store, at_once: int) -> None:
+        self._store, self._at_once = store, at_once
+        self._found: deque[tuple[Event, set[NoticeKind]]] = deque()
+        self._first = self._last = -1  # between these, all is in `_found`
+        self._more = False
+        self._since: asyncio.Event | None = None  # of the last read
+        self._lock = asyncio.Lock()
+
+    async def after(self, seq: int, since: asyncio.Event) -> tuple[list[tuple[Event, set[NoticeKind]]], int, bool]:
+        """Of the events after that one, those that are told; up to which; and whether there are more at once."""
+        async with self._lock:
+            if not self._first <= seq <= self._last:
+                found, up_to, more = await self._read(seq)
+                if seq < self._first:  # its receiver took nothing for a while: it reads on its own
+                    return found, up_to, more
+                self._found, self._first = deque(found), seq
+                self._last, self._more, self._since = up_to, more, since
+            elif seq == self._last and (self._more or since is not self._since):
+                found, self._last, self._more = await self._read(seq)
+                self._found += found
+                self._since = since
+            wanted = list(takewhile(lambda one: one[0].seq > seq, reversed(self._found)))
+            while len(self._found) > _EVENTS_KEPT:
+                self._first = self._found.popleft()[0].seq
+            return wanted[::-1], self._last, self._more
+
+    async def _read(self, seq: int) -> tuple[list[tuple[Event, set[NoticeKind]]], int, bool]:
+        facts = await self._store.facts(after=seq, limit=self._at_once)
+        return [(event, kinds) for event in facts.events if (kinds := kinds_of(event))], facts.after, facts.more
 
 
 def _body(row: NoticeRow, event: Event, kinds: set[NoticeKind], ticket: Ticket) -> dict[str, Any]:

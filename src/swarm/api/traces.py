@@ -5,6 +5,7 @@ collector has taken the spans, and a repeated span has the same id."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +20,22 @@ from swarm.base.clock import PHASES
 from swarm.base.log import logger
 from swarm.errors import NotFound, StoreError
 from swarm.model import TERMINAL_TICKET_STATES, Ticket
-from swarm.store.sql.rows import AttemptRow, RunRow, StepRow, milliseconds
+from swarm.store.sql.rows import milliseconds
 from swarm.store.store import Store
 from swarm.store.tickets.display import ModelCall
-from swarm.store.tickets.facts import LONGEST_MS, ended_as
+from swarm.store.tickets.facts import LONGEST_MS, Traced, ended_as
 
 log = logger(__name__)
 
 POSITION: Final = "traces"
 SPANS: Final = 5000  # of one trace; further ones are left out
 _CALLS: Final = 1000
-_EVENTS_AT_ONCE: Final = 500
+_EVENTS_AT_ONCE: Final = 5000
+_TRIES: Final = 10  # of one trace, some five minutes; while no connection is made, none is given up
 _CHECK_SECONDS: Final = 30.0
 _EVERY_SECONDS: Final = 1.0
 _LONGEST_PAUSE_SECONDS: Final = 60.0
+_NO_ANSWER: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _INTERNAL, _CLIENT = 1, 3  # SpanKind
 _ERROR: Final = 2  # StatusCode
 _OPERATION: Final = "chat"
@@ -49,22 +52,38 @@ class Target:
 
 
 def target(env: Mapping[str, str] = os.environ) -> Target | None:
-    """None if nothing is to be exported."""
+    """None if nothing is to be exported; a URL that none is, is said once."""
     if env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return None
     url = env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
     if not url and (base := env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")):
         url = f"{base.rstrip('/')}/v1/traces"
-    if not url.startswith(("http://", "https://")):
+    if not url:
+        return None
+    headers = _pairs(env.get("OTEL_EXPORTER_OTLP_TRACES_HEADERS") or env.get("OTEL_EXPORTER_OTLP_HEADERS", ""))
+    if why := _wrong(url, headers):
+        log.warning("no traces are exported: OpenTelemetry's variables are wrong", error=why)
         return None
     timeout = env.get("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT") or env.get("OTEL_EXPORTER_OTLP_TIMEOUT") or "10000"
     resource = _pairs(env.get("OTEL_RESOURCE_ATTRIBUTES", ""))
     return Target(
         url=url,
-        headers=_pairs(env.get("OTEL_EXPORTER_OTLP_TRACES_HEADERS") or env.get("OTEL_EXPORTER_OTLP_HEADERS", "")),
+        headers=headers,
         timeout_seconds=min(60.0, int(timeout) / 1000) if timeout.isdecimal() else 10.0,
         resource={"service.name": "swarm"} | resource | _named(env.get("OTEL_SERVICE_NAME")),
     )
+
+
+def _wrong(url: str, headers: Mapping[str, str]) -> str:
+    """Why nothing can be sent there; ''. What nobody looked at would end the server when the first ticket ends."""
+    try:
+        with httpx.Client(headers=dict(headers)):  # a proxy of the environment may be wrong too
+            parsed = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError, OSError) as error:
+        return str(error)
+    if parsed.scheme not in ("http", "https") or not parsed.host or not 0 < (parsed.port or 1) < 65536:
+        return "the endpoint is no http or https URL"
+    return ""
 
 
 def _named(name: str | None) -> dict[str, str]:
@@ -77,37 +96,40 @@ def _pairs(text: str) -> dict[str, str]:
     return {unquote(name).strip(): unquote(value).strip() for name, _, value in parts if name.strip()}
 
 
-async def export(store: Store, feed: Feed, to: Target) -> None:
+async def export(
+    store: Store, feed: Feed, to: Target, *, at_once: int = _EVENTS_AT_ONCE, pause_seconds: float = _EVERY_SECONDS
+) -> None:
     """Never ends by itself. Begins, the first time, with what ends from now on."""
-    pause = _EVERY_SECONDS
+    tries, pause = 0, pause_seconds  # of the trace that is next
     async with httpx.AsyncClient(headers=dict(to.headers), timeout=to.timeout_seconds) as client:
         while True:
             since = feed.now()
-            more = False
             try:
                 after = await store.position(POSITION)
-                facts = await store.facts(after=after, limit=_EVENTS_AT_ONCE)
-                more = facts.more
+                facts = await store.facts(after=after, limit=at_once)
                 for event in facts.events:
                     if ended_as(event):
-                        try:
-                            await _send(store, client, to, event.ticket_id)
-                        except (ValueError, TypeError, OverflowError) as error:  # another program wrote its rows
-                            log.warning("a ticket makes no trace", ticket=event.ticket_id, error=str(error))
+                        await _send(store, client, to, event.ticket_id, last=tries + 1 >= _TRIES)
+                        await store.set_position(POSITION, event.seq)  # what was taken is not sent again
+                        tries, pause = 0, pause_seconds
                 if facts.after != after:
                     await store.set_position(POSITION, facts.after)
-                pause = _EVERY_SECONDS
+                pause = pause_seconds
             except (StoreError, httpx.HTTPError) as error:
                 log.warning("can't export traces", error=str(error) or type(error).__name__, again_in_seconds=pause)
+                if not isinstance(error, (StoreError, *_NO_ANSWER)):
+                    tries += 1
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
-            if not more:
+            if not facts.more:
                 await feed.changed(since, timeout_seconds=_CHECK_SECONDS)
-            await asyncio.sleep(_EVERY_SECONDS)
+                await asyncio.sleep(pause_seconds)
 
 
-async def _send(store: Store, client: httpx.AsyncClient, to: Target, ticket_id: str) -> None:
+async def _send(store: Store, client: httpx.AsyncClient, to: Target, ticket_id: str, *, last: bool) -> None:
+    """Raises httpx.HTTPError if it is to be tried again: always when nobody answers, and unless this try is the
+    ``last`` when this trace may be why."""
     try:
         ticket = await store.ticket(ticket_id)
     except NotFound:  # deleted meanwhile
@@ -115,36 +137,44 @@ async def _send(store: Store, client: httpx.AsyncClient, to: Target, ticket_id: 
     if ticket.state not in TERMINAL_TICKET_STATES:  # it runs again, and will end again
         return
     names = await store.names((ticket.agent_id, ticket.workflow_id))
-    made = await asyncio.to_thread(
-        spans,
-        ticket,
-        await store.runs(ticket_id),
-        await store.steps(ticket_id),
-        await store.attempts(ticket_id),
-        await store.model_calls(ticket_id, limit=_CALLS),
-        names.get(ticket.workflow_id or ticket.agent_id or "", "?"),
-    )
-    scope = {"scope": {"name": "swarm"}, "spans": made}
-    resource = {"attributes": _attributes(to.resource)}
-    answer = await client.post(to.url, json={"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]})
-    if answer.status_code in (408, 429) or answer.status_code >= 500:
-        answer.raise_for_status()
-    elif answer.status_code >= 300:  # it will never take them
+    name = names.get(ticket.workflow_id or ticket.agent_id or "", "?")
+    rows = await store.traced(ticket_id, run_id=ticket.run_id, limit=SPANS)
+    calls = await store.model_calls(ticket_id, limit=_CALLS)
+    try:
+        body = await asyncio.to_thread(_body, to, ticket, rows, calls, name)
+    except (ValueError, TypeError, OverflowError) as error:  # another program wrote its rows
+        log.warning("a ticket makes no trace", ticket=ticket_id, error=str(error))
+        return
+    try:
+        answer = await client.post(to.url, content=body, headers={"content-type": "application/json"})
+        if answer.status_code in (408, 429) or answer.status_code >= 500:
+            answer.raise_for_status()
+    except _NO_ANSWER:
+        raise
+    except httpx.HTTPError as error:
+        if not last:
+            raise
+        log.warning("a trace is given up", ticket=ticket_id, error=str(error) or type(error).__name__)
+        return
+    if answer.status_code >= 300:  # it will never take them
         log.warning("the collector refused a trace", ticket=ticket_id, status=answer.status_code)
 
 
-def spans(
-    ticket: Ticket,
-    runs: Sequence[RunRow],
-    steps: Sequence[StepRow],
-    attempts: Sequence[AttemptRow],
-    calls: Sequence[ModelCall],
-    name: str,
-) -> list[dict[str, Any]]:
+def _body(to: Target, ticket: Ticket, rows: Traced, calls: Sequence[ModelCall], name: str) -> bytes:
+    scope = {"scope": {"name": "swarm"}, "spans": spans(ticket, rows, calls, name)}
+    resource = {"attributes": _attributes(to.resource)}
+    return json.dumps({"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}).encode()
+
+
+def nanoseconds(ms: float) -> str:
+    """Of a time: by whole microseconds, since a float has no more digits."""
+    return str(round(ms * 1000) * 1000)
+
+
+def spans(ticket: Ticket, rows: Traced, calls: Sequence[ModelCall], name: str) -> list[dict[str, Any]]:
     """Those of a ticket's last run: the ticket, its steps, their attempts, the phases of each, and model calls."""
     given = trace.parent(ticket.trigger_data)
     trace_id = trace.trace_id(ticket.id, ticket.trigger_data)
-    of_run = {run.id for run in runs if ticket.run_id in (run.id, run.root_run_id)}
     root = trace.span_id(ticket.id, ticket.run_id or "")
     found: list[dict[str, Any]] = []
 
@@ -159,8 +189,8 @@ def spans(
             "spanId": id,
             "name": name,
             "kind": kind,
-            "startTimeUnixNano": str(round(start * 1e6)),
-            "endTimeUnixNano": str(round(max(start, end if end is not None else start) * 1e6)),
+            "startTimeUnixNano": nanoseconds(start),
+            "endTimeUnixNano": nanoseconds(max(start, end if end is not None else start)),
             "attributes": _attributes({key.replace("__", "."): value for key, value in attributes.items()}),
         }
         if parent:
@@ -175,14 +205,14 @@ def spans(
         _INTERNAL, swarm__ticket__id=ticket.id, swarm__ticket__state=ticket.state, swarm__project=ticket.project_id,
         swarm__run__id=ticket.run_id,
     )  # fmt: skip
-    of_step = {step.id: step for step in steps if step.run_id in of_run}
+    of_step = {step.id: step for step in rows.steps}
     for step in of_step.values():
         start = milliseconds(step.queued_at if step.retry_count == 0 else None) or milliseconds(step.started_at)
         add(
             trace.span_id(step.id), f"step {step.step_id}", root, start, milliseconds(step.completed_at), step.error,
             _INTERNAL, swarm__step__id=step.step_id, swarm__step__status=step.status, swarm__agent=step.agent_name,
         )  # fmt: skip
-    kept = [attempt for attempt in attempts if attempt.step_execution_id in of_step]
+    kept = [attempt for attempt in rows.attempts if attempt.step_execution_id in of_step]
     for attempt in kept:
         began, step = milliseconds(attempt.started_at), of_step[attempt.step_execution_id]
         own = trace.span_id(attempt.id)

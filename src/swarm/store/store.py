@@ -54,7 +54,7 @@ from swarm.store.sql.wake import Wake
 from swarm.store.tickets import dependencies, display, events, facts, pages, tickets
 from swarm.store.tickets.display import ModelCall, Question, RunningAttempt
 from swarm.store.tickets.events import LeftFiles
-from swarm.store.tickets.facts import Backlog, Facts
+from swarm.store.tickets.facts import Backlog, Facts, Traced
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
 from swarm.store.untold import UNTOLD
@@ -586,6 +586,10 @@ class Store:
     async def facts(self, *, after: int, limit: int) -> Facts:
         """What the next ``limit`` events say of tickets, attempts and model calls; output is not read."""
         return await self._read.call(facts.facts, after=after, limit=limit)
+
+    async def traced(self, ticket_id: str, *, run_id: str | None, limit: int) -> Traced:
+        """What a trace tells of a run: so many steps and attempts at most."""
+        return await self._read.call(facts.traced, ticket_id, run_id=run_id, limit=limit)
 
     async def position(self, name: str) -> int:
         """Up to which event this follower is done. A new one begins with the next event."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -78,6 +78,66 @@ class Backlog:
     attempts_running: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedStep:
+    id: str
+    step_id: str
+    status: str
+    agent_name: str | None
+    queued_at: str | None
+    started_at: str | None
+    completed_at: str | None
+    retry_count: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedAttempt:
+    id: str
+    step_execution_id: str
+    number: int
+    worker: str
+    vm_id: int | None
+    outcome: str | None
+    reason: str | None
+    started_at: str | None
+    ended_at: str | None
+    cost_usd: float
+    error: str | None
+    timings: Mapping[str, float]  # ms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """The first steps and attempts of a run and those nested in it, without inputs and outputs."""
+
+    steps: Sequence[TracedStep]
+    attempts: Sequence[TracedAttempt]
+
+
+_OF_RUN: Final = (
+    "FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id {} WHERE r.ticket_id = :id "
+    "AND (r.id = :run_id OR r.root_run_id = :run_id) ORDER BY {}.id LIMIT :limit"
+)
+_TRACED_STEPS: Final = Sql(
+    f"SELECT {rows.columns(TracedStep, 's', 'error')}, substr(s.error, 1, 1000) AS error {_OF_RUN.format('', 's')}"
+)
+_TRACED_ATTEMPTS: Final = Sql(
+    f"SELECT {rows.columns(TracedAttempt, 'a', 'error', 'timings')}, substr(a.error, 1, 1000) AS error, a.timings "
+    + _OF_RUN.format("JOIN attempts a ON a.step_execution_id = s.id", "a")
+)
+
+
+def traced(tx: Tx, ticket_id: str, *, run_id: str | None, limit: int) -> Traced:
+    which = {"id": ticket_id, "run_id": run_id, "limit": limit}
+    return Traced(
+        steps=[rows.value(TracedStep, row) for row in tx.all(_TRACED_STEPS, **which)],
+        attempts=[
+            rows.value(TracedAttempt, row, timings=_timings(row.timings)) for row in tx.all(_TRACED_ATTEMPTS, **which)
+        ],
+    )
+
+
 def newest(tx: Tx) -> int:
     (row,) = tx.all(_NEWEST)
     return int(row.seq)
@@ -134,8 +194,12 @@ def backlog(tx: Tx) -> Backlog:
 
 
 def _attempt(row: Row) -> EndedAttempt:
-    timings: dict[str, float] = {}
-    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):  # another program wrote it
-        known = json.loads(row.timings).items()
-        timings = {name: float(ms) for name, ms in known if type(ms) in (int, float) and 0 <= ms < LONGEST_MS}
+    timings = _timings(row.timings)
     return EndedAttempt(agent=row.agent_name, outcome=row.outcome, reason=row.reason, timings=timings)
+
+
+def _timings(text: object) -> dict[str, float]:
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):  # another program wrote it
+        known = json.loads(text).items()  # type: ignore[arg-type]
+        return {name: float(ms) for name, ms in known if type(ms) in (int, float) and 0 <= ms < LONGEST_MS}
+    return {}
