@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from itertools import product
 from typing import Any
@@ -123,6 +124,27 @@ async def test_what_is_said_of_a_body_is_bounded(served: Served) -> None:
         answer = await served.operator.post("/v1/tickets/bulk", json=body)
         assert (answer.status_code, said in answer.text) == (400, True), answer.text[:500]
         assert len(answer.text) < 10_000
+
+
+async def test_large_answers_are_kept_in_bounds(served: Served) -> None:
+    """Until their clients take them, or are gone."""
+    await served.add("large", inputs=json.dumps({"text": "x" * (15 << 20)}))
+    whole = await served.viewer.get("/v1/tickets/large")
+    assert whole.headers["content-length"] == str(len(whole.content)) and len(whole.content) > 15 << 20
+    async with contextlib.AsyncExitStack() as stack:
+        headers = {"authorization": f"Bearer {served.tokens['viewer']}"}
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=served.url, headers=headers, timeout=30))
+        for path in ("/v1/tickets/large", "/tickets/large/text/inputs") * 2:  # and nobody reads them
+            answer = await stack.enter_async_context(client.stream("GET", path))
+            assert answer.status_code == 200
+        for path in ("/v1/tickets/large", "/tickets/large/text/inputs"):
+            busy = await served.viewer.get(path)
+            assert (busy.status_code, busy.headers["retry-after"]) == (503, "2")
+            assert "other large answers are on their way" in busy.text
+        assert (await served.viewer.get("/v1/tickets")).status_code == 200
+    async with asyncio.timeout(30):
+        while (await served.viewer.get("/v1/tickets/large")).status_code == 503:  # until the server sees them gone
+            pass
 
 
 async def test_events_follow_live_without_gap_or_double(served: Served) -> None:

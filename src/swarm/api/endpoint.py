@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar, get_origin
 
@@ -46,6 +46,8 @@ _T = TypeVar("_T")
 
 MAX_BODY_BYTES: Final = 1 << 20
 BODY_SECONDS: Final = 30.0
+_LARGE_BYTES: Final = 1 << 20  # of an answer; the buffers of a connection have small ones
+_SLICE_BYTES: Final = 256 << 10
 _MAX_FIELDS: Final = 1000  # each that doesn't exist is an error with words of its own
 JSON: Final = "application/json"
 
@@ -78,6 +80,25 @@ class Heavy:
             self._places.release()
 
 
+class Outgoing:
+    """The bytes of large answers that their clients have not taken yet."""
+
+    def __init__(self, *, most: int = 64 << 20) -> None:
+        self._most, self._kept = most, 0
+
+    @contextmanager
+    def kept(self, size: int) -> Iterator[None]:
+        """Raises Refused (503) if that is too much. One alone is never."""
+        if self._kept and self._kept + size > self._most:
+            headers = {"retry-after": str(RETRY_SECONDS)}
+            raise Refused(503, "other large answers are on their way: try again soon", headers=headers)
+        self._kept += size
+        try:
+            yield
+        finally:
+            self._kept -= size
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """What handlers work with."""
@@ -95,6 +116,7 @@ class Context:
     notices: Sender
     tree_uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))  # at once
     heavy: Heavy = field(default_factory=Heavy)
+    outgoing: Outgoing = field(default_factory=Outgoing)
     strangers: body.Strangers = field(default_factory=body.Strangers)
 
 
@@ -189,16 +211,31 @@ async def _serve(endpoint: Endpoint, context: Context, request: Request) -> Resp
             body=await _body(endpoint, request) if endpoint.body is not None else None,
         )
         answer = await endpoint.handler(call)
-        if isinstance(answer, StreamingResponse):  # it goes on after this function
-            held = turn.pop_all()
-            answer.background = BackgroundTask(held.close)
-            answer.body_iterator = _closing(answer.body_iterator, held)
-        if isinstance(answer, Response):
-            return answer
-        if endpoint.answer is None:
+        if not isinstance(answer, Response) and endpoint.answer is None:
             return Response(status_code=204)
-        text = await asyncio.to_thread(encode, answer)
-        return Response(text, status_code=endpoint.status, media_type=JSON, headers={"cache-control": "no-store"})
+        if not isinstance(answer, Response):
+            text = await asyncio.to_thread(encode, answer)
+            headers = {"cache-control": "no-store"}
+            answer = Response(text, status_code=endpoint.status, media_type=JSON, headers=headers)
+        return until_sent(context, answer, turn)
+
+
+def until_sent(context: Context, answer: Response, turn: ExitStack) -> Response:
+    """A stream goes on after its handler: so does its turn. A large answer becomes one. Raises Refused (503) when there
+    is no room for it."""
+    if not isinstance(answer, StreamingResponse) and len(data := bytes(answer.body)) > _LARGE_BYTES:
+        turn.enter_context(context.outgoing.kept(len(data)))
+        answer = StreamingResponse(_slices(data), status_code=answer.status_code, headers=dict(answer.headers))
+    if isinstance(answer, StreamingResponse):
+        held = turn.pop_all()
+        answer.background = BackgroundTask(held.close)
+        answer.body_iterator = _closing(answer.body_iterator, held)
+    return answer
+
+
+async def _slices(data: bytes) -> AsyncIterator[bytes]:
+    for at in range(0, len(data), _SLICE_BYTES):
+        yield data[at : at + _SLICE_BYTES]
 
 
 async def _closing(parts: Any, held: ExitStack) -> Any:

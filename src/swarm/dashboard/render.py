@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import cache
 from importlib import resources
@@ -20,7 +21,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from swarm.api.auth import may
-from swarm.api.endpoint import BODY_SECONDS, Context, check_shared
+from swarm.api.endpoint import BODY_SECONDS, Context, check_shared, until_sent
 from swarm.api.problem import Refused, of
 from swarm.base.log import logger
 from swarm.dashboard import text
@@ -101,9 +102,10 @@ def page(
                 raise Refused(403, f"{actor.name} is {actor.role}: this needs {role}")
             if shared:
                 check_shared(actor)
-            with context.auth.turn(actor):
+            with ExitStack() as turn:
+                turn.enter_context(context.auth.turn(actor))
                 _waiting.set(await context.store.count_waiting(project_id=actor.project_id))
-                return await work(context, request, actor)
+                return until_sent(context, await work(context, request, actor), turn)
         except SwarmError as error:
             refused = of(error)
         except Refused as error:
@@ -111,7 +113,9 @@ def page(
         except Exception as error:
             log.error("a page failed by a bug in Swarm", error=f"{type(error).__name__}: {error}")
             refused = Refused(500, "an internal error; the server's log has details")
-        return html("error.html", actor=actor, status=refused.status, detail=refused.detail)
+        answer = html("error.html", actor=actor, status=refused.status, detail=refused.detail)
+        answer.headers.update(refused.headers)
+        return answer
 
     return Route(path, serve, methods=[method])
 
