@@ -42,7 +42,7 @@ def scope_of(agent: str | None, workflow: str | None, webhook: str | None = None
 
 
 class Vault:
-    """``key_file`` is made when the first secret is set. ``gateway_keys``: secrets that the gateway uses as keys, and
+    """``key_file`` is made when it is first needed. ``gateway_keys``: secrets that the gateway uses as keys, and
     for which service; agents and workflows get them only if they are set in their own scope."""
 
     def __init__(self, store: Store, *, key_file: Path, gateway_keys: Callable[[], Mapping[str, str]] = dict) -> None:
