@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import os
 import sqlite3
 import stat
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,8 +18,8 @@ from swarm.api.auth import AT_ONCE, BURST, Auth, may
 from swarm.api.endpoint import Endpoint
 from swarm.api.problem import Refused
 from swarm.model import Role
-from swarm.store.registry.tokens import Actor, new_token
-from tests.api.served import Served, on_the_socket
+from swarm.store.registry.tokens import MAX_SESSIONS, Actor, new_token
+from tests.api.served import Served, on_the_socket, serving
 
 
 def refused(answer: httpx.Response, status: int, said: str) -> None:
@@ -101,13 +103,19 @@ async def test_a_link_is_worth_one_session(served: Served) -> None:
     bearer = await served.nobody.get("/v1/tickets", headers={"authorization": f"Bearer {code}"})
     assert bearer.status_code == 401  # it is no token
     async with httpx.AsyncClient(base_url=served.url) as browser:
-        entered = await browser.get(f"/login?code={code}")
+        link = f"/login?code={code}"
+        for seen in (await browser.get(link), await browser.head(link)):  # as a preview of the link does
+            assert seen.status_code == 200 and "set-cookie" not in seen.headers
+        assert f'value="{code}"' in (await browser.get(link)).text
+        foreign = await browser.post("/login", data={"code": code}, headers={"origin": "http://evil.example"})
+        assert foreign.status_code == 403
+        entered = await browser.post("/login", data={"code": code}, headers={"origin": served.url})
         assert (entered.status_code, entered.headers["location"]) == (303, "/")
         cookie = entered.headers["set-cookie"].lower()
         assert "httponly" in cookie and "samesite=lax" in cookie and "path=/" in cookie
         assert "anna" in (await browser.get("/")).text
         assert (await browser.get("/v1/tickets")).status_code == 200
-        again = await served.nobody.get(f"/login?code={code}")
+        again = await served.nobody.post("/login", data={"code": code}, headers={"origin": served.url})
         assert again.status_code == 401 and "set-cookie" not in again.headers
         left = await browser.post("/logout", headers={"origin": served.url})
         assert left.status_code == 303
@@ -137,6 +145,77 @@ async def test_a_session_ends_with_its_token(served: Served) -> None:
         assert (await browser.get("/v1/tickets")).status_code == 200
         await served.store.revoke_token("the-viewer", by="anna")
         assert (await browser.get("/v1/tickets")).status_code == 401
+
+
+async def test_sessions_of_a_link_are_seen_and_ended_by_others(served: Served) -> None:
+    own = {"origin": served.url}
+    async with httpx.AsyncClient(base_url=served.url) as one, httpx.AsyncClient(base_url=served.url) as other:
+        for browser in (one, other):
+            code = new_token()
+            await served.store.add_token(
+                code, Actor(name="anna", role=Role.VIEWER), by="test", kind="link", expires_seconds=300
+            )
+            assert (await browser.post("/login", data={"code": code}, headers=own)).status_code == 303
+        rows = [row for row in (await served.admin.get("/v1/tokens")).json() if row["name"] == "anna"]
+        assert [row["kind"] for row in rows] == ["session", "session"]
+        ended = await served.admin.delete(f"/v1/tokens/{rows[0]['id']}")
+        assert ended.json()["kind"] == "session"
+        assert sorted([(await browser.get("/v1/whoami")).status_code for browser in (one, other)]) == [200, 401]
+        assert (await served.admin.delete("/v1/tokens/anna")).status_code == 200
+        assert [(await browser.get("/v1/whoami")).status_code for browser in (one, other)] == [401, 401]
+        assert (await served.admin.delete("/v1/tokens/anna")).status_code == 404
+
+
+async def test_a_token_has_few_sessions_and_the_oldest_goes(served: Served) -> None:
+    given, own = {"token": served.tokens["viewer"]}, {"origin": served.url}
+    statuses, first = [], ""
+    for _ in range(MAX_SESSIONS):
+        answer = await served.nobody.post("/login", data=given, headers=own)
+        first = first or answer.cookies["swarm_session"]
+        statuses.append(answer.status_code)
+    assert set(statuses) == {303}
+    cookie = {"cookie": f"swarm_session={first}"}
+    served.nobody.cookies.clear()
+    assert (await served.nobody.get("/v1/whoami", headers=cookie)).status_code == 200
+    more = await asyncio.gather(*(served.nobody.post("/login", data=given, headers=own) for _ in range(60)))
+    assert {answer.status_code for answer in more} == {303, 429}
+    served.nobody.cookies.clear()
+    assert (await served.nobody.get("/v1/whoami", headers=cookie)).status_code == 401
+    assert len([row for row in await served.store.tokens() if row.kind == "session"]) == MAX_SESSIONS
+
+
+async def test_a_locked_database_is_told_without_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWARM_BUSY_TIMEOUT_SECONDS", "0.3")
+    async with serving(tmp_path / "home") as served, httpx.AsyncClient(base_url=served.url, timeout=30) as browser:
+        own = {"origin": served.url}
+        await browser.post("/login", data={"token": served.tokens["operator"]}, headers=own)
+        with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            answers = await asyncio.gather(
+                served.admin.post("/v1/tickets", json={"title": "x", "agent": "echo"}),
+                browser.post("/login", data={"token": served.tokens["operator"]}, headers=own),
+                browser.post("/logout", headers=own),
+            )
+            other.execute("ROLLBACK")
+        for answer in answers:
+            assert answer.status_code == 503 and html.unescape(answer.text).count("the database is locked: try again")
+            assert str(served.settings.home) not in answer.text
+
+
+async def test_that_a_token_is_used_is_written_after_what_its_request_writes(served: Served) -> None:
+    """Or else both wait for a lock, one after the other."""
+    assert await served.store.token_holder(served.tokens["admin"])
+    await served.store.record("test.write", by="the-admin")
+    async with asyncio.timeout(30), served.store.watching() as wake:
+        while not (used := {row.name: row.last_used_at for row in await served.store.tokens()}["the-admin"]):
+            await wake.changed(timeout_seconds=1)
+    (wrote,) = [event for event in await served.store.events(None) if event.data.get("did") == "test.write"]
+    assert (wrote.at or "") < used
+
+
+async def test_a_body_of_no_type_says_what_to_add(served: Served) -> None:
+    answer = await served.operator.post("/v1/tickets", data={"title": "x"})  # as `curl -d` sends it
+    refused(answer, 415, "-H 'Content-Type: application/json'")
 
 
 async def test_the_socket_is_its_owners(served: Served) -> None:

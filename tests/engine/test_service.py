@@ -95,7 +95,9 @@ async def test_an_engine_with_a_server(plain: Bench) -> None:
         status, out, _ = await command(plain, "swarm", "dashboard", "--no-open")
         assert status == 0 and out.startswith(f"{again.url}/login?code=")
         async with httpx.AsyncClient() as browser:
-            assert (await browser.get(out.strip())).headers["location"] == "/"
+            code = out.strip().partition("code=")[2]
+            entered = await browser.post(f"{again.url}/login", data={"code": code}, headers={"origin": again.url})
+            assert entered.headers["location"] == "/"
             assert (await browser.get(again.url)).status_code == 200
     finally:
         status, out, _ = await command(plain, "swarm-engine", "stop")

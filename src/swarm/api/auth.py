@@ -28,6 +28,7 @@ COOKIE: Final = "swarm_session"
 PER_SECOND: Final = 200.0
 BURST: Final = 400.0
 AT_ONCE: Final = 64  # requests, streams included
+_LOGINS: Final = (1.0, 30.0)  # a second, and at once
 _REFUSED_PER_SECOND: Final = 50.0  # wrong tokens, of all senders
 _HOLDERS: Final = 1000
 _LOCAL: Final = "swarm.local"
@@ -104,8 +105,11 @@ class Auth:
 
     async def log_in(self, given: str, response: Response, *, secure: bool) -> bool:
         """Begin a browser's session with a link's code or a token. False if it is worth none. Raises Refused."""
-        session = new_token()
-        if await self._store.open_session(given[:200], session) is None:
+        session, given = new_token(), given[:200]
+        holder = await self._store.may_log_in(given)
+        if holder is not None and not self._bucket(f"login of {holder.name}", *_LOGINS).take():
+            raise Refused(429, f"{holder.name} logs in too often: try again later", headers={"retry-after": "2"})
+        if holder is None or await self._store.open_session(given, session) is None:
             if not self._refusals.take():
                 raise Refused(429, "too many wrong tokens: try again later", headers={"retry-after": "2"})
             return False
@@ -123,10 +127,7 @@ class Auth:
     @contextmanager
     def turn(self, actor: Actor) -> Iterator[None]:
         """While a request of this holder is served. Raises Refused (429) if it sends too many."""
-        bucket = self._buckets.pop(actor.name, None) or _Bucket(PER_SECOND, BURST)
-        self._buckets[actor.name] = bucket
-        if len(self._buckets) > _HOLDERS:
-            self._buckets.popitem(last=False)
+        bucket = self._bucket(actor.name, PER_SECOND, BURST)
         if bucket.at_once >= AT_ONCE or not bucket.take():
             raise Refused(429, f"too many requests of {actor.name}: slow down", headers={"retry-after": "1"})
         bucket.at_once += 1
@@ -134,6 +135,13 @@ class Auth:
             yield
         finally:
             bucket.at_once -= 1
+
+    def _bucket(self, name: str, per_second: float, burst: float) -> _Bucket:
+        bucket = self._buckets.pop(name, None) or _Bucket(per_second, burst)
+        self._buckets[name] = bucket
+        if len(self._buckets) > _HOLDERS:
+            self._buckets.popitem(last=False)
+        return bucket
 
 
 def check_origin(request: HTTPConnection) -> None:

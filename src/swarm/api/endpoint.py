@@ -178,8 +178,6 @@ async def guarded(work: Callable[[], Awaitable[Response]]) -> Response:
         return await work()
     except SwarmError as error:
         refused = of(error)
-        if refused.status >= 500:
-            log.warning("a request could not be served", error=str(error))
     except Refused as error:
         refused = error
     except Exception as error:
@@ -273,7 +271,8 @@ async def _body(endpoint: Endpoint, request: Request) -> Any:
 def _check_type(request: Request, accepted: tuple[str, ...]) -> None:
     kind = request.headers.get("content-type", accepted[0]).partition(";")[0].strip().lower()
     if kind not in accepted:
-        raise Refused(415, f"the body must be {' or '.join(accepted)}, not {kind[:80]}", headers=body.CLOSE)
+        hint = f"send the header Content-Type: {accepted[0]} (curl: -H 'Content-Type: {accepted[0]}')"
+        raise Refused(415, f"the body must be {' or '.join(accepted)}, not {kind[:80]}: {hint}", headers=body.CLOSE)
 
 
 def _parsed(model: type[BaseModel], data: bytes) -> Any:

@@ -9,7 +9,18 @@ from typing import Final
 
 from starlette.responses import Response
 
-from swarm.errors import ChangeRefused, Conflict, NoSpace, NotFound, StoreError, SwarmError, UsageError
+from swarm.base.log import logger
+from swarm.errors import (
+    ChangeRefused,
+    Conflict,
+    HostError,
+    Locked,
+    NoSpace,
+    NotFound,
+    StoreError,
+    SwarmError,
+    UsageError,
+)
 
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_SECONDS: Final = 2
@@ -23,6 +34,16 @@ _STATUS: Final = (
     (NoSpace, 507),
     (SwarmError, 500),
 )
+
+# Instead of sentences that name this server's files, which are for its log.
+_SAID: Final = (
+    (Locked, "the database is locked: try again"),
+    (StoreError, "the database can't be used: the server's log says why"),
+    (NoSpace, "no space on the server's disk: its log says where"),
+    (HostError, "the server can't do that now: its log says why"),
+)
+
+log = logger(__name__)
 
 
 class Refused(Exception):
@@ -41,5 +62,9 @@ def problem(status: int, detail: str, *, headers: Mapping[str, str] | None = Non
 
 def of(error: SwarmError) -> Refused:
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
+    detail = str(error)
+    if status >= 500:
+        log.warning("a request could not be served", error=detail)
+        detail = next((said for kind, said in _SAID if isinstance(error, kind)), detail)
     headers = {"retry-after": str(RETRY_SECONDS)} if status == 503 else {}
-    return Refused(status, str(error), headers=headers)
+    return Refused(status, detail, headers=headers)

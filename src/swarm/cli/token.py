@@ -57,25 +57,35 @@ async def create(
 
 @command(app, "list", examples=["swarm token list", "swarm token list --json"], json=True)
 async def list_(cli: Cli) -> None:
-    """List tokens: who has them, as what, and when they were used last. No command shows a token again."""
+    """List tokens and the sessions of browsers: who has them, as what, and when they were used last. No command shows
+    a token again."""
     async with cli.store() as store:
         rows = await store.tokens()
     lines = [
-        (row.name, row.role, row.project_id, row.created_by, row.created_at, row.expires_at, row.last_used_at)
+        (
+            row.name, row.kind, row.role, row.project_id, row.created_by, row.created_at, row.expires_at,
+            row.last_used_at, row.id,
+        )
         for row in rows
-    ]
+    ]  # fmt: skip
     columns = (
-        "NAME", "ROLE", "PROJECT", Column("CREATED BY", drop=2), Column("CREATED", drop=1), "EXPIRES", "LAST USED",
+        "NAME", "KIND", "ROLE", Column("PROJECT", drop=1), Column("CREATED BY", drop=3), Column("CREATED", drop=2),
+        "EXPIRES", "LAST USED", "ID",
     )  # fmt: skip
     cli.out.listing(rows, columns, lines, empty="no tokens")
 
 
 @command(app, "revoke", examples=["swarm token revoke ci"])
-async def revoke(cli: Cli, name: Annotated[str, typer.Argument(metavar="NAME", help="Name or id of a token.")]) -> None:
-    """Revoke a token, and end the sessions of browsers that it let in. What it began goes on."""
+async def revoke(
+    cli: Cli, name: Annotated[str, typer.Argument(metavar="NAME", help="Name, or id of a token or session.")]
+) -> None:
+    """Revoke a token, and end the sessions of browsers that it let in. What it began goes on.
+
+    A name ends all that have it, sessions that a link of `swarm dashboard` began too; an id of a session ends that one.
+    """
     async with cli.store() as store:
         row = await store.revoke_token(name, by=getpass.getuser())
-    cli.out.line(f"token {row.name} is revoked")
+    cli.out.line(f"{row.kind} {row.name} is revoked")
 
 
 def register(program: typer.Typer) -> None:

@@ -11,18 +11,19 @@ from starlette.routing import BaseRoute, Route
 from swarm.api.auth import check_origin
 from swarm.api.body import CLOSE
 from swarm.api.endpoint import Context
-from swarm.api.problem import Refused
+from swarm.api.problem import Refused, of
 from swarm.dashboard.render import form, html
+from swarm.errors import SwarmError
 
 _FORM_BYTES: Final = 4096
 
 
 def routes(context: Context) -> list[BaseRoute]:
     async def show(request: Request) -> Response:
-        """With ?code=, the link of `swarm dashboard`, it logs in; otherwise it asks for a token."""
-        if code := request.query_params.get("code"):
-            return await _enter(context, request, code, "/")
-        return html("login.html", actor=None, wrong="", next=_own(request.query_params.get("next")))
+        """With ?code=, the link of `swarm dashboard`, it shows a button; otherwise it asks for a token. A GET uses no
+        link up: previews of links do that, too."""
+        code = request.query_params.get("code", "")[:200]
+        return html("login.html", actor=None, wrong="", next=_own(request.query_params.get("next")), code=code)
 
     async def enter(request: Request) -> Response:
         try:
@@ -30,17 +31,19 @@ def routes(context: Context) -> list[BaseRoute]:
             async with context.strangers.place():
                 given = await form(request, limit=_FORM_BYTES, fields=4)
         except Refused as error:
-            page = html("login.html", actor=None, status=error.status, wrong=error.detail, next="/")
+            page = html("login.html", actor=None, status=error.status, wrong=error.detail, next="/", code="")
             page.headers.update(CLOSE)  # its body may be on its way yet
             return page
-        return await _enter(context, request, str(given.get("token", "")).strip(), _own(str(given.get("next", ""))))
+        word = str(given.get("code") or given.get("token", "")).strip()
+        return await _enter(context, request, word, _own(str(given.get("next", ""))))
 
     async def leave(request: Request) -> Response:
         response = RedirectResponse("/login", status_code=303)
         try:
             await context.auth.log_out(request, response)
-        except Refused as error:
-            return html("error.html", actor=None, status=error.status, detail=error.detail)
+        except (Refused, SwarmError) as error:
+            refused = error if isinstance(error, Refused) else of(error)
+            return html("error.html", actor=None, status=refused.status, detail=refused.detail)
         return response
 
     return [
@@ -56,9 +59,10 @@ async def _enter(context: Context, request: Request, given: str, to: str) -> Res
         if await context.auth.log_in(given, response, secure=request.url.scheme == "https"):
             return response
         wrong, status = "this token or link is not valid, or no longer", 401
-    except Refused as error:
-        wrong, status = error.detail, error.status
-    return html("login.html", actor=None, status=status, wrong=wrong, next=to)
+    except (Refused, SwarmError) as error:
+        refused = error if isinstance(error, Refused) else of(error)
+        wrong, status = refused.detail, refused.status
+    return html("login.html", actor=None, status=status, wrong=wrong, next=to, code="")
 
 
 def _own(address: str | None) -> str:

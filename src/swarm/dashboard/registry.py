@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 
 from swarm import schema
 from swarm.api.endpoint import Context
-from swarm.api.problem import Refused
+from swarm.api.problem import Refused, of
 from swarm.base import jsontext
 from swarm.dashboard import collapse, svg_graph, text
 from swarm.dashboard.render import form, here, html
@@ -216,7 +216,7 @@ async def start(context: Context, request: Request, actor: Actor) -> Response:
     except NotFound:
         raise
     except (UsageError, SwarmError, Refused) as error:
-        wrong = error.detail if isinstance(error, Refused) else str(error)
+        wrong = error.detail if isinstance(error, Refused) else of(error).detail
         return await _workflow(context, request, actor, given=given, wrong=wrong)
     return RedirectResponse(f"/tickets/{quote(ticket.id, safe='')}", status_code=303)
 

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from swarm.api.endpoint import Call, Context
-from swarm.api.problem import Refused
+from swarm.api.problem import Refused, of
 from swarm.api.v1 import actions
 from swarm.api.v1.actions import Bulk, BulkAction, BulkDone
 from swarm.api.v1.tickets import Filters, cursor_for, filter_of, read_cursor
@@ -105,7 +105,7 @@ async def _list(counted: Counts, context: Context, request: Request, actor: Acto
         found = replace(found, after=await cursor_for(call, found.after))
         counts = await counted.of(context, replace(which, states=()), patient="hx-request" in request.headers)
     except SwarmError as error:  # such as an agent that is not registered: the filter can be mended on the page
-        problem = str(error)
+        problem = of(error).detail
     via = query.getlist("via")[-_PAGES_BACK:]
     return html(
         "tickets.html",

@@ -62,6 +62,7 @@ from swarm.workflow.definition import Workflow
 
 T = TypeVar("T")
 
+_USED_AFTER_SECONDS: Final = 1.0
 _SHIFT_CLOCK: Final = Sql("UPDATE clock SET offset_ms = offset_ms + :ms")
 
 
@@ -685,16 +686,25 @@ class Store:
         actor, id, stale = found
         if stale and id not in self._tokens_used:  # nobody waits for that: reading needs no write lock, nor a free disk
             self._tokens_used.add(id)
+            # Later: else what the request itself writes would wait behind this, for the lock of another program twice.
+            asyncio.get_running_loop().call_later(_USED_AFTER_SECONDS, self._note_use, id)
+        return actor
+
+    def _note_use(self, id: str) -> None:
+        if not self._write.closed:
             using = self._write.submit_batch(tokens.use, id)
             using.add_done_callback(lambda _: self._tokens_used.discard(id))
             using.add_done_callback(_ignore)
-        return actor
+
+    async def may_log_in(self, given: str) -> Actor | None:
+        """Whose a link or a token is, without using it up."""
+        return await self._read.call(tokens.may_log_in, given)
 
     async def tokens(self) -> list[TokenRow]:
         return await self._read.call(tokens.tokens)
 
     async def revoke_token(self, ref: str, *, by: str) -> TokenRow:
-        """By name or id; the sessions that it began end too. Raises NotFound."""
+        """By id: a token and the sessions that it began, or one session. By name: all of that name. Raises NotFound."""
         return await self._write.call(tokens.revoke, ref, by=by)
 
     async def open_session(self, given: str, session: str) -> Actor | None:

@@ -21,21 +21,29 @@ SESSION_SECONDS: Final = 7 * 86_400
 LINK_SECONDS: Final = 300
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 _UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
+MAX_SESSIONS: Final = 20  # of one name; the oldest goes
 _USED_MS: Final = 60_000  # `last_used_at` is no more exact than that: a token is used often
 
-_COLUMNS: Final = "id, name, role, project_id, created_by, created_at, expires_at, last_used_at"
+_COLUMNS: Final = "id, name, kind, role, project_id, created_by, created_at, expires_at, last_used_at"
 _INSERT: Final = one_row(
     "INSERT INTO tokens (id, name, kind, hash, role, project_id, created_by, created_at, expires_at) "
     "VALUES (:id, :name, :kind, :hash, :role, :project_id, :created_by, :now, :expires_at)"
 )
 _NAMED: Final = Sql("SELECT id FROM tokens WHERE kind = 'token' AND name = :name")
-_LIST: Final = Sql(f"SELECT {_COLUMNS} FROM tokens WHERE kind = 'token' ORDER BY name, id")
-_BY_HASH: Final = Sql(f"SELECT {_COLUMNS}, kind FROM tokens WHERE hash = :hash")
+_LIST: Final = Sql(
+    f"SELECT {_COLUMNS} FROM tokens WHERE kind = 'token' OR expires_at > :now_ms ORDER BY name, kind DESC, id"
+)
+_BY_HASH: Final = Sql(f"SELECT {_COLUMNS} FROM tokens WHERE hash = :hash")
 _USED: Final = Sql("UPDATE tokens SET last_used_at = :now WHERE id = :id")
 _DELETE: Final = Sql("DELETE FROM tokens WHERE id = :id")
 _DELETE_OLD: Final = Sql("DELETE FROM tokens WHERE kind <> 'token' AND expires_at < :now_ms")
 # With a token go the sessions that it began.
 _DELETE_MADE: Final = Sql("DELETE FROM tokens WHERE kind <> 'token' AND created_by = :id")
+_DELETE_NAMED: Final = Sql("DELETE FROM tokens WHERE name = :name")
+_DELETE_OLDEST: Final = Sql(
+    "DELETE FROM tokens WHERE kind = 'session' AND name = :name AND id NOT IN (SELECT id FROM tokens "
+    f"WHERE kind = 'session' AND name = :name ORDER BY created_at DESC, id DESC LIMIT {MAX_SESSIONS})"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +57,11 @@ class Actor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRow:
-    """What may be shown of a token. Times are ISO-8601."""
+    """What may be shown of a token, of a browser's session, or of a link that begins one. Times are ISO-8601."""
 
     id: str
     name: str
+    kind: str
     role: str
     project_id: str | None
     created_by: str
@@ -106,7 +115,7 @@ def add(tx: Tx, token: str, actor: Actor, *, kind: str, by: str, expires_seconds
 
 
 def tokens(tx: Tx) -> list[TokenRow]:
-    return [_row(row) for row in tx.all(_LIST)]
+    return [_row(row) for row in tx.all(_LIST, now_ms=tx.now_ms)]
 
 
 def find(tx: Tx, token: str) -> tuple[Actor, str, bool] | None:
@@ -115,7 +124,15 @@ def find(tx: Tx, token: str) -> tuple[Actor, str, bool] | None:
     if row is None or row.kind == "link" or (row.expires_at is not None and row.expires_at <= tx.now_ms):
         return None
     stale = row.last_used_at is None or row.last_used_at < iso(tx.now_ms - _USED_MS)
-    return _actor(row), row.id, stale and row.kind == "token"
+    return _actor(row), row.id, stale
+
+
+def may_log_in(tx: Tx, given: str) -> Actor | None:
+    """Whose a token or a link is that has not expired."""
+    row = tx.first(_BY_HASH, hash=digest(given))
+    if row is None or row.kind == "session" or (row.expires_at is not None and row.expires_at <= tx.now_ms):
+        return None
+    return _actor(row)
 
 
 def use(tx: Tx, ids: Sequence[str]) -> list[None]:
@@ -132,7 +149,9 @@ def open_session(tx: Tx, given: str, session: str) -> Actor | None:
         tx.run(_DELETE, id=row.id)
     left = SESSION_SECONDS if row.expires_at is None or row.kind == "link" else (row.expires_at - tx.now_ms) / 1000
     actor = _actor(row)
-    add(tx, session, actor, kind="session", by=row.id, expires_seconds=min(SESSION_SECONDS, left))
+    by = row.created_by if row.kind == "link" else row.id
+    add(tx, session, actor, kind="session", by=by, expires_seconds=min(SESSION_SECONDS, left))
+    tx.run(_DELETE_OLDEST, name=actor.name)
     return actor
 
 
@@ -143,15 +162,18 @@ def close_session(tx: Tx, session: str) -> None:
 
 
 def revoke(tx: Tx, ref: str, *, by: str) -> TokenRow:
-    """By name or id. Its sessions end too. Raises NotFound."""
-    known = tokens(tx)
-    found = next((row for row in known if ref in (row.name, row.id)), None)
+    """By id: a token and the sessions that it began, or one session. By name: all that have the name. Raises
+    NotFound."""
+    known = tokens(tx)  # of a name, the token first
+    found = next((row for row in known if row.id == ref), next((row for row in known if row.name == ref), None))
     if found is None:
         hint = versions.did_you_mean(ref, [row.name for row in known])
         raise NotFound(f"no token {ref[:80]!r}{hint or '; `swarm token list` shows all'}")
     tx.run(_DELETE, id=found.id)
     tx.run(_DELETE_MADE, id=found.id)
-    events.record(tx, "token.revoke", by=by, name=found.name)
+    if ref == found.name:
+        tx.run(_DELETE_NAMED, name=ref)
+    events.record(tx, f"{found.kind}.revoke", by=by, name=found.name)
     return found
 
 
