@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -25,8 +26,8 @@ def sent(after: int) -> bytes:
 
 
 def test_a_connection_that_breaks_anywhere_costs_nothing() -> None:
-    for size in (1, 7, 4096):
-        for cut in range(len(sent(0))):
+    for size, step in ((1, 23), (7, 5), (4096, 1)):  # several pieces: not at each place, that takes 10 s
+        for cut in range(0, len(sent(0)), step):
             following, seen = Following("t"), list[Event]()
             data = sent(0)[:cut]
             while not following.ended:
@@ -63,6 +64,16 @@ def test_pieces_become_lines() -> None:
     assert [line.text for line in lines.take(ended)] == ["oops"] and [line.text for line in lines.end()] == ["b1"]
     (long,) = lines.take(Event(seq=1, kind="output", data={"text": "x" * 100_000}))
     assert len(long.text) == 100_000 and not list(lines.end()), "a line without an end isn't kept"
+
+
+def test_a_long_event_is_copied_once() -> None:
+    """It comes in very many pieces: to copy what there is with each of them would take minutes."""
+    following, piece = Following("t"), b"x" * 64
+    until = time.process_time() + 20  # a hundred times what it takes
+    for _ in range((8 << 20) // len(piece) - 1):
+        assert not list(following.take(piece)) and time.process_time() < until
+    with pytest.raises(ServerError, match="more than 8,388,608 bytes"):
+        list(following.take(piece * 2))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Final
 
 from starlette.applications import Starlette
@@ -43,14 +45,19 @@ _HEADERS: Final[Mapping[str, str]] = {
 }
 
 
+@cache
+def description() -> bytes:
+    """The OpenAPI document. It is made when it is first asked for: that takes a quarter of a second."""
+    return encode(openapi.document(ENDPOINTS))
+
+
 def application(context: Context, *, hooks: Route, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
     """``hooks``: POST /hooks/NAME; ``pages``: routes of the dashboard, which check who asks themselves."""
-    document = encode(openapi.document(ENDPOINTS))
 
     async def described(request: Request) -> Response:
         async def answer() -> Response:
             with context.auth.turn(await context.auth.actor(request, Role.VIEWER)):
-                return Response(document, media_type=JSON)
+                return Response(await asyncio.to_thread(description), media_type=JSON)
 
         return await guarded(answer)
 

@@ -22,13 +22,13 @@ class Following:
 
     def __init__(self, id: str, after: int = 0) -> None:
         self._id, self._after = id, after
-        self._rest, self._blocks = b"", 0
+        self._rest, self._blocks = bytearray(), 0
         self.ended = False
 
     @property
     def call(self) -> calls.Call:
         """The request that goes on behind the last event."""
-        self._rest, self._blocks = b"", 0  # half an event of a connection that broke is sent again
+        self._rest, self._blocks = bytearray(), 0  # half an event of a connection that broke is sent again
         headers = {"last-event-id": str(self._after), "accept": "text/event-stream"}
         path = calls.ticket(self._id, "events/live")
         return calls.Call(method="GET", path=path, headers=headers, repeatable=True, extra_seconds=_QUIET_SECONDS)
@@ -44,7 +44,12 @@ class Following:
 
     def take(self, data: bytes) -> Iterator[Event]:
         """The events that are whole with these bytes."""
-        *whole, self._rest = (self._rest + data).split(b"\n\n")
+        searched = max(0, len(self._rest) - 1)
+        self._rest += data
+        whole: list[bytes] = []
+        if self._rest.find(b"\n\n", searched) >= 0:
+            *whole, rest = bytes(self._rest).split(b"\n\n")
+            self._rest = bytearray(rest)
         self._blocks += len(whole)
         if len(self._rest) > _MAX_BYTES:
             raise ServerError(f"an event has more than {_MAX_BYTES:,} bytes: is this Swarm's server?")
