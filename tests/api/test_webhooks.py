@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,22 @@ async def test_bodies_that_never_come_keep_no_place(server: Server, path: str) -
     assert (await server.post()).status_code == 202
     for writer in writers:
         writer.close()
+
+
+async def test_a_workflow_is_read_once_for_all_unsigned_requests(server: Server) -> None:
+    """A large one takes a second, and nobody knows who asks; a changed one is read again."""
+
+    async def secret(name: str, workflow: str) -> str | None:
+        return None
+
+    hooks = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), strangers=Strangers())
+    row = await server.store.workflow("nightly")
+    first = await hooks.flow(row)
+    assert first.webhook is not None and first.webhook.secret == "KEY"
+    assert await hooks.flow(await server.store.workflow("nightly")) is first
+    changed = replace(row, definition=row.definition.replace('"KEY"', '"OTHER"'))
+    again = (await hooks.flow(changed)).webhook
+    assert again is not None and again.secret == "OTHER"
 
 
 async def test_one_connection_too_many_is_told_by_a_problem() -> None:

@@ -32,7 +32,7 @@ from swarm.store.store import Store
 from swarm.store.tickets.validation import storable
 from swarm.triggers import schedules
 from swarm.triggers.schedules import InputsRefused
-from swarm.workflow.definition import Webhook
+from swarm.workflow.definition import Webhook, Workflow
 
 log = logger(__name__)
 
@@ -40,6 +40,7 @@ MAX_BODY_BYTES: Final = 1 << 20
 MAX_KEY_CHARS: Final = 255
 LEAST_SECRET_BYTES: Final = 16
 MAX_AT_ONCE: Final = 32
+_KEPT: Final = 32
 TIMESTAMP_HEADER: Final = "X-Swarm-Timestamp"
 TIMESTAMP_SECONDS: Final = 300  # allowed clock difference and transmission time
 
@@ -70,6 +71,7 @@ class Hooks:
         self._evaluator = evaluator
         self._strangers = strangers
         self._busy = 0
+        self._flows: dict[str, tuple[str, Workflow]] = {}  # by id, with what they were read from
 
     def route(self) -> Route:
         async def post(request: Request) -> Response:
@@ -137,7 +139,7 @@ class Hooks:
         shown = {"ticket_id": answer.ticket_id, "workflow": f"{row.name}@{row.version}", "repeated": answer.repeated}
         return JSONResponse(shown, status_code=202)
 
-    async def _workflow(self, name: str) -> tuple[WorkflowRow, Any]:
+    async def _workflow(self, name: str) -> tuple[WorkflowRow, Workflow]:
         if not _NAME.fullmatch(name):
             raise _no_hook(name[:80])
         try:
@@ -145,10 +147,19 @@ class Hooks:
         except NotFound:
             raise _no_hook(name) from None
         try:
-            return row, row.parsed()
+            return row, await self.flow(row)
         except StoreError as error:  # this row is broken, not the database
             log.error("a webhook's workflow is broken", workflow=name, error=str(error))
             raise Refused(500, f"the workflow {name} is broken here; its owner must add it again") from None
+
+    async def flow(self, row: WorkflowRow) -> Workflow:
+        """Kept: senders that are not known yet can't have a large one read again and again."""
+        kept = self._flows.get(row.id)
+        if kept is None or kept[0] != row.definition:
+            kept = self._flows[row.id] = row.definition, await asyncio.to_thread(row.parsed)
+            if len(self._flows) > _KEPT:
+                del self._flows[next(iter(self._flows))]
+        return kept[1]
 
     async def _secret(self, name: str, hook: Webhook) -> bytes:
         found, why = b"", f"not set; `swarm workflow webhook {name}` makes it"
