@@ -243,6 +243,9 @@ async def test_files_are_of_the_project_that_sent_them(served: Served) -> None:
         assert (await mine.get("/v1/artifacts?ticket=shared")).json() == []
         assert (await mine.get(f"/v1/artifacts/{sent['digest']}")).status_code == 404
         assert (await theirs.post("/v1/tickets", json=files)).status_code == 409
+        await served.store.keep_artifacts("by-hand", {"c" * 64: '"secret"'})  # `swarm ticket add --file` under way
+        assert (await mine.post("/v1/tickets", json={**files, "id": "by-hand", "inputs": {}})).status_code == 201
+        assert (await mine.get("/v1/artifacts?ticket=by-hand")).json() == []
         late = (await theirs.post("/v1/files", **tar)).json()
         assert (await theirs.post("/v1/tickets", json={**files, "id": late["id"]})).status_code == 201
         assert (await theirs.get(f"/v1/artifacts/{late['digest']}")).status_code == 200

@@ -168,7 +168,7 @@ class Store:
         """Raises UsageError for a ticket that could never run, Conflict when its id is taken. A workflow's expressions
         see ``trigger_type`` and ``trigger_data`` (JSON) as `trigger`. ``uses``: how many artifacts were kept for it; a
         Conflict if `prune` has removed some, since it had no ticket yet. ``sent_as``: they were kept by this name
-        (`artifacts.sent_as`), and become the ticket's. ``by``: who adds it, for an event."""
+        (`artifacts.sent_as`), and become the ticket's, which then has no others. ``by``: who adds it, for an event."""
         return await self._write.call(
             tickets.add, tickets.check(ticket), depends_on=tuple(depends_on), uses=uses, sent_as=sent_as, by=by
         )

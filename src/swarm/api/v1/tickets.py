@@ -157,9 +157,8 @@ async def add_once(call: Call, ticket: Ticket, *, of: str, depends_on: Sequence[
     for something else is a Conflict."""
     by, project = call.actor.name, call.actor.project_id
     files = await _files_of(call, ticket)
-    given: dict[str, Any] = {"depends_on": depends_on, "by": by}
-    if files:
-        given |= {"uses": len(files), "sent_as": sent_as(ticket.id, project)}
+    given: dict[str, Any] = {"depends_on": depends_on, "by": by, "uses": len(files)}
+    given["sent_as"] = sent_as(ticket.id, project)
     key = call.request.headers.get(KEY_HEADER)
     if key is None:
         return await call.store.add_ticket(ticket, **given)

@@ -122,6 +122,7 @@ def add(
             raise ChangeRefused("a trigger ignored it")
         raise Conflict(f"the ticket id {validation.shown(ticket.id)} is taken; choose another one")
     if sent_as is not None:
+        tx.run(_DROP_USES, sent=ticket.id)  # what a command of this host is sending for a ticket of its own
         tx.run(_TAKE_USES, id=ticket.id, sent=sent_as)
         tx.run(_DROP_USES, sent=sent_as)
     if uses and tx.all(_USES, id=ticket.id)[0].uses < uses:
