@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
+import shlex
 import sqlite3
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,6 +33,8 @@ from tests.serving import serving
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "docs" / "monitoring"
+PAGE = MONITORING.with_suffix(".md").read_text(encoding="utf-8")
+PAGE_COMMANDS = PAGE.partition("```bash\n")[2].partition("```")[0].splitlines()
 TIMINGS = {"queue": 12.0, "boot": 300.0, "agent": 2000.0, "total": 2312.0}
 
 
@@ -180,18 +185,30 @@ def test_labels_have_a_bounded_number_of_values() -> None:
 
 @asynccontextmanager
 async def prometheus(served: Served, place: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Debian's, with the configuration of the docs; the address and its intervals differ."""
-    (place / "swarm-token").write_text(served.tokens["viewer"])
-    (place / "alerts.yml").write_text((MONITORING / "alerts.yml").read_text())
+    """Debian's, by the two commands of the docs and with its configuration; addresses and intervals differ."""
+    make_token, start = PAGE_COMMANDS
+    there = place / "docs" / "monitoring"
+    there.mkdir(parents=True)
+    (there / "alerts.yml").write_text((MONITORING / "alerts.yml").read_text())
     text = (MONITORING / "prometheus.yml").read_text().replace("127.0.0.1:8420", served.url.removeprefix("http://"))
     assert served.url.removeprefix("http://") in text
-    (place / "prometheus.yml").write_text(f"global: {{scrape_interval: 200ms, evaluation_interval: 200ms}}\n{text}")
-    program = prometheus_here.program("prometheus")
-    assert program
+    (there / "prometheus.yml").write_text(f"global: {{scrape_interval: 200ms, evaluation_interval: 200ms}}\n{text}")
+    env = {**os.environ, "SWARM_HOME": str(served.settings.home), "SWARM_STATE_DIR": str(served.settings.state_dir)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    made = await asyncio.to_thread(
+        subprocess.run, ["bash", "-c", make_token], cwd=place, env=env, stdin=subprocess.DEVNULL, capture_output=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert (there / "swarm-token").stat().st_mode & 0o777 == 0o600
+    promtool = prometheus_here.program("promtool")
+    program, (_, *options) = prometheus_here.program("prometheus"), shlex.split(start)
+    assert program and promtool
+    (config,) = [one.removeprefix("--config.file=") for one in options]
+    checked = await asyncio.to_thread(_run, [promtool, "check", "config", str(place / config)], "")
+    assert checked.returncode == 0, checked.stderr
     with (place / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            program, f"--config.file={place}/prometheus.yml", f"--storage.tsdb.path={place}/data",
-            "--web.listen-address=127.0.0.1:19090",
+            program, *options, f"--storage.tsdb.path={place}/data", "--web.listen-address=127.0.0.1:19090", cwd=place,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
         )  # fmt: skip
     try:
@@ -229,6 +246,8 @@ async def test_a_real_prometheus(served: Served, tmp_path: Path) -> None:
     await work(served)
     await until(served, 1, "swarm_tickets_ended_total", state="done")
     text = (await served.viewer.get("/metrics")).text
+    ignored = await asyncio.to_thread(_run, ["git", "-C", str(ROOT), "check-ignore", "docs/monitoring/swarm-token"], "")
+    assert ignored.returncode == 0, "the token of the page's first command must not be committed"
     promtool = prometheus_here.program("promtool")
     assert promtool
     for argv, given in (

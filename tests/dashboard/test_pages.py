@@ -43,7 +43,7 @@ async def test_now_says_what_runs_what_waits_and_that_no_engine_runs(served: Ser
     assert "No engine runs" not in shown
     assert "Running 2" in shown
     assert "Wait for a person 1" in shown
-    assert "Failed in this hour 2 17 %" in shown
+    assert "Attempts failed, last hour 2 17 %" in shown
     assert "$0.93" in shown
     assert "Port the worker to Python 3.14 main claude running 21" in shown
     assert "2 of 8" in shown
