@@ -185,8 +185,8 @@ def test_labels_have_a_bounded_number_of_values() -> None:
 
 @asynccontextmanager
 async def prometheus(served: Served, place: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Debian's, by the two commands of the docs and with its configuration; addresses and intervals differ."""
-    make_token, start = PAGE_COMMANDS
+    """Debian's, by the commands of the docs and with its configuration; addresses and intervals differ."""
+    go, make_token, start = PAGE_COMMANDS
     there = place / "docs" / "monitoring"
     there.mkdir(parents=True)
     (there / "alerts.yml").write_text((MONITORING / "alerts.yml").read_text())
@@ -196,7 +196,7 @@ async def prometheus(served: Served, place: Path) -> AsyncIterator[httpx.AsyncCl
     env = {**os.environ, "SWARM_HOME": str(served.settings.home), "SWARM_STATE_DIR": str(served.settings.state_dir)}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     made = await asyncio.to_thread(
-        subprocess.run, ["bash", "-c", make_token], cwd=place, env=env, stdin=subprocess.DEVNULL, capture_output=True
+        subprocess.run, ["bash", "-c", f"{go}\n{make_token}"], cwd=place, env=env, capture_output=True, check=False
     )
     assert made.returncode == 0, made.stderr
     assert (there / "swarm-token").stat().st_mode & 0o777 == 0o600
@@ -204,11 +204,11 @@ async def prometheus(served: Served, place: Path) -> AsyncIterator[httpx.AsyncCl
     program, (_, *options) = prometheus_here.program("prometheus"), shlex.split(start)
     assert program and promtool
     (config,) = [one.removeprefix("--config.file=") for one in options]
-    checked = await asyncio.to_thread(_run, [promtool, "check", "config", str(place / config)], "")
+    checked = await asyncio.to_thread(_run, [promtool, "check", "config", str(there / config)], "")
     assert checked.returncode == 0, checked.stderr
     with (place / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            program, *options, f"--storage.tsdb.path={place}/data", "--web.listen-address=127.0.0.1:19090", cwd=place,
+            program, *options, f"--storage.tsdb.path={place}/data", "--web.listen-address=127.0.0.1:19090", cwd=there,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
         )  # fmt: skip
     try:

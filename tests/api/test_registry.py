@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from swarm.api.app import ENDPOINTS
 from swarm.api.endpoint import JSON
 from swarm.api.v1 import agents, engines, images, secrets, tokens, workflows
 from swarm.base import process
+from swarm.cli import service
 from swarm.ledger import Account, Bill, Limit, Order, Spend
 from swarm.model import Agent, Role
 from swarm.vm.image import staging
@@ -146,6 +148,27 @@ async def test_engines_and_hosts(served: Served) -> None:
     assert (hosts["a"]["memory_mb"], hosts["a"]["waits_for"]) == (8000, ["memory: 900 MB are free"])
     assert (hosts["b"]["alive"], hosts["b"]["max_vms"], hosts["b"]["memory_mb"]) == (0, 0, None)
     assert (hosts["c"]["alive"], hosts["c"]["max_vms"], hosts["c"]["memory_free_mb"]) == (1, 0, None)
+
+
+async def test_an_engine_that_was_killed_is_no_live_one(served: Served) -> None:
+    """On this host, that is known before it has been silent for long."""
+    child = await asyncio.create_subprocess_exec("sleep", "60")
+    info = {"driver": "qemu", "max_vms": 4, "machine": process.machine(), "started": process.start_time(child.pid)}
+    await served.store.heartbeat("mine", host="here", pid=child.pid, info=info)
+    (engine,) = (await served.viewer.get("/v1/engines")).json()
+    assert (engine["alive"], engine["died"], await service.has_engine(served.store)) == (True, False, True)
+    child.kill()
+    await child.wait()
+    (engine,) = (await served.viewer.get("/v1/engines")).json()
+    assert (engine["alive"], engine["died"], await service.has_engine(served.store)) == (False, True, False)
+    assert (await served.viewer.get("/v1/hosts")).json()[0]["alive"] == 0
+    for page, says in (("/", "No engine runs"), ("/hosts", "takes its steps over at once")):
+        assert says in (await served.viewer.get(page, headers={"accept": "text/html"})).text
+    status = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-m", "swarm.cli.engine", "status", "--home", str(served.settings.home)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"engine {child.pid} on here: died; the next engine on this host" in status.stdout, status
 
 
 async def test_costs(served: Served) -> None:

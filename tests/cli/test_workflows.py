@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import subprocess
@@ -81,5 +82,6 @@ def test_answer_and_continue(swarm: Swarm, tmp_path: Path) -> None:
     swarm("swarm ticket retry t --from check")
     swarm("swarm-engine run-ticket t --wait --timeout 4", status=1)
     assert "step check is approved" in swarm("swarm ticket approve t --why fine").stdout
+    assert f"approved by {getpass.getuser()}, fine" in swarm("swarm ticket show t").stdout
     assert json.loads(swarm("swarm-engine run-ticket t --wait --json").stdout)["ticket"]["state"] == "done"
     swarm("swarm prove")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from swarm.store.registry.workers import is_alive
+from swarm.store.registry.workers import has_died, is_alive
 from swarm.store.sql.rows import QueueStatus, WorkerRow
 from swarm.store.store import Store
 from swarm.vm.slots.inventory import Inventory, VmRecord
@@ -15,7 +15,8 @@ from swarm.vm.slots.inventory import Inventory, VmRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """Not ``alive``: silent for so long that it is frozen, dead, or on a host that is down. ``info``: its own words."""
+    """Not ``alive``: ``died`` on this host, or silent for so long that it is frozen, dead, or on a host that is down.
+    ``info``: its own words."""
 
     id: str
     host: str
@@ -25,6 +26,7 @@ class Engine:
     seen_ms_ago: float
     info: Mapping[str, Any]
     alive: bool
+    died: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,8 @@ async def status(store: Store, inventory: Inventory) -> Status:
 async def engines(store: Store) -> list[Engine]:
     names = [field.name for field in fields(WorkerRow)]
     return [
-        Engine(**{name: getattr(row, name) for name in names}, alive=is_alive(row)) for row in await store.workers()
+        Engine(**{name: getattr(row, name) for name in names}, alive=is_alive(row), died=has_died(row))
+        for row in await store.workers()
     ]
 
 

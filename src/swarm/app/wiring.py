@@ -337,6 +337,7 @@ async def worker(
             lease_seconds=settings.lease_seconds,
             queue_timeout_seconds=settings.queue_timeout_seconds,
             kept_ready=lambda: 0 if pool is None else sum(len(one.ready) for one in pool.inspect()),
+            driver=vms.choice.driver.name,
         )
 
 
@@ -395,7 +396,7 @@ async def dispatcher(
             disk=Disk(dir=settings.state_dir, used_bytes=None if settings.driver == "process" else used),
             grace_seconds=grace_seconds,
             scheduler=Scheduler(store=opened, evaluator=opened.jail),
-            info={"driver": settings.driver, "started": process.start_time(os.getpid()), "machine": process.machine()},
+            info={"driver": ours.driver, "started": process.start_time(os.getpid()), "machine": process.machine()},
             ended=ended,
         )
 

@@ -364,6 +364,8 @@ def _server_line(server: Address) -> str:
 
 def _engine_line(engine: Engine) -> str:
     info, where = engine.info, f"engine {engine.pid} on {engine.host}"
+    if engine.died:
+        return f"{where}: died; the next engine on this host takes its steps over at once"
     if not engine.alive:
         silent = render.duration(engine.seen_ms_ago)
         return f"{where}: silent for {silent}; its steps go back to the queue when their leases end"

@@ -57,17 +57,12 @@ class Process:
 async def has_engine(store: Store) -> bool:
     from swarm.store.registry.workers import is_alive
 
-    return any(is_alive(row) and not _has_ended(row) for row in await store.workers())
+    return any(is_alive(row) for row in await store.workers())
 
 
 async def is_served(settings: Settings, store: Store, ticket_id: str) -> bool:
     """Does anything take this ticket: a live engine, or a command of this host that runs it itself?"""
     return await has_engine(store) or await asyncio.to_thread(_is_run_here, settings, ticket_id)
-
-
-def _has_ended(row: WorkerRow) -> bool:
-    """Surely, and so before it has been silent for long: it was killed on this host."""
-    return _is_here(row) and process.has_ended(row.pid, row.info.get("started"))
 
 
 def _is_run_here(settings: Settings, ticket_id: str) -> bool:

@@ -31,7 +31,11 @@ def told(event: Event) -> str:
         port = f":{data['port']}" if data.get("port") else ""
         return _joined(f"{data['host']}{port}", data.get("refused") or _ms(data, "ms"))
     some = {name: value for name, value in data.items() if isinstance(value, str | int | float)}
-    return _joined(*(f"{name} {value}" for name, value in some.items()))
+    return _joined(*(f"{name} {_word(value)}" for name, value in some.items()))
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _ms(data: Mapping[str, object], name: str) -> str:

@@ -13,7 +13,7 @@ from swarm.api.endpoint import Context
 from swarm.base.clock import iso
 from swarm.dashboard.render import here, html
 from swarm.store.registry.tokens import Actor
-from swarm.store.registry.workers import is_alive
+from swarm.store.registry.workers import has_died, is_alive
 from swarm.store.sql.rows import WorkerRow
 
 _MOST: Final = 500
@@ -25,6 +25,7 @@ class EngineView:
 
     row: WorkerRow
     alive: bool
+    died: bool
     running: int | None
     max_vms: int | None
     per_minute: int | None
@@ -54,6 +55,7 @@ def _engine(row: WorkerRow) -> EngineView:
     return EngineView(
         row=row,
         alive=is_alive(row),
+        died=has_died(row),
         running=_number(info.get("running")),
         max_vms=_number(info.get("max_vms")),
         per_minute=_number(info.get("per_minute")),

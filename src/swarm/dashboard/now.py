@@ -11,14 +11,14 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from swarm.admin.engines import Engine, engines
 from swarm.api.endpoint import Context
 from swarm.dashboard.render import Page, here, html
 from swarm.dashboard.spent import Hours
 from swarm.store.registry.tokens import Actor
-from swarm.store.sql.rows import QueueStatus, WorkerRow
+from swarm.store.sql.rows import QueueStatus
 from swarm.store.tickets.display import RunningAttempt
 
-SILENT_MS: Final = 15_000.0  # an engine that has not been heard of for so long is not counted on
 _SHOWN: Final = 50
 _HOUR_SECONDS: Final = 3600.0
 _TOGETHER_SECONDS: Final = 0.9
@@ -29,7 +29,7 @@ class Overview:
     queue: QueueStatus
     running: list[RunningAttempt]
     hour: dict[str, int]
-    engines: list[WorkerRow]
+    engines: list[Engine]
     spent_usd: float
     unpriced_calls: int
     spent_is_all: bool
@@ -51,7 +51,7 @@ class Now:
                 running = await context.store.running_attempts(project_id=actor.project_id, limit=_SHOWN)
                 return html("now.html", actor=actor, here=here(request), whole=None, running=running, served=True)
             whole = await self._whole(context, patient="hx-request" in request.headers)
-            served = any(engine.seen_ms_ago < SILENT_MS for engine in whole.engines)
+            served = any(engine.alive for engine in whole.engines)
             return html("now.html", actor=actor, here=here(request), whole=whole, running=whole.running, served=served)
 
         return show
@@ -79,7 +79,7 @@ async def _overview(context: Context, hours: Hours) -> Overview:
         queue=await store.queue(),
         running=await store.running_attempts(limit=_SHOWN),
         hour=await store.attempts_since(_HOUR_SECONDS),
-        engines=await store.workers(),
+        engines=await engines(store),
         spent_usd=sum(row.cost_usd for row in spent),
         unpriced_calls=sum(row.unpriced for row in spent),
         spent_is_all=today.complete,

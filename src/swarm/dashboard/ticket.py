@@ -17,7 +17,6 @@ from starlette.routing import BaseRoute
 from swarm.api.auth import may
 from swarm.api.endpoint import Context
 from swarm.dashboard import output, waterfall
-from swarm.dashboard.now import SILENT_MS
 from swarm.dashboard.render import drawn, form, html, own_ticket, page
 from swarm.dashboard.text import duration, pretty
 from swarm.dashboard.visible import visible
@@ -25,6 +24,7 @@ from swarm.errors import NotFound
 from swarm.model import TERMINAL_TICKET_STATES, Event, ExecutionMode, Role, Ticket, TicketState
 from swarm.store import ticket_files
 from swarm.store.registry.tokens import Actor
+from swarm.store.registry.workers import is_alive
 from swarm.store.sql.rows import QueueStatus
 
 _ATTEMPTS: Final = 60
@@ -129,7 +129,7 @@ async def _why(context: Context, actor: Actor, ticket: Ticket) -> str:
         return ""
     if ticket.state == TicketState.READY and actor.project_id is not None:
         return "It is in the queue."
-    engines = [one for one in await context.store.workers() if one.seen_ms_ago < SILENT_MS]
+    engines = [one for one in await context.store.workers() if is_alive(one)]
     if not engines and actor.project_id is None:
         return "No engine runs, so it stays as it is. Start one: swarm-engine start"
     if ticket.state == TicketState.READY:

@@ -118,12 +118,12 @@ class Worker:
         lease_seconds: float,
         queue_timeout_seconds: float | None = None,
         kept_ready: Callable[[], int] = lambda: 0,
+        driver: str = "",
     ) -> None:
-        self._store = store
-        self._engine = engine
+        self._store, self._engine = store, engine
         self.name = name
         self._lease_seconds, self._queue_timeout_seconds = lease_seconds, queue_timeout_seconds
-        self.kept_ready = kept_ready  # VMs of its pool
+        self.kept_ready, self.driver = kept_ready, driver  # VMs of its pool; the driver's name
         self.stopping = False  # from now on, attempts that lose their VM are put back instead of failed
         self._running: dict[str, Attempt] = {}
         self._events: list[Event] = []  # of ended attempts

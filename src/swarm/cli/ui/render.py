@@ -60,7 +60,7 @@ def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence
             f"{step.agent_name}@{step.agent_version}" if step.agent_name else "",
             step.retry_count + 1 if step.started_at and step.agent_name else "",
             duration(step.duration_ms),
-            first_line(step.error or (step.question if step.status == "waiting" else "")),
+            first_line(step.error or (step.question if step.status == "waiting" else _answered(step))),
         )
         for step in current[:_SHOWN_STEPS]
     ]
@@ -77,6 +77,17 @@ def show_steps(out: Out, ticket: Ticket, runs: Sequence[RunRow], steps: Sequence
     if waiting := [step.step_id for step in current if step.status == "waiting" and step.verdict is None]:
         which = "" if len(waiting) == 1 else " --step STEP"
         out.line(f"{', '.join(waiting)}: `swarm ticket approve {ticket.id}{which}`, or reject, continues it")
+
+
+def _answered(step: StepRow) -> str:
+    """Who approved it, and why. Other programs may write the column, too."""
+    try:
+        given = json.loads(step.verdict or "null")
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(given, dict) or given.get("approved") is not True:
+        return ""
+    return ", ".join(str(one) for one in (f"approved by {given.get('by', '')}", given.get("why")) if one)
 
 
 def steps_of_last_run(ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[StepRow]) -> list[StepRow]:

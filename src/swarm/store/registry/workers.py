@@ -5,7 +5,7 @@ ended, on this host, need not be waited for until its leases do.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from swarm.base import process
@@ -44,7 +44,13 @@ def workers(tx: Tx) -> list[WorkerRow]:
 
 
 def is_alive(row: WorkerRow) -> bool:
-    return row.seen_ms_ago < SILENT_AFTER_SECONDS * 1000
+    return row.seen_ms_ago < SILENT_AFTER_SECONDS * 1000 and not has_died(row)
+
+
+def has_died(row: WorkerRow) -> bool:
+    """Surely, and so before it has been silent for long: its process was counted where ours is (this boot, these
+    namespaces), and has ended."""
+    return row.id in _died([(row.id, row.pid, row.info)])
 
 
 def _info(text: object) -> dict[str, Any]:
@@ -57,17 +63,20 @@ def _info(text: object) -> dict[str, Any]:
 
 
 def dead(tx: Tx) -> list[str]:
-    """The workers whose process was counted where ours is (this boot, these namespaces), and has ended."""
+    """The workers that have died, as `has_died` says."""
+    return [id_ for id_ in _died([(row.id, row.pid, _info(row.info)) for row in tx.all(_ALL)]) if id_.isascii()]
+
+
+def _died(rows: Iterable[tuple[object, object, Mapping[str, Any]]]) -> list[str]:
     try:
         here = process.machine()
     except OSError:  # no descriptor left: it can't be told now
         return []
-    found = []
-    for row in tx.all(_ALL):
-        info = _info(row.info)
-        if here and info.get("machine") == here and process.has_ended(row.pid, info.get("started")):
-            found.append(str(row.id))
-    return [id_ for id_ in found if id_.isascii()]
+    return [
+        str(id_)
+        for id_, pid, info in rows
+        if here and info.get("machine") == here and process.has_ended(pid, info.get("started"))
+    ]
 
 
 def bury(tx: Tx, ids: Sequence[str]) -> None:
