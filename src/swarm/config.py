@@ -74,6 +74,8 @@ class Settings(BaseModel):
     egress_private: tuple[IPv4Network | IPv6Network, ...] = ()
     # The same for notices (docs/monitoring.md), which the server sends.
     notices_private: tuple[IPv4Network | IPv6Network, ...] = ()
+    # How browsers reach `swarm serve` behind a proxy with TLS: https://swarm.example.org.
+    public_url: str = Field(default="", pattern=r"^(https?://[A-Za-z0-9.\-\[\]:]+)?$", max_length=300)
     # Tables that override the built-in ones (docs/claude.md): services behind the gateway, and prices. Default: the
     # files in the home, if they exist.
     upstreams: Path | None = None

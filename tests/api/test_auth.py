@@ -113,6 +113,7 @@ async def test_a_link_is_worth_one_session(served: Served) -> None:
         assert (entered.status_code, entered.headers["location"]) == (303, "/")
         cookie = entered.headers["set-cookie"].lower()
         assert "httponly" in cookie and "samesite=lax" in cookie and "path=/" in cookie
+        assert "max-age=86400;" in cookie and "secure" not in cookie
         assert "anna" in (await browser.get("/")).text
         assert (await browser.get("/v1/tickets")).status_code == 200
         again = await served.nobody.post("/login", data={"code": code}, headers={"origin": served.url})
@@ -137,6 +138,22 @@ async def test_other_sites_use_no_session(served: Served, origin: str | None) ->
         assert (await browser.post("/logout", headers=headers)).status_code == 403
         own = await browser.post("/v1/tickets", json={"title": "x", "agent": "echo"}, headers={"origin": served.url})
         assert own.status_code == 201
+
+
+async def test_behind_a_proxy_with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy asks by another name than the browser does."""
+    monkeypatch.setenv("SWARM_PUBLIC_URL", "https://swarm.example")
+    async with serving(tmp_path / "home") as served, httpx.AsyncClient(base_url=served.url) as browser:
+        given = {"token": served.tokens["operator"]}
+        for origin in ("https://evil.example", "http://swarm.example", "https://swarm.example.evil.example"):
+            answer = await browser.post("/login", data=given, headers={"origin": origin})
+            assert answer.status_code == 403 and "--public-url" in answer.text
+        own = {"origin": "https://swarm.example"}
+        entered = await browser.post("/login", data=given, headers=own)
+        assert entered.status_code == 303 and "; secure" in entered.headers["set-cookie"].lower()
+        session = {"cookie": f"swarm_session={entered.cookies['swarm_session']}"}
+        made = await browser.post("/v1/tickets", json={"title": "x", "agent": "echo"}, headers=own | session)
+        assert made.status_code == 201
 
 
 async def test_a_session_ends_with_its_token(served: Served) -> None:

@@ -24,6 +24,7 @@ from swarm import config
 from swarm.api import server as api_server
 from swarm.app import address, wiring
 from swarm.config import Settings
+from swarm.errors import UsageError
 from swarm.model import Event, Role, Ticket
 from swarm.store.registry.tokens import Actor, new_token
 from tests.api.served import ECHO
@@ -108,6 +109,15 @@ async def test_where_it_is(settings: Settings) -> None:
         assert status == 0 and f"server {process.pid} stopped" in said
         assert await process.wait() == 0
     assert not address.file(settings).exists() and not settings.api_socket.exists()
+
+
+async def test_links_lead_to_the_public_url(settings: Settings) -> None:
+    public = config.load(home=settings.home, public_url="https://swarm.example")
+    with address.written(public, "http://127.0.0.1:1"):
+        status, said = await run(settings, "dashboard", "--json")
+        assert status == 0 and json.loads(said)["url"].startswith("https://swarm.example/login?code=")
+    with pytest.raises(UsageError, match="public_url"):
+        config.load(home=settings.home, public_url="https://swarm.example/path")
 
 
 async def test_a_browser_is_opened_by_no_argument_that_lets_others_in(settings: Settings, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ async def test_an_engine_with_a_server(plain: Bench) -> None:
         first = address.running(plain.settings)
         assert first is not None and first.url in out
         told = json.loads((await command(plain, "swarm-engine", "status", "--json"))[1])
-        assert told["server"] == {"url": first.url, "pid": first.pid, "started": first.started}
+        assert told["server"] == {"url": first.url, "pid": first.pid, "started": first.started, "public_url": ""}
         assert psutil.Process(first.pid).ppid() == told["engines"][0]["pid"], "not the engine's own process"
         os.kill(first.pid, signal.SIGKILL)
         async with asyncio.timeout(60):

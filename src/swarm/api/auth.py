@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
@@ -69,8 +69,11 @@ class _Bucket:
 
 
 class Auth:
-    def __init__(self, store: Store) -> None:
+    """``public_url``: where a proxy serves this server, whatever name the proxy asks by."""
+
+    def __init__(self, store: Store, *, public_url: str = "") -> None:
         self._store = store
+        self._public_url = public_url.lower()
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
         self._refusals = _Bucket(_REFUSED_PER_SECOND, _REFUSED_PER_SECOND)
 
@@ -94,7 +97,7 @@ class Auth:
         if not (session := request.cookies.get(COOKIE)):
             return None
         if request.scope.get("method") not in _SAFE or request.scope["type"] == "websocket":
-            check_origin(request)
+            self.check_origin(request)
         return await self._holder(session)
 
     async def _holder(self, token: str) -> Actor | None:
@@ -120,7 +123,7 @@ class Auth:
 
     async def log_out(self, request: HTTPConnection, response: Response) -> None:
         if session := request.cookies.get(COOKIE):
-            check_origin(request)
+            self.check_origin(request)
             await self._store.close_session(session[:200])
         response.delete_cookie(COOKIE, path="/")
 
@@ -143,10 +146,11 @@ class Auth:
             self._buckets.popitem(last=False)
         return bucket
 
-
-def check_origin(request: HTTPConnection) -> None:
-    """A browser says which site a form or a script came from; a cookie alone proves nothing. Raises Refused (403)."""
-    given: Any = request.headers.get("origin", "")
-    _, _, host = given.partition("://")
-    if not host or host != request.headers.get("host"):
-        raise Refused(403, "this request came from another site")
+    def check_origin(self, request: HTTPConnection) -> bool:
+        """A browser says which site a form or a script came from; a cookie alone proves nothing. True if that site has
+        TLS. Raises Refused (403)."""
+        given = request.headers.get("origin", "")
+        scheme, _, host = given.partition("://")
+        if not host or (host != request.headers.get("host") and given != self._public_url):
+            raise Refused(403, "this request came from another site (behind a proxy: `swarm serve --public-url`)")
+        return scheme == "https"

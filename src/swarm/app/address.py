@@ -15,11 +15,13 @@ from swarm.config import Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """A live server. ``started``: clock ticks since boot; with the pid, it names the process for ever."""
+    """A live server. ``started``: clock ticks since boot; with the pid, it names the process for ever.
+    ``public_url``: how browsers reach it behind a proxy, or ''."""
 
     url: str
     pid: int
     started: int
+    public_url: str = ""
 
 
 def file(settings: Settings) -> Path:
@@ -30,8 +32,11 @@ def running(settings: Settings) -> Address | None:
     """The server of this home; of several, the one that started last."""
     try:
         value = json.loads(file(settings).read_text())
-        found = Address(url=str(value["url"]), pid=int(value["pid"]), started=int(value["started"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        found = Address(
+            url=str(value["url"]), pid=int(value["pid"]), started=int(value["started"]),
+            public_url=str(value.get("public_url", "")),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return found if process.start_time(found.pid) == found.started else None
 
@@ -41,6 +46,7 @@ def written(settings: Settings, url: str) -> Iterator[None]:
     """Say that this process serves there, for the length of the block. Raises HostError."""
     path = file(settings)
     ours = {"url": url, "pid": os.getpid(), "started": process.start_time(os.getpid())}
+    ours |= {"public_url": settings.public_url} if settings.public_url else {}
     with files.host_errors(f"can't write {path}"):
         files.write_atomically(path, json.dumps(ours))
     try:

@@ -55,7 +55,7 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
         context = Context(
             store=opened,
             feed=feed,
-            auth=Auth(opened),
+            auth=Auth(opened, public_url=settings.public_url),
             settings=settings,
             vault=vault,
             uploads=Uploads(into=settings.agents, images=wiring.image_source(settings), layers=wiring.layers(settings)),

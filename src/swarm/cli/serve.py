@@ -23,6 +23,10 @@ async def serve(
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Allow a --host that other hosts can reach.")
     ] = False,
+    public_url: Annotated[
+        str | None,
+        typer.Option("--public-url", metavar="URL", help="How browsers reach it behind a proxy, if there is one."),
+    ] = None,
     json_log: Annotated[bool, typer.Option("--json-log", hidden=True, help="Log lines as JSON.")] = False,
 ) -> None:
     """Serve the dashboard, the API, webhooks and metrics over HTTP.
@@ -31,12 +35,14 @@ async def serve(
     runs the workflow NAME. Tickets are run by an engine: `swarm-engine start`, which with --serve runs this server too.
     Ctrl+C or SIGTERM stops the server, once open requests are answered.
     """
+    from swarm import config
     from swarm.app import address, serve
     from swarm.base.log import configure, logger
 
     configure(debug=cli.debug, info=True, as_json=json_log)
-    async with serve.served(cli.settings, host=host, port=port, remote=allow_remote) as (url, served):
-        with address.written(cli.settings, url):
+    settings = config.load(home=cli.settings.home, public_url=public_url and public_url.rstrip("/"))
+    async with serve.served(settings, host=host, port=port, remote=allow_remote) as (url, served):
+        with address.written(settings, url):
             logger("swarm.serve").info("server serves", url=url)
             cli.out.line(f"serving {url}; `swarm dashboard` lets a browser in; Ctrl+C stops it")
             stop = asyncio.Event()

@@ -117,7 +117,7 @@ async def dashboard(
     async with cli.store() as store:
         actor = Actor(name=user, role=role)
         await store.add_token(code, actor, by=user, kind="link", expires_seconds=LINK_SECONDS)
-    place = url or (server.url if server is not None else "")
+    place = url or (server.public_url or server.url if server is not None else "")
     link = f"{place.rstrip('/')}/login?code={code}"
     cli.out.result({"url": link, "seconds": LINK_SECONDS}, link)
     at_a_display = sys.stdout.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from swarm.api.auth import check_origin
 from swarm.api.body import CLOSE
 from swarm.api.endpoint import Context
 from swarm.api.problem import Refused, of
@@ -27,7 +26,7 @@ def routes(context: Context) -> list[BaseRoute]:
 
     async def enter(request: Request) -> Response:
         try:
-            check_origin(request)
+            secure = context.auth.check_origin(request)
             async with context.strangers.place():
                 given = await form(request, limit=_FORM_BYTES, fields=4)
         except Refused as error:
@@ -35,7 +34,7 @@ def routes(context: Context) -> list[BaseRoute]:
             page.headers.update(CLOSE)  # its body may be on its way yet
             return page
         word = str(given.get("code") or given.get("token", "")).strip()
-        return await _enter(context, request, word, _own(str(given.get("next", ""))))
+        return await _enter(context, word, _own(str(given.get("next", ""))), secure=secure)
 
     async def leave(request: Request) -> Response:
         response = RedirectResponse("/login", status_code=303)
@@ -53,10 +52,10 @@ def routes(context: Context) -> list[BaseRoute]:
     ]
 
 
-async def _enter(context: Context, request: Request, given: str, to: str) -> Response:
+async def _enter(context: Context, given: str, to: str, *, secure: bool) -> Response:
     response = RedirectResponse(to, status_code=303)
     try:
-        if await context.auth.log_in(given, response, secure=request.url.scheme == "https"):
+        if await context.auth.log_in(given, response, secure=secure):
             return response
         wrong, status = "this token or link is not valid, or no longer", 401
     except (Refused, SwarmError) as error:

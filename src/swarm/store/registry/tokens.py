@@ -17,7 +17,7 @@ from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import iso, new_id, value
 from swarm.store.tickets import events
 
-SESSION_SECONDS: Final = 7 * 86_400
+SESSION_SECONDS: Final = 86_400
 LINK_SECONDS: Final = 300
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 _UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
