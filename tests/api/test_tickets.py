@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
+import weakref
 from itertools import product
 from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import Response
 
+from swarm.api.endpoint import guarded
+from swarm.api.problem import Refused
 from swarm.model import Event
 from tests.api.served import Served
 from tests.api.test_auth import refused
@@ -145,6 +150,27 @@ async def test_large_answers_are_kept_in_bounds(served: Served) -> None:
     async with asyncio.timeout(30):
         while (await served.viewer.get("/v1/tickets/large")).status_code == 503:  # until the server sees them gone
             pass
+
+
+async def test_a_refused_request_keeps_nothing() -> None:
+    """What it has read is freed at once: the garbage of cycles stays for long."""
+
+    class Read:
+        pass
+
+    kept: list[weakref.ref[Read]] = []
+
+    async def work() -> Response:
+        read = Read()
+        kept.append(weakref.ref(read))
+        raise Refused(503, "no room")
+
+    gc.disable()
+    try:
+        assert (await guarded(work)).status_code == 503
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 async def test_events_follow_live_without_gap_or_double(served: Served) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar, get_origin
 
@@ -116,6 +116,7 @@ class Context:
     notices: Sender
     tree_uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))  # at once
     heavy: Heavy = field(default_factory=Heavy)
+    large_made: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # at once
     outgoing: Outgoing = field(default_factory=Outgoing)
     strangers: body.Strangers = field(default_factory=body.Strangers)
 
@@ -145,7 +146,8 @@ class Endpoint:
     writes it, such as '/v1/tickets/{id}'. ``errors``: statuses that it may answer besides those of every route.
     ``upload``: the content types of a body that is no JSON, which the handler reads. ``shared``: it tells of all
     projects, or changes what they share, so a token of one project gets 403. ``ranges``: it answers a range of bytes
-    too (206). ``headers``: of the request, besides those of every one, with what they are for."""
+    too (206). ``large``: its answer may have many megabytes, so that few are made at once. ``headers``: of the
+    request, besides those of every one, with what they are for."""
 
     method: str
     path: str
@@ -157,6 +159,7 @@ class Endpoint:
     upload: tuple[str, ...] = ()
     shared: bool = False
     ranges: bool = False
+    large: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
     max_body_bytes: int = MAX_BODY_BYTES
     answer: Any = None  # a type; None: no content
@@ -179,7 +182,8 @@ async def guarded(work: Callable[[], Awaitable[Response]]) -> Response:
     except SwarmError as error:
         refused = of(error)
     except Refused as error:
-        refused = error
+        # Not itself: with its traceback it would keep what the request has read, until the next collection of garbage.
+        return problem(error.status, error.detail, headers=error.headers)
     except Exception as error:
         log.error("a request failed by a bug in Swarm", error=f"{type(error).__name__}: {error}")
         refused = Refused(500, "an internal error; the server's log has details")
@@ -208,14 +212,15 @@ async def _serve(endpoint: Endpoint, context: Context, request: Request) -> Resp
             query=_query(endpoint.query, request) if endpoint.query is not None else None,
             body=await _body(endpoint, request) if endpoint.body is not None else None,
         )
-        answer = await endpoint.handler(call)
-        if not isinstance(answer, Response) and endpoint.answer is None:
-            return Response(status_code=204)
-        if not isinstance(answer, Response):
-            text = await asyncio.to_thread(encode, answer)
-            headers = {"cache-control": "no-store"}
-            answer = Response(text, status_code=endpoint.status, media_type=JSON, headers=headers)
-        return until_sent(context, answer, turn)
+        async with context.large_made if endpoint.large else nullcontext():
+            answer = await endpoint.handler(call)
+            if not isinstance(answer, Response) and endpoint.answer is None:
+                return Response(status_code=204)
+            if not isinstance(answer, Response):
+                text = await asyncio.to_thread(encode, answer)
+                headers = {"cache-control": "no-store"}
+                answer = Response(text, status_code=endpoint.status, media_type=JSON, headers=headers)
+            return until_sent(context, answer, turn)
 
 
 def until_sent(context: Context, answer: Response, turn: ExitStack) -> Response:

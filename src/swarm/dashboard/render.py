@@ -109,7 +109,7 @@ def page(
         except SwarmError as error:
             refused = of(error)
         except Refused as error:
-            refused = error
+            refused = Refused(error.status, error.detail, headers=error.headers)  # without its traceback
         except Exception as error:
             log.error("a page failed by a bug in Swarm", error=f"{type(error).__name__}: {error}")
             refused = Refused(500, "an internal error; the server's log has details")

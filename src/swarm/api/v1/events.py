@@ -204,6 +204,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         handler=list_all_events,
         query=KindsQuery,
         answer=Events,
+        large=True,
     ),
     Endpoint(
         method="GET",
@@ -223,6 +224,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         handler=list_events,
         query=RangeQuery,
         answer=Events,
+        large=True,
     ),
     Endpoint(
         method="GET",

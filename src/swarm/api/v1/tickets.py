@@ -244,5 +244,6 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         summary="Show a ticket with its runs, steps and attempts",
         handler=show_ticket,
         answer=TicketDetails,
+        large=True,
     ),
 )

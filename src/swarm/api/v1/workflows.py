@@ -187,7 +187,7 @@ async def list_schedules(call: Call) -> list[ScheduleRow]:
 
 async def show_run_graph(call: Call) -> RunGraph:
     ref = call.path["id"]
-    found = await call.store.run_graph(ref)
+    found = await call.context.heavy.run(lambda: call.store.run_graph(ref))
     if call.actor.project_id is not None:
         ticket = await call.store.ticket(found.run.ticket_id)
         if ticket.project_id != call.actor.project_id:
