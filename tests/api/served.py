@@ -14,6 +14,7 @@ from typing import Any, Final
 import httpx
 
 from swarm import config
+from swarm.api.auth import AGAIN_SECONDS
 from swarm.api.server import short_path
 from swarm.app import serve, wiring
 from swarm.config import Settings
@@ -82,13 +83,13 @@ async def made(settings: Settings) -> Mapping[str, str]:
 
 
 @asynccontextmanager
-async def serving(home: Path) -> AsyncIterator[Served]:
+async def serving(home: Path, *, again_seconds: float = AGAIN_SECONDS) -> AsyncIterator[Served]:
     settings = config.load(home=home)
     settings.data_dir.mkdir(parents=True)
     tokens = await made(settings)
     async with (
         wiring.store(settings) as store,
-        serve.served(settings, host="127.0.0.1", port=0, remote=False) as (url, _),
+        serve.served(settings, host="127.0.0.1", port=0, remote=False, again_seconds=again_seconds) as (url, _),
     ):
         options: dict[str, Any] = {"base_url": url, "timeout": 30, "event_hooks": CHECKED, "verify": SSL}
         clients = {

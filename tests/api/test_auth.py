@@ -17,7 +17,7 @@ from swarm.api.app import ENDPOINTS
 from swarm.api.auth import AT_ONCE, BURST, Auth, may
 from swarm.api.endpoint import Endpoint
 from swarm.api.problem import Refused
-from swarm.model import Role
+from swarm.model import Event, Role
 from swarm.store.registry.tokens import MAX_SESSIONS, Actor, new_token
 from tests.api.served import Served, on_the_socket, serving
 
@@ -286,3 +286,35 @@ async def test_requests_of_one_holder_at_once_are_bounded(served: Served) -> Non
             answer = await served.viewer.get(path)
             assert (answer.status_code, "too many requests of the-viewer" in answer.text) == (429, True)
             assert (await served.operator.get(path)).status_code == 200  # others are served
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired", "logged out"])
+async def test_what_takes_long_ends_with_its_token(tmp_path: Path, how: str) -> None:
+    async with serving(tmp_path / "home", again_seconds=0.0) as served, httpx.AsyncClient(base_url=served.url) as gone:
+        ticket = await served.add("t", state="draft")
+        token = new_token()
+        await served.store.add_token(token, Actor(name="ci", role=Role.VIEWER), by="anna", expires_seconds=60)
+        if how == "logged out":
+            await gone.post("/login", data={"token": token}, headers={"origin": served.url})
+        else:
+            gone.headers["authorization"] = f"Bearer {token}"
+        streams = ["/v1/events/live", "/v1/tickets/t/events/live", "/v1/tickets/t/output?follow=true", "/live?ticket=t"]
+        async with contextlib.AsyncExitStack() as stack:
+            opened = [await stack.enter_async_context(gone.stream("GET", path)) for path in streams]
+            waited = asyncio.create_task(gone.get("/v1/tickets/t/wait?timeout_seconds=60"))
+            stack.callback(waited.cancel)
+            assert [stream.status_code for stream in opened] == [200] * len(streams)
+            if how == "revoked":
+                await served.store.revoke_token("ci", by="anna")
+            elif how == "expired":
+                await served.store.shift_clock(61_000)
+            else:
+                await gone.post("/logout", headers={"origin": served.url})
+            said = Event(ticket_id=ticket.id, step_id="a", kind="output", data={"stream": "stdout", "text": "secret"})
+            await served.store.append([said])
+            async with asyncio.timeout(40):  # a long poll looks every 5 s
+                for path, stream in zip(streams, opened, strict=True):
+                    broken = pytest.raises(httpx.RemoteProtocolError) if "output" in path else contextlib.nullcontext()
+                    with broken:
+                        assert b"secret" not in b"".join([part async for part in stream.aiter_raw()])
+                assert (await waited).status_code == 401

@@ -21,6 +21,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from swarm.api import server
+from swarm.api.feed import Feed
 from swarm.model import Event
 from tests.api.served import Served, serving
 from tests.api.test_actions import of_project
@@ -241,3 +242,13 @@ async def test_output_as_text(served: Served) -> None:
     await served.store.cancel("t", "ann")
     assert (await follows).text == "last, without an end\n"
     refused(await get("/v1/tickets/t/output?stream=both"), 400, "stream")
+
+
+async def test_a_pause_ends_with_the_server(served: Served) -> None:
+    feed = Feed(served.store)
+    paused = asyncio.create_task(feed.pause(3600))
+    await asyncio.sleep(0)
+    feed.close()
+    async with asyncio.timeout(30):
+        await paused
+        await feed.pause(3600)  # one that begins too late for the news

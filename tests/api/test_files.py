@@ -90,10 +90,11 @@ async def test_what_an_agent_left(served: Served) -> None:
         ("bytes=-", big, 200),
         ("lines=1-2", big, 200),
         ("bytes=0-1,4-5", big, 200),
+        ("bytes=5-4", big, 200),
     ):
         part = await get("/v1/tickets/t/files/big", headers={"range": given})
         assert (part.status_code, part.content) == (status, said), given
-    for bad in ("bytes=2097152-", "bytes=-0", "bytes=5-4"):
+    for bad in ("bytes=2097152-", "bytes=-0"):
         refused(await get("/v1/tickets/t/files/big", headers={"range": bad}), 416, "2,097,152 bytes")
     refused(await get("/v1/tickets/t/files/link"), 409, "is a link to 'a.txt'")
     refused(await get("/v1/tickets/t/files/huge"), 404, "left no file")

@@ -185,3 +185,12 @@ async def test_kill_with_grace_terminates_first() -> None:
     await process.kill(child, grace_seconds=5)
     assert child.returncode == 7
     await process.kill(child)
+
+
+def test_a_user_without_a_name_has_a_number() -> None:
+    """Such as in a container that is started with a number alone."""
+    argv = ["unshare", "--user", "--map-user=54321", "--", sys.executable]
+    program = "from swarm.base import process; print(process.user())"
+    env = {name: value for name, value in os.environ.items() if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")}
+    said = subprocess.run([*argv, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    assert said.stdout.strip() == "uid 54321", said.stderr

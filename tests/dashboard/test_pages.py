@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import html
 import json
 import re
@@ -47,6 +49,17 @@ async def test_now_says_what_runs_what_waits_and_that_no_engine_runs(served: Ser
     assert "$0.93" in shown
     assert "Port the worker to Python 3.14 main claude running 21" in shown
     assert "2 of 8" in shown
+
+
+async def test_now_shows_nothing_old_when_the_database_can_not_be_read(served: Served) -> None:
+    assert (await served.viewer.get("/")).status_code == 200
+    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None)) as other:
+        other.execute("ALTER TABLE workers RENAME TO elsewhere")
+        async with asyncio.timeout(30):
+            while (await served.viewer.get("/")).status_code == 200:  # it is not known yet that something has changed
+                await served.store.tickets()
+        assert (await served.viewer.get("/")).status_code >= 500
+        other.execute("ALTER TABLE elsewhere RENAME TO workers")
 
 
 async def test_a_token_of_a_project_sees_that_project_alone(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
@@ -44,6 +45,14 @@ async def test_it_becomes_what_a_new_one_is(file: Path, tmp_path: Path) -> None:
     async with Store.open(f"sqlite:///{tmp_path}/new.db") as store:
         await store.migrate()
     assert tables(file) == tables(tmp_path / "new.db")
+
+
+async def test_an_index_that_its_user_dropped_is_made_again(file: Path) -> None:
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("DROP INDEX tickets_created")
+    async with Store.open(f"sqlite:///{file}") as store:
+        await store.migrate()
+    assert "index tickets_created" in {name for name, _ in tables(file)}
 
 
 async def test_its_tickets_go_on(file: Path) -> None:

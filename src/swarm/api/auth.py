@@ -29,9 +29,11 @@ PER_SECOND: Final = 200.0
 BURST: Final = 400.0
 AT_ONCE: Final = 64  # requests, streams included
 _LOGINS: Final = (1.0, 30.0)  # a second, and at once
+AGAIN_SECONDS: Final = 15.0  # in which a request that takes long may outlive its token
 _REFUSED_PER_SECOND: Final = 50.0  # wrong tokens, of all senders
 _HOLDERS: Final = 1000
 _LOCAL: Final = "swarm.local"
+_ASKED: Final = "swarm.asked"
 _ROLES: Final = tuple(Role)
 _SAFE: Final = ("GET", "HEAD", "OPTIONS")
 
@@ -69,10 +71,11 @@ class _Bucket:
 
 
 class Auth:
-    """``public_url``: where a proxy serves this server, whatever name the proxy asks by."""
+    """``public_url``: where a proxy serves this server, whatever name the proxy asks by. ``again_seconds``: in which a
+    request that takes long is asked once whether it may go on."""
 
-    def __init__(self, store: Store, *, public_url: str = "") -> None:
-        self._store = store
+    def __init__(self, store: Store, *, public_url: str = "", again_seconds: float = AGAIN_SECONDS) -> None:
+        self._store, self._again_seconds = store, again_seconds
         self._public_url = public_url.lower()
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
         self._refusals = _Bucket(_REFUSED_PER_SECOND, _REFUSED_PER_SECOND)
@@ -99,6 +102,17 @@ class Auth:
         if request.scope.get("method") not in _SAFE or request.scope["type"] == "websocket":
             self.check_origin(request)
         return await self._holder(session)
+
+    async def check_again(self, request: HTTPConnection, actor: Actor, role: Role) -> None:
+        """For a request that takes long, at each thing it sends or looks at. Raises Refused (401) if its token or
+        session has been revoked or has expired; the database is asked now and then only."""
+        now = time.monotonic()
+        if now - request.scope.setdefault(_ASKED, now) < self._again_seconds:
+            return
+        request.scope[_ASKED] = now
+        found = await self.known(request)
+        if found is None or not may(found, role) or found.project_id != actor.project_id:
+            raise Refused(401, f"the token or session of {actor.name} is no longer valid")
 
     async def _holder(self, token: str) -> Actor | None:
         found = await self._store.token_holder(token[:200])

@@ -50,6 +50,7 @@ _LARGE_BYTES: Final = 1 << 20  # of an answer; the buffers of a connection have 
 _SLICE_BYTES: Final = 256 << 10
 _MAX_FIELDS: Final = 1000  # each that doesn't exist is an error with words of its own
 JSON: Final = "application/json"
+EVENT_STREAM: Final = "text/event-stream"
 
 
 class Fields(BaseModel):
@@ -136,6 +137,10 @@ class Call:
     def store(self) -> Store:
         return self.context.store
 
+    async def check_again(self, role: Role) -> None:
+        """See `Auth.check_again`. Raises Refused."""
+        await self.context.auth.check_again(self.request, self.actor, role)
+
 
 Handler = Callable[[Call], Awaitable[Any]]
 
@@ -214,6 +219,8 @@ async def _serve(endpoint: Endpoint, context: Context, request: Request) -> Resp
         )
         async with context.large_made if endpoint.large else nullcontext():
             answer = await endpoint.handler(call)
+            if isinstance(answer, StreamingResponse):
+                answer.body_iterator = _allowed(answer.body_iterator, answer.media_type, call, endpoint.role)
             if not isinstance(answer, Response) and endpoint.answer is None:
                 return Response(status_code=204)
             if not isinstance(answer, Response):
@@ -239,6 +246,20 @@ def until_sent(context: Context, answer: Response, turn: ExitStack) -> Response:
 async def _slices(data: bytes) -> AsyncIterator[bytes]:
     for at in range(0, len(data), _SLICE_BYTES):
         yield data[at : at + _SLICE_BYTES]
+
+
+async def _allowed(parts: Any, kind: str | None, call: Call, role: Role) -> AsyncIterator[Any]:
+    """A stream's parts, while the caller may have them; an empty one only says that time has passed."""
+    async for part in parts:
+        try:
+            await call.check_again(role)
+        except Refused:
+            await parts.aclose()
+            if kind == EVENT_STREAM:
+                return
+            raise  # its reader would take this for the end
+        if part:
+            yield part
 
 
 async def _closing(parts: Any, held: ExitStack) -> Any:

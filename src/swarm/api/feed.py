@@ -30,7 +30,12 @@ class Feed:
         self._tried, self._fault = 0.0, False
         self._changed = asyncio.Event()
         self._of_tickets: dict[str, asyncio.Event] = {}
-        self.closed = False
+        self._closing = asyncio.Event()
+
+    @property
+    def closed(self) -> bool:
+        """Does the server stop?"""
+        return self._closing.is_set()
 
     @classmethod
     @asynccontextmanager
@@ -70,9 +75,15 @@ class Feed:
                 await since.wait()
         return since.is_set() and not self.closed
 
+    async def pause(self, seconds: float) -> None:
+        """Until then, or until the server stops."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+
     def close(self) -> None:
         """Let all that wait go: the server stops."""
-        self.closed = True
+        self._closing.set()
         self._tell()
         self._changed.set()
         self._tell_of(list(self._of_tickets))

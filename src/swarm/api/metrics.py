@@ -27,6 +27,7 @@ from swarm.base.clock import PHASES
 from swarm.base.log import logger
 from swarm.errors import StoreError
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, FailureReason, Role
+from swarm.store.registry.workers import is_alive
 from swarm.store.sql.rows import WorkerRow
 from swarm.store.store import Store
 from swarm.store.tickets.facts import Backlog, EndedAttempt, ended_as, ends_attempt
@@ -40,7 +41,6 @@ _EVERY_SECONDS: Final = 1.0
 _CHECK_SECONDS: Final = 30.0
 _PART: Final = 0.05  # of the time, at most, is spent on reading gauges, however often they are asked for
 _ENGINES: Final = 100
-_ALIVE_MS: Final = 15_000
 _LIVE_STATES: Final = ("ready", "in_progress", "waiting", "blocked")
 _PHASE_BUCKETS: Final = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 1800, 7200)
 _CALL_BUCKETS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -188,7 +188,7 @@ class _Gauges(Collector):
         steps.add_metric(["ready"], backlog.steps_ready)
         steps.add_metric(["delayed"], backlog.steps_delayed)
         running = GaugeMetricFamily("swarm_attempts_running", "Attempts under a lease", backlog.attempts_running)
-        alive = [row for row in workers if row.seen_ms_ago < _ALIVE_MS][:_ENGINES]
+        alive = [row for row in workers if is_alive(row)][:_ENGINES]
         engines = GaugeMetricFamily("swarm_engines", "Engines that gave a sign of life just now", len(alive))
         self._found = [tickets, oldest, steps, running, engines, *_of_engines(alive), *_of_store(alive, use)]
 

@@ -12,7 +12,7 @@ from swarm.admin.uploads import Uploads
 from swarm.admin.vault import scope_of
 from swarm.api import server, traces
 from swarm.api.app import application
-from swarm.api.auth import Auth, local
+from swarm.api.auth import AGAIN_SECONDS, Auth, local
 from swarm.api.endpoint import Context
 from swarm.api.feed import Feed
 from swarm.api.metrics import Metrics
@@ -33,7 +33,9 @@ _BUSY_SECONDS = 5.0
 
 
 @asynccontextmanager
-async def served(settings: Settings, *, host: str, port: int, remote: bool) -> AsyncIterator[tuple[str, Task[None]]]:
+async def served(
+    settings: Settings, *, host: str, port: int, remote: bool, again_seconds: float = AGAIN_SECONDS
+) -> AsyncIterator[tuple[str, Task[None]]]:
     """Run the HTTP server inside the block; yields its URL, and the task that ends if the server does. It also listens
     on the Unix socket `Settings.api_socket`, for this user's own commands.
 
@@ -55,7 +57,7 @@ async def served(settings: Settings, *, host: str, port: int, remote: bool) -> A
         context = Context(
             store=opened,
             feed=feed,
-            auth=Auth(opened, public_url=settings.public_url),
+            auth=Auth(opened, public_url=settings.public_url, again_seconds=again_seconds),
             settings=settings,
             vault=vault,
             uploads=Uploads(into=settings.agents, images=wiring.image_source(settings), layers=wiring.layers(settings)),

@@ -342,7 +342,7 @@ def user() -> str:
     """The name of this process's user, as events have it; its number if it has no name."""
     try:
         return getpass.getuser()
-    except OSError:
+    except (KeyError, OSError):  # KeyError: Python 3.11 and 3.12
         return f"uid {os.getuid()}"
 
 

@@ -3,7 +3,6 @@ sent tells nothing about what has changed, so all that may read a page may follo
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -11,7 +10,7 @@ from pydantic import Field
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from swarm.api.endpoint import Call, Context, Endpoint, Fields, route
+from swarm.api.endpoint import EVENT_STREAM, Call, Context, Endpoint, Fields, route
 from swarm.api.v1.events import KEEP_ALIVE_SECONDS
 from swarm.dashboard.render import own_ticket
 from swarm.model import Role
@@ -36,7 +35,7 @@ class Live:
             ticket = (await own_ticket(call.context, call.actor, ticket)).id
         return StreamingResponse(
             self._stream(call.context, ticket),
-            media_type="text/event-stream",
+            media_type=EVENT_STREAM,
             headers={"cache-control": "no-store"},
         )
 
@@ -51,7 +50,7 @@ class Live:
                 if state != seen:
                     seen = state
                     yield b"event: update\ndata: 1\n\n"
-                    await asyncio.sleep(LEAST_SECONDS * max(1.0, self._open / _AT_FULL_PACE))
+                    await context.feed.pause(LEAST_SECONDS * max(1.0, self._open / _AT_FULL_PACE))
                 if (
                     not await context.feed.changed(since, timeout_seconds=KEEP_ALIVE_SECONDS)
                     and not context.feed.closed
@@ -74,6 +73,6 @@ def live(context: Context) -> Route:
         summary="Tells a page of changes (Server-Sent Events)",
         handler=Live().follow,
         query=_Query,
-        media_type="text/event-stream",
+        media_type=EVENT_STREAM,
     )
     return route(endpoint, context)

@@ -63,8 +63,9 @@ class Now:
             await asyncio.sleep(left)
         async with self._reading:
             if self._overview is None or not (self._is_current() or self._read_at >= asked):
-                self._seen, self._read_at = context.feed.now(), time.monotonic()
+                seen, read_at = context.feed.now(), time.monotonic()
                 self._overview = await _overview(context, self._hours)
+                self._seen, self._read_at = seen, read_at
             return self._overview
 
     def _is_current(self) -> bool:

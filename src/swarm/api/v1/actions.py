@@ -171,6 +171,7 @@ async def wait_for_ticket(call: Call) -> Waited:
         ended, left = ticket.state in TERMINAL_TICKET_STATES, end - loop.time()
         if ended or left <= 0 or feed.closed or await call.request.is_disconnected():
             return Waited(ticket=ticket, ended=ended)
+        await call.check_again(Role.VIEWER)
         await feed.changed(since, timeout_seconds=min(left, _LOOK_SECONDS))
 
 

@@ -15,7 +15,7 @@ from typing import Final
 from pydantic import Field
 from starlette.responses import StreamingResponse
 
-from swarm.api.endpoint import Call, Context, Endpoint, Fields
+from swarm.api.endpoint import EVENT_STREAM, Call, Context, Endpoint, Fields
 from swarm.api.v1.tickets import own_ticket
 from swarm.base.plain import plain
 from swarm.errors import NotFound, UsageError
@@ -120,7 +120,7 @@ def _begin(call: Call) -> int | None:
 
 def _sse(parts: AsyncIterator[bytes]) -> StreamingResponse:
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(parts, media_type="text/event-stream", headers=headers)
+    return StreamingResponse(parts, media_type=EVENT_STREAM, headers=headers)
 
 
 async def _batches(context: Context, ticket_id: str, after: int) -> AsyncIterator[list[Event]]:
@@ -184,8 +184,7 @@ async def _printed(context: Context, ticket_id: str, query: OutputQuery) -> Asyn
         if len(steps) < 2 and {event.step_id for event in events if event.kind == "output"} - steps:
             steps = {step.step_id for step in await context.store.steps(ticket_id)}
         printed = [shown(*one, named=len(steps) > 1) for event in events for one in lines.add(event)]
-        if printed:
-            yield "".join(printed).encode(errors="replace")
+        yield "".join(printed).encode(errors="replace")
     yield "".join(shown(*one, named=len(steps) > 1) for one in lines.end()).encode(errors="replace")
 
 
@@ -213,7 +212,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         summary="All events as they come, from now on (Server-Sent Events)",
         handler=follow_all_events,
         query=LiveKindsQuery,
-        media_type="text/event-stream",
+        media_type=EVENT_STREAM,
         headers={"Last-Event-ID": "the last event that came: go on behind it"},
     ),
     Endpoint(
@@ -233,7 +232,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         summary="A ticket's events as they come, until it has ended (Server-Sent Events)",
         handler=follow_events,
         query=LiveQuery,
-        media_type="text/event-stream",
+        media_type=EVENT_STREAM,
         headers={"Last-Event-ID": "the last event that came: go on behind it"},
     ),
     Endpoint(

@@ -157,7 +157,7 @@ def _ranged(
     headers = {**headers, "accept-ranges": "bytes", "cache-control": "no-store"}
     start, end, status = 0, size, 200
     given = _RANGE.fullmatch(call.request.headers.get("range", ""))
-    if given is not None and (given[1] or given[2]):
+    if given is not None and (given[1] or given[2]) and not _is_reversed(given[1], given[2]):
         if given[1]:
             start, end = int(given[1]), min(int(given[2]) + 1, size) if given[2] else size
         else:
@@ -167,6 +167,11 @@ def _ranged(
         status, headers["content-range"] = 206, f"bytes {start}-{end - 1}/{size}"
     headers["content-length"] = str(end - start)
     return StreamingResponse(chunks(start, end - start), status_code=status, media_type=kind, headers=headers)
+
+
+def _is_reversed(first: str, last: str) -> bool:
+    """Such a range is none (RFC 9110, 14.1.1), and so is not looked at."""
+    return bool(first and last) and int(last) < int(first)
 
 
 ENDPOINTS: Final[Sequence[Endpoint]] = (

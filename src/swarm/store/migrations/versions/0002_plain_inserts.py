@@ -32,7 +32,7 @@ BEGIN
 END"""
 
 _PAGES = (
-    "DROP INDEX tickets_created",
+    "DROP INDEX IF EXISTS tickets_created",
     "CREATE INDEX tickets_created ON tickets (created_at, id)",
     "CREATE INDEX tickets_ended ON tickets (state, created_at, id) WHERE state IN ('done', 'failed', 'cancelled')",
 )
