@@ -55,8 +55,8 @@ async def send(client: httpx.AsyncClient, data: bytes, to: str = "") -> httpx.Re
     return await client.post(f"/v1/agents{to}", content=data, headers=GZIP)
 
 
-def left() -> list[Path]:
-    return list(Path(tempfile.gettempdir()).glob("swarm-upload-*"))
+def left(served: Served) -> list[Path]:
+    return list(served.settings.data_dir.glob("uploads/*"))
 
 
 async def test_from_archive_to_removal(served: Served) -> None:
@@ -89,7 +89,7 @@ async def test_from_archive_to_removal(served: Served) -> None:
     refused(await served.viewer.get("/v1/agents/shout"), 404, "no agent 'shout'")
     done = [(did, by) for did, by, name in await changes(served) if name == "shout@1.0.0"]
     assert done == [("agent.add", "the-admin"), ("agent.add", "the-admin"), ("agent.remove", "the-admin")]
-    assert left() == []
+    assert left(served) == []
 
 
 BAD_ARCHIVES: Final[list[Any]] = [
@@ -116,7 +116,7 @@ async def test_bad_archives(served: Served) -> None:
         assert not checked["valid"] and checked["problems"]
         for text in (answer.text, json.dumps(checked)):
             assert tempfile.gettempdir() not in text and str(served.settings.home) not in text
-        assert not served.settings.agents.exists() and left() == []
+        assert not served.settings.agents.exists() and left(served) == []
     assert [agent.name for agent in await served.store.agents()] == ["echo"]
 
 
@@ -132,7 +132,7 @@ NO_ARCHIVES: Final[list[Any]] = [
 async def test_what_is_no_archive(served: Served) -> None:
     for data, said in NO_ARCHIVES:
         refused(await send(served.admin, data), 400, said)
-        assert left() == []
+        assert left(served) == []
 
 
 async def test_what_is_said_to_be_too_large_or_something_else(served: Served) -> None:
@@ -143,7 +143,7 @@ async def test_what_is_said_to_be_too_large_or_something_else(served: Served) ->
     async with asyncio.timeout(30):
         assert b" 413 " in (await reader.read()).partition(b"\r\n")[0]
     writer.close()
-    assert left() == []
+    assert left(served) == []
 
 
 async def test_an_upload_that_breaks_off_leaves_nothing_and_few_are_taken_at_once(served: Served) -> None:
@@ -154,14 +154,14 @@ async def test_an_upload_that_breaks_off_leaves_nothing_and_few_are_taken_at_onc
         for _, writer in opened:
             writer.write(f"POST /v1/agents HTTP/1.1\r\n{head}Content-Length: 999\r\n\r\nhalf".encode())
             await writer.drain()
-        while len(left()) < 2:
+        while len(left(served)) < 2:
             await served.viewer.get("/v1/whoami")
         refused(await send(served.admin, archive(FILES)), 409, "being uploaded")
         for _, writer in opened:
             writer.close()
         while (await send(served.admin, archive(FILES))).status_code != 201:
             pass
-        while left():
+        while left(served):
             await served.viewer.get("/v1/whoami")
 
 

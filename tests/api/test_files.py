@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import stat
 import tarfile
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from swarm.base import trees
+from swarm.base import process, trees
 from swarm.base.trees import Entry
 from swarm.engine.files import Left
 from swarm.model import Event
@@ -175,3 +176,28 @@ async def test_artifacts(served: Served) -> None:
         assert (await team.get(f"/v1/artifacts/{digests['a']}")).json() == "of a \u00fc"
         refused(await team.get(f"/v1/artifacts/{digests['b']}"), 404, "in the project")
         refused(await team.get(f"/v1/artifacts/{digests['a'][:10]}"), 404, "whole digest")
+
+
+@pytest.mark.needs("root", "netns")
+async def test_a_full_disk_is_said_and_nothing_stays(served: Served) -> None:
+    place = served.settings.data_dir / "uploads"
+    place.mkdir()
+    await process.run(["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(place)])
+    try:
+        data = archive(("big", bytes(1 << 20)))
+        for path, kind in (("files", "application/x-tar"), ("agents", "application/gzip")):
+            answer = await served.admin.post(f"/v1/{path}", content=data, headers={"content-type": kind})
+            refused(answer, 507, "no space left")
+        assert list(place.iterdir()) == []
+    finally:
+        await process.run(["umount", str(place)])
+
+
+async def test_what_a_killed_server_left_of_uploads_goes(served: Served) -> None:
+    old = served.settings.data_dir / "uploads" / "old"
+    old.mkdir(parents=True)
+    (old / "tree.tar").write_bytes(b"x")
+    os.utime(old, (0, 0))
+    tar = {"content-type": "application/x-tar"}
+    assert (await served.operator.post("/v1/files", content=archive(("a", b"x")), headers=tar)).status_code == 201
+    assert list(old.parent.iterdir()) == []

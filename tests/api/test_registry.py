@@ -4,12 +4,15 @@ the command line's."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +26,7 @@ from swarm.base import process
 from swarm.cli import service
 from swarm.ledger import Account, Bill, Limit, Order, Spend
 from swarm.model import Agent, Role
+from swarm.store.sql.database import Tx
 from swarm.vm.image import staging
 from tests.api.served import ECHO, Served
 from tests.api.test_auth import refused
@@ -180,6 +184,35 @@ async def test_costs(served: Served) -> None:
     assert (await served.viewer.get("/v1/costs?by=day&since=2100-01-01")).json() == []
     for query, said in (("by=author", "by: must be"), ("since=soon", "is not a time"), ("until=7d", "unknown field")):
         refused(await served.viewer.get(f"/v1/costs?{query}"), 400, said)
+
+
+async def test_costs_are_of_a_month_and_few(served: Served) -> None:
+    await book(served)
+    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None)) as other:
+        other.execute("UPDATE model_calls SET at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-40 days')")
+    assert (await served.viewer.get("/v1/costs")).json() == []
+    assert len((await served.viewer.get("/v1/costs?since=60d")).json()) == 1
+    assert len((await served.viewer.get("/v1/costs?since=")).json()) == 1
+    refused(await served.viewer.get("/v1/costs?limit=1001"), 400, "limit")
+
+
+async def test_no_read_waits_for_one_of_all_rows(served: Served) -> None:
+    store, begun, go_on = served.store, threading.Event(), threading.Event()
+
+    def hold(tx: Tx) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    await book(served)
+    held = asyncio.create_task(store._read.call(hold))
+    try:
+        assert await asyncio.to_thread(begun.wait, 60)
+        async with asyncio.timeout(30):
+            assert len(await store.costs("agent")) == 1
+            assert await store.artifacts() == []
+    finally:
+        go_on.set()
+        await held
 
 
 async def book(served: Served) -> None:

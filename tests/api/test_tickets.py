@@ -46,6 +46,18 @@ async def test_a_ticket_is_submitted_once(served: Served) -> None:
     assert len(await served.store.tickets()) == 2
 
 
+async def test_a_search_finds_all_alphabets_in_both_cases(served: Served) -> None:
+    for id, title in (("u1", "\u00c4rger im B\u00dcRO"), ("u2", "\u00e4rger")):
+        await served.add(id, title=title)
+    for text, found in (
+        ("\u00c4rger", {"u1", "u2"}),
+        ("\u00e4rger", {"u1", "u2"}),
+        ("\u00c4rger im b\u00dcro", {"u1"}),
+        ("b\u00fcro", {"u1"}),
+    ):
+        assert set(await ids(served.viewer, f"text={text}")) == found, text
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from swarm import agents
 from swarm.admin import layers, packages
 from swarm.agents import bundle
 from swarm.base.aio import finish_uninterrupted
-from swarm.base.files import is_full
+from swarm.base.files import is_full, no_space
 from swarm.base.manifest import Invalid, Problem
 from swarm.base.progress import silent
 from swarm.errors import Conflict, HostError, NoSpace, UsageError
@@ -30,31 +31,53 @@ if TYPE_CHECKING:
 MAX_BYTES: Final = 128 << 20  # of an archive; unpacked, `bundle.MAX_BUNDLE_BYTES`
 AT_ONCE: Final = 2
 _NAME: Final = "agent.tar.gz"
+_LEFT_SECONDS: Final = 86_400.0  # what is older was left by a server that was killed
+
+
+@asynccontextmanager
+async def scratch(data_dir: Path) -> AsyncIterator[Path]:
+    """A directory for what a request sends, which is removed at the end. Raises NoSpace, HostError, also when what is
+    done there fails so."""
+    into = data_dir / "uploads"
+    try:
+        made = await finish_uninterrupted(asyncio.to_thread(_made, into))
+        try:
+            yield made
+        finally:
+            await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, made, ignore_errors=True))
+    except OSError as error:
+        said = "what was sent can't be kept"
+        if is_full(error):
+            raise NoSpace(no_space(into, said)) from None
+        raise HostError(f"{said}: {error.strerror or error}") from None
+
+
+def _made(into: Path) -> Path:
+    into.mkdir(mode=0o700, exist_ok=True)
+    for left in into.iterdir():
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - _LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=into))
 
 
 class Uploads:
-    """``into``: where agents' files are installed."""
+    """``into``: where agents' files are installed; ``data_dir``: where archives are, until then."""
 
-    def __init__(self, *, into: Path, images: ImageSource, layers: Layers | HostLayers) -> None:
-        self._into, self._images, self._layers = into, images, layers
+    def __init__(self, *, into: Path, data_dir: Path, images: ImageSource, layers: Layers | HostLayers) -> None:
+        self._into, self._data_dir, self._images, self._layers = into, data_dir, images, layers
         self._open = 0
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[Path]:
         """A name for an archive that is removed at the end, with what is unpacked beside it. Raises Conflict if there
-        are `AT_ONCE` already, HostError if there is no space."""
+        are `AT_ONCE` already, NoSpace, HostError."""
         if self._open >= AT_ONCE:
             raise Conflict(f"{AT_ONCE} agents are being uploaded: try again when they are done")
         self._open += 1
         try:
-            scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="swarm-upload-"))
-            try:
-                yield scratch / _NAME
-            finally:
-                await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True))
-        except OSError as error:
-            kind = NoSpace if is_full(error) else HostError
-            raise kind(f"the uploaded agent can't be kept: {error.strerror or error}") from None
+            async with scratch(self._data_dir) as place:
+                yield place / _NAME
         finally:
             self._open -= 1
 

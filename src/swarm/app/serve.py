@@ -60,7 +60,12 @@ async def served(
             auth=Auth(opened, public_url=settings.public_url, again_seconds=again_seconds),
             settings=settings,
             vault=vault,
-            uploads=Uploads(into=settings.agents, images=wiring.image_source(settings), layers=wiring.layers(settings)),
+            uploads=Uploads(
+                into=settings.agents,
+                data_dir=settings.data_dir,
+                images=wiring.image_source(settings),
+                layers=wiring.layers(settings),
+            ),
             images=wiring.images(settings),
             templates=wiring.templates(settings),
             inventory=wiring.inventory(settings),

@@ -76,8 +76,9 @@ class AsyncSwarm:
         if self._path is not None:
             self._path.close()
 
-    async def costs(self, by: str = "agent", *, since: str = "") -> list[Costs]:
-        """Of model calls, by agent, workflow, ticket, model or day; ``since``: a time, or an age such as 7d."""
+    async def costs(self, by: str = "agent", *, since: str = "30d") -> list[Costs]:
+        """Of model calls, by agent, workflow, ticket, model or day; ``since``: a time, or an age such as 7d;
+        empty: all."""
         return read_all(Costs, await self._do(calls.get("/v1/costs", by=by, since=since)))
 
     async def status(self) -> dict[str, Any]:

@@ -76,8 +76,9 @@ class Swarm:
         if self._path is not None:
             self._path.close()
 
-    def costs(self, by: str = "agent", *, since: str = "") -> list[Costs]:
-        """Of model calls, by agent, workflow, ticket, model or day; ``since``: a time, or an age such as 7d."""
+    def costs(self, by: str = "agent", *, since: str = "30d") -> list[Costs]:
+        """Of model calls, by agent, workflow, ticket, model or day; ``since``: a time, or an age such as 7d;
+        empty: all."""
         return read_all(Costs, self._do(calls.get("/v1/costs", by=by, since=since)))
 
     def status(self) -> dict[str, Any]:

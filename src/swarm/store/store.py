@@ -80,6 +80,7 @@ class Store:
         untold = (*UNTOLD, self._finisher.append, self._finisher.renew, self._finisher.running)
         self._write = IsolatingThread(db, self.isolation, untold=untold)
         self._read = ConnectionThread(db, write=False, untold=untold)
+        self._survey_read: ConnectionThread | None = None  # begins at its first use
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
         self._approvals = approvals.Approvals(self._workflows)
         self._tokens_used = set[str]()  # of which that is being written
@@ -133,7 +134,16 @@ class Store:
         await self._planner.close()
         await self._write.close()
         await self._read.close()
+        if self._survey_read is not None:
+            await self._survey_read.close()
         await asyncio.to_thread(self._packer.close)
+
+    @property
+    def _survey(self) -> ConnectionThread:
+        """For what takes seconds of a large database: one such read at a time, and no other read waits for it."""
+        if self._survey_read is None:
+            self._survey_read = ConnectionThread(self._db, write=False)
+        return self._survey_read
 
     # --- the schema ---------------------------------------------------------------------------------------------------
 
@@ -538,7 +548,10 @@ class Store:
 
     async def artifacts(self, *, ticket_id: str | None = None, limit: int = 50) -> list[ArtifactRow]:
         """Those of one ticket, oldest first; without ``ticket_id``, the largest of all."""
-        return await self._read.call(artifacts.artifacts, artifacts.ListRequest(ticket_id=ticket_id, limit=limit))
+        request = artifacts.ListRequest(ticket_id=ticket_id, limit=limit)
+        if ticket_id is None:
+            return await self._survey.call(artifacts.artifacts, request)
+        return await self._read.call(artifacts.artifacts, request)
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -638,9 +651,9 @@ class Store:
         """Replace a reservation by the actual cost. A second call with the same bill changes nothing."""
         await self._write.call(spending.book, bill)
 
-    async def costs(self, by: spending.By, *, since: str = "") -> list[spending.Costs]:
-        """Sums of the model calls since then (ISO-8601)."""
-        return await self._read.call(spending.costs, by, since=since)
+    async def costs(self, by: spending.By, *, since: str = "", limit: int = (1 << 63) - 1) -> list[spending.Costs]:
+        """Sums of the model calls since then (ISO-8601): the ``limit`` dearest."""
+        return await self._survey.call(spending.costs, by, since=since, limit=limit)
 
     async def recent_costs(self, *, since: str, before: str = "9", most: int) -> list[spending.Spent]:
         """Sums of the newest ``most`` model calls of a range."""

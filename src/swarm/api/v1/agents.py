@@ -131,6 +131,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         max_body_bytes=uploads.MAX_BYTES,
         answer=Agent,
         status=201,
+        errors={507: "a disk is full"},
     ),
     Endpoint(
         method="POST",
@@ -142,6 +143,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         shared=True,
         max_body_bytes=uploads.MAX_BYTES,
         answer=Validity,
+        errors={507: "a disk is full"},
     ),
     Endpoint(
         method="GET",

@@ -18,7 +18,13 @@ from swarm.store.spending import By, Costs
 
 class CostsQuery(Fields):
     by: By = "agent"
-    since: str = Field(default="", max_length=40, description="only calls since this time (UTC) or age: 2026-01-31, 7d")
+    since: str = Field(
+        default="30d",
+        max_length=40,
+        validate_default=True,
+        description="only calls since this time (UTC) or age: 2026-01-31, 7d; empty: all",
+    )
+    limit: int = Field(default=1000, ge=1, le=1000, description="of the dearest")
 
     @field_validator("since")
     @classmethod
@@ -43,7 +49,7 @@ async def list_hosts(call: Call) -> list[Host]:
 
 async def list_costs(call: Call) -> list[Costs]:
     query: CostsQuery = call.query
-    return await call.store.costs(query.by, since=query.since)
+    return await call.store.costs(query.by, since=query.since, limit=query.limit)
 
 
 ENDPOINTS: Final[Sequence[Endpoint]] = (

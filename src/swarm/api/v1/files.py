@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Final
 from urllib.parse import quote
 
 from pydantic import Field
 from starlette.responses import Response, StreamingResponse
 
+from swarm.admin.uploads import scratch
 from swarm.api import body
 from swarm.api.endpoint import JSON, Call, Endpoint, Fields
 from swarm.api.problem import Refused
@@ -108,12 +107,11 @@ async def upload_files(call: Call) -> Uploaded:
     uploads = call.context.tree_uploads
     if uploads.locked():
         raise Refused(503, f"{_UPLOADS_AT_ONCE} uploads are under way: try again later", headers={"retry-after": "2"})
-    async with uploads:
-        with tempfile.TemporaryDirectory(prefix="swarm-tree-") as scratch:
-            file = Path(scratch) / "tree.tar"
-            await body.save(call.request, MAX_UPLOAD_BYTES, file, seconds=UPLOAD_SECONDS)
-            with file.open("rb") as opened:
-                return await _kept(call, id, opened)
+    async with uploads, scratch(call.context.settings.data_dir) as place:
+        file = place / "tree.tar"
+        await body.save(call.request, MAX_UPLOAD_BYTES, file, seconds=UPLOAD_SECONDS)
+        with file.open("rb") as opened:
+            return await _kept(call, id, opened)
 
 
 async def _kept(call: Call, id: str, file: BinaryIO) -> Uploaded:
@@ -186,7 +184,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         max_body_bytes=MAX_UPLOAD_BYTES,
         answer=Uploaded,
         status=201,
-        errors={409: "there is a ticket with this id"},
+        errors={409: "there is a ticket with this id", 507: "a disk is full"},
     ),
     Endpoint(
         method="GET",

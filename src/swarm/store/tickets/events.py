@@ -28,7 +28,7 @@ OF_TICKET: Final = Sql(
 )
 _LAST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE ticket_id = :id")
 _LOOKED_AT: Final = "SELECT seq, ticket_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :scanned"
-_LAST_LOOKED_AT: Final = Sql(f"SELECT COALESCE(max(seq), :after) AS seq FROM ({_LOOKED_AT})")
+_LAST_LOOKED_AT: Final = Sql(f"SELECT COALESCE(max(seq), :after) AS seq FROM ({_LOOKED_AT}) e")
 _SCANNED: Final = 2000
 _NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events")
 _TICKETS: Final = Sql("SELECT seq, ticket_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")

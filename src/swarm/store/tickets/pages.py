@@ -181,12 +181,12 @@ def _from(
     read = _Read(which, source, after=after)
     found = tx.all(
         Sql(
-            f"SELECT t.id, t.created_at FROM ({read.all} LIMIT :scanned) t "
+            f"SELECT t.id, t.created_at FROM ({read.all}{' LIMIT :scanned' if source.newest_first else ''}) t "
             f"WHERE {read.matches} ORDER BY t.created_at DESC, t.id DESC LIMIT :limit"
         ),
-        scanned=scanned if source.newest_first else -1,
         limit=limit,
         **read.values,
+        **({"scanned": scanned} if source.newest_first else {}),
     )
     if len(found) == limit:
         return found, found[-1]
@@ -220,13 +220,18 @@ def _conditions(which: TicketFilter, states: Sequence[str]) -> tuple[list[str], 
         terms.append("t.project_id = :project_id")
         values["project_id"] = which.project_id
     if which.text:
-        terms.append(
-            "(lower(t.title) LIKE :text ESCAPE '!' OR lower(t.error) LIKE :text ESCAPE '!' "
-            "OR t.id LIKE :id_text ESCAPE '!')"
-        )
-        escaped = "".join(f"!{c}" if c in "!%_" else c for c in which.text.lower())
-        values |= {"text": f"%{escaped}%", "id_text": f"{escaped}%"}
+        escaped = "".join(f"!{c}" if c in "!%_" else c for c in which.text)
+        # SQLite lowers ASCII letters only: others are looked for in each case that people write.
+        cases = dict.fromkeys(_ascii_lower(one) for one in (escaped.lower(), escaped, escaped.upper(), escaped.title()))
+        names = [f"text_{number}" for number in range(len(cases))]
+        found = [f"lower(t.{column}) LIKE :{name} ESCAPE '!'" for column in ("title", "error") for name in names]
+        terms.append(f"({' OR '.join(found)} OR t.id LIKE :id_text ESCAPE '!')")
+        values |= {name: f"%{one}%" for name, one in zip(names, cases, strict=True)} | {"id_text": f"{escaped}%"}
     return terms, values
+
+
+def _ascii_lower(text: str) -> str:
+    return "".join(c.lower() if c.isascii() else c for c in text)
 
 
 def _named(name: str, some: Sequence[str]) -> dict[str, str]:
