@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import gc
 import json
+import sqlite3
 import weakref
+from contextlib import closing
 from itertools import product
 from typing import Any
 
@@ -17,8 +19,10 @@ from starlette.responses import Response
 from swarm.api.endpoint import guarded
 from swarm.api.problem import Refused
 from swarm.model import Event
+from swarm.store.details import MOST
 from tests.api.served import Served
 from tests.api.test_auth import refused
+from tests.store import flows
 
 
 async def ids(client: httpx.AsyncClient, query: str = "") -> list[str]:
@@ -216,3 +220,28 @@ async def test_events_follow_live_without_gap_or_double(served: Served) -> None:
         assert [e["data"]["text"] for e in found if e["kind"] == "output"] == [f"{n}\n" for n in range(200)]
     ranged = (await served.viewer.get(f"/v1/tickets/t/events?after={stored[9]}&limit=5")).json()
     assert [event["seq"] for event in ranged["events"]] == stored[10:15] and ranged["after"] == stored[14]
+
+
+async def test_of_a_large_run_the_newest_steps_are_shown_and_those_that_wait(served: Served) -> None:
+    await served.add("t")
+    (claim,) = await flows.claims(served.store)
+    small = (await served.viewer.get("/v1/tickets/t")).json()
+    assert small["complete"] is True and len(small["steps"]) == len(small["attempts"]) == 1
+    with closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None)) as other:
+        for table in ("step_executions", "attempts"):
+            names = [row[1] for row in other.execute(f"PRAGMA table_info({table})")]
+            new = {"id": "'z' || printf('%05d', n.value)", "step_id": "'s' || n.value", "outcome": "'ok'"}
+            new |= {"status": "CASE n.value WHEN 1 THEN 'waiting' ELSE 'completed' END"}
+            new |= {"step_execution_id": "'z' || printf('%05d', n.value)", "number": "n.value"}
+            columns = ", ".join(new.get(name, name) for name in names)
+            other.execute(
+                "WITH RECURSIVE n(value) AS (SELECT 1 UNION ALL SELECT value + 1 FROM n WHERE value < 1500) "
+                f"INSERT INTO {table} SELECT {columns} FROM {table} JOIN n"
+            )
+        large = (await served.viewer.get("/v1/tickets/t")).json()
+        shown = [step["id"] for step in large["steps"]]
+        assert large["complete"] is False and len(shown) == len(large["attempts"]) == MOST
+        assert shown == sorted(shown) and {"z00001", "z01500", "z00502"} <= set(shown) and "z00501" not in shown
+        other.execute("UPDATE step_executions SET outputs = ?", [json.dumps("x" * 60_000)])
+    heavy = await served.store.details(claim.ticket.id)
+    assert not heavy.complete and 100 < len(heavy.steps) < 500

@@ -176,6 +176,8 @@ async def show(cli: Cli, id: TicketId) -> None:
         cli.out.line(f"estimated: {counted} (${found.estimated.usd:.4f}); `swarm ticket logs {id} --json` says why")
     if ticket.execution_mode == ExecutionMode.WORKFLOW or ticket.state == TicketState.WAITING:
         render.show_steps(cli.out, ticket, found.runs, found.steps)
+    if not found.complete:
+        cli.out.note("not all is shown: these are the newest; the dashboard has the whole run as a graph")
     if ticket.execution_mode == ExecutionMode.WORKFLOW:
         return
     for number, attempt in enumerate(found.attempts, 1):

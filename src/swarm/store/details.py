@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from swarm.model import Ticket
 from swarm.store import spending
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import AttemptRow, RunRow, StepRow
 from swarm.store.tickets import dependencies, tickets
+
+MOST: Final = 1000  # runs, steps and attempts each
+_MOST_CHARS: Final = 16 << 20  # of steps' inputs and outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,8 @@ class Estimated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TicketDetails:
-    """``attempts``: of all steps; the step that each is of has its `step_id`."""
+    """``attempts``: the step that each is of has its `step_id`. Not ``complete``: there are more runs, steps or
+    attempts; these are the newest, and those that wait for an answer."""
 
     ticket: Ticket
     runs: list[RunRow]
@@ -29,16 +34,19 @@ class TicketDetails:
     attempts: list[AttemptRow]
     depends_on: list[str]
     estimated: Estimated
+    complete: bool
 
 
 def details(tx: Tx, id: str) -> TicketDetails:
     """Raises NotFound."""
     calls, usd = spending.estimates(tx, id)
+    runs, steps, attempts, complete = tickets.some(tx, id, limit=MOST, most_chars=_MOST_CHARS)
     return TicketDetails(
         ticket=tickets.ticket(tx, id),
-        runs=tickets.runs(tx, id),
-        steps=tickets.steps(tx, id),
-        attempts=tickets.attempts(tx, id),
+        runs=runs,
+        steps=steps,
+        attempts=attempts,
+        complete=complete,
         depends_on=dependencies.depends_on(tx, id),
         estimated=Estimated(calls=calls, usd=usd),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, Final
@@ -132,7 +132,8 @@ async def submit_ticket(call: Call) -> Ticket:
         raise UsageError(f"this token is of the project {shown(project)}: leave `project` out")
     runner = await submission.runner(call.store, body.agent, body.workflow)
     needs = [(await ticket_of(call, ref)).id for ref in body.after]
-    ticket = submission.new_ticket(
+    ticket = await asyncio.to_thread(  # its inputs become text, of up to 16 MiB
+        submission.new_ticket,
         *runner,
         id=body.id,
         title=body.title,
@@ -149,12 +150,12 @@ async def submit_ticket(call: Call) -> Ticket:
     )
     if trace.valid(parent := call.request.headers.get(trace.HEADER)):  # what made it is traced: so is the ticket, in it
         ticket = replace(ticket, trigger_data=json.dumps({trace.HEADER: parent}))
-    return await add_once(call, ticket, of=body.model_dump_json(), depends_on=needs)
+    return await add_once(call, ticket, of=body.model_dump_json, depends_on=needs)
 
 
-async def add_once(call: Call, ticket: Ticket, *, of: str, depends_on: Sequence[str] = ()) -> Ticket:
+async def add_once(call: Call, ticket: Ticket, *, of: Callable[[], str], depends_on: Sequence[str] = ()) -> Ticket:
     """Add a ticket: only once, if the request has an Idempotency-Key. ``of``: what is asked for; a key that was used
-    for something else is a Conflict."""
+    for something else is a Conflict. It is called in a thread, and only with a key."""
     by, project = call.actor.name, call.actor.project_id
     files = await _files_of(call, ticket)
     given: dict[str, Any] = {"depends_on": depends_on, "by": by, "uses": len(files)}
@@ -164,7 +165,7 @@ async def add_once(call: Call, ticket: Ticket, *, of: str, depends_on: Sequence[
         return await call.store.add_ticket(ticket, **given)
     if not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
         raise UsageError(f"the header Idempotency-Key must have 1 to {MAX_KEY_CHARS} printable characters")
-    digest = hashlib.sha256(of.encode(errors="replace")).hexdigest()
+    digest = await asyncio.to_thread(lambda: hashlib.sha256(of().encode(errors="replace")).hexdigest())
     # With the project: the next holder of this name may be of another.
     once = Once(scope=f"api:{by}" if project is None else f"api:{by}:{project}", key=key, digest=digest)
     added, _ = await call.store.add_ticket_once(ticket, once, **given)
@@ -174,7 +175,8 @@ async def add_once(call: Call, ticket: Ticket, *, of: str, depends_on: Sequence[
 async def _files_of(call: Call, ticket: Ticket) -> set[str]:
     """The artifacts of the files that were sent for it. Raises NotFound for what was not."""
     found = set[str]()
-    given = json.loads(ticket.inputs or "{}").get(FILES) if FILES in (ticket.inputs or "") else None
+    text = ticket.inputs or ""
+    given = (await asyncio.to_thread(json.loads, text)).get(FILES) if FILES in text else None
     for digest in given.values() if isinstance(given, dict) else ():
         try:
             text = await _sent(call, ticket.id, str(digest))

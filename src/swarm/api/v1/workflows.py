@@ -105,15 +105,15 @@ async def run_workflow(call: Call) -> Ticket:
     if project is not None and given.project not in (None, project):
         raise UsageError(f"this token is of the project {shown(project)}: leave `project` out")
     row = await call.store.workflow(call.path["ref"])
-    ticket, asked = await asyncio.to_thread(_ticket, call, row)
-    return await add_once(call, ticket, of=asked)
+    ticket = await asyncio.to_thread(_ticket, call, row)
+    return await add_once(call, ticket, of=lambda: f"{call.path['ref']} {given.model_dump_json()}")
 
 
-def _ticket(call: Call, row: WorkflowRow) -> tuple[Ticket, str]:
-    """The checked ticket of a run, and what was asked for, as text."""
+def _ticket(call: Call, row: WorkflowRow) -> Ticket:
+    """The checked ticket of a run."""
     given: RunBody = call.body
     runs.check(row, given.inputs)
-    ticket = runs.ticket(
+    return runs.ticket(
         row,
         given.inputs,
         by=call.actor.name,
@@ -123,7 +123,6 @@ def _ticket(call: Call, row: WorkflowRow) -> tuple[Ticket, str]:
         timeout_seconds=given.timeout_seconds,
         project_id=call.actor.project_id if call.actor.project_id is not None else given.project,
     )
-    return ticket, f"{call.path['ref']} {given.model_dump_json()}"
 
 
 async def show_workflow_graph(call: Call) -> graph.Graph:

@@ -73,6 +73,22 @@ _STEPS: Final = Sql(
     f"SELECT {rows.columns(StepRow, 's')} FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
     "WHERE r.ticket_id = :id ORDER BY s.id"
 )
+# The newest few of a ticket's; of steps, first those that wait for an answer; of runs, first the outermost.
+_SOME_RUNS: Final = Sql(
+    f"SELECT {rows.columns(RunRow, 'r')} FROM workflow_runs r WHERE r.ticket_id = :id "
+    "ORDER BY CASE WHEN r.parent_step_id IS NULL THEN 0 ELSE 1 END, r.id DESC LIMIT :limit"
+)
+_SOME_STEPS: Final = Sql(
+    "SELECT s.id FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id WHERE r.ticket_id = :id "
+    "ORDER BY CASE WHEN s.status = 'waiting' THEN 0 ELSE 1 END, s.id DESC LIMIT :limit"
+)
+_STEPS_BY_ID: Final = Sql(f"SELECT {rows.columns(StepRow, 's')} FROM step_executions s WHERE s.id IN :ids")
+_SOME_ATTEMPTS: Final = Sql(
+    f"SELECT {rows.columns(AttemptRow, 'a', 'step_id')}, s.step_id FROM workflow_runs r "
+    "JOIN step_executions s ON s.run_id = r.id JOIN attempts a ON a.step_execution_id = s.id "
+    "WHERE r.ticket_id = :id ORDER BY a.id DESC LIMIT :limit"
+)
+_TOGETHER: Final = 100  # steps of one read
 _ATTEMPTS: Final = Sql(
     f"SELECT {rows.columns(AttemptRow, 'a', 'step_id')}, s.step_id FROM workflow_runs r "
     "JOIN step_executions s ON s.run_id = r.id JOIN attempts a ON a.step_execution_id = s.id "
@@ -213,11 +229,35 @@ def runs(tx: Tx, id: str) -> list[RunRow]:
 
 def steps(tx: Tx, id: str) -> list[StepRow]:
     """``duration_ms`` of a step that runs is what it has taken so far."""
-    found = [rows.value(StepRow, row) for row in tx.all(_STEPS, id=id)]
-    return [
-        replace(one, duration_ms=_so_far(tx, one.started_at)) if one.status == StepStatus.RUNNING else one
-        for one in found
-    ]
+    return [_step(tx, row) for row in tx.all(_STEPS, id=id)]
+
+
+def _step(tx: Tx, row: Any) -> StepRow:
+    one = rows.value(StepRow, row)
+    return replace(one, duration_ms=_so_far(tx, one.started_at)) if one.status == StepStatus.RUNNING else one
+
+
+def some(tx: Tx, id: str, *, limit: int, most_chars: int) -> tuple[list[RunRow], list[StepRow], list[AttemptRow], bool]:
+    """At most ``limit`` of a ticket's runs, steps and attempts each, in order, and whether these are all. Once there
+    are ``most_chars`` in inputs, outputs and errors, no more steps are read."""
+    of_ticket = tx.all(_SOME_RUNS, id=id, limit=limit + 1)
+    ids = [row.id for row in tx.all(_SOME_STEPS, id=id, limit=limit + 1)]
+    tries = tx.all(_SOME_ATTEMPTS, id=id, limit=limit + 1)
+    complete = max(len(of_ticket), len(ids), len(tries)) <= limit
+    ids, found, left = ids[:limit], list[StepRow](), most_chars
+    for start in range(0, len(ids), _TOGETHER):
+        if left < 0:
+            complete = False
+            break
+        for row in tx.all_in(_STEPS_BY_ID, ids[start : start + _TOGETHER]):
+            found.append(_step(tx, row))
+            left -= sum(len(text) for text in (row.inputs, row.outputs, row.error) if isinstance(text, str))
+    return (
+        sorted((rows.value(RunRow, row) for row in of_ticket[:limit]), key=lambda one: one.id),
+        sorted(found, key=lambda one: one.id),
+        [attempt(tx, row) for row in reversed(tries[:limit])],
+        complete,
+    )
 
 
 def attempts(tx: Tx, id: str) -> list[AttemptRow]:
