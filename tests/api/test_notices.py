@@ -195,9 +195,11 @@ async def test_the_commands(served: Served, tmp_path: Path) -> None:
     receiver = Receiver()
     settings = config.load(home=served.settings.home)
     async with serving(receiver.answer) as url:
-        status, secret = await run(settings, "notice", "add", url, "--on", "ended", "--on", "failed")
-        assert status == 0 and len(secret.strip()) == 64
+        status, said = await run(settings, "notice", "add", url, "--on", "ended", "--on", "failed")
+        named, warned, secret = said.splitlines()
         (row,) = await served.store.notices()
+        assert status == 0 and len(secret) == 64 and named == f"notice {row.id}"
+        assert "127.0.0.1 is a private or special address; SWARM_NOTICES_PRIVATE names" in warned
         assert row.kinds == ("ended", "failed")
         status, said = await run(settings, "notice", "list")
         assert status == 0 and "ended, failed" in said and secret.strip() not in said

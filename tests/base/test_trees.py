@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from swarm.base import trees
 from swarm.base.trees import Contents, Entry, Target
 from swarm.channel.files import Received
-from swarm.errors import ChannelError, Conflict, StoreError, SwarmError, UsageError
+from swarm.errors import ChannelError, Conflict, HostError, StoreError, SwarmError, UsageError
 
 FILE, LINK = stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777
 
@@ -99,6 +99,15 @@ async def write(top: Path, name: str, mode: int, *contents: bytes) -> None:
         await target.write(Entry(name, mode, sum(map(len, contents))), of(*contents))
     finally:
         target.close()
+
+
+def test_a_place_that_can_not_be_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(Conflict, match="is not a directory"):
+            Target(tmp_path / place)
+    with pytest.raises(HostError, match="can't make the directory /proc/x"):
+        Target(Path("/proc/x"))
 
 
 async def test_nothing_is_written_outside(tmp_path: Path) -> None:

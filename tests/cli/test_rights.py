@@ -124,3 +124,9 @@ def test_a_home_that_the_user_may_not_read(tmp_path: Path) -> None:
     done = run(home, *NOT_ROOT, BIN / "swarm", "ticket", "list")
     assert done.returncode == 1
     assert "Permission denied" in done.stderr and "are you root?" in done.stderr, done.stderr
+    done = run(home, *NOT_ROOT, BIN / "swarm", "dashboard")
+    assert done.returncode == 1 and "this user may not look into" in done.stderr, done.stderr
+    done = run(home, *NOT_ROOT, BIN / "swarm", "doctor", "--json")
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    assert found["server"]["status"] == "warn" and "may not look into" in found["server"]["detail"]
+    assert found["database"]["status"] == "fail" and "run it as the user" in found["database"]["fix"]

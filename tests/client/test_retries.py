@@ -86,7 +86,6 @@ async def delete(s: AsyncSwarm) -> Any:
         (change, [FULL, DONE], 2, "t"),
         (change, [DROP, DONE], 1, Unreachable),
         # Nothing becomes better by asking again.
-        (show, [Answer(401, {"detail": "a valid token is needed"})], 1, Unauthorized),
         (show, [Answer(403, {"detail": "ci is viewer"})], 1, Forbidden),
         (show, [GONE], 1, NotFound),
         (show, [Answer(409, {"detail": "it is done"})], 1, Conflict),
@@ -142,6 +141,15 @@ async def test_it_ends(answer: Any, kind: type[SwarmError]) -> None:
         with pytest.raises(kind):
             await s.tickets.get("t")
     assert 1 <= len(server.requests) <= 4
+
+
+async def test_without_a_token() -> None:
+    async with faulty([Answer(401, {"detail": "who asks?"})]) as server, AsyncSwarm(server.url) as s:
+        with pytest.raises(Unauthorized, match="SWARM_TOKEN"):
+            await s.tickets.get("t")
+    async with faulty([Answer(401, {"detail": "who asks?"})]) as server, AsyncSwarm(server.url, token="wrong") as s:
+        with pytest.raises(Unauthorized, match="who asks"):
+            await s.tickets.get("t")
 
 
 async def test_nobody_listens() -> None:

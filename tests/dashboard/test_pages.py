@@ -62,6 +62,17 @@ async def test_now_shows_nothing_old_when_the_database_can_not_be_read(served: S
         other.execute("ALTER TABLE elsewhere RENAME TO workers")
 
 
+async def test_an_address_that_is_none_is_a_page_for_a_browser(served: Served) -> None:
+    browser = {"accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
+    for client in (served.viewer, served.nobody):
+        found = await client.get("/nothing/here", headers=browser)
+        assert (found.status_code, found.headers["content-type"]) == (404, "text/html; charset=utf-8")
+        assert "there is nothing at this address" in found.text
+    for path, headers in (("/v1/nothing", browser), ("/hooks/a/b", browser), ("/nothing", {"accept": "*/*"})):
+        found = await served.viewer.get(path, headers=headers)
+        assert (found.status_code, found.headers["content-type"]) == (404, "application/problem+json"), path
+
+
 async def test_a_token_of_a_project_sees_that_project_alone(served: Served) -> None:
     await served.add("ours", title="OURS", project_id="p")
     await served.add("theirs", title="THEIRS", project_id="q")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Final
+from typing import Final, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -51,8 +52,18 @@ def description() -> bytes:
     return encode(openapi.document(ENDPOINTS))
 
 
-def application(context: Context, *, hooks: Route, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
-    """``hooks``: POST /hooks/NAME; ``pages``: routes of the dashboard, which check who asks themselves."""
+_IS_API: Final = re.compile(r"/(v1|hooks)(/|$)")
+
+
+class ErrorPage(Protocol):
+    def __call__(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> Response: ...
+
+
+def application(
+    context: Context, *, hooks: Route, pages: Sequence[BaseRoute] = (), error_page: ErrorPage = problem
+) -> ASGIApp:
+    """``hooks``: POST /hooks/NAME; ``pages``: routes of the dashboard, which check who asks themselves;
+    ``error_page``: what a browser gets for an address that is none."""
 
     async def described(request: Request) -> Response:
         async def answer() -> Response:
@@ -66,6 +77,13 @@ def application(context: Context, *, hooks: Route, pages: Sequence[BaseRoute] = 
             return JSONResponse({"status": "ok"})
         return problem(503, "the database can't be used: the server's log says why")
 
+    async def not_routed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        said = {404: "there is nothing at this address", 405: "this address takes no such method"}
+        in_browser = "text/html" in request.headers.get("accept", "") and not _IS_API.match(request.url.path)
+        answer = error_page if in_browser else problem
+        return answer(error.status_code, said.get(error.status_code, error.detail), headers=error.headers)
+
     routes: list[BaseRoute] = [
         Route("/healthz", alive),
         Route("/v1/openapi.json", described),
@@ -73,13 +91,7 @@ def application(context: Context, *, hooks: Route, pages: Sequence[BaseRoute] = 
         hooks,
         *pages,
     ]
-    return _with_headers(Starlette(routes=routes, exception_handlers={HTTPException: _not_routed}))
-
-
-async def _not_routed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    said = {404: "there is nothing at this address", 405: "this address takes no such method"}
-    return problem(error.status_code, said.get(error.status_code, error.detail), headers=error.headers)
+    return _with_headers(Starlette(routes=routes, exception_handlers={HTTPException: not_routed}))
 
 
 def _with_headers(app: ASGIApp) -> ASGIApp:

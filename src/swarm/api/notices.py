@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import ipaddress
 import json
 import secrets
 import time
@@ -127,6 +128,16 @@ class Sender:
         except SwarmError as error:
             return str(error)
 
+    def never_sent(self, url: str) -> str:
+        """Why nothing will be sent to this URL as things are; '' if that depends on what its name leads to then."""
+        host = urlsplit(url).hostname or ""
+        try:
+            address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        except ValueError:
+            return ""
+        why = self.rules.why_not(address)
+        return _forbidden(host, why) if why else ""
+
     async def _post(self, url: str, key: str, id: str, body: bytes) -> str:
         parts = urlsplit(check_url(url))
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
@@ -138,7 +149,7 @@ class Sender:
         allowed = [one for one in found if not self.rules.why_not(one)]
         if not allowed:
             why = self.rules.why_not(found[0]) if found else "no address"
-            return f"{host} is {why}; SWARM_NOTICES_PRIVATE names networks that are allowed"
+            return _forbidden(host, why)
         address = f"[{allowed[0]}]" if allowed[0].version == 6 else str(allowed[0])
         now = str(int(time.time()))
         signed = hmac.new(key.encode(), f"{now}.".encode() + body, hashlib.sha256).hexdigest()
@@ -262,6 +273,10 @@ class _Happened:
     async def _read(self, seq: int) -> tuple[list[tuple[Event, set[NoticeKind]]], int, bool]:
         facts = await self._store.facts(after=seq, limit=self._at_once)
         return [(event, kinds) for event in facts.events if (kinds := kinds_of(event))], facts.after, facts.more
+
+
+def _forbidden(host: str, why: str) -> str:
+    return f"{host} is {why}; SWARM_NOTICES_PRIVATE names networks that are allowed"
 
 
 def _body(row: NoticeRow, event: Event, kinds: set[NoticeKind], ticket: Ticket) -> dict[str, Any]:

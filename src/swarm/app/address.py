@@ -41,6 +41,17 @@ def running(settings: Settings) -> Address | None:
     return found if process.start_time(found.pid) == found.started else None
 
 
+def hidden(settings: Settings) -> bool:
+    """May this user not see whether a server of this home runs?"""
+    try:
+        file(settings).open("rb").close()
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 @contextlib.contextmanager
 def written(settings: Settings, url: str) -> Iterator[None]:
     """Say that this process serves there, for the length of the block. Raises HostError."""

@@ -101,9 +101,11 @@ async def _subnet(settings: Settings) -> str:
 def _server(settings: Settings) -> Check:
     """That none runs is no fault: tickets don't need one."""
     from swarm.app import address
-    from swarm.doctor.check import ok
+    from swarm.doctor.check import ok, warn
 
     found = address.running(settings)
+    if found is None and address.hidden(settings):
+        return warn("server", f"this user may not look into {settings.data_dir}", "run it as the user of `swarm serve`")
     how = "none runs: `swarm serve` starts one" if found is None else f"{found.url}, process {found.pid}"
     return ok("server", how)
 
@@ -137,6 +139,7 @@ async def _image(settings: Settings) -> str:
 
 
 async def _database(settings: Settings) -> list[Check]:
+    from swarm.app import address
     from swarm.doctor import home
     from swarm.doctor.check import fail
     from swarm.store.store import Store
@@ -148,7 +151,8 @@ async def _database(settings: Settings) -> list[Check]:
             if not any(check.status == "fail" for check in checks):  # else the tables may be missing
                 checks += await _layers(settings, opened)
     except SwarmError as error:
-        checks.append(fail("database", str(error), "swarm init"))
+        fix = "run it as the user of `swarm serve`, or as root" if address.hidden(settings) else "swarm init"
+        checks.append(fail("database", str(error), fix))
     if settings.database.startswith("sqlite:"):
         checks.append(home.registry(settings.registry_link, settings.data_dir / "swarm.db"))
     return checks

@@ -24,6 +24,7 @@ from swarm.base.aio import cancel_all
 from swarm.cel.jail import Jail
 from swarm.config import Settings
 from swarm.dashboard import pages
+from swarm.dashboard.render import error_page
 from swarm.errors import Conflict
 from swarm.gateway.proxy import EgressRules
 from swarm.store.store import Store
@@ -73,7 +74,7 @@ async def served(
             notices=sender(settings, opened),
         )
         hooks = Hooks(store=opened, secret=secret, evaluator=jail, strangers=context.strangers)
-        app = application(context, hooks=hooks.route(), pages=pages.routes(context))
+        app = application(context, hooks=hooks.route(), pages=pages.routes(context), error_page=error_page)
         mine = local(app, process.user())
         on_socket = await stack.enter_async_context(server.serving_locally(mine, settings.api_socket))
         url, on_port = await stack.enter_async_context(server.serving(app, host=host, port=port))

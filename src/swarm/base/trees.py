@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from swarm.errors import Conflict, StoreError, UsageError
+from swarm.errors import Conflict, HostError, StoreError, UsageError
 
 PART_BYTES: Final = 1 << 20
 MAX_BYTES: Final = 256 << 20  # of a tree's files together; also agentd's limit for one request
@@ -270,11 +270,17 @@ def _raise(error: OSError) -> None:
 
 
 class Target:
-    """A directory of this host into which files of a tree are written: never outside it, and through no link."""
+    """A directory of this host into which files of a tree are written: never outside it, and through no link. Raises
+    Conflict if something else has its name, HostError if it can't be made."""
 
     def __init__(self, top: Path) -> None:
-        top.mkdir(parents=True, exist_ok=True)
-        self._top = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            top.mkdir(parents=True, exist_ok=True)
+            self._top = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileExistsError, NotADirectoryError):
+            raise Conflict(f"{top} is not a directory, or leads through something that is none") from None
+        except OSError as error:
+            raise HostError(f"can't make the directory {top}: {error.strerror}") from None
         self.path = top
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ async def add(
     `swarm serve` sends them: when it doesn't run, they wait.
     """
     from swarm.api import notices
-    from swarm.app import wiring
+    from swarm.app import serve, wiring
     from swarm.errors import UsageError
     from swarm.store.registry.notices import NoticeKind
 
@@ -47,6 +47,11 @@ async def add(
         vault = wiring.vault(cli.settings, store)
         kinds = [NoticeKind(one) for one in on]
         row, secret = await notices.add(store, vault, url=url, kinds=kinds, project_id=project, by=getpass.getuser())
+        never = serve.sender(cli.settings, store).never_sent(url)
+    if not cli.out.json:
+        cli.out.note(f"notice {row.id}")
+    if never:
+        cli.out.note(f"nothing will be sent there: {never}")
     cli.out.result({"notice": row, "secret": secret}, secret)
 
 

@@ -107,10 +107,12 @@ async def dashboard(
 ) -> None:
     """Print a link that lets a browser in, once, within five minutes; open it where there is a display."""
     from swarm.app import address
-    from swarm.errors import NotFound
+    from swarm.errors import HostError, NotFound
     from swarm.store.registry.tokens import LINK_SECONDS, Actor, new_token
 
     server = address.running(cli.settings)
+    if url is None and server is None and address.hidden(cli.settings):
+        raise HostError(f"this user may not look into {cli.settings.data_dir}: run this as the user of `swarm serve`")
     if url is None and server is None:
         raise NotFound("no server of this home runs: start one with `swarm serve`, or `swarm-engine start --serve`")
     code, user = new_token(), getpass.getuser()

@@ -118,6 +118,9 @@ class Tries:
         status = response.status_code
         if status == 404 and self._call.method == "DELETE" and self._unsure:
             return None  # a try before this one did it
+        if status == 401 and self._where.token is None:
+            how = "set SWARM_TOKEN, or give `token` (`swarm token create` makes one)"
+            raise refused(status, f"{self._where.url} needs a token: {how}")
         if not 200 <= status < 300:
             raise refused(status, _detail(response))
         if status == 204 or not response.content:

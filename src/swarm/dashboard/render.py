@@ -78,6 +78,13 @@ def html(template: str, *, actor: Actor | None, status: int = 200, **values: Any
     return HTMLResponse(made, status_code=status, headers={"cache-control": "no-store"})
 
 
+def error_page(status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> HTMLResponse:
+    """For whoever asks, logged in or not."""
+    page = html("error.html", actor=None, status=status, detail=detail)
+    page.headers.update(headers or {})
+    return page
+
+
 async def drawn(template: str, *, actor: Actor, **values: Any) -> HTMLResponse:
     """`html`, for a page that may be large: others are answered meanwhile."""
     return await asyncio.to_thread(html, template, actor=actor, **values)

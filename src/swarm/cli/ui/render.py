@@ -105,6 +105,8 @@ def steps_of_last_run(ticket: Ticket, runs: Sequence[RunRow], steps: Sequence[St
 
 def show_timings(out: Out, timings: Mapping[str, float]) -> None:
     """Where an attempt's time went: one line per phase, with its share of the total as a bar."""
+    if not timings:  # a lost attempt: nobody measured it
+        return
     total = timings.get("total") or sum(timings.values())
     for phase, ms in timings.items():
         if phase != "total":
