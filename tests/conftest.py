@@ -9,6 +9,7 @@
 - ``clients``: real clients of model services, in the cache (tests/clients_here.py; `make ready` fetches them)
 - ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
 - ``browser``: netns, Debian's Chromium with its driver, and axe-core in the cache (tests/dashboard/browser.py)
+- ``schemathesis``: the package, which `make ready` installs with the other tools of developers
 - ``prometheus``: Debian's Prometheus, in the cache (tests/prometheus_here.py; `make ready` fetches it)
 - ``claude-code``: what the agent of this name requires, from PyPI, in the cache (`make ready` puts it there)
 
@@ -24,6 +25,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,6 +58,8 @@ def lacks(thing: str) -> str:
         from tests.agents import claude_code_here
 
         return claude_code_here.lacks()
+    if thing == "schemathesis":
+        return "" if find_spec("schemathesis") else "needs schemathesis: run tools/bootstrap"
     if thing == "clients":
         from tests import clients_here
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.api.served import Served
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs("schemathesis")]
 CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 # What it asks for is there, so that it gets past "no such ticket"; and it has ended, so that nothing waits for that.
 CONFIG = """
@@ -21,7 +21,6 @@ CONFIG = """
 
 
 async def test_whatever_is_sent(served: Served, tmp_path: Path) -> None:
-    pytest.importorskip("schemathesis")
     await served.add("t")
     await served.store.cancel("t", "ann")
     (tmp_path / "schemathesis.toml").write_text(CONFIG)

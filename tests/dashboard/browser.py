@@ -11,8 +11,8 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,6 +77,20 @@ class Browser:
         await self.until("document.querySelector('.who')")
         await self.complaints()
         await self.requested()
+
+    @asynccontextmanager
+    async def another(self, url: str) -> AsyncIterator[None]:
+        """A second window, beside the one that was looked at so far: both are visible."""
+        first = await self._do("GET", "/window")
+        await self._do(
+            "POST", "/window", {"handle": (await self._do("POST", "/window/new", {"type": "window"}))["handle"]}
+        )
+        try:
+            await self.open(url)
+            yield
+        finally:
+            await self._do("DELETE", "/window")
+            await self._do("POST", "/window", {"handle": first})
 
     async def url(self) -> str:
         return str(await self._do("GET", "/url"))

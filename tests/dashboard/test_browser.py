@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import pytest
@@ -67,12 +66,14 @@ async def test_a_page_in_the_background_asks_for_nothing(served: Served, chromiu
         "document.dispatchEvent(new Event('visibilitychange'))"
     )
     await chromium.run(hide.replace("arguments[0]", "true"))
-    while await chromium.requested():  # noqa: ASYNC110 - what was under way, in another process
-        await asyncio.sleep(0.5)
-    for number in range(3):
-        await served.add(f"more{number}")
-    await asyncio.sleep(1.5)  # by then it could have asked; on a slow machine, this can only miss a fault
-    assert await chromium.requested() == set()
+    await chromium.run("window.asked = 0; const ask = fetch; window.fetch = (...of) => { asked++; return ask(...of); }")
+    async with chromium.another(f"{served.url}/"):
+        await chromium.until("/Ready\\s*1/.test(document.querySelector('#now')?.textContent)")
+        for number in range(3):
+            await served.add(f"more{number}")
+        await chromium.until("/Ready\\s*4/.test(document.querySelector('#now').textContent)")
+    assert await chromium.run("return window.asked") == 0
+    assert await chromium.run("return /Ready\\s*1/.test(document.querySelector('#now').textContent)")
     await chromium.run(hide.replace("arguments[0]", "false"))
     await chromium.until("/Ready\\s*4/.test(document.querySelector('#now').textContent)")
 
@@ -195,8 +196,12 @@ async def test_what_is_selected_does_not_move(served: Served, chromium: Browser)
     await served.add("two")
     await chromium.until("document.querySelectorAll('[data-row]').length === 2")
     await chromium.click("input[value=one]")
-    await served.add("three")
-    await asyncio.sleep(1.5)  # it could have been shown by then; on a slow machine this can only miss a fault
+    await chromium.run("document.onvisibilitychange = () => { document.title = 'hidden'; }")
+    async with chromium.another(f"{served.url}/tickets"):
+        await chromium.until("document.querySelectorAll('[data-row]').length === 2")
+        await served.add("three")
+        await chromium.until("document.querySelectorAll('[data-row]').length === 3")
+    assert await chromium.run("return document.title") != "hidden", "it would not have changed anyway"
     assert await chromium.run("return document.querySelectorAll('[data-row]').length") == 2
     assert await chromium.run("return document.querySelector('input[value=one]').checked")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.dashboard.spent import MOST_CALLS
+from swarm.dashboard.spent import MOST_CALLS, Hours
 from swarm.model import ECHO_AGENT_ID
 from tests.api.served import Served, serving
 from tests.dashboard.flows import HOSTILE, echo, run, start, workflow
@@ -165,6 +165,24 @@ async def test_an_hour_with_more_calls_than_a_page_sums_is_said(served: Served) 
     calls(served, [(f"m{n}", at, "a", "w", 0.001) for n in range(MOST_CALLS + 5)])
     answer = await served.viewer.get("/costs?range=24h")
     assert "There are older calls in this range than a page sums" in answer.text and "refresh" not in answer.headers
+
+
+async def test_what_is_kept_of_costs_stays_bounded_and_complete(served: Served) -> None:
+    hours = Hours(most=5)
+    for month in range(1, 7):
+        now = datetime(2025, 1, 1, 18, tzinfo=UTC) + timedelta(days=40 * month)
+        calls(served, [(f"{month}-{n}", now - timedelta(days=2 + n), "a", "w", 1.0) for n in range(3)])
+        sums = await hours.since(served.store, now - timedelta(days=7), now=now)
+        assert (sums.complete, sum(row.calls for row in sums.rows)) == (True, 3), month
+        assert hours._kept == 3 and len(hours._known) < 24 * 32
+    calls(served, [(f"many-{n}", now - timedelta(days=2, hours=n), "a", "w", 1.0) for n in range(10, 20)])
+    hours = Hours(most=5)
+    for day in range(3):  # there are more than are kept: those of today are complete all the same
+        later = now + timedelta(days=day)
+        calls(served, [(f"new-{day}-{n}", later - timedelta(hours=6 + n), "a", "w", 1.0) for n in range(3)])
+        await hours.since(served.store, later - timedelta(days=7), now=later)
+        sums = await hours.since(served.store, later.replace(hour=0), now=later)
+        assert (sums.complete, sum(row.calls for row in sums.rows)) == (True, 3), day
 
 
 async def test_budgets_say_how_much_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

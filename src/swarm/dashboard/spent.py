@@ -15,6 +15,7 @@ from swarm.store.store import Store
 MOST_CALLS: Final = 10_000  # that one read sums: some 15 ms
 _OPEN_HOURS: Final = 3  # a call is booked within an hour; of older hours, nothing changes
 _KEPT: Final = 50_000  # sums
+_OLDEST: Final = timedelta(days=32)  # that any page asks for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,15 +30,15 @@ class Sums:
 
 
 class Hours:
-    def __init__(self) -> None:
+    def __init__(self, most: int = _KEPT) -> None:
         self._known: dict[str, Sequence[Spent]] = {}  # by hour, '2026-01-31T17'
         self._days: dict[str, Sequence[Spent]] = {}  # of which all hours are known
-        self._kept = 0
+        self._kept, self._most = 0, most
         self._lock = asyncio.Lock()
 
-    async def since(self, store: Store, first: datetime) -> Sums:
-        """From the hour of ``first`` on."""
-        now = datetime.now(UTC)
+    async def since(self, store: Store, first: datetime, *, now: datetime | None = None) -> Sums:
+        """From the hour of ``first`` on, until ``now``."""
+        now = now or datetime.now(UTC)
         count = int((now - first).total_seconds() // 3600) + 1
         hours = [_name(first + timedelta(hours=number)) for number in range(count + 1) if first <= now]
         hours = [hour for hour in hours if hour <= _name(now)]
@@ -47,7 +48,8 @@ class Hours:
             whole = sum(row.calls for row in fresh) < MOST_CALLS
             missing = [hour for hour in over if hour not in self._known]
             more = False
-            if whole and missing and self._kept < _KEPT:
+            self._forget(_name(now - _OLDEST), missing)
+            if whole and missing and self._kept < self._most:
                 more = await self._read(store, missing, recent[0])
         rows, since = list(fresh), recent[0] if whole else min((row.first for row in fresh), default=recent[0])
         left = len(over) if whole else 0
@@ -63,6 +65,14 @@ class Hours:
                 return Sums(rows=rows, since=_time(since), complete=False, more=more)
             since = over[left]
         return Sums(rows=rows, since=_time(since), complete=whole)
+
+    def _forget(self, oldest: str, missing: Sequence[str]) -> None:
+        """What no page asks for any more; and, when too much is kept, old hours in favour of new ones."""
+        for hour in sorted(self._known):
+            if hour >= oldest and (self._kept < self._most or not missing or hour > missing[-1]):
+                return
+            self._kept -= len(self._known.pop(hour))
+            self._days.pop(hour[:10], None)
 
     def _day(self, hours: Sequence[str]) -> Sequence[Spent]:
         """The sums of a day's 24 hours; empty if they are not known, or if there are none."""
