@@ -12,6 +12,8 @@ from tests.dashboard import flows, scene
 from tests.dashboard.browser import Browser
 
 pytestmark = pytest.mark.needs("netns", "browser")
+# What a page asks for from now on.
+COUNTS = "window.asked = 0; const ask = fetch; window.fetch = (...of) => { asked++; return ask(...of); }"
 
 
 async def _is_quiet(chromium: Browser, served: Served) -> None:
@@ -66,7 +68,7 @@ async def test_a_page_in_the_background_asks_for_nothing(served: Served, chromiu
         "document.dispatchEvent(new Event('visibilitychange'))"
     )
     await chromium.run(hide.replace("arguments[0]", "true"))
-    await chromium.run("window.asked = 0; const ask = fetch; window.fetch = (...of) => { asked++; return ask(...of); }")
+    await chromium.run(COUNTS)
     async with chromium.another(f"{served.url}/"):
         await chromium.until("/Ready\\s*1/.test(document.querySelector('#now')?.textContent)")
         for number in range(3):
@@ -196,12 +198,14 @@ async def test_what_is_selected_does_not_move(served: Served, chromium: Browser)
     await served.add("two")
     await chromium.until("document.querySelectorAll('[data-row]').length === 2")
     await chromium.click("input[value=one]")
+    await chromium.run(COUNTS)
     await chromium.run("document.onvisibilitychange = () => { document.title = 'hidden'; }")
     async with chromium.another(f"{served.url}/tickets"):
         await chromium.until("document.querySelectorAll('[data-row]').length === 2")
         await served.add("three")
         await chromium.until("document.querySelectorAll('[data-row]').length === 3")
     assert await chromium.run("return document.title") != "hidden", "it would not have changed anyway"
+    assert await chromium.run("return window.asked") == 0
     assert await chromium.run("return document.querySelectorAll('[data-row]').length") == 2
     assert await chromium.run("return document.querySelector('input[value=one]').checked")
 
