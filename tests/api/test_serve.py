@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ import pytest
 from swarm import config
 from swarm.api import server as api_server
 from swarm.app import address, wiring
+from swarm.cli import serve as serve_command
 from swarm.config import Settings
 from swarm.errors import UsageError
 from swarm.model import Event, Role, Ticket
@@ -235,3 +237,8 @@ async def test_a_small_answer_is_not_held_back_until_the_one_before_is_acknowled
         assert await off
         writer.close()
         await writer.wait_closed()
+
+
+def test_the_demo_says_the_address() -> None:
+    port = inspect.signature(serve_command.serve).parameters["port"].default
+    assert f"http://127.0.0.1:{port}" in (Path(__file__).parents[2] / "tools" / "demo").read_text()
