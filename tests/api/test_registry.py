@@ -19,6 +19,7 @@ from typing import Any, Final
 import httpx
 import jsonschema
 
+from swarm.admin.engines import status
 from swarm.api.app import ENDPOINTS
 from swarm.api.endpoint import JSON
 from swarm.api.v1 import agents, engines, images, secrets, tokens, workflows
@@ -28,6 +29,7 @@ from swarm.ledger import Account, Bill, Limit, Order, Spend
 from swarm.model import Agent, Role
 from swarm.store.sql.database import Tx
 from swarm.vm.image import staging
+from swarm.vm.slots.inventory import Inventory
 from tests.api.served import ECHO, Served
 from tests.api.test_auth import refused
 from tests.api.test_workflows import changes, put
@@ -142,8 +144,8 @@ async def test_engines_and_hosts(served: Served) -> None:
         ("two", "a", True),
         ("odd", "c", True),
     }
-    status = (await served.viewer.get("/v1/status")).json()
-    assert set(status) == {"queue", "vms", "engines"} and len(status["engines"]) == 4
+    whole = (await served.viewer.get("/v1/status")).json()
+    assert set(whole) == {"queue", "vms", "engines"} and len(whole["engines"]) == 4
     hosts = {one["host"]: one for one in (await served.viewer.get("/v1/hosts")).json()}
     a = {name: hosts["a"][name] for name in ("engines", "alive", "max_vms", "running", "ended_per_minute", "drivers")}
     assert a == {
@@ -168,11 +170,20 @@ async def test_an_engine_that_was_killed_is_no_live_one(served: Served) -> None:
     assert (await served.viewer.get("/v1/hosts")).json()[0]["alive"] == 0
     for page, says in (("/", "No engine runs"), ("/hosts", "takes its steps over at once")):
         assert says in (await served.viewer.get(page, headers={"accept": "text/html"})).text
-    status = await asyncio.to_thread(
+    done = await asyncio.to_thread(
         subprocess.run, [sys.executable, "-m", "swarm.cli.engine", "status", "--home", str(served.settings.home)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert f"engine {child.pid} on here: died; the next engine on this host" in status.stdout, status
+    assert f"engine {child.pid} on here: died; the next engine on this host" in done.stdout, done
+
+
+async def test_a_slot_that_is_prepared_is_no_vm(served: Served, tmp_path: Path) -> None:
+    for n, pid in ((1, 0), (2, 4_000_000)):
+        place = tmp_path / "vms" / str(n)
+        place.mkdir(parents=True)
+        (place / "vm.json").write_text(json.dumps({"n": n, "kind": "attempt", "pid": pid}))
+    found = await status(served.store, Inventory(state_dir=tmp_path))
+    assert [vm.n for vm in found.vms] == [2]
 
 
 async def test_costs(served: Served) -> None:

@@ -63,6 +63,9 @@ async def test_vms_of_a_killed_engine_die_with_it_and_are_swept(bench: Bench) ->
         await bench.until_it_prints()
         (record,) = bench.vms()
         assert record.alive
+        async with wiring.store(bench.settings) as store:
+            (row,) = await store.workers()
+        assert row.info["driver"] == record.driver  # not `auto`
         engine.kill()
         await engine.wait()
 

@@ -31,7 +31,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """As `swarm-engine status --json` prints it. ``vms``: those of this host."""
+    """As `swarm-engine status --json` prints it. ``vms``: of this host, those that were started."""
 
     queue: QueueStatus
     vms: list[VmRecord]
@@ -58,7 +58,8 @@ class Host:
 
 async def status(store: Store, inventory: Inventory) -> Status:
     queue, found = await store.queue(), await engines(store)
-    return Status(queue=queue, vms=await asyncio.to_thread(inventory.records), engines=found)
+    vms = [vm for vm in await asyncio.to_thread(inventory.records) if vm.pid]
+    return Status(queue=queue, vms=vms, engines=found)
 
 
 async def engines(store: Store) -> list[Engine]:
