@@ -48,7 +48,7 @@ async def test_a_workflow_is_started_from_a_form(served: Served) -> None:
     assert (await served.viewer.post(f"{at}/start", data=good)).status_code == 403
     for changed, why in (
         ({"in.count": "two"}, "count: this is not JSON"),
-        ({"in.count": "2.5"}, "the inputs don&#39;t fit the workflow"),
+        ({"in.count": "2.5"}, "the inputs don&#39;t fit the workflow greet@"),
         ({"in.who": ""}, ""),
         ({"json": "[1]"}, "must be an object"),
         ({"json": "{" * 100_000}, "the inputs as JSON"),

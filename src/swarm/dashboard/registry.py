@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,14 +14,14 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from swarm import schema
+from swarm.admin import runs
 from swarm.api.endpoint import Context
 from swarm.api.problem import Refused, of
 from swarm.base import jsontext
 from swarm.dashboard import collapse, svg_graph, text
 from swarm.dashboard.render import form, here, html
 from swarm.errors import NotFound, StoreError, SwarmError, UsageError
-from swarm.model import TERMINAL_TICKET_STATES, ExecutionMode, Ticket, TicketState
+from swarm.model import TERMINAL_TICKET_STATES, Ticket
 from swarm.store.registry.schedules import ScheduleRow
 from swarm.store.registry.tokens import Actor
 from swarm.store.registry.workflows import WorkflowRow
@@ -198,21 +197,8 @@ async def start(context: Context, request: Request, actor: Actor) -> Response:
     sent = await form(request, limit=_FORM_BYTES, fields=120)
     given = {name: str(value) for name, value in sent.items()}
     try:
-        inputs = await asyncio.to_thread(_inputs, row, given)
-        ticket = await context.store.add_ticket(
-            Ticket(
-                id=str(uuid.uuid4()),
-                title=given.get("title", "").strip() or row.name,
-                state=TicketState.READY,
-                project_id=actor.project_id,
-                execution_mode=ExecutionMode.WORKFLOW,
-                workflow_id=row.id,
-                inputs=json.dumps(inputs, ensure_ascii=False),
-                trigger_type="manual",
-                trigger_data=json.dumps({"by": actor.name}),
-            ),
-            by=actor.name,
-        )
+        ticket = await asyncio.to_thread(_ticket, row, given, actor)
+        ticket = await context.store.add_ticket(ticket, by=actor.name)
     except NotFound:
         raise
     except (UsageError, SwarmError, Refused) as error:
@@ -221,11 +207,15 @@ async def start(context: Context, request: Request, actor: Actor) -> Response:
     return RedirectResponse(f"/tickets/{quote(ticket.id, safe='')}", status_code=303)
 
 
-def _inputs(row: WorkflowRow, given: Mapping[str, str]) -> dict[str, Any]:
+def _ticket(row: WorkflowRow, given: Mapping[str, str], actor: Actor) -> Ticket:
+    inputs = _inputs(row.parsed(), given)
+    runs.check(row, inputs)
+    title = given.get("title", "").strip()
+    return runs.ticket(row, inputs, by=actor.name, title=title, project_id=actor.project_id)
+
+
+def _inputs(workflow: Workflow, given: Mapping[str, str]) -> dict[str, Any]:
     """From the form. Raises Refused with what is wrong."""
-    if not row.enabled:
-        raise Refused(409, f"the workflow {row.name}@{row.version} is disabled")
-    workflow = row.parsed()
     found: dict[str, Any] = {}
     if whole := given.get("json", "").strip():
         read = _json("the inputs as JSON", whole)
@@ -236,10 +226,6 @@ def _inputs(row: WorkflowRow, given: Mapping[str, str]) -> dict[str, Any]:
         said = given.get(f"in.{one.name}", "")
         if said.strip() or (one.kind == "text" and one.required and not found.get(one.name)):
             found[one.name] = said if one.kind in ("text", "choice") else _json(one.name, said)
-    if workflow.inputs_schema is not None:
-        full = schema.with_defaults(found, workflow.inputs_schema)
-        if wrong := schema.issues(full, schema.text(workflow.inputs_schema)):
-            raise Refused(400, f"the inputs don't fit the workflow: {'; '.join(map(str, wrong))}")
     return found
 
 
