@@ -46,7 +46,9 @@ async def test_now_says_what_runs_what_waits_and_that_no_engine_runs(served: Ser
     assert "Running 2" in shown
     assert "Wait for a person 1" in shown
     assert "Attempts failed, last hour 2 17 %" in shown
-    assert "$0.93" in shown
+    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db")) as database:
+        [spent] = database.execute("SELECT sum(cost_usd) FROM model_calls WHERE at >= date('now')").fetchone()
+    assert (f"${spent:.2f}" if spent else "$0") in shown, "of today: soon after midnight, most calls are of yesterday"
     assert "Port the worker to Python 3.14 main claude running 21" in shown
     assert "2 of 8" in shown
 
