@@ -132,7 +132,7 @@ async def test_a_collector_receives_a_trace(served: Served) -> None:
 async def test_one_trace_that_is_never_taken_holds_up_no_other(served: Served) -> None:
     collector = Collector()
     collector.never = "bad-1"
-    async with exporting(served, collector, pause=0.01):
+    async with exporting(served, collector, pause=0.001):
         for id in ("good-0", "bad-1", "good-2"):
             await served.add(id)
             (claim,) = await served.store.claim("w", lease_seconds=60)
