@@ -1,4 +1,4 @@
-"""Run the whole test suite in three sandboxes at once: most tests wait most of the time, and leave a core to others.
+"""Run the whole test suite in four sandboxes at once: most tests wait most of the time, and leave a core to others.
 
     tools/parallel_tests.py COMMAND [ARG…]      COMMAND is pytest; each sandbox's share of the tests is added to it
 
@@ -19,12 +19,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = [f"tests/{name}" for name in ("agents", "api", "cel", "channel", "chaos", "cli", "engine")]
+FIRST = [f"tests/{name}" for name in ("agents", "cel", "channel", "chaos", "cli", "engine")]
+SERVER = [f"tests/{name}" for name in ("api", "client", "dashboard")]
 # Firecracker guests are slow on hosts without VMX or SVM, so they have a sandbox of their own, with a higher priority.
 SHARES = {
     "1": [*FIRST, "tests/test_zz_leaks.py", "-k", "not firecracker"],
-    "2": ["tests", *(f"--ignore={name}" for name in FIRST), "-k", "not firecracker"],
+    "2": ["tests", *(f"--ignore={name}" for name in FIRST + SERVER), "-k", "not firecracker"],
     "3": ["tests", "-k", "firecracker or nothing_is_left_behind"],
+    "4": [*SERVER, "tests/test_zz_leaks.py"],
 }
 URGENT = "3"
 
