@@ -16,9 +16,10 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         yield served
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One for all tests: `Browser.log_in` begins with nothing of the test before."""
+    """One for all tests of this directory, and gone before others look at what is left. `Browser.log_in` begins with
+    nothing of the test before."""
     need("netns", "browser")
     with browser(tmp_path_factory.mktemp("browser")) as one:
         yield one

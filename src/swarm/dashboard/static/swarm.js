@@ -99,6 +99,10 @@
   });
   document.addEventListener("input", (event) => event.target.id === "find" && find());
   document.addEventListener("htmx:after:swap", () => { times(); output(); });
+  // htmx notices that a page goes into the background, not that it is there already when its stream begins.
+  document.addEventListener("htmx:sse:after:connection", () => {
+    setTimeout(() => document.hidden && document.dispatchEvent(new Event("visibilitychange")));
+  });
   document.addEventListener("htmx:before:request", (event) => { // rows must not move below somebody who selects them
     if (event.target.id === "list" && $("#list input:checked, #list input:focus")) event.preventDefault();
   });
