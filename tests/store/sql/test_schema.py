@@ -51,6 +51,7 @@ LIVE_ONLY = re.compile(
 
 # What a query within reads up to its LIMIT, in the order of an index.
 WITHIN_LIMIT = {
+    "tickets._OWN_IDS_FROM": ("SCAN t",),
     "views._WAITING_TICKETS": ("SCAN w",),
     "views._COUNT_WAITING": ("SCAN w",),
     "spending._RECENT": ("SCAN c",),
