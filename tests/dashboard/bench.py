@@ -33,7 +33,7 @@ from swarm.model import ECHO_AGENT_ID, Role
 from swarm.store.registry.tokens import Actor, new_token
 from tests.api.served import ECHO
 from tests.dashboard import flows
-from tests.engine.bench import engines, real_engine, wait_until_done
+from tests.engine.bench import committed, engines, real_engine, wait_until_done
 from tests.store.bench_queue import insert, out
 
 _SERIES = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) "
@@ -214,6 +214,28 @@ async def seen(directory: Path, tickets: int, rounds: int) -> None:
     out(f"            by {statistics.median(shares):.0%} of a core")
 
 
+async def woken(directory: Path, tickets: int, rounds: int) -> None:
+    """From the COMMIT of another program's INSERT to the claim, without and with the open pages."""
+    late: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(rounds):
+        for watched in (False, True):
+            settings, token = await prepared(directory / f"wake-{number}-{watched}", 0)
+            file = settings.home / "data" / "swarm.db"
+            results: list[dict[str, object]] = []
+            with contextlib.ExitStack() as stack:
+                if watched:
+                    stack.enter_context(looked_at(settings, token, []))
+                stack.enter_context(engines(file, 1, 8, results))
+                times = committed(file, tickets, number)
+                wait_until_done(file, tickets)
+            asked = results[0]["asked"]
+            assert isinstance(asked, dict)
+            late[watched] += [(asked[name] - at[1]) / 1e6 for name, at in times.items()]
+    for watched, name in ((False, "alone"), (True, "ten open pages")):
+        p50, p95 = (statistics.quantiles(late[watched], n=100)[share] for share in (49, 94))
+        out(f"wake-up     {name:15} p50 {p50:.2f} ms, p95 {p95:.2f} ms (of {rounds} rounds)")
+
+
 async def idle(directory: Path, seconds: float) -> None:
     """Beside an engine, with which it shares libraries."""
     with real_engine(directory) as (engine, file):
@@ -252,7 +274,7 @@ def children(pid: int) -> list[int]:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["pages", "seen"], choices=["pages", "seen", "idle"])
+    parser.add_argument("what", nargs="*", default=["pages", "seen"], choices=["pages", "seen", "wake", "idle"])
     parser.add_argument("--tickets", type=int, default=1_000_000, help="that have ended, for `pages`")
     parser.add_argument("--new", type=int, default=20_000, help="that an engine runs, for `seen`")
     parser.add_argument("--rounds", type=int, default=5)
@@ -262,6 +284,8 @@ async def main() -> None:
             await pages(Path(directory), given.tickets)
         if "seen" in given.what:
             await seen(Path(directory), given.new, given.rounds)
+        if "seen" in given.what or "wake" in given.what:
+            await woken(Path(directory), 200, given.rounds)
         if "seen" in given.what or "idle" in given.what:
             await idle(Path(directory), 20)
 
