@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Annotated
 
 import typer
@@ -40,6 +41,7 @@ async def serve(
     from swarm.base.log import configure, logger
 
     configure(debug=cli.debug, info=True, as_json=json_log)
+    os.nice(5)  # engines on the same CPUs go first: whoever looks at a page can wait for a millisecond
     settings = config.load(home=cli.settings.home, public_url=public_url and public_url.rstrip("/"))
     async with serve.served(settings, host=host, port=port, remote=allow_remote) as (url, served):
         with address.written(settings, url):
