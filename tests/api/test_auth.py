@@ -17,6 +17,7 @@ from swarm.api.app import ENDPOINTS
 from swarm.api.auth import AT_ONCE, BURST, Auth, may
 from swarm.api.endpoint import Endpoint
 from swarm.api.problem import Refused
+from swarm.errors import UsageError
 from swarm.model import Event, Role
 from swarm.store.registry.tokens import MAX_SESSIONS, Actor, new_token
 from tests.api.served import Served, on_the_socket, serving
@@ -318,3 +319,8 @@ async def test_what_takes_long_ends_with_its_token(tmp_path: Path, how: str) -> 
                     with broken:
                         assert b"secret" not in b"".join([part async for part in stream.aiter_raw()])
                 assert (await waited).status_code == 401
+
+
+async def test_a_project_has_a_name(served: Served) -> None:
+    with pytest.raises(UsageError, match="no name"):
+        await served.store.add_token(new_token(), Actor(name="x", role=Role.OPERATOR, project_id=""), by="test")

@@ -11,6 +11,7 @@ import weakref
 from contextlib import closing
 from itertools import product
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -245,3 +246,22 @@ async def test_of_a_large_run_the_newest_steps_are_shown_and_those_that_wait(ser
         other.execute("UPDATE step_executions SET outputs = ?", [json.dumps("x" * 60_000)])
     heavy = await served.store.details(claim.ticket.id)
     assert not heavy.complete and 100 < len(heavy.steps) < 500
+
+
+@pytest.mark.parametrize("id", ["a/b", "/", "a%2Fb", "x?y#z", "ä ö", "counts/x", "%"])
+async def test_a_ticket_of_another_program_has_an_address(served: Served, id: str) -> None:
+    await served.add(id, title="by hand")
+    name = quote(id, safe="")
+    assert (await served.viewer.get(f"/v1/tickets/{name}")).json()["ticket"]["id"] == id
+    assert (await served.viewer.get(f"/v1/tickets/{name}/events")).json()["events"] == []
+    listed = (await served.viewer.get("/tickets")).text
+    assert f'href="/tickets/{name}"' in listed
+    assert "by hand" in (await served.viewer.get(f"/tickets/{name}")).text
+    asked = await served.nobody.get(f"/tickets/{name}")
+    assert asked.headers["location"] == f"/login?next={quote(f'/tickets/{name}', safe='')}"
+    assert (await served.operator.post(f"/v1/tickets/{name}/cancel")).json()["state"] == "cancelled"
+
+
+async def test_no_text_has_a_nul(served: Served) -> None:
+    await served.add("t")
+    assert await ids(served.viewer, "text=%00") == [] == await ids(served.viewer, "text=t%00")

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar, get_origin
+from urllib.parse import quote, unquote
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from swarm.api import body
 from swarm.api.auth import Auth
@@ -50,6 +53,8 @@ _LARGE_BYTES: Final = 1 << 20  # of an answer; the buffers of a connection have 
 _SLICE_BYTES: Final = 256 << 10
 _MAX_FIELDS: Final = 1000  # each that doesn't exist is an error with words of its own
 JSON: Final = "application/json"
+_ENCODED_SLASH: Final = re.compile(rb"%2[fF]")
+_SLASH: Final = "\ufdd0"  # in its place while a path is matched: no character, and no part of a name
 EVENT_STREAM: Final = "text/event-stream"
 
 
@@ -173,11 +178,26 @@ class Endpoint:
     errors: Mapping[int, str] = field(default_factory=dict)
 
 
+class NamedRoute(Route):
+    """A route with names in its path. Other tools give tickets any id: an encoded slash is part of a name, and
+    separates nothing."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        raw = scope.get("raw_path") or b""
+        if b"%2f" not in raw.lower():
+            return super().matches(scope)
+        kept = _ENCODED_SLASH.sub(quote(_SLASH).encode(), raw)
+        match, found = super().matches({**scope, "path": unquote(kept.decode("latin-1"))})
+        if "path_params" in found:
+            found["path_params"] = {name: each.replace(_SLASH, "/") for name, each in found["path_params"].items()}
+        return match, found
+
+
 def route(endpoint: Endpoint, context: Context) -> Route:
     async def serve(request: Request) -> Response:
         return await guarded(lambda: _serve(endpoint, context, request))
 
-    return Route(endpoint.path, serve, methods=[endpoint.method])
+    return NamedRoute(endpoint.path, serve, methods=[endpoint.method])
 
 
 async def guarded(work: Callable[[], Awaitable[Response]]) -> Response:

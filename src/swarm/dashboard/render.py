@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from swarm.api.auth import may
-from swarm.api.endpoint import BODY_SECONDS, Context, check_shared, until_sent
+from swarm.api.endpoint import BODY_SECONDS, Context, NamedRoute, check_shared, until_sent
 from swarm.api.problem import Refused, of
 from swarm.base.log import logger
 from swarm.dashboard import text
@@ -61,6 +61,7 @@ def environment() -> jinja2.Environment:
     )
     made.filters["visible"] = visible
     made.filters["slug"] = slug
+    made.filters["urlencode"] = lambda name: quote(str(name), safe="")  # a part of an address: Jinja's keeps slashes
     for name in ("age", "duration", "money", "quoted", "size", "stamp", "words"):
         made.filters[name] = getattr(text, name)
     made.filters["told"] = told
@@ -103,7 +104,8 @@ def page(
             if actor is None and "hx-request" in request.headers:  # a part of a page whose session has ended
                 return Response(status_code=401, headers={"hx-refresh": "true"})
             if actor is None:
-                back = quote(request.url.path + (f"?{request.url.query}" if request.url.query else ""), safe="")
+                path = request.scope["raw_path"].decode("latin-1")
+                back = quote(path + (f"?{request.url.query}" if request.url.query else ""), safe="")
                 return RedirectResponse(f"/login?next={back}", status_code=303)
             if not may(actor, role):
                 raise Refused(403, f"{actor.name} is {actor.role}: this needs {role}")
@@ -124,7 +126,7 @@ def page(
         answer.headers.update(refused.headers)
         return answer
 
-    return Route(path, serve, methods=[method])
+    return NamedRoute(path, serve, methods=[method])
 
 
 async def own_ticket(context: Context, actor: Actor, ref: str) -> Ticket:

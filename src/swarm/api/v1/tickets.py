@@ -140,7 +140,7 @@ async def submit_ticket(call: Call) -> Ticket:
         description=body.description,
         inputs=body.inputs,
         draft=body.draft,
-        project_id=project or body.project,
+        project_id=body.project if project is None else project,
         priority=body.priority,
         timeout_seconds=body.timeout_seconds,
         max_attempts=body.max_attempts,

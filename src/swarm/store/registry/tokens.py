@@ -94,7 +94,10 @@ def digest(token: str) -> str:
 
 
 def add(tx: Tx, token: str, actor: Actor, *, kind: str, by: str, expires_seconds: float | None) -> None:
-    """``kind``: 'token', 'session' or 'link'. Raises Conflict if a token has this name."""
+    """``kind``: 'token', 'session' or 'link'. Raises Conflict if a token has this name, and UsageError for a project
+    without a name: tickets of that one would be of none."""
+    if actor.project_id == "":
+        raise UsageError("the project has no name: leave it out for a token of all projects")
     if kind == "token" and tx.first(_NAMED, name=actor.name) is not None:
         raise Conflict(f"there is a token {actor.name!r}; choose another name, or revoke that one first")
     tx.run(

@@ -219,7 +219,9 @@ def _conditions(which: TicketFilter, states: Sequence[str]) -> tuple[list[str], 
     if which.project_id is not None:
         terms.append("t.project_id = :project_id")
         values["project_id"] = which.project_id
-    if which.text:
+    if "\0" in which.text:  # which no text has; LIKE would end there
+        terms.append("1 = 0")
+    elif which.text:
         escaped = "".join(f"!{c}" if c in "!%_" else c for c in which.text)
         # SQLite lowers ASCII letters only: others are looked for in each case that people write.
         cases = dict.fromkeys(_ascii_lower(one) for one in (escaped.lower(), escaped, escaped.upper(), escaped.title()))
