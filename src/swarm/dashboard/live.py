@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from swarm.api.endpoint import EVENT_STREAM, Call, Context, Endpoint, Fields, route
 from swarm.api.v1.events import KEEP_ALIVE_SECONDS
-from swarm.dashboard.render import own_ticket
+from swarm.api.v1.tickets import ticket_id_of
 from swarm.model import Role
 
 LEAST_SECONDS: Final = 1.0
@@ -32,7 +32,7 @@ class Live:
     async def follow(self, call: Call) -> StreamingResponse:
         ticket = call.query.ticket
         if ticket is not None:
-            ticket = (await own_ticket(call.context, call.actor, ticket)).id
+            ticket = await ticket_id_of(call, ticket)
         return StreamingResponse(
             self._stream(call.context, ticket),
             media_type=EVENT_STREAM,

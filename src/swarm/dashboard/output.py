@@ -64,7 +64,7 @@ async def last(context: Context, ticket: Ticket, *, at: int | None = None) -> Ou
 
 async def show(context: Context, request: Request, actor: Actor) -> Response:
     """A part of the log: lines after ``after``, or before ``before``."""
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await own_ticket(context, request, actor)
     before, after = number(request, "before"), number(request, "after")
     if before is not None:
         found, more = await context.store.output(ticket.id, before=before, limit=EVENTS)

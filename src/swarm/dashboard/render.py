@@ -28,8 +28,9 @@ from swarm.dashboard import text
 from swarm.dashboard.history import told
 from swarm.dashboard.visible import slug, visible
 from swarm.errors import SwarmError
-from swarm.model import Role, Ticket
+from swarm.model import Role
 from swarm.store.registry.tokens import Actor
+from swarm.store.sql.rows import TicketSummary
 
 log = logger(__name__)
 
@@ -129,10 +130,10 @@ def page(
     return NamedRoute(path, serve, methods=[method])
 
 
-async def own_ticket(context: Context, actor: Actor, ref: str) -> Ticket:
-    """By its id, or the beginning of one. One of another project does not exist for whoever is bound to one. Raises
-    NotFound."""
-    return await context.store.visible_ticket(ref, project_id=actor.project_id)
+async def own_ticket(context: Context, request: Request, actor: Actor) -> TicketSummary:
+    """The one that the path names, by its id or the beginning of one. One of another project does not exist for whoever
+    is bound to one. Raises NotFound."""
+    return await context.store.visible_ticket(request.path_params["id"], project_id=actor.project_id)
 
 
 async def form(request: Request, *, limit: int = _FORM_BYTES, fields: int = 1000) -> FormData:

@@ -115,7 +115,7 @@ def _number(step: StepState) -> int:
 
 
 async def show(context: Context, request: Request, actor: Actor) -> Response:
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await own_ticket(context, request, actor)
     query = request.query_params
     where = Where(
         ticket=ticket.id,
@@ -309,7 +309,7 @@ def _crumbs(where: Where) -> list[tuple[str, str]]:
 
 async def show_step(context: Context, request: Request, actor: Actor) -> Response:
     """One step: its inputs, its outputs, its attempts."""
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await own_ticket(context, request, actor)
     query = request.query_params
     where = Where(ticket=ticket.id, run=query.get("run"), path=query.get("path", "")[:500])
     run = await context.store.run_states(ticket.id, run_id=where.run, path=where.path, steps=False)
@@ -336,7 +336,7 @@ async def show_step(context: Context, request: Request, actor: Actor) -> Respons
 
 
 async def retry_from(context: Context, request: Request, actor: Actor) -> Response:
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await own_ticket(context, request, actor)
     step = str((await form(request, limit=8192, fields=4)).get("step", ""))
     if not step:
         raise Refused(400, "the form names no step")
@@ -346,7 +346,7 @@ async def retry_from(context: Context, request: Request, actor: Actor) -> Respon
 
 async def answer(context: Context, request: Request, actor: Actor) -> Response:
     """Approve or reject a step, and go back to where the form was."""
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await own_ticket(context, request, actor)
     given = await form(request, limit=64 << 10, fields=8)
     verdict, step = given.get("verdict"), str(given.get("step", ""))
     if verdict not in ("approve", "reject"):

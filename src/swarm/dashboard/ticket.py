@@ -25,7 +25,7 @@ from swarm.model import TERMINAL_TICKET_STATES, Event, ExecutionMode, Role, Tick
 from swarm.store import ticket_files
 from swarm.store.registry.tokens import Actor
 from swarm.store.registry.workers import is_alive
-from swarm.store.sql.rows import QueueStatus
+from swarm.store.sql.rows import QueueStatus, TicketSummary
 
 _ATTEMPTS: Final = 60
 _CALLS: Final = 200
@@ -55,7 +55,7 @@ def routes(context: Context) -> list[BaseRoute]:
 
 async def _show(context: Context, request: Request, actor: Actor) -> Response:
     """With ?part=state, all but the output, which grows by itself."""
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await context.store.ticket((await own_ticket(context, request, actor)).id)
     part = request.query_params.get("part") == "state"
     values = await _state(context, actor, ticket)
     if not part:
@@ -68,7 +68,7 @@ async def _show(context: Context, request: Request, actor: Actor) -> Response:
     return await drawn(template, actor=actor, ticket=ticket, part=part, can=_can(actor, ticket), **values)
 
 
-def _can(actor: Actor, ticket: Ticket) -> list[tuple[str, str]]:
+def _can(actor: Actor, ticket: Ticket | TicketSummary) -> list[tuple[str, str]]:
     """What this actor may tell this ticket to do."""
     if not may(actor, Role.OPERATOR):
         return []
@@ -185,7 +185,7 @@ async def _listed(context: Context, ticket: Ticket) -> Listed:
 
 
 async def _download(context: Context, request: Request, actor: Actor) -> Response:
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await context.store.ticket((await own_ticket(context, request, actor)).id)
     name = request.path_params["name"]
     text = getattr(ticket, name) if name in (*_JSON, "title", "description", "error") else None
     if text is None:
@@ -199,7 +199,7 @@ async def _download(context: Context, request: Request, actor: Actor) -> Respons
 
 
 async def _confirm(action: str, context: Context, request: Request, actor: Actor) -> Response:
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await own_ticket(context, request, actor)
     steps: list[str] = []
     if action == "retry" and ticket.execution_mode == ExecutionMode.WORKFLOW and ticket.run_id is not None:
         steps = await context.store.step_names(ticket.run_id)
@@ -216,7 +216,7 @@ async def _confirm(action: str, context: Context, request: Request, actor: Actor
 
 
 async def _act(action: str, context: Context, request: Request, actor: Actor) -> Response:
-    ticket = await own_ticket(context, actor, request.path_params["id"])
+    ticket = await own_ticket(context, request, actor)
     store, given = context.store, await form(request)
     if action == "cancel":
         await store.cancel(ticket.id, actor.name)

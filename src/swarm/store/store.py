@@ -209,9 +209,13 @@ class Store:
         NotFound, and Conflict if several begin with it."""
         return await self._read.call(tickets.ticket_id, ref)
 
-    async def visible_ticket(self, ref: str, *, project_id: str | None) -> Ticket:
-        """The ticket that a user of the API means by ``ref``, as `ticket_id` finds it; with a ``project_id``, there are
-        no others. Raises NotFound, and Conflict if several begin with it."""
+    async def visible_ticket_id(self, ref: str, *, project_id: str | None) -> str:
+        """The id of the ticket that a user of the API means by ``ref``, as `ticket_id` finds it; with a ``project_id``,
+        there are no others. Raises NotFound, and Conflict if several begin with it."""
+        return await self._read.call(tickets.visible_id, ref, project_id=project_id)
+
+    async def visible_ticket(self, ref: str, *, project_id: str | None) -> TicketSummary:
+        """The ticket of `visible_ticket_id`, without its long columns. Raises as that."""
         return await self._read.call(tickets.visible, ref, project_id=project_id)
 
     async def names(self, ids: Collection[str | None]) -> Mapping[str, str]:

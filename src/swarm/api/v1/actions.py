@@ -12,7 +12,7 @@ from typing import Annotated, Final, Self
 from pydantic import Field, model_validator
 
 from swarm.api.endpoint import Call, Endpoint, Fields
-from swarm.api.v1.tickets import MAX_CURSOR_CHARS, Filters, cursor_for, filter_of, own_ticket, read_cursor
+from swarm.api.v1.tickets import MAX_CURSOR_CHARS, Filters, cursor_for, filter_of, own_ticket_id, read_cursor
 from swarm.errors import ChangeRefused
 from swarm.ledger import Limit
 from swarm.model import TERMINAL_TICKET_STATES, Role, Ticket, TicketState
@@ -118,21 +118,21 @@ class BulkDone:
 
 
 async def cancel_ticket(call: Call) -> Ticket:
-    ticket = await own_ticket(call)
-    await call.store.cancel(ticket.id, call.actor.name)
-    return await call.store.ticket(ticket.id)
+    id = await own_ticket_id(call)
+    await call.store.cancel(id, call.actor.name)
+    return await call.store.ticket(id)
 
 
 async def make_ticket_ready(call: Call) -> Ticket:
-    ticket = await own_ticket(call)
-    await call.store.make_ready(ticket.id, by=call.actor.name)
-    return await call.store.ticket(ticket.id)
+    id = await own_ticket_id(call)
+    await call.store.make_ready(id, by=call.actor.name)
+    return await call.store.ticket(id)
 
 
 async def retry_ticket(call: Call) -> Ticket:
-    ticket = await own_ticket(call)
-    await call.store.retry(ticket.id, step=call.body.step, by=call.actor.name)
-    return await call.store.ticket(ticket.id)
+    id = await own_ticket_id(call)
+    await call.store.retry(id, step=call.body.step, by=call.actor.name)
+    return await call.store.ticket(id)
 
 
 async def approve_ticket(call: Call) -> Answered:
@@ -146,31 +146,31 @@ async def reject_ticket(call: Call) -> Answered:
 
 
 async def _answer(call: Call, body: Answer, *, why: str, budget: Limit | None = None) -> Answered:
-    ticket = await own_ticket(call)
+    id = await own_ticket_id(call)
     by = call.actor.name if body.by is None else f"{body.by} ({call.actor.name})"
     step = await call.store.answer(
-        ticket.id, approved=isinstance(body, Approval), by=by, why=why, step=body.step, budget=budget
+        id, approved=isinstance(body, Approval), by=by, why=why, step=body.step, budget=budget
     )
-    return Answered(ticket=await call.store.ticket(ticket.id), step=step)
+    return Answered(ticket=await call.store.ticket(id), step=step)
 
 
 async def delete_ticket(call: Call) -> None:
-    ticket = await own_ticket(call)
-    await call.store.remove_tickets(
-        [ticket.id], by=call.actor.name, force=call.query.force, project_id=call.actor.project_id
-    )
+    id = await own_ticket_id(call)
+    await call.store.remove_tickets([id], by=call.actor.name, force=call.query.force, project_id=call.actor.project_id)
 
 
 async def wait_for_ticket(call: Call) -> Waited:
-    ticket, feed = await own_ticket(call), call.context.feed
+    """The whole ticket is read at the end: it may have many megabytes, and many wait."""
+    id, feed = await own_ticket_id(call), call.context.feed
     loop = asyncio.get_running_loop()
     end = loop.time() + call.query.timeout_seconds
     while True:
-        since = feed.now(ticket.id)
-        ticket = await call.store.ticket(ticket.id)
-        ended, left = ticket.state in TERMINAL_TICKET_STATES, end - loop.time()
-        if ended or left <= 0 or feed.closed or await call.request.is_disconnected():
-            return Waited(ticket=ticket, ended=ended)
+        since = feed.now(id)
+        state, left = (await call.store.ticket_states([id])).get(id), end - loop.time()
+        over = state is None or state in TERMINAL_TICKET_STATES
+        if over or left <= 0 or feed.closed or await call.request.is_disconnected():
+            ticket = await call.store.ticket(id)
+            return Waited(ticket=ticket, ended=ticket.state in TERMINAL_TICKET_STATES)
         await call.check_again(Role.VIEWER)
         await feed.changed(since, timeout_seconds=min(left, _LOOK_SECONDS))
 

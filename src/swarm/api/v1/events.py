@@ -16,9 +16,9 @@ from pydantic import Field
 from starlette.responses import StreamingResponse
 
 from swarm.api.endpoint import EVENT_STREAM, Call, Context, Endpoint, Fields
-from swarm.api.v1.tickets import own_ticket
+from swarm.api.v1.tickets import own_ticket_id
 from swarm.base.plain import plain
-from swarm.errors import NotFound, UsageError
+from swarm.errors import UsageError
 from swarm.model import TERMINAL_TICKET_STATES, Event, Role
 from swarm.store.tickets.output import OutputLines, shown
 
@@ -68,8 +68,7 @@ class Events:
 
 async def list_events(call: Call) -> Events:
     query: RangeQuery = call.query
-    ticket = await own_ticket(call)
-    found = await call.store.events(ticket.id, after=query.after, limit=query.limit)
+    found = await call.store.events(await own_ticket_id(call), after=query.after, limit=query.limit)
     return Events(events=found, after=found[-1].seq if found else query.after)
 
 
@@ -82,8 +81,7 @@ async def list_all_events(call: Call) -> Events:
 
 
 async def follow_events(call: Call) -> StreamingResponse:
-    ticket = await own_ticket(call)
-    return _sse(_of_ticket(call.context, ticket.id, _begin(call) or 0))
+    return _sse(_of_ticket(call.context, await own_ticket_id(call), _begin(call) or 0))
 
 
 async def follow_all_events(call: Call) -> StreamingResponse:
@@ -102,9 +100,9 @@ async def follow_all_events(call: Call) -> StreamingResponse:
 
 async def show_output(call: Call) -> StreamingResponse:
     query: OutputQuery = call.query
-    ticket = await own_ticket(call)
+    id = await own_ticket_id(call)
     return StreamingResponse(
-        _printed(call.context, ticket.id, query), media_type="text/plain", headers={"cache-control": "no-store"}
+        _printed(call.context, id, query), media_type="text/plain", headers={"cache-control": "no-store"}
     )
 
 
@@ -128,14 +126,13 @@ async def _batches(context: Context, ticket_id: str, after: int) -> AsyncIterato
     loop = asyncio.get_running_loop()
     while not context.feed.closed:
         since, looked = context.feed.now(ticket_id), loop.time()
-        try:
-            state = (await context.store.ticket(ticket_id)).state  # before its events, since it has none after its end
-        except NotFound:
+        states = await context.store.ticket_states([ticket_id])  # before its events, since it has none after its end
+        if ticket_id not in states:
             return
         while events := await context.store.events(ticket_id, after=after, limit=_AT_ONCE):
             after = events[-1].seq
             yield events
-        if state in TERMINAL_TICKET_STATES:
+        if states[ticket_id] in TERMINAL_TICKET_STATES:
             return
         if not await context.feed.changed(since, timeout_seconds=KEEP_ALIVE_SECONDS):
             yield []

@@ -18,7 +18,7 @@ from swarm.admin.uploads import scratch
 from swarm.api import body
 from swarm.api.endpoint import JSON, Call, Endpoint, Fields
 from swarm.api.problem import Refused
-from swarm.api.v1.tickets import own_ticket, ticket_of
+from swarm.api.v1.tickets import own_ticket_id, ticket_id_of
 from swarm.base import tar, trees
 from swarm.base.trees import Entry
 from swarm.errors import Conflict, NotFound, UsageError
@@ -64,14 +64,14 @@ class Uploaded:
 
 
 async def list_files(call: Call) -> TicketFiles:
-    return await ticket_files.listed(call.store, (await own_ticket(call)).id)
+    return await ticket_files.listed(call.store, await own_ticket_id(call))
 
 
 async def show_file(call: Call) -> Response:
-    ticket, name = await own_ticket(call), call.path["name"]
-    found = await ticket_files.entry(call.store, ticket.id, name)
+    id, name = await own_ticket_id(call), call.path["name"]
+    found = await ticket_files.entry(call.store, id, name)
     if found is None:
-        raise NotFound(f"the ticket {shown(ticket.id)} left no file {shown(name)}")
+        raise NotFound(f"the ticket {shown(id)} left no file {shown(name)}")
     entry, contents, offset = found
     if entry.is_link:
         target = await ticket_files.target_of(contents, entry, offset)
@@ -82,10 +82,10 @@ async def show_file(call: Call) -> Response:
 
 async def show_archive(call: Call) -> Response:
     """Like `swarm ticket get`, it has no link that leads out of it, and no .git, in which git would run programs."""
-    ticket, pattern = await own_ticket(call), call.query.pattern
+    id, pattern = await own_ticket_id(call), call.query.pattern
 
     async def files() -> AsyncIterator[tuple[Entry, AsyncIterator[bytes]]]:
-        async for entry, contents, offset in ticket_files.entries(call.store, ticket.id):
+        async for entry, contents, offset in ticket_files.entries(call.store, id):
             if trees.names_git(entry.name) or (pattern is not None and not ticket_files.matches(entry.name, pattern)):
                 continue
             if entry.is_link:
@@ -94,7 +94,7 @@ async def show_archive(call: Call) -> Response:
                     continue
             yield entry, contents.chunks(offset, entry.size)
 
-    await call.store.files(ticket.id)
+    await call.store.files(id)
     headers = {"content-disposition": "attachment; filename=files.tar", "cache-control": "no-store"}
     return StreamingResponse(tar.archive(files()), media_type=TAR, headers=headers)
 
@@ -130,7 +130,7 @@ async def list_artifacts(call: Call) -> list[ArtifactRow]:
     query: ArtifactsQuery = call.query
     if query.ticket is None and call.actor.project_id is not None:
         raise UsageError("this token is of a project: name a `ticket`")
-    id = (await ticket_of(call, query.ticket)).id if query.ticket is not None else None
+    id = await ticket_id_of(call, query.ticket) if query.ticket is not None else None
     return (await call.store.artifacts(ticket_id=id, limit=query.limit))[: query.limit]
 
 

@@ -87,14 +87,14 @@ async def filter_of(call: Call, given: Filters) -> TicketFilter:
     )
 
 
-async def own_ticket(call: Call) -> Ticket:
-    """The ticket that the path names, by its id or the beginning of one. Raises NotFound."""
-    return await ticket_of(call, call.path["id"])
+async def own_ticket_id(call: Call) -> str:
+    """Of the ticket that the path names, by its id or the beginning of one. Raises NotFound."""
+    return await ticket_id_of(call, call.path["id"])
 
 
-async def ticket_of(call: Call, ref: str) -> Ticket:
+async def ticket_id_of(call: Call, ref: str) -> str:
     """One of another project does not exist for a caller who is bound to one. Raises NotFound."""
-    return await call.store.visible_ticket(ref, project_id=call.actor.project_id)
+    return await call.store.visible_ticket_id(ref, project_id=call.actor.project_id)
 
 
 async def cursor_for(call: Call, after: str | None) -> str | None:
@@ -131,7 +131,7 @@ async def submit_ticket(call: Call) -> Ticket:
     if project is not None and body.project not in (None, project):
         raise UsageError(f"this token is of the project {shown(project)}: leave `project` out")
     runner = await submission.runner(call.store, body.agent, body.workflow)
-    needs = [(await ticket_of(call, ref)).id for ref in body.after]
+    needs = [await ticket_id_of(call, ref) for ref in body.after]
     ticket = await asyncio.to_thread(  # its inputs become text, of up to 16 MiB
         submission.new_ticket,
         *runner,
@@ -192,13 +192,13 @@ async def _sent(call: Call, id: str, digest: str) -> str:
     project = call.actor.project_id
     with suppress(NotFound):
         return await call.store.artifact_of(sent_as(id, project), digest)
-    if (await call.store.visible_ticket(id, project_id=project)).id != id:  # it is there, if this was asked before
+    if await ticket_id_of(call, id) != id:  # it is there, if this was asked before
         raise NotFound(f"no ticket {shown(id)}")
     return await call.store.artifact_of(id, digest)
 
 
 async def show_ticket(call: Call) -> TicketDetails:
-    found = await call.store.details((await own_ticket(call)).id)
+    found = await call.store.details(await own_ticket_id(call))
     if (project := call.actor.project_id) is None or not found.depends_on:
         return found
     own = await call.store.ticket_states(found.depends_on, project_id=project)

@@ -47,7 +47,8 @@ _TAKE_USES: Final = Sql(
     "ON CONFLICT DO NOTHING"
 )
 _DROP_USES: Final = Sql("DELETE FROM artifact_uses WHERE ticket_id = :sent")
-_ID: Final = Sql("SELECT id FROM tickets WHERE id = :id")
+_ID: Final = Sql("SELECT id, project_id FROM tickets WHERE id = :id")
+_SUMMARY: Final = Sql(f"SELECT {SUMMARY_COLUMNS} FROM tickets t WHERE t.id = :id")
 _IDS_FROM: Final = Sql(
     "SELECT id FROM tickets WHERE id >= :ref AND id < :end AND length(id) IN (32, 36) ORDER BY id LIMIT 100"
 )
@@ -181,19 +182,24 @@ def ticket_id(tx: Tx, ref: str) -> str:
     return str(row.id)
 
 
-def visible(tx: Tx, ref: str, *, project_id: str | None) -> Ticket:
-    """The ticket of an id, or of the beginning of a generated one, for another user: there are none but the project's,
-    if one is given. Raises as `ticket_id`, but tells nothing that it is not asked for, and costs little."""
-    row = tx.first(_BY_ID, id=ref) if validation.storable(ref) else None
-    if row is None or project_id not in (None, row.project_id):
-        row = None
-        if validation.storable(ref):
+def visible_id(tx: Tx, ref: str, *, project_id: str | None) -> str:
+    """`ticket_id` for another user: there are no tickets but the project's, if one is given. Raises as that, but tells
+    nothing that it is not asked for, and costs little."""
+    row = None
+    if validation.storable(ref):
+        row = tx.first(_ID, id=ref)
+        if row is None or project_id not in (None, row.project_id):
             given, statement = ({}, _IDS_FROM) if project_id is None else ({"project_id": project_id}, _OWN_IDS_FROM)
-            found = unique(tx, statement, ref, "tickets", **given)
-            row = tx.first(_BY_ID, id=found.id) if found is not None else None
+            row = unique(tx, statement, ref, "tickets", **given)
     if row is None:
         raise NotFound(f"no ticket {validation.shown(ref)}")
-    return rows.ticket(row)
+    return str(row.id)
+
+
+def visible(tx: Tx, ref: str, *, project_id: str | None) -> TicketSummary:
+    """The ticket of `visible_id`."""
+    (row,) = tx.all(_SUMMARY, id=visible_id(tx, ref, project_id=project_id))
+    return rows.ticket_summary(row)
 
 
 def names(tx: Tx, ids: Sequence[str]) -> dict[str, str]:
