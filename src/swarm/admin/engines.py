@@ -85,16 +85,17 @@ def _host(name: str, group: Sequence[Engine]) -> Host:
         host=name,
         engines=len(group),
         alive=len(live),
-        max_vms=sum(_number(info.get("max_vms")) or 0 for info in said),
-        running=sum(_number(info.get("running")) or 0 for info in said),
-        ended_per_minute=sum(_number(info.get("per_minute")) or 0 for info in said),
+        max_vms=sum(number(info.get("max_vms")) or 0 for info in said),
+        running=sum(number(info.get("running")) or 0 for info in said),
+        ended_per_minute=sum(number(info.get("per_minute")) or 0 for info in said),
         drivers=sorted({str(info["driver"])[:80] for info in said if info.get("driver")}),
-        memory_mb=next((mb for info in said if (mb := _number(info.get("memory_mb"))) is not None), None),
-        memory_free_mb=next((mb for info in said if (mb := _number(info.get("memory_free_mb"))) is not None), None),
+        memory_mb=next((mb for info in said if (mb := number(info.get("memory_mb"))) is not None), None),
+        memory_free_mb=next((mb for info in said if (mb := number(info.get("memory_free_mb"))) is not None), None),
         waits_for=[str(info["waits_for"])[:500] for info in said if info.get("waits_for")],
         seen_ms_ago=min(engine.seen_ms_ago for engine in group),
     )
 
 
-def _number(value: object) -> int | None:
+def number(value: object) -> int | None:
+    """One that an engine says; None for anything but an amount."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53 else None
