@@ -59,7 +59,9 @@ async def test_an_approval_is_found_and_answered_in_place(served: Served) -> Non
     answer = await served.operator.post("/tickets/t1/answer", data=form)
     assert (answer.status_code, answer.headers["location"]) == (303, "/tickets/t1/graph")
     assert (await served.operator.post("/tickets/t1/answer", data=form)).status_code == 409
-    await served.operator.post("/tickets/t2/answer", data={"step": "ask", "verdict": "reject", "back": "//elsewhere"})
+    elsewhere = {"step": "ask", "verdict": "reject", "back": "//elsewhere"}
+    answer = await served.operator.post("/tickets/t2/answer", data=elsewhere)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/approvals")
     await run(served.store)
     assert (await served.store.ticket("t1")).state == "done"
     told = [event.data for event in await served.store.events("t1") if event.kind == "approval"]

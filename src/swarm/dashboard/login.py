@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 from swarm.api.body import CLOSE
 from swarm.api.endpoint import Context
 from swarm.api.problem import Refused, of
-from swarm.dashboard.render import form, html
+from swarm.dashboard.render import form, html, own_address
 from swarm.errors import SwarmError
 
 _FORM_BYTES: Final = 4096
@@ -22,7 +22,7 @@ def routes(context: Context) -> list[BaseRoute]:
         """With ?code=, the link of `swarm dashboard`, it shows a button; otherwise it asks for a token. A GET uses no
         link up: previews of links do that, too."""
         code = request.query_params.get("code", "")[:200]
-        return html("login.html", actor=None, wrong="", next=_own(request.query_params.get("next")), code=code)
+        return html("login.html", actor=None, wrong="", next=own_address(request.query_params.get("next")), code=code)
 
     async def enter(request: Request) -> Response:
         try:
@@ -34,7 +34,7 @@ def routes(context: Context) -> list[BaseRoute]:
             page.headers.update(CLOSE)  # its body may be on its way yet
             return page
         word = str(given.get("code") or given.get("token", "")).strip()
-        return await _enter(context, word, _own(str(given.get("next", ""))), secure=secure)
+        return await _enter(context, word, own_address(given.get("next")), secure=secure)
 
     async def leave(request: Request) -> Response:
         response = RedirectResponse("/login", status_code=303)
@@ -62,9 +62,3 @@ async def _enter(context: Context, given: str, to: str, *, secure: bool) -> Resp
         refused = error if isinstance(error, Refused) else of(error)
         wrong, status = refused.detail, refused.status
     return html("login.html", actor=None, status=status, wrong=wrong, next=to, code="")
-
-
-def _own(address: str | None) -> str:
-    """An address of this server, and no other."""
-    own = address or "/"
-    return own if own.startswith("/") and not own.startswith(("//", "/\\")) and own.isprintable() else "/"

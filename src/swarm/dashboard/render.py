@@ -152,6 +152,13 @@ async def form(request: Request, *, limit: int = _FORM_BYTES, fields: int = 1000
         raise Refused(408, f"the form did not arrive within {BODY_SECONDS:g} s") from None
 
 
+def own_address(given: object, *, default: str = "/") -> str:
+    """One that a form or an address gave, if it is of this server."""
+    said = given if isinstance(given, str) else ""
+    own = said.startswith("/") and not said.startswith(("//", "/\\")) and said.isprintable()
+    return said if own else default
+
+
 def here(request: Request, **changed: str | None) -> str:
     """The address of a page, with some of its query changed; None leaves one out."""
     query = [(name, value) for name, value in request.query_params.multi_items() if name not in changed]

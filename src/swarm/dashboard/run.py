@@ -18,7 +18,7 @@ from swarm.api.endpoint import Context
 from swarm.api.problem import Refused
 from swarm.dashboard import collapse, svg_gantt, svg_graph, text
 from swarm.dashboard.collapse import Box, Picture
-from swarm.dashboard.render import form, here, html, own_ticket
+from swarm.dashboard.render import form, here, html, own_address, own_ticket
 from swarm.dashboard.svg import ORDER
 from swarm.dashboard.svg_gantt import Row, Span
 from swarm.dashboard.svg_graph import Outline
@@ -359,9 +359,7 @@ async def answer(context: Context, request: Request, actor: Actor) -> Response:
         step=step or None,
         budget=Limit(usd=_budget(given.get("budget_usd"))),
     )
-    back = str(given.get("back", ""))
-    own = back.startswith("/") and not back.startswith(("//", "/\\")) and back.isprintable()
-    return RedirectResponse(back if own else "/approvals", status_code=303)
+    return RedirectResponse(own_address(given.get("back"), default="/approvals"), status_code=303)
 
 
 def _budget(given: object) -> float | None:
