@@ -397,6 +397,8 @@ async def test_secrets(server: Server) -> None:
     refused(await server.client.post("/hooks/nightly", content=BODY, headers=headers), 500, "its owner must")
     await vault.remove("KEY", scope="webhook:nightly")
     refused(await server.post(), 500, "its owner must")
+    unsigned = await server.client.post("/hooks/nightly", content=BODY)
+    refused(unsigned, 401, "X-Swarm-Signature")  # no secret is looked for
     (server.settings.data_dir / "secret.key").chmod(0o640)
     refused(await server.post(name="forge", X_Hub_Signature_256="sha256=00"), 500, "its owner must")
 

@@ -103,8 +103,8 @@ class Hooks:
         hook = flow.webhook
         if hook is None:
             raise _no_hook(row.name)
-        secret = await self._secret(row.name, hook)
-        signature = _check_signature(request.headers, hook, secret, body)
+        given, timestamp = _signature(request.headers, hook)  # before the secret is fetched: anybody may send anything
+        signature = _verified(given, timestamp, hook, await self._secret(row.name, hook), body)
         # From here on the sender is authenticated.
         if not row.enabled:
             raise Refused(409, f"the workflow {row.name}@{row.version} is disabled")
@@ -175,14 +175,19 @@ class Hooks:
         return found
 
 
-def _check_signature(headers: Mapping[str, str], hook: Webhook, secret: bytes, body: bytes) -> str:
-    """Returns the verified signature."""
+def _signature(headers: Mapping[str, str], hook: Webhook) -> tuple[str, str | None]:
+    """What the sender gave, and the timestamp that is signed too, if the hook wants one."""
     given = headers.get(hook.header)
     if given is None:
         raise Refused(401, f"the header {hook.header} is missing: sha256= and the HMAC-SHA256 in hex")
     timestamp = headers.get(TIMESTAMP_HEADER) if hook.timestamp else None
     if hook.timestamp and timestamp is None:
         raise Refused(401, f"the header {TIMESTAMP_HEADER} is missing: the seconds since 1970, signed too")
+    return given, timestamp
+
+
+def _verified(given: str, timestamp: str | None, hook: Webhook, secret: bytes, body: bytes) -> str:
+    """The signature, as `sign` writes it."""
     expected = sign(secret, body, timestamp)
     if not hmac.compare_digest(given.strip().lower().encode("latin-1"), expected.encode()):
         what = f"{TIMESTAMP_HEADER}, a dot and the body" if hook.timestamp else "the body"
