@@ -23,7 +23,7 @@ from starlette.types import Scope
 from swarm.api import body
 from swarm.api.auth import Auth
 from swarm.api.feed import Feed
-from swarm.api.problem import RETRY_SECONDS, Refused, of, problem
+from swarm.api.problem import Refused, busy, of, problem
 from swarm.base import jsontext
 from swarm.base.log import logger
 from swarm.base.plain import plain
@@ -78,8 +78,7 @@ class Heavy:
             async with asyncio.timeout(self._wait_seconds):
                 await self._places.acquire()
         except TimeoutError:
-            headers = {"retry-after": str(RETRY_SECONDS)}
-            raise Refused(503, "others check or draw something large now: try again soon", headers=headers) from None
+            raise busy("others check or draw something large now: try again soon") from None
         try:
             return await work()
         finally:
@@ -96,8 +95,7 @@ class Outgoing:
     def kept(self, size: int) -> Iterator[None]:
         """Raises Refused (503) if that is too much. One alone is never."""
         if self._kept and self._kept + size > self._most:
-            headers = {"retry-after": str(RETRY_SECONDS)}
-            raise Refused(503, "other large answers are on their way: try again soon", headers=headers)
+            raise busy("other large answers are on their way: try again soon")
         self._kept += size
         try:
             yield

@@ -60,6 +60,11 @@ def problem(status: int, detail: str, *, headers: Mapping[str, str] | None = Non
     return Response(text, status_code=status, media_type=MEDIA_TYPE, headers=dict(headers or {}))
 
 
+def busy(why: str) -> Refused:
+    """For what succeeds soon."""
+    return Refused(503, why, headers={"retry-after": str(RETRY_SECONDS)})
+
+
 def of(error: SwarmError) -> Refused:
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
     detail = str(error)

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from swarm.api import body as bodies
 from swarm.api.endpoint import guarded
-from swarm.api.problem import RETRY_SECONDS, Refused
+from swarm.api.problem import RETRY_SECONDS, Refused, busy
 from swarm.base import jsontext
 from swarm.base.log import logger
 from swarm.cel.evaluate import Evaluator
@@ -236,5 +236,4 @@ def _no_hook(name: str) -> Refused:
 
 
 def _try_again(why: str) -> Refused:
-    headers = {"retry-after": str(RETRY_SECONDS)}
-    return Refused(503, f"{why}: try again in {RETRY_SECONDS} s", headers=headers)
+    return busy(f"{why}: try again in {RETRY_SECONDS} s")

@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from swarm.admin.uploads import scratch
 from swarm.api import body
 from swarm.api.endpoint import JSON, Call, Endpoint, Fields
-from swarm.api.problem import Refused
+from swarm.api.problem import Refused, busy
 from swarm.api.v1.tickets import own_ticket_id, ticket_id_of
 from swarm.base import tar, trees
 from swarm.base.trees import Entry
@@ -32,7 +32,6 @@ TAR: Final = "application/x-tar"
 BYTES: Final = "application/octet-stream"
 MAX_UPLOAD_BYTES: Final = trees.MAX_BYTES + (64 << 20)  # headers too
 UPLOAD_SECONDS: Final = 600.0
-_UPLOADS_AT_ONCE: Final = 4
 _RANGE: Final = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -106,7 +105,7 @@ async def upload_files(call: Call) -> Uploaded:
         raise Conflict(f"the ticket id {shown(id)} is taken; files are sent before their ticket is added")
     uploads = call.context.tree_uploads
     if uploads.locked():
-        raise Refused(503, f"{_UPLOADS_AT_ONCE} uploads are under way: try again later", headers={"retry-after": "2"})
+        raise busy("other uploads are under way: try again later")
     async with uploads, scratch(call.context.settings.data_dir) as place:
         file = place / "tree.tar"
         await body.save(call.request, MAX_UPLOAD_BYTES, file, seconds=UPLOAD_SECONDS)
