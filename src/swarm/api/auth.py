@@ -116,9 +116,14 @@ class Auth:
 
     async def _holder(self, token: str) -> Actor | None:
         found = await self._store.token_holder(token[:200])
-        if found is None and not self._refusals.take():
-            raise Refused(429, "too many wrong tokens: try again later", headers={"retry-after": "2"})
+        if found is None:
+            self._count_wrong()
         return found
+
+    def _count_wrong(self) -> None:
+        """Raises Refused (429) when there were too many wrong tokens."""
+        if not self._refusals.take():
+            raise Refused(429, "too many wrong tokens: try again later", headers={"retry-after": "2"})
 
     async def log_in(self, given: str, response: Response, *, secure: bool) -> bool:
         """Begin a browser's session with a link's code or a token. False if it is worth none. Raises Refused."""
@@ -127,8 +132,7 @@ class Auth:
         if holder is not None and not self._bucket(f"login of {holder.name}", *_LOGINS).take():
             raise Refused(429, f"{holder.name} logs in too often: try again later", headers={"retry-after": "2"})
         if holder is None or await self._store.open_session(given, session) is None:
-            if not self._refusals.take():
-                raise Refused(429, "too many wrong tokens: try again later", headers={"retry-after": "2"})
+            self._count_wrong()
             return False
         response.set_cookie(
             COOKIE, session, max_age=SESSION_SECONDS, httponly=True, samesite="lax", secure=secure, path="/"
