@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import ipaddress
 import json
 import secrets
@@ -26,6 +24,7 @@ import httpx
 
 from swarm.admin.vault import Vault
 from swarm.api.feed import Feed
+from swarm.api.webhooks import TIMESTAMP_HEADER, sign
 from swarm.base.aio import cancel_all
 from swarm.base.log import logger
 from swarm.errors import NotFound, SwarmError, UsageError
@@ -152,14 +151,13 @@ class Sender:
             return _forbidden(host, why)
         address = f"[{allowed[0]}]" if allowed[0].version == 6 else str(allowed[0])
         now = str(int(time.time()))
-        signed = hmac.new(key.encode(), f"{now}.".encode() + body, hashlib.sha256).hexdigest()
         headers = {
             "host": parts.netloc,
             "content-type": "application/json",
             "user-agent": "swarm-notices",
             "idempotency-key": id,
-            "x-swarm-timestamp": now,
-            "x-swarm-signature": f"sha256={signed}",
+            TIMESTAMP_HEADER: now,
+            "x-swarm-signature": sign(key.encode(), body, now),
         }
         target = parts._replace(netloc=f"{address}:{port}", fragment="").geturl()
         async with (
