@@ -497,7 +497,7 @@ class Store:
 
     async def last_attempts(self, ticket_id: str, *, limit: int) -> list[AttemptRow]:
         """Of all steps of all its runs, oldest first."""
-        return await self._read.call(display.attempts, ticket_id, limit=limit)
+        return await self._read.call(tickets.last_attempts, ticket_id, limit=limit)
 
     async def questions(self, ticket_id: str, *, limit: int = 20) -> list[Question]:
         """Of the steps that wait for a person."""

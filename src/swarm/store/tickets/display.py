@@ -10,8 +10,6 @@ from swarm.model import Event
 from swarm.store.sql import rows
 from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import AttemptRow
-from swarm.store.tickets import tickets
 from swarm.store.tickets.pages import SCANNED
 
 _RUNNING: Final = (
@@ -31,11 +29,6 @@ _EVENTS: Final = (
     "(SELECT w.seq FROM (SELECT o.seq, o.kind FROM events o WHERE o.ticket_id = :id AND {window} "
     "ORDER BY o.seq {order} LIMIT :scanned) w WHERE w.kind {is_output} 'output' "
     "ORDER BY w.seq {order} LIMIT :limit) ORDER BY e.seq {order}"
-)
-_ATTEMPTS: Final = Sql(
-    f"SELECT {rows.columns(AttemptRow, 'a', 'step_id')}, s.step_id FROM workflow_runs r "
-    "JOIN step_executions s ON s.run_id = r.id JOIN attempts a ON a.step_execution_id = s.id "
-    "WHERE r.ticket_id = :id ORDER BY a.id DESC LIMIT :limit"
 )
 _QUESTIONS: Final = Sql(
     "SELECT s.step_id, s.question, s.error, s.attempt_id FROM workflow_runs r "
@@ -109,12 +102,6 @@ def attempts_since(tx: Tx, seconds: float) -> dict[str, int]:
     """Outcomes of the attempts that began in the last seconds; of the last `SCANNED` if there are more."""
     first = str(uuid.UUID(int=(tx.now_ms - round(seconds * 1000)) << 80))
     return {str(row.outcome): row.number for row in tx.all(_ENDED_SINCE, first=first, scanned=SCANNED)}
-
-
-def attempts(tx: Tx, ticket_id: str, *, limit: int) -> list[AttemptRow]:
-    """The last ones, oldest first. ``timings`` as of `tickets.attempts`."""
-    found = tx.all(_ATTEMPTS, id=ticket_id, limit=limit)
-    return [tickets.attempt(tx, row) for row in reversed(found)]
 
 
 def questions(tx: Tx, ticket_id: str, *, limit: int) -> list[Question]:

@@ -84,17 +84,14 @@ _SOME_STEPS: Final = Sql(
     "ORDER BY CASE WHEN s.status = 'waiting' THEN 0 ELSE 1 END, s.id DESC LIMIT :limit"
 )
 _STEPS_BY_ID: Final = Sql(f"SELECT {rows.columns(StepRow, 's')} FROM step_executions s WHERE s.id IN :ids")
-_SOME_ATTEMPTS: Final = Sql(
-    f"SELECT {rows.columns(AttemptRow, 'a', 'step_id')}, s.step_id FROM workflow_runs r "
-    "JOIN step_executions s ON s.run_id = r.id JOIN attempts a ON a.step_execution_id = s.id "
-    "WHERE r.ticket_id = :id ORDER BY a.id DESC LIMIT :limit"
-)
 _TOGETHER: Final = 100  # steps of one read
-_ATTEMPTS: Final = Sql(
+_OF_TICKET: Final = (
     f"SELECT {rows.columns(AttemptRow, 'a', 'step_id')}, s.step_id FROM workflow_runs r "
     "JOIN step_executions s ON s.run_id = r.id JOIN attempts a ON a.step_execution_id = s.id "
     "WHERE r.ticket_id = :id ORDER BY a.id"
 )
+_ATTEMPTS: Final = Sql(_OF_TICKET)
+_LAST_ATTEMPTS: Final = Sql(f"{_OF_TICKET} DESC LIMIT :limit")
 # `|| ''`: without it, SQLite would search the index of all tickets by age, past every finished one.
 QUEUE: Final = Sql(f"""
     SELECT (SELECT count(*) FROM tickets WHERE state = 'ready') AS ready_tickets,
@@ -248,7 +245,7 @@ def some(tx: Tx, id: str, *, limit: int, most_chars: int) -> tuple[list[RunRow],
     are ``most_chars`` in inputs, outputs and errors, no more steps are read."""
     of_ticket = tx.all(_SOME_RUNS, id=id, limit=limit + 1)
     ids = [row.id for row in tx.all(_SOME_STEPS, id=id, limit=limit + 1)]
-    tries = tx.all(_SOME_ATTEMPTS, id=id, limit=limit + 1)
+    tries = last_attempts(tx, id, limit=limit + 1)
     complete = max(len(of_ticket), len(ids), len(tries)) <= limit
     ids, found, left = ids[:limit], list[StepRow](), most_chars
     for start in range(0, len(ids), _TOGETHER):
@@ -261,17 +258,22 @@ def some(tx: Tx, id: str, *, limit: int, most_chars: int) -> tuple[list[RunRow],
     return (
         sorted((rows.value(RunRow, row) for row in of_ticket[:limit]), key=lambda one: one.id),
         sorted(found, key=lambda one: one.id),
-        [attempt(tx, row) for row in reversed(tries[:limit])],
+        tries[-limit:],
         complete,
     )
 
 
 def attempts(tx: Tx, id: str) -> list[AttemptRow]:
     """``timings`` of one that runs: its total so far, as its phases are written when it ends."""
-    return [attempt(tx, row) for row in tx.all(_ATTEMPTS, id=id)]
+    return [_attempt(tx, row) for row in tx.all(_ATTEMPTS, id=id)]
 
 
-def attempt(tx: Tx, row: Any) -> AttemptRow:
+def last_attempts(tx: Tx, id: str, *, limit: int) -> list[AttemptRow]:
+    """`attempts`, without the oldest of more than ``limit``."""
+    return [_attempt(tx, row) for row in reversed(tx.all(_LAST_ATTEMPTS, id=id, limit=limit))]
+
+
+def _attempt(tx: Tx, row: Any) -> AttemptRow:
     timings = json.loads(row.timings or "{}")
     if row.outcome is None and (spent := _so_far(tx, row.started_at)) is not None:
         timings = {"total": spent}
