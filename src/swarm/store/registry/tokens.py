@@ -123,8 +123,8 @@ def tokens(tx: Tx) -> list[TokenRow]:
 
 def find(tx: Tx, token: str) -> tuple[Actor, str, bool] | None:
     """The holder of a token or session that has not expired, its id, and whether `use` should say that it is used."""
-    row = tx.first(_BY_HASH, hash=digest(token))
-    if row is None or row.kind == "link" or (row.expires_at is not None and row.expires_at <= tx.now_ms):
+    row = _valid(tx, token)
+    if row is None or row.kind == "link":
         return None
     stale = row.last_used_at is None or row.last_used_at < iso(tx.now_ms - _USED_MS)
     return _actor(row), row.id, stale
@@ -132,10 +132,13 @@ def find(tx: Tx, token: str) -> tuple[Actor, str, bool] | None:
 
 def may_log_in(tx: Tx, given: str) -> Actor | None:
     """Whose a token or a link is that has not expired."""
-    row = tx.first(_BY_HASH, hash=digest(given))
-    if row is None or row.kind == "session" or (row.expires_at is not None and row.expires_at <= tx.now_ms):
-        return None
-    return _actor(row)
+    row = _valid(tx, given)
+    return None if row is None or row.kind == "session" else _actor(row)
+
+
+def _valid(tx: Tx, token: str) -> Row | None:
+    row = tx.first(_BY_HASH, hash=digest(token))
+    return row if row is not None and (row.expires_at is None or row.expires_at > tx.now_ms) else None
 
 
 def use(tx: Tx, ids: Sequence[str]) -> list[None]:
@@ -145,8 +148,8 @@ def use(tx: Tx, ids: Sequence[str]) -> list[None]:
 
 def open_session(tx: Tx, given: str, session: str) -> Actor | None:
     """Make a session of a link, which is then worth nothing more, or of a token. None if it is neither."""
-    row = tx.first(_BY_HASH, hash=digest(given))
-    if row is None or row.kind == "session" or (row.expires_at is not None and row.expires_at <= tx.now_ms):
+    row = _valid(tx, given)
+    if row is None or row.kind == "session":
         return None
     if row.kind == "link":
         tx.run(_DELETE, id=row.id)
