@@ -87,6 +87,14 @@ async def filter_of(call: Call, given: Filters) -> TicketFilter:
     )
 
 
+def project_for(call: Call, asked: str | None) -> str | None:
+    """Of a new ticket. Raises UsageError if the caller is bound to another one than is asked for."""
+    own = call.actor.project_id
+    if own is not None and asked not in (None, own):
+        raise UsageError(f"this token is of the project {shown(own)}: leave `project` out")
+    return asked if own is None else own
+
+
 async def own_ticket_id(call: Call) -> str:
     """Of the ticket that the path names, by its id or the beginning of one. Raises NotFound."""
     return await ticket_id_of(call, call.path["id"])
@@ -127,9 +135,7 @@ async def count_tickets(call: Call) -> Mapping[str, Count]:
 
 async def submit_ticket(call: Call) -> Ticket:
     body: Submission = call.body
-    project = call.actor.project_id
-    if project is not None and body.project not in (None, project):
-        raise UsageError(f"this token is of the project {shown(project)}: leave `project` out")
+    project = project_for(call, body.project)
     runner = await submission.runner(call.store, body.agent, body.workflow)
     needs = [await ticket_id_of(call, ref) for ref in body.after]
     ticket = await asyncio.to_thread(  # its inputs become text, of up to 16 MiB
@@ -140,7 +146,7 @@ async def submit_ticket(call: Call) -> Ticket:
         description=body.description,
         inputs=body.inputs,
         draft=body.draft,
-        project_id=body.project if project is None else project,
+        project_id=project,
         priority=body.priority,
         timeout_seconds=body.timeout_seconds,
         max_attempts=body.max_attempts,

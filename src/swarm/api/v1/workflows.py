@@ -13,10 +13,10 @@ from swarm.admin import packages, runs
 from swarm.admin.vault import scope_of
 from swarm.api import body
 from swarm.api.endpoint import BODY_SECONDS, Call, Endpoint, Fields
-from swarm.api.v1.tickets import add_once
+from swarm.api.v1.tickets import add_once, project_for
 from swarm.base import manifest, versions
 from swarm.base.manifest import Invalid, Problem
-from swarm.errors import NotFound, StoreError, UsageError
+from swarm.errors import NotFound, StoreError
 from swarm.model import Role, Ticket
 from swarm.store.registry.schedules import ScheduleRow
 from swarm.store.registry.workflows import WorkflowRow
@@ -101,15 +101,13 @@ async def disable_workflow(call: Call) -> WorkflowRow:
 
 async def run_workflow(call: Call) -> Ticket:
     given: RunBody = call.body
-    project = call.actor.project_id
-    if project is not None and given.project not in (None, project):
-        raise UsageError(f"this token is of the project {shown(project)}: leave `project` out")
+    project = project_for(call, given.project)
     row = await call.store.workflow(call.path["ref"])
-    ticket = await asyncio.to_thread(_ticket, call, row)
+    ticket = await asyncio.to_thread(_ticket, call, row, project)
     return await add_once(call, ticket, of=lambda: f"{call.path['ref']} {given.model_dump_json()}")
 
 
-def _ticket(call: Call, row: WorkflowRow) -> Ticket:
+def _ticket(call: Call, row: WorkflowRow, project_id: str | None) -> Ticket:
     """The checked ticket of a run."""
     given: RunBody = call.body
     runs.check(row, given.inputs)
@@ -121,7 +119,7 @@ def _ticket(call: Call, row: WorkflowRow) -> Ticket:
         title=given.title,
         priority=given.priority,
         timeout_seconds=given.timeout_seconds,
-        project_id=call.actor.project_id if call.actor.project_id is not None else given.project,
+        project_id=project_id,
     )
 
 
