@@ -65,7 +65,9 @@ def busy(why: str) -> Refused:
     return Refused(503, why, headers={"retry-after": str(RETRY_SECONDS)})
 
 
-def of(error: SwarmError) -> Refused:
+def of(error: SwarmError | Refused) -> Refused:
+    if isinstance(error, Refused):
+        return error
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
     detail = str(error)
     if status >= 500:

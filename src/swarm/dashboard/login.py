@@ -41,7 +41,7 @@ def routes(context: Context) -> list[BaseRoute]:
         try:
             await context.auth.log_out(request, response)
         except (Refused, SwarmError) as error:
-            refused = error if isinstance(error, Refused) else of(error)
+            refused = of(error)
             return html("error.html", actor=None, status=refused.status, detail=refused.detail)
         return response
 
@@ -59,6 +59,6 @@ async def _enter(context: Context, given: str, to: str, *, secure: bool) -> Resp
             return response
         wrong, status = "this token or link is not valid, or no longer", 401
     except (Refused, SwarmError) as error:
-        refused = error if isinstance(error, Refused) else of(error)
+        refused = of(error)
         wrong, status = refused.detail, refused.status
     return html("login.html", actor=None, status=status, wrong=wrong, next=to, code="")

@@ -20,7 +20,7 @@ from swarm.api.problem import Refused, of
 from swarm.base import jsontext
 from swarm.dashboard import collapse, svg_graph, text
 from swarm.dashboard.render import form, here, html
-from swarm.errors import NotFound, StoreError, SwarmError, UsageError
+from swarm.errors import NotFound, StoreError, SwarmError
 from swarm.model import TERMINAL_TICKET_STATES, Ticket
 from swarm.store.registry.schedules import ScheduleRow
 from swarm.store.registry.tokens import Actor
@@ -99,13 +99,10 @@ async def _schedules(context: Context, actor: Actor) -> list[ScheduleRow]:
     return [] if actor.project_id is not None else await context.store.schedules()  # they tell of no project's tickets
 
 
-async def show_workflow(context: Context, request: Request, actor: Actor) -> Response:
-    return await _workflow(context, request, actor)
-
-
-async def _workflow(
+async def show_workflow(
     context: Context, request: Request, actor: Actor, *, given: Mapping[str, str] | None = None, wrong: str = ""
 ) -> Response:
+    """``wrong``: why what the form gave starts nothing."""
     row = await context.store.workflow(request.path_params["id"])
     others = [one for one in await context.store.workflows() if one.name == row.name]
     which = TicketFilter(workflow_ids=(row.id,), project_id=actor.project_id)
@@ -201,9 +198,8 @@ async def start(context: Context, request: Request, actor: Actor) -> Response:
         ticket = await context.store.add_ticket(ticket, by=actor.name)
     except NotFound:
         raise
-    except (UsageError, SwarmError, Refused) as error:
-        wrong = error.detail if isinstance(error, Refused) else of(error).detail
-        return await _workflow(context, request, actor, given=given, wrong=wrong)
+    except (SwarmError, Refused) as error:
+        return await show_workflow(context, request, actor, given=given, wrong=of(error).detail)
     return RedirectResponse(f"/tickets/{quote(ticket.id, safe='')}", status_code=303)
 
 
