@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any, Final
 
 import httpx
 import pytest
+from starlette.routing import Route
 
+from swarm.api import server
+from swarm.api.app import application
 from swarm.api.endpoint import Heavy
+from swarm.api.feed import Feed
 from swarm.api.problem import Refused
+from swarm.app import serve
+from swarm.dashboard import pages
+from swarm.dashboard.render import static
 from swarm.model import Succeeded
 from swarm.workflow.parse import MAX_STEPS
 from tests.api.served import Served
@@ -134,6 +142,24 @@ async def test_heavy_work_has_few_places() -> None:
         assert (caught.value.status, caught.value.headers) == (503, {"retry-after": "2"})
         done.set()
     assert [task.result() for task in tasks] == ["done", "done"] and await heavy.run(work) == "done"
+
+
+async def test_what_takes_long_needs_a_place(served: Served) -> None:
+    """Of which this server has none."""
+    await put(served.admin)
+    async with Feed.of(served.store) as feed:
+        full = replace(serve.context_of(served.settings, served.store, feed), heavy=Heavy(at_once=0, wait_seconds=0.01))
+        app = application(full, hooks=Route("/hooks/{name}", static), pages=pages.routes(full))
+        async with server.serving(app, host="127.0.0.1", port=0) as (url, _):
+            headers = {"authorization": f"Bearer {served.tokens['admin']}"}
+            async with httpx.AsyncClient(base_url=url, headers=headers) as client:
+                refused(await put(client), 503, "try again")
+                refused(await put(client, to="/validate"), 503, "try again")
+                refused(await client.get("/v1/workflows/release/graph"), 503, "try again")
+                refused(await client.get("/v1/runs/any/graph"), 503, "try again")
+                page = await client.get("/workflows/release")
+                assert page.status_code == 503 and page.headers["retry-after"] == "2"
+                assert (await client.get("/v1/workflows")).status_code == 200
 
 
 async def test_other_content_needs_another_version(served: Served) -> None:

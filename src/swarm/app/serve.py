@@ -48,42 +48,44 @@ async def served(
         jail = stack.enter_context(Jail())
         opened = await stack.enter_async_context(Store.open(settings.database, busy_timeout_seconds=patience))
         await opened.workflows()  # reports a broken database now instead of to the first sender
-        vault = wiring.vault(settings, opened)
+        feed = await stack.enter_async_context(Feed.of(opened))
+        context = context_of(settings, opened, feed, again_seconds=again_seconds)
 
         async def secret(name: str, workflow: str) -> str | None:
-            return await vault.get(name, scope=scope_of(None, None, workflow))
+            return await context.vault.get(name, scope=scope_of(None, None, workflow))
 
-        feed = await stack.enter_async_context(Feed.of(opened))
-        metrics = Metrics(opened)
-        context = Context(
-            store=opened,
-            feed=feed,
-            auth=Auth(opened, public_url=settings.public_url, again_seconds=again_seconds),
-            settings=settings,
-            vault=vault,
-            uploads=Uploads(
-                into=settings.agents,
-                data_dir=settings.data_dir,
-                images=wiring.image_source(settings),
-                layers=wiring.layers(settings),
-            ),
-            images=wiring.images(settings),
-            templates=wiring.templates(settings),
-            inventory=wiring.inventory(settings),
-            metrics=metrics,
-            notices=sender(settings, opened),
-        )
         hooks = Hooks(store=opened, secret=secret, evaluator=jail, strangers=context.strangers)
         app = application(context, hooks=hooks.route(), pages=pages.routes(context), error_page=error_page)
         mine = local(app, process.user())
         on_socket = await stack.enter_async_context(server.serving_locally(mine, settings.api_socket))
         url, on_port = await stack.enter_async_context(server.serving(app, host=host, port=port))
         stack.callback(feed.close)  # before the servers stop: they wait for open requests
-        loops = [asyncio.create_task(metrics.follow(feed)), asyncio.create_task(context.notices.run(feed))]
+        loops = [asyncio.create_task(context.metrics.follow(feed)), asyncio.create_task(context.notices.run(feed))]
         if (to := traces.target()) is not None:
             loops.append(asyncio.create_task(traces.export(opened, feed, to)))
         stack.push_async_callback(cancel_all, loops)
         yield url, asyncio.create_task(_either(feed.watch, on_socket, on_port, *loops))
+
+
+def context_of(settings: Settings, opened: Store, feed: Feed, *, again_seconds: float = AGAIN_SECONDS) -> Context:
+    return Context(
+        store=opened,
+        feed=feed,
+        auth=Auth(opened, public_url=settings.public_url, again_seconds=again_seconds),
+        settings=settings,
+        vault=wiring.vault(settings, opened),
+        uploads=Uploads(
+            into=settings.agents,
+            data_dir=settings.data_dir,
+            images=wiring.image_source(settings),
+            layers=wiring.layers(settings),
+        ),
+        images=wiring.images(settings),
+        templates=wiring.templates(settings),
+        inventory=wiring.inventory(settings),
+        metrics=Metrics(opened),
+        notices=sender(settings, opened),
+    )
 
 
 def sender(settings: Settings, opened: Store) -> Sender:
