@@ -185,10 +185,9 @@ async def list_schedules(call: Call) -> list[ScheduleRow]:
 async def show_run_graph(call: Call) -> RunGraph:
     ref = call.path["id"]
     found = await call.context.heavy.run(lambda: call.store.run_graph(ref))
-    if call.actor.project_id is not None:
-        ticket = await call.store.ticket(found.run.ticket_id)
-        if ticket.project_id != call.actor.project_id:
-            raise NotFound(f"no run {shown(ref)}; `swarm ticket show` lists a ticket's")
+    id, project = found.run.ticket_id, call.actor.project_id
+    if project is not None and not await call.store.ticket_states([id], project_id=project):
+        raise NotFound(f"no run {shown(ref)}; `swarm ticket show` lists a ticket's")
     return found
 
 
