@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from pydantic import TypeAdapter
 
 from swarm import __version__
-from swarm.api.endpoint import JSON, Endpoint
+from swarm.api.endpoint import EVENT_STREAM, JSON, Endpoint
 from swarm.api.problem import MEDIA_TYPE
 from swarm.base.plain import JSON_TEXTS
 
@@ -98,7 +98,7 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Any]) -> dict[s
 def _responses(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
     good: dict[str, Any] = {"description": HTTPStatus(endpoint.status).phrase}
     if endpoint.media_type != JSON:
-        stream = endpoint.media_type == "text/event-stream"  # OpenAPI 3.1 has no words for its parts
+        stream = endpoint.media_type == EVENT_STREAM  # OpenAPI 3.1 has no words for its parts
         good["content"] = {endpoint.media_type: {} if stream else {"schema": {"type": "string"}}}
     elif endpoint.answer is not None:
         good["content"] = {JSON: {"schema": _schema(endpoint.answer, schemas, answer=True)}}

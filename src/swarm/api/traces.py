@@ -52,7 +52,7 @@ class Target:
 
 
 def target(env: Mapping[str, str] = os.environ) -> Target | None:
-    """None if nothing is to be exported; a URL that none is, is said once."""
+    """None if nothing is to be exported; a wrong URL or header is logged once."""
     if env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return None
     url = env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
@@ -75,7 +75,8 @@ def target(env: Mapping[str, str] = os.environ) -> Target | None:
 
 
 def _wrong(url: str, headers: Mapping[str, str]) -> str:
-    """Why nothing can be sent there; ''. What nobody looked at would end the server when the first ticket ends."""
+    """Why nothing can be sent there; '' if something can. Found later, it would end the server, with the first ticket
+    that ends."""
     try:
         with httpx.Client(headers=dict(headers)):  # a proxy of the environment may be wrong too
             parsed = httpx.URL(url)
