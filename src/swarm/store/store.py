@@ -599,7 +599,7 @@ class Store:
 
     async def newest_event(self) -> int:
         """The ``seq`` of the newest event of all; 0 if there is none."""
-        return await self._read.call(facts.newest)
+        return await self._read.call(events.newest)
 
     async def facts(self, *, after: int, limit: int) -> Facts:
         """What the next ``limit`` events say of tickets, attempts and model calls; output is not read."""

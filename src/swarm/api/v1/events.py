@@ -88,7 +88,7 @@ async def follow_all_events(call: Call) -> StreamingResponse:
     """From now on, if nothing else is asked for."""
     begin = _begin(call)
     if begin is None:
-        begin, _ = await call.store.tickets_with_events(None, limit=1)
+        begin = await call.store.newest_event()
 
     async def read(after: int) -> tuple[list[Event], int]:
         return await call.store.all_events(

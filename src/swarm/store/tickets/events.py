@@ -99,14 +99,18 @@ def all_events(
     return [rows.event(row) for row in found], int(last.seq)
 
 
+def newest(tx: Tx) -> int:
+    (row,) = tx.all(_NEWEST)
+    return int(row.seq)
+
+
 def tickets_with_events(tx: Tx, *, after: int | None, limit: int) -> tuple[int, set[str] | None]:
     """The newest event, and the tickets of those after ``after``; None if they are not known, or too many."""
     if after is not None:
         found = tx.all(_TICKETS, after=after, limit=limit)
         if len(found) < limit:
             return found[-1].seq if found else after, {row.ticket_id for row in found}
-    (row,) = tx.all(_NEWEST)
-    return int(row.seq), None
+    return newest(tx), None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

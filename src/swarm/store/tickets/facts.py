@@ -16,7 +16,6 @@ from swarm.store.sql.rows import milliseconds
 
 LONGEST_MS: Final = 1e11  # of a phase: three years
 
-_NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events")
 # First where a bounded range ends: that reads no data, of which output has a lot.
 _UP_TO: Final = Sql(
     "SELECT max(seq) AS seq FROM (SELECT seq FROM events WHERE seq > :after ORDER BY seq LIMIT :limit) e"
@@ -136,11 +135,6 @@ def traced(tx: Tx, ticket_id: str, *, run_id: str | None, limit: int) -> Traced:
             rows.value(TracedAttempt, row, timings=_timings(row.timings)) for row in tx.all(_TRACED_ATTEMPTS, **which)
         ],
     )
-
-
-def newest(tx: Tx) -> int:
-    (row,) = tx.all(_NEWEST)
-    return int(row.seq)
 
 
 def facts(tx: Tx, *, after: int, limit: int) -> Facts:
