@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,14 @@ def test_a_command_that_reads_loads_little(words: list[str], home: Path) -> None
     ours = {name for name in modules if name.startswith("swarm.")}
     assert {each for each in packages if not each.startswith("_")} - ALLOWED == {"swarm"}
     assert not [each for each in ours if each.startswith(("swarm.vm.", "swarm.engine.", "swarm.gateway."))]
+
+
+def test_a_user_without_a_name_changes_things(home: Path) -> None:
+    """Such as in a container that is started with a number alone."""
+    argv = ["unshare", "--user", "--map-user=54321", "--", sys.executable, "-m", "swarm.cli.main"]
+    env = {name: value for name, value in os.environ.items() if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")}
+    for words in (["token", "create", "--name", "ci"], ["token", "revoke", "ci"]):
+        done = subprocess.run(
+            [*argv, *words, "--home", str(home)], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr

@@ -66,12 +66,11 @@ async def add(
     """
     from swarm import agents
     from swarm.admin import packages
-    from swarm.base import process
 
     with agents.opened(source) as directory:
         await _build(cli, agents.read(directory))  # first, so that an agent that can't run is not registered
         async with cli.store() as store:
-            agent = await packages.add_agent(store, directory, cli.settings.agents, replace=dev, by=process.user())
+            agent = await packages.add_agent(store, directory, cli.settings.agents, replace=dev, by=cli.user)
     cli.out.result(agent, f"{agent.name}@{agent.version}, id {agent.id}")
 
 
@@ -108,10 +107,9 @@ async def show(cli: Cli, agent: _Ref) -> None:
 async def rm(cli: Cli, agent: _Ref) -> None:
     """Remove an agent and its files. Refused while an unfinished ticket or a workflow needs it."""
     from swarm.admin import packages
-    from swarm.base import process
 
     async with cli.store() as store:
-        removed = await packages.remove_agent(store, agent, cli.settings.agents, by=process.user())
+        removed = await packages.remove_agent(store, agent, cli.settings.agents, by=cli.user)
     cli.out.line(f"removed {removed.name}@{removed.version}")
 
 

@@ -67,6 +67,13 @@ class Cli:
     out: Out
     debug: bool = False
 
+    @property
+    def user(self) -> str:
+        """Who runs the command, as events have it."""
+        from swarm.base import process
+
+        return process.user()
+
     def store(self) -> AbstractAsyncContextManager[Store]:
         from swarm.app import wiring
 
@@ -74,13 +81,12 @@ class Cli:
 
     async def record(self, did: str, *, name: str) -> None:
         """An event of what was changed outside the database, if this home has one."""
-        from swarm.base import process
         from swarm.errors import StoreError
 
         with contextlib.suppress(StoreError):  # it is done, all the same
             async with self.store() as store:
                 if await store.revision() == store.head():
-                    await store.record(did, by=process.user(), name=name)
+                    await store.record(did, by=self.user, name=name)
 
 
 Command = Callable[..., Awaitable[int | None]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from typing import Annotated
 
 import typer
@@ -46,7 +45,7 @@ async def add(
     async with cli.store() as store:
         vault = wiring.vault(cli.settings, store)
         kinds = [NoticeKind(one) for one in on]
-        row, secret = await notices.add(store, vault, url=url, kinds=kinds, project_id=project, by=getpass.getuser())
+        row, secret = await notices.add(store, vault, url=url, kinds=kinds, project_id=project, by=cli.user)
         never = serve.sender(cli.settings, store).never_sent(url)
     if not cli.out.json:
         cli.out.note(f"notice {row.id}")
@@ -72,7 +71,7 @@ async def rm(cli: Cli, id: _Id) -> None:
     from swarm.app import wiring
 
     async with cli.store() as store:
-        row = await notices.remove(store, wiring.vault(cli.settings, store), id, by=getpass.getuser())
+        row = await notices.remove(store, wiring.vault(cli.settings, store), id, by=cli.user)
     cli.out.line(f"notice {row.id} is removed")
 
 

@@ -43,7 +43,6 @@ async def set_(
     """
     from swarm.admin.vault import MAX_BYTES, scope_of
     from swarm.app import wiring
-    from swarm.base import process
     from swarm.errors import UsageError
 
     scope = scope_of(agent, workflow, webhook)
@@ -57,7 +56,7 @@ async def set_(
         except UnicodeDecodeError:
             raise UsageError("the value on stdin is not UTF-8 text") from None
     async with cli.store() as store:
-        await wiring.vault(cli.settings, store).set(name, value, scope=scope, by=process.user())
+        await wiring.vault(cli.settings, store).set(name, value, scope=scope, by=cli.user)
     cli.out.line(f"secret {name} is set for {scope}")
 
 
@@ -79,9 +78,8 @@ async def remove(
     """Remove a secret. Running attempts keep it."""
     from swarm.admin.vault import scope_of
     from swarm.app import wiring
-    from swarm.base import process
 
     scope = scope_of(agent, workflow, webhook)
     async with cli.store() as store:
-        await wiring.vault(cli.settings, store).remove(name, scope=scope, by=process.user())
+        await wiring.vault(cli.settings, store).remove(name, scope=scope, by=cli.user)
     cli.out.line(f"removed secret {name} for {scope}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 import uuid
 from typing import TYPE_CHECKING, Annotated
@@ -260,7 +259,7 @@ async def ready(cli: Cli, id: TicketId) -> None:
 
     async with cli.store() as store:
         id = await store.ticket_id(id)
-        await store.make_ready(id, by=getpass.getuser())
+        await store.make_ready(id, by=cli.user)
         ticket = await store.ticket(id)
         _show_state(cli, ticket)
         await _say_if_unserved(cli, store, ticket)
@@ -281,7 +280,7 @@ async def rm(
 
     async with cli.store() as store:
         found = list(dict.fromkeys([await store.ticket_id(id) for id in ids]))
-        await store.remove_tickets(found, force=force, by=getpass.getuser())
+        await store.remove_tickets(found, force=force, by=cli.user)
     if cli.out.json:
         cli.out.dump({"removed": found})
         return
@@ -295,7 +294,7 @@ async def cancel(cli: Cli, id: TicketId) -> None:
 
     async with cli.store() as store:
         id = await store.ticket_id(id)
-        await store.cancel(id, getpass.getuser())
+        await store.cancel(id, cli.user)
         _show_state(cli, await store.ticket(id))
 
 
@@ -321,7 +320,7 @@ async def retry(
 
     async with cli.store() as store:
         id = await store.ticket_id(id)
-        await store.retry(id, step=step, by=getpass.getuser())
+        await store.retry(id, step=step, by=cli.user)
         ticket = await store.ticket(id)
         _show_state(cli, ticket)
         await _say_if_unserved(cli, store, ticket)
@@ -377,7 +376,7 @@ async def _answer(
 ) -> None:
 
     async with cli.store() as store:
-        who = by or getpass.getuser()
+        who = by or cli.user
         id_ = await store.ticket_id(id_)
         answered = await store.answer(id_, step=step, approved=approved, by=who, why=why, budget=budget)
         ticket = await store.ticket(id_)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import html
 import os
 import sys
@@ -51,7 +50,7 @@ async def create(
     token, seconds = new_token(), expires_seconds(expires) if expires is not None else None
     actor = Actor(name=checked_name(name), role=role, project_id=project)
     async with cli.store() as store:
-        await store.add_token(token, actor, by=getpass.getuser(), expires_seconds=seconds)
+        await store.add_token(token, actor, by=cli.user, expires_seconds=seconds)
     cli.out.result({"name": name, "role": role, "project": project, "token": token}, token)
 
 
@@ -84,7 +83,7 @@ async def revoke(
     A name ends all that have it, sessions that a link of `swarm dashboard` began too; an id of a session ends that one.
     """
     async with cli.store() as store:
-        row = await store.revoke_token(name, by=getpass.getuser())
+        row = await store.revoke_token(name, by=cli.user)
     cli.out.line(f"{row.kind} {row.name} is revoked")
 
 
@@ -115,7 +114,7 @@ async def dashboard(
         raise HostError(f"this user may not look into {cli.settings.data_dir}: run this as the user of `swarm serve`")
     if url is None and server is None:
         raise NotFound("no server of this home runs: start one with `swarm serve`, or `swarm-engine start --serve`")
-    code, user = new_token(), getpass.getuser()
+    code, user = new_token(), cli.user
     async with cli.store() as store:
         actor = Actor(name=user, role=role)
         await store.add_token(code, actor, by=user, kind="link", expires_seconds=LINK_SECONDS)

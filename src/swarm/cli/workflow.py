@@ -100,10 +100,9 @@ async def add(cli: Cli, file: _File) -> None:
     Registering it again changes nothing; other content with a registered version is refused.
     """
     from swarm.admin import packages
-    from swarm.base import process
 
     async with cli.store() as store:
-        row = await packages.add_workflow(store, _read(file), name=str(file), by=process.user())
+        row = await packages.add_workflow(store, _read(file), name=str(file), by=cli.user)
     cli.out.result(row, f"{row.name}@{row.version}, id {row.id}")
 
 
@@ -231,7 +230,6 @@ async def run(
 ) -> int:
     """Run a workflow: add a ticket for it and print its id. Exit status with --wait: 0 if it is done, 1 otherwise."""
     from swarm.admin import runs
-    from swarm.base import process
     from swarm.cli import follow
     from swarm.model import FILES
 
@@ -239,7 +237,7 @@ async def run(
         row = await store.workflow(workflow)
         given = read_inputs(inputs, input_json, input, schema_of(None, row))
         runs.check(row, given)
-        id, by, uses = id or str(uuid.uuid4()), process.user(), 0
+        id, by, uses = id or str(uuid.uuid4()), cli.user, 0
         if file:
             given[FILES], uses = await sending.send(store, id, file, all_files=all_files)
         new = runs.ticket(row, given, id=id, by=by, priority=priority, timeout_seconds=timeout)
@@ -259,10 +257,9 @@ async def rm(cli: Cli, workflow: _Ref) -> None:
     one, becomes the newest: its schedule counts again, unless it is disabled.
     """
     from swarm.admin import packages
-    from swarm.base import process
 
     async with cli.store() as store:
-        removed = await packages.remove_workflow(store, workflow, by=process.user())
+        removed = await packages.remove_workflow(store, workflow, by=cli.user)
     cli.out.result(removed, f"removed {removed.name}@{removed.version}")
 
 
@@ -279,10 +276,8 @@ async def disable(cli: Cli, workflow: _Ref) -> None:
 
 
 async def _enable(cli: Cli, workflow: str, *, enabled: bool) -> None:
-    from swarm.base import process
-
     async with cli.store() as store:
-        row = await store.enable_workflow(workflow, enabled=enabled, by=process.user())
+        row = await store.enable_workflow(workflow, enabled=enabled, by=cli.user)
     cli.out.line(f"{row.name}@{row.version} is {'enabled' if row.enabled else 'disabled'}")
 
 
