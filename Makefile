@@ -57,12 +57,12 @@ chaos: ready  ## run the kill campaign: 300 tickets on plain processes, 20 in re
 test-firecracker: ready  ## run only the tests with real Firecracker guests (docs/testing.md says what they need)
 	@$(BIN)/python tools/sandbox.py $(PYTEST) tests/vm -k firecracker $(ARGS)
 
-check:  ## check style, format, types, and which package imports which
+check:  ## check style, format, types, which package imports which, and that docs/openapi.json is the server's
 	@tools/bootstrap dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(PYTEST) -q tests/test_imports.py
+	$(PYTEST) -q tests/test_imports.py tests/api/test_openapi.py::test_it_is_the_committed_one
 
 docs:  ## write what is generated from code: parts of the pages, the SDK's synchronous client
 	@tools/bootstrap dev
