@@ -65,6 +65,7 @@ class _Some:
 class Metrics:
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._after = 0
         disable_created_metrics()  # type: ignore[no-untyped-call] # a series more for each, which nothing asks for
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
@@ -98,17 +99,19 @@ class Metrics:
 
     # --- what has happened --------------------------------------------------------------------------------------------
 
+    async def begin(self) -> None:
+        """`follow` counts what happens from now on. To be called before the server answers: what its first clients do
+        counts. Raises StoreError."""
+        self._after = await self._store.newest_event()
+
     async def follow(self, feed: Feed) -> None:
-        """Count what happens from now on. Never ends by itself."""
-        after: int | None = None
+        """Count what happens. Never ends by itself."""
         while True:
             since = feed.now()
             more = False
             try:
-                if after is None:
-                    after = await self._store.newest_event()
-                facts = await self._store.facts(after=after, limit=_EVENTS_AT_ONCE)
-                after, more = facts.after, facts.more
+                facts = await self._store.facts(after=self._after, limit=_EVENTS_AT_ONCE)
+                self._after, more = facts.after, facts.more
                 for event in facts.events:
                     self._count(event, facts.attempts)
             except StoreError as error:

@@ -57,6 +57,7 @@ async def served(
         hooks = Hooks(store=opened, secret=secret, evaluator=jail, strangers=context.strangers)
         app = application(context, hooks=hooks.route(), pages=pages.routes(context), error_page=error_page)
         mine = local(app, process.user())
+        await context.metrics.begin()
         on_socket = await stack.enter_async_context(server.serving_locally(mine, settings.api_socket))
         url, on_port = await stack.enter_async_context(server.serving(app, host=host, port=port))
         stack.callback(feed.close)  # before the servers stop: they wait for open requests
