@@ -107,6 +107,24 @@ class Role(StrEnum):
     ADMIN = "admin"  # agents, workflows, schedules, secrets, tokens
 
 
+class SandboxState(StrEnum):
+    """Where a sandbox, a VM that somebody holds, is."""
+
+    STARTING = "starting"  # no engine holds it yet, or its VM is not up
+    RUNNING = "running"
+    PAUSED = "paused"  # its VM is a snapshot on its host's disk, and no engine holds it
+    ENDED = "ended"
+    LOST = "lost"  # its VM, or its engine, died
+
+
+class KeepVm(StrEnum):
+    """When the VM of an attempt is kept, as a snapshot, after its agent has ended."""
+
+    NEVER = "never"
+    FAILURE = "failure"
+    ALWAYS = "always"
+
+
 TICKET_TRANSITIONS: Final[Mapping[TicketState, frozenset[TicketState]]] = {
     TicketState.DRAFT: frozenset({TicketState.READY, TicketState.CANCELLED}),
     TicketState.READY: frozenset(
@@ -147,8 +165,17 @@ STEP_TRANSITIONS: Final[Mapping[StepStatus, frozenset[StepStatus]]] = {
     StepStatus.SKIPPED: frozenset(),
 }
 
+SANDBOX_TRANSITIONS: Final[Mapping[SandboxState, frozenset[SandboxState]]] = {
+    SandboxState.STARTING: frozenset({SandboxState.RUNNING, SandboxState.ENDED, SandboxState.LOST}),
+    SandboxState.RUNNING: frozenset({SandboxState.PAUSED, SandboxState.ENDED, SandboxState.LOST}),
+    SandboxState.PAUSED: frozenset({SandboxState.RUNNING, SandboxState.ENDED, SandboxState.LOST}),
+    SandboxState.ENDED: frozenset(),
+    SandboxState.LOST: frozenset(),
+}
+
 TERMINAL_TICKET_STATES: Final = frozenset({TicketState.DONE, TicketState.FAILED, TicketState.CANCELLED})
 TERMINAL_STEP_STATUSES: Final = frozenset(s for s, after in STEP_TRANSITIONS.items() if not after)
+TERMINAL_SANDBOX_STATES: Final = frozenset(s for s, after in SANDBOX_TRANSITIONS.items() if not after)
 
 
 # Smallest and largest value of each number that an agent, workflow or ticket may set, the same in manifests, workflow
@@ -169,6 +196,8 @@ BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "factor": (1.0, 100.0),
     "max_delay_seconds": (0.0, 86_400.0),
     "priority": (-(2**31) + 1, 2**31 - 1),
+    "ttl_seconds": (1.0, 365 * 86_400.0),
+    "keep_vm_seconds": (1.0, 365 * 86_400.0),
 }
 
 
@@ -233,6 +262,8 @@ class Agent:
     budget_usd: float | None = None  # for one step of a ticket, including retries
     budget_tokens: int | None = None
     over_budget: str | None = None  # a `BudgetPolicy`; None: as the settings say
+    keep_vm: str | None = None  # a `KeepVm`; None: never
+    keep_vm_seconds: float | None = None  # for how long; None: a day
 
     @property
     def needs_layer(self) -> bool:
@@ -266,6 +297,8 @@ class Ticket:
     budget_usd: float | None = None
     budget_tokens: int | None = None
     over_budget: str | None = None  # a `BudgetPolicy`; None: as the agent says
+    keep_vm: str | None = None  # a `KeepVm`; None: as the agent says
+    keep_vm_seconds: float | None = None
     trigger_type: str | None = None
     trigger_data: str | None = None
     run_id: str | None = None
@@ -329,13 +362,85 @@ Outcome = Succeeded | Failed | Cancelled | Interrupted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sandbox:
+    """A row of ``sandboxes``: a VM that somebody holds. ``secrets``, ``env`` and ``labels`` are JSON text; times for
+    people are ISO-8601 UTC text.
+
+    ``agent_id`` gives it an agent's layer, files, network policy, secrets and limits; columns that are set here win.
+    ``snapshot_id`` is what it starts from: another sandbox's (a fork) or an attempt's snapshot. ``wanted`` is what
+    somebody asks for: 'running', 'paused' or 'ended'; None: nothing that is not done. ``hold_id`` is the fence, as an
+    attempt's id is. ``host`` is where its VM, or its snapshot while it is paused, is.
+    """
+
+    id: str
+    state: str
+    name: str | None = None
+    project_id: str | None = None
+    agent_id: str | None = None
+    image: str | None = None
+    snapshot_id: str | None = None
+    parent_id: str | None = None  # the sandbox that it was forked from
+    memory_mb: int | None = None
+    vcpus: int | None = None
+    disk_mb: int | None = None
+    network: str | None = None
+    secrets: str | None = None
+    env: str | None = None
+    labels: str | None = None
+    ttl_seconds: float | None = None
+    idle_timeout_seconds: float | None = None
+    budget_usd: float | None = None
+    budget_tokens: int | None = None
+    wanted: str | None = None
+    error: str | None = None
+    created_by: str | None = None
+    created_at: str | None = None
+    started_at: str | None = None
+    used_at: str | None = None
+    ended_at: str | None = None
+    host: str | None = None
+    worker: str | None = None
+    hold_id: str | None = None
+    vm_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A row of ``snapshots``: RAM, devices and disk of a VM at one moment, on one host's disk.
+
+    ``kind``: 'pause' (of the sandbox that it is), 'fork' (of which forks start, and which then goes), 'named' (kept by
+    somebody), 'attempt' (of a ticket whose VM was kept), 'step' (for steps with ``from:``). ``spec`` is JSON text: what
+    a VM must be like to run it. ``digest`` is over all its files. ``secrets``: may its memory hold secrets?
+    """
+
+    id: str
+    kind: str
+    host: str
+    name: str | None = None
+    project_id: str | None = None
+    sandbox_id: str | None = None
+    ticket_id: str | None = None
+    step_id: str | None = None
+    attempt_id: str | None = None
+    spec: str = "{}"
+    digest: str = ""
+    size_bytes: int = 0  # on disk
+    secrets: bool = True
+    created_by: str | None = None
+    created_at: str | None = None
+    expires_at: int | None = None  # ms; None: never
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One entry of a ticket's history. ``kind`` is transition, output, model_call, egress or another."""
+    """One entry of the history of a ticket, or of a sandbox (``ticket_id`` is then ''). ``kind`` is transition, output,
+    model_call, egress or another."""
 
     ticket_id: str
     kind: str
     data: Mapping[str, object]
     step_id: str | None = None
     attempt_id: str | None = None
+    sandbox_id: str | None = None
     seq: int = 0  # set by the database
     at: str = ""  # set by the database

@@ -17,3 +17,4 @@ RUN_DUE: Final = "due_at IS NOT NULL"
 # Runs that may have no attempt: those of workflows, and those that wait for a person.
 LIVE_RUN: Final = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('running', 'waiting')"
 ATTEMPT_LIVE: Final = "outcome IS NULL"
+SANDBOX_LIVE: Final = "state IN ('starting', 'running', 'paused')"

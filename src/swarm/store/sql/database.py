@@ -27,7 +27,7 @@ from swarm.store.sql.wake import Wake
 
 DIALECTS: Final = {SQLITE.name: SQLITE}
 # The revision that this version of Swarm needs: the newest of migrations/versions.
-HEAD: Final = "v0_2_0"
+HEAD: Final = "v0_2_1"
 _IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
 _URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)

@@ -21,6 +21,7 @@ from swarm.store.sql.conditions import (
     ENDED,
     LIVE_RUN,
     RUN_DUE,
+    SANDBOX_LIVE,
     STEP_DELAYED,
     STEP_READY,
     STEP_WAITING,
@@ -121,6 +122,8 @@ tickets = sa.Table(
     _time("updated_at"),
     _text("started_at"),
     _text("completed_at"),
+    _text("keep_vm"),  # 'never', 'failure', 'always', or NULL: the agent's setting
+    _number("keep_vm_seconds", kind=sa.Float()),
     _index("tickets_ready", "priority DESC", "created_at", where="state = 'ready'"),
     _index("tickets_unfinished", "state", where=UNFINISHED),
     _index("tickets_unknown_state", "state", where=UNKNOWN_STATE),
@@ -170,6 +173,8 @@ agents = sa.Table(
     _text("over_budget"),
     _time("created_at"),
     _time("updated_at"),
+    _text("keep_vm"),
+    _number("keep_vm_seconds", kind=sa.Float()),
     sa.UniqueConstraint("name", "version", name="agents_name_version"),
 )
 
@@ -297,6 +302,9 @@ step_executions = sa.Table(
     _text("question"),  # of an approval
     _text("verdict"),  # the answer
     _text("fan_out"),  # progress of a step with several executions: the planner's
+    _text("keep_vm"),  # the step's own; NULL: its ticket's, or its agent's
+    _text("from_step"),  # the step execution (its id) in a fork of whose VM it runs
+    _text("snapshot_id"),  # of its VM when it completed, if other steps may start from that
     _index("step_executions_ready", "priority DESC", "ticket_created_at", where=STEP_READY),
     _index("step_executions_delayed", "available_at", where=STEP_DELAYED),
     _index("step_executions_waiting", "available_at", where=STEP_WAITING),
@@ -353,7 +361,9 @@ events = sa.Table(
     sa.Column("at", sa.Text(), nullable=False, server_default=utc_now()),
     _text("kind", null=False),
     _text("data", null=False, default="{}"),
+    _text("sandbox_id"),
     sa.Index("events_ticket", "ticket_id", "seq"),
+    _index("events_sandbox", "sandbox_id", "seq", where="sandbox_id IS NOT NULL"),
     # Separates the history of a deleted ticket from that of a new one with the same id.
     _index("events_deleted", "ticket_id", "seq", where="kind = 'deleted'"),
     sqlite_autoincrement=True,
@@ -384,7 +394,9 @@ model_calls = sa.Table(
     _number("reserved_tokens", kind=BIG),
     _number("latency_ms", kind=sa.Float()),
     _text("note"),
+    _text("sandbox_id"),
     sa.Index("model_calls_at", "at"),
+    _index("model_calls_sandbox", "sandbox_id", where="sandbox_id IS NOT NULL"),
     sa.Index("model_calls_run", "run_id"),
     sa.Index("model_calls_step", "step_execution_id"),
 )
@@ -451,4 +463,77 @@ notices = sa.Table(
     _time("created_at"),
     _text("sent_at"),
     _text("error"),
+)
+
+# VMs that somebody holds. Other tools INSERT here too, so a bad row must be accepted (see the top).
+sandboxes = sa.Table(
+    "sandboxes",
+    metadata,
+    sa.Column(
+        "id",
+        sa.Text(),
+        primary_key=True,
+        nullable=False,
+        server_default=random_id(),
+        sqlite_on_conflict_not_null="REPLACE",
+    ),
+    _text("name"),
+    _text("project_id"),
+    _text("state", null=False, default="starting"),
+    _text("agent_id"),
+    _text("image"),
+    _text("snapshot_id"),
+    _text("parent_id"),
+    _number("memory_mb"),
+    _number("vcpus"),
+    _number("disk_mb"),
+    _text("network"),
+    _text("secrets"),
+    _text("env"),
+    _text("labels"),
+    _number("ttl_seconds", kind=sa.Float()),
+    _number("idle_timeout_seconds", kind=sa.Float()),
+    _number("budget_usd", kind=sa.Float()),
+    _number("budget_tokens", kind=BIG),
+    _text("wanted"),
+    _text("error"),
+    _text("created_by"),
+    _time("created_at"),
+    _text("started_at"),
+    _text("used_at"),
+    _text("ended_at"),
+    _number("ends_at", kind=BIG),  # ms: when its time to live is over
+    _text("host"),
+    _text("worker"),  # the engine that holds it
+    _text("hold_id"),  # the fence; NULL: nobody holds it
+    _number("lease_until", kind=BIG),  # ms
+    _number("vm_id"),
+    # All that an engine looks for: those to be started, resumed, ended, or taken from a dead engine.
+    _index("sandboxes_live", "state", where=SANDBOX_LIVE),
+    sa.Index("sandboxes_created", "created_at", "id"),
+    sa.Index("sandboxes_name", "name"),
+)
+
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    _text("kind", null=False),
+    _text("name"),
+    _text("host", null=False),
+    _text("project_id"),
+    _text("sandbox_id"),
+    _text("ticket_id"),
+    _text("step_id"),
+    _text("attempt_id"),
+    _text("spec", null=False, default="{}"),
+    _text("digest", null=False, default=""),
+    _number("size_bytes", 0, kind=BIG),
+    sa.Column("secrets", sa.Boolean(), nullable=False, server_default=sa.true()),
+    _text("created_by"),
+    _time("created_at"),
+    _number("expires_at", kind=BIG),  # ms; NULL: never
+    sa.Index("snapshots_expires", "expires_at"),
+    sa.Index("snapshots_sandbox", "sandbox_id"),
+    sa.Index("snapshots_ticket", "ticket_id"),
 )
