@@ -265,32 +265,6 @@ async def sweep(settings: Settings) -> None:
     await sweep(inventory(settings), network(settings) if os.geteuid() == 0 else None)
 
 
-# --- one-off runs ---------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def oneoff_engine(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
-    """Runs an agent without a ticket. Without ``vm`` it runs as a plain process of this host, which needs no image and
-    no root rights, and isolates nothing."""
-    import tempfile
-
-    from swarm.engine.values import Values
-
-    async with AsyncExitStack() as stack:
-        # Secrets and bills are in the home's database. An author of agents may not have a home.
-        has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
-        opened = await stack.enter_async_context(store(settings)) if has_home else None
-        host_egress = await stack.enter_async_context(egress(settings, opened, one_off=True))
-        values = await stack.enter_async_context(Values())
-        if vm:
-            await sweep(settings)
-            yield engine(settings, launcher(settings, await choice(settings)), host_egress, values, files=None)
-            return
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-"))
-        own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
-        yield engine(own, launcher(own, await choice(own), clones=False), host_egress, values, files=None)
-
-
 # --- running tickets ------------------------------------------------------------------------------------------------
 
 

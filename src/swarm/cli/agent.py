@@ -68,7 +68,7 @@ async def add(
     from swarm.admin import packages
 
     with agents.opened(source) as directory:
-        await _build(cli, agents.read(directory))  # first, so that an agent that can't run is not registered
+        await built(cli, agents.read(directory))  # first, so that an agent that can't run is not registered
         async with cli.store() as store:
             agent = await packages.add_agent(store, directory, cli.settings.agents, replace=dev, by=cli.user)
     cli.out.result(agent, f"{agent.name}@{agent.version}, id {agent.id}")
@@ -139,7 +139,7 @@ async def build(
         try:
             if number >= ours:
                 await installed.check(one)
-            layer = await _build(cli, one, force=force)
+            layer = await built(cli, one, force=force)
         except SwarmError as error:
             if len(found) == 1:
                 raise
@@ -209,7 +209,7 @@ async def test(
     A directory is your own program: it runs as a plain process of this host, unless --vm is given. What somebody else
     may have written, a .tar.gz or a registered agent, runs in VMs (which needs root and the image), unless --no-vm is.
     """
-    from swarm.app import wiring
+    from swarm.app import oneoff as oneoff_wiring
     from swarm.cli.ui.output import GREEN, RED
     from swarm.engine import oneoff
     from swarm.errors import UsageError
@@ -222,8 +222,8 @@ async def test(
             raise UsageError(
                 f"the agent {package.agent.name!r} has no `examples` in its agent.yaml: there is nothing to test"
             )
-        await _build(cli, package.agent, vm=vm)
-        async with wiring.oneoff_engine(cli.settings, vm=vm) as engine:
+        await built(cli, package.agent, vm=vm)
+        async with oneoff_wiring.engine(cli.settings, vm=vm) as engine:
             async for example, wrong in oneoff.examples(engine, package):
                 results.append({"example": example.name, "passed": not wrong, "wrong": wrong})
                 if not cli.out.json:
@@ -254,7 +254,7 @@ async def run(
     ] = True,
 ) -> int:
     """Run an agent once, without a ticket. Its outputs go to stdout, as JSON; what it prints goes to stderr."""
-    from swarm.app import wiring
+    from swarm.app import oneoff as oneoff_wiring
     from swarm.base.printable import clean
     from swarm.engine import oneoff
     from swarm.model import Failed, Succeeded
@@ -262,13 +262,13 @@ async def run(
     with ExitStack() as stack:
         package = await _package(cli, source, stack, vm=vm)
         given = read_inputs(inputs, input_json, input, schema_of(package.agent, None))
-        await _build(cli, package.agent, vm=vm)
+        await built(cli, package.agent, vm=vm)
 
         def printed(_stream: str, data: bytes) -> None:
             sys.stderr.write(clean(data.decode(errors="replace"), one_line=False))
             sys.stderr.flush()
 
-        async with wiring.oneoff_engine(cli.settings, vm=vm) as engine:
+        async with oneoff_wiring.engine(cli.settings, vm=vm) as engine:
             outcome = await oneoff.run(engine, package.agent, given, on_output=printed)
     if isinstance(outcome, Succeeded):
         import json
@@ -302,7 +302,7 @@ def _is_path(source: str) -> bool:
     return "/" in source or Path(source).exists()
 
 
-async def _build(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False) -> Layer | None:
+async def built(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False) -> Layer | None:
     """The agent's layer, with a progress bar while it is built; None if it needs none."""
     from swarm.admin import layers
     from swarm.app import wiring

@@ -160,7 +160,10 @@ def _show(cli: Cli, event: Event) -> None:
 
 
 def _template(event: Event) -> str:
-    seconds = event.data.get("about_seconds")
+    return making_template(event.data.get("about_seconds"))
+
+
+def making_template(seconds: object) -> str:
     about = f": about {seconds:.0f} s" if isinstance(seconds, int | float) else ""
     return f"making a template of the VM, once per image and agent size{about}"
 

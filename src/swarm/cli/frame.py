@@ -27,8 +27,9 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -89,7 +90,7 @@ class Cli:
                     await store.record(did, by=self.user, name=name)
 
 
-Command = Callable[..., Awaitable[int | None]]
+Command = Callable[..., Coroutine[Any, Any, int | None]]
 
 
 def new_app(name: str, help: str, *, examples: Sequence[str] = (), many: bool = True) -> typer.Typer:  # noqa: A002
@@ -115,9 +116,10 @@ def _before(home: _Home = None, debug: _Debug = False, as_json: _Json = False) -
 
 
 def command(
-    app: typer.Typer, name: str | None = None, *, examples: Sequence[str], json: bool = False
+    app: typer.Typer, name: str | None = None, *, examples: Sequence[str], json: bool = False, runs: bool = False
 ) -> Callable[[Command], Command]:
-    """Register an async function as a command, with the common options after its own."""
+    """Register an async function as a command, with the common options after its own. ``runs``: its last arguments are
+    a command line, whose options are not its own, with or without `--` before it."""
 
     def register(function: Command) -> Command:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -141,7 +143,8 @@ def command(
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {"ctx": typer.Context} | {p.name: p.annotation for p in own} | common
         del run.__wrapped__  # otherwise Typer would read the signature of ``function``
-        app.command(name, cls=One, epilog=_epilog(examples))(run)
+        context_settings = {"allow_interspersed_args": not runs}
+        app.command(name, cls=One, epilog=_epilog(examples), context_settings=context_settings)(run)
         return function
 
     return register
@@ -224,16 +227,20 @@ class _Stopped(BaseException):
         self.number = number
 
 
-async def _until_signalled(work: Awaitable[int | None]) -> int | None:
+_stop: ContextVar[Callable[[signal.Signals], None]] = ContextVar("_stop")  # what a signal does to this command
+
+
+async def _until_signalled(work: Coroutine[Any, Any, int | None]) -> int | None:
     """Await the work. A signal cancels it; once it has cleaned up, _Stopped is raised."""
     loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(work)
     seen: list[signal.Signals] = []
 
     def stop(number: signal.Signals) -> None:
         seen.append(number)
         task.cancel()
 
+    _stop.set(stop)
+    task = asyncio.ensure_future(work)  # it sees `_stop`
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
             loop.add_signal_handler(number, stop, number)
@@ -248,6 +255,20 @@ async def _until_signalled(work: Awaitable[int | None]) -> int | None:
             raise _Stopped(seen[0]) from None
         raise
     return result
+
+
+@contextlib.contextmanager
+def interrupts(handle: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """For the length of the block, SIGINT calls ``handle`` and does not end the command. Yields what would."""
+    loop, stop = asyncio.get_running_loop(), _stop.get()
+    heeded = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    if heeded:
+        loop.add_signal_handler(signal.SIGINT, handle)
+    try:
+        yield functools.partial(stop, signal.SIGINT)
+    finally:
+        if heeded:
+            loop.add_signal_handler(signal.SIGINT, stop, signal.SIGINT)
 
 
 @contextlib.contextmanager

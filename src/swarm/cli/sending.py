@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,14 @@ _MAX_DEPTH: Final = 16  # of repositories in each other
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """Files below one directory, and what their names get in front."""
+class Source:
+    """Files below one directory, and what their names get in front. ``chosen``: by git, so they are few of what is
+    there."""
 
     top: Path
-    names: Sequence[str]
+    names: Iterable[str]
     prefix: str = ""
+    chosen: bool = False
 
 
 async def send(store: Store, ticket_id: str, given: Sequence[str], *, all_files: bool) -> tuple[dict[str, str], int]:
@@ -57,7 +59,7 @@ async def send(store: Store, ticket_id: str, given: Sequence[str], *, all_files:
             raise UsageError(f"--file {option}: another --file has the place {place!r} too")
         async with AsyncExitStack() as stack:
             try:
-                sources = await _sources(path, stack, all_files=all_files)
+                sources = await sources_of(path, stack, all_files=all_files)
                 files = (file for one in sources for file in trees.read(one.top, one.names, prefix=one.prefix))
                 parts = trees.pack(files)
                 while batch := await asyncio.to_thread(trees.batch, parts):
@@ -91,19 +93,20 @@ def _parsed(option: str) -> tuple[str, Path]:
     return place, path
 
 
-async def _sources(path: Path, stack: AsyncExitStack, *, all_files: bool) -> list[_Source]:
+async def sources_of(path: Path, stack: AsyncExitStack, *, all_files: bool, history: bool = True) -> list[Source]:
+    """The files at ``path``; of a git work tree those that belong to it, and its ``history``. Raises UsageError."""
     from swarm.base import trees
     from swarm.errors import UsageError
 
     if not path.is_dir():
-        return [_Source(path.resolve().parent, [path.resolve().name])]
+        return [Source(path.resolve().parent, [path.resolve().name])]
     path = path.resolve()
     if all_files or not any((above / ".git").exists() for above in (path, *path.parents)):
-        return [_Source(path, list(await asyncio.to_thread(lambda: list(trees.walk(path)))))]
+        return [Source(path, trees.walk(path))]
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-files-")))
     if shutil.which("git") is None:
         raise UsageError(f"{path} is in a git work tree, and this host has no git: install it, or use --all-files")
-    return await _Git(path, scratch).work_tree()
+    return await _Git(path, scratch).work_tree(history=history)
 
 
 class _Git:
@@ -132,20 +135,20 @@ class _Git:
             self._env |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
         self._clone = scratch / "git"
 
-    async def work_tree(self) -> list[_Source]:
+    async def work_tree(self, *, history: bool) -> list[Source]:
         from swarm.base import trees
         from swarm.errors import UsageError
 
         whole = os.path.lexists(self._path / ".git")
-        if whole:
+        if whole and history:
             await self._check_its_own()
-        elif (await self._run("-C", str(self._path), "check-ignore", "-q", ".")).returncode == 0:
-            return [_Source(self._path, await asyncio.to_thread(lambda: list(trees.walk(self._path))))]
+        if not whole and (await self._run("-C", str(self._path), "check-ignore", "-q", ".")).returncode == 0:
+            return [Source(self._path, trees.walk(self._path))]
         names = await self._list(self._path)
         if not whole and not names and any(self._path.iterdir()):
             raise UsageError(f"git ignores all files in {self._path}; --all-files sends them")
-        sources = [_Source(self._path, names)]
-        if whole:
+        sources = [Source(self._path, names, chosen=True)]
+        if whole and history:
             await self._git(
                 "clone", "--quiet", "--bare", "--no-local", "--template=", "--", str(self._path), str(self._clone),
                 protocol="file",
@@ -155,7 +158,7 @@ class _Git:
             await self._git(inside, "config", "--remove-section", "remote.origin")
             if (await self._run(inside, "rev-parse", "-q", "--verify", "HEAD")).returncode == 0:
                 await self._git(inside, "read-tree", "HEAD")
-            sources.append(_Source(self._clone, list(trees.walk(self._clone)), ".git/"))
+            sources.append(Source(self._clone, trees.walk(self._clone), ".git/"))
         return sources
 
     async def _check_its_own(self) -> None:

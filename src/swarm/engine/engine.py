@@ -180,16 +180,7 @@ class Engine:
         given, places = await self._values.input_json(claim)  # checked before a VM is started
         grant = await self._egress.grant(claim)
         image = await self._image(agent)
-        spec = VmSpec(
-            image=image,
-            layer=await self._layers.find(agent, image),
-            vcpus=agent.vcpus,
-            memory_mb=agent.memory_mb,
-            disk_mb=agent.disk_mb,
-            disk_mb_per_second=agent.disk_mb_per_second,
-            network_mb_per_second=agent.network_mb_per_second,
-            preload=agent.preload if agent.runtime == "python" else (),
-        )
+        spec = vm_spec(agent, image, await self._layers.find(agent, image))
         assignment = Assignment(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
         async with (
             self._egress.attempt(grant, watcher.record) as egress,
@@ -308,6 +299,20 @@ class Engine:
                 reason=FailureReason.NO_OUTPUT,
             )
         return data
+
+
+def vm_spec(agent: Agent, image: Image, layer: Layer | None) -> VmSpec:
+    """The VM that an agent's programs run in."""
+    return VmSpec(
+        image=image,
+        layer=layer,
+        vcpus=agent.vcpus,
+        memory_mb=agent.memory_mb,
+        disk_mb=agent.disk_mb,
+        disk_mb_per_second=agent.disk_mb_per_second,
+        network_mb_per_second=agent.network_mb_per_second,
+        preload=agent.preload if agent.runtime == "python" else (),
+    )
 
 
 class BadExit(AgentFailed):

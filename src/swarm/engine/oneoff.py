@@ -1,18 +1,22 @@
-"""One-off runs of an agent, without a ticket: `swarm agent run` and `swarm agent test`. Only the cost of their model
-calls is kept."""
+"""One-off runs, without a ticket: of an agent (`swarm agent run` and `swarm agent test`), and VMs for a command of a
+person (`swarm run`). Only the cost of their model calls is kept."""
 
 from __future__ import annotations
 
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from swarm.agents import Example, Package, check
 from swarm.base.clock import Timeline
-from swarm.engine.engine import Engine, Watcher
+from swarm.base.redact import Redactor
+from swarm.engine.egress import Egress, Record
+from swarm.engine.engine import Engine, ImageSource, LayerSource, Watcher, vm_spec
 from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Ticket, TicketState
+from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
 # Failures that are not the agent's fault: no example expects them.
 _HOST_FAILURES: Final = frozenset(
@@ -31,8 +35,13 @@ async def run(
     engine: Engine, agent: Agent, inputs: Mapping[str, Any], *, title: str = "", on_output: OnOutput
 ) -> Outcome:
     """One attempt, as a ticket of this agent would run. ``on_output`` gets everything that is printed, live."""
+    claim = _claim(agent, inputs, title=title)
+    return await engine.execute(claim, _OutputWatcher(on_output), Timeline())
+
+
+def _claim(agent: Agent, inputs: Mapping[str, Any], *, title: str = "") -> Claim:
     name = f"oneoff-{uuid.uuid4()}"
-    claim = Claim(
+    return Claim(
         attempt_id=name,
         attempt_number=1,
         step_execution_id=name,
@@ -44,7 +53,46 @@ async def run(
         timeout_seconds=agent.timeout_seconds,
         queued_ms=0.0,
     )
-    return await engine.execute(claim, _OutputWatcher(on_output), Timeline())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandVm:
+    """A VM for a command. ``env``: how programs reach what they may, and the secrets that they get, which ``redactor``
+    finds."""
+
+    live: LiveVm
+    env: Mapping[str, str]
+    redactor: Redactor
+
+
+class CommandVms:
+    """VMs without a ticket."""
+
+    def __init__(self, *, launcher: Launcher, images: ImageSource, layers: LayerSource, egress: Egress) -> None:
+        self._launcher = launcher
+        self._images = images
+        self._layers = layers
+        self._egress = egress
+
+    @asynccontextmanager
+    async def vm(
+        self, agent: Agent, timeline: Timeline, *, on_build: Callable[[float | None], None], record: Record
+    ) -> AsyncIterator[CommandVm]:
+        """A VM like one of this agent, with its network policy and secrets, and nothing in it. ``record`` gets the
+        events of its egress. Raises NotConfigured, LayerMissing, BootFailed, HostError."""
+        grant = await self._egress.grant(_claim(agent, {}))
+        image = await self._images.find(agent.image)
+        spec = vm_spec(agent, image, await self._layers.find(agent, image))
+        async with (
+            self._egress.attempt(grant, record) as egress,
+            self._launcher.vm(spec, Assignment(), timeline, on_build=on_build) as live,
+        ):
+            try:
+                await egress.open(lambda port: self._launcher.listen(live, port))
+                timeline.mark("renewed")
+                yield CommandVm(live=live, env=egress.env, redactor=egress.redactor)
+            finally:
+                egress.stop()
 
 
 async def examples(engine: Engine, package: Package) -> AsyncIterator[tuple[Example, list[str]]]:

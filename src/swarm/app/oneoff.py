@@ -1,0 +1,62 @@
+"""Wiring of one-off runs: without a ticket, and with no engine that serves."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarm.app import wiring
+from swarm.base.progress import Progress, silent
+from swarm.config import Settings
+
+if TYPE_CHECKING:
+    from swarm.engine.egress import Egress
+    from swarm.engine.engine import Engine
+    from swarm.engine.oneoff import CommandVms
+
+
+@asynccontextmanager
+async def engine(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
+    """Runs an agent without a ticket. Without ``vm`` it runs as a plain process of this host, which needs no image and
+    no root rights, and isolates nothing."""
+    from swarm.engine.values import Values
+
+    async with AsyncExitStack() as stack:
+        host_egress = await stack.enter_async_context(_egress(settings))
+        values = await stack.enter_async_context(Values())
+        if vm:
+            await wiring.sweep(settings)
+            vms = wiring.launcher(settings, await wiring.choice(settings))
+            yield wiring.engine(settings, vms, host_egress, values, files=None)
+            return
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-"))
+        own = settings.model_copy(update={"driver": "process", "state_dir": Path(scratch)})
+        vms = wiring.launcher(own, await wiring.choice(own), clones=False)
+        yield wiring.engine(own, vms, host_egress, values, files=None)
+
+
+@asynccontextmanager
+async def command_vms(settings: Settings, *, books: bool, progress: Progress = silent) -> AsyncIterator[CommandVms]:
+    """VMs for commands. ``books``: they may need secrets or the gateway, and so the database."""
+    from swarm.engine.oneoff import CommandVms
+
+    async with _egress(settings, books=books) as host_egress:
+        await wiring.sweep(settings)
+        yield CommandVms(
+            launcher=wiring.launcher(settings, await wiring.choice(settings, progress)),
+            images=wiring.image_source(settings),
+            layers=wiring.layers(settings),
+            egress=host_egress,
+        )
+
+
+@asynccontextmanager
+async def _egress(settings: Settings, *, books: bool = True) -> AsyncIterator[Egress]:
+    """Secrets and bills are in the home's database. Who writes agents, or runs commands, may not have a home."""
+    async with AsyncExitStack() as stack:
+        has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
+        opened = await stack.enter_async_context(wiring.store(settings)) if books and has_home else None
+        yield await stack.enter_async_context(wiring.egress(settings, opened, one_off=True))
