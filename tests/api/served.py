@@ -15,8 +15,8 @@ import httpx
 
 from swarm import config
 from swarm.api.auth import AGAIN_SECONDS
-from swarm.api.server import short_path
 from swarm.app import serve, wiring
+from swarm.base.unix_socket import short_path
 from swarm.config import Settings
 from swarm.model import ECHO_AGENT_ID, Agent, Role, Ticket
 from swarm.store.registry.tokens import Actor, new_token

@@ -24,6 +24,7 @@ import pytest
 from swarm import config
 from swarm.api import server as api_server
 from swarm.app import address, wiring
+from swarm.base import unix_socket
 from swarm.cli import serve as serve_command
 from swarm.config import Settings
 from swarm.errors import UsageError
@@ -206,7 +207,7 @@ async def test_a_server_that_still_answers_leaves_the_socket_of_its_successor(tm
         await asyncio.wait_for(begun.wait(), 30)
         ending = asyncio.create_task(first.aclose())
         async with asyncio.timeout(30):
-            while api_server.listens(path):  # noqa: ASYNC110
+            while unix_socket.listens(path):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             async with api_server.serving_locally(_answering("second"), path):
                 assert not ending.done()

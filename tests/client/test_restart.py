@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from swarm import config
-from swarm.api.server import short_path
 from swarm.app import serve, wiring
+from swarm.base.unix_socket import short_path
 from swarm.client import AsyncSwarm, Swarm, Unreachable
 from swarm.config import Settings
 from swarm.model import Event, Ticket

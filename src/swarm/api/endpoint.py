@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Match, Route
+from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
 from starlette.types import Scope
 
 from swarm.api import body
@@ -176,7 +176,7 @@ class Endpoint:
     errors: Mapping[int, str] = field(default_factory=dict)
 
 
-class NamedRoute(Route):
+class _Named(BaseRoute):
     """A route with names in its path. Other tools give tickets any id: an encoded slash is part of a name, and
     separates nothing."""
 
@@ -189,6 +189,14 @@ class NamedRoute(Route):
         if "path_params" in found:
             found["path_params"] = {name: each.replace(_SLASH, "/") for name, each in found["path_params"].items()}
         return match, found
+
+
+class NamedRoute(_Named, Route):
+    pass
+
+
+class NamedSocketRoute(_Named, WebSocketRoute):
+    pass
 
 
 def route(endpoint: Endpoint, context: Context) -> Route:

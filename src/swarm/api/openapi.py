@@ -148,7 +148,7 @@ def _as_sent(schema: dict[str, Any], *, answer: bool) -> dict[str, Any]:
     for name, one in schema.get("properties", {}).items():
         if answer:
             one.pop("default", None)
-        if name in JSON_TEXTS and one.get("type") != "object" and "$ref" not in one:
+        if name in JSON_TEXTS and one.get("type", "string") == "string" and "$ref" not in one:
             schema["properties"][name] = {"title": name, "description": "any JSON value"}
     return schema
 

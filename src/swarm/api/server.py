@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import ipaddress
-import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -16,8 +14,10 @@ from typing import Any, Final
 import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 
 from swarm.api.problem import RETRY_SECONDS, problem
+from swarm.base import unix_socket
 from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.errors import HostError, UsageError
 
@@ -26,9 +26,11 @@ GRACE_SECONDS: Final = 10
 _UNREAD_SECONDS: Final = 1.0  # then, for answers that their clients don't read
 HEAD_SECONDS: Final = 10.0
 STALLED_SECONDS: Final = 60.0  # in which a client takes nothing of its answer
+PING_SECONDS: Final = 20.0  # between two that a WebSocket's client has to answer
 _TAKE_OVER_SECONDS: Final = 2.0
 _MAX_WITHOUT_HEAD: Final = 128  # connections that have not sent one, or no other; the oldest makes room
 _MAX_CONNECTIONS: Final = 256  # the app limits the requests
+MAX_MESSAGE_BYTES: Final = 1 << 20  # of a WebSocket
 
 
 def _protocol(head_seconds: float, stalled_seconds: float) -> type[H11Protocol]:
@@ -47,10 +49,16 @@ def _protocol(head_seconds: float, stalled_seconds: float) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            if self.transport.get_protocol() is not self:
+                return  # it is a WebSocket now
             if self.cycle is not None and not self.cycle.response_complete:
                 self._wait_no_more()
             elif self not in waiting:
                 self._wait()
+
+        def handle_websocket_upgrade(self, event: Any) -> None:
+            self._wait_no_more()
+            super().handle_websocket_upgrade(event)
 
         def on_response_complete(self) -> None:
             """An answered connection that waits for nothing makes room too."""
@@ -88,6 +96,19 @@ def _protocol(head_seconds: float, stalled_seconds: float) -> type[H11Protocol]:
     return Protocol
 
 
+class _WebSocket(WSProtocol):
+    """uvicorn's, with the same limits. It asks for a sign of life now and then: a client that gives none, or takes
+    nothing of what is sent to it, is gone."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > _MAX_CONNECTIONS:
+            transport.abort()
+
+    def keepalive_timeout(self) -> None:
+        self.transport.abort()
+
+
 async def _full(scope: Scope, receive: Receive, send: Send) -> None:
     headers = {"retry-after": str(RETRY_SECONDS), "connection": "close"}
     refused = problem(503, f"there are {_MAX_CONNECTIONS} connections already: try again", headers=headers)
@@ -116,7 +137,13 @@ def check_host(host: str, *, remote: bool) -> None:
 
 @asynccontextmanager
 async def serving(
-    app: Any, *, host: str, port: int, head_seconds: float = HEAD_SECONDS, stalled_seconds: float = STALLED_SECONDS
+    app: Any,
+    *,
+    host: str,
+    port: int,
+    head_seconds: float = HEAD_SECONDS,
+    stalled_seconds: float = STALLED_SECONDS,
+    ping_seconds: float = PING_SECONDS,
 ) -> AsyncIterator[tuple[str, asyncio.Task[None]]]:
     """Serve an ASGI app; yields its URL, and the task that ends if the server does. Port 0: any free port.
 
@@ -125,7 +152,7 @@ async def serving(
     bound = _bind(host, port)
     address, number = bound.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    async with _serving(app, bound, head_seconds, stalled_seconds) as task:
+    async with _serving(app, bound, head_seconds, stalled_seconds, ping_seconds) as task:
         yield f"http://{shown}:{number}", task
 
 
@@ -136,7 +163,7 @@ async def serving_locally(app: Any, path: Path) -> AsyncIterator[asyncio.Task[No
 
     Raises HostError when the server can't listen there.
     """
-    task = asyncio.create_task(_serve_locally(app, path, _bind_locally(path)))
+    task = asyncio.create_task(_serve_locally(app, path, unix_socket.bind(path)))
     try:
         yield task
     finally:
@@ -146,25 +173,29 @@ async def serving_locally(app: Any, path: Path) -> AsyncIterator[asyncio.Task[No
 async def _serve_locally(app: Any, path: Path, bound: socket.socket | None) -> None:
     while bound is None:
         await asyncio.sleep(_TAKE_OVER_SECONDS)
-        bound = _bind_locally(path)
-    ours = _inode(path)
-    async with _serving(app, bound, HEAD_SECONDS, STALLED_SECONDS) as task:
+        bound = unix_socket.bind(path)
+    ours = unix_socket.inode(path)
+    async with _serving(app, bound, HEAD_SECONDS, STALLED_SECONDS, PING_SECONDS) as task:
         try:
             await asyncio.wait({task})
             task.result()
         finally:  # while it still listens: as soon as it does not, the file may be another server's
-            if _inode(path) == ours:
+            if unix_socket.inode(path) == ours:
                 path.unlink(missing_ok=True)
 
 
 @asynccontextmanager
 async def _serving(
-    app: Any, bound: socket.socket, head_seconds: float, stalled_seconds: float
+    app: Any, bound: socket.socket, head_seconds: float, stalled_seconds: float, ping_seconds: float
 ) -> AsyncIterator[asyncio.Task[None]]:
     config = uvicorn.Config(
         app,
         lifespan="off",
-        ws="none",
+        ws=_WebSocket,
+        ws_max_size=MAX_MESSAGE_BYTES,
+        ws_ping_interval=ping_seconds,
+        ws_ping_timeout=stalled_seconds,
+        ws_per_message_deflate=False,
         http=_protocol(head_seconds, stalled_seconds),
         loop="none",
         log_config=None,
@@ -216,60 +247,3 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.close()
         raise HostError(f"can't listen on {host}, port {port}: {error.strerror}; choose another --port") from None
     return bound
-
-
-def _bind_locally(path: Path) -> socket.socket | None:
-    """None if another server has it."""
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with short_path(path) as short, _alone(path.parent):
-            if listens(path):
-                bound.close()
-                return None
-            path.unlink(missing_ok=True)  # left by a server that was killed
-            bound.bind(short)
-            Path(short).chmod(0o600)  # nobody can connect before the next line
-            bound.listen(128)
-        bound.setblocking(False)
-    except OSError as error:
-        bound.close()
-        raise HostError(f"can't listen on {path}: {error.strerror or error}") from None
-    return bound
-
-
-def listens(path: Path) -> bool:
-    """Does a server listen on this Unix socket?"""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        with short_path(path) as short, contextlib.suppress(BlockingIOError):  # it is there, and others wait
-            probe.connect(short)
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Of the servers that take over a socket at once, the second must find what the first has made."""
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(opened)
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    with contextlib.suppress(OSError):
-        found = path.lstat()
-        return found.st_dev, found.st_ino
-    return None
-
-
-@contextlib.contextmanager
-def short_path(path: Path) -> Iterator[str]:
-    """A name for a Unix socket that is short enough for the kernel (107 bytes), however deep its directory is."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)

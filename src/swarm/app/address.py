@@ -72,7 +72,7 @@ def forget_dead(settings: Settings) -> list[Path]:
     """Remove what a server that was killed has left. Returns what is removed. Raises HostError."""
     if running(settings) is not None:
         return []
-    from swarm.api.server import listens
+    from swarm.base.unix_socket import listens
 
     removed = []
     for path in (file(settings), settings.api_socket):

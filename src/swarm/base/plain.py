@@ -13,7 +13,16 @@ from swarm.base import jsontext
 
 # Columns that hold JSON as text.
 JSON_TEXTS: Final = frozenset(
-    {"inputs", "outputs", "trigger_data", "verdict", "inputs_schema", "outputs_schema", "definition"}
+    {
+        "inputs",
+        "outputs",
+        "trigger_data",
+        "verdict",
+        "inputs_schema",
+        "outputs_schema",
+        "definition",
+        *("secrets", "env", "labels", "spec"),  # of sandboxes and snapshots
+    }
 )
 
 
