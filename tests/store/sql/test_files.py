@@ -31,6 +31,23 @@ async def test_log_removed(backend: Backend, removed: tuple[str, ...]) -> None:
             await wake.changed(timeout_seconds=5)
 
 
+async def test_the_database_is_being_overwritten_while_the_wake_looks(backend: Backend) -> None:
+    """What it reads then is nonsense."""
+    url = backend.new()
+    file = Path(url.removeprefix("sqlite:///"))
+    async with Store.open(url) as store, store.watching() as wake:
+        await wake.changed(timeout_seconds=0)
+        wake.mute()  # so it looks at the end of its time, and at nothing before
+        looking = asyncio.create_task(wake.changed(timeout_seconds=0.3))
+        await asyncio.sleep(0)
+        outside = sqlite3.connect(file, isolation_level=None)
+        outside.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so it reads the file again
+        file.write_bytes(b"half of another database" * 5)
+        with pytest.raises(StoreError, match="was changed from outside"):
+            await looking
+    outside.close()
+
+
 async def test_database_replaced(backend: Backend, tmp_path: Path) -> None:
     url = backend.new()
     file = Path(url.removeprefix("sqlite:///"))

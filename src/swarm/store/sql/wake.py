@@ -135,7 +135,11 @@ class Wake:
         return True
 
     def _version_changed(self) -> bool:
-        version = self._data_version()
+        try:
+            version = self._data_version()
+        except StoreError:
+            self._opened.check()  # a file that is just being overwritten is read as nonsense: that is why
+            raise
         seen, self._version = self._version, version
         return version != seen
 
