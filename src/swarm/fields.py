@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, get_args
 import pydantic
 from pydantic import BaseModel, Field, StringConstraints
 
-from swarm.model import BOUNDS, DEBIAN_PACKAGE, REQUIREMENT, RetryPolicy
+from swarm.model import BOUNDS, RetryPolicy
 
 NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 VERSION: Final = r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$"
@@ -27,6 +27,9 @@ REFERENCE: Final = r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,80}(@[0-9A-Za-z.+-]{1,60})?$"
 HEADER: Final = r"^[A-Za-z][A-Za-z0-9-]{0,63}$"
 PRICED: Final = r"^[a-z0-9_.]+=[a-z0-9_-]+$"
 PATH: Final = r"^(/[A-Za-z0-9._~/-]+)?$"
+# Packages that an agent may require: pinned for PyPI, and never an option, a path or an address for pip or apt.
+REQUIREMENT: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
+DEBIAN_PACKAGE: Final = r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$"
 # Each pattern in words, as "must be …". Error messages show these, never the pattern.
 IN_WORDS: Final = {
     NAME: "lower-case letters, digits and inner hyphens, at most 63",

@@ -14,10 +14,6 @@ ECHO_AGENT_ID: Final = "0d72b1b5-a98e-4356-bf52-f654d0509dc4"
 # In a step's inputs and in what an agent left: the trees of files that belong to it, by place (docs/agents.md).
 FILES: Final = "$files"
 
-# Packages that an agent may require: pinned for PyPI, and never an option, a path or an address for pip or apt.
-REQUIREMENT: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
-DEBIAN_PACKAGE: Final = r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$"
-
 
 class TicketState(StrEnum):
     """Where a ticket is, from draft to its end; `TICKET_TRANSITIONS` lists the moves. docs/states.md draws them."""
@@ -324,12 +320,19 @@ class Claim:
     queued_ms: float  # from the row's commit (or when it was first seen) to this claim, by the database's clock
     in_workflow: bool = False  # if so, `inputs` may refer to artifacts: `Store.resolve_references`
     alone: bool = False  # engines died with this step: its worker takes nothing else while it runs
+    keep_vm: KeepVm = KeepVm.NEVER
+    keep_vm_seconds: float = 86_400.0
+    source: str | None = None  # the snapshot in a fork of which it starts; '': that is gone
+    is_source: bool = False  # other steps may start in a fork of its VM, so that is to be kept when it completes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded:
+    """``snapshot_id``: of its VM, if other steps may start from that."""
+
     outputs: str  # JSON text
     exit_code: int = 0
+    snapshot_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,7 @@ class Run:
     progress: RunProgress = field(default_factory=RunProgress)
     end: End | None = None
     history: list[tuple[str, str]] = field(default_factory=list)  # (what, key), in order
+    sources: dict[str, str] = field(default_factory=dict)  # of executions that began in a fork of another's VM
     asked: Asked = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +108,8 @@ class Run:
                 case Start() | StartWorkflow():
                     row = replace(row, status=StepStatus.READY, inputs=action.inputs)
                     self.history.append(("start", action.key))
+                    if isinstance(action, Start) and action.source is not None:
+                        self.sources[action.key] = action.source
                 case Ask():
                     row = replace(row, status=WAITING)
                 case Expand():

@@ -166,6 +166,75 @@ def test_a_fan_out_that_wants_two_of_four() -> None:
     assert ours.end is not None and ours.end.status == RunStatus.COMPLETED
 
 
+def test_the_best_of_four() -> None:
+    ours = run(
+        step("try", for_each=ForEach(items=[1, 2, 3, 4], best="${outputs.score - index}")),
+        step("ship", "try", inputs={"x": "${steps.try.outputs.score}"}, from_step="try"),
+    )
+    ours.finish("try[1]", {"score": 8})
+    ours.finish("try[0]", {"score": 3})
+    ours.finish("try[2]", error="it broke")
+    assert ours.status("try") == "running", "all are waited for"
+    ours.finish("try[3]", {"score": 10})
+    assert ours.rows["try"].outputs == {"score": 8}, "of equals, the first"
+    assert ours.rows["ship"].inputs == {"x": 8} and ours.sources == {"ship": "try[1]"}
+    ours.finish("ship")
+    assert ours.end is not None and ours.end.status == RunStatus.COMPLETED, "best answers for the failures"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "error"),
+    [
+        ([None, None], "only 0 of 2 succeeded; try[0] failed: it broke"),
+        ([], "only 0 of 0 succeeded; no items are left to run"),
+        (["high", None], "best must be a number, but is string high"),
+        ([10**400, 1], "best must be a number, but is"),
+    ],
+)
+def test_nothing_is_the_best(outputs: list[Any], error: str) -> None:
+    ours = run(step("try", for_each=ForEach(items=outputs, best="${outputs}")), step("ship", "try", from_step="try"))
+    for i, value in enumerate(outputs):
+        ours.finish(f"try[{i}]", value, error="it broke" if value is None else None)
+    assert str(ours.rows["try"].error).startswith(error) and ours.status("ship") == "skipped"
+    assert ours.end is not None and ours.end.error_step == "try"
+
+
+def test_a_step_starts_in_a_fork_of_the_vm_that_another_left() -> None:
+    ours = run(
+        step("setup"),
+        step("try", "setup", for_each=ForEach(items=[1, 2, 3], max_parallel=2, join="first_success"),
+             from_step="setup"),
+        step("again", "try", repeat=Repeat(until="${steps.again.outputs}"), from_step="try"),
+        step("ship", "again", from_step="again"),
+        on_success=(step("cheer", from_step="setup"),),
+    )  # fmt: skip
+    ours.finish("setup")
+    ours.finish("try[0]", error="it broke")
+    assert ours.sources == {f"try[{i}]": "setup" for i in range(3)}
+    ours.finish("try[2]")
+    assert ours.status("try[1]") == "cancelled" and ours.sources["again[0]"] == "try[2]", "the winner's VM"
+    ours.finish("again[0]", False)
+    assert ours.sources["again[1]"] == "try[2]", "each time begins from the same"
+    ours.finish("again[1]", True)
+    assert ours.sources["ship"] == "again[1]"
+    ours.finish("ship")
+    assert ours.sources["cheer"] == "setup"
+
+
+def test_a_step_that_left_no_vm() -> None:
+    ours = run(
+        step("a", continue_on_error=True),
+        step("b", "a", from_step="a"),
+        step("c", "a"),
+        step("many", for_each=ForEach(items=[1], join="any"), continue_on_error=True),
+        step("d", "many", from_step="many"),
+    )
+    ours.finish("a", error="it broke")
+    assert ours.rows["b"].error == "it starts from the VM of 'a', which failed" and ours.live() == ["c", "many[0]"]
+    ours.finish("many[0]", error="it broke")
+    assert ours.rows["d"].error == "it starts from the VM of 'many', of which no item succeeded"
+
+
 def test_when_for_each_item() -> None:
     ours = run(step("a", for_each=ForEach(items=[1, 2, 3]), when="${item != 2}"))
     assert ours.live() == ["a[0]", "a[2]"] and ours.status("a[1]") == "skipped"
@@ -267,12 +336,16 @@ def workflows(draw: st.DrawFn) -> tuple[Step, ...]:
         more: dict[str, Any] = {}
         if kind == "fan":
             limit = draw(st.sampled_from([None, 1, 2]))
-            inner = draw(st.sampled_from(["all", "any", "first_success"]) | st.just(2))
-            more["for_each"] = ForEach(items=list(range(draw(st.integers(0, 4)))), max_parallel=limit, join=inner)
+            inner = draw(st.sampled_from(["all", "any", "first_success", "best"]) | st.just(2))
+            how = {"best": "${outputs}"} if inner == "best" else {"join": inner}
+            more["for_each"] = ForEach(items=list(range(draw(st.integers(0, 4)))), max_parallel=limit, **how)
         elif kind == "repeat":
             more["repeat"] = Repeat(until=f"${{steps.s{i}.outputs == 1}}", max_times=draw(st.integers(1, 3)))
         elif kind == "approval":
             more |= {"approval": Approval(), "agent": draw(st.sampled_from([None, "echo@1.0.0"]))}
+        sources = [s.id for s in steps if s.id in needs and (s.for_each is None or s.for_each.has_winner)]
+        if sources and kind != "approval":
+            more["from_step"] = draw(st.sampled_from([None, *sources]))
         when = draw(st.sampled_from([True, True, True, False, "${inputs.yes}", "${inputs.no}"]))
         steps.append(step(f"s{i}", *needs, join=join, when=when, continue_on_error=draw(st.booleans()), **more))
     return tuple(steps)
@@ -303,13 +376,13 @@ def test_whatever_happens_the_run_ends_right(
         )
         assert ours.progress.open == counted
         if ours.end is None and data.draw(st.integers(0, 5)) == 0:  # a crash: everything from the rows alone
-            before, history = dict(ours.rows), list(ours.history)
+            before, history, sources = dict(ours.rows), list(ours.history), ours.sources
             ours = Run(graph, ours.known, rows=ours.rows)
             assert ours.history == [], "nothing is started twice, and nothing was forgotten"
             assert {k: replace(v, fan_out=None) for k, v in before.items()} == {
                 k: replace(v, fan_out=None) for k, v in ours.rows.items()
             }
-            ours.history = history
+            ours.history, ours.sources = history, sources
     assert ours.end is not None
     started = [key for what, key in ours.history if what == "start"]
     assert len(started) == len(set(started)), "each execution is started once"
@@ -325,6 +398,10 @@ def test_whatever_happens_the_run_ends_right(
             ends = [i for key, i in over.items() if key.partition("[")[0] == need]
             assert not mine or not ends or max(ends) < min(mine), "order respects needs"
             assert not mine or ours.rows[need].status == StepStatus.COMPLETED or graph.steps[need].continue_on_error
+    for key in started:
+        wanted = graph.steps[key.partition("[")[0]].from_step
+        assert (ours.sources[key].partition("[")[0] if wanted else ours.sources.get(key)) == wanted
+        assert not wanted or ours.rows[ours.sources[key]].status == StepStatus.COMPLETED, "a VM that is there"
     fatal = [
         one.id
         for one in steps

@@ -37,11 +37,14 @@ TYPED = dataclasses.replace(
     inputs_schema=schema.text(schema.expand({"repo": "string", "depth": "integer?"})),
     outputs_schema=schema.text(schema.expand({"files": ["string"], "count": "integer", "note": "string?"})),
 )
+BIG = dataclasses.replace(agent("echo"), id="big", name="big", memory_mb=4096)
+LAYERED = dataclasses.replace(agent("echo"), id="layered", name="layered", packages=("git", "make"))
 HEAD = "name: mine\nversion: 1.0.0\n"
 
 
 def find(reference: str) -> Agent:
-    return TYPED if reference.partition("@")[0] == "typed" else agent(reference)
+    name = reference.partition("@")[0]
+    return {"typed": TYPED, "big": BIG, "layered": LAYERED}.get(name) or agent(reference)
 
 
 def read(text: str) -> Workflow:
@@ -121,6 +124,18 @@ steps:
     when: ${item != ""}
     inputs: {file: "${item}", number: "${index}", where: "${variables.where}"}
     continue_on_error: true
+  - id: fork
+    agent: typed
+    from: list
+    for_each: {items: [1, 2], best: "${outputs.count + index}"}
+    inputs: {repo: main}
+    keep_vm: failure
+  - id: after-best
+    agent: echo
+    from: fork
+    for_each: [1]
+    best: ${outputs.n}
+    inputs: {n: "${steps.fork.outputs.count}"}
   - id: gate
     needs: list
     approval: {message: "Publish ${steps.list.outputs.count} files?", timeout_seconds: 3600}
@@ -139,7 +154,7 @@ steps:
 on_error:
   - {id: tell, agent: echo, inputs: {text: "${error.step}: ${error.message}"}}
 on_success:
-  - {id: cheer, agent: echo, inputs: {n: "${size(steps.each.outputs)}"}}
+  - {id: cheer, agent: echo, from: list, inputs: {n: "${size(steps.each.outputs)}"}}
 outputs: {files: "${steps.list.outputs.files}"}
 """
 
@@ -152,6 +167,8 @@ def test_everything() -> None:
         max_attempts=3, on=frozenset({FailureReason.TIMEOUT, FailureReason.VM_DIED})
     )
     assert steps["each"].for_each == ForEach(items="${steps.list.outputs.files}", max_parallel=3, join=2)
+    assert (steps["fork"].from_step, steps["fork"].needs, steps["fork"].keep_vm) == ("list", ("list",), "failure")
+    assert steps["after-best"].for_each == ForEach(items=[1], best="${outputs.n}") and steps["cheer"].needs == ()
     assert isinstance(steps["again"].workflow, Workflow) and steps["again"].workflow.steps[0].agent == "echo@1.0.0"
     assert isinstance(steps["within"].workflow, Workflow) and steps["within"].workflow.steps[0].retry is not None
     assert definition.from_json(json.loads(definition.canonical(made))) == made
@@ -218,6 +235,55 @@ def test_everything() -> None:
 )  # fmt: skip
 def test_one_problem(text: str, said: list[str]) -> None:
     assert problems(text) == said
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("{id: b, agent: echo, from: zz}", "there is no step 'zz'; there are a, gate, many, b"),
+        ("{id: b, agent: echo, from: b}", "the step 'b' can't start from its own VM"),
+        ("{id: b, agent: echo, from: gate}",
+         "the step 'gate' has no agent, so it leaves no VM to start from"),
+        ("{id: b, agent: echo, needs: [gate], join: any, from: a}",
+         "the step 'a' may not have ended by then: add it to `needs`"),
+        ("{id: b, agent: echo, from: many}",
+         "the step 'many' leaves a VM for each item: give it `best` or `join: first_success`"),
+        ("{id: b, agent: big, from: a}",
+         "the VM of 'a' was made for the agent echo, and big needs memory_mb 4096; that one's is 256"),
+        ("{id: b, agent: layered, from: a}",
+         "the VM of 'a' was made for the agent echo, and layered needs the packages git, make, which that "
+         "one has not"),
+        ("{id: b, approval: true, from: a}",
+         "from needs an agent: without one, the step has no VM of its own"),
+        ("{id: b, approval: true, keep_vm: always}",
+         "keep_vm needs an agent: without one, the step has no VM of its own"),
+        ("{id: b, agent: echo, keep_vm: sometimes}",
+         "keep_vm must be 'never', 'failure' or 'always', but is \"sometimes\""),
+        ("{id: b, agent: echo, best: '${outputs.x}'}",
+         "best needs a for_each; if that has fields, put it among them"),
+        ("{id: b, agent: echo, for_each: {items: [1], best: '${outputs.x}', join: any}}",
+         "best waits until all have ended, and takes one of them: leave out join"),
+        ("{id: b, agent: typed, for_each: [1], inputs: {repo: x}, best: '${outputs.note}'}",
+         "best must be a number: it is a string, but must be a boolean or a number"),
+        ("{id: b, agent: typed, for_each: [1], inputs: {repo: x}, best: '${outputs.cout}'}",
+         "outputs has no 'cout'; did you mean 'count'?"),
+        ("{id: b, agent: echo, inputs: {x: '${outputs.x}'}}", "'outputs' is unknown here"),
+        ("{id: b, agent: echo, form: a}", "unknown field 'form'; did you mean 'from'?"),
+    ],
+)  # fmt: skip
+def test_problems_with_from_and_best(step: str, said: str) -> None:
+    first = "- {id: a, agent: echo}\n- {id: gate, approval: true}\n- {id: many, agent: echo, for_each: [1]}\n"
+    [problem] = problems(f"{HEAD}steps:\n{first}- {step}\n")
+    assert problem.startswith("line 7, column ") and problem.partition(": ")[2] == said
+
+
+def test_a_chain_of_forks_has_the_vm_of_the_first() -> None:
+    chain = "- {id: b, agent: echo, from: a}\n- {id: c, agent: layered, from: b}\n"
+    assert problems(f"{HEAD}steps:\n- {{id: a, agent: layered}}\n{chain}") == []
+    [problem] = problems(f"{HEAD}steps:\n- {{id: a, agent: echo}}\n{chain}")
+    assert "the VM of 'b' was made for the agent echo" in problem
+    [problem] = problems(f"{HEAD}steps:\n- {{id: a, agent: echo, from: b}}\n- {{id: b, agent: echo, from: a}}\n")
+    assert "a cycle" in problem
 
 
 def test_nested_workflows_are_bounded() -> None:

@@ -15,8 +15,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from swarm.base import manifest as yaml_manifest
 from swarm.errors import UsageError
 from swarm.fields import (
+    DEBIAN_PACKAGE,
     MODULE,
     NO_NUL,
+    REQUIREMENT,
     SERVICE,
     Name,
     RetryFields,
@@ -28,7 +30,7 @@ from swarm.fields import (
     place,
     unknown,
 )
-from swarm.model import DEBIAN_PACKAGE, REQUIREMENT, Agent, FailureReason, RetryPolicy
+from swarm.model import Agent, FailureReason, RetryPolicy
 from swarm.schema import SchemaError, check_schema, expand
 
 MANIFEST: Final = "agent.yaml"
@@ -121,6 +123,8 @@ class Manifest(_Strict):
     budget_usd: float | None = bounded("budget_usd", None)
     budget_tokens: int | None = bounded("budget_tokens", None)
     over_budget: Literal["fail", "wait"] | None = None
+    keep_vm: Literal["never", "failure", "always"] | None = None
+    keep_vm_seconds: float | None = bounded("keep_vm_seconds", None)
     examples: tuple[_Example, ...] = Field(default=(), max_length=100)
 
     @pydantic.field_validator("inputs", "outputs", "inputs_schema", "outputs_schema")
@@ -278,4 +282,6 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         budget_usd=manifest.budget_usd,
         budget_tokens=manifest.budget_tokens,
         over_budget=manifest.over_budget,
+        keep_vm=manifest.keep_vm,
+        keep_vm_seconds=manifest.keep_vm_seconds,
     )

@@ -15,7 +15,7 @@ MAX_CHARS: Final = 4096
 
 # Every name that an expression may use. Which of them exist depends on where the expression is.
 ROOTS: Final = frozenset(
-    {"inputs", "steps", "variables", "trigger", "ticket", "item", "index", "previous", "error"}
+    {"inputs", "steps", "variables", "trigger", "ticket", "item", "index", "previous", "outputs", "error"}
 )  # fmt: skip
 _MACROS: Final = frozenset({"all", "exists", "exists_one", "map", "filter"})
 # Functions whose work and result are bounded by the size of their arguments. Others run in the jail.
@@ -169,7 +169,7 @@ def _compile_error(source: str, said: str) -> ExpressionError:
     line, column, what = int(found[1]), int(found[2]), found[3].removesuffix(" [INVALID_ARGUMENT]")
     unknown = _UNDECLARED.search(what)
     if unknown is not None:
-        names = ", ".join(sorted(ROOTS - {"item", "index", "previous", "error"}))
+        names = ", ".join(sorted(ROOTS - {"item", "index", "previous", "outputs", "error"}))
         what = f"unknown name {unknown[1]!r}; use one of {names}, or in a for_each: item, index"
     if line < 1:
         return ExpressionError("nested too deeply" if "recursion" in what else what)

@@ -15,7 +15,7 @@ from swarm.cli.sending import AllFiles, FileOptions
 from swarm.cli.ui import render
 from swarm.cli.ui.output import first_line
 from swarm.cli.ui.table import Column
-from swarm.model import FILES, TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, Ticket, TicketState
+from swarm.model import FILES, TERMINAL_TICKET_STATES, BudgetPolicy, ExecutionMode, KeepVm, Ticket, TicketState
 
 if TYPE_CHECKING:
     from swarm.ledger import Limit as Budget
@@ -73,6 +73,12 @@ async def add(
     over_budget: Annotated[
         BudgetPolicy | None, typer.Option("--over-budget", help="Then fail, or wait for a person's approval.")
     ] = None,
+    keep_vm: Annotated[
+        KeepVm | None, typer.Option("--keep-vm", help="Keep its VM after a failure, or always, to look into it.")
+    ] = None,
+    keep_vm_seconds: Annotated[
+        float | None, typer.Option("--keep-vm-seconds", metavar="S", help="For how long. Default: a day.", min=1)
+    ] = None,
     after: Annotated[
         list[str] | None,
         typer.Option("--after", metavar="ID", help="Run it when this ticket is done; can be repeated."),
@@ -111,6 +117,8 @@ async def add(
                 budget_usd=budget_usd,
                 budget_tokens=budget_tokens,
                 over_budget=over_budget,
+                keep_vm=keep_vm,
+                keep_vm_seconds=keep_vm_seconds,
             ),
             depends_on=needs,
             uses=uses,

@@ -48,6 +48,8 @@ class Submission(TypedDict, total=False):
     budget_usd: float
     budget_tokens: int
     over_budget: str
+    keep_vm: str
+    keep_vm_seconds: float
     draft: bool
     after: Sequence[str]
     key: str
@@ -84,6 +86,8 @@ class TicketFields:
     budget_usd: float | None = None
     budget_tokens: int | None = None
     over_budget: str | None = None
+    keep_vm: str | None = None
+    keep_vm_seconds: float | None = None
     run_id: str | None = None
     created_at: str | None = None
     updated_at: str | None = None

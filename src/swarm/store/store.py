@@ -6,6 +6,7 @@ So many lines because everything that can be asked of the database has a short m
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -386,6 +387,7 @@ class Store:
         held: Collection[str] = (),
         idle: bool = True,
         drain: bool = True,
+        host: str | None = None,
         queue_timeout_seconds: float | None = None,
     ) -> Coroutine[Any, Any, list[Claim]]:
         """Up to ``limit`` attempts for this worker, each under a lease; an empty list when nothing can run now. The
@@ -397,9 +399,10 @@ class Store:
         more than ``most_memory_mb`` can never run here, so its ticket fails. ``held`` are the attempts that this worker
         is executing: if their leases have run out (a clock that jumped), they are extended, not swept. ``idle``: it is
         executing none, so it may get a suspect, alone (`swarm.store.claims.suspects`); with ``drain``, it gets nothing
-        more before a suspect that has waited for long. A ticket that has waited longer than ``queue_timeout_seconds``
-        when its turn comes fails. When the caller is cancelled, the claimed attempts are handed back, and don't count
-        as tries.
+        more before a suspect that has waited for long. ``host``: where the worker is, by default this host; steps that
+        start in forks of VMs are claimed where these were kept. A ticket that has waited longer than
+        ``queue_timeout_seconds`` when its turn comes fails. When the caller is cancelled, the claimed attempts are
+        handed back, and don't count as tries.
         """
         request = ClaimRequest(
             worker=worker,
@@ -411,6 +414,7 @@ class Store:
             held=frozenset(held),
             idle=idle,
             drain=drain,
+            host=host or socket.gethostname(),
             queue_timeout_seconds=queue_timeout_seconds,
         )
         return self._claimed(request, self._write.submit_batch(self._queue.claim, request))

@@ -22,11 +22,21 @@ Join = str | int  # 'all', 'any', 'first_success', or how many must succeed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForEach:
-    """Fan-out: one step execution for each item. ``items`` is a list, or an expression for one."""
+    """Fan-out: one step execution for each item. ``items`` is a list, or an expression for one.
+
+    ``best``: an expression for a number. When all have ended, the step's outputs are those of the one, among those that
+    succeeded, with the highest; of equals, the first.
+    """
 
     items: Any
     max_parallel: int | None = None
     join: Join = "all"
+    best: str | None = None
+
+    @property
+    def has_winner(self) -> bool:
+        """Does one of the executions stand for the step in what follows?"""
+        return self.best is not None or self.join in ("any", "first_success", 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +58,10 @@ class Approval:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One node. Exactly one of ``agent`` (a reference) and ``workflow`` (a reference, or a definition) is set; neither
-    is in a step that is only an approval."""
+    is in a step that is only an approval.
+
+    ``from_step``: it starts in a fork of the VM that this step left when it completed. ``keep_vm``: a `KeepVm`.
+    """
 
     id: str
     agent: str | None = None
@@ -64,6 +77,8 @@ class Step:
     retry: RetryPolicy | None = None  # None: the agent's own
     timeout_seconds: float | None = None
     continue_on_error: bool = False
+    from_step: str | None = None
+    keep_vm: str | None = None  # None: as its ticket, or its agent, says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from swarm.cel import artifact_refs, template
 from swarm.cel.expression import ExpressionError
 from swarm.model import StepStatus
-from swarm.workflow.definition import Step, Workflow
+from swarm.workflow.definition import ForEach, Step, Workflow
 from swarm.workflow.planner_base import LIVE, PlannerBase, Tally, kind, was
 from swarm.workflow.state import (
     ENDED,
@@ -49,7 +50,12 @@ class FanOut(PlannerBase):
 
     def _start(self, key: str, step: Step, inputs: Any) -> None:
         if step.agent is not None:
-            self._act(Start(key=key, step=step, agent=step.agent, inputs=inputs), status=StepStatus.READY)
+            source = self._source(step.from_step) if step.from_step is not None else None
+            is_source = step.id in self._graph.sources
+            self._act(
+                Start(key=key, step=step, agent=step.agent, inputs=inputs, source=source, is_source=is_source),
+                status=StepStatus.READY,
+            )
         elif isinstance(step.workflow, Workflow):
             self._act(
                 StartWorkflow(key=key, step=step, workflow=step.workflow, inputs=inputs), status=StepStatus.RUNNING
@@ -116,12 +122,14 @@ class FanOut(PlannerBase):
     def _advance(self, step: Step, fan_out: FanOutState) -> None:
         """End the fan-out, or start as many more items as may run together."""
         assert step.for_each is not None
-        join = step.for_each.join
-        tolerated = fan_out.failed if step.continue_on_error else 0
+        join, best = step.for_each.join, step.for_each.best
+        tolerated = fan_out.failed if step.continue_on_error and best is None else 0
         total = fan_out.count - fan_out.skipped
         live = total - fan_out.completed - fan_out.failed
         verdict = Tally(total, fan_out.completed + tolerated, fan_out.failed - tolerated, live).verdict(join)
-        if fan_out.count == 0 or (total == 0 and join == "all"):
+        if best is not None:
+            verdict = "wait" if live else "met" if fan_out.completed else "lost"
+        elif fan_out.count == 0 or (total == 0 and join == "all"):
             verdict = "met"
         if verdict == "wait":
             limit = step.for_each.max_parallel or fan_out.count
@@ -147,13 +155,37 @@ class FanOut(PlannerBase):
             if self._state(key).status in LIVE:
                 why = "enough other items succeeded" if verdict == "met" else "too many other items failed"
                 self._act(Cancel(key=key, why=why), status=StepStatus.CANCELLED, error=why)
-        self._update(step, replace(fan_out, running=0))
+        fan_out = replace(fan_out, running=0)
         if verdict == "met":
-            outputs = [self._state(key).outputs for key in keys]
+            try:
+                fan_out = replace(fan_out, winner=self._winner(step.for_each, keys))
+            except ExpressionError as error:
+                self._update(step, fan_out)
+                self._finish(Fail(key=step.id, error=str(error)))
+                return
+            self._update(step, fan_out)
+            if best is not None:
+                outputs = self._state(f"{step.id}[{fan_out.winner}]").outputs
+            else:
+                outputs = [self._state(key).outputs for key in keys]
             self._finish(Complete(key=step.id, outputs=outputs))
         else:
-            done = "" if join == "all" else f"only {fan_out.completed} of {fan_out.count} succeeded; "
+            self._update(step, fan_out)
+            done = "" if join == "all" and best is None else f"only {fan_out.completed} of {fan_out.count} succeeded; "
             self._finish(Fail(key=step.id, error=f"{done}{fan_out.error or 'no items are left to run'}"))
+
+    def _winner(self, for_each: ForEach, keys: Sequence[str]) -> int | None:
+        """The number of the child that stands for all of them. Raises ExpressionError."""
+        if not for_each.has_winner:
+            return None
+        done = [i for i, key in enumerate(keys) if self._state(key).status == StepStatus.COMPLETED]
+        if for_each.best is None:
+            return done[0] if done else None
+        values = {i: self._number("best", for_each.best, self._result(i, keys[i])) for i in done}
+        return max(done, key=lambda i: (values[i], -i))
+
+    def _result(self, index: int, key: str) -> dict[str, Any]:
+        return self._names(index=index, outputs=self._state(key).outputs)
 
     def _update(self, step: Step, fan_out: FanOutState) -> None:
         self._act(Update(key=step.id, fan_out=fan_out), fan_out=fan_out, status=StepStatus.RUNNING)

@@ -97,7 +97,7 @@ def what(step: Step) -> str:
 
 
 def notes(step: Step) -> list[str]:
-    found = []
+    found = [f"from {step.from_step}"] if step.from_step is not None else []
     if step.when is not True:
         found.append(f"when {_short(str(step.when))}")
     if step.for_each is not None:
@@ -105,6 +105,8 @@ def notes(step: Step) -> list[str]:
         each = _short(items) if isinstance(items, str) else f"of {len(items)}"
         limit = f", {step.for_each.max_parallel} at once" if step.for_each.max_parallel else ""
         found.append(f"for each {each}{limit}")
+        if step.for_each.best is not None:
+            found.append(f"best {_short(step.for_each.best)}")
     if step.repeat is not None:
         found.append(f"until {_short(step.repeat.until)}, at most {step.repeat.max_times} times")
     if step.approval is not None and (step.agent or step.workflow):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -67,6 +67,7 @@ class _ForEach(_Strict):
     items: list[Any] | _Expression
     max_parallel: _Parallel | None = None
     join: _Join = "all"
+    best: _Expression | None = None
 
 
 class _Repeat(_Strict):
@@ -90,11 +91,14 @@ class _Step(_Strict):
     when: bool | _Expression = True
     for_each: _ForEach | list[Any] | _Expression | None = None
     max_parallel: _Parallel | None = None
+    best: _Expression | None = None
     repeat: _Repeat | None = None
     approval: _Approval | str | bool | None = None
     retry: _Retry | Annotated[int, bounded("max_attempts")] | None = None
     timeout_seconds: _Seconds | None = None
     continue_on_error: bool = False
+    from_: _Id | None = Field(default=None, alias="from")
+    keep_vm: Literal["never", "failure", "always"] | None = None
 
 
 class _Schedule(_Strict):
@@ -195,9 +199,10 @@ class _Builder:
         )
 
     def _steps(self, raw: Sequence[_Step], path: manifest.KeyPath, depth: int) -> tuple[Step, ...]:
-        return tuple(self._step(one, (*path, i), depth) for i, one in enumerate(raw))
+        here = {one.id for one in raw}
+        return tuple(self._step(one, (*path, i), depth, here) for i, one in enumerate(raw))
 
-    def _step(self, raw: _Step, path: manifest.KeyPath, depth: int) -> Step:
+    def _step(self, raw: _Step, path: manifest.KeyPath, depth: int, here: Set[str]) -> Step:
         workflow: Workflow | str | None = None
         if isinstance(raw.workflow, dict):
             body = self._model(_Body, raw.workflow, (*path, "workflow"))
@@ -216,16 +221,23 @@ class _Builder:
         if (raw.repeat or raw.for_each is not None) and not raw.agent and not raw.workflow:
             self._bad(path, "an approval alone can't be repeated")
         self._check_effect(raw, path)
-        if raw.max_parallel is not None and (raw.for_each is None or isinstance(raw.for_each, _ForEach)):
-            message = "max_parallel needs a for_each; if that has fields, put it among them"
-            self._bad((*path, "max_parallel"), message, at_key=True)
+        for name in ("max_parallel", "best"):
+            if getattr(raw, name) is not None and (raw.for_each is None or isinstance(raw.for_each, _ForEach)):
+                message = f"{name} needs a for_each; if that has fields, put it among them"
+                self._bad((*path, name), message, at_key=True)
+        if isinstance(raw.for_each, _ForEach) and raw.for_each.best is not None and raw.for_each.join != "all":
+            message = "best waits until all have ended, and takes one of them: leave out join"
+            self._bad((*path, "for_each", "join"), message, at_key=True)
+        needs = [raw.needs] if isinstance(raw.needs, str) else [*raw.needs]
+        if raw.from_ is not None and raw.from_ in here - {raw.id} - {*needs} and raw.join == "all":
+            needs.append(raw.from_)
         return Step(
             id=raw.id,
             description=raw.description,
             agent=raw.agent,
             workflow=workflow,
             inputs=raw.inputs,
-            needs=tuple([raw.needs] if isinstance(raw.needs, str) else raw.needs),
+            needs=tuple(needs),
             join=raw.join,
             when=raw.when,
             for_each=_for_each(raw),
@@ -234,6 +246,8 @@ class _Builder:
             retry=self._retry(raw.retry, (*path, "retry")),
             timeout_seconds=raw.timeout_seconds,
             continue_on_error=raw.continue_on_error,
+            from_step=raw.from_,
+            keep_vm=raw.keep_vm,
         )
 
     def _check_effect(self, raw: _Step, path: manifest.KeyPath) -> None:
@@ -243,6 +257,10 @@ class _Builder:
         if raw.retry is not None:
             message = "retry needs an agent; the steps of a nested workflow have their own"
             self._bad((*path, "retry"), message, at_key=True)
+        for name, value in (("from", raw.from_), ("keep_vm", raw.keep_vm)):
+            if value is not None:
+                message = f"{name} needs an agent: without one, the step has no VM of its own"
+                self._bad((*path, name), message, at_key=True)
         if raw.approval and not raw.workflow:
             if raw.inputs:
                 self._bad((*path, "inputs"), "an approval alone has no use for inputs", at_key=True)
@@ -316,7 +334,7 @@ def _for_each(raw: _Step) -> ForEach | None:
         return None
     if isinstance(raw.for_each, _ForEach):
         return ForEach(**raw.for_each.model_dump())
-    return ForEach(items=raw.for_each, max_parallel=raw.max_parallel)
+    return ForEach(items=raw.for_each, max_parallel=raw.max_parallel, best=raw.best)
 
 
 def _approval(raw: _Approval | str | bool | None) -> Approval | None:
@@ -412,4 +430,4 @@ def _place(value: Any, loc: Sequence[str | int]) -> tuple[manifest.KeyPath, list
 @lru_cache(maxsize=16)
 def _fields(model: type[pydantic.BaseModel]) -> frozenset[str]:
     inner = (_Step, _Retry, _ForEach, _Repeat, _Approval, _Schedule, _Webhook) if issubclass(model, _Body) else ()
-    return frozenset(name for each in (model, *inner) for name in each.model_fields)
+    return frozenset(field.alias or name for each in (model, *inner) for name, field in each.model_fields.items())

@@ -10,6 +10,7 @@ The rules (docs/workflows.md explains them to users):
   fails if one of its needs failed, else it is skipped.
 - A failed step fails the run, unless it has continue_on_error, or all steps that need it have another join (any,
   first_success, N). Steps that don't depend on it continue, unless the workflow has fail_fast.
+- A step with `from` starts in a fork of the VM that another step left: it is skipped unless that one has completed.
 - on_error or on_success steps run when all others have ended.
 """
 
@@ -254,6 +255,11 @@ class _Planner(FanOut):
         try:
             if step.id not in self._graph.when_per_item and not self._when(step, self._names()):
                 self._finish(Skip(key=step.id, why=f"its `when` is false: {template.shorten(str(step.when))}"))
+                return
+            if step.from_step is not None and self._source(step.from_step) is None:
+                status = self._state(step.from_step).status
+                how = "of which no item succeeded" if status == StepStatus.COMPLETED else f"which {was(status)}"
+                self._finish(Skip(key=step.id, why=f"it starts from the VM of {step.from_step!r}, {how}"))
                 return
             if step.approval is not None:
                 message = template.as_text(template.fill(step.approval.message, self._names(), self._evaluator))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -75,6 +76,16 @@ class PlannerBase:
         found = self._changed.get(key)
         return found if found is not None else self._steps.get(key, PENDING)
 
+    def _source(self, step_id: str) -> str | None:
+        """The execution whose VM stands for this step; None unless it has completed."""
+        state, step = self._state(step_id), self._graph.steps[step_id]
+        if state.status != StepStatus.COMPLETED or (step.for_each is None and step.repeat is None):
+            return step_id if state.status == StepStatus.COMPLETED else None
+        number = None
+        if state.fan_out is not None:
+            number = state.fan_out.winner if step.for_each is not None else state.fan_out.count - 1
+        return f"{step_id}[{number}]" if number is not None else None
+
     def _act(self, action: Action, **changes: Any) -> None:
         self._actions.append(action)
         self._changed[action.key] = replace(self._state(action.key), **changes)
@@ -115,6 +126,16 @@ class PlannerBase:
         if not isinstance(value, bool):
             raise ExpressionError(f"{field} must be true or false, but is {kind(value)}")
         return value
+
+    def _number(self, field: str, source: str, names: Mapping[str, Any]) -> float:
+        """Raises ExpressionError. True counts as 1."""
+        value = self._fill(field, source, names)
+        try:
+            if isinstance(value, int | float) and math.isfinite(value):
+                return value
+        except OverflowError:  # an int beyond every float
+            pass
+        raise ExpressionError(f"{field} must be a number, but is {kind(value)}")
 
     def _inputs(self, step: Step, names: Mapping[str, Any], budget: template.Budget | None = None) -> Any:
         filled = self._fill("inputs", dict(step.inputs), names, budget)

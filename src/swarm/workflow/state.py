@@ -47,6 +47,7 @@ class FanOutState:
     failed: int = 0
     skipped: int = 0
     error: str | None = None  # of the first that failed
+    winner: int | None = None  # the child that stands for the step in what follows: see `ForEach.has_winner`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +83,17 @@ class RunProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The step is ready for its agent. ``step`` has its retry policy and timeout."""
+    """The step is ready for its agent. ``step`` has its retry policy and timeout.
+
+    ``source``: it starts in a fork of this execution's VM. ``is_source``: other steps may start in a fork of its own.
+    """
 
     key: str
     step: Step
     agent: str  # name@version
     inputs: Any
+    source: str | None = None
+    is_source: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

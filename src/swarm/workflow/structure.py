@@ -28,6 +28,8 @@ class Graph:
         for step in self.steps.values():
             for need in step.needs:
                 self.dependants[need].append(step.id)
+        # Steps of whose VMs other steps start in forks.
+        self.sources = {step.from_step for step in self.steps.values() if step.from_step is not None}
         self.leaves = [step.id for step in workflow.steps if not self.dependants[step.id]]
         # A `when` that uses the item is evaluated for each item; others once, before there are items.
         self.when_per_item = {

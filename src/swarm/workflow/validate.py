@@ -19,7 +19,7 @@ from swarm.base.manifest import Document, Enough, Invalid, KeyPath, Problem, Pro
 from swarm.cel import template
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound
-from swarm.model import FILES
+from swarm.model import FILES, Agent
 from swarm.workflow import parse
 from swarm.workflow.definition import Schedule, Step, Webhook, Workflow
 from swarm.workflow.pinning import Registry, TooLarge, count_steps, pin
@@ -75,6 +75,7 @@ class _Scope:
     steps: Mapping[str, Any] = field(default_factory=dict)  # id -> schema of its outputs
     before: frozenset[str] = frozenset()  # the steps that have certainly ended by then
     where: str = ""  # the place, for messages
+    flow: Mapping[str, Step] = field(default_factory=dict)  # all steps, by id
 
 
 class _Checker:
@@ -107,11 +108,12 @@ class _Checker:
                 outputs.setdefault(step.id, self._outputs(step, where, within))
         main = self._order(flow.steps, (*path, "steps"))
         everything = frozenset(main)
-        self._part(flow.steps, (*path, "steps"), names, outputs, main, frozenset())
+        by_id = {step.id: step for step in flow.all_steps()}
+        self._part(flow.steps, (*path, "steps"), _Scope(names, outputs, flow=by_id), main)
         for part, extra in (("on_error", {"error": _ERROR}), ("on_success", {})):
             steps = getattr(flow, part)
             before = self._order(steps, (*path, part))
-            self._part(steps, (*path, part), {**names, **extra}, outputs, before, everything)
+            self._part(steps, (*path, part), _Scope({**names, **extra}, outputs, everything, flow=by_id), before)
         last = _Scope({**names, "steps": {}}, outputs, frozenset(ids))
         for name, value in (flow.outputs or {}).items():
             self._value(value, (*path, "outputs", name), last)
@@ -162,14 +164,13 @@ class _Checker:
         self,
         steps: Sequence[Step],
         path: KeyPath,
-        names: Mapping[str, Any],
-        outputs: Mapping[str, Any],
+        around: _Scope,
         before: Mapping[str, frozenset[str]],
-        earlier: frozenset[str],
     ) -> None:
+        """``around``: what all of these steps may use."""
         for i, step in enumerate(steps):
-            scope = _Scope({**names, "steps": {}}, outputs, before[step.id] | earlier, f"the step {step.id!r}")
-            self._one(step, (*path, i), scope)
+            ended, where = around.before | before[step.id], f"the step {step.id!r}"
+            self._one(step, (*path, i), replace(around, names={**around.names, "steps": {}}, before=ended, where=where))
 
     def _one(self, step: Step, path: KeyPath, scope: _Scope) -> None:
         inner = replace(scope, names=dict(scope.names))
@@ -180,6 +181,10 @@ class _Checker:
             items = self._typed(step.for_each.items, where, scope, {"type": "array"}, "for_each must be a list")
             inner.names["item"] = items.get("items", {}) if isinstance(items, Mapping) else {}
             inner.names["index"] = {"type": "integer"}
+            if step.for_each.best is not None:
+                self._best(step, step.for_each.best, path, scope)
+        if step.from_step is not None:
+            self._from(step, step.from_step, path, scope)
         if step.repeat is not None:
             inner.names["previous"] = {}
             inner.names["index"] = {"type": "integer"}
@@ -196,6 +201,35 @@ class _Checker:
         wanted = self._inputs_schema(step)
         if wanted is not None:
             self._fits(step.agent or step.id, step.inputs, wanted, (*path, "inputs"), inner)
+
+    def _best(self, step: Step, best: str, path: KeyPath, scope: _Scope) -> None:
+        where = (*path, "for_each", "best")
+        if where not in self._document.positions:
+            where = (*path, "best")
+        names = {**scope.names, "outputs": scope.steps[step.id], "index": {"type": "integer"}}
+        wanted = {"type": ["number", "boolean"]}
+        self._typed(best, where, replace(scope, names=names), wanted, "best must be a number")
+
+    def _from(self, step: Step, name: str, path: KeyPath, scope: _Scope) -> None:
+        """Has the step that it starts from certainly ended by then, with one VM that this one's agent can work in?"""
+        where, source = (*path, "from"), scope.flow.get(name)
+        if source is None:
+            self._bad(where, f"there is no step {name!r}{_near(name, scope.flow)}")
+        elif name == step.id:
+            self._bad(where, f"the step {name!r} can't start from its own VM")
+        elif name not in scope.before:
+            self._bad(where, f"the step {name!r} may not have ended by then: add it to `needs`")
+        elif source.agent is None:
+            self._bad(where, f"the step {name!r} has no agent, so it leaves no VM to start from")
+        elif source.for_each is not None and not source.for_each.has_winner:
+            self._bad(where, f"the step {name!r} leaves a VM for each item: give it `best` or `join: first_success`")
+        else:
+            for _ in scope.flow:  # not `while`: a workflow with a cycle, which `_order` has reported, comes here too
+                source = scope.flow.get(source.from_step or "", source)
+            with contextlib.suppress(NotFound):  # `_outputs` has reported it
+                own, theirs = self._registry.agent(step.agent or ""), self._registry.agent(source.agent or "")
+                if lacks := _lacks(own, theirs):
+                    self._bad(where, f"the VM of {name!r} was made for the agent {theirs.name}, and {own.name} {lacks}")
 
     # --- agents and workflows ---
 
@@ -221,7 +255,7 @@ class _Checker:
             made = self._outputs_of(step.workflow)
         else:
             made = schema.expand({"approved": "boolean", "by": "string", "why": "string?"})
-        return {"type": "array", "items": made} if step.for_each is not None else made
+        return {"type": "array", "items": made} if step.for_each is not None and step.for_each.best is None else made
 
     @staticmethod
     def _outputs_of(flow: Workflow) -> Any:
@@ -372,6 +406,19 @@ def _step_name(path: tuple[str | int, ...], scope: _Scope) -> Iterator[str]:
     elif path[1] == "outputs" and (missing := _missing(scope.steps[step], path[2:])):
         i, hint = missing
         yield f"the outputs of {step!r} have no {'.'.join(map(str, path[2 : 3 + i]))!r}{hint}"
+
+
+def _lacks(own: Agent, theirs: Agent) -> str:
+    """What an agent needs of a VM that was made for another; '' if nothing is missing."""
+    for name in ("memory_mb", "vcpus", "disk_mb"):
+        if (wanted := getattr(own, name)) > (given := getattr(theirs, name)):
+            return f"needs {name} {wanted}; that one's is {given}"
+    if own.image is not None and own.image != theirs.image:
+        return f"needs the image {own.image}"
+    for name in ("requirements", "packages"):
+        if missing := sorted({*getattr(own, name)} - {*getattr(theirs, name)}):
+            return f"needs the {name} {', '.join(missing)}, which that one has not"
+    return ""
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any
@@ -42,6 +43,8 @@ def workflows(draw: st.DrawFn) -> list[dict[str, Any]]:
                 "max_parallel": draw(st.integers(1, 4)),
                 "join": draw(st.sampled_from(["all", "any", "first_success", 2])),
             }
+            if draw(st.integers(0, 2)) == 0:
+                step["for_each"] |= {"join": "all", "best": "${outputs.n}"}
         elif kind == "again":
             step["repeat"] = {"until": f"${{steps.s{number}.outputs.n >= 2}}", "max_times": 3}
             step["inputs"] = {"n": "${index}"}
@@ -51,6 +54,9 @@ def workflows(draw: st.DrawFn) -> list[dict[str, Any]]:
             step["workflow"] = {"steps": [{"id": "x", "agent": "echo"}, {"id": "y", "agent": "echo", "needs": "x"}]}
         else:
             step["agent"] = "echo"
+        with_vm: list[str] = [s["id"] for s in steps if s["id"] in needs and "agent" in s and _has_one_vm(s)]
+        if "agent" in step and with_vm and (source := draw(st.sampled_from([*with_vm, ""]))):
+            step["from"] = source
         if draw(st.booleans()):
             step.setdefault("inputs", {})["dear"] = "${[1, 2].map(x, x)}"
         if draw(st.integers(0, 4)) == 0:
@@ -61,6 +67,11 @@ def workflows(draw: st.DrawFn) -> list[dict[str, Any]]:
             step["retry"] = {"max_attempts": 2, "delay_seconds": 0, "on": ["agent_failed"]}
         steps.append(step)
     return steps
+
+
+def _has_one_vm(step: Mapping[str, Any]) -> bool:
+    each = step.get("for_each")
+    return each is None or "best" in each or each["join"] in ("any", "first_success")
 
 
 MOVES = st.sampled_from(["ok", "ok", "ok", "ok", "fail", "fail", "lost", "back", "restart", "two at once"])
@@ -97,6 +108,7 @@ class History:
         self.planning_seconds = planning_seconds
         self.steps: Mapping[str, dict[str, Any]] = {step["id"]: step for step in steps}
         self.completed: set[str] = set()
+        self.snapshots: dict[str, str] = {}  # of completed steps, by their names
 
     async def play(self, flow: Mapping[str, Any], moves: list[str], cancel_at: int | None) -> None:
         outside, stack = SqliteOutside(self.url), AsyncExitStack()
@@ -124,14 +136,14 @@ class History:
                 continue
             match next(script, "ok"):
                 case "ok":
-                    await self.finish(store, running.pop(0), Succeeded(outputs='{"n": 2}'))
+                    await self.finish(store, running[0], self.well(outside, running.pop(0), 2))
                 case "fail":
                     await self.finish(store, running.pop(), Failed(reason=FailureReason.AGENT_FAILED, message="broke"))
                 case "back":
                     await self.finish(store, running.pop(0), Interrupted())
                 case "two at once":
                     batch, running = running[:2], running[2:]
-                    await asyncio.gather(*(self.finish(store, c, Succeeded(outputs='{"n": 1}')) for c in batch))
+                    await asyncio.gather(*(self.finish(store, c, self.well(outside, c, 1)) for c in batch))
                 case "lost":
                     running.clear()
                     await store.shift_clock(LOST_MS)
@@ -155,6 +167,21 @@ class History:
         wanted = {"all": len(top["needs"]), "any": 1, "first_success": 1}.get(top.get("join", "all"), top.get("join"))
         assert not top["needs"] or len(met) >= int(wanted or 0), f"{name} was started before its needs were met: {rows}"
 
+        source = top.get("from") if name.count("/") == 0 else None
+        assert (claim.source is None) == (source is None)
+        if source is not None:
+            begun_from = next((one for one, id in self.snapshots.items() if id == claim.source), "")
+            assert begun_from.partition("[")[0] == source and rows[begun_from] == "completed", (name, claim.source)
+
+    def well(self, outside: SqliteOutside, claim: Claim, n: int) -> Outcome:
+        """Its VM was kept if other steps start from it."""
+        left = f"of-{claim.attempt_id}" if claim.is_source else None
+        if left is not None:
+            outside.execute(
+                "INSERT INTO snapshots (id, kind, host) VALUES (?, 'step', ?)", (left, socket.gethostname())
+            )
+        return Succeeded(outputs=f'{{"n": {n}}}', snapshot_id=left)
+
     def _harmless(self, need: str, status: str) -> bool:
         return status == "failed" and bool(self.steps[need].get("continue_on_error"))
 
@@ -166,6 +193,8 @@ class History:
         if isinstance(outcome, Succeeded):
             assert claim.step_id not in self.completed
             self.completed.add(claim.step_id)
+            if outcome.snapshot_id is not None:
+                self.snapshots[claim.step_id] = outcome.snapshot_id
 
     async def answer(self, store: Store, outside: SqliteOutside, *, approved: bool) -> bool:
         waiting = outside.execute("SELECT step_id FROM step_executions WHERE status = 'waiting' AND verdict IS NULL")

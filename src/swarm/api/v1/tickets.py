@@ -16,7 +16,7 @@ from swarm.api.endpoint import Call, Endpoint, Fields
 from swarm.base import trace, trees
 from swarm.base.clock import moment
 from swarm.errors import NotFound, UsageError
-from swarm.model import FILES, BudgetPolicy, Role, Ticket, TicketState
+from swarm.model import FILES, BudgetPolicy, KeepVm, Role, Ticket, TicketState
 from swarm.store import submission
 from swarm.store.details import TicketDetails
 from swarm.store.registry.webhooks import Once
@@ -68,6 +68,10 @@ class Submission(Fields):
     budget_usd: float | None = None
     budget_tokens: int | None = None
     over_budget: BudgetPolicy | None = None
+    keep_vm: KeepVm | None = Field(
+        default=None, description="when its VM is kept, to look into: default as the agent says"
+    )
+    keep_vm_seconds: float | None = Field(default=None, description="for how long; default: a day")
     draft: bool = False
     after: Annotated[tuple[str, ...], Field(max_length=1000)] = Field(
         default=(), description="run it when these tickets are done"
@@ -153,6 +157,8 @@ async def submit_ticket(call: Call) -> Ticket:
         budget_usd=body.budget_usd,
         budget_tokens=body.budget_tokens,
         over_budget=body.over_budget,
+        keep_vm=body.keep_vm,
+        keep_vm_seconds=body.keep_vm_seconds,
     )
     if trace.valid(parent := call.request.headers.get(trace.HEADER)):  # what made it is traced: so is the ticket, in it
         ticket = replace(ticket, trigger_data=json.dumps({trace.HEADER: parent}))

@@ -11,7 +11,7 @@ from typing import Final
 
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
-from swarm.store.claims import suspects
+from swarm.store.claims import kept, suspects
 from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
 from swarm.store.registry import workflows
@@ -38,7 +38,7 @@ READY_TICKET: Final = Sql(f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.id = 
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
        s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
-       s.ticket_created_at, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
+       s.ticket_created_at, {kept.COLUMNS}, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
        FROM attempts a WHERE a.step_execution_id = s.id AND (a.outcome IS NULL OR a.outcome = 'succeeded')) AS taken,
        r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
        (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries, {suspects.LOSSES} AS losses,
@@ -46,6 +46,7 @@ SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_
        {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
 FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
 WHERE s.status = 'ready' AND s.available_at IS NULL
+  AND {kept.IS_HERE}
   AND (:idle = 1 OR :drain = 1 AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
 READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
 READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit")
@@ -110,6 +111,7 @@ class ClaimRequest:
     held: frozenset[str] = frozenset()  # attempts that this worker is executing
     idle: bool = True  # it is executing none, so it may run a suspect
     drain: bool = True  # it may take nothing more, until it is idle, for a suspect that has waited for long
+    host: str = ""
     queue_timeout_seconds: float | None = None
 
 
@@ -263,7 +265,8 @@ class _ClaimTransaction:
     def _ready_rows(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
         """Tickets, and steps of runs that have begun; suspects only if they can run, or no longer wait patiently."""
         one = self.request.ticket_id
-        which = {"limit": limit, "idle": self._idle, "drain": self.request.drain, "patient_since": self._patient_since}
+        which = {"limit": limit, "idle": self._idle, "drain": self.request.drain, "host": self.request.host}
+        which["patient_since"] = self._patient_since
         if one is not None:
             steps = self.tx.all(READY_STEP, id=one, **which) if self.steps else []
             return self.tx.all(READY_TICKET, id=one), steps
@@ -330,6 +333,8 @@ class _ClaimTransaction:
                         missing -= 1
                     continue
                 agent = self._agent(work, agents)
+                if candidate.is_step and (least := kept.memory_mb(candidate.row.source_spec)) > agent.memory_mb:
+                    agent = replace(agent, memory_mb=least)
                 if most is not None and agent.memory_mb > most:
                     raise validation.too_big(agent, most)  # else it would block the head of the queue for ever
             except BadRow as error:
@@ -441,4 +446,5 @@ class _ClaimTransaction:
             queued_ms=float(max(0, now_ms - since)) if since is not None else 0.0,
             in_workflow=candidate.in_workflow,
             alone=alone,
+            **kept.of(row if candidate.is_step else None, ticket, agent),
         )

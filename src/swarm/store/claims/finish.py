@@ -222,9 +222,10 @@ def _finish(changes: Changes, row: Row, request: FinishRequest, agent: Agent | S
     end_step = partial(changes.end_step, row, vm_time_ms=request.vm_time_ms, vm_id=request.vm_id)
     step_back = partial(changes.step_back, row, vm_time_ms=request.vm_time_ms)
     match request.outcome:
-        case Succeeded(outputs=outputs, exit_code=exit_code):
+        case Succeeded(outputs=outputs, exit_code=exit_code, snapshot_id=snapshot):
             end_attempt(AttemptOutcome.SUCCEEDED, exit_code=exit_code)
-            end_step(StepStatus.COMPLETED, why="succeeded", outputs=_stored(changes, row, request, outputs))
+            stored = _stored(changes, row, request, outputs)
+            end_step(StepStatus.COMPLETED, why="succeeded", outputs=stored, snapshot_id=snapshot)
         case Failed(reason=reason, message=error, exit_code=exit_code) as failed:
             end_attempt(AttemptOutcome.FAILED, reason=str(reason), error=error, exit_code=exit_code)
             delay_ms = retry_delay_ms(row, failed, agent if isinstance(agent, Agent) else None)

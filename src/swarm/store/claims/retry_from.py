@@ -72,6 +72,8 @@ def retry_from(tx: Tx, request: RetryRequest) -> None:
     rows = tx.all(_STEPS, run_id=last.id)
     step, number = _find(graph, request.step, {row.step_id for row in rows})
     rerun = _to_rerun(graph, step, {row.step_id: row.status for row in rows}, kept=step if number is not None else None)
+    if step in rerun:  # the VM that its items start from is gone, so all of them run again
+        number = None
     run_id = new_id(tx.now_ms)
     seconds = ticket.timeout_seconds
     changes.add(
@@ -123,6 +125,14 @@ def _to_rerun(graph: Graph, step: str, statuses: Mapping[str, str], *, kept: str
             rerun |= set(graph.after(key))
         elif status != StepStatus.COMPLETED and status != StepStatus.FAILED:
             rerun.add(key)
+    # The VMs that steps left are gone with the run: the steps of which others start run again too.
+    again = [*rerun, *([kept] if kept is not None else [])]
+    for key in again:  # grows while it is walked
+        source = graph.steps[key].from_step
+        if source is not None and source not in rerun:
+            more = [one for one in graph.after(source) if one not in rerun]
+            rerun.update(more)
+            again += more
     return rerun
 
 

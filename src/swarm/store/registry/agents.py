@@ -11,15 +11,14 @@ from typing import Any, Final
 
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
-from swarm.fields import IN_WORDS, MODULE, NAME, NO_NUL, VARIABLE, VERSION
+from swarm.fields import DEBIAN_PACKAGE, IN_WORDS, MODULE, NAME, NO_NUL, REQUIREMENT, VARIABLE, VERSION
 from swarm.model import (
     BOUNDS,
-    DEBIAN_PACKAGE,
-    REQUIREMENT,
     TERMINAL_TICKET_STATES,
     Agent,
     BudgetPolicy,
     FailureReason,
+    KeepVm,
     RetryPolicy,
 )
 from swarm.store.sql.database import Row, Tx, unique
@@ -146,6 +145,8 @@ def parse(row: Row) -> Agent:
             raise ValueError(f"idempotent must be 0 or 1, not {str(values['idempotent'])[:40]!r}")
         if values["over_budget"] not in (None, *BudgetPolicy):
             raise ValueError("over_budget must be 'fail' or 'wait', or NULL")
+        if values["keep_vm"] not in (None, *KeepVm):
+            raise ValueError("keep_vm must be 'never', 'failure' or 'always', or NULL")
         values |= {
             "path": Path(values["path"]),
             "retry": RetryPolicy(**retry),

@@ -75,7 +75,8 @@ _CHILDREN: Final = Sql(
 # The columns that an action may set; NULL leaves a column as it is.
 _WRITTEN: Final = (
     "agent_id", "agent_name", "agent_version", "inputs", "outputs", "queued_at", "started_at", "completed_at",
-    "duration_ms", "max_attempts", "timeout_seconds", "retry", "question", "fan_out",
+    "duration_ms", "max_attempts", "timeout_seconds", "retry", "question", "fan_out", "keep_vm", "from_step",
+    "snapshot_id",
 )  # fmt: skip
 _UPDATE_STEP: Final = one_row(
     "UPDATE step_executions SET status = :status, error = :error, available_at = :available_at, "
@@ -136,7 +137,8 @@ class _Work:
                 if key not in self._steps:
                     self._add(key, StepStatus.PENDING)
         else:
-            self._read([action.key for action in actions])
+            sources = [one.source for one in actions if isinstance(one, Start) and one.source is not None]
+            self._read([*(action.key for action in actions), *sources])
         for key, step in self._steps.items():
             if step.status in ENDED and self._decided.seen.get(key, step.status) not in ENDED:
                 return False
@@ -248,6 +250,9 @@ class _Work:
             max_attempts=step.retry.max_attempts if step.retry else ticket_tries or agent.retry.max_attempts,
             timeout_seconds=step.timeout_seconds or agent.timeout_seconds,
             retry=_retry(step),
+            keep_vm=step.keep_vm,
+            from_step=self._step(action.source).id if action.source is not None else None,
+            snapshot_id="" if action.is_source else None,
         )
 
     def _start_workflow(self, action: StartWorkflow) -> None:

@@ -114,6 +114,7 @@ _TICKET_READERS: Final[Mapping[str, Any]] = {
     "timeout_seconds": _real,
     "budget_usd": _real,
     "budget_tokens": _integer,
+    "keep_vm_seconds": _real,
 }
 TICKET_FIELDS: Final = tuple(field.name for field in fields(Ticket))
 TICKET_COLUMNS: Final = ", ".join(f"t.{name}" for name in TICKET_FIELDS)

@@ -304,7 +304,7 @@ step_executions = sa.Table(
     _text("fan_out"),  # progress of a step with several executions: the planner's
     _text("keep_vm"),  # the step's own; NULL: its ticket's, or its agent's
     _text("from_step"),  # the step execution (its id) in a fork of whose VM it runs
-    _text("snapshot_id"),  # of its VM when it completed, if other steps may start from that
+    _text("snapshot_id"),  # of its VM when it completed, if other steps may start from that; '' until then
     _index("step_executions_ready", "priority DESC", "ticket_created_at", where=STEP_READY),
     _index("step_executions_delayed", "available_at", where=STEP_DELAYED),
     _index("step_executions_waiting", "available_at", where=STEP_WAITING),

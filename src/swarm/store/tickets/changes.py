@@ -53,7 +53,8 @@ _ASK: Final = one_row(
 )
 _END_STEP: Final = one_row(
     "UPDATE step_executions SET status = :status, outputs = :outputs, error = :error, completed_at = :now, "
-    "duration_ms = :duration_ms, vm_id = COALESCE(:vm_id, vm_id), available_at = NULL WHERE id = :id"
+    "duration_ms = :duration_ms, vm_id = COALESCE(:vm_id, vm_id), snapshot_id = COALESCE(:snapshot_id, snapshot_id), "
+    "available_at = NULL WHERE id = :id"
 )
 _ADD_VM_TIME: Final = Sql("UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + :vm_time_ms WHERE id = :id")
 _END_RUN: Final = one_row(
@@ -323,6 +324,7 @@ class Changes:
         outputs: str | None = None,
         vm_time_ms: float = 0.0,
         vm_id: int | None = None,
+        snapshot_id: str | None = None,
     ) -> None:
         """The step ends, and in a plain ticket also the run and the ticket. In a workflow, the run needs a decision."""
         error, now = message(error), self.tx.now
@@ -337,6 +339,7 @@ class Changes:
             now=now,
             duration_ms=max(0, ended - started) if started is not None else None,
             vm_id=vm_id,
+            snapshot_id=snapshot_id,
         )
         self.transition(
             "step",

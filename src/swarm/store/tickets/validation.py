@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from swarm.base import jsontext, versions
-from swarm.model import BOUNDS, Agent, BudgetPolicy, ExecutionMode, Ticket, TicketState
+from swarm.model import BOUNDS, Agent, BudgetPolicy, ExecutionMode, KeepVm, Ticket, TicketState
 from swarm.store.sql.rows import READ_BYTES, TICKET_FIELDS, lenient, milliseconds
 
 KIB: Final = 1024
@@ -82,6 +82,11 @@ def strict_ticket(row: Any) -> Ticket:
     values["over_budget"] = values["over_budget"] or None
     if values["over_budget"] not in (None, *BudgetPolicy):
         raise BadRow(f"over_budget {shown(values['over_budget'])} is unknown; use 'fail' or 'wait', or NULL")
+    values["keep_vm"] = values["keep_vm"] or None
+    if values["keep_vm"] not in (None, *KeepVm):
+        raise BadRow(
+            f"keep_vm {shown(values['keep_vm'])} is unknown; use {', '.join(map(repr, map(str, KeepVm)))}, or NULL"
+        )
     return Ticket(**values)
 
 
@@ -120,7 +125,7 @@ def _number(name: str, value: object) -> Any:
     raise BadRow(f"{name} is {shown(value)}; it must be {kind} from {least:g} to {most:g}, or NULL")
 
 
-_NUMBERS: Final = ("priority", "max_attempts", "timeout_seconds", "budget_usd", "budget_tokens")
+_NUMBERS: Final = ("priority", "max_attempts", "timeout_seconds", "budget_usd", "budget_tokens", "keep_vm_seconds")
 
 
 def check_age(row: Any, now_ms: int, limit_seconds: float) -> None:

@@ -23,7 +23,7 @@ from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, ImageError, UsageError
-from swarm.model import DEBIAN_PACKAGE
+from swarm.fields import DEBIAN_PACKAGE
 from swarm.vm.driver import Image
 from swarm.vm.image import apt, elf, pip
 from swarm.vm.image.base import UNWANTED_PATHS

@@ -14,7 +14,7 @@ from typing import Final
 
 from swarm.base import files, process
 from swarm.errors import HostError, ImageError, UsageError
-from swarm.model import REQUIREMENT
+from swarm.fields import REQUIREMENT
 from swarm.vm.image.apt import FULL_DISK
 
 TIMEOUT_SECONDS: Final = 1200.0

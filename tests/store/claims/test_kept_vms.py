@@ -1,0 +1,169 @@
+"""Which VMs are kept: for a person, by agent, step or ticket; for steps that start in a fork of another step's VM."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from swarm.model import Claim, Failed, FailureReason, Outcome, Succeeded
+from swarm.store.store import Store
+from tests.store.databases import ECHO, LEASE, RETRY, Outside, insert
+from tests.store.flows import claims, finish, names, run, state, statuses, ticket, well
+from tests.store.runs.workflows import BROKEN, both_ways
+
+KEYS = ("never", "failure", "always")
+
+
+@pytest.mark.parametrize(
+    ("of_step", "of_ticket", "of_agent", "kept"),
+    [
+        (None, None, None, "never"),
+        (None, None, "failure", "failure"),
+        (None, "never", "failure", "never"),
+        ("always", "never", "failure", "always"),
+        ("perhaps", "always", None, "always"),  # written by another program
+    ],
+)
+async def test_whose_keep_vm_counts(
+    store: Store, outside: Outside, of_step: str | None, of_ticket: str | None, of_agent: str | None, kept: str
+) -> None:
+    await store.put_agent(replace(RETRY, id="x", name="x", keep_vm=of_agent, keep_vm_seconds=60.0))
+    own = f", keep_vm: {of_step}" if of_step in KEYS else ""
+    await ticket(
+        store, outside, f"steps: [{{id: a, agent: echo}}, {{id: b, agent: x, needs: a{own}}}]", keep_vm=of_ticket
+    )
+    [first] = await claims(store)
+    await finish(store, first)
+    if of_step not in (None, *KEYS):
+        outside.execute("UPDATE step_executions SET keep_vm = ? WHERE step_id = 'b'", (of_step,))
+    [claim] = await claims(store)
+    assert (claim.keep_vm, claim.keep_vm_seconds) == (kept, 60.0)
+    assert first.keep_vm_seconds == 86_400.0 and not claim.is_source and claim.source is None
+
+
+async def test_a_plain_ticket_says_how_long(store: Store, outside: Outside) -> None:
+    insert(outside, "t", keep_vm="failure", keep_vm_seconds=3600)
+    [claim] = await claims(store)
+    assert (claim.keep_vm, claim.keep_vm_seconds) == ("failure", 3600.0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "error"),
+    [
+        ({"keep_vm": "forever"}, "keep_vm 'forever' is unknown; use 'never', 'failure', 'always', or NULL"),
+        ({"keep_vm_seconds": "a day"}, "keep_vm_seconds is 'a day'; it must be a number from 1 to 3.1536e+07, or NULL"),
+        ({"keep_vm_seconds": 0}, "keep_vm_seconds is 0.0; it must be a number from 1 to 3.1536e+07, or NULL"),
+    ],
+)
+async def test_a_wrong_row_fails(store: Store, outside: Outside, columns: dict[str, object], error: str) -> None:
+    insert(outside, "t", **columns)
+    assert await claims(store) == []
+    assert await state(store) == ("failed", error)
+
+
+async def test_a_wrong_row_of_an_agent_says_so(store: Store, outside: Outside) -> None:
+    for value, said in (("'often'", "keep_vm must be"), ("'never', keep_vm_seconds = 0", "keep_vm_seconds must be")):
+        outside.execute(f"UPDATE agents SET keep_vm = {value} WHERE id = '{ECHO.id}'")
+        insert(outside, said.replace(" ", "-"))
+        assert await claims(store) == []
+        assert said in str((await store.ticket(said.replace(" ", "-"))).error)
+
+
+# --- forks ------------------------------------------------------------------------------------------------------------
+
+RACE = """
+steps:
+  - {id: setup, agent: echo}
+  - {id: try, agent: retry, from: setup, for_each: {items: [1, 2, 3], join: first_success}}
+  - {id: ship, agent: echo, from: try}
+"""
+
+
+def leaves(snapshot: str) -> Outcome:
+    return Succeeded(outputs="{}", snapshot_id=snapshot)
+
+
+def snapshot(outside: Outside, id: str, *, host: str = "here", memory_mb: int = 256) -> None:
+    row = {"id": id, "kind": "step", "host": host, "spec": json.dumps({"memory_mb": memory_mb})}
+    outside.execute("INSERT INTO snapshots (id, kind, host, spec) VALUES (:id, :kind, :host, :spec)", row)
+
+
+async def claims_on(store: Store, host: str, memory_mb: int | None = None) -> list[Claim]:
+    await store.decided()
+    found = await store.claim("test", limit=9, lease_seconds=LEASE, host=host, memory_mb=memory_mb)
+    while not found and await store.decided():
+        found = await store.claim("test", limit=9, lease_seconds=LEASE, host=host, memory_mb=memory_mb)
+    return found
+
+
+@both_ways
+async def test_steps_start_in_forks_on_the_host_that_has_the_snapshot(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, RACE)
+    [setup] = await claims_on(store, "here")
+    assert setup.is_source and setup.source is None
+    snapshot(outside, "of-setup")
+    await finish(store, setup, lambda _: leaves("of-setup"))
+    assert await claims_on(store, "there") == []
+    tries = await claims_on(store, "here")
+    assert names(tries) == ["try[0]", "try[1]", "try[2]"] and {claim.source for claim in tries} == {"of-setup"}
+    # A retry begins again from it, and so does the run of an engine after one that died.
+    await finish(store, tries[0], lambda _: Failed(reason=FailureReason.AGENT_FAILED, message="broke"))
+    await store.shift_clock(60_000)
+    again = await claims_on(store, "here")
+    assert {claim.source for claim in again} == {"of-setup"} and "try[1]" in names(again)
+    winner = next(claim for claim in again if claim.step_id == "try[1]")
+    snapshot(outside, "of-try")
+    await finish(store, winner, lambda _: leaves("of-try"))
+    [ship] = await claims_on(store, "here")
+    assert (await statuses(store))["try[2]"] == "cancelled", "those that lose are killed at once"
+    assert (ship.step_id, ship.source, ship.is_source) == ("ship", "of-try", False)
+    await finish(store, ship)
+    assert await claims(store) == []
+    assert (await state(store))[0] == "done"
+
+
+async def test_a_fork_is_as_large_as_the_vm_it_is_one_of(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, "steps: [{id: a, agent: echo}, {id: b, agent: echo, from: a}]")
+    [first] = await claims_on(store, "here")
+    snapshot(outside, "big", memory_mb=900)
+    await finish(store, first, lambda _: leaves("big"))
+    assert await claims_on(store, "here", memory_mb=899) == []
+    [claim] = await claims_on(store, "here", memory_mb=900)
+    assert claim.agent.memory_mb == 900
+
+
+@pytest.mark.parametrize("left", ["", "gone"])
+async def test_a_snapshot_that_is_gone_is_told_by_any_host(store: Store, outside: Outside, left: str) -> None:
+    await ticket(store, outside, "steps: [{id: a, agent: echo}, {id: b, agent: echo, from: a}]")
+    [first] = await claims_on(store, "here")
+    await finish(store, first, lambda _: leaves(left))
+    [claim] = await claims_on(store, "there")
+    assert claim.source == ""
+
+
+@both_ways
+async def test_a_retry_makes_the_vm_again_that_it_starts_from(store: Store, outside: Outside) -> None:
+    """The VMs that steps left are gone with their run."""
+    text = """
+steps:
+  - {id: first, agent: echo}
+  - {id: setup, agent: echo, needs: first}
+  - {id: try, agent: echo, from: setup, for_each: [1, 2]}
+  - {id: ship, agent: echo, needs: try}
+"""
+    await ticket(store, outside, text)
+
+    def behave(claim: Claim) -> Outcome:
+        bad = claim.step_id == "try[1]" and len(started) < 1
+        return Failed(reason=FailureReason.AGENT_FAILED, message=str(BROKEN)) if bad else well(claim)
+
+    started: list[str] = []
+    started = await run(store, behave)
+    assert (await state(store))[0] == "failed"
+    await store.retry("t", step="try[1]")
+    assert await run(store) == ["setup", "try[0]", "try[1]", "ship"]
+    assert (await state(store))[0] == "done"
+    await store.retry("t", step="ship")
+    assert await run(store) == ["ship"], "which starts from none"
