@@ -64,8 +64,9 @@ class OpenFiles:
         self._fault = ""
         self._compare()
 
-    def check(self) -> None:
-        """Raises FilesChanged, from then on always, when one of the files is gone, or isn't what SQLite left."""
+    def check(self, *, nonsense: bool = False) -> None:
+        """Raises FilesChanged, from then on always, when one of the files is gone, or isn't what SQLite left.
+        ``nonsense``: what SQLite reads is no database. It was one, so it is being overwritten just now."""
         if not self._fault:
             found = [_stat(path) for path in self._paths]
             for path, before, after in zip(self._paths, self._opened, map(_inode, found), strict=True):
@@ -76,6 +77,8 @@ class OpenFiles:
                 log = self._read_log()
                 if log is not None and found[0] is not None and not self._is_as_known(log, found[0], found[1]):
                     self._compare()
+            if nonsense and not self._fault:
+                self._fault = f"{self._paths[0]} was changed from outside (it was overwritten)"
             if self._fault and _inode(found[0]) == self._opened[0]:
                 _keep_open(self._file)
         if self._fault:

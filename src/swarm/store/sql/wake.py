@@ -137,8 +137,8 @@ class Wake:
     def _version_changed(self) -> bool:
         try:
             version = self._data_version()
-        except StoreError:
-            self._opened.check()  # a file that is just being overwritten is read as nonsense: that is why
+        except StoreError as error:
+            self._opened.check(nonsense="SQLITE_NOTADB" in getattr(error.__cause__, "sqlite_errorname", ""))
             raise
         seen, self._version = self._version, version
         return version != seen
