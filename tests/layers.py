@@ -28,7 +28,11 @@ LAYERS: Final[list[tuple[tuple[str, ...], str]]] = [
     (("vm.drivers",), "QEMU, Firecracker, plain process"),
     (("vm.choose",), "which driver works on this host"),
     (("vm.slots",), "which VMs exist, their network slots, and what removes them"),
-    (("vm.warmup", "vm.template"), "booted, paused VMs on disk, from which clones are made"),
+    (("vm.live",), "a VM that runs, and how it is told when it has ended instead"),
+    (
+        ("vm.warmup", "vm.template", "vm.snapshots"),
+        "booted VMs on disk, from which clones are made; VMs paused on disk",
+    ),
     (("vm.launcher",), "from a VmSpec to a VM that is ready for an agent"),
     (("vm.pool",), "VMs kept ready"),
     (("store.sql",), "connections, threads, rows, tables"),

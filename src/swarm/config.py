@@ -27,6 +27,7 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
     "first_engine_slot": (1, 65_533),  # of the slots that exist: vm/slots/inventory.py
     "budget_usd_per_day": BOUNDS["budget_usd"],
     "budget_tokens_per_day": BOUNDS["budget_tokens"],
+    "snapshots_gb": (0.001, 1e6),
     "lease_seconds": (0.1, 86_400.0),
     "queue_timeout_seconds": (0.001, 365 * 86_400.0),
     "boot_timeout_seconds": (0.1, 86_400.0),
@@ -49,6 +50,11 @@ class Settings(BaseModel):
     database_url: str = ""  # default: sqlite at home/data/swarm.db
     images_dir: Path | None = None  # default: home/images
     templates_dir: Path | None = None  # default: home/templates
+    # Snapshots of VMs: paused sandboxes, and VMs of tickets that were kept. For root alone: they may hold secrets. On
+    # the file system of state_dir, none of it is copied when a sandbox is paused or resumed.
+    snapshots_dir: Path | None = None  # default: home/snapshots
+    # How much disk they may take together, in 10^9 bytes. Not set: as much as there is.
+    snapshots_gb: float | None = _number("snapshots_gb", None)
     # State of the VMs on this host, shared by all homes: VM directories, slot locks. The path must be short (it holds
     # Unix sockets) and on a disk, not in memory (it holds work disks too).
     state_dir: Path = Path("/var/lib/swarm")
@@ -114,6 +120,10 @@ class Settings(BaseModel):
     @property
     def templates(self) -> Path:
         return self.templates_dir or self.home / "templates"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.snapshots_dir or self.home / "snapshots"
 
     @property
     def layers(self) -> Path:

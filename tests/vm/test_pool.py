@@ -379,7 +379,8 @@ class Cloner:
         self.making()
         guest = Guest()
         undo.push_async_callback(self._end, guest)
-        return LiveVm(n=1, vm=cast(Any, guest), channel=cast(Any, guest), renewed=NONE, vm_slot=NONE, identity=NONE)
+        vm = cast(Any, guest)
+        return LiveVm(n=1, spec=NONE, vm=vm, channel=vm, renewed=NONE, vm_slot=NONE, identity=NONE)
 
     async def renew(self, live: LiveVm) -> None: ...
 

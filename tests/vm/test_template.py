@@ -20,14 +20,14 @@ import pytest
 
 from swarm.app import wiring
 from swarm.base import files, process
-from swarm.base.aio import undoing
+from swarm.base.aio import stoppable, undoing
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError, NotFound
 from swarm.vm.driver import Image, Probe, Template, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.drivers.qemu_vm import MEMORY_FILE, STATE_FILE
 from swarm.vm.launcher import Launcher
-from swarm.vm.template import MANIFEST, Templates, key_of, shape, stoppable
+from swarm.vm.template import MANIFEST, Templates, key_of, shape
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 

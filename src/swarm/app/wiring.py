@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from swarm.vm.pool import Pool
     from swarm.vm.slots.inventory import Inventory
     from swarm.vm.slots.ssh import SshDir
+    from swarm.vm.snapshots import Snapshots
     from swarm.vm.template import Templates
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -187,14 +188,22 @@ def engine(
 
 
 def images_of_templates(settings: Settings) -> set[str]:
-    """Digests of the images that templates were made from. Their clones still read them."""
-    return {template.image for template in templates(settings).all()}
+    """Digests of the images that templates and snapshots were made from. Their clones still read them."""
+    return {template.image for template in templates(settings).all()} | snapshots(settings).images()
 
 
 def templates(settings: Settings) -> Templates:
     from swarm.vm.template import Templates
 
     return Templates(dir=settings.templates)
+
+
+def snapshots(settings: Settings) -> Snapshots:
+    """VMs on this host's disk: paused sandboxes, and kept VMs of tickets."""
+    from swarm.vm.snapshots import Snapshots
+
+    limit = None if settings.snapshots_gb is None else int(settings.snapshots_gb * 1e9)
+    return Snapshots(dir=settings.snapshots, limit_bytes=limit, images=images(settings), layers=guest_layers(settings))
 
 
 def services(settings: Settings, opened: Store | None) -> Services:

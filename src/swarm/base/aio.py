@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -82,3 +83,31 @@ async def quietly(work: Awaitable[object]) -> None:
         await work
     except Exception as error:
         log.warning("clean-up step failed", error=str(error))
+
+
+class _Stopped(Exception):
+    pass
+
+
+async def stoppable(work: Callable[[Callable[[], None]], T]) -> T:
+    """The result of ``work(check)``, in a thread: files are hashed there, which may take long. After a cancellation
+    ``check`` raises, and the thread is waited for: nothing is removed under its hands."""
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    thread = asyncio.ensure_future(asyncio.to_thread(work, check))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        stop.set()
+        await finish_uninterrupted(_ended(thread))
+        raise
+
+
+async def _ended(thread: asyncio.Future[Any]) -> None:
+    await asyncio.wait([thread])
+    if not thread.cancelled():
+        thread.exception()  # seen

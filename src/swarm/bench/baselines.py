@@ -88,6 +88,7 @@ async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) 
         "-object", f"memory-backend-file,id=mem,size={spec.memory_mb << 20},share=off,"
                    f"mem-path={template.dir / MEMORY_FILE}",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", *_drives(spec.image, disk),
+        "-global", "migration.send-configuration=off",  # as the template was written
         "-netdev", f"tap,id=net,fd={tap}",
         "-device", f"virtio-net-device,netdev=net,mac={GUEST_MAC},guest_announce=off",
         "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol
 
 from swarm.channel.dial import Endpoint
+from swarm.channel.values import Identity
 
 # The same names and addresses inside every network namespace, so that a template can be restored in any of them.
 GUEST_ADDRESS = IPv4Address("172.16.0.2")
@@ -112,8 +114,31 @@ class Template:
     token: bytes = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A VM as it was at one moment, on disk in ``dir``: memory, device state, work disk. ``identity`` is what it had.
+
+    ``driver``, ``accelerator`` and ``version`` say what wrote it. ``digest`` is over all of its files; ``size_bytes``
+    is what they take on disk.
+    """
+
+    id: str
+    dir: Path
+    spec: VmSpec
+    driver: str
+    accelerator: str
+    version: str
+    identity: Identity = field(repr=False)
+    digest: str = ""
+    size_bytes: int = 0
+
+
+# Called just before a VM is stopped; the time until it goes on is what its programs notice.
+Freeze = Callable[[], Awaitable[None]]
+
+
 class Vm(Protocol):
-    """A running microVM. It serves one attempt and is then destroyed."""
+    """A running microVM. It serves one attempt, or one sandbox, and is then destroyed."""
 
     @property
     def pid(self) -> int: ...
@@ -133,6 +158,14 @@ class Vm(Protocol):
 
     async def snapshot(self, dir: Path) -> None:
         """Write memory and device state into ``dir`` and end this VM. Raises BootFailed."""
+
+    async def save(self, dir: Path, *, freeze: Freeze) -> None:
+        """Write memory, device state and disk, all of one moment, into ``dir``; the VM goes on, also after an error.
+        Most is copied while it still runs. Raises BootFailed, OSError."""
+
+    def pausing(self, dir: Path, *, freeze: Freeze) -> AbstractAsyncContextManager[None]:
+        """The same, but for the length of the block the VM stands still, and then it ends; if the block fails, it goes
+        on."""
 
     async def kill(self) -> None:
         """End the VM and wait until it is dead. Idempotent; never raises."""
@@ -168,6 +201,14 @@ class Driver(Protocol):
 
     async def restore(self, template: Template, slot: Slot | None, dir: Path, *, outlive: bool = False) -> Vm:
         """Start a copy-on-write clone of a template; return when it runs. Raises BootFailed."""
+
+    async def resume(self, snapshot: Snapshot, slot: Slot | None, dir: Path, *, own: bool) -> Vm:
+        """Start a VM from a snapshot; return when it runs. Its programs are as they were: frozen.
+
+        It is a copy-on-write clone, which leaves the snapshot as it is; or, with ``own``, it goes on in the snapshot's
+        files, without a copy where ``dir`` is on the same file system. From the moment it runs, the snapshot is then
+        no longer valid, and may be removed. Raises BootFailed.
+        """
 
 
 def kernel_command_line(spec: VmSpec, *extra: str, token: bytes) -> str:

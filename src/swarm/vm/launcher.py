@@ -13,64 +13,37 @@ import socket
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from swarm.base import files
-from swarm.base.aio import cancel_all, finish_uninterrupted, undoing
+from swarm.base.aio import cancel_all, finish_uninterrupted, quietly, undoing
 from swarm.base.clock import Timeline
 from swarm.base.log import logger
-from swarm.base.process import start_time
-from swarm.channel import Channel, Identity, Renewed
-from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, StepError, SwarmError
-from swarm.model import FailureReason
+from swarm.channel import Channel, Identity
+from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, SwarmError
 from swarm.vm.choose import Choice
-from swarm.vm.driver import GUEST_GATEWAY, Slot, Template, Vm, VmSpec
+from swarm.vm.driver import GUEST_GATEWAY, Slot, Snapshot, Template, Vm, VmSpec
 from swarm.vm.drivers.console import last_lines, printable
-from swarm.vm.drivers.disk import used_bytes
+from swarm.vm.live import Assignment, LiveVm, check_renewed, record, report, while_alive
 from swarm.vm.network.network import Network
 from swarm.vm.slots import ssh, sweep
-from swarm.vm.slots.inventory import Inventory, Kind, SlotLease, VmRecord
+from swarm.vm.slots.inventory import Inventory, SlotLease, VmRecord
 from swarm.vm.slots.slot_pool import SlotPool, VmSlot
+from swarm.vm.snapshots import Stage
 from swarm.vm.template import OnBuild, Templates, shape
 from swarm.vm.warmup import COMMON_MODULES, SEED_BYTES, warm_template
 
 log = logger(__name__)
 
-T = TypeVar("T")
+__all__ = ["Assignment", "Launcher", "LiveVm", "Source", "check_renewed", "while_alive"]
 
 TOKEN_BYTES = 32
 TOKEN_FILE = "token"
 _ASK_SECONDS = 5.0
 _MEND_SECONDS, _MEND_SHARE = 2.0, 0.01  # how often to look, and how much of the time that may take
-# After the channel broke, the VMM has this long to end, so that the error names the real cause.
-_EXIT_SECONDS = 2.0
 _PRELOAD_FACTOR = 4  # of the boot timeout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """What a VM is used for, as its record tells other processes on this host."""
-
-    ticket_id: str | None = None
-    attempt_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveVm:
-    """A running VM with its own identity and an open channel."""
-
-    n: int
-    vm: Vm
-    channel: Channel
-    renewed: Renewed
-    vm_slot: VmSlot
-    identity: Identity = field(repr=False)
-
-    async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``. Raises OutcomeUnknown, with how it ended, if the VM ends first."""
-        return await while_alive(self.vm, work)
 
 
 class Source(Protocol):
@@ -125,7 +98,7 @@ class Launcher:
                 else:
                     vm_slot = await self.slots.take(undo)
                     live = await self._launch(spec, template, vm_slot, assignment, timeline, undo)
-                undo.callback(_report, live, spec, assignment)  # before the VM is removed
+                undo.callback(report, live, spec, assignment)  # before the VM is removed
                 yield live
 
     @asynccontextmanager
@@ -220,7 +193,72 @@ class Launcher:
 
     def assign(self, live: LiveVm, assignment: Assignment) -> None:
         """Record what a VM is used for from now on."""
-        _record(live.vm_slot, live.vm, self._driver.name, assignment)
+        record(live.vm_slot, live.vm, self._driver.name, assignment)
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    async def save(self, live: LiveVm, stage: Stage) -> Snapshot:
+        """A snapshot of the VM, which goes on. Its programs stand still for a moment. Raises BootFailed, NoSpace."""
+        with stage.explained():
+            try:
+                await live.while_alive(live.vm.save(stage.dir, freeze=live.freeze))
+            except BaseException:
+                await finish_uninterrupted(quietly(live.thaw()))
+                raise
+            await finish_uninterrupted(live.thaw())
+            return await self._seal(live, stage)
+
+    async def pause(self, live: LiveVm, stage: Stage) -> Snapshot:
+        """A snapshot of the VM, which ends. After an error it goes on. Raises BootFailed, NoSpace."""
+        try:
+            with stage.explained():
+                async with live.vm.pausing(stage.dir, freeze=live.freeze):
+                    return await self._seal(live, stage)
+        except BaseException:
+            await finish_uninterrupted(quietly(live.thaw()))
+            raise
+
+    async def _seal(self, live: LiveVm, stage: Stage) -> Snapshot:
+        return await stage.seal(
+            spec=live.spec,
+            identity=live.identity,
+            driver=self._driver.name,
+            accelerator=self._probe.accelerator,
+            version=self._probe.version,
+        )
+
+    @asynccontextmanager
+    async def restored(
+        self, snapshot: Snapshot, assignment: Assignment, timeline: Timeline, *, fork: bool
+    ) -> AsyncIterator[LiveVm]:
+        """A VM that goes on where the snapshot was taken, for the length of the block.
+
+        A ``fork`` leaves the snapshot as it is, and gets a new identity: randomness, clock, machine id, host name, SSH
+        key, token. Otherwise it *is* the VM of the snapshot, in its files: the same identity with new randomness and
+        clock; once it runs, the snapshot is used up, and the caller removes it. Either way, its programs go on after
+        that. Raises BootFailed, HostError.
+        """
+        if (snapshot.driver, snapshot.accelerator) != (self._driver.name, self._probe.accelerator):
+            raise BootFailed(
+                f"the snapshot was taken with driver {snapshot.driver} {snapshot.accelerator}, and this host now uses "
+                f"{self._driver.name} {self._probe.accelerator}: set SWARM_DRIVER", retryable=False
+            )  # fmt: skip
+        async with undoing() as undo:
+            with timeline.cut_by_errors():
+                vm_slot = await self.slots.take(undo)
+                timeline.mark("slot")
+                identity, host_key = self.new_identity(vm_slot.lease.n)
+                if not fork:
+                    identity = replace(snapshot.identity, seed=identity.seed)
+                start = self._driver.resume(snapshot, vm_slot.slot, vm_slot.lease.dir, own=not fork)
+                vm = await self._started(start, vm_slot, assignment, undo, host_key)
+                timeline.mark("running")
+                live = await self._identified(
+                    snapshot.spec, vm, vm_slot, snapshot.identity.token, identity, timeline, undo, listening=True
+                )
+                await live.thaw()
+                undo.callback(report, live, snapshot.spec, assignment)
+                yield live
 
     async def template(self, spec: VmSpec, *, build: bool = True, on_build: OnBuild | None = None) -> Template | None:
         """The template for this shape, built now if it is missing; None if this launcher makes no clones, or if it is
@@ -282,17 +320,34 @@ class Launcher:
             start = self._driver.restore(template, slot, lease.dir, outlive=outlive)
         vm = await self._started(start, vm_slot, assignment, undo, host_key)
         timeline.mark("running")
-        channel = await self._connect(
-            vm, lease.n, token, undo, listening=template is not None, preloads=bool(spec.preload)
+        live = await self._identified(
+            spec, vm, vm_slot, token, identity, timeline, undo, listening=template is not None
         )
-        timeline.mark("answered")
-        renewed = await while_alive(vm, channel.renew(identity))
-        check_renewed(renewed, identity, may_skip=not self._driver.networked)
         if outlive:
             files.write_atomically(lease.dir / TOKEN_FILE, identity.token, mode=0o600)
             if slot:
                 await asyncio.to_thread(self._ssh.know, slot.address, host_key)
-        return LiveVm(n=lease.n, vm=vm, channel=channel, renewed=renewed, vm_slot=vm_slot, identity=identity)
+        return live
+
+    async def _identified(
+        self,
+        spec: VmSpec,
+        vm: Vm,
+        vm_slot: VmSlot,
+        token: bytes,
+        identity: Identity,
+        timeline: Timeline,
+        undo: AsyncExitStack,
+        *,
+        listening: bool,
+    ) -> LiveVm:
+        """Wait for agentd's answer, and give the guest its identity."""
+        n = vm_slot.lease.n
+        channel = await self._connect(vm, n, token, undo, listening=listening, preloads=bool(spec.preload))
+        timeline.mark("answered")
+        renewed = await while_alive(vm, channel.renew(identity))
+        check_renewed(renewed, identity, may_skip=not self._driver.networked)
+        return LiveVm(n=n, spec=spec, vm=vm, channel=channel, renewed=renewed, vm_slot=vm_slot, identity=identity)
 
     async def _started(
         self, start: Coroutine[Any, Any, Vm], vm_slot: VmSlot, assignment: Assignment, undo: AsyncExitStack, key: str
@@ -300,7 +355,7 @@ class Launcher:
         async def run() -> Vm:
             vm = await start
             undo.push_async_callback(vm.kill)
-            _record(vm_slot, vm, self._driver.name, assignment, key)
+            record(vm_slot, vm, self._driver.name, assignment, key)
             return vm
 
         return await finish_uninterrupted(run())
@@ -375,75 +430,6 @@ class Launcher:
         return token
 
 
-async def while_alive(vm: Vm, work: Coroutine[Any, Any, T]) -> T:
-    """`LiveVm.while_alive`, for a VM without a channel."""
-    task, exited = asyncio.ensure_future(work), asyncio.ensure_future(vm.wait())
-    try:
-        await asyncio.wait({task, exited}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done() and isinstance(task.exception(), ChannelError):
-            await asyncio.wait({exited}, timeout=_EXIT_SECONDS)
-        if exited.done() and not (task.done() and task.exception() is None):
-            raise _exit_error(vm, exited.result())
-        return task.result()
-    finally:
-        for each in (task, exited):
-            each.cancel()
-        await asyncio.gather(task, exited, return_exceptions=True)
-
-
 async def _closed(making: asyncio.Task[None], vm_slots: SlotPool) -> None:
     await asyncio.gather(making, return_exceptions=True)
     await vm_slots.close()
-
-
-def _exit_error(vm: Vm, how: str) -> StepError:
-    """Why a VM ended, from its console."""
-    lines = last_lines(vm.console, lines=200)
-    panic = next((i for i, line in enumerate(lines) if "Kernel panic" in line), None)
-    if panic is not None:
-        said = lines[panic].partition("Kernel panic")
-        return OutcomeUnknown(f"the guest's kernel panicked: {''.join(said[1:])}", reason=FailureReason.GUEST_PANIC)
-    last = " | ".join(lines[-3:]) or "nothing"
-    return OutcomeUnknown(f"the VM died while it was in use: {how}; its console ends with: {last}")
-
-
-def check_renewed(renewed: Renewed, identity: Identity, *, may_skip: bool = False) -> None:
-    """Raises BootFailed unless the guest took its whole identity: two clones might share secrets, or write to the wrong
-    disk. ``may_skip``: it is a plain process, which leaves the host's name and machine id alone; a VM may not."""
-    wrong = [
-        what
-        for what, given, got in (
-            ("generation", identity.generation, renewed.generation),
-            ("host name", identity.hostname, renewed.hostname),
-            ("machine id", identity.machine_id, renewed.machine_id),
-        )
-        if given != got and not (may_skip and {what.replace(" ", ""), what.replace(" ", "_")} & {*renewed.skipped})
-    ]
-    if identity.seed and not renewed.crng_ready:
-        wrong.append("random pool")
-    if wrong:
-        raise BootFailed(f"the guest did not take its new {', '.join(wrong)}")
-
-
-def _record(vm_slot: VmSlot, vm: Vm, driver: str, assignment: Assignment, host_key: str = "") -> None:
-    slot = vm_slot.slot
-    vm_slot.lease.record(
-        VmRecord(
-            n=vm_slot.lease.n,
-            kind=Kind.ATTEMPT,
-            pid=vm.pid,
-            started=start_time(vm.pid) or 0,
-            driver=driver,
-            netns=slot.netns if slot else "",
-            address=str(slot.address) if slot else "",
-            host_key=host_key,
-            ticket_id=assignment.ticket_id,
-            attempt_id=assignment.attempt_id,
-        )
-    )
-
-
-def _report(live: LiveVm, spec: VmSpec, assignment: Assignment) -> None:
-    """Log what a VM used, as the host sees it. (The guest's last writes may not have reached the disk.)"""
-    used_mb = round(used_bytes(live.vm_slot.lease.dir / "work.ext4") / (1 << 20), 1)
-    log.info("VM ends", vm=live.n, ticket=assignment.ticket_id, work_disk_mb=used_mb, of_mb=spec.disk_mb)

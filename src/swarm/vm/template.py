@@ -14,16 +14,15 @@ import json
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from swarm.base import files
-from swarm.base.aio import finish_uninterrupted
+from swarm.base.aio import stoppable
 from swarm.base.log import logger
 from swarm.errors import BootFailed, HostError, NoSpace, NotFound
 from swarm.vm.driver import Driver, Probe, Template, VmSpec, host_tsc_khz
@@ -31,7 +30,6 @@ from swarm.vm.image import staging
 
 log = logger(__name__)
 
-T = TypeVar("T")
 OnBuild = Callable[[int], None]  # called before a template is made, with about how many seconds that takes
 
 FORMAT = 3
@@ -284,34 +282,6 @@ class Templates:
             yield
         finally:
             os.close(fd)
-
-
-class _Stopped(Exception):
-    pass
-
-
-async def stoppable(work: Callable[[Callable[[], None]], T]) -> T:
-    """The result of ``work(check)``, in a thread: files are hashed there, which may take long. After a cancellation
-    ``check`` raises, and the thread is waited for: nothing is removed under its hands."""
-    stop = threading.Event()
-
-    def check() -> None:
-        if stop.is_set():
-            raise _Stopped
-
-    thread = asyncio.ensure_future(asyncio.to_thread(work, check))
-    try:
-        return await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        stop.set()
-        await finish_uninterrupted(_ended(thread))
-        raise
-
-
-async def _ended(thread: asyncio.Future[Any]) -> None:
-    await asyncio.wait([thread])
-    if not thread.cancelled():
-        thread.exception()  # seen
 
 
 def _parts(place: Path, manifest: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> list[staging.Part]:

@@ -6,12 +6,10 @@ Formatting costs ~20 ms and a process; a sparse copy of the ~100 blocks that mkf
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import shutil
 from pathlib import Path
 
-from swarm.base import files
+from swarm.base import files, sparse
 from swarm.base.process import run
 from swarm.errors import HostError, NoSpace
 
@@ -41,7 +39,7 @@ async def make_work_disk(path: Path, *, size_mb: int, cache: Path) -> None:
 async def copy_work_disk(source: Path, path: Path) -> None:
     """Copy a work disk with its holes. Raises NoSpace, HostError."""
     try:
-        await asyncio.to_thread(_copy_sparse, source, path)
+        await asyncio.to_thread(_copy, source, path)
     except OSError as error:
         path.unlink(missing_ok=True)
         if files.is_full(error):
@@ -57,16 +55,12 @@ def used_bytes(path: Path) -> int:
         return 0
 
 
-def move_sparse(source: Path, target: Path) -> None:
-    """Move a file, also to another file system. Keeps its mode."""
+def _copy(source: Path, path: Path) -> None:
+    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        _copy_sparse(source, target)
-        shutil.copymode(source, target)
-        source.unlink()
+        sparse.copy(fd, path)
+    finally:
+        os.close(fd)
 
 
 async def _format(blank: Path, size_mb: int) -> None:
@@ -90,20 +84,3 @@ async def _format(blank: Path, size_mb: int) -> None:
         partial.rename(blank)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _copy_sparse(source: Path, target: Path) -> None:
-    with source.open("rb") as src, target.open("xb") as dst:
-        size = os.fstat(src.fileno()).st_size
-        dst.truncate(size)
-        at = 0
-        while at < size:
-            try:
-                at = os.lseek(src.fileno(), at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # no data after this point
-                    return
-                raise
-            end = os.lseek(src.fileno(), at, os.SEEK_HOLE)
-            while at < end:
-                at += os.pwrite(dst.fileno(), os.pread(src.fileno(), min(end - at, 1 << 20), at), at)

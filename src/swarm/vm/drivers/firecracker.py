@@ -17,19 +17,19 @@ import dataclasses
 import fcntl
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from swarm.base import process
-from swarm.base.aio import quietly
+from swarm.base import process, sparse
+from swarm.base.aio import finish_uninterrupted, quietly, stoppable
 from swarm.base.log import logger
 from swarm.errors import BootFailed, HostError, SwarmError
 from swarm.vm import driver
-from swarm.vm.driver import Probe, Slot, Template, VmSpec
+from swarm.vm.driver import Freeze, Probe, Slot, Snapshot, Template, VmSpec
 from swarm.vm.drivers import jailer
 from swarm.vm.drivers.console import Console, last_lines
-from swarm.vm.drivers.disk import make_work_disk, move_sparse
+from swarm.vm.drivers.disk import copy_work_disk, make_work_disk
 from swarm.vm.drivers.jailer import Jail, JailFile
 from swarm.vm.drivers.vmm import VmmVm
 
@@ -42,7 +42,7 @@ PROGRAM, JAILER = "firecracker", "jailer"
 MIN_VERSION = (1, 12)
 # First and last version with a hole, and its name.
 HOLES = (((0, 0, 0), (1, 13, 1), "CVE-2026-1386"), ((1, 14, 0), (1, 14, 0), "CVE-2026-1386"))
-MEMORY_FILE, STATE_FILE, LOG_FILE = "memory", "state", "firecracker.log"
+MEMORY_FILE, STATE_FILE, DISK_FILE, LOG_FILE = "memory", "state", "work", "firecracker.log"
 KERNEL, INITRAMFS, ROOT, WORK, LAYER, SOCKET = (
     "vmlinux", "initramfs", "root.erofs", "work.ext4", "layer.erofs", "api.sock",
 )  # fmt: skip
@@ -132,9 +132,24 @@ class FirecrackerDriver:
         *,
         outlive: bool = False,
     ) -> FirecrackerVm:
-        files = [JailFile(name, template.dir / name) for name in (MEMORY_FILE, STATE_FILE)]
-        vm = await self._start(template.spec, slot, dir, files, outlive=outlive)
-        limits = limiters(template.spec)
+        return await self._restore(template.spec, template.dir, slot, dir, outlive=outlive)
+
+    async def resume(self, snapshot: Snapshot, slot: Slot | None, dir: Path, *, own: bool) -> FirecrackerVm:
+        disk = snapshot.dir / DISK_FILE
+        if own:
+            await stoppable(lambda check: sparse.link_or_copy(disk, dir / WORK, check=check))
+        else:
+            await copy_work_disk(disk, dir / WORK)
+        for name in (MEMORY_FILE, STATE_FILE):  # each VM has another uid; the directory is root's alone
+            (snapshot.dir / name).chmod(0o444)
+        return await self._restore(snapshot.spec, snapshot.dir, slot, dir, outlive=False)
+
+    async def _restore(
+        self, spec: VmSpec, place: Path, slot: Slot | None, dir: Path, *, outlive: bool
+    ) -> FirecrackerVm:
+        files = [JailFile(name, place / name) for name in (MEMORY_FILE, STATE_FILE)]
+        vm = await self._start(spec, slot, dir, files, outlive=outlive)
+        limits = limiters(spec)
         try:
             await vm.api.put(
                 "/snapshot/load",
@@ -166,7 +181,8 @@ class FirecrackerDriver:
         if not self._jailed:
             log.warning("firecracker runs as root without its jail", dir=str(dir))
         work, log_file = dir / WORK, dir / LOG_FILE
-        await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
+        if not work.exists():
+            await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
         log_file.touch(mode=0o600)
         jail = Jail(dir, slot=slot, uid=driver.BASE_UID + (slot.n if slot else 0), jailed=self._jailed)
         console = None if outlive else Console(dir / "console.log")
@@ -302,19 +318,62 @@ class FirecrackerVm(VmmVm):
         """Write memory and device state into ``dir`` and end this VM."""
         try:
             await self.api.patch("/vm", state="Paused")
-            await self.api.put(
-                "/snapshot/create",
-                timeout_seconds=_SNAPSHOT_SECONDS,
-                snapshot_type="Full",
-                snapshot_path=STATE_FILE,
-                mem_file_path=MEMORY_FILE,
-            )
-            for name in (MEMORY_FILE, STATE_FILE):
-                await asyncio.to_thread(_take_ownership, self.jail.root / name, dir / name)
+            await self._write(dir)
         except OSError as error:
             raise BootFailed(f"can't store the template's files: {error}") from error
         finally:
             await self.kill()
+
+    async def save(self, dir: Path, *, freeze: Freeze) -> None:
+        """See `Vm.save`. Firecracker writes the whole memory while the guest stands still; its holes are made later."""
+        work = os.open(self.dir / WORK, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            await stoppable(lambda check: sparse.copy(work, dir / DISK_FILE, check=check))
+            copy = os.open(dir / DISK_FILE, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                await freeze()
+                async with self._standing(dir):
+                    await stoppable(lambda check: sparse.update(work, copy, check))
+            finally:
+                os.close(copy)
+        finally:
+            os.close(work)
+        await stoppable(lambda check: sparse.dig(dir / MEMORY_FILE, check))
+
+    @contextlib.asynccontextmanager
+    async def pausing(self, dir: Path, *, freeze: Freeze) -> AsyncIterator[None]:
+        """See `Vm.pausing`."""
+        await freeze()
+        async with self._standing(dir):
+            await stoppable(lambda check: sparse.dig(dir / MEMORY_FILE, check))
+            await stoppable(lambda check: sparse.link_or_copy(self.dir / WORK, dir / DISK_FILE, check=check))
+            yield
+            await finish_uninterrupted(self.kill())
+
+    @contextlib.asynccontextmanager
+    async def _standing(self, dir: Path) -> AsyncIterator[None]:
+        """For the length of the block the guest stands still, and its memory and devices are in ``dir``."""
+        try:
+            await finish_uninterrupted(self.api.patch("/vm", state="Paused"))
+            await finish_uninterrupted(self._write(dir, "saved."))
+            yield
+        finally:
+            if self._child.returncode is None:
+                await finish_uninterrupted(quietly(self.api.patch("/vm", state="Resumed")))
+                for name in (MEMORY_FILE, STATE_FILE):  # what a failure left
+                    (self.jail.root / f"saved.{name}").unlink(missing_ok=True)
+
+    async def _write(self, dir: Path, prefix: str = "") -> None:
+        """``prefix``: of names in the chroot that are not in use."""
+        await self.api.put(
+            "/snapshot/create",
+            timeout_seconds=_SNAPSHOT_SECONDS,
+            snapshot_type="Full",
+            snapshot_path=prefix + STATE_FILE,
+            mem_file_path=prefix + MEMORY_FILE,
+        )
+        for name in (MEMORY_FILE, STATE_FILE):
+            await asyncio.to_thread(_take_ownership, self.jail.root / (prefix + name), dir / name)
 
     async def _status(self) -> str:
         return str((await self.api.get("/")).get("state"))
@@ -347,7 +406,7 @@ def _take_ownership(written: Path, target: Path) -> None:
         os.fchmod(fd, 0o444)
     finally:
         os.close(fd)
-    move_sparse(written, target)
+    sparse.move(written, target)
 
 
 def check_kvm() -> None:

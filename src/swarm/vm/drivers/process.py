@@ -17,13 +17,14 @@ from swarm.base import process
 from swarm.base.log import logger
 from swarm.channel.dial import Endpoint
 from swarm.errors import BootFailed, HostError, SwarmError
-from swarm.vm.driver import Image, Probe, Slot, Template, VmSpec
+from swarm.vm.driver import Freeze, Image, Probe, Slot, Snapshot, Template, VmSpec
 
 log = logger(__name__)
 
 AGENTD = Path(__file__).parents[2] / "guest" / "agentd.py"
 _MAX_SOCKET_PATH = 107  # bytes; sun_path of unix(7)
 _NO_TEMPLATES = "the process driver has no templates: a plain process can't be cloned"
+_NO_SNAPSHOTS = "the process driver has no snapshots: a plain process can't be paused, saved or forked"
 _GRACE_SECONDS = 22.0  # agentd gives descendants of an agent 10 s to die, and a stuck agent 20
 
 
@@ -61,6 +62,12 @@ class ProcessVm:
 
     async def snapshot(self, dir: Path) -> None:
         raise BootFailed(_NO_TEMPLATES, retryable=False)
+
+    async def save(self, dir: Path, *, freeze: Freeze) -> None:
+        raise BootFailed(_NO_SNAPSHOTS, retryable=False)
+
+    def pausing(self, dir: Path, *, freeze: Freeze) -> contextlib.AbstractAsyncContextManager[None]:
+        raise BootFailed(_NO_SNAPSHOTS, retryable=False)
 
     async def kill(self) -> None:
         try:
@@ -128,6 +135,9 @@ class ProcessDriver:
         outlive: bool = False,
     ) -> ProcessVm:
         raise BootFailed(_NO_TEMPLATES, retryable=False)
+
+    async def resume(self, snapshot: Snapshot, slot: Slot | None, dir: Path, *, own: bool) -> ProcessVm:
+        raise BootFailed(_NO_SNAPSHOTS, retryable=False)
 
 
 def _socket(dir: Path) -> Path:

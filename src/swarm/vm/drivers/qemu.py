@@ -23,13 +23,14 @@ from pathlib import Path
 
 from qemu.qmp import QMPError
 
-from swarm.base import process
+from swarm.base import process, sparse
+from swarm.base.aio import stoppable
 from swarm.errors import BootFailed, CommandFailed, HostError
 from swarm.vm import driver
-from swarm.vm.driver import BASE_UID, Probe, Slot, Template, VmSpec
+from swarm.vm.driver import BASE_UID, Probe, Slot, Snapshot, Template, VmSpec
 from swarm.vm.drivers import cgroups, confine
 from swarm.vm.drivers.console import Console
-from swarm.vm.drivers.disk import copy_work_disk, make_work_disk
+from swarm.vm.drivers.disk import WORK_DISK, copy_work_disk, make_work_disk
 from swarm.vm.drivers.jailer import JailFile
 from swarm.vm.drivers.qemu_vm import DISK_FILE, MEMORY_FILE, START_SECONDS, STATE_FILE, QemuVm
 from swarm.vm.drivers.tap import open_tap
@@ -112,12 +113,26 @@ class QemuDriver:
 
     async def restore(self, template: Template, slot: Slot | None, dir: Path, *, outlive: bool = False) -> QemuVm:
         launch = _Launch(dir, slot, self.accelerator, outlive)
-        spec = template.spec
+        return await self._restore(template.spec, template.dir, template.dir / MEMORY_FILE, launch)
+
+    async def resume(self, snapshot: Snapshot, slot: Slot | None, dir: Path, *, own: bool) -> QemuVm:
+        memory = snapshot.dir / MEMORY_FILE
+        if own:
+            await stoppable(lambda check: sparse.link_or_copy(memory, dir / MEMORY_FILE, check=check))
+            disk = snapshot.dir / DISK_FILE
+            await stoppable(lambda check: sparse.link_or_copy(disk, dir / WORK_DISK, check=check))
+            memory = dir / MEMORY_FILE
+        launch = _Launch(dir, slot, self.accelerator, outlive=False)
+        launch.share(memory)
+        return await self._restore(snapshot.spec, snapshot.dir, memory, launch)
+
+    async def _restore(self, spec: VmSpec, files: Path, memory: Path, launch: _Launch) -> QemuVm:
+        """``files``: a template's or a snapshot's. Its work disk is copied, unless the VM has one."""
         try:
-            memory = launch.memory(template.dir / MEMORY_FILE, shared=False)
-            state = launch.fd(template.dir / STATE_FILE, os.O_RDONLY)
-            devices = await self._devices(spec, launch, template.dir / DISK_FILE)
-            argv = [*self._machine(spec, memory), *devices, "-incoming", "defer"]
+            mapped = launch.memory(memory, shared=False)
+            state = launch.fd(files / STATE_FILE, os.O_RDONLY)
+            devices = await self._devices(spec, launch, files / DISK_FILE)
+            argv = [*self._machine(spec, mapped), *devices, "-incoming", "defer"]
             vm = await launch.start(argv, spec)
         except BaseException:
             launch.close()
@@ -128,9 +143,9 @@ class QemuDriver:
         except BaseException as error:
             await vm.kill()
             if isinstance(error, TimeoutError):
-                raise BootFailed(f"the clone did not run within {START_SECONDS:g} s: {vm.last_output()}") from None
+                raise BootFailed(f"the VM did not run within {START_SECONDS:g} s: {vm.last_output()}") from None
             if isinstance(error, QMPError):
-                raise BootFailed(f"QEMU could not restore the template: {error}; {vm.last_output()}") from error
+                raise BootFailed(f"QEMU could not restore the VM: {error}; {vm.last_output()}") from error
             raise
         return vm
 
@@ -160,15 +175,17 @@ class QemuDriver:
             "-cpu", "host" if self.accelerator == "kvm" else EMULATED_CPU,
             "-smp", str(spec.vcpus), "-m", str(spec.memory_mb), *memory,
             "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+            # The state that it writes of a VM which goes on has no such section, so none may be expected.
+            "-global", "migration.send-configuration=off",
             "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ]  # fmt: skip
 
     async def _devices(self, spec: VmSpec, launch: _Launch, disk: Path | None) -> list[str]:
-        """``disk``: the template's work disk, which is copied; None for an empty one."""
-        work = launch.dir / "work.ext4"
+        """``disk``: the work disk that is copied, unless the VM has one already; None for an empty one."""
+        work = launch.dir / WORK_DISK
         if disk is None:
             await make_work_disk(work, size_mb=spec.disk_mb, cache=self._disk_cache)
-        else:
+        elif not work.exists():
             await copy_work_disk(disk, work)
         devices = [
             *launch.disk("root", spec.image.root),
@@ -200,6 +217,7 @@ class _Launch:
         self._own: list[JailFile] = []
         self._fds: list[int] = []
         self._sets: list[str] = []
+        self._memory: int | None = None
 
     def fd(self, path: Path, flags: int) -> int:
         try:
@@ -220,7 +238,8 @@ class _Launch:
         self, name: str, path: Path, *, writable: bool = False, mb_per_second: float | None = None
     ) -> Sequence[str]:
         file = self._set(self.fd(path, os.O_RDWR if writable else os.O_RDONLY))
-        mode = "discard=unmap" if writable else "read-only=on"
+        # No VM outlives its host, so what it flushes need not reach the disk; a snapshot is flushed when it is taken.
+        mode = "discard=unmap,cache.no-flush=on" if writable else "read-only=on"
         raw = f"driver=raw,node-name={name},{mode},file.driver=file,file.locking=off,file.filename={file}"
         limits: Sequence[str] = ()
         if mb_per_second is not None:
@@ -236,8 +255,16 @@ class _Launch:
             "-device", f"virtio-blk-device,drive={name}{'-limited' if limits else ''},werror=report,rerror=report",
         ]  # fmt: skip
 
+    def share(self, memory: Path) -> None:
+        """Let this QEMU, and others that do the same, open a file which nobody else may: by a group of their own."""
+        os.chown(memory, 0, BASE_UID)
+        memory.chmod(0o660)
+        self._groups = [*self._groups, BASE_UID]
+
     def memory(self, path: Path, *, shared: bool) -> list[str]:
         place = self.file(MEMORY_FILE, path, writable=True)
+        if not shared and not self._outlive:  # it may be saved later, when its template is gone
+            self._memory = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         share = "on" if shared else "off"
         return ["-object", f"memory-backend-file,id=mem,size={path.stat().st_size},mem-path={place},share={share}"]
 
@@ -281,12 +308,14 @@ class _Launch:
             ours.close()
             cgroups.remove(self.dir)
             raise
+        else:
+            memory, self._memory = self._memory, None
         finally:
             theirs.close()
             self.close()
         if console:
             console.started()
-        vm = QemuVm(child=child, dir=self.dir, console=console, slot=self.slot)
+        vm = QemuVm(child=child, dir=self.dir, console=console, slot=self.slot, memory=memory)
         try:
             await vm.connect(ours)
         except BaseException:
@@ -297,6 +326,9 @@ class _Launch:
     def close(self) -> None:
         while self._fds:
             os.close(self._fds.pop())
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            os.close(memory)
 
     def _set(self, fd: int) -> str:
         """A path for a file that QEMU uses with the access rights of the descriptor, not of its own uid."""

@@ -7,18 +7,20 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import ClassVar, cast
 
 from qemu.qmp import QMPClient, QMPError
 
-from swarm.base import process
-from swarm.base.aio import quietly
+from swarm.base import process, sparse
+from swarm.base.aio import finish_uninterrupted, quietly, stoppable
 from swarm.errors import BootFailed, HostError
-from swarm.vm.driver import Slot
+from swarm.vm.driver import Freeze, Slot
 from swarm.vm.drivers import cgroups
 from swarm.vm.drivers.console import Console
-from swarm.vm.drivers.disk import move_sparse
+from swarm.vm.drivers.disk import WORK_DISK
+from swarm.vm.drivers.guest_memory import GuestMemory
 from swarm.vm.drivers.vmm import VmmVm
 
 MEMORY_FILE = "memory"
@@ -26,11 +28,12 @@ STATE_FILE = "state"
 DISK_FILE = "work"
 START_SECONDS = 10.0
 _QMP_TIMEOUT_SECONDS = 30.0
+_STATE_SET = 1 << 20  # above those of its arguments, which are numbered like descriptors
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
 
 
 class QemuVm(VmmVm):
-    """See `swarm.vm.driver.Vm`."""
+    """See `swarm.vm.driver.Vm`. ``memory``: a descriptor of the file that it maps privately as the guest's memory."""
 
     vmm = "QEMU"
     logs: ClassVar = {"qemu.log": 5}
@@ -42,10 +45,13 @@ class QemuVm(VmmVm):
         dir: Path,
         console: Console | None,
         slot: Slot | None,
+        memory: int | None = None,
     ) -> None:
         super().__init__(child=child, dir=dir, console=console, slot=slot)
         self._qmp = QMPClient(f"vm{slot.n if slot else ''}")
+        self._memory = memory
         self._paused = ""  # why QEMU stopped the guest by itself
+        self._stops = 0  # how many of the next STOP events are our own doing
         self._watch: asyncio.Task[None] | None = None
 
     async def connect(self, sock: socket.socket) -> None:
@@ -67,7 +73,10 @@ class QemuVm(VmmVm):
         process would live on, so it is ended: `wait` then says why."""
         with contextlib.suppress(QMPError, OSError, EOFError, HostError):
             with self._qmp.listener("STOP") as events:
-                await events.get()
+                async for _ in events:
+                    if not self._stops:
+                        break
+                    self._stops -= 1
             self._paused = "paused"
             async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
                 self._paused = await self._status()
@@ -95,7 +104,7 @@ class QemuVm(VmmVm):
                 if event["event"] == "RESUME":
                     return
                 if cast(dict[str, str], event["data"])["status"] == "failed":
-                    raise BootFailed(f"QEMU could not restore the template: {self.last_output()}")
+                    raise BootFailed(f"QEMU could not restore the VM: {self.last_output()}")
 
     async def snapshot(self, dir: Path) -> None:
         """Write memory and device state into ``dir`` and end this VM. It must have been booted for a template.
@@ -123,8 +132,72 @@ class QemuVm(VmmVm):
         finally:
             os.close(state)
             await self.kill()
-        for name, kept in ((MEMORY_FILE, MEMORY_FILE), ("work.ext4", DISK_FILE)):
-            await asyncio.to_thread(move_sparse, self.dir / name, dir / kept)
+        for name, kept in ((MEMORY_FILE, MEMORY_FILE), (WORK_DISK, DISK_FILE)):
+            await asyncio.to_thread(sparse.move, self.dir / name, dir / kept)
+
+    async def save(self, dir: Path, *, freeze: Freeze) -> None:
+        """See `Vm.save`. Memory and disk are copied while the guest runs. While it stands still, its pages that are no
+        longer the file's, and the disk, are compared with the copies, and only what differs is written."""
+        memory = self._guest_memory()
+        with contextlib.ExitStack() as stack:
+            copy, work, disk = await stoppable(lambda check: _copy_ahead(self.dir, memory, dir, stack, check))
+            await stoppable(lambda check: memory.overlay(copy, check))
+            await freeze()
+            async with self._standing(dir):
+                await stoppable(lambda check: memory.overlay(copy, check))
+                await stoppable(lambda check: sparse.update(work, disk, check))
+
+    @contextlib.asynccontextmanager
+    async def pausing(self, dir: Path, *, freeze: Freeze) -> AsyncIterator[None]:
+        """See `Vm.pausing`. A VM whose memory file is its own keeps it: what it wrote is put where it already reads it
+        from no longer, so nothing changes for it if it must go on."""
+        memory = self._guest_memory()
+        if not (self.dir / MEMORY_FILE).exists():
+            await stoppable(lambda check: sparse.copy(memory.file, dir / MEMORY_FILE, check=check))
+        await freeze()
+        async with self._standing(dir):
+            await stoppable(lambda check: _take_over(self.dir, memory, dir, check))
+            yield
+            await finish_uninterrupted(self.kill())
+
+    @contextlib.asynccontextmanager
+    async def _standing(self, dir: Path) -> AsyncIterator[None]:
+        """For the length of the block the guest stands still, and its device state is in ``dir``."""
+        self._stops += 1
+        try:
+            async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
+                await finish_uninterrupted(self._execute("stop"))
+                await finish_uninterrupted(self._write_state(dir / STATE_FILE))
+            yield
+        except QMPError as error:
+            raise BootFailed(f"QEMU could not write the VM's state: {error}; {self.last_output()}") from error
+        except TimeoutError:
+            raise BootFailed(f"QEMU does not answer: {self.last_output()}") from None
+        finally:
+            if self._child.returncode is None:
+                await finish_uninterrupted(quietly(self._execute("cont")))
+
+    async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> None:
+        async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
+            await self._qmp.execute(command, arguments)
+
+    async def _write_state(self, path: Path) -> None:
+        """The state of the devices alone, in the format of a migration. In QEMU this is Xen's way to save a VM, which
+        leaves it as it was: after a migration it would have given up its disks."""
+        state = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            await self._execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
+            self._qmp.send_fd_scm(state)
+            await self._execute("add-fd", {"fdset-id": _STATE_SET})
+            await self._execute("xen-save-devices-state", {"filename": f"/dev/fdset/{_STATE_SET}", "live": False})
+            await self._execute("remove-fd", {"fdset-id": _STATE_SET})
+        finally:
+            os.close(state)
+
+    def _guest_memory(self) -> GuestMemory:
+        if self._memory is None:
+            raise BootFailed("only a VM that was restored can be saved, not one that was booted", retryable=False)
+        return GuestMemory(pid=self.pid, file=self._memory)
 
     def _how_it_ended(self, code: int) -> str:
         if self._paused:
@@ -141,4 +214,37 @@ class QemuVm(VmmVm):
             await self._qmp.disconnect()
         if self._console_reader:
             self._console_reader.close()
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            os.close(memory)
         await quietly(asyncio.to_thread(cgroups.remove, self.dir))
+
+
+def _copy_ahead(
+    place: Path, memory: GuestMemory, dir: Path, stack: contextlib.ExitStack, check: sparse.Check
+) -> tuple[int, int, int]:
+    """Copy memory file and work disk into ``dir``, while the guest may write them. Descriptors, which ``stack`` closes:
+    of the memory's copy, of the disk, of the disk's copy."""
+
+    def opened(path: Path, flags: int) -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        return fd
+
+    work = opened(place / WORK_DISK, os.O_RDONLY)
+    sparse.copy(memory.file, dir / MEMORY_FILE, check=check)
+    sparse.copy(work, dir / DISK_FILE, check=check)
+    return opened(dir / MEMORY_FILE, os.O_RDWR), work, opened(dir / DISK_FILE, os.O_RDWR)
+
+
+def _take_over(place: Path, memory: GuestMemory, dir: Path, check: sparse.Check) -> None:
+    """Put the memory and the disk of a guest that stands still into ``dir``; by another name where that is enough."""
+    own = place / MEMORY_FILE
+    if own.exists():
+        sparse.link_or_copy(own, dir / MEMORY_FILE, check=check)
+    fd = os.open(dir / MEMORY_FILE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        memory.overlay(fd, check)
+    finally:
+        os.close(fd)
+    sparse.link_or_copy(place / WORK_DISK, dir / DISK_FILE, check=check)

@@ -100,7 +100,8 @@ def raise_host_error(error: Exception, place: Path, *, denied: bool = True) -> N
 
 def _write_stamp(stamp: Path, seen: dict[str, list[int]], flushed: bool) -> None:
     """Only a saving: where it can't be written, the files are hashed each time."""
-    files.write_atomically(stamp, json.dumps(seen if flushed else {"boot": boot_id(), "files": seen}))
+    told = seen if flushed else {"boot": boot_id(), "files": seen}
+    files.write_atomically(stamp, json.dumps(told), mode=0o644 if flushed else 0o600)
 
 
 def _known(stamp: Path, flushed: bool) -> dict[str, list[int]]:

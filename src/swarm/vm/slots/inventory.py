@@ -54,6 +54,7 @@ class VmRecord:
     host_key: str = ""  # of its sshd: a line of known_hosts, without the address
     ticket_id: str | None = None
     attempt_id: str | None = None
+    sandbox_id: str | None = None
     created_at: str = ""  # ISO-8601, UTC
     owner_pid: int = 0
     owner_started: int = 0
