@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from swarm.base.cgroup import Limit, cpus, memory_limits, own_groups, processes_left
-from swarm.engine.dispatch import available_bytes
+from swarm.engine.room import available_bytes
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from swarm import config
 from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.doctor import host
-from swarm.engine.dispatch import Disk
+from swarm.engine.room import Disk
 from swarm.errors import NoSpace
 from swarm.model import FailureReason
 from swarm.vm.driver import Image

@@ -15,8 +15,9 @@ import structlog.testing
 
 from swarm.app import wiring
 from swarm.base.clock import Timeline
-from swarm.engine.dispatch import Dispatcher, Memory
+from swarm.engine.dispatch import Dispatcher
 from swarm.engine.engine import Engine, Limits, Watcher
+from swarm.engine.room import Memory
 from swarm.engine.values import Values
 from swarm.engine.worker import Ended, Worker
 from swarm.errors import NoImage, StoreError

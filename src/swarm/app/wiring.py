@@ -359,7 +359,8 @@ async def dispatcher(
 ) -> AsyncIterator[Dispatcher]:
     """Serves tickets on this host, once it is `run`. ``warm``: see `worker`."""
     from swarm.base import process
-    from swarm.engine.dispatch import Disk, Dispatcher, Memory
+    from swarm.engine.dispatch import Dispatcher
+    from swarm.engine.room import Disk, Memory
     from swarm.triggers.schedules import Scheduler
     from swarm.vm.drivers.disk import WORK_DISK, used_bytes
 
@@ -394,7 +395,7 @@ async def run_ticket(
 ) -> tuple[Ticket, list[AttemptRow]]:
     """Run one ticket to its end in this process. See `swarm.engine.run_once.run_ticket`."""
     from swarm.engine import run_once
-    from swarm.engine.dispatch import Memory
+    from swarm.engine.room import Memory
 
     async with store(settings) as opened:
         run_once.check(await opened.ticket(ticket_id))  # before the worker is prepared

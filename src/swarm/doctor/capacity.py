@@ -18,7 +18,7 @@ import psutil
 
 from swarm.base import cgroup
 from swarm.base.clock import Timeline
-from swarm.engine.dispatch import available_bytes
+from swarm.engine.room import available_bytes
 from swarm.vm.driver import VmSpec
 from swarm.vm.drivers.disk import used_bytes
 from swarm.vm.launcher import Assignment, Launcher

@@ -17,7 +17,7 @@ import psutil
 from swarm.base import cgroup, files
 from swarm.base.process import run, which
 from swarm.doctor.check import Check, Status, fail, ok, warn
-from swarm.engine.dispatch import available_bytes
+from swarm.engine.room import available_bytes
 from swarm.errors import SwarmError
 from swarm.vm.network import lacks
 

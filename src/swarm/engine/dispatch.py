@@ -13,16 +13,13 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
-
 from swarm.base.aio import cancel_all, finish_uninterrupted, first
-from swarm.base.cgroup import Limit, memory_limits
 from swarm.base.log import logger
+from swarm.engine.room import Disk, Memory, VmInUse, of_attempts
 from swarm.engine.worker import Attempt, Ended, Worker
 from swarm.errors import NoSpace, StoreError
 from swarm.model import Claim, Interrupted
@@ -43,88 +40,7 @@ _QUIET_SECONDS = 0.005
 # Nothing announces free memory and disk space, so poll for them.
 _ROOM_LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 0.5
-# Kept free on the VM disk: this much, or 5 % if that is less.
-_DISK_RESERVE_MB, _INODES_RESERVE = 512, 200
 _RATE_SECONDS = 60.0
-
-
-def available_bytes(limits: Sequence[Limit]) -> int:
-    """What the host has, and no more than what this engine's control groups leave."""
-    return min(psutil.virtual_memory().available, *(max(0, each.bytes - each.used) for each in limits), 1 << 62)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """The memory that VMs may use. ``available_mb`` reads the host's; ``reserve_mb`` stays free for other programs."""
-
-    total_mb: int
-    reserve_mb: int
-    available_mb: Callable[[], int]
-    overhead_mb: int = 64  # of each VMM, beside the guest's memory
-
-    @classmethod
-    def of_this_host(cls) -> Memory:
-        total_mb = min(psutil.virtual_memory().total, *(limit.bytes for limit in memory_limits()), 1 << 62) >> 20
-        return cls(
-            total_mb=total_mb,
-            reserve_mb=min(1024, total_mb // 8),
-            available_mb=lambda: available_bytes(memory_limits()) >> 20,
-        )
-
-    def left_mb(self, running: Mapping[str, Attempt]) -> int:
-        """For one more VM: bounded by what running VMs were promised, and by what the host really has."""
-        promised = sum(a.claim.agent.memory_mb + self.overhead_mb for a in running.values() if a.executing)
-        free_now = self.available_mb() - self.reserve_mb - self._not_yet_used(running)
-        return min(self.total_mb - self.reserve_mb - promised, free_now) - self.overhead_mb
-
-    @property
-    def most_mb(self) -> int:
-        """For one VM while nothing else runs."""
-        return self.total_mb - self.reserve_mb - self.overhead_mb
-
-    @staticmethod
-    def _not_yet_used(running: Mapping[str, Attempt]) -> int:
-        """Guests allocate their memory while they boot: until then it still looks free."""
-        return sum(a.claim.agent.memory_mb for a in running.values() if "answered" not in a.timeline)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disk:
-    """The directory with the VMs' files. Work disks are sparse, so what running VMs may still write is kept for them:
-    a further VM is started if there is room for the largest of them once more. (The first always starts. If it fills
-    the disk, the writes of its own agent fail.) ``used_bytes`` of VM n's work disk; None if VMs have none."""
-
-    dir: Path
-    used_bytes: Callable[[int], int] | None = None
-
-    def shortage(self, running: Iterable[Attempt] = ()) -> str:
-        """Why no VM may be started now; '' when there is enough space. ~3 µs, and 7 for each running VM."""
-        try:
-            info = os.statvfs(self.dir)
-        except OSError:  # making the VM's directory will give the better error
-            return ""
-        free_mb, total_mb = (blocks * info.f_frsize >> 20 for blocks in (info.f_bavail, info.f_blocks))
-        if free_mb < (reserve_mb := min(_DISK_RESERVE_MB, total_mb // 20)):
-            return f"disk: {free_mb} MB are free in {self.dir}, of which {reserve_mb} MB are kept"
-        promised_mb, most_mb = self._promised_mb(running)
-        if free_mb < reserve_mb + promised_mb + most_mb:
-            return (
-                f"disk: {free_mb} MB are free in {self.dir}, of which {reserve_mb} MB are kept, running VMs may still "
-                f"write {promised_mb} MB, and one more needs {most_mb} MB: see disk_mb of the agents"
-            )
-        if info.f_files and info.f_favail < _INODES_RESERVE:
-            return f"disk: {info.f_favail} inodes are free in {self.dir}, of which {_INODES_RESERVE} are kept"
-        return ""
-
-    def _promised_mb(self, running: Iterable[Attempt]) -> tuple[int, int]:
-        """What running VMs may still write, and the size of the largest work disk."""
-        promised, most = 0, 0
-        for attempt in running if self.used_bytes is not None else ():
-            if attempt.executing and self.used_bytes is not None:
-                used = 0 if attempt.vm_id is None else self.used_bytes(attempt.vm_id) >> 20
-                promised += max(0, attempt.claim.agent.disk_mb - used)
-                most = max(most, attempt.claim.agent.disk_mb)
-        return promised, most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +101,10 @@ class Dispatcher:
     @property
     def running(self) -> Mapping[str, Attempt]:
         return self._worker.running
+
+    def _vms(self) -> Iterator[VmInUse]:
+        """All that take memory and disk of this host: attempts' and sandboxes'."""
+        yield from of_attempts(self.running.values())
 
     @property
     def per_minute(self) -> int:
@@ -305,8 +225,8 @@ class Dispatcher:
 
     def _request_claim(self) -> _ClaimRequest:
         """Request as many attempts as there is room for. The claim runs after all earlier requests to the store."""
-        memory_mb = self._memory.left_mb(self.running) if self._memory else None
-        shortage = self._disk.shortage(self.running.values()) if self._disk else ""
+        memory_mb = self._memory.left_mb(self._vms()) if self._memory else None
+        shortage = self._disk.shortage(self._vms()) if self._disk else ""
         if shortage:
             memory_mb = -1  # too little for any VM, but the claim still does its upkeep
         # One by one, where each takes its share: the store doesn't know what a VMM needs beside the guest, nor disks.

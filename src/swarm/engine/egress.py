@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from swarm.base.aio import finish_uninterrupted
@@ -66,24 +66,34 @@ class AttemptEgress:
         """A refusal quotes the request, which may contain a secret."""
         self._record_unredacted(kind, self.redactor.value(dict(data)))
 
-    async def open(self, listen: Listen) -> None:
-        """``listen`` opens sockets in the namespace of the attempt's VM. Raises HostError, UsageError."""
+    async def open(self, listen: Listen, *, tokens: Mapping[str, str] = MappingProxyType({})) -> None:
+        """``listen`` opens sockets in the namespace of the attempt's VM. ``tokens``: of an earlier `AttemptEgress` of
+        the same VM, whose programs still use them. Raises HostError, UsageError."""
         if self._grant.services:
             sock, address = await listen(GATEWAY_PORT)
             self._listener = await self._gateway().open_listener(
-                self._grant.account, self._grant.services, sock=sock, url=f"http://{address}", record=self._record
+                self._grant.account,
+                self._grant.services,
+                sock=sock,
+                url=f"http://{address}",
+                record=self._record,
+                token=tokens.get("gateway", ""),
             )
             self.env |= self._listener.env
         if self._grant.policy.proxied:
             sock, address = await listen(PROXY_PORT)
             self._proxy = await self._gateway().open_proxy(
-                self._grant.policy, sock=sock, address=address, record=self._record
+                self._grant.policy, sock=sock, address=address, record=self._record, token=tokens.get("proxy", "")
             )
             self.env |= self._proxy.env
-        tokens = {"the gateway's token": self._listener.token if self._listener else ""}
-        tokens |= {"the proxy's token": self._proxy.token if self._proxy else ""}
-        self.redacted = {**self._grant.secrets, **tokens}
+        self.redacted = {**self._grant.secrets, **{f"the {name}'s token": it for name, it in self.tokens.items()}}
         self.redactor = Redactor(self.redacted)
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """What the programs of the VM show to the gateway and the proxy."""
+        servers = {"gateway": self._listener, "proxy": self._proxy}
+        return {name: server.token if server else "" for name, server in servers.items()}
 
     async def exceeded(self) -> str:
         """Returns once a budget has stopped the attempt, with the amounts; otherwise never."""
@@ -142,7 +152,14 @@ class Egress:
 
     async def grant(self, claim: Claim) -> Grant:
         """Raises NotConfigured: one sentence on what is missing on this host, or wrong with the agent."""
-        agent = claim.agent
+        account = account_of(claim, one_off=self._one_off)
+        return await self.granted(claim.agent, account, workflow_id=claim.ticket.workflow_id)
+
+    async def granted(
+        self, agent: Agent, account: Account, *, workflow_id: str | None = None, to: str | None = None
+    ) -> Grant:
+        """What the rows of this agent say, for this account. ``to`` names who asks, if it is not the agent. Raises
+        NotConfigured."""
         try:
             allowed = policy.parse(agent.network)
             services: Mapping[str, tuple[Upstream, str]] = {}
@@ -155,10 +172,9 @@ class Egress:
             if agent.secrets:
                 if self._secrets is None:
                     raise NotFound("secrets are not given to agents here")
-                secrets = await self._secrets.of(agent.secrets, agent, claim.ticket.workflow_id)
+                secrets = await self._secrets.of(agent.secrets, agent, workflow_id)
         except (UsageError, NotFound, HostError) as error:
-            raise NotConfigured(f"the agent {agent.name!r} can't run here: {error}") from None
-        account = account_of(claim, one_off=self._one_off)
+            raise NotConfigured(f"{to or f'the agent {agent.name!r}'} can't run here: {error}") from None
         return Grant(account=account, policy=allowed, services=services, secrets=secrets)
 
     @asynccontextmanager

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from swarm.base.aio import cancel_all, finish_uninterrupted
-from swarm.engine.worker import Attempt, Worker
+from swarm.engine.room import VmInUse, of_attempts
+from swarm.engine.worker import Worker
 from swarm.errors import Conflict, SwarmError
 from swarm.model import TERMINAL_TICKET_STATES, Claim, Ticket, TicketState
 from swarm.store.store import Store
@@ -36,7 +37,7 @@ async def run_ticket(
     *,
     timeout_seconds: float | None = None,
     max_vms: int = 1,
-    left_mb: Callable[[Mapping[str, Attempt]], int] | None = None,
+    left_mb: Callable[[Iterable[VmInUse]], int] | None = None,
     waits: Callable[[Ticket], None] = lambda _: None,
 ) -> Ticket:
     """Claim the ticket and execute attempts until it has ended. Returns the ended ticket.
@@ -77,13 +78,13 @@ async def run_ticket(
 
 
 async def _claim(
-    worker: Worker, ticket_id: str, free: int, left_mb: Callable[[Mapping[str, Attempt]], int] | None
+    worker: Worker, ticket_id: str, free: int, left_mb: Callable[[Iterable[VmInUse]], int] | None
 ) -> list[Claim]:
     if free <= 0 or any(attempt.claim.alone for attempt in worker.running.values()):
         return []
     if left_mb is None or not worker.running:
         return await worker.claim(ticket_id=ticket_id, limit=free if left_mb is None else 1)
-    return await worker.claim(ticket_id=ticket_id, limit=1, memory_mb=left_mb(worker.running))
+    return await worker.claim(ticket_id=ticket_id, limit=1, memory_mb=left_mb(of_attempts(worker.running.values())))
 
 
 async def _next(tasks: set[asyncio.Task[object]]) -> None:

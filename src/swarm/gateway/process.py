@@ -56,8 +56,10 @@ class Server:
     """A listener of one attempt, which the gateway's process serves. ``env``: the variables of the attempt's programs.
     ``exceeded`` is done once a budget has stopped the attempt; its result says which budget, with the amounts."""
 
-    def __init__(self, gateway: GatewayProcess, sock: socket.socket, account: Account | None, record: Record) -> None:
-        self.token = secrets.token_urlsafe(32)
+    def __init__(
+        self, gateway: GatewayProcess, sock: socket.socket, account: Account | None, record: Record, token: str
+    ) -> None:
+        self.token = token or secrets.token_urlsafe(32)
         self.env: dict[str, str] = {}
         self.exceeded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.sock = sock
@@ -145,18 +147,21 @@ class GatewayProcess:
         sock: socket.socket,
         url: str,
         record: Record,
+        token: str = "",
     ) -> Server:
         """Serve one attempt's calls of these services until the caller closes the server. ``sock`` listens where only
-        the attempt's VM can connect, and is closed with the server; ``url`` is its address as the VM sees it. Raises
-        HostError."""
-        server = Server(self, sock, account, record)
+        the attempt's VM can connect, and is closed with the server; ``url`` is its address as the VM sees it.
+        ``token``: the one that the programs of a resumed VM know; '' makes a new one. Raises HostError."""
+        server = Server(self, sock, account, record, token)
         server.env = upstreams.environment(services, url=url, token=server.token)
         given = {name: (upstream.model_dump(mode="json"), key) for name, (upstream, key) in services.items()}
         return await self._open(server, {"op": "gateway", "url": url, "services": given})
 
-    async def open_proxy(self, rules: Policy, *, sock: socket.socket, address: str, record: Record) -> Server:
+    async def open_proxy(
+        self, rules: Policy, *, sock: socket.socket, address: str, record: Record, token: str = ""
+    ) -> Server:
         """The proxy of one attempt, likewise. Raises HostError."""
-        server = Server(self, sock, None, record)
+        server = Server(self, sock, None, record, token)
         server.env = policy.proxy_environment(address, server.token)
         given = {"allow": rules.allow, "open": rules.open}
         return await self._open(server, {"op": "proxy", "url": address, "policy": given})
