@@ -17,6 +17,7 @@
     ├── HostError              this host lacks something (a tool, a permission, a route, disk space)
     │   ├── CommandFailed      a program that Swarm ran exited with a status other than 0
     │   └── NoSpace            a disk is full or a quota used up: the same work may succeed later
+    ├── GuestRefused           agentd refused one request: no such file, process, program…; the VM is well
     ├── ImageError             an image or template is missing or damaged, or can't be built
     │   └── NoImage            there is no default image
     └── StepError              an attempt failed, for a reason, and may be retryable
@@ -109,6 +110,16 @@ class CommandFailed(HostError):
 
 class NoSpace(HostError):
     pass
+
+
+class GuestRefused(SwarmError):
+    """agentd refused a request; the guest is well. ``kind``: the class of its error there, such as FileNotFoundError or
+    CannotStart; ``said``: its words."""
+
+    def __init__(self, op: str, kind: str, said: str) -> None:
+        super().__init__(f"{op}: {said}")
+        self.kind = kind
+        self.said = said
 
 
 class ImageError(SwarmError):

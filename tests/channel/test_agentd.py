@@ -159,7 +159,7 @@ async def test_a_senseless_request_gets_an_error(guest: Guest, fields: dict[str,
 
 
 async def test_too_many_connections(guest: Guest) -> None:
-    opened = [await asyncio.open_unix_connection(guest.vm.endpoint.unix) for _ in range(20)]
+    opened = [await asyncio.open_unix_connection(guest.vm.endpoint.unix) for _ in range(80)]
     closed = [asyncio.create_task(reader.read()) for reader, _ in opened]
     done, _ = await asyncio.wait(closed, timeout=5, return_when=asyncio.FIRST_COMPLETED)
     assert done

@@ -11,31 +11,28 @@ from typing import BinaryIO, Final
 
 from swarm.base.trees import Entry
 from swarm.channel import frames
+from swarm.channel.conversation import Conversation
 from swarm.channel.dial import LAST_PAUSE, Endpoint, dial
 from swarm.channel.files import ENTRY, MAX_NAMES_BYTES, File, batches, read_tree
 from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
 from swarm.channel.proof import GUEST, HOST, new_nonce, proof, shown
 from swarm.channel.values import Exit, Hello, Identity, Renewed, exit_of, final, state
-from swarm.errors import AgentFailed, AgentTimeout, ChannelError, GuestSilent, OutputInvalid, UsageError
+from swarm.errors import (
+    AgentFailed,
+    AgentTimeout,
+    ChannelError,
+    GuestRefused,
+    GuestSilent,
+    OutputInvalid,
+    UsageError,
+)  # fmt: skip
 from swarm.model import FailureReason
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 MAX_STDIN_BYTES: Final = MAX_PAYLOAD_BYTES
 _GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and reap an agent after its time is up
 _STREAMS: Final = ("stdout", "stderr")
-# Of a frame that is not the last of its reply: many may come, and honest ones take 50 bytes beside their payload.
-_MAX_PART_HEADER_BYTES: Final = 1024
-_FRAMES_PER_TURN: Final = 32
 _Rest = tuple[AsyncIterator[bytes], int]  # the rest of a payload, and its size
-
-
-class _Refusal(Exception):
-    """An error in agentd's reply: its class and message. The connection can still be used."""
-
-    def __init__(self, op: str, kind: str, message: str) -> None:
-        super().__init__(f"{op}: {message}")
-        self.kind = kind
-        self.said = message
 
 
 class Channel:
@@ -83,16 +80,17 @@ class Channel:
         ``listening``: see `dial`. Raises ChannelError when the time is over, or at once when agentd refuses the token,
         or when something else answers.
         """
-        channel = await cls._reach(endpoint, token, timeout_seconds, io_timeout_seconds, listening)
+        channel = await cls.reach(endpoint, token, timeout_seconds, io_timeout_seconds, listening=listening)
         try:
             yield channel
         finally:
-            await channel._end()
+            await channel.end()
 
     @classmethod
-    async def _reach(
-        cls, endpoint: Endpoint, token: bytes, timeout_seconds: float, io_seconds: float, listening: bool
+    async def reach(
+        cls, endpoint: Endpoint, token: bytes, timeout_seconds: float, io_seconds: float = 60.0, *, listening: bool
     ) -> Channel:
+        """`connect` for a caller that will `end` it."""
         trouble = ["it is not listening"]
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -110,7 +108,7 @@ class Channel:
                         await asyncio.sleep(LAST_PAUSE)
                     finally:
                         if not hasattr(channel, "greeting"):
-                            await channel._end()
+                            await channel.end()
         except TimeoutError:
             where = str(endpoint.unix or f"{endpoint.host}:{endpoint.port}")
             message = f"agentd at {where} did not answer in {timeout_seconds:g} s: {trouble[0]}"
@@ -125,7 +123,7 @@ class Channel:
         if (number := self._writer.get_extra_info("socket").fileno()) >= 0:
             asyncio.get_running_loop().remove_writer(number)
 
-    async def _end(self) -> None:
+    async def end(self) -> None:
         self.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
@@ -140,11 +138,9 @@ class Channel:
         limit_seconds: float | None = None,
         rest: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[Callable[[], Awaitable[Frame]]]:
-        """Send a request, and yield a function that returns the next reply, or raises _Refusal for an error. ``rest``:
-        more of the payload, in pieces of at most 1 MiB.
-
-        If the block is left by any exception but a _Refusal, the connection is closed, since its state is unknown.
-        """
+        """Send a request, and yield a function that returns the next reply, or raises GuestRefused.
+        ``rest``: more of the payload, in pieces of at most 1 MiB. Left by any other exception, the block closes the
+        connection, since its state is unknown."""
         request_id = 0
         try:
             async with self._sending:
@@ -158,32 +154,16 @@ class Channel:
                 request_id = self._last_id = self._unanswered = self._last_id + 1
                 await self._send(op, first, payload, limit_seconds or self._io_seconds, rest)
 
-            heard = 0
-
-            async def reply() -> Frame:
-                nonlocal heard
-                heard += 1
-                if heard % _FRAMES_PER_TURN == 0:  # thousands of short frames may be here already: others get a turn
-                    await asyncio.sleep(0)
-                frame = await frames.read(self._reader)
-                if frame.head.get("id") != request_id:
-                    raise ChannelError(f"the guest's reply does not belong to this {op} request")
-                if (error := frame.head.get("error")) is not None:
-                    said = error if isinstance(error, dict) else {}
-                    raise _Refusal(op, printable(said.get("type")), printable(said.get("message"), limit=2000))
-                if not frame.head.get("ok") and frame.head_bytes > _MAX_PART_HEADER_BYTES:
-                    raise ChannelError(f"the guest sent a header of {frame.head_bytes} bytes in the middle of {op}")
-                return frame
-
+            conversation = Conversation(self._reader, self._writer, op, request_id)
             async with self._receiving:
                 try:
                     async with asyncio.timeout(limit_seconds) as limit:
-                        yield reply
+                        yield conversation.receive
                 except TimeoutError:
                     if not limit.expired():
                         raise
                     raise ChannelError(f"the guest did not answer {op} within {limit_seconds:g} s") from None
-        except _Refusal:
+        except GuestRefused:
             raise
         except BaseException as error:
             if request_id:
@@ -221,8 +201,28 @@ class Channel:
         try:
             async with self._call(op, payload, fields, limit_seconds=limit, rest=rest and rest[0]) as reply:
                 return final(await reply())
-        except _Refusal as refusal:
+        except GuestRefused as refusal:
             raise ChannelError(f"agentd refused {refusal}") from None
+
+    @contextlib.asynccontextmanager
+    async def converse(self, op: str, fields: Mapping[str, object], payload: bytes) -> AsyncIterator[Conversation]:
+        """The only conversation on this connection meanwhile. Closes it, unless the conversation has ended."""
+        async with self._sending, self._receiving:
+            if self._broken:
+                raise ChannelError(f"the connection to the guest can't be used any more: {self._broken}")
+            self._last_id += 1
+            conversation = Conversation(self._reader, self._writer, op, self._last_id)
+            try:
+                await conversation.send({"op": op, **fields}, payload)
+                yield conversation
+            finally:
+                if not conversation.ended:
+                    self.close()
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can take another request, as far as is known."""
+        return not (self._broken or self._reader.at_eof() or self._writer.is_closing())
 
     # --- operations
 
@@ -329,7 +329,7 @@ class Channel:
                         raise ChannelError("the guest sent more of a directory than it may")
                     await asyncio.to_thread(spool.write, frame.payload)
                 return frame.flag("complete")
-        except _Refusal as refusal:
+        except GuestRefused as refusal:
             raise ChannelError(f"agentd refused {refusal}") from None
 
     async def get(self, path: str, *, limit_bytes: int) -> bytes | None:
@@ -354,7 +354,7 @@ class Channel:
                 size = frame.number("size") if found else 0
                 if size != len(data) and not too_large:
                     raise ChannelError(f"the guest sent {len(data)} bytes of {size}")
-        except _Refusal as refusal:
+        except GuestRefused as refusal:
             if refusal.kind == "NotRegular":
                 raise OutputInvalid(refusal.said) from None
             raise ChannelError(f"agentd refused {refusal}") from None
@@ -431,7 +431,7 @@ class Channel:
                 ended = None if timed_out else exit_of(frame, started_at)
         except TimeoutError:
             raise GuestSilent(f"its time was up {_GRACE_SECONDS:g} s ago, and the guest did not stop it") from None
-        except _Refusal as refusal:
+        except GuestRefused as refusal:
             if refusal.kind == "CannotStart":
                 raise AgentFailed(f"{printable(argv[0])} can't be started: {refusal.said}", retryable=False) from None
             raise ChannelError(f"agentd refused {refusal}") from None

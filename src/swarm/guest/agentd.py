@@ -15,7 +15,7 @@ one with that id failed. docs/adr/0004 and 0005 say why.
 The module is longer than 400 lines because the guest needs a single file. It imports little because each import costs
 tens of milliseconds of boot on an emulated CPU (hence no pathlib, argparse, threading, subprocess, runpy).
 """
-# ruff: noqa: PTH101, PTH102, PTH103, PTH108, PTH110, PTH120, PTH208, SIM105, RUF012
+# ruff: noqa: PTH101, PTH102, PTH103, PTH106, PTH108, PTH110, PTH115, PTH120, PTH208, SIM105, RUF012
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ import sys
 import time
 from _blake2 import blake2b  # hashlib.blake2b, without importing OpenSSL
 from _operator import _compare_digest  # hmac.compare_digest, likewise
+from collections import deque  # json has imported it
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_HEADER = 64 << 10
 MAX_PAYLOAD = 1 << 20
 MAX_PUT = 256 << 20  # bytes of one put request
 MAX_NAME = 4000  # bytes of a file's name in a directory that is sent
 MAX_ORDER = 4 * MAX_HEADER  # an order is a request's header in ASCII, which may be three times as long
-MAX_CONNECTIONS = 8
+MAX_CONNECTIONS = 64
 MAX_SSH = 16
 CHUNK = 64 << 10  # a pipe's capacity
 FIRST_FRAME_SECONDS = 10.0
@@ -54,6 +55,13 @@ IO_SECONDS = 60.0  # how long the peer may stall inside a request
 STACK_SECONDS = 2.0  # for the stacks of an agent whose time is up
 KILL_SECONDS = 20.0  # from SIGKILL to the end of all descendants: hundreds that used all memory need that long
 DRAIN_SECONDS = 2.0  # from the end of all descendants to the end of their pipes
+MAX_PROGRAMS = 64  # of `exec`, alive at once
+MAX_ENDED = 100  # how many that have ended are remembered
+SCROLLBACK = 256 << 10  # bytes of a program's latest output that are kept
+ENDED_SCROLLBACK = 4 << 20  # of all that have ended together
+WINDOW = 256 << 10  # bytes of input that the host may send before the program takes them
+TAKEN = 64 << 10  # it is told whenever the program has taken that many
+FREEZE_SECONDS = 10.0
 
 USERS = {"agent": (1000, 1000, "/work"), "root": (0, 0, "/root")}
 RLIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 4096}
@@ -69,8 +77,10 @@ PASSED_ENV = {
 MLOCK_ONFAULT = 1  # linux/mman.h
 PR_SET_CHILD_SUBREAPER = 36
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
-MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME = 2, 4, 8, 1024
 IP_FREEBIND = 15
+TIOCSCTTY, TIOCSWINSZ, TIOCSIG = 0x540E, 0x5414, 0x40045436  # asm-generic/ioctls.h
+CGROUPS = "/sys/fs/cgroup"
 
 LIBC = ctypes.CDLL(None, use_errno=True)  # once: opening it costs milliseconds on an emulated CPU
 COMPACT = json.JSONEncoder(separators=(",", ":")).encode
@@ -78,6 +88,7 @@ COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 Header = dict[str, object]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 
@@ -116,6 +127,14 @@ def read_file(path: str) -> str:
         return ""
 
 
+def read_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_ORDER)
+    except OSError:
+        return b""
+
+
 def write_file(path: str, data: str, mode: int = 0o644) -> None:
     """Replace a small file's contents. A file that doesn't shrink is overwritten in place: truncating it would free and
     reallocate its page, through much kernel code that a clone on an emulated CPU hasn't translated yet."""
@@ -142,12 +161,17 @@ def relay(source: socket.socket, target: socket.socket) -> None:
         pass
 
 
-def set_oom_score(pid: int | str, value: int) -> None:
-    fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+def poke(path: str, value: str) -> None:
+    """Write to a file of the kernel's."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, str(value).encode())
+        os.write(fd, value.encode())
     finally:
         os.close(fd)
+
+
+def set_oom_score(pid: int | str, value: int) -> None:
+    poke(f"/proc/{pid}/oom_score_adj", str(value))
 
 
 def crng_ready() -> bool:
@@ -267,6 +291,7 @@ class Zygote:
         self.report = -1
         self.status: int | None = None
         self.ended_ns = self.cpu_us = self.max_rss_kb = 0
+        self.programs: dict[str, tuple[int, int]] = {}  # those of `exec`: key -> pid, descriptor for their end
         faulthandler.enable(2)  # every agent inherits it: the stacks of one that crashes are in its stderr
         self.wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -289,7 +314,7 @@ class Zygote:
         while True:
             ready = [fd for fd, _ in poller.poll()]
             if self.commands.fileno() in ready:
-                data, fds, _, _ = socket.recv_fds(self.commands, MAX_ORDER, 4, socket.MSG_CMSG_CLOEXEC)
+                data, fds, _, _ = socket.recv_fds(self.commands, MAX_ORDER, 5, socket.MSG_CMSG_CLOEXEC)
                 if not data:  # agentd is gone
                     self.kill_and_reap_all()
                     os._exit(0)
@@ -301,6 +326,12 @@ class Zygote:
                     job = self.fork(order, fds)
                     if job is not None:
                         return job
+                elif order["op"] == "exec":
+                    job = self.fork_program(order, fds)
+                    if job is not None:
+                        return job
+                elif order["op"] in ("signal", "end", "stop", "continue"):
+                    self.command(order, fds)
                 elif order["op"] == "abort" and self.main and self.status is None:
                     os.kill(self.main, signal.SIGABRT)
                 elif order["op"] == "kill" and self.main and self.status is None:
@@ -347,6 +378,55 @@ class Zygote:
             os.close(fd)
         return None
 
+    def fork_program(self, order: Header, fds: list[int]) -> Job | None:
+        """Fork a program of `exec`. The last of its descriptors is where its end is reported."""
+        try:
+            pid = os.fork()
+        except OSError as error:
+            pid = -1
+            os.write(fds[3], json.dumps({"cannot": f"fork: {error.strerror}"}).encode() + b"\n")
+        if pid == 0:
+            self.commands.detach()
+            signal.set_wakeup_fd(-1)
+            return Job(order, become(order, fds))
+        for fd in fds[:4] if pid > 0 else fds:
+            os.close(fd)
+        if pid > 0:
+            self.programs[str(order["key"])] = pid, fds[4]
+        return None
+
+    def command(self, order: Header, fds: list[int]) -> None:
+        """Orders about programs. ``signal``: to a program's process group. ``end``: kill all that it started.
+        ``stop`` and ``continue``: all programs; those that were stopped are written to the descriptor that came."""
+        op, number_ = order["op"], int(str(order.get("signal") or 0))
+        known = self.programs.get(str(order.get("key")))
+        try:
+            if op == "signal" and known:
+                os.killpg(known[0], number_)  # not yet waited for, so the group can't be another's
+            elif op == "end":
+                if known:
+                    os.kill(known[0], number_)
+                marked = f"SWARM_PROCESS={order['process']}".encode()
+                for _ in range(100):
+                    found = signal_descendants(
+                        number_, lambda pid: marked in read_bytes(f"/proc/{pid}/environ").split(b"\0")
+                    )
+                    if not found or number_ != signal.SIGKILL:
+                        break
+            elif op == "stop":
+                spared = str(order["spared"])
+                found = signal_descendants(signal.SIGSTOP, lambda pid: str(pid) != spared and not is_stopped(pid))
+                os.write(fds[0], json.dumps(found).encode())
+            elif op == "continue":
+                stopped = order["pids"]
+                assert isinstance(stopped, list)
+                signal_descendants(signal.SIGCONT, lambda pid: pid in stopped)
+        except OSError as error:  # it has ended meanwhile
+            log(f"zygote: {op}: {error.strerror}")
+        finally:
+            for fd in fds:
+                os.close(fd)
+
     def finish(self) -> None:
         clean = self.kill_and_reap_all()
         code = os.waitstatus_to_exitcode(self.status) if self.status is not None else -signal.SIGKILL
@@ -383,10 +463,29 @@ class Zygote:
                 except ProcessLookupError:  # it died before it had a group
                     pass
             pid, status, usage = os.wait4(dead.si_pid, 0)
+            key = next((key for key, (known, _) in self.programs.items() if known == pid), None)
+            if key is not None:
+                self.tell_end(key, status, usage)
+                continue
             self.cpu_us += int((usage.ru_utime + usage.ru_stime) * 1e6)
             self.max_rss_kb = max(self.max_rss_kb, usage.ru_maxrss)
             if pid == self.main:
                 self.status, self.ended_ns = status, time.monotonic_ns()
+
+    def tell_end(self, key: str, status: int, usage: resource.struct_rusage) -> None:
+        """Report the end of a program of `exec` to agentd."""
+        _, fd = self.programs.pop(key)
+        end = {
+            "exit": os.waitstatus_to_exitcode(status),
+            "ended_ns": time.monotonic_ns(),
+            "cpu_us": int((usage.ru_utime + usage.ru_stime) * 1e6),
+            "max_rss_kb": usage.ru_maxrss,
+        }
+        try:
+            os.write(fd, json.dumps(end).encode())
+        except BrokenPipeError:  # agentd gave it up
+            pass
+        os.close(fd)
 
     def kill_and_reap_all(self) -> bool:
         """Kill and wait for every descendant. As this process is the subreaper, no children means none is left."""
@@ -404,7 +503,7 @@ class Zygote:
                 if self.in_vm and self.uid and kills % 4 < 3:
                     self.kill_all_of(self.uid)
                 else:
-                    kill_descendants()
+                    signal_descendants(signal.SIGKILL)
                 kills, next_kill = kills + 1, time.monotonic() + 0.1
             poller.poll(20)
         return True
@@ -428,17 +527,18 @@ def process(name: str) -> tuple[int, str] | None:
     return None if len(fields) < 20 or fields[0] in "ZX" else (int(fields[1]), fields[19])
 
 
-def kill_descendants() -> None:
-    """Send SIGKILL to every live descendant that one scan of /proc finds; the caller repeats it."""
+def signal_descendants(number_: int, wanted: Callable[[int], bool] | None = None) -> list[int]:
+    """Send a signal to every live descendant that one scan of /proc finds and that is wanted; the caller repeats it.
+    Returns which got it."""
     found = {name: process(name) for name in os.listdir("/proc") if name.isdigit()}
     living = {int(name): it for name, it in found.items() if it}
-    me = os.getpid()
+    me, told = os.getpid(), []
     for pid, (parent, started) in living.items():
         for _ in living:  # bounds the way up: parents may change during the scan
             if parent in (0, me):
                 break
             parent = living.get(parent, (0, ""))[0]
-        if parent != me:
+        if parent != me or (wanted and not wanted(pid)):
             continue
         try:
             fd = os.pidfd_open(pid)
@@ -446,8 +546,14 @@ def kill_descendants() -> None:
             continue
         now = process(str(pid))
         if now and now[1] == started:  # not another process that got the pid meanwhile
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            signal.pidfd_send_signal(fd, number_)
+            told.append(pid)
         os.close(fd)
+    return told
+
+
+def is_stopped(pid: int) -> bool:
+    return read_file(f"/proc/{pid}/stat").rpartition(")")[2][1:2] == "T"
 
 
 def become(order: Header, fds: list[int]) -> int:
@@ -461,6 +567,10 @@ def become(order: Header, fds: list[int]) -> int:
             os.dup2(fd, target)
         report = os.dup2(fds[3], 3, inheritable=False)
         os.closerange(4, 1 << 20)
+        if order.get("pty"):
+            fcntl.ioctl(0, TIOCSCTTY, 0)
+        if group := order.get("cgroup"):
+            poke(f"{group}/cgroup.procs", "0")
         # Undo inherited and own signal handling, except for SIGPIPE and SIGXFSZ, which Python itself ignores.
         for number_ in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
             if signal.getsignal(number_) is not signal.SIG_DFL:
@@ -505,7 +615,7 @@ def wait_for_order(report: int) -> Job:
     touch_pages()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=report)
     buffer = bytearray(MAX_ORDER)
-    sock.send(json.dumps({"ready": True, "cpu_us": time.process_time_ns() // 1000}).encode())
+    sock.send(json.dumps({"ready": True, "cpu_us": time.process_time_ns() // 1000, "pid": os.getpid()}).encode())
     size = sock.recv_into(buffer)
     if not size:  # agentd doesn't need this process
         os._exit(0)
@@ -520,7 +630,7 @@ def cannot_start(report: int, error: BaseException) -> NoReturn:
     name = getattr(error, "filename", None)
     said = (getattr(error, "strerror", None) or f"{type(error).__name__}: {error}") + (f": {name!r}" if name else "")
     try:
-        os.write(report, json.dumps({"cannot": said}).encode())
+        os.write(report, json.dumps({"cannot": said}).encode() + b"\n")
     finally:
         os._exit(127)
 
@@ -599,7 +709,8 @@ def run_job(job: Job) -> None:
     assert isinstance(argv, list)
 
     def report_start() -> None:
-        os.write(job.report, json.dumps({"started_ns": time.monotonic_ns()}).encode())
+        started = {"started_ns": time.monotonic_ns(), "pid": os.getpid()}
+        os.write(job.report, json.dumps(started).encode() + b"\n")
 
     try:
         os.chdir(str(job.order["cwd"]))
@@ -651,13 +762,14 @@ class Connection:
         self.sock = sock
         self.authorised = False
         self.failed: set[object] = set()  # ids of requests that failed
+        self.early = bytearray()  # what a conversation has read beyond its end
 
     def receive(self, first: bool = False) -> tuple[Header, bytes] | None:
         """The next frame; None if the host closed the connection between two frames."""
         try:
             # Between requests the host may be silent for any time; TCP keep-alive notices its death.
             self.sock.settimeout(FIRST_FRAME_SECONDS if first else None)
-            prefix = self.sock.recv(8)
+            prefix = self.take(8) or self.sock.recv(8)
             if not prefix:
                 return None
             self.sock.settimeout(IO_SECONDS)
@@ -668,13 +780,26 @@ class Connection:
             payload = bytes(self.exactly(sizes[1]))
         except (OSError, ValueError, RecursionError) as error:
             raise Broken(f"{type(error).__name__}: {error}") from None
-        if not isinstance(head, dict) or not isinstance(head.get("id"), int) or not isinstance(head.get("op"), str):
-            raise Broken("a header without id and op")
-        return head, payload
+        return checked(head), payload
+
+    def take(self, size: int) -> bytes:
+        data = bytes(self.early[:size])
+        del self.early[:size]
+        return data
+
+    def shut(self) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it is closed already
+            pass
 
     def exactly(self, size: int) -> bytearray:
         data = bytearray(size)
         view = memoryview(data)
+        if self.early:
+            ready = self.take(size)
+            data[: len(ready)] = ready
+            view = view[len(ready) :]
         while view:
             got = self.sock.recv_into(view)
             if not got:
@@ -688,6 +813,74 @@ class Connection:
             self.sock.sendall(frame(head, payload))
         except OSError as error:
             raise Broken(f"{type(error).__name__}: {error}") from None
+
+
+def checked(head: object) -> Header:
+    if not isinstance(head, dict) or not isinstance(head.get("id"), int) or not isinstance(head.get("op"), str):
+        raise Broken("a header without id and op")
+    return head
+
+
+class Talk:
+    """A conversation: frames both ways, after its request and until agentd's last reply. Nothing in it waits."""
+
+    def __init__(self, connection: Connection, request_id: object) -> None:
+        self.connection = connection
+        self.id = request_id
+        self.sock = connection.sock
+        self.unsent = bytearray()
+        self.gone = False  # the host closed the connection, or broke the protocol
+        connection.sock.setblocking(False)
+
+    def events(self) -> int:
+        """What to poll its socket for."""
+        return select.POLLIN | select.POLLRDHUP | (select.POLLOUT if self.unsent else 0)
+
+    def say(self, head: Header, payload: bytes = b"") -> None:
+        if not self.gone:
+            self.unsent += frame({"id": self.id, **head}, payload)
+            self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self.unsent and not self.gone:
+                del self.unsent[: self.sock.send(self.unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.lose()
+
+    def hear(self) -> list[tuple[Header, bytes]]:
+        """The frames of this conversation that have come; after the host's end, ``gone`` is set."""
+        arrived = self.connection.early
+        try:
+            data = self.sock.recv(CHUNK)
+            if not data:
+                self.lose()
+            arrived += data
+            frames = []
+            while len(arrived) >= 8:
+                header, payload = struct.unpack(">II", arrived[:8])
+                if not 2 <= header <= MAX_HEADER or payload > MAX_PAYLOAD:
+                    raise Broken(f"a frame of {header} + {payload} bytes")
+                if len(arrived) < 8 + header + payload:
+                    break
+                head = checked(json.loads(arrived[8 : 8 + header]))
+                if head["id"] != self.id:
+                    raise Broken("another request during a conversation")
+                frames.append((head, bytes(arrived[8 + header : 8 + header + payload])))
+                del arrived[: 8 + header + payload]
+            return frames
+        except BlockingIOError:
+            return []
+        except (OSError, ValueError, RecursionError, Broken) as error:
+            log(f"connection dropped: {error}")
+            self.lose()
+            return []
+
+    def lose(self) -> None:
+        self.gone = True
+        self.unsent.clear()
 
 
 def frame(head: Header, payload: bytes = b"") -> bytes:
@@ -742,6 +935,15 @@ class Agentd:
         self.keep_sshd = False  # have an sshd started before its connection arrives
         self.waiting_sshd: tuple[int, socket.socket] | None = None  # its pidfd, and our end of its socket
         self.address = ""
+        self.programs: dict[str, Program] = {}  # those of `exec`, in the order of their starts
+        self.programs_lock = _thread.allocate_lock()
+        self.serial = 0  # of the latest
+        self.cgroups: bool | None = None  # whether each program has a control group of its own; not known before one
+        self.left_groups: list[str] = []  # of programs that are forgotten, but have left processes
+        self.open: set[Connection] = set()
+        self.frozen_at: float | None = None
+        self.frozen_seconds = 0.0  # how long programs were frozen, all in all
+        self.stopped: list[int] = []  # frozen by SIGSTOP
 
     # -- serving
 
@@ -818,6 +1020,7 @@ class Agentd:
     def converse(self, sock: socket.socket) -> None:
         """Answer one connection's requests, in order, until it closes or breaks the protocol."""
         connection = Connection(sock)
+        self.open.add(connection)
         try:
             while (request := connection.receive(first=not connection.authorised)) is not None:
                 self.answer(connection, *request)
@@ -826,11 +1029,13 @@ class Agentd:
         except BaseException as error:
             log(f"connection ended by {type(error).__name__}: {error}")
         finally:
+            self.open.discard(connection)
             sock.close()
 
     def answer(self, connection: Connection, head: Header, payload: bytes) -> None:
         op = text(head, "op")
-        if op == "data":  # the rest of a put that failed
+        # The rest of a put that failed, or what was under way when a conversation ended.
+        if op in ("data", "stdin", "resize") or (op == "signal" and "process" not in head):
             return
         if not connection.authorised and op != "hello":
             raise Broken(f"{op!r:.40} before hello")
@@ -891,9 +1096,17 @@ class Agentd:
             "clock_ns": time.time_ns(),
         }
 
-    def renew(self, _: Connection, head: Header, payload: bytes) -> Header:
-        """Take a new identity: replace everything that a clone shares with its siblings before an agent runs."""
+    def renew(self, connection: Connection, head: Header, payload: bytes) -> Header:
+        """Take a new identity: replace everything that a clone shares with its siblings before an agent runs.
+
+        Other connections end, if this is a clone or a VM that was paused: their host ends are gone. Programs go on."""
         generation, token = text(head, "generation"), key_of(text(head, "token"))
+        if self.frozen_at is not None or generation != self.generation:
+            with self.programs_lock:
+                for program in self.programs.values():
+                    program.background = True
+            for other in self.open - {connection}:
+                other.shut()
         done: list[str] = []
         if self.in_vm:
             self.renew_vm(head, done)
@@ -976,12 +1189,15 @@ class Agentd:
                 except OSError as error:  # don't start more ahead; each connection still starts its own
                     log(f"ssh: {error}")
                     self.keep_sshd = False
-            waiting = [*sessions, *([listener.fileno()] if len(sessions) < MAX_SSH else [])]
+            accepting = len(sessions) < MAX_SSH and self.frozen_at is None
+            waiting = [*sessions, *([listener.fileno()] if accepting else [])]
             poller = select.poll()
             for fd in waiting:
                 poller.register(fd, select.POLLIN)
-            for fd, _ in poller.poll():
+            for fd, _ in poller.poll(None if self.frozen_at is None else 100):
                 try:
+                    if fd not in sessions and self.frozen_at is not None:
+                        continue
                     if fd in sessions:
                         os.waitpid(sessions.pop(fd), 0)
                         os.close(fd)
@@ -1149,12 +1365,221 @@ class Agentd:
             os.close(fd)
 
     def run(self, connection: Connection, head: Header, payload: bytes) -> Header:
+        self.check_thawed()
         if not self.busy.acquire(blocking=False):
             raise Refused("an agent is already running here")
         try:
             return Run(self, connection, head).run(payload)
         finally:
             self.busy.release()
+
+    def start_program(self, connection: Connection, head: Header, payload: bytes) -> Header:
+        """Run a program, any number at once. The host sends `stdin`, `resize` and `signal` while it runs."""
+        program = Program(self, head)
+        with self.programs_lock:
+            self.check_thawed()
+            if program.name in self.programs:
+                raise Refused(f"there is a process {program.name} already")
+            if sum(not other.finished for other in self.programs.values()) >= MAX_PROGRAMS:
+                raise Refused(f"{MAX_PROGRAMS} processes are running already")
+            self.serial += 1
+            program.group = self.make_group(str(self.serial))
+            self.programs[program.name] = program
+        try:
+            program.start(str(self.serial), payload)
+        except BaseException:
+            self.forget(program)
+            raise
+        talk = program.owner = Listener(connection, head["id"])
+        program.join(talk)
+        if program.background:
+            _thread.start_new_thread(program.follow, ())
+            talk.parted.acquire()
+        else:
+            program.follow()
+        return self.told_end(program, talk)
+
+    def attach(self, connection: Connection, head: Header, _: bytes) -> Header:
+        """Hear a program's latest output, and then what it writes from now on. ``after``: only what follows that many
+        bytes of all its output."""
+        program = self.program(head)
+        talk = Listener(connection, head["id"])
+        talk.after = 0 if head.get("after") is None else int(number(head, "after"))
+        if program.join(talk):
+            talk.parted.acquire()
+        else:
+            program.replay(talk)
+        return self.told_end(program, talk)
+
+    def told_end(self, program: Program, talk: Listener) -> Header:
+        unsent, sock = bytes(talk.unsent), talk.sock
+        if talk.gone:
+            raise Broken(f"the host left the process {program.name}")
+        if unsent:
+            sock.settimeout(IO_SECONDS)
+            sock.sendall(unsent)
+        if program.cannot is not None:
+            raise CannotStart(program.cannot)
+        assert program.end is not None
+        return {**program.end, "dropped_bytes": talk.dropped}
+
+    def program(self, head: Header) -> Program:
+        program = self.programs.get(text(head, "process"))
+        if program is None:
+            raise Refused(f"no such process: {head['process']!r:.80}")
+        return program
+
+    def processes(self, connection: Connection, head: Header, _: bytes) -> Header:
+        """Send a line of JSON for each program that runs, and for the last of those that have ended."""
+        with self.programs_lock:
+            lines = [json.dumps(program.described()) for program in self.programs.values()]
+        for at in range(0, len(lines), 16):
+            part = "".join(f"{line}\n" for line in lines[at : at + 16])
+            connection.send({"id": head["id"], "stream": "data"}, part.encode())
+        return {"now_ns": time.monotonic_ns()}
+
+    def signal(self, _: Connection, head: Header, __: bytes) -> Header:
+        program = self.program(head)
+        if not program.signal(head):
+            raise Refused(f"the process {program.name} has ended")
+        return {}
+
+    def make_group(self, name: str) -> str:
+        """A control group for a program, or "" if this guest has none: then programs are found by what is in /proc."""
+        if self.cgroups is None:
+            self.cgroups = self.in_vm and self.mount_cgroups()
+        for left in self.left_groups[:]:
+            if remove_group(left):
+                self.left_groups.remove(left)
+        if not self.cgroups:
+            return ""
+        group = f"{CGROUPS}/swarm/{name}"
+        os.mkdir(group)
+        return group
+
+    def mount_cgroups(self) -> bool:
+        try:
+            if not os.path.exists(f"{CGROUPS}/cgroup.procs"):
+                flags = ctypes.c_ulong(MS_NODEV | MS_NOSUID | MS_NOEXEC)
+                libc("mount", b"cgroup2", CGROUPS.encode(), b"cgroup2", flags, None)
+            os.mkdir(f"{CGROUPS}/swarm")
+            return os.path.exists(f"{CGROUPS}/swarm/cgroup.kill")
+        except OSError as error:
+            log(f"no control groups: {error}")
+            return False
+
+    def forget(self, program: Program) -> None:
+        with self.programs_lock:
+            self.programs.pop(program.name, None)
+            if program.group and not remove_group(program.group):
+                self.left_groups.append(program.group)
+
+    def keep_few(self) -> None:
+        """Forget the oldest of the programs that have ended, and then their output."""
+        with self.programs_lock:
+            ended = [program for program in self.programs.values() if program.finished]
+        for program in ended[: -MAX_ENDED or None]:
+            self.forget(program)
+        room = ENDED_SCROLLBACK
+        for program in reversed(ended):
+            room -= program.kept
+            if room < 0:
+                program.log.clear()
+                program.kept = 0
+
+    def check_thawed(self) -> None:
+        if self.frozen_at is not None:
+            raise Refused("the guest is frozen: thaw it first")
+
+    def frozen_until(self, now: float) -> float:
+        """For how many seconds programs were frozen until now."""
+        since = self.frozen_at
+        return self.frozen_seconds + (now - since if since is not None else 0.0)
+
+    def freeze(self, _: Connection, __: Header, ___: bytes) -> Header:
+        """Stop all programs of the guest until `thaw`; a clone, or a VM that is resumed, runs none before `renew`."""
+        with self.programs_lock:
+            if self.frozen_at is not None:
+                return {}
+            self.make_group_of_rest()
+            self.frozen_at = time.monotonic()
+        try:
+            self.freeze_all(self.frozen_at + FREEZE_SECONDS)
+        except BaseException:
+            self.thaw_all()
+            raise
+        return {}
+
+    def make_group_of_rest(self) -> None:
+        if self.cgroups is None:
+            self.cgroups = self.in_vm and self.mount_cgroups()
+        if self.cgroups and not os.path.exists(f"{CGROUPS}/swarm/rest"):
+            os.mkdir(f"{CGROUPS}/swarm/rest")
+
+    def freeze_all(self, deadline: float) -> None:
+        late = Refused(f"the guest's programs did not stop within {FREEZE_SECONDS:g} s")
+        if not self.cgroups:
+            while stopped := self.stop_by_signal(deadline):
+                self.stopped += stopped
+                if time.monotonic() > deadline:
+                    raise late
+            return
+        poke(f"{CGROUPS}/swarm/cgroup.freeze", "1")
+        spared = {1, os.getpid(), self.zygote_pid, self.waiting_pid()}
+        # What is started while this runs has its parent's group: only programs of others (sshd's, an agent's) are not
+        # there yet, and those that they start while it is moved.
+        while strays := [pid for pid in user_processes() if pid not in spared and not in_group(pid)]:
+            for pid in strays:
+                try:
+                    poke(f"{CGROUPS}/swarm/rest/cgroup.procs", str(pid))
+                except ProcessLookupError:
+                    pass
+            if time.monotonic() > deadline:
+                raise late
+        events = os.open(f"{CGROUPS}/swarm/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            poller = select.poll()
+            poller.register(events, select.POLLPRI)
+            while b"frozen 1" not in os.pread(events, 4096, 0):
+                if time.monotonic() > deadline:
+                    raise late
+                poller.poll(100)
+        finally:
+            os.close(events)
+
+    def waiting_pid(self) -> int:
+        """Of the next agent's process: nobody's program yet."""
+        return self.next.pid if self.next else 0
+
+    def stop_by_signal(self, deadline: float) -> list[int]:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        with open(reader, "rb", buffering=0) as file:
+            try:
+                self.order({"op": "stop", "spared": self.waiting_pid()}, (writer,))
+            finally:
+                os.close(writer)
+            poller = select.poll()
+            poller.register(reader, select.POLLIN)
+            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise Refused("the guest's programs were not stopped in time")
+            found = json.loads(file.read(1 << 16) or b"[]")
+            assert isinstance(found, list)
+            return found
+
+    def thaw(self, _: Connection, __: Header, ___: bytes) -> Header:
+        if self.frozen_at is not None:
+            self.thaw_all()
+        return {}
+
+    def thaw_all(self) -> None:
+        with self.programs_lock:
+            since, self.frozen_at = self.frozen_at, None
+            self.frozen_seconds += time.monotonic() - since if since is not None else 0.0
+        if self.cgroups:
+            poke(f"{CGROUPS}/swarm/cgroup.freeze", "0")
+        elif self.stopped:
+            self.order({"op": "continue", "pids": self.stopped})
+            self.stopped = []
 
     def kill(self, _: Connection, __: Header, ___: bytes) -> Header:
         running = self.busy.locked()
@@ -1175,6 +1600,12 @@ class Agentd:
         "get": get,
         "tree": tree,
         "run": run,
+        "exec": start_program,
+        "attach": attach,
+        "processes": processes,
+        "signal": signal,
+        "freeze": freeze,
+        "thaw": thaw,
         "kill": kill,
         "poweroff": poweroff,
     }  # fmt: skip
@@ -1199,13 +1630,31 @@ class Agentd:
                 if not said.get("ready"):
                     raise RuntimeError(f"the next agent's process was not made: {said.get('cannot') or 'it died'}")
                 links.report.settimeout(None)
-                links.cpu_us = said["cpu_us"]
+                links.cpu_us, links.pid = said["cpu_us"], said["pid"]
             except BaseException:
                 links.close()
                 raise
             self.next = links
         finally:
             self.busy.release()
+
+    def make_order(self, head: Header) -> tuple[str, Header]:
+        """The user, and the zygote's order for a program."""
+        argv, env, user = head.get("argv"), head.get("env"), text(head, "user")
+        if not isinstance(argv, list) or not argv or not all(isinstance(a, str) and "\0" not in a for a in argv):
+            raise Refused("argv must be a list of texts without NUL")
+        if not isinstance(env, dict) or not all(isinstance(v, str) and "\0" not in k + v for k, v in env.items()):
+            raise Refused("env must map texts to texts, without NUL")
+        if user not in USERS:
+            raise Refused(f"no such user: {user!r:.40}")
+        uid, gid, home = USERS[user]
+        cwd = home if head.get("cwd") is None else text(head, "cwd")
+        return user, {
+            "argv": [self.inside(argv[0]), *argv[1:]],
+            "env": env,  # plus the user's environment, unless the process has it already
+            "cwd": self.inside(cwd),
+            "user": [uid, gid] if self.in_vm else None,
+        }
 
     def environment(self, user: str) -> dict[str, str]:
         sbin = "/usr/local/sbin:/usr/sbin:/sbin:" if user == "root" else ""
@@ -1332,7 +1781,7 @@ class AgentLinks:
         pipes = {"stdout": os.pipe2(os.O_CLOEXEC), "stderr": os.pipe2(os.O_CLOEXEC)}
         self.writers = [pair[1] for pair in pipes.values()]
         self.reading = {pair[0]: name for name, pair in pipes.items()}
-        self.cpu_us = 0  # used by the process before it got its order
+        self.cpu_us = self.pid = 0  # of a waiting process; the time that it used before it got its order
 
     def hand_over(self, agentd: Agentd, order: Header, stdin: bytes = b"") -> None:
         """Send the other ends to the zygote, for the process that it will fork."""
@@ -1375,7 +1824,8 @@ class Run:
         self.agentd = agentd
         self.connection = connection
         self.id = head["id"]
-        self.order = self.make_order(head)
+        self.user, self.order = agentd.make_order(head)
+        self.order.update(op="run", warm=bool(head.get("warm")))
         now = time.monotonic()
         self.received_ns = time.monotonic_ns()
         self.timeout = number(head, "timeout")
@@ -1393,25 +1843,6 @@ class Run:
         self.unsent = bytearray()
         self.sent_at = now  # when the host last took data, or none was waiting
         self.host_gone = False
-
-    def make_order(self, head: Header) -> Header:
-        argv, env, user = head.get("argv"), head.get("env"), text(head, "user")
-        if not isinstance(argv, list) or not argv or not all(isinstance(a, str) and "\0" not in a for a in argv):
-            raise Refused("argv must be a list of texts without NUL")
-        if not isinstance(env, dict) or not all(isinstance(v, str) and "\0" not in k + v for k, v in env.items()):
-            raise Refused("env must map texts to texts, without NUL")
-        if user not in USERS:
-            raise Refused(f"no such user: {user!r:.40}")
-        inside, (uid, gid, _) = self.agentd.inside, USERS[user]
-        self.user = user
-        return {
-            "op": "run",
-            "argv": [inside(argv[0]), *argv[1:]],
-            "env": env,  # plus the user's environment, unless the process has it already
-            "cwd": inside(text(head, "cwd")),
-            "user": [uid, gid] if self.agentd.in_vm else None,
-            "warm": bool(head.get("warm")),
-        }
 
     def run(self, stdin: bytes) -> Header:
         links = self.start(stdin)
@@ -1580,6 +2011,528 @@ class Run:
             pass
         except OSError:
             self.lose_host()
+
+
+class Listener(Talk):
+    """A conversation about a program: `exec`, or `attach`."""
+
+    def __init__(self, connection: Connection, request_id: object) -> None:
+        super().__init__(connection, request_id)
+        self.after = self.dropped = 0  # bytes of output before what it wants, and that it wanted but are gone
+        self.fed = self.taken = self.told = 0  # bytes of input: from the host, into the program, and so said
+        self.parted = _thread.allocate_lock()  # held until the program has done with it
+        self.parted.acquire()
+
+
+class Program:
+    """A program of `exec`. One thread follows it, and is the only one that touches it or its conversations: that of
+    the connection which started it, or one of its own if it runs in the background.
+
+    While a host that listens is behind, nothing is read from the program, so it blocks in its own write."""
+
+    def __init__(self, agentd: Agentd, head: Header) -> None:
+        self.agentd = agentd
+        self.name = text(head, "process")
+        if not 1 <= len(self.name) <= 64 or set(self.name) - set("abcdefghijklmnopqrstuvwxyz0123456789-"):
+            raise Refused("a process is named by 1 to 64 of a-z, 0-9 and -")
+        self.user, self.order = agentd.make_order(head)
+        self.background = bool(head.get("background"))  # it outlives the connection that started it
+        self.more_stdin = bool(head.get("stdin"))
+        self.size = self.window_size(head.get("pty")) if head.get("pty") is not None else b""
+        self.timeout = None if head.get("timeout") is None else number(head, "timeout")
+        self.group = ""  # its control group, if it has one
+        self.serial = ""
+        self.lock = _thread.allocate_lock()  # of what other threads touch: `joining`, `finished`
+        self.joining: list[Listener] = []
+        self.finished = False
+        self.talks: list[Listener] = []
+        self.owner: Listener | None = None  # whose end is its end, unless it runs in the background
+        self.log: deque[tuple[str, bytes]] = deque()  # its latest output
+        self.kept = self.written = 0  # bytes of that, and of all its output
+        self.input: deque[tuple[Listener | None, memoryview]] = deque()  # not yet taken by it
+        self.input_ends = self.deaf = False
+        self.input_fd = self.wake = self.beginning = self.ending = -1
+        self.reading: dict[int, str] = {}
+        self.start_report = b""
+        self.begun = 0.0
+        self.frozen = 0.0
+        self.killed_at: float | None = None
+        self.kills = 0
+        self.timed_out = False
+        self.cannot: str | None = None
+        self.pid = self.started_ns = 0
+        self.exit: Header | None = None
+        self.end: Header | None = None
+
+    @staticmethod
+    def window_size(size: object) -> bytes:
+        numbers = size if isinstance(size, list) else []
+        if len(numbers) != 2 or not all(isinstance(n, int) and 0 < n < 1 << 16 for n in numbers):
+            raise Refused("a terminal's size is [columns, rows]")
+        return struct.pack("HHHH", numbers[1], numbers[0], 0, 0)
+
+    def start(self, serial: str, stdin: bytes) -> None:
+        self.serial = serial
+        theirs: list[int] = []
+        try:
+            self.open_files(theirs, stdin)
+            env = self.order["env"]
+            assert isinstance(env, dict)
+            env = {**self.agentd.environment(self.user), "SWARM_PROCESS": self.name, **env}
+            order: Header = {**self.order, "op": "exec", "key": serial, "warm": False}
+            order.update(env=env, cgroup=self.group, pty=bool(self.size))
+            self.begun = time.monotonic()
+            self.frozen = self.agentd.frozen_until(self.begun)
+            self.agentd.order(order, tuple(theirs))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for fd in set(theirs):
+                os.close(fd)
+
+    def open_files(self, theirs: list[int], stdin: bytes) -> None:
+        """Make the pipes, or the terminal, between the program and this process."""
+
+        def pipe(inwards: bool = False) -> int:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            ours, other = (writer, reader) if inwards else (reader, writer)
+            theirs.append(other)
+            os.set_blocking(ours, False)
+            return ours
+
+        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if self.size:
+            self.input_fd, slave = os.openpty()
+            theirs += [slave] * 3
+            os.set_blocking(self.input_fd, False)
+            fcntl.ioctl(slave, TIOCSWINSZ, self.size)
+            if self.agentd.in_vm:
+                os.fchown(slave, USERS[self.user][0], -1)
+            self.reading[self.input_fd] = "stdout"
+        else:
+            if stdin or self.more_stdin:
+                self.input_fd = pipe(inwards=True)
+            else:
+                theirs.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            self.reading[pipe()] = "stdout"
+            self.reading[pipe()] = "stderr"
+        self.beginning, self.ending = pipe(), pipe()
+        if stdin:
+            self.input.append((None, memoryview(stdin)))
+        self.input_ends = not self.more_stdin and not self.size
+
+    def join(self, talk: Listener) -> bool:
+        """Let a conversation hear it from now on. False if it has ended."""
+        with self.lock:
+            if not self.finished:
+                self.joining.append(talk)
+                os.eventfd_write(self.wake, 1)
+            return not self.finished
+
+    def follow(self) -> None:
+        """Follow it to its end, and that of its output."""
+        try:
+            while self.turn():
+                pass
+            self.end = self.described_end()
+        except BaseException as error:
+            log(f"process {self.name}: {type(error).__name__}: {error}")
+            self.kill()
+            self.end = self.end or {**NO_END, "started_ns": self.started_ns, "ended_ns": time.monotonic_ns()}
+        with self.lock:
+            self.finished = True
+            talks, self.talks = self.talks + self.joining, []
+            for talk in self.joining:
+                self.replay(talk)
+        self.close()
+        if not self.background:
+            self.log.clear()
+            self.kept = 0
+        if self.cannot is not None:
+            self.agentd.forget(self)
+        self.agentd.keep_few()
+        for talk in talks:
+            talk.parted.release()
+
+    def turn(self) -> bool:
+        """Wait for the next things to happen, and see to them. False at the end."""
+        now = time.monotonic()
+        self.admit()
+        for talk in self.talks[:]:
+            if talk.gone:
+                self.lose(talk)
+        self.check_time(now)
+        behind = any(talk.unsent for talk in self.talks)
+        if self.exit is not None:
+            if not behind:
+                self.drain(now)
+            if not self.reading and not any(talk.unsent for talk in self.talks):
+                return False
+        poller = select.poll()
+        poller.register(self.wake, select.POLLIN)
+        for fd in (self.beginning, self.ending):
+            if fd >= 0:
+                poller.register(fd, select.POLLIN)
+        masks = {} if behind else dict.fromkeys(self.reading, select.POLLIN)
+        if self.input_fd >= 0 and self.input:
+            masks[self.input_fd] = masks.get(self.input_fd, 0) | select.POLLOUT
+        for fd, mask in masks.items():
+            poller.register(fd, mask)
+        by_fd = {talk.sock.fileno(): talk for talk in self.talks}
+        for fd, talk in by_fd.items():
+            poller.register(fd, talk.events())
+        for fd, event in poller.poll(self.patience_ms(now)):
+            if fd in by_fd:
+                self.attend(by_fd[fd], event)
+            elif fd == self.wake:
+                os.eventfd_read(self.wake)
+            elif fd == self.beginning:
+                self.hear_start()
+            elif fd == self.ending:
+                self.hear_end()
+            else:
+                if fd == self.input_fd and event & ~select.POLLIN:
+                    self.feed()
+                if fd in self.reading and event & ~select.POLLOUT:
+                    self.pump(fd)
+        return True
+
+    def patience_ms(self, now: float) -> int | None:
+        if self.killed_at is not None or (self.exit is not None and self.reading):
+            return 100
+        if self.timeout is None:
+            return None
+        return max(1, min(1 << 30, int((self.deadline(now) - now) * 1000) + 1))
+
+    def deadline(self, now: float) -> float:
+        """When its time is up; that in which it was frozen does not count."""
+        assert self.timeout is not None
+        return self.begun + self.timeout + self.agentd.frozen_until(now) - self.frozen
+
+    def check_time(self, now: float) -> None:
+        if self.killed_at is not None:
+            if self.exit is None and now > self.killed_at + KILL_SECONDS:
+                raise RuntimeError(f"it is not gone {KILL_SECONDS:g} s after SIGKILL")
+            if self.exit is None and now > self.killed_at + 0.1 * self.kills:
+                self.kill()
+        elif self.timeout is not None and self.exit is None and now > self.deadline(now):
+            self.timed_out = True
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill it and all that it started."""
+        self.killed_at = self.killed_at or time.monotonic()
+        self.kills += 1
+        self.signal_all(signal.SIGKILL)
+
+    def signal(self, head: Header) -> bool:
+        """Send a signal to its process group (in a terminal: to that in the foreground), or to all that it started.
+        False if there is nothing left of it."""
+        name = text(head, "signal")
+        number_ = getattr(signal, f"SIG{name}", None) if name.isalnum() else None
+        if not isinstance(number_, signal.Signals):
+            raise Refused(f"no such signal: {name!r:.40}")
+        if head.get("all"):
+            return self.signal_all(number_)
+        if self.exit is not None or self.finished:
+            return False
+        if self.size and number_ in (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
+            with self.lock:
+                if not self.finished:
+                    fcntl.ioctl(self.input_fd, TIOCSIG, number_)
+        else:
+            self.agentd.order({"op": "signal", "key": self.serial, "signal": int(number_)})
+        return True
+
+    def signal_all(self, number_: int) -> bool:
+        if not self.group and self.agentd.cgroups:
+            return False  # all of it has ended
+        if not self.group:
+            order: Header = {"op": "end", "key": self.serial, "process": self.name, "signal": int(number_)}
+            self.agentd.order(order)
+            return True
+        try:
+            if number_ == signal.SIGKILL:
+                populated = "populated 1" in read_file(f"{self.group}/cgroup.events")
+                poke(f"{self.group}/cgroup.kill", "1")
+                return populated
+            pids = [int(pid) for pid in read_file(f"{self.group}/cgroup.procs").split()]
+        except FileNotFoundError:  # all of it has ended
+            return False
+        for pid in pids:
+            try:
+                os.kill(pid, number_)
+            except ProcessLookupError:
+                pass
+        return bool(pids)
+
+    def attend(self, talk: Listener, event: int) -> None:
+        """See to a conversation's socket."""
+        if event & select.POLLOUT:
+            talk.flush()
+        for head, payload in talk.hear() if event & ~select.POLLOUT else ():
+            try:
+                self.obey(talk, head, payload)
+            except Refused as error:
+                talk.say({"refused": str(error)[:500]})
+        if talk.gone:
+            self.lose(talk)
+
+    def obey(self, talk: Listener, head: Header, payload: bytes) -> None:
+        op = head["op"]
+        if op == "stdin":
+            talk.fed += len(payload)
+            if talk.fed - talk.taken > WINDOW + MAX_PAYLOAD:
+                log(f"process {self.name}: the host sends more than may be sent")
+                talk.lose()
+            elif not payload:
+                self.input_ends = True
+                if self.size:
+                    self.input.append((None, memoryview(b"\4")))  # Ctrl+D
+            else:
+                self.input.append((talk, memoryview(payload)))
+            self.feed()
+        elif op == "resize":
+            self.size = self.window_size(head.get("size"))
+            if self.input_fd >= 0:
+                fcntl.ioctl(self.input_fd, TIOCSWINSZ, self.size)
+        elif op == "signal":
+            self.signal(head)
+        else:
+            raise Refused(f"{op!r:.40} does not belong in a conversation with a process")
+
+    def lose(self, talk: Listener) -> None:
+        if talk not in self.talks:
+            return
+        self.talks.remove(talk)
+        if talk is self.owner:
+            self.owner = None
+            if self.agentd.frozen_at is not None:
+                self.background = True  # it was cut by a pause: the program goes on
+            elif not self.background and self.killed_at is None:
+                self.kill()
+        talk.parted.release()
+
+    def admit(self) -> None:
+        with self.lock:
+            joining, self.joining = self.joining, []
+        for talk in joining:
+            self.talks.append(talk)
+            self.replay(talk)
+
+    def replay(self, talk: Listener) -> None:
+        """Tell a conversation what it missed."""
+        if self.pid:
+            talk.say(self.said_start())
+        at = self.written - self.kept
+        if talk.after < at:
+            talk.dropped = at - talk.after
+            talk.say({"dropped": talk.dropped})
+        for name, data in self.log:
+            at += len(data)
+            if at > talk.after:
+                talk.say({"stream": name, "offset": at}, data[max(0, talk.after - at + len(data)) :])
+
+    def said_start(self) -> Header:
+        return {"process": self.name, "started_ns": self.started_ns, "pid": self.pid}
+
+    def hear_start(self) -> None:
+        """Its process reports its start, then perhaps that it can't start; the end of the pipe says that it did."""
+        try:
+            while data := os.read(self.beginning, 4096):
+                self.start_report += data
+        except BlockingIOError:
+            return
+        os.close(self.beginning)
+        self.beginning = -1
+        for line in self.start_report.splitlines():
+            said = json.loads(line)
+            if "cannot" in said:
+                self.cannot = str(said["cannot"])
+            else:
+                self.started_ns, self.pid = said["started_ns"], said["pid"]
+        if self.cannot is None and self.pid:
+            for talk in self.talks:
+                talk.say(self.said_start())
+
+    def hear_end(self) -> None:
+        """The zygote reports its end."""
+        data = os.read(self.ending, 4096)
+        os.close(self.ending)
+        self.ending = -1
+        while self.beginning >= 0:
+            self.hear_start()
+        if not data and self.cannot is None:
+            raise RuntimeError("the zygote died")
+        self.exit = json.loads(data or b"{}")
+        self.drained_by = time.monotonic() + DRAIN_SECONDS
+
+    drained_by = 0.0
+
+    def drain(self, now: float) -> None:
+        """After its end, read what is in the pipes; what it left running may hold them open. (A terminal closes by
+        itself when its owner ends, but later.)"""
+        for fd in list(self.reading):
+            while not any(talk.unsent for talk in self.talks) and self.pump(fd):
+                pass
+        if not any(talk.unsent for talk in self.talks) and (not self.size or now > self.drained_by):
+            for fd in list(self.reading):
+                self.stop_reading(fd)
+
+    def pump(self, fd: int) -> bool:
+        """Read once. False if there is nothing now."""
+        try:
+            data = os.read(fd, CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:  # EIO: nobody has the terminal open
+            data = b""
+        if not data:
+            self.stop_reading(fd)
+            return False
+        name = self.reading[fd]
+        self.written += len(data)
+        self.kept += len(data)
+        self.log.append((name, data))
+        while self.kept > SCROLLBACK:
+            self.kept -= len(self.log.popleft()[1])
+        for talk in self.talks:
+            talk.say({"stream": name, "offset": self.written}, data)
+        return True
+
+    def stop_reading(self, fd: int) -> None:
+        del self.reading[fd]
+        if fd != self.input_fd:
+            os.close(fd)
+
+    def feed(self) -> None:
+        """Give it input, as much as it takes."""
+        try:
+            while self.input and self.input_fd >= 0:
+                talk, data = self.input.popleft()
+                try:
+                    size = os.write(self.input_fd, data[:CHUNK])
+                except BlockingIOError:
+                    self.input.appendleft((talk, data))
+                    break
+                if data[size:]:
+                    self.input.appendleft((talk, data[size:]))
+                self.tell_taken(talk, size)
+        except OSError:  # it reads no more
+            self.end_input()
+            self.input.appendleft((talk, data))
+        if self.input_fd < 0 or self.deaf:
+            while self.input:
+                talk, data = self.input.popleft()
+                self.tell_taken(talk, len(data))
+        elif self.input_ends and not self.input and not self.size:
+            self.end_input()
+
+    def tell_taken(self, talk: Listener | None, size: int) -> None:
+        if talk is not None:
+            talk.taken += size
+            if talk.taken - talk.told >= TAKEN:
+                talk.told = talk.taken
+                talk.say({"taken": talk.taken})
+
+    def end_input(self) -> None:
+        self.deaf = True
+        if self.input_fd >= 0 and self.input_fd not in self.reading:
+            os.close(self.input_fd)
+            self.input_fd = -1
+
+    def described_end(self) -> Header:
+        """How it ended. If it was killed, all that it started is gone."""
+        exit_ = self.exit or {}
+        if self.killed_at is not None and self.group:
+            wait_until_empty(self.group, self.killed_at + KILL_SECONDS)
+        if self.group and remove_group(self.group):
+            self.group = ""
+        code = int(str(exit_.get("exit", -signal.SIGKILL)))
+        return {
+            "code": code if code >= 0 and not self.timed_out else None,
+            "signal": -code if code < 0 else signal.SIGKILL if self.timed_out else None,
+            "timed_out": self.timed_out,
+            "oom": code != 0 and self.killed_at is None and self.agentd.more_ooms(),
+            "cpu_ms": int(str(exit_.get("cpu_us", 0))) // 1000,
+            "max_rss_kb": exit_.get("max_rss_kb", 0),
+            "started_ns": self.started_ns,
+            "ended_ns": exit_.get("ended_ns", time.monotonic_ns()),
+        }
+
+    def described(self) -> Header:
+        """Its line in the list of processes."""
+        argv = self.order["argv"]
+        assert isinstance(argv, list)
+        return {
+            "process": self.name,
+            "argv": [part[:256] for part in argv[:32]],
+            "user": self.user,
+            "pid": self.pid,
+            "background": self.background,
+            "pty": bool(self.size),
+            "attached": len(self.talks),
+            "output_bytes": self.written,
+            "running": not self.finished,
+            "started_ns": self.started_ns,
+            "end": self.end,
+        }
+
+    def close(self) -> None:
+        with self.lock:
+            fds = {self.input_fd, self.wake, self.beginning, self.ending, *self.reading} - {-1}
+            self.input_fd = self.wake = self.beginning = self.ending = -1
+            self.reading.clear()
+            self.finished = True
+        for fd in fds:
+            os.close(fd)
+
+
+NO_END: Header = {
+    "code": None, "signal": int(signal.SIGKILL), "timed_out": False, "oom": False, "cpu_ms": 0, "max_rss_kb": 0
+}  # fmt: skip
+
+
+def remove_group(group: str) -> bool:
+    """Remove a control group. False if there are processes in it."""
+    try:
+        os.rmdir(group)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return False
+    return True
+
+
+def wait_until_empty(group: str, deadline: float) -> None:
+    try:
+        events = os.open(f"{group}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        poller = select.poll()
+        poller.register(events, select.POLLPRI)
+        while b"populated 0" not in os.pread(events, 4096, 0) and time.monotonic() < deadline:
+            poller.poll(100)
+    finally:
+        os.close(events)
+
+
+def user_processes() -> list[int]:
+    """All live processes but the kernel's own, which have no program."""
+    found = []
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and os.readlink(f"/proc/{name}/exe"):
+                found.append(int(name))
+        except OSError:
+            pass
+    return found
+
+
+def in_group(pid: int) -> bool:
+    return read_file(f"/proc/{pid}/cgroup").rpartition("::")[2].startswith("/swarm/") or not process(str(pid))
 
 
 def main(arguments: list[str]) -> int:
