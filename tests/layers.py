@@ -39,7 +39,7 @@ LAYERS: Final[list[tuple[tuple[str, ...], str]]] = [
     (("store.tickets",), "tickets, their validation, dependencies, events"),
     (("store.registry",), "agents, workflows, schedules, webhooks, secrets"),
     (("store.runs",), "the workflow engine over the tables"),
-    (("store.claims",), "claim, lease, finish, retry, approvals"),
+    (("store.claims", "store.sandboxes"), "claim, lease, finish, retry, approvals; sandboxes and snapshots"),
     (("store", "agents", "gateway"), "all that can be asked of the database; agent packages; model proxy and egress"),
     (("triggers",), "what makes tickets by itself: schedules"),
     (("engine",), "one attempt in one VM; workers, dispatch"),

@@ -23,7 +23,10 @@ class Limit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
     """The owner of a call. The ids are those of the store; a one-off run has made-up ids, no ticket and no rows.
-    ``agent_budget`` is used only for one-off runs; for others the agent's row is read."""
+    ``agent_budget`` is used only for one-off runs; for others the agent's row is read.
+
+    With a ``sandbox_id``, it is a sandbox, which has no ticket, run or step: ``attempt_id`` is the hold's id, and the
+    budget is that of its row, or else of its agent's."""
 
     ticket_id: str | None
     run_id: str
@@ -33,6 +36,7 @@ class Account:
     agent_id: str
     agent_name: str
     agent_budget: Limit = field(default_factory=Limit)
+    sandbox_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

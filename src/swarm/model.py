@@ -1,4 +1,5 @@
-"""Swarm's nouns as values: tickets, agents, attempts, their states and outcomes. No I/O, no imports from Swarm."""
+"""Swarm's nouns as values: tickets, agents, attempts, sandboxes, their states and outcomes. No I/O, no imports from
+Swarm. So many lines because every noun is here."""
 
 from __future__ import annotations
 
@@ -405,6 +406,7 @@ class Sandbox:
     worker: str | None = None
     hold_id: str | None = None
     vm_id: int | None = None
+    ends_at: int | None = None  # ms: when its time to live is over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -432,6 +434,22 @@ class Snapshot:
     created_by: str | None = None
     created_at: str | None = None
     expires_at: int | None = None  # ms; None: never
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxClaim:
+    """A sandbox, held by a worker: all it needs to start it, read in the claiming transaction.
+
+    ``snapshot``: what it starts from. With ``resumes`` it is its own, of its pause; else it is to be a fork of it.
+    ``memory_mb``: what its VM takes. Columns of the sandbox win over its agent's.
+    """
+
+    sandbox: Sandbox
+    hold_id: str
+    agent: Agent | None
+    snapshot: Snapshot | None
+    resumes: bool
+    memory_mb: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from swarm.errors import LeaseLost, NotFound
-from swarm.ledger import Bill, Busy, Granted, Limit, Order, Refused, Reservation
+from swarm.ledger import Account, Bill, Busy, Granted, Limit, Order, Refused, Reservation
 from swarm.model import Event
 from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import event_values, iso, message
 from swarm.store.tickets.changes import INSERT_EVENT
+from swarm.store.tickets.events import APPEND_OF_SANDBOX
 
 # Sums over the calls of one scope: what was spent, and what calls under way hold. Nobody will book a reservation of an
 # attempt that has ended or was deleted: it counts as spent. A one-off run has no attempt row, so its age decides.
@@ -29,6 +30,9 @@ SELECT
   COALESCE(SUM(CASE WHEN c.status IS NULL AND {_LIVE} THEN c.reserved_tokens END), 0) AS held_tokens
 FROM model_calls c LEFT JOIN attempts a ON a.id = c.attempt_id AND c.status IS NULL
 """
+# A sandbox's: the engine that holds it will book them.
+_HELD: Final = "EXISTS (SELECT 1 FROM sandboxes b WHERE b.id = c.sandbox_id AND b.hold_id = c.attempt_id)"
+_OF_SANDBOX: Final = Sql(_SUMS.replace(_LIVE, _HELD) + "WHERE c.sandbox_id = :sandbox_id")
 _ONE_OFF_MAX_MS: Final = 3_600_000  # a call of a one-off run that is older no longer counts as under way
 # By run, not by ticket id: a new ticket with the id of a deleted one starts with nothing spent.
 _OF_TICKET: Final = Sql(_SUMS + "WHERE c.run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)")
@@ -42,10 +46,14 @@ _LIMITS: Final = Sql(
     "LEFT JOIN workflows w ON w.id = r.workflow_id "
     "LEFT JOIN agents a ON a.id = :agent_id WHERE r.id = :run_id"
 )
+_SANDBOX_LIMITS: Final = Sql(
+    "SELECT b.state, b.hold_id, b.budget_usd, b.budget_tokens, a.budget_usd AS agent_usd, "
+    "a.budget_tokens AS agent_tokens FROM sandboxes b LEFT JOIN agents a ON a.id = :agent_id WHERE b.id = :sandbox_id"
+)
 _RESERVE: Final = Sql(
-    "INSERT INTO model_calls (id, at, ticket_id, run_id, step_execution_id, attempt_id, agent, workflow, upstream, "
-    "model, reserved_usd, reserved_tokens) VALUES (:id, :now, :ticket_id, :run_id, :step_execution_id, :attempt_id, "
-    ":agent, :workflow, :upstream, :model, :usd, :tokens)"
+    "INSERT INTO model_calls (id, at, ticket_id, run_id, step_execution_id, attempt_id, sandbox_id, agent, workflow, "
+    "upstream, model, reserved_usd, reserved_tokens) VALUES (:id, :now, :ticket_id, :run_id, :step_execution_id, "
+    ":attempt_id, :sandbox_id, :agent, :workflow, :upstream, :model, :usd, :tokens)"
 )
 _BOOK: Final = Sql(
     "UPDATE model_calls SET model = :model, status = :status, input_tokens = :input, output_tokens = :output, "
@@ -66,9 +74,10 @@ _TICKET: Final = Sql("SELECT id FROM tickets WHERE id = :id")
 _ESTIMATED: Final = "estimated: "
 _IS_ESTIMATE: Final = f"note LIKE '{_ESTIMATED}%'"
 
-By = Literal["ticket", "agent", "workflow", "model", "day"]
+By = Literal["ticket", "sandbox", "agent", "workflow", "model", "day"]
 _GROUPS: Final[dict[By, str]] = {
-    "ticket": "COALESCE(c.ticket_id, '(one-off runs)')",
+    "ticket": "CASE WHEN c.sandbox_id IS NULL THEN COALESCE(c.ticket_id, '(one-off runs)') ELSE '(sandboxes)' END",
+    "sandbox": "COALESCE(c.sandbox_id, '(tickets and one-off runs)')",
     "agent": "c.agent",
     "workflow": "COALESCE(c.workflow, '(none)')",
     "model": "c.model",
@@ -111,7 +120,15 @@ def reserve(tx: Tx, order: Order) -> Reservation:
     of_agent = f"the budget of agent {account.agent_name} for a step"
     of_step = {"step_execution_id": account.step_execution_id}
     scopes: list[tuple[str, Limit, Sql, dict[str, Any]]]
-    if account.ticket_id is None:
+    if account.sandbox_id is not None:
+        workflow = None
+        own, of_its_agent = _sandbox_limits(tx, account.sandbox_id, account)
+        of_sandbox = {"sandbox_id": account.sandbox_id}
+        scopes = [
+            ("the sandbox's budget", own, _OF_SANDBOX, of_sandbox),
+            (f"the budget of agent {account.agent_name} for a sandbox", of_its_agent, _OF_SANDBOX, of_sandbox),
+        ]
+    elif account.ticket_id is None:
         workflow = None
         scopes = [(of_agent, account.agent_budget, _OF_STEP, of_step)]
     else:
@@ -160,9 +177,10 @@ def reserve(tx: Tx, order: Order) -> Reservation:
         id=order.id,
         now=tx.now,
         ticket_id=account.ticket_id,
-        run_id=account.run_id,
-        step_execution_id=account.step_execution_id,
+        run_id=account.run_id or None,
+        step_execution_id=account.step_execution_id or None,
         attempt_id=account.attempt_id,
+        sandbox_id=account.sandbox_id,
         agent=account.agent_name,
         workflow=workflow,
         upstream=order.upstream,
@@ -171,6 +189,19 @@ def reserve(tx: Tx, order: Order) -> Reservation:
         tokens=tokens,
     )
     return Granted(usd=left_usd, tokens=left_tokens, short=short)
+
+
+def _sandbox_limits(tx: Tx, id: str, account: Account) -> tuple[Limit, Limit]:
+    """The sandbox's own budget, and its agent's where it has none. Raises NotFound and LeaseLost."""
+    row = tx.first(_SANDBOX_LIMITS, sandbox_id=id, agent_id=account.agent_id)
+    if row is None:
+        raise NotFound(f"the sandbox {id} was deleted, so it can no longer call a model")
+    if row.hold_id != account.attempt_id:
+        raise LeaseLost(f"this engine no longer holds the sandbox {id}, which is {row.state}: it can't call a model")
+    own, of_agent = _limit(row.budget_usd, row.budget_tokens), _limit(row.agent_usd, row.agent_tokens)
+    return own, Limit(
+        usd=of_agent.usd if own.usd is None else None, tokens=of_agent.tokens if own.tokens is None else None
+    )
 
 
 def _limit(usd: object, tokens: object) -> Limit:
@@ -227,11 +258,14 @@ def book(tx: Tx, bill: Bill) -> None:
         tx.run(_ADD_TO_ATTEMPT, id=account.attempt_id, tokens=bill.tokens, usd=usd)
         tx.run(_ADD_TO_STEP, id=account.step_execution_id, tokens=bill.tokens)
         tx.run(_ADD_TO_RUN, id=account.run_id, tokens=bill.tokens, usd=usd)
-    if account.ticket_id is not None and tx.first(_TICKET, id=account.ticket_id) is not None:
-        tx.run(INSERT_EVENT, **event_values(_event(bill, account.ticket_id, counts), tx.now))
+    event = _event(bill, counts)
+    if account.sandbox_id is not None:
+        tx.run(APPEND_OF_SANDBOX, **event_values(event, tx.now))
+    elif account.ticket_id is not None and tx.first(_TICKET, id=account.ticket_id) is not None:
+        tx.run(INSERT_EVENT, **event_values(event, tx.now))
 
 
-def _event(bill: Bill, ticket_id: str, counts: dict[str, int]) -> Event:
+def _event(bill: Bill, counts: dict[str, int]) -> Event:
     data: dict[str, object] = {
         "call": bill.id,
         "upstream": bill.upstream,
@@ -248,16 +282,22 @@ def _event(bill: Bill, ticket_id: str, counts: dict[str, int]) -> Event:
     if bill.note:
         data["note"] = bill.note
     account = bill.account
+    if account.sandbox_id is not None:
+        return Event(ticket_id="", sandbox_id=account.sandbox_id, kind="model_call", data=data)
     return Event(
-        ticket_id=ticket_id, step_id=account.step_id, attempt_id=account.attempt_id, kind="model_call", data=data
+        ticket_id=account.ticket_id or "",
+        step_id=account.step_id,
+        attempt_id=account.attempt_id,
+        kind="model_call",
+        data=data,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Calls of a ticket, agent, workflow, model or day. ``cost_usd`` leaves out ``unpriced_calls``, whose model has no
-    price, and ``open_calls``, which still run or were cut off when their engine died. Of it, ``estimated_usd`` are
-    estimates: those of ``estimated_calls``, whose answers didn't say what they cost."""
+    """Calls of a ticket, sandbox, agent, workflow, model or day. ``cost_usd`` leaves out ``unpriced_calls``, whose
+    model has no price, and ``open_calls``, which still run or were cut off when their engine died. Of it,
+    ``estimated_usd`` are estimates: those of ``estimated_calls``, whose answers didn't say what they cost."""
 
     name: str
     calls: int

@@ -25,6 +25,10 @@ from swarm.model import (
     FailureReason,
     Interrupted,
     Outcome,
+    Sandbox,
+    SandboxClaim,
+    SandboxState,
+    Snapshot,
     Succeeded,
     Ticket,
 )
@@ -46,6 +50,11 @@ from swarm.store.runs.overview import RunGraph
 from swarm.store.runs.packing import Packer
 from swarm.store.runs.views import RunStates, StepDetails, TryView, WaitingStep
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
+from swarm.store.sandboxes import holding, sandboxes, snapshots
+from swarm.store.sandboxes.claiming import SandboxClaimer
+from swarm.store.sandboxes.holding import SandboxRenewal, Taking
+from swarm.store.sandboxes.sandboxes import SandboxFilter, SandboxPage
+from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
 from swarm.store.sql import database
 from swarm.store.sql.database import Database, Tx
 from swarm.store.sql.dialect import Sql
@@ -84,6 +93,7 @@ class Store:
         self._survey_read: ConnectionThread | None = None  # begins at its first use
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
         self._approvals = approvals.Approvals(self._workflows)
+        self._holders = SandboxClaimer(self._read, self._write)
         self._tokens_used = set[str]()  # of which that is being written
 
     @classmethod
@@ -522,6 +532,147 @@ class Store:
         """How many attempts that began in the last ``seconds`` have ended, by outcome; of some thousand of them."""
         return await self._read.call(display.attempts_since, seconds)
 
+    # --- sandboxes (docs/sandboxes.md) --------------------------------------------------------------------------------
+
+    async def add_sandbox(self, sandbox: Sandbox, *, by: str) -> Sandbox:
+        """An engine starts it, or makes it a fork of its ``snapshot_id``. With the id '', it gets one. Raises
+        UsageError for one that could never run, Conflict when its id, or the name of a live one of its project, is
+        taken, and NotFound for an unknown snapshot."""
+        return (await self.add_sandboxes([sandbox], by=by))[0]
+
+    async def add_sandboxes(self, some: Sequence[Sandbox], *, by: str) -> list[Sandbox]:
+        """All or none."""
+        return await self._write.call(sandboxes.add, [sandboxes.check(one) for one in some], by=by)
+
+    async def sandbox(self, ref: str, *, project_id: str | None = None) -> Sandbox:
+        """By id, name, or the beginning of a generated id. Of several with one name, the live one, else the newest.
+        With a ``project_id``, here and below, there are no others. Raises NotFound, and Conflict if several are
+        meant."""
+        return await self._read.call(sandboxes.sandbox, ref, project_id=project_id)
+
+    async def sandbox_page(self, which: SandboxFilter, *, after: str | None = None, limit: int = 50) -> SandboxPage:
+        """Newest first. ``after``: from the page before; raises UsageError if no page gave it."""
+        return await self._read.call(sandboxes.page, which, after=after, limit=limit)
+
+    async def sandbox_counts(self) -> dict[str, int]:
+        """Of those that have not ended, by state."""
+        return await self._read.call(sandboxes.counts)
+
+    async def want_sandbox(self, ref: str, wanted: str, *, by: str, project_id: str | None = None) -> Sandbox:
+        """Ask for one to be 'running', 'paused' or 'ended', and return it. The engine that holds it learns it from its
+        next renewal; one that nobody holds, and that is to end, has ended. Raises NotFound, and Conflict when it has
+        ended, or is being ended."""
+        return await self._write.call(sandboxes.want, ref, wanted, by=by, project_id=project_id)
+
+    async def remove_sandbox(self, ref: str, *, by: str, project_id: str | None = None) -> Sandbox:
+        """Delete the row of one that has ended. Raises NotFound, and Conflict while it has not."""
+        return await self._write.call(sandboxes.remove, ref, by=by, project_id=project_id)
+
+    async def sandbox_events(self, id: str, after: int = 0, limit: int = 1000) -> list[Event]:
+        """Events with ``seq`` > ``after``, in order."""
+        return await self._read.call(events.of_sandbox, id, after=after, limit=limit)
+
+    async def sandboxes_due(self, host: str) -> Due:
+        """Is there something to claim for an engine of this host? Else: when a lease or a time to live ends."""
+        return await self._read.call(holding.due, host=host)
+
+    async def claim_sandboxes(
+        self,
+        worker: str,
+        host: str,
+        *,
+        lease_seconds: float,
+        limit: int,
+        memory_mb: int | None = None,
+        most_memory_mb: int | None = None,
+        held: Collection[str] = (),
+    ) -> list[SandboxClaim]:
+        """Up to ``limit`` sandboxes for this worker, each under a lease: those that are to be started, and paused ones
+        of this host that are wanted running. Each VM must fit into what is left of ``memory_mb``; the first that does
+        not ends the claim.
+
+        A claim also ends bad rows, with the reason in their `error`; those that nobody holds and that are wanted ended,
+        or whose time to live is over; one that needs more than ``most_memory_mb``. What ran under a lease that expired
+        is lost; what was being started or resumed can be claimed again. ``held``: the holds of this worker, whose
+        leases are extended if they have run out (a clock that jumped). When the caller is cancelled, what was claimed
+        goes back."""
+        request = Taking(
+            worker=worker,
+            host=host,
+            lease_seconds=lease_seconds,
+            memory_mb=memory_mb,
+            most_memory_mb=most_memory_mb,
+        )
+        return await self._holders.claim(request, limit=limit, held=held)
+
+    async def renew_sandboxes(
+        self, hold_ids: Collection[str], *, lease_seconds: float, used: Collection[str] = ()
+    ) -> SandboxRenewal:
+        """Extend leases to ``lease_seconds`` from now. Returns (lost, wanted): the VMs of lost holds must go at once.
+        ``wanted``: by hold, 'paused', 'ended' (also when its time to live is over), or 'running': somebody is about to
+        use it. ``used``: holds of sandboxes that were used since the last renewal."""
+        return await self._holders.renew(hold_ids, lease_seconds=lease_seconds, used=used)
+
+    async def sandbox_used(self, hold_ids: Collection[str]) -> None:
+        """They were used just now: for display. Holds that are lost are left out."""
+        await self._write.call(holding.used, tuple(hold_ids))
+
+    async def sandbox_running(self, hold_id: str, vm_id: int | None) -> None:
+        """starting or paused → running. The snapshot of its pause is used up: its row goes. Raises LeaseLost."""
+        await self._write.call(holding.running, hold_id, vm_id=vm_id)
+
+    async def sandbox_paused(self, hold_id: str, snapshot: Snapshot, *, why: str | None = None) -> None:
+        """running → paused, held by nobody; ``snapshot`` is added, as its pause. Raises LeaseLost."""
+        await self._write.call(holding.paused, hold_id, snapshot, why=why)
+
+    async def sandbox_ended(
+        self,
+        hold_id: str,
+        state: SandboxState = SandboxState.ENDED,
+        error: str | None = None,
+        *,
+        why: str | None = None,
+    ) -> None:
+        """``state``: ENDED, or LOST: then the error also tells of its last snapshot. ``why``: for the event. Raises
+        LeaseLost."""
+        await self._write.call(holding.ended, hold_id, state=SandboxState(state), error=error, why=why)
+
+    async def sandbox_released(self, hold_id: str, *, why: str = "the engine stopped") -> None:
+        """Give one back that was not started, or not resumed: the next claim takes it. Raises LeaseLost."""
+        await self._write.call(holding.released, hold_id, why=why)
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    async def add_snapshot(
+        self, snapshot: Snapshot, *, keep_seconds: float | None = None, by: str | None = None
+    ) -> Snapshot:
+        """To be called once its files are sealed. ``keep_seconds``: it expires then; None: as its ``expires_at`` says.
+        ``by``: who made it, for an event. Raises Conflict when one of its project has its name."""
+        return await self._write.call(snapshots.add, snapshot, keep_seconds=keep_seconds, by=by)
+
+    async def snapshot(self, ref: str, *, project_id: str | None = None) -> Snapshot:
+        """By id, name (the newest), or the beginning of a generated id. Raises NotFound."""
+        return await self._read.call(snapshots.snapshot, ref, project_id=project_id)
+
+    async def snapshot_page(self, which: SnapshotFilter, *, after: str | None = None, limit: int = 50) -> SnapshotPage:
+        """Of those that have not expired, newest first."""
+        return await self._read.call(snapshots.page, which, after=after, limit=limit)
+
+    async def remove_snapshot(self, ref: str, *, by: str, project_id: str | None = None) -> Snapshot:
+        """It expires now. Raises NotFound, and Conflict while it is in use."""
+        return await self._write.call(snapshots.remove, ref, by=by, project_id=project_id)
+
+    async def expired_snapshots(self, host: str, *, limit: int = 100) -> list[Snapshot]:
+        """Those of this host that nobody needs any more: remove their files, then `forget_snapshots`."""
+        return await self._read.call(snapshots.expired, host=host, limit=limit)
+
+    async def forget_snapshots(self, ids: Collection[str]) -> None:
+        await self._write.call(snapshots.forget, tuple(ids))
+
+    async def snapshot_ids(self, host: str) -> set[str]:
+        """Of all whose files are to be on this host's disk. One that was just sealed may not be among them yet."""
+        return await self._read.call(snapshots.of_host, host)
+
     # --- artifacts --------------------------------------------------------------------------------------------------
 
     async def resolve_references(self, text: str) -> str:
@@ -639,13 +790,16 @@ class Store:
         return await self._read.call(lambda tx: judge(audit.Audit(tx, since)))
 
     async def prune(self, older_than_seconds: float) -> int:
-        """Delete older events of tickets that have ended. Returns how many."""
+        """Delete older events of tickets and sandboxes that have ended, and the rows of such sandboxes. Returns how
+        many events."""
         removed, after = 0, 0
         while True:
             batch = await self._write.call(events.prune, older_than_seconds=older_than_seconds, after=after)
             removed += batch.removed
             if batch.after is None:
                 await self._write.call(artifacts.sweep, None)
+                while await self._write.call(sandboxes.prune, older_than_seconds=older_than_seconds):
+                    pass
                 return removed
             after = batch.after
 

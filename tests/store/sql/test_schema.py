@@ -46,7 +46,7 @@ SMALL = re.compile(
 LIVE_ONLY = re.compile(
     r"SCAN \w+ USING (COVERING )?INDEX "
     r"(tickets_(ready|unfinished|unknown_state)|step_executions_(ready|delayed|waiting)|attempts_lease"
-    r"|workflow_runs_(due|live))\b"
+    r"|workflow_runs_(due|live)|sandboxes_(due|ending|held|live))\b"
 )
 
 # What a query within reads up to its LIMIT, in the order of an index.
@@ -81,6 +81,8 @@ def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
         reads.remove("SCAN tickets USING INDEX tickets_created")
     if name == "tickets._NEWEST_IDS":  # ends at its LIMIT
         reads.remove("SCAN tickets USING COVERING INDEX tickets_created")
+    if name in ("sandboxes._NAMES", "snapshots._NAMES"):  # likewise
+        reads = [line for line in reads if not line.endswith("s_created")]
     if name in (
         "artifacts._LARGEST",
         "artifacts._UNUSED",
@@ -97,7 +99,7 @@ def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
 
 def test_claims_come_from_the_index_in_order(url: str) -> None:
     connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-    values = {"limit": 1, "idle": 1, "drain": 0, "patient_since": ""}
+    values = {"limit": 1, "idle": 1, "drain": 0, "patient_since": "", "host": ""}
     for name in ("claim.READY_TICKETS", "claim.READY_STEPS"):
         plan = [r[3] for r in connection.execute(f"EXPLAIN QUERY PLAN {driver_sql(STATEMENTS[name])}", values)]
         assert not any("TEMP B-TREE" in line for line in plan), plan

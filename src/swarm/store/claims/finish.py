@@ -36,8 +36,8 @@ from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Renewal, event_values, storable_json
 from swarm.store.tickets import dependencies
-from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, owns
-from swarm.store.tickets.events import APPEND
+from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, Culprit, owns
+from swarm.store.tickets.events import APPEND, APPEND_OF_SANDBOX
 from swarm.store.tickets.isolation import Isolation
 
 # A fault of the host says nothing about the agent: even a step with one try gets this many.
@@ -196,11 +196,14 @@ class Finisher:
         return list(results.values())
 
     def append(self, tx: Tx, requests: Sequence[Sequence[Event]]) -> Sequence[None]:
-        """Add what attempts print and do. Events whose ticket was deleted are dropped."""
+        """Add what attempts print and do, and what is done in sandboxes. Events whose ticket or sandbox was deleted are
+        dropped."""
         with self._isolation.of(tx) as changes:
             new = [event for events in requests for event in events]
-            for event in changes.each(new, lambda event: event.ticket_id):
-                changes.add(APPEND, **event_values(event, tx.now))
+            for event in changes.each(
+                new, lambda one: Culprit("sandbox", one.sandbox_id) if one.sandbox_id else one.ticket_id
+            ):
+                changes.add(APPEND_OF_SANDBOX if event.sandbox_id else APPEND, **event_values(event, tx.now))
             changes.flush()
         return [None] * len(requests)
 

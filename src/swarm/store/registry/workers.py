@@ -25,6 +25,9 @@ _DELETE: Final = Sql("DELETE FROM workers WHERE id = :id")
 _END_LEASES: Final = Sql(
     "UPDATE attempts SET lease_until = :now_ms WHERE outcome IS NULL AND worker = :id AND lease_until > :now_ms"
 )
+_END_HOLDS: Final = Sql(
+    "UPDATE sandboxes SET lease_until = :now_ms WHERE hold_id IS NOT NULL AND worker = :id AND lease_until > :now_ms"
+)
 
 
 def heartbeat(tx: Tx, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> None:
@@ -80,8 +83,9 @@ def _died(rows: Iterable[tuple[object, object, Mapping[str, Any]]]) -> list[str]
 
 
 def bury(tx: Tx, ids: Sequence[str]) -> None:
-    """End the leases of dead workers, so that the next claim takes their steps over, and forget them."""
-    tx.many(_END_LEASES, [{"id": id_, "now_ms": tx.now_ms} for id_ in ids])
+    """End the leases of dead workers, so that the next claim takes their steps and sandboxes over, and forget them."""
+    for statement in (_END_LEASES, _END_HOLDS):
+        tx.many(statement, [{"id": id_, "now_ms": tx.now_ms} for id_ in ids])
     tx.many(_DELETE, [{"id": id_} for id_ in ids])
 
 

@@ -17,4 +17,8 @@ RUN_DUE: Final = "due_at IS NOT NULL"
 # Runs that may have no attempt: those of workflows, and those that wait for a person.
 LIVE_RUN: Final = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('running', 'waiting')"
 ATTEMPT_LIVE: Final = "outcome IS NULL"
-SANDBOX_LIVE: Final = "state IN ('starting', 'running', 'paused')"
+SANDBOX_LIVE: Final = "state NOT IN ('ended', 'lost')"  # an unknown state is looked at too
+SANDBOX_HELD: Final = "hold_id IS NOT NULL"
+# Those that an engine may have to do something with; not those that sleep.
+SANDBOX_DUE: Final = f"{SANDBOX_LIVE} AND hold_id IS NULL AND (state <> 'paused' OR wanted IS NOT NULL)"
+SANDBOX_ENDING: Final = f"{SANDBOX_LIVE} AND hold_id IS NULL AND ends_at IS NOT NULL"

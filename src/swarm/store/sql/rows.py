@@ -100,7 +100,8 @@ def storable_json(text: str) -> str:
     return text
 
 
-def _integer(value: object) -> int | None:
+def whole(value: object) -> int | None:
+    """A number of a row as a whole one; None for anything else."""
     return int(value) if isinstance(value, int | float) and value == value and abs(value) < 2**63 else None
 
 
@@ -109,11 +110,11 @@ def _real(value: object) -> float | None:
 
 
 _TICKET_READERS: Final[Mapping[str, Any]] = {
-    "priority": lambda value: _integer(value) or 0,
-    "max_attempts": _integer,
+    "priority": lambda value: whole(value) or 0,
+    "max_attempts": whole,
     "timeout_seconds": _real,
     "budget_usd": _real,
-    "budget_tokens": _integer,
+    "budget_tokens": whole,
     "keep_vm_seconds": _real,
 }
 TICKET_FIELDS: Final = tuple(field.name for field in fields(Ticket))
@@ -147,6 +148,7 @@ def event(row: Any) -> Event:
         data=data if isinstance(data, dict) else {"text": lenient(row.data)},
         step_id=row.step_id,
         attempt_id=row.attempt_id,
+        sandbox_id=lenient(row.sandbox_id),
         seq=row.seq,
         at=row.at,
     )
@@ -157,6 +159,7 @@ def event_values(event: Event, now: str) -> dict[str, Any]:
         "ticket_id": event.ticket_id,
         "step_id": event.step_id,
         "attempt_id": event.attempt_id,
+        "sandbox_id": event.sandbox_id,
         "at": now,
         "kind": event.kind,
         "data": dump(dict(event.data)),

@@ -21,6 +21,9 @@ from swarm.store.sql.conditions import (
     ENDED,
     LIVE_RUN,
     RUN_DUE,
+    SANDBOX_DUE,
+    SANDBOX_ENDING,
+    SANDBOX_HELD,
     SANDBOX_LIVE,
     STEP_DELAYED,
     STEP_READY,
@@ -508,7 +511,15 @@ sandboxes = sa.Table(
     _text("hold_id"),  # the fence; NULL: nobody holds it
     _number("lease_until", kind=BIG),  # ms
     _number("vm_id"),
-    # All that an engine looks for: those to be started, resumed, ended, or taken from a dead engine.
+    # What an engine looks for: those to be started, resumed or ended (all that is asked of them is in the index, else
+    # SQLite takes another one); those that are held, and until when.
+    _index(
+        "sandboxes_due",
+        *("created_at", "id", "state", "wanted", "host", "snapshot_id", "hold_id"),
+        where=SANDBOX_DUE,
+    ),
+    _index("sandboxes_ending", "ends_at", where=SANDBOX_ENDING),
+    _index("sandboxes_held", "hold_id", "lease_until", where=SANDBOX_HELD),
     _index("sandboxes_live", "state", where=SANDBOX_LIVE),
     sa.Index("sandboxes_created", "created_at", "id"),
     sa.Index("sandboxes_name", "name"),
@@ -533,7 +544,10 @@ snapshots = sa.Table(
     _text("created_by"),
     _time("created_at"),
     _number("expires_at", kind=BIG),  # ms; NULL: never
-    sa.Index("snapshots_expires", "expires_at"),
+    sa.Index("snapshots_created", "created_at", "id"),
+    _index("snapshots_expires", "expires_at", where="expires_at IS NOT NULL"),
+    sa.Index("snapshots_host", "host", "kind"),
+    sa.Index("snapshots_name", "name"),
     sa.Index("snapshots_sandbox", "sandbox_id"),
     sa.Index("snapshots_ticket", "ticket_id"),
 )

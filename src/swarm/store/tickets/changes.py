@@ -125,9 +125,10 @@ def owns(row: Row) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
-    """Whose changes are being written: a ticket's or a run's (by its id), or a duty that serves many (by its name)."""
+    """Whose changes are being written: a ticket's, run's or sandbox's (by its id), or a duty's that serves many (by its
+    name)."""
 
-    kind: Literal["ticket", "run", "duty"]
+    kind: Literal["ticket", "run", "sandbox", "duty"]
     id: object
 
 

@@ -25,7 +25,8 @@ _ENDED_SINCE: Final = Sql(
 )
 # Which rows is decided before their long column is read.
 _EVENTS: Final = (
-    "SELECT e.seq, e.ticket_id, e.step_id, e.attempt_id, e.at, e.kind, e.data FROM events e WHERE e.seq IN "
+    "SELECT e.seq, e.ticket_id, e.step_id, e.attempt_id, e.sandbox_id, e.at, e.kind, e.data FROM events e "
+    "WHERE e.seq IN "
     "(SELECT w.seq FROM (SELECT o.seq, o.kind FROM events o WHERE o.ticket_id = :id AND {window} "
     "ORDER BY o.seq {order} LIMIT :scanned) w WHERE w.kind {is_output} 'output' "
     "ORDER BY w.seq {order} LIMIT :limit) ORDER BY e.seq {order}"

@@ -1,4 +1,4 @@
-"""The event log: appended to in batches, read by ticket, pruned by age."""
+"""The event log: appended to in batches, read by ticket or sandbox, pruned by age."""
 
 from __future__ import annotations
 
@@ -10,28 +10,39 @@ from typing import Final
 
 from swarm.model import Event, ExecutionMode
 from swarm.store.sql import rows
+from swarm.store.sql.conditions import SANDBOX_LIVE
 from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import iso
 
-_COLUMNS: Final = "e.seq, e.ticket_id, e.step_id, e.attempt_id, e.at, e.kind, e.data"
+_COLUMNS: Final = "e.seq, e.ticket_id, e.step_id, e.attempt_id, e.sandbox_id, e.at, e.kind, e.data"
 # Output that arrives after its ticket was deleted is dropped.
 APPEND: Final = Sql(
     "INSERT INTO events (ticket_id, step_id, attempt_id, at, kind, data) "
     "SELECT id, :step_id, :attempt_id, :at, :kind, :data FROM tickets WHERE id = :ticket_id"
 )
-RECORD: Final = Sql("INSERT INTO events (ticket_id, at, kind, data) VALUES (:ticket_id, :at, 'change', :data)")
+APPEND_OF_SANDBOX: Final = Sql(
+    "INSERT INTO events (ticket_id, sandbox_id, at, kind, data) "
+    "SELECT '', id, :at, :kind, :data FROM sandboxes WHERE id = :sandbox_id"
+)
+RECORD: Final = Sql(
+    "INSERT INTO events (ticket_id, sandbox_id, at, kind, data) VALUES (:ticket_id, :sandbox_id, :at, 'change', :data)"
+)
 # An id may be used again after its ticket was deleted: events of the old ticket are left out.
 OF_TICKET: Final = Sql(
     f"SELECT {_COLUMNS} FROM events e WHERE e.ticket_id = :id AND e.seq > :after AND e.seq > COALESCE("
     "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
 )
+OF_SANDBOX: Final = Sql(
+    f"SELECT {_COLUMNS} FROM events e WHERE e.sandbox_id = :id AND e.seq > :after AND e.seq > COALESCE("
+    "(SELECT max(d.seq) FROM events d WHERE d.sandbox_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
+)
 _LAST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE ticket_id = :id")
-_LOOKED_AT: Final = "SELECT seq, ticket_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :scanned"
+_LOOKED_AT: Final = "SELECT seq, ticket_id, sandbox_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :scanned"
 _LAST_LOOKED_AT: Final = Sql(f"SELECT COALESCE(max(seq), :after) AS seq FROM ({_LOOKED_AT}) e")
 _SCANNED: Final = 2000
 _NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events")
-_TICKETS: Final = Sql("SELECT seq, ticket_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
+_TICKETS: Final = Sql("SELECT seq, ticket_id, sandbox_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
 OF_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
 # What an attempt left, once it has ended. That of a lost one is another's by now.
 _FILES: Final = Sql(
@@ -39,8 +50,11 @@ _FILES: Final = Sql(
     "JOIN tickets t ON t.id = e.ticket_id WHERE e.ticket_id = :id AND e.kind = 'files' "
     "AND a.outcome IS NOT NULL AND a.outcome <> 'lost' ORDER BY e.seq"
 )
-_OLDEST: Final = Sql("SELECT seq, at, ticket_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
+_OLDEST: Final = Sql(
+    "SELECT seq, at, ticket_id, sandbox_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :limit"
+)
 _UNFINISHED: Final = Sql("SELECT id FROM tickets WHERE id IN :ids AND state NOT IN ('done', 'failed', 'cancelled')")
+_LIVE_SANDBOXES: Final = Sql(f"SELECT id FROM sandboxes WHERE id IN :ids AND {SANDBOX_LIVE}")
 _EXISTING: Final = Sql("SELECT id FROM tickets WHERE id IN :ids")
 _DELETE: Final = Sql("DELETE FROM events WHERE seq = :seq")
 PRUNE_DEFINITIONS: Final = Sql(
@@ -63,10 +77,16 @@ def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Eve
     return [rows.event(row) for row in found]
 
 
-def record(tx: Tx, /, did: str, *, by: str, ticket_id: str = "", **details: object) -> None:
+def of_sandbox(tx: Tx, id: str, *, after: int, limit: int) -> list[Event]:
+    return [rows.event(row) for row in tx.all(OF_SANDBOX, id=id, after=after, limit=limit)]
+
+
+def record(
+    tx: Tx, /, did: str, *, by: str, ticket_id: str = "", sandbox_id: str | None = None, **details: object
+) -> None:
     """Who changed what, such as 'agent.add': of a ticket, or of something else, whose events have no ticket."""
     data = {"did": did, "by": by, **{name: each for name, each in details.items() if each is not None}}
-    tx.run(RECORD, ticket_id=ticket_id, at=tx.now, data=rows.dump(data))
+    tx.run(RECORD, ticket_id=ticket_id, sandbox_id=sandbox_id, at=tx.now, data=rows.dump(data))
 
 
 def last_event(tx: Tx, ticket_id: str) -> int:
@@ -81,7 +101,10 @@ def all_events(
     named = {f"kind_{number}": kind for number, kind in enumerate(kinds)}
     terms = [f"s.kind IN ({', '.join(':' + name for name in named)})"] if kinds else []
     if project_id is not None:
-        terms.append("EXISTS (SELECT 1 FROM tickets t WHERE t.id = s.ticket_id AND t.project_id = :project_id)")
+        terms.append(
+            "(EXISTS (SELECT 1 FROM tickets t WHERE t.id = s.ticket_id AND t.project_id = :project_id) OR "
+            "EXISTS (SELECT 1 FROM sandboxes b WHERE b.id = s.sandbox_id AND b.project_id = :project_id))"
+        )
         named["project_id"] = project_id
     found = tx.all(
         Sql(
@@ -105,11 +128,12 @@ def newest(tx: Tx) -> int:
 
 
 def tickets_with_events(tx: Tx, *, after: int | None, limit: int) -> tuple[int, set[str] | None]:
-    """The newest event, and the tickets of those after ``after``; None if they are not known, or too many."""
+    """The newest event, and the tickets and sandboxes of those after ``after``; None if not known, or too many."""
     if after is not None:
         found = tx.all(_TICKETS, after=after, limit=limit)
         if len(found) < limit:
-            return found[-1].seq if found else after, {row.ticket_id for row in found}
+            of = {id for row in found for id in (row.ticket_id, row.sandbox_id) if id}
+            return found[-1].seq if found else after, of
     return newest(tx), None
 
 
@@ -141,18 +165,22 @@ def files(tx: Tx, ticket_id: str) -> list[LeftFiles]:
 
 
 def prune(tx: Tx, *, older_than_seconds: float, after: int) -> Pruned:
-    """One batch, so that other writers get a turn in between. Tickets that have not ended keep their history, and all
-    keep the lists of their files."""
+    """One batch, so that other writers get a turn in between. Tickets and sandboxes that have not ended keep their
+    history, and all tickets keep the lists of their files."""
     before = iso(tx.now_ms - round(older_than_seconds * 1000))
     oldest = tx.all(_OLDEST, after=after, limit=_PRUNED_AT_ONCE)
     old = [row for row in oldest if row.at < before]
     kept = {row.id for row in tx.all_in(_UNFINISHED, {row.ticket_id for row in old if isinstance(row.ticket_id, str)})}
+    live = {row.sandbox_id for row in old if isinstance(row.sandbox_id, str)}
+    live = {row.id for row in tx.all_in(_LIVE_SANDBOXES, live)} if live else live
     lists = {row.ticket_id for row in old if row.kind == "files" and isinstance(row.ticket_id, str)}
     named = {row.id for row in tx.all_in(_EXISTING, lists)} if lists else set()
     gone = [
         {"seq": row.seq}
         for row in old
-        if row.ticket_id not in kept and not (row.kind == "files" and row.ticket_id in named)
+        if row.ticket_id not in kept
+        and row.sandbox_id not in live
+        and not (row.kind == "files" and row.ticket_id in named)
     ]
     tx.many(_DELETE, gone)
     more = len(oldest) == _PRUNED_AT_ONCE and len(old) == len(oldest)

@@ -21,8 +21,8 @@ _UP_TO: Final = Sql(
     "SELECT max(seq) AS seq FROM (SELECT seq FROM events WHERE seq > :after ORDER BY seq LIMIT :limit) e"
 )
 _FACTS: Final = Sql(
-    "SELECT seq, ticket_id, step_id, attempt_id, at, kind, data FROM events WHERE seq > :after AND seq <= :up_to "
-    "AND kind IN ('transition', 'model_call', 'approval', 'refused') ORDER BY seq"
+    "SELECT seq, ticket_id, step_id, attempt_id, sandbox_id, at, kind, data FROM events "
+    "WHERE seq > :after AND seq <= :up_to AND kind IN ('transition', 'model_call', 'approval', 'refused') ORDER BY seq"
 )
 _ATTEMPTS: Final = Sql(
     "SELECT a.id, a.outcome, a.reason, a.timings, s.agent_name FROM attempts a "

@@ -97,7 +97,7 @@ def ids(
     if len(found) > limit:
         found = found[:limit]
         edge = _place(found[-1])
-    return [row.id for row in found if _has_address(row.id)], None if edge is None else _cursor(*edge)
+    return [row.id for row in found if _has_address(row.id)], None if edge is None else cursor(*edge)
 
 
 def count(tx: Tx, which: TicketFilter, *, after: str | None = None, scanned: int = SCANNED) -> Count:
@@ -203,7 +203,7 @@ def _window(which: TicketFilter, after: str | None) -> tuple[list[str], dict[str
         terms.append("t.created_at < :before")
         values["before"] = which.before
     if after is not None:
-        values["created"], values["after_id"] = _read_cursor(after)
+        values["created"], values["after_id"] = read_cursor(after)
         terms.append("(t.created_at < :created OR t.created_at = :created AND t.id < :after_id)")
         terms.append("t.created_at <= :created")  # the index starts there
     return terms, values
@@ -256,13 +256,14 @@ def _has_address(id: object) -> bool:
     return isinstance(id, str) and validation.storable(id)
 
 
-def _cursor(created_at: str, id: str) -> str:
+def cursor(created_at: object, id: object) -> str:
     return (
         base64.urlsafe_b64encode(json.dumps([rows.lenient(created_at), rows.lenient(id)]).encode()).decode().rstrip("=")
     )
 
 
-def _read_cursor(text: str) -> tuple[str, str]:
+def read_cursor(text: str) -> tuple[str, str]:
+    """What `cursor` made. Raises UsageError for anything else."""
     try:
         created_at, id = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
         if isinstance(created_at, str) and isinstance(id, str):

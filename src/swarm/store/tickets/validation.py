@@ -71,7 +71,7 @@ def strict_ticket(row: Any) -> Ticket:
         if name in _WRITTEN_BY_SWARM:
             values[name] = lenient(value)
         elif name in _NUMBERS:
-            values[name] = _number(name, value)
+            values[name] = strict_number(name, value)
         else:
             values[name] = strict_text(name, value)
     for name in _ID_COLUMNS:
@@ -111,7 +111,8 @@ def strict_text(name: str, value: object) -> str | None:
     return text
 
 
-def _number(name: str, value: object) -> Any:
+def strict_number(name: str, value: object) -> Any:
+    """``name``: the column; None for what is empty. Raises BadRow."""
     least, most = BOUNDS[name]
     if value is None or value == "":  # an empty field of a CSV file
         return 0 if name == "priority" else None
@@ -138,7 +139,7 @@ def check_age(row: Any, now_ms: int, limit_seconds: float) -> None:
 
 def check_budget(name: str, value: object) -> None:
     """``name``: the column. Raises BadRow."""
-    _number(name, value)
+    strict_number(name, value)
 
 
 def _agent_of(ticket: Ticket) -> str | None:

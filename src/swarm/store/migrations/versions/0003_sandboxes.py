@@ -77,16 +77,46 @@ CREATE TABLE snapshots (
 	PRIMARY KEY (id)
 )"""
 
+_LIVE = "state NOT IN ('ended', 'lost')"
 _INDEXES = (
     "CREATE INDEX sandboxes_created ON sandboxes (created_at, id)",
-    "CREATE INDEX sandboxes_live ON sandboxes (state) WHERE state IN ('starting', 'running', 'paused')",
+    "CREATE INDEX sandboxes_due ON sandboxes (created_at, id, state, wanted, host, snapshot_id, hold_id) "
+    f"WHERE {_LIVE} AND hold_id IS NULL AND (state <> 'paused' OR wanted IS NOT NULL)",
+    f"CREATE INDEX sandboxes_ending ON sandboxes (ends_at) WHERE {_LIVE} AND hold_id IS NULL AND ends_at IS NOT NULL",
+    "CREATE INDEX sandboxes_held ON sandboxes (hold_id, lease_until) WHERE hold_id IS NOT NULL",
+    f"CREATE INDEX sandboxes_live ON sandboxes (state) WHERE {_LIVE}",
     "CREATE INDEX sandboxes_name ON sandboxes (name)",
-    "CREATE INDEX snapshots_expires ON snapshots (expires_at)",
+    "CREATE INDEX snapshots_created ON snapshots (created_at, id)",
+    "CREATE INDEX snapshots_expires ON snapshots (expires_at) WHERE expires_at IS NOT NULL",
+    "CREATE INDEX snapshots_host ON snapshots (host, kind)",
+    "CREATE INDEX snapshots_name ON snapshots (name)",
     "CREATE INDEX snapshots_sandbox ON snapshots (sandbox_id)",
     "CREATE INDEX snapshots_ticket ON snapshots (ticket_id)",
     "CREATE INDEX events_sandbox ON events (sandbox_id, seq) WHERE sandbox_id IS NOT NULL",
     "CREATE INDEX model_calls_sandbox ON model_calls (sandbox_id) WHERE sandbox_id IS NOT NULL",
 )
+
+# A row that another tool inserts, or copies, is held by nobody; its created_at sorts, however it is written.
+_INSERTED = """
+CREATE TRIGGER sandboxes_inserted AFTER INSERT ON sandboxes
+WHEN NEW.hold_id IS NOT NULL OR coalesce(NEW.created_at, '') NOT GLOB '????-??-??T??:??:??.???Z'
+BEGIN
+  UPDATE sandboxes SET hold_id = NULL, worker = NULL, lease_until = NULL,
+    created_at = CASE WHEN coalesce(NEW.created_at, '') = '' THEN strftime('%Y-%m-%dT%H:%M:%fZ', 'now')
+      ELSE coalesce(strftime('%Y-%m-%dT%H:%M:%fZ', CASE WHEN NEW.created_at GLOB '????-??-??*' THEN NEW.created_at END),
+        NEW.created_at) END
+  WHERE id = NEW.id;
+END"""
+# What nobody can resume any more goes; a named snapshot stays. The files are removed by their host's engine.
+_DELETED = """
+CREATE TRIGGER sandboxes_deleted AFTER DELETE ON sandboxes BEGIN
+  UPDATE snapshots SET expires_at = 0 WHERE sandbox_id = OLD.id AND kind IN ('pause', 'fork');
+  INSERT INTO events (ticket_id, kind, sandbox_id) VALUES ('', 'deleted', OLD.id);
+END"""
+_TICKET_DELETED = """
+CREATE TRIGGER tickets_snapshots AFTER DELETE ON tickets BEGIN
+  UPDATE snapshots SET expires_at = 0 WHERE ticket_id = OLD.id;
+END"""
 
 
 def upgrade() -> None:
@@ -95,8 +125,8 @@ def upgrade() -> None:
         run(f"ALTER TABLE {table} ADD COLUMN {column}")
     run(_SANDBOXES.lstrip())
     run(_SNAPSHOTS.lstrip())
-    for statement in _INDEXES:
-        run(statement)
+    for statement in (*_INDEXES, _INSERTED, _DELETED, _TICKET_DELETED):
+        run(statement.lstrip())
 
 
 def downgrade() -> None:

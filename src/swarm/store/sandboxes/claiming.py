@@ -1,0 +1,100 @@
+"""Gives sandboxes to an engine, one transaction each: what another program added may refuse one, and stops no other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+from swarm.base.log import logger
+from swarm.errors import ChangeRefused, SwarmError
+from swarm.model import SandboxClaim
+from swarm.store.sandboxes import holding
+from swarm.store.sandboxes.holding import SandboxRenewal, Taken, Taking
+from swarm.store.sql.database import Tx
+from swarm.store.sql.rows import lenient
+from swarm.store.sql.threads import ConnectionThread
+from swarm.store.tickets.isolation import IsolatingThread
+
+log = logger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+_SAID: Final = 1000
+
+
+class SandboxClaimer:
+    """For one store."""
+
+    def __init__(self, read: ConnectionThread, write: IsolatingThread) -> None:
+        self._read, self._write = read, write
+        self._said = set[tuple[str, str]]()
+        self._tasks = set[asyncio.Future[Any]]()
+
+    async def claim(self, request: Taking, *, limit: int, held: Collection[str]) -> list[SandboxClaim]:
+        """When the caller is cancelled, what was claimed goes back."""
+        claiming = asyncio.ensure_future(self._claim(request, limit=limit, held=held))
+        try:
+            return await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            claiming.add_done_callback(self._hand_back)
+            raise
+
+    async def _claim(self, request: Taking, *, limit: int, held: Collection[str]) -> list[SandboxClaim]:
+        for id, hold_id in await self._read.call(holding.expired):
+            await self._try(id, holding.give_up, id, hold_id, held=frozenset(held), until_seconds=request.lease_seconds)
+        claims, full = list[SandboxClaim](), False
+        for id, ends in await self._read.call(holding.candidates, host=request.host, limit=limit):
+            if not ends and (full or len(claims) >= limit):
+                continue
+            taken: Taken | None = await self._try(id, holding.take, id, request)
+            if taken is None:
+                continue
+            full |= taken.full  # those behind it wait too, so that a large one isn't starved
+            if taken.claim is not None:
+                claims.append(taken.claim)
+                if request.memory_mb is not None:
+                    request = replace(request, memory_mb=request.memory_mb - taken.claim.memory_mb)
+        return claims
+
+    async def renew(self, hold_ids: Collection[str], *, lease_seconds: float, used: Collection[str]) -> SandboxRenewal:
+        """Together; each by itself if that is refused. One whose lease can't be extended is lost."""
+        holds, which = tuple(hold_ids), frozenset(used)
+        try:
+            return await self._write.call(holding.renew, holds, lease_seconds=lease_seconds, used=which)
+        except ChangeRefused:
+            lost, wanted = set[str](), dict[str, str]()
+        for hold in holds:
+            one: SandboxRenewal | None = await self._try(
+                hold, holding.renew, (hold,), lease_seconds=lease_seconds, used=which
+            )
+            lost |= one.lost if one is not None else {hold}
+            wanted |= one.wanted if one is not None else {}
+        return SandboxRenewal(lost=frozenset(lost), wanted=wanted)
+
+    async def _try(
+        self, id: object, function: Callable[Concatenate[Tx, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T | None:
+        """None if the database refused the change."""
+        try:
+            return await self._write.call(function, *args, **kwargs)
+        except ChangeRefused as error:
+            said = (str(lenient(id)), str(error))
+            if said not in self._said and len(self._said) < _SAID:
+                self._said.add(said)
+                log.warning("a sandbox is skipped, since its row can't be changed", id=said[0], error=said[1])
+            return None
+
+    def _hand_back(self, claiming: asyncio.Future[list[SandboxClaim]]) -> None:
+        if claiming.cancelled() or claiming.exception() is not None or self._write.closed:
+            return
+        task = asyncio.ensure_future(self._release(claiming.result()))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _release(self, claims: list[SandboxClaim]) -> None:
+        for claim in claims:
+            try:
+                await self._write.call(holding.released, claim.hold_id, why="never begun")
+            except SwarmError:  # its lease ends anyway
+                return

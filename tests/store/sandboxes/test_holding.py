@@ -1,0 +1,130 @@
+"""Who holds a sandbox: claims, leases, fences, and what becomes of those that other programs or dead engines leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from swarm.errors import Conflict, LeaseLost, NotFound, UsageError
+from swarm.model import Sandbox, SandboxClaim, SandboxState, Snapshot
+from swarm.store.store import Store
+from tests.store.databases import ECHO, LEASE, Outside
+
+HOST = "host-1"
+
+
+async def claim(store: Store, worker: str = "w", host: str = HOST, **options: Any) -> list[SandboxClaim]:
+    options = {"limit": 10, "lease_seconds": LEASE} | options
+    return await store.claim_sandboxes(worker, host, **options)
+
+
+async def started(store: Store, **columns: Any) -> SandboxClaim:
+    """A running one."""
+    await store.add_sandbox(Sandbox(id="", state="starting", **columns), by="ann")
+    (one,) = await claim(store)
+    await store.sandbox_running(one.hold_id, 1001)
+    return one
+
+
+def pause_of(hold: SandboxClaim, id: str = "p1", **fields: Any) -> Snapshot:
+    return Snapshot(id=id, kind="pause", host=HOST, size_bytes=5, **fields)
+
+
+async def paused(store: Store, **columns: Any) -> SandboxClaim:
+    one = await started(store, **columns)
+    await store.sandbox_paused(one.hold_id, pause_of(one))
+    return one
+
+
+async def moves(store: Store, id: str) -> list[tuple[object, object]]:
+    found = [e for e in await store.sandbox_events(id) if e.kind == "transition"]
+    assert all(e.ticket_id == "" and e.sandbox_id == id and e.data["of"] == "sandbox" for e in found)
+    return [(e.data["from"], e.data["to"]) for e in found]
+
+
+async def test_from_start_to_end(store: Store) -> None:
+    made = await store.add_sandbox(
+        Sandbox(id="", state="starting", agent_id="echo", name="box", ttl_seconds=60.0), by="ann"
+    )
+    (one,) = await claim(store)
+    assert (one.sandbox.id, one.agent, one.snapshot, one.resumes) == (made.id, ECHO, None, False)
+    assert one.memory_mb == ECHO.memory_mb
+    assert await claim(store) == [], "nobody else gets it"
+    await store.sandbox_running(one.hold_id, 1001)
+    found = await store.sandbox("box")
+    assert (found.state, found.vm_id, found.hold_id, found.host) == ("running", 1001, one.hold_id, HOST)
+    assert found.started_at and found.created_by == "ann" and found.ends_at
+    assert await store.renew_sandboxes([one.hold_id], lease_seconds=LEASE) == (frozenset(), {})
+    await store.sandbox_paused(one.hold_id, pause_of(one))
+    found = await store.sandbox(made.id)
+    assert (found.state, found.vm_id, found.hold_id, found.host) == ("paused", None, None, HOST)
+    assert await claim(store) == [], "it sleeps"
+    await store.want_sandbox("box", "running", by="bob")
+    assert await claim(store, host="host-2") == [], "its snapshot is on another host"
+    (two,) = await claim(store, worker="v")
+    assert two.resumes and two.snapshot is not None and two.snapshot.id == "p1" and two.hold_id != one.hold_id
+    await store.sandbox_running(two.hold_id, 1002)
+    with pytest.raises(NotFound):
+        await store.snapshot("p1")
+    await store.want_sandbox(made.id[:8], "ended", by="bob")
+    assert await store.renew_sandboxes([two.hold_id], lease_seconds=LEASE) == (frozenset(), {two.hold_id: "ended"})
+    await store.sandbox_ended(two.hold_id)
+    found = await store.sandbox("box")
+    assert (found.state, found.error, found.wanted) == ("ended", None, None) and found.ended_at
+    assert await moves(store, made.id) == [
+        ("starting", "running"),
+        ("running", "paused"),
+        ("paused", "running"),
+        ("running", "ended"),
+    ]
+
+
+async def test_every_write_passes_the_fence(store: Store) -> None:
+    one = await started(store)
+    await store.shift_clock(round(LEASE * 1000) + 1)
+    assert await claim(store, worker="v") == []
+    for write in (
+        store.sandbox_running(one.hold_id, 1),
+        store.sandbox_paused(one.hold_id, pause_of(one)),
+        store.sandbox_ended(one.hold_id),
+        store.sandbox_released(one.hold_id),
+    ):
+        with pytest.raises(LeaseLost, match="no longer holds the sandbox"):
+            await write
+    assert (await store.renew_sandboxes([one.hold_id], lease_seconds=LEASE)).lost == {one.hold_id}
+    await store.sandbox_used([one.hold_id])
+    found = await store.sandbox(one.sandbox.id)
+    assert found.state == "lost" and "the lease of worker w ran out" in str(found.error)
+    assert "it has no snapshot to go on from" in str(found.error)
+    with pytest.raises(NotFound):
+        await store.snapshot("p1")
+
+
+@pytest.mark.parametrize("columns", ["(agent_id) VALUES ('echo')", "DEFAULT VALUES"])
+async def test_a_plain_insert_is_enough(store: Store, outside: Outside, columns: str) -> None:
+    outside.execute(f"INSERT INTO sandboxes {columns}")
+    assert (await store.sandboxes_due(HOST)).ready
+    (one,) = await claim(store)
+    assert one.sandbox.id and (one.agent is not None) == ("agent_id" in columns)
+    assert one.memory_mb == 256
+
+
+async def test_names_and_unknown_ones(store: Store) -> None:
+    one = await store.add_sandbox(Sandbox(id="", state="starting", name="box"), by="ann")
+    with pytest.raises(Conflict, match="has the name 'box'"):
+        await store.add_sandbox(Sandbox(id="", state="starting", name="box"), by="ann")
+    other = await store.add_sandbox(Sandbox(id="", state="starting", name="box", project_id="p"), by="ann")
+    with pytest.raises(Conflict, match="several sandboxes have the name 'box'"):
+        await store.sandbox("box")
+    assert (await store.sandbox("box", project_id="p")).id == other.id
+    with pytest.raises(NotFound):
+        await store.sandbox(one.id, project_id="p")
+    await store.want_sandbox(other.id, SandboxState.ENDED, by="ann")
+    assert (await store.sandbox("box")).id == one.id
+    with pytest.raises(NotFound, match="did you mean 'box'"):
+        await store.sandbox("bxo")
+    with pytest.raises(UsageError, match="name is 'a b'"):
+        await store.add_sandbox(Sandbox(id="", state="starting", name="a b"), by="ann")
+    with pytest.raises(NotFound, match="no snapshot 'x'"):
+        await store.add_sandbox(Sandbox(id="", state="starting", snapshot_id="x"), by="ann")
