@@ -23,6 +23,7 @@ LAYERS: Final[list[tuple[tuple[str, ...], str]]] = [
     (("schema",), "JSON Schema checks with a bounded cost"),
     (("workflow",), "workflows read, checked and planned; pure"),
     (("channel",), "the host's side of the protocol with agentd"),
+    (("live",), "the same by an engine's socket: what goes over it, and its client"),
     (("vm.driver",), "what a VM driver must offer, and the values passed to it"),
     (("vm.network", "vm.image"), "namespaces, bridge, rules; guest images and layers"),
     (("vm.drivers",), "QEMU, Firecracker, plain process"),

@@ -43,7 +43,7 @@ class Strangers:
 
 async def read(request: Request, limit: int) -> bytes:
     """Raises Refused for a body of more than ``limit`` bytes, or one that does not arrive whole."""
-    return b"".join([part async for part in _parts(request, limit)])
+    return b"".join([part async for part in parts(request, limit)])
 
 
 async def read_in_time(request: Request, limit: int, *, seconds: float) -> bytes:
@@ -65,7 +65,7 @@ async def save(request: Request, limit: int, file: Path, *, seconds: float) -> N
         async with asyncio.timeout(seconds):
             with file.open("xb") as opened:
                 waiting, size = [], 0
-                async for part in _parts(request, limit):
+                async for part in parts(request, limit):
                     waiting.append(part)
                     size += len(part)
                     if size >= _WRITTEN_AT_ONCE:
@@ -76,7 +76,8 @@ async def save(request: Request, limit: int, file: Path, *, seconds: float) -> N
         raise _late(seconds) from None
 
 
-async def _parts(request: Request, limit: int) -> AsyncIterator[bytes]:
+async def parts(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """A body as it comes. Raises Refused as `read`."""
     too_large = f"the body has more than {limit:,} bytes"
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced[:12]) > limit:

@@ -76,7 +76,7 @@ async def show_file(call: Call) -> Response:
         target = await ticket_files.target_of(contents, entry, offset)
         raise Conflict(f"{shown(name)} is a link to {shown(target)}: ask for that")
     headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name.rpartition('/')[2], safe='')}"}
-    return _ranged(call, entry.size, lambda start, size: contents.chunks(offset + start, size), BYTES, headers)
+    return ranged(call, entry.size, lambda start, size: contents.chunks(offset + start, size), BYTES, headers)
 
 
 async def show_archive(call: Call) -> Response:
@@ -144,10 +144,10 @@ async def show_artifact(call: Call) -> Response:
     async def chunks(start: int, size: int) -> AsyncIterator[bytes]:
         yield data[start : start + size]
 
-    return _ranged(call, len(data), chunks, JSON, {})
+    return ranged(call, len(data), chunks, JSON, {})
 
 
-def _ranged(
+def ranged(
     call: Call, size: int, chunks: Callable[[int, int], AsyncIterator[bytes]], kind: str, headers: dict[str, str]
 ) -> Response:
     """All of it, or the one range that is asked for (RFC 9110, 14)."""

@@ -1,0 +1,198 @@
+"""An engine's live socket: real conversations with a real agentd pass through it, as over its own connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from swarm.channel import frames, processes
+from swarm.channel.conversation import Conversation
+from swarm.channel.guest import Guest
+from swarm.channel.processes import Order
+from swarm.engine import live
+from swarm.errors import ChannelError, Conflict, GuestRefused, NoSpace, SwarmError, UsageError
+from swarm.live.client import Live
+from tests.channel.agentd_here import TOKEN, running
+
+
+class Holder:
+    """One that holds a single sandbox, 'box', and nothing else of an engine."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self.asked: list[tuple[object, ...]] = []
+        self.talks = 0
+
+    @asynccontextmanager
+    async def converse(
+        self, id: str, op: str, fields: Mapping[str, object], payload: bytes, *, by: str
+    ) -> AsyncIterator[Conversation]:
+        if id != "box":
+            raise Conflict(f"the sandbox {id} is not held here")
+        self.talks += 1
+        try:
+            async with self.guest.open(op, fields, payload) as conversation:
+                yield conversation
+        finally:
+            self.talks -= 1
+
+    async def pause(self, id: str, *, by: str) -> None:
+        self.asked.append(("pause", id, by))
+        raise NoSpace("no room for its snapshot")
+
+    async def snapshot(
+        self, id: str, *, by: str, name: str | None, keep_seconds: float | None, without_secrets: bool
+    ) -> str:
+        self.asked.append(("snapshot", id, by, name, keep_seconds, without_secrets))
+        return "snap-1"
+
+    async def fork(self, id: str, *, by: str, count: int, name: str | None) -> Sequence[str]:
+        self.asked.append(("fork", id, by, count, name))
+        return [f"f{number}" for number in range(count)]
+
+    async def end(self, id: str, *, by: str) -> None:
+        self.asked.append(("end", id, by))
+        raise RuntimeError("a bug")
+
+
+@pytest.fixture
+async def held(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Holder, Path]]:
+    directory = tmp_path_factory.mktemp("v")
+    async with running(directory) as it:
+        guest = Guest(it.vm.endpoint, TOKEN)
+        holder = Holder(guest)
+        async with live.serving(holder, directory / "live") as path:
+            yield holder, path
+        await guest.close()
+
+
+async def test_a_program_by_the_engine_is_as_one_by_its_own_connection(held: tuple[Holder, Path]) -> None:
+    holder, path = held
+    box = Live(path, "box", by="anna")
+    script = "cat; echo err >&2; exit 3"
+    order = Order(argv=["/bin/sh", "-c", script], open_stdin=True, user="agent")
+    async with processes.start(box.open, order) as process:
+        big = os.urandom(3 << 20)  # more than any window and buffer: both ways are paced
+
+        async def feed() -> None:
+            await process.write(big)
+            await process.close_stdin()
+
+        feeding = asyncio.create_task(feed())
+        done = await process.collect(16 << 20)
+        await feeding
+    assert (done.stdout, done.stderr, done.ended.code) == (big, b"err\n", 3)
+    listed = await processes.processes(box.open)
+    assert [(one.process, one.ended.code) for one in listed if one.ended] == [(order.process, 3)]
+    with pytest.raises(GuestRefused, match="No such file") as refused:
+        await processes.run(box.open, Order(argv=["/nothing-there"]))
+    assert refused.value.kind == "CannotStart"
+    assert holder.talks == 0
+
+
+async def test_who_goes_away_ends_what_they_started(held: tuple[Holder, Path]) -> None:
+    holder, path = held
+    box = Live(path, "box", by="anna")
+    async with processes.start(box.open, Order(argv=["/bin/sleep", "1000"], process="left")) as process:
+        assert process.pid and holder.talks == 1
+    async with asyncio.timeout(30):
+        while holder.talks or not (await processes.processes(box.open))[0].ended:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    async with processes.start(box.open, Order(argv=["/bin/sleep", "1000"], process="stays", background=True)):
+        pass
+    (stays,) = [one for one in await processes.processes(box.open) if one.process == "stays"]
+    assert stays.ended is None
+    await processes.signal(box.open, "stays", "KILL")
+
+
+async def test_a_client_that_takes_nothing_holds_the_program_up(held: tuple[Holder, Path]) -> None:
+    """And nothing is kept for it but what pipes and sockets hold."""
+    holder, path = held
+    box = Live(path, "box", by="anna")
+    fields = {"process": "flood", "argv": ["/usr/bin/yes"], "env": {}, "user": "agent"}
+    async with box.open("exec", fields) as conversation:
+        while not (await conversation.receive()).payload:
+            pass
+        before = -1
+        async with asyncio.timeout(30):
+            while (now := await _written(box)) != before:
+                before = now
+                await asyncio.sleep(0.2)
+        assert now < 32 << 20
+    async with asyncio.timeout(30):
+        while holder.talks:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def _written(box: Live) -> int:
+    return next(one.output_bytes for one in await processes.processes(box.open) if one.process == "flood")
+
+
+async def test_what_an_engine_is_asked_and_what_it_refuses(held: tuple[Holder, Path]) -> None:
+    holder, path = held
+    box = Live(path, "box", by="anna")
+    assert await box.snapshot(name="good", keep_seconds=60, without_secrets=True) == "snap-1"
+    assert await box.fork(count=2, name="try") == ["f0", "f1"]
+    with pytest.raises(NoSpace, match="no room"):
+        await box.pause()
+    with pytest.raises(SwarmError, match="unexpected RuntimeError: see the engine's log"):
+        await box.end()
+    assert holder.asked == [
+        ("snapshot", "box", "anna", "good", 60, True), ("fork", "box", "anna", 2, "try"), ("pause", "box", "anna"),
+        ("end", "box", "anna"),
+    ]  # fmt: skip
+    with pytest.raises(Conflict, match="other is not held here"):
+        async with Live(path, "other", by="anna").open("exec", {}):
+            pass
+    with pytest.raises(UsageError, match="can't dance a sandbox"):
+        await box._ask("dance")
+    with pytest.raises(UsageError, match="count must be a number above 0"):
+        await box._ask("fork", count=-1)
+
+
+async def test_only_its_user_can_open_it_and_what_is_sent_to_it_is_bounded(held: tuple[Holder, Path]) -> None:
+    holder, path = held
+    mode = path.stat()
+    assert stat.S_IMODE(mode.st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    for sent in (b"", b"GET / HTTP/1.1\r\n\r\n", frames.encode({}), frames.encode({"ask": 1}), b"\xff" * 100):
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(sent)
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            said = await reader.read()
+        assert b'"fault"' in said, sent
+        writer.close()
+    assert holder.asked == [] and holder.talks == 0
+
+
+async def test_an_engine_that_stops_tells_those_that_speak(tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = tmp_path_factory.mktemp("v")
+    async with running(directory) as it:
+        guest = Guest(it.vm.endpoint, TOKEN)
+        async with live.serving(Holder(guest), directory / "live") as path:
+            box = Live(path, "box", by="anna")
+            opened = processes.start(box.open, Order(argv=["/bin/sleep", "1000"]))
+            process = await opened.__aenter__()
+        with pytest.raises(ChannelError, match="the engine stops, and pauses its sandboxes"):
+            await process.exit()
+        await opened.__aexit__(None, None, None)
+        await guest.close()
+        with pytest.raises(Conflict, match="the engine that held the sandbox box has ended"):
+            await box.pause()
+    assert list((directory / "live").iterdir()) == []
+
+
+async def test_the_socket_of_a_dead_engine_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "live").mkdir()
+    dead = tmp_path / "live" / "1-x.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(dead))
+    async with live.serving(Holder.__new__(Holder), tmp_path / "live") as path:
+        assert [path] == list((tmp_path / "live").iterdir())
