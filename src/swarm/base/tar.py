@@ -9,7 +9,7 @@ from typing import BinaryIO, Final
 
 from swarm.base import trees
 from swarm.base.trees import Entry
-from swarm.errors import UsageError
+from swarm.errors import SwarmError, UsageError
 
 _BLOCK: Final = 512
 _MAX_EXTENSION_BYTES: Final = 64 << 10  # a long name, or a PAX header
@@ -18,6 +18,7 @@ _MAX_MEMBERS: Final = 2 * trees.MAX_ENTRIES  # files and directories
 _MAX_NAMES: Final = 16 << 20  # characters of all names, those of directories above them included
 _MAX_DEPTH: Final = 100
 _PIECE_BYTES: Final = 1 << 20
+_EXTENSIONS: Final = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 _FILES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _PAX_KEYS: Final = ("path", "linkpath", "size")
 _SPARSE: Final = "GNU.sparse"  # how keys begin that describe a file with holes
@@ -78,48 +79,44 @@ def entries(file: BinaryIO) -> Iterator[tuple[Entry, Iterable[bytes]]]:
             yield Entry(f"{name}/", trees.DIR, 0), ()
 
 
-class _Reader:
-    """The members of an archive, their extended headers applied."""
+class _Headers:
+    """Makes members of blocks: extended headers are applied to the member that follows them."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._left = 0  # of the present member's contents, padding included
+    def __init__(self, broken: type[SwarmError] = UsageError) -> None:
+        self._broken = broken
+        self._said: dict[str, str] = {}
+        self._extensions = 0
 
-    def __iter__(self) -> Iterator[tarfile.TarInfo]:
-        said: dict[str, str] = {}
-        extensions = 0
-        while True:
-            while self._left:
-                self._read(min(self._left, _PIECE_BYTES))
-            header = self._file.read(_BLOCK)
-            if not header.strip(b"\0"):
-                return
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-                _check_size(info)
-                if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
-                    extensions += 1
-                    if extensions > _MAX_EXTENSIONS:
-                        raise ValueError(f"a member has more than {_MAX_EXTENSIONS} extended headers")
-                    said |= self._extension(info)
-                    continue
-                info.name, info.linkname = said.get("path", info.name), said.get("linkpath", info.linkname)
-                info.size = int(said.get("size", info.size))
-                _check_size(info)
-            except (tarfile.TarError, ValueError) as error:
-                raise UsageError(f"that is not a tar archive: {error}") from None
-            if _SPARSE in said:
-                info.type = tarfile.GNUTYPE_SPARSE
-            said, extensions = {}, 0
-            if info.type in _FILES:
-                self._left = -(-info.size // _BLOCK) * _BLOCK
-            yield info
+    def read(self, block: bytes) -> tarfile.TarInfo:
+        """A member; or an extended header, whose ``size`` bytes `extend` must get."""
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            _check_size(info)
+            if info.type in _EXTENSIONS:
+                self._extensions += 1
+                if self._extensions > _MAX_EXTENSIONS:
+                    raise ValueError(f"a member has more than {_MAX_EXTENSIONS} extended headers")
+                if info.size > _MAX_EXTENSION_BYTES:
+                    raise ValueError("a header is too large")
+                return info
+            said, self._said, self._extensions = self._said, {}, 0
+            info.name, info.linkname = said.get("path", info.name), said.get("linkpath", info.linkname)
+            info.size = int(said.get("size", info.size))
+            _check_size(info)
+        except (tarfile.TarError, ValueError) as error:
+            raise self._broken(f"that is not a tar archive: {error}") from None
+        if _SPARSE in said:
+            info.type = tarfile.GNUTYPE_SPARSE
+        return info
 
-    def _extension(self, info: tarfile.TarInfo) -> dict[str, str]:
-        if info.size > _MAX_EXTENSION_BYTES:
-            raise ValueError("a header is too large")
-        self._left = -(-info.size // _BLOCK) * _BLOCK
-        data = self._read(self._left)[: info.size]
+    def extend(self, info: tarfile.TarInfo, data: bytes) -> None:
+        try:
+            self._said |= self._extension(info, data)
+        except ValueError as error:
+            raise self._broken(f"that is not a tar archive: {error}") from None
+
+    @staticmethod
+    def _extension(info: tarfile.TarInfo, data: bytes) -> dict[str, str]:
         if info.type == tarfile.XGLTYPE:
             return {}
         if info.type != tarfile.XHDTYPE:
@@ -140,6 +137,31 @@ class _Reader:
             at += size
         return said
 
+
+class _Reader:
+    """The members of an archive in a file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = 0  # of the present member's contents, padding included
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        headers = _Headers()
+        while True:
+            while self._left:
+                self._read(min(self._left, _PIECE_BYTES))
+            block = self._file.read(_BLOCK)
+            if not block.strip(b"\0"):
+                return
+            info = headers.read(block)
+            if info.type in _EXTENSIONS:
+                self._left = _padded(info.size)
+                headers.extend(info, self._read(self._left)[: info.size])
+                continue
+            if info.type in _FILES:
+                self._left = _padded(info.size)
+            yield info
+
     def contents(self, size: int) -> Iterator[bytes]:
         while size:
             piece = self._read(min(size, _PIECE_BYTES))
@@ -152,6 +174,64 @@ class _Reader:
             raise UsageError("the archive is cut off")
         self._left -= size
         return data
+
+
+class Arriving:
+    """The members of an archive that arrives in pieces, as they come. ``broken``: what is raised for one that is
+    damaged."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], *, broken: type[SwarmError] = UsageError) -> None:
+        self._pieces = pieces
+        self._broken = broken
+        self._rest = memoryview(b"")
+        self._left = 0  # of the present member's contents, padding included
+
+    async def __aiter__(self) -> AsyncIterator[tarfile.TarInfo]:
+        """Ends with the archive. What is in a file may be read, by `contents`, before the next."""
+        headers = _Headers(self._broken)
+        while True:
+            while self._left:
+                await self._some(self._left)
+            self._left = _BLOCK
+            block = await self._take(_BLOCK)
+            if not block.strip(b"\0"):
+                async for _ in self._pieces:
+                    pass
+                return
+            info = headers.read(block)
+            if info.type in _EXTENSIONS:
+                self._left = _padded(info.size)
+                headers.extend(info, (await self._take(self._left))[: info.size])
+                continue
+            if info.type in _FILES:
+                self._left = _padded(info.size)
+            yield info
+
+    async def contents(self, size: int) -> AsyncIterator[bytes]:
+        while size:
+            piece = await self._some(size)
+            size -= len(piece)
+            yield bytes(piece)
+
+    async def _take(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            data += await self._some(size - len(data))
+        return data
+
+    async def _some(self, most: int) -> memoryview:
+        while not self._rest:
+            try:
+                self._rest = memoryview(await anext(self._pieces))
+            except StopAsyncIteration:
+                raise self._broken("the archive is cut off") from None
+        piece, self._rest = self._rest[:most], self._rest[most:]
+        self._left -= len(piece)
+        return piece
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _check_size(info: tarfile.TarInfo) -> None:

@@ -282,9 +282,12 @@ class Target:
         except OSError as error:
             raise HostError(f"can't make the directory {top}: {error.strerror}") from None
         self.path = top
+        self._last = "", -1  # a directory in it, and a descriptor
 
     def close(self) -> None:
-        os.close(self._top)
+        for fd in (self._top, self._last[1]):
+            if fd >= 0:
+                os.close(fd)
 
     def holds(self, entry: Entry) -> bool:
         """Would writing it replace something?"""
@@ -329,16 +332,18 @@ class Target:
             os.close(here)
 
     def _parent(self, path: str, *, create: bool) -> tuple[int | None, str]:
+        """The directory of a file, as a descriptor, and the file's name there. It is looked for from the last one on,
+        which is most often the same, or one above it: a tree may be deep."""
         if not is_plain(path):
             raise Conflict(f"{ascii(path)[:300]} is not a name below {self.path}")
-        *parents, name = path.rstrip("/").split("/")
-        here = os.dup(self._top)
-        for part in parents:
+        folder, _, name = path.rstrip("/").rpartition("/")
+        known, here = self._last
+        if here < 0 or not (known == "" or folder == known or folder.startswith(f"{known}/")):
+            known, here = "", self._top
+        here = os.dup(here)
+        for part in folder[len(known) :].strip("/").split("/") if folder != known else ():
             try:
-                if create:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, 0o755, dir_fd=here)
-                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+                below = _open_dir(here, part, create=create)
             except FileNotFoundError:
                 return None, name
             except NotADirectoryError:  # also a link
@@ -346,4 +351,19 @@ class Target:
             finally:
                 os.close(here)
             here = below
+        if self._last[1] >= 0:
+            os.close(self._last[1])
+        self._last = folder, os.dup(here)
         return here, name
+
+
+def _open_dir(parent: int, name: str, *, create: bool) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=parent)
+    except FileNotFoundError:
+        if not create:
+            raise
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o755, dir_fd=parent)
+    return os.open(name, flags, dir_fd=parent)

@@ -15,7 +15,8 @@ one with that id failed. docs/adr/0004 and 0005 say why.
 The module is longer than 400 lines because the guest needs a single file. It imports little because each import costs
 tens of milliseconds of boot on an emulated CPU (hence no pathlib, argparse, threading, subprocess, runpy).
 """
-# ruff: noqa: PTH101, PTH102, PTH103, PTH106, PTH108, PTH110, PTH115, PTH120, PTH208, SIM105, RUF012
+# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH106, PTH108, PTH110, PTH112, PTH115, PTH116, PTH118, PTH119, PTH120
+# ruff: noqa: PTH208, SIM105, RUF012
 
 from __future__ import annotations
 
@@ -82,14 +83,41 @@ IP_FREEBIND = 15
 TIOCSCTTY, TIOCSWINSZ, TIOCSIG = 0x540E, 0x5414, 0x40045436  # asm-generic/ioctls.h
 CGROUPS = "/sys/fs/cgroup"
 
+# Of files, directories, watches and ports
+BATCH = 256 << 10  # of what is sent in small pieces, as one frame
+STALL_SECONDS = 600.0  # how long the host may take nothing in the middle of a file: its user may be slow
+DIAL_SECONDS = 10.0
+MAX_DEPTH = 100_000  # of directories that are removed
+MAX_PENDING = 100_000  # names of directories that are yet to be packed
+MAX_EXTENSION = 64 << 10  # of a name in an archive
+MAX_WATCHES = 8192  # directories
+WATCH_SECONDS = 0.02  # changes of that time are told together
+DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "link",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+}
+TAR_KINDS = {stat.S_IFREG: b"0", stat.S_IFDIR: b"5", stat.S_IFLNK: b"2"}
+TAR_BLOCK = struct.Struct("100s8s8s8s12s12s8s1s355x")
+INOTIFY_EVENT = struct.Struct("iIII")  # and all below: inotify(7)
+IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 2, 4, 8, 64, 128, 256, 512
+IN_EVENTS = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
+IN_Q_OVERFLOW, IN_IGNORED, IN_ISDIR = 0x4000, 0x8000, 0x40000000
+IN_ONLYDIR, IN_DONT_FOLLOW = 0x1000000, 0x2000000
+
 LIBC = ctypes.CDLL(None, use_errno=True)  # once: opening it costs milliseconds on an emulated CPU
 COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 
 Header = dict[str, object]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import NoReturn
+
+    FileOp = Callable[["Agentd", "Connection", Header, bytes], Header]
 
 
 class Broken(Exception):
@@ -102,6 +130,14 @@ class Refused(Exception):
 
 class NotRegular(Refused):
     """`get` of a link, device, directory…"""
+
+
+class DiskFull(Refused):
+    """Neither does the guest's disk have room, nor its memory, if it is a file in memory."""
+
+
+class NotListening(Refused):
+    """No program answers on that port."""
 
 
 class CannotStart(Refused):
@@ -752,6 +788,1020 @@ def run_job(job: Job) -> None:
     end_quickly()
 
 
+# --- files and ports, for conversations -------------------------------------------------------------------------------
+
+
+def act_as(uid: int, gid: int) -> None:
+    """This thread's rights to files, from now on: those of a user (setfsuid(2); they don't change other threads')."""
+    LIBC.setfsgid(gid)
+    LIBC.setfsuid(uid)
+    if LIBC.setfsuid(-1) != uid or LIBC.setfsgid(-1) != gid:
+        raise RuntimeError(f"can't act with the rights of uid {uid}")
+
+
+def file_op(operation: FileOp) -> FileOp:
+    """An operation that acts with the rights of ``user``, and fails in plain words."""
+
+    def act(agentd: Agentd, connection: Connection, head: Header, payload: bytes) -> Header:
+        user = head.get("user", "agent")
+        if user not in USERS:
+            raise Refused(f"no such user: {user!r:.40}")
+        try:
+            if agentd.in_vm:
+                act_as(*USERS[str(user)][:2])
+            return operation(agentd, connection, head, payload)
+        except UnicodeEncodeError:
+            raise Refused("a name holds what no name can hold") from None
+        except OSError as error:
+            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else type(error)
+            raise kind(f"{head.get('path')}: {error.strerror or error}") from None
+        finally:
+            if agentd.in_vm:
+                act_as(0, 0)
+
+    return act
+
+
+def place(agentd: Agentd, head: Header, key: str = "path", follow: bool = True) -> str:
+    """The real path that is meant. On the host nothing outside ``root`` is, wherever links lead."""
+    path = text(head, key)
+    if not path or "\0" in path:
+        raise Refused(f"{key!r} must be a path")
+    path = os.path.join("/work", path)
+    if agentd.in_vm:
+        return path
+    root = os.path.realpath(agentd.root)
+    path = root + os.path.normpath(path)
+    real = os.path.realpath(path if follow else os.path.dirname(path)) + "/"
+    if not real.startswith((f"{root}/work/", f"{root}/agent/")):
+        raise Refused(f"{text(head, key)} is outside of /work and /agent, and this is no VM but a process of the host")
+    return path
+
+
+def describe(status: os.stat_result) -> Header:
+    return {
+        "kind": KINDS.get(stat.S_IFMT(status.st_mode), "device"),
+        "size": status.st_size,
+        "mode": stat.S_IMODE(status.st_mode),
+        "uid": status.st_uid,
+        "gid": status.st_gid,
+        "mtime_ns": max(0, status.st_mtime_ns),
+    }
+
+
+@file_op
+def stat_file(agentd: Agentd, _: Connection, head: Header, __: bytes) -> Header:
+    """What ``path`` is; with ``follow`` what it leads to."""
+    follow = bool(head.get("follow", True))
+    path = place(agentd, head, follow=follow)
+    found = describe(os.stat(path, follow_symlinks=follow))
+    return {**found, "target": os.readlink(path)} if found["kind"] == "link" else found
+
+
+@file_op
+def list_dir(agentd: Agentd, connection: Connection, head: Header, _: bytes) -> Header:
+    """The entries of a directory, a JSON text in a line each, in no order; at most ``limit`` of them."""
+    limit = int(number(head, "limit"))
+    outlet = Outlet(connection, head["id"])
+    count = 0
+    with os.scandir(place(agentd, head)) as entries:
+        for entry in entries:
+            if count >= limit:
+                outlet.flush()
+                return {"count": count, "complete": False}
+            try:
+                found = {"name": entry.name, **describe(entry.stat(follow_symlinks=False))}
+                if found["kind"] == "link":
+                    found["target"] = os.readlink(entry.path)
+            except FileNotFoundError:  # gone since
+                continue
+            outlet.line(found)
+            count += 1
+    outlet.flush()
+    return {"count": count, "complete": True}
+
+
+@file_op
+def make_a_dir(agentd: Agentd, _: Connection, head: Header, __: bytes) -> Header:
+    path = place(agentd, head)
+    if head.get("parents"):
+        make_parents(path)
+    else:
+        os.mkdir(path, 0o755)
+    return {}
+
+
+def make_parents(path: str) -> None:
+    os.makedirs(path, 0o755, exist_ok=True)
+
+
+@file_op
+def move(agentd: Agentd, _: Connection, head: Header, __: bytes) -> Header:
+    """Rename; what is at ``to`` is replaced if it is a file."""
+    path, to = place(agentd, head, follow=False), place(agentd, head, "to", follow=False)
+    try:
+        os.rename(path, to)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise Refused(f"{text(head, 'to')} is on another file system than {text(head, 'path')}: use mv") from None
+        raise
+    return {}
+
+
+@file_op
+def remove(agentd: Agentd, _: Connection, head: Header, __: bytes) -> Header:
+    path = place(agentd, head, follow=False).rstrip("/")
+    if not os.path.basename(path):
+        raise Refused("the root directory stays")
+    parent = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        name = os.path.basename(path)
+        if not stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
+            os.unlink(name, dir_fd=parent)
+        elif not head.get("recursive"):
+            os.rmdir(name, dir_fd=parent)
+        else:
+            remove_tree(parent, name)
+    finally:
+        os.close(parent)
+    return {}
+
+
+def remove_tree(parent: int, name: str) -> None:
+    """Remove a directory with all that is in it, however deep it is and however much: with one descriptor, and a few
+    words for each level. The way up is '..'; it is looked at, since somebody may move directories meanwhile."""
+    trail: list[tuple[str, int, int]] = []
+    here, below = os.dup(parent), name
+    try:
+        while True:
+            if below:
+                if len(trail) >= MAX_DEPTH:
+                    raise Refused(f"it is nested in more than {MAX_DEPTH:,} directories")
+                status = os.fstat(here)
+                trail.append((below, status.st_dev, status.st_ino))
+                next_ = os.open(below, DIR_FLAGS | os.O_NOFOLLOW, dir_fd=here)
+            else:
+                below, *above = trail.pop()
+                next_ = os.open("..", DIR_FLAGS, dir_fd=here) if trail else os.dup(parent)
+                status = os.fstat(next_)
+                if above != [status.st_dev, status.st_ino]:
+                    os.close(next_)
+                    raise Refused("it was moved while it was removed")
+                os.rmdir(below, dir_fd=next_)
+            os.close(here)
+            here = next_
+            if not trail:
+                return
+            below = empty(here)
+    finally:
+        os.close(here)
+
+
+def empty(here: int) -> str:
+    """Remove what is in a directory, up to the first directory that isn't empty: its name, or ''."""
+    with os.scandir(here) as entries:
+        for entry in entries:
+            try:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=here)
+                    continue
+                os.rmdir(entry.name, dir_fd=here)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return entry.name
+    return ""
+
+
+@file_op
+def read(agentd: Agentd, connection: Connection, head: Header, _: bytes) -> Header:
+    """Send a file's contents from ``offset`` on, ``length`` bytes or all. With ``holes``, what was never written in
+    it comes as a frame {"hole": bytes} and not as zeros."""
+    fd = open_regular(place(agentd, head))
+    try:
+        status = os.fstat(fd)
+        at = int(number(head, "offset"))
+        end = at + int(number(head, "length")) if head.get("length") is not None else 1 << 62
+        outlet, first = Outlet(connection, head["id"]), at
+        holes = bool(head.get("holes")) and status.st_blocks * 512 < status.st_size
+        while at < end:
+            upto = end
+            if holes:
+                data_at, upto = next_data(fd, at, min(end, status.st_size))
+                if data_at > at:
+                    connection.send({"id": head["id"], "hole": data_at - at})
+                    at = data_at
+                    continue
+            sent = outlet.file(fd, at, min(end, upto) - at)
+            if not sent:
+                break
+            at += sent
+    finally:
+        os.close(fd)
+    return {**describe(status), "bytes": at - first}
+
+
+def next_data(fd: int, at: int, end: int) -> tuple[int, int]:
+    """From where to where there is data, at or after ``at``; (end, …) if none is."""
+    if at >= end:
+        return at, at + MAX_PAYLOAD  # it has grown, perhaps
+    try:
+        data_at = min(os.lseek(fd, at, os.SEEK_DATA), end)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return end, end
+    return data_at, os.lseek(fd, data_at, os.SEEK_HOLE) if data_at < end else end
+
+
+def open_regular(path: str) -> int:
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise NotRegular(f"{path} is a socket or a pipe") from None
+        raise
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(fd)
+        if kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise NotRegular(f"{path} is a {KINDS.get(kind, 'device')}, not a file")
+    return fd
+
+
+@file_op
+def write(agentd: Agentd, connection: Connection, head: Header, payload: bytes) -> Header:
+    """Write a file: beside the one that it replaces, and then in its place, so nobody sees half of it. ``size``: of it
+    all. ``upload``: a name under which a broken one is kept, to go on at ``offset``; see `uploaded`. ``mode``: default
+    that of the file it replaces, or 644. ``parents``: make directories above it. ``owner``: another than ``user``."""
+    path, upload = place(agentd, head), upload_of(head)
+    offset = int(number(head, "offset")) if upload and head.get("offset") else 0
+    if head.get("parents"):
+        make_parents(os.path.dirname(path))
+    parent, name, part = open_beside(path, upload or os.urandom(8).hex())
+    try:
+        mode = head.get("mode")
+        if mode is None:
+            mode = mode_of(parent, name)
+        elif not isinstance(mode, int) or isinstance(mode, bool):
+            raise Refused("'mode' must be a number")
+        fd = take_up(parent, part, offset) if offset else create(parent, part)
+        kept = False
+        try:
+            total = offset
+            for data in inlet(connection, head, payload):
+                total += len(data)
+                while data:
+                    data = data[os.write(fd, data) :]
+            if head.get("size") is not None and total != number(head, "size"):
+                raise Refused(f"{total} bytes came, and {head['size']} were announced")
+            os.fchmod(fd, mode & 0o7777)
+            if head.get("owner") is not None and (owner := agentd.owner(head)):
+                os.fchown(fd, *owner)
+            os.rename(part, name, src_dir_fd=parent, dst_dir_fd=parent)
+            kept = True
+        except Broken:
+            kept = bool(upload)
+            raise
+        finally:
+            os.close(fd)
+            if not kept:
+                os.unlink(part, dir_fd=parent)
+    finally:
+        os.close(parent)
+    return {"bytes": total}
+
+
+@file_op
+def uploaded(agentd: Agentd, _: Connection, head: Header, __: bytes) -> Header:
+    """How much of a broken `write` is there."""
+    try:
+        parent, _name, part = open_beside(place(agentd, head), upload_of(head) or "-")
+    except FileNotFoundError:
+        return {"bytes": 0}
+    try:
+        status = os.lstat(part, dir_fd=parent)
+        return {"bytes": status.st_size if stat.S_ISREG(status.st_mode) else 0}
+    except FileNotFoundError:
+        return {"bytes": 0}
+    finally:
+        os.close(parent)
+
+
+def upload_of(head: Header) -> str:
+    upload = head.get("upload") or ""
+    if not isinstance(upload, str) or len(upload) > 64 or not f"a{upload.replace('-', 'a')}".isalnum():
+        raise Refused("'upload' must be at most 64 letters, digits and -")
+    return upload
+
+
+def open_beside(path: str, upload: str) -> tuple[int, str, str]:
+    """The directory of the file that ``path`` leads to, its name there, and the name of the file beside it."""
+    folder, name = os.path.split(os.path.realpath(path))
+    return os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), name, f".swarm-{upload}.part"
+
+
+def mode_of(parent: int, name: str) -> int:
+    """The mode of the file that will be replaced."""
+    try:
+        mode = os.lstat(name, dir_fd=parent).st_mode
+    except FileNotFoundError:
+        return 0o644
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise NotRegular(f"{name} is a {KINDS.get(stat.S_IFMT(mode), 'device')}, not a file")
+    return stat.S_IMODE(mode)
+
+
+def take_up(parent: int, part: str, offset: int) -> int:
+    """Open what there is of a file, to go on at ``offset``."""
+    fd = os.open(part, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise NotRegular("what was written of it is no file any more")
+        if status.st_size < offset:
+            raise Refused(f"only {status.st_size} bytes of it are there")
+        os.ftruncate(fd, offset)
+        os.lseek(fd, offset, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Outlet:
+    """What a conversation sends to the host, in frames of some size."""
+
+    def __init__(self, connection: Connection, request_id: object) -> None:
+        self.connection = connection
+        self.id = request_id
+        self.head = {"id": request_id, "stream": "data"}
+        self.unsent = bytearray()
+        self.room: memoryview | None = None
+
+    def line(self, value: object) -> None:
+        self.add(COMPACT(value).encode() + b"\n")
+
+    def add(self, data: bytes) -> None:
+        self.unsent += data
+        if len(self.unsent) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.unsent:
+            data, self.unsent = self.unsent, bytearray()
+            self.send(memoryview(data))
+
+    def file(self, fd: int, at: int, most: int) -> int:
+        """Send up to ``most`` bytes of a file; returns how many, at most a frame's."""
+        if self.room is None:
+            self.room = memoryview(bytearray(MAX_PAYLOAD))
+        size = os.preadv(fd, [self.room[: min(most, MAX_PAYLOAD)]], at)
+        if size:
+            self.send(self.room[:size])
+        return size
+
+    def send(self, data: memoryview) -> None:
+        """A frame, without a copy of its payload."""
+        sock, said = self.connection.sock, COMPACT(self.head).encode()
+        try:
+            sock.settimeout(STALL_SECONDS)
+            first = struct.pack(">II", len(said), len(data)) + said
+            sent = sock.sendmsg([first, data])
+            sock.sendall(first[sent:])
+            sock.sendall(data[max(0, sent - len(first)) :])
+        except OSError as error:
+            raise Broken(f"{type(error).__name__}: {error}") from None
+
+
+def inlet(connection: Connection, head: Header, payload: bytes) -> Iterator[memoryview]:
+    """The data that the host sends in this conversation, up to an empty piece. Each piece is valid until the next."""
+    if payload:
+        yield memoryview(payload)
+    room = memoryview(bytearray(MAX_PAYLOAD))
+    connection.sock.settimeout(STALL_SECONDS)
+    while True:
+        try:
+            sizes = struct.unpack(">II", connection.exactly(8))
+            if not 2 <= sizes[0] <= 1024 or sizes[1] > MAX_PAYLOAD:
+                raise Broken(f"a frame of {sizes[0]} + {sizes[1]} bytes within a conversation")
+            said = json.loads(bytes(connection.exactly(sizes[0])))
+            if said.get("id") != head["id"] or said.get("op") != "data":
+                raise Broken("a frame that does not belong to the conversation")
+            if not sizes[1]:
+                return
+            connection.fill(room[: sizes[1]])
+        except (OSError, ValueError, AttributeError) as error:
+            raise Broken(f"{type(error).__name__}: {error}") from None
+        yield room[: sizes[1]]
+
+
+# --- directories, as tar archives
+
+
+@file_op
+def pack(agentd: Agentd, connection: Connection, head: Header, _: bytes) -> Header:
+    """Send what is below a directory (or a file) as a tar archive: at most ``entries`` files and directories with
+    ``limit`` bytes. Pipes, sockets, devices and what ``user`` can't read are left out, and counted."""
+    packer = Packer(Outlet(connection, head["id"]), int(number(head, "limit")), int(number(head, "entries")))
+    packer.pack(place(agentd, head))
+    return {"entries": packer.count, "bytes": packer.bytes, "left_out": packer.left_out, "first": packer.first}
+
+
+class Packer:
+    """Writes an archive in GNU's format, which takes any name. Directories come before what is in them; of those that
+    are yet to be sent only names are kept."""
+
+    def __init__(self, outlet: Outlet, limit: int, entries: int) -> None:
+        self.outlet = outlet
+        self.limit, self.entries = limit, entries
+        self.count = self.bytes = self.left_out = 0
+        self.first = ""  # of those left out, and why
+
+    def pack(self, top: str) -> None:
+        if not stat.S_ISDIR(os.stat(top).st_mode):
+            folder, name = os.path.split(os.path.realpath(top))
+            here = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self.send(here, name, os.fsencode(name))
+            finally:
+                os.close(here)
+        else:
+            self.send_below(top)
+        self.outlet.add(bytes(1024))
+        self.outlet.flush()
+
+    def send_below(self, top: str) -> None:
+        levels: list[tuple[str, list[str]]] = [("", [""])]  # of each level: where it is, and what is left of it
+        pending = 1
+        while levels:
+            prefix, names = levels[-1]
+            if not names:
+                levels.pop()
+                continue
+            below = prefix + names.pop()
+            pending -= 1
+            try:
+                here = os.open(f"{top}/{below}", DIR_FLAGS | (os.O_NOFOLLOW if below else 0))
+            except OSError as error:
+                if not below:
+                    raise
+                self.leave_out(below, error)
+                continue
+            try:
+                prefix, names = f"{below}/" if below else "", []
+                with os.scandir(here) as entries:
+                    for entry in entries:
+                        if self.send(here, entry.name, os.fsencode(prefix + entry.name)):
+                            names.append(entry.name)
+                            pending += 1
+                            if pending > MAX_PENDING:
+                                raise Refused(f"it has more than {MAX_PENDING:,} directories beside each other")
+            finally:
+                os.close(here)
+            levels.append((prefix, names))
+
+    def leave_out(self, path: str, why: OSError | str) -> None:
+        if isinstance(why, FileNotFoundError):  # gone since it was listed
+            return
+        self.left_out += 1
+        self.first = self.first or f"{path:.200}: {why if isinstance(why, str) else why.strerror}"
+
+    def send(self, here: int, name: str, path: bytes) -> bool:
+        """True for a directory, whose contents are yet to be sent."""
+        fd = -1
+        try:
+            status = os.lstat(name, dir_fd=here)
+            kind = stat.S_IFMT(status.st_mode)
+            if kind == stat.S_IFREG:
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=here)
+                status = os.fstat(fd)
+                kind = stat.S_IFMT(status.st_mode)
+            target = os.fsencode(os.readlink(name, dir_fd=here)) if kind == stat.S_IFLNK else b""
+        except OSError as error:
+            self.leave_out(os.fsdecode(path), error)
+            return False
+        try:
+            if kind not in TAR_KINDS:
+                self.leave_out(os.fsdecode(path), f"it is a {KINDS.get(kind, 'device')}")
+                return False
+            if len(path) > MAX_NAME:
+                raise Refused(f"{os.fsdecode(path):.200}… is nested too deep to be sent")
+            self.count += 1
+            size = status.st_size if kind == stat.S_IFREG else 0
+            self.bytes += size
+            if self.count > self.entries:
+                raise Refused(f"it has more than {self.entries:,} files and directories")
+            if self.bytes > self.limit:
+                raise Refused(f"its files have more than {self.limit:,} bytes, with {os.fsdecode(path):.200}")
+            is_dir = kind == stat.S_IFDIR
+            named = path + b"/" if is_dir else path
+            self.outlet.add(tar_header(named, status.st_mode, size, status.st_mtime, TAR_KINDS[kind], target))
+            if size:
+                self.contents(fd, size, os.fsdecode(path))
+            return is_dir
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def contents(self, fd: int, size: int, path: str) -> None:
+        outlet, at = self.outlet, 0
+        if size <= CHUNK:
+            data = os.read(fd, size)
+            at = len(data)
+            outlet.add(data)
+        else:
+            outlet.flush()
+            while at < size and (sent := outlet.file(fd, at, size - at)):
+                at += sent
+        if at < size:  # it shrank meanwhile: as tar does, the rest is zeros
+            self.leave_out(path, "it shrank while it was read")
+        while at < size:
+            outlet.add(bytes(min(size - at, BATCH)))
+            at = min(size, at + BATCH)
+        outlet.add(bytes(-size % 512))
+
+
+def tar_header(name: bytes, mode: int, size: int, mtime: float, kind: bytes, target: bytes = b"") -> bytes:
+    head = b""
+    for which, value in ((b"L", name), (b"K", target)):
+        if len(value) > 100:
+            longer = tar_header(b"././@LongLink", 0, len(value) + 1, 0, which) + value
+            head += longer + bytes(512 - len(value) % 512)
+    sized = b"%011o" % size if size < 1 << 33 else b"\x80" + size.to_bytes(11, "big")
+    fields = (name[:100], b"%07o" % (mode & 0o7777), b"%07o" % 0, b"%07o" % 0, sized)
+    block = bytearray(TAR_BLOCK.pack(*fields, b"%011o" % min(max(0, int(mtime)), (1 << 33) - 1), b" " * 8, kind))
+    block[157:257] = target[:100].ljust(100, b"\0")
+    block[257:265] = b"ustar  \0"
+    block[148:155] = b"%06o\0" % sum(block)
+    return head + block
+
+
+@file_op
+def unpack(agentd: Agentd, connection: Connection, head: Header, payload: bytes) -> Header:
+    """Unpack a tar archive (ustar, PAX or GNU, not compressed) below ``path``, which is made if it isn't there. Files
+    are replaced, links in it are never followed; all belongs to ``user``."""
+    path = place(agentd, head)
+    make_parents(path)
+    top = os.open(path, DIR_FLAGS)
+    unpacker = Unpacker(top, Pieces(inlet(connection, head, payload)))
+    try:
+        unpacker.unpack()
+    finally:
+        unpacker.close()
+    return {"entries": unpacker.count, "bytes": unpacker.bytes}
+
+
+class Pieces:
+    """Reads a stream of pieces by numbers of bytes."""
+
+    def __init__(self, pieces: Iterator[memoryview]) -> None:
+        self.pieces = pieces
+        self.rest = memoryview(b"")
+
+    def some(self, most: int) -> memoryview:
+        if not self.rest:
+            self.rest = next(self.pieces, self.rest)
+        found, self.rest = self.rest[:most], self.rest[most:]
+        if not found:
+            raise Refused("the archive is cut off")
+        return found
+
+    def take(self, size: int) -> bytes:
+        found = bytes(self.some(size)) if size else b""
+        while len(found) < size:
+            found += self.some(size - len(found))
+        return found
+
+    def skip(self, size: int) -> None:
+        while size:
+            size -= len(self.some(size))
+
+    def drain(self) -> None:
+        for _ in self.pieces:
+            pass
+
+
+class Unpacker:
+    def __init__(self, top: int, pieces: Pieces) -> None:
+        self.top = top
+        self.pieces = pieces
+        self.count = self.bytes = 0
+        self.folder: bytes | None = None  # of the last file: the next is most often beside it
+        self.parent = -1
+        self.modes: dict[bytes, int] = {}  # of directories; set at the end, as they may forbid writing
+
+    def close(self) -> None:
+        for fd in (self.top, self.parent):
+            if fd >= 0:
+                os.close(fd)
+
+    def unpack(self) -> None:
+        said: dict[str, bytes] = {}
+        while (block := self.pieces.take(512)).strip(b"\0"):
+            try:
+                if tar_number(block[148:156]) != sum(block) - sum(block[148:156]) + 256:
+                    raise ValueError
+                kind, size = block[156:157], tar_number(block[124:136])
+                mode, mtime = tar_number(block[100:108]) & 0o7777, tar_number(block[136:148])
+                if kind in b"xgLK":
+                    if size > MAX_EXTENSION:
+                        raise ValueError
+                    said |= tar_extension(kind, self.pieces.take(size))
+                    self.pieces.skip(-size % 512)
+                    continue
+                size = int(said.get("size", size))
+            except ValueError:
+                raise Refused("that is not a tar archive, or it is damaged") from None
+            name = block[:100].split(b"\0")[0]
+            if block[257:263] == b"ustar\0" and block[345]:
+                name = block[345:500].split(b"\0")[0] + b"/" + name
+            name, target = said.get("path", name), said.get("linkpath", block[157:257].split(b"\0")[0])
+            said = {}
+            try:
+                self.member(name, kind, mode, size, mtime, target)
+            except OSError as error:
+                raise type(error)(error.errno, f"{os.fsdecode(name):.200}: {error.strerror}") from None
+        self.pieces.drain()
+        for name, mode in reversed(self.modes.items()):
+            parent, last = self.place(name)
+            fd = os.open(last, DIR_FLAGS | os.O_NOFOLLOW, dir_fd=parent)
+            os.fchmod(fd, mode)
+            os.close(fd)
+
+    def member(self, name: bytes, kind: bytes, mode: int, size: int, mtime: int, target: bytes) -> None:
+        self.count += 1
+        if kind in b"5" or (kind in b"0\0" and name.endswith(b"/")):
+            parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+            if parts:
+                parent, last = self.place(name)
+                make_dir(parent, last, None)
+                if mode != 0o755:
+                    self.modes[b"/".join(parts)] = mode
+            return
+        parent, last = self.place(name)
+        if kind == b"2":
+            make_link(parent, last, target, None)
+            return
+        if kind == b"1":
+            self.hard_link(target, name)
+            return
+        if kind not in b"0\x007":
+            raise Refused(f"{os.fsdecode(name):.200} is neither a file nor a directory nor a link")
+        fd = create(parent, last)
+        try:
+            self.bytes += size
+            left = size
+            while left:
+                data = self.pieces.some(left)
+                left -= len(data)
+                while data:
+                    data = data[os.write(fd, data) :]
+            os.fchmod(fd, mode)
+            os.utime(fd, (mtime, mtime))
+        finally:
+            os.close(fd)
+        self.pieces.skip(-size % 512)
+
+    def hard_link(self, source: bytes, name: bytes) -> None:
+        parent, last = self.place(source)
+        parent = os.dup(parent)
+        try:
+            here, new = self.place(name)
+            try:
+                os.unlink(new, dir_fd=here)
+            except FileNotFoundError:
+                pass
+            os.link(last, new, src_dir_fd=parent, dst_dir_fd=here, follow_symlinks=False)
+        finally:
+            os.close(parent)
+
+    def place(self, path: bytes) -> tuple[int, str]:
+        """The directory of a member, which is made if it isn't there, and its name."""
+        folder, _, name = path.rstrip(b"/").rpartition(b"/")
+        if name in (b"", b".", b".."):
+            raise Refused(f"the archive has a file named {os.fsdecode(path)!r:.200}")
+        if folder != self.folder:
+            here = os.dup(self.top)
+            try:
+                for part in folder.split(b"/"):
+                    if part in (b"", b"."):
+                        continue
+                    if part == b"..":
+                        raise Refused(f"the archive has a file named {os.fsdecode(path)!r:.200}")
+                    make_dir(here, os.fsdecode(part), None)
+                    below = os.open(part, DIR_FLAGS | os.O_NOFOLLOW, dir_fd=here)
+                    os.close(here)
+                    here = below
+            except BaseException:
+                os.close(here)
+                raise
+            if self.parent >= 0:
+                os.close(self.parent)
+            self.folder, self.parent = folder, here
+        return self.parent, os.fsdecode(name)
+
+
+def tar_number(field: bytes) -> int:
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.strip(b"\0 ") or b"0", 8)
+
+
+def tar_extension(kind: bytes, data: bytes) -> dict[str, bytes]:
+    """What an extended header says of the next member."""
+    if kind in b"LK":
+        return {"path" if kind == b"L" else "linkpath": data.rstrip(b"\0")}
+    said: dict[str, bytes] = {}
+    while data and kind == b"x":
+        size = int(data[: data.index(b" ")])
+        key, _, value = data[:size].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        if size <= 0 or key.startswith(b"GNU.sparse"):
+            raise ValueError
+        if key in (b"path", b"linkpath", b"size"):
+            said[key.decode()] = value
+        data = data[size:]
+    return said
+
+
+# --- watches
+
+
+@file_op
+def watch(agentd: Agentd, connection: Connection, head: Header, _: bytes) -> Header:
+    """Tell what changes in a directory (or of a file), a JSON text in a line each, until the host has enough."""
+    fd = LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        raise Refused("too many watches are open")
+    try:
+        watcher = Watcher(fd, place(agentd, head), bool(head.get("recursive")), Outlet(connection, head["id"]))
+        watcher.begin()
+        connection.send({"id": head["id"], "started_ns": time.monotonic_ns()})
+        watcher.outlet.flush()
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poller.register(connection.sock, select.POLLIN | select.POLLRDHUP)
+        while True:
+            ready = [one for one, _ in poller.poll()]
+            if connection.sock.fileno() in ready:
+                for _piece in inlet(connection, head, b""):
+                    pass
+                return {"watches": len(watcher.paths)}
+            select.select([], [], [], WATCH_SECONDS)  # what changes often is told once
+            if not watcher.tell():
+                return {"watches": 0}
+    finally:
+        os.close(fd)
+
+
+class Watcher:
+    """inotify(7), for a tree. What can't be watched is told as 'lost': too many directories, or more changes than the
+    kernel keeps for us while the host is behind."""
+
+    def __init__(self, fd: int, top: str, recursive: bool, outlet: Outlet) -> None:
+        self.fd = fd
+        self.top = top
+        self.recursive = recursive
+        self.outlet = outlet
+        self.paths: dict[int, str] = {}  # of each watch, below top
+        self.told: set[tuple[str, str]] = set()  # in this batch
+        self.limit = MAX_WATCHES
+        self.foreign = {os.stat(name).st_dev for name in ("/proc", "/sys") if os.path.isdir(name)}
+
+    def begin(self) -> None:
+        self.add("", follow=True)
+        if self.recursive and stat.S_ISDIR(os.stat(self.top).st_mode):
+            self.add_below("", tell=False)
+
+    def path(self, below: str) -> str:
+        return f"{self.top}/{below}" if below else self.top
+
+    def add(self, below: str, follow: bool = False) -> bool:
+        if len(self.paths) >= self.limit:
+            self.lose(f"more than {self.limit:,} directories")
+            return False
+        mask = IN_EVENTS if follow else IN_EVENTS | IN_ONLYDIR | IN_DONT_FOLLOW
+        got = LIBC.inotify_add_watch(self.fd, os.fsencode(self.path(below)), mask)
+        if got >= 0:
+            self.paths[got] = below
+            return True
+        code = ctypes.get_errno()
+        if follow:
+            raise OSError(code, os.strerror(code))
+        if code == errno.ENOSPC:
+            self.lose("the kernel has no more watches")
+        elif code not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            self.event("lost", below, why=os.strerror(code))
+        return False
+
+    def lose(self, why: str) -> None:
+        """No more can be watched: told once."""
+        if self.limit:
+            self.limit = 0
+            self.event("lost", "", why=why)
+
+    def add_below(self, below: str, tell: bool) -> None:
+        """Watch all directories below one. ``tell``: it is new, and what is in it may have come before the watch."""
+        left = [below]
+        while left:
+            here = left.pop()
+            try:
+                with os.scandir(self.path(here)) as entries:
+                    for entry in entries:
+                        path = f"{here}/{entry.name}" if here else entry.name
+                        is_dir = entry.is_dir(follow_symlinks=False)
+                        if tell:
+                            self.event("created", path, directory=is_dir)
+                        if is_dir and entry.stat(follow_symlinks=False).st_dev not in self.foreign and self.add(path):
+                            left.append(path)
+                        if not self.limit:
+                            return
+            except OSError:  # gone, or not for this user, which `add` has told
+                continue
+
+    def tell(self) -> bool:
+        """Tell what the kernel has for us. False if what is watched is gone."""
+        self.told = set()
+        moved: dict[int, tuple[str, bool]] = {}
+        at, data = 0, os.read(self.fd, CHUNK)
+        while at < len(data):
+            wd, mask, cookie, size = INOTIFY_EVENT.unpack_from(data, at)
+            name = os.fsdecode(data[at + 16 : at + 16 + size].rstrip(b"\0"))
+            at += 16 + size
+            if mask & IN_Q_OVERFLOW:
+                self.event("lost", "", why="more changed than could be told")
+                if self.recursive:
+                    self.limit = MAX_WATCHES
+                    self.add_below("", tell=False)
+                continue
+            below = self.paths.get(wd)
+            if below is None:
+                continue
+            path = f"{below}/{name}" if below and name else below or name
+            self.tell_one(wd, mask, cookie, path, below, moved)
+        for path, is_dir in moved.values():  # out of what is watched
+            self.event("removed", path, directory=is_dir)
+            if is_dir:
+                self.forget(path)
+        self.outlet.flush()
+        return bool(self.paths)
+
+    def tell_one(
+        self, wd: int, mask: int, cookie: int, path: str, below: str, moved: dict[int, tuple[str, bool]]
+    ) -> None:
+        is_dir = bool(mask & IN_ISDIR)
+        if mask & IN_IGNORED:
+            del self.paths[wd]
+            if not below:
+                self.event("removed", "", directory=True)
+        elif mask & IN_MOVED_FROM:
+            moved[cookie] = (path, is_dir)
+        elif mask & IN_MOVED_TO and cookie in moved:
+            old = moved.pop(cookie)[0]
+            self.told.clear()
+            self.event("moved", old, to=path, directory=is_dir)
+            if is_dir:
+                for one, where in self.paths.items():
+                    if where == old or where.startswith(f"{old}/"):
+                        self.paths[one] = path + where[len(old) :]
+        elif mask & (IN_CREATE | IN_MOVED_TO):
+            self.event("created", path, directory=is_dir)
+            if is_dir and self.recursive and self.add(path):
+                self.add_below(path, tell=True)
+        elif mask & IN_DELETE:
+            self.event("removed", path, directory=is_dir)
+            self.told.clear()  # it may come again
+        elif mask & (IN_MODIFY | IN_CLOSE_WRITE):
+            self.event("written", path)
+        elif mask & IN_ATTRIB and (path or not is_dir):
+            self.event("attributes", path, directory=is_dir)
+
+    def forget(self, path: str) -> None:
+        for wd, where in list(self.paths.items()):
+            if where == path or where.startswith(f"{path}/"):
+                LIBC.inotify_rm_watch(self.fd, wd)
+                del self.paths[wd]
+
+    def event(self, kind: str, path: str, **more: object) -> None:
+        if kind != "lost":
+            if (kind, path) in self.told:
+                return
+            if len(self.told) > 10_000:
+                self.told.clear()
+            self.told.add((kind, path))
+        self.outlet.line({"event": kind, "path": path, **{key: value for key, value in more.items() if value}})
+
+
+# --- ports
+
+
+def dial(agentd: Agentd, connection: Connection, head: Header, payload: bytes) -> Header:
+    """Connect to a port of this machine's loopback: `data` both ways, an empty one is the end of its direction."""
+    port = int(number(head, "port"))
+    if not 0 < port < 65536:
+        raise Refused("a port is a number from 1 to 65535")
+    sock = socket.socket()
+    try:
+        sock.settimeout(DIAL_SECONDS)
+        try:
+            sock.connect(("127.0.0.1", port))
+        except OSError as error:
+            raise NotListening(f"nothing answers on port {port} of the guest: {error.strerror or error}") from None
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Dialled(Talk(connection, head["id"]), sock, payload).relay()
+    finally:
+        sock.close()
+
+
+class Dialled:
+    """Relays between the host and a port. Each side that is behind stops the other from being read."""
+
+    def __init__(self, talk: Talk, sock: socket.socket, payload: bytes) -> None:
+        self.talk = talk
+        self.port = sock
+        self.to_port = bytearray(payload)
+        self.host_ended = self.port_ended = self.shut = self.reset = False
+        self.sent = self.received = 0
+
+    def relay(self) -> Header:
+        self.port.setblocking(False)
+        self.talk.say({"started_ns": time.monotonic_ns()})
+        while self.talk.unsent or not (self.port_ended and self.shut):
+            try:
+                self.turn()
+            except ConnectionError:
+                self.reset = self.host_ended = self.port_ended = self.shut = True
+                self.to_port.clear()
+            if self.talk.gone:
+                raise Broken("the host closed the connection to a port")
+        return {"sent": self.sent, "received": self.received, "reset": self.reset}
+
+    def turn(self) -> None:
+        talk, port, poller = self.talk, self.port, select.poll()
+        ignored = select.POLLIN if self.to_port or self.host_ended else 0
+        poller.register(talk.sock, talk.events() & ~ignored)
+        wanted = (select.POLLOUT if self.to_port else 0) | (0 if talk.unsent or self.port_ended else select.POLLIN)
+        if wanted:
+            poller.register(port, wanted)
+        for fd, event in poller.poll():
+            if fd == port.fileno():
+                if wanted & select.POLLIN and event & ~select.POLLOUT:
+                    data = port.recv(CHUNK)
+                    self.received += len(data)
+                    self.port_ended = not data
+                    talk.say({"stream": "data"}, data)
+                if self.to_port:
+                    self.flush()
+            elif event & select.POLLOUT:
+                talk.flush()
+            elif ignored:
+                talk.lose()
+            else:
+                self.hear()
+
+    def hear(self) -> None:
+        for head, data in self.talk.hear():
+            if head["op"] != "data":
+                raise Broken("a frame that does not belong to a port")
+            self.to_port += data
+            self.host_ended = self.host_ended or not data
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self.to_port:
+                sent = self.port.send(self.to_port)
+                self.sent += sent
+                del self.to_port[:sent]
+            if self.host_ended and not self.shut:
+                self.shut = True
+                self.port.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            pass
+
+
+FILE_OPS: dict[str, FileOp] = {
+    "stat": stat_file,
+    "list": list_dir,
+    "make_dir": make_a_dir,
+    "move": move,
+    "remove": remove,
+    "read": read,
+    "write": write,
+    "uploaded": uploaded,
+    "pack": pack,
+    "unpack": unpack,
+    "watch": watch,
+    "dial": dial,
+}
+
+
 # --- agentd: connections ----------------------------------------------------------------------------------------------
 
 
@@ -795,17 +1845,19 @@ class Connection:
 
     def exactly(self, size: int) -> bytearray:
         data = bytearray(size)
-        view = memoryview(data)
+        self.fill(memoryview(data))
+        return data
+
+    def fill(self, view: memoryview) -> None:
         if self.early:
-            ready = self.take(size)
-            data[: len(ready)] = ready
+            ready = self.take(len(view))
+            view[: len(ready)] = ready
             view = view[len(ready) :]
         while view:
             got = self.sock.recv_into(view)
             if not got:
                 raise Broken("closed inside a frame")
             view = view[got:]
-        return data
 
     def send(self, head: Header, payload: bytes = b"") -> None:
         try:
@@ -1608,6 +2660,7 @@ class Agentd:
         "thaw": thaw,
         "kill": kill,
         "poweroff": poweroff,
+        **FILE_OPS,
     }  # fmt: skip
 
     def order(self, order: Header, fds: tuple[int, ...] = ()) -> None:
