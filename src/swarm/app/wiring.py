@@ -113,6 +113,11 @@ def default_max_vms() -> int:
     return max(1, int(2 * cgroup.cpus()))
 
 
+def default_max_sandboxes() -> int:
+    """Most of them do nothing most of the time."""
+    return max(1, int(16 * cgroup.cpus()))
+
+
 async def choice(settings: Settings, progress: Progress = silent) -> Choice:
     """The driver that the settings name, or for `auto` the best one that works on this host. Raises HostError.
 

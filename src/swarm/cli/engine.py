@@ -80,6 +80,17 @@ async def start_(
             help="VMs at once. Default: 2 per usable CPU.",
         ),
     ] = None,
+    max_sandboxes: Annotated[
+        int | None,
+        typer.Option(
+            "--max-sandboxes",
+            envvar="SWARM_MAX_SANDBOXES",
+            min=0,
+            max=60000,
+            metavar="N",
+            help="Sandboxes that run at once; paused ones don't count. Default: 16 per usable CPU.",
+        ),
+    ] = None,
     grace: Annotated[
         float,
         typer.Option(
@@ -110,15 +121,17 @@ async def start_(
     """Run all ready tickets, until stopped. Without --foreground, in the background: see status and stop.
 
     After Ctrl+C or SIGTERM it starts no more tickets. Running ones get --grace seconds; then their VMs are killed,
-    their steps go back to the queue, and the attempt is not counted. A second signal ends the grace at once.
+    their steps go back to the queue, and the attempt is not counted. A second signal ends the grace at once. Sandboxes
+    are paused; the next engine resumes those that are used.
     """
     from swarm.app import wiring
     from swarm.cli import service
 
     max_vms = max_vms or wiring.default_max_vms()
+    max_sandboxes = wiring.default_max_sandboxes() if max_sandboxes is None else max_sandboxes
     keep_warm = _warm(warm)
     if not foreground:
-        argv = [f"--max-vms={max_vms}", f"--grace={grace:g}", f"--warm={warm}"]
+        argv = [f"--max-vms={max_vms}", f"--max-sandboxes={max_sandboxes}", f"--grace={grace:g}", f"--warm={warm}"]
         argv += [f"--driver={driver}"] if driver else []
         argv += ["--log-format=json"] if log_format is LogFormat.JSON else []
         argv += ["--serve", f"--serve-port={serve_port}"] if serve else []
@@ -133,8 +146,8 @@ async def start_(
     settings = _with_driver(cli.settings, driver)
     with service.pid_written(pid_file):
         await _serve(
-            cli, settings, max_vms=max_vms, grace_seconds=grace, warm=keep_warm, log_format=log_format,
-            port=serve_port if serve else None,
+            cli, settings, max_vms=max_vms, max_sandboxes=max_sandboxes, grace_seconds=grace, warm=keep_warm,
+            log_format=log_format, port=serve_port if serve else None,
         )  # fmt: skip
 
 
@@ -158,6 +171,7 @@ async def _serve(
     settings: Settings,
     *,
     max_vms: int,
+    max_sandboxes: int,
     grace_seconds: float,
     warm: int | None,
     log_format: LogFormat,
@@ -185,7 +199,13 @@ async def _serve(
         if port is not None
         else contextlib.nullcontext(),
         wiring.dispatcher(
-            settings, store, max_vms=max_vms, grace_seconds=grace_seconds, ended=view.ended, warm=warm
+            settings,
+            store,
+            max_vms=max_vms,
+            max_sandboxes=max_sandboxes,
+            grace_seconds=grace_seconds,
+            ended=view.ended,
+            warm=warm,
         ) as dispatcher,
     ):
         await service.forget_dead(store)

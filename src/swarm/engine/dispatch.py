@@ -1,4 +1,5 @@
-"""The serving loop: claims attempts when slots become free and when work appears, and stops in an orderly way.
+"""The serving loop: claims attempts when slots become free and when work appears, and stops in an orderly way. It wakes
+the holder of sandboxes too.
 
 No timer decides how soon a ticket starts: a commit to the database, the end of an attempt and the end of a back-off
 each wake the loop. A slow or stuck VM holds only its own slot.
@@ -20,6 +21,7 @@ from typing import Any
 from swarm.base.aio import cancel_all, finish_uninterrupted, first
 from swarm.base.log import logger
 from swarm.engine.room import Disk, Memory, VmInUse, of_attempts
+from swarm.engine.sandboxes import Sandboxes
 from swarm.engine.worker import Attempt, Ended, Worker
 from swarm.errors import NoSpace, StoreError
 from swarm.model import Claim, Interrupted
@@ -67,6 +69,7 @@ class Dispatcher:
         grace_seconds: float,
         disk: Disk | None = None,
         scheduler: Scheduler | None = None,
+        sandboxes: Sandboxes | None = None,
         info: Mapping[str, object] | None = None,
         ended: Callable[[Ended], None] = lambda _: None,
     ) -> None:
@@ -78,6 +81,9 @@ class Dispatcher:
         self._disk = disk
         self._grace_seconds = grace_seconds
         self._scheduler = scheduler
+        self._sandboxes = sandboxes
+        if sandboxes is not None and memory is not None:
+            sandboxes.left_mb = lambda: memory.left_mb(self._vms())
         self._info = dict(info or {})
         self._ended = ended
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,6 +111,8 @@ class Dispatcher:
     def _vms(self) -> Iterator[VmInUse]:
         """All that take memory and disk of this host: attempts' and sandboxes'."""
         yield from of_attempts(self.running.values())
+        if self._sandboxes is not None:
+            yield from self._sandboxes.vms()
 
     @property
     def per_minute(self) -> int:
@@ -118,16 +126,22 @@ class Dispatcher:
         if self.stopping:
             self._stop_now.set()
         self.stopping = self._worker.stopping = True
+        if self._sandboxes is not None:
+            self._sandboxes.stop()
         self._look.set()
 
     async def run(self) -> None:
         """Serve until `stop`. Raises the error that ended the engine, once every VM is gone."""
         with contextlib.suppress(StoreError):
             await self._heartbeat()
-        loops = [self._heartbeats, self._watch_database]
+        loops, until_stop = [self._heartbeats, self._watch_database], [self._scheduler.run] if self._scheduler else []
+        if self._sandboxes is not None:
+            loops += [self._sandboxes.renewing, self._sandboxes.collecting]
+            until_stop.append(self._sandboxes.claiming)
         async with self._worker.supervised():
             tasks = [asyncio.create_task(self._guarded(loop)) for loop in loops]
-            schedules = asyncio.create_task(self._guarded(self._scheduler.run)) if self._scheduler else None
+            # Other engines, or the next one, do what comes due from a stop on.
+            claiming = [asyncio.create_task(self._guarded(loop)) for loop in until_stop]
             try:
                 wait = await self._fill()
                 log.info("engine serves", pid=os.getpid(), max_vms=self.max_vms, **self._info)
@@ -136,11 +150,10 @@ class Dispatcher:
                     self._look.clear()
                     wait = await self._fill()
             finally:
-                if schedules is not None:  # other engines, or the next one, start what comes due from now on
-                    schedules.cancel()
-                    tasks.append(schedules)
+                for task in claiming:
+                    task.cancel()
                 await finish_uninterrupted(self._drain())
-                await cancel_all(tasks)
+                await cancel_all([*tasks, *claiming])
         with contextlib.suppress(StoreError):
             await self._store.forget_worker(self._worker.name)
         if self._fault is not None:
@@ -322,11 +335,14 @@ class Dispatcher:
                 self._look.set()
                 if self._scheduler is not None:
                     self._scheduler.look()
+                if self._sandboxes is not None:
+                    self._sandboxes.look()
 
     # --- ending -----------------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """Give running attempts the grace period, then put them back."""
+        """Pause the sandboxes. Give running attempts the grace period, then put them back."""
+        paused = asyncio.create_task(self._sandboxes.drained()) if self._sandboxes is not None else None
         if self._request is not None:
             with contextlib.suppress(StoreError):
                 for claim in await self._request.claims:
@@ -339,6 +355,8 @@ class Dispatcher:
                 async with asyncio.timeout(self._grace_seconds):
                     await first(all_ended, self._stop_now.wait())
         await cancel_all(self._tasks)
+        if paused is not None:
+            await paused
 
     # --- status -----------------------------------------------------------------------------------------------------
 
@@ -362,6 +380,8 @@ class Dispatcher:
             "kept_ready": self._worker.kept_ready(),
             "store": self._store.use(),
         }
+        if self._sandboxes is not None:
+            info |= {"sandboxes": len(self._sandboxes.held), "max_sandboxes": self._sandboxes.most}
         if self._memory is not None:
             info |= {"memory_mb": self._memory.total_mb, "memory_free_mb": self._memory.available_mb()}
         await self._store.heartbeat(self._worker.name, host=socket.gethostname(), pid=os.getpid(), info=info)

@@ -1,0 +1,198 @@
+"""One sandbox that this engine holds: what is asked of it, who speaks with it, when it is idle."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from enum import StrEnum
+
+from swarm.channel.conversation import Guest
+from swarm.engine.egress import AttemptEgress
+from swarm.engine.room import VmInUse
+from swarm.errors import ChannelError, Conflict, SwarmError
+from swarm.model import Agent, Event, SandboxClaim
+from swarm.vm.launcher import LiveVm
+
+Emit = Callable[[Event], None]
+
+
+class Ending(StrEnum):
+    PAUSED = "paused"
+    ENDED = "ended"
+
+
+class Held:
+    """From its claim until its VM is gone and its row says so. ``agent``: what its VM is like and may do.
+
+    It is idle while nobody speaks with its guest: programs in the background don't keep it awake. They stand still
+    while it is paused, and run on when it is used again.
+    """
+
+    def __init__(self, claim: SandboxClaim, agent: Agent, *, idle_seconds: float, emit: Emit) -> None:
+        self.claim, self.sandbox, self.agent = claim, claim.sandbox, agent
+        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # its guest can be spoken with
+        self.started.add_done_callback(lambda future: future.exception())  # perhaps nobody waits for it
+        self.changed = asyncio.Event()  # something that its task waits for
+        self.changing = asyncio.Lock()  # one pause, snapshot or fork at a time
+        self.task: asyncio.Task[None] | None = None
+        self.live: LiveVm | None = None
+        self.guest: Guest | None = None
+        self.egress: AttemptEgress | None = None
+        self.vm_id: int | None = None
+        self.executing = True
+        self.asked: Ending | None = None
+        self.by: str | None = None  # who asked for it
+        self.lost = False  # its lease is: nothing of it may be written any more
+        self.put_back = False  # it need not start any more
+        self.closing = ""  # why nobody may speak with it now
+        self.refused = ""  # why it could not be paused
+        self.background: set[str] = set()  # processes whose end was not told
+        self.told: set[tuple[object, ...]] = set()  # what is told only once
+        self._idle_seconds = self.sandbox.idle_timeout_seconds or idle_seconds
+        self._emit = emit
+        self._talks = 0
+        self._used_at = time.monotonic()
+        self._not_before = 0.0  # for pauses that nobody asked for
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._ended = False
+
+    @property
+    def id(self) -> str:
+        return self.sandbox.id
+
+    @property
+    def name(self) -> str:
+        return f"the sandbox {self.sandbox.name or self.sandbox.id}"
+
+    @property
+    def takes(self) -> VmInUse:
+        return VmInUse(
+            memory_mb=self.agent.memory_mb,
+            disk_mb=self.agent.disk_mb,
+            vm_id=self.vm_id,
+            executing=self.executing,
+            settled=self.live is not None,
+        )
+
+    @property
+    def secret(self) -> bool:
+        """May its memory hold secrets that it was given?"""
+        before = self.claim.snapshot
+        return bool(self.agent.secrets) or (before is not None and before.secrets)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Of all its programs."""
+        return {**self.agent.env, **(self.egress.env if self.egress is not None else {})}
+
+    def record(self, kind: str, data: Mapping[str, object]) -> None:
+        """Add an event to its history, without the secrets that a command line may have."""
+        told = self.egress.redactor.value(dict(data)) if self.egress is not None else dict(data)
+        self._emit(Event(ticket_id="", sandbox_id=self.id, kind=kind, data=told))
+
+    # --- who speaks with it -----------------------------------------------------------------------------------------
+
+    def open(self, live: LiveVm) -> None:
+        """Its guest can be spoken with (again)."""
+        self.live, self.guest = live, Guest(live.vm.endpoint, live.identity.token)
+        self.closing = ""
+        self.used()
+        if not self.started.done():
+            self.started.set_result(None)
+
+    async def close(self, why: str) -> None:
+        """Nobody may speak with it any more, and those who do are told ``why``."""
+        self.closing = self.closing or why
+        if self.guest is not None:
+            await self.guest.close()
+
+    @asynccontextmanager
+    async def spoken_with(self) -> AsyncIterator[Guest]:
+        """Its guest, for a conversation. Waits while it starts. Raises Conflict when it is on its way out, then or
+        later."""
+        self._talks += 1
+        try:
+            await asyncio.shield(self.started)
+            if self.closing or self.guest is None:
+                raise Conflict(f"{self.name} {self.closing}")
+            yield self.guest
+        except ChannelError as error:
+            if self.closing:
+                raise Conflict(f"{self.name} {self.closing}") from error
+            raise
+        finally:
+            self._talks -= 1
+            self.used()
+
+    def used(self) -> None:
+        self._used_at = time.monotonic()
+        self.changed.set()
+
+    @property
+    def used_at(self) -> float:
+        """By time.monotonic()."""
+        return time.monotonic() if self._talks else self._used_at
+
+    @property
+    def idle_for(self) -> float:
+        return time.monotonic() - self.used_at if self.started.done() else 0.0
+
+    def is_idle(self) -> bool:
+        return self.idle_for >= self._idle_seconds and time.monotonic() >= self._not_before
+
+    def is_over(self) -> bool:
+        """Is its time to live?"""
+        return self.sandbox.ends_at is not None and time.time() * 1000 >= self.sandbox.ends_at
+
+    def seconds_left(self) -> float:
+        """Until it may be idle, or over, if nobody does anything."""
+        over = 1e9 if self.sandbox.ends_at is None else self.sandbox.ends_at / 1000 - time.time()
+        idle = max(self.used_at + self._idle_seconds, self._not_before) - time.monotonic()
+        return max(0.0, min(over, idle, 3600.0)) + 0.001
+
+    # --- what is asked of it ----------------------------------------------------------------------------------------
+
+    def want(self, ending: Ending, by: str | None = None) -> None:
+        """To end is stronger than to pause. Doesn't wait."""
+        if self.asked is not Ending.ENDED and self.asked is not ending:
+            self.asked, self.by = ending, by
+            self.changed.set()
+
+    async def ends(self, ending: Ending, by: str) -> None:
+        """Ask for it, and return when it is done. Raises why it could not be."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(answer)
+        self.want(ending, by)
+        try:
+            await answer
+        finally:
+            self._waiting.discard(answer)
+
+    def may_pause(self) -> bool:
+        """Not soon after it could not be."""
+        return time.monotonic() >= self._not_before
+
+    def refuse(self, error: SwarmError, *, seconds: float) -> None:
+        """It could not be paused, and runs on: it is not tried again for so long, unless somebody asks."""
+        self._not_before = time.monotonic() + seconds
+        self.asked, self.by, self.refused = None, None, str(error)
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(error)
+
+    def answer(self) -> None:
+        """It is paused, or has ended, and its row says so."""
+        self._ended = True
+        if not self.started.done():
+            self.started.set_exception(Conflict(f"{self.name} has ended: `swarm sandbox show` says why"))
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_result(None)
+
+    def cancel(self, *, lost: bool) -> None:
+        """Its VM must go at once: its lease is ``lost``, or it need not start any more."""
+        if not self._ended and not self.lost and self.task is not None:
+            self.lost, self.put_back = lost, not lost
+            self.task.cancel()

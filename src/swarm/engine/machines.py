@@ -1,0 +1,190 @@
+"""The VMs of sandboxes: made from nothing or from a snapshot, saved, and put to sleep.
+
+What only the engine knows of a VM lies beside the files of its pause: the gateway's tokens, which the programs of the
+resumed VM still use, and which of these run in the background. A fork gets new tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from swarm.agents import Installed
+from swarm.base import files
+from swarm.base.aio import quietly
+from swarm.base.clock import Timeline
+from swarm.base.log import logger
+from swarm.channel import processes
+from swarm.engine.conversing import exit_of
+from swarm.engine.egress import Egress
+from swarm.engine.engine import AGENT_DIR, ImageSource, LayerSource, vm_spec
+from swarm.engine.held import Held
+from swarm.errors import ChannelError, SwarmError
+from swarm.ledger import Account
+from swarm.model import Agent, SandboxClaim, Snapshot
+from swarm.vm import driver
+from swarm.vm.launcher import Assignment, Launcher, LiveVm
+from swarm.vm.snapshots import Snapshots, spec_as_json
+
+log = logger(__name__)
+
+_KEPT_FILE: Final = "held.json"
+_ASK_SECONDS: Final = 2.0
+
+
+def agent_of(claim: SandboxClaim) -> Agent:
+    """What the VM is like and what it may do: the agent's settings, and over them the sandbox's own. One without an
+    agent has the usual settings."""
+    sandbox = claim.sandbox
+    base = claim.agent or Agent(id="", name="", version="", path=Path(), entry=(), runtime="exec")
+    names = ("image", "vcpus", "disk_mb", "network")
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(sandbox, name)) is not None}
+    if sandbox.secrets:
+        given["secrets"] = tuple(json.loads(sandbox.secrets))
+    if claim.snapshot is not None and isinstance(size := json.loads(claim.snapshot.spec).get("disk_mb"), int):
+        given["disk_mb"] = size
+    env = {**base.env, **json.loads(sandbox.env or "{}")}
+    return replace(base, memory_mb=claim.memory_mb, env=env, **given)
+
+
+class Machines:
+    def __init__(
+        self,
+        *,
+        launcher: Launcher,
+        snapshots: Snapshots,
+        images: ImageSource,
+        layers: LayerSource,
+        egress: Egress,
+        installed: Installed,
+        starts_at_once: int,
+    ) -> None:
+        self._launcher, self.snapshots = launcher, snapshots
+        self._images, self._layers, self._egress, self._installed = images, layers, egress, installed
+        self._starting = asyncio.Semaphore(starts_at_once)
+        self.host = socket.gethostname()
+
+    @asynccontextmanager
+    async def started(self, held: Held) -> AsyncIterator[LiveVm]:
+        """Its VM, for the length of the block. The last bills are written when the block has ended. Raises SwarmErrors
+        of what it lacks, or of what went wrong."""
+        claim = held.claim
+        if claim.agent is not None:
+            await self._installed.check(claim.agent)
+        grant = await self._egress.granted(held.agent, _account(held), to=held.name)
+        async with self._egress.attempt(grant, held.record) as egress:
+            held.egress = egress
+            timeline = Timeline()
+            async with self._vm(held, timeline) as live:
+                held.vm_id = live.n
+                tokens = self._kept(held)
+                await egress.open(lambda port: self._launcher.listen(live, port), tokens=tokens)
+                if claim.snapshot is None and claim.agent is not None:
+                    await live.while_alive(live.channel.put_tree(claim.agent.path, dest=AGENT_DIR, owner="root"))
+                held.record("started", {"vm": live.n, "timings": timeline.phases()})
+                try:
+                    yield live
+                finally:
+                    egress.stop()
+
+    @asynccontextmanager
+    async def _vm(self, held: Held, timeline: Timeline) -> AsyncIterator[LiveVm]:
+        claim, assignment = held.claim, Assignment(sandbox_id=held.id)
+        async with AsyncExitStack() as stack:
+            async with self._starting:
+                if claim.snapshot is not None:
+                    snapshot = await self.snapshots.find(claim.snapshot.id)
+                    start = self._launcher.restored(snapshot, assignment, timeline, fork=not claim.resumes)
+                else:
+                    image = await self._images.find(held.agent.image)
+                    layer = await self._layers.find(held.agent, image)
+                    start = self._launcher.vm(vm_spec(held.agent, image, layer), assignment, timeline)
+                live = await stack.enter_async_context(start)
+            yield live
+
+    async def pause(self, held: Held, live: LiveVm) -> Snapshot:
+        """Its snapshot; its VM has ended. After an error it goes on. Raises BootFailed, NoSpace, HostError."""
+        await self._tell_ends(held, live)
+        async with self.snapshots.stage() as stage:
+            tokens = held.egress.tokens if held.egress is not None else {}
+            kept = json.dumps({"tokens": tokens, "background": sorted(held.background)})
+            with stage.explained():
+                await asyncio.to_thread(files.write_atomically, stage.dir / _KEPT_FILE, kept, mode=0o600)
+            return self._row(held, await self._launcher.pause(live, stage), kind="pause")
+
+    async def save(self, held: Held, live: LiveVm, *, kind: str, by: str, name: str | None = None) -> Snapshot:
+        """A snapshot of it; it goes on. Raises BootFailed, NoSpace, HostError."""
+        async with self.snapshots.stage() as stage:
+            made = await self._launcher.save(live, stage)
+            return replace(self._row(held, made, kind=kind), name=name, created_by=by)
+
+    def _row(self, held: Held, made: driver.Snapshot, *, kind: str) -> Snapshot:
+        return Snapshot(
+            id=made.id,
+            kind=kind,
+            host=self.host,
+            project_id=held.sandbox.project_id,
+            sandbox_id=held.id,
+            spec=json.dumps(spec_as_json(made.spec)),
+            digest=made.digest,
+            size_bytes=made.size_bytes,
+            secrets=held.secret,
+        )
+
+    async def used_up(self, held: Held) -> None:
+        """It runs, in the files of its snapshot: what is left of that goes."""
+        if held.claim.resumes and held.claim.snapshot is not None:
+            await quietly(self.snapshots.remove(held.claim.snapshot.id))
+
+    async def is_whole(self, snapshot: Snapshot) -> bool:
+        """Can it still be resumed?"""
+        try:
+            await self.snapshots.find(snapshot.id)
+        except SwarmError:
+            return False
+        return True
+
+    def _kept(self, held: Held) -> dict[str, str]:
+        """The gateway's tokens, of a VM that is resumed. Its snapshot was verified."""
+        if not held.claim.resumes or held.claim.snapshot is None:
+            return {}
+        try:
+            kept = json.loads((self.snapshots.dir / held.claim.snapshot.id / _KEPT_FILE).read_bytes())
+        except FileNotFoundError:
+            return {}
+        held.background |= set(kept["background"])
+        tokens: dict[str, str] = kept["tokens"]
+        return tokens
+
+    async def _tell_ends(self, held: Held, live: LiveVm) -> None:
+        """How processes in the background ended that nobody has waited for."""
+        if not held.background or held.guest is None:
+            return
+        try:
+            async with asyncio.timeout(_ASK_SECONDS):
+                for one in await processes.processes(held.guest.open):
+                    if one.id in held.background and one.exit is not None:
+                        held.background.discard(one.id)
+                        held.record("exit", {"process": one.id, **exit_of(one.exit)})
+        except (ChannelError, TimeoutError) as error:
+            log.warning("can't ask a sandbox for its processes", sandbox=held.id, error=str(error))
+
+
+def _account(held: Held) -> Account:
+    sandbox = held.sandbox
+    return Account(
+        ticket_id=None,
+        run_id="",
+        step_execution_id="",
+        step_id="",
+        attempt_id=held.claim.hold_id,
+        agent_id=held.agent.id,
+        agent_name=held.agent.name,
+        sandbox_id=sandbox.id,
+    )
