@@ -7,29 +7,27 @@ their fields name what was done, and how a program ended.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from swarm.channel.conversation import Conversation
 from swarm.channel.frames import Frame, printable
+from swarm.engine.held import Held
 from swarm.errors import UsageError
 
-Record = Callable[[str, Mapping[str, object]], None]  # kind and data of an event of the sandbox
-
 _MAX_WORDS, _MAX_WORD = 64, 500  # of a command line, in its event
+_GONE: Final = "the client went away"
 # Of the report with which agentd ends a program: what is told, if it is what it should be.
 _EXIT: Final = ("code", "signal", "timed_out", "oom", "cpu_ms", "max_rss_kb", "dropped_bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class _Op:
-    """``kind``: of the event; '' for what is not told. ``told``: the fields that it quotes. ``once``: only the first
-    time that one person does it, while this engine holds the sandbox."""
+    """``kind``: of the event; '' for what is not told. ``told``: the fields that it quotes."""
 
     kind: str = ""
     told: tuple[str, ...] = ()
-    once: bool = False
 
 
 OPS: Final[Mapping[str, _Op]] = {
@@ -48,7 +46,7 @@ OPS: Final[Mapping[str, _Op]] = {
     "write": _Op("files", ("path",)),
     "pack": _Op("files", ("path",)),
     "unpack": _Op("files", ("path",)),
-    "dial": _Op("port", ("port",), once=True),
+    "dial": _Op("port", ("port",)),  # the first time that somebody does it
 }
 
 
@@ -60,18 +58,30 @@ def check(op: str) -> _Op:
     return found
 
 
-class Told:
-    """A conversation, of which the sandbox's history tells. ``record`` must not block."""
+def with_env(op: str, fields: Mapping[str, object], env: Mapping[str, str]) -> Mapping[str, object]:
+    """The fields as the guest gets them: a program has the sandbox's variables, and over them its own."""
+    own = fields.get("env")
+    return fields if op != "exec" else {**fields, "env": {**env, **(own if isinstance(own, dict) else {})}}
 
-    def __init__(self, inner: Conversation, op: str, fields: Mapping[str, object], record: Record) -> None:
+
+class Told:
+    """A conversation with the guest of a sandbox, whose history tells of it."""
+
+    def __init__(self, inner: Conversation, op: str, fields: Mapping[str, object], held: Held, *, by: str) -> None:
         self._inner = inner
-        self._op, self._rule, self._record = op, check(op), record
-        self._fields = {name: _short(fields[name]) for name in self._rule.told if fields.get(name) is not None}
+        self._op, self._rule, self._held = op, check(op), held
+        self._said: dict[str, object] = {
+            name: _short(fields[name]) for name in self._rule.told if fields.get(name) not in (None, False)
+        }
+        self._process = str(fields.get("process") or "")
+        self._by = {"by": by}
         self._sent = self._received = 0
         self._began = time.monotonic()
         self._last: Mapping[str, object] | None = None
-        if op == "exec":  # at once: it may run for days
-            record("exec", self._fields)
+        if op == "exec":  # told at once: it may run for days
+            held.record("exec", self._said | self._by)
+            if fields.get("background") and self._process:
+                held.background.add(self._process)
 
     async def send(self, head: Mapping[str, object], payload: bytes = b"") -> None:
         self._sent += len(payload)
@@ -84,41 +94,51 @@ class Told:
             self._last = frame.head
         return frame
 
-    async def close(self) -> None:
-        await self._inner.close()
+    def close(self) -> None:
+        self._inner.close()
 
     def ended(self, error: BaseException | None) -> None:
-        """It is over: with its reply, or broken off (``error`` says how, if it is known)."""
-        if not self._rule.kind:
+        """It is over: with its reply, or broken off (``error`` says how, if that is known)."""
+        if self._op in ("exec", "attach"):
+            return self._exited(error)
+        kind, said = self._rule.kind, dict(self._said)
+        if not kind:
             return
-        said: dict[str, object] = {} if self._last is not None else {"error": _why(error)}
-        if self._op == "exec":
-            if self._last is None and self._fields.get("background"):
-                return  # it runs on
-            said |= _exit(self._last or {})
-            name = {"process": self._fields["process"]} if "process" in self._fields else {}
-            return self._record("exit", name | said | {"ms": round((time.monotonic() - self._began) * 1000, 1)})
-        if self._rule.kind == "files":
-            said |= {"op": self._op}
+        if self._last is None:
+            said["error"] = _why(error)
+        if kind == "port" and said.get("error") == _GONE:  # as connections end
+            del said["error"]
+        if kind == "port":
+            key = (kind, *said.items(), *self._by.items())
+            if key in self._held.told:
+                return
+            self._held.told.add(key)
+        if kind == "files":
+            said["op"] = self._op
             if moved := self._received if self._op in ("read", "pack") else self._sent:
-                said |= {"bytes": moved}
-        self._record(self._rule.kind, self._fields | said)
+                said["bytes"] = moved
+        self._held.record(kind, said | self._by)
+
+    def _exited(self, error: BaseException | None) -> None:
+        waits = self._process in self._held.background
+        if self._last is None and (waits or self._op == "attach"):
+            return  # it runs on, and its end is told later
+        if self._op == "attach" and not waits:
+            return  # told
+        self._held.background.discard(self._process)
+        how = exit_of(self._last) if self._last is not None else {"error": _why(error)}
+        ms = {"ms": round((time.monotonic() - self._began) * 1000, 1)} if self._op == "exec" else {}
+        self._held.record("exit", {"process": self._process, **how, **ms})
 
 
 def exit_of(report: Mapping[str, object]) -> dict[str, object]:
-    """How a program ended, of what a guest says about it."""
-    return _exit(report)
-
-
-def _exit(report: Mapping[str, object]) -> dict[str, object]:
-    """The guest is hostile: only small numbers and flags are kept."""
+    """How a program ended, of what a guest says about it: only numbers and flags are kept, as it is hostile."""
     found = {name: report.get(name) for name in _EXIT}
     return {name: one for name, one in found.items() if isinstance(one, int) and 0 <= one < 1 << 53 and one is not False}
 
 
 def _why(error: BaseException | None) -> str:
-    text = printable(str(error)) if error is not None and str(error) else ""
-    return text or "the client went away"
+    return (printable(str(error)) if error is not None else "") or _GONE
 
 
 def _short(value: object) -> object:

@@ -11,7 +11,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -118,11 +118,11 @@ class Machines:
                 await asyncio.to_thread(files.write_atomically, stage.dir / _KEPT_FILE, kept, mode=0o600)
             return self._row(held, await self._launcher.pause(live, stage), kind="pause")
 
-    async def save(self, held: Held, live: LiveVm, *, kind: str, by: str, name: str | None = None) -> Snapshot:
+    async def save(self, held: Held, live: LiveVm, *, kind: str, name: str | None = None) -> Snapshot:
         """A snapshot of it; it goes on. Raises BootFailed, NoSpace, HostError."""
         async with self.snapshots.stage() as stage:
             made = await self._launcher.save(live, stage)
-            return replace(self._row(held, made, kind=kind), name=name, created_by=by)
+            return replace(self._row(held, made, kind=kind), name=name)
 
     def _row(self, held: Held, made: driver.Snapshot, *, kind: str) -> Snapshot:
         return Snapshot(
@@ -169,9 +169,9 @@ class Machines:
         try:
             async with asyncio.timeout(_ASK_SECONDS):
                 for one in await processes.processes(held.guest.open):
-                    if one.id in held.background and one.exit is not None:
-                        held.background.discard(one.id)
-                        held.record("exit", {"process": one.id, **exit_of(one.exit)})
+                    if one.process in held.background and one.ended is not None:
+                        held.background.discard(one.process)
+                        held.record("exit", {"process": one.process, **exit_of(asdict(one.ended))})
         except (ChannelError, TimeoutError) as error:
             log.warning("can't ask a sandbox for its processes", sandbox=held.id, error=str(error))
 

@@ -1,41 +1,31 @@
 """The sandboxes that this engine holds: claimed like attempts, under the same kind of lease, each in a task of its own.
 
-A sandbox that is paused is held by nobody. The next use of it asks for it in its row, and an engine of its host claims
-and resumes it. All that is done in it is a conversation with its guest, which is passed on.
+A sandbox that is paused is held by nobody. Its next use asks for it in its row, and an engine of its host claims and
+resumes it. All that is done in it is a conversation with its guest, which is passed on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from swarm.agents import Installed
-from swarm.base import crash_points, trace
-from swarm.base.aio import cancel_all, finish_uninterrupted, quietly
-from swarm.base.clock import Timeline
+from swarm.base import crash_points
+from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.base.log import logger
-from swarm.channel.conversation import Guest
 from swarm.engine import conversing
 from swarm.engine.conversing import Told
-from swarm.engine.egress import Egress, Grant
-from swarm.engine.engine import AGENT_DIR, ImageSource, LayerSource
 from swarm.engine.held import Emit, Ending, Held
-from swarm.engine.room import Memory, VmInUse
-from swarm.errors import ChannelError, Conflict, ImageError, LeaseLost, NotFound, OutcomeUnknown, StoreError, SwarmError
-from swarm.ledger import Account
-from swarm.model import Agent, Sandbox, SandboxClaim, SandboxState, Snapshot
+from swarm.engine.machines import Machines, agent_of
+from swarm.engine.room import VmInUse
+from swarm.errors import Conflict, HostError, LeaseLost, OutcomeUnknown, StoreError, SwarmError, UsageError
+from swarm.model import SandboxClaim, SandboxState, Snapshot
 from swarm.store.store import Store
-from swarm.vm.driver import VmSpec
-from swarm.vm.launcher import Assignment, Launcher, LiveVm
-from swarm.vm.snapshots import Snapshots
+from swarm.vm.launcher import LiveVm
 
 log = logger(__name__)
 
@@ -46,58 +36,51 @@ PACE_SECONDS: Final = 0.02  # between two looks: most commits are about somethin
 RENEW_SECONDS: Final = 1.0
 COLLECT_SECONDS: Final = 60.0
 _RETRY_SECONDS: Final = 0.5
-_USED_SECONDS: Final = 10.0  # between two notes in its row of when it was used last
-# A sandbox that could not be paused by itself tries again after this long.
+_ROOM_SECONDS: Final = 1.0  # nothing announces free memory
+# One that could not be paused is not tried again for so long, unless somebody asks.
 _PAUSE_AGAIN_SECONDS: Final = 60.0
 # Where there is no room for one that is wanted, one that nobody has spoken with for so long is paused.
 _YIELD_SECONDS: Final = 5.0
 MAX_FORKS: Final = 64
+# What forks start from stays at least this long, and then until all have started.
+_FORK_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
-    """How a hold ended, as its row is to say. ``snapshot``: of the pause."""
+    """How a hold ended, as the row is to say. ``snapshot``: of the pause. ``why``: for the event."""
 
     state: SandboxState
     snapshot: Snapshot | None = None
     error: str | None = None
+    why: str | None = None
 
 
 class Sandboxes:
-    """``worker``: the engine's name in the database. ``most``: how many it holds at once. ``left_mb``: the memory for
-    one more VM; None: no limit. ``emit`` takes events to be written with the next batch. Its loops (`loops`) run until
-    they are cancelled, then call `drained`."""
+    """``worker``: the engine's name in the database. ``most``: how many it holds at once. ``emit`` takes events, which
+    are written with the next batch. ``left_mb``: the memory for one more VM; None: no limit. Its loops (`claiming`,
+    `renewing`, `collecting`) run until they are cancelled; then call `drained`, before `renewing` is cancelled."""
 
     def __init__(
         self,
         *,
         store: Store,
         worker: str,
-        launcher: Launcher,
-        snapshots: Snapshots,
-        images: ImageSource,
-        layers: LayerSource,
-        egress: Egress,
-        installed: Installed,
+        machines: Machines,
         lease_seconds: float,
         most: int,
         emit: Emit,
         idle_seconds: float = IDLE_SECONDS,
-        starts_at_once: int = 4,
     ) -> None:
-        self._store, self._worker = store, worker
-        self._launcher, self._snapshots = launcher, snapshots
-        self._images, self._layers, self._egress, self._installed = images, layers, egress, installed
+        self._store, self._worker, self._machines = store, worker, machines
         self._lease_seconds, self._idle_seconds = lease_seconds, idle_seconds
         self.most = most
         self._emit = emit
-        self._host = socket.gethostname()
         self._held: dict[str, Held] = {}  # by the sandbox's id
         self._look = asyncio.Event()
-        self._starting = asyncio.Semaphore(starts_at_once)
         self._store_error = ""  # the last one, logged once
         self.left_mb: Callable[[], int | None] = lambda: None
-        self.most_mb: int | None = None
+        self.most_mb: int | None = None  # for one VM while nothing else runs
         self.stopping = False
 
     @property
@@ -116,7 +99,7 @@ class Sandboxes:
     # --- loops ------------------------------------------------------------------------------------------------------
 
     async def claiming(self) -> None:
-        """Claim sandboxes for ever: those that are new, and those that are paused and wanted."""
+        """Claim for ever: new sandboxes, and paused ones that are wanted."""
         while True:
             self._look.clear()
             looked = time.monotonic()
@@ -136,21 +119,25 @@ class Sandboxes:
     async def _fill(self) -> float:
         """Claim what there is room for. Returns how long to wait for the next look."""
         while not self.stopping:
-            due = await self._store.due_sandboxes(self._host)
-            if not due.ready:
+            due = await self._store.sandboxes_due(self._machines.host)
+            if not due.ready and due.next_ms != 0:
                 return LOOK_SECONDS if due.next_ms is None else min(LOOK_SECONDS, due.next_ms / 1000 + 0.001)
             claims = await self._store.claim_sandboxes(
                 self._worker,
-                host=self._host,
+                self._machines.host,
                 lease_seconds=self._lease_seconds,
                 limit=max(0, self.most - len(self._held)),
                 memory_mb=self.left_mb(),
+                most_memory_mb=self.most_mb,
+                held=[held.claim.hold_id for held in self._held.values()],
             )
+            crash_points.reach("sandbox-claimed")
             for claim in claims:
                 self._begin(claim)
             if not claims:
-                self._make_room()
-                return 1.0
+                if due.ready:
+                    self._make_room()
+                return _ROOM_SECONDS
         return LOOK_SECONDS
 
     def _begin(self, claim: SandboxClaim) -> None:
@@ -161,13 +148,13 @@ class Sandboxes:
     def _make_room(self) -> None:
         """Pause the one that nobody has spoken with for the longest time."""
         held = max(self._held.values(), key=lambda one: one.idle_for, default=None)
-        if held is not None and held.idle_for > _YIELD_SECONDS and held.may_yield:
+        if held is not None and held.idle_for > _YIELD_SECONDS and held.may_pause():
             held.want(Ending.PAUSED)
 
     async def renewing(self) -> None:
-        """Renew the leases of all that are held, in one statement; hear what is wanted of them."""
+        """Renew the leases of all that are held, in one statement, and hear what is wanted of them."""
         every = min(RENEW_SECONDS, self._lease_seconds / 3)
-        good_until = time.monotonic() + self._lease_seconds
+        good_until = renewed = time.monotonic() + self._lease_seconds
         while True:
             await asyncio.sleep(every)
             holds = {held.claim.hold_id: held for held in self._held.values()}
@@ -175,43 +162,54 @@ class Sandboxes:
             if not holds:
                 good_until = began + self._lease_seconds
                 continue
+            used = [hold_id for hold_id, held in holds.items() if held.used_at >= renewed]
             try:
-                renewal = await self._store.renew_sandboxes(list(holds), lease_seconds=self._lease_seconds)
+                renewal = await self._store.renew_sandboxes(holds, lease_seconds=self._lease_seconds, used=used)
             except StoreError as error:
                 log.warning("can't renew the leases of sandboxes", error=str(error), sandboxes=len(holds))
                 if time.monotonic() > good_until:
                     for held in holds.values():
-                        held.lose()
+                        held.cancel(lost=True)
                 continue
-            good_until = began + self._lease_seconds
-            for hold_id in renewal.lost:
-                if hold_id in holds:
-                    log.warning("lease lost, VM killed", sandbox=holds[hold_id].id)
-                    holds[hold_id].lose()
+            good_until, renewed = began + self._lease_seconds, began
+            for hold_id in renewal.lost & holds.keys():
+                log.warning("lease lost, VM killed", sandbox=holds[hold_id].id)
+                holds[hold_id].cancel(lost=True)
             for hold_id, wanted in renewal.wanted.items():
-                if hold_id in holds and wanted in tuple(Ending):
-                    holds[hold_id].want(Ending(wanted))
+                held = holds[hold_id]
+                if wanted == Ending.ENDED or wanted == Ending.PAUSED and held.may_pause():
+                    held.want(Ending(wanted))
+                elif wanted == SandboxState.RUNNING:
+                    held.used()
 
     async def collecting(self) -> None:
-        """Remove the snapshots that nothing needs any more, and what dead engines left half made."""
+        """Remove what nothing needs any more: expired snapshots, and what dead engines left half made."""
         while True:
-            with contextlib.suppress(StoreError):
+            try:
                 await self.collect()
+            except (StoreError, HostError) as error:
+                log.warning("can't remove old snapshots", error=str(error))
             await asyncio.sleep(COLLECT_SECONDS)
 
     async def collect(self) -> None:
-        await self._store.expire_snapshots(self._host)
-        keep = await self._store.snapshot_ids(self._host)
-        await asyncio.to_thread(self._snapshots.collect, keep)
+        """See `collecting`. Raises StoreError, HostError."""
+        while expired := await self._store.expired_snapshots(self._machines.host):
+            for one in expired:
+                await self._machines.snapshots.remove(one.id)
+            await self._store.forget_snapshots([one.id for one in expired])
+        await self._machines.snapshots.collect(await self._store.snapshot_ids(self._machines.host))
 
     def stop(self) -> None:
         """Hold no more, and pause all that are held. Doesn't wait: see `drained`."""
         self.stopping = True
-        for held in self._held.values():
-            held.want(Ending.PAUSED)
+        for held in list(self._held.values()):
+            if held.started.done() or held.claim.resumes:
+                held.want(Ending.PAUSED)
+            else:
+                held.cancel(lost=False)
 
     async def drained(self) -> None:
-        """Return when all that were held are paused, or lost."""
+        """Return when all that were held are paused, given back, or lost."""
         self.stop()
         while tasks := {held.task for held in self._held.values() if held.task is not None}:
             await asyncio.wait(tasks)
@@ -221,128 +219,134 @@ class Sandboxes:
     async def _hold(self, held: Held) -> None:
         """From the claim to the row that says how it ended. The VM is gone by then, in every case."""
         try:
+            done: _Done | None = None
             try:
                 done = await self._live(held)
+            except asyncio.CancelledError:
+                if not held.put_back:
+                    raise
             finally:
                 held.executing = False
-            await finish_uninterrupted(self._write(held, done))
-        except LeaseLost as error:
-            log.warning("sandbox not held any more", sandbox=held.id, why=str(error))
+            await finish_uninterrupted(self._insist(held, lambda: self._write(held, done)))
         except asyncio.CancelledError:
             if not held.lost:
                 raise
-        except Exception as error:
-            # A bug in Swarm must not end an engine that others need. The lease ends by itself.
-            log.error("a sandbox was lost by a bug in Swarm", sandbox=held.id, error=f"{type(error).__name__}: {error}")
-            log.debug("where", exc_info=True)
+        except SwarmError as error:  # its lease is lost, or the database is: others will see that it has run out
+            log.warning("a sandbox is not held any more", sandbox=held.id, why=str(error))
         finally:
             del self._held[held.id]
             held.answer()
             self._look.set()
 
     async def _live(self, held: Held) -> _Done:
-        claim = held.claim
-        if claim.sandbox.wanted == Ending.ENDED:
-            return _Done(state=SandboxState.ENDED)
         try:
-            async with self._machines.started(held, self._starting) as live:
+            async with self._machines.started(held) as live:
                 crash_points.reach("sandbox-started")
-                await self._store.sandbox_running(claim.hold_id, vm_id=live.n)
+                hold_id = held.claim.hold_id
+                await self._insist(held, lambda: self._store.sandbox_running(hold_id, live.n))
+                await self._machines.used_up(held)
                 held.open(live)
-                log.info("sandbox runs", sandbox=held.id, vm=live.n, resumed=claim.resumes)
+                log.info("sandbox runs", sandbox=held.id, vm=live.n, resumed=held.claim.resumes)
                 return await self._serve(held, live)
         except (LeaseLost, StoreError):
             raise
         except SwarmError as error:
-            return self._failed(held, error)
+            return await self._failed(held, error)
+        except Exception as error:
+            # A bug in Swarm must not leave a sandbox without an end, nor stop an engine that others need.
+            log.error("a sandbox failed by a bug in Swarm", sandbox=held.id, error=f"{type(error).__name__}: {error}")
+            log.debug("where", exc_info=True)
+            return await self._failed(held, SwarmError(f"unexpected {type(error).__name__}: {error}"))
 
-    def _failed(self, held: Held, error: SwarmError) -> _Done:
-        """It did not start, or its VM is dead."""
+    async def _failed(self, held: Held, error: SwarmError) -> _Done:
+        """It did not start, or its VM has died."""
         claim = held.claim
         if held.started.done():
             return _Done(state=SandboxState.LOST, error=str(error))
-        if claim.resumes and claim.snapshot is not None and self._snapshots.has(claim.snapshot.id):
-            return _Done(state=SandboxState.PAUSED, snapshot=claim.snapshot, error=f"it could not be resumed: {error}")
-        state = SandboxState.LOST if claim.resumes else SandboxState.ENDED
-        return _Done(state=state, error=f"it could not be {'resumed' if claim.resumes else 'started'}: {error}")
+        if not claim.resumes:
+            return _Done(state=SandboxState.ENDED, error=f"it could not be started: {error}")
+        said = f"it could not be resumed: {error}"
+        if claim.snapshot is not None and await self._machines.is_whole(claim.snapshot):
+            return _Done(state=SandboxState.PAUSED, error=said)
+        return _Done(state=SandboxState.LOST, error=said)
 
     async def _serve(self, held: Held, live: LiveVm) -> _Done:
         """Until it is to be paused or ended. Raises OutcomeUnknown when its VM dies."""
         died = asyncio.ensure_future(live.vm.wait())
-        used = asyncio.create_task(self._note_use(held))
         try:
             while True:
+                held.changed.clear()
                 if died.done():
                     raise OutcomeUnknown(f"its VM died: {died.result()}")
-                if held.asked is Ending.ENDED or held.is_over():
-                    held.close("has ended" if held.asked else "has ended: its time to live is over")
-                    return _Done(state=SandboxState.ENDED)
+                over = held.is_over()
+                if over or held.asked is Ending.ENDED:
+                    why = "its time to live is over" if over else f"by {held.by}" if held.by else "wanted"
+                    return _Done(state=SandboxState.ENDED, why=why)
                 if held.asked is Ending.PAUSED or held.is_idle():
-                    if (snapshot := await self._pause(held, live)) is not None:
-                        return _Done(state=SandboxState.PAUSED, snapshot=snapshot)
-                    if self.stopping:
-                        return _Done(state=SandboxState.LOST, error=f"its engine stopped, and could not pause it: {held.why}")
+                    if (done := await self._pause(held, live)) is not None:
+                        return done
                     continue
-                held.changed.clear()
                 changed = asyncio.ensure_future(held.changed.wait())
                 await asyncio.wait({died, changed}, timeout=held.seconds_left(), return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
         finally:
-            await cancel_all([died, used])
-            held.close("has ended")
+            died.cancel()
+            await held.close("has ended")
 
-    async def _pause(self, held: Held, live: LiveVm) -> Snapshot | None:
-        """Its snapshot, once its VM has ended. None if that can't be: it runs on, and whoever asked is told why."""
+    async def _pause(self, held: Held, live: LiveVm) -> _Done | None:
+        """None if that can't be: it runs on, and whoever asked is told why."""
         by, asked = held.by, held.asked is not None
+        why = f"by {by}" if by else "its engine stops" if self.stopping else "wanted" if asked else "idle"
         try:
             async with held.changing:
-                held.close("is being paused")
-                return await self._machines.pause(held, live, by=by)
-        except (LeaseLost, StoreError):
-            raise
+                if not asked and not held.is_idle():
+                    return None
+                await held.close("is paused")
+                snapshot = await self._machines.pause(held, live)
+                crash_points.reach("sandbox-saved")
+                return _Done(state=SandboxState.PAUSED, snapshot=snapshot, why=why)
         except SwarmError as error:
+            if self.stopping:
+                said = f"its engine stopped, and could not pause it: {error}"
+                return _Done(state=SandboxState.LOST, error=said)
             log.warning("a sandbox could not be paused", sandbox=held.id, error=str(error))
-            held.record("trouble", {"what": "pause", "error": str(error), "by": by} if asked else {"what": "pause"})
+            held.record("trouble", {"what": "pause", "why": why, "error": str(error)})
             held.refuse(error, seconds=_PAUSE_AGAIN_SECONDS)
-            if live.vm_is_gone:
-                raise
-            held.reopen()
+            held.open(live)
             return None
 
-    async def _note_use(self, held: Held) -> None:
-        noted = held.used_at
-        while True:
-            await asyncio.sleep(_USED_SECONDS)
-            if held.used_at > noted:
-                noted = held.used_at
-                with contextlib.suppress(StoreError):
-                    await self._store.sandbox_used(held.claim.hold_id)
+    async def _write(self, held: Held, done: _Done | None) -> None:
+        """How it ended; None: it was not started, and goes back."""
+        hold_id = held.claim.hold_id
+        if done is None:
+            await self._store.sandbox_released(hold_id)
+        elif done.state != SandboxState.PAUSED:
+            await self._store.sandbox_ended(hold_id, done.state, done.error, why=done.why)
+        elif done.snapshot is not None:
+            await self._store.sandbox_paused(hold_id, done.snapshot, why=done.why)
+        else:
+            await self._store.sandbox_released(hold_id, error=done.error)
+        if done is not None:
+            log.info("sandbox is held no more", sandbox=held.id, state=str(done.state), error=done.error, why=done.why)
 
-    async def _write(self, held: Held, done: _Done) -> None:
+    async def _insist(self, held: Held, write: Callable[[], Awaitable[None]]) -> None:
         """For as long as the lease can still be ours. Raises LeaseLost, StoreError."""
-        hold_id, deadline = held.claim.hold_id, time.monotonic() + self._lease_seconds
+        deadline = time.monotonic() + self._lease_seconds
         while True:
             try:
-                if done.state == SandboxState.PAUSED:
-                    assert done.snapshot is not None
-                    await self._store.sandbox_paused(hold_id, done.snapshot, error=done.error)
-                else:
-                    await self._store.sandbox_ended(hold_id, done.state, error=done.error)
+                return await write()
             except StoreError as error:
                 if time.monotonic() > deadline:
                     raise
-                log.warning("can't write the end of a sandbox yet", sandbox=held.id, error=str(error))
+                log.warning("can't write what became of a sandbox yet", sandbox=held.id, error=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
-            else:
-                log.info("sandbox held no more", sandbox=held.id, state=str(done.state), error=done.error)
-                return
 
     # --- what it can be asked ---------------------------------------------------------------------------------------
 
     def _find(self, id: str) -> Held:
         held = self._held.get(id)
         if held is None:
-            raise Conflict(f"this engine does not hold the sandbox {id[:100]!r}: `swarm sandbox show` says who does")
+            raise Conflict(f"this engine does not hold the sandbox {id[:100]}: `swarm sandbox show` says who does")
         return held
 
     @asynccontextmanager
@@ -353,8 +357,11 @@ class Sandboxes:
         Conflict for a sandbox that this engine does not hold (any more)."""
         conversing.check(op)
         held = self._find(id)
-        async with held.spoken_with() as guest, guest.open(op, held.fields(op, fields), payload) as inner:
-            told = Told(inner, op, fields, held.recorder(op, fields, by))
+        async with (
+            held.spoken_with() as guest,
+            guest.open(op, conversing.with_env(op, fields, held.env), payload) as inner,
+        ):
+            told = Told(inner, op, fields, held, by=by)
             try:
                 yield told
             except BaseException as error:
@@ -373,25 +380,57 @@ class Sandboxes:
         await self._find(id).ends(Ending.ENDED, by)
 
     async def snapshot(
-        self, id: str, *, by: str, name: str | None = None, keep_seconds: float | None = None,
+        self,
+        id: str,
+        *,
+        by: str,
+        name: str | None = None,
+        keep_seconds: float | None = None,
         without_secrets: bool = False,
-    ) -> str:  # fmt: skip
-        """The id of a new snapshot; the sandbox goes on. ``keep_seconds`` None: until it is removed."""
+    ) -> str:
+        """The id of a new snapshot; the sandbox goes on. ``keep_seconds`` None: until it is removed. Raises Conflict,
+        NoSpace."""
         held = self._find(id)
         if without_secrets and held.secret:
-            raise Conflict(f"{held.name} was given secrets, and its memory may hold them")
-        async with held.spoken_with(), held.changing:
-            expires_at = None if keep_seconds is None else int((time.time() + keep_seconds) * 1000)
-            made = await self._machines.save(held, kind="named", by=by, name=name, expires_at=expires_at)
-            await self._keep(made, by)
-        return made.id
+            raise Conflict(f"{held.name} was given secrets, and its memory may hold them: a snapshot would too")
+        async with self._standing(held) as live:
+            made = await self._machines.save(held, live, kind="named", name=name)
+            return (await self._kept(made, keep_seconds=keep_seconds, by=by)).id
 
     async def fork(self, id: str, *, by: str, count: int = 1, name: str | None = None) -> Sequence[str]:
-        """The ids of new sandboxes, which start from its present state. ``name``: of one; of several, with '-1', …"""
+        """The ids of new sandboxes, which start from its present state; it goes on. ``name``: of one; of several, with
+        '-1', '-2' … Raises Conflict, NoSpace, UsageError."""
         held = self._find(id)
         if not 1 <= count <= MAX_FORKS:
             raise UsageError(f"a sandbox can be forked 1 to {MAX_FORKS} times at once, not {count}")
-        names = [name] if count == 1 or name is None else [f"{name}-{number}" for number in range(1, count + 1)]
+        names = [name] if count == 1 or name is None else [f"{name}-{number + 1}" for number in range(count)]
+        async with self._standing(held) as live:
+            made = await self._kept(
+                await self._machines.save(held, live, kind="fork"), keep_seconds=_FORK_SECONDS, by=by
+            )
+            child = replace(
+                held.sandbox, id="", state=SandboxState.STARTING, parent_id=held.id, snapshot_id=made.id, wanted=None,
+                created_by=by, created_at=None, started_at=None, used_at=None, ended_at=None, ends_at=None, host=None,
+                worker=None, hold_id=None, vm_id=None, error=None, name=None,
+            )  # fmt: skip
+            children = [replace(child, name=one) for one in (names * count)[:count]]
+            added = [one.id for one in await self._store.add_sandboxes(children, by=by)]
+        held.record("fork", {"children": added, "snapshot": made.id, "by": by})
+        self._look.set()
+        return added
+
+    @asynccontextmanager
+    async def _standing(self, held: Held) -> AsyncIterator[LiveVm]:
+        """Its VM, which no other pause, snapshot or fork touches meanwhile, and which is in use."""
         async with held.spoken_with(), held.changing:
-            made = await self._machines.save(held, kind="fork", by=by)
-            child = replace(held.sandbox, id="", parent_id=held.id, snapshot_id=made.id, ...)
+            if held.closing or held.live is None:
+                raise Conflict(f"{held.name} {held.closing}")
+            yield held.live
+
+    async def _kept(self, made: Snapshot, *, keep_seconds: float | None, by: str) -> Snapshot:
+        """Its row; without one, its files go."""
+        try:
+            return await self._store.add_snapshot(made, keep_seconds=keep_seconds, by=by)
+        except BaseException:
+            await finish_uninterrupted(self._machines.snapshots.remove(made.id))
+            raise
