@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from swarm.engine.egress import Egress
     from swarm.engine.engine import Engine
     from swarm.engine.files import FileStore
+    from swarm.engine.sandboxes import Sandboxes
     from swarm.engine.values import Values
     from swarm.engine.worker import Ended, Worker
     from swarm.gateway.prices import Prices
@@ -282,24 +284,23 @@ async def sweep(settings: Settings) -> None:
 # --- running tickets ------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def worker(
-    settings: Settings,
-    opened: Store,
-    *,
-    warm: int | None = 0,
-    slots: int = 1,
-    ahead: int = 0,
-    progress: Progress = silent,
-) -> AsyncIterator[Worker]:
-    """A worker on this host, with a unique name. Leftovers of dead workers are removed first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Vms:
+    """What makes VMs here, and what they may reach."""
 
-    ``warm``: how many VMs to keep ready of each template in use; None follows the demand. ``slots``: how many network
-    slots to keep free; ``ahead`` of them are made at the start.
-    """
+    launcher: Launcher
+    egress: Egress
+    values: Values
+    pool: Pool | None
+
+
+@asynccontextmanager
+async def _vms(
+    settings: Settings, opened: Store, *, warm: int | None, slots: int, ahead: int, progress: Progress
+) -> AsyncIterator[_Vms]:
+    """Leftovers of dead engines are removed first."""
     from swarm.base.log import logger
     from swarm.engine.values import Values
-    from swarm.engine.worker import Worker
     from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
 
     log = logger(__name__)
@@ -318,15 +319,65 @@ async def worker(
             await stack.enter_async_context(pool)
         elif warm != 0:
             log.warning("--warm changes nothing: this driver makes no clones", driver=vms.choice.driver.name)
-        yield Worker(
-            store=opened,
-            engine=engine(settings, vms, host_egress, values, files=opened),
-            name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
-            lease_seconds=settings.lease_seconds,
-            queue_timeout_seconds=settings.queue_timeout_seconds,
-            kept_ready=lambda: 0 if pool is None else sum(len(one.ready) for one in pool.inspect()),
-            driver=vms.choice.driver.name,
-        )
+        yield _Vms(launcher=vms, egress=host_egress, values=values, pool=pool)
+
+
+@asynccontextmanager
+async def worker(
+    settings: Settings,
+    opened: Store,
+    *,
+    warm: int | None = 0,
+    slots: int = 1,
+    ahead: int = 0,
+    progress: Progress = silent,
+) -> AsyncIterator[Worker]:
+    """A worker on this host, with a unique name. Leftovers of dead workers are removed first.
+
+    ``warm``: how many VMs to keep ready of each template in use; None follows the demand. ``slots``: how many network
+    slots to keep free; ``ahead`` of them are made at the start.
+    """
+    async with _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=progress) as parts:
+        yield _worker(settings, opened, parts)
+
+
+def _worker(settings: Settings, opened: Store, parts: _Vms) -> Worker:
+    from swarm.engine.worker import Worker
+
+    pool = parts.pool
+    return Worker(
+        store=opened,
+        engine=engine(settings, parts.launcher, parts.egress, parts.values, files=opened),
+        name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
+        lease_seconds=settings.lease_seconds,
+        queue_timeout_seconds=settings.queue_timeout_seconds,
+        kept_ready=lambda: 0 if pool is None else sum(len(one.ready) for one in pool.inspect()),
+        driver=parts.launcher.choice.driver.name,
+    )
+
+
+def _sandboxes(settings: Settings, opened: Store, parts: _Vms, ours: Worker, *, most: int) -> Sandboxes:
+    from swarm.agents import Installed
+    from swarm.engine.machines import Machines
+    from swarm.engine.sandboxes import Sandboxes
+
+    machines = Machines(
+        launcher=parts.launcher,
+        snapshots=snapshots(settings),
+        images=image_source(settings),
+        layers=layers(settings),
+        egress=parts.egress,
+        installed=Installed(settings.agents),
+        starts_at_once=default_max_vms(),
+    )
+    return Sandboxes(
+        store=opened,
+        worker=ours.name,
+        machines=machines,
+        lease_seconds=settings.lease_seconds,
+        most=most,
+        emit=ours.emit,
+    )
 
 
 async def _pool(settings: Settings, vms: Launcher, warm: int | None) -> Pool:
@@ -359,10 +410,12 @@ async def dispatcher(
     *,
     max_vms: int,
     grace_seconds: float,
+    max_sandboxes: int = 0,
     ended: Callable[[Ended], None] = lambda _: None,
     warm: int | None = 0,
 ) -> AsyncIterator[Dispatcher]:
-    """Serves tickets on this host, once it is `run`. ``warm``: see `worker`."""
+    """Serves tickets on this host, once it is `run`, and holds up to ``max_sandboxes`` sandboxes. ``warm``: see
+    `worker`."""
     from swarm.base import process
     from swarm.engine.dispatch import Dispatcher
     from swarm.engine.room import Disk, Memory
@@ -375,7 +428,12 @@ async def dispatcher(
         return used_bytes(vms.dir(n) / WORK_DISK)
 
     slots, ahead = max_vms, min(2, max_vms)
-    async with worker(settings, opened, warm=warm, slots=slots, ahead=ahead) as ours, opened.watching() as wake:
+    async with (
+        _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=silent) as parts,
+        opened.watching() as wake,
+    ):
+        ours = _worker(settings, opened, parts)
+        sandboxes = _sandboxes(settings, opened, parts, ours, most=max_sandboxes) if max_sandboxes else None
         yield Dispatcher(
             store=opened,
             worker=ours,
@@ -385,6 +443,7 @@ async def dispatcher(
             disk=Disk(dir=settings.state_dir, used_bytes=None if settings.driver == "process" else used),
             grace_seconds=grace_seconds,
             scheduler=Scheduler(store=opened, evaluator=opened.jail),
+            sandboxes=sandboxes,
             info={"driver": ours.driver, "started": process.start_time(os.getpid()), "machine": process.machine()},
             ended=ended,
         )

@@ -99,9 +99,10 @@ class Told:
 
     def ended(self, error: BaseException | None) -> None:
         """It is over: with its reply, or broken off (``error`` says how, if that is known)."""
-        if self._op in ("exec", "attach"):
-            return self._exited(error)
         kind, said = self._rule.kind, dict(self._said)
+        if self._op in ("exec", "attach"):
+            self._exited(error)
+            return
         if not kind:
             return
         if self._last is None:
@@ -134,7 +135,9 @@ class Told:
 def exit_of(report: Mapping[str, object]) -> dict[str, object]:
     """How a program ended, of what a guest says about it: only numbers and flags are kept, as it is hostile."""
     found = {name: report.get(name) for name in _EXIT}
-    return {name: one for name, one in found.items() if isinstance(one, int) and 0 <= one < 1 << 53 and one is not False}
+    return {
+        name: one for name, one in found.items() if isinstance(one, int) and 0 <= one < 1 << 53 and one is not False
+    }
 
 
 def _why(error: BaseException | None) -> str:

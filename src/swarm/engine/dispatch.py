@@ -83,7 +83,7 @@ class Dispatcher:
         self._scheduler = scheduler
         self._sandboxes = sandboxes
         if sandboxes is not None and memory is not None:
-            sandboxes.left_mb = lambda: memory.left_mb(self._vms())
+            sandboxes.left_mb, sandboxes.most_mb = lambda: memory.left_mb(self._vms()), memory.most_mb
         self._info = dict(info or {})
         self._ended = ended
         self._tasks: set[asyncio.Task[None]] = set()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from swarm.base import crash_points
-from swarm.base.aio import cancel_all, finish_uninterrupted
+from swarm.base.aio import finish_uninterrupted
 from swarm.base.log import logger
 from swarm.engine import conversing
 from swarm.engine.conversing import Told
@@ -177,7 +177,7 @@ class Sandboxes:
                 holds[hold_id].cancel(lost=True)
             for hold_id, wanted in renewal.wanted.items():
                 held = holds[hold_id]
-                if wanted == Ending.ENDED or wanted == Ending.PAUSED and held.may_pause():
+                if wanted == Ending.ENDED or (wanted == Ending.PAUSED and held.may_pause()):
                     held.want(Ending(wanted))
                 elif wanted == SandboxState.RUNNING:
                     held.used()
