@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from swarm.gateway.prices import Prices
     from swarm.gateway.process import GatewayProcess
     from swarm.gateway.upstreams import Services, Upstream
-    from swarm.model import Ticket
-    from swarm.store.sql.rows import AttemptRow
     from swarm.store.store import Store
     from swarm.vm.choose import Choice
     from swarm.vm.drivers.process import NoImages
@@ -218,7 +215,7 @@ def services(settings: Settings, opened: Store | None) -> Services:
     from swarm.gateway.upstreams import Services, UpstreamKeys
 
     keys = UpstreamKeys(secret=None if opened is None else vault(settings, opened).get)
-    return Services(upstreams=_upstreams(settings), keys=keys)
+    return Services(upstreams=upstreams(settings), keys=keys)
 
 
 def prices(settings: Settings) -> Prices:
@@ -257,15 +254,15 @@ def vault(settings: Settings, opened: Store) -> Vault:
     from swarm.admin.vault import Vault
 
     def gateway_keys() -> dict[str, str]:
-        return {service.key: name for name, service in _upstreams(settings).items()}
+        return {service.key: name for name, service in upstreams(settings).items()}
 
     return Vault(opened, key_file=settings.data_dir / "secret.key", gateway_keys=gateway_keys)
 
 
-def _upstreams(settings: Settings) -> dict[str, Upstream]:
-    from swarm.gateway import upstreams
+def upstreams(settings: Settings) -> dict[str, Upstream]:
+    from swarm.gateway.upstreams import load
 
-    return upstreams.load(_own_file(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
+    return load(_own_file(settings.upstreams, settings.home / "upstreams.toml"), os.environ)
 
 
 def _own_file(named: Path | None, usual: Path) -> Path | None:
@@ -447,51 +444,3 @@ async def dispatcher(
             info={"driver": ours.driver, "started": process.start_time(os.getpid()), "machine": process.machine()},
             ended=ended,
         )
-
-
-async def run_ticket(
-    settings: Settings,
-    ticket_id: str,
-    *,
-    timeout_seconds: float | None = None,
-    waits: Callable[[Ticket], None] = lambda _: None,
-    progress: Progress = silent,
-) -> tuple[Ticket, list[AttemptRow]]:
-    """Run one ticket to its end in this process. See `swarm.engine.run_once.run_ticket`."""
-    from swarm.engine import run_once
-    from swarm.engine.room import Memory
-
-    async with store(settings) as opened:
-        run_once.check(await opened.ticket(ticket_id))  # before the worker is prepared
-        async with worker(settings, opened, progress=progress) as ours:
-            ticket = await run_once.run_ticket(
-                opened,
-                ours,
-                ticket_id,
-                timeout_seconds=timeout_seconds,
-                max_vms=default_max_vms(),
-                left_mb=None if settings.driver == "process" else Memory.of_this_host().left_mb,
-                waits=waits,
-            )
-        return ticket, await opened.attempts(ticket_id)
-
-
-async def run_ticket_in_background(settings: Settings, ticket_id: str, *, timeout_seconds: float | None = None) -> int:
-    """Start a process that runs the ticket and outlives this one; its pid. Raises NotFound, Conflict."""
-    from swarm.base import process
-    from swarm.engine import run_once
-    from swarm.gateway import upstreams
-
-    async with store(settings) as opened:
-        run_once.check(await opened.ticket(ticket_id))
-    log = settings.data_dir / "run-ticket.log"
-    argv = [sys.executable, "-m", "swarm.cli.engine", "run-ticket", "--wait", "--json", "--driver", settings.driver]
-    if timeout_seconds is not None:
-        argv += ["--timeout", f"{timeout_seconds:g}"]
-    # With the keys of the gateway's services: the gateway runs in that process.
-    keys = upstreams.variables(_upstreams(settings))
-    env = {name: value for name, value in os.environ.items() if name.startswith("SWARM_") or name in keys}
-    child = await process.spawn(
-        [*argv, "--home", str(settings.home), "--", ticket_id], output=log, env=env, die_with_parent=False
-    )
-    return child.pid

@@ -299,14 +299,14 @@ async def run_ticket(
 
     With --wait, what its agents print goes to stderr while it runs, the result to stdout.
     """
-    from swarm.app import wiring
+    from swarm.app import ticket_runs
     from swarm.cli import follow
 
     settings = _with_driver(cli.settings, driver)
     async with cli.store() as store:
         id = await store.ticket_id(id)
     if not wait:
-        pid = await wiring.run_ticket_in_background(settings, id, timeout_seconds=timeout)
+        pid = await ticket_runs.run_ticket_in_background(settings, id, timeout_seconds=timeout)
         line = f"ticket {id} runs in process {pid}; `swarm ticket show {id}` shows its state"
         cli.out.result({"ticket_id": id, "pid": pid}, line)
         return 0
@@ -320,7 +320,7 @@ async def run_ticket(
 
     async with cli.store() as store:
         async with follow.live(cli, store, id):
-            ticket, attempts = await wiring.run_ticket(
+            ticket, attempts = await ticket_runs.run_ticket(
                 settings, id, timeout_seconds=timeout, waits=waits, progress=says
             )
         runs, steps = await store.runs(id), await store.steps(id)

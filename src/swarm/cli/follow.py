@@ -32,14 +32,14 @@ _NEEDS_ENGINE = frozenset({TicketState.READY, TicketState.BLOCKED, TicketState.I
 async def to_the_end(cli: Cli, ticket: Ticket, *, only_outputs: bool = False) -> int:
     """Print what happens, on stderr, until the ticket has ended; if no engine runs, run it here. Then print the ticket,
     or ``only_outputs``. The exit status."""
-    from swarm.app import wiring
+    from swarm.app import ticket_runs
 
     here = None
     async with cli.store() as store:
         if not await service.has_engine(store):
             cli.out.note(f"no engine runs: ticket {ticket.id} runs here")
             here = asyncio.create_task(
-                wiring.run_ticket(cli.settings, ticket.id, progress=lambda step, _: cli.out.note(step))
+                ticket_runs.run_ticket(cli.settings, ticket.id, progress=lambda step, _: cli.out.note(step))
             )
         try:
             ended = await _follow(cli, store, ticket.id, here)

@@ -81,7 +81,7 @@ class Dispatcher:
         self._disk = disk
         self._grace_seconds = grace_seconds
         self._scheduler = scheduler
-        self._sandboxes = sandboxes
+        self.sandboxes = sandboxes
         if sandboxes is not None and memory is not None:
             sandboxes.left_mb, sandboxes.most_mb = lambda: memory.left_mb(self._vms()), memory.most_mb
         self._info = dict(info or {})
@@ -111,8 +111,8 @@ class Dispatcher:
     def _vms(self) -> Iterator[VmInUse]:
         """All that take memory and disk of this host: attempts' and sandboxes'."""
         yield from of_attempts(self.running.values())
-        if self._sandboxes is not None:
-            yield from self._sandboxes.vms()
+        if self.sandboxes is not None:
+            yield from self.sandboxes.vms()
 
     @property
     def per_minute(self) -> int:
@@ -126,8 +126,8 @@ class Dispatcher:
         if self.stopping:
             self._stop_now.set()
         self.stopping = self._worker.stopping = True
-        if self._sandboxes is not None:
-            self._sandboxes.stop()
+        if self.sandboxes is not None:
+            self.sandboxes.stop()
         self._look.set()
 
     async def run(self) -> None:
@@ -135,9 +135,9 @@ class Dispatcher:
         with contextlib.suppress(StoreError):
             await self._heartbeat()
         loops, until_stop = [self._heartbeats, self._watch_database], [self._scheduler.run] if self._scheduler else []
-        if self._sandboxes is not None:
-            loops += [self._sandboxes.renewing, self._sandboxes.collecting]
-            until_stop.append(self._sandboxes.claiming)
+        if self.sandboxes is not None:
+            loops += [self.sandboxes.renewing, self.sandboxes.collecting]
+            until_stop.append(self.sandboxes.claiming)
         async with self._worker.supervised():
             tasks = [asyncio.create_task(self._guarded(loop)) for loop in loops]
             # Other engines, or the next one, do what comes due from a stop on.
@@ -335,14 +335,14 @@ class Dispatcher:
                 self._look.set()
                 if self._scheduler is not None:
                     self._scheduler.look()
-                if self._sandboxes is not None:
-                    self._sandboxes.look()
+                if self.sandboxes is not None:
+                    self.sandboxes.look()
 
     # --- ending -----------------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
         """Pause the sandboxes. Give running attempts the grace period, then put them back."""
-        paused = asyncio.create_task(self._sandboxes.drained()) if self._sandboxes is not None else None
+        paused = asyncio.create_task(self.sandboxes.drained()) if self.sandboxes is not None else None
         if self._request is not None:
             with contextlib.suppress(StoreError):
                 for claim in await self._request.claims:
@@ -380,8 +380,8 @@ class Dispatcher:
             "kept_ready": self._worker.kept_ready(),
             "store": self._store.use(),
         }
-        if self._sandboxes is not None:
-            info |= {"sandboxes": len(self._sandboxes.held), "max_sandboxes": self._sandboxes.most}
+        if self.sandboxes is not None:
+            info |= {"sandboxes": len(self.sandboxes.held), "max_sandboxes": self.sandboxes.most}
         if self._memory is not None:
             info |= {"memory_mb": self._memory.total_mb, "memory_free_mb": self._memory.available_mb()}
         await self._store.heartbeat(self._worker.name, host=socket.gethostname(), pid=os.getpid(), info=info)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from enum import StrEnum
 
-from swarm.channel.conversation import Guest
+from swarm.channel.guest import Guest
 from swarm.engine.egress import AttemptEgress
 from swarm.engine.room import VmInUse
 from swarm.errors import ChannelError, Conflict, SwarmError

@@ -325,7 +325,7 @@ class Sandboxes:
         elif done.snapshot is not None:
             await self._store.sandbox_paused(hold_id, done.snapshot, why=done.why)
         else:
-            await self._store.sandbox_released(hold_id, error=done.error)
+            await self._store.sandbox_released(hold_id, why="not resumed", error=done.error)
         if done is not None:
             log.info("sandbox is held no more", sandbox=held.id, state=str(done.state), error=done.error, why=done.why)
 

@@ -637,9 +637,12 @@ class Store:
         LeaseLost."""
         await self._write.call(holding.ended, hold_id, state=SandboxState(state), error=error, why=why)
 
-    async def sandbox_released(self, hold_id: str, *, why: str = "the engine stopped") -> None:
-        """Give one back that was not started, or not resumed: the next claim takes it. Raises LeaseLost."""
-        await self._write.call(holding.released, hold_id, why=why)
+    async def sandbox_released(
+        self, hold_id: str, *, why: str = "the engine stopped", error: str | None = None
+    ) -> None:
+        """Give one back that was not started, or not resumed: the next claim takes it; with an ``error``, only when it
+        is wanted again. Raises LeaseLost."""
+        await self._write.call(holding.released, hold_id, why=why, error=error)
 
     # --- snapshots ----------------------------------------------------------------------------------------------------
 

@@ -371,13 +371,16 @@ def ended(tx: Tx, hold_id: str, *, state: SandboxState, error: str | None, why: 
     end(tx, row, state, error=error, why=why)
 
 
-def released(tx: Tx, hold_id: str, *, why: str) -> None:
-    """It goes back as it was taken: it was not started, or not resumed."""
+def released(tx: Tx, hold_id: str, *, why: str, error: str | None = None) -> None:
+    """It goes back as it was taken: it was not started, or not resumed. With an ``error``, it is not wanted any more:
+    the next one who wants it tries again."""
     row = owned(tx, hold_id)
     if row.state == SandboxState.RUNNING:
         raise LeaseLost(f"the sandbox {shown(row.id)} runs: it can't be given back, only paused or ended")
     tx.run(_LET_GO, id=row.id)
-    event(tx, row.id, "released", hold=hold_id, why=why)
+    if error is not None:
+        tx.run(_SET_WANTED, id=row.id, wanted=None, error=message(error))
+    event(tx, row.id, "released", hold=hold_id, why=why, error=message(error))
 
 
 def give_up(tx: Tx, id: object, hold_id: object, *, held: Collection[str] = (), until_seconds: float = 0.0) -> None:

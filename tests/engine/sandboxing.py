@@ -1,0 +1,116 @@
+"""Engines that hold sandboxes, in this process, and what tests ask of them."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.app import wiring
+from swarm.channel import processes
+from swarm.channel.processes import Done, Order
+from swarm.config import Settings
+from swarm.engine.sandboxes import Sandboxes
+from swarm.model import Event, Sandbox
+from swarm.store.sql.wake import Wake
+from swarm.store.store import Store
+from swarm.vm.slots.inventory import VmRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """A database and what lies on this host's disk."""
+
+    settings: Settings
+    store: Store
+
+    @property
+    def database(self) -> Path:
+        return self.settings.data_dir / "swarm.db"
+
+    def sql(self, statement: str, *values: object) -> list[tuple[object, ...]]:
+        """As any tool would: plain SQL, another connection."""
+        with sqlite3.connect(self.database, timeout=30) as connection:
+            rows = connection.execute(statement, values).fetchall()
+        connection.close()
+        return rows
+
+    def insert(self, id: str, **columns: object) -> None:
+        row = {"id": id, **columns}
+        self.sql(f"INSERT INTO sandboxes ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
+
+    async def until(self, holds: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
+        async with Wake.watching(self.database) as wake, asyncio.timeout(timeout_seconds):
+            while not await holds():
+                await wake.changed(timeout_seconds=0.1)
+
+    async def state(self, id: str, *states: str) -> Sandbox:
+        """The row, once it has one of these states."""
+
+        async def there() -> bool:
+            return (await self.store.sandbox(id)).state in states
+
+        try:
+            await self.until(there)
+        except TimeoutError:
+            raise AssertionError(f"not {states}: {await self.store.sandbox(id)}") from None
+        return await self.store.sandbox(id)
+
+    async def running(self, id: str) -> Sandbox:
+        return await self.state(id, "running")
+
+    async def resumed(self, id: str) -> Sandbox:
+        await self.store.want_sandbox(id, "running", by="test")
+        return await self.running(id)
+
+    async def story(self, id: str) -> list[Event]:
+        return await self.store.sandbox_events(id)
+
+    async def told(self, id: str, kind: str) -> list[Mapping[str, object]]:
+        """Its events of one kind, once there is one."""
+
+        async def there() -> bool:
+            return any(event.kind == kind for event in await self.story(id))
+
+        await self.until(there)
+        return [event.data for event in await self.story(id) if event.kind == kind]
+
+    def vms(self) -> list[VmRecord]:
+        return [record for record in wiring.inventory(self.settings).records() if record.pid]
+
+    def files(self) -> list[str]:
+        """Of snapshots."""
+        place = self.settings.snapshots
+        return sorted(one.name for one in place.iterdir()) if place.exists() else []
+
+    @asynccontextmanager
+    async def engine(self, *, most: int = 8, grace_seconds: float = 0.0) -> AsyncIterator[Sandboxes]:
+        """Serves for the length of the block, and stops in good order."""
+        async with wiring.dispatcher(
+            self.settings, self.store, max_vms=1, max_sandboxes=most, grace_seconds=grace_seconds
+        ) as dispatcher:
+            task = asyncio.create_task(dispatcher.run())
+            assert dispatcher.sandboxes is not None
+            try:
+                yield dispatcher.sandboxes
+            finally:
+                dispatcher.stop()
+                await task
+
+
+async def run(sandboxes: Sandboxes, id: str, *argv: str, by: str = "test", **order: object) -> Done:
+    """A program in its guest, to its end."""
+
+    def open_(op: str, fields: Mapping[str, object], payload: bytes = b"") -> object:
+        return sandboxes.converse(id, op, fields, payload, by=by)
+
+    return await processes.run(open_, Order(argv=argv, **order))  # type: ignore[arg-type]
+
+
+async def shell(sandboxes: Sandboxes, id: str, line: str) -> str:
+    done = await run(sandboxes, id, "/bin/sh", "-c", line, user="root")
+    assert done.ended.code == 0, (done.ended, done.stderr)
+    return done.stdout.decode().strip()
