@@ -414,6 +414,7 @@ async def dispatcher(
     """Serves tickets on this host, once it is `run`, and holds up to ``max_sandboxes`` sandboxes. ``warm``: see
     `worker`."""
     from swarm.base import process
+    from swarm.engine import live
     from swarm.engine.dispatch import Dispatcher
     from swarm.engine.room import Disk, Memory
     from swarm.triggers.schedules import Scheduler
@@ -425,12 +426,15 @@ async def dispatcher(
         return used_bytes(vms.dir(n) / WORK_DISK)
 
     slots, ahead = max_vms, min(2, max_vms)
-    async with (
-        _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=silent) as parts,
-        opened.watching() as wake,
-    ):
+    async with AsyncExitStack() as stack:
+        vm_parts = _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=silent)
+        parts = await stack.enter_async_context(vm_parts)
+        wake = await stack.enter_async_context(opened.watching())
         ours = _worker(settings, opened, parts)
         sandboxes = _sandboxes(settings, opened, parts, ours, most=max_sandboxes) if max_sandboxes else None
+        info = {"driver": ours.driver, "started": process.start_time(os.getpid()), "machine": process.machine()}
+        if sandboxes is not None:
+            info["live"] = str(await stack.enter_async_context(live.serving(sandboxes, settings.state_dir / "live")))
         yield Dispatcher(
             store=opened,
             worker=ours,
@@ -441,6 +445,6 @@ async def dispatcher(
             grace_seconds=grace_seconds,
             scheduler=Scheduler(store=opened, evaluator=opened.jail),
             sandboxes=sandboxes,
-            info={"driver": ours.driver, "started": process.start_time(os.getpid()), "machine": process.machine()},
+            info=info,
             ended=ended,
         )
