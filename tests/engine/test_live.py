@@ -17,8 +17,9 @@ from swarm.channel.conversation import Conversation
 from swarm.channel.guest import Guest
 from swarm.channel.processes import Order
 from swarm.engine import live
-from swarm.errors import ChannelError, Conflict, GuestRefused, NoSpace, SwarmError, UsageError
+from swarm.errors import ChannelError, GuestRefused, NoSpace, SwarmError, UsageError
 from swarm.live.client import Live
+from swarm.live.wire import NotHeld
 from tests.channel.agentd_here import TOKEN, running
 
 
@@ -35,7 +36,7 @@ class Holder:
         self, id: str, op: str, fields: Mapping[str, object], payload: bytes, *, by: str
     ) -> AsyncIterator[Conversation]:
         if id != "box":
-            raise Conflict(f"the sandbox {id} is not held here")
+            raise NotHeld(f"the sandbox {id} is not held here")
         self.talks += 1
         try:
             async with self.guest.open(op, fields, payload) as conversation:
@@ -148,7 +149,7 @@ async def test_what_an_engine_is_asked_and_what_it_refuses(held: tuple[Holder, P
         ("snapshot", "box", "anna", "good", 60, True), ("fork", "box", "anna", 2, "try"), ("pause", "box", "anna"),
         ("end", "box", "anna"),
     ]  # fmt: skip
-    with pytest.raises(Conflict, match="other is not held here"):
+    with pytest.raises(NotHeld, match="other is not held here"):
         async with Live(path, "other", by="anna").open("exec", {}):
             pass
     with pytest.raises(UsageError, match="can't dance a sandbox"):
@@ -184,7 +185,7 @@ async def test_an_engine_that_stops_tells_those_that_speak(tmp_path_factory: pyt
             await process.exit()
         await opened.__aexit__(None, None, None)
         await guest.close()
-        with pytest.raises(Conflict, match="the engine that held the sandbox box has ended"):
+        with pytest.raises(NotHeld, match="the engine that held the sandbox box has ended"):
             await box.pause()
     assert list((directory / "live").iterdir()) == []
 

@@ -25,7 +25,7 @@ from swarm.channel import frames
 from swarm.channel.frames import Frame, printable
 from swarm.errors import ChannelError, Conflict, GuestRefused, SwarmError, UsageError
 from swarm.live import wire
-from swarm.live.wire import Request
+from swarm.live.wire import NotHeld, Request
 
 log = logger(__name__)
 
@@ -42,8 +42,8 @@ class Talk(Protocol):
 
 
 class Holder(Protocol):
-    """Who holds sandboxes: `swarm.engine.sandboxes.Sandboxes`. Raises SwarmErrors of one sentence: Conflict for a
-    sandbox that is not held here."""
+    """Who holds sandboxes: `swarm.engine.sandboxes.Sandboxes`. Raises SwarmErrors of one sentence: NotHeld for a
+    sandbox that is not held here, or is on its way out."""
 
     def converse(
         self, id: str, op: str, fields: Mapping[str, object], payload: bytes, *, by: str
@@ -129,7 +129,7 @@ class _Live:
             return
         except asyncio.CancelledError:
             if self._closing:
-                stops = Conflict("the engine stops, and pauses its sandboxes: ask again")
+                stops = NotHeld("the engine stops, and pauses its sandboxes: ask again")
                 await _tell(writer, wire.fault(stops))
             raise
         except Exception as error:

@@ -6,35 +6,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from asyncio import StreamReader, StreamWriter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from swarm.base import unix_socket
 from swarm.channel import frames
 from swarm.channel.conversation import Conversation
 from swarm.channel.frames import Frame
-from swarm.errors import ChannelError, Conflict, SwarmError
+from swarm.errors import ChannelError, SwarmError
 from swarm.live import wire
+from swarm.live.wire import NotHeld
+
+_AGAIN_SECONDS: Final = 60.0
 
 
 class Live:
-    """One sandbox, by the socket of the engine that holds it. ``by``: who asks, for its history."""
+    """One sandbox, by the socket of the engine that holds it. ``by``: who asks, for its history. ``again``: where it is
+    held now, to be asked when an engine holds it no more."""
 
-    def __init__(self, socket: Path, sandbox: str, *, by: str) -> None:
-        self._socket = socket
-        self.sandbox, self._by = sandbox, by
+    def __init__(
+        self, socket: Path, sandbox: str, *, by: str, again: Callable[[], Awaitable[Path]] | None = None
+    ) -> None:
+        self.socket, self.sandbox = socket, sandbox
+        self._by, self._again = by, again
 
     @asynccontextmanager
     async def open(self, op: str, fields: Mapping[str, object], payload: bytes = b"") -> AsyncIterator[Conversation]:
         """A conversation with its guest. Leaving the block before its end ends what it was about. Raises what the
-        engine does: Conflict if it does not hold the sandbox any more."""
-        async with self._connected() as (reader, writer):
-            conversation = _Relayed(reader, writer, op, wire.ID)
-            await conversation.send({"open": op, **self._of(fields)}, payload)
-            await _answer(reader)
-            yield conversation
+        engine does: NotHeld if it does not hold the sandbox any more."""
+        async with self._answered({"open": op}, fields, payload) as (reader, writer, _):
+            yield _Relayed(reader, writer, op, wire.ID)
 
     async def pause(self) -> None:
         await self._ask("pause")
@@ -54,22 +57,42 @@ class Live:
         return [str(id) for id in await self._ask("fork", count=count, name=name)]
 
     async def _ask(self, verb: str, **fields: object) -> Any:
-        async with self._connected() as (reader, writer):
-            await Conversation(reader, writer, verb, wire.ID).send({"ask": verb, **self._of(fields)})
-            return (await _answer(reader)).head.get("answer")
-
-    def _of(self, fields: Mapping[str, object]) -> Mapping[str, object]:
-        return {"sandbox": self.sandbox, "by": self._by, "fields": dict(fields)}
+        async with self._answered({"ask": verb}, fields) as (_, _, answer):
+            return answer.head.get("answer")
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[tuple[StreamReader, StreamWriter]]:
+    async def _answered(
+        self, what: Mapping[str, str], fields: Mapping[str, object], payload: bytes = b""
+    ) -> AsyncIterator[tuple[StreamReader, StreamWriter, Frame]]:
+        """A connection with its first answer. An engine that pauses the sandbox, or stops, at this very moment says
+        so: then it is soon held again, perhaps by another."""
+        until = asyncio.get_running_loop().time() + _AGAIN_SECONDS
+        async with AsyncExitStack() as stack:
+            while True:
+                try:
+                    found = await stack.enter_async_context(self._connected(what, fields, payload))
+                    break
+                except NotHeld:
+                    if self._again is None or asyncio.get_running_loop().time() > until:
+                        raise
+                    self.socket = await self._again()
+            yield found
+
+    @asynccontextmanager
+    async def _connected(
+        self, what: Mapping[str, str], fields: Mapping[str, object], payload: bytes
+    ) -> AsyncIterator[tuple[StreamReader, StreamWriter, Frame]]:
         try:
-            with unix_socket.short_path(self._socket) as path:
+            with unix_socket.short_path(self.socket) as path:
                 reader, writer = await asyncio.open_unix_connection(path, limit=wire.READ_BYTES)
         except OSError:
-            raise Conflict(f"the engine that held the sandbox {self.sandbox} has ended: try again") from None
+            raise NotHeld(f"the engine that held the sandbox {self.sandbox} has ended: try again") from None
         try:
-            yield reader, writer
+            first = {**what, "sandbox": self.sandbox, "by": self._by, "fields": dict(fields)}
+            await Conversation(reader, writer, next(iter(what.values())), wire.ID).send(first, payload)
+            answer = await frames.read(reader, who="engine")
+            wire.raise_fault(answer)
+            yield reader, writer, answer
         finally:
             writer.transport.abort()
             with contextlib.suppress(OSError):
@@ -87,9 +110,3 @@ class _Relayed(Conversation):
         except SwarmError as error:
             raise ChannelError(str(error)) from None
         return frame
-
-
-async def _answer(reader: StreamReader) -> Frame:
-    frame = await frames.read(reader, who="engine")
-    wire.raise_fault(frame)
-    return frame

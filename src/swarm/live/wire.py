@@ -40,12 +40,18 @@ ID: Final = 1
 READ_BYTES: Final = 1 << 20  # of a connection's buffer
 FIRST_SECONDS: Final = 10.0  # for the first frame
 _MAX_SAID: Final = 4000
+
+
+class NotHeld(Conflict):
+    """The engine does not hold the sandbox, or no longer: it pauses it, or stops. Another try finds who does."""
+
+
 # An error keeps its kind on the way, or becomes the nearest of these.
 _KINDS: Final[Mapping[str, type[SwarmError]]] = {
     kind.__name__: kind
     for kind in (
-        SwarmError, UsageError, NotFound, Conflict, LeaseLost, StoreError, HostError, NoSpace, ImageError, NoImage,
-        StepError, BootFailed, ChannelError, NotConfigured, OverBudget, OutcomeUnknown,
+        SwarmError, UsageError, NotFound, Conflict, NotHeld, LeaseLost, StoreError, HostError, NoSpace, ImageError,
+        NoImage, StepError, BootFailed, ChannelError, NotConfigured, OverBudget, OutcomeUnknown,
     )
 }  # fmt: skip
 
