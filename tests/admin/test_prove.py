@@ -14,7 +14,7 @@ import pytest
 
 from swarm.admin.prove import Report, VmFact, judge
 from swarm.model import ECHO_AGENT_ID, StepStatus, Succeeded
-from swarm.store.audit import AttemptFact, LogEntry, StepFact, TicketFact
+from swarm.store.audit import AttemptFact, LogEntry, SandboxFact, StepFact, TicketFact
 from swarm.store.store import Store
 from tests.store.databases import ECHO
 
@@ -50,8 +50,11 @@ class History:
     def running_steps(self) -> list[StepFact]:
         return self.steps
 
-    def loses_deletions(self) -> bool:
+    def loses_deletions(self, table: str) -> bool:
         return False
+
+    def sandboxes(self) -> list[SandboxFact]:
+        return []
 
     def renamed(self) -> list[str]:
         return []

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, RunStatus, StepStatus, TicketState
-from swarm.store.audit import AttemptFact, LogEntry, StepFact, TicketFact
+from swarm.admin.prove_sandboxes import Histories
+from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, RunStatus, SandboxState, StepStatus, TicketState
+from swarm.store.audit import AttemptFact, LogEntry, SandboxFact, StepFact, TicketFact
 
 # A worker that lost a lease learns of it within a second, and then kills its VM.
 _KILL_MS = 15_000.0
@@ -31,14 +32,15 @@ class AuditSource(Protocol):
     def attempts(self) -> Iterable[AttemptFact]: ...
     def running_steps(self) -> Iterable[StepFact]: ...
     def stalled(self) -> Iterable[str]: ...
-    def loses_deletions(self) -> bool: ...
+    def sandboxes(self) -> Iterable[SandboxFact]: ...
+    def loses_deletions(self, table: str) -> bool: ...
     def renamed(self) -> Iterable[str]: ...
     def without_artifacts(self) -> Iterable[tuple[str, int]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmFact:
-    """A VM of this host that serves an attempt."""
+    """A VM of this host that serves an attempt. A sandbox's has the id of its hold there."""
 
     n: int
     attempt_id: str | None
@@ -47,7 +49,7 @@ class VmFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
-    """A broken guarantee. ``id``: the ticket's, or 'VM 1001'."""
+    """A broken guarantee. ``id``: the ticket's, 'sandbox …', or 'VM 1001'."""
 
     id: str
     what: str
@@ -67,6 +69,9 @@ class Report:
     most_attempts: int = 0  # of one ticket
     lost_leases: int = 0
     refused: int = 0  # writes that the fence refused
+    sandboxes: int = 0
+    sandboxes_lost: int = 0
+    holds: int = 0  # of sandboxes
     waiting_for_an_engine: int = 0  # ended leases, while no engine runs that could take the step
     finished_twice: list[Violation] = field(default_factory=list)
     lost: list[Violation] = field(default_factory=list)
@@ -99,13 +104,14 @@ class _History:
 def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool = False) -> Report:
     """Replay the log and compare it with the rows."""
     report = Report()
-    histories = _replay(facts.log(), report)
+    sandboxes = Histories()
+    histories = _replay(facts.log(), report, sandboxes)
     # Rows of `tickets` that are gone without a trace: by whom?
     others = dict.fromkeys(facts.renamed(), "it got another id")
     why = (
         "its row is gone; Swarm's trigger, which records deletions, is gone too, or a unique index let a REPLACE do it"
     )
-    _check_tickets(facts.tickets(), histories, report, others, why if facts.loses_deletions() else "")
+    _check_tickets(facts.tickets(), histories, report, others, why if facts.loses_deletions("tickets") else "")
     ended = _check_attempts(facts.attempts(), histories, report, engine_alive=engine_alive)
     for id_, history in histories.items():
         for attempt, what in history.overlaps:
@@ -122,14 +128,40 @@ def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool 
         _add(report.lost, ticket_id, "its workflow is running, but nothing will continue it")
     for ticket_id, gone in facts.without_artifacts():
         _add(report.lost, ticket_id, f"{gone} of its artifacts (files, large values) are gone from the database")
-    report.slots_leaked += _leaked(vms, ended)
+    _check_sandboxes(facts, sandboxes, report, engine_alive=engine_alive)
+    report.slots_leaked += _leaked(vms, ended | sandboxes.closed)
     return report
 
 
-def _replay(log: Iterable[LogEntry], report: Report) -> dict[str, _History]:
+def _check_sandboxes(facts: AuditSource, sandboxes: Histories, report: Report, *, engine_alive: bool) -> None:
+    report.holds = sandboxes.holds
+    for fact in facts.sandboxes():
+        report.sandboxes += 1
+        report.sandboxes_lost += fact.state == SandboxState.LOST
+        if fact.hold_id is not None and not engine_alive:
+            report.waiting_for_an_engine += fact.expired_ms > 0
+        elif fact.expired_ms > _TAKEOVER_MS:
+            ago = f"{fact.expired_ms / 1000:.0f} s ago"
+            _add(report.lost, f"sandbox {fact.id}", f"its lease ended {ago}, and no engine took over")
+        sandboxes.compare(fact)
+    sandboxes.gone(traced=not facts.loses_deletions("sandboxes"))
+    for violations, found in (
+        (report.finished_twice, sandboxes.twice),
+        (report.lost, sandboxes.lost),
+        (report.unrecorded, sandboxes.unrecorded),
+        (report.changed_by_others, sandboxes.changed_by_others),
+    ):
+        for id_, what in found:
+            _add(violations, f"sandbox {id_}", what)
+
+
+def _replay(log: Iterable[LogEntry], report: Report, sandboxes: Histories) -> dict[str, _History]:
     histories: dict[str, _History] = {}
     begun: Counter[str] = Counter()  # attempts by ticket
     for entry in log:
+        if entry.sandbox_id is not None:
+            sandboxes.replay(entry)
+            continue
         history = histories.setdefault(entry.ticket_id, _History())
         if entry.kind == "refused":
             report.refused += 1

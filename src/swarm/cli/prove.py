@@ -37,7 +37,7 @@ async def prune(
         ),
     ],
 ) -> None:
-    """Remove old events (logs, transitions) of ended tickets. The tickets stay."""
+    """Remove old events (logs, transitions) of ended tickets and sandboxes. The tickets stay, such sandboxes go."""
 
     seconds = age_seconds(older_than)
     async with cli.store() as store:
@@ -90,6 +90,7 @@ def show(out: Out, report: Report) -> None:
             "unfinished": report.unfinished,
             "deleted": report.deleted,
             "attempts": f"{report.attempts} ({mean:.2f} per ticket, at most {report.most_attempts})",
+            "sandboxes": f"{report.sandboxes} ({counted(report.holds, 'hold')}, {report.sandboxes_lost} lost)",
             "leases lost": report.lost_leases,
             "writes refused (stale lease)": report.refused,
             "waiting for an engine": report.waiting_for_an_engine,

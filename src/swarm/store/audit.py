@@ -18,8 +18,8 @@ from swarm.store.sql.rows import lenient, milliseconds
 from swarm.store.tickets.changes import HAS_OTHERS, MENDED
 
 LOG: Final = Sql(
-    "SELECT seq, ticket_id, step_id, attempt_id, at, kind, data FROM events "
-    "WHERE kind IN ('transition', 'refused', 'deleted') AND at >= :since ORDER BY seq"
+    "SELECT seq, ticket_id, step_id, attempt_id, sandbox_id, at, kind, data FROM events "
+    "WHERE kind IN ('transition', 'refused', 'deleted', 'held', 'released', 'hold_lost') AND at >= :since ORDER BY seq"
 )
 TICKETS: Final = Sql(
     "SELECT t.id, t.state, t.run_id, r.status AS run_status, r.completed_at IS NOT NULL AS run_ended, "
@@ -49,9 +49,15 @@ STALLED: Final = Sql(
 )
 
 
+SANDBOXES: Final = Sql(
+    "SELECT id, state, hold_id, lease_until, ended_at FROM sandboxes WHERE created_at >= :since OR ended_at >= :since "
+    "OR state NOT IN ('ended', 'lost')"
+)
+
+
 UNTRACED: Final = Sql(
-    "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'tickets_deleted') "
-    "OR EXISTS (SELECT 1 FROM pragma_index_list('tickets') WHERE \"unique\" AND origin <> 'pk') AS untraced"
+    "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = :table || '_deleted') "
+    "OR EXISTS (SELECT 1 FROM pragma_index_list(:table) WHERE \"unique\" AND origin <> 'pk') AS untraced"
 )
 # Files and large values: Swarm deletes none that a ticket uses.
 WITHOUT_ARTIFACTS: Final = Sql(
@@ -65,7 +71,8 @@ RENAMED: Final = Sql(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """``of``, ``before``, ``after``: of a transition ('ticket' or 'step', and its states)."""
+    """``of``, ``before``, ``after``: of a transition ('ticket', 'step' or 'sandbox', and its states). ``hold``: of a
+    sandbox, whose it is; ``age_ms``: time since then."""
 
     seq: int
     ticket_id: str
@@ -76,6 +83,20 @@ class LogEntry:
     mended: bool = False  # by Swarm's upkeep, since another program had changed rows
     step_id: str | None = None
     attempt_id: str | None = None
+    sandbox_id: str | None = None
+    hold: str | None = None
+    age_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxFact:
+    """``expired_ms``: time since its lease ended, if it is held."""
+
+    id: str
+    state: str
+    hold_id: str | None = None
+    has_end: bool = False  # the time of its end
+    expired_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +135,8 @@ class StepFact:
 
 
 TRIGGERS: Final = (
-    *("tickets_deleted", "tickets_touched", "tickets_inserted", "tickets_created_changed"),
+    *("tickets_deleted", "tickets_touched", "tickets_inserted", "tickets_created_changed", "tickets_snapshots"),
+    *("sandboxes_deleted", "sandboxes_inserted"),
     *("workflows_added", "workflows_changed", "workflows_removed"),
 )
 _NAMES: Final = Sql("SELECT name FROM sqlite_master WHERE type IN ('table', 'index', 'trigger')")
@@ -135,10 +157,10 @@ class Audit:
         present = {row.name for row in self._tx.all(_NAMES)}
         return [str(name) for name in (*metadata.tables, *indexes, *TRIGGERS) if name not in present]
 
-    def loses_deletions(self) -> bool:
-        """Can a ticket's row be gone without a trace? Without our trigger, or by a REPLACE that meets a unique index of
-        another program, which runs no trigger."""
-        return bool(self._tx.first(UNTRACED).untraced)  # type: ignore[union-attr]
+    def loses_deletions(self, table: str) -> bool:
+        """Can a row of `tickets` or `sandboxes` be gone without a trace? Without our trigger, or by a REPLACE that
+        meets a unique index of another program, which runs no trigger."""
+        return bool(self._tx.first(UNTRACED, table=table).untraced)  # type: ignore[union-attr]
 
     def renamed(self) -> Iterator[str]:
         """The former ids of tickets that got another one."""
@@ -151,6 +173,7 @@ class Audit:
             yield lenient(row.id) or "", row.gone
 
     def log(self) -> Iterator[LogEntry]:
+        now = self._tx.now_ms
         for row in self._tx.stream(LOG, since=self.since):
             data: Any = None
             with contextlib.suppress(TypeError, ValueError):  # another tool wrote it: not a transition
@@ -166,6 +189,9 @@ class Audit:
                 mended=data.get("why") == MENDED,
                 step_id=row.step_id,
                 attempt_id=row.attempt_id,
+                sandbox_id=lenient(row.sandbox_id),
+                hold=str(data["hold"]) if "hold" in data else None,
+                age_ms=max(0.0, now - (milliseconds(row.at) or now)) if row.sandbox_id is not None else 0.0,
             )
 
     def tickets(self) -> Iterator[TicketFact]:
@@ -191,6 +217,18 @@ class Audit:
                 owns_step=row.owner == row.id,
                 expired_ms=max(0.0, now - row.lease_until) if row.outcome is None else 0.0,
                 ended_ms=max(0.0, now - (milliseconds(row.ended_at) or now)),
+            )
+
+    def sandboxes(self) -> Iterator[SandboxFact]:
+        now = self._tx.now_ms
+        for row in self._tx.stream(SANDBOXES, since=self.since):
+            until = row.lease_until if isinstance(row.lease_until, int | float) else now
+            yield SandboxFact(
+                id=lenient(row.id) or "",
+                state=lenient(row.state) or "",
+                hold_id=lenient(row.hold_id),
+                has_end=row.ended_at is not None,
+                expired_ms=max(0.0, now - until) if row.hold_id is not None else 0.0,
             )
 
     def running_steps(self) -> Iterator[StepFact]:

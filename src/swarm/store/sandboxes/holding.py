@@ -7,6 +7,8 @@ where it is taken. So one row that can't be changed, because of what another pro
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
@@ -31,11 +33,11 @@ from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Due, lenient, message, new_id
 from swarm.store.tickets import validation
+from swarm.store.tickets.changes import MENDED
 from swarm.store.tickets.validation import BadRow, shown, storable
 
 DEFAULT_MEMORY_MB: Final = 256
 TRIES: Final = 3  # engines that may die while they start or resume it
-CHANGED: Final = "changed from outside"
 _AT_ONCE: Final = 100
 
 _ROW: Final = f"SELECT {SANDBOX_COLUMNS}, b.lease_until FROM sandboxes b WHERE "
@@ -67,7 +69,7 @@ NEXT: Final = Sql(
 _SNAPSHOT: Final = Sql(f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.id = :id")
 _HOLD: Final = one_row(
     "UPDATE sandboxes SET hold_id = :hold_id, worker = :worker, host = :host, lease_until = :lease_until, "
-    "ends_at = :ends_at, error = NULL, wanted = :wanted WHERE id = :id AND hold_id IS NULL"
+    "ends_at = :ends_at, ended_at = NULL, error = NULL, wanted = :wanted WHERE id = :id AND hold_id IS NULL"
 )
 _LET_GO: Final = one_row("UPDATE sandboxes SET hold_id = NULL, lease_until = NULL, vm_id = NULL WHERE id = :id")
 _RENEW: Final = one_row("UPDATE sandboxes SET lease_until = :lease_until WHERE id = :id")
@@ -82,6 +84,10 @@ _PAUSED: Final = one_row(
     "wanted = CASE wanted WHEN 'paused' THEN NULL ELSE wanted END WHERE id = :id"
 )
 _DROP_PAUSE: Final = Sql("DELETE FROM snapshots WHERE sandbox_id = :id AND kind = 'pause' AND id <> :but")
+_LAST_HOLD: Final = Sql(
+    "SELECT kind, data FROM events WHERE sandbox_id = :id "
+    "AND kind IN ('held', 'released', 'hold_lost', 'transition', 'deleted') ORDER BY seq DESC LIMIT 1"
+)
 _LOST_HOLDS: Final = Sql(
     "SELECT count(*) AS number FROM events e WHERE e.sandbox_id = :id AND e.kind = 'hold_lost' AND e.seq > COALESCE("
     "(SELECT max(d.seq) FROM events d WHERE d.sandbox_id = :id AND d.kind IN ('transition', 'deleted')), 0)"
@@ -197,6 +203,7 @@ def _hold(
     if ends_at is None and one.ttl_seconds is not None:
         ends_at = tx.now_ms + round(one.ttl_seconds * 1000)
     worker, host = request.worker, request.host
+    _close_former(tx, one.id)
     tx.run(
         _HOLD, id=one.id, hold_id=hold_id, worker=worker, host=host, lease_until=until, ends_at=ends_at,
         wanted=one.wanted,
@@ -210,6 +217,17 @@ def _hold(
         resumes=resumes,
         memory_mb=memory_mb,
     )
+
+
+def _close_former(tx: Tx, id: str) -> None:
+    """Another program took it from a holder, who will learn that: the log tells that nobody held it twice."""
+    last = tx.first(_LAST_HOLD, id=id)
+    if last is None or last.kind not in ("held", "transition"):
+        return
+    with contextlib.suppress(ValueError, TypeError, AttributeError):  # another program wrote it
+        data = json.loads(last.data)
+        if last.kind == "held" or data.get("to") == SandboxState.RUNNING:
+            event(tx, id, "released", hold=data.get("hold"), why=MENDED)
 
 
 def _end_unclean(tx: Tx, id: object) -> None:
@@ -235,7 +253,7 @@ def _over(tx: Tx, row: Row) -> tuple[SandboxState, str | None, str | None] | Non
         return SandboxState.ENDED, rows.unknown_state(row.state), None
     if row.state == SandboxState.RUNNING:
         error = "only Swarm sets the state 'running', and no engine holds this sandbox; a new one is 'starting'"
-        return (SandboxState.LOST if row.started_at else SandboxState.ENDED), error, CHANGED
+        return (SandboxState.LOST if row.started_at else SandboxState.ENDED), error, MENDED
     if row.wanted == SandboxState.ENDED:
         return SandboxState.ENDED, None, "wanted"
     if _time_is_over(tx, row):
@@ -331,9 +349,9 @@ def _asked(tx: Tx, row: Row) -> str | None:
 def _taken_back(tx: Tx, row: Row) -> None:
     """Another program ended one that is held, or gave it a state that there is not."""
     if row.state in TERMINAL_SANDBOX_STATES:
-        end(tx, row, SandboxState(row.state), error=lenient(row.error), why=CHANGED)
+        end(tx, row, SandboxState(row.state), error=lenient(row.error), why=MENDED)
     else:
-        end(tx, row, SandboxState.ENDED, error=rows.unknown_state(row.state), why=CHANGED)
+        end(tx, row, SandboxState.ENDED, error=rows.unknown_state(row.state), why=MENDED)
 
 
 def used(tx: Tx, hold_ids: Collection[str]) -> None:
