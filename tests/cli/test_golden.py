@@ -126,6 +126,10 @@ def _workflow_run(db: sqlite3.Connection) -> None:
             agent_version="1.0.0", duration_ms=ms, error=error, question=question,
             started_at=_THEN if ms else None,
         )  # fmt: skip
+    _insert(
+        db, "attempts", id="a-3", step_execution_id="r3-0", number=1, worker="host-1", lease_until=0, exit_code=2,
+        outcome="failed", reason="agent_failed", started_at=_THEN, ended_at=_THEN.replace("00.000", "12.345"),
+    )  # fmt: skip
 
 
 def _files(db: sqlite3.Connection) -> None:

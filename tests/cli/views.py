@@ -30,6 +30,7 @@ COMMANDS: Final = {
     "image-list": "swarm image list",
     "secret-list": "swarm secret list",
     "template-list": "swarm template list",
+    "ticket-diff": "swarm ticket diff 019c1f6e-0000-7000-8000-000000000001 release-3:build",
     "ticket-files": "swarm ticket files 019c1f6e-0000-7000-8000-000000000001",
     "ticket-list": "swarm ticket list",
     "ticket-logs": "swarm ticket logs 019c1f6e-0000-7000-8000-000000000001",

@@ -11,6 +11,7 @@ from swarm.cli import (
     artifact,
     bench,
     cost,
+    diff,  # noqa: F401  a command of `ticket`
     files,  # noqa: F401  commands of `ticket`
     image,
     install,
