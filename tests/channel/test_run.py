@@ -425,6 +425,19 @@ async def test_a_daemon_dies_with_its_agent(guest: Guest) -> None:
     assert not alive(int((guest.work / "pid").read_text()))
 
 
+@pytest.mark.parametrize("warm", [False, True])
+async def test_what_an_agent_leaves_on_purpose_lives_until_the_next_has_ended(guest: Guest, warm: bool) -> None:
+    for code in (3, 0):  # one that failed leaves nothing
+        start = f"sleep 1000 & echo $!; sleep 1000 >/dev/null & echo $!; exit {code}"
+        program = f"import subprocess, sys; sys.exit(subprocess.run(['sh', '-c', {start!r}]).returncode)"
+        ended = await (guest.python(program, leaves=True) if warm else guest.sh(start, leaves=True))
+        pids, guest.output["stdout"] = guest.output["stdout"].split(), b""
+        assert (ended.code, ended.clean, len(pids)) == (code, True, 2)
+        assert [alive(pid) for pid in pids] == [code == 0] * 2
+    ended = await guest.sh("exit 0")
+    assert ended.clean and not any(alive(pid) for pid in pids)
+
+
 async def test_a_process_that_never_stays(guest: Guest) -> None:
     """Each generation forks the next and ends, faster than /proc can be read."""
     ended = await guest.python(f"import os\nif os.fork() == 0:\n    exec({COMET!r})\n")

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from swarm.engine.dispatch import Dispatcher
     from swarm.engine.egress import Egress
     from swarm.engine.engine import Engine
-    from swarm.engine.files import FileStore
     from swarm.engine.sandboxes import Sandboxes
     from swarm.engine.values import Values
     from swarm.engine.worker import Ended, Worker
@@ -171,13 +170,12 @@ def launcher(settings: Settings, chosen: Choice, *, clones: bool = True) -> Laun
     )
 
 
-def engine(
-    settings: Settings, vms: Launcher, host_egress: Egress, values: Values, *, files: FileStore | None
-) -> Engine:
+def engine(settings: Settings, vms: Launcher, host_egress: Egress, values: Values, *, files: Store | None) -> Engine:
     """Runs one attempt in a VM of this launcher. ``files``: of tickets, whose agents are registered; None: agents from
     anywhere, for one-off runs."""
     from swarm.agents import Installed
     from swarm.engine.engine import Engine, Limits
+    from swarm.engine.kept import Keeper
 
     return Engine(
         launcher=vms,
@@ -188,6 +186,7 @@ def engine(
         values=values,
         installed=Installed(settings.agents) if files is not None else None,
         files=files,
+        keeper=Keeper(launcher=vms, snapshots=snapshots(settings), rows=files) if files is not None else None,
     )
 
 

@@ -378,8 +378,9 @@ class Channel:
         on_output: Callable[[str, bytes], None] | None = None,
         ready: Callable[[], Awaitable[None]] | None = None,
         max_output_bytes: int = 16 << 20,
+        leaves: bool = False,
     ) -> Exit:
-        """Run a program to its end. Nothing that it started outlives it.
+        """Run a program to its end. Nothing that it started outlives it, unless it ``leaves`` that and ends with 0.
 
         ``warm``: ``argv[0]`` is a Python file, run in a fork of the guest's interpreter; otherwise it is executed.
         ``env`` is added to PATH, HOME, USER, LOGNAME, LANG, SWARM_WORK, SWARM_AGENT. ``on_start`` is called once, when
@@ -395,7 +396,7 @@ class Channel:
         if not argv or any("\0" in text for text in (*argv, *(env or {}), *(env or {}).values())):
             raise UsageError("argv is empty, or argv or env has a NUL character in it")
         emit = on_output or (lambda stream, data: None)
-        order = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "user": user, "warm": warm}
+        order = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "user": user, "warm": warm, "leaves": leaves}
         limits = {"timeout": timeout_seconds, "idle_timeout": idle_timeout_seconds, "max_output": max_output_bytes}
         started_at: float | None = None
         received = 0

@@ -12,6 +12,7 @@ import errno
 import signal
 from collections import deque
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,8 @@ from swarm.channel import Exit
 from swarm.engine import files as ticket_files
 from swarm.engine.egress import AttemptEgress, Egress
 from swarm.engine.files import FileStore, Left
+from swarm.engine.kept import AGENT_DIR as AGENT_DIR
+from swarm.engine.kept import EVENT, WORK_DIR, Keeper, clear
 from swarm.engine.values import OUTPUT_FILE, Values
 from swarm.errors import (
     AgentFailed,
@@ -38,6 +41,7 @@ from swarm.errors import (
     NoImage,
     NoSpace,
     NotFound,
+    OutcomeUnknown,
     OutputInvalid,
     OverBudget,
     StepError,
@@ -52,7 +56,6 @@ from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
 log = logger(__name__)
 
-WORK_DIR, AGENT_DIR = "/work", "/agent"
 INPUT_FILE = "input.json"
 # How long an agent may keep running after a budget has refused it a call.
 _OVER_BUDGET_SECONDS = 20.0
@@ -102,7 +105,7 @@ class Limits:
 
 class Engine:
     """``installed``: which agents may run, whatever their rows say; None for agents that don't come from rows.
-    ``files``: where tickets' files are kept; None for runs without a ticket."""
+    ``files``: where tickets' files are kept, and ``keeper``: their VMs; None for runs without a ticket."""
 
     def __init__(
         self,
@@ -115,8 +118,10 @@ class Engine:
         values: Values,
         installed: Installed | None,
         files: FileStore | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self._installed = installed
+        self._keeper = keeper
         self._files = files
         self._launcher = launcher
         self._images = images
@@ -133,7 +138,7 @@ class Engine:
         """
         tail = _OutputTail(watcher)
         try:
-            return Succeeded(outputs=await self._run(claim, watcher, timeline, tail))
+            return await self._run(claim, watcher, timeline, tail)
         except StepError as error:
             if _host_exhausted(error):
                 raise
@@ -173,29 +178,23 @@ class Engine:
         finally:
             timeline.mark("stopped")
 
-    async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _OutputTail) -> str:
+    async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _OutputTail) -> Succeeded:
         agent = claim.agent
         if self._installed is not None:
             await self._installed.check(agent)
         given, places = await self._values.input_json(claim)  # checked before a VM is started
         grant = await self._egress.grant(claim)
-        image = await self._image(agent)
-        spec = vm_spec(agent, image, await self._layers.find(agent, image))
-        assignment = Assignment(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
         async with (
             self._egress.attempt(grant, watcher.record) as egress,
-            self._launcher.vm(
-                spec,
-                assignment,
-                timeline,
-                on_build=lambda seconds: watcher.record("template", {"about_seconds": seconds}),
-            ) as live,
+            await self._vm(claim, watcher, timeline) as live,
         ):
             try:
                 await watcher.placed(live.n)
                 await egress.open(lambda port: self._launcher.listen(live, port))
                 tail.redactor = egress.redactor
                 timeline.mark("renewed")
+                if claim.source is not None:
+                    await clear(live)
                 await live.while_alive(_send_files(live, agent, given))
                 if places:
                     await live.while_alive(ticket_files.send(live.channel, self._files, claim.ticket.id, places))
@@ -219,7 +218,11 @@ class Engine:
                     {ticket_files.OUT: left.digest} if left is not None else {},
                 )
                 timeline.mark("collected")
-            except StepError:
+                left_vm = await self._keeper.leave(claim, live) if self._keeper is not None else None
+                await self._keep_vm(claim, live, watcher, failed=egress.over_budget is not None)
+            except StepError as error:
+                if not isinstance(error, OutcomeUnknown):
+                    await self._keep_vm(claim, live, watcher, failed=True)
                 if (reason := egress.over_budget) is not None:  # the cause of any later failure of the agent
                     raise OverBudget(reason) from None
                 raise
@@ -229,7 +232,25 @@ class Engine:
                     watcher.record("egress", {"via": "tap", "refused": "source", "frames": frames})
         if (reason := egress.over_budget) is not None:
             raise OverBudget(reason, outputs=outputs)
-        return outputs
+        return Succeeded(outputs=outputs, snapshot_id=left_vm)
+
+    async def _vm(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> AbstractAsyncContextManager[LiveVm]:
+        """The VM of its agent's own, or a fork of the one that another step left."""
+        agent, assignment = claim.agent, Assignment(ticket_id=claim.ticket.id, attempt_id=claim.attempt_id)
+        if self._keeper is not None and (source := await self._keeper.source(claim)) is not None:
+            return self._launcher.restored(source, assignment, timeline, fork=True)
+        image = await self._image(agent)
+        spec = vm_spec(agent, image, await self._layers.find(agent, image))
+        return self._launcher.vm(
+            spec,
+            assignment,
+            timeline,
+            on_build=lambda seconds: watcher.record("template", {"about_seconds": seconds}),
+        )
+
+    async def _keep_vm(self, claim: Claim, live: LiveVm, watcher: Watcher, *, failed: bool) -> None:
+        if self._keeper is not None and (told := await self._keeper.keep(claim, live, failed=failed)) is not None:
+            watcher.record(EVENT, told)
 
     async def _image(self, agent: Agent) -> Image:
         try:
@@ -269,6 +290,7 @@ class Engine:
                 on_output=tail.add,
                 ready=tail.ready,
                 max_output_bytes=self._limits.printed_bytes,
+                leaves=claim.is_source,
             )
         except GuestSilent as error:
             why = await self._launcher.why_silent(live)

@@ -328,6 +328,7 @@ class Zygote:
         self.status: int | None = None
         self.ended_ns = self.cpu_us = self.max_rss_kb = 0
         self.programs: dict[str, tuple[int, int]] = {}  # those of `exec`: key -> pid, descriptor for their end
+        self.leaves = False  # what the agent started outlives it, if it ends with 0
         faulthandler.enable(2)  # every agent inherits it: the stacks of one that crashes are in its stderr
         self.wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -368,6 +369,8 @@ class Zygote:
                         return job
                 elif order["op"] in ("signal", "end", "stop", "continue"):
                     self.command(order, fds)
+                elif order["op"] == "leave":
+                    self.leaves = True
                 elif order["op"] == "abort" and self.main and self.status is None:
                     os.kill(self.main, signal.SIGABRT)
                 elif order["op"] == "kill" and self.main and self.status is None:
@@ -464,7 +467,8 @@ class Zygote:
                 os.close(fd)
 
     def finish(self) -> None:
-        clean = self.kill_and_reap_all()
+        clean = (self.leaves and self.status == 0) or self.kill_and_reap_all()
+        self.leaves = self.leaves and self.status is None  # not for the waiting process that was not used
         code = os.waitstatus_to_exitcode(self.status) if self.status is not None else -signal.SIGKILL
         done = {"exit": code, "ended_ns": self.ended_ns, "cpu_us": self.cpu_us}
         self.tell({**done, "max_rss_kb": self.max_rss_kb, "clean": clean})
@@ -493,8 +497,8 @@ class Zygote:
                 return True
             if dead is None:
                 return False
-            if dead.si_pid == self.main:  # not yet waited for, so its process group can't be another's
-                try:
+            if dead.si_pid == self.main and not (self.leaves and (dead.si_code, dead.si_status) == (os.CLD_EXITED, 0)):
+                try:  # not yet waited for, so its process group can't be another's
                     os.killpg(self.main, signal.SIGKILL)
                 except ProcessLookupError:  # it died before it had a group
                     pass
@@ -2879,6 +2883,7 @@ class Run:
         self.id = head["id"]
         self.user, self.order = agentd.make_order(head)
         self.order.update(op="run", warm=bool(head.get("warm")))
+        self.leaves = bool(head.get("leaves"))
         now = time.monotonic()
         self.received_ns = time.monotonic_ns()
         self.timeout = number(head, "timeout")
@@ -2926,6 +2931,8 @@ class Run:
 
     def start(self, stdin: bytes) -> AgentLinks:
         """Start the agent: in the waiting process if it fits, else in a new one."""
+        if self.leaves:
+            self.agentd.order({"op": "leave"})
         links, self.agentd.next = self.agentd.next, None
         if links is not None:
             if self.user == "agent" and not stdin and links.tell(self.order):

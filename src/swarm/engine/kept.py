@@ -1,0 +1,113 @@
+"""VMs that outlive their attempt, as snapshots: for a person who looks into them, and for steps that start in forks.
+
+The files come first, then the row that names them: what has no row is collected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from swarm.base.log import logger
+from swarm.channel import guest_files
+from swarm.channel.conversation import Open
+from swarm.engine.values import OUTPUT_FILE
+from swarm.errors import ImageError, NotFound, StepError, SwarmError
+from swarm.model import Claim, FailureReason, KeepVm, Snapshot
+from swarm.vm import driver
+from swarm.vm.launcher import Launcher, LiveVm
+from swarm.vm.snapshots import Snapshots, spec_as_json
+
+log = logger(__name__)
+
+EVENT: Final = "vm_kept"
+WORK_DIR, AGENT_DIR = "/work", "/agent"
+
+
+class Rows(Protocol):
+    async def add_snapshot(self, snapshot: Snapshot, *, keep_seconds: float | None = None) -> Snapshot: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeper:
+    """Writes and finds them on this host. ``rows``: the store."""
+
+    launcher: Launcher
+    snapshots: Snapshots
+    rows: Rows
+
+    async def source(self, claim: Claim) -> driver.Snapshot | None:
+        """The snapshot in a fork of which the step starts. Raises StepError if it is gone or damaged."""
+        if claim.source is None:
+            return None
+        try:
+            if claim.source:
+                return await self.snapshots.find(claim.source)
+            why = "it was removed"
+        except (NotFound, ImageError) as error:
+            why = str(error)
+        raise StepError(
+            f"the VM that the step starts from is not there any more: {why}; `swarm ticket retry` makes it again",
+            reason=FailureReason.HOST_ERROR, retryable=False,
+        )  # fmt: skip
+
+    async def leave(self, claim: Claim, live: LiveVm) -> str | None:
+        """For steps that start in forks of this one's VM: a snapshot of it, which goes on. Returns its id. Raises
+        SwarmError: without it, the step is not done."""
+        if not claim.is_source:
+            return None
+        made = await self._write(claim, live, kind="step", pause=False, keep_seconds=None)
+        return made.id
+
+    async def keep(self, claim: Claim, live: LiveVm, *, failed: bool) -> Mapping[str, object] | None:
+        """For a person, if anybody wants that: a snapshot of the VM, which ends. What there is to tell. Never raises a
+        SwarmError: the attempt has ended, and this is no part of it."""
+        if claim.keep_vm is KeepVm.NEVER or (claim.keep_vm is KeepVm.FAILURE and not failed):
+            return None
+        try:
+            made = await self._write(claim, live, kind="attempt", pause=True, keep_seconds=claim.keep_vm_seconds)
+        except SwarmError as error:
+            log.warning("the VM of an attempt could not be kept", ticket=claim.ticket.id, error=str(error))
+            return {"error": f"the VM could not be kept: {error}"}
+        return {"snapshot": made.id, "bytes": made.size_bytes, "seconds": claim.keep_vm_seconds, "host": made.host}
+
+    async def _write(
+        self, claim: Claim, live: LiveVm, *, kind: str, pause: bool, keep_seconds: float | None
+    ) -> Snapshot:
+        async with self.snapshots.stage() as stage:
+            write = self.launcher.pause if pause else self.launcher.save
+            made = await write(live, stage)
+            row = Snapshot(
+                id=made.id,
+                kind=kind,
+                host=socket.gethostname(),
+                project_id=claim.ticket.project_id,
+                ticket_id=claim.ticket.id,
+                step_id=claim.step_id,
+                attempt_id=claim.attempt_id,
+                spec=json.dumps(spec_as_json(made.spec)),
+                digest=made.digest,
+                size_bytes=made.size_bytes,
+                secrets=bool(claim.agent.secrets) or claim.source is not None,
+            )
+            try:
+                return await self.rows.add_snapshot(row, keep_seconds=keep_seconds)
+            except BaseException:
+                await self.snapshots.remove(made.id)
+                raise
+
+
+async def clear(live: LiveVm) -> None:
+    """Remove what the agent before left in a fork that the next one could take for its own. Processes stay."""
+    await live.while_alive(_clear(live.channel.converse))
+
+
+async def _clear(guest: Open) -> None:
+    names = [f"{AGENT_DIR}/{one.name}" for one in (await guest_files.list_dir(guest, AGENT_DIR, user="root")).entries]
+    for name in (*names, f"{WORK_DIR}/{OUTPUT_FILE}"):
+        with contextlib.suppress(NotFound):
+            await guest_files.remove(guest, name, user="root", recursive=True)
