@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
+import asyncssh
 import pytest
 
 from swarm.app import wiring
 from swarm.base.clock import Timeline
+from swarm.base.process import run
+from swarm.channel import Channel, processes
+from swarm.channel.guest import Guest
+from swarm.channel.processes import Order
 from swarm.config import Settings
-from swarm.errors import ImageError, NoSpace, NotFound
-from swarm.vm.driver import Image, Snapshot, VmSpec
+from swarm.errors import ChannelError, ImageError, NoSpace, NotFound, SwarmError
+from swarm.vm.driver import BASE_UID, Image, Snapshot, VmSpec
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.snapshots import Snapshots
 
@@ -35,12 +45,10 @@ def names(snapshots: Snapshots) -> list[str]:
 
 
 async def sh(live: LiveVm, command: str) -> str:
-    said = bytearray()
-    ended = await live.channel.run(
-        ["/bin/sh", "-c", command], user="root", timeout_seconds=60, on_output=lambda _, data: said.extend(data)
-    )
-    assert ended.code == 0, said
-    return said.decode().strip()
+    order = Order(argv=["/bin/sh", "-c", command], user="root", timeout_seconds=60)
+    done = await processes.run(live.channel.converse, order)
+    assert done.ended.code == 0, done
+    return done.stdout.decode().strip()
 
 
 @asynccontextmanager
@@ -145,3 +153,157 @@ async def test_the_manifest_tells_no_seed(launcher: Launcher, snapshots: Snapsho
         saved = await launcher.save(live, stage)
     manifest = json.loads((saved.dir / "snapshot.json").read_text())
     assert live.identity.seed.hex() not in json.dumps(manifest)
+
+
+# --- forks ------------------------------------------------------------------------------------------------------------
+
+# Goes on for as long as its VM: each line has what two forks may not share, and when.
+_WITNESS = """
+import os, time
+def read(path):
+    with open(path) as file:
+        return file.read().strip()
+with open("/run/witness", "a", buffering=1) as out:
+    while True:
+        random = os.urandom(8).hex(), read("/proc/sys/kernel/random/uuid")
+        print(read("/etc/machine-id"), os.uname().nodename, *random, int(time.time()), file=out)
+        time.sleep(0.1)
+"""
+
+
+async def test_forks_share_nothing_that_must_differ_and_no_program_of_theirs_runs_before(
+    launcher: Launcher, snapshots: Snapshots, spec: VmSpec
+) -> None:
+    async with AsyncExitStack() as stack:
+        parent = await stack.enter_async_context(a_vm(launcher, spec))
+        order = Order(argv=["/usr/bin/python3", "-S", "-c", _WITNESS], user="root", background=True)
+        guest = Guest(parent.vm.endpoint, parent.identity.token)
+        stack.push_async_callback(guest.close)
+        async with processes.start(guest.open, order):
+            pass
+        await sh(parent, "until [ -s /run/witness ]; do sleep 0.1; done; hostname > /work/where")
+        async with snapshots.stage() as stage:
+            saved = await launcher.save(parent, stage)
+        forks = [await stack.enter_async_context(going_on(launcher, snapshots, saved, fork=True)) for _ in range(2)]
+        known = await sh(forks[0], "cat /run/witness")
+        lines: list[list[str]] = []
+        for live in (*forks, parent):
+            # The line that was being made when the snapshot was taken may be of both; the last one may be torn.
+            own = f"until [ $(grep -c {live.identity.machine_id} /run/witness) -gt 4 ]; do sleep 0.3; done"
+            await sh(live, own)
+            lines.append((await sh(live, "cat /run/witness")).splitlines())
+            assert await sh(live, "cat /work/where") == parent.identity.hostname
+        common = next(n for n, line in enumerate(lines[0]) if any(own[n] != line for own in lines))
+        assert 0 < common <= len(known.splitlines())
+        after = [[line.split() for line in own[common + 1 : -1]] for own in lines]
+        for live, said in zip((*forks, parent), after, strict=True):
+            assert {line[0] for line in said} == {live.identity.machine_id}
+            assert {line[1] for line in said} == {live.identity.hostname}
+            assert all(abs(int(line[4]) - time.time()) < 120 for line in said)
+        for column in (2, 3):
+            values = [line[column] for said in after for line in said]
+            assert len(set(values)) == len(values), "two of them drew the same random bytes"
+        keys = [await host_key(live) for live in forks]
+        assert keys[0] != keys[1]
+        assert len({live.identity.token for live in (*forks, parent)}) == 3
+        assert len({live.vm.endpoint.host for live in (*forks, parent)}) == 3
+        for live in forks:  # the parent's connection, which was open, is gone; the parent's token opens nothing
+            assert await established(live) == 1
+            with pytest.raises(ChannelError):
+                async with Channel.connect(live.vm.endpoint, token=parent.identity.token, timeout_seconds=10):
+                    pass
+        for live in (*forks, parent):
+            assert abs((await live.channel.hello()).clock_ns - time.time_ns()) < 0.3e9
+
+
+async def host_key(live: LiveVm) -> str:
+    key = await asyncssh.get_server_host_key(live.vm.endpoint.host, config=None)
+    assert key is not None
+    return key.export_public_key().decode()
+
+
+async def established(live: LiveVm) -> int:
+    """Connections of agentd that the guest knows of."""
+    return int(await sh(live, "grep -c ':0400 [0-9A-F:]* 01 ' /proc/net/tcp"))
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+async def test_a_full_disk_costs_the_snapshot_and_not_the_vm(
+    launcher: Launcher, settings: Settings, spec: VmSpec, tmp_path: Path
+) -> None:
+    full = tmp_path / "small"
+    full.mkdir()
+    await run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(full)])
+    try:
+        snapshots = wiring.snapshots(settings.model_copy(update={"snapshots_dir": full / "snapshots"}))
+        async with a_vm(launcher, spec) as live:
+            for take in (launcher.save, launcher.pause):
+                with pytest.raises(NoSpace, match="the snapshot was not taken"):
+                    async with snapshots.stage() as stage:
+                        await take(live, stage)
+                assert names(snapshots) == []
+                assert await sh(live, "echo alive") == "alive"
+    finally:
+        await run(["umount", str(full)])
+
+
+async def test_a_cancelled_or_failed_snapshot_leaves_the_vm_running(
+    launcher: Launcher, snapshots: Snapshots, spec: VmSpec
+) -> None:
+    async with a_vm(launcher, spec) as live:
+        qmp = cast(Any, live.vm)._qmp
+        for event, take in (("STOP", launcher.save), ("STOP", launcher.pause)):
+            with pytest.raises(asyncio.CancelledError):
+                async with snapshots.stage() as stage:
+                    with qmp.listener(event) as stops:
+                        taking = asyncio.create_task(take(live, stage))
+                        await stops.get()  # it stands still
+                        taking.cancel()
+                    await taking
+            assert names(snapshots) == []
+            assert await sh(live, "echo alive") == "alive"
+        with pytest.raises(ZeroDivisionError):
+            async with snapshots.stage() as stage, live.vm.pausing(stage.dir, freeze=live.freeze):
+                _ = 1 / 0
+        await live.thaw()
+        assert await sh(live, "echo alive") == "alive"
+
+
+async def test_a_vm_that_dies_while_it_is_saved_is_told(launcher: Launcher, snapshots: Snapshots, spec: VmSpec) -> None:
+    async with a_vm(launcher, spec) as live:
+
+        async def freeze() -> None:
+            os.kill(live.vm.pid, signal.SIGKILL)
+            await live.vm.wait()
+
+        with pytest.raises(SwarmError):
+            async with snapshots.stage() as stage:
+                await live.vm.save(stage.dir, freeze=freeze)
+        assert names(snapshots) == []
+
+
+async def test_a_guest_that_stops_by_itself_is_still_ended_after_it_was_saved(
+    launcher: Launcher, snapshots: Snapshots, spec: VmSpec
+) -> None:
+    async with a_vm(launcher, spec) as live:
+        async with snapshots.stage() as stage:
+            await launcher.save(live, stage)
+        await cast(Any, live.vm)._qmp.execute("stop")  # as after an error of its CPU
+        async with asyncio.timeout(10):
+            assert "stopped the guest by itself" in await live.vm.wait()
+
+
+async def test_a_fork_is_confined_as_a_clone_is(launcher: Launcher, snapshots: Snapshots, spec: VmSpec) -> None:
+    async with a_vm(launcher, spec) as parent, snapshots.stage() as stage:
+        saved = await launcher.save(parent, stage)
+    async with going_on(launcher, snapshots, saved, fork=True) as live:
+        status = Path(f"/proc/{live.vm.pid}/status").read_text()
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        uid = BASE_UID + live.n
+        assert fields["Uid"].split() == fields["Gid"].split() == [str(uid)] * 4
+        assert fields["Groups"].split() == [str(BASE_UID)]  # of the memory files of snapshots
+        assert (fields["CapEff"], fields["NoNewPrivs"], fields["Seccomp"]) == ("0" * 16, "1", "2")
+        assert (saved.dir / "memory").stat().st_mode & 0o777 == 0o660
+        assert (saved.dir / "memory").stat().st_gid == BASE_UID

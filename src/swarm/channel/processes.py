@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -305,8 +306,8 @@ async def freeze(open_: Open) -> None:
 
 
 async def thaw(open_: Open) -> None:
-    """Let all programs go on. Nothing happens if they are not frozen."""
-    await _ask(open_, "thaw", {})
+    """Let the programs go on. A VM's clock, which stood still with it, is set. Raises ChannelError."""
+    await _ask(open_, "thaw", {"wall_ns": time.time_ns()})
 
 
 async def _ask(open_: Open, op: str, fields: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.log import logger
 from swarm.base.process import start_time
-from swarm.channel import Channel, Identity, Renewed, freezing
+from swarm.channel import Channel, Identity, Renewed, processes
 from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, StepError
 from swarm.model import FailureReason
 from swarm.vm.driver import Vm, VmSpec
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 # After the channel broke, the VMM has this long to end, so that the error names the real cause.
 _EXIT_SECONDS = 2.0
+_FREEZE_SECONDS = 30.0  # agentd gives programs less to stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +54,28 @@ class LiveVm:
         return await while_alive(self.vm, work)
 
     async def freeze(self) -> None:
-        """Stop all programs of the guest. Raises ChannelError, OutcomeUnknown."""
-        await finish_uninterrupted(self.while_alive(freezing.freeze(self.channel)))
+        """Stop all programs of the guest. Raises ChannelError, GuestRefused, OutcomeUnknown."""
+        await finish_uninterrupted(self.while_alive(_bounded(processes.freeze(self.channel.converse), "freeze")))
 
     async def thaw(self) -> None:
-        """Let them go on; over a new connection, if the old one broke. Raises ChannelError, OutcomeUnknown."""
+        """Let them go on; over a new connection, if the old one broke. Raises as `freeze`."""
         try:
-            await self.while_alive(freezing.thaw(self.channel))
+            await self.while_alive(_bounded(processes.thaw(self.channel.converse), "thaw"))
         except ChannelError:
-            await self.while_alive(freezing.thaw_anew(self.vm.endpoint, self.identity.token))
+            await self.while_alive(self._thaw_anew())
+
+    async def _thaw_anew(self) -> None:
+        endpoint, token = self.vm.endpoint, self.identity.token
+        async with Channel.connect(endpoint, token=token, timeout_seconds=_FREEZE_SECONDS, listening=True) as channel:
+            await _bounded(processes.thaw(channel.converse), "thaw")
+
+
+async def _bounded(work: Coroutine[Any, Any, None], what: str) -> None:
+    try:
+        async with asyncio.timeout(_FREEZE_SECONDS):
+            await work
+    except TimeoutError:
+        raise ChannelError(f"the guest did not answer {what} within {_FREEZE_SECONDS:g} s") from None
 
 
 async def while_alive(vm: Vm, work: Coroutine[Any, Any, T]) -> T:
