@@ -36,6 +36,14 @@ def test_a_figure_without_a_baseline_has_no_ratio() -> None:
     assert Figure(name="x", ours=13.0, baseline=None, unit="ms", n=1).ratio is None
 
 
+def test_a_report_of_figures_alone() -> None:
+    host = dict.fromkeys(("driver", "cpu", "cores", "kernel", "python", "load_before", "load", "max_vms"), "x")
+    figure = Figure(name="pause", ours=13.0, baseline=10.0, unit="ms", n=1, target="<= 1.3 x")
+    text = markdown(Report(host=host, cells=(), figures=(figure,)))
+    assert "| pause | 13.0 ms | 10.0 ms | 1.30 | <= 1.3 x |" in text
+    assert "tickets" not in text
+
+
 def test_the_plot_is_an_svg() -> None:
     spread = {"p50": 10.0, "p95": 20.0, "p99": 30.0}
     cells = tuple(

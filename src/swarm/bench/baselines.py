@@ -14,13 +14,14 @@ import socket
 import struct
 import subprocess
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.channel import Channel, Identity
 from swarm.channel.proof import HOST, new_nonce, proof
 from swarm.errors import BootFailed
-from swarm.vm.driver import AGENTD_PORT, GUEST_MAC, Image, Slot, Template, host_tsc_khz
+from swarm.vm.driver import AGENTD_PORT, GUEST_MAC, Image, Slot, Template, VmSpec, host_tsc_khz
 from swarm.vm.drivers.console import last_lines
 from swarm.vm.drivers.disk import copy_work_disk, make_work_disk
 from swarm.vm.drivers.qemu import EMULATED_CPU, PROGRAM
@@ -74,21 +75,34 @@ async def cold_boot(image: Image, dir: Path, *, memory_mb: int, accelerator: str
         await _end(vmm)
 
 
-async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) -> Clone:
-    """Restore a template and send its agentd a hello."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bare:
+    """A bare VMM that runs a restored VM; ``began`` (time.perf_counter) is when it was started."""
+
+    vmm: asyncio.subprocess.Process
+    qmp: Path
+    began: float
+    running_ms: float
+
+    @property
+    def pid(self) -> int:
+        return self.vmm.pid
+
+
+@contextlib.asynccontextmanager
+async def restored(files: Path, spec: VmSpec, slot: Slot, dir: Path, *, accelerator: str) -> AsyncIterator[Bare]:
+    """A VM from the files of a template or a snapshot, by a bare VMM, for the length of the block."""
     disk, qmp = dir / "work.ext4", dir / "qmp"
-    await copy_work_disk(template.dir / DISK_FILE, disk)
+    await copy_work_disk(files / DISK_FILE, disk)
     tap = open_tap(slot.netns)
-    spec = template.spec
 
     argv = [
         PROGRAM, "-M", "microvm,acpi=on,mem-merge=off,dump-guest-core=off,memory-backend=mem", "-accel",
         "kvm" if accelerator == "kvm" else "tcg,thread=single,tb-size=64",
         "-cpu", "host" if accelerator == "kvm" else EMULATED_CPU, "-smp", str(spec.vcpus), "-m", str(spec.memory_mb),
-        "-object", f"memory-backend-file,id=mem,size={spec.memory_mb << 20},share=off,"
-                   f"mem-path={template.dir / MEMORY_FILE}",
+        "-object", f"memory-backend-file,id=mem,size={spec.memory_mb << 20},share=off,mem-path={files / MEMORY_FILE}",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", *_drives(spec.image, disk),
-        "-global", "migration.send-configuration=off",  # as the template was written
+        "-global", "migration.send-configuration=off",  # as the state was written
         "-netdev", f"tap,id=net,fd={tap}",
         "-device", f"virtio-net-device,netdev=net,mac={GUEST_MAC},guest_announce=off",
         "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng",
@@ -100,21 +114,39 @@ async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) 
     )
     os.close(tap)
     try:
-        await asyncio.to_thread(_resume, qmp, template.dir / STATE_FILE, vmm.pid)
-        running = _ms(began)
-        connect = await asyncio.to_thread(_hello, str(slot.address), template.token)
-        answered = _ms(began)
-        await _renew(slot, template.token)  # so that its memory compares with that of a VM of Swarm's
-        cpu = cpu_ms_of(vmm.pid)
-        private, pss = memory_of(vmm.pid)
-        return Clone(
-            running_ms=running, connect_ms=connect, answered_ms=answered, cpu_ms=cpu, private_kb=private, pss_kb=pss
-        )
+        await asyncio.to_thread(_resume, qmp, files / STATE_FILE, vmm.pid)
+        yield Bare(vmm=vmm, qmp=qmp, began=began, running_ms=_ms(began))
     except (OSError, ValueError, KeyError) as error:
         console = " | ".join(last_lines(dir / "console", lines=3))
         raise BootFailed(f"the bare VMM could not be restored: {error!r}; its console: {console}") from error
     finally:
         await _end(vmm)
+
+
+async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) -> Clone:
+    """Restore a template and send its agentd a hello."""
+    async with restored(template.dir, template.spec, slot, dir, accelerator=accelerator) as bare:
+        connect = await asyncio.to_thread(_hello, str(slot.address), template.token)
+        answered = _ms(bare.began)
+        await _renew(slot, template.token)  # so that its memory compares with that of a VM of Swarm's
+        cpu = cpu_ms_of(bare.pid)
+        private, pss = memory_of(bare.pid)
+        return Clone(
+            running_ms=bare.running_ms,
+            connect_ms=connect,
+            answered_ms=answered,
+            cpu_ms=cpu,
+            private_kb=private,
+            pss_kb=pss,
+        )
+
+
+async def pause(bare: Bare, file: Path) -> float:
+    """Milliseconds to write a bare VM into a file, as one would with QEMU alone, and to end it."""
+    began = time.perf_counter()
+    await asyncio.to_thread(_save, bare.qmp, file)
+    await bare.vmm.wait()
+    return _ms(began)
 
 
 def cpu_ms_of(pid: int) -> float:
@@ -163,6 +195,23 @@ def _resume(path: Path, state: Path, pid: int) -> None:
             _ask(file, "migrate-incoming", uri=f"exec:cat {state}")
             while _ask(file, "query-status")["status"] != "running":
                 time.sleep(0.001)
+
+
+def _save(path: Path, file: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        sock.settimeout(_TIMEOUT_SECONDS)
+        with sock.makefile("rwb", buffering=0) as stream:
+            stream.readline()
+            _ask(stream, "qmp_capabilities")
+            _ask(stream, "stop")
+            _ask(stream, "migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+            _ask(stream, "migrate", uri=f"exec:cat > {file}")
+            while (status := _ask(stream, "query-migrate")["status"]) != "completed":
+                if status == "failed":
+                    raise ValueError("the migration failed")
+                time.sleep(0.001)
+            _ask(stream, "quit")
 
 
 def _ask(file: object, command: str, **arguments: object) -> dict[str, str]:

@@ -91,6 +91,16 @@ def markdown(report: Report) -> str:
     lines = [
         f"{host['driver']}; {host['cpu']}, {host['cores']} cores, kernel {host['kernel']}, Python {host['python']};",
         f"load before and after: {host['load_before']} and {host['load']}; {host['max_vms']} VMs at once.",
+    ]
+    if report.cells:
+        lines += _cells(report)
+    lines += ["", "| | ours | bare | ratio | target |", "|---|--:|--:|--:|---|"]
+    lines += [f"| {' | '.join(figure.row())} |" for figure in report.figures]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(report: Report) -> list[str]:
+    lines = [
         "",
         "| tickets | p50 | p95 | p99 | per s | CPU of a ticket: engine + VMM | failed |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -106,9 +116,7 @@ def markdown(report: Report) -> str:
     for cell in report.cells:
         values = [f"{cell.phases[name]['p50']:.0f}" if name in cell.phases else "" for name in phases]
         lines.append(f"| {cell.mode} x {cell.tickets} | {' | '.join(values)} |")
-    lines += ["", "| | ours | bare | ratio | target |", "|---|--:|--:|--:|---|"]
-    lines += [f"| {' | '.join(figure.row())} |" for figure in report.figures]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 # One for each phase: Okabe and Ito's palette, which colour-blind readers can tell apart, and two greys.

@@ -26,6 +26,7 @@ from swarm.base.clock import Timeline
 from swarm.base.progress import Progress, silent
 from swarm.bench import baselines
 from swarm.bench.report import Cell, Figure, Report, percentiles
+from swarm.bench.sandboxes import Sandboxes
 from swarm.config import Settings, load
 from swarm.engine.dispatch import Dispatcher
 from swarm.engine.values import Values
@@ -65,7 +66,6 @@ class _Context:
     image: Image
     max_vms: int
     dir: Path
-    store: Store
 
     @property
     def spec(self) -> VmSpec:
@@ -83,33 +83,62 @@ async def bench(
 ) -> Report:
     """Run everything. Tickets are put into a separate database, which is removed afterwards; images, templates and the
     network are the host's. Raises HostError if this host can't run VMs."""
-    max_vms, load_before = max_vms or max(2, int(cgroup.cpus())), _load()
-    with _on_disk(settings) as place, used(Path(place)):
-        shared = {"images_dir": settings.images, "templates_dir": settings.templates}
-        own = load(**{**settings.model_dump(), **shared, "home": Path(place) / "home", "database_url": ""})
-        await setup.init(own, image=False)
-        await wiring.sweep(own)
-        image, chosen = await setup.ensure_image(own), await wiring.choice(own)
-        async with wiring.store(own) as store:
-            context = _Context(settings=own, choice=chosen, image=image, max_vms=max_vms, dir=Path(place), store=store)
+    load_before = _load()
+    async with _context(settings, max_vms) as context:
+        async with wiring.store(context.settings) as store:
             todo = [(mode, count) for mode in modes for count in tickets if mode != "cold" or count == min(tickets)]
             cells = []
             for done, (mode, count) in enumerate(todo):
                 progress(f"{mode} x {count}", done / (len(todo) + 2))
-                cells.append(await _cell(context, mode, count))
+                cells.append(await _cell(context, store, mode, count))
             progress("baselines", len(todo) / (len(todo) + 2))
-            slot = await take(wiring.inventory(own), wiring.network(own), _SLOT, replace=False)
-            try:
+            async with _slot(context):
                 figures = await _figures(context, cells)
-            finally:
-                slot.release()
         return Report(host={**_host(context), "load_before": load_before}, cells=tuple(cells), figures=tuple(figures))
+
+
+async def bench_sandboxes(settings: Settings, *, progress: Progress = silent) -> Report:
+    """Measure pause, resume and fork. Raises HostError if this host can't run VMs with QEMU."""
+    load_before = _load()
+    async with _context(settings, None) as context, _slot(context):
+        sandboxes = Sandboxes(
+            launcher=wiring.launcher(context.settings, context.choice),
+            snapshots=wiring.snapshots(context.settings),
+            network=wiring.network(context.settings),
+            slot=_SLOT,
+            spec=context.spec,
+            dir=context.dir,
+        )
+        figures = await sandboxes.figures(progress)
+        return Report(host={**_host(context), "load_before": load_before}, cells=(), figures=tuple(figures))
+
+
+@asynccontextmanager
+async def _context(settings: Settings, max_vms: int | None) -> AsyncIterator[_Context]:
+    with _on_disk(settings) as place, used(Path(place)):
+        shared = {"images_dir": settings.images, "templates_dir": settings.templates, "snapshots_dir": None}
+        own = load(**{**settings.model_dump(), **shared, "home": Path(place) / "home", "database_url": ""})
+        await setup.init(own, image=False)
+        await wiring.sweep(own)
+        image, chosen = await setup.ensure_image(own), await wiring.choice(own)
+        vms = max_vms or max(2, int(cgroup.cpus()))
+        yield _Context(settings=own, choice=chosen, image=image, max_vms=vms, dir=Path(place))
+
+
+@asynccontextmanager
+async def _slot(context: _Context) -> AsyncIterator[None]:
+    """For the length of the block, nobody else uses the slot of bare VMMs."""
+    lease = await take(wiring.inventory(context.settings), wiring.network(context.settings), _SLOT, replace=False)
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-async def _cell(context: _Context, mode: str, count: int) -> Cell:
+async def _cell(context: _Context, store: Store, mode: str, count: int) -> Cell:
     launcher = wiring.launcher(context.settings, context.choice, clones=mode != "cold")
     if mode != "cold":
         await launcher.template(context.spec)  # not measured: it is made once, and kept
@@ -125,7 +154,7 @@ async def _cell(context: _Context, mode: str, count: int) -> Cell:
         if mode == "pool":
             warm = min(count, context.max_vms)
             pool = await stack.enter_async_context(Pool(launcher, warm=warm, specs=[context.spec]))
-        serving = await stack.enter_async_context(_serving(context, launcher, ended))
+        serving = await stack.enter_async_context(_serving(context, store, launcher, ended))
         cpu, began = _cpu(), 0.0
         inserted: dict[str, float] = {}
         seconds = 0.0
@@ -163,21 +192,18 @@ async def _cell(context: _Context, mode: str, count: int) -> Cell:
 
 @asynccontextmanager
 async def _serving(
-    context: _Context, launcher: Launcher, ended: Callable[[Ended], None]
+    context: _Context, store: Store, launcher: Launcher, ended: Callable[[Ended], None]
 ) -> AsyncIterator[asyncio.Task[None]]:
-    async with (
-        wiring.egress(context.settings, context.store) as egress,
-        Values() as values,
-        context.store.watching() as wake,
-    ):
+    settings = context.settings
+    async with wiring.egress(settings, store) as egress, Values() as values, store.watching() as wake:
         worker = Worker(
-            store=context.store,
-            engine=wiring.engine(context.settings, launcher, egress, values, files=context.store),
+            store=store,
+            engine=wiring.engine(settings, launcher, egress, values, files=store),
             name=f"{socket.gethostname()}:{os.getpid()}:bench",
-            lease_seconds=context.settings.lease_seconds,
+            lease_seconds=settings.lease_seconds,
         )
         dispatcher = Dispatcher(
-            store=context.store,
+            store=store,
             worker=worker,
             wake=wake,
             max_vms=context.max_vms,

@@ -38,6 +38,9 @@ async def bench(
         int | None,
         typer.Option("--max-vms", min=1, metavar="N", help="VMs at once. Default: one per CPU, at least 2."),
     ] = None,
+    sandbox: Annotated[
+        bool, typer.Option("--sandbox", help="Measure pause, resume and forks of a sandbox instead.")
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.svg", help="Write a plot of where the time goes.", dir_okay=False),
@@ -50,12 +53,19 @@ async def bench(
     next ticket uses. Exit status 1 if a ticket failed.
     """
     from swarm.base.log import configure
-    from swarm.bench import MODES, bench
+    from swarm.bench import MODES, bench, bench_sandboxes
     from swarm.bench.report import plot as draw
     from swarm.errors import UsageError
 
     if not cli.debug:
         configure(debug=False)
+    if sandbox:
+        if plot:
+            raise UsageError("--plot shows tickets: leave it out with --sandbox")
+        with cli.out.progress("bench") as progress:
+            report = await bench_sandboxes(cli.settings, progress=progress)
+        _show(cli.out, report, as_markdown=as_markdown)
+        return 0
     counts = [int(word) for word in tickets.split(",") if word.strip().isdecimal() and int(word) > 0]
     wanted = [word.strip() for word in modes.split(",")]
     if len(counts) != len(tickets.split(",")) or not set(wanted) <= set(MODES):
@@ -91,6 +101,12 @@ def _show(out: Out, report: Report, *, as_markdown: bool) -> None:
         return
     out.line(", ".join(f"{name} {value}" for name, value in report.host.items()))
     out.line()
+    if report.cells:
+        _show_cells(out, report)
+    out.table(("FIGURE", "OURS", "BARE", "RATIO", "TARGET"), [figure.row() for figure in report.figures])
+
+
+def _show_cells(out: Out, report: Report) -> None:
     columns = (
         "MODE", Column("TICKETS", right=True), Column("N", drop=1, right=True), Column("P50", right=True),
         Column("P95", right=True), Column("P99", drop=3, right=True), Column("PER S", drop=4, right=True),
@@ -114,4 +130,3 @@ def _show(out: Out, report: Report, *, as_markdown: bool) -> None:
     rows_of_times = [(name, *cells) for name, cells in zip(names, times, strict=True)]
     out.table(("P50 / P95 ms", *(Column(name.upper(), right=True) for name in phases)), rows_of_times)
     out.line()
-    out.table(("FIGURE", "OURS", "BARE", "RATIO", "TARGET"), [figure.row() for figure in report.figures])

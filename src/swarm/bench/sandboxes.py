@@ -1,0 +1,202 @@
+"""What sandboxes cost: pause, resume, fork, a command in a guest, beside what QEMU alone needs for the same."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+from swarm.base.clock import Timeline
+from swarm.base.progress import Progress
+from swarm.bench import baselines
+from swarm.bench.report import Figure
+from swarm.channel import Channel, processes
+from swarm.channel.guest import Guest
+from swarm.channel.processes import Order
+from swarm.errors import HostError
+from swarm.vm.driver import Slot, Snapshot, VmSpec
+from swarm.vm.launcher import Assignment, Launcher, LiveVm
+from swarm.vm.network.network import Network
+from swarm.vm.snapshots import Snapshots
+
+FORKS: Final = 16
+_REPEATS: Final = 5
+_EXECS: Final = 15
+_SECONDS: Final = 60.0
+_TRUE: Final = ("/bin/true",)
+
+
+class Sandboxes:
+    """Measures in VMs of ``launcher``. ``slot``: a network slot that nobody uses; ``dir`` is on the VMs' disk."""
+
+    def __init__(
+        self, *, launcher: Launcher, snapshots: Snapshots, network: Network, slot: int, spec: VmSpec, dir: Path
+    ) -> None:
+        self._launcher = launcher
+        self._snapshots = snapshots
+        self._network = network
+        self._slot = slot
+        self._spec = spec
+        self._dir = dir
+        self._accelerator = launcher.choice.probe.accelerator
+        self._found: list[Figure] = []
+
+    async def figures(self, progress: Progress) -> list[Figure]:
+        """Raises HostError, if the driver is not QEMU: only beside it does a bare VMM say something."""
+        if self._launcher.choice.driver.name != "qemu":
+            raise HostError("sandboxes are measured beside a bare QEMU: set SWARM_DRIVER=qemu")
+        await self._launcher.template(self._spec)
+        async with self._launcher.keeping(FORKS + 1, ahead=2), AsyncExitStack() as stack:
+            progress("a sandbox", 0.0)
+            parent = await stack.enter_async_context(self._launcher.vm(self._spec, Assignment(), Timeline()))
+            await self._exec(parent)
+            progress("a command in it", 0.1)
+            await self._round_trips(parent)
+            progress("snapshots of it", 0.2)
+            saved = await self._standstill(parent)
+            progress("pause and resume", 0.3)
+            await self._pause_and_resume(saved)
+            progress(f"{FORKS} forks", 0.7)
+            await self._forks(saved)
+            await self._snapshots.remove(saved.id)
+        return self._found
+
+    def _add(
+        self, name: str, ours: float, bare: float | None, *, n: int, unit: str = "ms", target: str = "<= 1.3 x"
+    ) -> None:
+        baseline = None if bare is None else round(bare, 2)
+        self._found.append(Figure(name=name, ours=round(ours, 2), baseline=baseline, unit=unit, n=n, target=target))
+
+    async def _round_trips(self, live: LiveVm) -> None:
+        guest = Guest(live.vm.endpoint, live.identity.token)
+        ours, floor = [], []
+        try:
+            for _ in range(_EXECS):
+                began = time.perf_counter()
+                await processes.run(guest.open, Order(argv=_TRUE))
+                ours.append(_ms(began))
+                began = time.perf_counter()
+                await live.channel.run(_TRUE, timeout_seconds=_SECONDS)
+                floor.append(_ms(began))
+        finally:
+            await guest.close()
+        self._add("a command in a sandbox (bare: a ticket's)", median(ours), median(floor), n=_EXECS)
+
+    async def _standstill(self, live: LiveVm) -> Snapshot:
+        """Returns the last snapshot."""
+        standstill, whole = [], []
+        for last in (False,) * (_REPEATS - 1) + (True,):
+            frozen_at = 0.0
+
+            async def freeze() -> None:
+                nonlocal frozen_at
+                frozen_at = time.perf_counter()
+                await live.freeze()
+
+            if not last:  # with its parts apart
+                async with self._snapshots.stage() as stage:
+                    await live.vm.save(stage.dir, freeze=freeze)
+                    await live.thaw()
+                    standstill.append(_ms(frozen_at))
+            began = time.perf_counter()
+            async with self._snapshots.stage() as stage:
+                saved = await self._launcher.save(live, stage)
+            whole.append(_ms(began))
+            if not last:
+                await self._snapshots.remove(saved.id)
+        self._add("standstill while it is saved", median(standstill), None, n=len(standstill), target="<= 100 ms")
+        self._add("a snapshot, sealed", median(whole), None, n=len(whole), target="")
+        self._add("a snapshot on disk", saved.size_bytes / (1 << 20), None, n=1, unit="MB", target="")
+        return saved
+
+    async def _pause_and_resume(self, saved: Snapshot) -> None:
+        pauses: list[float] = []
+        bare_pauses: list[float] = []
+        resumes: list[float] = []
+        bare_resumes: list[float] = []
+        private: list[int] = []
+        bare_private: list[int] = []
+        for _ in range(_REPEATS):  # alternately, so that both see the same load
+            async with self._bare(saved) as bare:
+                bare_resumes.append(_ms(bare.began))
+                bare_private.append(baselines.memory_of(bare.pid)[0])
+                file = Path(tempfile.mkdtemp(dir=self._dir)) / "vm"
+                bare_pauses.append(await baselines.pause(bare, file))
+                file.unlink()
+            async with self._launcher.restored(saved, Assignment(), Timeline(), fork=True) as fork:
+                await self._exec(fork)
+                private.append(baselines.memory_of(fork.vm.pid)[0])
+                async with self._snapshots.stage() as stage:
+                    paused = await self._launcher.pause(fork, stage)
+            began = time.perf_counter()
+            async with self._launcher.restored(paused, Assignment(), Timeline(), fork=False) as again:
+                await self._exec(again)
+                resumes.append(_ms(began))
+                await self._snapshots.remove(paused.id)
+                began = time.perf_counter()
+                async with self._snapshots.stage() as stage:
+                    paused = await self._launcher.pause(again, stage)
+                pauses.append(_ms(began))
+            await self._snapshots.remove(paused.id)
+        self._add("pause (bare: stop, migrate to a file, quit)", median(pauses), median(bare_pauses), n=_REPEATS)
+        self._add("resume to the first command's end", median(resumes), median(bare_resumes), n=_REPEATS)
+        mb = 1024
+        memory = median(private) / mb, median(bare_private) / mb
+        self._add("memory private to an idle fork", *memory, n=_REPEATS, unit="MB", target="<= 1.2 x")
+
+    async def _forks(self, saved: Snapshot) -> None:
+        bare_cpu = []
+        for _ in range(_REPEATS):
+            async with self._bare(saved) as bare:
+                bare_cpu.append(baselines.cpu_ms_of(bare.pid))
+        before, began = _own_cpu_ms(), time.perf_counter()
+        async with AsyncExitStack() as stack:
+
+            async def fork() -> float:
+                live = await stack.enter_async_context(
+                    self._launcher.restored(saved, Assignment(), Timeline(), fork=True)
+                )
+                await self._exec(live)
+                return baselines.cpu_ms_of(live.vm.pid)
+
+            vmm_cpu = await asyncio.gather(*(fork() for _ in range(FORKS)))
+            wall, own = _ms(began), _own_cpu_ms() - before
+        cpu = sum(vmm_cpu) + own
+        self._add(f"CPU until {FORKS} forks have answered", cpu, FORKS * median(bare_cpu), n=1)
+        self._add(f"{FORKS} forks at once, until all have answered", wall, None, n=1, target="")
+
+    @asynccontextmanager
+    async def _bare(self, saved: Snapshot) -> AsyncIterator[baselines.Bare]:
+        """A bare VMM with a fork in which a command has just run, as in ours."""
+        await self._network.ensure_host()
+        slot = await self._network.create(self._slot)
+        try:
+            dir = Path(tempfile.mkdtemp(dir=self._dir))
+            async with baselines.restored(saved.dir, saved.spec, slot, dir, accelerator=self._accelerator) as bare:
+                await self._in_bare(slot, saved.identity.token)
+                yield bare
+        finally:
+            await self._network.destroy(self._slot)
+
+    async def _in_bare(self, slot: Slot, token: bytes) -> None:
+        async with Channel.connect(slot.agentd, token=token, timeout_seconds=_SECONDS, listening=True) as channel:
+            await processes.thaw(channel.converse)
+            await processes.run(channel.converse, Order(argv=_TRUE))
+
+    async def _exec(self, live: LiveVm) -> None:
+        await processes.run(live.channel.converse, Order(argv=_TRUE))
+
+
+def _own_cpu_ms() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return (usage.ru_utime + usage.ru_stime) * 1000
+
+
+def _ms(began: float) -> float:
+    return (time.perf_counter() - began) * 1000
