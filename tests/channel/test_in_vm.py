@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tarfile
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,10 +14,13 @@ from typing import Any, TypeVar
 import asyncssh
 import pytest
 
-from swarm.channel import Channel, Exit, Hello, Identity, Renewed
+from swarm.channel import Channel, Exit, Hello, Identity, Open, Renewed, ports, processes
+from swarm.channel import Guest as Connections
+from swarm.channel import guest_files as files
+from swarm.channel import guest_trees as trees
 from swarm.channel.dial import Endpoint
 from swarm.config import Settings
-from swarm.errors import AgentTimeout, ChannelError
+from swarm.errors import AgentTimeout, ChannelError, Conflict, NoSpace, UsageError
 from swarm.vm.driver import AGENTD_PORT, Image, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.network.network import Network
@@ -200,3 +204,112 @@ def test_a_fork_bomb_is_stopped_from_inside(guest: Guest) -> None:
     with pytest.raises(AgentTimeout, match="ran for longer than 2 s"):
         guest.python(source, timeout_seconds=2)
     assert guest.python("pass").code == 0
+
+
+# --- files and ports --------------------------------------------------------------------------------------------------
+
+
+def test_file_operations_have_the_rights_of_their_user(guest: Guest) -> None:
+    async def work(open_: Open) -> None:
+        await files.write(open_, "/work/mine", b"1")
+        mine = await files.stat(open_, "/work/mine")
+        assert (mine.uid, mine.gid, mine.mode) == (1000, 1000, 0o644)
+        await files.write(open_, "/run/roots", b"secret", user="root", mode=0o640)
+        assert await files.read_bytes(open_, "/run/roots", user="root") == b"secret"
+        with pytest.raises(UsageError, match="no such user"):
+            await files.stat(open_, "/work", user="nobody")
+        guest_link = "/work/link"
+        await files.write(open_, "/work/main.py", f"import os; os.symlink('/run', '{guest_link}')".encode())
+        ended = await guest.channel.run(["/work/main.py"], warm=True, timeout_seconds=30)
+        assert ended.code == 0
+        for path in ("/run/roots", f"{guest_link}/roots", "/etc/shadow", "/proc/1/environ", "/proc/self/mem"):
+            with pytest.raises(Conflict, match="Permission denied"):
+                await files.read_bytes(open_, path)
+        for forbidden in (
+            files.write(open_, "/etc/x", b""),
+            files.write(open_, f"{guest_link}/roots", b""),
+            files.write(open_, "/work/x", b"", owner="root"),
+            files.move(open_, "/run/roots", "/run/others"),
+            files.remove(open_, "/run/roots"),
+            files.make_dir(open_, "/etc/x"),
+            trees.unpack(open_, "/etc", tarfile.TarInfo("x").tobuf() + bytes(1024)),
+            files.list_dir(open_, "/root"),
+        ):
+            with pytest.raises(Conflict, match=r"Permission denied|not permitted|Read-only"):
+                await forbidden
+        with pytest.raises(Conflict, match="Permission denied"):
+            async with files.watch(open_, "/root"):
+                pass
+        # The same thread is root again for what comes next.
+        assert (await files.stat(open_, "/etc/shadow", user="root")).uid == 0
+        await files.write(open_, "/root/given", b"", user="root", owner="agent")
+        assert (await files.stat(open_, "/root/given", user="root")).uid == 1000
+        assert not await files.exists(open_, "/work/x")
+        left_out: list[str] = []
+        async for _ in trees.pack(open_, "/run", left_out=left_out):
+            pass
+        assert "Permission denied" in left_out[0] or "it is a" in left_out[0]
+
+    with_files(guest, work)
+
+
+def test_names_of_any_bytes_and_a_full_disk(guest: Guest) -> None:
+    async def work(open_: Open) -> None:
+        names = [os.fsdecode(b"\xff\xfe\n"), "é", "a\nb"]
+        for name in names:
+            await files.write(open_, f"odd/{name}", b"", parents=True)
+        assert {one.name for one in (await files.list_dir(open_, "odd")).entries} == set(names)
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            while True:
+                sent += 1
+                yield bytes(1 << 20)
+
+        with pytest.raises(NoSpace, match="No space left"):
+            await files.write(open_, "/run/much", endless(), user="root")  # 16 MB, in memory
+        assert sent < 200
+        assert not [one for one in (await files.list_dir(open_, "/run")).entries if one.name.startswith(".swarm")]
+
+    with_files(guest, work)
+
+
+def test_a_port_of_a_program_in_the_guest(guest: Guest) -> None:
+    source = b"""
+import socket
+with socket.create_server(("127.0.0.1", 8000)) as server:
+    print("ready", flush=True)
+    for _ in range(2):
+        with server.accept()[0] as sock:
+            while data := sock.recv(65536):
+                sock.sendall(data.upper())
+"""
+
+    async def work(open_: Open) -> None:
+        await files.write(open_, "/work/server.py", source)
+        order = processes.Order(argv=["/usr/bin/python3", "-I", "-S", "/work/server.py"])
+        async with processes.start(open_, order) as server:
+            assert await anext(aiter(server)) == ("stdout", b"ready\n")
+            async with ports.forward(open_, 8000) as port:
+                for text in (b"x" * 200_000, b"y"):
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    writer.write(text)
+                    writer.write_eof()
+                    assert await reader.read(-1) == text.upper()
+                    writer.close()
+                    await writer.wait_closed()
+            assert (await server.exit()).code == 0
+
+    with_files(guest, work)
+
+
+def with_files(guest: Guest, work: Callable[[Open], Coroutine[Any, Any, None]]) -> None:
+    async def connected() -> None:
+        connections = Connections(Endpoint(host=guest.address, port=AGENTD_PORT), IDENTITY.token)
+        try:
+            await work(connections.open)
+        finally:
+            await connections.close()
+
+    guest.do(connected())
