@@ -99,7 +99,8 @@ class Done:
 class Process:
     """A program that runs in a guest. Iterate over it for its output, (stream, data) as they come, then `exit`.
 
-    While nobody iterates, a little output waits here and the program blocks in its own write.
+    While nobody iterates, a little output waits here and the program blocks in its own write; so whoever writes more
+    than a pipe holds must let somebody iterate meanwhile.
     """
 
     def __init__(self, conversation: Conversation, name: str, *, pty: bool, sent_bytes: int = 0, writes: bool) -> None:

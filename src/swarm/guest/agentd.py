@@ -423,7 +423,10 @@ class Zygote:
             pid = os.fork()
         except OSError as error:
             pid = -1
-            os.write(fds[3], json.dumps({"cannot": f"fork: {error.strerror}"}).encode() + b"\n")
+            try:
+                os.write(fds[3], json.dumps({"cannot": f"fork: {error.strerror}"}).encode() + b"\n")
+            except OSError:  # agentd gave it up
+                pass
         if pid == 0:
             self.commands.detach()
             signal.set_wakeup_fd(-1)
@@ -460,8 +463,8 @@ class Zygote:
                 stopped = order["pids"]
                 assert isinstance(stopped, list)
                 signal_descendants(signal.SIGCONT, lambda pid: pid in stopped)
-        except OSError as error:  # it has ended meanwhile
-            log(f"zygote: {op}: {error.strerror}")
+        except Exception as error:  # most often: it has ended meanwhile
+            log(f"zygote: {op}: {error}")
         finally:
             for fd in fds:
                 os.close(fd)
@@ -2016,19 +2019,16 @@ class Agentd:
         listener.listen(128)  # beyond this Linux uses SYN cookies, which are expensive in a slow guest
         ready = self.zygote.recv(1 << 18)
         self.preload_failed = json.loads(ready)["failed"] if ready else {"zygote": "died"}
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # and so in all threads: it waits for sigwait
         log(f"listening on {self.unix or f'{host}:{port}'}")
         # Two threads wait before any template is taken, so that a clone's first connection starts none.
         for _ in range(2):
             self.park(listener)
-        try:
-            while True:
-                signal.pause()
-        finally:
-            if self.unix:
-                os.unlink(self.unix)
-            self.zygote.shutdown(socket.SHUT_RDWR)  # it then kills the agent and exits
-            os.waitpid(self.zygote_pid, 0)
+        signal.sigwait({signal.SIGTERM})
+        if self.unix:
+            os.unlink(self.unix)
+        self.zygote.shutdown(socket.SHUT_RDWR)  # it then kills the agent and exits
+        os.waitpid(self.zygote_pid, 0)
 
     def listen_tcp(self, host: str, port: int) -> socket.socket:
         listener = socket.socket()
@@ -2300,7 +2300,7 @@ class Agentd:
         env = {**PASSED_ENV, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         argv = [SSHD, "-i", "-e", "-h", HOST_KEY, *options]
         defaults = [signal.SIGPIPE, signal.SIGXFSZ]
-        pid = os.posix_spawn(SSHD, argv, env, file_actions=stdio, setsid=True, setsigdef=defaults)
+        pid = os.posix_spawn(SSHD, argv, env, file_actions=stdio, setsid=True, setsigmask=[], setsigdef=defaults)
         set_oom_score(pid, 0)  # agentd's own is -1000
         os.setpriority(os.PRIO_PROCESS, pid, 0)
         return pid
@@ -2440,12 +2440,8 @@ class Agentd:
                 raise Refused(f"{MAX_PROGRAMS} processes are running already")
             self.serial += 1
             program.group = self.make_group(str(self.serial))
+            program.start(str(self.serial), payload)  # not after a freeze that begins now
             self.programs[program.name] = program
-        try:
-            program.start(str(self.serial), payload)
-        except BaseException:
-            self.forget(program)
-            raise
         talk = program.owner = Listener(connection, head["id"])
         program.join(talk)
         if program.background:
@@ -2510,7 +2506,11 @@ class Agentd:
         if not self.cgroups:
             return ""
         group = f"{CGROUPS}/swarm/{name}"
-        os.mkdir(group)
+        try:
+            os.mkdir(group)
+        except OSError as error:  # a program of root's has meddled with them
+            log(f"no control group: {error}")
+            return ""
         return group
 
     def mount_cgroups(self) -> bool:
@@ -2708,7 +2708,7 @@ class Agentd:
         if user not in USERS:
             raise Refused(f"no such user: {user!r:.40}")
         uid, gid, home = USERS[user]
-        cwd = home if head.get("cwd") is None else text(head, "cwd")
+        cwd = (home if self.in_vm else "/work") if head.get("cwd") is None else text(head, "cwd")
         return user, {
             "argv": [self.inside(argv[0]), *argv[1:]],
             "env": env,  # plus the user's environment, unless the process has it already
@@ -3104,6 +3104,7 @@ class Program:
         self.size = self.window_size(head.get("pty")) if head.get("pty") is not None else b""
         self.timeout = None if head.get("timeout") is None else number(head, "timeout")
         self.group = ""  # its control group, if it has one
+        self.grouped = False  # it had one
         self.serial = ""
         self.lock = _thread.allocate_lock()  # of what other threads touch: `joining`, `finished`
         self.joining: list[Listener] = []
@@ -3135,13 +3136,14 @@ class Program:
         return struct.pack("HHHH", numbers[1], numbers[0], 0, 0)
 
     def start(self, serial: str, stdin: bytes) -> None:
-        self.serial = serial
+        self.serial, self.grouped = serial, bool(self.group)
         theirs: list[int] = []
         try:
             self.open_files(theirs, stdin)
             env = self.order["env"]
             assert isinstance(env, dict)
-            env = {**self.agentd.environment(self.user), "SWARM_PROCESS": self.name, **env}
+            term = {"TERM": "xterm-256color"} if self.size else {}
+            env = {**self.agentd.environment(self.user), "SWARM_PROCESS": self.name, **term, **env}
             order: Header = {**self.order, "op": "exec", "key": serial, "warm": False}
             order.update(env=env, cgroup=self.group, pty=bool(self.size))
             self.begun = time.monotonic()
@@ -3149,6 +3151,7 @@ class Program:
             self.agentd.order(order, tuple(theirs))
         except BaseException:
             self.close()
+            remove_group(self.group)
             raise
         finally:
             for fd in set(theirs):
@@ -3309,9 +3312,9 @@ class Program:
         return True
 
     def signal_all(self, number_: int) -> bool:
-        if not self.group and self.agentd.cgroups:
+        if self.grouped and not self.group:
             return False  # all of it has ended
-        if not self.group:
+        if not self.grouped:
             order: Header = {"op": "end", "key": self.serial, "process": self.name, "signal": int(number_)}
             self.agentd.order(order)
             return True
@@ -3337,7 +3340,7 @@ class Program:
         for head, payload in talk.hear() if event & ~select.POLLOUT else ():
             try:
                 self.obey(talk, head, payload)
-            except Refused as error:
+            except (Refused, OSError) as error:
                 talk.say({"refused": str(error)[:500]})
         if talk.gone:
             self.lose(talk)
@@ -3357,8 +3360,8 @@ class Program:
                 self.input.append((talk, memoryview(payload)))
             self.feed()
         elif op == "resize":
-            self.size = self.window_size(head.get("size"))
-            if self.input_fd >= 0:
+            if self.size:
+                self.size = self.window_size(head.get("size"))
                 fcntl.ioctl(self.input_fd, TIOCSWINSZ, self.size)
         elif op == "signal":
             self.signal(head)
