@@ -98,7 +98,7 @@ def test_a_row_that_can_go_without_a_trace() -> None:
 
 
 def test_a_vm_that_outlives_its_hold() -> None:
-    vms = [VmFact(n=1001, attempt_id="h1", owner_alive=True)]
+    vms = [VmFact(n=1001, attempt_id=None, owner_alive=True, sandbox_id="b")]
     assert verdict([HELD, RUNS], row("running", "h1"), vms=vms).kept
     (leak,) = verdict([HELD, RUNS, PAUSED], row("paused"), vms=vms).slots_leaked
-    assert "it runs, but its attempt h1 has ended" in leak.what
+    assert "it runs, but nobody holds its sandbox b" in leak.what

@@ -40,11 +40,12 @@ class AuditSource(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmFact:
-    """A VM of this host that serves an attempt. A sandbox's has the id of its hold there."""
+    """A VM of this host that serves an attempt or a sandbox."""
 
     n: int
     attempt_id: str | None
     owner_alive: bool
+    sandbox_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +130,7 @@ def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool 
     for ticket_id, gone in facts.without_artifacts():
         _add(report.lost, ticket_id, f"{gone} of its artifacts (files, large values) are gone from the database")
     _check_sandboxes(facts, sandboxes, report, engine_alive=engine_alive)
-    report.slots_leaked += _leaked(vms, ended | sandboxes.closed)
+    report.slots_leaked += _leaked(vms, ended, sandboxes.free)
     return report
 
 
@@ -304,12 +305,16 @@ def _check_live(attempt: AttemptFact, report: Report, *, engine_alive: bool) -> 
         _add(report.lost, attempt.ticket_id, f"the lease of {attempt.id} ended {ago}, and no engine took over")
 
 
-def _leaked(vms: Iterable[VmFact], ended: dict[str, float | None]) -> Iterator[Violation]:
+def _leaked(
+    vms: Iterable[VmFact], ended: Mapping[str, float | None], free: Mapping[str, float | None]
+) -> Iterator[Violation]:
     for vm in vms:
         if not vm.owner_alive:
             yield Violation(id=f"VM {vm.n}", what="its owner is dead and it was not removed: run swarm-cleanup")
         elif (over_ms := ended.get(vm.attempt_id or "")) is not None and over_ms > _KILL_MS:
             yield Violation(id=f"VM {vm.n}", what=f"it runs, but its attempt {vm.attempt_id} has ended")
+        elif (over_ms := free.get(vm.sandbox_id or "")) is not None and over_ms > _KILL_MS:
+            yield Violation(id=f"VM {vm.n}", what=f"it runs, but nobody holds its sandbox {vm.sandbox_id}")
 
 
 def _add(violations: list[Violation], ticket_id: str | None, what: str) -> None:

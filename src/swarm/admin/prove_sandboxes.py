@@ -21,15 +21,16 @@ class _History:
 
 @dataclass(slots=True)
 class Histories:
-    """Replayed, and then compared with the rows. What is wrong, by the sandbox's id; ``closed``: holds, and how many ms
-    ago each ended, None for those that live."""
+    """Replayed, and then compared with the rows. What is wrong, by the sandbox's id; ``free``: how many ms ago the last
+    hold of each ended, None for those that are held."""
 
     holds: int = 0
     twice: list[tuple[str, str]] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)
     unrecorded: list[tuple[str, str]] = field(default_factory=list)
     changed_by_others: list[tuple[str, str]] = field(default_factory=list)
-    closed: dict[str, float | None] = field(default_factory=dict)
+    free: dict[str, float | None] = field(default_factory=dict)
+    _holds: set[str] = field(default_factory=set)
     _known: dict[str, _History] = field(default_factory=dict)
     _with_row: set[str] = field(default_factory=set)
 
@@ -38,7 +39,7 @@ class Histories:
         history = self._known.setdefault(id, _History())
         hold, at = entry.hold, f"(event {entry.seq})"
         if entry.kind == "deleted":
-            self._close(history.hold, entry)
+            self.free[id] = entry.age_ms
             self._known[id] = _History(deleted=True)
         elif entry.kind == "held":
             if history.hold is not None:
@@ -47,11 +48,12 @@ class Histories:
             history.hold, history.seen, history.deleted = hold, True, False
             if history.state in TERMINAL_SANDBOX_STATES:  # another program started it again
                 history.state = str(SandboxState.STARTING)
+            self.free[id] = None
             if hold is not None:
-                self.closed[hold] = None
+                self._holds.add(hold)
         elif entry.kind in ("released", "hold_lost"):
             self._write(id, history, entry)
-            self._close(hold, entry)
+            self.free[id] = entry.age_ms
             history.hold = None
             if entry.mended:
                 self.changed_by_others.append((id, f"it was taken from the hold {hold} {at}"))
@@ -70,19 +72,15 @@ class Histories:
             (self.changed_by_others if others else self.unrecorded).append((id, what))
         history.state, history.deleted = entry.after, False
         if entry.after != SandboxState.RUNNING:
-            self._close(entry.hold, entry)
+            self.free[id] = entry.age_ms
             history.hold = None
 
     def _write(self, id: str, history: _History, entry: LogEntry) -> None:
         """Only who holds it writes as its holder."""
         if entry.hold is not None and history.seen and entry.hold != history.hold:
             what = f"the hold {entry.hold} wrote (event {entry.seq}) when it was over"
-            others = entry.hold not in self.closed  # no hold that Swarm gave
+            others = entry.hold not in self._holds  # no hold that Swarm gave
             (self.changed_by_others if others else self.twice).append((id, what))
-
-    def _close(self, hold: str | None, entry: LogEntry) -> None:
-        if hold is not None:
-            self.closed[hold] = entry.age_ms
 
     def compare(self, fact: SandboxFact) -> None:
         """The row with its history."""
@@ -101,7 +99,7 @@ class Histories:
             what = f"it is {fact.state}, but the log has it {history.state}"
             (self.changed_by_others if others else self.unrecorded).append((fact.id, what))
         elif fact.hold_id != history.hold and history.seen and not ended:
-            others = fact.hold_id is None or fact.hold_id not in self.closed
+            others = fact.hold_id is None or fact.hold_id not in self._holds
             what = f"its holder is {fact.hold_id or 'nobody'}, but the log has {history.hold or 'nobody'}"
             (self.changed_by_others if others else self.unrecorded).append((fact.id, what))
 

@@ -67,7 +67,12 @@ async def prove(settings: Settings, since: str = "") -> Report:
     from swarm.vm.slots.inventory import Kind
 
     vms = [
-        proof.VmFact(n=record.n, attempt_id=record.attempt_id, owner_alive=record.owner_alive)
+        proof.VmFact(
+            n=record.n,
+            attempt_id=record.attempt_id,
+            owner_alive=record.owner_alive,
+            sandbox_id=record.sandbox_id,
+        )
         for record in wiring.inventory(settings).records()
         if record.kind is Kind.ATTEMPT
     ]

@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "tickets.md").read_text(encoding="u
 async def test_the_examples_of_the_page(store: Store, url: str) -> None:
     await flows.register(store, "steps: [{id: only, agent: echo@1}]", name="echo-chain")
     examples = re.findall(r"^```sql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     connection = sqlite3.connect(url.removeprefix("sqlite:///"))
     for example in examples:
         connection.executescript(example)
@@ -31,6 +31,9 @@ async def test_the_examples_of_the_page(store: Store, url: str) -> None:
     for claim in (publish, *(claim for title, claim in claims.items() if title != "Build")):
         await flows.finish(store, claim)
     assert {ticket.state for ticket in await store.tickets()} == {"done"}
+    some = await store.claim_sandboxes("w", "host", lease_seconds=30.0, limit=9)
+    assert [one.sandbox.agent_id for one in some] == ["echo", None]
+    assert (await store.sandbox("box")).state == "ended"
 
 
 async def test_a_dependency_that_fails(store: Store, url: str) -> None:

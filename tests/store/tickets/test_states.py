@@ -9,7 +9,7 @@ import pytest
 
 from swarm.admin.prove import judge
 from swarm.errors import Conflict
-from swarm.model import STEP_TRANSITIONS, TICKET_TRANSITIONS, TicketState
+from swarm.model import SANDBOX_TRANSITIONS, STEP_TRANSITIONS, TICKET_TRANSITIONS, TicketState
 from swarm.store.store import Store
 from tests.store import flows
 from tests.store.databases import LEASE, Outside, insert
@@ -28,6 +28,10 @@ def test_ticket_diagram() -> None:
 
 def test_step_diagram() -> None:
     assert arrows("Step") == {(a, b) for a, after in STEP_TRANSITIONS.items() for b in after}
+
+
+def test_sandbox_diagram() -> None:
+    assert arrows("Sandbox") == {(a, b) for a, after in SANDBOX_TRANSITIONS.items() for b in after}
 
 
 # From the page: the state of a row that another tool wrote, and what becomes of it.

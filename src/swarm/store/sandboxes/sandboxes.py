@@ -147,9 +147,9 @@ def _find(tx: Tx, ref: str, project_id: str | None) -> Row:
     return row
 
 
-def page(tx: Tx, which: SandboxFilter, *, after: str | None, limit: int) -> SandboxPage:
-    """Newest first; looks at `SCANNED` sandboxes at most. Raises UsageError for an ``after`` that no page gave."""
-    inside, terms, values = ["1 = 1"], ["1 = 1"], dict[str, Any](limit=limit, scanned=SCANNED)
+def page(tx: Tx, which: SandboxFilter, *, after: str | None, limit: int, scanned: int = SCANNED) -> SandboxPage:
+    """Newest first; looks at ``scanned`` sandboxes at most. Raises UsageError for an ``after`` that no page gave."""
+    inside, terms, values = ["1 = 1"], ["1 = 1"], dict[str, Any](limit=limit, scanned=scanned)
     if which.states and not TERMINAL_SANDBOX_STATES & set(which.states):
         inside.append(f"b.{SANDBOX_LIVE}")
     if after is not None:
@@ -182,7 +182,7 @@ def page(tx: Tx, which: SandboxFilter, *, after: str | None, limit: int) -> Sand
         last: Row | None = found[-1]
     else:
         keys = Sql(f"{source.format('b.id, b.created_at')} LIMIT 1 OFFSET :skipped")
-        last = tx.first(keys, skipped=SCANNED - 1, **values)
+        last = tx.first(keys, skipped=scanned - 1, **values)
     some_of = [rows.sandbox(row) for row in found if isinstance(row.id, str) and storable(row.id)]
     if which.labels:
         some_of = [one for one in some_of if dict(which.labels).items() <= rows.labels(one).items()]
