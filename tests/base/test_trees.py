@@ -110,6 +110,20 @@ def test_a_place_that_can_not_be_a_directory(tmp_path: Path) -> None:
         Target(Path("/proc/x"))
 
 
+async def test_what_is_cut_off_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("whole")
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"half"
+        raise ConnectionError
+
+    target = Target(tmp_path)
+    with pytest.raises(ConnectionError):
+        await target.write(Entry("f", FILE, 8), broken())
+    target.close()
+    assert [one.name for one in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "whole"
+
+
 async def test_nothing_is_written_outside(tmp_path: Path) -> None:
     top, outside = tmp_path / "top", tmp_path / "outside"
     top.mkdir()

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import stat
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
@@ -265,6 +266,12 @@ def _read(path: Path, size: int) -> Iterator[bytes]:
             raise UsageError(f"{path} has more in it than its size says: copy it, and send the copy")
 
 
+def _write(fd: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
 def _raise(error: OSError) -> None:
     raise UsageError(f"{error.filename} can't be read: {error.strerror}") from None
 
@@ -312,22 +319,27 @@ class Target:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, stat.S_IMODE(entry.mode) & 0o777 | 0o700, dir_fd=here)
                 return
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=here)
-            if entry.is_link:
-                os.symlink(os.fsdecode(b"".join([chunk async for chunk in chunks])), name, dir_fd=here)
-                return
-            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=here)
+            beside = f".{secrets.token_hex(8)}.part"  # renamed at the end: nobody sees half of it
             try:
-                async for chunk in chunks:
-                    data = memoryview(chunk)
-                    while data:
-                        data = data[os.write(fd, data) :]
-                os.fchmod(fd, entry.mode & 0o777)
-            finally:
-                os.close(fd)
-        except (IsADirectoryError, PermissionError):
+                if entry.is_link:
+                    os.symlink(os.fsdecode(b"".join([chunk async for chunk in chunks])), beside, dir_fd=here)
+                else:
+                    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=here)
+                    try:
+                        async for chunk in chunks:
+                            _write(fd, chunk)
+                        os.fchmod(fd, entry.mode & 0o777)
+                    finally:
+                        os.close(fd)
+                os.rename(beside, name, src_dir_fd=here, dst_dir_fd=here)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(beside, dir_fd=here)
+                raise
+        except IsADirectoryError:
             raise Conflict(f"{self.path / entry.name} is a directory") from None
+        except PermissionError as error:
+            raise HostError(f"can't write {self.path / entry.name}: {error.strerror}") from None
         finally:
             os.close(here)
 

@@ -139,14 +139,18 @@ async def get_tree(
     limit_bytes: int = MAX_BYTES,
     limit_entries: int = MAX_ENTRIES,
     git: bool = False,
+    below: str = "",
 ) -> Moved:
-    """Bring a directory to this host, where ``to`` is made if need be, and files in it are replaced. Links that lead
-    out of it are left out, and unless ``git``, what is in a .git, where programs are named that git would run here."""
+    """Bring a directory to this host, where ``to`` is made if need be, and files in it are replaced; ``below``: to the
+    directory of this name in it, through no link. Links that lead out of ``to`` are left out, and unless ``git``, what
+    is in a .git, where programs are named that git would run here."""
     tree = _Tree(guest, path, user, limit_bytes, limit_entries)
     target = await asyncio.to_thread(trees.Target, to)
     try:
         async with contextlib.aclosing(tree.__aiter__()) as found:
             async for info, contents in found:
+                if below:
+                    info.name = f"{below}/{info.name}"
                 if trees.names_git(info.name) and not git:
                     if info.name.lower().endswith(".git"):
                         tree.note(f"{info.name}: git would run what is in it")

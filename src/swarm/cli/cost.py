@@ -15,6 +15,7 @@ from swarm.cli.ui.table import Column
 
 class By(StrEnum):
     TICKET = "ticket"
+    SANDBOX = "sandbox"
     AGENT = "agent"
     WORKFLOW = "workflow"
     MODEL = "model"

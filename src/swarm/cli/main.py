@@ -17,6 +17,7 @@ from swarm.cli import (
     install,
     notice,
     prove,
+    running,
     secret,
     serve,
     template,
@@ -115,6 +116,7 @@ cost.register(app)
 bench.register(app)
 serve.register(app)
 token.register(app)
+running.register(app)
 
 
 def run() -> None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import os
+import re
 import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from swarm.base import trees
-from swarm.base.trees import Entry
+from swarm.base.trees import Entry, Target
 from swarm.cli import sending
 from swarm.cli.sending import Source
-from swarm.errors import UsageError
+from swarm.errors import Conflict, NotFound, UsageError
 
 if TYPE_CHECKING:
     from swarm.channel import Channel
+    from swarm.channel.conversation import Open
+    from swarm.channel.guest_files import Info
 
 # Of a directory of which git does not say what belongs to it. Somebody may have typed the command in a home directory.
 MAX_BYTES: Final = 256 << 20
@@ -135,3 +139,125 @@ class _Pieces:
                     os.close(fd)
             if left:
                 raise UsageError(f"{path} changed while it was read: try again")
+
+
+# --- back -------------------------------------------------------------------------------------------------------------
+
+
+def parts_of(pattern: str) -> tuple[str, ...]:
+    """Of a pattern below /work. Raises UsageError."""
+    parts = tuple(part for part in pattern.removeprefix("/work/").split("/") if part not in ("", "."))
+    if not parts or ".." in parts or (pattern.startswith("/") and not pattern.startswith("/work/")) or "\0" in pattern:
+        raise UsageError(f"{pattern[:200]!r} is not below /work: write a name or a pattern such as 'dist/*.whl'")
+    return parts
+
+
+async def bring_back(
+    guest: Open,
+    patterns: Sequence[str],
+    top: Path,
+    *,
+    limit_bytes: int,
+    brought: Callable[[str], None],
+    note: Callable[[str], None],
+) -> None:
+    """Write what fits the patterns below /work of the guest to the same place below ``top``; a directory with all that
+    is in it. ``brought`` gets each name, ``note`` a sentence for what was left out. The guest chose the names and the
+    contents: nothing is written outside ``top``, or through a link there. Raises SwarmError."""
+    from swarm.channel import guest_trees
+
+    found: dict[str, Info] = {}
+    for pattern in patterns:
+        fitting = await _find(guest, parts_of(pattern), note)
+        if not fitting:
+            note(f"nothing in /work fits {pattern!r}")
+        found |= fitting
+    within = [f"{name}/" for name, info in found.items() if info.kind == "directory"]
+    target = Target(top)
+    left = limit_bytes
+    try:
+        for name, info in found.items():
+            if any(name.startswith(directory) for directory in within):  # it comes with that
+                continue
+            if why := _not_taken(name, info):
+                note(f"left out: {name}: {why}")
+                continue
+            if info.kind == "directory":
+                await target.write(Entry(f"{name}/", trees.DIR, 0), _text(""))
+                moved = await guest_trees.get_tree(guest, f"/work/{name}", top, below=name, limit_bytes=left)
+                for what in moved.left_out:
+                    note(f"left out of {name}: {what}")
+                left -= moved.bytes
+            else:
+                if (left := left - info.size) < 0:
+                    raise Conflict(
+                        f"--out fits more than {limit_bytes >> 20} MiB; the limit is the size of the VM's disk"
+                    )
+                await _write(guest, target, name, info)
+            brought(f"{name}/" if info.kind == "directory" else name)
+    finally:
+        target.close()
+
+
+def _not_taken(name: str, info: Info) -> str:
+    """Why it can't be written here; '' if it can."""
+    if trees.names_git(name):
+        return "git would run what is in a .git here"
+    if not trees.is_plain(name):
+        return "its name is too long, or leads elsewhere"
+    if info.kind == "link" and not trees.stays_within(name, info.target or ""):
+        return f"a link to {(info.target or '')[:200]!r}, which leads out of this directory"
+    return "" if info.kind in ("file", "link", "directory") else f"a {info.kind}"
+
+
+async def _write(guest: Open, target: Target, name: str, info: Info) -> None:
+    from swarm.channel import guest_files
+
+    if info.kind == "link":
+        await target.write(Entry(name, stat.S_IFLNK | 0o777, 0), _text(info.target or ""))
+        return
+    # No longer than it was said to be, so that one which grows does not fill this disk.
+    async with aclosing(guest_files.read(guest, f"/work/{name}", length=info.size)) as pieces:
+        await target.write(Entry(name, stat.S_IFREG | info.mode & 0o777, info.size), pieces)
+
+
+async def _text(text: str) -> AsyncIterator[bytes]:
+    yield os.fsencode(text)
+
+
+async def _find(guest: Open, parts: tuple[str, ...], note: Callable[[str], None]) -> dict[str, Info]:
+    """All that fits, by name; a directory stands for all that is in it."""
+    from swarm.channel import guest_files
+
+    found: dict[str, Info] = {}
+    waiting = [("", parts)]
+    while waiting:
+        here, (part, *rest) = waiting.pop()
+        try:
+            if part != "**" and not re.search(r"[*?\[]", part):
+                entries = [(f"{here}{part}", await guest_files.stat(guest, f"/work/{here}{part}", follow=False))]
+            else:
+                listing = await guest_files.list_dir(guest, f"/work/{here}")
+                if not listing.complete:
+                    note(f"/work/{here} has more than {len(listing.entries):,} entries: the others are left out")
+                entries = [(f"{here}{info.name}", info) for info in listing.entries if _fits(info.name, part)]
+        except (NotFound, Conflict):  # Conflict: what it would be in is a file
+            continue
+        if part == "**" and rest:
+            waiting.append((here, tuple(rest)))
+        for name, info in entries:
+            if part == "**" and rest:
+                if info.kind == "directory":
+                    waiting.append((f"{name}/", (part, *rest)))
+            elif rest:
+                waiting.append((f"{name}/", tuple(rest)))
+            elif name not in found:
+                found[name] = info
+        if len(found) > trees.MAX_ENTRIES or len(waiting) > trees.MAX_ENTRIES:
+            raise Conflict(f"--out fits more than {trees.MAX_ENTRIES:,} files")
+    return found
+
+
+def _fits(name: str, part: str) -> bool:
+    """As shells have it: what begins with a dot only if the pattern does."""
+    return fnmatch.fnmatchcase(name, part) and (not name.startswith(".") or part.startswith("."))
