@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -111,9 +112,18 @@ async def plain(settings: Settings, tmp_path: Path) -> AsyncIterator[Bench]:
         yield Bench(settings=own, store=store, worker=worker, dir=tmp_path)
 
 
+class HasSettings(Protocol):
+    @property
+    def settings(self) -> Settings: ...
+
+
 @asynccontextmanager
 async def engine_process(
-    bench: Bench, *options: str, driver: str = "process", stderr: int = asyncio.subprocess.PIPE, **environment: str
+    bench: HasSettings,
+    *options: str,
+    driver: str = "process",
+    stderr: int = asyncio.subprocess.PIPE,
+    **environment: str,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """`swarm-engine start --foreground` as a process of its own, its log on stderr; killed when the block ends."""
     argv = ["-m", "swarm.cli.engine", "start", "--foreground", "--max-vms=2", f"--driver={driver}", "--log-format=json"]

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from swarm.app import wiring
+from swarm import config
+from swarm.app import setup, wiring
 from swarm.channel import processes
+from swarm.channel.conversation import Open
 from swarm.channel.processes import Done, Order
+from swarm.cli.prove import prove
 from swarm.config import Settings
 from swarm.engine.sandboxes import Sandboxes
 from swarm.model import Event, Sandbox
+from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 from swarm.vm.slots.inventory import VmRecord
@@ -26,6 +31,18 @@ class Desk:
 
     settings: Settings
     store: Store
+    dir: Path
+
+    no_snapshots = SnapshotPage(snapshots=[], after=None)
+
+    @classmethod
+    @asynccontextmanager
+    async def at(cls, values: Mapping[str, Any]) -> AsyncIterator[Desk]:
+        """A new home with these settings."""
+        settings = config.load(**values)
+        await setup.init(settings, image=False)
+        async with wiring.store(settings) as store:
+            yield cls(settings=settings, store=store, dir=settings.home)
 
     @property
     def database(self) -> Path:
@@ -78,6 +95,25 @@ class Desk:
         await self.until(there)
         return [event.data for event in await self.story(id) if event.kind == kind]
 
+    @staticmethod
+    def pauses_of(id: str) -> SnapshotFilter:
+        return SnapshotFilter(sandbox_id=id, kinds=("pause",))
+
+    async def gone(self) -> None:
+        """No VM is left."""
+
+        async def none() -> bool:
+            return not self.vms()
+
+        await self.until(none)
+
+    async def settled(self) -> None:
+        """No VM, no half snapshot; and nothing broken, as `swarm prove` says."""
+        assert self.vms() == []
+        assert [name for name in self.files() if name.startswith(".")] == []
+        report = await prove(self.settings)
+        assert report.kept, report.violations
+
     def vms(self) -> list[VmRecord]:
         return [record for record in wiring.inventory(self.settings).records() if record.pid]
 
@@ -101,13 +137,23 @@ class Desk:
                 await task
 
 
-async def run(sandboxes: Sandboxes, id: str, *argv: str, by: str = "test", **order: object) -> Done:
-    """A program in its guest, to its end."""
-
-    def open_(op: str, fields: Mapping[str, object], payload: bytes = b"") -> object:
+def opening(sandboxes: Sandboxes, id: str, by: str = "test") -> Open:
+    def open_(op: str, fields: Mapping[str, object], payload: bytes) -> AbstractAsyncContextManager[Any]:
         return sandboxes.converse(id, op, fields, payload, by=by)
 
-    return await processes.run(open_, Order(argv=argv, **order))  # type: ignore[arg-type]
+    return open_
+
+
+async def background(sandboxes: Sandboxes, id: str, line: str) -> str:
+    """Start a shell that outlives this; its process."""
+    order = Order(argv=("/bin/sh", "-c", line), user="root", background=True)
+    async with processes.start(opening(sandboxes, id), order):
+        return order.process
+
+
+async def run(sandboxes: Sandboxes, id: str, *argv: str, by: str = "test", **order: Any) -> Done:
+    """A program in its guest, to its end."""
+    return await processes.run(opening(sandboxes, id, by), Order(argv=argv, **order))
 
 
 async def shell(sandboxes: Sandboxes, id: str, line: str) -> str:

@@ -1,43 +1,225 @@
-"""Sandboxes that an engine holds: real VMs, a real database."""
+"""Sandboxes that an engine holds: real VMs, a real database, the rows as any tool writes them."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
-from swarm import config
-from swarm.app import setup, wiring
+from swarm.admin.vault import Vault
+from swarm.app import wiring
+from swarm.channel import processes
 from swarm.config import Settings
+from swarm.errors import Conflict, NoSpace, UsageError
 from swarm.vm.driver import Image
-from tests.engine.sandboxing import Desk, shell
+from tests.agents.write import registered
+from tests.engine.conftest import engine_process
+from tests.engine.sandboxing import Desk, background, opening, run, shell
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("qemu")]
 
 
 @pytest.fixture
 async def desk(settings: Settings, image: Image, tmp_path: Path) -> AsyncIterator[Desk]:
-    own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates})
-    await setup.init(own, image=False)
-    async with wiring.store(own) as store:
-        yield Desk(settings=own, store=store)
+    async with desk_at(settings, tmp_path) as desk:
+        yield desk
+        await desk.settled()
 
 
-async def test_the_life_of_a_sandbox(desk: Desk) -> None:
+def desk_at(settings: Settings, tmp_path: Path, **more: object) -> AbstractAsyncContextManager[Desk]:
+    return Desk.at({**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates, **more})
+
+
+async def test_what_is_done_in_one_is_told(desk: Desk, tmp_path: Path) -> None:
+    """A plain INSERT makes one; the agent's files and secrets are in it; its events tell the story without secrets."""
+    agent = await registered(
+        desk.store, desk.settings, tmp_path / "agent", "print('hi')", "helper", env={"A": "1"}, secrets=("KEY",)
+    )
+    await wiring.vault(desk.settings, desk.store).set("KEY", "swordfish")
+    async with desk.engine() as engine:
+        desk.insert("s", agent_id=agent.id, env='{"B": "2"}', secrets='["KEY"]')
+        await desk.running("s")
+        assert await shell(engine, "s", "cat /agent/main.py; echo $A$B$KEY") == "print('hi')12swordfish"
+        assert (await run(engine, "s", "/bin/sh", "-c", "exit 3; swordfish")).ended.code == 3
+        with pytest.raises(UsageError, match="freeze can't be asked of a sandbox"):
+            async with engine.converse("s", "freeze", {}, b"", by="test"):
+                raise AssertionError("it was asked")
+        with pytest.raises(Conflict, match="does not hold the sandbox other"):
+            await run(engine, "other", "/bin/true")
+        await engine.end("s", by="ann")
+        row = await desk.store.sandbox("s")
+        assert (row.state, row.error, row.hold_id) == ("ended", None, None)
+        assert desk.vms() == [], "ended means that its VM is gone"
+    story = await desk.story("s")
+    assert [event.data.get("to") for event in story if event.kind == "transition"] == ["running", "ended"]
+    (_, failed) = [event.data for event in story if event.kind == "exec"]
+    assert failed["argv"] == ["/bin/sh", "-c", "exit 3; [KEY]"] and failed["by"] == "test"
+    (_, how) = [event.data for event in story if event.kind == "exit"]
+    assert how["code"] == 3 and how["process"] == failed["process"]
+    assert "swordfish" not in str([event.data for event in story])
+
+
+async def test_a_stop_of_the_engine_loses_none(desk: Desk) -> None:
+    """Whatever runs in the background goes on where it stood, in another engine, with the tokens that it knows."""
+    async with desk.engine() as engine:
+        desk.insert("s", network="open")
+        desk.insert("new", state="starting")
+        await desk.running("s")
+        counts = await background(engine, "s", "i=0; while :; do i=$((i+1)); echo $i > /work/i; sleep 0.05; done")
+        await background(engine, "s", "exit 7")
+        before = int(await shell(engine, "s", "sleep 0.2; cat /work/i"))
+        proxy = await shell(engine, "s", "echo $http_proxy")
+    row = await desk.store.sandbox("s")
+    assert (row.state, row.hold_id, row.wanted, desk.vms()) == ("paused", None, None, [])
+    assert len(desk.files()) == 1 + ((await desk.store.sandbox("new")).state == "paused")
+    async with desk.engine() as engine:
+        await desk.resumed("s")
+        assert int(await shell(engine, "s", "sleep 0.2; cat /work/i")) > before
+        assert await shell(engine, "s", "echo $http_proxy") == proxy != ""
+        assert await desk.store.snapshot_page(desk.pauses_of("s")) == desk.no_snapshots
+        found = {one.process: one.ended for one in await processes.processes(opening(engine, "s"))}
+        assert found[counts] is None
+        await engine.end("s", by="test")
+    assert 7 in [event["code"] for event in await desk.told("s", "exit")], "told when it was paused"
+
+
+async def test_after_a_kill_it_is_lost_and_what_slept_is_not(desk: Desk) -> None:
+    templates = str(desk.settings.templates)
+    async with engine_process(desk, "--max-sandboxes=4", driver="qemu", SWARM_TEMPLATES_DIR=templates) as first:
+        desk.insert("runs")
+        desk.insert("sleeps", wanted="paused")
+        await desk.running("runs")
+        await desk.state("sleeps", "paused")
+        first.send_signal(signal.SIGKILL)
+        await first.wait()
+    async with desk.engine():
+        lost = await desk.state("runs", "lost")
+        assert lost.error and "ran out" in lost.error and "no snapshot to go on from" in lost.error
+        assert desk.vms() == [], "swept"
+        await desk.resumed("sleeps")
+        desk.sql("DELETE FROM sandboxes WHERE id = 'sleeps'")
+        await desk.gone()
+
+
+async def test_two_engines_never_hold_one(desk: Desk) -> None:
+    async with desk.engine(most=2) as one, desk.engine(most=2) as two:
+        for number in range(4):
+            desk.insert(f"s{number}")
+        for number in range(4):
+            await desk.running(f"s{number}")
+        assert sorted([*one.held, *two.held]) == ["s0", "s1", "s2", "s3"]
+        desk.insert("late")
+        first = next(iter(one.held))
+        await one.pause(first, by="test")  # makes room
+        await desk.running("late")
+        for id in [*one.held, *two.held]:
+            desk.sql("UPDATE sandboxes SET wanted = 'ended' WHERE id = ?", id)
+        await desk.gone()
+        await desk.resumed(first)
+        assert len(one.held) + len(two.held) == 1
+
+
+async def test_forks_are_sandboxes_of_their_own(desk: Desk) -> None:
+    async with desk.engine() as engine:
+        desk.insert("s", name="box", network="open", ttl_seconds=3600, labels='{"a": "b"}')
+        await desk.running("s")
+        proxy = await shell(engine, "s", "echo here > /work/x; echo $http_proxy")
+        children = await engine.fork("s", by="ann", count=2, name="try")
+        rows = [await desk.running(id) for id in children]
+        assert [row.name for row in rows] == ["try-1", "try-2"]
+        assert {(row.parent_id, row.labels, row.created_by) for row in rows} == {("s", '{"a": "b"}', "ann")}
+        found = await asyncio.gather(*(shell(engine, id, "cat /work/x; echo $http_proxy") for id in ("s", *children)))
+        assert {text.split("\n")[0] for text in found} == {"here"}
+        assert found[0].split("\n")[1] == proxy and len({text.split("\n")[1] for text in found}) == 3
+        (told,) = await desk.told("s", "fork")
+        assert told["children"] == list(children)
+        named = await engine.snapshot("s", by="ann", name="base", keep_seconds=60)
+        assert (await desk.store.snapshot("base")).id == named
+        desk.sql("UPDATE snapshots SET expires_at = 1 WHERE kind = 'fork'")
+        await engine.collect()
+        assert desk.files() == [named], "what forks started from goes when they have"
+        await engine.pause(children[0], by="test")
+        desk.insert("again", snapshot_id=named)
+        await desk.running("again")
+        assert await shell(engine, "again", "cat /work/x") == "here"
+    assert [(await desk.store.sandbox(id)).state for id in ("s", *children, "again")] == ["paused"] * 4
+
+
+async def test_it_runs_on_when_there_is_no_room_for_its_snapshot(
+    settings: Settings, image: Image, tmp_path: Path
+) -> None:
+    async with desk_at(settings, tmp_path, snapshots_gb=0.001) as desk, desk.engine() as engine:
+        desk.insert("s")
+        await desk.running("s")
+        for take in (engine.pause("s", by="test"), engine.snapshot("s", by="test"), engine.fork("s", by="test")):
+            with pytest.raises(NoSpace, match="SWARM_SNAPSHOTS_GB allows"):
+                await take
+            assert desk.files() == [], "not half a snapshot"
+            assert await shell(engine, "s", "echo still here") == "still here"
+        (trouble,) = await desk.told("s", "trouble")
+        assert trouble["what"] == "pause" and "SWARM_SNAPSHOTS_GB" in str(trouble["error"])
+        assert (await desk.store.sandbox("s")).state == "running"
+        await engine.end("s", by="test")
+
+
+async def test_idle_ones_sleep_and_those_whose_time_is_over_end(desk: Desk) -> None:
+    async with desk.engine() as engine:
+        desk.insert("idle", idle_timeout_seconds=0.3)
+        desk.insert("short", ttl_seconds=1.0)
+        await desk.state("short", "ended")
+        await desk.state("idle", "paused")
+        whys = [event.data.get("why") for id in ("idle", "short") for event in await desk.story(id)]
+        assert "idle" in whys and "its time to live is over" in whys
+        await desk.resumed("idle")
+        assert await shell(engine, "idle", "sleep 0.6; echo awake") == "awake", "it is in use"
+        live = engine.held["idle"].live
+        assert live is not None
+        live.channel.close()  # as a hostile guest may do
+        await desk.state("idle", "paused")
+        desk.sql("UPDATE sandboxes SET wanted = 'ended' WHERE id = 'idle'")
+        await desk.state("idle", "ended")
+
+
+async def test_a_damaged_snapshot_is_found_before_it_runs(desk: Desk) -> None:
     async with desk.engine() as engine:
         desk.insert("s")
         await desk.running("s")
-        assert await shell(engine, "s", "echo hello > /work/a; echo $$") != ""
         await engine.pause("s", by="test")
-        assert (await desk.store.sandbox("s")).state == "paused"
+        (snapshot,) = desk.files()
+        with (desk.settings.snapshots / snapshot / "memory").open("r+b") as memory:
+            memory.seek(1 << 20)
+            memory.write(os.urandom(64))
+        await desk.store.want_sandbox("s", "running", by="test")
+        lost = await desk.state("s", "lost")
+        assert lost.error and "damaged" in lost.error
         assert desk.vms() == []
+
+
+async def test_what_can_be_mended_costs_no_sandbox(desk: Desk) -> None:
+    """A secret that is gone: one that sleeps goes on sleeping, and says why it can't be resumed; a new one ends."""
+    vault: Vault = wiring.vault(desk.settings, desk.store)
+    await vault.set("KEY", "swordfish")
+    async with desk.engine() as engine:
+        desk.insert("s", secrets='["KEY"]')
+        await desk.running("s")
+        with pytest.raises(Conflict, match="was given secrets"):
+            await engine.snapshot("s", by="test", without_secrets=True)
+        await engine.pause("s", by="test")
+        await vault.remove("KEY")
+        await desk.store.want_sandbox("s", "running", by="test")
+
+        async def refused() -> bool:
+            row = await desk.store.sandbox("s")
+            return row.state == "paused" and "the secret 'KEY', which is not set" in (row.error or "")
+
+        await desk.until(refused)
+        desk.insert("new", secrets='["KEY"]')
+        assert "can't run here" in ((await desk.state("new", "ended")).error or "")
+        await vault.set("KEY", "swordfish")
         await desk.resumed("s")
-        assert await shell(engine, "s", "cat /work/a") == "hello"
-        (child,) = await engine.fork("s", by="test")
-        await desk.running(child)
-        assert await shell(engine, child, "cat /work/a") == "hello"
         await engine.end("s", by="test")
-        assert (await desk.store.sandbox("s")).state == "ended"
-    assert (await desk.store.sandbox(child)).state == "paused"
-    assert desk.vms() == []

@@ -390,7 +390,8 @@ def _engine_line(engine: Engine) -> str:
         silent = render.duration(engine.seen_ms_ago)
         return f"{where}: silent for {silent}; its steps go back to the queue when their leases end"
     doing = "stopping" if info.get("stopping") else "serving"
-    return f"{where}: {doing}, {info.get('running')} of {info.get('max_vms')} VMs, driver {info.get('driver')}"
+    held = f", {info['sandboxes']} of {info.get('max_sandboxes')} sandboxes" if info.get("sandboxes") else ""
+    return f"{where}: {doing}, {info.get('running')} of {info.get('max_vms')} VMs{held}, driver {info.get('driver')}"
 
 
 def run() -> None:

@@ -82,8 +82,8 @@ class Dispatcher:
         self._grace_seconds = grace_seconds
         self._scheduler = scheduler
         self.sandboxes = sandboxes
-        if sandboxes is not None and memory is not None:
-            sandboxes.left_mb, sandboxes.most_mb = lambda: memory.left_mb(self._vms()), memory.most_mb
+        if sandboxes is not None:
+            sandboxes.room, sandboxes.most_mb = self._room_for_sandbox, memory.most_mb if memory else None
         self._info = dict(info or {})
         self._ended = ended
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,6 +113,12 @@ class Dispatcher:
         yield from of_attempts(self.running.values())
         if self.sandboxes is not None:
             yield from self.sandboxes.vms()
+
+    def _room_for_sandbox(self) -> tuple[int | None, str]:
+        """The memory for one more (None: no limit), and why there is no disk for it."""
+        memory_mb = self._memory.left_mb(self._vms()) if self._memory else None
+        shortage = self._disk.shortage(self._vms()) if self._disk else ""
+        return (-1 if shortage else memory_mb), shortage
 
     @property
     def per_minute(self) -> int:
@@ -203,6 +209,8 @@ class Dispatcher:
                         self._wait_for_disk(request.disk_shortage)
                     elif due.ready and request.memory_mb is not None:
                         self.waits_for = f"memory: {max(0, request.memory_mb)} MB are left for VMs"
+                        if self.sandboxes is not None:
+                            self.sandboxes.make_room()
                     return min(self._until(due), _ROOM_LOOK_SECONDS) if due.ready else self._until(due)
         except StoreError as error:
             self._more = False
@@ -382,6 +390,7 @@ class Dispatcher:
         }
         if self.sandboxes is not None:
             info |= {"sandboxes": len(self.sandboxes.held), "max_sandboxes": self.sandboxes.most}
+            info |= {"sandboxes_wait_for": self.sandboxes.waits_for}
         if self._memory is not None:
             info |= {"memory_mb": self._memory.total_mb, "memory_free_mb": self._memory.available_mb()}
         await self._store.heartbeat(self._worker.name, host=socket.gethostname(), pid=os.getpid(), info=info)

@@ -21,11 +21,12 @@ from swarm.base.aio import quietly
 from swarm.base.clock import Timeline
 from swarm.base.log import logger
 from swarm.channel import processes
+from swarm.channel.guest import Guest
 from swarm.engine.conversing import exit_of
 from swarm.engine.egress import Egress
 from swarm.engine.engine import AGENT_DIR, ImageSource, LayerSource, vm_spec
 from swarm.engine.held import Held
-from swarm.errors import ChannelError, SwarmError
+from swarm.errors import ChannelError, GuestRefused, SwarmError
 from swarm.ledger import Account
 from swarm.model import Agent, SandboxClaim, Snapshot
 from swarm.vm import driver
@@ -164,16 +165,19 @@ class Machines:
 
     async def _tell_ends(self, held: Held, live: LiveVm) -> None:
         """How processes in the background ended that nobody has waited for."""
-        if not held.background or held.guest is None:
+        if not held.background:
             return
+        guest = Guest(live.vm.endpoint, live.identity.token)
         try:
             async with asyncio.timeout(_ASK_SECONDS):
-                for one in await processes.processes(held.guest.open):
+                for one in await processes.processes(guest.open):
                     if one.process in held.background and one.ended is not None:
                         held.background.discard(one.process)
                         held.record("exit", {"process": one.process, **exit_of(asdict(one.ended))})
-        except (ChannelError, TimeoutError) as error:
+        except (ChannelError, GuestRefused, TimeoutError) as error:
             log.warning("can't ask a sandbox for its processes", sandbox=held.id, error=str(error))
+        finally:
+            await guest.close()
 
 
 def _account(held: Held) -> Account:

@@ -58,8 +58,9 @@ class _Done:
 
 class Sandboxes:
     """``worker``: the engine's name in the database. ``most``: how many it holds at once. ``emit`` takes events, which
-    are written with the next batch. ``left_mb``: the memory for one more VM; None: no limit. Its loops (`claiming`,
-    `renewing`, `collecting`) run until they are cancelled; then call `drained`, before `renewing` is cancelled."""
+    are written with the next batch. ``room``: the memory for one more VM (None: no limit), and why there is no disk for
+    it. Its loops (`claiming`, `renewing`, `collecting`) run until they are cancelled; then call `drained`, before
+    `renewing` is cancelled."""
 
     def __init__(
         self,
@@ -79,9 +80,10 @@ class Sandboxes:
         self._held: dict[str, Held] = {}  # by the sandbox's id
         self._look = asyncio.Event()
         self._store_error = ""  # the last one, logged once
-        self.left_mb: Callable[[], int | None] = lambda: None
+        self.room: Callable[[], tuple[int | None, str]] = lambda: (None, "")
         self.most_mb: int | None = None  # for one VM while nothing else runs
         self.stopping = False
+        self.waits_for = ""  # why one that is wanted is not started; shown by status
 
     @property
     def held(self) -> Mapping[str, Held]:
@@ -121,13 +123,15 @@ class Sandboxes:
         while not self.stopping:
             due = await self._store.sandboxes_due(self._machines.host)
             if not due.ready and due.next_ms != 0:
+                self.waits_for = ""
                 return LOOK_SECONDS if due.next_ms is None else min(LOOK_SECONDS, due.next_ms / 1000 + 0.001)
+            memory_mb, shortage = self.room()
             claims = await self._store.claim_sandboxes(
                 self._worker,
                 self._machines.host,
                 lease_seconds=self._lease_seconds,
                 limit=max(0, self.most - len(self._held)),
-                memory_mb=self.left_mb(),
+                memory_mb=memory_mb,
                 most_memory_mb=self.most_mb,
                 held=[held.claim.hold_id for held in self._held.values()],
             )
@@ -136,7 +140,9 @@ class Sandboxes:
                 self._begin(claim)
             if not claims:
                 if due.ready:
-                    self._make_room()
+                    full = f"a place: all {self.most} are taken" if len(self._held) >= self.most else ""
+                    self.waits_for = shortage or full or f"memory: {max(0, memory_mb or 0)} MB are left for VMs"
+                    self.make_room()
                 return _ROOM_SECONDS
         return LOOK_SECONDS
 
@@ -145,8 +151,8 @@ class Sandboxes:
         self._held[held.id] = held
         held.task = asyncio.create_task(self._hold(held), name=f"sandbox-{held.id}")
 
-    def _make_room(self) -> None:
-        """Pause the one that nobody has spoken with for the longest time."""
+    def make_room(self) -> None:
+        """Pause the one that nobody has spoken with for the longest time, if that is some seconds."""
         held = max(self._held.values(), key=lambda one: one.idle_for, default=None)
         if held is not None and held.idle_for > _YIELD_SECONDS and held.may_pause():
             held.want(Ending.PAUSED)

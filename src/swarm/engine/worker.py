@@ -341,7 +341,7 @@ class Worker:
             await self._unwritten.wait()
             await asyncio.sleep(FLUSH_EVERY_SECONDS)
             try:
-                await self._flush()
+                await finish_uninterrupted(self._flush())  # else a stop would lose what is being written
             except StoreError as error:  # events are kept for the next try
                 log.warning("can't write events yet", error=str(error))
                 await asyncio.sleep(_STORE_RETRY_SECONDS)

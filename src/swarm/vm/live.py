@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from swarm.base.aio import finish_uninterrupted
 from swarm.base.log import logger
 from swarm.base.process import start_time
 from swarm.channel import Channel, Identity, Renewed, processes
+from swarm.channel.conversation import Open
 from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, StepError
 from swarm.model import FailureReason
 from swarm.vm.driver import Vm, VmSpec
@@ -54,20 +55,22 @@ class LiveVm:
         return await while_alive(self.vm, work)
 
     async def freeze(self) -> None:
-        """Stop all programs of the guest. Raises ChannelError, GuestRefused, OutcomeUnknown."""
-        await finish_uninterrupted(self.while_alive(_bounded(processes.freeze(self.channel.converse), "freeze")))
+        """Stop all programs of the guest; over a new connection, if the old one broke. Raises ChannelError,
+        GuestRefused, OutcomeUnknown."""
+        await finish_uninterrupted(self.while_alive(self._say(processes.freeze, "freeze")))
 
     async def thaw(self) -> None:
-        """Let them go on; over a new connection, if the old one broke. Raises as `freeze`."""
-        try:
-            await self.while_alive(_bounded(processes.thaw(self.channel.converse), "thaw"))
-        except ChannelError:
-            await self.while_alive(self._thaw_anew())
+        """Let them go on, as `freeze`."""
+        await self.while_alive(self._say(processes.thaw, "thaw"))
 
-    async def _thaw_anew(self) -> None:
-        endpoint, token = self.vm.endpoint, self.identity.token
-        async with Channel.connect(endpoint, token=token, timeout_seconds=_FREEZE_SECONDS, listening=True) as channel:
-            await _bounded(processes.thaw(channel.converse), "thaw")
+    async def _say(self, order: Callable[[Open], Coroutine[Any, Any, None]], what: str) -> None:
+        try:
+            await _bounded(order(self.channel.converse), what)
+        except ChannelError:
+            endpoint, token = self.vm.endpoint, self.identity.token
+            connecting = Channel.connect(endpoint, token=token, timeout_seconds=_FREEZE_SECONDS, listening=True)
+            async with connecting as channel:
+                await _bounded(order(channel.converse), what)
 
 
 async def _bounded(work: Coroutine[Any, Any, None], what: str) -> None:
