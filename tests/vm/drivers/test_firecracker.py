@@ -19,14 +19,15 @@ from typing import Any
 import pytest
 
 from swarm.app import wiring
+from swarm.base import process
 from swarm.base.aio import undoing
 from swarm.base.clock import Timeline
-from swarm.channel import Channel
+from swarm.channel import Channel, Identity
 from swarm.config import Settings
 from swarm.errors import BootFailed, HostError
 from swarm.vm import choose, driver
-from swarm.vm.driver import Image, Slot, Template, VmSpec
-from swarm.vm.drivers import cgroups, firecracker, jailer
+from swarm.vm.driver import Image, Slot, Snapshot, Template, VmSpec
+from swarm.vm.drivers import cgroups, disk, firecracker, jailer
 from swarm.vm.drivers.firecracker import FirecrackerDriver, FirecrackerVm
 from swarm.vm.drivers.firecracker_api import Refused
 from swarm.vm.drivers.jailer import JailFile
@@ -39,6 +40,9 @@ from tests.vm.drivers.test_drivers import death_of, inside
 pytestmark = pytest.mark.needs("firecracker")
 
 FIRST_SLOT = 3000
+NOBODY = Identity(
+    generation="", seed=b"", hostname="", machine_id="", ssh_host_key="", authorized_keys="", token=b""
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -318,6 +322,56 @@ async def test_a_clone_has_its_own_limits(settings: Settings, fc: FirecrackerDri
             assert (await vm.api.get("/"))["state"] == "Running"
         finally:
             await vm.kill()
+
+
+async def test_a_vm_goes_on_after_it_was_saved_and_forks_and_its_pause_run(
+    settings: Settings, fc: FirecrackerDriver, frozen: Template, tmp_path: Path
+) -> None:
+    froze: list[str] = []
+
+    async def freeze() -> None:
+        froze.append("before it stands still")
+
+    def taken(name: str) -> Snapshot:
+        (tmp_path / name).mkdir()
+        return Snapshot(
+            id=name, dir=tmp_path / name, spec=frozen.spec, driver="", accelerator="", version="", identity=NOBODY
+        )
+
+    async with places(settings, 4) as found:
+        (first, slot), *others = found
+        vm = await fc.restore(frozen, slot, first)
+        vms = [vm]
+        try:
+            os.pwrite((work := os.open(first / "work.ext4", os.O_RDWR)), b"written", 8 << 20)
+            os.close(work)
+            saved = taken("saved")
+            await vm.save(saved.dir, freeze=freeze)
+            assert (await vm.api.get("/"))["state"] == "Running"
+            assert not list(vm.jail.root.glob("saved.*"))
+            assert disk.used_bytes(saved.dir / "memory") < 128 << 20, "with holes"
+            for place, other in others[:2]:
+                vms.append(await fc.resume(saved, other, place, own=False))
+                assert (await vms[-1].api.get("/"))["state"] == "Running"
+                assert (place / "work.ext4").read_bytes() == (first / "work.ext4").read_bytes()
+            with pytest.raises(ZeroDivisionError):
+                async with vm.pausing(taken("failed").dir, freeze=freeze):
+                    assert (await vm.api.get("/"))["state"] == "Paused"
+                    _ = 1 / 0
+            assert (await vm.api.get("/"))["state"] == "Running"
+            paused = taken("paused")
+            async with vm.pausing(paused.dir, freeze=freeze):
+                pass
+            assert process.start_time(vm.pid) is None
+            place, other = others[2]
+            vms.append(await fc.resume(paused, other, place, own=True))
+            assert (await vms[-1].api.get("/"))["state"] == "Running"
+            assert (place / "work.ext4").samefile(paused.dir / "work"), "no copy"
+            assert len(froze) == 3
+        finally:
+            await asyncio.gather(*(vm.kill() for vm in vms))
+        for place, _ in found:
+            assert inside(place) == []
 
 
 async def test_twenty_at_once(settings: Settings, fc: FirecrackerDriver, frozen: Template) -> None:
