@@ -100,14 +100,11 @@ async def bench(
 async def bench_sandboxes(settings: Settings, *, progress: Progress = silent) -> Report:
     """Measure pause, resume and fork. Raises HostError if this host can't run VMs with QEMU."""
     load_before = _load()
-    async with _context(settings, None) as context, _slot(context):
+    async with _context(settings, None) as context:
         sandboxes = Sandboxes(
             launcher=wiring.launcher(context.settings, context.choice),
             snapshots=wiring.snapshots(context.settings),
-            network=wiring.network(context.settings),
-            slot=_SLOT,
             spec=context.spec,
-            dir=context.dir,
         )
         figures = await sandboxes.figures(progress)
         return Report(host={**_host(context), "load_before": load_before}, cells=(), figures=tuple(figures))

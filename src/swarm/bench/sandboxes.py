@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import resource
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
+from swarm.base.aio import undoing
 from swarm.base.clock import Timeline
 from swarm.base.progress import Progress
 from swarm.bench import baselines
@@ -20,9 +20,8 @@ from swarm.channel import Channel, processes
 from swarm.channel.guest import Guest
 from swarm.channel.processes import Order
 from swarm.errors import HostError
-from swarm.vm.driver import Slot, Snapshot, VmSpec
+from swarm.vm.driver import Snapshot, VmSpec
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
-from swarm.vm.network.network import Network
 from swarm.vm.snapshots import Snapshots
 
 FORKS: Final = 16
@@ -33,17 +32,12 @@ _TRUE: Final = ("/bin/true",)
 
 
 class Sandboxes:
-    """Measures in VMs of ``launcher``. ``slot``: a network slot that nobody uses; ``dir`` is on the VMs' disk."""
+    """Measures in VMs of ``launcher``."""
 
-    def __init__(
-        self, *, launcher: Launcher, snapshots: Snapshots, network: Network, slot: int, spec: VmSpec, dir: Path
-    ) -> None:
+    def __init__(self, *, launcher: Launcher, snapshots: Snapshots, spec: VmSpec) -> None:
         self._launcher = launcher
         self._snapshots = snapshots
-        self._network = network
-        self._slot = slot
         self._spec = spec
-        self._dir = dir
         self._accelerator = launcher.choice.probe.accelerator
         self._found: list[Figure] = []
 
@@ -123,12 +117,10 @@ class Sandboxes:
         private: list[int] = []
         bare_private: list[int] = []
         for _ in range(_REPEATS):  # alternately, so that both see the same load
-            async with self._bare(saved) as bare:
+            async with self._bare(saved) as (bare, dir):
                 bare_resumes.append(_ms(bare.began))
                 bare_private.append(baselines.memory_of(bare.pid)[0])
-                file = Path(tempfile.mkdtemp(dir=self._dir)) / "vm"
-                bare_pauses.append(await baselines.pause(bare, file))
-                file.unlink()
+                bare_pauses.append(await baselines.pause(bare, dir / "vm"))
             async with self._launcher.restored(saved, Assignment(), Timeline(), fork=True) as fork:
                 await self._exec(fork)
                 private.append(baselines.memory_of(fork.vm.pid)[0])
@@ -146,48 +138,47 @@ class Sandboxes:
             await self._snapshots.remove(paused.id)
         self._add("pause (bare: stop, migrate to a file, quit)", median(pauses), median(bare_pauses), n=_REPEATS)
         self._add("resume to the first command's end", median(resumes), median(bare_resumes), n=_REPEATS)
-        mb = 1024
-        memory = median(private) / mb, median(bare_private) / mb
+        memory = median(private) / 1024, median(bare_private) / 1024
         self._add("memory private to an idle fork", *memory, n=_REPEATS, unit="MB", target="<= 1.2 x")
 
     async def _forks(self, saved: Snapshot) -> None:
-        bare_cpu = []
-        for _ in range(_REPEATS):
-            async with self._bare(saved) as bare:
-                bare_cpu.append(baselines.cpu_ms_of(bare.pid))
-        before, began = _own_cpu_ms(), time.perf_counter()
+        async with AsyncExitStack() as stack:
+
+            async def bare() -> float:
+                vmm, _ = await stack.enter_async_context(self._bare(saved))
+                return baselines.cpu_ms_of(vmm.pid)
+
+            began = time.perf_counter()
+            bare_cpu = sum(await asyncio.gather(*(bare() for _ in range(FORKS))))
+            bare_wall = _ms(began)
         async with AsyncExitStack() as stack:
 
             async def fork() -> float:
-                live = await stack.enter_async_context(
-                    self._launcher.restored(saved, Assignment(), Timeline(), fork=True)
-                )
+                context = self._launcher.restored(saved, Assignment(), Timeline(), fork=True)
+                live = await stack.enter_async_context(context)
                 await self._exec(live)
                 return baselines.cpu_ms_of(live.vm.pid)
 
-            vmm_cpu = await asyncio.gather(*(fork() for _ in range(FORKS)))
-            wall, own = _ms(began), _own_cpu_ms() - before
-        cpu = sum(vmm_cpu) + own
-        self._add(f"CPU until {FORKS} forks have answered", cpu, FORKS * median(bare_cpu), n=1)
-        self._add(f"{FORKS} forks at once, until all have answered", wall, None, n=1, target="")
+            before, began = _own_cpu_ms(), time.perf_counter()
+            cpu = sum(await asyncio.gather(*(fork() for _ in range(FORKS))))
+            wall, cpu = _ms(began), cpu + _own_cpu_ms() - before
+        self._add(f"CPU until {FORKS} forks at once have answered", cpu, bare_cpu, n=1)
+        self._add(f"time until {FORKS} forks at once have answered", wall, bare_wall, n=1)
 
     @asynccontextmanager
-    async def _bare(self, saved: Snapshot) -> AsyncIterator[baselines.Bare]:
-        """A bare VMM with a fork in which a command has just run, as in ours."""
-        await self._network.ensure_host()
-        slot = await self._network.create(self._slot)
-        try:
-            dir = Path(tempfile.mkdtemp(dir=self._dir))
-            async with baselines.restored(saved.dir, saved.spec, slot, dir, accelerator=self._accelerator) as bare:
-                await self._in_bare(slot, saved.identity.token)
-                yield bare
-        finally:
-            await self._network.destroy(self._slot)
-
-    async def _in_bare(self, slot: Slot, token: bytes) -> None:
-        async with Channel.connect(slot.agentd, token=token, timeout_seconds=_SECONDS, listening=True) as channel:
-            await processes.thaw(channel.converse)
-            await processes.run(channel.converse, Order(argv=_TRUE))
+    async def _bare(self, saved: Snapshot) -> AsyncIterator[tuple[baselines.Bare, Path]]:
+        """A bare VMM with a fork in which a command has just run, as in ours; and a directory for its files."""
+        async with undoing() as undo:
+            place = await self._launcher.slots.take(undo)
+            assert place.slot, "QEMU's VMs have a network"
+            dir, slot = place.lease.dir, place.slot
+            context = baselines.restored(saved.dir, saved.spec, slot, dir, accelerator=self._accelerator)
+            bare = await undo.enter_async_context(context)
+            token = saved.identity.token
+            async with Channel.connect(slot.agentd, token=token, timeout_seconds=_SECONDS, listening=True) as channel:
+                await processes.thaw(channel.converse)
+                await processes.run(channel.converse, Order(argv=_TRUE))
+            yield bare, dir
 
     async def _exec(self, live: LiveVm) -> None:
         await processes.run(live.channel.converse, Order(argv=_TRUE))
