@@ -141,11 +141,14 @@ async def test_collect_spares_what_is_wanted_new_or_being_written(snapshots: Sna
         (stage.dir / "memory").write_bytes(b"x")
         for name in ("a" * 32, "b" * 32, ".building-" + "c" * 32):
             (snapshots.dir / name).mkdir()
-        assert await snapshots.collect({"a" * 32}) == []
-        assert names(snapshots) == sorted(["a" * 32, "b" * 32, stage.dir.name])
-        assert await snapshots.collect({"a" * 32}, new_seconds=-1) == ["b" * 32]
+            os.utime(snapshots.dir / name, (0, 0))
+        os.utime(stage.dir, (0, 0))  # it is locked
+        for name in ("d" * 32, ".building-" + "e" * 32):
+            (snapshots.dir / name).mkdir()
+        assert await snapshots.collect({"a" * 32}) == ["b" * 32]
+        assert names(snapshots) == sorted(["a" * 32, "d" * 32, stage.dir.name, ".building-" + "e" * 32])
         assert (stage.dir / "memory").exists()
-    assert names(snapshots) == ["a" * 32]
+    assert stage.dir.name not in names(snapshots)
 
 
 async def test_the_manifest_tells_no_seed(launcher: Launcher, snapshots: Snapshots, spec: VmSpec) -> None:

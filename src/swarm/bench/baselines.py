@@ -128,7 +128,7 @@ async def clone(template: Template, slot: Slot, dir: Path, *, accelerator: str) 
     async with restored(template.dir, template.spec, slot, dir, accelerator=accelerator) as bare:
         connect = await asyncio.to_thread(_hello, str(slot.address), template.token)
         answered = _ms(bare.began)
-        await _renew(slot, template.token)  # so that its memory compares with that of a VM of Swarm's
+        await renew(slot, template.token)  # so that its memory compares with that of a VM of Swarm's
         cpu = cpu_ms_of(bare.pid)
         private, pss = memory_of(bare.pid)
         return Clone(
@@ -237,7 +237,8 @@ def _hello(address: str, token: bytes) -> float:
         return connected
 
 
-async def _renew(slot: Slot, token: bytes) -> None:
+async def renew(slot: Slot, token: bytes) -> None:
+    """Give the guest an identity that is nobody's."""
     identity = Identity(
         generation="bare",
         seed=os.urandom(64),

@@ -7,7 +7,6 @@ import resource
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from statistics import median
 from typing import Final
 
@@ -22,6 +21,7 @@ from swarm.channel.processes import Order
 from swarm.errors import HostError
 from swarm.vm.driver import Snapshot, VmSpec
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
+from swarm.vm.slots.slot_pool import VmSlot
 from swarm.vm.snapshots import Snapshots
 
 FORKS: Final = 16
@@ -117,10 +117,12 @@ class Sandboxes:
         private: list[int] = []
         bare_private: list[int] = []
         for _ in range(_REPEATS):  # alternately, so that both see the same load
-            async with self._bare(saved) as (bare, dir):
+            async with self._bare(saved) as (bare, place):
                 bare_resumes.append(_ms(bare.began))
+                if place.slot:  # so that its memory compares with that of a VM of Swarm's
+                    await baselines.renew(place.slot, saved.identity.token)
                 bare_private.append(baselines.memory_of(bare.pid)[0])
-                bare_pauses.append(await baselines.pause(bare, dir / "vm"))
+                bare_pauses.append(await baselines.pause(bare, place.lease.dir / "vm"))
             async with self._launcher.restored(saved, Assignment(), Timeline(), fork=True) as fork:
                 await self._exec(fork)
                 private.append(baselines.memory_of(fork.vm.pid)[0])
@@ -166,8 +168,8 @@ class Sandboxes:
         self._add(f"time until {FORKS} forks at once have answered", wall, bare_wall, n=1)
 
     @asynccontextmanager
-    async def _bare(self, saved: Snapshot) -> AsyncIterator[tuple[baselines.Bare, Path]]:
-        """A bare VMM with a fork in which a command has just run, as in ours; and a directory for its files."""
+    async def _bare(self, saved: Snapshot) -> AsyncIterator[tuple[baselines.Bare, VmSlot]]:
+        """A bare VMM with a fork in which a command has just run, as in ours; and its slot."""
         async with undoing() as undo:
             place = await self._launcher.slots.take(undo)
             assert place.slot, "QEMU's VMs have a network"
@@ -178,7 +180,7 @@ class Sandboxes:
             async with Channel.connect(slot.agentd, token=token, timeout_seconds=_SECONDS, listening=True) as channel:
                 await processes.thaw(channel.converse)
                 await processes.run(channel.converse, Order(argv=_TRUE))
-            yield bare, dir
+            yield bare, place
 
     async def _exec(self, live: LiveVm) -> None:
         await processes.run(live.channel.converse, Order(argv=_TRUE))

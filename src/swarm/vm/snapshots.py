@@ -40,6 +40,7 @@ FORMAT: Final = 1
 MANIFEST: Final = "snapshot.json"
 # One that nobody knows yet is not collected: its row may be about to be written.
 NEW_SECONDS: Final = 3600.0
+_UNLOCKED_SECONDS: Final = 10.0
 _STAMP: Final = "verified.json"
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 _BYTES: Final = ("seed", "token")  # of an identity
@@ -176,7 +177,9 @@ class Snapshots:
                         removed.append(name)
             elif name.startswith(staging.BUILDING):
                 with contextlib.suppress(FileNotFoundError):
-                    lock = files.try_lock(place)
+                    # One that has just been made may not be locked yet.
+                    young = time.time() - place.stat().st_mtime < _UNLOCKED_SECONDS
+                    lock = None if young else files.try_lock(place)
                     if lock is not None:
                         try:
                             await finish_uninterrupted(staging.discard(place))

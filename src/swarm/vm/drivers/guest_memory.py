@@ -52,10 +52,6 @@ class GuestMemory:
             os.close(fd)
         return written
 
-    def own_bytes(self) -> int:
-        """About how much of it the VMM has of its own."""
-        return sum(size for _, _, size in self._own_parts())
-
     def _own_parts(self) -> Iterator[tuple[int, int, int]]:
         """(address, offset in the file, size) of the parts that have pages of the process's own."""
         found = 0
