@@ -49,10 +49,14 @@ def registry(*also: Agent) -> Registry:
 REGISTRY = registry()
 
 
-def run_agent(found: Agent, inputs: Any, work: Path) -> Any:
-    """Outputs of one run of an agent's program in ``work``. Raises StepError."""
+def run_agent(found: Agent, inputs: Any, work: Path, source: Path | None = None) -> Any:
+    """Outputs of one run of an agent's program in ``work``; of a copy of ``source``, as a fork would have. Raises
+    StepError."""
     inputs = check.inputs(found, inputs)
-    shutil.copytree(found.path, work, copy_function=shutil.copyfile)
+    if source is not None:
+        shutil.copytree(source, work)
+        (work / "output.json").unlink()
+    shutil.copytree(found.path, work, copy_function=shutil.copyfile, dirs_exist_ok=True)
     ticket = {"id": "t-1", "title": "a test", "description": "of a workflow", "project_id": None}
     given = {"inputs": inputs, "ticket": ticket, "step": {"id": "main", "attempt": 1}}
     (work / "input.json").write_text(json.dumps(given))
@@ -80,6 +84,7 @@ def execute(workflow: Workflow, inputs: Any, work: Path, evaluator: Evaluator, a
     known = run_context(workflow, inputs=inputs, trigger={"type": "test"}, ticket={"id": "t-1"}, evaluator=evaluator)
     ours = Run(Graph(workflow), known, evaluator)
     number = 0
+    places: dict[str, Path] = {}  # of the executions' work directories
     queue = deque(ours.live())
     while queue or ours.waiting():
         for waiting in ours.waiting():
@@ -97,7 +102,9 @@ def execute(workflow: Workflow, inputs: Any, work: Path, evaluator: Evaluator, a
         before = set(ours.live())
         try:
             if step.agent is not None:
-                made = run_agent(agent(step.agent, also), given, work / f"{number}-{step.id}")
+                places[key] = work / f"{number}-{step.id}"
+                source = places[ours.sources[key]] if key in ours.sources else None
+                made = run_agent(agent(step.agent, also), given, places[key], source)
             else:
                 assert isinstance(step.workflow, Workflow)
                 end = execute(step.workflow, given, work / f"{number}-{step.id}-run", evaluator, also)

@@ -30,10 +30,22 @@ def blocks(name: str, language: str) -> list[str]:
     return [body for kind, body in BLOCK.findall((DOCS / name).read_text(encoding="utf-8")) if kind == language]
 
 
+CANDIDATES = [
+    "def median(v): return v[len(v) // 2]",
+    "def median(v): return sum(v) / len(v)",
+    "def median(v): s = sorted(v); return (s[(len(v) - 1) // 2] + s[len(v) // 2]) / 2",
+    "def median(v): return sorted(v)[(len(v) - 1) // 2]",
+    "def median(v): return",
+]
+PATCH = f"""@@ -1 +1 @@
+-def median(v): return sorted(v)[len(v) // 2]
++{CANDIDATES[2]}
+"""
 INPUTS: dict[str, Any] = {
     "typed": {"name": "Ada", "tags": ["x"]},
     "nightly": {"branch": "main"},
     "on-push": {"branch": "main"},
+    "fix-race": {"candidates": CANDIDATES},
     "on-github-push": {"event": "push", "ref": "refs/heads/main"},
 }
 OUTPUTS: dict[str, Any] = {
@@ -43,6 +55,8 @@ OUTPUTS: dict[str, Any] = {
     "again": {"n": 3},
     "large-values": {"size": 100_000},
     "outer": {"all": [10, 20]},
+    "fix-race": {"patch": PATCH},
+    "best-of": {"n": 9},
 }
 
 
@@ -58,7 +72,7 @@ def test_workflows(text: str, tmp_path: Path) -> None:
 
 def test_no_field_is_left_out() -> None:
     text = (DOCS / "workflows.md").read_text(encoding="utf-8")
-    assert not [name for name in _Step.model_fields if f"`{name}`" not in text]
+    assert not [name for name, field in _Step.model_fields.items() if f"`{field.alias or name}`" not in text]
     text = (DOCS / "agents.md").read_text(encoding="utf-8")
     hidden = {"image", "description", "inputs_schema", "outputs_schema"}
     assert not [name for name in agents.Manifest.model_fields if name not in hidden and f"`{name}`" not in text]
