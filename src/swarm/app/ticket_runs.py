@@ -25,7 +25,8 @@ async def run_ticket(
     progress: Progress = silent,
 ) -> tuple[Ticket, list[AttemptRow]]:
     """Run one ticket to its end in this process. See `swarm.engine.run_once.run_ticket`."""
-    from swarm.engine import run_once
+    from swarm.base.aio import quietly
+    from swarm.engine import kept, run_once
     from swarm.engine.room import Memory
 
     async with wiring.store(settings) as opened:
@@ -40,6 +41,8 @@ async def run_ticket(
                 left_mb=None if settings.driver == "process" else Memory.of_this_host().left_mb,
                 waits=waits,
             )
+        if ticket.workflow_id is not None:  # there may be no engine that removes what its steps left
+            await quietly(kept.collect(opened, wiring.snapshots(settings)))
         return ticket, await opened.attempts(ticket_id)
 
 

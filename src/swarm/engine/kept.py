@@ -18,6 +18,7 @@ from swarm.channel.conversation import Open
 from swarm.engine.values import OUTPUT_FILE
 from swarm.errors import ImageError, NotFound, StepError, SwarmError
 from swarm.model import Claim, FailureReason, KeepVm, Snapshot
+from swarm.store.store import Store
 from swarm.vm import driver
 from swarm.vm.launcher import Launcher, LiveVm
 from swarm.vm.snapshots import Snapshots, spec_as_json
@@ -99,6 +100,17 @@ class Keeper:
             except BaseException:
                 await self.snapshots.remove(made.id)
                 raise
+
+
+async def collect(store: Store, snapshots: Snapshots) -> None:
+    """Remove from this host what nothing needs any more: what has expired, what steps of ended runs left, and what dead
+    processes left half made. Raises StoreError, HostError."""
+    host = socket.gethostname()
+    while expired := await store.expired_snapshots(host):
+        for one in expired:
+            await snapshots.remove(one.id)
+        await store.forget_snapshots([one.id for one in expired])
+    await snapshots.collect(await store.snapshot_ids(host))
 
 
 async def clear(live: LiveVm) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 from swarm.base import crash_points
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.log import logger
-from swarm.engine import conversing
+from swarm.engine import conversing, kept
 from swarm.engine.conversing import Told
 from swarm.engine.held import Emit, Ending, Held
 from swarm.engine.machines import Machines, agent_of
@@ -199,11 +199,7 @@ class Sandboxes:
 
     async def collect(self) -> None:
         """See `collecting`. Raises StoreError, HostError."""
-        while expired := await self._store.expired_snapshots(self._machines.host):
-            for one in expired:
-                await self._machines.snapshots.remove(one.id)
-            await self._store.forget_snapshots([one.id for one in expired])
-        await self._machines.snapshots.collect(await self._store.snapshot_ids(self._machines.host))
+        await kept.collect(self._store, self._machines.snapshots)
 
     def stop(self) -> None:
         """Hold no more, and pause all that are held. Doesn't wait: see `drained`."""
