@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import stat
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +71,21 @@ async def snapshots(bench: Bench, *kinds: str) -> list[Any]:
     return (await bench.store.snapshot_page(SnapshotFilter(kinds=kinds))).snapshots
 
 
+async def swarm(bench: Bench, *argv: str, status: int = 0) -> str:
+    """What the command prints."""
+    own = bench.settings
+    places = {"HOME": own.home, "STATE_DIR": own.state_dir, "IMAGES_DIR": own.images, "TEMPLATES_DIR": own.templates}
+    env = os.environ | {"SWARM_DRIVER": "qemu"} | {f"SWARM_{name}": str(place) for name, place in places.items()}
+    program = str(Path(sys.executable).with_name("swarm"))
+    child = await asyncio.create_subprocess_exec(
+        program, *argv, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    said, _ = await child.communicate()
+    assert child.returncode == status, said.decode()
+    return said.decode()
+
+
 async def test_forks_of_a_prepared_vm_race_and_the_next_step_goes_on_in_the_winners(bench: Bench) -> None:
     await agents(bench)
     await add(bench, flow(RACE))
@@ -124,6 +143,13 @@ async def test_the_vm_of_a_failed_attempt_is_kept_for_a_time(bench: Bench) -> No
     assert (kept.ticket_id, kept.step_id, kept.attempt_id) == ("t", "main", attempt.id) and kept.expires_at
     place = bench.settings.snapshots / kept.id
     assert {stat.S_IMODE(file.stat().st_mode) for file in place.iterdir()} == {0o600}
+    said = await swarm(bench, "ticket", "shell", "t", "--", "sh", "-c", "cat clue; ls /sys/class/net; exit 7", status=7)
+    assert "hereeth0\nlo\n" in said and "its network is off" in said
+    assert "clue" in await swarm(bench, "ticket", "files", "t", "--vm", "/work")
+    assert "main.py" in await swarm(bench, "ticket", "get", "t", "--vm", "/agent/main.py", "--to", str(bench.dir))
+    assert (bench.dir / "main.py").read_text() == code
+    assert "no VM of the ticket never was kept" in await swarm(bench, "ticket", "shell", "never", status=2)
+    assert bench.live_vms() == [] and [one.id for one in await snapshots(bench)] == [kept.id]
     await bench.store.shift_clock(3_600_000)
     assert [one.id for one in await bench.store.expired_snapshots(kept.host)] == [kept.id]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from swarm.engine.egress import Egress
     from swarm.engine.engine import Engine
     from swarm.engine.oneoff import CommandVms
+    from swarm.vm.live import LiveVm
 
 
 @asynccontextmanager
@@ -60,3 +61,17 @@ async def _egress(settings: Settings, *, books: bool = True) -> AsyncIterator[Eg
         has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
         opened = await stack.enter_async_context(wiring.store(settings)) if books and has_home else None
         yield await stack.enter_async_context(wiring.egress(settings, opened, one_off=True))
+
+
+@asynccontextmanager
+async def kept_vm(settings: Settings, snapshot_id: str, *, progress: Progress = silent) -> AsyncIterator[LiveVm]:
+    """A copy of a VM that was kept, with nothing that it could reach, for the length of the block. Raises NotFound,
+    ImageError, BootFailed, HostError."""
+    from swarm.base.clock import Timeline
+    from swarm.vm.launcher import Assignment
+
+    found = await wiring.snapshots(settings).find(snapshot_id)
+    await wiring.sweep(settings)
+    vms = wiring.launcher(settings, await wiring.choice(settings, progress))
+    async with vms.restored(found, Assignment(), Timeline(), fork=True) as live:
+        yield live

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.cli import kept
 from swarm.cli.frame import Cli, command
 from swarm.cli.ticket import app
 from swarm.cli.ui.render import duration
@@ -23,7 +25,7 @@ _MARKS = {"added": "A", "removed": "D", "changed": "M"}
     examples=[
         "swarm ticket diff report-7 report-8",
         "swarm ticket diff report-7:1 report-7:2",
-        "swarm ticket diff 'race-3:try[0]' 'race-3:try[4]' --json",
+        "swarm ticket diff 'race-3:try[0]' 'race-3:try[4]' --vm /work/repo",
     ],
     json=True,
 )
@@ -31,6 +33,10 @@ async def diff(
     cli: Cli,
     a: Annotated[str, typer.Argument(metavar="A", help="TICKET, TICKET:STEP, TICKET:NUMBER or TICKET:STEP:NUMBER.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The other; a number is that of an attempt, from 1.")],
+    vm: Annotated[
+        str | None,
+        typer.Option("--vm", metavar="DIR", help="Compare this directory of the kept VMs, instead of /work/out."),
+    ] = None,
 ) -> None:
     """Compare two attempts: how they ended, what they cost, the files they left, and their outputs.
 
@@ -40,6 +46,9 @@ async def diff(
 
     async with cli.store() as store:
         found = await comparison.compare(store, a, b)
+    if vm is not None:
+        async with kept.trees(cli, (a, b), vm) as (of_a, of_b):
+            found = replace(found, files=await comparison.changes(of_a, of_b))
     if cli.out.json:
         cli.out.dump(found)
         return

@@ -7,17 +7,30 @@ from typing import Annotated
 
 import typer
 
+from swarm.cli import kept
 from swarm.cli.frame import Cli, command
 from swarm.cli.inputs import TicketId
 from swarm.cli.ticket import app
 from swarm.cli.ui.table import Column
 
+Vm = Annotated[
+    str | None, typer.Option("--vm", metavar="PATH", help="Of the kept VM: a path in it, below /work unless absolute.")
+]
 
-@command(app, "files", examples=["swarm ticket files report-7", "swarm ticket files report-7 --json"], json=True)
-async def files(cli: Cli, id: TicketId) -> None:
-    """List what the ticket's agents left in /work/out; of a workflow, below the name of each step."""
+
+@command(
+    app, "files", examples=["swarm ticket files report-7", "swarm ticket files report-7 --vm /work --json"], json=True
+)
+async def files(cli: Cli, id: TicketId, vm: Vm = None) -> None:
+    """List what the ticket's agents left in /work/out; of a workflow, below the name of each step.
+
+    With --vm, what is in a directory of the VM itself, if that was kept; of a workflow, ID is TICKET:STEP.
+    """
     from swarm.store import ticket_files
 
+    if vm is not None:
+        await kept.listed(cli, id, vm)
+        return
     async with cli.store() as store:
         found = await ticket_files.listed(store, await store.ticket_id(id))
     rows = [(one.name, one.bytes, one.kind, one.mode) for one in found.files]
@@ -34,6 +47,7 @@ async def files(cli: Cli, id: TicketId) -> None:
         "swarm ticket get report-7",
         "swarm ticket get report-7 '*.csv' --to results",
         "swarm ticket get release-3 build/dist --force",
+        "swarm ticket get report-7 --vm /work/core",
     ],
 )
 async def get(
@@ -44,12 +58,21 @@ async def get(
     ] = None,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to. Default: here.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    vm: Vm = None,
 ) -> None:
-    """Bring back what the ticket's agents left in /work/out; `swarm ticket files` lists it. Prints each name."""
+    """Bring back what the ticket's agents left in /work/out; `swarm ticket files` lists it. Prints each name.
+
+    With --vm, a file or directory of the VM itself, if that was kept.
+    """
     from swarm.base.trees import Target, names_git, stays_within
-    from swarm.errors import Conflict, NotFound
+    from swarm.errors import Conflict, NotFound, UsageError
     from swarm.store.ticket_files import entries, matches, target_of
 
+    if vm is not None:
+        if pattern is not None:
+            raise UsageError("--vm names what to get: leave the pattern out")
+        await kept.brought(cli, id, vm, to, force=force)
+        return
     async with cli.store() as store:
         id = await store.ticket_id(id)
         found = [one async for one in entries(store, id) if pattern is None or matches(one[0].name, pattern)]

@@ -83,7 +83,7 @@ async def compare(store: Store, a: str, b: str) -> Comparison:
 
 async def find(store: Store, ref: str) -> Side:
     """An attempt, as ``TICKET[:STEP][:NUMBER]``: by default the last one. Raises NotFound, UsageError."""
-    ticket_id, step, number = await _parsed(store, ref)
+    ticket_id, step, number = await parsed(store, ref)
     attempts = await store.attempts(ticket_id)
     ran = dict.fromkeys(one.step_id for one in attempts)
     if not attempts:
@@ -112,7 +112,8 @@ async def find(store: Store, ref: str) -> Side:
     )
 
 
-async def _parsed(store: Store, ref: str) -> tuple[str, str | None, int | None]:
+async def parsed(store: Store, ref: str) -> tuple[str, str | None, int | None]:
+    """The ticket, step and number that ``TICKET[:STEP][:NUMBER]`` names. Raises NotFound."""
     step: str | None = None
     number: int | None = None
     rest = ref
