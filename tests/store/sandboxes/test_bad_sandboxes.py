@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from swarm.admin.prove import Report, judge
-from swarm.errors import LeaseLost, NotFound
+from swarm.errors import ChangeRefused, LeaseLost, NotFound
 from swarm.model import Sandbox
 from swarm.store.sandboxes.sandboxes import SandboxFilter
 from swarm.store.store import Store
@@ -217,6 +217,23 @@ async def test_a_row_that_refuses_changes_stops_no_other(store: Store, outside: 
     await store.shift_clock(round(LEASE * 1000) + 1)
     await claim(store)
     assert (await store.sandbox("two")).state == "running"
+
+
+async def test_prune_ends_though_rows_stay(store: Store, outside: Outside) -> None:
+    for id in ("a", b"\xff", "plain"):
+        insert(
+            outside, id=id, state="ended", created_at="2020-01-01T00:00:00.000Z", ended_at="2020-01-01T00:00:00.000Z"
+        )
+    outside.execute("UPDATE sandboxes SET id = CAST(X'61FF62' AS TEXT) WHERE id = 'a'")
+    await store.prune(60.0)
+    ((left,),) = outside.execute("SELECT count(*) FROM sandboxes")
+    assert left == 1
+    insert(
+        outside, id="kept", state="ended", created_at="2020-01-01T00:00:00.000Z", ended_at="2020-01-01T00:00:00.000Z"
+    )
+    outside.execute("CREATE TRIGGER t BEFORE DELETE ON sandboxes BEGIN SELECT RAISE(IGNORE); END")
+    with pytest.raises(ChangeRefused):
+        await store.prune(60.0)
 
 
 async def test_a_trigger_that_ignores_changes(store: Store, outside: Outside) -> None:

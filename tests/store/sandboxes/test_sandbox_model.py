@@ -142,10 +142,12 @@ class SandboxMachine(RuleBasedStateMachine):
             box.state, box.wanted = "lost", None
             return
         box.died += 1
-        if box.died >= TRIES:
-            box.state, box.wanted = "lost", None
-        elif box.wanted == "ended":
+        if box.wanted == "ended":
             box.state, box.wanted = "ended", None
+        elif box.died >= TRIES and box.state == "starting":
+            box.state, box.wanted = "lost", None
+        elif box.died >= TRIES:
+            box.wanted = None
 
     def owned(self, hold: str) -> Box | None:
         box = self.rows.get(self.of[hold])

@@ -12,6 +12,7 @@ from swarm.errors import Conflict, LeaseLost, NotFound, UsageError
 from swarm.ledger import Account, Bill, Granted, Limit, Order, Refused, Spend
 from swarm.model import Agent, Event, Sandbox, Snapshot
 from swarm.store.sandboxes import sandboxes
+from swarm.store.sandboxes.holding import TRIES
 from swarm.store.sandboxes.sandboxes import SandboxFilter
 from swarm.store.sandboxes.snapshots import SnapshotFilter
 from swarm.store.store import Store
@@ -157,12 +158,31 @@ async def test_an_engine_that_is_known_to_be_dead_gives_its_sandboxes_up(store: 
 
 async def test_one_that_engines_die_of_is_given_up(store: Store) -> None:
     made = await add(store)
-    for _ in range(3):
+    for _ in range(TRIES):
         assert len(await claim(store)) == 1
         await store.shift_clock(round(LEASE * 1000) + 1)
     assert await claim(store) == []
     found = await store.sandbox(made.id)
-    assert (found.state, found.error) == ("lost", "3 engines in a row died or froze while they started it")
+    assert (found.state, found.error) == ("lost", f"{TRIES} engines in a row died or froze while they started it")
+
+
+async def test_one_that_sleeps_is_never_lost_by_engines_that_die(store: Store) -> None:
+    one = await paused(store)
+    for tries in (TRIES, 1):
+        await store.want_sandbox(one.sandbox.id, "running", by="ann")
+        for _ in range(tries):
+            (again,) = await claim(store)
+            assert again.resumes
+            await store.shift_clock(round(LEASE * 1000) + 1)
+        assert await claim(store) == []
+        found = await store.sandbox(one.sandbox.id)
+        assert (found.state, found.wanted) == ("paused", None) and "while they resumed it" in str(found.error)
+    await store.want_sandbox(one.sandbox.id, "running", by="ann")
+    (last,) = await claim(store)
+    await store.sandbox_running(last.hold_id, 1001)
+    found = await store.sandbox(one.sandbox.id)
+    assert (found.state, found.error) == ("running", None)
+    assert (await store.audit(judge)).kept
 
 
 async def test_a_cancelled_claim_goes_back(store: Store) -> None:

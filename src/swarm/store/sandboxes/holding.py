@@ -37,7 +37,7 @@ from swarm.store.tickets.changes import MENDED
 from swarm.store.tickets.validation import BadRow, shown, storable
 
 DEFAULT_MEMORY_MB: Final = 256
-TRIES: Final = 3  # engines that may die while they start or resume it
+TRIES: Final = 5  # engines in a row that may die while they start it, or resume it
 _AT_ONCE: Final = 100
 
 _ROW: Final = f"SELECT {SANDBOX_COLUMNS}, b.lease_until FROM sandboxes b WHERE "
@@ -416,12 +416,21 @@ def give_up(tx: Tx, id: object, hold_id: object, *, held: Collection[str] = (), 
         _taken_back(tx, row)
     elif row.state == SandboxState.RUNNING:
         end(tx, row, SandboxState.LOST, error=f"{error}; {last_snapshot(tx, str(lenient(row.id)))}")
-    elif tx.all(_LOST_HOLDS, id=row.id)[0].number + 1 >= TRIES:
-        doing = "resumed" if row.state == SandboxState.PAUSED else "started"
-        end(tx, row, SandboxState.LOST, error=f"{TRIES} engines in a row died or froze while they {doing} it")
+    elif row.wanted == SandboxState.ENDED or tx.all(_LOST_HOLDS, id=row.id)[0].number + 1 < TRIES:
+        _lose_hold(tx, row, worker=worker, error=error)
+    elif row.state == SandboxState.PAUSED:  # what it is worth is in its snapshot, and the engines may have died of else
+        error = (
+            f"{TRIES} engines in a row died or froze while they resumed it: it is tried again when it is wanted again"
+        )
+        tx.run(_SET_WANTED, id=row.id, wanted=None, error=error)
+        _lose_hold(tx, row, worker=worker, error=error)
     else:
-        tx.run(_LET_GO, id=row.id)
-        event(tx, row.id, "hold_lost", hold=lenient(hold_id), worker=worker, error=error)
+        end(tx, row, SandboxState.LOST, error=f"{TRIES} engines in a row died or froze while they started it")
+
+
+def _lose_hold(tx: Tx, row: Row, *, worker: str, error: str) -> None:
+    tx.run(_LET_GO, id=row.id)
+    event(tx, row.id, "hold_lost", hold=lenient(row.hold_id), worker=worker, error=error)
 
 
 def _raw(id: object) -> bytes:

@@ -45,7 +45,7 @@ _BY_BEGINNING: Final = Sql(
 _NAMES: Final = Sql("SELECT name FROM sandboxes ORDER BY created_at DESC, id DESC LIMIT 500")
 _SNAPSHOT: Final = Sql(f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.id = :id")
 _WANT: Final = one_row("UPDATE sandboxes SET wanted = :wanted WHERE id = :id")
-_DELETE: Final = Sql("DELETE FROM sandboxes WHERE id = :id")
+_DELETE: Final = one_row("DELETE FROM sandboxes WHERE id = :id")
 _COUNTS: Final = Sql(f"SELECT state, count(*) AS number FROM sandboxes WHERE {SANDBOX_LIVE} GROUP BY state")
 _OLD: Final = Sql(
     "SELECT id FROM sandboxes WHERE created_at < :before AND state IN ('ended', 'lost') AND ended_at < :before "
@@ -245,6 +245,6 @@ def remove(tx: Tx, ref: str, *, by: str, project_id: str | None = None) -> Sandb
 def prune(tx: Tx, *, older_than_seconds: float) -> int:
     """Delete rows of those that ended before then, some at once. Returns how many."""
     before = iso(tx.now_ms - round(older_than_seconds * 1000))
-    old = tx.all(_OLD, before=before, limit=_PRUNED_AT_ONCE)
+    old = [row for row in tx.all(_OLD, before=before, limit=_PRUNED_AT_ONCE) if storable(str(row.id))]
     tx.many(_DELETE, [{"id": row.id} for row in old])
     return len(old)
