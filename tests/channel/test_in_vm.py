@@ -206,6 +206,96 @@ def test_a_fork_bomb_is_stopped_from_inside(guest: Guest) -> None:
     assert guest.python("pass").code == 0
 
 
+# --- programs of `exec` ----------------------------------------------------------------------------------------------
+
+LEFT = "ps -o pid=,args= -u 1000 | grep -v -e 'ps -o' -e agentd -e grep; ls -d /sys/fs/cgroup/swarm/*/"
+
+
+def shell(script: str, **options: Any) -> processes.Order:
+    return processes.Order(argv=["/bin/sh", "-c", script], **options)
+
+
+def test_programs_of_both_users(guest: Guest) -> None:
+    async def work(open_: Open) -> None:
+        script = "id -un; pwd; cat /proc/self/oom_score_adj; nice; bash -c 'ulimit -u'; tty"
+        mine = await processes.run(open_, shell(f"{script}; echo $$ > /sys/fs/cgroup/cgroup.procs && echo no!"))
+        assert mine.stdout.split() == [b"agent", b"/work", b"500", b"0", b"512", b"not", b"a", b"tty"]
+        roots = await processes.run(open_, shell(script, user="root", pty=(80, 24)))
+        assert roots.stdout.split()[:4] == [b"root", b"/root", b"500", b"0"]
+        assert roots.stdout.endswith(b"/dev/pts/0\r\n")
+
+    with_files(guest, work)
+
+
+def test_nothing_escapes_its_time_out(guest: Guest) -> None:
+    """Not what leaves its session and changes its pid all the time, and not a fork bomb."""
+    escape = "import os\nos.setsid() if os.fork() == 0 else None\nwhile True: os.fork() and os._exit(0)"
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+
+    async def work(open_: Open) -> None:
+        for source in (escape, bomb):
+            order = processes.Order(argv=["python3", "-S", "-c", f"import time\n{source}"], timeout_seconds=3)
+            async with processes.start(open_, order) as process:
+                if source is escape:
+                    await processes.run(open_, shell("sleep 1", user="root"))
+                    await processes.signal(open_, process.name, "KILL", descendants=True)
+                    await process.exit()
+                else:
+                    assert (await process.exit()).timed_out
+        left = await processes.run(open_, shell(LEFT, user="root"))
+        assert left.stdout.count(b"\n") == 1, left.stdout  # the control group of ps itself
+
+    with_files(guest, work)
+
+
+def test_out_of_memory_of_one_program(guest: Guest) -> None:
+    async def work(open_: Open) -> None:
+        source = "x = []\nwhile True: x.append(bytearray(8 << 20))"
+        done = await processes.run(open_, processes.Order(argv=["python3", "-S", "-c", source]))
+        assert (done.ended.signal, done.ended.oom) == (9, True)
+        done = await processes.run(open_, shell("kill -9 $$"))
+        assert (done.ended.signal, done.ended.oom) == (9, False)
+
+    with_files(guest, work)
+
+
+def test_frozen_is_all_that_anybody_started(guest: Guest) -> None:
+    """By `exec`, left behind by it, by ssh; and the guest takes a new identity while they stand still."""
+    count = "n=0; until [ -e /work/stop ]; do n=$((n+1)); echo $n > /work/{0}; done"
+
+    async def counts() -> list[bytes | None]:
+        return [await guest.channel.get(f"/work/{name}", limit_bytes=100) for name in ("held", "left", "ssh")]
+
+    async def work(open_: Open) -> None:
+        known = asyncssh.import_known_hosts(f"{guest.address} {HOST_KEY.export_public_key().decode()}")
+        async with (
+            asyncssh.connect(
+                guest.address, username="root", client_keys=[USER_KEY], known_hosts=known, config=None, login_timeout=60
+            ) as ssh,
+            ssh.create_process(count.format("ssh")),
+            processes.start(open_, shell(count.format("held"), process="held")),
+        ):
+            await processes.run(open_, shell(f"({count.format('left')}) > /dev/null 2>&1 &", process="left"))
+            while None in await counts():
+                pass
+            await processes.freeze(guest.channel.converse)
+            before = await counts()
+            renewed = await guest.channel.renew(IDENTITY)
+            assert renewed.generation == IDENTITY.generation
+            assert await counts() == before
+            await processes.thaw(guest.channel.converse)
+            while any(new in (b"", old) for new, old in zip(await counts(), before, strict=True)):
+                pass
+            for name in ("held", "left"):
+                await processes.signal(open_, name, "KILL", descendants=True)
+            await guest.channel.put({"stop": b""}, dest="/work")
+        left = await processes.run(open_, shell(LEFT, user="root"))
+        assert set(left.stdout.split()) >= {b"/sys/fs/cgroup/swarm/rest/"}
+        assert left.stdout.count(b"\n") == 2, left.stdout
+
+    with_files(guest, work)
+
+
 # --- files and ports --------------------------------------------------------------------------------------------------
 
 
@@ -312,4 +402,4 @@ def with_files(guest: Guest, work: Callable[[Open], Coroutine[Any, Any, None]]) 
         finally:
             await connections.close()
 
-    guest.do(connected())
+    guest.do(asyncio.wait_for(connected(), 60))

@@ -79,5 +79,7 @@ def check_reply(frame: Frame, id: int, op: str) -> None:
     if (error := head.get("error")) is not None:
         said = error if isinstance(error, dict) else {}
         raise GuestRefused(op, printable(said.get("type")), printable(said.get("message"), limit=2000))
-    if not head.get("ok") and frame.head_bytes > MAX_PART_HEADER_BYTES:
+    if "ok" in head and head["ok"] is not True:
+        raise ChannelError("the guest sent an unexpected frame")
+    if "ok" not in head and frame.head_bytes > MAX_PART_HEADER_BYTES:
         raise ChannelError(f"the guest sent a header of {frame.head_bytes} bytes in the middle of {op}")

@@ -1998,7 +1998,7 @@ class Agentd:
         self.programs_lock = _thread.allocate_lock()
         self.serial = 0  # of the latest
         self.cgroups: bool | None = None  # whether each program has a control group of its own; not known before one
-        self.left_groups: list[str] = []  # of programs that are forgotten, but have left processes
+        self.leaving: list[Program] = []  # they have ended, but not all that they started
         self.open: set[Connection] = set()
         self.frozen_at: float | None = None
         self.frozen_seconds = 0.0  # how long programs were frozen, all in all
@@ -2500,9 +2500,7 @@ class Agentd:
         """A control group for a program, or "" if this guest has none: then programs are found by what is in /proc."""
         if self.cgroups is None:
             self.cgroups = self.in_vm and self.mount_cgroups()
-        for left in self.left_groups[:]:
-            if remove_group(left):
-                self.left_groups.remove(left)
+        self.leaving = [program for program in self.leaving if not program.remove_group()]
         if not self.cgroups:
             return ""
         group = f"{CGROUPS}/swarm/{name}"
@@ -2527,8 +2525,6 @@ class Agentd:
     def forget(self, program: Program) -> None:
         with self.programs_lock:
             self.programs.pop(program.name, None)
-            if program.group and not remove_group(program.group):
-                self.left_groups.append(program.group)
 
     def keep_few(self) -> None:
         """Forget the oldest of the programs that have ended, and then their output."""
@@ -3151,7 +3147,7 @@ class Program:
             self.agentd.order(order, tuple(theirs))
         except BaseException:
             self.close()
-            remove_group(self.group)
+            self.remove_group()
             raise
         finally:
             for fd in set(theirs):
@@ -3513,8 +3509,9 @@ class Program:
         exit_ = self.exit or {}
         if self.killed_at is not None and self.group:
             wait_until_empty(self.group, self.killed_at + KILL_SECONDS)
-        if self.group and remove_group(self.group):
-            self.group = ""
+        if not self.remove_group():
+            with self.agentd.programs_lock:
+                self.agentd.leaving.append(self)
         code = int(str(exit_.get("exit", -signal.SIGKILL)))
         return {
             "code": code if code >= 0 and not self.timed_out else None,
@@ -3545,6 +3542,18 @@ class Program:
             "end": self.end,
         }
 
+    def remove_group(self) -> bool:
+        """Remove its control group. False if there are processes in it."""
+        try:
+            if self.group:
+                os.rmdir(self.group)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return False
+        self.group = ""
+        return True
+
     def close(self) -> None:
         with self.lock:
             fds = {self.input_fd, self.wake, self.beginning, self.ending, *self.reading} - {-1}
@@ -3558,17 +3567,6 @@ class Program:
 NO_END: Header = {
     "code": None, "signal": int(signal.SIGKILL), "timed_out": False, "oom": False, "cpu_ms": 0, "max_rss_kb": 0
 }  # fmt: skip
-
-
-def remove_group(group: str) -> bool:
-    """Remove a control group. False if there are processes in it."""
-    try:
-        os.rmdir(group)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        return False
-    return True
 
 
 def wait_until_empty(group: str, deadline: float) -> None:
