@@ -91,7 +91,7 @@ SELECT {group} AS name, count(*) AS calls, COALESCE(SUM(c.input_tokens), 0) AS i
   SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS open_calls,
   SUM(CASE WHEN c.{is_estimate} THEN 1 ELSE 0 END) AS estimated_calls,
   COALESCE(SUM(CASE WHEN c.{is_estimate} THEN c.cost_usd END), 0) AS estimated_usd
-FROM model_calls c WHERE c.at >= :since GROUP BY {group} ORDER BY cost_usd DESC, name LIMIT :limit
+FROM model_calls c WHERE {which} GROUP BY {group} ORDER BY cost_usd DESC, name LIMIT :limit
 """
 
 # The newest calls of a range by all that they can be summed by: one read, of a bounded length, for all pictures.
@@ -314,9 +314,21 @@ class Costs:
 
 def costs(tx: Tx, by: By, *, since: str, limit: int) -> list[Costs]:
     """Most expensive first; days in order."""
-    rows = tx.all(Sql(_COSTS.format(group=_GROUPS[by], is_estimate=_IS_ESTIMATE)), since=since, limit=limit)
+    sql = Sql(_COSTS.format(group=_GROUPS[by], is_estimate=_IS_ESTIMATE, which="c.at >= :since"))
+    rows = tx.all(sql, since=since, limit=limit)
     found = [Costs(**row._asdict()) for row in rows]
     return sorted(found, key=lambda c: c.name) if by == "day" else found
+
+
+_COSTS_OF_SANDBOX: Final = Sql(
+    _COSTS.format(group="c.sandbox_id", is_estimate=_IS_ESTIMATE, which="c.sandbox_id = :name")
+)
+
+
+def of_sandbox(tx: Tx, id: str) -> Costs | None:
+    """None if it has called no model."""
+    row = tx.first(_COSTS_OF_SANDBOX, name=id, limit=1)
+    return Costs(**row._asdict()) if row is not None else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

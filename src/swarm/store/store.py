@@ -820,6 +820,10 @@ class Store:
         """Sums of the model calls since then (ISO-8601): the ``limit`` dearest."""
         return await self._survey.call(spending.costs, by, since=since, limit=limit)
 
+    async def sandbox_costs(self, id: str) -> spending.Costs | None:
+        """Of one sandbox, over all its life; None if it has called no model."""
+        return await self._read.call(spending.of_sandbox, id)
+
     async def recent_costs(self, *, since: str, before: str = "9", most: int) -> list[spending.Spent]:
         """Sums of the newest ``most`` model calls of a range."""
         return await self._read.call(spending.recent, since=since, before=before, most=most)

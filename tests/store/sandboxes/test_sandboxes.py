@@ -250,6 +250,8 @@ async def test_a_budget_is_the_sandboxs_or_its_agents(store: Store, own: float |
     (call,) = [event for event in await store.sandbox_events(one.sandbox.id) if event.kind == "model_call"]
     assert (call.ticket_id, call.data["cost_usd"]) == ("", 3.0)
     assert [(c.name, c.calls, c.cost_usd) for c in await store.costs("sandbox")] == [(one.sandbox.id, 2, 3.0)]
+    of_one = await store.sandbox_costs(one.sandbox.id)
+    assert of_one == (await store.costs("sandbox"))[0] and await store.sandbox_costs("other") is None
     assert [(c.name, c.calls) for c in await store.costs("ticket")] == [("(sandboxes)", 2)]
     with pytest.raises(NotFound, match="was deleted"):
         await store.reserve(order("c6", two.hold_id, "gone", 1.0))

@@ -71,5 +71,5 @@ def last_snapshot(tx: Tx, id: str) -> str:
     row = tx.first(_LAST, id=id, now_ms=tx.now_ms)
     if row is None:
         return "it has no snapshot to go on from"
-    name = lenient(row.name) or lenient(row.id)
-    return f"its last snapshot is {name}, of {lenient(row.created_at)}: `swarm sandbox fork {name}` goes on from it"
+    name, at = lenient(row.name) or lenient(row.id), lenient(row.created_at)
+    return f"its last snapshot is {name}, of {at}: `swarm sandbox create --from {name}` goes on from it"
