@@ -76,6 +76,22 @@ def test_an_update_makes_it_equal_again(source: int, tmp_path: Path, seed: int) 
     assert blocks(tmp_path / "copy") <= blocks(tmp_path / "source") + 2 * 8 * 6
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_a_copy_made_ahead_is_right_in_the_end(source: int, tmp_path: Path, old: bool) -> None:
+    if old:  # long ago: only then does the time of the last write say anything
+        os.utime(tmp_path / "source", (1, 1))
+    for turn in range(3):
+        ahead = sparse.Ahead(tmp_path / "source", tmp_path / f"copy{turn}")
+        try:
+            if turn:
+                os.pwrite(source, bytes([turn]) * 5000, 1 << 20)  # perhaps within one tick after the last
+            written = ahead.finish()
+        finally:
+            ahead.close()
+        assert (tmp_path / f"copy{turn}").read_bytes() == (tmp_path / "source").read_bytes()
+        assert bool(written) == bool(turn)
+
+
 def test_nothing_is_written_where_nothing_differs(source: int, tmp_path: Path) -> None:
     sparse.copy(source, tmp_path / "copy")
     os.utime(tmp_path / "copy", ns=(1, 1))

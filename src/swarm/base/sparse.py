@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ Check = Callable[[], None]
 _FICLONE: Final = 0x40049409  # linux/fs.h
 _PIECE_BYTES: Final = 4 << 20
 _COMPARED_BYTES: Final = 64 << 10
+_TICK_NS: Final = 50_000_000
 _ZEROS: Final = bytes(_COMPARED_BYTES)
 _KEEP_SIZE_PUNCH_HOLE: Final = 0x01 | 0x02  # linux/falloc.h
 # Not for these two files, or not by this kernel.
@@ -76,6 +78,32 @@ def update(source: int, target: int, check: Check = _never) -> int:
         at = end
     _punch(target, at, size)
     return written
+
+
+class Ahead:
+    """A copy of a file that others may still write; `finish` makes it right when nobody does any more."""
+
+    def __init__(self, source: Path, target: Path, check: Check = _never) -> None:
+        self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # A write changes the time of the last one, unless that was within the same tick of the kernel's clock.
+            written, now = os.fstat(self._source).st_mtime_ns, time.time_ns()
+            self._unchanged = written if written < now - _TICK_NS else None
+            copy(self._source, target, check=check)
+            self._target = os.open(target, os.O_RDWR | os.O_CLOEXEC)
+        except BaseException:
+            os.close(self._source)
+            raise
+
+    def finish(self, check: Check = _never) -> int:
+        """Returns how many bytes were written."""
+        if os.fstat(self._source).st_mtime_ns == self._unchanged:
+            return 0
+        return update(self._source, self._target, check)
+
+    def close(self) -> None:
+        os.close(self._source)
+        os.close(self._target)
 
 
 def write_differing(target: int, offset: int, data: bytes) -> int:

@@ -326,18 +326,17 @@ class FirecrackerVm(VmmVm):
 
     async def save(self, dir: Path, *, freeze: Freeze) -> None:
         """See `Vm.save`. Firecracker writes the whole memory while the guest stands still; its holes are made later."""
-        work = os.open(self.dir / WORK, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            await stoppable(lambda check: sparse.copy(work, dir / DISK_FILE, check=check))
-            copy = os.open(dir / DISK_FILE, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                await freeze()
-                async with self._standing(dir):
-                    await stoppable(lambda check: sparse.update(work, copy, check))
-            finally:
-                os.close(copy)
-        finally:
-            os.close(work)
+        with contextlib.ExitStack() as stack:
+
+            def copy(check: sparse.Check) -> sparse.Ahead:
+                disk = sparse.Ahead(self.dir / WORK, dir / DISK_FILE, check)
+                stack.callback(disk.close)
+                return disk
+
+            disk = await stoppable(copy)
+            await freeze()
+            async with self._standing(dir):
+                await stoppable(disk.finish)
         await stoppable(lambda check: sparse.dig(dir / MEMORY_FILE, check))
 
     @contextlib.asynccontextmanager

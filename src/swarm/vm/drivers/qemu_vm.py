@@ -140,12 +140,12 @@ class QemuVm(VmmVm):
         longer the file's, and the disk, are compared with the copies, and only what differs is written."""
         memory = self._guest_memory()
         with contextlib.ExitStack() as stack:
-            copy, work, disk = await stoppable(lambda check: _copy_ahead(self.dir, memory, dir, stack, check))
+            copy, disk = await stoppable(lambda check: _copy_ahead(self.dir, memory, dir, stack, check))
             await stoppable(lambda check: memory.overlay(copy, check))
             await freeze()
             async with self._standing(dir):
                 await stoppable(lambda check: memory.overlay(copy, check))
-                await stoppable(lambda check: sparse.update(work, disk, check))
+                await stoppable(disk.finish)
 
     @contextlib.asynccontextmanager
     async def pausing(self, dir: Path, *, freeze: Freeze) -> AsyncIterator[None]:
@@ -222,19 +222,15 @@ class QemuVm(VmmVm):
 
 def _copy_ahead(
     place: Path, memory: GuestMemory, dir: Path, stack: contextlib.ExitStack, check: sparse.Check
-) -> tuple[int, int, int]:
-    """Copy memory file and work disk into ``dir``, while the guest may write them. Descriptors, which ``stack`` closes:
-    of the memory's copy, of the disk, of the disk's copy."""
-
-    def opened(path: Path, flags: int) -> int:
-        fd = os.open(path, flags | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        return fd
-
-    work = opened(place / WORK_DISK, os.O_RDONLY)
+) -> tuple[int, sparse.Ahead]:
+    """Copy memory file and work disk into ``dir``, while the guest may write the latter. Returns a descriptor of the
+    memory's copy, and the disk's copy; ``stack`` closes them."""
     sparse.copy(memory.file, dir / MEMORY_FILE, check=check)
-    sparse.copy(work, dir / DISK_FILE, check=check)
-    return opened(dir / MEMORY_FILE, os.O_RDWR), work, opened(dir / DISK_FILE, os.O_RDWR)
+    copy = os.open(dir / MEMORY_FILE, os.O_RDWR | os.O_CLOEXEC)
+    stack.callback(os.close, copy)
+    disk = sparse.Ahead(place / WORK_DISK, dir / DISK_FILE, check)
+    stack.callback(disk.close)
+    return copy, disk
 
 
 def _take_over(place: Path, memory: GuestMemory, dir: Path, check: sparse.Check) -> None:
