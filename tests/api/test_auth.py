@@ -43,7 +43,7 @@ async def test_every_route_asks_for_its_role(served: Served, role: str) -> None:
 
 async def _called(client: httpx.AsyncClient, endpoint: Endpoint) -> httpx.Response:
     path = endpoint.path
-    for name in ("id", "digest", "name", "path", "step", "number"):
+    for name in ("id", "digest", "name", "path", "step", "number", "process"):
         path = path.replace(f"{{{name}}}", "x").replace(f"{{{name}:path}}", "x")
     return await client.request(endpoint.method, path, json={} if endpoint.body is not None else None)
 

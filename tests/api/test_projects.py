@@ -14,7 +14,7 @@ import httpx
 from swarm.api.app import ENDPOINTS
 from swarm.api.endpoint import Endpoint
 from swarm.api.v1.files import TAR
-from swarm.model import Role, Ticket
+from swarm.model import Role, Sandbox, Snapshot, Ticket
 from swarm.store.registry.tokens import Actor, new_token
 from tests.api.served import ECHO, Served
 from tests.api.test_agents import archive
@@ -84,6 +84,27 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("DELETE", "/v1/images/{digest}"): SHARED,
     ("GET", "/v1/templates"): SHARED,
     ("DELETE", "/v1/templates/{key}"): SHARED,
+    ("GET", "/v1/sandboxes"): READ,
+    ("POST", "/v1/sandboxes"): READ,
+    ("GET", "/v1/snapshots"): READ,
+    **{
+        (method, f"/v1/sandboxes/{{id}}{verb}"): OWN
+        for method, verbs in {
+            "GET": (
+                *("", "/wait", "/events", "/processes", "/processes/{process}/output", "/files", "/files/info"),
+                *("/files/content", "/files/uploaded", "/files/archive"),
+            ),
+            "POST": (
+                *("/pause", "/resume", "/fork", "/snapshot", "/exec", "/processes/{process}/signal", "/files/move"),
+                "/files/directory",
+            ),
+            "PUT": ("/files/content", "/files/archive"),
+            "DELETE": ("", "/files"),
+        }.items()
+        for verb in verbs
+    },
+    ("GET", "/v1/snapshots/{id}"): OWN,
+    ("DELETE", "/v1/snapshots/{id}"): OWN,
     ("GET", "/v1/whoami"): READ,
     ("GET", "/v1/tokens"): SHARED,
     ("POST", "/v1/tokens"): SHARED,
@@ -111,8 +132,17 @@ BODIES: Final[dict[str, dict[str, Any]]] = {
     "/v1/tickets": {"title": "x", "agent": "echo"},
     "/v1/tickets/bulk": {"action": "cancel", "filter": {}, "confirm": True},
     "/v1/tickets/{id}/reject": {"why": "no"},
+    "/v1/sandboxes/{id}/exec": {"argv": ["true"]},
+    "/v1/sandboxes/{id}/files/move": {"path": "a", "to": "b"},
+    "/v1/sandboxes/{id}/files/directory": {"path": "a"},
 }
-QUERIES: Final = {"/v1/tickets/{id}/wait": "?timeout_seconds=0", "/v1/artifacts": "?ticket={id}"}
+QUERIES: Final = {
+    "/v1/tickets/{id}/wait": "?timeout_seconds=0",
+    "/v1/artifacts": "?ticket={id}",
+    "/v1/sandboxes/{id}/files": "?path=x",
+    **{f"/v1/sandboxes/{{id}}/files/{what}": "?path=x" for what in ("info", "content", "archive")},
+    "/v1/sandboxes/{id}/files/uploaded": "?path=x&upload=u",
+}
 DIGESTS: Final = {"mine": "a" * 64, "theirs": "b" * 64}
 
 
@@ -122,12 +152,14 @@ async def test_what_a_projects_token_gets(served: Served) -> None:
     runs = {project: await _run_of(served, project) for project in ("mine", "theirs")}
     for project in ("mine", "theirs", None):
         await served.add(f"ticket-{project}", project_id=project, title=f"title of {project or 'theirs'}")
+        await _sandbox(served, f"ticket-{project}", project)
     for project, digest in DIGESTS.items():
         await served.store.keep_artifacts(f"ticket-{project}", {digest: f'"title of {project}"'})
     async with await _holder(served, "mine") as mine:
         for number, endpoint in enumerate(ENDPOINTS):
             kind = TABLE[endpoint.method, endpoint.path]
             await served.add(f"ticket-{number}", project_id="mine")
+            await _sandbox(served, f"ticket-{number}", "mine")
             own = await _called(mine, endpoint, "mine", runs["mine"] if _is_run(endpoint) else f"ticket-{number}")
             where = f"{endpoint.method} {endpoint.path}: {own.text}"
             if kind == SHARED:
@@ -270,6 +302,14 @@ async def test_a_name_that_goes_to_another_project_takes_no_keys_along(served: S
     assert len(set(made)) == 3
 
 
+async def _sandbox(served: Served, id: str, project: str | None) -> None:
+    """One that has ended, so that nothing waits for an engine; and a snapshot of it."""
+    made = Sandbox(id=id, name=f"of-{project or 'theirs'}", state="starting", project_id=project)
+    await served.store.add_sandbox(made, by="test")
+    await served.store.want_sandbox(id, "ended", by="test")
+    await served.store.add_snapshot(Snapshot(id=id, kind="named", host="h", project_id=project, sandbox_id=id))
+
+
 def _is_run(endpoint: Endpoint) -> bool:
     return endpoint.path.startswith("/v1/runs/")
 
@@ -294,7 +334,7 @@ async def _run_of(served: Served, project: str) -> str:
 async def _called(client: httpx.AsyncClient, endpoint: Endpoint, project: str, id: str) -> httpx.Response:
     ref = "ours" if "/workflows/" in endpoint.path else "echo"
     path = endpoint.path + QUERIES.get(endpoint.path, "")
-    names = {"{id}": id, "{ref}": ref, "{digest}": DIGESTS[project], "{name:path}": "x"}
+    names = {"{id}": id, "{ref}": ref, "{digest}": DIGESTS[project], "{name:path}": "x", "{process}": "p"}
     for name, given in names.items():
         path = path.replace(name, given)
     sent: dict[str, Any] = {}

@@ -42,6 +42,7 @@ class Socket:
         self.code: int | None = None
         self._messages: list[str | bytes] = []
         self._part: list[Any] = []
+        self._early: list[Any] = []  # came with the handshake
 
     async def shake(self, host: str, target: str, headers: Mapping[str, str]) -> None:
         extra = [(name.encode(), text.encode()) for name, text in headers.items()]
@@ -49,8 +50,10 @@ class Socket:
         rejected: RejectConnection | None = None
         body = b""
         while True:
-            for event in await self._events():
+            events = await self._events()
+            for number, event in enumerate(events):
                 if isinstance(event, AcceptConnection):
+                    self._early = events[number + 1 :]
                     return
                 if isinstance(event, RejectConnection):
                     rejected = event
@@ -61,6 +64,9 @@ class Socket:
                     raise Rejected(rejected.status_code, named, body)
 
     async def _events(self) -> list[Any]:
+        if early := self._early:
+            self._early = []
+            return early
         data = await self.reader.read(1 << 16)
         self.protocol.receive_data(data or None)
         return list(self.protocol.events())

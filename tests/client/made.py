@@ -1,4 +1,5 @@
-"""Makes src/swarm/client/sync.py from aio.py, so that each call is written once. `make docs` runs it."""
+"""Makes src/swarm/client/sync.py and sync_sandboxes.py from aio.py and aio_sandboxes.py, so that each call is written
+once. `make docs` runs it."""
 
 from __future__ import annotations
 
@@ -9,9 +10,17 @@ from pathlib import Path
 from typing import Final
 
 CLIENT: Final = Path(__file__).parents[2] / "src" / "swarm" / "client"
-SOURCE, MADE = CLIENT / "aio.py", CLIENT / "sync.py"
+SOURCES: Final = {CLIENT / "sync.py": CLIENT / "aio.py", CLIENT / "sync_sandboxes.py": CLIENT / "aio_sandboxes.py"}
 _CHANGES: Final = (
-    (r'\A""".*?"""', '"""`Swarm`. Made from aio.py by `make docs`: change that file."""'),
+    (
+        r"`AsyncSwarm`. sync.py, with `Swarm`, is made from this file by `make docs`: change this one.",
+        "`Swarm`. Made from aio.py by `make docs`: change that file.",
+    ),
+    (
+        r"for `AsyncSwarm`. sync_sandboxes.py is made from this file by `make docs`: change this one.",
+        "for `Swarm`. Made from aio_sandboxes.py by `make docs`: change that file.",
+    ),
+    (r"(?<=swarm\.client\.)aio", "sync"),
     (r"^import asyncio\n", ""),
     (r"^import time\n", "import threading\nimport time\n"),
     (r"asyncio\.Semaphore", "threading.Semaphore"),
@@ -26,13 +35,18 @@ _CHANGES: Final = (
 )
 
 
-def made() -> str:
-    text = SOURCE.read_text(encoding="utf-8")
+def made(file: Path) -> str:
+    text = SOURCES[file].read_text(encoding="utf-8")
     for pattern, by in _CHANGES:
         text = re.sub(pattern, by, text, flags=re.MULTILINE)
-    ruff = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(MADE), "-"]
-    return subprocess.run(ruff, input=text, capture_output=True, text=True, check=True).stdout
+    if "threading." not in text:
+        text = text.replace("import threading\n", "")
+    for how in (["check", "--select=I", "--fix", "--quiet"], ["format"]):
+        ruff = [sys.executable, "-m", "ruff", *how, "--stdin-filename", str(file), "-"]
+        text = subprocess.run(ruff, input=text, capture_output=True, text=True, check=True).stdout
+    return text
 
 
 if __name__ == "__main__":
-    MADE.write_text(made(), encoding="utf-8")
+    for file in SOURCES:
+        file.write_text(made(file), encoding="utf-8")

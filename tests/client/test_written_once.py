@@ -12,13 +12,14 @@ import pytest
 
 import swarm
 from swarm import client
-from swarm.client import aio, sync
-from tests.client.made import CLIENT, MADE, made
+from swarm.client import aio, aio_sandboxes, sync, sync_sandboxes
+from tests.client.made import CLIENT, SOURCES, made
 
 
-def test_the_synchronous_client_is_made_from_the_other() -> None:
-    assert MADE.read_text(encoding="utf-8") == made(), "src/swarm/client/sync.py is stale: run `make docs`"
-    assert "async" not in MADE.read_text(encoding="utf-8").lower().replace("aio.py", "")
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_the_synchronous_client_is_made_from_the_other(file: Path) -> None:
+    assert file.read_text(encoding="utf-8") == made(file), f"src/swarm/client/{file.name} is stale: run `make docs`"
+    assert "async" not in file.read_text(encoding="utf-8").lower()
 
 
 @pytest.mark.parametrize("path", [*sorted(CLIENT.glob("*.py")), CLIENT.parent / "__init__.py"], ids=lambda p: p.name)
@@ -34,8 +35,10 @@ def test_it_needs_httpx_alone(path: Path) -> None:
 
 
 def test_both_clients_have_the_same_methods_with_the_same_types() -> None:
-    for name in ("Swarm", "Ticket", "Tickets", "Workflows", "Approval", "Approvals"):
-        one, other = getattr(sync, name), getattr(aio, f"Async{name}")
+    of_sandboxes = [(sync_sandboxes, aio_sandboxes, name) for name in ("Sandbox", "Sandboxes")]
+    others = [(sync, aio, name) for name in ("Swarm", "Ticket", "Tickets", "Workflows", "Approval", "Approvals")]
+    for made_from, source, name in (*of_sandboxes, *others):
+        one, other = getattr(made_from, name), getattr(source, f"Async{name}")
         ours = {method for method in vars(one) if not method.startswith("_")}
         assert ours == {method for method in vars(other) if not method.startswith("_")}
         for method in ours:

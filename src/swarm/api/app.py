@@ -15,10 +15,25 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swarm.api import metrics, openapi
+from swarm.api import metrics, openapi, sockets
 from swarm.api.endpoint import JSON, Context, Endpoint, encode, guarded, route
 from swarm.api.problem import problem
-from swarm.api.v1 import actions, agents, engines, events, files, images, notices, secrets, tickets, tokens, workflows
+from swarm.api.v1 import (
+    actions,
+    agents,
+    engines,
+    events,
+    files,
+    guest_files,
+    guests,
+    images,
+    notices,
+    sandboxes,
+    secrets,
+    tickets,
+    tokens,
+    workflows,
+)
 from swarm.model import Role
 
 ENDPOINTS: Final[Sequence[Endpoint]] = (
@@ -27,6 +42,9 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
     *events.ENDPOINTS,
     *files.ENDPOINTS,
     *workflows.ENDPOINTS,
+    *sandboxes.ENDPOINTS,
+    *guests.ENDPOINTS,
+    *guest_files.ENDPOINTS,
     *agents.ENDPOINTS,
     *secrets.ENDPOINTS,
     *engines.ENDPOINTS,
@@ -88,6 +106,7 @@ def application(
         Route("/healthz", alive),
         Route("/v1/openapi.json", described),
         *(route(endpoint, context) for endpoint in ENDPOINTS),
+        *(sockets.route(one, context) for one in sockets.SOCKETS),
         hooks,
         *pages,
     ]

@@ -310,7 +310,7 @@ def _query(model: type[Fields], request: Request) -> Any:
         if not many and len(values) > 1:
             raise Refused(400, f"{name}: give it once")
         given[name] = values if many else values[0]
-    return _validated(model, given, "the query")
+    return validated(model, given, "the query")
 
 
 async def _body(endpoint: Endpoint, request: Request) -> Any:
@@ -334,10 +334,10 @@ def _parsed(model: type[BaseModel], data: bytes) -> Any:
         raise Refused(400, f"the body is {error}") from None
     except ValueError as error:
         raise Refused(400, f"the body is not JSON in UTF-8 ({error})") from None
-    return _validated(model, given, "the body")
+    return validated(model, given, "the body")
 
 
-def _validated(model: type[BaseModel], given: object, what: str) -> Any:
+def validated(model: type[BaseModel], given: object, what: str) -> Any:
     if not isinstance(given, dict):
         raise Refused(400, f"{what} must be an object")
     if len(given) > _MAX_FIELDS:

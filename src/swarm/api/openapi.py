@@ -109,6 +109,7 @@ def _responses(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
     also = {404: "no such thing", 409: "its state forbids this"} if "{" in endpoint.path else {}
     also |= _WITH_BODY if endpoint.body or endpoint.upload else {}
     also |= {416: "there is no such range"} if endpoint.ranges else {}
+    also |= {502: "its VM does not answer as it should"} if endpoint.path.startswith("/v1/sandboxes/{id}/") else {}
     for code, why in sorted({**_ALWAYS, **also, **endpoint.errors}.items()):
         found[str(code)] = {
             "description": why,

@@ -12,7 +12,9 @@ from starlette.responses import Response
 from swarm.base.log import logger
 from swarm.errors import (
     ChangeRefused,
+    ChannelError,
     Conflict,
+    GuestRefused,
     HostError,
     Locked,
     NoSpace,
@@ -32,6 +34,8 @@ _STATUS: Final = (
     (ChangeRefused, 409),
     (StoreError, 503),
     (NoSpace, 507),
+    (GuestRefused, 409),
+    (ChannelError, 502),
     (SwarmError, 500),
 )
 

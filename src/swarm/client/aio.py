@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Self, Unpack
 import httpx
 
 from swarm.client import calls
+from swarm.client.aio_sandboxes import AsyncSandboxes
 from swarm.client.archive import packed, placed, text_of, unpack
 from swarm.client.errors import TicketFailed, TimedOut
 from swarm.client.stream import Following, Lines
@@ -64,6 +65,7 @@ class AsyncSwarm:
         self.agents = AsyncAgents(self)
         self.workflows = AsyncWorkflows(self)
         self.approvals = AsyncApprovals(self)
+        self.sandboxes = AsyncSandboxes(self)
 
     async def __aenter__(self) -> Self:
         return self

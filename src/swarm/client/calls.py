@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote
 
 import httpx
 
-from swarm.client.errors import Invalid, NotFound, ServerError, Unreachable, refused
-from swarm.client.values import Filters, Submission
+from swarm.client.errors import CommandFailed, Invalid, NotFound, ServerError, Unreachable, refused
+from swarm.client.values import Command, Executed, Filters, NewSandbox, Submission, read
 from swarm.client.where import Where
 
 # Of any number of waits, so many ask at a time, for so long: other calls find a connection.
@@ -22,6 +23,8 @@ WAITS: Final = 32
 POLL_SECONDS: Final = 5.0
 PAGE: Final = 200
 _BUILD_SECONDS: Final = 3600.0  # of an agent's packages
+START_SECONDS: Final = 900.0  # of a sandbox: its VM may boot without KVM, and wait for room
+_VERY_LONG_SECONDS: Final = 30 * 86_400.0
 _FIRST_DELAY_SECONDS: Final = 0.1
 _MAX_DELAY_SECONDS: Final = 5.0
 _MAX_RETRY_AFTER_SECONDS: Final = 60.0
@@ -226,12 +229,108 @@ def _upload(path: str, content: bytes, kind: str, query: Mapping[str, str] | Non
     )
 
 
+def sandbox(id: str, verb: str = "") -> str:
+    return named("sandboxes", id, verb)
+
+
+def create_sandbox(given: NewSandbox) -> Call:
+    return Call(method="POST", path="/v1/sandboxes", body=dict(given))
+
+
+def execute(id: str, argv: Sequence[str], given: Command) -> Call:
+    """One word with spaces in it is a line for a shell."""
+    if not argv:
+        raise Invalid("which command?")
+    words = ["/bin/sh", "-c", argv[0]] if len(argv) == 1 and " " in argv[0].strip() else list(argv)
+    body: dict[str, Any] = {name: each for name, each in given.items() if name not in ("stdin", "check")}
+    stdin = given.get("stdin", b"")
+    if stdin:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        body["stdin_base64"] = base64.b64encode(data).decode()
+    body |= {"argv": words, "encoding": "base64"}
+    seconds = given.get("timeout_seconds")
+    return Call(
+        method="POST",
+        path=sandbox(id, "exec"),
+        body=body,
+        extra_seconds=START_SECONDS + (seconds if seconds is not None else _VERY_LONG_SECONDS),
+    )
+
+
+def executed(data: Mapping[str, Any], given: Command) -> Executed:
+    """Raises CommandFailed, if it was to be checked."""
+    texts = {"output": base64.b64decode(data["stdout"]), "errors": base64.b64decode(data["stderr"])}
+    found = read(Executed, data, **texts)
+    if given.get("check") and not found.ok and not given.get("background"):
+        raise CommandFailed(found)
+    return found
+
+
+def signal(id: str, process: str, name: str) -> Call:
+    return _slow("POST", named("sandboxes", id, f"processes/{quote(process, safe='')}/signal"), body={"signal": name})
+
+
+def write_file(id: str, path: str, data: bytes | str, mode: int) -> Call:
+    content = data.encode() if isinstance(data, str) else data
+    return Call(
+        method="PUT",
+        path=sandbox(id, "files/content"),
+        query={"path": path, "mode": f"{mode:o}"},
+        content=content,
+        headers={"content-type": "application/octet-stream"},
+        repeatable=True,
+        extra_seconds=START_SECONDS,
+    )
+
+
+def put_archive(id: str, path: str, archive: bytes) -> Call:
+    return Call(
+        method="PUT",
+        path=sandbox(id, "files/archive"),
+        query={"path": path},
+        content=archive,
+        headers={"content-type": "application/x-tar"},
+        repeatable=True,
+        extra_seconds=_BUILD_SECONDS,
+    )
+
+
+def in_sandbox(id: str, what: str, **query: Any) -> Call:
+    """It may be paused, or not have started."""
+    return _slow("GET", sandbox(id, what), query=query, repeatable=True)
+
+
+def remove_file(id: str, path: str, *, recursive: bool) -> Call:
+    return _slow("DELETE", sandbox(id, "files"), query={"path": path, "recursive": "true" if recursive else ""})
+
+
+def change_sandbox(id: str, verb: str) -> Call:
+    """To pause or resume twice is to do it once."""
+    return _slow("POST", sandbox(id, verb), repeatable=True)
+
+
+def act_on_sandbox(id: str, verb: str, **body: Any) -> Call:
+    return _slow("POST", sandbox(id, verb), body={name: each for name, each in body.items() if each is not None})
+
+
+def end_sandbox(id: str) -> Call:
+    return _slow("DELETE", sandbox(id), repeatable=True)
+
+
+def remove_snapshot(id: str) -> Call:
+    return Call(method="DELETE", path=named("snapshots", id), repeatable=True)
+
+
+def _slow(method: str, path: str, **more: Any) -> Call:
+    return Call(method=method, path=path, extra_seconds=START_SECONDS, **more)
+
+
 def page(filters: Filters, after: str | None) -> Call:
     return get("/v1/tickets", **filters, limit=PAGE, after=after)
 
 
-def wait(id: str, seconds: float) -> Call:
-    call = get(ticket(id, "wait"), timeout_seconds=seconds)
+def wait(id: str, seconds: float, kind: str = "tickets") -> Call:
+    call = get(named(kind, id, "wait"), timeout_seconds=seconds)
     return Call(**{**vars(call), "extra_seconds": seconds})
 
 

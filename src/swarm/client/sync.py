@@ -18,6 +18,7 @@ from swarm.client import calls
 from swarm.client.archive import packed, placed, text_of, unpack
 from swarm.client.errors import TicketFailed, TimedOut
 from swarm.client.stream import Following, Lines
+from swarm.client.sync_sandboxes import Sandboxes
 from swarm.client.values import (
     Agent,
     ApprovalFields,
@@ -64,6 +65,7 @@ class Swarm:
         self.agents = Agents(self)
         self.workflows = Workflows(self)
         self.approvals = Approvals(self)
+        self.sandboxes = Sandboxes(self)
 
     def __enter__(self) -> Self:
         return self

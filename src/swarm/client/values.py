@@ -99,6 +99,148 @@ class TicketFields:
         return self.state in ENDED
 
 
+class NewSandbox(TypedDict, total=False):
+    """What a new sandbox may say. ``agent``: whose files, packages, limits and network it has. ``snapshot``: what it
+    starts from. ``idle_timeout_seconds``: then it is paused; ``ttl_seconds``: then it ends."""
+
+    name: str
+    agent: str
+    image: str
+    snapshot: str
+    memory_mb: int
+    vcpus: int
+    disk_mb: int
+    network: str
+    secrets: Sequence[str]
+    env: Mapping[str, str]
+    labels: Mapping[str, str]
+    ttl_seconds: float
+    idle_timeout_seconds: float
+    budget_usd: float
+    budget_tokens: int
+    project: str
+
+
+class Command(TypedDict, total=False):
+    """How a command runs. ``cwd``: by default /work; ``user``: 'agent' (the default) or 'root'; ``timeout_seconds``:
+    then it is killed, with all that it started; ``background``: it runs on, as this ``process``; ``max_output_bytes``:
+    of stdout and of stderr, what is more is dropped; ``check``: raise CommandFailed unless it ends with 0."""
+
+    stdin: str | bytes
+    env: Mapping[str, str]
+    cwd: str
+    user: str
+    timeout_seconds: float
+    background: bool
+    process: str
+    max_output_bytes: int
+    check: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxFields:
+    id: str
+    state: str = ""
+    name: str | None = None
+    project_id: str | None = None
+    agent_id: str | None = None
+    snapshot_id: str | None = None
+    parent_id: str | None = None
+    memory_mb: int | None = None
+    vcpus: int | None = None
+    disk_mb: int | None = None
+    network: str | None = None
+    labels: Any = None
+    ttl_seconds: float | None = None
+    idle_timeout_seconds: float | None = None
+    budget_usd: float | None = None
+    budget_tokens: int | None = None
+    error: str | None = None
+    host: str | None = None
+    created_by: str | None = None
+    created_at: str | None = None
+    started_at: str | None = None
+    used_at: str | None = None
+    ended_at: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("ended", "lost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executed:
+    """How a command ended: ``code`` is its exit status, or it was ended by ``signal``. One in the background has
+    neither. ``output`` and ``errors`` are what it wrote, as bytes; `stdout` and `stderr` as text."""
+
+    process: str
+    code: int | None = None
+    signal: int | None = None
+    timed_out: bool = False
+    oom: bool = False
+    ms: float = 0.0
+    cpu_ms: int = 0
+    dropped_bytes: int = 0
+    output: bytes = field(default=b"", repr=False)
+    errors: bytes = field(default=b"", repr=False)
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0
+
+    @property
+    def stdout(self) -> str:
+        return self.output.decode(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return self.errors.decode(errors="replace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process of a sandbox. ``ended``: how, as `Executed` has it; None while it runs."""
+
+    process: str
+    argv: tuple[str, ...] = ()
+    user: str = ""
+    pid: int = 0
+    background: bool = False
+    output_bytes: int = 0
+    running_seconds: float = 0.0
+    ended: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestFile:
+    """A file of a sandbox. ``kind``: file, directory, link (to ``target``), pipe, socket or device."""
+
+    name: str
+    kind: str = "file"
+    size: int = 0
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    target: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """``kind``: 'named' by somebody, or 'pause', 'fork', 'attempt', 'step'. ``expires_at``: ms of Unix time."""
+
+    id: str
+    kind: str = ""
+    name: str | None = None
+    host: str = ""
+    sandbox_id: str | None = None
+    ticket_id: str | None = None
+    size_bytes: int = 0
+    secrets: bool = True
+    created_at: str | None = None
+    expires_at: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     id: str

@@ -11,7 +11,8 @@ from enum import StrEnum
 from swarm.channel.guest import Guest
 from swarm.engine.egress import AttemptEgress
 from swarm.engine.room import VmInUse
-from swarm.errors import ChannelError, Conflict, SwarmError
+from swarm.errors import ChannelError, SwarmError
+from swarm.live.wire import NotHeld
 from swarm.model import Agent, Event, SandboxClaim
 from swarm.vm.launcher import LiveVm
 
@@ -110,17 +111,17 @@ class Held:
 
     @asynccontextmanager
     async def spoken_with(self) -> AsyncIterator[Guest]:
-        """Its guest, for a conversation. Waits while it starts. Raises Conflict when it is on its way out, then or
+        """Its guest, for a conversation. Waits while it starts. Raises NotHeld when it is on its way out, then or
         later."""
         self._talks += 1
         try:
             await asyncio.shield(self.started)
             if self.closing or self.guest is None:
-                raise Conflict(f"{self.name} {self.closing}")
+                raise NotHeld(f"{self.name} {self.closing}")
             yield self.guest
         except ChannelError as error:
             if self.closing:
-                raise Conflict(f"{self.name} {self.closing}") from error
+                raise NotHeld(f"{self.name} {self.closing}") from error
             raise
         finally:
             self._talks -= 1
@@ -186,7 +187,7 @@ class Held:
         """It is paused, or has ended, and its row says so."""
         self._ended = True
         if not self.started.done():
-            self.started.set_exception(Conflict(f"{self.name} has ended: `swarm sandbox show` says why"))
+            self.started.set_exception(NotHeld(f"{self.name} has ended: `swarm sandbox show` says why"))
         for answer in self._waiting:
             if not answer.done():
                 answer.set_result(None)

@@ -23,6 +23,7 @@ from swarm.engine.held import Emit, Ending, Held
 from swarm.engine.machines import Machines, agent_of
 from swarm.engine.room import VmInUse
 from swarm.errors import Conflict, HostError, LeaseLost, OutcomeUnknown, StoreError, SwarmError, UsageError
+from swarm.live.wire import NotHeld
 from swarm.model import SandboxClaim, SandboxState, Snapshot
 from swarm.store.store import Store
 from swarm.vm.launcher import LiveVm
@@ -348,7 +349,7 @@ class Sandboxes:
     def _find(self, id: str) -> Held:
         held = self._held.get(id)
         if held is None:
-            raise Conflict(f"this engine does not hold the sandbox {id[:100]}: `swarm sandbox show` says who does")
+            raise NotHeld(f"this engine does not hold the sandbox {id[:100]}: `swarm sandbox show` says who does")
         return held
 
     @asynccontextmanager
@@ -356,7 +357,7 @@ class Sandboxes:
         self, id: str, op: str, fields: Mapping[str, object], payload: bytes, *, by: str
     ) -> AsyncIterator[Told]:
         """A conversation with its guest, for the length of the block. Raises UsageError for what clients may not ask,
-        Conflict for a sandbox that this engine does not hold (any more)."""
+        NotHeld for a sandbox that this engine does not hold (any more)."""
         conversing.check(op)
         held = self._find(id)
         async with (
@@ -426,7 +427,7 @@ class Sandboxes:
         """Its VM, which no other pause, snapshot or fork touches meanwhile, and which is in use."""
         async with held.spoken_with(), held.changing:
             if held.closing or held.live is None:
-                raise Conflict(f"{held.name} {held.closing}")
+                raise NotHeld(f"{held.name} {held.closing}")
             yield held.live
 
     async def _kept(self, made: Snapshot, *, keep_seconds: float | None, by: str) -> Snapshot:
