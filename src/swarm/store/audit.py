@@ -136,7 +136,7 @@ class StepFact:
 
 TRIGGERS: Final = (
     *("tickets_deleted", "tickets_touched", "tickets_inserted", "tickets_created_changed", "tickets_snapshots"),
-    *("sandboxes_deleted", "sandboxes_inserted"),
+    *("sandboxes_deleted", "sandboxes_inserted", "sandboxes_renamed"),
     *("workflows_added", "workflows_changed", "workflows_removed"),
 )
 _NAMES: Final = Sql("SELECT name FROM sqlite_master WHERE type IN ('table', 'index', 'trigger')")

@@ -3,6 +3,7 @@ that is held, or sleeps, stops no other."""
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 import pytest
@@ -120,6 +121,18 @@ async def test_any_time_of_creation_sorts(store: Store, outside: Outside, create
     insert(outside, id="b", created_at=created_at)
     ((found,),) = outside.execute("SELECT created_at FROM sandboxes")
     assert len(found) == 24 and found.endswith("Z")
+
+
+async def test_another_id_is_another_sandbox(store: Store, outside: Outside) -> None:
+    asleep, awake = await paused(store), await started(store)
+    outside.execute("UPDATE sandboxes SET id = 'new-' || id")
+    assert (await store.renew_sandboxes([awake.hold_id], lease_seconds=LEASE)).lost == {awake.hold_id}
+    assert await claim(store) == []
+    assert (await store.sandbox(f"new-{awake.sandbox.id}")).state == "lost"
+    await store.want_sandbox(f"new-{asleep.sandbox.id}", "running", by="ann")
+    (again,) = await claim(store)
+    assert again.resumes and again.snapshot is not None
+    assert (await judged(store)).kept
 
 
 async def test_a_copied_row_is_held_by_nobody(store: Store, outside: Outside) -> None:
@@ -241,3 +254,65 @@ async def test_a_trigger_that_ignores_changes(store: Store, outside: Outside) ->
     outside.execute("CREATE TRIGGER t BEFORE UPDATE ON sandboxes BEGIN SELECT RAISE(IGNORE); END")
     assert await claim(store) == []
     assert (await store.sandbox("x")).hold_id is None
+
+
+HOSTILE = (None, "", "x", "a\0b", "1", b"\xff\xfe", 3, -1, 1 << 62, 1.5, float("inf"), "[" * 2000, "'; --", "ended")
+
+
+def columns(outside: Outside) -> list[str]:
+    return [name for (name,) in outside.execute("SELECT name FROM pragma_table_info('sandboxes')")]
+
+
+async def test_any_value_in_any_column_of_an_insert(store: Store, outside: Outside) -> None:
+    """Each is started, or ends with a sentence, and can be shown."""
+    tried = 0
+    for column in columns(outside):
+        for value in HOSTILE:
+            if column == "state" and value is None:
+                continue  # the only one that is refused
+            insert(outside, **{"name": f"n-{column}-{tried}", column: value})
+            tried += 1
+    claims = list[Any]()
+    for _ in range(tried):
+        found = await claim(store, limit=100)
+        claims += found
+        if not found and not (await store.sandboxes_due(HOST)).ready:
+            break
+    left = outside.execute("SELECT name, state, hold_id IS NOT NULL, error FROM sandboxes")
+    for name, state, held, error in left:
+        says_why = error or any(f"n-{one}-" in str(name) for one in ("state", "wanted", "ends_at"))  # it was to end
+        assert held or (state == "ended" and says_why), (name, state, error)
+    assert len(claims) == sum(held for _, _, held, _ in left) > 100
+    page, shown = await store.sandbox_page(SandboxFilter(), limit=1000), 0
+    for one in page.sandboxes:
+        shown += (await store.sandbox(one.id)).id == one.id if one.id else 1
+    assert shown == len(page.sandboxes) > tried - 10
+    report = await judged(store)
+    assert report.kept, report.violations
+
+
+async def test_any_value_in_any_column_of_one_that_is_held(store: Store, outside: Outside) -> None:
+    """Its holder goes on, or learns that it is lost; and then it is held by nobody."""
+    for column in columns(outside):
+        for number, value in enumerate(HOSTILE):
+            id = f"{column}-{number}"
+            insert(outside, id=id)
+            (one,) = await claim(store)
+            await store.sandbox_running(one.hold_id, 1001)
+            try:
+                outside.execute(f"UPDATE sandboxes SET {column} = ? WHERE id = ?", (value, id))
+            except sqlite3.IntegrityError:
+                assert value is None and column == "state"
+            lost, wanted = await store.renew_sandboxes([one.hold_id], lease_seconds=LEASE)
+            if lost:
+                assert column in ("id", "state", "hold_id"), column
+            else:
+                assert set(wanted.values()) <= {"ended"}
+                await store.sandbox_paused(one.hold_id, pause_of(one, id=f"p-{id}"))
+    await store.shift_clock(round(LEASE * 1000) + 1)
+    await claim(store)
+    ((held,),) = outside.execute("SELECT count(*) FROM sandboxes WHERE hold_id IS NOT NULL")
+    assert held == 0
+    await store.sandbox_page(SandboxFilter(), limit=1000)
+    report = await judged(store)
+    assert report.kept, report.violations

@@ -113,6 +113,13 @@ CREATE TRIGGER sandboxes_deleted AFTER DELETE ON sandboxes BEGIN
   UPDATE snapshots SET expires_at = 0 WHERE sandbox_id = OLD.id AND kind IN ('pause', 'fork');
   INSERT INTO events (ticket_id, kind, sandbox_id) VALUES ('', 'deleted', OLD.id);
 END"""
+# Another id: whoever holds it, holds it no more. One that sleeps keeps its snapshot.
+_RENAMED = """
+CREATE TRIGGER sandboxes_renamed AFTER UPDATE OF id ON sandboxes WHEN NEW.id IS NOT OLD.id BEGIN
+  UPDATE sandboxes SET hold_id = NULL, lease_until = NULL WHERE id = NEW.id;
+  UPDATE snapshots SET sandbox_id = NEW.id WHERE sandbox_id = OLD.id;
+  INSERT INTO events (ticket_id, kind, sandbox_id) VALUES ('', 'deleted', OLD.id);
+END"""
 _TICKET_DELETED = """
 CREATE TRIGGER tickets_snapshots AFTER DELETE ON tickets BEGIN
   UPDATE snapshots SET expires_at = 0 WHERE ticket_id = OLD.id;
@@ -125,7 +132,7 @@ def upgrade() -> None:
         run(f"ALTER TABLE {table} ADD COLUMN {column}")
     run(_SANDBOXES.lstrip())
     run(_SNAPSHOTS.lstrip())
-    for statement in (*_INDEXES, _INSERTED, _DELETED, _TICKET_DELETED):
+    for statement in (*_INDEXES, _INSERTED, _DELETED, _RENAMED, _TICKET_DELETED):
         run(statement.lstrip())
 
 
