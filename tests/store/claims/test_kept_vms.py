@@ -85,9 +85,19 @@ def leaves(snapshot: str) -> Outcome:
     return Succeeded(outputs="{}", snapshot_id=snapshot)
 
 
-def snapshot(outside: Outside, id: str, *, host: str = "here", memory_mb: int = 256) -> None:
-    row = {"id": id, "kind": "step", "host": host, "spec": json.dumps({"memory_mb": memory_mb})}
-    outside.execute("INSERT INTO snapshots (id, kind, host, spec) VALUES (:id, :kind, :host, :spec)", row)
+def snapshot(
+    outside: Outside, id: str, *, kind: str = "step", ticket_id: str | None = None, memory_mb: int = 256
+) -> None:
+    row = {
+        "id": id,
+        "kind": kind,
+        "host": "here",
+        "ticket_id": ticket_id,
+        "spec": json.dumps({"memory_mb": memory_mb, "disk_mb": 4000}),
+    }
+    outside.execute(
+        "INSERT INTO snapshots (id, kind, host, ticket_id, spec) VALUES (:id, :kind, :host, :ticket_id, :spec)", row
+    )
 
 
 async def claims_on(store: Store, host: str, memory_mb: int | None = None) -> list[Claim]:
@@ -131,7 +141,35 @@ async def test_a_fork_is_as_large_as_the_vm_it_is_one_of(store: Store, outside: 
     await finish(store, first, lambda _: leaves("big"))
     assert await claims_on(store, "here", memory_mb=899) == []
     [claim] = await claims_on(store, "here", memory_mb=900)
-    assert claim.agent.memory_mb == 900
+    assert (claim.agent.memory_mb, claim.agent.disk_mb) == (900, 4000)
+
+
+@both_ways
+async def test_snapshots_that_no_step_can_start_from_any_more_go_at_once(store: Store, outside: Outside) -> None:
+    text = """
+steps:
+  - {id: try, agent: echo, for_each: [1, 5, 3], best: "${outputs.n}"}
+  - {id: ship, agent: echo, from: try}
+"""
+    await ticket(store, outside, text)
+    for number, claim in enumerate(await claims_on(store, "here")):
+        snapshot(outside, f"of-{number}", ticket_id="t")
+        outcome = Succeeded(outputs=f'{{"n": {(1, 5, 3)[number]}}}', snapshot_id=f"of-{number}")
+        await store.finish(claim.attempt_id, outcome, timings={}, vm_time_ms=1.0)
+        assert number == 2 or await store.expired_snapshots("here") == []
+    [ship] = await claims_on(store, "here")
+    assert ship.source == "of-1" and {one.id for one in await store.expired_snapshots("here")} == {"of-0", "of-2"}
+    await finish(store, ship)
+    assert await claims(store) == []
+    assert {one.id for one in await store.expired_snapshots("here")} == {"of-0", "of-1", "of-2"}
+
+
+async def test_the_vm_of_an_attempt_goes_with_its_ticket(store: Store, outside: Outside) -> None:
+    insert(outside, "t", state="draft")
+    snapshot(outside, "kept", kind="attempt", ticket_id="t")
+    assert await store.expired_snapshots("here") == []
+    await store.remove_tickets(["t"], force=False, by="ann")
+    assert [one.id for one in await store.expired_snapshots("here")] == ["kept"]
 
 
 @pytest.mark.parametrize("left", ["", "gone"])

@@ -333,8 +333,8 @@ class _ClaimTransaction:
                         missing -= 1
                     continue
                 agent = self._agent(work, agents)
-                if candidate.is_step and (least := kept.memory_mb(candidate.row.source_spec)) > agent.memory_mb:
-                    agent = replace(agent, memory_mb=least)
+                if candidate.is_step and candidate.row.from_step is not None:
+                    agent = kept.sized(agent, candidate.row)
                 if most is not None and agent.memory_mb > most:
                     raise validation.too_big(agent, most)  # else it would block the head of the queue for ever
             except BadRow as error:

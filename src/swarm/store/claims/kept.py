@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, Final
 
 from swarm.model import Agent, KeepVm, Ticket
 from swarm.store.sql.database import Row
 
+_SIZES: Final = ("memory_mb", "disk_mb")
 KEEP_VM_SECONDS: Final = 86_400.0  # unless somebody says for how long
 
 # SQL, of a ready step `s`: of the snapshot in a fork of which it starts.
@@ -31,10 +33,10 @@ def of(step: Row | None, ticket: Ticket, agent: Agent) -> dict[str, Any]:
     }
 
 
-def memory_mb(spec: str | None) -> int:
-    """Of a snapshot's VM: a fork is as large."""
+def sized(agent: Agent, step: Row) -> Agent:
+    """A fork is as large as the VM that it is one of."""
     try:
-        found = json.loads(spec or "")["memory_mb"]
-    except (ValueError, KeyError, TypeError):
-        return 0
-    return found if isinstance(found, int) else 0
+        spec = json.loads(step.source_spec or "{}")
+        return replace(agent, **{name: max(getattr(agent, name), spec[name]) for name in _SIZES if name in spec})
+    except (ValueError, TypeError):  # another program wrote it
+        return agent

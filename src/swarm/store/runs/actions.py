@@ -72,6 +72,12 @@ _CHILDREN: Final = Sql(
     "SELECT step_id FROM step_executions WHERE run_id = :run_id AND substr(step_id, 1, length(:prefix)) = :prefix "
     "AND status IN ('pending', 'waiting', 'ready', 'running')"
 )
+# Steps start in forks of the VM of one execution: those of the others need not wait for the end of the run.
+_LET_GO: Final = Sql(
+    "UPDATE snapshots SET expires_at = :now_ms WHERE kind = 'step' AND expires_at IS NULL AND id IN "
+    "(SELECT snapshot_id FROM step_executions WHERE run_id = :run_id AND substr(step_id, 1, length(:prefix)) = :prefix "
+    "AND step_id <> :kept)"
+)
 # The columns that an action may set; NULL leaves a column as it is.
 _WRITTEN: Final = (
     "agent_id", "agent_name", "agent_version", "inputs", "outputs", "queued_at", "started_at", "completed_at",
@@ -216,6 +222,7 @@ class _Work:
             case Update():
                 step = self._step(action.key)
                 step.values["fan_out"], step.touched = dump(shallow(action.fan_out)), True
+                self._let_go(action)
             case Complete():
                 self._move(action.key, StepStatus.COMPLETED, outputs=self._packed(action.outputs))
             case Fail():
@@ -224,6 +231,14 @@ class _Work:
                 self._move(action.key, StepStatus.SKIPPED, error=action.why)
             case Cancel():
                 self._cancel(action)
+
+    def _let_go(self, action: Update) -> None:
+        graph, fan_out = self._definition.graph, action.fan_out
+        kept = fan_out.count - 1 if graph.steps[action.key].repeat is not None else fan_out.winner
+        if kept is not None and action.key in graph.sources:
+            prefix = self._run.step_id(f"{action.key}[")
+            these = {"run_id": self._run.id, "prefix": prefix, "kept": f"{prefix}{kept}]"}
+            self._changes.add(_LET_GO, now_ms=self._tx.now_ms, **these)
 
     def _packed(self, value: Any) -> str:
         """JSON for a row; large values in it become artifacts."""

@@ -53,7 +53,7 @@ _LIVE_RUN: Final = Sql(
 )
 _EXPIRE: Final = Sql("UPDATE snapshots SET expires_at = :now_ms WHERE id = :id")
 _KEEP: Final = Sql("UPDATE snapshots SET name = :name, kind = :kind, expires_at = :expires_at WHERE id = :id")
-# `step` snapshots have no time of their own: they live as long as their run.
+# `step` snapshots have no time of their own: they live as long as their run. Those of attempts go with their ticket.
 _OVER: Final = (
     Sql(
         f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.expires_at IS NOT NULL AND n.expires_at <= :now_ms "
@@ -63,6 +63,10 @@ _OVER: Final = (
         f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.kind = 'step' AND n.host = :host AND NOT EXISTS "
         "(SELECT 1 FROM workflow_runs r WHERE r.ticket_id = n.ticket_id AND r.status IN ('running', 'waiting')) "
         "LIMIT :limit"
+    ),
+    Sql(
+        f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.kind = 'attempt' AND n.host = :host AND NOT EXISTS "
+        "(SELECT 1 FROM tickets t WHERE t.id = n.ticket_id) LIMIT :limit"
     ),
 )
 _FORGET: Final = Sql("DELETE FROM snapshots WHERE id = :id")
@@ -175,7 +179,8 @@ def used_by(tx: Tx, one: Snapshot) -> str:
     paused = tx.first(_PAUSED, id=one.sandbox_id, than=one.id) if one.kind == "pause" else None
     if paused is not None:
         return f"the sandbox {shown(paused.id)} is paused to it"
-    if one.kind == "step" and one.ticket_id is not None and tx.first(_LIVE_RUN, id=one.ticket_id) is not None:
+    waits = one.kind == "step" and one.expires_at is None
+    if waits and one.ticket_id is not None and tx.first(_LIVE_RUN, id=one.ticket_id) is not None:
         return f"the ticket {shown(one.ticket_id)} may start steps from it"
     return ""
 
