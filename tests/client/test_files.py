@@ -58,6 +58,15 @@ async def test_there_and_back(s: AsyncSwarm, at_work: Bench, repo: Path, tmp_pat
         await ticket.download(to, "*.txt")
     (to / "notes.txt").write_text("changed")
     assert await ticket.download(to, "*.txt", replace=True) == [to / "notes.txt"]
+    notes.write_text("forget")
+    second = await s.tickets.submit("copies", files={"repo": repo, "notes.txt": notes})
+    await second.result(60)
+    compared = await ticket.diff(f"{second.id}:main", attempt="main:1")
+    [change] = compared.files
+    assert (change.name, change.change, [*change.bytes], compared.outputs) == ("notes.txt", "changed", [8, 6], "")
+    assert "-remember\n+forget\n" in (change.diff or "") and compared.a["attempt"]["outcome"] == "succeeded"
+    with pytest.raises(NotFound):
+        await ticket.diff("nobody")
     assert (to / "notes.txt").read_text() == "remember"
     assert await ticket.download(tmp_path / "none", "nothing") == []
 

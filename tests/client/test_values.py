@@ -11,7 +11,7 @@ from swarm import client, model
 from swarm.api.v1 import tickets
 from swarm.base import manifest
 from swarm.client.values import Filters, TicketFields, read
-from swarm.store import spending, ticket_files
+from swarm.store import comparison, spending, ticket_files
 from swarm.store.registry.workflows import WorkflowRow
 from swarm.store.sql import rows
 
@@ -25,6 +25,8 @@ from swarm.store.sql import rows
         (client.Attempt, rows.AttemptRow),
         (client.Event, model.Event),
         (client.File, ticket_files.TicketFile),
+        (client.Comparison, comparison.Comparison),
+        (client.FileChange, comparison.Change),
         (client.Agent, model.Agent),
         (client.Workflow, WorkflowRow),
         (client.Problem, manifest.Problem),

@@ -22,6 +22,7 @@ from swarm.client.stream import Following, Lines
 from swarm.client.values import (
     Agent,
     ApprovalFields,
+    Comparison,
     Costs,
     Details,
     Event,
@@ -211,6 +212,12 @@ class AsyncTicket(TicketFields):
     async def files(self) -> list[File]:
         """What its agents left in /work/out; of a workflow, below the names of its steps."""
         return read_all(File, (await self._swarm._do(calls.get(calls.ticket(self.id, "files"))))["files"])
+
+    async def diff(self, other: str, attempt: str = "") -> Comparison:
+        """Compare an attempt of this ticket with one of another, as TICKET, TICKET:STEP or TICKET:STEP:NUMBER.
+        ``attempt``: which of this ticket's: STEP, NUMBER or STEP:NUMBER; by default the last."""
+        query = {"other": other, "attempt": attempt or None}
+        return Comparison.of(await self._swarm._do(calls.get(calls.ticket(self.id, "diff"), **query)))
 
     async def download(self, to: str | os.PathLike[str], pattern: str = "", *, replace: bool = False) -> list[Path]:
         """Write these files below the directory ``to``; returns their paths. ``pattern``: a name, a directory, or a

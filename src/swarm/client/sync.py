@@ -22,6 +22,7 @@ from swarm.client.sync_sandboxes import Sandboxes
 from swarm.client.values import (
     Agent,
     ApprovalFields,
+    Comparison,
     Costs,
     Details,
     Event,
@@ -204,6 +205,12 @@ class Ticket(TicketFields):
     def files(self) -> list[File]:
         """What its agents left in /work/out; of a workflow, below the names of its steps."""
         return read_all(File, (self._swarm._do(calls.get(calls.ticket(self.id, "files"))))["files"])
+
+    def diff(self, other: str, attempt: str = "") -> Comparison:
+        """Compare an attempt of this ticket with one of another, as TICKET, TICKET:STEP or TICKET:STEP:NUMBER.
+        ``attempt``: which of this ticket's: STEP, NUMBER or STEP:NUMBER; by default the last."""
+        query = {"other": other, "attempt": attempt or None}
+        return Comparison.of(self._swarm._do(calls.get(calls.ticket(self.id, "diff"), **query)))
 
     def download(self, to: str | os.PathLike[str], pattern: str = "", *, replace: bool = False) -> list[Path]:
         """Write these files below the directory ``to``; returns their paths. ``pattern``: a name, a directory, or a

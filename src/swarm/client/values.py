@@ -342,6 +342,33 @@ class File:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileChange:
+    """``change``: added, removed or changed. ``diff``: of texts, as `diff -u` has it. ``bytes``, ``mode``: before and
+    after."""
+
+    name: str
+    change: str = ""
+    bytes: Sequence[int | None] = (None, None)
+    mode: Sequence[str | None] = (None, None)
+    diff: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two attempts side by side. ``a``, ``b``: what is told of each; ``outputs``: their diff, '' if they are the
+    same."""
+
+    a: Mapping[str, Any] = field(default_factory=dict)
+    b: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[FileChange, ...] = ()
+    outputs: str = ""
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Comparison:
+        return read(cls, data, files=tuple(read_all(FileChange, data.get("files", ()))))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ApprovalFields:
     """A step that waits for a person."""
 

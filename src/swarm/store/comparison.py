@@ -69,10 +69,10 @@ class File:
     read: Callable[[], Awaitable[bytes]]
 
 
-async def compare(store: Store, a: str, b: str) -> Comparison:
+async def compare(store: Store, a: str, b: str, *, project_id: str | None = None) -> Comparison:
     """``a``, ``b``: see `find`. Raises NotFound, UsageError."""
-    one, of_one = await _told(store, await find(store, a))
-    other, of_other = await _told(store, await find(store, b))
+    one, of_one = await _told(store, await find(store, a, project_id=project_id))
+    other, of_other = await _told(store, await find(store, b, project_id=project_id))
     return Comparison(
         a=one,
         b=other,
@@ -81,9 +81,10 @@ async def compare(store: Store, a: str, b: str) -> Comparison:
     )
 
 
-async def find(store: Store, ref: str) -> Side:
-    """An attempt, as ``TICKET[:STEP][:NUMBER]``: by default the last one. Raises NotFound, UsageError."""
-    ticket_id, step, number = await parsed(store, ref)
+async def find(store: Store, ref: str, *, project_id: str | None = None) -> Side:
+    """An attempt, as ``TICKET[:STEP][:NUMBER]``: by default the last one. With a ``project_id``, there are no tickets
+    of others. Raises NotFound, UsageError."""
+    ticket_id, step, number = await parsed(store, ref, project_id=project_id)
     attempts = await store.attempts(ticket_id)
     ran = dict.fromkeys(one.step_id for one in attempts)
     if not attempts:
@@ -112,14 +113,14 @@ async def find(store: Store, ref: str) -> Side:
     )
 
 
-async def parsed(store: Store, ref: str) -> tuple[str, str | None, int | None]:
+async def parsed(store: Store, ref: str, *, project_id: str | None = None) -> tuple[str, str | None, int | None]:
     """The ticket, step and number that ``TICKET[:STEP][:NUMBER]`` names. Raises NotFound."""
     step: str | None = None
     number: int | None = None
     rest = ref
     while True:  # an id may hold colons itself: the longest one that is there counts
         try:
-            return await store.ticket_id(rest), step, number
+            return await store.visible_ticket_id(rest, project_id=project_id), step, number
         except NotFound:
             rest, colon, last = rest.rpartition(":")
             if not colon or step is not None:

@@ -23,7 +23,8 @@ from swarm.base import tar, trees
 from swarm.base.trees import Entry
 from swarm.errors import Conflict, NotFound, UsageError
 from swarm.model import Role
-from swarm.store import ticket_files
+from swarm.store import comparison, ticket_files
+from swarm.store.comparison import Comparison
 from swarm.store.runs.artifacts import ArtifactRow, sent_as
 from swarm.store.ticket_files import TicketFiles
 from swarm.store.tickets.validation import shown
@@ -45,6 +46,13 @@ class UploadQuery(Fields):
     ticket: str | None = Field(
         default=None, min_length=1, max_length=200, description="the id that the ticket will have; default: a new one"
     )
+
+
+class DiffQuery(Fields):
+    other: str = Field(
+        min_length=1, max_length=1000, description="TICKET, TICKET:STEP, TICKET:NUMBER or TICKET:STEP:NUMBER"
+    )
+    attempt: str = Field(default="", max_length=500, description="of this ticket: STEP, NUMBER or STEP:NUMBER")
 
 
 class ArtifactsQuery(Fields):
@@ -96,6 +104,13 @@ async def show_archive(call: Call) -> Response:
     await call.store.files(id)
     headers = {"content-disposition": "attachment; filename=files.tar", "cache-control": "no-store"}
     return StreamingResponse(tar.archive(files()), media_type=TAR, headers=headers)
+
+
+async def diff_attempts(call: Call) -> Comparison:
+    query: DiffQuery = call.query
+    attempt = f":{query.attempt}" if query.attempt else ""
+    one = f"{await own_ticket_id(call)}{attempt}"
+    return await comparison.compare(call.store, one, query.other, project_id=call.actor.project_id)
 
 
 async def upload_files(call: Call) -> Uploaded:
@@ -184,6 +199,16 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         answer=Uploaded,
         status=201,
         errors={409: "there is a ticket with this id", 507: "a disk is full"},
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/tickets/{id}/diff",
+        role=Role.VIEWER,
+        summary="Compare two attempts: how they ended, what they cost, their files and outputs",
+        handler=diff_attempts,
+        query=DiffQuery,
+        answer=Comparison,
+        large=True,
     ),
     Endpoint(
         method="GET",
