@@ -208,7 +208,8 @@ def test_a_fork_bomb_is_stopped_from_inside(guest: Guest) -> None:
 
 # --- programs of `exec` ----------------------------------------------------------------------------------------------
 
-LEFT = "ps -o pid=,args= -u 1000 | grep -v -e 'ps -o' -e agentd -e grep; ls -d /sys/fs/cgroup/swarm/*/"
+# Processes but those that wait for the next program; how many control groups there are.
+LEFT = "ps -o pid=,args= -u 1000 | grep -v -e 'ps -o' -e agentd -e grep; ls -d /sys/fs/cgroup/swarm/*/ | wc -l"
 
 
 def shell(script: str, **options: Any) -> processes.Order:
@@ -243,7 +244,7 @@ def test_nothing_escapes_its_time_out(guest: Guest) -> None:
                 else:
                     assert (await process.exit()).timed_out
         left = await processes.run(open_, shell(LEFT, user="root"))
-        assert left.stdout.count(b"\n") == 1, left.stdout  # the control group of ps itself
+        assert left.stdout in (b"1\n", b"2\n")  # that of ps itself, and of the next program
 
     with_files(guest, work)
 
@@ -290,8 +291,7 @@ def test_frozen_is_all_that_anybody_started(guest: Guest) -> None:
                 await processes.signal(open_, name, "KILL", descendants=True)
             await guest.channel.put({"stop": b""}, dest="/work")
         left = await processes.run(open_, shell(LEFT, user="root"))
-        assert set(left.stdout.split()) >= {b"/sys/fs/cgroup/swarm/rest/"}
-        assert left.stdout.count(b"\n") == 2, left.stdout
+        assert left.stdout in (b"2\n", b"3\n")  # and that of what agentd did not start
 
     with_files(guest, work)
 

@@ -182,6 +182,20 @@ async def test_no_more_than_it_can_look_after(there: Open) -> None:
     assert (await run(there, Order(argv=["true"]))).ended.code == 0
 
 
+async def test_the_process_that_waits_for_the_next_program_may_be_killed(here: agentd_here.Guest, there: Open) -> None:
+    """A program of the same user can do that."""
+    zygote = Path(f"/proc/{here.vm.pid}/task/{here.vm.pid}/children").read_text().split()[0]
+    children = Path(f"/proc/{zygote}/task/{zygote}/children")
+    for _ in range(3):
+        assert (await run(there, Order(argv=["true"]))).ended.code == 0
+        while not (waiting := children.read_text().split()):
+            await processes.processes(there)
+        os.kill(int(waiting[0]), signal.SIGKILL)
+        while waiting[0] in children.read_text().split():
+            await processes.processes(there)
+    assert (await run(there, sh("cat", stdin=b"x"))).stdout == b"x"
+
+
 # --- input, signals, terminals --------------------------------------------------------------------------------------
 
 

@@ -363,7 +363,7 @@ class Zygote:
                     job = self.fork(order, fds)
                     if job is not None:
                         return job
-                elif order["op"] == "exec":
+                elif order["op"] in ("exec", "spare"):
                     job = self.fork_program(order, fds)
                     if job is not None:
                         return job
@@ -430,7 +430,8 @@ class Zygote:
         if pid == 0:
             self.commands.detach()
             signal.set_wakeup_fd(-1)
-            return Job(order, become(order, fds))
+            report = become(order, fds)
+            return Job(order, report) if order["op"] == "exec" else wait_for_program(report)
         for fd in fds[:4] if pid > 0 else fds:
             os.close(fd)
         if pid > 0:
@@ -667,6 +668,27 @@ def wait_for_order(report: int) -> Job:
     order = json.loads(buffer[:size].decode())
     set_environment(order)
     return Job(order, report)
+
+
+def wait_for_program(order_fd: int) -> Job:
+    """The process of the next program of `exec`, forked ahead: the order comes with its descriptors."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=order_fd)
+    data, fds, _, _ = socket.recv_fds(sock, MAX_ORDER, 4, socket.MSG_CMSG_CLOEXEC)
+    sock.detach()
+    if not data:  # agentd doesn't need this process
+        os._exit(0)
+    try:
+        for target, fd in enumerate(fds[:3]):
+            os.dup2(fd, target)
+        report = os.dup2(fds[3], 3, inheritable=False)
+        os.closerange(4, 1 << 20)
+        order = json.loads(data)
+        if order["pty"]:
+            fcntl.ioctl(0, TIOCSCTTY, 0)
+        set_environment(order)
+        return Job(order, report)
+    except BaseException as error:
+        cannot_start(3, error)
 
 
 def cannot_start(report: int, error: BaseException) -> NoReturn:
@@ -1998,6 +2020,7 @@ class Agentd:
         self.programs_lock = _thread.allocate_lock()
         self.serial = 0  # of the latest
         self.cgroups: bool | None = None  # whether each program has a control group of its own; not known before one
+        self.spare: Spare | None = None
         self.leaving: list[Program] = []  # they have ended, but not all that they started
         self.open: set[Connection] = set()
         self.frozen_at: float | None = None
@@ -2113,6 +2136,8 @@ class Agentd:
                 raise Broken("not authorised") from None
         else:
             connection.send({"id": head["id"], "ok": True, **reply})
+        if op == "exec":  # now, since nobody waits
+            self.make_spare()
 
     # -- operations
 
@@ -2438,9 +2463,7 @@ class Agentd:
                 raise Refused(f"there is a process {program.name} already")
             if sum(not other.finished for other in self.programs.values()) >= MAX_PROGRAMS:
                 raise Refused(f"{MAX_PROGRAMS} processes are running already")
-            self.serial += 1
-            program.group = self.make_group(str(self.serial))
-            program.start(str(self.serial), payload)  # not after a freeze that begins now
+            program.start(payload)  # not after a freeze that begins now
             self.programs[program.name] = program
         talk = program.owner = Listener(connection, head["id"])
         program.join(talk)
@@ -2450,6 +2473,21 @@ class Agentd:
         else:
             program.follow()
         return self.told_end(program, talk)
+
+    def next_group(self) -> tuple[str, str]:
+        """The key of the next program, and its control group."""
+        self.serial += 1
+        return str(self.serial), self.make_group(str(self.serial))
+
+    def make_spare(self) -> None:
+        """Have the next program's process forked ahead: its fork is most of what a small program costs."""
+        with self.programs_lock:
+            if self.spare is not None or self.frozen_at is not None:
+                return
+            try:
+                self.spare = Spare(self)
+            except (OSError, RuntimeError) as error:
+                log(f"no process was forked ahead: {error}")
 
     def attach(self, connection: Connection, head: Header, _: bytes) -> Header:
         """Hear a program's latest output, and then what it writes from now on. ``after``: only what follows that many
@@ -3131,8 +3169,7 @@ class Program:
             raise Refused("a terminal's size is [columns, rows]")
         return struct.pack("HHHH", numbers[1], numbers[0], 0, 0)
 
-    def start(self, serial: str, stdin: bytes) -> None:
-        self.serial, self.grouped = serial, bool(self.group)
+    def start(self, stdin: bytes) -> None:
         theirs: list[int] = []
         try:
             self.open_files(theirs, stdin)
@@ -3140,11 +3177,14 @@ class Program:
             assert isinstance(env, dict)
             term = {"TERM": "xterm-256color"} if self.size else {}
             env = {**self.agentd.environment(self.user), "SWARM_PROCESS": self.name, **term, **env}
-            order: Header = {**self.order, "op": "exec", "key": serial, "warm": False}
-            order.update(env=env, cgroup=self.group, pty=bool(self.size))
+            order: Header = {**self.order, "op": "exec", "env": env, "pty": bool(self.size), "warm": False}
             self.begun = time.monotonic()
             self.frozen = self.agentd.frozen_until(self.begun)
-            self.agentd.order(order, tuple(theirs))
+            if not self.start_in_spare(order, theirs):
+                self.serial, self.group = self.agentd.next_group()
+                self.ending = self.pipe(theirs)
+                self.agentd.order({**order, "key": self.serial, "cgroup": self.group}, tuple(theirs))
+            self.grouped = bool(self.group)
         except BaseException:
             self.close()
             self.remove_group()
@@ -3153,16 +3193,34 @@ class Program:
             for fd in set(theirs):
                 os.close(fd)
 
+    def start_in_spare(self, order: Header, theirs: list[int]) -> bool:
+        """Start it in the process that was forked ahead. False if there is none for it, or that was killed."""
+        if self.user != "agent" or self.agentd.spare is None:
+            return False
+        spare, self.agentd.spare = self.agentd.spare, None
+        try:
+            socket.send_fds(spare.sock, [json.dumps(order).encode()], theirs)
+        except OSError:
+            os.close(spare.ending)
+            self.group = spare.group
+            self.remove_group()
+            return False
+        finally:
+            spare.sock.close()
+        self.serial, self.group, self.ending = spare.key, spare.group, spare.ending
+        return True
+
+    @staticmethod
+    def pipe(theirs: list[int], inwards: bool = False) -> int:
+        """Our end of a new pipe; the other is added to ``theirs``."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        ours, other = (writer, reader) if inwards else (reader, writer)
+        theirs.append(other)
+        os.set_blocking(ours, False)
+        return ours
+
     def open_files(self, theirs: list[int], stdin: bytes) -> None:
         """Make the pipes, or the terminal, between the program and this process."""
-
-        def pipe(inwards: bool = False) -> int:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            ours, other = (writer, reader) if inwards else (reader, writer)
-            theirs.append(other)
-            os.set_blocking(ours, False)
-            return ours
-
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         if self.size:
             self.input_fd, slave = os.openpty()
@@ -3174,12 +3232,12 @@ class Program:
             self.reading[self.input_fd] = "stdout"
         else:
             if stdin or self.more_stdin:
-                self.input_fd = pipe(inwards=True)
+                self.input_fd = self.pipe(theirs, inwards=True)
             else:
                 theirs.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-            self.reading[pipe()] = "stdout"
-            self.reading[pipe()] = "stderr"
-        self.beginning, self.ending = pipe(), pipe()
+            self.reading[self.pipe(theirs)] = "stdout"
+            self.reading[self.pipe(theirs)] = "stderr"
+        self.beginning = self.pipe(theirs)
         if stdin:
             self.input.append((None, memoryview(stdin)))
         self.input_ends = not self.more_stdin and not self.size
@@ -3427,6 +3485,8 @@ class Program:
             self.hear_start()
         if not data and self.cannot is None:
             raise RuntimeError("the zygote died")
+        if not self.pid and self.cannot is None:
+            self.cannot = "its process was killed before it was started"
         self.exit = json.loads(data or b"{}")
         self.drained_by = time.monotonic() + DRAIN_SECONDS
 
@@ -3562,6 +3622,23 @@ class Program:
             self.finished = True
         for fd in fds:
             os.close(fd)
+
+
+class Spare:
+    """agentd's ends of its connections to the process that waits to become the next program of user agent."""
+
+    def __init__(self, agentd: Agentd) -> None:
+        self.key, self.group = agentd.next_group()
+        theirs = [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)] * 3
+        self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs.append(other.detach())
+        self.ending = Program.pipe(theirs)
+        user = list(USERS["agent"][:2]) if agentd.in_vm else None
+        try:
+            agentd.order({"op": "spare", "key": self.key, "user": user, "env": {}, "cgroup": self.group}, tuple(theirs))
+        finally:
+            for fd in set(theirs):
+                os.close(fd)
 
 
 NO_END: Header = {
