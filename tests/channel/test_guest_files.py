@@ -275,6 +275,18 @@ async def test_a_tree_a_thousand_levels_deep_and_very_many_names(guest: Guest, o
     assert not list(guest.work.iterdir())
 
 
+async def test_a_process_leaves_nothing_however_deep_it_was(tmp_path: Path) -> None:
+    async with running(tmp_path) as guest:
+        here = os.open(guest.work, os.O_RDONLY)
+        for _ in range(1500):
+            os.mkdir("d", dir_fd=here)
+            below = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        os.close(here)
+    assert not (tmp_path / "root").exists()
+
+
 async def test_an_archive_can_do_no_harm(guest: Guest, opens: Open, tmp_path: Path) -> None:
     def archive(*members: tuple[str, dict[str, object]], form: Literal[0, 1, 2] = tarfile.PAX_FORMAT) -> bytes:
         out = b""

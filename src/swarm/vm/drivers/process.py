@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ AGENTD = Path(__file__).parents[2] / "guest" / "agentd.py"
 _MAX_SOCKET_PATH = 107  # bytes; sun_path of unix(7)
 _NO_TEMPLATES = "the process driver has no templates: a plain process can't be cloned"
 _NO_SNAPSHOTS = "the process driver has no snapshots: a plain process can't be paused, saved or forked"
+_REMOVE_SECONDS = 600.0  # of very many files
 _GRACE_SECONDS = 22.0  # agentd gives descendants of an agent 10 s to die, and a stuck agent 20
 
 
@@ -83,7 +83,8 @@ class ProcessVm:
             await process.gone(pid, started, timeout_seconds=_GRACE_SECONDS)
             await process.kill_stranger(pid, started)
         _socket(self._dir).unlink(missing_ok=True)
-        await asyncio.to_thread(shutil.rmtree, _root(self._dir), ignore_errors=True)
+        # Not shutil.rmtree, which is recursive: an agent may leave directories in directories, deeper than Python goes.
+        await process.run(["rm", "-rf", "--", str(_root(self._dir))], check=False, timeout_seconds=_REMOVE_SECONDS)
 
 
 class ProcessDriver:
