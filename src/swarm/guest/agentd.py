@@ -85,7 +85,7 @@ CGROUPS = "/sys/fs/cgroup"
 
 # Of files, directories, watches and ports
 BATCH = 256 << 10  # of what is sent in small pieces, as one frame
-STALL_SECONDS = 600.0  # how long the host may take nothing in the middle of a file: its user may be slow
+STALL_SECONDS = 600  # how long the host may take nothing in the middle of a file: its user may be slow
 DIAL_SECONDS = 10.0
 MAX_DEPTH = 100_000  # of directories that are removed
 MAX_PENDING = 100_000  # names of directories that are yet to be packed
@@ -847,8 +847,17 @@ def file_op(operation: FileOp) -> FileOp:
         finally:
             if agentd.in_vm:
                 act_as(0, 0)
+            be_patient(connection.sock, 0)
 
     return act
+
+
+def be_patient(sock: socket.socket, seconds: int) -> None:
+    """Let the kernel wait, for that long (0: for ever): one call then sends or receives all of a frame, while Python's
+    own time-outs take a few calls for each piece that the socket's buffer has room for."""
+    sock.settimeout(None)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, 0))
 
 
 def place(agentd: Agentd, head: Header, key: str = "path", follow: bool = True) -> str:
@@ -1200,7 +1209,7 @@ class Outlet:
         """A frame, without a copy of its payload."""
         sock, said = self.connection.sock, COMPACT(self.head).encode()
         try:
-            sock.settimeout(STALL_SECONDS)
+            be_patient(sock, STALL_SECONDS)
             first = struct.pack(">II", len(said), len(data)) + said
             sent = sock.sendmsg([first, data])
             sock.sendall(first[sent:])
@@ -1214,7 +1223,7 @@ def inlet(connection: Connection, head: Header, payload: bytes) -> Iterator[memo
     if payload:
         yield memoryview(payload)
     room = memoryview(bytearray(MAX_PAYLOAD))
-    connection.sock.settimeout(STALL_SECONDS)
+    be_patient(connection.sock, STALL_SECONDS)
     while True:
         try:
             sizes = struct.unpack(">II", connection.exactly(8))
@@ -1258,7 +1267,7 @@ class Packer:
             folder, name = os.path.split(os.path.realpath(top))
             here = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                self.send(here, name, os.fsencode(name))
+                self.send(here, name, os.fsencode(name), True)
             finally:
                 os.close(here)
         else:
@@ -1287,7 +1296,8 @@ class Packer:
                 prefix, names = f"{below}/" if below else "", []
                 with os.scandir(here) as entries:
                     for entry in entries:
-                        if self.send(here, entry.name, os.fsencode(prefix + entry.name)):
+                        is_file = entry.is_file(follow_symlinks=False)
+                        if self.send(here, entry.name, os.fsencode(prefix + entry.name), is_file):
                             names.append(entry.name)
                             pending += 1
                             if pending > MAX_PENDING:
@@ -1302,16 +1312,16 @@ class Packer:
         self.left_out += 1
         self.first = self.first or f"{path:.200}: {why if isinstance(why, str) else why.strerror}"
 
-    def send(self, here: int, name: str, path: bytes) -> bool:
-        """True for a directory, whose contents are yet to be sent."""
+    def send(self, here: int, name: str, path: bytes, is_file: bool) -> bool:
+        """True for a directory, whose contents are yet to be sent. ``is_file``: it was one a moment ago."""
         fd = -1
         try:
-            status = os.lstat(name, dir_fd=here)
-            kind = stat.S_IFMT(status.st_mode)
-            if kind == stat.S_IFREG:
+            if is_file:
                 fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=here)
-                status = os.fstat(fd)
-                kind = stat.S_IFMT(status.st_mode)
+            status = os.fstat(fd) if fd >= 0 else os.lstat(name, dir_fd=here)
+            kind = stat.S_IFMT(status.st_mode)
+            if kind == stat.S_IFREG and fd < 0:
+                return False  # it has become one since
             target = os.fsencode(os.readlink(name, dir_fd=here)) if kind == stat.S_IFLNK else b""
         except OSError as error:
             self.leave_out(os.fsdecode(path), error)
@@ -1368,8 +1378,13 @@ def tar_header(name: bytes, mode: int, size: int, mtime: float, kind: bytes, tar
     block = bytearray(TAR_BLOCK.pack(*fields, b"%011o" % min(max(0, int(mtime)), (1 << 33) - 1), b" " * 8, kind))
     block[157:257] = target[:100].ljust(100, b"\0")
     block[257:265] = b"ustar  \0"
-    block[148:155] = b"%06o\0" % sum(block)
+    block[148:155] = b"%06o\0" % tar_sum(block)
     return head + block
+
+
+def tar_sum(block: bytes | bytearray) -> int:
+    """Of a header's bytes, those of the sum itself as blanks. Most are 0, and summing takes time for each."""
+    return sum(block[:148].replace(b"\0", b"")) + 8 * 32 + sum(block[156:].replace(b"\0", b""))
 
 
 @file_op
@@ -1435,7 +1450,7 @@ class Unpacker:
         said: dict[str, bytes] = {}
         while (block := self.pieces.take(512)).strip(b"\0"):
             try:
-                if tar_number(block[148:156]) != sum(block) - sum(block[148:156]) + 256:
+                if block[257:262] != b"ustar" and tar_number(block[148:156]) != tar_sum(block):
                     raise ValueError
                 kind, size = block[156:157], tar_number(block[124:136])
                 mode, mtime = tar_number(block[100:108]) & 0o7777, tar_number(block[136:148])
@@ -1883,7 +1898,7 @@ class Connection:
             view[: len(ready)] = ready
             view = view[len(ready) :]
         while view:
-            got = self.sock.recv_into(view)
+            got = self.sock.recv_into(view, 0, socket.MSG_WAITALL)
             if not got:
                 raise Broken("closed inside a frame")
             view = view[got:]
