@@ -89,6 +89,7 @@ class Campaign:
         # Even a short campaign does each of these, unless it is over before.
         self.once = [self.change_database, self.signal_all, self.change_log, self.freeze, self.kill_engine]
         self.random.shuffle(self.once)
+        self.options: tuple[str, ...] = ()
         self.pace = 1 if self.settings.driver == "process" else 5  # VMs take longer, so strikes are rarer
 
     async def open(self) -> None:
@@ -316,7 +317,7 @@ class Campaign:
             self.engines[number] = await asyncio.create_subprocess_exec(
                 "env", "--default-signal", sys.executable,  # SIGHUP under nohup
                 "-m", "swarm.cli.engine", "start", "--foreground", f"--max-vms={self.max_vms}",
-                "--log-format=json", "--grace=5", "--home", str(self.settings.home),
+                "--log-format=json", "--grace=5", *self.options, "--home", str(self.settings.home),
                 env=os.environ | {name: str(value) for name, value in settings.items()},
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip

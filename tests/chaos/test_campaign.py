@@ -12,6 +12,7 @@ from swarm import config
 from swarm.app import setup
 from swarm.config import Settings
 from swarm.vm.driver import Image
+from tests.chaos import sandboxes
 from tests.chaos.campaign import campaign
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
@@ -36,3 +37,11 @@ async def test_nothing_is_lost_on_plain_processes(settings: Settings, tmp_path: 
 @pytest.mark.needs("qemu")
 async def test_nothing_is_lost_in_real_vms(settings: Settings, image: Image, tmp_path: Path) -> None:
     await run(settings, tmp_path / "h", "qemu", tickets=6, max_vms=1)
+
+
+@pytest.mark.needs("qemu")
+async def test_sandboxes_survive_what_they_can(settings: Settings, image: Image, tmp_path: Path) -> None:
+    values = {**settings.model_dump(), "home": tmp_path / "h", "driver": "qemu", "templates_dir": settings.templates}
+    own = config.load(**values)
+    await setup.init(own, image=False)
+    await sandboxes.campaign(own, seed=SEED, moves=20, kills=1)

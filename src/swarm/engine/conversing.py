@@ -14,7 +14,7 @@ from typing import Final
 from swarm.channel.conversation import Conversation
 from swarm.channel.frames import Frame, printable
 from swarm.engine.held import Held
-from swarm.errors import UsageError
+from swarm.errors import GuestRefused, UsageError
 
 _MAX_WORDS, _MAX_WORD = 64, 500  # of a command line, in its event
 _GONE: Final = "the client went away"
@@ -65,7 +65,7 @@ def with_env(op: str, fields: Mapping[str, object], env: Mapping[str, str]) -> M
 
 
 class Told:
-    """A conversation with the guest of a sandbox, whose history tells of it."""
+    """A conversation with the guest of a sandbox, whose history tells of it from `begin` on."""
 
     def __init__(self, inner: Conversation, op: str, fields: Mapping[str, object], held: Held, *, by: str) -> None:
         self._inner = inner
@@ -74,21 +74,36 @@ class Told:
             name: _short(fields[name]) for name in self._rule.told if fields.get(name) not in (None, False)
         }
         self._process = str(fields.get("process") or "")
+        self._background = bool(fields.get("background"))
         self._by = {"by": by}
         self._sent = self._received = 0
         self._began = time.monotonic()
+        self._first: Frame | GuestRefused | None = None
         self._last: Mapping[str, object] | None = None
-        if op == "exec":  # told at once: it may run for days
-            held.record("exec", self._said | self._by)
-            if fields.get("background") and self._process:
-                held.background.add(self._process)
+
+    async def begin(self) -> bool:
+        """False if the guest has begun nothing, since it stands still for a snapshot."""
+        if self._op == "exec":
+            try:
+                self._first = await self._inner.receive()
+            except GuestRefused as error:
+                if "frozen" in error.said:
+                    return False
+                self._first = error
+            self._held.record("exec", self._said | self._by)  # at once: it may run for days
+            if self._background and self._process:
+                self._held.background.add(self._process)
+        return True
 
     async def send(self, head: Mapping[str, object], payload: bytes = b"") -> None:
         self._sent += len(payload)
         await self._inner.send(head, payload)
 
     async def receive(self) -> Frame:
-        frame = await self._inner.receive()
+        frame, self._first = self._first, None
+        if isinstance(frame, GuestRefused):
+            raise frame
+        frame = frame or await self._inner.receive()
         self._received += len(frame.payload)
         if frame.head.get("ok"):
             self._last = frame.head

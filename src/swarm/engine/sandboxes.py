@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -43,6 +43,7 @@ _PAUSE_AGAIN_SECONDS: Final = 60.0
 # Where there is no room for one that is wanted, one that nobody has spoken with for so long is paused.
 _YIELD_SECONDS: Final = 5.0
 MAX_FORKS: Final = 64
+_TRIES: Final = 5  # of a program, while one snapshot after another is taken
 # What forks start from stays at least this long, and then until all have started.
 _FORK_SECONDS: Final = 30.0
 
@@ -360,11 +361,15 @@ class Sandboxes:
         NotHeld for a sandbox that this engine does not hold (any more)."""
         conversing.check(op)
         held = self._find(id)
-        async with (
-            held.spoken_with() as guest,
-            guest.open(op, conversing.with_env(op, fields, held.env), payload) as inner,
-        ):
-            told = Told(inner, op, fields, held, by=by)
+        given = conversing.with_env(op, fields, held.env)
+        async with held.spoken_with() as guest, AsyncExitStack() as stack:
+            for _ in range(_TRIES):
+                told = Told(await stack.enter_async_context(guest.open(op, given, payload)), op, fields, held, by=by)
+                if await told.begin():
+                    break
+                await stack.aclose()
+                async with held.changing:
+                    pass
             try:
                 yield told
             except BaseException as error:

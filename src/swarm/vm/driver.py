@@ -206,8 +206,8 @@ class Driver(Protocol):
         """Start a VM from a snapshot; return when it runs. Its programs are as they were: frozen.
 
         It is a copy-on-write clone, which leaves the snapshot as it is; or, with ``own``, it goes on in the snapshot's
-        files, without a copy where ``dir`` is on the same file system. From the moment it runs, the snapshot is then
-        no longer valid, and may be removed. Raises BootFailed.
+        files, which the caller then removes. Until then the snapshot stays valid, unless its disk is too large to be
+        copied: from the moment that the VM runs it is then the VM's own. Raises BootFailed.
         """
 
 
