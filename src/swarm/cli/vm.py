@@ -132,7 +132,7 @@ def _record(cli: Cli, n: int) -> VmRecord:
 
 def _state(record: VmRecord) -> str:
     if record.alive:
-        return "running" if record.ticket_id or record.kind == "manual" else "ready"
+        return "running" if record.ticket_id or record.sandbox_id or record.kind == "manual" else "ready"
     return "free" if record.owner_alive and not record.pid else "dead"
 
 

@@ -186,6 +186,8 @@ class Inventory:
             if record is None or not record.owner_alive or record.kind is Kind.MANUAL:
                 raise Busy(f"VM {n} is being removed right now: try again")
             what = f"ticket {record.ticket_id!r}" if record.ticket_id else "a Swarm command"
+            if record.sandbox_id:
+                what = f"sandbox {record.sandbox_id!r}"
             raise Conflict(
                 f"VM {n} is in use by {what} (pid {record.owner_pid}): use another number, or stop that process first"
             )

@@ -270,6 +270,8 @@ def _describe(n: int, record: VmRecord | None) -> str:
     if record is None:
         return f"VM {n} (half made)"
     of = f"ticket {record.ticket_id!r}" if record.ticket_id else ""
+    if record.sandbox_id:
+        of = f"sandbox {record.sandbox_id!r}"
     if record.kind is Kind.MANUAL:
         of = "started manually"
     return f"VM {n}" + (f" ({of})" if of else "")
