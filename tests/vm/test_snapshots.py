@@ -44,8 +44,8 @@ def names(snapshots: Snapshots) -> list[str]:
     return sorted(path.name for path in snapshots.dir.iterdir())
 
 
-async def sh(live: LiveVm, command: str) -> str:
-    order = Order(argv=["/bin/sh", "-c", command], user="root", timeout_seconds=60)
+async def sh(live: LiveVm, command: str, *, timeout_seconds: float = 60) -> str:
+    order = Order(argv=["/bin/sh", "-c", command], user="root", timeout_seconds=timeout_seconds)
     done = await processes.run(live.channel.converse, order)
     assert done.ended.code == 0, done
     return done.stdout.decode().strip()
@@ -238,14 +238,39 @@ async def test_a_full_disk_costs_the_snapshot_and_not_the_vm(
 ) -> None:
     full = tmp_path / "small"
     full.mkdir()
-    await run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(full)])
+    await run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(full)])
+    others = full / "others"
+
+    def fill(spare: int) -> None:
+        disk = os.statvfs(full)
+        others.write_bytes(bytes(disk.f_bavail * disk.f_frsize - spare))
+
+    async def freeze_and_fill() -> None:
+        await live.freeze()
+        fill(0)
+
     try:
         snapshots = wiring.snapshots(settings.model_copy(update={"snapshots_dir": full / "snapshots"}))
         async with a_vm(launcher, spec) as live:
+            fill(100 << 20)  # seen at once, and nothing is written
             for take in (launcher.save, launcher.pause):
                 with pytest.raises(NoSpace, match="the snapshot was not taken"):
                     async with snapshots.stage() as stage:
                         await take(live, stage)
+                assert names(snapshots) == []
+            others.unlink()
+            await sh(live, "cat /usr/bin/* > /work/much 2>/dev/null; sync; rm /work/much")  # more than a few pages
+            for late in (False, True):  # in the middle: while it is paused, or saved
+                with pytest.raises(NoSpace, match="the snapshot was not taken"):
+                    async with snapshots.stage() as stage:
+                        with stage.explained():
+                            if late:
+                                async with live.vm.pausing(stage.dir, freeze=freeze_and_fill):
+                                    raise AssertionError("it did not fit")
+                            else:
+                                await live.vm.save(stage.dir, freeze=freeze_and_fill)
+                others.unlink()
+                await live.thaw()
                 assert names(snapshots) == []
                 assert await sh(live, "echo alive") == "alive"
     finally:

@@ -24,6 +24,7 @@ _FICLONE: Final = 0x40049409  # linux/fs.h
 _PIECE_BYTES: Final = 4 << 20
 _COMPARED_BYTES: Final = 64 << 10
 _COPIED_BYTES: Final = 64 << 20  # some 40 ms
+_SPARE_BYTES: Final = 64 << 20
 _TICK_NS: Final = 50_000_000
 _ZEROS: Final = bytes(_COMPARED_BYTES)
 _KEEP_SIZE_PUNCH_HOLE: Final = 0x01 | 0x02  # linux/falloc.h
@@ -33,6 +34,19 @@ _CANNOT: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNO
 
 def _never() -> None:
     pass
+
+
+def need_room(dir: Path, size: int) -> None:
+    """Raises OSError (ENOSPC) at once if ``size`` bytes, and some for others, don't fit there: while a disk is full,
+    what others write there fails too."""
+    disk = os.statvfs(dir)
+    if disk.f_bavail * disk.f_frsize < size + _SPARE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(dir))
+
+
+def used_bytes(fd: int) -> int:
+    """What an open file takes on disk."""
+    return os.fstat(fd).st_blocks * 512
 
 
 def copy(source: int, target: Path, *, mode: int = 0o600, check: Check = _never) -> None:
@@ -138,7 +152,7 @@ def copy_or_link(source: Path, target: Path, *, check: Check = _never) -> None:
     """A file that can be written while ``source`` stays as it is; where a copy would take long, a second name."""
     fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if os.fstat(fd).st_blocks * 512 <= _COPIED_BYTES:
+        if used_bytes(fd) <= _COPIED_BYTES:
             copy(fd, target, check=check)
             return
         with target.open("xb") as file:

@@ -30,7 +30,7 @@ from swarm.base import files
 from swarm.base.aio import finish_uninterrupted, stoppable
 from swarm.base.log import logger
 from swarm.channel import Identity
-from swarm.errors import HostError, ImageError, NoSpace, NotFound
+from swarm.errors import BootFailed, HostError, ImageError, NoSpace, NotFound
 from swarm.vm.driver import Image, Layer, Snapshot, VmSpec
 from swarm.vm.image import staging
 
@@ -211,10 +211,13 @@ class Snapshots:
     def explained(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if files.is_full(error):
+        except (OSError, BootFailed) as error:
+            # A VMM does not say why it could not write.
+            if files.is_full(error) or (isinstance(error, BootFailed) and files.has_no_room(self.dir)):
                 said = files.no_space(self.dir, "the snapshot was not taken", setting="SWARM_SNAPSHOTS_DIR")
                 raise NoSpace(said) from error
+            if isinstance(error, BootFailed):
+                raise
             raise HostError(f"can't use {self.dir}: {error.strerror or error}") from error
 
     def _names(self) -> list[str]:

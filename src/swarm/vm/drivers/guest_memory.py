@@ -52,6 +52,10 @@ class GuestMemory:
             os.close(fd)
         return written
 
+    def used_bytes(self) -> int:
+        """What a copy takes on disk, at most."""
+        return sparse.used_bytes(self.file) + sum(size for _, _, size in self._own_parts())
+
     def _own_parts(self) -> Iterator[tuple[int, int, int]]:
         """(address, offset in the file, size) of the parts that have pages of the process's own."""
         found = 0

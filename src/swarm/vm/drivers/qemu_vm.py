@@ -19,7 +19,7 @@ from swarm.errors import BootFailed, HostError
 from swarm.vm.driver import Freeze, Slot
 from swarm.vm.drivers import cgroups
 from swarm.vm.drivers.console import Console
-from swarm.vm.drivers.disk import WORK_DISK
+from swarm.vm.drivers.disk import WORK_DISK, used_bytes
 from swarm.vm.drivers.guest_memory import GuestMemory
 from swarm.vm.drivers.vmm import VmmVm
 
@@ -152,8 +152,7 @@ class QemuVm(VmmVm):
         """See `Vm.pausing`. A VM whose memory file is its own keeps it: what it wrote is put where it already reads it
         from no longer, so nothing changes for it if it must go on."""
         memory = self._guest_memory()
-        if not (self.dir / MEMORY_FILE).exists():
-            await stoppable(lambda check: sparse.copy(memory.file, dir / MEMORY_FILE, check=check))
+        await stoppable(lambda check: _begin_copy(self.dir, memory, dir, check))
         await freeze()
         async with self._standing(dir):
             await stoppable(lambda check: _take_over(self.dir, memory, dir, check))
@@ -225,12 +224,21 @@ def _copy_ahead(
 ) -> tuple[int, sparse.Ahead]:
     """Copy memory file and work disk into ``dir``, while the guest may write the latter. Returns a descriptor of the
     memory's copy, and the disk's copy; ``stack`` closes them."""
+    sparse.need_room(dir, memory.used_bytes() + used_bytes(place / WORK_DISK))
     sparse.copy(memory.file, dir / MEMORY_FILE, check=check)
     copy = os.open(dir / MEMORY_FILE, os.O_RDWR | os.O_CLOEXEC)
     stack.callback(os.close, copy)
     disk = sparse.Ahead(place / WORK_DISK, dir / DISK_FILE, check)
     stack.callback(disk.close)
     return copy, disk
+
+
+def _begin_copy(place: Path, memory: GuestMemory, dir: Path, check: sparse.Check) -> None:
+    """Copy the memory file into ``dir``, unless it is the guest's own."""
+    own = (place / MEMORY_FILE).exists()
+    sparse.need_room(dir, memory.used_bytes() - (sparse.used_bytes(memory.file) if own else 0))
+    if not own:
+        sparse.copy(memory.file, dir / MEMORY_FILE, check=check)
 
 
 def _take_over(place: Path, memory: GuestMemory, dir: Path, check: sparse.Check) -> None:
