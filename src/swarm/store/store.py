@@ -50,11 +50,12 @@ from swarm.store.runs.overview import RunGraph
 from swarm.store.runs.packing import Packer
 from swarm.store.runs.views import RunStates, StepDetails, TryView, WaitingStep
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS, WorkflowEngine
-from swarm.store.sandboxes import holding, sandboxes, snapshots
+from swarm.store.sandboxes import holding, sandboxes, snapshots, taking
 from swarm.store.sandboxes.claiming import SandboxClaimer
-from swarm.store.sandboxes.holding import SandboxRenewal, Taking
+from swarm.store.sandboxes.holding import SandboxRenewal
 from swarm.store.sandboxes.sandboxes import SandboxFilter, SandboxPage
 from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
+from swarm.store.sandboxes.taking import Taking
 from swarm.store.sql import database
 from swarm.store.sql.database import Database, Tx
 from swarm.store.sql.dialect import Sql
@@ -574,7 +575,7 @@ class Store:
 
     async def sandboxes_due(self, host: str) -> Due:
         """Is there something to claim for an engine of this host? Else: when a lease or a time to live ends."""
-        return await self._read.call(holding.due, host=host)
+        return await self._read.call(taking.due, host=host)
 
     async def claim_sandboxes(
         self,
@@ -936,7 +937,8 @@ class Store:
         return await self._read.call(agents.agents, broken=broken)
 
     async def remove_agent(self, ref: str, *, by: str | None = None) -> Agent:
-        """Unregister and return an agent. Raises NotFound, and Conflict while a ticket that has not ended needs it."""
+        """Unregister and return an agent. Raises NotFound, and Conflict while a ticket or sandbox that has not ended
+        needs it."""
         return await self._write.call(agents.remove_agent, ref, by=by)
 
     async def put_workflow(self, workflow: Workflow, *, by: str | None = None) -> WorkflowRow:

@@ -6,7 +6,7 @@ from typing import Final
 
 from swarm.store.registry import schedules, secrets, workers
 from swarm.store.runs import artifacts
-from swarm.store.sandboxes import holding
+from swarm.store.sandboxes import holding, taking
 from swarm.store.tickets import tickets
 
 # After a power failure no agent runs, so these tell nobody anything: heartbeats; and, of a store's own Finisher, what
@@ -15,6 +15,6 @@ _WRITTEN: Final = (workers.heartbeat, holding.renew, holding.used)
 # What engines ask for themselves.
 _READ: Final = (
     *(tickets.due, schedules.due, secrets.of_names, artifacts.referred),
-    *(holding.due, holding.candidates, holding.expired),
+    *(taking.due, taking.candidates, holding.expired),
 )
 UNTOLD: Final = (*_WRITTEN, *_READ)

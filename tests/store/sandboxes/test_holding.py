@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,22 @@ async def test_a_plain_insert_is_enough(store: Store, outside: Outside, columns:
     (one,) = await claim(store)
     assert one.sandbox.id and (one.agent is not None) == ("agent_id" in columns)
     assert one.memory_mb == 256
+
+
+async def test_it_keeps_the_version_of_its_agent(store: Store) -> None:
+    one = await started(store, agent_id="echo@1")
+    assert one.sandbox.agent_id == (await store.sandbox(one.sandbox.id)).agent_id == ECHO.id
+    await store.put_agent(replace(ECHO, id="newer", version="1.1.0"))
+    await store.sandbox_paused(one.hold_id, pause_of(one))
+    with pytest.raises(Conflict, match=f"sandboxes that have not ended need the agent echo@1.0.0 .{one.sandbox.id}"):
+        await store.remove_agent(ECHO.id)
+    await store.remove_agent("newer")
+    await store.put_agent(replace(ECHO, id="newer", version="1.1.0"))
+    await store.want_sandbox(one.sandbox.id, "running", by="ann")
+    (again,) = await claim(store)
+    assert again.agent == ECHO
+    await store.sandbox_ended(again.hold_id)
+    await store.remove_agent(ECHO.id)
 
 
 async def test_names_and_unknown_ones(store: Store) -> None:

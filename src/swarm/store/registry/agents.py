@@ -21,6 +21,7 @@ from swarm.model import (
     KeepVm,
     RetryPolicy,
 )
+from swarm.store.sql.conditions import SANDBOX_LIVE
 from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient
@@ -76,6 +77,10 @@ _STEPS_THAT_NEED: Final = Sql(
     "AND s.status NOT IN ('completed', 'failed', 'skipped', 'cancelled') LIMIT 3"
 )
 _ENDED: Final = ", ".join(f"'{state}'" for state in sorted(TERMINAL_TICKET_STATES))
+_SANDBOXES_THAT_NEED: Final = Sql(
+    f"SELECT id, agent_id AS ref FROM sandboxes WHERE {SANDBOX_LIVE} AND (agent_id = :id OR agent_id = :name "
+    "OR substr(agent_id, 1, length(:name) + 1) = :name || '@')"
+)
 _TICKETS_THAT_NEED: Final = Sql(  # or may need it: those that name another version, too
     "SELECT id, ref FROM (SELECT id, created_at, coalesce(nullif(agent_id, ''), assignee_id) AS ref FROM tickets "
     "WHERE (agent_id <> '' OR coalesce(nullif(assignee_type, ''), 'agent') = 'agent') "
@@ -237,17 +242,26 @@ def _digest(agent: Agent) -> str:
 
 
 def remove_agent(tx: Tx, ref: str, *, by: str | None = None) -> Agent:
-    """Unregister and return one. Raises NotFound, and Conflict while a ticket that has not ended needs it."""
+    """Unregister and return one. Raises NotFound, and Conflict while a ticket or sandbox that has not ended needs
+    it."""
     removed = agent(tx, ref)
     pinned = f'"agent":"{removed.name}@{removed.version}"'
     rows = tx.all(_TICKETS_THAT_NEED, id=removed.id, name=removed.name)
-    meant = {ref: _find(tx, ref) for ref in {row.ref for row in rows}}  # `name` and `name@1` mean the newest
+    held = tx.all(_SANDBOXES_THAT_NEED, id=removed.id, name=removed.name)
+    refs = {row.ref for row in (*rows, *held)}
+    meant = {ref: _find(tx, ref) for ref in refs}  # `name` and `name@1` mean the newest
     rows = [row for row in rows if (one := meant[row.ref]) and one.id == removed.id]
     rows = [*rows[:3], *tx.all(_RUNS_THAT_NEED, pinned=pinned), *tx.all(_STEPS_THAT_NEED, id=removed.id)]
     if tickets := list(dict.fromkeys(str(lenient(row.id)) for row in rows)):
         raise Conflict(
             f"tickets that have not ended need the agent {removed.name}@{removed.version} ({', '.join(tickets)}); "
             "wait for them, or cancel them with `swarm ticket cancel`"
+        )
+    held = [row for row in held if (one := meant[row.ref]) and one.id == removed.id]
+    if sandboxes := list(dict.fromkeys(str(lenient(row.id)) for row in held[:3])):
+        raise Conflict(
+            f"sandboxes that have not ended need the agent {removed.name}@{removed.version} ({', '.join(sandboxes)}); "
+            "end them with `swarm sandbox rm`"
         )
     tx.run(_DELETE, id=removed.id)
     _record(tx, "agent.remove", removed, by)

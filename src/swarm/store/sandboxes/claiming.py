@@ -10,8 +10,9 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from swarm.base.log import logger
 from swarm.errors import ChangeRefused, SwarmError
 from swarm.model import SandboxClaim
-from swarm.store.sandboxes import holding
-from swarm.store.sandboxes.holding import SandboxRenewal, Taken, Taking
+from swarm.store.sandboxes import holding, taking
+from swarm.store.sandboxes.holding import SandboxRenewal
+from swarm.store.sandboxes.taking import Taken, Taking
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.threads import ConnectionThread
@@ -44,10 +45,10 @@ class SandboxClaimer:
         for id, hold_id in await self._read.call(holding.expired):
             await self._try(id, holding.give_up, id, hold_id, held=frozenset(held), until_seconds=request.lease_seconds)
         claims, full = list[SandboxClaim](), False
-        for id, ends in await self._read.call(holding.candidates, host=request.host, limit=limit):
+        for id, ends in await self._read.call(taking.candidates, host=request.host, limit=limit):
             if not ends and (full or len(claims) >= limit):
                 continue
-            taken: Taken | None = await self._try(id, holding.take, id, request)
+            taken: Taken | None = await self._try(id, taking.take, id, request)
             if taken is None:
                 continue
             full |= taken.full  # those behind it wait too, so that a large one isn't starved

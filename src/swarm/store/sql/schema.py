@@ -369,6 +369,7 @@ events = sa.Table(
     _index("events_sandbox", "sandbox_id", "seq", where="sandbox_id IS NOT NULL"),
     # Separates the history of a deleted ticket from that of a new one with the same id.
     _index("events_deleted", "ticket_id", "seq", where="kind = 'deleted'"),
+    _index("events_sandbox_deleted", "sandbox_id", "seq", where="kind = 'deleted' AND sandbox_id IS NOT NULL"),
     sqlite_autoincrement=True,
 )
 

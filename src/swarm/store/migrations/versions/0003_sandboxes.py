@@ -93,6 +93,7 @@ _INDEXES = (
     "CREATE INDEX snapshots_sandbox ON snapshots (sandbox_id)",
     "CREATE INDEX snapshots_ticket ON snapshots (ticket_id)",
     "CREATE INDEX events_sandbox ON events (sandbox_id, seq) WHERE sandbox_id IS NOT NULL",
+    "CREATE INDEX events_sandbox_deleted ON events (sandbox_id, seq) WHERE kind = 'deleted' AND sandbox_id IS NOT NULL",
     "CREATE INDEX model_calls_sandbox ON model_calls (sandbox_id) WHERE sandbox_id IS NOT NULL",
 )
 
