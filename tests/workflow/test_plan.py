@@ -182,6 +182,24 @@ def test_the_best_of_four() -> None:
     assert ours.end is not None and ours.end.status == RunStatus.COMPLETED, "best answers for the failures"
 
 
+def test_the_best_of_those_that_were_in_time() -> None:
+    def fresh() -> Run:
+        timed = ForEach(items=[1, 2, 3, 4], best="${outputs}", max_parallel=3, timeout_seconds=60)
+        return run(step("try", for_each=timed), step("ship", "try", from_step="try"))
+
+    ours = fresh()
+    ours.finish("try[2]", 5)
+    ours.finish("try[0]", 7)
+    ours.tell("!over try")
+    assert ours.rows["try"].outputs == 7 and ours.sources == {"ship": "try[0]"}
+    assert [ours.rows[f"try[{i}]"].error for i in (1, 3)] == ["the time of 'try' is over"] * 2
+    ours.tell("!over try")  # a second word of it changes nothing
+    ours = fresh()
+    ours.tell("!over try")
+    assert ours.rows["try"].error == "only 0 of 4 succeeded; the time of 'try' is over"
+    assert ours.end is not None and ours.end.status == RunStatus.FAILED
+
+
 @pytest.mark.parametrize(
     ("outputs", "error"),
     [
@@ -337,7 +355,7 @@ def workflows(draw: st.DrawFn) -> tuple[Step, ...]:
         if kind == "fan":
             limit = draw(st.sampled_from([None, 1, 2]))
             inner = draw(st.sampled_from(["all", "any", "first_success", "best"]) | st.just(2))
-            how = {"best": "${outputs}"} if inner == "best" else {"join": inner}
+            how = {"best": "${outputs}", "timeout_seconds": 60.0} if inner == "best" else {"join": inner}
             more["for_each"] = ForEach(items=list(range(draw(st.integers(0, 4)))), max_parallel=limit, **how)
         elif kind == "repeat":
             more["repeat"] = Repeat(until=f"${{steps.s{i}.outputs == 1}}", max_times=draw(st.integers(1, 3)))
@@ -349,6 +367,11 @@ def workflows(draw: st.DrawFn) -> tuple[Step, ...]:
         when = draw(st.sampled_from([True, True, True, False, "${inputs.yes}", "${inputs.no}"]))
         steps.append(step(f"s{i}", *needs, join=join, when=when, continue_on_error=draw(st.booleans()), **more))
     return tuple(steps)
+
+
+def _is_timed(graph: Graph, key: str) -> bool:
+    found = graph.steps.get(key)
+    return found is not None and found.for_each is not None and found.for_each.best is not None
 
 
 @settings(max_examples=400, deadline=None)
@@ -364,8 +387,11 @@ def test_whatever_happens_the_run_ends_right(
             break
         choices = [*ours.live(), *ours.waiting()]
         assert choices, f"stuck: {ours.rows}"
-        key = data.draw(st.sampled_from(choices))
-        if ours.status(key) == WAITING:
+        timed = [one for one, row in ours.rows.items() if row.status == StepStatus.RUNNING and _is_timed(graph, one)]
+        key = data.draw(st.sampled_from([*choices, *timed]))
+        if key in timed:
+            ours.tell(f"!over {key}")
+        elif ours.status(key) == WAITING:
             ours.answer(key, approved=data.draw(st.booleans()))
         elif data.draw(st.integers(0, 3)) == 0:
             ours.finish(key, error="it broke")

@@ -263,6 +263,8 @@ def test_one_problem(text: str, said: list[str]) -> None:
          "best needs a for_each; if that has fields, put it among them"),
         ("{id: b, agent: echo, for_each: {items: [1], best: '${outputs.x}', join: any}}",
          "best waits until all have ended, and takes one of them: leave out join"),
+        ("{id: b, agent: echo, for_each: {items: [1], timeout_seconds: 5}}",
+         "timeout_seconds for all items together needs best; for each item, put it beside for_each"),
         ("{id: b, agent: typed, for_each: [1], inputs: {repo: x}, best: '${outputs.note}'}",
          "best must be a number: it is a string, but must be a boolean or a number"),
         ("{id: b, agent: typed, for_each: [1], inputs: {repo: x}, best: '${outputs.cout}'}",

@@ -24,14 +24,15 @@ Join = str | int  # 'all', 'any', 'first_success', or how many must succeed
 class ForEach:
     """Fan-out: one step execution for each item. ``items`` is a list, or an expression for one.
 
-    ``best``: an expression for a number. When all have ended, the step's outputs are those of the one, among those that
-    succeeded, with the highest; of equals, the first.
+    ``best``: an expression for a number. When all have ended, or ``timeout_seconds`` are over, the step's outputs are
+    those of the one, among those that succeeded, with the highest; of equals, the first.
     """
 
     items: Any
     max_parallel: int | None = None
     join: Join = "all"
     best: str | None = None
+    timeout_seconds: float | None = None
 
     @property
     def has_winner(self) -> bool:

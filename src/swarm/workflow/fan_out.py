@@ -150,15 +150,31 @@ class FanOut(PlannerBase):
                     self._act(Skip(key=f"{step.id}[{i}]", why=why), status=StepStatus.SKIPPED, error=why)
             self._update(step, replace(fan_out, next=fan_out.count))
             return
+        why = "enough other items succeeded" if verdict == "met" else "too many other items failed"
+        self._conclude(step, step.for_each, fan_out, why, met=verdict == "met")
+
+    def _choose_now(self, step: Step) -> None:
+        """The time of all items together is over: those that have succeeded count."""
+        state = self._state(step.id)
+        if state.status != StepStatus.RUNNING or state.fan_out is None or step.for_each is None:
+            return
+        fan_out, completed, why = state.fan_out, 0, f"the time of {step.id!r} is over"
+        for i in range(fan_out.count):
+            completed += self._state(f"{step.id}[{i}]").status == StepStatus.COMPLETED
+        fan_out = replace(fan_out, completed=completed, error=fan_out.error or why)
+        self._conclude(step, step.for_each, fan_out, why, met=completed > 0)
+
+    def _conclude(self, step: Step, for_each: ForEach, fan_out: FanOutState, why: str, *, met: bool) -> None:
+        """End the items that have not ended, for this reason, and with them the step."""
+        join, best = for_each.join, for_each.best
         keys = [f"{step.id}[{i}]" for i in range(fan_out.count)]
         for key in keys:
             if self._state(key).status in LIVE:
-                why = "enough other items succeeded" if verdict == "met" else "too many other items failed"
                 self._act(Cancel(key=key, why=why), status=StepStatus.CANCELLED, error=why)
         fan_out = replace(fan_out, running=0)
-        if verdict == "met":
+        if met:
             try:
-                fan_out = replace(fan_out, winner=self._winner(step.for_each, keys))
+                fan_out = replace(fan_out, winner=self._winner(for_each, keys))
             except ExpressionError as error:
                 self._update(step, fan_out)
                 self._finish(Fail(key=step.id, error=str(error)))

@@ -68,6 +68,7 @@ class _ForEach(_Strict):
     max_parallel: _Parallel | None = None
     join: _Join = "all"
     best: _Expression | None = None
+    timeout_seconds: _Seconds | None = None
 
 
 class _Repeat(_Strict):
@@ -228,6 +229,9 @@ class _Builder:
         if isinstance(raw.for_each, _ForEach) and raw.for_each.best is not None and raw.for_each.join != "all":
             message = "best waits until all have ended, and takes one of them: leave out join"
             self._bad((*path, "for_each", "join"), message, at_key=True)
+        if isinstance(raw.for_each, _ForEach) and raw.for_each.timeout_seconds and raw.for_each.best is None:
+            message = "timeout_seconds for all items together needs best; for each item, put it beside for_each"
+            self._bad((*path, "for_each", "timeout_seconds"), message, at_key=True)
         needs = [raw.needs] if isinstance(raw.needs, str) else [*raw.needs]
         if raw.from_ is not None and raw.from_ in here - {raw.id} - {*needs} and raw.join == "all":
             needs.append(raw.from_)

@@ -28,6 +28,7 @@ from swarm.workflow.fan_out import FanOut
 from swarm.workflow.planner_base import LIVE, Tally, was
 from swarm.workflow.state import (
     ENDED,
+    OVER,
     WAITING,
     Ask,
     Cancel,
@@ -99,7 +100,10 @@ class _Planner(FanOut):
         return Decision(actions=tuple(self._actions), progress=self._progress, end=self._end)
 
     def changed(self, key: str) -> None:
-        """A step or child has ended, or has got a person's verdict."""
+        """A step or child has ended, or has got a person's verdict; or (`OVER`) the time of a fan-out is over."""
+        if key.startswith(OVER):
+            self._choose_now(self._graph.steps[key.removeprefix(OVER)])
+            return
         state = self._state(key)
         parent = _parent(key)
         if parent is not None:

@@ -10,6 +10,7 @@ from swarm.model import RunStatus, StepStatus
 from swarm.workflow.definition import Step, Workflow
 
 WAITING: Final = StepStatus.WAITING
+OVER: Final = "!over "  # before a step's key: the time of its fan-out is over
 ENDED: Final[frozenset[str]] = frozenset(
     {StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED, StepStatus.SKIPPED}
 )

@@ -164,6 +164,35 @@ steps:
     assert {one.id for one in await store.expired_snapshots("here")} == {"of-0", "of-1", "of-2"}
 
 
+@both_ways
+async def test_the_best_of_those_that_were_in_time(store: Store, outside: Outside) -> None:
+    text = """
+steps:
+  - {id: a, agent: echo}
+  - {id: try, agent: echo, needs: a, for_each: {items: [1, 2, 3], best: "${outputs.n}", timeout_seconds: 60}}
+  - {id: ship, agent: echo, needs: try, inputs: {n: "${steps.try.outputs.n}"}}
+"""
+    await ticket(store, outside, text, timeout_seconds=1000)
+    await finish(store, (await claims(store))[0])
+    tries = await claims(store)
+    assert names(tries) == ["try[0]", "try[1]", "try[2]"]
+    await store.shift_clock(20_000)
+    for number in (0, 2):
+        await finish(store, tries[number], lambda claim: Succeeded(outputs=f'{{"n": {int(claim.step_id[4])}}}'))
+    assert await claims(store) == [], "there is time left"
+    due = (await store.due()).next_ms
+    assert due is not None and due <= 40_000
+    await store.renew([tries[1].attempt_id], lease_seconds=100)
+    await store.shift_clock(40_000)
+    [ship] = await claims(store)
+    assert (ship.step_id, ship.inputs) == ("ship", '{"n":2}')
+    rows = {row.step_id: row for row in await store.steps("t")}
+    assert (rows["try[1]"].status, rows["try[1]"].error) == ("cancelled", "the time of 'try' is over")
+    await finish(store, ship)
+    assert await claims(store) == []
+    assert (await state(store))[0] == "done"
+
+
 async def test_the_vm_of_an_attempt_goes_with_its_ticket(store: Store, outside: Outside) -> None:
     insert(outside, "t", state="draft")
     snapshot(outside, "kept", kind="attempt", ticket_id="t")

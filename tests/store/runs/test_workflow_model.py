@@ -44,7 +44,11 @@ def workflows(draw: st.DrawFn) -> list[dict[str, Any]]:
                 "join": draw(st.sampled_from(["all", "any", "first_success", 2])),
             }
             if draw(st.integers(0, 2)) == 0:
-                step["for_each"] |= {"join": "all", "best": "${outputs.n}"}
+                step["for_each"] |= {
+                    "join": "all",
+                    "best": "${outputs.n}",
+                    "timeout_seconds": draw(st.sampled_from([5, 500])),
+                }
         elif kind == "again":
             step["repeat"] = {"until": f"${{steps.s{number}.outputs.n >= 2}}", "max_times": 3}
             step["inputs"] = {"n": "${index}"}

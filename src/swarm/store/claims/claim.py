@@ -175,7 +175,7 @@ class _ClaimTransaction:
         self.tx.now_ms = probed.now_ms
         self.ids = ids_in_order(probed.now_ms)
         self.dependencies = bool(probed.dependencies)
-        self.steps = bool(probed.steps or probed.expired or probed.due)
+        self.steps = bool(probed.steps or probed.expired or probed.due or probed.runs)
         if probed.expired:
             sweep(self.changes, self.request.held, until_ms=self.tx.now_ms + round(self.request.lease_seconds * 1000))
         if probed.due:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from swarm.model import Agent, RunStatus, StepStatus, TicketState
 from swarm.store.registry.agents import Agents
-from swarm.store.runs import artifacts, packing
+from swarm.store.runs import artifacts, fan_outs, packing
 from swarm.store.runs.decision import ALL_STEPS, STEPS, Decided, Run
 from swarm.store.runs.definitions import Definition
 from swarm.store.runs.packing import Packed
@@ -71,12 +71,6 @@ _CANCEL_ATTEMPT: Final = Sql(
 _CHILDREN: Final = Sql(
     "SELECT step_id FROM step_executions WHERE run_id = :run_id AND substr(step_id, 1, length(:prefix)) = :prefix "
     "AND status IN ('pending', 'waiting', 'ready', 'running')"
-)
-# Steps start in forks of the VM of one execution: those of the others need not wait for the end of the run.
-_LET_GO: Final = Sql(
-    "UPDATE snapshots SET expires_at = :now_ms WHERE kind = 'step' AND expires_at IS NULL AND id IN "
-    "(SELECT snapshot_id FROM step_executions WHERE run_id = :run_id AND substr(step_id, 1, length(:prefix)) = :prefix "
-    "AND step_id <> :kept)"
 )
 # The columns that an action may set; NULL leaves a column as it is.
 _WRITTEN: Final = (
@@ -205,6 +199,7 @@ class _Work:
     # --- actions ---
 
     def _apply(self, action: Action) -> None:
+        graph = self._definition.graph
         match action:
             case Start():
                 self._start(action)
@@ -213,7 +208,8 @@ class _Work:
             case Ask():
                 self._ask(action)
             case Expand():
-                self._move(action.key, StepStatus.RUNNING, fan_out=dump(shallow(action.fan_out))).has_fan = True
+                fan_out, at = dump(shallow(action.fan_out)), fan_outs.chooses_at(self._tx, graph.steps[action.key])
+                self._move(action.key, StepStatus.RUNNING, fan_out=fan_out, available_at=at).has_fan = True
                 for child in action.children:
                     added = self._add(child.key, StepStatus.PENDING, inputs=self._packed(child.inputs))
                     if child.skip:
@@ -222,7 +218,7 @@ class _Work:
             case Update():
                 step = self._step(action.key)
                 step.values["fan_out"], step.touched = dump(shallow(action.fan_out)), True
-                self._let_go(action)
+                fan_outs.let_go(self._changes, self._run, graph, action.key, action.fan_out)
             case Complete():
                 self._move(action.key, StepStatus.COMPLETED, outputs=self._packed(action.outputs))
             case Fail():
@@ -231,14 +227,6 @@ class _Work:
                 self._move(action.key, StepStatus.SKIPPED, error=action.why)
             case Cancel():
                 self._cancel(action)
-
-    def _let_go(self, action: Update) -> None:
-        graph, fan_out = self._definition.graph, action.fan_out
-        kept = fan_out.count - 1 if graph.steps[action.key].repeat is not None else fan_out.winner
-        if kept is not None and action.key in graph.sources:
-            prefix = self._run.step_id(f"{action.key}[")
-            these = {"run_id": self._run.id, "prefix": prefix, "kept": f"{prefix}{kept}]"}
-            self._changes.add(_LET_GO, now_ms=self._tx.now_ms, **these)
 
     def _packed(self, value: Any) -> str:
         """JSON for a row; large values in it become artifacts."""
@@ -341,7 +329,9 @@ class _Work:
             context=dump(shallow(context)) if context is not None else None,
             progress=dump(shallow(decision.progress)),
             unprocessed=dump(unprocessed) if unprocessed else None,
-            due_at=run.row.due_at if unprocessed else deadline_at,
+            due_at=run.row.due_at
+            if unprocessed
+            else fan_outs.due_at(self._changes, definition.graph, run.id, deadline_at),
             deadline_at=deadline_at,
             revision=run.row.revision + 1,
         )

@@ -18,7 +18,7 @@ from typing import Final
 from swarm.cel.jail import Jail
 from swarm.model import Event, ExecutionMode, RunStatus, TicketState
 from swarm.store.registry.agents import Agents
-from swarm.store.runs import decision
+from swarm.store.runs import decision, fan_outs
 from swarm.store.runs.actions import carry_out, give_up
 from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, TransactionEvaluator
 from swarm.store.runs.definitions import Definitions, TooExpensive
@@ -163,7 +163,10 @@ class WorkflowEngine:
             pending = row.unprocessed is not None
             if pending:
                 undecided.append(row.id)
-            times = [tx.now_ms + _DECIDING_MS if pending else None, row.deadline_at]
+            if over := fan_outs.take_up(changes, row.id):
+                changes.pending_runs.setdefault(row.id, []).extend(over)
+            choosing_at = fan_outs.next_at(tx, row.id)
+            times = [tx.now_ms + _DECIDING_MS if pending else None, row.deadline_at, choosing_at]
             future = [time_ms for time_ms in times if time_ms is not None and time_ms > tx.now_ms]
             changes.add(_SET_DUE, id=row.id, due_at=min(future, default=None))
         return undecided + self.advance_workflows(changes, take_up=True)
