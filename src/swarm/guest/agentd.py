@@ -10,7 +10,7 @@ killed with the agent.
 
 Wire format: ``>II`` lengths, JSON header (<= 64 KiB), payload (<= 1 MiB). A request has ``id`` and ``op``. Its replies
 carry that id, and the last one has ``ok`` or ``error``. Requests can be pipelined; ``after: id`` skips a request if the
-one with that id failed. docs/adr/0004 and 0005 say why.
+one with that id failed. After some, frames of their id go both ways until then. docs/adr/0004, 0005 and 0023 say why.
 
 The module is longer than 400 lines because the guest needs a single file. It imports little because each import costs
 tens of milliseconds of boot on an emulated CPU (hence no pathlib, argparse, threading, subprocess, runpy).
@@ -317,7 +317,7 @@ class Job:
 
 
 class Zygote:
-    """The single-threaded parent of all agents. It runs one at a time and never holds a secret."""
+    """The single-threaded parent of all agents, one at a time, and of programs of `exec`. It never holds a secret."""
 
     def __init__(self, commands: socket.socket, in_vm: bool) -> None:
         self.commands = commands
