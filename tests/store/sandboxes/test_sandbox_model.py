@@ -279,6 +279,6 @@ class SandboxMachine(RuleBasedStateMachine):
 
 
 SandboxMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestSandboxes = SandboxMachine.TestCase
