@@ -173,8 +173,6 @@ class SandboxMachine(RuleBasedStateMachine):
     @rule(hold=holds)
     def pause(self, hold: str) -> None:
         box = self.owned(hold)
-        if box is not None and box.state != "running":
-            return
         host = HOSTS[box.worker] if box is not None else "h1"
         work = self.store.sandbox_paused(hold, self.snapshot("pause", host))
         if box is None:

@@ -152,11 +152,13 @@ def running(tx: Tx, hold_id: str, *, vm_id: int | None) -> None:
 def paused(tx: Tx, hold_id: str, snapshot: Snapshot, *, why: str | None = None) -> None:
     """Its VM is a snapshot now, and nobody holds it."""
     row = owned(tx, hold_id)
+    if row.state != SandboxState.RUNNING:  # its VM ran, but that could not be written
+        transition(tx, row.id, row.state, SandboxState.RUNNING, hold=hold_id, worker=lenient(row.worker))
     tx.run(INSERT_SNAPSHOT, **snapshot_values(replace(snapshot, kind="pause", sandbox_id=row.id)), now=tx.now)
     tx.run(_DROP_PAUSE, id=row.id, but=snapshot.id)
     tx.run(_PAUSED, id=row.id, host=snapshot.host)
     transition(
-        tx, row.id, row.state, SandboxState.PAUSED, hold=hold_id, why=why, snapshot=snapshot.id,
+        tx, row.id, SandboxState.RUNNING, SandboxState.PAUSED, hold=hold_id, why=why, snapshot=snapshot.id,
         size_bytes=snapshot.size_bytes,
     )  # fmt: skip
 
