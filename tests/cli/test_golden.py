@@ -55,6 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _workflow_run(db)
         _files(db)
         _others(db)
+        _sandboxes(db)
     _on_disk(place)
     return place
 
@@ -172,6 +173,43 @@ def _others(db: sqlite3.Connection) -> None:
         db, "schedules", workflow="echo-chain", number=1, workflow_id=flow, cron="@yearly",
         error="the inputs don't fit the workflow any more",
     )  # fmt: skip
+
+
+def _sandboxes(db: sqlite3.Connection) -> None:
+    some = [("build", "running"), (None, "paused"), ("日本語", "lost"), ("x", "ended")]
+    for number, (name, state) in enumerate(some):
+        first, error = name == "build", "the engine vm:1 has died" if state == "lost" else None
+        _insert(
+            db, "sandboxes", id=f"019c1f6e-0000-7000-8000-00000000010{number}", name=name, state=state, error=error,
+            created_at=at(hours=2.5), created_by="ann", used_at=at(hours=1.5) if first else None,
+            agent_id="0d72b1b5-a98e-4356-bf52-000000000001" if number else None, memory_mb=512 if number == 1 else None,
+            labels='{"team": "\x1b[31mred"}' if first else None, ttl_seconds=28_800 if first else None,
+            network="allow:pypi.org", secrets='["DEPLOY_KEY"]', host="vm-1", vm_id=1002 if first else None,
+            budget_usd=2.5, idle_timeout_seconds=600,
+        )  # fmt: skip
+    events: list[tuple[str, dict[str, object]]] = [
+        ("change", {"did": "sandbox.add", "by": "ann"}),
+        ("transition", {"of": "sandbox", "from": "starting", "to": "running"}),
+        ("started", {"vm": 1002, "timings": {"total": 412.5}}),
+        ("exec", {"process": "p1", "argv": ["sh", "-c", "echo \x1b[2Jhi; exit 3"]}),
+        ("exit", {"process": "p1", "code": 3, "ms": 120.25}),
+        ("files", {"op": "write", "path": "/work/データ.csv", "bytes": 123_456}),
+        ("egress", {"via": "proxy", "host": "example.org", "refused": "the agent's network policy does not allow it"}),
+        ("fork", {"children": ["a", "b"], "by": "ann"}),
+        ("odd", {"any": ["thing"]}),
+    ]
+    for kind, data in events:
+        _insert(
+            db, "events", ticket_id="", sandbox_id="019c1f6e-0000-7000-8000-000000000100", kind=kind, at=at(hours=1.5),
+            data=json.dumps(data),
+        )  # fmt: skip
+    for number, (name, kind) in enumerate([("prepared", "named"), (None, "attempt")]):
+        _insert(
+            db, "snapshots", id=f"019c1f6e-0000-7000-8000-00000000020{number}", name=name, kind=kind, host="vm-1",
+            sandbox_id="019c1f6e-0000-7000-8000-000000000100" if name else None, ticket_id=None if name else ID,
+            size_bytes=146_370_560, secrets=number, created_at=at(days=1.5),
+            expires_at=None if name else round((datetime.now(UTC) + timedelta(days=2.5)).timestamp() * 1000),
+        )  # fmt: skip
 
 
 def _on_disk(home: Path) -> None:

@@ -37,6 +37,9 @@ READING = [
     ["artifact", "list"],
     ["secret", "list"],
     ["cost"],
+    ["sandbox", "list"],
+    ["sandbox", "show", "nobody"],
+    ["snapshot", "list"],
 ]
 PROGRAM = """
 import atexit, json, sys

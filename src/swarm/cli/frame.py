@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 import typer
 
-from swarm.cli.ui.help import Group, One
+from swarm.cli.ui.help import Group, One, OneInThat
 from swarm.cli.ui.output import Out
 
 if TYPE_CHECKING:
@@ -116,10 +116,11 @@ def _before(home: _Home = None, debug: _Debug = False, as_json: _Json = False) -
 
 
 def command(
-    app: typer.Typer, name: str | None = None, *, examples: Sequence[str], json: bool = False, runs: bool = False
+    app: typer.Typer, name: str | None = None, *, examples: Sequence[str], json: bool = False, runs: str = ""
 ) -> Callable[[Command], Command]:
-    """Register an async function as a command, with the common options after its own. ``runs``: its last arguments are
-    a command line, whose options are not its own, with or without `--` before it."""
+    """Register an async function as a command, with the common options after its own. ``runs``: its arguments are a
+    command line ('here'), or a name and a command line for what has it ('there'), whose options are not its own, with
+    or without `--` before it."""
 
     def register(function: Command) -> Command:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -144,7 +145,9 @@ def command(
         run.__annotations__ = {"ctx": typer.Context} | {p.name: p.annotation for p in own} | common
         del run.__wrapped__  # otherwise Typer would read the signature of ``function``
         context_settings = {"allow_interspersed_args": not runs}
-        app.command(name, cls=One, epilog=_epilog(examples), context_settings=context_settings)(run)
+        app.command(
+            name, cls=OneInThat if runs == "there" else One, epilog=_epilog(examples), context_settings=context_settings
+        )(run)
         return function
 
     return register

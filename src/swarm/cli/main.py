@@ -14,10 +14,12 @@ from swarm.cli import (
     diff,  # noqa: F401  a command of `ticket`
     files,  # noqa: F401  commands of `ticket`
     image,
+    in_sandbox,  # noqa: F401  commands of `sandbox`
     install,
     notice,
     prove,
     running,
+    sandbox,
     secret,
     serve,
     template,
@@ -43,6 +45,8 @@ for group in (
     ticket.app,
     agent.app,
     workflow.app,
+    sandbox.app,
+    sandbox.snapshots,
     artifact.app,
     image.app,
     template.app,

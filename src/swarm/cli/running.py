@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
             "swarm run --no-files bash",
             "cat data.csv | swarm run -- python3 count.py > counts.txt",
         ],
-        runs=True,
+        runs="here",
     )(run)
 
 

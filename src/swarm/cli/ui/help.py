@@ -1,4 +1,5 @@
-"""Help texts: Typer's, without the types of flags, in colours that can be read on black and on white."""
+"""Help texts: Typer's, without the types of flags, in colours that can be read on black and on white; and commands
+whose last arguments are a command line."""
 
 from __future__ import annotations
 
@@ -46,6 +47,29 @@ class _Shown:
 
 class One(_Shown, TyperCommand):
     pass
+
+
+class OneInThat(One):
+    """Its first argument names something, the others are a command line for it, whose options are not this command's.
+    Its own options stand before the name or behind it; `--` may stand before the command line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own, rest = self._split(ctx, args)
+        if rest:
+            more, line = self._split(ctx, rest[1:])
+            args = [*own, *more, "--", rest[0], *line]
+        return super().parse_args(ctx, args)
+
+    def _split(self, ctx: Any, args: list[str]) -> tuple[list[str], list[str]]:
+        """Options, and what follows them."""
+        parser = type(self.make_parser(ctx))(ctx)
+        parser.allow_interspersed_args = False
+        for param in self.get_params(ctx):
+            if isinstance(param, TyperOption):
+                param.add_to_parser(parser, ctx)
+        _, rest, _ = parser.parse_args(list(args))
+        options = args[: len(args) - len(rest)]
+        return options[:-1] if options[-1:] == ["--"] else options, rest
 
 
 class Group(_Shown, TyperGroup):
