@@ -50,9 +50,10 @@ bench-gateway:  ## measure model calls through the gateway beside a bare relay: 
 	@tools/bootstrap dev
 	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.gateway.bench $(ARGS)
 
-chaos: ready  ## run the kill campaign: 300 tickets on plain processes, 20 in real VMs (ARGS='--seed 7' repeats a run)
+chaos: ready  ## run the kill campaign: 300 tickets on plain processes, 20 in real VMs, sandboxes (ARGS='--seed 7' repeats a run)
 	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.chaos.campaign --tickets 300 --kills 30 --guilty 1 $(ARGS)
 	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.chaos.campaign --tickets 20 --driver qemu --max-vms 1 $(ARGS)
+	@$(BIN)/python tools/sandbox.py $(BIN)/python -m tests.chaos.sandboxes $(ARGS)
 
 test-firecracker: ready  ## run only the tests with real Firecracker guests (docs/testing.md says what they need)
 	@$(BIN)/python tools/sandbox.py $(PYTEST) tests/vm -k firecracker $(ARGS)

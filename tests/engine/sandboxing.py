@@ -79,6 +79,17 @@ class Desk:
     async def running(self, id: str) -> Sandbox:
         return await self.state(id, "running")
 
+    async def one_of(self, *ids: str) -> str:
+        """The first of these that runs."""
+        found: list[str] = []
+
+        async def one() -> bool:
+            found.extend([id for id in ids if (await self.store.sandbox(id)).state == "running"])
+            return bool(found)
+
+        await self.until(one)
+        return found[0]
+
     async def resumed(self, id: str) -> Sandbox:
         await self.store.want_sandbox(id, "running", by="test")
         return await self.running(id)

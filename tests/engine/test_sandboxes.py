@@ -124,6 +124,17 @@ async def test_two_engines_never_hold_one(desk: Desk) -> None:
         assert len(one.held) + len(two.held) == 1
 
 
+async def test_an_idle_one_makes_room_for_one_that_is_wanted(desk: Desk) -> None:
+    async with desk.engine(most=1) as engine:
+        engine.yield_seconds = 0.2
+        for id in ("a", "b"):
+            desk.insert(id)
+        first = await desk.one_of("a", "b")
+        (other,) = {"a", "b"} - {first}
+        await desk.running(other)
+        assert (await desk.store.sandbox(first)).state == "paused"
+
+
 async def test_forks_are_sandboxes_of_their_own(desk: Desk) -> None:
     async with desk.engine() as engine:
         desk.insert("s", name="box", network="open", ttl_seconds=3600, labels='{"a": "b"}')

@@ -364,7 +364,7 @@ def _sandboxes(settings: Settings, opened: Store, parts: _Vms, ours: Worker, *, 
         layers=layers(settings),
         egress=parts.egress,
         installed=Installed(settings.agents),
-        starts_at_once=default_max_vms(),
+        at_once=default_max_vms(),
     )
     return Sandboxes(
         store=opened,

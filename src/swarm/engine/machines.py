@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -55,6 +55,8 @@ def agent_of(claim: SandboxClaim) -> Agent:
 
 
 class Machines:
+    """``at_once``: so many are started at the same time, and as many saved."""
+
     def __init__(
         self,
         *,
@@ -64,55 +66,62 @@ class Machines:
         layers: LayerSource,
         egress: Egress,
         installed: Installed,
-        starts_at_once: int,
+        at_once: int,
     ) -> None:
         self._launcher, self.snapshots = launcher, snapshots
         self._images, self._layers, self._egress, self._installed = images, layers, egress, installed
-        self._starting = asyncio.Semaphore(starts_at_once)
+        self._starting, self._saving = asyncio.Semaphore(at_once), asyncio.Semaphore(at_once)
         self.host = socket.gethostname()
 
     @asynccontextmanager
-    async def started(self, held: Held) -> AsyncIterator[LiveVm]:
-        """Its VM, for the length of the block. The last bills are written when the block has ended. Raises SwarmErrors
-        of what it lacks, or of what went wrong."""
+    async def started(self, held: Held, runs: Callable[[int], Awaitable[None]]) -> AsyncIterator[LiveVm]:
+        """Its VM, for the length of the block. ``runs`` is called with its number before any program of a snapshot goes
+        on; what it raises ends the VM. The last bills are written when the block has ended. Raises SwarmErrors of what
+        it lacks, or of what went wrong."""
         claim = held.claim
         if claim.agent is not None:
             await self._installed.check(claim.agent)
         grant = await self._egress.granted(held.agent, _account(held), to=held.name)
         async with self._egress.attempt(grant, held.record) as egress:
-            held.egress = egress
-            timeline = Timeline()
-            async with self._vm(held, timeline) as live:
+            held.egress, timeline = egress, Timeline()
+
+            async def prepare(live: LiveVm) -> None:
                 held.vm_id = live.n
-                tokens = self._kept(held)
-                await egress.open(lambda port: self._launcher.listen(live, port), tokens=tokens)
+                await egress.open(lambda port: self._launcher.listen(live, port), tokens=self._kept(held))
                 if claim.snapshot is None and claim.agent is not None:
                     await live.while_alive(live.channel.put_tree(claim.agent.path, dest=AGENT_DIR, owner="root"))
-                held.record("started", {"vm": live.n, "timings": timeline.phases()})
-                try:
+                await runs(live.n)
+
+            try:
+                async with self._vm(held, timeline, prepare) as live:
+                    held.record("started", {"vm": live.n, "timings": timeline.phases()})
                     yield live
-                finally:
-                    egress.stop()
+            finally:
+                egress.stop()
 
     @asynccontextmanager
-    async def _vm(self, held: Held, timeline: Timeline) -> AsyncIterator[LiveVm]:
-        claim, assignment = held.claim, Assignment(sandbox_id=held.id)
+    async def _vm(
+        self, held: Held, timeline: Timeline, prepare: Callable[[LiveVm], Awaitable[None]]
+    ) -> AsyncIterator[LiveVm]:
+        claim, assignment, launcher = held.claim, Assignment(sandbox_id=held.id), self._launcher
         async with AsyncExitStack() as stack:
             async with self._starting:
                 if claim.snapshot is not None:
-                    snapshot = await self.snapshots.find(claim.snapshot.id)
-                    start = self._launcher.restored(snapshot, assignment, timeline, fork=not claim.resumes)
+                    found = await self.snapshots.find(claim.snapshot.id)
+                    start = launcher.restored(found, assignment, timeline, fork=not claim.resumes, prepare=prepare)
+                    live = await stack.enter_async_context(start)
                 else:
                     image = await self._images.find(held.agent.image)
                     layer = await self._layers.find(held.agent, image)
-                    start = self._launcher.vm(vm_spec(held.agent, image, layer), assignment, timeline)
-                live = await stack.enter_async_context(start)
+                    spec = vm_spec(held.agent, image, layer)
+                    live = await stack.enter_async_context(launcher.vm(spec, assignment, timeline))
+                    await prepare(live)
             yield live
 
     async def pause(self, held: Held, live: LiveVm) -> Snapshot:
         """Its snapshot; its VM has ended. After an error it goes on. Raises BootFailed, NoSpace, HostError."""
         await self._tell_ends(held, live)
-        async with self.snapshots.stage() as stage:
+        async with self._saving, self.snapshots.stage() as stage:
             tokens = held.egress.tokens if held.egress is not None else {}
             kept = json.dumps({"tokens": tokens, "background": sorted(held.background)})
             with stage.explained():
@@ -121,7 +130,7 @@ class Machines:
 
     async def save(self, held: Held, live: LiveVm, *, kind: str, name: str | None = None) -> Snapshot:
         """A snapshot of it; it goes on. Raises BootFailed, NoSpace, HostError."""
-        async with self.snapshots.stage() as stage:
+        async with self._saving, self.snapshots.stage() as stage:
             made = await self._launcher.save(live, stage)
             return replace(self._row(held, made, kind=kind), name=name)
 

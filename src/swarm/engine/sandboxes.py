@@ -41,7 +41,7 @@ _ROOM_SECONDS: Final = 1.0  # nothing announces free memory
 # One that could not be paused is not tried again for so long, unless somebody asks.
 _PAUSE_AGAIN_SECONDS: Final = 60.0
 # Where there is no room for one that is wanted, one that nobody has spoken with for so long is paused.
-_YIELD_SECONDS: Final = 5.0
+YIELD_SECONDS: Final = 5.0
 MAX_FORKS: Final = 64
 _TRIES: Final = 5  # of a program, while one snapshot after another is taken
 # What forks start from stays at least this long, and then until all have started.
@@ -79,6 +79,7 @@ class Sandboxes:
         self._lease_seconds, self._idle_seconds = lease_seconds, idle_seconds
         self.most = most
         self._emit = emit
+        self.yield_seconds = YIELD_SECONDS
         self._held: dict[str, Held] = {}  # by the sandbox's id
         self._look = asyncio.Event()
         self._store_error = ""  # the last one, logged once
@@ -156,7 +157,7 @@ class Sandboxes:
     def make_room(self) -> None:
         """Pause the one that nobody has spoken with for the longest time, if that is some seconds."""
         held = max(self._held.values(), key=lambda one: one.idle_for, default=None)
-        if held is not None and held.idle_for > _YIELD_SECONDS and held.may_pause():
+        if held is not None and held.idle_for > self.yield_seconds and held.may_pause():
             held.want(Ending.PAUSED)
 
     async def renewing(self) -> None:
@@ -243,11 +244,13 @@ class Sandboxes:
             self._look.set()
 
     async def _live(self, held: Held) -> _Done:
+        async def runs(n: int) -> None:
+            crash_points.reach("sandbox-started")
+            await self._insist(held, lambda: self._store.sandbox_running(held.claim.hold_id, n))
+            held.runs = True
+
         try:
-            async with self._machines.started(held) as live:
-                crash_points.reach("sandbox-started")
-                hold_id = held.claim.hold_id
-                await self._insist(held, lambda: self._store.sandbox_running(hold_id, live.n))
+            async with self._machines.started(held, runs) as live:
                 await self._machines.used_up(held)
                 held.open(live)
                 log.info("sandbox runs", sandbox=held.id, vm=live.n, resumed=held.claim.resumes)
@@ -265,7 +268,7 @@ class Sandboxes:
     async def _failed(self, held: Held, error: SwarmError) -> _Done:
         """It did not start, or its VM has died."""
         claim = held.claim
-        if held.started.done():
+        if held.runs:
             return _Done(state=SandboxState.LOST, error=str(error))
         if not claim.resumes:
             return _Done(state=SandboxState.ENDED, error=f"it could not be started: {error}")

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -229,14 +229,20 @@ class Launcher:
 
     @asynccontextmanager
     async def restored(
-        self, snapshot: Snapshot, assignment: Assignment, timeline: Timeline, *, fork: bool
+        self,
+        snapshot: Snapshot,
+        assignment: Assignment,
+        timeline: Timeline,
+        *,
+        fork: bool,
+        prepare: Callable[[LiveVm], Awaitable[None]] | None = None,
     ) -> AsyncIterator[LiveVm]:
         """A VM that goes on where the snapshot was taken, for the length of the block.
 
         A ``fork`` leaves the snapshot as it is, and gets a new identity: randomness, clock, machine id, host name, SSH
         key, token. Otherwise it *is* the VM of the snapshot, in its files: the same identity with new randomness and
         clock; once it runs, the snapshot is used up, and the caller removes it. Either way, its programs go on after
-        that. Raises BootFailed, HostError.
+        that, and after ``prepare``. Raises BootFailed, HostError.
         """
         if (snapshot.driver, snapshot.accelerator) != (self._driver.name, self._probe.accelerator):
             raise BootFailed(
@@ -256,6 +262,8 @@ class Launcher:
                 live = await self._identified(
                     snapshot.spec, vm, vm_slot, snapshot.identity.token, identity, timeline, undo, listening=True
                 )
+                if prepare is not None:
+                    await prepare(live)
                 await live.thaw()
                 undo.callback(report, live, snapshot.spec, assignment)
                 yield live
