@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from typing import Any
 
 import pytest
@@ -362,6 +364,24 @@ async def test_snapshots_are_found_listed_and_expire(store: Store) -> None:
     assert [one.id for one in await store.expired_snapshots(HOST)] == ["s0"]
     assert [one.name for one in (await store.snapshot_page(SnapshotFilter())).snapshots] == ["n1"]
     await store.add_snapshot(Snapshot(id="", kind="named", host=HOST, name="n0"))  # the name is free again
+
+
+@pytest.mark.parametrize("value", [None, "", "x", b"\xff", "a\0b", 1 << 62, -1.5, "false", "["])
+async def test_any_value_in_a_snapshot(store: Store, outside: Outside, value: object) -> None:
+    """Other programs have no reason to write there; whatever they do, lists and engines go on."""
+    for (column,) in outside.execute("SELECT name FROM pragma_table_info('snapshots')"):
+        made = await store.add_snapshot(Snapshot(id="", kind="named", host=HOST))
+        with contextlib.suppress(sqlite3.IntegrityError):  # no NULLs in some, and no id twice
+            outside.execute(f"UPDATE snapshots SET {column} = ? WHERE id = ?", (value, made.id))
+        with contextlib.suppress(NotFound):
+            assert (await store.snapshot(made.id[:30])).secrets == (column != "secrets" or value != "false")
+    page = await store.snapshot_page(SnapshotFilter())
+    assert len(page.snapshots) > 10
+    await store.expired_snapshots(HOST)
+    assert len(await store.snapshot_ids(HOST)) > 10
+    whole = next(one for one in page.snapshots if len(one.id) == 36 and one.host == HOST)
+    fork = await add(store, snapshot_id=whole.id)
+    assert [one.sandbox.id for one in await claim(store)] == [fork.id]
 
 
 async def test_what_is_in_use_stays(store: Store) -> None:

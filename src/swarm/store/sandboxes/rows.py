@@ -12,7 +12,7 @@ from typing import Any, Final
 from swarm.base import jsontext
 from swarm.fields import IN_WORDS, VARIABLE
 from swarm.model import Sandbox, SandboxState, Snapshot
-from swarm.store.sql.rows import flag, lenient, whole
+from swarm.store.sql.rows import lenient, whole
 from swarm.store.tickets.validation import BadRow, shown, strict_number, strict_text
 
 SANDBOX_FIELDS: Final = tuple(field.name for field in fields(Sandbox))
@@ -27,6 +27,7 @@ _NUMBERS: Final = (
     *("memory_mb", "vcpus", "disk_mb", "ttl_seconds", "idle_timeout_seconds", "budget_usd", "budget_tokens"),
 )
 _TEXTS: Final = ("id", "name", "project_id", "agent_id", "image", "snapshot_id", "parent_id", "network")
+_NO: Final = (0, "0", "false", "False", "FALSE")  # what is no plain no counts as a yes: it may hold secrets
 NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 NAME_IN_WORDS: Final = "letters, digits and . _ -, at most 63, with a letter or a digit first"
 _MOST_ITEMS: Final = 256
@@ -41,7 +42,7 @@ def sandbox(row: Any) -> Sandbox:
 def snapshot(row: Any) -> Snapshot:
     values = _lenient(row, SNAPSHOT_FIELDS)
     values |= {
-        "secrets": row.secrets is None or flag(row.secrets),
+        "secrets": row.secrets not in _NO,
         "spec": values["spec"] or "{}",
         "digest": values["digest"] or "",
         "size_bytes": values["size_bytes"] or 0,

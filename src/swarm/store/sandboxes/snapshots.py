@@ -13,7 +13,7 @@ from swarm.store.sandboxes import rows
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS, SNAPSHOT_FIELDS
 from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import lenient, new_id
+from swarm.store.sql.rows import lenient, new_id, whole
 from swarm.store.tickets import events
 from swarm.store.tickets.pages import cursor, read_cursor
 from swarm.store.tickets.validation import shown, storable
@@ -130,7 +130,8 @@ def _find(tx: Tx, ref: str, project_id: str | None) -> Row:
             row = next((one for one in tx.all(_BY_NAME, name=ref, now_ms=tx.now_ms) if visible(one)), None)
         if row is None:
             row = unique(tx, _BY_BEGINNING, ref, "snapshots")
-            row = None if row is not None and (row.expires_at or tx.now_ms + 1) <= tx.now_ms else row
+            until = whole(row.expires_at) if row is not None else None
+            row = None if until is not None and until <= tx.now_ms else row
     if row is None or not visible(row):
         hint = ""
         if project_id is None:
