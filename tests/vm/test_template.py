@@ -412,7 +412,7 @@ def copy(template: Template, place: Path) -> Template:
 async def test_a_torn_state_is_a_boot_failure(launcher: Launcher, real: Template, tmp_path: Path) -> None:
     torn = copy(real, tmp_path / "torn")
     os.truncate(torn.dir / STATE_FILE, 20_000)
-    with pytest.raises(BootFailed, match="could not restore the template"):
+    with pytest.raises(BootFailed, match="could not restore the VM"):
         async with undoing() as undo:
             await launcher.clone(torn, undo)
 

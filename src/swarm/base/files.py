@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,8 @@ from swarm.errors import HostError
 
 _NO_ROOM_BYTES = 64 << 10
 _BLOCK_BYTES: Final = 1 << 20
+_PART_BYTES: Final = 8 << 20
+_HASHERS: Final = 2
 _ZEROS: Final = bytes(_BLOCK_BYTES)
 
 
@@ -144,28 +147,49 @@ def sparse_sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> st
     """A digest of a file's content that takes as long as its data, however large its holes are.
 
     It covers the size, and place and content of each block that isn't all zeros: so it is the same for a copy with
-    other holes. ``check`` is called before each block; what it raises ends the work.
+    other holes. Parts of the file are hashed at the same time. ``check`` is called before each block; what it raises
+    ends the work.
     """
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(f"{size}\n".encode())
-        at = 0
-        while at < size:
-            check()
-            try:
-                data_at = os.lseek(file.fileno(), at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # no data after this point
-                    break
-                raise
-            at = data_at - data_at % _BLOCK_BYTES
-            block = os.pread(file.fileno(), _BLOCK_BYTES, at)
-            if not _ZEROS.startswith(block):
-                digest.update(b"%d %d\n" % (at, len(block)))
-                digest.update(block)
-            at += _BLOCK_BYTES
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(_HASHERS, thread_name_prefix="hash") as threads:
+        fd, size = file.fileno(), os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(f"{size}\n".encode())
+        for part in threads.map(lambda start: _sparse_part(fd, start, check), _parts_with_data(fd, size)):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _parts_with_data(fd: int, size: int) -> Iterator[int]:
+    at = 0
+    while at < size and (data_at := _data_after(fd, at)) is not None:
+        yield (start := data_at - data_at % _PART_BYTES)
+        at = start + _PART_BYTES
+
+
+def _sparse_part(fd: int, start: int, check: Callable[[], None]) -> bytes:
+    """b"" if it is all zeros."""
+    digest, at, empty = hashlib.sha256(), start, True
+    while at < start + _PART_BYTES:
+        check()
+        data_at = _data_after(fd, at)
+        if data_at is None or data_at >= start + _PART_BYTES:
+            break
+        at = data_at - data_at % _BLOCK_BYTES
+        block = os.pread(fd, _BLOCK_BYTES, at)
+        if not _ZEROS.startswith(block):
+            digest.update(b"%d %d\n" % (at, len(block)))
+            digest.update(block)
+            empty = False
+        at += _BLOCK_BYTES
+    return b"" if empty else digest.digest()
+
+
+def _data_after(fd: int, at: int) -> int | None:
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data after this point
+            return None
+        raise
 
 
 def is_full(error: BaseException) -> bool:

@@ -50,15 +50,15 @@ class Sandboxes:
             progress("a sandbox", 0.0)
             parent = await stack.enter_async_context(self._launcher.vm(self._spec, Assignment(), Timeline()))
             await self._exec(parent)
-            progress("a command in it", 0.1)
-            await self._round_trips(parent)
-            progress("snapshots of it", 0.2)
+            progress("snapshots of it", 0.1)
             saved = await self._standstill(parent)
             progress("pause and resume", 0.3)
             await self._pause_and_resume(saved)
             progress(f"{FORKS} forks", 0.7)
             await self._forks(saved)
             await self._snapshots.remove(saved.id)
+            progress("commands in it", 0.9)
+            await self._round_trips(parent)
         return self._found
 
     def _add(
@@ -153,6 +153,7 @@ class Sandboxes:
             began = time.perf_counter()
             bare_cpu = sum(await asyncio.gather(*(bare() for _ in range(FORKS))))
             bare_wall = _ms(began)
+        await self._launcher.slots.idle()  # those of the bare ones are reset
         async with AsyncExitStack() as stack:
 
             async def fork() -> float:
