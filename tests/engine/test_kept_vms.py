@@ -158,8 +158,12 @@ async def test_a_vm_that_can_not_be_kept_is_told_and_changes_nothing_else(bench:
     own = config.load(**{**bench.settings.model_dump(), "snapshots_gb": 0.001})
     agent = await bench.agent("import json; json.dump({'n': 1}, open('output.json', 'w'))", keep_vm="always")
     bench.insert("t", agent.id)
+    await add(bench, flow("  - {id: a, agent: agent}\n  - {id: b, agent: agent, from: a}\n"), "forks")
     async with wiring.worker(own, bench.store) as worker:
         ticket = await run_ticket(bench.store, worker, "t")
+        forks = await run_ticket(bench.store, worker, "forks")
+    assert "its VM can't be kept for the steps that start from it: the snapshots in" in (forks.error or "")
+    assert [one.outcome for one in await bench.attempts("forks")] == ["failed"], "not again and again"
     assert (ticket.state, ticket.outputs) == ("done", '{"n":1}')
     [event] = [e for e in await bench.store.events("t") if e.kind == "vm_kept"]
     assert "SWARM_SNAPSHOTS_GB allows 0.001" in str(event.data["error"])

@@ -16,7 +16,7 @@ from swarm.base.log import logger
 from swarm.channel import guest_files
 from swarm.channel.conversation import Open
 from swarm.engine.values import OUTPUT_FILE
-from swarm.errors import ImageError, NotFound, StepError, SwarmError
+from swarm.errors import ImageError, NoSpace, NotFound, StepError, SwarmError
 from swarm.model import Claim, FailureReason, KeepVm, Snapshot
 from swarm.store.store import Store
 from swarm.vm import driver
@@ -61,7 +61,11 @@ class Keeper:
         SwarmError: without it, the step is not done."""
         if not claim.is_source:
             return None
-        made = await self._write(claim, live, kind="step", pause=False, keep_seconds=None)
+        try:
+            made = await self._write(claim, live, kind="step", pause=False, keep_seconds=None)
+        except NoSpace as error:  # not put back, as before its start: its work is done, and would be done again
+            said = f"its VM can't be kept for the steps that start from it: {error}"
+            raise StepError(said, reason=FailureReason.HOST_ERROR, retryable=False) from None
         return made.id
 
     async def keep(self, claim: Claim, live: LiveVm, *, failed: bool) -> Mapping[str, object] | None:
