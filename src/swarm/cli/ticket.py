@@ -168,12 +168,10 @@ async def list_(
 @command(app, "show", examples=["swarm ticket show test-echo-002", "swarm ticket show test-echo-002 --json"], json=True)
 async def show(cli: Cli, id: TicketId) -> None:
     """Show a ticket: its task, its result, each step or attempt, and where its time went."""
-    from swarm.store import kept_vms
 
     async with cli.store() as store:
         id = await store.ticket_id(id)
         found = await store.details(id)
-        kept = await kept_vms.kept(store, id)
         ticket = found.ticket
         await _say_if_unserved(cli, store, ticket)
         names = await store.names((ticket.agent_id, ticket.workflow_id))
@@ -186,7 +184,7 @@ async def show(cli: Cli, id: TicketId) -> None:
         cli.out.line(f"estimated: {counted} (${found.estimated.usd:.4f}); `swarm ticket logs {id} --json` says why")
     if ticket.execution_mode == ExecutionMode.WORKFLOW or ticket.state == TicketState.WAITING:
         render.show_steps(cli.out, ticket, found.runs, found.steps)
-    for one in {one.step_id: one for one in reversed(kept)}.values():  # the newest of each step
+    for one in {one.step_id: one for one in reversed(found.kept)}.values():  # the newest of each step
         until = f" until {iso(one.expires_at)}" if one.expires_at is not None else ""
         which = f" --step '{one.step_id}'" if ticket.execution_mode == ExecutionMode.WORKFLOW else ""
         cli.out.line(f"its VM is kept{until}: `swarm ticket shell {ticket.id}{which}`")

@@ -22,7 +22,7 @@ from swarm.dashboard.text import duration, pretty
 from swarm.dashboard.visible import visible
 from swarm.errors import NotFound
 from swarm.model import TERMINAL_TICKET_STATES, Event, ExecutionMode, Role, Ticket, TicketState
-from swarm.store import ticket_files
+from swarm.store import kept_vms, ticket_files
 from swarm.store.registry.tokens import Actor
 from swarm.store.registry.workers import is_alive
 from swarm.store.sql.rows import QueueStatus, TicketSummary
@@ -97,6 +97,7 @@ async def _state(context: Context, actor: Actor, ticket: Ticket) -> dict[str, An
         "by": _made_by(ticket, first),
         "runs": _runs(ticket, names),
         "texts": texts,
+        "kept": await kept_vms.kept(store, ticket.id) if ticket.started_at is not None else [],
         "files": await _listed(context, ticket),
         "artifacts": (await store.artifacts(ticket_id=ticket.id))[:_FILES],
         "questions": await store.questions(ticket.id) if ticket.state == TicketState.WAITING else [],

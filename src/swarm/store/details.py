@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
-from swarm.model import Ticket
+from swarm.model import Snapshot, Ticket
 from swarm.store import spending
+from swarm.store.sandboxes import snapshots
+from swarm.store.sandboxes.snapshots import SnapshotFilter
 from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import AttemptRow, RunRow, StepRow
 from swarm.store.tickets import dependencies, tickets
 
+KEPT: Final = 500
+KEPT_OF: Final = partial(SnapshotFilter, kinds=("attempt",))
 MOST: Final = 1000  # runs, steps and attempts each
 _MOST_CHARS: Final = 16 << 20  # of steps' inputs and outputs
 
@@ -25,8 +30,8 @@ class Estimated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TicketDetails:
-    """``attempts``: the step that each is of has its `step_id`. Not ``complete``: there are more runs, steps or
-    attempts; these are the newest, and those that wait for an answer."""
+    """``attempts``: the step that each is of has its `step_id`. ``kept``: VMs of its attempts, the newest first. Not
+    ``complete``: there are more runs, steps or attempts; these are the newest, and those that wait for an answer."""
 
     ticket: Ticket
     runs: list[RunRow]
@@ -34,6 +39,7 @@ class TicketDetails:
     attempts: list[AttemptRow]
     depends_on: list[str]
     estimated: Estimated
+    kept: list[Snapshot]
     complete: bool
 
 
@@ -49,4 +55,5 @@ def details(tx: Tx, id: str) -> TicketDetails:
         complete=complete,
         depends_on=dependencies.depends_on(tx, id),
         estimated=Estimated(calls=calls, usd=usd),
+        kept=snapshots.page(tx, KEPT_OF(ticket_id=id), after=None, limit=KEPT).snapshots,
     )

@@ -10,10 +10,9 @@ from typing import Final
 from swarm.errors import Conflict, NotFound
 from swarm.model import Snapshot
 from swarm.store import comparison
-from swarm.store.sandboxes.snapshots import SnapshotFilter
+from swarm.store.details import KEPT, KEPT_OF
 from swarm.store.store import Store
 
-_MOST: Final = 500
 _EVENT: Final = "vm_kept"
 
 
@@ -29,8 +28,7 @@ class KeptVm:
 
 async def kept(store: Store, ticket_id: str) -> list[Snapshot]:
     """Those that are there, the newest first."""
-    which = SnapshotFilter(kinds=("attempt",), ticket_id=ticket_id)
-    return (await store.snapshot_page(which, limit=_MOST)).snapshots
+    return (await store.snapshot_page(KEPT_OF(ticket_id=ticket_id), limit=KEPT)).snapshots
 
 
 async def find(store: Store, ref: str, *, step: str | None = None) -> KeptVm:
