@@ -189,7 +189,12 @@ def shell_in(place: Path, settings: Settings) -> Iterator[Shell]:
 @pytest.mark.slow
 @pytest.mark.needs("qemu")
 @pytest.mark.parametrize(
-    "page", [pytest.param("README.md", marks=pytest.mark.needs("claude-code")), "docs/tutorial.md"]
+    "page",
+    [
+        pytest.param("README.md", marks=pytest.mark.needs("claude-code")),
+        "docs/tutorial.md",
+        "docs/sandboxes.md",
+    ],
 )
 def test_a_page_shows_what_its_commands_print(page: str, settings: Settings, image: object, tmp_path: Path) -> None:
     installed, home = "/opt/swarm-platform", str(tmp_path / ".demo")
@@ -210,7 +215,7 @@ def test_a_page_shows_what_its_commands_print(page: str, settings: Settings, ima
     assert not stale, "the page doesn't show what these print:\n" + "\n".join(printed)
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/sandboxes.md"])
 def test_every_transcript_of_a_page_is_run(page: str) -> None:
     assert not [block.text for block in blocks(page) if block.kind != "run" and re.search(r"^\$ ", block.text, re.M)]
 
