@@ -12,7 +12,18 @@ from typing import Final
 
 from swarm.base.clock import iso
 from swarm.ledger import Account, Bill, Order, Spend
-from swarm.model import Agent, Claim, Event, Failed, FailureReason, Succeeded, Ticket
+from swarm.model import (
+    Agent,
+    Claim,
+    Event,
+    Failed,
+    FailureReason,
+    Sandbox,
+    SandboxState,
+    Snapshot,
+    Succeeded,
+    Ticket,
+)
 from swarm.store.store import Store
 from tests.api.served import ECHO, Served
 from tests.store.flows import register
@@ -90,6 +101,61 @@ async def approval(served: Served, id: str, *, title: str = "Release 4.2") -> No
     await claims(served.store, 1)
 
 
+async def sandboxes(store: Store) -> None:
+    """Of an engine that is ours: one that runs and has a story, one that sleeps, one that starts, one that is lost."""
+    made = {}
+    for name, fields in (
+        ("repo-main", {"labels": '{"team": "parsers"}', "memory_mb": 1024, "ttl_seconds": 86_400.0, "budget_usd": 5.0}),
+        ("asleep", {"memory_mb": 512}), ("gone", {}),
+    ):  # fmt: skip
+        new = Sandbox(id="", state="starting", name=name, agent_id=CLAUDE.id, **fields)
+        await store.add_sandbox(new, by="the-operator")
+        (made[name],) = await store.claim_sandboxes("engine-1", "build-7", lease_seconds=600, limit=1)
+        await store.sandbox_running(made[name].hold_id, 40 + len(made))
+    id = made["repo-main"].sandbox.id
+    done: tuple[tuple[list[str], dict[str, object]], ...] = (
+        (["git", "clone", "https://git.example/parsers.git", "."], {"code": 0, "ms": 2310.0}),
+        (["sh", "-c", "pytest -q tests/parser"], {"code": 1, "ms": 48_200.0}),
+        (["python3", "-m", "http.server", "8000"], {}),
+        (["sh", "-c", "make -j4 all"], {"code": None, "signal": None, "timed_out": True, "ms": 600_000.0}),
+    )
+    events = list[Event]()
+    for number, (argv, end) in enumerate(done):
+        told: dict[str, object] = {"process": f"p{number}", "by": "the-operator"}
+        started = {**told, "argv": argv, "user": "agent", "background": not end}
+        events.append(Event(ticket_id="", sandbox_id=id, kind="exec", data=started))
+        if end:
+            events.append(Event(ticket_id="", sandbox_id=id, kind="exit", data={**told, **end}))
+    of_files = {"path": "/work/src/dates.py", "op": "write", "bytes": 4123, "by": "the-operator"}
+    events.append(Event(ticket_id="", sandbox_id=id, kind="files", data=of_files))
+    reached = {"via": "proxy", "host": "pypi.org", "port": 443, "ms": 420.0}
+    events.append(Event(ticket_id="", sandbox_id=id, kind="egress", data=reached))
+    await store.append(events)
+    account = Account(
+        ticket_id=None, run_id="", step_execution_id="", step_id="", attempt_id=made["repo-main"].hold_id,
+        agent_id=CLAUDE.id, agent_name=CLAUDE.name, sandbox_id=id,
+    )  # fmt: skip
+    most = Spend(tokens=60_000, usd=1.0)
+    await store.reserve(
+        Order(id="in-box", account=account, upstream="anthropic", model="claude-sonnet-5", most=most, least=most)
+    )
+    await store.book(
+        Bill(
+            id="in-box", account=account, upstream="anthropic", model="claude-sonnet-5", status=200,
+            counts={"input": 5200, "output": 410}, cost_usd=0.034, latency_ms=2900.0,
+        )
+    )  # fmt: skip
+    await store.add_snapshot(
+        Snapshot(id="kept-1", kind="named", name="after-clone", host="build-7", sandbox_id=id, size_bytes=301 << 20)
+    )
+    asleep = made["asleep"]
+    pause = Snapshot(id="pause-1", kind="pause", host="build-7", sandbox_id=asleep.sandbox.id, size_bytes=188 << 20)
+    await store.sandbox_paused(asleep.hold_id, pause)
+    why = "the engine died while it ran"
+    await store.sandbox_ended(made["gone"].hold_id, SandboxState.LOST, why)
+    await store.add_sandbox(Sandbox(id="", state="starting", name="new", agent_id=CLAUDE.id), by="the-operator")
+
+
 async def fill(served: Served) -> None:
     store = served.store
     await store.put_agent(CLAUDE)
@@ -136,6 +202,7 @@ async def fill(served: Served) -> None:
         replace(await _draft("blocked", "Send the write-up"), agent_id=ECHO.id), depends_on=["next"], by="the-operator"
     )
     await claims(store, 0)
+    await sandboxes(store)
     await served.add("gone", title="An idea that was dropped")
     await store.cancel("gone", "the-operator")
     _back_date(served.settings.data_dir / "swarm.db")

@@ -18,7 +18,8 @@ PAGES: Final = {
     "now": "/", "tickets": "/tickets", "failed": "/tickets?state=failed&text=fix", "ticket": "/tickets/t07",
     "running": "/tickets/run-1", "waiting": "/tickets/release", "cancel": "/tickets/run-1/cancel", "login": "/login",
     "bulk": "/tickets/bulk?do=retry&all=1&state=failed", "approvals": "/approvals",
-    "graph": "/tickets/release/graph", "agents": "/agents", "costs": "/costs", "hosts": "/hosts",
+    "graph": "/tickets/release/graph", "sandboxes": "/sandboxes", "sandbox": "/sandboxes/repo-main",
+    "sandbox-end": "/sandboxes/repo-main/end", "agents": "/agents", "costs": "/costs", "hosts": "/hosts",
 }  # fmt: skip
 DOCS: Final = Path(__file__).parent.parent.parent / "docs" / "images"
 

@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from swarm.api.endpoint import Context
 from swarm.dashboard import pages
-from swarm.model import Role, Ticket
+from swarm.model import Role, Sandbox, Ticket
 from swarm.store.registry.tokens import Actor, new_token
 from tests.api.served import ECHO, Served
 
@@ -38,6 +38,11 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("GET", "/tickets/{id}/graph/step"): OWN,
     ("POST", "/tickets/{id}/graph/retry"): OWN,
     ("POST", "/tickets/{id}/answer"): OWN,
+    ("GET", "/sandboxes"): READ,
+    ("GET", "/sandboxes/{id}"): OWN,
+    ("POST", "/sandboxes/{id}/pause"): OWN,
+    ("GET", "/sandboxes/{id}/end"): OWN,
+    ("POST", "/sandboxes/{id}/end"): OWN,
     ("GET", "/approvals"): READ,
     ("GET", "/agents"): READ,
     ("GET", "/agents/{id}"): READ,
@@ -74,6 +79,8 @@ async def test_what_a_projects_token_gets(served: Served) -> None:
     await served.admin.post("/v1/workflows", content=WORKFLOW, headers={"content-type": "application/yaml"})
     (workflow,) = (await served.viewer.get("/v1/workflows")).json()
     await served.add("theirs-1", project_id="theirs", title="title of theirs")
+    sandbox = Sandbox(id="theirs-1", state="starting", name="name-of-theirs", project_id="theirs")
+    await served.store.add_sandbox(sandbox, by="test")
     refs = {"/agents/{id}": ECHO.id, "/workflows/{id}": workflow["id"]}
     async with await _holder(served, "mine") as mine:
         for (method, path), kind in TABLE.items():
@@ -91,6 +98,7 @@ async def test_what_a_projects_token_gets(served: Served) -> None:
                 for told in ("theirs", "<code>17 3", "by schedule", 'href="/hosts"', 'href="/costs"'):
                     assert told not in answer.text or (told == "theirs" and path == "/tickets/bulk"), (told, where)
     assert (await served.store.ticket("theirs-1")).state == "ready"
+    assert (await served.store.sandbox("theirs-1")).state == "starting"
     assert "<code>17 3" in (await served.viewer.get("/schedules")).text
     assert "by schedule" in (await served.viewer.get("/workflows")).text
 

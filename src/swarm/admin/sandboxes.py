@@ -116,4 +116,6 @@ async def _socket(store: Store, row: Sandbox) -> Path | None:
 
 
 async def _engine_here(store: Store) -> bool:
-    return any(is_alive(one) and one.host == socket.gethostname() for one in await store.workers())
+    """One that holds sandboxes."""
+    ours = [one for one in await store.workers() if one.host == socket.gethostname() and "live" in one.info]
+    return any(is_alive(one) for one in ours)

@@ -42,6 +42,7 @@ _CHECK_SECONDS: Final = 30.0
 _PART: Final = 0.05  # of the time, at most, is spent on reading gauges, however often they are asked for
 _ENGINES: Final = 100
 _LIVE_STATES: Final = ("ready", "in_progress", "waiting", "blocked")
+_LIVE_SANDBOXES: Final = ("starting", "running", "paused")
 _PHASE_BUCKETS: Final = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 1800, 7200)
 _CALL_BUCKETS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS: Final = ("input", "output", "cache_read", "cache_write")
@@ -161,7 +162,8 @@ class Metrics:
         async with self._reading:
             if time.monotonic() >= self._fresh_until:
                 began = time.monotonic()
-                self._gauges.read(await self._store.backlog(), await self._store.workers(), self._store.use())
+                counts = await self._store.sandbox_counts()
+                self._gauges.read(await self._store.backlog(), counts, await self._store.workers(), self._store.use())
                 now = time.monotonic()
                 self._fresh_until = now + (now - began) / _PART
         return await asyncio.to_thread(generate_latest, self.registry)
@@ -181,7 +183,13 @@ class _Gauges(Collector):
     def describe(self) -> list[Metric]:
         return []
 
-    def read(self, backlog: Backlog, workers: list[WorkerRow], use: Mapping[str, Mapping[str, float]]) -> None:
+    def read(
+        self,
+        backlog: Backlog,
+        sandboxes: Mapping[str, int],
+        workers: list[WorkerRow],
+        use: Mapping[str, Mapping[str, float]],
+    ) -> None:
         tickets = GaugeMetricFamily("swarm_tickets", "Tickets that have not ended", labels=["state"])
         oldest = GaugeMetricFamily("swarm_tickets_oldest_seconds", "Age of the oldest of them", labels=["state"])
         for state in _LIVE_STATES:
@@ -190,10 +198,13 @@ class _Gauges(Collector):
         steps = GaugeMetricFamily("swarm_steps", "Steps of workflows in the queue", labels=["state"])
         steps.add_metric(["ready"], backlog.steps_ready)
         steps.add_metric(["delayed"], backlog.steps_delayed)
+        held = GaugeMetricFamily("swarm_sandboxes", "Sandboxes that have not ended", labels=["state"])
+        for state in _LIVE_SANDBOXES:
+            held.add_metric([state], sandboxes.get(state, 0))
         running = GaugeMetricFamily("swarm_attempts_running", "Attempts under a lease", backlog.attempts_running)
         alive = [row for row in workers if is_alive(row)][:_ENGINES]
         engines = GaugeMetricFamily("swarm_engines", "Engines that gave a sign of life just now", len(alive))
-        self._found = [tickets, oldest, steps, running, engines, *_of_engines(alive), *_of_store(alive, use)]
+        self._found = [tickets, oldest, steps, held, running, engines, *_of_engines(alive), *_of_store(alive, use)]
 
 
 def _of_engines(alive: list[WorkerRow]) -> list[Metric]:
@@ -202,6 +213,7 @@ def _of_engines(alive: list[WorkerRow]) -> list[Metric]:
         ("swarm_engine_vms", "running", "VMs that an engine runs"),
         ("swarm_engine_vms_max", "max_vms", "VMs that it may run at once"),
         ("swarm_engine_vms_kept_ready", "kept_ready", "VMs that its pool keeps ready"),
+        ("swarm_engine_sandboxes", "sandboxes", "Sandboxes that it holds"),
         ("swarm_engine_stopping", "stopping", "1 if it starts no more tickets"),
     ):
         family = GaugeMetricFamily(name, what, labels=["engine"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from swarm.dashboard.text import duration, words
+from swarm.dashboard.text import duration, size, words
 from swarm.model import Event
 
 _WHY: Final = ("why", "reason", "error")
@@ -30,6 +30,20 @@ def told(event: Event) -> str:
     if event.kind == "egress" and "host" in data:
         port = f":{data['port']}" if data.get("port") else ""
         return _joined(f"{data['host']}{port}", data.get("refused") or _ms(data, "ms"))
+    if event.kind == "exec" and isinstance(data.get("argv"), list):
+        return _joined(" ".join(map(str, data["argv"])), f"by {data.get('by', '')}")  # type: ignore[call-overload]
+    if event.kind == "exit":
+        end = "out of time" if data.get("timed_out") is True else ""
+        status = next((f"{name} {data[name]}" for name in ("signal", "code") if data.get(name) is not None), "")
+        return _joined(f"process {data.get('process', '')}", end or status, _ms(data, "ms"), data.get("error"))
+    if event.kind == "files":
+        to, moved = data.get("to"), data.get("bytes")
+        return _joined(
+            f"{words(data.get('op', ''))} {data.get('path', '')}" + (f" to {to}" if to else ""),
+            size(moved) if isinstance(moved, int) else "",
+            f"by {data.get('by', '')}" if data.get("by") else "",
+            data.get("error"),
+        )
     some = {name: value for name, value in data.items() if isinstance(value, str | int | float)}
     return _joined(*(f"{name} {_word(value)}" for name, value in some.items()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.routing import BaseRoute, Route
 
 from swarm.api.endpoint import Context
-from swarm.dashboard import approvals, costs, hosts, login, registry, run, ticket, tickets
+from swarm.dashboard import approvals, costs, hosts, login, registry, run, sandboxes, ticket, tickets
 from swarm.dashboard.live import live
 from swarm.dashboard.now import Now
 from swarm.dashboard.render import page, static
@@ -22,6 +22,7 @@ def routes(context: Context) -> list[BaseRoute]:
         page(context, "/", Now(hours).page()),
         *tickets.routes(context),
         *ticket.routes(context),
+        *sandboxes.routes(context),
         *_runs(context),
         *_registry(context, hours),
     ]

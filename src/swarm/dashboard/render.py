@@ -36,7 +36,7 @@ log = logger(__name__)
 
 # The pages of the top line: name, address, and the key that follows `g`.
 SECTIONS: Final = (
-    ("Now", "/", "n"), ("Tickets", "/tickets", "t"), ("Approvals", "/approvals", "a"),
+    ("Now", "/", "n"), ("Tickets", "/tickets", "t"), ("Sandboxes", "/sandboxes", "b"), ("Approvals", "/approvals", "a"),
     ("Workflows", "/workflows", "w"), ("Agents", "/agents", "e"), ("Schedules", "/schedules", "s"),
     ("Costs", "/costs", "c"), ("Hosts", "/hosts", "h"),
 )  # fmt: skip

@@ -573,6 +573,14 @@ class Store:
         """Events with ``seq`` > ``after``, in order."""
         return await self._read.call(events.of_sandbox, id, after=after, limit=limit)
 
+    async def sandbox_history(self, id: str, *, limit: int = 200) -> list[Event]:
+        """The newest events, newest first."""
+        return await self._read.call(events.last_of_sandbox, id, limit=limit)
+
+    async def sandbox_calls(self, id: str, *, limit: int = 200) -> list[ModelCall]:
+        """Model calls, newest first."""
+        return await self._read.call(display.sandbox_calls, id, limit=limit)
+
     async def sandboxes_due(self, host: str) -> Due:
         """Is there something to claim for an engine of this host? Else: when a lease or a time to live ends."""
         return await self._read.call(taking.due, host=host)

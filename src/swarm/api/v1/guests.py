@@ -114,7 +114,10 @@ def order_of(given: Command, *, pty: tuple[int, int] | None = None, open_stdin: 
 async def live_of(call: Call) -> Live:
     """The way to the sandbox that the path names, which runs then. Raises Refused, NotFound, Conflict."""
     row = await usable_sandbox(call)
-    return await sandboxes.reach(call.store, row.id, by=call.actor.name)
+    reaching = sandboxes.reach(call.store, row.id, by=call.actor.name)
+    if call.request.scope.get("method") in ("GET", "DELETE", "POST"):
+        return await while_wanted(call, reaching)
+    return await first(reaching, forbidden(call))  # what is to be read of an upload, or a socket, is not read here
 
 
 async def while_wanted(call: Call, work: Coroutine[Any, Any, T]) -> T:
@@ -156,13 +159,11 @@ async def begun(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 async def exec_command(call: Call) -> Executed:
     given: Exec = call.body
 
-    async def executed() -> Executed:
-        return await _executed(await live_of(call), given)
-
+    live = await live_of(call)
     if given.max_output_bytes <= _USUAL_OUTPUT_BYTES:
-        return await while_wanted(call, executed())
+        return await while_wanted(call, _executed(live, given))
     with call.context.outgoing.kept(2 * given.max_output_bytes):
-        return await while_wanted(call, executed())
+        return await while_wanted(call, _executed(live, given))
 
 
 async def _executed(live: Live, given: Exec) -> Executed:

@@ -42,11 +42,14 @@ _NEXT: Final = Sql(
 )
 _STEPS: Final = Sql("SELECT s.step_id FROM step_executions s WHERE s.run_id = :run_id ORDER BY s.id LIMIT :limit")
 _FROM: Final = Sql("SELECT COALESCE(max(d.seq), 0) AS seq FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'")
-_CALLS: Final = Sql(
+_CALL: Final = (
     "SELECT c.at, c.step_execution_id, c.attempt_id, c.upstream, c.model, c.status, c.input_tokens, c.output_tokens, "
-    "c.cache_read_tokens, c.cache_write_tokens, c.cost_usd, c.latency_ms, c.note FROM model_calls c WHERE c.run_id IN "
-    "(SELECT id FROM workflow_runs WHERE ticket_id = :id) ORDER BY c.at DESC LIMIT :limit"
+    "c.cache_read_tokens, c.cache_write_tokens, c.cost_usd, c.latency_ms, c.note FROM model_calls c"
 )
+_CALLS: Final = Sql(
+    f"{_CALL} WHERE c.run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :id) ORDER BY c.at DESC LIMIT :limit"
+)
+_CALLS_OF_SANDBOX: Final = Sql(f"{_CALL} WHERE c.sandbox_id = :id ORDER BY c.at DESC LIMIT :limit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +162,7 @@ def _some(
 def calls(tx: Tx, ticket_id: str, *, limit: int) -> list[ModelCall]:
     """Newest first."""
     return [rows.value(ModelCall, row) for row in tx.all(_CALLS, id=ticket_id, limit=limit)]
+
+
+def sandbox_calls(tx: Tx, sandbox_id: str, *, limit: int) -> list[ModelCall]:
+    return [rows.value(ModelCall, row) for row in tx.all(_CALLS_OF_SANDBOX, id=sandbox_id, limit=limit)]

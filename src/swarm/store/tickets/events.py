@@ -37,6 +37,11 @@ OF_SANDBOX: Final = Sql(
     f"SELECT {_COLUMNS} FROM events e WHERE e.sandbox_id = :id AND e.seq > :after AND e.seq > COALESCE("
     "(SELECT max(d.seq) FROM events d WHERE d.sandbox_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
 )
+LAST_OF_SANDBOX: Final = Sql(
+    f"SELECT {_COLUMNS} FROM events e WHERE e.sandbox_id = :id AND e.seq > COALESCE("
+    "(SELECT max(d.seq) FROM events d WHERE d.sandbox_id = :id AND d.kind = 'deleted'), 0) "
+    "ORDER BY e.seq DESC LIMIT :limit"
+)
 _LAST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE ticket_id = :id")
 _LOOKED_AT: Final = "SELECT seq, ticket_id, sandbox_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :scanned"
 _LAST_LOOKED_AT: Final = Sql(f"SELECT COALESCE(max(seq), :after) AS seq FROM ({_LOOKED_AT}) e")
@@ -79,6 +84,10 @@ def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Eve
 
 def of_sandbox(tx: Tx, id: str, *, after: int, limit: int) -> list[Event]:
     return [rows.event(row) for row in tx.all(OF_SANDBOX, id=id, after=after, limit=limit)]
+
+
+def last_of_sandbox(tx: Tx, id: str, *, limit: int) -> list[Event]:
+    return [rows.event(row) for row in tx.all(LAST_OF_SANDBOX, id=id, limit=limit)]
 
 
 def record(
