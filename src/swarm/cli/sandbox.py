@@ -167,7 +167,7 @@ async def show(
     async with cli.store() as store:
         one = await store.sandbox(id)
         story = await _story(store, one.id)
-        costs = next((cost for cost in await store.costs("sandbox") if cost.name == one.id), None)
+        costs = await store.sandbox_costs(one.id)
         names = await store.names((one.agent_id,))
     if cli.out.json:
         cli.out.dump({"sandbox": one, "events": story, "cost": costs})
