@@ -190,6 +190,8 @@ class SandboxCampaign(Campaign):
         assert not awake, f"seed {self.seed}: held by nobody that lives: {awake}"
         lost = [row for row in await self.rows("lost") if not row.error]
         assert not lost, f"seed {self.seed}: lost without a sentence: {lost}"
+        stopped = [row for row in await self.rows("lost") if "could not pause it" in (row.error or "")]
+        assert not [row for row in stopped if "SIGKILL" not in (row.error or "")], f"seed {self.seed}: {stopped}"
         bugs = [row for row in await self.rows() if "unexpected" in (row.error or "")]
         assert not bugs, f"seed {self.seed}: {bugs}"
         report = await prove(self.settings)

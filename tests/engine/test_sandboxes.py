@@ -88,6 +88,13 @@ async def test_a_stop_of_the_engine_loses_none(desk: Desk) -> None:
     assert 7 in [event["code"] for event in await desk.told("s", "exit")], "told when it was paused"
 
 
+async def test_one_that_has_just_started_is_paused_too(desk: Desk) -> None:
+    async with desk.engine():
+        desk.insert("s")
+        await desk.running("s")  # its programs may not run yet
+    assert (await desk.store.sandbox("s")).state == "paused"
+
+
 async def test_after_a_kill_it_is_lost_and_what_slept_is_not(desk: Desk) -> None:
     templates = str(desk.settings.templates)
     async with engine_process(desk, "--max-sandboxes=4", driver="qemu", SWARM_TEMPLATES_DIR=templates) as first:

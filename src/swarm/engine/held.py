@@ -43,7 +43,7 @@ class Held:
         self.egress: AttemptEgress | None = None
         self.vm_id: int | None = None
         self.executing = True
-        self.runs = False  # its row says so
+        self.runs = False  # its row says so, or is about to
         self.asked: Ending | None = None
         self.by: str | None = None  # who asked for it
         self.lost = False  # its lease is: nothing of it may be written any more

@@ -208,7 +208,7 @@ class Sandboxes:
         """Hold no more, and pause all that are held. Doesn't wait: see `drained`."""
         self.stopping = True
         for held in list(self._held.values()):
-            if held.started.done() or held.claim.resumes:
+            if held.runs or held.claim.resumes:
                 held.want(Ending.PAUSED)
             else:
                 held.cancel(lost=False)
@@ -246,8 +246,8 @@ class Sandboxes:
     async def _live(self, held: Held) -> _Done:
         async def runs(n: int) -> None:
             crash_points.reach("sandbox-started")
+            held.runs = True  # from now on a stop pauses it
             await self._insist(held, lambda: self._store.sandbox_running(held.claim.hold_id, n))
-            held.runs = True
 
         try:
             async with self._machines.started(held, runs) as live:
