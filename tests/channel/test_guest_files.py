@@ -19,9 +19,10 @@ from swarm.channel import guest_files as gf
 from swarm.channel import guest_trees as gt
 from swarm.channel import ports
 from swarm.channel.conversation import Open
+from swarm.channel.dial import Endpoint
 from swarm.channel.guest import Guest as Connections
 from swarm.errors import Conflict, NotFound, UsageError
-from tests.channel.agentd_here import TOKEN, Guest, running
+from tests.channel.agentd_here import TOKEN, Guest, running, serving
 
 pytestmark = pytest.mark.slow  # starts programs
 
@@ -192,6 +193,45 @@ async def test_nobody_sees_half_of_a_file_and_a_broken_one_is_taken_up(guest: Gu
     with pytest.raises(UsageError, match="10 bytes came, and 11 were announced"):
         await gf.write(opens, "x", data[:10], size=11)
     assert (guest.work / "x").read_bytes() == data
+    assert not list(guest.work.glob(".swarm-*"))
+
+
+async def test_a_file_is_taken_up_where_its_connection_broke(guest: Guest, tmp_path: Path) -> None:
+    """By a host in between, which breaks the first connections after some megabytes."""
+    data = os.urandom(8 << 20)
+    (tmp_path / "x").write_bytes(data)
+    let, passed = [3 << 20, 1 << 20], 0
+
+    async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal passed
+        inner, out = await asyncio.open_unix_connection(guest.vm.endpoint.unix)
+
+        async def back() -> None:
+            while said := await inner.read(65536):
+                writer.write(said)
+            writer.close()
+
+        answers = asyncio.create_task(back())
+        sent = 0
+        while piece := await reader.read(65536):
+            sent += len(piece)
+            out.write(piece)
+            await out.drain()
+            if let and sent > let[0]:
+                let.pop(0)
+                writer.transport.abort()
+                break
+        passed += sent
+        out.close()
+        await asyncio.gather(answers, out.wait_closed(), return_exceptions=True)
+
+    async with serving(tmp_path / "s", between):
+        connections = Connections(Endpoint(unix=tmp_path / "s"), TOKEN)
+        assert await gf.put(connections.open, tmp_path / "x", "x") == len(data)
+        await connections.close()
+    assert (guest.work / "x").read_bytes() == data
+    assert not let
+    assert passed < 2 * len(data)
     assert not list(guest.work.glob(".swarm-*"))
 
 

@@ -334,6 +334,8 @@ def test_file_operations_have_the_rights_of_their_user(guest: Guest) -> None:
         assert (await files.stat(open_, "/etc/shadow", user="root")).uid == 0
         await files.write(open_, "/root/given", b"", user="root", owner="agent")
         assert (await files.stat(open_, "/root/given", user="root")).uid == 1000
+        await files.write(open_, "/work/mine", b"2", user="root")
+        assert (await files.stat(open_, "/work/mine")).uid == 1000
         assert not await files.exists(open_, "/work/x")
         left_out: list[str] = []
         async for _ in trees.pack(open_, "/run", left_out=left_out):

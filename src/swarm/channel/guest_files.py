@@ -213,7 +213,8 @@ async def write(
 ) -> int:
     """Write a file in the guest; returns its size. It is replaced as a whole, once all has come.
 
-    ``mode``: default that of the file that it replaces, or 644. ``owner``: for root, who may give it to 'agent'.
+    ``mode``: default that of the file that it replaces, or 644. ``owner``: for root, who may give it to 'agent';
+    default the owner of the file that root replaces, or ``user``.
     ``parents``: make the directories above it. ``size``: of all; without it, an early end of ``data`` is not noticed.
     ``upload``: 1 to 64 letters, digits and '-' of the caller's choice, under which what came of a broken write is
     kept: ask `uploaded` how much, and go on with the rest of the data at that ``offset``.

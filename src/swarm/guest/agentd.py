@@ -1075,18 +1075,26 @@ def open_regular(path: str) -> int:
 def write(agentd: Agentd, connection: Connection, head: Header, payload: bytes) -> Header:
     """Write a file: beside the one that it replaces, and then in its place, so nobody sees half of it. ``size``: of it
     all. ``upload``: a name under which a broken one is kept, to go on at ``offset``; see `uploaded`. ``mode``: default
-    that of the file it replaces, or 644. ``parents``: make directories above it. ``owner``: another than ``user``."""
+    that of the file it replaces, or 644. ``parents``: make directories above it. ``owner``: another than ``user``; a
+    file that root replaces keeps its own."""
     path, upload = place(agentd, head), upload_of(head)
     offset = int(number(head, "offset")) if upload and head.get("offset") else 0
     if head.get("parents"):
         make_parents(os.path.dirname(path))
     parent, name, part = open_beside(path, upload or os.urandom(8).hex())
     try:
-        mode = head.get("mode")
-        if mode is None:
-            mode = mode_of(parent, name)
-        elif not isinstance(mode, int) or isinstance(mode, bool):
-            raise Refused("'mode' must be a number")
+        there, owner = file_at(parent, name), None
+        mode = (
+            int(number(head, "mode"))
+            if head.get("mode") is not None
+            else stat.S_IMODE(there.st_mode)
+            if there
+            else 0o644
+        )
+        if head.get("owner") is not None:
+            owner = agentd.owner(head)
+        elif there and agentd.in_vm and head.get("user") == "root":
+            owner = there.st_uid, there.st_gid
         fd = take_up(parent, part, offset) if offset else create(parent, part)
         kept = False
         try:
@@ -1097,9 +1105,9 @@ def write(agentd: Agentd, connection: Connection, head: Header, payload: bytes) 
                     data = data[os.write(fd, data) :]
             if head.get("size") is not None and total != number(head, "size"):
                 raise Refused(f"{total} bytes came, and {head['size']} were announced")
-            os.fchmod(fd, mode & 0o7777)
-            if head.get("owner") is not None and (owner := agentd.owner(head)):
+            if owner:
                 os.fchown(fd, *owner)
+            os.fchmod(fd, mode & 0o7777)
             os.rename(part, name, src_dir_fd=parent, dst_dir_fd=parent)
             kept = True
         except Broken:
@@ -1143,17 +1151,17 @@ def open_beside(path: str, upload: str) -> tuple[int, str, str]:
     return os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), name, f".swarm-{upload}.part"
 
 
-def mode_of(parent: int, name: str) -> int:
-    """The mode of the file that will be replaced."""
+def file_at(parent: int, name: str) -> os.stat_result | None:
+    """The file that will be replaced, if there is one. Nothing but a file is."""
     try:
-        mode = os.lstat(name, dir_fd=parent).st_mode
+        status = os.lstat(name, dir_fd=parent)
     except FileNotFoundError:
-        return 0o644
-    if stat.S_ISDIR(mode):
+        return None
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(mode):
-        raise NotRegular(f"{name} is a {KINDS.get(stat.S_IFMT(mode), 'device')}, not a file")
-    return stat.S_IMODE(mode)
+    if not stat.S_ISREG(status.st_mode):
+        raise NotRegular(f"{name} is a {KINDS.get(stat.S_IFMT(status.st_mode), 'device')}, not a file")
+    return status
 
 
 def take_up(parent: int, part: str, offset: int) -> int:
