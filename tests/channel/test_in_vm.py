@@ -24,6 +24,7 @@ from swarm.errors import AgentTimeout, ChannelError, Conflict, NoSpace, UsageErr
 from swarm.vm.driver import AGENTD_PORT, Image, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.network.network import Network
+from tests.channel.conformance import CASES
 
 pytestmark = pytest.mark.needs("qemu")
 T = TypeVar("T")
@@ -392,6 +393,15 @@ with socket.create_server(("127.0.0.1", 8000)) as server:
                     writer.close()
                     await writer.wait_closed()
             assert (await server.exit()).code == 0
+
+    with_files(guest, work)
+
+
+def test_what_others_expect_of_a_sandbox(guest: Guest) -> None:
+    async def work(open_: Open) -> None:
+        for case in CASES:
+            async with asyncio.timeout(60):
+                await case(open_, True)
 
     with_files(guest, work)
 

@@ -30,10 +30,10 @@ STREAMS: Final = ("stdout", "stderr")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """A program to run. ``cwd``: the user's home directory, if None. ``pty``: columns and rows of a terminal, where
-    stdout and stderr are one. ``stdin``: what it reads first (at most 1 MiB); with ``open_stdin``, or in a terminal,
-    `Process.write` sends more. ``background``: it outlives the conversation. ``process``: its name, 1 to 64 of a-z, 0-9
-    and '-'."""
+    """A program to run. ``cwd``: the user's home directory, or below it, if not absolute. ``pty``: columns
+    and rows of a terminal, where stdout and stderr are one. ``stdin``: what it reads first (at most 1 MiB); with
+    ``open_stdin``, or in a terminal, `Process.write` sends more. ``background``: it outlives the conversation.
+    ``process``: its name, 1 to 64 of a-z, 0-9 and '-'."""
 
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)

@@ -1161,6 +1161,11 @@ def file_at(parent: int, name: str) -> os.stat_result | None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):
         raise NotRegular(f"{name} is a {KINDS.get(stat.S_IFMT(status.st_mode), 'device')}, not a file")
+    try:  # who may not write to it may not replace it, either
+        os.close(os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent))
+    except OSError as error:
+        if error.errno != errno.ETXTBSY:  # a program that runs can be replaced
+            raise
     return status
 
 
@@ -2765,7 +2770,8 @@ class Agentd:
         if user not in USERS:
             raise Refused(f"no such user: {user!r:.40}")
         uid, gid, home = USERS[user]
-        cwd = (home if self.in_vm else "/work") if head.get("cwd") is None else text(head, "cwd")
+        home = home if self.in_vm else "/work"
+        cwd = home if head.get("cwd") is None else os.path.join(home, text(head, "cwd"))
         return user, {
             "argv": [self.inside(argv[0]), *argv[1:]],
             "env": env,  # plus the user's environment, unless the process has it already
