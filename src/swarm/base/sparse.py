@@ -26,6 +26,7 @@ _COMPARED_BYTES: Final = 64 << 10
 _COPIED_BYTES: Final = 64 << 20  # some 40 ms
 _SPARE_BYTES: Final = 64 << 20
 _TICK_NS: Final = 50_000_000
+_SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 _ZEROS: Final = bytes(_COMPARED_BYTES)
 _KEEP_SIZE_PUNCH_HOLE: Final = 0x01 | 0x02  # linux/falloc.h
 # Not for these two files, or not by this kernel.
@@ -200,6 +201,15 @@ def data_in(fd: int) -> Iterator[tuple[int, int]]:
             raise
         end = os.lseek(fd, start, os.SEEK_HOLE)
         yield start, end
+
+
+def write_back(path: Path) -> None:
+    """Have the kernel begin to write the file to the disk, which it would do within half a minute, and don't wait."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        libc().sync_file_range(fd, ctypes.c_long(0), ctypes.c_long(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+    finally:
+        os.close(fd)
 
 
 def dig(path: Path, check: Check = _never) -> None:

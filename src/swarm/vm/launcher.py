@@ -213,18 +213,19 @@ class Launcher:
         try:
             with stage.explained():
                 async with live.vm.pausing(stage.dir, freeze=live.freeze):
-                    return await self._seal(live, stage)
+                    return await self._seal(live, stage, lasts=True)
         except BaseException:
             await finish_uninterrupted(quietly(live.thaw()))
             raise
 
-    async def _seal(self, live: LiveVm, stage: Stage) -> Snapshot:
+    async def _seal(self, live: LiveVm, stage: Stage, *, lasts: bool = False) -> Snapshot:
         return await stage.seal(
             spec=live.spec,
             identity=live.identity,
             driver=self._driver.name,
             accelerator=self._probe.accelerator,
             version=self._probe.version,
+            lasts=lasts,
         )
 
     @asynccontextmanager

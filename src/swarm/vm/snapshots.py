@@ -26,7 +26,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from swarm.base import files
+from swarm.base import files, sparse
 from swarm.base.aio import finish_uninterrupted, stoppable
 from swarm.base.log import logger
 from swarm.channel import Identity
@@ -68,9 +68,12 @@ class Stage:
         with self._owner.explained():
             yield
 
-    async def seal(self, *, spec: VmSpec, identity: Identity, driver: str, accelerator: str, version: str) -> Snapshot:
-        """Give it its manifest, with the digests of its files, and its name. Raises NoSpace (also if it is more than
-        all snapshots together may take), HostError."""
+    async def seal(
+        self, *, spec: VmSpec, identity: Identity, driver: str, accelerator: str, version: str, lasts: bool = False
+    ) -> Snapshot:
+        """Give it its manifest, with the digests of its files, and its name. ``lasts``: it is all that there is of its
+        VM, so its way to the disk begins at once. Raises NoSpace (also if it is more than all snapshots together may
+        take), HostError."""
         with self.explained():
             about = {"spec": spec_as_json(spec), "driver": driver, "accelerator": accelerator, "version": version}
             manifest = {
@@ -80,7 +83,7 @@ class Stage:
                 "identity": _identity_as_json(identity),
                 "created_at": time.time(),
             }
-            digest = await stoppable(lambda check: _write_manifest(self.dir, manifest, check))
+            digest = await stoppable(lambda check: _write_manifest(self.dir, manifest, lasts, check))
             size = _size_of(self.dir)
             await asyncio.to_thread(self._owner.check_limit)
             final = self._owner.dir / self.id
@@ -256,11 +259,13 @@ def _identity_as_json(identity: Identity) -> dict[str, Any]:
     return {k: v.hex() if k in _BYTES else v for k, v in fields.items()} | {"seed": ""}
 
 
-def _write_manifest(dir: Path, manifest: dict[str, Any], check: Any) -> str:
+def _write_manifest(dir: Path, manifest: dict[str, Any], lasts: bool, check: Any) -> str:
     """Returns the digest over all files."""
     built = {}
     for file in sorted(dir.iterdir()):
         file.chmod(0o600)
+        if lasts:
+            sparse.write_back(file)
         built[file.name] = {"sha256": files.sparse_sha256_of(file, check), "bytes": file.stat().st_size}
     files.write_atomically(dir / MANIFEST, json.dumps({**manifest, "files": built}, indent=1), mode=0o600)
     staging.stamp(_parts(dir, built, check), dir / _STAMP, flushed=False)
