@@ -10,8 +10,9 @@ from swarm.store.sandboxes import holding, taking
 from swarm.store.tickets import tickets
 
 # After a power failure no agent runs, so these tell nobody anything: heartbeats; and, of a store's own Finisher, what
-# agents print, leases and VM numbers; the leases of sandboxes.
-_WRITTEN: Final = (workers.heartbeat, holding.renew, holding.used)
+# agents print, leases and VM numbers. Who holds a sandbox, and that its VM runs: none does then, so it is paused, and
+# its snapshot whole or found to be damaged; or it is started anew.
+_WRITTEN: Final = (workers.heartbeat, taking.take, holding.running, holding.renew, holding.used)
 # What engines ask for themselves.
 _READ: Final = (
     *(tickets.due, schedules.due, secrets.of_names, artifacts.referred),
