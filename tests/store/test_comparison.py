@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from swarm.base import trees
 from swarm.base.trees import Entry
 from swarm.errors import NotFound, UsageError
 from swarm.model import Claim, Event, Failed, FailureReason, Succeeded
-from swarm.store.comparison import compare
+from swarm.store.comparison import changes, compare, files_below
 from swarm.store.store import Store
 from tests.store.databases import Outside, insert
 from tests.store.flows import claims, ticket
@@ -86,3 +87,18 @@ async def test_what_is_not_there(store: Store, outside: Outside) -> None:
     ):  # fmt: skip
         with pytest.raises((NotFound, UsageError), match=why):
             await compare(store, ref, "t:a")
+
+
+async def test_directories_of_two_vms(tmp_path: Path) -> None:
+    for side, text in (("a", "one\n"), ("b", "two\n")):
+        (tmp_path / side / "sub").mkdir(parents=True)
+        (tmp_path / side / "sub" / "same").write_text("x")
+        (tmp_path / side / "log").write_text(text)
+        (tmp_path / side / "link").symlink_to("sub" if side == "a" else "nowhere")
+    (tmp_path / "b" / "sub" / "run").write_text("")
+    (tmp_path / "b" / "sub" / "same").chmod(0o755)
+    found = await changes(files_below(tmp_path / "a"), files_below(tmp_path / "b"))
+    assert [(one.name, one.change) for one in found] == [
+        ("link", "changed"), ("log", "changed"), ("sub/run", "added"), ("sub/same", "changed"),
+    ]  # fmt: skip
+    assert found[1].diff == "--- a/log\n+++ b/log\n@@ -1 +1 @@\n-one\n+two\n" and found[3].mode[1] == "-rwxr-xr-x"

@@ -121,6 +121,7 @@ async def brought(cli: Cli, ref: str, path: str, to: Path, *, force: bool) -> No
 async def trees(cli: Cli, refs: tuple[str, str], path: str) -> AsyncIterator[list[dict[str, File]]]:
     """A directory of two kept VMs, each as the files in it by name."""
     from swarm.channel import guest_trees
+    from swarm.store.comparison import files_below
 
     with tempfile.TemporaryDirectory(prefix="swarm-diff-") as scratch:
         found = []
@@ -132,29 +133,8 @@ async def trees(cli: Cli, refs: tuple[str, str], path: str) -> AsyncIterator[lis
                 )
                 for what in (await live.while_alive(tree)).left_out:
                     cli.out.note(f"left out of {ref}: {what}")
-            found.append(_files(place))
+            found.append(files_below(place))
         yield found
-
-
-def _files(top: Path) -> dict[str, File]:
-    import os
-
-    from swarm.store.comparison import File
-
-    def file(path: Path) -> File:
-        status = path.lstat()
-
-        async def read() -> bytes:
-            return os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
-
-        return File(mode=status.st_mode, size=status.st_size, read=read)
-
-    found = {}
-    for here, _, names in os.walk(top):
-        for name in names:
-            path = Path(here) / name
-            found[path.relative_to(top).as_posix()] = file(path)
-    return found
 
 
 def _absolute(path: str) -> str:

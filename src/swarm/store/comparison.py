@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import os
 import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final
 
 from swarm.base import trees
@@ -183,6 +185,26 @@ async def _left(store: Store, side: Side, digest: str | None) -> dict[str, File]
         entry.name: File(mode=entry.mode, size=entry.size, read=reader(offset, entry.size))
         for entry, offset in tree.offsets()
     }
+
+
+def files_below(top: Path) -> dict[str, File]:
+    """Those of a directory of this host, by name."""
+
+    def file(path: Path) -> File:
+        status = path.lstat()
+
+        async def read() -> bytes:
+            return os.fsencode(path.readlink()) if path.is_symlink() else await asyncio.to_thread(path.read_bytes)
+
+        return File(mode=status.st_mode, size=status.st_size, read=read)
+
+    found = {}
+    for here, dirs, names in os.walk(top):
+        for name in (*names, *dirs):
+            path = Path(here) / name
+            if path.is_symlink() or not path.is_dir():
+                found[path.relative_to(top).as_posix()] = file(path)
+    return found
 
 
 async def changes(a: Mapping[str, File], b: Mapping[str, File]) -> list[Change]:
