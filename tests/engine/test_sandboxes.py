@@ -237,7 +237,8 @@ async def test_what_can_be_mended_costs_no_sandbox(desk: Desk) -> None:
 
         await desk.until(refused)
         desk.insert("new", secrets='["KEY"]')
-        assert "can't run here" in ((await desk.state("new", "ended")).error or "")
+        error = (await desk.state("new", "ended")).error or ""
+        assert "can't run here" in error and error.endswith("`swarm secret set KEY`")
         await vault.set("KEY", "swordfish")
         await desk.resumed("s")
         await engine.end("s", by="test")

@@ -109,9 +109,9 @@ class Vault:
             row = next((rows[name, scope] for scope in scopes if (name, scope) in rows), None)
             if row is None:
                 near = versions.did_you_mean(name, {row.name: row for row in await self.list() if row.name != name})
+                scope = f" --agent {agent.name}" if agent.name else ""  # a VM of somebody's own has no agent
                 raise NotFound(
-                    f"it needs the secret {name!r}, which is not set{near}: "
-                    f"`swarm secret set {name} --agent {agent.name}`"
+                    f"it needs the secret {name!r}, which is not set{near}: `swarm secret set {name}{scope}`"
                 )
             if row.scope == ALL and (service := self._gateway_keys().get(name)):
                 raise UsageError(

@@ -25,8 +25,8 @@ After=local-fs.target network.target time-sync.target
 Type=exec
 ExecStart={program} start --foreground --grace={grace:g}{options}
 Environment={home}
-# A stop tells the engine, which lets tickets end for as long as the grace says, and then ends its VMs itself. What is
-# left after TimeoutStopSec is killed.
+# A stop tells the engine, which pauses its sandboxes, lets tickets end for as long as the grace says, and then ends its
+# VMs itself. What is left after TimeoutStopSec is killed.
 KillMode=mixed
 KillSignal=SIGTERM
 TimeoutStopSec={stop_seconds}
@@ -57,11 +57,14 @@ async def unit(
     max_vms: Annotated[
         int | None, typer.Option("--max-vms", min=1, max=60000, metavar="N", help="As of start.")
     ] = None,
+    max_sandboxes: Annotated[
+        int | None, typer.Option("--max-sandboxes", min=0, max=60000, metavar="N", help="As of start.")
+    ] = None,
     warm: Annotated[str | None, typer.Option("--warm", metavar="N|auto", help="As of start.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="As of start.")] = False,
 ) -> None:
     """Print a systemd unit for an engine of this home: for /etc/systemd/system/swarm-engine.service."""
-    given = {"--max-vms": max_vms, "--warm": warm}
+    given = {"--max-vms": max_vms, "--max-sandboxes": max_sandboxes, "--warm": warm}
     options = "".join(f" {name}={value}" for name, value in given.items() if value is not None)
     options += " --serve" if serve else ""
     if warm is not None and not (warm == "auto" or warm.isdecimal()):

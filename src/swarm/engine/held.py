@@ -188,7 +188,9 @@ class Held:
         """It is paused, or has ended, and its row says so."""
         self._ended = True
         if not self.started.done():
-            self.started.set_exception(NotHeld(f"{self.name} has ended: `swarm sandbox show` says why"))
+            back = self.lost or self.put_back
+            why = "is not held by this engine any more" if back else "has ended: `swarm sandbox show` says why"
+            self.started.set_exception(NotHeld(f"{self.name} {why}"))
         for answer in self._waiting:
             if not answer.done():
                 answer.set_result(None)

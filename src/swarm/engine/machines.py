@@ -29,6 +29,7 @@ from swarm.engine.held import Held
 from swarm.errors import ChannelError, GuestRefused, SwarmError
 from swarm.ledger import Account
 from swarm.model import Agent, SandboxClaim, Snapshot
+from swarm.store.sandboxes import rows
 from swarm.vm import driver
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.snapshots import Snapshots, spec_as_json
@@ -48,7 +49,7 @@ def agent_of(claim: SandboxClaim) -> Agent:
     given: dict[str, Any] = {name: value for name in names if (value := getattr(sandbox, name)) is not None}
     if sandbox.secrets:
         given["secrets"] = tuple(json.loads(sandbox.secrets))
-    if claim.snapshot is not None and isinstance(size := json.loads(claim.snapshot.spec).get("disk_mb"), int):
+    if claim.snapshot is not None and (size := rows.disk_mb(claim.snapshot.spec)) is not None:
         given["disk_mb"] = size
     env = {**base.env, **json.loads(sandbox.env or "{}")}
     return replace(base, memory_mb=claim.memory_mb, env=env, **given)

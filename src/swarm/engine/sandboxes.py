@@ -22,7 +22,7 @@ from swarm.engine.conversing import Told
 from swarm.engine.held import Emit, Ending, Held
 from swarm.engine.machines import Machines, agent_of
 from swarm.engine.room import VmInUse
-from swarm.errors import Conflict, HostError, LeaseLost, OutcomeUnknown, StoreError, SwarmError, UsageError
+from swarm.errors import Conflict, LeaseLost, OutcomeUnknown, StoreError, SwarmError, UsageError
 from swarm.live.wire import NotHeld
 from swarm.model import SandboxClaim, SandboxState, Snapshot
 from swarm.store.store import Store
@@ -196,7 +196,7 @@ class Sandboxes:
         while True:
             try:
                 await self.collect()
-            except (StoreError, HostError) as error:
+            except (SwarmError, OSError) as error:
                 log.warning("can't remove old snapshots", error=str(error))
             await asyncio.sleep(COLLECT_SECONDS)
 

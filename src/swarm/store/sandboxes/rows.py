@@ -147,9 +147,17 @@ def labels(one: Sandbox) -> Mapping[str, str]:
 
 def memory_mb(spec: str) -> int | None:
     """What the VM of a snapshot takes, by its spec; None if it does not say."""
+    return _of_spec(spec, "memory_mb")
+
+
+def disk_mb(spec: str) -> int | None:
+    return _of_spec(spec, "disk_mb")
+
+
+def _of_spec(spec: str, name: str) -> int | None:
     try:
         found = json.loads(spec)
     except (ValueError, RecursionError):
         return None
-    value = found.get("memory_mb") if isinstance(found, dict) else None
+    value = found.get(name) if isinstance(found, dict) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31 else None
