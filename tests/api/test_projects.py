@@ -93,7 +93,7 @@ TABLE: Final[dict[tuple[str, str], str]] = {
         for method, verbs in {
             "GET": (
                 *("", "/wait", "/events", "/processes", "/processes/{process}/output", "/files", "/files/info"),
-                *("/files/content", "/files/uploaded", "/files/archive"),
+                *("/files/content", "/files/uploaded", "/files/archive", "/files/watch"),
             ),
             "POST": (
                 *("/pause", "/resume", "/fork", "/snapshot", "/exec", "/processes/{process}/signal", "/files/move"),
@@ -142,7 +142,7 @@ QUERIES: Final = {
     "/v1/tickets/{id}/diff": "?other={id}",
     "/v1/artifacts": "?ticket={id}",
     "/v1/sandboxes/{id}/files": "?path=x",
-    **{f"/v1/sandboxes/{{id}}/files/{what}": "?path=x" for what in ("info", "content", "archive")},
+    **{f"/v1/sandboxes/{{id}}/files/{what}": "?path=x" for what in ("info", "content", "archive", "watch")},
     "/v1/sandboxes/{id}/files/uploaded": "?path=x&upload=u",
 }
 DIGESTS: Final = {"mine": "a" * 64, "theirs": "b" * 64}

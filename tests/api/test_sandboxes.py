@@ -106,7 +106,7 @@ async def test_commands(served: Served, engine: Engine) -> None:
 
 async def test_a_command_in_the_background(served: Served, engine: Engine) -> None:
     path = await box(served)
-    script = "trap 'echo end; exit 5' TERM; echo begin; while :; do sleep 0.05; done"
+    script = "exec 2>/dev/null; trap 'echo end; exit 5' TERM; echo begin; while :; do sleep 0.05; done"
     begun = await run(served.operator, path, "sh", "-c", script, background=True, process="job")
     assert begun["process"] == "job" and begun["code"] is None
     of_job = f"{path}/processes/job"
@@ -178,6 +178,25 @@ async def test_files(served: Served, engine: Engine) -> None:
     ]:  # fmt: skip
         answer = await served.operator.get(f"{path}/{query}")
         assert answer.status_code == status, f"{query}: {answer.text}"
+
+
+async def test_a_watch_tells_what_changes(served: Served, engine: Engine) -> None:
+    path = await box(served)
+    watch = f"{path}/files/watch"
+    assert (await served.operator.get(f"{watch}?path=none")).status_code == 404
+    await served.operator.post(f"{path}/files/directory", json={"path": "d"})
+    async with served.operator.stream("GET", f"{watch}?path=/work&recursive=true") as stream:
+        assert stream.status_code == 200
+        lines = stream.aiter_lines()
+        assert await anext(lines) == ": open"
+        await run(served.operator, path, "sh", "-c", "echo x > d/file; mv d/file d/other")
+        told = list[dict[str, Any]]()
+        async with asyncio.timeout(20):
+            while not told or told[-1]["event"] != "moved":
+                line = await anext(lines)
+                told += [json.loads(line.removeprefix("data: "))] if line.startswith("data: ") else []
+    assert (told[0]["event"], told[0]["path"], told[0]["directory"]) == ("created", "d/file", False)
+    assert (told[-1]["path"], told[-1]["to"]) == ("d/file", "d/other")
 
 
 async def test_an_upload_that_broke_off_goes_on(served: Served, engine: Engine) -> None:
@@ -297,6 +316,23 @@ async def test_a_pipe_by_a_socket(served: Served, engine: Engine) -> None:
         await socket.send({"op": "end"})
         out, err, texts = await hearing
     assert (out, err, texts[-1]["exit"]["code"]) == (data, b"err\n", 0)
+
+
+async def test_a_client_that_takes_nothing_holds_the_command_up(served: Served, engine: Engine) -> None:
+    """Nothing is kept for it but what pipes and sockets hold."""
+    path = await box(served)
+    async with web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket:
+        await socket.send({"argv": ["yes"], "process": "flood"})
+        await socket.receive()
+        before = -1
+        async with asyncio.timeout(30):
+            while (now := (await _processes(served, path))[0]["output_bytes"]) != before or not now:
+                before = now
+                await asyncio.sleep(0.3)
+        assert now < 64 << 20
+    async with asyncio.timeout(20):
+        while not (await _processes(served, path))[0]["ended"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 async def test_what_runs_is_come_back_to(served: Served, engine: Engine) -> None:

@@ -19,7 +19,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from swarm.api.endpoint import Call, Context, Fields, NamedSocketRoute, validated
 from swarm.api.problem import Refused, of, problem
-from swarm.api.v1.guests import Command, forbidden, live_of, order_of
+from swarm.api.v1.guests import Command, live_of, order_of
+from swarm.api.v1.sandboxes import forbidden
 from swarm.base import jsontext
 from swarm.base.aio import first
 from swarm.base.log import logger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from swarm.api import body
-from swarm.api.endpoint import Call, Endpoint, Fields
+from swarm.api.endpoint import EVENT_STREAM, Call, Endpoint, Fields
 from swarm.api.problem import Refused
+from swarm.api.v1.events import KEEP_ALIVE_SECONDS
 from swarm.api.v1.files import BYTES, TAR, ranged
 from swarm.api.v1.guests import begun, live_of
+from swarm.base.aio import cancel_all
+from swarm.base.plain import plain
 from swarm.channel import guest_files, guest_trees
 from swarm.channel.guest_files import Info, Listing
 from swarm.channel.guest_trees import Moved
@@ -39,6 +43,10 @@ class PathQuery(Fields):
 
 
 class RemoveQuery(PathQuery):
+    recursive: bool = False
+
+
+class WatchQuery(PathQuery):
     recursive: bool = False
 
 
@@ -163,6 +171,36 @@ def _guests_disk() -> Iterator[None]:
         raise Refused(507, str(error)) from None
 
 
+async def watch_guest_files(call: Call) -> StreamingResponse:
+    """Each change is an event of its kind; after 'lost', some are not told."""
+    query: WatchQuery = call.query
+    live, feed = await live_of(call), call.context.feed
+
+    async def told() -> AsyncIterator[bytes]:
+        watching = guest_files.watch(live.open, query.path, user=query.user, recursive=query.recursive)
+        async with watching as changes:
+            yield b": open\n\n"
+            coming = asyncio.ensure_future(anext(changes, None))
+            try:
+                while not feed.closed:
+                    quiet = asyncio.ensure_future(feed.pause(KEEP_ALIVE_SECONDS))
+                    await asyncio.wait({coming, quiet}, return_when=asyncio.FIRST_COMPLETED)
+                    await cancel_all([quiet])
+                    if not coming.done():
+                        yield b": \n\n"
+                    elif (change := coming.result()) is None:
+                        yield b"event: end\ndata: {}\n\n"
+                        return
+                    else:
+                        yield f"event: {change.event}\ndata: {json.dumps(plain(change))}\n\n".encode()
+                        coming = asyncio.ensure_future(anext(changes, None))
+            finally:
+                await cancel_all([coming])
+
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(await begun(told()), media_type=EVENT_STREAM, headers=headers)
+
+
 async def _arriving(request: Request) -> AsyncIterator[bytes]:
     """The body, as fast as the guest takes it. Raises Refused when nothing comes for some time."""
     parts = body.parts(request, MAX_FILE_BYTES)
@@ -252,6 +290,15 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         summary="Make a directory in a sandbox",
         handler=make_guest_directory,
         body=NewDirectory,
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/sandboxes/{id}/files/watch",
+        role=Role.OPERATOR,
+        summary="What changes in a directory of a sandbox, as it does (Server-Sent Events)",
+        handler=watch_guest_files,
+        query=WatchQuery,
+        media_type=EVENT_STREAM,
     ),
     Endpoint(
         method="GET",

@@ -9,18 +9,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 from starlette.responses import Response, StreamingResponse
 
 from swarm.admin import sandboxes
 from swarm.api.endpoint import Call, Endpoint, Fields
-from swarm.api.problem import Refused, busy
-from swarm.api.v1.sandboxes import Text, usable_sandbox
+from swarm.api.v1.sandboxes import Text, forbidden, usable_sandbox, while_wanted
 from swarm.base.aio import cancel_all, first
 from swarm.channel import processes
 from swarm.channel.processes import Listed, Order, Process
@@ -29,13 +28,10 @@ from swarm.fields import NO_NUL, Variable, bounded
 from swarm.live.client import Live
 from swarm.model import Role
 
-T = TypeVar("T")
-
 MAX_OUTPUT_BYTES: Final = 16 << 20  # of each stream, in one answer
 MAX_EXEC_BYTES: Final = 8 << 20  # of a request
 PROCESS: Final = r"^[a-z0-9-]{1,64}$"
 _USUAL_OUTPUT_BYTES: Final = 1 << 20
-_LOOK_SECONDS: Final = 2.0
 _PIECE_BYTES: Final = 1 << 20
 Word = Annotated[str, Field(max_length=60_000, pattern=NO_NUL)]
 
@@ -118,27 +114,6 @@ async def live_of(call: Call) -> Live:
     if call.request.scope.get("method") in ("GET", "DELETE", "POST"):
         return await while_wanted(call, reaching)
     return await first(reaching, forbidden(call))  # what is to be read of an upload, or a socket, is not read here
-
-
-async def while_wanted(call: Call, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, unless the client goes away, may not go on, or the server stops: then it is cancelled.
-    The body of the request must have been read."""
-    return await first(work, _gone(call), forbidden(call))
-
-
-async def _gone(call: Call) -> Any:
-    while (await call.request.receive())["type"] != "http.disconnect":
-        pass
-    raise Refused(400, "the client went away")
-
-
-async def forbidden(call: Call) -> Any:
-    """Ends only by Refused."""
-    while True:
-        await call.context.feed.pause(_LOOK_SECONDS)
-        if call.context.feed.closed:
-            raise busy("the server stops: try again")
-        await call.check_again(Role.OPERATOR)
 
 
 async def begun(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

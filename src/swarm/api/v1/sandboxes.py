@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import Field
 
 from swarm.admin import sandboxes
 from swarm.api.auth import may
 from swarm.api.endpoint import Call, Context, Endpoint, Fields
-from swarm.api.problem import Refused
+from swarm.api.problem import Refused, busy
 from swarm.api.v1.events import Events, RangeQuery
 from swarm.api.v1.tickets import MAX_CURSOR_CHARS, MAX_OF_A_KIND, Reference, cursor_for, project_for, read_cursor
+from swarm.base.aio import first
 from swarm.errors import NotFound, UsageError
 from swarm.fields import NO_NUL, Variable, bounded
 from swarm.model import Role, Sandbox, SandboxState, Snapshot
@@ -24,9 +25,12 @@ from swarm.store.sandboxes.sandboxes import SandboxFilter, SandboxPage
 from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
 from swarm.store.tickets.validation import shown
 
+T = TypeVar("T")
+
 MAX_FORKS: Final = 64
 MAX_WAIT_SECONDS: Final = 60.0
 _LOOK_SECONDS: Final = 5.0  # for a client that has gone
+_ALLOWED_SECONDS: Final = 2.0  # between two looks whether the caller may go on
 Title = Annotated[str, Field(min_length=1, max_length=64, pattern=NO_NUL)]  # the database says what more it must be
 Text = Annotated[str, Field(max_length=4000, pattern=NO_NUL)]
 
@@ -128,6 +132,27 @@ async def usable_sandbox(call: Call) -> Sandbox:
     return row
 
 
+async def while_wanted(call: Call, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, unless the client goes away, may not go on, or the server stops: then it is cancelled.
+    The body of the request must have been read."""
+    return await first(work, _gone(call), forbidden(call))
+
+
+async def _gone(call: Call) -> Any:
+    while (await call.request.receive())["type"] != "http.disconnect":
+        pass
+    raise Refused(400, "the client went away")
+
+
+async def forbidden(call: Call) -> Any:
+    """Ends only by Refused."""
+    while True:
+        await call.context.feed.pause(_ALLOWED_SECONDS)
+        if call.context.feed.closed:
+            raise busy("the server stops: try again")
+        await call.check_again(Role.OPERATOR)
+
+
 async def filter_of(call: Call, query: ListQuery) -> SandboxFilter:
     """Raises NotFound for an unknown agent, UsageError."""
     own, labels = call.actor.project_id, dict[str, str]()
@@ -204,30 +229,35 @@ async def wait_for_sandbox(call: Call) -> Sandbox:
 
 async def resume_sandbox(call: Call) -> Sandbox:
     row = await own_sandbox(call)
-    await sandboxes.reach(call.store, row.id, by=call.actor.name)
+    await while_wanted(call, sandboxes.reach(call.store, row.id, by=call.actor.name))
     return await call.store.sandbox(row.id)
 
 
 async def pause_sandbox(call: Call) -> Sandbox:
-    return await sandboxes.pause(call.store, (await own_sandbox(call)).id, by=call.actor.name)
+    row = await own_sandbox(call)
+    return await while_wanted(call, sandboxes.pause(call.store, row.id, by=call.actor.name))
 
 
 async def end_sandbox(call: Call) -> Sandbox:
-    return await sandboxes.end(call.store, (await own_sandbox(call)).id, by=call.actor.name)
+    row = await own_sandbox(call)
+    return await while_wanted(call, sandboxes.end(call.store, row.id, by=call.actor.name))
 
 
 async def fork_sandbox(call: Call) -> list[Sandbox]:
     row = await usable_sandbox(call)
-    live = await sandboxes.reach(call.store, row.id, by=call.actor.name)
-    made = await live.fork(count=call.body.count, name=call.body.name)
+    live = await while_wanted(call, sandboxes.reach(call.store, row.id, by=call.actor.name))
+    made = await while_wanted(call, live.fork(count=call.body.count, name=call.body.name))
     return [await call.store.sandbox(id) for id in made]
 
 
 async def snapshot_sandbox(call: Call) -> Snapshot:
     given: NewSnapshot = call.body
     row = await own_sandbox(call)
-    live = await sandboxes.reach(call.store, row.id, by=call.actor.name)
-    made = await live.snapshot(name=given.name, keep_seconds=given.keep_seconds, without_secrets=given.without_secrets)
+    live = await while_wanted(call, sandboxes.reach(call.store, row.id, by=call.actor.name))
+    made = await while_wanted(
+        call,
+        live.snapshot(name=given.name, keep_seconds=given.keep_seconds, without_secrets=given.without_secrets),
+    )
     return await call.store.snapshot(made)
 
 
@@ -258,6 +288,7 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         handler=list_sandboxes,
         query=ListQuery,
         answer=SandboxPage,
+        errors={404: "no such agent"},
     ),
     Endpoint(
         method="POST",
