@@ -20,6 +20,7 @@ import json
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -83,12 +84,15 @@ class Stage:
                 "identity": _identity_as_json(identity),
                 "created_at": time.time(),
             }
-            digest = await stoppable(lambda check: _write_manifest(self.dir, manifest, lasts, check))
+            digest = await stoppable(lambda check: _write_manifest(self.dir, manifest, check))
             size = _size_of(self.dir)
             await asyncio.to_thread(self._owner.check_limit)
             final = self._owner.dir / self.id
             self.dir.rename(final)
             self.dir = final
+            if lasts:  # nobody waits for it: a busy disk takes its time
+                with contextlib.suppress(RuntimeError):  # no more threads
+                    threading.Thread(target=_write_back, args=(final,), name="write-back", daemon=True).start()
         return Snapshot(
             id=self.id, dir=final, spec=spec, identity=identity, digest=digest, size_bytes=size,
             driver=driver, accelerator=accelerator, version=version,
@@ -259,17 +263,21 @@ def _identity_as_json(identity: Identity) -> dict[str, Any]:
     return {k: v.hex() if k in _BYTES else v for k, v in fields.items()} | {"seed": ""}
 
 
-def _write_manifest(dir: Path, manifest: dict[str, Any], lasts: bool, check: Any) -> str:
+def _write_manifest(dir: Path, manifest: dict[str, Any], check: Any) -> str:
     """Returns the digest over all files."""
     built = {}
     for file in sorted(dir.iterdir()):
         file.chmod(0o600)
-        if lasts:
-            sparse.write_back(file)
         built[file.name] = {"sha256": files.sparse_sha256_of(file, check), "bytes": file.stat().st_size}
     files.write_atomically(dir / MANIFEST, json.dumps({**manifest, "files": built}, indent=1), mode=0o600)
     staging.stamp(_parts(dir, built, check), dir / _STAMP, flushed=False)
     return staging.digest_of(built)
+
+
+def _write_back(dir: Path) -> None:
+    with contextlib.suppress(OSError):  # it was removed
+        for file in dir.iterdir():
+            sparse.write_back(file)
 
 
 def _parts(place: Path, built: Mapping[str, Any], check: Any) -> list[staging.Part]:

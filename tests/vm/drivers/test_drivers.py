@@ -23,11 +23,11 @@ import pytest
 from swarm.app import wiring
 from swarm.base import process
 from swarm.base.aio import undoing
-from swarm.channel import Channel, Identity
+from swarm.channel import Channel, Identity, processes
 from swarm.config import Settings
 from swarm.errors import BootFailed, SwarmError
 from swarm.vm.choose import Choice
-from swarm.vm.driver import Driver, Image, Slot, Template, Vm, VmSpec
+from swarm.vm.driver import Driver, Image, Slot, Snapshot, Template, Vm, VmSpec
 from swarm.vm.drivers.firecracker import FirecrackerDriver
 from swarm.vm.drivers.process import ProcessDriver
 from swarm.vm.drivers.qemu import QemuDriver
@@ -135,6 +135,18 @@ class Host:
             finally:
                 await vm.kill()
 
+    @contextlib.asynccontextmanager
+    async def resumed(self, guest: Guest, snapshot: Snapshot, *, own: bool) -> AsyncIterator[Guest]:
+        """A VM that goes on where a snapshot of ``guest`` was taken."""
+        seconds = self.way.timeout_seconds
+        async with self.place() as (place, slot):
+            vm = await self.way.driver.resume(snapshot, slot, place, own=own)
+            try:
+                async with Channel.connect(vm.endpoint, token=guest.token, timeout_seconds=seconds) as channel:
+                    yield Guest(vm=vm, channel=channel, dir=place, token=guest.token)
+            finally:
+                await vm.kill()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guest:
@@ -232,6 +244,58 @@ async def test_two_do_not_share(host: Host) -> None:
             assert (mine.hostname, its.hostname) == ("one", "other")
             assert mine.machine_id != its.machine_id
     assert [digest(file) for file in host.way.shared_files()] == before
+
+
+async def test_it_goes_on_after_it_was_saved_and_in_its_snapshots(host: Host, tmp_path: Path) -> None:
+    """Saved, it goes on; forks of that are what it was, apart from each other; paused, it ends, and goes on later."""
+
+    def taken(name: str) -> Snapshot:
+        (tmp_path / name).mkdir()
+        identity = Identity(
+            generation="", seed=b"", hostname="", machine_id="", ssh_host_key="", authorized_keys="", token=b""
+        )
+        return Snapshot(
+            id=name, dir=tmp_path / name, spec=host.way.spec, driver="", accelerator="", version="", identity=identity
+        )
+
+    async def freeze() -> None:
+        await processes.freeze(guest.channel.converse)
+
+    async with host.vm() as guest:
+        await guest.renew("parent")
+        saved = taken("saved")
+        if host.way.template is None:  # nothing says what its memory was before
+            with pytest.raises(BootFailed):
+                await guest.vm.save(saved.dir, freeze=freeze)
+            with pytest.raises(BootFailed):
+                async with guest.vm.pausing(saved.dir, freeze=freeze):
+                    raise AssertionError("it can't be paused")
+            return
+        await guest.channel.put({"mine": b"parent"}, dest="/work")
+        await guest.vm.save(saved.dir, freeze=freeze)
+        await processes.thaw(guest.channel.converse)
+        await guest.channel.put({"mine": b"changed"}, dest="/work")
+        before = [digest(file) for file in sorted(saved.dir.iterdir())]
+        async with host.resumed(guest, saved, own=False) as one, host.resumed(guest, saved, own=False) as other:
+            assert await one.renew("one") != await other.renew("other")
+            for fork, name in ((one, "one"), (other, "other")):
+                assert (await fork.channel.hello()).hostname == name
+                assert await fork.channel.get("/work/mine", limit_bytes=100) == b"parent"
+                await fork.channel.put({"mine": name.encode()}, dest="/work")
+            assert await one.channel.get("/work/mine", limit_bytes=100) == b"one"
+        assert [digest(file) for file in sorted(saved.dir.iterdir())] == before
+        with pytest.raises(ZeroDivisionError):
+            async with guest.vm.pausing(taken("failed").dir, freeze=freeze):
+                _ = 1 / 0
+        await processes.thaw(guest.channel.converse)
+        assert await guest.channel.get("/work/mine", limit_bytes=100) == b"changed"
+        paused = taken("paused")
+        async with guest.vm.pausing(paused.dir, freeze=freeze):
+            pass
+        assert process.start_time(guest.vm.pid) is None
+    async with host.resumed(guest, paused, own=True) as again:
+        assert await again.channel.get("/work/mine", limit_bytes=100) == b"changed"
+        assert (await again.channel.hello()).boot_id == guest.channel.greeting.boot_id
 
 
 async def test_it_dies_with_its_owner(host: Host) -> None:
