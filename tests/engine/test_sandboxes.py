@@ -13,6 +13,7 @@ import pytest
 
 from swarm.admin.vault import Vault
 from swarm.app import wiring
+from swarm.base import crash_points
 from swarm.channel import processes
 from swarm.config import Settings
 from swarm.errors import Conflict, NoSpace, UsageError
@@ -111,6 +112,26 @@ async def test_after_a_kill_it_is_lost_and_what_slept_is_not(desk: Desk) -> None
         await desk.resumed("sleeps")
         desk.sql("DELETE FROM sandboxes WHERE id = 'sleeps'")
         await desk.gone()
+
+
+@pytest.mark.parametrize("point", crash_points.OF_SANDBOXES)
+async def test_a_restart_ends_right(settings: Settings, image: Image, tmp_path: Path, point: str) -> None:
+    driver = "qemu" if point == "sandbox:saved" else "process"  # which can't be paused
+    async with desk_at(settings, tmp_path, driver=driver) as desk:
+        desk.insert("s", wanted="paused" if driver == "qemu" else None)
+        templates = str(desk.settings.templates)
+        async with engine_process(desk, driver=driver, SWARM_FAULT=point, SWARM_TEMPLATES_DIR=templates) as engine:
+            _, said = await engine.communicate()
+            assert engine.returncode == -signal.SIGKILL, said.decode()
+        async with desk.engine() as again:
+            if driver == "process":
+                await desk.running("s")
+                await again.end("s", by="test")
+            else:
+                await desk.state("s", "lost")
+                snapshots = wiring.snapshots(desk.settings)
+                assert len(desk.files()) == len(await snapshots.collect([], new_seconds=0)) == 1
+        await desk.settled()
 
 
 async def test_two_engines_never_hold_one(desk: Desk) -> None:

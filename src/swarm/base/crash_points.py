@@ -6,8 +6,9 @@ engine that way and then shows that a restart recovers. `reach` costs one compar
 A point is named after the step just completed: ``claimed``, ``placed`` (the VM runs, its number isn't written yet),
 ``flushed``, ``renewed``, ``executed`` (the VM is gone, its outcome isn't written yet), ``finished``. The store adds
 ``claim:uncommitted``, ``claim:committed``, and likewise for finish, running, renew and append; ``decided`` and
-``apply:…`` for a workflow decision too expensive for a transaction; ``fire:…`` for the tickets of a schedule. The
-suffix ``@3`` means the third time.
+``apply:…`` for a workflow decision too expensive for a transaction; ``fire:…`` for the tickets of a schedule. Of
+sandboxes: ``sandbox:started`` (its row doesn't say so yet), ``sandbox:saved`` (its VM is gone, and its row doesn't know
+of the snapshot). The suffix ``@3`` means the third time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ POINTS = (
     "claimed", "placed", "flushed", "renewed", "executed", "finished",
     *(f"{write}:{state}" for write in _WRITES for state in ("uncommitted", "committed")),
 )  # fmt: skip
+OF_SANDBOXES = ("sandbox:started", "sandbox:saved")
 OF_SCHEDULES = ("fire:uncommitted", "fire:committed")
 OF_WORKFLOWS = ("decided", "apply:uncommitted", "apply:committed")  # of decisions made outside a transaction
 
@@ -31,7 +33,7 @@ def arm(spec: str) -> None:
     """Die at a point: ``name`` or ``name@count``. Raises ValueError for an unknown name."""
     global armed, _left
     name, _, count = spec.partition("@")
-    known = (*POINTS, *OF_SCHEDULES, *OF_WORKFLOWS)
+    known = (*POINTS, *OF_SANDBOXES, *OF_SCHEDULES, *OF_WORKFLOWS)
     if name not in known:
         raise ValueError(f"unknown crash point {name!r}; use one of {', '.join(known)}")
     armed, _left = name, int(count or 1)

@@ -138,7 +138,6 @@ class Sandboxes:
                 most_memory_mb=self.most_mb,
                 held=[held.claim.hold_id for held in self._held.values()],
             )
-            crash_points.reach("sandbox-claimed")
             for claim in claims:
                 self._begin(claim)
             if not claims:
@@ -245,7 +244,7 @@ class Sandboxes:
 
     async def _live(self, held: Held) -> _Done:
         async def runs(n: int) -> None:
-            crash_points.reach("sandbox-started")
+            crash_points.reach("sandbox:started")
             held.runs = True  # from now on a stop pauses it
             await self._insist(held, lambda: self._store.sandbox_running(held.claim.hold_id, n))
 
@@ -310,7 +309,7 @@ class Sandboxes:
                     return None
                 await held.close("is paused")
                 snapshot = await self._machines.pause(held, live)
-                crash_points.reach("sandbox-saved")
+                crash_points.reach("sandbox:saved")
                 return _Done(state=SandboxState.PAUSED, snapshot=snapshot, why=why)
         except SwarmError as error:
             if self.stopping:
