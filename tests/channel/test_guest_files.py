@@ -112,6 +112,13 @@ async def test_looking_making_moving_removing(guest: Guest, opens: Open) -> None
     await gf.make_dir(opens, "a/b", parents=True)  # may be there
     with pytest.raises(Conflict, match="File exists"):
         await gf.make_dir(opens, "a/b")
+    (guest.work / "f").touch()
+    for path in ("f", "f/x"):
+        with pytest.raises(Conflict, match=r"File exists|Not a directory"):
+            await gf.make_dir(opens, path, parents=True)
+    await gf.make_dir(opens, "/".join("d" * 1500), parents=True)
+    assert await gf.exists(opens, "/".join("d" * 1500))
+    await gf.remove(opens, "d", recursive=True)
     with pytest.raises(NotFound):
         await gf.make_dir(opens, "x/y")
     odd = [os.fsdecode(b"\xff\xfe"), "line\nfeed", "{[,]}", "-rf", "é"]
@@ -382,6 +389,9 @@ async def test_a_watch_tells_what_changes(guest: Guest, opens: Open) -> None:
     async with gf.watch(opens, "/work", recursive=True) as changes:
         (guest.work / "a\nb").write_text("1")
         await until(changes, ("created", "a\nb", None), ("written", "a\nb", None))
+        async with guest.another() as channel:
+            await gf.write(channel.converse, "sent", b"1")
+        await until(changes, ("written", "sent", None))
         (guest.work / "old" / "x" / "y").mkdir(parents=True)
         (guest.work / "old" / "x" / "y" / "z").touch()
         await until(changes, ("created", "old/x", None), ("created", "old/x/y", None), ("created", "old/x/y/z", None))
@@ -393,6 +403,7 @@ async def test_a_watch_tells_what_changes(guest: Guest, opens: Open) -> None:
         await until(changes, ("removed", "new/y/z", None))
         (guest.work / "new").rename(guest.work.parent / "elsewhere")
         await until(changes, ("removed", "new", None))
+    assert not [path for _, path, _ in told if path.startswith(".")]
     (guest.work / "file").touch()
     async with gf.watch(opens, "file") as changes:
         (guest.work / "file").write_text("1")

@@ -5,7 +5,8 @@ or 'root'), and follows links as that user would. Names may be any bytes, as Pyt
 guest says is checked, and may still be a lie. Directories as a whole: `swarm.channel.guest_trees`.
 
 Raises NotFound if a path isn't there, Conflict if what is there forbids it, NoSpace if the guest's disk is full,
-UsageError for what makes no sense, ChannelError if the guest breaks the protocol or doesn't answer.
+UsageError for what makes no sense, GuestRefused for what else the guest says, ChannelError if it breaks the protocol or
+doesn't answer.
 """
 
 from __future__ import annotations

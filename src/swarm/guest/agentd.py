@@ -930,7 +930,15 @@ def make_a_dir(agentd: Agentd, _: Connection, head: Header, __: bytes) -> Header
 
 
 def make_parents(path: str) -> None:
-    os.makedirs(path, 0o755, exist_ok=True)
+    """Make a directory and those above it. Not os.makedirs, which calls itself for each level."""
+    at = 0
+    while at < len(path):
+        at = path.find("/", at + 1) % (len(path) + 1)
+        try:
+            os.mkdir(path[:at], 0o755)
+        except FileExistsError:
+            if at == len(path) and not os.path.isdir(path):
+                raise
 
 
 @file_op
@@ -1149,6 +1157,12 @@ def open_beside(path: str, upload: str) -> tuple[int, str, str]:
     """The directory of the file that ``path`` leads to, its name there, and the name of the file beside it."""
     folder, name = os.path.split(os.path.realpath(path))
     return os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), name, f".swarm-{upload}.part"
+
+
+def is_part(path: str) -> bool:
+    """Is it what `write` makes beside a file?"""
+    name = path.rpartition("/")[2]
+    return name.startswith(".swarm-") and name.endswith(".part")
 
 
 def file_at(parent: int, name: str) -> os.stat_result | None:
@@ -1722,7 +1736,10 @@ class Watcher:
         elif mask & IN_MOVED_TO and cookie in moved:
             old = moved.pop(cookie)[0]
             self.told.clear()
-            self.event("moved", old, to=path, directory=is_dir)
+            if is_part(old):
+                self.event("written", path)
+            else:
+                self.event("moved", old, to=path, directory=is_dir)
             if is_dir:
                 for one, where in self.paths.items():
                     if where == old or where.startswith(f"{old}/"):
@@ -1747,7 +1764,7 @@ class Watcher:
 
     def event(self, kind: str, path: str, **more: object) -> None:
         if kind != "lost":
-            if (kind, path) in self.told:
+            if (kind, path) in self.told or is_part(path):
                 return
             if len(self.told) > 10_000:
                 self.told.clear()
