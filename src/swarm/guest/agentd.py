@@ -367,7 +367,7 @@ class Zygote:
                     job = self.fork_program(order, fds)
                     if job is not None:
                         return job
-                elif order["op"] in ("signal", "end", "stop", "continue"):
+                elif order["op"] in ("adopt", "signal", "end", "stop", "continue"):
                     self.command(order, fds)
                 elif order["op"] == "leave":
                     self.leaves = True
@@ -444,7 +444,9 @@ class Zygote:
         op, number_ = order["op"], int(str(order.get("signal") or 0))
         known = self.programs.get(str(order.get("key")))
         try:
-            if op == "signal" and known:
+            if op == "adopt":
+                self.adopt(str(order["key"]), fds)
+            elif op == "signal" and known:
                 os.killpg(known[0], number_)  # not yet waited for, so the group can't be another's
             elif op == "end":
                 if known:
@@ -469,6 +471,17 @@ class Zygote:
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def adopt(self, key: str, fds: list[int]) -> None:
+        """The process that waits to become the next agent becomes a program of `exec` instead."""
+        fd = fds.pop()
+        if self.main and self.status is None:
+            self.programs[key] = self.main, fd
+            os.close(self.report)
+            self.main = 0
+        else:
+            os.write(fd, b'{"exit":-9}')
+            os.close(fd)
 
     def finish(self) -> None:
         clean = (self.leaves and self.status == 0) or self.kill_and_reap_all()
@@ -660,14 +673,29 @@ def wait_for_order(report: int) -> Job:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=report)
     buffer = bytearray(MAX_ORDER)
     sock.send(json.dumps({"ready": True, "cpu_us": time.process_time_ns() // 1000, "pid": os.getpid()}).encode())
-    size = sock.recv_into(buffer)
+    size, ancillary, _, _ = sock.recvmsg_into([buffer], socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
     if not size:  # agentd doesn't need this process
         os._exit(0)
     sock.detach()
     KEPT.append(buffer)
     order = json.loads(buffer[:size].decode())
+    if ancillary:  # it became a program of `exec`
+        take_descriptors(order, list(struct.unpack("4i", ancillary[0][2])))
     set_environment(order)
     return Job(order, report)
+
+
+def take_descriptors(order: Header, fds: list[int]) -> None:
+    """Make what agentd sent the program's standard streams, and the descriptor (3) for reports."""
+    try:
+        for target, fd in enumerate(fds[:3]):
+            os.dup2(fd, target)
+        os.dup2(fds[3], 3, inheritable=False)
+        os.closerange(4, 1 << 20)
+        if order["pty"]:
+            fcntl.ioctl(0, TIOCSCTTY, 0)
+    except BaseException as error:
+        cannot_start(3, error)
 
 
 def wait_for_program(order_fd: int) -> Job:
@@ -677,18 +705,10 @@ def wait_for_program(order_fd: int) -> Job:
     sock.detach()
     if not data:  # agentd doesn't need this process
         os._exit(0)
-    try:
-        for target, fd in enumerate(fds[:3]):
-            os.dup2(fd, target)
-        report = os.dup2(fds[3], 3, inheritable=False)
-        os.closerange(4, 1 << 20)
-        order = json.loads(data)
-        if order["pty"]:
-            fcntl.ioctl(0, TIOCSCTTY, 0)
-        set_environment(order)
-        return Job(order, report)
-    except BaseException as error:
-        cannot_start(3, error)
+    order = json.loads(data)
+    take_descriptors(order, fds)
+    set_environment(order)
+    return Job(order, order_fd)
 
 
 def cannot_start(report: int, error: BaseException) -> NoReturn:
@@ -2229,6 +2249,8 @@ class Agentd:
         generation, token = text(head, "generation"), key_of(text(head, "token"))
         if self.frozen_at is not None or generation != self.generation:
             with self.programs_lock:
+                if self.generation == "template":  # what warmed it up is nobody's
+                    self.programs = {name: one for name, one in self.programs.items() if not one.finished}
                 for program in self.programs.values():
                     program.background = True
             for other in self.open - {connection}:
@@ -2523,6 +2545,17 @@ class Agentd:
         """The key of the next program, and its control group."""
         self.serial += 1
         return str(self.serial), self.make_group(str(self.serial))
+
+    def take_spare(self) -> Spare | None:
+        """The process that waits to become the next program. Before the first, that of the next agent does as well."""
+        spare, self.spare = self.spare, None
+        if spare is None and self.next is not None and self.busy.acquire(blocking=False):
+            try:
+                links, self.next = self.next, None
+                spare = Spare(self, links) if links else None
+            finally:
+                self.busy.release()
+        return spare
 
     def make_spare(self) -> None:
         """Have the next program's process forked ahead: its fork is most of what a small program costs."""
@@ -3240,21 +3273,19 @@ class Program:
                 os.close(fd)
 
     def start_in_spare(self, order: Header, theirs: list[int]) -> bool:
-        """Start it in the process that was forked ahead. False if there is none for it, or that was killed."""
-        if self.user != "agent" or self.agentd.spare is None:
-            return False
-        spare, self.agentd.spare = self.agentd.spare, None
-        try:
-            socket.send_fds(spare.sock, [json.dumps(order).encode()], theirs)
-        except OSError:
-            os.close(spare.ending)
-            self.group = spare.group
-            self.remove_group()
-            return False
-        finally:
-            spare.sock.close()
-        self.serial, self.group, self.ending = spare.key, spare.group, spare.ending
-        return True
+        """Start it in a process that was forked ahead. False if there is none for it, or those were killed."""
+        while self.user == "agent" and (spare := self.agentd.take_spare()):
+            self.serial, self.group, self.ending = spare.key, spare.group, spare.ending
+            try:
+                socket.send_fds(spare.sock, [json.dumps(order).encode()], theirs)
+                return True
+            except OSError:
+                os.close(self.ending)
+                self.ending = -1
+                self.remove_group()
+            finally:
+                spare.sock.close()
+        return False
 
     @staticmethod
     def pipe(theirs: list[int], inwards: bool = False) -> int:
@@ -3673,18 +3704,30 @@ class Program:
 class Spare:
     """agentd's ends of its connections to the process that waits to become the next program of user agent."""
 
-    def __init__(self, agentd: Agentd) -> None:
+    def __init__(self, agentd: Agentd, adopted: AgentLinks | None = None) -> None:
         self.key, self.group = agentd.next_group()
-        theirs = [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)] * 3
-        self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        theirs.append(other.detach())
+        theirs: list[int] = []
+        if adopted:
+            self.sock = adopted.report.dup()
+            order: Header = {"op": "adopt"}
+        else:
+            theirs += [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)] * 3
+            self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            theirs.append(other.detach())
+            user = list(USERS["agent"][:2]) if agentd.in_vm else None
+            order = {"op": "spare", "user": user, "env": {}, "cgroup": self.group}
         self.ending = Program.pipe(theirs)
-        user = list(USERS["agent"][:2]) if agentd.in_vm else None
         try:
-            agentd.order({"op": "spare", "key": self.key, "user": user, "env": {}, "cgroup": self.group}, tuple(theirs))
+            agentd.order({**order, "key": self.key}, tuple(theirs))
+            if adopted and self.group:
+                poke(f"{self.group}/cgroup.procs", str(adopted.pid))
+        except ProcessLookupError:  # it is dead, which is seen by whoever sends it an order
+            pass
         finally:
             for fd in set(theirs):
                 os.close(fd)
+            if adopted:
+                adopted.close()
 
 
 NO_END: Header = {
