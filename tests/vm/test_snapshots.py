@@ -22,7 +22,7 @@ from swarm.channel import Channel, processes
 from swarm.channel.guest import Guest
 from swarm.channel.processes import Order
 from swarm.config import Settings
-from swarm.errors import ChannelError, ImageError, NoSpace, NotFound, SwarmError
+from swarm.errors import BootFailed, ChannelError, ImageError, NoSpace, NotFound, SwarmError
 from swarm.vm.driver import BASE_UID, Image, Snapshot, VmSpec
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.snapshots import Snapshots
@@ -321,6 +321,17 @@ async def test_a_guest_that_stops_by_itself_is_still_ended_after_it_was_saved(
         await cast(Any, live.vm)._qmp.execute("stop")  # as after an error of its CPU
         async with asyncio.timeout(10):
             assert "stopped the guest by itself" in await live.vm.wait()
+
+
+async def test_a_vm_that_can_not_go_on_is_ended(launcher: Launcher, snapshots: Snapshots, spec: VmSpec) -> None:
+    async with a_vm(launcher, spec) as live:
+        vm = cast(Any, live.vm)
+        with pytest.raises(SwarmError):
+            async with snapshots.stage() as stage, vm.pausing(stage.dir, freeze=live.freeze):
+                await vm._qmp.disconnect()  # so nothing can tell it to
+                raise BootFailed("the disk is full, say")
+        async with asyncio.timeout(30):
+            assert "could not go on" in await live.vm.wait()
 
 
 async def test_a_fork_is_confined_as_a_clone_is(launcher: Launcher, snapshots: Snapshots, spec: VmSpec) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from swarm.base import process, sparse
 from swarm.base.aio import finish_uninterrupted, quietly, stoppable
-from swarm.errors import BootFailed
+from swarm.errors import BootFailed, SwarmError
 from swarm.vm import driver
 from swarm.vm.driver import Freeze, Slot
 from swarm.vm.drivers import jailer
@@ -129,9 +129,19 @@ class FirecrackerVm(VmmVm):
             yield
         finally:
             if self._child.returncode is None:
-                await finish_uninterrupted(quietly(self.api.patch("/vm", state="Resumed")))
+                await finish_uninterrupted(self._go_on())
                 for name in (MEMORY_FILE, STATE_FILE):  # what a failure left
                     (self.jail.root / f"saved.{name}").unlink(missing_ok=True)
+
+    async def _go_on(self) -> None:
+        """A VM that can't is ended: nobody else would notice."""
+        with contextlib.suppress(OSError, SwarmError):
+            await self.api.patch("/vm", state="Resumed")
+            return
+        with contextlib.suppress(OSError, SwarmError):
+            if await self._status() == "Running":  # it never stood still
+                return
+        await process.kill(self._child)
 
     def _need_room(self, dir: Path, disk_bytes: int = 0) -> None:
         for place in {self.dir, dir}:  # written in the chroot, and then moved

@@ -174,7 +174,15 @@ class QemuVm(VmmVm):
             raise BootFailed(f"QEMU does not answer: {self.last_output()}") from None
         finally:
             if self._child.returncode is None:
-                await finish_uninterrupted(quietly(self._execute("cont")))
+                await finish_uninterrupted(self._go_on())
+
+    async def _go_on(self) -> None:
+        """A VM that can't is ended: nobody else would notice."""
+        try:
+            await self._execute("cont")
+        except (QMPError, OSError, EOFError, TimeoutError) as error:
+            self._paused = f"it could not go on: {error}"
+            await process.kill(self._child)
 
     async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> None:
         async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
