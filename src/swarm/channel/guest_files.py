@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import stat as stat_module
@@ -192,7 +193,7 @@ def _write_at(fd: int, data: bytes, at: int) -> None:
 
 
 def _host_error(error: OSError, path: Path) -> SwarmError:
-    kind = NoSpace if error.errno == 28 else HostError
+    kind = NoSpace if error.errno == errno.ENOSPC else HostError
     return kind(f"can't write {path}: {error.strerror}")
 
 
