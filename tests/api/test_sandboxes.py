@@ -406,20 +406,18 @@ async def test_who_may_open_a_socket(served: Served, engine: Engine) -> None:
         assert (await heard(socket))[0] == b"x\n"
 
 
-@pytest.mark.parametrize(
-    ("said", "why"),
-    [
+async def test_a_first_message_that_makes_no_sense(served: Served, engine: Engine) -> None:
+    path = await box(served)
+    wrong: list[tuple[Any, str]] = [
         ("x", "not JSON"), (b"x", "must be a text"), ("[]", "must be an object"), ('{"argv": []}', "argv"),
         ('{"argv": ["/nothing"]}', "No such file"), ("[" * 5000, "message is"),
         ('{"argv": ["x"], "pty": [0, 1]}', "pty"),
-    ],
-)  # fmt: skip
-async def test_a_first_message_that_makes_no_sense(served: Served, engine: Engine, said: Any, why: str) -> None:
-    path = await box(served)
-    async with web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket:
-        await socket.send(said)
-        _, _, texts = await heard(socket)
-        assert why in texts[-1]["error"] and socket.code == 1008
+    ]  # fmt: skip
+    for said, why in wrong:
+        async with web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket:
+            await socket.send(said)
+            _, _, texts = await heard(socket)
+            assert why in texts[-1]["error"] and socket.code == 1008, said
 
 
 async def test_what_takes_long_ends_with_its_token(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -190,6 +190,22 @@ async def test_an_engine_that_stops_tells_those_that_speak(tmp_path_factory: pyt
     assert list((directory / "live").iterdir()) == []
 
 
+async def test_an_engine_stops_while_clients_are_slow_to_go(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """They have their answers, and have not closed their connections."""
+    directory, faults = tmp_path_factory.mktemp("v"), list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+    async with running(directory) as it:
+        guest = Guest(it.vm.endpoint, TOKEN)
+        async with live.serving(Holder(guest), directory / "live") as path:
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(frames.encode({"ask": "fork", "sandbox": "box", "by": "x", "fields": {}}))
+            assert (await frames.read(reader, who="engine")).head["answer"] == ["f0"]
+            await reader.read()  # its end
+        writer.close()
+        await guest.close()
+    assert faults == []
+
+
 async def test_the_socket_of_a_dead_engine_is_removed(tmp_path: Path) -> None:
     (tmp_path / "live").mkdir()
     dead = tmp_path / "live" / "1-x.sock"

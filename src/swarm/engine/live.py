@@ -188,7 +188,7 @@ async def _send(writer: StreamWriter, head: Mapping[str, object], payload: bytes
     try:
         writer.write(data)
         await writer.drain()
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: it was told the end already
         raise _Gone from None
 
 
