@@ -20,8 +20,7 @@ from swarm.cli.ui.table import Column
 if TYPE_CHECKING:
     from swarm.channel.conversation import Open
 
-# What a shell is, where there is no bash.
-_SHELL: Final = ("/bin/sh", "-c", "exec bash -l 2>/dev/null || exec sh -l")
+_SHELL: Final = ("/bin/sh", "-c", "command -v bash >/dev/null && exec bash -l; exec sh -l")
 
 User = Annotated[str, typer.Option("--user", "-u", metavar="USER", help="As whom: agent or root.")]
 _Process = Annotated[str, typer.Argument(metavar="PROCESS", help="Its name, as `swarm sandbox ps` has it.")]
@@ -243,6 +242,7 @@ async def get(
     user: User = "agent",
 ) -> None:
     """Bring a file or a directory of a sandbox to this host."""
+    from swarm.base import trees
     from swarm.channel import guest_files, guest_trees
     from swarm.cli.ui import render, terminal
     from swarm.errors import Conflict, UsageError
@@ -256,8 +256,8 @@ async def get(
         place = to or Path(Path(path).name or "root")
         if to is not None and to.is_dir() and info.kind != "directory":
             place = to / Path(path).name
-        if place.name in ("..", ""):
-            raise UsageError(f"{path}: name the place with --to")
+        if place.name in ("..", "") or (to is None and trees.names_git(place.name)):
+            raise UsageError(f"{path} can't come to {place}: say where to with --to")
         if os.path.lexists(place) and not force and (info.kind != "directory" or to is None):
             raise Conflict(f"{place} exists: give --force to replace, or --to another place")
         if info.kind == "directory":

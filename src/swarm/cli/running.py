@@ -111,6 +111,8 @@ async def run(
 
     for pattern in out or ():
         moving.parts_of(pattern)  # what is wrong with it is told before anything is run
+    if cli.settings.driver == "process":
+        cli.out.note("note: it runs without a VM, as a plain process of this host: no isolation, no limits")
     try:
         like = await _agent(
             cli, agent, requirements=requirements or [], packages=packages or [], net=net, secrets=secret or [],
