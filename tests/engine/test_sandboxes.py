@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ from swarm.base import crash_points
 from swarm.channel import processes
 from swarm.config import Settings
 from swarm.errors import Conflict, NoSpace, UsageError
+from swarm.model import Snapshot
 from swarm.vm.driver import Image
 from tests.agents.write import registered
 from tests.engine.conftest import engine_process
@@ -204,6 +206,20 @@ async def test_it_runs_on_when_there_is_no_room_for_its_snapshot(
         assert trouble["what"] == "pause" and "SWARM_SNAPSHOTS_GB" in str(trouble["error"])
         assert (await desk.store.sandbox("s")).state == "running"
         await engine.end("s", by="test")
+
+
+async def test_an_engine_that_holds_none_removes_old_snapshots_too(desk: Desk) -> None:
+    """Tickets leave them."""
+    place = desk.settings.snapshots / ("0" * 32)
+    place.mkdir(parents=True)
+    await desk.store.add_snapshot(Snapshot(id=place.name, kind="attempt", host=socket.gethostname(), expires_at=1))
+
+    async def forgotten() -> bool:
+        return not await desk.store.snapshot_ids(socket.gethostname())
+
+    async with desk.engine(most=0):
+        await desk.until(forgotten)
+    assert desk.files() == []
 
 
 async def test_idle_ones_sleep_and_those_whose_time_is_over_end(desk: Desk) -> None:

@@ -430,9 +430,9 @@ async def dispatcher(
         parts = await stack.enter_async_context(vm_parts)
         wake = await stack.enter_async_context(opened.watching())
         ours = _worker(settings, opened, parts)
-        sandboxes = _sandboxes(settings, opened, parts, ours, most=max_sandboxes) if max_sandboxes else None
+        sandboxes = _sandboxes(settings, opened, parts, ours, most=max_sandboxes)
         info = {"driver": ours.driver, "started": process.start_time(os.getpid()), "machine": process.machine()}
-        if sandboxes is not None:
+        if max_sandboxes:
             info["live"] = str(await stack.enter_async_context(live.serving(sandboxes, settings.state_dir / "live")))
         yield Dispatcher(
             store=opened,

@@ -142,8 +142,10 @@ class Dispatcher:
             await self._heartbeat()
         loops, until_stop = [self._heartbeats, self._watch_database], [self._scheduler.run] if self._scheduler else []
         if self.sandboxes is not None:
-            loops += [self.sandboxes.renewing, self.sandboxes.collecting]
-            until_stop.append(self.sandboxes.claiming)
+            loops.append(self.sandboxes.collecting)  # tickets leave snapshots too
+            if self.sandboxes.most:
+                loops.append(self.sandboxes.renewing)
+                until_stop.append(self.sandboxes.claiming)
         async with self._worker.supervised():
             tasks = [asyncio.create_task(self._guarded(loop)) for loop in loops]
             # Other engines, or the next one, do what comes due from a stop on.
@@ -388,7 +390,7 @@ class Dispatcher:
             "kept_ready": self._worker.kept_ready(),
             "store": self._store.use(),
         }
-        if self.sandboxes is not None:
+        if self.sandboxes is not None and self.sandboxes.most:
             info |= {"sandboxes": len(self.sandboxes.held), "max_sandboxes": self.sandboxes.most}
             info |= {"sandboxes_wait_for": self.sandboxes.waits_for}
         if self._memory is not None:

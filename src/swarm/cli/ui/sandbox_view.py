@@ -94,6 +94,8 @@ def _told(kind: str, data: Mapping[str, object]) -> str:
             timings = data.get("timings")
             took = timings.get("total") if isinstance(timings, dict) else None
             return f"VM {said('vm')} is up" + (f", after {_ms(took)}" if took else "")
+        case "trouble":
+            return f"could not {said('what')}: {said('error')}"
         case "fork":
             children = data.get("children")
             return f"{counted(len(children), 'fork') if isinstance(children, list) else 'forks'} by {said('by')}"
