@@ -38,12 +38,14 @@ async def ids(client: httpx.AsyncClient, query: str = "") -> list[str]:
 
 
 async def test_a_ticket_is_submitted_once(served: Served) -> None:
-    body = {"title": "x", "agent": "echo", "inputs": {"name": "world"}}
+    kept = {"keep_vm": "failure", "keep_vm_seconds": 60.0}
+    body = {"title": "x", "agent": "echo", "inputs": {"name": "world"}, **kept}
     first, again = [
         await served.operator.post("/v1/tickets", json=body, headers={"idempotency-key": "k"}) for _ in range(2)
     ]
     assert first.status_code == again.status_code == 201
     assert first.json()["id"] == again.json()["id"] and first.json()["inputs"] == {"name": "world"}
+    assert first.json().items() >= kept.items()
     other = await served.operator.post("/v1/tickets", json={**body, "title": "y"}, headers={"idempotency-key": "k"})
     refused(other, 409, "another request")
     mine = await served.admin.post("/v1/tickets", json=body, headers={"idempotency-key": "k"})
@@ -71,6 +73,8 @@ async def test_a_search_finds_all_alphabets_in_both_cases(served: Served) -> Non
         ({"title": "x", "agent": "echo", "nope": 1}, 400, "unknown field"),
         ({"title": "x", "agent": "echo", "priority": "high"}, 400, "priority"),
         ({"title": "x", "agent": "echo", "priority": 1 << 40}, 400, "priority"),
+        ({"title": "x", "agent": "echo", "keep_vm": "forever"}, 400, "keep_vm: must be 'never', 'failure' or 'always'"),
+        ({"title": "x", "agent": "echo", "keep_vm_seconds": 0}, 400, "keep_vm_seconds"),
         ({"agent": "echo"}, 400, "title: is missing"),
         ([], 400, "must be an object"),
     ],
