@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from swarm import config
+from swarm.app import manual_vm
 from swarm.channel import frames, processes
 from swarm.channel.conversation import Conversation
 from swarm.channel.guest import Guest
@@ -213,3 +215,17 @@ async def test_the_socket_of_a_dead_engine_is_removed(tmp_path: Path) -> None:
         left.bind(str(dead))
     async with live.serving(Holder.__new__(Holder), tmp_path / "live") as path:
         assert [path] == list((tmp_path / "live").iterdir())
+
+
+@pytest.mark.needs("netns")
+async def test_swarm_cleanup_removes_it_too(tmp_path: Path) -> None:
+    settings = config.load(home=tmp_path / "home", state_dir=tmp_path / "state")
+    place = settings.state_dir / "live"
+    place.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(place / "1-x.sock"))
+    async with live.serving(Holder.__new__(Holder), place) as path:
+        (place / "2-x.sock").touch()
+        swept = await manual_vm.cleanup(settings)
+        assert f"{place / '2-x.sock'}, of an engine that was killed" in swept.removed and not swept.failed
+        assert [path] == list(place.iterdir())

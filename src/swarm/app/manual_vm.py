@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.app import wiring
+from swarm.base import unix_socket
+from swarm.base.files import host_errors
 from swarm.base.progress import Progress, silent
 from swarm.config import Settings
 from swarm.errors import HostError
@@ -55,8 +57,11 @@ async def cleanup(settings: Settings, *, force: bool = False) -> CleanupReport:
 
     swept = await sweep.cleanup(wiring.inventory(settings), wiring.network(settings), force=force)
     try:
-        left = tuple(f"{path}, of a server that was killed" for path in address.forget_dead(settings))
-        return replace(swept, removed=swept.removed + left)
+        left = [f"{path}, of a server that was killed" for path in address.forget_dead(settings)]
+        with host_errors("can't remove sockets of dead engines"):
+            dead = unix_socket.remove_dead(settings.state_dir / "live")
+        left += [f"{path}, of an engine that was killed" for path in dead]
+        return replace(swept, removed=(*swept.removed, *left))
     except HostError as error:
         return replace(swept, failed=(*swept.failed, str(error)))
 

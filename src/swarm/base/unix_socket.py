@@ -41,6 +41,14 @@ def listens(path: Path) -> bool:
     return False
 
 
+def remove_dead(directory: Path) -> list[Path]:
+    """Remove the sockets in it on which nobody listens; returns which. Raises OSError."""
+    dead = [path for path in directory.glob("*.sock") if not listens(path)]
+    for path in dead:
+        path.unlink(missing_ok=True)
+    return dead
+
+
 def inode(path: Path) -> tuple[int, int] | None:
     with contextlib.suppress(OSError):
         found = path.lstat()

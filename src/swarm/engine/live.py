@@ -71,9 +71,7 @@ async def serving(holder: Holder, directory: Path) -> AsyncIterator[Path]:
     left there is removed. Raises HostError."""
     with host_errors(f"can't listen in {directory}"):
         make_directory(directory, 0o700)
-        for old in directory.glob("*.sock"):
-            if not unix_socket.listens(old):
-                old.unlink(missing_ok=True)
+        unix_socket.remove_dead(directory)
     path = directory / f"{os.getpid()}-{secrets.token_hex(4)}.sock"
     bound = unix_socket.bind(path)
     assert bound is not None  # nobody else has that name
