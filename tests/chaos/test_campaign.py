@@ -44,4 +44,4 @@ async def test_sandboxes_survive_what_they_can(settings: Settings, image: Image,
     values = {**settings.model_dump(), "home": tmp_path / "h", "driver": "qemu", "templates_dir": settings.templates}
     own = config.load(**values)
     await setup.init(own, image=False)
-    await sandboxes.campaign(own, seed=SEED, moves=20, kills=1)
+    await sandboxes.campaign(own, seed=SEED, moves=12, kills=1)
