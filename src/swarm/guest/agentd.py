@@ -2249,8 +2249,6 @@ class Agentd:
         generation, token = text(head, "generation"), key_of(text(head, "token"))
         if self.frozen_at is not None or generation != self.generation:
             with self.programs_lock:
-                if self.generation == "template":  # what warmed it up is nobody's
-                    self.programs = {name: one for name, one in self.programs.items() if not one.finished}
                 for program in self.programs.values():
                     program.background = True
             for other in self.open - {connection}:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 
-from swarm.channel import Channel, Identity, processes
-from swarm.channel.processes import Order
+from swarm.channel import Channel, Identity
 from swarm.vm.slots import ssh
 
 # What agents in Python import most. In a clone, where no code is translated yet, `import pathlib` alone takes 80 ms. It
@@ -39,9 +38,6 @@ async def warm_template(channel: Channel, token: bytes, *, work_disk: bool) -> N
         work_disk=work_disk,  # a template's memory must not know a disk that its clones don't have
     )
     await channel.renew(placeholder)
-    # For sandboxes. Before any agent, with whose end the process ends that is forked ahead for the next program.
-    for size in (None, (80, 24)):
-        await processes.run(channel.converse, Order(argv=["/bin/true"], pty=size, timeout_seconds=60))
     program = f"/agent/{secrets.token_hex(8)}.py"
     code = b"import json, pathlib, sys\njson.dumps(json.loads('{}'))\n"
     await channel.put({program.removeprefix("/agent/"): code}, dest="/agent", owner="root")
