@@ -154,3 +154,16 @@ def test_options_stand_before_or_behind_the_name(line: str, argv: list[str], det
     command = typer.main.get_command(main.app).commands["sandbox"].commands["exec"]  # type: ignore[attr-defined]
     params = command.make_context("exec", line.split()).params
     assert (params["id"], list(params["argv"]), params["detach"]) == ("box", argv, detach)
+
+
+def test_without_an_engine_nothing_is_left_that_would_start(tmp_path: Path) -> None:
+    env = {**os.environ, "SWARM_HOME": str(tmp_path), "SWARM_STATE_DIR": str(tmp_path / "state")}
+
+    def swarm(*words: str) -> Done:
+        argv = [str(BIN / "swarm"), *words]
+        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+
+    assert swarm("init", "--no-image").returncode == 0
+    made = swarm("sandbox", "create", "box")
+    assert made.returncode != 0 and "`swarm-engine start` starts one" in made.stderr
+    assert json.loads(swarm("sandbox", "show", "box", "--json").stdout)["sandbox"]["state"] == "ended"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -11,6 +12,7 @@ from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import Limit
 from swarm.cli.ui.output import first_line
 from swarm.cli.ui.table import Column
+from swarm.errors import Conflict, SwarmError
 from swarm.model import TERMINAL_SANDBOX_STATES, SandboxState
 
 if TYPE_CHECKING:
@@ -108,7 +110,12 @@ async def create(
         )
         made = await store.add_sandbox(one, by=cli.user)
         if wait:
-            await live_of(cli, store, made.id)
+            try:
+                await live_of(cli, store, made.id)
+            except Conflict:
+                with contextlib.suppress(SwarmError):  # it has ended by itself, with what was wrong
+                    await store.want_sandbox(made.id, SandboxState.ENDED, by=cli.user)  # nothing starts behind an error
+                raise
             made = await store.sandbox(made.id)
     cli.out.result(made, made.name or made.id)
 

@@ -181,7 +181,8 @@ class Sandboxes:
                 continue
             good_until, renewed = began + self._lease_seconds, began
             for hold_id in renewal.lost & holds.keys():
-                log.warning("lease lost, VM killed", sandbox=holds[hold_id].id)
+                if holds[hold_id].executing:  # else it was given up meanwhile
+                    log.warning("lease lost, VM killed", sandbox=holds[hold_id].id)
                 holds[hold_id].cancel(lost=True)
             for hold_id, wanted in renewal.wanted.items():
                 held = holds[hold_id]
