@@ -14,7 +14,7 @@ from typing import Final
 from swarm.channel.conversation import Conversation
 from swarm.channel.frames import Frame, printable
 from swarm.engine.held import Held
-from swarm.errors import GuestRefused, UsageError
+from swarm.errors import ChannelError, GuestRefused, UsageError
 
 _MAX_WORDS, _MAX_WORD = 64, 500  # of a command line, in its event
 _GONE: Final = "the client went away"
@@ -78,7 +78,7 @@ class Told:
         self._by = {"by": by}
         self._sent = self._received = 0
         self._began = time.monotonic()
-        self._first: Frame | GuestRefused | None = None
+        self._first: Frame | GuestRefused | ChannelError | None = None
         self._last: Mapping[str, object] | None = None
 
     async def begin(self) -> bool:
@@ -89,6 +89,8 @@ class Told:
             except GuestRefused as error:
                 if "frozen" in error.said:
                     return False
+                self._first = error
+            except ChannelError as error:  # it may have begun: who asked is to hear of it, and not to ask again
                 self._first = error
             self._held.record("exec", self._said | self._by)  # at once: it may run for days
             if self._background and self._process:
@@ -101,7 +103,7 @@ class Told:
 
     async def receive(self) -> Frame:
         frame, self._first = self._first, None
-        if isinstance(frame, GuestRefused):
+        if isinstance(frame, GuestRefused | ChannelError):
             raise frame
         frame = frame or await self._inner.receive()
         self._received += len(frame.payload)
