@@ -35,5 +35,6 @@ async def test_what_a_rebuilt_table_lost_is_named(tmp_path: Path) -> None:
     assert check.status == "fail"
     assert (
         "tickets_ready" in check.detail
-        and "tickets_deleted, tickets_touched, tickets_inserted, tickets_created_changed:" in check.detail
+        and "tickets_deleted, tickets_touched, tickets_inserted, tickets_created_changed, tickets_snapshots:"
+        in check.detail
     )

@@ -90,6 +90,8 @@ class Cli:
                     await store.record(did, by=self.user, name=name)
 
 
+_HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
 Command = Callable[..., Coroutine[Any, Any, int | None]]
 
 
@@ -104,7 +106,7 @@ def new_app(name: str, help: str, *, examples: Sequence[str] = (), many: bool = 
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
         cls=Group,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings=_HELP,
     )
     if many:
         app.callback()(_before)
@@ -144,7 +146,7 @@ def command(
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {"ctx": typer.Context} | {p.name: p.annotation for p in own} | common
         del run.__wrapped__  # otherwise Typer would read the signature of ``function``
-        context_settings = {"allow_interspersed_args": not runs}
+        context_settings = {**_HELP, "allow_interspersed_args": not runs}
         app.command(
             name, cls=OneInThat if runs == "there" else One, epilog=_epilog(examples), context_settings=context_settings
         )(run)
