@@ -208,6 +208,15 @@ async def test_it_runs_on_when_there_is_no_room_for_its_snapshot(
         await engine.end("s", by="test")
 
 
+async def test_a_stop_pauses_beyond_the_limit_of_snapshots(settings: Settings, image: Image, tmp_path: Path) -> None:
+    async with desk_at(settings, tmp_path, snapshots_gb=0.001) as desk:
+        async with desk.engine():
+            desk.insert("s")
+            await desk.running("s")
+        row = await desk.store.sandbox("s")
+        assert (row.state, row.error) == ("paused", None)
+
+
 async def test_an_engine_that_holds_none_removes_old_snapshots_too(desk: Desk) -> None:
     """Tickets leave them."""
     place = desk.settings.snapshots / ("0" * 32)

@@ -6,14 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 
 from swarm.channel.guest import Guest
 from swarm.engine.egress import AttemptEgress
 from swarm.engine.room import VmInUse
-from swarm.errors import ChannelError, SwarmError
+from swarm.errors import ChannelError, Conflict, SwarmError
 from swarm.live.wire import NotHeld
-from swarm.model import Agent, Event, SandboxClaim
+from swarm.model import Agent, Event, SandboxClaim, SandboxState, Snapshot
 from swarm.vm.launcher import LiveVm
 
 Emit = Callable[[Event], None]
@@ -22,6 +23,16 @@ Emit = Callable[[Event], None]
 class Ending(StrEnum):
     PAUSED = "paused"
     ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """How a hold ended, as the row is to say. ``snapshot``: of the pause. ``why``: for the event."""
+
+    state: SandboxState
+    snapshot: Snapshot | None = None
+    error: str | None = None
+    why: str | None = None
 
 
 class Held:
@@ -49,6 +60,7 @@ class Held:
         self.lost = False  # its lease is: nothing of it may be written any more
         self.put_back = False  # it need not start any more
         self.closing = ""  # why nobody may speak with it now
+        self.done: Done | None = None  # what its row says; None: it was given back, or its lease is lost
         self.refused = ""  # why it could not be paused
         self.background: set[str] = set()  # processes whose end was not told
         self.told: set[tuple[object, ...]] = set()  # what is told only once
@@ -57,7 +69,7 @@ class Held:
         self._talks = 0
         self._used_at = time.monotonic()
         self._not_before = 0.0  # for pauses that nobody asked for
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: dict[asyncio.Future[None], Ending] = {}  # what each waits for
         self._ended = False
 
     @property
@@ -165,12 +177,12 @@ class Held:
     async def ends(self, ending: Ending, by: str) -> None:
         """Ask for it, and return when it is done. Raises why it could not be."""
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(answer)
+        self._waiting[answer] = ending
         self.want(ending, by)
         try:
             await answer
         finally:
-            self._waiting.discard(answer)
+            del self._waiting[answer]
 
     def may_pause(self) -> bool:
         """Not soon after it could not be."""
@@ -179,20 +191,31 @@ class Held:
     def refuse(self, error: SwarmError, *, seconds: float) -> None:
         """It could not be paused, and runs on: it is not tried again for so long, unless somebody asks."""
         self._not_before = time.monotonic() + seconds
-        self.asked, self.by, self.refused = None, None, str(error)
-        for answer in self._waiting:
-            if not answer.done():
+        self.refused = str(error)
+        if self.asked is Ending.PAUSED:  # its end may have been asked for meanwhile
+            self.asked, self.by = None, None
+        for answer, ending in self._waiting.items():
+            if ending is Ending.PAUSED and not answer.done():
                 answer.set_exception(error)
 
     def answer(self) -> None:
-        """It is paused, or has ended, and its row says so."""
+        """It is held no more: see ``done``. Whoever waits for another end than this is told so."""
         self._ended = True
         if not self.started.done():
             back = self.lost or self.put_back
             why = "is not held by this engine any more" if back else "has ended: `swarm sandbox show` says why"
             self.started.set_exception(NotHeld(f"{self.name} {why}"))
-        for answer in self._waiting:
-            if not answer.done():
+        for answer, ending in self._waiting.items():
+            if answer.done():
+                continue
+            if (done := self.done) is None:
+                answer.set_exception(NotHeld(f"{self.name} is not held by this engine any more"))
+            elif ending is Ending.PAUSED and done.state != SandboxState.PAUSED:
+                said = f": {done.error}" if done.error else ""
+                answer.set_exception(Conflict(f"{self.name} was not paused, it is {done.state}{said}"))
+            elif ending is Ending.ENDED and done.state == SandboxState.PAUSED:
+                answer.set_exception(NotHeld(f"{self.name} was paused before it could be ended"))
+            else:
                 answer.set_result(None)
 
     def cancel(self, *, lost: bool) -> None:

@@ -11,15 +11,15 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from swarm.base import crash_points
-from swarm.base.aio import finish_uninterrupted
+from swarm.base.aio import finish_uninterrupted, quietly
 from swarm.base.log import logger
 from swarm.engine import conversing, kept
 from swarm.engine.conversing import Told
-from swarm.engine.held import Emit, Ending, Held
+from swarm.engine.held import Done, Emit, Ending, Held
 from swarm.engine.machines import Machines, agent_of
 from swarm.engine.room import VmInUse
 from swarm.errors import Conflict, LeaseLost, OutcomeUnknown, StoreError, SwarmError, UsageError
@@ -44,18 +44,7 @@ _PAUSE_AGAIN_SECONDS: Final = 60.0
 YIELD_SECONDS: Final = 5.0
 MAX_FORKS: Final = 64
 _TRIES: Final = 5  # of a program, while one snapshot after another is taken
-# What forks start from stays at least this long, and then until all have started.
-_FORK_SECONDS: Final = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Done:
-    """How a hold ended, as the row is to say. ``snapshot``: of the pause. ``why``: for the event."""
-
-    state: SandboxState
-    snapshot: Snapshot | None = None
-    error: str | None = None
-    why: str | None = None
+_FORK_SECONDS: Final = 30.0  # what forks start from stays at least this long, and then until all have started
 
 
 class Sandboxes:
@@ -138,8 +127,10 @@ class Sandboxes:
                 most_memory_mb=self.most_mb,
                 held=[held.claim.hold_id for held in self._held.values()],
             )
-            for claim in claims:
-                self._begin(claim)
+            for claim in [one for one in claims if not self._begin(one)]:
+                with contextlib.suppress(SwarmError):  # its lease ends anyway
+                    await self._store.sandbox_released(claim.hold_id, why="never begun")
+                await asyncio.sleep(_ROOM_SECONDS)
             if not claims:
                 if due.ready:
                     full = f"a place: all {self.most} are taken" if len(self._held) >= self.most else ""
@@ -148,16 +139,20 @@ class Sandboxes:
                 return _ROOM_SECONDS
         return LOOK_SECONDS
 
-    def _begin(self, claim: SandboxClaim) -> None:
+    def _begin(self, claim: SandboxClaim) -> bool:
+        """False while this engine still clears up after a lease of the same sandbox that it has lost."""
+        if claim.sandbox.id in self._held:
+            return False
         held = Held(claim, agent_of(claim), idle_seconds=self._idle_seconds, emit=self._emit)
         self._held[held.id] = held
         held.task = asyncio.create_task(self._hold(held), name=f"sandbox-{held.id}")
+        return True
 
     def make_room(self) -> None:
         """Pause the one that nobody has spoken with for the longest time, if that is some seconds."""
-        held = max(self._held.values(), key=lambda one: one.idle_for, default=None)
-        if held is not None and held.idle_for > self.yield_seconds and held.may_pause():
-            held.want(Ending.PAUSED)
+        may = [held for held in self._held.values() if held.may_pause() and held.idle_for > self.yield_seconds]
+        if may:
+            max(may, key=lambda one: one.idle_for).want(Ending.PAUSED)
 
     async def renewing(self) -> None:
         """Renew the leases of all that are held, in one statement, and hear what is wanted of them."""
@@ -207,6 +202,7 @@ class Sandboxes:
     def stop(self) -> None:
         """Hold no more, and pause all that are held. Doesn't wait: see `drained`."""
         self.stopping = True
+        self._machines.snapshots.limit_bytes = None  # what could not be paused now would be lost
         for held in list(self._held.values()):
             if held.runs or held.claim.resumes:
                 held.want(Ending.PAUSED)
@@ -224,7 +220,7 @@ class Sandboxes:
     async def _hold(self, held: Held) -> None:
         """From the claim to the row that says how it ended. The VM is gone by then, in every case."""
         try:
-            done: _Done | None = None
+            done: Done | None = None
             try:
                 done = await self._live(held)
             except asyncio.CancelledError:
@@ -243,7 +239,7 @@ class Sandboxes:
             held.answer()
             self._look.set()
 
-    async def _live(self, held: Held) -> _Done:
+    async def _live(self, held: Held) -> Done:
         async def runs(n: int) -> None:
             crash_points.reach("sandbox:started")
             held.runs = True  # from now on a stop pauses it
@@ -265,19 +261,18 @@ class Sandboxes:
             log.debug("where", exc_info=True)
             return await self._failed(held, SwarmError(f"unexpected {type(error).__name__}: {error}"))
 
-    async def _failed(self, held: Held, error: SwarmError) -> _Done:
+    async def _failed(self, held: Held, error: SwarmError) -> Done:
         """It did not start, or its VM has died."""
         claim = held.claim
         if held.runs:
-            return _Done(state=SandboxState.LOST, error=str(error))
+            return Done(state=SandboxState.LOST, error=str(error))
         if not claim.resumes:
-            return _Done(state=SandboxState.ENDED, error=f"it could not be started: {error}")
+            return Done(state=SandboxState.ENDED, error=f"it could not be started: {error}")
         said = f"it could not be resumed: {error}"
-        if claim.snapshot is not None and await self._machines.is_whole(claim.snapshot):
-            return _Done(state=SandboxState.PAUSED, error=said)
-        return _Done(state=SandboxState.LOST, error=said)
+        whole = claim.snapshot is not None and await self._machines.is_whole(claim.snapshot)
+        return Done(state=SandboxState.PAUSED if whole else SandboxState.LOST, error=said)
 
-    async def _serve(self, held: Held, live: LiveVm) -> _Done:
+    async def _serve(self, held: Held, live: LiveVm) -> Done:
         """Until it is to be paused or ended. Raises OutcomeUnknown when its VM dies."""
         died = asyncio.ensure_future(live.vm.wait())
         try:
@@ -288,7 +283,7 @@ class Sandboxes:
                 over = held.is_over()
                 if over or held.asked is Ending.ENDED:
                     why = "its time to live is over" if over else f"by {held.by}" if held.by else "wanted"
-                    return _Done(state=SandboxState.ENDED, why=why)
+                    return Done(state=SandboxState.ENDED, why=why)
                 if held.asked is Ending.PAUSED or held.is_idle():
                     if (done := await self._pause(held, live)) is not None:
                         return done
@@ -300,31 +295,36 @@ class Sandboxes:
             died.cancel()
             await held.close("has ended")
 
-    async def _pause(self, held: Held, live: LiveVm) -> _Done | None:
+    async def _pause(self, held: Held, live: LiveVm) -> Done | None:
         """None if that can't be: it runs on, and whoever asked is told why."""
-        by, asked = held.by, held.asked is not None
+        by, asked, stops = held.by, held.asked is not None, self.stopping
         why = f"by {by}" if by else "its engine stops" if self.stopping else "wanted" if asked else "idle"
         try:
             async with held.changing:
-                if not asked and not held.is_idle():
+                if held.asked is Ending.ENDED or (not asked and not held.is_idle()):
                     return None
                 await held.close("is paused")
                 snapshot = await self._machines.pause(held, live)
                 crash_points.reach("sandbox:saved")
-                return _Done(state=SandboxState.PAUSED, snapshot=snapshot, why=why)
+                return Done(state=SandboxState.PAUSED, snapshot=snapshot, why=why)
         except SwarmError as error:
-            if self.stopping:
-                said = f"its engine stopped, and could not pause it: {error}"
-                return _Done(state=SandboxState.LOST, error=said)
+            if self.stopping and not stops:  # the limit may have been the reason
+                held.open(live)
+                return None
+            if stops:
+                return Done(state=SandboxState.LOST, error=f"its engine stopped, and could not pause it: {error}")
             log.warning("a sandbox could not be paused", sandbox=held.id, error=str(error))
             held.record("trouble", {"what": "pause", "why": why, "error": str(error)})
             held.refuse(error, seconds=_PAUSE_AGAIN_SECONDS)
             held.open(live)
             return None
 
-    async def _write(self, held: Held, done: _Done | None) -> None:
+    async def _write(self, held: Held, done: Done | None) -> None:
         """How it ended; None: it was not started, and goes back."""
         hold_id = held.claim.hold_id
+        if done is not None and done.snapshot is not None and held.asked is Ending.ENDED:  # meanwhile
+            await quietly(self._machines.snapshots.remove(done.snapshot.id))
+            done = Done(state=SandboxState.ENDED, why=f"by {held.by}" if held.by else "wanted")
         if done is None:
             await self._store.sandbox_released(hold_id)
         elif done.state != SandboxState.PAUSED:
@@ -334,6 +334,7 @@ class Sandboxes:
         else:
             await self._store.sandbox_released(hold_id, why="not resumed", error=done.error)
         if done is not None:
+            held.done = done
             log.info("sandbox is held no more", sandbox=held.id, state=str(done.state), error=done.error, why=done.why)
 
     async def _insist(self, held: Held, write: Callable[[], Awaitable[None]]) -> None:
@@ -373,6 +374,8 @@ class Sandboxes:
                 await stack.aclose()
                 async with held.changing:
                     pass
+            else:
+                raise Conflict(f"one snapshot after another is taken of {held.name}: try again")
             try:
                 yield told
             except BaseException as error:

@@ -69,6 +69,8 @@ class GuestMemory:
                 for batch in range(start, end, _BATCH_PAGES * _PAGE_BYTES):
                     pages = min(_BATCH_PAGES, (end - batch) // _PAGE_BYTES)
                     entries = os.pread(pagemap, pages * 8, batch // _PAGE_BYTES * 8)
+                    if len(entries) != pages * 8:
+                        raise BootFailed("the VMM's pages could not be listed whole")
                     for run in _OWN_RUNS.finditer(entries[7::8].translate(_OWN)):
                         at = batch + run.start() * _PAGE_BYTES
                         yield at, at - start + offset, (run.end() - run.start()) * _PAGE_BYTES

@@ -196,8 +196,10 @@ class QemuVm(VmmVm):
             await self._execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
             self._qmp.send_fd_scm(state)
             await self._execute("add-fd", {"fdset-id": _STATE_SET})
-            await self._execute("xen-save-devices-state", {"filename": f"/dev/fdset/{_STATE_SET}", "live": False})
-            await self._execute("remove-fd", {"fdset-id": _STATE_SET})
+            try:
+                await self._execute("xen-save-devices-state", {"filename": f"/dev/fdset/{_STATE_SET}", "live": False})
+            finally:  # else the next state would be written into this file too
+                await self._execute("remove-fd", {"fdset-id": _STATE_SET})
         finally:
             os.close(state)
 

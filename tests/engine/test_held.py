@@ -1,0 +1,54 @@
+"""What is asked of one sandbox, and what those who wait for it are told."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from swarm.engine.held import Done, Ending, Held
+from swarm.engine.machines import agent_of
+from swarm.errors import Conflict, NoSpace
+from swarm.live.wire import NotHeld
+from swarm.model import Sandbox, SandboxClaim, SandboxState
+
+
+def held() -> Held:
+    sandbox = Sandbox(id="s", state=SandboxState.RUNNING)
+    claim = SandboxClaim(sandbox=sandbox, hold_id="h", agent=None, snapshot=None, resumes=False, memory_mb=128)
+    return Held(claim, agent_of(claim), idle_seconds=60, emit=lambda event: None)
+
+
+async def test_a_pause_that_fails_leaves_an_end_that_was_asked_for() -> None:
+    one = held()
+    pause = asyncio.create_task(one.ends(Ending.PAUSED, "ann"))
+    end = asyncio.create_task(one.ends(Ending.ENDED, "bob"))
+    await asyncio.sleep(0)
+    one.refuse(NoSpace("no room"), seconds=60)
+    with pytest.raises(NoSpace):
+        await pause
+    assert (one.asked, one.by, end.done()) == (Ending.ENDED, "bob", False)
+    one.done = Done(state=SandboxState.ENDED)
+    one.answer()
+    await end
+
+
+@pytest.mark.parametrize(
+    ("done", "pause", "end"),
+    [
+        (Done(state=SandboxState.PAUSED), None, NotHeld),
+        (Done(state=SandboxState.ENDED), Conflict, None),
+        (Done(state=SandboxState.LOST, error="its VM died"), Conflict, None),
+        (None, NotHeld, NotHeld),
+    ],
+)
+async def test_who_waits_for_another_end_is_told(
+    done: Done | None, pause: type[Exception] | None, end: type[Exception] | None
+) -> None:
+    one = held()
+    waits = [asyncio.create_task(one.ends(ending, "ann")) for ending in (Ending.PAUSED, Ending.ENDED)]
+    await asyncio.sleep(0)
+    one.done = done
+    one.answer()
+    said = await asyncio.gather(*waits, return_exceptions=True)
+    assert [None if error is None else type(error) for error in said] == [pause, end]
