@@ -1,4 +1,4 @@
-"""A number has the same bounds wherever it is written: in manifests, agents' rows, workflow files and tickets."""
+"""A number has the same bounds wherever it is written: manifests, workflows, rows of agents, tickets, sandboxes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pytest
 
 from swarm.agents.package import Manifest
 from swarm.errors import StoreError, UsageError
-from swarm.model import BOUNDS, Ticket
+from swarm.model import BOUNDS, Sandbox, Ticket
 from swarm.store.registry import agents
+from swarm.store.sandboxes import sandboxes
 from swarm.store.tickets import tickets
 from swarm.workflow import parse
 from tests.store.databases import ECHO
 
 OF_RETRY = ("max_attempts", "delay_seconds", "factor", "max_delay_seconds")
-OF_AGENTS = tuple(name for name in BOUNDS if name not in (*OF_RETRY, "priority"))
+OF_AGENTS = tuple(name for name in BOUNDS if name not in (*OF_RETRY, "priority", "ttl_seconds"))
 
 
 def manifest(name: str, value: float) -> None:
@@ -46,11 +47,16 @@ def ticket(name: str, value: float) -> None:
     tickets.check(Ticket(id="t", title="t", state="ready", agent_id="a", **{name: value}))  # type: ignore[arg-type]
 
 
+def sandbox(name: str, value: float) -> None:
+    sandboxes.check(Sandbox(id="s", state="starting", **{name: value}))  # type: ignore[arg-type]
+
+
 PLACES: list[tuple[Callable[[str, float], None], tuple[str, ...]]] = [
     (manifest, (*OF_AGENTS, *OF_RETRY)),
     (agent_row, (*OF_AGENTS, *OF_RETRY)),
     (workflow, ("timeout_seconds", "budget_usd", "budget_tokens", *OF_RETRY)),
     (ticket, ("priority", "max_attempts", "timeout_seconds", "budget_usd", "budget_tokens")),
+    (sandbox, ("ttl_seconds", "memory_mb", "vcpus", "disk_mb", "idle_timeout_seconds", "budget_usd", "budget_tokens")),
 ]
 
 

@@ -179,3 +179,15 @@ def test_what_can_not_be_sent(tmp_path: Path, make: Callable[[Path], None]) -> N
     make(tmp_path / "odd")
     with pytest.raises(UsageError, match="can't be sent"):
         list(trees.pack(trees.read(tmp_path, trees.walk(tmp_path))))
+
+
+async def test_nobody_but_its_owner_may_write_a_file_that_came(tmp_path: Path) -> None:
+    async def nothing() -> AsyncIterator[bytes]:
+        yield b"x"
+
+    target = trees.Target(tmp_path)
+    try:
+        await target.write(trees.Entry("f", stat.S_IFREG | 0o777, 1), nothing())
+    finally:
+        target.close()
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o755

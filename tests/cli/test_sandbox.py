@@ -99,6 +99,10 @@ def test_files_there_and_back(swarm, tmp_path: Path) -> None:  # type: ignore[no
     assert (back / "link").readlink() == Path("deep/run") and not (back / "out").is_symlink()
     assert (back / "deep/run").read_bytes() == bytes(range(256))
     assert (back / "deep/run").stat().st_mode & 0o777 == 0o755
+    assert swarm("get", "box", "tree", "--to", "back").returncode == 0 and (back / "tree/deep/run").exists()
+    for wanted, place in (("tree", "back"), ("tree/deep", "tree")):
+        refused = swarm("get", "box", wanted, "--to", place)
+        assert refused.returncode == 2 and "exists: give --force" in refused.stderr
     refused = swarm("get", "box", "tree/deep/run", "--to", "tree/deep/run")
     assert refused.returncode == 2 and "exists: give --force" in refused.stderr
     assert swarm("get", "box", "tree/deep/run", "--to", "tree/deep/run", "--force").returncode == 0

@@ -328,7 +328,7 @@ class Target:
                     try:
                         async for chunk in chunks:
                             _write(fd, chunk)
-                        os.fchmod(fd, entry.mode & 0o777)
+                        os.fchmod(fd, entry.mode & 0o755)  # whoever wrote the tree chose it
                     finally:
                         os.close(fd)
                 os.rename(beside, name, src_dir_fd=here, dst_dir_fd=here)
