@@ -141,12 +141,17 @@ async def test_collect_spares_what_is_wanted_new_or_being_written(snapshots: Sna
         (stage.dir / "memory").write_bytes(b"x")
         for name in ("a" * 32, "b" * 32, ".building-" + "c" * 32):
             (snapshots.dir / name).mkdir()
+            (snapshots.dir / name / "snapshot.json").write_text(json.dumps({"owner": snapshots.owner}))
             os.utime(snapshots.dir / name, (0, 0))
+        other = snapshots.dir / ("f" * 32)  # of another database, which shares the directory
+        other.mkdir()
+        (other / "snapshot.json").write_text('{"owner": "/other"}')
+        os.utime(other, (0, 0))
         os.utime(stage.dir, (0, 0))  # it is locked
         for name in ("d" * 32, ".building-" + "e" * 32):
             (snapshots.dir / name).mkdir()
         assert await snapshots.collect({"a" * 32}) == ["b" * 32]
-        assert names(snapshots) == sorted(["a" * 32, "d" * 32, stage.dir.name, ".building-" + "e" * 32])
+        assert names(snapshots) == sorted(["a" * 32, "d" * 32, "f" * 32, stage.dir.name, ".building-" + "e" * 32])
         assert (stage.dir / "memory").exists()
     assert stage.dir.name not in names(snapshots)
 

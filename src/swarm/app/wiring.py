@@ -206,7 +206,8 @@ def snapshots(settings: Settings) -> Snapshots:
     from swarm.vm.snapshots import Snapshots
 
     limit = None if settings.snapshots_gb is None else int(settings.snapshots_gb * 1e9)
-    return Snapshots(dir=settings.snapshots, limit_bytes=limit, images=images(settings), layers=guest_layers(settings))
+    own, layers = settings.database, guest_layers(settings)
+    return Snapshots(dir=settings.snapshots, limit_bytes=limit, images=images(settings), layers=layers, owner=own)
 
 
 def services(settings: Settings, opened: Store | None) -> Services:

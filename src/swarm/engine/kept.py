@@ -114,7 +114,7 @@ async def collect(store: Store, snapshots: Snapshots) -> None:
         for one in expired:
             await snapshots.remove(one.id)
         await store.forget_snapshots([one.id for one in expired])
-    await snapshots.collect(await store.snapshot_ids(host))
+    await snapshots.collect(await store.snapshot_ids(None))  # this host may have had another name
 
 
 async def clear(live: LiveVm) -> None:

@@ -681,7 +681,7 @@ class Store:
     async def forget_snapshots(self, ids: Collection[str]) -> None:
         await self._write.call(snapshots.forget, tuple(ids))
 
-    async def snapshot_ids(self, host: str) -> set[str]:
+    async def snapshot_ids(self, host: str | None) -> set[str]:
         """Of all whose files are to be on this host's disk. One that was just sealed may not be among them yet."""
         return await self._read.call(snapshots.of_host, host)
 

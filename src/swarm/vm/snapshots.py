@@ -83,6 +83,7 @@ class Stage:
                 **about,
                 "identity": _identity_as_json(identity),
                 "created_at": time.time(),
+                "owner": self._owner.owner,
             }
             digest = await stoppable(lambda check: _write_manifest(self.dir, manifest, check))
             size = _size_of(self.dir)
@@ -100,11 +101,13 @@ class Stage:
 
 
 class Snapshots:
-    """The snapshots in ``dir``, which together may take ``limit_bytes`` of disk (None: what there is)."""
+    """The snapshots in ``dir``, which together may take ``limit_bytes`` of disk (None: what there is). ``owner``: the
+    database that knows those that are made here; others may share the directory."""
 
-    def __init__(self, *, dir: Path, limit_bytes: int | None, images: Images, layers: Layers) -> None:
+    def __init__(self, *, dir: Path, limit_bytes: int | None, images: Images, layers: Layers, owner: str) -> None:
         self.dir = dir
         self.limit_bytes = limit_bytes
+        self.owner = owner
         self._images = images
         self._layers = layers
 
@@ -169,8 +172,8 @@ class Snapshots:
         return True
 
     async def collect(self, keep: Collection[str], *, new_seconds: float = NEW_SECONDS) -> list[str]:
-        """Remove the snapshots that are not in ``keep``, except new ones, and what dead processes left half written.
-        Returns the ids of the former. Raises HostError."""
+        """Remove the owner's snapshots that are not in ``keep``, except new ones, and what dead processes left half
+        written. Returns the ids of the former. Raises HostError."""
         removed = []
         for name in self._names():
             place = self.dir / name
@@ -179,6 +182,7 @@ class Snapshots:
                     if (
                         name not in keep
                         and time.time() - place.stat().st_mtime > new_seconds
+                        and self._is_own(name)
                         and await self.remove(name)
                     ):
                         removed.append(name)
@@ -193,6 +197,12 @@ class Snapshots:
                         finally:
                             os.close(lock)
         return removed
+
+    def _is_own(self, name: str) -> bool:
+        try:
+            return bool(json.loads((self.dir / name / MANIFEST).read_bytes())["owner"] == self.owner)
+        except (OSError, ValueError, KeyError, TypeError):  # nobody can say whose it is
+            return False
 
     def used_bytes(self) -> int:
         """What they take on disk, with those that are being written. Blocks that files share count for each."""

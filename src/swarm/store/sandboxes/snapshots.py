@@ -70,7 +70,7 @@ _OVER: Final = (
     ),
 )
 _FORGET: Final = Sql("DELETE FROM snapshots WHERE id = :id")
-_OF_HOST: Final = Sql("SELECT id FROM snapshots WHERE host = :host")
+_OF_HOST: Final = Sql("SELECT id FROM snapshots WHERE :host IS NULL OR host = :host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +210,6 @@ def forget(tx: Tx, ids: Collection[str]) -> None:
     tx.many(_FORGET, [{"id": id} for id in ids])
 
 
-def of_host(tx: Tx, host: str) -> set[str]:
-    """Ids of all whose files are to be on this host's disk."""
+def of_host(tx: Tx, host: str | None) -> set[str]:
+    """Ids of all whose files are to be on this host's disk; None: on any host's."""
     return {str(lenient(row.id)) for row in tx.all(_OF_HOST, host=host)}
