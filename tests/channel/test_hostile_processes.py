@@ -125,6 +125,17 @@ async def test_a_lie_is_a_channel_error(
         assert str(caught.value).isprintable()
 
 
+async def test_a_guest_that_does_not_keep_a_time_limit_is_not_waited_for(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    async with liar(tmp_path_factory.mktemp("l"), lambda head: [start(head["id"])]) as channel:
+        order = Order(argv=["x"], timeout_seconds=0.01)
+        async with processes.start(channel.converse, order, grace_seconds=0.01) as process:
+            with pytest.raises(ChannelError, match="its time was up, and the guest did not stop it"):
+                async with asyncio.timeout(10):
+                    await process.exit()
+
+
 async def test_what_a_guest_names_is_printable(tmp_path_factory: pytest.TempPathFactory) -> None:
     line = LINE | {"process": "\x1b[2J", "argv": ["\x07" * 9000], "user": "a\nb"}
     async with liar(tmp_path_factory.mktemp("l"), lambda head: lines(head["id"], line)) as channel:

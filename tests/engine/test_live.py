@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,19 @@ from swarm import config
 from swarm.app import manual_vm
 from swarm.channel import frames, processes
 from swarm.channel.conversation import Conversation
+from swarm.channel.dial import Endpoint
 from swarm.channel.guest import Guest
 from swarm.channel.processes import Order
 from swarm.engine import live
-from swarm.errors import ChannelError, GuestRefused, NoSpace, SwarmError, UsageError
+from swarm.engine.conversing import Told
+from swarm.engine.held import Ending, Held
+from swarm.errors import ChannelError, Conflict, GuestRefused, NoSpace, SwarmError, UsageError
 from swarm.live.client import Live
 from swarm.live.wire import NotHeld
+from swarm.model import Agent, Sandbox, SandboxClaim, SandboxState
 from tests.channel.agentd_here import TOKEN, running
+
+AGENT = Agent(id="a", name="a", version="1", path=Path("/"), entry=("x",))
 
 
 class Holder:
@@ -229,3 +235,75 @@ async def test_swarm_cleanup_removes_it_too(tmp_path: Path) -> None:
         swept = await manual_vm.cleanup(settings)
         assert f"{place / '2-x.sock'}, of an engine that was killed" in swept.removed and not swept.failed
         assert [path] == list(place.iterdir())
+
+
+class Waits(Holder):
+    """Its guest never begins."""
+
+    @asynccontextmanager
+    async def converse(
+        self, id: str, op: str, fields: Mapping[str, object], payload: bytes, *, by: str
+    ) -> AsyncIterator[Conversation]:
+        self.talks += 1
+        self.asked.append((op,))
+        try:
+            await asyncio.Event().wait()
+            yield  # type: ignore[misc]
+        finally:
+            self.talks -= 1
+
+
+async def test_who_goes_before_the_guest_has_begun_takes_no_place(tmp_path: Path) -> None:
+    holder = Waits(Guest(Endpoint(unix=tmp_path / "none"), TOKEN))
+    async with live.serving(holder, tmp_path / "live") as path:
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.write(frames.encode({"open": "exec", "sandbox": "box", "by": "x", "fields": {}}))
+        async with asyncio.timeout(10):
+            while not holder.talks:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.close()
+        await writer.wait_closed()
+        async with asyncio.timeout(10):
+            while holder.talks:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+def sandbox() -> Held:
+    box = Sandbox(id="box", name="b", state=SandboxState.RUNNING)
+    claim = SandboxClaim(sandbox=box, hold_id="h", agent=AGENT, snapshot=None, resumes=False, memory_mb=128)
+    return Held(claim, AGENT, idle_seconds=1, emit=lambda event: None)
+
+
+async def test_a_guest_that_does_not_begin_is_not_waited_for() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        talk = Told(Conversation(reader, writer, "exec", 1), "exec", {"process": "p"}, sandbox(), by="anna")
+        async with asyncio.timeout(10):
+            assert await talk.begin(within_seconds=0.01)
+        with pytest.raises(ChannelError, match=r"has not begun the program in 0\.01 s"):
+            await talk.receive()
+        await writer.wait_closed()
+
+
+async def test_one_sandbox_does_not_take_all_places(tmp_path: Path) -> None:
+    held = sandbox()
+    held.guest = Guest(Endpoint(unix=tmp_path / "none"), TOKEN)
+    held.started.set_result(None)
+    async with AsyncExitStack() as stack:
+        for _ in range(64):
+            await stack.enter_async_context(held.spoken_with())
+        with pytest.raises(Conflict, match="the sandbox b is in 64 uses at once already"):
+            await stack.enter_async_context(held.spoken_with())
+    async with held.spoken_with():
+        pass
+
+
+async def test_a_guest_that_never_sleeps_is_given_up() -> None:
+    held, refused = sandbox(), GuestRefused("freeze", "Error", "no")
+    assert [held.given_up(error) for error in (refused, ChannelError("silent"), NoSpace("full"))] == [""] * 3
+    assert [held.given_up(error) for error in (refused, ChannelError("silent"))] == [""] * 2
+    held.want(Ending.PAUSED, "anna")  # who is told, and may end it
+    assert held.given_up(refused) == ""
+    held.refuse(refused, seconds=0)
+    assert held.given_up(refused) == "its guest refused 3 times to be put to sleep"

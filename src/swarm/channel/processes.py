@@ -23,6 +23,8 @@ SCROLLBACK_BYTES: Final = 256 << 10  # of a program's output are kept by the gue
 _WINDOW_BYTES: Final = 256 << 10  # of input that may be on the way to the program; agentd's WINDOW
 _PIECE_BYTES: Final = 64 << 10
 _MAX_PARTS: Final = 32  # of output that wait here: 2 MiB as agentd sends it
+_GRACE_SECONDS: Final = 25.0  # what agentd may need to kill and reap a program after its time is up
+_MAX_LATE_BYTES: Final = 32 << 20  # of output that come after that: more than all buffers on the way hold
 _MAX_LIST_BYTES: Final = 4 << 20
 _MAX_LISTED: Final = 1000
 STREAMS: Final = ("stdout", "stderr")
@@ -103,7 +105,16 @@ class Process:
     than a pipe holds must let somebody iterate meanwhile.
     """
 
-    def __init__(self, conversation: Conversation, name: str, *, pty: bool, sent_bytes: int = 0, writes: bool) -> None:
+    def __init__(
+        self,
+        conversation: Conversation,
+        name: str,
+        *,
+        pty: bool,
+        sent_bytes: int = 0,
+        writes: bool,
+        limit_seconds: float | None = None,
+    ) -> None:
         self.name = name
         self.pid = 0
         self.dropped_bytes = 0  # of its output, before what is heard
@@ -113,6 +124,10 @@ class Process:
         self._writes = writes
         self._sent = sent_bytes
         self._taken = 0
+        self._limit_seconds = limit_seconds  # of waiting for the guest: what whoever listens takes is not counted
+        self._waited = 0.0
+        self._began = asyncio.get_running_loop().time()
+        self._late_bytes = 0
         self._parts: asyncio.Queue[tuple[str, bytes] | None] = asyncio.Queue(_MAX_PARTS)
         self._changed = asyncio.Condition()
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -180,7 +195,7 @@ class Process:
     async def listen(self) -> None:
         """Read all that agentd says. Run by `start` and `attach`."""
         try:
-            while not (frame := await self._conversation.receive()).head.get("ok"):
+            while not (frame := await self._next()).head.get("ok"):
                 await self._hear(frame)
             if not self._started.done():
                 raise ChannelError("the guest told of a program's end before its start")
@@ -193,6 +208,24 @@ class Process:
         async with self._changed:
             self._changed.notify_all()
         await self._parts.put(None)
+
+    async def _next(self) -> Frame:
+        """The time limit is the guest's to keep. One that does not is not waited for."""
+        if self._limit_seconds is None:
+            return await self._conversation.receive()
+        now = asyncio.get_running_loop().time
+        began, late = now(), ChannelError("its time was up, and the guest did not stop it")
+        try:
+            async with asyncio.timeout(max(0.0, self._limit_seconds - self._waited)):
+                frame = await self._conversation.receive()
+        except TimeoutError:
+            raise late from None
+        self._waited += now() - began
+        if now() - self._began > self._limit_seconds:
+            self._late_bytes += len(frame.payload)
+            if self._late_bytes > _MAX_LATE_BYTES:
+                raise late
+        return frame
 
     def _fail(self, error: Exception) -> None:
         for future in (self._started, self._ended):
@@ -227,8 +260,9 @@ class Process:
 
 
 @asynccontextmanager
-async def start(open_: Open, order: Order) -> AsyncIterator[Process]:
+async def start(open_: Open, order: Order, *, grace_seconds: float = _GRACE_SECONDS) -> AsyncIterator[Process]:
     """Start a program. Leaving the block kills it and all that it started, unless it has ended or is a background one.
+    A guest that has not ended it ``grace_seconds`` after its time limit is not waited for any longer.
 
     Raises GuestRefused (``kind`` is CannotStart, if there is no such program or directory), ChannelError, UsageError.
     """
@@ -249,7 +283,9 @@ async def start(open_: Open, order: Order) -> AsyncIterator[Process]:
         "stdin": writes,
     }
     async with open_("exec", fields, order.stdin) as conversation:
-        process = Process(conversation, order.process, pty=order.pty is not None, writes=writes)
+        limit = None if order.timeout_seconds is None else order.timeout_seconds + grace_seconds
+        pty = order.pty is not None
+        process = Process(conversation, order.process, pty=pty, writes=writes, limit_seconds=limit)
         async with _listening(process):
             yield process
 

@@ -6,6 +6,7 @@ their fields name what was done, and how a program ended.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from swarm.engine.held import Held
 from swarm.errors import ChannelError, GuestRefused, UsageError
 
 _MAX_WORDS, _MAX_WORD = 64, 500  # of a command line, in its event
+BEGIN_SECONDS: Final = 60.0  # for a guest to begin a program
 _GONE: Final = "the client went away"
 # Of the report with which agentd ends a program: what is told, if it is what it should be.
 _EXIT: Final = ("code", "signal", "timed_out", "oom", "cpu_ms", "max_rss_kb", "dropped_bytes")
@@ -81,11 +83,15 @@ class Told:
         self._first: Frame | GuestRefused | ChannelError | None = None
         self._last: Mapping[str, object] | None = None
 
-    async def begin(self) -> bool:
+    async def begin(self, *, within_seconds: float = BEGIN_SECONDS) -> bool:
         """False if the guest has begun nothing, since it stands still for a snapshot."""
         if self._op == "exec":
             try:
-                self._first = await self._inner.receive()
+                async with asyncio.timeout(within_seconds):
+                    self._first = await self._inner.receive()
+            except TimeoutError:
+                self._inner.close()
+                self._first = ChannelError(f"the guest has not begun the program in {within_seconds:g} s")
             except GuestRefused as error:
                 if "frozen" in error.said:
                     return False

@@ -8,14 +8,19 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from swarm.channel.guest import Guest
 from swarm.engine.egress import AttemptEgress
 from swarm.engine.room import VmInUse
-from swarm.errors import ChannelError, Conflict, SwarmError
+from swarm.errors import ChannelError, Conflict, GuestRefused, SwarmError
 from swarm.live.wire import NotHeld
 from swarm.model import Agent, Event, SandboxClaim, SandboxState, Snapshot
 from swarm.vm.launcher import LiveVm
+
+# Conversations with one guest at once: all sandboxes share the engine's places for them. agentd takes as many.
+MAX_TALKS: Final = 64
+MAX_REFUSALS: Final = 3  # by a guest, in a row, of pauses that nobody asked for
 
 Emit = Callable[[Event], None]
 
@@ -70,6 +75,7 @@ class Held:
         self._used_at = time.monotonic()
         self._not_before = 0.0  # for pauses that nobody asked for
         self._waiting: dict[asyncio.Future[None], Ending] = {}  # what each waits for
+        self._refusals = 0
         self._ended = False
 
     @property
@@ -125,7 +131,9 @@ class Held:
     @asynccontextmanager
     async def spoken_with(self) -> AsyncIterator[Guest]:
         """Its guest, for a conversation. Waits while it starts. Raises NotHeld when it is on its way out, then or
-        later."""
+        later; Conflict when too many do so."""
+        if self._talks >= MAX_TALKS:
+            raise Conflict(f"{self.name} is in {MAX_TALKS} uses at once already: end one, or try later")
         self._talks += 1
         try:
             await asyncio.shield(self.started)
@@ -187,6 +195,13 @@ class Held:
     def may_pause(self) -> bool:
         """Not soon after it could not be."""
         return time.monotonic() >= self._not_before
+
+    def given_up(self, error: SwarmError) -> str:
+        """Why it is to end, as its guest does not let itself be paused time and again; '' if it may run on. It could
+        keep its memory for ever else."""
+        if self.by is None:
+            self._refusals = self._refusals + 1 if isinstance(error, ChannelError | GuestRefused) else 0
+        return f"its guest refused {MAX_REFUSALS} times to be put to sleep" if self._refusals >= MAX_REFUSALS else ""
 
     def refuse(self, error: SwarmError, *, seconds: float) -> None:
         """It could not be paused, and runs on: it is not tried again for so long, unless somebody asks."""

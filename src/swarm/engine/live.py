@@ -143,9 +143,19 @@ class _Live:
 
     async def _converse(self, request: Request, reader: StreamReader, writer: StreamWriter) -> None:
         opening = self._holder.converse(request.sandbox, request.verb, request.fields, request.payload, by=request.by)
-        async with opening as guest:
-            await _send(writer, {"opened": True})
-            await first(_said(reader, guest), _heard(guest, writer))
+        opened = asyncio.Event()
+        ahead = asyncio.ensure_future(frames.read(reader, who="client"))  # tells of a client that goes meanwhile
+
+        async def talk() -> None:
+            async with opening as guest:
+                opened.set()
+                await _send(writer, {"opened": True})
+                await first(_said(ahead, reader, guest), _heard(guest, writer))
+
+        try:
+            await first(talk(), _left(ahead, opened))
+        finally:
+            await cancel_all([ahead])
         await _taken(reader, writer)
 
 
@@ -153,14 +163,24 @@ class _Gone(Exception):
     """Whoever asked has closed the connection."""
 
 
-async def _said(reader: StreamReader, guest: Talk) -> None:
-    """From the client to the guest."""
+async def _left(ahead: asyncio.Future[Frame], opened: asyncio.Event) -> None:
+    """Raises _Gone when the client goes before the guest has begun: a guest may never do so."""
+    await asyncio.wait({ahead})
+    if not opened.is_set() and ahead.exception() is not None:
+        raise _Gone
+    await asyncio.Event().wait()  # for ever: from now on `_said` looks
+
+
+async def _said(ahead: asyncio.Future[Frame], reader: StreamReader, guest: Talk) -> None:
+    """From the client to the guest. ``ahead``: the first frame."""
+    coming: Awaitable[Frame] = ahead
     while True:
         try:
-            frame = await frames.read(reader, who="client")
+            frame = await coming
         except ChannelError:
             raise _Gone from None
         await guest.send(frame.head, frame.payload)
+        coming = frames.read(reader, who="client")
 
 
 async def _heard(guest: Talk, writer: StreamWriter) -> None:

@@ -311,8 +311,8 @@ class Sandboxes:
             if self.stopping and not stops:  # the limit may have been the reason
                 held.open(live)
                 return None
-            if stops:
-                return Done(state=SandboxState.LOST, error=f"its engine stopped, and could not pause it: {error}")
+            if lost := "its engine stopped, and could not pause it" if stops else held.given_up(error):
+                return Done(state=SandboxState.LOST, error=f"{lost}: {error}")
             log.warning("a sandbox could not be paused", sandbox=held.id, error=str(error))
             held.record("trouble", {"what": "pause", "why": why, "error": str(error)})
             held.refuse(error, seconds=_PAUSE_AGAIN_SECONDS)

@@ -41,6 +41,7 @@ async def test_pages(store: Store) -> None:
     for number in range(7):
         project, labels = ("p", '{"team": "blue"}') if number % 2 else (None, None)
         await add(store, name=f"s{number}", project_id=project, labels=labels, agent_id="echo" if number > 3 else None)
+        await asyncio.sleep(0.002)  # the order of those of one millisecond is that of their ids
     await store.want_sandbox("s2", "ended", by="ann")
     newest_first = [f"s{number}" for number in reversed(range(7))]
     for limit in (1, 2, 3, 50):
