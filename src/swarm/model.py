@@ -389,6 +389,7 @@ class Sandbox:
     disk_mb: int | None = None
     network: str | None = None
     secrets: str | None = None
+    secret: bool | None = None  # may its memory hold any? None: not known yet
     env: str | None = None
     labels: str | None = None
     ttl_seconds: float | None = None

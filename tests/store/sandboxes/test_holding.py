@@ -145,3 +145,59 @@ async def test_names_and_unknown_ones(store: Store) -> None:
         await store.add_sandbox(Sandbox(id="", state="starting", name="a b"), by="ann")
     with pytest.raises(NotFound, match="no snapshot 'x'"):
         await store.add_sandbox(Sandbox(id="", state="starting", snapshot_id="x"), by="ann")
+
+
+# --- secrets and projects ---------------------------------------------------------------------------------------------
+
+
+async def test_whether_it_holds_secrets_is_decided_while_that_is_known(store: Store, outside: Outside) -> None:
+    """By itself, its agent or its start: the row says it when the snapshot has expired and the agent has changed."""
+    await store.put_agent(replace(ECHO, id="keeper", name="keeper", secrets=("KEY",)))
+    for id, secrets in (("clean", False), ("dirty", True)):
+        await store.add_snapshot(Snapshot(id=id, kind="named", host=HOST, secrets=secrets))
+    cases: tuple[tuple[bool, dict[str, Any]], ...] = (
+        (False, {}), (False, {"agent_id": "echo", "snapshot_id": "clean"}), (True, {"snapshot_id": "dirty"}),
+        (True, {"agent_id": "keeper", "snapshot_id": "clean"}), (True, {"agent_id": "keeper"}),
+        (True, {"secrets": '["KEY"]', "snapshot_id": "clean"}),
+    )  # fmt: skip
+    for secret, columns in cases:
+        made = await store.add_sandbox(Sandbox(id="", state="starting", **columns), by="ann")
+        assert made.secret is secret, columns
+        assert [one.sandbox.secret for one in await claim(store)] == [secret]
+        assert (await store.sandbox(made.id)).secret is secret
+    outside.execute("INSERT INTO sandboxes (id, agent_id, snapshot_id, secret) VALUES ('given', 'keeper', 'clean', 0)")
+    outside.execute("INSERT INTO sandboxes (id) VALUES ('plain')")
+    assert (await store.sandbox("plain")).secret is None
+    await claim(store)
+    assert (await store.sandbox("given")).secret is True and (await store.sandbox("plain")).secret is False
+
+
+async def test_a_project_sees_only_its_own(store: Store) -> None:
+    """Others' rows hide none of its names, make no beginning of an id ambiguous, and are named in no message."""
+    ids = {project: "0123abcd" + str(number) * 24 for number, project in enumerate("ab")}
+    for project, id in ids.items():
+        await store.add_sandbox(Sandbox(id=id, state="starting", name="build", project_id=project), by="ann")
+        await store.add_snapshot(Snapshot(id=id, kind="named", name="kept", host=HOST, project_id=project))
+    for number in range(101):
+        await store.add_sandbox(Sandbox(id=f"b{number}", state="starting", name="many", project_id="b"), by="ann")
+        await store.want_sandbox(f"b{number}", "ended", by="ann")
+        await store.add_snapshot(
+            Snapshot(id=f"b{number}", kind="named", name="all", host=HOST, project_id=f"b{number}")
+        )
+    for project, id in ids.items():
+        for find in (store.sandbox, store.snapshot):
+            assert (await find("0123abcd", project_id=project)).id == id
+            with pytest.raises(NotFound):
+                await find("0123abcd", project_id="c")
+            with pytest.raises(Conflict):
+                await find("0123abcd")
+    mine = await store.add_sandbox(Sandbox(id="mine", state="starting", name="many", project_id="a"), by="ann")
+    for number in range(101):
+        await store.add_sandbox(Sandbox(id=f"c{number}", state="starting", name="many", project_id="b"), by="ann")
+        await store.want_sandbox(f"c{number}", "ended", by="ann")
+    assert (await store.sandbox("many", project_id="a")).id == mine.id == (await store.sandbox("many")).id
+    with pytest.raises(Conflict, match="has the name"):
+        await store.add_sandbox(Sandbox(id="", state="starting", name="many", project_id="a"), by="ann")
+    with pytest.raises(Conflict, match="has the name"):
+        await store.add_snapshot(Snapshot(id="", kind="named", name="all", host=HOST, project_id="b0"))
+    assert (await store.snapshot("all", project_id="b0")).id == "b0"

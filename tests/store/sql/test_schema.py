@@ -75,6 +75,8 @@ def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
     plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", names)]
     connection.close()
     reads = [line for line in plan if line.startswith("SCAN") and not SMALL.match(line) and not LIVE_ONLY.match(line)]
+    if name == "snapshots._OF_HOST":  # as many rows as there are snapshots on disks; once in a while
+        reads.remove("SCAN snapshots")
     if name == "claim.probe":  # is there any row at all?
         reads.remove("SCAN ticket_dependencies USING COVERING INDEX ticket_dependencies_depends_on")
     if name.endswith("._TICKETS_THAT_NEED"):  # drafts are in no index; runs only when one is removed

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 MAX_FORKS: Final = 64
 MAX_WAIT_SECONDS: Final = 60.0
+PROJECT_KEEP_SECONDS: Final = 30 * 86400.0  # a disk is all projects': nothing of one stays for ever by default
 _LOOK_SECONDS: Final = 5.0  # for a client that has gone
 _ALLOWED_SECONDS: Final = 2.0  # between two looks whether the caller may go on
 Title = Annotated[str, Field(min_length=1, max_length=64, pattern=NO_NUL)]  # the database says what more it must be
@@ -83,7 +84,9 @@ class NewFork(Fields):
 
 class NewSnapshot(Fields):
     name: Title | None = None
-    keep_seconds: float | None = bounded("keep_vm_seconds", None, description="then it goes; default: never")
+    keep_seconds: float | None = bounded(
+        "keep_vm_seconds", None, description="then it goes; default: never, by a project's token 30 days"
+    )
     without_secrets: bool = Field(default=False, description="refuse if the sandbox was given a secret")
 
 
@@ -111,14 +114,9 @@ def _may_all(actor: Actor) -> bool:
 
 
 async def has_secrets(context: Context, row: Sandbox) -> bool:
-    """By its own row, what it was started from, and its agent."""
-    if (row.secrets or "").strip() not in ("", "[]", "null"):
+    """By its row, which says it for good (not known yet counts as yes), and by its agent as it is now."""
+    if row.secret is not False:
         return True
-    if row.snapshot_id is not None:
-        try:
-            return (await context.store.snapshot(row.snapshot_id)).secrets
-        except NotFound:
-            return True
     try:
         return row.agent_id is not None and bool((await context.store.agent(row.agent_id)).secrets)
     except NotFound:
@@ -254,9 +252,12 @@ async def snapshot_sandbox(call: Call) -> Snapshot:
     given: NewSnapshot = call.body
     row = await own_sandbox(call)
     live = await while_wanted(call, sandboxes.reach(call.store, row.id, by=call.actor.name))
+    keep = given.keep_seconds
+    if keep is None and call.actor.project_id is not None:
+        keep = PROJECT_KEEP_SECONDS
     made = await while_wanted(
         call,
-        live.snapshot(name=given.name, keep_seconds=given.keep_seconds, without_secrets=given.without_secrets),
+        live.snapshot(name=given.name, keep_seconds=keep, without_secrets=given.without_secrets),
     )
     return await call.store.snapshot(made)
 

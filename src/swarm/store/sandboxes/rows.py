@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from swarm.base import jsontext
 from swarm.fields import IN_WORDS, VARIABLE
-from swarm.model import Sandbox, SandboxState, Snapshot
+from swarm.model import Agent, Sandbox, SandboxState, Snapshot
 from swarm.store.sql.rows import lenient, whole
 from swarm.store.tickets.validation import BadRow, shown, strict_number, strict_text
 
@@ -36,7 +36,7 @@ _MOST_CHARS: Final = 4096
 
 def sandbox(row: Any) -> Sandbox:
     """For display: values of a wrong type are converted where possible."""
-    return Sandbox(**_lenient(row, SANDBOX_FIELDS))
+    return Sandbox(**_lenient(row, SANDBOX_FIELDS) | {"secret": _secret(row.secret)})
 
 
 def snapshot(row: Any) -> Snapshot:
@@ -85,7 +85,19 @@ def check(row: Any) -> Sandbox:
     _check_texts("env", strict_text("env", row.env), VARIABLE.removesuffix("$"), IN_WORDS[VARIABLE])
     _check_texts("labels", strict_text("labels", row.labels), r"[^\x00-\x1f]{1,64}", "1 to 64 printable characters")
     values["wanted"] = wanted(row.wanted)
+    values["secret"] = _secret(row.secret)
     return Sandbox(**values)
+
+
+def _secret(value: object) -> bool | None:
+    return None if value is None else value not in _NO
+
+
+def holds_secrets(one: Sandbox, agent: Agent | None, start: Snapshot | None) -> bool:
+    """May its memory hold secrets: its own, its agent's, or those of what it starts from? It is decided while that is
+    known: a snapshot expires, and an agent changes, but what was in memory may still be there."""
+    own = (one.secrets or "").strip() not in ("", "[]", "null")
+    return own or bool(agent is not None and agent.secrets) or bool(start is not None and start.secrets)
 
 
 def wanted(value: object) -> str | None:

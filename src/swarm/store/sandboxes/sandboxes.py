@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from swarm.base import versions
 from swarm.errors import ChangeRefused, Conflict, NotFound, UsageError
-from swarm.model import TERMINAL_SANDBOX_STATES, Sandbox, SandboxState
+from swarm.model import TERMINAL_SANDBOX_STATES, Agent, Sandbox, SandboxState
+from swarm.store.registry.agents import Agents
 from swarm.store.sandboxes import rows
 from swarm.store.sandboxes.changes import end
 from swarm.store.sandboxes.rows import SANDBOX_COLUMNS, SNAPSHOT_COLUMNS
@@ -24,23 +25,25 @@ SCANNED: Final = 10_000  # sandboxes that one page may look at
 # Columns of a new sandbox; Swarm writes the others.
 _GIVEN: Final = (
     "id", "name", "project_id", "state", "agent_id", "image", "snapshot_id", "parent_id", "memory_mb", "vcpus",
-    "disk_mb", "network", "secrets", "env", "labels", "ttl_seconds", "idle_timeout_seconds", "budget_usd",
+    "disk_mb", "network", "secrets", "secret", "env", "labels", "ttl_seconds", "idle_timeout_seconds", "budget_usd",
     "budget_tokens", "created_by",
 )  # fmt: skip
 _INSERT: Final = Sql(
     f"INSERT INTO sandboxes ({', '.join(_GIVEN)}, created_at) VALUES ({', '.join(':' + name for name in _GIVEN)}, :now)"
     " ON CONFLICT (id) DO NOTHING RETURNING id"
 )
+OF_PROJECT: Final = "(:project_id IS NULL OR project_id = :project_id)"  # None: any
 BY_ID: Final = Sql(f"SELECT {SANDBOX_COLUMNS} FROM sandboxes b WHERE b.id = :id")
 _BY_NAME: Final = Sql(
-    f"SELECT {SANDBOX_COLUMNS} FROM sandboxes b WHERE b.name = :name ORDER BY b.created_at DESC, b.id DESC LIMIT 100"
+    f"SELECT {SANDBOX_COLUMNS} FROM sandboxes b WHERE b.name = :name AND {OF_PROJECT} "
+    "ORDER BY b.state IN ('ended', 'lost'), b.created_at DESC, b.id DESC LIMIT 6"
 )
 _LIVE_NAME: Final = Sql(
-    f"SELECT id, project_id FROM sandboxes WHERE name = :name AND {SANDBOX_LIVE} ORDER BY id LIMIT 100"
+    f"SELECT id FROM sandboxes WHERE name = :name AND project_id IS :project_id AND {SANDBOX_LIVE} LIMIT 1"
 )
 _BY_BEGINNING: Final = Sql(
     f"SELECT {SANDBOX_COLUMNS} FROM sandboxes b WHERE b.id >= :ref AND b.id < :end AND length(b.id) IN (32, 36) "
-    "ORDER BY b.id LIMIT 100"
+    f"AND {OF_PROJECT} ORDER BY b.id LIMIT 100"
 )
 _NAMES: Final = Sql("SELECT name FROM sandboxes ORDER BY created_at DESC, id DESC LIMIT 500")
 _SNAPSHOT: Final = Sql(f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.id = :id")
@@ -95,8 +98,13 @@ def _add_one(tx: Tx, one: Sandbox, *, by: str) -> Sandbox:
     one = replace(one, id=one.id or new_id(tx.now_ms), created_by=one.created_by or by)
     if one.name is not None and (other := _live_named(tx, one.name, one.project_id)):
         raise Conflict(f"the sandbox {shown(other)} has the name {shown(one.name)}; choose another one, or end that")
-    if one.snapshot_id is not None and tx.first(_SNAPSHOT, id=one.snapshot_id) is None:
+    start = tx.first(_SNAPSHOT, id=one.snapshot_id) if one.snapshot_id is not None else None
+    if one.snapshot_id is not None and start is None:
         raise NotFound(f"no snapshot {shown(one.snapshot_id)}; `swarm snapshot list` shows all")
+    agent = Agents().load(tx, [one.agent_id]).get(one.agent_id) if one.agent_id is not None else None
+    if one.agent_id is None or isinstance(agent, Agent):  # else the claim decides
+        of = None if start is None else rows.snapshot(start)
+        one = replace(one, secret=rows.holds_secrets(one, agent if isinstance(agent, Agent) else None, of))
     values = {name: value for name, value in asdict(one).items() if name in _GIVEN}
     if tx.first(_INSERT, now=tx.now, **values) is None:
         if tx.first(BY_ID, id=one.id) is None:
@@ -107,8 +115,8 @@ def _add_one(tx: Tx, one: Sandbox, *, by: str) -> Sandbox:
 
 
 def _live_named(tx: Tx, name: str, project_id: str | None) -> str | None:
-    found = [row.id for row in tx.all(_LIVE_NAME, name=name) if row.project_id == project_id]
-    return str(lenient(found[0])) if found else None
+    row = tx.first(_LIVE_NAME, name=name, project_id=project_id)
+    return None if row is None else str(lenient(row.id))
 
 
 def _by_id(tx: Tx, id: str) -> Sandbox:
@@ -131,14 +139,14 @@ def _find(tx: Tx, ref: str, project_id: str | None) -> Row:
     if storable(ref):
         row = tx.first(BY_ID, id=ref)
         if not visible(row):
-            named = [one for one in tx.all(_BY_NAME, name=ref) if visible(one)]
+            named = tx.all(_BY_NAME, name=ref, project_id=project_id)
             live = [one for one in named if one.state not in TERMINAL_SANDBOX_STATES]
             if len(live) > 1:
                 ids = ", ".join(shown(one.id) for one in live[:5])
                 raise Conflict(f"several sandboxes have the name {shown(ref)}: {ids}; give an id")
             row = next(iter([*live, *named]), None)
         if not visible(row):
-            row = unique(tx, _BY_BEGINNING, ref, "sandboxes")
+            row = unique(tx, _BY_BEGINNING, ref, "sandboxes", project_id=project_id)
     if row is None or not visible(row):
         hint = ""
         if project_id is None:

@@ -11,6 +11,7 @@ from swarm.errors import Conflict, NotFound
 from swarm.model import Snapshot
 from swarm.store.sandboxes import rows
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS, SNAPSHOT_FIELDS
+from swarm.store.sandboxes.sandboxes import OF_PROJECT
 from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, new_id, whole
@@ -28,11 +29,14 @@ _THERE: Final = "(n.expires_at IS NULL OR n.expires_at > :now_ms)"
 _BY_ID: Final = Sql(f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.id = :id AND {_THERE}")
 _BY_NAME: Final = Sql(
     f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.name = :name AND {_THERE} "
-    "ORDER BY n.created_at DESC, n.id DESC LIMIT 100"
+    f"AND {OF_PROJECT} ORDER BY n.created_at DESC, n.id DESC LIMIT 1"
+)
+_NAMED: Final = Sql(
+    f"SELECT n.id FROM snapshots n WHERE n.name = :name AND n.project_id IS :project_id AND {_THERE} LIMIT 1"
 )
 _BY_BEGINNING: Final = Sql(
     f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.id >= :ref AND n.id < :end AND length(n.id) IN (32, 36) "
-    "ORDER BY n.id LIMIT 100"
+    f"AND {OF_PROJECT} ORDER BY n.id LIMIT 100"
 )
 _NAMES: Final = Sql("SELECT name FROM snapshots ORDER BY created_at DESC, id DESC LIMIT 500")
 _OF_SANDBOX: Final = Sql(
@@ -100,10 +104,9 @@ def add(tx: Tx, one: Snapshot, *, keep_seconds: float | None = None, by: str | N
     one = replace(one, id=one.id or new_id(tx.now_ms), created_by=one.created_by or by)
     if keep_seconds is not None:
         one = replace(one, expires_at=tx.now_ms + round(keep_seconds * 1000))
-    if one.name is not None:
-        others = tx.all(_BY_NAME, name=one.name, now_ms=tx.now_ms)
-        if other := next((row for row in others if row.project_id == one.project_id), None):
-            raise Conflict(f"the snapshot {shown(other.id)} has the name {shown(one.name)}; choose another one")
+    named = {"name": one.name, "project_id": one.project_id, "now_ms": tx.now_ms}
+    if one.name is not None and (other := tx.first(_NAMED, **named)):
+        raise Conflict(f"the snapshot {shown(other.id)} has the name {shown(one.name)}; choose another one")
     tx.run(INSERT, **values(one), now=tx.now)
     if by is not None:
         events.record(
@@ -127,9 +130,9 @@ def _find(tx: Tx, ref: str, project_id: str | None) -> Row:
     if storable(ref):
         row = tx.first(_BY_ID, id=ref, now_ms=tx.now_ms)
         if not visible(row):
-            row = next((one for one in tx.all(_BY_NAME, name=ref, now_ms=tx.now_ms) if visible(one)), None)
+            row = tx.first(_BY_NAME, name=ref, project_id=project_id, now_ms=tx.now_ms)
         if row is None:
-            row = unique(tx, _BY_BEGINNING, ref, "snapshots")
+            row = unique(tx, _BY_BEGINNING, ref, "snapshots", project_id=project_id)
             until = whole(row.expires_at) if row is not None else None
             row = None if until is not None and until <= tx.now_ms else row
     if row is None or not visible(row):

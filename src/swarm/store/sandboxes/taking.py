@@ -52,7 +52,8 @@ _SNAPSHOT: Final = Sql(f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.id =
 # The agent's id in place of its name: when it is resumed, it is still of the version that it was started with.
 _HOLD: Final = one_row(
     "UPDATE sandboxes SET hold_id = :hold_id, worker = :worker, host = :host, lease_until = :lease_until, "
-    "ends_at = :ends_at, ended_at = NULL, error = NULL, wanted = :wanted, agent_id = :agent_id "
+    "ends_at = :ends_at, ended_at = NULL, error = NULL, wanted = :wanted, agent_id = :agent_id, "
+    "secret = :secret "
     "WHERE id = :id AND hold_id IS NULL"
 )
 _LAST_HOLD: Final = Sql(
@@ -157,10 +158,11 @@ def _hold(
     if ends_at is None and one.ttl_seconds is not None:
         ends_at = tx.now_ms + round(one.ttl_seconds * 1000)
     worker, host = request.worker, request.host
+    secret = rows.holds_secrets(one, agent, snapshot) or (resumes and one.secret is not False)
     _close_former(tx, one.id)
     tx.run(
         _HOLD, id=one.id, hold_id=hold_id, worker=worker, host=host, lease_until=until, ends_at=ends_at,
-        wanted=one.wanted, agent_id=agent.id if agent is not None else None,
+        wanted=one.wanted, agent_id=agent.id if agent is not None else None, secret=secret,
     )  # fmt: skip
     event(tx, one.id, "held", hold=hold_id, worker=worker, host=host, state=one.state)
     return SandboxClaim(
@@ -172,6 +174,7 @@ def _hold(
             worker=worker,
             host=host,
             agent_id=agent.id if agent is not None else None,
+            secret=secret,
         ),
         hold_id=hold_id,
         agent=agent,

@@ -243,7 +243,7 @@ class Tx:
         return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
 
 
-def unique(tx: Tx, statement: Sql, ref: str, what: str, **values: str) -> Row | None:
+def unique(tx: Tx, statement: Sql, ref: str, what: str, **values: str | None) -> Row | None:
     """The row whose id alone begins with ``ref``, of at least four characters. Raises Conflict if several do.
     ``statement``: rows with :ref <= id < :end; it may have further ``values``.
 

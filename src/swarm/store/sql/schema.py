@@ -493,6 +493,7 @@ sandboxes = sa.Table(
     _number("disk_mb"),
     _text("network"),
     _text("secrets"),
+    sa.Column("secret", sa.Boolean()),  # what it holds, or held once; NULL: not known yet
     _text("env"),
     _text("labels"),
     _number("ttl_seconds", kind=sa.Float()),

@@ -34,6 +34,7 @@ CREATE TABLE sandboxes (
 	disk_mb INTEGER,
 	network TEXT,
 	secrets TEXT,
+	secret BOOLEAN,
 	env TEXT,
 	labels TEXT,
 	ttl_seconds FLOAT,
