@@ -235,6 +235,50 @@ def idle(directory: Path, seconds: float) -> None:
         out(f"idle engine         {share:.2%} of a core, {memory} MB resident")
 
 
+def bare(file: str) -> None:
+    """What any engine must write for a ticket, by the least that can: a process that looks each millisecond, and for
+    each ready ticket runs two transactions of a few prepared statements, with the tables and indexes as they are."""
+    connection = sqlite3.connect(file, isolation_level=None, timeout=30)
+    for pragma in ("synchronous = NORMAL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    event = "INSERT INTO events (ticket_id, step_id, attempt_id, kind, data) VALUES (?, 'main', ?, 'transition', ?)"
+    out("ready")
+    while not select.select([sys.stdin], [], [], 0.001)[0]:
+        for (id_,) in connection.execute("SELECT id FROM tickets WHERE state = 'ready' LIMIT 8").fetchall():
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("UPDATE tickets SET state = 'in_progress', run_id = ? WHERE id = ?", (f"r-{id_}", id_))
+            run = "INSERT INTO workflow_runs (id, ticket_id, status) VALUES (?, ?, 'running')"
+            connection.execute(run, (f"r-{id_}", id_))
+            step = (
+                "INSERT INTO step_executions (id, run_id, step_id, status, attempt_id) "
+                "VALUES (?, ?, 'main', 'running', ?)"
+            )
+            connection.execute(step, (f"s-{id_}", f"r-{id_}", f"a-{id_}"))
+            attempt = (
+                "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until) VALUES (?, ?, 1, 'w', 0)"
+            )
+            connection.execute(attempt, (f"a-{id_}", f"s-{id_}"))
+            connection.execute(event, (id_, f"a-{id_}", '{"of": "ticket", "to": "in_progress"}'))
+            connection.execute("COMMIT")
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("UPDATE attempts SET outcome = 'succeeded', timings = '{}' WHERE id = ?", (f"a-{id_}",))
+            connection.execute("UPDATE step_executions SET status = 'completed' WHERE id = ?", (f"s-{id_}",))
+            connection.execute("UPDATE workflow_runs SET status = 'completed' WHERE id = ?", (f"r-{id_}",))
+            connection.execute("UPDATE tickets SET state = 'done', outputs = '{}' WHERE id = ?", (id_,))
+            connection.execute(event, (id_, f"a-{id_}", '{"of": "ticket", "to": "done"}'))
+            connection.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def bare_engine(file: Path) -> Iterator[int]:
+    argv = [sys.executable, "-m", "tests.engine.bench", "--bare", str(file)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdin is not None and running.stdout is not None
+        running.stdout.readline()
+        yield running.pid
+        running.stdin.close()
+
+
 async def locked(directory: Path, shells: int) -> None:
     def refused(file: Path, engine: int) -> str:
         argv = [sys.executable, "-m", "tests.engine.bench", "--whose-lock", str(file), "--pid", str(engine)]
@@ -250,6 +294,11 @@ async def locked(directory: Path, shells: int) -> None:
             insert(file, "new", 60_000)
         with engines(file, 1, 64, []) as (engine,), _paced(file, per_second or 0):
             out(f"locked              {name + ' no-op tickets:':35} {refused(file, engine)}")
+    for per_second in (20, 100):
+        file = await database(directory, f"bare-{per_second}")
+        with bare_engine(file) as engine, _paced(file, per_second):
+            name = f"{per_second} a second, bare SQL:"
+            out(f"locked              {name:35} {refused(file, engine)}")
     real = directory / "locked"
     real.mkdir()
     with real_engine(real) as (engine, file), _paced(file, 10):
@@ -325,8 +374,12 @@ async def main() -> None:
     parser.add_argument("--max-vms", type=int, default=128)
     parser.add_argument("--serve", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--whose-lock", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--bare", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--pid", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.bare:
+        bare(options.bare)
+        return
     if options.whose_lock:
         whose_lock(options.whose_lock, options.pid)
         return
