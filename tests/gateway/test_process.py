@@ -119,6 +119,7 @@ async def test_killed_at_rest(harness: Harness, capsys: pytest.CaptureFixture[st
     """A new one serves the same listeners under the same tokens; the log has one line of it."""
     async with harness.listener(await harness.claim("a")) as a, harness.listener(await harness.claim("b")) as b:
         assert await call(a) == HAIKU
+        assert [row[0] for row in await harness.booked(1)] == [200]  # which comes after the answer
         dead = pid_of(harness)
         os.kill(dead, signal.SIGKILL)
         assert set(await asyncio.gather(call(a), call(b))) == {HAIKU}
