@@ -73,11 +73,10 @@ async def test_a_pause_that_somebody_asked_for_is_not_lost(store: Store, engine:
     assert await said(store, made.id, "echo", "y") == b"y\n"
 
 
-async def test_no_engine(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandboxes, "_ENGINE_SECONDS", 0.0)
+async def test_no_engine(store: Store) -> None:
     made = await store.add_sandbox(new(name="box"), by="anna")
     with pytest.raises(Conflict, match="no engine runs here that could hold the sandbox 'box': `swarm-engine start`"):
-        await sandboxes.reach(store, made.id, by="anna")
+        await sandboxes.reach(store, made.id, by="anna", engine_seconds=0)
     assert (await sandboxes.end(store, made.id, by="anna")).state == "ended"
 
 

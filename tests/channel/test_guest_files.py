@@ -468,7 +468,7 @@ async def test_a_port_of_the_guest(opens: Open) -> None:
         async with ports.forward(opens, inner, on_error=errors.append) as port:
 
             async def ask(size: int) -> bytes:
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                reader, writer = await asyncio.open_connection(ports.HOST, port)
                 writer.write(b"d" + bytes(size))
                 writer.write_eof()
                 data = await reader.read()
@@ -479,14 +479,14 @@ async def test_a_port_of_the_guest(opens: Open) -> None:
             async with asyncio.timeout(20):
                 answers = await asyncio.gather(*[ask(size) for size in (0, 1, 300_000, 3 << 20)])
             assert [len(one) for one in answers] == [1, 2, 300_006, (3 << 20) + 7]
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            reader, writer = await asyncio.open_connection(ports.HOST, port)
             writer.write(b"r")
             with pytest.raises(ConnectionResetError):
                 await reader.readexactly(1)
             writer.close()
             assert not errors
             # One that leaves in the middle takes nothing with it.
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            _, writer = await asyncio.open_connection(ports.HOST, port)
             writer.write(b"d" + bytes(1 << 20))
             writer.transport.abort()
             assert len(await ask(5)) == 6
@@ -494,7 +494,7 @@ async def test_a_port_of_the_guest(opens: Open) -> None:
         async with ports.dial(opens, inner):
             pass
     async with ports.forward(opens, inner, on_error=errors.append) as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection(ports.HOST, port)
         with pytest.raises(ConnectionResetError):
             await reader.readexactly(1)
         writer.close()

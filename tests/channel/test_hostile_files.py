@@ -173,3 +173,37 @@ async def test_a_file_that_grows_without_end_ends_at_the_limit(tmp_path_factory:
             with pytest.raises(Conflict, match="more than the limit of 10 bytes"):
                 await get(channel, place)
     assert not list(place.glob("*x*"))
+
+
+ENDLESS: list[tuple[int, Callable[[int], Answer], str]] = [
+    (1, lambda n: [data(n, b"x" * (1 << 20))] * 66, "more than the limit of 67108865 bytes"),
+    ((1 << 63) - 1, lambda n: [say(n, hole=(1 << 63) - 1), say(n, hole=1)], "more of a file than a file can hold"),
+]
+
+
+@pytest.mark.parametrize(("size", "frames", "says"), ENDLESS, ids=["grows", "holes"])
+async def test_a_file_that_never_ends_ends_without_a_limit_too(
+    tmp_path_factory: pytest.TempPathFactory, size: int, frames: Callable[[int], Answer], says: str
+) -> None:
+    """It may have grown since its size was told, but not by as much as this disk holds, nor by more than a file can."""
+    place = tmp_path_factory.mktemp("l")
+
+    def answer(head: dict[str, object]) -> Answer:
+        id = int(str(head["id"]))
+        return [ok(id, **(INFO | {"size": size}))] if head["op"] == "stat" else frames(id)
+
+    async with liar(place, answer) as channel:
+        with pytest.raises((Conflict, ChannelError), match=says):
+            await files.get(channel.converse, "x", place / "x")
+    assert not list(place.glob("*x*"))
+
+
+async def test_no_link_into_a_git_directory_comes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Who writes to it later would write a hook, or settings, that name programs."""
+    place = tmp_path_factory.mktemp("l")
+    targets = {"a": ".git/hooks/pre-commit", "d/b": "../.GIT/config", "c": ".git", "ok": "plain"}
+    archive = b"".join(member(name, type=tarfile.SYMTYPE, linkname=to) for name, to in targets.items())
+    async with liar(place, lambda head: packed(head["id"], archive)) as channel:
+        moved = await trees.get_tree(channel.converse, "x", place / "tree")
+    assert [one.name for one in (place / "tree").rglob("*") if one.is_symlink()] == ["ok"]
+    assert len([one for one in moved.left_out if "into a .git" in one]) == 3

@@ -386,7 +386,7 @@ with socket.create_server(("127.0.0.1", 8000)) as server:
             assert await anext(aiter(server)) == ("stdout", b"ready\n")
             async with ports.forward(open_, 8000) as port:
                 for text in (b"x" * 200_000, b"y"):
-                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    reader, writer = await asyncio.open_connection(ports.HOST, port)
                     writer.write(text)
                     writer.write_eof()
                     assert await reader.read(-1) == text.upper()

@@ -25,19 +25,22 @@ _AGAIN_SECONDS: Final = 0.1  # between two tries while an engine pauses it
 _ENGINE_SECONDS: Final = 3.0  # in which an engine that is being started gives its first sign of life
 
 
-async def reach(store: Store, id: str, *, by: str, wait_seconds: float = WAIT_SECONDS) -> Live:
+async def reach(
+    store: Store, id: str, *, by: str, wait_seconds: float = WAIT_SECONDS, engine_seconds: float = _ENGINE_SECONDS
+) -> Live:
     """The way to the sandbox with this id, by the engine that holds it. One that starts is waited for, a paused one is
     resumed. Raises NotFound, and Conflict for one that has ended, is on another host, or that no engine holds."""
 
     async def again() -> Path:
         async with store.watching() as wake:
             await wake.changed(timeout_seconds=_AGAIN_SECONDS)
-        return await _held(store, id, by=by, wait_seconds=wait_seconds)
+        return await _held(store, id, by=by, wait_seconds=wait_seconds, engine_seconds=engine_seconds)
 
-    return Live(await _held(store, id, by=by, wait_seconds=wait_seconds), id, by=by, again=again)
+    path = await _held(store, id, by=by, wait_seconds=wait_seconds, engine_seconds=engine_seconds)
+    return Live(path, id, by=by, again=again)
 
 
-async def _held(store: Store, id: str, *, by: str, wait_seconds: float) -> Path:
+async def _held(store: Store, id: str, *, by: str, wait_seconds: float, engine_seconds: float) -> Path:
     """The socket of the engine that holds it."""
     asked = False
 
@@ -51,7 +54,7 @@ async def _held(store: Store, id: str, *, by: str, wait_seconds: float) -> Path:
             asked = True
         if row.state == SandboxState.RUNNING and (path := await _socket(store, row)) is not None:
             return path
-        if waited > _ENGINE_SECONDS and not await _engine_here(store):
+        if waited > engine_seconds and not await _engine_here(store):
             raise Conflict(f"no engine runs here that could hold {named(row)}: `swarm-engine start` starts one")
         if waited > wait_seconds:
             raise Conflict(f"{named(row)} is still {row.state} after {wait_seconds:g} s: see `swarm-engine status`")

@@ -94,6 +94,11 @@ def names_git(name: str) -> bool:
     return ".git" in name.lower().split("/")
 
 
+def may_come(name: str, target: str) -> bool:
+    """May a link be made that comes from a guest? Not one into a .git: whoever writes to it later would write there."""
+    return stays_within(name, target) and not names_git(target)
+
+
 def stays_within(name: str, target: str) -> bool:
     """Does the link ``name`` lead to a place below the top of its tree, whatever else is a link there? Only if '..'
     stands nowhere but at the beginning: behind a name, it leaves what that name, perhaps a link, leads to."""

@@ -33,6 +33,8 @@ _REMOVE_SECONDS: Final = 1800.0  # of a million files
 _TRIES: Final = 3  # of a file that is sent
 _KINDS: Final = ("file", "directory", "link", "pipe", "socket", "device")
 _READ_BYTES: Final = 4 << 20
+_GROWTH_BYTES: Final = 64 << 20
+_MOST_BYTES: Final = (1 << 63) - 1  # of a file, on any Linux
 _EVENTS: Final = ("created", "written", "attributes", "removed", "moved", "lost")
 
 
@@ -149,6 +151,8 @@ async def _read(
             if bool(hole) == bool(frame.payload) or (frame.payload and frame.head.get("stream") != "data"):
                 raise ChannelError("the guest sent a frame that does not belong in a read")
             received += hole or len(frame.payload)
+            if received > _MOST_BYTES:
+                raise ChannelError("the guest sent more of a file than a file can hold")
             if limit is not None and received > limit:
                 raise Conflict(f"{printable(path)} has more than the limit of {limit} bytes")
             if asked is not None and received > asked:
@@ -162,6 +166,7 @@ async def get(guest: Open, path: str, to: Path, *, user: str = "agent", limit_by
     """Bring a file to this host; returns its size. Written beside ``to`` and then in its place, so nobody sees half of
     it. Its permissions are kept (of those, what the umask allows), and so are its holes."""
     info = await stat(guest, path, user=user)
+    limit_bytes = info.size + _GROWTH_BYTES if limit_bytes is None else limit_bytes  # a guest could send for ever
     beside = to.with_name(f".{to.name[:200]}.{secrets.token_hex(4)}.part")
     size = 0
     try:

@@ -156,8 +156,9 @@ async def get_tree(
                         tree.note(f"{info.name}: git would run what is in it")
                     continue
                 if info.issym():
-                    if not trees.stays_within(info.name, info.linkname):
-                        tree.note(f"{info.name}: it is a link to {info.linkname[:200]!r}, which leads out of {to}")
+                    if not (trees.stays_within if git else trees.may_come)(info.name, info.linkname):
+                        where = f"out of {to}" if not trees.stays_within(info.name, info.linkname) else "into a .git"
+                        tree.note(f"{info.name}: it is a link to {info.linkname[:200]!r}, which leads {where}")
                         continue
                     data = os.fsencode(info.linkname)
                     await target.write(Entry(info.name, stat.S_IFLNK | 0o777, len(data)), _one(data))

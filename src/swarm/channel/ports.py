@@ -22,6 +22,8 @@ from swarm.channel.conversation import Conversation, Open
 from swarm.errors import ChannelError, Conflict, HostError, SwarmError, UsageError
 
 MAX_FORWARDED: Final = 32  # connections at once, of the 64 that agentd takes
+# Not 127.0.0.1: cookies know no ports, so a browser would send the dashboard's session to the guest.
+HOST: Final = "127.0.0.2"
 _PIECE_BYTES: Final = 64 << 10
 _DIAL_SECONDS: Final = 20.0
 _RESET: Final = struct.pack("ii", 1, 0)
@@ -104,7 +106,7 @@ async def forward(
     guest: Open,
     port: int,
     *,
-    host: str = "127.0.0.1",
+    host: str = HOST,
     host_port: int = 0,
     on_error: Callable[[SwarmError], None] | None = None,
 ) -> AsyncIterator[int]:

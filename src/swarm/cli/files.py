@@ -64,7 +64,7 @@ async def get(
 
     With --vm, a file or directory of the VM itself, if that was kept.
     """
-    from swarm.base.trees import Target, names_git, stays_within
+    from swarm.base.trees import Target, may_come, names_git
     from swarm.errors import Conflict, NotFound, UsageError
     from swarm.store.ticket_files import entries, matches, target_of
 
@@ -92,8 +92,9 @@ async def get(
             for entry, contents, offset in found:
                 if entry.is_link:
                     leads_to = await target_of(contents, entry, offset)
-                    if not stays_within(entry.name, leads_to):
-                        cli.out.note(f"left out: {entry.name} is a link to {leads_to[:200]!r}, which leads out of {to}")
+                    if not may_come(entry.name, leads_to):
+                        where = f"out of {to}, or into a .git"
+                        cli.out.note(f"left out: {entry.name} is a link to {leads_to[:200]!r}, which leads {where}")
                         continue
                 await target.write(entry, contents.chunks(offset, entry.size))
                 cli.out.line(to / entry.name)

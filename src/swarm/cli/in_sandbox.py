@@ -283,7 +283,10 @@ async def port(
         typer.Option("--listen", min=0, max=65535, metavar="PORT", help="Of this host. Default: the same. 0: any."),
     ] = None,
 ) -> None:
-    """Pass connections from a port of this host's 127.0.0.1 to one in a sandbox, until Ctrl+C."""
+    """Pass connections from a port of this host to one in a sandbox, until Ctrl+C.
+
+    It listens on 127.0.0.2: browsers send what they know of 127.0.0.1, such as the dashboard's session, to any port.
+    """
     from swarm.channel import ports
 
     async with (
@@ -295,5 +298,5 @@ async def port(
             on_error=lambda error: cli.out.note(str(error)),
         ) as here,
     ):
-        cli.out.line(f"127.0.0.1:{here} is port {port} of {id}; Ctrl+C ends it")
+        cli.out.line(f"{ports.HOST}:{here} is port {port} of {id}; Ctrl+C ends it")
         await asyncio.Event().wait()

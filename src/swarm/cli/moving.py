@@ -205,8 +205,8 @@ def _not_taken(name: str, info: Info) -> str:
         return "git would run what is in a .git here"
     if not trees.is_plain(name):
         return "its name is too long, or leads elsewhere"
-    if info.kind == "link" and not trees.stays_within(name, info.target or ""):
-        return f"a link to {(info.target or '')[:200]!r}, which leads out of this directory"
+    if info.kind == "link" and not trees.may_come(name, info.target or ""):
+        return f"a link to {(info.target or '')[:200]!r}, which leads out of this directory, or into a .git"
     return "" if info.kind in ("file", "link", "directory") else f"a {info.kind}"
 
 
