@@ -17,6 +17,7 @@ from typing import Final
 
 from swarm.channel.conversation import Conversation, Open
 from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
+from swarm.channel.values import code_and_signal
 from swarm.errors import ChannelError, GuestRefused, UsageError
 
 SCROLLBACK_BYTES: Final = 256 << 10  # of a program's output are kept by the guest
@@ -355,9 +356,7 @@ async def _ask(open_: Open, op: str, fields: Mapping[str, object]) -> None:
 
 def ended_of(frame: Frame) -> Ended:
     """The end of a program as agentd tells it."""
-    code, signal = frame.optional_number("code"), frame.optional_number("signal")
-    if (code is None) == (signal is None) or (code or 0) > 255 or (signal or 0) > 64:
-        raise ChannelError("the guest's report of how a program ended makes no sense")
+    code, signal = code_and_signal(frame)
     return Ended(
         code=code,
         signal=signal,

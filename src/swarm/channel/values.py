@@ -111,11 +111,19 @@ def final(frame: Frame) -> Frame:
     return frame
 
 
+def code_and_signal(frame: Frame) -> tuple[int | None, int | None]:
+    """How a program ended: exactly one of them is set."""
+    code, signal = frame.optional_number("code"), frame.optional_number("signal")
+    if (code is None) == (signal is None) or (code or 0) > 255 or (signal or 0) > 64:
+        raise ChannelError("the guest's report of how a program ended makes no sense")
+    return code, signal
+
+
 def exit_of(reply: Frame, started_at: float | None) -> Exit:
     """The Exit in a run's last frame."""
-    code, signal = reply.optional_number("code"), reply.optional_number("signal")
-    if started_at is None or (code is None) == (signal is None) or (code or 0) > 255 or (signal or 0) > 64:
-        raise ChannelError("the guest's report of how the agent ended makes no sense")
+    code, signal = code_and_signal(reply)
+    if started_at is None:
+        raise ChannelError("the guest told of the agent's end before its start")
     return Exit(
         code=code,
         signal=signal,

@@ -12,13 +12,13 @@ from swarm.model import TERMINAL_SANDBOX_STATES, Agent, Sandbox, SandboxState
 from swarm.store.registry.agents import Agents
 from swarm.store.sandboxes import rows
 from swarm.store.sandboxes.changes import end
+from swarm.store.sandboxes.newest import newest
 from swarm.store.sandboxes.rows import SANDBOX_COLUMNS, SNAPSHOT_COLUMNS
 from swarm.store.sql.conditions import SANDBOX_LIVE
 from swarm.store.sql.database import Row, Tx, one_row, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import iso, lenient, new_id
 from swarm.store.tickets import events
-from swarm.store.tickets.pages import cursor, read_cursor
 from swarm.store.tickets.validation import BadRow, shown, storable
 
 SCANNED: Final = 10_000  # sandboxes that one page may look at
@@ -157,13 +157,9 @@ def _find(tx: Tx, ref: str, project_id: str | None) -> Row:
 
 def page(tx: Tx, which: SandboxFilter, *, after: str | None, limit: int, scanned: int = SCANNED) -> SandboxPage:
     """Newest first; looks at ``scanned`` sandboxes at most. Raises UsageError for an ``after`` that no page gave."""
-    inside, terms, values = ["1 = 1"], ["1 = 1"], dict[str, Any](limit=limit, scanned=scanned)
+    inside, terms, values = list[str](), list[str](), dict[str, Any]()
     if which.states and not TERMINAL_SANDBOX_STATES & set(which.states):
         inside.append(f"b.{SANDBOX_LIVE}")
-    if after is not None:
-        values["created"], values["after_id"] = read_cursor(after)
-        inside.append("(b.created_at < :created OR b.created_at = :created AND b.id < :after_id)")
-        inside.append("b.created_at <= :created")  # the index starts there
     for name, some in (("state", which.states), ("agent_id", which.agent_ids)):
         if some:
             named = {f"{name}_{number}": str(one) for number, one in enumerate(some)}
@@ -177,24 +173,14 @@ def page(tx: Tx, which: SandboxFilter, *, after: str | None, limit: int, scanned
         escaped = "".join(f"!{c}" if c in "!%_" else c for c in which.text.replace("\0", ""))
         terms.append("(lower(b.name) LIKE :in_name ESCAPE '!' OR b.id LIKE :begins ESCAPE '!')")
         values |= {"in_name": f"%{escaped.lower()}%", "begins": f"{escaped}%"}
-    order = "ORDER BY b.created_at DESC, b.id DESC"
-    source = f"SELECT {{}} FROM sandboxes b WHERE {' AND '.join(inside)} {order}"
-    found = tx.all(
-        Sql(
-            f"SELECT {SANDBOX_COLUMNS} FROM ({source.format(SANDBOX_COLUMNS)} LIMIT :scanned) b "
-            f"WHERE {' AND '.join(terms)} {order} LIMIT :limit"
-        ),
-        **values,
-    )
-    if len(found) == limit:
-        last: Row | None = found[-1]
-    else:
-        keys = Sql(f"{source.format('b.id, b.created_at')} LIMIT 1 OFFSET :skipped")
-        last = tx.first(keys, skipped=scanned - 1, **values)
+    found, after = newest(
+        tx, "sandboxes", SANDBOX_COLUMNS,
+        inside=inside, terms=terms, named=values, after=after, limit=limit, scanned=scanned,
+    )  # fmt: skip
     some_of = [rows.sandbox(row) for row in found if isinstance(row.id, str) and storable(row.id)]
     if which.labels:
         some_of = [one for one in some_of if dict(which.labels).items() <= rows.labels(one).items()]
-    return SandboxPage(sandboxes=some_of, after=None if last is None else cursor(last.created_at, last.id))
+    return SandboxPage(sandboxes=some_of, after=after)
 
 
 def counts(tx: Tx) -> dict[str, int]:

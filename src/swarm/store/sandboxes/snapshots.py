@@ -10,13 +10,13 @@ from swarm.base import versions
 from swarm.errors import Conflict, NotFound
 from swarm.model import Snapshot
 from swarm.store.sandboxes import rows
+from swarm.store.sandboxes.newest import newest
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS, SNAPSHOT_FIELDS
 from swarm.store.sandboxes.sandboxes import OF_PROJECT
 from swarm.store.sql.database import Row, Tx, unique
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, new_id, whole
 from swarm.store.tickets import events
-from swarm.store.tickets.pages import cursor, read_cursor
 from swarm.store.tickets.validation import shown, storable
 
 SCANNED: Final = 10_000
@@ -145,7 +145,7 @@ def _find(tx: Tx, ref: str, project_id: str | None) -> Row:
 
 def page(tx: Tx, which: SnapshotFilter, *, after: str | None, limit: int) -> SnapshotPage:
     """Of those that have not expired, newest first; looks at `SCANNED` at most."""
-    inside, terms, named = ["1 = 1"], [_THERE], dict[str, Any](limit=limit, scanned=SCANNED, now_ms=tx.now_ms)
+    inside, terms, named = list[str](), [_THERE], dict[str, Any](now_ms=tx.now_ms)
     for name in ("sandbox_id", "ticket_id", "project_id", "host"):
         if getattr(which, name) is not None:
             (inside if name in ("sandbox_id", "ticket_id") else terms).append(f"n.{name} = :{name}")
@@ -154,26 +154,11 @@ def page(tx: Tx, which: SnapshotFilter, *, after: str | None, limit: int) -> Sna
         kinds = {f"kind_{number}": kind for number, kind in enumerate(which.kinds)}
         terms.append(f"n.kind IN ({', '.join(':' + one for one in kinds)})")
         named |= kinds
-    if after is not None:
-        named["created"], named["after_id"] = read_cursor(after)
-        inside.append("(n.created_at < :created OR n.created_at = :created AND n.id < :after_id)")
-        inside.append("n.created_at <= :created")
-    order = "ORDER BY n.created_at DESC, n.id DESC"
-    source = f"SELECT {{}} FROM snapshots n WHERE {' AND '.join(inside)} {order}"
-    found = tx.all(
-        Sql(
-            f"SELECT {SNAPSHOT_COLUMNS} FROM ({source.format(SNAPSHOT_COLUMNS)} LIMIT :scanned) n "
-            f"WHERE {' AND '.join(terms)} {order} LIMIT :limit"
-        ),
-        **named,
-    )
-    if len(found) == limit:
-        last: Row | None = found[-1]
-    else:
-        keys = Sql(f"{source.format('n.id, n.created_at')} LIMIT 1 OFFSET :skipped")
-        last = tx.first(keys, skipped=SCANNED - 1, **named)
-    some = [rows.snapshot(row) for row in found]
-    return SnapshotPage(snapshots=some, after=None if last is None else cursor(last.created_at, last.id))
+    found, after = newest(
+        tx, "snapshots", SNAPSHOT_COLUMNS,
+        inside=inside, terms=terms, named=named, after=after, limit=limit, scanned=SCANNED,
+    )  # fmt: skip
+    return SnapshotPage(snapshots=[rows.snapshot(row) for row in found], after=after)
 
 
 def used_by(tx: Tx, one: Snapshot) -> str:
