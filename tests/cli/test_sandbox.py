@@ -171,3 +171,9 @@ def test_without_an_engine_nothing_is_left_that_would_start(tmp_path: Path) -> N
     made = swarm("sandbox", "create", "box")
     assert made.returncode != 0 and "`swarm-engine start` starts one" in made.stderr
     assert json.loads(swarm("sandbox", "show", "box", "--json").stdout)["sandbox"]["state"] == "ended"
+    with subprocess.Popen([str(BIN / "swarm"), "sandbox", "create", "other"], env=env, stderr=subprocess.PIPE) as asked:
+        while '"other"' not in swarm("sandbox", "list", "--json").stdout:
+            assert asked.poll() is None
+        asked.send_signal(signal.SIGINT)
+        assert asked.wait(timeout=60) != 0
+    assert json.loads(swarm("sandbox", "show", "other", "--json").stdout)["sandbox"]["state"] == "ended"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from swarm.base.aio import finish_uninterrupted
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.inputs import Limit
 from swarm.cli.ui.output import first_line
@@ -112,9 +114,9 @@ async def create(
         if wait:
             try:
                 await live_of(cli, store, made.id)
-            except Conflict:
+            except (Conflict, asyncio.CancelledError):  # nothing starts behind an error, or Ctrl+C
                 with contextlib.suppress(SwarmError):  # it has ended by itself, with what was wrong
-                    await store.want_sandbox(made.id, SandboxState.ENDED, by=cli.user)  # nothing starts behind an error
+                    await finish_uninterrupted(store.want_sandbox(made.id, SandboxState.ENDED, by=cli.user))
                 raise
             made = await store.sandbox(made.id)
     cli.out.result(made, made.name or made.id)
