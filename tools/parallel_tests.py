@@ -29,6 +29,7 @@ SHARES = {
     "4": [*FOURTH, "tests/test_zz_leaks.py", "-k", "not firecracker"],
 }
 URGENT = "3"
+MOST_FAILED = 60  # lines for each sandbox
 
 
 def main(argv: list[str]) -> int:
@@ -48,14 +49,16 @@ def main(argv: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
-    readers = [threading.Thread(target=show, args=pair) for pair in sandboxes.items()]
+    failed: dict[str, list[str]] = {name: [] for name in sandboxes}
+    readers = [threading.Thread(target=show, args=(*pair, failed[pair[0]])) for pair in sandboxes.items()]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
     statuses = {name: sandbox.wait() for name, sandbox in sandboxes.items()}
     for name, status in statuses.items():
-        print(f"sandbox {name} ended with status {status}")
+        # Again, at the end: what failed stands thousands of lines above, between those of the other sandboxes.
+        print(f"sandbox {name} ended with status {status}", *failed[name], sep="\n  ")
     print(f"{time.monotonic() - began:.0f} s in all")
     return next((status for status in statuses.values() if status), 0)
 
@@ -78,10 +81,13 @@ def raise_priority() -> None:
         os.nice(-10)
 
 
-def show(name: str, sandbox: subprocess.Popen[str]) -> None:
+def show(name: str, sandbox: subprocess.Popen[str], failed: list[str]) -> None:
+    """Print the sandbox's output; ``failed`` gets its lines about what failed."""
     assert sandbox.stdout is not None
     for line in sandbox.stdout:
         print(f"{name} | {line}", end="", flush=True)
+        if line.startswith(("FAILED ", "ERROR ", "E   ")) and len(failed) < MOST_FAILED:
+            failed.append(line.rstrip()[:500])
 
 
 if __name__ == "__main__":
