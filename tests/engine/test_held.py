@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
 import pytest
 
 from swarm.engine.held import Done, Ending, Held
 from swarm.engine.machines import agent_of
-from swarm.errors import Conflict, NoSpace
+from swarm.errors import ChannelError, Conflict, NoSpace, OutcomeUnknown
 from swarm.live.wire import NotHeld
 from swarm.model import Sandbox, SandboxClaim, SandboxState
 
@@ -52,3 +53,23 @@ async def test_who_waits_for_another_end_is_told(
     one.answer()
     said = await asyncio.gather(*waits, return_exceptions=True)
     assert [None if error is None else type(error) for error in said] == [pause, end]
+
+
+class Guest:
+    """Answers no thaw, or the second one."""
+
+    def __init__(self, *, answers: bool) -> None:
+        self.answers, self.asked = answers, 0
+
+    async def thaw(self) -> None:
+        self.asked += 1
+        if not self.answers or self.asked < 2:
+            raise ChannelError("no answer")
+
+
+async def test_programs_that_stand_still_go_on_or_it_is_told() -> None:
+    one, guest = held(), Guest(answers=True)
+    await one.let_go_on(cast(Any, guest))
+    assert guest.asked == 2
+    with pytest.raises(OutcomeUnknown, match=r"stand still since a snapshot.*no answer"):
+        await one.let_go_on(cast(Any, Guest(answers=False)))

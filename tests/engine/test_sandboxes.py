@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -163,6 +164,54 @@ async def test_an_idle_one_makes_room_for_one_that_is_wanted(desk: Desk) -> None
         (other,) = {"a", "b"} - {first}
         await desk.running(other)
         assert (await desk.store.sandbox(first)).state == "paused"
+
+
+async def test_one_that_starts_or_wakes_is_ended_at_once(desk: Desk) -> None:
+    async with desk.engine() as engine:
+        starting: asyncio.Semaphore = cast(Any, engine)._machines._starting
+
+        async def held(id: str) -> None:
+            async def there() -> bool:
+                return id in engine.held
+
+            await desk.until(there)
+
+        async def end(id: str) -> None:
+            async with asyncio.timeout(30):
+                await engine.end(id, by="ann")
+            row = await desk.store.sandbox(id)
+            assert (row.state, row.error, row.hold_id) == ("ended", None, None)
+            assert (await desk.told(id, "transition"))[-1]["why"] == "by ann"
+
+        desk.insert("sleeps")
+        await desk.running("sleeps")
+        await engine.pause("sleeps", by="test")
+        async with AsyncExitStack() as none_starts:
+            while not starting.locked():
+                await none_starts.enter_async_context(starting)
+            desk.insert("new")
+            await held("new")
+            await end("new")
+            await desk.store.want_sandbox("sleeps", "running", by="test")
+            await held("sleeps")
+            await end("sleeps")
+            await engine.collect()
+            assert desk.files() == []
+
+
+async def test_programs_do_not_stand_still_for_ever(desk: Desk) -> None:
+    async with desk.engine() as engine:
+        desk.insert("s")
+        await desk.running("s")
+        live = engine.held["s"].live
+        assert live is not None
+        await live.freeze()  # as a snapshot that could not thaw it leaves it
+        engine.held["s"].used()
+        async with asyncio.timeout(60):
+            while live.frozen:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert await shell(engine, "s", "echo alive") == "alive"
+        await engine.end("s", by="test")
 
 
 async def test_forks_are_sandboxes_of_their_own(desk: Desk) -> None:

@@ -25,6 +25,7 @@ from swarm.config import Settings
 from swarm.errors import BootFailed, ChannelError, ImageError, NoSpace, NotFound, SwarmError
 from swarm.vm.driver import BASE_UID, Image, Snapshot, VmSpec
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
+from swarm.vm.slots import ssh
 from swarm.vm.snapshots import Snapshots
 
 pytestmark = pytest.mark.needs("qemu")
@@ -67,7 +68,9 @@ async def going_on(
         yield live
 
 
-async def test_a_vm_is_saved_forked_paused_and_resumed(launcher: Launcher, snapshots: Snapshots, spec: VmSpec) -> None:
+async def test_a_vm_is_saved_forked_paused_and_resumed(
+    launcher: Launcher, snapshots: Snapshots, spec: VmSpec, settings: Settings
+) -> None:
     async with a_vm(launcher, spec) as parent:
         # In memory (a tmpfs), on disk, and on disk but not flushed.
         await sh(parent, "echo memory > /run/x; echo disk > /work/x; sync; echo late > /work/y")
@@ -93,6 +96,8 @@ async def test_a_vm_is_saved_forked_paused_and_resumed(launcher: Launcher, snaps
             assert await snapshots.remove(paused.id)
             assert await sh(again, "cat /work/x; cat /run/x") == "fork\nmemory", turn
             assert again.identity.machine_id == fork.identity.machine_id
+            told = [one.host_key for one in wiring.inventory(settings).records() if one.n == again.n]
+            assert told == [ssh.public_of(fork.identity.ssh_host_key)], "the guest has the key that it had"
             async with snapshots.stage() as stage:
                 paused = await launcher.pause(again, stage)
     assert names(snapshots) == sorted([saved.id, paused.id])

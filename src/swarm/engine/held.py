@@ -13,13 +13,14 @@ from typing import Final
 from swarm.channel.guest import Guest
 from swarm.engine.egress import AttemptEgress
 from swarm.engine.room import VmInUse
-from swarm.errors import ChannelError, Conflict, GuestRefused, SwarmError
+from swarm.errors import ChannelError, Conflict, GuestRefused, OutcomeUnknown, SwarmError
 from swarm.live.wire import NotHeld
 from swarm.model import Agent, Event, SandboxClaim, SandboxState, Snapshot
 from swarm.vm.launcher import LiveVm
 
 # Conversations with one guest at once: all sandboxes share the engine's places for them. agentd takes as many.
 MAX_TALKS: Final = 64
+_THAWS: Final = 2
 MAX_REFUSALS: Final = 3  # by a guest, in a row, of pauses that nobody asked for
 
 Emit = Callable[[Event], None]
@@ -76,7 +77,6 @@ class Held:
         self._not_before = 0.0  # for pauses that nobody asked for
         self._waiting: dict[asyncio.Future[None], Ending] = {}  # what each waits for
         self._refusals = 0
-        self._ended = False
 
     @property
     def id(self) -> str:
@@ -174,13 +174,32 @@ class Held:
         idle = max(self.used_at + self._idle_seconds, self._not_before) - time.monotonic()
         return max(0.0, min(over, idle, 3600.0)) + 0.001
 
+    async def let_go_on(self, live: LiveVm) -> None:
+        """Its programs, which stand still since a snapshot. Raises OutcomeUnknown if its guest does not do so."""
+        async with self.changing:
+            for _ in range(_THAWS):
+                try:
+                    return await live.thaw()
+                except SwarmError as error:
+                    said = str(error)
+                    self.record("trouble", {"what": "thaw", "error": said})
+        raise OutcomeUnknown(f"its programs stand still since a snapshot, and its guest lets them not go on: {said}")
+
     # --- what is asked of it ----------------------------------------------------------------------------------------
 
     def want(self, ending: Ending, by: str | None = None) -> None:
-        """To end is stronger than to pause. Doesn't wait."""
+        """To end is stronger than to pause, and doesn't wait until it has started. Doesn't wait."""
         if self.asked is not Ending.ENDED and self.asked is not ending:
             self.asked, self.by = ending, by
             self.changed.set()
+            if ending is Ending.ENDED and not self.started.done() and self.executing and self.task is not None:
+                self.task.cancel()
+
+    @property
+    def ended(self) -> Done:
+        """As it was asked for, or since its time is over."""
+        why = "its time to live is over" if self.is_over() else f"by {self.by}" if self.by else "wanted"
+        return Done(state=SandboxState.ENDED, why=why)
 
     async def ends(self, ending: Ending, by: str) -> None:
         """Ask for it, and return when it is done. Raises why it could not be."""
@@ -215,7 +234,6 @@ class Held:
 
     def answer(self) -> None:
         """It is held no more: see ``done``. Whoever waits for another end than this is told so."""
-        self._ended = True
         if not self.started.done():
             back = self.lost or self.put_back
             why = "is not held by this engine any more" if back else "has ended: `swarm sandbox show` says why"
@@ -235,6 +253,6 @@ class Held:
 
     def cancel(self, *, lost: bool) -> None:
         """Its VM must go at once: its lease is ``lost``, or it need not start any more."""
-        if not self._ended and not self.lost and self.task is not None:
+        if self.executing and not self.lost and self.task is not None:
             self.lost, self.put_back = lost, not lost
             self.task.cancel()

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from swarm.base.aio import finish_uninterrupted
 from swarm.base.log import logger
 from swarm.channel import guest_files
 from swarm.channel.conversation import Open
 from swarm.engine.values import OUTPUT_FILE
-from swarm.errors import ImageError, NoSpace, NotFound, StepError, SwarmError
+from swarm.errors import HostError, ImageError, NoSpace, NotFound, StepError, StoreError, SwarmError
 from swarm.model import Claim, FailureReason, KeepVm, Snapshot
 from swarm.store.store import Store
 from swarm.vm import driver
@@ -30,7 +31,11 @@ WORK_DIR, AGENT_DIR = "/work", "/agent"
 
 
 class Rows(Protocol):
-    async def add_snapshot(self, snapshot: Snapshot, *, keep_seconds: float | None = None) -> Snapshot: ...
+    async def add_snapshot(
+        self, snapshot: Snapshot, *, keep_seconds: float | None = None, by: str | None = None
+    ) -> Snapshot: ...
+
+    async def snapshot_ids(self, host: str | None) -> set[str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +104,32 @@ class Keeper:
                 size_bytes=made.size_bytes,
                 secrets=bool(claim.agent.secrets) or claim.source is not None,
             )
-            try:
-                return await self.rows.add_snapshot(row, keep_seconds=keep_seconds)
-            except BaseException:
-                await self.snapshots.remove(made.id)
-                raise
+            return await add(self.rows, self.snapshots, row, keep_seconds=keep_seconds)
+
+
+async def add(
+    rows: Rows, snapshots: Snapshots, made: Snapshot, *, keep_seconds: float | None, by: str | None = None
+) -> Snapshot:
+    """Its row; without one, its files go. The answer may get lost when the row is there already."""
+    try:
+        return await finish_uninterrupted(rows.add_snapshot(made, keep_seconds=keep_seconds, by=by))
+    except BaseException as error:
+        named = await finish_uninterrupted(forsake(rows, snapshots, made.id))
+        if named and isinstance(error, StoreError):
+            return made
+        raise
+
+
+async def forsake(rows: Rows, snapshots: Snapshots, id: str) -> bool:
+    """Remove the files of a snapshot that was to have a row; False: it has none. Where that can't be known, the files
+    stay, and are collected if no row names them."""
+    try:
+        if id in await rows.snapshot_ids(None):
+            return True
+        await snapshots.remove(id)
+    except (StoreError, HostError) as error:
+        log.warning("the files of a snapshot may be left for a while", snapshot=id, error=str(error))
+    return False
 
 
 async def collect(store: Store, snapshots: Snapshots) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Final
@@ -17,7 +17,7 @@ from typing import Final
 from swarm.base import crash_points
 from swarm.base.aio import finish_uninterrupted, quietly
 from swarm.base.log import logger
-from swarm.engine import conversing, kept
+from swarm.engine import conversing, kept, leases
 from swarm.engine.conversing import Told
 from swarm.engine.held import Done, Emit, Ending, Held
 from swarm.engine.machines import Machines, agent_of
@@ -34,7 +34,6 @@ log = logger(__name__)
 IDLE_SECONDS: Final = 600.0
 LOOK_SECONDS: Final = 30.0
 PACE_SECONDS: Final = 0.02  # between two looks: most commits are about something else
-RENEW_SECONDS: Final = 1.0
 COLLECT_SECONDS: Final = 60.0
 _RETRY_SECONDS: Final = 0.5
 _ROOM_SECONDS: Final = 1.0  # nothing announces free memory
@@ -72,6 +71,7 @@ class Sandboxes:
         self._held: dict[str, Held] = {}  # by the sandbox's id
         self._look = asyncio.Event()
         self._store_error = ""  # the last one, logged once
+        self._renewed = time.monotonic()
         self.room: Callable[[], tuple[int | None, str]] = lambda: (None, "")
         self.most_mb: int | None = None  # for one VM while nothing else runs
         self.stopping = False
@@ -156,35 +156,32 @@ class Sandboxes:
 
     async def renewing(self) -> None:
         """Renew the leases of all that are held, in one statement, and hear what is wanted of them."""
-        every = min(RENEW_SECONDS, self._lease_seconds / 3)
-        good_until = renewed = time.monotonic() + self._lease_seconds
-        while True:
-            await asyncio.sleep(every)
-            holds = {held.claim.hold_id: held for held in self._held.values()}
-            began = time.monotonic()
-            if not holds:
-                good_until = began + self._lease_seconds
-                continue
-            used = [hold_id for hold_id, held in holds.items() if held.used_at >= renewed]
-            try:
-                renewal = await self._store.renew_sandboxes(holds, lease_seconds=self._lease_seconds, used=used)
-            except StoreError as error:
-                log.warning("can't renew the leases of sandboxes", error=str(error), sandboxes=len(holds))
-                if time.monotonic() > good_until:
-                    for held in holds.values():
-                        held.cancel(lost=True)
-                continue
-            good_until, renewed = began + self._lease_seconds, began
-            for hold_id in renewal.lost & holds.keys():
-                if holds[hold_id].executing:  # else it was given up meanwhile
-                    log.warning("lease lost, VM killed", sandbox=holds[hold_id].id)
-                holds[hold_id].cancel(lost=True)
-            for hold_id, wanted in renewal.wanted.items():
-                held = holds[hold_id]
-                if wanted == Ending.ENDED or (wanted == Ending.PAUSED and held.may_pause()):
-                    held.want(Ending(wanted))
-                elif wanted == SandboxState.RUNNING:
-                    held.used()
+
+        def lost() -> None:
+            for held in self._held.values():
+                held.cancel(lost=True)
+
+        def holds() -> list[str]:
+            return [held.claim.hold_id for held in self._held.values()]
+
+        await leases.keep(holds, self._renew, lost, lease_seconds=self._lease_seconds)
+
+    async def _renew(self, hold_ids: Collection[str]) -> None:
+        holds = {held.claim.hold_id: held for held in self._held.values() if held.claim.hold_id in hold_ids}
+        began = time.monotonic()
+        used = [hold_id for hold_id, held in holds.items() if held.used_at >= self._renewed]
+        renewal = await self._store.renew_sandboxes(holds, lease_seconds=self._lease_seconds, used=used)
+        self._renewed = began
+        for hold_id in renewal.lost & holds.keys():
+            if holds[hold_id].executing:  # else it was given up meanwhile
+                log.warning("lease lost, VM killed", sandbox=holds[hold_id].id)
+            holds[hold_id].cancel(lost=True)
+        for hold_id, wanted in renewal.wanted.items():
+            held = holds[hold_id]
+            if wanted == Ending.ENDED or (wanted == Ending.PAUSED and held.may_pause()):
+                held.want(Ending(wanted))
+            elif wanted == SandboxState.RUNNING:
+                held.used()
 
     async def collecting(self) -> None:
         """Remove what nothing needs any more: expired snapshots, and what dead engines left half made."""
@@ -219,13 +216,15 @@ class Sandboxes:
 
     async def _hold(self, held: Held) -> None:
         """From the claim to the row that says how it ended. The VM is gone by then, in every case."""
+        done: Done | None = None
         try:
-            done: Done | None = None
             try:
                 done = await self._live(held)
             except asyncio.CancelledError:
-                if not held.put_back:
+                if held.lost or not (held.put_back or held.asked is Ending.ENDED):
                     raise
+                if held.asked is Ending.ENDED:  # before it could be spoken with
+                    done = held.ended
             finally:
                 held.executing = False
             await finish_uninterrupted(self._insist(held, lambda: self._write(held, done)))
@@ -234,6 +233,8 @@ class Sandboxes:
                 raise
         except SwarmError as error:  # its lease is lost, or the database is: others will see that it has run out
             log.warning("a sandbox is not held any more", sandbox=held.id, why=str(error))
+            if done is not None and done.snapshot is not None:
+                await finish_uninterrupted(kept.forsake(self._store, self._machines.snapshots, done.snapshot.id))
         finally:
             del self._held[held.id]
             held.answer()
@@ -280,10 +281,10 @@ class Sandboxes:
                 held.changed.clear()
                 if died.done():
                     raise OutcomeUnknown(f"its VM died: {died.result()}")
-                over = held.is_over()
-                if over or held.asked is Ending.ENDED:
-                    why = "its time to live is over" if over else f"by {held.by}" if held.by else "wanted"
-                    return Done(state=SandboxState.ENDED, why=why)
+                if held.asked is Ending.ENDED or held.is_over():
+                    return held.ended
+                if live.frozen and not held.changing.locked():
+                    await held.let_go_on(live)
                 if held.asked is Ending.PAUSED or held.is_idle():
                     if (done := await self._pause(held, live)) is not None:
                         return done
@@ -321,10 +322,9 @@ class Sandboxes:
 
     async def _write(self, held: Held, done: Done | None) -> None:
         """How it ended; None: it was not started, and goes back."""
-        hold_id = held.claim.hold_id
-        if done is not None and done.snapshot is not None and held.asked is Ending.ENDED:  # meanwhile
-            await quietly(self._machines.snapshots.remove(done.snapshot.id))
-            done = Done(state=SandboxState.ENDED, why=f"by {held.by}" if held.by else "wanted")
+        hold_id, saved = held.claim.hold_id, done.snapshot if done is not None else None
+        if saved is not None and held.asked is Ending.ENDED:  # meanwhile
+            done = held.ended
         if done is None:
             await self._store.sandbox_released(hold_id)
         elif done.state != SandboxState.PAUSED:
@@ -336,15 +336,18 @@ class Sandboxes:
         if done is not None:
             held.done = done
             log.info("sandbox is held no more", sandbox=held.id, state=str(done.state), error=done.error, why=done.why)
+            if saved is not None and done.snapshot is None:
+                await quietly(self._machines.snapshots.remove(saved.id))
 
     async def _insist(self, held: Held, write: Callable[[], Awaitable[None]]) -> None:
-        """For as long as the lease can still be ours. Raises LeaseLost, StoreError."""
+        """For as long as the lease can still be ours. That its VM is gone can be written later too, as long as nobody
+        else has given it up: who stops waits no longer than that. Raises LeaseLost, StoreError."""
         deadline = time.monotonic() + self._lease_seconds
         while True:
             try:
                 return await write()
             except StoreError as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline and (held.executing or self.stopping):
                     raise
                 log.warning("can't write what became of a sandbox yet", sandbox=held.id, error=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -443,8 +446,4 @@ class Sandboxes:
 
     async def _kept(self, made: Snapshot, *, keep_seconds: float | None, by: str) -> Snapshot:
         """Its row; without one, its files go."""
-        try:
-            return await self._store.add_snapshot(made, keep_seconds=keep_seconds, by=by)
-        except BaseException:
-            await finish_uninterrupted(self._machines.snapshots.remove(made.id))
-            raise
+        return await kept.add(self._store, self._machines.snapshots, made, keep_seconds=keep_seconds, by=by)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from swarm.base import crash_points
 from swarm.base.aio import cancel_all, finish_uninterrupted
 from swarm.base.clock import Timeline
 from swarm.base.log import logger
+from swarm.engine import leases
 from swarm.engine.engine import Watcher
 from swarm.errors import HostError, LeaseLost, StoreError, SwarmError, TicketWithdrawn
 from swarm.model import Cancelled, Claim, Event, Failed, FailureReason, Interrupted, Outcome
@@ -27,8 +28,6 @@ from swarm.store.store import Store
 
 log = logger(__name__)
 
-# The next renewal sees a cancellation from outside, so this bounds how long a cancelled agent keeps running.
-RENEW_EVERY_SECONDS = 1.0
 # Output and VM numbers are written to the database in batches this far apart.
 FLUSH_EVERY_SECONDS = 0.1
 # One event holds at most this much of an agent's output.
@@ -303,28 +302,18 @@ class Worker:
                 return outcome
 
     async def _renewing(self) -> None:
-        every = min(RENEW_EVERY_SECONDS, self._lease_seconds / 3)
-        good_until = time.monotonic() + self._lease_seconds
-        while True:
-            await asyncio.sleep(every)
-            ids = list(self._running)
-            began = time.monotonic()
-            if not ids:
-                good_until = began + self._lease_seconds
-                continue
-            try:
-                renewal = await self._store.renew(ids, lease_seconds=self._lease_seconds)
-            except StoreError as error:
-                log.warning("can't renew leases", error=str(error), attempts=len(ids))
-                if time.monotonic() > good_until:
-                    for attempt in self._running.values():
-                        attempt.end(None)
-                continue
-            crash_points.reach("renewed")
-            good_until = began + self._lease_seconds
-            for ids_, outcome in ((renewal.lost, None), (renewal.cancelled, Cancelled())):
-                for attempt_id in ids_ & self._running.keys():
-                    self._running[attempt_id].end(outcome)
+        def lost() -> None:
+            for attempt in self._running.values():
+                attempt.end(None)
+
+        await leases.keep(lambda: list(self._running), self._renew, lost, lease_seconds=self._lease_seconds)
+
+    async def _renew(self, ids: Collection[str]) -> None:
+        renewal = await self._store.renew(list(ids), lease_seconds=self._lease_seconds)
+        crash_points.reach("renewed")
+        for ids_, outcome in ((renewal.lost, None), (renewal.cancelled, Cancelled())):
+            for attempt_id in ids_ & self._running.keys():
+                self._running[attempt_id].end(outcome)
 
     def emit(self, event: Event) -> None:
         """Write an event with the next batch."""

@@ -198,14 +198,13 @@ class Launcher:
     # --- snapshots --------------------------------------------------------------------------------------------------
 
     async def save(self, live: LiveVm, stage: Stage) -> Snapshot:
-        """A snapshot of the VM, which goes on. Its programs stand still for a moment. Raises BootFailed, NoSpace."""
+        """A snapshot of the VM, which goes on. Its programs stand still for a moment, or for longer if the guest does
+        not let them go on: see `LiveVm.frozen`. Raises BootFailed, NoSpace."""
         with stage.explained():
             try:
                 await live.while_alive(live.vm.save(stage.dir, freeze=live.freeze))
-            except BaseException:
+            finally:
                 await finish_uninterrupted(quietly(live.thaw()))
-                raise
-            await finish_uninterrupted(live.thaw())
             return await self._seal(live, stage)
 
     async def pause(self, live: LiveVm, stage: Stage) -> Snapshot:
@@ -257,6 +256,7 @@ class Launcher:
                 identity, host_key = self.new_identity(vm_slot.lease.n)
                 if not fork:
                     identity = replace(snapshot.identity, seed=identity.seed)
+                    host_key = ssh.public_of(identity.ssh_host_key)
                 start = self._driver.resume(snapshot, vm_slot.slot, vm_slot.lease.dir, own=not fork)
                 vm = await self._started(start, vm_slot, assignment, undo, host_key)
                 timeline.mark("running")

@@ -38,9 +38,9 @@ class Assignment:
     sandbox_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class LiveVm:
-    """A running VM with its own identity and an open channel."""
+    """A running VM with its own identity and an open channel. ``frozen``: its programs may stand still."""
 
     n: int
     spec: VmSpec
@@ -49,6 +49,7 @@ class LiveVm:
     renewed: Renewed
     vm_slot: VmSlot
     identity: Identity = field(repr=False)
+    frozen: bool = False
 
     async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``. Raises OutcomeUnknown, with how it ended, if the VM ends first."""
@@ -57,11 +58,13 @@ class LiveVm:
     async def freeze(self) -> None:
         """Stop all programs of the guest; over a new connection, if the old one broke. Raises ChannelError,
         GuestRefused, OutcomeUnknown."""
+        self.frozen = True
         await finish_uninterrupted(self.while_alive(self._say(processes.freeze, "freeze")))
 
     async def thaw(self) -> None:
         """Let them go on, as `freeze`."""
         await self.while_alive(self._say(processes.thaw, "thaw"))
+        self.frozen = False
 
     async def _say(self, order: Callable[[Open], Coroutine[Any, Any, None]], what: str) -> None:
         try:

@@ -201,3 +201,12 @@ async def test_a_project_sees_only_its_own(store: Store) -> None:
     with pytest.raises(Conflict, match="has the name"):
         await store.add_snapshot(Snapshot(id="", kind="named", name="all", host=HOST, project_id="b0"))
     assert (await store.snapshot("all", project_id="b0")).id == "b0"
+
+
+async def test_a_pause_whose_answer_was_lost_is_written_once(store: Store) -> None:
+    one = await started(store)
+    for _ in range(2):
+        await store.sandbox_paused(one.hold_id, pause_of(one))
+    assert await moves(store, one.sandbox.id) == [("starting", "running"), ("running", "paused")]
+    with pytest.raises(LeaseLost):
+        await store.sandbox_paused(one.hold_id, pause_of(one, id="another"))

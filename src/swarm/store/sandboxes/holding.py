@@ -48,6 +48,7 @@ _PAUSED: Final = one_row(
     "UPDATE sandboxes SET state = 'paused', host = :host, hold_id = NULL, lease_until = NULL, vm_id = NULL, "
     "wanted = CASE wanted WHEN 'paused' THEN NULL ELSE wanted END WHERE id = :id"
 )
+_SAVED: Final = Sql("SELECT id FROM snapshots WHERE id = :id AND kind = 'pause'")
 _DROP_PAUSE: Final = Sql("DELETE FROM snapshots WHERE sandbox_id = :id AND kind = 'pause' AND id <> :but")
 _LOST_HOLDS: Final = Sql(
     "SELECT count(*) AS number FROM events e WHERE e.sandbox_id = :id AND e.kind = 'hold_lost' AND e.seq > COALESCE("
@@ -150,7 +151,9 @@ def running(tx: Tx, hold_id: str, *, vm_id: int | None) -> None:
 
 
 def paused(tx: Tx, hold_id: str, snapshot: Snapshot, *, why: str | None = None) -> None:
-    """Its VM is a snapshot now, and nobody holds it."""
+    """Its VM is a snapshot now, and nobody holds it. Once more is no fault: the answer may have been lost."""
+    if not tx.all_in(_HELD, [hold_id]) and tx.first(_SAVED, id=snapshot.id):
+        return
     row = owned(tx, hold_id)
     if row.state != SandboxState.RUNNING:  # its VM ran, but that could not be written
         transition(tx, row.id, row.state, SandboxState.RUNNING, hold=hold_id, worker=lenient(row.worker))

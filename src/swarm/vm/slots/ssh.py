@@ -10,7 +10,13 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
 
 from swarm.base import files
 
@@ -27,10 +33,20 @@ class KeyPair:
 
 def new_key() -> KeyPair:
     key = Ed25519PrivateKey.generate()
-    return KeyPair(
-        private=key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
-        public=key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode(),
-    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    return KeyPair(private=private, public=_public(key))
+
+
+def public_of(private: str) -> str:
+    """Raises ValueError."""
+    key = load_ssh_private_key(private.encode(), password=None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError("it is no Ed25519 key")
+    return _public(key)
+
+
+def _public(key: Ed25519PrivateKey) -> str:
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 class SshDir:
