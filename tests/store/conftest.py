@@ -12,8 +12,10 @@ from tests.store.databases import BACKENDS, Backend, Outside
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
-def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backend:
-    return BACKENDS[request.param](tmp_path_factory.mktemp("databases"))
+def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    backend = BACKENDS[request.param](tmp_path_factory.mktemp("databases"))
+    yield backend
+    backend.close()
 
 
 @pytest.fixture

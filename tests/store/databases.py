@@ -6,14 +6,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import shutil
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import psycopg
+
 from swarm.model import ECHO_AGENT_ID, Agent, Claim, Failed, FailureReason, RetryPolicy
+from swarm.store.sql.postgresql import translate
 from swarm.store.store import Store
+from tests import postgres_here
 
 ECHO = Agent(id=ECHO_AGENT_ID, name="echo", version="1.0.0", path=Path("/nowhere/echo"), entry=("main.py",))
 RETRY = Agent(
@@ -34,6 +40,8 @@ class Outside(Protocol):
 
 class Backend(Protocol):
     """Where test databases come from."""
+
+    def close(self) -> None: ...
 
     def new(self) -> str:
         """URL of a fresh database, migrated, with the agents `ECHO` and `RETRY`."""
@@ -85,6 +93,64 @@ class SqliteBackend:
     def outside(self, url: str) -> Outside:
         return SqliteOutside(url)
 
+    def close(self) -> None:
+        pass
+
+
+class PostgresOutside:
+    """Like psql: every statement its own transaction."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = psycopg.connect(url, autocommit=True, cursor_factory=psycopg.ClientCursor)
+
+    def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        text = translate(sql) if isinstance(values, Mapping) else sql.replace("%", "%%").replace("?", "%s")
+        with self._connection.cursor() as cursor:
+            cursor.execute(text, values)
+            return cursor.fetchall() if cursor.description is not None else []
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class PostgresBackend:
+    def __init__(self, directory: Path) -> None:
+        self._stack = contextlib.ExitStack()
+        self._server = self._stack.enter_context(postgres_here.running(directory / "postgresql"))
+        self._admin = psycopg.connect(self._server.url(), autocommit=True)
+        self._stack.callback(self._admin.close)
+        self._made = 0
+        try:
+            self._template = self.empty()
+            asyncio.run(self._make_template())
+        except BaseException:
+            self.close()
+            raise
+
+    async def _make_template(self) -> None:
+        async with Store.open(self._template) as store:
+            await store.migrate()
+            for agent in (ECHO, RETRY):
+                await store.put_agent(agent)
+
+    def empty(self) -> str:
+        return self._make("template0")
+
+    def new(self) -> str:
+        return self._make(self._template.partition("@/")[2].partition("?")[0])
+
+    def _make(self, template: str) -> str:
+        self._made += 1
+        name = f"test_{self._made}"
+        self._admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self._server.url(name)
+
+    def outside(self, url: str) -> Outside:
+        return PostgresOutside(url)
+
+    def close(self) -> None:
+        self._stack.close()
+
 
 def insert(outside: Outside, id: str, **columns: Any) -> None:
     """A ready ticket for the echo agent, as another tool inserts it; ``columns`` override or add."""
@@ -117,4 +183,6 @@ def left_overs(outside: Outside) -> int:
     return int(count)
 
 
-BACKENDS = {"sqlite": SqliteBackend}
+BACKENDS: dict[str, Callable[[Path], Backend]] = {"sqlite": SqliteBackend}
+if os.environ.get("SWARM_TEST_POSTGRESQL"):  # until all tests pass there
+    BACKENDS["postgresql"] = PostgresBackend

@@ -24,7 +24,8 @@ LOG: Final = Sql(
 TICKETS: Final = Sql(
     "SELECT t.id, t.state, t.run_id, r.status AS run_status, r.completed_at IS NOT NULL AS run_ended, "
     "(SELECT count(*) FROM step_executions s WHERE s.run_id = t.run_id "
-    "AND s.status IN ('pending', 'waiting', 'ready', 'running')) + (r.unprocessed IS NOT NULL) AS live_steps "
+    "AND s.status IN ('pending', 'waiting', 'ready', 'running')) + CASE WHEN r.unprocessed IS NULL THEN 0 ELSE 1 END "
+    "AS live_steps "
     "FROM tickets t LEFT JOIN workflow_runs r ON r.id = t.run_id AND r.ticket_id = t.id "
     "WHERE t.updated_at >= :since OR t.state IN ('in_progress', 'waiting')"
 )
@@ -55,10 +56,6 @@ SANDBOXES: Final = Sql(
 )
 
 
-UNTRACED: Final = Sql(
-    "SELECT NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = :table || '_deleted') "
-    "OR EXISTS (SELECT 1 FROM pragma_index_list(:table) WHERE \"unique\" AND origin <> 'pk') AS untraced"
-)
 # Files and large values: Swarm deletes none that a ticket uses.
 WITHOUT_ARTIFACTS: Final = Sql(
     "SELECT t.id, count(*) AS gone FROM artifact_uses u JOIN tickets t ON t.id = u.ticket_id "
@@ -139,7 +136,6 @@ TRIGGERS: Final = (
     *("sandboxes_deleted", "sandboxes_inserted", "sandboxes_renamed"),
     *("workflows_added", "workflows_changed", "workflows_removed"),
 )
-_NAMES: Final = Sql("SELECT name FROM sqlite_master WHERE type IN ('table', 'index', 'trigger')")
 
 
 class Audit:
@@ -154,13 +150,12 @@ class Audit:
         from swarm.store.sql.schema import metadata  # and with it SQLAlchemy
 
         indexes = [index.name for table in metadata.tables.values() for index in table.indexes]
-        present = {row.name for row in self._tx.all(_NAMES)}
+        present = {row.name for row in self._tx.all(Sql(self._tx.dialect.names))}
         return [str(name) for name in (*metadata.tables, *indexes, *TRIGGERS) if name not in present]
 
     def loses_deletions(self, table: str) -> bool:
-        """Can a row of `tickets` or `sandboxes` be gone without a trace? Without our trigger, or by a REPLACE that
-        meets a unique index of another program, which runs no trigger."""
-        return bool(self._tx.first(UNTRACED, table=table).untraced)  # type: ignore[union-attr]
+        """Can a row of `tickets` or `sandboxes` be gone without a trace?"""
+        return bool(self._tx.first(Sql(self._tx.dialect.untraced), table=table).untraced)  # type: ignore[union-attr]
 
     def renamed(self) -> Iterator[str]:
         """The former ids of tickets that got another one."""

@@ -47,7 +47,7 @@ SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_
 FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
 WHERE s.status = 'ready' AND s.available_at IS NULL
   AND {kept.IS_HERE}
-  AND (:idle = 1 OR :drain = 1 AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
+  AND (:idle OR :drain AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
 READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
 READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit")
 DELAYED: Final = Sql(

@@ -52,10 +52,10 @@ _END_RUN: Final = one_row(
     "unprocessed = NULL, due_at = NULL WHERE id = :id"
 )
 _ADD_TOTALS: Final = Sql(
-    "UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + inner.vm, "
-    "total_api_tokens = total_api_tokens + inner.tokens, total_cost_usd = total_cost_usd + inner.cost "
+    "UPDATE workflow_runs SET total_vm_time_ms = total_vm_time_ms + nested.vm, "
+    "total_api_tokens = total_api_tokens + nested.tokens, total_cost_usd = total_cost_usd + nested.cost "
     "FROM (SELECT total_vm_time_ms AS vm, total_api_tokens AS tokens, total_cost_usd AS cost FROM workflow_runs "
-    "WHERE id = :run_id) AS inner WHERE workflow_runs.id = :id"
+    "WHERE id = :run_id) AS nested WHERE workflow_runs.id = :id"
 )
 _PARENT: Final = Sql("SELECT run_id, step_id, status, started_at FROM step_executions WHERE id = :id")
 _END_PARENT: Final = one_row(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import sys
 import time
@@ -21,11 +22,10 @@ from swarm.base.realtime import ahead_of_others
 from swarm.errors import Conflict, StoreError, UsageError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain, without_password
+from swarm.store.sql.dialects import dialect_of
 from swarm.store.sql.rows import iso
-from swarm.store.sql.sqlite import SQLITE
 from swarm.store.sql.wake import Wake
 
-DIALECTS: Final = {SQLITE.name: SQLITE}
 # The revision that this version of Swarm needs: the newest of migrations/versions.
 HEAD: Final = "v0_2_1"
 _IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
@@ -52,9 +52,13 @@ def _in(statement: Sql, count: int) -> str:
     return statement.replace(":ids", f"({', '.join(f':id_{n}' for n in range(count))})")
 
 
-_HAS_REVISION: Final = Sql("SELECT name FROM sqlite_master WHERE name = 'alembic_version'")
 _REVISION: Final = Sql("SELECT version_num FROM alembic_version")
 _WRITE_NOTHING: Final = Sql("DELETE FROM alembic_version WHERE 1 = 0")
+
+
+@cache
+def _has_revision(dialect: Dialect) -> Sql:
+    return Sql(dialect.has_revision)
 
 
 @cache
@@ -122,7 +126,7 @@ class Tx:
     def written_by_others(self) -> int:
         """Another number than before whenever another connection has changed the database."""
         sql = _written_by_others(self.dialect)  # own changes don't matter to it
-        return int(self._cursor.execute(sql).fetchone()[0])
+        return int(self._cursor.execute(self._text(sql)).fetchone()[0])
 
     def all(self, statement: Sql, **values: Any) -> list[Row]:
         return self._rows(statement, values)
@@ -147,13 +151,16 @@ class Tx:
             self._muted = list(self._wakes)
             for wake in self._muted:
                 wake.mute()
-        if unwritten and not self._locked:
+        if unwritten and not self._locked and self.dialect.lock is not None:
             # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
             self._take_lock(self.dialect.lock)
         for statement, rows in unwritten:
-            self._cursor.executemany(statement, rows)
+            self._cursor.executemany(self._text(statement), rows)
             if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
                 raise self.dialect.driver_error("a trigger ignored it, or removed the row")
+
+    def _text(self, statement: str) -> str:
+        return statement if self.dialect.translate is None else self.dialect.translate(str(statement))
 
     def begin(self, statement: str) -> None:
         if statement == self.dialect.begin_write:
@@ -181,7 +188,7 @@ class Tx:
     def _warm_up(self) -> None:
         """Read what will be written, before the lock is taken."""
         ids = [rows[0]["ticket_id"] for _, rows in self._unwritten if "ticket_id" in rows[0]]
-        if ids and not self._locked:
+        if ids and not self._locked and self.dialect.warm_up is not None:
             with contextlib.suppress(self.dialect.driver_error):  # another program removed a table
                 self._cursor.execute(self.dialect.warm_up, {"ticket_id": ids[0]}).fetchall()
 
@@ -221,8 +228,8 @@ class Tx:
     def stream(self, statement: Sql, **values: Any) -> Iterator[Row]:
         """Rows one by one, on a separate cursor, for results that may not fit into memory."""
         self.write()
-        cursor = self.connection.driver.cursor()
-        cursor.execute(statement, values)
+        cursor = self.dialect.streaming(self.connection.driver)
+        cursor.execute(self._text(statement), values)
         make = _row_type(tuple(column[0] for column in cursor.description))
         while rows := cursor.fetchmany(1000):
             yield from map(make, rows)
@@ -230,7 +237,7 @@ class Tx:
     def _rows(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
         if self._unwritten:
             self.write()
-        self._cursor.execute(sql, values)
+        self._cursor.execute(self._text(sql), values)
         rows = self._cursor.fetchall()
         if not rows:
             return []
@@ -278,12 +285,11 @@ class Database:
             raise UsageError(
                 f"bad database URL {self.url!r}; it looks like sqlite:////opt/swarm-platform/data/swarm.db"
             )
-        if found["name"] not in DIALECTS:
+        if (dialect := dialect_of(found["name"])) is None:
             raise UsageError(
-                f"the database {found['name']!r} is not supported; use {', '.join(DIALECTS)} (got {self.url!r})"
+                f"the database {found['name']!r} is not supported; use sqlite or postgresql (got {self.url!r})"
             )
-        self._url = url
-        self.dialect = DIALECTS[found["name"]]
+        self._url, self.dialect = url, dialect
         self.busy_timeout_seconds = busy_timeout_seconds
         self.wakes = list[Wake]()  # of this process: they are muted while a transaction writes
         self.file = self.dialect.file(url)
@@ -318,7 +324,7 @@ class Database:
             self._changed.check()
         with self.errors():
             connection = Connection(self.dialect.connect(self._url, write, self.busy_timeout_seconds), write)
-        if write and self.file is not None:
+        if write and self.file is not None and self.dialect.tidy is not None:
             # What a crash left in the log is copied now, since only then `OpenFiles` sees every later change.
             with self.errors():
                 connection.driver.cursor().execute(self.dialect.tidy)
@@ -339,7 +345,7 @@ class Database:
             except StoreError:
                 self._changed = opened  # a new connection would write into whatever is there now
                 raise
-        begin = self.dialect.begin_read if optimistic else self._begin(connection)
+        begin = self.dialect.begin_optimistic if optimistic else self._begin(connection)
         tx = Tx(connection, self.dialect, self.wakes)
         try:
             with self.errors(connection):
@@ -358,6 +364,9 @@ class Database:
 
     def wait_for_others(self, connection: Connection) -> None:
         """Until no other program holds the write lock: what is read then is likely to stay true for a while."""
+        if self.dialect.lock is None:
+            time.sleep(random.uniform(0.0, 0.01))  # so that two that met don't meet again
+            return
         with self.errors(connection), ahead_of_others():
             connection.driver.execute(self.dialect.begin_write)
             connection.driver.rollback()
@@ -393,7 +402,7 @@ class Database:
     def revision(self, connection: Connection) -> str | None:
         """The revision of the database; None if it is empty."""
         with self.transaction(connection) as tx:
-            if not tx.all(_HAS_REVISION):
+            if not tx.all(_has_revision(self.dialect)):
                 return None
             found = tx.first(_REVISION)
             return found.version_num if found else None

@@ -39,22 +39,34 @@ class Sql(str):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
     name: str
+    driver: str  # SQLAlchemy's name of it
     # SQL expression: milliseconds since 1970 by the clock that decides leases; tests move it (table `clock`).
     now_ms: str
     # SQL expression: a number that changes whenever another connection has changed the database.
     written_by_others: str
     columns: str  # SQL that returns (table, column) for every table of the database
-    tidy: str  # a statement at the beginning of a writing connection
+    has_revision: str  # SQL that returns a row if the table alembic_version exists
+    names: str  # SQL that returns the name of each table, index and trigger
+    # SQL: can a row of :table be gone without a trace? Without our trigger, or by a REPLACE of SQLite that meets a
+    # unique index of another program, which runs no trigger.
+    untraced: str
+    tidy: str | None  # a statement at the beginning of a writing connection
     begin_write: str  # starts a transaction that no other writer can get between
+    begin_optimistic: str  # starts one that is refused, at a write or at its end, if another writer got between
     begin_read: str
-    lock: str  # takes the write lock, and changes nothing
-    warm_up: str  # reads what changes of a :ticket_id are about to write
+    begin_migration: str
+    lock: str | None  # takes the write lock, and changes nothing. None: there is none
+    warm_up: str | None  # reads what changes of a :ticket_id are about to write
+    tries: int  # of a transaction that others came between, before it takes the lock from the start
+    translate: Callable[[str], str] | None  # a statement as the driver takes it
+    streaming: Callable[[Any], Any]  # (driver's connection): a cursor for results that may not fit into memory
     connect: Callable[[str, bool, float], Any]  # (URL, will write, busy timeout in seconds): the driver's connection
     file: Callable[[str], Path | None]  # of a URL. None: this database is not a file. Raises UsageError
     driver_error: type[Exception]  # the base class of the driver's exceptions
     # The message for an error of the database itself, None for all others.
     explain: Callable[[BaseException], str | None]
-    is_locked: Callable[[BaseException | None], bool]  # another transaction has, or had, the write lock
+    # Another transaction has, or had, the write lock, or came between.
+    is_locked: Callable[[BaseException | None], bool]
 
 
 def explain(

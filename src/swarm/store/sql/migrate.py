@@ -31,8 +31,8 @@ def upgrade(driver: Any, dialect: Dialect) -> None:
 
     Raises UnknownRevision, RevisionLost, and the driver's errors.
     """
-    engine = sa.create_engine(f"{dialect.name}://", creator=lambda: driver, poolclass=sa.StaticPool)
-    sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(dialect.begin_write) and None)
+    engine = sa.create_engine(f"{dialect.driver}://", creator=lambda: driver, poolclass=sa.StaticPool)
+    sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(dialect.begin_migration) and None)
     try:
         with engine.connect() as connection, connection.begin():
             config = Config()

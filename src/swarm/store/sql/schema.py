@@ -34,6 +34,8 @@ from swarm.store.sql.conditions import (
 
 metadata: Final = sa.MetaData()
 
+# Texts compare by their bytes, as in SQLite, whatever the database's language is.
+TEXT: Final = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 BIG: Final = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite generates row numbers only for INTEGER
 
 
@@ -72,11 +74,11 @@ def _(element: random_id, compiler: Any, **options: Any) -> str:
 
 
 def _text(name: str, *, null: bool = True, default: str | None = None) -> sa.Column[str]:
-    return sa.Column(name, sa.Text(), nullable=null, server_default=default)
+    return sa.Column(name, TEXT, nullable=null, server_default=default)
 
 
 def _time(name: str) -> sa.Column[str]:
-    return sa.Column(name, sa.Text(), server_default=utc_now())
+    return sa.Column(name, TEXT, server_default=utc_now())
 
 
 def _number(name: str, default: int | None = None, *, kind: sa.types.TypeEngine[Any] | None = None) -> sa.Column[Any]:
@@ -94,7 +96,7 @@ tickets = sa.Table(
     # REPLACE: a NULL by the default
     sa.Column(
         "id",
-        sa.Text(),
+        TEXT,
         primary_key=True,
         nullable=False,
         server_default=random_id(),
@@ -138,15 +140,15 @@ tickets = sa.Table(
 ticket_dependencies = sa.Table(
     "ticket_dependencies",
     metadata,
-    sa.Column("ticket_id", sa.Text(), primary_key=True, nullable=False),
-    sa.Column("depends_on", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("ticket_id", TEXT, primary_key=True, nullable=False),
+    sa.Column("depends_on", TEXT, primary_key=True, nullable=False),
     sa.Index("ticket_dependencies_depends_on", "depends_on"),
 )
 
 agents = sa.Table(
     "agents",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
     _text("name", null=False),
     _text("version", null=False),
     _text("description", null=False, default=""),
@@ -184,7 +186,7 @@ agents = sa.Table(
 workflows = sa.Table(
     "workflows",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
     _text("name", null=False),
     _text("version", null=False),
     _text("description", null=False, default=""),
@@ -201,9 +203,7 @@ workflows = sa.Table(
 schedules = sa.Table(
     "schedules",
     metadata,
-    sa.Column(
-        "workflow", sa.Text(), primary_key=True, nullable=False
-    ),  # its name; '' marks outdated rows: see schedules.py
+    sa.Column("workflow", TEXT, primary_key=True, nullable=False),  # its name; '' marks outdated rows: see schedules.py
     sa.Column("number", sa.Integer(), primary_key=True, nullable=False),  # its position in the file
     _text("workflow_id", null=False),
     _text("cron", null=False, default=""),
@@ -221,8 +221,8 @@ schedules = sa.Table(
 webhook_calls = sa.Table(
     "webhook_calls",
     metadata,
-    sa.Column("workflow", sa.Text(), primary_key=True, nullable=False),  # its name
-    sa.Column("key", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("workflow", TEXT, primary_key=True, nullable=False),  # its name
+    sa.Column("key", TEXT, primary_key=True, nullable=False),
     _text("digest", null=False),  # SHA-256 of the body
     _text("ticket_id", null=False),
     sa.Column("at", BIG, nullable=False),  # ms
@@ -233,7 +233,7 @@ webhook_calls = sa.Table(
 definitions = sa.Table(
     "definitions",
     metadata,
-    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("digest", TEXT, primary_key=True, nullable=False),
     _text("definition", null=False),
     _time("created_at"),
 )
@@ -241,10 +241,10 @@ definitions = sa.Table(
 workflow_runs = sa.Table(
     "workflow_runs",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
     _text("workflow_id"),
     _text("workflow_version"),
-    sa.Column("ticket_id", sa.Text(), sa.ForeignKey("tickets.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("ticket_id", TEXT, sa.ForeignKey("tickets.id", ondelete="CASCADE"), nullable=False),
     _text("status", null=False),
     _text("trigger_type", null=False, default="ticket"),
     _text("trigger_data"),
@@ -276,8 +276,8 @@ workflow_runs = sa.Table(
 step_executions = sa.Table(
     "step_executions",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
-    sa.Column("run_id", sa.Text(), sa.ForeignKey("workflow_runs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
+    sa.Column("run_id", TEXT, sa.ForeignKey("workflow_runs.id", ondelete="CASCADE"), nullable=False),
     # Its name, after its run's path: 'build', 'build[3]', 'fix[0]/patch'; 'main' in a plain ticket's run.
     _text("step_id", null=False),
     _text("agent_id"),
@@ -318,7 +318,7 @@ step_executions = sa.Table(
 artifacts = sa.Table(
     "artifacts",
     metadata,
-    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("digest", TEXT, primary_key=True, nullable=False),
     sa.Column("bytes", sa.Integer(), nullable=False),
     _time("created_at"),
     _text("data", null=False),  # last, so that SQLite does not read it to get at other columns
@@ -327,16 +327,16 @@ artifacts = sa.Table(
 artifact_uses = sa.Table(
     "artifact_uses",
     metadata,
-    sa.Column("ticket_id", sa.Text(), primary_key=True, nullable=False),
-    sa.Column("digest", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("ticket_id", TEXT, primary_key=True, nullable=False),
+    sa.Column("digest", TEXT, primary_key=True, nullable=False),
     sa.Index("artifact_uses_digest", "digest"),
 )
 
 attempts = sa.Table(
     "attempts",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
-    sa.Column("step_execution_id", sa.Text(), sa.ForeignKey("step_executions.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
+    sa.Column("step_execution_id", TEXT, sa.ForeignKey("step_executions.id", ondelete="CASCADE"), nullable=False),
     sa.Column("number", sa.Integer(), nullable=False),  # 1, 2, … within its step, including tries that don't count
     _text("worker", null=False),
     _number("vm_id"),
@@ -361,7 +361,7 @@ events = sa.Table(
     _text("ticket_id", null=False),
     _text("step_id"),
     _text("attempt_id"),
-    sa.Column("at", sa.Text(), nullable=False, server_default=utc_now()),
+    sa.Column("at", TEXT, nullable=False, server_default=utc_now()),
     _text("kind", null=False),
     _text("data", null=False, default="{}"),
     _text("sandbox_id"),
@@ -377,7 +377,7 @@ events = sa.Table(
 model_calls = sa.Table(
     "model_calls",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
     _time("at"),
     _text("ticket_id"),
     _text("run_id"),
@@ -409,8 +409,8 @@ model_calls = sa.Table(
 secrets = sa.Table(
     "secrets",
     metadata,
-    sa.Column("name", sa.Text(), primary_key=True, nullable=False),
-    sa.Column("scope", sa.Text(), primary_key=True, nullable=False),  # 'all', 'agent:NAME', 'workflow:NAME'
+    sa.Column("name", TEXT, primary_key=True, nullable=False),
+    sa.Column("scope", TEXT, primary_key=True, nullable=False),  # 'all', 'agent:NAME', 'workflow:NAME'
     _text("sealed", null=False),
     _time("created_at"),
     _time("updated_at"),
@@ -419,7 +419,7 @@ secrets = sa.Table(
 workers = sa.Table(
     "workers",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
     _text("host", null=False),
     _number("pid"),
     _time("started_at"),
@@ -434,7 +434,7 @@ clock = sa.Table("clock", metadata, _number("offset_ms", 0, kind=BIG))
 tokens = sa.Table(
     "tokens",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
     _text("name", null=False),
     _text("kind", null=False),
     _text("hash", null=False),  # SHA-256 of the token, which is kept nowhere
@@ -451,7 +451,7 @@ tokens = sa.Table(
 positions = sa.Table(
     "positions",
     metadata,
-    sa.Column("name", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("name", TEXT, primary_key=True, nullable=False),
     sa.Column("seq", BIG, nullable=False),
 )
 
@@ -459,7 +459,7 @@ positions = sa.Table(
 notices = sa.Table(
     "notices",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
     _text("url", null=False),
     _text("kinds", null=False, default="[]"),  # JSON list
     _text("project_id"),
@@ -475,7 +475,7 @@ sandboxes = sa.Table(
     metadata,
     sa.Column(
         "id",
-        sa.Text(),
+        TEXT,
         primary_key=True,
         nullable=False,
         server_default=random_id(),
@@ -530,7 +530,7 @@ sandboxes = sa.Table(
 snapshots = sa.Table(
     "snapshots",
     metadata,
-    sa.Column("id", sa.Text(), primary_key=True, nullable=False),
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
     _text("kind", null=False),
     _text("name"),
     _text("host", null=False),

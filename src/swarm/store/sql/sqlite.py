@@ -169,16 +169,26 @@ _WARM_UP: Final = f"""SELECT
 
 SQLITE: Final = Dialect(
     name="sqlite",
+    driver="sqlite",
     # An offset that another program removed counts as 0, one beyond all dates as the last one possible.
     now_ms="CAST(round((julianday('now') - 2440587.5) * 86400000.0) + COALESCE((SELECT "
     "max(min(CAST(offset_ms AS REAL), 1e13), -1e12) FROM clock LIMIT 1), 0) AS INTEGER)",
     written_by_others="(SELECT data_version FROM pragma_data_version)",
     columns="SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c WHERE t.type = 'table'",
+    has_revision="SELECT 1 AS found FROM sqlite_master WHERE name = 'alembic_version'",
+    names="SELECT name FROM sqlite_master WHERE type IN ('table', 'index', 'trigger')",
+    untraced="SELECT NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = :table || '_deleted') "
+    "OR EXISTS (SELECT 1 FROM pragma_index_list(:table) WHERE \"unique\" AND origin <> 'pk') AS untraced",
     tidy="PRAGMA wal_checkpoint(PASSIVE)",
     begin_write="BEGIN IMMEDIATE",
+    begin_optimistic="BEGIN",
     begin_read="BEGIN",
+    begin_migration="BEGIN IMMEDIATE",
     lock="UPDATE clock SET offset_ms = 0 WHERE 0",
     warm_up=_WARM_UP,
+    tries=3,
+    translate=None,
+    streaming=sqlite3.Connection.cursor,
     connect=_connect,
     file=_file,
     driver_error=sqlite3.Error,

@@ -37,7 +37,6 @@ Result = TypeVar("Result")
 Batch = Callable[[Tx, Sequence[Request]], Sequence[Result | SwarmError]]
 
 _MEMORY_PAUSE_SECONDS: Final = 0.1
-_TRIES: Final = 3  # of a transaction without the lock, before it takes that from the start
 GROUP: Final = 256  # requests in one transaction: bounds how long other processes wait for the write lock
 
 
@@ -240,7 +239,7 @@ class ConnectionThread:
 
     def _serve_group(self, jobs: list[_Job]) -> list[Any]:
         """Jobs for the same function. Raises StoreError when the database itself failed."""
-        for _ in range(_TRIES):
+        for _ in range(self._database.dialect.tries):
             try:
                 return self._transaction(jobs, optimistic=True)
             except Outdated:
@@ -267,7 +266,8 @@ class ConnectionThread:
                 results = self._call(tx, jobs)
                 # A batch tells only of what it has written itself. A single function may tell what another process
                 # wrote and has not flushed yet.
-                others = tx.written_by_others if jobs[0].kind is _Kind.SINGLE and self._told(jobs[0]) else None
+                tells = jobs[0].kind is _Kind.SINGLE and self._flusher is not None and self._told(jobs[0])
+                others = tx.written_by_others if tells else None
                 crash_points.reach(f"{name}:uncommitted")
             crash_points.reach(f"{name}:committed")
         except _Refused as refused:
@@ -296,6 +296,8 @@ class ConnectionThread:
 
     def _note_changes(self, connection: Connection, others: int | None) -> None:
         """Is there anything to flush?"""
+        if self._flusher is None:
+            return
         own = int(connection.driver.total_changes)
         seen = own, self._seen[1] if others is None and self._seen is not None else others
         if seen != self._seen:

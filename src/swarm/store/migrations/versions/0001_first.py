@@ -1,4 +1,4 @@
-"""The tables of version 0.1.0: 0001_first.DIALECT.sql, a file for each database."""
+"""The tables of version 0.1.0."""
 
 import sqlite3
 from pathlib import Path
@@ -12,7 +12,9 @@ depends_on = None
 
 
 def upgrade() -> None:
-    script = Path(__file__).with_name(f"0001_first.{op.get_context().dialect.name}.sql").read_text(encoding="utf-8")
+    if op.get_context().dialect.name == "postgresql":
+        return  # v0_2_1 is the first for it
+    script = Path(__file__).with_name("0001_first.sqlite.sql").read_text(encoding="utf-8")
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line

@@ -74,6 +74,8 @@ CREATE TABLE notices (
 
 
 def upgrade() -> None:
+    if op.get_context().dialect.name == "postgresql":
+        return  # v0_2_1 is the first for it
     run = op.get_bind().exec_driver_sql
     # A column's default is no part of the rows: by SQLite's own recipe (lang_altertable.html, 7) its text in the schema
     # is changed, and neither the rows nor what a user has added to the table are touched.

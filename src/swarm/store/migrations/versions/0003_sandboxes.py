@@ -1,4 +1,6 @@
-"""Sandboxes and snapshots, and whether a ticket's VM is kept."""
+"""Sandboxes and snapshots, and whether a ticket's VM is kept. For PostgreSQL, all tables there are."""
+
+from pathlib import Path
 
 from alembic import op
 
@@ -130,6 +132,9 @@ END"""
 
 def upgrade() -> None:
     run = op.get_bind().exec_driver_sql
+    if op.get_context().dialect.name == "postgresql":
+        run(Path(__file__).with_name("0003_sandboxes.postgresql.sql").read_text(encoding="utf-8"))
+        return
     for table, column in _COLUMNS:
         run(f"ALTER TABLE {table} ADD COLUMN {column}")
     run(_SANDBOXES.lstrip())

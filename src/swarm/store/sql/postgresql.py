@@ -1,0 +1,198 @@
+"""PostgreSQL (14 or newer): its clock, connections and errors. Loaded only for a database of that kind: psycopg is an
+extra.
+
+Transactions are serializable: PostgreSQL refuses one whose reads another transaction has made untrue, and it runs
+again, as it does on SQLite when another program wrote.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from functools import lru_cache
+from typing import Any, Final
+
+import psycopg
+from psycopg import errors
+from psycopg.adapt import Loader
+from psycopg.types.string import TextLoader
+
+from swarm.errors import StoreError, UsageError
+from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, without_password
+
+OLDEST: Final = 140000  # PQserverVersion of the oldest that Swarm knows
+
+# The first match of the error's class counts (Appendix A of PostgreSQL's manual).
+_ERRORS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
+    (("40001", "40P01", "55P03"), "the database {place} is busy: other transactions have come between for {busy:g} s"),
+    (
+        ("25006",),
+        "the database {place} is read-only: is it a standby? Let the URL name the primary (several hosts and "
+        "target_session_attrs=read-write find it)",
+    ),
+    (
+        ("53100",),
+        "no space for the database {place}: its server's disk is full; nothing of this transaction was written",
+    ),
+    (
+        ("53300",),
+        "the database {place} has no connection left for Swarm: raise max_connections, or put pgbouncer before it",
+    ),
+    (("53200",), OUT_OF_MEMORY),
+    (("57014",), "the database {place} ended a statement that took too long (statement_timeout)"),
+    (
+        ("42501",),
+        "the user of {place} may not do this ({error}); an engine's user needs all rights on Swarm's tables",
+    ),
+    (("42P01", "42703", "42883"), NOT_MIGRATED),
+    (("XX001", "XX002"), "the database {place} is damaged ({error}); restore a backup"),
+    (("08", "57P"), "the connection to the database {place} was lost ({error})"),
+    (("53",), "the database {place} is out of resources ({error})"),
+)
+_UNREACHABLE: Final = "can't reach the database {place} ({error}); is it running, and are address and password right?"
+
+
+_numbers: Final = itertools.count()
+
+
+class _Number(Loader):
+    """NUMERIC, which sums of whole numbers are, as Python's own numbers."""
+
+    def load(self, data: bytes | bytearray | memoryview) -> int | float:
+        text = bytes(data).decode()
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _connect(url: str, write: bool, busy_timeout_seconds: float) -> Any:
+    scheme, _, rest = url.partition("://")
+    try:
+        parameters = psycopg.conninfo.conninfo_to_dict(f"{scheme.partition('+')[0]}://{rest}")
+    except psycopg.Error as error:
+        raise UsageError(f"bad database URL {without_password(url)!r}: {str(error).strip()}") from None
+    given: dict[str, Any] = {
+        "application_name": "swarm",
+        "connect_timeout": 10,
+        # A server that is gone, or cut off, is noticed within seconds, not by the kernel's two hours.
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 15000,
+    } | parameters
+    connection = psycopg.connect(**given, autocommit=True)  # transactions begin when we say so
+    try:
+        _prepare(connection, write, busy_timeout_seconds)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: Any, write: bool, busy_timeout_seconds: float) -> None:
+    place = f"{connection.info.host or 'localhost'}/{connection.info.dbname}"
+    if connection.info.server_version < OLDEST:
+        raise StoreError(f"the database {place} is PostgreSQL {connection.info.server_version // 10000}; 14 is needed")
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise StoreError(f"the database {place} has the encoding {encoding}; make it anew with ENCODING 'UTF8'")
+    connection.adapters.register_loader("numeric", _Number)
+    for name in ("json", "jsonb"):
+        connection.adapters.register_loader(name, TextLoader)
+    settings = {
+        "lock_timeout": f"{int(busy_timeout_seconds * 1000)}ms",
+        "idle_in_transaction_session_timeout": "60s",  # of a frozen engine: its locks may not stop the others
+        "default_transaction_read_only": "off" if write else "on",
+        "client_encoding": "UTF8",
+        "TimeZone": "UTC",
+    }
+    for name, value in settings.items():
+        connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+
+
+# Text in quotes, which stays; or what is written otherwise here. `number >= ''` asks whether it is a text.
+_DIFFERENT: Final = re.compile(
+    r"""
+    (?P<number>[\w.]+[ ](?P<text>>=|<)[ ]'')
+    | (?P<quoted>'(?:[^']|'')*')
+    | (?<![:\w]):(?P<name>[a-z_]\w*)
+    | (?P<percent>%)
+    | \bIS[ ](?P<no>NOT[ ])?(?=:)
+    | \binstr\( | \bCROSS[ ]JOIN\b
+    """,
+    re.X,
+)
+# CROSS JOIN: to SQLite, the order in which it reads the tables.
+_OTHER_WORDS: Final = {"instr(": "strpos(", "CROSS JOIN": "JOIN"}
+_OWN: Final = re.compile(r"/\*\+ (.*?) \*/", re.S)
+
+
+@lru_cache(4096)
+def translate(sql: str) -> str:
+    """As psycopg takes it. A comment `/*+ … */` is SQL that PostgreSQL alone needs."""
+
+    def one(found: re.Match[str]) -> str:
+        if found["number"] is not None:
+            return "false" if found["text"] == ">=" else "true"
+        if found["quoted"] is not None:
+            return found["quoted"].replace("%", "%%")
+        if found["name"] is not None:
+            return f"%({found['name']})s"
+        if found["percent"] is not None:
+            return "%%"
+        if found[0] in _OTHER_WORDS:
+            return _OTHER_WORDS[found[0]]
+        return "IS DISTINCT FROM " if found["no"] else "IS NOT DISTINCT FROM "
+
+    return _DIFFERENT.sub(one, _OWN.sub(r"\1", sql))
+
+
+def _explain(error: BaseException) -> str | None:
+    if not isinstance(error, psycopg.Error):
+        return None
+    code = error.sqlstate
+    if code is None:
+        # libpq's own: no connection, or one that broke
+        return _UNREACHABLE if isinstance(error, psycopg.OperationalError) else None
+    for prefixes, text in _ERRORS:
+        if code.startswith(prefixes):
+            return text
+    if code.startswith("28") or code == "3D000":  # who may log in; no such database
+        return _UNREACHABLE
+    return None
+
+
+def _is_locked(error: BaseException | None) -> bool:
+    return isinstance(error, errors.SerializationFailure | errors.DeadlockDetected | errors.LockNotAvailable)
+
+
+POSTGRESQL: Final = Dialect(
+    name="postgresql",
+    driver="postgresql+psycopg",
+    now_ms="(CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS bigint) "
+    "+ COALESCE((SELECT offset_ms FROM clock LIMIT 1), 0))",
+    # Every transaction that began or ended changes it: own ones too, which costs a look at what changed.
+    written_by_others="hashtextextended(CAST(pg_current_snapshot() AS text), 0)",
+    columns="SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = current_schema()",
+    has_revision="SELECT 1 AS found FROM information_schema.tables "
+    "WHERE table_schema = current_schema() AND table_name = 'alembic_version'",
+    names="SELECT relname AS name FROM pg_class WHERE relnamespace = CAST(current_schema() AS regnamespace) "
+    "UNION ALL SELECT t.tgname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid "
+    "WHERE c.relnamespace = CAST(current_schema() AS regnamespace) AND t.tgenabled <> 'D' AND NOT t.tgisinternal",
+    untraced="SELECT NOT EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = CAST(:table AS regclass) "
+    "AND tgname = :table || '_deleted' AND tgenabled <> 'D') AS untraced",
+    tidy=None,
+    begin_write="BEGIN ISOLATION LEVEL SERIALIZABLE READ WRITE",
+    begin_optimistic="BEGIN ISOLATION LEVEL SERIALIZABLE READ WRITE",
+    begin_read="BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+    # Migrations of two processes, one after the other.
+    begin_migration="BEGIN; SELECT pg_advisory_xact_lock(hashtext('swarm migration'))",
+    lock=None,
+    warm_up=None,
+    tries=200,
+    translate=translate,
+    streaming=lambda connection: connection.cursor(name=f"swarm_{next(_numbers)}"),  # the server keeps the rows
+    connect=_connect,
+    file=lambda url: None,
+    driver_error=psycopg.Error,
+    explain=_explain,
+    is_locked=_is_locked,
+)
