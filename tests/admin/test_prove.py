@@ -160,7 +160,7 @@ async def file(tmp_path: Path) -> Path:
         await store.migrate()
         await store.put_agent(ECHO)
         for id_ in ("good", "open"):
-            with sqlite3.connect(file) as db:
+            with sqlite3.connect(file, timeout=60) as db:
                 db.execute(
                     "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 't', 'ready', ?)", (id_, ECHO_AGENT_ID)
                 )
@@ -218,7 +218,7 @@ async def test_a_real_file(file: Path) -> None:
     ],
 )
 async def test_a_real_file_broken_on_purpose(file: Path, sql: str, who: str, says: str) -> None:
-    with sqlite3.connect(file) as db:
+    with sqlite3.connect(file, timeout=60) as db:
         db.executescript(sql)
     report = await audited(file)
     assert any(o.id == who and says in o.what for o in report.violations), report.violations
@@ -269,7 +269,7 @@ OTHERS = {
 @pytest.mark.parametrize("change", OTHERS)
 async def test_what_other_programs_change_is_no_offence(file: Path, change: str, foreign_keys: bool) -> None:
     sql, at_once = OTHERS[change]
-    with sqlite3.connect(file) as db:
+    with sqlite3.connect(file, timeout=60) as db:
         db.execute(f"PRAGMA foreign_keys = {foreign_keys}")
         with contextlib.suppress(sqlite3.IntegrityError):  # a foreign key refuses it
             db.executescript(sql)
@@ -292,7 +292,7 @@ async def test_what_other_programs_change_is_no_offence(file: Path, change: str,
 
 
 async def test_what_other_tools_may_do_is_no_offence(file: Path) -> None:
-    with sqlite3.connect(file) as db:
+    with sqlite3.connect(file, timeout=60) as db:
         db.execute("DELETE FROM tickets WHERE id = 'open'")
         db.execute("UPDATE tickets SET state = 'ready' WHERE id = 'good'")
     report = await audited(file)
@@ -306,7 +306,7 @@ def test_the_command(file: Path) -> None:
         return subprocess.run(argv, check=False, capture_output=True, text=True)
 
     assert run().returncode == 0
-    with sqlite3.connect(file) as db:
+    with sqlite3.connect(file, timeout=60) as db:
         db.execute("DELETE FROM attempts WHERE outcome IS NULL")
     broken = run()
     assert broken.returncode == 1 and "open: its step 'main' is running" in broken.stderr

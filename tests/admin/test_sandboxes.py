@@ -106,6 +106,6 @@ async def test_one_that_can_not_be_resumed_says_why(store: Store, engine: Engine
     await sandboxes.pause(store, made.id, by="anna")
     (snapshot,) = (await store.snapshot_page(SnapshotFilter(sandbox_id=made.id))).snapshots
     await store.forget_snapshots([snapshot.id])
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with pytest.raises(Conflict, match="the sandbox 'box'"):
             await sandboxes.reach(store, made.id, by="anna")

@@ -191,7 +191,7 @@ async def test_what_the_first_call_leaves_to_every_agent(run: Run, root: Path, t
 
 async def test_who_is_meant_by_claude(settings: Settings) -> None:
     """By what users type: the one that asks once, though others have it in their names."""
-    with contextlib.closing(sqlite3.connect(settings.data_dir / "swarm.db")) as database:
+    with contextlib.closing(sqlite3.connect(settings.data_dir / "swarm.db", timeout=60)) as database:
         named = "SELECT name FROM agents WHERE name LIKE '%claude%'"
         assert database.execute(f"{named} LIMIT 1").fetchall() == [("claude",)]
         assert ("claude-code",) in database.execute(named).fetchall()

@@ -93,7 +93,7 @@ async def test_removing_an_agent_removes_nothing_else(settings: Settings, tmp_pa
     await setup.init(own, image=False)
     (own.home / "kept").mkdir()
     (own.home / "kept" / "file").write_text("kept")
-    with sqlite3.connect(own.data_dir / "swarm.db") as database:
+    with sqlite3.connect(own.data_dir / "swarm.db", timeout=60) as database:
         row = ("x", "x", "1.0.0", path.format(home=own.home), json.dumps(["main.py"]))
         database.execute("INSERT INTO agents (id, name, version, path, entry) VALUES (?, ?, ?, ?, ?)", row)
     database.close()

@@ -76,7 +76,7 @@ async def made(settings: Settings) -> Mapping[str, str]:
         await store.put_agent(ECHO)
         for role, token in _TOKENS.items():
             await store.add_token(token, Actor(name=f"the-{role}", role=Role(role)), by="test")
-    with contextlib.closing(sqlite3.connect(file)) as database:
+    with contextlib.closing(sqlite3.connect(file, timeout=60)) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     _database.append(file.read_bytes())
     return _TOKENS
@@ -91,7 +91,7 @@ async def serving(home: Path, *, again_seconds: float = AGAIN_SECONDS) -> AsyncI
         wiring.store(settings) as store,
         serve.served(settings, host="127.0.0.1", port=0, remote=False, again_seconds=again_seconds) as (url, _),
     ):
-        options: dict[str, Any] = {"base_url": url, "timeout": 30, "event_hooks": CHECKED, "verify": SSL}
+        options: dict[str, Any] = {"base_url": url, "timeout": 60, "event_hooks": CHECKED, "verify": SSL}
         clients = {
             role: httpx.AsyncClient(headers={"authorization": f"Bearer {token}"}, **options)
             for role, token in tokens.items()
@@ -108,5 +108,5 @@ async def serving(home: Path, *, again_seconds: float = AGAIN_SECONDS) -> AsyncI
 async def on_the_socket(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     with short_path(settings.api_socket) as path:
         transport = httpx.AsyncHTTPTransport(uds=path)
-        async with httpx.AsyncClient(transport=transport, base_url="http://swarm", timeout=30) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://swarm", timeout=60) as client:
             yield client

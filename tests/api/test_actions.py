@@ -25,12 +25,14 @@ async def of_project(served: Served, project: str) -> AsyncIterator[httpx.AsyncC
     token = new_token()
     await served.store.add_token(token, Actor(name=f"of-{project}", role=Role.OPERATOR, project_id=project), by="test")
     headers = {"authorization": f"Bearer {token}"}
-    async with httpx.AsyncClient(base_url=served.url, headers=headers, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=served.url, headers=headers, timeout=60) as client:
         yield client
 
 
 def another_program(served: Served, sql: str) -> None:
-    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None)) as connection:
+    with contextlib.closing(
+        sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None, timeout=60)
+    ) as connection:
         connection.execute(sql)
 
 

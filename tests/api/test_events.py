@@ -120,7 +120,9 @@ async def test_who_reads_nothing_holds_little_and_stops_nobody(tmp_path: Path) -
                     clients.callback(taker.close)
             await served.add("waits")
             headers = {"authorization": f"Bearer {served.tokens['admin']}"}
-            client = await clients.enter_async_context(httpx.AsyncClient(base_url=served.url, headers=headers))
+            client = await clients.enter_async_context(
+                httpx.AsyncClient(base_url=served.url, headers=headers, timeout=60)
+            )
             waits = asyncio.create_task(client.get("/v1/tickets/waits/wait?timeout_seconds=60", timeout=60))
             assert (await served.admin.get("/v1/tickets/waits")).status_code == 200
             grown = psutil.Process().memory_info().rss - before
@@ -145,7 +147,7 @@ async def test_who_takes_nothing_for_long_is_left() -> None:
         return StreamingResponse(parts())
 
     app = Starlette(routes=[Route("/", endless)])
-    async with server.serving(app, host="127.0.0.1", port=0, stalled_seconds=0.2) as (url, _), asyncio.timeout(30):
+    async with server.serving(app, host="127.0.0.1", port=0, stalled_seconds=0.2) as (url, _), asyncio.timeout(60):
         with contextlib.closing(await stalled(url, "/")):
             await left.wait()
 
@@ -165,7 +167,7 @@ async def test_what_goes_while_it_is_followed(served: Served, deleted: bool) -> 
         return kinds
 
     reader = asyncio.create_task(follow())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await seen.wait()
         if deleted:
             await served.store.remove_tickets(["t"], by="ann", force=True)
@@ -204,7 +206,7 @@ async def test_all_events(served: Served) -> None:
     assert {event["kind"] for event in changes} == {"transition"}
     async with of_project(served, "a") as team:
         assert {event["ticket_id"] for event in await every(team)} == {"a"}
-        async with team.stream("GET", "/v1/events/live?after=0&kind=transition") as stream, asyncio.timeout(30):
+        async with team.stream("GET", "/v1/events/live?after=0&kind=transition") as stream, asyncio.timeout(60):
             async for _, kind, data in sse(stream.aiter_lines()):
                 assert (kind, data["ticket_id"], data["data"]["to"]) == ("transition", "a", "cancelled")
                 break
@@ -214,7 +216,7 @@ async def test_all_events(served: Served) -> None:
 async def test_all_events_from_now_on(served: Served) -> None:
     await served.add("t")
     await served.store.append([printed("t", "before\n")])
-    async with served.viewer.stream("GET", "/v1/events/live?kind=output") as stream, asyncio.timeout(30):
+    async with served.viewer.stream("GET", "/v1/events/live?kind=output") as stream, asyncio.timeout(60):
         lines = stream.aiter_lines()
         assert [await anext(lines), (await anext(lines)).partition(":")[0]] == [": open", "id"]
         await served.store.append([printed("t", "after\n")])
@@ -249,6 +251,6 @@ async def test_a_pause_ends_with_the_server(served: Served) -> None:
     paused = asyncio.create_task(feed.pause(3600))
     await asyncio.sleep(0)
     feed.close()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await paused
         await feed.pause(3600)  # one that begins too late for the news

@@ -235,7 +235,7 @@ async def test_what_depends_on_a_ticket_from_another_project(served: Served) -> 
 async def test_a_list_goes_on_behind_others_tickets_without_naming_them(served: Served) -> None:
     """What a page looks at is bounded, so it may end at a ticket of another project."""
     await served.add("oldest", project_id="mine")
-    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
+    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=60)
     with connection:
         connection.execute(
             "INSERT INTO tickets (id, title, state, project_id, created_at, updated_at) WITH RECURSIVE n(i) AS "
@@ -321,7 +321,7 @@ async def _holder(served: Served, project: str) -> httpx.AsyncClient:
     token = new_token()
     name = f"team-{len(await served.store.tokens())}"
     await served.store.add_token(token, Actor(name=name, role=Role.ADMIN, project_id=project), by="test")
-    return httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"}, timeout=30)
+    return httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"}, timeout=60)
 
 
 async def _run_of(served: Served, project: str) -> str:

@@ -199,7 +199,9 @@ async def test_costs(served: Served) -> None:
 
 async def test_costs_are_of_a_month_and_few(served: Served) -> None:
     await book(served)
-    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None)) as other:
+    with contextlib.closing(
+        sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None, timeout=60)
+    ) as other:
         other.execute("UPDATE model_calls SET at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-40 days')")
     assert (await served.viewer.get("/v1/costs")).json() == []
     assert len((await served.viewer.get("/v1/costs?since=60d")).json()) == 1
@@ -218,7 +220,7 @@ async def test_no_read_waits_for_one_of_all_rows(served: Served) -> None:
     held = asyncio.create_task(store._read.call(hold))
     try:
         assert await asyncio.to_thread(begun.wait, 60)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert len(await store.costs("agent")) == 1
             assert await store.artifacts() == []
     finally:

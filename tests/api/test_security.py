@@ -59,13 +59,13 @@ async def test_another_user_of_the_host_gets_nothing(served: Served) -> None:
 async def test_whether_it_is_well_is_told_to_anybody(served: Served) -> None:
     """And how the database's files are called to nobody."""
     file = served.settings.data_dir / "swarm.db"
-    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as other:
         other.execute("BEGIN EXCLUSIVE")
         assert (await served.nobody.get("/healthz")).json() == {"status": "ok"}
         other.execute("ROLLBACK")
     shutil.copy(file, file.with_name("older.db"))
     file.with_name("older.db").replace(file)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (answer := await served.nobody.get("/healthz")).status_code == 200:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     refused(answer, 503, "the database can't be used")
@@ -74,10 +74,10 @@ async def test_whether_it_is_well_is_told_to_anybody(served: Served) -> None:
 
 async def test_a_copy_of_the_database_lets_nobody_in(served: Served) -> None:
     """What it holds of tokens and sessions is worth nothing as a token or as a cookie."""
-    async with httpx.AsyncClient(base_url=served.url) as browser:
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as browser:
         await browser.post("/login", data={"token": served.tokens["admin"]}, headers={"origin": served.url})
         assert (await browser.get("/v1/whoami")).status_code == 200
-    with sqlite3.connect(served.settings.data_dir / "swarm.db") as database:
+    with sqlite3.connect(served.settings.data_dir / "swarm.db", timeout=60) as database:
         rows = database.execute("SELECT id, name, hash FROM tokens").fetchall()
     assert len(rows) == 4
     for value in {str(value) for row in rows for value in row}:
@@ -88,7 +88,7 @@ async def test_a_copy_of_the_database_lets_nobody_in(served: Served) -> None:
 async def test_another_name_for_this_address_has_no_session(served: Served) -> None:
     """DNS rebinding: a page of another site has its own name lead to this server. A browser gives it that name's
     cookies, which are none of ours."""
-    async with httpx.AsyncClient(base_url=served.url) as browser:
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as browser:
         await browser.post("/login", data={"token": served.tokens["admin"]}, headers={"origin": served.url})
         assert (await browser.get("/v1/whoami")).status_code == 200
         evil = served.url.replace("127.0.0.1", "localhost")

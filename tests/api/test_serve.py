@@ -87,7 +87,7 @@ async def test_it_ends_at_once_with_streams_open(settings: Settings) -> None:
         head = f"GET /v1/tickets/long/events/live HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
         stalled.sendall(head.encode())
         async with (
-            httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as client,
+            httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client,
             client.stream("GET", "/v1/tickets/quiet/events/live") as answer,
         ):
             lines = answer.aiter_lines()
@@ -132,7 +132,7 @@ async def test_a_browser_is_opened_by_no_argument_that_lets_others_in(settings: 
     async with server(settings) as (url, _):
         status, said = await run(settings, "dashboard", "--open", PATH=f"{programs}:{os.environ['PATH']}")
         assert status == 0
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not told.exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         page = Path(told.read_text().strip().removeprefix("file://"))
@@ -178,7 +178,7 @@ def _answering(name: str, gate: asyncio.Event | None = None) -> Callable[..., Aw
 
 
 async def _ask(path: Path) -> str:
-    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path)), timeout=30) as client:
+    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path)), timeout=60) as client:
         return (await client.get("http://swarm/")).text
 
 
@@ -188,7 +188,7 @@ async def test_the_socket_is_taken_over_when_its_server_is_gone(tmp_path: Path) 
         async with api_server.serving_locally(_answering("first"), path):
             await second.enter_async_context(api_server.serving_locally(_answering("second"), path))
             assert await _ask(path) == "first"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not path.exists() or await _ask(path) != "second":  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
     assert not path.exists()
@@ -206,7 +206,7 @@ async def test_a_server_that_still_answers_leaves_the_socket_of_its_successor(tm
         asked = asyncio.create_task(_ask(path))
         await asyncio.wait_for(begun.wait(), 30)
         ending = asyncio.create_task(first.aclose())
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while unix_socket.listens(path):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             async with api_server.serving_locally(_answering("second"), path):

@@ -41,10 +41,10 @@ async def test_a_socket_outlives_what_a_request_may_take() -> None:
     """The server's time for the head of a request is over long before."""
     echo = _Echo()
     async with (
-        serving(echo.app, host="127.0.0.1", port=0, head_seconds=0.1) as (url, _),
+        serving(echo.app, host="127.0.0.1", port=0, head_seconds=1.0) as (url, _),
         web_socket(url, "/echo") as socket,
     ):
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.5)
         await socket.send(b"\0x" * 1000)
         assert await socket.receive() == b"\0x" * 1000
         await socket.close()
@@ -65,14 +65,14 @@ async def test_a_message_that_is_too_large_ends_the_conversation() -> None:
 async def test_who_gives_no_sign_of_life_is_gone(path: str) -> None:
     """Also one that takes nothing of what is sent: else what is sent to it would wait for ever."""
     echo = _Echo()
-    alive = serving(echo.app, host="127.0.0.1", port=0, stalled_seconds=0.2, ping_seconds=0.1)
-    async with asyncio.timeout(20), alive as (url, _), web_socket(url, path):
+    alive = serving(echo.app, host="127.0.0.1", port=0, stalled_seconds=1.0, ping_seconds=0.5)
+    async with asyncio.timeout(60), alive as (url, _), web_socket(url, path):
         assert await echo.left.get() in (1005, 1006, "flood")
 
 
 async def test_the_server_stops_while_sockets_are_open() -> None:
     echo = _Echo()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async with serving(echo.app, host="127.0.0.1", port=0) as (url, _):
             listens = web_socket(url, "/echo")
             flooded = web_socket(url, "/flood")

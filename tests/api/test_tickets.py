@@ -104,7 +104,7 @@ async def test_a_body_that_is_too_large_is_not_read(served: Served) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
     head = f"Host: x\r\nAuthorization: Bearer {served.tokens['operator']}\r\nContent-Length: 99999999\r\n\r\n"
     writer.write(f"POST /v1/tickets HTTP/1.1\r\n{head}".encode())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         answer = await reader.read()  # to its end: the server closes
     assert b" 413 " in answer.partition(b"\r\n")[0] and b"the body has more than" in answer
     writer.close()
@@ -159,7 +159,7 @@ async def test_large_answers_are_kept_in_bounds(served: Served) -> None:
     assert whole.headers["content-length"] == str(len(whole.content)) and len(whole.content) > 15 << 20
     async with contextlib.AsyncExitStack() as stack:
         headers = {"authorization": f"Bearer {served.tokens['viewer']}"}
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=served.url, headers=headers, timeout=30))
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=served.url, headers=headers, timeout=60))
         for path in ("/v1/tickets/large", "/tickets/large/text/inputs") * 2:  # and nobody reads them
             answer = await stack.enter_async_context(client.stream("GET", path))
             assert answer.status_code == 200
@@ -168,7 +168,7 @@ async def test_large_answers_are_kept_in_bounds(served: Served) -> None:
             assert (busy.status_code, busy.headers["retry-after"]) == (503, "2")
             assert "other large answers are on their way" in busy.text
         assert (await served.viewer.get("/v1/tickets")).status_code == 200
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (await served.viewer.get("/v1/tickets/large")).status_code == 503:  # until the server sees them gone
             pass
 
@@ -232,7 +232,7 @@ async def test_of_a_large_run_the_newest_steps_are_shown_and_those_that_wait(ser
     (claim,) = await flows.claims(served.store)
     small = (await served.viewer.get("/v1/tickets/t")).json()
     assert small["complete"] is True and len(small["steps"]) == len(small["attempts"]) == 1
-    with closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None)) as other:
+    with closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None, timeout=60)) as other:
         for table in ("step_executions", "attempts"):
             names = [row[1] for row in other.execute(f"PRAGMA table_info({table})")]
             new = {"id": "'z' || printf('%05d', n.value)", "step_id": "'s' || n.value", "outcome": "'ok'"}

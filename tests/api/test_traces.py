@@ -160,7 +160,7 @@ async def test_a_backlog_is_sent_without_pauses(served: Served) -> None:
 async def test_of_a_large_run_a_part_is_read(served: Served) -> None:
     await flows.start(served.store, flows.large("large", 8), "t")
     await flows.run(served.store)
-    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", timeout=60)) as database, database:
         database.execute("UPDATE step_executions SET error = ?", ("x" * 100_000,))
         database.execute("UPDATE attempts SET error = ?, timings = ?", ("x" * 100_000, "nonsense"))
     run_id = (await served.store.ticket("t")).run_id

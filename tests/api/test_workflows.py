@@ -152,7 +152,7 @@ async def test_what_takes_long_needs_a_place(served: Served) -> None:
         app = application(full, hooks=Route("/hooks/{name}", static), pages=pages.routes(full))
         async with server.serving(app, host="127.0.0.1", port=0) as (url, _):
             headers = {"authorization": f"Bearer {served.tokens['admin']}"}
-            async with httpx.AsyncClient(base_url=url, headers=headers) as client:
+            async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
                 refused(await put(client), 503, "try again")
                 refused(await put(client, to="/validate"), 503, "try again")
                 refused(await client.get("/v1/workflows/release/graph"), 503, "try again")

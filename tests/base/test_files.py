@@ -69,7 +69,7 @@ async def test_a_coroutine_waits_for_a_lock_and_can_be_cancelled(tmp_path: Path)
         cancelled.cancel()
         await asyncio.wait([cancelled])
         assert cancelled.cancelled() and not waiting.done()
-    await asyncio.wait_for(waiting, 10)
+    await asyncio.wait_for(waiting, 60)
 
 
 def test_a_thread_does_not_wait_for_ever_for_a_lock(tmp_path: Path) -> None:

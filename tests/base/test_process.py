@@ -137,7 +137,7 @@ asyncio.run(main())
     asyncio.get_running_loop().add_reader(fd, gone.set)
     parent.kill()
     await parent.wait()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await gone.wait()
     asyncio.get_running_loop().remove_reader(fd)
     os.close(fd)

@@ -47,7 +47,7 @@ def test_only_in_the_block_and_no_child() -> None:
         found = [policy()]
         with ahead_of_others():
             found.append(policy())
-            child = subprocess.run([sys.executable, "-c", POLICY], capture_output=True, check=True, timeout=30)
+            child = subprocess.run([sys.executable, "-c", POLICY], capture_output=True, check=True, timeout=60)
         return [*found, int(child.stdout), policy()]
 
     assert on_a_thread(run) == [os.SCHED_OTHER, realtime_policy(), os.SCHED_OTHER, os.SCHED_OTHER]
@@ -81,5 +81,5 @@ if os.geteuid() == 0:
 with ahead_of_others():
     {POLICY}
 """
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert int(child.stdout) == os.SCHED_OTHER

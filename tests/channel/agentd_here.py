@@ -51,20 +51,20 @@ class Guest:
     def hear(self, stream: str, data: bytes) -> None:
         self.output[stream] += data
 
-    async def python(self, source: str, *arguments: str, timeout_seconds: float = 30, **options: object) -> Exit:
+    async def python(self, source: str, *arguments: str, timeout_seconds: float = 60, **options: object) -> Exit:
         """Run Python source warm; what it prints is added to ``output``."""
         await self.channel.put({"main.py": source.encode()}, dest="/agent", owner="root")
         argv = ["/agent/main.py", *arguments]
         run = self.channel.run
         return await run(argv, warm=True, timeout_seconds=timeout_seconds, on_output=self.hear, **options)  # type: ignore[arg-type]
 
-    async def sh(self, script: str, *, timeout_seconds: float = 30, **options: object) -> Exit:
+    async def sh(self, script: str, *, timeout_seconds: float = 60, **options: object) -> Exit:
         argv = ["/bin/sh", "-c", script]
         return await self.channel.run(argv, timeout_seconds=timeout_seconds, on_output=self.hear, **options)  # type: ignore[arg-type]
 
     @asynccontextmanager
     async def another(self, token: bytes = TOKEN) -> AsyncIterator[Channel]:
-        async with Channel.connect(self.vm.endpoint, token=token, timeout_seconds=10) as channel:
+        async with Channel.connect(self.vm.endpoint, token=token, timeout_seconds=60) as channel:
             yield channel
 
 
@@ -72,7 +72,7 @@ class Guest:
 async def running(dir: Path) -> AsyncIterator[Guest]:
     vm = await ProcessDriver().boot(SPEC, None, dir)
     try:
-        async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=10) as channel:
+        async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=60) as channel:
             await channel.renew(identity())
             yield Guest(vm, channel, dir)
     finally:

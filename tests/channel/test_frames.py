@@ -31,7 +31,7 @@ def decode(data: bytes) -> tuple[list[frames.Frame], str]:
         reader.feed_data(data)
         reader.feed_eof()
         found = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     found.append(await frames.read(reader))

@@ -119,7 +119,7 @@ async def test_a_lie_is_a_channel_error(
 ) -> None:
     async with liar(tmp_path_factory.mktemp("l"), lambda head: answer(head["id"])) as channel:
         with pytest.raises(ChannelError) as caught:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 await call(channel)
         assert len(str(caught.value)) < 2500
         assert str(caught.value).isprintable()
@@ -132,7 +132,7 @@ async def test_a_guest_that_does_not_keep_a_time_limit_is_not_waited_for(
         order = Order(argv=["x"], timeout_seconds=0.01)
         async with processes.start(channel.converse, order, grace_seconds=0.01) as process:
             with pytest.raises(ChannelError, match="its time was up, and the guest did not stop it"):
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     await process.exit()
 
 

@@ -76,7 +76,7 @@ def test_init_is_idempotent_and_links_the_registry(tmp_path: Path) -> None:
     first, second = (run("swarm", "init", "--no-image", home=tmp_path / "h") for _ in range(2))
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "created" in first.stdout and "up to date" in second.stdout
-    with sqlite3.connect(tmp_path / "h/registry/registry.db") as registry:
+    with sqlite3.connect(tmp_path / "h/registry/registry.db", timeout=60) as registry:
         assert registry.execute("SELECT name FROM agents WHERE id = ?", (ECHO_AGENT_ID,)).fetchall() == [("echo",)]
 
 
@@ -151,7 +151,7 @@ def test_a_duplicate_id_is_refused(swarm: Run) -> None:
 @pytest.mark.parametrize("wait", [["--wait"], []])
 def test_run_ticket_refuses_a_ticket_that_cannot_run(home: Path, swarm: Run, state: str, wait: list[str]) -> None:
     id_ = f"cli-{state}{len(wait)}"
-    with sqlite3.connect(home / "data/swarm.db") as db:
+    with sqlite3.connect(home / "data/swarm.db", timeout=60) as db:
         db.execute(
             "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 't', ?, ?)", (id_, state, ECHO_AGENT_ID)
         )
@@ -161,7 +161,7 @@ def test_run_ticket_refuses_a_ticket_that_cannot_run(home: Path, swarm: Run, sta
 
 
 def test_run_ticket_says_why_a_failed_ticket_failed(home: Path, swarm: Run) -> None:
-    with sqlite3.connect(home / "data/swarm.db") as db:
+    with sqlite3.connect(home / "data/swarm.db", timeout=60) as db:
         db.execute("INSERT INTO tickets (id, title, state, error) VALUES ('cli-why', 't', 'failed', 'no such agent')")
     done = swarm("swarm-engine", "run-ticket", "cli-why", "--wait")
     assert done.returncode == 2 and "Its error: no such agent" in done.stderr and "ticket retry" in done.stderr
@@ -169,7 +169,7 @@ def test_run_ticket_says_why_a_failed_ticket_failed(home: Path, swarm: Run) -> N
 
 def test_hostile_text_does_not_reach_the_terminal(home: Path, swarm: Run) -> None:
     title = "\x1b[2J\x07[bold red]t[/]\rok\u202e\x9b\u2028\n$(reboot)"
-    with sqlite3.connect(home / "data/swarm.db") as db:
+    with sqlite3.connect(home / "data/swarm.db", timeout=60) as db:
         db.execute(
             "INSERT INTO tickets (id, title, state, agent_id, project_id) VALUES ('cli-evil', ?, 'draft', ?, 'evil')",
             (title, ECHO_AGENT_ID),
@@ -267,7 +267,7 @@ JSON_OR_NOT = [
 @pytest.mark.parametrize(("stored", "shown"), JSON_OR_NOT, ids=["object", "broken", "nan", "large", "deep", "null"])
 def test_json_holds_json_and_no_text_of_it(home: Path, swarm: Run, stored: str | None, shown: object) -> None:
     id_ = f"cli-json-{abs(hash(stored))}"
-    with sqlite3.connect(home / "data/swarm.db") as db:
+    with sqlite3.connect(home / "data/swarm.db", timeout=60) as db:
         db.execute(
             "INSERT INTO tickets (id, title, state, inputs, outputs, trigger_data, completed_at) "
             "VALUES (:id, 't', 'done', :text, :text, :text, '2026-01-01')",

@@ -49,7 +49,7 @@ def at(**ago: float) -> str:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("views")
     asyncio.run(setup.init(config.load(home=place), image=False))
-    with sqlite3.connect(place / "data/swarm.db") as db:
+    with sqlite3.connect(place / "data/swarm.db", timeout=60) as db:
         _agents(db)
         _tickets(db)
         _workflow_run(db)

@@ -209,14 +209,14 @@ FAILS = {
 
 
 def ready(home: Path, id: str) -> None:
-    with sqlite3.connect(home / "data/swarm.db") as database:
+    with sqlite3.connect(home / "data/swarm.db", timeout=60) as database:
         row = (id, id, "ready", ECHO_AGENT_ID, '{"name": "x"}')
         database.execute("INSERT INTO tickets (id, title, state, agent_id, inputs) VALUES (?, ?, ?, ?, ?)", row)
     database.close()
 
 
 def state(home: Path, id: str) -> str:
-    database = sqlite3.connect(home / "data/swarm.db")
+    database = sqlite3.connect(home / "data/swarm.db", timeout=60)
     (found,) = database.execute("SELECT state FROM tickets WHERE id = ?", (id,)).fetchone()
     database.close()
     return str(found)
@@ -284,7 +284,7 @@ def test_what_the_host_refuses_is_named_and_the_ticket_runs_when_it_is_over(
     done = command_in(place, script, "swarm-engine", "run-ticket", says, "--wait", T=str(tmp_path))
     assert done.returncode == 1 and re.search(says, done.stderr), done.stderr + done.stdout
     assert state(place, says) in ("ready", "in_progress")
-    with sqlite3.connect(place / "data/swarm.db") as database:
+    with sqlite3.connect(place / "data/swarm.db", timeout=60) as database:
         database.execute("UPDATE attempts SET lease_until = 1 WHERE outcome IS NULL")
     database.close()
     after = command_in(place, "true", "swarm-engine", "run-ticket", says, "--wait")

@@ -45,7 +45,7 @@ def run(line: str, home: Path) -> subprocess.CompletedProcess[str]:
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("ids")
     assert run("swarm init --no-image", home).returncode == 0
-    with sqlite3.connect(home / "data/swarm.db") as db:
+    with sqlite3.connect(home / "data/swarm.db", timeout=60) as db:
         for id in ONE_AND_TWO:
             db.execute("INSERT INTO tickets (id, state, agent_id) VALUES (?, 'draft', 'echo')", (id,))
     return home

@@ -104,7 +104,7 @@ def test_building_an_image_without_root(tmp_path: Path) -> None:
 
 def test_doctor_on_another_migration(tmp_path: Path) -> None:
     assert run(tmp_path, BIN / "swarm", "init", "--no-image").returncode == 0
-    with sqlite3.connect(tmp_path / "data/swarm.db") as database:
+    with sqlite3.connect(tmp_path / "data/swarm.db", timeout=60) as database:
         database.execute("UPDATE alembic_version SET version_num = '0000_older'")
     database.close()
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "doctor", "--json")

@@ -44,7 +44,7 @@ def swarm(env: dict[str, str]) -> Swarm:
 @pytest.fixture
 def db(env: dict[str, str]) -> Iterator[sqlite3.Connection]:
     """Begins without tickets."""
-    with closing(sqlite3.connect(Path(env["SWARM_HOME"], "data/swarm.db"), isolation_level=None, timeout=30)) as db:
+    with closing(sqlite3.connect(Path(env["SWARM_HOME"], "data/swarm.db"), isolation_level=None, timeout=60)) as db:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("DELETE FROM ticket_dependencies")
         db.execute("DELETE FROM tickets")

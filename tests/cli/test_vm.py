@@ -160,7 +160,7 @@ def test_an_sshd_that_lacks_entropy(run: Run, vm: int) -> None:
 
 
 def test_a_ticket_from_a_plain_insert_to_its_outputs(run: Run, settings: Settings) -> None:
-    with sqlite3.connect(settings.data_dir / "swarm.db") as db:
+    with sqlite3.connect(settings.data_dir / "swarm.db", timeout=60) as db:
         db.execute(
             "INSERT INTO tickets (id, title, state, agent_id, inputs) VALUES ('vm-echo', 'T', 'ready', ?, ?)",
             (ECHO_AGENT_ID, '{"n": 1}'),
@@ -195,7 +195,7 @@ def test_a_run_that_is_ended_from_outside_leaves_nothing(
 
     agent = asyncio.run(register())
     sleeper, after = f"ended-by-{number}", f"after-{number}"
-    with sqlite3.connect(settings.data_dir / "swarm.db") as db:
+    with sqlite3.connect(settings.data_dir / "swarm.db", timeout=60) as db:
         for id_, agent_id in ((sleeper, agent.id), (after, ECHO_AGENT_ID)):
             row = (id_, "T", "ready", agent_id)
             db.execute("INSERT INTO tickets (id, title, state, agent_id) VALUES (?, ?, ?, ?)", row)
@@ -217,7 +217,7 @@ def test_a_run_that_is_ended_from_outside_leaves_nothing(
         assert attempt["outcome"] == "interrupted"
     assert _engines_vms(settings) == []
     assert [name for name in netns.names() if int(name.removeprefix("vm")) >= settings.first_engine_slot] == []
-    with sqlite3.connect(settings.data_dir / "swarm.db") as db:
+    with sqlite3.connect(settings.data_dir / "swarm.db", timeout=60) as db:
         db.execute("DELETE FROM tickets WHERE id IN (?, ?)", (sleeper, after))
 
 

@@ -197,4 +197,4 @@ def browser(place: Path) -> Iterator[Browser]:
                 one.close()
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=20)
+            process.wait(timeout=60)

@@ -217,7 +217,7 @@ def _back_date(database: Path) -> None:
     from datetime import UTC, datetime
 
     now = datetime.now(UTC).timestamp() * 1000
-    with sqlite3.connect(database) as outside:
+    with sqlite3.connect(database, timeout=60) as outside:
         rows = outside.execute("SELECT id, timings, step_execution_id FROM attempts ORDER BY id DESC").fetchall()
         for number, (id, timings, step) in enumerate(rows):
             total = json.loads(timings or "{}").get("total", 21_000.0)

@@ -61,7 +61,7 @@ async def test_an_open_page_is_told_of_changes_and_of_no_more(served: Served) ->
                     return count
             return count
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert await told("/live", "one") == 2
         assert await told("/live?ticket=two", "two") == 2
     assert (await served.nobody.get("/live")).status_code == 401
@@ -69,7 +69,7 @@ async def test_an_open_page_is_told_of_changes_and_of_no_more(served: Served) ->
 
 async def test_a_ticket_s_page_is_not_told_of_other_tickets(served: Served) -> None:
     await served.add("one")
-    async with asyncio.timeout(20), served.viewer.stream("GET", "/live?ticket=one") as answer:
+    async with asyncio.timeout(60), served.viewer.stream("GET", "/live?ticket=one") as answer:
         lines = answer.aiter_lines()
         assert [await anext(lines) for _ in range(3)] == ["event: update", "data: 1", ""]
         await served.add("two")
@@ -89,7 +89,7 @@ async def test_scripts_and_styles_are_kept_by_their_content(served: Served) -> N
 
 
 async def test_a_form_of_another_site_changes_nothing(served: Served) -> None:
-    async with httpx.AsyncClient(base_url=served.url) as browser:
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as browser:
         own = {"origin": f"http://{urlsplit(served.url).netloc}"}
         await browser.post("/login", data={"token": served.tokens["operator"]}, headers=own)
         assert COOKIE in browser.cookies

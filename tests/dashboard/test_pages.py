@@ -46,7 +46,7 @@ async def test_now_says_what_runs_what_waits_and_that_no_engine_runs(served: Ser
     assert "Running 2" in shown
     assert "Wait for a person 1" in shown
     assert "Attempts failed, last hour 2 17 %" in shown
-    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db")) as database:
+    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", timeout=60)) as database:
         [spent] = database.execute("SELECT sum(cost_usd) FROM model_calls WHERE at >= date('now')").fetchone()
     assert (f"${spent:.2f}" if spent else "$0") in shown, "of today: soon after midnight, most calls are of yesterday"
     assert "Port the worker to Python 3.14 main claude running 21" in shown
@@ -55,9 +55,11 @@ async def test_now_says_what_runs_what_waits_and_that_no_engine_runs(served: Ser
 
 async def test_now_shows_nothing_old_when_the_database_can_not_be_read(served: Served) -> None:
     assert (await served.viewer.get("/")).status_code == 200
-    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None)) as other:
+    with contextlib.closing(
+        sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None, timeout=60)
+    ) as other:
         other.execute("ALTER TABLE workers RENAME TO elsewhere")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while (await served.viewer.get("/")).status_code == 200:  # it is not known yet that something has changed
                 await served.store.tickets()
         assert (await served.viewer.get("/")).status_code >= 500
@@ -80,7 +82,9 @@ async def test_a_token_of_a_project_sees_that_project_alone(served: Served) -> N
     await served.add("theirs", title="THEIRS", project_id="q")
     token = new_token()
     await served.store.add_token(token, Actor(name="bound", role=Role.OPERATOR, project_id="p"), by="test")
-    async with httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"}) as bound:
+    async with httpx.AsyncClient(
+        base_url=served.url, headers={"authorization": f"Bearer {token}"}, timeout=60
+    ) as bound:
         now, tickets = _shown(await bound.get("/")), _shown(await bound.get("/tickets?project=q"))
         assert "Spent today" not in now
         assert "Engines" not in now
@@ -296,7 +300,7 @@ async def test_what_is_hostile_stays_text_on_every_page(served: Served) -> None:
 
 
 async def test_rows_that_another_program_wrote_are_shown(served: Served) -> None:
-    with sqlite3.connect(served.settings.data_dir / "swarm.db") as outside:
+    with sqlite3.connect(served.settings.data_dir / "swarm.db", timeout=60) as outside:
         outside.execute(
             "INSERT INTO tickets (id, title, state, error, inputs, created_at, priority) VALUES (?, ?, ?, ?, ?, ?, ?)",
             ("raw", HOSTILE + "x" * (1 << 20), "<b>odd</b>", b"\xff\x00\x1b", "{", "yesterday", "high"),

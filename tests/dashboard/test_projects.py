@@ -122,7 +122,7 @@ async def test_why_a_ticket_waits_is_told_without_others(served: Served) -> None
 async def _holder(served: Served, project: str) -> httpx.AsyncClient:
     token = new_token()
     await served.store.add_token(token, Actor(name="team", role=Role.ADMIN, project_id=project), by="test")
-    return httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"}, timeout=30)
+    return httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"}, timeout=60)
 
 
 async def _called(client: httpx.AsyncClient, method: str, path: str, ref: str) -> httpx.Response:

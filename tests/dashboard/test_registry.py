@@ -76,7 +76,7 @@ async def test_a_workflow_is_started_from_a_form(served: Served) -> None:
 
 
 async def test_a_broken_workflow_has_a_page(served: Served) -> None:
-    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
+    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=60)
     connection.execute("INSERT INTO workflows (id, name, version, steps) VALUES ('w', ?, '1', ?)", (HOSTILE, HOSTILE))
     connection.commit()
     connection.close()
@@ -89,7 +89,7 @@ async def test_schedules_say_when_and_what_came_of_them(served: Served) -> None:
     assert "No workflow has a schedule" in await page(served.viewer, "/schedules")
     flow = workflow("nightly", echo("say"), schedule=[{"cron": "0 6 * * mon-fri", "time_zone": "Europe/Berlin"}])
     await start(served.store, flow, "t")
-    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
+    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=60)
     connection.execute("UPDATE schedules SET last_ticket_id = 't', last_at = '2026-01-01T00:00:00Z', missed_count = 7")
     connection.commit()
     shown = await page(served.viewer, "/schedules")
@@ -106,7 +106,7 @@ async def test_schedules_say_when_and_what_came_of_them(served: Served) -> None:
 
 def calls(served: Served, rows: list[tuple[str, datetime, str, str, float]]) -> None:
     """Model calls: id, time, agent, workflow, USD."""
-    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
+    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=60)
     connection.executemany(
         "INSERT INTO model_calls (id, at, agent, workflow, model, status, tokens, cost_usd) "
         "VALUES (?, ?, ?, ?, 'm', 200, 10, ?)",
@@ -119,7 +119,7 @@ def calls(served: Served, rows: list[tuple[str, datetime, str, str, float]]) -> 
 async def test_costs_by_day_agent_workflow_and_model(served: Served) -> None:
     now = datetime.now(UTC)
     calls(served, [(f"m{n}", now - timedelta(hours=n), HOSTILE, f"w{n % 2}", 0.5) for n in range(200)])
-    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
+    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=60)
     connection.execute("INSERT INTO model_calls (id, status, tokens) VALUES ('unpriced', 200, 10), ('open', NULL, 0)")
     connection.commit()
     connection.close()
@@ -190,7 +190,7 @@ async def test_budgets_say_how_much_is_used(tmp_path: Path, monkeypatch: pytest.
     async with serving(tmp_path / "home") as served:
         flow = workflow("dear", echo("say"), budget_usd=2.5)
         await start(served.store, flow, "t")
-        connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
+        connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=60)
         connection.execute("INSERT INTO model_calls (id, status, tokens, cost_usd) VALUES ('m', 200, 10, 8.5)")
         connection.commit()
         connection.close()
@@ -203,7 +203,7 @@ async def test_hosts_say_who_is_silent_and_what_they_wait_for(served: Served) ->
     info = {"running": 3, "max_vms": 8, "driver": HOSTILE, "waits_for": "memory is short", "skipped": {HOSTILE: "why"}}
     await served.store.heartbeat("alive", host=HOSTILE, pid=1, info=info)
     await served.store.heartbeat("odd", host="odd", pid=2, info={"running": "?", "max_vms": [], "skipped": 7})
-    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=30)
+    connection = sqlite3.connect(served.settings.home / "data" / "swarm.db", timeout=60)
     connection.execute(
         "INSERT INTO workers (id, host, pid, started_at, seen_at, info) VALUES ('gone', 'far', 3, '', ?, '[')",
         ((datetime.now(UTC) - timedelta(minutes=3)).isoformat(timespec="milliseconds")[:-6] + "Z",),

@@ -33,7 +33,7 @@ def links(text: str) -> list[str]:
 async def of_project(served: Served, project: str, role: Role = Role.OPERATOR) -> httpx.AsyncClient:
     token = new_token()
     await served.store.add_token(token, Actor(name=f"of-{project}", role=role, project_id=project), by="test")
-    return httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"})
+    return httpx.AsyncClient(base_url=served.url, headers={"authorization": f"Bearer {token}"}, timeout=60)
 
 
 async def test_an_approval_is_found_and_answered_in_place(served: Served) -> None:

@@ -76,7 +76,7 @@ async def test_hostile_text_is_only_text(served: Served) -> None:
     data = {"process": HOSTILE, "argv": [HOSTILE, 1], "by": HOSTILE, "user": "root", "code": HOSTILE, "ms": HOSTILE}
     kinds = ("exec", "exit", "files", "egress", "port", "note")
     await served.store.append([Event(ticket_id="", sandbox_id=made.id, kind=kind, data=data) for kind in kinds])
-    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", timeout=60)) as database, database:
         database.execute(
             "UPDATE sandboxes SET name = ?, error = ?, labels = ?, network = ?, ends_at = 9e18, created_by = ?",
             (HOSTILE, HOSTILE, '{"<b>": "<script>"}', HOSTILE, HOSTILE),

@@ -25,7 +25,7 @@ async def test_what_a_rebuilt_table_lost_is_named(tmp_path: Path) -> None:
     async with Store.open(f"sqlite:///{file}") as store:
         await store.migrate()
         assert all("lost" not in check.detail for check in await home.database("here", store, store.head()))
-        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as gui:
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as gui:
             made = {name for (name,) in gui.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")}
             assert made == set(TRIGGERS)
             gui.execute("CREATE TABLE rebuilt AS SELECT * FROM tickets")

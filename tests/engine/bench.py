@@ -110,7 +110,7 @@ def committed(file: Path, count: int, seed: int) -> dict[str, tuple[int, int]]:
     """Insert one by one at random moments; when each COMMIT was asked for, and when it returned (an fsync later)."""
     random.seed(seed)
     times: dict[str, tuple[int, int]] = {}
-    connection = sqlite3.connect(file, isolation_level=None, timeout=30)
+    connection = sqlite3.connect(file, isolation_level=None, timeout=60)
     for number in range(count):
         time.sleep(random.uniform(0.015, 0.06))
         connection.execute("BEGIN IMMEDIATE")
@@ -167,7 +167,7 @@ async def throughput(directory: Path, count: int, engines_: int, how: str, max_v
 
 
 def single(file: Path, count: int) -> None:
-    connection = sqlite3.connect(file, isolation_level=None, timeout=30)
+    connection = sqlite3.connect(file, isolation_level=None, timeout=60)
     for number in range(count):
         connection.execute(
             "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 'null', 'ready', ?)",
@@ -238,7 +238,7 @@ def idle(directory: Path, seconds: float) -> None:
 def bare(file: str) -> None:
     """What any engine must write for a ticket, by the least that can: a process that looks each millisecond, and for
     each ready ticket runs two transactions of a few prepared statements, with the tables and indexes as they are."""
-    connection = sqlite3.connect(file, isolation_level=None, timeout=30)
+    connection = sqlite3.connect(file, isolation_level=None, timeout=60)
     for pragma in ("synchronous = NORMAL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
     event = "INSERT INTO events (ticket_id, step_id, attempt_id, kind, data) VALUES (?, 'main', ?, 'transition', ?)"
@@ -337,7 +337,7 @@ def _paced(file: Path, per_second: int) -> Iterator[None]:
     over = threading.Event()
 
     def insert_paced() -> None:
-        with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=30)) as connection:
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as connection:
             connection.execute("PRAGMA synchronous = OFF")  # its own locks are not measured
             for number in itertools.count():
                 if over.wait(1 / per_second):

@@ -87,7 +87,7 @@ async def measure(directory: Path, engines: Engines, name: str, text: str, count
 def submitted(file: Path, workflow: str, count: int) -> Iterator[tuple[str, int]]:
     """One by one, each when the one before is done, at random moments; when each COMMIT was asked for."""
     random.seed(1)
-    connection = sqlite3.connect(file, isolation_level=None, timeout=30)
+    connection = sqlite3.connect(file, isolation_level=None, timeout=60)
     for number in range(count):
         id_ = f"flow-{number}"
         time.sleep(random.uniform(0.01, 0.03))

@@ -52,14 +52,14 @@ class Bench:
     def insert(self, id: str, agent_id: str, **columns: object) -> None:
         """As any tool would: plain SQL, another connection."""
         row = {"id": id, "title": id, "state": "ready", "agent_id": agent_id, **columns}
-        with sqlite3.connect(self.database, timeout=30) as connection:
+        with sqlite3.connect(self.database, timeout=60) as connection:
             names = ", ".join(row)
             slots = ", ".join("?" * len(row))
             connection.execute(f"INSERT INTO tickets ({names}) VALUES ({slots})", tuple(row.values()))
         connection.close()
 
     def sql(self, statement: str, *values: object) -> list[tuple[object, ...]]:
-        with sqlite3.connect(self.database, timeout=30) as connection:
+        with sqlite3.connect(self.database, timeout=60) as connection:
             rows = connection.execute(statement, values).fetchall()
         connection.close()
         return rows

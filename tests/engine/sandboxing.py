@@ -50,7 +50,7 @@ class Desk:
 
     def sql(self, statement: str, *values: object) -> list[tuple[object, ...]]:
         """As any tool would: plain SQL, another connection."""
-        with sqlite3.connect(self.database, timeout=30) as connection:
+        with sqlite3.connect(self.database, timeout=60) as connection:
             rows = connection.execute(statement, values).fetchall()
         connection.close()
         return rows

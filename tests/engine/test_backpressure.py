@@ -40,7 +40,7 @@ async def test_a_write_that_fails_once_stops_no_agent_for_ever(tmp_path: Path) -
         await store.put_agent(ECHO)
     insert(file, "t", 1)
     async with Store.open(f"sqlite:///{file}", busy_timeout_seconds=0.1) as store, store.watching() as wake:
-        other = sqlite3.connect(file, isolation_level=None)
+        other = sqlite3.connect(file, isolation_level=None, timeout=60)
         worker = Worker(store=store, engine=Printer(other), name="test", lease_seconds=30.0)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=1, memory=None, grace_seconds=1.0)
         running = asyncio.create_task(dispatcher.run())
@@ -53,5 +53,7 @@ async def test_a_write_that_fails_once_stops_no_agent_for_ever(tmp_path: Path) -
             dispatcher.stop()
             await running
             other.close()
-    ((printed,),) = sqlite3.connect(file).execute("SELECT sum(length(data)) FROM events WHERE kind = 'output'")
+    ((printed,),) = sqlite3.connect(file, timeout=60).execute(
+        "SELECT sum(length(data)) FROM events WHERE kind = 'output'"
+    )
     assert 2 * UNWRITTEN_BYTES < printed < 3 * UNWRITTEN_BYTES, "nothing lost, nothing twice"

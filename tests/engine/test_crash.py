@@ -42,7 +42,7 @@ async def test_a_restart_ends_right(plain: Bench, point: str) -> None:
     agent = await plain.agent(AGENT)
     plain.insert("a", agent.id)
     plain.insert("b", agent.id)
-    async with engine_process(plain, SWARM_FAULT=point, SWARM_LEASE_SECONDS="1.5") as engine, asyncio.timeout(30):
+    async with engine_process(plain, SWARM_FAULT=point, SWARM_LEASE_SECONDS="1.5") as engine, asyncio.timeout(60):
         _, said = await engine.communicate()
         assert engine.returncode == -signal.SIGKILL, said.decode()
     assert await restart(plain, "a", "b") == ["done", "done"]

@@ -300,10 +300,10 @@ async def test_the_database_replaced_ends_it_with_one_clear_line(plain: Bench, h
     agent = await plain.agent(HANG)
     plain.insert("t", agent.id)
     with pytest.raises(StoreError, match="was changed from outside"):
-        async with running(plain) as (_, engine), asyncio.timeout(30):
+        async with running(plain) as (_, engine), asyncio.timeout(60):
             await plain.until_it_prints()
             new = plain.dir / "new.db"
-            sqlite3.connect(new).close()
+            sqlite3.connect(new, timeout=60).close()
             new.write_bytes(plain.database.read_bytes())
             if how == "mv":
                 new.replace(plain.database)
@@ -318,7 +318,7 @@ async def test_the_database_locked_by_another_writer(plain: Bench) -> None:
     own = plain.settings.model_copy(update={"busy_timeout_seconds": 0.3})
     agent = await plain.agent(DONE)
     async with wiring.store(own) as store, wiring.worker(own, store) as worker, store.watching() as wake:
-        locked = sqlite3.connect(plain.database, isolation_level=None)
+        locked = sqlite3.connect(plain.database, isolation_level=None, timeout=60)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=2, memory=None, grace_seconds=0)
         task = asyncio.create_task(dispatcher.run())
         plain.insert("t", agent.id)

@@ -147,7 +147,7 @@ async def test_out_of_file_descriptors(plain: Bench) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (held + 3, before[1]))
             try:
                 await plain.store.add_ticket(Ticket(id="t", title="t", state="ready", agent_id=agent.id))
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     while not engine.done() and (await plain.store.ticket("t")).state != "done":
                         await asyncio.wait({engine}, timeout=0.2)
             finally:
@@ -247,7 +247,7 @@ async def test_the_database_locked_for_longer_than_it_waits(plain: Bench) -> Non
     agent = await plain.agent(DONE)
     async with engine_process(plain, SWARM_BUSY_TIMEOUT_SECONDS="0.5", SWARM_LEASE_SECONDS="30") as engine:
         await log_until(engine, "engine serves")
-        locker = sqlite3.connect(plain.database, isolation_level=None)
+        locker = sqlite3.connect(plain.database, isolation_level=None, timeout=60)
         locker.execute("BEGIN IMMEDIATE")
         locker.execute("INSERT INTO tickets (id, title, state, agent_id) VALUES ('t', 't', 'ready', ?)", (agent.id,))
         locker.execute("COMMIT")

@@ -164,7 +164,7 @@ async def test_cancelled_while_it_runs(bench: Bench) -> None:
     running = asyncio.create_task(run_ticket(bench.store, bench.worker, "t"))
     await bench.until_it_prints()
     bench.sql("UPDATE tickets SET state = 'cancelled' WHERE id = 't'")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         ticket = await running
     assert ticket.state == "cancelled"
     assert bench.live_vms() == []

@@ -113,7 +113,7 @@ async def test_a_trigger(tmp_path: Path, table: str, event: str, body: str) -> N
         outside.close()
         dispatcher.stop()
         await engine
-        with sqlite3.connect(tmp_path / "swarm.db") as db:
+        with sqlite3.connect(tmp_path / "swarm.db", timeout=60) as db:
             twice = db.execute(
                 "SELECT r.ticket_id, count(*) FROM attempts a JOIN step_executions s ON s.id = a.step_execution_id "
                 "JOIN workflow_runs r ON r.id = s.run_id WHERE a.outcome = 'succeeded' "

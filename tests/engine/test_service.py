@@ -94,7 +94,7 @@ async def test_an_engine_with_a_server(plain: Bench) -> None:
         assert again.url in (await command(plain, "swarm-engine", "status"))[1]
         status, out, _ = await command(plain, "swarm", "dashboard", "--no-open")
         assert status == 0 and out.startswith(f"{again.url}/login?code=")
-        async with httpx.AsyncClient() as browser:
+        async with httpx.AsyncClient(timeout=60) as browser:
             code = out.strip().partition("code=")[2]
             entered = await browser.post(f"{again.url}/login", data={"code": code}, headers={"origin": again.url})
             assert entered.headers["location"] == "/"
@@ -314,7 +314,7 @@ async def test_logs_follow_a_running_ticket_from_another_process(plain: Bench) -
             sys.executable, "-m", "swarm.cli.main", "ticket", "logs", "-f", "t", env=env, stdout=subprocess.PIPE
         )
         assert following.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert await following.stdout.readline() == b"first\n"
             assert (await plain.store.ticket("t")).state == "in_progress"
             await asyncio.to_thread(gate.write_text, "go")

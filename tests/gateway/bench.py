@@ -159,7 +159,7 @@ async def _child(module: str, file: Path, *words: str) -> AsyncIterator[str]:
         sys.executable, "-m", module, *words, str(file), stdout=asyncio.subprocess.DEVNULL
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not file.exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         yield file.read_text()

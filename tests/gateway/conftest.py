@@ -118,13 +118,13 @@ class Harness:
         return [one for one in self.api.seen if "count_tokens" not in one["path"]]
 
     def sql(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        connection = sqlite3.connect(self.database, timeout=30)
+        connection = sqlite3.connect(self.database, timeout=60)
         with connection:
             rows = connection.execute(statement, values).fetchall()
         connection.close()
         return rows
 
-    async def booked(self, count: int, *, seconds: float = 20) -> list[tuple[Any, ...]]:
+    async def booked(self, count: int, *, seconds: float = 60) -> list[tuple[Any, ...]]:
         """Waits for this many booked calls: status, tokens, cost, note, oldest first. (Bills come after answers.)"""
         async with asyncio.timeout(seconds):
             while True:

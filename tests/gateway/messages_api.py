@@ -61,6 +61,7 @@ class MessagesApi:
     url: str = ""
     held: asyncio.Event = field(default_factory=asyncio.Event)  # a request waits for `release`
     release: asyncio.Event = field(default_factory=asyncio.Event)
+    step: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))  # the next word of `stepwise`
     _times: Counter[str] = field(default_factory=Counter)
 
     @contextlib.asynccontextmanager
@@ -216,6 +217,8 @@ class MessagesApi:
                     assert request.transport is not None
                     request.transport.abort()
                     return response
+                if scenario == "stepwise":
+                    await self.step.acquire()
                 if delay := float(words.get("delay", 0)):
                     await asyncio.sleep(delay)
             await send("content_block_stop", index=index)

@@ -575,7 +575,7 @@ async def test_an_answer_that_costs_nothing_counts_as_failed(harness: Harness) -
             service.answers[str(number)] = answer
             await post(session, listener.env, str(number), exact(answer, 0))
             await harness.booked(number)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while listener.calls:
                     await asyncio.wait(listener.calls)
             assert listener.failed_calls == failed

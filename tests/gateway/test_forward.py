@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 
 import aiohttp
 import anthropic
@@ -62,13 +61,13 @@ async def test_the_sums_stand_where_people_look_and_once(harness: Harness) -> No
 async def test_an_answer_streams_unbuffered(harness: Harness) -> None:
     claim = await harness.claim()
     async with harness.listener(claim) as listener, client_of(listener) as client:
-        times = []
-        async with client.messages.stream(**ask("words=10 delay=0.05")) as stream:
+        heard = 0
+        async with asyncio.timeout(60), client.messages.stream(**ask("scenario=stepwise words=10")) as stream:
             async for _ in stream.text_stream:
-                times.append(time.monotonic())
+                heard += 1
+                harness.api.step.release()  # the next word is sent when this one has arrived
             message = await stream.get_final_message()
-        assert len(times) == 10
-        assert times[-1] - times[0] > 0.3  # as they were sent, not all at the end
+        assert heard == 10
         [(status, tokens, cost, _)] = await harness.booked(1)
         assert (status, tokens) == (200, message.usage.input_tokens + message.usage.output_tokens)
         assert cost > 0
@@ -180,18 +179,22 @@ async def test_a_service_that_is_silent(harness: Harness) -> None:
 
 
 async def test_a_stream_may_take_long_but_not_fall_silent(harness: Harness) -> None:
-    impatient = harness.listener(await harness.claim(), idle_seconds=1.5)
-    async with impatient as listener, client_of(listener) as client:
-        began = time.monotonic()
-        async with client.messages.stream(**ask("words=8 delay=0.25")) as stream:
-            assert await stream.get_final_text() == "word " * 8
-        assert time.monotonic() - began > 1.5
+    claim = await harness.claim()
+    for idle in (1.5, 15):  # a busy machine may be silent for a second, too
+        async with harness.listener(claim, idle_seconds=idle) as patient, client_of(patient) as client:
+            try:
+                async with client.messages.stream(**ask(f"words=8 delay={idle / 6}")) as stream:
+                    assert await stream.get_final_text() == "word " * 8
+                break
+            except anthropic.APIStatusError:
+                if idle > 10:
+                    raise
+    async with harness.listener(claim, idle_seconds=0.5) as impatient, client_of(impatient) as client:
         with pytest.raises(anthropic.APIStatusError, match="silent for too long"):
             async with client.messages.stream(**ask("words=8 delay=30")) as stream:
                 await stream.get_final_text()
-        assert [note for *_, note in await harness.booked(2)][
-            1
-        ] == "estimated: anthropic was silent for too long: TimeoutError"
+    notes = harness.sql("SELECT note FROM model_calls ORDER BY at DESC LIMIT 1")
+    assert notes == [("estimated: anthropic was silent for too long: TimeoutError",)]
 
 
 async def test_paths_that_cost_nothing_are_not_booked(harness: Harness) -> None:

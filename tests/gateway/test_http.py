@@ -63,7 +63,7 @@ async def exchange(
     host, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     token = f"x-api-key: {listener.token}\r\n{'connection: close' if close else 'x-a: b'}\r\n".encode()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         writer.write(pieces[0].replace(b"TOKEN\r\n", token))
         before = await reader.readuntil(pause.encode()) if pause else b""
         for piece in pieces[1:]:

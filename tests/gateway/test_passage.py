@@ -95,12 +95,12 @@ async def test_a_guest_that_is_slow_gets_all_and_the_service_waits_for_it(harnes
     """While it reads nothing, little is held, and that time is not the service's silence."""
     stream = [delta(f"{number} " + "x" * 1000) for number in range(30_000)]
     async with service(stream) as url:
-        slow = harness.listener_here(await harness.claim(), base_url=url, idle_seconds=0.5)
+        slow = harness.listener_here(await harness.claim(), base_url=url, idle_seconds=2)
         async with slow as listener, asked(listener, stream=True) as answer:
             first = await answer.content.readany()
             assert answer.connection is not None and answer.connection.transport is not None
             answer.connection.transport.pause_reading()
-            await asyncio.sleep(1.5)  # of the service's silence, this would be too much
+            await asyncio.sleep(3)  # of the service's silence, this would be too much
             [guest] = listener._server.connections
             assert guest.transport is not None
             assert guest.transport.get_write_buffer_size() < 1_000_000

@@ -143,7 +143,7 @@ async def test_killed_in_the_middle_of_a_call(harness: Harness, streams: bool) -
                         pass
         else:
             asked = asyncio.create_task(client.messages.create(**ask("scenario=hold", max_tokens=2000)))
-            await asyncio.wait_for(harness.api.held.wait(), 20)
+            await asyncio.wait_for(harness.api.held.wait(), 60)
             os.kill(pid_of(harness), signal.SIGKILL)
             with pytest.raises(anthropic.APIConnectionError):
                 await asked
@@ -164,7 +164,7 @@ async def test_killed_in_the_middle_of_a_call(harness: Harness, streams: bool) -
 async def test_killed_while_a_listener_closes(harness: Harness) -> None:
     async with harness.listener(await harness.claim()) as listener:
         asked = asyncio.create_task(call(listener, "scenario=hold"))
-        await asyncio.wait_for(harness.api.held.wait(), 20)
+        await asyncio.wait_for(harness.api.held.wait(), 60)
         os.kill(pid_of(harness), signal.SIGSTOP)
         closing = asyncio.create_task(listener.close())
         await asyncio.sleep(0)
@@ -225,7 +225,7 @@ async def test_the_proxy_is_in_it_too(harness: Harness) -> None:
             for count in (1, 2):
                 async with session.get("http://127.0.0.1:1/", proxy=proxy.env["HTTP_PROXY"]) as answer:
                     assert answer.status == 403
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     while len(events) < count:  # noqa: ASYNC110
                         await asyncio.sleep(0.01)
                 dead = pid_of(harness)
@@ -278,7 +278,7 @@ async def test_what_is_no_message_ends_the_link(said: bytes) -> None:
     with theirs:
         theirs.send(b'{"a":1}')
         theirs.send(said)
-        await asyncio.wait_for(ended.wait(), 20)
+        await asyncio.wait_for(ended.wait(), 60)
     assert heard == [{"a": 1}] and link.closed
 
 

@@ -302,7 +302,7 @@ def test_a_trial_has_secrets_too(home: Path, tmp_path: Path) -> None:
 
 def test_cost(home: Path) -> None:
     assert swarm(home, "cost").stdout == b"no model calls\n"
-    with sqlite3.connect(home / "data" / "swarm.db") as connection:
+    with sqlite3.connect(home / "data" / "swarm.db", timeout=60) as connection:
         connection.executemany(
             "INSERT INTO model_calls (id, at, ticket_id, agent, model, status, input_tokens, tokens, cost_usd) "
             "VALUES (?, ?, ?, 'a', 'm', 200, 10, 10, ?)",

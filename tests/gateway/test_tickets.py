@@ -36,7 +36,7 @@ def call(prompt, **more):
     url = os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages"
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["content"][0]["text"]
     except urllib.error.HTTPError as error:
         return json.load(error)["error"]["message"]

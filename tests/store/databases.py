@@ -56,7 +56,7 @@ class SqliteOutside:
     """Like the sqlite3 shell: every statement its own transaction, foreign keys off."""
 
     def __init__(self, url: str) -> None:
-        self._connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=30)
+        self._connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=60)
         self._connection.text_factory = bytes  # the stored bytes, valid or not
 
     def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

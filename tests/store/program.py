@@ -51,7 +51,7 @@ async def work(url: str, name: str) -> Any:
 
 async def hold_lock(url: str) -> Any:
     """Hold the write lock from before 'ready' until the line on stdin."""
-    connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=60)
     connection.execute("BEGIN IMMEDIATE")
     gate()
     connection.execute("ROLLBACK")

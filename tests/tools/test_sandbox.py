@@ -133,4 +133,4 @@ def test_signals_are_forwarded() -> None:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.stderr.read() == "caught\n"
-        assert process.wait(timeout=20) == 1
+        assert process.wait(timeout=60) == 1

@@ -368,7 +368,7 @@ async def test_sleeping_until_it_is_due(store: Store, outside: Outside) -> None:
     await at(store, outside, "2026-01-01T09:59:59.700Z")
     await store.put_workflow(FLOW)
     task = asyncio.create_task(Scheduler(store=store, evaluator=Local()).run())
-    async with store.watching() as wake, asyncio.timeout(20):
+    async with store.watching() as wake, asyncio.timeout(60):
         while not await made(store):
             await wake.changed(timeout_seconds=20)
     assert now_ms(outside) < milliseconds("2026-01-01T10:00:10Z")  # type: ignore[operator]

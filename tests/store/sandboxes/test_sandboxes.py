@@ -195,7 +195,7 @@ async def test_a_cancelled_claim_goes_back(store: Store) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not (found := await claim(store, worker="v")):
             pass
     assert found[0].sandbox.id == made.id

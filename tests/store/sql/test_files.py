@@ -40,7 +40,7 @@ async def test_the_database_is_being_overwritten_while_the_wake_looks(backend: B
         wake.mute()  # so it looks at the end of its time, and at nothing before
         looking = asyncio.create_task(wake.changed(timeout_seconds=0.3))
         await asyncio.sleep(0)
-        outside = sqlite3.connect(file, isolation_level=None)
+        outside = sqlite3.connect(file, isolation_level=None, timeout=60)
         outside.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so it reads the file again
         file.write_bytes(b"half of another database" * 5)
         with pytest.raises(StoreError, match="was changed from outside"):
@@ -91,7 +91,7 @@ async def test_database_overwritten(
     file, older = Path(url.removeprefix("sqlite:///")), tmp_path / "older.db"
     shutil.copy(file, older)
     if after == "a crash's log":
-        with sqlite3.connect(file) as db:
+        with sqlite3.connect(file, timeout=60) as db:
             db.execute("UPDATE agents SET description = 'x'")
             db.commit()
             for suffix in ("", "-wal"):
@@ -101,7 +101,7 @@ async def test_database_overwritten(
     async with Store.open(f"sqlite:///{file}") as store, store.watching() as wake:
         await store.heartbeat("w", host="h", pid=1, info={})
         if after == "checkpoint":
-            with sqlite3.connect(file) as db:
+            with sqlite3.connect(file, timeout=60) as db:
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             db.close()
             await store.heartbeat("w", host="h", pid=1, info={})
@@ -134,7 +134,7 @@ async def test_what_sqlite_does_is_no_change_from_outside(backend: Backend, sql:
     async with Store.open(url) as store, store.watching() as wake:
         for number in range(30):
             await store.heartbeat("w", host="h", pid=number, info={"long": "x" * 10_000 * (number % 3)})
-            with sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=30) as db:
+            with sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=60) as db:
                 db.execute(sql)
             db.close()
             await wake.changed(timeout_seconds=0)
@@ -148,7 +148,7 @@ async def test_a_backup_restored_by_sqlite_is_legal(backend: Backend, tmp_path: 
     shutil.copy(file, tmp_path / "older.db")
     async with Store.open(url) as store, store.watching() as wake:
         await store.heartbeat("w", host="h", pid=1, info={})
-        older, now = sqlite3.connect(tmp_path / "older.db"), sqlite3.connect(file)
+        older, now = sqlite3.connect(tmp_path / "older.db", timeout=60), sqlite3.connect(file, timeout=60)
         older.backup(now)
         now.close()
         older.close()
@@ -164,7 +164,7 @@ async def test_checkpoints_of_many_writers_are_no_change_from_outside(backend: B
 
     def others() -> None:
         for number in range(200):
-            with sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=30) as db:
+            with sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=60) as db:
                 db.execute("UPDATE agents SET description = ?", ("x" * 50_000 * (number % 4),))
                 db.execute(f"PRAGMA wal_checkpoint({('PASSIVE', 'FULL', 'RESTART', 'TRUNCATE')[number % 4]})")
             db.close()

@@ -34,7 +34,7 @@ async def file(tmp_path: Path) -> Path:
 
 INSERT = """
 import sqlite3, sys, time
-db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
+db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
 for line in sys.stdin:
     db.execute("INSERT INTO tickets (id, title, state) VALUES (?, 'wake', 'draft')", (line.strip(),))
     print(time.monotonic_ns(), flush=True)
@@ -50,7 +50,7 @@ async def test_a_commit_of_another_process_is_seen_at_once(file: Path) -> None:
     async with Wake.watching(file) as wake:
         for number in range(40):
             other.stdin.write(f"{number}\n".encode())
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 assert await wake.changed(timeout_seconds=10)
             seen = time.monotonic_ns()
             late.append((seen - int(await other.stdout.readline())) / 1e6)
@@ -69,7 +69,7 @@ async def test_without_a_commit_nothing_is_seen_and_it_costs_nothing(file: Path)
 
 
 async def test_a_commit_between_two_calls_is_not_missed(file: Path) -> None:
-    connection = sqlite3.connect(file, isolation_level=None)
+    connection = sqlite3.connect(file, isolation_level=None, timeout=60)
     async with Wake.watching(file) as wake:
         await wake.changed(timeout_seconds=0)
         connection.execute("INSERT INTO tickets (id, title) VALUES ('a', 'a')")
@@ -107,7 +107,7 @@ async def test_own_commits_are_noticed_once_the_lock_is_released(file: Path) -> 
         assert noticed() == ["writes"]
         while await wake.changed(timeout_seconds=0.2):
             pass
-        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as other:
             other.execute("INSERT INTO tickets (id) VALUES ('other')")
         assert await wake.changed(timeout_seconds=10)
     assert (before, within, undone) == (["writes", "writes"], ["files"], ["files"])
@@ -131,7 +131,7 @@ from swarm.store.sql.wake import Wake
 Path("/proc/sys/user/max_inotify_instances").write_text("0")  # of our own user namespace
 
 async def main():
-    other = sqlite3.connect(sys.argv[1], isolation_level=None)
+    other = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
     async with Wake.watching(Path(sys.argv[1])) as wake:
         await wake.changed(timeout_seconds=0)
         for number in range(10):

@@ -36,7 +36,7 @@ async def test_a_flood_keeps_its_head_and_its_tail(tmp_path: Path) -> None:
 async def test_text_that_was_printed_before_the_wait(tmp_path: Path) -> None:
     console = Console(tmp_path / "console.log")
     os.write(console.fileno(), b"hello swarm-init: up\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await console.printed(b"swarm-init")
         await console.printed(b"hello")
     console.close()

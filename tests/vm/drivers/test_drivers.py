@@ -212,7 +212,7 @@ async def test_wait_ends_with_the_vmm(host: Host) -> None:
     async with host.vm() as guest:
         wait = asyncio.create_task(guest.vm.wait())
         os.kill(guest.vm.pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             said = await wait
         assert "\n" not in said
         assert said
@@ -306,7 +306,7 @@ async def test_it_dies_with_its_owner(host: Host) -> None:
             gone = death_of(pid)
             child.kill()
             await child.wait()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await gone
         await until(lambda: inside(place) == [])
         clear(place)
@@ -322,7 +322,7 @@ async def test_it_can_outlive_its_owner(host: Host) -> None:
         assert started is not None
         gone = death_of(pid)
         await process.kill_stranger(pid, started)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await gone
         await until(lambda: inside(place) == [])
         clear(place)
@@ -458,7 +458,7 @@ def death_of(pid: int) -> asyncio.Future[None]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.to_thread(os.sched_yield)
 

@@ -110,7 +110,7 @@ async def test_a_guest_that_qemu_stops_is_not_waited_for(driver: QemuDriver, spe
     vm = await driver.boot(spec, None, tmp_path)
     try:
         await vm._qmp.execute("stop")  # as QEMU itself does after an error that it can't go on with
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert "QEMU stopped the guest by itself (paused)" in await vm.wait()
         assert inside(tmp_path) == []
     finally:
