@@ -93,6 +93,37 @@ async def test_whole_programs(there: Open) -> None:
         assert not done.truncated, name
 
 
+TRICKLE = """
+import os, time
+for _ in range(1000):
+    os.write(1, b"x" * 20)
+    until = time.perf_counter() + 0.0003
+    while time.perf_counter() < until: pass
+"""
+
+
+async def test_many_small_writes_come_in_few_pieces(here: agentd_here.Guest, there: Open) -> None:
+    async def of_a_program() -> int:
+        async with processes.start(there, Order(argv=["python3", "-S", "-c", TRICKLE])) as process:
+            parts = [data async for _, data in process]
+        assert b"".join(parts) == b"x" * 20_000
+        return len(parts)
+
+    async def of_an_agent() -> int:
+        parts: list[bytes] = []
+        await here.channel.run(
+            ["/usr/bin/python3", "-S", "-c", TRICKLE], timeout_seconds=60, on_output=lambda _, data: parts.append(data)
+        )
+        assert b"".join(parts) == b"x" * 20_000
+        return len(parts)
+
+    for pieces in (of_a_program, of_an_agent):
+        found: list[int] = []
+        while len(found) < 5 and min(found, default=1000) > 250:  # a busy machine may let pauses come between writes
+            found.append(await pieces())
+        assert min(found) <= 250, found
+
+
 async def test_ten_megabytes(there: Open) -> None:
     script = "import random, sys; sys.stdout.buffer.write(random.Random(1).randbytes(10_000_000))"
     random = await asyncio.create_subprocess_exec("python3", "-c", script, stdout=asyncio.subprocess.PIPE)

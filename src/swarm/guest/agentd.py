@@ -62,6 +62,9 @@ SCROLLBACK = 256 << 10  # bytes of a program's latest output that are kept
 ENDED_SCROLLBACK = 4 << 20  # of all that have ended together
 WINDOW = 256 << 10  # bytes of input that the host may send before the program takes them
 TAKEN = 64 << 10  # it is told whenever the program has taken that many
+BUSY_READS = 4  # of a program's output, so soon after each other: then it is given a moment to write more
+SOON_SECONDS = 0.01
+LINGER_SECONDS = 0.002
 FREEZE_SECONDS = 10.0
 
 USERS = {"agent": (1000, 1000, "/work"), "root": (0, 0, "/root")}
@@ -84,7 +87,8 @@ TIOCSCTTY, TIOCSWINSZ, TIOCSIG = 0x540E, 0x5414, 0x40045436  # asm-generic/ioctl
 CGROUPS = "/sys/fs/cgroup"
 
 # Of files, directories, watches and ports
-BATCH = 256 << 10  # of what is sent in small pieces, as one frame
+BATCH = 256 << 10  # of what is sent in small pieces, as one frame; the capacity of a busy program's pipes
+F_SETPIPE_SZ = 1031  # linux/fcntl.h
 STALL_SECONDS = 600  # how long the host may take nothing in the middle of a file: its user may be slow
 DIAL_SECONDS = 10.0
 MAX_DEPTH = 100_000  # of directories that are removed
@@ -1822,6 +1826,7 @@ class Dialled:
         self.to_port = bytearray(payload)
         self.host_ended = self.port_ended = self.shut = self.reset = False
         self.sent = self.received = 0
+        self.output = Output()
 
     def relay(self) -> Header:
         self.port.setblocking(False)
@@ -1846,7 +1851,7 @@ class Dialled:
         for fd, event in poller.poll():
             if fd == port.fileno():
                 if wanted & select.POLLIN and event & ~select.POLLOUT:
-                    data = port.recv(CHUNK)
+                    data = self.output.read(port.fileno())
                     self.received += len(data)
                     self.port_ended = not data
                     talk.say({"stream": "data"}, data)
@@ -1860,6 +1865,7 @@ class Dialled:
                 self.hear()
 
     def hear(self) -> None:
+        self.output.hurry()
         for head, data in self.talk.hear():
             if head["op"] != "data":
                 raise Broken("a frame that does not belong to a port")
@@ -1983,9 +1989,20 @@ class Talk:
         return select.POLLIN | select.POLLRDHUP | (select.POLLOUT if self.unsent else 0)
 
     def say(self, head: Header, payload: bytes = b"") -> None:
-        if not self.gone:
-            self.unsent += frame({"id": self.id, **head}, payload)
-            self.flush()
+        if self.gone:
+            return
+        prefix, sent = frame({"id": self.id, **head}, size=len(payload)), 0
+        try:
+            if not self.unsent:
+                sent = self.sock.sendmsg([prefix, payload])
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.lose()
+            return
+        if sent < len(prefix):
+            self.unsent += prefix[sent:]
+        self.unsent += memoryview(payload)[max(0, sent - len(prefix)) :]
 
     def flush(self) -> None:
         try:
@@ -2029,9 +2046,10 @@ class Talk:
         self.unsent.clear()
 
 
-def frame(head: Header, payload: bytes = b"") -> bytes:
+def frame(head: Header, payload: bytes = b"", size: int = 0) -> bytes:
+    """``size``: of a payload that is sent by itself."""
     data = COMPACT(head).encode()
-    return struct.pack(">II", len(data), len(payload)) + data + payload
+    return struct.pack(">II", len(data), size or len(payload)) + data + payload
 
 
 def key_of(token: str) -> bytes:
@@ -2943,6 +2961,46 @@ class Sender:
             self.connection.send({"id": self.id, "stream": "data"}, data)
 
 
+class Output:
+    """Reads a program's output. What comes after a silence is read at once. What comes in many small writes is read
+    after a moment: to be woken up for each of them, and to send a frame for it, costs more than the write."""
+
+    def __init__(self) -> None:
+        self.soon = 0  # how many reads followed so soon on the one before
+        self.read_at = 0.0
+        self.got = 0  # by the reads since a pipe was last found empty
+        self.large: set[int] = set()  # pipes that hold more
+
+    def read(self, fd: int) -> bytes:
+        """What is there, at most CHUNK."""
+        if self.soon >= BUSY_READS and self.got < CHUNK:
+            time.sleep(LINGER_SECONDS)
+        data = os.read(fd, CHUNK)
+        before, self.read_at = self.read_at, time.monotonic()
+        self.soon = self.soon + 1 if self.read_at < before + SOON_SECONDS else 0
+        self.got += len(data)
+        if len(data) < CHUNK:
+            if self.got >= BATCH:  # it had to wait for us
+                self.soon = 0
+            self.got = 0
+        if self.soon >= BUSY_READS and fd not in self.large:
+            self.large.add(fd)
+            enlarge(fd)
+        return data
+
+    def hurry(self) -> None:
+        """What comes next is an answer to somebody."""
+        self.soon = 0
+
+
+def enlarge(fd: int) -> None:
+    """Let a pipe hold more."""
+    try:
+        fcntl.fcntl(fd, F_SETPIPE_SZ, BATCH)
+    except OSError:  # it is a terminal, or a socket
+        pass
+
+
 class AgentLinks:
     """agentd's ends of its connections to one agent's process: the socket for reports (and for the order to a waiting
     process), and the pipes for its output."""
@@ -3012,6 +3070,7 @@ class Run:
         self.started_ns: object = None
         self.cannot: object = None
         self.exit: Header | None = None
+        self.output = Output()
         self.unsent = bytearray()
         self.sent_at = now  # when the host last took data, or none was waiting
         self.host_gone = False
@@ -3155,7 +3214,9 @@ class Run:
             self.exit = said
 
     def pump(self, fd: int, reading: dict[int, str]) -> None:
-        data = os.read(fd, CHUNK)
+        if self.exit is not None:
+            self.output.hurry()
+        data = self.output.read(fd)
         if not data:
             del reading[fd]
             os.close(fd)
@@ -3226,8 +3287,10 @@ class Program:
         self.kept = self.written = 0  # bytes of that, and of all its output
         self.input: deque[tuple[Listener | None, memoryview]] = deque()  # not yet taken by it
         self.input_ends = self.deaf = False
+        self.full = False  # it was once behind with its input
         self.input_fd = self.wake = self.beginning = self.ending = -1
         self.reading: dict[int, str] = {}
+        self.output = Output()
         self.start_report = b""
         self.begun = 0.0
         self.frozen = 0.0
@@ -3388,9 +3451,12 @@ class Program:
                 self.hear_end()
             else:
                 if fd == self.input_fd and event & ~select.POLLIN:
+                    if self.full:  # it has enough for a while: a write for each of its small reads would cost more
+                        time.sleep(LINGER_SECONDS)
                     self.feed()
                 if fd in self.reading and event & ~select.POLLOUT:
-                    self.pump(fd)
+                    while self.pump(fd) and 0 < self.output.got < BATCH and not any(talk.unsent for talk in self.talks):
+                        pass
         return True
 
     def patience_ms(self, now: float) -> int | None:
@@ -3476,6 +3542,7 @@ class Program:
 
     def obey(self, talk: Listener, head: Header, payload: bytes) -> None:
         op = head["op"]
+        self.output.hurry()
         if op == "stdin":
             talk.fed += len(payload)
             if talk.fed - talk.taken > WINDOW + MAX_PAYLOAD:
@@ -3570,9 +3637,10 @@ class Program:
     def drain(self, now: float) -> None:
         """After its end, read what is in the pipes; what it left running may hold them open. (A terminal closes by
         itself when its owner ends, but later.)"""
+        self.output.hurry()
         for fd in list(self.reading):
             while not any(talk.unsent for talk in self.talks) and self.pump(fd):
-                pass
+                self.output.hurry()
         if not any(talk.unsent for talk in self.talks) and (not self.size or now > self.drained_by):
             for fd in list(self.reading):
                 self.stop_reading(fd)
@@ -3580,7 +3648,7 @@ class Program:
     def pump(self, fd: int) -> bool:
         """Read once. False if there is nothing now."""
         try:
-            data = os.read(fd, CHUNK)
+            data = self.output.read(fd)
         except BlockingIOError:
             return False
         except OSError:  # EIO: nobody has the terminal open
@@ -3616,6 +3684,11 @@ class Program:
                 if data[size:]:
                     self.input.appendleft((talk, data[size:]))
                 self.tell_taken(talk, size)
+                if size < min(CHUNK, len(data)):
+                    if not self.full:
+                        enlarge(self.input_fd)
+                    self.full = True
+                    break
         except OSError:  # it reads no more
             self.end_input()
             self.input.appendleft((talk, data))
