@@ -48,8 +48,12 @@ async def test_what_is_done_in_one_is_told(desk: Desk, tmp_path: Path) -> None:
     async with desk.engine() as engine:
         desk.insert("s", agent_id=agent.id, env='{"B": "2"}', secrets='["KEY"]')
         await desk.running("s")
-        assert await shell(engine, "s", "cat /agent/main.py; echo $A$B$KEY") == "print('hi')12swordfish"
-        assert (await run(engine, "s", "/bin/sh", "-c", "exit 3; swordfish")).ended.code == 3
+        said = "cat /agent/main.py; echo $A$B$KEY; test $KEY = sword'fish' && printf sword; sleep 0.1; printf fish"
+        assert await shell(engine, "s", said) == "print('hi')12[KEY]\n[KEY]"
+        assert await shell(engine, "s", "printf '%s' swordf; exec 1>&-") == "swordf", "what was no secret after all"
+        assert (await run(engine, "s", "/bin/sh", "-c", "exit 3; swordfish", "x" * 495 + "swordfish")).ended.code == 3
+        listed = await processes.processes(opening(engine, "s"))
+        assert [one.argv[2] for one in listed][-1:] == ["exit 3; [KEY]"]
         with pytest.raises(UsageError, match="freeze can't be asked of a sandbox"):
             async with engine.converse("s", "freeze", {}, b"", by="test"):
                 raise AssertionError("it was asked")
@@ -61,9 +65,9 @@ async def test_what_is_done_in_one_is_told(desk: Desk, tmp_path: Path) -> None:
         assert desk.vms() == [], "ended means that its VM is gone"
     story = await desk.story("s")
     assert [event.data.get("to") for event in story if event.kind == "transition"] == ["running", "ended"]
-    (_, failed) = [event.data for event in story if event.kind == "exec"]
-    assert failed["argv"] == ["/bin/sh", "-c", "exit 3; [KEY]"] and failed["by"] == "test"
-    (_, how) = [event.data for event in story if event.kind == "exit"]
+    (*_, failed) = [event.data for event in story if event.kind == "exec"]
+    assert failed["argv"] == ["/bin/sh", "-c", "exit 3; [KEY]", "x" * 495 + "[KEY]"] and failed["by"] == "test"
+    (*_, how) = [event.data for event in story if event.kind == "exit"]
     assert how["code"] == 3 and how["process"] == failed["process"]
     assert "swordfish" not in str([event.data for event in story])
 

@@ -35,6 +35,14 @@ async def vault(plain: Bench) -> AsyncIterator[Vault]:
     yield wiring.vault(plain.settings, plain.store)
 
 
+@given(st.integers(0, 60), st.integers(1, 30))
+def test_no_part_of_a_secret_is_left_where_a_text_is_cut(before: int, limit: int) -> None:
+    redactor = Redactor({"KEY": VALUE})
+    text = "x" * before + VALUE * 20
+    assert set(redactor.beginning(text, limit)) <= set("x[KEY]")
+    assert redactor.beginning("x" * before, limit) == "x" * min(before, limit)
+
+
 async def test_sealed_at_rest(plain: Bench, vault: Vault) -> None:
     await vault.set("TOKEN", VALUE)
     assert await vault.get("TOKEN") == VALUE

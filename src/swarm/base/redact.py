@@ -50,6 +50,13 @@ class Redactor:
     def mark(self, found: re.Match[bytes]) -> bytes:
         return self._bytes[found[0]]
 
+    def beginning(self, text: str, limit: int) -> str:
+        """Its first characters, when it is clean: no part of a secret is left where it is cut."""
+        some = text[: 8 * limit]
+        if len(some) == len(text):
+            return self.text(text)[:limit]
+        return self.stream().feed(some.encode(errors="replace")).decode(errors="replace")[:limit]
+
     def stream(self) -> Stream:
         return Stream(self)
 

@@ -1,7 +1,8 @@
 """What may be said to the guest of a sandbox, and what of it becomes an event.
 
 The engine passes conversations on and knows no details of agentd's ops: only which of them a client may use, which of
-their fields name what was done, and how a program ended.
+their fields name what was done, what a program prints, and how it ended. Neither what is told nor what a program prints
+has a secret in it that the sandbox was given.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from swarm.base.redact import Redactor, Stream
 from swarm.channel.conversation import Conversation
 from swarm.channel.frames import Frame, printable
+from swarm.channel.processes import STREAMS
 from swarm.engine.held import Held
 from swarm.errors import ChannelError, GuestRefused, UsageError
 
@@ -26,16 +29,18 @@ _EXIT: Final = ("code", "signal", "timed_out", "oom", "cpu_ms", "max_rss_kb", "d
 
 @dataclass(frozen=True, slots=True)
 class _Op:
-    """``kind``: of the event; '' for what is not told. ``told``: the fields that it quotes."""
+    """``kind``: of the event; '' for what is not told. ``told``: the fields that it quotes. ``prints``: what it answers
+    is read by people, and not a file's content."""
 
     kind: str = ""
     told: tuple[str, ...] = ()
+    prints: bool = False
 
 
 OPS: Final[Mapping[str, _Op]] = {
-    "exec": _Op("exec", ("process", "argv", "cwd", "user", "background", "timeout")),
-    "attach": _Op(),
-    "processes": _Op(),
+    "exec": _Op("exec", ("process", "argv", "cwd", "user", "background", "timeout"), prints=True),
+    "attach": _Op(prints=True),
+    "processes": _Op(prints=True),
     "signal": _Op("signal", ("process", "signal", "all")),
     "stat": _Op(),
     "list": _Op(),
@@ -73,8 +78,12 @@ class Told:
         self._inner = inner
         self._op, self._rule, self._held = op, check(op), held
         self._said: dict[str, object] = {
-            name: _short(fields[name]) for name in self._rule.told if fields.get(name) not in (None, False)
+            name: _short(fields[name], held.redactor)
+            for name in self._rule.told
+            if fields.get(name) not in (None, False)
         }
+        self._streams: dict[object, tuple[Stream, Frame]] = {}  # of its output, each with its latest frame
+        self._ready: list[Frame] = []
         self._process = str(fields.get("process") or "")
         self._background = bool(fields.get("background"))
         self._by = {"by": by}
@@ -108,14 +117,30 @@ class Told:
         await self._inner.send(head, payload)
 
     async def receive(self) -> Frame:
-        frame, self._first = self._first, None
-        if isinstance(frame, GuestRefused | ChannelError):
-            raise frame
-        frame = frame or await self._inner.receive()
-        self._received += len(frame.payload)
+        while not self._ready:
+            frame, self._first = self._first, None
+            if isinstance(frame, GuestRefused | ChannelError):
+                raise frame
+            frame = frame or await self._inner.receive()
+            self._received += len(frame.payload)
+            if frame.head.get("ok"):
+                self._last = frame.head
+            self._ready = self._clean(frame) if self._rule.prints and self._held.redactor else [frame]
+        return self._ready.pop(0)
+
+    def _clean(self, frame: Frame) -> list[Frame]:
+        """What is passed on of it, without secrets: what could begin one waits for what follows, or for the end."""
         if frame.head.get("ok"):
-            self._last = frame.head
-        return frame
+            rest = [(stream.end(), last) for stream, last in self._streams.values()]
+            return [*(replace(last, payload=data) for data, last in rest if data), frame]
+        if not frame.payload:
+            return [frame]
+        if (name := frame.head.get("stream")) not in STREAMS:
+            return [replace(frame, payload=self._held.redactor.clean(frame.payload))]
+        stream, _ = self._streams.get(name) or (self._held.redactor.stream(), frame)
+        self._streams[name] = stream, frame
+        data = stream.feed(frame.payload)
+        return [replace(frame, payload=data)] if data else []
 
     def close(self) -> None:
         self._inner.close()
@@ -167,8 +192,8 @@ def _why(error: BaseException | None) -> str:
     return (printable(str(error)) if error is not None else "") or _GONE
 
 
-def _short(value: object) -> object:
+def _short(value: object, redactor: Redactor) -> object:
     if isinstance(value, list | tuple):
-        words = [str(word)[:_MAX_WORD] for word in value[:_MAX_WORDS]]
+        words = [redactor.beginning(str(word), _MAX_WORD) for word in value[:_MAX_WORDS]]
         return words + ["…"] * (len(value) > _MAX_WORDS)
-    return value if isinstance(value, bool | int | float) else str(value)[:_MAX_WORD]
+    return value if isinstance(value, bool | int | float) else redactor.beginning(str(value), _MAX_WORD)

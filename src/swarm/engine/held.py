@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from swarm.base.redact import Redactor
 from swarm.channel.guest import Guest
 from swarm.engine.egress import AttemptEgress
 from swarm.engine.room import VmInUse
@@ -109,8 +110,12 @@ class Held:
 
     def record(self, kind: str, data: Mapping[str, object]) -> None:
         """Add an event to its history, without the secrets that a command line may have."""
-        told = self.egress.redactor.value(dict(data)) if self.egress is not None else dict(data)
+        told = self.redactor.value(dict(data))
         self._emit(Event(ticket_id="", sandbox_id=self.id, kind=kind, data=told))
+
+    @property
+    def redactor(self) -> Redactor:
+        return self.egress.redactor if self.egress is not None else Redactor({})
 
     # --- who speaks with it -----------------------------------------------------------------------------------------
 
