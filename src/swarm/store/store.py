@@ -88,8 +88,10 @@ class Store:
         self._packing = asyncio.Lock()  # one thread waits for the packer: threads are few, and shared
         self._queue = Claimer(self._workflows)
         self._finisher = finish.Finisher(self._workflows, over_budget, self.isolation)
-        untold = (*UNTOLD, self._finisher.append, self._finisher.renew, self._finisher.running)
-        self._write = IsolatingThread(db, self.isolation, untold=untold)
+        finisher = self._finisher
+        untold = (*UNTOLD, finisher.append, finisher.renew, finisher.running)
+        shared = (self._queue.claim, finisher.finish, finisher.append, finisher.renew, finisher.running)
+        self._write = IsolatingThread(db, self.isolation, untold=untold, shared=shared)
         self._read = ConnectionThread(db, write=False, untold=untold)
         self._survey_read: ConnectionThread | None = None  # begins at its first use
         self._planner = BackgroundPlanner(db, self._workflows, self._write)

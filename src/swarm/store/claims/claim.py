@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
@@ -30,11 +30,10 @@ HINTS: Final = 20
 # live_run: set when another tool made the ticket ready again while it ran.
 _READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
-READY_TICKETS: Final = Sql(
-    f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
-    "ORDER BY t.priority DESC, t.created_at LIMIT :limit"
-)
-READY_TICKET: Final = Sql(f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.id = :id AND t.state = 'ready'")
+_READY: Final = f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
+_UNLOCKED: Final = " /*+ FOR NO KEY UPDATE OF {} SKIP LOCKED */"  # what another engine is claiming is its own
+READY_TICKETS: Final = Sql(_READY + "ORDER BY t.priority DESC, t.created_at LIMIT :limit" + _UNLOCKED.format("t"))
+READY_TICKET: Final = Sql(_READY + "AND t.id = :id" + _UNLOCKED.format("t"))
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
        s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
@@ -48,8 +47,8 @@ FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets
 WHERE s.status = 'ready' AND s.available_at IS NULL
   AND {kept.IS_HERE}
   AND (:idle OR :drain AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
-READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit")
-READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit")
+READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit" + _UNLOCKED.format("s"))
+READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit" + _UNLOCKED.format("s"))
 DELAYED: Final = Sql(
     "SELECT s.id, r.ticket_id FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
     "WHERE s.status = 'ready' AND s.available_at IS NOT NULL AND s.available_at <= :now_ms"
@@ -78,6 +77,7 @@ START_TICKET: Final = one_row(
     "UPDATE tickets SET state = 'in_progress', run_id = :run_id, started_at = :now, completed_at = NULL, error = NULL, "
     "outputs = NULL, updated_at = :now WHERE id = :id"
 )
+_STARTED: Final[Mapping[str, Any]] = {"state": str(TicketState.IN_PROGRESS), "outputs": None, "error": None}
 FAIL_STEP: Final = one_row(
     "UPDATE step_executions SET status = 'failed', error = :error, completed_at = :now, available_at = NULL "
     "WHERE id = :id"
@@ -437,9 +437,7 @@ class _ClaimTransaction:
             step_execution_id=step_execution_id,
             step_id=step_id,
             run_id=run_id,
-            ticket=replace(
-                ticket, state=str(TicketState.IN_PROGRESS), run_id=run_id, started_at=now, outputs=None, error=None
-            ),
+            ticket=replace(ticket, **_STARTED, run_id=run_id, started_at=now),
             agent=agent,
             inputs=work.inputs,
             timeout_seconds=timeout_seconds,

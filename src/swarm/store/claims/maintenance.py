@@ -111,6 +111,7 @@ class Maintenance:
 
     def run(self, changes: Changes, written_by_others: int) -> bool:
         """True if a ticket became ready."""
+        changes.tx.exact()
         began = time.thread_time()  # a busy machine makes it no dearer
         changes.tx.if_undone(partial(self._restore, self._seen, self.has_more))
         stuck = changes.tx.all(STUCK, limit=AT_ONCE)

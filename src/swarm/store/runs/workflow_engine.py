@@ -113,6 +113,7 @@ class WorkflowEngine:
         """Decide on `changes.pending_runs`. Returns the runs to be decided outside: by the caller, with ``take_up``."""
         deferred, began = list[str](), time.monotonic()
         while changes.pending_runs:
+            changes.tx.exact()
             changes.flush()
             run_id = next(iter(changes.pending_runs))
             keys = changes.pending_runs.pop(run_id)
@@ -148,6 +149,7 @@ class WorkflowEngine:
         Returns the runs that the caller must decide on.
         """
         tx, undecided = changes.tx, []
+        tx.exact()
         unanswered = tx.all(_UNANSWERED, now_ms=tx.now_ms, limit=_DUE_LIMIT)
         for row in changes.each(unanswered, lambda row: row.ticket_id):
             answer(changes, row, Verdict(approved=False, by="swarm", why="nobody answered in time"))

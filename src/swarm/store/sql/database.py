@@ -19,7 +19,7 @@ from functools import cache, cached_property, partial
 from typing import Any, Final, TypeAlias
 
 from swarm.base.realtime import ahead_of_others
-from swarm.errors import Conflict, StoreError, UsageError
+from swarm.errors import StoreError, UsageError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain, without_password
 from swarm.store.sql.dialects import dialect_of
@@ -31,7 +31,6 @@ HEAD: Final = "v0_2_1"
 _IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
 _URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)
-_GENERATED: Final = re.compile(r"[0-9a-f]{8}(-?)(?:[0-9a-f]{4}\1){3}[0-9a-f]{12}")
 
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
 
@@ -96,6 +95,10 @@ class Outdated(Exception):
     """Another program wrote, or is writing, since an optimistic transaction began: nothing of it was written."""
 
 
+class NotExact(Exception):
+    """A shared transaction needs to be an exact one: nothing of it was written."""
+
+
 class Tx:
     """An open transaction. A row is a named tuple of its statement's columns.
 
@@ -103,9 +106,12 @@ class Tx:
     it holds no lock that another program's INSERT could meet.
     """
 
-    def __init__(self, connection: Connection, dialect: Dialect, wakes: Iterable[Wake] = ()) -> None:
+    def __init__(
+        self, connection: Connection, dialect: Dialect, wakes: Iterable[Wake] = (), *, shared: bool = False
+    ) -> None:
         self.connection = connection
         self.dialect = dialect
+        self._shared = shared
         self._wakes, self._muted = wakes, list[Wake]()
         self._cursor = connection.driver.cursor()
         self._unwritten: list[tuple[Sql, Sequence[Mapping[str, Any]]]] = []
@@ -155,7 +161,10 @@ class Tx:
             # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
             self._take_lock(self.dialect.lock)
         for statement, rows in unwritten:
-            self._cursor.executemany(self._text(statement), rows)
+            if len(rows) == 1:
+                self._cursor.execute(self._text(statement), rows[0])
+            else:
+                self._cursor.executemany(self._text(statement), rows)
             if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
                 raise self.dialect.driver_error("a trigger ignored it, or removed the row")
 
@@ -191,6 +200,12 @@ class Tx:
         if ids and not self._locked and self.dialect.warm_up is not None:
             with contextlib.suppress(self.dialect.driver_error):  # another program removed a table
                 self._cursor.execute(self.dialect.warm_up, {"ticket_id": ids[0]}).fetchall()
+
+    def exact(self) -> None:
+        """What follows depends on rows that the transaction has read, but not locked. Raises NotExact in a shared one:
+        then it runs again, as one that is refused if another transaction comes between."""
+        if self._shared:
+            raise NotExact
 
     def if_undone(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` unless this transaction is committed: it may run again."""
@@ -248,21 +263,6 @@ class Tx:
         """Is the database at fault, and not one statement?"""
         complete = partial(_is_complete, self.connection, self.dialect)
         return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
-
-
-def unique(tx: Tx, statement: Sql, ref: str, what: str, **values: str | None) -> Row | None:
-    """The row whose id alone begins with ``ref``, of at least four characters. Raises Conflict if several do.
-    ``statement``: rows with :ref <= id < :end; it may have further ``values``.
-
-    Only ids that were generated: `ticket rm test-1` must never mean test-10."""
-    if len(ref) < 4:
-        return None
-    found = tx.all(statement, ref=ref, end=f"{ref}\U0010ffff", **values)
-    rows = [row for row in found if _GENERATED.fullmatch(str(row.id))]
-    if len(rows) > 1:
-        some = ", ".join(str(row.id) for row in rows[:5]) + (", …" if len(rows) > 5 else "")
-        raise Conflict(f"the ids of several {what} begin with {ref!r}: {some}; write more of it")
-    return rows[0] if rows else None
 
 
 def _is_complete(connection: Connection, dialect: Dialect) -> bool:
@@ -332,11 +332,12 @@ class Database:
         return connection
 
     @contextmanager
-    def transaction(self, connection: Connection, *, optimistic: bool = False) -> Iterator[Tx]:
+    def transaction(self, connection: Connection, *, optimistic: bool = False, shared: bool = False) -> Iterator[Tx]:
         """Commits at the end, rolls back on any exception. Raises StoreError when the database itself fails.
 
         ``optimistic``: begin without the write lock, and take it when something is written. What was read before must
-        still be true then: else nothing is written, and Outdated is raised.
+        still be true then: else nothing is written, and Outdated is raised. ``shared``: see `Dialect.begin_shared`, and
+        `Tx.exact`.
         """
         opened = connection.opened
         if opened is not None:
@@ -346,7 +347,9 @@ class Database:
                 self._changed = opened  # a new connection would write into whatever is there now
                 raise
         begin = self.dialect.begin_optimistic if optimistic else self._begin(connection)
-        tx = Tx(connection, self.dialect, self.wakes)
+        if shared and self.dialect.begin_shared is not None:
+            begin = self.dialect.begin_shared
+        tx = Tx(connection, self.dialect, self.wakes, shared=begin == self.dialect.begin_shared)
         try:
             with self.errors(connection):
                 tx.begin(begin)

@@ -53,6 +53,9 @@ class Dialect:
     tidy: str | None  # a statement at the beginning of a writing connection
     begin_write: str  # starts a transaction that no other writer can get between
     begin_optimistic: str  # starts one that is refused, at a write or at its end, if another writer got between
+    # Starts one that sees what others commit meanwhile, and locks the rows that it depends on: it is never refused, and
+    # engines don't wait for each other. None: there is none.
+    begin_shared: str | None
     begin_read: str
     begin_migration: str
     lock: str | None  # takes the write lock, and changes nothing. None: there is none

@@ -122,12 +122,12 @@ _DIFFERENT: Final = re.compile(
 )
 # CROSS JOIN: to SQLite, the order in which it reads the tables.
 _OTHER_WORDS: Final = {"instr(": "strpos(", "CROSS JOIN": "JOIN"}
-_OWN: Final = re.compile(r"/\*\+ (.*?) \*/", re.S)
+_OWN: Final = re.compile(r"/\*\+ (.*?) \*/|/\*-\*/.*?/\*-\*/", re.S)
 
 
 @lru_cache(4096)
 def translate(sql: str) -> str:
-    """As psycopg takes it. A comment `/*+ … */` is SQL that PostgreSQL alone needs."""
+    """As psycopg takes it. `/*+ … */` is SQL for PostgreSQL alone; what is between two `/*-*/` is for all others."""
 
     def one(found: re.Match[str]) -> str:
         if found["number"] is not None:
@@ -142,7 +142,7 @@ def translate(sql: str) -> str:
             return _OTHER_WORDS[found[0]]
         return "IS DISTINCT FROM " if found["no"] else "IS NOT DISTINCT FROM "
 
-    return _DIFFERENT.sub(one, _OWN.sub(r"\1", sql))
+    return _DIFFERENT.sub(one, _OWN.sub(lambda found: found[1] or "", sql))
 
 
 def _explain(error: BaseException) -> str | None:
@@ -182,6 +182,7 @@ POSTGRESQL: Final = Dialect(
     tidy=None,
     begin_write="BEGIN ISOLATION LEVEL SERIALIZABLE READ WRITE",
     begin_optimistic="BEGIN ISOLATION LEVEL SERIALIZABLE READ WRITE",
+    begin_shared="BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",
     begin_read="BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
     # Migrations of two processes, one after the other.
     begin_migration="BEGIN; SELECT pg_advisory_xact_lock(hashtext('swarm migration'))",

@@ -182,6 +182,7 @@ SQLITE: Final = Dialect(
     tidy="PRAGMA wal_checkpoint(PASSIVE)",
     begin_write="BEGIN IMMEDIATE",
     begin_optimistic="BEGIN",
+    begin_shared=None,
     begin_read="BEGIN",
     begin_migration="BEGIN IMMEDIATE",
     lock="UPDATE clock SET offset_ms = 0 WHERE 0",

@@ -26,7 +26,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from swarm.base import crash_points
 from swarm.errors import FilesChanged, Locked, StoreError, SwarmError
-from swarm.store.sql.database import Connection, Database, Outdated, Tx
+from swarm.store.sql.database import Connection, Database, NotExact, Outdated, Tx
 from swarm.store.sql.flush import Flusher
 
 P = ParamSpec("P")
@@ -81,13 +81,23 @@ class Use:
 class ConnectionThread:
     """One thread, one connection. ``close`` serves the requests made before it, then ends both.
 
+    ``shared``: functions that lock the rows that they depend on, or say `Tx.exact`.
+
     ``untold``: functions whose results may be handed out before they are on the disk, since nobody outside learns of
     them, or since it does no harm if a power failure takes them back.
     """
 
-    def __init__(self, database: Database, *, write: bool, untold: Collection[Callable[..., Any]] = ()) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        write: bool,
+        untold: Collection[Callable[..., Any]] = (),
+        shared: Collection[Callable[..., Any]] = (),
+    ) -> None:
         self._database = database
         self._write = write
+        self._shared = frozenset(shared)
         self._untold = frozenset(untold)
         self._flusher = Flusher(database.file) if database.file is not None else None
         self._seen: tuple[int, int | None] | None = None  # own changes, and others', up to the last transaction
@@ -239,9 +249,12 @@ class ConnectionThread:
 
     def _serve_group(self, jobs: list[_Job]) -> list[Any]:
         """Jobs for the same function. Raises StoreError when the database itself failed."""
+        shared = jobs[0].function in self._shared
         for _ in range(self._database.dialect.tries):
             try:
-                return self._transaction(jobs, optimistic=True)
+                return self._transaction(jobs, optimistic=True, shared=shared)
+            except NotExact:
+                shared = False
             except Outdated:
                 self.use.repeated += 1
                 self._wait_for_others()
@@ -257,12 +270,12 @@ class ConnectionThread:
         finally:
             self.use.lock_seconds += time.monotonic() - began
 
-    def _transaction(self, jobs: list[_Job], *, optimistic: bool) -> list[Any]:
+    def _transaction(self, jobs: list[_Job], *, optimistic: bool, shared: bool = False) -> list[Any]:
         connection = self._open(check=True)
         name = getattr(jobs[0].function, "__name__", "")
         began = time.monotonic()
         try:
-            with self._database.transaction(connection, optimistic=optimistic) as tx:
+            with self._database.transaction(connection, optimistic=optimistic, shared=shared) as tx:
                 results = self._call(tx, jobs)
                 # A batch tells only of what it has written itself. A single function may tell what another process
                 # wrote and has not flushed yet.
@@ -272,7 +285,7 @@ class ConnectionThread:
             crash_points.reach(f"{name}:committed")
         except _Refused as refused:
             return [refused.error]
-        except Outdated:
+        except (Outdated, NotExact):
             raise
         except BaseException:
             self._drop()  # its state is unknown

@@ -15,19 +15,22 @@ from swarm.store.sql.rows import READ_BYTES, dump, event_values, lenient, messag
 
 T = TypeVar("T")
 
-# Left joins: other tools may have deleted any of these rows.
+# Left joins: with SQLite, other tools may have deleted any of these rows.
 _FENCE = """
 SELECT a.id, a.step_execution_id, a.number, a.worker, a.outcome, a.reason, a.started_at,
        s.run_id, s.step_id, s.agent_id, s.status, s.attempt_id, s.retry_count, s.max_attempts, s.retry AS step_retry,
        r.ticket_id, r.path, r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
        t.id AS ticket, t.state, t.run_id AS ticket_run, t.over_budget
 FROM attempts a
-LEFT JOIN step_executions s ON s.id = a.step_execution_id
-LEFT JOIN workflow_runs r ON r.id = s.run_id
-LEFT JOIN tickets t ON t.id = r.ticket_id
+/*-*/LEFT/*-*/ JOIN step_executions s ON s.id = a.step_execution_id
+/*-*/LEFT/*-*/ JOIN workflow_runs r ON r.id = s.run_id
+/*-*/LEFT/*-*/ JOIN tickets t ON t.id = r.ticket_id
 """
-FENCE_BY_ID: Final = Sql(_FENCE + "WHERE a.id IN :ids")
-FENCE_EXPIRED: Final = Sql(_FENCE + "WHERE a.outcome IS NULL AND a.lease_until <= :now_ms LIMIT :limit")
+FENCE_BY_ID: Final = Sql(_FENCE + "WHERE a.id IN :ids /*+ ORDER BY a.id FOR NO KEY UPDATE OF a, t */")
+FENCE_EXPIRED: Final = Sql(
+    _FENCE + "WHERE a.outcome IS NULL AND a.lease_until <= :now_ms LIMIT :limit "
+    "/*+ FOR NO KEY UPDATE OF a, t SKIP LOCKED */"
+)
 
 INSERT_ATTEMPT: Final = one_row(
     "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until, reason, started_at) "
@@ -375,6 +378,7 @@ class Changes:
 
     def cancel_runs(self, run_ids: Iterable[str], *, error: str) -> None:
         """Cancel these runs, nested ones, and their live steps and attempts. Tickets are not changed."""
+        self.tx.exact()
         self.flush()
         ids = self._with_nested(run_ids)
         for run in ids:
@@ -395,6 +399,7 @@ class Changes:
 
     def delete_runs(self, run_ids: Iterable[str]) -> None:
         """Delete runs whose ticket was deleted."""
+        self.tx.exact()
         self.flush()
         ids = self._with_nested(run_ids)
         for statement in (_DELETE_ATTEMPTS, _DELETE_STEPS, _DELETE_RUN):

@@ -70,6 +70,7 @@ def release(changes: Changes) -> None:
         ended, changes.ended = changes.ended, {}
         if not changes.tx.all_in(_DEPENDANTS, ended):  # asked before anything is written: this needs no lock
             break
+        changes.tx.exact()
         changes.flush()
         waiting = [row.ticket_id for row in changes.tx.all_in(BLOCKED_DEPENDANTS, ended)]
         _apply(changes, waiting, check(changes.tx, waiting))

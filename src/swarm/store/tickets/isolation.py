@@ -151,8 +151,15 @@ def sentence(error: Exception) -> str:
 class IsolatingThread:
     """A writing thread whose requests are repeated in isolation when they raise what is no SwarmError."""
 
-    def __init__(self, db: Database, isolation: Isolation, *, untold: Collection[Callable[..., Any]] = ()) -> None:
-        self._thread = thread = ConnectionThread(db, write=True, untold=untold)
+    def __init__(
+        self,
+        db: Database,
+        isolation: Isolation,
+        *,
+        untold: Collection[Callable[..., Any]] = (),
+        shared: Collection[Callable[..., Any]] = (),
+    ) -> None:
+        self._thread = thread = ConnectionThread(db, write=True, untold=untold, shared=shared)
         self._refusal = db.dialect.driver_error
         self._isolation = isolation
         self._tasks: set[asyncio.Task[None]] = set()
