@@ -103,6 +103,42 @@ async def test_a_vm_is_saved_forked_paused_and_resumed(
     assert names(snapshots) == sorted([saved.id, paused.id])
 
 
+async def test_a_paused_ones_disk_stays_as_it_is_until_its_programs_go_on(
+    launcher: Launcher, snapshots: Snapshots, spec: VmSpec
+) -> None:
+    """Whoever resumes it may die meanwhile; and a disk that is large is not copied first."""
+
+    class Died(Exception):
+        pass
+
+    async def die(live: LiveVm) -> None:
+        began = await live.channel.hello()
+        while (await live.channel.hello()).uptime_ms < began.uptime_ms + 1500:  # its kernel has had its turn
+            pass
+        raise Died
+
+    async with a_vm(launcher, spec) as live, AsyncExitStack() as stack:
+        guest = Guest(live.vm.endpoint, live.identity.token)
+        stack.push_async_callback(guest.close)
+        await sh(live, "yes | head -c 70M > /work/large; sync")
+        for name in ("dirty_writeback_centisecs", "dirty_expire_centisecs"):  # what is written goes to the disk soon
+            await sh(live, f"echo 20 > /proc/sys/vm/{name}")
+        writes = Order(argv=["/bin/sh", "-c", "while echo x; do sleep 0.01; done > /work/x"], background=True)
+        async with processes.start(guest.open, writes):
+            pass
+        await sh(live, "until [ -s /work/x ]; do sleep 0.1; done")
+        async with snapshots.stage() as stage:
+            paused = await launcher.pause(live, stage)
+    for _ in range(2):
+        found = await snapshots.find(paused.id)
+        with pytest.raises(Died):
+            async with launcher.restored(found, Assignment(), Timeline(), fork=False, prepare=die):
+                pass
+    async with going_on(launcher, snapshots, paused, fork=False) as live:
+        size = int(await sh(live, "stat -c %s /work/x"))
+        await sh(live, f"until [ $(stat -c %s /work/x) -gt {size} ]; do sleep 0.1; done; sync")
+
+
 async def test_a_damaged_snapshot_is_found_before_it_runs(
     launcher: Launcher, snapshots: Snapshots, spec: VmSpec
 ) -> None:

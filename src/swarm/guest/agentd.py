@@ -81,6 +81,7 @@ PASSED_ENV = {
 MLOCK_ONFAULT = 1  # linux/mman.h
 PR_SET_CHILD_SUBREAPER = 36
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
+FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # linux/fs.h
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME = 2, 4, 8, 1024
 IP_FREEBIND = 15
 TIOCSCTTY, TIOCSWINSZ, TIOCSIG = 0x540E, 0x5414, 0x40045436  # asm-generic/ioctls.h
@@ -2090,7 +2091,7 @@ class Agentd:
         self.machine_id = read_file("/etc/machine-id")
         self.ooms = oom_kills()
         self.python, self.kernel = sys.version.split()[0], os.uname().release
-        self.crng = self.placed = self.mounted = False
+        self.crng = self.placed = self.mounted = self.disk_still = False
         self.busy = _thread.allocate_lock()  # held while an agent runs, or the next one's process is forked
         self.has_sshd = os.path.exists(SSHD)
         self.ssh_files: tuple[tuple[str, str], ...] = ()  # (path, contents) for sshd, not yet written
@@ -2675,6 +2676,9 @@ class Agentd:
         if self.frozen_at is not None:
             raise Refused("the guest is frozen: thaw it first")
 
+    def is_frozen(self) -> bool:
+        return self.frozen_at is not None
+
     def frozen_until(self, now: float) -> float:
         """For how many seconds programs were frozen until now."""
         since = self.frozen_at
@@ -2682,6 +2686,7 @@ class Agentd:
 
     def freeze(self, _: Connection, __: Header, ___: bytes) -> Header:
         """Stop all programs of the guest until `thaw`; a clone, or a VM that is resumed, runs none before `renew`."""
+        self.on_disk(lambda work: libc("syncfs", work))  # most of it while programs run
         with self.programs_lock:
             if self.frozen_at is not None:
                 return {}
@@ -2689,10 +2694,29 @@ class Agentd:
             self.frozen_at = time.monotonic()
         try:
             self.freeze_all(self.frozen_at + FREEZE_SECONDS)
+            self.disk_still = self.on_disk(lambda work: fcntl.ioctl(work, FIFREEZE, 0))
+            if not self.is_frozen():  # the host has given up, and thawed it
+                self.thaw_all()
         except BaseException:
             self.thaw_all()
             raise
         return {}
+
+    def on_disk(self, act: Callable[[int], object]) -> bool:
+        """The guest's kernel writes to the work disk too. In a VM that is resumed it may not before `thaw`: until then
+        the VM can be resumed once more from the same disk. False if a program of root's stands in the way."""
+        if not self.mounted:
+            return False
+        try:
+            work = os.open("/work", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                act(work)
+            finally:
+                os.close(work)
+        except OSError as error:
+            log(f"the work disk: {error}")
+            return False
+        return True
 
     def make_group_of_rest(self) -> None:
         if self.cgroups is None:
@@ -2762,6 +2786,8 @@ class Agentd:
         with self.programs_lock:
             since, self.frozen_at = self.frozen_at, None
             self.frozen_seconds += time.monotonic() - since if since is not None else 0.0
+        if self.disk_still:
+            self.disk_still = not self.on_disk(lambda work: fcntl.ioctl(work, FITHAW, 0))
         if self.cgroups:
             poke(f"{CGROUPS}/swarm/cgroup.freeze", "0")
         elif self.stopped:

@@ -206,8 +206,9 @@ class Driver(Protocol):
         """Start a VM from a snapshot; return when it runs. Its programs are as they were: frozen.
 
         It is a copy-on-write clone, which leaves the snapshot as it is; or, with ``own``, it goes on in the snapshot's
-        files, which the caller then removes. Until then the snapshot stays valid, unless its disk is too large to be
-        copied: from the moment that the VM runs it is then the VM's own. Raises BootFailed.
+        files, which the caller then removes. Until its programs are thawed the snapshot stays valid: its memory is
+        mapped privately, and a guest writes nothing to its work disk. (Should one do so, and the disk be too large to
+        be copied first, the snapshot is found to be damaged.) Raises BootFailed.
         """
 
 
