@@ -10,6 +10,7 @@
 - ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
 - ``browser``: netns, Debian's Chromium with its driver, and axe-core in the cache (tests/dashboard/browser.py)
 - ``schemathesis``: the package, which `make ready` installs with the other tools of developers
+- ``postgresql``: PostgreSQL's server, as Debian's package installs it
 - ``prometheus``: Debian's Prometheus, in the cache (tests/prometheus_here.py; `make ready` fetches it)
 - ``claude-code``: what the agent of this name requires, from PyPI, in the cache (`make ready` puts it there)
 
@@ -27,7 +28,7 @@ import sys
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -36,6 +37,9 @@ from swarm.base.process import which
 from swarm.config import Settings
 from swarm.vm.driver import Image
 from swarm.vm.drivers.console import last_lines
+
+if TYPE_CHECKING:
+    from tests.store.databases import PostgresBackend
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm" / "images"
 REQUIRED = frozenset(filter(None, os.environ.get("SWARM_REQUIRE", "").split(",")))
@@ -68,6 +72,10 @@ def lacks(thing: str) -> str:
         from tests.dashboard import browser
 
         return lacks("netns") or browser.lacks()
+    if thing == "postgresql":
+        from tests import postgres_here
+
+        return "" if postgres_here.programs() else "needs PostgreSQL: apt-get install postgresql"
     if thing == "prometheus":
         from tests import prometheus_here
 
@@ -144,6 +152,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("home")
     asyncio.run(setup.init(config.load(home=place, images_dir=CACHE), image=False))
     return place
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresBackend]:
+    """One server for all tests. Whoever asks it for a database itself calls `done` at the end of the test."""
+    from tests.store.databases import PostgresBackend
+
+    need("postgresql")
+    backend = PostgresBackend(tmp_path_factory.mktemp("databases"))
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def postgresql_url(postgresql: PostgresBackend) -> Iterator[str]:
+    """Of a database as `swarm init` makes it, with the agents `ECHO` and `RETRY` of tests/store/databases.py."""
+    yield postgresql.new()
+    postgresql.done()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INITDB = ("-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
+# No test is about a power failure of its machine.
+CHEAP = {"fsync": "off", "full_page_writes": "off", "wal_level": "minimal", "max_wal_senders": "0"} | {
+    "autovacuum": "off",
+    "jit": "off",
+    "max_wal_size": "8GB",
+    "checkpoint_timeout": "1h",
+}
 USER = "postgres"  # the server refuses to run as root; Debian's package makes this user
 
 
@@ -34,7 +41,7 @@ class Server:
         return f"postgresql://{user}@/{database}?host={self.directory}"
 
     def start(self, **settings: str) -> None:
-        chosen = {"fsync": "off", "listen_addresses": "", "unix_socket_directories": str(self.directory)} | settings
+        chosen = {"listen_addresses": "", "unix_socket_directories": str(self.directory)} | CHEAP | settings
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 _as_user(

@@ -13,9 +13,19 @@ from tests.store.databases import BACKENDS, Backend, Outside
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    if request.param == "postgresql":
+        yield request.getfixturevalue("postgresql")
+        return
     backend = BACKENDS[request.param](tmp_path_factory.mktemp("databases"))
     yield backend
     backend.close()
+
+
+@pytest.fixture(autouse=True)
+def _given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "backend" in request.fixturenames:
+        request.getfixturevalue("backend").done()
 
 
 @pytest.fixture

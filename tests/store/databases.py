@@ -51,6 +51,9 @@ class Backend(Protocol):
 
     def outside(self, url: str) -> Outside: ...
 
+    def done(self) -> None:
+        """A test has ended: what it was given may be given to the next one."""
+
 
 class SqliteOutside:
     """Like the sqlite3 shell: every statement its own transaction, foreign keys off."""
@@ -93,6 +96,9 @@ class SqliteBackend:
     def outside(self, url: str) -> Outside:
         return SqliteOutside(url)
 
+    def done(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -113,13 +119,57 @@ class PostgresOutside:
         self._connection.close()
 
 
+# Of one database: its tables; a text that changes with its tables, triggers, functions and settings; and what ends the
+# connections of others.
+_TABLES = "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+_OWN = " UNION ALL ".join(
+    f"SELECT '{catalog}' || oid || '.' || xmin FROM {catalog} WHERE oid >= 16384"
+    for catalog in ("pg_class", "pg_trigger", "pg_proc", "pg_constraint", "pg_attrdef", "pg_namespace")
+)
+_SHAPE = f"""SELECT md5(string_agg(x, ',' ORDER BY x)) FROM ({_OWN} UNION ALL SELECT setconfig::text
+FROM pg_db_role_setting JOIN pg_database d ON d.oid = setdatabase WHERE datname = current_database()) AS own(x)"""
+_END_OTHERS = """SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"""
+
+
+class _Reusable:
+    """A database that is emptied instead of made anew, which takes 30 times as long."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._connection = psycopg.connect(url, autocommit=True)
+        self._connection.execute("SET session_replication_role = replica")  # no triggers
+        reset = ["SELECT setval('events_seq_seq', 1, false)"]
+        for (name,) in self._connection.execute(_TABLES).fetchall():
+            self._connection.execute(f"CREATE TEMP TABLE first_{name} AS TABLE public.{name}")
+            reset.append(f"DELETE FROM {name}")
+            if self._connection.execute(f"SELECT FROM {name} LIMIT 1").fetchall():
+                reset.append(f"INSERT INTO {name} TABLE first_{name}")
+        self._reset = "; ".join(reset)
+        self._shape = self._connection.execute(_SHAPE).fetchall()
+
+    def reset(self) -> bool:
+        """As it was at first; False if it can't be: then it is closed."""
+        try:
+            self._connection.execute(_END_OTHERS)
+            if self._connection.execute(_SHAPE).fetchall() == self._shape:
+                self._connection.execute(self._reset)
+                return True
+        except psycopg.Error:
+            pass
+        self.close()
+        return False
+
+    def close(self) -> None:
+        self._connection.close()
+
+
 class PostgresBackend:
     def __init__(self, directory: Path) -> None:
         self._stack = contextlib.ExitStack()
-        self._server = self._stack.enter_context(postgres_here.running(directory / "postgresql"))
-        self._admin = psycopg.connect(self._server.url(), autocommit=True)
-        self._stack.callback(self._admin.close)
+        self.server = self._stack.enter_context(postgres_here.running(directory / "postgresql"))
         self._made = 0
+        self._free, self._given = list[_Reusable](), list[_Reusable]()
         try:
             self._template = self.empty()
             asyncio.run(self._make_template())
@@ -137,18 +187,28 @@ class PostgresBackend:
         return self._make("template0")
 
     def new(self) -> str:
-        return self._make(self._template.partition("@/")[2].partition("?")[0])
+        if not self._free:
+            self._free.append(_Reusable(self._make(self._template.partition("@/")[2].partition("?")[0])))
+        self._given.append(self._free.pop())
+        return self._given[-1].url
 
     def _make(self, template: str) -> str:
         self._made += 1
         name = f"test_{self._made}"
-        self._admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-        return self._server.url(name)
+        with psycopg.connect(self.server.url(), autocommit=True) as admin:
+            admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self.server.url(name)
 
     def outside(self, url: str) -> Outside:
         return PostgresOutside(url)
 
+    def done(self) -> None:
+        self._free += [database for database in self._given if database.reset()]
+        self._given.clear()
+
     def close(self) -> None:
+        for database in (*self._free, *self._given):
+            database.close()
         self._stack.close()
 
 

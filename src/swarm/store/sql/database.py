@@ -243,11 +243,11 @@ class Tx:
     def stream(self, statement: Sql, **values: Any) -> Iterator[Row]:
         """Rows one by one, on a separate cursor, for results that may not fit into memory."""
         self.write()
-        cursor = self.dialect.streaming(self.connection.driver)
-        cursor.execute(self._text(statement), values)
-        make = _row_type(tuple(column[0] for column in cursor.description))
-        while rows := cursor.fetchmany(1000):
-            yield from map(make, rows)
+        with contextlib.closing(self.dialect.streaming(self.connection.driver)) as cursor:
+            cursor.execute(self._text(statement), values)
+            make = _row_type(tuple(column[0] for column in cursor.description))
+            while rows := cursor.fetchmany(1000):
+                yield from map(make, rows)
 
     def _rows(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
         if self._unwritten:
