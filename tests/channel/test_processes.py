@@ -34,8 +34,8 @@ async def there(here: agentd_here.Guest) -> AsyncIterator[Open]:
     await guest.close()
 
 
-def sh(script: str, **options: object) -> Order:
-    return Order(argv=["/bin/sh", "-c", script], **options)  # type: ignore[arg-type]
+def sh(script: str, *arguments: str, **options: object) -> Order:
+    return Order(argv=["/bin/sh", "-c", script, *arguments], **options)  # type: ignore[arg-type]
 
 
 async def heard(process: Process, text: bytes) -> None:
@@ -64,6 +64,13 @@ WHOLE: dict[str, tuple[Order, bytes, bytes, int]] = {
         0,
     ),
     "long argument": (Order(argv=["printf", "%s", "x" * 60_000]), b"x" * 60_000, b"", 0),
+    "longest argument": (Order(argv=["printf", "%s", "é" * 65_535 + "x"]), ("é" * 65_535 + "x").encode(), b"", 0),
+    "long arguments": (
+        sh('printf "%s" "$#$1$L" | wc -c; cat', "sh", *["x" * 100_000] * 7, env={"L": "y" * 131_000}, stdin=b"in"),
+        b"231001\nin",
+        b"",
+        0,
+    ),
     "odd names": (
         Order(
             argv=["/bin/sh", "-c", 'cd "$(mktemp -d)"; echo body > "$1"; cat < "$1"; ls', "sh", " ☃ '\"$x;&.txt"],
@@ -124,6 +131,22 @@ async def test_many_small_writes_come_in_few_pieces(here: agentd_here.Guest, the
         assert min(found) <= 250, found
 
 
+async def test_what_linux_would_not_take_is_refused_in_plain_words(here: agentd_here.Guest, there: Open) -> None:
+    for order, said in (
+        (sh("true", "x" * 131_072), "has 131,072 bytes: Linux takes 131,071 in one"),
+        (sh("true", env={"A": "é" * 65_535}), "has 131,072 bytes"),
+        (sh("true", *["x" * 100_000] * 11), "together: 1,048,576 are taken"),
+        (sh("true", *["x" * 100_000] * 10, stdin=bytes(100_000)), "what is sent ahead of stdin"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            await run(there, order)
+    listed = await processes.processes(there)
+    assert listed == [], "none was begun"
+    done = await run(there, Order(argv=["/bin/true", *["x"] * 150_000]))  # the kernel counts 10 bytes for each
+    assert done.ended.code == 0
+    assert [len(one.argv) for one in await processes.processes(there)] == [32]
+
+
 async def test_ten_megabytes(there: Open) -> None:
     script = "import random, sys; sys.stdout.buffer.write(random.Random(1).randbytes(10_000_000))"
     random = await asyncio.create_subprocess_exec("python3", "-c", script, stdout=asyncio.subprocess.PIPE)
@@ -164,7 +187,7 @@ async def test_orders_that_make_no_sense(there: Open) -> None:
         (Order(argv=[]), UsageError),
         (Order(argv=["a\0b"]), UsageError),
         (Order(argv=["true"], stdin=b"x" * ((1 << 20) + 1)), UsageError),
-        (Order(argv=["x" * 70_000]), UsageError),
+        (Order(argv=["x" * 70_000]), GuestRefused),
         (Order(argv=["true"], user="nobody"), GuestRefused),
         (Order(argv=["true"], process="../x"), GuestRefused),
         (Order(argv=["true"], process="x" * 65), GuestRefused),

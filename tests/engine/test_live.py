@@ -86,7 +86,8 @@ async def test_a_program_by_the_engine_is_as_one_by_its_own_connection(held: tup
     holder, path = held
     box = Live(path, "box", by="anna")
     script = "cat; echo err >&2; exit 3"
-    order = Order(argv=["/bin/sh", "-c", script], open_stdin=True, user="agent")
+    argv = ["/bin/sh", "-c", script, "more than a header holds", "x" * 100_000]
+    order = Order(argv=argv, open_stdin=True, user="agent")
     async with processes.start(box.open, order) as process:
         big = os.urandom(3 << 20)  # more than any window and buffer: both ways are paced
 

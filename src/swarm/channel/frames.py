@@ -15,13 +15,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from swarm.errors import ChannelError
+from swarm.errors import ChannelError, UsageError
 
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_PAYLOAD_BYTES: Final = 1 << 20
 # In what a guest sends. The longest honest header names the modules of a preload that failed, or quotes an error.
 MAX_BRACKETS: Final = 256
 MAX_COMMAS: Final = 1024
+MAX_WORD_BYTES: Final = (128 << 10) - 1  # of an argument, or a variable with its name; Linux's MAX_ARG_STRLEN
+_LARGE: Final = ("argv", "env")
+_HEADER_ROOM_BYTES: Final = 32 << 10  # for large fields in a header
 _PREFIX: Final = struct.Struct(">II")
 
 
@@ -82,6 +85,48 @@ def encode(head: Mapping[str, object], payload: bytes = b"") -> bytes:
             f"a frame of {len(data)} + {len(payload)} bytes; the limits are {MAX_HEADER_BYTES} + {MAX_PAYLOAD_BYTES}"
         )
     return _PREFIX.pack(len(data), len(payload)) + data + payload
+
+
+def fit(fields: Mapping[str, object], payload: bytes) -> tuple[Mapping[str, object], bytes]:
+    """A request's fields and payload as they are sent: an ``argv`` and ``env`` that no header holds go before the
+    payload, as JSON of ``packed`` bytes. Raises UsageError for what Linux would not take."""
+    large = {name: fields[name] for name in _LARGE if name in fields}
+    argv, env = large.get("argv"), large.get("env")
+    words = [str(word) for word in argv] if isinstance(argv, list | tuple) else []
+    words += [f"{name}={value}" for name, value in env.items()] if isinstance(env, dict) else []
+    if sum(map(len, words)) + 8 * len(words) < _HEADER_ROOM_BYTES // 6:  # a character takes up to 6 bytes in JSON
+        return fields, payload
+    sizes = [len(word.encode(errors="surrogatepass")) for word in words]
+    if (most := max(sizes)) > MAX_WORD_BYTES:
+        raise UsageError(
+            f"an argument or variable has {most:,} bytes: Linux takes {MAX_WORD_BYTES:,} in one: send a file"
+        )
+    data = json.dumps(large, separators=(",", ":")).encode()
+    if len(data) <= _HEADER_ROOM_BYTES:
+        return fields, payload
+    if len(data) + len(payload) > MAX_PAYLOAD_BYTES:
+        raise UsageError(
+            f"arguments, environment and what is sent ahead of stdin have {len(data) + len(payload):,} bytes together: "
+            f"{MAX_PAYLOAD_BYTES:,} are taken, so send a file or more stdin"
+        )
+    rest = {name: value for name, value in fields.items() if name not in large}
+    return {**rest, "packed": len(data)}, data + payload
+
+
+def unfit(fields: Mapping[str, object], payload: bytes) -> tuple[Mapping[str, object], bytes]:
+    """What `fit` was given. Raises UsageError."""
+    size = fields.get("packed", 0)
+    if not size:
+        return fields, payload
+    try:
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= len(payload):
+            raise ValueError
+        large = json.loads(payload[:size])
+        if not isinstance(large, dict) or set(large) - set(_LARGE):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise UsageError("the arguments of a request make no sense") from None
+    return {**{name: value for name, value in fields.items() if name != "packed"}, **large}, payload[size:]
 
 
 async def read(reader: asyncio.StreamReader, *, who: str = "guest") -> Frame:

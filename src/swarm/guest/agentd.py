@@ -356,7 +356,7 @@ class Zygote:
         while True:
             ready = [fd for fd, _ in poller.poll()]
             if self.commands.fileno() in ready:
-                data, fds, _, _ = socket.recv_fds(self.commands, MAX_ORDER, 5, socket.MSG_CMSG_CLOEXEC)
+                data, fds, _, _ = socket.recv_fds(self.commands, MAX_ORDER, 6, socket.MSG_CMSG_CLOEXEC)
                 if not data:  # agentd is gone
                     self.kill_and_reap_all()
                     os._exit(0)
@@ -423,7 +423,8 @@ class Zygote:
         return None
 
     def fork_program(self, order: Header, fds: list[int]) -> Job | None:
-        """Fork a program of `exec`. The last of its descriptors is where its end is reported."""
+        """Fork a program of `exec`. The fifth of its descriptors is where its end is reported."""
+        apart = fds.pop() if "apart" in order else -1
         try:
             pid = os.fork()
         except OSError as error:
@@ -435,8 +436,12 @@ class Zygote:
         if pid == 0:
             self.commands.detach()
             signal.set_wakeup_fd(-1)
+            if apart >= 0:
+                order.update(json.loads(os.pread(apart, int(str(order["apart"])), 0)))
             report = become(order, fds)
             return Job(order, report) if order["op"] == "exec" else wait_for_program(report)
+        if apart >= 0:
+            os.close(apart)
         for fd in fds[:4] if pid > 0 else fds:
             os.close(fd)
         if pid > 0:
@@ -2540,6 +2545,9 @@ class Agentd:
 
     def start_program(self, connection: Connection, head: Header, payload: bytes) -> Header:
         """Run a program, any number at once. The host sends `stdin`, `resize` and `signal` while it runs."""
+        if "packed" in head:  # an argv and env that no header holds come before its input
+            size = int(number(head, "packed"))
+            head, payload = {**head, **json.loads(payload[:size])}, payload[size:]
         program = Program(self, head)
         with self.programs_lock:
             self.check_thawed()
@@ -3297,6 +3305,10 @@ class Program:
         if not 1 <= len(self.name) <= 64 or set(self.name) - set("abcdefghijklmnopqrstuvwxyz0123456789-"):
             raise Refused("a process is named by 1 to 64 of a-z, 0-9 and -")
         self.user, self.order = agentd.make_order(head)
+        argv = self.order["argv"]
+        assert isinstance(argv, list)
+        self.argv = [part[:256] for part in argv[:32]]  # what is remembered
+        self.large = "packed" in head
         self.background = bool(head.get("background"))  # it outlives the connection that started it
         self.more_stdin = bool(head.get("stdin"))
         self.size = self.window_size(head.get("pty")) if head.get("pty") is not None else b""
@@ -3346,11 +3358,14 @@ class Program:
             order: Header = {**self.order, "op": "exec", "env": env, "pty": bool(self.size), "warm": False}
             self.begun = time.monotonic()
             self.frozen = self.agentd.frozen_until(self.begun)
-            if not self.start_in_spare(order, theirs):
+            if self.large or not self.start_in_spare(order, theirs):
                 self.serial, self.group = self.agentd.next_group()
                 self.ending = self.pipe(theirs)
+                if self.large:
+                    self.set_apart(order, theirs)
                 self.agentd.order({**order, "key": self.serial, "cgroup": self.group}, tuple(theirs))
             self.grouped = bool(self.group)
+            self.order.clear()
         except BaseException:
             self.close()
             self.remove_group()
@@ -3373,6 +3388,15 @@ class Program:
             finally:
                 spare.sock.close()
         return False
+
+    @staticmethod
+    def set_apart(order: Header, theirs: list[int]) -> None:
+        """Move what is too large for a message to the zygote into a file in memory."""
+        large = json.dumps({name: order.pop(name) for name in ("argv", "env")}).encode()
+        theirs.append(os.memfd_create("order"))
+        with open(theirs[-1], "wb", closefd=False) as file:
+            file.write(large)
+        order["apart"] = len(large)
 
     @staticmethod
     def pipe(theirs: list[int], inwards: bool = False) -> int:
@@ -3760,11 +3784,9 @@ class Program:
 
     def described(self) -> Header:
         """Its line in the list of processes."""
-        argv = self.order["argv"]
-        assert isinstance(argv, list)
         return {
             "process": self.name,
-            "argv": [part[:256] for part in argv[:32]],
+            "argv": self.argv,
             "user": self.user,
             "pid": self.pid,
             "background": self.background,

@@ -88,6 +88,7 @@ class Live:
         except OSError:
             raise NotHeld(f"the engine that held the sandbox {self.sandbox} has ended: try again") from None
         try:
+            fields, payload = frames.fit(fields, payload)
             first = {**what, "sandbox": self.sandbox, "by": self._by, "fields": dict(fields)}
             await Conversation(reader, writer, next(iter(what.values())), wire.ID).send(first, payload)
             answer = await frames.read(reader, who="engine")

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from swarm.channel.frames import Frame, printable
+from swarm.channel.frames import Frame, printable, unfit
 from swarm.errors import (
     BootFailed,
     ChannelError,
@@ -82,8 +82,7 @@ class Request:
             raise UsageError("a connection begins with one `ask` or `open`, and its fields")
         self.asks = verbs[0][0] == "ask"
         self.verb, self.sandbox, self.by = (_text(text) for text in (verbs[0][1], head.get("sandbox"), head.get("by")))
-        self.fields: Mapping[str, object] = fields
-        self.payload = frame.payload
+        self.fields, self.payload = unfit(fields, frame.payload)
 
     def text(self, name: str) -> str | None:
         """One of the fields. Raises UsageError."""

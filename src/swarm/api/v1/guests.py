@@ -22,6 +22,7 @@ from swarm.api.endpoint import Call, Endpoint, Fields
 from swarm.api.v1.sandboxes import Text, forbidden, usable_sandbox, while_wanted
 from swarm.base.aio import cancel_all, first
 from swarm.channel import processes
+from swarm.channel.frames import MAX_WORD_BYTES
 from swarm.channel.processes import Listed, Order, Process
 from swarm.errors import ChannelError, UsageError
 from swarm.fields import NO_NUL, Variable, bounded
@@ -33,7 +34,7 @@ MAX_EXEC_BYTES: Final = 8 << 20  # of a request
 PROCESS: Final = r"^[a-z0-9-]{1,64}$"
 _USUAL_OUTPUT_BYTES: Final = 1 << 20
 _PIECE_BYTES: Final = 1 << 20
-Word = Annotated[str, Field(max_length=60_000, pattern=NO_NUL)]
+Word = Annotated[str, Field(max_length=MAX_WORD_BYTES, pattern=NO_NUL)]
 
 
 class Command(Fields):
