@@ -27,7 +27,7 @@ from swarm.base import process
 from swarm.cli import service
 from swarm.ledger import Account, Bill, Limit, Order, Spend
 from swarm.model import Agent, Role
-from swarm.store.sql.database import Tx
+from swarm.store.sql.transaction import Tx
 from swarm.vm.image import staging
 from swarm.vm.slots.inventory import Inventory
 from tests.api.served import ECHO, Served

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from swarm.model import TERMINAL_TICKET_STATES
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, milliseconds
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets.changes import HAS_OTHERS, MENDED
 
 LOG: Final = Sql(

@@ -10,8 +10,8 @@ from swarm.model import Snapshot, Ticket
 from swarm.store import spending
 from swarm.store.sandboxes import snapshots
 from swarm.store.sandboxes.snapshots import SnapshotFilter
-from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import AttemptRow, RunRow, StepRow
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import dependencies, tickets
 
 KEPT: Final = 500

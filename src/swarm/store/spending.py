@@ -11,9 +11,9 @@ from typing import Any, Final, Literal
 from swarm.errors import LeaseLost, NotFound
 from swarm.ledger import Account, Bill, Busy, Granted, Limit, Order, Refused, Reservation
 from swarm.model import Event
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import event_values, iso, message
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets.changes import INSERT_EVENT
 from swarm.store.tickets.events import APPEND_OF_SANDBOX
 

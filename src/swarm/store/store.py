@@ -57,10 +57,11 @@ from swarm.store.sandboxes.sandboxes import SandboxFilter, SandboxPage
 from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
 from swarm.store.sandboxes.taking import Taking
 from swarm.store.sql import database
-from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, TicketSummary, WorkerRow
 from swarm.store.sql.threads import ConnectionThread
+from swarm.store.sql.transaction import Tx
 from swarm.store.sql.wake import Wake
 from swarm.store.tickets import dependencies, display, events, facts, pages, tickets
 from swarm.store.tickets.display import ModelCall, Question, RunningAttempt

@@ -16,9 +16,10 @@ import pytest
 
 from swarm.errors import Conflict, StoreError
 from swarm.model import Succeeded
-from swarm.store.sql.database import Database, Tx, one_row
+from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.threads import ConnectionThread
+from swarm.store.sql.transaction import Tx, one_row
 from swarm.store.store import Store
 from tests.base.test_realtime import realtime_policy
 from tests.store.databases import Outside, claim_one, insert

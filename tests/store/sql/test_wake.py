@@ -16,8 +16,8 @@ import pytest
 from asyncinotify import Mask
 
 from swarm.errors import Conflict, StoreError
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Tx
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
 

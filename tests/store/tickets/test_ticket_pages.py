@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from swarm.errors import UsageError
 from swarm.model import TicketState
-from swarm.store.sql.database import Tx
 from swarm.store.sql.sqlite import SQLITE
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import pages
 from swarm.store.tickets.pages import TicketFilter
 

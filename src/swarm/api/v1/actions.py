@@ -16,7 +16,7 @@ from swarm.api.v1.tickets import MAX_CURSOR_CHARS, Filters, cursor_for, filter_o
 from swarm.errors import ChangeRefused
 from swarm.ledger import Limit
 from swarm.model import TERMINAL_TICKET_STATES, Role, Ticket, TicketState
-from swarm.store.sql.database import Tx
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import tickets
 from swarm.store.tickets.pages import Count, TicketFilter
 

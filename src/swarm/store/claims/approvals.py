@@ -9,9 +9,9 @@ from swarm.errors import Conflict, UsageError
 from swarm.ledger import Limit
 from swarm.model import Event, FailureReason, StepStatus, Ticket
 from swarm.store.runs.workflow_engine import WAITING_COLUMNS, WorkflowEngine, answer, refresh_waiting
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, message, shallow
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets import dependencies, tickets
 from swarm.store.tickets.changes import FENCE_BY_ID, Changes
 from swarm.store.tickets.validation import BadRow, check_budget, shown

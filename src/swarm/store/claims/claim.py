@@ -18,9 +18,9 @@ from swarm.store.registry import workflows
 from swarm.store.registry.agents import NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.conditions import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Dialect, Sql
 from swarm.store.sql.rows import READ_BYTES, TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, iso, milliseconds
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.validation import BadRow, Work

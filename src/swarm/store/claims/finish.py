@@ -32,9 +32,9 @@ from swarm.store.registry.agents import Agents
 from swarm.store.runs import artifacts, packing
 from swarm.store.runs.packing import Packed
 from swarm.store.runs.workflow_engine import WorkflowEngine, refresh_waiting
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Renewal, event_values, storable_json
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, Culprit, owns
 from swarm.store.tickets.events import APPEND, APPEND_OF_SANDBOX

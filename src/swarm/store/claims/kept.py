@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from swarm.model import Agent, KeepVm, Ticket
-from swarm.store.sql.database import Row
+from swarm.store.sql.transaction import Row
 
 _SIZES: Final = ("memory_mb", "disk_mb")
 KEEP_VM_SECONDS: Final = 86_400.0  # unless somebody says for how long

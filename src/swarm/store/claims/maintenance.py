@@ -9,9 +9,9 @@ from typing import Final
 from swarm.model import TicketState
 from swarm.store.runs.workflow_engine import DISOWNED
 from swarm.store.sql.conditions import UNFINISHED
-from swarm.store.sql.database import Row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
+from swarm.store.sql.transaction import Row
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import HAS_OTHERS, MENDED, Changes
 from swarm.store.tickets.isolation import fail_ticket

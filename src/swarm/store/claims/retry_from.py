@@ -10,9 +10,9 @@ from typing import Final
 from swarm.errors import Conflict, UsageError
 from swarm.model import StepStatus, TicketState
 from swarm.store.claims.claim import START_TICKET
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, ids_in_order, new_id
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets import tickets
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.validation import shown

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from swarm.model import AttemptOutcome
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Row, Tx
 
 SUSPECT_AFTER: Final = 2  # losses; the next attempt runs alone
 ALONE: Final = "alone"  # `attempts.reason` of an attempt with nothing beside it, until it ends otherwise

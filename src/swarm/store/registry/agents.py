@@ -22,9 +22,9 @@ from swarm.model import (
     RetryPolicy,
 )
 from swarm.store.sql.conditions import SANDBOX_LIVE
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.sql.unique import unique
 from swarm.store.tickets import events
 

@@ -9,9 +9,9 @@ from enum import StrEnum
 from typing import Final
 
 from swarm.errors import Conflict, NotFound
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import new_id
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import events
 
 MOST: Final = 50  # each has a task in the server

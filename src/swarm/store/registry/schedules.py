@@ -19,9 +19,9 @@ from typing import Final
 
 from swarm.base import versions
 from swarm.model import Ticket, TicketState
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import flag, iso, milliseconds, value
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets import tickets
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.validation import storable

@@ -8,9 +8,9 @@ from typing import Final
 
 from swarm.base import versions
 from swarm.errors import NotFound
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import value
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import events
 
 _PUT: Final = Sql(

@@ -12,9 +12,9 @@ from typing import Final
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, UsageError
 from swarm.model import Role
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import iso, new_id, value
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import events
 
 SESSION_SECONDS: Final = 86_400

@@ -9,8 +9,8 @@ from typing import Final
 from swarm.errors import Conflict
 from swarm.model import Ticket
 from swarm.store.registry import schedules
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import tickets
 
 KEPT_DAYS: Final = 30

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from swarm.base import process
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import WorkerRow, dump, milliseconds, value
+from swarm.store.sql.transaction import Tx
 
 # A live engine updates its row every 2 s; one that has not for this long is frozen, dead, or on a host that is down.
 SILENT_AFTER_SECONDS: Final = 15.0

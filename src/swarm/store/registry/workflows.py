@@ -11,9 +11,9 @@ from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
 from swarm.model import TERMINAL_TICKET_STATES
 from swarm.store.registry import schedules
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, flag, lenient, value
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.sql.unique import unique
 from swarm.store.tickets import events
 from swarm.workflow import definition

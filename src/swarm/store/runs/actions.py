@@ -15,9 +15,9 @@ from swarm.store.runs import artifacts, fan_outs, packing
 from swarm.store.runs.decision import ALL_STEPS, STEPS, Decided, Run
 from swarm.store.runs.definitions import Definition
 from swarm.store.runs.packing import Packed
-from swarm.store.sql.database import Row, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, ids_in_order, lenient, message, milliseconds, new_id, shallow
+from swarm.store.sql.transaction import Row, one_row
 from swarm.store.tickets.changes import Changes
 from swarm.workflow.definition import Step
 from swarm.workflow.state import (

@@ -13,8 +13,8 @@ from typing import Any, Final
 from swarm.cel.expression import ExpressionError
 from swarm.errors import NotFound, UsageError
 from swarm.store.runs.packing import MAX_BYTES, REFERENCE, Gone, resolve, unpack
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Tx
 
 _DATA: Final = Sql("SELECT data FROM artifacts WHERE digest = :digest")
 _PUT: Final = Sql(

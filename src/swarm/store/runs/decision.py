@@ -15,9 +15,9 @@ from swarm.errors import NotFound, StoreError
 from swarm.model import RunStatus
 from swarm.store.runs import artifacts, packing
 from swarm.store.runs.definitions import Definition, Definitions, TooExpensive
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient, milliseconds
+from swarm.store.sql.transaction import Row, Tx
 from swarm.workflow import plan, structure
 from swarm.workflow.state import (
     Action,

@@ -18,8 +18,8 @@ from swarm.cel import template
 from swarm.errors import StoreError
 from swarm.store.registry import agents, workflows
 from swarm.store.registry.workflows import WorkflowRow
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import validation
 from swarm.workflow import definition, pinning
 from swarm.workflow.definition import Workflow

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 from swarm.store.runs.decision import Run
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets.changes import Changes
 from swarm.workflow.definition import Step
 from swarm.workflow.state import OVER, FanOutState

@@ -11,9 +11,9 @@ from typing import Any, Final
 from swarm.errors import NotFound, StoreError
 from swarm.model import StepStatus
 from swarm.store.sql import rows
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import RunRow, lenient, milliseconds, value
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets.validation import shown, storable
 from swarm.workflow import definition
 from swarm.workflow import graph as drawing

@@ -10,9 +10,9 @@ from typing import Final
 
 from swarm.errors import NotFound
 from swarm.store.sql.conditions import UNFINISHED
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import SUMMARY_CHARS, lenient, value
+from swarm.store.sql.transaction import Tx
 
 MOST_STEPS: Final = 20_000  # of one run, copies included
 MOST_RUNS: Final = 50

@@ -23,9 +23,9 @@ from swarm.store.runs.actions import carry_out, give_up
 from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, TransactionEvaluator
 from swarm.store.runs.definitions import Definitions, TooExpensive
 from swarm.store.sql.conditions import LIVE_RUN, RUN_DUE, STEP_WAITING
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient, new_id, shallow
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.isolation import Isolation

@@ -8,9 +8,9 @@ from typing import Final
 from swarm.model import SandboxState, Snapshot
 from swarm.store.sandboxes import rows
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient, message
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets.validation import storable
 
 EVENT: Final = one_row(

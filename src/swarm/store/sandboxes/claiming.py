@@ -13,9 +13,9 @@ from swarm.model import SandboxClaim
 from swarm.store.sandboxes import holding, taking
 from swarm.store.sandboxes.holding import SandboxRenewal
 from swarm.store.sandboxes.taking import Taken, Taking
-from swarm.store.sql.database import Tx
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.threads import ConnectionThread
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets.isolation import IsolatingThread
 
 log = logger(__name__)

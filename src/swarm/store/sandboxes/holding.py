@@ -18,9 +18,9 @@ from swarm.store.sandboxes.rows import SANDBOX_COLUMNS
 from swarm.store.sandboxes.snapshots import INSERT as INSERT_SNAPSHOT
 from swarm.store.sandboxes.snapshots import values as snapshot_values
 from swarm.store.sql.conditions import SANDBOX_HELD
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, message
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets.changes import MENDED
 from swarm.store.tickets.validation import BadRow, shown, storable
 

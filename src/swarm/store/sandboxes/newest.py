@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets.pages import cursor, read_cursor
 
 

@@ -15,9 +15,9 @@ from swarm.store.sandboxes.changes import end
 from swarm.store.sandboxes.newest import newest
 from swarm.store.sandboxes.rows import SANDBOX_COLUMNS, SNAPSHOT_COLUMNS
 from swarm.store.sql.conditions import SANDBOX_LIVE
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import iso, lenient, new_id
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.sql.unique import unique
 from swarm.store.tickets import events
 from swarm.store.tickets.validation import BadRow, shown, storable

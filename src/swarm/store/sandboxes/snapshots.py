@@ -13,9 +13,9 @@ from swarm.store.sandboxes import rows
 from swarm.store.sandboxes.newest import newest
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS, SNAPSHOT_FIELDS
 from swarm.store.sandboxes.sandboxes import OF_PROJECT
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, new_id, whole
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.sql.unique import unique
 from swarm.store.tickets import events
 from swarm.store.tickets.validation import shown, storable

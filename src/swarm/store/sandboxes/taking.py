@@ -20,9 +20,9 @@ from swarm.store.sandboxes.changes import end, event, last_snapshot, own_snapsho
 from swarm.store.sandboxes.holding import BY_ID, BY_RAW_ID, SET_WANTED, raw_id, time_is_over
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS
 from swarm.store.sql.conditions import SANDBOX_DUE, SANDBOX_ENDING, SANDBOX_HELD
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Due, message, new_id
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import validation
 from swarm.store.tickets.changes import MENDED
 from swarm.store.tickets.validation import BadRow, shown, storable

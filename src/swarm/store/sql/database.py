@@ -11,45 +11,23 @@ import random
 import re
 import sys
 import time
-from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from typing import Any, Final, TypeAlias
+from functools import cache
+from typing import Final
 
 from swarm.base.realtime import ahead_of_others
 from swarm.errors import StoreError, UsageError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain, without_password
 from swarm.store.sql.dialects import dialect_of
-from swarm.store.sql.rows import iso
+from swarm.store.sql.transaction import Connection, Outdated, Tx, is_complete
 from swarm.store.sql.wake import Wake
 
 # The revision that this version of Swarm needs: the newest of migrations/versions.
 HEAD: Final = "v0_2_1"
-_IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
 _URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)
-
-Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
-
-
-_ONE_ROW: Final = set[Sql]()
-
-
-def one_row(sql: str) -> Sql:
-    """A statement that changes exactly one row, or else nothing of its transaction may count: see `Tx.many`."""
-    statement = Sql(sql)
-    _ONE_ROW.add(statement)
-    return statement
-
-
-@cache
-def _in(statement: Sql, count: int) -> str:
-    """A statement with ``IN :ids``, for ``count`` values."""
-    return statement.replace(":ids", f"({', '.join(f':id_{n}' for n in range(count))})")
-
 
 _REVISION: Final = Sql("SELECT version_num FROM alembic_version")
 _WRITE_NOTHING: Final = Sql("DELETE FROM alembic_version WHERE 1 = 0")
@@ -58,222 +36,6 @@ _WRITE_NOTHING: Final = Sql("DELETE FROM alembic_version WHERE 1 = 0")
 @cache
 def _has_revision(dialect: Dialect) -> Sql:
     return Sql(dialect.has_revision)
-
-
-@cache
-def _now_ms(dialect: Dialect) -> Sql:
-    return Sql(f"SELECT {dialect.now_ms} AS now_ms")
-
-
-@cache
-def _written_by_others(dialect: Dialect) -> Sql:
-    return Sql(f"SELECT {dialect.written_by_others} AS number")
-
-
-@cache
-def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
-    row: Any = namedtuple("Row", columns)  # type: ignore[misc]  # the names come from our own statements
-    make: Callable[[Iterable[Any]], Any] = row._make
-    return make
-
-
-@dataclass(slots=True)
-class Connection:
-    """The driver's connection, of one thread. ``opened``: the files as they were then, to which it may write.
-    ``lock_seconds``: waited for the write lock, in this transaction."""
-
-    driver: Any
-    write: bool
-    opened: files.OpenFiles | None = None
-    lock_seconds: float = 0.0
-
-    def close(self) -> None:
-        self.driver.close()
-
-
-class Outdated(Exception):
-    """Another program wrote, or is writing, since an optimistic transaction began: nothing of it was written."""
-
-
-class NotExact(Exception):
-    """A shared transaction needs to be an exact one: nothing of it was written."""
-
-
-class Tx:
-    """An open transaction. A row is a named tuple of its statement's columns.
-
-    Changes are written before the next read, or else together with the commit: while a transaction reads and computes,
-    it holds no lock that another program's INSERT could meet.
-    """
-
-    def __init__(
-        self, connection: Connection, dialect: Dialect, wakes: Iterable[Wake] = (), *, shared: bool = False
-    ) -> None:
-        self.connection = connection
-        self.dialect = dialect
-        self._shared = shared
-        self._wakes, self._muted = wakes, list[Wake]()
-        self._cursor = connection.driver.cursor()
-        self._unwritten: list[tuple[Sql, Sequence[Mapping[str, Any]]]] = []
-        self._if_undone: list[Callable[[], None]] = []
-        self._locked = False
-
-    @cached_property
-    def now_ms(self) -> int:
-        """Milliseconds since 1970 by the database's clock, read once: a transaction has one point in time."""
-        (row,) = self.all(_now_ms(self.dialect))
-        return int(row.now_ms)
-
-    @cached_property
-    def now(self) -> str:
-        return iso(self.now_ms)
-
-    @property
-    def written_by_others(self) -> int:
-        """Another number than before whenever another connection has changed the database."""
-        sql = _written_by_others(self.dialect)  # own changes don't matter to it
-        return int(self._cursor.execute(self._text(sql)).fetchone()[0])
-
-    def all(self, statement: Sql, **values: Any) -> list[Row]:
-        return self._rows(statement, values)
-
-    def first(self, statement: Sql, **values: Any) -> Row | None:
-        rows = self.all(statement, **values)
-        return rows[0] if rows else None
-
-    def run(self, statement: Sql, **values: Any) -> None:
-        self.many(statement, [values])
-
-    def many(self, statement: Sql, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The same statement for each row. Raises the driver's error if one that is marked by `one_row` changed none:
-        a trigger with RAISE(IGNORE) drops a change without an error."""
-        if rows:
-            self._unwritten.append((statement, rows))
-
-    def write(self) -> None:
-        """Write the changes made so far. Takes the write lock, if there are any."""
-        unwritten, self._unwritten = self._unwritten, []
-        if unwritten and not self._muted:
-            self._muted = list(self._wakes)
-            for wake in self._muted:
-                wake.mute()
-        if unwritten and not self._locked and self.dialect.lock is not None:
-            # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
-            self._take_lock(self.dialect.lock)
-        for statement, rows in unwritten:
-            if len(rows) == 1:
-                self._cursor.execute(self._text(statement), rows[0])
-            else:
-                self._cursor.executemany(self._text(statement), rows)
-            if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
-                raise self.dialect.driver_error("a trigger ignored it, or removed the row")
-
-    def _text(self, statement: str) -> str:
-        return statement if self.dialect.translate is None else self.dialect.translate(str(statement))
-
-    def begin(self, statement: str) -> None:
-        if statement == self.dialect.begin_write:
-            self._take_lock(statement)
-        else:
-            self._cursor.execute(statement)
-
-    def _take_lock(self, statement: str) -> None:
-        began = time.monotonic()
-        try:
-            self._cursor.execute(statement)
-            self._locked = True
-        finally:
-            self.connection.lock_seconds += time.monotonic() - began
-
-    def commit(self) -> None:
-        if not self._unwritten and not self._locked:
-            self.connection.driver.commit()
-            return
-        self._warm_up()
-        with ahead_of_others():
-            self.write()
-            self.connection.driver.commit()
-
-    def _warm_up(self) -> None:
-        """Read what will be written, before the lock is taken."""
-        ids = [rows[0]["ticket_id"] for _, rows in self._unwritten if "ticket_id" in rows[0]]
-        if ids and not self._locked and self.dialect.warm_up is not None:
-            with contextlib.suppress(self.dialect.driver_error):  # another program removed a table
-                self._cursor.execute(self.dialect.warm_up, {"ticket_id": ids[0]}).fetchall()
-
-    def exact(self) -> None:
-        """What follows depends on rows that the transaction has read, but not locked. Raises NotExact in a shared one:
-        then it runs again, as one that is refused if another transaction comes between."""
-        if self._shared:
-            raise NotExact
-
-    def if_undone(self, undo: Callable[[], None]) -> None:
-        """Call ``undo`` unless this transaction is committed: it may run again."""
-        self._if_undone.append(undo)
-
-    def roll_back(self) -> None:
-        for undo in self._if_undone:
-            undo()
-        self.connection.driver.rollback()
-
-    def end(self) -> None:
-        """The transaction is over. Its cursor is closed here: later, the garbage collector would do that on any thread,
-        and while the connection waits for another program's lock, wait for it with the GIL, so that all threads stand.
-        """
-        self._cursor.close()
-        muted, self._muted = self._muted, []
-        for wake in muted:
-            wake.unmute()
-
-    def all_in(self, statement: Sql, ids: Iterable[str], **others: Any) -> list[Row]:
-        """Rows of a statement with ``IN :ids``, for any number of ids.
-
-        The number of parameters is rounded up to a power of two, by repeating the last id: so there are only a few
-        different statements to prepare.
-        """
-        wanted, found = list(ids), []
-        for start in range(0, len(wanted), _IN_CHUNK):
-            chunk = wanted[start : start + _IN_CHUNK]
-            count = 1 << (len(chunk) - 1).bit_length()
-            chunk += chunk[-1:] * (count - len(chunk))
-            values = {f"id_{number}": value for number, value in enumerate(chunk)}
-            found += self._rows(_in(statement, count), values | others)
-        return found
-
-    def stream(self, statement: Sql, **values: Any) -> Iterator[Row]:
-        """Rows one by one, on a separate cursor, for results that may not fit into memory."""
-        self.write()
-        with contextlib.closing(self.dialect.streaming(self.connection.driver)) as cursor:
-            cursor.execute(self._text(statement), values)
-            make = _row_type(tuple(column[0] for column in cursor.description))
-            while rows := cursor.fetchmany(1000):
-                yield from map(make, rows)
-
-    def _rows(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
-        if self._unwritten:
-            self.write()
-        self._cursor.execute(self._text(sql), values)
-        rows = self._cursor.fetchall()
-        if not rows:
-            return []
-        make = _row_type(tuple(column[0] for column in self._cursor.description))
-        return [make(row) for row in rows]
-
-    def is_of_database(self, error: BaseException) -> bool:
-        """Is the database at fault, and not one statement?"""
-        complete = partial(_is_complete, self.connection, self.dialect)
-        return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
-
-
-def _is_complete(connection: Connection, dialect: Dialect) -> bool:
-    """Are all tables and columns that Swarm needs there?"""
-    from swarm.store.sql.schema import metadata
-
-    try:
-        present = set(connection.driver.cursor().execute(dialect.columns).fetchall())
-    except dialect.driver_error:
-        return False
-    return all((table.name, column.name) in present for table in metadata.tables.values() for column in table.columns)
 
 
 class Database:
@@ -395,7 +157,7 @@ class Database:
                     one,
                     place=self.place,
                     busy_timeout_seconds=self.busy_timeout_seconds,
-                    complete=lambda: connection is not None and _is_complete(connection, self.dialect),
+                    complete=lambda: connection is not None and is_complete(connection, self.dialect),
                 )
                 if known is not None:
                     raise known from error

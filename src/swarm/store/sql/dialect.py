@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -63,6 +64,8 @@ class Dialect:
     tries: int  # of a transaction that others came between, before it takes the lock from the start
     translate: Callable[[str], str] | None  # a statement as the driver takes it
     streaming: Callable[[Any], Any]  # (driver's connection): a cursor for results that may not fit into memory
+    # Sends statements one after the other, without waiting for each answer.
+    pipeline: Callable[[Any], AbstractContextManager[Any]] | None
     connect: Callable[[str, bool, float], Any]  # (URL, will write, busy timeout in seconds): the driver's connection
     file: Callable[[str], Path | None]  # of a URL. None: this database is not a file. Raises UsageError
     driver_error: type[Exception]  # the base class of the driver's exceptions

@@ -8,6 +8,7 @@ again, as it does on SQLite when another program wrote.
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from functools import lru_cache
 from typing import Any, Final
@@ -78,6 +79,7 @@ def _connect(url: str, write: bool, busy_timeout_seconds: float) -> Any:
         "keepalives_count": 3,
         "tcp_user_timeout": 15000,
     } | parameters
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it warns of what it raises too
     connection = psycopg.connect(**given, autocommit=True)  # transactions begin when we say so
     try:
         _prepare(connection, write, busy_timeout_seconds)
@@ -191,6 +193,7 @@ POSTGRESQL: Final = Dialect(
     tries=200,
     translate=translate,
     streaming=lambda connection: connection.cursor(name=f"swarm_{next(_numbers)}"),  # the server keeps the rows
+    pipeline=psycopg.Connection.pipeline,
     connect=_connect,
     file=lambda url: None,
     driver_error=psycopg.Error,

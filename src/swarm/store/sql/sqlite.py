@@ -189,6 +189,7 @@ SQLITE: Final = Dialect(
     warm_up=_WARM_UP,
     tries=3,
     translate=None,
+    pipeline=None,
     streaming=sqlite3.Connection.cursor,
     connect=_connect,
     file=_file,

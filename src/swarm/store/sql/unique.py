@@ -6,8 +6,8 @@ import re
 from typing import Final
 
 from swarm.errors import Conflict
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Row, Tx
 
 _GENERATED: Final = re.compile(r"[0-9a-f]{8}(-?)(?:[0-9a-f]{4}\1){3}[0-9a-f]{12}")
 

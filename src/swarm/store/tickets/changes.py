@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
 from swarm.model import TERMINAL_TICKET_STATES, AttemptOutcome, Event, RunStatus, StepStatus, TicketState
-from swarm.store.sql.database import Row, Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import READ_BYTES, dump, event_values, lenient, message, milliseconds
+from swarm.store.sql.transaction import Row, Tx, one_row
 
 T = TypeVar("T")
 

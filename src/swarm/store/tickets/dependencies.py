@@ -11,9 +11,9 @@ from typing import Final
 
 from swarm.model import TicketState
 from swarm.store.sql.conditions import UNFINISHED
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
+from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.validation import shown
 

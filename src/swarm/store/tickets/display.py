@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from swarm.model import Event
 from swarm.store.sql import rows
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets.pages import SCANNED
 
 _RUNNING: Final = (

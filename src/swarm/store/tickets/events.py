@@ -11,9 +11,9 @@ from typing import Final
 from swarm.model import Event, ExecutionMode
 from swarm.store.sql import rows
 from swarm.store.sql.conditions import SANDBOX_LIVE
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import iso
+from swarm.store.sql.transaction import Tx
 
 _COLUMNS: Final = "e.seq, e.ticket_id, e.step_id, e.attempt_id, e.sandbox_id, e.at, e.kind, e.data"
 # Output that arrives after its ticket was deleted is dropped.

@@ -10,9 +10,9 @@ from typing import Final
 
 from swarm.model import TERMINAL_TICKET_STATES, Event
 from swarm.store.sql import rows
-from swarm.store.sql.database import Row, Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import milliseconds
+from swarm.store.sql.transaction import Row, Tx
 
 LONGEST_MS: Final = 1e11  # of a phase: three years
 

@@ -19,10 +19,11 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from swarm.base.log import logger
 from swarm.errors import ChangeRefused, SwarmError
 from swarm.model import TicketState
-from swarm.store.sql.database import Database, Tx
+from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Due, lenient, message
 from swarm.store.sql.threads import Batch, ConnectionThread
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets.changes import MENDED, Changes, Culprit
 from swarm.store.tickets.validation import shown
 

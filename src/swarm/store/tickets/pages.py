@@ -13,9 +13,9 @@ from swarm.errors import UsageError
 from swarm.model import TERMINAL_TICKET_STATES, TicketState
 from swarm.store.sql import rows
 from swarm.store.sql.conditions import ENDED, UNFINISHED
-from swarm.store.sql.database import Tx
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import SUMMARY_COLUMNS, TicketSummary
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import validation
 
 SCANNED: Final = 10_000  # tickets that one page or count may look at

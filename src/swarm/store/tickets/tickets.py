@@ -12,7 +12,6 @@ from swarm.errors import ChangeRefused, Conflict, NotFound, UsageError
 from swarm.model import TERMINAL_TICKET_STATES, StepStatus, Ticket, TicketState
 from swarm.store.sql import rows
 from swarm.store.sql.conditions import UNFINISHED
-from swarm.store.sql.database import Tx, one_row
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import (
     SUMMARY_COLUMNS,
@@ -26,6 +25,7 @@ from swarm.store.sql.rows import (
     TicketSummary,
     milliseconds,
 )
+from swarm.store.sql.transaction import Tx, one_row
 from swarm.store.sql.unique import unique
 from swarm.store.tickets import dependencies, events, validation
 from swarm.store.tickets.changes import Changes
