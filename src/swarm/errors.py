@@ -79,8 +79,8 @@ class ChangeRefused(StoreError):
 
     def __init__(self, why: object) -> None:
         super().__init__(
-            f"the database refused the change: {why}; look for a trigger, an index or a constraint that Swarm did not "
-            "make"
+            f"the database refused the change: {' '.join(str(why).split())}; look for a trigger, an index or a "
+            "constraint that Swarm did not make"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psycopg
+import pytest
 
 from swarm.model import ECHO_AGENT_ID, Agent, Claim, Failed, FailureReason, RetryPolicy
 from swarm.store.sql.postgresql import translate
@@ -35,6 +37,11 @@ LEASE = 30.0
 
 class Outside(Protocol):
     def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]: ...
+
+    def refuses(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
+        """Execute it, where the database takes it: SQLite keeps a text in a column of numbers, and knows no foreign
+        keys here. PostgreSQL must refuse it: then there is nothing to test."""
+
     def close(self) -> None: ...
 
 
@@ -65,6 +72,10 @@ class SqliteOutside:
     def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         rows = self._connection.execute(sql, values).fetchall()
         return [tuple(v.decode(errors="replace") if isinstance(v, bytes) else v for v in row) for row in rows]
+
+    def refuses(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
+        self.execute(sql, values)
+        return False
 
     def close(self) -> None:
         self._connection.close()
@@ -103,6 +114,39 @@ class SqliteBackend:
         pass
 
 
+_TRIGGER = re.compile(
+    r"""\s*CREATE\ TRIGGER\ (?P<name>\w+)\s+(?P<event>(?:BEFORE|AFTER)\ .*?\ ON\ \w+)\s+(?:WHEN\ (?P<when>.*?)\s+)?
+        BEGIN\ (?P<body>.*);\ END\s*""",
+    re.X | re.S,
+)
+_REPLACE = re.compile(r"INSERT OR REPLACE INTO \w+ \((.*?)\).*", re.S)
+_OTHER = (
+    (re.compile(r"SELECT RAISE\(IGNORE\)"), "RETURN NULL"),
+    (re.compile(r"SELECT RAISE\(\w+, ('.*?')\)"), r"RAISE EXCEPTION USING MESSAGE = \1"),
+    (re.compile(r"\ASELECT "), "PERFORM "),
+)
+
+
+def _as_psql(sql: str) -> str:
+    """What another program does to SQLite, as one would do it to PostgreSQL."""
+    if found := _TRIGGER.fullmatch(sql):
+        body = found["body"]
+        for pattern, other in _OTHER:
+            body = pattern.sub(other, body)
+        when = f"WHEN ({found['when']})" if found["when"] else ""
+        return f"""
+            CREATE FUNCTION theirs_{found["name"]}() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN {body}; RETURN coalesce(NEW, OLD); END $$;
+            CREATE TRIGGER {found["name"]} {found["event"]} FOR EACH ROW {when}
+            EXECUTE FUNCTION theirs_{found["name"]}()"""
+    if found := re.fullmatch(r"DROP TRIGGER (\w+)", sql):
+        return f"DROP FUNCTION theirs_{found[1]}() CASCADE"
+    if found := _REPLACE.fullmatch(sql):
+        columns = ", ".join(f"{name} = excluded.{name}" for name in found[1].split(", "))
+        return f"{sql.replace('OR REPLACE ', '')} ON CONFLICT (id) DO UPDATE SET {columns}"
+    return sql.replace("datetime('now')", "CAST(now() AS text)")
+
+
 class PostgresOutside:
     """Like psql: every statement its own transaction."""
 
@@ -110,10 +154,16 @@ class PostgresOutside:
         self._connection = psycopg.connect(url, autocommit=True, cursor_factory=psycopg.ClientCursor)
 
     def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        sql = _as_psql(sql)
         text = translate(sql) if isinstance(values, Mapping) else sql.replace("%", "%%").replace("?", "%s")
         with self._connection.cursor() as cursor:
             cursor.execute(text, values)
             return cursor.fetchall() if cursor.description is not None else []
+
+    def refuses(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
+        with pytest.raises((psycopg.DataError, psycopg.IntegrityError, psycopg.errors.DatatypeMismatch)):
+            self.execute(sql, values)
+        return True
 
     def close(self) -> None:
         self._connection.close()
@@ -214,9 +264,13 @@ class PostgresBackend:
 
 def insert(outside: Outside, id: str, **columns: Any) -> None:
     """A ready ticket for the echo agent, as another tool inserts it; ``columns`` override or add."""
+    outside.execute(*inserted(id, **columns))
+
+
+def inserted(id: str, **columns: Any) -> tuple[str, Mapping[str, Any]]:
     values = {"id": id, "title": "a test", "state": "ready", "agent_id": ECHO.id} | columns
     names = ", ".join(values)
-    outside.execute(f"INSERT INTO tickets ({names}) VALUES ({', '.join(':' + name for name in values)})", values)
+    return f"INSERT INTO tickets ({names}) VALUES ({', '.join(':' + name for name in values)})", values
 
 
 async def claimed(

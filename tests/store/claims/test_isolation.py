@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from swarm.errors import ChangeRefused, LeaseLost, StoreError
@@ -39,7 +41,7 @@ async def test_an_index_that_refuses_a_second_ticket_of_a_project(store: Store, 
     assert len(claims) == 1
     refused = {"a", "b"} - {claims[0].ticket.id}
     ticket = await store.ticket(refused.pop())
-    assert ticket.state == "failed" and "UNIQUE constraint failed: tickets.project_id" in (ticket.error or "")
+    assert ticket.state == "failed" and re.search("(?i)unique constraint", ticket.error or "")
     await other_runs(store, outside)
 
 
@@ -91,7 +93,7 @@ async def test_very_many_that_can_not_even_fail(store: Store, outside: Outside) 
 @pytest.mark.parametrize("body", ["INSERT INTO nowhere SELECT 1", "SELECT status FROM tickets"])
 async def test_a_trigger_that_can_not_be_compiled(store: Store, outside: Outside, body: str) -> None:
     outside.execute(f"CREATE TRIGGER no AFTER INSERT ON tickets BEGIN {body}; END")
-    with pytest.raises(ChangeRefused, match=r"no such (table|column)"):
+    with pytest.raises(ChangeRefused, match=r"no such (table|column)|does not exist"):
         await store.add_ticket(Ticket(id="new", title="t", state="ready", agent_id=ECHO.id))
     outside.execute("DROP TRIGGER no")
     outside.execute("ALTER TABLE schedules RENAME TO theirs")  # this one is Swarm's
@@ -120,20 +122,22 @@ async def test_a_dependant_that_can_not_be_released_does_not_fail_what_it_depend
 
 
 # Values in columns that only Swarm writes, of a ticket that waits for its second try.
-WRONG = {
+WRONG_TYPES = {
     "available_at": "UPDATE step_executions SET status = 'ready', attempt_id = NULL, available_at = datetime('now')",
     "available_at of a waiting step": "UPDATE step_executions SET status = 'waiting', available_at = 'soon'",
     "lease_until": "UPDATE attempts SET lease_until = datetime('now')",
     "due_at": "UPDATE workflow_runs SET due_at = 'noon'",
     "deadline_at": "UPDATE workflow_runs SET deadline_at = 'noon', due_at = 1",
     "deadline_at alone": "UPDATE workflow_runs SET deadline_at = 'noon'",
+}
+WRONG = {
     "unprocessed": "UPDATE workflow_runs SET unprocessed = 'x', due_at = 1",
     "progress": "UPDATE workflow_runs SET progress = '{', unprocessed = '[]', due_at = 1",
     "progress of another shape": """UPDATE workflow_runs SET progress = '{"a": 1}', unprocessed = '[]', due_at = 1""",
 }
 
 
-@pytest.mark.parametrize("sql", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("sql", [*WRONG_TYPES.values(), *WRONG.values()], ids=[*WRONG_TYPES, *WRONG])
 @pytest.mark.parametrize("planning_seconds", [1.0, -1.0], ids=["within", "outside"])
 async def test_wrong_values_fail_only_their_ticket(store: Store, outside: Outside, sql: str) -> None:
     flow = await register(store, "steps: [{id: one, agent: echo}]")
@@ -141,7 +145,10 @@ async def test_wrong_values_fail_only_their_ticket(store: Store, outside: Outsid
     await claimed(store)
     while await store.decided() or not await store.attempts("bad"):
         await claimed(store)
-    outside.execute(sql)
+    if sql not in WRONG_TYPES.values():
+        outside.execute(sql)
+    elif outside.refuses(sql):
+        return
     for _ in range(5):
         await claimed(store)
         await store.decided()
@@ -154,7 +161,6 @@ async def test_wrong_values_fail_only_their_ticket(store: Store, outside: Outsid
     "sql",
     [
         "DELETE FROM clock",
-        "UPDATE clock SET offset_ms = 'x'",
         "UPDATE clock SET offset_ms = 9e18",
         "INSERT INTO clock VALUES (7)",
     ],
@@ -164,12 +170,18 @@ async def test_the_clock_was_changed(store: Store, outside: Outside, sql: str) -
     await other_runs(store, outside)
 
 
+async def test_the_clock_was_set_to_no_number(store: Store, outside: Outside) -> None:
+    outside.refuses("UPDATE clock SET offset_ms = 'x'")
+    await other_runs(store, outside)
+
+
 @pytest.mark.parametrize("column", ["next_at", "computed_at"])
 async def test_a_schedule_whose_time_is_no_number_is_computed_again(
     store: Store, outside: Outside, column: str
 ) -> None:
     await register(store, "schedule: [{cron: '5 5 5 5 *'}]\nsteps: [{id: one, agent: echo}]")
-    outside.execute(f"UPDATE schedules SET {column} = datetime('now')")
+    if outside.refuses(f"UPDATE schedules SET {column} = datetime('now')"):
+        return
     await store.due_schedules()
     ((next_at, computed_at),) = outside.execute("SELECT next_at, computed_at FROM schedules")
     assert isinstance(next_at, int) and isinstance(computed_at, int)

@@ -53,13 +53,21 @@ async def test_a_plain_ticket_says_how_long(store: Store, outside: Outside) -> N
     ("columns", "error"),
     [
         ({"keep_vm": "forever"}, "keep_vm 'forever' is unknown; use 'never', 'failure', 'always', or NULL"),
-        ({"keep_vm_seconds": "a day"}, "keep_vm_seconds is 'a day'; it must be a number from 1 to 3.1536e+07, or NULL"),
         ({"keep_vm_seconds": 0}, "keep_vm_seconds is 0.0; it must be a number from 1 to 3.1536e+07, or NULL"),
     ],
 )
 async def test_a_wrong_row_fails(store: Store, outside: Outside, columns: dict[str, object], error: str) -> None:
     insert(outside, "t", **columns)
     assert await claims(store) == []
+    assert await state(store) == ("failed", error)
+
+
+async def test_a_wrong_type_fails(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    if outside.refuses("UPDATE tickets SET keep_vm_seconds = 'a day'"):
+        return
+    assert await claims(store) == []
+    error = "keep_vm_seconds is 'a day'; it must be a number from 1 to 3.1536e+07, or NULL"
     assert await state(store) == ("failed", error)
 
 

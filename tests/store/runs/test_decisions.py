@@ -17,7 +17,7 @@ from tests.store.runs.workflows import CHAIN, DIAMOND, OUTSIDE, RACE, both_ways,
 async def test_a_run_keeps_its_frozen_workflow(store: Store, outside: Outside) -> None:
     await ticket(store, outside, CHAIN)
     (first,) = await claims(store)
-    outside.execute("UPDATE workflows SET steps = '{}', enabled = 0")
+    outside.execute("UPDATE workflows SET steps = '{}', enabled = false")
     outside.execute("UPDATE tickets SET workflow_id = 'another', inputs = '{}' WHERE id = 't'")
     await finish(store, first)
     assert await run(store) == ["second", "third"]

@@ -108,10 +108,11 @@ class Database:
             except StoreError:
                 self._changed = opened  # a new connection would write into whatever is there now
                 raise
-        begin = self.dialect.begin_optimistic if optimistic else self._begin(connection)
+        begin = self.dialect.begin_optimistic if optimistic and connection.write else self._begin(connection)
         if shared and self.dialect.begin_shared is not None:
             begin = self.dialect.begin_shared
-        tx = Tx(connection, self.dialect, self.wakes, shared=begin == self.dialect.begin_shared)
+        with self.errors(connection):
+            tx = Tx(connection, self.dialect, self.wakes, shared=begin == self.dialect.begin_shared)
         try:
             with self.errors(connection):
                 tx.begin(begin)

@@ -169,8 +169,9 @@ def _is_locked(error: BaseException | None) -> bool:
 POSTGRESQL: Final = Dialect(
     name="postgresql",
     driver="postgresql+psycopg",
-    now_ms="(CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS bigint) "
-    "+ COALESCE((SELECT offset_ms FROM clock LIMIT 1), 0))",
+    # An offset that another program removed counts as 0, one beyond all dates as the last one possible.
+    now_ms="(CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS bigint) + COALESCE((SELECT "
+    "greatest(least(offset_ms, 10000000000000), -1000000000000) FROM clock LIMIT 1), 0))",
     # Every transaction that began or ended changes it: own ones too, which costs a look at what changed.
     written_by_others="hashtextextended(CAST(pg_current_snapshot() AS text), 0)",
     columns="SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = current_schema()",

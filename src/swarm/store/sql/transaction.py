@@ -208,7 +208,10 @@ class Tx:
     def roll_back(self) -> None:
         for undo in self._if_undone:
             undo()
-        self.connection.driver.rollback()
+        try:
+            self.connection.driver.rollback()
+        except self.dialect.driver_error:  # the connection is lost: its server rolls back
+            self.connection.close()
 
     def end(self) -> None:
         """The transaction is over. Its cursor is closed here: later, the garbage collector would do that on any thread,
@@ -269,6 +272,7 @@ def is_complete(connection: Connection, dialect: Dialect) -> bool:
     from swarm.store.sql.schema import metadata
 
     try:
+        connection.driver.rollback()  # after an error, PostgreSQL answers nothing else
         present = set(connection.driver.cursor().execute(dialect.columns).fetchall())
     except dialect.driver_error:
         return False

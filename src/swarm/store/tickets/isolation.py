@@ -135,8 +135,8 @@ def _is_bug(error: Exception) -> bool:
 def _sentence(tx: Tx, error: Exception) -> str:
     if isinstance(error, tx.dialect.driver_error):
         return (
-            f"the database refused a change that this ticket needs: {error}; look for a trigger, an index or a "
-            "constraint that Swarm did not make, then `swarm ticket retry`"
+            f"the database refused a change that this ticket needs: {' '.join(str(error).split())}; look for a "
+            "trigger, an index or a constraint that Swarm did not make, then `swarm ticket retry`"
         )
     return sentence(error)
 
