@@ -61,7 +61,24 @@ async def test_a_race(store: Store, outside: Outside) -> None:
     assert texts["a.txt"] == "--- a/a.txt\n+++ b/a.txt\n@@ -1,2 +1,2 @@\n one\n-two\n+2\n" and texts["b.bin"] is None
     assert found.outputs.endswith('+{\n+  "n": 2\n+}\n')
     again = await compare(store, "t:try[1]", "t:try[1]")
-    assert (again.files, again.outputs) == ([], "")
+    assert (again.files, again.outputs, again.commands) == ([], "", "")
+    assert again.a.commands is None, "it printed none"
+
+
+async def test_commands_are_found_in_what_agents_print(store: Store, outside: Outside) -> None:
+    """In pieces of any size, from two streams at once."""
+    await ticket(store, outside, "steps: [{id: try, agent: echo, for_each: [1, 2]}]")
+    one, other = await claims(store)
+    await left(store, one, {}, stdout="$ ma", stderr="$ git status\nnothing $ here\n$ ")
+    await left(store, one, {}, stdout="ke " + "x" * 600, stderr="tail\r\n", swarm="$ not an agent's\n")
+    await left(store, one, {}, stdout="x" * 600 + "\n$ last")
+    await left(store, other, {}, stdout="$ git status\n$ last\n")
+    found = await compare(store, "t:try[0]", "t:try[1]")
+    assert found.a.commands == ("git status", "tail", "make " + "x" * 495, "last")
+    assert found.b.commands == ("git status", "last")
+    assert found.commands.endswith(
+        "+++ b/commands\n@@ -1,4 +1,2 @@\n git status\n-tail\n-make " + "x" * 495 + "\n last\n"
+    )
 
 
 async def test_attempts_of_a_ticket_and_ids_with_colons(store: Store, outside: Outside) -> None:

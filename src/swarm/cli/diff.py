@@ -38,9 +38,9 @@ async def diff(
         typer.Option("--vm", metavar="DIR", help="Compare this directory of the kept VMs, instead of /work/out."),
     ] = None,
 ) -> None:
-    """Compare two attempts: how they ended, what they cost, the files they left, and their outputs.
+    """Compare two attempts: how they ended, what they cost, the files they left, commands, and their outputs.
 
-    Without a number, the last attempt counts.
+    Without a number, the last attempt counts. Commands are those that an agent prints as `$ COMMAND`.
     """
     from swarm.store import comparison
 
@@ -62,6 +62,9 @@ async def diff(
         cli.out.line()
         cli.out.line(f"{_MARKS[one.change]} {one.name}  {sizes}{modes}", style="bold")
         cli.out.text(one.diff or "")
+    if found.commands:
+        cli.out.line()
+        cli.out.text(found.commands)
     if found.outputs:
         cli.out.line()
         cli.out.text(found.outputs)
@@ -82,12 +85,17 @@ def _rows(a: Side, b: Side) -> list[tuple[str, str, str]]:
         row("reason", "reason"),
         row("exit status", "exit_code"),
         ("time", duration(a.duration_ms), duration(b.duration_ms)),
+        ("commands", _ran(a), _ran(b)),
         ("printed", f"{a.printed_bytes:,} bytes", f"{b.printed_bytes:,} bytes"),
         ("connections", _counted(a.connections), _counted(b.connections)),
         ("model calls", _counted(a.model_calls), _counted(b.model_calls)),
         ("tokens", _number(a.attempt.api_tokens_used), _number(b.attempt.api_tokens_used)),
         ("cost", _usd(a.attempt.cost_usd), _usd(b.attempt.cost_usd)),
     ]
+
+
+def _ran(side: Side) -> str:
+    return "not recorded" if side.commands is None else f"{len(side.commands):,}"
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -355,13 +355,14 @@ class FileChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two attempts side by side. ``a``, ``b``: what is told of each; ``outputs``: their diff, '' if they are the
-    same."""
+    """Two attempts side by side. ``a``, ``b``: what is told of each; ``outputs``, ``commands``: their diff, '' if they
+    are the same."""
 
     a: Mapping[str, Any] = field(default_factory=dict)
     b: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[FileChange, ...] = ()
     outputs: str = ""
+    commands: str = ""
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Comparison:

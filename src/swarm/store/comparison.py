@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -19,17 +19,22 @@ from swarm.errors import NotFound, UsageError
 from swarm.store.sql.rows import AttemptRow, milliseconds
 from swarm.store.store import Store
 
+STREAMS: Final = ("stdout", "stderr")
 # What is compared line by line, and how much of that is shown.
 _TEXT_BYTES: Final = 256 << 10
 _TEXT_LINES: Final = 5_000
 _DIFF_CHARS: Final = 64 << 10
 _EVENTS: Final = 1000  # of one read
+# Of the commands that an attempt ran.
+_MOST_COMMANDS: Final = 2000
+_COMMAND_CHARS: Final = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
     """One of the two. ``number``: of the tries of this step, from 1. ``printed_bytes``: of its output. ``connections``
-    and ``model_calls``: how many there were to each host, and to each model."""
+    and ``model_calls``: how many there were to each host, and to each model. ``commands``: the first lines of those
+    that the agent printed as ``$ COMMAND``, as ours do before they run one; None if it printed none."""
 
     ticket_id: str
     step_id: str
@@ -40,6 +45,7 @@ class Side:
     printed_bytes: int = 0
     connections: Mapping[str, int] = field(default_factory=dict)
     model_calls: Mapping[str, int] = field(default_factory=dict)
+    commands: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +66,7 @@ class Comparison:
     b: Side
     files: list[Change]
     outputs: str  # their diff; '' if they are the same
+    commands: str = ""  # likewise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +87,12 @@ async def compare(store: Store, a: str, b: str, *, project_id: str | None = None
         b=other,
         files=await changes(await _left(store, one, of_one), await _left(store, other, of_other)),
         outputs=await asyncio.to_thread(_diff, _pretty(one.outputs), _pretty(other.outputs), "outputs"),
+        commands=await asyncio.to_thread(_diff, _listed(one.commands), _listed(other.commands), "commands"),
     )
+
+
+def _listed(commands: Sequence[str] | None) -> str:
+    return "".join(f"{command}\n" for command in commands or ())
 
 
 async def find(store: Store, ref: str, *, project_id: str | None = None) -> Side:
@@ -141,6 +153,8 @@ def _named(names: Mapping[str, None]) -> str:
 async def _told(store: Store, side: Side) -> tuple[Side, str | None]:
     """With what its events say; and the digest of the files that it left."""
     printed, after, digest = 0, 0, None
+    said: dict[object, _Commands] = {}
+    commands: list[str] = []
     connections, calls = Counter[str](), Counter[str]()
     while found := await store.events(side.ticket_id, after=after, limit=_EVENTS):
         for event in found:
@@ -148,7 +162,10 @@ async def _told(store: Store, side: Side) -> tuple[Side, str | None]:
             if event.attempt_id != side.attempt.id:
                 continue
             if event.kind == "output":
-                printed += len(str(event.data.get("text", "")).encode(errors="replace"))
+                text, stream = str(event.data.get("text", "")), event.data.get("stream")
+                printed += len(text.encode(errors="replace"))
+                if stream in STREAMS:
+                    said.setdefault(stream, _Commands(commands)).hear(text)
             elif event.kind == "files" and isinstance(placed := event.data.get("trees"), dict):
                 digest = str(next(iter(placed.values()), "")) or None
             elif event.kind == "model_call":
@@ -157,8 +174,33 @@ async def _told(store: Store, side: Side) -> tuple[Side, str | None]:
                 port = f":{event.data['port']}" if event.data.get("port") else ""
                 refused = " (refused)" if event.data.get("refused") else ""
                 connections[f"{event.data['host']}{port}{refused}"] += 1
-    told = replace(side, printed_bytes=printed, connections=dict(connections), model_calls=dict(calls))
+    for one in said.values():
+        one.hear("\n")
+    told = replace(
+        side,
+        printed_bytes=printed,
+        connections=dict(connections),
+        model_calls=dict(calls),
+        commands=tuple(commands) or None,
+    )
     return told, digest
+
+
+class _Commands:
+    """Finds the commands in a stream of output, which comes in pieces of any size."""
+
+    def __init__(self, found: list[str]) -> None:
+        self._found = found
+        self._line = ""  # the beginning of the one that is not yet whole
+
+    def hear(self, text: str) -> None:
+        *whole, rest = text.split("\n")
+        for line in whole:
+            line = (self._line + line[:_COMMAND_CHARS])[: _COMMAND_CHARS + 2].rstrip("\r")
+            self._line = ""
+            if line.startswith("$ ") and len(self._found) < _MOST_COMMANDS:
+                self._found.append(line[2:])
+        self._line = (self._line + rest[:_COMMAND_CHARS])[: _COMMAND_CHARS + 2]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
