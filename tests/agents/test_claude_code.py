@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ async def test_limits_end_it(run: Run, limit: dict[str, Any], stop_reason: str) 
 
 async def test_the_time_limit_of_the_ticket_comes_near(run: Run) -> None:
     """While a tool runs, whose processes end with it."""
-    mark = "import time; time.sleep(1000)  # of this test"
+    mark = f"import time; time.sleep(1000)  # of this test, {uuid.uuid4()}"
     ran = await run(EDIT, bash(f'python3 -c "{mark}"'), seconds=24)
     assert (ran.outputs["finished"], ran.outputs["stop_reason"]) == (False, "time"), ran.outputs["why"]
     assert ran.patched == "one\ntwo\n"

@@ -124,7 +124,7 @@ class Campaign:
 
     async def run(self) -> None:
         await self.prepare()
-        limit = 60 + self.tickets * (4.0 if self.settings.driver != "process" else 2.0) + 10 * self.kills
+        limit = 300 + self.tickets * (4.0 if self.settings.driver != "process" else 2.0) + 10 * self.kills
         deadline = time.monotonic() + limit + 600 * self.guilty
         for number in range(ENGINES):
             await self.start(number)

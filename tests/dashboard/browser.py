@@ -103,7 +103,7 @@ class Browser:
         """What the function's body passes to its last argument, a callback."""
         return await self._do("POST", "/execute/async", {"script": script, "args": []})
 
-    async def until(self, condition: str, *, seconds: float = 20.0) -> Any:
+    async def until(self, condition: str, *, seconds: float = 60.0) -> Any:
         """Wait until an expression is true, and return it."""
         async with asyncio.timeout(seconds):
             while not (found := await self.run(f"return {condition}")):  # noqa: ASYNC110 - of another process
@@ -115,13 +115,19 @@ class Browser:
 
     async def click(self, selector: str) -> None:
         """As a person does: it fails for what is hidden or covered."""
+        await self._loaded()
         found = await self._do("POST", "/element", {"using": "css selector", "value": selector})
         await self._do("POST", f"/element/{found[_ELEMENT]}/click")
 
     async def press(self, *keys: str) -> None:
         """Keys, one after the other."""
+        await self._loaded()
         actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
         await self._do("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+
+    async def _loaded(self) -> None:
+        """Until the page's own scripts have run: what is pressed before is lost."""
+        await self.until("document.readyState === 'complete'")
 
     async def devtools(self, command: str, **params: object) -> Any:
         return await self._do("POST", "/goog/cdp/execute", {"cmd": command, "params": params})

@@ -164,7 +164,8 @@ async def test_an_answer_is_typed_while_other_things_happen(served: Served, chro
     await chromium.log_in(served.url, served.tokens["operator"])
     await chromium.press("g", "a")
     await chromium.until("location.pathname === '/approvals' && document.querySelectorAll('.card').length === 2")
-    await chromium.run("document.querySelector('.card:last-child input[name=why]').value = 'looks good'")
+    card = "[...document.querySelectorAll('.card')].find((one) => one.querySelector('a[href=\"/tickets/t2\"]'))"
+    await chromium.run(f"{card}.querySelector('input[name=why]').value = 'looks good'")
     await served.store.answer("t1", approved=True, by="somebody else")
     await chromium.until("document.querySelectorAll('.card').length === 1")
     assert await chromium.run("return document.querySelector('input[name=why]').value") == "looks good"

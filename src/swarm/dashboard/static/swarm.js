@@ -58,7 +58,7 @@
   for (const name of ["click", "wheel", "touchmove"]) document.addEventListener(name, stay, { capture: true, passive: true });
 
   // --- keys ---
-  let went = 0; // when `g` was pressed
+  let went = -Infinity; // when `g` was pressed
   const links = () => all("a[data-open]");
   const row = () => document.activeElement?.closest?.("[data-row]");
   const move = (by) => {
@@ -72,7 +72,7 @@
     x: () => $("input[type=checkbox]", row() || document.createElement("i"))?.click(),
     "/": () => $("#find, input[type=search]")?.focus(),
     "?": () => $("#keys").showModal(),
-    g: () => { went = Date.now(); },
+    g: (at) => { went = at; },
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
@@ -83,11 +83,11 @@
       return;
     }
     if ($("dialog[open]")) return;
-    const go = Date.now() - went < 1500 && all("[data-go]").find((link) => link.dataset.go === event.key);
-    went = 0;
+    const go = event.timeStamp - went < 1500 && all("[data-go]").find((link) => link.dataset.go === event.key);
+    went = -Infinity;
     const target = go || $(`[data-key="${CSS.escape(event.key)}"]`, row() || document);
     if (go || target) target.click();
-    else if (keys[event.key]) keys[event.key]();
+    else if (keys[event.key]) keys[event.key](event.timeStamp);
     else return;
     event.preventDefault();
   });
