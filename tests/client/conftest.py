@@ -32,5 +32,5 @@ async def at_work(plain: Bench) -> AsyncIterator[Bench]:
 
 @pytest.fixture
 async def s(at_work: Bench) -> AsyncIterator[AsyncSwarm]:
-    async with AsyncSwarm(home=at_work.settings.home) as s:
+    async with AsyncSwarm(home=at_work.settings.home, timeout_seconds=120) as s:
         yield s

@@ -98,7 +98,15 @@ async def delete(s: AsyncSwarm) -> Any:
     ids=lambda value: getattr(value, "__name__", None),
 )
 async def test_what_is_sent_again(act: Act, plan: list[Any], requests: int, outcome: Any) -> None:
-    seconds = 2.0 if SILENCE in plan else 60.0
+    try:
+        await is_sent_again(act, plan, requests, outcome, seconds=1.0 if SILENCE in plan else 60.0)
+    except (AssertionError, pytest.fail.Exception, SwarmError):
+        if SILENCE not in plan:
+            raise
+        await is_sent_again(act, plan, requests, outcome, seconds=20.0)  # a busy machine is silent for a second, too
+
+
+async def is_sent_again(act: Act, plan: list[Any], requests: int, outcome: Any, *, seconds: float) -> None:
     async with faulty(plan) as server, AsyncSwarm(server.url, timeout_seconds=seconds, retry_seconds=600) as s:
         if isinstance(outcome, type):
             with pytest.raises(outcome) as raised:

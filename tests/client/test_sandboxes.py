@@ -28,8 +28,11 @@ async def test_a_vm_that_stays(settings: Settings, image: Image, tmp_path: Path)
         async with await s.sandboxes.create(name="box", ttl_seconds=600, idle_timeout_seconds=300) as box:
             data = os.urandom(3 << 20)
             await box.write("data", data)
-            counts = "n=0; while :; do n=$((n+1)); echo $n > /work/n; sleep 1; done"
+            counts = "n=0; while :; do n=$((n+1)); echo $n 1<> /work/n; sleep 1; done"  # never empty
             await box.exec("sh", "-c", counts, background=True, process="counts")
+            async with asyncio.timeout(60):
+                while not (await box.exec("cat n")).stdout:
+                    pass
             who = "cat /etc/machine-id /etc/hostname; head -c 16 /dev/urandom | base64"
             first = (await box.exec(who)).stdout.splitlines()
             assert (await box.pause()).state == "paused"

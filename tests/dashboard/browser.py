@@ -126,8 +126,9 @@ class Browser:
         await self._do("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
 
     async def _loaded(self) -> None:
-        """Until the page's own scripts have run: what is pressed before is lost."""
-        await self.until("document.readyState === 'complete'")
+        """Until the page's own scripts have run, and it has its focus: what is pressed before is lost."""
+        focused = "!document.querySelector('[autofocus]') || document.activeElement !== document.body"
+        await self.until(f"document.readyState === 'complete' && ({focused})")
 
     async def devtools(self, command: str, **params: object) -> Any:
         return await self._do("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
