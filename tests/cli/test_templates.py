@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.needs("qemu")
 
 
 @pytest.fixture
-def swarm(settings: Settings, image: Image, tmp_path: Path) -> Callable[..., str]:
-    env = {
+def env(settings: Settings, image: Image, tmp_path: Path) -> dict[str, str]:
+    return {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
         "SWARM_HOME": str(settings.home),
         "SWARM_IMAGES_DIR": str(settings.images),
@@ -30,8 +31,11 @@ def swarm(settings: Settings, image: Image, tmp_path: Path) -> Callable[..., str
         "SWARM_TEMPLATES_DIR": str(tmp_path / "templates"),
     }
 
-    def run(*arguments: str, status: int = 0, seconds: int = 120, **more: str) -> str:
-        argv = ["timeout", "--preserve-status", str(seconds), sys.executable, "-m", "swarm.cli.main", *arguments]
+
+@pytest.fixture
+def swarm(env: dict[str, str]) -> Callable[..., str]:
+    def run(*arguments: str, status: int = 0, **more: str) -> str:
+        argv = ["timeout", "--preserve-status", "300", sys.executable, "-m", "swarm.cli.main", *arguments]
         ended = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, env=env | more)
         assert ended.returncode == status, ended.stderr.decode()
         return (ended.stdout if status == 0 else ended.stderr).decode()
@@ -98,10 +102,19 @@ def test_a_driver_without_templates_says_so(swarm: Callable[..., str]) -> None:
     assert "makes no templates" in swarm("template", "build", "--json", status=1, SWARM_DRIVER="process")
 
 
-def test_a_build_that_is_interrupted_leaves_nothing(swarm: Callable[..., str], settings: Settings) -> None:
+def test_a_build_that_is_interrupted_leaves_nothing(
+    swarm: Callable[..., str], env: dict[str, str], settings: Settings
+) -> None:
     inventory = wiring.inventory(settings)
     before = inventory.numbers()
-    assert "stopped by SIGTERM" in swarm("template", "build", "--memory", "160", status=143, seconds=4)
+    argv = [sys.executable, "-m", "swarm.cli.main", "template", "build", "--memory", "160"]
+    with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as build:
+        until = time.monotonic() + 120
+        while inventory.numbers() == before and build.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        build.terminate()  # it boots its VM now
+        assert build.stderr is not None and "stopped by SIGTERM" in build.stderr.read()
+        assert build.wait() == 143
     assert json.loads(swarm("template", "list", "--json")) == []
     assert inventory.numbers() == before
 

@@ -14,8 +14,7 @@ from tests.engine.conftest import Bench, ended, engine_process, log_until, prove
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 
-# Long enough for events to be flushed and the lease (1.5 s) to be renewed.
-AGENT = "import json, time\nprint('up', flush=True)\ntime.sleep(0.8)\njson.dump({}, open('output.json', 'w'))"
+AGENT = "import json, time\nprint('up', flush=True)\ntime.sleep({})\njson.dump({{}}, open('output.json', 'w'))"
 WAITS_AT_FIRST = (
     "import json, os, time\nprint('up', flush=True)\n"
     "first = json.load(open('input.json'))['step']['attempt'] == 1\n"
@@ -39,10 +38,11 @@ async def restart(bench: Bench, *tickets: str) -> list[str]:
 
 @pytest.mark.parametrize("point", crash_points.POINTS)
 async def test_a_restart_ends_right(plain: Bench, point: str) -> None:
-    agent = await plain.agent(AGENT)
+    # Long enough for events to be flushed, which is every 0.1 s, or leases to be renewed, which is every second.
+    agent = await plain.agent(AGENT.format(3 if "renew" in point else 0.4))
     plain.insert("a", agent.id)
     plain.insert("b", agent.id)
-    async with engine_process(plain, SWARM_FAULT=point, SWARM_LEASE_SECONDS="1.5") as engine, asyncio.timeout(60):
+    async with engine_process(plain, SWARM_FAULT=point) as engine, asyncio.timeout(60):
         _, said = await engine.communicate()
         assert engine.returncode == -signal.SIGKILL, said.decode()
     assert await restart(plain, "a", "b") == ["done", "done"]
@@ -106,7 +106,7 @@ os.kill(pid, signal.SIGKILL)
 
 async def test_a_ticket_that_kills_its_engine_each_time_is_given_up_and_no_other(plain: Bench) -> None:
     guilty = await plain.agent(GUILTY, "guilty")
-    agent = await plain.agent(AGENT, "innocent")
+    agent = await plain.agent(AGENT.format(0.8), "innocent")
     innocent = [f"i{number}" for number in range(4)]
     plain.insert("guilty", guilty.id)
     for id_ in innocent:

@@ -43,20 +43,28 @@ async def test_a_running_ticket_outlives_what_its_host_loses(bench: Bench, lines
 
 async def test_a_guest_that_is_silent_is_asked_why(bench: Bench) -> None:
     """Its time is up, and nothing comes from it: what its VMM does, whether agentd answers, what the network lacks."""
-    agent = await bench.agent(SLEEPS, timeout_seconds=3)
     causes = {
         "stopped": "QEMU was stopped by a signal",
         "tap": "QEMU says that the VM is 'running'; agentd at [0-9.]+:1024 did not answer in 5 s: .*; "
         "tap0 in vm{n} does not exist any more",
     }
-    async with serving(bench):
-        for id_ in causes:
+
+    async def wrong(seconds: int) -> list[str]:
+        agent = await bench.agent(SLEEPS, f"sleeps-{seconds}", timeout_seconds=seconds)
+        ids = {f"{cause}-{seconds}": says for cause, says in causes.items()}
+        for id_ in ids:
             bench.insert(id_, agent.id)
+        for id_ in ids:
             await bench.until_it_prints(id_)
-        vms = {vm.ticket_id: vm for vm in bench.vms()}
+        vms = {(vm.ticket_id or "").partition("-")[0]: vm for vm in bench.vms()}
+        if vms.keys() != causes.keys():
+            return ["the time of one of them was up"]
         os.kill(vms["stopped"].pid, signal.SIGSTOP)
         await process.run(["ip", "-n", vms["tap"].netns, "link", "del", "tap0"])
-        assert await ended(bench, *causes, timeout_seconds=120) == ["failed", "failed"]
-    for id_, says in causes.items():
-        error = (await bench.store.ticket(id_)).error or ""
-        assert re.search(says.format(n=vms[id_].n), error), error
+        assert await ended(bench, *ids, timeout_seconds=120) == ["failed", "failed"]
+        errors = {id_: (await bench.store.ticket(id_)).error or "" for id_ in ids}
+        n = vms["tap"].n
+        return [errors[id_] for id_, says in ids.items() if not re.search(says.format(n=n), errors[id_])]
+
+    async with serving(bench):
+        assert not await wrong(3) or not (left := await wrong(25)), left  # a busy machine is slower

@@ -72,22 +72,26 @@ async def test_what_is_done_in_one_is_told(desk: Desk, tmp_path: Path) -> None:
     assert "swordfish" not in str([event.data for event in story])
 
 
+# Once it is above this number; it is written without ever being empty.
+COUNTED = "until [ -e /work/i ] && [ $(cat /work/i) -gt {} ]; do sleep 0.1; done; cat /work/i"
+
+
 async def test_a_stop_of_the_engine_loses_none(desk: Desk) -> None:
     """Whatever runs in the background goes on where it stood, in another engine, with the tokens that it knows."""
     async with desk.engine() as engine:
         desk.insert("s", network="open")
         desk.insert("new", state="starting")
         await desk.running("s")
-        counts = await background(engine, "s", "i=0; while :; do i=$((i+1)); echo $i > /work/i; sleep 0.05; done")
+        counts = await background(engine, "s", "i=0; while :; do i=$((i+1)); echo $i 1<> /work/i; sleep 0.05; done")
         await background(engine, "s", "exit 7")
-        before = int(await shell(engine, "s", "sleep 0.2; cat /work/i"))
+        before = int(await shell(engine, "s", COUNTED.format(0)))
         proxy = await shell(engine, "s", "echo $http_proxy")
     row = await desk.store.sandbox("s")
     assert (row.state, row.hold_id, row.wanted, desk.vms()) == ("paused", None, None, [])
     assert len(desk.files()) == 1 + ((await desk.store.sandbox("new")).state == "paused")
     async with desk.engine() as engine:
         await desk.resumed("s")
-        assert int(await shell(engine, "s", "sleep 0.2; cat /work/i")) > before
+        assert int(await shell(engine, "s", COUNTED.format(before))) > before
         assert await shell(engine, "s", "echo $http_proxy") == proxy != ""
         assert await desk.store.snapshot_page(desk.pauses_of("s")) == desk.no_snapshots
         found = {one.process: one.ended for one in await processes.processes(opening(engine, "s"))}
@@ -156,7 +160,11 @@ async def test_two_engines_never_hold_one(desk: Desk) -> None:
             desk.sql("UPDATE sandboxes SET wanted = 'ended' WHERE id = ?", id)
         await desk.gone()
         await desk.resumed(first)
-        assert len(one.held) + len(two.held) == 1
+
+        async def one_is_held() -> bool:
+            return len(one.held) + len(two.held) == 1
+
+        await desk.until(one_is_held)
 
 
 async def test_an_idle_one_makes_room_for_one_that_is_wanted(desk: Desk) -> None:

@@ -133,7 +133,7 @@ async def test_a_crash_at_a_boundary(plain: Bench, point: str) -> None:
     await plain.agent(AGENT)
     log = plain.dir / "log"
     await add(plain, flow(CRASHING.format(log=log)))
-    async with engine_process(plain, SWARM_FAULT=point, SWARM_LEASE_SECONDS="1.5") as engine, asyncio.timeout(60):
+    async with engine_process(plain, SWARM_FAULT=point) as engine, asyncio.timeout(60):
         _, said = await engine.communicate()
         assert engine.returncode == -signal.SIGKILL, said.decode()
     before = {step.step_id for step in await plain.store.steps("t") if step.status == "completed"}
@@ -290,7 +290,7 @@ async def test_cancelled_half_way_through_a_fan_out(plain: Bench, how: str) -> N
         async def gone() -> bool:
             return plain.live_vms() == []
 
-        await plain.until(gone, timeout_seconds=10)
+        await plain.until(gone)
     if how == "cancel":
         found = list((await statuses(plain)).values())
         assert (found.count("completed"), found.count("cancelled")) == (3, 4)
