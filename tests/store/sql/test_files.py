@@ -28,7 +28,7 @@ async def test_log_removed(backend: Backend, removed: tuple[str, ...]) -> None:
         with pytest.raises(StoreError, match="was changed from outside"):
             await store.heartbeat("w", host="h", pid=2, info={})
         with pytest.raises(StoreError, match="was changed from outside"):
-            await wake.changed(timeout_seconds=5)
+            await wake.changed(timeout_seconds=60)
 
 
 async def test_the_database_is_being_overwritten_while_the_wake_looks(backend: Backend) -> None:
@@ -112,7 +112,7 @@ async def test_database_overwritten(
             with pytest.raises(StoreError, match="was changed from outside"):
                 await store.heartbeat("w", host="h", pid=2, info={})
         with pytest.raises(StoreError, match="was changed from outside"):
-            await wake.changed(timeout_seconds=5)
+            await wake.changed(timeout_seconds=60)
         found = file.read_bytes()
     assert file.read_bytes() == found  # the end of the store wrote nothing either
     wal = Path(f"{file}-wal")

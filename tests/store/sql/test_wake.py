@@ -36,7 +36,8 @@ INSERT = """
 import sqlite3, sys, time
 db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
 for line in sys.stdin:
-    db.execute("INSERT INTO tickets (id, title, state) VALUES (?, 'wake', 'draft')", (line.strip(),))
+    if line.strip():
+        db.execute("INSERT INTO tickets (id, title, state) VALUES (?, 'wake', 'draft')", (line.strip(),))
     print(time.monotonic_ns(), flush=True)
 """
 
@@ -46,18 +47,21 @@ async def test_a_commit_of_another_process_is_seen_at_once(file: Path) -> None:
         sys.executable, "-c", INSERT, file, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert other.stdin is not None and other.stdout is not None
-    late = []
+    late, without = [], []  # ms from when it was done until it was seen here; the same by a pipe, without a database
     async with Wake.watching(file) as wake:
         for number in range(40):
             other.stdin.write(f"{number}\n".encode())
             async with asyncio.timeout(60):
-                assert await wake.changed(timeout_seconds=10)
+                assert await wake.changed(timeout_seconds=60)
             seen = time.monotonic_ns()
             late.append((seen - int(await other.stdout.readline())) / 1e6)
+            other.stdin.write(b"\n")
+            told = int(await other.stdout.readline())
+            without.append((time.monotonic_ns() - told) / 1e6)
     other.stdin.close()
     await other.wait()
     # `make bench-engine` has the real figure; here the machine may be busy, and a fixed interval would still show.
-    assert statistics.median(late) < 25, sorted(late)
+    assert statistics.median(late) < 20 + 5 * statistics.median(without), (sorted(late), sorted(without))
 
 
 async def test_without_a_commit_nothing_is_seen_and_it_costs_nothing(file: Path) -> None:
@@ -73,13 +77,13 @@ async def test_a_commit_between_two_calls_is_not_missed(file: Path) -> None:
     async with Wake.watching(file) as wake:
         await wake.changed(timeout_seconds=0)
         connection.execute("INSERT INTO tickets (id, title) VALUES ('a', 'a')")
-        assert await wake.changed(timeout_seconds=5)
+        assert await wake.changed(timeout_seconds=60)
         assert not await wake.changed(timeout_seconds=0.1)
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("INSERT INTO tickets (id, title) VALUES ('b', 'b')")
         assert not await wake.changed(timeout_seconds=0.2)  # not committed
         connection.execute("COMMIT")
-        assert await wake.changed(timeout_seconds=5)
+        assert await wake.changed(timeout_seconds=60)
     connection.close()
 
 
@@ -101,7 +105,7 @@ async def test_own_commits_are_noticed_once_the_lock_is_released(file: Path) -> 
         assert noticed() == ["writes"]
         await store._write.call(insert, "own", within)
         assert noticed() == ["writes"]
-        assert await wake.changed(timeout_seconds=10)
+        assert await wake.changed(timeout_seconds=60)
         with pytest.raises(Conflict):
             await store._write.call(insert, "undone", undone)
         assert noticed() == ["writes"]
@@ -109,7 +113,7 @@ async def test_own_commits_are_noticed_once_the_lock_is_released(file: Path) -> 
             pass
         with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as other:
             other.execute("INSERT INTO tickets (id) VALUES ('other')")
-        assert await wake.changed(timeout_seconds=10)
+        assert await wake.changed(timeout_seconds=60)
     assert (before, within, undone) == (["writes", "writes"], ["files"], ["files"])
 
 
