@@ -57,7 +57,7 @@ def test_numbers_have_a_range(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(f"SWARM_{name.upper()}", bad)
         with pytest.raises(UsageError) as caught:
             config.load()
-        kind = "a number" if name.endswith(("_seconds", "_gb")) or "usd" in name else "a whole number"
+        kind = "a number" if name.endswith(("_seconds", "_gb", "_share")) or "usd" in name else "a whole number"
         assert (
             str(caught.value)
             == f"bad settings: {name} is {bad!r}; it must be {kind} from {least:,.16g} to {most:,.16g}"

@@ -28,6 +28,7 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
     "budget_usd_per_day": BOUNDS["budget_usd"],
     "budget_tokens_per_day": BOUNDS["budget_tokens"],
     "snapshots_gb": (0.001, 1e6),
+    "project_share": (0.001, 1.0),
     "lease_seconds": (0.1, 86_400.0),
     "queue_timeout_seconds": (0.001, 365 * 86_400.0),
     "boot_timeout_seconds": (0.1, 86_400.0),
@@ -55,6 +56,9 @@ class Settings(BaseModel):
     snapshots_dir: Path | None = None  # default: home/snapshots
     # How much disk they may take together, in 10^9 bytes. Not set: as much as there is.
     snapshots_gb: float | None = _number("snapshots_gb", None)
+    # The largest part that one project may have: of an engine's places for sandboxes, of the memory for VMs, of what
+    # snapshots may take. What belongs to no project may have all.
+    project_share: float = _number("project_share", 0.5)
     # State of the VMs on this host, shared by all homes: VM directories, slot locks. The path must be short (it holds
     # Unix sockets) and on a disk, not in memory (it holds work disks too).
     state_dir: Path = Path("/var/lib/swarm")

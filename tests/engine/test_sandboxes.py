@@ -269,6 +269,43 @@ async def test_it_runs_on_when_there_is_no_room_for_its_snapshot(
         await engine.end("s", by="test")
 
 
+async def test_a_project_takes_not_all_places(settings: Settings, tmp_path: Path) -> None:
+    async with desk_at(settings, tmp_path, driver="process") as desk, desk.engine(most=2) as engine:
+        for id in ("a1", "a2"):
+            desk.insert(id, project_id="a")
+        first = await desk.one_of("a1", "a2")
+        (other,) = {"a1", "a2"} - {first}
+        desk.insert("b", project_id="b")
+        await desk.running("b")
+
+        async def told() -> bool:
+            return "one project take 1 places at most" in ((await desk.store.sandbox(other)).error or "")
+
+        await desk.until(told)
+        assert list(engine.held) == [first, "b"] and "SWARM_PROJECT_SHARE" in engine.waits_for
+        await engine.end(first, by="test")
+        assert (await desk.running(other)).error is None
+        for id in ("b", other):
+            await engine.end(id, by="test")
+
+
+async def test_a_project_takes_not_all_that_snapshots_may(settings: Settings, image: Image, tmp_path: Path) -> None:
+    async with desk_at(settings, tmp_path, snapshots_gb=1.0, project_share=0.05) as desk:
+        async with desk.engine() as engine:
+            desk.insert("a", project_id="a")
+            await desk.running("a")
+            with pytest.raises(NoSpace, match=r"of the project 'a' take 0\.\d+ GB.* one project may take 0\.05 here"):
+                await engine.snapshot("a", by="test")
+            assert desk.files() == []
+        assert (await desk.store.sandbox("a")).state == "paused", "a stop loses none"
+        snapshots = wiring.snapshots(desk.settings)
+        with pytest.raises(NoSpace, match="of the project 'a'"):
+            snapshots.check_limit("a")
+        for other in ("b", None):
+            snapshots.check_limit(other)
+        await desk.store.want_sandbox("a", "ended", by="test")
+
+
 async def test_a_stop_pauses_beyond_the_limit_of_snapshots(settings: Settings, image: Image, tmp_path: Path) -> None:
     async with desk_at(settings, tmp_path, snapshots_gb=0.001) as desk:
         async with desk.engine():

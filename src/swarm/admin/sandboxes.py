@@ -57,7 +57,8 @@ async def _held(store: Store, id: str, *, by: str, wait_seconds: float, engine_s
         if waited > engine_seconds and not await _engine_here(store):
             raise Conflict(f"no engine runs here that could hold {named(row)}: `swarm-engine start` starts one")
         if waited > wait_seconds:
-            raise Conflict(f"{named(row)} is still {row.state} after {wait_seconds:g} s: see `swarm-engine status`")
+            why = row.error or "see `swarm-engine status`"
+            raise Conflict(f"{named(row)} is still {row.state} after {wait_seconds:g} s: {why}")
         return None
 
     return await _until(store, look)

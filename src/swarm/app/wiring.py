@@ -206,8 +206,11 @@ def snapshots(settings: Settings) -> Snapshots:
     from swarm.vm.snapshots import Snapshots
 
     limit = None if settings.snapshots_gb is None else int(settings.snapshots_gb * 1e9)
-    own, layers = settings.database, guest_layers(settings)
-    return Snapshots(dir=settings.snapshots, limit_bytes=limit, images=images(settings), layers=layers, owner=own)
+    own, layers, share = settings.database, guest_layers(settings), settings.project_share
+    return Snapshots(
+        dir=settings.snapshots, limit_bytes=limit, project_share=share, images=images(settings), layers=layers,
+        owner=own,
+    )  # fmt: skip
 
 
 def services(settings: Settings, opened: Store | None) -> Services:
@@ -368,13 +371,9 @@ def _sandboxes(settings: Settings, opened: Store, parts: _Vms, ours: Worker, *, 
         at_once=default_max_vms(),
     )
     return Sandboxes(
-        store=opened,
-        worker=ours.name,
-        machines=machines,
-        lease_seconds=settings.lease_seconds,
-        most=most,
-        emit=ours.emit,
-    )
+        store=opened, worker=ours.name, machines=machines, lease_seconds=settings.lease_seconds, most=most,
+        emit=ours.emit, project_share=settings.project_share,
+    )  # fmt: skip
 
 
 async def _pool(settings: Settings, vms: Launcher, warm: int | None) -> Pool:

@@ -88,7 +88,7 @@ class Keeper:
     async def _write(
         self, claim: Claim, live: LiveVm, *, kind: str, pause: bool, keep_seconds: float | None
     ) -> Snapshot:
-        async with self.snapshots.stage() as stage:
+        async with self.snapshots.stage(claim.ticket.project_id) as stage:
             write = self.launcher.pause if pause else self.launcher.save
             made = await write(live, stage)
             row = Snapshot(

@@ -122,7 +122,7 @@ class Machines:
     async def pause(self, held: Held, live: LiveVm) -> Snapshot:
         """Its snapshot; its VM has ended. After an error it goes on. Raises BootFailed, NoSpace, HostError."""
         await self._tell_ends(held, live)
-        async with self._saving, self.snapshots.stage() as stage:
+        async with self._saving, self.snapshots.stage(held.sandbox.project_id) as stage:
             tokens = held.egress.tokens if held.egress is not None else {}
             kept = json.dumps({"tokens": tokens, "background": sorted(held.background)})
             with stage.explained():
@@ -131,7 +131,7 @@ class Machines:
 
     async def save(self, held: Held, live: LiveVm, *, kind: str, name: str | None = None) -> Snapshot:
         """A snapshot of it; it goes on. Raises BootFailed, NoSpace, HostError."""
-        async with self._saving, self.snapshots.stage() as stage:
+        async with self._saving, self.snapshots.stage(held.sandbox.project_id) as stage:
             made = await self._launcher.save(live, stage)
             return replace(self._row(held, made, kind=kind), name=name)
 

@@ -24,7 +24,8 @@ from swarm.engine.machines import Machines, agent_of
 from swarm.engine.room import VmInUse
 from swarm.errors import Conflict, LeaseLost, OutcomeUnknown, StoreError, SwarmError, UsageError
 from swarm.live.wire import NotHeld
-from swarm.model import SandboxClaim, SandboxState, Snapshot
+from swarm.model import SandboxClaim, SandboxState
+from swarm.store.sandboxes.taking import Share
 from swarm.store.store import Store
 from swarm.vm.launcher import LiveVm
 
@@ -47,10 +48,10 @@ _FORK_SECONDS: Final = 30.0  # what forks start from stays at least this long, a
 
 
 class Sandboxes:
-    """``worker``: the engine's name in the database. ``most``: how many it holds at once. ``emit`` takes events, which
-    are written with the next batch. ``room``: the memory for one more VM (None: no limit), and why there is no disk for
-    it. Its loops (`claiming`, `renewing`, `collecting`) run until they are cancelled; then call `drained`, before
-    `renewing` is cancelled."""
+    """``worker``: the engine's name in the database. ``most``: how many it holds at once, of which one project may have
+    ``project_share``. ``emit`` takes events, which are written with the next batch. ``room``: the memory for one more
+    VM (None: no limit), and why there is no disk for it. Its loops (`claiming`, `renewing`, `collecting`) run until
+    they are cancelled; then call `drained`, before `renewing` is cancelled."""
 
     def __init__(
         self,
@@ -61,11 +62,12 @@ class Sandboxes:
         lease_seconds: float,
         most: int,
         emit: Emit,
+        project_share: float = 1.0,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         self._store, self._worker, self._machines = store, worker, machines
         self._lease_seconds, self._idle_seconds = lease_seconds, idle_seconds
-        self.most = most
+        self.most, self.project_share = most, project_share
         self._emit = emit
         self.yield_seconds = YIELD_SECONDS
         self._held: dict[str, Held] = {}  # by the sandbox's id
@@ -118,24 +120,28 @@ class Sandboxes:
                 self.waits_for = ""
                 return LOOK_SECONDS if due.next_ms is None else min(LOOK_SECONDS, due.next_ms / 1000 + 0.001)
             memory_mb, shortage = self.room()
+            holds = [held.claim for held in self._held.values()]
+            share = Share.of(holds, most=self.most, most_mb=self.most_mb, part=self.project_share)
             claims = await self._store.claim_sandboxes(
                 self._worker,
                 self._machines.host,
                 lease_seconds=self._lease_seconds,
-                limit=max(0, self.most - len(self._held)),
+                limit=max(0, self.most - len(holds)),
                 memory_mb=memory_mb,
                 most_memory_mb=self.most_mb,
-                held=[held.claim.hold_id for held in self._held.values()],
+                held=[claim.hold_id for claim in holds],
+                share=share,
             )
             for claim in [one for one in claims if not self._begin(one)]:
-                with contextlib.suppress(SwarmError):  # its lease ends anyway
-                    await self._store.sandbox_released(claim.hold_id, why="never begun")
+                await quietly(self._store.sandbox_released(claim.hold_id, why="never begun"))  # else its lease ends
                 await asyncio.sleep(_ROOM_SECONDS)
             if not claims:
-                if due.ready:
-                    full = f"a place: all {self.most} are taken" if len(self._held) >= self.most else ""
-                    self.waits_for = shortage or full or f"memory: {max(0, memory_mb or 0)} MB are left for VMs"
-                    self.make_room()
+                places = f"a place: all {self.most} are taken" if len(holds) >= self.most else ""
+                full = shortage or places or f"memory: {max(0, memory_mb or 0)} MB are left for VMs"
+                waits = {None: full} if share.others_wait else {}
+                for project, why in (waits | share.over).items():
+                    self.make_room(project)
+                    self.waits_for = full if waits else f"the project {project!r}: {why}"
                 return _ROOM_SECONDS
         return LOOK_SECONDS
 
@@ -148,10 +154,10 @@ class Sandboxes:
         held.task = asyncio.create_task(self._hold(held), name=f"sandbox-{held.id}")
         return True
 
-    def make_room(self) -> None:
-        """Pause the one that nobody has spoken with for the longest time, if that is some seconds."""
-        may = [held for held in self._held.values() if held.may_pause() and held.idle_for > self.yield_seconds]
-        if may:
+    def make_room(self, project: str | None = None) -> None:
+        """Pause the one that nobody has spoken with for the longest time, if that is some seconds: of any project."""
+        may = [one for one in self._held.values() if one.may_pause() and one.idle_for > self.yield_seconds]
+        if may := [one for one in may if project in (None, one.sandbox.project_id)]:
             max(may, key=lambda one: one.idle_for).want(Ending.PAUSED)
 
     async def renewing(self) -> None:
@@ -199,7 +205,7 @@ class Sandboxes:
     def stop(self) -> None:
         """Hold no more, and pause all that are held. Doesn't wait: see `drained`."""
         self.stopping = True
-        self._machines.snapshots.limit_bytes = None  # what could not be paused now would be lost
+        self._machines.snapshots.lift_limits()  # what could not be paused now would be lost
         for held in list(self._held.values()):
             if held.runs or held.claim.resumes:
                 held.want(Ending.PAUSED)
@@ -412,7 +418,7 @@ class Sandboxes:
             raise Conflict(f"{held.name} was given secrets, and its memory may hold them: a snapshot would too")
         async with self._standing(held) as live:
             made = await self._machines.save(held, live, kind="named", name=name)
-            return (await self._kept(made, keep_seconds=keep_seconds, by=by)).id
+            return (await kept.add(self._store, self._machines.snapshots, made, keep_seconds=keep_seconds, by=by)).id
 
     async def fork(self, id: str, *, by: str, count: int = 1, name: str | None = None) -> Sequence[str]:
         """The ids of new sandboxes, which start from its present state; it goes on. ``name``: of one; of several, with
@@ -422,9 +428,8 @@ class Sandboxes:
             raise UsageError(f"a sandbox can be forked 1 to {MAX_FORKS} times at once, not {count}")
         names = [name] if count == 1 or name is None else [f"{name}-{number + 1}" for number in range(count)]
         async with self._standing(held) as live:
-            made = await self._kept(
-                await self._machines.save(held, live, kind="fork"), keep_seconds=_FORK_SECONDS, by=by
-            )
+            made = await self._machines.save(held, live, kind="fork")
+            await kept.add(self._store, self._machines.snapshots, made, keep_seconds=_FORK_SECONDS, by=by)
             child = replace(
                 held.sandbox, id="", state=SandboxState.STARTING, parent_id=held.id, snapshot_id=made.id, wanted=None,
                 created_by=by, created_at=None, started_at=None, used_at=None, ended_at=None, ends_at=None, host=None,
@@ -443,7 +448,3 @@ class Sandboxes:
             if held.closing or held.live is None:
                 raise NotHeld(f"{held.name} {held.closing}")
             yield held.live
-
-    async def _kept(self, made: Snapshot, *, keep_seconds: float | None, by: str) -> Snapshot:
-        """Its row; without one, its files go."""
-        return await kept.add(self._store, self._machines.snapshots, made, keep_seconds=keep_seconds, by=by)

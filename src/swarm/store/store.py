@@ -55,7 +55,7 @@ from swarm.store.sandboxes.claiming import SandboxClaimer
 from swarm.store.sandboxes.holding import SandboxRenewal
 from swarm.store.sandboxes.sandboxes import SandboxFilter, SandboxPage
 from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
-from swarm.store.sandboxes.taking import Taking
+from swarm.store.sandboxes.taking import Share, Taking
 from swarm.store.sql import database
 from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
@@ -598,6 +598,7 @@ class Store:
         memory_mb: int | None = None,
         most_memory_mb: int | None = None,
         held: Collection[str] = (),
+        share: Share | None = None,
     ) -> list[SandboxClaim]:
         """Up to ``limit`` sandboxes for this worker, each under a lease: those that are to be started, and paused ones
         of this host that are wanted running. Each VM must fit into what is left of ``memory_mb``; the first that does
@@ -606,14 +607,15 @@ class Store:
         A claim also ends bad rows, with the reason in their `error`; those that nobody holds and that are wanted ended,
         or whose time to live is over; one that needs more than ``most_memory_mb``. What ran under a lease that expired
         is lost; what was being started or resumed can be claimed again. ``held``: the holds of this worker, whose
-        leases are extended if they have run out (a clock that jumped). When the caller is cancelled, what was claimed
-        goes back."""
+        leases are extended if they have run out (a clock that jumped). ``share``: what one project may take; those who
+        wait since theirs has it say so in their `error`. When the caller is cancelled, what was claimed goes back."""
         request = Taking(
             worker=worker,
             host=host,
             lease_seconds=lease_seconds,
             memory_mb=memory_mb,
             most_memory_mb=most_memory_mb,
+            share=share,
         )
         return await self._holders.claim(request, limit=limit, held=held)
 

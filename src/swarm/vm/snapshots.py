@@ -58,10 +58,10 @@ class Layers(Protocol):
 class Stage:
     """A snapshot that is being written into ``dir``, which is removed unless it is sealed. See `Snapshots.stage`."""
 
-    def __init__(self, *, id: str, dir: Path, owner: Snapshots) -> None:
+    def __init__(self, *, id: str, dir: Path, owner: Snapshots, project: str | None) -> None:
         self.id = id
         self.dir = dir
-        self._owner = owner
+        self._owner, self._project = owner, project
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -84,10 +84,11 @@ class Stage:
                 "identity": _identity_as_json(identity),
                 "created_at": time.time(),
                 "owner": self._owner.owner,
+                "project": self._project,
             }
             digest = await stoppable(lambda check: _write_manifest(self.dir, manifest, check))
             size = _size_of(self.dir)
-            await asyncio.to_thread(self._owner.check_limit)
+            await asyncio.to_thread(self._owner.check_limit, self._project)
             final = self._owner.dir / self.id
             self.dir.rename(final)
             self.dir = final
@@ -101,29 +102,39 @@ class Stage:
 
 
 class Snapshots:
-    """The snapshots in ``dir``, which together may take ``limit_bytes`` of disk (None: what there is). ``owner``: the
-    database that knows those that are made here; others may share the directory."""
+    """The snapshots in ``dir``, which together may take ``limit_bytes`` of disk (None: what there is), those of one
+    project ``project_share`` of that. ``owner``: the database that knows those that are made here; others may share the
+    directory."""
 
-    def __init__(self, *, dir: Path, limit_bytes: int | None, images: Images, layers: Layers, owner: str) -> None:
+    def __init__(
+        self,
+        *,
+        dir: Path,
+        limit_bytes: int | None,
+        images: Images,
+        layers: Layers,
+        owner: str,
+        project_share: float = 1.0,
+    ) -> None:
         self.dir = dir
-        self.limit_bytes = limit_bytes
+        self.limit_bytes, self.project_share = limit_bytes, project_share
         self.owner = owner
         self._images = images
         self._layers = layers
 
     @asynccontextmanager
-    async def stage(self) -> AsyncIterator[Stage]:
-        """A place for a new snapshot, for `Launcher.save` and `Launcher.pause`. What is not sealed at the end of the
-        block is removed. Raises NoSpace, HostError."""
+    async def stage(self, project: str | None = None) -> AsyncIterator[Stage]:
+        """A place for a new snapshot, for `Launcher.save` and `Launcher.pause`, and whose it is. What is not sealed at
+        the end of the block is removed. Raises NoSpace, HostError."""
         id = secrets.token_hex(16)
         with self.explained():
-            await asyncio.to_thread(self.check_limit)
             files.make_directory(self.dir, 0o700)
+            await asyncio.to_thread(self.check_limit, project)
             dir = self.dir / f"{staging.BUILDING}{id}"
             dir.mkdir(mode=0o700)
             lock = files.try_lock(dir)
         try:
-            yield Stage(id=id, dir=dir, owner=self)
+            yield Stage(id=id, dir=dir, owner=self, project=project)
         finally:
             try:
                 await staging.discard(dir)
@@ -199,29 +210,51 @@ class Snapshots:
         return removed
 
     def _is_own(self, name: str) -> bool:
-        try:
-            return bool(json.loads((self.dir / name / MANIFEST).read_bytes())["owner"] == self.owner)
-        except (OSError, ValueError, KeyError, TypeError):  # nobody can say whose it is
-            return False
+        return bool(self._manifest(name).get("owner") == self.owner)
 
-    def used_bytes(self) -> int:
-        """What they take on disk, with those that are being written. Blocks that files share count for each."""
-        return sum(_size_of(self.dir / name) for name in self._names())
+    def _manifest(self, name: str) -> Mapping[str, Any]:
+        """Empty if nobody can say."""
+        try:
+            found = json.loads((self.dir / name / MANIFEST).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def used_bytes(self, project: str | None = None) -> int:
+        """What they take on disk, with those that are being written; or those of a project. Blocks that files share
+        count for each."""
+        names = self._names()
+        if project is not None:
+            names = [name for name in names if self._manifest(name).get("project") == project]
+        return sum(_size_of(self.dir / name) for name in names)
 
     def images(self) -> set[str]:
         """Digests of the images that they need."""
         found = set()
         for name in self._names():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                found.add(str(json.loads((self.dir / name / MANIFEST).read_bytes())["spec"]["image"]))
+            with contextlib.suppress(KeyError, TypeError):
+                found.add(str(self._manifest(name)["spec"]["image"]))
         return found
 
-    def check_limit(self) -> None:
-        """Raises NoSpace if they take more than they may."""
+    def lift_limits(self) -> None:
+        """From now on they may take all that there is."""
+        self.limit_bytes, self.project_share = None, 1.0
+
+    def check_limit(self, project: str | None = None) -> None:
+        """Raises NoSpace if they take more than they may, or those of ``project`` do."""
         if self.limit_bytes is not None and (used := self.used_bytes()) >= self.limit_bytes:
             raise NoSpace(
                 f"the snapshots in {self.dir} take {used / 1e9:.1f} GB, and SWARM_SNAPSHOTS_GB allows "
                 f"{self.limit_bytes / 1e9:g}: remove some (`swarm snapshot list`), or raise it"
+            )
+        if project is None or self.project_share >= 1:
+            return
+        disk = os.statvfs(self.dir)
+        most = (self.limit_bytes or disk.f_blocks * disk.f_frsize) * self.project_share
+        if (used := self.used_bytes(project)) >= most:
+            raise NoSpace(
+                f"the snapshots of the project {project!r} take {used / 1e9:.3g} GB, and those of one project may take "
+                f"{most / 1e9:.3g} here (SWARM_PROJECT_SHARE): remove some, or end sandboxes that sleep"
             )
 
     @contextlib.contextmanager

@@ -12,11 +12,12 @@ import pytest
 from swarm.admin.prove import judge
 from swarm.errors import Conflict, LeaseLost, NotFound, UsageError
 from swarm.ledger import Account, Bill, Granted, Limit, Order, Refused, Spend
-from swarm.model import Agent, Event, Sandbox, Snapshot
+from swarm.model import Agent, Event, Sandbox, SandboxClaim, Snapshot
 from swarm.store.sandboxes import sandboxes
 from swarm.store.sandboxes.holding import TRIES
 from swarm.store.sandboxes.sandboxes import SandboxFilter
 from swarm.store.sandboxes.snapshots import SnapshotFilter
+from swarm.store.sandboxes.taking import Share
 from swarm.store.store import Store
 from tests.store.databases import ECHO, LEASE, Outside, claim_one, insert
 from tests.store.sandboxes.test_holding import HOST, claim, pause_of, paused, started
@@ -89,6 +90,38 @@ async def test_memory_and_the_order_of_claims(store: Store) -> None:
     assert "it needs 100000 MB, and all VMs of this host together may take 2000 MB" in str(
         (await store.sandbox("giant")).error
     )
+
+
+async def test_a_project_gets_its_share_and_hides_nobody(store: Store, outside: Outside) -> None:
+    rows = ", ".join(f"('a{n}', 'a', '2026-01-01T00:00:0{n % 10}.000Z')" for n in range(300))
+    outside.execute(f"INSERT INTO sandboxes (id, project_id, created_at) VALUES {rows}")
+    for id, project in (("b", "b"), ("none1", None), ("none2", None), ("none3", None)):
+        await store.add_sandbox(Sandbox(id=id, state="starting", project_id=project), by="x")
+
+    async def claimed(places: int, memory_mb: int | None, limit: int = 6) -> tuple[Share, list[str]]:
+        share = Share.of(claims, most=2 * places, most_mb=memory_mb and 2 * memory_mb, part=0.5)
+        found = await claim(store, limit=limit, share=share)
+        claims.extend(found)
+        return share, [str(one.sandbox.project_id) for one in found]
+
+    claims: list[SandboxClaim] = []
+    share, projects = await claimed(places=2, memory_mb=None)
+    assert sorted(projects) == ["None", "None", "None", "a", "a", "b"]
+    assert (list(share.over), share.others_wait) == (["a"], False)
+    said = str((await store.sandbox("a11")).error)
+    assert said == "it waits: the sandboxes of one project take 2 places at most (SWARM_PROJECT_SHARE); end one"
+    share, projects = await claimed(places=3, memory_mb=600)
+    assert projects == [], "a third one would need more than its memory"
+    assert "600 MB of memory" in share.over["a"]
+    await store.add_sandbox(Sandbox(id="late", state="starting", project_id="b"), by="x")
+    share, _ = await claimed(places=2, memory_mb=None, limit=0)
+    assert (list(share.over), share.others_wait) == (["a"], True)
+    for one in claims:
+        await store.sandbox_ended(one.hold_id)
+    claims.clear()
+    share, projects = await claimed(places=2, memory_mb=100)
+    assert sorted(projects) == ["a", "b"], "one may always run"
+    assert (await store.sandbox(claims[0].sandbox.id)).error is None, "it waits no more"
 
 
 async def test_a_full_engine_still_ends_what_is_to_end(store: Store, outside: Outside) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -44,19 +44,51 @@ class SandboxClaimer:
     async def _claim(self, request: Taking, *, limit: int, held: Collection[str]) -> list[SandboxClaim]:
         for id, hold_id in await self._read.call(holding.expired):
             await self._try(id, holding.give_up, id, hold_id, held=frozenset(held), until_seconds=request.lease_seconds)
-        claims, full = list[SandboxClaim](), False
-        for id, ends in await self._read.call(taking.candidates, host=request.host, limit=limit):
-            if not ends and (full or len(claims) >= limit):
+        claims, share = list[SandboxClaim](), request.share
+        over = {one: why for one in share.taken if (why := share.refuses(one))} if share is not None else {}
+        known = -1
+        while known < len(over):  # a project that has its share hides nobody else's
+            known = len(over)
+            request, waits = await self._take(request, claims, over, limit=limit)
+        if share is not None:
+            share.others_wait, share.over = waits, await self._told(over, request.host)
+        return claims
+
+    async def _take(
+        self, request: Taking, claims: list[SandboxClaim], over: dict[str, str], *, limit: int
+    ) -> tuple[Taking, bool]:
+        """Add to ``claims`` what there is room for, and to ``over`` who has their share; what is left of the request,
+        and whether somebody waits who has not."""
+        full = waits = False
+        found = await self._read.call(taking.candidates, host=request.host, limit=limit, but=tuple(over))
+        for id, ends, project in found:
+            if not ends and (project in over or full or len(claims) >= limit):
+                waits |= project not in over
                 continue
             taken: Taken | None = await self._try(id, taking.take, id, request)
             if taken is None:
                 continue
             full |= taken.full  # those behind it wait too, so that a large one isn't starved
+            waits |= taken.full
+            if taken.over:
+                over[str(project)] = taken.over
             if taken.claim is not None:
                 claims.append(taken.claim)
+                if request.share is not None:
+                    request.share.add(taken.claim)
                 if request.memory_mb is not None:
                     request = replace(request, memory_mb=request.memory_mb - taken.claim.memory_mb)
-        return claims
+        return request, waits
+
+    async def _told(self, over: Mapping[str, str], host: str) -> dict[str, str]:
+        """Those of them that have sandboxes which wait; these say so."""
+        told = dict[str, str]()
+        for project, why in over.items():
+            if found := await self._read.call(taking.waiting, host=host, project_id=project):
+                told[project] = why
+            if new := [id for id, said in found if said != why]:
+                await self._try(project, taking.tell, new, error=why)
+        return told
 
     async def renew(self, hold_ids: Collection[str], *, lease_seconds: float, used: Collection[str]) -> SandboxRenewal:
         """Together; each by itself if that is refused. One whose lease can't be extended is lost."""

@@ -8,9 +8,11 @@ taken. So one row that can't be changed, because of what another program added, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from swarm.errors import StoreError
 from swarm.model import TERMINAL_SANDBOX_STATES, Agent, Sandbox, SandboxClaim, SandboxState, Snapshot
@@ -37,10 +39,16 @@ _MINE: Final = (
     "(SELECT 1 FROM snapshots n WHERE n.id = sandboxes.snapshot_id AND n.host <> :host) "
     "OR state = 'paused' AND (wanted <> 'running' OR host = :host OR host IS NULL))"
 )
-CANDIDATES: Final = Sql(
-    f"SELECT id, {_ENDS} AS ends FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE} "
+_CANDIDATES: Final = (
+    f"SELECT id, project_id, {_ENDS} AS ends FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE}{{but}} "
     "ORDER BY CASE state WHEN 'starting' THEN 1 ELSE 0 END, created_at LIMIT :limit"
 )
+CANDIDATES: Final = Sql(_CANDIDATES.format(but=""))
+_WAITING: Final = Sql(
+    f"SELECT id, error FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE} AND project_id = :project_id AND "
+    "(wanted = 'running' OR state = 'starting' AND COALESCE(wanted, '') <> 'ended') ORDER BY created_at LIMIT :limit"
+)
+_TELL: Final = one_row("UPDATE sandboxes SET error = :error WHERE id = :id AND hold_id IS NULL")
 ENDING: Final = Sql(f"SELECT id FROM sandboxes WHERE {SANDBOX_ENDING} AND ends_at <= :now_ms LIMIT :limit")
 NEXT: Final = Sql(
     f"SELECT (SELECT min(lease_until) FROM sandboxes WHERE {SANDBOX_HELD}) AS lease, "
@@ -62,6 +70,45 @@ _LAST_HOLD: Final = Sql(
 )
 
 
+@dataclass(slots=True, kw_only=True)
+class Share:
+    """The most that the sandboxes of one project may take of a worker: ``places``, and ``memory_mb`` (None: any; one
+    may always run). What is of no project is not bounded.
+
+    ``taken``: of each project that has some, (places, memory). A claim adds what it takes; it says who is ``over``, in
+    a sentence for each project, and whether others wait too."""
+
+    places: int
+    memory_mb: int | None
+    taken: dict[str, tuple[int, int]]
+    over: dict[str, str] = field(default_factory=dict)
+    others_wait: bool = False
+
+    @classmethod
+    def of(cls, claims: Iterable[SandboxClaim], *, most: int, most_mb: int | None, part: float) -> Share:
+        """A ``part`` of ``most`` places, at least one, and of the memory for VMs; ``claims``: what is held."""
+        memory_mb = int(most_mb * part) if most_mb is not None and part < 1 else None
+        share = cls(places=max(1, int(most * part)), memory_mb=memory_mb, taken={})
+        for claim in claims:
+            share.add(claim)
+        return share
+
+    def refuses(self, project: str | None, memory_mb: int = 0) -> str:
+        """Why it gets no more; '' if it does."""
+        places, used_mb = self.taken.get(project or "", (0, 0))
+        what = ""  # a sentence that stays the same, since rows tell it
+        if project and places >= self.places:
+            what = f"{self.places} places"
+        elif project and places and self.memory_mb is not None and used_mb + memory_mb > self.memory_mb:
+            what = f"{self.memory_mb} MB of memory"
+        return what and f"it waits: the sandboxes of one project take {what} at most (SWARM_PROJECT_SHARE); end one"
+
+    def add(self, claim: SandboxClaim) -> None:
+        if (project := claim.sandbox.project_id) is not None:
+            places, used_mb = self.taken.get(project, (0, 0))
+            self.taken[project] = places + 1, used_mb + claim.memory_mb
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taking:
     """``worker`` wants to hold one. Its VM must fit into ``memory_mb``; one that needs more than ``most_memory_mb`` can
@@ -72,22 +119,47 @@ class Taking:
     lease_seconds: float
     memory_mb: int | None = None
     most_memory_mb: int | None = None
+    share: Share | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """Without a ``claim``: there is nothing to hold (any more), or it does not fit (``full``)."""
+    """Without a ``claim``: there is nothing to hold (any more), or it does not fit (``full``), or its project has its
+    share (``over``: a sentence)."""
 
     claim: SandboxClaim | None = None
     full: bool = field(default=False)
+    over: str = ""
 
 
-def candidates(tx: Tx, *, host: str, limit: int) -> list[tuple[object, bool]]:
-    """Ids of those that an engine of this host may take, and of those that it must end (True). Those to be resumed
-    come first: somebody waits."""
-    found = {row.id: True for row in tx.all(ENDING, now_ms=tx.now_ms, limit=_AT_ONCE)}
-    others = tx.all(CANDIDATES, host=host, limit=limit + _AT_ONCE)
-    return list(({row.id: bool(row.ends) for row in others} | found).items())
+class Candidate(NamedTuple):
+    id: object
+    ends: bool
+    project_id: object
+
+
+def candidates(tx: Tx, *, host: str, limit: int, but: Collection[str] = ()) -> list[Candidate]:
+    """Those that an engine of this host may take, and those that it must end. Those to be resumed come first: somebody
+    waits. ``but``: projects of which it may take none."""
+    found = {row.id: Candidate(row.id, True, None) for row in tx.all(ENDING, now_ms=tx.now_ms, limit=_AT_ONCE)}
+    others = tx.all(_without(len(but)), host=host, limit=limit + _AT_ONCE, **{f"but_{n}": p for n, p in enumerate(but)})
+    return list(({row.id: Candidate(row.id, bool(row.ends), row.project_id) for row in others} | found).values())
+
+
+@functools.lru_cache(maxsize=64)
+def _without(projects: int) -> Sql:
+    names = ", ".join(f":but_{number}" for number in range(projects))
+    but = f" AND ({_ENDS} OR COALESCE(project_id, '') NOT IN ({names}))"
+    return Sql(_CANDIDATES.format(but=but)) if projects else CANDIDATES
+
+
+def waiting(tx: Tx, *, host: str, project_id: str) -> list[tuple[object, object]]:
+    """Of a project: ids of the first that wait, and what their rows say."""
+    return [(row.id, row.error) for row in tx.all(_WAITING, host=host, project_id=project_id, limit=_AT_ONCE)]
+
+
+def tell(tx: Tx, ids: Collection[object], *, error: str) -> None:
+    tx.many(_TELL, [{"id": id, "error": error} for id in ids if isinstance(id, str) and storable(id)])
 
 
 def due(tx: Tx, *, host: str) -> Due:
@@ -138,6 +210,8 @@ def take(tx: Tx, id: object, request: Taking) -> Taken:
         error = f"the snapshot that it was paused to is gone; {last_snapshot(tx, one.id)}"
         end(tx, row, SandboxState.LOST if row.started_at else SandboxState.ENDED, error=error)
         return Taken()
+    if request.share is not None and (refused := request.share.refuses(one.project_id, memory_mb)):
+        return Taken(over=refused)
     if request.memory_mb is not None and memory_mb > request.memory_mb:
         return Taken(full=True)
     return Taken(claim=_hold(tx, one, request, agent=agent, snapshot=snapshot, resumes=resumes, memory_mb=memory_mb))
