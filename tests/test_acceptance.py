@@ -24,7 +24,7 @@ import pytest
 
 from swarm.app import wiring
 from swarm.config import Settings
-from swarm.store.sql.wake import Wake
+from swarm.store.sql.wake import FileWake
 from swarm.vm.driver import Image
 from tests.gateway.messages_api import HAIKU
 
@@ -205,7 +205,7 @@ def after_each_commit(holds: Callable[[], bool], *, timeout_seconds: float = 90)
     """Wait until ``holds`` returns True; it is called after every commit to the database."""
 
     async def wait() -> None:
-        async with Wake.watching(DATABASE) as wake, asyncio.timeout(timeout_seconds):
+        async with FileWake.watching(DATABASE) as wake, asyncio.timeout(timeout_seconds):
             while not await asyncio.to_thread(holds):
                 await wake.changed(timeout_seconds=0.1)
 

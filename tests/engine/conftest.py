@@ -25,7 +25,7 @@ from swarm.engine.run_once import run_ticket
 from swarm.engine.worker import Worker
 from swarm.model import TERMINAL_TICKET_STATES, Agent, Ticket
 from swarm.store.sql.rows import AttemptRow
-from swarm.store.sql.wake import Wake
+from swarm.store.sql.wake import FileWake
 from swarm.store.store import Store
 from swarm.vm.driver import Image
 from swarm.vm.slots.inventory import VmRecord
@@ -72,7 +72,7 @@ class Bench:
 
     async def until(self, holds: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
         """Return when ``holds``, which is asked again after every commit, and now and then."""
-        async with Wake.watching(self.database) as wake, asyncio.timeout(timeout_seconds):
+        async with FileWake.watching(self.database) as wake, asyncio.timeout(timeout_seconds):
             while not await holds():
                 await wake.changed(timeout_seconds=0.2)
 

@@ -20,7 +20,7 @@ from swarm.config import Settings
 from swarm.engine.sandboxes import Sandboxes
 from swarm.model import Event, Sandbox
 from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
-from swarm.store.sql.wake import Wake
+from swarm.store.sql.wake import FileWake
 from swarm.store.store import Store
 from swarm.vm.slots.inventory import VmRecord
 
@@ -60,7 +60,7 @@ class Desk:
         self.sql(f"INSERT INTO sandboxes ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
 
     async def until(self, holds: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
-        async with Wake.watching(self.database) as wake, asyncio.timeout(timeout_seconds):
+        async with FileWake.watching(self.database) as wake, asyncio.timeout(timeout_seconds):
             while not await holds():
                 await wake.changed(timeout_seconds=0.1)
 

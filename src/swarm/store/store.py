@@ -126,9 +126,7 @@ class Store:
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[Wake]:
         """Notices commits by any process. Raises StoreError."""
-        if self._db.file is None:
-            raise StoreError(f"can't watch {self._db.place}: only SQLite files can be watched")
-        async with Wake.watching(self._db.file) as wake:
+        async with self._db.watching() as wake:
             self._db.wakes.append(wake)
             try:
                 yield wake

@@ -16,10 +16,14 @@ import pytest
 from asyncinotify import Mask
 
 from swarm.errors import Conflict, StoreError
+from swarm.model import Succeeded, Ticket
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.transaction import Tx
-from swarm.store.sql.wake import Wake
+from swarm.store.sql.wake import FileWake
 from swarm.store.store import Store
+from tests import postgres_here
+from tests.conftest import need
+from tests.store.databases import ECHO, LEASE, Outside, PostgresBackend
 
 INSERT_TICKET = Sql("INSERT INTO tickets (id) VALUES (:id)")
 
@@ -33,22 +37,27 @@ async def file(tmp_path: Path) -> Path:
 
 
 INSERT = """
-import sqlite3, sys, time
-db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
+import sys, time
+if sys.argv[1].startswith("sqlite"):
+    import sqlite3
+    db = sqlite3.connect(sys.argv[1].removeprefix("sqlite:///"), isolation_level=None, timeout=60)
+else:
+    import psycopg
+    db = psycopg.connect(sys.argv[1], autocommit=True)
 for line in sys.stdin:
     if line.strip():
-        db.execute("INSERT INTO tickets (id, title, state) VALUES (?, 'wake', 'draft')", (line.strip(),))
+        db.execute(f"INSERT INTO tickets (id, title, state) VALUES ('{line.strip()}', 'wake', 'draft')")
     print(time.monotonic_ns(), flush=True)
 """
 
 
-async def test_a_commit_of_another_process_is_seen_at_once(file: Path) -> None:
+async def test_a_commit_of_another_process_is_seen_at_once(store: Store, url: str) -> None:
     other = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", INSERT, file, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        sys.executable, "-c", INSERT, url, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert other.stdin is not None and other.stdout is not None
     late, without = [], []  # ms from when it was done until it was seen here; the same by a pipe, without a database
-    async with Wake.watching(file) as wake:
+    async with store.watching() as wake:
         for number in range(40):
             other.stdin.write(f"{number}\n".encode())
             async with asyncio.timeout(60):
@@ -64,27 +73,25 @@ async def test_a_commit_of_another_process_is_seen_at_once(file: Path) -> None:
     assert statistics.median(late) < 20 + 5 * statistics.median(without), (sorted(late), sorted(without))
 
 
-async def test_without_a_commit_nothing_is_seen_and_it_costs_nothing(file: Path) -> None:
-    async with Wake.watching(file) as wake:
+async def test_without_a_commit_nothing_is_seen_and_it_costs_nothing(store: Store) -> None:
+    async with store.watching() as wake:
         await wake.changed(timeout_seconds=0)
         before = time.process_time()
         assert not await wake.changed(timeout_seconds=2.0)
         assert time.process_time() - before < 0.1
 
 
-async def test_a_commit_between_two_calls_is_not_missed(file: Path) -> None:
-    connection = sqlite3.connect(file, isolation_level=None, timeout=60)
-    async with Wake.watching(file) as wake:
+async def test_a_commit_between_two_calls_is_not_missed(store: Store, outside: Outside) -> None:
+    async with store.watching() as wake:
         await wake.changed(timeout_seconds=0)
-        connection.execute("INSERT INTO tickets (id, title) VALUES ('a', 'a')")
+        outside.execute("INSERT INTO tickets (id, title) VALUES ('a', 'a')")
         assert await wake.changed(timeout_seconds=60)
         assert not await wake.changed(timeout_seconds=0.1)
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("INSERT INTO tickets (id, title) VALUES ('b', 'b')")
+        outside.execute("BEGIN")
+        outside.execute("INSERT INTO tickets (id, title) VALUES ('b', 'b')")
         assert not await wake.changed(timeout_seconds=0.2)  # not committed
-        connection.execute("COMMIT")
+        outside.execute("COMMIT")
         assert await wake.changed(timeout_seconds=60)
-    connection.close()
 
 
 async def test_own_commits_are_noticed_once_the_lock_is_released(file: Path) -> None:
@@ -130,13 +137,13 @@ def noticed() -> list[str]:
 DEAF = """
 import asyncio, sqlite3, sys
 from pathlib import Path
-from swarm.store.sql.wake import Wake
+from swarm.store.sql.wake import FileWake
 
 Path("/proc/sys/user/max_inotify_instances").write_text("0")  # of our own user namespace
 
 async def main():
     other = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
-    async with Wake.watching(Path(sys.argv[1])) as wake:
+    async with FileWake.watching(Path(sys.argv[1])) as wake:
         await wake.changed(timeout_seconds=0)
         for number in range(10):
             waiting = asyncio.create_task(wake.changed(timeout_seconds=20))
@@ -163,7 +170,7 @@ async def test_without_inotify_it_polls_and_says_so(file: Path) -> None:
 
 @pytest.mark.parametrize("how", ["replaced", "removed"])
 async def test_another_file_in_its_place(file: Path, how: str) -> None:
-    async with Wake.watching(file) as wake:
+    async with FileWake.watching(file) as wake:
         await wake.changed(timeout_seconds=0)
         if how == "removed":
             file.unlink()
@@ -178,5 +185,68 @@ async def test_another_file_in_its_place(file: Path, how: str) -> None:
 
 async def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="can't watch"):
-        async with Wake.watching(tmp_path / "none.db"):
+        async with FileWake.watching(tmp_path / "none.db"):
             pass
+
+
+# --- PostgreSQL: LISTEN -----------------------------------------------------------------------------------------------
+
+
+async def test_own_commits_are_noticed_and_those_that_change_nothing_are_not(postgresql_url: str) -> None:
+    async with Store.open(postgresql_url) as store, store.watching() as wake:
+        await store.add_ticket(Ticket(id="t", title="t", state="ready", agent_id=ECHO.id))
+        assert await wake.changed(timeout_seconds=60)
+        (claim,) = await store.claim("w", lease_seconds=LEASE)
+        assert await wake.changed(timeout_seconds=60)
+        assert await store.claim("w", lease_seconds=LEASE) == []
+        assert not await wake.changed(timeout_seconds=0.2)
+        await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=1.0)
+        assert await wake.changed(timeout_seconds=60)
+
+
+async def test_other_schemas_of_the_database_are_not_ours(postgresql: PostgresBackend, postgresql_url: str) -> None:
+    """The trigger tells the schema of its table, whatever the path of who writes."""
+    with contextlib.closing(postgresql.outside(postgresql_url)) as outside:
+        async with Store.open(postgresql_url) as store, store.watching() as wake:
+            outside.execute("SELECT pg_notify('swarm', 'theirs')")
+            outside.execute("CREATE SCHEMA theirs")
+            outside.execute("SET search_path = theirs")
+            assert not await wake.changed(timeout_seconds=0.2)
+            outside.execute("INSERT INTO public.tickets (id, created_at) VALUES (NULL, '2026-01-01')")
+            assert await wake.changed(timeout_seconds=60)
+
+
+async def test_a_lost_connection_comes_back(
+    postgresql: PostgresBackend, postgresql_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever waits looks then, since what was committed meanwhile was not told."""
+    listens = "application_name = 'swarm' AND query LIKE '%current_schema()' AND datname = current_database()"
+    with contextlib.closing(postgresql.outside(postgresql_url)) as outside:
+        async with Store.open(postgresql_url) as store, store.watching() as wake:
+            for _ in range(2):
+                outside.execute(f"SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE {listens}")
+                assert await wake.changed(timeout_seconds=60)
+                outside.execute("INSERT INTO tickets (title) VALUES ('t')")
+                assert await wake.changed(timeout_seconds=60)
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("no notices of changes") == 2
+
+
+@pytest.mark.slow  # starts a server
+async def test_a_server_that_is_stopped_and_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need("postgresql")
+    with postgres_here.running(tmp_path / "own") as server:
+        async with Store.open(server.url()) as store, store.watching() as wake:
+            await asyncio.to_thread(server.stop)
+            assert not await wake.changed(timeout_seconds=2)  # several tries
+            await asyncio.to_thread(server.start)
+            assert await wake.changed(timeout_seconds=60)
+            await store.migrate()
+            await store.add_ticket(Ticket(id="t", title="t", state="draft"))
+            assert await wake.changed(timeout_seconds=60)
+        server.stop()
+        with pytest.raises(StoreError, match="can't reach the database"):
+            async with store.watching():
+                pass
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("no notices of changes") == 1

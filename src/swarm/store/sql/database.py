@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import cache
 from typing import Final
 
@@ -57,6 +57,9 @@ class Database:
         self.file = self.dialect.file(url)
         self._changed: files.OpenFiles | None = None  # what was opened before it was changed from outside
         self.place = str(self.file) if self.file else self.url
+
+    def watching(self) -> AbstractAsyncContextManager[Wake]:
+        return self.dialect.watching(self._url)
 
     def check_directory(self) -> None:
         if self.file is not None and not self._test(self.file.parent.is_dir):

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from swarm.errors import Locked, StoreError
+from swarm.store.sql.wake import Wake
 
 # Messages with the fields of `explain`.
 NOT_MIGRATED: Final = (
@@ -67,6 +68,7 @@ class Dialect:
     # Sends statements one after the other, without waiting for each answer.
     pipeline: Callable[[Any], AbstractContextManager[Any]] | None
     connect: Callable[[str, bool, float], Any]  # (URL, will write, busy timeout in seconds): the driver's connection
+    watching: Callable[[str], AbstractAsyncContextManager[Wake]]  # of a URL. Raises StoreError
     file: Callable[[str], Path | None]  # of a URL. None: this database is not a file. Raises UsageError
     driver_error: type[Exception]  # the base class of the driver's exceptions
     # The message for an error of the database itself, None for all others.
@@ -92,4 +94,4 @@ def explain(
     if text is None:
         return None
     kind = Locked if isinstance(error, Exception) and dialect.is_locked(error) else StoreError
-    return kind(text.format(place=place, busy=busy_timeout_seconds, error=error))
+    return kind(text.format(place=place, busy=busy_timeout_seconds, error=" ".join(str(error).split())))

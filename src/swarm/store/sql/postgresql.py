@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ from psycopg.types.string import TextLoader
 
 from swarm.errors import StoreError, UsageError
 from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, without_password
+from swarm.store.sql.listen import Listener
+from swarm.store.sql.wake import Wake
 
 OLDEST: Final = 140000  # PQserverVersion of the oldest that Swarm knows
 
@@ -64,13 +67,14 @@ class _Number(Loader):
         return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
-def _connect(url: str, write: bool, busy_timeout_seconds: float) -> Any:
+def _parameters(url: str) -> dict[str, Any]:
+    """Of `psycopg.connect`."""
     scheme, _, rest = url.partition("://")
     try:
         parameters = psycopg.conninfo.conninfo_to_dict(f"{scheme.partition('+')[0]}://{rest}")
     except psycopg.Error as error:
         raise UsageError(f"bad database URL {without_password(url)!r}: {str(error).strip()}") from None
-    given: dict[str, Any] = {
+    return {
         "application_name": "swarm",
         "connect_timeout": 10,
         # A server that is gone, or cut off, is noticed within seconds, not by the kernel's two hours.
@@ -79,8 +83,11 @@ def _connect(url: str, write: bool, busy_timeout_seconds: float) -> Any:
         "keepalives_count": 3,
         "tcp_user_timeout": 15000,
     } | parameters
+
+
+def _connect(url: str, write: bool, busy_timeout_seconds: float) -> Any:
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it warns of what it raises too
-    connection = psycopg.connect(**given, autocommit=True)  # transactions begin when we say so
+    connection = psycopg.connect(**_parameters(url), autocommit=True)  # transactions begin when we say so
     try:
         _prepare(connection, write, busy_timeout_seconds)
     except BaseException:
@@ -101,6 +108,7 @@ def _prepare(connection: Any, write: bool, busy_timeout_seconds: float) -> None:
         connection.adapters.register_loader(name, TextLoader)
     settings = {
         "lock_timeout": f"{int(busy_timeout_seconds * 1000)}ms",
+        "idle_session_timeout": "0",  # an engine with nothing to do keeps its connections
         "idle_in_transaction_session_timeout": "60s",  # of a frozen engine: its locks may not stop the others
         "default_transaction_read_only": "off" if write else "on",
         "client_encoding": "UTF8",
@@ -166,6 +174,15 @@ def _is_locked(error: BaseException | None) -> bool:
     return isinstance(error, errors.SerializationFailure | errors.DeadlockDetected | errors.LockNotAvailable)
 
 
+def _watching(url: str) -> AbstractAsyncContextManager[Wake]:
+    def told(error: BaseException) -> str:
+        return (_explain(error) or "can't watch the database {place}: {error}").format(
+            place=without_password(url), error=" ".join(str(error).split()), busy=0.0
+        )
+
+    return Listener.watching(_parameters(url), told)
+
+
 POSTGRESQL: Final = Dialect(
     name="postgresql",
     driver="postgresql+psycopg",
@@ -196,6 +213,7 @@ POSTGRESQL: Final = Dialect(
     streaming=lambda connection: connection.cursor(name=f"swarm_{next(_numbers)}"),  # the server keeps the rows
     pipeline=psycopg.Connection.pipeline,
     connect=_connect,
+    watching=_watching,
     file=lambda url: None,
     driver_error=psycopg.Error,
     explain=_explain,

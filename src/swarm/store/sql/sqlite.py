@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from swarm.errors import UsageError
 from swarm.store.sql.conditions import ATTEMPT_LIVE, ENDED, UNFINISHED
 from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, without_password
+from swarm.store.sql.wake import FileWake
 
 # Bytes that are not UTF-8 come back as lone surrogates instead of an exception: another tool may have written anything.
 _decode: Final = partial(str, encoding="utf-8", errors="surrogateescape")
@@ -73,7 +74,7 @@ def _parts(url: str) -> tuple[str, str]:
     return path, query
 
 
-def _file(url: str) -> Path | None:
+def _file(url: str) -> Path:
     path, _ = _parts(url)
     return Path(unquote(path.removeprefix("file:")) if path.startswith("file:") else path).absolute()
 
@@ -192,6 +193,7 @@ SQLITE: Final = Dialect(
     pipeline=None,
     streaming=sqlite3.Connection.cursor,
     connect=_connect,
+    watching=lambda url: FileWake.watching(_file(url)),
     file=_file,
     driver_error=sqlite3.Error,
     explain=_explain,

@@ -15,6 +15,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Protocol
 
 from asyncinotify import Inotify, Mask
 
@@ -36,7 +37,21 @@ _FILES = Mask.CREATE | Mask.MOVED_TO | Mask.DELETE
 _MASK = Mask.MODIFY | _FILES
 
 
-class Wake:
+class Wake(Protocol):
+    """Tells one waiter of commits to a database, by whatever program: `Store.watching`."""
+
+    def mute(self) -> None:
+        """Notice no writes until `unmute`: a thread of this process is about to take the write lock."""
+
+    def unmute(self) -> None:
+        """The lock was released."""
+
+    async def changed(self, *, timeout_seconds: float) -> bool:
+        """True as soon as a commit is visible that the last call did not tell; False after ``timeout_seconds``. Raises
+        StoreError when it is another database now."""
+
+
+class FileWake:
     """Use `watching`. One waiter at a time."""
 
     def __init__(self, file: Path) -> None:
@@ -56,7 +71,7 @@ class Wake:
 
     @classmethod
     @asynccontextmanager
-    async def watching(cls, file: Path) -> AsyncIterator[Wake]:
+    async def watching(cls, file: Path) -> AsyncIterator[FileWake]:
         try:
             wake = cls(file)
         except (OSError, sqlite3.Error) as error:

@@ -1,6 +1,10 @@
 -- All tables as of version 0.2.1, the first that knows PostgreSQL. Frozen: migrations tell what was done once, and don't
 -- change when schema.py, which explains the columns, does.
 
+-- All of it goes into one schema. The functions below keep this path: whoever runs them, and whatever tables and functions
+-- that user has, in a schema of its own or as temporary ones, they mean Swarm's.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 CREATE TABLE agents (
   id TEXT COLLATE "C" NOT NULL,
   name TEXT COLLATE "C" NOT NULL,
@@ -459,7 +463,8 @@ $$;
 
 -- What other tools write: CURRENT_TIMESTAMP, a local time with its offset, microseconds, nothing. What is no time stays
 -- as it is.
-CREATE FUNCTION swarm_created_at(given text) RETURNS text LANGUAGE plpgsql SET TimeZone = 'UTC' AS $$
+CREATE FUNCTION swarm_created_at(given text) RETURNS text LANGUAGE plpgsql
+  SET TimeZone = 'UTC' SET search_path FROM CURRENT AS $$
 BEGIN
   IF coalesce(given, '') = '' THEN
     RETURN swarm_time_text(clock_timestamp());
@@ -471,7 +476,8 @@ EXCEPTION WHEN data_exception THEN
   RETURN given;
 END $$;
 
-CREATE FUNCTION swarm_ticket_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION swarm_ticket_inserted() RETURNS trigger LANGUAGE plpgsql
+  SET search_path FROM CURRENT AS $$
 BEGIN
   NEW.id := coalesce(NEW.id, gen_random_uuid()::text);
   NEW.created_at := swarm_created_at(NEW.created_at);
@@ -481,7 +487,8 @@ CREATE TRIGGER tickets_inserted BEFORE INSERT ON tickets FOR EACH ROW
   WHEN (NEW.id IS NULL OR coalesce(NEW.created_at, '') !~ '^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$')
   EXECUTE FUNCTION swarm_ticket_inserted();
 
-CREATE FUNCTION swarm_ticket_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION swarm_ticket_changed() RETURNS trigger LANGUAGE plpgsql
+  SET search_path FROM CURRENT AS $$
 BEGIN
   IF NEW.created_at IS DISTINCT FROM OLD.created_at THEN
     NEW.created_at := swarm_created_at(NEW.created_at);
@@ -497,7 +504,8 @@ CREATE TRIGGER tickets_touched BEFORE UPDATE OF state ON tickets FOR EACH ROW
   WHEN (NEW.updated_at IS NOT DISTINCT FROM OLD.updated_at) EXECUTE FUNCTION swarm_ticket_changed();
 
 -- Runs, steps and attempts go by their foreign keys.
-CREATE FUNCTION swarm_ticket_deleted() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+CREATE FUNCTION swarm_ticket_deleted() RETURNS trigger LANGUAGE plpgsql
+  SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
   DELETE FROM ticket_dependencies WHERE ticket_id = OLD.id;
   DELETE FROM artifacts WHERE digest IN (SELECT digest FROM artifact_uses WHERE ticket_id = OLD.id)
@@ -508,7 +516,8 @@ BEGIN
 END $$;
 CREATE TRIGGER tickets_deleted AFTER DELETE ON tickets FOR EACH ROW EXECUTE FUNCTION swarm_ticket_deleted();
 
-CREATE FUNCTION swarm_ticket_snapshots() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+CREATE FUNCTION swarm_ticket_snapshots() RETURNS trigger LANGUAGE plpgsql
+  SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
   UPDATE snapshots SET expires_at = 0 WHERE ticket_id = OLD.id;
   RETURN NULL;
@@ -516,7 +525,8 @@ END $$;
 CREATE TRIGGER tickets_snapshots AFTER DELETE ON tickets FOR EACH ROW EXECUTE FUNCTION swarm_ticket_snapshots();
 
 -- When workflows change, by whatever program, their schedules are read again (store/registry/schedules.py).
-CREATE FUNCTION swarm_workflow_changed() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+CREATE FUNCTION swarm_workflow_changed() RETURNS trigger LANGUAGE plpgsql
+  SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
   INSERT INTO schedules (workflow, number, workflow_id, next_at) VALUES ('', 0, '', 0)
   ON CONFLICT (workflow, number) DO NOTHING;
@@ -528,7 +538,8 @@ CREATE TRIGGER workflows_changed AFTER UPDATE OF name, version, steps, enabled O
 CREATE TRIGGER workflows_removed AFTER DELETE ON workflows FOR EACH ROW EXECUTE FUNCTION swarm_workflow_changed();
 
 -- A row that another tool inserts, or copies, is held by nobody; its created_at sorts, however it is written.
-CREATE FUNCTION swarm_sandbox_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION swarm_sandbox_inserted() RETURNS trigger LANGUAGE plpgsql
+  SET search_path FROM CURRENT AS $$
 BEGIN
   NEW.id := coalesce(NEW.id, gen_random_uuid()::text);
   NEW.hold_id := NULL;
@@ -540,7 +551,8 @@ END $$;
 CREATE TRIGGER sandboxes_inserted BEFORE INSERT ON sandboxes FOR EACH ROW EXECUTE FUNCTION swarm_sandbox_inserted();
 
 -- What nobody can resume any more goes; a named snapshot stays. The files are removed by their host's engine.
-CREATE FUNCTION swarm_sandbox_deleted() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+CREATE FUNCTION swarm_sandbox_deleted() RETURNS trigger LANGUAGE plpgsql
+  SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
   UPDATE snapshots SET expires_at = 0 WHERE sandbox_id = OLD.id AND kind IN ('pause', 'fork');
   INSERT INTO events (ticket_id, kind, sandbox_id) VALUES ('', 'deleted', OLD.id);
@@ -549,7 +561,8 @@ END $$;
 CREATE TRIGGER sandboxes_deleted AFTER DELETE ON sandboxes FOR EACH ROW EXECUTE FUNCTION swarm_sandbox_deleted();
 
 -- Another id: whoever holds it, holds it no more. One that sleeps keeps its snapshot.
-CREATE FUNCTION swarm_sandbox_renamed() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+CREATE FUNCTION swarm_sandbox_renamed() RETURNS trigger LANGUAGE plpgsql
+  SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
   NEW.hold_id := NULL;
   NEW.lease_until := NULL;
@@ -563,7 +576,7 @@ CREATE TRIGGER sandboxes_renamed BEFORE UPDATE OF id ON sandboxes FOR EACH ROW
 -- Engines and servers listen for what any program commits.
 CREATE FUNCTION swarm_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-  PERFORM pg_notify('swarm', current_schema());
+  PERFORM pg_catalog.pg_notify('swarm', TG_TABLE_SCHEMA);
   RETURN NULL;
 END $$;
 CREATE TRIGGER tickets_notify AFTER INSERT OR UPDATE OR DELETE ON tickets FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
@@ -577,3 +590,11 @@ CREATE TRIGGER attempts_notify AFTER INSERT OR UPDATE OR DELETE ON attempts FOR 
 CREATE TRIGGER events_notify AFTER INSERT OR UPDATE OR DELETE ON events FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
 CREATE TRIGGER sandboxes_notify AFTER INSERT OR UPDATE OR DELETE ON sandboxes FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
 CREATE TRIGGER snapshots_notify AFTER INSERT OR UPDATE OR DELETE ON snapshots FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
+
+-- They have the rights of who made them: nobody else may put them on a table of his own, with rows of his own.
+REVOKE EXECUTE ON FUNCTION swarm_ticket_deleted(),
+  swarm_ticket_snapshots(),
+  swarm_workflow_changed(),
+  swarm_sandbox_deleted(),
+  swarm_sandbox_renamed()
+FROM PUBLIC;
