@@ -72,7 +72,11 @@ async def left(store: Store, files: Mapping[str, bytes | str]) -> str:
 async def test_what_an_agent_left(served: Served) -> None:
     await served.add("t")
     big = bytes(range(256)) * 8192  # two parts
-    evil: dict[str, bytes | str] = {"evil": "../../etc/passwd", ".git/hooks/x": b"#!"}
+    evil: dict[str, bytes | str] = {
+        "evil": "../../etc/passwd",
+        ".git/hooks/x": b"#!",
+        "bare/HEAD": b"ref: refs/heads/x",
+    }
     await left(served.store, {"a.txt": b"hello", "big": big, "dir/odd name \u00fc": b"", "link": "a.txt", **evil})
     get = served.viewer.get
     listed = (await get("/v1/tickets/t/files")).json()

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator
@@ -93,6 +94,36 @@ async def test_a_directory_there_and_back(guest: Guest, opens: Open, tmp_path: P
     with tarfile.open(tmp_path / "x.tar") as archive:
         names = {member.name for member in archive}
     assert names == {*_seen(top), "out", ".git", ".git/config"}
+
+
+async def test_no_repository_comes_of_a_guest(guest: Guest, opens: Open, tmp_path: Path) -> None:
+    """A bare one is no .git, and git would run what its settings name as well, for whoever only looks around in it."""
+
+    def is_repository(path: Path) -> bool:
+        env = {"PATH": os.environ["PATH"], "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        return subprocess.run(["git", "-C", path, "rev-parse"], env=env, stderr=subprocess.DEVNULL).returncode == 0
+
+    top = guest.work / "t"
+
+    def make(name: str) -> None:
+        subprocess.run(["git", "init", "-q", "--bare", "--template=", top / name], check=True)
+
+    for name in ("bare", "deep/er/x.git", "linked"):
+        make(name)
+    (top / "linked" / "HEAD").rename(top / "linked" / "real")
+    (top / "linked" / "HEAD").symlink_to("refs/heads/x")
+    (top / "a" / "HEAD" / "b").mkdir(parents=True)
+    assert is_repository(top / "bare") and is_repository(top / "linked")
+    got = await gt.get_tree(opens, "t", tmp_path / "back")
+    assert sorted(one.partition(":")[0] for one in got.left_out) == ["bare/HEAD", "deep/er/x.git/HEAD", "linked/HEAD"]
+    for name in ("bare", "deep/er/x.git", "linked"):
+        assert (tmp_path / "back" / name / "config").exists() and not is_repository(tmp_path / "back" / name)
+    assert (tmp_path / "back/a/HEAD/b").is_dir()
+    await gt.get_tree(opens, "t", tmp_path / "all", git=True)
+    assert is_repository(tmp_path / "all/bare"), "asked for"
+    for to in ("all", "all/bare"):  # where there is one, or half of one, nothing is added to it
+        with pytest.raises(Conflict, match="has a HEAD in it"):
+            await gt.get_tree(opens, "t/deep" if to == "all/bare" else "t", tmp_path / to)
 
 
 def _seen(top: Path) -> dict[str, tuple[int, bytes | str]]:

@@ -128,6 +128,20 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, members: list[tuple[str, s
         assert path.resolve().is_relative_to(to), path
 
 
+def test_no_repository_comes(tmp_path: Path) -> None:
+    members = [
+        (".git/hooks/x", None, b"x"), ("d/.GIT/config", None, b"x"), ("bare/HEAD", None, b"x"), ("HEAD", "x", b""),
+        ("link", ".git/hooks/x", b""), ("bare/config", None, b"x"), ("bin/head", None, b"x"),
+    ]  # fmt: skip
+    unpack(archive(*members), tmp_path / "to", replace=True)
+    found = {str(path.relative_to(tmp_path / "to")) for path in (tmp_path / "to").rglob("*") if not path.is_dir()}
+    assert found == {"bare/config", "bin/head"}
+    (tmp_path / "to/bare/HEAD").write_text("mine")
+    for name in ("bare/config", "bare/hooks/x"):
+        with pytest.raises(Conflict, match="has a HEAD in it"):
+            unpack(archive((name, None, b"theirs")), tmp_path / "to", replace=True)
+
+
 def test_links_of_the_user_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "to").mkdir()
     (tmp_path / "mine").write_text("mine")

@@ -94,6 +94,13 @@ def names_git(name: str) -> bool:
     return ".git" in name.lower().split("/")
 
 
+def runs_git(name: str) -> bool:
+    """Would git run, here, programs that what has this name names? If it is a .git or in one, and if it is the HEAD
+    that makes a directory a repository, whose settings then count. Nothing of that may come from a guest. A directory's
+    name ends in '/'."""
+    return names_git(name) or name.rpartition("/")[2] == "HEAD"
+
+
 def may_come(name: str, target: str) -> bool:
     """May a link be made that comes from a guest? Not one into a .git: whoever writes to it later would write there."""
     return stays_within(name, target) and not names_git(target)
@@ -282,10 +289,11 @@ def _raise(error: OSError) -> None:
 
 
 class Target:
-    """A directory of this host into which files of a tree are written: never outside it, and through no link. Raises
-    Conflict if something else has its name, HostError if it can't be made."""
+    """A directory of this host into which files of a tree are written: never outside it, and through no link; nor,
+    unless ``git``, into what git may take for a repository. Raises Conflict for that, and if something else has its
+    name, HostError if it can't be made."""
 
-    def __init__(self, top: Path) -> None:
+    def __init__(self, top: Path, *, git: bool = False) -> None:
         try:
             top.mkdir(parents=True, exist_ok=True)
             self._top = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -294,7 +302,9 @@ class Target:
         except OSError as error:
             raise HostError(f"can't make the directory {top}: {error.strerror}") from None
         self.path = top
+        self._git = git
         self._last = "", -1  # a directory in it, and a descriptor
+        self._refuse_repository(self._top, "")
 
     def close(self) -> None:
         for fd in (self._top, self._last[1]):
@@ -348,6 +358,15 @@ class Target:
         finally:
             os.close(here)
 
+    def _refuse_repository(self, fd: int, folder: str) -> None:
+        if self._git:
+            return
+        with contextlib.suppress(OSError):
+            os.lstat("HEAD", dir_fd=fd)
+            os.close(fd)
+            place = self.path / folder
+            raise Conflict(f"{place} has a HEAD in it: git may take it for a repository, and run what is put there")
+
     def _parent(self, path: str, *, create: bool) -> tuple[int | None, str]:
         """The directory of a file, as a descriptor, and the file's name there. It is looked for from the last one on,
         which is most often the same, or one above it: a tree may be deep."""
@@ -368,6 +387,7 @@ class Target:
             finally:
                 os.close(here)
             here = below
+            self._refuse_repository(here, folder)
         if self._last[1] >= 0:
             os.close(self._last[1])
         self._last = folder, os.dup(here)

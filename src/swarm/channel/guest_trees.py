@@ -143,17 +143,19 @@ async def get_tree(
 ) -> Moved:
     """Bring a directory to this host, where ``to`` is made if need be, and files in it are replaced; ``below``: to the
     directory of this name in it, through no link. Links that lead out of ``to`` are left out, and unless ``git``, what
-    is in a .git, where programs are named that git would run here."""
+    is in a .git or makes a repository, where programs are named that git would run here."""
     tree = _Tree(guest, path, user, limit_bytes, limit_entries)
-    target = await asyncio.to_thread(trees.Target, to)
+    target = await asyncio.to_thread(trees.Target, to, git=git)
     try:
         async with contextlib.aclosing(tree.__aiter__()) as found:
             async for info, contents in found:
                 if below:
                     info.name = f"{below}/{info.name}"
-                if trees.names_git(info.name) and not git:
+                if not git and trees.runs_git(f"{info.name}/" if info.isdir() else info.name):
                     if info.name.lower().endswith(".git"):
                         tree.note(f"{info.name}: git would run what is in it")
+                    elif not trees.names_git(info.name):
+                        tree.note(f"{info.name}: git would take its directory for a repository, and run what is in it")
                     continue
                 if info.issym():
                     if not (trees.stays_within if git else trees.may_come)(info.name, info.linkname):

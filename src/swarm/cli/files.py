@@ -64,7 +64,7 @@ async def get(
 
     With --vm, a file or directory of the VM itself, if that was kept.
     """
-    from swarm.base.trees import Target, may_come, names_git
+    from swarm.base.trees import Target, may_come, runs_git
     from swarm.errors import Conflict, NotFound, UsageError
     from swarm.store.ticket_files import entries, matches, target_of
 
@@ -79,10 +79,11 @@ async def get(
         if not found:
             what = "left no files in /work/out" if pattern is None else f"left nothing that is named {pattern!r}"
             raise NotFound(f"the ticket {id} {what}; `swarm ticket files {id}` lists what there is")
-        if unsafe := [entry.name for entry, _, _ in found if names_git(entry.name)]:
+        if unsafe := [entry.name for entry, _, _ in found if runs_git(entry.name)]:
             more = f" and {len(unsafe) - 1} more" if len(unsafe) > 1 else ""
-            cli.out.note(f"left out: {unsafe[0]}{more}: git would run what is in a .git here; an archive can hold it")
-            found = [one for one in found if not names_git(one[0].name)]
+            why = "git would run what is in a .git here, or beside a HEAD; an archive can hold it"
+            cli.out.note(f"left out: {unsafe[0]}{more}: {why}")
+            found = [one for one in found if not runs_git(one[0].name)]
         target = Target(to)
         try:
             there = [entry.name for entry, _, _ in found if target.holds(entry)]

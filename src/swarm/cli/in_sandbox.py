@@ -256,7 +256,7 @@ async def get(
         place = to or Path(Path(path).name or "root")
         if to is not None and to.is_dir():  # as cp does; the guest says what is a directory, and what is in it
             place = to / Path(path).name
-        if place.name in ("..", "") or (to is None and trees.names_git(place.name)):
+        if place.name in ("..", "") or (place != to and trees.runs_git(place.name)):
             raise UsageError(f"{path} can't come to {place}: say where to with --to")
         if os.path.lexists(place) and not force:
             raise Conflict(f"{place} exists: give --force to replace, or --to another place")

@@ -96,11 +96,14 @@ async def listed(cli: Cli, ref: str, path: str) -> None:
 
 async def brought(cli: Cli, ref: str, path: str, to: Path, *, force: bool) -> None:
     """Bring a file or a directory of the kept VM here, below ``to``. Raises Conflict if it is there."""
+    from swarm.base import trees
     from swarm.channel import guest_files, guest_trees
-    from swarm.errors import Conflict
+    from swarm.errors import Conflict, UsageError
 
     path = _absolute(path).rstrip("/")
     target = to / (path.rpartition("/")[2] or "vm")
+    if trees.runs_git(target.name):
+        raise UsageError(f"git would run what {target} names: have an archive of it made, by `swarm ticket shell`")
     if target.exists() and not force:
         raise Conflict(f"{target} exists: give --force to replace, or --to another directory")
     async with copy(cli, ref) as (_, live):

@@ -201,8 +201,8 @@ async def bring_back(
 
 def _not_taken(name: str, info: Info) -> str:
     """Why it can't be written here; '' if it can."""
-    if trees.names_git(name):
-        return "git would run what is in a .git here"
+    if trees.runs_git(f"{name}/" if info.kind == "directory" else name):
+        return "git would run what is in a .git here, or beside a HEAD"
     if not trees.is_plain(name):
         return "its name is too long, or leads elsewhere"
     if info.kind == "link" and not trees.may_come(name, info.target or ""):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
@@ -44,7 +45,8 @@ def packed(path: str | os.PathLike[str], *, mode: Literal["w", "w:gz"] = "w") ->
 
 def unpack(archive: BinaryIO, to: str | os.PathLike[str], *, replace: bool) -> list[Path]:
     """Write what is in the archive below ``to``, and nothing outside of it, whatever the names and links in it, which
-    an agent chose. Raises Conflict for a file that is there, unless ``replace``."""
+    an agent chose. What git would run programs by stays out: a .git, links into one, and the HEAD that makes a
+    directory a repository. Raises Conflict for a file that is there, unless ``replace``."""
     top = Path(to)
     top.mkdir(parents=True, exist_ok=True)
     written, links = list[Path](), list[tuple[Path, str]]()
@@ -52,6 +54,8 @@ def unpack(archive: BinaryIO, to: str | os.PathLike[str], *, replace: bool) -> l
     try:
         with tarfile.open(fileobj=archive, mode="r:") as tar:
             for info in tar:
+                if _runs_git(info.name) or (info.issym() and ".git" in info.linkname.lower().split("/")):
+                    continue
                 path = _below(top, info.name)
                 if info.isdir():
                     _make(path)
@@ -75,6 +79,12 @@ def unpack(archive: BinaryIO, to: str | os.PathLike[str], *, replace: bool) -> l
     return written
 
 
+def _runs_git(name: str) -> bool:
+    """Some file systems don't tell HEAD from head."""
+    parts = name.lower().split("/")
+    return ".git" in parts or (parts[-1] == "head" and (sys.platform != "linux" or name.endswith("HEAD")))
+
+
 def _below(top: Path, name: str) -> Path:
     path = top / name
     if name.startswith("/") or ".." in Path(name).parts or path == top:
@@ -82,6 +92,11 @@ def _below(top: Path, name: str) -> Path:
     _make(path.parent)
     if path.parent.resolve() != top.resolve() / path.parent.relative_to(top):
         raise Conflict(f"{path.parent} leads through a link")
+    for place in (path.parent, *path.parent.parents):
+        if os.path.lexists(place / "HEAD"):
+            raise Conflict(f"{place} has a HEAD in it: git may take it for a repository, and run what is put there")
+        if place == top:
+            break
     return path
 
 

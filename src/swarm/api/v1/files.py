@@ -88,12 +88,12 @@ async def show_file(call: Call) -> Response:
 
 
 async def show_archive(call: Call) -> Response:
-    """Like `swarm ticket get`, it has no link that leads out of it, and no .git, in which git would run programs."""
+    """Like `swarm ticket get`, it has no link that leads out of it, and nothing by which git would run programs."""
     id, pattern = await own_ticket_id(call), call.query.pattern
 
     async def files() -> AsyncIterator[tuple[Entry, AsyncIterator[bytes]]]:
         async for entry, contents, offset in ticket_files.entries(call.store, id):
-            if trees.names_git(entry.name) or (pattern is not None and not ticket_files.matches(entry.name, pattern)):
+            if trees.runs_git(entry.name) or (pattern is not None and not ticket_files.matches(entry.name, pattern)):
                 continue
             if entry.is_link:
                 target = await ticket_files.target_of(contents, entry, offset)
