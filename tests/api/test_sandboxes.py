@@ -133,7 +133,7 @@ async def test_who_goes_away_ends_the_command(served: Served, engine: Engine) ->
         while not await _processes(served, path):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         asking.cancel()
-        while not (await _processes(served, path))[0]["ended"]:  # noqa: ASYNC110
+        while not all(one["ended"] for one in await _processes(served, path)):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -333,6 +333,46 @@ async def test_a_client_that_takes_nothing_holds_the_command_up(served: Served, 
     async with asyncio.timeout(60):
         while not (await _processes(served, path))[0]["ended"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+
+
+async def test_a_window_bounds_what_is_on_its_way(served: Served, engine: Engine) -> None:
+    """For clients that read all that comes, such as a browser's script: they say what they have taken."""
+    path, size = await box(served), 1 << 16
+    async with asyncio.timeout(60), web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket:
+        await socket.send({"argv": ["yes"], "window_bytes": size})
+        assert "started" in str(await socket.receive())
+        taken = seen = 0
+        for _ in range(20):
+            taken = seen
+            await socket.send({"op": "taken", "bytes": taken})
+            while seen - taken < size:
+                message = await socket.receive()
+                assert isinstance(message, bytes)
+                seen += len(message) - 1
+        await socket.send({"op": "taken", "bytes": taken - 1})
+        out, _, texts = await heard(socket)
+        assert "was taken so far" in texts[-1]["error"] and out == b"", "it sent more than the window"
+
+
+async def test_input_is_not_stuck_behind_a_window(served: Served, engine: Engine) -> None:
+    """What a client has taken is told behind its input, which a program takes that can write its output."""
+    path, size = await box(served), 12 << 20
+
+    async def type_all(socket: Socket) -> None:
+        for _ in range(0, size, 1 << 18):
+            await socket.send(bytes(1 << 18))
+        await socket.send({"op": "end"})
+
+    async with asyncio.timeout(60), web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket:
+        await socket.send({"argv": ["cat"], "window_bytes": 1 << 16})
+        typing, seen = asyncio.create_task(type_all(socket)), 0
+        while (message := await socket.receive()) is not None:
+            if isinstance(message, bytes):
+                seen += len(message) - 1
+                if socket.code is None:
+                    socket.say({"op": "taken", "bytes": seen})
+        await typing
+        assert seen == size
 
 
 async def test_what_runs_is_come_back_to(served: Served, engine: Engine) -> None:

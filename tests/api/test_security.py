@@ -104,6 +104,7 @@ async def test_another_name_for_this_address_has_no_session(served: Served) -> N
 
 async def test_every_answer_tells_browsers_to_trust_nothing(served: Served) -> None:
     """No frame, no foreign script, no guessed type, no other site that reads it: whatever the answer is."""
+    await served.operator.post("/v1/sandboxes", json={"name": "box"})
     origin = {"origin": "http://evil.example", "access-control-request-method": "POST"}
     asked = [
         served.viewer.get("/v1/whoami", headers=origin),
@@ -113,6 +114,7 @@ async def test_every_answer_tells_browsers_to_trust_nothing(served: Served) -> N
         served.viewer.request("TRACE", "/v1/tickets", headers=origin),
         served.nobody.request("OPTIONS", "/v1/tickets", headers=origin),
         served.nobody.get("/login", headers=origin),
+        served.operator.get("/sandboxes/box/terminal", headers=origin),
         served.nobody.post("/hooks/nothing", headers=origin),
         served.nobody.get("/healthz", headers=origin),
     ]

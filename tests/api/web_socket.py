@@ -72,9 +72,13 @@ class Socket:
         return list(self.protocol.events())
 
     async def send(self, message: str | bytes | Mapping[str, Any]) -> None:
+        self.say(message)
+        await self.writer.drain()
+
+    def say(self, message: str | bytes | Mapping[str, Any]) -> None:
+        """`send` that does not wait for a server that takes nothing, as a browser's."""
         data: Any = json.dumps(message) if isinstance(message, Mapping) else message
         self.writer.write(self.protocol.send(Message[Any](data=data)))
-        await self.writer.drain()
 
     async def receive(self) -> str | bytes | None:
         while not self._messages:

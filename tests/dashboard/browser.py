@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,9 @@ _FLAGS: Final = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-proxy-server",
     "--force-color-profile=srgb", "--hide-scrollbars",
 )  # fmt: skip
-KEYS: Final[Mapping[str, str]] = {"Enter": "\ue007", "Escape": "\ue00c", "Tab": "\ue004"}
+KEYS: Final[Mapping[str, str]] = {
+    "Enter": "\ue007", "Escape": "\ue00c", "Tab": "\ue004", "Control": "\ue009", "Shift": "\ue008", "Up": "\ue013",
+}  # fmt: skip
 
 
 def lacks() -> str:
@@ -121,8 +123,14 @@ class Browser:
 
     async def press(self, *keys: str) -> None:
         """Keys, one after the other."""
+        await self._keys([(kind, key) for key in keys for kind in ("keyDown", "keyUp")])
+
+    async def press_together(self, *keys: str) -> None:
+        await self._keys([*(("keyDown", key) for key in keys), *(("keyUp", key) for key in reversed(keys))])
+
+    async def _keys(self, done: Sequence[tuple[str, str]]) -> None:
         await self._loaded()
-        actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
+        actions = [{"type": kind, "value": KEYS.get(key, key)} for kind, key in done]
         await self._do("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
 
     async def _loaded(self) -> None:

@@ -41,6 +41,7 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("GET", "/sandboxes"): READ,
     ("GET", "/sandboxes/{id}"): OWN,
     ("POST", "/sandboxes/{id}/pause"): OWN,
+    ("GET", "/sandboxes/{id}/terminal"): OWN,
     ("GET", "/sandboxes/{id}/end"): OWN,
     ("POST", "/sandboxes/{id}/end"): OWN,
     ("GET", "/approvals"): READ,

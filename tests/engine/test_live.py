@@ -107,6 +107,21 @@ async def test_a_program_by_the_engine_is_as_one_by_its_own_connection(held: tup
     assert holder.talks == 0
 
 
+async def test_an_engine_that_dies_is_called_by_its_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """And not taken for the guest, of which nothing is known then."""
+
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await frames.read(reader)
+        writer.write(frames.encode({"id": asked.head["id"]}, b""))
+        writer.close()
+        await writer.wait_closed()
+
+    path = tmp_path_factory.mktemp("v") / "s"
+    async with await asyncio.start_unix_server(die, path):
+        with pytest.raises(ChannelError, match="the engine that held the sandbox has ended"):
+            await processes.run(Live(path, "box", by="anna").open, Order(argv=["true"]))
+
+
 async def test_who_goes_away_ends_what_they_started(held: tuple[Holder, Path]) -> None:
     holder, path = held
     box = Live(path, "box", by="anna")

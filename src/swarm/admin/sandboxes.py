@@ -18,6 +18,8 @@ from swarm.store.tickets.validation import shown
 
 T = TypeVar("T")
 
+# What opens a shell: bash, where there is one.
+SHELL: Final = ("/bin/sh", "-c", "command -v bash >/dev/null && exec bash -l; exec sh -l")
 WAIT_SECONDS: Final = 600.0  # for a VM that boots without KVM, or for room for one
 END_SECONDS: Final = 60.0
 _LOOK_SECONDS: Final = 1.0  # the longest pause between two looks: the end of an engine changes nothing in the row

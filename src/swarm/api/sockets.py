@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -35,25 +35,30 @@ log = logger(__name__)
 FIRST_SECONDS: Final = 30.0  # for the message that says what to run
 _STREAMS: Final[Mapping[str, bytes]] = {"stdout": b"\1", "stderr": b"\2"}
 _NORMAL, _POLICY, _BROKEN = 1000, 1008, 1011  # why it was closed; RFC 6455, 7.4.1
+_MAX_TAKEN: Final = 1 << 53  # what a client that counts in doubles can tell
+Window = Annotated[int, Field(ge=1 << 16, le=1 << 24)]
 Size = tuple[Annotated[int, Field(ge=1, le=10_000)], Annotated[int, Field(ge=1, le=10_000)]]
 
 
 class LiveCommand(Command):
-    """The first message. ``pty``: columns and rows of a terminal."""
+    """The first message. ``pty``: columns and rows of a terminal; ``window_bytes``: see `_Window`."""
 
     pty: Size | None = None
+    window_bytes: Window | None = None
 
 
 class Said(Fields):
     """A text message of the client while its command runs."""
 
-    op: Literal["end", "resize", "signal"]
+    op: Literal["end", "resize", "signal", "taken"]
     size: Size | None = None
+    bytes: int = Field(default=0, ge=0, le=_MAX_TAKEN)
     signal: str = Field(default="INT", pattern=r"^[A-Z0-9]{2,10}$")
 
 
 class AttachQuery(Fields):
     after: int | None = Field(default=None, ge=0, lt=1 << 63)
+    window_bytes: Window | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,29 +128,71 @@ async def exec_live(call: Call, socket: WebSocket) -> None:
         raise UsageError("the first message must be a text, which says what to run") from None
     order = order_of(given, pty=given.pty, open_stdin=True)
     async with processes.start(live.open, order) as process:
-        await _talk(call, socket, process)
+        await _talk(call, socket, process, given.window_bytes)
 
 
 async def attach_live(call: Call, socket: WebSocket) -> None:
     live = await live_of(call)
     async with processes.attach(live.open, call.path["process"], after=call.query.after) as process:
         await socket.accept()
-        await _talk(call, socket, process)
+        await _talk(call, socket, process, call.query.window_bytes)
 
 
-async def _talk(call: Call, socket: WebSocket, process: Process) -> None:
-    await socket.send_text(json.dumps({"started": process.name, "dropped_bytes": process.dropped_bytes}))
-    await first(_output(socket, process), _input(socket, process), forbidden(call))
+class _Window:
+    """How much output may be on its way to a client that says what it has taken (None: any). A browser's script reads
+    all that comes, whether it can show it or not: what it can't would fill its memory."""
 
+    def __init__(self, size: int | None) -> None:
+        self._size, self._sent, self._taken = size, 0, 0
+        self._typing = False
+        self._open = asyncio.Event()
+        self._look()
 
-async def _output(socket: WebSocket, process: Process) -> None:
-    async for stream, data in process:
+    def _look(self) -> None:
+        if self._size is None or self._typing or self._sent - self._taken < self._size:
+            self._open.set()
+        else:
+            self._open.clear()
+
+    async def send(self, socket: WebSocket, stream: str, data: bytes) -> None:
+        await self._open.wait()
+        self._sent += len(data)
+        self._look()
         await socket.send_bytes(_STREAMS[stream] + data)
+
+    def took(self, count: int) -> None:
+        if not self._taken <= count <= self._sent:
+            raise UsageError("`bytes` is all output that was taken so far, of what was sent")
+        self._taken = count
+        self._look()
+
+    @contextmanager
+    def typing(self) -> Iterator[None]:
+        """While input waits for the program. It may wait for its output to be taken, and what the client has taken is
+        told behind that input: so the window does not hold meanwhile."""
+        self._typing = True
+        self._look()
+        try:
+            yield
+        finally:
+            self._typing = False
+            self._look()
+
+
+async def _talk(call: Call, socket: WebSocket, process: Process, window_bytes: int | None) -> None:
+    await socket.send_text(json.dumps({"started": process.name, "dropped_bytes": process.dropped_bytes}))
+    window = _Window(window_bytes)
+    await first(_output(socket, process, window), _input(socket, process, window), forbidden(call))
+
+
+async def _output(socket: WebSocket, process: Process, window: _Window) -> None:
+    async for stream, data in process:
+        await window.send(socket, stream, data)
     await socket.send_text(json.dumps({"exit": asdict(await process.exit())}))
     await socket.close(_NORMAL)
 
 
-async def _input(socket: WebSocket, process: Process) -> None:
+async def _input(socket: WebSocket, process: Process, window: _Window) -> None:
     """Until the client goes away: then the command ends, unless it is in the background."""
     while True:
         message = await socket.receive()
@@ -153,10 +200,13 @@ async def _input(socket: WebSocket, process: Process) -> None:
             raise WebSocketDisconnect(message.get("code", 1005))
         if (data := message.get("bytes")) is not None:
             if data:
-                await process.write(data)
+                with window.typing():
+                    await process.write(data)
             continue
         said: Said = _read(Said, message["text"])
-        if said.op == "end":
+        if said.op == "taken":
+            window.took(said.bytes)
+        elif said.op == "end":
             await process.close_stdin()
         elif said.op == "signal":
             await process.signal(said.signal)

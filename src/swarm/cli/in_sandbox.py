@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,8 +19,6 @@ from swarm.cli.ui.table import Column
 
 if TYPE_CHECKING:
     from swarm.channel.conversation import Open
-
-_SHELL: Final = ("/bin/sh", "-c", "command -v bash >/dev/null && exec bash -l; exec sh -l")
 
 User = Annotated[str, typer.Option("--user", "-u", metavar="USER", help="As whom: agent or root.")]
 _Process = Annotated[str, typer.Argument(metavar="PROCESS", help="Its name, as `swarm sandbox ps` has it.")]
@@ -91,8 +89,10 @@ async def _detached(
 @command(app, "shell", examples=["swarm sandbox shell build", "swarm sandbox shell build --user root"])
 async def shell(cli: Cli, id: Id, user: User = "agent") -> int:
     """Open a shell in a sandbox."""
+    from swarm.admin.sandboxes import SHELL
+
     async with _guest(cli, id) as guest:
-        return await remote.execute(cli, guest, remote.Command(argv=_SHELL, user=user))
+        return await remote.execute(cli, guest, remote.Command(argv=SHELL, user=user))
 
 
 @command(app, "ps", examples=["swarm sandbox ps build"], json=True)

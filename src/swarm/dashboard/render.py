@@ -42,7 +42,9 @@ SECTIONS: Final = (
 )  # fmt: skip
 _SHARED: Final = ("/schedules", "/costs", "/hosts")  # not for one project alone
 _FORM_BYTES: Final = 256 << 10
-_TYPES: Final[Mapping[str, str]] = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_TYPES: Final[Mapping[str, str]] = {
+    "css": "text/css", "js": "text/javascript", "mjs": "text/javascript", "svg": "image/svg+xml",
+}  # fmt: skip
 _YEAR: Final = "public, max-age=31536000, immutable"
 
 # Tickets that wait for a person, as the top of every page says to who asks for one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from starlette.routing import BaseRoute
 from swarm.admin import sandboxes
 from swarm.api.auth import may
 from swarm.api.endpoint import Call, Context
-from swarm.api.v1.sandboxes import ListQuery, filter_of
+from swarm.api.v1.sandboxes import ListQuery, check_secrets, filter_of, has_secrets
 from swarm.api.v1.tickets import cursor_for, read_cursor
 from swarm.base.clock import iso
 from swarm.dashboard.render import drawn, form, here, html, page
@@ -43,6 +44,7 @@ def routes(context: Context) -> list[BaseRoute]:
         page(context, "/sandboxes", show_list),
         page(context, of, show),
         page(context, f"{of}/pause", partial(_act, "pause"), role=Role.OPERATOR, method="POST"),
+        page(context, f"{of}/terminal", _terminal, role=Role.OPERATOR),
         page(context, f"{of}/end", _confirm, role=Role.OPERATOR),
         page(context, f"{of}/end", partial(_act, "end"), role=Role.OPERATOR, method="POST"),
     ]
@@ -70,6 +72,7 @@ async def show_list(context: Context, request: Request, actor: Actor) -> Respons
         states=[(state, here(request, state=state, after=None)) for state in SandboxState],
         everything=here(request, state=None, after=None),
         chosen=chosen,
+        live_states=_LIVE,
         text=text,
         sandboxes=[(one, names.get(one.agent_id or "", one.agent_id or "")) for one in found.sandboxes],
         older=here(request, after=found.after) if found.after is not None else None,
@@ -178,6 +181,24 @@ def commands(events: Sequence[Event]) -> list[Command]:
 async def _confirm(context: Context, request: Request, actor: Actor) -> Response:
     one = await _own(context, request, actor)
     return html("sandbox_end.html", actor=actor, one=one, allowed="end" in dict(_can(actor, one)))
+
+
+async def _terminal(context: Context, request: Request, actor: Actor) -> Response:
+    """A shell in the browser, by the WebSocket that runs a command. Who may not use that is told why here."""
+    one = await _own(context, request, actor)
+    check_secrets(actor, await has_secrets(context, one))
+    user = "root" if request.query_params.get("user") == "root" else "agent"
+    command = f"swarm sandbox shell {shlex.quote(one.name or one.id)}"
+    return html(
+        "terminal.html",
+        actor=actor,
+        one=one,
+        ended=one.state in TERMINAL_SANDBOX_STATES,
+        shell=sandboxes.SHELL,
+        user=user,
+        other="agent" if user == "root" else "root",
+        command=f"{command} --user root" if user == "root" else command,
+    )
 
 
 async def _act(action: str, context: Context, request: Request, actor: Actor) -> Response:

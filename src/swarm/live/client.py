@@ -104,8 +104,13 @@ class _Relayed(Conversation):
     """A conversation that an engine passes on."""
 
     async def receive(self) -> Frame:
-        """Raises ChannelError too when the engine ends it, with the engine's reason."""
-        frame = await super().receive()
+        """Raises ChannelError too when the engine ends it, with the engine's reason, or ends itself."""
+        try:
+            frame = await super().receive()
+        except ChannelError:
+            if self._reader.at_eof():
+                raise ChannelError("the engine that held the sandbox has ended") from None
+            raise
         try:
             wire.raise_fault(frame)
         except SwarmError as error:
