@@ -31,6 +31,7 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
     "project_share": (0.001, 1.0),
     "lease_seconds": (0.1, 86_400.0),
     "queue_timeout_seconds": (0.001, 365 * 86_400.0),
+    "host_timeout_seconds": (1.0, 365 * 86_400.0),
     "boot_timeout_seconds": (0.1, 86_400.0),
     "max_output_mb": (1, 2048),
     "busy_timeout_seconds": (0.1, 3600.0),  # not 0, which would be "for ever" for PostgreSQL
@@ -94,6 +95,8 @@ class Settings(BaseModel):
     lease_seconds: float = _number("lease_seconds", 30.0)
     # A ticket that has waited longer when its turn comes fails instead of running late. Not set: it waits for ever.
     queue_timeout_seconds: float | None = _number("queue_timeout_seconds", None)
+    # Once no engine of a host has given a sign of life for so long, steps that start from VMs kept there fail.
+    host_timeout_seconds: float = _number("host_timeout_seconds", 900.0)
     boot_timeout_seconds: float = _number("boot_timeout_seconds", 120.0)
     max_output_mb: int = _number("max_output_mb", 16)
     busy_timeout_seconds: float = _number("busy_timeout_seconds", 30.0)

@@ -53,8 +53,9 @@ async def store(settings: Settings) -> AsyncIterator[Store]:
     from swarm.store.store import Store
 
     async with Store.open(
-        settings.database, busy_timeout_seconds=settings.busy_timeout_seconds, over_budget=settings.over_budget
-    ) as opened:
+        settings.database, busy_timeout_seconds=settings.busy_timeout_seconds, over_budget=settings.over_budget,
+        host_timeout_seconds=settings.host_timeout_seconds,
+    ) as opened:  # fmt: skip
         yield opened
 
 

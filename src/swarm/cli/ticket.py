@@ -175,6 +175,7 @@ async def show(cli: Cli, id: TicketId) -> None:
         ticket = found.ticket
         await _say_if_unserved(cli, store, ticket)
         names = await store.names((ticket.agent_id, ticket.workflow_id))
+        waits = [said for step in await store.next_steps(id) if (said := step.waits_for_host)]
     if cli.out.json:
         cli.out.dump(found)
         return
@@ -184,6 +185,8 @@ async def show(cli: Cli, id: TicketId) -> None:
         cli.out.line(f"estimated: {counted} (${found.estimated.usd:.4f}); `swarm ticket logs {id} --json` says why")
     if ticket.execution_mode == ExecutionMode.WORKFLOW or ticket.state == TicketState.WAITING:
         render.show_steps(cli.out, ticket, found.runs, found.steps)
+    for said in waits:
+        cli.out.line(said)
     for one in {one.step_id: one for one in reversed(found.kept)}.values():  # the newest of each step
         until = f" until {iso(one.expires_at)}" if one.expires_at is not None else ""
         which = f" --step '{one.step_id}'" if ticket.execution_mode == ExecutionMode.WORKFLOW else ""

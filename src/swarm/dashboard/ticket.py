@@ -137,8 +137,10 @@ async def _why(context: Context, actor: Actor, ticket: Ticket) -> str:
         return _in_queue(await context.store.queue(), [str(one.info.get("waits_for") or "") for one in engines])
     waiting = await context.store.next_steps(ticket.id)
     return " ".join(
-        f"{step} is ready, and waits for a VM." if ms is None else f"{step} is tried again in {duration(ms)}."
-        for step, ms in waiting
+        step.waits_for_host
+        or f"{step.step_id} is "
+        + ("ready, and waits for a VM." if step.in_ms is None else f"tried again in {duration(step.in_ms)}.")
+        for step in waiting
     )
 
 

@@ -35,6 +35,7 @@ from swarm.model import (
 from swarm.store import audit, details, spending
 from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
+from swarm.store.claims.kept import HOST_TIMEOUT_SECONDS
 from swarm.store.details import TicketDetails
 from swarm.store.registry import agents, notices, schedules, secrets, tokens, webhooks, workers, workflows
 from swarm.store.registry.notices import NoticeKind, NoticeRow
@@ -64,7 +65,7 @@ from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.transaction import Tx
 from swarm.store.sql.wake import Wake
 from swarm.store.tickets import dependencies, display, events, facts, pages, tickets
-from swarm.store.tickets.display import ModelCall, Question, RunningAttempt
+from swarm.store.tickets.display import ModelCall, NextStep, Question, RunningAttempt
 from swarm.store.tickets.events import LeftFiles
 from swarm.store.tickets.facts import Backlog, Facts, Traced
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
@@ -99,6 +100,7 @@ class Store:
         self._approvals = approvals.Approvals(self._workflows)
         self._holders = SandboxClaimer(self._read, self._write)
         self._tokens_used = set[str]()  # of which that is being written
+        self._host_timeout_seconds = HOST_TIMEOUT_SECONDS
 
     @classmethod
     @asynccontextmanager
@@ -109,14 +111,17 @@ class Store:
         busy_timeout_seconds: float = 30.0,
         over_budget: BudgetPolicy = BudgetPolicy.FAIL,
         planning_seconds: float = PLANNING_SECONDS,
+        host_timeout_seconds: float = HOST_TIMEOUT_SECONDS,
     ) -> AsyncIterator[Store]:
         """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db. ``planning_seconds``: how long
-        decisions on workflows may hold the write lock. Raises StoreError when the file is not a database, or its
-        directory does not exist. One that does not exist or is not migrated can be opened, for `migrate`.
+        decisions on workflows may hold the write lock. ``host_timeout_seconds``: after so long without a sign of life
+        from its engines, a host's snapshots are not waited for. Raises StoreError when the file is not a database, or
+        its directory does not exist. One that does not exist or is not migrated can be opened, for `migrate`.
         """
         db = Database(url, busy_timeout_seconds=busy_timeout_seconds)
         db.check_directory()
         store = cls(db, over_budget=over_budget, planning_seconds=planning_seconds)
+        store._host_timeout_seconds = host_timeout_seconds
         try:
             await store.revision()
             yield store
@@ -383,7 +388,10 @@ class Store:
         return await self._read.call(tickets.queue)
 
     async def due(self) -> Due:
-        return self.isolation.paced(await self._read.call(tickets.due))
+        """Is there something to claim for an engine of this host? Else: what it waits for."""
+        host = socket.gethostname()
+        due = await self._read.call(tickets.due, host=host, host_timeout_seconds=self._host_timeout_seconds)
+        return self.isolation.paced(due)
 
     # --- attempts -----------------------------------------------------------------------------------------------------
 
@@ -428,6 +436,7 @@ class Store:
             drain=drain,
             host=host or socket.gethostname(),
             queue_timeout_seconds=queue_timeout_seconds,
+            host_timeout_seconds=self._host_timeout_seconds,
         )
         return self._claimed(request, self._write.submit_batch(self._queue.claim, request))
 
@@ -519,9 +528,10 @@ class Store:
         """Of the steps that wait for a person."""
         return await self._read.call(display.questions, ticket_id, limit=limit)
 
-    async def next_steps(self, ticket_id: str, *, limit: int = 5) -> list[tuple[str, float | None]]:
-        """Its steps that are ready, and in how many ms each may run; None: now."""
-        return await self._read.call(display.next_steps, ticket_id, limit=limit)
+    async def next_steps(self, ticket_id: str, *, limit: int = 5) -> list[NextStep]:
+        """Its steps that are ready, and what they wait for."""
+        silent = workers.SILENT_AFTER_SECONDS
+        return await self._read.call(display.next_steps, ticket_id, limit=limit, silent_seconds=silent)
 
     async def step_names(self, run_id: str, *, limit: int = 500) -> list[str]:
         return await self._read.call(display.step_names, run_id, limit=limit)

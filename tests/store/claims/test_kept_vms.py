@@ -152,6 +152,33 @@ async def test_a_fork_is_as_large_as_the_vm_it_is_one_of(store: Store, outside: 
     assert (claim.agent.memory_mb, claim.agent.disk_mb) == (900, 4000)
 
 
+async def test_a_step_whose_host_is_gone_waits_for_some_time(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, "steps: [{id: a, agent: echo}, {id: b, agent: echo, from: a}]")
+    [first] = await claims_on(store, "here")
+    snapshot(outside, "of-a")
+    await finish(store, first, lambda _: leaves("of-a"))
+    for _ in range(2):  # its engine lives, and has much else to do
+        await store.heartbeat("w", host="here", pid=1, info={})
+        assert await claims_on(store, "there") == []
+        assert not (await store.due()).ready, "nothing for this host"
+        [next_] = await store.next_steps("t")
+        assert next_.host is None
+        await store.shift_clock(899_000)
+    assert await claims_on(store, "there") == []
+    [next_] = await store.next_steps("t")
+    assert next_.waits_for_host == (
+        "b waits for the host here, which has the VM that it starts from: no engine runs there."
+    )
+    await store.shift_clock(2_000)
+    assert (await store.due()).ready
+    assert await claims_on(store, "there") == []
+    assert (await statuses(store))["b"] == "failed"
+    what, said = (await state(store))[:2]
+    assert what == "failed" and "is on the host 'here', of which no engine has given a sign of life for 900 s" in str(
+        said
+    )
+
+
 @both_ways
 async def test_snapshots_that_no_step_can_start_from_any_more_go_at_once(store: Store, outside: Outside) -> None:
     text = """

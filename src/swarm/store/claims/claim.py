@@ -17,7 +17,7 @@ from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready
 from swarm.store.registry import workflows
 from swarm.store.registry.agents import NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
-from swarm.store.sql.conditions import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
+from swarm.store.sql.conditions import IS_HERE, RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.sql.dialect import Dialect, Sql
 from swarm.store.sql.rows import READ_BYTES, TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, iso, milliseconds
 from swarm.store.sql.transaction import Row, Tx, one_row
@@ -45,7 +45,7 @@ SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_
        {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
 FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
 WHERE s.status = 'ready' AND s.available_at IS NULL
-  AND {kept.IS_HERE}
+  AND {IS_HERE}
   AND (:idle OR :drain AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
 READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit" + _UNLOCKED.format("s"))
 READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit" + _UNLOCKED.format("s"))
@@ -113,6 +113,7 @@ class ClaimRequest:
     drain: bool = True  # it may take nothing more, until it is idle, for a suspect that has waited for long
     host: str = ""
     queue_timeout_seconds: float | None = None
+    host_timeout_seconds: float = kept.HOST_TIMEOUT_SECONDS
 
 
 @dataclass(slots=True, kw_only=True)
@@ -264,9 +265,10 @@ class _ClaimTransaction:
 
     def _ready_rows(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
         """Tickets, and steps of runs that have begun; suspects only if they can run, or no longer wait patiently."""
-        one = self.request.ticket_id
-        which = {"limit": limit, "idle": self._idle, "drain": self.request.drain, "host": self.request.host}
-        which["patient_since"] = self._patient_since
+        one, host = self.request.ticket_id, self.request.host
+        which = {"limit": limit, "idle": self._idle, "drain": self.request.drain, "host": host}
+        since = iso(self.tx.now_ms - round(self.request.host_timeout_seconds * 1000))
+        which |= {"patient_since": self._patient_since, "silent_since": since}
         if one is not None:
             steps = self.tx.all(READY_STEP, id=one, **which) if self.steps else []
             return self.tx.all(READY_TICKET, id=one), steps
@@ -290,7 +292,7 @@ class _ClaimTransaction:
         elif row.taken:
             fail_made_ready(self.changes, row)
         else:
-            ticket = validation.strict_ticket(row)
+            ticket = kept.checked(row, self.request.host, self.request.host_timeout_seconds)
             inputs = row.step_inputs or ("{}" if row.definition else validation.read_inputs(ticket.inputs))
             return Work(ticket=ticket, agent_id=row.step_agent_id or "", inputs=inputs)
         self.bad_rows += 1

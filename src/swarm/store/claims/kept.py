@@ -7,18 +7,27 @@ from dataclasses import replace
 from typing import Any, Final
 
 from swarm.model import Agent, KeepVm, Ticket
+from swarm.store.sql.conditions import OF_SOURCE, SOURCE_HOST
 from swarm.store.sql.transaction import Row
+from swarm.store.tickets.validation import BadRow, shown, strict_ticket
 
 _SIZES: Final = ("memory_mb", "disk_mb")
+HOST_TIMEOUT_SECONDS: Final = 900.0
 KEEP_VM_SECONDS: Final = 86_400.0  # unless somebody says for how long
 
-# SQL, of a ready step `s`: of the snapshot in a fork of which it starts.
-OF_SOURCE: Final = "SELECT {} FROM step_executions f JOIN snapshots n ON n.id = f.snapshot_id WHERE f.id = s.from_step"
-COLUMNS: Final = f"""s.keep_vm AS step_keep_vm, s.from_step, s.snapshot_id,
+COLUMNS: Final = f"""s.keep_vm AS step_keep_vm, s.from_step, s.snapshot_id, {SOURCE_HOST} AS source_host,
        CASE WHEN s.from_step IS NULL THEN NULL ELSE ({OF_SOURCE.format("n.id")}) END AS source,
        CASE WHEN s.from_step IS NULL THEN NULL ELSE ({OF_SOURCE.format("n.spec")}) END AS source_spec"""
-# It runs on that one's host; anywhere, to fail with the reason, if that one is gone.
-IS_HERE: Final = f"(s.from_step IS NULL OR COALESCE(({OF_SOURCE.format('n.host')}), :host) = :host)"
+
+
+def checked(step: Row, host: str, silent_seconds: float) -> Ticket:
+    """Its ticket. Raises BadRow; also if the host that has the VM in a fork of which it starts is gone (`IS_HERE`)."""
+    if step.from_step is not None and step.source_host not in (None, host):
+        raise BadRow(
+            f"the VM that it starts from is on the host {shown(step.source_host)}, of which no engine has given a sign "
+            f"of life for {silent_seconds:g} s (SWARM_HOST_TIMEOUT_SECONDS): `swarm ticket retry` makes it again"
+        )
+    return strict_ticket(step)
 
 
 def of(step: Row | None, ticket: Ticket, agent: Agent) -> dict[str, Any]:

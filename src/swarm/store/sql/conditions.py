@@ -1,4 +1,4 @@
-"""The conditions of the partial indexes."""
+"""The conditions of the partial indexes, and others that several statements share."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ SANDBOX_HELD: Final = "hold_id IS NOT NULL"
 # Those that an engine may have to do something with; not those that sleep.
 SANDBOX_DUE: Final = f"{SANDBOX_LIVE} AND hold_id IS NULL AND (state <> 'paused' OR wanted IS NOT NULL)"
 SANDBOX_ENDING: Final = f"{SANDBOX_LIVE} AND hold_id IS NULL AND ends_at IS NOT NULL"
+# Of a ready step `s`: the snapshot in a fork of which it starts; and whether :host may take it. That is where the
+# snapshot is, or, once no engine there has given a sign of life since :silent_since, anywhere: to say that it is gone.
+OF_SOURCE: Final = "SELECT {} FROM step_executions f JOIN snapshots n ON n.id = f.snapshot_id WHERE f.id = s.from_step"
+SOURCE_HOST: Final = f"({OF_SOURCE.format('n.host')})"
+IS_HERE: Final = (
+    f"(s.from_step IS NULL OR COALESCE({SOURCE_HOST}, :host) = :host OR s.queued_at <= :silent_since "
+    f"AND NOT EXISTS (SELECT 1 FROM workers w WHERE w.seen_at > :silent_since AND w.host = {SOURCE_HOST}))"
+)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from swarm.model import Event
 from swarm.store.sql import rows
+from swarm.store.sql.conditions import SOURCE_HOST
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.transaction import Tx
 from swarm.store.tickets.pages import SCANNED
@@ -37,7 +38,9 @@ _QUESTIONS: Final = Sql(
     "AND s.status = 'waiting' AND s.verdict IS NULL ORDER BY s.id LIMIT :limit"
 )
 _NEXT: Final = Sql(
-    "SELECT s.step_id, s.available_at FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
+    f"SELECT s.step_id, s.available_at, {SOURCE_HOST} AS source_host, EXISTS (SELECT 1 FROM workers w "
+    f"WHERE w.seen_at > :since AND w.host = {SOURCE_HOST}) AS serves "
+    "FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
     "WHERE r.ticket_id = :id AND r.status IN ('running', 'waiting') AND s.status = 'ready' ORDER BY s.id LIMIT :limit"
 )
 _STEPS: Final = Sql("SELECT s.step_id FROM step_executions s WHERE s.run_id = :run_id ORDER BY s.id LIMIT :limit")
@@ -119,11 +122,29 @@ def questions(tx: Tx, ticket_id: str, *, limit: int) -> list[Question]:
     ]
 
 
-def next_steps(tx: Tx, ticket_id: str, *, limit: int) -> list[tuple[str, float | None]]:
-    """The steps that are ready, and in how many ms each may run; None: now."""
+class NextStep(NamedTuple):
+    """``in_ms``: when it may run; None: now. ``host``: that with the VM that it starts from, if no engine is there."""
+
+    step_id: str
+    in_ms: float | None
+    host: str | None
+
+    @property
+    def waits_for_host(self) -> str:
+        host = self.host and f"{self.step_id} waits for the host {self.host}, which has the VM that it starts from"
+        return f"{host}: no engine runs there." if host else ""
+
+
+def next_steps(tx: Tx, ticket_id: str, *, limit: int, silent_seconds: float) -> list[NextStep]:
+    """The steps that are ready. An engine that has said nothing for ``silent_seconds`` doesn't run."""
+    since = rows.iso(tx.now_ms - round(silent_seconds * 1000))
     return [
-        (rows.lenient(row.step_id) or "", max(0.0, at - tx.now_ms) if isinstance(at := row.available_at, int) else None)
-        for row in tx.all(_NEXT, id=ticket_id, limit=limit)
+        NextStep(
+            rows.lenient(row.step_id) or "",
+            max(0.0, at - tx.now_ms) if isinstance(at := row.available_at, int) else None,
+            None if row.serves else rows.lenient(row.source_host),
+        )
+        for row in tx.all(_NEXT, id=ticket_id, limit=limit, since=since)
     ]
 
 

@@ -11,7 +11,7 @@ from swarm.base import versions
 from swarm.errors import ChangeRefused, Conflict, NotFound, UsageError
 from swarm.model import TERMINAL_TICKET_STATES, StepStatus, Ticket, TicketState
 from swarm.store.sql import rows
-from swarm.store.sql.conditions import UNFINISHED
+from swarm.store.sql.conditions import IS_HERE, STEP_READY, UNFINISHED
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import (
     SUMMARY_COLUMNS,
@@ -23,6 +23,7 @@ from swarm.store.sql.rows import (
     RunRow,
     StepRow,
     TicketSummary,
+    iso,
     milliseconds,
 )
 from swarm.store.sql.transaction import Tx, one_row
@@ -110,13 +111,13 @@ QUEUE: Final = Sql(f"""
       (SELECT count(*) FROM tickets WHERE state = 'waiting' AND {UNFINISHED}) AS waiting
 """)
 
-NEXT_DUE: Final = Sql("""
+NEXT_DUE: Final = Sql(f"""
     SELECT (SELECT min(available_at) FROM step_executions WHERE status = 'ready' AND available_at IS NOT NULL) AS step,
       (SELECT min(lease_until) FROM attempts WHERE outcome IS NULL) AS lease,
       (SELECT min(due_at) FROM workflow_runs WHERE due_at IS NOT NULL) AS run,
       (SELECT min(available_at) FROM step_executions WHERE status = 'waiting' AND available_at IS NOT NULL) AS answer,
       EXISTS (SELECT 1 FROM tickets WHERE state = 'ready')
-      OR EXISTS (SELECT 1 FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS ready
+      OR EXISTS (SELECT 1 FROM step_executions s WHERE {STEP_READY} AND {IS_HERE}) AS ready
 """)
 
 
@@ -398,8 +399,9 @@ def queue(tx: Tx) -> QueueStatus:
     )
 
 
-def due(tx: Tx) -> Due:
-    row = tx.first(NEXT_DUE)
+def due(tx: Tx, *, host: str, host_timeout_seconds: float) -> Due:
+    """For an engine of this host."""
+    row = tx.first(NEXT_DUE, host=host, silent_since=iso(tx.now_ms - round(host_timeout_seconds * 1000)))
     assert row is not None
     times = [ms for ms in (row.step, row.lease, row.run, row.answer) if isinstance(ms, int | float)]
     return Due(ready=bool(row.ready), next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)
