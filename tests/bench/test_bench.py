@@ -108,7 +108,7 @@ def test_a_small_run_as_a_user_types_it(settings: Settings, image: Image, tmp_pa
         stdin=subprocess.DEVNULL,
         capture_output=True,
         env=env,
-        timeout=180,
+        timeout=600,
     )
     assert ended.returncode == 0, ended.stderr.decode()
     report = json.loads(ended.stdout)
@@ -135,7 +135,7 @@ def bench(tmp_path: Path, *argv: str, before: tuple[str, ...] = ()) -> subproces
         capture_output=True,
         text=True,
         env=os.environ | places | {"SWARM_IMAGES_DIR": str(CACHE), "SWARM_DRIVER": "process"},
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -182,7 +182,7 @@ def test_what_a_killed_benchmark_leaves_is_swept(settings: Settings, image: Imag
         os.utime(left, (1, 1))  # older than a probe that is just being made
     asyncio.run(wiring.sweep(settings))
     assert bare and list(settings.state_dir.glob("probe-bench-*")) == []
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in bare if psutil.pid_exists(pid)], timeout=10)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in bare if psutil.pid_exists(pid)], timeout=60)
     assert alive == []
     assert 65_432 not in wiring.inventory(settings).numbers()
 

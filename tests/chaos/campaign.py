@@ -111,7 +111,7 @@ class Campaign:
 
     def insert(self, numbers: range) -> None:
         """With plain SQL, as any tool can, and a commit for each ticket."""
-        connection = sqlite3.connect(self.database, timeout=30, isolation_level=None)
+        connection = sqlite3.connect(self.database, timeout=60, isolation_level=None)
         for number in numbers:
             (agent,) = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))
             if number > 0 and self.guilty and number % (self.tickets // (self.guilty + 1) + 1) == 0:
@@ -242,9 +242,9 @@ class Campaign:
                 engine.send_signal(number)
 
     async def serves(self, number: int) -> bool:
-        """Wait until this engine serves. False if it doesn't within a minute, or dies."""
+        """Wait until this engine serves. False if it doesn't within minutes, or dies."""
         self.thaw(number)
-        engine, until = self.engines[number], time.monotonic() + 60
+        engine, until = self.engines[number], time.monotonic() + 300
         while engine.returncode is None and time.monotonic() < until:
             if any(row.pid == engine.pid for row in await self.store.workers()):
                 return True
@@ -297,7 +297,7 @@ class Campaign:
             return
 
         def change(id_: str) -> None:
-            connection = sqlite3.connect(self.database, timeout=30, isolation_level=None)
+            connection = sqlite3.connect(self.database, timeout=60, isolation_level=None)
             connection.execute(statement, (id_,))
             connection.close()
 

@@ -62,7 +62,7 @@ class SandboxCampaign(Campaign):
         for number in range(ENGINES):
             assert await self.serves(number)
         self.insert_sandbox()
-        await ways.reach(self.store, "s1", by="chaos")  # the template is there
+        await ways.reach(self.store, "s1", by="chaos", wait_seconds=300)  # the template is there
         calm: dict[Callable[[], Awaitable[None]], int] = {
             self.add: 3, self.use: 10, self.pause: 4, self.fork: 3, self.save: 2, self.want: 4, self.end: 2,
         }  # fmt: skip
@@ -125,7 +125,7 @@ class SandboxCampaign(Campaign):
         )
 
     def plain_sql(self, statement: str, *values: object) -> None:
-        connection = sqlite3.connect(self.database, timeout=30, isolation_level=None)
+        connection = sqlite3.connect(self.database, timeout=60, isolation_level=None)
         try:
             connection.execute(statement, values)
         finally:

@@ -14,6 +14,7 @@ from tests.engine.conftest import Bench, ended, serving
 pytestmark = pytest.mark.needs("qemu")
 
 SLEEPS = "import time\nprint('started', flush=True)\ntime.sleep(3600)"
+DONE = "import json\njson.dump({'n': 1}, open('output.json', 'w'))"
 ENDS = "import json, time\nprint('started', flush=True)\ntime.sleep(6)\njson.dump({'n': 1}, open('output.json', 'w'))"
 
 
@@ -37,7 +38,7 @@ async def test_a_running_ticket_outlives_what_its_host_loses(bench: Bench, lines
         for line in lines:
             await process.run(line.format(n=vm.n).split())
         assert await ended(bench, "t") == ["done"]
-        bench.insert("next", agent.id)
+        bench.insert("next", (await bench.agent(DONE, "next")).id)
         assert await ended(bench, "next") == ["done"]
 
 

@@ -134,12 +134,12 @@ async def test_twenty_tickets_on_one_budget(api: MessagesApi, tmp_path: Path) ->
                         assert error.response.status_code == 402, error
                         return done
 
-        done = await asyncio.wait_for(asyncio.gather(*(work(listener) for listener in listeners)), 60)
+        done = await asyncio.wait_for(asyncio.gather(*(work(listener) for listener in listeners)), 300)
         await harness.booked(sum(done))
         total = spent(harness)
         assert total <= day
         assert total > day - 0.0007  # the worst case of one more: 100 tokens of output, and the prompt
-        await asyncio.wait_for(asyncio.gather(*(listener.exceeded for listener in listeners)), 60)
+        await asyncio.wait_for(asyncio.gather(*(listener.exceeded for listener in listeners)), 300)
         assert sum(1 for one in done if one) > 3  # they shared it
 
 
@@ -159,7 +159,7 @@ async def test_twenty_streams_on_one_budget(api: MessagesApi, tmp_path: Path) ->
                         assert "over budget" in str(error)
                         return
 
-        await asyncio.wait_for(asyncio.gather(*(work(listener) for listener in listeners)), 60)
+        await asyncio.wait_for(asyncio.gather(*(work(listener) for listener in listeners)), 300)
         assert harness.sql("SELECT 1 FROM model_calls WHERE status IS NULL") == []
         assert day * 0.9 < spent(harness) <= day * 1.02
 

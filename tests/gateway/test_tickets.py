@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
@@ -221,6 +222,7 @@ async def test_over_budget_waits_for_a_higher_one_by_policy(gated: Bench) -> Non
 
 
 async def test_an_agent_that_goes_on_over_budget_is_ended(gated: Bench) -> None:
+    cast(Any, gated.worker)._engine.over_budget_seconds = 8.0
     code = PRELUDE + "call('Write')\nprint('and on', flush=True)\ntime.sleep(1000)"
     agent = await gated.agent(code, network="gateway")
     gated.insert("t", agent.id, budget_usd=0.00001)
@@ -243,7 +245,7 @@ async def test_an_engine_that_dies_in_the_middle_of_a_call(gated: Bench, api: Me
     """The cost of that call is unknown: its whole reservation counts, so the next attempt is over budget."""
     agent = await gated.agent(PRELUDE + "done(call('scenario=hold'))", network="gateway")
     gated.insert("t", agent.id, budget_usd=0.0007)  # a call may cost $0.0005 and some
-    async with engine_process(gated, SWARM_LEASE_SECONDS="1.5") as engine:
+    async with engine_process(gated) as engine:
         await asyncio.wait_for(api.held.wait(), 60)
         engine.kill()
         await engine.wait()

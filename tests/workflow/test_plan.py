@@ -450,19 +450,19 @@ def test_a_step_costs_the_same_in_a_long_chain() -> None:
     ]
     ours = Run(Graph(flow(*steps)))
     ours.asked.count = 0
-    most, began = 0, time.perf_counter()
+    most, began = 0, time.process_time()
     for i in range(500):
         before = ours.asked.count
         ours.finish(f"s{i}", {"x": i})
         most = max(most, ours.asked.count - before)
-    spent = (time.perf_counter() - began) / 500
+    spent = (time.process_time() - began) / 500
     assert ours.end is not None and most <= 12, "states asked for in one decision"
     assert spent < 0.005, f"{spent * 1000:.2f} ms for a step"
 
 
 def test_a_wide_fan_out_is_cheap() -> None:
     ours = run(step("a", for_each=ForEach(items=list(range(50)), max_parallel=10), inputs={"i": "${item + 1}"}))
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(50):
         ours.finish(ours.live()[0], 1)
-    assert ours.end is not None and (time.perf_counter() - began) / 50 < 0.005
+    assert ours.end is not None and (time.process_time() - began) / 50 < 0.005

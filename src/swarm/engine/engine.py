@@ -129,6 +129,7 @@ class Engine:
         self._egress = egress
         self._values = values
         self._limits = limits
+        self.over_budget_seconds = _OVER_BUDGET_SECONDS
 
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
         """Run one attempt to its end. Returns Succeeded or Failed. The VM is gone in every case.
@@ -267,7 +268,7 @@ class Engine:
 
         async def over_budget() -> Exit:
             reason = await egress.exceeded()
-            await asyncio.sleep(_OVER_BUDGET_SECONDS)
+            await asyncio.sleep(self.over_budget_seconds)
             raise OverBudget(reason)
 
         try:
