@@ -30,6 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import hypothesis
 import pytest
 
 from swarm import config
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm" / "images"
 REQUIRED = frozenset(filter(None, os.environ.get("SWARM_REQUIRE", "").split(",")))
 SANDBOX = os.environ.get("SWARM_SANDBOX", "")
+
+# How fast inputs are made and tried says something about the machine, and nothing about what is tested.
+hypothesis.settings.register_profile(
+    "swarm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("swarm")
 
 
 def lacks(thing: str) -> str:

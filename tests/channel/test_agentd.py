@@ -101,7 +101,9 @@ async def test_one_round_trip(guest: Guest) -> None:
 HEADERS = [b"{}", b"[]", b'{"id":1}', b'{"id":1,"op":[]}', b'{"id":{},"op":"hello"}', b"[" * 9999]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.one_of(
     st.binary(max_size=200),
     st.builds(frame, st.binary(max_size=50), st.binary(max_size=50)),

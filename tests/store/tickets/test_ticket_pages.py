@@ -112,7 +112,9 @@ def all_pages(tx: Tx, which: TicketFilter, limit: int, **options: Any) -> list[s
     scanned=st.sampled_from([3, 10_000]),
     rare=st.sampled_from([0, 1000]),
 )
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_every_ticket_once_newest_first(
     tx: Tx, tickets: list[Any], which: TicketFilter, limit: int, scanned: int, rare: int
 ) -> None:
