@@ -260,3 +260,15 @@ async def test_what_was_committed_is_told_whatever_hits_the_others(url: str, thr
     first, full, last = await results
     assert first == "first"
     assert (type(full), type(last)) == (StoreError, StoreError)
+
+
+async def test_a_large_row_is_written_once_at_each_transition(url: str, store: Store, outside: Outside) -> None:
+    """Not also zeros over what it was, as Debian's SQLite does by itself (secure_delete): all others wait for it."""
+    log, large = Path(url.removeprefix("sqlite:///") + "-wal"), f'{{"x": "{"y" * 8_000_000}"}}'
+    insert(outside, "large", inputs=large)
+    outside.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    claim = await claim_one(store)
+    assert log.stat().st_size < 1.2 * len(large)
+    outside.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=1.0)
+    assert log.stat().st_size < 1.2 * len(large)
