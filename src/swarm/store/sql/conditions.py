@@ -28,5 +28,5 @@ OF_SOURCE: Final = "SELECT {} FROM step_executions f JOIN snapshots n ON n.id = 
 SOURCE_HOST: Final = f"({OF_SOURCE.format('n.host')})"
 IS_HERE: Final = (
     f"(s.from_step IS NULL OR COALESCE({SOURCE_HOST}, :host) = :host OR s.queued_at <= :silent_since "
-    f"AND NOT EXISTS (SELECT 1 FROM workers w WHERE w.seen_at > :silent_since AND w.host = {SOURCE_HOST}))"
+    f"AND NOT EXISTS (SELECT 1 FROM workers WHERE workers.seen_at > :silent_since AND workers.host = {SOURCE_HOST}))"
 )
