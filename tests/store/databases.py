@@ -46,7 +46,9 @@ class Outside(Protocol):
 
 
 class Backend(Protocol):
-    """Where test databases come from."""
+    """Where test databases come from. ``share``: of the examples that a test of very many tries here."""
+
+    share: float
 
     def close(self) -> None: ...
 
@@ -82,6 +84,8 @@ class SqliteOutside:
 
 
 class SqliteBackend:
+    share = 1.0
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._template = directory / "template.db"
@@ -215,6 +219,8 @@ class _Reusable:
 
 
 class PostgresBackend:
+    share = 0.2
+
     def __init__(self, directory: Path) -> None:
         self._stack = contextlib.ExitStack()
         self.server = self._stack.enter_context(postgres_here.running(directory / "postgresql"))

@@ -50,7 +50,7 @@ def test_hostile_fields(backend: Backend) -> None:
         opened = Store.open(url)
         store = runner.run(opened.__aenter__())
 
-        @settings(max_examples=150, deadline=None)
+        @settings(max_examples=round(150 * backend.share), deadline=None)
         @example(id="$(reboot)", title="x" * 65_536, description="é" * 500_000, project="\0", inputs={"\0'": "\n🦊"})
         @example(id="'; DELETE FROM tickets; --", title="", description="", project="", inputs={})
         @given(
@@ -122,6 +122,7 @@ class Queue(RuleBasedStateMachine):
         self.runner.run(self.opened.__aexit__(None, None, None))
         self.runner.close()
         self.outside.close()
+        self.backend.done()
 
     @rule(retries=st.booleans())
     def insert(self, retries: bool) -> None:
@@ -250,6 +251,9 @@ def test_queue_follows_the_model(backend: Backend) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=round(40 * backend.share),
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )

@@ -4,24 +4,31 @@ Rows and answers are what a page of Python says, and `swarm prove` finds nothing
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from swarm.admin.prove import judge
 from swarm.errors import Conflict, LeaseLost, NotFound
 from swarm.model import Failed, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.store.claims import suspects
 from swarm.store.store import Store
-from tests.store.databases import SqliteBackend, SqliteOutside, claimed, insert, left_overs
+from tests.store.databases import Backend, claimed, insert, left_overs
 
 pytestmark = pytest.mark.slow  # tries very many cases
 
@@ -58,6 +65,7 @@ class Row:
 
 
 class StoreMachine(RuleBasedStateMachine):
+    backend: Backend
     tickets = Bundle("tickets")
     attempts = Bundle("attempts")
 
@@ -65,9 +73,8 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.runner = asyncio.Runner()
         self.stack = AsyncExitStack()
-        self.directory = tempfile.TemporaryDirectory()
-        url = BACKEND().new_in(Path(self.directory.name))
-        self.outside = SqliteOutside(url)
+        url = self.backend.new()
+        self.outside = self.backend.outside(url)
         self.store: Store = self.run(self.stack.enter_async_context(Store.open(url)))
         self.rows: dict[str, Row] = {}
         self.of: dict[str, str] = {}  # attempt → ticket
@@ -84,7 +91,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.outside.close()
         self.run(self.stack.aclose())
         self.runner.close()
-        self.directory.cleanup()
+        self.backend.done()
         assert report.kept, report.violations
         assert left == 0
 
@@ -221,23 +228,14 @@ class StoreMachine(RuleBasedStateMachine):
         assert states == {id_: row.shown for id_, row in self.rows.items() if row.state != "deleted"}
 
 
-class BACKEND:
-    """One migrated database, copied for every run."""
-
-    made: Path | None = None
-    home: tempfile.TemporaryDirectory[str] | None = None
-
-    def new_in(self, directory: Path) -> str:
-        if BACKEND.made is None:
-            BACKEND.home = tempfile.TemporaryDirectory()
-            backend = SqliteBackend(Path(BACKEND.home.name))
-            BACKEND.made = Path(backend.new().removeprefix("sqlite:///"))
-        copy = directory / "model.db"
-        copy.write_bytes(BACKEND.made.read_bytes())
-        return f"sqlite:///{copy}"
-
-
-StoreMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestStore = StoreMachine.TestCase
+def test_store(backend: Backend) -> None:
+    machine = type("StoreMachineHere", (StoreMachine,), {"backend": backend})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=round(80 * backend.share),
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -80,6 +80,18 @@ async def test_a_ticket_that_can_not_even_fail_is_skipped(store: Store, outside:
     assert not renewal.lost and not renewal.cancelled
 
 
+async def test_a_ticket_made_ready_again_while_others_are_at_fault(store: Store, outside: Outside) -> None:
+    insert(outside, "t")
+    old = await claim_one(store)
+    store.isolation.begin()
+    outside.execute("UPDATE tickets SET state = 'ready'")
+    new = await claim_one(store)
+    assert new.run_id != old.run_id
+    with pytest.raises(LeaseLost):
+        await finish(store, old.attempt_id)
+    await finish(store, new.attempt_id)
+
+
 async def test_very_many_that_can_not_even_fail(store: Store, outside: Outside) -> None:
     outside.execute("""CREATE TRIGGER no BEFORE UPDATE ON tickets WHEN NEW.id LIKE 'bad%'
                     BEGIN SELECT RAISE(ABORT, 'frozen'); END""")

@@ -18,7 +18,7 @@ from swarm.admin.prove import judge
 from swarm.errors import LeaseLost
 from swarm.model import Claim, Failed, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.store.store import Store
-from tests.store.databases import LEASE, SqliteBackend, SqliteOutside, insert, left_overs
+from tests.store.databases import LEASE, Backend, Outside, insert, left_overs
 from tests.store.flows import register
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
@@ -81,41 +81,33 @@ def _has_one_vm(step: Mapping[str, Any]) -> bool:
 MOVES = st.sampled_from(["ok", "ok", "ok", "ok", "fail", "fail", "lost", "back", "restart", "two at once"])
 
 
-@pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> SqliteBackend:
-    return SqliteBackend(tmp_path_factory.mktemp("model"))
-
-
 @pytest.mark.parametrize("planning_seconds", [0.05, -1.0], ids=["in the transaction", "outside"])
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    steps=workflows(),
-    fail_fast=st.booleans(),
-    moves=st.lists(MOVES, min_size=5, max_size=40),
-    cancel_at=st.one_of(st.none(), st.integers(0, 20)),
-)
-def test_any_workflow(
-    backend: SqliteBackend,
-    planning_seconds: float,
-    steps: list[dict[str, Any]],
-    fail_fast: bool,
-    moves: list[str],
-    cancel_at: int | None,
-) -> None:
-    history = History(backend.new(), steps, planning_seconds)
-    asyncio.run(history.play({"steps": steps, "fail_fast": fail_fast}, moves, cancel_at))
+def test_any_workflow(backend: Backend, planning_seconds: float) -> None:
+    @settings(max_examples=round(30 * backend.share), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        steps=workflows(),
+        fail_fast=st.booleans(),
+        moves=st.lists(MOVES, min_size=5, max_size=40),
+        cancel_at=st.one_of(st.none(), st.integers(0, 20)),
+    )
+    def check(steps: list[dict[str, Any]], fail_fast: bool, moves: list[str], cancel_at: int | None) -> None:
+        history = History(backend, steps, planning_seconds)
+        asyncio.run(history.play({"steps": steps, "fail_fast": fail_fast}, moves, cancel_at))
+        backend.done()
+
+    check()
 
 
 class History:
-    def __init__(self, url: str, steps: list[dict[str, Any]], planning_seconds: float) -> None:
-        self.url = url
+    def __init__(self, backend: Backend, steps: list[dict[str, Any]], planning_seconds: float) -> None:
+        self.backend, self.url = backend, backend.new()
         self.planning_seconds = planning_seconds
         self.steps: Mapping[str, dict[str, Any]] = {step["id"]: step for step in steps}
         self.completed: set[str] = set()
         self.snapshots: dict[str, str] = {}  # of completed steps, by their names
 
     async def play(self, flow: Mapping[str, Any], moves: list[str], cancel_at: int | None) -> None:
-        outside, stack = SqliteOutside(self.url), AsyncExitStack()
+        outside, stack = self.backend.outside(self.url), AsyncExitStack()
         store = await stack.enter_async_context(Store.open(self.url, planning_seconds=self.planning_seconds))
         workflow = await register(store, _yaml(flow), name="any")
         insert(outside, "t", agent_id=None, execution_mode="workflow", workflow_id=workflow)
@@ -177,7 +169,7 @@ class History:
             begun_from = next((one for one, id in self.snapshots.items() if id == claim.source), "")
             assert begun_from.partition("[")[0] == source and rows[begun_from] == "completed", (name, claim.source)
 
-    def well(self, outside: SqliteOutside, claim: Claim, n: int) -> Outcome:
+    def well(self, outside: Outside, claim: Claim, n: int) -> Outcome:
         """Its VM was kept if other steps start from it."""
         left = f"of-{claim.attempt_id}" if claim.is_source else None
         if left is not None:
@@ -200,14 +192,14 @@ class History:
             if outcome.snapshot_id is not None:
                 self.snapshots[claim.step_id] = outcome.snapshot_id
 
-    async def answer(self, store: Store, outside: SqliteOutside, *, approved: bool) -> bool:
+    async def answer(self, store: Store, outside: Outside, *, approved: bool) -> bool:
         waiting = outside.execute("SELECT step_id FROM step_executions WHERE status = 'waiting' AND verdict IS NULL")
         if not waiting or (await store.ticket("t")).state != "waiting":
             return False
         await store.answer("t", step=str(waiting[0][0]), approved=approved, by="a test")
         return True
 
-    async def judged(self, store: Store, outside: SqliteOutside) -> None:
+    async def judged(self, store: Store, outside: Outside) -> None:
         rows = {step.step_id: step for step in await store.steps("t")}
         live = {name: row.status for name, row in rows.items() if row.completed_at is None}
         assert not live, f"the run has ended, and these have not: {live}"

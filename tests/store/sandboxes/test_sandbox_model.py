@@ -4,25 +4,30 @@ things, others delete rows. Never two holders; rows and answers are what a page 
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from swarm.admin.prove import judge
 from swarm.errors import Conflict, LeaseLost, NotFound
 from swarm.model import Sandbox, Snapshot
 from swarm.store.sandboxes.holding import TRIES
 from swarm.store.store import Store
-from tests.store.databases import SqliteOutside
-from tests.store.test_store_model import BACKEND
+from tests.store.databases import Backend
 
 pytestmark = pytest.mark.slow  # tries very many cases
 
@@ -47,6 +52,7 @@ class Box:
 
 
 class SandboxMachine(RuleBasedStateMachine):
+    backend: Backend
     boxes = Bundle("boxes")
     holds = Bundle("holds")
 
@@ -54,9 +60,8 @@ class SandboxMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.runner = asyncio.Runner()
         self.stack = AsyncExitStack()
-        self.directory = tempfile.TemporaryDirectory()
-        url = BACKEND().new_in(Path(self.directory.name))
-        self.outside = SqliteOutside(url)
+        url = self.backend.new()
+        self.outside = self.backend.outside(url)
         self.store: Store = self.run(self.stack.enter_async_context(Store.open(url)))
         self.rows: dict[str, Box] = {}
         self.of: dict[str, str] = {}  # hold → sandbox
@@ -73,7 +78,7 @@ class SandboxMachine(RuleBasedStateMachine):
         self.outside.close()
         self.run(self.stack.aclose())
         self.runner.close()
-        self.directory.cleanup()
+        self.backend.done()
         assert report.kept and not report.changed_by_others, report
         assert report.holds == len(self.of)
 
@@ -276,7 +281,14 @@ class SandboxMachine(RuleBasedStateMachine):
         assert len(holds) == len(set(holds))
 
 
-SandboxMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestSandboxes = SandboxMachine.TestCase
+def test_sandboxes(backend: Backend) -> None:
+    machine = type("SandboxMachineHere", (SandboxMachine,), {"backend": backend})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=round(80 * backend.share),
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -33,7 +33,8 @@ _INSERT: Final = Sql(
     f"INSERT INTO sandboxes ({', '.join(_GIVEN)}, created_at) VALUES ({', '.join(':' + name for name in _GIVEN)}, :now)"
     " ON CONFLICT (id) DO NOTHING RETURNING id"
 )
-OF_PROJECT: Final = "(:project_id IS NULL OR project_id = :project_id)"  # None: any
+# None: any. PostgreSQL learns the parameter's type from its first use.
+OF_PROJECT: Final = "(project_id = :project_id OR :project_id IS NULL)"
 BY_ID: Final = Sql(f"SELECT {SANDBOX_COLUMNS} FROM sandboxes b WHERE b.id = :id")
 _BY_NAME: Final = Sql(
     f"SELECT {SANDBOX_COLUMNS} FROM sandboxes b WHERE b.name = :name AND {OF_PROJECT} "

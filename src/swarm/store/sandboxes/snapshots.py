@@ -75,7 +75,7 @@ _OVER: Final = (
     ),
 )
 _FORGET: Final = Sql("DELETE FROM snapshots WHERE id = :id")
-_OF_HOST: Final = Sql("SELECT id FROM snapshots WHERE :host IS NULL OR host = :host")
+_OF_HOST: Final = Sql("SELECT id FROM snapshots WHERE host = :host OR :host IS NULL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

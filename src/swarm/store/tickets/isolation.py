@@ -23,7 +23,7 @@ from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Due, lenient, message
 from swarm.store.sql.threads import Batch, ConnectionThread
-from swarm.store.sql.transaction import Tx
+from swarm.store.sql.transaction import NotExact, Tx
 from swarm.store.tickets.changes import MENDED, Changes, Culprit
 from swarm.store.tickets.validation import shown
 
@@ -87,7 +87,7 @@ class Isolation:
         changes = Changes(tx, skips=self.skips if self.active else None)
         try:
             yield changes
-        except SwarmError:
+        except (SwarmError, NotExact):
             raise
         except Exception as error:
             # A value that the driver can't bind is a bug of the caller, and no ticket's.
