@@ -9,13 +9,14 @@ import pytest
 
 from swarm.engine.held import Done, Ending, Held
 from swarm.engine.machines import agent_of
+from swarm.engine.sandboxes import Sandboxes
 from swarm.errors import ChannelError, Conflict, NoSpace, OutcomeUnknown
 from swarm.live.wire import NotHeld
 from swarm.model import Sandbox, SandboxClaim, SandboxState
 
 
-def held() -> Held:
-    sandbox = Sandbox(id="s", state=SandboxState.RUNNING)
+def held(id: str = "s", project: str | None = None) -> Held:
+    sandbox = Sandbox(id=id, state=SandboxState.RUNNING, project_id=project)
     claim = SandboxClaim(sandbox=sandbox, hold_id="h", agent=None, snapshot=None, resumes=False, memory_mb=128)
     return Held(claim, agent_of(claim), idle_seconds=60, emit=lambda event: None)
 
@@ -73,3 +74,20 @@ async def test_programs_that_stand_still_go_on_or_it_is_told() -> None:
     assert guest.asked == 2
     with pytest.raises(OutcomeUnknown, match=r"stand still since a snapshot.*no answer"):
         await one.let_go_on(cast(Any, Guest(answers=False)))
+
+
+async def test_the_one_that_is_idle_for_longest_makes_room() -> None:
+    """For others of its project, if that has its share."""
+    holder = Sandboxes(
+        store=cast(Any, None), worker="w", machines=cast(Any, None), lease_seconds=30, most=4, emit=lambda event: None
+    )
+    holder.yield_seconds = -1.0
+    some = (a, b, old, _) = held("a", "a"), held("b", "b"), held("old", "b"), held("new", "a")
+    cast(Any, holder)._held.update({one.id: one for one in some})
+    for one in (old, b, a):  # in this order they were used last; the new one has not started
+        one.started.set_result(None)
+        one.used()
+    holder.make_room("a")
+    assert [one.asked for one in some] == [Ending.PAUSED, None, None, None]
+    holder.make_room()
+    assert [one.asked for one in some] == [Ending.PAUSED, None, Ending.PAUSED, None]

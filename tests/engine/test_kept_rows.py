@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,3 +65,28 @@ async def test_a_snapshot_has_both_files_and_a_row_or_neither(settings: Settings
         with pytest.raises(asyncio.CancelledError):
             await adding
         assert (one in await desk.store.snapshot_ids(None)) == (one in desk.files())
+
+
+async def test_what_can_not_be_forgotten_is_not_tried_for_ever(settings: Settings, tmp_path: Path) -> None:
+    async with Desk.at({**settings.model_dump(), "home": tmp_path / "home"}) as desk:
+        files, (one, two) = wiring.snapshots(desk.settings), (digit * 32 for digit in "12")
+        for id in (one, two):
+            expired = replace(made(desk, id), kind="attempt", host=socket.gethostname(), expires_at=1)
+            await desk.store.add_snapshot(expired)
+        desk.sql("CREATE TRIGGER keeps BEFORE DELETE ON snapshots BEGIN SELECT RAISE(IGNORE); END")
+        async with asyncio.timeout(30):
+            await kept.collect(desk.store, files)
+        assert desk.files() == []
+
+
+async def test_files_whose_row_can_not_be_written_yet_are_not_collected(settings: Settings, tmp_path: Path) -> None:
+    async with Desk.at({**settings.model_dump(), "home": tmp_path / "home"}) as desk:
+        files, place = wiring.snapshots(desk.settings), desk.settings.snapshots / ("1" * 32)
+        made(desk, place.name)
+        (place / "snapshot.json").write_text(json.dumps({"owner": files.owner}))
+        for renewed in (True, False):
+            os.utime(place, (0, 0))
+            if renewed:
+                files.renew(place.name)
+            await kept.collect(desk.store, files)
+            assert bool(desk.files()) == renewed

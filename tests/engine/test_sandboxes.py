@@ -269,6 +269,23 @@ async def test_it_runs_on_when_there_is_no_room_for_its_snapshot(
         await engine.end("s", by="test")
 
 
+async def test_one_that_is_taken_again_too_early_goes_back(settings: Settings, tmp_path: Path) -> None:
+    """Its engine still holds it when another program makes it new: it does not stay without a VM until a lease ends."""
+    async with desk_at(settings, tmp_path, driver="process") as desk, desk.engine() as engine:
+        desk.insert("s")
+        first = (await desk.running("s")).hold_id
+        assert engine.held["s"].claim.hold_id == first
+        desk.sql("UPDATE sandboxes SET state = 'starting', hold_id = NULL, lease_until = NULL WHERE id = 's'")
+
+        async def again() -> bool:
+            row = await desk.store.sandbox("s")
+            return row.state == "running" and row.hold_id != first
+
+        await desk.until(again)
+        assert "hold_lost" not in [event.kind for event in await desk.story("s")]
+        await engine.end("s", by="test")
+
+
 async def test_a_project_takes_not_all_places(settings: Settings, tmp_path: Path) -> None:
     async with desk_at(settings, tmp_path, driver="process") as desk, desk.engine(most=2) as engine:
         for id in ("a1", "a2"):

@@ -204,6 +204,23 @@ async def test_the_manifest_tells_no_seed(launcher: Launcher, snapshots: Snapsho
     assert live.identity.seed.hex() not in json.dumps(manifest)
 
 
+async def test_many_snapshots_leave_no_descriptor_open(launcher: Launcher, snapshots: Snapshots, spec: VmSpec) -> None:
+    async with a_vm(launcher, spec) as live:
+
+        def descriptors() -> list[int]:
+            return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (live.vm.pid, os.getpid())]  # noqa: PTH208
+
+        counts = []
+        for _ in range(20):
+            async with snapshots.stage() as stage, cast(Any, live.vm)._standing(stage.dir):
+                assert (stage.dir / "state").stat().st_size > 10_000, "it is not in the file before"
+            counts.append(descriptors())
+        async with snapshots.stage() as stage:
+            await launcher.save(live, stage)
+        assert await sh(live, "echo alive") == "alive"
+        assert [a <= b for a, b in zip(counts[-1], counts[0], strict=True)] == [True, True], counts
+
+
 # --- forks ------------------------------------------------------------------------------------------------------------
 
 # Goes on for as long as its VM: each line has what two forks may not share, and when.

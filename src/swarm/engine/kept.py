@@ -135,11 +135,12 @@ async def forsake(rows: Rows, snapshots: Snapshots, id: str) -> bool:
 async def collect(store: Store, snapshots: Snapshots) -> None:
     """Remove from this host what nothing needs any more: what has expired, what steps of ended runs left, and what dead
     processes left half made. Raises StoreError, HostError."""
-    host = socket.gethostname()
-    while expired := await store.expired_snapshots(host):
-        for one in expired:
-            await snapshots.remove(one.id)
-        await store.forget_snapshots([one.id for one in expired])
+    host, before = socket.gethostname(), set[str]()
+    while (expired := {one.id for one in await store.expired_snapshots(host)}) - before:
+        for id in expired:
+            await snapshots.remove(id)
+        await store.forget_snapshots(expired)
+        before = expired  # another program may keep the rows
     await snapshots.collect(await store.snapshot_ids(None))  # this host may have had another name
 
 

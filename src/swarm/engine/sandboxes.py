@@ -229,8 +229,7 @@ class Sandboxes:
             except asyncio.CancelledError:
                 if held.lost or not (held.put_back or held.asked is Ending.ENDED):
                     raise
-                if held.asked is Ending.ENDED:  # before it could be spoken with
-                    done = held.ended
+                done = held.ended if held.asked is Ending.ENDED else None  # before it could be spoken with
             finally:
                 held.executing = False
             await finish_uninterrupted(self._insist(held, lambda: self._write(held, done)))
@@ -336,6 +335,7 @@ class Sandboxes:
         elif done.state != SandboxState.PAUSED:
             await self._store.sandbox_ended(hold_id, done.state, done.error, why=done.why)
         elif done.snapshot is not None:
+            self._machines.snapshots.renew(done.snapshot.id)
             await self._store.sandbox_paused(hold_id, done.snapshot, why=done.why)
         else:
             await self._store.sandbox_released(hold_id, why="not resumed", error=done.error)

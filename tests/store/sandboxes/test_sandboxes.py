@@ -419,6 +419,17 @@ async def test_any_value_in_a_snapshot(store: Store, outside: Outside, value: ob
     assert [one.sandbox.id for one in await claim(store)] == [fork.id]
 
 
+async def test_nothing_else_starts_from_what_a_sandbox_sleeps_in(store: Store, outside: Outside) -> None:
+    """It is written to when that sandbox is resumed."""
+    one = await paused(store)
+    with pytest.raises(Conflict, match=f"the sandbox '{one.sandbox.id}' sleeps in the snapshot 'p1': fork or snapshot"):
+        await add(store, snapshot_id="p1")
+    outside.execute("INSERT INTO sandboxes (id, snapshot_id) VALUES ('x', 'p1')")
+    assert await claim(store) == []
+    row = await store.sandbox("x")
+    assert row.state == "ended" and "sleeps in the snapshot" in str(row.error)
+
+
 async def test_what_is_in_use_stays(store: Store) -> None:
     one = await started(store)
     await store.add_snapshot(

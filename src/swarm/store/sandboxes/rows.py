@@ -50,6 +50,14 @@ def snapshot(row: Any) -> Snapshot:
     return Snapshot(**values)
 
 
+def slept_in(row: Any) -> str:
+    """Why nothing else can start from this snapshot; '' if it can. A sandbox that is resumed writes into the files that
+    it was paused to."""
+    if row.kind != "pause":
+        return ""
+    return f"the sandbox {shown(row.sandbox_id)} sleeps in the snapshot {shown(row.id)}: fork or snapshot that sandbox"
+
+
 def _lenient(row: Any, names: tuple[str, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in names:

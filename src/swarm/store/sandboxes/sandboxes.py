@@ -103,6 +103,8 @@ def _add_one(tx: Tx, one: Sandbox, *, by: str) -> Sandbox:
     start = tx.first(_SNAPSHOT, id=one.snapshot_id) if one.snapshot_id is not None else None
     if one.snapshot_id is not None and start is None:
         raise NotFound(f"no snapshot {shown(one.snapshot_id)}; `swarm snapshot list` shows all")
+    if start is not None and (slept_in := rows.slept_in(start)):
+        raise Conflict(slept_in)
     agent = Agents().load(tx, [one.agent_id]).get(one.agent_id) if one.agent_id is not None else None
     if one.agent_id is None or isinstance(agent, Agent):  # else the claim decides
         of = None if start is None else rows.snapshot(start)

@@ -316,6 +316,8 @@ def _snapshot(tx: Tx, one: Sandbox) -> Snapshot | None:
     row = tx.first(_SNAPSHOT, id=one.snapshot_id)
     if row is None:
         raise BadRow(f"there is no snapshot {shown(one.snapshot_id)} (any more); `swarm snapshot list` shows all")
+    if slept_in := rows.slept_in(row):
+        raise BadRow(slept_in)
     return rows.snapshot(row)
 
 

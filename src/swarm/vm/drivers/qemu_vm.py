@@ -183,6 +183,9 @@ class QemuVm(VmmVm):
         except (QMPError, OSError, EOFError, TimeoutError) as error:
             self._paused = f"it could not go on: {error}"
             await process.kill(self._child)
+            return
+        with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):  # perhaps it has no such set
+            await self._execute("remove-fd", {"fdset-id": _STATE_SET})  # QEMU closes it only while the guest runs
 
     async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> None:
         async with asyncio.timeout(_QMP_TIMEOUT_SECONDS):
@@ -196,10 +199,7 @@ class QemuVm(VmmVm):
             await self._execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
             self._qmp.send_fd_scm(state)
             await self._execute("add-fd", {"fdset-id": _STATE_SET})
-            try:
-                await self._execute("xen-save-devices-state", {"filename": f"/dev/fdset/{_STATE_SET}", "live": False})
-            finally:  # else the next state would be written into this file too
-                await self._execute("remove-fd", {"fdset-id": _STATE_SET})
+            await self._execute("xen-save-devices-state", {"filename": f"/dev/fdset/{_STATE_SET}", "live": False})
         finally:
             os.close(state)
 
