@@ -162,7 +162,9 @@ async def test_a_shell_in_the_browser(
             await one.shows("flood")
             await chromium.press_together("Control", "c")
             await one.run("clear; echo after$((3+3))", "after6")
-            # out by keyboard
+            # out by keyboard, as it is told there
+            told = "document.getElementById(document.activeElement.getAttribute('aria-describedby'))"
+            assert "X leaves the terminal" in await chromium.run(f"return {told}.textContent")
             await chromium.press_together("Control", "Shift", "x")
             assert await chromium.run("return document.activeElement.id") == "terminal-leave"
             assert await chromium.complaints() == []

@@ -51,6 +51,7 @@ terminal.loadAddon(new Unicode11Addon());
 terminal.unicode.activeVersion = "11";
 terminal.parser.registerOscHandler(8, () => true); // no link is made of what a guest writes
 terminal.open($("terminal"));
+terminal.textarea.setAttribute("aria-describedby", "terminal-keys"); // which say how to get out
 fit.fit();
 new ResizeObserver(() => fit.fit()).observe($("terminal"));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { terminal.options.theme = theme(); });
