@@ -16,6 +16,7 @@ from swarm.channel import processes
 from swarm.channel.processes import Order
 from swarm.errors import ChannelError, Conflict, NotFound
 from swarm.model import Sandbox
+from swarm.store.hosts import Machine
 from swarm.store.sandboxes.snapshots import SnapshotFilter
 from swarm.store.store import Store
 from tests.api import served as server
@@ -98,6 +99,18 @@ async def test_an_engine_that_is_gone_or_elsewhere(store: Store) -> None:
     await store.sandbox_running(claim.hold_id, 3)
     with pytest.raises(Conflict, match="'far' is on the host 'host-2', and can be used only there"):
         await sandboxes.reach(store, far.id, by="anna")
+
+
+async def test_one_on_a_drained_host_stays_asleep(store: Store, engine: Engine) -> None:
+    made = await store.add_sandbox(new(name="box"), by="anna")
+    await sandboxes.reach(store, made.id, by="anna")
+    await sandboxes.pause(store, made.id, by="anna")
+    machine = Machine(id="i", name=HOST, machine_id="", boot_id="b", labels={}, capacity={}, versions={})
+    await store.register_host(machine)
+    await store.drain_host("i", by="bob")
+    with pytest.raises(Conflict, match=r"'box' sleeps on the host .* which is drained: `swarm host undrain`"):
+        await sandboxes.reach(store, made.id, by="anna")
+    assert (await store.sandbox(made.id)).state == "paused"
 
 
 async def test_one_that_can_not_be_resumed_says_why(store: Store, engine: Engine) -> None:

@@ -27,6 +27,7 @@ from swarm.base import process
 from swarm.cli import service
 from swarm.ledger import Account, Bill, Limit, Order, Spend
 from swarm.model import Agent, Role
+from swarm.store.hosts import Machine
 from swarm.store.sql.transaction import Tx
 from swarm.vm.image import staging
 from swarm.vm.slots.inventory import Inventory
@@ -125,6 +126,34 @@ async def test_bad_tokens(served: Served) -> None:
     for body, said in BAD_TOKENS:
         refused(await served.admin.post("/v1/tokens", json=body), 400, said)
     assert {row.name for row in await served.store.tokens()} == {f"the-{role}" for role in Role}
+
+
+MACHINE = Machine(
+    id="6f1a6a52-0000-4000-8000-000000000001", name="node/7", machine_id="m", boot_id="b", labels={"zone": "a"},
+    capacity={"slots": 2}, versions={},
+)  # fmt: skip
+
+
+async def test_hosts_are_drained_and_removed_by_admins(served: Served) -> None:
+    await served.store.register_host(MACHINE)
+    (row,) = (await served.viewer.get("/v1/hosts")).json()
+    assert (row["host"], row["engines"], row["draining"], row["labels"]) == ("node/7", 0, False, {"zone": "a"})
+    assert (await served.viewer.get("/v1/hosts/node%2F7")).json()["id"] == MACHINE.id
+    refused(await served.viewer.get("/v1/hosts/nobody"), 404, "no host 'nobody'")
+    path = "/v1/hosts/6f1a6a52"
+    refused(await served.operator.post(f"{path}/drain", json={}), 403, "admin")
+    refused(await served.admin.post(f"{path}/drain", json={"within_seconds": -1}), 400, "within_seconds")
+    row = (await served.admin.post(f"{path}/drain", json={"within_seconds": 60})).json()
+    assert row["draining"] and 0 < row["put_back_seconds"] <= 60 and row["drained_by"] == "the-admin"
+    row = (await served.admin.post(f"{path}/undrain")).json()
+    assert not row["draining"] and row["drained_by"] is None
+    await served.store.heartbeat("w", host="node/7", pid=1, info={})
+    refused(await served.admin.delete(path), 409, "is alive")
+    gone = (await served.admin.delete(path, params={"force": True})).json()
+    assert (gone["host"], gone["held"]["attempts"]) == ("node/7", 0)
+    assert (await served.viewer.get("/v1/hosts")).json() == []
+    did = [(did, by) for did, by, _ in await changes(served)]
+    assert did == [("host.drain", "the-admin"), ("host.undrain", "the-admin"), ("host.rm", "the-admin")]
 
 
 async def test_engines_and_hosts(served: Served) -> None:
@@ -356,6 +385,7 @@ async def test_answers_are_as_described(served: Served) -> None:
     await served.admin.put("/v1/secrets/API_KEY", json={"value": VALUE})
     await book(served)
     write_image(served)
+    await served.store.register_host(MACHINE)
     await served.store.heartbeat("one", host="a", pid=1, info={"max_vms": 2})
     (run,) = await served.store.runs("costly")
     document = (await served.viewer.get("/v1/openapi.json")).json()
@@ -365,7 +395,7 @@ async def test_answers_are_as_described(served: Served) -> None:
         if endpoint.method != "GET" or of_tickets or endpoint.media_type != JSON:
             continue
         ref = "release" if "/workflows/" in endpoint.path else "echo"
-        answer = await served.admin.get(endpoint.path.replace("{ref}", ref).replace("{id}", run.id))
+        answer = await served.admin.get(endpoint.path.format(ref=ref, id=run.id, name="node%2F7"))
         assert answer.status_code == 200, f"{endpoint.path}: {answer.text}"
         described = document["paths"][endpoint.path]["get"]["responses"]["200"]["content"][JSON]["schema"]
         whole = {**described, "components": document["components"]}

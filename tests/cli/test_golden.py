@@ -173,6 +173,12 @@ def _others(db: sqlite3.Connection) -> None:
         db, "schedules", workflow="echo-chain", number=1, workflow_id=flow, cron="@yearly",
         error="the inputs don't fit the workflow any more",
     )  # fmt: skip
+    seen = round((datetime.now(UTC) - timedelta(days=5.5)).timestamp() * 1000)
+    for number, (host, labels) in enumerate([("build-7", {"kvm": True, "zone": "a"}), ("ビルド-8", {})]):
+        _insert(
+            db, "hosts", id=f"6f1a6a52-0000-4000-8000-{number:012}", name=host, labels=json.dumps(labels),
+            capacity='{"memory_mb": 64000}', seen_at=seen, draining=number,
+        )  # fmt: skip
 
 
 def _sandboxes(db: sqlite3.Connection) -> None:

@@ -37,6 +37,8 @@ READING = [
     ["artifact", "list"],
     ["secret", "list"],
     ["cost"],
+    ["host", "list"],
+    ["host", "show", "nobody"],
     ["sandbox", "list"],
     ["sandbox", "show", "nobody"],
     ["snapshot", "list"],

@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "help-group": "swarm secret -h",
     "help-run": "swarm run -h",
     "help-sandbox": "swarm sandbox -h",
+    "host-list": "swarm host list",
     "image-list": "swarm image list",
     "sandbox-list": "swarm sandbox list",
     "sandbox-show": "swarm sandbox show build",

@@ -208,8 +208,11 @@ async def test_hosts_say_who_is_silent_and_what_they_wait_for(served: Served) ->
         "INSERT INTO workers (id, host, pid, started_at, seen_at, info) VALUES ('gone', 'far', 3, '', ?, '[')",
         ((datetime.now(UTC) - timedelta(minutes=3)).isoformat(timespec="milliseconds")[:-6] + "Z",),
     )
+    row = "INSERT INTO hosts (id, name, draining, drained_by, labels) VALUES ('i', 'far', 1, ?, '{')"
+    connection.execute(row, (HOSTILE,))
     connection.commit()
     connection.close()
     shown = await page(served.viewer, "/hosts")
+    assert "Starts nothing more: drained by" in shown and HOSTILE not in shown
     assert "3 of 8" in shown and "Starts no more VMs now: memory is short" in shown
     assert shown.count("its steps go back to the queue when their leases end") == 1 and "Silent for 3 min" in shown

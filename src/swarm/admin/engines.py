@@ -1,14 +1,15 @@
-"""The engines that say that they live, and what is known of their hosts: all that the database knows of them."""
+"""The engines that say that they live, and their hosts: all that the database knows of them."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from swarm.store.registry.workers import has_died, is_alive
-from swarm.store.sql.rows import QueueStatus, WorkerRow
+from swarm.store.sql.rows import HostRow, QueueStatus, WorkerRow
 from swarm.store.store import Store
 from swarm.vm.slots.inventory import Inventory, VmRecord
 
@@ -41,7 +42,9 @@ class Status:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """The engines of one host together; ``max_vms`` and what follows is of live ones alone. ``memory_mb`` and
-    ``memory_free_mb``: as the engine that was heard last says; None if none does."""
+    ``memory_free_mb``: as the engine that was heard last says; None if none does. What follows ``seen_ms_ago`` is of
+    the host's own row; ``id`` None: it has none. ``put_back_seconds``: until what runs on a host that is drained is put
+    back; None: it ends by itself."""
 
     host: str
     engines: int
@@ -54,6 +57,16 @@ class Host:
     memory_free_mb: int | None
     waits_for: list[str]
     seen_ms_ago: float
+    id: str | None = None
+    generation: int = 0
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    capacity: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    draining: bool = False
+    put_back_seconds: float | None = None
+    drained_by: str | None = None
+    drained_at: str | None = None
+    created_at: str | None = None
 
 
 async def status(store: Store, inventory: Inventory) -> Status:
@@ -70,12 +83,44 @@ async def engines(store: Store) -> list[Engine]:
     ]
 
 
-def by_host(found: Sequence[Engine]) -> list[Host]:
-    """By name. What an engine says of itself may be anything: another program may have written the row."""
-    groups: dict[str, list[Engine]] = {}
-    for one in sorted(found, key=lambda engine: (engine.host, engine.seen_ms_ago)):
+async def hosts(store: Store) -> list[Host]:
+    """By name: those that are registered, and those that engines name."""
+    return _by_host(await engines(store), await store.hosts())
+
+
+async def host(store: Store, ref: str) -> Host:
+    """One that is registered: by name, id, or how the id begins. Raises NotFound, Conflict."""
+    return await of_row(store, await store.host(ref))
+
+
+async def of_row(store: Store, row: HostRow) -> Host:
+    found = [one for one in await engines(store) if one.host == row.name]
+    return _by_host(found, [row])[0]
+
+
+def _by_host(found: Sequence[Engine], rows: Sequence[HostRow]) -> list[Host]:
+    """What an engine says of itself may be anything: another program may have written the row."""
+    groups: dict[str, list[Engine]] = {row.name: [] for row in rows}
+    for one in sorted(found, key=lambda engine: engine.seen_ms_ago):
         groups.setdefault(one.host, []).append(one)
-    return [_host(name, group) for name, group in groups.items()]
+    named = {row.name: row for row in rows}
+    return [_registered(_host(name, groups[name]), named.get(name)) for name in sorted(groups)]
+
+
+def _registered(host: Host, row: HostRow | None) -> Host:
+    if row is None:
+        return host
+    names = [one.name for one in fields(row) if one.name not in ("name", "seen_ms_ago")]
+    seen = min(host.seen_ms_ago, row.seen_ms_ago)
+    return replace(host, **{name: getattr(row, name) for name in names}, seen_ms_ago=seen)
+
+
+async def drained(store: Store, host: Host) -> bool:
+    """Does none of its engines run anything any more, and know that it is to start nothing?"""
+    live = [one.info for one in await engines(store) if one.host == host.host and one.alive]
+    held = await store.host_holds(host.host)
+    idle = all(info.get("draining") and not info.get("running") and not info.get("sandboxes") for info in live)
+    return idle and not held.attempts and not held.sandboxes
 
 
 def _host(name: str, group: Sequence[Engine]) -> Host:
@@ -92,7 +137,7 @@ def _host(name: str, group: Sequence[Engine]) -> Host:
         memory_mb=next((mb for info in said if (mb := number(info.get("memory_mb"))) is not None), None),
         memory_free_mb=next((mb for info in said if (mb := number(info.get("memory_free_mb"))) is not None), None),
         waits_for=[str(info["waits_for"])[:500] for info in said if info.get("waits_for")],
-        seen_ms_ago=min(engine.seen_ms_ago for engine in group),
+        seen_ms_ago=min((engine.seen_ms_ago for engine in group), default=math.inf),
     )
 
 

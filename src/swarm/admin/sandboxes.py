@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final, TypeVar
@@ -52,6 +51,7 @@ async def _held(store: Store, id: str, *, by: str, wait_seconds: float, engine_s
         if row.state == SandboxState.PAUSED and row.wanted != SandboxState.RUNNING:
             if asked and row.error:
                 raise Conflict(f"{named(row)}: {row.error}")
+            await _check_drained(store, row)
             await store.want_sandbox(row.id, SandboxState.RUNNING, by=by)
             asked = True
         if row.state == SandboxState.RUNNING and (path := await _socket(store, row)) is not None:
@@ -109,9 +109,16 @@ async def _living(store: Store, id: str) -> Sandbox:
         raise Conflict(f"{named(row)} {said}" + (f": {row.error}" if row.error else ""))
     if row.wanted == SandboxState.ENDED:
         raise Conflict(f"{named(row)} is being ended")
-    if row.host is not None and row.host != socket.gethostname():
+    if row.host is not None and row.host != await store.this_host():
         raise Conflict(f"{named(row)} is on the host {shown(row.host)}, and can be used only there")
     return row
+
+
+async def _check_drained(store: Store, row: Sandbox) -> None:
+    """Raises Conflict for one that is not resumed, since its host is drained."""
+    if any(one.draining for one in await store.hosts() if one.name == row.host):
+        host = shown(row.host)
+        raise Conflict(f"{named(row)} sleeps on the host {host}, which is drained: `swarm host undrain` ends that")
 
 
 async def _socket(store: Store, row: Sandbox) -> Path | None:
@@ -123,5 +130,6 @@ async def _socket(store: Store, row: Sandbox) -> Path | None:
 
 async def _engine_here(store: Store) -> bool:
     """One that holds sandboxes."""
-    ours = [one for one in await store.workers() if one.host == socket.gethostname() and "live" in one.info]
+    here = await store.this_host()
+    ours = [one for one in await store.workers() if one.host == here and "live" in one.info]
     return any(is_alive(one) for one in ours)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -50,11 +49,12 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def store(settings: Settings) -> AsyncIterator[Store]:
+    from swarm.base import host
     from swarm.store.store import Store
 
     async with Store.open(
         settings.database, busy_timeout_seconds=settings.busy_timeout_seconds, over_budget=settings.over_budget,
-        host_timeout_seconds=settings.host_timeout_seconds,
+        host_timeout_seconds=settings.host_timeout_seconds, host_id=host.host_id(settings.state_dir),
     ) as opened:  # fmt: skip
         yield opened
 
@@ -187,7 +187,7 @@ def engine(settings: Settings, vms: Launcher, host_egress: Egress, values: Value
         values=values,
         installed=Installed(settings.agents) if files is not None else None,
         files=files,
-        keeper=Keeper(launcher=vms, snapshots=snapshots(settings), rows=files) if files is not None else None,
+        keeper=Keeper(launcher=vms, snapshots=snapshots(settings), rows=files, host=files.here) if files else None,
     )
 
 
@@ -339,6 +339,7 @@ async def worker(
     slots to keep free; ``ahead`` of them are made at the start.
     """
     async with _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=progress) as parts:
+        await opened.this_host()
         yield _worker(settings, opened, parts)
 
 
@@ -349,7 +350,7 @@ def _worker(settings: Settings, opened: Store, parts: _Vms) -> Worker:
     return Worker(
         store=opened,
         engine=engine(settings, parts.launcher, parts.egress, parts.values, files=opened),
-        name=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
+        name=f"{opened.here}:{os.getpid()}:{secrets.token_hex(4)}",
         lease_seconds=settings.lease_seconds,
         queue_timeout_seconds=settings.queue_timeout_seconds,
         kept_ready=lambda: 0 if pool is None else sum(len(one.ready) for one in pool.inspect()),
@@ -370,6 +371,7 @@ def _sandboxes(settings: Settings, opened: Store, parts: _Vms, ours: Worker, *, 
         egress=parts.egress,
         installed=Installed(settings.agents),
         at_once=default_max_vms(),
+        host=opened.here,
     )
     return Sandboxes(
         store=opened, worker=ours.name, machines=machines, lease_seconds=settings.lease_seconds, most=most,
@@ -413,10 +415,11 @@ async def dispatcher(
 ) -> AsyncIterator[Dispatcher]:
     """Serves tickets on this host, once it is `run`, and holds up to ``max_sandboxes`` sandboxes. ``warm``: see
     `worker`."""
+    from swarm.app import this_host
     from swarm.base import process
     from swarm.engine import live
     from swarm.engine.dispatch import Dispatcher
-    from swarm.engine.room import Disk, Memory
+    from swarm.engine.room import Disk
     from swarm.triggers.schedules import Scheduler
     from swarm.vm.drivers.disk import WORK_DISK, used_bytes
 
@@ -427,6 +430,7 @@ async def dispatcher(
 
     slots, ahead = max_vms, min(2, max_vms)
     async with AsyncExitStack() as stack:
+        memory = await this_host.register(settings, opened, max_vms=max_vms, max_sandboxes=max_sandboxes)
         vm_parts = _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=silent)
         parts = await stack.enter_async_context(vm_parts)
         wake = await stack.enter_async_context(opened.watching())
@@ -436,15 +440,7 @@ async def dispatcher(
         if max_sandboxes:
             info["live"] = str(await stack.enter_async_context(live.serving(sandboxes, settings.state_dir / "live")))
         yield Dispatcher(
-            store=opened,
-            worker=ours,
-            wake=wake,
-            max_vms=max_vms,
-            memory=None if settings.driver == "process" else Memory.of_this_host(),
+            store=opened, worker=ours, wake=wake, max_vms=max_vms, memory=memory, grace_seconds=grace_seconds,
             disk=Disk(dir=settings.state_dir, used_bytes=None if settings.driver == "process" else used),
-            grace_seconds=grace_seconds,
-            scheduler=Scheduler(store=opened, evaluator=opened.jail),
-            sandboxes=sandboxes,
-            info=info,
-            ended=ended,
-        )
+            scheduler=Scheduler(store=opened, evaluator=opened.jail), sandboxes=sandboxes, info=info, ended=ended,
+        )  # fmt: skip

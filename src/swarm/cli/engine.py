@@ -18,7 +18,6 @@ from swarm.cli.ui import render
 from swarm.cli.unit import unit
 
 if TYPE_CHECKING:
-    from swarm.admin.engines import Engine
     from swarm.app.address import Address
     from swarm.config import Settings
     from swarm.model import Ticket
@@ -352,7 +351,7 @@ async def status(cli: Cli) -> None:
         return
     queue, live = found.queue, [engine.info for engine in found.engines if engine.alive]
     for engine in found.engines:
-        cli.out.line(_engine_line(engine))
+        cli.out.line(render.engine_line(engine))
     if not found.engines:
         cli.out.line("no engine runs; start one with `swarm-engine start`")
     if server is not None:
@@ -380,18 +379,6 @@ command(app, "unit", examples=["swarm-engine unit", "swarm-engine unit --max-vms
 
 def _server_line(server: Address) -> str:
     return f"server {server.pid} serves {server.url}; `swarm dashboard` lets a browser in"
-
-
-def _engine_line(engine: Engine) -> str:
-    info, where = engine.info, f"engine {engine.pid} on {engine.host}"
-    if engine.died:
-        return f"{where}: died; the next engine on this host takes its steps over at once"
-    if not engine.alive:
-        silent = render.duration(engine.seen_ms_ago)
-        return f"{where}: silent for {silent}; its steps go back to the queue when their leases end"
-    doing = "stopping" if info.get("stopping") else "serving"
-    held = f", {info['sandboxes']} of {info.get('max_sandboxes')} sandboxes" if info.get("sandboxes") else ""
-    return f"{where}: {doing}, {info.get('running')} of {info.get('max_vms')} VMs{held}, driver {info.get('driver')}"
 
 
 def run() -> None:

@@ -13,6 +13,7 @@ from swarm.cli import (
     cost,
     diff,  # noqa: F401  a command of `ticket`
     files,  # noqa: F401  commands of `ticket`
+    host,
     image,
     in_sandbox,  # noqa: F401  commands of `sandbox`
     install,
@@ -51,6 +52,7 @@ for group in (
     image.app,
     template.app,
     vm.app,
+    host.app,
     secret.app,
     token.app,
     notice.app,

@@ -9,7 +9,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from swarm.admin.engines import Engine, engines, number
+from swarm.admin.engines import Engine, engines, hosts, number
 from swarm.api.endpoint import Context
 from swarm.base.clock import iso
 from swarm.dashboard.render import here, html
@@ -33,7 +33,7 @@ class EngineView:
 
 
 async def show(context: Context, request: Request, actor: Actor) -> Response:
-    found = await engines(context.store)
+    found, machines = await engines(context.store), await hosts(context.store)
     images, templates = await asyncio.to_thread(_kept, context)
     return html(
         "hosts.html",
@@ -41,6 +41,7 @@ async def show(context: Context, request: Request, actor: Actor) -> Response:
         here=here(request),
         engines=[_view(one) for one in found[:_MOST]],
         more=len(found) > _MOST,
+        machines=machines[:_MOST],
         images=images,
         templates=templates,
     )

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -23,8 +22,9 @@ from swarm.base.log import logger
 from swarm.engine.room import Disk, Memory, VmInUse, of_attempts
 from swarm.engine.sandboxes import Sandboxes
 from swarm.engine.worker import Attempt, Ended, Worker
-from swarm.errors import NoSpace, StoreError
+from swarm.errors import Conflict, NoSpace, StoreError
 from swarm.model import Claim, Interrupted
+from swarm.store.hosts import HostState
 from swarm.store.sql.rows import Due
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
@@ -43,6 +43,7 @@ _QUIET_SECONDS = 0.005
 _ROOM_LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 0.5
 _RATE_SECONDS = 60.0
+_DRAINING = "nothing: this host is being drained, which `swarm host undrain` ends"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,7 @@ class Dispatcher:
         self._room_at = 0.0  # no claims before, since a disk was full
         self._back_off_seconds = _ROOM_LOOK_SECONDS
         self.stopping = False
+        self.draining = False  # the host is: nothing more is started here
         self.waits_for = ""  # why ready tickets are not started; shown by status
 
     @property
@@ -220,11 +222,12 @@ class Dispatcher:
                 self._store_error = str(error)
                 log.warning("can't claim", error=self._store_error)
             return _RETRY_SECONDS
-        self.waits_for = f"a VM: all {self.max_vms} are in use"
+        self.waits_for = _DRAINING if self.draining else f"a VM: all {self.max_vms} are in use"
         return None
 
     def _has_room(self) -> bool:
-        return self._free > 0 and not self.stopping and self._fault is None and time.monotonic() >= self._room_at
+        ends = self.stopping or self.draining or self._fault is not None
+        return self._free > 0 and not ends and time.monotonic() >= self._room_at
 
     @property
     def _free(self) -> int:
@@ -385,6 +388,7 @@ class Dispatcher:
             "running": len(self._tasks),
             "per_minute": self.per_minute,
             "stopping": self.stopping,
+            "draining": self.draining,
             "waits_for": self.waits_for,
             "skipped": dict(self._store.isolation.skipped),
             "kept_ready": self._worker.kept_ready(),
@@ -395,4 +399,23 @@ class Dispatcher:
             info |= {"sandboxes_wait_for": self.sandboxes.waits_for}
         if self._memory is not None:
             info |= {"memory_mb": self._memory.total_mb, "memory_free_mb": self._memory.available_mb()}
-        await self._store.heartbeat(self._worker.name, host=socket.gethostname(), pid=os.getpid(), info=info)
+        host = await self._store.this_host()
+        self._heard(await self._store.heartbeat(self._worker.name, host=host, pid=os.getpid(), info=info))
+
+    def _heard(self, host: HostState) -> None:
+        """What is wanted of this host."""
+        if host.other:
+            said = f"another machine has taken the id of this host, {host.name}, and is alive"
+            self._fail(Conflict(f"{said}: see `swarm host show {host.name}`"))
+        if host.draining != self.draining:
+            log.info("the host is being drained" if host.draining else "the host is not drained any more")
+            self.draining, self._more = host.draining, True
+            self._look.set()
+        if self.sandboxes is not None and self.sandboxes.draining != self.draining:
+            self.sandboxes.draining, self.sandboxes.waits_for = self.draining, _DRAINING if self.draining else ""
+            self.sandboxes.look()
+        if host.put_back_seconds is not None and host.put_back_seconds <= 0:
+            for task in self._tasks:
+                task.cancel()  # its step goes back, and does not count as tried
+            if self.sandboxes is not None:
+                self.sandboxes.put_back()

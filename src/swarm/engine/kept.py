@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -40,11 +39,12 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keeper:
-    """Writes and finds them on this host. ``rows``: the store."""
+    """Writes and finds them on this host, which has the name ``host`` in the database. ``rows``: the store."""
 
     launcher: Launcher
     snapshots: Snapshots
     rows: Rows
+    host: str
 
     async def source(self, claim: Claim) -> driver.Snapshot | None:
         """The snapshot in a fork of which the step starts. Raises StepError if it is gone or damaged."""
@@ -94,7 +94,7 @@ class Keeper:
             row = Snapshot(
                 id=made.id,
                 kind=kind,
-                host=socket.gethostname(),
+                host=self.host,
                 project_id=claim.ticket.project_id,
                 ticket_id=claim.ticket.id,
                 step_id=claim.step_id,
@@ -135,7 +135,7 @@ async def forsake(rows: Rows, snapshots: Snapshots, id: str) -> bool:
 async def collect(store: Store, snapshots: Snapshots) -> None:
     """Remove from this host what nothing needs any more: what has expired, what steps of ended runs left, and what dead
     processes left half made. Raises StoreError, HostError."""
-    host, before = socket.gethostname(), set[str]()
+    host, before = await store.this_host(), set[str]()
     while (expired := {one.id for one in await store.expired_snapshots(host)}) - before:
         for id in expired:
             await snapshots.remove(id)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, replace
@@ -56,7 +55,7 @@ def agent_of(claim: SandboxClaim) -> Agent:
 
 
 class Machines:
-    """``at_once``: so many are started at the same time, and as many saved."""
+    """``at_once``: so many are started at the same time, and as many saved. ``host``: this one's name."""
 
     def __init__(
         self,
@@ -68,11 +67,12 @@ class Machines:
         egress: Egress,
         installed: Installed,
         at_once: int,
+        host: str,
     ) -> None:
         self._launcher, self.snapshots = launcher, snapshots
         self._images, self._layers, self._egress, self._installed = images, layers, egress, installed
         self._starting, self._saving = asyncio.Semaphore(at_once), asyncio.Semaphore(at_once)
-        self.host = socket.gethostname()
+        self.host = host
 
     @asynccontextmanager
     async def started(self, held: Held, runs: Callable[[int], Awaitable[None]]) -> AsyncIterator[LiveVm]:

@@ -77,6 +77,7 @@ class Sandboxes:
         self.room: Callable[[], tuple[int | None, str]] = lambda: (None, "")
         self.most_mb: int | None = None  # for one VM while nothing else runs
         self.stopping = False
+        self.draining = False  # the host is: none is started or resumed
         self.waits_for = ""  # why one that is wanted is not started; shown by status
 
     @property
@@ -114,7 +115,7 @@ class Sandboxes:
 
     async def _fill(self) -> float:
         """Claim what there is room for. Returns how long to wait for the next look."""
-        while not self.stopping:
+        while not (self.stopping or self.draining):
             due = await self._store.sandboxes_due(self._machines.host)
             if not due.ready and due.next_ms != 0:
                 self.waits_for = ""
@@ -123,15 +124,10 @@ class Sandboxes:
             holds = [held.claim for held in self._held.values()]
             share = Share.of(holds, most=self.most, most_mb=self.most_mb, part=self.project_share)
             claims = await self._store.claim_sandboxes(
-                self._worker,
-                self._machines.host,
-                lease_seconds=self._lease_seconds,
-                limit=max(0, self.most - len(holds)),
-                memory_mb=memory_mb,
-                most_memory_mb=self.most_mb,
-                held=[claim.hold_id for claim in holds],
-                share=share,
-            )
+                self._worker, self._machines.host, lease_seconds=self._lease_seconds,
+                limit=max(0, self.most - len(holds)), memory_mb=memory_mb, most_memory_mb=self.most_mb,
+                held=[claim.hold_id for claim in holds], share=share,
+            )  # fmt: skip
             for claim in [one for one in claims if not self._begin(one)]:
                 await quietly(self._store.sandbox_released(claim.hold_id, why="never begun"))  # else its lease ends
                 await asyncio.sleep(_ROOM_SECONDS)
@@ -206,6 +202,10 @@ class Sandboxes:
         """Hold no more, and pause all that are held. Doesn't wait: see `drained`."""
         self.stopping = True
         self._machines.snapshots.lift_limits()  # what could not be paused now would be lost
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Pause those that run; those that are being started go back. Doesn't wait."""
         for held in list(self._held.values()):
             if held.runs or held.claim.resumes:
                 held.want(Ending.PAUSED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from dataclasses import dataclass
 from typing import Final
@@ -46,7 +45,7 @@ async def find(store: Store, ref: str, *, step: str | None = None) -> KeptVm:
         numbers[one.id] = tried[one.step_id]
     for snapshot in await kept(store, ticket_id):
         if snapshot.attempt_id in numbers and number in (None, numbers[snapshot.attempt_id]):
-            if snapshot.host != (here := socket.gethostname()):
+            if snapshot.host != (here := await store.this_host()):
                 raise Conflict(
                     f"the VM was kept on the host {snapshot.host}, and this is {here}: run the command there"
                 )

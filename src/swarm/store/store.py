@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from swarm.base.aio import finish_uninterrupted
 from swarm.cel.jail import Jail
-from swarm.errors import ChangeRefused, StoreError, UsageError
+from swarm.errors import ChangeRefused, Conflict, StoreError, UsageError
 from swarm.ledger import Bill, Limit, Order, Reservation
 from swarm.model import (
     Agent,
@@ -32,11 +32,12 @@ from swarm.model import (
     Succeeded,
     Ticket,
 )
-from swarm.store import audit, details, spending
+from swarm.store import audit, details, hosts, spending
 from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
 from swarm.store.claims.kept import HOST_TIMEOUT_SECONDS
 from swarm.store.details import TicketDetails
+from swarm.store.hosts import Alive, Holds, HostState, Machine
 from swarm.store.registry import agents, notices, schedules, secrets, tokens, webhooks, workers, workflows
 from swarm.store.registry.notices import NoticeKind, NoticeRow
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
@@ -60,7 +61,17 @@ from swarm.store.sandboxes.taking import Share, Taking
 from swarm.store.sql import database
 from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import AttemptRow, Due, QueueStatus, Renewal, RunRow, StepRow, TicketSummary, WorkerRow
+from swarm.store.sql.rows import (
+    AttemptRow,
+    Due,
+    HostRow,
+    QueueStatus,
+    Renewal,
+    RunRow,
+    StepRow,
+    TicketSummary,
+    WorkerRow,
+)
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.transaction import Tx
 from swarm.store.sql.wake import Wake
@@ -76,6 +87,7 @@ from swarm.workflow.definition import Workflow
 T = TypeVar("T")
 
 _USED_AFTER_SECONDS: Final = 1.0
+_HOST_LOOK_SECONDS: Final = 0.5  # between two looks at whether another machine lives
 _SHIFT_CLOCK: Final = Sql("UPDATE clock SET offset_ms = offset_ms + :ms")
 
 
@@ -83,8 +95,12 @@ class Store:
     """Every method may raise StoreError: the database is locked, read-only, full, damaged or not migrated. What one
     returns is on the disk (but see `untold`). Requests of many tasks (of one event loop) share transactions."""
 
-    def __init__(self, db: Database, *, over_budget: BudgetPolicy, planning_seconds: float) -> None:
+    def __init__(
+        self, db: Database, *, over_budget: BudgetPolicy, planning_seconds: float, host_id: str | None = None
+    ) -> None:
         self._db, self.isolation = db, Isolation()
+        self._host_id, self._host = host_id, ""
+        self._machine: Machine | None = None  # once an engine of this process has registered it
         self._workflows = WorkflowEngine(planning_seconds=planning_seconds, isolation=self.isolation)
         self._packer = Packer()
         self._packing = asyncio.Lock()  # one thread waits for the packer: threads are few, and shared
@@ -112,15 +128,17 @@ class Store:
         over_budget: BudgetPolicy = BudgetPolicy.FAIL,
         planning_seconds: float = PLANNING_SECONDS,
         host_timeout_seconds: float = HOST_TIMEOUT_SECONDS,
+        host_id: str | None = None,
     ) -> AsyncIterator[Store]:
         """``url`` in SQLAlchemy's form: sqlite:////opt/swarm-platform/data/swarm.db. ``planning_seconds``: how long
         decisions on workflows may hold the write lock. ``host_timeout_seconds``: after so long without a sign of life
-        from its engines, a host's snapshots are not waited for. Raises StoreError when the file is not a database, or
-        its directory does not exist. One that does not exist or is not migrated can be opened, for `migrate`.
+        from its engines, a host's snapshots are not waited for. ``host_id``: this machine's. Raises StoreError when the
+        file is not a database, or its directory does not exist. One that does not exist or is not migrated can be
+        opened, for `migrate`.
         """
         db = Database(url, busy_timeout_seconds=busy_timeout_seconds)
         db.check_directory()
-        store = cls(db, over_budget=over_budget, planning_seconds=planning_seconds)
+        store = cls(db, over_budget=over_budget, planning_seconds=planning_seconds, host_id=host_id)
         store._host_timeout_seconds = host_timeout_seconds
         try:
             await store.revision()
@@ -434,7 +452,7 @@ class Store:
             held=frozenset(held),
             idle=idle,
             drain=drain,
-            host=host or socket.gethostname(),
+            host=host or self.here,
             queue_timeout_seconds=queue_timeout_seconds,
             host_timeout_seconds=self._host_timeout_seconds,
         )
@@ -1006,9 +1024,63 @@ class Store:
         used with another body."""
         return await self._write.call(webhooks.call, call)
 
-    async def heartbeat(self, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> None:
-        """Record that a worker lives, and what it does. For display only; leases decide."""
-        await self._write.call(workers.heartbeat, worker, host=host, pid=pid, info=info)
+    async def this_host(self) -> str:
+        """What rows say for this machine: the name that it was registered with. Nothing else knows it. Before an engine
+        ran here: the operating system's."""
+        if not self._host and self._host_id is not None:
+            self._host = await self._read.call(hosts.name_of, self._host_id)
+        return self.here
+
+    @property
+    def here(self) -> str:
+        """The same, once it was asked for, or the host registered."""
+        return self._host or socket.gethostname()
+
+    async def register_host(self, machine: Machine) -> HostState:
+        """Say that an engine starts on this machine. Raises Conflict if another one that is alive has its id; whether
+        one is that was heard of a moment ago, or was this one before it booted, takes some seconds to tell."""
+        first: Alive | None = None
+        while isinstance(found := await self._write.call(hosts.register, machine), Alive):
+            if first is not None and found.heard > first.heard:
+                raise Conflict(
+                    f"another machine that is alive has the id of this host, {found.name} ({machine.id}): if the disk "
+                    "was cloned, remove the file host-id in the state directory of the clone, and start again"
+                )
+            first = first or found
+            await asyncio.sleep(_HOST_LOOK_SECONDS)
+        self._host_id, self._host, self._machine = machine.id, found.name, machine
+        return found
+
+    async def heartbeat(self, worker: str, *, host: str, pid: int, info: Mapping[str, Any]) -> HostState:
+        """Record that a worker lives, and what it does: for display, leases decide. Returns what is wanted of its host,
+        which is registered again if somebody removed it."""
+        call = self._write.call(hosts.heartbeat, worker, host=host, pid=pid, info=info, machine=self._machine)
+        found: HostState | None = await call
+        if found is None and self._machine is not None:
+            return await self.register_host(self._machine)
+        return found or HostState(name=host)
+
+    async def hosts(self) -> list[HostRow]:
+        return await self._read.call(hosts.hosts)
+
+    async def host(self, ref: str) -> HostRow:
+        """By name, id, or how the id begins. Raises NotFound, Conflict."""
+        return await self._read.call(hosts.host, ref)
+
+    async def drain_host(self, ref: str, *, by: str, within_seconds: float | None = None) -> HostRow:
+        """See `hosts.drain`. Raises NotFound, Conflict."""
+        return await self._write.call(hosts.drain, ref, by=by, within_seconds=within_seconds)
+
+    async def undrain_host(self, ref: str, *, by: str) -> HostRow:
+        """Let its engines take work again. Raises NotFound, Conflict."""
+        return await self._write.call(hosts.undrain, ref, by=by)
+
+    async def host_holds(self, name: str) -> Holds:
+        return await self._read.call(hosts.holds, name)
+
+    async def remove_host(self, ref: str, *, by: str, force: bool = False) -> tuple[HostRow, Holds]:
+        """See `hosts.remove`. Raises NotFound, Conflict."""
+        return await self._write.call(hosts.remove, ref, by=by, force=force)
 
     async def workers(self) -> list[WorkerRow]:
         return await self._read.call(workers.workers)

@@ -40,8 +40,8 @@ STATEMENTS: dict[str, Sql] = {
 
 # Intended scans of whole tables: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
-    r"SCAN (agents|notices|secrets|workflows|definitions|schedules|s|tokens|workers|clock|moment|pragma_data_version|"
-    r"sqlite_master|alembic_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
+    r"SCAN (agents|hosts|notices|secrets|workflows|definitions|schedules|s|tokens|workers|clock|moment|"
+    r"pragma_data_version|sqlite_master|alembic_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(
     r"SCAN \w+ USING (COVERING )?INDEX "
@@ -101,7 +101,7 @@ def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
 
 def test_claims_come_from_the_index_in_order(url: str) -> None:
     connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-    values = {"limit": 1, "idle": 1, "drain": 0, "patient_since": "", "host": ""}
+    values = {"limit": 1, "idle": 1, "drain": 0, "patient_since": "", "silent_since": "", "host": ""}
     for name in ("claim.READY_TICKETS", "claim.READY_STEPS"):
         plan = [r[3] for r in connection.execute(f"EXPLAIN QUERY PLAN {driver_sql(STATEMENTS[name])}", values)]
         assert not any("TEMP B-TREE" in line for line in plan), plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from pydantic import Field, field_validator
@@ -13,6 +14,7 @@ from swarm.api.endpoint import Call, Endpoint, Fields
 from swarm.base.clock import moment
 from swarm.errors import UsageError
 from swarm.model import Role
+from swarm.store.hosts import Holds
 from swarm.store.spending import By, Costs
 
 
@@ -35,6 +37,28 @@ class CostsQuery(Fields):
             raise ValueError(str(error)) from None
 
 
+class Drain(Fields):
+    within_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        le=30 * 86_400,
+        description="what still runs then is put back, and not counted as tried; default: it ends by itself",
+    )
+
+
+class RemoveQuery(Fields):
+    force: bool = Field(default=False, description="also if an engine of it is alive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemovedHost:
+    """``held``: what depended on it, which others run now, or which is lost."""
+
+    host: str
+    id: str
+    held: Holds
+
+
 async def show_status(call: Call) -> Status:
     return await engines.status(call.store, call.context.inventory)
 
@@ -44,7 +68,27 @@ async def list_engines(call: Call) -> list[Engine]:
 
 
 async def list_hosts(call: Call) -> list[Host]:
-    return engines.by_host(await engines.engines(call.store))
+    return await engines.hosts(call.store)
+
+
+async def show_host(call: Call) -> Host:
+    return await engines.host(call.store, call.path["name"])
+
+
+async def drain_host(call: Call) -> Host:
+    given: Drain = call.body
+    row = await call.store.drain_host(call.path["name"], by=call.actor.name, within_seconds=given.within_seconds)
+    return await engines.of_row(call.store, row)
+
+
+async def undrain_host(call: Call) -> Host:
+    return await engines.of_row(call.store, await call.store.undrain_host(call.path["name"], by=call.actor.name))
+
+
+async def remove_host(call: Call) -> RemovedHost:
+    query: RemoveQuery = call.query
+    row, held = await call.store.remove_host(call.path["name"], by=call.actor.name, force=query.force)
+    return RemovedHost(host=row.name, id=row.id, held=held)
 
 
 async def list_costs(call: Call) -> list[Costs]:
@@ -79,6 +123,44 @@ ENDPOINTS: Final[Sequence[Endpoint]] = (
         handler=list_hosts,
         shared=True,
         answer=list[Host],
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/hosts/{name}",
+        role=Role.VIEWER,
+        summary="Show a host, by name or id",
+        handler=show_host,
+        shared=True,
+        answer=Host,
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/hosts/{name}/drain",
+        role=Role.ADMIN,
+        summary="Let the engines of a host start nothing more",
+        handler=drain_host,
+        body=Drain,
+        shared=True,
+        answer=Host,
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/hosts/{name}/undrain",
+        role=Role.ADMIN,
+        summary="Let them take work again",
+        handler=undrain_host,
+        shared=True,
+        answer=Host,
+    ),
+    Endpoint(
+        method="DELETE",
+        path="/v1/hosts/{name}",
+        role=Role.ADMIN,
+        summary="Forget a host that is gone: what ran there is run elsewhere, what was paused there is lost",
+        handler=remove_host,
+        query=RemoveQuery,
+        shared=True,
+        answer=RemovedHost,
     ),
     Endpoint(
         method="GET",

@@ -11,6 +11,7 @@ from swarm.cli.ui.table import Column
 from swarm.model import ExecutionMode, Ticket
 
 if TYPE_CHECKING:
+    from swarm.admin.engines import Engine
     from swarm.store.sql.rows import RunRow, StepRow, TicketSummary
 
 _BAR = 40
@@ -146,3 +147,15 @@ def pretty(text: str | None) -> str | None:
 def shorten(text: str) -> str:
     left_out = len(text) - _SHOWN_CHARACTERS
     return text if left_out <= 0 else f"{text[:_SHOWN_CHARACTERS]}… ({left_out} more characters: --json shows all)"
+
+
+def engine_line(engine: Engine) -> str:
+    info, where = engine.info, f"engine {engine.pid} on {engine.host}"
+    if engine.died:
+        return f"{where}: died; the next engine on this host takes its steps over at once"
+    if not engine.alive:
+        silent = duration(engine.seen_ms_ago)
+        return f"{where}: silent for {silent}; its steps go back to the queue when their leases end"
+    doing = "stopping" if info.get("stopping") else "draining" if info.get("draining") else "serving"
+    held = f", {info['sandboxes']} of {info.get('max_sandboxes')} sandboxes" if info.get("sandboxes") else ""
+    return f"{where}: {doing}, {info.get('running')} of {info.get('max_vms')} VMs{held}, driver {info.get('driver')}"

@@ -25,7 +25,7 @@ from swarm.store.sql.transaction import Connection, Outdated, Tx, is_complete
 from swarm.store.sql.wake import Wake
 
 # The revision that this version of Swarm needs: the newest of migrations/versions.
-HEAD: Final = "v0_2_1"
+HEAD: Final = "v0_3_0"
 
 _URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)
 
@@ -122,7 +122,8 @@ class Database:
                 yield tx
                 tx.commit()
         except BaseException as error:
-            tx.roll_back()
+            with self.errors():  # that needs memory too
+                tx.roll_back()
             if optimistic and isinstance(error, StoreError) and self.dialect.is_locked(error.__cause__):
                 raise Outdated from error
             raise

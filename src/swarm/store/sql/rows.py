@@ -287,6 +287,24 @@ class WorkerRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostRow:
+    """``put_back_seconds``: until what runs on a host that is drained is put back; None: never."""
+
+    id: str
+    name: str
+    labels: Mapping[str, Any]
+    capacity: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    generation: int
+    seen_ms_ago: float
+    draining: bool
+    put_back_seconds: float | None
+    drained_by: str | None
+    drained_at: str | None
+    created_at: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Renewal:
     """Ids of attempts. ``lost``: another attempt has the step, or it has ended. ``cancelled``: the ticket has ended
     or was deleted."""

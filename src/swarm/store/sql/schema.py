@@ -427,6 +427,28 @@ workers = sa.Table(
     _text("info", null=False, default="{}"),
 )
 
+# Machines that engines run on. `name` is what other rows say for "this host": no two have the same, and it never
+# changes. `id` is kept on the machine itself; `boot_id` tells two machines with one id (a cloned disk) apart.
+hosts = sa.Table(
+    "hosts",
+    metadata,
+    sa.Column("id", TEXT, primary_key=True, nullable=False),
+    _text("name", null=False),
+    _text("labels", null=False, default="{}"),  # JSON object
+    _text("capacity", null=False, default="{}"),  # JSON object: memory_mb, slots, sandboxes, vcpus, kvm, arch
+    _text("versions", null=False, default="{}"),  # JSON object: swarm, kernel
+    _text("machine_id", null=False, default=""),
+    _text("boot_id", null=False, default=""),
+    _number("generation", 1),  # grows with each boot
+    _number("seen_at", kind=BIG),  # ms
+    sa.Column("draining", sa.Boolean(), nullable=False, server_default=sa.false()),
+    _number("drain_until", kind=BIG),  # ms: what still runs then is put back; NULL: it ends by itself
+    _text("drained_by"),
+    _text("drained_at"),
+    _time("created_at"),
+    sa.UniqueConstraint("name", name="hosts_name"),
+)
+
 # One row. The clock for leases is the database's plus this offset; only tests change it.
 clock = sa.Table("clock", metadata, _number("offset_ms", 0, kind=BIG))
 

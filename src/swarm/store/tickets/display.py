@@ -38,8 +38,8 @@ _QUESTIONS: Final = Sql(
     "AND s.status = 'waiting' AND s.verdict IS NULL ORDER BY s.id LIMIT :limit"
 )
 _NEXT: Final = Sql(
-    f"SELECT s.step_id, s.available_at, {SOURCE_HOST} AS source_host, EXISTS (SELECT 1 FROM workers w "
-    f"WHERE w.seen_at > :since AND w.host = {SOURCE_HOST}) AS serves "
+    f"SELECT s.step_id, s.available_at, {SOURCE_HOST} AS source_host, EXISTS (SELECT 1 FROM workers "
+    f"WHERE workers.seen_at > :since AND workers.host = {SOURCE_HOST}) AS serves "
     "FROM workflow_runs r JOIN step_executions s ON s.run_id = r.id "
     "WHERE r.ticket_id = :id AND r.status IN ('running', 'waiting') AND s.status = 'ready' ORDER BY s.id LIMIT :limit"
 )

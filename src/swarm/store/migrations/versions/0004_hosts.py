@@ -1,0 +1,45 @@
+"""The machines that engines run on."""
+
+from alembic import op
+
+revision = "v0_3_0"
+down_revision = "v0_2_1"
+branch_labels = None
+depends_on = None
+
+# {text}, {big}, {false} and {now} differ between databases.
+_HOSTS = """
+CREATE TABLE hosts (
+	id {text} NOT NULL,
+	name {text} NOT NULL,
+	labels {text} DEFAULT '{{}}' NOT NULL,
+	capacity {text} DEFAULT '{{}}' NOT NULL,
+	versions {text} DEFAULT '{{}}' NOT NULL,
+	machine_id {text} DEFAULT '' NOT NULL,
+	boot_id {text} DEFAULT '' NOT NULL,
+	generation INTEGER DEFAULT 1 NOT NULL,
+	seen_at {big},
+	draining BOOLEAN DEFAULT {false} NOT NULL,
+	drain_until {big},
+	drained_by {text},
+	drained_at {text},
+	created_at {text} DEFAULT {now},
+	PRIMARY KEY (id),
+	CONSTRAINT hosts_name UNIQUE (name)
+)"""
+_SQLITE = {"text": "TEXT", "big": "INTEGER", "false": "0", "now": "(strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"}
+_POSTGRESQL = {
+    "text": 'TEXT COLLATE "C"',
+    "big": "BIGINT",
+    "false": "false",
+    "now": "to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')",
+}
+
+
+def upgrade() -> None:
+    words = _POSTGRESQL if op.get_context().dialect.name == "postgresql" else _SQLITE
+    op.get_bind().exec_driver_sql(_HOSTS.lstrip().format(**words))
+
+
+def downgrade() -> None:
+    raise NotImplementedError("restore the copy from before the upgrade instead")
