@@ -11,6 +11,7 @@ from swarm.cli import (
     artifact,
     bench,
     cost,
+    db,
     diff,  # noqa: F401  a command of `ticket`
     files,  # noqa: F401  commands of `ticket`
     host,
@@ -56,6 +57,7 @@ for group in (
     secret.app,
     token.app,
     notice.app,
+    db.app,
     install.app,
 ):
     app.add_typer(group)

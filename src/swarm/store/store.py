@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from swarm.base.aio import finish_uninterrupted
@@ -979,6 +980,10 @@ class Store:
         """Unregister and return an agent. Raises NotFound, and Conflict while a ticket or sandbox that has not ended
         needs it."""
         return await self._write.call(agents.remove_agent, ref, by=by)
+
+    async def move_agents(self, old: Path, new: Path) -> None:
+        """The agents' files are in another directory now."""
+        await self._write.call(agents.move, old, new)
 
     async def put_workflow(self, workflow: Workflow, *, by: str | None = None) -> WorkflowRow:
         """Register. Raises Conflict when its name and version are registered with other content."""

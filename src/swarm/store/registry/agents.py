@@ -66,6 +66,9 @@ _UPDATE: Final = Sql(
     "WHERE id = :id"
 )
 _DELETE: Final = Sql("DELETE FROM agents WHERE id = :id")
+_MOVE: Final = Sql(
+    "UPDATE agents SET path = :new || substr(path, length(:old) + 1) WHERE substr(path, 1, length(:old)) = :old"
+)
 # Live workflow runs pin agents in their definition; their steps name the agent only when they start.
 _RUNS_THAT_NEED: Final = Sql(
     "SELECT DISTINCT r.ticket_id AS id FROM workflow_runs r JOIN definitions d ON d.digest = r.definition "
@@ -267,6 +270,11 @@ def remove_agent(tx: Tx, ref: str, *, by: str | None = None) -> Agent:
     tx.run(_DELETE, id=removed.id)
     _record(tx, "agent.remove", removed, by)
     return removed
+
+
+def move(tx: Tx, old: Path, new: Path) -> None:
+    """The files of all agents are in another directory now."""
+    tx.run(_MOVE, old=f"{old}/", new=f"{new}/")
 
 
 def agent(tx: Tx, ref: str) -> Agent:

@@ -1,0 +1,119 @@
+"""Copies of a database, made while others write to it, and put back."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Final
+
+from swarm.base import process
+from swarm.errors import HostError, UsageError
+from swarm.store.sql.database import Database
+
+_PAGES: Final = 2048  # copied between two looks at whether to go on
+_HOURS_SECONDS: Final = 24 * 3600.0
+
+
+def copy_file(source: Path, target: Path, check: Callable[[], None]) -> None:
+    """What an SQLite database holds at one moment, whoever writes meanwhile. ``check`` raises when it is to stop.
+    Raises HostError."""
+    try:
+        found = _copy(source, target, check)
+    except sqlite3.Error as error:
+        raise HostError(f"can't copy the database {source}: {error}") from error
+    if found != "ok":
+        raise HostError(f"the database {source} is damaged ({found}); try `sqlite3 {source} .recover`")
+    flush(target)
+
+
+def _copy(source: Path, target: Path, check: Callable[[], None]) -> str:
+    with (
+        closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)) as opened,
+        closing(sqlite3.connect(target, isolation_level=None)) as copy,
+    ):
+        opened.execute("PRAGMA busy_timeout = 30000")
+        opened.execute("BEGIN")  # one moment: without it, each write of another program begins the copy again
+        opened.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        opened.backup(copy, pages=_PAGES, progress=lambda *_: check())
+        opened.execute("ROLLBACK")
+        return str(copy.execute("PRAGMA quick_check(1)").fetchone()[0])
+
+
+def put_file_back(copy: Path, target: Path, check: Callable[[], None]) -> Path | None:
+    """Put a copy in the database's place. Returns where the one that was there is kept."""
+    new = target.with_name(f"{target.name}.new")
+    new.unlink(missing_ok=True)
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    kept = None
+    try:
+        copy_file(copy, new, check)
+        if target.exists():
+            kept = target.with_name(f"{target.name}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+            # Its log belongs to it, and would be taken for the new one's.
+            for part in ("-wal", "-shm", ""):
+                if (one := target.with_name(target.name + part)).exists():
+                    one.replace(kept.with_name(kept.name + part))
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
+    flush(target.parent)
+    return kept
+
+
+def flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+async def dump(url: str, target: Path) -> None:
+    """The whole PostgreSQL database, by its own `pg_dump`. Raises HostError."""
+    with _service(url) as env:
+        await _run("pg_dump", "--format=custom", f"--file={target}", "--no-password", env=env)
+    flush(target)
+
+
+async def put_dump_back(url: str, dumped: Path) -> None:
+    """In one transaction: what the dump holds replaces what is there. Raises HostError."""
+    with _service(url) as env:
+        await _run(
+            "pg_restore",
+            *("--clean", "--if-exists", "--no-owner", "--exit-on-error", "--single-transaction", "--no-password"),
+            *("--dbname=service=swarm", str(dumped)),
+            env=env,
+        )
+
+
+async def _run(program: str, *arguments: str, env: dict[str, str]) -> None:
+    if process.which(program) is None:
+        raise HostError(f"{program} is not installed: apt-get install postgresql-client")
+    await process.run([program, *arguments], env=env, timeout_seconds=_HOURS_SECONDS)
+
+
+@contextmanager
+def _service(url: str) -> Iterator[dict[str, str]]:
+    """An environment in which PostgreSQL's programs find the database, its password included, which everybody could
+    read among a program's arguments."""
+    from psycopg.conninfo import conninfo_to_dict
+
+    scheme, _, rest = url.partition("://")
+    parameters = conninfo_to_dict(f"{scheme.partition('+')[0]}://{rest}")
+    if any("\n" in str(value) for value in parameters.values()):
+        raise UsageError("a database URL with a line break in it")
+    with tempfile.NamedTemporaryFile("w", prefix="swarm-", suffix=".conf") as file:  # 0600
+        file.write("[swarm]\n" + "".join(f"{name}={value}\n" for name, value in parameters.items()))
+        file.flush()
+        yield {"PGSERVICEFILE": file.name, "PGSERVICE": "swarm"}
+
+
+def kind_and_file(url: str) -> tuple[str, Path | None]:
+    """Its name, 'sqlite' or 'postgresql', and its file if it is one. Raises UsageError."""
+    database = Database(url, busy_timeout_seconds=30.0)
+    return database.dialect.name, database.file
