@@ -6,10 +6,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
+import psycopg
 import pytest
 
 from swarm.admin.prove import judge
@@ -271,3 +273,28 @@ async def test_a_schedule_fires_once(engines: list[Store], outside: Outside) -> 
             await asyncio.gather(*(fire(store) for store in engines))
     found = [data for (data,) in outside.execute("SELECT trigger_data FROM tickets")]
     assert len(found) == len(set(found)) and len(found) in (5, 6)  # a minute may have begun meanwhile
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.parametrize("what", ["renew", "finish", "cancel"])
+async def test_whoever_locks_a_ticket_and_its_attempt_begins_with_the_ticket(postgresql_url: str, what: str) -> None:
+    """In two orders, two would wait for each other until PostgreSQL ends one, a second later."""
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(Store.open(postgresql_url))
+        other = await stack.enter_async_context(await psycopg.AsyncConnection.connect(postgresql_url))
+        await other.execute("INSERT INTO tickets (id, state, agent_id) VALUES ('t', 'ready', %s)", (ECHO.id,))
+        await other.commit()
+        claim = await claim_one(store)
+        await other.execute("SELECT id FROM tickets FOR NO KEY UPDATE")
+        work: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+            "renew": lambda: store.renew([claim.attempt_id], lease_seconds=LEASE_SECONDS),
+            "finish": lambda: store.finish(claim.attempt_id, Succeeded(outputs="1"), timings={}, vm_time_ms=1.0),
+            "cancel": lambda: store.cancel("t", by="ann"),
+        }
+        waiting = asyncio.create_task(work[what]())
+        async with asyncio.timeout(60):
+            while not await (await other.execute("SELECT FROM pg_locks WHERE NOT granted")).fetchall():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert await (await other.execute("SELECT id FROM attempts FOR NO KEY UPDATE NOWAIT")).fetchall()
+        await other.commit()
+        await waiting

@@ -331,13 +331,20 @@ class ConnectionThread:
                 raise StoreError(f"the database {self._database.place} does not exist; run `swarm init`")
             self._connection = self._database.connect(write=self._write)
         if check and not self._checked:
-            self._database.check_revision(self._connection)
-            if self._write:
-                self._database.check_writable(self._connection)
-            if self._flusher is not None:
-                self._flusher.prepare()
-            self._checked = True
+            try:
+                self._check(self._connection)
+            except BaseException:
+                self._drop()  # it may be lost
+                raise
         return self._connection
+
+    def _check(self, connection: Connection) -> None:
+        self._database.check_revision(connection)
+        if self._write:
+            self._database.check_writable(connection)
+        if self._flusher is not None:
+            self._flusher.prepare()
+        self._checked = True
 
     def _drop(self) -> None:
         connection, self._connection, self._checked = self._connection, None, False

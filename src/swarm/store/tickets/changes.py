@@ -26,10 +26,11 @@ FROM attempts a
 /*-*/LEFT/*-*/ JOIN workflow_runs r ON r.id = s.run_id
 /*-*/LEFT/*-*/ JOIN tickets t ON t.id = r.ticket_id
 """
-FENCE_BY_ID: Final = Sql(_FENCE + "WHERE a.id IN :ids /*+ ORDER BY a.id FOR NO KEY UPDATE OF a, t */")
+# Who locks both, locks the ticket first, as a DELETE of another program does: else two wait for each other.
+FENCE_BY_ID: Final = Sql(_FENCE + "WHERE a.id IN :ids /*+ ORDER BY t.id, a.id FOR NO KEY UPDATE OF t, a */")
 FENCE_EXPIRED: Final = Sql(
     _FENCE + "WHERE a.outcome IS NULL AND a.lease_until <= :now_ms LIMIT :limit "
-    "/*+ FOR NO KEY UPDATE OF a, t SKIP LOCKED */"
+    "/*+ FOR NO KEY UPDATE OF t, a SKIP LOCKED */"
 )
 
 INSERT_ATTEMPT: Final = one_row(
@@ -71,8 +72,9 @@ _SET_TICKET: Final = one_row(
 _TICKET_OF_RUN: Final = Sql("SELECT ticket_id FROM workflow_runs WHERE id = :id")
 _LIVE_STEPS: Final = Sql(
     "SELECT s.id, s.run_id, s.step_id, s.status, s.attempt_id, s.started_at, r.ticket_id "
-    "FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
+    "FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id /*+ JOIN tickets t ON t.id = r.ticket_id */ "
     "WHERE s.run_id IN :ids AND s.status IN ('pending', 'waiting', 'ready', 'running')"
+    " /*+ ORDER BY t.id FOR NO KEY UPDATE OF t */"
 )
 _CANCEL_ATTEMPTS: Final = Sql(
     "UPDATE attempts SET outcome = 'cancelled', error = :error, ended_at = :now "
