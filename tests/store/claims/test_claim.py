@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 
 import pytest
@@ -335,3 +336,32 @@ async def test_cancelled_from_outside_while_it_waits_for_its_retry(store: Store,
     await store.shift_clock(60_000)
     assert await store.claim("w", lease_seconds=LEASE) == []
     assert [s.status for s in await store.steps("t")] == ["cancelled"]
+
+
+async def test_one_transaction_claims_no_more_than_one_long_row(store: Store, outside: Outside) -> None:
+    """It writes each row as a whole, and all others wait; the order is kept."""
+    long = json.dumps({"x": "y" * 3_000_000})
+    insert(outside, "retried", agent_id=RETRY.id, priority=6)
+    first = await claim_one(store, ticket_id="retried")
+    await finish(store, first.attempt_id, Interrupted())
+    for number in range(3):
+        insert(outside, f"long{number}", inputs=long, priority=9 - 2 * number)
+    insert(outside, "small")
+    claims = [[c.ticket.id for c in await store.claim("w", limit=9, lease_seconds=LEASE)] for _ in range(4)]
+    assert claims == [["long0"], ["long1"], ["retried", "long2"], ["small"]]
+
+
+async def test_each_long_row_that_is_refused_has_a_transaction_of_its_own(store: Store, outside: Outside) -> None:
+    for number in range(8):
+        insert(outside, f"bad{number}", description="y" * 3_000_000, priority=1)
+    insert(outside, "good")
+    before = store.use()["write"]["transactions"]
+    assert (await claim_one(store)).ticket.id == "good"
+    assert store.use()["write"]["transactions"] - before > 8
+
+
+async def test_a_long_row_that_does_not_fit_keeps_its_turn(store: Store, outside: Outside) -> None:
+    insert(outside, "long", inputs=json.dumps({"x": "y" * 3_000_000}), priority=1)
+    insert(outside, "small")
+    async with asyncio.timeout(60):
+        assert await store.claim("w", lease_seconds=LEASE, memory_mb=1) == []

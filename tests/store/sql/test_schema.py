@@ -102,7 +102,7 @@ def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
 def test_claims_come_from_the_index_in_order(url: str) -> None:
     connection = sqlite3.connect(url.removeprefix("sqlite:///"))
     values = {"limit": 1, "idle": 1, "drain": 0, "patient_since": "", "silent_since": "", "host": ""}
-    for name in ("claim.READY_TICKETS", "claim.READY_STEPS"):
+    for name in ("ready.READY_TICKETS", "ready.READY_STEPS"):
         plan = [r[3] for r in connection.execute(f"EXPLAIN QUERY PLAN {driver_sql(STATEMENTS[name])}", values)]
         assert not any("TEMP B-TREE" in line for line in plan), plan
     connection.close()

@@ -11,15 +11,16 @@ from typing import Any, Final
 
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
-from swarm.store.claims import kept, suspects
+from swarm.store.claims import kept, ready, suspects
 from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
+from swarm.store.claims.ready import Candidate
 from swarm.store.registry import workflows
 from swarm.store.registry.agents import NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
-from swarm.store.sql.conditions import IS_HERE, RUN_DUE, STEP_WAITING, UNKNOWN_STATE
+from swarm.store.sql.conditions import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.sql.dialect import Dialect, Sql
-from swarm.store.sql.rows import READ_BYTES, TICKET_COLUMNS, TICKET_FIELDS, flag, ids_in_order, iso, milliseconds
+from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, milliseconds
 from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
@@ -27,28 +28,6 @@ from swarm.store.tickets.validation import BadRow, Work
 
 BAD_ROWS: Final = 1000  # at most in one transaction; the next claim handles the others
 HINTS: Final = 20
-# live_run: set when another tool made the ticket ready again while it ran.
-_READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
-    WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
-_READY: Final = f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
-_UNLOCKED: Final = " /*+ FOR NO KEY UPDATE OF {} SKIP LOCKED */"  # what another engine is claiming is its own
-READY_TICKETS: Final = Sql(_READY + "ORDER BY t.priority DESC, t.created_at LIMIT :limit" + _UNLOCKED.format("t"))
-READY_TICKET: Final = Sql(_READY + "AND t.id = :id" + _UNLOCKED.format("t"))
-_STEP: Final = f"""
-SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
-       s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
-       s.ticket_created_at, {kept.COLUMNS}, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
-       FROM attempts a WHERE a.step_execution_id = s.id AND (a.outcome IS NULL OR a.outcome = 'succeeded')) AS taken,
-       r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
-       (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries, {suspects.LOSSES} AS losses,
-       r.ticket_id, t.id AS ticket, t.run_id AS ticket_run,
-       {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
-FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
-WHERE s.status = 'ready' AND s.available_at IS NULL
-  AND {IS_HERE}
-  AND (:idle OR :drain AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
-READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit" + _UNLOCKED.format("s"))
-READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit" + _UNLOCKED.format("s"))
 DELAYED: Final = Sql(
     "SELECT s.id, r.ticket_id FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
     "WHERE s.status = 'ready' AND s.available_at IS NOT NULL AND s.available_at <= :now_ms"
@@ -123,25 +102,6 @@ class Claimed:
     undecided: list[str] = field(default_factory=list)  # runs whose next decision is made outside the transaction
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A row that may be claimed: a ready ticket, or a ready step of a run that has begun."""
-
-    row: Row
-    is_step: bool
-
-    @property
-    def in_workflow(self) -> bool:
-        return self.is_step and self.row.definition is not None
-
-    def ticket_id(self) -> object:
-        return self.row.ticket_id if self.is_step else self.row.id
-
-    def turn(self) -> tuple[float, str]:  # a row whose priority isn't a number comes first, to be failed
-        priority = self.row.priority
-        return (-priority if isinstance(priority, int | float) else float("-inf"), str(self.row.created_at))
-
-
 class Claimer:
     """Claims for one process, on the writing thread. Its state is a cache, nothing more."""
 
@@ -169,6 +129,7 @@ class _ClaimTransaction:
         # The next step in turn doesn't fit into memory, or must run alone. Those behind it wait too, so that it isn't
         # starved.
         self.full = False
+        self.cut = False  # rows are too long to read all of them in one transaction
 
     def run(self) -> Claimed:
         probed = self.tx.first(probe(self.tx.dialect))
@@ -211,6 +172,9 @@ class _ClaimTransaction:
             more = self._round(missing)
             if self.full:
                 break
+            if self.cut:
+                self.result.more = True
+                break
             if more:
                 continue
             if self.result.claims and not only_one:
@@ -232,18 +196,15 @@ class _ClaimTransaction:
     def _round(self, missing: int) -> bool:
         """Claim from the next candidates; False when no others are behind them."""
         limit = max(missing, min(self.bad_rows, AT_ONCE), BAD_ROWS if self.changes.isolating else 0)
-        tickets, steps = self._ready_rows(limit)
-        candidates = [_Candidate(row, is_step=False) for row in tickets]
-        if steps:
-            candidates += [_Candidate(row, is_step=True) for row in steps]
-            candidates.sort(key=_Candidate.turn)
-        candidates = self.changes.kept(candidates, _Candidate.ticket_id)
+        read = self._candidates(limit)
+        candidates = self.changes.kept(read, Candidate.ticket_id)
         if not candidates:
             return False
-        ids = [row.id for row in tickets if has_clean_id(row.id)] if self.dependencies else []
+        tickets = [one.row.id for one in read if not one.is_step]
+        ids = [id for id in tickets if has_clean_id(id)] if self.dependencies else []
         waits = dependencies.check(self.tx, ids) if ids else {}
-        works: list[tuple[_Candidate, Work]] = []
-        for candidate in self.changes.each(candidates, _Candidate.ticket_id):
+        works: list[tuple[Candidate, Work]] = []
+        for candidate in self.changes.each(candidates, Candidate.ticket_id):
             row = candidate.row
             try:
                 if candidate.is_step:
@@ -261,18 +222,22 @@ class _ClaimTransaction:
         self.changes.flush()
         pending_runs = bool(self.changes.pending_runs)
         self._advance()
-        return pending_runs or self.request.ticket_id is not None or len(tickets) >= limit or len(steps) >= limit
+        most = max(len(tickets), len(read) - len(tickets))
+        return pending_runs or self.request.ticket_id is not None or most >= limit
 
-    def _ready_rows(self, limit: int) -> tuple[Sequence[Row], Sequence[Row]]:
+    def _candidates(self, limit: int) -> list[Candidate]:
         """Tickets, and steps of runs that have begun; suspects only if they can run, or no longer wait patiently."""
         one, host = self.request.ticket_id, self.request.host
-        which = {"limit": limit, "idle": self._idle, "drain": self.request.drain, "host": host}
+        which = {"idle": self._idle, "drain": self.request.drain, "host": host}
         since = iso(self.tx.now_ms - round(self.request.host_timeout_seconds * 1000))
         which |= {"patient_since": self._patient_since, "silent_since": since}
         if one is not None:
-            steps = self.tx.all(READY_STEP, id=one, **which) if self.steps else []
-            return self.tx.all(READY_TICKET, id=one), steps
-        return self.tx.all(READY_TICKETS, limit=limit), self.tx.all(READY_STEPS, **which) if self.steps else []
+            steps = self.tx.all(ready.READY_STEP, id=one, limit=limit, **which) if self.steps else []
+            found = [Candidate(row, is_step=False) for row in self.tx.all(ready.READY_TICKET, id=one)]
+            return sorted([*found, *(Candidate(row, is_step=True) for row in steps)], key=Candidate.turn)
+        # In isolation it looks behind those that it skips.
+        found, self.cut = ready.first(self.tx, which, limit=limit, steps=self.steps, whole=self.changes.isolating)
+        return found
 
     @property
     def _idle(self) -> bool:
@@ -306,7 +271,7 @@ class _ClaimTransaction:
             self.changes.set_ticket(row.id, TicketState.READY, TicketState.BLOCKED)
             self.claimer.maintenance.has_more = True
 
-    def _refuse(self, candidate: _Candidate, error: BadRow) -> None:
+    def _refuse(self, candidate: Candidate, error: BadRow) -> None:
         self.bad_rows += 1
         row = candidate.row
         if candidate.in_workflow:
@@ -324,7 +289,7 @@ class _ClaimTransaction:
         self.changes.transition("step", StepStatus.READY, StepStatus.FAILED, **step, error=error)
         self.changes.pending_runs.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
 
-    def _start(self, works: Sequence[tuple[_Candidate, Work]], missing: int) -> None:
+    def _start(self, works: Sequence[tuple[Candidate, Work]], missing: int) -> None:
         agents = self.claimer.agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
         most = self.request.most_memory_mb
         for candidate, work in self.changes.each(works, lambda one: one[0].ticket_id()):
@@ -387,7 +352,7 @@ class _ClaimTransaction:
         """For a hint; not for each of a thousand bad rows, under the write lock."""
         return [row.name for row in self.tx.all(statement)] if self.bad_rows < HINTS else []
 
-    def _attempt(self, candidate: _Candidate, work: Work, agent: Agent, *, alone: bool) -> Claim:
+    def _attempt(self, candidate: Candidate, work: Work, agent: Agent, *, alone: bool) -> Claim:
         row, ticket = candidate.row, work.ticket
         add, now, now_ms = self.changes.add, self.tx.now, self.tx.now_ms
         attempt_id = next(self.ids)

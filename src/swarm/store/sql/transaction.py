@@ -121,6 +121,20 @@ class Tx:
     def all(self, statement: Sql, **values: Any) -> list[Row]:
         return self._rows(statement, values)
 
+    def some(self, statement: Sql, most_chars: int | None, **values: Any) -> tuple[list[Row], bool]:
+        """The first rows, up to the one with which their texts are longer than that; and whether others may follow."""
+        if most_chars is None:
+            return self._rows(statement, values), False
+        if self._unwritten:
+            self.write()
+        self._cursor.execute(self._text(statement), values)
+        make = _row_type(tuple(column[0] for column in self._cursor.description))
+        rows, left = list[Row](), most_chars
+        while left >= 0 and (row := self._cursor.fetchone()) is not None:
+            rows.append(make(row))
+            left -= sum([len(value) for value in row if isinstance(value, str | bytes)])
+        return rows, left < 0
+
     def first(self, statement: Sql, **values: Any) -> Row | None:
         rows = self.all(statement, **values)
         return rows[0] if rows else None

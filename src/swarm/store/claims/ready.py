@@ -1,0 +1,76 @@
+"""Ready tickets and steps, as a claim reads them: by priority and age, and not more text than one transaction should
+write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from swarm.store.claims import kept, suspects
+from swarm.store.sql.conditions import IS_HERE
+from swarm.store.sql.dialect import Sql
+from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS
+from swarm.store.sql.transaction import Row, Tx
+
+# Rows with more text than this are enough for one transaction: it writes each as a whole, and all others wait.
+MOST_CHARS: Final = 2 << 20
+# live_run: set when another tool made the ticket ready again while it ran.
+_READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
+    WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
+_READY: Final = f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
+_UNLOCKED: Final = " /*+ FOR NO KEY UPDATE OF {} SKIP LOCKED */"  # what another engine is claiming is its own
+READY_TICKETS: Final = Sql(_READY + "ORDER BY t.priority DESC, t.created_at LIMIT :limit" + _UNLOCKED.format("t"))
+READY_TICKET: Final = Sql(_READY + "AND t.id = :id" + _UNLOCKED.format("t"))
+_STEP: Final = f"""
+SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
+       s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
+       s.ticket_created_at, {kept.COLUMNS}, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
+       FROM attempts a WHERE a.step_execution_id = s.id AND (a.outcome IS NULL OR a.outcome = 'succeeded')) AS taken,
+       r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
+       (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries, {suspects.LOSSES} AS losses,
+       r.ticket_id, t.id AS ticket, t.run_id AS ticket_run,
+       {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
+FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
+WHERE s.status = 'ready' AND s.available_at IS NULL
+  AND {IS_HERE}
+  AND (:idle OR :drain AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
+READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit" + _UNLOCKED.format("s"))
+READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit" + _UNLOCKED.format("s"))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A row that may be claimed: a ready ticket, or a ready step of a run that has begun."""
+
+    row: Row
+    is_step: bool
+
+    @property
+    def in_workflow(self) -> bool:
+        return self.is_step and self.row.definition is not None
+
+    def ticket_id(self) -> object:
+        return self.row.ticket_id if self.is_step else self.row.id
+
+    def turn(self) -> tuple[float, str]:  # a row whose priority isn't a number comes first, to be failed
+        priority = self.row.priority
+        return (-priority if isinstance(priority, int | float) else float("-inf"), str(self.row.created_at))
+
+
+def first(tx: Tx, which: Mapping[str, Any], *, limit: int, steps: bool, whole: bool) -> tuple[list[Candidate], bool]:
+    """The next candidates, in their order; and whether more may follow, since rows are too long to read all at once.
+    ``which``: values for READY_STEPS. ``whole``: all up to the limit, however long."""
+    most = None if whole else MOST_CHARS
+    found, cut = list[Candidate](), list[Candidate]()
+    for statement, is_step in ((READY_TICKETS, False), (READY_STEPS, True))[: 1 + steps]:
+        rows, more = tx.some(statement, most, limit=limit, **(which if is_step else {}))
+        found += [Candidate(row, is_step=is_step) for row in rows]
+        cut += found[-1:] if more else []
+    if steps:
+        found.sort(key=Candidate.turn)
+    if cut:  # those that were not read may come before the others
+        end = min(map(Candidate.turn, cut))
+        found = [one for one in found if one.turn() <= end]
+    return found, bool(cut)
