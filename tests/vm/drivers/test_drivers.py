@@ -281,6 +281,7 @@ async def test_it_goes_on_after_it_was_saved_and_in_its_snapshots(host: Host, tm
             for fork, name in ((one, "one"), (other, "other")):
                 assert (await fork.channel.hello()).hostname == name
                 assert await fork.channel.get("/work/mine", limit_bytes=100) == b"parent"
+                await processes.thaw(fork.channel.converse)  # until then, nothing is written to its disk
                 await fork.channel.put({"mine": name.encode()}, dest="/work")
             assert await one.channel.get("/work/mine", limit_bytes=100) == b"one"
         assert [digest(file) for file in sorted(saved.dir.iterdir())] == before
