@@ -76,8 +76,9 @@ async def errors_name_the_file_and_what_is_wrong(open_: Open, in_vm: bool) -> No
     await files.make_dir(open_, "directory")
     with pytest.raises(Conflict, match="directory: Is a directory"):
         await files.read_bytes(open_, "directory")
-    with pytest.raises(Conflict, match="directory: Is a directory"):
-        await files.write(open_, "directory", b"x")
+    for data in (b"x", b""):
+        with pytest.raises(Conflict, match="directory: Is a directory"):
+            await files.write(open_, "directory", data)
     if in_vm:  # root may do all
         await files.write(open_, "sealed", b"x", mode=0o444)
         with pytest.raises(Conflict, match="sealed: Permission denied"):
@@ -136,12 +137,21 @@ async def what_can_not_be_started_says_why(open_: Open, _: bool) -> None:
 async def input_arrives_byte_for_byte(open_: Open, in_vm: bool) -> None:
     for data in (b"hello\nworld\n", b"", b"$HOME `whoami` 'single' \"double\" \\back\nx\n", b"\xc3\x28\x00\xff\x01"):
         assert (await run(open_, Order(argv=["/bin/cat"], stdin=data))).stdout == data
+    blocks = 10 if in_vm else 50
     async with start(open_, Order(argv=["/usr/bin/wc", "-c"], open_stdin=True)) as process:
-        for _ in range(5):
+        for _ in range(blocks):
             await process.write(bytes(1 << 20))
         await process.close_stdin()
         done = await process.collect(100)
-    assert int(done.stdout) == 5 << 20
+    assert int(done.stdout) == blocks << 20
+
+
+@case
+async def a_large_command(open_: Open, _: bool) -> None:
+    """Many arguments of some size: one of more than 128 KiB no Linux takes."""
+    chunk = "x" * (64 << 10)
+    done = await run(open_, Order(argv=["/usr/bin/printf", "%s", *[chunk] * 16]))
+    assert (done.ended.code, done.stdout) == (0, chunk.encode() * 16)
 
 
 @case
@@ -152,5 +162,7 @@ async def environment_directory_and_user(open_: Open, in_vm: bool) -> None:
     assert b"sub" in (await sh(open_, "ls")).stdout
     assert b"env" in (await sh(open_, "ls", cwd="/usr/bin")).stdout
     assert (await sh(open_, "ls", cwd="sub")).stdout == b"here\n"
+    await files.write(open_, "/tmp/swarm-conformance/here", b"", parents=True) if in_vm else None
+    assert not in_vm or (await sh(open_, "ls", cwd="/tmp/swarm-conformance")).stdout == b"here\n"
     for user in ("agent", "root") if in_vm else ():
         assert (await sh(open_, "whoami", user=user)).stdout.decode().strip() == user

@@ -213,7 +213,7 @@ class Channel:
             self._last_id += 1
             conversation = Conversation(self._reader, self._writer, op, self._last_id)
             try:
-                await conversation.send(*frames.fit({"op": op, **fields}, payload))
+                await conversation.begin(*frames.fit({"op": op, **fields}, payload))
                 yield conversation
             finally:
                 if not conversation.ended:

@@ -32,6 +32,12 @@ class Conversation:
         self._heard = 0
         self.ended = False  # agentd has answered: the connection is free for another
 
+    async def begin(self, head: Mapping[str, object], payload: bytes) -> None:
+        """Send the request; a payload of any size."""
+        await self.send(head, payload[: frames.MAX_PAYLOAD_BYTES])
+        for at in range(frames.MAX_PAYLOAD_BYTES, len(payload), frames.MAX_PAYLOAD_BYTES):
+            await self.send({"op": "data"}, payload[at : at + frames.MAX_PAYLOAD_BYTES])
+
     async def send(self, head: Mapping[str, object], payload: bytes = b"") -> None:
         """Send a frame; its ``id`` is added. Waits while the guest takes nothing. Raises ChannelError, UsageError."""
         try:

@@ -23,6 +23,8 @@ MAX_PAYLOAD_BYTES: Final = 1 << 20
 MAX_BRACKETS: Final = 256
 MAX_COMMAS: Final = 1024
 MAX_WORD_BYTES: Final = (128 << 10) - 1  # of an argument, or a variable with its name; Linux's MAX_ARG_STRLEN
+MAX_WORDS_BYTES: Final = 2 << 20  # of all; Linux takes a quarter of the stack's limit, which is 8 MiB
+MAX_PACKED_BYTES: Final = 16 << 20  # of those in JSON, with a first input
 _LARGE: Final = ("argv", "env")
 _HEADER_ROOM_BYTES: Final = 32 << 10  # for large fields in a header
 _PREFIX: Final = struct.Struct(">II")
@@ -89,7 +91,8 @@ def encode(head: Mapping[str, object], payload: bytes = b"") -> bytes:
 
 def fit(fields: Mapping[str, object], payload: bytes) -> tuple[Mapping[str, object], bytes]:
     """A request's fields and payload as they are sent: an ``argv`` and ``env`` that no header holds go before the
-    payload, as JSON of ``packed`` bytes. Raises UsageError for what Linux would not take."""
+    payload, as JSON. ``packed``: how many bytes that takes, and all together. What one frame does not hold follows in
+    others. Raises UsageError for what Linux would not take."""
     large = {name: fields[name] for name in _LARGE if name in fields}
     argv, env = large.get("argv"), large.get("env")
     words = [str(word) for word in argv] if isinstance(argv, list | tuple) else []
@@ -101,25 +104,24 @@ def fit(fields: Mapping[str, object], payload: bytes) -> tuple[Mapping[str, obje
         raise UsageError(
             f"an argument or variable has {most:,} bytes: Linux takes {MAX_WORD_BYTES:,} in one: send a file"
         )
+    if (most := sum(sizes) + 9 * len(sizes)) > MAX_WORDS_BYTES:  # each has an end, and a pointer to it
+        raise UsageError(
+            f"arguments and environment take {most:,} bytes: Linux takes {MAX_WORDS_BYTES:,} together: send a file"
+        )
     data = json.dumps(large, separators=(",", ":")).encode()
     if len(data) <= _HEADER_ROOM_BYTES:
         return fields, payload
-    if len(data) + len(payload) > MAX_PAYLOAD_BYTES:
-        raise UsageError(
-            f"arguments, environment and what is sent ahead of stdin have {len(data) + len(payload):,} bytes together: "
-            f"{MAX_PAYLOAD_BYTES:,} are taken, so send a file or more stdin"
-        )
     rest = {name: value for name, value in fields.items() if name not in large}
-    return {**rest, "packed": len(data)}, data + payload
+    return {**rest, "packed": [len(data), len(data) + len(payload)]}, data + payload
 
 
 def unfit(fields: Mapping[str, object], payload: bytes) -> tuple[Mapping[str, object], bytes]:
     """What `fit` was given. Raises UsageError."""
-    size = fields.get("packed", 0)
+    size, total = packed(fields)
     if not size:
         return fields, payload
     try:
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= len(payload):
+        if len(payload) != total:
             raise ValueError
         large = json.loads(payload[:size])
         if not isinstance(large, dict) or set(large) - set(_LARGE):
@@ -127,6 +129,15 @@ def unfit(fields: Mapping[str, object], payload: bytes) -> tuple[Mapping[str, ob
     except (ValueError, RecursionError):
         raise UsageError("the arguments of a request make no sense") from None
     return {**{name: value for name, value in fields.items() if name != "packed"}, **large}, payload[size:]
+
+
+def packed(fields: Mapping[str, object]) -> tuple[int, int]:
+    """How large the JSON of `fit` is, and it with the payload; 0 if there is none. Raises UsageError."""
+    said = fields.get("packed", [0, 0])
+    match said:
+        case [int(size), int(total)] if 0 <= size <= total <= MAX_PACKED_BYTES:
+            return size, total
+    raise UsageError("the arguments of a request make no sense")
 
 
 async def read(reader: asyncio.StreamReader, *, who: str = "guest") -> Frame:

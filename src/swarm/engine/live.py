@@ -113,7 +113,7 @@ class _Live:
             if len(self._busy) > MAX_CONNECTIONS:
                 raise Conflict(f"the engine serves {MAX_CONNECTIONS} uses of its sandboxes already: try later")
             async with asyncio.timeout(wire.FIRST_SECONDS):
-                request = Request(await frames.read(reader, who="client"))
+                request = await wire.asked(reader)
             if request.asks:
                 await self._ask(request, reader, writer)
             else:

@@ -2468,7 +2468,7 @@ class Agentd:
     def more(self, connection: Connection, head: Header) -> bytes:
         received = connection.receive()
         if received is None or received[0]["op"] != "data" or received[0]["id"] != head["id"] or not received[1]:
-            raise Broken("a put without its data")
+            raise Broken("a request without its data")
         return received[1]
 
     def owner(self, head: Header) -> tuple[int, int] | None:
@@ -2546,7 +2546,11 @@ class Agentd:
     def start_program(self, connection: Connection, head: Header, payload: bytes) -> Header:
         """Run a program, any number at once. The host sends `stdin`, `resize` and `signal` while it runs."""
         if "packed" in head:  # an argv and env that no header holds come before its input
-            size = int(number(head, "packed"))
+            sizes = head["packed"]
+            assert isinstance(sizes, list)
+            size, total = sizes
+            while len(payload) < total:
+                payload += self.more(connection, head)
             head, payload = {**head, **json.loads(payload[:size])}, payload[size:]
         program = Program(self, head)
         with self.programs_lock:

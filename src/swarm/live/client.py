@@ -90,7 +90,7 @@ class Live:
         try:
             fields, payload = frames.fit(fields, payload)
             first = {**what, "sandbox": self.sandbox, "by": self._by, "fields": dict(fields)}
-            await Conversation(reader, writer, next(iter(what.values())), wire.ID).send(first, payload)
+            await Conversation(reader, writer, next(iter(what.values())), wire.ID).begin(first, payload)
             answer = await frames.read(reader, who="engine")
             wire.raise_fault(answer)
             yield reader, writer, answer

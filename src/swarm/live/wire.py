@@ -13,9 +13,12 @@ socket.
 
 from __future__ import annotations
 
+from asyncio import StreamReader
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
+from swarm.channel import frames
 from swarm.channel.frames import Frame, printable, unfit
 from swarm.errors import (
     BootFailed,
@@ -69,6 +72,20 @@ def raise_fault(frame: Frame) -> None:
     if not isinstance(said, dict) or not isinstance(message := said.get("message"), str):
         raise ChannelError("the engine sent a frame that makes no sense")
     raise _KINDS.get(str(said.get("kind")), SwarmError)(message)
+
+
+async def asked(reader: StreamReader) -> Request:
+    """The request of a new connection. Raises UsageError, ChannelError; the caller limits the time."""
+    first = await frames.read(reader, who="client")
+    fields = first.head.get("fields")
+    _, total = frames.packed(fields) if isinstance(fields, dict) else (0, 0)
+    payload = bytearray(first.payload)
+    while len(payload) < total:
+        more = await frames.read(reader, who="client")
+        if not more.payload:
+            raise UsageError("a request ended before it was whole")
+        payload += more.payload
+    return Request(replace(first, payload=bytes(payload)))
 
 
 class Request:
