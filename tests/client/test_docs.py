@@ -33,4 +33,4 @@ async def test_the_examples_print_what_the_page_shows(
             await asyncio.to_thread(exec, compile(text, f"docs/sdk.md: {text[:40]}", "exec"), names)
             assert matches(shown, "".join(printed)), f"{text}\nprints\n{''.join(printed)}"
             examples += 1
-    assert examples == 10
+    assert examples == 11

@@ -172,3 +172,35 @@ async def test_nobody_listens() -> None:
     with pytest.raises(Unreachable, match="is `swarm serve` running there") as raised:
         await asyncio.to_thread(ask)
     assert not raised.value.may_be_done
+
+
+async def test_output_goes_on_where_its_connection_broke() -> None:
+    """Each piece once, whatever part of a line came; and one that is silent is listened to again."""
+    box = Answer(200, {"id": "b", "state": "running"})
+    lines = [
+        b'{"dropped_bytes":3}\n', b'{"stream":"stdout","offset":5,"data":"aGk="}\n',
+        b'{"stream":"stderr","offset":7,"data":"b28="}\n', b'{"exit":{"code":4,"started_ns":1,"ended_ns":2000001}}\n',
+    ]  # fmt: skip
+
+    def cut(*parts: bytes) -> bytes:
+        return b"HTTP/1.1 200 X\r\nContent-Length: 1000\r\n\r\n" + b"".join(parts)
+
+    plan: list[Answer | str | bytes] = [
+        box,
+        cut(*lines[:2], lines[2][:20]),
+        DROP,
+        SILENCE,
+        BUSY,
+        Answer(200, b"".join(lines[1:])),
+    ]
+    async with faulty(plan) as server, AsyncSwarm(server.url, retry_seconds=30, timeout_seconds=0.2) as s:
+        running = await (await s.sandboxes.get("b")).attach("p")
+        running._outputs.silent_seconds = 0.2
+        heard = [(piece.stream, piece.text) async for piece in running.output()]
+        assert heard == [("stdout", "hi"), ("stderr", "oo")]
+        ended = await running.wait()
+        assert (ended.process, ended.code, ended.ms, running.dropped_bytes, running.after) == ("p", 4, 2.0, 3, 7)
+        assert [first.partition("after=")[2][:1] for first, _, _ in server.requests[1:]] == ["0", "5", "5", "5", "5"]
+    async with faulty([box, Answer(200, b'{"stream": 1}\n')]) as server, AsyncSwarm(server.url) as s:
+        with pytest.raises(ServerError, match="not JSON of output"):
+            await (await (await s.sandboxes.get("b")).attach("p")).wait()

@@ -9,12 +9,41 @@ from pathlib import Path
 import pytest
 
 from swarm.app import serve
-from swarm.client import AsyncSwarm, CommandFailed, Conflict, NotFound, SandboxEnded
+from swarm.client import AsyncSandbox, AsyncSwarm, CommandFailed, Conflict, NotFound, SandboxEnded
 from swarm.config import Settings
 from swarm.vm.driver import Image
 from tests.engine.test_sandboxes import desk_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("qemu")]
+
+
+async def hears_a_command(box: AsyncSandbox) -> None:
+    """While it runs, with both streams, and again from where it was left."""
+    script = "cat; echo one; echo two >&2; until [ -e go ]; do sleep 0.1; done; echo three; exit 3"
+    async with await box.start("sh", "-c", script, stdin="given\n", process="job") as job:
+        heard: dict[str, str] = {"stdout": "", "stderr": ""}
+        async for piece in job.output():
+            heard[piece.stream] += piece.text
+            if heard == {"stdout": "given\none\n", "stderr": "two\n"}:
+                break
+        await box.write("go", "")
+        again = await box.attach("job", after=job.after)
+        assert [piece.text async for piece in again.output()] == ["three\n"]
+        ended = await job.wait()
+        assert (ended.code, ended.timed_out, (await again.wait()).code) == (3, False, 3)
+    async with await box.start("head -c 1000000 /dev/zero; exec sleep 1000") as long:
+        size = 0
+        async for piece in long.output():
+            size += len(piece.data)
+            if long.after == 1_000_000:
+                break
+        late = await box.attach(long.process)
+        async for _ in late.output():
+            break
+        assert size == 1_000_000 - long.dropped_bytes and late.dropped_bytes > 700_000
+    assert (await late.wait()).signal == 9, "the block was left"
+    for name in ("go",):
+        await box.remove(name)
 
 
 async def test_a_vm_that_stays(settings: Settings, image: Image, tmp_path: Path) -> None:
@@ -42,6 +71,7 @@ async def test_a_vm_that_stays(settings: Settings, image: Image, tmp_path: Path)
                     pass
             assert await box.read("data") == data
             assert (await box.exec(who)).stdout.splitlines()[:2] == first[:2]
+            await hears_a_command(box)
             kept = await box.snapshot("good")
             forks = await box.fork(2, name="try")
             seen = [tuple(first), *[tuple((await fork.exec(who)).stdout.splitlines()) for fork in forks]]

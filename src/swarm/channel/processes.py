@@ -119,7 +119,8 @@ class Process:
         self.name = name
         self.pid = 0
         self.dropped_bytes = 0  # of its output, before what is heard
-        self.output_bytes = 0  # all that it has written until what was heard last; for `attach(after=…)`
+        self.output_bytes = 0  # all that it has written until what came last; for `attach(after=…)`
+        self._heard_bytes = 0
         self._conversation = conversation
         self._pty = pty
         self._writes = writes
@@ -129,7 +130,7 @@ class Process:
         self._waited = 0.0
         self._began = asyncio.get_running_loop().time()
         self._late_bytes = 0
-        self._parts: asyncio.Queue[tuple[str, bytes] | None] = asyncio.Queue(_MAX_PARTS)
+        self._parts: asyncio.Queue[tuple[str, bytes, int] | None] = asyncio.Queue(_MAX_PARTS)
         self._changed = asyncio.Condition()
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -139,7 +140,8 @@ class Process:
 
     async def _output(self) -> AsyncIterator[tuple[str, bytes]]:
         while (part := await self._parts.get()) is not None:
-            yield part
+            stream, data, self.output_bytes = part
+            yield stream, data
         self._parts.put_nowait(None)  # for whoever iterates again
         if (error := self._ended.exception()) is not None:
             raise error
@@ -237,8 +239,8 @@ class Process:
     async def _hear(self, frame: Frame) -> None:
         head = frame.head
         if (stream := head.get("stream")) in STREAMS and frame.payload:
-            self.output_bytes = frame.number("offset")
-            await self._parts.put((str(stream), frame.payload))
+            self._heard_bytes = frame.number("offset")
+            await self._parts.put((str(stream), frame.payload, self._heard_bytes))
         elif "taken" in head:
             taken = frame.number("taken")
             if not self._taken <= taken <= self._sent:
@@ -252,7 +254,8 @@ class Process:
         elif "dropped" in head and not self.dropped_bytes:
             self.dropped_bytes = frame.number("dropped")
         elif "refused" in head:
-            await self._parts.put(("stderr", f"swarm: {printable(frame.text('refused'))}\n".encode()))
+            refused = f"swarm: {printable(frame.text('refused'))}\n"
+            await self._parts.put(("stderr", refused.encode(), self._heard_bytes))
         else:
             raise ChannelError("the guest sent a frame that does not belong to a process")
 

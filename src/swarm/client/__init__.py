@@ -11,7 +11,7 @@ It needs httpx and nothing else of Swarm's; docs/sdk.md shows the rest.
 """
 
 from swarm.client.aio import AsyncApproval, AsyncSwarm, AsyncTicket
-from swarm.client.aio_sandboxes import AsyncSandbox
+from swarm.client.aio_sandboxes import AsyncRunning, AsyncSandbox
 from swarm.client.errors import (
     CommandFailed,
     Conflict,
@@ -28,7 +28,7 @@ from swarm.client.errors import (
     Unreachable,
 )
 from swarm.client.sync import Approval, Swarm, Ticket
-from swarm.client.sync_sandboxes import Sandbox
+from swarm.client.sync_sandboxes import Running, Sandbox
 from swarm.client.values import (
     Agent,
     Attempt,
@@ -41,6 +41,7 @@ from swarm.client.values import (
     FileChange,
     GuestFile,
     Line,
+    Output,
     Problem,
     Process,
     Run,
@@ -54,6 +55,7 @@ __all__ = [
     "Agent",
     "Approval",
     "AsyncApproval",
+    "AsyncRunning",
     "AsyncSandbox",
     "AsyncSwarm",
     "AsyncTicket",
@@ -72,10 +74,12 @@ __all__ = [
     "Invalid",
     "Line",
     "NotFound",
+    "Output",
     "Problem",
     "Process",
     "RateLimited",
     "Run",
+    "Running",
     "Sandbox",
     "SandboxEnded",
     "ServerError",

@@ -8,19 +8,24 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
+import httpx
+
 from swarm.client import calls
 from swarm.client.archive import packed, unpack
-from swarm.client.errors import SandboxEnded, TimedOut
+from swarm.client.errors import Conflict, Invalid, NotFound, SandboxEnded, TimedOut
+from swarm.client.stream import Outputs
 from swarm.client.values import (
     Command,
     Event,
     Executed,
     GuestFile,
     NewSandbox,
+    Output,
     Process,
     SandboxFields,
     Snapshot,
@@ -68,6 +73,16 @@ class AsyncSandbox(SandboxFields):
         connection breaks, it is killed, unless it was told `background`. Raises CommandFailed if it was told `check`
         and did not end with 0."""
         return calls.executed(await self._swarm._do(calls.execute(self.id, argv, given)), given)
+
+    async def start(self, *argv: str, **given: Unpack[Command]) -> AsyncRunning:
+        """Begin a command, to hear what it writes while it runs. It runs on when the connection breaks."""
+        given["background"] = True
+        return await self.attach((await self.exec(*argv, **given)).process)
+
+    async def attach(self, process: str, *, after: int = 0) -> AsyncRunning:
+        """Come back to a command that runs, or has ended. ``after``: what it wrote before this byte is known; the
+        sandbox keeps the latest 256 KiB."""
+        return AsyncRunning(self, process, after)
 
     async def processes(self) -> Sequence[Process]:
         """Those that run, and the last that have ended, with their status."""
@@ -141,6 +156,69 @@ class AsyncSandbox(SandboxFields):
 
     def _read(self, data: Mapping[str, Any]) -> AsyncSandbox:
         return read(AsyncSandbox, data, _swarm=self._swarm)
+
+
+class AsyncRunning:
+    """A command in a sandbox, by `AsyncSandbox.start` or `attach`. In a `with`, one that still runs at the end of the
+    block is killed, with all that it started."""
+
+    def __init__(self, sandbox: AsyncSandbox, process: str, after: int) -> None:
+        self.process = process
+        self._sandbox, self._swarm = sandbox, sandbox._swarm
+        self._outputs = Outputs(sandbox.id, process, after)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._outputs.result is None:
+            with suppress(Invalid, Conflict, NotFound):  # it has ended
+                await self.signal("KILL")
+
+    @property
+    def after(self) -> int:
+        """How many bytes of its output are known, for another `attach`."""
+        return self._outputs.after
+
+    @property
+    def dropped_bytes(self) -> int:
+        """Of its output, were gone before they were asked for."""
+        return self._outputs.dropped_bytes
+
+    async def output(self) -> AsyncIterator[Output]:
+        """What it writes, as it comes, until it has ended. Over a connection that breaks, it goes on where it was."""
+        outputs, server = self._outputs, self._swarm._server
+        tries = server.tries(outputs.call)
+        while outputs.result is None:
+            delay: float | None
+            try:
+                response = await self._swarm._http.send(outputs.call.request(self._swarm._http), stream=True)
+                async with aclosing(response):
+                    if (delay := tries.answered(response)) is None:
+                        if response.status_code != 200:
+                            await response.aread()
+                            tries.value(response)
+                        async for data in response.aiter_bytes():
+                            for piece in outputs.take(data):
+                                yield piece
+                            tries.went_well()
+                        delay = tries.cut() if outputs.result is None else 0.0
+            except httpx.ReadTimeout:
+                delay = 0.0  # it writes nothing
+            except httpx.TransportError as error:
+                delay = tries.broke(error)
+            await asyncio.sleep(delay)
+
+    async def wait(self) -> Executed:
+        """How it ended, when it has. Output that nobody has read is lost."""
+        async for _ in self.output():
+            pass
+        assert self._outputs.result is not None
+        return self._outputs.result
+
+    async def signal(self, name: str = "TERM") -> None:
+        """To it and all that it started."""
+        await self._sandbox.signal(self.process, name)
 
 
 class AsyncSandboxes:

@@ -266,8 +266,12 @@ def executed(data: Mapping[str, Any], given: Command) -> Executed:
     return found
 
 
-def signal(id: str, process: str, name: str) -> Call:
-    return _slow("POST", named("sandboxes", id, f"processes/{quote(process, safe='')}/signal"), body={"signal": name})
+def process(id: str, process: str, verb: str) -> str:
+    return named("sandboxes", id, f"processes/{quote(process, safe='')}/{verb}")
+
+
+def signal(id: str, name: str, signal: str) -> Call:
+    return _slow("POST", process(id, name, "signal"), body={"signal": signal})
 
 
 def write_file(id: str, path: str, data: bytes | str, mode: int) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Final
 
 from swarm.client import calls
 from swarm.client.errors import ServerError
-from swarm.client.values import Event, Line, read
+from swarm.client.values import Event, Executed, Line, Output, read
 
 _MAX_BYTES: Final = 8 << 20  # of one event
 _QUIET_SECONDS: Final = 30.0  # more than the server is ever silent
@@ -72,6 +73,50 @@ class Following:
     def _field(line: bytes) -> tuple[str, str]:
         name, _, text = line.decode(errors="replace").partition(":")
         return name, text.removeprefix(" ")
+
+
+class Outputs:
+    """A command's output as it comes, each piece once, over any number of connections; ``result``: how it ended."""
+
+    def __init__(self, sandbox: str, process: str, after: int) -> None:
+        self._path = calls.process(sandbox, process, "output")
+        self._rest = bytearray()
+        self.after = after
+        self.dropped_bytes = 0
+        self.result: Executed | None = None
+        self.silent_seconds = calls.START_SECONDS  # a sandbox may start; then the connection is made anew
+        self._process = process
+
+    @property
+    def call(self) -> calls.Call:
+        """The request that goes on behind the last piece."""
+        self._rest = bytearray()
+        query = {"after": self.after, "follow": "true", "lines": "true"}
+        seconds = self.silent_seconds
+        return calls.Call(method="GET", path=self._path, query=query, repeatable=True, extra_seconds=seconds)
+
+    def take(self, data: bytes) -> Iterator[Output]:
+        """The pieces that are whole with these bytes."""
+        self._rest += data
+        if b"\n" not in data:
+            if len(self._rest) > _MAX_BYTES:
+                raise ServerError(f"a line has more than {_MAX_BYTES:,} bytes: is this Swarm's server?")
+            return
+        *whole, rest = bytes(self._rest).split(b"\n")
+        self._rest = bytearray(rest)
+        for line in whole:
+            try:
+                said = json.loads(line)
+                if "exit" in said:
+                    ms = (said["exit"]["ended_ns"] - said["exit"]["started_ns"]) / 1e6
+                    self.result = read(Executed, {**said["exit"], "process": self._process, "ms": max(0.0, ms)})
+                elif "stream" not in said:
+                    self.dropped_bytes += said["dropped_bytes"]
+                elif said["offset"] > self.after:
+                    self.after = said["offset"]
+                    yield Output(stream=said["stream"], data=base64.b64decode(said["data"]))
+            except (ValueError, TypeError, LookupError):
+                raise ServerError("a line is not JSON of output: is this Swarm's server?") from None
 
 
 class Lines:

@@ -7,19 +7,24 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
+import httpx
+
 from swarm.client import calls
 from swarm.client.archive import packed, unpack
-from swarm.client.errors import SandboxEnded, TimedOut
+from swarm.client.errors import Conflict, Invalid, NotFound, SandboxEnded, TimedOut
+from swarm.client.stream import Outputs
 from swarm.client.values import (
     Command,
     Event,
     Executed,
     GuestFile,
     NewSandbox,
+    Output,
     Process,
     SandboxFields,
     Snapshot,
@@ -67,6 +72,16 @@ class Sandbox(SandboxFields):
         connection breaks, it is killed, unless it was told `background`. Raises CommandFailed if it was told `check`
         and did not end with 0."""
         return calls.executed(self._swarm._do(calls.execute(self.id, argv, given)), given)
+
+    def start(self, *argv: str, **given: Unpack[Command]) -> Running:
+        """Begin a command, to hear what it writes while it runs. It runs on when the connection breaks."""
+        given["background"] = True
+        return self.attach((self.exec(*argv, **given)).process)
+
+    def attach(self, process: str, *, after: int = 0) -> Running:
+        """Come back to a command that runs, or has ended. ``after``: what it wrote before this byte is known; the
+        sandbox keeps the latest 256 KiB."""
+        return Running(self, process, after)
 
     def processes(self) -> Sequence[Process]:
         """Those that run, and the last that have ended, with their status."""
@@ -139,6 +154,68 @@ class Sandbox(SandboxFields):
 
     def _read(self, data: Mapping[str, Any]) -> Sandbox:
         return read(Sandbox, data, _swarm=self._swarm)
+
+
+class Running:
+    """A command in a sandbox, by `Sandbox.start` or `attach`. In a `with`, one that still runs at the end of the
+    block is killed, with all that it started."""
+
+    def __init__(self, sandbox: Sandbox, process: str, after: int) -> None:
+        self.process = process
+        self._sandbox, self._swarm = sandbox, sandbox._swarm
+        self._outputs = Outputs(sandbox.id, process, after)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._outputs.result is None:
+            with suppress(Invalid, Conflict, NotFound):  # it has ended
+                self.signal("KILL")
+
+    @property
+    def after(self) -> int:
+        """How many bytes of its output are known, for another `attach`."""
+        return self._outputs.after
+
+    @property
+    def dropped_bytes(self) -> int:
+        """Of its output, were gone before they were asked for."""
+        return self._outputs.dropped_bytes
+
+    def output(self) -> Iterator[Output]:
+        """What it writes, as it comes, until it has ended. Over a connection that breaks, it goes on where it was."""
+        outputs, server = self._outputs, self._swarm._server
+        tries = server.tries(outputs.call)
+        while outputs.result is None:
+            delay: float | None
+            try:
+                response = self._swarm._http.send(outputs.call.request(self._swarm._http), stream=True)
+                with closing(response):
+                    if (delay := tries.answered(response)) is None:
+                        if response.status_code != 200:
+                            response.read()
+                            tries.value(response)
+                        for data in response.iter_bytes():
+                            yield from outputs.take(data)
+                            tries.went_well()
+                        delay = tries.cut() if outputs.result is None else 0.0
+            except httpx.ReadTimeout:
+                delay = 0.0  # it writes nothing
+            except httpx.TransportError as error:
+                delay = tries.broke(error)
+            time.sleep(delay)
+
+    def wait(self) -> Executed:
+        """How it ended, when it has. Output that nobody has read is lost."""
+        for _ in self.output():
+            pass
+        assert self._outputs.result is not None
+        return self._outputs.result
+
+    def signal(self, name: str = "TERM") -> None:
+        """To it and all that it started."""
+        self._sandbox.signal(self.process, name)
 
 
 class Sandboxes:

@@ -198,6 +198,18 @@ class Executed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Output:
+    """A piece of what a command wrote: ``stream`` is stdout or stderr."""
+
+    stream: str
+    data: bytes = b""
+
+    @property
+    def text(self) -> str:
+        return self.data.decode(errors="replace")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Process:
     """A process of a sandbox. ``ended``: how, as `Executed` has it; None while it runs."""
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
@@ -22,7 +23,7 @@ from swarm.api.endpoint import Call, Endpoint, Fields
 from swarm.api.v1.sandboxes import Text, forbidden, usable_sandbox, while_wanted
 from swarm.base.aio import cancel_all, first
 from swarm.channel import processes
-from swarm.channel.frames import MAX_WORD_BYTES
+from swarm.channel.frames import MAX_PAYLOAD_BYTES, MAX_WORD_BYTES
 from swarm.channel.processes import Listed, Order, Process
 from swarm.errors import ChannelError, UsageError
 from swarm.fields import NO_NUL, Variable, bounded
@@ -74,6 +75,7 @@ class Signal(Fields):
 class OutputQuery(Fields):
     after: int | None = Field(default=None, ge=0, lt=1 << 63, description="what it wrote before this byte is known")
     follow: bool = Field(default=False, description="go on until it has ended")
+    lines: bool = Field(default=False, description="lines of JSON: each piece with its stream, at last how it ended")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,11 +146,13 @@ async def exec_command(call: Call) -> Executed:
 
 async def _executed(live: Live, given: Exec) -> Executed:
     stdin = _decoded(given.stdin_base64) if given.stdin_base64 is not None else (given.stdin or "").encode()
-    order = order_of(given, open_stdin=bool(stdin))
+    if given.background and len(stdin) > MAX_PAYLOAD_BYTES:
+        raise UsageError("a command in the background takes at most 1 MiB of stdin ahead: write a file that it reads")
+    ahead = stdin if given.background else b""  # whoever leaves at once can't know what of the rest arrives
+    order = replace(order_of(given, open_stdin=bool(stdin) and not ahead), stdin=ahead)
     kept = _Kept(given.max_output_bytes)
     async with processes.start(live.open, order) as process:
         if given.background:
-            await _feed(process, stdin)
             return Executed(process=order.process)
         feeding = asyncio.create_task(_feed(process, stdin))
         try:
@@ -220,7 +224,8 @@ async def signal_process(call: Call) -> None:
 
 
 async def show_process_output(call: Call) -> Response:
-    """stdout and stderr as they came; of older output, the guest keeps the end."""
+    """stdout and stderr as they came; of older output, the guest keeps the end. ``lines``: each piece with its stream
+    and the ``offset`` behind it, which is the next ``after``; before them, how much is gone."""
     query: OutputQuery = call.query
     live = await live_of(call)
     name = call.path["process"]
@@ -232,13 +237,26 @@ async def show_process_output(call: Call) -> Response:
         async with processes.attach(live.open, name, after=query.after) as process:
             if known is not None and known <= (query.after or 0):
                 return
-            async for _, data in process:
-                yield data
+            dropped = False
+            async for stream, data in process:
+                if query.lines and process.dropped_bytes and not dropped:
+                    dropped = True
+                    yield _line({"dropped_bytes": process.dropped_bytes})
+                text = base64.b64encode(data).decode()
+                about = {"stream": stream, "offset": process.output_bytes, "data": text}
+                yield _line(about) if query.lines else data
                 if known is not None and process.output_bytes >= known:
                     return
+            if query.lines:
+                yield _line({"exit": asdict(await process.exit())})
 
+    media_type = "application/x-ndjson" if query.lines else "application/octet-stream"
     headers = {"cache-control": "no-store"}
-    return StreamingResponse(await begun(output()), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(await begun(output()), media_type=media_type, headers=headers)
+
+
+def _line(said: Mapping[str, object]) -> bytes:
+    return json.dumps(said, separators=(",", ":")).encode() + b"\n"
 
 
 ENDPOINTS: Final[Sequence[Endpoint]] = (
