@@ -137,7 +137,7 @@ async def what_can_not_be_started_says_why(open_: Open, _: bool) -> None:
 async def input_arrives_byte_for_byte(open_: Open, in_vm: bool) -> None:
     for data in (b"hello\nworld\n", b"", b"$HOME `whoami` 'single' \"double\" \\back\nx\n", b"\xc3\x28\x00\xff\x01"):
         assert (await run(open_, Order(argv=["/bin/cat"], stdin=data))).stdout == data
-    blocks = 10 if in_vm else 50
+    blocks = 5 if in_vm else 50
     async with start(open_, Order(argv=["/usr/bin/wc", "-c"], open_stdin=True)) as process:
         for _ in range(blocks):
             await process.write(bytes(1 << 20))
