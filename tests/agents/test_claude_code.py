@@ -201,7 +201,10 @@ async def test_limits_end_it(run: Run, limit: dict[str, Any], stop_reason: str) 
 async def test_the_time_limit_of_the_ticket_comes_near(run: Run) -> None:
     """While a tool runs, whose processes end with it."""
     mark = f"import time; time.sleep(1000)  # of this test, {uuid.uuid4()}"
-    ran = await run(EDIT, bash(f'python3 -c "{mark}"'), seconds=24)
+    for seconds in (24, 120):  # a busy machine may use all of it before the first tool
+        ran = await run(EDIT, bash(f'python3 -c "{mark}"'), seconds=seconds)
+        if "+two" in ran.outputs.get("diff", ""):
+            break
     assert (ran.outputs["finished"], ran.outputs["stop_reason"]) == (False, "time"), ran.outputs["why"]
     assert ran.patched == "one\ntwo\n"
     assert not [one for one in _processes() if mark in one[1]]

@@ -42,7 +42,7 @@ async def test_who_gets_it_and_why_others_do_not(served: Served) -> None:
     box = (await served.operator.post("/v1/sandboxes", json={})).json()["id"]
     kept = (await served.admin.post("/v1/sandboxes", json={"agent": "keeper"})).json()["id"]
     gone = (await served.store.add_sandbox(Sandbox(id="", state="starting"), by="x")).id
-    with closing(sqlite3.connect(served.settings.data_dir / "swarm.db")) as database, database:
+    with closing(sqlite3.connect(served.settings.data_dir / "swarm.db", timeout=60)) as database, database:
         database.execute("UPDATE sandboxes SET secret = 0, name = 'a box' WHERE id = ?", (box,))
         database.execute(
             "UPDATE sandboxes SET state = 'lost', name = ?, error = ? WHERE id = ?", (HOSTILE, HOSTILE, gone)
@@ -197,7 +197,7 @@ async def test_how_a_shell_ends(chromium: Browser, tmp_path: Path, tmp_path_fact
             await chromium.open(f"{served.url}/sandboxes/{box}/terminal")
             await one.says("Connected")
         await one.says("The shell has ended: the")  # as the engine said, or its end
-        with closing(sqlite3.connect(served.settings.data_dir / "swarm.db")) as database, database:
+        with closing(sqlite3.connect(served.settings.data_dir / "swarm.db", timeout=60)) as database, database:
             database.execute("DELETE FROM workers")
         await chromium.click("#terminal-again")
         await one.says("No engine runs here")

@@ -26,12 +26,19 @@ async def test_what_can_not_be_renewed_is_lost(how: str) -> None:
             await asyncio.Event().wait()
 
     keeping = asyncio.create_task(leases.keep(lambda: ["a"], renew, lost.set, lease_seconds=0.3))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await lost.wait()
     keeping.cancel()
 
 
 async def test_what_is_renewed_or_not_held_is_not_lost() -> None:
+    for seconds in (0.3, 5.0):  # a busy machine may stand still for longer than a short one
+        if not await is_lost(seconds):
+            return
+    raise AssertionError("lost")
+
+
+async def is_lost(lease_seconds: float) -> bool:
     lost, renewed = asyncio.Event(), asyncio.Event()
     held: list[str] = []
     looks = 0
@@ -46,8 +53,8 @@ async def test_what_is_renewed_or_not_held_is_not_lost() -> None:
         if looks > 10:
             renewed.set()
 
-    keeping = asyncio.create_task(leases.keep(look, renew, lost.set, lease_seconds=0.3))
-    async with asyncio.timeout(30):
+    keeping = asyncio.create_task(leases.keep(look, renew, lost.set, lease_seconds=lease_seconds))
+    async with asyncio.timeout(60):
         await renewed.wait()
     keeping.cancel()
-    assert not lost.is_set()
+    return lost.is_set()
