@@ -302,6 +302,21 @@ async def test_a_guest_that_does_not_begin_is_not_waited_for() -> None:
         await writer.wait_closed()
 
 
+async def test_a_program_that_was_refused_is_no_program_in_the_background() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        held, fields = sandbox(), {"process": "p", "background": True}
+        talk = Told(Conversation(reader, writer, "exec", 1), "exec", fields, held, by="anna")
+        theirs.sendall(frames.encode({"id": 1, "error": {"type": "CannotStart", "message": "no such program"}}))
+        assert await talk.begin()
+        assert held.background == set(), "its end would never be told"
+        with pytest.raises(GuestRefused, match="no such program"):
+            await talk.receive()
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_one_sandbox_does_not_take_all_places(tmp_path: Path) -> None:
     held = sandbox()
     held.guest = Guest(Endpoint(unix=tmp_path / "none"), TOKEN)

@@ -269,6 +269,17 @@ async def test_it_runs_on_when_there_is_no_room_for_its_snapshot(
         await engine.end("s", by="test")
 
 
+@pytest.mark.parametrize("nothing", ["null", " ", ""])
+async def test_what_says_nothing_in_a_row_stops_no_engine(settings: Settings, tmp_path: Path, nothing: str) -> None:
+    async with desk_at(settings, tmp_path, driver="process") as desk, desk.engine() as engine:
+        desk.insert("s", env=nothing, secrets=nothing, labels=nothing, network=nothing, image=nothing.strip())
+        await desk.state("s", "running", "ended")
+        desk.insert("other", env=nothing, secrets=nothing)
+        await desk.running("other")
+        for id in list(engine.held):
+            await engine.end(id, by="test")
+
+
 async def test_one_that_is_taken_again_too_early_goes_back(settings: Settings, tmp_path: Path) -> None:
     """Its engine still holds it when another program makes it new: it does not stay without a VM until a lease ends."""
     async with desk_at(settings, tmp_path, driver="process") as desk, desk.engine() as engine:

@@ -108,7 +108,7 @@ class Told:
             except ChannelError as error:  # it may have begun: who asked is to hear of it, and not to ask again
                 self._first = error
             self._held.record("exec", self._said | self._by)  # at once: it may run for days
-            if self._background and self._process:
+            if self._background and self._process and not isinstance(self._first, GuestRefused):
                 self._held.background.add(self._process)
         return True
 

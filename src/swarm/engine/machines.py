@@ -47,10 +47,10 @@ def agent_of(claim: SandboxClaim) -> Agent:
     names = ("image", "vcpus", "disk_mb", "network")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(sandbox, name)) is not None}
     if sandbox.secrets:
-        given["secrets"] = tuple(json.loads(sandbox.secrets))
+        given["secrets"] = tuple(json.loads(sandbox.secrets) or ())
     if claim.snapshot is not None and (size := rows.disk_mb(claim.snapshot.spec)) is not None:
         given["disk_mb"] = size
-    env = {**base.env, **json.loads(sandbox.env or "{}")}
+    env = {**base.env, **(json.loads(sandbox.env or "{}") or {})}
     return replace(base, memory_mb=claim.memory_mb, env=env, **given)
 
 
@@ -180,10 +180,12 @@ class Machines:
         guest = Guest(live.vm.endpoint, live.identity.token)
         try:
             async with asyncio.timeout(_ASK_SECONDS):
-                for one in await processes.processes(guest.open):
+                found = await processes.processes(guest.open)
+                for one in found:
                     if one.process in held.background and one.ended is not None:
                         held.background.discard(one.process)
                         held.record("exit", {"process": one.process, **exit_of(asdict(one.ended))})
+                held.background &= {one.process for one in found}  # the guest forgets those that ended long ago
         except (ChannelError, GuestRefused, TimeoutError) as error:
             log.warning("can't ask a sandbox for its processes", sandbox=held.id, error=str(error))
         finally:

@@ -92,6 +92,9 @@ def check(row: Any) -> Sandbox:
     _check_secrets(strict_text("secrets", row.secrets))
     _check_texts("env", strict_text("env", row.env), VARIABLE.removesuffix("$"), IN_WORDS[VARIABLE])
     _check_texts("labels", strict_text("labels", row.labels), r"[^\x00-\x1f]{1,64}", "1 to 64 printable characters")
+    for name in ("secrets", "env", "labels"):
+        if _parsed(name, values[name]) is None:  # blank, or null
+            values[name] = None
     values["wanted"] = wanted(row.wanted)
     values["secret"] = _secret(row.secret)
     return Sandbox(**values)
