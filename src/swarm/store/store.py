@@ -82,6 +82,7 @@ from swarm.store.tickets.events import LeftFiles
 from swarm.store.tickets.facts import Backlog, Facts, Traced
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
+from swarm.store.tickets.settled import Settled
 from swarm.store.untold import UNTOLD
 from swarm.workflow.definition import Workflow
 
@@ -112,6 +113,7 @@ class Store:
         shared = (self._queue.claim, finisher.finish, finisher.append, finisher.renew, finisher.running)
         self._write = IsolatingThread(db, self.isolation, untold=untold, shared=shared)
         self._read = ConnectionThread(db, write=False, untold=untold)
+        self._settled = Settled(self._read, db.dialect)
         self._survey_read: ConnectionThread | None = None  # begins at its first use
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
         self._approvals = approvals.Approvals(self._workflows)
@@ -601,7 +603,8 @@ class Store:
 
     async def sandbox_events(self, id: str, after: int = 0, limit: int = 1000) -> list[Event]:
         """Events with ``seq`` > ``after``, in order."""
-        return await self._read.call(events.of_sandbox, id, after=after, limit=limit)
+        up_to = await self._settled.newest()
+        return await self._read.call(events.of_sandbox, id, after=after, up_to=up_to, limit=limit)
 
     async def sandbox_history(self, id: str, *, limit: int = 200) -> list[Event]:
         """The newest events, newest first."""
@@ -765,11 +768,12 @@ class Store:
 
     async def events(self, ticket_id: str | None, after: int = 0, limit: int = 1000) -> list[Event]:
         """Events with ``seq`` > ``after``, in order. ``ticket_id`` None: of all tickets, including deleted ones."""
-        return await self._read.call(events.events, ticket_id, after=after, limit=limit)
+        up_to = await self._settled.newest()
+        return await self._read.call(events.events, ticket_id, after=after, up_to=up_to, limit=limit)
 
     async def last_event(self, ticket_id: str) -> int:
         """The ``seq`` of its newest event; 0 if it has none."""
-        return await self._read.call(events.last_event, ticket_id)
+        return await self._read.call(events.last_event, ticket_id, up_to=await self._settled.newest())
 
     async def all_events(
         self, *, after: int, limit: int, project_id: str | None = None, kinds: Sequence[str] = ()
@@ -777,13 +781,19 @@ class Store:
         """Some of the events with ``seq`` > ``after``, in order, and where the next ones begin: ``after`` at the end.
         ``project_id``: only of its tickets that exist. Never reads more than some thousand."""
         return await self._read.call(
-            events.all_events, after=after, limit=limit, project_id=project_id, kinds=tuple(kinds)
+            events.all_events,
+            after=after,
+            up_to=await self._settled.newest(),
+            limit=limit,
+            project_id=project_id,
+            kinds=tuple(kinds),
         )
 
     async def tickets_with_events(self, after: int | None, *, limit: int) -> tuple[int, Collection[str] | None]:
         """The newest event's ``seq``, and the tickets of those after ``after``; None if it is None, or they are more
         than ``limit``."""
-        return await self._read.call(events.tickets_with_events, after=after, limit=limit)
+        up_to = await self._settled.newest()
+        return await self._read.call(events.tickets_with_events, after=after, up_to=up_to, limit=limit)
 
     async def output(
         self, ticket_id: str, *, after: int | None = None, before: int | None = None, limit: int = 200
@@ -798,11 +808,11 @@ class Store:
 
     async def newest_event(self) -> int:
         """The ``seq`` of the newest event of all; 0 if there is none."""
-        return await self._read.call(events.newest)
+        return await self._read.call(events.newest, up_to=await self._settled.newest())
 
     async def facts(self, *, after: int, limit: int) -> Facts:
         """What the next ``limit`` events say of tickets, attempts and model calls; output is not read."""
-        return await self._read.call(facts.facts, after=after, limit=limit)
+        return await self._read.call(facts.facts, after=after, up_to=await self._settled.newest(), limit=limit)
 
     async def traced(self, ticket_id: str, *, run_id: str | None, limit: int) -> Traced:
         """What a trace tells of a run: so many steps and attempts at most."""

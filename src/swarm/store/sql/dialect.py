@@ -60,6 +60,11 @@ class Dialect:
     begin_shared: str | None
     begin_read: str
     begin_migration: str
+    # If an event may become visible after one with a higher number (store/tickets/settled.py): SQL that returns the
+    # newest event's number and `them`, which means the transactions that are under way, '' if there is none; and
+    # whether those of :them that write events, and began after :since, have ended.
+    newest_event: str | None
+    has_ended: str
     lock: str | None  # takes the write lock, and changes nothing. None: there is none
     warm_up: str | None  # reads what changes of a :ticket_id are about to write
     tries: int  # of a transaction that others came between, before it takes the lock from the start

@@ -183,6 +183,22 @@ def _watching(url: str) -> AbstractAsyncContextManager[Wake]:
     return Listener.watching(_parameters(url), told)
 
 
+# `them`: transactions with lower numbers.
+_NEWEST_EVENT: Final = """
+SELECT COALESCE((SELECT max(seq) FROM events), 0) AS seq,
+  CASE WHEN pg_snapshot_xmin(s) < pg_snapshot_xmax(s) THEN CAST(pg_snapshot_xmax(s) AS text) ELSE '' END AS them
+FROM pg_current_snapshot() s"""
+# Whoever wrote an event has its table locked until the end; pg_locks has the last 32 bits of a transaction's number.
+_NUMBER: Final = "CAST(CAST(own.transactionid AS text) AS bigint)"
+_HAS_ENDED: Final = f"""
+SELECT pg_snapshot_xmin(pg_current_snapshot()) >= CAST(CAST(:them AS text) AS xid8) OR NOT EXISTS (
+  SELECT 1 FROM pg_locks l JOIN pg_locks own ON own.virtualtransaction = l.virtualtransaction
+  WHERE l.locktype = 'relation' AND l.relation = CAST('events' AS regclass) AND l.mode = 'RowExclusiveLock'
+    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock'
+    AND (({_NUMBER} - CAST(CAST(:them AS text) AS bigint)) & 4294967295) >= 2147483648
+    AND (({_NUMBER} - CAST(CAST(:since AS text) AS bigint)) & 4294967295) < 2147483648) AS ended"""
+
 POSTGRESQL: Final = Dialect(
     name="postgresql",
     driver="postgresql+psycopg",
@@ -206,6 +222,8 @@ POSTGRESQL: Final = Dialect(
     begin_read="BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
     # Migrations of two processes, one after the other.
     begin_migration="BEGIN; SELECT pg_advisory_xact_lock(hashtext('swarm migration'))",
+    newest_event=_NEWEST_EVENT,
+    has_ended=_HAS_ENDED,
     lock=None,
     warm_up=None,
     tries=200,

@@ -189,6 +189,8 @@ SQLITE: Final = Dialect(
     begin_shared=None,
     begin_read="BEGIN",
     begin_migration="BEGIN IMMEDIATE",
+    newest_event=None,
+    has_ended="",
     lock="UPDATE clock SET offset_ms = 0 WHERE 0",
     warm_up=_WARM_UP,
     tries=3,

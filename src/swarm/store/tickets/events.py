@@ -30,25 +30,34 @@ RECORD: Final = Sql(
 )
 # An id may be used again after its ticket was deleted: events of the old ticket are left out.
 OF_TICKET: Final = Sql(
-    f"SELECT {_COLUMNS} FROM events e WHERE e.ticket_id = :id AND e.seq > :after AND e.seq > COALESCE("
-    "(SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
+    f"SELECT {_COLUMNS} FROM events e WHERE e.ticket_id = :id AND e.seq > :after AND e.seq <= :up_to "
+    "AND e.seq > COALESCE((SELECT max(d.seq) FROM events d WHERE d.ticket_id = :id AND d.kind = 'deleted'), 0) "
+    "ORDER BY e.seq LIMIT :limit"
 )
 OF_SANDBOX: Final = Sql(
-    f"SELECT {_COLUMNS} FROM events e WHERE e.sandbox_id = :id AND e.seq > :after AND e.seq > COALESCE("
-    "(SELECT max(d.seq) FROM events d WHERE d.sandbox_id = :id AND d.kind = 'deleted'), 0) ORDER BY e.seq LIMIT :limit"
+    f"SELECT {_COLUMNS} FROM events e WHERE e.sandbox_id = :id AND e.seq > :after AND e.seq <= :up_to "
+    "AND e.seq > COALESCE((SELECT max(d.seq) FROM events d WHERE d.sandbox_id = :id AND d.kind = 'deleted'), 0) "
+    "ORDER BY e.seq LIMIT :limit"
 )
 LAST_OF_SANDBOX: Final = Sql(
     f"SELECT {_COLUMNS} FROM events e WHERE e.sandbox_id = :id AND e.seq > COALESCE("
     "(SELECT max(d.seq) FROM events d WHERE d.sandbox_id = :id AND d.kind = 'deleted'), 0) "
     "ORDER BY e.seq DESC LIMIT :limit"
 )
-_LAST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE ticket_id = :id")
-_LOOKED_AT: Final = "SELECT seq, ticket_id, sandbox_id, kind FROM events WHERE seq > :after ORDER BY seq LIMIT :scanned"
+_LAST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE ticket_id = :id AND seq <= :up_to")
+_LOOKED_AT: Final = (
+    "SELECT seq, ticket_id, sandbox_id, kind FROM events WHERE seq > :after AND seq <= :up_to ORDER BY seq "
+    "LIMIT :scanned"
+)
 _LAST_LOOKED_AT: Final = Sql(f"SELECT COALESCE(max(seq), :after) AS seq FROM ({_LOOKED_AT}) e")
 _SCANNED: Final = 2000
-_NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events")
-_TICKETS: Final = Sql("SELECT seq, ticket_id, sandbox_id FROM events WHERE seq > :after ORDER BY seq LIMIT :limit")
-OF_ALL: Final = Sql(f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after ORDER BY e.seq LIMIT :limit")
+_NEWEST: Final = Sql("SELECT COALESCE(max(seq), 0) AS seq FROM events WHERE seq <= :up_to")
+_TICKETS: Final = Sql(
+    "SELECT seq, ticket_id, sandbox_id FROM events WHERE seq > :after AND seq <= :up_to ORDER BY seq LIMIT :limit"
+)
+OF_ALL: Final = Sql(
+    f"SELECT {_COLUMNS} FROM events e WHERE e.seq > :after AND e.seq <= :up_to ORDER BY e.seq LIMIT :limit"
+)
 # What an attempt left, once it has ended. That of a lost one is another's by now.
 _FILES: Final = Sql(
     "SELECT e.step_id, e.data, t.execution_mode FROM events e JOIN attempts a ON a.id = e.attempt_id "
@@ -74,16 +83,17 @@ class Pruned:
     after: int | None  # where the next batch starts; None at the end
 
 
-def events(tx: Tx, ticket_id: str | None, *, after: int, limit: int) -> list[Event]:
+def events(tx: Tx, ticket_id: str | None, *, after: int, up_to: int, limit: int) -> list[Event]:
+    """``up_to``, here and below: `Settled.newest`."""
     if ticket_id is None:
-        found = tx.all(OF_ALL, after=after, limit=limit)
+        found = tx.all(OF_ALL, after=after, up_to=up_to, limit=limit)
     else:
-        found = tx.all(OF_TICKET, id=ticket_id, after=after, limit=limit)
+        found = tx.all(OF_TICKET, id=ticket_id, after=after, up_to=up_to, limit=limit)
     return [rows.event(row) for row in found]
 
 
-def of_sandbox(tx: Tx, id: str, *, after: int, limit: int) -> list[Event]:
-    return [rows.event(row) for row in tx.all(OF_SANDBOX, id=id, after=after, limit=limit)]
+def of_sandbox(tx: Tx, id: str, *, after: int, up_to: int, limit: int) -> list[Event]:
+    return [rows.event(row) for row in tx.all(OF_SANDBOX, id=id, after=after, up_to=up_to, limit=limit)]
 
 
 def last_of_sandbox(tx: Tx, id: str, *, limit: int) -> list[Event]:
@@ -98,13 +108,13 @@ def record(
     tx.run(RECORD, ticket_id=ticket_id, sandbox_id=sandbox_id, at=tx.now, data=rows.dump(data))
 
 
-def last_event(tx: Tx, ticket_id: str) -> int:
-    (row,) = tx.all(_LAST, id=ticket_id)
+def last_event(tx: Tx, ticket_id: str, *, up_to: int) -> int:
+    (row,) = tx.all(_LAST, id=ticket_id, up_to=up_to)
     return int(row.seq)
 
 
 def all_events(
-    tx: Tx, *, after: int, limit: int, project_id: str | None, kinds: Sequence[str]
+    tx: Tx, *, after: int, up_to: int, limit: int, project_id: str | None, kinds: Sequence[str]
 ) -> tuple[list[Event], int]:
     """Some of those after ``after``, and where the next ones begin."""
     named = {f"kind_{number}": kind for number, kind in enumerate(kinds)}
@@ -121,29 +131,30 @@ def all_events(
             f"WHERE {' AND '.join(terms) or '1 = 1'} ORDER BY s.seq LIMIT :limit"
         ),
         after=after,
+        up_to=up_to,
         scanned=_SCANNED,
         limit=limit,
         **named,
     )
     if len(found) == limit:
         return [rows.event(row) for row in found], found[-1].seq
-    (last,) = tx.all(_LAST_LOOKED_AT, after=after, scanned=_SCANNED)
+    (last,) = tx.all(_LAST_LOOKED_AT, after=after, up_to=up_to, scanned=_SCANNED)
     return [rows.event(row) for row in found], int(last.seq)
 
 
-def newest(tx: Tx) -> int:
-    (row,) = tx.all(_NEWEST)
+def newest(tx: Tx, *, up_to: int) -> int:
+    (row,) = tx.all(_NEWEST, up_to=up_to)
     return int(row.seq)
 
 
-def tickets_with_events(tx: Tx, *, after: int | None, limit: int) -> tuple[int, set[str] | None]:
+def tickets_with_events(tx: Tx, *, after: int | None, up_to: int, limit: int) -> tuple[int, set[str] | None]:
     """The newest event, and the tickets and sandboxes of those after ``after``; None if not known, or too many."""
     if after is not None:
-        found = tx.all(_TICKETS, after=after, limit=limit)
+        found = tx.all(_TICKETS, after=after, up_to=up_to, limit=limit)
         if len(found) < limit:
             of = {id for row in found for id in (row.ticket_id, row.sandbox_id) if id}
             return found[-1].seq if found else after, of
-    return newest(tx), None
+    return newest(tx, up_to=up_to), None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

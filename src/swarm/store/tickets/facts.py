@@ -18,7 +18,8 @@ LONGEST_MS: Final = 1e11  # of a phase: three years
 
 # First where a bounded range ends: that reads no data, of which output has a lot.
 _UP_TO: Final = Sql(
-    "SELECT max(seq) AS seq FROM (SELECT seq FROM events WHERE seq > :after ORDER BY seq LIMIT :limit) e"
+    "SELECT max(seq) AS seq FROM (SELECT seq FROM events WHERE seq > :after AND seq <= :up_to "
+    "ORDER BY seq LIMIT :limit) e"
 )
 _FACTS: Final = Sql(
     "SELECT seq, ticket_id, step_id, attempt_id, sandbox_id, at, kind, data FROM events "
@@ -137,9 +138,9 @@ def traced(tx: Tx, ticket_id: str, *, run_id: str | None, limit: int) -> Traced:
     )
 
 
-def facts(tx: Tx, *, after: int, limit: int) -> Facts:
+def facts(tx: Tx, *, after: int, up_to: int, limit: int) -> Facts:
     """Of the ``limit`` events after that one, those that say what came of a ticket, a step or a model call."""
-    (end,) = tx.all(_UP_TO, after=after, limit=limit)
+    (end,) = tx.all(_UP_TO, after=after, up_to=up_to, limit=limit)
     if end.seq is None:
         return Facts(events=[], attempts={}, after=after, more=False)
     found = [rows.event(row) for row in tx.all(_FACTS, after=after, up_to=end.seq)]

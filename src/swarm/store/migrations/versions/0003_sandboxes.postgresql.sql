@@ -81,6 +81,10 @@ CREATE TABLE events (
   PRIMARY KEY (seq)
 );
 
+-- A transaction has its own number before it takes an event's: see store/tickets/settled.py.
+ALTER TABLE events ALTER seq SET DEFAULT
+  CASE WHEN pg_current_xact_id() IS NOT NULL THEN nextval('events_seq_seq') END;
+
 CREATE INDEX events_deleted ON events (ticket_id, seq) WHERE kind = 'deleted';
 
 CREATE INDEX events_sandbox ON events (sandbox_id, seq) WHERE sandbox_id IS NOT NULL;
