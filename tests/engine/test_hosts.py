@@ -83,3 +83,18 @@ async def test_an_engine_registers_its_host_and_drains_by_command(plain: Bench) 
         assert (await plain.store.steps("t"))[0].status == "ready"
         await plain.store.undrain_host(host.name, by="p")
         await log_until(process, "ticket started")
+
+
+async def test_an_engine_of_an_older_version_says_why_it_starts_nothing(plain: Bench) -> None:
+    agent = await plain.agent(ECHO, "quick")
+    async with serving(plain) as dispatcher:
+
+        async def told() -> bool:
+            return any("brought to v9" in str(one.info.get("waits_for")) for one in await plain.store.workers())
+
+        plain.sql("UPDATE alembic_version SET version_num = 'v9'")
+        plain.insert("t", agent.id)
+        await plain.until(told)
+        assert not dispatcher.running and (await plain.store.ticket("t")).state == "ready"
+        plain.sql("UPDATE alembic_version SET version_num = ?", plain.store.head())
+        assert await ended(plain, "t") == ["done"]

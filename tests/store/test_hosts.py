@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from swarm.base.host import ID_FILE, host_id, make_host_id
-from swarm.errors import Conflict, HostError, NotFound
-from swarm.model import Snapshot
+from swarm.errors import Conflict, HostError, NotFound, StoreError
+from swarm.model import Sandbox, Snapshot, Succeeded
 from swarm.store.hosts import Machine
 from swarm.store.store import Store
 from tests.store.databases import Outside, claimed, insert
@@ -147,6 +147,26 @@ async def test_rows_of_others_are_shown(store: Store, outside: Outside) -> None:
     )
     row = await store.host("odd")
     assert (row.labels, row.capacity, row.draining) == ({}, {}, False) and row.seen_ms_ago > SILENT
+
+
+async def test_after_a_migration_by_a_newer_version_nothing_more_is_claimed(store: Store, outside: Outside) -> None:
+    """What this one runs is renewed and ends as ever: a newer version only adds to the tables."""
+    insert(outside, "t")
+    insert(outside, "u")
+    (claim,) = await claimed(store, "w", ticket_id="t")
+    sandbox = await store.add_sandbox(Sandbox(id="", state="starting"), by="p")
+    assert await store.hosts() == []  # it has all its connections
+    outside.execute("ALTER TABLE tickets ADD COLUMN later TEXT")
+    outside.execute("UPDATE alembic_version SET version_num = 'v9'")
+    with pytest.raises(StoreError, match="was brought to v9 while this Swarm runs"):
+        await claimed(store, "w")
+    with pytest.raises(StoreError, match="was brought to v9 while this Swarm runs"):
+        await store.claim_sandboxes("w", "node", lease_seconds=60, limit=1)
+    renewal = await store.renew([claim.attempt_id], lease_seconds=60)
+    assert not renewal.lost
+    await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=0.0)
+    assert [(await store.ticket(one)).state for one in ("t", "u")] == ["done", "ready"]
+    assert (await store.sandbox(sandbox.id)).state == "starting"
 
 
 def test_the_id_stays_with_the_machine(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ class Dispatcher:
             if str(error) != self._store_error:
                 self._store_error = str(error)
                 log.warning("can't claim", error=self._store_error)
+            self.waits_for = f"the database: {self._store_error}"[:500]
             return _RETRY_SECONDS
         self.waits_for = _DRAINING if self.draining else f"a VM: all {self.max_vms} are in use"
         return None

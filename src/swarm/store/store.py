@@ -410,7 +410,7 @@ class Store:
 
     async def due(self) -> Due:
         """Is there something to claim for an engine of this host? Else: what it waits for."""
-        host = socket.gethostname()
+        host = await self.this_host()
         due = await self._read.call(tickets.due, host=host, host_timeout_seconds=self._host_timeout_seconds)
         return self.isolation.paced(due)
 

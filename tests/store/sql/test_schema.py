@@ -17,7 +17,7 @@ from sqlalchemy.engine import Dialect
 
 from swarm import store as package
 from swarm.store.claims.claim import probe
-from swarm.store.sql.database import HEAD
+from swarm.store.sql.database import HEAD, OLDER
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.migrate import MIGRATIONS
 from swarm.store.sql.schema import metadata
@@ -126,7 +126,9 @@ def _words(sql: str | None) -> str:
 
 
 def test_the_head_is_the_newest_migration() -> None:
-    assert ScriptDirectory(str(MIGRATIONS)).get_current_head() == HEAD
+    scripts = ScriptDirectory(str(MIGRATIONS))
+    assert scripts.get_current_head() == HEAD
+    assert [one.revision for one in scripts.walk_revisions()][:0:-1] == list(OLDER)
 
 
 def test_schema_compiles_for_postgresql() -> None:

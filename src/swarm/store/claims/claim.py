@@ -19,6 +19,7 @@ from swarm.store.registry import workflows
 from swarm.store.registry.agents import NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.conditions import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
+from swarm.store.sql.database import HEAD, REVISION, other_revision
 from swarm.store.sql.dialect import Dialect, Sql
 from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, milliseconds
 from swarm.store.sql.transaction import Row, Tx, one_row
@@ -67,7 +68,7 @@ FAIL_STEP: Final = one_row(
 def probe(dialect: Dialect) -> Sql:
     """One statement for the time and for which of the rarer duties are due, each by one index lookup."""
     return Sql(f"""
-        SELECT now_ms, {dialect.written_by_others} AS written_by_others,
+        SELECT now_ms, {dialect.written_by_others} AS written_by_others, {REVISION} AS revision,
           EXISTS (SELECT 1 FROM attempts WHERE outcome IS NULL AND lease_until <= now_ms) AS expired,
           EXISTS (SELECT 1 FROM step_executions
                   WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= now_ms) AS due,
@@ -113,7 +114,7 @@ class Claimer:
     def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
         return [self._one(tx, request) for request in requests]
 
-    def _one(self, tx: Tx, request: ClaimRequest) -> Claimed:
+    def _one(self, tx: Tx, request: ClaimRequest) -> Claimed | SwarmError:
         with self.workflows.isolation.of(tx) as changes:
             return _ClaimTransaction(self, tx, request, changes).run()
 
@@ -131,11 +132,12 @@ class _ClaimTransaction:
         self.full = False
         self.cut = False  # rows are too long to read all of them in one transaction
 
-    def run(self) -> Claimed:
+    def run(self) -> Claimed | SwarmError:
         probed = self.tx.first(probe(self.tx.dialect))
         assert probed is not None
-        self.tx.now_ms = probed.now_ms
-        self.ids = ids_in_order(probed.now_ms)
+        if probed.revision != HEAD:
+            return other_revision(probed.revision)
+        self.tx.now_ms, self.ids = probed.now_ms, ids_in_order(probed.now_ms)
         self.dependencies = bool(probed.dependencies)
         self.steps = bool(probed.steps or probed.expired or probed.due or probed.runs)
         if probed.expired:
@@ -341,8 +343,7 @@ class _ClaimTransaction:
             self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
 
     def _agent(self, work: Work, agents: Mapping[str, Agent | StoreError]) -> Agent:
-        agent = agents.get(work.agent_id)
-        if agent is None:
+        if (agent := agents.get(work.agent_id)) is None:
             raise validation.unknown("agent", work.agent_id, self._names(NAMES))
         if isinstance(agent, StoreError):
             raise BadRow(str(agent))

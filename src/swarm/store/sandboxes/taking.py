@@ -22,6 +22,7 @@ from swarm.store.sandboxes.changes import end, event, last_snapshot, own_snapsho
 from swarm.store.sandboxes.holding import BY_ID, BY_RAW_ID, SET_WANTED, raw_id, time_is_over
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS
 from swarm.store.sql.conditions import SANDBOX_DUE, SANDBOX_ENDING, SANDBOX_HELD
+from swarm.store.sql.database import HEAD, REVISION, other_revision
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Due, message, new_id
 from swarm.store.sql.transaction import Row, Tx, one_row
@@ -64,6 +65,7 @@ _HOLD: Final = one_row(
     "secret = :secret "
     "WHERE id = :id AND hold_id IS NULL"
 )
+AT: Final = Sql(f"SELECT {REVISION} AS revision")
 _LAST_HOLD: Final = Sql(
     "SELECT kind, data FROM events WHERE sandbox_id = :id "
     "AND kind IN ('held', 'released', 'hold_lost', 'transition', 'deleted') ORDER BY seq DESC LIMIT 1"
@@ -173,6 +175,9 @@ def due(tx: Tx, *, host: str) -> Due:
 def take(tx: Tx, id: object, request: Taking) -> Taken:
     """Hold it, if it is to be started or resumed and nobody does. A bad row ends here, with a sentence in its `error`;
     one that sleeps stays, and says why it can't be resumed."""
+    found = tx.first(AT)
+    if found is None or found.revision != HEAD:
+        raise other_revision(found and found.revision)
     row = tx.first(BY_ID, id=id) if isinstance(id, str) and storable(id) else None
     if row is None:
         _end_unclean(tx, id)

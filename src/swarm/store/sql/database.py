@@ -26,6 +26,8 @@ from swarm.store.sql.wake import Wake
 
 # The revision that this version of Swarm needs: the newest of migrations/versions.
 HEAD: Final = "v0_3_0"
+OLDER: Final = ("v0_1_0", "v0_2_0", "v0_2_1")
+REVISION: Final = "(SELECT max(version_num) FROM alembic_version)"  # SQL expression: that of the database
 
 _URL: Final = re.compile(r"(?P<name>\w+)(?:\+\w+)?://.*", re.S)
 
@@ -36,6 +38,14 @@ _WRITE_NOTHING: Final = Sql("DELETE FROM alembic_version WHERE 1 = 0")
 @cache
 def _has_revision(dialect: Dialect) -> Sql:
     return Sql(dialect.has_revision)
+
+
+def other_revision(found: object) -> StoreError:
+    """For what claims: another version of Swarm has migrated the database since it was opened."""
+    return StoreError(
+        f"the database was brought to {found} while this Swarm runs, which needs {HEAD}: nothing more is started here, "
+        "and what runs may end; start the version that did it in this one's place"
+    )
 
 
 class Database:
@@ -180,9 +190,15 @@ class Database:
     def check_revision(self, connection: Connection) -> None:
         """Raises StoreError unless the database is at `HEAD`."""
         found = self.revision(connection)
-        if found != HEAD:
+        if found == HEAD:
+            return
+        if found in (*OLDER, None):
             why = f"it is at {found}, this Swarm needs {HEAD}" if found else "it is empty"
             raise StoreError(NOT_MIGRATED.format(place=self.place, error=why))
+        raise StoreError(
+            f"the database {self.place} is at {found}, which this Swarm does not know (it needs {HEAD}): a newer "
+            "version made it; upgrade Swarm here, or use another database"
+        )
 
     def check_writable(self, connection: Connection) -> None:
         """Raises StoreError for a read-only file. SQLite lets a write transaction begin on one without an error, so an
