@@ -98,7 +98,9 @@ async def test_commands(served: Served, engine: Engine) -> None:
         ({"argv": ["x"], "stdin_base64": "", "stdin": ""}, 400, "not both"),
         ({"argv": ["x"], "user": "daemon"}, 400, "user"),
         ({"argv": ["x"] * 1001}, 400, "argv"),
-        ({"argv": ["x" * 50_000] * 3}, 400, "too long"),
+        ({"argv": ["true", "é" * 70_000]}, 400, "has 140,000 bytes: Linux takes 131,071 in one"),
+        ({"argv": ["true", *["x" * 110_000] * 20]}, 400, "Linux takes 2,097,152 together"),
+        ({"argv": ["x"], "stdin": "x" * (1 << 20) + "x", "background": True}, 400, "at most 1 MiB of stdin"),
     ]:
         answer = await served.operator.post(f"{path}/exec", json=body)
         assert (answer.status_code, said in answer.text) == (status, True), answer.text
@@ -124,6 +126,28 @@ async def test_a_command_in_the_background(served: Served, engine: Engine) -> No
     for wrong in (f"{path}/processes/none/output", f"{path}/processes/None/output"):
         assert (await served.operator.get(wrong)).status_code == 409
     assert (await served.operator.post(f"{of_job}/signal", json={"signal": "KILL", "all": False})).status_code == 409
+
+
+async def test_all_that_a_command_wrote(served: Served, engine: Engine) -> None:
+    """What was given to one in the background arrives; its output comes whole, or in pieces, to go on behind each."""
+    path = await box(served)
+    script = "cat; echo err >&2; head -c 200000 /dev/zero | tr '\\0' y"
+    await run(served.operator, path, "sh", "-c", script, stdin="x" * 99_999, background=True, process="much")
+    get, of_it = served.operator.get, f"{path}/processes/much/output"
+    assert (await get(f"{of_it}?follow=true")).text.endswith("y" * 200_000), "it has ended"
+    pieces = [json.loads(line) for line in (await get(f"{of_it}?lines=true&follow=true")).text.splitlines()]
+    dropped, ended = pieces.pop(0).get("dropped_bytes"), pieces.pop()["exit"]
+    assert ended["code"] == 0 and dropped > 0
+    out, err = (
+        b"".join(base64.b64decode(one["data"]) for one in pieces if one["stream"] == name)
+        for name in ("stdout", "stderr")
+    )
+    assert set(out) == {*b"xy"} and out.endswith(b"y" * 200_000) and err in (b"", b"err\n")
+    assert dropped + len(out) + len(err) == 300_003 == pieces[-1]["offset"]
+    assert len((await get(of_it)).content) == 300_003 - dropped
+    after = pieces[0]["offset"]
+    rest = [json.loads(line) for line in (await get(f"{of_it}?lines=true&after={after}")).text.splitlines()]
+    assert rest == pieces[1:]
 
 
 async def test_who_goes_away_ends_the_command(served: Served, engine: Engine) -> None:

@@ -250,9 +250,8 @@ async def show_process_output(call: Call) -> Response:
             if query.lines:
                 yield _line({"exit": asdict(await process.exit())})
 
-    media_type = "application/x-ndjson" if query.lines else "application/octet-stream"
     headers = {"cache-control": "no-store"}
-    return StreamingResponse(await begun(output()), media_type=media_type, headers=headers)
+    return StreamingResponse(await begun(output()), media_type="application/octet-stream", headers=headers)
 
 
 def _line(said: Mapping[str, object]) -> bytes:
