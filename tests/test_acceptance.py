@@ -45,7 +45,7 @@ class Shell:
 
     env: dict[str, str]
 
-    def __call__(self, script: str, *, status: int = 0, timeout: float = 120) -> str:
+    def __call__(self, script: str, *, status: int = 0, timeout: float = 300) -> str:
         done = subprocess.run(
             ["bash", "-c", script],
             env=self.env,

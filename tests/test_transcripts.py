@@ -32,7 +32,7 @@ from tests.conftest import CACHE
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^(?:<!-- (run|file): (\S+) -->\n)?```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 KEY = "sk-ant-your-key"  # as the README has it
-SECONDS = 120  # for one command
+SECONDS = 300  # for one command
 
 MASKS = [
     (re.compile(pattern), mask)

@@ -40,5 +40,5 @@ async def test_whatever_is_sent(served: Served, tmp_path: Path) -> None:
         sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/v1/openapi.json", *argv, cwd=tmp_path,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    out, _ = await asyncio.wait_for(process.communicate(), 120)
+    out, _ = await asyncio.wait_for(process.communicate(), 300)
     assert process.returncode == 0, out.decode(errors="replace")

@@ -55,7 +55,7 @@ async def run(settings: Settings, *argv: str, program: str = "main", **environme
         env=os.environ | {"SWARM_STATE_DIR": str(settings.home / "state")} | environment,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    out, _ = await asyncio.wait_for(process.communicate(), 300)
     return process.returncode or 0, out.decode()
 
 

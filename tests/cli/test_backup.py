@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 
 
 def sh(script: str, env: dict[str, str], status: int = 0) -> str:
-    done = subprocess.run(["bash", "-ec", script], env=env, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(["bash", "-ec", script], env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -45,7 +45,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def run(*argv: str, home: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     env = os.environ | ({"SWARM_HOME": str(home)} if home else {})
     done = subprocess.run(
-        [BIN / argv[0], *argv[1:]], check=False, capture_output=True, text=True, timeout=60, env=env, input=stdin
+        [BIN / argv[0], *argv[1:]], check=False, capture_output=True, text=True, timeout=300, env=env, input=stdin
     )
     assert "Traceback" not in done.stderr
     return done
@@ -238,7 +238,7 @@ def test_nothing_is_fetched_once_swarm_is_installed(tmp_path: Path) -> None:
     ):
         program, *rest = command.split()
         done = subprocess.run(
-            [BIN / program, *rest], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+            [BIN / program, *rest], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
     assert not calls.exists(), calls.read_text()
@@ -288,7 +288,7 @@ def test_the_schemas_of_agents_and_the_definitions_of_workflows_are_json(swarm: 
 def test_shells_complete_commands(program: str) -> None:
     words = {"swarm": "swarm tick", "swarm-engine": "swarm-engine run-"}[program]
     env = {f"_{program.upper().replace('-', '_')}_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "1"}
-    done = subprocess.run([BIN / program], env=os.environ | env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([BIN / program], env=os.environ | env, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == [{"swarm": "ticket", "swarm-engine": "run-ticket"}[program]], done.stderr
 
 

@@ -71,7 +71,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def run(program: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, program, *argv], check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, program, *argv], check=False, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_signal_cleans_up_and_is_the_status(program: Path, number: signal.Sign
         process.send_signal(number)
         assert process.stdout.read() == "cleaned up\n"
         assert "Traceback" not in process.stderr.read()
-        assert process.wait(timeout=60) == 128 + number
+        assert process.wait(timeout=300) == 128 + number
 
 
 def test_a_closed_pipe_is_not_an_error(program: Path) -> None:
@@ -148,4 +148,4 @@ def test_a_closed_pipe_is_not_an_error(program: Path) -> None:
         assert process.stdout.readline() == "0\n"
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+        assert process.wait(timeout=300) == 128 + signal.SIGPIPE

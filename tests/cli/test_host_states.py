@@ -31,7 +31,7 @@ def swarm(home: Path, line: str, **env: str) -> subprocess.CompletedProcess[byte
     """Run a line of the shell, whose first word stands for the program."""
     line = line.replace("swarm", f'"{sys.executable}" -m swarm.cli.main', 1)
     environment = os.environ | {"SWARM_HOME": str(home)} | env
-    return subprocess.run(["sh", "-c", line], check=False, capture_output=True, env=environment, timeout=60)
+    return subprocess.run(["sh", "-c", line], check=False, capture_output=True, env=environment, timeout=300)
 
 
 def made(place: Path) -> Path:
@@ -120,7 +120,7 @@ def command_in(home: Path, script: str, *argv: str, **env: str) -> subprocess.Co
     } | env  # fmt: skip
     done = subprocess.run(
         ["unshare", "--mount", "--", "sh", "-ec", f'{script}\nexec "$@"', "sh", *program, *argv[1:]],
-        check=False, capture_output=True, text=True, env=environment, timeout=60, stdin=subprocess.DEVNULL,
+        check=False, capture_output=True, text=True, env=environment, timeout=300, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert "Traceback" not in done.stderr and "unexpected" not in done.stderr, done.stderr
     return done

@@ -38,7 +38,7 @@ TAKE_IDS = [
 def run(line: str, home: Path) -> subprocess.CompletedProcess[str]:
     program, *words = line.split()
     env = os.environ | {"SWARM_HOME": str(home)}
-    return subprocess.run([BIN / program, *words], check=False, capture_output=True, text=True, timeout=60, env=env)
+    return subprocess.run([BIN / program, *words], check=False, capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swarm(place: Path, tmp_path: Path) -> Run:
     def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [BIN / "swarm", *argv], check=False, capture_output=True, text=True, timeout=180, cwd=tmp_path,
+            [BIN / "swarm", *argv], check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path,
             env=os.environ | {"SWARM_HOME": str(place)} | environment, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert "Traceback" not in done.stderr

@@ -28,7 +28,7 @@ NOT_ROOT = ["unshare", "--user", "--map-user=1000", "--map-group=1000", "--"]
 def run(home: Path, *argv: str | Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"SWARM_HOME": str(home), "SWARM_STATE_DIR": str(home / "state"), "SWARM_DRIVER": "auto"}
     env.pop("SWARM_IMAGES_DIR", None)
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     assert "Traceback" not in done.stderr
     return done
 

@@ -45,7 +45,7 @@ def _nothing_stays(settings: Settings, here: Path) -> Iterator[None]:
 
 
 def run(here: Path, env: dict[str, str], *words: str, stdin: bytes = b"") -> Done:
-    done = subprocess.run([SWARM, "run", *words], cwd=here, env=env, input=stdin, capture_output=True, timeout=120)
+    done = subprocess.run([SWARM, "run", *words], cwd=here, env=env, input=stdin, capture_output=True, timeout=300)
     assert b"Traceback" not in done.stderr
     return done
 
@@ -138,7 +138,7 @@ def test_much_output_and_a_reader_that_goes(here: Path, env: dict[str, str]) -> 
     assert child.stdout is not None and child.stderr is not None
     assert child.stdout.read(4) == b"y\ny\n"
     child.stdout.close()
-    assert child.wait(timeout=60) == 141 and child.stderr.read() == b""
+    assert child.wait(timeout=300) == 141 and child.stderr.read() == b""
     child.stderr.close()
 
 
@@ -158,7 +158,7 @@ def test_an_interrupt_is_passed_on_and_a_second_one_ends_the_vm(here: Path, env:
             child.send_signal(signal.SIGINT)
             time.sleep(0.2)
         # The last one may come when all is done, and Python has its own handling back.
-        assert child.wait(timeout=60) in (130, -signal.SIGINT)
+        assert child.wait(timeout=300) in (130, -signal.SIGINT)
         assert b"error: interrupted\n" in child.stderr.read()
 
 

@@ -29,7 +29,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | own
 
     def run(*argv: str) -> None:
-        subprocess.run([BIN / argv[0], *argv[1:]], env=env, check=True, capture_output=True, timeout=120)
+        subprocess.run([BIN / argv[0], *argv[1:]], env=env, check=True, capture_output=True, timeout=300)
 
     run("swarm", "init", "--no-image")
     run("swarm-engine", "start")
@@ -45,7 +45,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def swarm(env: dict[str, str], tmp_path: Path) -> object:
     def swarm(*words: str, stdin: str = "") -> Done:
         argv = [str(BIN / "swarm"), "sandbox", *words]
-        done = subprocess.run(argv, cwd=tmp_path, env=env, input=stdin, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(argv, cwd=tmp_path, env=env, input=stdin, capture_output=True, text=True, timeout=300)
         assert "Traceback" not in done.stderr
         return done
 
@@ -75,14 +75,14 @@ def test_a_program_in_the_background_is_come_back_to(swarm, env: dict[str, str],
         assert attached.stdout is not None
         assert attached.stdout.readline() == b"begun\n"
         attached.send_signal(signal.SIGTERM)
-        assert attached.wait(timeout=60) == 143
+        assert attached.wait(timeout=300) == 143
     listed = {one["process"]: one for one in json.loads(swarm("ps", "box", "--json").stdout)}
     assert listed[name]["ended"] is None and listed[name]["background"]  # it runs on
     with subprocess.Popen(argv, env=env, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as attached:
         assert attached.stdout is not None
         assert attached.stdout.readline() == b"begun\n"
         attached.send_signal(signal.SIGINT)
-        assert attached.stdout.readline() == b"caught\n" and attached.wait(timeout=60) == 9
+        assert attached.stdout.readline() == b"caught\n" and attached.wait(timeout=300) == 9
     assert "status 9" in swarm("ps", "box").stdout
 
 
@@ -165,7 +165,7 @@ def test_without_an_engine_nothing_is_left_that_would_start(tmp_path: Path) -> N
 
     def swarm(*words: str) -> Done:
         argv = [str(BIN / "swarm"), *words]
-        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
 
     assert swarm("init", "--no-image").returncode == 0
     made = swarm("sandbox", "create", "box")
@@ -175,5 +175,5 @@ def test_without_an_engine_nothing_is_left_that_would_start(tmp_path: Path) -> N
         while '"other"' not in swarm("sandbox", "list", "--json").stdout:
             assert asked.poll() is None
         asked.send_signal(signal.SIGINT)
-        assert asked.wait(timeout=60) != 0
+        assert asked.wait(timeout=300) != 0
     assert json.loads(swarm("sandbox", "show", "other", "--json").stdout)["sandbox"]["state"] == "ended"

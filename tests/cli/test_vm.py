@@ -39,7 +39,7 @@ def run(settings: Settings, image: Image) -> Run:
             check=False,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=300,
             env=env,
             stdin=subprocess.DEVNULL,
         )
@@ -208,7 +208,7 @@ def test_a_run_that_is_ended_from_outside_leaves_nothing(
             child.terminate()
             raise
         os.killpg(child.pid, number)
-        assert child.wait(timeout=60) == status
+        assert child.wait(timeout=300) == status
     if number == signal.SIGKILL:
         assert [record.ticket_id for record in _engines_vms(settings)] == [sleeper]
         assert run("swarm-engine", "run-ticket", after, "--wait").returncode == 0

@@ -45,7 +45,7 @@ async def command(bench: Bench, *argv: str, stdin: int = subprocess.DEVNULL) -> 
     process = await asyncio.create_subprocess_exec(
         program, *argv[1:], env=env, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), 300)
     assert b"Traceback" not in err
     return process.returncode or 0, out.decode(), err.decode()
 

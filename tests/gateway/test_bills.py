@@ -661,7 +661,7 @@ async def test_an_estimate_is_seen_by_whoever_asks_what_was_spent(harness: Harne
         home, database = ("--home", str(harness.dir)), {"SWARM_DATABASE_URL": f"sqlite:///{harness.database}"}
         argv = [sys.executable, "-m", "swarm.cli.main", *words, *home]
         env = {**os.environ, **database}
-        done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, timeout=60, env=env)
+        done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, timeout=300, env=env)
         return done.stdout + done.stderr
 
     assert f"estimated: 1 call (${guessed:.4f})" in await swarm("cost")

@@ -269,7 +269,7 @@ def test_a_secret_that_begins_as_another_does() -> None:
 def swarm(home: Path, *words: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "swarm.cli.main", *words, "--home", str(home)],
-        input=given, capture_output=True, timeout=60, env=os.environ,
+        input=given, capture_output=True, timeout=300, env=os.environ,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class Host:
 
     def run(self, *argv: str, within: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*within, str(BIN / argv[0]), *argv[1:]], check=False, capture_output=True, text=True, timeout=180,
+            [*within, str(BIN / argv[0]), *argv[1:]], check=False, capture_output=True, text=True, timeout=300,
             env=self._env | env, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert "Traceback" not in done.stderr

@@ -355,7 +355,7 @@ asyncio.run(Templates(dir=where).get(a_spec(), a_shape(a_spec()), build))
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_build_that_is_killed_leaves_nothing_that_is_used(templates: Templates, step: str) -> None:
     argv = [sys.executable, "-c", dedent(BUILDER), str(templates.dir), step, str(Path(__file__).parent)]
-    ended = await asyncio.to_thread(subprocess.run, argv, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    ended = await asyncio.to_thread(subprocess.run, argv, check=False, timeout=300, stdin=subprocess.DEVNULL)
     assert ended.returncode == -signal.SIGKILL
     assert templates.all() == []
     build = Builder()

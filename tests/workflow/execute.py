@@ -68,7 +68,7 @@ def run_agent(found: Agent, inputs: Any, work: Path, source: Path | None = None)
         start_new_session=True,
     ) as child:  # fmt: skip
         try:
-            _, said = child.communicate(timeout=60)
+            _, said = child.communicate(timeout=300)
         finally:  # as agentd does: what it left in the background goes with it
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)

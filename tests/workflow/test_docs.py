@@ -100,7 +100,7 @@ def test_an_agent_with_requirements(tmp_path: Path) -> None:
     with wheels_from(tmp_path / "wheels"):
         argv = [str(Path(sys.executable).with_name("swarm")), "agent", "test", "table/"]
         env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        done = subprocess.run(argv, check=False, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
     assert done.returncode == 0 and "example 1" in done.stdout, done.stdout + done.stderr
 
 

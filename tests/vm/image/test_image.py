@@ -178,7 +178,7 @@ def test_remove_by_command(store: Images, image: Image, tmp_path: Path) -> None:
 
     def swarm(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "swarm.cli.main", "image", *argv]
-        return subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+        return subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
 
     assert image.digest[:12] in swarm("list").stdout
     done = swarm("rm", image.digest[:12])
