@@ -12,6 +12,7 @@ from swarm.store.store import Store
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, insert
 from tests.store.flows import claims, finish, names, run, state, statuses, ticket, well
 from tests.store.runs.workflows import BROKEN, both_ways
+from tests.store.test_hosts import ONE
 
 KEYS = ("never", "failure", "always")
 
@@ -177,6 +178,18 @@ async def test_a_step_whose_host_is_gone_waits_for_some_time(store: Store, outsi
     assert what == "failed" and "is on the host 'here', of which no engine has given a sign of life for 900 s" in str(
         said
     )
+
+
+async def test_what_waits_for_this_host_is_due_here(store: Store, outside: Outside) -> None:
+    """By the name that it was registered with, whatever the operating system says."""
+    await ticket(store, outside, "steps: [{id: a, agent: echo}, {id: b, agent: echo, from: a}]")
+    [first] = await claims_on(store, "here")
+    snapshot(outside, "of-a")
+    await finish(store, first, lambda _: leaves("of-a"))
+    await store.decided()
+    assert not (await store.due()).ready
+    assert (await store.register_host(replace(ONE, name="here"))).name == "here"
+    assert (await store.due()).ready
 
 
 @both_ways
