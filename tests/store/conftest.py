@@ -28,6 +28,27 @@ def _given_back(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue("backend").done()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "sqlite(*cases): only for SQLite, since it is about its files, locks or untyped columns (these cases)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    others = [item for item in items if _is_for_sqlite_alone(item)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+def _is_for_sqlite_alone(item: pytest.Item) -> bool:
+    _, _, case = item.name.partition("[postgresql")
+    marks = list(item.iter_markers("sqlite")) if case else []
+    case = case.removeprefix("-").removesuffix("]")
+    return any(not mark.args or any(f"{case}-".startswith(f"{one}-") for one in mark.args) for mark in marks)
+
+
 @pytest.fixture
 def url(backend: Backend) -> str:
     return backend.new()

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import psycopg
 import pytest
 
+from swarm.base.process import run
 from swarm.model import ECHO_AGENT_ID, Agent, Claim, Failed, FailureReason, RetryPolicy
 from swarm.store.sql.postgresql import translate
 from swarm.store.store import Store
@@ -36,11 +37,24 @@ LEASE = 30.0
 
 
 class Outside(Protocol):
+    typed: bool  # does each column have its type of values?
+
     def execute(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[tuple[Any, ...]]: ...
 
     def refuses(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
         """Execute it, where the database takes it: SQLite keeps a text in a column of numbers, and knows no foreign
         keys here. PostgreSQL must refuse it: then there is nothing to test."""
+
+    def accepts(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
+        """Execute it; False if the database refuses such a value there."""
+
+    def columns(self, table: str) -> list[str]: ...
+
+    def script(self, sql: str) -> None:
+        """Several statements, as a person types them."""
+
+    def now_ms(self) -> int:
+        """By the database's clock (table `clock`)."""
 
     def close(self) -> None: ...
 
@@ -67,6 +81,8 @@ class Backend(Protocol):
 class SqliteOutside:
     """Like the sqlite3 shell: every statement its own transaction, foreign keys off."""
 
+    typed = False
+
     def __init__(self, url: str) -> None:
         self._connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=60)
         self._connection.text_factory = bytes  # the stored bytes, valid or not
@@ -78,6 +94,24 @@ class SqliteOutside:
     def refuses(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
         self.execute(sql, values)
         return False
+
+    def accepts(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
+        with contextlib.suppress(sqlite3.IntegrityError):
+            self.execute(sql, values)
+            return True
+        return False
+
+    def columns(self, table: str) -> list[str]:
+        return [name for (name,) in self.execute("SELECT name FROM pragma_table_info(?)", (table,))]
+
+    def script(self, sql: str) -> None:
+        self._connection.executescript(sql)
+
+    def now_ms(self) -> int:
+        ((ms,),) = self.execute(
+            "SELECT CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) + offset_ms FROM clock"
+        )
+        return int(ms)
 
     def close(self) -> None:
         self._connection.close()
@@ -151,8 +185,13 @@ def _as_psql(sql: str) -> str:
     return sql.replace("datetime('now')", "CAST(now() AS text)")
 
 
+_REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.DatatypeMismatch)
+
+
 class PostgresOutside:
     """Like psql: every statement its own transaction."""
+
+    typed = True
 
     def __init__(self, url: str) -> None:
         self._connection = psycopg.connect(url, autocommit=True, cursor_factory=psycopg.ClientCursor)
@@ -165,9 +204,26 @@ class PostgresOutside:
             return cursor.fetchall() if cursor.description is not None else []
 
     def refuses(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
-        with pytest.raises((psycopg.DataError, psycopg.IntegrityError, psycopg.errors.DatatypeMismatch)):
+        with pytest.raises(_REFUSALS):
             self.execute(sql, values)
         return True
+
+    def accepts(self, sql: str, values: Mapping[str, Any] | tuple[Any, ...] = ()) -> bool:
+        with contextlib.suppress(*_REFUSALS):
+            self.execute(sql, values)
+            return True
+        return False
+
+    def columns(self, table: str) -> list[str]:
+        sql = "SELECT column_name FROM information_schema.columns WHERE table_name = ? ORDER BY ordinal_position"
+        return [name for (name,) in self.execute(sql, (table,))]
+
+    def script(self, sql: str) -> None:
+        self._connection.execute(sql.encode())
+
+    def now_ms(self) -> int:
+        ((ms,),) = self.execute("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000) + offset_ms FROM clock")
+        return int(ms)
 
     def close(self) -> None:
         self._connection.close()
@@ -277,6 +333,19 @@ def inserted(id: str, **columns: Any) -> tuple[str, Mapping[str, Any]]:
     values = {"id": id, "title": "a test", "state": "ready", "agent_id": ECHO.id} | columns
     names = ", ".join(values)
     return f"INSERT INTO tickets ({names}) VALUES ({', '.join(':' + name for name in values)})", values
+
+
+async def shell(url: str, *statements: str) -> str:
+    """The database's own shell, as a person uses it; what it prints."""
+    if url.startswith("sqlite"):
+        if shutil.which("sqlite3") is None:
+            pytest.skip("needs the sqlite3 shell")
+        argv = ["sqlite3", url.removeprefix("sqlite:///"), *statements]
+    else:
+        directory = postgres_here.programs()
+        assert directory is not None
+        argv = [str(directory / "psql"), "-XAtqd", url, *(part for one in statements for part in ("-c", one))]
+    return (await run(argv)).stdout.decode()
 
 
 async def claimed(

@@ -35,16 +35,9 @@ ZONE = b"TZif2" + bytes(15) + struct.pack(">6I", 0, 0, 0, 0, 1, 4) + bytes(6) + 
 ZONE += b"TZif2" + bytes(15) + struct.pack(">6I", 0, 0, 0, 0, 1, 4) + bytes(6) + b"UTC\0" + b"\nUTC0\n"
 
 
-def now_ms(outside: Outside) -> int:
-    ((ms,),) = outside.execute(
-        "SELECT CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) + offset_ms FROM clock"
-    )
-    return int(ms)
-
-
 async def at(store: Store, outside: Outside, time: str) -> None:
     """Set the database's clock."""
-    await store.shift_clock((milliseconds(time) or 0) - now_ms(outside))
+    await store.shift_clock((milliseconds(time) or 0) - outside.now_ms())
 
 
 async def fire(store: Store) -> float | None:
@@ -113,10 +106,10 @@ async def test_rows_follow_changes_by_other_tools(store: Store, outside: Outside
     )
     await fire(store)
     assert [one.workflow for one in await store.schedules()] == ["flow", "other"]
-    outside.execute("UPDATE workflows SET enabled = 0 WHERE name = 'flow'")
+    outside.execute("UPDATE workflows SET enabled = false WHERE name = 'flow'")
     await fire(store)
     assert [one.next_at is None for one in await store.schedules()] == [True, False]
-    outside.execute("UPDATE workflows SET enabled = 1")
+    outside.execute("UPDATE workflows SET enabled = true")
     outside.execute("DELETE FROM workflows WHERE name = 'other'")
     await fire(store)
     row_ = await only(store)
@@ -178,7 +171,7 @@ async def test_missing_time_zone_data_is_no_end(store: Store, outside: Outside, 
         await fire(store)
     assert "isn't a time zone" in ((await only(store)).error or "")
     assert await made(store) == []
-    outside.execute("UPDATE workflows SET enabled = 1")  # the schedules are read again meanwhile
+    outside.execute("UPDATE workflows SET enabled = true")  # the schedules are read again meanwhile
     await fire(store)
     (zones / "Here/Now").write_bytes(ZONE)
     zoneinfo.ZoneInfo.clear_cache()
@@ -371,7 +364,7 @@ async def test_sleeping_until_it_is_due(store: Store, outside: Outside) -> None:
     async with store.watching() as wake, asyncio.timeout(60):
         while not await made(store):
             await wake.changed(timeout_seconds=20)
-    assert now_ms(outside) < milliseconds("2026-01-01T10:00:10Z")  # type: ignore[operator]
+    assert outside.now_ms() < milliseconds("2026-01-01T10:00:10Z")  # type: ignore[operator]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert await times(store) == ["10:00"]

@@ -59,6 +59,8 @@ async def test_only_the_surely_dead_lose_their_leases(
     "info", ["", "[]", "null", "{", "[" * 100_000, json.dumps({"machine": HERE["machine"], "started": "x"}), b"\xff"]
 )
 async def test_a_row_that_another_program_wrote_is_no_reason(store: Store, outside: Outside, info: object) -> None:
-    outside.execute("INSERT INTO workers (id, host, pid, info) VALUES ('w', 'h', 'pid', ?)", (info,))
+    sql = "INSERT INTO workers (id, host, pid, info) VALUES ('w', 'h', {}, ?)"
+    if outside.refuses(sql.format("'pid'"), (info,)):
+        outside.execute(sql.format("NULL"), (info,))
     assert await store.bury_dead_workers() == []
     assert (await store.workers())[0].id == "w"

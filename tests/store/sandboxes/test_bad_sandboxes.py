@@ -3,7 +3,6 @@ that is held, or sleeps, stops no other."""
 
 from __future__ import annotations
 
-import sqlite3
 from typing import Any
 
 import pytest
@@ -58,6 +57,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "state empty": ({"state": ""}, "state '' is unknown"),
     "paused": ({"state": "paused", "wanted": "running"}, "the snapshot that it was paused to is gone"),
 }
+# By PostgreSQL itself.
+REFUSED = ("NUL in agent_id", "NUL in name", "image", "memory", "network", "ttl", "budget", "NUL")
 BAD_IDS: dict[str, tuple[Any, str]] = {
     "NUL": ("a\0b", "id 'a\\x00b' contains a NUL character"),
     "empty": ("", "id is empty"),
@@ -67,19 +68,27 @@ BAD_IDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def insert(outside: Outside, **values: Any) -> None:
+def inserted(**values: Any) -> tuple[str, dict[str, Any]]:
     names = ", ".join(values)
-    outside.execute(f"INSERT INTO sandboxes ({names}) VALUES ({', '.join(':' + name for name in values)})", values)
+    return f"INSERT INTO sandboxes ({names}) VALUES ({', '.join(':' + name for name in values)})", values
+
+
+def insert(outside: Outside, **values: Any) -> None:
+    outside.execute(*inserted(**values))
 
 
 async def judged(store: Store) -> Report:
     return await store.audit(judge)
 
 
+@pytest.mark.sqlite("agent BLOB", "project", "parent", "memory BLOB", "disk", "state BLOB")
 @pytest.mark.parametrize("case", BAD)
 async def test_a_bad_row_ends_with_a_sentence(store: Store, outside: Outside, case: str) -> None:
     columns, sentence = BAD[case]
-    insert(outside, id="b", **columns)
+    if case not in REFUSED:
+        insert(outside, id="b", **columns)
+    elif outside.refuses(*inserted(id="b", **columns)):
+        return
     insert(outside, id="good")
     assert [one.sandbox.id for one in await claim(store)] == ["good"]
     found = await store.sandbox("b")
@@ -92,11 +101,15 @@ async def test_a_bad_row_ends_with_a_sentence(store: Store, outside: Outside, ca
     assert (await judged(store)).kept
 
 
+@pytest.mark.sqlite("BLOB", "BLOB, not UTF-8")
 @pytest.mark.parametrize("state", ["starting", "Starting"])
 @pytest.mark.parametrize("case", BAD_IDS)
 async def test_a_bad_id_ends_with_a_sentence(store: Store, outside: Outside, case: str, state: str) -> None:
     id, sentence = BAD_IDS[case]
-    insert(outside, id=id, state=state)
+    if case not in REFUSED:
+        insert(outside, id=id, state=state)
+    elif outside.refuses(*inserted(id=id, state=state)):
+        return
     assert await claim(store) == []
     ((now, error),) = outside.execute("SELECT state, error FROM sandboxes")
     assert now == "ended" and (sentence in error or "unknown" in error)
@@ -104,6 +117,7 @@ async def test_a_bad_id_ends_with_a_sentence(store: Store, outside: Outside, cas
     await store.sandbox_page(SandboxFilter())
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("column", ["id", "name", "agent_id", "state", "project_id", "env", "wanted", "host"])
 async def test_text_that_is_not_utf8(store: Store, outside: Outside, column: str) -> None:
     insert(outside, id="b")
@@ -137,7 +151,7 @@ async def test_another_id_is_another_sandbox(store: Store, outside: Outside) -> 
 
 async def test_a_copied_row_is_held_by_nobody(store: Store, outside: Outside) -> None:
     one = await started(store)
-    columns = ", ".join(name for (name,) in outside.execute("SELECT name FROM pragma_table_info('sandboxes')"))
+    columns = ", ".join(outside.columns("sandboxes"))
     values = columns.replace("id,", "'copy',", 1).replace(" state,", " 'starting',")
     outside.execute(f"INSERT INTO sandboxes ({columns}) SELECT {values} FROM sandboxes")
     assert await store.renew_sandboxes([one.hold_id], lease_seconds=LEASE) == (frozenset(), {})
@@ -165,11 +179,15 @@ MEDDLING: dict[str, tuple[str, bool, str, str]] = {
 }
 
 
+@pytest.mark.sqlite("replaced")  # elsewhere, INSERT replaces no row
 @pytest.mark.parametrize("case", MEDDLING)
 async def test_others_change_one_that_is_held(store: Store, outside: Outside, case: str) -> None:
     sql, keeps, state, error = MEDDLING[case]
     one = await started(store)
-    outside.execute(sql)
+    if case not in ("lease text", "worker", "numbers"):
+        outside.execute(sql)
+    elif outside.refuses(sql):
+        return
     renewed = await store.renew_sandboxes([one.hold_id], lease_seconds=LEASE)
     assert renewed == (frozenset() if keeps else {one.hold_id}, {})
     if not keeps:
@@ -207,7 +225,10 @@ async def test_one_that_sleeps_is_not_ended_by_a_typing_error(
 ) -> None:
     one = await paused(store)
     await store.want_sandbox(one.sandbox.id, "running", by="ann")
-    outside.execute(sql)
+    if "memory_mb" not in sql:
+        outside.execute(sql)
+    elif outside.refuses(sql):
+        return
     assert await claim(store) == []
     found = await store.sandbox(one.sandbox.id)
     assert (found.state, found.wanted) == ("paused", None) and sentence in str(found.error)
@@ -232,7 +253,8 @@ async def test_a_row_that_refuses_changes_stops_no_other(store: Store, outside: 
     assert (await store.sandbox("two")).state == "running"
 
 
-async def test_prune_ends_though_rows_stay(store: Store, outside: Outside) -> None:
+@pytest.mark.sqlite
+async def test_prune_ends_though_a_row_stays_whose_id_is_no_text(store: Store, outside: Outside) -> None:
     for id in ("a", b"\xff", "plain"):
         insert(
             outside, id=id, state="ended", created_at="2020-01-01T00:00:00.000Z", ended_at="2020-01-01T00:00:00.000Z"
@@ -241,6 +263,9 @@ async def test_prune_ends_though_rows_stay(store: Store, outside: Outside) -> No
     await store.prune(60.0)
     ((left,),) = outside.execute("SELECT count(*) FROM sandboxes")
     assert left == 1
+
+
+async def test_prune_ends_though_a_row_stays(store: Store, outside: Outside) -> None:
     insert(
         outside, id="kept", state="ended", created_at="2020-01-01T00:00:00.000Z", ended_at="2020-01-01T00:00:00.000Z"
     )
@@ -259,19 +284,15 @@ async def test_a_trigger_that_ignores_changes(store: Store, outside: Outside) ->
 HOSTILE = (None, "", "x", "a\0b", "1", b"\xff\xfe", 3, -1, 1 << 62, 1.5, float("inf"), "[" * 2000, "'; --", "ended")
 
 
-def columns(outside: Outside) -> list[str]:
-    return [name for (name,) in outside.execute("SELECT name FROM pragma_table_info('sandboxes')")]
-
-
 async def test_any_value_in_any_column_of_an_insert(store: Store, outside: Outside) -> None:
     """Each is started, or ends with a sentence, and can be shown."""
     tried = 0
-    for column in columns(outside):
+    for column in outside.columns("sandboxes"):
         for value in HOSTILE:
-            if column == "state" and value is None:
-                continue  # the only one that is refused
-            insert(outside, **{"name": f"n-{column}-{tried}", column: value})
-            tried += 1
+            if outside.accepts(*inserted(**{"name": f"n-{column}-{tried}", column: value})):
+                tried += 1
+            else:
+                assert outside.typed or (column == "state" and value is None), (column, value)
     claims = list[Any]()
     for _ in range(tried):
         found = await claim(store, limit=100)
@@ -293,16 +314,14 @@ async def test_any_value_in_any_column_of_an_insert(store: Store, outside: Outsi
 
 async def test_any_value_in_any_column_of_one_that_is_held(store: Store, outside: Outside) -> None:
     """Its holder goes on, or learns that it is lost; and then it is held by nobody."""
-    for column in columns(outside):
+    for column in outside.columns("sandboxes"):
         for number, value in enumerate(HOSTILE):
             id = f"{column}-{number}"
             insert(outside, id=id)
             (one,) = await claim(store)
             await store.sandbox_running(one.hold_id, 1001)
-            try:
-                outside.execute(f"UPDATE sandboxes SET {column} = ? WHERE id = ?", (value, id))
-            except sqlite3.IntegrityError:
-                assert value is None and column == "state"
+            if not outside.accepts(f"UPDATE sandboxes SET {column} = ? WHERE id = ?", (value, id)):
+                assert outside.typed or (value is None and column == "state")
             lost, wanted = await store.renew_sandboxes([one.hold_id], lease_seconds=LEASE)
             if lost:
                 assert column in ("id", "state", "hold_id"), column

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import re
-import sqlite3
 from pathlib import Path
 
 from swarm.model import Claim
 from swarm.store.store import Store
 from tests.store import flows
+from tests.store.databases import Outside
 
 PAGE = (Path(__file__).parents[3] / "docs" / "tickets.md").read_text(encoding="utf-8")
 
 
-async def test_the_examples_of_the_page(store: Store, url: str) -> None:
+async def test_the_examples_of_the_page(store: Store, outside: Outside) -> None:
     await flows.register(store, "steps: [{id: only, agent: echo@1}]", name="echo-chain")
     examples = re.findall(r"^```sql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     assert len(examples) == 4
-    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
     for example in examples:
-        connection.executescript(example)
-    connection.close()
+        outside.script(example)
     claims = dict[str, Claim]()
     while found := await flows.claims(store, 9):
         claims |= {claim.ticket.title: claim for claim in found}
@@ -36,10 +34,8 @@ async def test_the_examples_of_the_page(store: Store, url: str) -> None:
     assert (await store.sandbox("box")).state == "ended"
 
 
-async def test_a_dependency_that_fails(store: Store, url: str) -> None:
-    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-    connection.executescript(re.findall(r"^BEGIN;.*?^COMMIT;", PAGE, re.MULTILINE | re.DOTALL)[0])
-    connection.close()
+async def test_a_dependency_that_fails(store: Store, outside: Outside) -> None:
+    outside.script(re.findall(r"^BEGIN;.*?^COMMIT;", PAGE, re.MULTILINE | re.DOTALL)[0])
     (build,) = await flows.claims(store, 9)
     await flows.finish(store, build, flows.gives(main=ValueError("broken")))
     publish = await store.ticket("publish")

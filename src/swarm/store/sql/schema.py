@@ -70,7 +70,7 @@ def _(element: random_id, compiler: Any, **options: Any) -> str:
 
 @compiles(random_id, "postgresql")
 def _(element: random_id, compiler: Any, **options: Any) -> str:
-    return "gen_random_uuid()::text"
+    return "replace(gen_random_uuid()::text, '-', '')"
 
 
 def _text(name: str, *, null: bool = True, default: str | None = None) -> sa.Column[str]:

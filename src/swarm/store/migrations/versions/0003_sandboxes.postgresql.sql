@@ -146,7 +146,7 @@ CREATE TABLE positions (
 );
 
 CREATE TABLE sandboxes (
-  id TEXT COLLATE "C" DEFAULT gen_random_uuid()::text NOT NULL,
+  id TEXT COLLATE "C" DEFAULT replace(gen_random_uuid()::text, '-', '') NOT NULL,
   name TEXT COLLATE "C",
   project_id TEXT COLLATE "C",
   state TEXT COLLATE "C" DEFAULT 'starting' NOT NULL,
@@ -260,7 +260,7 @@ CREATE TABLE ticket_dependencies (
 CREATE INDEX ticket_dependencies_depends_on ON ticket_dependencies (depends_on);
 
 CREATE TABLE tickets (
-  id TEXT COLLATE "C" DEFAULT gen_random_uuid()::text NOT NULL,
+  id TEXT COLLATE "C" DEFAULT replace(gen_random_uuid()::text, '-', '') NOT NULL,
   project_id TEXT COLLATE "C",
   title TEXT COLLATE "C" DEFAULT '' NOT NULL,
   description TEXT COLLATE "C",
@@ -483,7 +483,7 @@ END $$;
 CREATE FUNCTION swarm_ticket_inserted() RETURNS trigger LANGUAGE plpgsql
   SET search_path FROM CURRENT AS $$
 BEGIN
-  NEW.id := coalesce(NEW.id, gen_random_uuid()::text);
+  NEW.id := coalesce(NEW.id, replace(gen_random_uuid()::text, '-', ''));
   NEW.created_at := swarm_created_at(NEW.created_at);
   RETURN NEW;
 END $$;
@@ -545,7 +545,7 @@ CREATE TRIGGER workflows_removed AFTER DELETE ON workflows FOR EACH ROW EXECUTE 
 CREATE FUNCTION swarm_sandbox_inserted() RETURNS trigger LANGUAGE plpgsql
   SET search_path FROM CURRENT AS $$
 BEGIN
-  NEW.id := coalesce(NEW.id, gen_random_uuid()::text);
+  NEW.id := coalesce(NEW.id, replace(gen_random_uuid()::text, '-', ''));
   NEW.hold_id := NULL;
   NEW.worker := NULL;
   NEW.lease_until := NULL;
