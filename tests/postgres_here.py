@@ -32,16 +32,17 @@ def programs() -> Path | None:
 class Server:
     """Use `running`."""
 
-    def __init__(self, programs: Path, directory: Path) -> None:
-        self.programs, self.directory = programs, directory
+    def __init__(self, programs: Path, directory: Path, settings: dict[str, str]) -> None:
+        self.programs, self.directory, self.settings = programs, directory, CHEAP | settings
         self.data = directory / "data"
         self.process: subprocess.Popen[bytes] | None = None
 
     def url(self, database: str = "postgres", *, user: str = USER) -> str:
         return f"postgresql://{user}@/{database}?host={self.directory}"
 
-    def start(self, **settings: str) -> None:
-        chosen = {"listen_addresses": "", "unix_socket_directories": str(self.directory)} | CHEAP | settings
+    def start(self) -> None:
+        """On a thread that stays: the server ends with it."""
+        chosen = {"listen_addresses": "", "unix_socket_directories": str(self.directory)} | self.settings
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 _as_user(
@@ -58,8 +59,11 @@ class Server:
         deadline = time.monotonic() + 120
         while self._asked() != 0:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL did not start:\n{(self.directory / 'log').read_text()[-3000:]}")
+                raise RuntimeError(f"PostgreSQL did not start:\n{self._log()}")
             time.sleep(0.05)
+
+    def _log(self) -> str:
+        return (self.directory / "log").read_text()[-3000:]
 
     def _asked(self) -> int:
         return subprocess.run(
@@ -68,18 +72,20 @@ class Server:
 
     def stop(self, number: int = signal.SIGINT) -> None:
         """SIGINT: at once, in order. SIGQUIT: as after a crash."""
-        if self.process is not None:
-            self.process.send_signal(number)
-            self.process.wait(timeout=120)
-            self.process = None
+        process, self.process = self.process, None
+        if process is not None:
+            if process.poll() is not None:
+                raise RuntimeError(f"PostgreSQL ended by itself:\n{self._log()}")
+            process.send_signal(number)
+            process.wait(timeout=120)
 
 
 @contextmanager
-def running(directory: Path) -> Iterator[Server]:
+def running(directory: Path, **settings: str) -> Iterator[Server]:
     """A new, empty server; everything of it is removed at the end."""
     found = programs()
     assert found is not None
-    server = Server(found, directory)
+    server = Server(found, directory, settings)
     directory.mkdir(parents=True, exist_ok=True)
     if os.geteuid() == 0:
         shutil.chown(directory, USER)
@@ -96,8 +102,10 @@ def running(directory: Path) -> Iterator[Server]:
         server.start()
         yield server
     finally:
-        server.stop()
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            server.stop()
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _as_user(*argv: object) -> list[str]:

@@ -165,7 +165,9 @@ async def test_whether_it_holds_secrets_is_decided_while_that_is_known(store: St
         assert made.secret is secret, columns
         assert [one.sandbox.secret for one in await claim(store)] == [secret]
         assert (await store.sandbox(made.id)).secret is secret
-    outside.execute("INSERT INTO sandboxes (id, agent_id, snapshot_id, secret) VALUES ('given', 'keeper', 'clean', false)")
+    outside.execute(
+        "INSERT INTO sandboxes (id, agent_id, snapshot_id, secret) VALUES ('given', 'keeper', 'clean', false)"
+    )
     outside.execute("INSERT INTO sandboxes (id) VALUES ('plain')")
     assert (await store.sandbox("plain")).secret is None
     await claim(store)

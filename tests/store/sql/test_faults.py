@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -51,6 +50,7 @@ async def result(started: asyncio.subprocess.Process) -> object:
     return json.loads(out)
 
 
+@pytest.mark.sqlite
 async def test_locked_by_another_process(url: str, outside: Outside) -> None:
     insert(outside, "t")
     async with Store.open(url, busy_timeout_seconds=0.2) as store:
@@ -74,6 +74,7 @@ async def test_locked_by_another_process(url: str, outside: Outside) -> None:
         assert not (await store.renew([claim.attempt_id], lease_seconds=LEASE)).lost
 
 
+@pytest.mark.sqlite
 async def test_read_only(backend: Backend) -> None:
     file = backend.new().removeprefix("sqlite:///")
     async with Store.open(f"sqlite:///file:{file}?mode=ro&uri=true") as store:
@@ -108,6 +109,7 @@ async def test_not_a_database(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.sqlite
 async def test_damaged(url: str, outside: Outside) -> None:
     insert(outside, "t", description="x" * 100_000)
     outside.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -120,7 +122,8 @@ async def test_damaged(url: str, outside: Outside) -> None:
 
 async def test_not_migrated(backend: Backend) -> None:
     url = backend.empty()
-    Path(url.removeprefix("sqlite:///")).touch()
+    if url.startswith("sqlite:"):
+        Path(url.removeprefix("sqlite:///")).touch()
     async with Store.open(url) as store:
         assert await store.revision() is None
         with pytest.raises(StoreError, match=r"\(it is empty\); run `swarm init`"):
@@ -144,7 +147,7 @@ async def test_made_by_a_newer_swarm(url: str, outside: Outside) -> None:
 async def test_a_table_is_gone(store: Store, outside: Outside) -> None:
     await store.queue()
     outside.execute("DROP TABLE attempts")
-    with pytest.raises(StoreError, match="no such table: attempts"):
+    with pytest.raises(StoreError, match=r"attempts.*run `swarm init`"):
         await store.claim("w", lease_seconds=LEASE)
 
 
@@ -169,6 +172,7 @@ async def test_disk_full(tmp_path: Path) -> None:
     assert found["added"] == found["there"] > 3
 
 
+@pytest.mark.sqlite
 async def test_out_of_memory(url: str, outside: Outside) -> None:
     """SQLite undoes the whole transaction by itself; the error about the lost savepoint does not hide the reason."""
     for number in range(8):
@@ -187,7 +191,7 @@ async def test_a_bug_in_one_request_leaves_the_others_alone(store: Store, outsid
     bad = Event(ticket_id="t", kind=object(), data={})  # type: ignore[arg-type]
     results = await asyncio.gather(*(store.append([e]) for e in (good[0], bad, *good[1:])), return_exceptions=True)
     assert [result is None for result in results] == [True, False, True, True]
-    assert isinstance(results[1], sqlite3.Error)
+    assert isinstance(results[1], store._db.dialect.driver_error)
     assert len(await store.events("t")) == 3
 
 

@@ -15,6 +15,8 @@ from swarm.errors import StoreError
 from swarm.store.store import Store
 from tests.store.databases import Backend
 
+pytestmark = pytest.mark.sqlite
+
 
 @pytest.mark.parametrize("removed", [("-wal", "-shm"), ("-wal",), ("-shm",)], ids=" ".join)
 async def test_log_removed(backend: Backend, removed: tuple[str, ...]) -> None:

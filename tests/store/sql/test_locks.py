@@ -24,6 +24,8 @@ from swarm.store.store import Store
 from tests.base.test_realtime import realtime_policy
 from tests.store.databases import Outside, claim_one, insert
 
+pytestmark = pytest.mark.sqlite
+
 TITLES = Sql("SELECT title FROM tickets ORDER BY id")
 RENAME = Sql("UPDATE tickets SET title = :title")
 

@@ -237,9 +237,9 @@ async def test_a_server_that_is_stopped_and_started(tmp_path: Path, capsys: pyte
     need("postgresql")
     with postgres_here.running(tmp_path / "own") as server:
         async with Store.open(server.url()) as store, store.watching() as wake:
-            await asyncio.to_thread(server.stop)
+            server.stop()
             assert not await wake.changed(timeout_seconds=2)  # several tries
-            await asyncio.to_thread(server.start)
+            server.start()
             assert await wake.changed(timeout_seconds=60)
             await store.migrate()
             await store.add_ticket(Ticket(id="t", title="t", state="draft"))

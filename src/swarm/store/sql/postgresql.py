@@ -26,22 +26,24 @@ from swarm.store.sql.wake import Wake
 
 OLDEST: Final = 140000  # PQserverVersion of the oldest that Swarm knows
 
+_FULL: Final = (
+    "the database {place} has no connection left for Swarm: raise max_connections, or put pgbouncer before it"
+)
+# Who is refused at the door learns no more than this text, from PostgreSQL or from pgbouncer.
+_IS_FULL: Final = re.compile(r"too many (clients|connections)|connection slots are reserved|no more connections")
+_STANDBY: Final = (
+    "the database {place} is read-only: is it a standby? Let the URL name the primary (several hosts and "
+    "target_session_attrs=read-write find it)"
+)
 # The first match of the error's class counts (Appendix A of PostgreSQL's manual).
 _ERRORS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (("40001", "40P01", "55P03"), "the database {place} is busy: other transactions have come between for {busy:g} s"),
-    (
-        ("25006",),
-        "the database {place} is read-only: is it a standby? Let the URL name the primary (several hosts and "
-        "target_session_attrs=read-write find it)",
-    ),
+    (("25006",), _STANDBY),
     (
         ("53100",),
         "no space for the database {place}: its server's disk is full; nothing of this transaction was written",
     ),
-    (
-        ("53300",),
-        "the database {place} has no connection left for Swarm: raise max_connections, or put pgbouncer before it",
-    ),
+    (("53300",), _FULL),
     (("53200",), OUT_OF_MEMORY),
     (("57014",), "the database {place} ended a statement that took too long (statement_timeout)"),
     (
@@ -103,6 +105,9 @@ def _prepare(connection: Any, write: bool, busy_timeout_seconds: float) -> None:
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
         raise StoreError(f"the database {place} has the encoding {encoding}; make it anew with ENCODING 'UTF8'")
+    if write and connection.info.parameter_status("in_hot_standby") == "on":
+        # Its own words are that it knows no serializable transactions.
+        raise errors.ReadOnlySqlTransaction("it is a standby")
     connection.adapters.register_loader("numeric", _Number)
     for name in ("json", "jsonb"):
         connection.adapters.register_loader(name, TextLoader)
@@ -161,7 +166,9 @@ def _explain(error: BaseException) -> str | None:
     code = error.sqlstate
     if code is None:
         # libpq's own: no connection, or one that broke
-        return _UNREACHABLE if isinstance(error, psycopg.OperationalError) else None
+        if not isinstance(error, psycopg.OperationalError):
+            return None
+        return _FULL if _IS_FULL.search(str(error)) else _UNREACHABLE
     for prefixes, text in _ERRORS:
         if code.startswith(prefixes):
             return text

@@ -1,0 +1,197 @@
+"""PostgreSQL is stopped, cuts a connection, has none left, is a standby, takes too long: one clear message each,
+without the password, and the next call works once it is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from swarm.errors import Locked, StoreError, UsageError
+from swarm.model import Ticket
+from swarm.store.store import Store
+from tests import postgres_here
+from tests.conftest import need
+from tests.store.databases import LEASE, Outside, PostgresBackend
+
+pytestmark = pytest.mark.slow
+
+PASSWORD = "geheim"
+
+
+def with_password(url: str) -> str:
+    return url.replace("@/", f":{PASSWORD}@/")
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgres_here.Server]:
+    """One that may be hurt. Nine connections, of which some are kept for superusers, as which all tests log in."""
+    need("postgresql")
+    with postgres_here.running(tmp_path_factory.mktemp("own"), wal_level="replica", max_connections="9") as server:
+        yield server
+
+
+@pytest.fixture
+async def hurt(own_server: postgres_here.Server) -> AsyncIterator[Store]:
+    async with Store.open(with_password(own_server.url()), busy_timeout_seconds=30.0) as store:
+        await store.migrate()
+        yield store
+
+
+@pytest.fixture
+def outside(postgresql: PostgresBackend, postgresql_url: str) -> Iterator[Outside]:
+    outside = postgresql.outside(postgresql_url)
+    yield outside
+    outside.close()
+
+
+@pytest.fixture
+async def store(postgresql_url: str) -> AsyncIterator[Store]:
+    async with Store.open(with_password(postgresql_url)) as store:
+        yield store
+
+
+async def fails(store: Store, sentence: str, *, read: bool = True) -> None:
+    for call in (store.claim("w", lease_seconds=LEASE), *((store.queue(),) if read else ())):
+        with pytest.raises(StoreError) as caught:
+            await call
+        assert sentence in str(caught.value), caught.value
+        assert PASSWORD not in str(caught.value) and ":***@" in str(caught.value)
+
+
+async def works(store: Store) -> None:
+    added = await store.add_ticket(Ticket(id=str(uuid4()), title="t", state="draft"))
+    assert (await store.ticket(added.id)).title == "t"
+
+
+async def test_stopped_and_started(hurt: Store, own_server: postgres_here.Server) -> None:
+    await works(hurt)
+    own_server.stop()
+    try:
+        await fails(hurt, "the connection to the database")
+        for _ in range(2):
+            await fails(hurt, "can't reach the database")
+        with pytest.raises(StoreError, match="can't reach the database"):
+            async with Store.open(own_server.url()):
+                pass
+    finally:
+        own_server.start()
+    await works(hurt)
+
+
+async def test_no_connection_is_left(hurt: Store, own_server: postgres_here.Server) -> None:
+    others = list[psycopg.Connection[object]]()
+    try:
+        async with Store.open(with_password(own_server.url())) as late:  # which has one to read
+            while len(others) < 20:
+                try:
+                    others.append(psycopg.connect(own_server.url()))
+                except psycopg.OperationalError:
+                    break
+            await fails(late, "has no connection left for Swarm: raise max_connections", read=False)
+            await works(hurt)
+            others.pop().close()
+            async with asyncio.timeout(60):
+                while True:  # the server's process ends a moment later
+                    with contextlib.suppress(StoreError):
+                        await works(late)
+                        break
+    finally:
+        for other in others:
+            other.close()
+
+
+async def test_a_standby_that_becomes_the_primary(hurt: Store, own_server: postgres_here.Server) -> None:
+    await works(hurt)
+    own_server.stop()
+    (own_server.data / "standby.signal").touch()
+    own_server.start()
+    async with Store.open(with_password(own_server.url())) as store:
+        await fails(store, "is read-only: is it a standby? Let the URL name the primary", read=False)
+        await store.queue()
+        with pytest.raises(StoreError, match="is read-only"):
+            async with store.watching():
+                pass
+        with psycopg.connect(own_server.url(), autocommit=True) as admin:
+            assert admin.execute("SELECT pg_promote()").fetchall() == [(True,)]
+        await works(store)
+        async with store.watching() as wake:
+            await works(store)
+            assert await wake.changed(timeout_seconds=60)
+
+
+async def test_read_only_by_a_setting(postgresql_url: str, outside: Outside) -> None:
+    """One that a user set for others is none for Swarm."""
+    outside.execute(
+        f"ALTER DATABASE {postgresql_url.partition('@/')[2].partition('?')[0]} SET default_transaction_read_only = on"
+    )
+    async with Store.open(postgresql_url) as store:
+        await works(store)
+
+
+async def blocked(store: Store, outside: Outside) -> asyncio.Task[Ticket]:
+    """A call that waits in mid-transaction for another program's lock."""
+    outside.execute("BEGIN")
+    outside.execute("LOCK TABLE tickets IN EXCLUSIVE MODE")
+    task = asyncio.create_task(store.add_ticket(Ticket(id="t", title="t", state="draft")))
+    async with asyncio.timeout(60):
+        while (waiting := outside.execute("SELECT pid FROM pg_locks WHERE NOT granted")) == []:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert len(waiting) == 1
+    return task
+
+
+async def test_the_connection_is_cut_in_mid_transaction(store: Store, outside: Outside) -> None:
+    task = await blocked(store, outside)
+    outside.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+    with pytest.raises(StoreError, match=r"the connection to the database .* was lost") as caught:
+        await task
+    assert PASSWORD not in str(caught.value)
+    outside.execute("ROLLBACK")
+    assert await store.tickets() == []
+    await works(store)
+
+
+async def test_a_statement_takes_too_long(postgresql_url: str, outside: Outside) -> None:
+    name = postgresql_url.partition("@/")[2].partition("?")[0]
+    outside.execute(f"ALTER DATABASE {name} SET statement_timeout = '1s'")
+    async with Store.open(with_password(postgresql_url)) as store:
+        task = await blocked(store, outside)
+        with pytest.raises(StoreError, match=r"ended a statement that took too long \(statement_timeout\)"):
+            await task
+        outside.execute("ROLLBACK")
+        await works(store)
+
+
+async def test_a_lock_that_is_held_for_too_long(postgresql_url: str, outside: Outside) -> None:
+    async with Store.open(with_password(postgresql_url), busy_timeout_seconds=0.1) as store:
+        await works(store)
+        outside.execute("BEGIN")
+        outside.execute("LOCK TABLE tickets IN EXCLUSIVE MODE")
+        with pytest.raises(Locked, match=r"is busy: other transactions have come between for 0\.1 s"):
+            await store.add_ticket(Ticket(id="t", title="t", state="draft"))
+        assert len(await store.tickets()) == 1
+        outside.execute("ROLLBACK")
+        await works(store)
+
+
+async def test_a_database_that_swarm_can_not_use(own_server: postgres_here.Server, hurt: Store, tmp_path: Path) -> None:
+    with psycopg.connect(own_server.url(), autocommit=True) as admin:
+        admin.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    for url, error, sentence in (
+        (own_server.url("latin"), StoreError, "has the encoding LATIN1; make it anew with ENCODING 'UTF8'"),
+        (own_server.url("none"), StoreError, "can't reach the database"),
+        (own_server.url(user="nobody"), StoreError, "can't reach the database"),
+        (f"postgresql://postgres@/postgres?host={tmp_path}", StoreError, "can't reach the database"),
+        (f"{own_server.url()}&hots=x", UsageError, "bad database URL"),
+    ):
+        with pytest.raises(error) as caught:
+            async with Store.open(with_password(url)):
+                pass
+        assert sentence in str(caught.value) and PASSWORD not in str(caught.value)
