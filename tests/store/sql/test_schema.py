@@ -166,10 +166,12 @@ LIVE_INDEXES = re.compile(
     r"|workflow_runs_(due|live)|sandboxes_(due|ending|held|live)"
 )
 SMALL_TABLES = {"agents", "notices", "secrets", "workflows", "definitions", "schedules", "tokens", "workers", "clock"}
-SMALL_TABLES |= {"alembic_version"}
+SMALL_TABLES |= {"alembic_version", "hosts"}
 WHOLE_READS = {"artifacts._LARGEST", "artifacts._UNUSED", "artifacts._USES_WITHOUT_TICKET", "snapshots._OF_HOST"}
 WHOLE_READS |= {"agents._TICKETS_THAT_NEED", "workflows._TICKETS_THAT_NEED", "views._RECENT", "tickets._NEWEST_IDS"}
 WHOLE_READS |= {"sandboxes._NAMES", "snapshots._NAMES", "agents._STEPS_THAT_NEED"}
+# In the order of their key up to the LIMIT, as long as the planner knows nothing of the columns.
+WHOLE_READS |= {"display._NEXT", "dependencies.OPEN_DEPENDANTS"}
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -205,6 +207,8 @@ def whole_reads(connection: psycopg.Connection[Any], statement: Sql) -> list[str
 
 def test_no_statement_scans_finished_rows_on_postgresql(postgresql_url: str) -> None:
     with psycopg.connect(postgresql_url, autocommit=True) as connection:
+        # As new, whatever tests it had before: then the planner expects ten pages in each.
+        connection.execute(f"TRUNCATE {', '.join(metadata.tables)}".encode())
         connection.execute("SET plan_cache_mode = force_generic_plan")
         for way in ("seqscan", "hashjoin", "mergejoin", "material", "memoize", "bitmapscan"):
             connection.execute(f"SET enable_{way} = off".encode())
