@@ -12,7 +12,7 @@ from swarm.base.plain import plain
 from swarm.cli.frame import Cli, command, new_app
 from swarm.cli.ui.render import counted, size
 
-app = new_app("db", "Back the database up, and put a backup back.")
+app = new_app("db", "Back the database up, put a backup back, and let other programs INSERT.")
 
 
 @command(app, "backup", examples=["swarm db backup /backups/monday", "swarm db backup ./before --json"], json=True)
@@ -50,3 +50,18 @@ async def restore(
     if done.kept is not None and not cli.out.json:
         cli.out.note(f"the database that was there is kept: {plain(str(done.kept))}")
     cli.out.result(done, f"as it was at {done.backup.at}; {counted(done.agents, 'agent')} added; now `swarm prove`")
+
+
+@command(app, "grants", examples=["swarm db grants ci", "swarm db grants ci --run"], json=True)
+async def grants(
+    cli: Cli,
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="Of PostgreSQL: CREATE ROLE ci LOGIN PASSWORD '…'.")],
+    run: Annotated[bool, typer.Option("--run", help="Run it, as the user of the database's URL.")] = False,
+) -> None:
+    """Print the SQL that lets a role of PostgreSQL INSERT tickets, their dependencies and sandboxes, and read them.
+
+    It may do nothing else with them. The SQL may run again at any time.
+    """
+    async with cli.store() as store:
+        sql = await store.grants(role, run=run)
+    cli.out.result({"role": role, "sql": sql, "ran": run}, sql)

@@ -62,6 +62,7 @@ from swarm.store.sandboxes.taking import Share, Taking
 from swarm.store.sql import database
 from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.grants import grants
 from swarm.store.sql.rows import (
     AttemptRow,
     Due,
@@ -194,6 +195,11 @@ class Store:
     async def migrate(self) -> None:
         """Create the database, or upgrade it to `head()`. Idempotent; several processes may call it at once."""
         await self._write.call_raw(self._db.migrate)
+
+    async def grants(self, role: str, *, run: bool = False) -> str:
+        """SQL that lets a role of PostgreSQL INSERT and SELECT tickets, dependencies and sandboxes; with ``run``, it is
+        run. Raises UsageError for SQLite, NotFound without such a role."""
+        return await self._write.call_raw(lambda connection: grants(self._db, connection, role, run=run))
 
     async def revision(self) -> str | None:
         """The revision of the database; None if it is empty or does not exist."""

@@ -1,0 +1,31 @@
+"""What another program's role may be allowed on PostgreSQL: `swarm db grants`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from swarm.errors import NotFound, UsageError
+from swarm.store.sql.database import Database
+from swarm.store.sql.transaction import Connection
+
+# Their triggers do the rest with the rights of who made the tables.
+TABLES: Final = ("tickets", "ticket_dependencies", "sandboxes")
+
+
+def grants(database: Database, connection: Connection, role: str, *, run: bool) -> str:
+    """SQL that may run again at any time. Raises UsageError for SQLite, NotFound without such a role."""
+    if database.dialect.name != "postgresql":
+        raise UsageError(f"{database.place} has no roles: whoever may write to the file, may INSERT")
+    driver = connection.driver
+    with database.errors(connection):
+        found = driver.execute(
+            "SELECT quote_ident(rolname), quote_ident(current_schema()) FROM pg_roles WHERE rolname = %s", (role,)
+        ).fetchone()
+        if found is None:
+            raise NotFound(f"the database has no role {role!r}; CREATE ROLE makes one")
+        name, schema = found
+        tables = ", ".join(f"{schema}.{table}" for table in TABLES)
+        sql = f"GRANT USAGE ON SCHEMA {schema} TO {name};\nGRANT SELECT, INSERT ON {tables} TO {name};"
+        if run:
+            driver.execute(sql)
+    return sql
