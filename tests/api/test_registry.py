@@ -19,7 +19,7 @@ from typing import Any, Final
 import httpx
 import jsonschema
 
-from swarm.admin.engines import status
+from swarm.admin.status import status
 from swarm.api.app import ENDPOINTS
 from swarm.api.endpoint import JSON
 from swarm.api.v1 import agents, engines, images, secrets, tokens, workflows

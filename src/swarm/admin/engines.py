@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from swarm.store.registry.workers import has_died, is_alive
-from swarm.store.sql.rows import HostRow, QueueStatus, WorkerRow
+from swarm.store.sql.rows import HostRow, WorkerRow
 from swarm.store.store import Store
-from swarm.vm.slots.inventory import Inventory, VmRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +26,6 @@ class Engine:
     info: Mapping[str, Any]
     alive: bool
     died: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """As `swarm-engine status --json` prints it. ``vms``: of this host, those that were started."""
-
-    queue: QueueStatus
-    vms: list[VmRecord]
-    engines: list[Engine]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +56,6 @@ class Host:
     drained_by: str | None = None
     drained_at: str | None = None
     created_at: str | None = None
-
-
-async def status(store: Store, inventory: Inventory) -> Status:
-    queue, found = await store.queue(), await engines(store)
-    vms = [vm for vm in await asyncio.to_thread(inventory.records) if vm.pid]
-    return Status(queue=queue, vms=vms, engines=found)
 
 
 async def engines(store: Store) -> list[Engine]:

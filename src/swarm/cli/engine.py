@@ -339,12 +339,12 @@ async def run_ticket(
 @command(app, "status", examples=["swarm-engine status", "swarm-engine status --json"], json=True)
 async def status(cli: Cli) -> None:
     """Show the engines, the server, the queue, and the number of VMs on this host."""
-    from swarm.admin import engines
+    from swarm.admin import status as admin
     from swarm.app import address, wiring
     from swarm.base.plain import plain
 
     async with cli.store() as store:
-        found = await engines.status(store, wiring.inventory(cli.settings))
+        found = await admin.status(store, wiring.inventory(cli.settings))
     server = address.running(cli.settings)
     if cli.out.json:
         cli.out.dump(plain(found) | {"server": server})

@@ -9,7 +9,8 @@ from typing import Final
 from pydantic import Field, field_validator
 
 from swarm.admin import engines
-from swarm.admin.engines import Engine, Host, Status
+from swarm.admin.engines import Engine, Host
+from swarm.admin.status import Status, status
 from swarm.api.endpoint import Call, Endpoint, Fields
 from swarm.base.clock import moment
 from swarm.errors import UsageError
@@ -60,7 +61,7 @@ class RemovedHost:
 
 
 async def show_status(call: Call) -> Status:
-    return await engines.status(call.store, call.context.inventory)
+    return await status(call.store, call.context.inventory)
 
 
 async def list_engines(call: Call) -> list[Engine]:
