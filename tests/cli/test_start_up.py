@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,20 @@ def test_a_user_without_a_name_changes_things(home: Path) -> None:
             [*argv, *words, "--home", str(home)], env=env, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("program", ["swarm", "swarm-engine", "swarm-spawn-ns", "swarm-cleanup"])
+def test_ctrl_c_while_a_program_loads_is_quiet(program: str, tmp_path: Path) -> None:
+    """What it loads stops half-way here, for as long as it takes."""
+    (tmp_path / "typer.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, function = re.fullmatch(r"([\w.]+):(\w+)", project["scripts"][program]).groups()  # type: ignore[union-attr]
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # pytest's parent may ignore it
+    argv = [sys.executable, "-c", f"{heed}\nfrom {module} import {function}\n{function}()"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "loading\n"
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert (running.returncode, said) == (130, "")
