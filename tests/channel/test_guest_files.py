@@ -124,6 +124,17 @@ async def test_no_repository_comes_of_a_guest(guest: Guest, opens: Open, tmp_pat
     for to in ("all", "all/bare"):  # where there is one, or half of one, nothing is added to it
         with pytest.raises(Conflict, match="has a HEAD in it"):
             await gt.get_tree(opens, "t/deep" if to == "all/bare" else "t", tmp_path / to)
+    before = _seen(tmp_path / "all")
+    for to in ("all/bare/new", "all/bare/hooks/new", "all/bare/config"):  # nor below it, be it one file or a tree
+        (tmp_path / "here").unlink(missing_ok=True)
+        (tmp_path / "here").symlink_to((tmp_path / to).parent)  # by whichever way
+        for place in (tmp_path / to, tmp_path / "here" / Path(to).name):
+            for getting in (gt.get_tree(opens, "t/deep", place), gf.get(opens, "t/bare/config", place)):
+                with pytest.raises(Conflict, match="has a HEAD in it"):
+                    await getting
+    assert _seen(tmp_path / "all") == before
+    (tmp_path / "all/bare/tree/.git").mkdir(parents=True)
+    assert await gf.get(opens, "t/bare/config", tmp_path / "all/bare/tree/x")
 
 
 def _seen(top: Path) -> dict[str, tuple[int, bytes | str]]:

@@ -1,13 +1,19 @@
-"""`--input NAME=VALUE`: what a user types is what the agent gets, by the schema of its inputs."""
+"""`--input NAME=VALUE`: what a user types is what the agent gets, by the schema of its inputs. And no path is empty."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from swarm import schema
+from swarm.cli import cleanup, engine, main, vm
 from swarm.cli.inputs import read_inputs
 from swarm.errors import UsageError
 
@@ -53,3 +59,34 @@ def test_from_files(tmp_path: Path) -> None:
     for name in ("binary", "not-there"):
         with pytest.raises(UsageError, match="@@ stands for"):
             read_inputs(None, None, [f"text=@{tmp_path / name}"], SCHEMA)
+
+
+def _with_paths(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, list[str]]]:
+    """Each argument and option that is a path, with a command line that has an empty text for it."""
+    for name, below in sorted(getattr(command, "commands", {}).items()):
+        yield from _with_paths(below, (*words, name))
+    signature = inspect.signature(command.callback)
+    for param in command.params:
+        annotation = signature.parameters[param.name].annotation if param.name in signature.parameters else None
+        if not re.search(r"\bPath\b", repr(annotation).split("typer.models")[0]):
+            continue
+        options: list[str] = []
+        arguments: list[str] = []
+        for other in command.params:
+            text = "" if other is param else "1"
+            if (other is param or other.required) and other.param_type_name == "option":
+                options += [max(other.opts, key=len), text]
+            elif other is param or other.required:
+                arguments.append(text)
+        yield " ".join((*words, param.name)), command, [*options, *arguments]
+
+
+@pytest.mark.parametrize("app", [main.app, engine.app, vm.spawn_ns, cleanup.app], ids=lambda app: app.info.name)
+def test_no_path_is_empty(app: typer.Typer) -> None:
+    """`put build "$DIR"`, of a variable that is not set, must not send this directory."""
+    found = list(_with_paths(typer.main.get_command(app)))
+    assert len(found) >= (100 if app is main.app else 1)
+    for name, command, args in found:
+        with pytest.raises(typer.BadParameter, match=r"is empty|file '' is"):
+            command.make_context(name, args)
+            pytest.fail(f"{name}: {args}")

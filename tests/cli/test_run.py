@@ -110,7 +110,8 @@ def test_pipes_stay_pipes_and_files_come_back(here: Path, env: dict[str, str]) -
         (["--net", "everything", "true"], 2, "network policy 'everything' is unknown"),
         (["--agent", "nobody", "true"], 125, "no agent"),
         (["--requirements", "six", "true"], 2, "not pinned"),
-        (["--secret", "NOT_SET", "true"], 125, "NOT_SET"),
+        (["--secret", "NOT_SET", "true"], 125, "error: the command can't run here: "),
+        (["--dir", "", "true"], 2, "--dir': it is empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -120,6 +121,16 @@ def test_its_exit_status_is_the_commands(
     done = run(here, env | {"SWARM_DRIVER": "process"}, *words)  # each in a VM would take long
     assert done.returncode == status, done.stderr
     assert said in done.stderr.decode() and done.stdout == b""
+
+
+def test_without_a_home_it_says_what_a_secret_needs(here: Path, env: dict[str, str], tmp_path: Path) -> None:
+    done = run(here, env | {"SWARM_DRIVER": "process", "SWARM_HOME": str(tmp_path / "none")}, "--secret", "KEY", "true")
+    said = done.stderr.decode().rpartition("error: ")[2]
+    assert (
+        done.returncode == 125
+        and said.startswith("the command can't run here: there is no database")
+        and ("`swarm init`" in said and "`swarm secret set KEY`" in said and "agent" not in said)
+    )
 
 
 def test_variables_and_secrets(here: Path, env: dict[str, str]) -> None:

@@ -140,6 +140,12 @@ def test_no_repository_comes(tmp_path: Path) -> None:
     for name in ("bare/config", "bare/hooks/x"):
         with pytest.raises(Conflict, match="has a HEAD in it"):
             unpack(archive((name, None, b"theirs")), tmp_path / "to", replace=True)
+    for below in ("hooks", "hooks/deep"):
+        with pytest.raises(Conflict, match="has a HEAD in it"):
+            unpack(archive(("x", None, b"theirs")), tmp_path / "to/bare" / below, replace=True)
+    assert {path.name for path in (tmp_path / "to/bare").iterdir()} == {"config", "HEAD"}
+    (tmp_path / "to/bare/tree/.git").mkdir(parents=True)
+    assert unpack(archive(("x", None, b"theirs")), tmp_path / "to/bare/tree/src", replace=True)
 
 
 def test_links_of_the_user_are_not_followed(tmp_path: Path) -> None:

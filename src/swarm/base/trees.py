@@ -101,6 +101,17 @@ def runs_git(name: str) -> bool:
     return names_git(name) or name.rpartition("/")[2] == "HEAD"
 
 
+def refuse_repository(place: Path) -> None:
+    """Raises Conflict if git would take this directory, or one above it, for a repository: what a guest puts there may
+    be a hook of it. Git looks upward likewise, until there is a work tree."""
+    here = Path(os.path.realpath(place))
+    for above in (here, *here.parents):
+        if os.path.lexists(above / "HEAD"):
+            raise Conflict(f"{above} has a HEAD in it: git may take it for a repository, and run what is put there")
+        if os.path.lexists(above / ".git"):
+            return
+
+
 def may_come(name: str, target: str) -> bool:
     """May a link be made that comes from a guest? Not one into a .git: whoever writes to it later would write there."""
     return stays_within(name, target) and not names_git(target)
@@ -294,6 +305,8 @@ class Target:
     name, HostError if it can't be made."""
 
     def __init__(self, top: Path, *, git: bool = False) -> None:
+        if not git:
+            refuse_repository(top)
         try:
             top.mkdir(parents=True, exist_ok=True)
             self._top = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -304,7 +317,6 @@ class Target:
         self.path = top
         self._git = git
         self._last = "", -1  # a directory in it, and a descriptor
-        self._refuse_repository(self._top, "")
 
     def close(self) -> None:
         for fd in (self._top, self._last[1]):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from swarm.base import trees
 from swarm.channel.asking import ANSWER_SECONDS, ask, lines, send, talk
 from swarm.channel.conversation import Open
 from swarm.channel.frames import Frame, printable
@@ -164,7 +165,9 @@ async def _read(
 
 async def get(guest: Open, path: str, to: Path, *, user: str = "agent", limit_bytes: int | None = None) -> int:
     """Bring a file to this host; returns its size. Written beside ``to`` and then in its place, so nobody sees half of
-    it. Its permissions are kept (of those, what the umask allows), and so are its holes."""
+    it. Its permissions are kept (of those, what the umask allows), and so are its holes. Raises Conflict where git
+    would take it for part of a repository."""
+    trees.refuse_repository(to.parent)
     info = await stat(guest, path, user=user)
     limit_bytes = info.size + _GROWTH_BYTES if limit_bytes is None else limit_bytes  # a guest could send for ever
     beside = to.with_name(f".{to.name[:200]}.{secrets.token_hex(4)}.part")

@@ -256,8 +256,11 @@ async def get(
         place = to or Path(Path(path).name or "root")
         if to is not None and to.is_dir():  # as cp does; the guest says what is a directory, and what is in it
             place = to / Path(path).name
-        if place.name in ("..", "") or (place != to and trees.runs_git(place.name)):
-            raise UsageError(f"{path} can't come to {place}: say where to with --to")
+        if place.name in ("..", ""):
+            raise UsageError(f"{path!r} has no name that it could have here: say where to with --to")
+        if place != to and trees.runs_git(place.name):
+            why = "git would run what is in a .git here, or beside a HEAD"
+            raise UsageError(f"{path} can't come to {place}: {why}; say where to with --to, under another name")
         if os.path.lexists(place) and not force:
             raise Conflict(f"{place} exists: give --force to replace, or --to another place")
         if info.kind == "directory":

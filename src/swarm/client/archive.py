@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
@@ -48,6 +49,8 @@ def unpack(archive: BinaryIO, to: str | os.PathLike[str], *, replace: bool) -> l
     an agent chose. What git would run programs by stays out: a .git, links into one, and the HEAD that makes a
     directory a repository. Raises Conflict for a file that is there, unless ``replace``."""
     top = Path(to)
+    here = Path(os.path.realpath(top))
+    _refuse_repositories(here, here.parents)
     top.mkdir(parents=True, exist_ok=True)
     written, links = list[Path](), list[tuple[Path, str]]()
     archive.seek(0)
@@ -89,15 +92,20 @@ def _below(top: Path, name: str) -> Path:
     path = top / name
     if name.startswith("/") or ".." in Path(name).parts or path == top:
         raise ServerError(f"the server's archive has a file named {name!r}")
+    _refuse_repositories(path.parent, path.parent.parents)
     _make(path.parent)
     if path.parent.resolve() != top.resolve() / path.parent.relative_to(top):
         raise Conflict(f"{path.parent} leads through a link")
-    for place in (path.parent, *path.parent.parents):
+    return path
+
+
+def _refuse_repositories(here: Path, above: Sequence[Path]) -> None:
+    """Git would take what is there for a part of one. It looks upward likewise, until there is a work tree."""
+    for place in (here, *above):
         if os.path.lexists(place / "HEAD"):
             raise Conflict(f"{place} has a HEAD in it: git may take it for a repository, and run what is put there")
-        if place == top:
-            break
-    return path
+        if os.path.lexists(place / ".git"):
+            return
 
 
 def _make(directory: Path) -> None:

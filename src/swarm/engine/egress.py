@@ -171,7 +171,9 @@ class Egress:
             secrets: Mapping[str, str] = {}
             if agent.secrets:
                 if self._secrets is None:
-                    raise NotFound("secrets are not given to agents here")
+                    first = agent.secrets[0]
+                    how = f"`swarm init` makes one, `swarm secret set {first}` then sets it"
+                    raise NotFound(f"there is no database here that could have the secret {first!r}: {how}")
                 secrets = await self._secrets.of(agent.secrets, agent, workflow_id)
         except (UsageError, NotFound, HostError) as error:
             raise NotConfigured(f"{to or f'the agent {agent.name!r}'} can't run here: {error}") from None

@@ -13,7 +13,7 @@ from typing import Any, Final
 from swarm.agents import Example, Package, check
 from swarm.base.clock import Timeline
 from swarm.base.redact import Redactor
-from swarm.engine.egress import Egress, Record
+from swarm.engine.egress import Egress, Record, account_of
 from swarm.engine.engine import Engine, ImageSource, LayerSource, Watcher, vm_spec
 from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Ticket, TicketState
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
@@ -80,7 +80,8 @@ class CommandVms:
     ) -> AsyncIterator[CommandVm]:
         """A VM like one of this agent, with its network policy and secrets, and nothing in it. ``record`` gets the
         events of its egress. Raises NotConfigured, LayerMissing, BootFailed, HostError."""
-        grant = await self._egress.grant(_claim(agent, {}))
+        account = account_of(_claim(agent, {}), one_off=True)
+        grant = await self._egress.granted(agent, account, to="the command")  # whose secrets and network these are
         image = await self._images.find(agent.image)
         spec = vm_spec(agent, image, await self._layers.find(agent, image))
         async with (

@@ -3,8 +3,10 @@ whose last arguments are a command line."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
+from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 # Typer's own are yellow, cyan and "dim".
@@ -26,13 +28,27 @@ def _set_styles() -> None:
 
 
 class _Shown:
-    """Mixed into commands and groups: both print help."""
+    """Mixed into commands and groups: both print help, and take no empty path: pathlib would have it as this directory,
+    of which somebody whose variable was not set did not think."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         for param in self.params:  # type: ignore[attr-defined]
             if isinstance(param, TyperOption) and param.is_flag and param.metavar is None:
                 param.metavar = ""  # a flag takes no value: `<bool>` would say it does
         return super().make_context(*args, **kwargs)  # type: ignore[misc]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        left = super().parse_args(ctx, args)  # type: ignore[misc]
+        if any(one == "" or one.endswith("=") for one in given):
+            raw, _, _ = self.make_parser(ctx).parse_args(given)  # type: ignore[attr-defined]
+            for param in self.params:  # type: ignore[attr-defined]
+                one, read = raw.get(param.name), ctx.params.get(param.name)
+                if (one == "" and isinstance(read, Path)) or (
+                    isinstance(one, list | tuple) and "" in one and any(isinstance(each, Path) for each in read or ())
+                ):
+                    raise BadParameter("it is empty; write . for this directory", ctx=ctx, param=param)
+        return left  # type: ignore[no-any-return]
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)  # type: ignore[misc]
