@@ -442,7 +442,7 @@ class SandboxClaim:
     """A sandbox, held by a worker: all it needs to start it, read in the claiming transaction.
 
     ``snapshot``: what it starts from. With ``resumes`` it is its own, of its pause; else it is to be a fork of it.
-    ``memory_mb``: what its VM takes. Columns of the sandbox win over its agent's.
+    ``memory_mb``, ``disk_mb``: what its VM takes. Columns of the sandbox win over its agent's.
     """
 
     sandbox: Sandbox
@@ -451,6 +451,7 @@ class SandboxClaim:
     snapshot: Snapshot | None
     resumes: bool
     memory_mb: int
+    disk_mb: int = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,8 @@ TITLE = "caf\u00e9 \u2603"
 
 def swarm(home: Path, line: str, **env: str) -> subprocess.CompletedProcess[bytes]:
     """Run a line of the shell, whose first word stands for the program."""
-    line = line.replace("swarm", f'"{sys.executable}" -m swarm.cli.main', 1)
+    name, module = ("swarm-engine", "engine") if line.startswith("swarm-engine") else ("swarm", "main")
+    line = line.replace(name, f'"{sys.executable}" -m swarm.cli.{module}', 1)
     environment = os.environ | {"SWARM_HOME": str(home)} | env
     return subprocess.run(["sh", "-c", line], check=False, capture_output=True, env=environment, timeout=300)
 
@@ -289,3 +290,15 @@ def test_what_the_host_refuses_is_named_and_the_ticket_runs_when_it_is_over(
     database.close()
     after = command_in(place, "true", "swarm-engine", "run-ticket", says, "--wait")
     assert (after.returncode, state(place, says)) == (0, "done"), after.stderr
+
+
+async def test_what_engines_wait_for_is_told(place: Path) -> None:
+    async with wiring.store(config.load(home=place)) as store:
+        info = {"waits_for": "disk: 7 MB are left", "sandboxes_wait_for": "memory: 8 MB are left"}
+        await store.heartbeat("w", host="h", pid=1, info=info)
+        await store.add_ticket(Ticket(id="waits", title="t", state="ready", agent_id=ECHO_AGENT_ID))
+        shown = swarm(place, "swarm ticket show waits")
+        status = swarm(place, "swarm-engine status")
+        await store.forget_worker("w")
+    assert b"it is in the queue, and the engine waits for disk: 7 MB are left" in shown.stdout
+    assert b"disk: 7 MB are left" in status.stdout and b"memory: 8 MB are left" in status.stdout

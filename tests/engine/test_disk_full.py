@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from swarm import config
 from swarm.app import setup, wiring
 from swarm.config import Settings
 from swarm.doctor import host
-from swarm.engine.room import Disk
+from swarm.engine.room import Disk, VmInUse
 from swarm.errors import NoSpace
 from swarm.model import FailureReason
 from swarm.vm.driver import Image
@@ -132,13 +133,53 @@ async def test_what_running_vms_may_still_write_is_kept_for_them(settings: Setti
                     return dispatcher.waits_for.startswith("disk: ")
 
                 await bench.until(waits)
-                assert "running VMs may still write 50 MB, and one more needs 25 MB" in dispatcher.waits_for
+                assert "running VMs may still write, and the next one needs 25 MB" in dispatcher.waits_for
                 assert len(dispatcher.running) == 2
                 used.update(dict.fromkeys(used, 20 << 20))  # written, and so counted by the file system in this case
                 await bench.until_it_prints("3")
                 writers = [asyncio.to_thread(gate.write_text, "go")]
                 await asyncio.gather(*writers)
                 assert await ended(bench, "1", "2", "3") == ["done"] * 3
+
+
+class IdleSandbox:
+    """Holds one with a work disk, until it is to make room."""
+
+    def __init__(self, disk_mb: int) -> None:
+        self.takes = [VmInUse(memory_mb=128, disk_mb=disk_mb, vm_id=1, executing=True, settled=True)]
+        self.most, self.draining, self.waits_for = 0, False, ""
+
+    def vms(self) -> list[VmInUse]:
+        return self.takes
+
+    def make_room(self) -> None:
+        self.takes = []
+
+    async def collecting(self) -> None:
+        await asyncio.Event().wait()
+
+    async def drained(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def look(self) -> None: ...
+
+
+async def test_an_idle_sandbox_sleeps_for_a_ticket_that_lacks_disk(settings: Settings, tmp_path: Path) -> None:
+    """And one that can never fit fails, and is in nobody's way."""
+    with small_disk(tmp_path / "vms", 64 << 10) as disk:
+        ours = settings.model_copy(update={"state_dir": disk})
+        async with bench_at(ours, tmp_path / "home", tmp_path) as bench:
+            sandbox: Any = IdleSandbox(disk_mb=50)
+            huge = await bench.agent(DONE, "huge", disk_mb=1 << 20)
+            agent = await bench.agent(DONE, disk_mb=25)
+            bench.insert("huge", huge.id, priority=9)
+            bench.insert("t", agent.id)
+            async with serving(bench, disk=Disk(dir=disk, used_bytes=lambda n: 0), sandboxes=sandbox):
+                assert await ended(bench, "huge", "t") == ["failed", "done"]
+            assert sandbox.takes == []
+            error = (await bench.store.ticket("huge")).error
+            assert error and "needs 1048576 MB of disk, and all VMs of this host together may take" in error
 
 
 @pytest.mark.parametrize("pages", [1, 2, 3, 5])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from swarm.engine.held import Done, Ending, Held
 from swarm.engine.machines import agent_of
+from swarm.engine.room import Disk, VmInUse
 from swarm.engine.sandboxes import Sandboxes
 from swarm.errors import ChannelError, Conflict, NoSpace, OutcomeUnknown
 from swarm.live.wire import NotHeld
 from swarm.model import Sandbox, SandboxClaim, SandboxState
+from swarm.store.tickets.room import Room
 
 
 def held(id: str = "s", project: str | None = None) -> Held:
@@ -91,3 +95,30 @@ async def test_the_one_that_is_idle_for_longest_makes_room() -> None:
     assert [one.asked for one in some] == [Ending.PAUSED, None, None, None]
     holder.make_room()
     assert [one.asked for one in some] == [Ending.PAUSED, None, Ending.PAUSED, None]
+
+
+def test_a_large_vm_takes_no_more_than_its_own_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 42 GB that are free."""
+    block, free, all_ = 1 << 20, 42 << 10, 200 << 10
+    found = os.statvfs_result((block, block, all_, free, free, 10**6, 10**6, 10**6, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: found)
+    disk = Disk(dir=tmp_path, used_bytes=lambda n: 1000 << 20)
+
+    def room(*disks_mb: int) -> Room:
+        vms = [VmInUse(memory_mb=256, disk_mb=mb, vm_id=1, executing=True, settled=True) for mb in disks_mb]
+        left, shortage = disk.room(vms)
+        assert shortage == ""
+        return left
+
+    whole = free - 512
+    alone = room()
+    assert (alone.disk_mb, alone.most_disk_mb) == (whole, whole)
+    assert "needs 1048576 MB of disk, and all VMs of this host together may take 42496 MB" in alone.never(128, 1 << 20)
+    beside = room(25_000)
+    assert (beside.disk_mb, beside.most_disk_mb) == (whole - 24_000, whole + 1000)
+    assert beside.lacks(128, 2048) == "", "a ticket of the usual size starts beside a large sandbox"
+    assert beside.lacks(128, 25_000).startswith("disk: 18496 MB are left")
+    free = 1000
+    found = os.statvfs_result((block, block, all_, free, free, 10**6, 10**6, 10**6, 0, 255))
+    assert room().lacks(128, 2048) == "" == room().never(128, 2048), "the usual one may always be the only one"
+    assert room(2048).lacks(128, 2048) != "" == room(2048).never(128, 2048)

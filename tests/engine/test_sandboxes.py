@@ -415,4 +415,10 @@ async def test_what_can_be_mended_costs_no_sandbox(desk: Desk) -> None:
         assert "can't run here" in error and error.endswith("`swarm secret set KEY`")
         await vault.set("KEY", "swordfish")
         await desk.resumed("s")
+        await shell(engine, "s", "printf '%s' $KEY > /work/key")
+        start = await engine.snapshot("s", by="test", keep_seconds=60)
         await engine.end("s", by="test")
+        desk.insert("from-it", snapshot_id=start)
+        await desk.running("from-it")
+        assert await shell(engine, "from-it", "cat /work/key; printf '%s' $KEY") == "[KEY]", "replaced, and not given"
+        await engine.end("from-it", by="test")

@@ -18,6 +18,8 @@ from swarm.cli.ui import render
 from swarm.cli.unit import unit
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from swarm.app.address import Address
     from swarm.config import Settings
     from swarm.model import Ticket
@@ -367,14 +369,17 @@ async def status(cli: Cli) -> None:
             "oldest ready": None if oldest is None else render.duration(oldest),
             "VMs": sum(vm.alive for vm in found.vms),
             "ended": f"{sum(int(info.get('per_minute') or 0) for info in live)} per minute",
-            "waiting for": next((why for info in live if (why := str(info.get("waits_for") or ""))), None)
-            if queue.ready
-            else None,
+            "waiting for": _said(live, "waits_for") if queue.ready else None,
+            "sandboxes wait for": _said(live, "sandboxes_wait_for"),
         }
     )
 
 
 command(app, "unit", examples=["swarm-engine unit", "swarm-engine unit --max-vms=8 --grace=120"])(unit)
+
+
+def _said(live: Sequence[Mapping[str, object]], what: str) -> str | None:
+    return next((why for info in live if (why := str(info.get(what) or ""))), None)
 
 
 def _server_line(server: Address) -> str:

@@ -175,7 +175,10 @@ async def show(cli: Cli, id: TicketId) -> None:
         ticket = found.ticket
         await _say_if_unserved(cli, store, ticket)
         names = await store.names((ticket.agent_id, ticket.workflow_id))
-        waits = [said for step in await store.next_steps(id) if (said := step.waits_for_host)]
+        ready = await store.next_steps(id)
+        waits = [said for step in ready if (said := step.waits_for_host)]
+        if ticket.state == TicketState.READY or any(step.in_ms is None and not step.host for step in ready):
+            waits += await _engines_wait(store)
     if cli.out.json:
         cli.out.dump(found)
         return
@@ -400,6 +403,14 @@ async def _answer(
         line = f"step {answered} is {answer}; ticket {ticket.id} is {ticket.state}"
         cli.out.result({"ticket": ticket, "step": answered}, line)
         await _say_if_unserved(cli, store, ticket)
+
+
+async def _engines_wait(store: Store) -> list[str]:
+    """Why engines start nothing more."""
+    from swarm.store.registry.workers import is_alive
+
+    reasons = {str(one.info.get("waits_for") or "")[:500] for one in await store.workers() if is_alive(one)}
+    return [f"it is in the queue, and the engine waits for {reason}" for reason in sorted(reasons - {""})]
 
 
 async def _say_if_unserved(cli: Cli, store: Store, ticket: Ticket) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from swarm.base.aio import cancel_all, finish_uninterrupted, first
 from swarm.base.log import logger
-from swarm.engine.room import Disk, Memory, VmInUse, of_attempts
+from swarm.engine.room import Disk, Memory, VmInUse, of_attempts, room_for_one
 from swarm.engine.sandboxes import Sandboxes
 from swarm.engine.worker import Attempt, Ended, Worker
 from swarm.errors import Conflict, NoSpace, StoreError
@@ -28,6 +28,7 @@ from swarm.store.hosts import HostState
 from swarm.store.sql.rows import Due
 from swarm.store.sql.wake import Wake
 from swarm.store.store import Store
+from swarm.store.tickets.room import Room
 from swarm.triggers.schedules import Scheduler
 
 log = logger(__name__)
@@ -48,11 +49,11 @@ _DRAINING = "nothing: this host is being drained, which `swarm host undrain` end
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ClaimRequest:
-    """A claim under way. ``memory_mb`` None: no memory limit. ``disk_shortage``: see `Disk.shortage`."""
+    """A claim under way. ``disk_shortage``: see `Disk.room`."""
 
     claims: asyncio.Task[list[Claim]]
     limit: int
-    memory_mb: int | None
+    room: Room
     disk_shortage: str
 
 
@@ -84,7 +85,7 @@ class Dispatcher:
         self._scheduler = scheduler
         self.sandboxes = sandboxes
         if sandboxes is not None:
-            sandboxes.room, sandboxes.most_mb = self._room_for_sandbox, memory.most_mb if memory else None
+            sandboxes.room = self._room
         self._info = dict(info or {})
         self._ended = ended
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,11 +117,9 @@ class Dispatcher:
         if self.sandboxes is not None:
             yield from self.sandboxes.vms()
 
-    def _room_for_sandbox(self) -> tuple[int | None, str]:
-        """The memory for one more (None: no limit), and why there is no disk for it."""
-        memory_mb = self._memory.left_mb(self._vms()) if self._memory else None
-        shortage = self._disk.shortage(self._vms()) if self._disk else ""
-        return (-1 if shortage else memory_mb), shortage
+    def _room(self) -> tuple[Room, str]:
+        """For one more VM, of a ticket or a sandbox."""
+        return room_for_one(self._memory, self._disk, self._vms())
 
     @property
     def per_minute(self) -> int:
@@ -210,10 +209,10 @@ class Dispatcher:
                 if not claims and not self._more:
                     due = await self._store.due()
                     if due.ready and request.disk_shortage:
-                        self._wait_for_disk(request.disk_shortage)
-                    elif due.ready and request.memory_mb is not None:
-                        self.waits_for = f"memory: {max(0, request.memory_mb)} MB are left for VMs"
-                        if self.sandboxes is not None:
+                        self._wait_for_room(request.disk_shortage)
+                    elif due.ready:
+                        self._wait_for_room(request.room.waits_for)
+                        if request.room.waits_for and self.sandboxes is not None:
                             self.sandboxes.make_room()
                     return min(self._until(due), _ROOM_LOOK_SECONDS) if due.ready else self._until(due)
         except StoreError as error:
@@ -252,22 +251,14 @@ class Dispatcher:
 
     def _request_claim(self) -> _ClaimRequest:
         """Request as many attempts as there is room for. The claim runs after all earlier requests to the store."""
-        memory_mb = self._memory.left_mb(self._vms()) if self._memory else None
-        shortage = self._disk.shortage(self._vms()) if self._disk else ""
-        if shortage:
-            memory_mb = -1  # too little for any VM, but the claim still does its upkeep
+        room, shortage = self._room()
         # One by one, where each takes its share: the store doesn't know what a VMM needs beside the guest, nor disks.
         shared = self._memory is not None or (self._disk is not None and self._disk.used_bytes is not None)
         limit = 1 if shared else self._free
-        most = self._memory.most_mb if self._memory else None
         self._committed, self._more, self._claimed_at = False, False, time.monotonic()
         idle, drain = len(self._tasks) == len(self._finishing), time.monotonic() >= self._others_until
-        claims = self._worker.claim(
-            limit=limit, memory_mb=memory_mb, most_memory_mb=most, idle=idle and drain, drain=drain
-        )
-        return _ClaimRequest(
-            claims=asyncio.create_task(claims), limit=limit, memory_mb=memory_mb, disk_shortage=shortage
-        )
+        claims = self._worker.claim(limit=limit, room=room, idle=idle and drain, drain=drain)
+        return _ClaimRequest(claims=asyncio.create_task(claims), limit=limit, room=room, disk_shortage=shortage)
 
     def _outcome_queued(self, claim: Claim) -> None:
         """The attempt's VM is gone. If its end makes steps ready, claim them right after it, or together with it."""
@@ -280,8 +271,8 @@ class Dispatcher:
             self._more = True
         self._look.set()
 
-    def _wait_for_disk(self, shortage: str) -> None:
-        if not self.waits_for.startswith("disk"):
+    def _wait_for_room(self, shortage: str) -> None:
+        if shortage.startswith("disk") and not self.waits_for.startswith("disk"):
             log.warning("no VM is started", waits_for=shortage)
         self.waits_for = shortage
 
@@ -329,7 +320,7 @@ class Dispatcher:
         if self._room_at <= time.monotonic():
             self._room_at = time.monotonic() + self._back_off_seconds
             self._back_off_seconds = min(self._back_off_seconds * 2, LOOK_SECONDS)
-            self._wait_for_disk(f"disk: {error}")
+            self._wait_for_room(f"disk: {error}")
 
     async def _sleep_until_due(self, seconds: float | None) -> None:
         """Sleep until it is worth looking again. While all slots are taken, only a free one is."""

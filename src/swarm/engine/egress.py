@@ -7,10 +7,12 @@ bills are written when its VM is gone. The gateway is a process of its own, star
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,12 +43,14 @@ class Secrets(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What an attempt is allowed to reach and to know."""
+    """What an attempt is allowed to reach and to know. ``former``: secrets that it is not given, but which may be in
+    its memory, since it starts from a snapshot: they are replaced as the others."""
 
     account: Account
     policy: Policy
     services: Mapping[str, tuple[Upstream, str]] = field(repr=False)
     secrets: Mapping[str, str] = field(repr=False)
+    former: Mapping[str, str] = field(repr=False, default_factory=dict)
 
 
 class AttemptEgress:
@@ -59,7 +63,7 @@ class AttemptEgress:
         self._listener: Server | None = None
         self._proxy: Server | None = None
         self.env: dict[str, str] = dict(grant.secrets)
-        self.redacted = grant.secrets  # name → what is replaced by it
+        self.redacted = {**grant.former, **grant.secrets}  # name → what is replaced by it
         self.redactor = Redactor(self.redacted)
 
     def _record(self, kind: str, data: Mapping[str, object]) -> None:
@@ -86,7 +90,7 @@ class AttemptEgress:
                 self._grant.policy, sock=sock, address=address, record=self._record, token=tokens.get("proxy", "")
             )
             self.env |= self._proxy.env
-        self.redacted = {**self._grant.secrets, **{f"the {name}'s token": it for name, it in self.tokens.items()}}
+        self.redacted |= {f"the {name}'s token": it for name, it in self.tokens.items()}
         self.redactor = Redactor(self.redacted)
 
     @property
@@ -178,6 +182,19 @@ class Egress:
         except (UsageError, NotFound, HostError) as error:
             raise NotConfigured(f"{to or f'the agent {agent.name!r}'} can't run here: {error}") from None
         return Grant(account=account, policy=allowed, services=services, secrets=secrets)
+
+    async def former(self, names: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """Values of secrets that somebody else was given, by name, as far as they are still set. ``names``: with the
+        agents (or '') for which they were looked up."""
+        found = dict[str, str]()
+        if self._secrets is None:
+            return found
+        for name, agent in names:
+            to = Agent(id="", name=agent, version="", path=Path(), entry=(), runtime="exec")
+            with contextlib.suppress(UsageError, NotFound, HostError):
+                value = (await self._secrets.of([name], to, None))[name]
+                found[name if found.get(name, value) == value else f"{name} of {agent}"] = value
+        return found
 
     @asynccontextmanager
     async def attempt(self, grant: Grant, record: Record) -> AsyncIterator[AttemptEgress]:

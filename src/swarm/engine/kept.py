@@ -91,6 +91,7 @@ class Keeper:
         async with self.snapshots.stage(claim.ticket.project_id) as stage:
             write = self.launcher.pause if pause else self.launcher.save
             made = await write(live, stage)
+            names = [(name, claim.agent.name) for name in claim.agent.secrets]
             row = Snapshot(
                 id=made.id,
                 kind=kind,
@@ -99,7 +100,7 @@ class Keeper:
                 ticket_id=claim.ticket.id,
                 step_id=claim.step_id,
                 attempt_id=claim.attempt_id,
-                spec=json.dumps(spec_as_json(made.spec)),
+                spec=json.dumps(spec_as_json(made.spec) | {"secrets": names}),
                 digest=made.digest,
                 size_bytes=made.size_bytes,
                 secrets=bool(claim.agent.secrets) or claim.source is not None,

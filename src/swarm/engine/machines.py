@@ -83,6 +83,9 @@ class Machines:
         if claim.agent is not None:
             await self._installed.check(claim.agent)
         grant = await self._egress.granted(held.agent, _account(held), to=held.name)
+        if claim.snapshot is not None and (names := rows.secrets(claim.snapshot.spec)):
+            former = await self._egress.former(names)
+            grant = replace(grant, former={n: it for n, it in former.items() if it not in grant.secrets.values()})
         async with self._egress.attempt(grant, held.record) as egress:
             held.egress, timeline = egress, Timeline()
 
@@ -142,7 +145,7 @@ class Machines:
             host=self.host,
             project_id=held.sandbox.project_id,
             sandbox_id=held.id,
-            spec=json.dumps(spec_as_json(made.spec)),
+            spec=json.dumps(spec_as_json(made.spec) | {"secrets": _secrets(held)}),
             digest=made.digest,
             size_bytes=made.size_bytes,
             secrets=held.secret,
@@ -190,6 +193,12 @@ class Machines:
             log.warning("can't ask a sandbox for its processes", sandbox=held.id, error=str(error))
         finally:
             await guest.close()
+
+
+def _secrets(held: Held) -> list[tuple[str, str]]:
+    """Names of what may be in its memory, each with the agent for which it is looked up: never the values."""
+    before = rows.secrets(held.claim.snapshot.spec) if held.claim.snapshot is not None else []
+    return sorted({*before, *((name, held.agent.name) for name in held.agent.secrets)})
 
 
 def _account(held: Held) -> Account:

@@ -11,9 +11,12 @@ import psutil
 
 from swarm.base.cgroup import Limit, memory_limits
 from swarm.engine.worker import Attempt
+from swarm.store.tickets.room import Room
 
 # Kept free on the VM disk: this much, or 5 % if that is less.
 _DISK_RESERVE_MB, _INODES_RESERVE = 512, 200
+# A VM whose work disk is no larger (the default) may always be the only one, however little is free.
+_SMALL_DISK_MB = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,37 +82,46 @@ class Memory:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
     """The directory with the VMs' files. Work disks are sparse, so what running VMs may still write is kept for them:
-    a further VM is started if there is room for the largest of them once more. (The first always starts. If it fills
-    the disk, the writes of its own agent fail.) ``used_bytes`` of VM n's work disk; None if VMs have none."""
+    a further VM is started if there is room for its own work disk beside that. ``used_bytes`` of VM n's work disk;
+    None if VMs have none."""
 
     dir: Path
     used_bytes: Callable[[int], int] | None = None
 
-    def shortage(self, vms: Iterable[VmInUse] = ()) -> str:
-        """Why no VM may be started now; '' when there is enough space. ~3 µs, and 7 for each running VM."""
+    def room(self, vms: Iterable[VmInUse] = ()) -> tuple[Room, str]:
+        """What is left for one more, and why no VM may be started now; '' when one of some size may. ~3 µs, and 7 for
+        each running VM."""
         try:
             info = os.statvfs(self.dir)
         except OSError:  # making the VM's directory will give the better error
-            return ""
+            return Room(), ""
         free_mb, total_mb = (blocks * info.f_frsize >> 20 for blocks in (info.f_bavail, info.f_blocks))
         if free_mb < (reserve_mb := min(_DISK_RESERVE_MB, total_mb // 20)):
-            return f"disk: {free_mb} MB are free in {self.dir}, of which {reserve_mb} MB are kept"
-        promised_mb, most_mb = self._promised_mb(vms)
-        if free_mb < reserve_mb + promised_mb + most_mb:
-            return (
-                f"disk: {free_mb} MB are free in {self.dir}, of which {reserve_mb} MB are kept, running VMs may still "
-                f"write {promised_mb} MB, and one more needs {most_mb} MB: see disk_mb of the agents"
-            )
+            return Room(), f"disk: {free_mb} MB are free in {self.dir}, of which {reserve_mb} MB are kept"
         if info.f_files and info.f_favail < _INODES_RESERVE:
-            return f"disk: {info.f_favail} inodes are free in {self.dir}, of which {_INODES_RESERVE} are kept"
-        return ""
+            return Room(), f"disk: {info.f_favail} inodes are free in {self.dir}, of which {_INODES_RESERVE} are kept"
+        if self.used_bytes is None:
+            return Room(), ""
+        left_mb = most_mb = free_mb - reserve_mb
+        alone = True
+        for vm in vms:
+            if vm.executing:
+                used_mb = 0 if vm.vm_id is None else self.used_bytes(vm.vm_id) >> 20
+                left_mb -= max(0, vm.disk_mb - used_mb)
+                most_mb += used_mb
+                alone = False
+        # What fills the disk may be gone in a minute: so the usual VM is never refused for ever. If it is the only one
+        # and fills the disk, the writes of its own programs fail.
+        most_mb = max(most_mb, _SMALL_DISK_MB)
+        return Room(disk_mb=most_mb if alone else left_mb, most_disk_mb=most_mb), ""
 
-    def _promised_mb(self, vms: Iterable[VmInUse]) -> tuple[int, int]:
-        """What running VMs may still write, and the size of the largest work disk."""
-        promised, most = 0, 0
-        for vm in vms if self.used_bytes is not None else ():
-            if vm.executing and self.used_bytes is not None:
-                used = 0 if vm.vm_id is None else self.used_bytes(vm.vm_id) >> 20
-                promised += max(0, vm.disk_mb - used)
-                most = max(most, vm.disk_mb)
-        return promised, most
+
+def room_for_one(memory: Memory | None, disk: Disk | None, vms: Iterable[VmInUse]) -> tuple[Room, str]:
+    """What is left for one more VM, and why none may be started, whatever its size."""
+    vms = list(vms)
+    room, shortage = disk.room(vms) if disk is not None else (Room(), "")
+    if memory is not None:
+        room.memory_mb, room.most_memory_mb = memory.left_mb(vms), memory.most_mb
+    if shortage:
+        room.memory_mb = -1  # too little for any VM; a claim still does its upkeep
+    return room, shortage

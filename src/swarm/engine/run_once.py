@@ -17,6 +17,7 @@ from swarm.engine.worker import Worker
 from swarm.errors import Conflict, SwarmError
 from swarm.model import TERMINAL_TICKET_STATES, Claim, Ticket, TicketState
 from swarm.store.store import Store
+from swarm.store.tickets.room import Room
 
 # How often to look while another worker runs the ticket, or while it waits for its next attempt or for a person.
 _LOOK_AGAIN_SECONDS: Final = 0.2
@@ -84,7 +85,8 @@ async def _claim(
         return []
     if left_mb is None or not worker.running:
         return await worker.claim(ticket_id=ticket_id, limit=free if left_mb is None else 1)
-    return await worker.claim(ticket_id=ticket_id, limit=1, memory_mb=left_mb(of_attempts(worker.running.values())))
+    left = left_mb(of_attempts(worker.running.values()))
+    return await worker.claim(ticket_id=ticket_id, limit=1, room=Room(memory_mb=left))
 
 
 async def _next(tasks: set[asyncio.Task[object]]) -> None:

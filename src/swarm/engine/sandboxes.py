@@ -27,6 +27,7 @@ from swarm.live.wire import NotHeld
 from swarm.model import SandboxClaim, SandboxState
 from swarm.store.sandboxes.taking import Share
 from swarm.store.store import Store
+from swarm.store.tickets.room import Room
 from swarm.vm.launcher import LiveVm
 
 log = logger(__name__)
@@ -49,8 +50,8 @@ _FORK_SECONDS: Final = 30.0  # what forks start from stays at least this long, a
 
 class Sandboxes:
     """``worker``: the engine's name in the database. ``most``: how many it holds at once, of which one project may have
-    ``project_share``. ``emit`` takes events, which are written with the next batch. ``room``: the memory for one more
-    VM (None: no limit), and why there is no disk for it. Its loops (`claiming`, `renewing`, `collecting`) run until
+    ``project_share``. ``emit`` takes events, which are written with the next batch. ``room``: for one more VM,
+    and why none may be started. Its loops (`claiming`, `renewing`, `collecting`) run until
     they are cancelled; then call `drained`, before `renewing` is cancelled."""
 
     def __init__(
@@ -74,8 +75,7 @@ class Sandboxes:
         self._look = asyncio.Event()
         self._store_error = ""  # the last one, logged once
         self._renewed = time.monotonic()
-        self.room: Callable[[], tuple[int | None, str]] = lambda: (None, "")
-        self.most_mb: int | None = None  # for one VM while nothing else runs
+        self.room: Callable[[], tuple[Room, str]] = lambda: (Room(), "")
         self.stopping = False
         self.draining = False  # the host is: none is started or resumed
         self.waits_for = ""  # why one that is wanted is not started; shown by status
@@ -120,20 +120,19 @@ class Sandboxes:
             if not due.ready and due.next_ms != 0:
                 self.waits_for = ""
                 return LOOK_SECONDS if due.next_ms is None else min(LOOK_SECONDS, due.next_ms / 1000 + 0.001)
-            memory_mb, shortage = self.room()
+            room, shortage = self.room()
             holds = [held.claim for held in self._held.values()]
-            share = Share.of(holds, most=self.most, most_mb=self.most_mb, part=self.project_share)
+            share = Share.of(holds, most=self.most, room=room, part=self.project_share)
             claims = await self._store.claim_sandboxes(
                 self._worker, self._machines.host, lease_seconds=self._lease_seconds,
-                limit=max(0, self.most - len(holds)), memory_mb=memory_mb, most_memory_mb=self.most_mb,
-                held=[claim.hold_id for claim in holds], share=share,
+                limit=max(0, self.most - len(holds)), room=room, held=[claim.hold_id for claim in holds], share=share,
             )  # fmt: skip
             for claim in [one for one in claims if not self._begin(one)]:
                 await quietly(self._store.sandbox_released(claim.hold_id, why="never begun"))  # else its lease ends
                 await asyncio.sleep(_ROOM_SECONDS)
             if not claims:
                 places = f"a place: all {self.most} are taken" if len(holds) >= self.most else ""
-                full = shortage or places or f"memory: {max(0, memory_mb or 0)} MB are left for VMs"
+                full = shortage or places or room.waits_for
                 waits = {None: full} if share.others_wait else {}
                 for project, why in (waits | share.over).items():
                     self.make_room(project)

@@ -25,6 +25,7 @@ from swarm.errors import HostError, LeaseLost, StoreError, SwarmError, TicketWit
 from swarm.model import Cancelled, Claim, Event, Failed, FailureReason, Interrupted, Outcome
 from swarm.store.sql.rows import dump
 from swarm.store.store import Store
+from swarm.store.tickets.room import Room
 
 log = logger(__name__)
 
@@ -165,8 +166,7 @@ class Worker:
         *,
         limit: int = 1,
         ticket_id: str | None = None,
-        memory_mb: int | None = None,
-        most_memory_mb: int | None = None,
+        room: Room | None = None,
         idle: bool | None = None,
         drain: bool = True,
     ) -> Coroutine[Any, Any, list[Claim]]:
@@ -176,8 +176,7 @@ class Worker:
             limit=limit,
             lease_seconds=self._lease_seconds,
             ticket_id=ticket_id,
-            memory_mb=memory_mb,
-            most_memory_mb=most_memory_mb,
+            room=room,
             held=self._running.keys(),
             idle=not self._running if idle is None else idle,
             drain=drain,

@@ -83,6 +83,7 @@ from swarm.store.tickets.events import LeftFiles
 from swarm.store.tickets.facts import Backlog, Facts, Traced
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
+from swarm.store.tickets.room import Room
 from swarm.store.tickets.settled import Settled
 from swarm.store.untold import UNTOLD
 from swarm.workflow.definition import Workflow
@@ -429,8 +430,7 @@ class Store:
         limit: int = 1,
         lease_seconds: float,
         ticket_id: str | None = None,
-        memory_mb: int | None = None,
-        most_memory_mb: int | None = None,
+        room: Room | None = None,
         held: Collection[str] = (),
         idle: bool = True,
         drain: bool = True,
@@ -441,23 +441,21 @@ class Store:
         request is queued when this function is called, behind all earlier ones; await the result.
 
         A claim also sweeps expired leases, and fails bad rows with the reason in their `error`. With ``ticket_id``, it
-        takes attempts of that ticket only. With ``memory_mb``, the agents' memory must fit into that; the first agent
-        that does not fit ends the claim, so that small ones can't overtake a large one for ever. An agent that needs
-        more than ``most_memory_mb`` can never run here, so its ticket fails. ``held`` are the attempts that this worker
-        is executing: if their leases have run out (a clock that jumped), they are extended, not swept. ``idle``: it is
-        executing none, so it may get a suspect, alone (`swarm.store.claims.suspects`); with ``drain``, it gets nothing
-        more before a suspect that has waited for long. ``host``: where the worker is, by default this host; steps that
-        start in forks of VMs are claimed where these were kept. A ticket that has waited longer than
-        ``queue_timeout_seconds`` when its turn comes fails. When the caller is cancelled, the claimed attempts are
-        handed back, and don't count as tries.
+        takes attempts of that ticket only. With ``room``, the agents' VMs must fit into that; the first that does not
+        ends the claim, so that small ones can't overtake a large one for ever. One that can never fit fails its ticket.
+        ``held`` are the attempts that this worker is executing: if their leases have run out (a clock that jumped),
+        they are extended, not swept. ``idle``: it is executing none, so it may get a suspect, alone
+        (`swarm.store.claims.suspects`); with ``drain``, it gets nothing more before a suspect that has waited for long.
+        ``host``: where the worker is, by default this host; steps that start in forks of VMs are claimed where these
+        were kept. A ticket that has waited longer than ``queue_timeout_seconds`` when its turn comes fails. When the
+        caller is cancelled, the claimed attempts are handed back, and don't count as tries.
         """
         request = ClaimRequest(
             worker=worker,
             limit=limit,
             lease_seconds=lease_seconds,
             ticket_id=ticket_id,
-            memory_mb=memory_mb,
-            most_memory_mb=most_memory_mb,
+            room=room,
             held=frozenset(held),
             idle=idle,
             drain=drain,
@@ -631,17 +629,16 @@ class Store:
         *,
         lease_seconds: float,
         limit: int,
-        memory_mb: int | None = None,
-        most_memory_mb: int | None = None,
+        room: Room | None = None,
         held: Collection[str] = (),
         share: Share | None = None,
     ) -> list[SandboxClaim]:
         """Up to ``limit`` sandboxes for this worker, each under a lease: those that are to be started, and paused ones
-        of this host that are wanted running. Each VM must fit into what is left of ``memory_mb``; the first that does
-        not ends the claim.
+        of this host that are wanted running. Each VM must fit into what is left of ``room``; the first that does not
+        ends the claim.
 
         A claim also ends bad rows, with the reason in their `error`; those that nobody holds and that are wanted ended,
-        or whose time to live is over; one that needs more than ``most_memory_mb``. What ran under a lease that expired
+        or whose time to live is over; one that can never fit into ``room``. What ran under a lease that expired
         is lost; what was being started or resumed can be claimed again. ``held``: the holds of this worker, whose
         leases are extended if they have run out (a clock that jumped). ``share``: what one project may take; those who
         wait since theirs has it say so in their `error`. When the caller is cancelled, what was claimed goes back."""
@@ -649,8 +646,7 @@ class Store:
             worker=worker,
             host=host,
             lease_seconds=lease_seconds,
-            memory_mb=memory_mb,
-            most_memory_mb=most_memory_mb,
+            room=room,
             share=share,
         )
         return await self._holders.claim(request, limit=limit, held=held)

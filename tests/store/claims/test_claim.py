@@ -12,6 +12,7 @@ from swarm.errors import LeaseLost, TicketWithdrawn
 from swarm.model import Cancelled, Event, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.store.sql.rows import Renewal
 from swarm.store.store import Store
+from swarm.store.tickets.room import Room
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, failed, insert, left_overs
 
 
@@ -364,4 +365,4 @@ async def test_a_long_row_that_does_not_fit_keeps_its_turn(store: Store, outside
     insert(outside, "long", inputs=json.dumps({"x": "y" * 3_000_000}), priority=1)
     insert(outside, "small")
     async with asyncio.timeout(60):
-        assert await store.claim("w", lease_seconds=LEASE, memory_mb=1) == []
+        assert await store.claim("w", lease_seconds=LEASE, room=Room(memory_mb=1)) == []

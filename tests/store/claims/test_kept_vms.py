@@ -9,6 +9,7 @@ import pytest
 
 from swarm.model import Claim, Failed, FailureReason, Outcome, Succeeded
 from swarm.store.store import Store
+from swarm.store.tickets.room import Room
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, insert
 from tests.store.flows import claims, finish, names, run, state, statuses, ticket, well
 from tests.store.runs.workflows import BROKEN, both_ways
@@ -110,10 +111,11 @@ def snapshot(
 
 
 async def claims_on(store: Store, host: str, memory_mb: int | None = None) -> list[Claim]:
+    room = Room(memory_mb=memory_mb)
     await store.decided()
-    found = await store.claim("test", limit=9, lease_seconds=LEASE, host=host, memory_mb=memory_mb)
+    found = await store.claim("test", limit=9, lease_seconds=LEASE, host=host, room=room)
     while not found and await store.decided():
-        found = await store.claim("test", limit=9, lease_seconds=LEASE, host=host, memory_mb=memory_mb)
+        found = await store.claim("test", limit=9, lease_seconds=LEASE, host=host, room=room)
     return found
 
 

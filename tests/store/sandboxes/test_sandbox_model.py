@@ -27,6 +27,7 @@ from swarm.errors import Conflict, LeaseLost, NotFound
 from swarm.model import Sandbox, Snapshot
 from swarm.store.sandboxes.holding import TRIES
 from swarm.store.store import Store
+from swarm.store.tickets.room import Room
 from tests.store.databases import Backend
 
 pytestmark = pytest.mark.slow  # tries very many cases
@@ -113,9 +114,8 @@ class SandboxMachine(RuleBasedStateMachine):
     @rule(target=holds, worker=st.sampled_from("aaabc"), limit=st.sampled_from((3, 2, 1, 0)), starts=st.booleans())
     def claim(self, worker: str, limit: int, starts: bool) -> Any:
         host = HOSTS[worker]
-        claims = self.run(
-            self.store.claim_sandboxes(worker, host, lease_seconds=LEASE_SECONDS, limit=limit, memory_mb=10_000)
-        )
+        room = Room(memory_mb=10_000)
+        claims = self.run(self.store.claim_sandboxes(worker, host, lease_seconds=LEASE_SECONDS, limit=limit, room=room))
         for box in self.rows.values():
             if box.hold is not None and box.lease_until <= self.clock:
                 self.lose(box)

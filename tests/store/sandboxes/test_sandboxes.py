@@ -18,6 +18,7 @@ from swarm.store.sandboxes.sandboxes import SandboxFilter
 from swarm.store.sandboxes.snapshots import SnapshotFilter
 from swarm.store.sandboxes.taking import Share
 from swarm.store.store import Store
+from swarm.store.tickets.room import Room
 from tests.store.databases import ECHO, LEASE, Outside, claim_one, insert
 from tests.store.sandboxes.test_holding import HOST, claim, pause_of, paused, started
 
@@ -78,14 +79,16 @@ async def test_memory_and_the_order_of_claims(store: Store) -> None:
     await add(store, name="first", memory_mb=600)
     await asyncio.sleep(0.002)  # the order of those of one millisecond is that of their ids
     await add(store, name="second", memory_mb=200)
-    assert await claim(store, memory_mb=599) == [], "it waits for room, and nothing overtakes it"
+    assert await claim(store, room=Room(memory_mb=599)) == [], "it waits for room, and nothing overtakes it"
     await store.want_sandbox("asleep", "running", by="ann")
-    assert [one.sandbox.name for one in await claim(store, memory_mb=800)] == ["asleep"], "somebody waits for it"
-    assert [one.sandbox.name for one in await claim(store, memory_mb=800, limit=1)] == ["first"]
-    assert [one.sandbox.name for one in await claim(store, memory_mb=200)] == ["second"]
+    assert [one.sandbox.name for one in await claim(store, room=Room(memory_mb=800))] == ["asleep"], (
+        "somebody waits for it"
+    )
+    assert [one.sandbox.name for one in await claim(store, room=Room(memory_mb=800), limit=1)] == ["first"]
+    assert [one.sandbox.name for one in await claim(store, room=Room(memory_mb=200))] == ["second"]
     assert asleep.hold_id
     await add(store, name="giant", memory_mb=100_000)
-    assert await claim(store, memory_mb=1000, most_memory_mb=2000) == []
+    assert await claim(store, room=Room(memory_mb=1000, most_memory_mb=2000)) == []
     assert "it needs 100000 MB, and all VMs of this host together may take 2000 MB" in str(
         (await store.sandbox("giant")).error
     )
@@ -98,7 +101,8 @@ async def test_a_project_gets_its_share_and_hides_nobody(store: Store, outside: 
         await store.add_sandbox(Sandbox(id=id, state="starting", project_id=project), by="x")
 
     async def claimed(places: int, memory_mb: int | None, limit: int = 6) -> tuple[Share, list[str]]:
-        share = Share.of(claims, most=2 * places, most_mb=memory_mb and 2 * memory_mb, part=0.5)
+        room = Room(most_memory_mb=memory_mb and 2 * memory_mb)
+        share = Share.of(claims, most=2 * places, room=room, part=0.5)
         found = await claim(store, limit=limit, share=share)
         claims.extend(found)
         return share, [str(one.sandbox.project_id) for one in found]
@@ -108,7 +112,10 @@ async def test_a_project_gets_its_share_and_hides_nobody(store: Store, outside: 
     assert sorted(projects) == ["None", "None", "None", "a", "a", "b"]
     assert (list(share.over), share.others_wait) == (["a"], False)
     said = str((await store.sandbox("a11")).error)
-    assert said == "it waits: the sandboxes of one project take 2 places at most (SWARM_PROJECT_SHARE); end one"
+    assert said == (
+        "it waits: the sandboxes of one project take 2 places at most (SWARM_PROJECT_SHARE); "
+        "it starts when one of them ends or sleeps"
+    )
     share, projects = await claimed(places=3, memory_mb=600)
     assert projects == [], "a third one would need more than its memory"
     assert "600 MB of memory" in share.over["a"]
@@ -121,6 +128,46 @@ async def test_a_project_gets_its_share_and_hides_nobody(store: Store, outside: 
     share, projects = await claimed(places=2, memory_mb=100)
     assert sorted(projects) == ["a", "b"], "one may always run"
     assert (await store.sandbox(claims[0].sandbox.id)).error is None, "it waits no more"
+
+
+async def test_a_share_holds_for_the_first_too(store: Store) -> None:
+    """Of memory and of disk. What can never fit ends with a sentence; what only has to wait waits."""
+    room = Room(memory_mb=20_000, disk_mb=40_000, most_memory_mb=20_000, most_disk_mb=40_000)
+
+    async def claimed(*claims: SandboxClaim) -> list[SandboxClaim]:
+        return await claim(store, room=room, share=Share.of(claims, most=20, room=room, part=0.5))
+
+    for number, (name, size) in enumerate((("memory", "memory_mb"), ("disk", "disk_mb"))):
+        most = (10_000, 20_000)[number]
+        await add(store, name=name, project_id="p", **{size: most + 1})
+        assert await claimed() == []
+        row = await store.sandbox(name)
+        assert row.state == "ended"
+        assert row.error and row.error.startswith(
+            f"it needs {most + 1} MB of {name}, and the sandboxes of one project may take {most} MB together"
+        )
+        await add(store, name=f"{name}-fits", project_id="p", **{size: most})
+        (first,) = await claimed()
+        await add(store, name=f"{name}-waits", project_id="p")
+        assert await claimed(first) == []
+        row = await store.sandbox(f"{name}-waits")
+        assert row.state == "starting" and ("10000 MB of memory", "50% of the disk")[number] in (row.error or "")
+        await store.sandbox_ended(first.hold_id)
+        await store.want_sandbox(f"{name}-waits", "ended", by="x")
+        room.take(-first.memory_mb, -first.disk_mb)
+    await add(store, name="of-none", disk_mb=40_001)
+    assert await claimed() == []
+    error = (await store.sandbox("of-none")).error
+    assert error and "it needs 40001 MB of disk, and all VMs of this host together may take 40000 MB" in error
+
+
+async def test_the_disk_that_the_next_one_needs_counts(store: Store) -> None:
+    await add(store, name="large", disk_mb=5000)
+    room = Room(disk_mb=4999, most_disk_mb=5000)
+    assert await claim(store, room=room) == []
+    assert "disk: 4999 MB are left" in room.waits_for and "the next one needs 5000 MB" in room.waits_for
+    (held,) = await claim(store, room=Room(disk_mb=5000, most_disk_mb=5000))
+    assert held.disk_mb == 5000
 
 
 async def test_a_full_engine_still_ends_what_is_to_end(store: Store, outside: Outside) -> None:

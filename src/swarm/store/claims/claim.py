@@ -25,6 +25,7 @@ from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, millisecon
 from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
+from swarm.store.tickets.room import Room
 from swarm.store.tickets.validation import BadRow, Work
 
 BAD_ROWS: Final = 1000  # at most in one transaction; the next claim handles the others
@@ -86,8 +87,7 @@ class ClaimRequest:
     limit: int
     lease_seconds: float
     ticket_id: str | None = None
-    memory_mb: int | None = None
-    most_memory_mb: int | None = None
+    room: Room | None = None
     held: frozenset[str] = frozenset()  # attempts that this worker is executing
     idle: bool = True  # it is executing none, so it may run a suspect
     drain: bool = True  # it may take nothing more, until it is idle, for a suspect that has waited for long
@@ -125,9 +125,9 @@ class _ClaimTransaction:
     def __init__(self, claimer: Claimer, tx: Tx, request: ClaimRequest, changes: Changes) -> None:
         self.claimer, self.tx, self.request, self.changes = claimer, tx, request, changes
         self.result, self.bad_rows = Claimed(), 0
-        self.memory_left = request.memory_mb
+        self.room = replace(request.room) if request.room is not None else Room()  # less what this claim takes
         self.deferred = 0  # workflows that begin once their first decision is made, outside the transaction
-        # The next step in turn doesn't fit into memory, or must run alone. Those behind it wait too, so that it isn't
+        # The next step in turn lacks room, or must run alone. Those behind it wait too, so that it isn't
         # starved.
         self.full = False
         self.cut = False  # rows are too long to read all of them in one transaction
@@ -293,7 +293,6 @@ class _ClaimTransaction:
 
     def _start(self, works: Sequence[tuple[Candidate, Work]], missing: int) -> None:
         agents = self.claimer.agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
-        most = self.request.most_memory_mb
         for candidate, work in self.changes.each(works, lambda one: one[0].ticket_id()):
             try:
                 if not work.agent_id and not candidate.is_step:
@@ -304,8 +303,8 @@ class _ClaimTransaction:
                 agent = self._agent(work, agents)
                 if candidate.is_step and candidate.row.from_step is not None:
                     agent = kept.sized(agent, candidate.row)
-                if most is not None and agent.memory_mb > most:
-                    raise validation.too_big(agent, most)  # else it would block the head of the queue for ever
+                if never := self.room.never(agent.memory_mb, agent.disk_mb):
+                    raise validation.too_big(agent, never)
             except BadRow as error:
                 self._refuse(candidate, error)
                 continue
@@ -313,12 +312,13 @@ class _ClaimTransaction:
             if suspect and not self._idle:
                 self.full |= self.request.drain and str(candidate.row.queued_at) <= self._patient_since
                 continue
-            if self.memory_left is not None and agent.memory_mb > self.memory_left:
+            if not self.full and (lacks := self.room.lacks(agent.memory_mb, agent.disk_mb)):
                 self.full = True
+                if self.request.room is not None and not self.result.claims:
+                    self.request.room.waits_for = lacks
             if missing and not self.full:
                 missing -= 1
-                if self.memory_left is not None:
-                    self.memory_left -= agent.memory_mb
+                self.room.take(agent.memory_mb, agent.disk_mb)
                 self.result.claims.append(self._attempt(candidate, work, agent, alone=suspect))
                 self.full |= suspect
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from swarm.base.log import logger
@@ -49,16 +48,14 @@ class SandboxClaimer:
         known = -1
         while known < len(over):  # a project that has its share hides nobody else's
             known = len(over)
-            request, waits = await self._take(request, claims, over, limit=limit)
+            waits = await self._take(request, claims, over, limit=limit)
         if share is not None:
             share.others_wait, share.over = waits, await self._told(over, request.host)
         return claims
 
-    async def _take(
-        self, request: Taking, claims: list[SandboxClaim], over: dict[str, str], *, limit: int
-    ) -> tuple[Taking, bool]:
-        """Add to ``claims`` what there is room for, and to ``over`` who has their share; what is left of the request,
-        and whether somebody waits who has not."""
+    async def _take(self, request: Taking, claims: list[SandboxClaim], over: dict[str, str], *, limit: int) -> bool:
+        """Add to ``claims`` what there is room for, and to ``over`` who has their share; does somebody wait who has
+        not?"""
         full = waits = False
         found = await self._read.call(taking.candidates, host=request.host, limit=limit, but=tuple(over))
         for id, ends, project in found:
@@ -76,9 +73,9 @@ class SandboxClaimer:
                 claims.append(taken.claim)
                 if request.share is not None:
                     request.share.add(taken.claim)
-                if request.memory_mb is not None:
-                    request = replace(request, memory_mb=request.memory_mb - taken.claim.memory_mb)
-        return request, waits
+                if request.room is not None:
+                    request.room.take(taken.claim.memory_mb, taken.claim.disk_mb)
+        return waits
 
     async def _told(self, over: Mapping[str, str], host: str) -> dict[str, str]:
         """Those of them that have sandboxes which wait; these say so."""

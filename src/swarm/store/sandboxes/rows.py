@@ -177,6 +177,14 @@ def disk_mb(spec: str) -> int | None:
     return _of_spec(spec, "disk_mb")
 
 
+def secrets(spec: str) -> list[tuple[str, str]]:
+    """Names of the secrets that may be in the memory of a snapshot, each with the agent (or '') that was given it."""
+    try:
+        return [(name, agent) for name, agent in json.loads(spec)["secrets"] if {type(name), type(agent)} == {str}]
+    except (ValueError, TypeError, LookupError, RecursionError):  # it says nothing of them, or another program wrote it
+        return []
+
+
 def _of_spec(spec: str, name: str) -> int | None:
     try:
         found = json.loads(spec)

@@ -28,9 +28,11 @@ from swarm.store.sql.rows import Due, message, new_id
 from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import validation
 from swarm.store.tickets.changes import MENDED
+from swarm.store.tickets.room import Room
 from swarm.store.tickets.validation import BadRow, shown, storable
 
 DEFAULT_MEMORY_MB: Final = 256
+DEFAULT_DISK_MB: Final = 2048
 _AT_ONCE: Final = 100
 
 # A fork starts where its snapshot is, and a paused one resumes there; anything else may be done by any engine.
@@ -74,53 +76,74 @@ _LAST_HOLD: Final = Sql(
 
 @dataclass(slots=True, kw_only=True)
 class Share:
-    """The most that the sandboxes of one project may take of a worker: ``places``, and ``memory_mb`` (None: any; one
-    may always run). What is of no project is not bounded.
+    """The most that the sandboxes of one project may take of a worker: ``places``, ``memory_mb`` and ``disk_mb`` (None:
+    any), which are a ``part`` of what it has, no less than one usual VM takes. What is of no project is not bounded.
 
-    ``taken``: of each project that has some, (places, memory). A claim adds what it takes; it says who is ``over``, in
-    a sentence for each project, and whether others wait too."""
+    ``taken``: of each project that has some, (places, memory, disk). A claim adds what it takes; it says who is
+    ``over``, in a sentence for each project, and whether others wait too."""
 
     places: int
     memory_mb: int | None
-    taken: dict[str, tuple[int, int]]
+    disk_mb: int | None
+    part: float
+    taken: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     over: dict[str, str] = field(default_factory=dict)
     others_wait: bool = False
 
     @classmethod
-    def of(cls, claims: Iterable[SandboxClaim], *, most: int, most_mb: int | None, part: float) -> Share:
-        """A ``part`` of ``most`` places, at least one, and of the memory for VMs; ``claims``: what is held."""
-        memory_mb = int(most_mb * part) if most_mb is not None and part < 1 else None
-        share = cls(places=max(1, int(most * part)), memory_mb=memory_mb, taken={})
+    def of(cls, claims: Iterable[SandboxClaim], *, most: int, room: Room, part: float) -> Share:
+        """``most`` places; ``claims``: what is held."""
+
+        def share_of(most_mb: int | None, usual_mb: int) -> int | None:
+            return max(int(most_mb * part), usual_mb) if most_mb is not None and part < 1 else None
+
+        share = cls(
+            places=max(1, int(most * part)),
+            memory_mb=share_of(room.most_memory_mb, DEFAULT_MEMORY_MB),
+            disk_mb=share_of(room.most_disk_mb, DEFAULT_DISK_MB),
+            part=part,
+        )
         for claim in claims:
             share.add(claim)
         return share
 
-    def refuses(self, project: str | None, memory_mb: int = 0) -> str:
+    def never(self, project: str | None, memory_mb: int, disk_mb: int) -> str:
+        """Why it gets none of this size, whatever else it has; '' if it may."""
+        for needs, most, what in ((memory_mb, self.memory_mb, "memory"), (disk_mb, self.disk_mb, "disk")):
+            if project and most is not None and needs > most:
+                return (
+                    f"it needs {needs} MB of {what}, and the sandboxes of one project may take {most} MB together "
+                    f"(SWARM_PROJECT_SHARE); lower its {what}_mb"
+                )
+        return ""
+
+    def refuses(self, project: str | None, memory_mb: int = 0, disk_mb: int = 0) -> str:
         """Why it gets no more; '' if it does."""
-        places, used_mb = self.taken.get(project or "", (0, 0))
+        places, used_mb, written_mb = self.taken.get(project or "", (0, 0, 0))
         what = ""  # a sentence that stays the same, since rows tell it
         if project and places >= self.places:
             what = f"{self.places} places"
-        elif project and places and self.memory_mb is not None and used_mb + memory_mb > self.memory_mb:
+        elif project and self.memory_mb is not None and used_mb + memory_mb > self.memory_mb:
             what = f"{self.memory_mb} MB of memory"
-        return what and f"it waits: the sandboxes of one project take {what} at most (SWARM_PROJECT_SHARE); end one"
+        elif project and self.disk_mb is not None and written_mb + disk_mb > self.disk_mb:
+            what = f"{self.part:.0%} of the disk for VMs"
+        said = f"it waits: the sandboxes of one project take {what} at most (SWARM_PROJECT_SHARE)"
+        return what and f"{said}; it starts when one of them ends or sleeps"
 
     def add(self, claim: SandboxClaim) -> None:
         if (project := claim.sandbox.project_id) is not None:
-            places, used_mb = self.taken.get(project, (0, 0))
-            self.taken[project] = places + 1, used_mb + claim.memory_mb
+            places, used_mb, written_mb = self.taken.get(project, (0, 0, 0))
+            self.taken[project] = places + 1, used_mb + claim.memory_mb, written_mb + claim.disk_mb
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taking:
-    """``worker`` wants to hold one. Its VM must fit into ``memory_mb``; one that needs more than ``most_memory_mb`` can
-    never run here. None: any."""
+    """``worker`` wants to hold one, whose VM must fit into ``room``. None: any does."""
 
     worker: str
     host: str
     lease_seconds: float
-    memory_mb: int | None = None
-    most_memory_mb: int | None = None
+    room: Room | None = None
     share: Share | None = None
 
 
@@ -197,12 +220,11 @@ def take(tx: Tx, id: object, request: Taking) -> Taken:
         one = rows.check(row)
         agent = _agent(tx, one)
         snapshot = own_snapshot(tx, one.id) if resumes else _snapshot(tx, one)
-        memory_mb = _memory_mb(one, agent, snapshot)
-        if request.most_memory_mb is not None and memory_mb > request.most_memory_mb:
-            raise BadRow(
-                f"it needs {memory_mb} MB, and all VMs of this host together may take {max(0, request.most_memory_mb)} "
-                "MB; lower its memory_mb, or run it on a host with more"
-            )
+        memory_mb, disk_mb = _memory_mb(one, agent, snapshot), _disk_mb(one, agent, snapshot)
+        if request.room is not None and (never := request.room.never(memory_mb, disk_mb)):
+            raise BadRow(f"it {never}, or run it on a host with more")
+        if request.share is not None and (never := request.share.never(one.project_id, memory_mb, disk_mb)):
+            raise BadRow(never)
     except BadRow as bad:
         if resumes:
             refused = message(f"it can't be resumed: {bad}")
@@ -215,11 +237,13 @@ def take(tx: Tx, id: object, request: Taking) -> Taken:
         error = f"the snapshot that it was paused to is gone; {last_snapshot(tx, one.id)}"
         end(tx, row, SandboxState.LOST if row.started_at else SandboxState.ENDED, error=error)
         return Taken()
-    if request.share is not None and (refused := request.share.refuses(one.project_id, memory_mb)):
+    if request.share is not None and (refused := request.share.refuses(one.project_id, memory_mb, disk_mb)):
         return Taken(over=refused)
-    if request.memory_mb is not None and memory_mb > request.memory_mb:
+    if request.room is not None and (lacks := request.room.lacks(memory_mb, disk_mb)):
+        request.room.waits_for = lacks
         return Taken(full=True)
-    return Taken(claim=_hold(tx, one, request, agent=agent, snapshot=snapshot, resumes=resumes, memory_mb=memory_mb))
+    claim = _hold(tx, one, request, agent=agent, snapshot=snapshot, resumes=resumes)
+    return Taken(claim=replace(claim, memory_mb=memory_mb, disk_mb=disk_mb))
 
 
 def _hold(
@@ -230,7 +254,6 @@ def _hold(
     agent: Agent | None,
     snapshot: Snapshot | None,
     resumes: bool,
-    memory_mb: int,
 ) -> SandboxClaim:
     hold_id, until = new_id(tx.now_ms), tx.now_ms + round(request.lease_seconds * 1000)
     ends_at = one.ends_at
@@ -259,7 +282,7 @@ def _hold(
         agent=agent,
         snapshot=snapshot,
         resumes=resumes,
-        memory_mb=memory_mb,
+        memory_mb=0,
     )
 
 
@@ -329,3 +352,8 @@ def _snapshot(tx: Tx, one: Sandbox) -> Snapshot | None:
 def _memory_mb(one: Sandbox, agent: Agent | None, snapshot: Snapshot | None) -> int:
     of_snapshot = rows.memory_mb(snapshot.spec) if snapshot is not None else None
     return of_snapshot or one.memory_mb or (agent.memory_mb if agent is not None else DEFAULT_MEMORY_MB)
+
+
+def _disk_mb(one: Sandbox, agent: Agent | None, snapshot: Snapshot | None) -> int:
+    of_snapshot = rows.disk_mb(snapshot.spec) if snapshot is not None else None
+    return of_snapshot or one.disk_mb or (agent.disk_mb if agent is not None else DEFAULT_DISK_MB)

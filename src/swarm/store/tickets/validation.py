@@ -203,11 +203,8 @@ def disabled_workflow(name: str, version: str) -> BadRow:
     return BadRow(f"the workflow {name}@{version} is disabled; `swarm workflow enable {name}@{version}` enables it")
 
 
-def too_big(agent: Agent, most_mb: int) -> BadRow:
-    return BadRow(
-        f"agent {agent.name} {agent.version} needs {agent.memory_mb} MB, and all VMs of this host together may take "
-        f"{max(0, most_mb)} MB; lower its memory_mb, or run the ticket on a host with more"
-    )
+def too_big(agent: Agent, never: str) -> BadRow:
+    return BadRow(f"agent {agent.name} {agent.version} {never}, or run the ticket on a host with more")
 
 
 def unknown_state(value: object) -> str:
