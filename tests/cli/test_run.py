@@ -42,6 +42,8 @@ def here(tmp_path: Path) -> Path:
 def _nothing_stays(settings: Settings, here: Path) -> Iterator[None]:
     yield
     assert [record.n for record in wiring.inventory(settings).records() if record.pid] == []
+    links = subprocess.run(["ip", "-o", "link"], check=True, capture_output=True, text=True).stdout
+    assert ": br0:" not in links or ": swarm" in links, "the bridge, and no VM that uses it"
 
 
 def run(here: Path, env: dict[str, str], *words: str, stdin: bytes = b"") -> Done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from swarm.app import wiring
 from swarm.base.progress import Progress, silent
 from swarm.config import Settings
+from swarm.errors import Conflict, HostError
 
 if TYPE_CHECKING:
     from swarm.engine.egress import Egress
@@ -44,7 +46,7 @@ async def command_vms(settings: Settings, *, books: bool, progress: Progress = s
     """VMs for commands. ``books``: they may need secrets or the gateway, and so the database."""
     from swarm.engine.oneoff import CommandVms
 
-    async with _egress(settings, books=books) as host_egress:
+    async with _egress(settings, books=books) as host_egress, leaving_no_network(settings):
         await wiring.sweep(settings)
         yield CommandVms(
             launcher=wiring.launcher(settings, await wiring.choice(settings, progress)),
@@ -52,6 +54,25 @@ async def command_vms(settings: Settings, *, books: bool, progress: Progress = s
             layers=wiring.layers(settings),
             egress=host_egress,
         )
+
+
+@asynccontextmanager
+async def leaving_no_network(settings: Settings) -> AsyncIterator[None]:
+    """At its end the host's bridge, route and rules are gone, unless a VM uses them, of whichever owner. Who makes one
+    at that moment makes them again: `Network.create`. ~0.1 s."""
+    from swarm.base.aio import finish_uninterrupted
+    from swarm.base.log import logger
+
+    try:
+        yield
+    finally:
+        if settings.driver != "process" and os.geteuid() == 0:
+            try:
+                await finish_uninterrupted(wiring.network(settings).remove_host())
+            except Conflict:
+                pass
+            except HostError as error:  # the command has run, all the same
+                logger(__name__).warning("the bridge stays: swarm-cleanup removes it", error=str(error))
 
 
 @asynccontextmanager

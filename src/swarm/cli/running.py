@@ -101,7 +101,8 @@ async def run(
 
     Of a git work tree those files go that belong to it: tracked and new ones, not the ignored ones. On a terminal the
     command has one too: keys go to it, Ctrl+C as well, and a second one within a second ends the VM. Otherwise pipes
-    stay pipes. It needs no engine, and leaves nothing but what --out brings back.
+    stay pipes. It needs no engine, and leaves what --out brings back, and what makes the next one faster: the template
+    of a VM of this size, and layers. One that was killed leaves its VM to the next one, or to swarm-cleanup.
 
     Exit status: 128 and the signal's number if a signal ended the command, 124 if the time was over, 127 if there is
     no such program, 126 if it can't be started, 125 if Swarm itself failed.

@@ -12,8 +12,10 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
+from swarm.app import oneoff
 from swarm.base import process
 from swarm.channel.dial import Endpoint, dial
+from swarm.config import Settings
 from swarm.errors import Conflict, HostError, NotFound, UsageError
 from swarm.vm.driver import AGENTD_PORT, GATEWAY_PORT, GUEST_MAC, PROXY_PORT
 from swarm.vm.network import netns
@@ -319,6 +321,36 @@ async def test_the_hosts_part_comes_and_goes_whole(network: Network) -> None:
         await network.remove_host()
     await network.destroy(1)
     assert await network.remove_host() == ["bridge br0", "blackhole route 10.0.0.0/16", "nft table inet swarm"]
+    assert await network.remove_host() == []
+
+
+async def test_a_command_takes_the_hosts_part_away_unless_a_vm_uses_it(network: Network) -> None:
+    settings = Settings(subnet=network.subnet, bridge=network.bridge, driver="qemu")
+    async with oneoff.leaving_no_network(settings):
+        await network.ensure_host()
+    assert await network.remove_host() == []
+    await network.create(1)  # another's
+    with pytest.raises(ZeroDivisionError):
+        async with oneoff.leaving_no_network(settings):
+            raise ZeroDivisionError
+    assert await network.recycle(1), "it has its bridge"
+    await network.destroy(1)
+    with pytest.raises(ZeroDivisionError):
+        async with oneoff.leaving_no_network(settings):
+            raise ZeroDivisionError
+    assert await network.remove_host() == []
+
+
+async def test_commands_side_by_side_take_the_hosts_part_away_at_last(network: Network) -> None:
+    async def runs(n: int) -> None:
+        for _ in range(6):
+            await network.create(n)
+            assert await network.recycle(n), "it has its bridge"
+            await network.destroy(n)
+            with contextlib.suppress(Conflict):
+                await network.remove_host()
+
+    await asyncio.gather(*map(runs, range(1, 5)))
     assert await network.remove_host() == []
 
 

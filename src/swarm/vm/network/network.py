@@ -47,6 +47,7 @@ from swarm.vm.network.bridge import (
 
 log = logger(__name__)
 
+_TRIES = 30  # each one that fails takes another process that removes the host's part after its own last VM
 UPLINK = "eth0"  # a namespace's own end of its veth pair
 # If both ends of a pair happen to have the same index, the kernel treats "carrier on" as not urgent, and the port drops
 # everything for up to a second (linkwatch_urgent_event, net/core/link_watch.c). The host's indexes never get this high.
@@ -123,7 +124,7 @@ class Network:
         slot, started = self.slot(n), time.perf_counter()
         made = threading.Event()
         try:
-            for _ in range(3):
+            for _ in range(_TRIES):
                 async with netns.locked(exclusive=False):  # remove_host waits
                     if await netns.in_thread(lambda: self._create(slot, made)):
                         break
