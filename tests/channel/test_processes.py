@@ -193,6 +193,7 @@ async def test_orders_that_make_no_sense(there: Open) -> None:
         (Order(argv=["a\0b"]), UsageError),
         (Order(argv=["true"], stdin=b"x" * ((1 << 20) + 1)), UsageError),
         (Order(argv=["x" * 70_000]), GuestRefused),
+        (Order(argv=[""]), UsageError),
         (Order(argv=["true"], user="nobody"), GuestRefused),
         (Order(argv=["true"], process="../x"), GuestRefused),
         (Order(argv=["true"], process="x" * 65), GuestRefused),

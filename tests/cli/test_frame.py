@@ -13,10 +13,11 @@ import pytest
 
 PROGRAM = '''
 import asyncio, sys
+from pathlib import Path
 from typing import Annotated
 import typer
 from swarm.cli.frame import Cli, command, new_app, start
-from swarm.errors import Conflict, HostError
+from swarm.errors import Conflict, HostError, UsageError
 
 app = new_app("demo", "A program.")
 
@@ -43,6 +44,19 @@ async def fail(cli: Cli, how: Annotated[str, typer.Argument()]) -> int:
         return 3
     cli.out.dump({"how": how, "json": cli.out.json})
     return 0
+
+@command(app, examples=["demo elsewhere"], runs="here", fault=125)
+async def elsewhere(
+    cli: Cli,
+    argv: Annotated[list[str], typer.Argument(metavar="COMMAND...")],
+    dir: Annotated[Path, typer.Option("--dir")] = Path(),
+    timeout: Annotated[float, typer.Option("--timeout", min=0.001)] = 1,
+) -> int:
+    """Have the exit status of another program."""
+    errors = {"host": HostError, "conflict": Conflict, "use": UsageError, "bug": ZeroDivisionError}
+    if argv[0] in errors:
+        raise errors[argv[0]]("failed")
+    return int(argv[0])
 
 @command(app, examples=["demo wait"])
 async def wait(cli: Cli) -> None:
@@ -93,6 +107,30 @@ def run(program: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 def test_errors_are_one_line_and_a_status(program: Path, how: str, status: int, said: str) -> None:
     done = run(program, "fail", how)
     assert (done.returncode, done.stderr, done.stdout) == (status, said, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [("host", 125), ("conflict", 125), ("bug", 125), ("use", 2), ("--nope", 2), ("1", 1)]
+)
+def test_a_fault_of_ours_is_not_taken_for_the_programs(program: Path, words: str, status: int) -> None:
+    assert run(program, "elsewhere", words).returncode == status
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fail", ""], "'how': it is empty"),
+        (["elsewhere", ""], "'COMMAND...': it is empty"),
+        (["elsewhere", "--dir", "", "0"], "'--dir': it is empty"),
+        (["elsewhere", "--dir=", "0"], "'--dir': it is empty"),
+        (["elsewhere", "--timeout", "inf", "0"], "'--timeout': inf is not a finite number"),
+        (["elsewhere", "--timeout", "nan", "0"], '--timeout must be at least 0.001, but is "nan"'),
+    ],
+)
+def test_what_no_command_can_mean(program: Path, words: list[str], said: str) -> None:
+    done = run(program, *words)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert run(program, "elsewhere", "0", "", "x=").returncode == 0, "these words are the program's"
 
 
 def test_debug_shows_the_traceback(program: Path) -> None:

@@ -3,9 +3,11 @@ docs/sandboxes.md, which tests/test_transcripts.py runs, has the same with VMs."
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,8 +123,9 @@ def test_files_there_and_back(swarm, tmp_path: Path) -> None:  # type: ignore[no
         (["create", "--ttl", "soon"], "is not an age"),
         (["create", "box"], "has the name 'box'"),
         (["create", "--from", "nothing"], "no snapshot 'nothing'"),
-        (["exec", "nobody", "true"], "no sandbox 'nobody'"),
         (["kill", "box", "nobody"], "no such process"),
+        (["kill", "box", "nobody", "--signal", "999"], "there is no such signal"),
+        (["put", "box", ""], "it is empty"),
         (["pause", "box"], "can't be paused"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -130,6 +133,33 @@ def test_files_there_and_back(swarm, tmp_path: Path) -> None:  # type: ignore[no
 def test_what_is_wrong_is_said_in_one_sentence(swarm, words: list[str], said: str) -> None:  # type: ignore[no-untyped-def]
     done = swarm(*words)
     assert done.returncode in (1, 2) and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["exec", "nobody", "true"], 125),
+        (["exec", "--user", "nobody", "box", "true"], 125),
+        (["attach", "box", "nobody"], 125),
+        (["shell", "nobody"], 125),
+        (["exec", "box", "nosuchprogram"], 127),
+        (["exec", "--detach", "box", "nosuchprogram"], 127),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_its_own_failures_are_not_taken_for_the_commands(swarm, words: list[str], status: int) -> None:  # type: ignore[no-untyped-def]
+    done = swarm(*words)
+    assert done.returncode == status and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_signals_have_names_and_numbers(swarm) -> None:  # type: ignore[no-untyped-def]
+    name = swarm("exec", "box", "--detach", "sleep", "1000").stdout.strip()
+    assert swarm("kill", "box", name, "--signal", "NOSUCH").returncode == 1
+    assert swarm("kill", "box", name, "--signal", "15").returncode == 0
+    assert swarm("attach", "box", name).returncode == 143
+    events = json.loads(swarm("show", "box", "--json").stdout)["events"]
+    refused, sent = [event["data"] for event in events if event["kind"] == "signal"][-2:]
+    assert "no such signal" in refused["error"] and sent["signal"] == "TERM" and "error" not in sent
 
 
 def test_it_has_a_story(swarm) -> None:  # type: ignore[no-untyped-def]
@@ -177,3 +207,7 @@ def test_without_an_engine_nothing_is_left_that_would_start(tmp_path: Path) -> N
         asked.send_signal(signal.SIGINT)
         assert asked.wait(timeout=300) != 0
     assert json.loads(swarm("sandbox", "show", "other", "--json").stdout)["sandbox"]["state"] == "ended"
+    with contextlib.closing(sqlite3.connect(tmp_path / "data/swarm.db", timeout=60)) as database, database:
+        database.execute("UPDATE sandboxes SET state = 'lost' WHERE name = 'other'")
+    assert json.loads(swarm("sandbox", "list", "--json").stdout) == []
+    assert '"other"' in swarm("sandbox", "list", "--state", "lost", "--json").stdout

@@ -7,7 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from swarm.cli.sandbox import name_and_id
 from swarm.cli.ui.table import Column, ago, laid_out, shortened, width_of
+from swarm.model import Sandbox, SandboxState
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -42,6 +44,16 @@ def test_names_ids_and_states_are_whole_at_every_width() -> None:
             assert not fits or sum(width_of(text) for text, _ in line) + 2 * (len(line) - 1) <= room
             for (text, given), name in zip(line, heading, strict=True):
                 assert columns[int(name[1:])].least or text.strip() == given
+
+
+@pytest.mark.parametrize("names", [["n" * 40], ["n" * 40, ""]])
+def test_a_list_of_what_has_names_and_ids_fits_a_narrow_terminal(names: list[str]) -> None:
+    found = [Sandbox(id="i" * 36, name=name or None, state=SandboxState.STARTING) for name in names]
+    rows = [[one.name or "", one.id, one.state] for one in found]
+    lines, _ = laid_out([*name_and_id(found), Column("STATE")], rows, 60)
+    for line in lines[1:]:
+        assert sum(width_of(text) for text, _ in line) + 2 * (len(line) - 1) <= 60
+        assert any(text == given in (one.name, one.id) for text, given in line for one in found), "whole"
 
 
 def test_without_an_end_everything_is_whole() -> None:

@@ -31,7 +31,7 @@ COMMANDS: Final = {
     "help-sandbox": "swarm sandbox -h",
     "host-list": "swarm host list",
     "image-list": "swarm image list",
-    "sandbox-list": "swarm sandbox list",
+    "sandbox-list": "swarm sandbox list --all",
     "sandbox-show": "swarm sandbox show build",
     "secret-list": "swarm secret list",
     "snapshot-list": "swarm snapshot list",

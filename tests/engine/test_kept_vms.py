@@ -149,7 +149,7 @@ async def test_the_vm_of_a_failed_attempt_is_kept_for_a_time(bench: Bench) -> No
     assert "hereeth0\nlo\n" in said and "its network is off" in said
     assert "main.py" in await swarm(bench, "ticket", "get", "t", "--vm", "/agent/main.py", "--to", str(bench.dir))
     assert (bench.dir / "main.py").read_text() == code
-    assert "no VM of the ticket never was kept" in await swarm(bench, "ticket", "shell", "never", status=2)
+    assert "no VM of the ticket never was kept" in await swarm(bench, "ticket", "shell", "never", status=125)
     assert bench.live_vms() == [] and [one.id for one in await snapshots(bench)] == [kept.id]
     await bench.store.shift_clock(3_600_000)
     assert [one.id for one in await bench.store.expired_snapshots(kept.host)] == [kept.id]

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -19,13 +19,18 @@ from swarm.channel.conversation import Conversation
 from swarm.channel.dial import Endpoint
 from swarm.channel.guest import Guest
 from swarm.channel.processes import Order
+from swarm.cli.ui import sandbox_view
 from swarm.engine import live
 from swarm.engine.conversing import Told
+from swarm.engine.egress import AttemptEgress, Grant
 from swarm.engine.held import Ending, Held
 from swarm.errors import ChannelError, Conflict, GuestRefused, NoSpace, SwarmError, UsageError
+from swarm.gateway import policy
+from swarm.gateway.process import GatewayProcess
+from swarm.ledger import Account
 from swarm.live.client import Live
 from swarm.live.wire import NotHeld
-from swarm.model import Agent, Sandbox, SandboxClaim, SandboxState
+from swarm.model import Agent, Event, Sandbox, SandboxClaim, SandboxState
 from tests.channel.agentd_here import TOKEN, running
 
 AGENT = Agent(id="a", name="a", version="1", path=Path("/"), entry=("x",))
@@ -284,10 +289,14 @@ async def test_who_goes_before_the_guest_has_begun_takes_no_place(tmp_path: Path
                 await asyncio.sleep(0.01)
 
 
-def sandbox() -> Held:
+def no_gateway() -> GatewayProcess:
+    raise AssertionError
+
+
+def sandbox(emit: Callable[[Event], None] = lambda event: None) -> Held:
     box = Sandbox(id="box", name="b", state=SandboxState.RUNNING)
     claim = SandboxClaim(sandbox=box, hold_id="h", agent=AGENT, snapshot=None, resumes=False, memory_mb=128)
-    return Held(claim, AGENT, idle_seconds=1, emit=lambda event: None)
+    return Held(claim, AGENT, idle_seconds=1, emit=emit)
 
 
 async def test_a_guest_that_does_not_begin_is_not_waited_for() -> None:
@@ -313,6 +322,32 @@ async def test_a_program_that_was_refused_is_no_program_in_the_background() -> N
         assert held.background == set(), "its end would never be told"
         with pytest.raises(GuestRefused, match="no such program"):
             await talk.receive()
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("op", ["exec", "signal"])
+async def test_what_the_guest_refused_is_told_as_such(op: str) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        told: list[Event] = []
+        held = sandbox(told.append)
+        account = Account(
+            ticket_id=None, run_id="", step_execution_id="", step_id="", attempt_id="", agent_id="", agent_name=""
+        )
+        grant = Grant(account=account, policy=policy.parse("none"), services={}, secrets={"KEY": "hunter2-hunter2"})
+        held.egress = AttemptEgress(grant, no_gateway, lambda kind, data: None)
+        talk = Told(Conversation(reader, writer, op, 1), op, {"process": "p", "signal": "X"}, held, by="anna")
+        error = {"type": "CannotStart", "message": "no such program: hunter2-hunter2"}
+        theirs.sendall(frames.encode({"id": 1, "error": error}))
+        assert await talk.begin()
+        with pytest.raises(GuestRefused, match="no such program"):
+            await talk.receive()
+        talk.ended(None)  # who asked has heard the answer, and no error of ours
+        data = told[-1].data
+        assert str(data["error"]).startswith("no such program: ") and "hunter2" not in str(data)
+        assert op == "exec" or sandbox_view.told(told[-1]) == f"X to p: {data['error']}"
         writer.close()
         await writer.wait_closed()
 

@@ -12,6 +12,7 @@ from swarm.base import trees
 from swarm.base.trees import Entry
 from swarm.errors import NotFound, UsageError
 from swarm.model import Claim, Event, Failed, FailureReason, Succeeded
+from swarm.store import kept_vms
 from swarm.store.comparison import changes, compare, files_below
 from swarm.store.store import Store
 from tests.store.databases import Outside, insert
@@ -91,6 +92,21 @@ async def test_attempts_of_a_ticket_and_ids_with_colons(store: Store, outside: O
     found = await compare(store, "my:ticket:2:1", "my:ticket:2")
     assert (found.a.attempt.exit_code, found.b.attempt.exit_code, found.b.number) == (1, 2, 2)
     assert (await compare(store, "my:ticket:2:main:1", "my:ticket:2:2")).a.number == 1
+
+
+async def test_an_attempt_that_never_was_had_no_vm_to_keep(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, "steps: [{id: a, agent: echo}]")
+    with pytest.raises(NotFound, match="t:1: there is no attempt yet"):
+        await kept_vms.find(store, "t:1")
+    [claim] = await claims(store)
+    kept = Event(ticket_id="t", step_id=claim.step_id, attempt_id=claim.attempt_id, kind="vm_kept", data={})
+    await store.append([kept])
+    for ref, why in (
+        ("t:9", "t:9: there are the attempts 1 to 1"), ("t:a:0", "the attempts 1 to 1"), ("t:a:1", "and is gone"),
+        ("t", "and is gone"),
+    ):  # fmt: skip
+        with pytest.raises(NotFound, match=why):
+            await kept_vms.find(store, ref)
 
 
 async def test_what_is_not_there(store: Store, outside: Outside) -> None:

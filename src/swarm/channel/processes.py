@@ -270,8 +270,12 @@ async def start(open_: Open, order: Order, *, grace_seconds: float = _GRACE_SECO
 
     Raises GuestRefused (``kind`` is CannotStart, if there is no such program or directory), ChannelError, UsageError.
     """
-    if not order.argv or any("\0" in text for text in (*order.argv, *order.env, *order.env.values())):
-        raise UsageError("argv is empty, or argv or env has a NUL character in it")
+    if (
+        not order.argv
+        or not order.argv[0]
+        or any("\0" in text for text in (*order.argv, *order.env, *order.env.values()))
+    ):
+        raise UsageError("argv or its first word is empty, or argv or env has a NUL character in it")
     if len(order.stdin) > MAX_PAYLOAD_BYTES:
         raise UsageError(f"stdin has {len(order.stdin)} bytes; open it, and write what is more than 1 MiB")
     writes = order.open_stdin or order.pty is not None

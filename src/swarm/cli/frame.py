@@ -10,6 +10,8 @@ stdout closed by its reader (`| head`)  141, silently
 anything else                           1, with a hint to ``--debug``
 ======================================  ======
 
+A command that exits with the status of a program elsewhere says by ``fault`` which one means that it failed itself.
+
 A traceback is printed only with ``--debug``. Commands import heavy modules themselves, so that `swarm --help` does not
 wait for a database library.
 """
@@ -118,11 +120,17 @@ def _before(home: _Home = None, debug: _Debug = False, as_json: _Json = False) -
 
 
 def command(
-    app: typer.Typer, name: str | None = None, *, examples: Sequence[str], json: bool = False, runs: str = ""
+    app: typer.Typer,
+    name: str | None = None,
+    *,
+    examples: Sequence[str],
+    json: bool = False,
+    runs: str = "",
+    fault: int = 0,
 ) -> Callable[[Command], Command]:
     """Register an async function as a command, with the common options after its own. ``runs``: its arguments are a
     command line ('here'), or a name and a command line for what has it ('there'), whose options are not its own, with
-    or without `--` before it."""
+    or without `--` before it. ``fault``: the exit status for what goes wrong, but for wrong use and signals."""
 
     def register(function: Command) -> Command:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -138,7 +146,7 @@ def command(
             if given["as_json"] and not json:
                 Out().error(f"`{ctx.command_path}` prints no JSON: leave out --json")
                 sys.exit(2)
-            sys.exit(perform(function, {p.name: values[p.name] for p in own}, **given))
+            sys.exit(perform(function, {p.name: values[p.name] for p in own}, fault=fault, **given))
 
         run.__doc__ = _one_line_per_paragraph(function)
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -164,7 +172,9 @@ def _nearest(ctx: Any, option: str) -> Any:
     return None if option == "home" else False
 
 
-def perform(function: Command, values: dict[str, Any], *, home: Path | None, debug: bool, as_json: bool) -> int:
+def perform(
+    function: Command, values: dict[str, Any], *, home: Path | None, debug: bool, as_json: bool, fault: int = 0
+) -> int:
     """Run a command to its end. Returns the exit status."""
     out = Out(json=as_json)
     try:
@@ -181,7 +191,11 @@ def perform(function: Command, values: dict[str, Any], *, home: Path | None, deb
     except (Exception, KeyboardInterrupt, _Stopped) as error:
         if debug:
             traceback.print_exc()
-        return _explain(_only(error), out, debug)
+        only = _only(error)
+        status = _explain(only, out, debug)
+        from swarm.errors import UsageError
+
+        return fault if fault and isinstance(only, Exception) and not isinstance(only, UsageError) else status
 
 
 def _reader_gone() -> int:

@@ -7,13 +7,14 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.cli import remote
 from swarm.cli.frame import Cli, command
-from swarm.cli.remote import Env, Words
+from swarm.cli.remote import OWN_FAULT, Env, Words
 from swarm.cli.sandbox import Id, app, live_of
 from swarm.cli.ui.table import Column
 
@@ -43,6 +44,7 @@ async def _guest(cli: Cli, id: str) -> AsyncIterator[Open]:
         "tar c src | swarm sandbox exec build tar x",
     ],
     runs="there",
+    fault=OWN_FAULT,
 )
 async def exec_(
     cli: Cli,
@@ -65,12 +67,18 @@ async def exec_(
 ) -> int:
     """Run a command in a sandbox. Its streams are ours, its exit status is the command's, as with `swarm run`.
 
-    When this command ends, all that it started ends too, but for what --detach lets go on.
+    When this command ends, all that it started ends too, but for what --detach lets go on. Exit status 125: Swarm
+    itself failed.
     """
+    from swarm.errors import GuestRefused
+
     given = remote.variables(env or [])
     async with _guest(cli, id) as guest:
         if detach:
-            cli.out.line(await _detached(guest, argv, env=given, cwd=cwd, user=user, timeout_seconds=timeout))
+            try:
+                cli.out.line(await _detached(guest, argv, env=given, cwd=cwd, user=user, timeout_seconds=timeout))
+            except GuestRefused as refused:
+                return remote.not_started(cli, argv, refused)
             return 0
         wanted = remote.Command(argv=argv, env=given, cwd=cwd, user=user, timeout_seconds=timeout, tty=tty)
         return await remote.execute(cli, guest, wanted)
@@ -86,7 +94,7 @@ async def _detached(
         return process.name
 
 
-@command(app, "shell", examples=["swarm sandbox shell build", "swarm sandbox shell build --user root"])
+@command(app, "shell", examples=["swarm sandbox shell build", "swarm sandbox shell build --user root"], fault=OWN_FAULT)
 async def shell(cli: Cli, id: Id, user: User = "agent") -> int:
     """Open a shell in a sandbox."""
     from swarm.admin.sandboxes import SHELL
@@ -119,7 +127,7 @@ async def ps(cli: Cli, id: Id) -> None:
     cli.out.listing(found, columns, rows, empty="nothing was started in it")
 
 
-@command(app, "attach", examples=["swarm sandbox attach build 3f9a41c0b7d2"])
+@command(app, "attach", examples=["swarm sandbox attach build 3f9a41c0b7d2"], fault=OWN_FAULT)
 async def attach(cli: Cli, id: Id, process: _Process) -> int:
     """Come back to a program in the background: its latest output, then what it prints from now on.
 
@@ -146,17 +154,24 @@ async def kill(
     id: Id,
     process: _Process,
     signal: Annotated[
-        str | None, typer.Option("--signal", metavar="NAME", help="Send this, such as INT or HUP. Default: kill it.")
+        str | None, typer.Option("--signal", metavar="NAME", help="Send this, such as INT or 2. Default: kill it.")
     ] = None,
 ) -> None:
     """End a program and all that it started; or send it a signal."""
     from swarm.channel import processes
+    from swarm.errors import UsageError
 
+    named = (signal or "").upper().removeprefix("SIG")
+    if named.isdecimal():  # the kernel's numbers, on all processors that Swarm runs on
+        try:
+            named = Signals(int(named[:9])).name.removeprefix("SIG")
+        except ValueError:
+            raise UsageError(f"--signal {named[:20]}: there is no such signal; `kill -l` lists all") from None
     async with _guest(cli, id) as guest:
         if signal is None:
             await processes.signal(guest, process, "KILL", descendants=True)
         else:
-            await processes.signal(guest, process, signal.upper().removeprefix("SIG"))
+            await processes.signal(guest, process, named)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ Step = Annotated[str | None, typer.Option("--step", metavar="STEP", help="Of a w
         "swarm ticket shell 'race-3' --step 'fix[2]'",
         "swarm ticket shell report-7 -- ls -la /work",
     ],
+    fault=remote.OWN_FAULT,
 )
 async def shell(
     cli: Cli,

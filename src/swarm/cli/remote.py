@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from swarm.base.redact import Redactor
     from swarm.channel.conversation import Open
     from swarm.channel.processes import Ended
+    from swarm.errors import GuestRefused
 
 OWN_FAULT: Final = 125  # as env(1), nohup(1) and timeout(1) have them
 CANT_START: Final = 126
@@ -63,10 +64,15 @@ async def execute(cli: Cli, open: Open, command: Command, *, redactor: Redactor 
             await terminal.joined(process, pty=pty, redactor=redactor)
             return status(cli, command.argv, await process.exit())
     except GuestRefused as refused:
-        if refused.kind != "CannotStart":
-            raise
-        cli.out.error(f"{shlex.quote(command.argv[0])} can't be started: {refused.said}")
-        return NOT_FOUND if "No such file" in refused.said else CANT_START
+        return not_started(cli, command.argv, refused)
+
+
+def not_started(cli: Cli, argv: Sequence[str], refused: GuestRefused) -> int:
+    """The exit status of a program that could not be started; raises what is refused for another reason."""
+    if refused.kind != "CannotStart":
+        raise refused
+    cli.out.error(f"{shlex.quote(argv[0])} can't be started: {refused.said}")
+    return NOT_FOUND if "No such file" in refused.said else CANT_START
 
 
 def status(cli: Cli, argv: Sequence[str], ended: Ended) -> int:

@@ -46,6 +46,7 @@ def register(app: typer.Typer) -> None:
             "cat data.csv | swarm run -- python3 count.py > counts.txt",
         ],
         runs="here",
+        fault=OWN_FAULT,
     )(run)
 
 
@@ -108,32 +109,25 @@ async def run(
     no such program, 126 if it can't be started, 125 if Swarm itself failed.
     """
     from swarm.cli import moving
-    from swarm.errors import SwarmError, UsageError
 
     for pattern in out or ():
         moving.parts_of(pattern)  # what is wrong with it is told before anything is run
     if cli.settings.driver == "process":
         cli.out.note("note: it runs without a VM, as a plain process of this host: no isolation, no limits")
-    try:
-        like = await _agent(
-            cli, agent, requirements=requirements or [], packages=packages or [], net=net, secrets=secret or [],
-            memory_mb=memory, vcpus=cpus, disk_mb=disk,
-        )  # fmt: skip
-        return await _run(
-            cli,
-            like,
-            argv,
-            top=None if no_files else dir,
-            all_files=all_files,
-            out=out or [],
-            env=variables(env or []),
-            timeout_seconds=timeout,
-        )
-    except UsageError:
-        raise
-    except SwarmError as error:
-        cli.out.error(str(error))
-        return OWN_FAULT
+    like = await _agent(
+        cli, agent, requirements=requirements or [], packages=packages or [], net=net, secrets=secret or [],
+        memory_mb=memory, vcpus=cpus, disk_mb=disk,
+    )  # fmt: skip
+    return await _run(
+        cli,
+        like,
+        argv,
+        top=None if no_files else dir,
+        all_files=all_files,
+        out=out or [],
+        env=variables(env or []),
+        timeout_seconds=timeout,
+    )
 
 
 async def _run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -19,7 +20,7 @@ from swarm.model import TERMINAL_SANDBOX_STATES, SandboxState
 
 if TYPE_CHECKING:
     from swarm.live.client import Live
-    from swarm.model import Event, Sandbox
+    from swarm.model import Event, Sandbox, Snapshot
     from swarm.store.store import Store
 
 app = new_app("sandbox", "Make VMs that stay; run commands, move files, open shells in them; pause, fork and end them.")
@@ -125,7 +126,7 @@ async def create(
 @command(app, "list", examples=["swarm sandbox list", "swarm sandbox list --all --json"], json=True)
 async def list_(
     cli: Cli,
-    all_: Annotated[bool, typer.Option("--all", help="Those that have ended, too.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Those that have ended or are lost, too.")] = False,
     state: Annotated[
         list[SandboxState] | None,
         typer.Option("--state", "-s", metavar="STATE", help=f"Only in this state, of {', '.join(SandboxState)}."),
@@ -136,10 +137,10 @@ async def list_(
     ] = None,
     limit: Limit = 50,
 ) -> None:
-    """List sandboxes that have not ended, newest first."""
+    """List sandboxes that have not ended and are not lost, newest first."""
     from swarm.store.sandboxes.sandboxes import SandboxFilter
 
-    states = tuple(state or (() if all_ else (one for one in SandboxState if one != SandboxState.ENDED)))
+    states = tuple(state or (() if all_ else (one for one in SandboxState if one not in TERMINAL_SANDBOX_STATES)))
     which = SandboxFilter(states=states, project_id=project, labels=_labels(label))
     found: list[Sandbox] = []
     async with cli.store() as store:
@@ -158,8 +159,8 @@ async def list_(
         for one in found
     ]  # fmt: skip
     columns = (
-        "NAME", "ID", "STATE", Column("AGENT", drop=3), Column("MEMORY", drop=2, right=True), Column("USED", drop=4),
-        Column("ERROR", drop=1, least=16),
+        *name_and_id(found), "STATE", Column("AGENT", drop=3), Column("MEMORY", drop=2, right=True),
+        Column("USED", drop=4), Column("ERROR", drop=1, least=16),
     )  # fmt: skip
     cli.out.listing(found, columns, rows, empty="no sandboxes")
 
@@ -297,6 +298,12 @@ async def live_of(cli: Cli, store: Store, id: str) -> Live:
     return await sandboxes.reach(store, id, by=cli.user)
 
 
+def name_and_id(found: Sequence[Sandbox | Snapshot]) -> tuple[Column, Column]:
+    """NAME and ID: where there is no room for both, the id leaves; if one has no name, names are shortened."""
+    named = all(one.name for one in found)
+    return (Column("NAME"), Column("ID", drop=6)) if named else (Column("NAME", least=8), Column("ID"))
+
+
 def _labels(given: list[str] | None) -> dict[str, str]:
     """Raises UsageError."""
     from swarm.errors import UsageError
@@ -336,7 +343,7 @@ async def list_snapshots(
         for one in found
     ]  # fmt: skip
     columns = (
-        "NAME", "ID", "KIND", Column("OF", drop=5, least=8), Column("SIZE", drop=4, right=True),
+        *name_and_id(found), "KIND", Column("OF", drop=5, least=8), Column("SIZE", drop=4, right=True),
         Column("SECRETS", drop=1), Column("MADE", drop=3), Column("UNTIL", drop=2),
     )  # fmt: skip
     cli.out.listing(found, columns, rows, empty="no snapshots")

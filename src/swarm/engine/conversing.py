@@ -91,6 +91,7 @@ class Told:
         self._began = time.monotonic()
         self._first: Frame | GuestRefused | ChannelError | None = None
         self._last: Mapping[str, object] | None = None
+        self._refused: GuestRefused | None = None
 
     async def begin(self, *, within_seconds: float = BEGIN_SECONDS) -> bool:
         """False if the guest has begun nothing, since it stands still for a snapshot."""
@@ -119,9 +120,13 @@ class Told:
     async def receive(self) -> Frame:
         while not self._ready:
             frame, self._first = self._first, None
-            if isinstance(frame, GuestRefused | ChannelError):
-                raise frame
-            frame = frame or await self._inner.receive()
+            try:
+                if isinstance(frame, GuestRefused | ChannelError):
+                    raise frame
+                frame = frame or await self._inner.receive()
+            except GuestRefused as error:
+                self._refused = error
+                raise
             self._received += len(frame.payload)
             if frame.head.get("ok"):
                 self._last = frame.head
@@ -146,7 +151,7 @@ class Told:
         self._inner.close()
 
     def ended(self, error: BaseException | None) -> None:
-        """It is over: with its reply, or broken off (``error`` says how, if that is known)."""
+        """It is over: with its reply, refused, or broken off (``error`` says how, if that is known)."""
         kind, said = self._rule.kind, dict(self._said)
         if self._op in ("exec", "attach"):
             self._exited(error)
@@ -154,7 +159,7 @@ class Told:
         if not kind:
             return
         if self._last is None:
-            said["error"] = _why(error)
+            said["error"] = self._why(error)
         if kind == "port" and said.get("error") == _GONE:  # as connections end
             del said["error"]
         if kind == "port":
@@ -175,9 +180,13 @@ class Told:
         if self._op == "attach" and not waits:
             return  # told
         self._held.background.discard(self._process)
-        how = exit_of(self._last) if self._last is not None else {"error": _why(error)}
+        how = exit_of(self._last) if self._last is not None else {"error": self._why(error)}
         ms = {"ms": round((time.monotonic() - self._began) * 1000, 1)} if self._op == "exec" else {}
         self._held.record("exit", {"process": self._process, **how, **ms})
+
+    def _why(self, error: BaseException | None) -> str:
+        text = self._refused.said if self._refused else str(error or "")
+        return printable(self._held.redactor.beginning(text, _MAX_WORD)) or _GONE
 
 
 def exit_of(report: Mapping[str, object]) -> dict[str, object]:
@@ -186,10 +195,6 @@ def exit_of(report: Mapping[str, object]) -> dict[str, object]:
     return {
         name: one for name, one in found.items() if isinstance(one, int) and 0 <= one < 1 << 53 and one is not False
     }
-
-
-def _why(error: BaseException | None) -> str:
-    return (printable(str(error)) if error is not None else "") or _GONE
 
 
 def _short(value: object, redactor: Redactor) -> object:

@@ -42,9 +42,13 @@ async def find(store: Store, ref: str, *, step: str | None = None) -> KeptVm:
     numbers: dict[str, int] = {}
     for one in attempts:
         tried[one.step_id] += 1
-        numbers[one.id] = tried[one.step_id]
+        if number in (None, tried[one.step_id]):
+            numbers[one.id] = tried[one.step_id]
+    if number is not None and not numbers:
+        there = f"there are the attempts 1 to {max(tried.values())}" if tried else "there is no attempt yet"
+        raise NotFound(f"{ref}: {there}")
     for snapshot in await kept(store, ticket_id):
-        if snapshot.attempt_id in numbers and number in (None, numbers[snapshot.attempt_id]):
+        if snapshot.attempt_id in numbers:
             if snapshot.host != (here := await store.this_host()):
                 raise Conflict(
                     f"the VM was kept on the host {snapshot.host}, and this is {here}: run the command there"

@@ -3,6 +3,7 @@ whose last arguments are a command line."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,9 +28,13 @@ def _set_styles() -> None:
             setattr(rich_utils, f"STYLE_{name}", "bold" if name in _BOLD else "")
 
 
+def _many(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 class _Shown:
-    """Mixed into commands and groups: both print help, and take no empty path: pathlib would have it as this directory,
-    of which somebody whose variable was not set did not think."""
+    """Mixed into commands and groups: both print help, and take no empty argument, no number that is none, and no empty
+    path: pathlib would have it as this directory, of which somebody whose variable was not set did not think."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         for param in self.params:  # type: ignore[attr-defined]
@@ -38,17 +43,19 @@ class _Shown:
         return super().make_context(*args, **kwargs)  # type: ignore[misc]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)
-        left = super().parse_args(ctx, args)  # type: ignore[misc]
+        given, raw = list(args), {}
+        left: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
         if any(one == "" or one.endswith("=") for one in given):
             raw, _, _ = self.make_parser(ctx).parse_args(given)  # type: ignore[attr-defined]
-            for param in self.params:  # type: ignore[attr-defined]
-                one, read = raw.get(param.name), ctx.params.get(param.name)
-                if (one == "" and isinstance(read, Path)) or (
-                    isinstance(one, list | tuple) and "" in one and any(isinstance(each, Path) for each in read or ())
-                ):
-                    raise BadParameter("it is empty; write . for this directory", ctx=ctx, param=param)
-        return left  # type: ignore[no-any-return]
+        for param in self.params:  # type: ignore[attr-defined]
+            words, read = (_many(found.get(param.name)) for found in (raw, ctx.params))
+            if "" in (words[:1] if param.name == "argv" else words):  # what follows in a command line is the program's
+                path = any(isinstance(one, Path) for one in read)
+                if path or not isinstance(param, TyperOption):
+                    raise BadParameter(f"it is empty{'; write . for this directory' if path else ''}", ctx, param)
+            if any(isinstance(one, float) and not math.isfinite(one) for one in read):
+                raise BadParameter(f"{read[0]} is not a finite number", ctx, param)
+        return left
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)  # type: ignore[misc]

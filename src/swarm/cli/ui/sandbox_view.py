@@ -66,6 +66,7 @@ def _told(kind: str, data: Mapping[str, object]) -> str:
     def said(name: str) -> str:
         return str(data.get(name) or "")
 
+    failed = f": {said('error')}" if "error" in data else ""
     match kind:
         case "transition":
             why = said("error") or said("why")
@@ -85,9 +86,9 @@ def _told(kind: str, data: Mapping[str, object]) -> str:
             moved = data.get("bytes")
             amount = f", {size(moved)}" if isinstance(moved, int) else ""
             to = f" to {said('to')}" if "to" in data else ""
-            return f"{said('op')} {said('path')}{to}{amount}" + (f": {said('error')}" if "error" in data else "")
+            return f"{said('op')} {said('path')}{to}{amount}{failed}"
         case "port":
-            return f"port {said('port')}"
+            return f"port {said('port')}{failed}"
         case "held":
             return f"held by the engine {said('worker')}"
         case "started":
@@ -100,7 +101,7 @@ def _told(kind: str, data: Mapping[str, object]) -> str:
             children = data.get("children")
             return f"{counted(len(children), 'fork') if isinstance(children, list) else 'forks'} by {said('by')}"
         case "signal":
-            return f"{said('signal')} to {said('process')}{' and all it started' if data.get('all') else ''}"
+            return f"{said('signal')} to {said('process')}{' and all it started' if data.get('all') else ''}{failed}"
         case "egress":
             refused = f" refused: {said('refused')}" if "refused" in data else ""
             return f"{said('host') or said('service') or said('via')}{refused}"
