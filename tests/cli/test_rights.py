@@ -105,14 +105,14 @@ def test_building_an_image_without_root(tmp_path: Path) -> None:
 def test_doctor_on_another_migration(tmp_path: Path) -> None:
     assert run(tmp_path, BIN / "swarm", "init", "--no-image").returncode == 0
     with sqlite3.connect(tmp_path / "data/swarm.db", timeout=60) as database:
-        database.execute("UPDATE alembic_version SET version_num = '0000_older'")
+        database.execute("UPDATE alembic_version SET version_num = 'v0_1_0'")
     database.close()
     done = run(tmp_path, *NOT_ROOT, BIN / "swarm", "doctor", "--json")
     [check] = [check for check in json.loads(done.stdout) if check["name"] == "database"]
     assert check["status"] == "fail" and check["fix"] == "swarm init"
-    assert "0000_older" in check["detail"] and f"this version of Swarm needs {HEAD}" in check["detail"]
+    assert "v0_1_0" in check["detail"] and f"this version of Swarm needs {HEAD}" in check["detail"]
     listed = run(tmp_path, BIN / "swarm", "ticket", "list")
-    assert listed.returncode == 1 and "0000_older" in listed.stderr and "swarm init" in listed.stderr
+    assert listed.returncode == 1 and "v0_1_0" in listed.stderr and "swarm init" in listed.stderr
 
 
 @pytest.mark.needs("root")

@@ -17,15 +17,7 @@ from swarm.channel.files import ENTRY, MAX_NAMES_BYTES, File, batches, read_tree
 from swarm.channel.frames import MAX_PAYLOAD_BYTES, Frame, printable
 from swarm.channel.proof import GUEST, HOST, new_nonce, proof, shown
 from swarm.channel.values import Exit, Hello, Identity, Renewed, exit_of, final, state
-from swarm.errors import (
-    AgentFailed,
-    AgentTimeout,
-    ChannelError,
-    GuestRefused,
-    GuestSilent,
-    OutputInvalid,
-    UsageError,
-)  # fmt: skip
+from swarm.errors import AgentFailed, AgentTimeout, ChannelError, GuestRefused, GuestSilent, OutputInvalid, UsageError
 from swarm.model import FailureReason
 
 PROTOCOL: Final = 4
@@ -447,4 +439,5 @@ class Channel:
         return (await self._ask("kill")).flag("killed")
 
     async def poweroff(self) -> None:
-        await self._ask("poweroff")
+        with contextlib.suppress(ChannelError):  # the connection may end before the answer
+            await self._ask("poweroff")

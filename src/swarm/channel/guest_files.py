@@ -263,8 +263,8 @@ async def put(
         for left in reversed(range(_TRIES)):
             fields = {"user": user, "owner": owner, "mode": mode, "parents": parents, "upload": upload}
             try:
-                pieces = _pieces(source, offset, status.st_size - offset)
-                return await write(guest, path, pieces, size=status.st_size, offset=offset, **fields)  # type: ignore[arg-type]
+                async with contextlib.aclosing(_pieces(source, offset, status.st_size - offset)) as pieces:
+                    return await write(guest, path, pieces, size=status.st_size, offset=offset, **fields)  # type: ignore[arg-type]
             except ChannelError:
                 if not left:
                     raise
@@ -274,7 +274,7 @@ async def put(
     raise AssertionError
 
 
-async def _pieces(source: Path, offset: int, size: int) -> AsyncIterator[bytes]:
+async def _pieces(source: Path, offset: int, size: int) -> AsyncGenerator[bytes]:
     with source.open("rb", buffering=0) as file:
         file.seek(offset)
         while size > 0 and (data := await asyncio.to_thread(file.read, min(size, _READ_BYTES))):
