@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = [f"tests/{name}" for name in ("channel", "cli", "engine")]
-FOURTH = [f"tests/{name}" for name in ("agents", "api", "cel", "chaos", "client", "dashboard", "store")]
+FIRST = [f"tests/{name}" for name in ("cli", "engine")]
+FOURTH = [f"tests/{name}" for name in ("agents", "api", "cel", "channel", "chaos", "client", "dashboard", "store")]
 # Firecracker guests are slow on hosts without VMX or SVM, so they have a sandbox of their own, with a higher priority.
 SHARES = {
     "1": [*FIRST, "tests/test_zz_leaks.py", "-k", "not firecracker"],

@@ -106,7 +106,8 @@ async def test_who_is_told_what(served: Served) -> None:
             async with asyncio.timeout(60):
                 while await served.store.position(position_of(id)) < seq_of(receiver.got, id):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-                while not all(row.sent_at and row.error is None for row in await served.store.notices()):  # noqa: ASYNC110
+                # Not their errors: the server of this fixture sends too, may not send to this host, and says so.
+                while not all(row.sent_at for row in await served.store.notices()):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
         told = [(body["event"], body["ticket"]["id"]) for body, _, _ in receiver.got if body["id"].startswith(id)]
         assert told == [
