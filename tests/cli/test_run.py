@@ -177,12 +177,17 @@ def test_an_interrupt_is_passed_on_and_a_second_one_ends_the_vm(here: Path, env:
 
 def test_a_terminal_is_one_in_the_vm_too(here: Path, env: dict[str, str]) -> None:
     script = (
-        "import os, signal, sys\n"
-        "def size(*_): os.write(1, b'size %d %d\\n' % os.get_terminal_size())\n"
-        "def stop(*_): os.write(1, b'stopped\\n'); os._exit(5)\n"
-        "signal.signal(signal.SIGWINCH, size); signal.signal(signal.SIGINT, stop); size()\n"
+        "import os, signal, sys, threading\n"
+        "def size(): os.write(1, b'size %d %d\\n' % os.get_terminal_size())\n"
+        "def read():\n"
+        "  while True: print('got', ascii(input()), flush=True)\n"
+        "signals = {signal.SIGWINCH, signal.SIGINT}\n"
+        # Waited for, not handled: a handler is not run while input() waits, if the signal came just before that.
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signals); size()\n"
         "print(sys.stdin.isatty(), sys.stdout.isatty(), sys.stderr.isatty(), os.environ['TERM'], flush=True)\n"
-        "while True: print('got', ascii(input()), flush=True)\n"
+        "threading.Thread(target=read, daemon=True).start()\n"
+        "while signal.sigwait(signals) == signal.SIGWINCH: size()\n"
+        "os.write(1, b'stopped\\n'); os._exit(5)\n"
     )
     with Terminal([SWARM, "run", "python3", "-c", script], env=env, cwd=here, size=(101, 33)) as terminal:
         terminal.until("size 101 33\r\n")

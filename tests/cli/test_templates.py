@@ -62,7 +62,7 @@ def test_build_list_use_and_remove(swarm: Callable[..., str]) -> None:
 
 
 def test_odd_arguments_are_refused(swarm: Callable[..., str]) -> None:
-    assert "no templates begin with ''" in swarm("template", "rm", "", status=2)
+    assert "'KEY': it is empty" in swarm("template", "rm", "", status=2)
     assert "names of Python modules" in swarm("template", "build", "--preload", "json init=/bin/sh", status=2)
     for option in (("--memory", "64"), ("--memory", "9999999"), ("--vcpus", "1000"), ("--disk", "99999999")):
         assert option[0] in swarm("template", "build", *option, status=2)

@@ -170,8 +170,8 @@ async def sent(bench: Bench, tmp_path: Path, *files: str, all_files: bool = Fals
 import os, shutil
 shutil.copytree("repo", "out", symlinks=True, dirs_exist_ok=True)
 for here, dirs, files in os.walk("out", topdown=False):
-    if ".git" in dirs + files:
-        os.rename(f"{here}/.git", f"{here}/dot-git")  # that name would not be brought back
+    for name in {".git", "HEAD"} & {*dirs, *files}:
+        os.rename(f"{here}/{name}", f"{here}/dot-{name.strip('.')}")  # such names would not be brought back
 open("output.json", "w").write("{}")
 """
     await bench.agent(code, "copies")
@@ -180,8 +180,9 @@ open("output.json", "w").write("{}")
     done = await run_ticket(bench.store, bench.worker, "s")
     assert done.state == "done", done.error
     await get(bench, "s", tmp_path / "got")
-    for path in (tmp_path / "got").rglob("dot-git"):
-        path.rename(path.with_name(".git"))
+    for name in ("HEAD", ".git"):
+        for path in (tmp_path / "got").rglob(f"dot-{name.strip('.')}"):
+            path.rename(path.with_name(name))
     return tmp_path / "got"
 
 
