@@ -182,6 +182,33 @@ async def test_an_idle_sandbox_sleeps_for_a_ticket_that_lacks_disk(settings: Set
             assert error and "needs 1048576 MB of disk, and all VMs of this host together may take" in error
 
 
+async def test_a_large_ticket_goes_on_when_others_have_left_the_disk(settings: Settings, tmp_path: Path) -> None:
+    """A fault of the host says nothing about its agent; meanwhile all others run, and sandboxes go on."""
+    free_mb = 10_000
+
+    def space(dir: Path) -> os.statvfs_result:
+        block = 1 << 20
+        return os.statvfs_result((block, block, 100_000, free_mb, free_mb, 10**6, 10**6, 10**6, 0, 255))
+
+    async with bench_at(settings, tmp_path / "home", tmp_path) as bench:
+        sandbox: Any = IdleSandbox(disk_mb=1)
+        large, agent = await bench.agent(DONE, "large", disk_mb=30_000), await bench.agent(DONE)
+        bench.insert("large", large.id, priority=9)
+        disk = Disk(dir=tmp_path, used_bytes=lambda n: 0, space=space)
+        async with serving(bench, disk=disk, sandboxes=sandbox) as dispatcher:
+
+            async def waits() -> bool:
+                return "needs 30000 MB of disk, and all VMs" in dispatcher.waits_for
+
+            await bench.until(waits)
+            bench.insert("small", agent.id)
+            assert await ended(bench, "small") == ["done"]
+            await bench.until(waits)
+            assert (await bench.store.ticket("large")).state == "ready" and sandbox.takes != []
+            free_mb = 50_000
+            assert await ended(bench, "large") == ["done"]
+
+
 @pytest.mark.parametrize("pages", [1, 2, 3, 5])
 def test_a_one_off_run_without_temporary_space_says_so(home: Path, tmp_path: Path, pages: int) -> None:
     """With no page left Python takes another directory; so there is a bit, of which the run needs more."""

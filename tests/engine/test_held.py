@@ -97,12 +97,15 @@ async def test_the_one_that_is_idle_for_longest_makes_room() -> None:
     assert [one.asked for one in some] == [Ending.PAUSED, None, Ending.PAUSED, None]
 
 
-def test_a_large_vm_takes_no_more_than_its_own_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 42 GB that are free."""
-    block, free, all_ = 1 << 20, 42 << 10, 200 << 10
-    found = os.statvfs_result((block, block, all_, free, free, 10**6, 10**6, 10**6, 0, 255))
-    monkeypatch.setattr(os, "statvfs", lambda path: found)
-    disk = Disk(dir=tmp_path, used_bytes=lambda n: 1000 << 20)
+def test_a_large_vm_takes_no_more_than_its_own_disk(tmp_path: Path) -> None:
+    """Of 42 GB that are free, of 200."""
+    free, all_ = 42 << 10, 200 << 10
+
+    def space(dir: Path) -> os.statvfs_result:
+        block = 1 << 20
+        return os.statvfs_result((block, block, all_, free, free, 10**6, 10**6, 10**6, 0, 255))
+
+    disk = Disk(dir=tmp_path, used_bytes=lambda n: 1000 << 20, space=space)
 
     def room(*disks_mb: int) -> Room:
         vms = [VmInUse(memory_mb=256, disk_mb=mb, vm_id=1, executing=True, settled=True) for mb in disks_mb]
@@ -113,12 +116,14 @@ def test_a_large_vm_takes_no_more_than_its_own_disk(tmp_path: Path, monkeypatch:
     whole = free - 512
     alone = room()
     assert (alone.disk_mb, alone.most_disk_mb) == (whole, whole)
-    assert "needs 1048576 MB of disk, and all VMs of this host together may take 42496 MB" in alone.never(128, 1 << 20)
+    assert "needs 1048576 MB of disk, and all VMs of this host together may take 42496 MB" in alone.not_now(1 << 20)
+    assert "needs 1048576 MB of disk, and all VMs of this host together may take 204288 MB" in alone.never(128, 1 << 20)
+    assert alone.not_now(whole) == "" != alone.not_now(whole + 1) and alone.never(128, whole + 1) == "", "free some"
     beside = room(25_000)
     assert (beside.disk_mb, beside.most_disk_mb) == (whole - 24_000, whole + 1000)
     assert beside.lacks(128, 2048) == "", "a ticket of the usual size starts beside a large sandbox"
     assert beside.lacks(128, 25_000).startswith("disk: 18496 MB are left")
     free = 1000
-    found = os.statvfs_result((block, block, all_, free, free, 10**6, 10**6, 10**6, 0, 255))
     assert room().lacks(128, 2048) == "" == room().never(128, 2048), "the usual one may always be the only one"
     assert room(2048).lacks(128, 2048) != "" == room(2048).never(128, 2048)
+    assert room().not_now(2048) == "" == room(2048).not_now(2048)

@@ -211,7 +211,7 @@ class Dispatcher:
                     if due.ready and request.disk_shortage:
                         self._wait_for_room(request.disk_shortage)
                     elif due.ready:
-                        self._wait_for_room(request.room.waits_for)
+                        self._wait_for_room(request.room.waits_for or request.room.full_disk)
                         if request.room.waits_for and self.sandboxes is not None:
                             self.sandboxes.make_room()
                     return min(self._until(due), _ROOM_LOOK_SECONDS) if due.ready else self._until(due)

@@ -83,16 +83,17 @@ class Memory:
 class Disk:
     """The directory with the VMs' files. Work disks are sparse, so what running VMs may still write is kept for them:
     a further VM is started if there is room for its own work disk beside that. ``used_bytes`` of VM n's work disk;
-    None if VMs have none."""
+    None if VMs have none. ``space``: of the file system with a directory."""
 
     dir: Path
     used_bytes: Callable[[int], int] | None = None
+    space: Callable[[Path], os.statvfs_result] = os.statvfs
 
     def room(self, vms: Iterable[VmInUse] = ()) -> tuple[Room, str]:
         """What is left for one more, and why no VM may be started now; '' when one of some size may. ~3 µs, and 7 for
         each running VM."""
         try:
-            info = os.statvfs(self.dir)
+            info = self.space(self.dir)
         except OSError:  # making the VM's directory will give the better error
             return Room(), ""
         free_mb, total_mb = (blocks * info.f_frsize >> 20 for blocks in (info.f_bavail, info.f_blocks))
@@ -110,10 +111,9 @@ class Disk:
                 left_mb -= max(0, vm.disk_mb - used_mb)
                 most_mb += used_mb
                 alone = False
-        # What fills the disk may be gone in a minute: so the usual VM is never refused for ever. If it is the only one
-        # and fills the disk, the writes of its own programs fail.
-        most_mb = max(most_mb, _SMALL_DISK_MB)
-        return Room(disk_mb=most_mb if alone else left_mb, most_disk_mb=most_mb), ""
+        # If the usual VM is the only one and fills the disk, the writes of its own programs fail.
+        most_mb, whole_mb = (max(mb, _SMALL_DISK_MB) for mb in (most_mb, total_mb - reserve_mb))
+        return Room(disk_mb=most_mb if alone else left_mb, most_disk_mb=most_mb, whole_disk_mb=whole_mb), ""
 
 
 def room_for_one(memory: Memory | None, disk: Disk | None, vms: Iterable[VmInUse]) -> tuple[Room, str]:

@@ -10,6 +10,7 @@ import pytest
 
 from swarm.errors import LeaseLost, TicketWithdrawn
 from swarm.model import Cancelled, Event, FailureReason, Interrupted, Outcome, Succeeded
+from swarm.store.claims.claim import ASIDE
 from swarm.store.sql.rows import Renewal
 from swarm.store.store import Store
 from swarm.store.tickets.room import Room
@@ -366,3 +367,71 @@ async def test_a_long_row_that_does_not_fit_keeps_its_turn(store: Store, outside
     insert(outside, "small")
     async with asyncio.timeout(60):
         assert await store.claim("w", lease_seconds=LEASE, room=Room(memory_mb=1)) == []
+
+
+async def test_what_other_files_leave_no_disk_for_waits_in_nobodys_way(store: Store, outside: Outside) -> None:
+    """However many there are, and however they name their agent; those behind them keep their order."""
+    large = [replace(ECHO, id=f"large-{number}", version=f"2.0.{number}", disk_mb=30_000) for number in range(3)]
+    for agent in large:
+        await store.put_agent(agent)
+    refs = [large[0].id, f"echo@{large[1].version}"]
+    for number in range(150):
+        insert(outside, f"large{number}", agent_id=refs[number % 2], priority=9)
+    insert(outside, "assigned", agent_id=None, assignee_id=large[2].id, priority=9)
+    insert(outside, "tried", agent_id=large[2].id, priority=99)
+    tried = await claim_one(store)
+    await finish(store, tried.attempt_id, Interrupted())  # its step is ready now, no more the ticket
+    for name in ("first", "second", "third"):
+        insert(outside, name)
+
+    def room(free_mb: int, whole_mb: int = 100_000) -> Room:
+        return Room(disk_mb=free_mb, most_disk_mb=free_mb, whole_disk_mb=whole_mb)
+
+    async def claimed(found: Room, limit: int = 1) -> list[str]:
+        return [claim.ticket.id for claim in await store.claim("w", limit=limit, lease_seconds=LEASE, room=found)]
+
+    assert await claimed(room(10_000)) == ["first"]
+    assert await claimed(room(10_000), 9) == ["second", "third"]
+    left = room(10_000)
+    assert await claimed(left) == [] and left.waits_for == "", "no sleep of a sandbox would help"
+    assert "needs 30000 MB of disk, and all VMs of this host together may take 10000 MB while" in left.full_disk
+    assert await claimed(room(29_999), 9) == []
+    assert outside.execute("SELECT DISTINCT state FROM tickets WHERE id LIKE 'large%'") == [("ready",)]
+    assert await claimed(room(30_000)) == ["tried"], "in its turn, as soon as there is room"
+    assert await claimed(room(30_000)) == ["large0"]
+    assert await claimed(room(29_999, 29_999)) == []
+    assert (await store.ticket("large1")).state == "failed", "nothing that ends here would make room"
+
+
+async def test_it_waits_also_if_it_is_asked_for_alone_or_too_long_to_read(store: Store, outside: Outside) -> None:
+    await store.put_agent(replace(ECHO, id="large", version="2.0.0", disk_mb=30_000))
+    for number in range(3):
+        insert(outside, f"long{number}", agent_id="large", inputs=json.dumps({"x": "y" * 3_000_000}), priority=1)
+    insert(outside, "small")
+    room = Room(disk_mb=10_000, most_disk_mb=10_000, whole_disk_mb=100_000)
+    async with asyncio.timeout(60):
+        assert await store.claim("w", ticket_id="long0", lease_seconds=LEASE, room=room) == []
+        assert [one.ticket.id for one in await store.claim("w", limit=9, lease_seconds=LEASE, room=room)] == ["small"]
+        assert await store.claim("w", limit=9, lease_seconds=LEASE, room=room) == []
+    assert (await store.ticket("long0")).state == "ready"
+
+
+@pytest.mark.sqlite
+async def test_one_that_no_statement_can_leave_out_fails(store: Store, outside: Outside) -> None:
+    await store.put_agent(replace(ECHO, id="large", version="2.0.0", disk_mb=30_000))
+    insert(outside, "blob", agent_id=b"large", priority=1)
+    insert(outside, "small")
+    async with asyncio.timeout(60):
+        assert (await claim_one(store, room=Room(most_disk_mb=10_000))).ticket.id == "small"
+    assert "while other files fill the rest" in str((await store.ticket("blob")).error)
+
+
+async def test_only_so_many_kinds_of_vms_are_left_waiting(store: Store, outside: Outside) -> None:
+    """Else each claim would look at all of them, under the lock: the next one fails, as what can never fit does."""
+    for number in range(ASIDE + 1):
+        await store.put_agent(replace(ECHO, id=f"large-{number}", version=f"2.0.{number}", disk_mb=30_000))
+        insert(outside, f"t{number:02}", agent_id=f"large-{number}", created_at=f"2026-01-01T00:00:{number % 60:02}Z")
+    insert(outside, "small", priority=-1)
+    assert (await claim_one(store, room=Room(most_disk_mb=10_000))).ticket.id == "small"
+    [(error,)] = outside.execute("SELECT error FROM tickets WHERE state = 'failed'")
+    assert "while other files fill the rest" in error

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from swarm.model import Claim, Failed, FailureReason, Outcome, Succeeded
+from swarm.model import Claim, Failed, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.store.store import Store
 from swarm.store.tickets.room import Room
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, insert
@@ -143,6 +143,22 @@ async def test_steps_start_in_forks_on_the_host_that_has_the_snapshot(store: Sto
     await finish(store, ship)
     assert await claims(store) == []
     assert (await state(store))[0] == "done"
+
+
+async def test_a_fork_that_the_disk_has_no_room_for_now_is_in_nobodys_way(store: Store, outside: Outside) -> None:
+    """Nor its agent's other steps: it is as large as the VM that it starts from."""
+    await ticket(store, outside, "steps: [{id: a, agent: echo}, {id: b, agent: echo, from: a}, {id: c, agent: echo}]")
+    first = {claim.step_id: claim for claim in await claims_on(store, "here")}
+    snapshot(outside, "of-a")  # of 4000 MB
+    await finish(store, first["a"], lambda _: leaves("of-a"))
+    await finish(store, first["c"], lambda _: Interrupted())
+    await store.decided()
+
+    async def claimed(most_mb: int) -> list[str]:
+        room = Room(most_disk_mb=most_mb, whole_disk_mb=9000)
+        return names(await store.claim("test", limit=9, lease_seconds=LEASE, host="here", room=room))
+
+    assert (await claimed(3999), await claimed(3999), await claimed(4000)) == (["c"], [], ["b"])
 
 
 async def test_a_fork_is_as_large_as_the_vm_it_is_one_of(store: Store, outside: Outside) -> None:

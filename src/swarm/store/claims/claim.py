@@ -30,6 +30,7 @@ from swarm.store.tickets.validation import BadRow, Work
 
 BAD_ROWS: Final = 1000  # at most in one transaction; the next claim handles the others
 HINTS: Final = 20
+ASIDE: Final = 64  # kinds of VMs that are not waited for, in one claim
 DELAYED: Final = Sql(
     "SELECT s.id, r.ticket_id FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
     "WHERE s.status = 'ready' AND s.available_at IS NOT NULL AND s.available_at <= :now_ms"
@@ -130,6 +131,8 @@ class _ClaimTransaction:
         # The next step in turn lacks room, or must run alone. Those behind it wait too, so that it isn't
         # starved.
         self.full = False
+        self.aside = set[str]()  # kinds of VMs that others are not to wait for
+        self.left_out: tuple[str, ...] = ()  # of the candidates that were read last
         self.cut = False  # rows are too long to read all of them in one transaction
 
     def run(self) -> Claimed | SwarmError:
@@ -174,6 +177,8 @@ class _ClaimTransaction:
             more = self._round(missing)
             if self.full:
                 break
+            if len(self.aside) > len(self.left_out):
+                continue  # others are behind these
             if self.cut:
                 self.result.more = True
                 break
@@ -238,7 +243,10 @@ class _ClaimTransaction:
             found = [Candidate(row, is_step=False) for row in self.tx.all(ready.READY_TICKET, id=one)]
             return sorted([*found, *(Candidate(row, is_step=True) for row in steps)], key=Candidate.turn)
         # In isolation it looks behind those that it skips.
-        found, self.cut = ready.first(self.tx, which, limit=limit, steps=self.steps, whole=self.changes.isolating)
+        self.left_out = tuple(self.aside)
+        found, self.cut = ready.first(
+            self.tx, which, limit=limit, steps=self.steps, whole=self.changes.isolating, but=self.left_out
+        )
         return found
 
     @property
@@ -305,6 +313,9 @@ class _ClaimTransaction:
                     agent = kept.sized(agent, candidate.row)
                 if never := self.room.never(agent.memory_mb, agent.disk_mb):
                     raise validation.too_big(agent, never)
+                if not_now := self.room.not_now(agent.disk_mb):
+                    self._set_aside(candidate, work, agent, not_now)
+                    continue
             except BadRow as error:
                 self._refuse(candidate, error)
                 continue
@@ -321,6 +332,17 @@ class _ClaimTransaction:
                 self.room.take(agent.memory_mb, agent.disk_mb)
                 self.result.claims.append(self._attempt(candidate, work, agent, alone=suspect))
                 self.full |= suspect
+
+    def _set_aside(self, candidate: Candidate, work: Work, agent: Agent, why: str) -> None:
+        """It waits, and nobody waits for it: other files fill the disk, and nobody knows for how long. Raises BadRow if
+        too many kinds of VMs do so, or if no statement can leave it out."""
+        kind = candidate.kind(work.agent_id)
+        if kind in self.left_out or (kind not in self.aside and len(self.aside) >= ASIDE):
+            raise validation.too_big(agent, why)
+        self.aside.add(kind)
+        self.full |= self.request.ticket_id is not None
+        if self.request.room is not None:
+            self.request.room.full_disk = f"disk: the next one {why}"
 
     def _begin(self, row: Row, work: Work) -> None:
         """The run of a workflow; its first steps are claimed in the next round, when it is their turn."""

@@ -4,8 +4,9 @@ write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from swarm.store.claims import kept, suspects
@@ -21,7 +22,6 @@ _READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_ru
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
 _READY: Final = f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
 _UNLOCKED: Final = " /*+ FOR NO KEY UPDATE OF {} SKIP LOCKED */"  # what another engine is claiming is its own
-READY_TICKETS: Final = Sql(_READY + "ORDER BY t.priority DESC, t.created_at LIMIT :limit" + _UNLOCKED.format("t"))
 READY_TICKET: Final = Sql(_READY + "AND t.id = :id" + _UNLOCKED.format("t"))
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
@@ -36,8 +36,26 @@ FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets
 WHERE s.status = 'ready' AND s.available_at IS NULL
   AND {IS_HERE}
   AND (:idle OR :drain AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
-READY_STEPS: Final = Sql(_STEP + " ORDER BY s.priority DESC, s.ticket_created_at LIMIT :limit" + _UNLOCKED.format("s"))
 READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit" + _UNLOCKED.format("s"))
+_BUT_TICKETS: Final = (
+    "AND (t.execution_mode = 'workflow' OR COALESCE(NULLIF(t.agent_id, ''), t.assignee_id, '') NOT IN ({})) "
+)
+_BUT_STEPS: Final = " AND CASE WHEN s.from_step IS NULL THEN COALESCE(s.agent_id, '') ELSE s.id END NOT IN ({})"
+
+
+@cache
+def _statements(but: int) -> tuple[Sql, Sql]:
+    """For tickets and for steps, without so many kinds: see `Candidate.kind`."""
+    names = ", ".join(f":but_{number}" for number in range(but))
+    tickets = _READY + (_BUT_TICKETS.format(names) if but else "") + "ORDER BY t.priority DESC, t.created_at"
+    steps = _STEP + (_BUT_STEPS.format(names) if but else "") + " ORDER BY s.priority DESC, s.ticket_created_at"
+    return (
+        Sql(tickets + " LIMIT :limit" + _UNLOCKED.format("t")),
+        Sql(steps + " LIMIT :limit" + _UNLOCKED.format("s")),
+    )
+
+
+READY_TICKETS, READY_STEPS = _statements(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +72,26 @@ class Candidate:
     def ticket_id(self) -> object:
         return self.row.ticket_id if self.is_step else self.row.id
 
+    def kind(self, agent: str) -> str:
+        """All that need a VM of the same size: of an agent, by the id or name that rows have; or this step alone."""
+        return str(self.row.step_execution_id) if self.is_step and self.row.from_step is not None else agent
+
     def turn(self) -> tuple[float, str]:  # a row whose priority isn't a number comes first, to be failed
         priority = self.row.priority
         return (-priority if isinstance(priority, int | float) else float("-inf"), str(self.row.created_at))
 
 
-def first(tx: Tx, which: Mapping[str, Any], *, limit: int, steps: bool, whole: bool) -> tuple[list[Candidate], bool]:
+def first(
+    tx: Tx, which: Mapping[str, Any], *, limit: int, steps: bool, whole: bool, but: Sequence[str]
+) -> tuple[list[Candidate], bool]:
     """The next candidates, in their order; and whether more may follow, since rows are too long to read all at once.
-    ``which``: values for READY_STEPS. ``whole``: all up to the limit, however long."""
+    ``which``: values for READY_STEPS. ``whole``: all up to the limit, however long. ``but``: not of these kinds."""
     most = None if whole else MOST_CHARS
     found, cut = list[Candidate](), list[Candidate]()
-    for statement, is_step in ((READY_TICKETS, False), (READY_STEPS, True))[: 1 + steps]:
-        rows, more = tx.some(statement, most, limit=limit, **(which if is_step else {}))
+    left_out = {f"but_{number}": kind for number, kind in enumerate(but)}
+    tickets, of_runs = _statements(len(but))
+    for statement, is_step in ((tickets, False), (of_runs, True))[: 1 + steps]:
+        rows, more = tx.some(statement, most, limit=limit, **left_out, **(which if is_step else {}))
         found += [Candidate(row, is_step=is_step) for row in rows]
         cut += found[-1:] if more else []
     if steps:

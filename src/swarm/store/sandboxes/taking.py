@@ -221,7 +221,8 @@ def take(tx: Tx, id: object, request: Taking) -> Taken:
         agent = _agent(tx, one)
         snapshot = own_snapshot(tx, one.id) if resumes else _snapshot(tx, one)
         memory_mb, disk_mb = _memory_mb(one, agent, snapshot), _disk_mb(one, agent, snapshot)
-        if request.room is not None and (never := request.room.never(memory_mb, disk_mb)):
+        room = request.room or Room()
+        if never := room.never(memory_mb, disk_mb) or room.not_now(disk_mb):  # who waits for it is to hear of it
             raise BadRow(f"it {never}, or run it on a host with more")
         if request.share is not None and (never := request.share.never(one.project_id, memory_mb, disk_mb)):
             raise BadRow(never)
@@ -239,8 +240,8 @@ def take(tx: Tx, id: object, request: Taking) -> Taken:
         return Taken()
     if request.share is not None and (refused := request.share.refuses(one.project_id, memory_mb, disk_mb)):
         return Taken(over=refused)
-    if request.room is not None and (lacks := request.room.lacks(memory_mb, disk_mb)):
-        request.room.waits_for = lacks
+    if lacks := room.lacks(memory_mb, disk_mb):
+        room.waits_for = lacks
         return Taken(full=True)
     claim = _hold(tx, one, request, agent=agent, snapshot=snapshot, resumes=resumes)
     return Taken(claim=replace(claim, memory_mb=memory_mb, disk_mb=disk_mb))
