@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
 import tempfile
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from swarm.base import process
-from swarm.errors import HostError, UsageError
+from swarm.errors import Conflict, HostError, UsageError
 from swarm.store.sql.database import Database
 
 _PAGES: Final = 2048  # copied between two looks at whether to go on
 _HOURS_SECONDS: Final = 24 * 3600.0
+_ALONE_SECONDS: Final = 3.0  # in which another program's transaction may end
+_PARTS: Final = ("-wal", "-shm", "-journal")
 
 
 def copy_file(source: Path, target: Path, check: Callable[[], None]) -> None:
@@ -44,25 +47,80 @@ def _copy(source: Path, target: Path, check: Callable[[], None]) -> str:
         return str(copy.execute("PRAGMA quick_check(1)").fetchone()[0])
 
 
-def put_file_back(copy: Path, target: Path, check: Callable[[], None]) -> Path | None:
-    """Put a copy in the database's place. Returns where the one that was there is kept."""
+def copy_to_put_back(copy: Path, target: Path, check: Callable[[], None]) -> Path:
+    """Beside the database: what `put_file_back` puts in its place. Raises HostError."""
     new = target.with_name(f"{target.name}.new")
-    new.unlink(missing_ok=True)
+    remove(new)
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    kept = None
-    try:
-        copy_file(copy, new, check)
-        if target.exists():
-            kept = target.with_name(f"{target.name}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
-            # Its log belongs to it, and would be taken for the new one's.
-            for part in ("-wal", "-shm", ""):
-                if (one := target.with_name(target.name + part)).exists():
-                    one.replace(kept.with_name(kept.name + part))
+    copy_file(copy, new, check)
+    return new
+
+
+def put_file_back(new: Path, target: Path) -> Path | None:
+    """In one step: whenever this ends, the database's name has the one or the other. Returns where the one that was
+    there is kept. Raises Conflict when a program has it open, HostError."""
+    with alone(new):  # its log is in it
+        flush(new)
+    with alone(target):
+        kept = _unused(f"{target}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+        was_there = target.exists()
+        if was_there:
+            kept.hardlink_to(target)
+        # A log that is still there, of a damaged database or of one that is gone, would be taken for the new one's.
+        for part in _PARTS:
+            if (one := Path(f"{target}{part}")).exists():
+                one.rename(f"{kept}{part}")
         new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)
     flush(target.parent)
-    return kept
+    return kept if was_there else None
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Keep other programs from an SQLite database, and leave it no log. Raises Conflict when one has it open. One that
+    is damaged, or not there, is left as it is."""
+    if not file.exists():
+        yield
+        return
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)) as connection:
+        connection.execute("PRAGMA busy_timeout = 1000")
+        deadline = time.monotonic() + _ALONE_SECONDS
+        while not _is_alone(connection, file):
+            if time.monotonic() > deadline:
+                raise Conflict(
+                    f"another program has the database open (`fuser -v {file}` names it): end it first, also "
+                    "`swarm serve` and sqlite3"
+                )
+            time.sleep(0.01)
+        yield
+
+
+def _is_alone(connection: sqlite3.Connection, file: Path) -> bool:
+    try:
+        # SQLite gives up the log only for the one program that has the database open, but not its lock with it.
+        connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+        connection.execute("BEGIN EXCLUSIVE")
+        if connection.execute("PRAGMA journal_mode").fetchone()[0] == "delete":
+            return True
+        connection.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        name = error.sqlite_errorname
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            return True
+        if not name.startswith("SQLITE_BUSY"):
+            raise HostError(f"can't use the database {file}: {error}") from error
+    return False
+
+
+def _unused(path: str) -> Path:
+    names = itertools.chain([path], (f"{path}.{number}" for number in itertools.count(2)))
+    return next(Path(name) for name in names if not any(Path(name + part).exists() for part in ("", *_PARTS)))
+
+
+def remove(file: Path) -> None:
+    """An SQLite database, with all that belongs to it."""
+    for part in (*_PARTS, ""):
+        Path(f"{file}{part}").unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
