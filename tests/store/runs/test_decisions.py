@@ -60,6 +60,16 @@ async def test_a_decision_whose_engine_died_is_taken_up_by_another(url: str, out
         await proved(store, outside)
 
 
+async def test_a_first_decision_that_is_undone_leaves_nothing(store: Store, outside: Outside) -> None:
+    """The next one is made of the inputs that are there then."""
+    await ticket(store, outside, CHAIN)
+    run_id = (await claims(store))[0].ticket.run_id or ""
+    outside.execute("UPDATE workflow_runs SET progress = NULL, context = NULL, definition = NULL, unprocessed = '[]'")
+    outside.execute("""UPDATE tickets SET inputs = '{"word": "other"}' WHERE id = 't'""")
+    decided = await store._read.call(store._workflows.decide, run_id)
+    assert decided is not None and decided.context is not None and decided.context.inputs == {"word": "other"}
+
+
 @pytest.mark.parametrize("planning_seconds", [OUTSIDE])
 async def test_a_decision_that_came_too_late_is_made_again(store: Store, outside: Outside) -> None:
     """It would cancel a step that has ended meanwhile."""

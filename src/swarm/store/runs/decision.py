@@ -240,12 +240,12 @@ def _prepare(
         definition = definitions.frozen(tx, run.row.definition, in_transaction=in_transaction)
     else:
         definition = definitions.pinned(tx, run.row.workflow_id, in_transaction=in_transaction)
-    context = (
-        definitions.contexts.get(run.id)
-        or _stored_context(tx, run, in_transaction=in_transaction)
-        or _new_context(tx, run, definition, evaluator, in_transaction=in_transaction)
-    )
-    return definition, definitions.contexts.put(run.id, context)
+    if (known := definitions.contexts.get(run.id)) is not None:
+        return definition, known
+    if (stored := _stored_context(tx, run, in_transaction=in_transaction)) is not None:
+        return definition, definitions.contexts.put(run.id, stored)
+    # Not kept: the first decision may yet be undone, and another be made, of other inputs.
+    return definition, _new_context(tx, run, definition, evaluator, in_transaction=in_transaction)
 
 
 def time_is_up(tx: Tx, run: Run) -> str:
