@@ -121,7 +121,9 @@ async def test_agents_are_found_in_another_home(here: Place, tmp_path: Path) -> 
         assert (await store.agent("retry")).path == Path("/nowhere/retry")
 
 
-@pytest.mark.parametrize("what", ["engine", "tickets", "damaged", "other kind", "no backup", "bad manifest", "newer", "half"])
+@pytest.mark.parametrize(
+    "what", ["engine", "tickets", "damaged", "other kind", "no backup", "bad manifest", "newer", "half"]
+)
 async def test_refused(here: Place, made: Path, what: str) -> None:
     manifest = made / backup.MANIFEST
     error: type[SwarmError] = UsageError

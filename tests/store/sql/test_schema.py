@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from alembic.script import ScriptDirectory
 
 from swarm import store as package
+from swarm.errors import StoreError
 from swarm.store.claims.claim import probe
 from swarm.store.sql.database import HEAD, OLDER
 from swarm.store.sql.dialect import Sql
@@ -133,6 +134,12 @@ def test_the_head_is_the_newest_migration() -> None:
     scripts = ScriptDirectory(str(MIGRATIONS))
     assert scripts.get_current_head() == HEAD
     assert [one.revision for one in scripts.walk_revisions()][:0:-1] == list(OLDER)
+
+
+def test_no_migration_is_undone() -> None:
+    for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions():
+        with pytest.raises(StoreError, match="restore the backup"):
+            script.module.downgrade()
 
 
 # --- PostgreSQL -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from swarm.store.migrations import no_way_back
+
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = None
@@ -13,5 +15,4 @@ def upgrade() -> None:
     ${upgrades if upgrades else "pass"}
 
 
-def downgrade() -> None:
-    ${downgrades if downgrades else "pass"}
+downgrade = no_way_back

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from alembic import op
 
+from swarm.store.migrations import no_way_back
+
 revision = "v0_1_0"  # databases made before the first release are at "0001", and are refused
 down_revision = None
 branch_labels = None
@@ -23,5 +25,4 @@ def upgrade() -> None:
             statement = ""
 
 
-def downgrade() -> None:
-    raise NotImplementedError("nothing comes before the first tables: remove the database instead")
+downgrade = no_way_back

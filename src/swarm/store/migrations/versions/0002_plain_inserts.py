@@ -3,6 +3,8 @@ tickets, and tokens for the API."""
 
 from alembic import op
 
+from swarm.store.migrations import no_way_back
+
 revision = "v0_2_0"
 down_revision = "v0_1_0"
 branch_labels = None
@@ -97,5 +99,4 @@ def upgrade() -> None:
     run(_NOTICES.lstrip())
 
 
-def downgrade() -> None:
-    raise NotImplementedError("restore the copy from before the upgrade instead")
+downgrade = no_way_back

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from alembic import op
 
+from swarm.store.migrations import no_way_back
+
 revision = "v0_2_1"
 down_revision = "v0_2_0"
 branch_labels = None
@@ -143,5 +145,4 @@ def upgrade() -> None:
         run(statement.lstrip())
 
 
-def downgrade() -> None:
-    raise NotImplementedError("restore the copy from before the upgrade instead")
+downgrade = no_way_back

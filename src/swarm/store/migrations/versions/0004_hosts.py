@@ -2,6 +2,8 @@
 
 from alembic import op
 
+from swarm.store.migrations import no_way_back
+
 revision = "v0_3_0"
 down_revision = "v0_2_1"
 branch_labels = None
@@ -41,5 +43,4 @@ def upgrade() -> None:
     op.get_bind().exec_driver_sql(_HOSTS.lstrip().format(**words))
 
 
-def downgrade() -> None:
-    raise NotImplementedError("restore the copy from before the upgrade instead")
+downgrade = no_way_back
