@@ -134,15 +134,14 @@ class Engine:
     async def execute(self, claim: Claim, watcher: Watcher, timeline: Timeline) -> Outcome:
         """Run one attempt to its end. Returns Succeeded or Failed. The VM is gone in every case.
 
-        Raises LeaseLost, CancelledError; HostError or StepError when the host is out of descriptors, memory or threads;
-        NoSpace when a disk is full; NoImage when the host lacks the default image.
+        Raises LeaseLost, CancelledError; HostError when the host is out of descriptors, memory or threads; NoSpace when
+        a disk is full; NoImage when the host lacks the default image.
         """
         tail = _OutputTail(watcher)
         try:
             return await self._run(claim, watcher, timeline, tail)
         except StepError as error:
-            if _host_exhausted(error):
-                raise
+            _raise_if_exhausted(error)
             _raise_if_full(error, claim, timeline, self._launcher.state_dir)
             message = tail.redactor.text(str(error))
             if quoted := tail.quoted():
@@ -157,8 +156,7 @@ class Engine:
         except (ImageError, NotFound) as error:  # the image or layer that this agent names
             return Failed(reason=FailureReason.HOST_ERROR, message=str(error))
         except SwarmError as error:
-            if _host_exhausted(error):
-                raise
+            _raise_if_exhausted(error)
             _raise_if_full(error, claim, timeline, self._launcher.state_dir)
             return Failed(reason=FailureReason.HOST_ERROR, message=str(error), retryable=True)
         except MemoryError:
@@ -168,8 +166,7 @@ class Engine:
             log.error(message, ticket=claim.ticket.id)
             return Failed(reason=FailureReason.HOST_ERROR, message=message, retryable=True)
         except Exception as error:
-            if _host_exhausted(error):
-                raise HostError(f"this host can't go on running tickets: {error}") from error
+            _raise_if_exhausted(error)
             _raise_if_full(error, claim, timeline, self._launcher.state_dir)
             # A bug in Swarm must not leave a ticket without an end, nor stop an engine that other tickets need.
             message = f"unexpected {type(error).__name__}: {error}"
@@ -369,15 +366,13 @@ def guest_argv(agent: Agent) -> list[str]:
     return [program if program.startswith("/") else f"{AGENT_DIR}/{program}", *arguments]
 
 
-def _host_exhausted(error: BaseException | None) -> bool:
-    """Is the error caused by a host that is out of descriptors, memory or threads?"""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _HOST_EXHAUSTED:
-            return True
-        if no_more_threads(error):
-            return True
-        error = error.__cause__
-    return False
+def _raise_if_exhausted(error: Exception) -> None:
+    """Raise HostError if the error is caused by a host that is out of descriptors, memory or threads."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if (isinstance(cause, OSError) and cause.errno in _HOST_EXHAUSTED) or no_more_threads(cause):
+            raise HostError(f"this host can't go on running tickets: {error}") from error
+        cause = cause.__cause__
 
 
 def _raise_if_full(error: BaseException, claim: Claim, timeline: Timeline, place: Path) -> None:
