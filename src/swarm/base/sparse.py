@@ -23,7 +23,7 @@ Check = Callable[[], None]
 _FICLONE: Final = 0x40049409  # linux/fs.h
 _PIECE_BYTES: Final = 4 << 20
 _COMPARED_BYTES: Final = 64 << 10
-_COPIED_BYTES: Final = 64 << 20  # some 40 ms
+COPIED_BYTES: Final = 64 << 20  # some 40 ms
 _SPARE_BYTES: Final = 64 << 20
 _TICK_NS: Final = 50_000_000
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
@@ -149,11 +149,12 @@ def link_or_copy(source: Path, target: Path, *, check: Check = _never) -> None:
             os.close(fd)
 
 
-def copy_or_link(source: Path, target: Path, *, check: Check = _never) -> None:
-    """A file that can be written while ``source`` stays as it is; where a copy would take long, a second name."""
+def copy_or_link(source: Path, target: Path, *, link: bool, check: Check = _never) -> None:
+    """A file that can be written while ``source`` stays as it is; where a copy would take long, and if ``link``, a
+    second name."""
     fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if used_bytes(fd) <= _COPIED_BYTES:
+        if not link or used_bytes(fd) <= COPIED_BYTES:
             copy(fd, target, check=check)
             return
         with target.open("xb") as file:

@@ -344,10 +344,13 @@ async def signal(open_: Open, process: str, name: str, *, descendants: bool = Fa
     await _ask(open_, "signal", {"process": process, "signal": name, "all": descendants})
 
 
-async def freeze(open_: Open) -> None:
+async def freeze(open_: Open, *, disk: bool = False) -> bool:
     """Stop all programs of the guest where they are, until `thaw`. To be called before a snapshot: in what is made from
-    it no program runs before it has been renewed. Programs whose conversation ends meanwhile live on."""
-    await _ask(open_, "freeze", {})
+    it no program runs before it has been renewed. Programs whose conversation ends meanwhile live on.
+
+    ``disk``: nothing is to be written to the work disk either, also not by what is made from the snapshot, until that
+    is thawed. Returns whether that is so."""
+    return (await _ask(open_, "freeze", {"disk": disk})).flag("disk_still")
 
 
 async def thaw(open_: Open) -> None:
@@ -355,10 +358,12 @@ async def thaw(open_: Open) -> None:
     await _ask(open_, "thaw", {"wall_ns": time.time_ns()})
 
 
-async def _ask(open_: Open, op: str, fields: Mapping[str, object]) -> None:
+async def _ask(open_: Open, op: str, fields: Mapping[str, object]) -> Frame:
     async with open_(op, fields, b"") as conversation:
-        if not (await conversation.receive()).head.get("ok"):
+        answer = await conversation.receive()
+        if not answer.head.get("ok"):
             raise ChannelError(f"the guest sent an unexpected frame after {op}")
+        return answer
 
 
 def ended_of(frame: Frame) -> Ended:

@@ -2696,27 +2696,29 @@ class Agentd:
         since = self.frozen_at
         return self.frozen_seconds + (now - since if since is not None else 0.0)
 
-    def freeze(self, _: Connection, __: Header, ___: bytes) -> Header:
-        """Stop all programs of the guest until `thaw`; a clone, or a VM that is resumed, runs none before `renew`."""
-        self.on_disk(lambda work: libc("syncfs", work))  # most of it while programs run
+    def freeze(self, _: Connection, head: Header, __: bytes) -> Header:
+        """Stop all programs of the guest until `thaw`; a clone, or a VM that is resumed, runs none before `renew`.
+        ``disk``: the kernel writes nothing to the work disk either; whether that is so is answered."""
+        disk = head.get("disk") is True
+        if disk:
+            self.on_disk(lambda work: libc("syncfs", work))  # most of it while programs run
         with self.programs_lock:
             if self.frozen_at is not None:
-                return {}
+                return {"disk_still": self.disk_still}
             self.make_group_of_rest()
             self.frozen_at = time.monotonic()
         try:
             self.freeze_all(self.frozen_at + FREEZE_SECONDS)
-            self.disk_still = self.on_disk(lambda work: fcntl.ioctl(work, FIFREEZE, 0))
+            self.disk_still = disk and self.on_disk(lambda work: fcntl.ioctl(work, FIFREEZE, 0))
             if not self.is_frozen():  # the host has given up, and thawed it
                 self.thaw_all()
         except BaseException:
             self.thaw_all()
             raise
-        return {}
+        return {"disk_still": self.disk_still}
 
     def on_disk(self, act: Callable[[int], object]) -> bool:
-        """The guest's kernel writes to the work disk too. In a VM that is resumed it may not before `thaw`: until then
-        the VM can be resumed once more from the same disk. False if a program of root's stands in the way."""
+        """False if there is no work disk, or if a program of root's stands in the way."""
         if not self.mounted:
             return False
         try:

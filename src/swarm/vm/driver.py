@@ -119,7 +119,8 @@ class Snapshot:
     """A VM as it was at one moment, on disk in ``dir``: memory, device state, work disk. ``identity`` is what it had.
 
     ``driver``, ``accelerator`` and ``version`` say what wrote it. ``digest`` is over all of its files; ``size_bytes``
-    is what they take on disk.
+    is what they take on disk. ``disk_still``: a VM that is resumed writes nothing to its work disk before its programs
+    go on.
     """
 
     id: str
@@ -131,6 +132,7 @@ class Snapshot:
     identity: Identity = field(repr=False)
     digest: str = ""
     size_bytes: int = 0
+    disk_still: bool = False
 
 
 # Called just before a VM is stopped; the time until it goes on is what its programs notice.
@@ -207,8 +209,8 @@ class Driver(Protocol):
 
         It is a copy-on-write clone, which leaves the snapshot as it is; or, with ``own``, it goes on in the snapshot's
         files, which the caller then removes. Until its programs are thawed the snapshot stays valid: its memory is
-        mapped privately, and a guest writes nothing to its work disk. (Should one do so, and the disk be too large to
-        be copied first, the snapshot is found to be damaged.) Raises BootFailed.
+        mapped privately, and its disk copied, unless that is still. (Should a guest write to it all the same, the
+        snapshot is found to be damaged.) Raises BootFailed.
         """
 
 

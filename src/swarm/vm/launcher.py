@@ -14,10 +14,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from swarm.base import files
+from swarm.base import files, sparse
 from swarm.base.aio import cancel_all, finish_uninterrupted, quietly, undoing
 from swarm.base.clock import Timeline
 from swarm.base.log import logger
@@ -26,6 +27,7 @@ from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, SwarmError
 from swarm.vm.choose import Choice
 from swarm.vm.driver import GUEST_GATEWAY, Slot, Snapshot, Template, Vm, VmSpec
 from swarm.vm.drivers.console import last_lines, printable
+from swarm.vm.drivers.disk import WORK_DISK, used_bytes
 from swarm.vm.live import Assignment, LiveVm, check_renewed, record, report, while_alive
 from swarm.vm.network.network import Network
 from swarm.vm.slots import ssh, sweep
@@ -209,9 +211,12 @@ class Launcher:
 
     async def pause(self, live: LiveVm, stage: Stage) -> Snapshot:
         """A snapshot of the VM, which ends. After an error it goes on. Raises BootFailed, NoSpace."""
+        # Whoever resumes it may die before its row says so. Then it is resumed once more, from a disk that must be as
+        # it was, though one that takes long to copy was the VM's own.
+        disk = used_bytes(live.vm_slot.lease.dir / WORK_DISK) > sparse.COPIED_BYTES // 2
         try:
             with stage.explained():
-                async with live.vm.pausing(stage.dir, freeze=live.freeze):
+                async with live.vm.pausing(stage.dir, freeze=partial(live.freeze, disk=disk)):
                     return await self._seal(live, stage, lasts=True)
         except BaseException:
             await finish_uninterrupted(quietly(live.thaw()))
@@ -224,6 +229,7 @@ class Launcher:
             driver=self._driver.name,
             accelerator=self._probe.accelerator,
             version=self._probe.version,
+            disk_still=live.disk_still,
             lasts=lasts,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from swarm.base.aio import finish_uninterrupted
@@ -40,7 +41,8 @@ class Assignment:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LiveVm:
-    """A running VM with its own identity and an open channel. ``frozen``: its programs may stand still."""
+    """A running VM with its own identity and an open channel. ``frozen``: its programs may stand still; ``disk_still``:
+    and nothing is written to its work disk."""
 
     n: int
     spec: VmSpec
@@ -50,36 +52,38 @@ class LiveVm:
     vm_slot: VmSlot
     identity: Identity = field(repr=False)
     frozen: bool = False
+    disk_still: bool = False
 
     async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``. Raises OutcomeUnknown, with how it ended, if the VM ends first."""
         return await while_alive(self.vm, work)
 
-    async def freeze(self) -> None:
-        """Stop all programs of the guest; over a new connection, if the old one broke. Raises ChannelError,
-        GuestRefused, OutcomeUnknown."""
+    async def freeze(self, *, disk: bool = False) -> None:
+        """Stop all programs of the guest; over a new connection, if the old one broke. ``disk``: and its kernel's
+        writes to the work disk, if that can be. Raises ChannelError, GuestRefused, OutcomeUnknown."""
         self.frozen = True
-        await finish_uninterrupted(self.while_alive(self._say(processes.freeze, "freeze")))
+        asking = self._say(partial(processes.freeze, disk=disk), "freeze")
+        self.disk_still = await finish_uninterrupted(self.while_alive(asking))
 
     async def thaw(self) -> None:
         """Let them go on, as `freeze`."""
         await self.while_alive(self._say(processes.thaw, "thaw"))
-        self.frozen = False
+        self.frozen = self.disk_still = False
 
-    async def _say(self, order: Callable[[Open], Coroutine[Any, Any, None]], what: str) -> None:
+    async def _say(self, order: Callable[[Open], Coroutine[Any, Any, T]], what: str) -> T:
         try:
-            await _bounded(order(self.channel.converse), what)
+            return await _bounded(order(self.channel.converse), what)
         except ChannelError:
             endpoint, token = self.vm.endpoint, self.identity.token
             connecting = Channel.connect(endpoint, token=token, timeout_seconds=_FREEZE_SECONDS, listening=True)
             async with connecting as channel:
-                await _bounded(order(channel.converse), what)
+                return await _bounded(order(channel.converse), what)
 
 
-async def _bounded(work: Coroutine[Any, Any, None], what: str) -> None:
+async def _bounded(work: Coroutine[Any, Any, T], what: str) -> T:
     try:
         async with asyncio.timeout(_FREEZE_SECONDS):
-            await work
+            return await work
     except TimeoutError:
         raise ChannelError(f"the guest did not answer {what} within {_FREEZE_SECONDS:g} s") from None
 

@@ -70,7 +70,15 @@ class Stage:
             yield
 
     async def seal(
-        self, *, spec: VmSpec, identity: Identity, driver: str, accelerator: str, version: str, lasts: bool = False
+        self,
+        *,
+        spec: VmSpec,
+        identity: Identity,
+        driver: str,
+        accelerator: str,
+        version: str,
+        disk_still: bool = False,
+        lasts: bool = False,
     ) -> Snapshot:
         """Give it its manifest, with the digests of its files, and its name. ``lasts``: it is all that there is of its
         VM, so its way to the disk begins at once. Raises NoSpace (also if it is more than all snapshots together may
@@ -81,6 +89,7 @@ class Stage:
                 "format": FORMAT,
                 "id": self.id,
                 **about,
+                "disk_still": disk_still,
                 "identity": _identity_as_json(identity),
                 "created_at": time.time(),
                 "owner": self._owner.owner,
@@ -97,7 +106,7 @@ class Stage:
                     threading.Thread(target=_write_back, args=(final,), name="write-back", daemon=True).start()
         return Snapshot(
             id=self.id, dir=final, spec=spec, identity=identity, digest=digest, size_bytes=size,
-            driver=driver, accelerator=accelerator, version=version,
+            driver=driver, accelerator=accelerator, version=version, disk_still=disk_still,
         )  # fmt: skip
 
 
@@ -164,6 +173,7 @@ class Snapshots:
             driver=manifest["driver"],
             accelerator=manifest["accelerator"],
             version=manifest["version"],
+            disk_still=manifest.get("disk_still", False),
             identity=Identity(**{**identity, **{name: bytes.fromhex(identity[name]) for name in _BYTES}}),
             digest=staging.digest_of(manifest["files"]),
             size_bytes=_size_of(self.dir / id),

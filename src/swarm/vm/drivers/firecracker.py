@@ -125,7 +125,8 @@ class FirecrackerDriver:
     async def resume(self, snapshot: Snapshot, slot: Slot | None, dir: Path, *, own: bool) -> FirecrackerVm:
         disk = snapshot.dir / DISK_FILE
         if own:
-            await stoppable(lambda check: sparse.copy_or_link(disk, dir / WORK, check=check))
+            link = snapshot.disk_still
+            await stoppable(lambda check: sparse.copy_or_link(disk, dir / WORK, link=link, check=check))
         else:
             await copy_work_disk(disk, dir / WORK)
         for name in (MEMORY_FILE, STATE_FILE):  # each VM has another uid; the directory is root's alone

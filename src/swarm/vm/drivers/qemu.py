@@ -120,7 +120,8 @@ class QemuDriver:
         if own:
             await stoppable(lambda check: sparse.link_or_copy(memory, dir / MEMORY_FILE, check=check))
             disk = snapshot.dir / DISK_FILE
-            await stoppable(lambda check: sparse.copy_or_link(disk, dir / WORK_DISK, check=check))
+            link = snapshot.disk_still
+            await stoppable(lambda check: sparse.copy_or_link(disk, dir / WORK_DISK, link=link, check=check))
             memory = dir / MEMORY_FILE
         launch = _Launch(dir, slot, self.accelerator, outlive=False)
         launch.share(memory)
