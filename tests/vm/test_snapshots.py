@@ -103,7 +103,7 @@ async def test_a_vm_is_saved_forked_paused_and_resumed(
             async with snapshots.stage() as stage:
                 paused = await launcher.pause(again, stage)
     assert names(snapshots) == sorted([saved.id, paused.id])
-    assert not saved.disk_still and not paused.disk_still, "small disks are copied: a thaw costs each fork 0.2 s of CPU"
+    assert not saved.disk_still and not paused.disk_still, "small disks are copied"
 
 
 async def test_a_paused_ones_disk_stays_as_it_is_until_its_programs_go_on(
