@@ -198,12 +198,13 @@ async def test_a_file_that_never_ends_ends_without_a_limit_too(
     assert not list(place.glob("*x*"))
 
 
-async def test_no_link_into_a_git_directory_comes(tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_no_link_to_what_git_runs_comes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Who writes to it later would write a hook, or settings, that name programs."""
     place = tmp_path_factory.mktemp("l")
     targets = {"a": ".git/hooks/pre-commit", "d/b": "../.GIT/config", "c": ".git", "ok": "plain"}
+    targets |= {"later": "HEAD", "bare/later": "./HEAD", "bare/up": "../bare/HEAD"}  # though there be none yet
     archive = b"".join(member(name, type=tarfile.SYMTYPE, linkname=to) for name, to in targets.items())
     async with liar(place, lambda head: packed(head["id"], archive)) as channel:
         moved = await trees.get_tree(channel.converse, "x", place / "tree")
     assert [one.name for one in (place / "tree").rglob("*") if one.is_symlink()] == ["ok"]
-    assert len([one for one in moved.left_out if "into a .git" in one]) == 3
+    assert len([one for one in moved.left_out if "into a .git or to a HEAD" in one]) == 6

@@ -126,6 +126,8 @@ def test_an_agent_in_a_vm_without_a_ticket(swarm: Run, settings: Settings, image
     assert json.loads(ok(ran))["stdout"] == "agent\n" and "seen\n" in ran.stderr
     tested = swarm("agent", "test", "echo", "--vm", **environment)
     assert "example 1" in ok(tested) and "without a VM" not in tested.stderr
+    links = subprocess.run(["ip", "-o", "link"], check=True, capture_output=True, text=True).stdout
+    assert ": br0:" not in links or ": swarm" in links, "the bridge, and no VM that uses it"
 
 
 def test_agents_that_are_wrong(swarm: Run, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_pipes_stay_pipes_and_files_come_back(here: Path, env: dict[str, str]) -
         cat > copy; ls -A; echo told >&2; id -un; pwd; test -t 0 || echo no terminal
         mkdir -p dist/deep/.hidden; cp copy dist/deep/copy; chmod 755 dist/deep/copy; echo new > given.txt
         ln -s deep/copy dist/link; ln -s /etc/passwd dist/evil; mkdir -p dist/.git dist/empty; echo x > dist/.git/config
-        mkdir bare; echo ref: refs/heads/x > bare/HEAD; cp bare/HEAD dist
+        mkdir bare; echo ref: refs/heads/x > bare/HEAD; cp bare/HEAD dist; ln -s HEAD dist/later; ln -s HEAD bare/later
         echo 1 > a.csv; echo 2 > b.csv; echo 3 > .c.csv; mkfifo dist/pipe; echo 4 > dist/deep/.hidden/d.csv
         mkdir -p far/off far/.cache; echo 5 > far/off/d.csv; echo 6 > far/.cache/d.csv
         exit 7
@@ -87,6 +87,8 @@ def test_pipes_stay_pipes_and_files_come_back(here: Path, env: dict[str, str]) -
         "dist/.git: git would run",
         "dist/HEAD: git would take",
         "left out: bare/HEAD: git would run",
+        "dist/later: it is a link to 'HEAD'",
+        "left out: bare/later: a link to 'HEAD'",
         "pipe: it is",
     ):
         assert part in said

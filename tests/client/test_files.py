@@ -132,6 +132,7 @@ def test_no_repository_comes(tmp_path: Path) -> None:
     members = [
         (".git/hooks/x", None, b"x"), ("d/.GIT/config", None, b"x"), ("bare/HEAD", None, b"x"), ("HEAD", "x", b""),
         ("link", ".git/hooks/x", b""), ("bare/config", None, b"x"), ("bin/head", None, b"x"),
+        ("later", "bare/HEAD", b""), ("bare/later", "HEAD", b""), ("bin/up", "../HEAD", b""),
     ]  # fmt: skip
     unpack(archive(*members), tmp_path / "to", replace=True)
     found = {str(path.relative_to(tmp_path / "to")) for path in (tmp_path / "to").rglob("*") if not path.is_dir()}

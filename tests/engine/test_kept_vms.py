@@ -14,6 +14,7 @@ import pytest
 
 from swarm import config
 from swarm.app import wiring
+from swarm.base import process
 from swarm.engine.run_once import run_ticket
 from swarm.store.sandboxes.snapshots import SnapshotFilter
 from tests.engine.conftest import Bench, ended, engine_process, proved, serving
@@ -149,6 +150,8 @@ async def test_the_vm_of_a_failed_attempt_is_kept_for_a_time(bench: Bench) -> No
     assert "hereeth0\nlo\n" in said and "its network is off" in said
     assert "main.py" in await swarm(bench, "ticket", "get", "t", "--vm", "/agent/main.py", "--to", str(bench.dir))
     assert (bench.dir / "main.py").read_text() == code
+    links = await process.run(["ip", "-o", "link"])
+    assert b": br0:" not in links.stdout or b": swarm" in links.stdout, "the bridge, and no VM that uses it"
     assert "no VM of the ticket never was kept" in await swarm(bench, "ticket", "shell", "never", status=125)
     assert bench.live_vms() == [] and [one.id for one in await snapshots(bench)] == [kept.id]
     await bench.store.shift_clock(3_600_000)

@@ -31,6 +31,7 @@ async def engine(settings: Settings, *, vm: bool) -> AsyncIterator[Engine]:
         host_egress = await stack.enter_async_context(_egress(settings))
         values = await stack.enter_async_context(Values())
         if vm:
+            await stack.enter_async_context(leaving_no_network(settings))
             await wiring.sweep(settings)
             vms = wiring.launcher(settings, await wiring.choice(settings))
             yield wiring.engine(settings, vms, host_egress, values, files=None)
@@ -94,5 +95,5 @@ async def kept_vm(settings: Settings, snapshot_id: str, *, progress: Progress = 
     found = await wiring.snapshots(settings).find(snapshot_id)
     await wiring.sweep(settings)
     vms = wiring.launcher(settings, await wiring.choice(settings, progress))
-    async with vms.restored(found, Assignment(), Timeline(), fork=True) as live:
+    async with leaving_no_network(settings), vms.restored(found, Assignment(), Timeline(), fork=True) as live:
         yield live

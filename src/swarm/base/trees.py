@@ -113,8 +113,9 @@ def refuse_repository(place: Path) -> None:
 
 
 def may_come(name: str, target: str) -> bool:
-    """May a link be made that comes from a guest? Not one into a .git: whoever writes to it later would write there."""
-    return stays_within(name, target) and not names_git(target)
+    """May a link be made that comes from a guest? Not one into a .git or to a HEAD, though there be none yet: whoever
+    writes to it later would write there."""
+    return stays_within(name, target) and not runs_git(target)
 
 
 def stays_within(name: str, target: str) -> bool:

@@ -159,7 +159,11 @@ async def get_tree(
                     continue
                 if info.issym():
                     if not (trees.stays_within if git else trees.may_come)(info.name, info.linkname):
-                        where = f"out of {to}" if not trees.stays_within(info.name, info.linkname) else "into a .git"
+                        where = (
+                            f"out of {to}"
+                            if not trees.stays_within(info.name, info.linkname)
+                            else "into a .git or to a HEAD"
+                        )
                         tree.note(f"{info.name}: it is a link to {info.linkname[:200]!r}, which leads {where}")
                         continue
                     data = os.fsencode(info.linkname)

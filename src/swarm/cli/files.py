@@ -94,7 +94,7 @@ async def get(
                 if entry.is_link:
                     leads_to = await target_of(contents, entry, offset)
                     if not may_come(entry.name, leads_to):
-                        where = f"out of {to}, or into a .git"
+                        where = f"out of {to}, into a .git or to a HEAD"
                         cli.out.note(f"left out: {entry.name} is a link to {leads_to[:200]!r}, which leads {where}")
                         continue
                 await target.write(entry, contents.chunks(offset, entry.size))

@@ -206,7 +206,7 @@ def _not_taken(name: str, info: Info) -> str:
     if not trees.is_plain(name):
         return "its name is too long, or leads elsewhere"
     if info.kind == "link" and not trees.may_come(name, info.target or ""):
-        return f"a link to {(info.target or '')[:200]!r}, which leads out of this directory, or into a .git"
+        return f"a link to {(info.target or '')[:200]!r}, which leads out of this directory, into a .git or to a HEAD"
     return "" if info.kind in ("file", "link", "directory") else f"a {info.kind}"
 
 

@@ -46,8 +46,8 @@ def packed(path: str | os.PathLike[str], *, mode: Literal["w", "w:gz"] = "w") ->
 
 def unpack(archive: BinaryIO, to: str | os.PathLike[str], *, replace: bool) -> list[Path]:
     """Write what is in the archive below ``to``, and nothing outside of it, whatever the names and links in it, which
-    an agent chose. What git would run programs by stays out: a .git, links into one, and the HEAD that makes a
-    directory a repository. Raises Conflict for a file that is there, unless ``replace``."""
+    an agent chose. What git would run programs by stays out: a .git, the HEAD that makes a directory a
+    repository, and links to such. Raises Conflict for a file that is there, unless ``replace``."""
     top = Path(to)
     here = Path(os.path.realpath(top))
     _refuse_repositories(here, here.parents)
@@ -57,7 +57,7 @@ def unpack(archive: BinaryIO, to: str | os.PathLike[str], *, replace: bool) -> l
     try:
         with tarfile.open(fileobj=archive, mode="r:") as tar:
             for info in tar:
-                if _runs_git(info.name) or (info.issym() and ".git" in info.linkname.lower().split("/")):
+                if _runs_git(info.name) or (info.issym() and _runs_git(info.linkname)):
                     continue
                 path = _below(top, info.name)
                 if info.isdir():
