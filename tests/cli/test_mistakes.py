@@ -55,6 +55,8 @@ LINES: list[tuple[str, dict[str, str], str]] = [
     ("swarm-engine ticket list", {}, "swarm-engine has no command 'ticket'; it is `swarm ticket`"),
     ("swarm ticket frobnicate", {}, "no such command 'frobnicate'; `swarm ticket -h` shows how"),
     ("swarm ticket list --stat ready", {}, "no such option: --stat; did you mean --state?"),
+    ("swarm sandbox create --name x", {}, "--name; NAME is given without one; `swarm sandbox create -h`"),
+    ("swarm agent show --agent echo", {}, "--agent; AGENT is given without one; `swarm agent show -h`"),
     ("swarm ticket list --state redy", {}, "--state: 'redy' is not one of 'draft', 'ready'"),
     ("swarm ticket list --limit many", {}, '--limit must be a whole number, but is "many"'),
     ("swarm ticket list --limit 0", {}, '--limit must be at least 1, but is "0"'),

@@ -342,6 +342,10 @@ def _wrong_use(error: Any) -> str:
     where = f"; `{context.command_path} -h` shows how" if context is not None else ""
     option, others = getattr(error, "option_name", ""), getattr(error, "possibilities", None)
     if others is not None and option:
+        name = option.lstrip("-").upper()
+        arguments = [one for one in context.command.params if one.param_type_name == "argument"] if context else []
+        if name in {(one.metavar or one.name).upper() for one in arguments}:
+            return f"no such option: {option}; {name} is given without one{where}"
         near = difflib.get_close_matches(option, others, n=1) or list(others)[:1]
         return f"no such option: {option}" + (f"; did you mean {near[0]}?" if near else where)
     if parameter is not None and isinstance(error.__cause__, pydantic.ValidationError):
