@@ -68,8 +68,8 @@ async def test_foreign_paths(mine: tuple[Settings, Agent], tmp_path: Path) -> No
     link.symlink_to(copy)
     other = next(path for path in own.agents.iterdir() if path.name.startswith("echo-"))
     foreign = [
-        own.agents, own.agents / "..", own.agents / ".", home, Path("/"), Path("/etc"), elsewhere, link, other,
-        copy / "..", copy / ".." / "..", Path(copy.name), own.agents / "mine-1.0.0-ba9876543210", Path("/\0"),
+        own.agents, own.agents / "..", own.agents / ".", home, Path("/"), Path("/etc"), link, other,
+        copy / "..", copy / ".." / "..", own.agents / "mine-1.0.0-ba9876543210", Path("/\0"),
         own.agents / ".." / "agents" / ".." / "data",
     ]  # fmt: skip
     for path in foreign:
@@ -77,6 +77,8 @@ async def test_foreign_paths(mine: tuple[Settings, Agent], tmp_path: Path) -> No
         assert not agents.is_copy(row, own.agents), path
         with pytest.raises(NotConfigured, match="no copy"):
             await agents.Installed(own.agents).check(row)
+    for path in (elsewhere, Path(copy.name)):  # of another host, for all that this one knows: the name alone counts
+        assert (await agents.Installed(own.agents).here(replace(agent, path=path))).path == copy
 
 
 async def test_changed_files(mine: tuple[Settings, Agent]) -> None:

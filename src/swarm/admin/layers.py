@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm import agents
@@ -31,9 +32,11 @@ def on_request(agent: Agent) -> bool:
     return bool(agent.packages) and agent.id in {agents.read(directory).id for directory in agents.builtin()}
 
 
-async def shipped(store: Store, images: ImageSource, layers: Layers | HostLayers, progress: Progress) -> list[str]:
+async def shipped(
+    store: Store, into: Path, images: ImageSource, layers: Layers | HostLayers, progress: Progress
+) -> list[str]:
     """Build the layers of the built-in agents, but for the large ones. Returns a line for each; a failure doesn't stop
-    the installation."""
+    the installation. ``into``: where agents' files are."""
     agents_by_content: dict[tuple[frozenset[object], ...], list[Agent]] = {}
     lines = []
     for one in map(agents.read, agents.builtin()):
@@ -41,7 +44,7 @@ async def shipped(store: Store, images: ImageSource, layers: Layers | HostLayers
             lines.append(f"layer      of {one.name} {one.version} is large: `swarm agent build {one.name}` makes it")
         elif one.needs_layer:
             content = frozenset(one.requirements), frozenset(one.packages), frozenset(own_modules(one).items())
-            agents_by_content.setdefault(content, []).append(await store.agent(one.id))
+            agents_by_content.setdefault(content, []).append(agents.here(await store.agent(one.id), into))
     for users in agents_by_content.values():
         names = " and ".join(f"{one.name} {one.version}" for one in users)
         try:
@@ -56,11 +59,11 @@ def _step(progress: Progress, names: str, step: str, share: float) -> None:
     progress(f"layer of {names}: {step}", share)
 
 
-async def in_use(store: Store, images: ImageSource, layers: Layers) -> list[tuple[LayerInfo, list[str]]]:
+async def in_use(store: Store, into: Path, images: ImageSource, layers: Layers) -> list[tuple[LayerInfo, list[str]]]:
     """Every layer, with the registered agents that need it on the current images."""
     users: dict[str, list[str]] = {}
     for agent in await store.agents(broken=False):
         if agent.needs_layer:
-            key = layers.key(agent, await images.find(agent.image))
+            key = layers.key(agents.here(agent, into), await images.find(agent.image))
             users.setdefault(key, []).append(f"{agent.name}@{agent.version}")
     return [(info, users.get(info.key, [])) for info in layers.list()]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swarm import agents, workflow
 from swarm.base import versions
-from swarm.errors import Conflict, NotFound, StoreError
+from swarm.errors import Conflict, NotConfigured, NotFound, StoreError, UsageError
 from swarm.model import Agent
 from swarm.store.registry.workflows import WorkflowRow
 from swarm.store.store import Store
@@ -50,19 +50,33 @@ async def add_agent(
     replaced if ``replace``.
     """
     agent = await asyncio.to_thread(agents.install, directory, into)
+    package = await asyncio.to_thread(agents.packed, agent.path)
     replaced = None
     if replace:
         with contextlib.suppress(NotFound, StoreError):
             replaced = await store.agent(agent.id)
     try:
-        added = await store.put_agent(agent, replace=replace, by=by)
+        with package:
+            added = await store.put_agent(agent, package=package, replace=replace, by=by)
     except Conflict:
         await _remove_files(store, agent, into)
         raise
     # A step that was claimed before may read the old files yet.
     if replaced is not None and replaced.path != added.path and not (await store.queue()).running:
         await _remove_files(store, replaced, into)
+        await store.sweep_packages()
     return added
+
+
+async def keep_packages(store: Store, into: Path) -> None:
+    """Keep the files of agents that were added before the database had them, if they are on this host."""
+    kept = await store.packages()
+    for agent in await store.agents(broken=False):
+        if agent.path.name not in kept and agents.is_copy(agent, into):
+            with contextlib.suppress(UsageError, NotConfigured):
+                whole = await agents.Installed(into).here(agent)
+                with await asyncio.to_thread(agents.packed, whole.path) as package:
+                    await store.keep_package(whole.path.name, package)
 
 
 async def remove_agent(store: Store, reference: str, into: Path, *, by: str | None = None) -> Agent:
@@ -135,5 +149,6 @@ async def registry(store: Store) -> Registry:
 
 async def _remove_files(store: Store, agent: Agent, into: Path) -> None:
     """Remove the files of an unregistered agent: only a copy that `add_agent` made, whatever the row says."""
-    if agents.is_copy(agent, into) and agent.path not in {other.path for other in await store.agents(broken=False)}:
+    named = {one.path.name for one in await store.agents(broken=False)}
+    if agents.is_copy(agent, into) and agent.path.name not in named:
         await asyncio.to_thread(shutil.rmtree, into / agent.path.name, ignore_errors=True)

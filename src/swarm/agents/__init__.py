@@ -5,8 +5,8 @@ checks rows against these copies, `check` checks inputs and outputs against thei
 files but never imports them.
 """
 
-from swarm.agents.bundle import builtin, bundle_digest, install, opened, template, templates
-from swarm.agents.installed import Installed, is_copy
+from swarm.agents.bundle import builtin, bundle_digest, install, opened, packed, template, templates
+from swarm.agents.installed import Installed, here, is_copy
 from swarm.agents.package import MANIFEST, Example, Manifest, Package, read, read_package
 
 __all__ = [
@@ -17,9 +17,11 @@ __all__ = [
     "Package",
     "builtin",
     "bundle_digest",
+    "here",
     "install",
     "is_copy",
     "opened",
+    "packed",
     "read",
     "read_package",
     "template",

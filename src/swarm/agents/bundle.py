@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gzip
 import hashlib
@@ -13,20 +14,23 @@ import stat
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from swarm.agents.package import MANIFEST, read
 from swarm.base import files, trees
+from swarm.base.aio import finish_uninterrupted
 from swarm.errors import Conflict, UsageError
 from swarm.fields import IN_WORDS, NAME
 from swarm.model import Agent
 
 MAX_BUNDLE_BYTES: Final = 256 << 20
 MAX_FILES: Final = 20_000
+_RESTORED: Final = ".restored-"
+_IN_MEMORY_BYTES: Final = 4 << 20
 _MAX_PATH_BYTES: Final = 1024
 _MAX_HEADER_BYTES: Final = 1 << 20  # what tarfile may read at once: names and extended headers
 _IGNORED: Final = frozenset({"__pycache__", ".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache"})
@@ -84,6 +88,74 @@ def bundle_digest(directory: Path) -> str:
         name = json.dumps(path.relative_to(directory).as_posix())
         digest.update(f"{name} {os.access(path, os.X_OK):d} {content}\n".encode())
     return digest.hexdigest()
+
+
+def packed(directory: Path) -> IO[str]:
+    """An installed agent as `unpacked` takes it: parts of at most about `trees.PART_BYTES`, one in a line, and the list
+    of its files at last. Raises UsageError."""
+    file = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES, mode="w+", encoding="ascii")  # noqa: SIM115  the caller's
+    try:
+        names = (path.relative_to(directory).as_posix() for path in _files(directory))
+        for _, text in trees.pack(trees.read(directory, names)):
+            file.write(f"{text}\n")
+        return file
+    except BaseException:
+        file.close()
+        raise
+
+
+async def unpacked(name: str, into: Path, load: Callable[[int], Awaitable[str | None]]) -> None:
+    """Make the copy ``into/<name>``, as `install` does, of what `packed` made; unless it is there. ``load`` gets the
+    number of a part; 0 is the list of files. Raises UsageError if something lacks or was changed."""
+    damaged = UsageError(f"what the database has of its files (table packages, {name}) is damaged")
+    text = await load(0)
+    if text is None:
+        raise damaged
+    try:
+        tree = await asyncio.to_thread(trees.manifest, text)
+    except UsageError:
+        raise damaged from None
+    numbers = {digest: number for number, digest in enumerate(tree.parts, 1)}
+
+    async def part(digest: str) -> str:
+        found = await load(numbers[digest])
+        if found is None or hashlib.sha256(found.encode()).hexdigest() != digest:
+            raise damaged
+        return found
+
+    await asyncio.to_thread(files.make_directory, into)
+    async with files.locked_async(into, poll_seconds=0.05):
+        await asyncio.to_thread(_remove_left, into)
+        if (into / name).exists():
+            return
+        partial = Path(tempfile.mkdtemp(prefix=_RESTORED, dir=into))
+        try:
+            await _write(tree, trees.Contents(tree.parts, part), partial)
+            if (await asyncio.to_thread(bundle_digest, partial))[:12] != name[-12:]:
+                raise damaged
+            partial.chmod(0o755)
+            partial.rename(into / name)
+        finally:
+            await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True))
+
+
+def _remove_left(into: Path) -> None:
+    """What an engine left that was killed. Who makes one holds the lock."""
+    for left in into.glob(f"{_RESTORED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+async def _write(tree: trees.Tree, contents: trees.Contents, partial: Path) -> None:
+    target = trees.Target(partial, git=True)  # it was added here, by who may write to the database
+    try:
+        for entry, offset in tree.offsets():
+            data = b"".join([chunk async for chunk in contents.chunks(offset, entry.size)]) if entry.is_link else b""
+            if entry.is_link and not trees.stays_within(entry.name, os.fsdecode(data)):
+                raise UsageError(f"{entry.name!r} is a link that leads out of its directory")
+            await target.write(entry, contents.chunks(offset, entry.size))
+            await asyncio.sleep(0)  # thousands of small files must not keep the event loop from all else
+    finally:
+        target.close()
 
 
 def builtin() -> list[Path]:

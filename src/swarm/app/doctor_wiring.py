@@ -147,7 +147,7 @@ async def _database(settings: Settings) -> list[Check]:
     checks = []
     try:
         async with wiring.store(settings) as opened:
-            checks += await home.database(settings.database, opened, Store.head())
+            checks += await home.database(settings.database, opened, Store.head(), settings.agents)
             if not any(check.status == "fail" for check in checks):  # else the tables may be missing
                 checks += await _layers(settings, opened)
     except SwarmError as error:

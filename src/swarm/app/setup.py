@@ -42,13 +42,15 @@ async def init(
             _link_registry(settings)
             lines.append(f"registry   {settings.registry_link} -> the same database")
         lines += await packages.ship(opened, settings.agents, by=process.user())
+        await packages.keep_packages(opened, settings.agents)
     if settings.home == SYSTEM_HOME and os.geteuid() == 0:
         lines.append(f"ssh        {_write_client_config(settings)}: root reaches VMs by a plain `ssh root@<address>`")
     if image:
         found = await ensure_image(settings, lambda step, share: progress(f"guest image: {step}", share))
         lines.append(f"image      {found.digest[:12]} in {found.dir}")
         async with wiring.store(settings) as opened:
-            lines += await shipped(opened, wiring.image_source(settings), wiring.layers(settings), progress)
+            source, layers = wiring.image_source(settings), wiring.layers(settings)
+            lines += await shipped(opened, settings.agents, source, layers, progress)
         if template:
             lines += await _default_template(settings, found, progress)
     return lines

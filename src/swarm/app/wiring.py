@@ -185,7 +185,7 @@ def engine(settings: Settings, vms: Launcher, host_egress: Egress, values: Value
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
         egress=host_egress,
         values=values,
-        installed=Installed(settings.agents) if files is not None else None,
+        installed=Installed(settings.agents, files) if files is not None else None,
         files=files,
         keeper=Keeper(launcher=vms, snapshots=snapshots(settings), rows=files, host=files.here) if files else None,
     )
@@ -369,7 +369,7 @@ def _sandboxes(settings: Settings, opened: Store, parts: _Vms, ours: Worker, *, 
         images=image_source(settings),
         layers=layers(settings),
         egress=parts.egress,
-        installed=Installed(settings.agents),
+        installed=Installed(settings.agents, opened),
         at_once=default_max_vms(),
         host=opened.here,
     )

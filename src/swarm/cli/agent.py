@@ -133,12 +133,13 @@ async def build(
     elif not agent:
         async with cli.store() as store:
             registered = [one for one in await store.agents(broken=False) if one.needs_layer]
-    status, installed, ours = 0, agents.Installed(cli.settings.agents), len(found)
+    status, ours = 0, len(found)
     found += registered
     for number, one in enumerate(found):
         try:
             if number >= ours:
-                await installed.check(one)
+                async with cli.store() as store:
+                    one = await agents.Installed(cli.settings.agents, store).here(one)
             layer = await built(cli, one, force=force)
         except SwarmError as error:
             if len(found) == 1:
@@ -168,7 +169,7 @@ async def layers_(
 
     built = wiring.guest_layers(cli.settings)
     async with cli.store() as store:
-        found = await layers.in_use(store, wiring.images(cli.settings), built)
+        found = await layers.in_use(store, cli.settings.agents, wiring.images(cli.settings), built)
     if rm_unused:
         for info in [info for info, users in found if not users]:
             built.remove(info.key)
@@ -290,8 +291,8 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
         package = agents.read_package(stack.enter_context(agents.opened(Path(source))))
     else:
         async with cli.store() as store:
-            found = await store.agent(source)
-        package = replace(await agents.Installed(cli.settings.agents).check(found), agent=found)
+            found, installed = await store.agent(source), agents.Installed(cli.settings.agents, store)
+            package = replace(await installed.check(found), agent=await installed.here(found))
     if vm:
         return package
     cli.out.note(f"note: {_NO_VM}")

@@ -227,8 +227,7 @@ async def _agent(
         like = Agent(id="run", name="run", version="1", path=Path(), entry=("sh",), runtime="exec")
     else:
         async with cli.store() as store:
-            like = await store.agent(name)
-        await agents.Installed(cli.settings.agents).check(like)
+            like = await agents.Installed(cli.settings.agents, store).here(await store.agent(name))
     like = replace(
         like,
         network=net,

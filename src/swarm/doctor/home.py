@@ -17,10 +17,11 @@ class OpenStore(Protocol):
     async def revision(self) -> str | None: ...
     async def agents(self) -> list[Agent]: ...
     async def workers(self) -> list[WorkerRow]: ...
+    async def packages(self) -> set[str]: ...
     async def audit(self, judge: Callable[[Audit], list[str]]) -> list[str]: ...
 
 
-async def database(place: str, store: OpenStore, head: str) -> list[Check]:
+async def database(place: str, store: OpenStore, head: str, agents_dir: Path) -> list[Check]:
     """Check a database that could be opened."""
     found = await store.revision()
     if found != head:
@@ -33,8 +34,11 @@ async def database(place: str, store: OpenStore, head: str) -> list[Check]:
     agents = await store.agents()
     if not any(agent.id == ECHO_AGENT_ID for agent in agents):
         checks.append(warn("agents", "the echo agent is not registered", "swarm init"))
+    from swarm.agents import here
+
+    kept = await store.packages()
     for agent in agents:
-        if not agent.path.is_dir():
+        if agent.path.name not in kept and not here(agent, agents_dir).path.is_dir():
             checks.append(
                 fail("agents", f"the files of {agent.name} {agent.version} are missing: {agent.path}", "swarm init")
             )

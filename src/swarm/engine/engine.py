@@ -13,7 +13,7 @@ import signal
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -177,9 +177,9 @@ class Engine:
             timeline.mark("stopped")
 
     async def _run(self, claim: Claim, watcher: Watcher, timeline: Timeline, tail: _OutputTail) -> Succeeded:
-        agent = claim.agent
         if self._installed is not None:
-            await self._installed.check(agent)
+            claim = replace(claim, agent=await self._installed.here(claim.agent))
+        agent = claim.agent
         given, places = await self._values.input_json(claim)  # checked before a VM is started
         grant = await self._egress.grant(claim)
         async with (

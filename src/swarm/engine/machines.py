@@ -81,7 +81,7 @@ class Machines:
         it lacks, or of what went wrong."""
         claim = held.claim
         if claim.agent is not None:
-            await self._installed.check(claim.agent)
+            held.agent = replace(held.agent, path=(await self._installed.here(claim.agent)).path)
         grant = await self._egress.granted(held.agent, _account(held), to=held.name)
         if claim.snapshot is not None and (names := rows.secrets(claim.snapshot.spec)):
             former = await self._egress.former(names)
@@ -93,7 +93,7 @@ class Machines:
                 held.vm_id = live.n
                 await egress.open(lambda port: self._launcher.listen(live, port), tokens=self._kept(held))
                 if claim.snapshot is None and claim.agent is not None:
-                    await live.while_alive(live.channel.put_tree(claim.agent.path, dest=AGENT_DIR, owner="root"))
+                    await live.while_alive(live.channel.put_tree(held.agent.path, dest=AGENT_DIR, owner="root"))
                 await runs(live.n)
 
             try:

@@ -39,8 +39,9 @@ from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
 from swarm.store.claims.kept import HOST_TIMEOUT_SECONDS
 from swarm.store.details import TicketDetails
 from swarm.store.hosts import Alive, Holds, HostState, Machine
-from swarm.store.registry import agents, notices, schedules, secrets, tokens, webhooks, workers, workflows
+from swarm.store.registry import agents, notices, packages, schedules, secrets, tokens, webhooks, workers, workflows
 from swarm.store.registry.notices import NoticeKind, NoticeRow
+from swarm.store.registry.packages import Package
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
 from swarm.store.registry.secrets import Sealed, SecretRow
 from swarm.store.registry.tokens import Actor, TokenRow
@@ -854,6 +855,7 @@ class Store:
             removed += batch.removed
             if batch.after is None:
                 await self._write.call(artifacts.sweep, None)
+                await self._write.call(packages.sweep)
                 while await self._write.call(sandboxes.prune, older_than_seconds=older_than_seconds):
                     pass
                 return removed
@@ -975,10 +977,35 @@ class Store:
 
     # --- agents, workflows, workers -----------------------------------------------------------------------------------
 
-    async def put_agent(self, agent: Agent, *, replace: bool = False, by: str | None = None) -> Agent:
+    async def put_agent(
+        self, agent: Agent, *, package: Package | None = None, replace: bool = False, by: str | None = None
+    ) -> Agent:
         """Register. Raises Conflict when its name and version are registered with another id; with other content, too,
-        unless it may ``replace`` that. ``by``, here and below: who changes it, for an event."""
-        return await self._write.call(agents.put_agent, agent, replace=replace, by=by)
+        unless it may ``replace`` that. ``package``: its files, for other hosts. ``by``, here and below: who changes it,
+        for an event."""
+        return await self._write.call(packages.add, agent, package, replace=replace, by=by)
+
+    async def keep_package(self, name: str, package: Package) -> None:
+        """The files of a registered agent, which is added on this host: ``name`` is that of their directory."""
+        await self._write.call(packages.keep, name, package)
+
+    async def packages(self) -> set[str]:
+        """The names of those that are kept."""
+        return await self._read.call(packages.names)
+
+    async def package(self, name: str, number: int) -> str | None:
+        """A part of an agent's files; None if there is none. Raises UsageError if others may have written it."""
+        found = await self._read.call(packages.part, name, number)
+        if found is not None and not await asyncio.to_thread(self._db.is_own):
+            raise UsageError(
+                f"its files are not on this host, and of those in {self._db.place} none are made, since other users "
+                "may write there"
+            )
+        return found
+
+    async def sweep_packages(self) -> None:
+        """Delete files of agents that are not registered any more."""
+        await self._write.call(packages.sweep)
 
     async def agent(self, ref: str) -> Agent:
         """By id, name, name@1 or name@1.0.0. Raises NotFound."""
@@ -991,7 +1018,7 @@ class Store:
     async def remove_agent(self, ref: str, *, by: str | None = None) -> Agent:
         """Unregister and return an agent. Raises NotFound, and Conflict while a ticket or sandbox that has not ended
         needs it."""
-        return await self._write.call(agents.remove_agent, ref, by=by)
+        return await self._write.call(packages.remove, ref, by=by)
 
     async def move_agents(self, old: Path, new: Path) -> None:
         """The agents' files are in another directory now."""

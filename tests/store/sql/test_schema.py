@@ -44,7 +44,7 @@ STATEMENTS: dict[str, Sql] = {
 
 # Intended scans of whole tables: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
-    r"SCAN (agents|hosts|notices|secrets|workflows|definitions|schedules|s|tokens|workers|clock|moment|"
+    r"SCAN (agents|hosts|notices|packages|secrets|workflows|definitions|schedules|s|tokens|workers|clock|moment|"
     r"pragma_data_version|sqlite_master|alembic_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -75,6 +76,9 @@ async def show_agent(call: Call) -> Agent:
 
 async def show_agent_package(call: Call) -> AgentPackage:
     agent = await call.store.agent(call.path["ref"])
+    if not is_copy(agent, call.context.settings.agents):
+        with contextlib.suppress(SwarmError):  # it was added on another host
+            await Installed(call.context.settings.agents, call.store).check(agent)
     which = TicketFilter(agent_ids=(agent.id,), project_id=call.actor.project_id)
     return AgentPackage(
         agent=agent,
@@ -99,7 +103,7 @@ async def check_agent(call: Call) -> Check:
     agent = await call.store.agent(call.path["ref"])
     try:
         # Not with the package that an earlier look has found: its files may be gone or changed since.
-        await Installed(call.context.settings.agents).check(agent)
+        agent = await Installed(call.context.settings.agents, call.store).here(agent)
         layer = await call.context.uploads.layer_of(agent)
     except SwarmError as error:
         return Check(runs=False, problem=str(error), layer=None)

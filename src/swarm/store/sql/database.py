@@ -81,6 +81,10 @@ class Database:
     def exists(self) -> bool:
         return self.file is None or self._test(self.file.exists)
 
+    def is_own(self) -> bool:
+        """May nobody write to it but root, this user, and the roles that an administrator gave the right?"""
+        return self.file is None or files.is_own(self.file)
+
     def _test(self, test: Callable[[], bool]) -> bool:
         try:
             return test()

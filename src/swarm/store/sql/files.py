@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import os
 import sqlite3
+import stat
 import struct
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -25,6 +26,16 @@ from swarm.errors import FilesChanged
 _HEAD: Final = struct.Struct("=14xHI12x8s8x 48x I 28x I 4x")
 _LOG_HEAD_BYTES, _FRAME_HEAD_BYTES = 32, 24
 _STABLE_TRIES: Final = 5
+
+
+def is_own(file: Path) -> bool:
+    """May nobody but root and this user write to the database, or put another one in its place?"""
+    for path in (file, file.resolve().parent):
+        found = path.stat()
+        sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+        if found.st_uid not in (0, os.geteuid()) or (found.st_mode & 0o022 and not sticky):
+            return False
+    return True
 
 
 class _Log(NamedTuple):

@@ -183,6 +183,15 @@ agents = sa.Table(
     sa.UniqueConstraint("name", "version", name="agents_name_version"),
 )
 
+# The files of agents, a row for each part; 0 is their list: see packages.py.
+packages = sa.Table(
+    "packages",
+    metadata,
+    sa.Column("name", TEXT, primary_key=True, nullable=False),  # of the directory, as in an agent's `path`
+    sa.Column("number", sa.Integer(), primary_key=True, nullable=False),
+    _text("data", null=False),
+)
+
 workflows = sa.Table(
     "workflows",
     metadata,

@@ -1,4 +1,4 @@
-"""The machines that engines run on."""
+"""The machines that engines run on, and the files of agents, for all of them."""
 
 from alembic import op
 
@@ -29,6 +29,13 @@ CREATE TABLE hosts (
 	PRIMARY KEY (id),
 	CONSTRAINT hosts_name UNIQUE (name)
 )"""
+_PACKAGES = """
+CREATE TABLE packages (
+	name {text} NOT NULL,
+	number INTEGER NOT NULL,
+	data {text} NOT NULL,
+	PRIMARY KEY (name, number)
+)"""
 _SQLITE = {"text": "TEXT", "big": "INTEGER", "false": "0", "now": "(strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"}
 _POSTGRESQL = {
     "text": 'TEXT COLLATE "C"',
@@ -40,7 +47,8 @@ _POSTGRESQL = {
 
 def upgrade() -> None:
     words = _POSTGRESQL if op.get_context().dialect.name == "postgresql" else _SQLITE
-    op.get_bind().exec_driver_sql(_HOSTS.lstrip().format(**words))
+    for table in (_HOSTS, _PACKAGES):
+        op.get_bind().exec_driver_sql(table.lstrip().format(**words))
 
 
 downgrade = no_way_back
