@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import math
 import os
 import random
 import signal
@@ -77,6 +78,7 @@ class Campaign:
     kills: int  # at least, of engines
     guilty: int
     max_vms: int
+    until: float = math.inf  # of the monotonic clock: no more tickets are added after it
     opened: AsyncExitStack = field(default_factory=AsyncExitStack)
     engines: dict[int, asyncio.subprocess.Process] = field(default_factory=dict)
     frozen: set[int] = field(default_factory=set)
@@ -132,6 +134,8 @@ class Campaign:
         while at < self.tickets or await self.open_tickets():
             if time.monotonic() > deadline:
                 raise AssertionError(f"not all tickets ended in time; seed {self.seed}")
+            if at and time.monotonic() > self.until:
+                self.kills, self.tickets = self.kills * at // self.tickets, at
             step = min(self.tickets - at, self.random.randrange(1, 6 if self.pace == 1 else 3))
             if await self.open_tickets() > WAITING:  # strikes are to hit engines that work
                 step = 0
@@ -400,11 +404,19 @@ class Campaign:
 
 
 async def campaign(
-    settings: Settings, *, seed: int, tickets: int, max_vms: int, kills: int = 0, guilty: int = 0
+    settings: Settings,
+    *,
+    seed: int,
+    tickets: int,
+    max_vms: int,
+    kills: int = 0,
+    guilty: int = 0,
+    minutes: float = math.inf,
 ) -> tuple[Report, Counter[str]]:
     say(f"chaos: seed {seed}, {tickets} tickets, driver {settings.driver}")
     began = time.monotonic()
     one = Campaign(settings=settings, seed=seed, tickets=tickets, kills=kills, guilty=guilty, max_vms=max_vms)
+    one.until = began + 60 * minutes
     await one.open()
     try:
         try:
@@ -431,6 +443,7 @@ async def main() -> None:
     parser.add_argument("--tickets", type=int, default=300)
     parser.add_argument("--kills", type=int, default=0, help="kill engines at least this often")
     parser.add_argument("--guilty", type=int, default=0, help="so many of the tickets kill the engine that runs them")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="add no more tickets after so many")
     parser.add_argument("--driver", default="process")
     parser.add_argument("--max-vms", type=int, default=4)
     options = parser.parse_args()
@@ -441,7 +454,9 @@ async def main() -> None:
         settings = config.load(home=place / "h", state_dir=state, images_dir=cache, driver=options.driver)
         await setup.init(settings, image=False)
         try:
-            chosen = {name: getattr(options, name) for name in ("seed", "tickets", "max_vms", "kills", "guilty")}
+            chosen = {
+                name: getattr(options, name) for name in ("seed", "tickets", "max_vms", "kills", "guilty", "minutes")
+            }
             await campaign(settings, **chosen)
         finally:
             await manual_vm.cleanup(settings, force=True)

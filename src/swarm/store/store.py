@@ -420,7 +420,7 @@ class Store:
         """Is there something to claim for an engine of this host? Else: what it waits for."""
         host = await self.this_host()
         due = await self._read.call(tickets.due, host=host, host_timeout_seconds=self._host_timeout_seconds)
-        return self.isolation.paced(due)
+        return self._queue.pace.due(self.isolation.paced(due))
 
     # --- attempts -----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from swarm.model import Agent, Claim, StepStatus, TicketState
 from swarm.store.claims import kept, ready, suspects
 from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
+from swarm.store.claims.pace import Pace
 from swarm.store.claims.ready import Candidate
 from swarm.store.registry import workflows
 from swarm.store.registry.agents import NAMES, Agents
@@ -22,7 +23,7 @@ from swarm.store.sql.conditions import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.sql.database import HEAD, REVISION, other_revision
 from swarm.store.sql.dialect import Dialect, Sql
 from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, milliseconds
-from swarm.store.sql.transaction import Row, Tx, one_row
+from swarm.store.sql.transaction import Row, Tx, chars, one_row
 from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.room import Room
@@ -111,6 +112,7 @@ class Claimer:
         self.workflows = workflows
         self.agents = Agents()
         self.maintenance = Maintenance()
+        self.pace = Pace()
 
     def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
         return [self._one(tx, request) for request in requests]
@@ -244,9 +246,8 @@ class _ClaimTransaction:
             return sorted([*found, *(Candidate(row, is_step=True) for row in steps)], key=Candidate.turn)
         # In isolation it looks behind those that it skips.
         self.left_out = tuple(self.aside)
-        found, self.cut = ready.first(
-            self.tx, which, limit=limit, steps=self.steps, whole=self.changes.isolating, but=self.left_out
-        )
+        pace = None if self.changes.isolating else self.claimer.pace
+        found, self.cut = ready.first(self.tx, which, limit=limit, steps=self.steps, pace=pace, but=self.left_out)
         return found
 
     @property
@@ -291,6 +292,7 @@ class _ClaimTransaction:
             self.changes.cancel_runs([row.run_id], error=str(error))
         else:
             self._end_former(row)
+            self.claimer.pace.note(self.tx, chars(row))
         fail_row(self.changes, row, str(error))
 
     def _fail_step(self, row: Row, error: str) -> None:  # in a workflow: its run decides what follows
@@ -354,9 +356,10 @@ class _ClaimTransaction:
             raise validation.disabled_workflow(found.name, found.version)
         self._end_former(row)
         run_id = self.claimer.workflows.begin(self.changes, ticket, found)
-        self._start_ticket(ticket.id, run_id)
+        self._start_ticket(row, ticket.id, run_id)
 
-    def _start_ticket(self, ticket_id: str, run_id: str) -> None:
+    def _start_ticket(self, row: Row, ticket_id: str, run_id: str) -> None:
+        self.claimer.pace.note(self.tx, row.size)
         self.changes.add(START_TICKET, id=ticket_id, run_id=run_id, now=self.tx.now)
         self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket_id)
 
@@ -407,7 +410,7 @@ class _ClaimTransaction:
                 priority=ticket.priority,
                 ticket_created_at=ticket.created_at,
             )
-            self._start_ticket(ticket.id, run_id)
+            self._start_ticket(row, ticket.id, run_id)
         tried = {"number": number, "worker": self.request.worker}
         add(
             INSERT_ATTEMPT,

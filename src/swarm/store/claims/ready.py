@@ -10,17 +10,28 @@ from functools import cache
 from typing import Any, Final
 
 from swarm.store.claims import kept, suspects
+from swarm.store.claims.maintenance import has_clean_id
+from swarm.store.claims.pace import LARGE, Pace
 from swarm.store.sql.conditions import IS_HERE
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS
-from swarm.store.sql.transaction import Row, Tx
+from swarm.store.sql.transaction import Row, Tx, filled
 
 # Rows with more text than this are enough for one transaction: it writes each as a whole, and all others wait.
 MOST_CHARS: Final = 2 << 20
+_LONG: Final = ("description", "inputs", "outputs", "trigger_data")
+# length() of a text would count its characters, up to the first NUL.
+_BYTES: Final = "COALESCE(/*-*/length(CAST(t.{0} AS BLOB))/*-*//*+ octet_length(t.{0}) */, 0)"
+_SIZE: Final = " + ".join(_BYTES.format(name) for name in _LONG)
 # live_run: set when another tool made the ticket ready again while it ran.
-_READY_COLUMNS: Final = f"""{TICKET_COLUMNS}, (SELECT max(r.id) FROM workflow_runs r
+_READY_COLUMNS: Final = f"""{{}}, {_SIZE} AS size, (SELECT max(r.id) FROM workflow_runs r
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
-_READY: Final = f"SELECT {_READY_COLUMNS} FROM tickets t WHERE t.state = 'ready' "
+_READY: Final = f"SELECT {_READY_COLUMNS.format(TICKET_COLUMNS)} FROM tickets t WHERE t.state = 'ready' "
+_CUT: Final = ", ".join(
+    f"CASE WHEN {_BYTES.format(name)} < {LARGE} THEN t.{name} END AS {name}" if name in _LONG else f"t.{name}"
+    for name in TICKET_FIELDS
+)
+_READY_CUT: Final = f"SELECT {_READY_COLUMNS.format(_CUT)} FROM tickets t WHERE t.state = 'ready' "
 _UNLOCKED: Final = " /*+ FOR NO KEY UPDATE OF {} SKIP LOCKED */"  # what another engine is claiming is its own
 READY_TICKET: Final = Sql(_READY + "AND t.id = :id" + _UNLOCKED.format("t"))
 _STEP: Final = f"""
@@ -40,14 +51,17 @@ READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit" + _UNLOCKE
 _BUT_TICKETS: Final = (
     "AND (t.execution_mode = 'workflow' OR COALESCE(NULLIF(t.agent_id, ''), t.assignee_id, '') NOT IN ({})) "
 )
+_BUT_LATE: Final = "AND t.id NOT IN ({}) "
 _BUT_STEPS: Final = " AND CASE WHEN s.from_step IS NULL THEN COALESCE(s.agent_id, '') ELSE s.id END NOT IN ({})"
 
 
 @cache
-def _statements(but: int) -> tuple[Sql, Sql]:
-    """For tickets and for steps, without so many kinds: see `Candidate.kind`."""
+def _statements(but: int, late: int = 0) -> tuple[Sql, Sql]:
+    """For tickets and for steps, without so many kinds: see `Candidate.kind`; and without ``late`` tickets."""
     names = ", ".join(f":but_{number}" for number in range(but))
-    tickets = _READY + (_BUT_TICKETS.format(names) if but else "") + "ORDER BY t.priority DESC, t.created_at"
+    tickets = _READY_CUT + (_BUT_TICKETS.format(names) if but else "")
+    tickets += _BUT_LATE.format(", ".join(f":late_{number}" for number in range(late))) if late else ""
+    tickets += "ORDER BY t.priority DESC, t.created_at"
     steps = _STEP + (_BUT_STEPS.format(names) if but else "") + " ORDER BY s.priority DESC, s.ticket_created_at"
     return (
         Sql(tickets + " LIMIT :limit" + _UNLOCKED.format("t")),
@@ -82,21 +96,43 @@ class Candidate:
 
 
 def first(
-    tx: Tx, which: Mapping[str, Any], *, limit: int, steps: bool, whole: bool, but: Sequence[str]
+    tx: Tx, which: Mapping[str, Any], *, limit: int, steps: bool, pace: Pace | None, but: Sequence[str]
 ) -> tuple[list[Candidate], bool]:
     """The next candidates, in their order; and whether more may follow, since rows are too long to read all at once.
-    ``which``: values for READY_STEPS. ``whole``: all up to the limit, however long. ``but``: not of these kinds."""
-    most = None if whole else MOST_CHARS
-    found, cut = list[Candidate](), list[Candidate]()
+    ``which``: values for READY_STEPS. ``pace``: None for all up to the limit, however long. ``but``: not of these
+    kinds."""
+    most = None if pace is None else MOST_CHARS
     left_out = {f"but_{number}": kind for number, kind in enumerate(but)}
-    tickets, of_runs = _statements(len(but))
-    for statement, is_step in ((tickets, False), (of_runs, True))[: 1 + steps]:
-        rows, more = tx.some(statement, most, limit=limit, **left_out, **(which if is_step else {}))
-        found += [Candidate(row, is_step=is_step) for row in rows]
-        cut += found[-1:] if more else []
+    late = filled("late", pace.left_out() if pace is not None else ())
+    tickets, of_runs = _statements(len(but), len(late))
+    rows, more = tx.some(tickets, most, limit=limit, **left_out, **late)
+    found, last = _whole(tx, rows, limit, pace)
+    cut = [last] if last is not None else found[-1:] if more else []
     if steps:
+        rows, more = tx.some(of_runs, most, limit=limit, **left_out, **which)
+        found += [Candidate(row, is_step=True) for row in rows]
+        cut += found[-1:] if more else []
         found.sort(key=Candidate.turn)
     if cut:  # those that were not read may come before the others
         end = min(map(Candidate.turn, cut))
         found = [one for one in found if one.turn() <= end]
     return found, bool(cut)
+
+
+def _whole(tx: Tx, rows: Sequence[Row], limit: int, pace: Pace | None) -> tuple[list[Candidate], Candidate | None]:
+    """Those of these ready tickets whose turn it is; and the last one that was looked at, if others may follow."""
+    found, left, put_off = list[Candidate](), MOST_CHARS, False
+    for row in rows:
+        one = Candidate(row, is_step=False)
+        if row.size >= LARGE and has_clean_id(row.id):
+            if pace is not None and pace.puts_off(row.id, one.turn()):
+                put_off = True
+                continue
+            if (read := tx.first(READY_TICKET, id=row.id)) is None:
+                continue
+            one = Candidate(read, is_step=False)
+            left -= row.size
+        found.append(one)
+        if left < 0 and pace is not None:
+            return found, one
+    return found, Candidate(rows[-1], is_step=False) if put_off and len(rows) >= limit else None

@@ -41,6 +41,18 @@ def _in(statement: Sql, count: int) -> str:
     return statement.replace(":ids", f"({', '.join(f':id_{n}' for n in range(count))})")
 
 
+def chars(row: Row) -> int:
+    """Of all its columns."""
+    return sum([len(value) for value in row if isinstance(value, str | bytes)])
+
+
+def filled(name: str, values: Sequence[str]) -> dict[str, str]:
+    """Parameters for an ``IN``: as many as a power of two, by repeating the last value. So there are only a few
+    different statements to prepare."""
+    count = 1 << (len(values) - 1).bit_length() if values else 0
+    return {f"{name}_{number}": values[min(number, len(values) - 1)] for number in range(count)}
+
+
 @cache
 def _now_ms(dialect: Dialect) -> Sql:
     return Sql(f"SELECT {dialect.now_ms} AS now_ms")
@@ -132,7 +144,7 @@ class Tx:
         rows, left = list[Row](), most_chars
         while left >= 0 and (row := self._cursor.fetchone()) is not None:
             rows.append(make(row))
-            left -= sum([len(value) for value in row if isinstance(value, str | bytes)])
+            left -= chars(row)
         return rows, left < 0
 
     def first(self, statement: Sql, **values: Any) -> Row | None:
@@ -237,18 +249,11 @@ class Tx:
             wake.unmute()
 
     def all_in(self, statement: Sql, ids: Iterable[str], **others: Any) -> list[Row]:
-        """Rows of a statement with ``IN :ids``, for any number of ids.
-
-        The number of parameters is rounded up to a power of two, by repeating the last id: so there are only a few
-        different statements to prepare.
-        """
+        """Rows of a statement with ``IN :ids``, for any number of ids."""
         wanted, found = list(ids), []
         for start in range(0, len(wanted), _IN_CHUNK):
-            chunk = wanted[start : start + _IN_CHUNK]
-            count = 1 << (len(chunk) - 1).bit_length()
-            chunk += chunk[-1:] * (count - len(chunk))
-            values = {f"id_{number}": value for number, value in enumerate(chunk)}
-            found += self._rows(_in(statement, count), values | others)
+            values = filled("id", wanted[start : start + _IN_CHUNK])
+            found += self._rows(_in(statement, len(values)), values | others)
         return found
 
     def stream(self, statement: Sql, **values: Any) -> Iterator[Row]:
