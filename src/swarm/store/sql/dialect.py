@@ -67,7 +67,9 @@ class Dialect:
     has_ended: str
     lock: str | None  # takes the write lock, and changes nothing. None: there is none
     warm_up: str | None  # reads what changes of a :ticket_id are about to write
-    tries: int  # of a transaction that others came between, before it takes the lock from the start
+    # Of a transaction that others came between, before it takes the lock from the start. None: there is no such lock,
+    # and it is tried again until the busy timeout.
+    tries: int | None
     translate: Callable[[str], str] | None  # a statement as the driver takes it
     streaming: Callable[[Any], Any]  # (driver's connection): a cursor for results that may not fit into memory
     # Sends statements one after the other, without waiting for each answer.

@@ -119,8 +119,8 @@ def _prepare(connection: Any, write: bool, busy_timeout_seconds: float) -> None:
         "client_encoding": "UTF8",
         "TimeZone": "UTC",
     }
-    for name, value in settings.items():
-        connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+    each = ", ".join(["set_config(%s, %s, false)"] * len(settings))
+    connection.execute(f"SELECT {each}", list(itertools.chain(*settings.items())))
 
 
 # Text in quotes, which stays; or what is written otherwise here. `number >= ''` asks whether it is a text.
@@ -233,7 +233,7 @@ POSTGRESQL: Final = Dialect(
     has_ended=_HAS_ENDED,
     lock=None,
     warm_up=None,
-    tries=200,
+    tries=None,
     translate=translate,
     streaming=lambda connection: connection.cursor(name=f"swarm_{next(_numbers)}"),  # the server keeps the rows
     pipeline=psycopg.Connection.pipeline,

@@ -15,6 +15,7 @@ A result is handed out when what it tells is on the disk (`flush`), so that a po
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import threading
 import time
@@ -250,15 +251,20 @@ class ConnectionThread:
 
     def _serve_group(self, jobs: list[_Job]) -> list[Any]:
         """Jobs for the same function. Raises StoreError when the database itself failed."""
-        shared = jobs[0].function in self._shared
-        for _ in range(self._database.dialect.tries):
+        shared, tries = jobs[0].function in self._shared, self._database.dialect.tries
+        until = time.monotonic() + self._database.busy_timeout_seconds
+        for number in itertools.count(1):
             try:
                 return self._transaction(jobs, optimistic=True, shared=shared)
             except NotExact:
                 shared = False
-            except Outdated:
+            except Outdated as outdated:
                 self.use.repeated += 1
+                if tries is None and time.monotonic() > until and outdated.__cause__ is not None:
+                    raise outdated.__cause__ from None
                 self._wait_for_others()
+            if number == tries:
+                break
         return self._transaction(jobs, optimistic=False)
 
     def _wait_for_others(self) -> None:
