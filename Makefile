@@ -16,7 +16,7 @@ demo:  ## set up, then run one ticket in a microVM and show where its time went
 	@tools/bootstrap
 	@tools/demo
 
-# Fetched before the sandbox cuts off the network: packages, the guest image, the Firecracker that tests use.
+# Fetched before the sandbox cuts off the network: packages, the guest image, what only tests use (Firecracker, …).
 ready:
 	@tools/bootstrap dev
 	@SWARM_CONFIG=/dev/null SWARM_IMAGES_DIR="$(IMAGES)" $(BIN)/swarm image build
@@ -28,6 +28,7 @@ ready:
 	-@$(BIN)/python tools/fetch-firecracker
 	-@$(BIN)/python -m tests.clients_here
 	-@$(BIN)/python -m tests.prometheus_here
+	-@$(BIN)/python -m tests.postgres_here
 
 test: ready  ## set up, then run all tests in network namespaces of their own (ARGS='-k echo' runs some)
 	@$(BIN)/python $(if $(ARGS),tools/sandbox.py,tools/parallel_tests.py) $(PYTEST) $(ARGS)

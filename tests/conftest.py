@@ -10,7 +10,7 @@
 - ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
 - ``browser``: netns, Debian's Chromium with its driver, and axe-core in the cache (tests/dashboard/browser.py)
 - ``schemathesis``: the package, which `make ready` installs with the other tools of developers
-- ``postgresql``: PostgreSQL's server, as Debian's package installs it
+- ``postgres``: PostgreSQL's server, as Debian's package installs it (tests/postgres_here.py starts one)
 - ``prometheus``: Debian's Prometheus, in the cache (tests/prometheus_here.py; `make ready` fetches it)
 - ``claude-code``: what the agent of this name requires, from PyPI, in the cache (`make ready` puts it there)
 
@@ -79,10 +79,10 @@ def lacks(thing: str) -> str:
         from tests.dashboard import browser
 
         return lacks("netns") or browser.lacks()
-    if thing == "postgresql":
+    if thing == "postgres":
         from tests import postgres_here
 
-        return "" if postgres_here.programs() else "needs PostgreSQL: apt-get install postgresql"
+        return postgres_here.lacks()
     if thing == "prometheus":
         from tests import prometheus_here
 
@@ -166,7 +166,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresBac
     """One server for all tests. Whoever asks it for a database itself calls `done` at the end of the test."""
     from tests.store.databases import PostgresBackend
 
-    need("postgresql")
+    need("postgres")
     backend = PostgresBackend(tmp_path_factory.mktemp("databases"))
     yield backend
     backend.close()

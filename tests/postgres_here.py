@@ -1,4 +1,9 @@
-"""A PostgreSQL server for the tests: this machine's own programs, a data directory of its own, a Unix socket alone."""
+"""A PostgreSQL server for the tests: this machine's own programs, a data directory of its own, a Unix socket alone.
+
+``python -m tests.postgres_here`` installs Debian's package where there is none (once); status 1 with a line if that
+fails. It starts no server, leaves none, and changes no file of an administrator.
+"""
+# ruff: noqa: T201 - a command
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +23,7 @@ INITDB = ("-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
 CHEAP = {"fsync": "off", "full_page_writes": "off", "wal_level": "minimal", "max_wal_senders": "0"} | {
     "autovacuum": "off",
     "jit": "off",
+    "shared_buffers": "16MB",
     "max_wal_size": "8GB",
     "checkpoint_timeout": "1h",
 }
@@ -27,6 +34,61 @@ def programs() -> Path | None:
     """The directory of `initdb` and `postgres`, of the newest version; None if there is none."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parents[1].name))
     return found[-1].parent if found else None
+
+
+def lacks() -> str:
+    return "" if programs() else "needs Debian's PostgreSQL: run `python -m tests.postgres_here`, as root"
+
+
+class NotInstalled(Exception):
+    """Why not."""
+
+
+def install() -> None:
+    """Raises NotInstalled, OSError, CalledProcessError."""
+    if programs() is not None:
+        return
+    if os.geteuid() != 0:
+        raise NotInstalled("run this as root")
+    if found := sorted(Path("/etc/postgresql").glob("*/*/postgresql.conf")):
+        raise NotInstalled(f"{found[0].parent} is of a server that was removed: its package would start it again")
+    with contextlib.suppress(subprocess.CalledProcessError):  # one source fails: perhaps it is not needed
+        _apt("update")
+    _apt("install", "postgresql-common")
+    with without_cluster(Path("/etc/postgresql-common")):
+        _apt("install", "postgresql")
+
+
+@contextmanager
+def without_cluster(settings: Path) -> Iterator[None]:
+    """Meanwhile, the package of a server makes no cluster. ``settings``: of postgresql-common, which reads every file
+    of `createcluster.d`, so that none that is there is changed."""
+    directory = settings / "createcluster.d"
+    own, made = directory / "swarm-tests.conf", not directory.exists()
+    directory.mkdir(exist_ok=True)
+    try:
+        own.write_text("create_main_cluster = false\n")
+        # As the package asks.
+        asked = ["pg_conftool", str(settings / "createcluster.conf"), "show", "-bs", "create_main_cluster"]
+        if subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() != "off":
+            raise NotInstalled(f"{settings}/createcluster.conf would have its package start a server")
+        yield
+    finally:
+        own.unlink(missing_ok=True)
+        if made:
+            directory.rmdir()
+
+
+def _apt(verb: str, *packages: str) -> None:
+    options = ["-qq", "--yes", "--no-install-recommends"] if packages else ["-qq"]
+    subprocess.run(
+        ["apt-get", "-o", "DPkg::Lock::Timeout=300", verb, *options, *packages],
+        check=True,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"},
+    )
 
 
 class Server:
@@ -112,3 +174,17 @@ def _as_user(*argv: object) -> list[str]:
     """The server ends at once if the tests are killed."""
     user = [f"--reuid={USER}", f"--regid={USER}", "--clear-groups"] if os.geteuid() == 0 else []
     return ["setpriv", "--pdeathsig=QUIT", *user, "env", "LC_ALL=C.UTF-8", *map(str, argv)]
+
+
+def main() -> int:
+    try:
+        install()
+    except (NotInstalled, subprocess.CalledProcessError, OSError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+        print(f"can't install PostgreSQL: {' '.join(said)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,15 +8,15 @@ import pytest
 
 from swarm.store.runs.workflow_engine import PLANNING_SECONDS
 from swarm.store.store import Store
-from tests.store.databases import BACKENDS, Backend, Outside
+from tests.store.databases import Backend, Outside, SqliteBackend
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
+@pytest.fixture(scope="session", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.needs("postgres"))])
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     if request.param == "postgresql":
         yield request.getfixturevalue("postgresql")
         return
-    backend = BACKENDS[request.param](tmp_path_factory.mktemp("databases"))
+    backend = SqliteBackend(tmp_path_factory.mktemp("databases"))
     yield backend
     backend.close()
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -370,8 +369,3 @@ def left_overs(outside: Outside) -> int:
              + (SELECT count(*) FROM step_executions WHERE run_id NOT IN (SELECT id FROM workflow_runs))
              + (SELECT count(*) FROM attempts WHERE step_execution_id NOT IN (SELECT id FROM step_executions))""")
     return int(count)
-
-
-BACKENDS: dict[str, Callable[[Path], Backend]] = {"sqlite": SqliteBackend}
-if os.environ.get("SWARM_TEST_POSTGRESQL"):  # until all tests pass there
-    BACKENDS["postgresql"] = PostgresBackend

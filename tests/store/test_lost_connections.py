@@ -24,7 +24,7 @@ from tests.cel.local import Local
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, PostgresBackend, claim_one, claimed, insert, left_overs
 from tests.store.flows import register
 
-pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.slow]  # starts a server
+pytestmark = [pytest.mark.needs("postgres"), pytest.mark.slow]  # starts a server
 
 
 class Proxy:

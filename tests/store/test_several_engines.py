@@ -275,7 +275,7 @@ async def test_a_schedule_fires_once(engines: list[Store], outside: Outside) -> 
     assert len(found) == len(set(found)) and len(found) in (5, 6)  # a minute may have begun meanwhile
 
 
-@pytest.mark.needs("postgresql")
+@pytest.mark.needs("postgres")
 @pytest.mark.parametrize("what", ["renew", "finish", "cancel"])
 async def test_whoever_locks_a_ticket_and_its_attempt_begins_with_the_ticket(postgresql_url: str, what: str) -> None:
     """In two orders, two would wait for each other until PostgreSQL ends one, a second later."""

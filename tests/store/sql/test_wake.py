@@ -234,7 +234,7 @@ async def test_a_lost_connection_comes_back(
 
 @pytest.mark.slow  # starts a server
 async def test_a_server_that_is_stopped_and_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    need("postgresql")
+    need("postgres")
     with postgres_here.running(tmp_path / "own") as server:
         async with Store.open(server.url()) as store, store.watching() as wake:
             server.stop()

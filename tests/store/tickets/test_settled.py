@@ -13,7 +13,7 @@ from swarm.model import Event
 from swarm.store.store import Store
 from swarm.store.tickets.settled import PATIENCE_SECONDS
 
-pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.slow]  # starts a server
+pytestmark = [pytest.mark.needs("postgres"), pytest.mark.slow]  # starts a server
 
 Other = psycopg.AsyncConnection[tuple[object, ...]]
 WRITE = "INSERT INTO events (ticket_id, kind, data) VALUES ('t', 'output', '{\"text\": \"first\"}')"
