@@ -64,4 +64,7 @@ async def grants(
     """
     async with cli.store() as store:
         sql = await store.grants(role, run=run)
-    cli.out.result({"role": role, "sql": sql, "ran": run}, sql)
+    if cli.out.json:
+        cli.out.dump({"role": role, "sql": sql, "ran": run})
+    else:
+        cli.out.text(f"{sql}\n")

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -197,3 +200,27 @@ async def test_a_database_that_swarm_can_not_use(own_server: postgres_here.Serve
             async with Store.open(with_password(url)):
                 pass
         assert sentence in str(caught.value) and PASSWORD not in str(caught.value)
+
+
+async def test_what_is_wrong_with_each_address_of_a_host_is_said_once() -> None:
+    """Nothing listens there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(StoreError) as caught:
+        async with Store.open(f"postgresql://swarm@127.0.0.1:{port},127.0.0.1:{port}/swarm"):
+            pass
+    said = str(caught.value)
+    assert said.count(f"port {port} failed: Connection refused") == 1
+    assert "Multiple" not in said and "hostaddr" not in said
+
+
+def test_without_its_driver() -> None:
+    """The command that fetches it is for this installation."""
+    code = """
+import sys
+sys.modules["psycopg"] = None
+from swarm.store.sql.dialects import dialect_of
+dialect_of("postgresql")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert f"{sys.executable} -m pip install 'psycopg[binary]" in done.stderr

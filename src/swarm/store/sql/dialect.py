@@ -21,6 +21,8 @@ NOT_MIGRATED: Final = (
 OUT_OF_MEMORY: Final = "out of memory in the database {place}"
 
 # In a text that was meant to be a URL: all between the user's name and the last @.
+_ATTEMPT: Final = re.compile(r"(?:- host: .*?, hostaddr: .*?: )?connection failed: ")
+_ATTEMPTS: Final = "Multiple connection attempts failed"
 _PASSWORD: Final = re.compile(r"^((?:[^:]*://)?+[^:]*):.*(?=@)", re.S)
 
 
@@ -84,6 +86,13 @@ class Dialect:
     is_locked: Callable[[BaseException | None], bool]
 
 
+def said(error: BaseException) -> str:
+    """The driver's words on one line. psycopg says the same for each address of a host, and libpq with and without TLS:
+    that is told once."""
+    lines = (_ATTEMPT.sub("", line.strip()) for line in str(error).splitlines())
+    return " ".join(dict.fromkeys(" ".join(line.split()) for line in lines if line and not line.startswith(_ATTEMPTS)))
+
+
 def explain(
     dialect: Dialect,
     error: BaseException,
@@ -101,4 +110,4 @@ def explain(
     if text is None:
         return None
     kind = Locked if isinstance(error, Exception) and dialect.is_locked(error) else StoreError
-    return kind(text.format(place=place, busy=busy_timeout_seconds, error=" ".join(str(error).split())))
+    return kind(text.format(place=place, busy=busy_timeout_seconds, error=said(error)))

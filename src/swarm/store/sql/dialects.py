@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from swarm.errors import UsageError
 from swarm.store.sql.dialect import Dialect
 from swarm.store.sql.sqlite import SQLITE
@@ -16,5 +18,6 @@ def dialect_of(scheme: str) -> Dialect | None:
     try:
         from swarm.store.sql.postgresql import POSTGRESQL  # and with it psycopg, which is an extra
     except ImportError as error:
-        raise UsageError(f"PostgreSQL needs psycopg ({error}): pip install 'swarm-engine[postgres]'") from None
+        fetched = f"{sys.executable} -m pip install 'psycopg[binary]>=3.2'"
+        raise UsageError(f"PostgreSQL needs psycopg ({error}): {fetched}") from None
     return POSTGRESQL

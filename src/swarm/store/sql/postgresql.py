@@ -20,7 +20,7 @@ from psycopg.adapt import Loader
 from psycopg.types.string import TextLoader
 
 from swarm.errors import StoreError, UsageError
-from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, without_password
+from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, said, without_password
 from swarm.store.sql.listen import Listener
 from swarm.store.sql.wake import Wake
 
@@ -184,7 +184,7 @@ def _is_locked(error: BaseException | None) -> bool:
 def _watching(url: str) -> AbstractAsyncContextManager[Wake]:
     def told(error: BaseException) -> str:
         return (_explain(error) or "can't watch the database {place}: {error}").format(
-            place=without_password(url), error=" ".join(str(error).split()), busy=0.0
+            place=without_password(url), error=said(error), busy=0.0
         )
 
     return Listener.watching(_parameters(url), told)
