@@ -15,6 +15,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from swarm.errors import UsageError
+from swarm.fields import Labels
 from swarm.model import BOUNDS, BudgetPolicy
 
 SYSTEM_HOME = Path("/opt/swarm-platform")
@@ -63,6 +64,9 @@ class Settings(BaseModel):
     # State of the VMs on this host, shared by all homes: VM directories, slot locks. The path must be short (it holds
     # Unix sockets) and on a disk, not in memory (it holds work disks too).
     state_dir: Path = Path("/var/lib/swarm")
+
+    # What this host has, for agents that require it, beside `host`, `arch` and `kvm`: '{"zone": "a", "gpu": true}'.
+    labels: Labels = Field(default_factory=dict)
 
     driver: Literal["auto", "firecracker", "qemu", "process"] = "auto"
     # False runs Firecracker as root, outside its jail: only for debugging a VMM, never for agents.
@@ -165,13 +169,14 @@ def _from_environment() -> dict[str, Any]:
             if near:  # others may use SWARM_… for something else
                 raise UsageError(f"unknown setting {variable}; did you mean SWARM_{near[0].upper()}?")
     found: dict[str, Any] = {n: v for n in Settings.model_fields if (v := os.environ.get(f"SWARM_{n.upper()}"))}
-    for name in _LISTS & found.keys():
+    for name in (*_LISTS, "labels"):
         try:
-            found[name] = json.loads(found[name])
+            if name in found:
+                found[name] = json.loads(found[name])
         except ValueError:
-            raise UsageError(
-                f'SWARM_{name.upper()} is {found[name]!r}; it must be a list in JSON, like ["192.168.7.0/24"]'
-            ) from None
+            like = 'a list in JSON, like ["192.168.7.0/24"]'
+            like = 'an object in JSON, like {"zone": "a"}' if name == "labels" else like
+            raise UsageError(f"SWARM_{name.upper()} is {found[name]!r}; it must be {like}") from None
     return found
 
 

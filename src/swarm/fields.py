@@ -11,12 +11,13 @@ from itertools import islice
 from typing import Annotated, Any, Final, get_args
 
 import pydantic
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StringConstraints
 
 from swarm.model import BOUNDS, RetryPolicy
 
 NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 VERSION: Final = r"^\d{1,9}\.\d{1,9}\.\d{1,9}([-+][0-9A-Za-z.-]{1,40})?$"
+LABEL: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"
 VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 NO_NUL: Final = r"^[^\x00]*$"
 MODULE: Final = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
@@ -34,6 +35,7 @@ DEBIAN_PACKAGE: Final = r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60
 IN_WORDS: Final = {
     NAME: "lower-case letters, digits and inner hyphens, at most 63",
     VERSION: "a version such as 1.2.3 or 1.2.3-rc1",
+    LABEL: "letters, digits, '_', '.' and '-', at most 63, with a letter, a digit or '_' first",
     VARIABLE: "letters, digits and underscores, at most 128, with no digit first",
     NO_NUL: "text without NUL characters",
     MODULE: "the name of a Python module, such as urllib.request",
@@ -67,8 +69,17 @@ def no_domain(text: str) -> str:
     return f"{shown!r} is no domain: give {IN_WORDS[DOMAIN].removeprefix('a domain ')}"
 
 
+MAX_LABELS: Final = 8
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 Version = Annotated[str, StringConstraints(pattern=VERSION)]
+# Of a host, or what an agent requires of one.
+Labels = Annotated[
+    dict[
+        Annotated[str, StringConstraints(pattern=LABEL)],
+        StrictBool | StrictInt | Annotated[str, StringConstraints(strict=True, pattern=LABEL)],
+    ],
+    Field(max_length=MAX_LABELS),
+]
 # The name of an environment variable, or of a secret, which becomes one.
 Variable = Annotated[str, StringConstraints(pattern=VARIABLE)]
 

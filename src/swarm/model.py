@@ -261,6 +261,7 @@ class Agent:
     over_budget: str | None = None  # a `BudgetPolicy`; None: as the settings say
     keep_vm: str | None = None  # a `KeepVm`; None: never
     keep_vm_seconds: float | None = None  # for how long; None: a day
+    requires: Mapping[str, str | bool | int] = field(default_factory=dict)  # labels that its host must have
 
     @property
     def needs_layer(self) -> bool:

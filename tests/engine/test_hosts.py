@@ -57,17 +57,36 @@ async def test_what_runs_goes_back_uncounted_when_the_time_is_over(plain: Bench)
         assert (step.status, step.retry_count) == ("ready", 0)
 
 
+async def swarm(bench: Bench, *argv: str, program: str = "main") -> tuple[int | None, str]:
+    """A command, from the outside, as an operator types it."""
+    env = os.environ | {"SWARM_STATE_DIR": str(bench.settings.state_dir)}
+    line = [sys.executable, "-m", f"swarm.cli.{program}", *argv, "--home", str(bench.settings.home)]
+    child = await asyncio.create_subprocess_exec(*line, env=env, stdout=-1, stderr=-2)
+    out, _ = await child.communicate()
+    return child.returncode, out.decode()
+
+
+@pytest.mark.slow
+async def test_an_agent_waits_for_a_host_with_what_it_requires(plain: Bench) -> None:
+    agent = await plain.agent(ECHO, "zoned", requires={"zone": "a"})
+    plain.insert("t", agent.id)
+    async with engine_process(plain, SWARM_LABELS='{"zone": "b"}'):
+
+        async def marked() -> bool:
+            return bool(await plain.store.elsewhere("t"))
+
+        await plain.until(marked)
+        _, shown = await swarm(plain, "ticket", "show", "t")
+        assert "it waits for a host with zone=a (none is known)" in shown
+        _, said = await swarm(plain, "status", program="engine")
+        assert "with zone=a (none is known)" in said
+    async with engine_process(plain, SWARM_LABELS='{"zone": "a"}'):
+        assert await ended(plain, "t") == ["done"]
+
+
 @pytest.mark.slow
 async def test_an_engine_registers_its_host_and_drains_by_command(plain: Bench) -> None:
     """`swarm host drain --now --wait` from the outside, as an operator does it."""
-    env = os.environ | {"SWARM_STATE_DIR": str(plain.settings.state_dir)}
-
-    async def swarm(*argv: str) -> tuple[int | None, str]:
-        program = [sys.executable, "-m", "swarm.cli.main", *argv, "--home", str(plain.settings.home)]
-        child = await asyncio.create_subprocess_exec(*program, env=env, stdout=-1, stderr=-2)
-        out, _ = await child.communicate()
-        return child.returncode, out.decode()
-
     agent = await plain.agent(SLEEP, "sleeps")
     plain.insert("t", agent.id)
     async with engine_process(plain) as process:
@@ -75,9 +94,9 @@ async def test_an_engine_registers_its_host_and_drains_by_command(plain: Bench) 
         (host,) = await plain.store.hosts()
         assert host.id == host_id(plain.settings.state_dir) and host.capacity["slots"] == 2
         assert {one.host for one in await plain.store.workers()} == {host.name}
-        code, said = await swarm("host", "drain", host.name, "--wait", "--timeout", "0.1")
+        code, said = await swarm(plain, "host", "drain", host.name, "--wait", "--timeout", "0.1")
         assert code == 1 and "still runs" in said
-        code, said = await swarm("host", "drain", host.name, "--now", "--wait", "--timeout", "60")
+        code, said = await swarm(plain, "host", "drain", host.name, "--now", "--wait", "--timeout", "60")
         assert code == 0 and "is drained: nothing runs there" in said, said
         assert (await plain.store.ticket("t")).state == "in_progress"  # its step waits for another host
         assert (await plain.store.steps("t"))[0].status == "ready"

@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from swarm.admin.engines import Engine, engines
 from swarm.store.sql.rows import QueueStatus
 from swarm.store.store import Store
+from swarm.store.tickets.places import Elsewhere
 from swarm.vm.slots.inventory import Inventory, VmRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """As `swarm-engine status --json` prints it. ``vms``: of this host, those that were started."""
+    """As `swarm-engine status --json` prints it. ``vms``: of this host, those that were started. ``elsewhere``: what
+    hosts must have for which something waits."""
 
     queue: QueueStatus
     vms: list[VmRecord]
     engines: list[Engine]
+    elsewhere: list[Elsewhere]
 
 
 async def status(store: Store, inventory: Inventory) -> Status:
     queue, found = await store.queue(), await engines(store)
     vms = [vm for vm in await asyncio.to_thread(inventory.records) if vm.pid]
-    return Status(queue=queue, vms=vms, engines=found)
+    return Status(queue=queue, vms=vms, engines=found, elsewhere=await store.elsewhere())

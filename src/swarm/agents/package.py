@@ -20,6 +20,7 @@ from swarm.fields import (
     NO_NUL,
     REQUIREMENT,
     SERVICE,
+    Labels,
     Name,
     RetryFields,
     Variable,
@@ -125,6 +126,7 @@ class Manifest(_Strict):
     over_budget: Literal["fail", "wait"] | None = None
     keep_vm: Literal["never", "failure", "always"] | None = None
     keep_vm_seconds: float | None = bounded("keep_vm_seconds", None)
+    requires: Labels = Field(default_factory=dict)
     examples: tuple[_Example, ...] = Field(default=(), max_length=100)
 
     @pydantic.field_validator("inputs", "outputs", "inputs_schema", "outputs_schema")
@@ -284,4 +286,5 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         over_budget=manifest.over_budget,
         keep_vm=manifest.keep_vm,
         keep_vm_seconds=manifest.keep_vm_seconds,
+        requires=manifest.requires,
     )

@@ -338,8 +338,11 @@ async def worker(
     ``warm``: how many VMs to keep ready of each template in use; None follows the demand. ``slots``: how many network
     slots to keep free; ``ahead`` of them are made at the start.
     """
+    from swarm.app import this_host
+
     async with _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=progress) as parts:
         await opened.this_host()
+        opened.labels = this_host.labels(settings)
         yield _worker(settings, opened, parts)
 
 
@@ -430,6 +433,7 @@ async def dispatcher(
 
     slots, ahead = max_vms, min(2, max_vms)
     async with AsyncExitStack() as stack:
+        opened.labels = this_host.labels(settings)
         memory = await this_host.register(settings, opened, max_vms=max_vms, max_sandboxes=max_sandboxes)
         vm_parts = _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=silent)
         parts = await stack.enter_async_context(vm_parts)

@@ -370,6 +370,7 @@ async def status(cli: Cli) -> None:
             "VMs": sum(vm.alive for vm in found.vms),
             "ended": f"{sum(int(info.get('per_minute') or 0) for info in live)} per minute",
             "waiting for": _said(live, "waits_for") if queue.ready else None,
+            "waiting for a host": "; ".join(str(one).partition(" a host ")[2] for one in found.elsewhere) or None,
             "sandboxes wait for": _said(live, "sandboxes_wait_for"),
         }
     )

@@ -176,8 +176,10 @@ async def show(cli: Cli, id: TicketId) -> None:
         await _say_if_unserved(cli, store, ticket)
         names = await store.names((ticket.agent_id, ticket.workflow_id))
         ready = await store.next_steps(id)
-        waits = [said for step in ready if (said := step.waits_for_host)]
-        if ticket.state == TicketState.READY or any(step.in_ms is None and not step.host for step in ready):
+        elsewhere = await store.elsewhere(id)
+        waits = [said for step in ready if (said := step.waits_for_host)] + list(map(str, elsewhere))
+        in_queue = ticket.state == TicketState.READY or any(step.in_ms is None and not step.host for step in ready)
+        if in_queue and not elsewhere:
             waits += await _engines_wait(store)
     if cli.out.json:
         cli.out.dump(found)

@@ -133,6 +133,8 @@ async def _why(context: Context, actor: Actor, ticket: Ticket) -> str:
     engines = [one for one in await context.store.workers() if is_alive(one)]
     if not engines and actor.project_id is None:
         return "No engine runs, so it stays as it is. Start one: swarm-engine start"
+    if elsewhere := await context.store.elsewhere(ticket.id):
+        return f"{'. '.join(map(str, elsewhere)).capitalize()}."
     if ticket.state == TicketState.READY:
         return _in_queue(await context.store.queue(), [str(one.info.get("waits_for") or "") for one in engines])
     waiting = await context.store.next_steps(ticket.id)

@@ -35,8 +35,9 @@ from swarm.model import (
 )
 from swarm.store import audit, details, hosts, spending
 from swarm.store.claims import approvals, finish, retry_from
-from swarm.store.claims.claim import Claimed, Claimer, ClaimRequest
+from swarm.store.claims.claim import Claimer
 from swarm.store.claims.kept import HOST_TIMEOUT_SECONDS
+from swarm.store.claims.request import Claimed, ClaimRequest
 from swarm.store.details import TicketDetails
 from swarm.store.hosts import Alive, Holds, HostState, Machine
 from swarm.store.registry import agents, notices, packages, schedules, secrets, tokens, webhooks, workers, workflows
@@ -78,12 +79,13 @@ from swarm.store.sql.rows import (
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.transaction import Tx
 from swarm.store.sql.wake import Wake
-from swarm.store.tickets import dependencies, display, events, facts, pages, tickets
+from swarm.store.tickets import dependencies, display, events, facts, pages, places, tickets
 from swarm.store.tickets.display import ModelCall, NextStep, Question, RunningAttempt
 from swarm.store.tickets.events import LeftFiles
 from swarm.store.tickets.facts import Backlog, Facts, Traced
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
+from swarm.store.tickets.places import Elsewhere
 from swarm.store.tickets.room import Room
 from swarm.store.tickets.settled import Settled
 from swarm.store.untold import UNTOLD
@@ -105,6 +107,8 @@ class Store:
     ) -> None:
         self._db, self.isolation = db, Isolation()
         self._host_id, self._host = host_id, ""
+        self.labels: Mapping[str, Any] = {}  # of this host, and what memory one VM may have; None: any
+        self.vm_memory_mb: int | None = None
         self._machine: Machine | None = None  # once an engine of this process has registered it
         self._workflows = WorkflowEngine(planning_seconds=planning_seconds, isolation=self.isolation)
         self._packer = Packer()
@@ -416,10 +420,20 @@ class Store:
     async def queue(self) -> QueueStatus:
         return await self._read.call(tickets.queue)
 
+    async def elsewhere(self, ticket_id: str | None = None) -> list[Elsewhere]:
+        """What hosts lack of which something waits for them: of all, or of a ticket."""
+        if ticket_id is not None:
+            return await self._read.call(places.of_ticket, ticket_id)
+        return await self._read.call(places.elsewhere)
+
     async def due(self) -> Due:
         """Is there something to claim for an engine of this host? Else: what it waits for."""
         host = await self.this_host()
-        due = await self._read.call(tickets.due, host=host, host_timeout_seconds=self._host_timeout_seconds)
+        patience, labels, memory_mb = self._host_timeout_seconds, self.labels, self.vm_memory_mb
+        call = self._read.call(
+            tickets.due, host=host, labels=labels, memory_mb=memory_mb, host_timeout_seconds=patience
+        )
+        due = await call
         return self._queue.pace.due(self.isolation.paced(due))
 
     # --- attempts -----------------------------------------------------------------------------------------------------
@@ -461,6 +475,7 @@ class Store:
             idle=idle,
             drain=drain,
             host=host or self.here,
+            labels=self.labels,
             queue_timeout_seconds=queue_timeout_seconds,
             host_timeout_seconds=self._host_timeout_seconds,
         )

@@ -44,7 +44,8 @@ STATEMENTS: dict[str, Sql] = {
 
 # Intended scans of whole tables: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
-    r"SCAN (agents|hosts|notices|packages|secrets|workflows|definitions|schedules|s|tokens|workers|clock|moment|"
+    r"SCAN (agents|hosts|notices|packages|secrets|workflows|definitions|schedules|s|tokens|unmet|workers|clock|marks|"
+    r"moment|"
     r"pragma_data_version|sqlite_master|alembic_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(
@@ -105,7 +106,7 @@ def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
 @pytest.mark.sqlite
 def test_claims_come_from_the_index_in_order(url: str) -> None:
     connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-    values = {"limit": 1, "idle": 1, "drain": 0, "patient_since": "", "silent_since": "", "host": ""}
+    values = {"limit": 1, "idle": 1, "drain": 0, "patient_since": "", "silent_since": "", "host": "", "mark": ""}
     for name in ("ready.READY_TICKETS", "ready.READY_STEPS"):
         plan = [r[3] for r in connection.execute(f"EXPLAIN QUERY PLAN {driver_sql(STATEMENTS[name])}", values)]
         assert not any("TEMP B-TREE" in line for line in plan), plan
@@ -173,7 +174,7 @@ LIVE_INDEXES = re.compile(
     r"|workflow_runs_(due|live)|sandboxes_(due|ending|held|live)"
 )
 SMALL_TABLES = {"agents", "notices", "secrets", "workflows", "definitions", "schedules", "tokens", "workers", "clock"}
-SMALL_TABLES |= {"alembic_version", "hosts"}
+SMALL_TABLES |= {"alembic_version", "hosts", "unmet"}
 WHOLE_READS = {"artifacts._LARGEST", "artifacts._UNUSED", "artifacts._USES_WITHOUT_TICKET", "snapshots._OF_HOST"}
 WHOLE_READS |= {"agents._TICKETS_THAT_NEED", "workflows._TICKETS_THAT_NEED", "views._RECENT", "tickets._NEWEST_IDS"}
 WHOLE_READS |= {"sandboxes._NAMES", "snapshots._NAMES", "agents._STEPS_THAT_NEED"}
@@ -187,8 +188,8 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(part)
 
 
-def whole_reads(connection: psycopg.Connection[Any], statement: Sql) -> list[str]:
-    """What a general plan of it reads from end to end, and is not small."""
+def planned(connection: psycopg.Connection[Any], statement: Sql) -> list[dict[str, Any]]:
+    """The nodes of its general plan."""
     numbers = dict[str, int]()
     sql = re.sub(
         r"%\((\w+)\)s",
@@ -199,9 +200,14 @@ def whole_reads(connection: psycopg.Connection[Any], statement: Sql) -> list[str
     values = f"({', '.join(['NULL'] * len(numbers))})" if numbers else ""
     ((found,),) = connection.execute(f"EXPLAIN (FORMAT JSON) EXECUTE one{values}".encode()).fetchall()
     connection.execute("DEALLOCATE one")
+    return list(nodes((json.loads(found) if isinstance(found, str) else found)[0]["Plan"]))
+
+
+def whole_reads(connection: psycopg.Connection[Any], statement: Sql) -> list[str]:
+    """What it reads from end to end, and is not small."""
     return [
         f"{node['Node Type']} {node.get('Index Name', node.get('Relation Name'))}"
-        for node in nodes((json.loads(found) if isinstance(found, str) else found)[0]["Plan"])
+        for node in planned(connection, statement)
         if (node["Node Type"] == "Seq Scan" and node["Relation Name"] not in SMALL_TABLES)
         or (
             "Index Name" in node
@@ -224,6 +230,16 @@ def test_no_statement_scans_finished_rows_on_postgresql(postgresql_url: str) -> 
             if name != "claim.probe" and (reads := whole_reads(connection, statement)):
                 found[name] = reads
     assert {name: reads for name, reads in found.items() if name not in WHOLE_READS} == {}
+
+
+def test_claims_come_from_the_index_in_order_on_postgresql(postgresql_url: str) -> None:
+    with psycopg.connect(postgresql_url, autocommit=True) as connection:
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        connection.execute("SET enable_seqscan = off")
+        connection.execute("SET enable_bitmapscan = off")
+        for name in ("ready.READY_TICKETS", "ready.READY_STEPS"):
+            kinds = {node["Node Type"] for node in planned(connection, STATEMENTS[name])}
+            assert not any("Sort" in kind for kind in kinds), (name, kinds)
 
 
 def test_few_columns_need_values(outside: Outside) -> None:

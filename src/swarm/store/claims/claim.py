@@ -5,17 +5,18 @@ the first `limit` steps by priority and age attempts of one worker.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any, Final
 
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
-from swarm.store.claims import kept, ready, suspects
+from swarm.store.claims import elsewhere, kept, ready, suspects
 from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
 from swarm.store.claims.pace import Pace
 from swarm.store.claims.ready import Candidate
+from swarm.store.claims.request import Claimed, ClaimRequest
 from swarm.store.registry import workflows
 from swarm.store.registry.agents import NAMES, Agents
 from swarm.store.runs.workflow_engine import WorkflowEngine
@@ -24,8 +25,9 @@ from swarm.store.sql.database import HEAD, REVISION, other_revision
 from swarm.store.sql.dialect import Dialect, Sql
 from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, milliseconds
 from swarm.store.sql.transaction import Row, Tx, chars, one_row
-from swarm.store.tickets import dependencies, validation
+from swarm.store.tickets import dependencies, places, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
+from swarm.store.tickets.places import Places
 from swarm.store.tickets.room import Room
 from swarm.store.tickets.validation import BadRow, Work
 
@@ -79,30 +81,9 @@ def probe(dialect: Dialect) -> Sql:
           EXISTS (SELECT 1 FROM workflow_runs WHERE {RUN_DUE} AND due_at <= now_ms)
           OR EXISTS (SELECT 1 FROM step_executions WHERE {STEP_WAITING} AND available_at <= now_ms) AS runs,
           EXISTS (SELECT 1 FROM tickets WHERE {UNKNOWN_STATE}) AS unknown_states,
+          {places.MARKED} OR EXISTS (SELECT 1 FROM unmet) AS marked,
           EXISTS (SELECT 1 FROM ticket_dependencies) AS dependencies
         FROM (SELECT {dialect.now_ms} AS now_ms) AS moment""")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimRequest:
-    worker: str
-    limit: int
-    lease_seconds: float
-    ticket_id: str | None = None
-    room: Room | None = None
-    held: frozenset[str] = frozenset()  # attempts that this worker is executing
-    idle: bool = True  # it is executing none, so it may run a suspect
-    drain: bool = True  # it may take nothing more, until it is idle, for a suspect that has waited for long
-    host: str = ""
-    queue_timeout_seconds: float | None = None
-    host_timeout_seconds: float = kept.HOST_TIMEOUT_SECONDS
-
-
-@dataclass(slots=True, kw_only=True)
-class Claimed:
-    claims: list[Claim] = field(default_factory=list)
-    more: bool = False  # the transaction stopped at its limit of bad rows: claim again
-    undecided: list[str] = field(default_factory=list)  # runs whose next decision is made outside the transaction
 
 
 class Claimer:
@@ -133,6 +114,7 @@ class _ClaimTransaction:
         # The next step in turn lacks room, or must run alone. Those behind it wait too, so that it isn't
         # starved.
         self.full = False
+        self.places, self.marked = Places(), False
         self.aside = set[str]()  # kinds of VMs that others are not to wait for
         self.left_out: tuple[str, ...] = ()  # of the candidates that were read last
         self.cut = False  # rows are too long to read all of them in one transaction
@@ -152,12 +134,21 @@ class _ClaimTransaction:
         if probed.runs:
             self.result.undecided += self.claimer.workflows.process_due(self.changes)
         self._advance()
+        if probed.marked:
+            self.places = self._places()
         if probed.unknown_states:
             for row in self.changes.each(self.tx.all(UNKNOWN_STATES, limit=AT_ONCE), lambda row: row.id):
                 fail_row(self.changes, row, validation.unknown_state(row.state))
         self._claim(probed.written_by_others)
         dependencies.release(self.changes)
+        if self.marked:
+            self.changes.flush()
+            self._places()
         return self.result
+
+    def _places(self) -> Places:
+        most_mb, patience_ms = self.room.most_memory_mb, self.request.host_timeout_seconds * 1000
+        return places.read(self.tx, self.request.labels, most_mb, patience_ms=patience_ms)
 
     def _release_delayed(self) -> None:
         if self.changes.isolating:
@@ -246,8 +237,10 @@ class _ClaimTransaction:
             return sorted([*found, *(Candidate(row, is_step=True) for row in steps)], key=Candidate.turn)
         # In isolation it looks behind those that it skips.
         self.left_out = tuple(self.aside)
-        pace = None if self.changes.isolating else self.claimer.pace
-        found, self.cut = ready.first(self.tx, which, limit=limit, steps=self.steps, pace=pace, but=self.left_out)
+        pace, marks = None if self.changes.isolating else self.claimer.pace, self.places.here + self.places.given_up
+        found, self.cut = ready.first(
+            self.tx, which, limit=limit, steps=self.steps, pace=pace, but=self.left_out, marks=marks
+        )
         return found
 
     @property
@@ -313,6 +306,8 @@ class _ClaimTransaction:
                 agent = self._agent(work, agents)
                 if candidate.is_step and candidate.row.from_step is not None:
                     agent = kept.sized(agent, candidate.row)
+                if self._is_for_another_host(candidate, agent):
+                    continue
                 if never := self.room.never(agent.memory_mb, agent.disk_mb):
                     raise validation.too_big(agent, never)
                 if not_now := self.room.not_now(agent.disk_mb):
@@ -334,6 +329,18 @@ class _ClaimTransaction:
                 self.room.take(agent.memory_mb, agent.disk_mb)
                 self.result.claims.append(self._attempt(candidate, work, agent, alone=suspect))
                 self.full |= suspect
+
+    def _is_for_another_host(self, candidate: Candidate, agent: Agent) -> bool:
+        """It is marked with what it lacks here, and waits for a host that has it. Raises BadRow."""
+        mark = elsewhere.mark(self.tx, self.request, agent, self.places, self.room.most_memory_mb)
+        if mark is None:
+            return False
+        if candidate.row.waits_for != mark:
+            statement, id = elsewhere.statement(candidate)
+            self.changes.add(statement, id=id, mark=mark)
+            self.marked = True
+        self.full |= self.request.ticket_id is not None
+        return True
 
     def _set_aside(self, candidate: Candidate, work: Work, agent: Agent, why: str) -> None:
         """It waits, and nobody waits for it: other files fill the disk, and nobody knows for how long. Raises BadRow if

@@ -25,7 +25,8 @@ _BYTES: Final = "COALESCE(/*-*/length(CAST(t.{0} AS BLOB))/*-*//*+ octet_length(
 _SIZE: Final = " + ".join(_BYTES.format(name) for name in _LONG)
 # live_run: set when another tool made the ticket ready again while it ran.
 _READY_COLUMNS: Final = f"""{{}}, {_SIZE} AS size, (SELECT max(r.id) FROM workflow_runs r
-    WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run"""
+    WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run,
+    t.waits_for"""
 _READY: Final = f"SELECT {_READY_COLUMNS.format(TICKET_COLUMNS)} FROM tickets t WHERE t.state = 'ready' "
 _CUT: Final = ", ".join(
     f"CASE WHEN {_BYTES.format(name)} < {LARGE} THEN t.{name} END AS {name}" if name in _LONG else f"t.{name}"
@@ -37,7 +38,7 @@ READY_TICKET: Final = Sql(_READY + "AND t.id = :id" + _UNLOCKED.format("t"))
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
        s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
-       s.ticket_created_at, {kept.COLUMNS}, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
+       s.ticket_created_at, s.waits_for, {kept.COLUMNS}, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
        FROM attempts a WHERE a.step_execution_id = s.id AND (a.outcome IS NULL OR a.outcome = 'succeeded')) AS taken,
        r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
        (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries, {suspects.LOSSES} AS losses,
@@ -59,10 +60,11 @@ _BUT_STEPS: Final = " AND CASE WHEN s.from_step IS NULL THEN COALESCE(s.agent_id
 def _statements(but: int, late: int = 0) -> tuple[Sql, Sql]:
     """For tickets and for steps, without so many kinds: see `Candidate.kind`; and without ``late`` tickets."""
     names = ", ".join(f":but_{number}" for number in range(but))
-    tickets = _READY_CUT + (_BUT_TICKETS.format(names) if but else "")
+    tickets = _READY_CUT + "AND t.waits_for = :mark " + (_BUT_TICKETS.format(names) if but else "")
     tickets += _BUT_LATE.format(", ".join(f":late_{number}" for number in range(late))) if late else ""
     tickets += "ORDER BY t.priority DESC, t.created_at"
-    steps = _STEP + (_BUT_STEPS.format(names) if but else "") + " ORDER BY s.priority DESC, s.ticket_created_at"
+    steps = _STEP + " AND s.waits_for = :mark" + (_BUT_STEPS.format(names) if but else "")
+    steps += " ORDER BY s.priority DESC, s.ticket_created_at"
     return (
         Sql(tickets + " LIMIT :limit" + _UNLOCKED.format("t")),
         Sql(steps + " LIMIT :limit" + _UNLOCKED.format("s")),
@@ -96,22 +98,34 @@ class Candidate:
 
 
 def first(
-    tx: Tx, which: Mapping[str, Any], *, limit: int, steps: bool, pace: Pace | None, but: Sequence[str]
+    tx: Tx,
+    which: Mapping[str, Any],
+    *,
+    limit: int,
+    steps: bool,
+    pace: Pace | None,
+    but: Sequence[str],
+    marks: Sequence[str],
 ) -> tuple[list[Candidate], bool]:
     """The next candidates, in their order; and whether more may follow, since rows are too long to read all at once.
     ``which``: values for READY_STEPS. ``pace``: None for all up to the limit, however long. ``but``: not of these
-    kinds."""
+    kinds. ``marks``: those that wait for what this host has (`places`)."""
     most = None if pace is None else MOST_CHARS
     left_out = {f"but_{number}": kind for number, kind in enumerate(but)}
     late = filled("late", pace.left_out() if pace is not None else ())
     tickets, of_runs = _statements(len(but), len(late))
-    rows, more = tx.some(tickets, most, limit=limit, **left_out, **late)
-    found, last = _whole(tx, rows, limit, pace)
-    cut = [last] if last is not None else found[-1:] if more else []
-    if steps:
-        rows, more = tx.some(of_runs, most, limit=limit, **left_out, **which)
-        found += [Candidate(row, is_step=True) for row in rows]
-        cut += found[-1:] if more else []
+    found, cut = list[Candidate](), list[Candidate]()
+    for mark in ("", *marks):
+        rows, more = tx.some(tickets, most, limit=limit, mark=mark, **left_out, **late)
+        some, last = _whole(tx, rows, limit, pace)
+        found += some
+        cut += [last] if last is not None else some[-1:] if more else []
+    for mark in ("", *marks) if steps else ():
+        rows, more = tx.some(of_runs, most, limit=limit, mark=mark, **left_out, **which)
+        some = [Candidate(row, is_step=True) for row in rows]
+        found += some
+        cut += some[-1:] if more else []
+    if steps or marks:
         found.sort(key=Candidate.turn)
     if cut:  # those that were not read may come before the others
         end = min(map(Candidate.turn, cut))

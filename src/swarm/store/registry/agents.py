@@ -11,7 +11,18 @@ from typing import Any, Final
 
 from swarm.base import versions
 from swarm.errors import Conflict, NotFound, StoreError
-from swarm.fields import DEBIAN_PACKAGE, IN_WORDS, MODULE, NAME, NO_NUL, REQUIREMENT, VARIABLE, VERSION
+from swarm.fields import (
+    DEBIAN_PACKAGE,
+    IN_WORDS,
+    LABEL,
+    MAX_LABELS,
+    MODULE,
+    NAME,
+    NO_NUL,
+    REQUIREMENT,
+    VARIABLE,
+    VERSION,
+)
 from swarm.model import (
     BOUNDS,
     TERMINAL_TICKET_STATES,
@@ -26,12 +37,12 @@ from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient
 from swarm.store.sql.transaction import Row, Tx
 from swarm.store.sql.unique import unique
-from swarm.store.tickets import events
+from swarm.store.tickets import events, places
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
 _COLUMNS: Final = ", ".join(AGENT_FIELDS)
 _LISTS: Final = ("entry", "secrets", "preload", "requirements", "packages")
-_JSON: Final = frozenset({*_LISTS, "env", "retry"})
+_JSON: Final = frozenset({*_LISTS, "env", "requires", "retry"})
 
 _NUMBERS: Final = tuple(name for name in AGENT_FIELDS if name in BOUNDS)
 # A row is checked as a manifest is: the pattern of each text, and of each item of a list or key of an object.
@@ -143,6 +154,7 @@ def parse(row: Row) -> Agent:
             raise ValueError("entry is empty")
         if not isinstance(values["env"], dict) or not all(isinstance(text, str) for text in values["env"].values()):
             raise ValueError("env must be a JSON object of strings")
+        values["requires"] = _labels(values["requires"])
         for name in _NUMBERS:
             if name in _REQUIRED or values[name] is not None:
                 _check_number(name, name, values[name])
@@ -164,6 +176,17 @@ def parse(row: Row) -> Agent:
         return Agent(**values)
     except (ValueError, TypeError) as error:
         raise StoreError(f"the agent {row.name!r} ({row.id}) has a broken row: {error}; register it again") from None
+
+
+def _labels(value: object) -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) and len(value) <= MAX_LABELS else [("", None)]
+    for name, wanted in items:
+        text = "x" if isinstance(wanted, bool | int) else wanted
+        if not isinstance(text, str) or not all(re.fullmatch(LABEL.removesuffix("$"), one) for one in (name, text)):
+            raise ValueError(
+                f"requires must be a JSON object of at most {MAX_LABELS} labels with values, each {IN_WORDS[LABEL]}"
+            )
+    return dict(items)
 
 
 def _check_texts(values: dict[str, Any]) -> None:
@@ -195,7 +218,7 @@ def _check_number(label: str, name: str, value: object) -> None:
 def _to_row(agent: Agent) -> dict[str, Any]:
     values: dict[str, Any] = {name: getattr(agent, name) for name in AGENT_FIELDS}
     retry = asdict(agent.retry) | {"on": sorted(agent.retry.on)}
-    values |= {"path": str(agent.path), "env": dict(agent.env), "retry": retry}
+    values |= {"path": str(agent.path), "env": dict(agent.env), "retry": retry, "requires": dict(agent.requires)}
     return {name: dump(value) if name in _JSON else value for name, value in values.items()}
 
 
@@ -230,6 +253,8 @@ def put_agent(tx: Tx, agent: Agent, *, replace: bool = False, by: str | None = N
                 "give the changed agent a new version (while you write it, `swarm agent add --dev` replaces it)"
             )
     tx.run(_UPDATE, now=tx.now, **_to_row(agent))
+    if registered is None or registered.requires != agent.requires:
+        places.clear(tx)
     _record(tx, "agent.add", agent, by)
     return agent
 

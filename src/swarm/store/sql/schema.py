@@ -129,7 +129,8 @@ tickets = sa.Table(
     _text("completed_at"),
     _text("keep_vm"),  # 'never', 'failure', 'always', or NULL: the agent's setting
     _number("keep_vm_seconds", kind=sa.Float()),
-    _index("tickets_ready", "priority DESC", "created_at", where="state = 'ready'"),
+    _text("waits_for", null=False, default=""),  # what a host lacked that would have claimed it: see places.py
+    _index("tickets_ready", "waits_for", "priority DESC", "created_at", where="state = 'ready'"),
     _index("tickets_unfinished", "state", where=UNFINISHED),
     _index("tickets_unknown_state", "state", where=UNKNOWN_STATE),
     # For lists, a page at a time.
@@ -180,6 +181,7 @@ agents = sa.Table(
     _time("updated_at"),
     _text("keep_vm"),
     _number("keep_vm_seconds", kind=sa.Float()),
+    _text("requires", null=False, default="{}"),  # JSON object: labels that a host must have
     sa.UniqueConstraint("name", "version", name="agents_name_version"),
 )
 
@@ -317,7 +319,8 @@ step_executions = sa.Table(
     _text("keep_vm"),  # the step's own; NULL: its ticket's, or its agent's
     _text("from_step"),  # the step execution (its id) in a fork of whose VM it runs
     _text("snapshot_id"),  # of its VM when it completed, if other steps may start from that; '' until then
-    _index("step_executions_ready", "priority DESC", "ticket_created_at", where=STEP_READY),
+    _text("waits_for", null=False, default=""),  # as in tickets
+    _index("step_executions_ready", "waits_for", "priority DESC", "ticket_created_at", where=STEP_READY),
     _index("step_executions_delayed", "available_at", where=STEP_DELAYED),
     _index("step_executions_waiting", "available_at", where=STEP_WAITING),
     sa.Index("step_executions_run", "run_id", "step_id", unique=True),
@@ -456,6 +459,14 @@ hosts = sa.Table(
     _text("drained_at"),
     _time("created_at"),
     sa.UniqueConstraint("name", name="hosts_name"),
+)
+
+# What no known host has, and since when something waits for it.
+unmet = sa.Table(
+    "unmet",
+    metadata,
+    sa.Column("requires", TEXT, primary_key=True, nullable=False),
+    sa.Column("since", BIG, nullable=False),  # ms
 )
 
 # One row. The clock for leases is the database's plus this offset; only tests change it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from swarm.store.sql.rows import (
 )
 from swarm.store.sql.transaction import Tx, one_row
 from swarm.store.sql.unique import unique
-from swarm.store.tickets import dependencies, events, validation
+from swarm.store.tickets import dependencies, events, places, validation
 from swarm.store.tickets.changes import Changes
 
 # Columns of a new ticket; Swarm writes the others, or they have defaults.
@@ -116,8 +116,9 @@ NEXT_DUE: Final = Sql(f"""
       (SELECT min(lease_until) FROM attempts WHERE outcome IS NULL) AS lease,
       (SELECT min(due_at) FROM workflow_runs WHERE due_at IS NOT NULL) AS run,
       (SELECT min(available_at) FROM step_executions WHERE status = 'waiting' AND available_at IS NOT NULL) AS answer,
-      EXISTS (SELECT 1 FROM tickets WHERE state = 'ready')
-      OR EXISTS (SELECT 1 FROM step_executions s WHERE {STEP_READY} AND {IS_HERE}) AS ready
+      EXISTS (SELECT 1 FROM tickets WHERE state = 'ready' AND waits_for = '')
+      OR EXISTS (SELECT 1 FROM step_executions s WHERE {STEP_READY} AND waits_for = '' AND {IS_HERE}) AS ready,
+      {places.MARKED} AS marked
 """)
 
 
@@ -399,9 +400,13 @@ def queue(tx: Tx) -> QueueStatus:
     )
 
 
-def due(tx: Tx, *, host: str, host_timeout_seconds: float) -> Due:
-    """For an engine of this host."""
+def due(tx: Tx, *, host: str, labels: Mapping[str, Any], memory_mb: int | None, host_timeout_seconds: float) -> Due:
+    """For an engine of this host, which has these labels, and so much memory for one VM."""
     row = tx.first(NEXT_DUE, host=host, silent_since=iso(tx.now_ms - round(host_timeout_seconds * 1000)))
     assert row is not None
     times = [ms for ms in (row.step, row.lease, row.run, row.answer) if isinstance(ms, int | float)]
-    return Due(ready=bool(row.ready), next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)
+    ready = bool(row.ready)
+    if row.marked:
+        here, given_up = places.due(tx, labels, memory_mb, patience_ms=host_timeout_seconds * 1000)
+        ready, times = ready or here, times + given_up
+    return Due(ready=ready, next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)

@@ -207,6 +207,13 @@ def too_big(agent: Agent, never: str) -> BadRow:
     return BadRow(f"agent {agent.name} {agent.version} {never}, or run the ticket on a host with more")
 
 
+def no_host(requires: str, seconds: float) -> BadRow:
+    return BadRow(
+        f"its agent requires a host with {requires}, and for {seconds:g} s no known host has had that "
+        "(SWARM_HOST_TIMEOUT_SECONDS; `swarm host list` shows the labels)"
+    )
+
+
 def unknown_state(value: object) -> str:
     guess = str(lenient(value)).strip().lower().replace("-", "_").replace(" ", "_")
     meant = guess if guess in tuple(TicketState) else TicketState.READY

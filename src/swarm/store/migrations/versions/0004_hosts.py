@@ -1,4 +1,4 @@
-"""The machines that engines run on, and the files of agents, for all of them."""
+"""The machines that engines run on, the files of agents for all of them, and what agents require of one."""
 
 from alembic import op
 
@@ -36,6 +36,22 @@ CREATE TABLE packages (
 	data {text} NOT NULL,
 	PRIMARY KEY (name, number)
 )"""
+_UNMET = """
+CREATE TABLE unmet (
+	requires {text} NOT NULL,
+	since {big} NOT NULL,
+	PRIMARY KEY (requires)
+)"""
+_OTHERS = (
+    "ALTER TABLE agents ADD COLUMN requires {text} DEFAULT '{{}}' NOT NULL",
+    "ALTER TABLE tickets ADD COLUMN waits_for {text} DEFAULT '' NOT NULL",
+    "ALTER TABLE step_executions ADD COLUMN waits_for {text} DEFAULT '' NOT NULL",
+    "DROP INDEX tickets_ready",
+    "CREATE INDEX tickets_ready ON tickets (waits_for, priority DESC, created_at) WHERE state = 'ready'",
+    "DROP INDEX step_executions_ready",
+    "CREATE INDEX step_executions_ready ON step_executions (waits_for, priority DESC, ticket_created_at) "
+    "WHERE status = 'ready' AND available_at IS NULL",
+)
 _SQLITE = {"text": "TEXT", "big": "INTEGER", "false": "0", "now": "(strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"}
 _POSTGRESQL = {
     "text": 'TEXT COLLATE "C"',
@@ -47,8 +63,8 @@ _POSTGRESQL = {
 
 def upgrade() -> None:
     words = _POSTGRESQL if op.get_context().dialect.name == "postgresql" else _SQLITE
-    for table in (_HOSTS, _PACKAGES):
-        op.get_bind().exec_driver_sql(table.lstrip().format(**words))
+    for statement in (_HOSTS, _PACKAGES, _UNMET, *_OTHERS):
+        op.get_bind().exec_driver_sql(statement.lstrip().format(**words))
 
 
 downgrade = no_way_back

@@ -1,0 +1,37 @@
+"""What can't run on the host that would claim it, and waits for another one: see `swarm.store.tickets.places`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from swarm.model import Agent
+from swarm.store.claims.ready import Candidate
+from swarm.store.claims.request import ClaimRequest
+from swarm.store.sql.dialect import Sql
+from swarm.store.sql.transaction import Tx
+from swarm.store.tickets import places, validation
+from swarm.store.tickets.places import Places
+
+MARK_TICKET: Final = Sql("UPDATE tickets SET waits_for = :mark WHERE id = :id")
+MARK_STEP: Final = Sql("UPDATE step_executions SET waits_for = :mark WHERE id = :id")
+
+
+def mark(tx: Tx, request: ClaimRequest, agent: Agent, found: Places, most_memory_mb: int | None) -> str | None:
+    """What the agent requires, if the claiming host lacks some of it. Raises BadRow if no known host has had
+    that for too long. What lacks memory alone waits only if a known host has so much: else it is refused as ever."""
+    requires = dict(agent.requires)
+    if most_memory_mb is not None and agent.memory_mb > most_memory_mb:
+        requires[places.MEMORY] = agent.memory_mb
+        if not places.known(tx, requires):
+            return None
+    if not requires or places.has(request.labels, most_memory_mb, requires):
+        return None
+    if (lacks := places.mark(requires)) in found.given_up:
+        raise validation.no_host(places.words(lacks), request.host_timeout_seconds)
+    return lacks
+
+
+def statement(candidate: Candidate) -> tuple[Sql, Any]:
+    """The one that marks its row, and the row's id."""
+    row = candidate.row
+    return (MARK_STEP, row.step_execution_id) if candidate.is_step else (MARK_TICKET, row.id)
