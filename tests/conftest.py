@@ -71,6 +71,8 @@ def lacks(thing: str) -> str:
         return claude_code_here.lacks()
     if thing == "schemathesis":
         return "" if find_spec("schemathesis") else "needs schemathesis: run tools/bootstrap"
+    if thing == "ray":
+        return lacks("netns") or ("" if find_spec("ray") else "needs Ray: run tools/bootstrap")
     if thing == "clients":
         from tests import clients_here
 

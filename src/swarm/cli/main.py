@@ -10,6 +10,7 @@ from swarm.cli import (
     agent,
     artifact,
     bench,
+    cluster,
     cost,
     db,
     diff,  # noqa: F401  a command of `ticket`
@@ -54,6 +55,7 @@ for group in (
     template.app,
     vm.app,
     host.app,
+    cluster.app,
     secret.app,
     token.app,
     notice.app,

@@ -177,6 +177,10 @@ async def start(settings: Settings, store: Store, argv: Sequence[str]) -> Proces
     if (running := in_background(settings)) is not None:
         raise Conflict(f"an engine already runs in the background (pid {running.pid}); `swarm-engine stop` stops it")
     await store.workers()  # raises StoreError now if the database can't be used
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)  # of a host whose database is elsewhere
+    except OSError as error:
+        raise HostError(f"can't make {settings.data_dir}: {error.strerror}") from None
     log, pidfile = log_file(settings), pid_file(settings)
     child = await process.spawn(
         [sys.executable, "-m", "swarm.cli.engine", "start", "--foreground", "--pid-file", str(pidfile),
