@@ -93,6 +93,7 @@ async def test_an_engine_registers_its_host_and_drains_by_command(plain: Bench) 
         await log_until(process, "ticket started")
         (host,) = await plain.store.hosts()
         assert host.id == host_id(plain.settings.state_dir) and host.capacity["slots"] == 2
+        assert host.labels["kvm"] is False, "plain processes, whatever devices this machine has"
         assert {one.host for one in await plain.store.workers()} == {host.name}
         code, said = await swarm(plain, "host", "drain", host.name, "--wait", "--timeout", "0.1")
         assert code == 1 and "still runs" in said

@@ -297,7 +297,7 @@ class _Vms:
 
 @asynccontextmanager
 async def _vms(
-    settings: Settings, opened: Store, *, warm: int | None, slots: int, ahead: int, progress: Progress
+    settings: Settings, opened: Store, chosen: Choice, *, warm: int | None, slots: int, ahead: int
 ) -> AsyncIterator[_Vms]:
     """Leftovers of dead engines are removed first."""
     from swarm.base.log import logger
@@ -307,7 +307,7 @@ async def _vms(
     log = logger(__name__)
     await sweep(settings)
     await opened.bury_dead_workers()
-    vms = launcher(settings, await choice(settings, progress))
+    vms = launcher(settings, chosen)
     source = image_source(settings)
     async with AsyncExitStack() as stack:
         with contextlib.suppress(HostError, ImageError, NotFound):  # the first ticket reports it
@@ -340,9 +340,9 @@ async def worker(
     """
     from swarm.app import this_host
 
-    async with _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=progress) as parts:
+    async with _vms(settings, opened, await choice(settings, progress), warm=warm, slots=slots, ahead=ahead) as parts:
         await opened.this_host()
-        opened.labels = this_host.labels(settings)
+        opened.labels = this_host.labels(settings, parts.launcher.choice.probe)
         yield _worker(settings, opened, parts)
 
 
@@ -431,11 +431,11 @@ async def dispatcher(
     def used(n: int) -> int:
         return used_bytes(vms.dir(n) / WORK_DISK)
 
-    slots, ahead = max_vms, min(2, max_vms)
     async with AsyncExitStack() as stack:
-        opened.labels = this_host.labels(settings)
+        chosen = await choice(settings)
+        opened.labels = this_host.labels(settings, chosen.probe)
         memory = await this_host.register(settings, opened, max_vms=max_vms, max_sandboxes=max_sandboxes)
-        vm_parts = _vms(settings, opened, warm=warm, slots=slots, ahead=ahead, progress=silent)
+        vm_parts = _vms(settings, opened, chosen, warm=warm, slots=max_vms, ahead=min(2, max_vms))
         parts = await stack.enter_async_context(vm_parts)
         wake = await stack.enter_async_context(opened.watching())
         ours = _worker(settings, opened, parts)
