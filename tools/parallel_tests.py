@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = [f"tests/{name}" for name in ("cli", "engine")]
 FOURTH = [f"tests/{name}" for name in ("agents", "api", "cel", "channel", "chaos", "client", "dashboard", "store")]
 # Firecracker guests are slow on hosts without VMX or SVM, so they have a sandbox of their own, with a higher priority.
-# Elsewhere it ends first by far, so it has the store's tests on PostgreSQL too.
-THIRD = "firecracker or postgresql"
+# Elsewhere it ends first by far, so it has the store's tests on PostgreSQL too, and the one with Ray.
+THIRD = "firecracker or postgresql or test_cluster"
 SHARES = {
     "1": [*FIRST, "tests/test_zz_leaks.py", "-k", f"not ({THIRD})"],
     "2": ["tests", *(f"--ignore={name}" for name in FIRST + FOURTH), "-k", f"not ({THIRD})"],
