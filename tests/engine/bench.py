@@ -9,6 +9,7 @@ their own. Nothing is asserted: figures are for people.
     flat         claim and finish with 0, 10⁵ and 10⁶ finished tickets in the file
     chain, fan   workflows: see bench_flows
     idle         CPU and memory of the real `swarm-engine start` while nothing happens
+    postgresql   PostgreSQL beside SQLite: see bench_postgresql
     neighbour    a small ticket's time beside a tenant who does his worst: see bench_neighbour (many minutes)
     locked       share of INSERTs by a `sqlite3` shell, which does not wait, that meet a lock; also beside the real
                  engine. Whose lock it is: the engine's, or that of whoever inserts the tickets
@@ -48,8 +49,10 @@ from swarm.engine.worker import Worker
 from swarm.model import ECHO_AGENT_ID, Claim, Outcome, Succeeded
 from swarm.store.store import Store
 from tests.engine import bench_flows
+from tests.postgres_here import programs
 from tests.store.bench_queue import ECHO, insert, insert_history, out
 
+NAMES = ["wake", "throughput", "flat", "chain", "fan", "idle", "postgresql", "neighbour", "locked"]
 LEASE_SECONDS = 30.0
 
 
@@ -68,11 +71,12 @@ class NullAgent:
         return Succeeded(outputs="{}")
 
 
-async def serve(file: str, max_vms: int) -> None:
+async def serve(database: str, max_vms: int) -> None:
     """An engine: prints a line when it is ready, and one of JSON when SIGTERM has ended it."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     agent = NullAgent()
-    async with Store.open(f"sqlite:///{file}") as store, store.watching() as wake:
+    url = database if "://" in database else f"sqlite:///{database}"
+    async with Store.open(url) as store, store.watching() as wake:
         worker = Worker(store=store, engine=agent, name=f"bench:{os.getpid()}", lease_seconds=LEASE_SECONDS)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=max_vms, memory=None, grace_seconds=10.0)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, dispatcher.stop)
@@ -83,7 +87,7 @@ async def serve(file: str, max_vms: int) -> None:
 
 
 @contextlib.contextmanager
-def engines(file: Path, count: int, max_vms: int, results: list[dict[str, object]]) -> Iterator[list[int]]:
+def engines(file: Path | str, count: int, max_vms: int, results: list[dict[str, object]]) -> Iterator[list[int]]:
     argv = [sys.executable, "-m", "tests.engine.bench", "--serve", str(file), "--max-vms", str(max_vms)]
     running = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
@@ -202,10 +206,10 @@ async def flat(directory: Path, sizes: list[int], rounds: int) -> None:
 
 
 @contextlib.contextmanager
-def real_engine(directory: Path) -> Iterator[tuple[int, Path]]:
+def real_engine(directory: Path, url: str | None = None) -> Iterator[tuple[int, Path]]:
     """`swarm-engine start` on plain processes: its pid, and its database."""
     home = directory / "home"
-    env = {**os.environ, "SWARM_STATE_DIR": str(directory / "state")}
+    env = {**os.environ, "SWARM_STATE_DIR": str(directory / "state")} | ({"SWARM_DATABASE_URL": url} if url else {})
     swarm = [sys.executable, "-m", "swarm.cli.main", "init", "--no-image", "--home", str(home)]
     subprocess.run(swarm, env=env, check=True, stdout=subprocess.DEVNULL)
     argv = [sys.executable, "-m", "swarm.cli.engine", "start", "--foreground", "--driver=process", "--home", str(home)]
@@ -224,9 +228,9 @@ def real_engine(directory: Path) -> Iterator[tuple[int, Path]]:
 def idle(directory: Path, seconds: float) -> None:
     with real_engine(directory) as (pid, _):
         time.sleep(2)
-        before = _cpu_seconds(pid)
+        before = cpu_seconds(pid)
         time.sleep(seconds)
-        share = (_cpu_seconds(pid) - before) / seconds
+        share = (cpu_seconds(pid) - before) / seconds
         memory = next(
             int(line.split()[1]) >> 10
             for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -358,7 +362,7 @@ def _paced(file: Path, per_second: int) -> Iterator[None]:
             thread.join()
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -366,7 +370,9 @@ def _cpu_seconds(pid: int) -> float:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "names", nargs="*", default=["wake", "throughput", "flat", "chain", "fan", "idle", "neighbour", "locked"]
+        "names",
+        nargs="*",
+        default=["wake", "throughput", "flat", "chain", "fan", "idle", "postgresql", "neighbour", "locked"],
     )
     parser.add_argument("--tickets", type=int, default=5000)
     parser.add_argument("--finished", type=int, nargs="*", default=[0, 100_000, 1_000_000])
@@ -403,6 +409,12 @@ async def main() -> None:
             await bench_flows.measure(directory, engines, "fan", bench_flows.FAN, 40)
         if "idle" in options.names:
             idle(directory, 10.0)
+        if "postgresql" in options.names and programs() is not None:
+            from tests.engine import bench_postgresql  # not above: see below
+
+            await asyncio.to_thread(
+                bench_postgresql.measure, directory, tickets=options.tickets, finished=max(options.finished)
+            )
         if "neighbour" in options.names:
             from tests.engine import bench_neighbour  # not above: engines that are measured import this module
 

@@ -53,11 +53,11 @@ async def database(directory: Path, name: str, text: str) -> tuple[Path, str]:
     async with Store.open(f"sqlite:///{file}") as store:
         await store.migrate()
         await store.put_agent(ECHO)
-        checked = validate.checked(text, Registry(agent=lambda _: ECHO, workflow=_no_workflow))
+        checked = validate.checked(text, Registry(agent=lambda _: ECHO, workflow=no_workflow))
         return file, (await store.put_workflow(checked)).id
 
 
-def _no_workflow(reference: str) -> Workflow:
+def no_workflow(reference: str) -> Workflow:
     raise NotFound(reference)
 
 

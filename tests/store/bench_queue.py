@@ -24,6 +24,20 @@ WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}
 INSERT INTO {table} SELECT {columns} FROM n
 """
 
+ROWS = {  # of finished tickets, with all rows of a run
+    "tickets (id, title, state, agent_id, run_id, outputs)": (
+        f"'old-' || i, 'old', 'done', '{ECHO_AGENT_ID}', 'run-' || i, '{{}}'"
+    ),
+    "workflow_runs (id, ticket_id, status)": "'run-' || i, 'old-' || i, 'completed'",
+    "step_executions (id, run_id, step_id, status, attempt_id)": (
+        "'step-' || i, 'run-' || i, 'main', 'completed', 'attempt-' || i"
+    ),
+    "attempts (id, step_execution_id, number, worker, lease_until, outcome)": (
+        "'attempt-' || i, 'step-' || i, 1, 'w', 1000, 'succeeded'"
+    ),
+    "events (ticket_id, kind, data)": "'old-' || i, 'transition', '{}'",
+}
+
 
 def out(line: str) -> None:
     sys.stdout.write(line + "\n")
@@ -41,22 +55,9 @@ def insert(file: Path, prefix: str, count: int) -> None:
 
 
 def insert_history(file: Path, count: int) -> None:
-    """Finished tickets with all rows of a run, generated inside the database."""
-    rows = {
-        "tickets (id, title, state, agent_id, run_id, outputs)": (
-            f"'old-' || i, 'old', 'done', '{ECHO_AGENT_ID}', 'run-' || i, '{{}}'"
-        ),
-        "workflow_runs (id, ticket_id, status)": "'run-' || i, 'old-' || i, 'completed'",
-        "step_executions (id, run_id, step_id, status, attempt_id)": (
-            "'step-' || i, 'run-' || i, 'main', 'completed', 'attempt-' || i"
-        ),
-        "attempts (id, step_execution_id, number, worker, lease_until, outcome)": (
-            "'attempt-' || i, 'step-' || i, 1, 'w', 1000, 'succeeded'"
-        ),
-        "events (ticket_id, kind, data)": "'old-' || i, 'transition', '{}'",
-    }
+    """Generated inside the database."""
     with sqlite3.connect(file) as connection:
-        for table, columns in rows.items():
+        for table, columns in ROWS.items():
             connection.execute(HISTORY.format(table=table, columns=columns, count=count))
     connection.close()
 

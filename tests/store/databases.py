@@ -276,9 +276,9 @@ class _Reusable:
 class PostgresBackend:
     share = 0.2
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **settings: str) -> None:
         self._stack = contextlib.ExitStack()
-        self.server = self._stack.enter_context(postgres_here.running(directory / "postgresql"))
+        self.server = self._stack.enter_context(postgres_here.running(directory / "postgresql", **settings))
         self._made = 0
         self._free, self._given = list[_Reusable](), list[_Reusable]()
         try:

@@ -5,7 +5,7 @@ all of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,9 @@ class Dialect:
     streaming: Callable[[Any], Any]  # (driver's connection): a cursor for results that may not fit into memory
     # Sends statements one after the other, without waiting for each answer.
     pipeline: Callable[[Any], AbstractContextManager[Any]] | None
+    # (driver's connection, statement, rows, whether each must change exactly one row): what to send, the values for it,
+    # and whether it is a statement for each row, to be prepared; else it is one for all.
+    changes: Callable[[Any, str, Sequence[Mapping[str, Any]], bool], tuple[str, Sequence[Any], bool]] | None
     connect: Callable[[str, bool, float], Any]  # (URL, will write, busy timeout in seconds): the driver's connection
     watching: Callable[[str], AbstractAsyncContextManager[Wake]]  # of a URL. Raises StoreError
     file: Callable[[str], Path | None]  # of a URL. None: this database is not a file. Raises UsageError

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from typing import Any, Final
@@ -22,6 +23,7 @@ from psycopg.types.string import TextLoader
 from swarm.errors import StoreError, UsageError
 from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, said, without_password
 from swarm.store.sql.listen import Listener
+from swarm.store.sql.together import together
 from swarm.store.sql.wake import Wake
 
 OLDEST: Final = 140000  # PQserverVersion of the oldest that Swarm knows
@@ -160,6 +162,23 @@ def translate(sql: str) -> str:
     return _DIFFERENT.sub(one, _OWN.sub(lambda found: found[1] or "", sql))
 
 
+# The text is no number: so the transaction ends there, and the COMMIT that is sent after it doesn't count.
+_CHECKED: Final = (
+    "WITH changed AS ({text} RETURNING 1) SELECT CASE count(*) WHEN {count} THEN 1 ELSE CAST("
+    "'a trigger ignored it, or removed the row (' || count(*) || ' of {count})' AS integer) END FROM changed"
+)
+
+
+def _changes(
+    connection: Any, sql: str, rows: Sequence[Mapping[str, Any]], one_row: bool
+) -> tuple[str, Sequence[Any], bool]:
+    found = together(connection, sql, rows)
+    text = found[0] if found is not None else translate(sql)
+    if one_row:
+        text = _CHECKED.format(text=text, count=len(rows) if found is not None else 1)
+    return (text, found[1], False) if found is not None else (text, rows, True)
+
+
 def _explain(error: BaseException) -> str | None:
     if not isinstance(error, psycopg.Error):
         return None
@@ -237,6 +256,7 @@ POSTGRESQL: Final = Dialect(
     translate=translate,
     streaming=lambda connection: connection.cursor(name=f"swarm_{next(_numbers)}"),  # the server keeps the rows
     pipeline=psycopg.Connection.pipeline,
+    changes=_changes,
     connect=_connect,
     watching=_watching,
     file=lambda url: None,

@@ -196,6 +196,7 @@ SQLITE: Final = Dialect(
     tries=3,
     translate=None,
     pipeline=None,
+    changes=None,
     streaming=sqlite3.Connection.cursor,
     connect=_connect,
     watching=lambda url: FileWake.watching(_file(url)),

@@ -113,6 +113,7 @@ class Tx:
         self._unwritten: _Unwritten = []
         self._if_undone: list[Callable[[], None]] = []
         self._locked = False
+        self._begin: str | None = None  # sent together with the first statement
 
     @cached_property
     def now_ms(self) -> int:
@@ -128,7 +129,8 @@ class Tx:
     def written_by_others(self) -> int:
         """Another number than before whenever another connection has changed the database."""
         sql = _written_by_others(self.dialect)  # own changes don't matter to it
-        return int(self._cursor.execute(self._text(sql)).fetchone()[0])
+        self._execute(sql, {})
+        return int(self._cursor.fetchone()[0])
 
     def all(self, statement: Sql, **values: Any) -> list[Row]:
         return self._rows(statement, values)
@@ -137,9 +139,7 @@ class Tx:
         """The first rows, up to the one with which their texts are longer than that; and whether others may follow."""
         if most_chars is None:
             return self._rows(statement, values), False
-        if self._unwritten:
-            self.write()
-        self._cursor.execute(self._text(statement), values)
+        self._execute(statement, values)
         make = _row_type(tuple(column[0] for column in self._cursor.description))
         rows, left = list[Row](), most_chars
         while left >= 0 and (row := self._cursor.fetchone()) is not None:
@@ -160,7 +160,23 @@ class Tx:
         if rows:
             self._unwritten.append((statement, rows))
 
-    def write(self) -> None:
+    def _execute(self, sql: str, values: Mapping[str, Any]) -> None:
+        if self._unwritten:
+            self.write()
+        begin, self._begin = self._begin, None
+        if begin is None or self.dialect.pipeline is None:
+            self._cursor.execute(self._text(sql), values)
+            return
+        driver, moment = self.connection.driver, None
+        with self.dialect.pipeline(driver):
+            driver.execute(begin, prepare=False)
+            if self._shared:  # nearly all of them ask what time it is
+                moment = driver.execute(self._text(_now_ms(self.dialect)))
+            self._cursor.execute(self._text(sql), values)
+        if moment is not None:
+            self.now_ms = int(moment.fetchone()[0])
+
+    def write(self, *, commit: bool = False) -> None:
         """Write the changes made so far. Takes the write lock, if there are any."""
         unwritten, self._unwritten = self._unwritten, []
         if unwritten and not self._muted:
@@ -171,28 +187,45 @@ class Tx:
             # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
             self._take_lock(self.dialect.lock)
         if self.dialect.pipeline is not None and unwritten:
-            self._write_at_once(unwritten, self.dialect.pipeline)
+            self._write_at_once(unwritten, self.dialect.pipeline, commit=commit)
             return
         for statement, rows in unwritten:
             self._cursor.executemany(statement, rows)
-            _check(self.dialect, statement, rows, self._cursor.rowcount)
+            if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
+                raise self.dialect.driver_error("a trigger ignored it, or removed the row")
+        if commit:
+            self.connection.driver.commit()
 
-    def _write_at_once(self, unwritten: _Unwritten, pipeline: Callable[[Any], AbstractContextManager[Any]]) -> None:
-        """All statements on one way to the server and back."""
-        driver = self.connection.driver
-        cursors = [driver.cursor() for _ in unwritten]
+    def _write_at_once(
+        self, unwritten: _Unwritten, pipeline: Callable[[Any], AbstractContextManager[Any]], *, commit: bool
+    ) -> None:
+        """All statements on one way to the server and back, which stops at the first error."""
+        driver, changes = self.connection.driver, self.dialect.changes
+        assert changes is not None
+        self._send_begin()
+        # Before the pipeline, since it may ask the server.
+        found = [changes(driver, str(one), rows, one in _ONE_ROW) for one, rows in unwritten]
         with pipeline(driver):
-            for cursor, (statement, rows) in zip(cursors, unwritten, strict=True):
-                cursor.executemany(self._text(statement), rows)
-        for cursor, (statement, rows) in zip(cursors, unwritten, strict=True):
-            _check(self.dialect, statement, rows, cursor.rowcount)
-            cursor.close()
+            for text, values, prepare in found:
+                if prepare:
+                    driver.cursor().executemany(text, values)
+                else:
+                    driver.execute(text, values, prepare=False)
+            if commit:
+                driver.execute("COMMIT", prepare=False)
+
+    def _send_begin(self) -> None:
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            self.connection.driver.execute(begin, prepare=False)
 
     def _text(self, statement: str) -> str:
         return statement if self.dialect.translate is None else self.dialect.translate(str(statement))
 
     def begin(self, statement: str) -> None:
-        if statement == self.dialect.begin_write:
+        if self.dialect.pipeline is not None:
+            self._begin = statement
+        elif statement == self.dialect.begin_write:
             self._take_lock(statement)
         else:
             self._cursor.execute(statement)
@@ -211,8 +244,7 @@ class Tx:
             return
         self._warm_up()
         with ahead_of_others():
-            self.write()
-            self.connection.driver.commit()
+            self.write(commit=True)
 
     def _warm_up(self) -> None:
         """Read what will be written, before the lock is taken."""
@@ -259,6 +291,7 @@ class Tx:
     def stream(self, statement: Sql, **values: Any) -> Iterator[Row]:
         """Rows one by one, on a separate cursor, for results that may not fit into memory."""
         self.write()
+        self._send_begin()
         with contextlib.closing(self.dialect.streaming(self.connection.driver)) as cursor:
             cursor.execute(self._text(statement), values)
             make = _row_type(tuple(column[0] for column in cursor.description))
@@ -266,9 +299,7 @@ class Tx:
                 yield from map(make, rows)
 
     def _rows(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
-        if self._unwritten:
-            self.write()
-        self._cursor.execute(self._text(sql), values)
+        self._execute(sql, values)
         rows = self._cursor.fetchall()
         if not rows:
             return []
@@ -279,11 +310,6 @@ class Tx:
         """Is the database at fault, and not one statement?"""
         complete = partial(is_complete, self.connection, self.dialect)
         return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
-
-
-def _check(dialect: Dialect, statement: Sql, rows: Sequence[Mapping[str, Any]], changed: int) -> None:
-    if statement in _ONE_ROW and changed != len(rows):
-        raise dialect.driver_error("a trigger ignored it, or removed the row")
 
 
 def is_complete(connection: Connection, dialect: Dialect) -> bool:
