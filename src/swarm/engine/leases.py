@@ -26,7 +26,7 @@ async def keep(
     """Renew the leases of what is ``held``, all at once, for ever. ``lost`` is called when none can be ours for much
     longer, by this process's own clock: also while the database neither answers nor fails."""
     every = min(RENEW_SECONDS, lease_seconds / 3)
-    good_until = _good_until(lease_seconds)
+    good_until, said = _good_until(lease_seconds), ""
     while True:
         await asyncio.sleep(every)
         ids = held()
@@ -38,12 +38,13 @@ async def keep(
             async with asyncio.timeout(max(every, good_until - time.monotonic())):
                 await renew(ids)
         except (StoreError, TimeoutError) as error:
-            said = str(error) or "the database does not answer"
-            log.warning("can't renew leases", error=said, leases=len(ids))
+            if (now := str(error) or "the database does not answer") != said:
+                said = now
+                log.warning("can't renew leases", error=said, leases=len(ids))
             if time.monotonic() >= good_until:
                 lost()
         else:
-            good_until = good_again
+            good_until, said = good_again, ""
 
 
 def _good_until(lease_seconds: float) -> float:

@@ -259,7 +259,7 @@ class Worker:
         vm_time_ms = attempt.timeline.since_ms("slot")
         put_back = isinstance(outcome, Interrupted)
         patience = min(_PUT_BACK_SECONDS, self._lease_seconds) if put_back else self._lease_seconds
-        deadline = time.monotonic() + patience
+        deadline, said = time.monotonic() + patience, ""
         while True:
             events, attempt.events = attempt.events, []
             try:
@@ -284,9 +284,14 @@ class Worker:
             except StoreError as error:
                 # Locked or full: keep trying to save the result for as long as the lease can still be ours.
                 attempt.events = [*events, *attempt.events]
-                if time.monotonic() > deadline:
-                    raise
-                log.warning("can't write an outcome yet", ticket=claim.ticket.id, error=str(error))
+                if time.monotonic() > deadline and self._store.is_file:
+                    raise  # to be started again, and not to wait beside a full disk
+                if time.monotonic() > deadline:  # of a server that is away, others wait too: then it runs again
+                    log.error("an outcome is lost, since its lease is", ticket=claim.ticket.id, error=str(error))
+                    return None
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("can't write an outcome yet", ticket=claim.ticket.id, error=said)
                 await asyncio.sleep(_STORE_RETRY_SECONDS)
             else:
                 crash_points.reach("finished")
@@ -325,13 +330,17 @@ class Worker:
         self._unwritten.set()
 
     async def _flushing(self) -> None:
+        said = ""
         while True:
             await self._unwritten.wait()
             await asyncio.sleep(FLUSH_EVERY_SECONDS)
             try:
                 await finish_uninterrupted(self._flush())  # else a stop would lose what is being written
+                said = ""
             except StoreError as error:  # events are kept for the next try
-                log.warning("can't write events yet", error=str(error))
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("can't write events yet", error=said)
                 await asyncio.sleep(_STORE_RETRY_SECONDS)
 
     async def _flush(self) -> None:

@@ -172,6 +172,11 @@ class Store:
         return self._db.url
 
     @property
+    def is_file(self) -> bool:
+        """Not a server, which may be away for a time."""
+        return self._db.file is not None
+
+    @property
     def jail(self) -> Jail:
         """Runs expressions that could be expensive. One per store; it starts at first use and ends with the store."""
         return self._workflows.jail

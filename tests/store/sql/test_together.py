@@ -19,7 +19,7 @@ from swarm.store.tickets import changes, events
 from tests.store.databases import Outside, PostgresBackend
 from tests.store.sql.test_schema import STATEMENTS
 
-pytestmark = pytest.mark.needs("postgresql")
+pytestmark = [pytest.mark.needs("postgres"), pytest.mark.slow]  # starts a server
 
 HOT: tuple[Sql, ...] = (
     claim.INSERT_RUN,

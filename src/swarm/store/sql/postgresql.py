@@ -37,6 +37,8 @@ _STANDBY: Final = (
     "the database {place} is read-only: is it a standby? Let the URL name the primary (several hosts and "
     "target_session_attrs=read-write find it)"
 )
+_LOST: Final = "the connection to the database {place} was lost ({error})"
+_IS_LOST: Final = re.compile(r"(consuming input|flushing) failed|closed the connection|connection is (closed|lost)")
 # The first match of the error's class counts (Appendix A of PostgreSQL's manual).
 _ERRORS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (("40001", "40P01", "55P03"), "the database {place} is busy: other transactions have come between for {busy:g} s"),
@@ -54,7 +56,7 @@ _ERRORS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     ),
     (("42P01", "42703", "42883"), NOT_MIGRATED),
     (("XX001", "XX002"), "the database {place} is damaged ({error}); restore a backup"),
-    (("08", "57P"), "the connection to the database {place} was lost ({error})"),
+    (("08", "57P"), _LOST),
     (("53",), "the database {place} is out of resources ({error})"),
 )
 _UNREACHABLE: Final = "can't reach the database {place} ({error}); is it running, and are address and password right?"
@@ -187,7 +189,7 @@ def _explain(error: BaseException) -> str | None:
         # libpq's own: no connection, or one that broke
         if not isinstance(error, psycopg.OperationalError):
             return None
-        return _FULL if _IS_FULL.search(str(error)) else _UNREACHABLE
+        return _FULL if _IS_FULL.search(str(error)) else _LOST if _IS_LOST.search(str(error)) else _UNREACHABLE
     for prefixes, text in _ERRORS:
         if code.startswith(prefixes):
             return text

@@ -7,6 +7,7 @@ its id. The server is asked once for the types of the values.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,6 @@ from functools import lru_cache
 from typing import Any, Final
 
 import psycopg
-from psycopg import pq
-from psycopg.errors import error_from_result
 
 FEWEST: Final = 4  # rows; fewer are as quick one by one, with a prepared statement
 _MOST_CHARS: Final = 4 << 20  # of JSON
@@ -26,6 +25,8 @@ _COPY: Final = re.compile(
 )
 _UPDATE: Final = re.compile(r"(?P<head>UPDATE \w+ SET (?!.*SELECT).*) WHERE id = :(?P<key>\w+)")
 _NAME: Final = re.compile(r"'(?:[^']|'')*'|:([a-z_]\w*)")
+_TYPES: Final = "SELECT CAST(parameter_types AS text[]) FROM pg_prepared_statements WHERE name = %s"
+_numbers: Final = itertools.count()
 _types: Final = dict[str, tuple[str, ...]]()  # by statement
 
 
@@ -74,12 +75,10 @@ def _asked(connection: psycopg.Connection[Any], sql: str, names: Sequence[str]) 
     """What the server takes the values for."""
     numbers = {name: f"${number}" for number, name in enumerate(names, 1)}
     text = _NAME.sub(lambda found: numbers[found[1]] if found[1] else found[0], sql)
-    for result in (connection.pgconn.prepare(b"", text.encode()), connection.pgconn.describe_prepared(b"")):
-        if result.status != pq.ExecStatus.COMMAND_OK:
-            raise error_from_result(result)
-    return tuple(_name(connection, result.param_type(number)) for number in range(len(names)))
-
-
-def _name(connection: psycopg.Connection[Any], oid: int) -> str:
-    found = connection.adapters.types.get(oid)
-    return found.regtype if found is not None else "text"
+    own = f"swarm_asked_{next(_numbers)}"
+    with connection.pipeline():
+        connection.execute(f"PREPARE {own} AS {text}".encode(), prepare=False)
+        types = connection.execute(_TYPES, (own,), prepare=False)
+        connection.execute(f"DEALLOCATE {own}".encode(), prepare=False)
+    [found] = types.fetchall()
+    return tuple(found[0])
