@@ -56,6 +56,7 @@ class Vault:
             raise UsageError(f"{name!r} is not a valid name for a secret: use letters, digits and '_', no digit first")
         if "\0" in value or len(value) < SHORTEST or len(value.encode(errors="replace")) > MAX_BYTES:
             raise UsageError(f"a secret must have {SHORTEST} to {MAX_BYTES} characters, and no NUL")
+        await self.check(but=(name, scope))
         nonce = os.urandom(_NONCE_BYTES)
         cipher = await asyncio.to_thread(self._cipher, make=True)  # reads the key, or makes it
         try:
@@ -81,6 +82,22 @@ class Vault:
             return cipher.decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], what.encode()).decode()
         except (InvalidTag, ValueError):
             return None
+
+    async def check(self, *, but: tuple[str, str] | None = None) -> int:
+        """The number of secrets, those of one name and scope aside. Raises HostError if there are some, and the key of
+        this host opens none: it is another host's. With two keys, each host could open but its own."""
+        rows = await self._store.sealed_secrets([row.name for row in await self.list()])
+        others = [row for row in rows if (row.name, row.scope) != but]
+        for row in others:
+            with contextlib.suppress(HostError):
+                await asyncio.to_thread(self._open, row)
+                return len(others)
+        if others:
+            raise HostError(
+                f"none of the {len(others)} secrets here can be opened with the key in {self._key_file}: copy that "
+                "file from the host where they were set, or, if it is lost, remove them (`swarm secret rm`)"
+            )
+        return 0
 
     async def list(self) -> list[SecretRow]:
         return await self._store.secrets()

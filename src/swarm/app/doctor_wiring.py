@@ -150,12 +150,23 @@ async def _database(settings: Settings) -> list[Check]:
             checks += await home.database(settings.database, opened, Store.head(), settings.agents)
             if not any(check.status == "fail" for check in checks):  # else the tables may be missing
                 checks += await _layers(settings, opened)
+                checks.append(await _secrets(settings, opened))
     except SwarmError as error:
         fix = "run it as the user of `swarm serve`, or as root" if address.hidden(settings) else "swarm init"
         checks.append(fail("database", str(error), fix))
     if settings.database.startswith("sqlite:"):
         checks.append(home.registry(settings.registry_link, settings.data_dir / "swarm.db"))
     return checks
+
+
+async def _secrets(settings: Settings, opened: Store) -> Check:
+    from swarm.doctor import home
+
+    async def opened_with_the_key() -> str:
+        count = await wiring.vault(settings, opened).check()
+        return f"{count}, which the key of this host opens" if count else "none is set"
+
+    return await home.attempt("secrets", "copy data/secret.key from the host where they were set", opened_with_the_key)
 
 
 async def _layers(settings: Settings, opened: Store) -> list[Check]:
