@@ -76,7 +76,7 @@ def test_every_number_has_a_range() -> None:
         name for name, field in config.Settings.model_fields.items()
         if any(kind in str(field.annotation) for kind in ("int", "float"))
     }  # fmt: skip
-    assert numbers == set(config.RANGES)
+    assert numbers - {"labels"} == set(config.RANGES)  # which may have numbers in them
 
 
 def test_slots_in_range_exist() -> None:

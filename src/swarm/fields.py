@@ -70,16 +70,13 @@ def no_domain(text: str) -> str:
 
 
 MAX_LABELS: Final = 8
+MOST_NUMBER: Final = 2**53
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 Version = Annotated[str, StringConstraints(pattern=VERSION)]
-# Of a host, or what an agent requires of one.
-Labels = Annotated[
-    dict[
-        Annotated[str, StringConstraints(pattern=LABEL)],
-        StrictBool | StrictInt | Annotated[str, StringConstraints(strict=True, pattern=LABEL)],
-    ],
-    Field(max_length=MAX_LABELS),
-]
+_Label = Annotated[str, StringConstraints(strict=True, pattern=LABEL)]
+_Whole = Annotated[StrictInt, Field(ge=-MOST_NUMBER, le=MOST_NUMBER)]
+# Of a host, or what is required of one.
+Labels = Annotated[dict[_Label, StrictBool | _Whole | _Label], Field(max_length=MAX_LABELS)]
 # The name of an environment variable, or of a secret, which becomes one.
 Variable = Annotated[str, StringConstraints(pattern=VARIABLE)]
 

@@ -297,6 +297,7 @@ class Ticket:
     over_budget: str | None = None  # a `BudgetPolicy`; None: as the agent says
     keep_vm: str | None = None  # a `KeepVm`; None: as the agent says
     keep_vm_seconds: float | None = None
+    requires: str | None = None  # JSON text of an object: labels that its host must have, beside its agent's
     trigger_type: str | None = None
     trigger_data: str | None = None
     run_id: str | None = None

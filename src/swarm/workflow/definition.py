@@ -80,6 +80,7 @@ class Step:
     continue_on_error: bool = False
     from_step: str | None = None
     keep_vm: str | None = None  # None: as its ticket, or its agent, says
+    requires: Mapping[str, str | bool | int] = field(default_factory=dict)  # of its host, beside its agent's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from swarm.fields import (
     HEADER,
     REFERENCE,
     STEP,
+    Labels,
     Name,
     RetryFields,
     Variable,
@@ -100,6 +101,7 @@ class _Step(_Strict):
     continue_on_error: bool = False
     from_: _Id | None = Field(default=None, alias="from")
     keep_vm: Literal["never", "failure", "always"] | None = None
+    requires: Labels | None = None
 
 
 class _Schedule(_Strict):
@@ -252,6 +254,7 @@ class _Builder:
             continue_on_error=raw.continue_on_error,
             from_step=raw.from_,
             keep_vm=raw.keep_vm,
+            requires=raw.requires or {},
         )
 
     def _check_effect(self, raw: _Step, path: manifest.KeyPath) -> None:
@@ -261,7 +264,7 @@ class _Builder:
         if raw.retry is not None:
             message = "retry needs an agent; the steps of a nested workflow have their own"
             self._bad((*path, "retry"), message, at_key=True)
-        for name, value in (("from", raw.from_), ("keep_vm", raw.keep_vm)):
+        for name, value in (("from", raw.from_), ("keep_vm", raw.keep_vm), ("requires", raw.requires)):
             if value is not None:
                 message = f"{name} needs an agent: without one, the step has no VM of its own"
                 self._bad((*path, name), message, at_key=True)

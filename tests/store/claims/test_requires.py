@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -90,7 +91,7 @@ async def test_it_fails_once_no_known_host_had_it_for_the_time(store: Store, out
         assert await ids(one) == []
     ticket = await store.ticket("t")
     assert ticket.state == "failed"
-    assert str(ticket.error).startswith("its agent requires a host with gpu=true, zone=a, and for 900 s no known host")
+    assert str(ticket.error).startswith("it requires a host with gpu=true, zone=a, and for 900 s no known host")
     assert await ids(store) == [] and outside.execute("SELECT requires FROM unmet") == []
 
 
@@ -139,6 +140,60 @@ async def test_one_ticket_alone_is_not_claimed_where_it_does_not_fit(store: Stor
         assert await ids(store, 1, ticket_id="t") == []
     store.labels = ZONED.requires
     assert await ids(store, 1, ticket_id="t") == ["t"]
+
+
+async def test_agent_step_and_ticket_require_together(store: Store, outside: Outside) -> None:
+    await store.put_agent(ZONED)
+    flow = "steps: [{id: a, agent: zoned, requires: {disk: ssd}}]"
+    await ticket(store, outside, flow, id="both", requires='{"rack": 7}')
+    insert(outside, "plain", requires='{"rack": 7}')
+    insert(outside, "empty", requires="")
+    assert [claim.ticket.id for claim in await claims(store)] == ["empty"]
+    assert await claims(store) == []
+    assert marks(outside) == ['{"rack":7}']
+    assert marks(outside, "step_executions") == ['{"disk":"ssd","gpu":true,"rack":7,"zone":"a"}']
+    store.labels = {"rack": 7}
+    assert [claim.ticket.id for claim in await claims(store)] == ["plain"]
+    store.labels = {"rack": 7, "disk": "ssd", **ZONED.requires}
+    assert [claim.ticket.id for claim in await claims(store)] == ["both"]
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ('{"zone": "b"}', "it requires zone=a and zone=b, and no host has both"),
+        ('{"gpu": 1}', "it requires gpu=true and gpu=1, and no host has both"),
+        ("{", "can't be used"),
+        ("[1]", "at most 8 labels"),
+        ('{"a": 1.5}', "at most 8 labels"),
+        ('{"a": 9999999999999999999999}', "at most 8 labels"),
+        ("[" * 5000, "can't be used"),
+    ],
+)
+async def test_what_a_ticket_can_not_require(store: Store, outside: Outside, value: str, why: str) -> None:
+    await store.put_agent(ZONED)
+    insert(outside, "t", agent_id="zoned", requires=value)
+    assert await ids(store) == []
+    found = await store.ticket("t")
+    assert found.state == "failed" and why in str(found.error)
+
+
+async def test_the_longest_mark_fits_into_an_index(store: Store, outside: Outside) -> None:
+    def labels(first: str, count: int) -> dict[str, str]:
+        return {f"{first}{number}" + "n" * 61: "v" * 63 for number in range(count)}
+
+    await store.put_agent(replace(ZONED, requires=labels("a", 8)))
+    insert(outside, "t", agent_id="zoned", requires=json.dumps(labels("b", 8)))
+    assert await ids(store) == [] and len(marks(outside)[0]) > 2000
+    await ticket(
+        store,
+        outside,
+        f"steps: [{{id: a, agent: zoned, requires: {json.dumps(labels('c', 1))}}}]",
+        id="more",
+        requires=json.dumps(labels("b", 8)),
+    )
+    assert await claims(store) == []
+    assert "it requires 17 labels; the limit is 16" in str((await store.ticket("more")).error)
 
 
 @pytest.mark.parametrize("value", ["", "null", "[]", '{"a": null}', '{"a b": 1}', '{"a": "b c"}', '{"a": 1.5}', "{"])

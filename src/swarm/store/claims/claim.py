@@ -306,7 +306,7 @@ class _ClaimTransaction:
                 agent = self._agent(work, agents)
                 if candidate.is_step and candidate.row.from_step is not None:
                     agent = kept.sized(agent, candidate.row)
-                if self._is_for_another_host(candidate, agent):
+                if self._is_for_another_host(candidate, work, agent):
                     continue
                 if never := self.room.never(agent.memory_mb, agent.disk_mb):
                     raise validation.too_big(agent, never)
@@ -330,9 +330,10 @@ class _ClaimTransaction:
                 self.result.claims.append(self._attempt(candidate, work, agent, alone=suspect))
                 self.full |= suspect
 
-    def _is_for_another_host(self, candidate: Candidate, agent: Agent) -> bool:
+    def _is_for_another_host(self, candidate: Candidate, work: Work, agent: Agent) -> bool:
         """It is marked with what it lacks here, and waits for a host that has it. Raises BadRow."""
-        mark = elsewhere.mark(self.tx, self.request, agent, self.places, self.room.most_memory_mb)
+        requires = elsewhere.required(candidate, work.ticket, agent)
+        mark = elsewhere.mark(self.tx, self.request, agent, requires, self.places, self.room.most_memory_mb)
         if mark is None:
             return False
         if candidate.row.waits_for != mark:

@@ -38,7 +38,8 @@ READY_TICKET: Final = Sql(_READY + "AND t.id = :id" + _UNLOCKED.format("t"))
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
        s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
-       s.ticket_created_at, s.waits_for, {kept.COLUMNS}, r.path, s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
+       s.ticket_created_at, s.waits_for, s.requires AS step_requires, {kept.COLUMNS}, r.path,
+       s.attempt_id IS NOT NULL OR EXISTS (SELECT 1
        FROM attempts a WHERE a.step_execution_id = s.id AND (a.outcome IS NULL OR a.outcome = 'succeeded')) AS taken,
        r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
        (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries, {suspects.LOSSES} AS losses,

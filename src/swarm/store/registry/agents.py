@@ -14,8 +14,6 @@ from swarm.errors import Conflict, NotFound, StoreError
 from swarm.fields import (
     DEBIAN_PACKAGE,
     IN_WORDS,
-    LABEL,
-    MAX_LABELS,
     MODULE,
     NAME,
     NO_NUL,
@@ -154,7 +152,7 @@ def parse(row: Row) -> Agent:
             raise ValueError("entry is empty")
         if not isinstance(values["env"], dict) or not all(isinstance(text, str) for text in values["env"].values()):
             raise ValueError("env must be a JSON object of strings")
-        values["requires"] = _labels(values["requires"])
+        values["requires"] = places.labels(values["requires"])
         for name in _NUMBERS:
             if name in _REQUIRED or values[name] is not None:
                 _check_number(name, name, values[name])
@@ -176,17 +174,6 @@ def parse(row: Row) -> Agent:
         return Agent(**values)
     except (ValueError, TypeError) as error:
         raise StoreError(f"the agent {row.name!r} ({row.id}) has a broken row: {error}; register it again") from None
-
-
-def _labels(value: object) -> dict[str, Any]:
-    items = value.items() if isinstance(value, dict) and len(value) <= MAX_LABELS else [("", None)]
-    for name, wanted in items:
-        text = "x" if isinstance(wanted, bool | int) else wanted
-        if not isinstance(text, str) or not all(re.fullmatch(LABEL.removesuffix("$"), one) for one in (name, text)):
-            raise ValueError(
-                f"requires must be a JSON object of at most {MAX_LABELS} labels with values, each {IN_WORDS[LABEL]}"
-            )
-    return dict(items)
 
 
 def _check_texts(values: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ _CHILDREN: Final = Sql(
 _WRITTEN: Final = (
     "agent_id", "agent_name", "agent_version", "inputs", "outputs", "queued_at", "started_at", "completed_at",
     "duration_ms", "max_attempts", "timeout_seconds", "retry", "question", "fan_out", "keep_vm", "from_step",
-    "snapshot_id",
+    "snapshot_id", "requires",
 )  # fmt: skip
 _UPDATE_STEP: Final = one_row(
     "UPDATE step_executions SET status = :status, error = :error, available_at = :available_at, "
@@ -254,6 +254,7 @@ class _Work:
             timeout_seconds=step.timeout_seconds or agent.timeout_seconds,
             retry=_retry(step),
             keep_vm=step.keep_vm,
+            requires=dump(dict(step.requires)) if step.requires else None,
             from_step=self._step(action.source).id if action.source is not None else None,
             snapshot_id="" if action.is_source else None,
         )

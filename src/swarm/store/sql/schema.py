@@ -129,6 +129,7 @@ tickets = sa.Table(
     _text("completed_at"),
     _text("keep_vm"),  # 'never', 'failure', 'always', or NULL: the agent's setting
     _number("keep_vm_seconds", kind=sa.Float()),
+    _text("requires"),  # JSON object: labels that its host must have, beside its agent's
     _text("waits_for", null=False, default=""),  # what a host lacked that would have claimed it: see places.py
     _index("tickets_ready", "waits_for", "priority DESC", "created_at", where="state = 'ready'"),
     _index("tickets_unfinished", "state", where=UNFINISHED),
@@ -319,6 +320,7 @@ step_executions = sa.Table(
     _text("keep_vm"),  # the step's own; NULL: its ticket's, or its agent's
     _text("from_step"),  # the step execution (its id) in a fork of whose VM it runs
     _text("snapshot_id"),  # of its VM when it completed, if other steps may start from that; '' until then
+    _text("requires"),  # the step's own
     _text("waits_for", null=False, default=""),  # as in tickets
     _index("step_executions_ready", "waits_for", "priority DESC", "ticket_created_at", where=STEP_READY),
     _index("step_executions_delayed", "available_at", where=STEP_DELAYED),

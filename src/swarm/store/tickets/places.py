@@ -7,10 +7,12 @@ reads those without a mark, and those whose marks its host has: the others are n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from swarm.fields import IN_WORDS, LABEL, MAX_LABELS, MOST_NUMBER
 from swarm.store.sql.conditions import STEP_READY
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
@@ -73,6 +75,26 @@ class Places:
 
     here: list[str] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)
+
+
+def labels(value: object) -> dict[str, Any]:
+    """What an agent, a step or a ticket requires, as its row says. Raises ValueError."""
+    items = value.items() if isinstance(value, dict) and len(value) <= MAX_LABELS else [("", None)]
+    for name, wanted in items:
+        text = "x" if isinstance(wanted, int) and abs(wanted) <= MOST_NUMBER else wanted
+        if not isinstance(text, str) or not all(re.fullmatch(LABEL.removesuffix("$"), one) for one in (name, text)):
+            raise ValueError(
+                f"requires must be a JSON object of at most {MAX_LABELS} labels with values, each {IN_WORDS[LABEL]}"
+            )
+    return dict(items)
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """The same of a JSON text."""
+    try:
+        return labels(json.loads(text))
+    except RecursionError:
+        return labels(None)
 
 
 def mark(requires: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ from swarm.store.tickets.changes import Changes
 _GIVEN: Final = (
     "id", "project_id", "title", "description", "state", "agent_id", "assignee_id", "assignee_type", "execution_mode",
     "workflow_id", "inputs", "priority", "timeout_seconds", "max_attempts", "budget_usd", "budget_tokens",
-    "over_budget", "keep_vm", "keep_vm_seconds", "trigger_type", "trigger_data",
+    "over_budget", "keep_vm", "keep_vm_seconds", "requires", "trigger_type", "trigger_data",
 )  # fmt: skip
 _INSERT: Final = Sql(
     f"INSERT INTO tickets ({', '.join(_GIVEN)}, created_at, updated_at) "

@@ -14,6 +14,7 @@ from typing import Any, Final
 from swarm.base import jsontext, versions
 from swarm.model import BOUNDS, Agent, BudgetPolicy, ExecutionMode, KeepVm, Ticket, TicketState
 from swarm.store.sql.rows import READ_BYTES, TICKET_FIELDS, lenient, milliseconds
+from swarm.store.tickets import places
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -87,6 +88,12 @@ def strict_ticket(row: Any) -> Ticket:
         raise BadRow(
             f"keep_vm {shown(values['keep_vm'])} is unknown; use {', '.join(map(repr, map(str, KeepVm)))}, or NULL"
         )
+    values["requires"] = values["requires"] or None
+    if values["requires"] is not None:
+        try:
+            places.parsed(values["requires"])
+        except ValueError as error:
+            raise BadRow(f"requires {shown(values['requires'])} can't be used: {error}") from None
     return Ticket(**values)
 
 
@@ -209,7 +216,7 @@ def too_big(agent: Agent, never: str) -> BadRow:
 
 def no_host(requires: str, seconds: float) -> BadRow:
     return BadRow(
-        f"its agent requires a host with {requires}, and for {seconds:g} s no known host has had that "
+        f"it requires a host with {requires}, and for {seconds:g} s no known host has had that "
         "(SWARM_HOST_TIMEOUT_SECONDS; `swarm host list` shows the labels)"
     )
 

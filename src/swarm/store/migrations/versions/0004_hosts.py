@@ -44,6 +44,8 @@ CREATE TABLE unmet (
 )"""
 _OTHERS = (
     "ALTER TABLE agents ADD COLUMN requires {text} DEFAULT '{{}}' NOT NULL",
+    "ALTER TABLE tickets ADD COLUMN requires {text}",
+    "ALTER TABLE step_executions ADD COLUMN requires {text}",
     "ALTER TABLE tickets ADD COLUMN waits_for {text} DEFAULT '' NOT NULL",
     "ALTER TABLE step_executions ADD COLUMN waits_for {text} DEFAULT '' NOT NULL",
     "DROP INDEX tickets_ready",
