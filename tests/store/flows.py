@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from swarm import agents
-from swarm.model import Claim, Failed, FailureReason, Outcome, Succeeded
+from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Succeeded
 from swarm.store.sql.rows import StepRow
 from swarm.store.store import Store
 from swarm.workflow import validate
@@ -37,9 +38,15 @@ def gives(**values: Any) -> Behaviour:
     return behave
 
 
+@cache
+def _builtin() -> list[Agent]:
+    """Read once: a test registers a workflow in less time."""
+    return [agents.read(directory) for directory in agents.builtin()]
+
+
 async def register(store: Store, text: str, *, name: str = "flow") -> str:
     """Steps in YAML as a workflow; its id. The agents are those of `databases` and the built-in ones."""
-    known = [ECHO, *(await store.agents()), *(agents.read(directory) for directory in agents.builtin())]
+    known = [ECHO, *(await store.agents()), *_builtin()]
     rows = await store.workflows()
 
     def workflow(reference: str) -> Any:

@@ -218,6 +218,15 @@ def whole_reads(connection: psycopg.Connection[Any], statement: Sql) -> list[str
     ]
 
 
+async def test_a_schema_of_any_name(postgresql: PostgresBackend) -> None:
+    url = f"{postgresql.empty()}&options=-csearch_path%3D%22Mine%22"
+    with psycopg.connect(url, autocommit=True) as admin:
+        admin.execute('CREATE SCHEMA "Mine"')
+        async with Store.open(url) as store:
+            await store.migrate()
+            assert await store.audit(lambda facts: facts.missing()) == []
+
+
 def test_no_statement_scans_finished_rows_on_postgresql(postgresql_url: str) -> None:
     with psycopg.connect(postgresql_url, autocommit=True) as connection:
         # As new, whatever tests it had before: then the planner expects ten pages in each.

@@ -227,6 +227,8 @@ SELECT pg_snapshot_xmin(pg_current_snapshot()) >= CAST(CAST(:them AS text) AS xi
     AND (({_NUMBER} - CAST(CAST(:them AS text) AS bigint)) & 4294967295) >= 2147483648
     AND (({_NUMBER} - CAST(CAST(:since AS text) AS bigint)) & 4294967295) < 2147483648) AS ended"""
 
+_OURS: Final = "CAST(quote_ident(current_schema()) AS regnamespace)"  # the schema that Swarm's tables are in
+
 POSTGRESQL: Final = Dialect(
     name="postgresql",
     driver="postgresql+psycopg",
@@ -236,11 +238,11 @@ POSTGRESQL: Final = Dialect(
     # Every transaction that began or ended changes it: own ones too, which costs a look at what changed.
     written_by_others="hashtextextended(CAST(pg_current_snapshot() AS text), 0)",
     columns="SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = current_schema()",
-    has_revision="SELECT 1 AS found FROM information_schema.tables "
-    "WHERE table_schema = current_schema() AND table_name = 'alembic_version'",
-    names="SELECT relname AS name FROM pg_class WHERE relnamespace = CAST(current_schema() AS regnamespace) "
+    has_revision="SELECT 1 AS found FROM pg_class WHERE relname = 'alembic_version' "  # the standard's view costs more
+    f"AND relnamespace = {_OURS}",
+    names=f"SELECT relname AS name FROM pg_class WHERE relnamespace = {_OURS} "
     "UNION ALL SELECT t.tgname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid "
-    "WHERE c.relnamespace = CAST(current_schema() AS regnamespace) AND t.tgenabled <> 'D' AND NOT t.tgisinternal",
+    f"WHERE c.relnamespace = {_OURS} AND t.tgenabled <> 'D' AND NOT t.tgisinternal",
     untraced="SELECT NOT EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = CAST(:table AS regclass) "
     "AND tgname = :table || '_deleted' AND tgenabled <> 'D') AS untraced",
     tidy=None,
