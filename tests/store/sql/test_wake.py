@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
+import shutil
 import sqlite3
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -108,7 +111,6 @@ async def test_own_commits_are_noticed_once_the_lock_is_released(file: Path) -> 
 
     async with Store.open(f"sqlite:///{file}") as store, store.watching() as wake:
         await wake.changed(timeout_seconds=0)
-        await asyncio.sleep(0)  # it listens
         assert noticed() == ["writes"]
         await store._write.call(insert, "own", within)
         assert noticed() == ["writes"]
@@ -122,6 +124,22 @@ async def test_own_commits_are_noticed_once_the_lock_is_released(file: Path) -> 
             other.execute("INSERT INTO tickets (id) VALUES ('other')")
         assert await wake.changed(timeout_seconds=60)
     assert (before, within, undone) == (["writes", "writes"], ["files"], ["files"])
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_a_batch_thread_listens_until_the_end(file: Path, gone: bool) -> None:
+    """Other programs' writes wake a thread that takes nobody's CPU, not the event loop: they hold the write lock."""
+    async with FileWake.watching(file) as wake:
+        [listens] = [one for one in threading.enumerate() if one.name == "swarm-wake"]
+        assert listens.native_id is not None
+        while os.sched_getscheduler(listens.native_id) != os.SCHED_BATCH:
+            await wake.changed(timeout_seconds=0.01)
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as other:
+            other.execute("INSERT INTO tickets (id, description) VALUES ('other', ?)", ("y" * 5_000_000,))
+        assert await wake.changed(timeout_seconds=60)
+        if gone:
+            shutil.rmtree(file.parent)
+    assert not listens.is_alive()
 
 
 def noticed() -> list[str]:
