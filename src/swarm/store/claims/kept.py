@@ -12,6 +12,7 @@ from swarm.store.sql.transaction import Row
 from swarm.store.tickets.validation import BadRow, shown, strict_ticket
 
 _SIZES: Final = ("memory_mb", "disk_mb")
+_KEEP_VM: Final = tuple(KeepVm)
 HOST_TIMEOUT_SECONDS: Final = 900.0
 KEEP_VM_SECONDS: Final = 86_400.0  # unless somebody says for how long
 
@@ -35,7 +36,7 @@ def of(step: Row | None, ticket: Ticket, agent: Agent) -> dict[str, Any]:
     nothing."""
     wanted = (step.step_keep_vm if step is not None else None, ticket.keep_vm, agent.keep_vm)
     return {
-        "keep_vm": next((KeepVm(one) for one in wanted if one in tuple(KeepVm)), KeepVm.NEVER),
+        "keep_vm": next((KeepVm(one) for one in wanted if one in _KEEP_VM), KeepVm.NEVER),
         "keep_vm_seconds": ticket.keep_vm_seconds or agent.keep_vm_seconds or KEEP_VM_SECONDS,
         "source": (step.source or "") if step is not None and step.from_step is not None else None,
         "is_source": step is not None and step.snapshot_id is not None,

@@ -114,6 +114,7 @@ class Tx:
         self._if_undone: list[Callable[[], None]] = []
         self._locked = False
         self._begin: str | None = None  # sent together with the first statement
+        self._ahead = dict[object, list[Row]]()
 
     @cached_property
     def now_ms(self) -> int:
@@ -134,6 +135,19 @@ class Tx:
 
     def all(self, statement: Sql, **values: Any) -> list[Row]:
         return self._rows(statement, values)
+
+    def ahead(self, statements: Iterable[Sql], **values: Any) -> None:
+        """These will be read with these values, unless something is written before: on one way to the server and back.
+        Nothing, for a database that is no server."""
+        if self.dialect.pipeline is None:
+            return
+        self.write()
+        driver, cursors = self.connection.driver, dict[object, Any]()
+        self._send_begin()
+        with self.dialect.pipeline(driver):
+            for one in statements:
+                cursors[one, tuple(values.items())] = driver.execute(self._text(one), values)
+        self._ahead = {key: _rows_of(cursor) for key, cursor in cursors.items()}
 
     def some(self, statement: Sql, most_chars: int | None, **values: Any) -> tuple[list[Row], bool]:
         """The first rows, up to the one with which their texts are longer than that; and whether others may follow."""
@@ -179,6 +193,7 @@ class Tx:
     def write(self, *, commit: bool = False) -> None:
         """Write the changes made so far. Takes the write lock, if there are any."""
         unwritten, self._unwritten = self._unwritten, []
+        self._ahead.clear()
         if unwritten and not self._muted:
             self._muted = list(self._wakes)
             for wake in self._muted:
@@ -299,17 +314,25 @@ class Tx:
                 yield from map(make, rows)
 
     def _rows(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
+        if self._ahead and not self._unwritten:
+            known = self._ahead.pop((sql, tuple(values.items())), None)
+            if known is not None:
+                return known
         self._execute(sql, values)
-        rows = self._cursor.fetchall()
-        if not rows:
-            return []
-        make = _row_type(tuple(column[0] for column in self._cursor.description))
-        return [make(row) for row in rows]
+        return _rows_of(self._cursor)
 
     def is_of_database(self, error: BaseException) -> bool:
         """Is the database at fault, and not one statement?"""
         complete = partial(is_complete, self.connection, self.dialect)
         return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
+
+
+def _rows_of(cursor: Any) -> list[Row]:
+    rows = cursor.fetchall()
+    if not rows:
+        return []
+    make = _row_type(tuple(column[0] for column in cursor.description))
+    return [make(row) for row in rows]
 
 
 def is_complete(connection: Connection, dialect: Dialect) -> bool:
