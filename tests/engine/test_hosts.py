@@ -118,3 +118,14 @@ async def test_an_engine_of_an_older_version_says_why_it_starts_nothing(plain: B
         assert not dispatcher.running and (await plain.store.ticket("t")).state == "ready"
         plain.sql("UPDATE alembic_version SET version_num = ?", plain.store.head())
         assert await ended(plain, "t") == ["done"]
+
+
+@pytest.mark.slow
+async def test_settings_that_differ_between_engines_are_told(plain: Bench) -> None:
+    async with engine_process(plain, SWARM_BUDGET_USD_PER_DAY="5") as process:
+        await log_until(process, "engine serves")
+        assert "settings differ" not in (await swarm(plain, "status", program="engine"))[1]
+        async with engine_process(plain) as other:
+            await log_until(other, "engine serves")
+            _, said = await swarm(plain, "status", program="engine")
+            assert "settings differ" in said and "budget_usd_per_day: 5.0 on" in said and "None on" in said, said

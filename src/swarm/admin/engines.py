@@ -124,6 +124,20 @@ def _host(name: str, group: Sequence[Engine]) -> Host:
     )
 
 
+def settings_that_differ(found: Sequence[Engine]) -> list[str]:
+    """Settings that must be the same for all live engines, and are not: 'prices: built in on a, 1b2c on b'."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for one in found:
+        said = one.info.get("settings")
+        for name, value in said.items() if one.alive and isinstance(said, dict) else ():
+            values.setdefault(str(name)[:80], {}).setdefault(str(value)[:80], set()).add(one.host)
+    return [
+        f"{name}: " + ", ".join(f"{value} on {' and '.join(sorted(hosts))}" for value, hosts in sorted(of.items()))
+        for name, of in sorted(values.items())
+        if len(of) > 1
+    ]
+
+
 def number(value: object) -> int | None:
     """One that an engine says; None for anything but an amount."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from hashlib import sha256
 from importlib.metadata import version
 
 from swarm.base import cgroup, host, process
@@ -19,6 +20,24 @@ def labels(settings: Settings, probe: Probe) -> dict[str, str | bool | int]:
     """What agents may require of this host. That /dev/kvm is there does not say that VMs run with it."""
     kvm = probe.accelerator == "kvm"
     return {"host": socket.gethostname(), "arch": os.uname().machine, "kvm": kvm, **settings.labels}
+
+
+def agreed(settings: Settings) -> dict[str, str]:
+    """Settings that must be the same on all hosts; of files, their digest."""
+    names = (
+        "budget_usd_per_day", "budget_tokens_per_day", "over_budget", "project_share", "egress_private",
+        "lease_seconds", "queue_timeout_seconds", "host_timeout_seconds",
+    )  # fmt: skip
+    told = {
+        name: ", ".join(map(str, of)) if isinstance(of := getattr(settings, name), tuple) else str(of) for name in names
+    }
+    for name in ("prices", "upstreams"):
+        try:
+            file = getattr(settings, name) or settings.home / f"{name}.toml"
+            told[name] = sha256(file.read_bytes()).hexdigest()[:12]
+        except OSError:
+            told[name] = "built in"
+    return told
 
 
 async def register(settings: Settings, store: Store, *, max_vms: int, max_sandboxes: int) -> Memory | None:

@@ -426,10 +426,8 @@ async def dispatcher(
     from swarm.triggers.schedules import Scheduler
     from swarm.vm.drivers.disk import WORK_DISK, used_bytes
 
-    vms = inventory(settings)
-
     def used(n: int) -> int:
-        return used_bytes(vms.dir(n) / WORK_DISK)
+        return used_bytes(inventory(settings).dir(n) / WORK_DISK)
 
     async with AsyncExitStack() as stack:
         chosen = await choice(settings)
@@ -440,7 +438,8 @@ async def dispatcher(
         wake = await stack.enter_async_context(opened.watching())
         ours = _worker(settings, opened, parts)
         sandboxes = _sandboxes(settings, opened, parts, ours, most=max_sandboxes)
-        info = {"driver": ours.driver, "started": process.start_time(os.getpid()), "machine": process.machine()}
+        started, agreed = process.start_time(os.getpid()), this_host.agreed(settings)
+        info = {"driver": ours.driver, "started": started, "machine": process.machine(), "settings": agreed}
         if max_sandboxes:
             info["live"] = str(await stack.enter_async_context(live.serving(sandboxes, settings.state_dir / "live")))
         yield Dispatcher(

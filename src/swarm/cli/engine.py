@@ -372,6 +372,7 @@ async def status(cli: Cli) -> None:
             "waiting for": _said(live, "waits_for") if queue.ready else None,
             "waiting for a host": "; ".join(str(one).partition(" a host ")[2] for one in found.elsewhere) or None,
             "sandboxes wait for": _said(live, "sandboxes_wait_for"),
+            "settings differ": "; ".join(found.settings_differ) or None,
         }
     )
 

@@ -153,7 +153,8 @@ class Dispatcher:
             claiming = [asyncio.create_task(self._guarded(loop)) for loop in until_stop]
             try:
                 wait = await self._fill()
-                log.info("engine serves", pid=os.getpid(), max_vms=self.max_vms, **self._info)
+                told = {name: value for name, value in self._info.items() if name != "settings"}
+                log.info("engine serves", pid=os.getpid(), max_vms=self.max_vms, **told)
                 while not self.stopping and self._fault is None:
                     await self._sleep_until_due(wait)
                     self._look.clear()
