@@ -174,7 +174,7 @@ async def test_engines_and_hosts(served: Served) -> None:
         ("odd", "c", True),
     }
     whole = (await served.viewer.get("/v1/status")).json()
-    assert set(whole) == {"queue", "vms", "engines"} and len(whole["engines"]) == 4
+    assert set(whole) == {"queue", "vms", "engines", "elsewhere", "settings_differ"} and len(whole["engines"]) == 4
     hosts = {one["host"]: one for one in (await served.viewer.get("/v1/hosts")).json()}
     a = {name: hosts["a"][name] for name in ("engines", "alive", "max_vms", "running", "ended_per_minute", "drivers")}
     assert a == {

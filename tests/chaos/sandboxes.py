@@ -36,6 +36,7 @@ from swarm.config import Settings
 from swarm.errors import SwarmError
 from swarm.model import Sandbox, SandboxState
 from swarm.store.sandboxes.sandboxes import SandboxFilter
+from swarm.vm.image.staging import BUILDING
 from tests.chaos.campaign import ENGINES, Campaign, say
 
 MOST = 4  # live ones; no more are added meanwhile
@@ -209,8 +210,15 @@ class SandboxCampaign(Campaign):
             await snapshots.remove(one.id)
             await self.store.forget_snapshots([one.id])
         known = await self.store.snapshot_ids(host)
-        await snapshots.collect(known, new_seconds=0)
-        files = {path.name for path in self.settings.snapshots.iterdir()} if self.settings.snapshots.exists() else set()
+        async with asyncio.timeout(60):
+            while True:
+                await snapshots.collect(known, new_seconds=0)
+                place = self.settings.snapshots
+                files = {path.name for path in place.iterdir()} if place.exists() else set()
+                # What an engine was about to write when it was killed a moment ago may be somebody's, for some seconds.
+                if not any(name.startswith(BUILDING) for name in files):
+                    break
+                await asyncio.sleep(0.5)
         assert files == known, f"seed {self.seed}: files {files}, rows {known}"
         for id in known:
             await snapshots.find(id)

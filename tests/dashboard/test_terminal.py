@@ -148,9 +148,10 @@ async def test_a_shell_in_the_browser(
             rows = await chromium.run("return document.querySelectorAll('.xterm-rows > div').length")
             await one.run("stty size | cut -d' ' -f1", str(rows))
             assert await chromium.run("return document.documentElement.scrollWidth") <= 360
-            assert await chromium.run("return " + of % "red" + ".color") != red
+            await chromium.until(of % "red" + f".color !== {red!r}", seconds=SECONDS)
             assert await chromium.axe() == []
             await chromium.look()
+            await chromium.until(of % "red" + f".color === {red!r}", seconds=SECONDS)
             assert await chromium.axe() == []
             # pasted: many messages, at the pace of the program
             await one.run("stty -echo; echo counts; wc -c; stty echo", "counts")  # echo comes late, also behind output
