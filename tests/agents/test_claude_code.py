@@ -211,8 +211,16 @@ async def test_the_time_limit_of_the_ticket_comes_near(run: Run) -> None:
 
 
 async def test_a_crash_is_survived_by_the_session(run: Run) -> None:
+    def written(pid: int) -> bool:
+        """Has Claude Code, which writes its session behind its calls, written what the tool said?"""
+        sessions = Path(f"/proc/{pid}/cwd").glob(".home/.claude/projects/*/*.jsonl")
+        return any("echo two" in text and "tool_result" in text for text in (one.read_text() for one in sessions))
+
     async def kill(api: ScriptedApi, child: asyncio.subprocess.Process) -> None:
         await asyncio.wait_for(api.held.wait(), 60)
+        async with asyncio.timeout(60):
+            while not written(child.pid):  # noqa: ASYNC110 - by another program
+                await asyncio.sleep(0.05)
         os.kill(_claude_of(child.pid), signal.SIGKILL)
 
     ran = await run(EDIT, {"text": "I am", "fault": "held"}, DONE, during=kill)
