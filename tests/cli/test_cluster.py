@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import secrets
 import signal
 import sys
@@ -22,7 +23,9 @@ from swarm.base import process
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("netns", "ray")]
 BIN = Path(sys.executable).parent
-HEAD = "10.77.0.1:6379"
+# Ray refuses an address that it finds on the command line of any process of this machine, whatever its namespace.
+NET = f"10.77.{random.randrange(256)}"
+HEAD = f"{NET}.1:6379"
 
 
 @dataclass(kw_only=True)
@@ -45,7 +48,7 @@ class Cluster:
     async def start(self, number: int) -> None:
         where = ["--head", "--port=6379", "--include-dashboard=false"] if number == 1 else [f"--address={HEAD}"]
         argv = [
-            str(BIN / "ray"), "start", "--block", *where, f"--node-ip-address=10.77.0.{number}", "--num-cpus=1",
+            str(BIN / "ray"), "start", "--block", *where, f"--node-ip-address={NET}.{number}", "--num-cpus=1",
             "--object-store-memory=80000000", "--disable-usage-stats",
         ]  # fmt: skip
         netns = None if number == 1 else f"ray{number}"
@@ -61,6 +64,7 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         await node.wait()
+        await asyncio.to_thread(psutil.wait_procs, theirs)
 
     async def ray(self, *argv: str) -> None:
         await process.run([str(BIN / "ray"), *argv, f"--address={HEAD}"], env=self.env(1))
@@ -136,14 +140,14 @@ async def namespaces(*numbers: int) -> AsyncIterator[None]:
 
     await ip("link", "add", "ray0", "type", "bridge")
     try:
-        await ip("addr", "add", "10.77.0.1/24", "dev", "ray0")
+        await ip("addr", "add", f"{NET}.1/24", "dev", "ray0")
         await ip("link", "set", "ray0", "up")
         for number in numbers:
             name = f"ray{number}"
             await ip("netns", "add", name)
             await ip("link", "add", f"v{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
             await ip("link", "set", f"v{name}", "master", "ray0", "up")
-            await ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            await ip("-n", name, "addr", "add", f"{NET}.{number}/24", "dev", "eth0")
             await ip("-n", name, "link", "set", "eth0", "up")
             await ip("-n", name, "link", "set", "lo", "up")
         yield
@@ -176,7 +180,7 @@ async def test_an_engine_on_every_node(cluster: Cluster) -> None:
     assert said.count("uses another database than this command") == 3, said
 
     # Ray takes a node down: its engine is drained and ended, and no other is started there.
-    (leaving,) = [one for one in await cluster.kept() if one["address"] == "10.77.0.3"]
+    (leaving,) = [one for one in await cluster.kept() if one["address"] == f"{NET}.3"]
     await cluster.ray("drain-node", f"--node-id={leaving['node']}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
                       "--reason-message=spot", "--deadline-remaining-seconds=3600")  # fmt: skip
     await until(lambda: asyncio.to_thread(lambda: not psutil.pid_exists(leaving["pid"])))
