@@ -203,3 +203,11 @@ async def test_an_engine_on_every_node(cluster: Cluster) -> None:
     assert await cluster.cluster("status") == []
     hosts = json.loads(await cluster.swarm("host", "list", "--json"))
     assert len(hosts) == 3 and not any(one["draining"] for one in hosts)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "10.0.0.1:notaport", "", "local", "http://x", "127.0.0.1:1"])
+async def test_an_address_of_no_ray(address: str) -> None:
+    argv = [sys.executable, "-m", "swarm.cli.main", "cluster", "status", "--address", address]
+    done = await process.run(argv, env=dict(os.environ), check=False)
+    said = done.stderr.decode()
+    assert done.returncode == 1 and said.count("\n") == 1 and f"can't connect to Ray at {address!r}: " in said

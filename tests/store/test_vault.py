@@ -26,6 +26,18 @@ async def test_no_host_makes_a_key_beside_the_one_there_is(store: Store, tmp_pat
     assert await first.get("OTHER") == "another value" and await second.check() == 2
 
 
+async def test_a_key_that_is_none_is_called_so(store: Store, tmp_path: Path) -> None:
+    ours = Vault(store, key_file=tmp_path / "a.key")
+    await ours.set("TOKEN", "a value of a secret")
+    (tmp_path / "a.key").chmod(0o644)
+    with pytest.raises(HostError, match="others can read the key"):
+        await ours.set("OTHER", "another value")
+    (tmp_path / "a.key").chmod(0o600)
+    (tmp_path / "a.key").write_text("AAAA")
+    with pytest.raises(HostError, match="does not hold a key"):
+        await ours.check()
+
+
 async def test_a_lost_key_is_replaced_once_nothing_is_sealed_with_it(store: Store, tmp_path: Path) -> None:
     key = tmp_path / "a.key"
     ours = Vault(store, key_file=key)

@@ -88,14 +88,17 @@ class Vault:
         this host opens none: it is another host's. With two keys, each host could open but its own."""
         rows = await self._store.sealed_secrets([row.name for row in await self.list()])
         others = [row for row in rows if (row.name, row.scope) != but]
+        file = self._place()
+        if others and file.exists():
+            await asyncio.to_thread(self._cipher, make=False)  # that it is no key, or others can read it, is said so
         for row in others:
             with contextlib.suppress(HostError):
                 await asyncio.to_thread(self._open, row)
                 return len(others)
         if others:
             raise HostError(
-                f"none of the {len(others)} secrets here can be opened with the key in {self._key_file}: copy that "
-                "file from the host where they were set, or, if it is lost, remove them (`swarm secret rm`)"
+                f"none of the {len(others)} secrets here can be opened with the key in {file}: copy that file from the "
+                "host where they were set, or, if it is lost, remove them (`swarm secret rm`)"
             )
         return 0
 
@@ -157,13 +160,15 @@ class Vault:
 
         return AESGCM(self._key(make=make))
 
-    def _key(self, *, make: bool) -> bytes:
+    def _place(self) -> Path:
         credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")
         file = Path(credentials) / CREDENTIAL if credentials else self._key_file
-        if not file.is_file():
-            file = self._key_file
-            if make:
-                _make_key(file)
+        return file if file.is_file() else self._key_file
+
+    def _key(self, *, make: bool) -> bytes:
+        file = self._place()
+        if make and file == self._key_file:
+            _make_key(file)
         try:
             if file == self._key_file and file.stat().st_mode & 0o077:
                 raise HostError(f"others can read the key of all secrets in {file}: `chmod 600 {file}`")

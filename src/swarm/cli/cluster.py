@@ -142,13 +142,15 @@ def _ray(address: str) -> Iterator[None]:
     from ray._private import services
 
     try:
-        if "://" not in address:  # Ray itself would wait for a minute, and print what it does
+        if not address.startswith("ray://"):  # Ray itself would wait for a minute, and print what it does
             host, _, port = (services.canonicalize_bootstrap_address(address) or "").rpartition(":")
-            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+            if not host or not port.isdecimal():
+                raise ValueError("an address is HOST:PORT, or auto for the cluster of this node")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
         ray.init(address, namespace=NAMESPACE, configure_logging=False, log_to_driver=False)
     except (OSError, RuntimeError, ValueError) as error:
         said = str(error).strip().splitlines()
-        raise HostError(f"can't connect to Ray at {address}: {said[0] if said else type(error).__name__}") from None
+        raise HostError(f"can't connect to Ray at {address!r}: {said[0] if said else type(error).__name__}") from None
     try:
         yield
     finally:
