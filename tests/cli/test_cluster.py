@@ -209,5 +209,6 @@ async def test_an_engine_on_every_node(cluster: Cluster) -> None:
 async def test_an_address_of_no_ray(address: str) -> None:
     argv = [sys.executable, "-m", "swarm.cli.main", "cluster", "status", "--address", address]
     done = await process.run(argv, env=dict(os.environ), check=False)
-    said = done.stderr.decode()
-    assert done.returncode == 1 and said.count("\n") == 1 and f"can't connect to Ray at {address!r}: " in said
+    # Ray itself may have said something before.
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines()[-1].startswith(f"error: can't connect to Ray at {address!r}: ")
