@@ -13,6 +13,7 @@ import pytest
 from swarm.errors import StoreError
 from swarm.store.hosts import Machine
 from swarm.store.store import Store
+from swarm.store.tickets import places
 from swarm.store.tickets.room import Room
 from tests.store.databases import ECHO, LEASE, Outside, insert
 from tests.store.flows import claims, finish, ticket
@@ -204,3 +205,10 @@ async def test_rows_that_other_programs_wrote(store: Store, outside: Outside, va
         await store.agent("zoned")
     insert(outside, "t", agent_id="zoned")
     assert await ids(store) == [] and (await store.ticket("t")).state == "failed"
+
+
+@pytest.mark.parametrize("value", ["x", None, [1], {}, 1e300])
+def test_no_host_has_memory_that_is_no_number(value: Any) -> None:
+    """The mark in a row may be another program's, and must end no claim."""
+    mark = places.mark({places.MEMORY: value})
+    assert not places.has({}, 100, json.loads(mark)) and "memory" in places.words(mark)

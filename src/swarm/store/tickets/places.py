@@ -105,8 +105,8 @@ def has(labels: Mapping[str, Any], memory_mb: object, requires: Mapping[str, Any
     """Has a host with these labels, and so much memory for one VM (None: any), what is required?"""
     for name, value in requires.items():
         if name == MEMORY:
-            if isinstance(memory_mb, int) and memory_mb < value:
-                return False
+            if not isinstance(value, int) or (isinstance(memory_mb, int) and memory_mb < value):
+                return False  # another program may have written the mark
         elif name not in labels or type(labels[name]) is not type(value) or labels[name] != value:
             return False
     return True
