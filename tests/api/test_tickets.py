@@ -38,7 +38,7 @@ async def ids(client: httpx.AsyncClient, query: str = "") -> list[str]:
 
 
 async def test_a_ticket_is_submitted_once(served: Served) -> None:
-    kept = {"keep_vm": "failure", "keep_vm_seconds": 60.0}
+    kept = {"keep_vm": "failure", "keep_vm_seconds": 60.0, "requires": {"zone": "a", "gpu": True, "rack": 7}}
     body = {"title": "x", "agent": "echo", "inputs": {"name": "world"}, **kept}
     first, again = [
         await served.operator.post("/v1/tickets", json=body, headers={"idempotency-key": "k"}) for _ in range(2)
@@ -75,6 +75,9 @@ async def test_a_search_finds_all_alphabets_in_both_cases(served: Served) -> Non
         ({"title": "x", "agent": "echo", "priority": 1 << 40}, 400, "priority"),
         ({"title": "x", "agent": "echo", "keep_vm": "forever"}, 400, "keep_vm: must be 'never', 'failure' or 'always'"),
         ({"title": "x", "agent": "echo", "keep_vm_seconds": 0}, 400, "keep_vm_seconds"),
+        ({"title": "x", "agent": "echo", "requires": {"zone": "a b"}}, 400, "requires.zone"),
+        ({"title": "x", "agent": "echo", "requires": {"a b": 1}}, 400, "requires"),
+        ({"title": "x", "agent": "echo", "requires": {str(n): 1 for n in range(9)}}, 400, "requires"),
         ({"agent": "echo"}, 400, "title: is missing"),
         ([], 400, "must be an object"),
     ],

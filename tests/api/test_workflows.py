@@ -169,7 +169,7 @@ async def test_other_content_needs_another_version(served: Served) -> None:
 
 async def test_a_run_is_started_once(served: Served) -> None:
     await put(served.admin)
-    body = {"inputs": {"branch": "main"}, "priority": 3, "project": "a"}
+    body = {"inputs": {"branch": "main"}, "priority": 3, "project": "a", "requires": {"zone": "a"}}
     key = {"idempotency-key": "k"}
     first, again = [
         await served.operator.post("/v1/workflows/release@1/runs", json=body, headers=key) for _ in range(2)
@@ -182,6 +182,7 @@ async def test_a_run_is_started_once(served: Served) -> None:
         {"by": "the-operator"},
     )
     assert (ticket["inputs"], ticket["priority"], ticket["project_id"]) == ({"branch": "main"}, 3, "a")
+    assert ticket["requires"] == {"zone": "a"}
     other = {**body, "inputs": {"branch": "next"}}
     refused(await served.operator.post("/v1/workflows/release@1/runs", json=other, headers=key), 409, "another request")
     assert len(await served.store.tickets()) == 1
@@ -197,6 +198,7 @@ BAD_RUNS: Final[list[Any]] = [
     ("release", {"inputs": {"branch": "x"}, "id": ""}, 400, "id"),
     ("release", {"inputs": {"branch": "x"}, "priority": 1 << 40}, 400, "priority"),
     ("release", {"inputs": {"branch": "x"}, "timeout_seconds": -1}, 400, "timeout_seconds"),
+    ("release", {"inputs": {"branch": "x"}, "requires": {"zone": 1.5}}, 400, "requires.zone"),
     ("release", {"inputs": []}, 400, "inputs: must be"),
     ("release", {"branch": "x"}, 400, "unknown field"),
 ]

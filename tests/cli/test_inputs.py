@@ -14,7 +14,7 @@ import typer
 
 from swarm import schema
 from swarm.cli import cleanup, engine, main, vm
-from swarm.cli.inputs import read_inputs
+from swarm.cli.inputs import read_inputs, required
 from swarm.errors import UsageError
 
 SCHEMA = schema.expand(
@@ -48,6 +48,16 @@ def test_values(given: str, value: object) -> None:
 
 def test_without_a_schema_it_is_json_or_text() -> None:
     assert read_inputs(None, None, ["a=1.10", "b=x"], {}) == {"a": 1.1, "b": "x"}
+
+
+def test_labels_that_are_required() -> None:
+    given = ["zone=a", "gpu=true", "spot=false", "rack=7", "v=1.10", "n=007", "none=null", 'text="7"', "list=[1]"]
+    values = {"zone": "a", "gpu": True, "spot": False, "rack": 7, "v": "1.10", "n": "007", "none": "null", "text": "7"}
+    assert json.loads(required(given) or "") == values | {"list": "[1]"}
+    assert required(None) is required([]) is None
+    for bad in (["zone"], ["=a"], ["zone=a", "zone=a"]):
+        with pytest.raises(UsageError, match="--require"):
+            required(bad)
 
 
 def test_from_files(tmp_path: Path) -> None:

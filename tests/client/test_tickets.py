@@ -92,8 +92,9 @@ async def test_a_ticket_that_takes_too_long(s: AsyncSwarm, at_work: Bench) -> No
 
 
 async def test_a_draft_and_one_that_waits_for_it(s: AsyncSwarm) -> None:
-    first = await s.tickets.submit("echo", draft=True, title="first")
+    first = await s.tickets.submit("echo", draft=True, title="first", requires={"kvm": False})
     second = await s.tickets.submit("echo", after=[first.id], id="second")
+    assert first.requires == {"kvm": False}
     assert first.state == "draft" and (await second.details()).depends_on == (first.id,)
     await first.ready()
     assert (await second.wait(60)).state == "done"

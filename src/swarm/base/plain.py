@@ -21,6 +21,7 @@ JSON_TEXTS: Final = frozenset(
         "inputs_schema",
         "outputs_schema",
         "definition",
+        "requires",
         *("secrets", "env", "labels", "spec"),  # of sandboxes and snapshots
     }
 )

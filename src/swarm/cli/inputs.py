@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,9 +33,30 @@ Input = Annotated[
 ]
 TicketId = Annotated[str, typer.Argument(metavar="ID", help="The ticket's id, or the beginning of a generated one.")]
 NewId = Annotated[str | None, typer.Option("--id", metavar="ID", help="Id of the ticket. Default: a new UUID.")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option("--require", metavar="LABEL=VALUE", help="A label that its host must have; can be repeated."),
+]
 Priority = Annotated[int, typer.Option("--priority", metavar="N", help="Higher runs earlier.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="S", help="Seconds that it may take.", min=0.001)]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=10**9, metavar="N", help="At most this many.")]
+
+
+def required(given: list[str] | None) -> str | None:
+    """For a column `requires`. VALUE is true, false or a whole number as JSON has it, else text. Raises UsageError."""
+    found = dict[str, object]()
+    for pair in given or ():
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--require {pair!r}: write LABEL=VALUE")
+        if name in found:
+            raise UsageError(f"--require {pair!r}: {name} is there twice, and no host has both")
+        try:
+            value = jsontext.loads(text)
+        except ValueError:
+            value = text
+        found[name] = value if isinstance(value, bool | int | str) else text
+    return json.dumps(found) if found else None
 
 
 def schema_of(agent: Agent | None, workflow: WorkflowRow | None) -> Mapping[str, Any]:

@@ -11,7 +11,19 @@ import typer
 from swarm.base.clock import iso
 from swarm.cli import sending
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Input, Inputs, Limit, NewId, Priority, TicketId, Timeout, read_inputs, schema_of
+from swarm.cli.inputs import (
+    Input,
+    Inputs,
+    Limit,
+    NewId,
+    Priority,
+    Require,
+    TicketId,
+    Timeout,
+    read_inputs,
+    required,
+    schema_of,
+)
 from swarm.cli.sending import AllFiles, FileOptions
 from swarm.cli.ui import render
 from swarm.cli.ui.output import first_line
@@ -37,6 +49,7 @@ _Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tickets
         "swarm ticket add Chain --workflow echo-chain --priority 5",
         'swarm ticket add "Say hello" --agent echo --input name=world --wait',
         "swarm ticket add Publish --workflow release --after report-7 --after tests-7",
+        "swarm ticket add Train --agent trainer --require zone=a --require gpu=true",
     ],
     json=True,
 )
@@ -80,6 +93,7 @@ async def add(
     keep_vm_seconds: Annotated[
         float | None, typer.Option("--keep-vm-seconds", metavar="S", help="For how long. Default: a day.", min=1)
     ] = None,
+    require: Require = None,
     after: Annotated[
         list[str] | None,
         typer.Option("--after", metavar="ID", help="Run it when this ticket is done; can be repeated."),
@@ -120,6 +134,7 @@ async def add(
                 over_budget=over_budget,
                 keep_vm=keep_vm,
                 keep_vm_seconds=keep_vm_seconds,
+                requires=required(require),
             ),
             depends_on=needs,
             uses=uses,

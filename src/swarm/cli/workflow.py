@@ -11,7 +11,18 @@ import typer
 
 from swarm.cli import sending
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Input, InputJson, Inputs, NewId, Priority, Timeout, read_inputs, schema_of
+from swarm.cli.inputs import (
+    Input,
+    InputJson,
+    Inputs,
+    NewId,
+    Priority,
+    Require,
+    Timeout,
+    read_inputs,
+    required,
+    schema_of,
+)
 from swarm.cli.sending import AllFiles, FileOptions
 from swarm.cli.ui import render
 from swarm.cli.ui.table import Column
@@ -227,6 +238,7 @@ async def run(
     id: NewId = None,
     priority: Priority = 0,
     timeout: Timeout = None,
+    require: Require = None,
 ) -> int:
     """Run a workflow: add a ticket for it and print its id. Exit status with --wait: 0 if it is done, 1 otherwise."""
     from swarm.admin import runs
@@ -240,7 +252,9 @@ async def run(
         id, by, uses = id or str(uuid.uuid4()), cli.user, 0
         if file:
             given[FILES], uses = await sending.send(store, id, file, all_files=all_files)
-        new = runs.ticket(row, given, id=id, by=by, priority=priority, timeout_seconds=timeout)
+        new = runs.ticket(
+            row, given, id=id, by=by, priority=priority, timeout_seconds=timeout, requires=required(require)
+        )
         ticket = await store.add_ticket(new, uses=uses, by=by)
         if not wait:
             cli.out.result(ticket, ticket.id)

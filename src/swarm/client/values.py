@@ -30,9 +30,10 @@ def read_all(kind: type[V], many: Iterable[Mapping[str, Any]], **more: Any) -> l
 
 class Submission(TypedDict, total=False):
     """What a new ticket may say besides its agent. ``prompt``: the input of that name; ``title``: by default the
-    prompt's first line, or the name of the agent or workflow. ``after``: tickets that must be done first. ``files``: by
-    their places below /work, such as {"repo/": "./repo"}: files, or directories as they are, but without .git. ``key``:
-    the same key submits one ticket, however often it is used (without files); by default each call has its own."""
+    prompt's first line, or the name of the agent or workflow. ``requires``: labels that its host must have. ``after``:
+    tickets that must be done first. ``files``: by their places below /work, such as {"repo/": "./repo"}: files, or
+    directories as they are, but without .git. ``key``: the same key submits one ticket, however often it is used
+    (without files); by default each call has its own."""
 
     workflow: str
     prompt: str
@@ -50,6 +51,7 @@ class Submission(TypedDict, total=False):
     over_budget: str
     keep_vm: str
     keep_vm_seconds: float
+    requires: Mapping[str, str | bool | int]
     draft: bool
     after: Sequence[str]
     key: str
@@ -88,6 +90,7 @@ class TicketFields:
     over_budget: str | None = None
     keep_vm: str | None = None
     keep_vm_seconds: float | None = None
+    requires: Any = None
     run_id: str | None = None
     created_at: str | None = None
     updated_at: str | None = None

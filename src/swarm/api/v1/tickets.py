@@ -16,6 +16,7 @@ from swarm.api.endpoint import Call, Endpoint, Fields
 from swarm.base import trace, trees
 from swarm.base.clock import moment
 from swarm.errors import NotFound, UsageError
+from swarm.fields import Labels
 from swarm.model import FILES, BudgetPolicy, KeepVm, Role, Ticket, TicketState
 from swarm.store import submission
 from swarm.store.details import TicketDetails
@@ -72,6 +73,7 @@ class Submission(Fields):
         default=None, description="when its VM is kept, to look into: default as the agent says"
     )
     keep_vm_seconds: float | None = Field(default=None, description="for how long; default: a day")
+    requires: Labels = Field(default_factory=dict, description="labels that its host must have")
     draft: bool = False
     after: Annotated[tuple[str, ...], Field(max_length=1000)] = Field(
         default=(), description="run it when these tickets are done"
@@ -159,6 +161,7 @@ async def submit_ticket(call: Call) -> Ticket:
         over_budget=body.over_budget,
         keep_vm=body.keep_vm,
         keep_vm_seconds=body.keep_vm_seconds,
+        requires=json.dumps(body.requires) if body.requires else None,
     )
     if trace.valid(parent := call.request.headers.get(trace.HEADER)):  # what made it is traced: so is the ticket, in it
         ticket = replace(ticket, trigger_data=json.dumps({trace.HEADER: parent}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,6 +18,7 @@ from swarm.api.v1.tickets import add_once, project_for
 from swarm.base import manifest, versions
 from swarm.base.manifest import Invalid, Problem
 from swarm.errors import NotFound, StoreError
+from swarm.fields import Labels
 from swarm.model import Role, Ticket
 from swarm.store.registry.schedules import ScheduleRow
 from swarm.store.registry.workflows import WorkflowRow
@@ -59,6 +61,7 @@ class RunBody(Fields):
     project: str | None = None
     priority: int = 0
     timeout_seconds: float | None = None
+    requires: Labels = Field(default_factory=dict, description="labels that its host must have")
 
 
 async def list_workflows(call: Call) -> list[WorkflowRow]:
@@ -119,6 +122,7 @@ def _ticket(call: Call, row: WorkflowRow, project_id: str | None) -> Ticket:
         title=given.title,
         priority=given.priority,
         timeout_seconds=given.timeout_seconds,
+        requires=json.dumps(given.requires) if given.requires else None,
         project_id=project_id,
     )
 

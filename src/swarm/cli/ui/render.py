@@ -39,6 +39,7 @@ def show_ticket(out: Out, ticket: Ticket, names: Mapping[str, str]) -> None:
         "workflow": ticket.workflow_id and names.get(ticket.workflow_id, ticket.workflow_id),
         "description": ticket.description,
         "inputs": pretty(ticket.inputs),
+        "requires": pretty(ticket.requires),
         "outputs": pretty(ticket.outputs),
         "error": ticket.error,
         "created": ticket.created_at,
