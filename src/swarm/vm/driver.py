@@ -51,16 +51,38 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """What an agent's `requirements` and `packages` add to an image's root, read-only. ``digest`` is of its content.
+class Root:
+    """What an imported OCI image says about the programs that run in it. All of it is the image's own word, checked:
+    it has no NUL, `cwd` and `home` are absolute, and numbers fit their types.
 
-    ``path`` is an erofs file, which the guest's init lays over the root; for the `process` driver it is a directory of
-    Python modules. ``lacks``: shared libraries that something in it needs and that are not there, each with what to do.
+    ``user``: uid, gid, further groups, and home directory. ``entry``: its Entrypoint and Cmd, which run if an agent has
+    no `entry` of its own; () if it has none. ``python``: path of a Python 3.8 or newer in it, or ''.
+    """
+
+    env: Mapping[str, str] = field(default_factory=dict, hash=False)
+    cwd: str = "/"
+    user: tuple[int, int, tuple[int, ...], str] = (0, 0, (), "/root")
+    entry: tuple[str, ...] = ()
+    stop_signal: int = 15
+    python: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What a guest gets beside its image's root, read-only. ``digest`` is of its content.
+
+    Usually it is what an agent's `requirements` and `packages` add: ``path`` is an erofs file, which the guest's init
+    lays over the root; for the `process` driver it is a directory of Python modules. ``lacks``: shared libraries that
+    something in it needs and that are not there, each with what to do.
+
+    With a ``root`` it is an imported OCI image instead: the guest lays it over nothing, and agents see it as their
+    root. The digest covers ``root`` too.
     """
 
     digest: str
     path: Path
     lacks: tuple[str, ...] = field(default=(), compare=False)
+    root: Root | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
