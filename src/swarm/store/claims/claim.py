@@ -285,7 +285,7 @@ class _ClaimTransaction:
             self.changes.cancel_runs([row.run_id], error=str(error))
         else:
             self._end_former(row)
-            self.claimer.pace.note(self.tx, chars(row))
+            self.claimer.pace.note(self.tx, max(row.size, chars(row)))
         fail_row(self.changes, row, str(error))
 
     def _fail_step(self, row: Row, error: str) -> None:  # in a workflow: its run decides what follows

@@ -12,10 +12,12 @@ from typing import Any, Final
 from swarm.store.claims import kept, suspects
 from swarm.store.claims.maintenance import has_clean_id
 from swarm.store.claims.pace import LARGE, Pace
+from swarm.store.sql.bounded import texts, too_long
 from swarm.store.sql.conditions import IS_HERE
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import TICKET_COLUMNS, TICKET_FIELDS
+from swarm.store.sql.rows import TICKET_FIELDS
 from swarm.store.sql.transaction import Row, Tx, filled
+from swarm.store.tickets.validation import LIMITS, REFUSED
 
 # Rows with more text than this are enough for one transaction: it writes each as a whole, and all others wait.
 MOST_CHARS: Final = 2 << 20
@@ -24,17 +26,19 @@ _LONG: Final = ("description", "inputs", "outputs", "trigger_data")
 _BYTES: Final = "COALESCE(/*-*/length(CAST(t.{0} AS BLOB))/*-*//*+ octet_length(t.{0}) */, 0)"
 _SIZE: Final = " + ".join(_BYTES.format(name) for name in _LONG)
 # live_run: set when another tool made the ticket ready again while it ran.
-_READY_COLUMNS: Final = f"""{{}}, {_SIZE} AS size, (SELECT max(r.id) FROM workflow_runs r
+_READY: Final = f"""SELECT {{}}, {_SIZE} AS size, {too_long("t", REFUSED)} AS too_long,
+    (SELECT max(r.id) FROM workflow_runs r
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run,
-    t.waits_for"""
-_READY: Final = f"SELECT {_READY_COLUMNS.format(TICKET_COLUMNS)} FROM tickets t WHERE t.state = 'ready' "
+    t.waits_for FROM tickets t WHERE t.state = 'ready' """
 _CUT: Final = ", ".join(
-    f"CASE WHEN {_BYTES.format(name)} < {LARGE} THEN t.{name} END AS {name}" if name in _LONG else f"t.{name}"
+    f"CASE WHEN {_BYTES.format(name)} < {LARGE} THEN t.{name} END AS {name}"
+    if name in _LONG
+    else texts("t", [name], LIMITS)
     for name in TICKET_FIELDS
 )
-_READY_CUT: Final = f"SELECT {_READY_COLUMNS.format(_CUT)} FROM tickets t WHERE t.state = 'ready' "
+_READY_CUT: Final = _READY.format(_CUT)
 _UNLOCKED: Final = " /*+ FOR NO KEY UPDATE OF {} SKIP LOCKED */"  # what another engine is claiming is its own
-READY_TICKET: Final = Sql(_READY + "AND t.id = :id" + _UNLOCKED.format("t"))
+READY_TICKET: Final = Sql(_READY.format(texts("t", TICKET_FIELDS, LIMITS)) + "AND t.id = :id" + _UNLOCKED.format("t"))
 _STEP: Final = f"""
 SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_id, s.inputs AS step_inputs,
        s.timeout_seconds AS step_timeout_seconds, s.queued_at, s.status, s.priority AS step_priority,
@@ -44,7 +48,7 @@ SELECT s.id AS step_execution_id, s.run_id, s.step_id, s.agent_id AS step_agent_
        r.definition, COALESCE(r.root_run_id, r.id) AS root_run,
        (SELECT count(*) FROM attempts a WHERE a.step_execution_id = s.id) AS tries, {suspects.LOSSES} AS losses,
        r.ticket_id, t.id AS ticket, t.run_id AS ticket_run,
-       {", ".join(f"t.{n}" for n in TICKET_FIELDS if n != "run_id")}
+       {texts("t", [n for n in TICKET_FIELDS if n != "run_id"], LIMITS)}, {too_long("t", REFUSED)} AS too_long
 FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id LEFT JOIN tickets t ON t.id = r.ticket_id
 WHERE s.status = 'ready' AND s.available_at IS NULL
   AND {IS_HERE}

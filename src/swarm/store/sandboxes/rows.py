@@ -12,12 +12,12 @@ from typing import Any, Final
 from swarm.base import jsontext
 from swarm.fields import IN_WORDS, VARIABLE
 from swarm.model import Agent, Sandbox, SandboxState, Snapshot
+from swarm.store.sql.bounded import texts, too_long
 from swarm.store.sql.rows import lenient, whole
-from swarm.store.tickets.validation import BadRow, shown, strict_number, strict_text
+from swarm.store.tickets.validation import BadRow, check_length, limit_of, shown, strict_number, strict_text
 
 SANDBOX_FIELDS: Final = tuple(field.name for field in fields(Sandbox))
 SNAPSHOT_FIELDS: Final = tuple(field.name for field in fields(Snapshot))
-SANDBOX_COLUMNS: Final = ", ".join(f"b.{name}" for name in SANDBOX_FIELDS)
 SNAPSHOT_COLUMNS: Final = ", ".join(f"n.{name}" for name in SNAPSHOT_FIELDS)
 WANTED: Final = (SandboxState.RUNNING, SandboxState.PAUSED, SandboxState.ENDED)
 
@@ -27,6 +27,9 @@ _NUMBERS: Final = (
     *("memory_mb", "vcpus", "disk_mb", "ttl_seconds", "idle_timeout_seconds", "budget_usd", "budget_tokens"),
 )
 _TEXTS: Final = ("id", "name", "project_id", "agent_id", "image", "snapshot_id", "parent_id", "network")
+_LIMITS: Final = {name: limit_of(name) for name in (*_TEXTS, "secrets", "env", "labels") if name != "id"}
+_OTHERS: Final = {name: limit_of(name) for name in ("error", "created_by", "started_at", "used_at", "ended_at")}
+SANDBOX_COLUMNS: Final = f"{texts('b', SANDBOX_FIELDS, _LIMITS | _OTHERS)}, {too_long('b', _LIMITS)} AS too_long"
 _NO: Final = (0, "0", "false", "False", "FALSE")  # what is no plain no counts as a yes: it may hold secrets
 NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 NAME_IN_WORDS: Final = "letters, digits and . _ -, at most 63, with a letter or a digit first"
@@ -76,6 +79,7 @@ def _lenient(row: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 def check(row: Any) -> Sandbox:
     """``row``: anything with a sandbox's fields as attributes. What its holder needs of it is right. Raises BadRow."""
+    check_length(row)
     values = _lenient(row, SANDBOX_FIELDS)
     for name in _TEXTS:
         values[name] = text = strict_text(name, getattr(row, name))

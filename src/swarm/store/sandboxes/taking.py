@@ -21,6 +21,7 @@ from swarm.store.sandboxes import rows
 from swarm.store.sandboxes.changes import end, event, last_snapshot, own_snapshot
 from swarm.store.sandboxes.holding import BY_ID, BY_RAW_ID, SET_WANTED, raw_id, time_is_over
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS
+from swarm.store.sql.bounded import text
 from swarm.store.sql.conditions import SANDBOX_DUE, SANDBOX_ENDING, SANDBOX_HELD
 from swarm.store.sql.database import HEAD, REVISION, other_revision
 from swarm.store.sql.dialect import Sql
@@ -29,7 +30,7 @@ from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import validation
 from swarm.store.tickets.changes import MENDED
 from swarm.store.tickets.room import Room
-from swarm.store.tickets.validation import BadRow, shown, storable
+from swarm.store.tickets.validation import MAX_OTHER_BYTES, BadRow, shown, storable
 
 DEFAULT_MEMORY_MB: Final = 256
 DEFAULT_DISK_MB: Final = 2048
@@ -43,12 +44,14 @@ _MINE: Final = (
     "OR state = 'paused' AND (wanted <> 'running' OR host = :host OR host IS NULL))"
 )
 _CANDIDATES: Final = (
-    f"SELECT id, project_id, {_ENDS} AS ends FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE}{{but}} "
+    f"SELECT id, {text('project_id', MAX_OTHER_BYTES)} AS project_id, {_ENDS} AS ends FROM sandboxes "
+    f"WHERE {SANDBOX_DUE} AND {_MINE}{{but}} "
     "ORDER BY CASE state WHEN 'starting' THEN 1 ELSE 0 END, created_at LIMIT :limit"
 )
 CANDIDATES: Final = Sql(_CANDIDATES.format(but=""))
 _WAITING: Final = Sql(
-    f"SELECT id, error FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE} AND project_id = :project_id AND "
+    f"SELECT id, {text('error', MAX_OTHER_BYTES)} AS error FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE} "
+    "AND project_id = :project_id AND "
     "(wanted = 'running' OR state = 'starting' AND COALESCE(wanted, '') <> 'ended') ORDER BY created_at LIMIT :limit"
 )
 _TELL: Final = one_row("UPDATE sandboxes SET error = :error WHERE id = :id AND hold_id IS NULL")

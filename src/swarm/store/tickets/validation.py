@@ -65,7 +65,8 @@ def read(row: Any) -> Work:
 
 
 def strict_ticket(row: Any) -> Ticket:
-    """``row``: anything with a ticket's fields as attributes. Raises BadRow."""
+    """``row``: anything with a ticket's fields as attributes, and maybe `too_long`. Raises BadRow."""
+    check_length(row)
     values: dict[str, Any] = {}
     for name in TICKET_FIELDS:
         value = getattr(row, name)
@@ -108,14 +109,30 @@ def strict_text(name: str, value: object) -> str | None:
         except UnicodeDecodeError:
             raise BadRow(f"{name} is a BLOB that is not UTF-8 text; store text") from None
     text = value if isinstance(value, str) else str(value)
-    limit = MAX_BYTES.get(name, MAX_OTHER_BYTES)
     try:
         size = len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError:
         raise BadRow(f"{name} is not valid UTF-8: {shown(text)}; store it again as UTF-8 text") from None
-    if size > limit:
-        raise BadRow(f"{name} has {size:,} bytes, the limit is {limit:,}; put large data where the agent can fetch it")
+    if size > limit_of(name):
+        raise _too_long(name, size)
     return text
+
+
+def limit_of(name: str) -> int:
+    """Bytes of a text column."""
+    return MAX_BYTES.get(name, MAX_OTHER_BYTES)
+
+
+def check_length(row: Any) -> None:
+    """Raises BadRow if a text was not read, since it is too long (`bounded.too_long`)."""
+    if found := getattr(row, "too_long", None):
+        name, _, size = str(found).partition(" ")
+        raise _too_long(name, int(size))
+
+
+def _too_long(name: str, size: int) -> BadRow:
+    limit = limit_of(name)
+    return BadRow(f"{name} has {size:,} bytes, the limit is {limit:,}; put large data where the agent can fetch it")
 
 
 def strict_number(name: str, value: object) -> Any:
@@ -134,6 +151,9 @@ def strict_number(name: str, value: object) -> Any:
 
 
 _NUMBERS: Final = ("priority", "max_attempts", "timeout_seconds", "budget_usd", "budget_tokens", "keep_vm_seconds")
+# Of the texts that are read for a claim. An id is read at any length: its row is found by it.
+LIMITS: Final = {name: limit_of(name) for name in TICKET_FIELDS if name not in ("id", *_NUMBERS)}
+REFUSED: Final = {name: limit for name, limit in LIMITS.items() if name not in _WRITTEN_BY_SWARM}
 
 
 def check_age(row: Any, now_ms: int, limit_seconds: float) -> None:

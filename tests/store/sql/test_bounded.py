@@ -1,0 +1,66 @@
+"""Rows whose texts are too long for an engine, or for one answer of the server, stop nothing."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from swarm.store.sandboxes.sandboxes import SandboxFilter
+from swarm.store.store import Store
+from tests.store.databases import ECHO, LEASE, Outside, PostgresBackend, insert
+
+HUGE = 300_000_000  # four such texts are more than a row may have on its way from PostgreSQL
+FOUR = ("title", "assignee_id", "requires", "error")
+
+
+@pytest.fixture
+async def store(postgresql_url: str) -> AsyncIterator[Store]:
+    async with Store.open(postgresql_url) as store:
+        yield store
+
+
+@pytest.fixture
+def outside(postgresql: PostgresBackend, postgresql_url: str) -> Iterator[Outside]:
+    outside = postgresql.outside(postgresql_url)
+    # A row that is inserted whole may have a GB at most; one whose texts are copied as they lie there may have more.
+    outside.execute("CREATE TEMP TABLE huge AS SELECT repeat('x', ?) AS text", (HUGE,))
+    yield outside
+    outside.close()
+
+
+async def test_of_tickets(store: Store, outside: Outside) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for id, names in (("four", FOUR), ("title", FOUR[:1]), ("error", FOUR[3:]), ("late", ("description",))):
+        texts = ", ".join("text" for _ in names)
+        outside.execute(
+            f"INSERT INTO tickets (id, state, agent_id, {', '.join(names)}) SELECT ?, 'ready', ?, {texts} FROM huge",
+            (id, ECHO.id),
+        )
+    insert(outside, "good")
+    claims = [claim for _ in range(3) for claim in await store.claim("w", limit=9, lease_seconds=LEASE)]
+    assert sorted(claim.ticket.id for claim in claims) == ["error", "good"]  # Swarm writes `error` itself
+    states = outside.execute("SELECT id, left(error, 60) FROM tickets WHERE state = 'failed' ORDER BY id")
+    limit = "bytes, the limit is"
+    assert states == [
+        ("four", f"title has {HUGE:,} {limit} 65,536; put large "[:60]),
+        ("late", f"description has {HUGE:,} {limit} 2,097,152; put large "[:60]),
+        ("title", f"title has {HUGE:,} {limit} 65,536; put large "[:60]),
+    ]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KiB
+
+
+async def test_of_sandboxes(store: Store, outside: Outside) -> None:
+    for id, names in (("four", ("project_id", "env", "labels", "error")), ("project", ("project_id",))):
+        texts = ", ".join("text" for _ in names)
+        outside.execute(
+            f"INSERT INTO sandboxes (id, agent_id, {', '.join(names)}) SELECT ?, ?, {texts} FROM huge", (id, ECHO.id)
+        )
+    outside.execute("INSERT INTO sandboxes (id, agent_id) VALUES ('good', ?)", (ECHO.id,))
+    claims = await store.claim_sandboxes("w", "host", lease_seconds=LEASE, limit=9)
+    assert [claim.sandbox.id for claim in claims] == ["good"]
+    ended = outside.execute("SELECT id, left(error, 40) FROM sandboxes WHERE state = 'ended' ORDER BY id")
+    assert ended == [(id, f"project_id has {HUGE:,} bytes, the limit is"[:40]) for id in ("four", "project")]
+    page = await store.sandbox_page(SandboxFilter())
+    assert {one.id for one in page.sandboxes} == {"four", "good", "project"}
