@@ -398,6 +398,7 @@ class Sandbox:
     idle_timeout_seconds: float | None = None
     budget_usd: float | None = None
     budget_tokens: int | None = None
+    requires: str | None = None  # JSON text of an object: labels that its host must have, beside its agent's
     wanted: str | None = None
     error: str | None = None
     created_by: str | None = None

@@ -101,6 +101,23 @@ async def test_an_engine_that_is_gone_or_elsewhere(store: Store) -> None:
         await sandboxes.reach(store, far.id, by="anna")
 
 
+async def test_a_new_one_may_start_on_another_host(store: Store) -> None:
+    """Who made it is told what it waits for, and where it runs."""
+    told = asyncio.get_running_loop().create_future()
+    made = await store.add_sandbox(new(name="box", requires='{"zone": "a"}'), by="anna")
+    with pytest.raises(Conflict, match="no engine runs that could hold the sandbox 'box'"):
+        await sandboxes.started(store, made.id, say=told.set_result, engine_seconds=0)
+    await store.heartbeat("w", host="host-2", pid=1, info={"live": "/there"})
+    assert await store.claim_sandboxes("here", HOST, lease_seconds=60, limit=1) == []
+    starting = asyncio.create_task(sandboxes.started(store, made.id, say=told.set_result, engine_seconds=0))
+    store.labels = {"zone": "a"}
+    async with asyncio.timeout(60):
+        assert (await told).startswith("it waits for a host with zone=a")
+    (claim,) = await store.claim_sandboxes("w", "host-2", lease_seconds=60, limit=1)
+    await store.sandbox_running(claim.hold_id, 3)
+    assert (await starting).host == "host-2"
+
+
 async def test_one_on_a_drained_host_stays_asleep(store: Store, engine: Engine) -> None:
     made = await store.add_sandbox(new(name="box"), by="anna")
     await sandboxes.reach(store, made.id, by="anna")

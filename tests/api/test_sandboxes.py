@@ -248,6 +248,16 @@ async def test_an_upload_that_broke_off_goes_on(served: Served, engine: Engine) 
     assert (await served.operator.get(f"{content}?path=file")).content == data
 
 
+async def test_one_says_what_its_host_must_have(served: Served) -> None:
+    path = await box(served, requires={"zone": "a", "gpu": True})
+    assert await served.store.claim_sandboxes("w", "h", lease_seconds=60, limit=1) == []
+    shown = (await served.viewer.get(path)).json()
+    assert shown["requires"] == {"zone": "a", "gpu": True} and "waits for a host with gpu=true" in shown["error"]
+    for bad in ({"zone": "a b"}, {"": 1}, {"zone": None}):
+        refused = await served.operator.post("/v1/sandboxes", json={"requires": bad})
+        assert refused.status_code == 400 and "requires" in refused.text, refused.text
+
+
 async def test_secrets_and_networks_are_for_admins(served: Served, engine: Engine) -> None:
     """Who works in a VM reads all that is in it."""
     keeper = replace(ECHO, id="keeper", name="keeper", secrets=("KEY",))

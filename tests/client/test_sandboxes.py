@@ -54,7 +54,9 @@ async def test_a_vm_that_stays(settings: Settings, image: Image, tmp_path: Path)
         serve.served(desk.settings, host="127.0.0.1", port=0, remote=False),
         AsyncSwarm(home=desk.settings.home, timeout_seconds=60) as s,
     ):
-        async with await s.sandboxes.create(name="box", ttl_seconds=600, idle_timeout_seconds=300) as box:
+        async with await s.sandboxes.create(
+            name="box", ttl_seconds=600, idle_timeout_seconds=300, requires={"arch": os.uname().machine}
+        ) as box:
             data = os.urandom(3 << 20)
             await box.write("data", data)
             counts = "n=0; while :; do n=$((n+1)); echo $n 1<> /work/n; sleep 1; done"  # never empty

@@ -41,6 +41,28 @@ async def reach(
     return Live(path, id, by=by, again=again)
 
 
+async def started(
+    store: Store, id: str, *, say: Callable[[str], None], engine_seconds: float = _ENGINE_SECONDS
+) -> Sandbox:
+    """It, once it runs, on whichever host; ``say`` is told once what it waits for. Raises NotFound, Conflict."""
+    told = False
+
+    async def look(waited: float) -> Sandbox | None:
+        nonlocal told
+        row = await _living(store, id, anywhere=True)
+        if row.state != SandboxState.STARTING:
+            return row
+        if row.error and not told:
+            told = True
+            say(row.error)
+        await _check_waiting(
+            store, row, waited, engine_seconds=engine_seconds, wait_seconds=WAIT_SECONDS, anywhere=True
+        )
+        return None
+
+    return await _until(store, look)
+
+
 async def _held(store: Store, id: str, *, by: str, wait_seconds: float, engine_seconds: float) -> Path:
     """The socket of the engine that holds it."""
     asked = False
@@ -56,11 +78,7 @@ async def _held(store: Store, id: str, *, by: str, wait_seconds: float, engine_s
             asked = True
         if row.state == SandboxState.RUNNING and (path := await _socket(store, row)) is not None:
             return path
-        if waited > engine_seconds and not await _engine_here(store):
-            raise Conflict(f"no engine runs here that could hold {named(row)}: `swarm-engine start` starts one")
-        if waited > wait_seconds:
-            why = row.error or "see `swarm-engine status`"
-            raise Conflict(f"{named(row)} is still {row.state} after {wait_seconds:g} s: {why}")
+        await _check_waiting(store, row, waited, engine_seconds=engine_seconds, wait_seconds=wait_seconds)
         return None
 
     return await _until(store, look)
@@ -101,7 +119,25 @@ async def _until(store: Store, look: Callable[[float], Awaitable[T | None]]) -> 
     return found
 
 
-async def _living(store: Store, id: str) -> Sandbox:
+async def _check_waiting(
+    store: Store,
+    row: Sandbox,
+    waited: float,
+    *,
+    engine_seconds: float,
+    wait_seconds: float,
+    anywhere: bool = False,
+) -> None:
+    """Raises Conflict."""
+    if waited > engine_seconds and not await _engine(store, anywhere=anywhere):
+        where = "" if anywhere else "here "
+        raise Conflict(f"no engine runs {where}that could hold {named(row)}: `swarm-engine start` starts one")
+    if waited > wait_seconds:
+        why = row.error or "see `swarm-engine status`"
+        raise Conflict(f"{named(row)} is still {row.state} after {wait_seconds:g} s: {why}")
+
+
+async def _living(store: Store, id: str, *, anywhere: bool = False) -> Sandbox:
     """Raises NotFound, Conflict."""
     row = await store.sandbox(id)
     if row.state in TERMINAL_SANDBOX_STATES:
@@ -109,7 +145,7 @@ async def _living(store: Store, id: str) -> Sandbox:
         raise Conflict(f"{named(row)} {said}" + (f": {row.error}" if row.error else ""))
     if row.wanted == SandboxState.ENDED:
         raise Conflict(f"{named(row)} is being ended")
-    if row.host is not None and row.host != await store.this_host():
+    if not anywhere and row.host is not None and row.host != await store.this_host():
         raise Conflict(f"{named(row)} is on the host {shown(row.host)}, and can be used only there")
     return row
 
@@ -128,8 +164,8 @@ async def _socket(store: Store, row: Sandbox) -> Path | None:
     return Path(path) if isinstance(path, str) and unix_socket.listens(Path(path)) else None
 
 
-async def _engine_here(store: Store) -> bool:
-    """One that holds sandboxes."""
+async def _engine(store: Store, *, anywhere: bool) -> bool:
+    """Is there one that holds sandboxes, on this host?"""
     here = await store.this_host()
-    ours = [one for one in await store.workers() if one.host == here and "live" in one.info]
-    return any(is_alive(one) for one in ours)
+    holders = [one for one in await store.workers() if "live" in one.info and (anywhere or one.host == here)]
+    return any(is_alive(one) for one in holders)

@@ -12,7 +12,7 @@ import typer
 
 from swarm.base.aio import finish_uninterrupted
 from swarm.cli.frame import Cli, command, new_app
-from swarm.cli.inputs import Limit
+from swarm.cli.inputs import Limit, Require, required
 from swarm.cli.ui.output import first_line
 from swarm.cli.ui.table import Column
 from swarm.errors import Conflict, SwarmError
@@ -38,6 +38,7 @@ Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Names or ids of
         "swarm sandbox create build --memory 1024 --net allow:pypi.org,files.pythonhosted.org --ttl 8h",
         "swarm sandbox create --agent claude-code --secret DEPLOY_KEY --budget-usd 2 --idle 10m",
         "swarm sandbox create try --from prepared",
+        "swarm sandbox create train --require zone=a --require gpu=true",
     ],
     json=True,
 )
@@ -82,9 +83,11 @@ async def create(
     budget_tokens: Annotated[
         int | None, typer.Option("--budget-tokens", metavar="N", min=0, help="The same in tokens.")
     ] = None,
+    require: Require = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when it runs, or at once.")] = True,
 ) -> None:
     """Make a sandbox, and print its id. An engine must run: it holds the VM."""
+    from swarm.admin import sandboxes
     from swarm.base.clock import age_seconds
     from swarm.cli.remote import variables
     from swarm.model import Sandbox
@@ -110,16 +113,18 @@ async def create(
             idle_timeout_seconds=age_seconds(idle) if idle else None,
             budget_usd=budget_usd,
             budget_tokens=budget_tokens,
+            requires=required(require),
         )
         made = await store.add_sandbox(one, by=cli.user)
         if wait:
             try:
-                await live_of(cli, store, made.id)
+                made = await sandboxes.started(store, made.id, say=cli.out.note)
             except (Conflict, asyncio.CancelledError):  # nothing starts behind an error, or Ctrl+C
                 with contextlib.suppress(SwarmError):  # it has ended by itself, with what was wrong
                     await finish_uninterrupted(store.want_sandbox(made.id, SandboxState.ENDED, by=cli.user))
                 raise
-            made = await store.sandbox(made.id)
+            if made.host != await store.this_host():
+                cli.out.note(f"it is on the host {made.host}, and can be used there")
     cli.out.result(made, made.name or made.id)
 
 

@@ -104,7 +104,8 @@ class TicketFields:
 
 class NewSandbox(TypedDict, total=False):
     """What a new sandbox may say. ``agent``: whose files, packages, limits and network it has. ``snapshot``: what it
-    starts from. ``idle_timeout_seconds``: then it is paused; ``ttl_seconds``: then it ends."""
+    starts from. ``requires``: labels that its host must have. ``idle_timeout_seconds``: then it is paused;
+    ``ttl_seconds``: then it ends."""
 
     name: str
     agent: str
@@ -121,6 +122,7 @@ class NewSandbox(TypedDict, total=False):
     idle_timeout_seconds: float
     budget_usd: float
     budget_tokens: int
+    requires: Mapping[str, str | bool | int]
     project: str
 
 
@@ -158,6 +160,7 @@ class SandboxFields:
     idle_timeout_seconds: float | None = None
     budget_usd: float | None = None
     budget_tokens: int | None = None
+    requires: Any = None
     error: str | None = None
     host: str | None = None
     created_by: str | None = None

@@ -25,7 +25,7 @@ from swarm.engine.room import VmInUse
 from swarm.errors import Conflict, LeaseLost, OutcomeUnknown, StoreError, SwarmError, UsageError
 from swarm.live.wire import NotHeld
 from swarm.model import SandboxClaim, SandboxState
-from swarm.store.sandboxes.taking import Share
+from swarm.store.sandboxes.share import Share
 from swarm.store.store import Store
 from swarm.store.tickets.room import Room
 from swarm.vm.launcher import LiveVm
@@ -433,6 +433,7 @@ class Sandboxes:
                 held.sandbox, id="", state=SandboxState.STARTING, parent_id=held.id, snapshot_id=made.id, wanted=None,
                 created_by=by, created_at=None, started_at=None, used_at=None, ended_at=None, ends_at=None, host=None,
                 worker=None, hold_id=None, vm_id=None, error=None, name=None,
+                requires=None,
             )  # fmt: skip
             children = [replace(child, name=one) for one in (names * count)[:count]]
             added = [one.id for one in await self._store.add_sandboxes(children, by=by)]

@@ -59,8 +59,9 @@ from swarm.store.sandboxes import holding, sandboxes, snapshots, taking
 from swarm.store.sandboxes.claiming import SandboxClaimer
 from swarm.store.sandboxes.holding import SandboxRenewal
 from swarm.store.sandboxes.sandboxes import SandboxFilter, SandboxPage
+from swarm.store.sandboxes.share import Share
 from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
-from swarm.store.sandboxes.taking import Share, Taking
+from swarm.store.sandboxes.taking import Taking
 from swarm.store.sql import database
 from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
@@ -85,7 +86,7 @@ from swarm.store.tickets.events import LeftFiles
 from swarm.store.tickets.facts import Backlog, Facts, Traced
 from swarm.store.tickets.isolation import IsolatingThread, Isolation
 from swarm.store.tickets.pages import Count, TicketFilter, TicketPage
-from swarm.store.tickets.places import Elsewhere
+from swarm.store.tickets.places import Elsewhere, Places
 from swarm.store.tickets.room import Room
 from swarm.store.tickets.settled import Settled
 from swarm.store.untold import UNTOLD
@@ -433,12 +434,7 @@ class Store:
 
     async def due(self) -> Due:
         """Is there something to claim for an engine of this host? Else: what it waits for."""
-        host = await self.this_host()
-        patience, labels, memory_mb = self._host_timeout_seconds, self.labels, self.vm_memory_mb
-        call = self._read.call(
-            tickets.due, host=host, labels=labels, memory_mb=memory_mb, host_timeout_seconds=patience
-        )
-        due = await call
+        due = await self._read.call(tickets.due, host=await self.this_host(), place=self._place(self.vm_memory_mb))
         return self._queue.pace.due(self.isolation.paced(due))
 
     # --- attempts -----------------------------------------------------------------------------------------------------
@@ -641,7 +637,10 @@ class Store:
 
     async def sandboxes_due(self, host: str) -> Due:
         """Is there something to claim for an engine of this host? Else: when a lease or a time to live ends."""
-        return await self._read.call(taking.due, host=host)
+        return await self._read.call(taking.due, host=host, place=self._place(self.vm_memory_mb))
+
+    def _place(self, memory_mb: int | None) -> Places:
+        return Places(labels=self.labels, memory_mb=memory_mb, patience_seconds=self._host_timeout_seconds)
 
     async def claim_sandboxes(
         self,
@@ -669,6 +668,7 @@ class Store:
             lease_seconds=lease_seconds,
             room=room,
             share=share,
+            place=self._place(room.most_memory_mb if room is not None else None),
         )
         return await self._holders.claim(request, limit=limit, held=held)
 

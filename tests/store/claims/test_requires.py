@@ -212,3 +212,20 @@ def test_no_host_has_memory_that_is_no_number(value: Any) -> None:
     """The mark in a row may be another program's, and must end no claim."""
     mark = places.mark({places.MEMORY: value})
     assert not places.has({}, 100, json.loads(mark)) and "memory" in places.words(mark)
+
+
+@pytest.mark.parametrize("value", ["x", "[1]", '{"a":[1]}', '{"a": 1}', "[" * 5000, b"\xff", b'{"a":1}'], ids=repr)
+async def test_a_mark_that_no_claim_has_written_keeps_nothing(store: Store, outside: Outside, value: str) -> None:
+    await store.put_agent(ZONED)
+    insert(outside, "far", agent_id="zoned")
+    outside.execute("INSERT INTO sandboxes (id) VALUES ('box')")
+    assert await ids(store) == []
+    for table in ("tickets", "sandboxes"):
+        if not outside.accepts(f"INSERT INTO {table} (id, state, waits_for) VALUES (?, ?, ?)", ("no", "ended", value)):
+            return
+    insert(outside, "near", waits_for=value)
+    outside.execute("UPDATE sandboxes SET waits_for = ? WHERE id = 'box'", (value,))
+    assert (await store.due()).ready and (await store.sandboxes_due("h")).ready
+    assert await ids(store) == ["near"]
+    assert len(await store.claim_sandboxes("w", "h", lease_seconds=LEASE, limit=9)) == 1
+    assert marks(outside) == ['{"gpu":true,"zone":"a"}'] or await ids(store) == []

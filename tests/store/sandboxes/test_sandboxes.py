@@ -15,8 +15,8 @@ from swarm.model import Agent, Event, Sandbox, SandboxClaim, Snapshot
 from swarm.store.sandboxes import sandboxes
 from swarm.store.sandboxes.holding import TRIES
 from swarm.store.sandboxes.sandboxes import SandboxFilter
+from swarm.store.sandboxes.share import Share
 from swarm.store.sandboxes.snapshots import SnapshotFilter
-from swarm.store.sandboxes.taking import Share
 from swarm.store.store import Store
 from swarm.store.tickets.room import Room
 from tests.store.databases import ECHO, LEASE, Outside, claim_one, insert

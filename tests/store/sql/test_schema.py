@@ -51,7 +51,7 @@ SMALL = re.compile(
 LIVE_ONLY = re.compile(
     r"SCAN \w+ USING (COVERING )?INDEX "
     r"(tickets_(ready|unfinished|unknown_state)|step_executions_(ready|delayed|waiting)|attempts_lease"
-    r"|workflow_runs_(due|live)|sandboxes_(due|ending|held|live))\b"
+    r"|workflow_runs_(due|live)|sandboxes_(due|ending|held|live|marked))\b"
 )
 
 # What a query within reads up to its LIMIT, in the order of an index.
@@ -171,7 +171,7 @@ def test_migrations_create_what_schema_says_on_postgresql(postgresql: PostgresBa
 # their LIMIT or are for people, as above.
 LIVE_INDEXES = re.compile(
     r"tickets_(ready|unfinished|unknown_state)|step_executions_(ready|delayed|waiting)|attempts_lease"
-    r"|workflow_runs_(due|live)|sandboxes_(due|ending|held|live)"
+    r"|workflow_runs_(due|live)|sandboxes_(due|ending|held|live|marked)"
 )
 SMALL_TABLES = {"agents", "notices", "secrets", "workflows", "definitions", "schedules", "tokens", "workers", "clock"}
 SMALL_TABLES |= {"alembic_version", "hosts", "unmet"}

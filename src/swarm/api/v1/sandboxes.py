@@ -18,7 +18,7 @@ from swarm.api.v1.events import Events, RangeQuery
 from swarm.api.v1.tickets import MAX_CURSOR_CHARS, MAX_OF_A_KIND, Reference, cursor_for, project_for, read_cursor
 from swarm.base.aio import first
 from swarm.errors import NotFound, UsageError
-from swarm.fields import NO_NUL, Variable, bounded
+from swarm.fields import NO_NUL, Labels, Variable, bounded
 from swarm.model import Role, Sandbox, SandboxState, Snapshot
 from swarm.store.registry.tokens import Actor
 from swarm.store.sandboxes.sandboxes import SandboxFilter, SandboxPage
@@ -74,6 +74,7 @@ class NewSandbox(Fields):
     idle_timeout_seconds: float | None = bounded("idle_timeout_seconds", None, description="then it is paused")
     budget_usd: float | None = bounded("budget_usd", None)
     budget_tokens: int | None = bounded("budget_tokens", None)
+    requires: Labels = Field(default_factory=dict, description="labels that its host must have")
     project: str | None = None
 
 
@@ -184,7 +185,7 @@ async def create_sandbox(call: Call) -> Sandbox:
             403, f"{call.actor.name} can't give a network or secrets: that needs an admin; an agent has its own"
         )
     check_secrets(call.actor, bool(given.secrets or (agent and agent.secrets) or (start and start.secrets)))
-    columns = given.model_dump(exclude={"agent", "snapshot", "secrets", "env", "labels", "project"})
+    columns = given.model_dump(exclude={"agent", "snapshot", "secrets", "env", "labels", "requires", "project"})
     return await call.store.add_sandbox(
         Sandbox(
             id="",
@@ -195,6 +196,7 @@ async def create_sandbox(call: Call) -> Sandbox:
             secrets=json.dumps(given.secrets) if given.secrets else None,
             env=json.dumps(given.env) if given.env else None,
             labels=json.dumps(given.labels) if given.labels else None,
+            requires=json.dumps(given.requires) if given.requires else None,
             **columns,
         ),
         by=call.actor.name,

@@ -38,6 +38,7 @@ def show(out: Out, one: Sandbox, story: Sequence[Event], costs: Costs | None, na
         "secrets": ", ".join(_list(one.secrets)) or None,
         "env": ", ".join(_list(one.env)) or None,
         "labels": pretty(one.labels),
+        "requires": pretty(one.requires),
         "lives for": one.ttl_seconds and span(one.ttl_seconds),
         "pauses after": one.idle_timeout_seconds and f"{span(one.idle_timeout_seconds)} without use",
         "budget": _budget(one),

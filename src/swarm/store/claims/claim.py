@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from swarm.errors import StoreError, SwarmError
 from swarm.model import Agent, Claim, StepStatus, TicketState
-from swarm.store.claims import elsewhere, kept, ready, suspects
+from swarm.store.claims import kept, ready, suspects
 from swarm.store.claims.finish import sweep
 from swarm.store.claims.maintenance import AT_ONCE, Maintenance, fail_made_ready, fail_row, has_clean_id
 from swarm.store.claims.pace import Pace
@@ -25,7 +25,7 @@ from swarm.store.sql.database import HEAD, REVISION, other_revision
 from swarm.store.sql.dialect import Dialect, Sql
 from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, milliseconds
 from swarm.store.sql.transaction import Row, Tx, chars, one_row
-from swarm.store.tickets import dependencies, places, validation
+from swarm.store.tickets import dependencies, elsewhere, places, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.places import Places
 from swarm.store.tickets.room import Room
@@ -114,7 +114,11 @@ class _ClaimTransaction:
         # The next step in turn lacks room, or must run alone. Those behind it wait too, so that it isn't
         # starved.
         self.full = False
-        self.places, self.marked = Places(), False
+        self.places = Places(
+            labels=request.labels,
+            memory_mb=self.room.most_memory_mb,
+            patience_seconds=request.host_timeout_seconds,
+        )
         self.aside = set[str]()  # kinds of VMs that others are not to wait for
         self.left_out: tuple[str, ...] = ()  # of the candidates that were read last
         self.cut = False  # rows are too long to read all of them in one transaction
@@ -135,20 +139,16 @@ class _ClaimTransaction:
             self.result.undecided += self.claimer.workflows.process_due(self.changes)
         self._advance()
         if probed.marked:
-            self.places = self._places()
+            places.read(self.tx, self.places)
         if probed.unknown_states:
             for row in self.changes.each(self.tx.all(UNKNOWN_STATES, limit=AT_ONCE), lambda row: row.id):
                 fail_row(self.changes, row, validation.unknown_state(row.state))
         self._claim(probed.written_by_others)
         dependencies.release(self.changes)
-        if self.marked:
+        if self.places.marked:
             self.changes.flush()
-            self._places()
+            places.read(self.tx, self.places)  # from now on a host is waited for
         return self.result
-
-    def _places(self) -> Places:
-        most_mb, patience_ms = self.room.most_memory_mb, self.request.host_timeout_seconds * 1000
-        return places.read(self.tx, self.request.labels, most_mb, patience_ms=patience_ms)
 
     def _release_delayed(self) -> None:
         if self.changes.isolating:
@@ -332,14 +332,15 @@ class _ClaimTransaction:
 
     def _is_for_another_host(self, candidate: Candidate, work: Work, agent: Agent) -> bool:
         """It is marked with what it lacks here, and waits for a host that has it. Raises BadRow."""
-        requires = elsewhere.required(candidate, work.ticket, agent)
-        mark = elsewhere.mark(self.tx, self.request, agent, requires, self.places, self.room.most_memory_mb)
+        row, is_step = candidate.row, candidate.is_step
+        requires = elsewhere.required(agent.requires, row.step_requires if is_step else None, work.ticket.requires)
+        mark = elsewhere.mark(self.tx, requires, agent.memory_mb, self.places)
         if mark is None:
             return False
-        if candidate.row.waits_for != mark:
-            statement, id = elsewhere.statement(candidate)
-            self.changes.add(statement, id=id, mark=mark)
-            self.marked = True
+        if row.waits_for != mark:
+            statement = elsewhere.MARK_STEP if is_step else elsewhere.MARK_TICKET
+            self.changes.add(statement, id=row.step_execution_id if is_step else row.id, mark=mark)
+            self.places.marked = True
         self.full |= self.request.ticket_id is not None
         return True
 

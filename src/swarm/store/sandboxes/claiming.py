@@ -15,6 +15,7 @@ from swarm.store.sandboxes.taking import Taken, Taking
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.transaction import Tx
+from swarm.store.tickets import places
 from swarm.store.tickets.isolation import IsolatingThread
 
 log = logger(__name__)
@@ -43,6 +44,8 @@ class SandboxClaimer:
     async def _claim(self, request: Taking, *, limit: int, held: Collection[str]) -> list[SandboxClaim]:
         for id, hold_id in await self._read.call(holding.expired):
             await self._try(id, holding.give_up, id, hold_id, held=frozenset(held), until_seconds=request.lease_seconds)
+        if await self._read.call(taking.any_marked):
+            await self._try("unmet", places.read, request.place, of=places.SANDBOXES)
         claims, share = list[SandboxClaim](), request.share
         over = {one: why for one in share.taken if (why := share.refuses(one))} if share is not None else {}
         known = -1
@@ -51,13 +54,16 @@ class SandboxClaimer:
             waits = await self._take(request, claims, over, limit=limit)
         if share is not None:
             share.others_wait, share.over = waits, await self._told(over, request.host)
+        if request.place.marked:  # from now on it is known since when
+            await self._try("unmet", places.read, request.place, of=places.SANDBOXES)
         return claims
 
     async def _take(self, request: Taking, claims: list[SandboxClaim], over: dict[str, str], *, limit: int) -> bool:
         """Add to ``claims`` what there is room for, and to ``over`` who has their share; does somebody wait who has
         not?"""
         full = waits = False
-        found = await self._read.call(taking.candidates, host=request.host, limit=limit, but=tuple(over))
+        marks = (*request.place.here, *request.place.given_up)
+        found = await self._read.call(taking.candidates, host=request.host, limit=limit, but=tuple(over), marks=marks)
         for id, ends, project in found:
             if not ends and (project in over or full or len(claims) >= limit):
                 waits |= project not in over

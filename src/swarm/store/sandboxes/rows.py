@@ -14,7 +14,15 @@ from swarm.fields import IN_WORDS, VARIABLE
 from swarm.model import Agent, Sandbox, SandboxState, Snapshot
 from swarm.store.sql.bounded import texts, too_long
 from swarm.store.sql.rows import lenient, whole
-from swarm.store.tickets.validation import BadRow, check_length, limit_of, shown, strict_number, strict_text
+from swarm.store.tickets.validation import (
+    BadRow,
+    check_length,
+    limit_of,
+    shown,
+    strict_number,
+    strict_requires,
+    strict_text,
+)
 
 SANDBOX_FIELDS: Final = tuple(field.name for field in fields(Sandbox))
 SNAPSHOT_FIELDS: Final = tuple(field.name for field in fields(Snapshot))
@@ -27,7 +35,7 @@ _NUMBERS: Final = (
     *("memory_mb", "vcpus", "disk_mb", "ttl_seconds", "idle_timeout_seconds", "budget_usd", "budget_tokens"),
 )
 _TEXTS: Final = ("id", "name", "project_id", "agent_id", "image", "snapshot_id", "parent_id", "network")
-_LIMITS: Final = {name: limit_of(name) for name in (*_TEXTS, "secrets", "env", "labels") if name != "id"}
+_LIMITS: Final = {name: limit_of(name) for name in (*_TEXTS, "secrets", "env", "labels", "requires") if name != "id"}
 _OTHERS: Final = {name: limit_of(name) for name in ("error", "created_by", "started_at", "used_at", "ended_at")}
 SANDBOX_COLUMNS: Final = f"{texts('b', SANDBOX_FIELDS, _LIMITS | _OTHERS)}, {too_long('b', _LIMITS)} AS too_long"
 _NO: Final = (0, "0", "false", "False", "FALSE")  # what is no plain no counts as a yes: it may hold secrets
@@ -99,6 +107,11 @@ def check(row: Any) -> Sandbox:
     for name in ("secrets", "env", "labels"):
         if _parsed(name, values[name]) is None:  # blank, or null
             values[name] = None
+    values["requires"] = strict_requires(strict_text("requires", row.requires))
+    if values["requires"] and values["snapshot_id"]:
+        raise BadRow(
+            "it has a snapshot_id, and starts on the host of that: it can't have requires; leave one of them out"
+        )
     values["wanted"] = wanted(row.wanted)
     values["secret"] = _secret(row.secret)
     return Sandbox(**values)

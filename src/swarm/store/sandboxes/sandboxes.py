@@ -27,7 +27,7 @@ SCANNED: Final = 10_000  # sandboxes that one page may look at
 _GIVEN: Final = (
     "id", "name", "project_id", "state", "agent_id", "image", "snapshot_id", "parent_id", "memory_mb", "vcpus",
     "disk_mb", "network", "secrets", "secret", "env", "labels", "ttl_seconds", "idle_timeout_seconds", "budget_usd",
-    "budget_tokens", "created_by",
+    "budget_tokens", "requires", "created_by",
 )  # fmt: skip
 _INSERT: Final = Sql(
     f"INSERT INTO sandboxes ({', '.join(_GIVEN)}, created_at) VALUES ({', '.join(':' + name for name in _GIVEN)}, :now)"

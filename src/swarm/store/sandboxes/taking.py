@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -21,19 +21,19 @@ from swarm.store.sandboxes import rows
 from swarm.store.sandboxes.changes import end, event, last_snapshot, own_snapshot
 from swarm.store.sandboxes.holding import BY_ID, BY_RAW_ID, SET_WANTED, raw_id, time_is_over
 from swarm.store.sandboxes.rows import SNAPSHOT_COLUMNS
+from swarm.store.sandboxes.share import DEFAULT_DISK_MB, DEFAULT_MEMORY_MB, Share
 from swarm.store.sql.bounded import text
-from swarm.store.sql.conditions import SANDBOX_DUE, SANDBOX_ENDING, SANDBOX_HELD
+from swarm.store.sql.conditions import SANDBOX_DUE, SANDBOX_ENDING, SANDBOX_HELD, SANDBOX_MARKED
 from swarm.store.sql.database import HEAD, REVISION, other_revision
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Due, message, new_id
 from swarm.store.sql.transaction import Row, Tx, one_row
-from swarm.store.tickets import validation
+from swarm.store.tickets import elsewhere, places, validation
 from swarm.store.tickets.changes import MENDED
+from swarm.store.tickets.places import Places
 from swarm.store.tickets.room import Room
 from swarm.store.tickets.validation import MAX_OTHER_BYTES, BadRow, shown, storable
 
-DEFAULT_MEMORY_MB: Final = 256
-DEFAULT_DISK_MB: Final = 2048
 _AT_ONCE: Final = 100
 
 # A fork starts where its snapshot is, and a paused one resumes there; anything else may be done by any engine.
@@ -43,12 +43,13 @@ _MINE: Final = (
     "(SELECT 1 FROM snapshots n WHERE n.id = sandboxes.snapshot_id AND n.host <> :host) "
     "OR state = 'paused' AND (wanted <> 'running' OR host = :host OR host IS NULL))"
 )
-_CANDIDATES: Final = (
-    f"SELECT id, {text('project_id', MAX_OTHER_BYTES)} AS project_id, {_ENDS} AS ends FROM sandboxes "
-    f"WHERE {SANDBOX_DUE} AND {_MINE}{{but}} "
-    "ORDER BY CASE state WHEN 'starting' THEN 1 ELSE 0 END, created_at LIMIT :limit"
-)
-CANDIDATES: Final = Sql(_CANDIDATES.format(but=""))
+_PROJECT: Final = f"{text('project_id', MAX_OTHER_BYTES)} AS project_id"
+_SOME: Final = f"SELECT id, {_PROJECT}, {_ENDS} AS ends, state, created_at FROM sandboxes WHERE"
+_DUE: Final = f"{_SOME} {SANDBOX_DUE} AND {_MINE}"
+_MARKED: Final = f"{_SOME} {SANDBOX_MARKED} AND waits_for IN ({{marks}})"
+_IN_TURN: Final = " ORDER BY CASE state WHEN 'starting' THEN 1 ELSE 0 END, created_at LIMIT :limit"
+CANDIDATES: Final = Sql(_DUE + _IN_TURN)
+ANY_MARKED: Final = Sql(f"SELECT {places.MARKED_SANDBOXES} OR EXISTS (SELECT 1 FROM unmet) AS marked")
 _WAITING: Final = Sql(
     f"SELECT id, {text('error', MAX_OTHER_BYTES)} AS error FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE} "
     "AND project_id = :project_id AND "
@@ -59,7 +60,7 @@ ENDING: Final = Sql(f"SELECT id FROM sandboxes WHERE {SANDBOX_ENDING} AND ends_a
 NEXT: Final = Sql(
     f"SELECT (SELECT min(lease_until) FROM sandboxes WHERE {SANDBOX_HELD}) AS lease, "
     f"(SELECT min(ends_at) FROM sandboxes WHERE {SANDBOX_ENDING}) AS ending, "
-    f"EXISTS (SELECT 1 FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE}) AS due"
+    f"EXISTS (SELECT 1 FROM sandboxes WHERE {SANDBOX_DUE} AND {_MINE}) AS due, {places.MARKED_SANDBOXES} AS marked"
 )
 # However long ago it expired: it is in use, so its files are there.
 _SNAPSHOT: Final = Sql(f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.id = :id")
@@ -67,7 +68,7 @@ _SNAPSHOT: Final = Sql(f"SELECT {SNAPSHOT_COLUMNS} FROM snapshots n WHERE n.id =
 _HOLD: Final = one_row(
     "UPDATE sandboxes SET hold_id = :hold_id, worker = :worker, host = :host, lease_until = :lease_until, "
     "ends_at = :ends_at, ended_at = NULL, error = NULL, wanted = :wanted, agent_id = :agent_id, "
-    "secret = :secret "
+    "secret = :secret, waits_for = '' "
     "WHERE id = :id AND hold_id IS NULL"
 )
 AT: Final = Sql(f"SELECT {REVISION} AS revision")
@@ -77,68 +78,6 @@ _LAST_HOLD: Final = Sql(
 )
 
 
-@dataclass(slots=True, kw_only=True)
-class Share:
-    """The most that the sandboxes of one project may take of a worker: ``places``, ``memory_mb`` and ``disk_mb`` (None:
-    any), which are a ``part`` of what it has, no less than one usual VM takes. What is of no project is not bounded.
-
-    ``taken``: of each project that has some, (places, memory, disk). A claim adds what it takes; it says who is
-    ``over``, in a sentence for each project, and whether others wait too."""
-
-    places: int
-    memory_mb: int | None
-    disk_mb: int | None
-    part: float
-    taken: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    over: dict[str, str] = field(default_factory=dict)
-    others_wait: bool = False
-
-    @classmethod
-    def of(cls, claims: Iterable[SandboxClaim], *, most: int, room: Room, part: float) -> Share:
-        """``most`` places; ``claims``: what is held."""
-
-        def share_of(most_mb: int | None, usual_mb: int) -> int | None:
-            return max(int(most_mb * part), usual_mb) if most_mb is not None and part < 1 else None
-
-        share = cls(
-            places=max(1, int(most * part)),
-            memory_mb=share_of(room.most_memory_mb, DEFAULT_MEMORY_MB),
-            disk_mb=share_of(room.most_disk_mb, DEFAULT_DISK_MB),
-            part=part,
-        )
-        for claim in claims:
-            share.add(claim)
-        return share
-
-    def never(self, project: str | None, memory_mb: int, disk_mb: int) -> str:
-        """Why it gets none of this size, whatever else it has; '' if it may."""
-        for needs, most, what in ((memory_mb, self.memory_mb, "memory"), (disk_mb, self.disk_mb, "disk")):
-            if project and most is not None and needs > most:
-                return (
-                    f"it needs {needs} MB of {what}, and the sandboxes of one project may take {most} MB together "
-                    f"(SWARM_PROJECT_SHARE); lower its {what}_mb"
-                )
-        return ""
-
-    def refuses(self, project: str | None, memory_mb: int = 0, disk_mb: int = 0) -> str:
-        """Why it gets no more; '' if it does."""
-        places, used_mb, written_mb = self.taken.get(project or "", (0, 0, 0))
-        what = ""  # a sentence that stays the same, since rows tell it
-        if project and places >= self.places:
-            what = f"{self.places} places"
-        elif project and self.memory_mb is not None and used_mb + memory_mb > self.memory_mb:
-            what = f"{self.memory_mb} MB of memory"
-        elif project and self.disk_mb is not None and written_mb + disk_mb > self.disk_mb:
-            what = f"{self.part:.0%} of the disk for VMs"
-        said = f"it waits: the sandboxes of one project take {what} at most (SWARM_PROJECT_SHARE)"
-        return what and f"{said}; it starts when one of them ends or sleeps"
-
-    def add(self, claim: SandboxClaim) -> None:
-        if (project := claim.sandbox.project_id) is not None:
-            places, used_mb, written_mb = self.taken.get(project, (0, 0, 0))
-            self.taken[project] = places + 1, used_mb + claim.memory_mb, written_mb + claim.disk_mb
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taking:
     """``worker`` wants to hold one, whose VM must fit into ``room``. None: any does."""
@@ -146,6 +85,7 @@ class Taking:
     worker: str
     host: str
     lease_seconds: float
+    place: Places
     room: Room | None = None
     share: Share | None = None
 
@@ -166,19 +106,33 @@ class Candidate(NamedTuple):
     project_id: object
 
 
-def candidates(tx: Tx, *, host: str, limit: int, but: Collection[str] = ()) -> list[Candidate]:
+def any_marked(tx: Tx) -> bool:
+    """Does one wait for another host; or is it known since when something did?"""
+    row = tx.first(ANY_MARKED)
+    return row is not None and bool(row.marked)
+
+
+def candidates(
+    tx: Tx, *, host: str, limit: int, but: Collection[str] = (), marks: Collection[str] = ()
+) -> list[Candidate]:
     """Those that an engine of this host may take, and those that it must end. Those to be resumed come first: somebody
-    waits. ``but``: projects of which it may take none."""
+    waits. ``but``: projects of which it may take none; ``marks``: those with which it may take some."""
     found = {row.id: Candidate(row.id, True, None) for row in tx.all(ENDING, now_ms=tx.now_ms, limit=_AT_ONCE)}
-    others = tx.all(_without(len(but)), host=host, limit=limit + _AT_ONCE, **{f"but_{n}": p for n, p in enumerate(but)})
+    values = {f"but_{n}": one for n, one in enumerate(but)} | {f"mark_{n}": one for n, one in enumerate(marks)}
+    others = tx.all(_statement(len(but), len(marks)), host=host, limit=limit + _AT_ONCE, **values)
     return list(({row.id: Candidate(row.id, bool(row.ends), row.project_id) for row in others} | found).values())
 
 
 @functools.lru_cache(maxsize=64)
-def _without(projects: int) -> Sql:
-    names = ", ".join(f":but_{number}" for number in range(projects))
-    but = f" AND ({_ENDS} OR COALESCE(project_id, '') NOT IN ({names}))"
-    return Sql(_CANDIDATES.format(but=but)) if projects else CANDIDATES
+def _statement(projects: int, marks: int) -> Sql:
+    but, marked = (
+        ", ".join(f":{name}_{n}" for n in range(count)) for name, count in (("but", projects), ("mark", marks))
+    )
+    without = f" AND ({_ENDS} OR COALESCE(project_id, '') NOT IN ({but}))" if projects else ""
+    if not marks:
+        return Sql(_DUE + without + _IN_TURN) if projects else CANDIDATES
+    both = f"{_DUE}{without} UNION ALL {_MARKED.format(marks=marked)}{without}"
+    return Sql(f"SELECT * FROM ({both}) AS found{_IN_TURN}")
 
 
 def waiting(tx: Tx, *, host: str, project_id: str) -> list[tuple[object, object]]:
@@ -190,12 +144,16 @@ def tell(tx: Tx, ids: Collection[object], *, error: str) -> None:
     tx.many(_TELL, [{"id": id, "error": error} for id in ids if isinstance(id, str) and storable(id)])
 
 
-def due(tx: Tx, *, host: str) -> Due:
+def due(tx: Tx, *, host: str, place: Places) -> Due:
     """Is there anything for an engine of this host to do, or when?"""
     row = tx.first(NEXT, host=host)
     assert row is not None
-    times = [ms for ms in (row.lease, row.ending) if isinstance(ms, int | float)]
-    return Due(ready=bool(row.due), next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)
+    times: list[float] = [ms for ms in (row.lease, row.ending) if isinstance(ms, int | float)]
+    ready = bool(row.due)
+    if row.marked:
+        here, given_up = places.due(tx, place, of=places.SANDBOXES)
+        ready, times = ready or here, [*times, *given_up]
+    return Due(ready=ready, next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)
 
 
 def take(tx: Tx, id: object, request: Taking) -> Taken:
@@ -225,6 +183,11 @@ def take(tx: Tx, id: object, request: Taking) -> Taken:
         snapshot = own_snapshot(tx, one.id) if resumes else _snapshot(tx, one)
         memory_mb, disk_mb = _memory_mb(one, agent, snapshot), _disk_mb(one, agent, snapshot)
         room = request.room or Room()
+        if not resumes and snapshot is None and (mark := _mark(tx, one, agent, request, memory_mb)):
+            words = f"it waits for a host with {places.words(mark)}; `swarm host list` shows what each has"
+            tx.run(elsewhere.MARK_SANDBOX, id=row.id, mark=mark, error=message(words))
+            request.place.marked = True
+            return Taken()
         if never := room.never(memory_mb, disk_mb) or room.not_now(disk_mb):  # who waits for it is to hear of it
             raise BadRow(f"it {never}, or run it on a host with more")
         if request.share is not None and (never := request.share.never(one.project_id, memory_mb, disk_mb)):
@@ -248,6 +211,12 @@ def take(tx: Tx, id: object, request: Taking) -> Taken:
         return Taken(full=True)
     claim = _hold(tx, one, request, agent=agent, snapshot=snapshot, resumes=resumes)
     return Taken(claim=replace(claim, memory_mb=memory_mb, disk_mb=disk_mb))
+
+
+def _mark(tx: Tx, one: Sandbox, agent: Agent | None, request: Taking, memory_mb: int) -> str | None:
+    """What it lacks here. Raises BadRow if no known host has had that for too long."""
+    requires = elsewhere.required(agent.requires if agent is not None else {}, one.requires)
+    return elsewhere.mark(tx, requires, memory_mb, request.place)
 
 
 def _hold(

@@ -19,8 +19,12 @@ LIVE_RUN: Final = "(progress IS NOT NULL OR status = 'waiting') AND status IN ('
 ATTEMPT_LIVE: Final = "outcome IS NULL"
 SANDBOX_LIVE: Final = "state NOT IN ('ended', 'lost')"  # an unknown state is looked at too
 SANDBOX_HELD: Final = "hold_id IS NOT NULL"
-# Those that an engine may have to do something with; not those that sleep.
-SANDBOX_DUE: Final = f"{SANDBOX_LIVE} AND hold_id IS NULL AND (state <> 'paused' OR wanted IS NOT NULL)"
+# Those that an engine may have to do something with; not those that sleep, or wait for another host.
+SANDBOX_DUE: Final = (
+    f"{SANDBOX_LIVE} AND hold_id IS NULL AND (state <> 'paused' OR wanted IS NOT NULL) "
+    "AND (waits_for = '' OR state <> 'starting' OR wanted = 'ended')"
+)
+SANDBOX_MARKED: Final = "state = 'starting' AND hold_id IS NULL AND waits_for > ''"  # they wait for another host
 SANDBOX_ENDING: Final = f"{SANDBOX_LIVE} AND hold_id IS NULL AND ends_at IS NOT NULL"
 # Of a ready step `s`: the snapshot in a fork of which it starts; and whether :host may take it. That is where the
 # snapshot is, or, once no engine there has given a sign of life since :silent_since, anywhere: to say that it is gone.

@@ -25,6 +25,7 @@ from swarm.store.sql.conditions import (
     SANDBOX_ENDING,
     SANDBOX_HELD,
     SANDBOX_LIVE,
+    SANDBOX_MARKED,
     STEP_DELAYED,
     STEP_READY,
     STEP_WAITING,
@@ -557,13 +558,16 @@ sandboxes = sa.Table(
     _text("hold_id"),  # the fence; NULL: nobody holds it
     _number("lease_until", kind=BIG),  # ms
     _number("vm_id"),
+    _text("requires"),  # as in tickets, as is waits_for
+    _text("waits_for", null=False, default=""),
     # What an engine looks for: those to be started, resumed or ended (all that is asked of them is in the index, else
     # SQLite takes another one); those that are held, and until when.
     _index(
         "sandboxes_due",
-        *("created_at", "id", "state", "wanted", "host", "snapshot_id", "hold_id"),
+        *("created_at", "id", "state", "wanted", "host", "snapshot_id", "hold_id", "waits_for"),
         where=SANDBOX_DUE,
     ),
+    _index("sandboxes_marked", "waits_for", "created_at", where=SANDBOX_MARKED),
     _index("sandboxes_ending", "ends_at", where=SANDBOX_ENDING),
     _index("sandboxes_held", "hold_id", "lease_until", where=SANDBOX_HELD),
     _index("sandboxes_live", "state", where=SANDBOX_LIVE),

@@ -1,6 +1,6 @@
-"""On which hosts a ticket may run: what its agent `requires`, beside the hosts' labels.
+"""On which hosts a ticket, or a sandbox, may run: what its agent `requires`, beside the hosts' labels.
 
-Whoever would claim a ticket, or a step, and lacks what it requires, marks it with that (`waits_for`), once. A claim
+Whoever would claim one, or a step, and lacks what it requires, marks it with that (`waits_for`), once. A claim
 reads those without a mark, and those whose marks its host has: the others are not in its way, however many they are.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from swarm.fields import IN_WORDS, LABEL, MAX_LABELS, MOST_NUMBER
-from swarm.store.sql.conditions import STEP_READY
+from swarm.store.sql.conditions import SANDBOX_MARKED, STEP_READY
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.transaction import Tx
@@ -21,9 +21,13 @@ from swarm.store.sql.transaction import Tx
 MOST: Final = 64  # marks that one claim looks at
 MEMORY: Final = ">memory_mb"  # no label's name: so much memory for one VM
 
-_READY: Final = {"tickets": "state = 'ready'", "step_executions": STEP_READY}
-MARKED: Final = " OR ".join(
-    f"EXISTS (SELECT 1 FROM {table} WHERE {ready} AND waits_for > '')" for table, ready in _READY.items()
+TICKETS: Final = ("tickets", "step_executions")
+SANDBOXES: Final = ("sandboxes",)
+_READY: Final = {"tickets": "state = 'ready'", "step_executions": STEP_READY, "sandboxes": SANDBOX_MARKED}
+_ALL: Final = tuple(_READY)
+MARKED, MARKED_SANDBOXES = (
+    " OR ".join(f"EXISTS (SELECT 1 FROM {table} WHERE {_READY[table]} AND waits_for > '')" for table in tables)
+    for tables in (TICKETS, SANDBOXES)
 )
 
 
@@ -40,7 +44,7 @@ _MARKS: Final = {
     )
     for table in _READY
 }
-MARKS_OF_TICKETS, MARKS_OF_STEPS = _MARKS["tickets"], _MARKS["step_executions"]
+MARKS_OF_TICKETS, MARKS_OF_STEPS, MARKS_OF_SANDBOXES = _MARKS.values()
 _HOSTS: Final = Sql("SELECT name, labels, capacity FROM hosts ORDER BY name")
 _UNMET: Final = Sql("SELECT requires, since FROM unmet")
 _ADD: Final = Sql("INSERT INTO unmet (requires, since) VALUES (:requires, :since) ON CONFLICT (requires) DO NOTHING")
@@ -53,7 +57,7 @@ _OF_TICKET: Final = Sql(
 _CLEAR: Final = tuple(
     Sql(f"UPDATE {table} SET waits_for = '' WHERE {ready} AND waits_for > ''") for table, ready in _READY.items()
 )
-CLEAR_TICKETS, CLEAR_STEPS = _CLEAR
+CLEAR_TICKETS, CLEAR_STEPS, CLEAR_SANDBOXES = _CLEAR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +75,20 @@ class Elsewhere:
 
 @dataclass(slots=True, kw_only=True)
 class Places:
-    """Of the marks: those that this host has all of, and those that no host has had for too long."""
+    """This host's labels, and what memory one VM may have on it (None: any); for how long something waits for what no
+    known host has. `read` finds the marks that it has all of, and those that no host has had for too long.
+    ``marked``: a claim has added one."""
 
+    labels: Mapping[str, Any]
+    memory_mb: int | None
+    patience_seconds: float
     here: list[str] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)
+    marked: bool = False
 
 
 def labels(value: object) -> dict[str, Any]:
-    """What an agent, a step or a ticket requires, as its row says. Raises ValueError."""
+    """What an agent, a step, a ticket or a sandbox requires, as its row says. Raises ValueError."""
     items = value.items() if isinstance(value, dict) and len(value) <= MAX_LABELS else [("", None)]
     for name, wanted in items:
         text = "x" if isinstance(wanted, int) and abs(wanted) <= MOST_NUMBER else wanted
@@ -122,32 +132,36 @@ def words(text: str) -> str:
     return ", ".join(said)
 
 
-def read(tx: Tx, labels: Mapping[str, Any], memory_mb: int | None, *, patience_ms: float) -> Places:
-    """For a claim, or for whoever asks what is due, on the host with these labels. Writes since when no known host has
-    what is required."""
-    marks, hosts, found = _marks(tx), _hosts(tx), Places()
+def read(tx: Tx, found: Places, *, of: Sequence[str] = TICKETS) -> None:
+    """For a claim ``of`` these tables. Writes since when no known host has what is required, by anything."""
+    marks, mine, hosts = _marks(tx), set(_marks(tx, of)), _hosts(tx)
+    found.here, found.given_up = [], []
     since = {str(row.requires): row.since for row in tx.all(_UNMET)}
     for one in marks:
         requires = _object(one)
-        is_here = has(labels, memory_mb, requires)
+        is_here = has(found.labels, found.memory_mb, requires)
         if is_here or any(has(*host, requires) for host in hosts.values()):
             if one in since:
                 tx.run(_REMOVE, requires=one)
         elif one not in since:
             tx.run(_ADD, requires=one, since=tx.now_ms)
-        elif since[one] <= tx.now_ms - patience_ms and len(found.given_up) < MOST:
+        elif since[one] <= tx.now_ms - found.patience_seconds * 1000 and one in mine and len(found.given_up) < MOST:
             found.given_up.append(one)
-        if is_here and len(found.here) < MOST:
+        if is_here and one in mine and len(found.here) < MOST:
             found.here.append(one)
     for one in since.keys() - set(marks):
         tx.run(_REMOVE, requires=one)
-    return found
+    if not all(map(_is_ours, marks)):
+        clear(tx)  # what no claim has written, none finds by it
+        found.here, found.given_up = [], []
 
 
-def due(tx: Tx, labels: Mapping[str, Any], memory_mb: int | None, *, patience_ms: float) -> tuple[bool, list[float]]:
+def due(tx: Tx, host: Places, *, of: Sequence[str] = TICKETS) -> tuple[bool, list[float]]:
     """May something with a mark start on this host; and when are others given up?"""
-    here = any(has(labels, memory_mb, _object(one)) for one in _marks(tx))
-    return here, [row.since + patience_ms for row in tx.all(_UNMET) if isinstance(row.since, int)]
+    marks = set(_marks(tx, of))
+    here = any(has(host.labels, host.memory_mb, _object(one)) or not _is_ours(one) for one in marks)
+    unmet = [row for row in tx.all(_UNMET) if row.requires in marks and isinstance(row.since, int)]
+    return here, [row.since + host.patience_seconds * 1000 for row in unmet]
 
 
 def elsewhere(tx: Tx) -> list[Elsewhere]:
@@ -178,9 +192,15 @@ def _said(text: str, hosts: Mapping[str, tuple[Mapping[str, Any], object]], step
     return Elsewhere(requires=words(text), hosts=fitting, step_id=step_id)
 
 
-def _marks(tx: Tx) -> Sequence[str]:
-    rows = [*tx.all(MARKS_OF_TICKETS), *tx.all(MARKS_OF_STEPS)]
-    return sorted({str(lenient(row.mark)) for row in rows})
+def _marks(tx: Tx, tables: Sequence[str] = _ALL) -> Sequence[str]:
+    found = {row.mark for table in tables for row in tx.all(_MARKS[table])}
+    return sorted(one if isinstance(one, str) else "" for one in found)
+
+
+def _is_ours(text: str) -> bool:
+    """Can it be a mark that a claim has written? Any tool may have changed it."""
+    found = _object(text)
+    return not any(isinstance(value, list | dict) for value in found.values()) and mark(found) == text
 
 
 def _hosts(tx: Tx) -> dict[str, tuple[Mapping[str, Any], object]]:

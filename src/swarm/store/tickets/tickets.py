@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from swarm.store.sql.transaction import Tx, one_row
 from swarm.store.sql.unique import unique
 from swarm.store.tickets import dependencies, events, places, validation
 from swarm.store.tickets.changes import Changes
+from swarm.store.tickets.places import Places
 
 # Columns of a new ticket; Swarm writes the others, or they have defaults.
 _GIVEN: Final = (
@@ -400,13 +401,13 @@ def queue(tx: Tx) -> QueueStatus:
     )
 
 
-def due(tx: Tx, *, host: str, labels: Mapping[str, Any], memory_mb: int | None, host_timeout_seconds: float) -> Due:
-    """For an engine of this host, which has these labels, and so much memory for one VM."""
-    row = tx.first(NEXT_DUE, host=host, silent_since=iso(tx.now_ms - round(host_timeout_seconds * 1000)))
+def due(tx: Tx, *, host: str, place: Places) -> Due:
+    """For an engine of this host."""
+    row = tx.first(NEXT_DUE, host=host, silent_since=iso(tx.now_ms - round(place.patience_seconds * 1000)))
     assert row is not None
     times = [ms for ms in (row.step, row.lease, row.run, row.answer) if isinstance(ms, int | float)]
     ready = bool(row.ready)
     if row.marked:
-        here, given_up = places.due(tx, labels, memory_mb, patience_ms=host_timeout_seconds * 1000)
+        here, given_up = places.due(tx, place)
         ready, times = ready or here, times + given_up
     return Due(ready=ready, next_ms=float(max(0, min(times) - tx.now_ms)) if times else None)

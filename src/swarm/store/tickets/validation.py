@@ -89,13 +89,16 @@ def strict_ticket(row: Any) -> Ticket:
         raise BadRow(
             f"keep_vm {shown(values['keep_vm'])} is unknown; use {', '.join(map(repr, map(str, KeepVm)))}, or NULL"
         )
-    values["requires"] = values["requires"] or None
-    if values["requires"] is not None:
-        try:
-            places.parsed(values["requires"])
-        except ValueError as error:
-            raise BadRow(f"requires {shown(values['requires'])} can't be used: {error}") from None
+    values["requires"] = strict_requires(values["requires"])
     return Ticket(**values)
+
+
+def strict_requires(text: str | None) -> str | None:
+    """Raises BadRow."""
+    try:
+        return text if text and places.parsed(text) else None
+    except ValueError as error:
+        raise BadRow(f"requires {shown(text)} can't be used: {error}") from None
 
 
 def strict_text(name: str, value: object) -> str | None:

@@ -53,6 +53,14 @@ _OTHERS = (
     "DROP INDEX step_executions_ready",
     "CREATE INDEX step_executions_ready ON step_executions (waits_for, priority DESC, ticket_created_at) "
     "WHERE status = 'ready' AND available_at IS NULL",
+    "ALTER TABLE sandboxes ADD COLUMN requires {text}",
+    "ALTER TABLE sandboxes ADD COLUMN waits_for {text} DEFAULT '' NOT NULL",
+    "DROP INDEX sandboxes_due",
+    "CREATE INDEX sandboxes_due ON sandboxes (created_at, id, state, wanted, host, snapshot_id, hold_id, waits_for) "
+    "WHERE state NOT IN ('ended', 'lost') AND hold_id IS NULL AND (state <> 'paused' OR wanted IS NOT NULL) "
+    "AND (waits_for = '' OR state <> 'starting' OR wanted = 'ended')",
+    "CREATE INDEX sandboxes_marked ON sandboxes (waits_for, created_at) "
+    "WHERE state = 'starting' AND hold_id IS NULL AND waits_for > ''",
 )
 _SQLITE = {"text": "TEXT", "big": "INTEGER", "false": "0", "now": "(strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"}
 _POSTGRESQL = {
