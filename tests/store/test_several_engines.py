@@ -298,3 +298,22 @@ async def test_whoever_locks_a_ticket_and_its_attempt_begins_with_the_ticket(pos
         assert await (await other.execute("SELECT id FROM attempts FOR NO KEY UPDATE NOWAIT")).fetchall()
         await other.commit()
         await waiting
+
+
+async def test_upkeep_is_left_to_the_engine_that_does_it_now(postgresql_url: str) -> None:
+    lock = "SELECT pg_advisory_xact_lock(hashtext('swarm upkeep'), hashtext('public'))"
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(Store.open(postgresql_url))
+        other = await stack.enter_async_context(await psycopg.AsyncConnection.connect(postgresql_url))
+        outside = await stack.enter_async_context(
+            await psycopg.AsyncConnection.connect(postgresql_url, autocommit=True)
+        )
+        values = "('stuck', 'x', 'in_progress', %s), ('good', 'x', 'ready', %s)"
+        await outside.execute(f"INSERT INTO tickets (id, title, state, agent_id) VALUES {values}", (ECHO.id, ECHO.id))
+        await other.execute(lock)
+        assert (await claim_one(store)).ticket.id == "good"
+        assert await store.claim("worker", lease_seconds=LEASE_SECONDS) == []
+        assert (await store.ticket("stuck")).state == "in_progress"
+        await other.commit()
+        await store.claim("worker", lease_seconds=LEASE_SECONDS)
+        assert (await store.ticket("stuck")).state == "failed"

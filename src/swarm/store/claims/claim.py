@@ -182,7 +182,7 @@ class _ClaimTransaction:
             if maintained or not maintenance.due(written_by_others, idle=True, required=only_one):
                 break
             maintained = True
-            if not maintenance.run(self.changes, written_by_others):
+            if not maintenance.run(self.changes, written_by_others, required=only_one):
                 break
 
     def _advance(self) -> None:

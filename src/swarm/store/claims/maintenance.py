@@ -84,6 +84,12 @@ FAIL_BY_BYTES: Final = Sql(
     "WHERE id = :raw OR id = CAST(:raw AS TEXT)"
 )
 
+# Each engine's upkeep reads what all others write: of two at once, PostgreSQL refuses one.
+_ALONE: Final = Sql(
+    "SELECT /*-*/1/*-*//*+ CAST(pg_try_advisory_xact_lock(hashtext('swarm upkeep'), hashtext(current_schema())) "
+    "AS integer) */ AS alone"
+)
+
 
 class Maintenance:
     """For one process. Its state only paces the work."""
@@ -109,8 +115,12 @@ class Maintenance:
             return since >= 1.0
         return self._took <= 0.01 or since >= 20 * self._took
 
-    def run(self, changes: Changes, written_by_others: int) -> bool:
-        """True if a ticket became ready."""
+    def run(self, changes: Changes, written_by_others: int, *, required: bool = False) -> bool:
+        """True if a ticket became ready. Unless ``required``, nothing while another engine does the same: whoever has
+        not seen a commit looks again after it."""
+        if not required and not changes.tx.all(_ALONE)[0].alone:
+            self._ended = time.monotonic()
+            return False
         changes.tx.exact()
         began = time.thread_time()  # a busy machine makes it no dearer
         changes.tx.if_undone(partial(self._restore, self._seen, self.has_more))
