@@ -1,6 +1,6 @@
 # Everything a developer runs. `make help` lists the targets, with the comment behind each.
 .DEFAULT_GOAL := help
-.PHONY: docs ready help demo test test-quick test-firecracker chaos bench bench-readme bench-engine bench-gateway check format install uninstall clean
+.PHONY: docs ready help demo test test-quick test-firecracker chaos bench bench-readme bench-engine bench-gateway simulate check format install uninstall clean
 
 BIN := .venv/bin
 # The image cache, shared by all checkouts on this machine; images are named by content.
@@ -46,6 +46,10 @@ bench-readme: ready  ## write docs/benchmarks.md and docs/bench.svg: 1, 5, 25 an
 bench-engine:  ## measure the engine without VMs: wake-up, no-op tickets per second, growth, cost while idle
 	@tools/bootstrap dev
 	@$(BIN)/python -m tests.engine.bench $(ARGS)
+
+simulate:  ## 1 to 50 engines on one PostgreSQL (ARGS='--engines 1,4', ARGS='rows listeners connections'; --write-docs: docs/scale.md)
+	@tools/bootstrap dev
+	@$(BIN)/python -m tests.engine.simulate $(ARGS)
 
 bench-gateway:  ## measure model calls through the gateway beside a bare relay: chunks, calls a second (ARGS=--write-docs)
 	@tools/bootstrap dev

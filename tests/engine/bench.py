@@ -37,7 +37,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -47,6 +47,7 @@ from swarm.engine.dispatch import Dispatcher
 from swarm.engine.engine import Watcher
 from swarm.engine.worker import Worker
 from swarm.model import ECHO_AGENT_ID, Claim, Outcome, Succeeded
+from swarm.store.hosts import Machine
 from swarm.store.store import Store
 from tests.engine import bench_flows
 from tests.postgres_here import programs
@@ -71,24 +72,34 @@ class NullAgent:
         return Succeeded(outputs="{}")
 
 
-async def serve(database: str, max_vms: int) -> None:
-    """An engine: prints a line when it is ready, and one of JSON when SIGTERM has ended it."""
+async def serve(database: str, max_vms: int, say: Callable[[str], object] = out) -> None:
+    """An engine: says a line when it is ready, and one of JSON when SIGTERM has ended it."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     agent = NullAgent()
     url = database if "://" in database else f"sqlite:///{database}"
     async with Store.open(url) as store, store.watching() as wake:
+        await store.register_host(_machine())
         worker = Worker(store=store, engine=agent, name=f"bench:{os.getpid()}", lease_seconds=LEASE_SECONDS)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=max_vms, memory=None, grace_seconds=10.0)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, dispatcher.stop)
-        asyncio.get_running_loop().call_later(0.3, out, "ready")
+        asyncio.get_running_loop().call_later(0.3, say, "ready")
         await dispatcher.run()
+        store_use = store.use()
     used = resource.getrusage(resource.RUSAGE_SELF)
-    out(json.dumps({"asked": agent.asked, "cpu": used.ru_utime + used.ru_stime, "rss_mb": used.ru_maxrss >> 10}))
+    told = {"asked": agent.asked, "cpu": used.ru_utime + used.ru_stime, "rss_mb": used.ru_maxrss >> 10}
+    say(json.dumps(told | {"store": store_use}))
+
+
+def _machine() -> Machine:
+    """Each engine is a host of its own, as where there are many."""
+    name, none = f"bench-{os.getpid()}", dict[str, object]()
+    return Machine(id=name, name=name, machine_id=name, boot_id=name, labels=none, capacity=none, versions=none)
 
 
 @contextlib.contextmanager
 def engines(file: Path | str, count: int, max_vms: int, results: list[dict[str, object]]) -> Iterator[list[int]]:
-    argv = [sys.executable, "-m", "tests.engine.bench", "--serve", str(file), "--max-vms", str(max_vms)]
+    dies = ("setpriv", "--pdeathsig=KILL")  # with this process, however it ends
+    argv = [*dies, sys.executable, "-m", "tests.engine.bench", "--serve", str(file), "--max-vms", str(max_vms)]
     running = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
         for one in running:
