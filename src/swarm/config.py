@@ -15,7 +15,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from swarm.errors import UsageError
-from swarm.fields import Labels
+from swarm.fields import HOST_PORT, Labels
 from swarm.model import BOUNDS, BudgetPolicy
 
 SYSTEM_HOME = Path("/opt/swarm-platform")
@@ -67,6 +67,10 @@ class Settings(BaseModel):
 
     # What this host has, for agents that require it, beside `host`, `arch` and `kvm`: '{"zone": "a", "gpu": true}'.
     labels: Labels = Field(default_factory=dict)
+
+    # Where this host hands out its images and layers to the other hosts of its database: an address of this host, and a
+    # port. '' opens none.
+    share_address: str = Field(default="", pattern=HOST_PORT)
 
     driver: Literal["auto", "firecracker", "qemu", "process"] = "auto"
     # False runs Firecracker as root, outside its jail: only for debugging a VMM, never for agents.

@@ -27,6 +27,7 @@ STEP: Final = r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$"
 REFERENCE: Final = r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,80}(@[0-9A-Za-z.+-]{1,60})?$"
 HEADER: Final = r"^[A-Za-z][A-Za-z0-9-]{0,63}$"
 PRICED: Final = r"^[a-z0-9_.]+=[a-z0-9_-]+$"
+HOST_PORT: Final = r"^(([A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]):[0-9]{1,5})?$"
 PATH: Final = r"^(/[A-Za-z0-9._~/-]+)?$"
 # Packages that an agent may require: pinned for PyPI, and never an option, a path or an address for pip or apt.
 REQUIREMENT: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
@@ -46,6 +47,7 @@ IN_WORDS: Final = {
     REFERENCE: "a name, or NAME@VERSION",
     HEADER: "the name of an HTTP header, such as X-Event",
     PRICED: "NAME=VALUE in lower case, such as speed=fast",
+    HOST_PORT: "an address with a port, such as 192.168.7.5:7717, or nothing",
     PATH: "a path such as /v1/count, or nothing",
     DEBIAN_PACKAGE: "a Debian package such as git, or with its version, nodejs=18.19.0+dfsg-6",
 }

@@ -232,7 +232,7 @@ async def test_a_small_answer_is_not_held_back_until_the_one_before_is_acknowled
         off.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         writer.close()
 
-    bound = api_server._bind("127.0.0.1", 0)
+    bound = api_server.bind("127.0.0.1", 0)
     async with await asyncio.start_server(connected, sock=bound):
         _, writer = await asyncio.open_connection(*bound.getsockname())
         assert await off

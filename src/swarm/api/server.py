@@ -149,10 +149,10 @@ async def serving(
 
     Raises HostError when the server can't listen there.
     """
-    bound = _bind(host, port)
+    bound = bind(host, port)
     address, number = bound.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    async with _serving(app, bound, head_seconds, stalled_seconds, ping_seconds) as task:
+    async with serving_on(app, bound, head_seconds, stalled_seconds, ping_seconds) as task:
         yield f"http://{shown}:{number}", task
 
 
@@ -175,7 +175,7 @@ async def _serve_locally(app: Any, path: Path, bound: socket.socket | None) -> N
         await asyncio.sleep(_TAKE_OVER_SECONDS)
         bound = unix_socket.bind(path)
     ours = unix_socket.inode(path)
-    async with _serving(app, bound, HEAD_SECONDS, STALLED_SECONDS, PING_SECONDS) as task:
+    async with serving_on(app, bound) as task:
         try:
             await asyncio.wait({task})
             task.result()
@@ -185,9 +185,14 @@ async def _serve_locally(app: Any, path: Path, bound: socket.socket | None) -> N
 
 
 @asynccontextmanager
-async def _serving(
-    app: Any, bound: socket.socket, head_seconds: float, stalled_seconds: float, ping_seconds: float
+async def serving_on(
+    app: Any,
+    bound: socket.socket,
+    head_seconds: float = HEAD_SECONDS,
+    stalled_seconds: float = STALLED_SECONDS,
+    ping_seconds: float = PING_SECONDS,
 ) -> AsyncIterator[asyncio.Task[None]]:
+    """Serve an ASGI app on this socket; yields the task that ends if the server does."""
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -230,8 +235,9 @@ async def _ended(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Bind here instead of in uvicorn: clients can then connect as soon as they know the URL."""
+def bind(host: str, port: int, *, choose: str = "--port") -> socket.socket:
+    """Bind here instead of in uvicorn: clients can then connect as soon as they know the URL. ``choose``: the option or
+    setting that would choose another. Raises HostError."""
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # With the protocol: without it, asyncio leaves Nagle's algorithm on, and small answers wait 40 ms for an ACK.
@@ -245,5 +251,5 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.setblocking(False)
     except OSError as error:
         bound.close()
-        raise HostError(f"can't listen on {host}, port {port}: {error.strerror}; choose another --port") from None
+        raise HostError(f"can't listen on {host}, port {port}: {error.strerror}; choose another {choose}") from None
     return bound

@@ -31,6 +31,9 @@ async def examine(settings: Settings) -> Sequence[Check]:
     checks += await _database(settings)
     checks.append(await _models(settings))
     checks.append(_server(settings))
+    if settings.share_address:
+        fix = "set SWARM_SHARE_ADDRESS to a free port of an address of this host"
+        checks.append(await home.attempt("files for other hosts", fix, lambda: _sharing(settings)))
     try:
         records = wiring.inventory(settings).records()
     except HostError as error:
@@ -108,6 +111,19 @@ def _server(settings: Settings) -> Check:
         return warn("server", f"this user may not look into {settings.data_dir}", "run it as the user of `swarm serve`")
     how = "none runs: `swarm serve` starts one" if found is None else f"{found.url}, process {found.pid}"
     return ok("server", how)
+
+
+async def _sharing(settings: Settings) -> str:
+    from swarm.api import server
+    from swarm.app import sharing
+
+    try:
+        with server.bind(*sharing.address(settings), choose="SWARM_SHARE_ADDRESS"):
+            return f"{settings.share_address} is free: engines hand out images and layers there"
+    except HostError:
+        if not await sharing.answers(settings):
+            raise
+        return f"images and layers are handed out at {settings.share_address}"
 
 
 async def _models(settings: Settings) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import AsyncIterator
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING
 from swarm.app import wiring
 from swarm.base.progress import Progress, silent
 from swarm.config import Settings
-from swarm.errors import Conflict, HostError
+from swarm.errors import Conflict, HostError, StoreError
 
 if TYPE_CHECKING:
     from swarm.engine.egress import Egress
     from swarm.engine.engine import Engine
     from swarm.engine.oneoff import CommandVms
+    from swarm.store.store import Store
     from swarm.vm.live import LiveVm
 
 
@@ -76,12 +78,28 @@ async def leaving_no_network(settings: Settings) -> AsyncIterator[None]:
                 logger(__name__).warning("the bridge stays: swarm-cleanup removes it", error=str(error))
 
 
+def has_home(settings: Settings) -> bool:
+    """Is there a database?"""
+    return not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
+
+
+@asynccontextmanager
+async def others(settings: Settings) -> AsyncIterator[Store | None]:
+    """The database, for what other hosts have. None without one, and while it can't be used: who builds an image or a
+    layer needs none."""
+    async with AsyncExitStack() as stack:
+        opened = None
+        with contextlib.suppress(StoreError):
+            if has_home(settings):
+                opened = await stack.enter_async_context(wiring.store(settings))
+        yield opened
+
+
 @asynccontextmanager
 async def _egress(settings: Settings, *, books: bool = True) -> AsyncIterator[Egress]:
     """Secrets and bills are in the home's database. Who writes agents, or runs commands, may not have a home."""
     async with AsyncExitStack() as stack:
-        has_home = not settings.database.startswith("sqlite:") or (settings.data_dir / "swarm.db").exists()
-        opened = await stack.enter_async_context(wiring.store(settings)) if books and has_home else None
+        opened = await stack.enter_async_context(wiring.store(settings)) if books and has_home(settings) else None
         yield await stack.enter_async_context(wiring.egress(settings, opened, one_off=True))
 
 

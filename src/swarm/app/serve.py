@@ -78,8 +78,8 @@ def context_of(settings: Settings, opened: Store, feed: Feed, *, again_seconds: 
         uploads=Uploads(
             into=settings.agents,
             data_dir=settings.data_dir,
-            images=wiring.image_source(settings),
-            layers=wiring.layers(settings),
+            images=wiring.image_source(settings, opened),
+            layers=wiring.layers(settings, opened),
         ),
         images=wiring.images(settings),
         templates=wiring.templates(settings),

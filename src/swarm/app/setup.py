@@ -13,6 +13,7 @@ from swarm.config import SYSTEM_HOME, Settings
 from swarm.errors import Conflict, HostError, ImageError, SwarmError
 
 if TYPE_CHECKING:
+    from swarm.store.store import Store
     from swarm.vm.driver import Image
 
 
@@ -46,10 +47,10 @@ async def init(
     if settings.home == SYSTEM_HOME and os.geteuid() == 0:
         lines.append(f"ssh        {_write_client_config(settings)}: root reaches VMs by a plain `ssh root@<address>`")
     if image:
-        found = await ensure_image(settings, lambda step, share: progress(f"guest image: {step}", share))
-        lines.append(f"image      {found.digest[:12]} in {found.dir}")
         async with wiring.store(settings) as opened:
-            source, layers = wiring.image_source(settings), wiring.layers(settings)
+            found = await ensure_image(settings, lambda step, share: progress(f"guest image: {step}", share), opened)
+            lines.append(f"image      {found.digest[:12]} in {found.dir}")
+            source, layers = wiring.image_source(settings, opened), wiring.layers(settings, opened)
             lines += await shipped(opened, settings.agents, source, layers, progress)
         if template:
             lines += await _default_template(settings, found, progress)
@@ -77,11 +78,11 @@ async def _default_template(settings: Settings, image: Image, progress: Progress
     return [f"template   {template.key[:12]}, which agents with the default memory and disk start from"]
 
 
-async def ensure_image(settings: Settings, progress: Progress = silent) -> Image:
-    """The image of the current recipe: found, taken from the cache, or built."""
-    source = wiring.images(settings)
+async def ensure_image(settings: Settings, progress: Progress = silent, others: Store | None = None) -> Image:
+    """The image of the current recipe: found, fetched from one of the ``others``, taken from the cache, or built."""
+    source = wiring.images(settings, others)
     try:
-        return await source.find()
+        return await wiring.images(settings).find()
     except ImageError:
         return await source.build(keep=wiring.images_of_templates(settings), progress=progress)
 

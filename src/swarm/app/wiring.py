@@ -21,6 +21,7 @@ from swarm.config import Settings
 from swarm.errors import HostError, ImageError, NotFound
 
 if TYPE_CHECKING:
+    from swarm.admin.fetching import OtherHosts
     from swarm.admin.vault import Vault
     from swarm.engine.dispatch import Dispatcher
     from swarm.engine.egress import Egress
@@ -59,29 +60,36 @@ async def store(settings: Settings) -> AsyncIterator[Store]:
         yield opened
 
 
-def images(settings: Settings) -> Images:
+def images(settings: Settings, others: Store | None = None) -> Images:
+    """``others``, here and below: the database, for what this host lacks and others have."""
     from swarm.vm.image.image import Images
 
-    return Images(dir=settings.images, cache=_cache() / "base", default=settings.image)
+    return Images(dir=settings.images, cache=_cache() / "base", default=settings.image, others=_elsewhere(others))
 
 
-def image_source(settings: Settings) -> Images | NoImages:
+def image_source(settings: Settings, others: Store | None = None) -> Images | NoImages:
     """Where an engine gets its images; the `process` driver needs none."""
     from swarm.vm.drivers.process import NoImages
 
-    return NoImages() if settings.driver == "process" else images(settings)
+    return NoImages() if settings.driver == "process" else images(settings, others)
 
 
-def layers(settings: Settings) -> Layers | HostLayers:
+def layers(settings: Settings, others: Store | None = None) -> Layers | HostLayers:
     from swarm.vm.image.layer import HostLayers
 
-    return HostLayers(dir=_cache() / "modules") if settings.driver == "process" else guest_layers(settings)
+    return HostLayers(dir=_cache() / "modules") if settings.driver == "process" else guest_layers(settings, others)
 
 
-def guest_layers(settings: Settings) -> Layers:
+def guest_layers(settings: Settings, others: Store | None = None) -> Layers:
     from swarm.vm.image.layer import Layers
 
-    return Layers(dir=settings.layers)
+    return Layers(dir=settings.layers, others=_elsewhere(others))
+
+
+def _elsewhere(others: Store | None) -> OtherHosts | None:
+    from swarm.admin.fetching import OtherHosts
+
+    return OtherHosts(others) if others is not None else None
 
 
 def _cache() -> Path:
@@ -117,7 +125,7 @@ def default_max_sandboxes() -> int:
     return max(1, int(16 * cgroup.cpus()))
 
 
-async def choice(settings: Settings, progress: Progress = silent) -> Choice:
+async def choice(settings: Settings, progress: Progress = silent, others: Store | None = None) -> Choice:
     """The driver that the settings name, or for `auto` the best one that works on this host. Raises HostError.
 
     To find out what works, the image is booted once (some seconds). The result is kept until host, VMM or image change.
@@ -148,7 +156,7 @@ async def choice(settings: Settings, progress: Progress = silent) -> Choice:
         candidates.insert(0, firecracker)
     return await choose(
         candidates,
-        await images(settings).find(),
+        await images(settings, others).find(),
         state_dir=settings.state_dir,
         cache=settings.images / ".probes",
         timeout_seconds=settings.boot_timeout_seconds,
@@ -180,8 +188,8 @@ def engine(settings: Settings, vms: Launcher, host_egress: Egress, values: Value
 
     return Engine(
         launcher=vms,
-        images=image_source(settings),
-        layers=layers(settings),
+        images=image_source(settings, files),
+        layers=layers(settings, files),
         limits=Limits(output_json_bytes=settings.max_output_mb << 20),
         egress=host_egress,
         values=values,
@@ -300,6 +308,7 @@ async def _vms(
     settings: Settings, opened: Store, chosen: Choice, *, warm: int | None, slots: int, ahead: int
 ) -> AsyncIterator[_Vms]:
     """Leftovers of dead engines are removed first."""
+    from swarm.app import warm_pool
     from swarm.base.log import logger
     from swarm.engine.values import Values
     from swarm.schema import validator  # noqa: F401  loaded now, not while the first ticket's outputs wait for it
@@ -315,7 +324,7 @@ async def _vms(
         host_egress = await stack.enter_async_context(egress(settings, opened))
         values = await stack.enter_async_context(Values())
         await stack.enter_async_context(vms.keeping(slots, ahead=ahead))
-        pool = await _pool(settings, vms, warm) if warm != 0 and vms.choice.probe.snapshots else None
+        pool = await warm_pool.pool(settings, vms, warm) if warm != 0 and vms.choice.probe.snapshots else None
         if pool is not None:
             await stack.enter_async_context(pool)
         elif warm != 0:
@@ -340,7 +349,8 @@ async def worker(
     """
     from swarm.app import this_host
 
-    async with _vms(settings, opened, await choice(settings, progress), warm=warm, slots=slots, ahead=ahead) as parts:
+    chosen = await choice(settings, progress, opened)
+    async with _vms(settings, opened, chosen, warm=warm, slots=slots, ahead=ahead) as parts:
         await opened.this_host()
         opened.labels = this_host.labels(settings, parts.launcher.choice.probe)
         yield _worker(settings, opened, parts)
@@ -369,8 +379,8 @@ def _sandboxes(settings: Settings, opened: Store, parts: _Vms, ours: Worker, *, 
     machines = Machines(
         launcher=parts.launcher,
         snapshots=snapshots(settings),
-        images=image_source(settings),
-        layers=layers(settings),
+        images=image_source(settings, opened),
+        layers=layers(settings, opened),
         egress=parts.egress,
         installed=Installed(settings.agents, opened),
         at_once=default_max_vms(),
@@ -380,29 +390,6 @@ def _sandboxes(settings: Settings, opened: Store, parts: _Vms, ours: Worker, *, 
         store=opened, worker=ours.name, machines=machines, lease_seconds=settings.lease_seconds, most=most,
         emit=ours.emit, project_share=settings.project_share,
     )  # fmt: skip
-
-
-async def _pool(settings: Settings, vms: Launcher, warm: int | None) -> Pool:
-    """Starts with the template that was used last; on a fresh host, with the default VM."""
-    from swarm.vm.driver import VmSpec
-    from swarm.vm.pool import Pool
-
-    image = await images(settings).find()
-    used = sorted((t for t in templates(settings).all() if t.image == image.digest), key=lambda t: -t.used_at)
-    built = guest_layers(settings)
-    specs = [
-        VmSpec(
-            image=image,
-            layer=built.named(t.layer) if t.layer else None,
-            vcpus=t.vcpus,
-            memory_mb=t.memory_mb,
-            disk_mb=t.disk_mb,
-            preload=t.preload,
-        )
-        for t in used
-        if not t.layer or built.named(t.layer)
-    ]
-    return Pool(vms, warm=warm, specs=specs[:1] or [VmSpec(image=image)])
 
 
 @asynccontextmanager
@@ -418,7 +405,7 @@ async def dispatcher(
 ) -> AsyncIterator[Dispatcher]:
     """Serves tickets on this host, once it is `run`, and holds up to ``max_sandboxes`` sandboxes. ``warm``: see
     `worker`."""
-    from swarm.app import this_host
+    from swarm.app import sharing, this_host
     from swarm.base import process
     from swarm.engine import live
     from swarm.engine.dispatch import Dispatcher
@@ -430,9 +417,10 @@ async def dispatcher(
         return used_bytes(inventory(settings).dir(n) / WORK_DISK)
 
     async with AsyncExitStack() as stack:
-        chosen = await choice(settings)
+        chosen = await choice(settings, others=opened)
         opened.labels = this_host.labels(settings, chosen.probe)
         memory = await this_host.register(settings, opened, max_vms=max_vms, max_sandboxes=max_sandboxes)
+        await stack.enter_async_context(sharing.sharing(settings, opened))
         vm_parts = _vms(settings, opened, chosen, warm=warm, slots=max_vms, ahead=min(2, max_vms))
         parts = await stack.enter_async_context(vm_parts)
         wake = await stack.enter_async_context(opened.watching())

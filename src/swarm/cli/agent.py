@@ -120,9 +120,12 @@ async def build(
         list[str] | None,
         typer.Argument(metavar="AGENT|DIR", help="Registered agents, or directories. Default: all registered agents."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Build layers even if they exist.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build layers, even if they exist here or elsewhere.")] = False,
 ) -> int:
-    """Build the layers for agents' requirements and packages. Needs root and the network; running agents does not."""
+    """Build the layers for agents' requirements and packages, or fetch them from other hosts that have them.
+
+    Needs root and the network; running agents does not.
+    """
     from swarm import agents
     from swarm.errors import SwarmError
 
@@ -306,14 +309,15 @@ def _is_path(source: str) -> bool:
 async def built(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False) -> Layer | None:
     """The agent's layer, with a progress bar while it is built; None if it needs none."""
     from swarm.admin import layers
-    from swarm.app import wiring
+    from swarm.app import oneoff, wiring
 
     if not agent.needs_layer:
         return None
     settings = cli.settings if vm else cli.settings.model_copy(update={"driver": "process"})
-    with cli.out.progress(f"layer of {agent.name}") as progress:
-        source = wiring.image_source(settings)
-        layer = await layers.build(agent, source, wiring.layers(settings), force=force, progress=progress)
+    async with oneoff.others(settings) as others:
+        source, store = wiring.image_source(settings, others), wiring.layers(settings, others)
+        with cli.out.progress(f"layer of {agent.name}") as progress:
+            layer = await layers.build(agent, source, store, force=force, progress=progress)
     for one in layer.lacks if layer else ():
         cli.out.note(f"layer of {agent.name}: {one}")
     return layer

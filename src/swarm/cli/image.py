@@ -22,7 +22,7 @@ app = new_app("image", "Build, list and remove guest images.")
 )
 async def build(
     cli: Cli,
-    force: Annotated[bool, typer.Option("--force", help="Build it even if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build it, even if it exists here or elsewhere.")] = False,
     kernel: Annotated[
         Path | None,
         typer.Option(
@@ -37,13 +37,14 @@ async def build(
         str | None, typer.Option("--boot-args", metavar="ARGS", help="Arguments for that kernel's command line.")
     ] = None,
 ) -> None:
-    """Build the guest image from the distribution's packages, if it doesn't exist."""
-    from swarm.app import wiring
+    """Fetch the guest image from another host, or build it from the distribution's packages, if it doesn't exist."""
+    from swarm.app import oneoff, wiring
 
-    images = wiring.images(cli.settings)
     keep = wiring.images_of_templates(cli.settings)
-    with cli.out.progress("guest image") as progress:
-        image = await images.build(force=force, kernel=kernel, boot_args=boot_args, keep=keep, progress=progress)
+    async with oneoff.others(cli.settings) as others:
+        images = wiring.images(cli.settings, others)
+        with cli.out.progress("guest image") as progress:
+            image = await images.build(force=force, kernel=kernel, boot_args=boot_args, keep=keep, progress=progress)
     cli.out.result(image, f"image {image.digest[:12]} in {image.dir}")
 
 

@@ -91,7 +91,7 @@ class ImageSource(Protocol):
 
 class LayerSource(Protocol):
     async def find(self, agent: Agent, image: Image) -> Layer | None:
-        """Raises LayerMissing; layers are never built while a ticket waits."""
+        """Raises LayerMissing. It is only looked for, unless another host has it: then it is fetched, or built."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

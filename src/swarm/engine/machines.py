@@ -109,15 +109,15 @@ class Machines:
     ) -> AsyncIterator[LiveVm]:
         claim, assignment, launcher = held.claim, Assignment(sandbox_id=held.id), self._launcher
         async with AsyncExitStack() as stack:
+            if claim.snapshot is None:  # another host may have to send them, and others start meanwhile
+                image = await self._images.find(held.agent.image)
+                spec = vm_spec(held.agent, image, await self._layers.find(held.agent, image))
             async with self._starting:
                 if claim.snapshot is not None:
                     found = await self.snapshots.find(claim.snapshot.id)
                     start = launcher.restored(found, assignment, timeline, fork=not claim.resumes, prepare=prepare)
                     live = await stack.enter_async_context(start)
                 else:
-                    image = await self._images.find(held.agent.image)
-                    layer = await self._layers.find(held.agent, image)
-                    spec = vm_spec(held.agent, image, layer)
                     live = await stack.enter_async_context(launcher.vm(spec, assignment, timeline))
                     await prepare(live)
             yield live

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from swarm.errors import Conflict, NotFound
 from swarm.model import SandboxState
-from swarm.store.registry import workers
+from swarm.store.registry import host_files, workers
 from swarm.store.registry.workers import SILENT_AFTER_SECONDS
 from swarm.store.sandboxes.changes import end, last_snapshot
 from swarm.store.sql.conditions import ATTEMPT_LIVE, SANDBOX_HELD, SANDBOX_LIVE
@@ -268,6 +268,7 @@ def remove(tx: Tx, ref: str, *, by: str, force: bool) -> tuple[HostRow, Holds]:
     for paused in tx.all(_PAUSED, name=row.name):
         error = f"it was paused on the host {shown(row.name)}, which was removed; {last_snapshot(tx, paused.id)}"
         end(tx, paused, SandboxState.LOST, error=error, why="its host was removed")
+    host_files.withdraw(tx, row.name)
     tx.run(_DELETE, id=row.id)
     events.record(tx, "host.rm", by=by, name=row.name, forced=force or None)
     return gone, held

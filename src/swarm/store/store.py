@@ -40,7 +40,19 @@ from swarm.store.claims.kept import HOST_TIMEOUT_SECONDS
 from swarm.store.claims.request import Claimed, ClaimRequest
 from swarm.store.details import TicketDetails
 from swarm.store.hosts import Alive, Holds, HostState, Machine
-from swarm.store.registry import agents, notices, packages, schedules, secrets, tokens, webhooks, workers, workflows
+from swarm.store.registry import (
+    agents,
+    host_files,
+    notices,
+    packages,
+    schedules,
+    secrets,
+    tokens,
+    webhooks,
+    workers,
+    workflows,
+)
+from swarm.store.registry.host_files import HostFile, Offer
 from swarm.store.registry.notices import NoticeKind, NoticeRow
 from swarm.store.registry.packages import Package
 from swarm.store.registry.schedules import DueSchedules, FireRequest, ScheduleRow
@@ -1145,6 +1157,21 @@ class Store:
     async def remove_host(self, ref: str, *, by: str, force: bool = False) -> tuple[HostRow, Holds]:
         """See `hosts.remove`. Raises NotFound, Conflict."""
         return await self._write.call(hosts.remove, ref, by=by, force=force)
+
+    async def announce_files(self, address: str, key: str, files: Sequence[HostFile]) -> None:
+        """This host hands out these images and layers, and no others. ``key``: see `swarm.vm.image.elsewhere`."""
+        await self._write.call(host_files.announce, await self.this_host(), address, key, files)
+
+    async def withdraw_files(self) -> None:
+        """This host hands out none."""
+        host = await self.this_host()
+        if await self._read.call(host_files.offered, host):
+            await self._write.call(host_files.withdraw, host)
+
+    async def offered_files(self, kind: str, wanted: str) -> list[Offer]:
+        """What other hosts have of it: see `host_files.offers`. None if others may have written it."""
+        found = await self._read.call(host_files.offers, kind, wanted, here=await self.this_host())
+        return found if not found or await asyncio.to_thread(self._db.is_own) else []
 
     async def workers(self) -> list[WorkerRow]:
         return await self._read.call(workers.workers)

@@ -44,8 +44,8 @@ STATEMENTS: dict[str, Sql] = {
 
 # Intended scans of whole tables: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
-    r"SCAN (agents|hosts|notices|packages|secrets|workflows|definitions|schedules|s|tokens|unmet|workers|clock|marks|"
-    r"moment|"
+    r"SCAN (agents|host_files|hosts|notices|packages|secrets|workflows|definitions|schedules|s|tokens|unmet|workers|"
+    r"clock|marks|moment|"
     r"pragma_data_version|sqlite_master|alembic_version|CONSTANT ROW|\d+ CONSTANT ROWS?)\b"
 )
 LIVE_ONLY = re.compile(
@@ -174,7 +174,7 @@ LIVE_INDEXES = re.compile(
     r"|workflow_runs_(due|live)|sandboxes_(due|ending|held|live|marked)"
 )
 SMALL_TABLES = {"agents", "notices", "secrets", "workflows", "definitions", "schedules", "tokens", "workers", "clock"}
-SMALL_TABLES |= {"alembic_version", "hosts", "unmet"}
+SMALL_TABLES |= {"alembic_version", "hosts", "host_files", "unmet"}
 WHOLE_READS = {"artifacts._LARGEST", "artifacts._UNUSED", "artifacts._USES_WITHOUT_TICKET", "snapshots._OF_HOST"}
 WHOLE_READS |= {"agents._TICKETS_THAT_NEED", "workflows._TICKETS_THAT_NEED", "views._RECENT", "tickets._NEWEST_IDS"}
 WHOLE_READS |= {"sandboxes._NAMES", "snapshots._NAMES", "agents._STEPS_THAT_NEED"}

@@ -461,7 +461,21 @@ hosts = sa.Table(
     _text("drained_by"),
     _text("drained_at"),
     _time("created_at"),
+    _text("files_at"),  # HOST:PORT, where others fetch its images and layers; NULL: nowhere
+    _text("files_key"),  # from which their tokens are made
     sa.UniqueConstraint("name", name="hosts_name"),
+)
+
+# Images and layers that hosts have, for others: see host_files.py.
+host_files = sa.Table(
+    "host_files",
+    metadata,
+    sa.Column("host", TEXT, primary_key=True, nullable=False),  # its name
+    sa.Column("kind", TEXT, primary_key=True, nullable=False),  # 'image' or 'layer'
+    sa.Column("name", TEXT, primary_key=True, nullable=False),
+    _text("made_of", null=False),
+    _text("digest", null=False),  # of its manifest
+    _text("built_at", null=False),
 )
 
 # What no known host has, and since when something waits for it.

@@ -6,6 +6,7 @@
       .lock                   flock: one build at a time; its holder owns everything named .building-*
       .building-…/            an unfinished image; if its builder died, the next build removes it
       .verified/<digest>      the inodes of the files that were hashed already
+      .fetched/<sha256>       a file of another host, as far as it was fetched
       <sha256>/               manifest.json, vmlinuz, vmlinux, initramfs, root.erofs
 
 A digest is the sha256 over the parts' digests and the boot arguments, so an image with one changed byte is another
@@ -15,14 +16,15 @@ image. Every part is hashed before it is booted.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,9 +35,10 @@ from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, NotFound
 from swarm.vm.driver import Image
-from swarm.vm.image import build, staging
+from swarm.vm.image import build, elsewhere, staging
 from swarm.vm.image.base import build_base
 from swarm.vm.image.build import Recipe
+from swarm.vm.image.elsewhere import IMAGE, Elsewhere, Fetched, Shared
 
 log = logger(__name__)
 
@@ -64,10 +67,14 @@ class ImageInfo:
 
 
 class Images:
-    """The images in ``dir``. ``cache`` keeps bases between builds; ``guest`` holds our own guest files."""
+    """The images in ``dir``. ``cache`` keeps bases between builds; ``guest`` holds our own guest files; ``others``:
+    what other hosts have."""
 
-    def __init__(self, *, dir: Path, cache: Path, guest: Path = GUEST, default: str = "") -> None:
+    def __init__(
+        self, *, dir: Path, cache: Path, guest: Path = GUEST, default: str = "", others: Elsewhere | None = None
+    ) -> None:
         self.dir = dir
+        self._others = others
         self._cache = cache
         self._guest = guest
         self._default = default
@@ -82,7 +89,8 @@ class Images:
         keep: Collection[str] = (),
         progress: Progress = silent,
     ) -> Image:
-        """The image of the current recipe, built if it is missing. ``force`` builds it from newly fetched packages.
+        """The image of the current recipe. If it is missing, it is fetched from another host, or else built. ``force``
+        builds it from newly fetched packages.
 
         A build removes images and bases that were not used for long, except those in ``keep`` (digests).
 
@@ -93,11 +101,17 @@ class Images:
         if not force and (image := await self._find_complete(recipe)):
             return image
         build.require_root("an image")
-        with staging.build_errors("an image", self.dir, "an image needs 1 GB while it is built", setting=SETTING):
+        why = list[str]()
+        with elsewhere.saying(why), self._build_errors():
             files.make_directory(self.dir)
             async with staging.lock(self.dir, progress):
-                if not force and (image := await self._find_complete(recipe)):
-                    return image  # the build we waited for made it
+                if not force:
+                    if image := await self._find_complete(recipe):
+                        return image  # the build we waited for made it
+                    found = await self._fetch(recipe.key, progress)
+                    if found.name:
+                        return await asyncio.to_thread(self._verified, _info(self.dir / found.name))
+                    why.append(found.why)
                 await finish_uninterrupted(asyncio.to_thread(staging.sweep, self.dir))
                 base = await self._base(recipe, force, lambda step, f: progress(step, _BASE_SHARE * f))
                 image = await self._assemble(
@@ -108,7 +122,7 @@ class Images:
 
     async def find(self, ref: str | None = None) -> Image:
         """The image whose digest begins with ``ref`` (or with the default), else the newest of the current recipe.
-        Every part is verified.
+        Every part is verified. One that another host has is fetched.
 
         Raises ImageError if it is missing (the message says how to build it) or a part was changed; NotFound or
         ImageError if ``ref`` fits no image or several.
@@ -116,12 +130,53 @@ class Images:
         ref = ref or self._default or None
         if ref is None:
             recipe = await asyncio.to_thread(build.recipe, self._guest)
-            info = self._current(recipe)
+            info = self._current(recipe) or await self._info_of_another(recipe.key, lambda: self._current(recipe))
             if info is None:
                 raise ImageError(f"{self.dir} has no guest image for this version of Swarm: run `swarm image build`")
         else:
-            info = self._named(ref)
+            try:
+                info = self._named(ref)
+            except NotFound:
+                if (found := await self._info_of_another(ref, lambda: None)) is None:
+                    raise
+                info = found
         return await asyncio.to_thread(self._verified, info)
+
+    async def _info_of_another(self, wanted: str, made: Callable[[], ImageInfo | None]) -> ImageInfo | None:
+        """Of an image that another host has, fetched, unless it was ``made`` meanwhile. None if none has it."""
+        if self._others is None or not await self._others.known(IMAGE, wanted):
+            return None
+        with self._build_errors():
+            files.make_directory(self.dir)
+            async with staging.lock(self.dir, silent):
+                if (info := made()) is not None:
+                    return info
+                found = await self._fetch(wanted, silent)
+        if not found.name:
+            raise ImageError(
+                f"{self.dir} lacks a guest image that another host has, and it can't be fetched: {found.why}; run "
+                "`swarm image build`"
+            )
+        return _info(self.dir / found.name)
+
+    async def _fetch(self, wanted: str, progress: Progress) -> Fetched:
+        return await elsewhere.fetch(
+            self._others, IMAGE, wanted, dir=self.dir, manifest=_MANIFEST, parts=_parts, progress=progress
+        )
+
+    def _build_errors(self) -> AbstractContextManager[None]:
+        return staging.build_errors("an image", self.dir, "an image needs 1 GB while it is built", setting=SETTING)
+
+    def shared(self) -> builtins.list[Shared]:
+        """Every image, for other hosts; the newest first."""
+        found = []
+        for info in self.list():
+            with contextlib.suppress(OSError, ImageError):  # it has just been removed
+                manifest = _manifest(info.dir)
+                parts = [replace(part, path=info.dir / part.path) for part in _parts(manifest, info.digest)]
+                path = info.dir / _MANIFEST
+                found.append(elsewhere.shared(IMAGE, info.digest, info.recipe, info.built_at, path, parts))
+        return found
 
     def list(self) -> list[ImageInfo]:
         """Every image, newest first. Unreadable ones are skipped, with a line in the log."""
@@ -294,6 +349,16 @@ def _info(dir: Path) -> ImageInfo:
         packages=manifest["packages"],
         dir=dir,
     )
+
+
+def _parts(manifest: dict[str, Any], digest: str) -> list[staging.Part]:
+    """The files of an image with this digest."""
+    if manifest["format"] != _FORMAT or _digest(manifest) != digest:
+        raise ImageError("it is of another image, or of another version of Swarm")
+    parts = {part["file"]: part for part in manifest["parts"].values()}.values()
+    return [
+        staging.Part(path=Path(part["file"]), size_bytes=part["size_bytes"], sha256=part["sha256"]) for part in parts
+    ]
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

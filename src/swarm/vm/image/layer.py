@@ -6,16 +6,19 @@
       .lock                   flock: one build at a time
       .building-…/            an unfinished layer; if its builder died, the next build removes it
       .verified/<key>         the inode of the file that was hashed already
+      .fetched/<sha256>       a file of another host, as far as it was fetched
       <key>/                  layer.json, layer.erofs
 
 A key is the digest of everything that shapes a layer: its contents, and what it is laid upon. So agents with the same
-requirements and packages share one, and a layer that no longer fits the image is never found. Running an agent only
-looks here; it fetches nothing.
+requirements and packages share one, and a layer that no longer fits the image is never found. Running an agent looks
+here. What is not here, but on another host, is fetched from there, or built if that can't be: somebody wanted it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import builtins
+import contextlib
 import hashlib
 import json
 import platform
@@ -32,10 +35,12 @@ from swarm.base.aio import finish_uninterrupted
 from swarm.base.clock import iso
 from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
-from swarm.errors import ImageError, LayerMissing, NotFound
+from swarm.errors import HostError, ImageError, LayerMissing, NotFound, UsageError
 from swarm.model import Agent
 from swarm.vm.driver import Image, Layer
-from swarm.vm.image import elf, layer_build, pip, staging
+from swarm.vm.image import elf, elsewhere, layer_build, pip, staging
+from swarm.vm.image.build import require_root
+from swarm.vm.image.elsewhere import LAYER, Elsewhere, Shared
 
 log = logger(__name__)
 
@@ -57,28 +62,39 @@ class LayerInfo:
 
 
 class Layers:
-    """The layers in ``dir``. ``sources``: the directory of apt's configuration, which says where packages come from."""
+    """The layers in ``dir``. ``sources``: the directory of apt's configuration, which says where packages come from.
+    ``others``: what other hosts have."""
 
-    def __init__(self, *, dir: Path, sources: Path = Path("/etc/apt")) -> None:
+    def __init__(self, *, dir: Path, sources: Path = Path("/etc/apt"), others: Elsewhere | None = None) -> None:
         self.dir = dir
         self._sources = sources
+        self._others = others
 
     async def find(self, agent: Agent, image: Image) -> Layer | None:
-        """The agent's layer on that image, verified; None if it needs no layer. Raises LayerMissing."""
+        """The agent's layer on that image, verified; None if it needs no layer. One that another host has is made here
+        as well. Raises LayerMissing."""
         if not agent.needs_layer:
             return None
+        key = ""
         try:
-            return await asyncio.to_thread(self._verified, _key(_shape(agent, image)))
+            key = _key(_shape(agent, image))
+            return await asyncio.to_thread(self._verified, key)
         except FileNotFoundError:
             problem = "is not built for this guest image"
         except ImageError as error:
             problem = f"can't be used: {error}"
+        if key and self._others is not None and await self._others.known(LAYER, key):
+            try:
+                return await self.build(agent, image)
+            except (HostError, ImageError, UsageError) as error:
+                raise _missing(agent, f"is not on this host: {error}") from error
         raise _missing(agent, problem)
 
     async def build(
         self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = silent
     ) -> Layer | None:
-        """The agent's layer, built if it is missing (or ``force``). Needs the network, and root.
+        """The agent's layer. If it is missing, it is fetched from another host, or else built; built anew if ``force``.
+        Needs the network, and root.
 
         Raises UsageError for requirements and packages that don't exist, ImageError, HostError.
         """
@@ -88,13 +104,22 @@ class Layers:
         key = _key(shape)
         if not force and (layer := await self._find_complete(key)):
             return layer
+        require_root("a layer")
         with files.host_errors(f"can't make {self.dir}"):
             files.make_directory(self.dir)
-        layer_build.check_host(self.dir)
-        with _build_errors(self.dir):
+        why = list[str]()
+        with elsewhere.saying(why), _build_errors(self.dir):
             async with staging.lock(self.dir, progress):
-                if not force and (layer := await self._find_complete(key)):
-                    return layer
+                if not force:
+                    if layer := await self._find_complete(key):
+                        return layer
+                    found = await elsewhere.fetch(
+                        self._others, LAYER, key, dir=self.dir, manifest=_MANIFEST, parts=self._parts, progress=progress
+                    )
+                    if found.name:
+                        return await asyncio.to_thread(self._verified, key)
+                    why.append(found.why)
+                layer_build.check_host(self.dir)
                 await finish_uninterrupted(asyncio.to_thread(staging.sweep, self.dir))
                 async with staging.staged(self.dir) as stage:
                     installed = await layer_build.build(
@@ -130,6 +155,16 @@ class Layers:
                 log.warning("layer skipped", path=str(file), reason=repr(error))
         return sorted(found, key=lambda info: info.built_at, reverse=True)
 
+    def shared(self) -> builtins.list[Shared]:
+        """Every layer, for other hosts; the newest first."""
+        found = []
+        for info in self.list():
+            place = self.dir / info.key
+            part = staging.Part(path=place / _FILE, size_bytes=info.size_bytes, sha256=info.digest)
+            with contextlib.suppress(OSError):  # it has just been removed
+                found.append(elsewhere.shared(LAYER, info.key, info.key, info.built_at, place / _MANIFEST, [part]))
+        return found
+
     def key(self, agent: Agent, image: Image) -> str:
         """The name of the agent's layer, whether it exists or not."""
         return _key(_shape(agent, image))
@@ -159,6 +194,12 @@ class Layers:
         except ImageError as error:
             log.warning("layer is built again", reason=str(error))
             return None
+
+    @staticmethod
+    def _parts(manifest: dict[str, Any], key: str) -> builtins.list[staging.Part]:
+        if _key(manifest["shape"]) != key:
+            raise ImageError("it is of another layer")
+        return [staging.Part(path=Path(_FILE), size_bytes=manifest["size_bytes"], sha256=manifest["sha256"])]
 
     def _verified(self, key: str) -> Layer:
         """Raises FileNotFoundError, or ImageError if it is not as it was built."""

@@ -26,6 +26,8 @@ CREATE TABLE hosts (
 	drained_by {text},
 	drained_at {text},
 	created_at {text} DEFAULT {now},
+	files_at {text},
+	files_key {text},
 	PRIMARY KEY (id),
 	CONSTRAINT hosts_name UNIQUE (name)
 )"""
@@ -35,6 +37,16 @@ CREATE TABLE packages (
 	number INTEGER NOT NULL,
 	data {text} NOT NULL,
 	PRIMARY KEY (name, number)
+)"""
+_HOST_FILES = """
+CREATE TABLE host_files (
+	host {text} NOT NULL,
+	kind {text} NOT NULL,
+	name {text} NOT NULL,
+	made_of {text} NOT NULL,
+	digest {text} NOT NULL,
+	built_at {text} NOT NULL,
+	PRIMARY KEY (host, kind, name)
 )"""
 _UNMET = """
 CREATE TABLE unmet (
@@ -73,7 +85,7 @@ _POSTGRESQL = {
 
 def upgrade() -> None:
     words = _POSTGRESQL if op.get_context().dialect.name == "postgresql" else _SQLITE
-    for statement in (_HOSTS, _PACKAGES, _UNMET, *_OTHERS):
+    for statement in (_HOSTS, _PACKAGES, _HOST_FILES, _UNMET, *_OTHERS):
         op.get_bind().exec_driver_sql(statement.lstrip().format(**words))
 
 
