@@ -197,7 +197,7 @@ class Dispatcher:
                 try:
                     claims = await request.claims
                 finally:
-                    self._request = None
+                    self._request, self._claimed_at = None, time.monotonic()
                 self._store_error, self._more = "", self._more or len(claims) == request.limit
                 for claim in claims:
                     self._begin(claim)

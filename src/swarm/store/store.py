@@ -131,7 +131,8 @@ class Store:
         finisher = self._finisher
         untold = (*UNTOLD, finisher.append, finisher.renew, finisher.running)
         shared = (self._queue.claim, finisher.finish, finisher.append, finisher.renew, finisher.running)
-        self._write = IsolatingThread(db, self.isolation, untold=untold, shared=shared)
+        joined = (finisher.finish, self._queue.claim)
+        self._write = IsolatingThread(db, self.isolation, untold=untold, shared=shared, joined=joined)
         self._read = ConnectionThread(db, write=False, untold=untold)
         self._settled = Settled(self._read, db.dialect)
         self._survey_read: ConnectionThread | None = None  # begins at its first use
@@ -570,8 +571,9 @@ class Store:
             events=tuple(events),
             packed=packed,
         )
-        written = self._write.submit_batch(self._finisher.finish, request)
-        queued()
+        with self._write.at_once():
+            written = self._write.submit_batch(self._finisher.finish, request)
+            queued()
         await written
 
     async def last_attempts(self, ticket_id: str, *, limit: int) -> list[AttemptRow]:

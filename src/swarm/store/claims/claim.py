@@ -111,8 +111,7 @@ class _ClaimTransaction:
         self.result, self.bad_rows = Claimed(), 0
         self.room = replace(request.room) if request.room is not None else Room()  # less what this claim takes
         self.deferred = 0  # workflows that begin once their first decision is made, outside the transaction
-        # The next step in turn lacks room, or must run alone. Those behind it wait too, so that it isn't
-        # starved.
+        # The next step in turn lacks room, or must run alone. Those behind it wait too, lest it be starved.
         self.full = False
         self.places = Places(
             labels=request.labels,
@@ -160,9 +159,9 @@ class _ClaimTransaction:
     def _claim(self, written_by_others: int) -> None:
         """Round by round, until the limit is reached or nothing is left; with maintenance when it is due."""
         maintenance, only_one = self.claimer.maintenance, self.request.ticket_id is not None
-        if maintenance.due(written_by_others, idle=False, required=False):
+        maintained = self.tx.joined and not only_one  # upkeep needs an exact one: the ends before would run again
+        if not maintained and maintenance.due(written_by_others, idle=False, required=False):
             maintenance.run(self.changes, written_by_others)  # reads much: not after the claims, under the lock
-        maintained = False
         while (missing := self.request.limit - len(self.result.claims) - self.deferred) > 0:
             if self.bad_rows >= BAD_ROWS:
                 self.result.more = True
@@ -289,6 +288,7 @@ class _ClaimTransaction:
         fail_row(self.changes, row, str(error))
 
     def _fail_step(self, row: Row, error: str) -> None:  # in a workflow: its run decides what follows
+        self.tx.exact()  # its ticket is not locked
         self.changes.add(FAIL_STEP, id=row.step_execution_id, error=error, now=self.tx.now)
         step = {"ticket_id": row.ticket_id, "step_id": row.step_id}
         self.changes.transition("step", StepStatus.READY, StepStatus.FAILED, **step, error=error)
@@ -358,7 +358,7 @@ class _ClaimTransaction:
     def _begin(self, row: Row, work: Work) -> None:
         """The run of a workflow; its first steps are claimed in the next round, when it is their turn."""
         wanted, ticket = work.ticket.workflow_id or "", work.ticket
-        found = workflows.find(self.tx, wanted)
+        found = workflows.find(self.tx, wanted, once=True)
         if found is None:
             raise validation.unknown("workflow", wanted, self._names(workflows.NAMES))
         if not flag(found.enabled):

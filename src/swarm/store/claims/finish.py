@@ -304,6 +304,8 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
             delay_ms = suspects.delay_ms(len(earlier) + 1)
             changes.step_back(row, why="lost", counted=False, error=error, delay_ms=delay_ms)
     changes.flush()
+    if changes.pending_runs:
+        changes.tx.exact()
     _cancel_orphans(changes, [row for row in rows if not owns(row)])
 
 

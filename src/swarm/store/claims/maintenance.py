@@ -124,7 +124,7 @@ class Maintenance:
         changes.tx.exact()
         began = time.thread_time()  # a busy machine makes it no dearer
         changes.tx.if_undone(partial(self._restore, self._seen, self.has_more))
-        changes.tx.ahead((STUCK, MISTYPED, *(one for one, _ in _WHY), DISOWNED), limit=AT_ONCE)
+        changes.tx.ahead([(one, {"limit": AT_ONCE}) for one in (STUCK, MISTYPED, *(one for one, _ in _WHY), DISOWNED)])
         stuck = changes.tx.all(STUCK, limit=AT_ONCE)
         for row in changes.each(stuck, lambda row: row.id):
             error = (

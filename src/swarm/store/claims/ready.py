@@ -120,13 +120,16 @@ def first(
     late = filled("late", pace.left_out() if pace is not None else ())
     tickets, of_runs = _statements(len(but), len(late))
     found, cut = list[Candidate](), list[Candidate]()
-    for mark in ("", *marks):
-        rows, more = tx.some(tickets, most, limit=limit, mark=mark, **left_out, **late)
+    of_tickets = [{"limit": limit, "mark": mark, **left_out, **late} for mark in ("", *marks)]
+    of_steps = [{"limit": limit, "mark": mark, **left_out, **which} for mark in ("", *marks) if steps]
+    tx.ahead([*((tickets, values) for values in of_tickets), *((of_runs, values) for values in of_steps)])
+    for values in of_tickets:
+        rows, more = tx.some(tickets, most, **values)
         some, last = _whole(tx, rows, limit, pace)
         found += some
         cut += [last] if last is not None else some[-1:] if more else []
-    for mark in ("", *marks) if steps else ():
-        rows, more = tx.some(of_runs, most, limit=limit, mark=mark, **left_out, **which)
+    for values in of_steps:
+        rows, more = tx.some(of_runs, most, **values)
         some = [Candidate(row, is_step=True) for row in rows]
         found += some
         cut += some[-1:] if more else []

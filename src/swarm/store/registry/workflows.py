@@ -140,18 +140,20 @@ def remove(tx: Tx, ref: str, *, by: str | None = None) -> WorkflowRow:
     return _recorded(tx, "workflow.remove", removed, by)
 
 
-def workflow(tx: Tx, ref: str) -> WorkflowRow:
-    """By id, name (newest version), name@1 (newest 1.x), name@1.0.0 or a unique beginning of an id. Raises NotFound."""
-    row = find(tx, ref) or unique(tx, _BY_BEGINNING, ref, "workflows")
+def workflow(tx: Tx, ref: str, *, once: bool = False) -> WorkflowRow:
+    """By id, name (newest version), name@1 (newest 1.x), name@1.0.0 or a unique beginning of an id. Raises NotFound.
+    ``once``: as `find`."""
+    row = find(tx, ref, once=once) or unique(tx, _BY_BEGINNING, ref, "workflows")
     if row is None:
         hint = versions.did_you_mean(ref, [one.name for one in tx.all(NAMES)])
         raise NotFound(f"no workflow {ref!r}{hint or '; `swarm workflow list` shows all'}")
     return _row(row)
 
 
-def find(tx: Tx, ref: str) -> Row | None:
-    """By id or name, with or without a version."""
-    return tx.first(_BY_ID, ref=ref) or versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
+def find(tx: Tx, ref: str, *, once: bool = False) -> Row | None:
+    """By id or name, with or without a version. ``once``: this transaction changes none."""
+    found = tx.once(_BY_ID, ref=ref) if once else tx.first(_BY_ID, ref=ref)
+    return found or versions.pick(ref, tx.all(_BY_NAME, ref=ref.partition("@")[0]))
 
 
 def workflows(tx: Tx) -> list[WorkflowRow]:

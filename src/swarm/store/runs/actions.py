@@ -130,8 +130,11 @@ class _Work:
         self._unstartable: list[str] = []
 
     def run(self, actions: Sequence[Action]) -> bool:
+        known = self._decided.rows
+        for row in filter(None, (known or {}).values()):
+            self._load(row)
         if self._run.progress is None:
-            for row in self._tx.all(ALL_STEPS, run_id=self._run.id):
+            for row in self._tx.all(ALL_STEPS, run_id=self._run.id) if known is None else ():
                 self._load(row)
             for key in self._definition.graph.steps:
                 if key not in self._steps:
@@ -150,7 +153,9 @@ class _Work:
     # --- steps ---
 
     def _read(self, keys: Sequence[str]) -> None:
-        wanted = [self._run.step_id(key) for key in dict.fromkeys(keys) if key not in self._steps]
+        known = self._decided.rows or self._steps
+        new = [key for key in dict.fromkeys(keys) if key not in self._steps and key not in known]
+        wanted = [self._run.step_id(key) for key in new]
         for row in self._tx.all_in(STEPS, wanted, run_id=self._run.id):
             self._load(row)
 

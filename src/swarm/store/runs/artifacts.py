@@ -64,6 +64,8 @@ class ArtifactRow:
 
 def keep(tx: Tx, ticket_id: str, parts: Mapping[str, str]) -> None:
     """Store the parts of a `Packed`, in the transaction that writes its text."""
+    if parts:
+        tx.exact()
     for digest, text in parts.items():
         tx.run(_PUT, digest=digest, bytes=len(text.encode()), data=text, now=tx.now)
         tx.run(_USE, ticket_id=ticket_id, digest=digest)

@@ -43,13 +43,16 @@ _TRANSACTION_EXPRESSIONS: Final = 500
 TIME_IS_UP: Final = "!deadline"  # in a run's `unprocessed`, beside keys of steps, none of which can have this name
 ON_ERROR_MS: Final = 600_000  # for all on_error steps together, once the run's own time is over
 
-_RUN: Final = Sql(
+_RUN_OF: Final = (
     "SELECT r.id, r.ticket_id, r.workflow_id, r.status, r.trigger_type, r.trigger_data, r.started_at, "
     "r.parent_step_id, COALESCE(r.root_run_id, r.id) AS root_run, r.path, r.definition, r.progress, r.unprocessed, "
     "r.revision, r.due_at, r.deadline_at, t.id AS ticket, t.state, t.run_id AS ticket_run, t.title, t.description, "
     "t.project_id, t.priority, t.max_attempts, t.created_at AS ticket_created_at "
     "FROM workflow_runs r LEFT JOIN tickets t ON t.id = r.ticket_id WHERE r.id = :id"
 )
+_RUN: Final = Sql(_RUN_OF)
+# Every decision changes its run's row, so none comes between this one and its changes.
+_LOCKED_RUN: Final = Sql(_RUN_OF + " /*+ FOR NO KEY UPDATE OF r */")
 _CONTEXT: Final = Sql("SELECT context FROM workflow_runs WHERE id = :id")
 _TICKET_INPUTS: Final = Sql("SELECT inputs FROM tickets WHERE id = :id")
 _STEP_INPUTS: Final = Sql("SELECT inputs FROM step_executions WHERE id = :id")
@@ -93,13 +96,14 @@ class Decided:
     definition: Definition | None = None
     context: RunContext | None = None  # only with the run's first decision
     decision: Decision | None = None
+    rows: Mapping[str, Row | None] | None = None  # of all steps that it looked at, if this transaction has read them
     failure: str | None = None
     deadline_at: int | None = None  # a new deadline for the run
 
 
 def load_live(tx: Tx, id: str) -> Run | None:
     """The run, unless it or its ticket has ended, or the ticket has another run."""
-    row = tx.first(_RUN, id=id)
+    row = tx.first(_LOCKED_RUN if tx.connection.write else _RUN, id=id)
     if (
         row is None
         or row.status not in ("running", "waiting")
@@ -122,6 +126,7 @@ class Steps(Mapping[str, StepState]):
         self._run = run
         self._in_transaction = in_transaction
         self._bytes = 0
+        self._all = False
         self.rows: dict[str, Row | None] = {}
 
     def read(self, keys: Iterable[str]) -> None:
@@ -132,6 +137,7 @@ class Steps(Mapping[str, StepState]):
         self._keep(found)
 
     def read_all(self) -> None:
+        self._all = True
         self._keep(self._tx.all(ALL_STEPS, run_id=self._run.id))
 
     def _keep(self, rows: Sequence[Row]) -> None:
@@ -142,9 +148,9 @@ class Steps(Mapping[str, StepState]):
             raise TooExpensive
 
     def __getitem__(self, key: str) -> StepState:
-        if key not in self.rows:
+        if key not in self.rows and not self._all:
             self.read([key])
-        row = self.rows[key]
+        row = self.rows.get(key)
         if row is None:
             raise KeyError(key)
         return StepState(
@@ -229,6 +235,7 @@ def _decide(
         definition=definition,
         context=context if run.progress is None else None,
         decision=decision,
+        rows=steps.rows if in_transaction else None,
         deadline_at=deadline_at,
     )
 
@@ -242,7 +249,7 @@ def _prepare(
         definition = definitions.pinned(tx, run.row.workflow_id, in_transaction=in_transaction)
     if (known := definitions.contexts.get(run.id)) is not None:
         return definition, known
-    if (stored := _stored_context(tx, run, in_transaction=in_transaction)) is not None:
+    if run.progress is not None and (stored := _stored_context(tx, run, in_transaction=in_transaction)) is not None:
         return definition, definitions.contexts.put(run.id, stored)
     # Not kept: the first decision may yet be undone, and another be made, of other inputs.
     return definition, _new_context(tx, run, definition, evaluator, in_transaction=in_transaction)

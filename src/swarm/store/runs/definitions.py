@@ -102,7 +102,7 @@ class Definitions:
 
         Raises NotFound for missing references, StoreError, manifest.Invalid.
         """
-        row = workflows.workflow(tx, id)
+        row = workflows.workflow(tx, id, once=True)
         check_enabled(row)
         known = self._pinned.get(row.id)
         if known is not None and known.text == row.definition and _still_pinned(tx, known.agents):

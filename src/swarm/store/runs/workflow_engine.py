@@ -29,13 +29,16 @@ from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import Changes
 from swarm.store.tickets.isolation import Isolation
-from swarm.workflow.state import Ask, Verdict
+from swarm.workflow.state import Ask, Complete, Fail, Skip, Start, StartWorkflow, Verdict
 
 # All decisions of one transaction may take this long together; the rest are made outside.
 PLANNING_SECONDS: Final = 0.05
 # An engine that has taken up a decision has this long to make it; then others may take it up.
 _DECIDING_MS: Final = 30_000
 _DUE_LIMIT: Final = 100
+
+# Actions on steps that only decisions change, and no claim meanwhile: ended, not begun, or without an attempt.
+_ALONE: Final = (Start, StartWorkflow, Complete, Fail, Skip)
 
 _SET_MODE: Final = one_row("UPDATE tickets SET execution_mode = 'workflow' WHERE id = :id")
 INSERT_RUN: Final = one_row(
@@ -110,10 +113,10 @@ class WorkflowEngine:
         return id_
 
     def advance_workflows(self, changes: Changes, *, take_up: bool = False) -> list[str]:
-        """Decide on `changes.pending_runs`. Returns the runs to be decided outside: by the caller, with ``take_up``."""
+        """Decide on `changes.pending_runs`, whose tickets a shared transaction has locked. Returns the runs to be
+        decided outside: by the caller, with ``take_up``."""
         deferred, began = list[str](), time.monotonic()
         while changes.pending_runs:
-            changes.tx.exact()
             changes.flush()
             run_id = next(iter(changes.pending_runs))
             keys = changes.pending_runs.pop(run_id)
@@ -197,10 +200,13 @@ class WorkflowEngine:
         if decided.failure is not None:
             give_up(changes, run, decided.failure)
             return True
+        if decided.decision is not None and not all(isinstance(one, _ALONE) for one in decided.decision.actions):
+            changes.tx.exact()
         if not carry_out(changes, run, decided, self._agents):
             return False
         asked = decided.decision is not None and any(isinstance(one, Ask) for one in decided.decision.actions)
         if asked or run.row.state == TicketState.WAITING:
+            changes.tx.exact()
             refresh_waiting(changes, run.row)
         return True
 

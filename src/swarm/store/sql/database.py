@@ -129,7 +129,8 @@ class Database:
         if shared and self.dialect.begin_shared is not None:
             begin = self.dialect.begin_shared
         with self.errors(connection):
-            tx = Tx(connection, self.dialect, self.wakes, shared=begin == self.dialect.begin_shared)
+            shared, timed = begin == self.dialect.begin_shared, optimistic and connection.write
+            tx = Tx(connection, self.dialect, self.wakes, shared=shared, timed=timed)
         try:
             with self.errors(connection):
                 tx.begin(begin)

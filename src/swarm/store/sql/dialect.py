@@ -61,6 +61,7 @@ class Dialect:
     # engines don't wait for each other. None: there is none.
     begin_shared: str | None
     begin_read: str
+    roll_back: Callable[[Any], None]  # (driver's connection)
     begin_migration: str
     # If an event may become visible after one with a higher number (store/tickets/settled.py): SQL that returns the
     # newest event's number and `them`, which means the transactions that are under way, '' if there is none; and

@@ -181,6 +181,14 @@ def _changes(
     return (text, found[1], False) if found is not None else (text, rows, True)
 
 
+def _roll_back(connection: Any) -> None:
+    """psycopg's own makes it forget its prepared statements. After no error of the server they are all there."""
+    if connection.info.transaction_status is psycopg.pq.TransactionStatus.INTRANS:
+        connection.pgconn.exec_(b"ROLLBACK")
+    else:
+        connection.rollback()
+
+
 def _explain(error: BaseException) -> str | None:
     if not isinstance(error, psycopg.Error):
         return None
@@ -250,6 +258,7 @@ POSTGRESQL: Final = Dialect(
     begin_optimistic="BEGIN ISOLATION LEVEL SERIALIZABLE READ WRITE",
     begin_shared="BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",
     begin_read="BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+    roll_back=_roll_back,
     # Migrations of two processes, one after the other.
     begin_migration="BEGIN; SELECT pg_advisory_xact_lock(hashtext('swarm migration'))",
     newest_event=_NEWEST_EVENT,

@@ -188,6 +188,7 @@ SQLITE: Final = Dialect(
     begin_optimistic="BEGIN",
     begin_shared=None,
     begin_read="BEGIN",
+    roll_back=sqlite3.Connection.rollback,
     begin_migration="BEGIN IMMEDIATE",
     newest_event=None,
     has_ended="",

@@ -20,7 +20,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -83,7 +84,8 @@ class Use:
 class ConnectionThread:
     """One thread, one connection. ``close`` serves the requests made before it, then ends both.
 
-    ``shared``: functions that lock the rows that they depend on, or say `Tx.exact`.
+    ``shared``: functions that lock the rows that they depend on, or say `Tx.exact`. ``joined``: two of these; requests
+    for the second behind requests for the first are served in one shared transaction with them.
 
     ``untold``: functions whose results may be handed out before they are on the disk, since nobody outside learns of
     them, or since it does no harm if a power failure takes them back.
@@ -96,17 +98,20 @@ class ConnectionThread:
         write: bool,
         untold: Collection[Callable[..., Any]] = (),
         shared: Collection[Callable[..., Any]] = (),
+        joined: tuple[Callable[..., Any], ...] = (),
     ) -> None:
         self._database = database
         self._write = write
         self._shared = frozenset(shared)
+        self._joined = joined if database.dialect.begin_shared is not None else ()
         self._untold = frozenset(untold)
         self._flusher = Flusher(database.file) if database.file is not None else None
         self._seen: tuple[int, int | None] | None = None  # own changes, and others', up to the last transaction
         self._unflushed = False  # results may tell something that isn't on the disk yet
         self._connection: Connection | None = None
         self._checked = False
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Sequence[_Job] | None] = queue.SimpleQueue()
+        self._held: list[_Job] | None = None
         self._closed = False
         self.use = Use()
         self._thread = threading.Thread(
@@ -141,8 +146,22 @@ class ConnectionThread:
             raise StoreError("the store is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._jobs.put(_Job(kind=kind, function=function, args=args, kwargs=kwargs, future=future, loop=loop))
+        job = _Job(kind=kind, function=function, args=args, kwargs=kwargs, future=future, loop=loop)
+        if self._held is not None:
+            self._held.append(job)
+        else:
+            self._jobs.put((job,))
         return future
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is requested in the block is queued at its end: so the thread takes all of it together."""
+        held = self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+            self._jobs.put(held)
 
     @property
     def closed(self) -> bool:
@@ -173,12 +192,12 @@ class ConnectionThread:
         """Fill ``jobs`` from the queue; True when the thread is to end after them."""
         while len(jobs) < GROUP:
             try:
-                job = self._jobs.get(block=not jobs)
+                found = self._jobs.get(block=not jobs)
             except queue.Empty:
                 break
-            if job is None:
+            if found is None:
                 return True
-            jobs.append(job)
+            jobs += found
         return False
 
     def _answer(self, jobs: list[_Job]) -> None:
@@ -227,6 +246,9 @@ class ConnectionThread:
             groups.setdefault(job.function if job.kind is _Kind.BATCH else number, []).append(number)
         results: list[Any] = [None] * len(jobs)
         failed: StoreError | None = None
+        if self._joined and tuple(one for one in groups if one in self._joined) == self._joined:
+            first, second = self._joined
+            groups[first] += groups.pop(second)
         waiting = deque(groups.values())
         while waiting:
             numbers = waiting.popleft()
@@ -237,6 +259,9 @@ class ConnectionThread:
                     found = self._serve_group(group)
                 except StoreError as error:
                     failed = error
+                except NotExact:  # two transactions, so that the second may be a shared one
+                    waiting.extendleft(reversed(_by_function(jobs, numbers)))
+                    continue
                 except Exception as error:
                     if len(group) > 1:  # one of them hit a bug: each runs by itself, so that only that one gets it
                         waiting.extendleft([number] for number in reversed(numbers))
@@ -257,6 +282,8 @@ class ConnectionThread:
             try:
                 return self._transaction(jobs, optimistic=True, shared=shared)
             except NotExact:
+                if jobs[0].function != jobs[-1].function:
+                    raise
                 shared = False
             except Outdated as outdated:
                 self.use.repeated += 1
@@ -283,6 +310,7 @@ class ConnectionThread:
         began = time.monotonic()
         try:
             with self._database.transaction(connection, optimistic=optimistic, shared=shared) as tx:
+                tx.joined = jobs[0].function != jobs[-1].function
                 results = self._call(tx, jobs)
                 # A batch tells only of what it has written itself. A single function may tell what another process
                 # wrote and has not flushed yet.
@@ -308,7 +336,8 @@ class ConnectionThread:
     def _call(self, tx: Tx, jobs: Sequence[_Job]) -> list[Any]:
         job = jobs[0]
         if job.kind is _Kind.BATCH:
-            return list(job.function(tx, [one.args[0] for one in jobs]))
+            groups = itertools.groupby(jobs, lambda one: one.function)
+            return [result for function, group in groups for result in function(tx, [one.args[0] for one in group])]
         try:
             return [job.function(tx, *job.args, **job.kwargs)]
         except SwarmError as error:
@@ -359,6 +388,10 @@ class ConnectionThread:
             self._flusher.close()
         if connection is not None:
             connection.close()
+
+
+def _by_function(jobs: Sequence[_Job], numbers: Sequence[int]) -> list[list[int]]:
+    return [list(group) for _, group in itertools.groupby(numbers, lambda number: jobs[number].function)]
 
 
 def _deliver(answers: list[tuple[_Job, Any]]) -> None:

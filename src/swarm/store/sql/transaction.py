@@ -9,7 +9,6 @@ import contextlib
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, Final, TypeAlias
@@ -103,18 +102,27 @@ class Tx:
     """
 
     def __init__(
-        self, connection: Connection, dialect: Dialect, wakes: Iterable[Wake] = (), *, shared: bool = False
+        self,
+        connection: Connection,
+        dialect: Dialect,
+        wakes: Iterable[Wake] = (),
+        *,
+        shared: bool = False,
+        timed: bool = False,
     ) -> None:
         self.connection = connection
         self.dialect = dialect
         self._shared = shared
+        self._timed = timed  # it will ask what time it is: that goes with its first statement
         self._wakes, self._muted = wakes, list[Wake]()
         self._cursor = connection.driver.cursor()
         self._unwritten: _Unwritten = []
         self._if_undone: list[Callable[[], None]] = []
         self._locked = False
+        self.joined = False  # it serves requests for two functions
         self._begin: str | None = None  # sent together with the first statement
         self._ahead = dict[object, list[Row]]()
+        self._once = dict[object, Row | None]()
 
     @cached_property
     def now_ms(self) -> int:
@@ -136,29 +144,42 @@ class Tx:
     def all(self, statement: Sql, **values: Any) -> list[Row]:
         return self._rows(statement, values)
 
-    def ahead(self, statements: Iterable[Sql], **values: Any) -> None:
-        """These will be read with these values, unless something is written before: on one way to the server and back.
-        Nothing, for a database that is no server."""
-        if self.dialect.pipeline is None:
+    def once(self, statement: Sql, **values: Any) -> Row | None:
+        """`first`, of what this transaction does not change: read once."""
+        key = statement, tuple(values.items())
+        if key not in self._once:
+            self._once[key] = self.first(statement, **values)
+        return self._once[key]
+
+    def ahead(self, reads: Sequence[tuple[Sql, Mapping[str, Any]]]) -> None:
+        """These will be read, unless something is written before: on one way to the server and back. Nothing, for a
+        database that is no server."""
+        if self.dialect.pipeline is None or len(reads) < 2:
             return
-        self.write()
         driver, cursors = self.connection.driver, dict[object, Any]()
-        self._send_begin()
-        with self.dialect.pipeline(driver):
-            for one in statements:
+
+        def ask() -> None:
+            for one, values in reads:
                 cursors[one, tuple(values.items())] = driver.execute(self._text(one), values)
+
+        self._send(ask, several=True)
         self._ahead = {key: _rows_of(cursor) for key, cursor in cursors.items()}
 
     def some(self, statement: Sql, most_chars: int | None, **values: Any) -> tuple[list[Row], bool]:
         """The first rows, up to the one with which their texts are longer than that; and whether others may follow."""
         if most_chars is None:
             return self._rows(statement, values), False
-        self._execute(statement, values)
-        make = _row_type(tuple(column[0] for column in self._cursor.description))
+        found: Iterable[Row]
+        if (known := self._known(statement, values)) is not None:
+            found = known
+        else:
+            self._execute(statement, values)
+            found = map(_row_type(tuple(column[0] for column in self._cursor.description)), self._cursor)
         rows, left = list[Row](), most_chars
-        while left >= 0 and (row := self._cursor.fetchone()) is not None:
-            rows.append(make(row))
-            left -= chars(row)
+        for row in found:
+            rows.append(row)
+            if (left := left - chars(row)) < 0:
+                break
         return rows, left < 0
 
     def first(self, statement: Sql, **values: Any) -> Row | None:
@@ -175,64 +196,68 @@ class Tx:
             self._unwritten.append((statement, rows))
 
     def _execute(self, sql: str, values: Mapping[str, Any]) -> None:
-        if self._unwritten:
-            self.write()
-        begin, self._begin = self._begin, None
-        if begin is None or self.dialect.pipeline is None:
+        if self.dialect.pipeline is None:
+            if self._unwritten:
+                self.write()
             self._cursor.execute(self._text(sql), values)
-            return
-        driver, moment = self.connection.driver, None
-        with self.dialect.pipeline(driver):
-            driver.execute(begin, prepare=False)
-            if self._shared:  # nearly all of them ask what time it is
-                moment = driver.execute(self._text(_now_ms(self.dialect)))
-            self._cursor.execute(self._text(sql), values)
-        if moment is not None:
-            self.now_ms = int(moment.fetchone()[0])
+        else:
+            self._send(lambda: self._cursor.execute(self._text(sql), values))
 
     def write(self, *, commit: bool = False) -> None:
         """Write the changes made so far. Takes the write lock, if there are any."""
-        unwritten, self._unwritten = self._unwritten, []
-        self._ahead.clear()
-        if unwritten and not self._muted:
-            self._muted = list(self._wakes)
-            for wake in self._muted:
-                wake.mute()
+        driver = self.connection.driver
+        if self.dialect.pipeline is not None:
+            if self._unwritten:
+                self._send((lambda: driver.execute("COMMIT", prepare=False)) if commit else None)
+            return
+        unwritten = self._take_unwritten()
         if unwritten and not self._locked and self.dialect.lock is not None:
             # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
             self._take_lock(self.dialect.lock)
-        if self.dialect.pipeline is not None and unwritten:
-            self._write_at_once(unwritten, self.dialect.pipeline, commit=commit)
-            return
         for statement, rows in unwritten:
             self._cursor.executemany(statement, rows)
             if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
                 raise self.dialect.driver_error("a trigger ignored it, or removed the row")
         if commit:
-            self.connection.driver.commit()
+            driver.commit()
 
-    def _write_at_once(
-        self, unwritten: _Unwritten, pipeline: Callable[[Any], AbstractContextManager[Any]], *, commit: bool
-    ) -> None:
-        """All statements on one way to the server and back, which stops at the first error."""
-        driver, changes = self.connection.driver, self.dialect.changes
-        assert changes is not None
-        self._send_begin()
+    def _take_unwritten(self) -> _Unwritten:
+        unwritten, self._unwritten = self._unwritten, []
+        if unwritten:
+            self._ahead.clear()
+        if unwritten and not self._muted:
+            self._muted = list(self._wakes)
+            for wake in self._muted:
+                wake.mute()
+        return unwritten
+
+    def _send(self, last: Callable[[], object] | None = None, *, several: bool = False) -> None:
+        """The transaction's begin, its changes so far, and ``last`` (``several``: statements), on one way to the server
+        and back, which stops at the first error."""
+        driver, changes, pipeline = self.connection.driver, self.dialect.changes, self.dialect.pipeline
+        assert changes is not None and pipeline is not None
         # Before the pipeline, since it may ask the server.
-        found = [changes(driver, str(one), rows, one in _ONE_ROW) for one, rows in unwritten]
+        found = [changes(driver, str(one), rows, one in _ONE_ROW) for one, rows in self._take_unwritten()]
+        begin, self._begin = self._begin, None
+        if begin is None and not found and not several:
+            if last is not None:
+                last()
+            return
+        moment = None
         with pipeline(driver):
+            if begin is not None:
+                driver.execute(begin, prepare=False)
+                if self._timed and "now_ms" not in self.__dict__:
+                    moment = driver.execute(self._text(_now_ms(self.dialect)))
             for text, values, prepare in found:
                 if prepare:
                     driver.cursor().executemany(text, values)
                 else:
                     driver.execute(text, values, prepare=False)
-            if commit:
-                driver.execute("COMMIT", prepare=False)
-
-    def _send_begin(self) -> None:
-        begin, self._begin = self._begin, None
-        if begin is not None:
-            self.connection.driver.execute(begin, prepare=False)
+            if last is not None:
+                last()
+        if moment is not None:
+            self.now_ms = int(moment.fetchone()[0])
 
     def _text(self, statement: str) -> str:
         return statement if self.dialect.translate is None else self.dialect.translate(str(statement))
@@ -282,7 +307,7 @@ class Tx:
         for undo in self._if_undone:
             undo()
         try:
-            self.connection.driver.rollback()
+            self.dialect.roll_back(self.connection.driver)
         except self.dialect.driver_error:  # the connection is lost: its server rolls back
             self.connection.close()
 
@@ -306,7 +331,8 @@ class Tx:
     def stream(self, statement: Sql, **values: Any) -> Iterator[Row]:
         """Rows one by one, on a separate cursor, for results that may not fit into memory."""
         self.write()
-        self._send_begin()
+        if self._begin is not None:
+            self._send()
         with contextlib.closing(self.dialect.streaming(self.connection.driver)) as cursor:
             cursor.execute(self._text(statement), values)
             make = _row_type(tuple(column[0] for column in cursor.description))
@@ -314,12 +340,14 @@ class Tx:
                 yield from map(make, rows)
 
     def _rows(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
-        if self._ahead and not self._unwritten:
-            known = self._ahead.pop((sql, tuple(values.items())), None)
-            if known is not None:
-                return known
+        if (known := self._known(sql, values)) is not None:
+            return known
         self._execute(sql, values)
         return _rows_of(self._cursor)
+
+    def _known(self, sql: str, values: Mapping[str, Any]) -> list[Row] | None:
+        """What was read ahead."""
+        return self._ahead.pop((sql, tuple(values.items())), None) if self._ahead and not self._unwritten else None
 
     def is_of_database(self, error: BaseException) -> bool:
         """Is the database at fault, and not one statement?"""

@@ -159,12 +159,14 @@ class IsolatingThread:
         *,
         untold: Collection[Callable[..., Any]] = (),
         shared: Collection[Callable[..., Any]] = (),
+        joined: tuple[Callable[..., Any], ...] = (),
     ) -> None:
-        self._thread = thread = ConnectionThread(db, write=True, untold=untold, shared=shared)
+        self._thread = thread = ConnectionThread(db, write=True, untold=untold, shared=shared, joined=joined)
         self._refusal = db.dialect.driver_error
         self._isolation = isolation
         self._tasks: set[asyncio.Task[None]] = set()
         self.call_raw = thread.call_raw
+        self.at_once = thread.at_once
         self.close = thread.close
         self.use = thread.use
 

@@ -1,0 +1,122 @@
+"""PostgreSQL: how many transactions, and ways to the server and back, a step of a workflow takes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from swarm.errors import NotFound
+from swarm.model import Claim, Succeeded
+from swarm.store.sql.dialect import Sql
+from swarm.store.store import Store
+from tests.store.databases import LEASE, Outside, PostgresBackend, claim_one
+from tests.store.flows import ticket
+
+pytestmark = [pytest.mark.needs("postgres"), pytest.mark.slow]  # starts a server
+
+PREPARED = Sql("SELECT count(*) AS number FROM pg_prepared_statements")
+CHAIN = """
+steps:
+  - {id: s0, agent: echo}
+  - {id: s1, agent: echo, needs: s0, inputs: {n: "${steps.s0.outputs}"}}
+  - {id: s2, agent: echo, needs: s1, inputs: {n: "${steps.s1.outputs}"}}
+  - {id: s3, agent: echo, needs: s2, inputs: {n: "${steps.s2.outputs}"}}
+"""
+
+
+@pytest.fixture
+def outside(postgresql: PostgresBackend, postgresql_url: str) -> Iterator[Outside]:
+    outside = postgresql.outside(postgresql_url)
+    yield outside
+    outside.close()
+
+
+@pytest.fixture
+async def store(postgresql_url: str) -> AsyncIterator[Store]:
+    async with Store.open(postgresql_url, planning_seconds=60.0) as store:
+        yield store
+
+
+@contextmanager
+def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is sent alone, and each pipeline, by all connections."""
+    counted, within = list[str](), [0]
+    execute, enter, leave = psycopg.Cursor.execute, psycopg.Pipeline.__enter__, psycopg.Pipeline.__exit__
+
+    def counting_execute(self: Any, query: Any, *args: Any, **options: Any) -> Any:
+        if not within[0]:
+            counted.append(str(query))
+        return execute(self, query, *args, **options)
+
+    def counting_enter(self: Any) -> Any:
+        counted.append("several")
+        within[0] += 1
+        return enter(self)
+
+    def counting_leave(self: Any, *args: Any) -> Any:
+        within[0] -= 1
+        return leave(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(psycopg.Cursor, "execute", counting_execute)
+        patched.setattr(psycopg.Pipeline, "__enter__", counting_enter)
+        patched.setattr(psycopg.Pipeline, "__exit__", counting_leave)
+        yield counted
+
+
+async def end_and_claim(store: Store, claim: Claim) -> list[Claim]:
+    """As the dispatcher does it."""
+    behind = list[Coroutine[Any, Any, list[Claim]]]()
+    await store.finish(
+        claim.attempt_id,
+        Succeeded(outputs="{}"),
+        timings={},
+        vm_time_ms=1.0,
+        in_workflow=True,
+        queued=lambda: behind.append(store.claim("worker", lease_seconds=LEASE)),
+    )
+    return await behind[0]
+
+
+async def test_a_steps_end_and_the_next_ones_claim(
+    store: Store, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One transaction."""
+    await ticket(store, outside, CHAIN)
+    while not (found := await store.claim("worker", lease_seconds=LEASE)):  # the first time, its workflow is prepared
+        await store.decided()
+    found = await end_and_claim(store, found[0])
+    before = store.use()["write"]["transactions"]
+    with ways(monkeypatch) as counted:
+        (claim,) = await end_and_claim(store, found[0])
+    assert claim.step_id == "s2"
+    assert store.use()["write"]["transactions"] == before + 1
+    assert len(counted) <= 8, counted
+    assert await end_and_claim(store, claim) != []
+    assert outside.execute("SELECT count(*) FROM attempts WHERE outcome = 'succeeded'") == [(3,)]
+
+
+async def test_a_workflow_whose_definition_is_known_begins_in_one_transaction(store: Store, outside: Outside) -> None:
+    await ticket(store, outside, CHAIN)
+    while not await store.claim("worker", lease_seconds=LEASE):
+        await store.decided()
+    ((workflow,),) = outside.execute("SELECT workflow_id FROM tickets")
+    before = store.use()["write"]["transactions"]
+    outside.execute(
+        "INSERT INTO tickets (id, state, execution_mode, workflow_id) VALUES ('u', 'ready', 'workflow', ?)", (workflow,)
+    )
+    claim = await claim_one(store)
+    assert (claim.ticket.id, claim.step_id) == ("u", "s0")
+    assert store.use()["write"]["transactions"] <= before + 2  # upkeep, perhaps, is an exact one
+
+
+async def test_what_is_refused_leaves_the_prepared_statements(store: Store) -> None:
+    for number in range(10):  # psycopg prepares what is asked for the sixth time
+        with pytest.raises(NotFound):
+            await store.cancel(f"none-{number}", "ann")
+    (row,) = await store._write.call(lambda tx: tx.all(PREPARED))
+    assert row.number > 0
